@@ -1,0 +1,57 @@
+# Every target makes the .venv it needs, once per content of pyproject.toml and constraints.txt.
+#
+#   ARGS         passed on:  make serve ARGS="--port 9000"    make test ARGS="tests/model -k solver"
+#   PYTHON       the interpreter the .venv is made with; by default the first suitable one found
+#   TORCH_INDEX  one more package index; on Linux PyPI's torch brings gigabytes of CUDA, an index of CPU builds does not
+
+ARGS ?=
+PYTHON ?=
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := $(VENV)/install.log
+KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+SERVING := $(VENV)/.cpu-$(KEY)
+TESTING := $(VENV)/.dev-$(KEY)
+
+.PHONY: serve test lint format bench clean
+.DEFAULT_GOAL := serve
+
+serve: $(SERVING)
+	@exec $(BIN)/python -m service $(ARGS)
+
+test: $(TESTING)
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+lint: $(TESTING)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(TESTING)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(TESTING)
+	@exec $(BIN)/python -m bench $(ARGS)
+
+clean:
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.%-$(KEY): | $(BIN)/python
+	@echo "Installing what '$(MAKECMDGOALS)' needs into $(VENV) …"
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '.[$*]' >>$(LOG) 2>&1 || { \
+	    echo "error: the packages could not be installed (is a package index reachable?): see $(LOG)" >&2; exit 1; }
+	@rm -f $(VENV)/.$*-* && touch $@
+
+$(BIN)/python:
+	@set -- $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14); for each in "$$@"; do \
+	    "$$each" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && python=$$each && break; done; \
+	if [ -z "$$python" ]; then echo "error: Python 3.11 or newer is needed, and none of these is: $$*" >&2; exit 1; fi; \
+	"$$python" -c 'import ensurepip, venv' >/dev/null 2>&1 || { \
+	    echo "error: $$python has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
+	mkdir -p $(VENV) && "$$python" -m venv $(VENV) >$(LOG) 2>&1 || { \
+	    echo "error: $(VENV) could not be made: see $(LOG)" >&2; rm -f $@; exit 1; }

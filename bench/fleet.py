@@ -1,0 +1,280 @@
+"""A service in simulated time: one queue, several workers, the real scheduler and planner, and a cost curve for a machine.
+
+Deterministic by seed; time passes only from event to event. The ways to run the service that are compared (`Arm`) differ in
+nothing else.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import ceil
+from time import thread_time
+from typing import Literal
+
+import numpy as np
+
+from bench.arrivals import Arrival
+from bench.curves import Curve
+from service.costs import CostModel
+from service.jobs import LoadSnapshot, WorkerState
+from service.planner import PlannedSample, Planner, Policy
+from service.rungs import Ladder, Rung, steps_left
+from service.scheduler import Scheduler
+
+JITTER = 0.03  # relative spread of a step's duration
+WARM_UP = (1, 2, 4, 8, 16)  # batch sizes a worker times before it takes work
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to run the service."""
+
+    name: str
+    unit: Literal["request", "step"] = (
+        "step"  # what a batch is made of: whole requests, or steps of whoever is there
+    )
+    order: Literal["fifo", "deadline"] = "deadline"
+    cap: int | None = None  # rows of a batch; None: the cost model's knee
+    admission: bool = True
+    degrade: bool = True  # admission may take a request at a lower rung
+    plan: bool = True  # what is claimed is planned anew at every step
+    lookahead: float = 4.0  # samples a worker holds, in batches
+    summary: bool = False  # the planner is told of the rows still queued
+    expire: bool = True  # what is past its deadline is dropped
+    publish_s: float = 0.5  # how old a worker's published state may be
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What the service runs on, and what it promises: a deadline of `slo` times the unloaded duration."""
+
+    curve: Curve
+    ladder: Ladder
+    workers: int = 1
+    slo: float = 3.0
+
+
+class Sample:
+    """One request on its way; satisfies the scheduler's `Waiting`."""
+
+    def __init__(self, index: int, arrival: Arrival, asked: Rung, due: float) -> None:
+        self.id = str(index)
+        self.arrived = self.added_at = arrival.at
+        self.asked = self.rung = asked
+        self.due = due
+        self.deadline_at: float | None = due
+        self.remaining = asked.steps
+        self.rows = 1
+        self.steps = 0  # taken
+        self.noise = 1.0  # share of the way still to go
+        self.quality = 0.0  # of the way so far: each rung's, weighted with the share walked on it
+        self.finished: float | None = None
+        self.rejected = False
+        self.consents = arrival.consents
+
+    @property
+    def kept(self) -> bool:
+        return self.finished is not None and self.finished <= self.due
+
+    def move(self, rung: Rung) -> None:
+        self.remaining = steps_left(self.remaining, self.rung, rung)
+        self.rung = rung
+
+    def walk(self) -> None:
+        share = self.noise / self.remaining
+        self.quality += share * self.rung.quality
+        self.noise -= share
+        self.remaining -= 1
+        self.steps += 1
+
+    def planned(self, last: int) -> PlannedSample:
+        return PlannedSample(
+            id=self.id,
+            deadline_at=self.deadline_at,
+            rung=self.rung,
+            remaining_steps=self.remaining,
+            guided=False,
+            floor_steps=1,
+            allow_degraded=self.consents,
+            started=self.steps > 0,
+            timestep=ceil(self.noise * last),
+            requested=self.asked,
+        )
+
+
+class Worker:
+    """The engine's loop without the network: plan, batch, wait out the curve, advance."""
+
+    def __init__(self, name: str, arm: Arm, site: Site) -> None:
+        self.name, self.arm, self.site = name, arm, site
+        self.samples: list[Sample] = []
+        self.batch: tuple[Sample, ...] = ()
+        self.costs = CostModel()
+        for rows in WARM_UP:
+            self.costs.observe(rows, site.curve.seconds(rows))
+        self.planner = Planner(site.ladder)
+        self.scheduler = Scheduler(max_rows=site.curve.max_rows)
+        self.plan_seconds: list[float] = []
+        self.state = self._state(0.0)
+
+    @property
+    def knee(self) -> int:
+        return self.arm.cap or self.costs.knee(self.site.curve.max_rows)
+
+    @property
+    def room(self) -> int:
+        return max(0, ceil(self.knee * self.arm.lookahead) - len(self.samples))
+
+    def start(self, now: float, queued_rows: int, random: np.random.Generator) -> float | None:
+        """Choose the next batch; the time at which its step ends, None with nothing to do."""
+        if self.arm.expire:
+            self.samples = [sample for sample in self.samples if sample.due > now]
+        if self.arm.plan and self.samples:
+            self._plan(now, queued_rows)
+        if not self.samples or now - self.state.updated_at >= self.arm.publish_s:
+            self.state = self._state(now)
+        if not self.samples:
+            self.batch = ()
+            return None
+        self.batch = self.scheduler.next_batch(self.samples, self.knee).samples
+        seconds = self.site.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
+        self.costs.observe(len(self.batch), seconds)
+        return now + seconds
+
+    def advance(self, now: float) -> None:
+        for sample in self.batch:
+            sample.walk()
+            if not sample.remaining:
+                sample.finished = now
+        self.samples = [sample for sample in self.samples if sample.finished is None]
+
+    def _plan(self, now: float, queued_rows: int) -> None:
+        last = self.site.ladder.timesteps - 1
+        by_id = {sample.id: sample for sample in self.samples}
+        planned = [sample.planned(last) for sample in self.samples]
+        begin = thread_time()
+        changes = self.planner.plan(
+            planned,
+            now,
+            self.costs,
+            max_rows=self.site.curve.max_rows,
+            queued_rows=queued_rows if self.arm.summary else 0,
+        )
+        self.plan_seconds.append(thread_time() - begin)
+        for change in changes:
+            by_id[change.sample_id].move(change.rung)
+
+    def _state(self, now: float) -> WorkerState:
+        return WorkerState(
+            worker=self.name,
+            models=("simulated",),
+            max_rows=self.site.curve.max_rows,
+            step_fixed_s=self.costs.fixed_s,
+            step_per_row_s=self.costs.per_row_s,
+            decode_s=0.0,
+            running_samples=len(self.samples),
+            backlog_rows=sum(sample.remaining for sample in self.samples),
+            last_step_age_s=0.0,
+            updated_at=now,
+        )
+
+
+class Fleet:
+    """The whole service: arrivals are admitted to one queue, from which free workers claim."""
+
+    def __init__(self, arm: Arm, site: Site, *, seed: int = 0) -> None:
+        self.arm, self.site = arm, site
+        self.random = np.random.default_rng(seed)
+        self.workers = [Worker(f"worker-{index}", arm, site) for index in range(site.workers)]
+        self.queue: deque[Sample] = deque()
+        self.queued_rows = 0
+        self.admission = Planner(site.ladder, Policy(recut=arm.plan))
+        self._ends: list[tuple[float, int]] = []  # when each busy worker's step ends
+
+    def run(self, arrivals: Sequence[Arrival]) -> list[Sample]:
+        """Serve everybody; the samples in order of arrival."""
+        samples = [self._sample(index, arrival) for index, arrival in enumerate(arrivals)]
+        idle = set(range(len(self.workers)))
+        for now, woken in self._events(samples):
+            if woken is not None:
+                self.workers[woken].advance(now)
+                idle.add(woken)
+            for index in sorted(idle, key=lambda each: len(self.workers[each].samples)):
+                worker = self.workers[index]
+                self._claim(worker, now)
+                end = worker.start(now, self.queued_rows // len(self.workers), self.random)
+                if end is not None:
+                    heapq.heappush(self._ends, (end, index))
+                    idle.discard(index)
+        return samples
+
+    def _events(self, samples: list[Sample]) -> Iterator[tuple[float, int | None]]:
+        """Times at which something is to be done, and the worker whose step ended then (None: somebody came)."""
+        coming = deque(samples)
+        while coming or self._ends:
+            if coming and (not self._ends or coming[0].arrived <= self._ends[0][0]):
+                sample = coming.popleft()
+                if self._admit(sample, sample.arrived):
+                    self.queue.append(sample)
+                    self.queued_rows += sample.remaining
+                yield sample.arrived, None
+            else:
+                end, index = heapq.heappop(self._ends)
+                yield end, index
+
+    def _sample(self, index: int, arrival: Arrival) -> Sample:
+        asked = self.site.ladder.requested("ddim", arrival.steps, "leading", (0.0, 1.0), False)
+        sample = Sample(
+            index, arrival, asked, arrival.at + self.site.slo * arrival.steps * self.site.curve.seconds(1)
+        )
+        if self.arm.order == "fifo":
+            sample.deadline_at = None
+        return sample
+
+    def _admit(self, sample: Sample, now: float) -> bool:
+        if not self.arm.admission:
+            return True
+        load = LoadSnapshot(
+            queued_jobs=len(self.queue),
+            queued_rows=self.queued_rows,
+            oldest_age_s=now - self.queue[0].arrived if self.queue else 0.0,
+            workers=tuple(worker.state for worker in self.workers),
+            taken_at=now,
+        )
+        answer = self.admission.admit(
+            load,
+            rung=sample.asked,
+            guidance_scale=1.0,
+            samples=1,
+            deadline_at=sample.due,
+            allow_degraded=self.arm.degrade and sample.consents,
+            min_steps=1,
+            now=now,
+        )
+        sample.rejected = not answer.accepted
+        sample.move(answer.rung)
+        return answer.accepted
+
+    def _claim(self, worker: Worker, now: float) -> None:
+        """Hand the worker what it has room for, in order of arrival."""
+        claimed = self._same_steps(worker) if self.arm.unit == "request" else worker.room
+        for _ in range(min(claimed, len(self.queue))):
+            sample = self.queue.popleft()
+            self.queued_rows -= sample.remaining
+            if not self.arm.expire or sample.due > now:
+                worker.samples.append(sample)
+
+    def _same_steps(self, worker: Worker) -> int:
+        """Bring the next requests with as many steps as the first to the front; how many fit in one batch."""
+        if worker.samples or not self.queue:
+            return 0
+        steps = self.queue[0].asked.steps
+        batch = list(islice((sample for sample in self.queue if sample.asked.steps == steps), worker.knee))
+        chosen = set(map(id, batch))
+        rest = [sample for sample in self.queue if id(sample) not in chosen]
+        self.queue = deque([*batch, *rest])
+        return len(batch)

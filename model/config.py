@@ -1,0 +1,221 @@
+"""The shape of a Diffusion Transformer: one frozen value, and the sizes the paper names.
+
+Pure: no torch, no I/O. A configuration that cannot work is refused here, at construction, with the sentence
+that fixes it. Source: Peebles & Xie, "Scalable Diffusion Models with Transformers",
+arXiv:2212.09748, Table 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
+
+Fusion = Literal["sum", "mlp"]
+BlockKind = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
+BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
+
+# name → (depth, hidden size, heads)
+SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+PATCHES = (2, 4, 8)
+
+# block kind → (D,) modulation vectors of a block: shift, scale and gate of attention, then of the MLP
+MODULATIONS: dict[BlockKind, int] = {"adaln_zero": 6, "adaln": 4, "cross_attention": 0, "in_context": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class DiTConfig:
+    """Everything that fixes the parameters and the function of a DiT.
+
+    Sizes are in latent pixels (image pixels for models without an autoencoder). `base_size` is the size whose
+    tokens are numbered 0, 1, 2 …, None for `image_size`: a model trained at 32×32 and then at 64×64 keeps
+    (32, 32), and its larger grid is interpolated into the smaller. `blocks` is one kind for all blocks or one
+    kind per block (a hybrid plan). `classes` holds the number of classes of each label factor; index
+    `classes[k]` is that factor's null class. `text_size` is the width of text embeddings, 0 for none.
+    `layout_rank` gives tokens a bias of their own and `head_channels` a small convolution at the end.
+    `frequency_shift` and `mlp_norm_eps` exist because diffusers' DiT differs from the published one in just
+    these two (k/127 timestep frequencies; eps 1e-5 before the MLP).
+
+    Raises:
+        ValueError: the configuration cannot work; the message names the field and the remedy.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    image_size: tuple[int, int] = (32, 32)
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    blocks: tuple[BlockKind, ...] = ("adaln_zero",)
+    classes: tuple[int, ...] = (1000,)
+    text_size: int = 0
+    fusion: Fusion = "sum"
+    learn_sigma: bool = True
+    qk_norm: bool = False
+    rope: bool = False
+    swiglu: bool = False
+    layout_rank: int = 0
+    head_channels: int = 0
+    frequency_shift: int = 0
+    mlp_norm_eps: float = 1e-6
+    base_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        blocks: Any = self.blocks
+        object.__setattr__(self, "blocks", (blocks,) if isinstance(blocks, str) else tuple(blocks))
+        for field in ("image_size", "classes", "base_size"):  # JSON has lists where the fields are tuples
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+        self._check_sizes()
+        self._check_blocks()
+        self._check_conditions()
+        self._check_options()
+
+    def _check_sizes(self) -> None:
+        check_size("image_size", self.image_size, self.patch_size)
+        if self.base_size is not None:
+            check_size("base_size", self.base_size, self.patch_size)
+        for field in ("in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "mlp_norm_eps"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be positive, not {getattr(self, field)}")
+        if self.hidden_size % self.num_heads:
+            near = max(1, self.hidden_size // self.num_heads) * self.num_heads
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
+                f"use a multiple such as {near}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 for 2-D sine-cosine positions"
+            )
+        if self.rope and self.head_size % 4:
+            raise ValueError(
+                f"rope needs a head size that is a multiple of 4, not {self.head_size}: change num_heads"
+            )
+
+    def _check_blocks(self) -> None:
+        unknown = [kind for kind in self.blocks if kind not in BLOCK_KINDS]
+        if unknown:
+            raise ValueError(f"unknown block kind {unknown[0]!r}: choose among {', '.join(BLOCK_KINDS)}")
+        if len(self.blocks) not in (1, self.depth):
+            raise ValueError(
+                f"blocks names {len(self.blocks)} kinds for depth {self.depth}: give one, or one per block"
+            )
+
+    def _check_conditions(self) -> None:
+        check_classes(self.classes)
+        if self.text_size < 0:
+            raise ValueError(f"text_size must be the width of text embeddings or 0, not {self.text_size}")
+        if self.fusion not in get_args(Fusion):
+            raise ValueError(f"unknown fusion {self.fusion!r}: choose among {', '.join(get_args(Fusion))}")
+        if self.layout_rank < 0:
+            raise ValueError(f"layout_rank must be 0 (no layout path) or positive, not {self.layout_rank}")
+
+    def _check_options(self) -> None:
+        if self.frequency_shift not in (0, 1):
+            raise ValueError("frequency_shift must be 0 (published DiT) or 1 (diffusers)")
+        if self.head_channels and self.head_channels < self.in_channels:
+            raise ValueError(f"head_channels must be 0 or at least in_channels ({self.in_channels})")
+        if self.head_channels and self.learn_sigma:
+            raise ValueError(
+                "head_channels refines one prediction: turn learn_sigma off or set head_channels to 0"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output: twice the input's when the variance is learned."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Tokens (rows, columns) at the trained size."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    def position_scale(self, rows: int, columns: int) -> tuple[float, float]:
+        """Spacing of token positions on a grid of another size: 1, or what squeezes an axis into `base_size`.
+
+        Position interpolation (Chen et al., arXiv:2306.15595), on each axis; a smaller grid is a crop of the
+        base.
+        """
+        height, width = self.base_size or self.image_size
+        patch = self.patch_size
+        return min(1.0, height // patch / rows), min(1.0, width // patch / columns)
+
+    @property
+    def tokens(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def plan(self) -> tuple[BlockKind, ...]:
+        """The kind of every block, shallow to deep."""
+        return self.blocks if len(self.blocks) == self.depth else self.blocks * self.depth
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def adaptive_final(self) -> bool:
+        """The final layer is modulated in the adaLN variants; the other two carry the condition as tokens."""
+        return MODULATIONS[self.plan[-1]] > 0
+
+    def state(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The condition state, as (name, shape without batch) of every tensor handed to the backbone."""
+        tensors: list[tuple[str, tuple[int, ...]]] = []
+        for index, kind in enumerate(self.plan):
+            if MODULATIONS[kind]:
+                tensors.append((f"block_{index}", (MODULATIONS[kind], self.hidden_size)))
+        if any(not MODULATIONS[kind] for kind in self.plan):
+            tensors.append(("tokens", (2, self.hidden_size)))
+        if self.adaptive_final:
+            tensors.append(("final", (2, self.hidden_size)))
+        if self.layout_rank:
+            tensors.append(("layout", (self.tokens, self.hidden_size)))
+        return tuple(tensors)
+
+
+def check_size(field: str, size: Sequence[int], multiple: int) -> None:
+    """Raises ValueError unless `size` (height, width) is two positive multiples of `multiple` > 0."""
+    if multiple <= 0:
+        raise ValueError(f"patch_size must be positive, not {multiple}")
+    if len(size) != 2 or min(size) <= 0:
+        raise ValueError(f"{field} must be two positive numbers (height, width), not {size}")
+    if size[0] % multiple or size[1] % multiple:
+        raise ValueError(
+            f"{field} {size[0]}x{size[1]} is not divisible by patch_size {multiple}: change one of them"
+        )
+
+
+def check_classes(classes: tuple[int, ...]) -> None:
+    """Raises ValueError unless every label factor has a class."""
+    if any(count < 1 for count in classes):
+        raise ValueError(
+            "every entry of classes must be at least 1; leave a factor out instead of giving it 0 classes"
+        )
+
+
+def named(name: str, **changes: Any) -> DiTConfig:
+    """A published size by name, such as "DiT-XL/2", at 256 px (32×32 latents); `changes` override fields.
+
+    Raises:
+        ValueError: the name is not one of DiT-{S,B,L,XL}/{2,4,8}, or a change is illegal.
+    """
+    match = re.fullmatch(r"DiT-(S|B|L|XL)/(2|4|8)", name)
+    if not match:
+        raise ValueError(f"unknown model name {name!r}: use DiT-{{S,B,L,XL}}/{{2,4,8}}, for example DiT-S/2")
+    depth, hidden, heads = SIZES[match[1]]
+    config = DiTConfig(depth=depth, hidden_size=hidden, num_heads=heads, patch_size=int(match[2]))
+    return replace(config, **changes)

@@ -1,0 +1,299 @@
+"""Gaussian diffusion in discrete time: noise schedules, timestep grids, guidance, training formulas.
+
+Pure: numpy only; no torch, no I/O, no randomness. Tables are float64. What touches samples is plain
+arithmetic, so numpy arrays and torch tensors flow through it alike. Throughout, alpha² = alpha_bar,
+alpha² + sigma² = 1 and x_t = alpha_t · x_0 + sigma_t · noise; timestep 0 is the least noisy, T - 1 the
+noisiest, and CLEAN (-1) is the image itself.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+Prediction = Literal["epsilon", "v", "x0"]
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+FloatTable = npt.NDArray[np.float64]
+Array = TypeVar("Array", bound=Any)  # a numpy array or a torch tensor
+
+CLEAN = -1  # the timestep of the image itself: alpha 1, sigma 0
+BETA_MAX = 0.999  # Nichol & Dhariwal, arXiv:2102.09672, §3.2: keeps alpha_bar positive at the noisy end
+
+
+def check_prediction(prediction: str) -> None:
+    """Raises ValueError unless `prediction` is one of PREDICTIONS."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """How much of the image is left at every timestep, and what the network predicts.
+
+    `alpha_bar` is float64 (T,), strictly decreasing inside (0, 1), copied and made read-only. Raises
+    ValueError if it or `prediction` is not as stated.
+    """
+
+    alpha_bar: FloatTable
+    prediction: Prediction = "epsilon"
+
+    def __post_init__(self) -> None:
+        check_prediction(self.prediction)
+        table = np.array(self.alpha_bar, dtype=np.float64)
+        if table.ndim != 1 or table.size == 0:
+            raise ValueError(f"alpha_bar must be a non-empty vector, not an array of shape {table.shape}")
+        if not (np.all(table > 0.0) and np.all(table < 1.0) and np.all(np.diff(table) < 0.0)):
+            raise ValueError("alpha_bar must decrease strictly inside (0, 1): use a milder schedule or shift")
+        table.flags.writeable = False
+        object.__setattr__(self, "alpha_bar", table)
+
+    @property
+    def timesteps(self) -> int:
+        """T, the number of noise levels the network was trained on."""
+        return int(self.alpha_bar.size)
+
+    @property
+    def alphas(self) -> FloatTable:
+        """Signal scale at every timestep, float64 (T,)."""
+        return np.asarray(np.sqrt(self.alpha_bar))
+
+    @property
+    def sigmas(self) -> FloatTable:
+        """Noise scale at every timestep, float64 (T,)."""
+        return np.asarray(np.sqrt(1.0 - self.alpha_bar))
+
+    def alpha(self, t: int) -> float:
+        """Signal scale at timestep `t` in -1..T-1; 1.0 at CLEAN. Raises ValueError outside that range."""
+        return math.sqrt(self._alpha_bar_at(t))
+
+    def sigma(self, t: int) -> float:
+        """Noise scale at timestep `t` in -1..T-1; 0.0 at CLEAN. Raises ValueError outside that range."""
+        return math.sqrt(1.0 - self._alpha_bar_at(t))
+
+    def _alpha_bar_at(self, t: int) -> float:
+        if t == CLEAN:
+            return 1.0
+        if not 0 <= t < self.timesteps:
+            raise ValueError(f"timestep must be in -1..{self.timesteps - 1}, not {t}")
+        return float(self.alpha_bar[t])
+
+
+def _linear_betas(timesteps: int) -> FloatTable:
+    # Ho et al., arXiv:2006.11239, §4 (1e-4 to 0.02 over 1000 steps), rescaled to T as in arXiv:2102.09672.
+    scale = 1000.0 / timesteps
+    return np.linspace(scale * 1e-4, scale * 2e-2, timesteps, dtype=np.float64)
+
+
+def _cosine_betas(timesteps: int) -> FloatTable:
+    # Nichol & Dhariwal, arXiv:2102.09672, eq. 17: alpha_bar(u) = cos²((u + 0.008) / 1.008 · pi/2).
+    u = np.arange(timesteps + 1, dtype=np.float64) / timesteps
+    alpha_bar: FloatTable = np.cos((u + 0.008) / 1.008 * (np.pi / 2)) ** 2
+    return 1.0 - alpha_bar[1:] / alpha_bar[:-1]
+
+
+SCHEDULES: dict[str, Callable[[int], FloatTable]] = {"linear": _linear_betas, "cosine": _cosine_betas}
+
+
+def make_schedule(
+    kind: str, timesteps: int = 1000, *, prediction: Prediction = "epsilon", log_snr_shift: float = 0.0
+) -> Schedule:
+    """Build a noise schedule of `timesteps` >= 1 levels; `kind` is "linear" or "cosine".
+
+    Betas are clipped to 0.999, so alpha_bar stays positive at the noisy end: 2.4e-9 for a 1000-step cosine,
+    where x_0 carries the error of an epsilon prediction 20,000-fold (clip x_0, or predict v or x0).
+    `log_snr_shift` (natural log, negative = noisier) is added to log(alpha²/sigma²) at every timestep;
+    "simple diffusion" (Hoogeboom et al., arXiv:2301.11093, §3.1) uses 2·log(64 / image size).
+
+    Raises:
+        ValueError: an unknown kind or prediction, `timesteps` < 1, or a shift that is not finite or so large
+            that noise levels can no longer be told apart.
+    """
+    if kind not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {kind!r}")
+    if timesteps < 1:
+        raise ValueError(f"timesteps must be at least 1, not {timesteps}")
+    if not math.isfinite(log_snr_shift):
+        raise ValueError(f"log_snr_shift must be finite, not {log_snr_shift}")
+    alpha_bar: FloatTable = np.cumprod(
+        1.0 - np.minimum(SCHEDULES[kind](timesteps), BETA_MAX), dtype=np.float64
+    )
+    if log_snr_shift:
+        with np.errstate(over="ignore"):  # an absurd shift drives alpha_bar to 0, which Schedule refuses
+            noise_to_signal = (1.0 - alpha_bar) / alpha_bar * np.exp(-log_snr_shift)
+        alpha_bar = 1.0 / (1.0 + noise_to_signal)
+    return Schedule(alpha_bar, prediction)
+
+
+def _leading(steps: int, timesteps: int) -> FloatTable:
+    return np.arange(steps - 1, -1, -1, dtype=np.float64) * (timesteps // steps)
+
+
+def _trailing(steps: int, timesteps: int) -> FloatTable:
+    return np.round(timesteps - np.arange(steps, dtype=np.float64) * (timesteps / steps)) - 1.0
+
+
+def _uniform_t(steps: int, timesteps: int) -> FloatTable:
+    return np.round(np.linspace(0.0, timesteps - 1.0, steps + 1))[:0:-1]
+
+
+GRIDS: dict[str, Callable[[int, int], FloatTable]]
+GRIDS = {"leading": _leading, "trailing": _trailing, "uniform-t": _uniform_t}
+
+
+def grid(kind: str, steps: int, timesteps: int = 1000) -> tuple[int, ...]:
+    """The `steps` decreasing timesteps a sample walks before CLEAN. Every `steps` in 1..`timesteps` is legal.
+
+    `kind` is "leading": k·(T // N), the published DiT's; "trailing": round(T - k·T/N) - 1, starts at T - 1;
+    "uniform-t": round(linspace(0, T-1, N+1)) without its 0 (all T timesteps when N = T); or an explicit list
+    of `steps` decreasing timesteps such as "999,700,300". Names: Lin et al., arXiv:2305.08891, Table 2.
+
+    Raises:
+        ValueError: an unknown kind, `steps` outside 1..`timesteps`, or an explicit list not as stated.
+    """
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"steps must be in 1..{timesteps}, not {steps}")
+    if kind in GRIDS:
+        return _distinct(GRIDS[kind](steps, timesteps))
+    values = _explicit(kind, timesteps)
+    if len(values) != steps:
+        raise ValueError(f"the explicit grid has {len(values)} timesteps, but {steps} steps were asked for")
+    return values
+
+
+def regrid(remaining_from: int, steps: int, kind: str, timesteps: int) -> tuple[int, ...]:
+    """`steps` timesteps for the rest of a sample that has reached `remaining_from`, spaced as `kind` says.
+
+    The first is always `remaining_from`. Re-gridding the tail of a grid with as many steps gives that tail
+    back: exactly for "leading" and for an explicit list, within one timestep (rounding) for the others. With
+    another number of steps an explicit list is followed as a curve and resampled evenly.
+
+    Raises:
+        ValueError: `remaining_from` outside 0..T-1, `steps` outside 1..`remaining_from` + 1, or a bad kind.
+    """
+    if not 0 <= remaining_from < timesteps:
+        raise ValueError(f"remaining_from must be in 0..{timesteps - 1}, not {remaining_from}")
+    if not 1 <= steps <= remaining_from + 1:
+        raise ValueError(f"steps must be in 1..{remaining_from + 1} from {remaining_from} on, not {steps}")
+    if kind == "leading":  # ends at timestep 0, as the named grid does
+        return _distinct(np.round(np.linspace(remaining_from, 0.0, steps)))
+    if kind in GRIDS:
+        return grid(kind, steps, remaining_from + 1)
+    curve = np.array([*_explicit(kind, timesteps), CLEAN], dtype=np.float64)
+    places = np.arange(curve.size, dtype=np.float64)
+    reached = np.interp(-float(remaining_from), -curve, places)
+    wanted = np.interp(np.linspace(reached, places[-1], steps + 1)[:-1], places, curve)
+    return _distinct(np.round([remaining_from, *wanted[1:]]))
+
+
+def check_grid(timesteps: Sequence[int], total: int) -> tuple[int, ...]:
+    """`timesteps` as ints. Raises ValueError if there are none, or unless they decrease in 0..`total` - 1."""
+    values = tuple(operator.index(t) for t in timesteps)
+    if not values or values[0] >= total or values[-1] < 0 or any(a <= b for a, b in pairwise(values)):
+        raise ValueError(f"a grid must be one or more strictly decreasing timesteps in 0..{total - 1}")
+    return values
+
+
+def _explicit(text: str, timesteps: int) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        names = ", ".join(GRIDS)
+        raise ValueError(f"grid must be one of {names} or comma-separated timesteps, not {text!r}") from None
+    return check_grid(values, timesteps)
+
+
+def _distinct(wanted: FloatTable) -> tuple[int, ...]:
+    # With nearly as many steps as timesteps, rounding lets neighbours meet: push them apart, none below 0.
+    rank = np.arange(wanted.size)
+    values = np.minimum.accumulate(wanted + rank) - rank
+    return tuple(int(value) for value in np.maximum(values, rank[::-1]))
+
+
+def guided(cond: Array, uncond: Array, scale: Any, channels: int | None = None) -> Array:
+    """Classifier-free guidance, uncond + scale · (cond - uncond) (Ho & Salimans, arXiv:2207.12598).
+
+    `cond` and `uncond` are outputs (..., C, H, W) of one shape; `scale` is a number or broadcasts against
+    them, such as (B, 1, 1, 1). With `channels` = k in 0..C only the first k channels are guided and the rest
+    is `cond`'s (the published DiT guides 3 of 4). Returns a new array; the inputs are left as they are.
+    """
+    mixed: Array = uncond + scale * (cond - uncond)
+    if channels is not None:
+        mixed[..., channels:, :, :] = cond[..., channels:, :, :]
+    return mixed
+
+
+def guidance_weight(
+    scale: float, t: int, timesteps: int, interval: tuple[float, float] = (0.0, 1.0), decay: float = 0.0
+) -> float:
+    """The guidance scale at timestep `t`: scale · exp(-decay · t / T), and exactly 1.0 outside `interval`.
+
+    `interval` is [low, high], inclusive, in fractions t / (T - 1) of the noise range (Kynkäänniemi et al.,
+    arXiv:2404.07724); at weight 1.0 a sample needs no unconditional row. A positive `decay` guides less the
+    noisier the sample is, a negative one more.
+
+    Raises:
+        ValueError: an interval that is not 0 <= low <= high <= 1, `t` outside 0..T-1, or |decay| above 20.
+    """
+    low, high = interval
+    if not 0.0 <= low <= high <= 1.0:
+        raise ValueError(f"a guidance interval must satisfy 0 <= low <= high <= 1, not {interval}")
+    if not 0 <= t < timesteps:
+        raise ValueError(f"timestep must be in 0..{timesteps - 1}, not {t}")
+    if not abs(decay) <= 20.0:
+        raise ValueError(f"guidance decay must be in -20..20, not {decay}")
+    if not low <= t / max(timesteps - 1, 1) <= high:
+        return 1.0
+    return float(scale) * math.exp(-decay * t / timesteps)
+
+
+def add_noise(alpha: Any, sigma: Any, x0: Array, noise: Array) -> Array:
+    """x_t = alpha · x_0 + sigma · noise (arXiv:2006.11239, eq. 4); `alpha` and `sigma` broadcast."""
+    noisy: Array = alpha * x0 + sigma * noise
+    return noisy
+
+
+def training_target(prediction: Prediction, alpha: Any, sigma: Any, x0: Array, noise: Array) -> Array:
+    """What the network should output: noise, x_0 or v = alpha · noise - sigma · x_0 (arXiv:2202.00512).
+
+    `alpha` and `sigma` broadcast against the samples. Raises ValueError for an unknown prediction.
+    """
+    check_prediction(prediction)
+    of_x0, of_noise = {"epsilon": (0.0, 1.0), "v": (-sigma, alpha), "x0": (1.0, 0.0)}[prediction]
+    target: Array = of_x0 * x0 + of_noise * noise
+    return target
+
+
+def x0_coefficients(prediction: Prediction, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    """(p, q) such that p · x_t + q · output estimates x_0; shaped as `alpha` > 0 and `sigma`.
+
+    Raises ValueError for an unknown prediction.
+    """
+    check_prediction(prediction)
+    coefficients = {"epsilon": (1.0 / alpha, -sigma / alpha), "v": (alpha, -sigma)}
+    return coefficients.get(prediction, (0.0 * alpha, 1.0 + 0.0 * sigma))
+
+
+def loss_weights(schedule: Schedule, space: Prediction, cap: float | None = None) -> FloatTable:
+    """Weight per timestep, float64 (T,), making the output's squared error that of `space` instead.
+
+    An x_0 error d is an epsilon error d · alpha / sigma and a v error d / sigma (arXiv:2202.00512, §4). `cap`
+    bounds the weight of the squared x_0 error: with "epsilon" it is the gamma of Min-SNR (arXiv:2303.09556),
+    whatever the prediction; with "v" that weight is min(1 / sigma², cap). Without a cap, `space` equal to the
+    schedule's prediction gives all ones, the plain loss.
+
+    Raises ValueError for an unknown space or a cap that is not positive.
+    """
+    if cap is not None and not cap > 0.0:
+        raise ValueError(f"the weight cap must be positive, not {cap}")
+    alpha, sigma = schedule.alphas, schedule.sigmas
+    from_output = x0_coefficients(schedule.prediction, alpha, sigma)[1] ** 2
+    weight = 1.0 / x0_coefficients(space, alpha, sigma)[1] ** 2
+    capped = weight if cap is None else np.minimum(weight, cap)
+    return np.asarray(from_output * capped, dtype=np.float64)

@@ -1,0 +1,1 @@
+"""Serving of Diffusion Transformers: HTTP → Redis → step-level engine → image."""

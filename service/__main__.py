@@ -1,0 +1,49 @@
+"""`python -m service`: everything on this machine, or with a command one part of it.
+
+    python -m service [flags]                 a private Valkey if REDIS_URL is unset, workers and the API
+    python -m service api [flags]             the API alone
+    python -m service worker [flags]          one worker alone
+    python -m service dead list [flags]       jobs put aside after too many attempts
+    python -m service dead requeue ID [flags]
+
+Flags and environment variables: --help. Each command imports only what it needs.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from service.settings import Settings
+
+COMMANDS = {"api": "service.api:run", "worker": "service.worker_process:run"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command in `argv`; returns the exit status."""
+    words = (
+        [word for word in argv[:3] if not word.startswith("-")] if argv[:1] == ["dead"] else list(argv[:1])
+    )
+    command = words[0] if words and not words[0].startswith("-") else ""
+    flags = list(argv[len(words) if command else 0 :])
+    if command == "dead":
+        settings = Settings.load(flags, program="python -m service dead")
+        dead: Callable[[Sequence[str], Settings], int] = _implementation("service.dead:run")
+        return dead(words[1:], settings)
+    if command not in ("", *COMMANDS):
+        print(
+            f"error: unknown command {command!r}; choose among {', '.join(COMMANDS)}, dead", file=sys.stderr
+        )
+        return 2
+    settings = Settings.load(flags, program=f"python -m service {command}".rstrip())
+    run: Callable[[Settings], int] = _implementation(COMMANDS.get(command, "service.supervisor:run"))
+    return run(settings)
+
+
+def _implementation(name: str) -> Callable[..., int]:
+    module, _, attribute = name.partition(":")
+    implementation: Callable[..., int] = getattr(import_module(module), attribute)
+    return implementation
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

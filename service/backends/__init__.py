@@ -1,0 +1,80 @@
+"""What runs the network: one protocol, and the table of its implementations.
+
+An implementation is imported only when chosen, so that neither torch nor onnxruntime is loaded by who does not use it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Final, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from model.bundle import Bundle, Manifest
+
+Floats = npt.NDArray[np.float32]
+
+BACKENDS: Final[dict[str, str]] = {
+    "onnx": "service.backends.onnx:OnnxBackend",
+    "torch": "service.backends.torch:TorchBackend",
+    "tensorrt": "service.backends.tensorrt:TensorRtBackend",
+}
+
+
+class Backend(Protocol):
+    """The network of one bundle on one device.
+
+    Every method is row-wise: a row's numbers depend on that row alone (up to rounding when the batch size differs). Inputs are
+    C-contiguous and not modified; outputs belong to the caller. Any method may raise `OutOfMemory`.
+    """
+
+    name: str
+    manifest: Manifest
+    buckets: tuple[int, ...] | None  # the batch sizes `denoise` takes; None for any
+
+    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
+        """Class indices (B, F), null = number of classes, to condition embeddings (B, E)."""
+        ...
+
+    def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
+        """Timesteps (B,) and embeddings (B, E) to the condition state, (B, *shape) each, in the manifest's order."""
+        ...
+
+    def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+        """Latents (B, C, H, W) and their condition state to the network's output (B, C_out, H, W)."""
+        ...
+
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        """Latents (B, C, H, W) to pixels (B, H, W, 3)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OutOfMemory(MemoryError):
+    """The device has no memory for this many rows; fewer may fit."""
+
+
+class BackendUnavailable(Exception):
+    """The chosen backend cannot run here; the message is one sentence with the remedy."""
+
+
+def load_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
+    """Open `bundle` on the backend `name`; `options` are its own.
+
+    Raises:
+        BackendUnavailable: no such backend, a package it needs is not installed, or it cannot run this bundle.
+        BundleError: the bundle lacks a file it needs.
+    """
+    if name not in BACKENDS:
+        raise BackendUnavailable(f"unknown backend {name!r}: choose among {', '.join(BACKENDS)}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    try:
+        implementation = getattr(import_module(module), attribute)
+    except ImportError as error:
+        package = error.name or str(error)
+        raise BackendUnavailable(
+            f"backend {name!r} needs the package {package}, which is not installed"
+        ) from error
+    return cast(Backend, implementation(bundle, **options))

@@ -1,0 +1,90 @@
+"""PyTorch: runs a bundle's weights through the model's own code, on any device torch knows, eager or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+
+from model.bundle import Bundle
+from model.dit import DiT
+from service.backends import BackendUnavailable, Floats, OutOfMemory
+from service.images import to_pixels
+
+
+class TorchBackend:
+    """A bundle in PyTorch.
+
+    Args:
+        threads: compute threads on the CPU, 0 for torch's own choice. Applies to the whole process.
+        device: where it runs, such as "cpu" or "cuda".
+        compile: compile the backbone; the first batch of each size then takes much longer.
+    """
+
+    name = "torch"
+    buckets: tuple[int, ...] | None = None
+
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 0, device: str = "cpu", compile: bool = False
+    ) -> None:
+        if bundle.manifest.decoder != "identity":
+            decoder = bundle.manifest.decoder
+            raise BackendUnavailable(f"the torch backend has no decoder {decoder!r}: choose the onnx backend")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise BackendUnavailable(f"device {device!r} is not there: torch sees no CUDA device")
+        if threads:
+            torch.set_num_threads(threads)
+        self.manifest = bundle.manifest
+        self._device = torch.device(device)
+        self._model = DiT(bundle.manifest.config)
+        self._model.load_state_dict(load_file(bundle.file("weights.safetensors")))
+        self._model.eval().to(self._device)
+        self._backbone = (
+            torch.compile(self._model.backbone, dynamic=True) if compile else self._model.backbone
+        )
+
+    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
+        with _computing():
+            return _array(self._model.embed(torch.from_numpy(labels).to(self._device)))
+
+    def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
+        with _computing():
+            state = self._model.modulate(self._tensor(timesteps), self._tensor(embeddings))
+            return tuple(_array(tensor) for tensor in state)
+
+    def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+        with _computing():
+            return _array(self._backbone(self._tensor(x), [self._tensor(each) for each in state]))
+
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        return to_pixels(latents)
+
+    def close(self) -> None:
+        """Free the weights; the backend cannot be used afterwards."""
+        del self._model, self._backbone
+
+    def _tensor(self, array: Floats) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _array(tensor: torch.Tensor) -> Floats:
+    return cast(Floats, tensor.cpu().numpy())
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """No gradients; out of memory in its one form."""
+    try:
+        with torch.inference_mode():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(str(error)) from error
+    except RuntimeError as error:  # the CPU allocator has no exception of its own
+        if "not enough memory" in str(error) or "can't allocate memory" in str(error):
+            raise OutOfMemory(str(error)) from error
+        raise

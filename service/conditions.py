@@ -1,0 +1,251 @@
+"""The condition, computed once: two exact caches in front of the conditioner.
+
+`EmbeddingCache` maps a condition (classes, mixes of them) to its embedding; `ModulationCache` maps (timestep,
+condition) to the state the backbone is modulated by. Both call the backend at one fixed batch size, whatever they need:
+a value then does not depend on what it is computed with, so images are equal to the last bit with the caches on, off,
+cold or warm.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from service.backends import Backend
+from service.errors import InvalidRequest
+from service.jobs import ConditionTerm
+
+Floats = npt.NDArray[np.float32]
+Labels = tuple[int | None, ...]
+
+CHUNK: Final = 8  # rows of every conditioner call
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Condition:
+    """A condition ready for the conditioner; equal conditions have equal keys, in every process."""
+
+    key: bytes
+    embedding: Floats  # (E,)
+
+
+Want = tuple[int, Condition]  # a timestep and a condition
+
+
+class CacheCounters:
+    """What a cache did so far, in entries; `bytes` is what it holds now."""
+
+    def __init__(self) -> None:
+        self.hits = 0
+        self.misses = 0
+        self.bypasses = 0  # computed without asking the cache, because it is off or too small for the batch
+        self.prefetches = 0
+        self.evictions = 0
+        self.bytes = 0
+
+
+class EmbeddingCache(CacheCounters):
+    """Condition → embedding, the least recently used of `entries` leaving first."""
+
+    def __init__(self, backend: Backend, *, entries: int = 4096) -> None:
+        super().__init__()
+        self._backend = backend
+        self._null_labels = [len(factor.classes) for factor in backend.manifest.factors]
+        self._entries = entries
+        self._held: OrderedDict[Labels, Floats] = OrderedDict()
+
+    def get(
+        self, terms: Sequence[ConditionTerm], mix: Literal["linear", "spherical"] = "linear"
+    ) -> Condition:
+        """The condition of `terms`, whose weights count relative to their sum and whose order does not matter.
+
+        Raises:
+            InvalidRequest: the weights do not sum to something positive.
+        """
+        weights: dict[Labels, float] = {}
+        for term in terms:
+            weights[term.labels] = weights.get(term.labels, 0.0) + term.weight
+        total = sum(weights.values())
+        if not total > 0.0:
+            raise InvalidRequest("the weights of a condition must sum to more than 0")
+        parts = sorted(
+            ((labels, weight / total) for labels, weight in weights.items() if weight != 0.0),
+            key=lambda part: [-1 if label is None else label for label in part[0]],
+        )
+        embeddings = self._embeddings([labels for labels, _ in parts])
+        key = blake2b(repr((parts, mix if len(parts) > 1 else "")).encode(), digest_size=16).digest()
+        return Condition(key, _mixed(embeddings, [weight for _, weight in parts], mix))
+
+    def null(self) -> Condition:
+        """The unconditional one: every factor at its null class."""
+        return self.get([ConditionTerm(labels=(None,) * len(self._null_labels))])
+
+    def _embeddings(self, wanted: Sequence[Labels]) -> list[Floats]:
+        missing = [labels for labels in wanted if labels not in self._held]
+        self.hits += len(wanted) - len(missing)
+        self.misses += len(missing)
+        fresh: dict[Labels, Floats] = {}
+        for start in range(0, len(missing), CHUNK):
+            part = missing[start : start + CHUNK]
+            indices = np.tile(np.array(self._null_labels, np.int64), (CHUNK, 1))  # (CHUNK, F)
+            for row, labels in zip(indices, part, strict=False):
+                row[:] = [n if k is None else k for k, n in zip(labels, self._null_labels, strict=True)]
+            fresh.update(zip(part, self._backend.embed(indices), strict=False))
+        found = [fresh[labels] if labels in fresh else self._held[labels] for labels in wanted]
+        for labels, embedding in zip(wanted, found, strict=True):
+            self._held[labels] = embedding.copy() if labels in fresh else embedding
+            self._held.move_to_end(labels)
+        while len(self._held) > self._entries:
+            self._held.popitem(last=False)
+            self.evictions += 1
+        self.bytes = len(self._held) * found[0].nbytes
+        return found
+
+
+class ModulationCache(CacheCounters):
+    """(timestep, condition) → condition state, exact, in one preallocated block of at most `capacity` bytes.
+
+    Entries of `pinned` (the null class, wanted by every guided request) stay as long as they fit in half of it; the
+    least recently used of the others leave first. What a batch misses is computed in one go, and the rows left over in a
+    conditioner call are spent on what its samples want next. With a capacity too small for a batch, or 0, it computes
+    and keeps nothing.
+    """
+
+    def __init__(self, backend: Backend, *, capacity: int, pinned: bytes) -> None:
+        super().__init__()
+        self._backend = backend
+        self._pinned_key = pinned
+        shapes = [entry.shape for entry in backend.manifest.state]
+        self.entry_bytes = 4 * sum(int(np.prod(shape)) for shape in shapes)
+        count = capacity // self.entry_bytes
+        self._blocks: tuple[Floats, ...] = tuple(np.empty((count, *shape), np.float32) for shape in shapes)
+        self._free = list(range(count))[::-1]
+        self._count = count
+        self._recent: OrderedDict[tuple[int, bytes], int] = OrderedDict()  # → place in the blocks
+        self._pinned: dict[tuple[int, bytes], int] = {}
+
+    def gather(self, wanted: Sequence[Want], upcoming: Iterable[Want], out: tuple[Floats, ...]) -> None:
+        """Write the state of `wanted` to the first rows of `out` (one array per state tensor, in the manifest's order).
+
+        `upcoming` is what these samples want next, soonest first; it is read only as far as there are rows to spare.
+        """
+        keys = [(timestep, condition.key) for timestep, condition in wanted]
+        if len(set(keys)) + CHUNK > self._count - self._count // 2:
+            self._bypass(wanted, out)
+            return
+        missing = {key: want for key, want in zip(keys, wanted, strict=True) if not self._touch(key)}
+        self.hits += len(keys) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            self._load(missing, upcoming)
+        places = [self._place(key) for key in keys]
+        for block, rows in zip(self._blocks, out, strict=True):
+            rows[: len(keys)] = block[places]
+
+    def _bypass(self, wanted: Sequence[Want], out: tuple[Floats, ...]) -> None:
+        self.bypasses += len(wanted)
+        for start in range(0, len(wanted), CHUNK):
+            part = wanted[start : start + CHUNK]
+            for rows, values in zip(out, self._compute(part), strict=True):
+                rows[start : start + len(part)] = values[: len(part)]
+
+    def _load(self, missing: dict[tuple[int, bytes], Want], upcoming: Iterable[Want]) -> None:
+        ahead: dict[tuple[int, bytes], Want] = {}
+        spare = -len(missing) % CHUNK
+        for timestep, condition in upcoming if spare else ():
+            key = (timestep, condition.key)
+            if key not in missing and not self._holds(key):
+                ahead[key] = (timestep, condition)
+            if len(ahead) == spare:
+                break
+        self.prefetches += len(ahead)
+        todo = list((missing | ahead).items())
+        for start in range(0, len(todo), CHUNK):
+            part = todo[start : start + CHUNK]
+            places = [self._reserve(key) for key, _ in part]
+            for block, values in zip(self._blocks, self._compute([want for _, want in part]), strict=True):
+                block[places] = values[: len(part)]
+        self.bytes = (len(self._recent) + len(self._pinned)) * self.entry_bytes
+
+    def _compute(self, wanted: Sequence[Want]) -> tuple[Floats, ...]:
+        """The conditioner's answer for up to CHUNK wants, the rest of the rows repeating the first."""
+        padded = [*wanted, *[wanted[0]] * (CHUNK - len(wanted))]
+        timesteps = np.array([timestep for timestep, _ in padded], np.float32)
+        return self._backend.modulate(timesteps, np.stack([condition.embedding for _, condition in padded]))
+
+    def _holds(self, key: tuple[int, bytes]) -> bool:
+        return key in self._recent or key in self._pinned
+
+    def _touch(self, key: tuple[int, bytes]) -> bool:
+        if key in self._recent:
+            self._recent.move_to_end(key)
+            return True
+        return key in self._pinned
+
+    def _place(self, key: tuple[int, bytes]) -> int:
+        place = self._recent.get(key)
+        return self._pinned[key] if place is None else place
+
+    def _reserve(self, key: tuple[int, bytes]) -> int:
+        if self._free:
+            place = self._free.pop()
+        else:
+            _, place = self._recent.popitem(last=False)
+            self.evictions += 1
+        if key[1] == self._pinned_key and len(self._pinned) < self._count // 2:
+            self._pinned[key] = place
+        else:
+            self._recent[key] = place
+        return place
+
+
+class Conditions:
+    """Both caches of a worker.
+
+    Args:
+        modulation_bytes: the most memory of the modulation cache; 0 turns it off.
+        embedding_entries: the most embeddings kept.
+    """
+
+    def __init__(
+        self, backend: Backend, *, modulation_bytes: int = 256 << 20, embedding_entries: int = 4096
+    ) -> None:
+        self.embeddings = EmbeddingCache(backend, entries=embedding_entries)
+        self.null = self.embeddings.null()
+        self.modulations = ModulationCache(backend, capacity=modulation_bytes, pinned=self.null.key)
+
+    def get(
+        self, terms: Sequence[ConditionTerm], mix: Literal["linear", "spherical"] = "linear"
+    ) -> Condition:
+        return self.embeddings.get(terms, mix)
+
+
+def _mixed(
+    embeddings: Sequence[Floats], weights: Sequence[float], mix: Literal["linear", "spherical"]
+) -> Floats:
+    """Blend (E,) embeddings one after the other, each by its share of the weight so far."""
+    blend, total = embeddings[0], weights[0]
+    for embedding, weight in zip(embeddings[1:], weights[1:], strict=True):
+        total += weight
+        blend = (_slerp if mix == "spherical" else _lerp)(blend, embedding, weight / total)
+    return blend
+
+
+def _lerp(a: Floats, b: Floats, share: float) -> Floats:
+    return np.asarray((1.0 - share) * a + share * b, np.float32)
+
+
+def _slerp(a: Floats, b: Floats, share: float) -> Floats:
+    """Along the arc between two directions (Shoemake, SIGGRAPH 1985); lengths are interpolated with them."""
+    cosine = float(np.dot(a, b)) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-12)
+    angle = float(np.arccos(np.clip(cosine, -1.0, 1.0)))
+    if np.sin(angle) < 1e-4:  # parallel: the arc is a line
+        return _lerp(a, b, share)
+    parts = np.sin((1.0 - share) * angle) * a + np.sin(share * angle) * b
+    return np.asarray(parts / np.sin(angle), np.float32)

@@ -1,0 +1,113 @@
+"""How long a step takes, learned while serving.
+
+A machine's step time is close to a line in its rows, t = fixed + per_row · rows, with a knee that the line alone misplaces (padding,
+waves of GPU blocks). So each batch size that was run is remembered by itself, all of them share one speed that follows the machine
+(neighbours, clocks, heat), and the line through them (least squares, clamped) serves the sizes never run. A recursive least squares
+with forgetting over single steps was tried first: once the batch settles, it sees one size only and forgets the slope. Pure:
+observations come in as arguments.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+KNEE = 0.95  # share of the best rows per second that the smallest worthwhile batch must reach
+FOLLOW = 0.05  # share of a surprise that goes to the machine's speed
+LEARN = 0.05  # share of a surprise that goes to the one batch size
+DECODE_SMOOTHING = 0.1
+
+_WILD = 4.0  # one step slower or faster than predicted by more than this says no more than this
+_FREE = 1e-9
+
+
+class CostModel:
+    """Seconds of one forward pass by its rows, and seconds of one decode.
+
+    The first guesses stand until batches of two sizes have been observed.
+    """
+
+    def __init__(self, *, fixed_s: float = 0.005, per_row_s: float = 0.02, decode_s: float = 0.0) -> None:
+        if fixed_s < 0 or per_row_s <= 0 or decode_s < 0:
+            raise ValueError("a step cannot take negative time, and a row cannot be free")
+        self._guess = fixed_s, per_row_s
+        self._line = fixed_s, per_row_s  # at speed 1
+        self._speed = 1.0
+        self._sizes: list[int] = []  # observed, ascending
+        self._seconds: dict[int, float] = {}  # of each, at speed 1
+        self._decode_s = decode_s
+        self._decodes = 0
+
+    @property
+    def fixed_s(self) -> float:
+        return self._line[0] * self._speed
+
+    @property
+    def per_row_s(self) -> float:
+        return self._line[1] * self._speed
+
+    @property
+    def decode_s(self) -> float:
+        return self._decode_s
+
+    def predict(self, rows: int) -> float:
+        """Seconds of a forward pass of `rows` rows."""
+        return self._speed * self._at_speed_one(rows)
+
+    def knee(self, max_rows: int) -> int:
+        """The smallest batch within 5 % of the best rows per second that batches up to `max_rows` reach: B*."""
+        if max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, not {max_rows}")
+        pace = [rows / self._at_speed_one(rows) for rows in range(1, max_rows + 1)]
+        enough = KNEE * max(pace)
+        return next(rows for rows, speed in enumerate(pace, start=1) if speed >= enough)
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Learn from one forward pass."""
+        if rows < 1 or seconds <= 0:
+            return
+        if rows not in self._seconds:
+            insort(self._sizes, rows)
+            self._seconds[rows] = seconds / self._speed
+        else:
+            surprise = min(_WILD, max(1 / _WILD, seconds / self.predict(rows)))
+            self._speed *= surprise**FOLLOW
+            self._seconds[rows] *= surprise**LEARN
+        self._line = self._fit()
+
+    def observe_decode(self, seconds: float) -> None:
+        """Learn from the decoding and encoding of one image."""
+        self._decodes += 1
+        self._decode_s += max(DECODE_SMOOTHING, 1.0 / self._decodes) * (seconds - self._decode_s)
+
+    def _at_speed_one(self, rows: int) -> float:
+        """Remembered, or linear between the remembered sizes, or beside them as the line has it."""
+        known = self._seconds.get(rows)
+        if known is not None:
+            return known
+        fixed, per_row = self._line
+        if not self._sizes:
+            return fixed + per_row * rows
+        after = bisect_left(self._sizes, rows)
+        if 0 < after < len(self._sizes):
+            less, more = self._sizes[after - 1], self._sizes[after]
+            low, high = self._seconds[less], self._seconds[more]
+            return low + (high - low) * (rows - less) / (more - less)
+        nearest = self._sizes[0] if after == 0 else self._sizes[-1]
+        return self._seconds[nearest] * (fixed + per_row * rows) / (fixed + per_row * nearest)
+
+    def _fit(self) -> tuple[float, float]:
+        """The least-squares line through the remembered sizes, with neither a negative start nor a free row."""
+        n = len(self._sizes)
+        if n < 2:
+            fixed, per_row = self._guess
+            rows = self._sizes[0]
+            scale = self._seconds[rows] / (fixed + per_row * rows)
+            return fixed * scale, per_row * scale
+        mean_rows = sum(self._sizes) / n
+        mean_s = sum(self._seconds.values()) / n
+        spread = sum((rows - mean_rows) ** 2 for rows in self._sizes)
+        slope = (
+            sum((rows - mean_rows) * (seconds - mean_s) for rows, seconds in self._seconds.items()) / spread
+        )
+        slope = min(max(_FREE, slope), mean_s / mean_rows)
+        return mean_s - slope * mean_rows, slope

@@ -1,0 +1,207 @@
+"""Every way the service can refuse or fail, as one tree.
+
+An error knows its HTTP status, its stable code and, where it helps, when to come back. It crosses the queue as plain data
+(`to_wire` / `from_wire`) by its code, so the API raises the very error a worker met. Pure: imports nothing of the service and
+knows no rendering; `problems` turns these into RFC 9457 bodies, `openai` into that API's shape.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+
+class ServiceError(Exception):
+    """Root of the tree.
+
+    Attributes: `status` (HTTP), `code` (stable kebab-case name), `title` (short, the same for every instance), `detail`
+    (this instance, one sentence or more, safe to show), `retry_after` (seconds), `extra` (plain data shown with the error).
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "service-error"
+    title: ClassVar[str] = "Service error"
+
+    def __init__(
+        self,
+        detail: str = "",
+        *,
+        retry_after: float | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.detail = detail or f"{self.title}."
+        self.retry_after = retry_after
+        self.extra: dict[str, Any] = dict(extra or {})
+        super().__init__(self.detail)
+
+
+# The request itself is at fault.
+
+
+class MalformedRequest(ServiceError):
+    status, code, title = 400, "malformed-request", "Malformed request"
+
+
+class NotFound(ServiceError):
+    status, code, title = 404, "not-found", "Nothing here"
+
+
+class MethodNotAllowed(ServiceError):
+    status, code, title = 405, "method-not-allowed", "Method not allowed"
+
+
+class NotAcceptable(ServiceError):
+    status, code, title = 406, "not-acceptable", "No acceptable representation"
+
+
+class RequestTimeout(ServiceError):
+    status, code, title = 408, "request-timeout", "The request body took too long"
+
+
+class PayloadTooLarge(ServiceError):
+    status, code, title = 413, "payload-too-large", "Request body too large"
+
+
+class UnsupportedMediaType(ServiceError):
+    status, code, title = 415, "unsupported-media-type", "Unsupported media type"
+
+
+class InvalidRequest(ServiceError):
+    status, code, title = 422, "invalid-request", "Invalid request"
+
+
+class UnknownCondition(InvalidRequest):
+    """A class, factor or style the model does not have; `suggestions` are the closest names it does have."""
+
+    code, title = "unknown-condition", "Unknown condition"
+
+    def __init__(
+        self,
+        detail: str = "",
+        *,
+        suggestions: Sequence[str] = (),
+        retry_after: float | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        merged = dict(extra or {})
+        if suggestions:
+            merged["suggestions"] = list(suggestions)
+        super().__init__(detail, retry_after=retry_after, extra=merged)
+
+    @property
+    def suggestions(self) -> tuple[str, ...]:
+        return tuple(self.extra.get("suggestions", ()))
+
+
+class ModelNotFound(ServiceError):
+    status, code, title = 404, "model-not-found", "Model not found"
+
+
+class JobNotFound(ServiceError):
+    status, code, title = 404, "job-not-found", "Job not found"
+
+
+class ImageNotFound(ServiceError):
+    status, code, title = 404, "image-not-found", "Image not found"
+
+
+class JobUnfinished(ServiceError):
+    status, code, title = 409, "job-unfinished", "Job not finished"
+
+
+class JobExpired(ServiceError):
+    status, code, title = 410, "job-expired", "Job expired"
+
+
+class IdempotencyConflict(ServiceError):
+    status, code, title = 409, "idempotency-conflict", "A request with this key is in flight"
+
+
+class IdempotencyMismatch(ServiceError):
+    status, code, title = 422, "idempotency-mismatch", "This key was used with another request"
+
+
+class Unauthorized(ServiceError):
+    status, code, title = 401, "unauthorized", "Missing or wrong API key"
+
+
+class Forbidden(ServiceError):
+    status, code, title = 403, "forbidden", "Not allowed with this API key"
+
+
+class QuotaExceeded(ServiceError):
+    status, code, title = 429, "quota-exceeded", "Your quota is used up"
+
+
+# The service cannot take the request now.
+
+
+class QueueFull(ServiceError):
+    status, code, title = 503, "queue-full", "The queue is full"
+
+
+class Overloaded(ServiceError):
+    """The deadline cannot be met, not even on the lowest rung the request allows."""
+
+    status, code, title = 503, "overloaded", "The deadline cannot be met"
+
+
+class QueueUnavailable(ServiceError):
+    status, code, title = 503, "queue-unavailable", "The queue is unavailable"
+
+
+class Draining(ServiceError):
+    status, code, title = 503, "draining", "The service is shutting down"
+
+
+# The job was accepted and did not end with images.
+
+
+class DeadlineExceeded(ServiceError):
+    status, code, title = 504, "deadline-exceeded", "The deadline has passed"
+
+
+class Cancelled(ServiceError):
+    status, code, title = 499, "cancelled", "Cancelled"
+
+
+class NumericalError(ServiceError):
+    status, code, title = 500, "numerical-error", "The model produced invalid numbers"
+
+
+class WorkerLost(ServiceError):
+    status, code, title = 500, "worker-lost", "The job kept losing its worker"
+
+
+class InternalError(ServiceError):
+    status, code, title = 500, "internal-error", "Internal error"
+
+
+def _tree(root: type[ServiceError]) -> Iterator[type[ServiceError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from _tree(child)
+
+
+ERRORS: Mapping[str, type[ServiceError]] = {error.code: error for error in _tree(ServiceError)}
+
+
+def to_wire(error: BaseException) -> dict[str, Any]:
+    """Plain data for the queue: `code`, `detail`, `retry_after`, `extra`. Anything unforeseen is an `InternalError` without detail,
+    because the text of a foreign exception may hold paths or data that are not the caller's."""
+    if not isinstance(error, ServiceError):
+        error = InternalError(extra={"exception": type(error).__name__})
+    return {
+        "code": error.code,
+        "detail": error.detail,
+        "retry_after": error.retry_after,
+        "extra": error.extra,
+    }
+
+
+def from_wire(data: Mapping[str, Any]) -> ServiceError:
+    """The error `to_wire` wrote. A code this version does not know (a newer worker's) becomes an `InternalError` that names it."""
+    code = str(data.get("code", "missing"))
+    extra = dict(data.get("extra") or {})
+    kind = ERRORS.get(code)
+    if kind is None:
+        kind, extra = InternalError, {**extra, "unknown_code": code}
+    return kind(str(data.get("detail") or ""), retry_after=data.get("retry_after"), extra=extra)

@@ -1,0 +1,58 @@
+"""From model output to image files that say how they were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from io import BytesIO
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, PngImagePlugin
+
+CONTENT_TYPES: Final = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+
+_OPTIONS: Final[dict[str, dict[str, Any]]] = {
+    "png": {"compress_level": 6},
+    "webp": {"quality": 90, "method": 4},
+    "jpeg": {"quality": 92, "subsampling": 0},
+}
+_ASCII: Final = b"ASCII\0\0\0"  # the character code that begins an EXIF UserComment (Exif 2.32, §4.6.5)
+
+
+def to_pixels(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Model range to pixels: (B, 1 or 3, H, W) in [-1, 1] to RGB (B, H, W, 3); what lies outside is clamped."""
+    scaled = np.clip(np.rint(127.5 * images + 127.5), 0.0, 255.0).astype(np.uint8)
+    pixels = np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
+    return pixels if pixels.shape[-1] == 3 else np.repeat(pixels, 3, axis=-1)
+
+
+def encode(pixels: npt.NDArray[np.uint8], format: str, *, metadata: Mapping[str, str]) -> bytes:
+    """Pixels (H, W, 3) as a "png", "webp" or "jpeg" file that carries `metadata`.
+
+    In PNG each entry is a text chunk of its name; in the others all are one JSON object in the EXIF UserComment.
+
+    Raises:
+        ValueError: another format.
+    """
+    if format not in CONTENT_TYPES:
+        raise ValueError(f"unknown image format {format!r}: choose among {', '.join(CONTENT_TYPES)}")
+    out = BytesIO()
+    Image.fromarray(pixels).save(out, format=format, **_OPTIONS[format], **_carried(format, metadata))
+    return out.getvalue()
+
+
+def _carried(format: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if not metadata:
+        return {}
+    if format == "png":
+        chunks = PngImagePlugin.PngInfo()
+        for name, value in metadata.items():
+            chunks.add_itxt(name, value)
+        return {"pnginfo": chunks}
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + json.dumps(dict(metadata)).encode(
+        "ascii"
+    )
+    return {"exif": exif}

@@ -1,0 +1,119 @@
+"""Every key and channel the service uses in Redis, by name.
+
+All keys of a namespace carry one hash tag, so a script may touch any of them in a cluster. A key either has a
+TTL, or is listed in `permanent` with what bounds it, or belongs to a job that has not ended yet. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    namespace: str
+
+    @property
+    def prefix(self) -> str:
+        return f"{{{self.namespace}}}:"
+
+    @property
+    def queue(self) -> str:
+        """Sorted set: waiting job → virtual finish time. Bounded by the queue limit."""
+        return self.prefix + "queue"
+
+    @property
+    def ages(self) -> str:
+        """Sorted set: waiting job → when it was queued, ms. The members of `queue`."""
+        return self.prefix + "ages"
+
+    @property
+    def leases(self) -> str:
+        """Sorted set: running job → when its lease ends, ms. Bounded by what the workers have room for."""
+        return self.prefix + "leases"
+
+    @property
+    def flows(self) -> str:
+        """Sorted set: caller and priority → last virtual finish time. Dropped as the clock passes and when
+        the queue is empty.
+        """
+        return self.prefix + "flows"
+
+    @property
+    def totals(self) -> str:
+        """Hash: `rows` waiting, virtual `clock`, `bytes` of stored results. Three fields."""
+        return self.prefix + "totals"
+
+    @property
+    def dead(self) -> str:
+        """Sorted set: dead-lettered job → when it died, ms. Trimmed by age and count."""
+        return self.prefix + "dead"
+
+    @property
+    def results(self) -> str:
+        """Sorted set: job with a stored result → when the result expires, ms. Trimmed by age and by the byte
+        budget.
+        """
+        return self.prefix + "results"
+
+    @property
+    def sizes(self) -> str:
+        """Hash: job with a stored result → bytes. The members of `results`."""
+        return self.prefix + "sizes"
+
+    @property
+    def workers(self) -> str:
+        """Sorted set: worker → when its last report goes stale, ms. Trimmed at every report and every look."""
+        return self.prefix + "workers"
+
+    @property
+    def reports(self) -> str:
+        """Hash: worker → its last report. The members of `workers`."""
+        return self.prefix + "reports"
+
+    @property
+    def permanent(self) -> tuple[str, ...]:
+        """The keys without a TTL, in the order the scripts take them."""
+        return (
+            self.queue,
+            self.ages,
+            self.leases,
+            self.flows,
+            self.totals,
+            self.dead,
+            self.results,
+            self.sizes,
+            self.workers,
+            self.reports,
+        )
+
+    def job(self, job_id: str) -> str:
+        """Hash: the job, its state and its fencing token. No TTL until it ends."""
+        return f"{self.prefix}job:{job_id}"
+
+    def events(self, job_id: str) -> str:
+        """Stream: the job's progress. Bounded length; TTL from the last entry."""
+        return f"{self.prefix}events:{job_id}"
+
+    def result(self, job_id: str) -> str:
+        """String: the job's result. TTL."""
+        return f"{self.prefix}result:{job_id}"
+
+    def claim(self, owner: str) -> str:
+        """Hash: what the owner's last claim gave it, should the answer have been lost. TTL of one lease."""
+        return f"{self.prefix}claim:{owner}"
+
+    @property
+    def work_channel(self) -> str:
+        """A job became available."""
+        return self.prefix + "work"
+
+    @property
+    def cancelled_channel(self) -> str:
+        """A running job was cancelled; the message is its id."""
+        return self.prefix + "cancelled"
+
+    @property
+    def ended_channel(self) -> str:
+        """A job reached a terminal state; the message is its id."""
+        return self.prefix + "ended"

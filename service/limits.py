@@ -1,0 +1,35 @@
+"""What bounds a queue and a worker. Pure."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a queue; times in seconds."""
+
+    queue_limit: int = 1000  # jobs waiting
+    queue_rows: int = 10_000_000  # predicted row-steps waiting
+    result_ttl_s: float = 3600.0
+    record_ttl_s: float = 7200.0  # longer than results, so that expired is not unknown
+    result_bytes: int = 256 * 2**20  # of all results stored
+    lease_s: float = 15.0
+    max_attempts: int = 3
+    max_run_s: float = 1800.0  # a lease is renewed no longer
+    report_ttl_s: float = 15.0
+    events_kept: int = 512  # per job
+    dead_kept: int = 1000
+    dead_ttl_s: float = 7 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPolicy:
+    """Times in seconds."""
+
+    max_rows: int = 64
+    lookahead_rows: int = 64  # claimed beyond what can run, by all workers of the queue together
+    drain_s: float = 30.0
+    report_s: float = 0.5
+    step_event_s: float = 0.25
+    idle_s: float = 5.0  # longest wait for work without asking
+    retry_s: float = 0.2
+    previews_pending: int = 4  # previews are dropped while so much waits to be decoded

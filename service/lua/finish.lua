@@ -1,0 +1,34 @@
+-- Store a held job's result, then end the job. The oldest results make room when the budget is exceeded; their jobs stay done.
+-- Returns 1 if this attempt's result is the one stored (also when repeated), 0 if the lease was lost.
+local id, owner, attempt, result, summary, steps = unpack(ARGS, 1, 6)
+local ttl, budget = tonumber(ARGS[7]), tonumber(ARGS[8])
+if not holds(id, owner, attempt) then
+  local job = redis.call('HMGET', job_key(id), 'state', 'owner', 'attempt')
+  return (job[1] == 'done' and job[2] == owner and job[3] == attempt) and 1 or 0
+end
+
+-- First of all a write that memory pressure cannot refuse, so that accepted work still ends when memory is full.
+redis.call('ZREM', LEASES, id)
+
+local function forget(old)
+  redis.call('ZREM', RESULTS, old)
+  redis.call('HINCRBY', TOTALS, 'bytes', -(tonumber(redis.call('HGET', SIZES, old)) or 0))
+  redis.call('HDEL', SIZES, old)
+  redis.call('DEL', PREFIX .. 'result:' .. old)
+end
+for _, old in ipairs(redis.call('ZRANGEBYSCORE', RESULTS, '-inf', NOW, 'LIMIT', 0, 64)) do forget(old) end
+local stored = (tonumber(redis.call('HGET', TOTALS, 'bytes')) or 0) + #result
+while stored > budget do
+  local oldest = redis.call('ZRANGE', RESULTS, 0, 0)[1]
+  if not oldest then break end
+  forget(oldest)
+  stored = (tonumber(redis.call('HGET', TOTALS, 'bytes')) or 0) + #result
+end
+
+redis.call('SET', PREFIX .. 'result:' .. id, result, 'PX', ttl)
+redis.call('ZADD', RESULTS, NOW + ttl, id)
+redis.call('HSET', SIZES, id, #result)
+redis.call('HINCRBY', TOTALS, 'bytes', #result)
+redis.call('HSET', job_key(id), 'step', steps, 'steps', steps)
+conclude(id, 'done', 'done', summary)
+return 1

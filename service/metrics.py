@@ -1,0 +1,140 @@
+"""What is measured, under which name: the only file that knows prometheus_client.
+
+The instruments are the constants below; whoever does the work observes into them. Several processes of one host share them
+through memory-mapped files in the folder that `PROMETHEUS_MULTIPROC_DIR` names when they start (the all-in-one sets it), so the
+API's `/metrics` there shows the workers' figures too. A worker on its own host serves its own (`serve`). What Redis knows of the
+queue is not an instrument but read at scrape time from a load snapshot. No label names a user, and no name holds a colon.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    multiprocess,
+    start_http_server,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from service.capacity import drained
+from service.jobs import LoadSnapshot
+from service.load import saturation
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
+_STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+_RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
+
+# The API's.
+REQUESTS = Counter("dit_requests", "Requests by route and outcome", ["route", "outcome"])
+REQUEST_SECONDS = Histogram("dit_request_seconds", "Time to answer a request", ["route"], buckets=_WAITS)
+REQUESTS_IN_PROGRESS = Gauge(
+    "dit_requests_in_progress", "Requests being answered", multiprocess_mode="livesum"
+)
+REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
+ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
+
+# A worker's.
+JOBS = Counter("dit_jobs", "Jobs a worker ended, by outcome", ["outcome"])
+IMAGES = Counter("dit_images", "Images made", ["format"])
+QUEUE_WAIT_SECONDS = Histogram("dit_queue_wait_seconds", "Time from submission to first step", buckets=_WAITS)
+STEP_SECONDS = Histogram(
+    "dit_step_seconds", "Time of one forward pass and its update", ["backend"], buckets=_STEPS
+)
+BATCH_ROWS = Histogram(
+    "dit_batch_rows", "Rows of a forward pass, by why it grew no further", ["stop_reason"], buckets=_ROWS
+)
+PREDICTION_RATIO = Histogram("dit_step_prediction_ratio", "Actual over predicted step time", buckets=_RATIOS)
+DECODE_SECONDS = Histogram("dit_decode_seconds", "Time to decode latents into pixels", buckets=_STEPS)
+ENCODE_SECONDS = Histogram("dit_encode_seconds", "Time to encode an image file", ["format"], buckets=_STEPS)
+STEPS_REQUESTED = Counter("dit_steps_requested", "Steps that finished samples asked for")
+STEPS_EXECUTED = Counter("dit_steps_executed", "Steps that finished samples ran")
+DEGRADED = Counter("dit_degraded", "Samples finished on a lower rung than asked for", ["rung"])
+CACHE_HITS = Counter("dit_cache_hits", "Condition states found in the cache", ["cache"])
+CACHE_MISSES = Counter("dit_cache_misses", "Condition states computed", ["cache"])
+CACHE_BYPASS = Counter("dit_cache_bypass", "Condition states computed without asking the cache", ["cache"])
+LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went back to the queue")
+JOBS_DEAD = Counter("dit_jobs_dead", "Jobs put aside after too many attempts")
+
+# Every process's.
+RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
+BUILD_INFO = Gauge(
+    "dit_build_info",
+    "1, with what is running",
+    ["version", "model", "model_version"],
+    multiprocess_mode="max",
+)
+
+
+class LoadCollector(Collector):
+    """The queue and the workers as a load snapshot shows them; None means that Redis did not answer."""
+
+    def __init__(self, load: LoadSnapshot | None) -> None:
+        self._load = load
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        load = self._load
+        yield GaugeMetricFamily("dit_redis_up", "1 when Redis answers", value=float(load is not None))
+        if load is None:
+            return
+        workers = load.workers
+        figures = {
+            "dit_queue_depth": ("Jobs waiting", load.queued_jobs),
+            "dit_queue_rows": ("Row-steps waiting", load.queued_rows),
+            "dit_queue_oldest_age_seconds": ("Age of the oldest waiting job", load.oldest_age_s),
+            "dit_workers": ("Workers alive", len(workers)),
+            "dit_running_samples": (
+                "Samples being denoised",
+                sum(worker.running_samples for worker in workers),
+            ),
+            "dit_backlog_rows": (
+                "Row-steps claimed and not yet run",
+                sum(worker.backlog_rows for worker in workers),
+            ),
+            "dit_backlog_seconds": ("Predicted time to run all that is claimed and waiting", drained(load)),
+            "dit_saturation_ratio": (
+                "Demand over capacity: samples running and jobs waiting, by rows",
+                saturation(load),
+            ),
+        }
+        for name, (help_text, value) in figures.items():
+            yield GaugeMetricFamily(name, help_text, value=float(value))
+
+
+def exposition(load: LoadSnapshot | None, *, shared: Path | None) -> bytes:
+    """The text format: all processes sharing `shared` (this one alone when None), and the load."""
+    registry = CollectorRegistry()
+    registry.register(LoadCollector(load))
+    if shared is None:
+        return generate_latest(REGISTRY) + generate_latest(registry)
+    multiprocess.MultiProcessCollector(registry, path=str(shared))  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def forget(pid: int, *, shared: Path) -> None:
+    """Drop the live gauges of a process that ended; its counters and histograms stay counted."""
+    multiprocess.mark_process_dead(pid, path=str(shared))  # type: ignore[no-untyped-call]
+
+
+def observe_memory(role: str) -> None:
+    """Record this process's resident memory under `role` ("api" or "worker"), where the platform tells it."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        RESIDENT_BYTES.labels(role).set(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def serve(port: int, *, address: str = "0.0.0.0") -> None:
+    """Serve this process's own metrics from a thread, for a worker that stands alone."""
+    start_http_server(port, addr=address)

@@ -1,0 +1,128 @@
+"""Operating points of a model and the order in which quality is spent.
+
+A rung is one way to make an image (solver, steps, grid, guidance interval) with its measured quality; a ladder is a model's
+rungs, best first. This module also holds the arithmetic of moving a sample between rungs: how many steps remain and how many
+rows they cost. Pure: tables and arithmetic, no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import log
+
+from model.bundle import Manifest
+from model.diffusion import grid as timestep_grid
+from model.diffusion import guidance_weight
+
+Interval = tuple[float, float]
+
+_CACHED = 4096  # requests choose steps and intervals freely, so what is remembered of them is bounded
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One operating point. `quality` is its measured distance to the reference sampler: 0 is as good, lower is better."""
+
+    name: str
+    solver: str
+    steps: int
+    grid: str
+    guidance_interval: Interval
+    quality: float
+
+
+class Ladder:
+    """A model's rungs, best first. An empty ladder is legal: nothing is ever degraded on it."""
+
+    def __init__(self, rungs: Iterable[Rung], *, timesteps: int = 1000) -> None:
+        self.timesteps = timesteps
+        ordered = sorted(rungs, key=lambda rung: (rung.quality, -self._guided_rows(rung)))
+        self.rungs: tuple[Rung, ...] = tuple(ordered)
+        self.below = lru_cache(_CACHED)(self._below)
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest) -> Ladder:
+        rungs = (
+            Rung(spec.name, spec.solver, spec.steps, spec.grid, spec.guidance_interval, spec.quality)
+            for spec in manifest.ladder
+        )
+        return cls(rungs, timesteps=manifest.diffusion.timesteps)
+
+    def requested(self, solver: str, steps: int, grid: str, interval: Interval, guided: bool) -> Rung:
+        """The rung a request names: one of the ladder's if it is there, else a new one of interpolated quality.
+
+        An unguided request has no guidance interval, so any interval matches.
+        """
+        for rung in self.rungs:
+            same = (rung.solver, rung.steps, rung.grid) == (solver, steps, grid)
+            if same and (not guided or rung.guidance_interval == interval):
+                return rung
+        return Rung(f"{solver}-{steps}", solver, steps, grid, interval, self._quality(solver, steps))
+
+    def row_steps(self, rung: Rung, guidance_scale: float) -> int:
+        """Rows of one whole image: two for every step at which guidance acts, one for every other."""
+        return _row_steps(rung.grid, rung.steps, self.timesteps, rung.guidance_interval, guidance_scale)
+
+    def rows_left(self, rung: Rung, steps: int, timestep: int, guided: bool) -> int:
+        """Rows of the last `steps` steps of a sample at noise level `timestep`; exact but for one row of an open interval."""
+        if not guided:
+            return steps
+        low, high = rung.guidance_interval
+        level = timestep / max(1, self.timesteps - 1)
+        if low <= 0.0 and high >= level:
+            return 2 * steps
+        share = max(0.0, min(high, level) - low) / level if level > 0.0 else 0.0
+        return steps + min(steps, int(share * steps) + 1)
+
+    def _below(self, rung: Rung, min_steps: int) -> tuple[Rung, ...]:
+        """The cheaper rungs of at least `min_steps` steps, dearest first, each worse than the one before it.
+
+        Their guidance interval is narrowed to `rung`'s: guidance never acts where the request excluded it.
+        """
+        low, high = rung.guidance_interval
+        found: list[Rung] = []
+        for other in sorted(self.rungs, key=lambda each: (-self._guided_rows(each), each.quality)):
+            start, stop = max(low, other.guidance_interval[0]), min(high, other.guidance_interval[1])
+            narrowed = replace(other, guidance_interval=(start, stop) if start <= stop else (low, high))
+            if other.steps < min_steps or self._guided_rows(narrowed) >= self._guided_rows(rung):
+                continue
+            while found and found[-1].quality >= narrowed.quality:
+                found.pop()
+            found.append(narrowed)
+        return tuple(found)
+
+    def _guided_rows(self, rung: Rung) -> int:
+        return self.row_steps(rung, 2.0)
+
+    def _quality(self, solver: str, steps: int) -> float:
+        """Quality of an unmeasured count of steps, linear in log(steps) between the measured ones and constant outside."""
+        measured = [rung for rung in self.rungs if rung.solver == solver] or list(self.rungs)
+        points = sorted({rung.steps: rung.quality for rung in reversed(measured)}.items())
+        if not points:
+            return 0.0
+        if steps <= points[0][0]:
+            return points[0][1]
+        for (fewer, worse), (more, better) in itertools.pairwise(points):
+            if steps <= more:
+                share = log(steps / fewer) / log(more / fewer)
+                return worse + share * (better - worse)
+        return points[-1][1]
+
+
+def steps_left(remaining: int, current: Rung, target: Rung) -> int:
+    """Steps to walk when a sample with `remaining` steps of `current` moves to `target`: the same share of the grid, rounded up.
+
+    Rounding up keeps the steps a sample takes in all at or above the fewest of the rungs it was on, whatever the moves.
+    """
+    return -(-remaining * target.steps // current.steps)
+
+
+@lru_cache(_CACHED)
+def _row_steps(kind: str, steps: int, timesteps: int, interval: Interval, guidance_scale: float) -> int:
+    walked = timestep_grid(kind, steps, timesteps)
+    return sum(
+        2 if guidance_weight(guidance_scale, t, timesteps, interval=interval) != 1.0 else 1 for t in walked
+    )

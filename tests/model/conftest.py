@@ -1,0 +1,50 @@
+"""Networks small enough for a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import DiTConfig
+from model.dit import DiT
+
+_TINY = DiTConfig(
+    image_size=(8, 8),
+    patch_size=2,
+    in_channels=3,
+    hidden_size=32,
+    depth=3,
+    num_heads=2,
+    classes=(5, 3),
+    learn_sigma=False,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., DiTConfig]:
+    """A three-block configuration with two factors, and whatever else is asked for."""
+
+    def make(**changes: Any) -> DiTConfig:
+        return replace(_TINY, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def network() -> Callable[..., DiT]:
+    """A DiT with every parameter random: nothing is zero, so nothing is hidden."""
+
+    def make(config: DiTConfig = _TINY, seed: int = 0) -> DiT:
+        generator = torch.Generator().manual_seed(seed)
+        dit = DiT(config).eval()
+        for parameter in dit.parameters():
+            scale = 0.3 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        return dit
+
+    return make

@@ -1,0 +1,220 @@
+"""What the engine's tests use: a backend of plain numpy whose every row is exact whatever its company, and engines around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from model.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
+from model.config import DiTConfig
+from model.diffusion import make_schedule
+from service.backends import OutOfMemory
+from service.conditions import Conditions
+from service.costs import CostModel
+from service.engine import Engine
+from service.jobs import ConditionTerm
+from service.planner import Change, PlannedSample, Planner
+from service.rungs import Ladder, Rung
+from service.samples import SampleRequest
+from service.scheduler import Scheduler
+
+Floats = npt.NDArray[np.float32]
+
+CLASSES = ("red", "green", "blue", "poison")  # a row of the last one comes out as NaN
+POISON = 3
+EMBEDDING = 6
+
+
+class FakeBackend:
+    """A made-up network of element-wise arithmetic. `batches` records the size of every pass."""
+
+    name = "fake"
+
+    def __init__(
+        self,
+        *,
+        buckets: tuple[int, ...] | None = None,
+        memory_rows: int = 10**9,
+        config: DiTConfig | None = None,
+        **diffusion: Any,
+    ) -> None:
+        self.buckets = buckets
+        self.memory_rows = memory_rows
+        self.batches: list[int] = []
+        self.conditioned: list[int] = []
+        config = config or DiTConfig(
+            image_size=(4, 6),
+            patch_size=2,
+            in_channels=3,
+            hidden_size=16,
+            depth=1,
+            num_heads=2,
+            classes=(len(CLASSES),),
+            learn_sigma=False,
+        )
+        self.manifest = Manifest(
+            name="fake",
+            version="1",
+            description="element-wise arithmetic",
+            config=config,
+            diffusion=DiffusionSpec(
+                **{"schedule": "cosine", "prediction": "x0", "clip_x0": False, **diffusion}
+            ),
+            factors=(Factor(name="colour", classes=CLASSES),),
+            embedding_size=EMBEDDING,
+            state=(StateTensor(name="scale", shape=(3,)), StateTensor(name="shift", shape=(2, 3))),
+            defaults=Defaults(
+                steps=10, solver="ddim", grid="leading", guidance_scale=2.0, guidance_interval=(0.0, 1.0)
+            ),
+            licence="Apache-2.0",
+        )
+        self._table = np.random.default_rng(1).standard_normal((len(CLASSES) + 1, EMBEDDING), np.float32)
+
+    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
+        embeddings = self._table[labels[:, 0]]
+        embeddings[labels[:, 0] == POISON] = np.nan
+        return embeddings
+
+    def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
+        self.conditioned.append(len(timesteps))
+        level = (timesteps / np.float32(1000.0))[:, None]
+        scale = embeddings[:, :3] * level + np.float32(0.2)
+        shift = np.stack([embeddings[:, 3:] * np.float32(0.3), embeddings[:, 3:] * level], axis=1)
+        return scale, shift
+
+    def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+        assert self.buckets is None or len(x) in self.buckets
+        if len(x) > self.memory_rows:
+            raise OutOfMemory(f"{len(x)} rows")
+        self.batches.append(len(x))
+        scale, shift = state
+        bent = x / (np.float32(1.0) + x * x)
+        output = bent * scale[:, :, None, None] + shift[:, 0, :, None, None] + x * shift[:, 1, :, None, None]
+        if self.manifest.config.learn_sigma:
+            output = np.concatenate([output, np.full_like(output, 1e9)], axis=1)
+        return np.asarray(output, np.float32)
+
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        return np.zeros((len(latents), 4, 6, 3), np.uint8)
+
+    def close(self) -> None:
+        pass
+
+
+class ScriptedPlanner(Planner):
+    """Asks for the moves it is given, each once its sample stands at or below a timestep."""
+
+    def __init__(self, moves: Sequence[tuple[str, int, Rung, str]] = ()) -> None:
+        super().__init__(Ladder(()))
+        self.moves = list(moves)
+        self.seen: list[Sequence[PlannedSample]] = []
+
+    def plan(
+        self,
+        samples: Sequence[PlannedSample],
+        now: float,
+        costs: CostModel,
+        *,
+        max_rows: int,
+        queued_rows: int = 0,
+    ) -> list[Change]:
+        self.seen.append(samples)
+        at = {sample.id: sample.timestep for sample in samples}
+        due = [move for move in self.moves if move[0] in at and at[move[0]] <= move[1]]
+        self.moves = [move for move in self.moves if move not in due]
+        return [Change(name, rung, reason) for name, _, rung, reason in due]
+
+
+class Clock:
+    """Seconds, one millisecond more at every look."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+@pytest.fixture(scope="session")
+def make_backend() -> Callable[..., FakeBackend]:
+    return FakeBackend
+
+
+@pytest.fixture(scope="session")
+def make_planner() -> Callable[..., ScriptedPlanner]:
+    return ScriptedPlanner
+
+
+@pytest.fixture(scope="session")
+def make_rung() -> Callable[..., Rung]:
+    def make(
+        solver: str = "ddim",
+        steps: int = 8,
+        grid: str = "trailing",
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Rung:
+        return Rung(f"{solver}-{steps}", solver, steps, grid, interval, 0.0)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_request(make_rung: Callable[..., Rung]) -> Callable[..., SampleRequest]:
+    """A request for one image of `colour` (a class index or None); `rung` stands for both rungs."""
+
+    def make(
+        name: str = "a/0", *, colour: int | None = 0, rung: Rung | None = None, **fields: Any
+    ) -> SampleRequest:
+        rung = rung or make_rung()
+        defaults = {
+            "condition": (ConditionTerm((colour,)),),
+            "mix": "linear",
+            "seed": 7,
+            "rung": rung,
+            "requested": rung,
+            "guidance_scale": 2.0,
+            "previews": 0,
+            "deadline_at": None,
+            "allow_degraded": True,
+            "min_steps": 1,
+        }
+        return SampleRequest(id=name, **{**defaults, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_engine() -> Callable[..., Engine]:
+    """An engine around `backend`; the cost model is such that batches fill up to `max_rows`."""
+
+    def make(
+        backend: Any = None,
+        *,
+        max_rows: int = 8,
+        strict: bool = False,
+        planner: Planner | None = None,
+        modulation_bytes: int = 1 << 20,
+        slots: int = 16,
+        clock: Callable[[], float] | None = None,
+    ) -> Engine:
+        backend = backend or FakeBackend()
+        spec = backend.manifest.diffusion
+        ladder = Ladder(())
+        return Engine(
+            backend=backend,
+            conditions=Conditions(backend, modulation_bytes=modulation_bytes),
+            scheduler=Scheduler(max_rows=max_rows, buckets=backend.buckets, strict=strict),
+            planner=planner or Planner(ladder),
+            ladder=ladder,
+            costs=CostModel(fixed_s=10.0, per_row_s=0.001),
+            schedule=make_schedule(spec.schedule, spec.timesteps, prediction=spec.prediction),
+            clock=clock or Clock(),
+            slots=slots,
+        )
+
+    return make

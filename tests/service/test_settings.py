@@ -1,0 +1,113 @@
+"""Settings: one definition behind variables and flags; every mistake is one sentence."""
+
+import json
+import os
+
+import pytest
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+
+from service.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("DIT_") or name in ("REDIS_URL", "PROMETHEUS_MULTIPROC_DIR"):
+            monkeypatch.delenv(name)
+
+
+def test_flags_win_over_variables_win_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.parse().port == 8000
+    monkeypatch.setenv("DIT_PORT", "9000")
+    assert Settings.parse().port == 9000
+    assert Settings.parse(["--port", "9001"]).port == 9001
+    assert Settings.parse(["--port=9002", "--no-metrics"]).metrics is False
+
+
+def test_redis_url_has_its_conventional_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://:hunter2@localhost:6379")
+    url = Settings.parse().redis_url
+    assert url is not None
+    assert url.get_secret_value() == "redis://:hunter2@localhost:6379"
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--prot", "1"], "unknown flag --prot; did you mean --port?"),
+        (["--qqqqqqq"], "unknown flag --qqqqqqq; --help lists them."),
+        (["--port", "many"], "--port: input should be a valid integer"),
+        (["--port", "70000"], "--port: input should be less than or equal to 65535"),
+        (["--log-format", "xml"], "--log-format: input should be 'auto', 'json' or 'text'"),
+        (["stray"], "stray"),
+        (["--port"], "expected one argument"),
+        (["--lease-s", "nan"], "--lease-s: input should be"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(argv: list[str], sentence: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.parse(argv)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("DIT_QUEUE_LIMITS", "5", "did you mean DIT_QUEUE_LIMIT?"),
+        ("dit_prot", "5", "did you mean DIT_PORT?"),
+        ("DIT_LEASE_S", "soon", "--lease-s: input should be a valid number"),
+    ],
+)
+def test_a_wrong_variable_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        Settings.parse()
+    assert sentence in str(caught.value)
+
+
+def test_a_mistake_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        Settings.load(["--prot", "1"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: unknown flag --prot; did you mean --port?\n"
+
+
+def test_print_config_masks_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        Settings.load(["--redis-url", "redis://:hunter2@localhost", "--print-config", "--port", "1234"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "hunter2" not in printed
+    assert json.loads(printed)["port"] == 1234
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        Settings.load(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in printed
+        assert field.description
+
+
+def test_a_wrong_secret_is_not_echoed() -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.parse(["--redis-url", "redis://:hunter2@localhost", "--port", "hunter3"])
+    assert "hunter" not in str(caught.value)
+
+
+def test_a_child_process_loads_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.parse(["--redis-url", "redis://:pw@h", "--port", "7", "--no-metrics", "--hang-s", "3"])
+    for name, value in settings.child_environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings.parse() == settings
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Settings.parse().port = 1  # type: ignore[misc]

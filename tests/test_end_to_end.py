@@ -1,0 +1,286 @@
+"""The main job as a user runs it: `python -m service` with the bundle that ships, over real sockets, killed for real."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+APPLE = {"condition": {"label": "red-apple", "style": "noto"}, "seed": 7, "steps": 10}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], Any], what: str, *, timeout_s: float = 30.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if found := condition():
+                return found
+        time.sleep(0.02)
+    raise AssertionError(f"waited {timeout_s:.0f} s for {what}")
+
+
+def children_of(pid: int) -> dict[int, str]:
+    """Process id → command line of every descendant."""
+    found: dict[int, str] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if parent == pid:
+                found |= {int(entry.name): command, **children_of(int(entry.name))}
+    return found
+
+
+class Service:
+    """A running `python -m service` and a client of it."""
+
+    def __init__(self, log: Path, *flags: str) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("DIT_") and k != "REDIS_URL"}
+        command = [sys.executable, "-m", "service", "--port", str(port), "--threads", "1", *flags]
+        self.log = log
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT
+        )
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        try:
+            wait_until(lambda: self.alive() and self.client.get("/readyz").status_code == 200, "/readyz")
+        except AssertionError:
+            self.process.kill()
+            raise AssertionError(f"the service did not become ready:\n{log.read_text()}") from None
+
+    def alive(self) -> bool:
+        if self.process.poll() is not None:
+            raise AssertionError(f"the service ended with {self.process.returncode}:\n{self.log.read_text()}")
+        return True
+
+    def generate(self, **body: Any) -> dict[str, Any]:
+        answer = self.client.post("/generate", json={**APPLE, **body})
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def worker(self) -> int:
+        return next(
+            pid for pid, command in children_of(self.process.pid).items() if "-m service worker" in command
+        )
+
+    def stop(self) -> int:
+        self.client.close()
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    running = Service(tmp_path_factory.mktemp("service") / "log.txt")
+    yield running
+    if running.process.poll() is None:
+        running.stop()
+
+
+def pixels(image: dict[str, Any] | bytes) -> npt.NDArray[np.int16]:
+    raw = image if isinstance(image, bytes) else base64.b64decode(image["b64"])
+    return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).astype(np.int16)
+
+
+def test_a_png_of_a_red_apple(service: Service) -> None:
+    answer = service.client.post("/generate", json={**APPLE, "steps": 20}, headers={"Accept": "image/png"})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "image/png"
+    picture = pixels(answer.content)
+    assert picture.shape == (64, 64, 3)
+    red, green, blue = picture[28:44, 24:40].reshape(-1, 3).mean(0)
+    assert red > 130
+    assert red > green + 60
+    assert red > blue + 60
+    assert picture[:4, :4].min() > 200  # a white corner
+
+
+def test_json_tells_seed_steps_and_timings(service: Service) -> None:
+    answer = service.generate(n=4)
+    assert [image["seed"] for image in answer["images"]] == [7, 8, 9, 10]
+    assert (answer["steps_requested"], answer["steps_used"], answer["degraded"]) == (10, 10, False)
+    assert {"queue", "denoise", "decode", "encode"} <= set(answer["timings_ms"])
+    pictures = [pixels(image) for image in answer["images"]]
+    assert all(np.abs(pictures[0] - other).max() > 8 for other in pictures[1:])
+
+
+def test_a_seed_means_an_image_alone_or_in_a_crowd(service: Service) -> None:
+    alone = pixels(service.generate()["images"][0])
+
+    async def crowd() -> list[Any]:
+        async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+            bodies = [APPLE] + [
+                {
+                    "condition": {"label": k * 31},
+                    "steps": 5 + 3 * k,
+                    "guidance_scale": [1.0, 3.0][k % 2],
+                    "sampler": ["ddim", "dpmpp-2m"][k % 2],
+                }
+                for k in range(6)
+            ]
+            answers = await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
+            return [answer.json() for answer in answers]
+
+    assert np.abs(pixels(asyncio.run(crowd())[0]["images"][0]) - alone).max() <= 1
+
+
+def test_the_model_is_described(service: Service) -> None:
+    model = service.client.get("/models").json()["models"][0]
+    assert model["size"] == "64x64"
+    assert {factor["name"] for factor in model["factors"]} == {"label", "style"}
+    assert "CC-BY-4.0" in model["licence"]
+    assert "strawberry" in model["factors"][0]["classes"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"condition": {"label": "strawbery"}}, 422, "strawberry"),
+        ({"condition": {"label": 100_000}}, 422, "label"),
+        ({"condition": {"colour": "red"}}, 422, "colour"),
+        ({"steps": 0}, 422, "steps"),
+        ({"steps": "ten"}, 422, "steps"),
+        ({"n": 1000}, 422, "n"),
+        ({"sampler": "magic"}, 422, "ddim"),
+        ({"stepz": 5}, 422, "stepz"),
+        ({"format": "gif"}, 422, "format"),
+        ({"seed": -1}, 422, "seed"),
+    ],
+)
+def test_a_mistake_is_answered_with_a_problem_that_names_it(
+    service: Service, body: dict[str, Any], status: int, words: str
+) -> None:
+    answer = service.client.post("/generate", json={**APPLE, **body})
+    assert answer.status_code == status
+    assert answer.headers["content-type"].startswith("application/problem+json")
+    assert words in answer.text
+    assert "Traceback" not in answer.text
+
+
+def test_broken_and_huge_bodies_are_refused(service: Service) -> None:
+    headers = {"Content-Type": "application/json"}
+    assert service.client.post("/generate", content=b'{"steps": ', headers=headers).status_code == 400
+    assert service.client.post("/generate", content=b" " * 10_000_000, headers=headers).status_code == 413
+
+
+def test_metrics_count_what_happened(service: Service) -> None:
+    service.generate()
+    text = service.client.get("/metrics").text
+    assert "dit_" in text
+    images = [line for line in text.splitlines() if line.startswith("dit_images_total")]
+    assert sum(float(line.split()[-1]) for line in images) >= 1
+
+
+def test_a_killed_worker_loses_nothing(service: Service) -> None:
+    expected = service.generate(steps=200)["images"]
+
+    async def killed() -> Any:
+        async with httpx.AsyncClient(base_url=service.url, timeout=90) as client:
+            pending = asyncio.create_task(client.post("/generate", json={**APPLE, "steps": 200}))
+            while "dit_samples_running 1.0" not in (await client.get("/metrics")).text and not pending.done():
+                await asyncio.sleep(0.02)
+            assert not pending.done()
+            os.kill(service.worker(), signal.SIGKILL)
+            return (await pending).json()
+
+    answer = asyncio.run(killed())
+    assert np.abs(pixels(answer["images"][0]) - pixels(expected[0])).max() <= 1
+
+
+def test_the_same_server_is_stopped_cleanly(service: Service) -> None:
+    """Last in the module: one interrupt ends the supervisor with 0 and leaves no child behind."""
+    family = children_of(service.process.pid)
+    assert len(family) >= 3  # Valkey, worker, API
+    assert service.stop() == 0
+    wait_until(
+        lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), "the children to end", timeout_s=5
+    )
+    log = service.log.read_text()
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--bundle", "no/such/folder"], "no/such/folder"),
+        (["--steps", "5"], "--steps"),
+        (["--port", "99999"], "port"),
+    ],
+)
+def test_a_start_that_cannot_work_is_one_sentence(flags: list[str], words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "service", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_port_in_use_is_one_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "service", "--port", port]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode != 0
+    assert port in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_unreachable_redis_is_one_sentence() -> None:
+    environment = {**os.environ, "REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"}
+    command = [sys.executable, "-m", "service", "--port", str(free_port())]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert "Redis" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_corrupt_bundle_is_one_sentence(tmp_path: Path) -> None:
+    source = ROOT / "model/zoo/emoji"
+    bundle = tmp_path / "broken"
+    bundle.mkdir()
+    for file in source.iterdir():
+        (bundle / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    name = next(iter(manifest["files"]))
+    (bundle / name).write_bytes(b"x" * manifest["files"][name]["bytes"])
+    command = [sys.executable, "-m", "service", "--bundle", str(bundle), "--port", str(free_port())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode != 0
+    assert name in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
