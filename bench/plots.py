@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from bench.ladder import Measured
-    from bench.simulate import Point
+from bench.outcomes import Point
+from model.bundle import RungSpec
 
+RESULTS = Path(__file__).parent / "results"
 PANELS = (
     ("attainment", "answered in time, of all requests"),
     ("quality", "mean distance to full quality"),
@@ -39,17 +38,17 @@ def draw_sweep(points: Sequence[Point], target: Path) -> None:
     figure.savefig(target, dpi=110)
 
 
-def draw_ladder(candidates: Sequence[Measured], kept: Sequence[Measured], target: Path) -> None:
+def draw_ladder(candidates: Sequence[RungSpec], kept: Sequence[RungSpec], target: Path) -> None:
     """Quality over cost: every candidate by its solver, and the front that was kept."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    for solver in dict.fromkeys(each.rung.solver for each in candidates):
-        mine = sorted((each for each in candidates if each.rung.solver == solver), key=lambda each: each.rows)
+    for solver in dict.fromkeys(each.solver for each in candidates):
+        mine = sorted((each for each in candidates if each.solver == solver), key=lambda each: each.rows)
         axis.plot([m.rows for m in mine], [m.quality for m in mine], "o", alpha=0.5, label=solver)
     axis.step([k.rows for k in kept], [k.quality for k in kept], "k-", where="post", label="ladder")
     for each in kept:
         axis.annotate(
-            each.rung.name, (each.rows, each.quality), fontsize=7, xytext=(3, 3), textcoords="offset points"
+            each.name, (each.rows, each.quality), fontsize=7, xytext=(3, 3), textcoords="offset points"
         )
     axis.set(xscale="log", yscale="log", xlabel="rows an image", ylabel="RMS distance to 250 steps")
     axis.grid(alpha=0.3, which="both")

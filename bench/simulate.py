@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 from rich.console import Console
@@ -25,10 +25,9 @@ from rich.table import Table
 from bench.arrivals import PROCESSES, Traffic
 from bench.curves import CURVES, LADDERS
 from bench.fleet import Arm, Fleet, Sample, Site
-from bench.plots import draw_sweep
+from bench.outcomes import Outcome, Point
+from bench.plots import RESULTS, draw_sweep
 from model.bundle import write_atomic
-
-RESULTS = Path(__file__).parent / "results"
 
 ARMS = (
     Arm("request batches", "request", "fifo", cap=8, admission=False, plan=False, expire=False),
@@ -40,38 +39,7 @@ ARMS = (
 )
 GROWTH = ((1, 1_000), (4, 1_000), (16, 10_000), (64, 10_000))  # (workers, requests that come at once)
 GROWTH_LOAD = 1.1
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One run, or the mean of several. Latencies are shares of the deadline; `plan_us` and `events_per_s` are real time."""
-
-    attainment: float
-    goodput_per_s: float
-    p50: float
-    p95: float
-    p99: float
-    refused: float
-    dropped: float  # accepted, but not answered by the deadline
-    quality: float
-    full_steps: float
-    plan_us: float
-    requests_per_s: float
-
-    @classmethod
-    def mean(cls, outcomes: Sequence[Outcome]) -> Outcome:
-        return cls(*(float(np.nanmean([getattr(o, f.name) for o in outcomes])) for f in fields(cls)))
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One arm under one load."""
-
-    curve: str
-    process: str
-    load: float
-    arm: str
-    outcome: Outcome
+WIDTH = 130  # of a table written to a file
 
 
 def simulate(arm: Arm, site: Site, traffic: Traffic, load: float, n: int, seed: int) -> Outcome:
@@ -214,7 +182,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if options.growth:
         save("growth", growth(options, console), options)
         return

@@ -23,7 +23,11 @@ from model.dit import DiT
 
 OPSET = 20
 SCOPES = "pkg.torch.onnx.name_scopes"
-PREFIX, INPUT, OUTPUT = "dit.", "in.", "out."  # what the exporter's names of parameters, inputs and outputs begin with
+PREFIX, INPUT, OUTPUT = (
+    "dit.",
+    "in.",
+    "out.",
+)  # what the exporter's names of parameters, inputs and outputs begin with
 
 
 class _Embedder(nn.Module):
@@ -111,9 +115,14 @@ def _export(wiring: _Wiring) -> onnx.ModelProto:
 def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Name nodes and values by their scope and parameters as in the model; drop documentation and metadata."""
     graph = proto.graph
-    names = {value.name: value.name.removeprefix(INPUT).removeprefix(OUTPUT) for value in (*graph.input, *graph.output)}
+    names = {
+        value.name: value.name.removeprefix(INPUT).removeprefix(OUTPUT)
+        for value in (*graph.input, *graph.output)
+    }
     for tensor in graph.initializer:
-        names[tensor.name] = tensor.name.removeprefix(PREFIX) if tensor.name.startswith(PREFIX) else f"constant/{tensor.name}"
+        names[tensor.name] = (
+            tensor.name.removeprefix(PREFIX) if tensor.name.startswith(PREFIX) else f"constant/{tensor.name}"
+        )
     counts: Counter[str] = Counter()
     for node in graph.node:
         name = f"{_scope(node)}/{node.op_type}".lstrip("/")
@@ -139,7 +148,9 @@ def _scope(node: onnx.NodeProto) -> str:
     """The module a node comes from, such as "blocks.0.attn.qkv"; "" at the top or where the exporter made the node."""
     for entry in node.metadata_props:
         if entry.key == SCOPES:
-            names = [name for name in ast.literal_eval(entry.value)[:-1] if name not in ("", PREFIX.rstrip("."))]
+            names = [
+                name for name in ast.literal_eval(entry.value)[:-1] if name not in ("", PREFIX.rstrip("."))
+            ]
             return str(names[-1]).removeprefix(PREFIX) if names else ""
     return ""
 
@@ -147,7 +158,9 @@ def _scope(node: onnx.NodeProto) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter warns about packages and axis names that do not concern the user; its errors still come through."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.__trace", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.__trace", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -21,12 +21,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from export.calibrate import Rows, trajectories
+from export.calibrate import Rows, Walk, trajectories
 from export.errors import ExportError
 from export.graph import OPSET, backbone_graph, conditioner_graph, embedder_graph
+from export.half import filename, write_half
 from export.session import open_session, run
 from export.source import Card, Source, build, open_source, parameters, rounded
-from export.storage import save_weights, share_weights
+from export.storage import save_graph, save_weights
 from export.verify import LIMITS, Band, Limits, check, compare, report, worst
 from model.bundle import (
     BACKBONE,
@@ -46,9 +47,11 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`weights` is "fp16", "fp32", or "auto": fp16 if the output stays within `ROUNDING`."""
+    """`weights` on disk: "fp16", "fp32", or "auto" (fp16 if the output stays within `ROUNDING`); `half`: the precision of the extra
+    half-precision backbone, "auto" (see `export.half`) or "none"; `samples` and `steps` of the trajectories to verify on."""
 
     weights: str = "auto"
+    half: str = "auto"
     samples: int = 4
     steps: int = 20
 
@@ -59,7 +62,7 @@ def export_bundle(source: Source, out: Path, options: Options = Options()) -> di
     Raises:
         ExportError: a graph differs from torch beyond its limit; `out` is then untouched.
     """
-    rows = trajectories(source.dit, source.manifest, source.schedule, samples=options.samples, steps=options.steps)
+    rows = trajectories(source.dit, source.manifest, source.schedule, Walk(options.samples, options.steps))
     total = source.manifest.diffusion.timesteps
     exact = forward(source.dit, rows)
     kind, cost = _storage(source.dit, rows, exact, options.weights, total)
@@ -72,6 +75,9 @@ def export_bundle(source: Source, out: Path, options: Options = Options()) -> di
         dit = build(source.dit.config, stored, scratch / WEIGHTS)
         write_graphs(dit, source.manifest, scratch)
         graphs = verify_graphs(dit, source.manifest, scratch, rows)
+        if options.half != "none":
+            precision, _, bands = write_half(Source(dit, source.manifest), scratch, rows, options.half)
+            graphs[filename(precision)] = bands
         summary = {
             "rows": len(rows),
             "rows_sha256": rows.digest(),
@@ -96,12 +102,6 @@ def write_graphs(dit: DiT, manifest: Manifest, folder: Path) -> None:
         save_graph(proto, folder / name)
 
 
-def save_graph(proto: onnx.ModelProto, path: Path) -> None:
-    """Write a graph that shares the weights lying in the same folder."""
-    onnx.save(share_weights(proto, path.parent / WEIGHTS), path)
-    onnx.checker.check_model(str(path))
-
-
 def verify_graphs(dit: DiT, manifest: Manifest, folder: Path, rows: Rows) -> dict[str, tuple[Band, ...]]:
     """Errors of each graph in ONNX Runtime against `dit` on the same inputs.
 
@@ -120,7 +120,11 @@ def verify_graphs(dit: DiT, manifest: Manifest, folder: Path, rows: Rows) -> dic
         CONDITIONER: run(open_session(folder / CONDITIONER), {"timestep": t, "embedding": embedding.numpy()}),
         BACKBONE: run(open_session(folder / BACKBONE), {"x": rows.x.numpy(), **arrays}),
     }
-    want = {EMBEDDER: {"embedding": embedding.numpy()}, CONDITIONER: arrays, BACKBONE: {"output": output.numpy()}}
+    want = {
+        EMBEDDER: {"embedding": embedding.numpy()},
+        CONDITIONER: arrays,
+        BACKBONE: {"output": output.numpy()},
+    }
     bands = {name: compare(_flat(want[name]), _flat(got[name]), t, total) for name in want}
     for name, found in bands.items():
         check(name, found, LIMITS["fp32"])
@@ -147,7 +151,9 @@ def _storage(dit: DiT, rows: Rows, exact: Tensor, wanted: str, total: int) -> tu
     """The dtype to store weights in, and what that costs."""
 
     def cost(kind: str) -> tuple[Band, ...]:
-        return compare(exact.numpy(), forward(rounded(dit, DTYPES[kind]), rows).numpy(), rows.timestep.numpy(), total)
+        return compare(
+            exact.numpy(), forward(rounded(dit, DTYPES[kind]), rows).numpy(), rows.timestep.numpy(), total
+        )
 
     if wanted == "fp32":
         return wanted, cost(wanted)
@@ -161,14 +167,18 @@ def _storage(dit: DiT, rows: Rows, exact: Tensor, wanted: str, total: int) -> tu
     return "fp16", bands
 
 
-def _manifest(manifest: Manifest, kind: str, cost: tuple[Band, ...], graphs: Mapping[str, tuple[Band, ...]]) -> Manifest:
+def _manifest(
+    manifest: Manifest, kind: str, cost: tuple[Band, ...], graphs: Mapping[str, tuple[Band, ...]]
+) -> Manifest:
     tools = {"torch": str(torch.__version__).partition("+")[0], "onnx": onnx.__version__, "opset": OPSET}
     provenance = {**manifest.provenance, "export": {**tools, "weights": kind}}
     metrics = {
         "weights_relative_l2": float(f"{worst(cost).relative_l2:.4g}"),
         "onnx_relative_l2": float(f"{worst(graphs[BACKBONE]).relative_l2:.4g}"),
     }
-    return manifest.model_copy(update={"provenance": provenance, "metrics": {**manifest.metrics, **metrics}, "files": {}})
+    return manifest.model_copy(
+        update={"provenance": provenance, "metrics": {**manifest.metrics, **metrics}, "files": {}}
+    )
 
 
 def _publish(scratch: Path, out: Path, manifest: Manifest) -> None:
@@ -191,7 +201,9 @@ def main(arguments: list[str]) -> int:
     try:
         source = open_source(options.source, data=options.data)
         source = Source(source.dit, _named(source.manifest, options))
-        summary = export_bundle(source, options.out, Options(options.weights, options.samples, options.steps))
+        summary = export_bundle(
+            source, options.out, Options(options.weights, options.half, options.samples, options.steps)
+        )
     except (ExportError, BundleError, OSError) as error:
         print(f"export.onnx: {error}", file=sys.stderr)
         return 2
@@ -209,7 +221,12 @@ def _named(manifest: Manifest, options: argparse.Namespace) -> Manifest:
     try:
         if options.card:
             told = Card.model_validate_json(options.card.read_bytes()).told()
-        told |= Card(**{key: getattr(options, key) for key in ("name", "version", "description", "licence", "attribution")}).told()
+        told |= Card(
+            **{
+                key: getattr(options, key)
+                for key in ("name", "version", "description", "licence", "attribution")
+            }
+        ).told()
         return Manifest.model_validate({**manifest.model_dump(), **told})
     except ValidationError as error:
         first = error.errors()[0]
@@ -217,15 +234,25 @@ def _named(manifest: Manifest, options: argparse.Namespace) -> Manifest:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m export.onnx", description="Write a bundle from a training run or a bundle.")
+    parser = argparse.ArgumentParser(
+        prog="python -m export.onnx", description="Write a bundle from a training run or a bundle."
+    )
     parser.add_argument("source", type=Path, help="training run folder, or a bundle to export again")
     parser.add_argument("--out", type=Path, required=True, help="bundle folder to write")
-    parser.add_argument("--card", type=Path, help="JSON file with name, version, description, licence, attribution, defaults")
+    parser.add_argument(
+        "--card", type=Path, help="JSON file with name, version, description, licence, attribution, defaults"
+    )
     for field in ("name", "version", "description", "licence"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--attribution", action="append", help="one credit line; repeat for more")
     parser.add_argument("--data", type=Path, help="the training pictures, if not where the run says")
     parser.add_argument("--weights", choices=("auto", *DTYPES), default="auto", help="precision on disk")
+    parser.add_argument(
+        "--half",
+        choices=("auto", "fp16", "bf16", "none"),
+        default="auto",
+        help="half-precision backbone, for TensorRT",
+    )
     parser.add_argument("--samples", type=int, default=4, help="trajectories to verify on")
     parser.add_argument("--steps", type=int, default=20, help="steps of each trajectory")
     parser.add_argument("--threads", type=int, default=1)

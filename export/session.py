@@ -13,7 +13,9 @@ import onnxruntime as ort
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
-def open_session(path: Path, *, threads: int = 1, options: Mapping[str, str] | None = None) -> ort.InferenceSession:
+def open_session(
+    path: Path, *, threads: int = 1, options: Mapping[str, str] | None = None
+) -> ort.InferenceSession:
     """A CPU session for the graph in `path`; `options` are session configuration entries."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
@@ -28,7 +30,9 @@ def run(session: ort.InferenceSession, inputs: Arrays, *, batch: int = 16) -> di
     names = [output.name for output in session.get_outputs()]
     count = len(next(iter(inputs.values())))
     parts = [
-        session.run(names, {key: np.ascontiguousarray(value[start : start + batch]) for key, value in inputs.items()})
+        session.run(
+            names, {key: np.ascontiguousarray(value[start : start + batch]) for key, value in inputs.items()}
+        )
         for start in range(0, count, batch)
     ]
     return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(names)}

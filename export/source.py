@@ -23,7 +23,9 @@ from model.dit import DiT
 from model.pictures import DataError, Pictures, load_npz
 from model.train import TrainConfig
 
-DEFAULTS = Defaults(steps=50, solver="ddim", grid="trailing", guidance_scale=2.0, guidance_interval=(0.0, 1.0))
+DEFAULTS = Defaults(
+    steps=50, solver="ddim", grid="trailing", guidance_scale=2.0, guidance_interval=(0.0, 1.0)
+)
 
 
 class Card(BaseModel):
@@ -57,7 +59,9 @@ class Source:
 def schedule_of(manifest: Manifest) -> Schedule:
     """The noise schedule a bundle was trained on."""
     spec = manifest.diffusion
-    return make_schedule(spec.schedule, spec.timesteps, prediction=spec.prediction, log_snr_shift=spec.log_snr_shift)
+    return make_schedule(
+        spec.schedule, spec.timesteps, prediction=spec.prediction, log_snr_shift=spec.log_snr_shift
+    )
 
 
 def open_source(path: Path, *, data: Path | None = None) -> Source:
@@ -71,7 +75,9 @@ def open_source(path: Path, *, data: Path | None = None) -> Source:
         return _from_bundle(Bundle.open(path))
     if (path / "config.json").is_file():
         return _from_run(path, data)
-    raise ExportError(f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)")
+    raise ExportError(
+        f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
+    )
 
 
 def build(config: DiTConfig, weights: Mapping[str, Tensor], origin: Path) -> DiT:
@@ -85,7 +91,9 @@ def build(config: DiTConfig, weights: Mapping[str, Tensor], origin: Path) -> DiT
         dit.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     except RuntimeError as error:
         detail = re.sub(r"\s+", " ", str(error)).partition(": ")[2][:200]
-        raise ExportError(f"{origin} does not hold the weights its configuration describes: {detail}") from None
+        raise ExportError(
+            f"{origin} does not hold the weights its configuration describes: {detail}"
+        ) from None
     return dit
 
 
@@ -104,11 +112,15 @@ def _from_run(path: Path, data: Path | None) -> Source:
     pictures = _pictures(config, data)
     checkpoint, state, weights = _newest(path / "checkpoints")
     classes = tuple(len(factor.classes) for factor in pictures.factors)
-    dit = build(DiTConfig(**{**config.model, "image_size": pictures.size, "classes": classes}), weights, checkpoint)
+    dit = build(
+        DiTConfig(**{**config.model, "image_size": pictures.size, "classes": classes}), weights, checkpoint
+    )
     return Source(dit, _describe(path.resolve().name, config, pictures, dit.config, state))
 
 
-def _describe(name: str, config: TrainConfig, pictures: Pictures, shape: DiTConfig, state: Mapping[str, Any]) -> Manifest:
+def _describe(
+    name: str, config: TrainConfig, pictures: Pictures, shape: DiTConfig, state: Mapping[str, Any]
+) -> Manifest:
     training = config.model_dump(mode="json", exclude={"output"})
     training["data"]["path"] = config.data.path.name
     return Manifest(
@@ -129,9 +141,13 @@ def _describe(name: str, config: TrainConfig, pictures: Pictures, shape: DiTConf
 def _pictures(config: TrainConfig, data: Path | None) -> Pictures:
     chosen = config.data
     try:
-        return load_npz(data or chosen.path, groups=chosen.groups, names=chosen.names, hold_out=chosen.hold_out)
+        return load_npz(
+            data or chosen.path, groups=chosen.groups, names=chosen.names, hold_out=chosen.hold_out
+        )
     except DataError as error:
-        raise ExportError(f"class names come from the training pictures, and {error}; say where they are with --data") from None
+        raise ExportError(
+            f"class names come from the training pictures, and {error}; say where they are with --data"
+        ) from None
 
 
 def _newest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
@@ -140,7 +156,9 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
             return path, json.loads((path / "state.json").read_text()), load_file(path / "ema.safetensors")
         except (OSError, ValueError, SafetensorError):
             continue  # being written or removed by a run that goes on
-    raise ExportError(f"{folder} holds no readable checkpoint: let model.train write one first (checkpoint_every)")
+    raise ExportError(
+        f"{folder} holds no readable checkpoint: let model.train write one first (checkpoint_every)"
+    )
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -157,4 +175,6 @@ def parameters(dit: DiT) -> dict[str, Tensor]:
 
 def rounded(dit: DiT, dtype: torch.dtype) -> DiT:
     """A copy of `dit` whose fp32 weights have been through `dtype`."""
-    return build(dit.config, {name: tensor.to(dtype) for name, tensor in parameters(dit).items()}, Path("weights"))
+    return build(
+        dit.config, {name: tensor.to(dtype) for name, tensor in parameters(dit).items()}, Path("weights")
+    )

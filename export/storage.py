@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.errors import ExportError
+from model.bundle import WEIGHTS
 
 MIN_BYTES = 1024  # smaller tensors stay in the graph
 STORED = {"F32": (TensorProto.FLOAT, np.float32), "F16": (TensorProto.FLOAT16, np.float16)}
@@ -52,7 +53,9 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) 
     for name, tensor in stored.items():
         if not torch.isfinite(tensor).all():
             kind = str(dtype).removeprefix("torch.")
-            raise ExportError(f"weight {name} is not finite in {kind}: train again, or export with --weights fp32")
+            raise ExportError(
+                f"weight {name} is not finite in {kind}: train again, or export with --weights fp32"
+            )
     save_file(stored, path)
     path.chmod(0o644)
     return {name: tensor.float() for name, tensor in stored.items()}
@@ -87,6 +90,12 @@ def share_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
     return proto
 
 
+def save_graph(proto: onnx.ModelProto, path: Path) -> None:
+    """Write a graph that shares the weights lying in the same folder."""
+    onnx.save(share_weights(proto, path.parent / WEIGHTS), path)
+    onnx.checker.check_model(str(path))
+
+
 def _chain(tensor: TensorProto, place: _Place, transposed: bool) -> Iterator[onnx.NodeProto]:
     source = tensor.name + ".stored"
     if place.type != tensor.data_type:
@@ -94,11 +103,15 @@ def _chain(tensor: TensorProto, place: _Place, transposed: bool) -> Iterator[onn
         yield helper.make_node("Cast", [source], [target], name=f"{tensor.name}/Cast", to=tensor.data_type)
         source = target
     if transposed:
-        yield helper.make_node("Transpose", [source], [tensor.name], name=f"{tensor.name}/Transpose", perm=[1, 0])
+        yield helper.make_node(
+            "Transpose", [source], [tensor.name], name=f"{tensor.name}/Transpose", perm=[1, 0]
+        )
 
 
 def _reference(name: str, place: _Place, location: str) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=place.type, dims=place.shape, data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(
+        name=name, data_type=place.type, dims=place.shape, data_location=TensorProto.EXTERNAL
+    )
     for key, value in (("location", location), ("offset", place.offset), ("length", place.length)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
@@ -110,7 +123,9 @@ def _table(weights: Path, data_type: int) -> dict[Key, tuple[_Place, bool]]:
     table: dict[Key, tuple[_Place, bool]] = {}
     for place in _layout(weights):
         numpy_type = next(kind for onnx_type, kind in STORED.values() if onnx_type == place.type)
-        raw: npt.NDArray[Any] = np.memmap(weights, dtype=numpy_type, mode="r", offset=place.offset, shape=place.shape)
+        raw: npt.NDArray[Any] = np.memmap(
+            weights, dtype=numpy_type, mode="r", offset=place.offset, shape=place.shape
+        )
         value = np.asarray(raw).astype(dtype)
         if value.ndim == 2:
             table.setdefault(_key(value.T), (place, True))

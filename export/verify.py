@@ -84,7 +84,9 @@ def check(what: str, bands: Sequence[Band], limits: Limits) -> None:
         if not np.isfinite([band.relative_l2, band.max_abs, band.cosine]).all():
             raise ExportError(f"{what} gives numbers that are not finite {place}")
         if band.relative_l2 > limits.relative_l2:
-            raise ExportError(f"{what} is off by {band.relative_l2:.2e} (relative L2) {place}; {limits.relative_l2:.0e} is allowed")
+            raise ExportError(
+                f"{what} is off by {band.relative_l2:.2e} (relative L2) {place}; {limits.relative_l2:.0e} is allowed"
+            )
         if band.cosine < limits.cosine:
             raise ExportError(f"{what} has cosine {band.cosine:.6f} {place}; {limits.cosine} is needed")
 
@@ -97,6 +99,9 @@ def worst(bands: Sequence[Band]) -> Band:
 def report(bands: Sequence[Band]) -> list[dict[str, float]]:
     """The bands as plain data, four significant digits."""
     return [
-        {key: float(f"{value:.4g}") if isinstance(value, float) and key != "cosine" else value for key, value in asdict(b).items()}
+        {
+            key: float(f"{value:.4g}") if isinstance(value, float) and key != "cosine" else value
+            for key, value in asdict(b).items()
+        }
         for b in bands
     ]

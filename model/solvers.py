@@ -34,7 +34,7 @@ class StepTable:
     """One line per step of a grid: `timestep` int64 (N,), coefficients float64 (N,), all read-only.
 
     Step i asks the network at `timestep[i]`, estimates D, and moves to x' as the module says. Where c[i] is 0
-    no previous D is needed, where s[i] is 0 no noise; in the last line a, c and s are 0 and b is 1: the sample
+    no previous D is needed, where s[i] is 0 no noise; in the last line b is 1 and the others are 0: the sample
     ends as D. Cast coefficients to the samples' dtype: a numpy float64 scalar would promote them.
     """
 

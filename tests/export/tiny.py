@@ -55,7 +55,10 @@ def tiny_source(config: DiTConfig = CONFIG, *, seed: int = 0) -> Source:
         description="Random weights, for tests",
         config=config,
         diffusion=DiffusionSpec(schedule="cosine", prediction="x0", log_snr_shift=-1.0),
-        factors=tuple(Factor(name=n, classes=w[:count]) for n, w, count in zip(names, words, config.classes, strict=False)),
+        factors=tuple(
+            Factor(name=n, classes=w[:count])
+            for n, w, count in zip(names, words, config.classes, strict=False)
+        ),
         embedding_size=config.hidden_size,
         state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
         defaults=DEFAULTS,
@@ -78,7 +81,7 @@ def cached_tiny_bundle(cache: Path) -> Path:
     target = cache / f"tiny-{sha.hexdigest()[:16]}"
     if not target.is_dir():
         scratch = cache / f".tiny-{os.getpid()}"
-        export_bundle(tiny_source(), scratch, Options(samples=2, steps=10))
+        export_bundle(tiny_source(), scratch, Options(half="none", samples=2, steps=10))
         try:
             scratch.rename(target)
         except OSError:  # another test process was faster

@@ -68,7 +68,7 @@ def test_parameters_of_the_papers_sizes(size: str, parameters: float) -> None:
     ("kind", "millions"), [("in_context", 449), ("cross_attention", 598), ("adaln", 600), ("adaln_zero", 675)]
 )
 def test_parameters_of_the_papers_blocks(kind: str, millions: int) -> None:
-    assert round(count(named("DiT-XL/2", blocks=kind)) / 1e6) == millions
+    assert count(named("DiT-XL/2", blocks=kind)) / 1e6 == pytest.approx(millions, abs=0.8)
 
 
 def test_published_element_count() -> None:
@@ -126,7 +126,7 @@ def test_learns(variant: DiTConfig) -> None:
     for _ in range(25):
         loss = F.mse_loss(dit(x, t, labels, text), target)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
@@ -134,10 +134,14 @@ def test_learns(variant: DiTConfig) -> None:
     assert without == []
 
 
-def test_compiles_without_graph_breaks(variant: DiTConfig, network: Make) -> None:
-    dit = network(variant)
-    x, t, labels, text = inputs(variant)
-    torch.compiler.reset()
+@pytest.mark.parametrize(
+    "name", ["adaln_zero", "hybrid", "hybrid with tokens in context", "text", "all at once"]
+)
+def test_compiles_without_graph_breaks(tiny: Tiny, network: Make, name: str) -> None:
+    """Every kind of block and every option is in one of these."""
+    config = tiny(**VARIANTS[name])
+    dit = network(config)
+    x, t, labels, text = inputs(config)
     compiled = torch.compile(dit, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.allclose(compiled(x, t, labels, text), dit(x, t, labels, text), atol=1e-6)
@@ -180,12 +184,17 @@ def test_any_multiple_of_the_patch(
     config = tiny(**changes)
     _, t, labels, _ = inputs(config)
     x = torch.randn(4, 3, *size)
+    assert network(config)(x, t, labels).shape == (4, 3, *size)
+
+
+def test_compiles_at_other_sizes(tiny: Tiny, network: Make) -> None:
+    config = tiny(depth=1, rope=True)
     dit = network(config)
-    compiled = torch.compile(dit, fullgraph=True, backend="eager", dynamic=False)
+    _, t, labels, _ = inputs(config)
+    x = torch.randn(4, 3, 16, 12)
+    compiled = torch.compile(dit, fullgraph=True, backend="eager")
     with torch.no_grad():
-        out = dit(x, t, labels)
-        assert out.shape == (4, 3, *size)
-        assert torch.allclose(compiled(x, t, labels), out, atol=1e-6)
+        assert torch.allclose(compiled(x, t, labels), dit(x, t, labels), atol=1e-6)
 
 
 def test_non_square_training_size(tiny: Tiny, network: Make) -> None:

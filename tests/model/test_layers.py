@@ -113,7 +113,7 @@ def test_rotation_by_relative_position() -> None:
 def test_attention_is_softmax_of_scores(qk_norm: bool) -> None:
     attention = Attention(12, 3, qk_norm=qk_norm).eval()
     h = torch.randn(2, 5, 12)
-    q, k, v = attention.heads(h)  # (N, H, T, D/H)
+    _, _, v = attention.heads(h)  # (N, H, T, D/H)
     weights = attention.weights(h)
     assert weights.dtype == torch.float32
     assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 5))

@@ -72,10 +72,10 @@ class FakeBackend:
             ),
             licence="Apache-2.0",
         )
-        self._table = np.random.default_rng(1).standard_normal((len(CLASSES) + 1, EMBEDDING), np.float32)
+        self.table = np.random.default_rng(1).standard_normal((len(CLASSES) + 1, EMBEDDING), np.float32)
 
     def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
-        embeddings = self._table[labels[:, 0]]
+        embeddings = self.table[labels[:, 0]]
         embeddings[labels[:, 0] == POISON] = np.nan
         return embeddings
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from numpy.lib import tracemalloc_domain
 
 from model.diffusion import guidance_weight, guided, make_schedule
 from model.diffusion import grid as timestep_grid
@@ -74,7 +75,9 @@ def reference(
             state = backend.modulate(np.full(2, t, np.float32), embeddings)
             output = backend.denoise(np.repeat(x, 2, axis=0), state)[:, : config.in_channels]
             scale = guidance_weight(request.guidance_scale, t, spec.timesteps, rung.guidance_interval)
-            mixed = output[:1] if scale == 1.0 else guided(output[:1], output[1:], scale, spec.guidance_channels)
+            mixed = (
+                output[:1] if scale == 1.0 else guided(output[:1], output[1:], scale, spec.guidance_channels)
+            )
             estimate = table.x0_x[i] * x + table.x0_out[i] * mixed
             estimate = np.clip(estimate, -1.0, 1.0) if spec.clip_x0 else estimate
             x = table.a[i] * x + table.b[i] * estimate + (table.c[i] * estimates[-1] if table.c[i] else 0.0)
@@ -118,7 +121,9 @@ def test_guided_samples_have_two_rows_inside_their_interval_only(
     rung = make_rung("ddim", 10, "trailing", (0.3, 0.7))  # timesteps 999, 899, … 99
     reports = run(make_engine(), [make_request(rung=rung)])
     assert [report.rows for report in reports] == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1]
-    assert [report.rows for report in run(make_engine(), [make_request(rung=rung, guidance_scale=1.0)])] == [1] * 10
+    assert [report.rows for report in run(make_engine(), [make_request(rung=rung, guidance_scale=1.0)])] == [
+        1
+    ] * 10
 
 
 def test_guiding_the_null_class_costs_no_second_row(make_engine: Make, make_request: Make) -> None:
@@ -126,9 +131,7 @@ def test_guiding_the_null_class_costs_no_second_row(make_engine: Make, make_requ
     assert {report.rows for report in reports} == {1}
 
 
-def test_samples_join_and_leave_at_every_step(
-    make_engine: Make, make_request: Make, make_rung: Make
-) -> None:
+def test_samples_join_and_leave_at_every_step(make_engine: Make, make_request: Make, make_rung: Make) -> None:
     engine = make_engine()
     engine.add(make_request("long/0", rung=make_rung(steps=6)))
     engine.step()
@@ -222,7 +225,9 @@ def test_out_of_memory_with_a_single_row_is_the_callers_and_loses_nothing(
     )
 
 
-def test_previews_are_the_solvers_own_estimate(make_backend: Make, make_engine: Make, make_request: Make) -> None:
+def test_previews_are_the_solvers_own_estimate(
+    make_backend: Make, make_engine: Make, make_request: Make
+) -> None:
     backend = make_backend()
     request = make_request(previews=3)
     reports = run(make_engine(backend), [request])
@@ -236,7 +241,12 @@ def test_previews_are_the_solvers_own_estimate(make_backend: Make, make_engine: 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m"])
 def test_a_course_changed_under_way_continues_from_where_the_sample_stands(
-    solver: str, make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make, make_planner: Make
+    solver: str,
+    make_backend: Make,
+    make_engine: Make,
+    make_request: Make,
+    make_rung: Make,
+    make_planner: Make,
 ) -> None:
     backend = make_backend()
     before = make_rung("dpmpp-2m", 10, "trailing")  # timesteps 999, 899, … 99
@@ -295,7 +305,9 @@ def test_a_stochastic_course_change_keeps_drawing_from_the_samples_own_noise(
     np.testing.assert_array_equal(made([]), made(company))
 
 
-def test_strict_runs_every_pass_at_one_size(make_backend: Make, make_engine: Make, make_request: Make) -> None:
+def test_strict_runs_every_pass_at_one_size(
+    make_backend: Make, make_engine: Make, make_request: Make
+) -> None:
     backend = make_backend()
     reports = run(make_engine(backend, strict=True, max_rows=6), [make_request()])
     assert {report.rows for report in reports} == {6}
@@ -311,7 +323,9 @@ def test_a_cap_of_one_row_runs_the_two_rows_of_a_guided_sample_one_after_the_oth
     np.testing.assert_array_equal(made.latent, finished(run(make_engine(), [make_request()]))["a/0"].latent)
 
 
-def test_the_same_condition_mixed_in_any_order_makes_the_same_image(make_engine: Make, make_request: Make) -> None:
+def test_the_same_condition_mixed_in_any_order_makes_the_same_image(
+    make_engine: Make, make_request: Make
+) -> None:
     terms = (ConditionTerm((0,), 3.0), ConditionTerm((1,), 1.0), ConditionTerm((2,), 2.0))
     for mix in ("linear", "spherical"):
         a = make_request("a/0", condition=terms, mix=mix)
@@ -364,17 +378,23 @@ def test_warm_up_teaches_the_cost_model_and_respects_buckets(make_backend: Make,
     assert quick.backend.batches == [1, 1]
 
 
-def test_memory_does_not_grow_from_step_to_step(make_engine: Make, make_request: Make, make_rung: Make) -> None:
+def test_memory_does_not_grow_from_step_to_step(
+    make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
     engine = make_engine()
 
     def live(rounds: int) -> int:
+        """Bytes of arrays alive after so many rounds of four samples."""
         for k in range(rounds):
             run(engine, [make_request(f"{k}-{j}/0", seed=k, rung=make_rung(steps=5)) for j in range(4)])
-        return tracemalloc.get_traced_memory()[0]
+        traces = tracemalloc.take_snapshot().filter_traces(
+            [tracemalloc.DomainFilter(True, tracemalloc_domain)]
+        )
+        return sum(trace.size for trace in traces.traces)
 
     tracemalloc.start()
     try:
-        before = live(5)
-        assert live(40) - before < 20_000
+        before = live(2)
+        assert live(10) == before
     finally:
         tracemalloc.stop()

@@ -68,7 +68,7 @@ def follow(engine: Engine, visits: list[Visit], make_request: Make) -> list[Step
     pytest.fail("the engine never became idle")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     visits=_visits,
     buckets=_buckets,

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -57,8 +56,7 @@ class Gate:
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         if self.decode_fault is not None:
             raise self.decode_fault
-        low, high = latents.min(), latents.max()
-        pixels = (255 * (latents - low) / (high - low)).astype(np.uint8)
+        pixels = np.clip(128 + 50 * latents, 0, 255).astype(np.uint8)
         return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
 
@@ -94,6 +92,7 @@ async def working(*workers: Worker) -> AsyncIterator[asyncio.Event]:
     try:
         yield stop
         stop.set()
+        asyncio.get_running_loop().call_later(6, lambda: [t.print_stack() for t in asyncio.all_tasks()])  # DBG
         async with asyncio.timeout(10):
             assert all(await asyncio.gather(*runs))
     finally:
@@ -434,8 +433,6 @@ async def test_a_late_result_of_a_lost_lease_is_dropped(
     async with working(make_worker(broker)):
         await broker.submit(job)
         await wait_until(gate.waiting.is_set)
-        async_clock = replace(broker.limits)
-        assert async_clock.lease_s == 30
         later = await connect(clock=lambda: time.time() + 60)
         assert await later.sweep() == 1
         (claim,) = await later.claim("w2", models=["fake"], max_samples=1)

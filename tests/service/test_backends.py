@@ -1,0 +1,266 @@
+"""What every backend must do, asked of every one that is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from model.bundle import Bundle
+from model.diffusion import make_schedule
+from service.backends import BACKENDS, Backend, BackendUnavailable, OutOfMemory, load_backend
+from service.conditions import CHUNK, Conditions
+from service.costs import CostModel
+from service.engine import Engine
+from service.jobs import ConditionTerm
+from service.planner import Planner
+from service.rungs import Ladder
+from service.samples import SampleRequest
+from service.scheduler import Scheduler
+from tests.service.tiny_bundle import CONFIG, write_bundle
+
+Floats = npt.NDArray[np.float32]
+Make = Callable[..., Any]
+
+PACKAGES = {"onnx": "onnxruntime", "torch": "torch"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_bundle(folder, weights=find_spec("torch") is not None)
+    return Bundle.open(folder)
+
+
+@pytest.fixture(scope="module", params=list(PACKAGES))
+def backend(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Backend]:
+    package = PACKAGES[request.param]
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[dev]'")
+    loaded = load_backend(request.param, bundle, threads=1)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(5)
+
+
+def rows(backend: Backend, rng: np.random.Generator, count: int) -> tuple[Floats, tuple[Floats, ...]]:
+    """Latents, and condition states of random timesteps and classes, for so many rows."""
+    labels = rng.integers(0, [6, 3], (count, 2))
+    timesteps = rng.integers(0, 1000, count).astype(np.float32)
+    x = rng.standard_normal((count, 3, 8, 8), np.float32)
+    return x, backend.modulate(timesteps, backend.embed(labels))
+
+
+def test_it_knows_its_name_and_its_bundle(backend: Backend, bundle: Bundle) -> None:
+    assert backend.name in BACKENDS
+    assert backend.manifest == bundle.manifest
+    assert backend.buckets is None or list(backend.buckets) == sorted(backend.buckets)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_shapes_and_types_are_those_of_the_manifest(
+    backend: Backend, rng: np.random.Generator, count: int
+) -> None:
+    embeddings = backend.embed(rng.integers(0, [6, 3], (count, 2)))
+    x, state = rows(backend, rng, count)
+    output = backend.denoise(x, state)
+    assert embeddings.shape == (count, backend.manifest.embedding_size)
+    assert [each.shape for each in state] == [(count, *entry.shape) for entry in backend.manifest.state]
+    assert output.shape == (count, CONFIG.out_channels, 8, 8)
+    assert {array.dtype for array in (embeddings, *state, output)} == {np.dtype(np.float32)}
+    assert all(np.isfinite(array).all() for array in (embeddings, *state, output))
+
+
+def test_every_class_and_the_null_class_are_told_apart(backend: Backend) -> None:
+    labels = np.array([[label, style] for label in range(6) for style in range(3)])
+    embeddings = backend.embed(labels)
+    assert len(np.unique(embeddings.round(5), axis=0)) == len(labels)
+
+
+def test_condition_timestep_and_latent_each_matter(backend: Backend, rng: np.random.Generator) -> None:
+    embeddings = backend.embed(np.array([[0, 0], [1, 0], [0, 0], [0, 0]]))
+    state = backend.modulate(np.array([500, 500, 100, 500], np.float32), embeddings)
+    x = np.repeat(rng.standard_normal((1, 3, 8, 8), np.float32), 4, axis=0)
+    x[3] += 0.5
+    output = backend.denoise(x, state)
+    for k in (1, 2, 3):
+        assert np.abs(output[k] - output[0]).max() > 1e-4
+
+
+def test_a_row_does_not_depend_on_the_others(backend: Backend, rng: np.random.Generator) -> None:
+    x, state = rows(backend, rng, 8)
+    together = backend.denoise(x, state)
+    order = rng.permutation(8)
+    moved = backend.denoise(x[order], tuple(each[order] for each in state))
+    np.testing.assert_array_equal(moved, together[order])
+    for k in range(8):
+        alone = backend.denoise(x[k : k + 1], tuple(each[k : k + 1] for each in state))
+        np.testing.assert_allclose(alone[0], together[k], atol=1e-5)
+
+
+def test_a_row_that_is_not_a_number_stays_alone(backend: Backend, rng: np.random.Generator) -> None:
+    x, state = rows(backend, rng, 4)
+    clean = backend.denoise(x, state)
+    x[2] = np.nan
+    output = backend.denoise(x, state)
+    assert not np.isfinite(output[2]).any()
+    np.testing.assert_array_equal(output[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+def test_the_conditioner_at_its_fixed_size_does_not_depend_on_company_or_place(
+    backend: Backend, rng: np.random.Generator
+) -> None:
+    embeddings = backend.embed(rng.integers(0, [6, 3], (CHUNK, 2)))
+    timesteps = rng.integers(0, 1000, CHUNK).astype(np.float32)
+    state = backend.modulate(timesteps, embeddings)
+    order = rng.permutation(CHUNK)
+    for one, other in zip(state, backend.modulate(timesteps[order], embeddings[order]), strict=True):
+        np.testing.assert_array_equal(other, one[order])
+    same = backend.modulate(timesteps[:1].repeat(CHUNK), embeddings[:1].repeat(CHUNK, axis=0))
+    for one, other in zip(state, same, strict=True):
+        np.testing.assert_array_equal(other, one[:1].repeat(CHUNK, axis=0))
+
+
+def test_inputs_stay_as_they_are_and_outputs_are_the_callers(
+    backend: Backend, rng: np.random.Generator
+) -> None:
+    x, state = rows(backend, rng, 3)
+    kept = [array.copy() for array in (x, *state)]
+    first = backend.denoise(x, state)
+    held = first.copy()
+    for array, before in zip((x, *state), kept, strict=True):
+        np.testing.assert_array_equal(array, before)
+    backend.denoise(x + 1.0, state)
+    np.testing.assert_array_equal(first, held)
+    first[:] = 0.0  # may be written to
+
+
+def test_decoding_gives_rgb_bytes(backend: Backend) -> None:
+    latents = np.linspace(-1.5, 1.5, 2 * 3 * 8 * 8, dtype=np.float32).reshape(2, 3, 8, 8)
+    pixels = backend.decode(latents)
+    assert (pixels.shape, pixels.dtype) == ((2, 8, 8, 3), np.uint8)
+    assert pixels[0, 0, 0, 0] == 0
+    assert pixels[1, 7, 7, 2] == 255
+
+
+def test_the_interpreter_runs_on_while_it_computes(backend: Backend, rng: np.random.Generator) -> None:
+    x, state = rows(backend, rng, 64)
+    turns = 0
+    done = threading.Event()
+
+    def compute() -> None:
+        for _ in range(50):
+            backend.denoise(x, state)
+        done.set()
+
+    worker = threading.Thread(target=compute)
+    worker.start()
+    while not done.wait(0.0001):
+        turns += 1
+    worker.join()
+    assert turns > 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_images_are_the_same_with_the_cache_on_and_off_and_in_any_company(
+    backend: Backend, strict: bool, make_request: Make, make_rung: Make
+) -> None:
+    def made(requests: list[SampleRequest], modulation_bytes: int) -> dict[str, Floats]:
+        engine = Engine(
+            backend=backend,
+            conditions=Conditions(backend, modulation_bytes=modulation_bytes),
+            scheduler=Scheduler(max_rows=6, strict=strict),
+            planner=Planner(Ladder(())),
+            ladder=Ladder(()),
+            costs=CostModel(fixed_s=10.0, per_row_s=0.001),
+            schedule=make_schedule("cosine", prediction="v"),
+            clock=lambda: 0.0,
+        )
+        for request in requests:
+            engine.add(request)
+        found: dict[str, Floats] = {}
+        while not engine.idle:
+            found.update((each.id, each.latent) for each in engine.step().finished)
+        return found
+
+    requests = [
+        make_request(
+            f"{k}/0",
+            seed=k,
+            condition=(ConditionTerm((k % 5, None)),),
+            rung=make_rung(("ddim", "dpmpp-2m", "ddpm")[k % 3], 4 + k),
+        )
+        for k in range(4)
+    ]
+    cached, uncached = made(requests, 1 << 20), made(requests, 0)
+    for request in requests:
+        np.testing.assert_array_equal(cached[request.id], uncached[request.id])
+        alone = made([request], 1 << 20)[request.id]
+        if strict:
+            np.testing.assert_array_equal(cached[request.id], alone)
+        np.testing.assert_allclose(cached[request.id], alone, atol=1e-4)
+
+
+def test_an_unknown_backend_is_refused_by_name(bundle: Bundle) -> None:
+    with pytest.raises(BackendUnavailable, match="unknown backend 'jax': choose among onnx, torch"):
+        load_backend("jax", bundle)
+
+
+def test_a_backend_whose_package_is_missing_names_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "service.backends.onnx", raising=False)
+    with pytest.raises(BackendUnavailable, match="backend 'onnx' needs the package onnxruntime"):
+        load_backend("onnx", bundle)
+
+
+def test_a_graph_that_is_none_is_refused_by_its_path(bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    for name in bundle.manifest.files:
+        (tmp_path / name).write_bytes(bundle.file(name).read_bytes())
+    (tmp_path / "backbone.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BackendUnavailable, match=r"backbone\.onnx cannot be loaded"):
+        load_backend("onnx", Bundle(tmp_path, bundle.manifest))
+
+
+def test_unknown_options_are_refused_in_one_sentence(bundle: Bundle) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    with pytest.raises(BackendUnavailable, match="precision must be one of fp32, int8"):
+        load_backend("onnx", bundle, precision="fp4")
+    with pytest.raises(BackendUnavailable, match="has no NoSuchProvider"):
+        load_backend("onnx", bundle, providers=("NoSuchProvider",))
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Failed to allocate memory for requested buffer of size 64", OutOfMemory),
+        ("some other fault", RuntimeError),
+    ],
+)
+def test_onnx_runtime_out_of_memory_is_told_from_other_faults(
+    message: str, expected: type[Exception]
+) -> None:
+    onnx = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
+
+    class Session:
+        def run(self, *_: Any) -> None:
+            raise RuntimeError(message)
+
+    with pytest.raises(expected, match=message):
+        onnx.run(Session(), ["output"], {})
+
+
+def test_the_onnx_backend_leaves_torch_unimported() -> None:
+    code = "import sys, service.backends.onnx, service.engine; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,64 @@
+"""Image files: what goes in comes out, and the file says how it was made."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import ExifTags, Image
+
+from service.images import CONTENT_TYPES, encode, to_pixels
+
+METADATA = {"seed": "7", "condition": "Erdbeere 🍓", "sampler": "ddim"}
+
+
+@pytest.fixture(scope="module")
+def pixels() -> npt.NDArray[np.uint8]:
+    """A smooth picture, as lossy formats like it."""
+    y, x = np.mgrid[0:48, 0:40]
+    return np.stack([4 * y, 5 * x, 2 * (x + y)], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("format", "tolerance"), [("png", 0), ("webp", 12), ("jpeg", 12)])
+def test_a_file_shows_the_picture(pixels: npt.NDArray[np.uint8], format: str, tolerance: int) -> None:
+    data = encode(pixels, format, metadata=METADATA)
+    with Image.open(BytesIO(data)) as image:
+        assert Image.MIME[image.format or ""] == CONTENT_TYPES[format]
+        shown = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(shown - pixels).max() <= tolerance
+
+
+def test_png_carries_its_parameters_as_text(pixels: npt.NDArray[np.uint8]) -> None:
+    with Image.open(BytesIO(encode(pixels, "png", metadata=METADATA))) as image:
+        image.load()
+        assert image.info == METADATA
+
+
+@pytest.mark.parametrize("format", ["webp", "jpeg"])
+def test_webp_and_jpeg_carry_them_as_a_comment(pixels: npt.NDArray[np.uint8], format: str) -> None:
+    with Image.open(BytesIO(encode(pixels, format, metadata=METADATA))) as image:
+        comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+    assert comment.startswith(b"ASCII\0\0\0")
+    assert json.loads(comment[8:]) == METADATA
+
+
+def test_no_metadata_leaves_no_trace(pixels: npt.NDArray[np.uint8]) -> None:
+    with Image.open(BytesIO(encode(pixels, "jpeg", metadata={}))) as image:
+        assert not image.getexif()
+
+
+def test_an_unknown_format_is_refused(pixels: npt.NDArray[np.uint8]) -> None:
+    with pytest.raises(ValueError, match="unknown image format 'gif'"):
+        encode(pixels, "gif", metadata={})
+
+
+def test_the_model_range_maps_to_all_of_the_bytes() -> None:
+    values = np.array([-2.0, -1.0, 0.0, 1.0, 2.0], np.float32).reshape(1, 1, 1, 5)
+    grey = to_pixels(values)
+    assert grey.shape == (1, 1, 5, 3)
+    assert grey[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    colours = to_pixels(np.stack([np.full((4, 5), v, np.float32) for v in (-1.0, 0.0, 1.0)])[None])
+    assert colours[0, 2, 3].tolist() == [0, 128, 255]
