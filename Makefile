@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
-TORCH_HINT := " On Linux, make $(MAKECMDGOALS) TORCH_INDEX=<index of CPU builds of torch> downloads far less."
+TORCH_HINT := On Linux, TORCH_INDEX=<an index of CPU builds of torch> saves gigabytes.
 SERVING := $(VENV)/.cpu-$(KEY)
 TESTING := $(VENV)/.dev-$(KEY)
 
@@ -42,7 +42,7 @@ clean:
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.%-$(KEY): | $(BIN)/python
-	@echo "Installing the $* packages into $(VENV) …$(if $(filter dev,$*),$(if $(TORCH_INDEX),,$(TORCH_HINT)))"
+	@echo "Installing the $* packages into $(VENV) … $(if $(TORCH_INDEX),,$(if $(filter dev,$*),$(TORCH_HINT)))"
 	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '.[$*]' >>$(LOG) 2>&1 || { \
 	    echo "error: the packages could not be installed (is a package index reachable?): see $(LOG)" >&2; exit 1; }

@@ -34,8 +34,8 @@ def draw_sweep(points: Sequence[Point], target: Path) -> None:
             axis.set_title(f"{curve}, {process}: {title}", fontsize=9)
             axis.set_xlabel("offered load")
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
-    figure.savefig(target, dpi=110)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.savefig(target, dpi=80)
 
 
 def draw_ladder(candidates: Sequence[RungSpec], kept: Sequence[RungSpec], target: Path) -> None:

@@ -82,13 +82,6 @@ class Recipe:
         """sha256 over all fields."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    @property
-    def command(self) -> str:
-        """What builds it again, BUNDLE standing for the bundle's folder."""
-        targets = "".join(f" --target {target}" for target in self.options["targets"])
-        backend = f" --backend {self.flavour}" if self.flavour != "tensorrt" else ""
-        return f"python -m export.trt BUNDLE --precision {self.precision}{backend}{targets}"
-
 
 def recipe(bundle: Bundle, precision: str, options: BuildOptions, trt: TensorRt, device: Device) -> Recipe:
     """What an engine of this bundle must have been built from.

@@ -7,6 +7,7 @@ builds nothing and tells; `--compile-only` compiles and keeps nothing. Ctrl-C st
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,7 @@ class Outcome:
     """What became of one precision."""
 
     recipe: Recipe
-    state: str
+    state: str  # "fresh", "built", "compiles", or why the engine must not be loaded
     megabytes: float | None = None
     seconds: float | None = None
     fusion: Fusion | None = None
@@ -145,7 +146,7 @@ def _run(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     if options.check:
         outcomes = check_engines(bundle, recipes)
-        _print(console, bundle, trt, outcomes)
+        _print(console, bundle, trt, outcomes, options.command)
         return STALE if any(outcome.state != "fresh" for outcome in outcomes) else 0
     outcomes = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -157,11 +158,13 @@ def _run(options: argparse.Namespace) -> int:
                 outcomes.append(
                     make_engine(trt, bundle, made, build, force=options.force, keep=keep, bars=bars)
                 )
-    _print(console, bundle, trt, outcomes)
+    _print(console, bundle, trt, outcomes, options.command)
     return 0
 
 
-def _print(console: Console, bundle: Bundle, trt: TensorRt, outcomes: Sequence[Outcome]) -> None:
+def _print(
+    console: Console, bundle: Bundle, trt: TensorRt, outcomes: Sequence[Outcome], command: str
+) -> None:
     table = Table(title=f"{bundle.manifest.name} {bundle.manifest.version}, {trt.flavour} {trt.version}")
     for heading in ("precision", "state", "MB", "seconds", "kernels", "fused attention", "INT8 matmuls"):
         table.add_column(heading)
@@ -174,12 +177,8 @@ def _print(console: Console, bundle: Bundle, trt: TensorRt, outcomes: Sequence[O
     console.print(table)
     for outcome in outcomes:
         if outcome.state not in ("fresh", "built", "compiles"):
-            command = outcome.recipe.command.replace("BUNDLE", str(bundle.path))
-            console.print(
-                f"{outcome.recipe.precision}: {outcome.state}; build it with {command}",
-                soft_wrap=True,
-                highlight=False,
-            )
+            hint = f"{outcome.recipe.precision}: {outcome.state}; build it with {command}"
+            console.print(hint, soft_wrap=True, highlight=False)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -217,7 +216,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--compile-only", action="store_true", help="compile and keep nothing")
     parser.add_argument("--verbose", action="store_true", help="print TensorRT's log after an error")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    words = [word for word in arguments if word not in ("--check", "--force", "--compile-only", "--verbose")]
+    options.command = shlex.join(["python", "-m", "export.trt", *words])
+    return options
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -7,8 +7,7 @@ files (see `model.port`); diffusers' layout is in `model.weights_diffusers`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import cast
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -129,30 +128,25 @@ def _inferred(
 
 def check_plain(config: DiTConfig) -> None:
     """Raises WeightsError unless the configuration is one the published DiT can have."""
-    published = DiTConfig(
-        **{
-            name: getattr(config, name)
-            for name in (
-                "image_size",
-                "patch_size",
-                "in_channels",
-                "hidden_size",
-                "depth",
-                "num_heads",
-                "mlp_ratio",
-            )
-        },
+    plain = replace(
+        config,
+        blocks=("adaln_zero",),
         classes=config.classes[:1] or (1,),
-        learn_sigma=config.learn_sigma,
-        frequency_shift=config.frequency_shift,
-        mlp_norm_eps=config.mlp_norm_eps,
+        text_size=0,
+        fusion="sum",
+        qk_norm=False,
+        rope=False,
+        swiglu=False,
+        layout_rank=0,
+        head_channels=0,
+        base_size=None,
     )
-    fields = cast(Sequence[str], DiTConfig.__slots__)
-    ours = {name: getattr(config, name) for name in fields} | {
-        "blocks": tuple(set(config.blocks)),
-        "base_size": None,
-    }
-    extra = [name for name in fields if ours[name] != getattr(published, name)]
+    extra = [
+        field.name
+        for field in fields(plain)
+        if field.name != "blocks" and getattr(config, field.name) != getattr(plain, field.name)
+    ]
+    extra += [] if plain.plan == config.plan else ["blocks"]
     if extra:
         raise WeightsError(
             f"only a plain adaLN-Zero DiT with one label factor can be exported: undo {', '.join(extra)}"

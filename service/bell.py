@@ -27,7 +27,8 @@ class Bell:
         """Until it has rung since the last call, or the timeout."""
         self._subscribe()
         try:
-            await asyncio.wait_for(self._rung.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._rung.wait()
         except TimeoutError:
             return
         finally:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from service.bell import Bell
-from service.connection import Scripts, open_client, unavailable
+from service.connection import Scripts, open_client, reaching
 from service.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -60,11 +60,11 @@ class Broker:
         """`clock` (seconds) replaces the server's own in tests. Raises `ValueError` for a malformed URL."""
         self.keys = Keys(namespace)
         self.limits = limits or Limits()
-        self._clock = clock
-        self._client = open_client(url, timeout_s=timeout_s, connections=32)
-        self._readers = open_client(url, timeout_s=None, connections=4096)
-        self._scripts = Scripts(self._client, self.keys.permanent)
-        self._records = Records(self._client, self.keys)
+        self._clock, self._timeout_s = clock, timeout_s
+        self._client = open_client(url, connections=32)
+        self._readers = open_client(url, connections=4096)
+        self._scripts = Scripts(self._client, self.keys.permanent, timeout_s=timeout_s)
+        self._records = Records(self._client, self.keys, timeout_s=timeout_s)
         self._claims: dict[str, str] = {}
         self._bell = Bell(self._readers, self.keys)
 
@@ -98,7 +98,7 @@ class Broker:
 
     async def ping(self) -> bool:
         try:
-            with unavailable():
+            async with reaching(self._timeout_s):
                 return bool(await self._client.ping())
         except QueueUnavailable:
             return False

@@ -43,12 +43,13 @@ class Capacity:
         self._free = sorted(
             (worker.backlog_rows / pace.rows_per_s, pace.rows_per_s) for worker, pace in self._workers
         )
+        self.last_free_s = self._free[-1][0] if self._free else 0.0
         running = sum(worker.running_samples for worker in load.workers)
         backlog = sum(worker.backlog_rows for worker in load.workers)
         self.mean_backlog = backlog / running if running else None  # rows left of a running sample
 
-    def drained(self, extra_rows: int = 0, *, share: float = 1.0) -> float:
-        """Seconds until the workers have done their backlogs, the queue and `extra_rows`; infinite without workers.
+    def reached(self, extra_rows: int = 0, *, share: float = 1.0) -> float:
+        """Seconds until the queue and `extra_rows` behind it are done; infinite without workers.
 
         `share` is what counts of the backlogs and the queue: the rest may still be cut.
         """
@@ -81,4 +82,5 @@ class Capacity:
 
 def drained(load: LoadSnapshot, extra_rows: int = 0) -> float:
     """Seconds until the workers have done their backlogs, the queue and `extra_rows`; infinite without workers."""
-    return Capacity(load).drained(extra_rows)
+    capacity = Capacity(load)
+    return max(capacity.reached(extra_rows), capacity.last_free_s)

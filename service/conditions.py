@@ -96,10 +96,11 @@ class EmbeddingCache(CacheCounters):
             indices = np.tile(np.array(self._null_labels, np.int64), (CHUNK, 1))  # (CHUNK, F)
             for row, labels in zip(indices, part, strict=False):
                 row[:] = [n if k is None else k for k, n in zip(labels, self._null_labels, strict=True)]
-            fresh.update(zip(part, self._backend.embed(indices), strict=False))
+            embeddings = self._backend.embed(indices)
+            fresh.update((labels, row.copy()) for labels, row in zip(part, embeddings, strict=False))
         found = [fresh[labels] if labels in fresh else self._held[labels] for labels in wanted]
         for labels, embedding in zip(wanted, found, strict=True):
-            self._held[labels] = embedding.copy() if labels in fresh else embedding
+            self._held[labels] = embedding
             self._held.move_to_end(labels)
         while len(self._held) > self._entries:
             self._held.popitem(last=False)
@@ -143,9 +144,9 @@ class ModulationCache(CacheCounters):
         self.misses += len(missing)
         if missing:
             self._load(missing, upcoming)
-        places = [self._place(key) for key in keys]
+        places = np.array([self._place(key) for key in keys], np.intp)
         for block, rows in zip(self._blocks, out, strict=True):
-            rows[: len(keys)] = block[places]
+            np.take(block, places, axis=0, out=rows[: len(keys)], mode="clip")
 
     def _bypass(self, wanted: Sequence[Want], out: tuple[Floats, ...]) -> None:
         self.bypasses += len(wanted)

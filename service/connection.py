@@ -1,16 +1,16 @@
 """The Redis connection: how clients are opened, how scripts run, and what a failing server means.
 
-The only place that knows redis-py's defaults, and overrides them: no retry inside the client (a retried write
-may have happened; here only scripts that may be repeated are), short timeouts for commands, none for blocking
-reads.
+The only place that knows redis-py's defaults, and overrides them. No retry inside the client: a retried write may have happened;
+here only scripts that may be repeated are. No timeout inside the client either: its `asyncio.wait_for` costs a task per command and
+can swallow a cancellation before Python 3.12; `reaching` sets the limits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -35,7 +35,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from service.errors import QueueUnavailable
 
 RETRY_AFTER_S = 2.0
-_PASSING = (RedisConnectionError, RedisTimeoutError)
+CONNECT_S = 5.0
+_PASSING = (RedisConnectionError, RedisTimeoutError, OSError)
 _REFUSALS = {
     "MISCONF": "cannot persist writes",
     "NOREPLICAS": "has too few replicas",
@@ -55,34 +56,38 @@ _MEANINGS: tuple[tuple[type[RedisError], str], ...] = (
 )
 
 
-def open_client(url: str, *, timeout_s: float | None, connections: int) -> Redis:
-    """A client for commands, or with `timeout_s=None` one for blocking reads and subscriptions.
+def open_client(url: str, *, connections: int) -> Redis:
+    """A client without timeouts of its own: `reaching` sets them.
 
     `url`: redis://, rediss:// or unix://. Raises `ValueError` for any other.
     """
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=connections,
-        timeout=timeout_s,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s or 5.0,
-        socket_keepalive=True,
+        timeout=None,
+        socket_timeout=None,
+        socket_connect_timeout=CONNECT_S,
         retry=Retry(NoBackoff(), 0),
         client_name="dit",
+        **({} if url.startswith("unix:") else {"socket_keepalive": True}),
     )
     return Redis.from_pool(pool)
 
 
-@contextmanager
-def unavailable() -> Iterator[None]:
-    """Turns what a failing server raises into `QueueUnavailable`; a fault of ours stays what it is."""
+@asynccontextmanager
+async def reaching(timeout_s: float | None) -> AsyncIterator[None]:
+    """Bounds what is awaited inside, and turns what a failing server raises into `QueueUnavailable`; a fault of ours stays what
+    it is."""
     try:
-        yield
+        async with asyncio.timeout(timeout_s):
+            yield
     except RedisError as error:
         meaning = _meaning(error)
         if meaning is None:
             raise
         raise QueueUnavailable(f"Redis {meaning}.", retry_after=RETRY_AFTER_S) from error
+    except TimeoutError as error:
+        raise QueueUnavailable("Redis did not answer in time.", retry_after=RETRY_AFTER_S) from error
     except OSError as error:
         raise QueueUnavailable("Redis cannot be reached.", retry_after=RETRY_AFTER_S) from error
 
@@ -101,12 +106,12 @@ class Scripts:
     forgot them.
     """
 
-    def __init__(self, client: Redis, keys: Sequence[str], *, attempts: int = 3) -> None:
+    def __init__(self, client: Redis, keys: Sequence[str], *, timeout_s: float, attempts: int = 3) -> None:
         folder = files("service") / "lua"
         prelude = (folder / "prelude.lua").read_text()
         self._client = client
         self._keys = tuple(keys)
-        self._attempts = attempts
+        self._timeout_s, self._attempts = timeout_s, attempts
         self._sources = {
             entry.name.removesuffix(".lua"): prelude + entry.read_text()
             for entry in folder.iterdir()
@@ -118,23 +123,23 @@ class Scripts:
 
     async def load(self) -> None:
         """Send every script to the server."""
-        with unavailable():
+        async with reaching(self._timeout_s):
             pipeline = self._client.pipeline(transaction=False)
             for source in self._sources.values():
                 pipeline.script_load(source)
             await pipeline.execute()
 
     async def run(self, name: str, *args: bytes | str | float, repeatable: bool = True) -> Any:
-        """Run one script. `repeatable`: a second run after a lost answer does no harm, so a passing fault is
-        tried again.
+        """Run one script. `repeatable`: a second run after a lost answer does no harm, so it is tried again.
 
         Raises `QueueUnavailable`.
         """
         attempts = self._attempts if repeatable else 1
-        with unavailable():
+        async with reaching(None):
             for attempt in range(1, attempts + 1):
                 try:
-                    return await self._evaluate(name, args)
+                    async with asyncio.timeout(self._timeout_s):
+                        return await self._evaluate(name, args)
                 except _PASSING:
                     if attempt == attempts:
                         raise

@@ -60,7 +60,7 @@ class Engine:
         self._state = tuple(np.zeros((rows, *entry.shape), np.float32) for entry in manifest.state)
 
     def step(self, queued_rows: int = 0) -> StepReport:
-        """Take the next step of the most urgent samples.
+        """Take the next step of the most urgent samples; or, when deadlines have passed, report those alone.
 
         `queued_rows` is this worker's share of what still waits in the queue, for the planner to see.
 
@@ -69,11 +69,12 @@ class Engine:
                 it was before the step.
         """
         began = self.clock()
-        expired = self._expire(began)
+        if expired := self._expire(began):
+            return StepReport(failed=expired)  # told at once: what follows may raise
         changes = self._plan(began, queued_rows)
         batch = self._next_batch()
         if not batch.samples:
-            return StepReport(failed=expired, changes=changes)
+            return StepReport(changes=changes)
         lines = np.stack([sample.line for sample in batch.samples])  # (n, 7)
         output, rows = self._denoise(batch)  # (rows, C_out, H, W)
         output = self._guide(batch, output, lines)  # (n, C, H, W)
@@ -83,7 +84,7 @@ class Engine:
         predicted = self.costs.predict(rows)
         self.costs.observe(rows, now - began)
         return StepReport(
-            finished, expired + failed, previews, changes, batch.stop_reason, rows, now - began, predicted
+            finished, failed, previews, changes, batch.stop_reason, rows, now - began, predicted
         )
 
     def add(self, request: SampleRequest) -> None:

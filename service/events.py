@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 from redis.asyncio import Redis
 
-from service.connection import unavailable
+from service.connection import reaching
 from service.errors import JobNotFound
 from service.jobs import TERMINAL_STATES, Event, EventKind, unpack
 from service.keys import Keys
@@ -41,9 +40,8 @@ async def follow(client: Redis, keys: Keys, job_id: str, after: str) -> AsyncIte
 
 
 async def _read(client: Redis, stream: str, after: str, block: int | None) -> list[Event]:
-    with unavailable():
-        async with asyncio.timeout(GRACE_S + BLOCK_MS / 1000):
-            reply: Any = await client.xread({stream: after}, count=PAGE, block=block)
+    async with reaching(GRACE_S + BLOCK_MS / 1000):
+        reply: Any = await client.xread({stream: after}, count=PAGE, block=block)
     entries = (
         next(iter(reply.values()))[0] if isinstance(reply, dict) and reply else (reply[0][1] if reply else [])
     )
@@ -55,7 +53,7 @@ def _event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Event:
 
 
 async def _has_ended(client: Redis, key: str, job_id: str) -> bool:
-    with unavailable():
+    async with reaching(GRACE_S):
         state: Any = await client.hget(key, "state")
     if state is None:
         raise JobNotFound(f"There is no job {job_id}.")

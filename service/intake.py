@@ -16,7 +16,15 @@ from model.diffusion import GRIDS
 from model.solvers import SOLVERS
 from service import metrics
 from service.backplane import Queue
-from service.errors import IdempotencyMismatch, InternalError, InvalidRequest, ModelNotFound, Overloaded
+from service.capacity import drained
+from service.errors import (
+    IdempotencyMismatch,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    QueueFull,
+)
 from service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus, LoadSnapshot
 from service.load import finite
 from service.planner import NO_WORKER, Admission, Planner
@@ -26,6 +34,8 @@ from service.settings import Settings
 from service.vocabulary import Vocabulary
 
 LOAD_FRESH_S = 0.1
+_FREED = 0.1  # of a full queue should have drained before it is worth coming back
+_RETRY_S = 5.0  # when that cannot be predicted
 _UPSCALE = {"identity": 1, "sd-vae": 8, "small": 8}  # pixels a side of one latent pixel
 _BODY = "body"  # in a job's trace: the fingerprint of the request, to tell a replay from a reuse of its key
 
@@ -111,7 +121,7 @@ class Intake:
             image_format=image_format,
         )
         job.trace[_BODY] = fingerprint
-        if not await self._queue.submit(job):
+        if not await self._submit(job):
             return self._again(await self._known(job), fingerprint)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
@@ -177,13 +187,10 @@ class Intake:
             raise Overloaded(
                 "No worker is running, so no deadline can be kept.", retry_after=admission.retry_after_s
             )
-        least = (
-            "even in fewer steps"
-            if request.allow_degraded
-            else "without fewer steps, which the request rules out"
-        )
+        ways = "even in fewer steps" if request.allow_degraded else "and the request rules out fewer steps"
+        when = "now" if admission.retry_after_s else "even on idle workers"
         raise Overloaded(
-            f"The images would take about {admission.predicted_s:.1f} s, too long for the deadline {least}.",
+            f"The images would take about {admission.predicted_s:.1f} s, too long for the deadline {when}, {ways}.",
             retry_after=admission.retry_after_s,
             extra={"predicted_s": round(admission.predicted_s, 3)},
         )
@@ -229,6 +236,13 @@ class Intake:
             cost_rows=request.n * self.ladder.row_steps(admission.rung, scale),
             trace=dict(caller.trace),
         )
+
+    async def _submit(self, job: Job) -> bool:
+        try:
+            return await self._queue.submit(job)
+        except QueueFull as error:
+            wait = finite(drained(await self.load()) * _FREED)
+            raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
 
     async def _known(self, job: Job) -> JobStatus:
         known = await self._queue.status(job.id)

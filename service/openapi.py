@@ -45,7 +45,7 @@ _DETAILS: dict[Kind, dict[str, Any]] = {
         "extra": {"errors": [{"pointer": "#/steps", "detail": "Input should be a valid integer"}]},
     },
     errors.Overloaded: {
-        "detail": "The images would take about 9.1 s, too long for the deadline even in fewer steps.",
+        "detail": "The images would take about 9.1 s, too long for the deadline now, even in fewer steps.",
         "retry_after": 4.0,
     },
     errors.QueueFull: {"detail": "The queue holds its limit of 1000 jobs.", "retry_after": 5.0},

@@ -266,7 +266,7 @@ class Planner:
         for option in options:
             rows = samples * self.ladder.row_steps(option, guidance_scale)
             alone = capacity.unhindered(rows=rows, steps=option.steps, samples=samples)
-            predicted = max(alone, capacity.drained(rows, share=share))
+            predicted = max(alone, capacity.reached(rows, share=share))
             if predicted <= slack:
                 self._learn_floor(self.ladder.row_steps(options[-1], guidance_scale))
                 degraded = option != rung

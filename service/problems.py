@@ -22,6 +22,7 @@ from service.errors import (
     MalformedRequest,
     MethodNotAllowed,
     NotFound,
+    Overloaded,
     ServiceError,
     UnsupportedMediaType,
 )
@@ -46,7 +47,8 @@ def answer(error: Exception, scope: Scope) -> Response:
     """The HTTP answer to `error` in the shape the request's path calls for."""
     known = understood(error)
     metrics.REFUSED.labels(known.code).inc()
-    headers = {"x-should-retry": "false"} if known.status == 500 else {}
+    hopeless = known.status == 500 or (isinstance(known, Overloaded) and known.retry_after is None)
+    headers = {"x-should-retry": "false"} if hopeless else {}
     if known.retry_after is not None:
         headers["retry-after"] = str(seconds_header(known.retry_after))
     if isinstance(error, HTTPException) and error.headers:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 
-from service.connection import unavailable
+from service.connection import reaching
 from service.errors import JobExpired, JobNotFound, from_wire
 from service.jobs import Job, JobResult, JobStatus, State, unpack
 from service.keys import Keys
@@ -16,12 +16,11 @@ _FIELDS = ("wire", "state", "attempt", "step", "steps", "error", "owner")
 
 
 class Records:
-    def __init__(self, client: Redis, keys: Keys) -> None:
-        self._client = client
-        self._keys = keys
+    def __init__(self, client: Redis, keys: Keys, *, timeout_s: float) -> None:
+        self._client, self._keys, self._timeout_s = client, keys, timeout_s
 
     async def status(self, job_id: str) -> JobStatus | None:
-        with unavailable():
+        async with reaching(self._timeout_s):
             pipeline = self._client.pipeline(transaction=True)
             pipeline.hmget(self._keys.job(job_id), _FIELDS)
             pipeline.zrank(self._keys.queue, job_id)
@@ -43,12 +42,12 @@ class Records:
         )
 
     async def result(self, job_id: str) -> JobResult | None:
-        with unavailable():
+        async with reaching(self._timeout_s):
             data: Any = await self._client.get(self._keys.result(job_id))
         return None if data is None else JobResult.from_bytes(data)
 
     async def outcome(self, job_id: str) -> JobResult | None:
-        with unavailable():
+        async with reaching(self._timeout_s):
             pipeline = self._client.pipeline(transaction=True)
             pipeline.hmget(self._keys.job(job_id), ("state", "error", "owner"))
             pipeline.get(self._keys.result(job_id))
@@ -64,7 +63,7 @@ class Records:
         return None
 
     async def dead(self) -> list[JobStatus]:
-        with unavailable():
+        async with reaching(self._timeout_s):
             ids: Any = await self._client.zrange(self._keys.dead, 0, -1)
         statuses = await asyncio.gather(*(self.status(job_id.decode()) for job_id in ids))
         return [status for status in statuses if status is not None and status.state == "dead"]

@@ -79,7 +79,7 @@ class SlotPool:
         with np.errstate(all="ignore"):
             np.multiply(x, x0_x, out=d)
             d += np.multiply(output, x0_out, out=scratch)
-            finite = np.isfinite(d).reshape(n, -1).all(axis=1)
+            finite: npt.NDArray[np.bool_] = np.all(np.isfinite(d), axis=(1, 2, 3))
             if self._clip:
                 np.clip(d, -1.0, 1.0, out=d)
             x *= a

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
@@ -27,6 +26,7 @@ from service.planner import Planner
 from service.rungs import Ladder
 from service.scheduler import Scheduler
 from service.settings import Settings
+from service.signals import stop_signals
 from service.worker import Worker
 
 CONFIG_ERROR, BROKEN = 2, 1
@@ -101,15 +101,3 @@ def build_engine(backend: Backend, settings: Settings) -> Engine:
         clock=time.time,
         slots=settings.max_rows + settings.lookahead_rows + settings.max_images,
     )
-
-
-def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Events of the first and the second SIGTERM or SIGINT: stop, and hurry."""
-    stop, hurry = asyncio.Event(), asyncio.Event()
-
-    def signalled() -> None:
-        (hurry if stop.is_set() else stop).set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, signalled)
-    return stop, hurry

@@ -1,4 +1,4 @@
-"""Fixtures of the export tests; `tiny_bundle` is exported once and cached between runs."""
+"""Fixtures of the export tests; bundles are exported once and kept between runs in pytest's cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.tiny import cached_tiny_bundle
+from export.errors import ExportError
+from export.trt_module import TensorRt, load_trt
+from tests.export.tiny import cached_full_bundle, cached_tiny_bundle
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +23,19 @@ def tiny_bundle(pytestconfig: pytest.Config) -> Path:
 def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that the test may change."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def full_bundle(pytestconfig: pytest.Config) -> Path:
+    """The tiny bundle with half-precision and INT8 backbones; read only."""
+    assert pytestconfig.cache is not None
+    return cached_full_bundle(Path(pytestconfig.cache.mkdir("bundles")))
+
+
+@pytest.fixture(scope="session")
+def rtx() -> TensorRt:
+    """The real TensorRT-RTX compiler."""
+    try:
+        return load_trt("tensorrt_rtx")
+    except ExportError as error:
+        pytest.skip(f"no TensorRT-RTX here: {error}")

@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 
+from export.calibrate import Walk, trajectories
+from export.half import write_half
 from export.onnx import Options, export_bundle
-from export.source import DEFAULTS, Source
-from model.bundle import Bundle, DiffusionSpec, Factor, Manifest, RungSpec, StateTensor
+from export.quantize import write_int8
+from export.source import DEFAULTS, Source, open_source
+from model.bundle import Bundle, DiffusionSpec, Factor, Manifest, RungSpec, StateTensor, write_manifest
 from model.config import DiTConfig
 from model.dit import DiT
 
@@ -74,14 +79,46 @@ def tiny_source(config: DiTConfig = CONFIG, *, seed: int = 0) -> Source:
 
 def cached_tiny_bundle(cache: Path) -> Path:
     """The folder of the tiny bundle, exported once per version of the code and kept in `cache`."""
-    sha = hashlib.sha256(f"{torch.__version__} {onnx.__version__}".encode())
-    sources = [Path(__file__), *(ROOT / "export").glob("*.py"), *(ROOT / "model").glob("*.py")]
+
+    def make(folder: Path) -> None:
+        export_bundle(tiny_source(), folder, Options(half="none", samples=2, steps=10))
+
+    return _cached(cache, "tiny", make)
+
+
+def cached_full_bundle(cache: Path) -> Path:
+    """The tiny bundle with an fp16 backbone and INT8 backbones for the CPU and for TensorRT."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(cached_tiny_bundle(cache), folder)
+        source = open_source(folder)
+        rows = trajectories(source.dit, source.manifest, source.schedule, Walk(samples=2, steps=10))
+        write_half(source, folder, rows, "fp16")
+        write_int8(source.dit, folder, rows, "cpu", reduce_range=True)
+        write_int8(source.dit, folder, rows, "tensorrt", reduce_range=False)
+        write_manifest(folder, source.manifest)
+
+    return _cached(cache, "full", make)
+
+
+def _cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+    sha = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {ort.__version__}".encode())
+    model = ("bundle", "conditioner", "config", "diffusion", "dit", "layers", "solvers")
+    export = ("calibrate", "graph", "half", "onnx", "quantize", "smooth", "source", "storage")
+    sources = [
+        Path(__file__),
+        *(ROOT / "model" / f"{n}.py" for n in model),
+        *(ROOT / "export" / f"{n}.py" for n in export),
+    ]
     for file in sorted(sources):
         sha.update(file.read_bytes())
-    target = cache / f"tiny-{sha.hexdigest()[:16]}"
+    target = cache / f"{name}-{sha.hexdigest()[:16]}"
     if not target.is_dir():
-        scratch = cache / f".tiny-{os.getpid()}"
-        export_bundle(tiny_source(), scratch, Options(half="none", samples=2, steps=10))
+        scratch = cache / f".{name}-{os.getpid()}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        make(scratch)
+        for stale in cache.glob(f"{name}-*"):
+            shutil.rmtree(stale, ignore_errors=True)
         try:
             scratch.rename(target)
         except OSError:  # another test process was faster

@@ -128,13 +128,13 @@ def test_configuration_is_read_off_the_published_shapes(published: dict[str, Ten
     del published["pos_embed"]
     assert from_official(published, image_size=(4, 8))[1].image_size == (4, 8)
     assert from_official(published, image_size=(8, 8), num_heads=12)[1].num_heads == 12
-    with pytest.raises(WeightsError, match="image size .* must be given"):
+    with pytest.raises(WeightsError, match=r"image size .* must be given"):
         from_official(published)
 
 
 def test_unknown_width_needs_heads(network: Make) -> None:
     state = to_official(network(PLAIN).state_dict(), PLAIN)
-    with pytest.raises(WeightsError, match="hidden size 16 .* heads must be given"):
+    with pytest.raises(WeightsError, match=r"hidden size 16 .* heads must be given"):
         from_official(state)
     assert from_official(state, num_heads=2)[1] == PLAIN
 
@@ -171,7 +171,7 @@ def test_drifted_copies_are_refused(theirs: DiTTransformer2DModel) -> None:
     state = dict(theirs.state_dict())
     name = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
     state[name] = state[name] + 1e-6
-    with pytest.raises(WeightsError, match="embedding_table.weight disagree: block 1 differs"):
+    with pytest.raises(WeightsError, match=r"embedding_table\.weight disagree: block 1 differs"):
         from_diffusers(state, dict(theirs.config), function="published")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,27 +150,35 @@ def test_inputs_stay_as_they_are_and_outputs_are_the_callers(
 def test_decoding_gives_rgb_bytes(backend: Backend) -> None:
     latents = np.linspace(-1.5, 1.5, 2 * 3 * 8 * 8, dtype=np.float32).reshape(2, 3, 8, 8)
     pixels = backend.decode(latents)
-    assert (pixels.shape, pixels.dtype) == ((2, 8, 8, 3), np.uint8)
+    assert pixels.shape == (2, 8, 8, 3)
+    assert pixels.dtype == np.uint8
     assert pixels[0, 0, 0, 0] == 0
     assert pixels[1, 7, 7, 2] == 255
 
 
 def test_the_interpreter_runs_on_while_it_computes(backend: Backend, rng: np.random.Generator) -> None:
-    x, state = rows(backend, rng, 64)
-    turns = 0
-    done = threading.Event()
+    count, seconds = 64, 0.0
+    while seconds < 0.05:
+        count *= 2
+        x, state = rows(backend, rng, count)
+        start = time.perf_counter()
+        backend.denoise(x, state)
+        seconds = time.perf_counter() - start
+    began, done = threading.Event(), threading.Event()
 
     def compute() -> None:
-        for _ in range(50):
-            backend.denoise(x, state)
+        began.set()
+        backend.denoise(x, state)
         done.set()
 
     worker = threading.Thread(target=compute)
     worker.start()
-    while not done.wait(0.0001):
+    began.wait()
+    turns = 0
+    while not done.wait(0.001):
         turns += 1
     worker.join()
-    assert turns > 0
+    assert turns > 3  # with the lock held there is one at most
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -92,7 +92,6 @@ async def working(*workers: Worker) -> AsyncIterator[asyncio.Event]:
     try:
         yield stop
         stop.set()
-        asyncio.get_running_loop().call_later(6, lambda: [t.print_stack() for t in asyncio.all_tasks()])  # DBG
         async with asyncio.timeout(10):
             assert all(await asyncio.gather(*runs))
     finally:

@@ -128,11 +128,19 @@ async def test_what_nobody_accepts_is_406(stage: Stage, accept: str, body: dict[
 
 
 async def test_a_deadline_that_cannot_be_kept_is_refused_with_a_time_to_come_back(stage: Stage) -> None:
-    await stage.worker.report(step_per_row_s=1.0)
-    response = await stage.generate(deadline_ms=200)
+    await stage.worker.report(step_per_row_s=0.001, running_samples=8, backlog_rows=50_000)
+    response = await stage.generate(deadline_ms=1000)
     assert response.status_code == 503
     assert response.json()["code"] == "overloaded"
     assert int(response.headers["retry-after"]) == response.json()["retry_after_s"] >= 1
+
+
+async def test_a_deadline_too_short_for_idle_workers_is_refused_for_good(stage: Stage) -> None:
+    await stage.worker.report(step_per_row_s=1.0)
+    response = await stage.generate(deadline_ms=200)
+    assert (response.status_code, response.json()["code"]) == (503, "overloaded")
+    assert "idle" in response.json()["detail"]
+    assert response.headers["x-should-retry"] == "false"
 
 
 async def test_a_deadline_is_kept_by_a_lower_rung_and_said_so(stage: Stage) -> None:

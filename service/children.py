@@ -1,0 +1,83 @@
+"""Child processes that do not outlive this one.
+
+Each is started through a shell that first leaves a watcher behind and then becomes the child. The watcher reads a pipe whose other
+end only this process holds: when this process is gone, even by SIGKILL, the pipe ends and the child is told to stop, and a few
+seconds later made to. Children are sessions of their own, so that a Ctrl-C in the terminal reaches this process alone, which
+stops them in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+GRACE_S = 5  # from SIGTERM to SIGKILL for an orphan
+_GUARD = f"""
+exec 3<&0 </dev/null
+(cat <&3 >/dev/null 2>&1; kill -TERM $$ 2>/dev/null || exit 0; sleep {GRACE_S}; kill -KILL $$ 2>/dev/null) >/dev/null 2>&1 &
+exec 3<&-
+exec "$@"
+"""
+
+
+@dataclass(slots=True)
+class Child:
+    """A running child; its pid is that of the command itself."""
+
+    name: str
+    process: asyncio.subprocess.Process
+    lifeline: int  # the pipe's end
+
+    @classmethod
+    async def start(
+        cls, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> Child:
+        """Raises `OSError` if it cannot be started."""
+        read, write = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                "/bin/sh", "-c", _GUARD, name, *command, stdin=read, env=environment, start_new_session=True
+            )
+        except OSError:
+            os.close(write)
+            raise
+        finally:
+            os.close(read)
+        return cls(name, process, write)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.process.returncode is None
+
+    async def wait(self) -> int:
+        """The exit status, negative for a signal."""
+        status = await self.process.wait()
+        self.release()
+        return status
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.running:
+            self.process.send_signal(number)
+
+    async def stop(self, timeout_s: float) -> int:
+        """SIGTERM, and SIGKILL after the timeout."""
+        self.signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self.wait()
+        except TimeoutError:
+            self.signal(signal.SIGKILL)
+            return await self.wait()
+
+    def release(self) -> None:
+        """Let the watcher of a child that has ended go."""
+        if self.lifeline >= 0:
+            os.close(self.lifeline)
+            self.lifeline = -1

@@ -1,0 +1,118 @@
+"""Measuring a ladder: which candidates are kept, that the measure means something, and that a bundle gets its rungs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench import ladder
+from model.bundle import Bundle, RungSpec
+from service.backends import Backend, load_backend
+from service.rungs import Ladder, Rung
+from tests.service.tiny_bundle import write_bundle
+
+WHOLE = (0.0, 1.0)
+
+
+def spec(rows: float, quality: float, name: str = "r") -> RungSpec:
+    return RungSpec(name=name, solver="ddim", steps=10, grid="trailing", rows=rows, quality=quality)
+
+
+specs = st.lists(st.builds(spec, st.integers(1, 200), st.floats(0.0, 1.0)), max_size=12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle")
+    write_bundle(path, weights=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def backend(folder: Path) -> Backend:
+    return load_backend("onnx", Bundle.open(folder), threads=1)
+
+
+def test_the_front_keeps_what_nothing_cheaper_matches() -> None:
+    best, good, bad, dear = spec(100, 0.1), spec(40, 0.2), spec(50, 0.3), spec(200, 0.1)
+    assert ladder.front([good, dear, bad, best]) == (best, good)
+
+
+def test_a_rung_must_save_something_worthwhile() -> None:
+    assert [each.rows for each in ladder.front([spec(100, 0.1), spec(95, 0.2), spec(80, 0.3)])] == [100, 80]
+
+
+@given(specs)
+@settings(max_examples=40, deadline=None)
+def test_every_candidate_is_matched_by_the_front_for_little_more(measured: list[RungSpec]) -> None:
+    kept = ladder.front(measured)
+    assert [each.rows for each in kept] == sorted({each.rows for each in kept}, reverse=True)
+    assert [each.quality for each in kept] == sorted({each.quality for each in kept})
+    for each in measured:
+        assert any(
+            rung.quality <= each.quality and rung.rows * ladder.WORTHWHILE < each.rows + 1e-9 for rung in kept
+        )
+
+
+def test_candidates_are_legal_rungs_and_all_different() -> None:
+    rungs = list(ladder.candidates([WHOLE, (0.1, 0.8)], "leading", 1000))
+    assert len(set(rungs)) == len(rungs)
+    assert all(Ladder((), timesteps=1000).row_steps(rung, 2.0) >= rung.steps for rung in rungs)
+    assert {rung.grid for rung in rungs} == {"leading", "trailing", "uniform-t"}
+
+
+def test_no_candidate_has_more_steps_than_there_are_timesteps() -> None:
+    assert max(rung.steps for rung in ladder.candidates([WHOLE], "trailing", 20)) == 20
+
+
+def test_the_reference_is_at_no_distance_from_itself_and_fewer_steps_are_farther(backend: Backend) -> None:
+    task = ladder.make_task(backend, 3, seed=0)
+    rungs = [Rung(f"ddim-{n}", "ddim", n, "trailing", WHOLE, 0.0) for n in (ladder.REFERENCE_STEPS, 50, 5)]
+    same, near, far = ladder.measure(backend, task, rungs, rows=2)
+    assert same.quality == 0.0
+    assert 0.0 < near.quality < far.quality
+    assert [each.rows for each in (same, near, far)] == [500, 100, 10]
+
+
+def test_images_do_not_depend_on_how_many_are_made_at_a_time(backend: Backend) -> None:
+    task = ladder.make_task(backend, 3, seed=0)
+    rung = Rung("dpmpp", "dpmpp-2m", 6, "uniform-t", (0.1, 0.8), 0.0)
+    one, all_at_once = (ladder.generate(backend, task, rung, rows=rows) for rows in (1, 3))
+    assert one.shape == task.noise.shape
+    np.testing.assert_allclose(one, all_at_once, atol=1e-5)
+
+
+def test_the_narrower_interval_is_a_part_of_the_bundles_own(backend: Backend) -> None:
+    manifest = backend.manifest
+    assert ladder.intervals(manifest, (0.1, 0.8)) == (WHOLE, (0.1, 0.8))
+    assert ladder.intervals(manifest, WHOLE) == (WHOLE,)
+    unguided = manifest.defaults.model_copy(update={"guidance_scale": 1.0})
+    assert ladder.intervals(manifest.model_copy(update={"defaults": unguided}), (0.1, 0.8)) == (WHOLE,)
+
+
+def test_the_command_writes_a_ladder_the_service_can_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ladder, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(ladder, "REFERENCE_STEPS", 40)
+    monkeypatch.setattr(
+        ladder, "CANDIDATES", {"ddim": (("trailing",), (20, 5)), "dpmpp-2m": (("uniform-t",), (8,))}
+    )
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    write_bundle(bundle, weights=False)
+
+    ladder.main([str(bundle), "--samples", "2", "--threads", "1"])
+    assert "ddim-20" in capsys.readouterr().out
+    assert Bundle.open(bundle).manifest.ladder == ()
+
+    ladder.main([str(bundle), "--samples", "2", "--threads", "1", "--write"])
+    opened = Bundle.open(bundle)
+    served = Ladder.from_manifest(opened.manifest)
+    assert len(served.rungs) >= 2
+    assert [rung.quality for rung in served.rungs] == sorted(rung.quality for rung in served.rungs)
+    assert (tmp_path / "results" / "ladder-tiny.png").read_bytes().startswith(b"\x89PNG")

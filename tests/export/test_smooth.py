@@ -1,0 +1,90 @@
+"""Smoothing changes no output, and makes INT8 nearer where channels differ in size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from export.calibrate import Rows, Walk, trajectories
+from export.half import FP16_MAX, probe
+from export.smooth import amax, int8_linears, int8_output, search, smoothed
+from export.source import Source
+from model.config import BlockKind
+from tests.export.tiny import CONFIG, tiny_source
+
+
+def rows_of(source: Source, seed: int = 0) -> Rows:
+    return trajectories(source.dit, source.manifest, source.schedule, Walk(samples=2, steps=4, seed=seed))
+
+
+def answer(source: Source, rows: Rows) -> torch.Tensor:
+    with torch.no_grad():
+        return source.dit(rows.x, rows.timestep, rows.labels)
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [("adaln_zero",), ("adaln",), ("cross_attention",), ("in_context",), ("adaln_zero", "cross_attention")],
+)
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_smoothed_model_is_the_same_function(blocks: tuple[BlockKind, ...], swiglu: bool) -> None:
+    source = tiny_source(replace(CONFIG, blocks=blocks, swiglu=swiglu))
+    rows = rows_of(source)
+    other = Source(smoothed(source.dit, amax(source.dit, rows), 0.5), source.manifest)
+    assert not torch.equal(other.dit.blocks[0].attn.proj.weight, source.dit.blocks[0].attn.proj.weight)  # type: ignore[union-attr]
+    torch.testing.assert_close(answer(other, rows), answer(source, rows), rtol=1e-4, atol=1e-4)
+
+
+def test_smoothing_rescues_a_model_with_outlier_channels() -> None:
+    source = tiny_source()
+    with torch.no_grad():
+        for block in source.dit.blocks:
+            adaln = block.adaLN_modulation[1]  # type: ignore[index,union-attr]
+            assert isinstance(adaln, nn.Linear)
+            adaln.bias[32:34] += 40.0  # the scale of two channels before attention
+            adaln.bias[4 * 32 : 4 * 32 + 2] += 40.0  # and before the MLP
+    fit, judge = rows_of(source, 1), rows_of(source, 2)
+    alpha, errors = search(source.dit, fit, judge)
+    assert alpha > 0
+    assert errors[alpha] < 0.7 * errors[0.0]
+
+
+def test_what_becomes_int8_is_one_table() -> None:
+    names = int8_linears(tiny_source().dit)
+    assert list(names) == [
+        f"blocks.{k}.{layer}" for k in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
+
+
+def test_simulated_int8_is_near_but_not_equal() -> None:
+    source = tiny_source()
+    rows = rows_of(source)
+    exact = answer(source, rows)
+    error = (int8_output(source.dit, amax(source.dit, rows), rows) - exact).norm() / exact.norm()
+    assert 1e-5 < float(error) < 0.1
+
+
+def test_the_calibration_rows_are_what_a_guided_run_sees() -> None:
+    source = tiny_source()
+    rows = trajectories(source.dit, source.manifest, source.schedule, Walk(samples=3, steps=5))
+    assert len(rows) == 2 * 3 * 5
+    assert rows.timestep.unique().tolist() == [199.0, 399.0, 599.0, 799.0, 999.0]
+    null = torch.tensor(source.manifest.config.classes)
+    assert int((rows.labels == null).all(1).sum()) == 15
+    again = trajectories(source.dit, source.manifest, source.schedule, Walk(samples=3, steps=5))
+    assert rows.digest() == again.digest()
+    assert rows.digest() != rows_of(source).digest()
+
+
+def test_the_probe_sends_a_model_that_overflows_to_bf16() -> None:
+    source = tiny_source()
+    rows = rows_of(source)
+    assert probe(source.dit, rows).precision == "fp16"
+    with torch.no_grad():
+        source.dit.blocks[1].mlp.fc2.bias[0] += FP16_MAX  # type: ignore[union-attr]
+    peak = probe(source.dit, rows)
+    assert peak.precision == "bf16"
+    assert peak.module.startswith("blocks.1")

@@ -1,0 +1,99 @@
+"""Sharing weights changes where numbers lie, never what a graph computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from export.errors import ExportError
+from export.session import open_session, run
+from export.storage import save_weights, share_weights
+
+RNG = np.random.default_rng(0)
+MATRIX = RNG.standard_normal((32, 48)).astype(np.float16).astype(np.float32)
+BIAS = RNG.standard_normal(512).astype(np.float16).astype(np.float32)
+X = RNG.standard_normal((3, 48)).astype(np.float32)
+
+
+def graph(transposed: bool) -> onnx.ModelProto:
+    """x (B, 48) → x · MATRIXᵀ tiled to 512, plus a bias, plus a constant that is no weight."""
+    weight = MATRIX.T.copy() if transposed else MATRIX
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"])
+        if transposed
+        else helper.make_node("Gemm", ["x", "w"], ["h"], transB=1),
+        helper.make_node("Tile", ["h", "times"], ["tiled"]),
+        helper.make_node("Add", ["tiled", "bias"], ["biased"]),
+        helper.make_node("Mul", ["biased", "other"], ["y"]),
+    ]
+    constants = {
+        "w": weight,
+        "bias": BIAS,
+        "other": np.full(512, 1.5, np.float32),
+        "times": np.array([1, 16]),
+    }
+    body = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 48])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 512])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def answer(proto: onnx.ModelProto, folder: Path) -> npt.NDArray[np.float32]:
+    onnx.save(proto, folder / "graph.onnx")
+    result: npt.NDArray[np.float32] = run(open_session(folder / "graph.onnx"), {"x": X})["y"]
+    return result
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_graph_that_shares_weights_computes_the_same(
+    tmp_path: Path, transposed: bool, dtype: torch.dtype
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    # "odd" makes the matrix begin at an offset that is no multiple of a page or a cache line
+    save_weights(
+        weights, {"a.odd": torch.ones(3), "m": torch.from_numpy(MATRIX), "b": torch.from_numpy(BIAS)}, dtype
+    )
+    before = answer(graph(transposed), tmp_path)
+    shared = share_weights(graph(transposed), weights)
+    outside = [tensor for tensor in shared.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
+    assert len(outside) == 2
+    assert all(
+        entry.value == weights.name for t in outside for entry in t.external_data if entry.key == "location"
+    )
+    np.testing.assert_array_equal(answer(shared, tmp_path), before)
+    assert (tmp_path / "graph.onnx").stat().st_size < 4096
+
+
+def test_a_graph_in_another_precision_than_the_file_shares_it_too(tmp_path: Path) -> None:
+    save_weights(tmp_path / "w.safetensors", {"m": torch.from_numpy(MATRIX)}, torch.float32)
+    half = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["batch", 48])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["batch", 32])],
+            [numpy_helper.from_array(MATRIX.T.astype(np.float16), "w")],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    shared = share_weights(half, tmp_path / "w.safetensors")
+    onnx.save(shared, tmp_path / "half.onnx")
+    output = run(open_session(tmp_path / "half.onnx"), {"x": X.astype(np.float16)})["y"]
+    np.testing.assert_allclose(output, X @ MATRIX.T, rtol=0.02, atol=0.05)
+
+
+def test_a_weight_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"^weight blocks\.0\.attn is not finite in float16"):
+        save_weights(tmp_path / "w.safetensors", {"blocks.0.attn": torch.full((2,), 1e6)}, torch.float16)
