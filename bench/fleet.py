@@ -7,6 +7,7 @@ nothing else.
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Arm:
     admission: bool = True
     degrade: bool = True  # admission may take a request at a lower rung
     plan: bool = True  # what is claimed is planned anew at every step
-    lookahead: float = 4.0  # samples a worker holds, in batches
+    holds: int = 64  # samples a worker claims, running or not
+    claims: Literal["arrival", "deadline"] = "arrival"  # the order of the queue
     summary: bool = False  # the planner is told of the rows still queued
     expire: bool = True  # what is past its deadline is dropped
     publish_s: float = 0.5  # how old a worker's published state may be
@@ -127,7 +129,7 @@ class Worker:
 
     @property
     def room(self) -> int:
-        return max(0, ceil(self.knee * self.arm.lookahead) - len(self.samples))
+        return max(0, self.arm.holds - len(self.samples))
 
     def start(self, now: float, queued_rows: int, random: np.random.Generator) -> float | None:
         """Choose the next batch; the time at which its step ends, None with nothing to do."""
@@ -190,7 +192,7 @@ class Fleet:
         self.arm, self.site = arm, site
         self.random = np.random.default_rng(seed)
         self.workers = [Worker(f"worker-{index}", arm, site) for index in range(site.workers)]
-        self.queue: deque[Sample] = deque()
+        self.queue: deque[Sample] = deque()  # in the order of claims
         self.queued_rows = 0
         self.admission = Planner(site.ladder, Policy(recut=arm.plan))
         self._ends: list[tuple[float, int]] = []  # when each busy worker's step ends
@@ -219,7 +221,7 @@ class Fleet:
             if coming and (not self._ends or coming[0].arrived <= self._ends[0][0]):
                 sample = coming.popleft()
                 if self._admit(sample, sample.arrived):
-                    self.queue.append(sample)
+                    self._enqueue(sample)
                     self.queued_rows += sample.remaining
                 yield sample.arrived, None
             else:
@@ -258,6 +260,12 @@ class Fleet:
         sample.rejected = not answer.accepted
         sample.move(answer.rung)
         return answer.accepted
+
+    def _enqueue(self, sample: Sample) -> None:
+        if self.arm.claims == "arrival":
+            self.queue.append(sample)
+        else:
+            insort(self.queue, sample, key=lambda each: each.due)
 
     def _claim(self, worker: Worker, now: float) -> None:
         """Hand the worker what it has room for, in order of arrival."""

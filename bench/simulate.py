@@ -31,8 +31,8 @@ from model.bundle import write_atomic
 
 ARMS = (
     Arm("request batches", "request", "fifo", cap=8, admission=False, plan=False, expire=False),
-    Arm("FIFO steps", "step", "fifo", cap=8, admission=False, plan=False, lookahead=1, expire=False),
-    Arm("FIFO + admission", "step", "fifo", degrade=False, plan=False, lookahead=1),
+    Arm("FIFO steps", "step", "fifo", cap=8, admission=False, plan=False, holds=8, expire=False),
+    Arm("FIFO + admission", "step", "fifo", degrade=False, plan=False, holds=8),
     Arm("EDF + admission", degrade=False, plan=False),
     Arm("planned at admission", plan=False),
     Arm("planned every step"),

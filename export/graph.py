@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 
 from export.errors import ExportError
 from model.dit import DiT
@@ -96,7 +98,7 @@ def _export(wiring: _Wiring) -> onnx.ModelProto:
     shapes = (*axes[:plain], *([tuple(axes[plain:])] if wiring.variadic else []))
     example = tuple(wiring.inputs.values())
     with _quiet(), torch.no_grad():
-        traced = torch.export.export(wiring.module.eval(), example, dynamic_shapes=shapes, strict=True)
+        traced = _trace(wiring.module.eval(), example, shapes)
         program = torch.onnx.export(
             traced,
             example,
@@ -110,6 +112,16 @@ def _export(wiring: _Wiring) -> onnx.ModelProto:
     if program is None:
         raise ExportError("torch.onnx.export returned no program: use torch 2.9 or later")
     return _clean(program.model_proto)
+
+
+def _trace(
+    module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...]
+) -> torch.export.ExportedProgram:
+    """The quick way, or where that would fix the batch size (Python's `len` of a tensor does) the thorough one."""
+    try:
+        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+    except UserError:
+        return torch.export.export(module, example, dynamic_shapes=shapes, strict=True)
 
 
 def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:

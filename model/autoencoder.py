@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-try:
-    from diffusers import AutoencoderKL
-except ImportError:
-    AutoencoderKL = None
 
 SD_SCALE = 0.18215  # latents of the SD-VAE are multiplied by this, so that their variance is about 1
 
@@ -39,13 +35,13 @@ class Identity:
 
 
 class SdVae:
-    """Stable Diffusion's autoencoder through diffusers: 8× smaller, 4 channels, scaled by 0.18215.
+    """Stable Diffusion's autoencoder, a diffusers AutoencoderKL: 8× smaller, 4 channels, scaled by 0.18215.
 
     Latents larger than `tile` on a side are decoded in overlapping tiles whose borders are blended, so that memory is
     bounded; 0 decodes everything whole.
     """
 
-    def __init__(self, vae: AutoencoderKL, *, tile: int = 96) -> None:
+    def __init__(self, vae: Any, *, tile: int = 96) -> None:
         self.vae = vae.eval().requires_grad_(False)
         if tile:
             factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -78,12 +74,12 @@ def open_autoencoder(kind: str, folder: Path | None = None) -> Autoencoder:
         raise AutoencoderError(f"there is no decoder {kind!r} here: choose identity or sd-vae")
     if folder is None:
         raise AutoencoderError("this model works on latents: pass the folder of its SD-VAE with --vae")
-    if AutoencoderKL is None:
-        raise AutoencoderError("the SD-VAE needs diffusers: pip install diffusers")
     if not (folder / "config.json").is_file():
         raise AutoencoderError(f"{folder} is not an autoencoder's folder: it has no config.json")
     try:
-        return SdVae(AutoencoderKL.from_pretrained(folder))
+        return SdVae(importlib.import_module("diffusers").AutoencoderKL.from_pretrained(folder))
+    except ModuleNotFoundError:
+        raise AutoencoderError("the SD-VAE needs diffusers: pip install diffusers") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise AutoencoderError(
             f"{folder} cannot be read as an AutoencoderKL: {str(error).splitlines()[0]}"

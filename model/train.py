@@ -6,13 +6,14 @@ stops, even by SIGKILL, continues from its last checkpoint as if it had not stop
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,11 +23,10 @@ from model.bundle import DiffusionSpec
 from model.checkpoint import CheckpointError, TrainingState, restore, save
 from model.conditioner import drop_labels
 from model.config import DiTConfig
-from model.pictures import DataError, Pictures, batch_indices, load_npz
-from model.diffusion import Schedule, make_schedule
+from model.diffusion import Prediction, Schedule, add_noise, loss_weights, make_schedule, training_target
 from model.dit import DiT
 from model.ema import Ema
-from model.objective import denoising_loss
+from model.pictures import DataError, Pictures, batch_indices, load_npz
 from model.sample import sample_sheet
 
 
@@ -59,6 +59,7 @@ class TrainConfig(BaseModel):
     ema: float = 0.999
     label_dropout: tuple[float, ...] = (0.1,)
     label_std: float = 0.02  # of the label tables at the start; 0.02 is the paper's, short runs learn classes sooner from 0.3
+    loss_space: Prediction = "v"  # whose squared error is the loss, whatever the network predicts
     loss_cap: float | None = None
     seed: int = 0
     threads: int = 0
@@ -105,12 +106,13 @@ class Trainer:
             model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.state = TrainingState(model, optimizer, Ema(model, config.ema))
-        self.images = (
-            torch.from_numpy(self.pictures.images).permute(0, 3, 1, 2).contiguous()
-        )  # (N, 3, H, W) uint8
+        self.images = torch.from_numpy(self.pictures.images).permute(0, 3, 1, 2).contiguous()  # uint8
         self.labels = torch.from_numpy(self.pictures.labels)
-        alpha_bar = torch.from_numpy(self.schedule.alpha_bar.copy())
-        self.alpha, self.sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+        weights = loss_weights(self.schedule, config.loss_space, config.loss_cap)
+        tables = (self.schedule.alphas, self.schedule.sigmas, weights)
+        self.alpha, self.sigma, self.weight = (
+            torch.from_numpy(table).float().to(config.device) for table in tables
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -141,20 +143,17 @@ class Trainer:
         """Forward, backward, clip, update, average; returns loss, gradient norm and learning rate."""
         config, state = self.config, self.state
         x0, labels, t, noise = (part.to(config.device) for part in self.batch(state.step))
-        alpha, sigma = (
-            self.alpha.to(t.device)[t].view(-1, 1, 1, 1),
-            self.sigma.to(t.device)[t].view(-1, 1, 1, 1),
-        )
-        output = state.model(alpha * x0 + sigma * noise, t, labels)
-        loss = denoising_loss(
-            config.diffusion.prediction, output, x0, noise, alpha, sigma, cap=config.loss_cap
-        ).mean()
+        alpha, sigma = self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
+        output = state.model(add_noise(alpha, sigma, x0, noise), t, labels)
+        target = training_target(config.diffusion.prediction, alpha, sigma, x0, noise)
+        error = (output.float() - target).square().flatten(1).mean(1)  # (N,)
+        loss = (error * self.weight[t]).mean()
         if not torch.isfinite(loss):
             raise NonFiniteLoss(
                 f"loss is {loss.item()} at step {state.step}: lower lr or raise warmup; the last checkpoint is intact"
             )
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
         rate = learning_rate(config, state.step)
         for group in state.optimizer.param_groups:
@@ -217,37 +216,52 @@ def run(config: TrainConfig) -> None:
 
 def main(arguments: list[str]) -> int:
     """Command line: `--config FILE` and `--set key=value` overrides (dotted keys, JSON values)."""
+    parser = argparse.ArgumentParser(prog="python -m model.train")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for example --set data.hold_out=0"
+    )
+    options = parser.parse_args(arguments)
     try:
-        run(_parse(arguments))
-    except (DataError, CheckpointError, NonFiniteLoss, ValueError) as error:
-        message = error.errors()[0] if isinstance(error, ValidationError) else None
-        print(
-            f"model.train: {'.'.join(map(str, message['loc'])) + ': ' + message['msg'] if message else error}",
-            file=sys.stderr,
-        )
-        return 2
+        config = load_config(options.config, options.set)
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        run(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return _refuse(f"{options.config}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+    except (DataError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
+        return _refuse(str(error))
     return 0
 
 
-def _parse(arguments: list[str]) -> TrainConfig:
-    import argparse
+def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The run described by a JSON file, with `key=value` overrides.
 
-    parser = argparse.ArgumentParser(prog="python -m model.train")
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    options = parser.parse_args(arguments)
-    data = json.loads(options.config.read_text())
-    for item in options.set:
-        key, _, value = item.partition("=")
+    Raises:
+        OSError, ValueError, ValidationError: unreadable, not JSON, an override without "=", or a wrong or unknown field.
+    """
+    try:
+        data = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set {item}: write KEY=VALUE")
         *parents, last = key.split(".")
         place = data
         for parent in parents:
-            place = place[parent]
-        place[last] = json.loads(value) if value[:1] in '[{"-0123456789tfn' else value
-    config = TrainConfig.model_validate(data)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    np.seterr(all="raise", under="ignore")
-    return config
+            place = place.setdefault(parent, {})
+        try:
+            place[last] = json.loads(value)
+        except ValueError:
+            place[last] = value
+    return TrainConfig.model_validate(data)
+
+
+def _refuse(sentence: str) -> int:
+    print(f"model.train: {sentence}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

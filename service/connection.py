@@ -110,7 +110,7 @@ class Scripts:
         folder = files("service") / "lua"
         prelude = (folder / "prelude.lua").read_text()
         self._client = client
-        self._keys = tuple(keys)
+        self._keys = tuple(key.encode() for key in keys)
         self._timeout_s, self._attempts = timeout_s, attempts
         self._sources = {
             entry.name.removesuffix(".lua"): prelude + entry.read_text()

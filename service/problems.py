@@ -147,4 +147,6 @@ def require_json(content_type: str | None) -> None:
     """Raises `UnsupportedMediaType` unless the body is declared to be JSON (in UTF-8, the only encoding JSON has)."""
     kind = (content_type or "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise UnsupportedMediaType(f"Send application/json, not {kind[:60] or 'a body without Content-Type'}.")
+        raise UnsupportedMediaType(
+            f"Send application/json, not {kind[:60] or 'a body without Content-Type'}."
+        )

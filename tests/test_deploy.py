@@ -360,12 +360,13 @@ def started(folder: Path, port: int) -> Iterator[str]:
     server = subprocess.Popen(
         [
             DEPLOY / "redis/start.sh",
-            *("--dir", folder, "--port", str(port), "--bind", "127.0.0.1", "--logfile", folder / "log"),
+            *("--port", str(port), "--bind", "127.0.0.1", "--logfile", folder / "log"),
         ],
         env={
             "PATH": f"{binary.parent}:{os.environ['PATH']}",
             "REDIS_PASSWORD": PASSWORD,
             "RUN_DIR": str(folder),
+            "DATA_DIR": str(folder),
         },
     )
     try:

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Starts the server with one user: `dit`, who may do in the service's own keys what the service does. Wants REDIS_PASSWORD, and
-# a RUN_DIR that only the server reads (default /tmp). Further arguments go to the server.
+# Starts the server with one user: `dit`, who may do in the service's own keys what the service does. Wants REDIS_PASSWORD.
+# The data lie in DATA_DIR (/data), the users in RUN_DIR (/tmp). Further arguments go to the server.
 set -eu
 umask 077
 run=${RUN_DIR:-/tmp}
@@ -9,4 +9,4 @@ cat >"$run/users.acl" <<ACL
 user default off
 user dit on #$digest resetkeys ~{dit}:* resetchannels &{dit}:* -@all +@connection +@hash +@pubsub +@scripting +@sortedset +@stream +@string +del +exists +pexpire +persist +time -@dangerous
 ACL
-exec valkey-server "$(dirname "$0")/redis.conf" --aclfile "$run/users.acl" "$@"
+exec valkey-server "$(dirname "$0")/redis.conf" --dir "${DATA_DIR:-/data}" --aclfile "$run/users.acl" "$@"

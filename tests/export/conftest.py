@@ -12,6 +12,13 @@ from export.trt_module import TensorRt, load_trt
 from tests.export.tiny import cached_full_bundle, cached_tiny_bundle
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whichever test comes first exports the bundle, which a busy machine is slow at."""
+    for item in items:
+        if {"tiny_bundle", "own_bundle", "full_bundle"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(pytestconfig: pytest.Config) -> Path:
     """A complete bundle with random weights; read only (tests that change it copy it)."""

@@ -28,7 +28,9 @@ def icon(colour: str) -> dict[str, Any]:
 
 def pack(folder: Path, source: Source, name: str, content: dict[str, Any]) -> None:
     raw = json.dumps(content).encode()
-    with tarfile.open(folder / f"{source.package.lstrip('@').replace('/', '-')}-{source.version}.tgz", "w:gz") as archive:
+    with tarfile.open(
+        folder / f"{source.package.lstrip('@').replace('/', '-')}-{source.version}.tgz", "w:gz"
+    ) as archive:
         member = tarfile.TarInfo(f"package/{name}")
         member.size = len(raw)
         archive.addfile(member, io.BytesIO(raw))
@@ -39,7 +41,11 @@ def tarballs(tmp_path: Path) -> Path:
     """Every style draws the apple red; only the first knows the bee, by an alias."""
     pack(tmp_path, NAMES, "data-by-emoji.json", EMOJI)
     for k, source in enumerate(SOURCES):
-        icons = {"red-apple": icon("red"), "france": icon("blue"), **({"bee": icon("yellow")} if k == 0 else {})}
+        icons = {
+            "red-apple": icon("red"),
+            "france": icon("blue"),
+            **({"bee": icon("yellow")} if k == 0 else {}),
+        }
         aliases = {"honeybee": {"parent": "bee"}} if k == 0 else {}
         pack(tmp_path, source, "icons.json", {"icons": icons, "aliases": aliases, "width": 32, "height": 32})
     return tmp_path
@@ -70,16 +76,26 @@ def test_edges_are_smooth() -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "iconify-json-noto-1.2.9.tgz").unlink(), "iconify-json-noto-1.2.9.tgz is missing"),
+        (
+            lambda folder: (folder / "iconify-json-noto-1.2.9.tgz").unlink(),
+            "iconify-json-noto-1.2.9.tgz is missing",
+        ),
         (lambda folder: (folder / "iconify-json-noto-1.2.9.tgz").write_bytes(b"no"), "is damaged"),
     ],
 )
 def test_a_missing_or_damaged_package_is_named(
-    tarballs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, spoil: Any, message: str
+    tarballs: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Any,
+    message: str,
 ) -> None:
     monkeypatch.setenv("PATH", "")
     spoil(tarballs)
-    assert data.main(["emoji", "--size", "16", "--out", str(tarballs / "x.npz"), "--tarballs", str(tarballs)]) == 2
+    assert (
+        data.main(["emoji", "--size", "16", "--out", str(tarballs / "x.npz"), "--tarballs", str(tarballs)])
+        == 2
+    )
     assert message in capsys.readouterr().err
 
 

@@ -14,7 +14,11 @@ def test_every_error_survives_the_queue(kind: type[ServiceError]) -> None:
     sent = kind("what happened", retry_after=2.5, extra={"factor": "label"})
     received = from_wire(msgpack.unpackb(msgpack.packb(to_wire(sent))))
     assert type(received) is kind
-    assert (received.detail, received.retry_after, received.extra) == ("what happened", 2.5, {"factor": "label"})
+    assert (received.detail, received.retry_after, received.extra) == (
+        "what happened",
+        2.5,
+        {"factor": "label"},
+    )
 
 
 def test_every_error_has_a_code_of_its_own_and_a_status() -> None:

@@ -102,7 +102,9 @@ def test_a_wrong_secret_is_not_echoed() -> None:
 
 
 def test_a_child_process_loads_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings.parse(["--redis-url", "redis://:pw@h", "--port", "7", "--no-metrics", "--hang-s", "3"])
+    settings = Settings.parse(
+        ["--redis-url", "redis://:pw@h", "--port", "7", "--no-metrics", "--hang-s", "3"]
+    )
     for name, value in settings.child_environment().items():
         monkeypatch.setenv(name, value)
     assert Settings.parse() == settings
@@ -110,4 +112,4 @@ def test_a_child_process_loads_the_same_settings(monkeypatch: pytest.MonkeyPatch
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
-        Settings.parse().port = 1  # type: ignore[misc]
+        Settings.parse().port = 1

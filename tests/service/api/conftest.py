@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from service import intake
 from service.api import configured
 from service.app import create_app
 from service.backplane import Backplane
@@ -77,6 +78,11 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _load_always_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "LOAD_FRESH_S", -1.0)
+
+
 @dataclass
 class StubWorker:
     """Claims jobs and finishes them with one-pixel images. `hold` keeps them running; `fail_with` ends them so."""
@@ -106,9 +112,7 @@ class StubWorker:
         job, lease = claim.job, claim.lease
         for step in range(job.previews, job.steps, job.previews or job.steps):
             place = {"sample": 0, "step": step, "steps": job.steps}
-            await self.broker.progress(
-                lease, "preview", {**place, "image": PNG, "content_type": "image/png"}
-            )
+            await self.broker.progress(lease, "preview", {**place, "image": PNG, "content_type": "image/png"})
         if self.fail_with is not None:
             await self.broker.fail(lease, self.fail_with)
         elif not self.hold:

@@ -125,16 +125,11 @@ async def test_delete_leaves_a_done_job_as_it_is(stage: Stage) -> None:
     assert (await stage.client.delete(address)).json()["state"] == "done"
 
 
-async def test_a_waiting_client_is_told_that_its_job_was_cancelled(open_stage: OpenStage) -> None:
-    stage = await open_stage(worker=False)
+async def test_a_waiting_client_is_told_that_its_job_was_cancelled(stage: Stage) -> None:
+    stage.worker.hold = True
     waiting = asyncio.create_task(stage.generate())
-
-    async def queued() -> bool:
-        return (await stage.broker.load()).queued_jobs == 1
-
-    await wait_until(queued)
-    (job_id,) = [each.decode() for each in await stage.broker._client.zrange(stage.broker.keys.queue, 0, -1)]
-    await stage.client.delete(f"/jobs/{job_id}")
+    await wait_until(lambda: stage.worker.claimed)
+    await stage.client.delete(f"/jobs/{stage.worker.claimed[0].job.id}")
     response = await waiting
     assert (response.status_code, response.json()["code"]) == (499, "cancelled")
 

