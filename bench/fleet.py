@@ -2,6 +2,10 @@
 
 Deterministic by seed; time passes only from event to event. The ways to run the service that are compared (`Arm`) differ in
 nothing else.
+
+What this settled: the planner sees the queue through claims ahead of need, 64 samples a worker, not through a summary. With rows
+alone a summary cannot tell urgent work from patient work, and cutting for the latter is waste; with 64 samples at hand it
+changes nothing any more. Claiming in the order of deadlines rather than of arrival makes a deep queue safe as well.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from math import ceil
 from time import thread_time
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -27,6 +31,9 @@ from service.rungs import Ladder, Rung, steps_left
 from service.scheduler import Scheduler
 
 JITTER = 0.03  # relative spread of a step's duration
+Order = Literal["arrival", "deadline"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+
 WARM_UP = (1, 2, 4, 8, 16)  # batch sizes a worker times before it takes work
 
 
@@ -44,8 +51,8 @@ class Arm:
     degrade: bool = True  # admission may take a request at a lower rung
     plan: bool = True  # what is claimed is planned anew at every step
     holds: int = 64  # samples a worker claims, running or not
-    claims: Literal["arrival", "deadline"] = "arrival"  # the order of the queue
-    summary: bool = False  # the planner is told of the rows still queued
+    claims: Order = "arrival"  # the order of the queue
+    summary: bool = True  # the planner is told of the rows still queued
     expire: bool = True  # what is past its deadline is dropped
     publish_s: float = 0.5  # how old a worker's published state may be
 
@@ -193,7 +200,7 @@ class Fleet:
         self.random = np.random.default_rng(seed)
         self.workers = [Worker(f"worker-{index}", arm, site) for index in range(site.workers)]
         self.queue: deque[Sample] = deque()  # in the order of claims
-        self.queued_rows = 0
+        self.queued_rows = self.queue_peak = 0
         self.admission = Planner(site.ladder, Policy(recut=arm.plan))
         self._ends: list[tuple[float, int]] = []  # when each busy worker's step ends
 
@@ -222,7 +229,6 @@ class Fleet:
                 sample = coming.popleft()
                 if self._admit(sample, sample.arrived):
                     self._enqueue(sample)
-                    self.queued_rows += sample.remaining
                 yield sample.arrived, None
             else:
                 end, index = heapq.heappop(self._ends)
@@ -262,6 +268,8 @@ class Fleet:
         return answer.accepted
 
     def _enqueue(self, sample: Sample) -> None:
+        self.queued_rows += sample.remaining
+        self.queue_peak = max(self.queue_peak, len(self.queue) + 1)
         if self.arm.claims == "arrival":
             self.queue.append(sample)
         else:

@@ -22,6 +22,7 @@ class Outcome:
     dropped: float  # accepted, but not answered by the deadline
     quality: float
     full_steps: float
+    queue_peak: float
     plan_us: float
     requests_per_s: float
 

@@ -2,7 +2,8 @@
 
     python -m bench.simulate [--curves gpu cpu] [--processes poisson bursts flash] [--loads .5 .7 .9 1.1 1.4 2]
                              [--workers 1] [--requests 500] [--seeds 11 12 13] [--slo 3] [--ladder ddim] [--refusing 0]
-    python -m bench.simulate --growth        up to 64 workers and 10,000 requests waiting
+    python -m bench.simulate --growth        up to 64 workers and 10,000 requests, thousands of them waiting
+    python -m bench.simulate --claims        how far ahead a worker must claim, and in which order
 
 Runs the service's own scheduler, planner and admission (`bench.fleet`) and prints, per arm and load: attainment (answers within
 their deadline, over all requests: a refusal counts as a miss), latency as a share of the deadline, goodput, refusals, mean
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from bench.arrivals import PROCESSES, Traffic
 from bench.curves import CURVES, LADDERS
-from bench.fleet import Arm, Fleet, Sample, Site
+from bench.fleet import ORDERS, Arm, Fleet, Sample, Site
 from bench.outcomes import Outcome, Point
 from bench.plots import RESULTS, draw_sweep
 from model.bundle import write_atomic
@@ -37,9 +38,12 @@ ARMS = (
     Arm("planned at admission", plan=False),
     Arm("planned every step"),
 )
-GROWTH = ((1, 1_000), (4, 1_000), (16, 10_000), (64, 10_000))  # (workers, requests that come at once)
-GROWTH_LOAD = 1.1
-WIDTH = 130  # of a table written to a file
+GROWTH = ((1, 1_000), (4, 2_000), (16, 5_000), (64, 10_000))  # (workers, requests)
+CLAIMS = tuple(
+    Arm(f"{holds} by {order}", holds=holds, claims=order) for holds in (16, 28, 64) for order in ORDERS
+)
+PATIENT = 30.0  # an SLO at which queues grow deep
+WIDTH = 140  # of a table written to a file
 
 
 def simulate(arm: Arm, site: Site, traffic: Traffic, load: float, n: int, seed: int) -> Outcome:
@@ -73,6 +77,7 @@ def _outcome(samples: Sequence[Sample], fleet: Fleet, seconds: float) -> Outcome
         full_steps=float(np.mean([sample.steps >= sample.asked.steps for sample in served]))
         if served
         else np.nan,
+        queue_peak=float(fleet.queue_peak),
         plan_us=1e6 * float(np.mean(plans)) if plans else 0.0,
         requests_per_s=len(samples) / seconds if seconds else np.inf,
     )
@@ -106,15 +111,30 @@ def sweep(options: argparse.Namespace, console: Console) -> list[Point]:
 
 
 def growth(options: argparse.Namespace, console: Console) -> list[Point]:
-    """A crowd at once, due when the fleet would be done with it at `GROWTH_LOAD`: does anything grow out of bounds?"""
+    """A flash crowd above capacity and deadlines far away: does anything grow out of bounds with the fleet?"""
     points = []
     for workers, n in GROWTH:
-        curve = CURVES["gpu"]
-        slo = n / (curve.peak * workers * curve.seconds(1) * GROWTH_LOAD)
-        site = Site(curve, LADDERS[options.ladder], workers, slo)
-        outcome = simulate(ARMS[-1], site, Traffic("at-once"), GROWTH_LOAD, n, options.seeds[0])
-        points.append(Point(curve.name, f"{n} at once", GROWTH_LOAD, f"{workers} workers", outcome))
+        site = Site(CURVES["gpu"], LADDERS[options.ladder], workers, PATIENT)
+        outcome = simulate(ARMS[-1], site, Traffic("flash"), 1.1, n, options.seeds[0])
+        points.append(Point("gpu", "flash", 1.1, f"{workers} workers, {n} requests", outcome))
     console.print(_table("growth", points))
+    return points
+
+
+def claims(options: argparse.Namespace, console: Console) -> list[Point]:
+    """A deep queue: how far ahead must a worker claim, and in which order?"""
+    site = Site(CURVES["gpu"], LADDERS[options.ladder], 2, PATIENT)
+    points = [
+        Point(
+            "gpu",
+            "poisson",
+            1.4,
+            arm.name,
+            simulate(arm, site, Traffic(), 1.4, 3 * options.requests, options.seeds[0]),
+        )
+        for arm in CLAIMS
+    ]
+    console.print(_table("samples a worker claims, and the order of claims", points))
     return points
 
 
@@ -134,6 +154,7 @@ def _table(title: str, points: Iterable[Point]) -> Table:
         "full",
     ):
         table.add_column(column, justify="left" if column == "arm" else "right")
+    table.add_column("waiting", justify="right")
     table.add_column("plan µs", justify="right")
     last = None
     for point in points:
@@ -143,7 +164,14 @@ def _table(title: str, points: Iterable[Point]) -> Table:
         last = point.load
         shares = (o.p50, o.p95, o.p99, o.goodput_per_s, o.refused, o.dropped, o.quality, o.full_steps)
         numbers = (f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in shares)
-        table.add_row(f"{point.load:g}", point.arm, f"{o.attainment:.3f}", *numbers, f"{o.plan_us:.0f}")
+        table.add_row(
+            f"{point.load:g}",
+            point.arm,
+            f"{o.attainment:.3f}",
+            *numbers,
+            f"{o.queue_peak:.0f}",
+            f"{o.plan_us:.0f}",
+        )
     return table
 
 
@@ -174,18 +202,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--refusing", type=float, default=0.0, help="share of requests that rule out fewer steps"
     )
+    parser.add_argument("--growth", action="store_true", help="instead: up to 64 workers and 10,000 requests")
     parser.add_argument(
-        "--growth", action="store_true", help="up to 64 workers and 10,000 requests waiting, instead"
+        "--claims", action="store_true", help="instead: how far ahead and in which order to claim"
     )
     return parser.parse_args(arguments)
+
+
+STUDIES = {"growth": growth, "claims": claims}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    if options.growth:
-        save("growth", growth(options, console), options)
-        return
+    for name, study in STUDIES.items():
+        if getattr(options, name):
+            save(name, study(options, console), options)
+            return
     points = sweep(options, console)
     save("simulate", points, options)
     draw_sweep(points, RESULTS / "simulate.png")

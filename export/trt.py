@@ -80,8 +80,8 @@ def make_engine(
     made: Recipe,
     options: BuildOptions,
     *,
-    force: bool,
-    keep: bool,
+    force: bool = False,
+    keep: bool = True,
     bars: Bars | None = None,
 ) -> Outcome:
     """Build one engine unless a fresh one is there; `keep=False` compiles only.

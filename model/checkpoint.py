@@ -76,7 +76,9 @@ def restore(folder: Path, state: TrainingState, meta: dict[str, Any]) -> bool:
                     f"{path} was written with another {key}: choose another output folder or the same {key}"
                 )
         state.model.load_state_dict(tensors["model"])
-        state.ema.shadow = {name: tensors["ema"][name] for name in state.ema.shadow}  # files are sorted, the average is not
+        state.ema.shadow = {
+            name: tensors["ema"][name] for name in state.ema.shadow
+        }  # files are sorted, the average is not
         state.ema.updates = saved["ema_updates"]
         _load_optimizer(state.optimizer, tensors["optimizer"])
         state.step = saved["step"]

@@ -26,6 +26,8 @@ from model.bundle import MANIFEST, Bundle, BundleError
 from model.config import BLOCK_KINDS, PATCHES, SIZES, named
 from model.network import Network, NetworkConfig, make_network, network_config
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, text
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -47,12 +49,12 @@ class Cost:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, while they live."""
+    """Counts the bytes of tensors that operations make, while they live; `given` were there before."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: set[int]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known = set(given)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -83,38 +85,49 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
     """
     with torch.device("meta"):
         network = make_network(config)
-        x = torch.empty(1, config.in_channels, *(size or config.image_size))
-        t, labels = torch.empty(1), torch.empty(1, len(config.classes), dtype=torch.int64)
-        text = torch.empty(1, config.text_size) if config.text_size else None
-        with FlopCounterMode(display=False) as conditioner, torch.no_grad():
-            state = network.modulate(t, network.embed(labels, text))
-        with FlopCounterMode(display=False) as backbone, torch.no_grad():
-            network.backbone(x, state)
-        with _LiveBytes() as live, torch.no_grad():
-            network.backbone(x, state)
-        training = _saved_bytes(network, x, t, labels, text)
+        inputs = _row(config, size or config.image_size)
+        conditioner, backbone = macs(network, inputs)
+        given = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
+        with _LiveBytes(given) as live, torch.no_grad():
+            network(*inputs)
+        training = _saved_bytes(network, inputs, given)
     positions = getattr(network, "pos_embed", torch.empty(0)).numel()
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()) + positions,
-        conditioner_macs=conditioner.get_total_flops() // 2,
-        backbone_macs=backbone.get_total_flops() // 2,
+        conditioner_macs=conditioner,
+        backbone_macs=backbone,
         inference_bytes=live.peak,
         training_bytes=training,
     )
 
 
-def _saved_bytes(network: Network, x: Tensor, t: Tensor, labels: Tensor, text: Tensor | None) -> int:
-    own = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
+def macs(network: Network, inputs: Inputs) -> tuple[int, int]:
+    """Multiply-adds of the conditioner and of the backbone on `inputs`, which may be on the meta device."""
+    x, t, labels, text = inputs
+    with FlopCounterMode(display=False) as conditioner, torch.no_grad():
+        state = network.modulate(t, network.embed(labels, text))
+    with FlopCounterMode(display=False) as backbone, torch.no_grad():
+        network.backbone(x, state)
+    return conditioner.get_total_flops() // 2, backbone.get_total_flops() // 2
+
+
+def _row(config: NetworkConfig, size: tuple[int, int]) -> Inputs:
+    labels = torch.empty(1, len(config.classes), dtype=torch.int64)
+    text = torch.empty(1, config.text_size) if config.text_size else None
+    return torch.empty(1, config.in_channels, *size), torch.empty(1), labels, text
+
+
+def _saved_bytes(network: Network, inputs: Inputs, given: set[int]) -> int:
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in given:
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = network(x, t, labels, text)  # alive while counting, so that no storage's address is used twice
+        out = network(*inputs)  # alive while counting, so that no storage's address is used twice
     assert out.requires_grad
     return sum(saved.values())
 

@@ -1,10 +1,12 @@
 """The API process: uvicorn around the application, draining on SIGTERM."""
 
 import asyncio
+import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
@@ -16,6 +18,7 @@ from service.errors import ServiceError
 from service.settings import Settings
 
 CONFIG_ERROR = 2
+_log = structlog.get_logger()
 
 
 class _Server(uvicorn.Server):
@@ -24,6 +27,11 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
         super().__init__(config)
         self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            _log.info("api ready", host=self.config.host, port=self.config.port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._announce()
@@ -54,6 +62,7 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
         ws="none",
         lifespan="on",
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,

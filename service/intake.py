@@ -61,21 +61,27 @@ class Ticket:
 
 
 class LoadCache:
-    """The broker's load snapshot, asked at most every `LOAD_FRESH_S` seconds however many requests come."""
+    """The broker's load snapshot, asked at most every `LOAD_FRESH_S` seconds, and once at a time, however many requests come."""
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
         self._load: LoadSnapshot | None = None
         self._taken = 0.0
-        self._lock = asyncio.Lock()
+        self._asking: asyncio.Task[LoadSnapshot] | None = None
 
     async def __call__(self) -> LoadSnapshot:
         """Raises `QueueUnavailable`."""
-        async with self._lock:
-            if self._load is None or time.monotonic() - self._taken > LOAD_FRESH_S:
-                self._load = await self._queue.load()
-                self._taken = time.monotonic()
+        if self._load is not None and time.monotonic() - self._taken <= LOAD_FRESH_S:
             return self._load
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._queue.load())
+            self._asking.add_done_callback(self._answered)
+        return await asyncio.shield(self._asking)
+
+    def _answered(self, asked: asyncio.Task[LoadSnapshot]) -> None:
+        self._asking = None
+        if not asked.cancelled() and asked.exception() is None:
+            self._load, self._taken = asked.result(), time.monotonic()
 
 
 class Intake:
@@ -102,7 +108,7 @@ class Intake:
         """
         condition = self._condition(request)
         rung = self._rung(request)
-        fingerprint = _fingerprint(request, image_format)
+        fingerprint = "" if caller.key is None else _fingerprint(request, image_format)
         if caller.key is not None:
             known = await self._queue.status(_keyed_id(caller))
             if known is not None:
@@ -120,7 +126,8 @@ class Intake:
             deadline_at=deadline_at,
             image_format=image_format,
         )
-        job.trace[_BODY] = fingerprint
+        if fingerprint:
+            job.trace[_BODY] = fingerprint
         if not await self._submit(job):
             return self._again(await self._known(job), fingerprint)
         if admission.degraded:
@@ -251,7 +258,7 @@ class Intake:
         return known
 
     def _again(self, known: JobStatus, fingerprint: str) -> Ticket:
-        if known.job.trace.get(_BODY) != fingerprint:
+        if known.job.trace.get(_BODY, "") != fingerprint:
             raise IdempotencyMismatch("This Idempotency-Key was sent before with another request.")
         return Ticket(known.job, new=False, pending=known.state not in TERMINAL_STATES, predicted_s=None)
 

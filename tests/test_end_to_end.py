@@ -200,12 +200,16 @@ def test_metrics_count_what_happened(service: Service) -> None:
 
 def test_a_killed_worker_loses_nothing(service: Service) -> None:
     expected = pixels(service.generate(steps=200)["images"][0])
-    accepted = service.client.post("/generate", json={**APPLE, "steps": 200}, headers={"Prefer": "respond-async"})
+    accepted = service.client.post(
+        "/generate", json={**APPLE, "steps": 200}, headers={"Prefer": "respond-async"}
+    )
     assert accepted.status_code == 202
     place = accepted.headers["location"]
     wait_until(lambda: service.client.get(place).json()["step"] > 0, "the first step")
     os.kill(service.worker(), signal.SIGKILL)
-    wait_until(lambda: service.client.get(place).json()["state"] == "done", "the job to be done", timeout_s=90)
+    wait_until(
+        lambda: service.client.get(place).json()["state"] == "done", "the job to be done", timeout_s=90
+    )
     job = service.client.get(place).json()
     assert job["attempt"] == 2
     assert np.abs(pixels(service.client.get(f"{place}/images/0").content) - expected).max() <= 1

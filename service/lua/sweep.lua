@@ -4,8 +4,6 @@ local attempts, dead_ttl, dead_kept, fault = tonumber(ARGS[1]), tonumber(ARGS[2]
 local ended = redis.call('ZRANGEBYSCORE', LEASES, '-inf', NOW, 'LIMIT', 0, 256)
 for _, id in ipairs(ended) do
   redis.call('ZREM', LEASES, id)
-  if redis.call('HGET', job_key(id), 'state') == 'running' then
-    spend(id, attempts, dead_ttl, dead_kept, fault)
-  end
+  spend(id, attempts, dead_ttl, dead_kept, fault)
 end
 return #ended

