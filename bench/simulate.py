@@ -38,7 +38,14 @@ ARMS = (
     Arm("planned at admission", plan=False),
     Arm("planned every step"),
 )
-GROWTH = ((1, 1_000), (4, 2_000), (16, 5_000), (64, 10_000))  # (workers, requests)
+# (workers, requests, how they come)
+GROWTH = (
+    (1, 1_000, "flash"),
+    (4, 2_000, "flash"),
+    (16, 5_000, "flash"),
+    (64, 10_000, "flash"),
+    (64, 10_000, "at-once"),
+)
 CLAIMS = tuple(
     Arm(f"{holds} by {order}", holds=holds, claims=order) for holds in (16, 28, 64) for order in ORDERS
 )
@@ -111,12 +118,12 @@ def sweep(options: argparse.Namespace, console: Console) -> list[Point]:
 
 
 def growth(options: argparse.Namespace, console: Console) -> list[Point]:
-    """A flash crowd above capacity and deadlines far away: does anything grow out of bounds with the fleet?"""
+    """A crowd above capacity and deadlines far away: does anything grow out of bounds with the fleet?"""
     points = []
-    for workers, n in GROWTH:
+    for workers, n, process in GROWTH:
         site = Site(CURVES["gpu"], LADDERS[options.ladder], workers, PATIENT)
-        outcome = simulate(ARMS[-1], site, Traffic("flash"), 1.1, n, options.seeds[0])
-        points.append(Point("gpu", "flash", 1.1, f"{workers} workers, {n} requests", outcome))
+        outcome = simulate(ARMS[-1], site, Traffic(process), 1.1, n, options.seeds[0])
+        points.append(Point("gpu", process, 1.1, f"{workers} workers, {n} {process}", outcome))
     console.print(_table("growth", points))
     return points
 

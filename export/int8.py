@@ -24,6 +24,7 @@ from torch import Tensor
 
 from export.calibrate import Rows, Walk, pictures, trajectories
 from export.errors import ExportError
+from export.half import DTYPES, filename
 from export.onnx import PARITY, Options, export_bundle, forward
 from export.quantize import FILES, Target, backbone_inputs, this_processor, write_int8
 from export.session import open_session, run
@@ -32,6 +33,8 @@ from export.source import Source, open_source
 from export.verify import LIMITS, Band, check, compare, report
 from model.bundle import BACKBONE, BundleError, write_atomic, write_manifest
 
+SMOOTHING = "smoothing"  # the provenance entry of a bundle whose weights are smoothed
+SEEDS = (1_000, 2_000)  # of the rows to calibrate on, and of those to judge by
 EXACT = {"session.disable_quant_qdq": "1"}  # compute what Q/DQ says, as TensorRT does, not with 8-bit kernels
 TIMED = 15  # runs a time is the median of
 FASTER = 1.1  # times fp32, below which INT8 is not worth its error
@@ -49,48 +52,56 @@ class Settings:
 
 
 def add_int8(path: Path, target: Target, settings: Settings = Settings()) -> dict[str, Any]:
-    """Smooth the bundle at `path` in place and add the INT8 backbone for `target`; returns the report.
+    """Smooth the bundle at `path` in place, unless it is, and add the INT8 backbone for `target`; returns the report.
 
     Raises:
         ExportError: beyond the INT8 limit in some band, or (for "cpu") not faster; the bundle then has no INT8 graph.
     """
     source = open_source(path)
-    fit, judge = (_rows(source, settings, seed) for seed in (1_000, 2_000))
-    alpha, errors = search(source.dit, fit, judge)
-    smooth = Source(smoothed(source.dit, amax(source.dit, fit), alpha), source.manifest)
-    export_bundle(smooth, path, Options(weights=settings.weights, samples=2, half="none"))
-    stored = open_source(path)
+    if SMOOTHING not in source.manifest.provenance:
+        _smooth(source, path, settings)
+        source = open_source(path)
+    fit, judge = (_rows(source, settings, seed) for seed in SEEDS)
     reduced = (
         target == "cpu"
         and settings.range != "full"
         and not (settings.range == "auto" and this_processor().vnni)
     )
-    file = write_int8(stored.dit, path, fit, target, reduce_range=reduced)
+    file = write_int8(source.dit, path, fit, target, reduce_range=reduced)
     try:
-        bands = _verified(stored, file, judge, target)
-        speed = {} if target == "tensorrt" else _speed(stored, path, judge)
+        bands = _verified(source, file, judge, target)
+        speed = {} if target == "tensorrt" else _speed(source, path, judge)
         if speed and speed["batch_1"] < FASTER and not settings.keep:
             raise ExportError(
                 f"INT8 is {speed['batch_1']:.2f} times as fast as fp32 here, {FASTER} is asked for: --keep keeps it"
             )
     except ExportError:
         file.unlink()
-        write_manifest(path, stored.manifest)
+        write_manifest(path, source.manifest)
         raise
     summary = {
         "file": file.name,
         "calibration": {"rows": len(fit), "sha256": fit.digest()},
-        "smoothing": {
-            "alpha": alpha,
-            "simulated_relative_l2": {str(a): float(f"{e:.4g}") for a, e in errors.items()},
-        },
+        SMOOTHING: source.manifest.provenance[SMOOTHING],
         "weight_bits": 7 if reduced else 8,
         "error": report(bands),
-        "pictures_psnr_db": round(_picture_psnr(stored, file, target), 2),
+        "pictures_psnr_db": round(_picture_psnr(source, file, target), 2),
         "speedup": speed,
     }
-    _record(path, stored, summary, target)
+    _record(path, source, summary, target)
     return summary
+
+
+def _smooth(source: Source, path: Path, settings: Settings) -> None:
+    """Write the bundle again with the best smoothing, keeping the half precision it has a backbone in."""
+    fit, judge = (_rows(source, settings, seed) for seed in SEEDS)
+    alpha, errors = search(source.dit, fit, judge)
+    facts = {"alpha": alpha, "simulated_relative_l2": {str(a): float(f"{e:.4g}") for a, e in errors.items()}}
+    provenance = {**source.manifest.provenance, SMOOTHING: facts}
+    half = next((kind for kind in DTYPES if filename(kind) in source.manifest.files), "none")
+    dit = smoothed(source.dit, amax(source.dit, fit), alpha)
+    smooth = Source(dit, source.manifest.model_copy(update={"provenance": provenance}))
+    export_bundle(smooth, path, Options(weights=settings.weights, half=half, samples=2))
 
 
 def _rows(source: Source, settings: Settings, seed: int) -> Rows:
@@ -140,7 +151,7 @@ def _picture_psnr(source: Source, file: Path, target: Target) -> float:
         inputs = {name: tensor.numpy().astype(dtype) for name, tensor in zip(names, (x, *state), strict=True)}
         return torch.from_numpy(run(session, inputs)["output"].astype(np.float32))
 
-    walk = Walk(samples=8, steps=source.manifest.defaults.steps, seed=3_000)
+    walk = Walk(samples=4, steps=20, seed=3_000)
     common = (source.dit, source.manifest, source.schedule, walk)
     error = (pictures(*common, backbone) - pictures(*common, source.dit.backbone)).square().mean()
     return 10 * math.log10(4 / max(float(error), 1e-12))  # the range of pixels is 2

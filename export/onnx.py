@@ -172,13 +172,12 @@ def _manifest(
 ) -> Manifest:
     tools = {"torch": str(torch.__version__).partition("+")[0], "onnx": onnx.__version__, "opset": OPSET}
     provenance = {**manifest.provenance, "export": {**tools, "weights": kind}}
+    kept = {name: value for name, value in manifest.metrics.items() if not name.startswith("int8")}
     metrics = {
         "weights_relative_l2": float(f"{worst(cost).relative_l2:.4g}"),
         "onnx_relative_l2": float(f"{worst(graphs[BACKBONE]).relative_l2:.4g}"),
     }
-    return manifest.model_copy(
-        update={"provenance": provenance, "metrics": {**manifest.metrics, **metrics}, "files": {}}
-    )
+    return manifest.model_copy(update={"provenance": provenance, "metrics": {**kept, **metrics}, "files": {}})
 
 
 def _publish(scratch: Path, out: Path, manifest: Manifest) -> None:

@@ -18,7 +18,7 @@ from export.calibrate import Rows
 from model.config import MODULATIONS
 from model.dit import Block, DiT
 
-ALPHAS = (0.0, 0.35, 0.5, 0.65, 0.8)  # 0: leave the model as it is
+ALPHAS = (0.0, 0.5, 0.65, 0.8, 0.95)  # 0: leave the model as it is
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # the linears of a block that become INT8
 
 

@@ -52,7 +52,7 @@ class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operations make, while they live; `given` were there before."""
 
     def __init__(self, given: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known = set(given)
 

@@ -26,7 +26,7 @@ from model.pictures import DataError
 try:
     import resvg_py
 except ImportError:
-    resvg_py = None
+    resvg_py = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,8 @@ class RunningJob:
         return min(running, key=lambda pair: pair[0] / pair[1]) if running else self.step_shown
 
     def result(self, worker: str) -> JobResult:
-        """All images in seed order. Steps and rung are those of the sample that got least; times are the longest of any."""
+        """All images in seed order. Steps and rung are those of the sample that got least; times are the longest
+        of any, but for the queue's, which ends with the first step."""
         made = [self._made[request.id] for request in self.requests]
         least = min(made, key=lambda each: (not each.finished.degraded, each.finished.steps_used)).finished
         waited = max(0.0, 1e3 * (self.claimed_at - self.job.created_at))
@@ -76,7 +77,7 @@ class RunningJob:
             degraded=least.degraded,
             reason=least.reason,
             timings_ms={
-                "queue": waited + max(each.finished.queue_ms for each in made),
+                "queue": waited + min(each.finished.queue_ms for each in made),  # until the first step of any
                 "denoise": max(each.finished.denoise_ms for each in made),
                 "decode": max(each.decode_ms for each in made),
                 "encode": max(each.encode_ms for each in made),

@@ -1,10 +1,11 @@
 """How long a step takes, learned while serving.
 
-A machine's step time is close to a line in its rows, t = fixed + per_row · rows, with a knee that the line alone misplaces (padding,
-waves of GPU blocks). So each batch size that was run is remembered by itself, all of them share one speed that follows the machine
-(neighbours, clocks, heat), and the line through them (least squares, clamped) serves the sizes never run. Recursive least squares over single steps, with forgetting, was tried and is not used: on a batch
-that alternates between 7 and 8 rows it forgets the slope, and the best batch it derives wanders between 1 and 12. Pure:
-observations come in as arguments.
+A machine's step time is close to a line in its rows, t = fixed + per_row · rows, with a knee that the line alone misplaces
+(padding, waves of GPU blocks). So each batch size that was run is remembered by itself, all of them share one speed that
+follows the machine (neighbours, clocks, heat), and the line through them (least squares, clamped) serves the sizes never run.
+Recursive least squares over single steps, with forgetting, was tried and is not used: on batches that alternate between 7
+and 8 rows it forgets the slope, and the best batch it derives wanders between 1 and 12. Pure: observations come in as
+arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Signals as events of the running loop."""
+"""Signals as events of the running loop, and waiting for the first of several events."""
 
 import asyncio
 import signal
@@ -14,3 +14,14 @@ def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signalled)
     return stop, hurry
+
+
+async def first(*events: asyncio.Event, timeout_s: float | None = None) -> bool:
+    """Until one of the events is set. False after the timeout."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        return bool(done)
+    finally:
+        for wait in waits:
+            wait.cancel()

@@ -26,6 +26,7 @@ from service.planner import Change
 from service.reporting import Reporting
 from service.rungs import Ladder
 from service.samples import Failed, Finished, Preview, StepReport
+from service.signals import first
 from service.telling import Telling
 
 log = structlog.get_logger()
@@ -88,7 +89,7 @@ class Worker:
                 reporting = group.create_task(self._reporting.run(self._state, self._driver))
                 keeping = group.create_task(self._leases.keep(self._held, self._lost))
                 telling = group.create_task(self._telling.run())
-                await _first(stop, self._broken)
+                await first(stop, self._broken)
                 reporting.cancel()
                 await self._drain(claiming, hurry)
                 keeping.cancel()
@@ -97,8 +98,6 @@ class Worker:
             await asyncio.to_thread(self._driver.stop, timeout_s=5.0)
             self._finishing.close()
         return not self._broken.is_set()
-
-    # The loops.
 
     async def _claim(self) -> None:
         while not self._leaving:
@@ -127,7 +126,7 @@ class Worker:
         deadline = self._loop.time() + self.policy.drain_s
         while self._jobs and not hurry.is_set() and not self._broken.is_set():
             self._ended.clear()
-            if not await _first(self._ended, hurry, self._broken, timeout_s=deadline - self._loop.time()):
+            if not await first(self._ended, hurry, self._broken, timeout_s=deadline - self._loop.time()):
                 break
         await self._hand_back(list(self._jobs.values()))
 
@@ -145,13 +144,15 @@ class Worker:
             if job is not None:
                 self._drop(job, "cancelled" if job_id in renewal.cancelled else "lost")
 
-    # One job.
-
     def _start(self, claim: Claim) -> None:
         earlier = self._jobs.get(claim.job.id)
         if earlier is not None:
             self._drop(earlier, "lost")
-        job = RunningJob(claim, self._ladder, claimed_at=self._clock())
+        try:
+            job = RunningJob(claim, self._ladder, claimed_at=self._clock())
+        except ValueError as error:  # a solver, grid or interval this release does not know
+            self._answer(claim.lease, InternalError(f"The worker cannot run this job: {error}."))
+            return
         if not self._samples:
             self._busy_since = self._clock()
         self._jobs[job.id] = job
@@ -186,8 +187,11 @@ class Worker:
     def _fail(self, job: RunningJob, error: ServiceError, *, retry: bool = False) -> None:
         self._drop(job, "failed")
         log.warning("job failed", job=job.id, code=error.code, detail=error.detail, retry=retry)
+        self._answer(job.lease, error, retry=retry)
+
+    def _answer(self, lease: Lease, error: ServiceError, *, retry: bool = False) -> None:
         wire = to_wire(error)
-        self._group.create_task(self._leases.insist(lambda: self._broker.fail(job.lease, wire, retry=retry)))
+        self._group.create_task(self._leases.insist(lambda: self._broker.fail(lease, wire, retry=retry)))
 
     async def _hand_back(self, jobs: Sequence[RunningJob]) -> None:
         for job in jobs:
@@ -207,10 +211,9 @@ class Worker:
         self._loop.call_soon_threadsafe(self._broken.set)
 
     def _hear(self, beat: Beat) -> None:
-        first, self._beat = self._beat is None, beat
-        if first:
+        if self._beat is None:
             self._broker.wake()
-        report = beat.report
+        self._beat, report = beat, beat.report
         self._degraded(report.changes)
         self._failed((*report.failed, *beat.refused), retry=False)
         self._failed(beat.crashed, retry=True)
@@ -245,7 +248,7 @@ class Worker:
             images = await self._finishing.images(batch)
         except Exception:
             log.exception("decoding failed", samples=len(batch))
-            for job in {job.id: job for job, _ in batch}.values():
+            for job, _ in batch:
                 if self._jobs.get(job.id) is job:
                     self._fail(job, InternalError("The image could not be decoded."))
             return
@@ -261,9 +264,14 @@ class Worker:
             self._drop(job, "done" if kept else "lost")
         if kept:
             metrics.QUEUE_WAIT_SECONDS.observe(result.timings_ms["queue"] / 1e3)
+            metrics.STEPS_REQUESTED.inc(result.steps_requested * len(result.images))
 
     async def _preview(self, job: RunningJob, preview: Preview) -> None:
-        image = await self._finishing.preview(job, preview)
+        try:
+            image = await self._finishing.preview(job, preview)
+        except Exception:
+            log.exception("preview failed", job=job.id)
+            return
         told = {
             "step": preview.step,
             "steps": preview.steps,
@@ -289,14 +297,3 @@ class Worker:
             last_step_age_s=now - max(self._beat.stepped_at, self._busy_since) if self._samples else 0.0,
             updated_at=now,
         )
-
-
-async def _first(*events: asyncio.Event, timeout_s: float | None = None) -> bool:
-    """Until one of the events is set. False after the timeout."""
-    waits = [asyncio.create_task(event.wait()) for event in events]
-    try:
-        done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        return bool(done)
-    finally:
-        for wait in waits:
-            wait.cancel()

@@ -238,13 +238,10 @@ def early(tree: Tree) -> Iterator[str]:
         for node in inner:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 yield module.at(node.lineno, "an import inside a function")
-        for node in ast.walk(module.tree):
-            called = isinstance(node, ast.Call) and ast.unparse(node.func)
-            if (
-                called in ("import_module", "importlib.import_module", "__import__")
-                and module.name not in LATE
-            ):
-                yield module.at(node.lineno, "an import by name outside of the tables")
+        for call in (node for node in ast.walk(module.tree) if isinstance(node, ast.Call)):
+            by_name = ast.unparse(call.func) in ("import_module", "importlib.import_module", "__import__")
+            if by_name and module.name not in LATE:
+                yield module.at(call.lineno, "an import by name outside of the tables")
 
 
 def inert(tree: Tree) -> Iterator[str]:

@@ -114,7 +114,7 @@ def test_the_other_studies_print_and_save(
     study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(simulate, "RESULTS", tmp_path)
-    monkeypatch.setattr(simulate, "GROWTH", ((2, 60),))
+    monkeypatch.setattr(simulate, "GROWTH", ((2, 60, "flash"), (2, 40, "at-once")))
     simulate.main([f"--{study}", "--requests", "20"])
     assert "attained" in capsys.readouterr().out
     assert json.loads((tmp_path / f"{study}.json").read_text())["points"]

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import train
+from model.checkpoint import save
 from model.train import TrainConfig, Trainer, learning_rate
 
 
@@ -84,7 +85,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(raw: dict[str, Any],
     trainer = Trainer(resumed)
     for _ in range(5):
         trainer.step()
-    train.save(resumed.output / "checkpoints", trainer.state, trainer.identity)
+    save(resumed.output / "checkpoints", trainer.state, trainer.identity)
     train.run(resumed)
     assert_same(final_state(straight.output), final_state(resumed.output))
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image as Picture
 
 from service.broker import Broker
-from service.errors import Cancelled, DeadlineExceeded, InternalError, NumericalError, QueueUnavailable
+from service.errors import Cancelled, InternalError, NumericalError, QueueUnavailable, ServiceError
 from service.jobs import ConditionTerm, Job, JobResult
 from service.limits import WorkerPolicy
 from service.listener import Listener
@@ -203,6 +203,7 @@ async def test_what_the_engine_cannot_take_fails(
 ) -> None:
     jobs = [
         make_fake_job(solver="no-such-solver"),
+        make_fake_job(grid="no-such-grid", rung="no-such-rung"),
         make_fake_job(condition=(ConditionTerm((0,), -1.0),)),
         make_fake_job(seeds=tuple(range(40))),
         make_fake_job(deadline_at=time.time() + 0.01, steps=1000, seeds=tuple(range(8))),
@@ -211,13 +212,19 @@ async def test_what_the_engine_cannot_take_fails(
     async with working(make_worker(broker)):
         for job in jobs:
             await broker.submit(job)
-            with pytest.raises((InternalError, DeadlineExceeded, Exception)) as caught:
+            with pytest.raises(ServiceError) as caught:
                 await wait(job)
-            codes.append(getattr(caught.value, "code", caught.value))
+            codes.append(caught.value.code)
         good = make_fake_job()
         await broker.submit(good)
         await wait(good)
-    assert codes == ["internal-error", "invalid-request", "internal-error", "deadline-exceeded"]
+    assert codes == [
+        "internal-error",
+        "internal-error",
+        "invalid-request",
+        "internal-error",
+        "deadline-exceeded",
+    ]
 
 
 async def test_decoding_that_fails_fails_the_job(
@@ -225,7 +232,7 @@ async def test_decoding_that_fails_fails_the_job(
 ) -> None:
     gate.decode_fault = RuntimeError("no decoder")
     async with working(make_worker(broker)):
-        bad = make_fake_job(seeds=(1, 2))
+        bad = make_fake_job(seeds=(1, 2), previews=1)
         await broker.submit(bad)
         with pytest.raises(InternalError, match="decoded"):
             await wait(bad)

@@ -1,0 +1,155 @@
+"""`python -m model.attention MODEL`: where a DiT looks, painted over the picture it makes.
+
+    python -m model.attention model/zoo/emoji -c label=rocket --seed 3 -o rocket-attention.png
+
+A column per chosen block: above, how much every patch is attended to by all others; below, by the patch marked with a
+frame. The forward pass never forms these weights; they are computed beside it from each block's input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.bundle import BundleError
+from model.denoise import Conditions, Denoiser, Guidance, denoise
+from model.diffusion import grid
+from model.dit import Block, DiT, Rotary
+from model.layers import Attention
+from model.opening import Opened, OpenError, open_model
+from model.sample import SampleError, embeddings, parse_condition, picture_grid, to_pixels
+from model.solvers import step_table
+from model.text import TextError
+
+Picture = npt.NDArray[np.uint8]
+
+
+@torch.no_grad()
+def attention_maps(model: DiT, x: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
+    """Attention probabilities of every block on x (N, C, H, W) and its condition state: (N, heads, T, T) fp32 each.
+
+    Rows are the image tokens that look, columns those looked at; where condition tokens are in the context they are left
+    out, and the rows then sum to less than 1.
+    """
+    maps: list[Tensor] = []
+    tokens = (x.shape[2] // model.config.patch_size) * (x.shape[3] // model.config.patch_size)
+
+    def look(module: torch.nn.Module, arguments: tuple[Tensor, Rotary]) -> None:
+        maps.append(cast(Attention, module).weights(*arguments)[:, :, -tokens:, -tokens:])
+
+    hooks = [cast(Block, block).attn.register_forward_pre_hook(look) for block in model.blocks]
+    try:
+        model.backbone(x, state)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return maps
+
+
+def overlay(
+    picture: Picture, heat: npt.NDArray[np.float32], zoom: int, frame: tuple[int, int] | None = None
+) -> Picture:
+    """`picture` (H, W, 3) enlarged, dimmed where `heat` (rows, columns) is low and reddened where it is high.
+
+    `heat` is scaled by its largest value. `frame` marks a patch by its (row, column).
+    """
+    large = picture.repeat(zoom, 0).repeat(zoom, 1).astype(np.float32)
+    scaled = Image.fromarray((heat / max(float(heat.max()), 1e-12)).astype(np.float32))
+    warmth = np.asarray(scaled.resize((large.shape[1], large.shape[0]), Image.Resampling.BICUBIC)).clip(0, 1)[
+        ..., None
+    ]
+    red = np.array([255.0, 40.0, 0.0], np.float32)
+    out = (0.65 * (0.25 + 0.75 * warmth) * large + 0.35 * warmth * red).clip(0, 255).astype(np.uint8)
+    if frame is not None:
+        tall, wide = large.shape[0] // heat.shape[0], large.shape[1] // heat.shape[1]
+        top, left = frame[0] * tall, frame[1] * wide
+        patch = out[top : top + tall, left : left + wide]
+        for edge in (patch[:1], patch[-1:], patch[:, :1], patch[:, -1:]):
+            edge[:] = 255
+    return out
+
+
+def picture_of(opened: Opened, embedding: Tensor, seed: int) -> Tensor:
+    """The sample (1, C, H, W) of a condition embedding (1, D) and a seed, with the model's own defaults."""
+    defaults, diffusion = opened.defaults, opened.diffusion
+    steps = grid(defaults.grid, defaults.steps, diffusion.timesteps)
+    table = step_table(defaults.solver, steps, opened.schedule)
+    guidance = Guidance(defaults.guidance_scale, defaults.guidance_interval, diffusion.guidance_channels)
+    denoiser = Denoiser(opened.model, opened.schedule, Conditions((embedding,)), guidance)
+    *_, x0 = denoise(denoiser, table, [seed], clip_x0=diffusion.clip_x0)
+    return x0
+
+
+def run(options: argparse.Namespace) -> Image.Image:
+    """Do what the command line says; see `main` for what can go wrong."""
+    opened = open_model(options.model, data=options.data)
+    model, config = opened.model, opened.model.config
+    if opened.decoder != "identity":
+        raise SampleError("attention is painted over pixels: this model works on latents")
+    rows, columns = config.grid_size
+    query = tuple(options.query or (rows // 2, columns // 2))
+    if not (0 <= query[0] < rows and 0 <= query[1] < columns):
+        raise SampleError(
+            f"the query is a patch in rows 0..{rows - 1} and columns 0..{columns - 1}, not {query}"
+        )
+    if not 0 <= options.at <= 1:
+        raise SampleError(f"--at is a fraction of the noise range in 0..1, not {options.at}")
+    term = parse_condition(options.condition, opened.factors)
+    embedding = embeddings(model, [term], options.encoder)[0][None]
+    x0 = picture_of(opened, embedding, options.seed)
+    t = round(options.at * (opened.diffusion.timesteps - 1))
+    drawn = torch.randn(x0.shape, generator=torch.Generator().manual_seed(options.seed))
+    x = opened.schedule.alpha(t) * x0 + opened.schedule.sigma(t) * drawn
+    with torch.no_grad():
+        state = model.modulate(torch.tensor([float(t)]), embedding)
+    blocks = sorted({0, config.depth // 2, config.depth - 1})
+    maps = attention_maps(model, x, state)
+    heats = [maps[block][0].mean(0).reshape(rows, columns, rows, columns).numpy() for block in blocks]
+    picture = to_pixels(x0)[0]
+    above = [overlay(picture, heat.mean((0, 1)), options.zoom) for heat in heats]
+    below = [overlay(picture, heat[query], options.zoom, (query[0], query[1])) for heat in heats]
+    plain = picture.repeat(options.zoom, 0).repeat(options.zoom, 1)
+    return picture_grid(np.stack([plain, *above, plain, *below]), 1 + len(blocks))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Command line; whatever is wrong is said in one sentence, with status 2."""
+    parser = argparse.ArgumentParser(prog="python -m model.attention", description="Paint where a DiT looks.")
+    parser.add_argument("model", type=Path, help="a bundle, or a training run")
+    parser.add_argument("-o", "--out", type=Path, default=Path("attention.png"))
+    parser.add_argument(
+        "-c", "--condition", default="", metavar="FACTOR=CLASS,…", help="such as label=cat,style=noto"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="a patch; the middle one"
+    )
+    parser.add_argument(
+        "--at", type=float, default=0.4, help="how noisy the picture shown to the network is, 0..1"
+    )
+    parser.add_argument("--zoom", type=int, default=4)
+    parser.add_argument("--encoder", default="minilm", help="of text: a name or module:Class")
+    parser.add_argument("--data", type=Path, help="the training pictures of a run, if they moved")
+    options = parser.parse_args(arguments)
+    try:
+        picture = run(options)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(options.out)
+    except (SampleError, OpenError, BundleError, TextError, ValueError, OSError) as error:
+        print(f"model.attention: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.out} ({picture.width}×{picture.height}): the picture, then blocks shallow to deep")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

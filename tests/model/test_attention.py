@@ -1,0 +1,106 @@
+"""Attention maps are those of the forward pass, and the picture of them is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from model.attention import attention_maps, main, overlay
+from model.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor, write_manifest
+from model.config import DiTConfig
+from model.dit import Block, DiT
+
+Tiny = Callable[..., DiTConfig]
+Make = Callable[..., DiT]
+
+
+@pytest.mark.parametrize("kind", ["adaln_zero", "in_context", "cross_attention"])
+def test_maps_are_probabilities_between_image_tokens(tiny: Tiny, network: Make, kind: str) -> None:
+    dit = network(tiny(blocks=kind, rope=True, qk_norm=True))
+    state = dit.modulate(torch.zeros(2), dit.embed(torch.zeros(2, 2, dtype=torch.int64)))
+    maps = attention_maps(dit, torch.randn(2, 3, 8, 4), state)
+    assert [tuple(each.shape) for each in maps] == [(2, 2, 8, 8)] * 3
+    for each in maps:
+        total = each.sum(-1)
+        assert (
+            (total < 1 - 1e-4).all() if kind == "in_context" else torch.allclose(total, torch.ones(2, 2, 8))
+        )
+    assert not cast(Block, dit.blocks[0]).attn._forward_pre_hooks
+
+
+def test_first_map_by_hand(network: Make) -> None:
+    """softmax(q·k/√head) of the first block's modulated input."""
+    dit = network()
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        state = dit.modulate(torch.zeros(1), dit.embed(torch.zeros(1, 2, dtype=torch.int64)))
+        h = dit.x_embedder(x) + dit.pos_embed
+        h = torch.nn.functional.layer_norm(h, (32,), eps=1e-6) * (1 + state[0][:, 1:2]) + state[0][:, 0:1]
+        qkv = cast(Block, dit.blocks[0]).attn.qkv(h).chunk(3, dim=-1)
+        q, k, _ = (part.reshape(1, 16, 2, 16).transpose(1, 2) for part in qkv)
+        expected = torch.softmax(q @ k.transpose(-1, -2) / 4, dim=-1)
+    assert torch.allclose(attention_maps(dit, x, state)[0], expected, atol=1e-5)
+
+
+def test_overlay_is_bright_where_the_heat_is() -> None:
+    picture = np.full((8, 8, 3), 100, np.uint8)
+    heat = np.zeros((2, 2), np.float32)
+    heat[0, 1] = 0.3
+    out = overlay(picture, heat, 4, frame=(1, 0))
+    assert out.shape == (32, 32, 3)
+    assert out[2, 29, 0] > out[29, 29, 0] + 50
+    assert (out[16, :16] == 255).all()  # the frame of patch (1, 0)
+    assert overlay(picture, np.zeros((2, 2), np.float32), 1).max() < 255
+
+
+@pytest.fixture
+def bundle(network: Make, tmp_path: Path) -> Path:
+    dit = network()
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    save_file(dit.state_dict(), folder / "weights.safetensors")
+    manifest = Manifest(
+        name="tiny",
+        version="1",
+        description="",
+        config=dit.config,
+        diffusion=DiffusionSpec(schedule="cosine", prediction="x0"),
+        factors=(Factor(name="label", classes=tuple("abcde")), Factor(name="style", classes=tuple("xyz"))),
+        embedding_size=32,
+        state=tuple(StateTensor(name=name, shape=shape) for name, shape in dit.config.state()),
+        defaults=Defaults(
+            steps=2, solver="ddim", grid="trailing", guidance_scale=1, guidance_interval=(0, 1)
+        ),
+        licence="MIT",
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+def test_command_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "maps.png"
+    assert main([str(bundle), "-c", "label=b", "--seed", "3", "-o", str(out), "--zoom", "2"]) == 0
+    assert Image.open(out).size == (4 * 16, 2 * 16)  # the picture and three blocks; all patches, and one
+    assert "64×32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--query", "4", "0"], "rows 0..3"),
+        (["--at", "2"], "in 0..1, not 2"),
+        (["-c", "label=q"], "no class 'q'"),
+    ],
+)
+def test_errors_are_one_sentence(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([str(bundle), "-o", str(tmp_path / "out.png"), *arguments]) == 2
+    assert message in capsys.readouterr().err
