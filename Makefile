@@ -1,10 +1,12 @@
 # Every target makes the .venv it needs, once per content of pyproject.toml and constraints.txt.
 #
 #   ARGS         passed on:  make serve ARGS="--port 9000"    make test ARGS="tests/model -k solver"
+#   BENCH        which:  make bench BENCH=simulate ARGS=--growth
 #   PYTHON       the interpreter the .venv is made with; by default the first suitable one found
 #   TORCH_INDEX  one more package index; on Linux PyPI's torch brings gigabytes of CUDA, an index of CPU builds does not
 
 ARGS ?=
+BENCH ?= engine_overhead
 PYTHON ?=
 TORCH_INDEX ?=
 
@@ -35,7 +37,7 @@ format: $(TESTING)
 	@$(BIN)/ruff format .
 
 bench: $(TESTING)
-	@exec $(BIN)/python -m bench $(ARGS)
+	@exec $(BIN)/python -m bench.$(BENCH) $(ARGS)
 
 clean:
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,8 +16,6 @@ from typing import Any, Protocol
 from export.errors import ExportError
 from export.trt_module import Log, TensorRt, listening
 
-Cancelled = "the build was cancelled"
-
 
 class BuildError(ExportError):
     """A build that TensorRT refused; `log` holds what it said."""
@@ -114,22 +112,29 @@ def build_engine(
         _configure(trt, config, options, log)
         for profile in options.profiles:
             _add_profile(builder, network, config, profile, log)
-        cache = config.create_timing_cache(timing_cache)
-        if cache is not None and not config.set_timing_cache(cache, False):
-            raise BuildError(
-                "TensorRT does not accept the timing cache: delete it and build again", log.errors()
-            )
+        _use_cache(trt, config, timing_cache, log)
         relay = _relay(trt.module, monitor) if monitor else None
         if relay is not None:
             config.progress_monitor = relay
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             if relay is not None and relay.cancelled:
-                raise BuildCancelled(Cancelled)
+                raise BuildCancelled("the build was cancelled")
             raise BuildError(f"TensorRT cannot build {graph.name}: {_last(log)}", log.errors())
-        after = config.get_timing_cache()
-        saved = b"" if after is None else bytes(after.serialize())
-        return Built(bytes(plan), saved, time.monotonic() - started)
+        return Built(bytes(plan), _cache_of(trt, config), time.monotonic() - started)
+
+
+def _use_cache(trt: TensorRt, config: Any, content: bytes, log: Log) -> None:
+    if trt.ahead_of_time:  # TensorRT-RTX times nothing; its cache calls are deprecated and do nothing
+        return
+    cache = _made(config.create_timing_cache(content), "a timing cache", log)
+    if not config.set_timing_cache(cache, False):
+        raise BuildError("TensorRT does not accept the timing cache: delete it and build again", log.errors())
+
+
+def _cache_of(trt: TensorRt, config: Any) -> bytes:
+    cache = None if trt.ahead_of_time else config.get_timing_cache()
+    return b"" if cache is None else bytes(cache.serialize())
 
 
 def _parse(trt: TensorRt, builder: Any, logger: Any, graph: Path, log: Log) -> Any:

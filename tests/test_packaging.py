@@ -72,7 +72,8 @@ def sources() -> Iterator[tuple[Path, set[str]]]:
     for package in ("service", "model", "export", "bench", "tests"):
         for path in sorted((ROOT / package).rglob("*.py")):
             own = NEEDS.get(str(path.relative_to(ROOT)), NEEDS[package])
-            yield path, set(requirements(*own))
+            allowed = set(requirements(*own))
+            yield path, allowed | {"onnxruntime"} if "onnxruntime-gpu" in allowed else allowed
 
 
 def test_what_is_imported_is_required() -> None:
@@ -188,6 +189,12 @@ def test_testing_installs_everything_and_happens_once(checkout: Checkout) -> Non
     assert ["--extra-index-url there .[dev]" in call for call in calls if "pip install" in call] == [True]
     assert calls[-1] == "-m pytest"
     assert checkout.make("test", "ARGS=-k x") == (0, [], ["-m pytest -k x"])
+
+
+def test_bench_runs_a_module_that_exists(checkout: Checkout) -> None:
+    module = checkout.make("bench")[2][-1].split()[-1]
+    assert (ROOT / f"{module.replace('.', '/')}.py").exists()
+    assert checkout.make("bench", "BENCH=simulate", "ARGS=--growth")[2] == ["-m bench.simulate --growth"]
 
 
 def test_another_version_is_installed_when_the_pins_change(checkout: Checkout) -> None:

@@ -21,6 +21,11 @@ Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]
 
 
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as opened:
+        return opened.size
+
+
 @pytest.mark.parametrize("kind", ["adaln_zero", "in_context", "cross_attention"])
 def test_maps_are_probabilities_between_image_tokens(tiny: Tiny, network: Make, kind: str) -> None:
     dit = network(tiny(blocks=kind, rope=True, qk_norm=True))
@@ -87,7 +92,7 @@ def bundle(network: Make, tmp_path: Path) -> Path:
 def test_command_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "maps.png"
     assert main([str(bundle), "-c", "label=b", "--seed", "3", "-o", str(out), "--zoom", "2"]) == 0
-    assert Image.open(out).size == (4 * 16, 2 * 16)  # the picture and three blocks; all patches, and one
+    assert size_of(out) == (4 * 16, 2 * 16)  # the picture and three blocks; all patches, and one
     assert "64×32" in capsys.readouterr().out
 
 

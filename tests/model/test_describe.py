@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,9 +119,21 @@ def write(path: Path, content: Any) -> str:
 def test_configurations_are_read_from_anything(tmp_path: Path) -> None:
     assert read_config("DiT-B/4") == named("DiT-B/4")
     assert read_config(write(tmp_path / "a.json", {"depth": 2})) == DiTConfig(depth=2)
-    assert read_config(write(tmp_path / "b.json", {"model": {"name": "DiT-S/8"}})) == named("DiT-S/8")
+    assert read_config(write(tmp_path / "b.json", {"name": "DiT-S/8"})) == named("DiT-S/8")
     unet = {"network": "unet", "base_channels": 64}
     assert read_config(write(tmp_path / "c.json", unet)) == UNetConfig(base_channels=64)
+
+
+def test_a_run_has_the_size_and_classes_of_its_pictures(tmp_path: Path) -> None:
+    images = np.zeros((3, 8, 12, 3), np.uint8)
+    np.savez(tmp_path / "set.npz", x=images, y=np.arange(3), names=np.array(["a", "b", "c"]))
+    run = {
+        "data": {"path": str(tmp_path / "set.npz")},
+        "model": {"depth": 2, "in_channels": 3},
+        "diffusion": {"schedule": "linear", "prediction": "epsilon"},
+    }
+    expected = DiTConfig(depth=2, in_channels=3, image_size=(8, 12), classes=(3,))
+    assert read_config(write(tmp_path / "run.json", run)) == expected
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +161,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("field.json", "no field 'heads'"),
         ("kind.json", "unknown network 'mamba'"),
         ("size.json", "hidden_size 30 is not divisible"),
+        ("run.json", "absent.npz does not exist"),
     ],
 )
 def test_errors_are_one_sentence(
@@ -162,6 +176,7 @@ def test_errors_are_one_sentence(
     write(Path("list.json"), [1])
     write(Path("field.json"), {"heads": 2})
     write(Path("kind.json"), {"network": "mamba"})
+    write(Path("run.json"), {"data": {"path": "absent.npz"}, "model": {}})
     write(Path("size.json"), {"hidden_size": 30, "num_heads": 4})
     assert main([argument]) == 2
     captured = capsys.readouterr().err

@@ -43,6 +43,11 @@ FACTORS = (
 )
 
 
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as opened:
+        return opened.size
+
+
 class CountingEncoder:
     """Three numbers about a sentence; stands in for a language model."""
 
@@ -280,7 +285,7 @@ def test_command_line_on_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.C
     out = tmp_path / "deep/out.png"
     command = [str(bundle), "-c", "label=fox,style=flat", "-c", "label=cat", "--count", "3", "-o", str(out)]
     assert main([*command, "--combine", "layers", "--progress"]) == 0
-    assert Image.open(out).size == (24, 8)
+    assert size_of(out) == (24, 8)
     told = capsys.readouterr().out
     assert f"wrote {out} (24×8)" in told
     first = out.read_bytes()
@@ -291,7 +296,7 @@ def test_command_line_on_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.C
 def test_command_line_without_condition_makes_a_sheet(bundle: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "sheet.png")
     assert main([str(bundle), "-o", out, "--solver", "ddpm", "--steps", "2", "--size", "16", "8"]) == 0
-    assert Image.open(out).size == (5 * 8, 3 * 16)
+    assert size_of(Path(out)) == (5 * 8, 3 * 16)
 
 
 def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:

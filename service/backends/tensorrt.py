@@ -1,0 +1,228 @@
+"""TensorRT: runs engines that `python -m export.trt` has built for this GPU. Not yet run on a GPU: only driven by imitations in tests.
+
+Each batch size has a lane of its own: execution context, fixed device buffers, and a CUDA graph of copy in, execute, copy out. The
+condition state lies in one allocation per lane, block after block, as the engine's one input per block wants it.
+An engine is loaded only if its record names this GPU, this TensorRT and the bundle's graph and weights as they are now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from model.bundle import Bundle, digest
+from service.backends import BackendUnavailable, Floats
+from service.backends.cuda import Cuda
+from service.images import to_pixels
+
+PRECISIONS = ("fp16", "bf16", "int8", "fp32")
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """What one batch size runs on: host and device side of every tensor, and the captured work."""
+
+    host: Mapping[str, npt.NDArray[Any]]
+    graph: Any
+    context: Any  # kept alive for the graph
+
+
+class TensorRtBackend:
+    """A bundle in TensorRT; embedder and conditioner run in ONNX Runtime on the CPU, their results are cached anyway.
+
+    Args:
+        precision: which engine: "fp16", "bf16", "int8" or "fp32".
+        threads: compute threads of ONNX Runtime, 0 for one per core.
+        module: the TensorRT module, `tensorrt` unless given.
+        cuda: the device, the first one unless given.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        precision: str = "fp16",
+        threads: int = 0,
+        module: Any = None,
+        cuda: Cuda | None = None,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise BackendUnavailable(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        if bundle.manifest.decoder != "identity":
+            raise BackendUnavailable("the tensorrt backend has no decoder yet: choose the onnx backend")
+        self.manifest = bundle.manifest
+        self._trt = module if module is not None else import_module("tensorrt")
+        self._cuda = cuda if cuda is not None else Cuda()
+        self._sessions = [_session(bundle, name, threads) for name in ("embedder.onnx", "conditioner.onnx")]
+        self._state = [entry.name for entry in bundle.manifest.state]
+        file = find_engine(bundle, precision, self._trt.__version__, *self._cuda.device())
+        self._engine = self._deserialise(file)
+        self._profiles = self._batch_ranges()
+        self.buckets: tuple[int, ...] | None = _buckets(self._profiles)
+        self._lanes: dict[int, _Lane] = {}
+
+    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
+        names = [factor.name for factor in self.manifest.factors]
+        inputs = {name: np.ascontiguousarray(labels[:, k]) for k, name in enumerate(names)}
+        return cast(Floats, self._sessions[0].run(["embedding"], inputs)[0])
+
+    def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
+        return tuple(self._sessions[1].run(self._state, {"timestep": timesteps, "embedding": embeddings}))
+
+    def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+        rows = len(x)
+        bucket = next((size for size in self.buckets or () if size >= rows), None)
+        if bucket is None:
+            raise ValueError(f"{rows} rows are more than the engine takes ({max(self.buckets or (0,))})")
+        lane = self._lanes.get(bucket) or self._open_lane(bucket)
+        for name, value in zip(("x", *self._state), (x, *state), strict=True):
+            _fill(lane.host[name], value)
+        self._cuda.launch(lane.graph)
+        self._cuda.synchronise()
+        return _read(lane.host["output"], rows)
+
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        return to_pixels(latents)
+
+    def close(self) -> None:
+        """Free the device; the backend cannot be used afterwards."""
+        self._lanes.clear()
+        self._cuda.close()
+
+    def _deserialise(self, file: Path) -> Any:
+        logger = self._trt.Logger(self._trt.Logger.WARNING)
+        self._runtime = self._trt.Runtime(logger)
+        engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
+        if engine is None:
+            raise BackendUnavailable(
+                f"TensorRT cannot load {file}: build it again with python -m export.trt --force"
+            )
+        return engine
+
+    def _batch_ranges(self) -> list[tuple[int, int, int]]:
+        """Smallest, tuned and largest batch of each optimisation profile."""
+        count = self._engine.num_optimization_profiles
+        shapes = [self._engine.get_tensor_profile_shape("x", k) for k in range(count)]
+        return [cast(tuple[int, int, int], tuple(int(shape[0]) for shape in triple)) for triple in shapes]
+
+    def _open_lane(self, bucket: int) -> _Lane:
+        """Buffers, context and graph for batches of `bucket` rows; one uncaptured run first, which capture requires."""
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise BackendUnavailable(f"TensorRT has no memory for another context (batch {bucket})")
+        profile = next(k for k, (low, _, high) in enumerate(self._profiles) if low <= bucket <= high)
+        _require(
+            context.set_optimization_profile_async(profile, self._cuda.stream),
+            "set_optimization_profile_async",
+        )
+        shapes = self._shapes(bucket)
+        host = {name: self._cuda.pinned(shape, self._dtype(name)) for name, shape in shapes.items()}
+        base = self._cuda.allocate(sum(_aligned(host[name].nbytes) for name in self._state))
+        device = {}
+        for name in self._state:
+            device[name], base = base, base + _aligned(host[name].nbytes)
+        device |= {name: self._cuda.allocate(host[name].nbytes) for name in ("x", "output")}
+        for name, shape in shapes.items():
+            if name != "output":
+                host[name][...] = 0
+                _require(context.set_input_shape(name, shape), f"set_input_shape({name})")
+            _require(context.set_tensor_address(name, device[name]), f"set_tensor_address({name})")
+        if context.infer_shapes():
+            raise RuntimeError(f"TensorRT lacks the shapes of {', '.join(context.infer_shapes())}")
+
+        def work() -> None:
+            for name in ("x", *self._state):
+                self._cuda.upload(device[name], host[name])
+            _require(context.execute_async_v3(self._cuda.stream), "execute_async_v3")
+            self._cuda.download(host["output"], device["output"])
+
+        work()
+        self._cuda.synchronise()
+        lane = self._lanes[bucket] = _Lane(host, self._cuda.capture(work), context)
+        return lane
+
+    def _shapes(self, bucket: int) -> dict[str, tuple[int, ...]]:
+        model = self.manifest.config
+        shapes: dict[str, tuple[int, ...]] = {"x": (bucket, model.in_channels, *model.image_size)}
+        shapes |= {entry.name: (bucket, *entry.shape) for entry in self.manifest.state}
+        return {**shapes, "output": (bucket, model.out_channels, *model.image_size)}
+
+    def _dtype(self, name: str) -> npt.DTypeLike:
+        kinds = self._trt.DataType
+        table = {kinds.FLOAT: np.float32, kinds.HALF: np.float16, kinds.BF16: np.uint16}
+        return table[self._engine.get_tensor_dtype(name)]
+
+
+def find_engine(bundle: Bundle, precision: str, version: str, device: str, capability: str) -> Path:
+    """The engine of this precision whose record fits the bundle, TensorRT and the GPU, its content checked.
+
+    Raises:
+        BackendUnavailable: there is none, or it is stale, foreign or damaged; the message holds the command that builds it.
+    """
+    wanted = {"flavour": "tensorrt", "version": version, "device": device, "capability": capability}
+    command = f"build it with python -m export.trt {bundle.path} --precision {precision}"
+    files = bundle.manifest.files
+    seen = "there is no engine"
+    for record_file in sorted(bundle.path.glob(f"engines/*/backbone.{precision}.json")):
+        engine = record_file.with_suffix(".engine")
+        try:
+            record = json.loads(record_file.read_text())
+            recipe, sha256 = record["recipe"], record["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            seen = f"{record_file} is damaged"
+            continue
+        if any(recipe.get(key) != value for key, value in wanted.items()):
+            continue
+        fresh = (recipe["graph"] in files and recipe["graph_sha256"] == files[recipe["graph"]].sha256) and (
+            recipe["weights_sha256"] == files["weights.safetensors"].sha256
+        )
+        if fresh and engine.is_file() and digest(engine) == sha256:
+            return engine
+        seen = f"{engine} is damaged" if fresh else f"{engine} was built from other files"
+    raise BackendUnavailable(f"{seen} for {device} ({capability}) and TensorRT {version}: {command}")
+
+
+def _buckets(profiles: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
+    """Batch sizes worth a lane: the powers of two inside the profiles, and each profile's ends and tuned size."""
+    sizes = {size for profile in profiles for size in profile}
+    sizes |= {1 << k for low, _, high in profiles for k in range(high.bit_length()) if low <= 1 << k <= high}
+    return tuple(sorted(sizes))
+
+
+def _session(bundle: Bundle, name: str, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return ort.InferenceSession(bundle.file(name), options, providers=["CPUExecutionProvider"])
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 256) * 256
+
+
+def _fill(target: npt.NDArray[Any], value: Floats) -> None:
+    """Copy rows in, rounding to the target's precision; rows beyond them keep what they had, nobody reads theirs."""
+    if target.dtype == np.uint16:  # bf16: the upper half of fp32, rounded to nearest even
+        bits = np.ascontiguousarray(value).view(np.uint32)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    target[: len(value)] = value
+
+
+def _read(source: npt.NDArray[Any], rows: int) -> Floats:
+    if source.dtype == np.uint16:
+        return cast(Floats, (source[:rows].astype(np.uint32) << 16).view(np.float32))
+    return cast(Floats, source[:rows].astype(np.float32))
+
+
+def _require(done: bool, what: str) -> None:
+    if not done:
+        raise RuntimeError(f"TensorRT refused {what}")
