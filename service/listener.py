@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+import structlog
+
 from service.broker import Broker
-from service.errors import QueueUnavailable, ServiceError
+from service.errors import InternalError, QueueUnavailable, ServiceError
 from service.jobs import JobResult
 
 RETRY_S = 0.2
+log = structlog.get_logger()
 
 
 @dataclass(slots=True)
@@ -85,6 +88,10 @@ class Listener:
                 continue
             except ServiceError as error:
                 _settle(waiting.outcome, error)
+                return
+            except Exception:  # a waiter must never hang on a mistake of ours
+                log.exception("reading an outcome failed", job=job_id)
+                _settle(waiting.outcome, InternalError("The outcome of the job could not be read."))
                 return
             if result is not None:
                 _settle(waiting.outcome, result)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service.broker import Broker
-from service.errors import Cancelled, JobNotFound, NumericalError, to_wire
+from service.errors import Cancelled, InternalError, JobNotFound, NumericalError, to_wire
 from service.jobs import Job, JobResult
 from service.listener import Listener
 
@@ -62,6 +62,18 @@ async def test_failures_cancellations_and_unknown_jobs_are_raised(
     async with asyncio.timeout(5):
         outcomes = await asyncio.gather(*waits, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [NumericalError, Cancelled, JobNotFound]
+
+
+async def test_a_mistake_of_ours_ends_the_wait(
+    broker: Broker, listener: Listener, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(job_id: str) -> JobResult:
+        raise RuntimeError(job_id)
+
+    monkeypatch.setattr(broker, "outcome", broken)
+    async with asyncio.timeout(5):
+        with pytest.raises(InternalError):
+            await listener.wait(make_job().id)
 
 
 async def test_waiters_of_one_job_share_and_may_leave(
