@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from model.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor, write_manifest
 from model.config import DiTConfig
 from model.dit import DiT
 
@@ -48,3 +51,31 @@ def network() -> Callable[..., DiT]:
         return dit
 
     return make
+
+
+@pytest.fixture
+def bundle(network: Callable[..., DiT], tmp_path: Path) -> Path:
+    """A bundle of a tiny random pixel model: weights and manifest, two factors, three steps by default."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    dit = network()
+    save_file(dit.state_dict(), folder / "weights.safetensors")
+    manifest = Manifest(
+        name="tiny",
+        version="1",
+        description="",
+        config=dit.config,
+        diffusion=DiffusionSpec(schedule="cosine", prediction="x0"),
+        factors=(
+            Factor(name="label", classes=("cat", "dog", "fox", "owl", "bee")),
+            Factor(name="style", classes=("flat", "shaded", "line")),
+        ),
+        embedding_size=32,
+        state=tuple(StateTensor(name=name, shape=shape) for name, shape in dit.config.state()),
+        defaults=Defaults(
+            steps=3, solver="ddim", grid="trailing", guidance_scale=2, guidance_interval=(0, 1)
+        ),
+        licence="MIT",
+    )
+    write_manifest(folder, manifest)
+    return folder

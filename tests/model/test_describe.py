@@ -137,10 +137,8 @@ def test_a_run_has_the_size_and_classes_of_its_pictures(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write(
-        tmp_path / "unet.json",
-        {"network": "unet", "base_channels": 64, "multipliers": [1, 2]} | {"attention": [1]},
-    )
+    unet = {"network": "unet", "base_channels": 16, "multipliers": [1, 2], "attention": [1], "head_size": 16}
+    file = write(tmp_path / "unet.json", unet)
     assert main(["DiT-S/8", file]) == 0
     table = capsys.readouterr().out
     assert "33.15 M" in table
