@@ -44,7 +44,9 @@ def run(settings: Settings) -> int:
     """Serve until told to stop; returns the exit status. What cannot work is one sentence on stderr and status 2."""
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
-        manifest = Bundle.open(settings.bundle, verify=False).manifest
+        manifest = Bundle.open(
+            settings.bundle
+        ).manifest  # before anything starts: a damaged file is one sentence
         port = free_port(settings.host, settings.port)
         with tempfile.TemporaryDirectory(prefix="dit-") as folder:
             here = settings.model_copy(update={"port": port})

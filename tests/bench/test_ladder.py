@@ -90,6 +90,7 @@ def test_the_narrower_interval_is_a_part_of_the_bundles_own(backend: Backend) ->
     manifest = backend.manifest
     assert ladder.intervals(manifest, (0.1, 0.8)) == (WHOLE, (0.1, 0.8))
     assert ladder.intervals(manifest, WHOLE) == (WHOLE,)
+    assert ladder.intervals(manifest, None) == (WHOLE,)
     unguided = manifest.defaults.model_copy(update={"guidance_scale": 1.0})
     assert ladder.intervals(manifest.model_copy(update={"defaults": unguided}), (0.1, 0.8)) == (WHOLE,)
 
