@@ -174,11 +174,11 @@ class DiT(nn.Module):
             count = MODULATIONS[cast(Block, block).kind]
             if count:
                 vectors = cast(nn.Sequential, block.adaLN_modulation)(c)
-                state.append(cast(Tensor, vectors).reshape(len(c), count, -1))  # (N, 6 or 4, D)
+                state.append(cast(Tensor, vectors).reshape(c.shape[0], count, -1))  # (N, 6 or 4, D)
         if any(not MODULATIONS[kind] for kind in self.config.plan):
             state.append(torch.stack([t, embedding], dim=1))  # (N, 2, D)
         if self.config.adaptive_final:
-            state.append(cast(Tensor, self.final_layer.adaLN_modulation(c)).reshape(len(c), 2, -1))
+            state.append(cast(Tensor, self.final_layer.adaLN_modulation(c)).reshape(c.shape[0], 2, -1))
         if self.layout is not None:
             state.append(self.layout(F.silu(c)))  # (N, T, D)
         return tuple(state)

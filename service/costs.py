@@ -18,7 +18,7 @@ LEARN = 0.05  # share of a surprise that goes to the one batch size
 DECODE_SMOOTHING = 0.1
 
 _WILD = 4.0  # one step slower or faster than predicted by more than this says no more than this
-_FREE = 1e-9
+_FREE = 1e-9  # seconds; no step and no row takes less
 
 
 class CostModel:
@@ -66,6 +66,7 @@ class CostModel:
         """Learn from one forward pass."""
         if rows < 1 or seconds <= 0:
             return
+        seconds = max(seconds, _FREE)
         if rows not in self._seconds:
             insort(self._sizes, rows)
             self._seconds[rows] = seconds / self._speed
@@ -111,4 +112,4 @@ class CostModel:
             sum((rows - mean_rows) * (seconds - mean_s) for rows, seconds in self._seconds.items()) / spread
         )
         slope = min(max(_FREE, slope), mean_s / mean_rows)
-        return mean_s - slope * mean_rows, slope
+        return max(0.0, mean_s - slope * mean_rows), slope

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.costs import CostModel
@@ -116,6 +116,8 @@ def test_a_batch_has_at_least_one_row() -> None:
 
 @quick
 @given(st.lists(st.tuples(st.integers(-2, 64), st.floats(-1.0, 1e4)), max_size=60), st.integers(1, 64))
+@example([(1, 3.9e-221)], 1)
+@example([(1, 1.0), (49, 1.0), (64, 153.09375)], 1)
 def test_whatever_is_observed_time_is_positive_and_rows_are_not_free(
     observed: list[tuple[int, float]], max_rows: int
 ) -> None:
