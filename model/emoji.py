@@ -155,8 +155,10 @@ def _svg(icons: dict[str, Any], name: str) -> str | None:
     if icon is None:
         return None
     width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
-    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" width="{width}" height="{height}">{icon["body"]}</svg>'
+    side = max(width, height)  # a drawing that is not square is centred in its square
+    left, top = icon.get("left", 0) - (side - width) / 2, icon.get("top", 0) - (side - height) / 2
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {side} {side}" width="{side}" height="{side}">'
+    return f"{head}{icon['body']}</svg>"
 
 
 def _card(file: str, size: int, pictures: int, names: int) -> str:

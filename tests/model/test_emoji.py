@@ -68,6 +68,18 @@ def test_every_style_is_rendered_with_its_names_and_groups(tarballs: Path) -> No
         load_npz(target)  # the bee is not drawn in every style
 
 
+def test_a_drawing_that_is_not_square_is_centred(tarballs: Path) -> None:
+    wide = {"body": '<rect width="32" height="16" fill="red"/>', "height": 16}
+    pack(tarballs, SOURCES[0], "icons.json", {"icons": {"red-apple": wide}, "width": 32, "height": 32})
+    target = tarballs / "set.npz"
+    assert data.main(["emoji", "--size", "16", "--out", str(target), "--tarballs", str(tarballs)]) == 0
+    with np.load(target) as arrays:
+        picture = arrays["x"][0]
+    assert (picture[:4] == 255).all()
+    assert (picture[4:12] == [255, 0, 0]).all()
+    assert (picture[12:] == 255).all()
+
+
 def test_edges_are_smooth() -> None:
     circle = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="32" height="32"><circle cx="16" cy="16" r="13"/></svg>'
     assert len(np.unique(render(circle, 16))) > 3
