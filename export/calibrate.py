@@ -16,9 +16,9 @@ from torch import Tensor
 
 from model.bundle import Manifest
 from model.conditioner import null_labels
+from model.denoise import noise
 from model.diffusion import Schedule, grid, guided
 from model.dit import DiT
-from model.sample import noise
 from model.solvers import step_table
 
 Floats = npt.NDArray[np.float32]

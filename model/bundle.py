@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -226,11 +225,6 @@ def digest(file: Path) -> str:
     """sha256 of a file, hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def factor_sizes(manifest: Manifest) -> Mapping[str, int]:
-    """Factor name → number of classes."""
-    return {factor.name: len(factor.classes) for factor in manifest.factors}
 
 
 def _listed(name: str) -> bool:

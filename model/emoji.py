@@ -57,8 +57,6 @@ SOURCES = (
     Source("emojione", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "EmojiOne 2, © JoyPixels"),
 )
 NAMES = Source("", "unicode-emoji-json", "0.9.0", "MIT", "unicode-emoji-json, © Mu-An Chiou")
-LICENCE = " AND ".join(sorted({source.licence for source in SOURCES}))
-ATTRIBUTION = tuple(f"{source.credit} ({source.licence})" for source in SOURCES)
 OVERSAMPLE = 3
 
 

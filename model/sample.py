@@ -24,15 +24,13 @@ from torch import Tensor
 
 from model.autoencoder import AutoencoderError, open_autoencoder
 from model.bundle import BundleError, Factor
-from model.denoise import Conditions, Denoiser, Guidance, denoise, noise
+from model.denoise import Conditions, Denoiser, Guidance, denoise
 from model.diffusion import Schedule, grid
 from model.dit import DiT
 from model.mixing import mixed
 from model.opening import Opened, OpenError, open_model
 from model.solvers import StepTable, step_table
 from model.text import TextError, open_encoder
-
-__all__ = ["main", "noise", "picture_grid", "sample_sheet", "to_pixels"]
 
 Combine = Literal["linear", "spherical", "compose", "layers"]
 CHUNK = 32  # samples denoised together

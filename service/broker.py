@@ -151,9 +151,10 @@ class Broker:
         return follow(self._readers, self.keys, job_id, after)
 
     async def load(self) -> LoadSnapshot:
-        jobs, rows, oldest, now, *reports = await self._run("load")
+        jobs, rows, oldest, now, dead, *reports = await self._run("load")
         workers = tuple(WorkerState.from_bytes(report) for report in reports)
-        return LoadSnapshot(jobs, rows, (now - oldest) / 1000 if oldest else 0.0, workers, now / 1000)
+        age = (now - oldest) / 1000 if oldest else 0.0
+        return LoadSnapshot(jobs, rows, age, workers, now / 1000, dead)
 
     async def dead(self) -> list[JobStatus]:
         """The dead-lettered jobs, oldest first."""

@@ -215,6 +215,7 @@ class LoadSnapshot:
     oldest_age_s: float
     workers: tuple[WorkerState, ...]
     taken_at: float
+    dead_jobs: int = 0  # put aside since the queue began, requeued or not
 
 
 def pack(fields: Mapping[str, Any]) -> bytes:

@@ -22,7 +22,7 @@ from prometheus_client import (
     multiprocess,
     start_http_server,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.capacity import drained
@@ -66,7 +66,6 @@ CACHE_HITS = Counter("dit_cache_hits", "Condition states found in the cache", ["
 CACHE_MISSES = Counter("dit_cache_misses", "Condition states computed", ["cache"])
 CACHE_BYPASS = Counter("dit_cache_bypass", "Condition states computed without asking the cache", ["cache"])
 LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went back to the queue")
-JOBS_DEAD = Counter("dit_jobs_dead", "Jobs put aside after too many attempts")
 
 # Every process's.
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
@@ -84,7 +83,7 @@ class LoadCollector(Collector):
     def __init__(self, load: LoadSnapshot | None) -> None:
         self._load = load
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         load = self._load
         yield GaugeMetricFamily("dit_redis_up", "1 when Redis answers", value=float(load is not None))
         if load is None:
@@ -111,6 +110,8 @@ class LoadCollector(Collector):
         }
         for name, (help_text, value) in figures.items():
             yield GaugeMetricFamily(name, help_text, value=float(value))
+        dead = "Jobs put aside after too many attempts"
+        yield CounterMetricFamily("dit_jobs_dead", dead, value=float(load.dead_jobs))
 
 
 def exposition(load: LoadSnapshot | None, *, shared: Path | None) -> bytes:

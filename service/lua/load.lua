@@ -1,7 +1,8 @@
--- What admission looks at. Returns {jobs waiting, rows waiting, when the oldest was queued (ms, 0 = none), now (ms), report...}.
+-- What admission looks at. Returns {jobs waiting, rows waiting, when the oldest was queued (ms, 0 = none), now (ms),
+-- jobs ever put aside as dead, report...}.
 local oldest = redis.call('ZRANGE', AGES, 0, 0, 'WITHSCORES')[2] or 0
-local rows = redis.call('HGET', TOTALS, 'rows') or 0
-local answer = { redis.call('ZCARD', QUEUE), tonumber(rows), tonumber(oldest), NOW }
+local totals = redis.call('HMGET', TOTALS, 'rows', 'dead')
+local answer = { redis.call('ZCARD', QUEUE), tonumber(totals[1] or 0), tonumber(oldest), NOW, tonumber(totals[2] or 0) }
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, '(' .. NOW, '+inf')) do
   answer[#answer + 1] = redis.call('HGET', REPORTS, worker)
 end

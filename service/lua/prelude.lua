@@ -74,6 +74,7 @@ local function spend(id, attempts, dead_ttl, dead_kept, fault)
   conclude(id, 'dead', 'failed', fault)
   redis.call('PEXPIRE', job, dead_ttl)
   redis.call('ZADD', DEAD, NOW, id)
+  redis.call('HINCRBY', TOTALS, 'dead', 1)
   redis.call('ZREMRANGEBYSCORE', DEAD, '-inf', NOW - dead_ttl)
   redis.call('ZREMRANGEBYRANK', DEAD, 0, -dead_kept - 1)
   return 1

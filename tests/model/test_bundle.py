@@ -19,7 +19,6 @@ from model.bundle import (
     Factor,
     Manifest,
     StateTensor,
-    factor_sizes,
     write_atomic,
     write_manifest,
 )
@@ -61,7 +60,7 @@ def test_round_trip(folder: Path, tiny: Tiny) -> None:
     manifest = bundle.manifest
     assert manifest.config == tiny(blocks=("adaln", "adaln", "cross_attention"))
     assert set(manifest.files) == {"weights.safetensors", "backbone.onnx"}
-    assert factor_sizes(manifest) == {"label": 2, "style": 1}
+    assert [(each.name, len(each.classes)) for each in manifest.factors] == [("label", 2), ("style", 1)]
     assert bundle.file("backbone.onnx").read_bytes() == b"graph"
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 

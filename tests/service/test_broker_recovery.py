@@ -72,6 +72,7 @@ async def test_a_job_that_keeps_losing_its_worker_is_put_aside(
     assert caught.value.extra["worker"] == "w3"
     (status,) = await timed.dead()
     assert (status.id, status.state, status.attempt) == (job.id, "dead", 3)
+    assert (await timed.load()).dead_jobs == 1
     kinds = [event.kind async for event in timed.events(job.id)]
     assert kinds == ["queued", "started", "queued", "started", "queued", "started", "failed"]
 

@@ -67,6 +67,7 @@ async def test_metrics_are_well_formed_and_true(open_stage: OpenStage) -> None:
     assert values["dit_workers"] == 1
     assert values["dit_running_samples"] == 3
     assert values["dit_saturation_ratio"] == (2 + 3) / 4
+    assert values["dit_jobs_dead"] == 0
     requests = {
         (each.labels["route"], each.labels["outcome"]): each.value
         for each in families["dit_requests"].samples
@@ -95,7 +96,7 @@ async def test_metrics_can_be_turned_off(open_stage: OpenStage) -> None:
 
 
 def test_processes_share_their_metrics_through_a_folder(tmp_path: Path) -> None:
-    count = "from service import metrics; metrics.STEP_SECONDS.labels('onnx').observe(0.02); metrics.JOBS_DEAD.inc()"
+    count = "from service import metrics; metrics.STEP_SECONDS.labels('onnx').observe(0.02); metrics.LEASES_EXPIRED.inc()"
     show = "from service import metrics; from pathlib import Path; import sys; "
     show += "sys.stdout.buffer.write(metrics.exposition(None, shared=Path(sys.argv[1])))"
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
@@ -109,7 +110,7 @@ def test_processes_share_their_metrics_through_a_folder(tmp_path: Path) -> None:
         text=True,
     ).stdout
     assert 'dit_step_seconds_count{backend="onnx"} 2.0' in shown
-    assert "dit_jobs_dead_total 2.0" in shown
+    assert "dit_leases_expired_total 2.0" in shown
 
 
 def test_the_api_starts_without_a_network_runtime() -> None:
