@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench.plots import RESULTS, draw_ladder
 from model.bundle import Bundle, Manifest, RungSpec, write_manifest
-from model.diffusion import grid, guidance_weight, guided, make_schedule
+from model.diffusion import grid, guidance_weight, guided
 from model.solvers import step_table, trajectory
 from service.backends import Backend, load_backend
 from service.rungs import Interval, Ladder, Rung
@@ -94,9 +94,7 @@ def generate(backend: Backend, task: Task, rung: Rung, *, rows: int) -> Floats:
     """The task's images (N, C, H, W) at a rung, `rows` at a time."""
     manifest = backend.manifest
     spec = manifest.diffusion
-    schedule = make_schedule(
-        spec.schedule, spec.timesteps, prediction=spec.prediction, log_snr_shift=spec.log_snr_shift
-    )
+    schedule = spec.noise_schedule()
     table = step_table(rung.solver, grid(rung.grid, rung.steps, spec.timesteps), schedule)
     channels = manifest.config.in_channels
     images = []

@@ -24,12 +24,13 @@ from export.calibrate import Rows, Walk, trajectories
 from export.errors import ExportError
 from export.graph import backbone_graph
 from export.session import open_session, run
-from export.source import Source, open_source
+from export.source import open_source
 from export.storage import save_graph
 from export.verify import LIMITS, Band, check, compare, worst
 from model.bundle import BundleError, write_manifest
 from model.dit import DiT
 from model.layers import Attention
+from model.opening import Opened
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FP16_MAX = 65504.0
@@ -106,7 +107,7 @@ def halved(dit: DiT, precision: str) -> DiT:
 
 
 def write_half(
-    source: Source, folder: Path, rows: Rows, precision: str = "auto"
+    source: Opened, folder: Path, rows: Rows, precision: str = "auto"
 ) -> tuple[str, Peak, tuple[Band, ...]]:
     """Write the half-precision backbone into `folder`, which holds the weights; returns precision, peak and errors.
 

@@ -29,9 +29,10 @@ from export.onnx import PARITY, Options, export_bundle, forward
 from export.quantize import FILES, Target, backbone_inputs, this_processor, write_int8
 from export.session import open_session, run
 from export.smooth import amax, search, smoothed
-from export.source import Source, open_source
+from export.source import open_source
 from export.verify import LIMITS, Band, check, compare, report
 from model.bundle import BACKBONE, BundleError, write_atomic, write_manifest
+from model.opening import Opened
 
 SMOOTHING = "smoothing"  # the provenance entry of a bundle whose weights are smoothed
 SEEDS = (1_000, 2_000)  # of the rows to calibrate on, and of those to judge by
@@ -92,7 +93,7 @@ def add_int8(path: Path, target: Target, settings: Settings = Settings()) -> dic
     return summary
 
 
-def _smooth(source: Source, path: Path, settings: Settings) -> None:
+def _smooth(source: Opened, path: Path, settings: Settings) -> None:
     """Write the bundle again with the best smoothing, keeping the half precision it has a backbone in."""
     fit, judge = (_rows(source, settings, seed) for seed in SEEDS)
     alpha, errors = search(source.dit, fit, judge)
@@ -100,17 +101,17 @@ def _smooth(source: Source, path: Path, settings: Settings) -> None:
     provenance = {**source.manifest.provenance, SMOOTHING: facts}
     half = next((kind for kind in DTYPES if filename(kind) in source.manifest.files), "none")
     dit = smoothed(source.dit, amax(source.dit, fit), alpha)
-    smooth = Source(dit, source.manifest.model_copy(update={"provenance": provenance}))
+    smooth = Opened(dit, source.manifest.model_copy(update={"provenance": provenance}))
     export_bundle(smooth, path, Options(weights=settings.weights, half=half, samples=2))
 
 
-def _rows(source: Source, settings: Settings, seed: int) -> Rows:
+def _rows(source: Opened, settings: Settings, seed: int) -> Rows:
     return trajectories(
         source.dit, source.manifest, source.schedule, Walk(settings.samples, settings.steps, seed)
     )
 
 
-def _verified(source: Source, file: Path, rows: Rows, target: Target) -> tuple[Band, ...]:
+def _verified(source: Opened, file: Path, rows: Rows, target: Target) -> tuple[Band, ...]:
     """Errors as served: with 8-bit kernels on the CPU, exactly for TensorRT."""
     session = open_session(file, options=EXACT if target == "tensorrt" else {})
     dtype = np.float16 if target == "tensorrt" else np.float32
@@ -123,7 +124,7 @@ def _verified(source: Source, file: Path, rows: Rows, target: Target) -> tuple[B
     return bands
 
 
-def _speed(source: Source, path: Path, rows: Rows) -> dict[str, float]:
+def _speed(source: Opened, path: Path, rows: Rows) -> dict[str, float]:
     """Time of fp32 over time of INT8, medians of interleaved single-threaded runs, by batch size."""
     sessions = [open_session(path / name) for name in (BACKBONE, FILES["cpu"])]
     result = {}
@@ -141,7 +142,7 @@ def _seconds(session: ort.InferenceSession, inputs: dict[str, npt.NDArray[Any]])
     return time.perf_counter() - started
 
 
-def _picture_psnr(source: Source, file: Path, target: Target) -> float:
+def _picture_psnr(source: Opened, file: Path, target: Target) -> float:
     """PSNR in dB of pictures finished by the INT8 backbone against fp32, from the same noise, over all of them."""
     session = open_session(file, options=EXACT if target == "tensorrt" else {})
     dtype = np.float16 if target == "tensorrt" else np.float32
@@ -157,7 +158,7 @@ def _picture_psnr(source: Source, file: Path, target: Target) -> float:
     return 10 * math.log10(4 / max(float(error), 1e-12))  # the range of pixels is 2
 
 
-def _record(path: Path, source: Source, summary: dict[str, Any], target: Target) -> None:
+def _record(path: Path, source: Opened, summary: dict[str, Any], target: Target) -> None:
     """Put the summary into the parity report and its main numbers into the manifest."""
     parity = json.loads((path / PARITY).read_text())
     parity["int8"] = {**parity.get("int8", {}), target: summary}

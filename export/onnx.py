@@ -26,7 +26,7 @@ from export.errors import ExportError
 from export.graph import OPSET, backbone_graph, conditioner_graph, embedder_graph
 from export.half import filename, write_half
 from export.session import open_session, run
-from export.source import Card, Source, build, open_source, parameters, rounded
+from export.source import Card, open_source, parameters, rounded
 from export.storage import save_graph, save_weights
 from export.verify import LIMITS, Band, Limits, check, compare, report, worst
 from model.bundle import (
@@ -39,6 +39,7 @@ from model.bundle import (
     write_manifest,
 )
 from model.dit import DiT
+from model.opening import Opened, build
 
 PARITY = "parity.json"
 ROUNDING = Limits(relative_l2=3e-3, cosine=0.99999)  # what storing weights in half precision may cost
@@ -56,7 +57,7 @@ class Options:
     steps: int = 20
 
 
-def export_bundle(source: Source, out: Path, options: Options = Options()) -> dict[str, Any]:
+def export_bundle(source: Opened, out: Path, options: Options = Options()) -> dict[str, Any]:
     """Write `source` as a bundle into `out`; returns the parity report, which is also written there.
 
     Raises:
@@ -76,7 +77,7 @@ def export_bundle(source: Source, out: Path, options: Options = Options()) -> di
         write_graphs(dit, source.manifest, scratch)
         graphs = verify_graphs(dit, source.manifest, scratch, rows)
         if options.half != "none":
-            precision, _, bands = write_half(Source(dit, source.manifest), scratch, rows, options.half)
+            precision, _, bands = write_half(Opened(dit, source.manifest), scratch, rows, options.half)
             graphs[filename(precision)] = bands
         summary = {
             "rows": len(rows),
@@ -199,7 +200,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(options.threads)
     try:
         source = open_source(options.source, data=options.data)
-        source = Source(source.dit, _named(source.manifest, options))
+        source = Opened(source.dit, _named(source.manifest, options))
         summary = export_bundle(
             source, options.out, Options(options.weights, options.half, options.samples, options.steps)
         )

@@ -80,11 +80,11 @@ def overlay(
 
 def picture_of(opened: Opened, embedding: Tensor, seed: int) -> Tensor:
     """The sample (1, C, H, W) of a condition embedding (1, D) and a seed, with the model's own defaults."""
-    defaults, diffusion = opened.defaults, opened.diffusion
+    defaults, diffusion = opened.manifest.defaults, opened.manifest.diffusion
     steps = grid(defaults.grid, defaults.steps, diffusion.timesteps)
     table = step_table(defaults.solver, steps, opened.schedule)
     guidance = Guidance(defaults.guidance_scale, defaults.guidance_interval, diffusion.guidance_channels)
-    denoiser = Denoiser(opened.model, opened.schedule, Conditions((embedding,)), guidance)
+    denoiser = Denoiser(opened.dit, opened.schedule, Conditions((embedding,)), guidance)
     *_, x0 = denoise(denoiser, table, [seed], clip_x0=diffusion.clip_x0)
     return x0
 
@@ -92,8 +92,8 @@ def picture_of(opened: Opened, embedding: Tensor, seed: int) -> Tensor:
 def run(options: argparse.Namespace) -> Image.Image:
     """Do what the command line says; see `main` for what can go wrong."""
     opened = open_model(options.model, data=options.data)
-    model, config = opened.model, opened.model.config
-    if opened.decoder != "identity":
+    model, config = opened.dit, opened.dit.config
+    if opened.manifest.decoder != "identity":
         raise SampleError("attention is painted over pixels: this model works on latents")
     rows, columns = config.grid_size
     query = tuple(options.query or (rows // 2, columns // 2))
@@ -103,10 +103,10 @@ def run(options: argparse.Namespace) -> Image.Image:
         )
     if not 0 <= options.at <= 1:
         raise SampleError(f"--at is a fraction of the noise range in 0..1, not {options.at}")
-    term = parse_condition(options.condition, opened.factors)
+    term = parse_condition(options.condition, opened.manifest.factors)
     embedding = embeddings(model, [term], options.encoder)[0][None]
     x0 = picture_of(opened, embedding, options.seed)
-    t = round(options.at * (opened.diffusion.timesteps - 1))
+    t = round(options.at * (opened.manifest.diffusion.timesteps - 1))
     drawn = torch.randn(x0.shape, generator=torch.Generator().manual_seed(options.seed))
     x = opened.schedule.alpha(t) * x0 + opened.schedule.sigma(t) * drawn
     with torch.no_grad():

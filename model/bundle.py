@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from model.config import DiTConfig
+from model.diffusion import Schedule, make_schedule
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -62,7 +63,7 @@ class StateTensor(_Strict):
 
 
 class DiffusionSpec(_Strict):
-    """What `model.diffusion.make_schedule` needs, and how network output is read."""
+    """The noise a model was trained on, and how its output is read."""
 
     schedule: Literal["linear", "cosine"]
     timesteps: Annotated[int, Field(ge=1)] = 1000
@@ -71,6 +72,12 @@ class DiffusionSpec(_Strict):
     learn_sigma: bool = False
     clip_x0: bool = True
     guidance_channels: int | None = None
+
+    def noise_schedule(self) -> Schedule:
+        """The schedule the model was trained on."""
+        return make_schedule(
+            self.schedule, self.timesteps, prediction=self.prediction, log_snr_shift=self.log_snr_shift
+        )
 
 
 class RungSpec(_Strict):

@@ -163,7 +163,7 @@ def read_config(text: str) -> NetworkConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object")
-    return run_config(path)[0] if "data" in fields else network_config(fields)
+    return run_config(path) if "data" in fields else network_config(fields)
 
 
 def show(costs: dict[str, Cost]) -> str:

@@ -1,8 +1,9 @@
-"""A trained model from disk, ready to sample: a bundle, or the newest checkpoint of a training run."""
+"""A trained model from disk: a bundle, or the newest checkpoint of a training run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.bundle import MANIFEST, WEIGHTS, Bundle, Defaults, DiffusionSpec, Factor
+from model.bundle import MANIFEST, WEIGHTS, Bundle, Defaults, Manifest, StateTensor
 from model.config import DiTConfig
-from model.diffusion import Schedule, make_schedule
+from model.diffusion import Schedule
 from model.dit import DiT
-from model.pictures import DataError, load_npz
+from model.pictures import DataError, Pictures
+from model.recipe import TrainConfig, load_config
 from model.weights import WeightsError, check
 
 DEFAULTS = Defaults(
@@ -30,22 +32,15 @@ class OpenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model in evaluation mode, and all that sampling needs to know about it."""
+    """An fp32 model in evaluation mode, and its manifest: a bundle's own, or the one a training run's bundle starts from."""
 
-    name: str
-    model: DiT
-    diffusion: DiffusionSpec
-    factors: tuple[Factor, ...]
-    defaults: Defaults
-    decoder: str
+    dit: DiT
+    manifest: Manifest
 
     @property
     def schedule(self) -> Schedule:
         """The noise schedule the model was trained on."""
-        spec = self.diffusion
-        return make_schedule(
-            spec.schedule, spec.timesteps, prediction=spec.prediction, log_snr_shift=spec.log_snr_shift
-        )
+        return self.manifest.diffusion.noise_schedule()
 
 
 def open_model(path: Path, *, data: Path | None = None) -> Opened:
@@ -66,67 +61,90 @@ def open_model(path: Path, *, data: Path | None = None) -> Opened:
     )
 
 
-def _from_bundle(bundle: Bundle) -> Opened:
-    manifest, file = bundle.manifest, bundle.file(WEIGHTS)
-    try:
-        model = _loaded(manifest.config, load_file(file), file)
-    except SafetensorError as error:
-        raise OpenError(f"{file} is not a readable safetensors file: {error}") from None
-    return Opened(
-        name=manifest.name,
-        model=model,
-        diffusion=manifest.diffusion,
-        factors=manifest.factors,
-        defaults=manifest.defaults,
-        decoder=manifest.decoder,
-    )
-
-
-def _from_run(path: Path, data: Path | None) -> Opened:
-    config, diffusion, factors = run_config(path / "config.json", data)
-    checkpoint, weights = _newest(path / "checkpoints")
-    return Opened(
-        name=path.resolve().name,
-        model=_loaded(config, weights, checkpoint),
-        diffusion=diffusion,
-        factors=factors,
-        defaults=DEFAULTS,
-        decoder="identity",
-    )
-
-
-def run_config(source: Path, data: Path | None = None) -> tuple[DiTConfig, DiffusionSpec, tuple[Factor, ...]]:
-    """What a training run's JSON file and its pictures say: network, diffusion, and the names of classes.
+def run_config(source: Path) -> DiTConfig:
+    """The network a training run's JSON file and its pictures describe.
 
     Raises:
-        OpenError: not a run's configuration, or its pictures are not where it says (nor at `data`).
+        OpenError: not a run's configuration, or its pictures are not where it says.
     """
-    try:
-        run: dict[str, Any] = json.loads(source.read_text())
-        pictures = load_npz(**{**run["data"], "path": data or run["data"]["path"]})
-        classes = tuple(len(factor.classes) for factor in pictures.factors)
-        config = DiTConfig(**{**run["model"], "image_size": pictures.size, "classes": classes})
-        return config, DiffusionSpec.model_validate(run["diffusion"]), pictures.factors
-    except DataError as error:
-        raise OpenError(f"sizes and class names come from the training pictures, and {error}") from None
-    except (OSError, ValidationError, ValueError, KeyError, TypeError) as error:
-        raise OpenError(f"{source} is not the configuration of a training run: {error}") from None
+    config = _recipe(source)
+    return config.network(_pictures(config, None))
 
 
-def _loaded(config: DiTConfig, weights: dict[str, Tensor], origin: Path) -> DiT:
+def build(config: DiTConfig, weights: Mapping[str, Tensor], origin: Path) -> DiT:
+    """A DiT in evaluation mode holding `weights` in fp32; `origin` is named in errors.
+
+    Raises:
+        OpenError: the names or shapes are not those of `config`.
+    """
     try:
         check(weights, config)
     except WeightsError as error:
         raise OpenError(f"{origin}: {error}") from None
-    model = DiT(config).eval().requires_grad_(False)
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return model
+    dit = DiT(config).eval().requires_grad_(False)
+    dit.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return dit
 
 
-def _newest(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+def _from_bundle(bundle: Bundle) -> Opened:
+    file = bundle.file(WEIGHTS)
+    try:
+        return Opened(build(bundle.manifest.config, load_file(file), file), bundle.manifest)
+    except SafetensorError as error:
+        raise OpenError(f"{file} is not a readable safetensors file: {error}") from None
+
+
+def _from_run(path: Path, data: Path | None) -> Opened:
+    config = _recipe(path / "config.json")
+    pictures = _pictures(config, data)
+    checkpoint, step, weights = _newest(path / "checkpoints")
+    dit = build(config.network(pictures), weights, checkpoint)
+    return Opened(dit, _describe(path.resolve().name, config, pictures, dit.config, step))
+
+
+def _recipe(source: Path) -> TrainConfig:
+    try:
+        return load_config(source)
+    except ValidationError as error:
+        first = error.errors()[0]
+        detail = f"field {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, ValueError) as error:
+        detail = str(error)
+    raise OpenError(f"{source} is not the configuration of a training run: {detail}")
+
+
+def _pictures(config: TrainConfig, data: Path | None) -> Pictures:
+    try:
+        return config.pictures(data)
+    except DataError as error:
+        raise OpenError(f"sizes and class names come from the training pictures, and {error}") from None
+
+
+def _describe(name: str, config: TrainConfig, pictures: Pictures, shape: DiTConfig, step: int) -> Manifest:
+    training = config.model_dump(mode="json", exclude={"output"})
+    training["data"]["path"] = config.data.path.name
+    return Manifest(
+        name=name,
+        version=f"0.{step}",
+        description=f"Diffusion Transformer over {shape.image_size[0]}×{shape.image_size[1]} pixels",
+        config=shape,
+        diffusion=config.diffusion,
+        factors=pictures.factors,
+        embedding_size=shape.hidden_size,
+        state=tuple(StateTensor(name=tensor, shape=dims) for tensor, dims in shape.state()),
+        defaults=DEFAULTS,
+        licence="unspecified",
+        provenance={"training": training, "step": step, "pictures": len(pictures.training)},
+    )
+
+
+def _newest(folder: Path) -> tuple[Path, int, dict[str, Tensor]]:
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            return path, load_file(path / "ema.safetensors")
-        except (OSError, SafetensorError):
+            state: dict[str, Any] = json.loads((path / "state.json").read_text())
+            return path, int(state["step"]), load_file(path / "ema.safetensors")
+        except (OSError, ValueError, KeyError, SafetensorError):
             continue  # being written or removed by a run that goes on
-    raise OpenError(f"{folder} holds no readable checkpoint: let model.train write one first")
+    raise OpenError(
+        f"{folder} holds no readable checkpoint: let model.train write one first (checkpoint_every)"
+    )

@@ -49,6 +49,45 @@ def load_npz(
         DataError: the file is missing or lacks a field, a name or group is unknown, or fewer than two classes remain.
     """
     file = Path(path)
+    drawn = _read(file)
+    for wanted, known, what in ((names, drawn.names, "name"), (groups, drawn.groups, "group")):
+        unknown = sorted(set(wanted) - set(known))
+        if unknown:
+            raise DataError(f"{file} has no {what} {unknown[0]!r}")
+    count = np.bincount(drawn.y, minlength=len(drawn.names))
+    chosen = [
+        k
+        for k, (name, group) in enumerate(zip(drawn.names, drawn.groups, strict=True))
+        if count[k] >= max(1, len(drawn.styles))
+        and (not (groups or names) or group in groups or name in names)
+    ]
+    if len(chosen) < 2:
+        raise DataError(f"{file}: {len(chosen)} class remains after selection; training needs at least 2")
+    index = np.full(len(drawn.names), -1)
+    index[chosen] = np.arange(len(chosen))
+    keep = index[drawn.y] >= 0
+    factors = [Factor(name="label", classes=tuple(drawn.names[k] for k in chosen))]
+    columns = [index[drawn.y[keep]]]
+    if drawn.styles:
+        factors.append(Factor(name="style", classes=tuple(drawn.styles)))
+        columns.append(drawn.s[keep])
+    labels = np.stack(columns, axis=1)
+    return Pictures(drawn.x[keep], labels, tuple(factors), _held_out(labels, factors, hold_out))
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A whole array file: `groups` is per name, `s` all zero and `styles` empty where there are none."""
+
+    x: npt.NDArray[np.uint8]
+    y: npt.NDArray[np.int64]
+    s: npt.NDArray[np.int64]
+    names: list[str]
+    groups: list[str]
+    styles: list[str]
+
+
+def _read(file: Path) -> _Drawn:
     if not file.is_file():
         raise DataError(f"{file} does not exist: pass an .npz with arrays x, y and names")
     with np.load(file, allow_pickle=False) as arrays:
@@ -57,39 +96,22 @@ def load_npz(
             raise DataError(
                 f"{file} lacks the array {sorted(missing)[0]!r}: it needs x (uint8 N,H,W,3), y and names"
             )
-        x, y, all_names = arrays["x"], arrays["y"].astype(np.int64), [str(name) for name in arrays["names"]]
+        x, y, names = arrays["x"], arrays["y"].astype(np.int64), [str(name) for name in arrays["names"]]
         styles = [str(style) for style in arrays["styles"]] if "styles" in arrays else []
         s = arrays["s"].astype(np.int64) if styles else np.zeros_like(y)
-        group_of = [str(group) for group in arrays["groups"]] if "groups" in arrays else [""] * len(all_names)
+        groups = [str(group) for group in arrays["groups"]] if "groups" in arrays else [""] * len(names)
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
         raise DataError(f"{file}: x must be uint8 (N, H, W, 3), not {x.dtype} {x.shape}")
-    for wanted, known, what in ((names, all_names, "name"), (groups, group_of, "group")):
-        unknown = sorted(set(wanted) - set(known))
-        if unknown:
-            raise DataError(f"{file} has no {what} {unknown[0]!r}")
-    count = np.bincount(y, minlength=len(all_names))
-    chosen = [
-        k
-        for k, name in enumerate(all_names)
-        if count[k] >= max(1, len(styles))
-        and (not (groups or names) or group_of[k] in groups or name in names)
-    ]
-    if len(chosen) < 2:
-        raise DataError(f"{file}: {len(chosen)} class remains after selection; training needs at least 2")
-    index = np.full(len(all_names), -1)
-    index[chosen] = np.arange(len(chosen))
-    keep = index[y] >= 0
-    label, style = index[y[keep]], s[keep]
-    factors = [Factor(name="label", classes=tuple(all_names[k] for k in chosen))]
-    columns = [label]
-    if styles:
-        factors.append(Factor(name="style", classes=tuple(styles)))
-        columns.append(style)
-    pairs = [
-        f"{factors[0].classes[a]}/{styles[b] if styles else ''}" for a, b in zip(label, style, strict=True)
-    ]
-    held = np.array([zlib.crc32(pair.encode()) % 10_000 < hold_out * 10_000 for pair in pairs])
-    return Pictures(x[keep], np.stack(columns, axis=1), tuple(factors), held)
+    return _Drawn(x, y, s, names, groups, styles)
+
+
+def _held_out(
+    labels: npt.NDArray[np.int64], factors: Sequence[Factor], share: float
+) -> npt.NDArray[np.bool_]:
+    """Which pictures are kept from training, (N,): about `share` of the pairs, chosen by their text alone."""
+    names, styles = factors[0].classes, factors[1].classes if len(factors) > 1 else ()
+    pairs = [f"{names[row[0]]}/{styles[row[1]] if styles else ''}" for row in labels]
+    return np.array([zlib.crc32(pair.encode()) % 10_000 < share * 10_000 for pair in pairs])
 
 
 def batch_indices(count: int, batch: int, step: int, seed: int) -> npt.NDArray[np.int64]:

@@ -166,11 +166,11 @@ def combine(parts: Sequence[Tensor], weights: Sequence[float], how: Combine, row
 def run(options: argparse.Namespace) -> Image.Image:
     """Do what the command line says; see `main` for what can go wrong."""
     opened = open_model(options.model, data=options.data)
-    model = opened.model.to(options.device)
-    decoder = open_autoencoder(opened.decoder, options.vae)
+    model = opened.dit.to(options.device)
+    decoder = open_autoencoder(opened.manifest.decoder, options.vae)
     table, guidance = _plan(opened, options)
     size = tuple(options.size) if options.size else model.config.image_size
-    terms = [parse_condition(text, opened.factors) for text in options.condition]
+    terms = [parse_condition(text, opened.manifest.factors) for text in options.condition]
     if terms:
         parts = embeddings(model, terms, options.encoder)
         rows, columns = options.count, options.columns or min(options.count, 8)
@@ -190,7 +190,7 @@ def run(options: argparse.Namespace) -> Image.Image:
             )
             denoiser = Denoiser(model, opened.schedule, conditions, guidance)
             seeds = [options.seed + start + k for k in range(count)]
-            estimates = denoise(denoiser, table, seeds, size, clip_x0=opened.diffusion.clip_x0)
+            estimates = denoise(denoiser, table, seeds, size, clip_x0=opened.manifest.diffusion.clip_x0)
             for step, x0 in enumerate(estimates, 1):
                 progress.advance(task, count)
                 if step == len(table):
@@ -199,14 +199,14 @@ def run(options: argparse.Namespace) -> Image.Image:
 
 
 def _plan(opened: Opened, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
-    wanted = opened.defaults
+    wanted = opened.manifest.defaults
     steps, kind = options.steps or wanted.steps, options.grid or wanted.grid
-    places = grid(kind, steps, opened.diffusion.timesteps)
+    places = grid(kind, steps, opened.manifest.diffusion.timesteps)
     table = step_table(options.solver or wanted.solver, places, opened.schedule, eta=options.eta)
     guidance = Guidance(
         scale=wanted.guidance_scale if options.scale is None else options.scale,
         interval=tuple(options.interval or wanted.guidance_interval),
-        channels=opened.diffusion.guidance_channels,
+        channels=opened.manifest.diffusion.guidance_channels,
         decay=options.decay,
     )
     return table, guidance

@@ -10,63 +10,22 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from model.bundle import DiffusionSpec
 from model.checkpoint import CheckpointError, TrainingState, restore, save
 from model.conditioner import drop_labels
-from model.config import DiTConfig
-from model.diffusion import Prediction, Schedule, add_noise, loss_weights, make_schedule, training_target
+from model.diffusion import add_noise, loss_weights, training_target
 from model.dit import DiT
 from model.ema import Ema
-from model.pictures import DataError, Pictures, batch_indices, load_npz
+from model.pictures import DataError, batch_indices
+from model.recipe import TrainConfig, load_config
 from model.sample import sample_sheet
-
-
-class DataConfig(BaseModel):
-    """Which pictures: see `model.data.load_npz`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    path: Path
-    groups: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-    hold_out: float = 0.03
-
-
-class TrainConfig(BaseModel):
-    """One run. The learning rate warms up, stays, and falls linearly over the last `decay` of the steps."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    data: DataConfig
-    output: Path
-    model: dict[str, Any]
-    diffusion: DiffusionSpec
-    steps: int
-    batch: int = 32
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    warmup: int = 100
-    decay: float = 0.3
-    clip: float = 1.0
-    ema: float = 0.999
-    label_dropout: tuple[float, ...] = (0.1,)
-    label_std: float = 0.02  # of the label tables at the start; 0.02 is the paper's, short runs learn classes sooner from 0.3
-    loss_space: Prediction = "v"  # whose squared error is the loss, whatever the network predicts
-    loss_cap: float | None = None
-    seed: int = 0
-    threads: int = 0
-    device: Literal["cpu", "cuda"] = "cpu"
-    checkpoint_every: int = 200
-    sheet_every: int = 400
-    log_every: int = 20
 
 
 class NonFiniteLoss(Exception):
@@ -84,20 +43,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.pictures: Pictures = load_npz(
-            config.data.path,
-            groups=config.data.groups,
-            names=config.data.names,
-            hold_out=config.data.hold_out,
-        )
-        classes = tuple(len(factor.classes) for factor in self.pictures.factors)
-        self.dit_config = DiTConfig(**{**config.model, "image_size": self.pictures.size, "classes": classes})
-        self.schedule: Schedule = make_schedule(
-            config.diffusion.schedule,
-            config.diffusion.timesteps,
-            prediction=config.diffusion.prediction,
-            log_snr_shift=config.diffusion.log_snr_shift,
-        )
+        self.pictures = config.pictures()
+        self.dit_config = config.network(self.pictures)
+        self.schedule = config.diffusion.noise_schedule()
         torch.manual_seed(config.seed)
         model = DiT(self.dit_config).to(config.device)
         for table in model.y_embedder.tables:
@@ -232,31 +180,6 @@ def main(arguments: list[str]) -> int:
     except (DataError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
         return _refuse(str(error))
     return 0
-
-
-def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The run described by a JSON file, with `key=value` overrides.
-
-    Raises:
-        OSError, ValueError, ValidationError: unreadable, not JSON, an override without "=", or a wrong or unknown field.
-    """
-    try:
-        data = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    for item in overrides:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"--set {item}: write KEY=VALUE")
-        *parents, last = key.split(".")
-        place = data
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        try:
-            place[last] = json.loads(value)
-        except ValueError:
-            place[last] = value
-    return TrainConfig.model_validate(data)
 
 
 def _refuse(sentence: str) -> int:

@@ -12,7 +12,6 @@ import time
 import structlog
 
 from model.bundle import Bundle, BundleError
-from model.diffusion import make_schedule
 from service import logs, metrics
 from service.backends import Backend, BackendUnavailable, load_backend
 from service.broker import Broker
@@ -86,7 +85,6 @@ async def serve(settings: Settings, backend: Backend) -> bool:
 
 def build_engine(backend: Backend, settings: Settings) -> Engine:
     """An engine for a bundle; its slots hold what may run, what is claimed ahead, and one job more."""
-    spec = backend.manifest.diffusion
     ladder = Ladder.from_manifest(backend.manifest)
     return Engine(
         backend=backend,
@@ -95,9 +93,7 @@ def build_engine(backend: Backend, settings: Settings) -> Engine:
         planner=Planner(ladder),
         ladder=ladder,
         costs=CostModel(),
-        schedule=make_schedule(
-            spec.schedule, spec.timesteps, prediction=spec.prediction, log_snr_shift=spec.log_snr_shift
-        ),
+        schedule=backend.manifest.diffusion.noise_schedule(),
         clock=time.time,
         slots=settings.max_rows + settings.lookahead_rows + settings.max_images,
     )

@@ -10,16 +10,17 @@ import torch
 from export.calibrate import Rows, Walk, trajectories
 from export.half import FP16_MAX, probe
 from export.smooth import amax, int8_linears, int8_output, search, smoothed
-from export.source import Source, parameters
+from export.source import parameters
 from model.config import BlockKind
+from model.opening import Opened
 from tests.export.tiny import CONFIG, tiny_source
 
 
-def rows_of(source: Source, seed: int = 0) -> Rows:
+def rows_of(source: Opened, seed: int = 0) -> Rows:
     return trajectories(source.dit, source.manifest, source.schedule, Walk(samples=2, steps=4, seed=seed))
 
 
-def answer(source: Source, rows: Rows) -> torch.Tensor:
+def answer(source: Opened, rows: Rows) -> torch.Tensor:
     with torch.no_grad():
         output: torch.Tensor = source.dit(rows.x, rows.timestep, rows.labels)
     return output
@@ -33,7 +34,7 @@ def answer(source: Source, rows: Rows) -> torch.Tensor:
 def test_a_smoothed_model_is_the_same_function(blocks: tuple[BlockKind, ...], swiglu: bool) -> None:
     source = tiny_source(replace(CONFIG, blocks=blocks, swiglu=swiglu))
     rows = rows_of(source)
-    other = Source(smoothed(source.dit, amax(source.dit, rows), 0.5), source.manifest)
+    other = Opened(smoothed(source.dit, amax(source.dit, rows), 0.5), source.manifest)
     before, after = parameters(source.dit), parameters(other.dit)
     assert not torch.equal(after["blocks.0.attn.proj.weight"], before["blocks.0.attn.proj.weight"])
     torch.testing.assert_close(answer(other, rows), answer(source, rows), rtol=1e-4, atol=1e-4)

@@ -17,10 +17,11 @@ from export.calibrate import Walk, trajectories
 from export.half import write_half
 from export.onnx import Options, export_bundle
 from export.quantize import write_int8
-from export.source import DEFAULTS, Source, open_source
+from export.source import open_source
 from model.bundle import Bundle, DiffusionSpec, Factor, Manifest, RungSpec, StateTensor, write_manifest
 from model.config import DiTConfig
 from model.dit import DiT
+from model.opening import DEFAULTS, Opened
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = DiTConfig(
@@ -50,7 +51,7 @@ def tiny_dit(config: DiTConfig = CONFIG, *, seed: int = 0) -> DiT:
     return dit
 
 
-def tiny_source(config: DiTConfig = CONFIG, *, seed: int = 0) -> Source:
+def tiny_source(config: DiTConfig = CONFIG, *, seed: int = 0) -> Opened:
     """A model and manifest of which `export_bundle` makes a bundle."""
     words = (("circle", "square", "triangle", "star"), ("flat", "shaded"))
     names = ("label", "style")
@@ -74,7 +75,7 @@ def tiny_source(config: DiTConfig = CONFIG, *, seed: int = 0) -> Source:
         ),
         licence="Apache-2.0",
     )
-    return Source(tiny_dit(config, seed=seed), manifest)
+    return Opened(tiny_dit(config, seed=seed), manifest)
 
 
 def cached_tiny_bundle(cache: Path) -> Path:
@@ -103,7 +104,7 @@ def cached_full_bundle(cache: Path) -> Path:
 
 def _cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     sha = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {ort.__version__}".encode())
-    model = ("bundle", "conditioner", "config", "diffusion", "dit", "layers", "solvers")
+    model = ("bundle", "conditioner", "config", "diffusion", "dit", "layers", "opening", "solvers")
     export = ("calibrate", "graph", "half", "onnx", "quantize", "smooth", "source", "storage")
     sources = [
         Path(__file__),

@@ -131,6 +131,8 @@ def test_a_run_has_the_size_and_classes_of_its_pictures(tmp_path: Path) -> None:
         "data": {"path": str(tmp_path / "set.npz")},
         "model": {"depth": 2, "in_channels": 3},
         "diffusion": {"schedule": "linear", "prediction": "epsilon"},
+        "steps": 10,
+        "output": "run",
     }
     expected = DiTConfig(depth=2, in_channels=3, image_size=(8, 12), classes=(3,))
     assert read_config(write(tmp_path / "run.json", run)) == expected
@@ -174,7 +176,9 @@ def test_errors_are_one_sentence(
     write(Path("list.json"), [1])
     write(Path("field.json"), {"heads": 2})
     write(Path("kind.json"), {"network": "mamba"})
-    write(Path("run.json"), {"data": {"path": "absent.npz"}, "model": {}})
+    noise = {"schedule": "linear", "prediction": "epsilon"}
+    run = {"data": {"path": "absent.npz"}, "model": {}, "diffusion": noise, "steps": 10, "output": "run"}
+    write(Path("run.json"), run)
     write(Path("size.json"), {"hidden_size": 30, "num_heads": 4})
     assert main([argument]) == 2
     captured = capsys.readouterr().err

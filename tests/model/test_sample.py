@@ -80,7 +80,8 @@ def finished_run(network: Make, tiny: Tiny, tmp_path: Path) -> Path:
     step.mkdir(parents=True)
     (step.parent / "step-0000020").mkdir()  # being written: the one before it is used
     save_file(dict(network(tiny(classes=(5,))).named_parameters()), step / "ema.safetensors")
-    config = {"data": {"path": str(tmp_path / "set.npz")}, "model": shape}
+    (step / "state.json").write_text('{"step": 10}')
+    config = {"data": {"path": str(tmp_path / "set.npz")}, "model": shape, "steps": 10, "output": "run"}
     config["diffusion"] = {"schedule": "cosine", "prediction": "x0"}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -158,8 +159,8 @@ def test_command_line_without_condition_makes_a_sheet(bundle: Path, tmp_path: Pa
 def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
     assert main([str(finished_run), "-c", "label=owl", "--steps", "2", "-o", str(tmp_path / "out.png")]) == 0
     opened = open_model(finished_run)
-    assert opened.factors[0].classes == FACTORS[0].classes
-    assert opened.model.config.classes == (5,)
+    assert opened.manifest.factors[0].classes == FACTORS[0].classes
+    assert opened.dit.config.classes == (5,)
     (finished_run / "checkpoints/step-0000010/ema.safetensors").unlink()
     with pytest.raises(OpenError, match="no readable checkpoint"):
         open_model(finished_run)

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from model import train
 from model.checkpoint import save
-from model.train import TrainConfig, Trainer, learning_rate
+from model.recipe import TrainConfig
+from model.train import Trainer, learning_rate
 
 
 @pytest.fixture

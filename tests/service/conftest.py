@@ -11,7 +11,6 @@ import pytest
 
 from model.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
 from model.config import DiTConfig
-from model.diffusion import make_schedule
 from service.backends import OutOfMemory
 from service.conditions import Conditions
 from service.costs import CostModel
@@ -212,7 +211,7 @@ def make_engine() -> Callable[..., Engine]:
             planner=planner or Planner(ladder),
             ladder=ladder,
             costs=CostModel(fixed_s=10.0, per_row_s=0.001),
-            schedule=make_schedule(spec.schedule, spec.timesteps, prediction=spec.prediction),
+            schedule=spec.noise_schedule(),
             clock=clock or Clock(),
             slots=slots,
         )

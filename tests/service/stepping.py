@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.diffusion import grid as timestep_grid
-from model.diffusion import guidance_weight, guided, make_schedule
+from model.diffusion import guidance_weight, guided
 from model.solvers import step_table
 from service.engine import Engine
 from service.rungs import Rung
@@ -49,7 +49,7 @@ def reference(
     `courses` lists (rung, timesteps) pieces that follow each other; by default it is the request's rung.
     """
     spec, config = backend.manifest.diffusion, backend.manifest.config
-    schedule = make_schedule(spec.schedule, spec.timesteps, prediction=spec.prediction)
+    schedule = spec.noise_schedule()
     rung = request.rung
     pieces = list(courses or [(rung, timestep_grid(rung.grid, rung.steps, spec.timesteps))])
     walked = [t for _, steps in pieces for t in steps]
