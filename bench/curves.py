@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from service.rungs import Ladder, Rung
+from service.planning.rungs import Ladder, Rung
 
 
 @dataclass(frozen=True, slots=True)

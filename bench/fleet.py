@@ -24,11 +24,11 @@ import numpy as np
 
 from bench.arrivals import Arrival
 from bench.curves import Curve
-from service.costs import CostModel
+from service.engine.scheduler import Scheduler
 from service.jobs import LoadSnapshot, WorkerState
-from service.planner import PlannedSample, Planner, Policy
-from service.rungs import Ladder, Rung, steps_left
-from service.scheduler import Scheduler
+from service.planning.costs import CostModel
+from service.planning.planner import PlannedSample, Planner, Policy
+from service.planning.rungs import Ladder, Rung, steps_left
 
 JITTER = 0.03  # relative spread of a step's duration
 Order = Literal["arrival", "deadline"]

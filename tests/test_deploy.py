@@ -27,9 +27,9 @@ from redis.exceptions import AuthenticationError, NoPermissionError
 from redis.exceptions import ConnectionError as NotConnected
 
 from service import metrics
-from service.broker import Broker
 from service.jobs import Job, JobResult, LoadSnapshot, WorkerState
-from service.listener import Listener
+from service.queue.broker import Broker
+from service.queue.listener import Listener
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bench import ladder
 from model.bundle import Bundle, RungSpec
 from service.backends import Backend, load_backend
-from service.rungs import Ladder, Rung
+from service.planning.rungs import Ladder, Rung
 from tests.service.tiny_bundle import write_bundle
 
 WHOLE = (0.0, 1.0)

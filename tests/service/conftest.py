@@ -12,14 +12,14 @@ import pytest
 from model.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
 from model.config import DiTConfig
 from service.backends import OutOfMemory
-from service.conditions import Conditions
-from service.costs import CostModel
-from service.engine import Engine
+from service.engine.conditions import Conditions
+from service.engine.engine import Engine
+from service.engine.samples import SampleRequest
+from service.engine.scheduler import Scheduler
 from service.jobs import ConditionTerm
-from service.planner import Change, PlannedSample, Planner
-from service.rungs import Ladder, Rung
-from service.samples import SampleRequest
-from service.scheduler import Scheduler
+from service.planning.costs import CostModel
+from service.planning.planner import Change, PlannedSample, Planner
+from service.planning.rungs import Ladder, Rung
 
 Floats = npt.NDArray[np.float32]
 

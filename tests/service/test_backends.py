@@ -18,14 +18,14 @@ import pytest
 from model.bundle import Bundle
 from model.diffusion import make_schedule
 from service.backends import BACKENDS, Backend, BackendUnavailable, OutOfMemory, load_backend
-from service.conditions import CHUNK, Conditions
-from service.costs import CostModel
-from service.engine import Engine
+from service.engine.conditions import CHUNK, Conditions
+from service.engine.engine import Engine
+from service.engine.samples import SampleRequest
+from service.engine.scheduler import Scheduler
 from service.jobs import ConditionTerm
-from service.planner import Planner
-from service.rungs import Ladder
-from service.samples import SampleRequest
-from service.scheduler import Scheduler
+from service.planning.costs import CostModel
+from service.planning.planner import Planner
+from service.planning.rungs import Ladder
 from tests.service.tiny_bundle import CONFIG, write_bundle
 
 Floats = npt.NDArray[np.float32]
@@ -271,5 +271,5 @@ def test_onnx_runtime_out_of_memory_is_told_from_other_faults(
 
 
 def test_the_onnx_backend_leaves_torch_unimported() -> None:
-    code = "import sys, service.backends.onnx, service.engine; sys.exit('torch' in sys.modules)"
+    code = "import sys, service.backends.onnx, service.engine.engine; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,8 +18,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from service.broker import Broker
 from service.jobs import Job
+from service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""HTTP: what clients, operators and browsers see. Nothing here computes an image."""

@@ -1,0 +1,77 @@
+"""The API process: uvicorn around the application, draining on SIGTERM."""
+
+import asyncio
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from model.bundle import BundleError
+from service import logs
+from service.errors import ServiceError
+from service.http.app import create_app
+from service.queue.backplane import open_backplane
+from service.settings import Settings
+
+CONFIG_ERROR = 2
+_log = structlog.get_logger()
+
+
+class _Server(uvicorn.Server):
+    """Announces the end to the application before uvicorn waits for what is in flight."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            _log.info("api ready", host=self.config.host, port=self.config.port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._announce()
+        super().handle_exit(sig, frame)
+
+
+def run(settings: Settings) -> int:
+    """Serve until told to stop; returns the exit status. What cannot work is one sentence on stderr and status 2."""
+    logs.configure(style=settings.log_format, level=settings.log_level)
+    try:
+        app = create_app(settings)
+        asyncio.run(_probe(settings))
+    except (BundleError, ServiceError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return CONFIG_ERROR
+    server = _Server(configured(app, settings), app.state.draining.set)
+    server.run()
+    return 0 if server.started else CONFIG_ERROR
+
+
+def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the app: bounded headers and keep-alives, graceful end, its own access log off (ours has more)."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        backlog=1024,
+    )
+
+
+async def _probe(settings: Settings) -> None:
+    """Raises what opening the queue raises, before uvicorn would print it as a traceback."""
+    async with open_backplane(settings):
+        pass

@@ -1,0 +1,97 @@
+"""What the routes of one API process share, and how they wait for a job."""
+
+import asyncio
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+from starlette.types import Receive
+
+from service.errors import Cancelled, DeadlineExceeded, JobNotFound, QueueUnavailable
+from service.http.intake import Caller, Intake
+from service.http.middleware import disconnected
+from service.jobs import Job, JobResult, JobStatus
+from service.queue.backplane import Backplane
+from service.settings import Settings
+
+_JOB_ID = re.compile(r"[0-9a-f]{32}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(slots=True)
+class Context:
+    """Opened by the app's lifespan. `started` once a worker was seen; `draining` once the process is to stop."""
+
+    settings: Settings
+    backplane: Backplane
+    intake: Intake
+    draining: asyncio.Event
+    started: bool = field(default=False)
+
+    async def job(self, job_id: str) -> JobStatus:
+        """Raises `JobNotFound`, `QueueUnavailable`."""
+        status = await self.backplane.queue.status(job_id) if _JOB_ID.fullmatch(job_id) else None
+        if status is None:
+            raise JobNotFound(f"There is no job {job_id[:64]!r}.")
+        return status
+
+    async def result(self, job: Job, receive: Receive, *, keep: bool = False) -> JobResult:
+        """The result of a job, waited for until its deadline or until the client goes, which cancels it (unless `keep`).
+
+        Raises `Cancelled`, `DeadlineExceeded`, or the job's own error.
+        """
+        waiting = asyncio.create_task(self.backplane.listener.wait(job.id))
+        gone = asyncio.create_task(disconnected(receive))
+        patience = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
+        try:
+            await asyncio.wait((waiting, gone), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                return waiting.result()
+            if gone.done():
+                raise Cancelled("The client went away.")
+            keep = False
+            raise DeadlineExceeded("The images were not ready by the deadline.")
+        finally:
+            ended = waiting.done()
+            waiting.cancel()
+            gone.cancel()
+            await asyncio.wait((waiting, gone))
+            if not ended and not keep:
+                await self.cancel(job.id)
+
+    async def cancel(self, job_id: str) -> None:
+        """Cancel a job nobody waits for. If the queue cannot be asked the job runs on, which costs time but harms nobody."""
+        with suppress(QueueUnavailable):
+            await self.backplane.queue.cancel(job_id)
+
+
+def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+Api = Annotated[Context, Depends(_context)]
+
+
+def caller(request: Request, *, key: str | None = None) -> Caller:
+    """Who sent this request: fair queueing and idempotency keys are per network address."""
+    trace: dict[str, str] = {"request_id": request.state.request_id}
+    parent = request.headers.get("traceparent", "")
+    if _TRACEPARENT.fullmatch(parent):
+        trace["traceparent"] = parent
+    return Caller(request.client.host if request.client else "unknown", key, trace)
+
+
+def note(request: Request, **fields: str) -> None:
+    """Add fields to the log line of this request."""
+    notes: dict[str, str] = request.scope["state"].setdefault("notes", {})
+    notes.update(fields)
+
+
+def server_timing(timings_ms: Mapping[str, float]) -> str:
+    """The `Server-Timing` header (W3C), durations in milliseconds."""
+    return ", ".join(f"{name};dur={duration:.1f}" for name, duration in timings_ms.items())

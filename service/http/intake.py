@@ -1,0 +1,292 @@
+"""From a request to a job in the queue: what this model understands, whether its deadline can be kept, and who is asked.
+
+The one door for `/generate` and for OpenAI's route. Raises errors of the tree; knows no HTTP.
+"""
+
+import asyncio
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from model.bundle import Manifest
+from model.diffusion import GRIDS
+from model.solvers import SOLVERS
+from service import metrics
+from service.errors import (
+    IdempotencyMismatch,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    QueueFull,
+)
+from service.http.schemas import GenerateRequest
+from service.http.vocabulary import Vocabulary
+from service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus, LoadSnapshot
+from service.planning.capacity import drained
+from service.planning.load import finite
+from service.planning.planner import NO_WORKER, Admission, Planner
+from service.planning.rungs import Ladder, Rung
+from service.queue.backplane import Queue
+from service.settings import Settings
+
+LOAD_FRESH_S = 0.1
+_FREED = 0.1  # of a full queue should have drained before it is worth coming back
+_RETRY_S = 5.0  # when that cannot be predicted
+_UPSCALE = {"identity": 1, "sd-vae": 8, "small": 8}  # pixels a side of one latent pixel
+_BODY = "body"  # in a job's trace: the fingerprint of the request, to tell a replay from a reuse of its key
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. `key` is their Idempotency-Key; `trace` travels with the job into logs and spans."""
+
+    name: str
+    key: str | None = None
+    trace: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A job that is in the queue. `new` is False when an Idempotency-Key led to one that was there already; `pending` while it
+    has not ended."""
+
+    job: Job
+    new: bool
+    pending: bool
+    predicted_s: float | None
+
+
+class LoadCache:
+    """The broker's load snapshot, asked at most every `LOAD_FRESH_S` seconds, and once at a time, however many requests come."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._load: LoadSnapshot | None = None
+        self._taken = 0.0
+        self._asking: asyncio.Task[LoadSnapshot] | None = None
+
+    async def __call__(self) -> LoadSnapshot:
+        """Raises `QueueUnavailable`."""
+        if self._load is not None and time.monotonic() - self._taken <= LOAD_FRESH_S:
+            return self._load
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._queue.load())
+            self._asking.add_done_callback(self._answered)
+        return await asyncio.shield(self._asking)
+
+    def _answered(self, asked: asyncio.Task[LoadSnapshot]) -> None:
+        self._asking = None
+        if not asked.cancelled() and asked.exception() is None:
+            self._load, self._taken = asked.result(), time.monotonic()
+
+
+class Intake:
+    """Turns requests for one model into jobs."""
+
+    def __init__(self, manifest: Manifest, settings: Settings, queue: Queue) -> None:
+        self.manifest = manifest
+        self.vocabulary = Vocabulary(manifest.factors)
+        self.ladder = Ladder.from_manifest(manifest)
+        self.load = LoadCache(queue)
+        self._planner = Planner(self.ladder)
+        self._settings = settings
+        self._queue = queue
+
+    async def submit(
+        self, request: GenerateRequest, caller: Caller, *, image_format: ImageFormat = "png"
+    ) -> Ticket:
+        """Admit a request and queue it.
+
+        Raises:
+            ModelNotFound, UnknownCondition, InvalidRequest: the model cannot do what is asked.
+            Overloaded, QueueFull, QueueUnavailable: not now.
+            IdempotencyMismatch: the caller's key was used for another request.
+        """
+        condition = self._condition(request)
+        rung = self._rung(request)
+        fingerprint = "" if caller.key is None else _fingerprint(request, image_format)
+        if caller.key is not None:
+            known = await self._queue.status(_keyed_id(caller))
+            if known is not None:
+                return self._again(known, fingerprint)
+        now = time.time()
+        deadline_at = self._deadline(request, now)
+        admission = await self._admit(request, rung, deadline_at, now)
+        job = self._job(
+            request,
+            caller,
+            condition,
+            rung,
+            admission,
+            now=now,
+            deadline_at=deadline_at,
+            image_format=image_format,
+        )
+        if fingerprint:
+            job.trace[_BODY] = fingerprint
+        if not await self._submit(job):
+            return self._again(await self._known(job), fingerprint)
+        if admission.degraded:
+            metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
+        return Ticket(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))
+
+    def _condition(self, request: GenerateRequest) -> tuple[ConditionTerm, ...]:
+        if request.model not in (None, self.manifest.name):
+            raise ModelNotFound(
+                f"There is no model {request.model!r}; this service runs {self.manifest.name}."
+            )
+        if isinstance(request.condition, dict):
+            return (self.vocabulary.term(request.condition),)
+        return tuple(self.vocabulary.term(term.condition, term.weight) for term in request.condition)
+
+    def _rung(self, request: GenerateRequest) -> Rung:
+        defaults, timesteps = self.manifest.defaults, self.manifest.diffusion.timesteps
+        solver = _one_of("sampler", request.sampler or defaults.solver, SOLVERS)
+        steps = request.steps or defaults.steps
+        if steps > timesteps:
+            raise wrong("steps", f"This model has {timesteps} noise levels, so at most {timesteps} steps.")
+        if (request.min_steps or 1) > steps:
+            raise wrong("min_steps", f"It cannot be more than the {steps} steps asked for.")
+        if request.n > self._settings.max_images:
+            raise wrong("n", f"At most {self._settings.max_images} images a request.")
+        if request.size not in (None, size(self.manifest)):
+            raise wrong("size", f"This model makes {size(self.manifest)} images only.")
+        low, high = request.guidance_interval or defaults.guidance_interval
+        if low > high:
+            raise wrong("guidance_interval", "Its low end is above its high end.")
+        grids = {rung.solver: rung.grid for rung in reversed(self.ladder.rungs)}
+        grid = _one_of("grid", request.grid or grids.get(solver, defaults.grid), GRIDS)
+        return self.ladder.requested(solver, steps, grid, (low, high), self._guidance(request) != 1.0)
+
+    def _guidance(self, request: GenerateRequest) -> float:
+        given = request.guidance_scale
+        return self.manifest.defaults.guidance_scale if given is None else given
+
+    def _deadline(self, request: GenerateRequest, now: float) -> float | None:
+        limit = self._settings.max_deadline_s
+        if request.deadline_ms is None:
+            default = self._settings.default_deadline_s
+            return None if default is None else now + default
+        if request.deadline_ms > limit * 1000:
+            raise wrong("deadline_ms", f"At most {limit * 1000:.0f} ms.")
+        return now + request.deadline_ms / 1000
+
+    async def _admit(
+        self, request: GenerateRequest, rung: Rung, deadline_at: float | None, now: float
+    ) -> Admission:
+        admission = self._planner.admit(
+            await self.load(),
+            rung=rung,
+            guidance_scale=self._guidance(request),
+            samples=request.n,
+            deadline_at=deadline_at,
+            allow_degraded=request.allow_degraded,
+            min_steps=self._floor(request, rung),
+            now=now,
+        )
+        if admission.accepted:
+            return admission
+        if admission.reason == NO_WORKER:
+            raise Overloaded(
+                "No worker is running, so no deadline can be kept.", retry_after=admission.retry_after_s
+            )
+        ways = "even in fewer steps" if request.allow_degraded else "and the request rules out fewer steps"
+        when = "now" if admission.retry_after_s else "even on idle workers"
+        raise Overloaded(
+            f"The images would take about {admission.predicted_s:.1f} s, too long for the deadline {when}, {ways}.",
+            retry_after=admission.retry_after_s,
+            extra={"predicted_s": round(admission.predicted_s, 3)},
+        )
+
+    def _floor(self, request: GenerateRequest, rung: Rung) -> int:
+        return request.min_steps or 1 if request.allow_degraded else rung.steps
+
+    def _job(
+        self,
+        request: GenerateRequest,
+        caller: Caller,
+        condition: tuple[ConditionTerm, ...],
+        rung: Rung,
+        admission: Admission,
+        *,
+        now: float,
+        deadline_at: float | None,
+        image_format: ImageFormat,
+    ) -> Job:
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        scale = self._guidance(request)
+        return Job(
+            id=_keyed_id(caller) if caller.key is not None else secrets.token_hex(16),
+            model=self.manifest.name,
+            condition=condition,
+            mix=request.mix,
+            seeds=tuple(range(seed, seed + request.n)),
+            steps=rung.steps,
+            solver=rung.solver,
+            grid=rung.grid,
+            guidance_scale=scale,
+            guidance_interval=rung.guidance_interval,
+            format=image_format,
+            previews=request.previews,
+            caller=caller.name,
+            priority=request.priority,
+            created_at=now,
+            deadline_at=deadline_at,
+            allow_degraded=request.allow_degraded,
+            min_steps=self._floor(request, rung),
+            rung=admission.rung.name if admission.degraded else None,
+            reason=admission.reason,
+            cost_rows=request.n * self.ladder.row_steps(admission.rung, scale),
+            trace=dict(caller.trace),
+        )
+
+    async def _submit(self, job: Job) -> bool:
+        try:
+            return await self._queue.submit(job)
+        except QueueFull as error:
+            wait = finite(drained(await self.load()) * _FREED)
+            raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
+
+    async def _known(self, job: Job) -> JobStatus:
+        known = await self._queue.status(job.id)
+        if known is None:
+            raise InternalError()
+        return known
+
+    def _again(self, known: JobStatus, fingerprint: str) -> Ticket:
+        if known.job.trace.get(_BODY, "") != fingerprint:
+            raise IdempotencyMismatch("This Idempotency-Key was sent before with another request.")
+        return Ticket(known.job, new=False, pending=known.state not in TERMINAL_STATES, predicted_s=None)
+
+
+def size(manifest: Manifest) -> str:
+    """Width x height of a model's images, in pixels."""
+    height, width = manifest.config.image_size
+    factor = _UPSCALE[manifest.decoder]
+    return f"{width * factor}x{height * factor}"
+
+
+def wrong(field: str, detail: str) -> InvalidRequest:
+    """The error of one field of the request that this model or service cannot take."""
+    return InvalidRequest(
+        f"{field}: {detail}", extra={"errors": [{"pointer": f"#/{field}", "detail": detail}]}
+    )
+
+
+def _one_of(field: str, name: str, known: Collection[str]) -> str:
+    if name not in known:
+        raise wrong(field, f"There is no {name!r}; choose among {', '.join(known)}.")
+    return name
+
+
+def _keyed_id(caller: Caller) -> str:
+    return hashlib.blake2s(f"{caller.name}\0{caller.key}".encode(), digest_size=16).hexdigest()
+
+
+def _fingerprint(request: GenerateRequest, image_format: str) -> str:
+    canonical = json.dumps([request.model_dump(mode="json"), image_format], sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()

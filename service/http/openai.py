@@ -1,0 +1,224 @@
+"""The image API that OpenAI's clients speak: `POST /v1/images/generations`, plain or streamed, and `GET /v1/models`.
+
+A thin translation onto `intake`: the prompt's words choose classes (`vocabulary.match`), `quality` chooses a rung of the ladder,
+partial images are real previews of the estimate. What cannot be honoured is refused, not ignored. Shapes: openai-python
+`types/images_response.py`, `types/image_gen_partial_image_event.py`, `types/image_gen_completed_event.py`.
+"""
+
+import base64
+import time
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from service.errors import ServiceError, from_wire
+from service.http.answers import facts
+from service.http.context import Api, Context, caller, note
+from service.http.intake import size, wrong
+from service.http.openapi import BODY, ENDED, SUBMIT, openai_problems
+from service.http.problems import openai_error
+from service.http.schemas import MAX_SEED, Condition, Format, GenerateRequest
+from service.http.sse import EventStream, encode
+from service.jobs import Job, JobResult
+from service.planning.rungs import Ladder, Rung
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+Quality = Literal["auto", "standard", "hd", "low", "medium", "high"]
+_PLACES: dict[str, float] = {"high": 0.0, "hd": 0.0, "medium": 0.5, "standard": 0.5, "low": 1.0}
+
+
+class ImagesRequest(BaseModel):
+    """OpenAI's parameters, and as extensions `seed`, `guidance_scale`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"prompt": "a strawberry, noto", "n": 2}]},
+    )
+
+    prompt: str = Field(
+        min_length=1, max_length=2000, description="Names a class of each factor; other words are ignored."
+    )
+    model: str | None = Field(None, max_length=100)
+    n: int | None = Field(None, ge=1, le=10)
+    size: str | None = Field(None, max_length=20, description="The model's size, or auto.")
+    quality: Quality | None = Field(
+        None, description="high, medium and low are the top, middle and end of the ladder."
+    )
+    output_format: Format | None = None
+    response_format: Literal["b64_json"] | None = Field(
+        None, description="Images are answered in the body; there are no URLs."
+    )
+    output_compression: Literal[100] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=3)
+    user: str | None = Field(None, max_length=200)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+
+
+class ImageData(BaseModel):
+    b64_json: str
+
+
+class ImagesResponse(BaseModel):
+    created: int
+    data: list[ImageData]
+    background: str
+    output_format: str
+    quality: str
+    size: str
+    usage: dict[str, Any]
+
+
+class OpenAIErrorBody(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str | None
+
+
+class OpenAIError(BaseModel):
+    error: OpenAIErrorBody
+
+
+@router.post(
+    "/images/generations",
+    summary="Generate images, as OpenAI's clients ask",
+    response_model=ImagesResponse,
+    responses={
+        200: {"content": {"text/event-stream": {}}, "description": "The images, or events with `stream`."},
+        "default": {"model": OpenAIError, "description": "Any error."},
+        **openai_problems(*BODY, *SUBMIT, *ENDED),
+    },
+)
+async def generations(body: ImagesRequest, request: Request, api: Api) -> Response:
+    """The prompt must name a class of the model's first factor, and may name one of each other: "a strawberry in noto style".
+    Names match by their words; the longest match wins. An unknown prompt is refused with the closest names."""
+    if body.stream and (body.n or 1) > 1:
+        raise wrong("n", "One image at a time can be streamed.")
+    if body.partial_images and not body.stream:
+        raise wrong("partial_images", "Partial images need stream=true.")
+    native = _translated(body, api)
+    ticket = await api.intake.submit(native, caller(request), image_format=body.output_format or "png")
+    note(request, job=ticket.job.id)
+    if body.stream:
+        events = _streamed(ticket.job, body, api, request.state.request_id)
+        return EventStream(events, keepalive_s=api.settings.keepalive_s)
+    result = await api.result(ticket.job, request.receive)
+    data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
+    answer = ImagesResponse(
+        created=int(ticket.job.created_at), data=data, **_described(ticket.job, body, api)
+    )
+    return JSONResponse(answer.model_dump(), headers=facts(ticket.job, result))
+
+
+def _translated(body: ImagesRequest, api: Context) -> GenerateRequest:
+    manifest = api.intake.manifest
+    term = api.intake.vocabulary.match(body.prompt)
+    condition: Condition = {
+        factor.name: label for factor, label in zip(manifest.factors, term.labels, strict=True)
+    }
+    rung = rung_for(body.quality, api.intake.ladder)
+    steps = rung.steps if rung else manifest.defaults.steps
+    operating: dict[str, Any] = {"steps": steps}
+    if rung:
+        operating |= {
+            "sampler": rung.solver,
+            "grid": rung.grid,
+            "guidance_interval": list(rung.guidance_interval),
+        }
+    return GenerateRequest(
+        model=body.model,
+        condition=condition,
+        n=body.n or 1,
+        size=None if body.size in (None, "auto") else body.size,
+        format=body.output_format,
+        seed=body.seed,
+        guidance_scale=body.guidance_scale,
+        previews=max(1, steps // (body.partial_images + 1)) if body.partial_images else 0,
+        **operating,
+    )
+
+
+def rung_for(quality: str | None, ladder: Ladder) -> Rung | None:
+    """The rung a `quality` stands for; None is the model's default."""
+    place = _PLACES.get(quality or "auto")
+    if place is None or not ladder.rungs:
+        return None
+    return ladder.rungs[round(place * (len(ladder.rungs) - 1))]
+
+
+def _described(job: Job, body: ImagesRequest, api: Context) -> dict[str, Any]:
+    """What OpenAI's answers and events say of an image. Tokens are patches of the image, and classes the prompt named."""
+    manifest = api.intake.manifest
+    named = sum(label is not None for term in job.condition for label in term.labels)
+    drawn = manifest.config.tokens * len(job.seeds)
+    usage = {
+        "input_tokens": named,
+        "output_tokens": drawn,
+        "total_tokens": named + drawn,
+        "input_tokens_details": {"text_tokens": named, "image_tokens": 0},
+    }
+    quality = body.quality or "auto"
+    return {
+        "background": "opaque",
+        "output_format": job.format,
+        "quality": quality,
+        "size": size(manifest),
+        "usage": usage,
+    }
+
+
+async def _streamed(job: Job, body: ImagesRequest, api: Context, request_id: str) -> AsyncGenerator[bytes]:
+    """Partial images as they come, then the image; a client that leaves before the end cancels the job."""
+    described = _described(job, body, api)
+    partial = {name: value for name, value in described.items() if name != "usage"}
+    shown, ended = 0, False
+    try:
+        async for event in api.backplane.queue.events(job.id):
+            ended = event.terminal
+            if event.kind == "preview" and shown < (body.partial_images or 0):
+                data = {
+                    "b64_json": base64.b64encode(event.data["image"]).decode(),
+                    "partial_image_index": shown,
+                    "created_at": int(time.time()),
+                    **partial,
+                }
+                yield _event("image_generation.partial_image", data)
+                shown += 1
+            if event.kind in ("failed", "cancelled"):
+                raise from_wire(event.data)
+        result: JobResult = await api.backplane.listener.wait(job.id)
+        data = {
+            "b64_json": base64.b64encode(result.images[0].data).decode(),
+            "created_at": int(time.time()),
+            **described,
+        }
+        yield _event("image_generation.completed", data)
+    except ServiceError as error:
+        ended = True
+        yield _event("error", openai_error(error, request_id))
+    finally:
+        if not ended:
+            await api.cancel(job.id)
+
+
+def _event(kind: str, data: dict[str, Any]) -> bytes:
+    return encode(kind, {"type": kind, **data})
+
+
+@router.get("/models", summary="Models, as OpenAI's clients list them")
+async def models(api: Api) -> dict[str, Any]:
+    """The model served."""
+    name = api.intake.manifest.name
+    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "dit"}]}

@@ -1,0 +1,155 @@
+"""`POST /generate` and `GET /models`: what an application needs."""
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request
+from starlette.responses import JSONResponse, Response
+
+from model.diffusion import GRIDS
+from model.solvers import SOLVERS
+from service.errors import IdempotencyConflict, IdempotencyMismatch, JobExpired, NotAcceptable
+from service.http.answers import negotiate, render
+from service.http.context import Api, Context, caller, note
+from service.http.intake import Ticket, size
+from service.http.job_routes import links
+from service.http.openapi import BODY, ENDED, SUBMIT, problems
+from service.http.schemas import (
+    DefaultsOut,
+    FactorOut,
+    GenerateRequest,
+    GenerateResponse,
+    JobOut,
+    LimitsOut,
+    ModelOut,
+    ModelsOut,
+    RungOut,
+)
+
+router = APIRouter()
+
+_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+_IMAGES = {f"image/{name}": _BINARY for name in ("png", "webp", "jpeg")} | {"multipart/mixed": _BINARY}
+_ERRORS = problems(
+    *BODY, NotAcceptable, IdempotencyConflict, IdempotencyMismatch, JobExpired, *SUBMIT, *ENDED
+)
+
+
+@router.post(
+    "/generate",
+    tags=["images"],
+    summary="Generate images",
+    response_model=GenerateResponse,
+    responses={
+        200: {
+            "content": _IMAGES,
+            "description": "The images, as `Accept` asks: JSON, one file, or multipart.",
+        },
+        202: {"model": JobOut, "description": "Queued, as `Prefer: respond-async` asks; see `Location`."},
+        **_ERRORS,
+    },
+)
+async def generate(
+    body: GenerateRequest,
+    request: Request,
+    api: Api,
+    prefer: Annotated[str | None, Header(max_length=200)] = None,
+    idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
+) -> Response:
+    """Draws images and waits for them; if the client goes away meanwhile, the job is cancelled. With
+    `Prefer: respond-async` it answers at once with the job's address.
+
+    With an `Idempotency-Key` a repeated request draws nothing anew: while the first runs it is refused with 409, afterwards
+    the first answer is given again. Such a job is not cancelled when the client goes away, so that it can come back for it.
+    """
+    at_once = _responds_async(prefer)
+    representation = negotiate("application/json" if at_once else request.headers.get("accept"), body)
+    ticket = await api.intake.submit(
+        body, caller(request, key=idempotency_key), image_format=representation.format
+    )
+    note(request, job=ticket.job.id)
+    if at_once:
+        return _accepted(ticket)
+    if ticket.pending and not ticket.new:
+        raise IdempotencyConflict(
+            "The first request with this Idempotency-Key is still running.", retry_after=1
+        )
+    result = await api.result(ticket.job, request.receive, keep=idempotency_key is not None)
+    response = render(representation, ticket.job, result)
+    if not ticket.new:
+        response.headers["idempotency-replayed"] = "true"
+    return response
+
+
+def _responds_async(prefer: str | None) -> bool:
+    """Whether `respond-async` is among the preferences (RFC 7240)."""
+    wishes = (wish.partition(";")[0].strip().lower() for wish in (prefer or "").split(","))
+    return "respond-async" in wishes
+
+
+def _accepted(ticket: Ticket) -> Response:
+    job = ticket.job
+    described = JobOut(
+        id=job.id,
+        model=job.model,
+        state="queued",
+        position=None,
+        step=0,
+        steps=job.steps,
+        attempt=0,
+        eta_s=ticket.predicted_s,
+        created_at=job.created_at,
+        deadline_at=job.deadline_at,
+        links=links(job),
+    )
+    headers = {"location": described.links.self, "preference-applied": "respond-async", "x-job-id": job.id}
+    return JSONResponse(described.model_dump(mode="json"), 202, headers)
+
+
+@router.get("/models", tags=["models"], summary="What is being served", response_model=ModelsOut)
+async def models(api: Api) -> Response:
+    """Names, classes, samplers, defaults, limits, licence, and the measured operating points of each model."""
+    content = json.dumps({"models": [_described(api).model_dump(mode="json")]}, ensure_ascii=False)
+    return Response(content, media_type="application/json")
+
+
+def _described(api: Context) -> ModelOut:
+    manifest, settings = api.intake.manifest, api.settings
+    defaults = manifest.defaults
+    return ModelOut(
+        name=manifest.name,
+        version=manifest.version,
+        description=manifest.description,
+        size=size(manifest),
+        factors=[FactorOut(name=factor.name, classes=list(factor.classes)) for factor in manifest.factors],
+        samplers=list(SOLVERS),
+        grids=list(GRIDS),
+        defaults=DefaultsOut(
+            steps=defaults.steps,
+            sampler=defaults.solver,
+            grid=defaults.grid,
+            guidance_scale=defaults.guidance_scale,
+            guidance_interval=defaults.guidance_interval,
+        ),
+        ladder=[
+            RungOut(
+                name=rung.name,
+                sampler=rung.solver,
+                steps=rung.steps,
+                grid=rung.grid,
+                guidance_interval=rung.guidance_interval,
+                rows=rung.rows,
+                quality=rung.quality,
+            )
+            for rung in manifest.ladder
+        ],
+        limits=LimitsOut(
+            n=settings.max_images,
+            steps=manifest.diffusion.timesteps,
+            deadline_ms=round(settings.max_deadline_s * 1000),
+            body_bytes=settings.max_body_bytes,
+        ),
+        metrics=manifest.metrics,
+        licence=manifest.licence,
+        attribution=list(manifest.attribution),
+    )

@@ -1,0 +1,77 @@
+"""Server-sent events (WHATWG HTML §9.2): a response that keeps quiet connections open and notices when the client goes."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service.http.middleware import disconnected
+
+_KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def encode(kind: str, data: Mapping[str, Any], *, event_id: str | None = None) -> bytes:
+    """One event. JSON has no raw newlines, so one `data:` line is enough."""
+    head = f"id: {event_id}\n" if event_id is not None else ""
+    return f"{head}event: {kind}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+
+
+class EventStream(Response):
+    """Sends what `events` yields (encoded events) until it ends, the client goes, or `stop` is set; then closes the iterator.
+
+    After `keepalive_s` of silence a comment is sent, so that proxies do not cut the connection.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        *,
+        keepalive_s: float,
+        stop: asyncio.Event | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            None, 200, {"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})}
+        )
+        del self.headers["content-length"]
+        self._events = events
+        self._keepalive_s = keepalive_s
+        self._stop = stop or asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        upcoming = asyncio.create_task(self._next())
+        gone = asyncio.create_task(disconnected(receive))
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            while True:
+                waiting = {upcoming, gone, stopped}
+                done, _ = await asyncio.wait(
+                    waiting, timeout=self._keepalive_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if gone in done:
+                    return
+                if upcoming in done:
+                    event = upcoming.result()
+                    if event is None:
+                        break
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                    upcoming = asyncio.create_task(self._next())
+                elif stopped in done:
+                    break
+                else:
+                    await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            for task in (upcoming, gone, stopped):
+                task.cancel()
+            await asyncio.wait((upcoming, gone, stopped))
+            await self._events.aclose()
+
+    async def _next(self) -> bytes | None:
+        return await anext(self._events, None)

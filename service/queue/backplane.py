@@ -1,0 +1,56 @@
+"""What the API needs of the queue, and how it is opened: the seam at which tests put something smaller."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.jobs import Event, Job, JobResult, JobStatus, LoadSnapshot
+from service.queue.broker import Broker
+from service.queue.listener import Listener
+from service.settings import Settings
+
+
+class Queue(Protocol):
+    """The part of the broker that the API uses. Every verb may raise `QueueUnavailable`."""
+
+    async def submit(self, job: Job) -> bool: ...
+    async def cancel(self, job_id: str) -> bool: ...
+    async def status(self, job_id: str) -> JobStatus | None: ...
+    async def result(self, job_id: str) -> JobResult | None: ...
+    def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[Event]: ...
+    async def load(self) -> LoadSnapshot: ...
+    async def ping(self) -> bool: ...
+
+
+class Waiter(Protocol):
+    async def wait(self, job_id: str) -> JobResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backplane:
+    """The queue and the one listener of this process."""
+
+    queue: Queue
+    listener: Waiter
+
+
+@asynccontextmanager
+async def open_backplane(settings: Settings) -> AsyncIterator[Backplane]:
+    """Connects to the Redis of the settings. Raises `ValueError` (no or a malformed URL) and `QueueUnavailable`."""
+    if settings.redis_url is None:
+        raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
+    broker = await Broker.connect(
+        settings.redis_url.get_secret_value(),
+        namespace=settings.namespace,
+        queue_limit=settings.queue_limit,
+        result_ttl_s=settings.result_ttl_s,
+        lease_s=settings.lease_s,
+        max_attempts=settings.max_attempts,
+    )
+    listener = Listener(broker)
+    try:
+        yield Backplane(broker, listener)
+    finally:
+        await listener.aclose()
+        await broker.aclose()

@@ -1,0 +1,1 @@
+"""The worker process: claims jobs, drives the engine, stores results."""

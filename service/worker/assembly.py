@@ -1,0 +1,127 @@
+"""A claimed job while it runs: its samples go out as requests, their images come back, and together they are the result.
+
+One owner of state (`RunningJob`). Pure: no I/O, no clock; times are seconds and come in as arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from service.engine.samples import Finished, SampleRequest
+from service.jobs import Claim, Image, Job, JobResult
+from service.planning.rungs import Ladder, Rung
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One sample's image, and the milliseconds its decoding and encoding took."""
+
+    finished: Finished
+    image: Image
+    decode_ms: float
+    encode_ms: float
+
+
+class RunningJob:
+    """Sample ids hold the attempt, so that what an earlier attempt left in the engine is not taken for this one's."""
+
+    def __init__(self, claim: Claim, ladder: Ladder, *, claimed_at: float) -> None:
+        self.job, self.lease, self.alone = claim.job, claim.lease, claim.alone
+        self.claimed_at = claimed_at
+        self.requests = _requests(self.job, ladder, attempt=claim.lease.attempt)
+        self.step_shown: tuple[int, int] = (0, 0)
+        self._made: dict[str, Made] = {}
+
+    @property
+    def id(self) -> str:
+        return self.job.id
+
+    @property
+    def missing(self) -> int:
+        """Images still to be made."""
+        return len(self.requests) - len(self._made)
+
+    @property
+    def rows(self) -> int:
+        """Rows its missing images want at once."""
+        return self.missing if self.job.guidance_scale == 1.0 else 2 * self.missing
+
+    def index(self, sample_id: str) -> int:
+        """Which of the job's images a sample is, from 0."""
+        return next(k for k, request in enumerate(self.requests) if request.id == sample_id)
+
+    def add(self, made: Made) -> bool:
+        """Take in an image; True when it was the last one missing."""
+        self._made[made.finished.id] = made
+        return not self.missing
+
+    def step(self, progress: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+        """(steps taken, steps in all) of the sample furthest behind; what is not in the engine any more is finished."""
+        running = [progress[request.id] for request in self.requests if request.id in progress]
+        return min(running, key=lambda pair: pair[0] / pair[1]) if running else self.step_shown
+
+    def result(self, worker: str) -> JobResult:
+        """All images in seed order. Steps and rung are those of the sample that got least; times are the longest
+        of any, but for the queue's, which ends with the first step."""
+        made = [self._made[request.id] for request in self.requests]
+        least = min(made, key=lambda each: (not each.finished.degraded, each.finished.steps_used)).finished
+        waited = max(0.0, 1e3 * (self.claimed_at - self.job.created_at))
+        return JobResult(
+            images=tuple(each.image for each in made),
+            steps_requested=self.job.steps,
+            steps_used=least.steps_used,
+            solver=least.rung.solver,
+            rung=least.rung.name,
+            degraded=least.degraded,
+            reason=least.reason,
+            timings_ms={
+                "queue": waited + min(each.finished.queue_ms for each in made),  # until the first step of any
+                "denoise": max(each.finished.denoise_ms for each in made),
+                "decode": max(each.decode_ms for each in made),
+                "encode": max(each.encode_ms for each in made),
+            },
+            attempt=self.lease.attempt,
+            worker=worker,
+        )
+
+
+def describe(job: Job, finished: Finished, seed: int) -> dict[str, str]:
+    """What an image file says about itself. Nothing in it tells one run of a request from another."""
+    facts: dict[str, Any] = {
+        "model": job.model,
+        "seed": seed,
+        "steps": finished.steps_used,
+        "sampler": finished.rung.solver,
+        "guidance_scale": job.guidance_scale,
+    }
+    return {name: str(value) for name, value in facts.items()}
+
+
+def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest, ...]:
+    guided = job.guidance_scale != 1.0
+    requested = ladder.requested(job.solver, job.steps, job.grid, job.guidance_interval, guided)
+    return tuple(
+        SampleRequest(
+            id=f"{job.id}/{attempt}/{k}",
+            condition=job.condition,
+            mix=job.mix,
+            seed=seed,
+            rung=_admitted(job, ladder, requested),
+            requested=requested,
+            guidance_scale=job.guidance_scale,
+            previews=job.previews,
+            deadline_at=job.deadline_at,
+            allow_degraded=job.allow_degraded,
+            min_steps=job.min_steps,
+            reason=job.reason if job.rung is not None else None,
+        )
+        for k, seed in enumerate(job.seeds)
+    )
+
+
+def _admitted(job: Job, ladder: Ladder, requested: Rung) -> Rung:
+    """The rung the job was admitted on; as requested if this bundle's ladder does not have it."""
+    below = ladder.below(requested, job.min_steps) if job.rung is not None else ()
+    return next((rung for rung in below if rung.name == job.rung), requested)

@@ -1,0 +1,44 @@
+"""What a worker measures of its engine, put into metrics."""
+
+from __future__ import annotations
+
+from service import metrics
+from service.engine.conditions import CacheCounters
+from service.engine.engine import Engine
+from service.engine.samples import Finished, StepReport
+
+
+class Observing:
+    """Called with every step's report, in the engine's thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        backend = engine.backend.name
+        self._seconds = metrics.STEP_SECONDS.labels(backend)
+        conditions = engine.conditions
+        self._caches = {"embedding": conditions.embeddings, "modulation": conditions.modulations}
+        self._seen = dict.fromkeys(self._caches, (0, 0, 0))
+
+    def __call__(self, report: StepReport) -> None:
+        if report.rows:
+            self._seconds.observe(report.seconds)
+            metrics.BATCH_ROWS.labels(report.stop_reason).observe(report.rows)
+            if report.predicted_s > 0:
+                metrics.PREDICTION_RATIO.observe(report.seconds / report.predicted_s)
+        for finished in report.finished:
+            _count(finished)
+        if report.finished:
+            for name, cache in self._caches.items():
+                self._count_cache(name, cache)
+
+    def _count_cache(self, name: str, cache: CacheCounters) -> None:
+        now = (cache.hits, cache.misses, cache.bypasses)
+        counters = (metrics.CACHE_HITS, metrics.CACHE_MISSES, metrics.CACHE_BYPASS)
+        for counter, total, seen in zip(counters, now, self._seen[name], strict=True):
+            counter.labels(name).inc(total - seen)
+        self._seen[name] = now
+
+
+def _count(finished: Finished) -> None:
+    metrics.STEPS_EXECUTED.inc(finished.steps_used)
+    if finished.degraded:
+        metrics.DEGRADED.labels(finished.rung.name).inc()

@@ -1,0 +1,51 @@
+"""What a worker tells about running jobs: steps, previews, degradations. A courtesy, so it is bounded and never waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from service.errors import QueueUnavailable
+from service.jobs import Lease
+from service.queue.broker import Broker
+from service.worker.assembly import RunningJob
+
+WAITING = 1024  # events beyond these are dropped
+
+
+class Telling:
+    """Sends events in order, one at a time; `run` does the sending.
+
+    Args:
+        step_event_s: step events of a job come no closer than this.
+    """
+
+    def __init__(self, broker: Broker, *, step_event_s: float) -> None:
+        self._broker = broker
+        self._step_event_s = step_event_s
+        self._stepped_at = 0.0
+        self._events: asyncio.Queue[tuple[Lease, str, dict[str, Any]]] = asyncio.Queue(WAITING)
+
+    def tell(self, job: RunningJob, kind: str, data: dict[str, Any]) -> None:
+        if not self._events.full():
+            self._events.put_nowait((job.lease, kind, data))
+
+    def steps(self, jobs: Iterable[RunningJob], progress: Mapping[str, tuple[int, int]], now: float) -> None:
+        """A step event for every job that has moved on, unless the last ones are fresh."""
+        if now - self._stepped_at < self._step_event_s:
+            return
+        self._stepped_at = now
+        for job in jobs:
+            step = job.step(progress)
+            if step[0] > job.step_shown[0]:
+                job.step_shown = step
+                self.tell(job, "step", {"step": step[0], "steps": step[1]})
+
+    async def run(self) -> None:
+        while True:
+            lease, kind, data = await self._events.get()
+            try:
+                await self._broker.progress(lease, kind, data)
+            except QueueUnavailable:
+                continue  # the job's end is what must not be lost

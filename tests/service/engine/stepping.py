@@ -1,0 +1,80 @@
+"""Running an engine to its end, and the plain loop that its results are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.diffusion import grid as timestep_grid
+from model.diffusion import guidance_weight, guided
+from model.solvers import step_table
+from service.engine.engine import Engine
+from service.engine.samples import Failed, Finished, Preview, SampleRequest, StepReport
+from service.planning.rungs import Rung
+
+Floats = npt.NDArray[np.float32]
+
+
+def run(engine: Engine, requests: Iterable[SampleRequest] = ()) -> list[StepReport]:
+    """Step until nothing runs."""
+    for request in requests:
+        engine.add(request)
+    reports = []
+    while not engine.idle:
+        reports.append(engine.step())
+        assert len(reports) < 1000
+    return reports
+
+
+def finished(reports: Iterable[StepReport]) -> dict[str, Finished]:
+    return {each.id: each for report in reports for each in report.finished}
+
+
+def failed(reports: Iterable[StepReport]) -> dict[str, Failed]:
+    return {each.id: each for report in reports for each in report.failed}
+
+
+def previews(reports: Iterable[StepReport]) -> list[Preview]:
+    return [each for report in reports for each in report.previews]
+
+
+def reference(
+    backend: Any, request: SampleRequest, courses: Iterable[tuple[Rung, tuple[int, ...]]] | None = None
+) -> tuple[Floats, list[Floats]]:
+    """The same image by a plain loop over one sample in float64 tables: the latent, and the estimate after every step.
+
+    `courses` lists (rung, timesteps) pieces that follow each other; by default it is the request's rung.
+    """
+    spec, config = backend.manifest.diffusion, backend.manifest.config
+    schedule = spec.noise_schedule()
+    rung = request.rung
+    pieces = list(courses or [(rung, timestep_grid(rung.grid, rung.steps, spec.timesteps))])
+    walked = [t for _, steps in pieces for t in steps]
+    generator = np.random.Generator(np.random.Philox(request.seed))
+    x = generator.standard_normal((1, config.in_channels, *config.image_size), dtype=np.float32)
+    (colour,) = request.condition[0].labels
+    classes = len(backend.manifest.factors[0].classes)
+    labels = np.array([[classes if colour is None else colour], [classes]])
+    embeddings = backend.embed(labels)
+    estimates: list[Floats] = []
+    for rung, steps in pieces:
+        lead = len(estimates)
+        table = step_table(rung.solver, walked[lead:], schedule, previous=walked[lead - 1] if lead else None)
+        for i, t in enumerate(steps):
+            state = backend.modulate(np.full(2, t, np.float32), embeddings)
+            output = backend.denoise(np.repeat(x, 2, axis=0), state)[:, : config.in_channels]
+            scale = guidance_weight(request.guidance_scale, t, spec.timesteps, rung.guidance_interval)
+            mixed = (
+                output[:1] if scale == 1.0 else guided(output[:1], output[1:], scale, spec.guidance_channels)
+            )
+            estimate = table.x0_x[i] * x + table.x0_out[i] * mixed
+            estimate = np.clip(estimate, -1.0, 1.0) if spec.clip_x0 else estimate
+            x = table.a[i] * x + table.b[i] * estimate + (table.c[i] * estimates[-1] if table.c[i] else 0.0)
+            if table.s[i]:
+                x = x + table.s[i] * generator.standard_normal(x.shape, dtype=np.float32)
+            x = x.astype(np.float32)
+            estimates.append(estimate.astype(np.float32))
+    return x[0], [estimate[0] for estimate in estimates]

@@ -1,0 +1,158 @@
+"""The condition caches: exact, bounded, and never asked twice for one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from service.engine.conditions import CHUNK, Condition, Conditions, Want
+from service.errors import InvalidRequest
+from service.jobs import ConditionTerm
+
+Floats = npt.NDArray[np.float32]
+Make = Callable[..., Any]
+
+ENTRY = 4 * (3 + 6)  # bytes of one entry of the fake backend
+
+
+@pytest.fixture
+def backend(make_backend: Make) -> Any:
+    return make_backend()
+
+
+def colour(conditions: Conditions, index: int | None) -> Condition:
+    return conditions.get([ConditionTerm((index,))])
+
+
+def gather(
+    conditions: Conditions, wanted: Sequence[Want], upcoming: Sequence[Want] = ()
+) -> tuple[Floats, Floats]:
+    out = (np.empty((len(wanted), 3), np.float32), np.empty((len(wanted), 2, 3), np.float32))
+    conditions.modulations.gather(wanted, upcoming, out)
+    return out
+
+
+def direct(backend: Any, wanted: Sequence[Want]) -> tuple[Floats, ...]:
+    timesteps = np.array([timestep for timestep, _ in wanted], np.float32)
+    state: tuple[Floats, ...] = backend.modulate(timesteps, np.stack([each.embedding for _, each in wanted]))
+    return state
+
+
+def assert_same(found: Sequence[Floats], expected: Sequence[Floats]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("capacity", [0, 40 * ENTRY, 1 << 20])
+def test_a_state_is_what_the_backend_says_with_the_cache_on_off_or_small(backend: Any, capacity: int) -> None:
+    conditions = Conditions(backend, modulation_bytes=capacity)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        picks = rng.integers(0, [50, 4], (10, 2))
+        wanted = [(20 * int(t), colour(conditions, int(c) if c < 3 else None)) for t, c in picks]
+        upcoming = [(timestep - 20, condition) for timestep, condition in wanted if timestep >= 20]
+        assert_same(gather(conditions, wanted, upcoming), direct(backend, wanted))
+        assert conditions.modulations.bytes <= capacity
+
+
+def test_what_a_batch_misses_is_computed_in_one_call_and_only_once(backend: Any) -> None:
+    conditions = Conditions(backend)
+    red, null = colour(conditions, 0), conditions.null
+    wanted = [(999, red), (500, red), (999, null), (500, null), (999, null)]
+    gather(conditions, wanted)
+    gather(conditions, wanted)
+    assert backend.conditioned == [CHUNK]
+    counters = conditions.modulations
+    assert (counters.misses, counters.hits, counters.bypasses) == (4, 1 + 5, 0)
+    assert counters.bytes == 4 * ENTRY
+
+
+def test_rows_left_over_in_a_call_fetch_what_comes_next(backend: Any) -> None:
+    conditions = Conditions(backend)
+    red = colour(conditions, 0)
+    ahead = [(t, red) for t in range(900, 0, -100)]
+    gather(conditions, [(1000 - 1, red)], ahead)
+    assert conditions.modulations.prefetches == CHUNK - 1
+    for want in ahead[: CHUNK - 1]:
+        gather(conditions, [want], ahead)
+    assert backend.conditioned == [CHUNK]
+    assert conditions.modulations.hits == CHUNK - 1
+
+
+def test_the_null_class_stays_and_the_least_recently_used_leaves(backend: Any) -> None:
+    conditions = Conditions(backend, modulation_bytes=40 * ENTRY)
+    red = colour(conditions, 0)
+    gather(conditions, [(t, conditions.null) for t in range(10)])
+    for t in range(50):
+        gather(conditions, [(7, red), (100 + t, red)])
+    assert conditions.modulations.evictions > 0
+    assert conditions.modulations.bytes <= 40 * ENTRY
+    before = conditions.modulations.misses
+    gather(conditions, [(t, conditions.null) for t in range(10)])
+    gather(conditions, [(7, red), (149, red)])
+    assert conditions.modulations.misses == before
+
+
+def test_pinned_entries_leave_room_for_others(backend: Any) -> None:
+    conditions = Conditions(backend, modulation_bytes=40 * ENTRY)
+    for t in range(200):
+        gather(conditions, [(t, conditions.null)])
+    wanted = [(t, colour(conditions, 0)) for t in range(10)]
+    assert_same(gather(conditions, wanted), direct(backend, wanted))
+    before = conditions.modulations.misses
+    gather(conditions, wanted)
+    assert conditions.modulations.misses == before
+
+
+def test_a_batch_larger_than_the_cache_goes_past_it(backend: Any) -> None:
+    conditions = Conditions(backend, modulation_bytes=20 * ENTRY)
+    wanted = [(t, colour(conditions, 0)) for t in range(15)]
+    assert_same(gather(conditions, wanted), direct(backend, wanted))
+    assert conditions.modulations.bypasses == 15
+    assert conditions.modulations.bytes == 0
+
+
+def test_a_single_condition_has_no_weight(backend: Any) -> None:
+    conditions = Conditions(backend)
+    plain = colour(conditions, 1)
+    heavy = conditions.get([ConditionTerm((1,), 5.0)], "spherical")
+    beside_nothing = conditions.get([ConditionTerm((1,), 1.0), ConditionTerm((2,), 0.0)])
+    assert plain.key == heavy.key == beside_nothing.key
+    np.testing.assert_array_equal(plain.embedding, heavy.embedding)
+
+
+def test_a_mix_is_weighted_and_knows_no_order(backend: Any) -> None:
+    conditions = Conditions(backend)
+    red, blue = colour(conditions, 0).embedding, colour(conditions, 2).embedding
+    mixed = conditions.get([ConditionTerm((0,), 3.0), ConditionTerm((2,), 1.0)])
+    np.testing.assert_allclose(mixed.embedding, 0.75 * red + 0.25 * blue, rtol=1e-5, atol=1e-6)
+    assert mixed.key == conditions.get([ConditionTerm((2,), 0.25), ConditionTerm((0,), 0.75)]).key
+    assert mixed.key != conditions.get([ConditionTerm((2,), 0.75), ConditionTerm((0,), 0.25)]).key
+    assert mixed.key != conditions.get([ConditionTerm((0,), 3.0), ConditionTerm((2,), 1.0)], "spherical").key
+
+
+def test_a_spherical_mix_turns_from_one_direction_to_the_other(backend: Any) -> None:
+    backend.table /= np.linalg.norm(backend.table, axis=1, keepdims=True)
+    conditions = Conditions(backend)
+    red, blue = (colour(conditions, k).embedding for k in (0, 2))
+    mixed = conditions.get([ConditionTerm((0,), 0.7), ConditionTerm((2,), 0.3)], "spherical").embedding
+    assert np.linalg.norm(mixed) == pytest.approx(1.0, abs=1e-5)
+    assert np.arccos(np.dot(red, mixed)) == pytest.approx(0.3 * np.arccos(np.dot(red, blue)), abs=1e-3)
+
+
+def test_weights_that_cancel_are_refused(backend: Any) -> None:
+    with pytest.raises(InvalidRequest, match="more than 0"):
+        Conditions(backend).get([ConditionTerm((0,), 1.0), ConditionTerm((1,), -1.0)])
+
+
+def test_embeddings_are_computed_once_and_bounded(backend: Any) -> None:
+    conditions = Conditions(backend, embedding_entries=2)
+    for index in (0, 0, 1, 2, 0):
+        colour(conditions, index)
+    counters = conditions.embeddings
+    assert (counters.hits, counters.misses, counters.evictions) == (1, 5, 3)
+    assert counters.bytes == 2 * 4 * 6

@@ -1,0 +1,163 @@
+"""One step at a time: who takes part, and what it leads to."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.lib import tracemalloc_domain
+
+from service.jobs import ConditionTerm
+from tests.service.engine.stepping import finished, previews, reference, run
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpmpp-2m"])
+def test_a_sample_is_what_a_plain_loop_makes(
+    solver: str, prediction: str, make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    backend = make_backend(prediction=prediction, clip_x0=True)
+    request = make_request(rung=make_rung(solver, 12, "uniform-t", (0.2, 0.7)), guidance_scale=2.5)
+    made = finished(run(make_engine(backend), [request]))["a/0"]
+    np.testing.assert_allclose(made.latent, reference(backend, request)[0], atol=1e-4)
+    assert made.steps_used == 12
+    assert not made.degraded
+
+
+def test_a_learned_variance_is_dropped_and_guidance_keeps_to_its_channels(
+    make_backend: Make, make_engine: Make, make_request: Make
+) -> None:
+    plain = make_backend()
+    config = replace(plain.manifest.config, learn_sigma=True)
+    backend = make_backend(config=config, learn_sigma=True, guidance_channels=2)
+    request = make_request(guidance_scale=3.0)
+    made = finished(run(make_engine(backend), [request]))["a/0"]
+    np.testing.assert_allclose(made.latent, reference(backend, request)[0], atol=1e-4)
+    everywhere = finished(run(make_engine(plain), [request]))["a/0"]
+    np.testing.assert_array_equal(made.latent[:2], everywhere.latent[:2])
+    assert not np.array_equal(made.latent[2], everywhere.latent[2])
+
+
+def test_guided_samples_have_two_rows_inside_their_interval_only(
+    make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    rung = make_rung("ddim", 10, "trailing", (0.3, 0.7))  # timesteps 999, 899, … 99
+    reports = run(make_engine(), [make_request(rung=rung)])
+    assert [report.rows for report in reports] == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1]
+    assert [report.rows for report in run(make_engine(), [make_request(rung=rung, guidance_scale=1.0)])] == [
+        1
+    ] * 10
+
+
+def test_guiding_the_null_class_costs_no_second_row(make_engine: Make, make_request: Make) -> None:
+    reports = run(make_engine(), [make_request(colour=None)])
+    assert {report.rows for report in reports} == {1}
+
+
+def test_samples_join_and_leave_at_every_step(make_engine: Make, make_request: Make, make_rung: Make) -> None:
+    engine = make_engine()
+    engine.add(make_request("long/0", rung=make_rung(steps=6)))
+    engine.step()
+    engine.add(make_request("short/0", rung=make_rung("dpmpp-2m", 2), guidance_scale=1.0))
+    assert engine.running == 2
+    assert engine.progress() == {"long/0": (1, 6), "short/0": (0, 2)}
+    assert engine.backlog_rows == 2 * 5 + 2
+    assert engine.step().rows == 3
+    assert [each.id for each in engine.step().finished] == ["short/0"]
+    assert engine.step().rows == 2
+    assert engine.free_samples == 15
+
+
+def test_previews_are_the_solvers_own_estimate(
+    make_backend: Make, make_engine: Make, make_request: Make
+) -> None:
+    backend = make_backend()
+    request = make_request(previews=3)
+    reports = run(make_engine(backend), [request])
+    seen = previews(reports)
+    assert [(each.step, each.steps) for each in seen] == [(3, 8), (6, 8)]
+    _, estimates = reference(backend, request)
+    for each in seen:
+        np.testing.assert_allclose(each.latent, estimates[each.step - 1], atol=1e-4)
+    assert sum(report.rows for report in reports) == 16  # no row more for them
+
+
+def test_strict_runs_every_pass_at_one_size(
+    make_backend: Make, make_engine: Make, make_request: Make
+) -> None:
+    backend = make_backend()
+    reports = run(make_engine(backend, strict=True, max_rows=6), [make_request()])
+    assert {report.rows for report in reports} == {6}
+    assert set(backend.batches) == {6}
+
+
+def test_a_cap_of_one_row_runs_the_two_rows_of_a_guided_sample_one_after_the_other(
+    make_backend: Make, make_engine: Make, make_request: Make
+) -> None:
+    backend = make_backend()
+    made = finished(run(make_engine(backend, max_rows=1), [make_request()]))["a/0"]
+    assert set(backend.batches) == {1}
+    np.testing.assert_array_equal(made.latent, finished(run(make_engine(), [make_request()]))["a/0"].latent)
+
+
+def test_the_same_condition_mixed_in_any_order_makes_the_same_image(
+    make_engine: Make, make_request: Make
+) -> None:
+    terms = (ConditionTerm((0,), 3.0), ConditionTerm((1,), 1.0), ConditionTerm((2,), 2.0))
+    for mix in ("linear", "spherical"):
+        a = make_request("a/0", condition=terms, mix=mix)
+        b = make_request("b/0", condition=terms[::-1], mix=mix)
+        made = finished(run(make_engine(), [a, b]))
+        np.testing.assert_array_equal(made["a/0"].latent, made["b/0"].latent)
+
+
+def test_reports_say_how_long_a_sample_waited_and_ran(make_engine: Make, make_request: Make) -> None:
+    now = [1000.0]
+    engine = make_engine(clock=lambda: now[0])
+    engine.add(make_request())
+    now[0] += 0.5
+    for _ in range(8):
+        report = engine.step()
+        now[0] += 0.25
+    made = report.finished[0]
+    assert made.queue_ms == pytest.approx(500.0)
+    assert made.denoise_ms == pytest.approx(7 * 250.0)
+
+
+def test_warm_up_teaches_the_cost_model_and_respects_buckets(make_backend: Make, make_engine: Make) -> None:
+    backend = make_backend(buckets=(2, 4, 8))
+    engine = make_engine(backend)
+    engine.warm_up()
+    assert set(backend.batches) == {2, 4, 8}
+    assert engine.costs.predict(1) < 0.1  # it was told 10 s
+    quick = make_engine(make_backend())
+    quick.warm_up(budget_s=0.0)
+    assert quick.backend.batches == [1, 1]
+
+
+def test_memory_does_not_grow_from_step_to_step(
+    make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    engine = make_engine()
+
+    def live(rounds: int) -> int:
+        """Bytes of arrays alive after so many rounds of four samples."""
+        for k in range(rounds):
+            run(engine, [make_request(f"{k}-{j}/0", seed=k, rung=make_rung(steps=5)) for j in range(4)])
+        traces = tracemalloc.take_snapshot().filter_traces(
+            [tracemalloc.DomainFilter(True, tracemalloc_domain)]
+        )
+        return sum(trace.size for trace in traces.traces)
+
+    tracemalloc.start()
+    try:
+        before = live(2)
+        assert live(10) == before
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,117 @@
+"""The property the design rests on: whatever company a sample keeps, its image is the one it makes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.engine.engine import Engine
+from service.engine.samples import SampleRequest, StepReport
+from service.planning.rungs import Rung
+
+Make = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One sample's stay: when it arrives, and when it is cancelled, in steps of the engine."""
+
+    arrives: int
+    cancelled: int | None
+    request: dict[str, Any]
+
+
+_rungs = st.builds(
+    Rung,
+    name=st.just("any"),
+    solver=st.sampled_from(["ddim", "ddpm", "euler", "dpmpp-2m"]),
+    steps=st.integers(1, 9),
+    grid=st.sampled_from(["leading", "trailing", "uniform-t"]),
+    guidance_interval=st.sampled_from([(0.0, 1.0), (0.2, 0.7), (0.5, 0.5), (0.0, 0.3)]),
+    quality=st.just(0.0),
+)
+_requests = st.fixed_dictionaries(
+    {
+        "colour": st.sampled_from([0, 1, 2, None]),
+        "seed": st.integers(0, 3),
+        "rung": _rungs,
+        "guidance_scale": st.sampled_from([0.0, 1.0, 2.5]),
+        "previews": st.sampled_from([0, 1, 2]),
+        "deadline_at": st.sampled_from([None, 2e9, 3e9]),
+    }
+)
+_visits = st.lists(
+    st.builds(Visit, st.integers(0, 12), st.one_of(st.none(), st.none(), st.integers(0, 15)), _requests),
+    min_size=1,
+    max_size=7,
+)
+_buckets = st.sampled_from([None, (1, 2, 4, 8), (3, 5), (8,)])
+
+
+def follow(engine: Engine, visits: list[Visit], make_request: Make) -> list[StepReport]:
+    reports: list[StepReport] = []
+    for step in range(200):
+        for k, visit in enumerate(visits):
+            if visit.arrives == step:
+                engine.add(make_request(f"{k}/0", **visit.request))
+            if visit.cancelled == step:
+                engine.cancel(f"{k}/0")
+        if engine.idle and step > 15:
+            return reports
+        reports.append(engine.step())
+    pytest.fail("the engine never became idle")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    visits=_visits,
+    buckets=_buckets,
+    max_rows=st.integers(5, 9),
+    strict=st.booleans(),
+    modulation_bytes=st.sampled_from([0, 900, 1 << 20]),
+    memory_rows=st.sampled_from([3, 5, 10**9]),
+)
+def test_a_sample_equals_its_solo_run(
+    visits: list[Visit],
+    buckets: tuple[int, ...] | None,
+    max_rows: int,
+    strict: bool,
+    modulation_bytes: int,
+    memory_rows: int,
+    make_backend: Make,
+    make_engine: Make,
+    make_request: Make,
+) -> None:
+    max_rows = max(max_rows, buckets[0]) if buckets else max_rows
+    memory_rows = max(memory_rows, buckets[0]) if buckets else memory_rows
+    engine = make_engine(
+        make_backend(buckets=buckets, memory_rows=memory_rows),
+        max_rows=max_rows,
+        strict=strict,
+        modulation_bytes=modulation_bytes,
+    )
+    reports = follow(engine, visits, make_request)
+    made = {each.id: each.latent for report in reports for each in report.finished}
+    shown = [each for report in reports for each in report.previews]
+    for k, visit in enumerate(visits):
+        if f"{k}/0" not in made:
+            assert visit.cancelled is not None
+            continue
+        request: SampleRequest = make_request(f"{k}/0", **visit.request)
+        solo = make_engine(make_backend())
+        solo.add(request)
+        alone = [solo.step() for _ in range(request.rung.steps)]
+        np.testing.assert_array_equal(made[f"{k}/0"], alone[-1].finished[0].latent)
+        expected = [each for report in alone for each in report.previews]
+        own = [each for each in shown if each.id == f"{k}/0"]
+        assert [each.step for each in own] == [each.step for each in expected]
+        for one, other in zip(own, expected, strict=True):
+            np.testing.assert_array_equal(one.latent, other.latent)
+    assert engine.free_samples == 16
+    assert not any(report.failed for report in reports)

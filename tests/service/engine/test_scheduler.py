@@ -1,0 +1,124 @@
+"""Who steps next, and in how many rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Waiter:
+    name: str
+    rows: int = 1
+    deadline_at: float | None = None
+    added_at: float = 0.0
+
+
+def names(scheduler: Scheduler, samples: list[Waiter], knee: int = 99) -> list[str]:
+    return [sample.name for sample in scheduler.next_batch(samples, knee).samples]
+
+
+def test_the_earliest_deadline_goes_first_whatever_the_order_of_arrival() -> None:
+    samples = [Waiter("c", deadline_at=30.0), Waiter("a", deadline_at=10.0), Waiter("b", deadline_at=20.0)]
+    assert names(Scheduler(max_rows=2), samples) == ["a", "b"]
+
+
+def test_equal_urgency_keeps_the_order_of_arrival() -> None:
+    assert names(Scheduler(max_rows=8), [Waiter("a"), Waiter("b"), Waiter("c")]) == ["a", "b", "c"]
+
+
+def test_without_a_deadline_one_waits_only_as_long_as_the_patience() -> None:
+    scheduler = Scheduler(max_rows=1, patience_s=60.0)
+    old = Waiter("old", added_at=0.0)
+    assert names(scheduler, [old, Waiter("urgent", deadline_at=59.0)]) == ["urgent"]
+    assert names(scheduler, [old, Waiter("later", deadline_at=61.0)]) == ["old"]
+
+
+def test_the_second_rows_follow_the_samples_they_belong_to() -> None:
+    samples = [Waiter("a"), Waiter("b", rows=2), Waiter("c"), Waiter("d", rows=2)]
+    batch = Scheduler(max_rows=8).next_batch(samples, 8)
+    assert batch.guided == (1, 3)
+    assert batch.rows == 6
+    assert batch.stop_reason == "idle"
+
+
+def test_a_row_left_over_goes_to_the_next_sample_it_fits() -> None:
+    samples = [Waiter("a", rows=2), Waiter("b", rows=2), Waiter("c", rows=1)]
+    batch = Scheduler(max_rows=3).next_batch(samples, 3)
+    assert [sample.name for sample in batch.samples] == ["a", "c"]
+    assert batch.stop_reason == "cap"
+
+
+def test_the_knee_caps_a_batch_and_max_rows_caps_the_knee() -> None:
+    samples = [Waiter(str(k)) for k in range(10)]
+    assert len(names(Scheduler(max_rows=8), samples, knee=3)) == 3
+    assert len(names(Scheduler(max_rows=8), samples, knee=99)) == 8
+
+
+def test_a_batch_fills_the_bucket_it_is_padded_to() -> None:
+    scheduler = Scheduler(max_rows=8, buckets=(1, 4, 8))
+    assert len(names(scheduler, [Waiter(str(k)) for k in range(10)], knee=3)) == 4
+    assert [scheduler.size(rows) for rows in (1, 2, 4, 5, 8)] == [1, 4, 4, 8, 8]
+
+
+def test_strict_has_one_size() -> None:
+    scheduler = Scheduler(max_rows=6, buckets=(1, 2, 4), strict=True)
+    assert [scheduler.size(rows) for rows in (1, 3)] == [4, 4]
+    assert len(names(scheduler, [Waiter(str(k)) for k in range(9)], knee=1)) == 4
+
+
+def test_one_sample_always_steps() -> None:
+    assert names(Scheduler(max_rows=1), [Waiter("a", rows=2), Waiter("b")]) == ["a"]
+    assert names(Scheduler(max_rows=1), []) == []
+
+
+def test_out_of_memory_lowers_the_cap_until_nothing_is_smaller() -> None:
+    free = Scheduler(max_rows=6)
+    assert [free.shrink(rows) or rows for rows in (6, 3)] == [True, True]
+    assert free.max_rows == 1
+    assert not free.shrink(1)
+    fixed = Scheduler(max_rows=8, buckets=(2, 4, 8))
+    assert fixed.shrink(8)
+    assert fixed.max_rows == 4
+    assert fixed.shrink(4)
+    assert fixed.size(1) == 2
+    assert not fixed.shrink(2)
+
+
+def test_sizes_that_cannot_be_run_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_rows must be at least 1"):
+        Scheduler(max_rows=0)
+    with pytest.raises(ValueError, match="no bucket"):
+        Scheduler(max_rows=2, buckets=(4, 8))
+
+
+_waiters = st.lists(
+    st.builds(
+        Waiter,
+        name=st.uuids().map(str),
+        rows=st.integers(1, 2),
+        deadline_at=st.one_of(st.none(), st.floats(0, 100)),
+        added_at=st.floats(0, 100),
+    ),
+    max_size=20,
+)
+
+
+@given(samples=_waiters, max_rows=st.integers(2, 16), knee=st.integers(1, 16), strict=st.booleans())
+def test_a_batch_fits_wastes_no_row_and_passes_nobody_over_without_need(
+    samples: list[Waiter], max_rows: int, knee: int, strict: bool
+) -> None:
+    scheduler = Scheduler(max_rows=max_rows, strict=strict)
+    batch = scheduler.next_batch(samples, knee)
+    cap = max_rows if strict else min(knee, max_rows)
+    left_out = [sample for sample in samples if sample not in batch.samples]
+    assert batch.rows <= max(cap, 2)
+    assert bool(batch.samples) == bool(samples)
+    assert (batch.stop_reason == "cap") == bool(left_out)
+    assert all(sample.rows > cap - batch.rows for sample in left_out)
+    assert batch.guided == tuple(k for k, sample in enumerate(batch.samples) if sample.rows == 2)

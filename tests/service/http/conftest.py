@@ -1,0 +1,229 @@
+"""The API on a stage: a tiny bundle, the real broker, and a worker that finishes jobs without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from service.http import intake
+from service.http.api import configured
+from service.http.app import create_app
+from service.jobs import Claim, Image, JobResult, WorkerState
+from service.queue.backplane import Backplane
+from service.queue.broker import Broker
+from service.queue.listener import Listener
+from service.settings import Settings
+from tests.conftest import wait_until
+
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d49444154789c6360606060000000050001a5f6454000"
+    "00000049454e44ae426082"
+)
+
+MANIFEST: dict[str, Any] = {
+    "schema_version": 1,
+    "name": "fruits",
+    "version": "1.0",
+    "description": "A tiny model for tests.",
+    "config": {
+        "image_size": [16, 16],
+        "patch_size": 4,
+        "in_channels": 3,
+        "hidden_size": 8,
+        "depth": 1,
+        "num_heads": 1,
+        "classes": [4, 2],
+        "learn_sigma": False,
+    },
+    "diffusion": {"schedule": "linear", "prediction": "x0", "timesteps": 100},
+    "factors": [
+        {"name": "label", "classes": ["apple", "red apple", "strawberry", "lemon"]},
+        {"name": "style", "classes": ["noto", "twemoji"]},
+    ],
+    "embedding_size": 8,
+    "state": [],
+    "defaults": {
+        "steps": 20,
+        "solver": "ddim",
+        "grid": "trailing",
+        "guidance_scale": 2.0,
+        "guidance_interval": [0.0, 1.0],
+    },
+    "ladder": [
+        {"name": "full", "solver": "ddim", "steps": 20, "grid": "trailing", "rows": 40, "quality": 0.0},
+        {"name": "half", "solver": "dpmpp-2m", "steps": 10, "grid": "uniform-t", "rows": 20, "quality": 0.1},
+        {"name": "floor", "solver": "dpmpp-2m", "steps": 5, "grid": "uniform-t", "rows": 10, "quality": 0.5},
+    ],
+    "licence": "Apache-2.0",
+    "attribution": ["Nobody"],
+}
+
+
+@pytest.fixture(scope="session")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle")
+    (path / "manifest.json").write_text(json.dumps(MANIFEST))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _load_always_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "LOAD_FRESH_S", -1.0)
+
+
+@dataclass
+class StubWorker:
+    """Claims jobs and finishes them with one-pixel images. `hold` keeps them running; `fail_with` ends them so."""
+
+    broker: Broker
+    hold: bool = False
+    fail_with: dict[str, Any] | None = None
+    claimed: list[Claim] = field(default_factory=list)
+
+    async def run(self) -> None:
+        while True:
+            await self.broker.wait_for_work(5)
+            for claim in await self.broker.claim("stub", models=["fruits"], max_samples=64):
+                self.claimed.append(claim)
+                await self._work(claim)
+
+    async def report(self, **changes: Any) -> None:
+        """Publish the figures of a fast and idle worker, but for `changes`."""
+        figures: dict[str, Any] = {"max_rows": 8, "step_fixed_s": 0.0, "step_per_row_s": 0.0001}
+        figures |= {"decode_s": 0.0, "running_samples": 0, "backlog_rows": 0}
+        figures |= {"last_step_age_s": 0.0, "updated_at": 0.0}
+        await self.broker.publish_state(
+            WorkerState(worker="stub", models=("fruits",), **{**figures, **changes})
+        )
+
+    async def _work(self, claim: Claim) -> None:
+        job, lease = claim.job, claim.lease
+        for step in range(job.previews, job.steps, job.previews or job.steps):
+            place = {"sample": 0, "step": step, "steps": job.steps}
+            await self.broker.progress(lease, "preview", {**place, "image": PNG, "content_type": "image/png"})
+        if self.fail_with is not None:
+            await self.broker.fail(lease, self.fail_with)
+        elif not self.hold:
+            await self.broker.finish(lease, self.result(claim))
+
+    @staticmethod
+    def result(claim: Claim) -> JobResult:
+        job = claim.job
+        return JobResult(
+            images=tuple(Image(PNG, seed, f"image/{job.format}") for seed in job.seeds),
+            steps_requested=job.steps,
+            steps_used=job.steps,
+            solver=job.solver,
+            rung=job.rung or "full",
+            degraded=job.rung is not None,
+            reason=job.reason,
+            timings_ms={"queue": 1.25, "denoise": 20.0},
+            attempt=claim.lease.attempt,
+            worker="stub",
+        )
+
+
+@dataclass
+class Stage:
+    """What a test of the API plays on."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    broker: Broker
+    worker: StubWorker
+    settings: Settings
+
+    async def generate(self, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+        return await self.client.post("/generate", json=body, headers=headers or {})
+
+    async def queued(self, **body: Any) -> str:
+        """The address of a job that nobody waits for."""
+        response = await self.generate({"prefer": "respond-async"}, **body)
+        assert response.status_code == 202
+        return response.headers["location"]
+
+
+OpenStage = Callable[..., Awaitable[Stage]]
+
+
+@pytest.fixture
+async def open_stage(
+    connect: Callable[..., Awaitable[Broker]], bundle_path: Path
+) -> AsyncIterator[OpenStage]:
+    """Opens an API in this process on the real broker; keywords are settings, and `worker=False` leaves it unstaffed."""
+    async with AsyncExitStack() as stack:
+
+        async def open_(*, worker: bool = True, **options: Any) -> Stage:
+            settings = Settings(bundle=bundle_path, **options)
+            broker = await connect(queue_limit=settings.queue_limit)
+            stub = StubWorker(await connect())
+
+            @asynccontextmanager
+            async def opener(_: Settings) -> AsyncIterator[Backplane]:
+                listener = Listener(broker)
+                try:
+                    yield Backplane(broker, listener)
+                finally:
+                    await listener.aclose()
+
+            app = create_app(settings, opener=opener)
+            await stack.enter_async_context(app.router.lifespan_context(app))
+            if worker:
+                await stub.report()
+                stack.push_async_callback(_ended, asyncio.create_task(stub.run()))
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            client = await stack.enter_async_context(
+                httpx.AsyncClient(transport=transport, base_url="http://test")
+            )
+            return Stage(app, client, broker, stub, settings)
+
+        yield open_
+
+
+@pytest.fixture
+async def stage(open_stage: OpenStage) -> Stage:
+    return await open_stage()
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+Serve = Callable[[Stage], Awaitable[int]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """Puts a stage behind a real socket of this machine, in this event loop; gives the port."""
+    async with AsyncExitStack() as stack:
+
+        async def serve_(stage: Stage) -> int:
+            config = configured(stage.app, stage.settings)
+            config.lifespan = "off"
+            server = uvicorn.Server(config)
+            listening = socket.create_server(("127.0.0.1", 0))
+            port: int = listening.getsockname()[1]
+            task = asyncio.create_task(server.serve(sockets=[listening]))
+
+            async def stop() -> None:
+                server.should_exit = True
+                await asyncio.wait_for(task, 10)
+
+            stack.push_async_callback(stop)
+            await wait_until(lambda: server.started)
+            return port
+
+        yield serve_

@@ -1,0 +1,129 @@
+"""The cost model: it learns the curve it is shown, follows the machine, and finds the batch worth running."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from service.planning.costs import CostModel
+
+quick = settings(max_examples=60, deadline=None)  # wall time says nothing on a shared machine
+
+
+GPU = {1: 0.167, 2: 0.183, 3: 0.186, 4: 0.240, 8: 0.425, 16: 0.832}
+
+
+def taught(curve: dict[int, float]) -> CostModel:
+    costs = CostModel()
+    for rows, seconds in curve.items():
+        costs.observe(rows, seconds)
+    return costs
+
+
+def test_before_any_observation_it_is_the_guess() -> None:
+    costs = CostModel(fixed_s=0.01, per_row_s=0.1)
+    assert costs.predict(3) == pytest.approx(0.31)
+    assert (costs.fixed_s, costs.per_row_s) == (0.01, 0.1)
+
+
+def test_one_observation_scales_the_guess() -> None:
+    costs = CostModel(fixed_s=0.01, per_row_s=0.1)
+    costs.observe(1, 0.22)
+    assert costs.predict(1) == pytest.approx(0.22)
+    assert costs.predict(2) == pytest.approx(0.42)
+
+
+@pytest.mark.parametrize("rows", list(GPU))
+def test_a_batch_size_that_was_run_is_predicted_as_it_ran(rows: int) -> None:
+    assert taught(GPU).predict(rows) == pytest.approx(GPU[rows])
+
+
+def test_between_sizes_it_interpolates() -> None:
+    assert taught(GPU).predict(6) == pytest.approx((0.240 + 0.425) / 2)
+
+
+def test_it_fits_a_line_and_extends_it() -> None:
+    costs = taught({rows: 0.08 + 0.92 * rows for rows in (1, 2, 4)})
+    assert costs.fixed_s == pytest.approx(0.08)
+    assert costs.per_row_s == pytest.approx(0.92)
+    assert costs.predict(32) == pytest.approx(0.08 + 0.92 * 32)
+
+
+def test_the_knee_is_where_more_rows_stop_paying() -> None:
+    assert taught(GPU).knee(16) == 7
+    assert taught({rows: 0.08 + 0.92 * rows for rows in (1, 2, 4, 8, 16)}).knee(16) == 2
+
+
+def test_it_follows_a_machine_that_slows_down_at_every_batch_size() -> None:
+    costs = taught(GPU)
+    for _ in range(100):
+        costs.observe(8, 2 * GPU[8])
+    assert costs.predict(8) == pytest.approx(2 * GPU[8], rel=0.02)
+    assert costs.predict(1) > 1.3 * GPU[1]
+    assert costs.per_row_s > 1.3 * taught(GPU).per_row_s
+
+
+def test_settling_on_one_batch_size_does_not_forget_the_others() -> None:
+    costs, noise = taught(GPU), random.Random(0)
+    for _ in range(5000):
+        costs.observe(8, GPU[8] * noise.lognormvariate(0.0, 0.05))
+    assert costs.predict(1) == pytest.approx(GPU[1], rel=0.1)
+    assert costs.knee(16) in (6, 7, 8)
+
+
+def test_predictions_stay_close_under_noise() -> None:
+    costs, noise = taught(GPU), random.Random(1)
+    errors = []
+    for _ in range(2000):
+        rows = noise.choice(list(GPU))
+        seconds = GPU[rows] * noise.lognormvariate(0.0, 0.05)
+        errors.append(abs(costs.predict(rows) / GPU[rows] - 1))
+        costs.observe(rows, seconds)
+    errors.sort()
+    assert errors[len(errors) // 2] < 0.03
+    assert errors[int(0.95 * len(errors))] < 0.10
+
+
+def test_one_wild_step_says_little() -> None:
+    costs = taught(GPU)
+    costs.observe(8, 1000 * GPU[8])
+    assert costs.predict(8) < 1.2 * GPU[8]
+
+
+def test_decoding_is_learned_apart() -> None:
+    costs = CostModel()
+    assert costs.decode_s == 0.0
+    costs.observe_decode(0.5)
+    assert costs.decode_s == pytest.approx(0.5)
+    for _ in range(100):
+        costs.observe_decode(0.1)
+    assert costs.decode_s == pytest.approx(0.1, rel=0.01)
+
+
+@pytest.mark.parametrize("bad", [{"fixed_s": -1.0}, {"per_row_s": 0.0}, {"decode_s": -1.0}])
+def test_impossible_guesses_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="cannot"):
+        CostModel(**bad)
+
+
+def test_a_batch_has_at_least_one_row() -> None:
+    with pytest.raises(ValueError, match="max_rows"):
+        CostModel().knee(0)
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(-2, 64), st.floats(-1.0, 1e4)), max_size=60), st.integers(1, 64))
+@example([(1, 3.9e-221)], 1)
+@example([(1, 1.0), (49, 1.0), (64, 153.09375)], 1)
+def test_whatever_is_observed_time_is_positive_and_rows_are_not_free(
+    observed: list[tuple[int, float]], max_rows: int
+) -> None:
+    costs = CostModel()
+    for rows, seconds in observed:
+        costs.observe(rows, seconds)
+    assert costs.fixed_s >= 0 < costs.per_row_s
+    assert all(costs.predict(rows) > 0 for rows in (1, 2, 7, 64, 500))
+    assert 1 <= costs.knee(max_rows) <= max_rows

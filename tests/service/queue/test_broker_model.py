@@ -1,0 +1,334 @@
+"""Random histories of the queue against a simple model of it: no job lost, none answered twice, order and fairness as promised."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from service.errors import InternalError, QueueFull, to_wire
+from service.jobs import Claim, Job, JobResult, Lease
+from service.queue.broker import WEIGHTS, Broker
+from tests.conftest import close_books
+
+T = TypeVar("T")
+LIMIT, ATTEMPTS, LEASE_S = 6, 2, 10.0
+OWNERS = st.sampled_from(["w1", "w2", "w3"])
+PICK = st.integers(0, 30)
+
+
+@dataclass
+class Entry:
+    """A job as the model sees it."""
+
+    job: Job
+    score: float = 0.0
+    state: str = "queued"
+    lease: Lease | None = None
+    expires: float = 0.0
+    attempt: int = 0
+    spent: int = 0
+    suspect: bool = False
+    returned: float = 0.0
+
+
+@dataclass
+class Model:
+    """The queue in fifty lines: one dictionary, one list of what waits, one virtual clock."""
+
+    now: float
+    entries: dict[str, Entry] = field(default_factory=dict)
+    flows: dict[str, float] = field(default_factory=dict)
+    clock: float = 0.0
+
+    def waiting(self) -> list[Entry]:
+        queued = [entry for entry in self.entries.values() if entry.state == "queued"]
+        return sorted(queued, key=lambda entry: (entry.score, entry.job.id))
+
+    def running(self) -> list[Entry]:
+        return [entry for entry in self.entries.values() if entry.state == "running"]
+
+    def settle(self) -> None:
+        if not self.waiting():
+            self.flows, self.clock = {}, 0.0
+
+    def submit(self, job: Job) -> bool | None:
+        if job.id in self.entries:
+            return False
+        if len(self.waiting()) >= LIMIT:
+            return None
+        flow = f"{job.priority}:{job.caller}"
+        finish = max(self.clock, self.flows.get(flow, 0.0)) + job.cost_rows / WEIGHTS[job.priority]
+        self.flows[flow] = finish
+        self.entries[job.id] = Entry(job, score=finish)
+        return True
+
+    def claim(self, owner: str, room: int, idle: bool) -> list[Entry]:
+        taken: list[Entry] = []
+        for entry in self.waiting():
+            fresh = idle and not taken
+            if room <= 0:
+                break
+            if entry.suspect and not fresh:
+                if self.now - entry.returned > LEASE_S:
+                    break
+                continue
+            if len(entry.job.seeds) > room and not fresh:
+                break
+            entry.attempt += 1
+            entry.state, entry.expires = "running", self.now + LEASE_S
+            entry.lease = Lease(entry.job.id, owner, entry.attempt)
+            self.clock = max(self.clock, entry.score)
+            taken.append(entry)
+            room -= len(entry.job.seeds)
+            if entry.suspect:
+                break
+        self.flows = (
+            {flow: finish for flow, finish in self.flows.items() if finish > self.clock}
+            if taken
+            else self.flows
+        )
+        self.settle()
+        return taken
+
+    def put_back(self, entry: Entry) -> None:
+        entry.state, entry.score, entry.returned = "queued", 0.0, self.now
+
+    def spend(self, entry: Entry) -> None:
+        entry.spent, entry.suspect = entry.spent + 1, True
+        if entry.spent < ATTEMPTS:
+            self.put_back(entry)
+        else:
+            entry.state = "dead"
+
+    def sweep(self) -> int:
+        expired = [entry for entry in self.running() if entry.expires <= self.now]
+        for entry in expired:
+            self.spend(entry)
+        return len(expired)
+
+
+class QueueHistory(RuleBasedStateMachine):
+    """Runs the broker and the model side by side."""
+
+    runner: asyncio.Runner
+    url: str
+    make_job: Callable[..., Job]
+    make_result: Callable[..., JobResult]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model(now=1_700_000_000.0)
+        self.answered: dict[str, bytes] = {}
+        self.serial = 0
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(coroutine)
+
+    @initialize()
+    def open(self) -> None:
+        self.broker = self.run(
+            Broker.connect(
+                self.url,
+                namespace=f"model-{uuid.uuid4().hex[:12]}",
+                clock=lambda: self.model.now,
+                queue_limit=LIMIT,
+                max_attempts=ATTEMPTS,
+                lease_s=LEASE_S,
+                result_ttl_s=60,
+            )
+        )
+
+    def teardown(self) -> None:
+        if hasattr(self, "broker"):
+            self.run(self.drain())
+
+    async def drain(self) -> None:
+        """Every job left can still be brought to an end."""
+        for _ in range(200):
+            claims = await self.claim_both("last", 8, True)
+            for entry in claims:
+                assert entry.lease is not None
+                assert await self.broker.finish(entry.lease, self.make_result(entry.job.id.encode()))
+                entry.state = "done"
+            if not claims and not self.model.running():
+                break
+            self.model.now += LEASE_S + 1
+            assert await self.broker.sweep() == self.model.sweep()
+        assert not self.model.waiting()
+        await self.compare()
+        await self.broker.aclose()
+        await close_books(self.url, self.broker.keys.namespace)
+
+    @rule(
+        caller=st.sampled_from("abc"),
+        priority=st.sampled_from(["low", "normal", "high"]),
+        rows=st.integers(1, 9),
+        samples=st.integers(1, 3),
+    )
+    def submit(self, caller: str, priority: str, rows: int, samples: int) -> None:
+        self.serial += 1
+        job = self.make_job(
+            id=f"{self.serial:04}",
+            caller=caller,
+            priority=priority,
+            cost_rows=rows,
+            seeds=tuple(range(samples)),
+        )
+        self.submit_both(job)
+
+    @precondition(lambda self: self.model.entries)
+    @rule(pick=PICK)
+    def submit_again(self, pick: int) -> None:
+        self.submit_both(list(self.model.entries.values())[pick % len(self.model.entries)].job)
+
+    def submit_both(self, job: Job) -> None:
+        expected = self.model.submit(job)
+        if expected is None:
+            with pytest.raises(QueueFull):
+                self.run(self.broker.submit(job))
+        else:
+            assert self.run(self.broker.submit(job)) is expected
+
+    @rule(owner=OWNERS, room=st.integers(1, 4), idle=st.booleans())
+    def claim(self, owner: str, room: int, idle: bool) -> None:
+        self.run(self.claim_both(owner, room, idle))
+
+    async def claim_both(self, owner: str, room: int, idle: bool) -> list[Entry]:
+        claims = await self.broker.claim(owner, models=["emoji"], max_samples=room, alone_ok=idle)
+        expected = self.model.claim(owner, room, idle)
+        assert claims == [Claim(entry.job, entry.lease, entry.suspect) for entry in expected if entry.lease]
+        return expected
+
+    @precondition(lambda self: self.model.entries)
+    @rule(
+        pick=PICK,
+        stale=st.booleans(),
+        verb=st.sampled_from(["finish", "fail", "retry", "hand_back", "renew"]),
+    )
+    def write(self, pick: int, stale: bool, verb: str) -> None:
+        """A worker writes to a job it holds, held, or (stale) believes to hold."""
+        entry = list(self.model.entries.values())[pick % len(self.model.entries)]
+        lease = entry.lease or Lease(entry.job.id, "w1", 1)
+        if stale:
+            lease = Lease(lease.job_id, lease.owner, lease.attempt - 1)
+        holds = entry.state == "running" and lease == entry.lease
+        getattr(self, f"_{verb}")(entry, lease, holds)
+
+    def _finish(self, entry: Entry, lease: Lease, holds: bool) -> None:
+        repeated = entry.state == "done" and lease == entry.lease
+        result = self.make_result(uuid.uuid4().bytes, attempt=lease.attempt)
+        assert self.run(self.broker.finish(lease, result)) is (holds or repeated)
+        if holds:
+            entry.state = "done"
+            assert entry.job.id not in self.answered, "answered twice"
+            self.answered[entry.job.id] = result.images[0].data
+
+    def _fail(self, entry: Entry, lease: Lease, holds: bool) -> None:
+        repeated = entry.state == "failed" and lease == entry.lease
+        assert self.run(self.broker.fail(lease, to_wire(InternalError()))) is (holds or repeated)
+        if holds:
+            entry.state = "failed"
+
+    def _retry(self, entry: Entry, lease: Lease, holds: bool) -> None:
+        repeated = entry.state == "failed" and lease == entry.lease
+        assert self.run(self.broker.fail(lease, to_wire(InternalError()), retry=True)) is (holds or repeated)
+        if holds:
+            self.model.spend(entry)
+
+    def _hand_back(self, entry: Entry, lease: Lease, holds: bool) -> None:
+        assert self.run(self.broker.hand_back(lease)) is holds
+        if holds:
+            self.model.put_back(entry)
+
+    def _renew(self, entry: Entry, lease: Lease, holds: bool) -> None:
+        renewal = self.run(self.broker.renew([lease]))
+        assert (not renewal.lost) is holds
+        assert bool(renewal.cancelled) is (entry.state == "cancelled" and lease == entry.lease)
+        if holds:
+            entry.expires = self.model.now + LEASE_S
+
+    @precondition(lambda self: self.model.entries)
+    @rule(pick=PICK)
+    def cancel(self, pick: int) -> None:
+        entry = list(self.model.entries.values())[pick % len(self.model.entries)]
+        alive = entry.state in ("queued", "running")
+        assert self.run(self.broker.cancel(entry.job.id)) is alive
+        if alive:
+            entry.state = "cancelled"
+            self.model.settle()
+
+    @rule(seconds=st.sampled_from([1.0, 6.0, 11.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.model.now += seconds
+        assert self.run(self.broker.sweep()) == self.model.sweep()
+
+    @precondition(lambda self: self.model.entries)
+    @rule(pick=PICK)
+    def requeue(self, pick: int) -> None:
+        entry = list(self.model.entries.values())[pick % len(self.model.entries)]
+        dead = entry.state == "dead"
+        assert self.run(self.broker.requeue(entry.job.id)) is dead
+        if dead:
+            entry.spent = 0
+            self.model.put_back(entry)
+
+    @invariant()
+    def agree(self) -> None:
+        if hasattr(self, "broker"):
+            self.run(self.compare())
+
+    async def compare(self) -> None:
+        load = await self.broker.load()
+        waiting = self.model.waiting()
+        assert load.queued_jobs == len(waiting)
+        assert load.queued_rows == sum(entry.job.cost_rows for entry in waiting)
+        places = {entry.job.id: place for place, entry in enumerate(waiting)}
+        statuses = await asyncio.gather(*map(self.broker.status, self.model.entries))
+        for (job_id, entry), status in zip(self.model.entries.items(), statuses, strict=True):
+            assert status is not None, "lost"
+            assert (status.state, status.position) == (entry.state, places.get(job_id))
+        for job_id, data in self.answered.items():
+            result = await self.broker.result(job_id)
+            assert result is not None
+            assert result.images[0].data == data
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+def test_random_histories(
+    redis_url: str,
+    runner: asyncio.Runner,
+    make_job: Callable[..., Job],
+    make_result: Callable[..., JobResult],
+) -> None:
+    parts = {
+        "runner": runner,
+        "url": redis_url,
+        "make_job": staticmethod(make_job),
+        "make_result": staticmethod(make_result),
+    }
+    run_state_machine_as_test(
+        type("History", (QueueHistory,), parts),
+        settings=settings(
+            max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

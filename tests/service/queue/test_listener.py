@@ -1,0 +1,102 @@
+"""One subscription, many waiters."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from service.errors import Cancelled, InternalError, JobNotFound, NumericalError, to_wire
+from service.jobs import Job, JobResult
+from service.queue.broker import Broker
+from service.queue.listener import Listener
+
+pytestmark = pytest.mark.anyio
+MakeJob = Callable[..., Job]
+MakeResult = Callable[..., JobResult]
+WaitUntil = Callable[..., Awaitable[Any]]
+
+
+@pytest.fixture
+async def listener(broker: Broker) -> AsyncIterator[Listener]:
+    listener = Listener(broker)
+    yield listener
+    await listener.aclose()
+
+
+async def test_every_waiter_gets_its_own_result(
+    broker: Broker, listener: Listener, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    jobs = [make_job() for _ in range(100)]
+    for job in jobs:
+        await broker.submit(job)
+    waiting = {job.id: asyncio.create_task(listener.wait(job.id)) for job in jobs}
+    for claim in await broker.claim("w1", models=["emoji"], max_samples=100):
+        await broker.finish(claim.lease, make_result(claim.job.id.encode()))
+    async with asyncio.timeout(10):
+        for job_id, task in waiting.items():
+            assert (await task).images[0].data == job_id.encode()
+
+
+async def test_a_job_that_ended_before_is_answered_at_once(
+    broker: Broker, listener: Listener, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    job = make_job()
+    await broker.submit(job)
+    (claim,) = await broker.claim("w1", models=["emoji"], max_samples=1)
+    await broker.finish(claim.lease, make_result())
+    async with asyncio.timeout(5):
+        assert await listener.wait(job.id) == make_result()
+
+
+async def test_failures_cancellations_and_unknown_jobs_are_raised(
+    broker: Broker, listener: Listener, make_job: MakeJob
+) -> None:
+    failed, cancelled = make_job(), make_job()
+    await broker.submit(failed)
+    await broker.submit(cancelled)
+    waits = [asyncio.create_task(listener.wait(job_id)) for job_id in (failed.id, cancelled.id, "unknown")]
+    (claim,) = await broker.claim("w1", models=["emoji"], max_samples=1)
+    await broker.fail(claim.lease, to_wire(NumericalError("NaN.")))
+    await broker.cancel(cancelled.id)
+    async with asyncio.timeout(5):
+        outcomes = await asyncio.gather(*waits, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [NumericalError, Cancelled, JobNotFound]
+
+
+async def test_a_mistake_of_ours_ends_the_wait(
+    broker: Broker, listener: Listener, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(job_id: str) -> JobResult:
+        raise RuntimeError(job_id)
+
+    monkeypatch.setattr(broker, "outcome", broken)
+    async with asyncio.timeout(5):
+        with pytest.raises(InternalError):
+            await listener.wait(make_job().id)
+
+
+async def test_waiters_of_one_job_share_and_may_leave(
+    broker: Broker, listener: Listener, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    job = make_job()
+    await broker.submit(job)
+    leaving, staying = (asyncio.create_task(listener.wait(job.id)) for _ in range(2))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(leaving, 0.02)
+    (claim,) = await broker.claim("w1", models=["emoji"], max_samples=1)
+    await broker.finish(claim.lease, make_result())
+    async with asyncio.timeout(5):
+        assert await staying == make_result()
+    assert listener.waiting == 0
+
+
+async def test_a_waiter_that_leaves_is_forgotten(
+    broker: Broker, listener: Listener, make_job: MakeJob
+) -> None:
+    job = make_job()
+    await broker.submit(job)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(listener.wait(job.id), 0.02)
+    assert listener.waiting == 0
+    await broker.cancel(job.id)

@@ -1,0 +1,40 @@
+"""A worker process around a made-up network, for tests that kill it: `python -m tests.service.worker.lone_worker [flags]`.
+
+A step takes DELAY_S; a row of class BLUE kills the process, as a fault in a native library would.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from service import logs
+from service.settings import Settings
+from service.worker import worker_process
+from tests.service.conftest import FakeBackend
+
+DELAY_S = 0.005
+BLUE = 2
+
+Floats = npt.NDArray[np.float32]
+
+
+class MortalBackend(FakeBackend):
+    def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+        time.sleep(DELAY_S)
+        return super().denoise(x, state)
+
+    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
+        if (labels[:, 0] == BLUE).any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().embed(labels)
+
+
+if __name__ == "__main__":
+    settings = Settings.load(sys.argv[1:])
+    logs.configure(style="json", level="info")
+    sys.exit(0 if asyncio.run(worker_process.serve(settings, MortalBackend())) else 1)

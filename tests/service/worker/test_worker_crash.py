@@ -1,0 +1,127 @@
+"""Workers that are killed for real: what was accepted is answered all the same, once, and with the same image."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from service.errors import WorkerLost
+from service.jobs import ConditionTerm, Job, JobResult
+from service.queue.broker import Broker
+from service.queue.listener import Listener
+
+pytestmark = pytest.mark.anyio
+LEASE_S = 0.6
+BLUE = ConditionTerm((2,))  # kills the worker
+Start = Callable[..., subprocess.Popen[bytes]]
+Connect = Callable[..., Awaitable[Broker]]
+MakeJob = Callable[..., Job]
+WaitUntil = Callable[..., Awaitable[Any]]
+
+
+@pytest.fixture
+async def queue(connect: Connect) -> Broker:
+    return await connect(lease_s=LEASE_S)
+
+
+@pytest.fixture
+async def listener(queue: Broker) -> AsyncIterator[Listener]:
+    listener = Listener(queue)
+    yield listener
+    await listener.aclose()
+
+
+@pytest.fixture
+async def start(redis_url: str, namespace: str) -> AsyncIterator[Start]:
+    """Starts worker processes; none outlives the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_worker(*flags: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tests.service.worker.lone_worker", f"--namespace={namespace}"]
+        environment = {**os.environ, "REDIS_URL": redis_url, "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen([*command, f"--lease-s={LEASE_S}", *flags], env=environment))
+        return started[-1]
+
+    yield start_worker
+    for process in started:
+        process.kill()
+        process.wait(10)
+
+
+async def step_of(queue: Broker, job: Job) -> int:
+    status = await queue.status(job.id)
+    return 0 if status is None else status.step
+
+
+async def answers(listener: Listener, jobs: list[Job]) -> list[JobResult | BaseException]:
+    async with asyncio.timeout(60):
+        return await asyncio.gather(*(listener.wait(job.id) for job in jobs), return_exceptions=True)
+
+
+async def test_killed_workers_lose_nothing(
+    queue: Broker, listener: Listener, start: Start, make_job: MakeJob, wait_until: WaitUntil
+) -> None:
+    jobs = [make_job(model="fake", seeds=(k % 3,), steps=400) for k in range(6)]
+    victim = start()
+    for job in jobs:
+        await queue.submit(job)
+    await wait_until(lambda: step_of(queue, jobs[0]), timeout=30)
+    os.kill(victim.pid, signal.SIGKILL)
+    start()
+    results = await answers(listener, jobs)
+    images: dict[int, set[bytes]] = {}
+    for job, result in zip(jobs, results, strict=True):
+        assert isinstance(result, JobResult)
+        images.setdefault(job.seeds[0], set()).add(result.images[0].data)
+    assert {len(same) for same in images.values()} == {1}, "a seed gives one image, killed or not"
+    attempts = {result.attempt for result in results if isinstance(result, JobResult)}
+    assert max(attempts) == 2, "the killed worker's jobs ran twice, and were answered once"
+    for job in jobs:
+        kinds = [event.kind async for event in queue.events(job.id)]
+        assert kinds.count("done") == 1
+
+
+async def test_a_job_that_kills_its_workers_is_put_aside_and_its_companions_are_answered(
+    queue: Broker, listener: Listener, start: Start, make_job: MakeJob
+) -> None:
+    poison = make_job(model="fake", condition=(BLUE,))
+    others = [make_job(model="fake", steps=20) for _ in range(3)]
+    for job in [others[0], poison, *others[1:]]:
+        await queue.submit(job)
+    waiting = asyncio.create_task(answers(listener, [poison, *others]))
+    while not waiting.done():
+        worker = start()
+        ended = asyncio.create_task(asyncio.to_thread(worker.wait))
+        await asyncio.wait({waiting, ended}, return_when=asyncio.FIRST_COMPLETED)
+        worker.kill()
+        await ended
+    lost, *answered = waiting.result()
+    assert isinstance(lost, WorkerLost)
+    assert all(isinstance(result, JobResult) for result in answered)
+    assert [status.id for status in await queue.dead()] == [poison.id]
+
+
+async def test_a_worker_that_is_told_to_stop_hands_over(
+    queue: Broker, listener: Listener, start: Start, make_job: MakeJob, wait_until: WaitUntil
+) -> None:
+    jobs = [make_job(model="fake", steps=900) for _ in range(3)]
+    leaving = start("--drain-s=0.2")
+    for job in jobs:
+        await queue.submit(job)
+    await wait_until(lambda: step_of(queue, jobs[0]), timeout=30)
+    leaving.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(leaving.wait, 20) == 0
+    statuses = [await queue.status(job.id) for job in jobs]
+    assert [status and status.state for status in statuses] == ["queued"] * 3
+    load = await queue.load()
+    assert (load.queued_jobs, load.workers) == (3, ())
+    assert [claim.alone for claim in await queue.claim("w2", models=["fake"], max_samples=9)] == [False] * 3
+    for job in jobs:
+        await queue.cancel(job.id)
