@@ -5,6 +5,7 @@
     python -m service worker [flags]          one worker alone
     python -m service dead list [flags]       jobs put aside after too many attempts
     python -m service dead requeue ID [flags]
+    python -m service keys add|list|revoke    API keys, in the file that --keys-file names
 
 Flags and environment variables: --help. Each command imports only what it needs.
 """
@@ -15,7 +16,9 @@ from importlib import import_module
 
 from service.settings import Settings
 
+# Commands that take settings, and those that take arguments of their own.
 COMMANDS = {"api": "service.http.api:run", "worker": "service.worker.worker_process:run"}
+TOOLS = {"keys": "service.keyring:run"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,10 +32,12 @@ def main(argv: Sequence[str]) -> int:
         settings = Settings.load(flags, program="python -m service dead")
         dead: Callable[[Sequence[str], Settings], int] = _implementation("service.queue.dead:run")
         return dead(words[1:], settings)
+    if command in TOOLS:
+        tool: Callable[[Sequence[str]], int] = _implementation(TOOLS[command])
+        return tool(argv[1:])
     if command not in ("", *COMMANDS):
-        print(
-            f"error: unknown command {command!r}; choose among {', '.join(COMMANDS)}, dead", file=sys.stderr
-        )
+        known = ", ".join((*COMMANDS, "dead", *TOOLS))
+        print(f"error: unknown command {command!r}; choose among {known}", file=sys.stderr)
         return 2
     settings = Settings.load(flags, program=f"python -m service {command}".rstrip())
     run: Callable[[Settings], int] = _implementation(COMMANDS.get(command, "service.supervisor:run"))

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     )
     keepalive_s: Seconds = Field(15.0, description="silence on an event stream before a keep-alive comment")
 
+    keys_file: Path | None = Field(
+        None, description="file of API keys (python -m service keys); unset lets everybody in"
+    )
+    open: bool = Field(False, description="let everybody in although --host is reachable from other machines")
+
     metrics: bool = Field(True, description="serve /metrics")
     worker_metrics_port: Port = Field(
         0, description="port a stand-alone worker serves its own /metrics on; 0 serves none"

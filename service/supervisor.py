@@ -24,6 +24,7 @@ from model.bundle import Bundle, BundleError, Manifest
 from service import logs, metrics
 from service.children import Child
 from service.errors import ServiceError
+from service.keyring import KeyringError, admit
 from service.queue.broker import Broker
 from service.settings import Settings
 from service.signals import stop_signals
@@ -47,11 +48,12 @@ def run(settings: Settings) -> int:
         manifest = Bundle.open(
             settings.bundle
         ).manifest  # before anything starts: a damaged file is one sentence
+        admit(settings)
         port = free_port(settings.host, settings.port)
         with tempfile.TemporaryDirectory(prefix="dit-") as folder:
             here = settings.model_copy(update={"port": port})
             return asyncio.run(Supervisor(here, manifest, Path(folder)).run())
-    except (BundleError, ServiceError, ValkeyFailed, ValueError, OSError) as error:
+    except (BundleError, KeyringError, ServiceError, ValkeyFailed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR
 

@@ -14,6 +14,7 @@ from model.bundle import BundleError
 from service import logs
 from service.errors import ServiceError
 from service.http.app import create_app
+from service.keyring import KeyringError
 from service.queue.backplane import open_backplane
 from service.settings import Settings
 
@@ -24,14 +25,14 @@ _log = structlog.get_logger()
 class _Server(uvicorn.Server):
     """Announces the end to the application before uvicorn waits for what is in flight."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None], *, keys: str) -> None:
         super().__init__(config)
-        self._announce = announce
+        self._announce, self._keys = announce, keys
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            _log.info("api ready", host=self.config.host, port=self.config.port)
+            _log.info("api ready", host=self.config.host, port=self.config.port, keys=self._keys)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._announce()
@@ -44,10 +45,11 @@ def run(settings: Settings) -> int:
     try:
         app = create_app(settings)
         asyncio.run(_probe(settings))
-    except (BundleError, ServiceError, ValueError) as error:
+    except (BundleError, KeyringError, ServiceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR
-    server = _Server(configured(app, settings), app.state.draining.set)
+    keys = str(settings.keys_file) if settings.keys_file else "none asked: everybody may draw"
+    server = _Server(configured(app, settings), app.state.draining.set, keys=keys)
     server.run()
     return 0 if server.started else CONFIG_ERROR
 

@@ -16,11 +16,13 @@ from model.bundle import Bundle
 from service import metrics
 from service.errors import ServiceError
 from service.http import job_routes, openai, pages, probes, routes
+from service.http.access import Access
 from service.http.context import Context
 from service.http.intake import Intake
 from service.http.middleware import Body, RequestContext
 from service.http.openapi import document
 from service.http.problems import answer
+from service.keyring import admit
 from service.queue.backplane import Backplane, open_backplane
 from service.settings import Settings
 
@@ -39,9 +41,10 @@ stable `code`; 503 means the service is full and 429 that your quota is, both wi
 def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAPI:
     """The application. `opener` connects to the queue when the app starts.
 
-    Raises `BundleError` if the bundle of the settings cannot be used.
+    Raises `BundleError` if the bundle of the settings cannot be used, `KeyringError` if their key file cannot, or if nobody said that everybody may come in.
     """
     bundle = Bundle.open(settings.bundle, verify=False)
+    keyring = admit(settings)
     draining = asyncio.Event()
 
     @asynccontextmanager
@@ -64,8 +67,8 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
             f"{route.tags[0]}-{route.name}" if route.tags else route.name
         ),
     )
-    app.state.draining = draining
-    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    app.state.draining, app.state.keyring = draining, keyring
+    app.openapi = lambda: document(app, keyed=keyring is not None)  # type: ignore[method-assign]
     for module in (routes, job_routes, openai, probes, pages):
         app.include_router(module.router)
     if settings.metrics:
@@ -73,6 +76,7 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
     for kind in (ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answered)
     app.add_middleware(Body, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(Access, keyring=keyring, quota=lambda: app.state.context.backplane.quota)
     app.add_middleware(RequestContext)
     metrics.BUILD_INFO.labels(VERSION, bundle.manifest.name, bundle.manifest.version).set(1)
     return app

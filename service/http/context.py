@@ -15,6 +15,7 @@ from service.errors import Cancelled, DeadlineExceeded, JobNotFound, QueueUnavai
 from service.http.intake import Caller, Intake
 from service.http.middleware import disconnected
 from service.jobs import Job, JobResult, JobStatus
+from service.keyring import ApiKey
 from service.queue.backplane import Backplane
 from service.settings import Settings
 
@@ -78,12 +79,14 @@ Api = Annotated[Context, Depends(_context)]
 
 
 def caller(request: Request, *, key: str | None = None) -> Caller:
-    """Who sent this request: fair queueing and idempotency keys are per network address."""
+    """Who sent this request: fair queueing and idempotency keys are per API key, or per network address where keys are not used."""
     trace: dict[str, str] = {"request_id": request.state.request_id}
     parent = request.headers.get("traceparent", "")
     if _TRACEPARENT.fullmatch(parent):
         trace["traceparent"] = parent
-    return Caller(request.client.host if request.client else "unknown", key, trace)
+    held: ApiKey | None = getattr(request.state, "key", None)
+    address = request.client.host if request.client else "unknown"
+    return Caller(f"key:{held.id}" if held else address, key, trace)
 
 
 def note(request: Request, **fields: str) -> None:

@@ -1,6 +1,6 @@
 """What every request passes through, as plain ASGI: no wrapping of `receive` that would hide a disconnect.
 
-Outermost first: `RequestContext` (id, security headers, metrics), `Body` (size, time and type of the body, before any route).
+Outermost first: `RequestContext` (id, security headers, metrics), `access.Access` (keys and quotas), `Body` (size, time and type of the body, before any route).
 """
 
 import asyncio

@@ -7,7 +7,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from service import errors
-from service.http.problems import MEDIA_TYPE, openai_error, problem
+from service.http.access import OPEN
+from service.http.problems import MEDIA_TYPE, OPENAI_PREFIX, openai_error, problem
 
 Responses = dict[int | str, dict[str, Any]]
 Kind = type[errors.ServiceError]
@@ -51,6 +52,8 @@ _DETAILS: dict[Kind, dict[str, Any]] = {
     errors.QueueFull: {"detail": "The queue holds its limit of 1000 jobs.", "retry_after": 5.0},
     errors.QueueUnavailable: {"detail": "Redis cannot be reached.", "retry_after": 2.0},
     errors.Draining: {"retry_after": 1.0},
+    errors.Unauthorized: {"detail": "Send an API key: Authorization: Bearer dit_…"},
+    errors.QuotaExceeded: {"detail": "This key may send 60 requests a minute.", "retry_after": 12.0},
 }
 
 
@@ -93,8 +96,8 @@ def _problem_example(error: errors.ServiceError) -> dict[str, Any]:
     return problem(error, "/generate", "req-1")
 
 
-def document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document of the app, made once."""
+def document(app: FastAPI, *, keyed: bool = False) -> dict[str, Any]:
+    """The OpenAPI document of the app, made once. `keyed`: requests need an API key."""
     if app.openapi_schema is None:
         made = get_openapi(
             title=app.title,
@@ -112,5 +115,18 @@ def document(app: FastAPI) -> dict[str, Any]:
                     del operation["responses"]["422"]
         for name in ("HTTPValidationError", "ValidationError"):
             made["components"]["schemas"].pop(name, None)
+        if keyed:
+            _secure(made)
         app.openapi_schema = made
     return app.openapi_schema
+
+
+def _secure(made: dict[str, Any]) -> None:
+    """Every operation that is not open to all asks for a key, and may be refused."""
+    made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in made["paths"].items():
+        for operation in () if path in OPEN else operations.values():
+            refusals = (errors.Unauthorized, errors.Forbidden, errors.QuotaExceeded)
+            describe = openai_problems if path.startswith(OPENAI_PREFIX) else problems
+            operation["security"] = [{"key": []}]
+            operation["responses"].update({str(status): each for status, each in describe(*refusals).items()})

@@ -1,12 +1,20 @@
-"""The pages for people: the playground at `/` and the API reference at `/docs`. Self-contained files, nothing from elsewhere."""
+"""The pages for people: the playground at `/` and the API reference at `/docs`. Self-contained files, nothing from elsewhere.
+
+A page can set no header on an event stream or a picture, so where keys are asked the playground trades one for a cookie.
+"""
 
 import base64
 import hashlib
 import re
 from importlib.resources import files
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
+
+from service.errors import NotFound, Unauthorized
+from service.http.access import COOKIE
+from service.keyring import Keyring
 
 router = APIRouter(include_in_schema=False)
 
@@ -50,3 +58,23 @@ async def playground() -> Response:
 async def reference() -> Response:
     content, headers = _REFERENCE
     return Response(content, headers=headers)
+
+
+class SessionRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    key: str = Field(max_length=100)
+
+
+@router.post("/session", status_code=204)
+async def session(body: SessionRequest, request: Request) -> Response:
+    """Keeps an API key in this browser until it is closed: out of reach of scripts, and of other sites."""
+    keyring: Keyring | None = request.app.state.keyring
+    if keyring is None:
+        raise NotFound("No key is asked here.")
+    if keyring.find(body.key.strip()) is None:
+        raise Unauthorized("This API key is unknown or was revoked.")
+    response = Response(status_code=204)
+    secure = request.url.scheme == "https"
+    response.set_cookie(COOKIE, body.key.strip(), httponly=True, samesite="strict", secure=secure)
+    return response

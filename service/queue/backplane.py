@@ -8,6 +8,7 @@ from typing import Protocol
 from service.jobs import Event, Job, JobResult, JobStatus, LoadSnapshot
 from service.queue.broker import Broker
 from service.queue.listener import Listener
+from service.queue.quota import Allowance, Quota
 from service.settings import Settings
 
 
@@ -27,12 +28,17 @@ class Waiter(Protocol):
     async def wait(self, job_id: str) -> JobResult: ...
 
 
+class Meter(Protocol):
+    async def take(self, name: str, per_minute: int) -> Allowance: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Backplane:
-    """The queue and the one listener of this process."""
+    """The queue, the one listener of this process, and the counter of what API keys send."""
 
     queue: Queue
     listener: Waiter
+    quota: Meter
 
 
 @asynccontextmanager
@@ -40,8 +46,9 @@ async def open_backplane(settings: Settings) -> AsyncIterator[Backplane]:
     """Connects to the Redis of the settings. Raises `ValueError` (no or a malformed URL) and `QueueUnavailable`."""
     if settings.redis_url is None:
         raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
+    url = settings.redis_url.get_secret_value()
     broker = await Broker.connect(
-        settings.redis_url.get_secret_value(),
+        url,
         namespace=settings.namespace,
         queue_limit=settings.queue_limit,
         result_ttl_s=settings.result_ttl_s,
@@ -49,8 +56,10 @@ async def open_backplane(settings: Settings) -> AsyncIterator[Backplane]:
         max_attempts=settings.max_attempts,
     )
     listener = Listener(broker)
+    quota = Quota(url, namespace=settings.namespace)
     try:
-        yield Backplane(broker, listener)
+        yield Backplane(broker, listener, quota)
     finally:
+        await quota.aclose()
         await listener.aclose()
         await broker.aclose()

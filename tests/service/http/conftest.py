@@ -23,6 +23,7 @@ from service.jobs import Claim, Image, JobResult, WorkerState
 from service.queue.backplane import Backplane
 from service.queue.broker import Broker
 from service.queue.listener import Listener
+from service.queue.quota import Quota
 from service.settings import Settings
 from tests.conftest import wait_until
 
@@ -160,7 +161,7 @@ OpenStage = Callable[..., Awaitable[Stage]]
 
 @pytest.fixture
 async def open_stage(
-    connect: Callable[..., Awaitable[Broker]], bundle_path: Path
+    connect: Callable[..., Awaitable[Broker]], bundle_path: Path, redis_url: str
 ) -> AsyncIterator[OpenStage]:
     """Opens an API in this process on the real broker; keywords are settings, and `worker=False` leaves it unstaffed."""
     async with AsyncExitStack() as stack:
@@ -173,9 +174,11 @@ async def open_stage(
             @asynccontextmanager
             async def opener(_: Settings) -> AsyncIterator[Backplane]:
                 listener = Listener(broker)
+                quota = Quota(redis_url, namespace=broker.keys.namespace)
                 try:
-                    yield Backplane(broker, listener)
+                    yield Backplane(broker, listener, quota)
                 finally:
+                    await quota.aclose()
                     await listener.aclose()
 
             app = create_app(settings, opener=opener)

@@ -3,12 +3,15 @@
 import re
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.keyring import add
 from tests.conftest import wait_until
-from tests.service.http.conftest import Serve, Stage
+from tests.service.http.conftest import OpenStage, Serve, Stage
 
 pytestmark = pytest.mark.anyio
 
@@ -36,27 +39,33 @@ async def test_every_control_has_a_name(stage: Stage) -> None:
     assert set(controls) <= labelled | wrapped
 
 
+@asynccontextmanager
+async def browsing(port: int, *, refusal: str) -> AsyncIterator[Any]:
+    """The playground in a real browser. No fault may show in its console but answers of status `refusal`."""
+    playwright = pytest.importorskip("playwright.async_api", reason="needs: pip install playwright")
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    faults: list[str] = []
+    async with playwright.async_playwright() as driver:
+        browser = await driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = await browser.new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
+        await page.goto(f"http://127.0.0.1:{port}/")
+        yield page
+        await browser.close()
+    assert [fault for fault in faults if refusal not in fault] == []
+
+
 class TestInChromium:
     """Needs `pip install playwright` and a Chromium on the PATH (`apt-get install chromium`)."""
 
     @pytest.fixture
     async def page(self, stage: Stage, serve: Serve) -> AsyncIterator[Any]:
-        playwright = pytest.importorskip("playwright.async_api", reason="needs: pip install playwright")
-        browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-        if browser_path is None:
-            pytest.skip("needs a browser: apt-get install chromium")
-        port = await serve(stage)
-        faults: list[str] = []
-        async with playwright.async_playwright() as driver:
-            browser = await driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-            page = await browser.new_page()
-            page.on("pageerror", lambda error: faults.append(str(error)))
-            page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
-            await page.goto(f"http://127.0.0.1:{port}/")
+        async with browsing(await serve(stage), refusal="422") as page:
             await page.wait_for_selector("#go:enabled")
             yield page
-            await browser.close()
-        assert [fault for fault in faults if "422" not in fault] == []
 
     async def test_generates_with_a_preview_and_keeps_it(self, stage: Stage, page: Any) -> None:
         stage.worker.hold = True
@@ -91,3 +100,20 @@ class TestInChromium:
         await page.goto(page.url + "docs")
         await page.wait_for_selector("h2")
         assert "/generate" in await page.locator("summary code").all_inner_texts()
+
+    async def test_asks_for_a_key_once(self, open_stage: OpenStage, serve: Serve, tmp_path: Path) -> None:
+        keys = tmp_path / "keys.json"
+        _, text = add(keys, "visitor")
+        async with browsing(await serve(await open_stage(keys_file=keys)), refusal="401") as page:
+            await page.fill("#key", "dit_guess")
+            await page.press("#key", "Enter")
+            await page.get_by_text("unknown or was revoked").wait_for()
+            await page.fill("#key", text)
+            await page.press("#key", "Enter")
+            await page.click("#go:enabled")
+            await page.wait_for_selector(
+                "#frames figure:not(.waiting) img"
+            )  # an event stream and a picture: no header of ours
+            assert await page.evaluate("document.cookie") == ""
+            await page.reload()
+            await page.wait_for_selector("#go:enabled")
