@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 TORCH_HINT := On Linux, TORCH_INDEX=<an index of CPU builds of torch> saves gigabytes.
-SERVING := $(VENV)/.cpu-$(KEY)
+SERVING := $(VENV)/.serve-$(KEY)
 TESTING := $(VENV)/.dev-$(KEY)
 
 .PHONY: serve test lint format bench clean

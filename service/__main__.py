@@ -6,6 +6,7 @@
     python -m service dead list [flags]       jobs put aside after too many attempts
     python -m service dead requeue ID [flags]
     python -m service keys add|list|revoke    API keys, in the file that --keys-file names
+    python -m service generate "strawberry"   ask a running service for an image
 
 Flags and environment variables: --help. Each command imports only what it needs.
 """
@@ -18,7 +19,7 @@ from service.settings import Settings
 
 # Commands that take settings, and those that take arguments of their own.
 COMMANDS = {"api": "service.http.api:run", "worker": "service.worker.worker_process:run"}
-TOOLS = {"keys": "service.keyring:run"}
+TOOLS = {"generate": "service.generate:run", "keys": "service.keyring:run"}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -23,6 +23,17 @@ Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+class ClientSettings(BaseSettings):
+    """Where a client finds the service: `DITSERVE_URL`, `DITSERVE_API_KEY`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DITSERVE_", env_ignore_empty=True, extra="forbid", frozen=True
+    )
+
+    url: str = "http://127.0.0.1:8000"
+    api_key: SecretStr | None = None
+
+
 class Settings(BaseSettings):
     """Serve images from a Diffusion Transformer bundle. Every flag is also an environment variable: --queue-limit is
     DIT_QUEUE_LIMIT; --redis-url is REDIS_URL."""
