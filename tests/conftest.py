@@ -25,6 +25,16 @@ from service.queue.keys import Keys
 SERVERS = ["embedded", *(["external"] if os.environ.get("REDIS_URL") else [])]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, default=2000, help="requests that the fuzzer of the API makes")
+
+
+@pytest.fixture(scope="session")
+def fuzz_cases(request: pytest.FixtureRequest) -> int:
+    cases: int = request.config.getoption("--fuzz-cases")
+    return cases
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"

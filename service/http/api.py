@@ -14,6 +14,7 @@ from model.bundle import BundleError
 from service import logs
 from service.errors import ServiceError
 from service.http.app import create_app
+from service.http.protocol import bounded
 from service.keyring import KeyringError
 from service.queue.backplane import open_backplane
 from service.settings import Settings
@@ -60,7 +61,7 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        http="httptools",
+        http=bounded(settings.body_timeout_s),
         ws="none",
         lifespan="on",
         log_config=None,

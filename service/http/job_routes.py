@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from service.errors import (
     ImageNotFound,
+    InvalidRequest,
     JobExpired,
     JobNotFound,
     JobUnfinished,
@@ -98,7 +99,7 @@ async def get_image(job_id: str, k: str, api: Api) -> Response:
             "content": {"text/event-stream": {}},
             "description": "Server-sent events until the job has ended.",
         },
-        **problems(MalformedRequest, JobNotFound, QueueUnavailable),
+        **problems(MalformedRequest, InvalidRequest, JobNotFound, QueueUnavailable),
     },
 )
 async def get_events(

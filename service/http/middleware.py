@@ -106,7 +106,7 @@ class Body:
             async with asyncio.timeout(self._timeout_s):
                 body = await self._read(Headers(scope=scope), receive)
             if body:
-                require_json(Headers(scope=scope).get("content-type"))
+                require_json(Headers(scope=scope))
         except TimeoutError:
             await self._refuse(
                 RequestTimeout(f"Send the body within {self._timeout_s:g} s."), scope, receive, send

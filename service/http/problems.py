@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
@@ -143,9 +144,11 @@ def _escaped(part: str) -> str:
     return part.replace("~", "~0").replace("/", "~1")[:100]
 
 
-def require_json(content_type: str | None) -> None:
-    """Raises `UnsupportedMediaType` unless the body is declared to be JSON (in UTF-8, the only encoding JSON has)."""
-    kind = (content_type or "").partition(";")[0].strip().lower()
+def require_json(headers: Headers) -> None:
+    """Raises `UnsupportedMediaType` unless the body is declared to be JSON (in UTF-8, the only encoding JSON has), uncompressed."""
+    if (coding := headers.get("content-encoding", "identity")) != "identity":
+        raise UnsupportedMediaType(f"Send the body as it is, not in Content-Encoding {coding[:60]}.")
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise UnsupportedMediaType(
             f"Send application/json, not {kind[:60] or 'a body without Content-Type'}."

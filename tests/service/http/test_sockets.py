@@ -1,6 +1,7 @@
 """What only a real socket shows: clients that go away, send slowly, or do not speak HTTP."""
 
 import asyncio
+import gzip
 import json
 
 import httpx
@@ -135,3 +136,33 @@ async def test_what_is_not_http_is_400_and_the_server_lives(stage: Stage, serve:
 async def test_an_announced_big_body_is_refused_before_it_is_sent(stage: Stage, serve: Serve) -> None:
     answer = await answered(await serve(stage), request(b"", length=10**9))
     assert answer.startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("head", [b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Slow: ", b"", b"GET /livez HT"])
+async def test_a_head_that_never_ends_is_408(open_stage: OpenStage, serve: Serve, head: bytes) -> None:
+    port = await serve(await open_stage(body_timeout_s=0.1))
+    assert (await answered(port, head)).startswith(b"HTTP/1.1 408")
+
+
+async def test_the_second_head_on_a_connection_is_timed_too(open_stage: OpenStage, serve: Serve) -> None:
+    port = await serve(await open_stage(body_timeout_s=0.1))
+    answer = await answered(port, b"GET /startupz HTTP/1.1\r\nHost: x\r\n\r\nGET /startupz HTTP")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"HTTP/1.1 408" in answer
+
+
+async def test_a_head_without_measure_is_431(stage: Stage, serve: Serve) -> None:
+    port = await serve(stage)
+    head = b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 40_000
+    assert (await answered(port, head)).startswith(b"HTTP/1.1 431")
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        assert (await client.get("/livez")).status_code == 200
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
+async def test_a_compressed_body_is_refused_unread(stage: Stage, serve: Serve, coding: str) -> None:
+    bomb = gzip.compress(b" " * 10_000_000)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{await serve(stage)}") as client:
+        headers = {"content-type": "application/json", "content-encoding": coding}
+        response = await client.post("/generate", content=bomb, headers=headers)
+    assert (response.status_code, response.json()["code"]) == (415, "unsupported-media-type")
