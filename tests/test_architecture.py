@@ -49,6 +49,7 @@ BROKER = {"bell", "broker", "connection", "events", "quota", "records", "subscri
 OWNERS = {
     "fastapi": {f"service.http.{name}" for name in EDGE},
     "limits": {"service.queue.quota"},
+    "opentelemetry": {"service.otlp"},
     "prometheus_client": {"service.metrics"},
     "redis": {f"service.queue.{name}" for name in BROKER},
     "uvicorn": {"service.http.api", "service.http.protocol"},
@@ -75,7 +76,7 @@ IMPURE = {
 # fmt: on
 
 # Who may import by name: tables of implementations, and packages that few need.
-LATE = {"service.__main__", "service.backends", "export.trt_module"}
+LATE = {"service.__main__", "service.backends", "service.tracing", "export.trt_module"}
 LATE |= {"service.backends.cuda", "service.backends.tensorrt"}
 LATE |= {"model.autoencoder", "model.text", "model.text_encoders"}
 
@@ -364,7 +365,7 @@ def test_the_rules_speak_of_modules_that_exist() -> None:
 @pytest.mark.parametrize(
     ("imported", "absent"),
     [
-        ("service.http.app, service.http.api", ["torch", "onnxruntime", "onnx", "diffusers"]),
+        ("service.http.app, service.http.api", ["torch", "onnxruntime", "onnx", "diffusers", "opentelemetry"]),
         ("service.supervisor", ["torch", "onnxruntime", "onnx", "diffusers"]),
         (
             "service.worker.worker_process, service.backends.onnx",

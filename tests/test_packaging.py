@@ -22,12 +22,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
 # Module → distribution, where the names differ.
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "tensorrt": "tensorrt-cu13", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "httpx_sse": "httpx-sse", "sklearn": "scikit-learn", "tensorrt": "tensorrt-cu13", "yaml": "pyyaml"}
 # Base dependencies that are not imported but used: by redis-py, by uvicorn.
 PLUGINS = {"hiredis", "httptools", "uvloop"}
 # Package, or module, → the extras that its imports may come from, besides the base.
 NEEDS = {
     "service": set[str](),
+    "service/client.py": {"client"},
+    "service/generate.py": {"client"},
+    "service/otlp.py": {"otel"},
     "service/backends/onnx.py": {"cpu"},
     "service/backends/torch.py": {"torch"},
     "service/backends/tensorrt.py": {"gpu"},

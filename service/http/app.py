@@ -25,6 +25,7 @@ from service.http.problems import answer
 from service.keyring import admit
 from service.queue.backplane import Backplane, open_backplane
 from service.settings import Settings
+from service.tracing import open_tracing
 
 VERSION = "0.1.0"
 
@@ -41,10 +42,12 @@ stable `code`; 503 means the service is full and 429 that your quota is, both wi
 def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAPI:
     """The application. `opener` connects to the queue when the app starts.
 
-    Raises `BundleError` if the bundle of the settings cannot be used, `KeyringError` if their key file cannot, or if nobody said that everybody may come in.
+    Raises `BundleError` if the bundle of the settings cannot be used, `KeyringError` if their key file cannot, or if nobody said that everybody may come in,
+    `ValueError` for traces without the extra they need.
     """
     bundle = Bundle.open(settings.bundle, verify=False)
     keyring = admit(settings)
+    tracing = open_tracing(settings.otlp_endpoint, "dit-api")
     draining = asyncio.Event()
 
     @asynccontextmanager
@@ -53,6 +56,7 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
             intake = Intake(bundle.manifest, settings, backplane.queue)
             app.state.context = Context(settings, backplane, intake, draining)
             yield
+        tracing.close()
 
     app = FastAPI(
         title="DiT serving",
@@ -77,7 +81,7 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
         app.add_exception_handler(kind, _answered)
     app.add_middleware(Body, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     app.add_middleware(Access, keyring=keyring, quota=lambda: app.state.context.backplane.quota)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, tracing=tracing)
     metrics.BUILD_INFO.labels(VERSION, bundle.manifest.name, bundle.manifest.version).set(1)
     return app
 

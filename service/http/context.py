@@ -20,7 +20,6 @@ from service.queue.backplane import Backplane
 from service.settings import Settings
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(slots=True)
@@ -80,10 +79,7 @@ Api = Annotated[Context, Depends(_context)]
 
 def caller(request: Request, *, key: str | None = None) -> Caller:
     """Who sent this request: fair queueing and idempotency keys are per API key, or per network address where keys are not used."""
-    trace: dict[str, str] = {"request_id": request.state.request_id}
-    parent = request.headers.get("traceparent", "")
-    if _TRACEPARENT.fullmatch(parent):
-        trace["traceparent"] = parent
+    trace = {"request_id": request.state.request_id, **request.state.trace}
     held: ApiKey | None = getattr(request.state, "key", None)
     address = request.client.host if request.client else "unknown"
     return Caller(f"key:{held.id}" if held else address, key, trace)

@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,7 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import metrics
 from service.errors import Draining, MalformedRequest, PayloadTooLarge, RequestTimeout, ServiceError
 from service.http.problems import answer, require_json
+from service.tracing import NoSpan, Tracing
 
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _CARRIES_BODY = frozenset({"POST", "PUT", "PATCH"})
 _UNMEASURED = "unmatched"
@@ -32,18 +35,24 @@ _HEADERS = {
 
 
 class RequestContext:
-    """Gives the request its id (the client's if it is well-formed), echoes it, adds security headers, and counts."""
+    """Gives the request its id (the client's if it is well-formed), echoes it, adds security headers, counts, and traces.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Puts into the request's state its `request_id`, and as `trace` what a job takes along (W3C Trace Context).
+    """
+
+    def __init__(self, app: ASGIApp, *, tracing: Tracing) -> None:
+        self._app, self._tracing = app, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        offered = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        offered, parent = headers.get("x-request-id", ""), headers.get("traceparent", "")
         request_id = offered if _REQUEST_ID.fullmatch(offered) else secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
+        carrier = {"traceparent": parent} if _TRACEPARENT.fullmatch(parent) else {}
+        span = NoSpan(carrier) if scope["path"] in _QUIET else self._tracing.request(carrier)
+        scope.setdefault("state", {}).update(request_id=request_id, trace=span.carrier)
         status: int | None = None
 
         async def send_named(message: Message) -> None:
@@ -67,16 +76,27 @@ class RequestContext:
             await answer(error, scope)(scope, receive, send_named)
         finally:
             metrics.REQUESTS_IN_PROGRESS.dec()
-            _record(scope, request_id, status or _GONE, time.perf_counter() - started)
+            fields = _record(scope, request_id, status or _GONE, time.perf_counter() - started)
+            span.end(
+                f"{scope['method']} {fields['route']}",
+                {
+                    "http.request.method": scope["method"],
+                    "http.route": fields["route"],
+                    "http.response.status_code": fields["status"],
+                    "dit.request_id": request_id,
+                },
+            )
 
 
-def _record(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+def _record(scope: Scope, request_id: str, status: int, seconds: float) -> dict[str, Any]:
+    """Into metrics and the log; gives the fields of the log line."""
     route = getattr(scope.get("route"), "path", _UNMEASURED)
     metrics.REQUESTS.labels(route, outcome(status)).inc()
     metrics.REQUEST_SECONDS.labels(route).observe(seconds)
     fields = {"method": scope["method"], "route": route, "status": status, "request_id": request_id}
     log = _log.debug if route in _QUIET else _log.info
     log("request", **fields, ms=round(seconds * 1000, 1), **scope["state"].get("notes", {}))
+    return fields
 
 
 def outcome(status: int) -> str:
