@@ -5,7 +5,8 @@ nothing else.
 
 What this settled: the planner sees the queue through claims ahead of need, 64 samples a worker, not through a summary. With rows
 alone a summary cannot tell urgent work from patient work, and cutting for the latter is waste; with 64 samples at hand it
-changes nothing any more. Claiming in the order of deadlines rather than of arrival makes a deep queue safe as well.
+changes nothing any more. Claiming in the order of deadlines rather than of arrival, as the broker does among the jobs of one
+caller, makes a deep queue safe as well.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bench.arrivals import Arrival
 from bench.curves import Curve
 from service.engine.scheduler import Scheduler
 from service.jobs import LoadSnapshot, WorkerState
+from service.planning.admission import Newcomer, admit
 from service.planning.costs import CostModel
 from service.planning.planner import PlannedSample, Planner, Policy
 from service.planning.rungs import Ladder, Rung, steps_left
@@ -51,7 +53,7 @@ class Arm:
     degrade: bool = True  # admission may take a request at a lower rung
     plan: bool = True  # what is claimed is planned anew at every step
     holds: int = 64  # samples a worker claims, running or not
-    claims: Order = "arrival"  # the order of the queue
+    claims: Order = "deadline"  # the order of the queue
     summary: bool = True  # the planner is told of the rows still queued
     expire: bool = True  # what is past its deadline is dropped
     publish_s: float = 0.5  # how old a worker's published state may be
@@ -162,9 +164,8 @@ class Worker:
         self.samples = [sample for sample in self.samples if sample.finished is None]
 
     def _plan(self, now: float, queued_rows: int) -> None:
-        last = self.site.ladder.timesteps - 1
         by_id = {sample.id: sample for sample in self.samples}
-        planned = [sample.planned(last) for sample in self.samples]
+        planned = self._planned()
         begin = thread_time()
         changes = self.planner.plan(
             planned,
@@ -189,7 +190,12 @@ class Worker:
             backlog_rows=sum(sample.remaining for sample in self.samples),
             last_step_age_s=0.0,
             updated_at=now,
+            dues=self.planner.dues(self._planned(), now),
         )
+
+    def _planned(self) -> list[PlannedSample]:
+        last = self.site.ladder.timesteps - 1
+        return [sample.planned(last) for sample in self.samples]
 
 
 class Fleet:
@@ -201,7 +207,6 @@ class Fleet:
         self.workers = [Worker(f"worker-{index}", arm, site) for index in range(site.workers)]
         self.queue: deque[Sample] = deque()  # in the order of claims
         self.queued_rows = self.queue_peak = 0
-        self.admission = Planner(site.ladder, Policy(recut=arm.plan))
         self._ends: list[tuple[float, int]] = []  # when each busy worker's step ends
 
     def run(self, arrivals: Sequence[Arrival]) -> list[Sample]:
@@ -253,16 +258,16 @@ class Fleet:
             workers=tuple(worker.state for worker in self.workers),
             taken_at=now,
         )
-        answer = self.admission.admit(
-            load,
+        newcomer = Newcomer(
             rung=sample.asked,
             guidance_scale=1.0,
             samples=1,
             deadline_at=sample.due,
             allow_degraded=self.arm.degrade and sample.consents,
             min_steps=1,
-            now=now,
         )
+        policy = Policy(recut=self.arm.plan)
+        answer = admit(newcomer, load, ladder=self.site.ladder, now=now, policy=policy)
         sample.rejected = not answer.accepted
         sample.move(answer.rung)
         return answer.accepted
@@ -276,7 +281,7 @@ class Fleet:
             insort(self.queue, sample, key=lambda each: each.due)
 
     def _claim(self, worker: Worker, now: float) -> None:
-        """Hand the worker what it has room for, in order of arrival."""
+        """Hand the worker what it has room for, in the order of the queue."""
         claimed = self._same_steps(worker) if self.arm.unit == "request" else worker.room
         for _ in range(min(claimed, len(self.queue))):
             sample = self.queue.popleft()

@@ -4,6 +4,7 @@
                              [--workers 1] [--requests 500] [--seeds 11 12 13] [--slo 3] [--ladder ddim] [--refusing 0]
     python -m bench.simulate --growth        up to 64 workers and 10,000 requests, thousands of them waiting
     python -m bench.simulate --claims        how far ahead a worker must claim, and in which order
+    python -m bench.simulate --necessity     at and below half load: who is cut, and was there another way
 
 Runs the service's own scheduler, planner and admission (`bench.fleet`) and prints, per arm and load: attainment (answers within
 their deadline, over all requests: a refusal counts as a miss), latency as a share of the deadline, goodput, refusals, mean
@@ -16,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -26,14 +27,34 @@ from rich.table import Table
 from bench.arrivals import PROCESSES, Traffic
 from bench.curves import CURVES, LADDERS
 from bench.fleet import ORDERS, Arm, Fleet, Sample, Site
+from bench.necessity import Need, need
 from bench.outcomes import Outcome, Point
 from bench.plots import RESULTS, draw_sweep
 from model.bundle import write_atomic
 
 ARMS = (
-    Arm("request batches", "request", "fifo", cap=8, admission=False, plan=False, expire=False),
-    Arm("FIFO steps", "step", "fifo", cap=8, admission=False, plan=False, holds=8, expire=False),
-    Arm("FIFO + admission", "step", "fifo", degrade=False, plan=False, holds=8),
+    Arm(
+        "request batches",
+        "request",
+        "fifo",
+        cap=8,
+        admission=False,
+        plan=False,
+        claims="arrival",
+        expire=False,
+    ),
+    Arm(
+        "FIFO steps",
+        "step",
+        "fifo",
+        cap=8,
+        admission=False,
+        plan=False,
+        holds=8,
+        claims="arrival",
+        expire=False,
+    ),
+    Arm("FIFO + admission", "step", "fifo", degrade=False, plan=False, holds=8, claims="arrival"),
     Arm("EDF + admission", degrade=False, plan=False),
     Arm("planned at admission", plan=False),
     Arm("planned every step"),
@@ -145,6 +166,34 @@ def claims(options: argparse.Namespace, console: Console) -> list[Point]:
     return points
 
 
+def necessity(options: argparse.Namespace, console: Console) -> list[Need]:
+    """At and below half load: how many deadlines would be missed without cuts, how many requests are cut, how many in vain."""
+    needs = [
+        Need.of(
+            f"{curve}, SLO {slo:g}×",
+            load,
+            [
+                need(Site(CURVES[curve], LADDERS[options.ladder], 1, slo), load, options.requests, seed)
+                for seed in options.seeds
+            ],
+        )
+        for curve in options.curves
+        for slo in (3.0, 5.0, 10.0)
+        for load in (0.3, 0.4, 0.5)
+    ]
+    table = Table(title="shares of all requests")
+    for column in ("machine", "load", "late without cuts", "cut", "cut in vain", "in time"):
+        table.add_column(column, justify="left" if column == "machine" else "right")
+    for each in needs:
+        table.add_row(
+            each.machine,
+            f"{each.load:g}",
+            *(f"{share:.4f}" for share in (each.late, each.cut, each.vain, each.kept)),
+        )
+    console.print(table)
+    return needs
+
+
 def _table(title: str, points: Iterable[Point]) -> Table:
     table = Table(title=title)
     for column in (
@@ -182,7 +231,7 @@ def _table(title: str, points: Iterable[Point]) -> Table:
     return table
 
 
-def save(name: str, points: Sequence[Point], options: argparse.Namespace) -> None:
+def save(name: str, points: Sequence[Point | Need], options: argparse.Namespace) -> None:
     """`bench/results/<name>.json`: what was asked for, and every point."""
     RESULTS.mkdir(exist_ok=True)
     settings = {key: value for key, value in vars(options).items() if key != "out"}
@@ -213,10 +262,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--claims", action="store_true", help="instead: how far ahead and in which order to claim"
     )
+    parser.add_argument(
+        "--necessity", action="store_true", help="instead: whether cuts at and below half load were needed"
+    )
     return parser.parse_args(arguments)
 
 
-STUDIES = {"growth": growth, "claims": claims}
+STUDIES: dict[str, Callable[[argparse.Namespace, Console], Sequence[Point | Need]]] = {
+    "growth": growth,
+    "claims": claims,
+    "necessity": necessity,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

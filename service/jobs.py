@@ -31,10 +31,11 @@ class WireError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ConditionTerm:
-    """One condition of a mix: a class index per factor of the bundle, in its order; None is the null class."""
+    """One condition of a mix: a class index per factor of the bundle, in its order, and a text; None is the null class, "" no text."""
 
     labels: tuple[int | None, ...]
     weight: float = 1.0
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,9 @@ class Job:
     min_steps: int
     rung: str | None  # the rung given at admission when already degraded; None = as requested
     reason: str | None
-    cost_rows: int  # predicted row-steps of the whole job as admitted
+    cost_rows: int  # predicted row-steps of the whole job as admitted, in rows of the model's own size
     trace: dict[str, str] = field(default_factory=dict)
+    size: tuple[int, int] | None = None  # height and width in latent pixels; None: the model's own
 
     def to_bytes(self) -> bytes:
         return pack(_fields(self))
@@ -73,9 +75,13 @@ class Job:
         fields = unpack(data)
         try:
             terms = tuple(
-                ConditionTerm(tuple(term["labels"]), term["weight"]) for term in fields.pop("condition")
+                ConditionTerm(tuple(term["labels"]), term["weight"], term.get("text", ""))
+                for term in fields.pop("condition")
             )
             low, high = fields.pop("guidance_interval")
+            if fields.get("size") is not None:
+                height, width = fields["size"]
+                fields["size"] = height, width
             return cls(
                 condition=terms, guidance_interval=(low, high), seeds=tuple(fields.pop("seeds")), **fields
             )
@@ -131,11 +137,14 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A job handed to a worker. `alone`: it was in a batch that crashed, so run it by itself."""
+    """A job handed to a worker. `alone`: it was in a batch that crashed, so run it by itself. `checkpoint`: what a worker
+    that left had done of it, as that worker wrote it.
+    """
 
     job: Job
     lease: Lease
     alone: bool
+    checkpoint: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +186,26 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Due:
+    """Row-steps due at `at` (infinite: at no time): as planned, and at the lowest rungs their requests consent to."""
+
+    at: float
+    rows: int
+    floor_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What runs a worker's network, in which numbers, and for which sizes: sides that are multiples of `size_multiple` latent
+    pixels; None: the model's own only.
+    """
+
+    backend: str = ""
+    precision: str = ""
+    size_multiple: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerState:
     """What a worker publishes about itself: the cost model `fixed + per_row·rows`, and how much it still has
     to do.
@@ -192,6 +221,8 @@ class WorkerState:
     backlog_rows: int
     last_step_age_s: float
     updated_at: float
+    network: Network = Network()
+    dues: tuple[Due, ...] = ()  # the backlog by deadline; empty where there is none or it is not told
 
     def to_bytes(self) -> bytes:
         return pack(_fields(self))
@@ -201,7 +232,9 @@ class WorkerState:
         """Raises `WireError` for anything but a worker state of this schema version."""
         fields = unpack(data)
         try:
-            return cls(models=tuple(fields.pop("models")), **fields)
+            dues = tuple(Due(**due) for due in fields.pop("dues", ()))
+            network = Network(**fields.pop("network", {}))
+            return cls(models=tuple(fields.pop("models")), dues=dues, network=network, **fields)
         except (KeyError, TypeError) as error:
             raise WireError(f"not a worker state: {error}") from error
 

@@ -53,6 +53,11 @@ class ApiKey(BaseModel):
     concurrency: Annotated[int, Field(ge=1)] | None = None
     created_at: float
 
+    @property
+    def caller(self) -> str:
+        """The name under which its jobs are queued."""
+        return f"key:{self.id}"
+
 
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -9,9 +9,12 @@ class Limits:
 
     queue_limit: int = 1000  # jobs waiting
     queue_rows: int = 10_000_000  # predicted row-steps waiting
+    patience_s: float = 60.0  # a job without a deadline counts as due so long after it was queued
     result_ttl_s: float = 3600.0
     record_ttl_s: float = 7200.0  # longer than results, so that expired is not unknown
     result_bytes: int = 256 * 2**20  # of all results stored
+    checkpoint_bytes: int = 32 * 2**20  # of one job, which starts anew if it has more to keep
+    checkpoint_ttl_s: float = 3600.0
     lease_s: float = 15.0
     max_attempts: int = 3
     max_run_s: float = 1800.0  # a lease is renewed no longer
@@ -28,6 +31,8 @@ class WorkerPolicy:
     max_rows: int = 64
     lookahead_rows: int = 64  # claimed beyond what can run, by all workers of the queue together
     drain_s: float = 30.0
+    export_s: float = 3.0  # for the engine to say where its samples stand, when the worker leaves
+    hang_s: float = 60.0  # without a step while samples run, after which the worker gives up
     report_s: float = 0.5
     step_event_s: float = 0.25
     idle_s: float = 5.0  # longest wait for work without asking

@@ -43,6 +43,12 @@ REQUEST_SECONDS = Histogram("dit_request_seconds", "Time to answer a request", [
 REQUESTS_IN_PROGRESS = Gauge(
     "dit_requests_in_progress", "Requests being answered", multiprocess_mode="livesum"
 )
+CANARY = Counter(
+    "dit_canary", "Drawings of the golden image, by outcome: same, drifted, skipped", ["outcome"]
+)
+CANARY_PSNR = Gauge(
+    "dit_canary_psnr_db", "Likeness of the last drawing to the golden image", multiprocess_mode="livemin"
+)
 REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
 ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
 
@@ -62,9 +68,22 @@ ENCODE_SECONDS = Histogram("dit_encode_seconds", "Time to encode an image file",
 STEPS_REQUESTED = Counter("dit_steps_requested", "Steps that finished samples asked for")
 STEPS_EXECUTED = Counter("dit_steps_executed", "Steps that finished samples ran")
 DEGRADED = Counter("dit_degraded", "Samples finished on a lower rung than asked for", ["rung"])
+NUMERICAL_ERRORS = Counter(
+    "dit_numerical_errors", "Samples that failed because their numbers were not finite"
+)
+NETWORK_INFO = Gauge(
+    "dit_network_info",
+    "1, with what computes the network and in which numbers",
+    ["backend", "precision"],
+    multiprocess_mode="livemax",
+)
 CACHE_HITS = Counter("dit_cache_hits", "Condition states found in the cache", ["cache"])
 CACHE_MISSES = Counter("dit_cache_misses", "Condition states computed", ["cache"])
 CACHE_BYPASS = Counter("dit_cache_bypass", "Condition states computed without asking the cache", ["cache"])
+CACHE_EVICTIONS = Counter("dit_cache_evictions", "Condition states given up for others", ["cache"])
+CACHE_BYTES = Gauge(
+    "dit_cache_bytes", "Memory of the condition caches", ["cache"], multiprocess_mode="livesum"
+)
 LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went back to the queue")
 
 # Every process's.

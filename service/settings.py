@@ -54,17 +54,46 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address the API listens on")
     port: Port = Field(8000, description="port the API listens on; 0 picks a free one")
     bundle: Path = Field(Path("model/zoo/emoji"), description="folder of the model bundle to serve")
+    verify: bool = Field(True, description="check the files of the bundle against their hashes")
     redis_url: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("redis_url"),
-        description="Redis or Valkey; unset starts a private one",
+        description="Redis or Valkey (redis://, rediss://, unix://, redis+sentinel://host:port,…/primary); unset starts a private one",
     )
     namespace: str = Field(
         "dit", pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="prefix of every Redis key"
     )
 
-    backend: str = Field("onnx", description="what runs the network: onnx, torch or tensorrt")
+    backend: Literal["onnx", "torch", "tensorrt"] = Field("onnx", description="what runs the network")
     threads: int = Field(0, ge=0, description="compute threads of a worker; 0 uses every core")
+    precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = Field(
+        "auto", description="numbers the network computes in; auto is the backend's choice"
+    )
+    providers: str = Field(
+        "",
+        pattern=r"^$|^[A-Za-z]+(,[A-Za-z]+)*$",
+        description="ONNX Runtime's execution providers, preferred first, such as "
+        "CUDAExecutionProvider,CPUExecutionProvider; empty is the backend's choice",
+    )
+    device: str = Field("cpu", description="device of the torch backend, such as cpu, cuda or cuda:1")
+    compile: bool = Field(False, description="compile the network of the torch backend")
+    text_encoder: str = Field(
+        "",
+        description="encoder of a model that takes text: minilm or a folder; empty: the one it was trained with",
+    )
+    strict_rows: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="run every forward pass at exactly so many rows, so that an image is the same to the last bit in any "
+        "company; 0 runs as many as there are",
+    )
+    modulation_cache_bytes: int = Field(
+        256 * 2**20, ge=0, description="memory of a worker for the network's modulations; 0 keeps none"
+    )
+    embedding_cache_bytes: int = Field(
+        64 * 2**20, ge=0, description="memory of a worker, and of Redis, for embeddings of conditions"
+    )
     workers: Count = Field(1, description="worker processes the all-in-one starts")
     max_rows: Count = Field(64, description="rows a worker may put into one forward pass")
     lookahead_rows: int = Field(
@@ -81,9 +110,14 @@ class Settings(BaseSettings):
         None, description="deadline of requests that name none; unset means none"
     )
     max_deadline_s: Seconds = Field(600.0, description="longest deadline a request may name")
+    max_area: float = Field(
+        4.0, ge=1, le=64, description="largest image a request may ask for, in areas of the model's own size"
+    )
     max_images: int = Field(16, ge=1, le=256, description="images one request may ask for")
     max_body_bytes: Count = Field(65536, description="largest request body")
-    body_timeout_s: Seconds = Field(10.0, description="time a client has to send its body")
+    body_timeout_s: Seconds = Field(
+        10.0, description="time a client has to send the head of a request, and its body"
+    )
     ready_workers: int = Field(1, ge=0, description="workers that must be alive for /readyz")
     hang_s: Seconds = Field(
         60.0, description="time without a step, while work is running, after which /livez fails"
@@ -95,6 +129,11 @@ class Settings(BaseSettings):
     )
     open: bool = Field(False, description="let everybody in although --host is reachable from other machines")
 
+    canary_s: float = Field(
+        300.0,
+        ge=0,
+        description="time between drawings of the bundle's golden image, to see drift; 0 is never",
+    )
     metrics: bool = Field(True, description="serve /metrics")
     worker_metrics_port: Port = Field(
         0, description="port a stand-alone worker serves its own /metrics on; 0 serves none"
@@ -103,6 +142,9 @@ class Settings(BaseSettings):
         None,
         validation_alias=AliasChoices("prometheus_multiproc_dir"),
         description="folder where processes of one host share their metrics (the all-in-one makes one)",
+    )
+    otlp_endpoint: str | None = Field(
+        None, pattern=r"^https?://", description="collector of traces (OTLP over HTTP); unset sends none"
     )
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="auto is text in a terminal, else json"
@@ -171,8 +213,14 @@ class Settings(BaseSettings):
 
     @classmethod
     def _flags(cls) -> list[str]:
-        names = [f"--{name.replace('_', '-')}" for name in cls.model_fields]
-        return [*names, "--no-metrics", "--print-config", "--help"]
+        names = [name.replace("_", "-") for name in cls.model_fields]
+        switches = [
+            name
+            for name, field in zip(names, cls.model_fields.values(), strict=True)
+            if field.annotation is bool
+        ]
+        negated = [f"--no-{name}" for name in switches]
+        return [*(f"--{name}" for name in names), *negated, "--print-config", "--help"]
 
     @classmethod
     def _source(cls, program: str) -> CliSettingsSource[Any]:

@@ -51,7 +51,7 @@ def run(settings: Settings) -> int:
         admit(settings)
         port = free_port(settings.host, settings.port)
         with tempfile.TemporaryDirectory(prefix="dit-") as folder:
-            here = settings.model_copy(update={"port": port})
+            here = settings.model_copy(update={"port": port, "verify": False})
             return asyncio.run(Supervisor(here, manifest, Path(folder)).run())
     except (BundleError, KeyringError, ServiceError, ValkeyFailed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -124,6 +124,8 @@ async def audit(client: Redis, keys: Keys) -> None:
     assert await members(keys.leases) == of_state(b"running")
     totals = await client.hgetall(keys.totals)
     assert int(totals.get(b"rows", 0)) == sum(int(records[job_id][b"rows"]) for job_id in of_state(b"queued"))
+    unfinished: Any = await client.hgetall(keys.unfinished)
+    assert sum(map(int, unfinished.values())) == len(of_state(b"queued")) + len(of_state(b"running"))
     sizes: Any = await client.hgetall(keys.sizes)
     assert {job_id.decode() for job_id in sizes} == await members(keys.results)
     assert int(totals.get(b"bytes", 0)) == sum(map(int, sizes.values()))

@@ -20,6 +20,7 @@ BACKENDS: Final[dict[str, str]] = {
     "torch": "service.backends.torch:TorchBackend",
     "tensorrt": "service.backends.tensorrt:TensorRtBackend",
 }
+TEXT: Final = "service.backends.text"
 
 
 class Backend(Protocol):
@@ -33,9 +34,14 @@ class Backend(Protocol):
     name: str
     manifest: Manifest
     buckets: tuple[int, ...] | None  # the batch sizes `denoise` takes; None for any
+    precision: str  # what the backbone computes in: fp32, fp16, bf16 or int8
+    size_multiple: int | None  # H and W may be any multiples of it; None: only the manifest's own
 
-    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
-        """Class indices (B, F), null = number of classes, to condition embeddings (B, E)."""
+    def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
+        """Class indices (B, F), null = number of classes, and sentence encodings (B, text_size) to condition embeddings (B, E).
+
+        A row of zeros stands for no text, and so does None.
+        """
         ...
 
     def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
@@ -79,3 +85,28 @@ def load_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
             f"backend {name!r} needs the package {package}, which is not installed"
         ) from error
     return cast(Backend, implementation(bundle, **options))
+
+
+class TextEncoder(Protocol):
+    """`size` numbers a sentence, never all zero. Encoders of equal `key` give equal encodings."""
+
+    size: int
+    key: str
+
+    def encode(self, sentence: str) -> Floats:
+        """(size,)"""
+        ...
+
+
+def load_text_encoder(name: str) -> TextEncoder:
+    """The encoder `name`: one that comes as a package, or a folder.
+
+    Raises:
+        BackendUnavailable: a package it needs is not installed, or it is no encoder this service can run.
+    """
+    try:
+        return cast(TextEncoder, import_module(TEXT).open_encoder(name))
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"text encoder {name!r} needs the package {error.name}, which is not installed"
+        ) from error

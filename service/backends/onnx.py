@@ -1,34 +1,90 @@
-"""ONNX Runtime: runs a bundle's graphs on the CPU by default, elsewhere by choice of execution provider.
+"""ONNX Runtime: runs a bundle's graphs on the CPU by default, the backbone elsewhere by choice of execution provider.
 
-The runtime releases the interpreter lock while it computes. Inputs are read in place; outputs are arrays of their own.
+The runtime releases the interpreter lock while it computes. Inputs are read in place; outputs are arrays of their own. What the
+conditioner gives is cached by the engine, so conditioner and embedder always run on the CPU, in fp32.
 """
 
 from __future__ import annotations
 
 import re
+import statistics
+import time
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+import structlog
 
-from model.bundle import Bundle
+from model.bundle import Bundle, Manifest
+from model.engine_keys import FOLDER, NoGpu, first_gpu, origin_of
 from service.backends import BackendUnavailable, Floats, OutOfMemory
 from service.images import to_pixels
 
-BACKBONES: Final = {"fp32": "backbone.onnx", "int8": "backbone.int8.onnx"}
+CPU, TENSORRT = "CPUExecutionProvider", "TensorrtExecutionProvider"
+BACKBONES: Final = {"fp32": "backbone.onnx", "fp16": "backbone.fp16.onnx", "int8": "backbone.int8.onnx"}
+NEEDS: Final = {  # provider → what to install for it
+    "CUDAExecutionProvider": "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime",
+    TENSORRT: "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, and tensorrt-cu13",
+}
+QUALITY_BUDGET = 0.01  # relative growth of the Fréchet distance that "auto" accepts of INT8
+TIMING_S, TIMED = 1.0, 7  # of one precision, when it is chosen by speed
+
 _OUT_OF_MEMORY = re.compile(
     r"bad_alloc|failed to allocate|out of memory|CUDNN_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
 
+log = structlog.get_logger()
 
-class OnnxBackend:
+
+class Graphs:
+    """Embedder, conditioner and decoder of a bundle; each a part of `Backend`.
+
+    `decoder_providers` are where the decoder of a model on latents runs.
+    """
+
+    def __init__(
+        self, bundle: Bundle, options: ort.SessionOptions, decoder_providers: Sequence[str] = (CPU,)
+    ) -> None:
+        manifest = bundle.manifest
+        self._conditions = [factor.name for factor in manifest.factors]
+        self._width, self._text_size = manifest.embedding_size, manifest.config.text_size
+        conditional = bool(self._conditions or self._text_size)
+        self._embedder = open_session(bundle, "embedder.onnx", options) if conditional else None
+        self._conditioner = open_session(bundle, "conditioner.onnx", options)
+        self._decoder = None
+        if manifest.decoder != "identity":
+            self._decoder = open_session(bundle, "decoder.onnx", options, decoder_providers)
+        self._state = [entry.name for entry in manifest.state]
+
+    def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
+        """Class indices (B, F) and sentence embeddings (B, text_size), a row of zeros or None standing for no text → (B, E)."""
+        if self._embedder is None:
+            return np.zeros((len(labels), self._width), np.float32)
+        inputs: dict[str, npt.NDArray[Any]] = {
+            name: np.ascontiguousarray(labels[:, k]) for k, name in enumerate(self._conditions)
+        }
+        if self._text_size:
+            inputs["text"] = np.zeros((len(labels), self._text_size), np.float32) if text is None else text
+        return run(self._embedder, ["embedding"], inputs)[0]
+
+    def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
+        return tuple(run(self._conditioner, self._state, {"timestep": timesteps, "embedding": embeddings}))
+
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        images = latents if self._decoder is None else run(self._decoder, ["image"], {"latent": latents})[0]
+        return to_pixels(images)
+
+
+class OnnxBackend(Graphs):
     """A bundle in ONNX Runtime.
 
     Args:
         threads: compute threads, 0 for one per core.
-        precision: "fp32", or "int8" where the bundle has it.
+        precision: "fp32", "fp16" or "int8" where the bundle has it, or "auto": on the CPU INT8 if the bundle's own record says that it
+            costs less than `QUALITY_BUDGET` and it is faster here, else fp32; on other providers fp16 if the bundle has it.
         providers: execution providers in order of preference, such as ("CUDAExecutionProvider", "CPUExecutionProvider").
         spin: let idle compute threads wait busily. Worth a try on cores of one's own; beside an API and a queue on two cores
             it cost 72 % more processor time and half as much time again per step of 8 rows.
@@ -42,54 +98,182 @@ class OnnxBackend:
         bundle: Bundle,
         *,
         threads: int = 0,
-        precision: str = "fp32",
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        precision: str = "auto",
+        providers: Sequence[str] = (CPU,),
         spin: bool = False,
     ) -> None:
-        if precision not in BACKBONES:
-            raise BackendUnavailable(f"precision must be one of {', '.join(BACKBONES)}, not {precision!r}")
-        missing = [provider for provider in providers if provider not in ort.get_available_providers()]
-        if missing:
-            raise BackendUnavailable(f"this ONNX Runtime has no {missing[0]}: install the build that has it")
+        known = ("auto", *BACKBONES)
+        if precision not in known:
+            raise BackendUnavailable(
+                f"precision of the onnx backend must be one of {', '.join(known)}, not {precision!r}"
+            )
+        require(providers)
         self.manifest = bundle.manifest
-        self._options = ort.SessionOptions()
-        self._options.intra_op_num_threads = threads
-        self._options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-        self._options.log_severity_level = 3
-        self._providers = list(providers)
-        self._embedder = self._open(bundle, "embedder.onnx")
-        self._conditioner = self._open(bundle, "conditioner.onnx")
-        self._backbone = self._open(bundle, BACKBONES[precision])
-        self._decoder = None if bundle.manifest.decoder == "identity" else self._open(bundle, "decoder.onnx")
-        self._factors = [factor.name for factor in bundle.manifest.factors]
-        self._state = [entry.name for entry in bundle.manifest.state]
-
-    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
-        inputs = {name: np.ascontiguousarray(labels[:, k]) for k, name in enumerate(self._factors)}
-        return run(self._embedder, ["embedding"], inputs)[0]
-
-    def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
-        return tuple(run(self._conditioner, self._state, {"timestep": timesteps, "embedding": embeddings}))
+        options = session_options(threads, spin=spin)
+        super().__init__(bundle, options, [each for each in providers if each != TENSORRT] or (CPU,))
+        self.precision, self._backbone = _backbone(bundle, precision, options, providers)
+        entry = self._backbone.get_inputs()[0]
+        self._half = entry.type == "tensor(float16)"
+        self.size_multiple = size_multiple(entry.shape)
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
-        return run(self._backbone, ["output"], {"x": x, **dict(zip(self._state, state, strict=True))})[0]
-
-    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        images = latents if self._decoder is None else run(self._decoder, ["image"], {"latent": latents})[0]
-        return to_pixels(images)
+        inputs: dict[str, npt.NDArray[Any]] = {"x": x, **dict(zip(self._state, state, strict=True))}
+        if self._half:
+            inputs = {name: value.astype(np.float16) for name, value in inputs.items()}
+        output = run(self._backbone, ["output"], inputs)[0]
+        return output.astype(np.float32) if self._half else output
 
     def close(self) -> None:
         """Free the sessions' memory; the backend cannot be used afterwards."""
         del self._embedder, self._conditioner, self._backbone, self._decoder
 
-    def _open(self, bundle: Bundle, name: str) -> ort.InferenceSession:
-        path = bundle.file(name)
-        try:
-            return ort.InferenceSession(path, self._options, providers=self._providers)
-        except Exception as error:  # the runtime's exceptions share no base class of their own
-            raise BackendUnavailable(
-                f"{path} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}"
-            ) from error
+
+def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
+    """Of every session: so many threads, and no log of its own below errors."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    return options
+
+
+def require(providers: Sequence[str]) -> None:
+    """Raises BackendUnavailable, naming the package to install, unless this ONNX Runtime has all `providers`."""
+    for name in providers:
+        if name not in ort.get_available_providers():
+            known = ", ".join((CPU, *NEEDS))
+            remedy = f"install {NEEDS[name]}" if name in NEEDS else f"choose among {known}"
+            raise BackendUnavailable(f"this ONNX Runtime has no {name}: {remedy}")
+
+
+def open_session(
+    bundle: Bundle,
+    name: str,
+    options: ort.SessionOptions,
+    providers: Sequence[str | tuple[str, dict[str, str]]] = (CPU,),
+) -> ort.InferenceSession:
+    """A session of the graph `name` that really runs on the first of `providers`.
+
+    Raises:
+        BackendUnavailable: it cannot be loaded, or would quietly run elsewhere.
+        BundleError: the bundle lacks it.
+    """
+    path = bundle.file(name)
+    try:
+        session = ort.InferenceSession(path, options, providers=list(providers))
+    except Exception as error:  # the runtime's exceptions share no base class of their own
+        raise BackendUnavailable(
+            f"{path} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}"
+        ) from error
+    first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if first not in session.get_providers():
+        raise BackendUnavailable(
+            f"{first} does not start and ONNX Runtime would compute on the CPU instead: install {NEEDS.get(first, first)}"
+        )
+    return session
+
+
+def provider_entries(
+    bundle: Bundle, precision: str, providers: Sequence[str]
+) -> list[str | tuple[str, dict[str, str]]]:
+    """`providers` as a session takes them: TensorRT keeps its engines in the bundle, by the same keys as `export.trt`'s.
+
+    Raises:
+        BackendUnavailable: TensorRT is asked for and there is no GPU.
+    """
+    return [_cached(bundle, precision) if name == TENSORRT else name for name in providers]
+
+
+def _cached(bundle: Bundle, precision: str) -> tuple[str, dict[str, str]]:
+    try:
+        device = first_gpu()
+        version = f"{ort.__version__}-{metadata.version('tensorrt-cu13')}"
+    except NoGpu as error:
+        raise BackendUnavailable(f"{TENSORRT} needs a GPU, and {error}") from None
+    except metadata.PackageNotFoundError:
+        raise BackendUnavailable(
+            f"{TENSORRT} needs the package tensorrt-cu13, which is not installed"
+        ) from None
+    origin = origin_of(
+        bundle, precision, BACKBONES[precision], flavour="onnxruntime", version=version, device=device
+    )
+    folder = bundle.path / FOLDER / origin.folder
+    return TENSORRT, {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_engine_cache_prefix": origin.key({})[:16],
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+    }
+
+
+def _backbone(
+    bundle: Bundle, wanted: str, options: ort.SessionOptions, providers: Sequence[str]
+) -> tuple[str, ort.InferenceSession]:
+    """The precision and the session that `wanted` comes to."""
+
+    def opened(precision: str) -> ort.InferenceSession:
+        entries = provider_entries(bundle, precision, providers)
+        return open_session(bundle, BACKBONES[precision], options, entries)
+
+    if wanted != "auto":
+        if wanted == "int8":
+            options.add_session_config_entry("session.x64quantprecision", _exact_products(bundle.manifest))
+        return wanted, opened(wanted)
+    if providers[0] != CPU:
+        chosen = "fp16" if BACKBONES["fp16"] in bundle.manifest.files else "fp32"
+        return chosen, opened(chosen)
+    exact = opened("fp32")
+    against = _against_int8(bundle)
+    if against is None:
+        options.add_session_config_entry("session.x64quantprecision", _exact_products(bundle.manifest))
+        int8 = opened("int8")
+        times = [_step_seconds(session, bundle.manifest) for session in (exact, int8)]
+        if times[1] < times[0]:
+            log.info("precision chosen", precision="int8", speedup=round(times[0] / times[1], 2))
+            return "int8", int8
+        against = f"it is no faster here ({times[0] / times[1]:.2f} times)"
+    log.info("precision chosen", precision="fp32", against_int8=against)
+    return "fp32", exact
+
+
+def _against_int8(bundle: Bundle) -> str | None:
+    """Why the bundle's own record does not allow INT8, or None."""
+    if BACKBONES["int8"] not in bundle.manifest.files:
+        return "the bundle has none"
+    loss = bundle.manifest.metrics.get("int8_quality_loss")
+    if loss is None:
+        return "its cost in quality is not on record"
+    return None if loss <= QUALITY_BUDGET else f"it costs {loss:.1%} of quality"
+
+
+def _exact_products(manifest: Manifest) -> str:
+    """Whether a CPU without VNNI must take its exact kernels: the fast ones saturate on 8-bit weights, but not on 7-bit ones."""
+    return "0" if manifest.metrics.get("int8_weight_bits") == 7 else "1"
+
+
+def _step_seconds(session: ort.InferenceSession, manifest: Manifest) -> float:
+    """Median time of a step of one row, after one that does not count; a slow one is timed once."""
+    config, drawn = manifest.config, np.random.default_rng(0)
+    shapes = {"x": (config.in_channels, *config.image_size)} | {
+        each.name: each.shape for each in manifest.state
+    }
+    inputs = {name: drawn.standard_normal((1, *shape), np.float32) for name, shape in shapes.items()}
+    times: list[float] = []
+    started = time.perf_counter()
+    run(session, ["output"], inputs)
+    while len(times) < TIMED and (not times or time.perf_counter() - started < TIMING_S):
+        before = time.perf_counter()
+        run(session, ["output"], inputs)
+        times.append(time.perf_counter() - before)
+    return statistics.median(times)
+
+
+def size_multiple(shape: Sequence[int | str]) -> int | None:
+    """What height and width must be multiples of, from the input's shape such as ("batch", 3, "4*rows", "4*columns")."""
+    factors = {side.rpartition("*")[0] or "1" for side in shape[2:] if isinstance(side, str)}
+    return (
+        int(factors.pop()) if len(factors) == 1 and all(isinstance(side, str) for side in shape[2:]) else None
+    )
 
 
 def run(

@@ -7,7 +7,6 @@ An engine is loaded only if its record names this GPU, this TensorRT and the bun
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from model.bundle import Bundle, digest
+from model.bundle import Bundle
+from model.engine_keys import FOLDER, GRAPHS, Device, Slot, origin_of
 from service.backends import BackendUnavailable, Floats
 from service.backends.cuda import Cuda
-from service.images import to_pixels
+from service.backends.onnx import CPU, Graphs, session_options
 
-PRECISIONS = ("fp16", "bf16", "int8", "fp32")
+PRECISIONS = ("fp16", "bf16", "fp32", "int8")
+CUDA = "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,46 +39,61 @@ class _Lane:
 class TensorRtBackend:
     """A bundle in TensorRT; embedder and conditioner run in ONNX Runtime on the CPU, their results are cached anyway.
 
+    The decoder of a model on latents runs in ONNX Runtime too, on the GPU where the installed build can.
+
     Args:
-        precision: which engine: "fp16", "bf16", "int8" or "fp32".
+        precision: which engine: "fp16", "bf16", "int8", "fp32", or "auto" for the first of fp16, bf16 and fp32 that the bundle has a
+            graph for.
         threads: compute threads of ONNX Runtime, 0 for one per core.
+        engines: folder of the engines, the bundle's own unless given.
         module: the TensorRT module, `tensorrt` unless given.
         cuda: the device, the first one unless given.
+        graphs: what runs the other parts of the bundle, unless as above.
     """
 
     name = "tensorrt"
+    size_multiple: int | None = None  # an engine is built for one size
 
     def __init__(
         self,
         bundle: Bundle,
         *,
-        precision: str = "fp16",
+        precision: str = "auto",
         threads: int = 0,
+        engines: Path | None = None,
         module: Any = None,
         cuda: Cuda | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise BackendUnavailable(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-        if bundle.manifest.decoder != "identity":
-            raise BackendUnavailable("the tensorrt backend has no decoder yet: choose the onnx backend")
+        if precision not in ("auto", *PRECISIONS):
+            known = ", ".join(("auto", *PRECISIONS))
+            raise BackendUnavailable(
+                f"precision of the tensorrt backend must be one of {known}, not {precision!r}"
+            )
         self.manifest = bundle.manifest
+        self.precision = _half(bundle) if precision == "auto" else precision
         self._trt = module if module is not None else import_module("tensorrt")
         self._cuda = cuda if cuda is not None else Cuda()
-        self._sessions = [_session(bundle, name, threads) for name in ("embedder.onnx", "conditioner.onnx")]
+        on_gpu = (CUDA, CPU) if CUDA in ort.get_available_providers() else (CPU,)
+        self._graphs = graphs or Graphs(bundle, session_options(threads), on_gpu)
         self._state = [entry.name for entry in bundle.manifest.state]
-        file = find_engine(bundle, precision, self._trt.__version__, *self._cuda.device())
+        device = Device(*self._cuda.device())
+        file = find_engine(
+            bundle, engines or bundle.path / FOLDER, self.precision, self._trt.__version__, device
+        )
         self._engine = self._deserialise(file)
         self._profiles = self._batch_ranges()
         self.buckets: tuple[int, ...] | None = _buckets(self._profiles)
         self._lanes: dict[int, _Lane] = {}
 
-    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
-        names = [factor.name for factor in self.manifest.factors]
-        inputs = {name: np.ascontiguousarray(labels[:, k]) for k, name in enumerate(names)}
-        return cast(Floats, self._sessions[0].run(["embedding"], inputs)[0])
+    def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
+        return self._graphs.embed(labels, text)
 
     def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
-        return tuple(self._sessions[1].run(self._state, {"timestep": timesteps, "embedding": embeddings}))
+        return self._graphs.modulate(timesteps, embeddings)
+
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        return self._graphs.decode(latents)
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
         rows = len(x)
@@ -90,9 +106,6 @@ class TensorRtBackend:
         self._cuda.launch(lane.graph)
         self._cuda.synchronise()
         return _read(lane.host["output"], rows)
-
-    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        return to_pixels(latents)
 
     def close(self) -> None:
         """Free the device; the backend cannot be used afterwards."""
@@ -163,33 +176,30 @@ class TensorRtBackend:
         return table[self._engine.get_tensor_dtype(name)]
 
 
-def find_engine(bundle: Bundle, precision: str, version: str, device: str, capability: str) -> Path:
+def find_engine(bundle: Bundle, engines: Path, precision: str, version: str, device: Device) -> Path:
     """The engine of this precision whose record fits the bundle, TensorRT and the GPU, its content checked.
 
     Raises:
         BackendUnavailable: there is none, or it is stale, foreign or damaged; the message holds the command that builds it.
+        BundleError: the bundle has no graph of this precision.
     """
-    wanted = {"flavour": "tensorrt", "version": version, "device": device, "capability": capability}
-    command = f"build it with python -m export.trt {bundle.path} --precision {precision}"
-    files = bundle.manifest.files
-    seen = "there is no engine"
-    for record_file in sorted(bundle.path.glob(f"engines/*/backbone.{precision}.json")):
-        engine = record_file.with_suffix(".engine")
-        try:
-            record = json.loads(record_file.read_text())
-            recipe, sha256 = record["recipe"], record["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            seen = f"{record_file} is damaged"
-            continue
-        if any(recipe.get(key) != value for key, value in wanted.items()):
-            continue
-        fresh = (recipe["graph"] in files and recipe["graph_sha256"] == files[recipe["graph"]].sha256) and (
-            recipe["weights_sha256"] == files["weights.safetensors"].sha256
+    origin = origin_of(
+        bundle, precision, GRAPHS[precision][0], flavour="tensorrt", version=version, device=device
+    )
+    slot = Slot.of(engines, origin)
+    problem = slot.problem(origin)
+    if problem is not None:
+        where = "" if engines == bundle.path / FOLDER else f" --engines {engines}"
+        raise BackendUnavailable(
+            f"the {precision} engine for {device.name} ({device.capability}) and TensorRT {version} is {problem}: "
+            f"build it with python -m export.trt {bundle.path} --precision {precision}{where}"
         )
-        if fresh and engine.is_file() and digest(engine) == sha256:
-            return engine
-        seen = f"{engine} is damaged" if fresh else f"{engine} was built from other files"
-    raise BackendUnavailable(f"{seen} for {device} ({capability}) and TensorRT {version}: {command}")
+    return slot.engine
+
+
+def _half(bundle: Bundle) -> str:
+    """The first precision with a graph; INT8 only by choice, since its pictures differ."""
+    return next((name for name in ("fp16", "bf16") if GRAPHS[name][0] in bundle.manifest.files), "fp32")
 
 
 def _buckets(profiles: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
@@ -197,12 +207,6 @@ def _buckets(profiles: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
     sizes = {size for profile in profiles for size in profile}
     sizes |= {1 << k for low, _, high in profiles for k in range(high.bit_length()) if low <= 1 << k <= high}
     return tuple(sorted(sizes))
-
-
-def _session(bundle: Bundle, name: str, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    return ort.InferenceSession(bundle.file(name), options, providers=["CPUExecutionProvider"])
 
 
 def _aligned(size: int) -> int:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from model.bundle import Bundle
-from model.dit import DiT
+from model.config import DiTConfig
+from model.network import make_network
 from service.backends import BackendUnavailable, Floats, OutOfMemory
 from service.images import to_pixels
 
@@ -27,6 +28,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    precision = "fp32"
     buckets: tuple[int, ...] | None = None
 
     def __init__(
@@ -40,17 +42,23 @@ class TorchBackend:
         if threads:
             torch.set_num_threads(threads)
         self.manifest = bundle.manifest
+        config = bundle.manifest.config
+        # A layout path has a bias for every token of the size it was trained at.
+        self.size_multiple = (
+            config.patch_size if isinstance(config, DiTConfig) and not config.layout_rank else None
+        )
         self._device = torch.device(device)
-        self._model = DiT(bundle.manifest.config)
+        self._model = make_network(config)
         self._model.load_state_dict(load_file(bundle.file("weights.safetensors")))
         self._model.eval().to(self._device)
         self._backbone = (
             torch.compile(self._model.backbone, dynamic=True) if compile else self._model.backbone
         )
 
-    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
+    def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         with _computing():
-            return _array(self._model.embed(torch.from_numpy(labels).to(self._device)))
+            sentences = None if text is None else self._tensor(text)
+            return _array(self._model.embed(torch.from_numpy(labels).to(self._device), sentences))
 
     def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
         with _computing():

@@ -1,6 +1,6 @@
 """The condition, computed once: two exact caches in front of the conditioner.
 
-`EmbeddingCache` maps a condition (classes, mixes of them) to its embedding; `ModulationCache` maps (timestep,
+`EmbeddingCache` maps a condition (classes, a text, mixes of them) to its embedding; `ModulationCache` maps (timestep,
 condition) to the state the backbone is modulated by. Both call the backend at one fixed batch size, whatever they need:
 a value then does not depend on what it is computed with, so images are equal to the last bit with the caches on, off,
 cold or warm.
@@ -19,11 +19,13 @@ import numpy.typing as npt
 
 from model.mixing import Mix, mixed
 from service.backends import Backend
+from service.counters import CacheCounters
+from service.engine.texts import TextEncodings
 from service.errors import InvalidRequest
 from service.jobs import ConditionTerm
 
 Floats = npt.NDArray[np.float32]
-Labels = tuple[int | None, ...]
+Given = tuple[tuple[int | None, ...], str]  # classes and a text, "" for none
 
 CHUNK: Final = 8  # rows of every conditioner call
 
@@ -39,45 +41,39 @@ class Condition:
 Want = tuple[int, Condition]  # a timestep and a condition
 
 
-class CacheCounters:
-    """What a cache did so far, in entries; `bytes` is what it holds now."""
-
-    def __init__(self) -> None:
-        self.hits = 0
-        self.misses = 0
-        self.bypasses = 0  # computed without asking the cache, because it is off or too small for the batch
-        self.prefetches = 0
-        self.evictions = 0
-        self.bytes = 0
-
-
 class EmbeddingCache(CacheCounters):
-    """Condition → embedding, the least recently used of `entries` leaving first."""
+    """Condition → embedding, the least recently used leaving first when they exceed `capacity` bytes.
 
-    def __init__(self, backend: Backend, *, entries: int = 4096) -> None:
+    `texts` encodes sentences; without it the model takes none.
+    """
+
+    def __init__(self, backend: Backend, texts: TextEncodings | None, *, capacity: int) -> None:
         super().__init__()
-        self._backend = backend
+        self._backend, self._texts = backend, texts
         self._null_labels = [len(factor.classes) for factor in backend.manifest.factors]
-        self._entries = entries
-        self._held: OrderedDict[Labels, Floats] = OrderedDict()
+        self._entries = max(1, capacity // (4 * backend.manifest.embedding_size))
+        self._held: OrderedDict[Given, Floats] = OrderedDict()
 
     def get(self, terms: Sequence[ConditionTerm], mix: Mix = "linear") -> Condition:
         """The condition of `terms`, whose weights count relative to their sum and whose order does not matter.
 
         Raises:
-            InvalidRequest: the weights do not sum to something positive.
+            InvalidRequest: the weights do not sum to something positive, or there is a text and the model takes none.
         """
-        weights: dict[Labels, float] = {}
+        weights: dict[Given, float] = {}
         for term in terms:
-            weights[term.labels] = weights.get(term.labels, 0.0) + term.weight
+            if term.text and self._texts is None:
+                raise InvalidRequest("This model takes no text.")
+            given = (term.labels, term.text)
+            weights[given] = weights.get(given, 0.0) + term.weight
         total = sum(weights.values())
         if not total > 0.0:
             raise InvalidRequest("the weights of a condition must sum to more than 0")
         parts = sorted(
-            ((labels, weight / total) for labels, weight in weights.items() if weight != 0.0),
-            key=lambda part: [-1 if label is None else label for label in part[0]],
+            ((given, weight / total) for given, weight in weights.items() if weight != 0.0),
+            key=lambda part: ([-1 if label is None else label for label in part[0][0]], part[0][1]),
         )
-        embeddings = self._embeddings([labels for labels, _ in parts])
+        embeddings = self._embeddings([given for given, _ in parts])
         key = blake2b(repr((parts, mix if len(parts) > 1 else "")).encode(), digest_size=16).digest()
         embedding = mixed(embeddings, [weight for _, weight in parts], mix)
         return Condition(key, np.asarray(embedding, np.float32))
@@ -86,27 +82,31 @@ class EmbeddingCache(CacheCounters):
         """The unconditional one: every factor at its null class."""
         return self.get([ConditionTerm(labels=(None,) * len(self._null_labels))])
 
-    def _embeddings(self, wanted: Sequence[Labels]) -> list[Floats]:
-        missing = [labels for labels in wanted if labels not in self._held]
+    def _embeddings(self, wanted: Sequence[Given]) -> list[Floats]:
+        missing = [given for given in wanted if given not in self._held]
         self.hits += len(wanted) - len(missing)
         self.misses += len(missing)
-        fresh: dict[Labels, Floats] = {}
+        fresh: dict[Given, Floats] = {}
         for start in range(0, len(missing), CHUNK):
             part = missing[start : start + CHUNK]
             indices = np.tile(np.array(self._null_labels, np.int64), (CHUNK, 1))  # (CHUNK, F)
-            for row, labels in zip(indices, part, strict=False):
+            for row, (labels, _) in zip(indices, part, strict=False):
                 row[:] = [n if k is None else k for k, n in zip(labels, self._null_labels, strict=True)]
-            embeddings = self._backend.embed(indices)
-            fresh.update((labels, row.copy()) for labels, row in zip(part, embeddings, strict=False))
-        found = [fresh[labels] if labels in fresh else self._held[labels] for labels in wanted]
-        for labels, embedding in zip(wanted, found, strict=True):
-            self._held[labels] = embedding
-            self._held.move_to_end(labels)
+            embeddings = self._backend.embed(indices, self._encodings([text for _, text in part]))
+            fresh.update((given, row.copy()) for given, row in zip(part, embeddings, strict=False))
+        found = [fresh[given] if given in fresh else self._held[given] for given in wanted]
+        for given, embedding in zip(wanted, found, strict=True):
+            self._held[given] = embedding
+            self._held.move_to_end(given)
         while len(self._held) > self._entries:
             self._held.popitem(last=False)
             self.evictions += 1
         self.bytes = len(self._held) * found[0].nbytes
         return found
+
+    def _encodings(self, texts: Sequence[str]) -> Floats | None:
+        """(CHUNK, text size), zeros for no text; None for a model that takes none."""
+        return None if self._texts is None else self._texts.get_many([*texts, *[""] * (CHUNK - len(texts))])
 
 
 class ModulationCache(CacheCounters):
@@ -211,13 +211,20 @@ class Conditions:
 
     Args:
         modulation_bytes: the most memory of the modulation cache; 0 turns it off.
-        embedding_entries: the most embeddings kept.
+        embedding_bytes: the most memory of the embedding cache.
+        texts: encodings of sentences, for a model that takes text.
     """
 
     def __init__(
-        self, backend: Backend, *, modulation_bytes: int = 256 << 20, embedding_entries: int = 4096
+        self,
+        backend: Backend,
+        *,
+        modulation_bytes: int = 256 << 20,
+        embedding_bytes: int = 64 << 20,
+        texts: TextEncodings | None = None,
     ) -> None:
-        self.embeddings = EmbeddingCache(backend, entries=embedding_entries)
+        self.texts = texts
+        self.embeddings = EmbeddingCache(backend, texts, capacity=embedding_bytes)
         self.null = self.embeddings.null()
         self.modulations = ModulationCache(backend, capacity=modulation_bytes, pinned=self.null.key)
 

@@ -52,7 +52,7 @@ class Course:
 def plot(rung: Rung, scale: float, schedule: Schedule) -> Course:
     """The whole course of a sample that starts from noise."""
     steps = grid(rung.grid, rung.steps, schedule.timesteps)
-    return _course(rung, scale, schedule, steps, previous=None)
+    return along(rung, scale, schedule, steps, previous=None)
 
 
 def replot(
@@ -63,12 +63,13 @@ def replot(
     `previous` is the timestep of the estimate in its solver history: multistep solvers keep their order.
     """
     rest = regrid(timestep, steps, rung.grid, schedule.timesteps)
-    return _course(rung, scale, schedule, rest, previous=previous)
+    return along(rung, scale, schedule, rest, previous=previous)
 
 
-def _course(
+def along(
     rung: Rung, scale: float, schedule: Schedule, steps: Sequence[int], *, previous: int | None
 ) -> Course:
+    """The course through given timesteps, high to low; `previous` as in `replot`."""
     table = step_table(rung.solver, steps, schedule, previous=previous)
     weight = [guidance_weight(scale, t, schedule.timesteps, rung.guidance_interval) for t in steps]
     columns = (table.x0_x, table.x0_out, table.a, table.b, table.c, table.s, weight)

@@ -1,5 +1,6 @@
 """The engine: many samples, each somewhere on its own course, one forward pass at a time.
 
+Samples of one image size share each pass; the sizes take turns.
 Synchronous and single-threaded: one thread calls everything here. It knows no queue, no HTTP and no file; requests come
 in as values, results go out in the report of a step. A sample's image depends on its request and its course alone, not
 on its company.
@@ -7,30 +8,34 @@ on its company.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
 
-from model.diffusion import Schedule, guided
+from model.diffusion import Schedule
 from service.backends import Backend
-from service.engine.conditions import CHUNK, Conditions, Want
+from service.engine.conditions import Conditions
 from service.engine.courses import Course, plot, replot
-from service.engine.samples import Failed, Finished, Preview, Sample, SampleRequest, StepReport
+from service.engine.groups import Group, Groups
+from service.engine.passes import WEIGHT, ForwardPass
+from service.engine.samples import Failed, Finished, Preview, Sample, SampleRequest, Size, StepReport
 from service.engine.scheduler import Batch, Scheduler
 from service.engine.slots import Floats, SlotPool
-from service.errors import DeadlineExceeded, NumericalError, ServiceError
+from service.engine.snapshots import Snapshot
+from service.errors import DeadlineExceeded, InternalError, InvalidRequest, NumericalError, ServiceError
+from service.jobs import Due
 from service.planning.costs import CostModel
 from service.planning.planner import Change, Planner
 from service.planning.rungs import Ladder, Rung, steps_left
-
-WEIGHT = -1  # the last column of a course's lines
 
 
 class Engine:
     """Runs up to `slots` samples.
 
     Args:
+        costs: of passes at the bundle's own size.
         schedule: the noise schedule the bundle was trained with.
         clock: seconds, on the clock of the requests' deadlines.
     """
@@ -53,11 +58,12 @@ class Engine:
         self.planner, self.ladder, self.costs = planner, ladder, costs
         self.schedule, self.clock = schedule, clock
         self._samples: dict[str, Sample] = {}
-        shape = (manifest.config.in_channels, *manifest.config.image_size)
+        self._slots = slots
         # Twice the rows: a guided sample alone may exceed a cap of one row, and a batch is padded past its end.
-        rows = 2 * max(scheduler.max_rows, 1)
-        self._pool = SlotPool(slots, shape, rows=rows, clip=manifest.diffusion.clip_x0)
-        self._state = tuple(np.zeros((rows, *entry.shape), np.float32) for entry in manifest.state)
+        self._rows = 2 * scheduler.max_rows
+        self._forward = ForwardPass(backend, conditions, scheduler, rows=self._rows)
+        height, width = manifest.config.image_size
+        self._groups = Groups((height, width), scheduler, costs, self._make_pool)
 
     def step(self, queued_rows: int = 0) -> StepReport:
         """Take the next step of the most urgent samples; or, when deadlines have passed, report those alone.
@@ -72,45 +78,70 @@ class Engine:
         if expired := self._expire(began):
             return StepReport(failed=expired)  # told at once: what follows may raise
         changes = self._plan(began, queued_rows)
-        batch = self._next_batch()
-        if not batch.samples:
+        if not self._samples:
             return StepReport(changes=changes)
+        group, batch = self._groups.next_batch()
         lines = np.stack([sample.line for sample in batch.samples])  # (n, 7)
-        output, rows = self._denoise(batch)  # (rows, C_out, H, W)
-        output = self._guide(batch, output, lines)  # (n, C, H, W)
-        estimates, finite = self._advance(batch, output, lines)
+        try:
+            output, rows = self._forward.run(group, batch, lines)  # (n, C, H, W)
+        except MemoryError:
+            if group is self._groups.own:
+                raise
+            return StepReport(failed=self._give_up(group), changes=changes)
+        estimates, finite = group.pool.advance(
+            output, lines[:, :WEIGHT], [each.generator for each in batch.samples]
+        )
         now = self.clock()
-        finished, failed, previews = self._finish(batch, estimates, finite, began, now)
-        predicted = self.costs.predict(rows)
-        self.costs.observe(rows, now - began)
+        finished, failed, previews = self._finish(group, batch, estimates, finite, began, now)
+        predicted = group.costs.predict(rows)
+        group.costs.observe(rows, now - began)
         return StepReport(
             finished, failed, previews, changes, batch.stop_reason, rows, now - began, predicted
         )
 
-    def add(self, request: SampleRequest) -> None:
-        """Let a sample join at the next step.
+    def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None:
+        """Let a sample join at the next step; with a snapshot, where another engine of this bundle left it.
 
         Raises:
-            InvalidRequest: its condition cannot be mixed.
-            ValueError: its id is running already, there is no free slot, or its rung is not one.
+            InvalidRequest: its condition cannot be mixed, or the backend does not run its size.
+            ValueError: its id is running already, there is no free slot, its rung is not one, or its snapshot does not fit.
         """
         if request.id in self._samples:
             raise ValueError(f"sample {request.id} is running already")
         if not self.free_samples:
             raise ValueError(f"no free slot for sample {request.id}")
+        size = self._size(request)
+        if snapshot is not None and snapshot.latent.shape[1:] != size:
+            raise ValueError(f"the snapshot of sample {request.id} is of another size")
         condition = self.conditions.get(request.condition, request.mix)
         unconditional = condition.key == self.conditions.null.key  # guiding it would change nothing
-        course = plot(request.rung, 1.0 if unconditional else request.guidance_scale, self.schedule)
-        sample = Sample(request, condition, course, added_at=self.clock())
-        sample.slot, latent = self._pool.take()
-        sample.generator.standard_normal(out=latent, dtype=np.float32)
-        self._samples[request.id] = sample
+        if snapshot is None:
+            course = plot(request.rung, 1.0 if unconditional else request.guidance_scale, self.schedule)
+        else:
+            course = snapshot.course(self.schedule)
+        group = self._groups.of(size)
+        sample = Sample(request, condition, course, added_at=self.clock(), size=size, row_cost=group.row_cost)
+        sample.slot, latent = group.pool.take()
+        if snapshot is None:
+            sample.generator.standard_normal(out=latent, dtype=np.float32)
+        else:
+            snapshot.resume(sample)
+            group.pool.restore(sample.slot, snapshot.latent, snapshot.history)
+        self._samples[request.id] = group.samples[request.id] = sample
+
+    def export(self, sample_id: str) -> Snapshot | None:
+        """Where a sample stands, for `add` to continue from; None before its first step, or if it is not running."""
+        sample = self._samples.get(sample_id)
+        if sample is None or not sample.taken:
+            return None
+        pool = self._groups.of(sample.size).pool
+        return Snapshot.of(sample, pool.latent(sample.slot), pool.history(sample.slot))
 
     def cancel(self, sample_id: str) -> None:
         """Drop a sample: it takes no further step. One that is not running is ignored."""
         sample = self._samples.pop(sample_id, None)
         if sample is not None:
-            self._pool.release(sample.slot)
+            self._groups.leave(sample)
 
     def hand_back(self) -> tuple[str, ...]:
         """Drop every sample and name them, for someone else to run: their seeds give the same images there."""
@@ -124,11 +155,10 @@ class Engine:
         began, rows = self.clock(), 1
         while rows <= self.scheduler.max_rows:
             rows = self.scheduler.size(rows)
-            x = np.zeros((rows, *self._pool.shape), np.float32)
-            state = tuple(tensor[:rows] for tensor in self._state)
-            self.backend.denoise(x, state)  # the first run of a size also pays for its memory
+            x = np.zeros((rows, *self._groups.own.pool.shape), np.float32)
+            self._forward.blank(x)  # the first run of a size also pays for its memory
             start = self.clock()
-            self.backend.denoise(x, state)
+            self._forward.blank(x)
             seconds = self.clock() - start
             self.costs.observe(rows, seconds)
             if (
@@ -147,12 +177,16 @@ class Engine:
 
     @property
     def free_samples(self) -> int:
-        return self._pool.free
+        return self._slots - len(self._samples)
 
     @property
     def backlog_rows(self) -> int:
-        """Rows until everything running is finished."""
-        return sum(sample.remaining_rows for sample in self._samples.values())
+        """Rows until everything running is finished, in rows of the bundle's own size."""
+        return ceil(sum(sample.row_cost * sample.remaining_rows for sample in self._samples.values()))
+
+    def dues(self) -> tuple[Due, ...]:
+        """The backlog by deadline."""
+        return self.planner.dues([sample.planned() for sample in self._samples.values()], self.clock())
 
     def progress(self) -> dict[str, tuple[int, int]]:
         """Steps taken and steps in all, by sample."""
@@ -190,70 +224,29 @@ class Engine:
             rung, scale, self.schedule, timestep=sample.timestep, steps=steps, previous=sample.previous
         )
 
-    def _next_batch(self) -> Batch[Sample]:
-        return self.scheduler.next_batch(
-            tuple(self._samples.values()), self.costs.knee(self.scheduler.max_rows)
-        )
+    def _size(self, request: SampleRequest) -> Size:
+        """The latent size of a request, if the backend runs it."""
+        own = self._groups.own.size
+        size = request.size or own
+        if size != own:
+            multiple = self.backend.size_multiple
+            if multiple is None or any(side < 1 or side % multiple for side in size):
+                raise InvalidRequest(f"This worker makes no images of {size[0]}x{size[1]} latent pixels.")
+        return size
 
-    def _denoise(self, batch: Batch[Sample]) -> tuple[Floats, int]:
-        """The network's output for every row of the batch, and how many rows were run for it.
-
-        Rows do not know each other, so out of memory is answered by running fewer at once.
-        """
-        x = self._pool.gather([sample.slot for sample in batch.samples], batch.guided)
-        self.conditions.modulations.gather(self._wants(batch), self._upcoming(batch), self._state)
-        parts: list[Floats] = []
-        done = run = 0
-        while done < batch.rows:
-            width = min(batch.rows - done, self.scheduler.max_rows)
-            size = self.scheduler.size(width)
-            part = slice(done, done + size)
-            try:
-                output = self.backend.denoise(x[part], tuple(tensor[part] for tensor in self._state))
-            except MemoryError:
-                if not self.scheduler.shrink(size):
-                    raise
-                continue
-            parts.append(output[:width])
-            done, run = done + width, run + size
-        return parts[0] if len(parts) == 1 else np.concatenate(parts), run
-
-    def _wants(self, batch: Batch[Sample]) -> list[Want]:
-        wants = [(sample.timestep, sample.condition) for sample in batch.samples]
-        return wants + [(wants[i][0], self.conditions.null) for i in batch.guided]
-
-    def _upcoming(self, batch: Batch[Sample]) -> Iterator[Want]:
-        """What the batch's samples want from the conditioner after this step, soonest first."""
-        for ahead in range(1, CHUNK + 1):
-            for sample in batch.samples:
-                step = sample.cursor + ahead
-                if step < len(sample.course):
-                    yield sample.course.timesteps[step], sample.condition
-                    if sample.course.guided[step]:
-                        yield sample.course.timesteps[step], self.conditions.null
-
-    def _guide(self, batch: Batch[Sample], output: Floats, lines: Floats) -> Floats:
-        """Classifier-free guidance of the rows that have it, (rows, C_out, H, W) → (n, C, H, W).
-
-        A learned variance is dropped: the solvers use the schedule's own.
-        """
-        n = len(batch.samples)
-        output = output[:, : self._pool.shape[0]]
-        if batch.guided:
-            picked = np.array(batch.guided)
-            weight = lines[picked, WEIGHT].reshape(-1, 1, 1, 1)
-            channels = self.backend.manifest.diffusion.guidance_channels
-            with np.errstate(all="ignore"):  # what is not finite is found in `advance`
-                output[picked] = guided(output[picked], output[n:], weight, channels)
-        return output[:n]
-
-    def _advance(
-        self, batch: Batch[Sample], output: Floats, lines: Floats
-    ) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        return self._pool.advance(output, lines[:, :WEIGHT], [sample.generator for sample in batch.samples])
+    def _make_pool(self, size: Size) -> SlotPool:
+        manifest = self.backend.manifest
+        shape = (manifest.config.in_channels, *size)
+        return SlotPool(self._slots, shape, rows=self._rows, clip=manifest.diffusion.clip_x0)
 
     def _finish(
-        self, batch: Batch[Sample], estimates: Floats, finite: npt.NDArray[np.bool_], began: float, now: float
+        self,
+        group: Group,
+        batch: Batch[Sample],
+        estimates: Floats,
+        finite: npt.NDArray[np.bool_],
+        began: float,
+        now: float,
     ) -> tuple[tuple[Finished, ...], tuple[Failed, ...], tuple[Preview, ...]]:
         """Count the step; part from samples that are done or broken; show what was asked to be shown."""
         finished: list[Finished] = []
@@ -268,11 +261,17 @@ class Engine:
                 continue
             sample.advance(began)
             if not sample.remaining_steps:
-                finished.append(sample.finished(self._pool.latent(sample.slot), now))
+                finished.append(sample.finished(group.pool.latent(sample.slot), now))
                 self.cancel(sample.id)
             elif sample.request.previews and sample.taken % sample.request.previews == 0:
                 previews.append(Preview(sample.id, sample.taken, sample.steps, estimate.copy()))
         return tuple(finished), tuple(failed), tuple(previews)
+
+    def _give_up(self, group: Group) -> tuple[Failed, ...]:
+        """Not even one row of this size fits in memory; other sizes go on."""
+        height, width = group.size
+        error = f"An image of {height}x{width} latent pixels does not fit in this worker's memory."
+        return tuple(self._fail(sample, InternalError(error)) for sample in tuple(group.samples.values()))
 
     def _fail(self, sample: Sample, error: ServiceError) -> Failed:
         self.cancel(sample.id)

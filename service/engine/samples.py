@@ -21,6 +21,7 @@ from service.planning.planner import ROOM, Change, PlannedSample
 from service.planning.rungs import Rung
 
 Latent = npt.NDArray[np.float32]
+Size = tuple[int, int]  # height and width in latent pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class SampleRequest:
     allow_degraded: bool
     min_steps: int
     reason: str | None = None  # why `rung` is not `requested`, if it is not
+    size: Size | None = None  # None: the bundle's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,10 @@ class StepReport:
 
 
 class Sample:
-    """A running sample: where it stands on its course. Its latent lives in the slot pool at `slot`."""
+    """A running sample: where it stands on its course. Its latent lives at `slot` in the pool of its size.
+
+    `row_cost` is the tokens of one of its rows, in rows of the bundle's own size.
+    """
 
     __slots__ = (
         "added_at",
@@ -98,16 +103,26 @@ class Sample:
         "guidance_scale",
         "reason",
         "request",
+        "row_cost",
         "rung",
+        "size",
         "slot",
         "started_at",
         "taken",
     )
 
     def __init__(
-        self, request: SampleRequest, condition: Condition, course: Course, *, added_at: float
+        self,
+        request: SampleRequest,
+        condition: Condition,
+        course: Course,
+        *,
+        added_at: float,
+        size: Size,
+        row_cost: float = 1.0,
     ) -> None:
         self.request = request
+        self.size, self.row_cost = size, row_cost
         self.condition = condition
         self.course = course
         self.cursor = 0  # the course's next step
@@ -175,6 +190,7 @@ class Sample:
             started=self.taken > 0,
             timestep=self.timestep,
             requested=self.request.requested,
+            row_cost=self.row_cost,
         )
 
     def advance(self, started_at: float) -> None:

@@ -1,13 +1,14 @@
 """Which samples take their next step together, and in how many rows.
 
-Earliest deadline first among the samples at hand; as many rows as the cost model finds worthwhile; padded to a bucket
-where the backend runs fixed sizes. Pure: no clock, no network, no arrays; what it orders comes in as arguments. Never
-done here: choosing who is claimed (the broker) or at what quality (the planner).
+Earliest deadline first among the samples at hand; as many rows as the cost model finds worthwhile and the budget of tokens
+holds; padded to a bucket where the backend runs fixed sizes. Pure: no clock, no network, no arrays; what it orders comes in
+as arguments. Never done here: choosing who is claimed (the broker), at what quality (the planner), or which image size has
+its turn (`turns`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -43,9 +44,10 @@ class Scheduler:
     """Forms batches.
 
     Args:
-        max_rows: the most rows of one forward pass. Lowered when the device runs out of memory.
+        max_rows: the most rows of one forward pass, and its budget of tokens, in rows of the bundle's own size. Lowered when
+            the device runs out of memory.
         buckets: the batch sizes the backend runs, None for any.
-        strict: run every pass at exactly `max_rows` rows, so that results are equal to the last bit in any company. The
+        strict: run every pass at as many rows as it may have, so that results are equal to the last bit in any company. The
             price is the padding.
         patience_s: a sample without a deadline is ordered as if due this long after it joined, so that it never starves.
     """
@@ -69,12 +71,13 @@ class Scheduler:
         self._strict = strict
         self._patience_s = patience_s
 
-    def next_batch(self, samples: Sequence[S], knee: int) -> Batch[S]:
+    def next_batch(self, samples: Collection[S], knee: int, row_cost: float = 1.0) -> Batch[S]:
         """The samples to step now, most urgent first, up to the worthwhile `knee` or the size that is run for it.
 
-        At least one sample is chosen, even if its two rows exceed the cap: rows need not share a forward pass.
+        All samples are of one size, at which a row has `row_cost` times the tokens of the bundle's own. At least one is
+        chosen, even if its two rows exceed the cap: rows need not share a forward pass.
         """
-        room = self.size(min(knee, self.max_rows))
+        room = self.size(min(knee, self.cap(row_cost)), row_cost)
         chosen: list[S] = []
         guided: list[int] = []
         for sample in sorted(samples, key=self._due):
@@ -87,18 +90,25 @@ class Scheduler:
             room -= rows
         return Batch(tuple(chosen), tuple(guided), "cap" if len(chosen) < len(samples) else "idle")
 
-    def size(self, rows: int) -> int:
-        """Rows that are run for `rows` wanted ones, 1..`max_rows`: the smallest size that holds them."""
+    def cap(self, row_cost: float = 1.0) -> int:
+        """The most rows of one forward pass: what the budget holds, at most `max_rows`, at least the smallest size there is."""
+        rows = max(1, min(self.max_rows, int(self.max_rows / row_cost)))
+        if self._buckets is None:
+            return rows
+        return max((size for size in self._buckets if size <= rows), default=self._buckets[0])
+
+    def size(self, rows: int, row_cost: float = 1.0) -> int:
+        """Rows that are run for `rows` wanted ones, 1..`cap`: the smallest size that holds them."""
         if self._strict:
-            return self.max_rows
+            return self.cap(row_cost)
         return next(size for size in self._buckets if size >= rows) if self._buckets else rows
 
-    def shrink(self, rows: int) -> bool:
-        """Out of memory at `rows` rows: never run that many again. False when nothing smaller is possible."""
+    def shrink(self, rows: int, row_cost: float = 1.0) -> bool:
+        """Out of memory at `rows` rows: never run that many tokens again. False when nothing smaller is possible."""
         smaller = [size for size in self._buckets if size < rows] if self._buckets else [rows // 2]
         if not smaller or smaller[-1] < 1:
             return False
-        self.max_rows = smaller[-1]
+        self.max_rows = min(self.max_rows, max(smaller[-1], int(smaller[-1] * row_cost)))
         return True
 
     def _due(self, sample: S) -> float:

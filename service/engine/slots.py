@@ -47,6 +47,15 @@ class SlotPool:
         latent: Floats = self._latents[slot]
         return latent.copy()
 
+    def history(self, slot: int) -> Floats:
+        """A copy of the solver's history of a slot (C, H, W)."""
+        history: Floats = self._history[slot]
+        return history.copy()
+
+    def restore(self, slot: int, latent: Floats, history: Floats) -> None:
+        """Put what another pool held into a slot."""
+        self._latents[slot], self._history[slot] = latent, history
+
     def gather(self, slots: Sequence[int], guided: Sequence[int]) -> Floats:
         """The network's input: one row per slot, then a second one for each of `guided` (places in `slots`).
 

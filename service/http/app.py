@@ -17,6 +17,7 @@ from service import metrics
 from service.errors import ServiceError
 from service.http import job_routes, openai, pages, probes, routes
 from service.http.access import Access
+from service.http.canary import Canary
 from service.http.context import Context
 from service.http.intake import Intake
 from service.http.middleware import Body, RequestContext
@@ -55,7 +56,8 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
         async with opener(settings) as backplane:
             intake = Intake(bundle.manifest, settings, backplane.queue)
             app.state.context = Context(settings, backplane, intake, draining)
-            yield
+            async with _watched(settings, bundle, intake, backplane):
+                yield
         tracing.close()
 
     app = FastAPI(
@@ -84,6 +86,24 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
     app.add_middleware(RequestContext, tracing=tracing)
     metrics.BUILD_INFO.labels(VERSION, bundle.manifest.name, bundle.manifest.version).set(1)
     return app
+
+
+@asynccontextmanager
+async def _watched(
+    settings: Settings, bundle: Bundle, intake: Intake, backplane: Backplane
+) -> AsyncIterator[None]:
+    """With the canary at work, where the bundle has a golden image and `canary_s` is not 0."""
+    golden = bundle.manifest.golden
+    if golden is None or not settings.canary_s:
+        yield
+        return
+    canary = Canary(bundle.path, golden, intake, backplane.listener)
+    task = asyncio.create_task(canary.run(settings.canary_s))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def _answered(request: Request, error: Exception) -> Response:

@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import Receive
 
-from service.errors import Cancelled, DeadlineExceeded, JobNotFound, QueueUnavailable
+from service.errors import Cancelled, DeadlineExceeded, Draining, JobNotFound, QueueUnavailable
 from service.http.intake import Caller, Intake
 from service.http.middleware import disconnected
 from service.jobs import Job, JobResult, JobStatus
@@ -32,36 +32,48 @@ class Context:
     draining: asyncio.Event
     started: bool = field(default=False)
 
-    async def job(self, job_id: str) -> JobStatus:
-        """Raises `JobNotFound`, `QueueUnavailable`."""
+    async def job(self, job_id: str, held: ApiKey | None = None) -> JobStatus:
+        """A job as the holder of a key may see it: their own, with the scope admin anybody's. Raises `JobNotFound`, `QueueUnavailable`."""
         status = await self.backplane.queue.status(job_id) if _JOB_ID.fullmatch(job_id) else None
-        if status is None:
+        strange = held is not None and "admin" not in held.scopes
+        if status is None or (strange and held and status.job.caller != held.caller):
             raise JobNotFound(f"There is no job {job_id[:64]!r}.")
         return status
 
     async def result(self, job: Job, receive: Receive, *, keep: bool = False) -> JobResult:
         """The result of a job, waited for until its deadline or until the client goes, which cancels it (unless `keep`).
 
-        Raises `Cancelled`, `DeadlineExceeded`, or the job's own error.
+        Raises `Cancelled`, `DeadlineExceeded`, `Draining`, or the job's own error.
         """
         waiting = asyncio.create_task(self.backplane.listener.wait(job.id))
         gone = asyncio.create_task(disconnected(receive))
+        leaving = asyncio.create_task(self._drained())
         patience = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
         try:
-            await asyncio.wait((waiting, gone), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (waiting, gone, leaving), timeout=patience, return_when=asyncio.FIRST_COMPLETED
+            )
             if waiting.done():
                 return waiting.result()
             if gone.done():
                 raise Cancelled("The client went away.")
+            if leaving.done():
+                raise Draining("The images were not ready when this process had to stop.", retry_after=1)
             keep = False
             raise DeadlineExceeded("The images were not ready by the deadline.")
         finally:
             ended = waiting.done()
             waiting.cancel()
             gone.cancel()
-            await asyncio.wait((waiting, gone))
+            leaving.cancel()
+            await asyncio.wait((waiting, gone, leaving))
             if not ended and not keep:
                 await self.cancel(job.id)
+
+    async def _drained(self) -> None:
+        """Returns when this process was told to stop and has waited as long as it may."""
+        await self.draining.wait()
+        await asyncio.sleep(self.settings.drain_s)
 
     async def cancel(self, job_id: str) -> None:
         """Cancel a job nobody waits for. If the queue cannot be asked the job runs on, which costs time but harms nobody."""
@@ -77,12 +89,19 @@ def _context(request: Request) -> Context:
 Api = Annotated[Context, Depends(_context)]
 
 
+async def _found(job_id: str, request: Request, api: Api) -> JobStatus:
+    return await api.job(job_id, getattr(request.state, "key", None))
+
+
+Found = Annotated[JobStatus, Depends(_found)]  # the job of the path
+
+
 def caller(request: Request, *, key: str | None = None) -> Caller:
     """Who sent this request: fair queueing and idempotency keys are per API key, or per network address where keys are not used."""
     trace = {"request_id": request.state.request_id, **request.state.trace}
     held: ApiKey | None = getattr(request.state, "key", None)
     address = request.client.host if request.client else "unknown"
-    return Caller(f"key:{held.id}" if held else address, key, trace)
+    return Caller(held.caller if held else address, key, held.concurrency if held else None, trace)
 
 
 def note(request: Request, **fields: str) -> None:

@@ -4,12 +4,11 @@ The one door for `/generate` and for OpenAI's route. Raises errors of the tree; 
 """
 
 import asyncio
-import hashlib
-import json
 import secrets
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import ceil
 
 from model.bundle import Manifest
 from model.diffusion import GRIDS
@@ -23,12 +22,14 @@ from service.errors import (
     Overloaded,
     QueueFull,
 )
+from service.http.idempotency import fingerprint_of, keyed_id
 from service.http.schemas import GenerateRequest
-from service.http.vocabulary import Vocabulary
+from service.http.sizes import latent_size, row_cost, written
+from service.http.vocabulary import ClassRef, Vocabulary
 from service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus, LoadSnapshot
+from service.planning.admission import NO_WORKER, Admission, Newcomer, admit
 from service.planning.capacity import drained
 from service.planning.load import finite
-from service.planning.planner import NO_WORKER, Admission, Planner
 from service.planning.rungs import Ladder, Rung
 from service.queue.backplane import Queue
 from service.settings import Settings
@@ -36,16 +37,18 @@ from service.settings import Settings
 LOAD_FRESH_S = 0.1
 _FREED = 0.1  # of a full queue should have drained before it is worth coming back
 _RETRY_S = 5.0  # when that cannot be predicted
-_UPSCALE = {"identity": 1, "sd-vae": 8, "small": 8}  # pixels a side of one latent pixel
+TEXT = "text"  # in a condition, what is no factor
 _BODY = "body"  # in a job's trace: the fingerprint of the request, to tell a replay from a reuse of its key
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. `key` is their Idempotency-Key; `trace` travels with the job into logs and spans."""
+    """Who asks. `key` is their Idempotency-Key; `at_once`, how many unfinished jobs they may have; `trace` travels with the job
+    into logs and spans."""
 
     name: str
     key: str | None = None
+    at_once: int | None = None
     trace: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -92,7 +95,6 @@ class Intake:
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue)
-        self._planner = Planner(self.ladder)
         self._settings = settings
         self._queue = queue
 
@@ -108,14 +110,24 @@ class Intake:
         """
         condition = self._condition(request)
         rung = self._rung(request)
-        fingerprint = "" if caller.key is None else _fingerprint(request, image_format)
+        size = await self._size(request)
+        fingerprint = "" if caller.key is None else fingerprint_of(request, image_format)
         if caller.key is not None:
-            known = await self._queue.status(_keyed_id(caller))
+            known = await self._queue.status(keyed_id(caller.name, caller.key))
             if known is not None:
                 return self._again(known, fingerprint)
         now = time.time()
         deadline_at = self._deadline(request, now)
-        admission = await self._admit(request, rung, deadline_at, now)
+        newcomer = Newcomer(
+            rung=rung,
+            guidance_scale=self._guidance(request),
+            samples=request.n,
+            deadline_at=deadline_at,
+            allow_degraded=request.allow_degraded,
+            min_steps=self._floor(request, rung),
+            row_cost=row_cost(size, self.manifest),
+        )
+        admission = await self._admit(newcomer, now)
         job = self._job(
             request,
             caller,
@@ -125,10 +137,11 @@ class Intake:
             now=now,
             deadline_at=deadline_at,
             image_format=image_format,
+            size=size,
         )
         if fingerprint:
             job.trace[_BODY] = fingerprint
-        if not await self._submit(job):
+        if not await self._submit(job, caller):
             return self._again(await self._known(job), fingerprint)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
@@ -140,8 +153,16 @@ class Intake:
                 f"There is no model {request.model!r}; this service runs {self.manifest.name}."
             )
         if isinstance(request.condition, dict):
-            return (self.vocabulary.term(request.condition),)
-        return tuple(self.vocabulary.term(term.condition, term.weight) for term in request.condition)
+            return (self._term(request.condition, 1.0),)
+        return tuple(self._term(term.condition, term.weight) for term in request.condition)
+
+    def _term(self, condition: Mapping[str, ClassRef], weight: float) -> ConditionTerm:
+        """A term whose `text`, where the model takes one, is not a factor."""
+        given = dict(condition)
+        text = given.pop(TEXT, None) if self.manifest.config.text_size else None
+        if not isinstance(text, str | None):
+            raise wrong("condition", "The text must be a string.")
+        return replace(self.vocabulary.term(given, weight), text=(text or "").strip())
 
     def _rung(self, request: GenerateRequest) -> Rung:
         defaults, timesteps = self.manifest.defaults, self.manifest.diffusion.timesteps
@@ -153,8 +174,6 @@ class Intake:
             raise wrong("min_steps", f"It cannot be more than the {steps} steps asked for.")
         if request.n > self._settings.max_images:
             raise wrong("n", f"At most {self._settings.max_images} images a request.")
-        if request.size not in (None, size(self.manifest)):
-            raise wrong("size", f"This model makes {size(self.manifest)} images only.")
         low, high = request.guidance_interval or defaults.guidance_interval
         if low > high:
             raise wrong("guidance_interval", "Its low end is above its high end.")
@@ -175,26 +194,27 @@ class Intake:
             raise wrong("deadline_ms", f"At most {limit * 1000:.0f} ms.")
         return now + request.deadline_ms / 1000
 
-    async def _admit(
-        self, request: GenerateRequest, rung: Rung, deadline_at: float | None, now: float
-    ) -> Admission:
-        admission = self._planner.admit(
-            await self.load(),
-            rung=rung,
-            guidance_scale=self._guidance(request),
-            samples=request.n,
-            deadline_at=deadline_at,
-            allow_degraded=request.allow_degraded,
-            min_steps=self._floor(request, rung),
-            now=now,
-        )
+    async def _size(self, request: GenerateRequest) -> tuple[int, int] | None:
+        """The latent size asked for, None for the model's own. What else there is, the workers say."""
+        if request.size in (None, size(self.manifest)):
+            return None
+        workers = (await self.load()).workers
+        if not workers:
+            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=_RETRY_S)
+        try:
+            return latent_size(request.size, self.manifest, workers, max_area=self._settings.max_area)
+        except ValueError as error:
+            raise wrong("size", str(error)) from None
+
+    async def _admit(self, newcomer: Newcomer, now: float) -> Admission:
+        admission = admit(newcomer, await self.load(), ladder=self.ladder, now=now)
         if admission.accepted:
             return admission
         if admission.reason == NO_WORKER:
             raise Overloaded(
                 "No worker is running, so no deadline can be kept.", retry_after=admission.retry_after_s
             )
-        ways = "even in fewer steps" if request.allow_degraded else "and the request rules out fewer steps"
+        ways = "even in fewer steps" if newcomer.allow_degraded else "and the request rules out fewer steps"
         when = "now" if admission.retry_after_s else "even on idle workers"
         raise Overloaded(
             f"The images would take about {admission.predicted_s:.1f} s, too long for the deadline {when}, {ways}.",
@@ -216,11 +236,13 @@ class Intake:
         now: float,
         deadline_at: float | None,
         image_format: ImageFormat,
+        size: tuple[int, int] | None,
     ) -> Job:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         scale = self._guidance(request)
+        rows = request.n * self.ladder.row_steps(admission.rung, scale)
         return Job(
-            id=_keyed_id(caller) if caller.key is not None else secrets.token_hex(16),
+            id=keyed_id(caller.name, caller.key) if caller.key is not None else secrets.token_hex(16),
             model=self.manifest.name,
             condition=condition,
             mix=request.mix,
@@ -240,13 +262,14 @@ class Intake:
             min_steps=self._floor(request, rung),
             rung=admission.rung.name if admission.degraded else None,
             reason=admission.reason,
-            cost_rows=request.n * self.ladder.row_steps(admission.rung, scale),
+            cost_rows=ceil(rows * row_cost(size, self.manifest)),
             trace=dict(caller.trace),
+            size=size,
         )
 
-    async def _submit(self, job: Job) -> bool:
+    async def _submit(self, job: Job, caller: Caller) -> bool:
         try:
-            return await self._queue.submit(job)
+            return await self._queue.submit(job, at_once=caller.at_once)
         except QueueFull as error:
             wait = finite(drained(await self.load()) * _FREED)
             raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
@@ -265,9 +288,7 @@ class Intake:
 
 def size(manifest: Manifest) -> str:
     """Width x height of a model's images, in pixels."""
-    height, width = manifest.config.image_size
-    factor = _UPSCALE[manifest.decoder]
-    return f"{width * factor}x{height * factor}"
+    return written(manifest)
 
 
 def wrong(field: str, detail: str) -> InvalidRequest:
@@ -281,12 +302,3 @@ def _one_of(field: str, name: str, known: Collection[str]) -> str:
     if name not in known:
         raise wrong(field, f"There is no {name!r}; choose among {', '.join(known)}.")
     return name
-
-
-def _keyed_id(caller: Caller) -> str:
-    return hashlib.blake2s(f"{caller.name}\0{caller.key}".encode(), digest_size=16).hexdigest()
-
-
-def _fingerprint(request: GenerateRequest, image_format: str) -> str:
-    canonical = json.dumps([request.model_dump(mode="json"), image_format], sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -20,7 +20,7 @@ from service.errors import (
     from_wire,
 )
 from service.http import answers
-from service.http.context import Api, Context
+from service.http.context import Api, Context, Found
 from service.http.openapi import problems
 from service.http.problems import problem
 from service.http.schemas import JobOut, Links, Outcome, Problem
@@ -49,9 +49,9 @@ def links(job: Job) -> Links:
     response_model=JobOut,
     responses=problems(JobNotFound, JobExpired, QueueUnavailable),
 )
-async def get_job(job_id: str, api: Api) -> JobOut:
+async def get_job(found: Found, api: Api) -> JobOut:
     """State, place in the queue, step, predicted time left; once done, how the images were made."""
-    return await _described(await api.job(job_id), api)
+    return await described(found, api)
 
 
 @router.delete(
@@ -60,11 +60,10 @@ async def get_job(job_id: str, api: Api) -> JobOut:
     response_model=JobOut,
     responses=problems(JobNotFound, JobExpired, QueueUnavailable),
 )
-async def delete_job(job_id: str, api: Api) -> JobOut:
+async def delete_job(found: Found, api: Api) -> JobOut:
     """Stops a waiting job at once and a running one at its next step. A job that has ended stays as it is."""
-    await api.job(job_id)
-    await api.backplane.queue.cancel(job_id)
-    return await _described(await api.job(job_id), api)
+    await api.backplane.queue.cancel(found.id)
+    return await described(await api.job(found.id), api)
 
 
 @router.get(
@@ -76,18 +75,17 @@ async def delete_job(job_id: str, api: Api) -> JobOut:
         **problems(JobNotFound, ImageNotFound, JobUnfinished, JobExpired, QueueUnavailable),
     },
 )
-async def get_image(job_id: str, k: str, api: Api) -> Response:
+async def get_image(found: Found, k: str, api: Api) -> Response:
     """Image `k`, counted from 0, of a job that is done."""
-    status = await api.job(job_id)
-    if status.state not in TERMINAL_STATES:
-        raise JobUnfinished(f"The job is {status.state}; follow its events.", retry_after=1)
-    if status.state != "done":
-        raise ImageNotFound(f"The job ended as {status.state}, without images.")
-    result = await _result(status, api)
+    if found.state not in TERMINAL_STATES:
+        raise JobUnfinished(f"The job is {found.state}; follow its events.", retry_after=1)
+    if found.state != "done":
+        raise ImageNotFound(f"The job ended as {found.state}, without images.")
+    result = await _result(found, api)
     if not (k.isdecimal() and len(k) < 4 and int(k) < len(result.images)):
         raise ImageNotFound(f"The job has images 0 to {len(result.images) - 1}.")
-    headers = answers.facts(status.job, result) | {"cache-control": "private, max-age=3600, immutable"}
-    return answers.file(status.job, result.images[int(k)], headers)
+    headers = answers.facts(found.job, result) | {"cache-control": "private, max-age=3600, immutable"}
+    return answers.file(found.job, result.images[int(k)], headers)
 
 
 @router.get(
@@ -103,18 +101,17 @@ async def get_image(job_id: str, k: str, api: Api) -> Response:
     },
 )
 async def get_events(
-    job_id: str,
+    found: Found,
     request: Request,
     api: Api,
     last_event_id: Annotated[str | None, Header(max_length=64)] = None,
 ) -> Response:
     """`queued`, `started`, `step` (k of n), `preview` (an image of the current estimate, base64 in `b64`), `degraded`, and last
     one of `done`, `failed`, `cancelled`. Resumes after `Last-Event-ID`. Leaving the stream does not cancel the job."""
-    status = await api.job(job_id)
     after = last_event_id or "0-0"
     if not _EVENT_ID.fullmatch(after):
         raise MalformedRequest("Last-Event-ID is not an id of this stream.")
-    events = _told(status.job, after, api, request.state.request_id)
+    events = _told(found.job, after, api, request.state.request_id)
     return EventStream(events, keepalive_s=api.settings.keepalive_s, stop=api.draining)
 
 
@@ -151,7 +148,8 @@ async def _result(status: JobStatus, api: Context) -> JobResult:
     return result
 
 
-async def _described(status: JobStatus, api: Context) -> JobOut:
+async def described(status: JobStatus, api: Context) -> JobOut:
+    """Where a job stands, as it is told. Raises `JobExpired` when it is done and its images are gone."""
     job = status.job
     outcome = error = eta = None
     if status.state == "done":

@@ -9,10 +9,10 @@ from starlette.responses import JSONResponse, Response
 from model.diffusion import GRIDS
 from model.solvers import SOLVERS
 from service.errors import IdempotencyConflict, IdempotencyMismatch, JobExpired, NotAcceptable
+from service.http import job_routes
 from service.http.answers import negotiate, render
 from service.http.context import Api, Context, caller, note
 from service.http.intake import Ticket, size
-from service.http.job_routes import links
 from service.http.openapi import BODY, ENDED, SUBMIT, problems
 from service.http.schemas import (
     DefaultsOut,
@@ -69,7 +69,7 @@ async def generate(
     )
     note(request, job=ticket.job.id)
     if at_once:
-        return _accepted(ticket)
+        return await _accepted(ticket, api)
     if ticket.pending and not ticket.new:
         raise IdempotencyConflict(
             "The first request with this Idempotency-Key is still running.", retry_after=1
@@ -87,9 +87,21 @@ def _responds_async(prefer: str | None) -> bool:
     return "respond-async" in wishes
 
 
-def _accepted(ticket: Ticket) -> Response:
+async def _accepted(ticket: Ticket, api: Context) -> Response:
+    place = _queued(ticket) if ticket.new else await job_routes.described(await api.job(ticket.job.id), api)
+    headers = {
+        "location": place.links.self,
+        "preference-applied": "respond-async",
+        "x-job-id": ticket.job.id,
+        **({} if ticket.new else {"idempotency-replayed": "true"}),
+    }
+    return JSONResponse(place.model_dump(mode="json"), 202, headers)
+
+
+def _queued(ticket: Ticket) -> JobOut:
+    """Where a job stands that was queued this moment."""
     job = ticket.job
-    described = JobOut(
+    return JobOut(
         id=job.id,
         model=job.model,
         state="queued",
@@ -100,10 +112,8 @@ def _accepted(ticket: Ticket) -> Response:
         eta_s=ticket.predicted_s,
         created_at=job.created_at,
         deadline_at=job.deadline_at,
-        links=links(job),
+        links=job_routes.links(job),
     )
-    headers = {"location": described.links.self, "preference-applied": "respond-async", "x-job-id": job.id}
-    return JSONResponse(described.model_dump(mode="json"), 202, headers)
 
 
 @router.get("/models", tags=["models"], summary="What is being served", response_model=ModelsOut)

@@ -62,6 +62,10 @@ class CostModel:
         enough = KNEE * max(pace)
         return next(rows for rows, speed in enumerate(pace, start=1) if speed >= enough)
 
+    def scaled(self, factor: float) -> CostModel:
+        """A first guess for rows that are `factor` times as much work."""
+        return CostModel(fixed_s=self.fixed_s, per_row_s=self.per_row_s * factor, decode_s=self.decode_s)
+
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from one forward pass."""
         if rows < 1 or seconds <= 0:

@@ -32,7 +32,7 @@ def eta_s(status: JobStatus, load: LoadSnapshot) -> float | None:
     if status.state != "running" or not load.workers:
         return None
     slowest = max(
-        worker.step_fixed_s + worker.step_per_row_s * min(2 * worker.running_samples, worker.max_rows)
+        worker.step_fixed_s + worker.step_per_row_s * min(max(2 * worker.running_samples, 2), worker.max_rows)
         for worker in load.workers
     )
     return max(status.steps - status.step, 0) * slowest

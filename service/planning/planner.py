@@ -1,10 +1,10 @@
-"""Which rung every sample runs, and whether a newcomer can be taken: quality spent so that deadlines hold.
+"""Which rung every sample runs: quality spent so that deadlines hold.
 
 The method: deadlines are tested in their order (processor demand, Baruah et al. 1990: one server, preempted between steps). At the
 first that does not hold, of the samples due no later the one that loses least quality per row saved goes one rung down. With
 room to spare for a while, one sample at a time climbs back. Nobody goes below what the request consents to, nobody is cut while
-the test holds, nor for a deadline that is lost anyway. Accepted work is not evicted: what cannot be met is refused at admission. Pure:
-time, load and costs are arguments.
+the test holds, nor for a deadline that is lost anyway. Accepted work is not evicted: what cannot be met is refused at `admission`.
+Pure: time, load and costs are arguments.
 """
 
 from __future__ import annotations
@@ -12,30 +12,26 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil, floor, inf, log2
 
-from service.jobs import LoadSnapshot
-from service.planning.capacity import Capacity
-from service.planning.capacity import drained as drained
+from service.jobs import Due
 from service.planning.costs import CostModel
 from service.planning.rungs import Ladder, Rung, steps_left
 
 LOAD = "load"  # the machine is busy
 DEADLINE = "deadline"  # too close for the rung asked for, even on an idle machine
 ROOM = "room"  # back up: there is time again
-NO_WORKER = "no-worker"
 
-FLOOR_SMOOTHING = 0.05
-UNDER_WAY = (
-    1.5  # a sample under way has on average two thirds of its rows to go, what is claimed ahead included
-)
+HORIZONS_PER_OCTAVE = 2  # how finely deadlines are told apart in what is published of them
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How cautious to be. Margins stretch predicted times."""
+    """How cautious to be. Margins stretch predicted times: little for a cut, which can still be made at the next step, more
+    for a promise and for a climb."""
 
-    margin: float = 1.1
+    margin: float = 1.02
+    admission_margin: float = 1.1
     climb_margin: float = 1.3
     calm_s: float = 1.0  # a started sample climbs only so long after the last cut
     recut: bool = True  # what was accepted may still be cut, so admission counts on it
@@ -56,6 +52,7 @@ class PlannedSample:
     started: bool
     timestep: int
     requested: Rung | None = None
+    row_cost: float = 1.0  # tokens of one of its rows, in rows of the bundle's own size
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +62,6 @@ class Change:
     sample_id: str
     rung: Rung
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """The answer to a newcomer. `predicted_s` is the time to its last image.
-
-    `retry_after_s` is set when it is refused and coming back later would help.
-    """
-
-    accepted: bool
-    rung: Rung
-    degraded: bool
-    reason: str | None
-    retry_after_s: float | None
-    predicted_s: float
 
 
 _Choice = tuple[float, int, int, int]  # a cut: loss per row saved, −steps, position of the task, option
@@ -94,7 +76,7 @@ class _Task:
     options: tuple[Rung, ...]
     at: int
     steps: int
-    rows: int
+    rows: float  # of the bundle's own size
     reason: str = LOAD
 
 
@@ -107,13 +89,12 @@ class _Time:
 
 
 class Planner:
-    """Owns the hysteresis of one worker's samples, and of one admission desk what its traffic consents to on average."""
+    """Owns the hysteresis of one worker's samples."""
 
     def __init__(self, ladder: Ladder, policy: Policy | None = None) -> None:
         self.ladder = ladder
         self.policy = policy or Policy()
         self._cut_at = -inf
-        self._floor_rows: float | None = None  # of an accepted sample at its lowest rung, smoothed
 
     def plan(
         self,
@@ -133,7 +114,7 @@ class Planner:
         tasks = sorted(map(self._task, dated), key=lambda task: task.due)
         if not tasks:
             return []
-        at_once = sum(2 if sample.guided else 1 for sample in samples)
+        at_once = ceil(sum(sample.row_cost * (2 if sample.guided else 1) for sample in samples))
         batch = min(costs.knee(max_rows), at_once)
         tick = costs.predict(batch)
         time = _Time(batch, [max(0.0, task.due - now - costs.decode_s) / tick for task in tasks])
@@ -144,6 +125,17 @@ class Planner:
         calm = now - self._cut_at >= self.policy.calm_s
         return self._climb(tasks, time, queued_rows, calm=calm)
 
+    def dues(self, samples: Sequence[PlannedSample], now: float) -> tuple[Due, ...]:
+        """What is to be done by when, deadlines of like distance taken together at the first of them."""
+        found: dict[float, Due] = {}
+        for task in sorted(map(self._task, samples), key=lambda task: task.due):
+            distance = max(task.due - now, 0.1)
+            horizon = inf if task.due == inf else floor(HORIZONS_PER_OCTAVE * log2(distance))
+            before = found.get(horizon, Due(task.due, 0, 0))
+            least = self._left(task, -1)[1] if task.sample.allow_degraded else task.rows
+            found[horizon] = Due(before.at, before.rows + ceil(task.rows), before.floor_rows + ceil(least))
+        return tuple(found.values())
+
     def _task(self, sample: PlannedSample) -> _Task:
         options: tuple[Rung, ...] = (sample.rung,)
         if sample.allow_degraded:
@@ -153,22 +145,23 @@ class Planner:
                 options = (sample.rung, *self.ladder.below(sample.rung, sample.floor_steps))
         rows = self.ladder.rows_left(sample.rung, sample.remaining_steps, sample.timestep, sample.guided)
         due = inf if sample.deadline_at is None else sample.deadline_at
-        return _Task(sample, due, options, options.index(sample.rung), sample.remaining_steps, rows)
+        at = options.index(sample.rung)
+        return _Task(sample, due, options, at, sample.remaining_steps, sample.row_cost * rows)
 
-    def _left(self, task: _Task, option: int) -> tuple[int, int]:
+    def _left(self, task: _Task, option: int) -> tuple[int, float]:
         """Steps and rows left on an option, reckoned from where the sample is."""
         sample, rung = task.sample, task.options[option]
         steps = steps_left(sample.remaining_steps, sample.rung, rung)
-        return steps, self.ladder.rows_left(rung, steps, sample.timestep, sample.guided)
+        rows = self.ladder.rows_left(rung, steps, sample.timestep, sample.guided)
+        return steps, sample.row_cost * rows
 
     def _cut(self, tasks: list[_Task], time: _Time) -> list[_Task]:
         """One sweep in deadline order: a cut only relieves the deadlines already tested, so none needs a second look."""
         margin, batch = self.policy.margin, time.batch
         moved: dict[str, _Task] = {}
         choices: list[_Choice] = []
-        demand = least = offered = (
-            0  # rows due so far, as planned and at the floor; tasks whose cuts are among the choices
-        )
+        demand = least = 0.0  # rows due so far, as planned and at the floor
+        offered = 0  # tasks whose cuts are among the choices
         for position, (task, budget) in enumerate(zip(tasks, time.budgets, strict=True)):
             demand += task.rows
             if task.steps * margin <= budget and demand * margin <= budget * batch:
@@ -238,53 +231,6 @@ class Planner:
             if best is None or gain > best[0]:
                 best = gain, Change(task.sample.id, above, ROOM)
         return [best[1]] if best else []
-
-    def admit(
-        self,
-        load: LoadSnapshot,
-        *,
-        rung: Rung,
-        guidance_scale: float,
-        samples: int,
-        deadline_at: float | None,
-        allow_degraded: bool,
-        min_steps: int,
-        now: float,
-    ) -> Admission:
-        """Take a newcomer, at the best rung that keeps its deadline behind everything accepted before, or say when to come back.
-
-        Without a deadline everything is taken as asked: the queue's bound is the only limit.
-        """
-        if not load.workers:
-            reason, retry = (None, None) if deadline_at is None else (NO_WORKER, self.policy.retry_s)
-            return Admission(deadline_at is None, rung, False, reason, retry, inf)
-        capacity = Capacity(load)
-        share = self._floor_share(capacity)
-        options = (rung, *(self.ladder.below(rung, min_steps) if allow_degraded else ()))
-        slack = (inf if deadline_at is None else deadline_at - now) / self.policy.margin
-        rows, predicted = 0, inf
-        for option in options:
-            rows = samples * self.ladder.row_steps(option, guidance_scale)
-            alone = capacity.unhindered(rows=rows, steps=option.steps, samples=samples)
-            predicted = max(alone, capacity.reached(rows, share=share))
-            if predicted <= slack:
-                self._learn_floor(self.ladder.row_steps(options[-1], guidance_scale))
-                degraded = option != rung
-                return Admission(True, option, degraded, LOAD if degraded else None, None, predicted)
-        if capacity.unhindered(rows=rows, steps=options[-1].steps, samples=samples, idle=True) > slack:
-            return Admission(False, rung, False, DEADLINE, None, predicted)
-        return Admission(False, rung, False, LOAD, max(1.0, predicted - slack), predicted)
-
-    def _floor_share(self, capacity: Capacity) -> float:
-        """What would be left of the backlog with everybody at the lowest rung they consent to, as far as can be told from here."""
-        mean = capacity.mean_backlog
-        if not self.policy.recut or not mean or self._floor_rows is None:
-            return 1.0
-        return min(1.0, self._floor_rows / (UNDER_WAY * mean))
-
-    def _learn_floor(self, rows: int) -> None:
-        before = rows if self._floor_rows is None else self._floor_rows
-        self._floor_rows = before + FLOOR_SMOOTHING * (rows - before)
 
 
 def seconds_header(retry_after_s: float) -> int:

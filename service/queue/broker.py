@@ -18,6 +18,7 @@ from service.errors import (
     InternalError,
     QueueFull,
     QueueUnavailable,
+    QuotaExceeded,
     WorkerLost,
     to_wire,
 )
@@ -36,7 +37,7 @@ from service.jobs import (
 )
 from service.limits import Limits
 from service.queue.bell import Bell
-from service.queue.connection import Scripts, open_client, reaching
+from service.queue.connection import RETRY_AFTER_S, Scripts, open_client, reaching
 from service.queue.events import follow
 from service.queue.keys import Keys
 from service.queue.records import Records
@@ -105,8 +106,11 @@ class Broker:
 
     # What the API does.
 
-    async def submit(self, job: Job) -> bool:
-        """Queue a job: True if it is new, False if its id is known. Raises `QueueFull`."""
+    async def submit(self, job: Job, *, at_once: int | None = None) -> bool:
+        """Queue a job: True if it is new, False if its id is known. `at_once` is how many unfinished jobs its caller may have.
+
+        Raises `QueueFull`, `QuotaExceeded`.
+        """
         verdict = await self._run(
             "submit",
             job.id,
@@ -120,8 +124,15 @@ class Broker:
             len(job.seeds),
             self.limits.queue_limit,
             self.limits.queue_rows,
+            self._ms(self.limits.patience_s),
+            job.caller,
+            "" if at_once is None else at_once,
             pack({}),
         )
+        if verdict == -3:
+            raise QuotaExceeded(
+                f"This key may have {at_once} unfinished jobs at a time.", retry_after=RETRY_AFTER_S
+            )
         if verdict == -1:
             raise QueueFull(f"The queue holds its limit of {self.limits.queue_limit} jobs.")
         if verdict == -2:
@@ -194,11 +205,11 @@ class Broker:
         return [claim for entry in reply if (claim := await self._read_claim(owner, *entry)) is not None]
 
     async def _read_claim(
-        self, owner: str, job_id: bytes, wire: bytes, attempt: int, suspect: int
+        self, owner: str, job_id: bytes, wire: bytes, attempt: int, suspect: int, checkpoint: bytes
     ) -> Claim | None:
         lease = Lease(job_id.decode(), owner, attempt)
         try:
-            return Claim(Job.from_bytes(wire), lease, alone=bool(suspect))
+            return Claim(Job.from_bytes(wire), lease, alone=bool(suspect), checkpoint=checkpoint)
         except WireError as error:
             await self.fail(lease, to_wire(InternalError(f"The worker cannot read this job: {error}.")))
             return None
@@ -240,9 +251,15 @@ class Broker:
         """
         return bool(await self._run("fail", *_token(lease), pack(error), int(retry), *self._patience()))
 
-    async def hand_back(self, lease: Lease) -> bool:
-        """Return a job to the head of the queue without counting the attempt. False if the lease is lost."""
-        return bool(await self._run("hand_back", *_token(lease), pack({})))
+    async def hand_back(self, lease: Lease, *, checkpoint: bytes = b"", step: int = 0) -> bool:
+        """Return a job to the head of the queue without counting the attempt. False if the lease is lost.
+
+        The next claim of it is given the checkpoint, unless that is larger than `checkpoint_bytes`.
+        """
+        if len(checkpoint) > self.limits.checkpoint_bytes:
+            checkpoint, step = b"", 0
+        ttl = self._ms(self.limits.checkpoint_ttl_s)
+        return bool(await self._run("hand_back", *_token(lease), pack({}), checkpoint, step, ttl))
 
     async def sweep(self) -> int:
         """Take back the jobs whose lease has ended; returns how many."""

@@ -12,10 +12,15 @@ import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from pathlib import Path
+from ssl import SSLError
 from typing import Any
+from urllib.parse import urlsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
@@ -23,6 +28,7 @@ from redis.exceptions import (
     ClusterDownError,
     MasterDownError,
     MaxConnectionsError,
+    NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -36,6 +42,7 @@ from service.errors import QueueUnavailable
 
 RETRY_AFTER_S = 2.0
 CONNECT_S = 5.0
+SENTINEL_S = 1.0  # for one Sentinel to answer, before the next is asked
 _PASSING = (RedisConnectionError, RedisTimeoutError, OSError)
 _REFUSALS = {
     "MISCONF": "cannot persist writes",
@@ -47,10 +54,12 @@ _MEANINGS: tuple[tuple[type[RedisError], str], ...] = (
     (MaxConnectionsError, "has no connection free"),
     (AuthenticationError, "refuses the credentials"),
     (AuthorizationError, "refuses the credentials"),
+    (NoPermissionError, "does not let this user do what the service does"),
     (OutOfMemoryError, "is out of memory"),
     (ReadOnlyError, "is read-only"),
     (ClusterDownError, "cluster is down"),
     (MasterDownError, "primary is down"),
+    (MasterNotFoundError, "has no primary of that name that a Sentinel can be asked for"),
     (RedisTimeoutError, "did not answer in time"),
     (RedisConnectionError, "cannot be reached"),
 )
@@ -59,19 +68,77 @@ _MEANINGS: tuple[tuple[type[RedisError], str], ...] = (
 def open_client(url: str, *, connections: int) -> Redis:
     """A client without timeouts of its own: `reaching` sets them.
 
-    `url`: redis://, rediss:// or unix://. Raises `ValueError` for any other.
+    `url`: redis://, rediss:// (TLS) or unix://, with redis-py's options as its query; or by way of Sentinels, see
+    `_sentinel_pool`. Raises `ValueError` for any other.
     """
-    pool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=connections,
-        timeout=None,
-        socket_timeout=None,
-        socket_connect_timeout=CONNECT_S,
-        retry=Retry(NoBackoff(), 0),
-        client_name="dit",
+    options: dict[str, Any] = {
+        "max_connections": connections,
+        "timeout": None,
+        "socket_timeout": None,
+        "socket_connect_timeout": CONNECT_S,
+        "retry": Retry(NoBackoff(), 0),
+        "client_name": "dit",
         **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+    }
+    sentinel = urlsplit(url).scheme.endswith("+sentinel")
+    pool: ConnectionPool = (
+        _sentinel_pool(url, options) if sentinel else BlockingConnectionPool.from_url(url, **options)
     )
+    _check(pool)
     return Redis.from_pool(pool)
+
+
+def _check(pool: ConnectionPool) -> None:
+    """Raises `ValueError` for options that no connection could be made with."""
+    for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        path = pool.connection_kwargs.get(name)
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"REDIS_URL: {name} names {path}, which is not a file")
+    try:
+        pool.connection_class(**pool.connection_kwargs)
+    except (TypeError, RedisError) as error:
+        raise ValueError(f"REDIS_URL has an option that is wrong: {error}") from None
+
+
+class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
+    """Connections to the primary that the Sentinels name; when all are taken, whoever wants one waits."""
+
+    def __init__(self, primary: str, manager: Sentinel, **options: Any) -> None:
+        super().__init__(primary, manager, **options)  # type: ignore[no-untyped-call]
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:  # the end, and not a new primary
+            await self.sentinel_manager.aclose()
+
+
+def _sentinel_pool(url: str, options: dict[str, Any]) -> _SentinelPool:
+    """redis+sentinel://[user:password@]host[:port],host[:port]/primary[/db][?options], or rediss+sentinel:// for TLS to all of them.
+
+    `sentinel_username` and `sentinel_password` among the options are for the Sentinels, the others for the primary.
+    """
+    parts = urlsplit(url)
+    credentials, at, hosts = parts.netloc.rpartition("@")
+    primary, _, database = parts.path.strip("/").partition("/")
+    if parts.scheme not in ("redis+sentinel", "rediss+sentinel") or not hosts or not primary:
+        raise ValueError("REDIS_URL by way of Sentinels reads redis+sentinel://host:26379,host:26379/primary")
+    places = [urlsplit(f"//{host}") for host in hosts.split(",")]
+    given: dict[str, Any] = {**parse_url(f"redis://{credentials}{at}primary/{database}?{parts.query}")}
+    del given["host"]
+    own = {name: given.pop(name) for name in tuple(given) if name.startswith("sentinel_")}
+    tls = {name: value for name, value in given.items() if name.startswith("ssl_")}
+    secure = parts.scheme == "rediss+sentinel"
+    manager = Sentinel(
+        [(place.hostname, place.port or 26379) for place in places],
+        sentinel_kwargs={
+            "socket_timeout": SENTINEL_S,
+            "socket_connect_timeout": SENTINEL_S,
+            "retry": options["retry"],
+            **{name.removeprefix("sentinel_"): value for name, value in own.items()},
+            **({"ssl": True, **tls} if secure else {}),
+        },
+    )
+    return _SentinelPool(primary, manager, ssl=secure, **{**given, **options})
 
 
 @asynccontextmanager
@@ -82,7 +149,7 @@ async def reaching(timeout_s: float | None) -> AsyncIterator[None]:
         async with asyncio.timeout(timeout_s):
             yield
     except RedisError as error:
-        meaning = _meaning(error)
+        meaning = "presents no certificate that is trusted here" if _untrusted(error) else _meaning(error)
         if meaning is None:
             raise
         raise QueueUnavailable(f"Redis {meaning}.", retry_after=RETRY_AFTER_S) from error
@@ -90,6 +157,13 @@ async def reaching(timeout_s: float | None) -> AsyncIterator[None]:
         raise QueueUnavailable("Redis did not answer in time.", retry_after=RETRY_AFTER_S) from error
     except OSError as error:
         raise QueueUnavailable("Redis cannot be reached.", retry_after=RETRY_AFTER_S) from error
+
+
+def _untrusted(error: BaseException | None) -> bool:
+    """Whether TLS is at the root of an error."""
+    return error is not None and (
+        isinstance(error, SSLError) or _untrusted(error.__cause__ or error.__context__)
+    )
 
 
 def _meaning(error: RedisError) -> str | None:

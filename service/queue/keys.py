@@ -40,6 +40,11 @@ class Keys:
         return self.prefix + "flows"
 
     @property
+    def dues(self) -> str:
+        """Sorted set by name: flow, when due, waiting job. The members of `queue` but for those that came back."""
+        return self.prefix + "dues"
+
+    @property
     def totals(self) -> str:
         """Hash: `rows` waiting, virtual `clock`, `bytes` of stored results. Three fields."""
         return self.prefix + "totals"
@@ -72,6 +77,11 @@ class Keys:
         return self.prefix + "reports"
 
     @property
+    def unfinished(self) -> str:
+        """Hash: caller → how many of their jobs have not ended. A caller without any has no field."""
+        return self.prefix + "unfinished"
+
+    @property
     def permanent(self) -> tuple[str, ...]:
         """The keys without a TTL, in the order the scripts take them."""
         return (
@@ -79,12 +89,14 @@ class Keys:
             self.ages,
             self.leases,
             self.flows,
+            self.dues,
             self.totals,
             self.dead,
             self.results,
             self.sizes,
             self.workers,
             self.reports,
+            self.unfinished,
         )
 
     def job(self, job_id: str) -> str:
@@ -98,6 +110,10 @@ class Keys:
     def result(self, job_id: str) -> str:
         """String: the job's result. TTL."""
         return f"{self.prefix}result:{job_id}"
+
+    def checkpoint(self, job_id: str) -> str:
+        """String: what a worker that left had done of a job. TTL; removed when the job ends or loses its next worker."""
+        return f"{self.prefix}checkpoint:{job_id}"
 
     def claim(self, owner: str) -> str:
         """Hash: what the owner's last claim gave it, should the answer have been lost. TTL of one lease."""

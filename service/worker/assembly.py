@@ -5,13 +5,15 @@ One owner of state (`RunningJob`). Pure: no I/O, no clock; times are seconds and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from service.engine.samples import Finished, SampleRequest
+from service.engine.snapshots import Snapshot
 from service.jobs import Claim, Image, Job, JobResult
 from service.planning.rungs import Ladder, Rung
+from service.worker.checkpoints import Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +27,22 @@ class Made:
 
 
 class RunningJob:
-    """Sample ids hold the attempt, so that what an earlier attempt left in the engine is not taken for this one's."""
+    """Sample ids hold the attempt, so that what an earlier attempt left in the engine is not taken for this one's.
 
-    def __init__(self, claim: Claim, ladder: Ladder, *, claimed_at: float) -> None:
+    `standings` say where an earlier worker left its samples: `starts` are to be run from there, `done` are denoised already.
+    """
+
+    def __init__(
+        self, claim: Claim, ladder: Ladder, *, claimed_at: float, standings: Sequence[Standing]
+    ) -> None:
         self.job, self.lease, self.alone = claim.job, claim.lease, claim.alone
         self.claimed_at = claimed_at
         self.requests = _requests(self.job, ladder, attempt=claim.lease.attempt)
+        pairs = list(zip(self.requests, standings, strict=True))
+        self.starts = [(request, each) for request, each in pairs if not isinstance(each, Finished)]
+        self.done = [replace(each, id=request.id) for request, each in pairs if isinstance(each, Finished)]
         self.step_shown: tuple[int, int] = (0, 0)
+        self._finished: dict[str, Finished] = {}  # with or without their image
         self._made: dict[str, Made] = {}
 
     @property
@@ -51,6 +62,14 @@ class RunningJob:
     def index(self, sample_id: str) -> int:
         """Which of the job's images a sample is, from 0."""
         return next(k for k, request in enumerate(self.requests) if request.id == sample_id)
+
+    def finish(self, finished: Finished) -> None:
+        """A sample is denoised; its image is still to be made."""
+        self._finished[finished.id] = finished
+
+    def standings(self, snapshots: Mapping[str, Snapshot]) -> list[Standing]:
+        """Where each of its samples stands, in seed order; `snapshots` are of those in the engine."""
+        return [self._finished.get(each.id) or snapshots.get(each.id) for each in self.requests]
 
     def add(self, made: Made) -> bool:
         """Take in an image; True when it was the last one missing."""

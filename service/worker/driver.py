@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,8 +17,11 @@ from typing import Protocol
 import structlog
 
 from service.engine.samples import Failed, SampleRequest, StepReport
+from service.engine.snapshots import Snapshot
 from service.errors import InternalError, ServiceError
 from service.planning.costs import CostModel
+
+Start = tuple[SampleRequest, Snapshot | None]  # a sample, and where it stands if it has begun elsewhere
 
 BEAT_S = 0.1
 FAULTS_ALLOWED = 3  # steps in a row that raise before the engine is taken for broken
@@ -42,7 +46,8 @@ class Stepper(Protocol):
     def free_samples(self) -> int: ...
     @property
     def backlog_rows(self) -> int: ...
-    def add(self, request: SampleRequest) -> None: ...
+    def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None: ...
+    def export(self, sample_id: str) -> Snapshot | None: ...
     def cancel(self, sample_id: str) -> None: ...
     def hand_back(self) -> tuple[str, ...]: ...
     def progress(self) -> dict[str, tuple[int, int]]: ...
@@ -119,9 +124,15 @@ class Driver:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def add(self, requests: Sequence[SampleRequest]) -> None:
+    def add(self, starts: Sequence[Start]) -> None:
         """Let all samples of a job join, or none: then each is refused in the next beat."""
-        self._commands.put(lambda: self._add(requests))
+        self._commands.put(lambda: self._add(starts))
+
+    def export(self, sample_ids: Iterable[str]) -> Future[dict[str, Snapshot]]:
+        """Where samples stand between two steps; what has not begun is left out. What they do later is not seen."""
+        ids, exported = tuple(sample_ids), Future[dict[str, Snapshot]]()
+        self._commands.put(lambda: self._export(ids, exported))
+        return exported
 
     def cancel(self, sample_ids: Iterable[str]) -> None:
         ids = tuple(sample_ids)
@@ -175,19 +186,24 @@ class Driver:
             self._beat(report)
         return True
 
-    def _add(self, requests: Sequence[SampleRequest]) -> None:
+    def _add(self, starts: Sequence[Start]) -> None:
         if self._engine.idle:
             self._stepped_at = self._clock()  # it had nothing to do until now
-        for done, request in enumerate(requests):
+        for done, (request, snapshot) in enumerate(starts):
             try:
-                self._engine.add(request)
+                self._engine.add(request, snapshot)
             except Exception as error:
                 if not isinstance(error, ServiceError):
                     log.exception("sample refused", sample=request.id)
                     error = InternalError("The engine cannot take this job.")
-                self._cancel(tuple(each.id for each in requests[:done]))
-                self._told.refused += [Failed(each.id, error) for each in requests]
+                self._cancel(tuple(each.id for each, _ in starts[:done]))
+                self._told.refused += [Failed(each.id, error) for each, _ in starts]
                 return
+
+    def _export(self, ids: tuple[str, ...], exported: Future[dict[str, Snapshot]]) -> None:
+        if exported.set_running_or_notify_cancel():  # somebody still waits for it
+            snapshots = {sample_id: self._engine.export(sample_id) for sample_id in ids}
+            exported.set_result({name: each for name, each in snapshots.items() if each is not None})
 
     def _cancel(self, ids: tuple[str, ...]) -> None:
         for sample_id in ids:

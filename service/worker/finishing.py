@@ -14,7 +14,7 @@ import numpy.typing as npt
 from service import metrics
 from service.engine.samples import Finished, Preview
 from service.images import CONTENT_TYPES, encode
-from service.jobs import Image, ImageFormat
+from service.jobs import Image
 from service.worker.assembly import Made, RunningJob, describe
 
 DECODED_AT_ONCE = 8
@@ -77,11 +77,7 @@ class Finishing:
         encode_s = time.perf_counter() - began
         metrics.ENCODE_SECONDS.labels(job.format).observe(encode_s)
         metrics.IMAGES.labels(job.format).inc()
-        return Made(finished, Image(data, seed, content_type(job.format)), 1e3 * decode_s, 1e3 * encode_s)
+        return Made(finished, Image(data, seed, CONTENT_TYPES[job.format]), 1e3 * decode_s, 1e3 * encode_s)
 
     def _preview(self, job: RunningJob, preview: Preview) -> bytes:
         return encode(self._decoder.decode(preview.latent[None])[0], job.job.format, metadata={})
-
-
-def content_type(image_format: ImageFormat) -> str:
-    return CONTENT_TYPES[image_format]

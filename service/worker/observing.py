@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from service import metrics
-from service.engine.conditions import CacheCounters
+from service.counters import CacheCounters
 from service.engine.engine import Engine
 from service.engine.samples import Finished, StepReport
+from service.errors import NumericalError
 
 
 class Observing:
-    """Called with every step's report, in the engine's thread."""
+    """Called with every step's report, in the engine's thread. `shared` is the cache of encodings that workers share."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, shared: CacheCounters) -> None:
         backend = engine.backend.name
         self._seconds = metrics.STEP_SECONDS.labels(backend)
         conditions = engine.conditions
-        self._caches = {"embedding": conditions.embeddings, "modulation": conditions.modulations}
-        self._seen = dict.fromkeys(self._caches, (0, 0, 0))
+        self._caches: dict[str, CacheCounters] = {
+            "embedding": conditions.embeddings,
+            "modulation": conditions.modulations,
+        }
+        if conditions.texts is not None:
+            self._caches |= {"text": conditions.texts, "shared-text": shared}
+        self._seen = dict.fromkeys(self._caches, (0, 0, 0, 0))
 
     def __call__(self, report: StepReport) -> None:
         if report.rows:
@@ -26,16 +32,25 @@ class Observing:
                 metrics.PREDICTION_RATIO.observe(report.seconds / report.predicted_s)
         for finished in report.finished:
             _count(finished)
+        numerical = sum(isinstance(failed.error, NumericalError) for failed in report.failed)
+        if numerical:
+            metrics.NUMERICAL_ERRORS.inc(numerical)
         if report.finished:
             for name, cache in self._caches.items():
                 self._count_cache(name, cache)
 
     def _count_cache(self, name: str, cache: CacheCounters) -> None:
-        now = (cache.hits, cache.misses, cache.bypasses)
-        counters = (metrics.CACHE_HITS, metrics.CACHE_MISSES, metrics.CACHE_BYPASS)
+        now = (cache.hits, cache.misses, cache.bypasses, cache.evictions)
+        counters = (
+            metrics.CACHE_HITS,
+            metrics.CACHE_MISSES,
+            metrics.CACHE_BYPASS,
+            metrics.CACHE_EVICTIONS,
+        )
         for counter, total, seen in zip(counters, now, self._seen[name], strict=True):
             counter.labels(name).inc(total - seen)
         self._seen[name] = now
+        metrics.CACHE_BYTES.labels(name).set(cache.bytes)
 
 
 def _count(finished: Finished) -> None:

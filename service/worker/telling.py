@@ -6,8 +6,11 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from service.engine.samples import Preview
 from service.errors import QueueUnavailable
+from service.images import CONTENT_TYPES
 from service.jobs import Lease
+from service.planning.planner import Change
 from service.queue.broker import Broker
 from service.worker.assembly import RunningJob
 
@@ -30,6 +33,15 @@ class Telling:
     def tell(self, job: RunningJob, kind: str, data: dict[str, Any]) -> None:
         if not self._events.full():
             self._events.put_nowait((job.lease, kind, data))
+
+    def degraded(self, job: RunningJob, change: Change) -> None:
+        place = {"sample": job.index(change.sample_id)}
+        self.tell(job, "degraded", {"rung": change.rung.name, "reason": change.reason, **place})
+
+    def preview(self, job: RunningJob, preview: Preview, image: bytes) -> None:
+        place = {"sample": job.index(preview.id), "step": preview.step, "steps": preview.steps}
+        kind = CONTENT_TYPES[job.job.format]
+        self.tell(job, "preview", {**place, "image": image, "content_type": kind})
 
     def steps(self, jobs: Iterable[RunningJob], progress: Mapping[str, tuple[int, int]], now: float) -> None:
         """A step event for every job that has moved on, unless the last ones are fresh."""

@@ -18,13 +18,14 @@ from service.engine.samples import Failed, Finished, Preview, StepReport
 from service.errors import InternalError, QueueUnavailable, ServiceError, to_wire
 from service.jobs import Claim, Lease, Renewal, WorkerState
 from service.limits import WorkerPolicy
-from service.planning.planner import Change
 from service.planning.rungs import Ladder
 from service.queue.broker import Broker
 from service.signals import first
+from service.tracing import NoTracing, Tracing
 from service.worker.assembly import RunningJob
 from service.worker.driver import Beat, Driver, Stepper
-from service.worker.finishing import Decoder, Finishing, content_type
+from service.worker.finishing import Decoder, Finishing
+from service.worker.handover import Handover
 from service.worker.leases import Leases
 from service.worker.reporting import Reporting
 from service.worker.telling import Telling
@@ -37,6 +38,7 @@ class Worker:
 
     Args:
         name: unique among all workers, ever: a restarted one has a new name.
+        origin: of the checkpoints it leaves and goes on from.
         observe: called with every step's report, in the engine's thread.
         clock: seconds since the epoch.
     """
@@ -51,11 +53,14 @@ class Worker:
         name: str,
         model: str,
         policy: WorkerPolicy,
+        origin: str = "",
         observe: Callable[[StepReport], None] = lambda report: None,
+        tracing: Tracing | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.name, self.model, self.policy = name, model, policy
         self._broker, self._ladder, self._clock = broker, ladder, clock
+        self._tracing = tracing or NoTracing()
         self._slots = engine.free_samples
         self._finishing = Finishing(decoder)
         self._telling = Telling(broker, step_event_s=policy.step_event_s)
@@ -69,6 +74,7 @@ class Worker:
             clock=clock,
             max_rows=policy.max_rows,
         )
+        self._handover = Handover(broker, self._driver, origin=origin, export_s=policy.export_s)
         self._jobs: dict[str, RunningJob] = {}
         self._samples: dict[str, RunningJob] = {}  # what is in the engine
         self._busy_since = 0.0
@@ -89,11 +95,12 @@ class Worker:
                 reporting = group.create_task(self._reporting.run(self._state, self._driver))
                 keeping = group.create_task(self._leases.keep(self._held, self._lost))
                 telling = group.create_task(self._telling.run())
+                guarding = group.create_task(self._guard())
                 await first(stop, self._broken)
                 reporting.cancel()
                 await self._drain(claiming, hurry)
-                keeping.cancel()
-                telling.cancel()
+                for task in (keeping, telling, guarding):
+                    task.cancel()
         finally:
             await asyncio.to_thread(self._driver.stop, timeout_s=5.0)
             self._finishing.close()
@@ -149,15 +156,19 @@ class Worker:
         if earlier is not None:
             self._drop(earlier, "lost")
         try:
-            job = RunningJob(claim, self._ladder, claimed_at=self._clock())
+            job = RunningJob(
+                claim, self._ladder, claimed_at=self._clock(), standings=self._handover.standings(claim)
+            )
         except ValueError as error:  # a solver, grid or interval this release does not know
             self._answer(claim.lease, InternalError(f"The worker cannot run this job: {error}."))
             return
         if not self._samples:
             self._busy_since = self._clock()
         self._jobs[job.id] = job
-        self._samples.update((request.id, job) for request in job.requests)
-        self._driver.add(job.requests)
+        self._samples.update((request.id, job) for request, _ in job.starts)
+        self._driver.add(job.starts)
+        if job.done:
+            self._finished([(job, finished) for finished in job.done])
         log.debug("claimed", job=job.id, attempt=job.lease.attempt, alone=job.alone)
 
     def _room(self) -> int:
@@ -194,13 +205,23 @@ class Worker:
         self._group.create_task(self._leases.insist(lambda: self._broker.fail(lease, wire, retry=retry)))
 
     async def _hand_back(self, jobs: Sequence[RunningJob]) -> None:
+        snapshots = {} if self._broken.is_set() else await self._handover.export(jobs)
         for job in jobs:
             if self._jobs.get(job.id) is job:
+                standings = job.standings(snapshots)
                 self._drop(job, "handed-back")
-                try:
-                    await self._broker.hand_back(job.lease)
-                except QueueUnavailable:
-                    log.warning("not handed back", job=job.id)
+                await self._handover.give_back(job, standings)
+
+    async def _guard(self) -> None:
+        """Give up when the engine hangs: its jobs are tried again elsewhere, and a new process takes this one's place."""
+        late = 0
+        while late < 2:  # a second look, for a process that was itself stopped for a while
+            await asyncio.sleep(self.policy.hang_s / 10)
+            late = late + 1 if self._age() > self.policy.hang_s else 0
+        log.error("the engine hangs", seconds=round(self._age(), 1))
+        for job in list(self._jobs.values()):
+            self._fail(job, InternalError("The engine of the worker hung."), retry=True)
+        self._broken.set()
 
     # What the engine says.
 
@@ -214,34 +235,30 @@ class Worker:
         if self._beat is None:
             self._broker.wake()
         self._beat, report = beat, beat.report
-        self._degraded(report.changes)
+        for change in report.changes:
+            if job := self._samples.get(change.sample_id):
+                self._telling.degraded(job, change)
         self._failed((*report.failed, *beat.refused), retry=False)
         self._failed(beat.crashed, retry=True)
         batch = [(job, each) for each in report.finished if (job := self._samples.pop(each.id, None))]
         if batch:
-            self._group.create_task(self._finish(batch))
+            self._finished(batch)
         for preview in report.previews:
             job = self._samples.get(preview.id)
             if job is not None and self._finishing.pending < self.policy.previews_pending:
                 self._group.create_task(self._preview(job, preview))
         self._telling.steps(self._jobs.values(), beat.progress, self._clock())
 
-    def _degraded(self, changes: Iterable[Change]) -> None:
-        for change in changes:
-            job = self._samples.get(change.sample_id)
-            if job is not None:
-                told = {
-                    "rung": change.rung.name,
-                    "reason": change.reason,
-                    "sample": job.index(change.sample_id),
-                }
-                self._telling.tell(job, "degraded", told)
-
     def _failed(self, failures: Iterable[Failed], *, retry: bool) -> None:
         for failure in failures:
             job = self._samples.get(failure.id)
             if job is not None:
                 self._fail(job, failure.error, retry=retry)
+
+    def _finished(self, batch: Sequence[tuple[RunningJob, Finished]]) -> None:
+        for job, finished in batch:
+            job.finish(finished)
+        self._group.create_task(self._finish(batch))
 
     async def _finish(self, batch: Sequence[tuple[RunningJob, Finished]]) -> None:
         try:
@@ -263,6 +280,7 @@ class Worker:
         if self._jobs.get(job.id) is job:
             self._drop(job, "done" if kept else "lost")
         if kept:
+            self._tracing.job(job.job, result, self._clock())
             metrics.QUEUE_WAIT_SECONDS.observe(result.timings_ms["queue"] / 1e3)
             metrics.STEPS_REQUESTED.inc(result.steps_requested * len(result.images))
 
@@ -272,14 +290,7 @@ class Worker:
         except Exception:
             log.exception("preview failed", job=job.id)
             return
-        told = {
-            "step": preview.step,
-            "steps": preview.steps,
-            "sample": job.index(preview.id),
-            "image": image,
-            "content_type": content_type(job.job.format),
-        }
-        self._telling.tell(job, "preview", told)
+        self._telling.preview(job, preview, image)
 
     def _state(self) -> WorkerState | None:
         if self._beat is None:
@@ -294,6 +305,12 @@ class Worker:
             decode_s=pace.decode_s,
             running_samples=len(self._samples),
             backlog_rows=self._beat.backlog_rows,
-            last_step_age_s=now - max(self._beat.stepped_at, self._busy_since) if self._samples else 0.0,
+            last_step_age_s=self._age(),
             updated_at=now,
         )
+
+    def _age(self) -> float:
+        """Seconds without a step, while there is something to step."""
+        if self._beat is None or not self._samples:
+            return 0.0
+        return self._clock() - max(self._beat.stepped_at, self._busy_since)

@@ -32,16 +32,18 @@ class FakeBackend:
     """A made-up network of element-wise arithmetic. `batches` records the size of every pass."""
 
     name = "fake"
+    precision = "fp32"
 
     def __init__(
         self,
         *,
         buckets: tuple[int, ...] | None = None,
         memory_rows: int = 10**9,
+        size_multiple: int | None = None,
         config: DiTConfig | None = None,
         **diffusion: Any,
     ) -> None:
-        self.buckets = buckets
+        self.buckets, self.size_multiple = buckets, size_multiple
         self.memory_rows = memory_rows
         self.batches: list[int] = []
         self.conditioned: list[int] = []
@@ -73,8 +75,8 @@ class FakeBackend:
         )
         self.table = np.random.default_rng(1).standard_normal((len(CLASSES) + 1, EMBEDDING), np.float32)
 
-    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
-        embeddings = self.table[labels[:, 0]]
+    def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
+        embeddings = self.table[labels[:, 0]] + (0 if text is None else text)
         embeddings[labels[:, 0] == POISON] = np.nan
         return embeddings
 

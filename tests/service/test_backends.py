@@ -7,16 +7,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
+import structlog
+from onnx import TensorProto, numpy_helper
 
-from model.bundle import Bundle
+from model.bundle import Bundle, BundleError, write_manifest
 from model.diffusion import make_schedule
+from model.engine_keys import Device
 from service.backends import BACKENDS, Backend, BackendUnavailable, OutOfMemory, load_backend
 from service.engine.conditions import CHUNK, Conditions
 from service.engine.engine import Engine
@@ -244,10 +249,170 @@ def test_a_graph_that_is_none_is_refused_by_its_path(bundle: Bundle, tmp_path: P
 
 def test_unknown_options_are_refused_in_one_sentence(bundle: Bundle) -> None:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    with pytest.raises(BackendUnavailable, match="precision must be one of fp32, int8"):
+    with pytest.raises(BackendUnavailable, match="must be one of auto, fp32, fp16, int8, not 'fp4'"):
         load_backend("onnx", bundle, precision="fp4")
-    with pytest.raises(BackendUnavailable, match="has no NoSuchProvider"):
+    with pytest.raises(BackendUnavailable, match="has no NoSuchProvider: choose among CPUExecutionProvider,"):
         load_backend("onnx", bundle, providers=("NoSuchProvider",))
+
+
+@pytest.mark.parametrize(
+    ("provider", "package"),
+    [("CUDAExecutionProvider", "onnxruntime-gpu"), ("TensorrtExecutionProvider", "tensorrt-cu13")],
+)
+def test_a_provider_that_is_not_installed_names_its_package(
+    bundle: Bundle, provider: str, package: str
+) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    if provider in runtime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has {provider}")
+    with pytest.raises(BackendUnavailable, match=f"has no {provider}: install .*{package}"):
+        load_backend("onnx", bundle, providers=(provider, "CPUExecutionProvider"))
+
+
+def test_a_provider_that_does_not_start_is_refused_rather_than_left_to_the_cpu(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime itself would warn and compute on the CPU."""
+    module = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
+    real = module.ort.InferenceSession
+    monkeypatch.setattr(module, "require", lambda providers: None)
+    monkeypatch.setattr(
+        module.ort, "InferenceSession", lambda *args, providers: real(*args, providers=[module.CPU])
+    )
+    with pytest.raises(BackendUnavailable, match="CUDAExecutionProvider does not start"):
+        load_backend("onnx", bundle, providers=("CUDAExecutionProvider",))
+
+
+def test_tensorrt_keeps_its_engines_by_gpu_version_and_content(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
+    write_bundle(tmp_path, weights=False)
+    (tmp_path / "weights.safetensors").write_bytes(b"weights")
+    write_manifest(tmp_path, bundle.manifest)
+    monkeypatch.setattr(module, "first_gpu", lambda: Device("NVIDIA L4", "sm89"))
+    monkeypatch.setattr(module.metadata, "version", lambda package: "11.4.0")
+    ((name, first),) = module.provider_entries(Bundle.open(tmp_path), "fp32", (module.TENSORRT,))
+    assert name == module.TENSORRT
+    folder = f"l4-sm89-onnxruntime-{module.ort.__version__}-11.4.0"
+    assert first["trt_engine_cache_path"] == str(tmp_path / "engines" / folder)
+    (tmp_path / "weights.safetensors").write_bytes(b"other weights")
+    write_manifest(tmp_path, bundle.manifest)
+    ((_, other),) = module.provider_entries(Bundle.open(tmp_path), "fp32", (module.TENSORRT,))
+    assert other["trt_engine_cache_path"] == first["trt_engine_cache_path"]
+    assert other["trt_engine_cache_prefix"] != first["trt_engine_cache_prefix"]
+
+
+@pytest.fixture
+def with_int8(bundle: Bundle, tmp_path: Path) -> Callable[..., Bundle]:
+    """The bundle with an INT8 backbone (its fp32 one under that name) and what its record says of it."""
+
+    def make(**metrics: float) -> Bundle:
+        for name in bundle.manifest.files:
+            (tmp_path / name).write_bytes(bundle.file(name).read_bytes())
+        (tmp_path / "backbone.int8.onnx").write_bytes(bundle.file("backbone.onnx").read_bytes())
+        write_manifest(tmp_path, bundle.manifest.model_copy(update={"metrics": metrics}))
+        return Bundle.open(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("metrics", "int8_seconds", "chosen", "why"),
+    [
+        ({"int8_quality_loss": 0.004, "int8_weight_bits": 7}, 0.5, "int8", "2.0"),
+        ({"int8_quality_loss": -0.1, "int8_weight_bits": 8}, 0.5, "int8", "2.0"),
+        ({"int8_quality_loss": 0.004}, 2.0, "fp32", "no faster here (0.50 times)"),
+        ({"int8_quality_loss": 0.02}, 0.5, "fp32", "costs 2.0% of quality"),
+        ({}, 0.5, "fp32", "not on record"),
+    ],
+)
+def test_int8_is_chosen_where_it_is_within_budget_and_faster(
+    with_int8: Callable[..., Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+    metrics: dict[str, float],
+    int8_seconds: float,
+    chosen: str,
+    why: str,
+) -> None:
+    module = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
+    seconds = iter((1.0, int8_seconds))
+    monkeypatch.setattr(module, "_step_seconds", lambda session, manifest: next(seconds))
+    with structlog.testing.capture_logs() as logs:
+        backend = load_backend("onnx", with_int8(**metrics), threads=1)
+    assert backend.precision == chosen
+    (told,) = [entry for entry in logs if entry["event"] == "precision chosen"]
+    assert told["precision"] == chosen
+    assert why in str(told.get("against_int8", told.get("speedup")))
+    backend.close()
+
+
+def test_speed_is_measured_on_a_step_of_one_row(bundle: Bundle) -> None:
+    module = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
+    batches: list[int] = []
+
+    class Session:
+        def run(self, outputs: Any, inputs: Any) -> None:
+            batches.append(len(inputs["x"]))
+
+    assert module._step_seconds(Session(), bundle.manifest) >= 0.0
+    assert set(batches) == {1}
+    assert len(batches) <= 1 + module.TIMED
+
+
+def test_a_precision_the_bundle_lacks_is_refused_by_its_file(bundle: Bundle) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    with pytest.raises(BundleError, match=r"backbone\.int8\.onnx is not part of this bundle"):
+        load_backend("onnx", bundle, precision="int8")
+
+
+def test_a_half_precision_backbone_is_fed_and_read_in_half_precision(bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    for name in bundle.manifest.files:
+        (tmp_path / name).write_bytes(bundle.file(name).read_bytes())
+    proto = onnx.load(tmp_path / "backbone.onnx")
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            narrow = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(narrow, tensor.name))
+    onnx.save(proto, tmp_path / "backbone.fp16.onnx")
+    write_manifest(tmp_path, bundle.manifest)
+    exact, half = (
+        load_backend("onnx", Bundle.open(tmp_path), precision=precision, threads=1)
+        for precision in ("fp32", "fp16")
+    )
+    x, state = rows(exact, np.random.default_rng(0), 2)
+    output = half.denoise(x, state)
+    assert output.dtype == np.float32
+    np.testing.assert_allclose(output, exact.denoise(x, state), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "multiple"),
+    [
+        (["batch", 3, 8, 8], None),
+        (["batch", 3, "4*rows", "4*columns"], 4),
+        (["batch", 3, "rows", "columns"], 1),
+        (["batch", 3, "4*rows", 8], None),
+    ],
+)
+def test_sizes_are_free_where_the_graph_says_so(shape: list[Any], multiple: int | None) -> None:
+    backend = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
+    assert backend.size_multiple(shape) == multiple
+
+
+def test_a_model_without_conditions_has_the_embedding_zero(bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    for name in bundle.manifest.files:
+        if name != "embedder.onnx":
+            (tmp_path / name).write_bytes(bundle.file(name).read_bytes())
+    alone = {"factors": (), "config": replace(CONFIG, classes=())}
+    write_manifest(tmp_path, bundle.manifest.model_copy(update=alone))
+    backend = load_backend("onnx", Bundle.open(tmp_path), threads=1)
+    embeddings = backend.embed(np.zeros((3, 0), np.int64))
+    np.testing.assert_array_equal(embeddings, np.zeros((3, bundle.manifest.embedding_size), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -260,14 +425,14 @@ def test_unknown_options_are_refused_in_one_sentence(bundle: Bundle) -> None:
 def test_onnx_runtime_out_of_memory_is_told_from_other_faults(
     message: str, expected: type[Exception]
 ) -> None:
-    onnx = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
+    module = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
 
     class Session:
         def run(self, *_: Any) -> None:
             raise RuntimeError(message)
 
     with pytest.raises(expected, match=message):
-        onnx.run(Session(), ["output"], {})
+        module.run(Session(), ["output"], {})
 
 
 def test_the_onnx_backend_leaves_torch_unimported() -> None:

@@ -25,6 +25,11 @@ def test_flags_win_over_variables_win_over_defaults(monkeypatch: pytest.MonkeyPa
     assert Settings.parse(["--port=9002", "--no-metrics"]).metrics is False
 
 
+def test_every_switch_can_be_turned_off() -> None:
+    assert Settings.parse(["--no-compile", "--no-metrics"]).compile is False
+    assert Settings.parse(["--compile"]).compile is True
+
+
 def test_redis_url_has_its_conventional_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_URL", "redis://:hunter2@localhost:6379")
     url = Settings.parse().redis_url
@@ -40,6 +45,11 @@ def test_redis_url_has_its_conventional_name(monkeypatch: pytest.MonkeyPatch) ->
         (["--port", "many"], "--port: input should be a valid integer"),
         (["--port", "70000"], "--port: input should be less than or equal to 65535"),
         (["--log-format", "xml"], "--log-format: input should be 'auto', 'json' or 'text'"),
+        (["--backend", "jax"], "--backend: input should be 'onnx', 'torch' or 'tensorrt'"),
+        (["--precision", "int4"], "--precision: input should be 'auto', 'fp32'"),
+        (["--providers", "CUDA;CPU"], "--providers: string should match pattern"),
+        (["--strict-rows", "-1"], "--strict-rows: input should be greater than or equal to 0"),
+        (["--no-bundle"], "unknown flag --no-bundle"),
         (["stray"], "stray"),
         (["--port"], "expected one argument"),
         (["--lease-s", "nan"], "--lease-s: input should be"),

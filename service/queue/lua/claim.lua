@@ -2,7 +2,7 @@
 -- A job larger than the room stops the claim, so that small ones cannot starve it; an idle caller takes it all the same.
 -- A suspect (its worker crashed) goes to an idle caller, alone; one that has waited too long holds back the others.
 -- A job past its deadline fails here. Repeating a claim with the same nonce gives the same jobs, as far as they are still held.
--- Returns {id, wire, attempt, suspect} per job.
+-- Returns {id, wire, attempt, suspect, checkpoint} per job; the checkpoint is empty unless a worker left one.
 local owner, nonce, started, expired = unpack(ARGS, 1, 4)
 local room, idle, lease, patience = tonumber(ARGS[5]), ARGS[6] == '1', tonumber(ARGS[7]), tonumber(ARGS[8])
 local models = {}
@@ -11,7 +11,7 @@ local memory = PREFIX .. 'claim:' .. owner
 
 local function handed(id, attempt)
   local job = redis.call('HMGET', job_key(id), 'wire', 'suspect')
-  return { id, job[1], attempt, job[2] and 1 or 0 }
+  return { id, job[1], attempt, job[2] and 1 or 0, redis.call('GET', checkpoint_key(id)) or '' }
 end
 
 local function repeated()

@@ -1,6 +1,6 @@
 -- Prepended to every script: the keys, the clock, and the moves a job can make. Nothing here returns or has a side effect by itself.
 -- KEYS: `Keys.permanent`, in order. ARGV: prefix, now (ms; empty = this server's clock), record TTL (ms), events kept per job; then the script's own.
-local QUEUE, AGES, LEASES, FLOWS, TOTALS, DEAD, RESULTS, SIZES, WORKERS, REPORTS = unpack(KEYS)
+local QUEUE, AGES, LEASES, FLOWS, DUES, TOTALS, DEAD, RESULTS, SIZES, WORKERS, REPORTS, UNFINISHED = unpack(KEYS)
 local PREFIX, RECORD_TTL, EVENTS_KEPT = ARGV[1], tonumber(ARGV[3]), ARGV[4]
 local ARGS = { unpack(ARGV, 5) }
 
@@ -12,6 +12,10 @@ end
 local NOW = read_clock()
 
 local function job_key(id) return PREFIX .. 'job:' .. id end
+local function checkpoint_key(id) return PREFIX .. 'checkpoint:' .. id end
+
+-- Members of DUES sort by flow, and within it by when a job is due (ms).
+local function due_key(flow, due) return flow .. '\0' .. string.format('%015.0f', due) end
 
 local function emit(id, kind, data)
   local stream = PREFIX .. 'events:' .. id
@@ -36,6 +40,8 @@ end
 local function dequeue(id, rows)
   redis.call('ZREM', QUEUE, id)
   redis.call('ZREM', AGES, id)
+  local place = redis.call('HMGET', job_key(id), 'flow', 'due')
+  redis.call('ZREM', DUES, due_key(place[1], place[2]) .. id)
   redis.call('HINCRBY', TOTALS, 'rows', -rows)
   if redis.call('EXISTS', QUEUE) == 0 then
     redis.call('DEL', FLOWS)
@@ -47,25 +53,33 @@ end
 local function put_back(id)
   local job = job_key(id)
   redis.call('ZREM', LEASES, id)
-  redis.call('HSET', job, 'state', 'queued', 'step', 0, 'returned_at', NOW)
+  redis.call('HSET', job, 'state', 'queued', 'returned_at', NOW)
   enqueue(id, 0, tonumber(redis.call('HGET', job, 'rows')))
+end
+
+-- One more or one less of the jobs of a caller that have not ended.
+local function count_unfinished(caller, change)
+  if redis.call('HINCRBY', UNFINISHED, caller, change) <= 0 then redis.call('HDEL', UNFINISHED, caller) end
 end
 
 local function conclude(id, state, kind, data)
   local job = job_key(id)
+  count_unfinished(redis.call('HGET', job, 'caller'), -1)
   redis.call('ZREM', LEASES, id)
   redis.call('HSET', job, 'state', state)
   if kind ~= 'done' then redis.call('HSET', job, 'error', data) end
   redis.call('PEXPIRE', job, RECORD_TTL)
+  redis.call('DEL', checkpoint_key(id))
   emit(id, kind, data)
   redis.call('PUBLISH', PREFIX .. 'ended', id)
 end
 
 -- An attempt that cost the job its worker or ended in a passing fault: whatever ran beside it may be innocent, so from now on it
--- is a suspect and runs alone. Returns 1 if that was the last attempt allowed.
+-- is a suspect, and runs alone and from its beginning. Returns 1 if that was the last attempt allowed.
 local function spend(id, attempts, dead_ttl, dead_kept, fault)
   local job = job_key(id)
-  redis.call('HSET', job, 'suspect', 1)
+  redis.call('HSET', job, 'suspect', 1, 'step', 0)
+  redis.call('DEL', checkpoint_key(id))
   if redis.call('HINCRBY', job, 'spent', 1) < attempts then
     put_back(id)
     emit(id, 'queued', fault)

@@ -150,7 +150,7 @@ def test_weights_that_cancel_are_refused(backend: Any) -> None:
 
 
 def test_embeddings_are_computed_once_and_bounded(backend: Any) -> None:
-    conditions = Conditions(backend, embedding_entries=2)
+    conditions = Conditions(backend, embedding_bytes=2 * 4 * 6)
     for index in (0, 0, 1, 2, 0):
         colour(conditions, index)
     counters = conditions.embeddings

@@ -44,6 +44,7 @@ _requests = st.fixed_dictionaries(
         "guidance_scale": st.sampled_from([0.0, 1.0, 2.5]),
         "previews": st.sampled_from([0, 1, 2]),
         "deadline_at": st.sampled_from([None, 2e9, 3e9]),
+        "size": st.sampled_from([None, None, (2, 2), (8, 6)]),
     }
 )
 _visits = st.lists(
@@ -91,7 +92,7 @@ def test_a_sample_equals_its_solo_run(
     max_rows = max(max_rows, buckets[0]) if buckets else max_rows
     memory_rows = max(memory_rows, buckets[0]) if buckets else memory_rows
     engine = make_engine(
-        make_backend(buckets=buckets, memory_rows=memory_rows),
+        make_backend(buckets=buckets, memory_rows=memory_rows, size_multiple=2),
         max_rows=max_rows,
         strict=strict,
         modulation_bytes=modulation_bytes,
@@ -104,7 +105,7 @@ def test_a_sample_equals_its_solo_run(
             assert visit.cancelled is not None
             continue
         request: SampleRequest = make_request(f"{k}/0", **visit.request)
-        solo = make_engine(make_backend())
+        solo = make_engine(make_backend(size_multiple=2))
         solo.add(request)
         alone = [solo.step() for _ in range(request.rung.steps)]
         np.testing.assert_array_equal(made[f"{k}/0"], alone[-1].finished[0].latent)

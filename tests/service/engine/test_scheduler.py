@@ -72,6 +72,22 @@ def test_strict_has_one_size() -> None:
     assert len(names(scheduler, [Waiter(str(k)) for k in range(9)], knee=1)) == 4
 
 
+def test_the_budget_is_of_tokens() -> None:
+    scheduler = Scheduler(max_rows=8)
+    assert [scheduler.cap(row_cost) for row_cost in (0.25, 1.0, 2.0, 3.0, 100.0)] == [8, 8, 4, 2, 1]
+    fixed = Scheduler(max_rows=8, buckets=(2, 4, 8))
+    assert [fixed.cap(row_cost) for row_cost in (1.0, 2.0, 3.0, 100.0)] == [8, 4, 2, 2]
+    strict = Scheduler(max_rows=8, strict=True)
+    assert strict.size(1, 2.0) == 4
+
+
+def test_out_of_memory_at_large_rows_keeps_as_many_tokens_of_small_ones() -> None:
+    scheduler = Scheduler(max_rows=16)
+    assert scheduler.shrink(4, 4.0)
+    assert [scheduler.cap(4.0), scheduler.cap(1.0)] == [2, 8]
+    assert not scheduler.shrink(1, 8.0)
+
+
 def test_one_sample_always_steps() -> None:
     assert names(Scheduler(max_rows=1), [Waiter("a", rows=2), Waiter("b")]) == ["a"]
     assert names(Scheduler(max_rows=1), []) == []

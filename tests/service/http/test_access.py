@@ -107,3 +107,32 @@ async def test_openais_shape(stage: Stage) -> None:
     response = await stage.client.post("/v1/images/generations", json={"prompt": "an apple"})
     assert response.status_code == 401
     assert response.json()["error"]["code"] == "unauthorized"
+
+
+async def test_a_job_is_seen_by_its_own_key_and_by_an_admin(stage: Stage, keys: Path) -> None:
+    (_, owner), (_, stranger) = add(keys, "owner"), add(keys, "stranger")
+    _, admin = add(keys, "admin", scopes=("admin",))
+    response = await stage.generate({**bearer(owner), "prefer": "respond-async"}, **APPLE)
+    place = response.headers["location"]
+    for part in ("", "/events", "/images/0"):
+        seen = [
+            (await stage.client.get(place + part, headers=bearer(text))).status_code
+            for text in (stranger, owner, admin)
+        ]
+        assert seen == [404, 200, 200], part
+    assert (await stage.client.delete(place, headers=bearer(stranger))).status_code == 404
+
+
+async def test_a_key_may_have_so_many_unfinished_jobs(stage: Stage, keys: Path) -> None:
+    stage.worker.hold = True
+    (_, text), (_, other) = add(keys, "shop", concurrency=2), add(keys, "other", concurrency=2)
+    later = {"prefer": "respond-async"}
+    places = [
+        (await stage.generate({**bearer(text), **later}, **APPLE)).headers["location"] for _ in range(2)
+    ]
+    refused = await stage.generate({**bearer(text), **later}, **APPLE)
+    assert (refused.status_code, refused.json()["code"]) == (429, "quota-exceeded")
+    assert int(refused.headers["retry-after"]) > 0
+    assert (await stage.generate({**bearer(other), **later}, **APPLE)).status_code == 202
+    await stage.client.delete(places[0], headers=bearer(text))
+    assert (await stage.generate({**bearer(text), **later}, **APPLE)).status_code == 202

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.jobs import LoadSnapshot, WorkerState
+from service.jobs import Due, LoadSnapshot, WorkerState
+from service.planning import admission
+from service.planning.admission import NO_WORKER, Admission, Newcomer
 from service.planning.capacity import Capacity, drained
-from service.planning.planner import DEADLINE, LOAD, NO_WORKER, Admission, Planner, Policy, seconds_header
+from service.planning.planner import DEADLINE, LOAD, Policy, seconds_header
 from tests.service.planning.machine import BY_STEPS, LADDER, MAX_ROWS, line, quick
 
 
-def worker(name: str = "w", *, running: int = 0, backlog: int = 0, decode: float = 0.0) -> WorkerState:
-    return WorkerState(name, ("m",), MAX_ROWS, 0.9, 0.1, decode, running, backlog, 0.0, 0.0)
+def worker(
+    name: str = "w", *, running: int = 0, backlog: int = 0, decode: float = 0.0, dues: tuple[Due, ...] = ()
+) -> WorkerState:
+    return WorkerState(name, ("m",), MAX_ROWS, 0.9, 0.1, decode, running, backlog, 0.0, 0.0, dues=dues)
 
 
 def load(*workers: WorkerState, queued_rows: int = 0) -> LoadSnapshot:
@@ -30,18 +35,19 @@ def admit(
     samples: int = 1,
     allow: bool = True,
     floor: int = 1,
-    planner: Planner | None = None,
+    row_cost: float = 1.0,
+    policy: Policy | None = None,
 ) -> Admission:
-    return (planner or Planner(LADDER)).admit(
-        snapshot,
+    newcomer = Newcomer(
         rung=BY_STEPS[steps],
         guidance_scale=1.0,
         samples=samples,
         deadline_at=deadline,
         allow_degraded=allow,
         min_steps=floor,
-        now=0.0,
+        row_cost=row_cost,
     )
+    return admission.admit(newcomer, snapshot, ladder=LADDER, now=0.0, policy=policy)
 
 
 loads = st.builds(
@@ -101,15 +107,33 @@ class TestAdmission:
         assert not one.accepted
         assert (two.accepted, two.rung.steps) == (True, 50)
 
-    def test_it_counts_on_cuts_of_accepted_work_only_as_far_as_its_traffic_consents(self) -> None:
-        crowded = load(worker(running=20, backlog=800))
-        willing, unwilling = Planner(LADDER), Planner(LADDER)
-        for _ in range(5):
-            admit(load(worker()), 60.0, planner=willing)
-            admit(load(worker()), 60.0, allow=False, planner=unwilling)
-        assert admit(crowded, 120.0, allow=False, planner=willing).accepted
-        assert not admit(crowded, 120.0, allow=False, planner=unwilling).accepted
-        assert not admit(crowded, 120.0, allow=False, planner=Planner(LADDER, Policy(recut=False))).accepted
+    def test_it_counts_on_cuts_of_accepted_work_as_far_as_that_consents(self) -> None:
+        willing = worker(running=20, backlog=800, dues=(Due(150.0, 800, 200),))
+        unwilling = worker(running=20, backlog=800, dues=(Due(150.0, 800, 800),))
+        assert admit(load(willing), 155.0, allow=False).accepted
+        assert not admit(load(unwilling), 155.0, allow=False).accepted
+        assert not admit(load(willing), 155.0, allow=False, policy=Policy(recut=False)).accepted
+
+    def test_what_is_due_later_does_not_stand_in_the_way(self) -> None:
+        later = worker(running=20, backlog=800, dues=(Due(1000.0, 800, 800),))
+        sooner = worker(running=20, backlog=800, dues=(Due(50.0, 800, 800),))
+        never = worker(running=20, backlog=800, dues=(Due(inf, 800, 800),))
+        assert admit(load(later), 110.0, allow=False).accepted
+        assert admit(load(never), 110.0, allow=False).accepted
+        assert not admit(load(sooner), 110.0, allow=False).accepted
+
+    def test_nobody_is_taken_at_the_cost_of_a_later_deadline(self) -> None:
+        rate = MAX_ROWS / line().predict(MAX_ROWS)
+        just_holds = worker(running=20, backlog=800, dues=(Due(1.1 * 801 / rate, 800, 800),))
+        assert not admit(load(just_holds), 110.0, allow=False).accepted
+        assert admit(load(just_holds), None).accepted
+        lost_anyway = worker(running=20, backlog=800, dues=(Due(120.0, 8000, 8000),))
+        assert admit(load(lost_anyway), 110.0, allow=False).accepted
+
+    def test_rows_of_a_larger_size_count_for_more(self) -> None:
+        idle = load(worker())
+        assert admit(idle, 60.0, allow=False).accepted
+        assert not admit(idle, 60.0, allow=False, row_cost=4.0).accepted
 
 
 class TestAdmissionAlways:
@@ -120,7 +144,7 @@ class TestAdmissionAlways:
     ) -> None:
         answer = admit(snapshot, deadline, allow=allow, floor=floor, samples=samples)
         if answer.accepted:
-            assert answer.predicted_s * Policy().margin <= deadline * (1 + 1e-9)
+            assert answer.predicted_s * Policy().admission_margin <= deadline * (1 + 1e-9)
             assert answer.predicted_s >= Capacity(snapshot).reached(samples * answer.rung.steps) * (1 - 1e-9)
             assert answer.rung.steps >= min(floor, 50)
             assert answer.degraded == (answer.rung.steps < 50)

@@ -276,3 +276,37 @@ def test_planning_64_samples_takes_less_than_a_millisecond() -> None:
         planner.plan(crowd, 0.0, costs, max_rows=16)
         took.append(time.thread_time() - began)
     assert min(took) < 1e-3
+
+
+class TestDues:
+    def test_rows_are_told_by_deadline_and_by_what_may_be_cut(self) -> None:
+        crowd = [
+            sample("soon", 10.0, steps=20, remaining=5),
+            sample("later", 400.0),
+            sample("refuses", 410.0, allow_degraded=False),
+            sample("free", None, guided=True),
+        ]
+        soon, later, never = Planner(LADDER).dues(crowd, 0.0)
+        assert (soon.at, soon.rows, soon.floor_rows) == (10.0, 5, 3)
+        assert (later.at, later.rows, later.floor_rows) == (400.0, 100, 60)
+        assert (never.at, never.rows) == (inf, 100)
+
+    def test_larger_rows_count_for_more(self) -> None:
+        (due,) = Planner(LADDER).dues([sample(row_cost=2.5)], 0.0)
+        assert due.rows == 125
+
+    @quick
+    @given(crowds())
+    def test_nothing_is_left_out_and_little_is_said(self, crowd: list[PlannedSample]) -> None:
+        dues = Planner(LADDER).dues(crowd, 0.0)
+        rows = sum(LADDER.rows_left(s.rung, s.remaining_steps, s.timestep, s.guided) for s in crowd)
+        assert sum(due.rows for due in dues) == rows
+        assert all(due.floor_rows <= due.rows for due in dues)
+        assert [due.at for due in dues] == sorted(due.at for due in dues)
+        assert len(dues) <= 30
+
+
+def test_a_sample_of_larger_rows_is_cut_for_its_deadline_sooner() -> None:
+    assert plan([sample(deadline=60.0)]) == []
+    (change,) = plan([sample(deadline=60.0, row_cost=20.0)])
+    assert change.rung.steps < 50

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]
+Connect = Callable[..., Awaitable[Broker]]
 
 
 async def claim_order(broker: Broker, count: int) -> list[Job]:
@@ -66,3 +68,52 @@ async def test_one_callers_jobs_are_served_in_order(broker: Broker, make_job: Ma
     for job in jobs:
         await broker.submit(job)
     assert await claim_order(broker, 50) == jobs
+
+
+async def test_one_callers_earliest_deadline_goes_first(
+    connect: Connect, make_job: MakeJob, clock: Any
+) -> None:
+    broker = await connect(clock=clock)
+    due = {name: make_job(deadline_at=clock.now + seconds) for name, seconds in DEADLINES.items()}
+    patient = make_job()  # as if due in a minute
+    for job in (due["late"], patient, due["soon"], due["next"]):
+        await broker.submit(job)
+    positions = [status.position for job in due.values() if (status := await broker.status(job.id))]
+    assert positions == [0, 1, 3]
+    order = await claim_order(broker, 4)
+    assert order == [due["soon"], due["next"], patient, due["late"]]
+
+
+DEADLINES = {"soon": 10, "next": 20, "late": 600}
+
+
+async def test_a_deadline_is_no_way_past_other_callers(broker: Broker, make_job: MakeJob) -> None:
+    for k in range(40):
+        await broker.submit(make_job(caller="calm", cost_rows=20))
+        await broker.submit(
+            make_job(caller="hasty", cost_rows=30, deadline_at=2e9 - k)
+        )  # each before the last
+    rows = Counter[str]()
+    for job in await claim_order(broker, 40):
+        rows[job.caller] += job.cost_rows
+    assert abs(rows["calm"] - rows["hasty"]) <= 50
+
+
+async def test_overtaking_costs_the_overtaken_no_more_than_the_work_put_before_them(
+    connect: Connect, make_job: MakeJob, clock: Any
+) -> None:
+    broker = await connect(clock=clock)
+    large = make_job(caller="a", cost_rows=100)
+    await broker.submit(large)
+    await broker.submit(make_job(caller="b", cost_rows=60))
+    urgent = [
+        make_job(caller="a", cost_rows=10, deadline_at=clock.now + 9),
+        make_job(caller="a", cost_rows=20, deadline_at=clock.now + 5),
+    ]
+    for job in urgent:
+        await broker.submit(job)
+    others = make_job(caller="b", cost_rows=60)
+    await broker.submit(others)
+    order = [job.id for job in await claim_order(broker, 5)]
+    assert order[:2] == [urgent[1].id, urgent[0].id]
+    assert order[3:] == [others.id, large.id], "130 rows of one caller, after 120 of the other"

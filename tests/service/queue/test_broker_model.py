@@ -26,7 +26,7 @@ from service.queue.broker import WEIGHTS, Broker
 from tests.conftest import close_books
 
 T = TypeVar("T")
-LIMIT, ATTEMPTS, LEASE_S = 6, 2, 10.0
+LIMIT, ATTEMPTS, LEASE_S, PATIENCE_S = 6, 2, 10.0, 60.0
 OWNERS = st.sampled_from(["w1", "w2", "w3"])
 PICK = st.integers(0, 30)
 
@@ -44,11 +44,21 @@ class Entry:
     spent: int = 0
     suspect: bool = False
     returned: float = 0.0
+    due: float = 0.0
+    checkpoint: bytes = b""
+
+    @property
+    def flow(self) -> str:
+        return f"{self.job.priority}:{self.job.caller}"
+
+    @property
+    def work(self) -> float:
+        return self.job.cost_rows / WEIGHTS[self.job.priority]
 
 
 @dataclass
 class Model:
-    """The queue in fifty lines: one dictionary, one list of what waits, one virtual clock."""
+    """The queue in a page: one dictionary, one list of what waits, one virtual clock."""
 
     now: float
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -71,10 +81,15 @@ class Model:
             return False
         if len(self.waiting()) >= LIMIT:
             return None
-        flow = f"{job.priority}:{job.caller}"
-        finish = max(self.clock, self.flows.get(flow, 0.0)) + job.cost_rows / WEIGHTS[job.priority]
-        self.flows[flow] = finish
-        self.entries[job.id] = Entry(job, score=finish)
+        due = self.now + PATIENCE_S if job.deadline_at is None else job.deadline_at
+        entry = Entry(job, due=due)
+        last = max(self.clock, self.flows.get(entry.flow, 0.0))
+        later = [each for each in self.waiting() if each.score and each.flow == entry.flow and each.due > due]
+        entry.score = min((each.score - each.work for each in later), default=last) + entry.work
+        for each in later:
+            each.score += entry.work
+        self.flows[entry.flow] = last + entry.work
+        self.entries[job.id] = entry
         return True
 
     def claim(self, owner: str, room: int, idle: bool) -> list[Entry]:
@@ -83,6 +98,9 @@ class Model:
             fresh = idle and not taken
             if room <= 0:
                 break
+            if entry.job.deadline_at is not None and entry.job.deadline_at < self.now:
+                entry.state = "failed"
+                continue
             if entry.suspect and not fresh:
                 if self.now - entry.returned > LEASE_S:
                     break
@@ -109,7 +127,7 @@ class Model:
         entry.state, entry.score, entry.returned = "queued", 0.0, self.now
 
     def spend(self, entry: Entry) -> None:
-        entry.spent, entry.suspect = entry.spent + 1, True
+        entry.spent, entry.suspect, entry.checkpoint = entry.spent + 1, True, b""
         if entry.spent < ATTEMPTS:
             self.put_back(entry)
         else:
@@ -179,8 +197,9 @@ class QueueHistory(RuleBasedStateMachine):
         priority=st.sampled_from(["low", "normal", "high"]),
         rows=st.integers(1, 9),
         samples=st.integers(1, 3),
+        patience=st.sampled_from([None, None, 5.0, 30.0, 300.0]),
     )
-    def submit(self, caller: str, priority: str, rows: int, samples: int) -> None:
+    def submit(self, caller: str, priority: str, rows: int, samples: int, patience: float | None) -> None:
         self.serial += 1
         job = self.make_job(
             id=f"{self.serial:04}",
@@ -188,6 +207,7 @@ class QueueHistory(RuleBasedStateMachine):
             priority=priority,
             cost_rows=rows,
             seeds=tuple(range(samples)),
+            deadline_at=None if patience is None else self.model.now + patience,
         )
         self.submit_both(job)
 
@@ -211,7 +231,11 @@ class QueueHistory(RuleBasedStateMachine):
     async def claim_both(self, owner: str, room: int, idle: bool) -> list[Entry]:
         claims = await self.broker.claim(owner, models=["emoji"], max_samples=room, alone_ok=idle)
         expected = self.model.claim(owner, room, idle)
-        assert claims == [Claim(entry.job, entry.lease, entry.suspect) for entry in expected if entry.lease]
+        assert claims == [
+            Claim(entry.job, entry.lease, entry.suspect, entry.checkpoint)
+            for entry in expected
+            if entry.lease
+        ]
         return expected
 
     @precondition(lambda self: self.model.entries)
@@ -251,9 +275,11 @@ class QueueHistory(RuleBasedStateMachine):
             self.model.spend(entry)
 
     def _hand_back(self, entry: Entry, lease: Lease, holds: bool) -> None:
-        assert self.run(self.broker.hand_back(lease)) is holds
+        checkpoint = uuid.uuid4().bytes if entry.job.cost_rows % 2 else b""
+        assert self.run(self.broker.hand_back(lease, checkpoint=checkpoint)) is holds
         if holds:
             self.model.put_back(entry)
+            entry.checkpoint = checkpoint
 
     def _renew(self, entry: Entry, lease: Lease, holds: bool) -> None:
         renewal = self.run(self.broker.renew([lease]))

@@ -203,3 +203,52 @@ async def test_the_dead_are_bounded(
     await claim(broker)
     await crash(broker, clock)
     assert [status.id for status in await broker.dead()] == [last.id]
+
+
+async def test_what_a_leaving_worker_did_goes_to_the_next(
+    timed: Broker, make_job: MakeJob, make_result: MakeResult, clock: Any
+) -> None:
+    job = make_job()
+    await timed.submit(job)
+    (first,) = await claim(timed, "w1")
+    assert first.checkpoint == b""
+    assert await timed.hand_back(first.lease, checkpoint=b"half", step=5)
+    status = await timed.status(job.id)
+    assert status is not None
+    assert (status.state, status.step) == ("queued", 5)
+    assert await timed._client.pttl(timed.keys.checkpoint(job.id)) > 0
+    (second,) = await claim(timed, "w2")
+    assert second.checkpoint == b"half"
+    assert not await timed.hand_back(first.lease, checkpoint=b"late"), "only the holder may write"
+    assert await timed.hand_back(second.lease), "it did nothing, so it has nothing to hand on"
+    (third,) = await claim(timed, "w3")
+    assert third.checkpoint == b""
+    assert await timed.hand_back(third.lease, checkpoint=b"most")
+    (last,) = await claim(timed, "w4")
+    assert await timed.finish(last.lease, make_result())
+    assert not await timed._client.exists(timed.keys.checkpoint(job.id))
+
+
+async def test_a_job_that_lost_its_worker_starts_anew(timed: Broker, make_job: MakeJob, clock: Any) -> None:
+    job = make_job()
+    await timed.submit(job)
+    (first,) = await claim(timed, "w1")
+    await timed.hand_back(first.lease, checkpoint=b"what may have killed the next", step=5)
+    await claim(timed, "w2")
+    await crash(timed, clock)
+    (second,) = await claim(timed, "w3")
+    assert (second.checkpoint, second.alone) == (b"", True)
+    status = await timed.status(job.id)
+    assert status is not None
+    assert status.step == 0
+
+
+async def test_checkpoints_are_bounded(connect: Callable[..., Awaitable[Broker]], make_job: MakeJob) -> None:
+    broker = await connect(checkpoint_bytes=10)
+    await broker.submit(make_job())
+    (entry,) = await claim(broker)
+    assert await broker.hand_back(entry.lease, checkpoint=bytes(11), step=5)
+    (entry,) = await claim(broker)
+    assert entry.checkpoint == b""
+    assert await broker.hand_back(entry.lease, checkpoint=bytes(10), step=5)
+    assert [again.checkpoint for again in await claim(broker)] == [bytes(10)]

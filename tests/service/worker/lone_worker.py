@@ -28,10 +28,10 @@ class MortalBackend(FakeBackend):
         time.sleep(DELAY_S)
         return super().denoise(x, state)
 
-    def embed(self, labels: npt.NDArray[np.int64]) -> Floats:
+    def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         if (labels[:, 0] == BLUE).any():
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().embed(labels)
+        return super().embed(labels, text)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def gate(make_backend: Make) -> Gate:
 
 @pytest.fixture
 def make_worker(make_engine: Make, gate: Gate) -> Make:
-    def make(broker: Broker, name: str = "w1", *, slots: int = 16, **policy: Any) -> Worker:
+    def make(broker: Broker, name: str = "w1", *, slots: int = 16, origin: str = "", **policy: Any) -> Worker:
         engine = make_engine(gate, clock=time.time, slots=slots)
         return Worker(
             broker=broker,
@@ -76,8 +76,16 @@ def make_worker(make_engine: Make, gate: Gate) -> Make:
             ladder=engine.ladder,
             name=name,
             model="fake",
+            origin=origin,
             policy=WorkerPolicy(
-                **{"max_rows": 8, "report_s": 0.05, "step_event_s": 0.0, "retry_s": 0.01, **policy}
+                **{
+                    "max_rows": 8,
+                    "report_s": 0.05,
+                    "export_s": 0.2,
+                    "step_event_s": 0.0,
+                    "retry_s": 0.01,
+                    **policy,
+                }
             ),
         )
 

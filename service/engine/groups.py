@@ -1,0 +1,81 @@
+"""Samples by latent size: only samples of one size can share a forward pass, so sizes take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+from service.engine.samples import Sample, Size
+from service.engine.scheduler import Batch, Scheduler
+from service.engine.slots import SlotPool
+from service.engine.turns import Demand, Turns
+from service.planning.costs import CostModel
+
+
+class Group:
+    """The samples of one size, their slots, and what a pass of them takes.
+
+    `row_cost` is the tokens of one row, in rows of the bundle's own size.
+    """
+
+    __slots__ = ("costs", "pool", "row_cost", "samples", "size")
+
+    def __init__(self, size: Size, pool: SlotPool, costs: CostModel, *, row_cost: float) -> None:
+        self.size, self.pool, self.costs, self.row_cost = size, pool, costs, row_cost
+        self.samples: dict[str, Sample] = {}
+
+    @property
+    def rows(self) -> int:
+        """Rows of everybody's next step."""
+        return sum(sample.rows for sample in self.samples.values())
+
+
+class Groups:
+    """The groups there are: always that of the bundle's own size, and one for every other size that somebody has.
+
+    Args:
+        costs: of passes at the bundle's own size; other sizes start from it, by their tokens, and learn for themselves.
+        make_pool: slots for latents of a size. Memory is touched only as slots are used.
+    """
+
+    def __init__(
+        self, own: Size, scheduler: Scheduler, costs: CostModel, make_pool: Callable[[Size], SlotPool]
+    ) -> None:
+        self._scheduler, self._make_pool = scheduler, make_pool
+        self.own = Group(own, make_pool(own), costs, row_cost=1.0)
+        self._groups = {own: self.own}
+        self._turns: Turns[Size] = Turns()
+
+    def of(self, size: Size) -> Group:
+        """The group of a size, made if need be."""
+        group = self._groups.get(size)
+        if group is None:
+            row_cost = prod(size) / prod(self.own.size)
+            costs = self.own.costs.scaled(row_cost)
+            group = self._groups[size] = Group(size, self._make_pool(size), costs, row_cost=row_cost)
+        return group
+
+    def leave(self, sample: Sample) -> None:
+        """Part from a sample, and from its group if it was the last one there."""
+        group = self._groups[sample.size]
+        del group.samples[sample.id]
+        group.pool.release(sample.slot)
+        if not group.samples and group is not self.own:
+            del self._groups[group.size]
+
+    def next_batch(self) -> tuple[Group, Batch[Sample]]:
+        """Whose turn it is, and the samples that step now. There must be one."""
+        waiting = {size: group for size, group in self._groups.items() if group.samples}
+        if len(waiting) == 1:
+            (group,) = waiting.values()
+        else:
+            size = self._turns.next({size: self._demand(group) for size, group in waiting.items()})
+            group = waiting[size]
+        return group, self._scheduler.next_batch(group.samples.values(), self._knee(group), group.row_cost)
+
+    def _demand(self, group: Group) -> Demand:
+        rows = group.rows
+        return Demand(group.row_cost * min(rows, self._knee(group)), group.row_cost * rows)
+
+    def _knee(self, group: Group) -> int:
+        return group.costs.knee(self._scheduler.cap(group.row_cost))

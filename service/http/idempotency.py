@@ -1,0 +1,19 @@
+"""Requests that are sent again: what makes two of them the same, and under which id their job is found. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from service.http.schemas import GenerateRequest
+
+
+def keyed_id(caller: str, key: str) -> str:
+    """The job's id for an Idempotency-Key of a caller."""
+    return hashlib.blake2s(f"{caller}\0{key}".encode(), digest_size=16).hexdigest()
+
+
+def fingerprint_of(request: GenerateRequest, image_format: str) -> str:
+    """Equal for equal requests."""
+    canonical = json.dumps([request.model_dump(mode="json"), image_format], sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()

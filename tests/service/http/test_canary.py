@@ -1,0 +1,111 @@
+"""The canary: what is drawn is held against the bundle's golden image, through queue and worker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from prometheus_client import REGISTRY
+
+from model.bundle import GOLDEN, Bundle
+from service.errors import Overloaded
+from service.http.canary import SAME_DB, Canary, psnr
+from tests.conftest import wait_until
+from tests.service.http.conftest import MANIFEST, PNG, OpenStage, Stage
+
+GOLD = {
+    "condition": {"label": "lemon", "style": "noto"},
+    "seed": 3,
+    "steps": 12,
+    "solver": "ddim",
+    "grid": "trailing",
+    "guidance_scale": 2.0,
+}
+
+
+@pytest.fixture
+def bundle(bundle_path: Path, tmp_path: Path) -> Callable[[bytes], Path]:
+    """A bundle with this golden image."""
+
+    def make(image: bytes) -> Path:
+        folder = Path(shutil.copytree(bundle_path, tmp_path / "golden"))
+        (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "golden": GOLD}))
+        (folder / GOLDEN).write_bytes(image)
+        return folder
+
+    return make
+
+
+def canary(stage: Stage) -> Canary:
+    context = stage.app.state.context
+    opened = Bundle.open(stage.settings.bundle)
+    assert opened.manifest.golden
+    return Canary(opened.path, opened.manifest.golden, context.intake, context.backplane.listener)
+
+
+def gray(level: int, side: int = 1) -> bytes:
+    out = BytesIO()
+    Image.new("RGB", (side, side), (level,) * 3).save(out, "png")
+    return out.getvalue()
+
+
+def told(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+@pytest.mark.anyio
+async def test_the_golden_image_is_asked_for_as_it_was_drawn(
+    open_stage: OpenStage, bundle: Callable[[bytes], Path]
+) -> None:
+    stage = await open_stage(bundle=bundle(PNG))
+    before = told("dit_canary_total", outcome="same")
+    assert await canary(stage).draw() == SAME_DB
+    job = stage.worker.claimed[0].job
+    assert (job.condition[0].labels, job.seeds, job.steps, job.solver) == ((3, 0), (3,), 12, "ddim")
+    assert (job.allow_degraded, job.priority, job.caller) == (False, "low", "canary")
+    assert told("dit_canary_total", outcome="same") == before + 1
+    assert told("dit_canary_psnr_db") == SAME_DB
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("golden", [gray(200), gray(0, side=2)], ids=["other", "another-size"])
+async def test_drift_is_seen(open_stage: OpenStage, bundle: Callable[[bytes], Path], golden: bytes) -> None:
+    stage = await open_stage(bundle=bundle(golden))
+    before = told("dit_canary_total", outcome="drifted")
+    assert await canary(stage).draw() < 10
+    assert told("dit_canary_total", outcome="drifted") == before + 1
+
+
+@pytest.mark.anyio
+async def test_draws_by_itself_and_survives_refusals(
+    open_stage: OpenStage, bundle: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = await open_stage(bundle=bundle(PNG))
+    watch, draw, refused = canary(stage), Canary.draw, told("dit_canary_total", outcome="skipped")
+    tried: list[int] = []
+
+    async def first_refused(self: Canary) -> float:
+        tried.append(1)
+        if len(tried) == 1:
+            raise Overloaded()
+        return await draw(self)
+
+    monkeypatch.setattr(Canary, "draw", first_refused)
+    task = asyncio.create_task(watch.run(0.01))
+    await wait_until(lambda: stage.worker.claimed)
+    task.cancel()
+    assert told("dit_canary_total", outcome="skipped") == refused + 1
+
+
+def test_likeness() -> None:
+    black, almost = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 1, np.uint8)
+    assert psnr(black, black) == SAME_DB
+    assert psnr(black, almost) == pytest.approx(48.13, abs=0.01)  # 10·log10(255²)
+    assert psnr(black, np.full((4, 4, 3), 255, np.uint8)) == 0

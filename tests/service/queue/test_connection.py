@@ -1,0 +1,173 @@
+"""Where the queue may be: behind TLS and passwords, in a cluster; and what is said when it cannot be used."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from redis.asyncio import Redis
+
+from service.errors import QueueUnavailable
+from service.jobs import Job, JobResult, WorkerState
+from service.queue.broker import Broker
+from service.queue.listener import Listener
+from tests.service.queue.servers import Server, free_port, serving
+
+pytestmark = pytest.mark.anyio
+MakeJob = Callable[..., Job]
+MakeResult = Callable[..., JobResult]
+WaitUntil = Callable[..., Awaitable[Any]]
+
+
+async def live_through(broker: Broker, job: Job, result: JobResult) -> None:
+    """Every verb once: what the API and a worker do with a job, and with one that fails."""
+    await broker.publish_state(WorkerState("w1", ("emoji",), 16, 0.01, 0.002, 0.001, 3, 60, 0.0, 0.0))
+    listener = Listener(broker)
+    assert await broker.submit(job)
+    (claim,) = await broker.claim("w1", models=["emoji"], max_samples=4)
+    assert await broker.progress(claim.lease, "step", {"step": 4, "steps": 8})
+    assert await broker.hand_back(claim.lease, checkpoint=b"half", step=4)
+    (claim,) = await broker.claim("w1", models=["emoji"], max_samples=4)
+    assert claim.checkpoint == b"half"
+    assert (await broker.renew([claim.lease])).lost == frozenset()
+    assert await broker.sweep() == 0
+    assert await broker.fail(claim.lease, {"code": "internal-error"}, retry=True)
+    assert [status.id for status in await broker.dead()] == [job.id]
+    assert await broker.requeue(job.id)
+    (claim,) = await broker.claim("w1", models=["emoji"], max_samples=4)
+    assert await broker.finish(claim.lease, result)
+    async with asyncio.timeout(5):
+        assert await listener.wait(job.id) == result
+    assert [event.kind async for event in broker.events(job.id)][-1] == "done"
+    assert not await broker.cancel(job.id)
+    await broker.load()
+    await broker.retire("w1")
+    await listener.aclose()
+
+
+@asynccontextmanager
+async def opened(url: str, **options: Any) -> AsyncIterator[Broker]:
+    broker = await Broker.connect(url, **options)
+    try:
+        yield broker
+    finally:
+        await broker.aclose()
+
+
+@pytest.fixture
+async def tls(embedded_url: str, tmp_path: Path) -> AsyncIterator[tuple[str, Path]]:
+    """The embedded server behind TLS: its URL without a CA, and the file of the CA."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    trusted = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(trusted)
+    host, _, port = embedded_url.partition("://")[2].split("/")[0].rpartition(":")
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner, outer = await asyncio.open_connection(host, int(port))
+        ways = [asyncio.create_task(copy(reader, outer)), asyncio.create_task(copy(inner, writer))]
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        await asyncio.wait(ways)
+        outer.close()
+        writer.close()
+
+    server = await asyncio.start_server(pass_on, "127.0.0.1", 0, ssl=context)
+    yield f"rediss://localhost:{server.sockets[0].getsockname()[1]}", trusted
+    server.close()
+
+
+async def test_tls_with_a_ca_of_ones_own(
+    tls: tuple[str, Path], namespace: str, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    url, trusted = tls
+    async with opened(f"{url}?ssl_ca_certs={trusted}", namespace=namespace, max_attempts=1) as broker:
+        await live_through(broker, make_job(), make_result())
+
+
+async def test_a_certificate_that_is_not_trusted_is_named(tls: tuple[str, Path], tmp_path: Path) -> None:
+    url, trusted = tls
+    stranger = tmp_path / "stranger.pem"
+    trustme.CA().cert_pem.write_to_path(stranger)
+    wrong_name = url.replace("localhost", "127.0.0.1")
+    for refused in (url, f"{url}?ssl_ca_certs={stranger}", f"{wrong_name}?ssl_ca_certs={trusted}"):
+        with pytest.raises(QueueUnavailable, match="no certificate that is trusted"):
+            await Broker.connect(refused, timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("http://127.0.0.1:1", "scheme"),
+        ("redis://127.0.0.1:x", "Port"),
+        ("redis://127.0.0.1:1?tls=yes", "'tls'"),
+        ("redis://127.0.0.1:1?db=first", "db"),
+        ("rediss://127.0.0.1:1?ssl_ca_certs=/no/such/file", "/no/such/file, which is not a file"),
+        ("redis+sentinel://127.0.0.1:1", "reads redis"),
+        ("redis+sentinel:///primary", "reads redis"),
+        ("http+sentinel://127.0.0.1:1/primary", "reads redis"),
+        ("redis+sentinel://127.0.0.1:1/primary?tls=yes", "'tls'"),
+    ],
+)
+async def test_a_mistake_in_the_url_is_one_sentence(url: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        await Broker.connect(url)
+    assert "\n" not in str(caught.value)
+
+
+ACL = (
+    "user default off",
+    "user dit on >secret resetkeys ~{dit}:* resetchannels &{dit}:* -@all +@connection +@hash +@pubsub "
+    "+@scripting +@sortedset +@stream +@string +@transaction +del +exists +pexpire +persist +time -@dangerous",
+)
+
+
+async def test_a_user_who_may_do_only_what_the_service_does(
+    tmp_path: Path, make_job: MakeJob, make_result: MakeResult, wait_until: WaitUntil
+) -> None:
+    server = Server(tmp_path, *ACL)
+    with serving(server):
+        await wait_until(server.answers)
+        url = server.url.replace("://", "://dit:{}@")
+        async with opened(url.format("secret"), max_attempts=1) as broker:
+            await live_through(broker, make_job(), make_result())
+        for refused in (url.format("wrong"), server.url):
+            with pytest.raises(QueueUnavailable, match="credentials"):
+                await Broker.connect(refused)
+        with pytest.raises(QueueUnavailable, match="does not let this user"):
+            async with opened(url.format("secret"), namespace="theirs") as stranger:
+                await stranger.submit(make_job())
+
+
+async def test_all_keys_are_in_one_slot_of_a_cluster(
+    tmp_path: Path, make_job: MakeJob, make_result: MakeResult, wait_until: WaitUntil
+) -> None:
+    server = Server(tmp_path, "cluster-enabled yes", f"cluster-port {free_port()}")
+    with serving(server):
+        await wait_until(server.answers)
+        async with Redis.from_url(server.url) as client:
+            await client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+
+            async def formed() -> bool:
+                return "cluster_state:ok" in str(await client.execute_command("CLUSTER", "INFO"))
+
+            await wait_until(formed)
+            async with opened(server.url, max_attempts=1) as broker:
+                await live_through(broker, make_job(), make_result())
+                slots = {
+                    await client.execute_command("CLUSTER", "KEYSLOT", key) for key in await client.keys("*")
+                }
+        assert len(slots) == 1
