@@ -1,9 +1,10 @@
-"""`python -m model.attention MODEL`: where a DiT looks, painted over the picture it makes.
+"""`python -m model.attention MODEL`: where a network looks, painted over the picture it makes.
 
     python -m model.attention model/zoo/emoji -c label=rocket --seed 3 -o rocket-attention.png
 
-A column per chosen block: above, how much every patch is attended to by all others; below, by the patch marked with a
-frame. The forward pass never forms these weights; they are computed beside it from each block's input.
+A column per chosen block with attention: above, how much every patch is attended to by all others; below, by the patch marked
+with a frame. The forward pass never forms these weights; they are computed beside it from each block's input. In a U-Net
+a patch is a position of the level that attends.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,30 +25,45 @@ from torch import Tensor
 from model.bundle import BundleError
 from model.denoise import Conditions, Denoiser, Guidance, denoise
 from model.diffusion import grid
-from model.dit import Block, DiT, Rotary
 from model.layers import Attention
+from model.network import Network
 from model.opening import Opened, OpenError, open_model
-from model.sample import SampleError, embeddings, parse_condition, picture_grid, to_pixels
+from model.sample import SampleError, embeddings, parse_condition, picture_grid, positive, to_pixels
 from model.solvers import step_table
 from model.text import TextError
 
 Picture = npt.NDArray[np.uint8]
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionMap:
+    """Attention probabilities of one block, (N, heads, T, T) fp32, between the T = rows · columns places of its grid."""
+
+    weights: Tensor
+    rows: int
+    columns: int
+
+    def heat(self) -> npt.NDArray[np.float32]:
+        """The first row's, mean over heads, (rows, columns, rows, columns): from the place that looks to the one seen."""
+        mean = self.weights[0].mean(0)
+        return mean.reshape(self.rows, self.columns, self.rows, self.columns).numpy()
+
+
 @torch.no_grad()
-def attention_maps(model: DiT, x: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-    """Attention probabilities of every block on x (N, C, H, W) and its condition state: (N, heads, T, T) fp32 each.
+def attention_maps(model: Network, x: Tensor, state: Sequence[Tensor]) -> list[AttentionMap]:
+    """The attention of every block that has some, shallow to deep, on x (N, C, H, W) and its condition state.
 
-    Rows are the image tokens that look, columns those looked at; where condition tokens are in the context they are left
-    out, and the rows then sum to less than 1.
+    Where condition tokens are in the context they are left out, and what a place gives to the others sums to less than 1.
     """
-    maps: list[Tensor] = []
-    tokens = (x.shape[2] // model.config.patch_size) * (x.shape[3] // model.config.patch_size)
+    maps: list[AttentionMap] = []
+    front = 2 if "in_context" in getattr(model.config, "plan", ()) else 0
 
-    def look(module: torch.nn.Module, arguments: tuple[Tensor, Rotary]) -> None:
-        maps.append(cast(Attention, module).weights(*arguments)[:, :, -tokens:, -tokens:])
+    def look(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        weights = cast(Attention, module).weights(*arguments)[:, :, front:, front:]
+        rows = round((weights.shape[-1] * x.shape[2] / x.shape[3]) ** 0.5)
+        maps.append(AttentionMap(weights, rows, weights.shape[-1] // rows))
 
-    hooks = [cast(Block, block).attn.register_forward_pre_hook(look) for block in model.blocks]
+    hooks = [each.register_forward_pre_hook(look) for each in model.modules() if isinstance(each, Attention)]
     try:
         model.backbone(x, state)
     finally:
@@ -84,7 +101,7 @@ def picture_of(opened: Opened, embedding: Tensor, seed: int) -> Tensor:
     steps = grid(defaults.grid, defaults.steps, diffusion.timesteps)
     table = step_table(defaults.solver, steps, opened.schedule)
     guidance = Guidance(defaults.guidance_scale, defaults.guidance_interval, diffusion.guidance_channels)
-    denoiser = Denoiser(opened.dit, opened.schedule, Conditions((embedding,)), guidance)
+    denoiser = Denoiser(opened.network, opened.schedule, Conditions((embedding,)), guidance)
     *_, x0 = denoise(denoiser, table, [seed], clip_x0=diffusion.clip_x0)
     return x0
 
@@ -92,52 +109,70 @@ def picture_of(opened: Opened, embedding: Tensor, seed: int) -> Tensor:
 def run(options: argparse.Namespace) -> Image.Image:
     """Do what the command line says; see `main` for what can go wrong."""
     opened = open_model(options.model, data=options.data)
-    model, config = opened.dit, opened.dit.config
+    model = opened.network
+    height, width = model.config.image_size
     if opened.manifest.decoder != "identity":
         raise SampleError("attention is painted over pixels: this model works on latents")
-    rows, columns = config.grid_size
-    query = tuple(options.query or (rows // 2, columns // 2))
-    if not (0 <= query[0] < rows and 0 <= query[1] < columns):
+    y, x = options.query or (height // 2, width // 2)
+    if not (0 <= y < height and 0 <= x < width):
         raise SampleError(
-            f"the query is a patch in rows 0..{rows - 1} and columns 0..{columns - 1}, not {query}"
+            f"--query is a pixel in rows 0..{height - 1} and columns 0..{width - 1}, not {y} {x}"
         )
     if not 0 <= options.at <= 1:
         raise SampleError(f"--at is a fraction of the noise range in 0..1, not {options.at}")
     term = parse_condition(options.condition, opened.manifest.factors)
     embedding = embeddings(model, [term], options.encoder)[0][None]
     x0 = picture_of(opened, embedding, options.seed)
+    maps = _maps_at(opened, x0, embedding, options)
+    chosen = [maps[k] for k in sorted({0, len(maps) // 2, len(maps) - 1})]
+    picture = to_pixels(x0)[0]
+    above = [overlay(picture, each.heat().mean((0, 1)), options.zoom) for each in chosen]
+    places = [(y * each.rows // height, x * each.columns // width) for each in chosen]
+    below = [
+        overlay(picture, each.heat()[place], options.zoom, place)
+        for each, place in zip(chosen, places, strict=True)
+    ]
+    plain = picture.repeat(options.zoom, 0).repeat(options.zoom, 1)
+    return picture_grid(np.stack([plain, *above, plain, *below]), 1 + len(chosen))
+
+
+@torch.no_grad()
+def _maps_at(
+    opened: Opened, x0: Tensor, embedding: Tensor, options: argparse.Namespace
+) -> list[AttentionMap]:
+    """Of the picture (1, C, H, W) noised as far as `--at` says."""
     t = round(options.at * (opened.manifest.diffusion.timesteps - 1))
     drawn = torch.randn(x0.shape, generator=torch.Generator().manual_seed(options.seed))
-    x = opened.schedule.alpha(t) * x0 + opened.schedule.sigma(t) * drawn
-    with torch.no_grad():
-        state = model.modulate(torch.tensor([float(t)]), embedding)
-    blocks = sorted({0, config.depth // 2, config.depth - 1})
-    maps = attention_maps(model, x, state)
-    heats = [maps[block][0].mean(0).reshape(rows, columns, rows, columns).numpy() for block in blocks]
-    picture = to_pixels(x0)[0]
-    above = [overlay(picture, heat.mean((0, 1)), options.zoom) for heat in heats]
-    below = [overlay(picture, heat[query], options.zoom, (query[0], query[1])) for heat in heats]
-    plain = picture.repeat(options.zoom, 0).repeat(options.zoom, 1)
-    return picture_grid(np.stack([plain, *above, plain, *below]), 1 + len(blocks))
+    noisy = opened.schedule.alpha(t) * x0 + opened.schedule.sigma(t) * drawn
+    state = opened.network.modulate(torch.tensor([float(t)]), embedding)
+    return attention_maps(opened.network, noisy, state)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Command line; whatever is wrong is said in one sentence, with status 2."""
-    parser = argparse.ArgumentParser(prog="python -m model.attention", description="Paint where a DiT looks.")
+    parser = argparse.ArgumentParser(
+        prog="python -m model.attention", description="Paint where a network looks over the picture it makes."
+    )
     parser.add_argument("model", type=Path, help="a bundle, or a training run")
-    parser.add_argument("-o", "--out", type=Path, default=Path("attention.png"))
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("attention.png"), help="the picture to write (attention.png)"
+    )
     parser.add_argument(
         "-c", "--condition", default="", metavar="FACTOR=CLASS,…", help="such as label=cat,style=noto"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the picture (0)")
     parser.add_argument(
-        "--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="a patch; the middle one"
+        "--query",
+        type=int,
+        nargs=2,
+        metavar=("ROW", "COLUMN"),
+        help="a pixel whose patch looks; the middle one unless given",
     )
     parser.add_argument(
-        "--at", type=float, default=0.4, help="how noisy the picture shown to the network is, 0..1"
+        "--at", type=float, default=0.4, help="how noisy the picture shown to the network is, 0..1 (0.4)"
     )
-    parser.add_argument("--zoom", type=int, default=4)
-    parser.add_argument("--encoder", default="minilm", help="of text: a name or module:Class")
+    parser.add_argument("--zoom", type=positive, default=4, help="pixels of the output per pixel (4)")
+    parser.add_argument("--encoder", default="minilm", help="of text: a name or module:Class (minilm)")
     parser.add_argument("--data", type=Path, help="the training pictures of a run, if they moved")
     options = parser.parse_args(arguments)
     try:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from model.bundle import LatentSpec
+
 SD_SCALE = 0.18215  # latents of the SD-VAE are multiplied by this, so that their variance is about 1
 
 
@@ -35,14 +37,20 @@ class Identity:
 
 
 class SdVae:
-    """Stable Diffusion's autoencoder, a diffusers AutoencoderKL: 8× smaller, 4 channels, scaled by 0.18215.
+    """Stable Diffusion's autoencoder, a diffusers AutoencoderKL: 8× smaller, 4 channels, scaled by 0.18215 or as `latents` says.
 
     Latents larger than `tile` on a side are decoded in overlapping tiles whose borders are blended, so that memory is
     bounded; 0 decodes everything whole.
     """
 
-    def __init__(self, vae: Any, *, tile: int = 96) -> None:
+    def __init__(self, vae: Any, latents: LatentSpec | None = None, *, tile: int = 96) -> None:
         self.vae = vae.eval().requires_grad_(False)
+        channels = vae.config.latent_channels
+        self.spec = latents or LatentSpec(shift=(0.0,) * channels, scale=(1 / SD_SCALE,) * channels)
+        if len(self.spec.shift) != channels or len(self.spec.scale) != channels:
+            raise AutoencoderError(
+                f"the autoencoder has {channels} latent channels, the model's latents {len(self.spec.shift)}"
+            )
         if tile:
             factor = 2 ** (len(vae.config.block_out_channels) - 1)
             vae.enable_tiling()
@@ -53,20 +61,28 @@ class SdVae:
         """A draw from the posterior with a generator, its mean without; (N, 3, H, W) → (N, 4, H/8, W/8)."""
         posterior = self.vae.encode(images).latent_dist
         latents: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
-        return latents * SD_SCALE
+        shift, scale = self._normalisation(latents)
+        return (latents - shift) / scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(N, 4, h, w) → (N, 3, 8h, 8w)."""
-        pixels: Tensor = self.vae.decode(latents / SD_SCALE, return_dict=False)[0]
+        shift, scale = self._normalisation(latents)
+        pixels: Tensor = self.vae.decode(latents * scale + shift, return_dict=False)[0]
         return pixels
 
+    def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale (C, 1, 1)."""
+        shift, scale = like.new_tensor([self.spec.shift, self.spec.scale])[..., None, None]
+        return shift, scale
 
-def open_autoencoder(kind: str, folder: Path | None = None) -> Autoencoder:
-    """The decoder a bundle names: "identity", or "sd-vae" from a folder in diffusers' layout.
+
+def open_autoencoder(kind: str, folder: Path | None = None, latents: LatentSpec | None = None) -> Autoencoder:
+    """The decoder a bundle names: "identity", or "sd-vae" from a folder in diffusers' layout; `latents` as the bundle has it.
 
     Raises:
-        AutoencoderError: an unknown kind, no folder or an unreadable one, or diffusers is not installed.
+        AutoencoderError: an unknown kind, no folder or an unreadable one, other channels than the model's latents, or
+            diffusers is not installed.
     """
     if kind == "identity":
         return Identity()
@@ -77,7 +93,7 @@ def open_autoencoder(kind: str, folder: Path | None = None) -> Autoencoder:
     if not (folder / "config.json").is_file():
         raise AutoencoderError(f"{folder} is not an autoencoder's folder: it has no config.json")
     try:
-        return SdVae(importlib.import_module("diffusers").AutoencoderKL.from_pretrained(folder))
+        return SdVae(importlib.import_module("diffusers").AutoencoderKL.from_pretrained(folder), latents)
     except ModuleNotFoundError:
         raise AutoencoderError("the SD-VAE needs diffusers: pip install diffusers") from None
     except (OSError, ValueError, RuntimeError) as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,17 +19,17 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     field_serializer,
     field_validator,
 )
 
-from model.config import DiTConfig
 from model.diffusion import Schedule, make_schedule
+from model.network_config import NetworkConfig, network_config, network_fields
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+GOLDEN = "golden.png"
 WEIGHTS, EMBEDDER, CONDITIONER, BACKBONE = (
     "weights.safetensors",
     "embedder.onnx",
@@ -37,7 +38,6 @@ WEIGHTS, EMBEDDER, CONDITIONER, BACKBONE = (
 )
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-_CONFIG = TypeAdapter(DiTConfig)
 
 
 class BundleError(Exception):
@@ -80,6 +80,13 @@ class DiffusionSpec(_Strict):
         )
 
 
+class LatentSpec(_Strict):
+    """How latents become what the network denoises, (latents − shift) / scale, one number per channel each."""
+
+    shift: tuple[float, ...]
+    scale: tuple[Annotated[float, Field(gt=0)], ...]
+
+
 class RungSpec(_Strict):
     """One measured operating point: cost in forward rows an image, quality as distance to the reference (lower is better)."""
 
@@ -102,6 +109,17 @@ class Defaults(_Strict):
     guidance_interval: tuple[float, float]
 
 
+class Golden(_Strict):
+    """One image of the model as PyTorch drew it, in `golden.png`: what a service draws is held against it (its canary)."""
+
+    condition: dict[str, str]
+    seed: int
+    steps: Annotated[int, Field(ge=1)]
+    solver: str
+    grid: str
+    guidance_scale: float
+
+
 class FileEntry(_Strict):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: int
@@ -114,28 +132,35 @@ class Manifest(_Strict):
     name: Name
     version: Name
     description: str
-    config: DiTConfig
+    config: NetworkConfig
     diffusion: DiffusionSpec
     factors: tuple[Factor, ...]
     decoder: Literal["identity", "sd-vae", "small"] = "identity"
+    latents: LatentSpec | None = None
+    """Of a model on latents; None: they are multiplied by 0.18215, as for the published models."""
     embedding_size: int
     state: tuple[StateTensor, ...]
     defaults: Defaults
     ladder: tuple[RungSpec, ...] = ()
+    golden: Golden | None = None
     licence: str
     attribution: tuple[str, ...] = ()
     provenance: dict[str, Any] = {}
     metrics: dict[str, float] = {}
     files: dict[Name, FileEntry] = {}
 
-    @field_validator("config", mode="before")
+    @field_validator("config", mode="plain")
     @classmethod
-    def _config(cls, value: Any) -> DiTConfig:
-        return value if isinstance(value, DiTConfig) else _CONFIG.validate_python(value)
+    def _config(cls, value: Any) -> NetworkConfig:
+        if isinstance(value, NetworkConfig):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError("the network's configuration must be an object")
+        return network_config(value)
 
     @field_serializer("config")
-    def _dump_config(self, config: DiTConfig) -> dict[str, Any]:
-        return dict(_CONFIG.dump_python(config, mode="json"))
+    def _dump_config(self, config: NetworkConfig) -> dict[str, Any]:
+        return network_fields(config)
 
 
 class Bundle:
@@ -202,10 +227,11 @@ def parse_manifest(raw: bytes, source: Path) -> Manifest:
         raise BundleError(f"{source} has schema_version {found!r}; this release reads {SCHEMA_VERSION}")
     try:
         return Manifest.model_validate(data)
-    except (ValidationError, ValueError) as error:
-        detail = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        field = ".".join(str(part) for part in detail["loc"]) or "config"
-        raise BundleError(f"{source}: field {field}: {detail['msg']}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise BundleError(f"{source}: field {field}: {message}") from None
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -235,4 +261,6 @@ def digest(file: Path) -> str:
 
 
 def _listed(name: str) -> bool:
+    if name == GOLDEN:
+        return True
     return name != MANIFEST and not name.startswith(".") and name.endswith((".safetensors", ".onnx", ".data"))

@@ -1,6 +1,6 @@
 """Training state on disk: safetensors and JSON, written atomically; the newest valid one wins. Nothing is pickled.
 
-<run>/checkpoints/step-0001200/{model,ema,optimizer}.safetensors  state.json
+<run>/checkpoints/step-0001200/{model,ema,optimizer}.safetensors  state.json  and ema-0.9999.safetensors of a second average
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,84 +21,171 @@ from torch import Tensor, nn
 
 from model.ema import Ema
 
+COUNTERS = ("step", "skipped", "failures", "rollbacks")
+Tensors = Mapping[str, Tensor]
+
 
 class CheckpointError(Exception):
-    """A checkpoint that does not fit; the message is one sentence naming the folder."""
+    """A checkpoint that does not fit or cannot be written; the message is one sentence naming the folder."""
 
 
 @dataclass(slots=True)
 class TrainingState:
-    """All that a resumed run needs besides its config: random numbers are functions of (seed, step)."""
+    """All that a resumed run needs besides its config: random numbers are functions of (seed, rollbacks, step)."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema
+    scaler: torch.amp.GradScaler
     step: int = 0
+    skipped: int = 0  # steps whose gradient was not finite
+    failures: int = 0  # of those, the ones in a row up to now
+    rollbacks: int = 0
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything by file and name; what is kept per parameter is named `<its number>.<what>`."""
+        per_parameter = {
+            f"{number}.{key}": value
+            for number, parameter in enumerate(self.model.parameters())
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        averages = dict(zip(self.averages(), self.ema.averages.values(), strict=True))
+        return {"model": self.model.state_dict(), "optimizer": per_parameter, **averages}
+
+    def averages(self) -> list[str]:
+        """The names of the averages' files."""
+        return [f"ema-{decay}" if number else "ema" for number, decay in enumerate(self.ema.averages)]
+
+    def finite(self) -> bool:
+        """Whether no number is NaN or infinite."""
+        tensors = chain.from_iterable(part.values() for part in self.tensors().values())
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+    @torch.no_grad()
+    def load(self, parts: Mapping[str, Tensors], saved: Mapping[str, Any]) -> None:
+        """Take over what `tensors()` and the counters once were."""
+        self.model.load_state_dict(parts["model"])
+        for name, average in zip(self.averages(), self.ema.averages.values(), strict=True):
+            for key, tensor in average.items():
+                tensor.copy_(parts[name][key])
+        parameters = list(self.model.parameters())
+        self.optimizer.state.clear()
+        for name, value in parts["optimizer"].items():
+            number, key = name.split(".", 1)
+            parameter = parameters[int(number)]
+            self.optimizer.state[parameter][key] = value.to(parameter.device)
+        self.ema.updates = saved["ema_updates"]
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        for counter in COUNTERS:
+            setattr(self, counter, saved.get(counter, 0))
 
 
-def save(folder: Path, state: TrainingState, meta: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write `folder/step-N` completely, then make it visible by one rename, then drop all but the newest `keep`."""
-    target = folder / f"step-{state.step:07d}"
-    scratch = folder / f".writing-{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in state.model.state_dict().items()}, scratch / "model.safetensors")
-    save_file(state.ema.shadow, scratch / "ema.safetensors")
-    save_file(_optimizer_tensors(state.optimizer), scratch / "optimizer.safetensors")
-    (scratch / "state.json").write_text(
-        json.dumps({**meta, "step": state.step, "ema_updates": state.ema.updates}, indent=1)
-    )
-    for file in scratch.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+def save(folder: Path, state: TrainingState, identity: Mapping[str, Any], *, keep: int = 2) -> Path:
+    """Write `folder/step-N` completely, then make it visible by one rename, then drop all but the newest `keep`.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is intact.
+    """
+    target, scratch = folder / f"step-{state.step:07d}", folder / f".writing-{os.getpid()}"
+    counters = {counter: getattr(state, counter) for counter in COUNTERS}
+    facts = {**identity, **counters, "ema_updates": state.ema.updates, "scaler": state.scaler.state_dict()}
+    try:
+        for left in folder.glob(".writing-*"):  # by a run that was killed
+            shutil.rmtree(left)
+        scratch.mkdir(parents=True)
+        for name, tensors in state.tensors().items():
+            save_file(
+                {key: value.contiguous() for key, value in tensors.items()}, scratch / f"{name}.safetensors"
+            )
+        (scratch / "state.json").write_text(json.dumps(facts, indent=1))
+        for file in scratch.iterdir():
+            _settle(file)
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+        _settle(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(
+            f"{target} cannot be written ({reason}): make room or choose another output; earlier checkpoints are intact"
+        ) from None
+    valid = [path for path in sorted(folder.glob("step-*")) if path.name <= target.name]
+    for path in {*folder.glob("step-*")} - {*valid[-keep:]}:  # the later ones were damaged, or led astray
+        shutil.rmtree(path)
     return target
 
 
-def restore(folder: Path, state: TrainingState, meta: dict[str, Any]) -> bool:
-    """Load the newest readable checkpoint in `folder` into `state`; False if there is none.
+def check_room(folder: Path, state: TrainingState, *, keep: int) -> None:
+    """Refuse a disk with no room for `keep` checkpoints and the one being written.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another model configuration.
+        CheckpointError: naming the folder.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
+    needed = (keep + 1) * weights * (3 + len(state.ema.averages))  # weights, two moments, averages
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder} has {free / 2**20:.0f} MiB free, and {keep} checkpoints need {needed / 2**20:.0f}: make room, or keep fewer"
+        )
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file or a folder's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def restore(
+    folder: Path, state: TrainingState, identity: Mapping[str, Any], *, notice: Callable[[str], None] = print
+) -> Path | None:
+    """Load the newest readable checkpoint in `folder` into `state` and tell which; None if there is none.
+
+    Each one that is passed over because it is damaged gives a `notice`.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another run, or there are some and none can be read.
+    """
+    paths = sorted(folder.glob("step-*"), reverse=True)
+    for path in paths:
         try:
             saved = json.loads((path / "state.json").read_text())
-            tensors = {
-                part: load_file(path / f"{part}.safetensors") for part in ("model", "ema", "optimizer")
-            }
-        except (OSError, ValueError, SafetensorError):
+            parts = {name: load_file(path / f"{name}.safetensors") for name in ("model", "optimizer")}
+            check(path, saved, identity)
+            parts |= {name: load_file(path / f"{name}.safetensors") for name in state.averages()}
+        except (OSError, ValueError, SafetensorError) as error:
+            notice(f"{path} is passed over, it is damaged: {str(error).splitlines()[0]}")
             continue
-        for key, value in meta.items():
-            if saved.get(key) != value:
-                raise CheckpointError(
-                    f"{path} was written with another {key}: choose another output folder or the same {key}"
-                )
-        state.model.load_state_dict(tensors["model"])
-        state.ema.shadow = {
-            name: tensors["ema"][name] for name in state.ema.shadow
-        }  # files are sorted, the average is not
-        state.ema.updates = saved["ema_updates"]
-        _load_optimizer(state.optimizer, tensors["optimizer"])
-        state.step = saved["step"]
-        return True
-    return False
+        state.load(parts, saved)
+        return path
+    if paths:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint that can be read: move it away to start from the beginning"
+        )
+    return None
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {
-        f"{index}.{key}": value
-        for index, parameter in enumerate(parameters)
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def check(path: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another run; what it does not tell is not compared.
+
+    Raises:
+        CheckpointError: naming the first field that differs.
+    """
+    for field, was, now in differences(saved, {key: identity[key] for key in identity if key in saved}):
+        change = f"{was}, not {now}" if len(f"{was}{now}") < 60 else "otherwise"
+        raise CheckpointError(
+            f"{path} was trained with another {field} ({change}): take that one back, or another output, with init to go on from here"
+        )
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        optimizer.state[parameters[int(index)]][key] = value
+def differences(was: Any, now: Any, field: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted field, JSON that was, JSON that is) of every difference within `now`'s fields, or within either's further down."""
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        for key in sorted({*now, *was} if field else now):
+            yield from differences(was.get(key), now.get(key), f"{field}.{key}" if field else str(key))
+    elif was != now:
+        yield field, json.dumps(was), json.dumps(now)

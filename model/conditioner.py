@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from model.config import DiTConfig
+from model.network_config import NetworkConfig
+
+Config = TypeVar("Config", bound=NetworkConfig)
 
 
 class ConditionEmbedder(nn.Module):
@@ -40,11 +43,12 @@ class ConditionEmbedder(nn.Module):
         )
 
     def forward(self, labels: Tensor, text: Tensor | None = None) -> Tensor:
-        """Raises ValueError for labels of another number of factors, or text of another width than
-        configured.
+        """(N, F) and (N, text_size) → (N, D).
+
+        Raises:
+            ValueError: labels that are not (N, F) whole numbers in 0..classes, or text that is not (N, text_size).
         """
-        if labels.ndim != 2 or labels.shape[1] != len(self.tables):
-            raise ValueError(f"labels must be (N, {len(self.tables)}), not {tuple(labels.shape)}")
+        self._check_labels(labels)
         parts = [table(labels[:, k]) for k, table in enumerate(self.tables)]  # F × (N, D)
         if self.text is not None:
             parts.append(self._text(len(labels), text))
@@ -54,6 +58,21 @@ class ConditionEmbedder(nn.Module):
             return torch.zeros(len(labels), self.hidden_size, device=labels.device)
         total: Tensor = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         return total if self.fusion is None else total + self.fusion(total)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if labels.ndim != 2 or labels.shape[1] != len(self.tables) or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be (N, {len(self.tables)}) whole numbers, not {tuple(labels.shape)} {labels.dtype}"
+            )
+        if torch.compiler.is_compiling() or labels.is_meta:
+            return  # nothing to look at; an index outside would be an assertion on the device, without a word
+        for factor, table in enumerate(self.tables):
+            null, column = cast(nn.Embedding, table).num_embeddings - 1, labels[:, factor]
+            outside = column[(column < 0) | (column > null)]
+            if len(outside):
+                raise ValueError(
+                    f"label {outside[0].item()} of factor {factor} must be in 0..{null}, {null} standing for none"
+                )
 
     def _text(self, rows: int, text: Tensor | None) -> Tensor:
         assert self.text is not None
@@ -83,13 +102,18 @@ class LayoutPath(nn.Module):
         return torch.matmul(weights, self.basis).transpose(0, 1)  # (T, N, r)·(T, r, D) → (N, T, D)
 
 
-def null_labels(config: DiTConfig, batch: int, device: torch.device | None = None) -> Tensor:
+def embedding_penalty(embedding: Tensor) -> Tensor:
+    """Mean squared length of a batch's condition embeddings (N, D), a scalar in fp32: what their L2 regularisation adds."""
+    return embedding.float().square().sum(1).mean()
+
+
+def null_labels(config: NetworkConfig, batch: int, device: torch.device | None = None) -> Tensor:
     """(batch, F) int64, every factor at its null class."""
     return torch.tensor(config.classes, dtype=torch.int64, device=device).expand(batch, -1)
 
 
 def drop_labels(
-    labels: Tensor, config: DiTConfig, rates: Sequence[float], generator: torch.Generator | None = None
+    labels: Tensor, config: NetworkConfig, rates: Sequence[float], generator: torch.Generator | None = None
 ) -> Tensor:
     """Replace each factor by its null class independently with its rate: (N, F) → (N, F). The paper's rate is
     0.1.
@@ -119,8 +143,8 @@ def match_classes(old: Sequence[str], new: Sequence[str]) -> list[int | None]:
 
 
 def resize_classes(
-    weights: Mapping[str, Tensor], config: DiTConfig, factor: int, keep: Sequence[int | None]
-) -> tuple[dict[str, Tensor], DiTConfig]:
+    weights: Mapping[str, Tensor], config: Config, factor: int, keep: Sequence[int | None]
+) -> tuple[dict[str, Tensor], Config]:
     """Weights and configuration for other classes of one label factor, to fine-tune from.
 
     New class k starts as old class `keep[k]`, or as the null class where that is None: a class the model has

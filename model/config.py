@@ -7,6 +7,7 @@ arXiv:2212.09748, Table 1.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -81,12 +82,13 @@ class DiTConfig:
         self._check_options()
 
     def _check_sizes(self) -> None:
+        check_counts(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
         check_size("image_size", self.image_size, self.patch_size)
         if self.base_size is not None:
             check_size("base_size", self.base_size, self.patch_size)
-        for field in ("in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "mlp_norm_eps"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be positive, not {getattr(self, field)}")
+        for field in ("mlp_ratio", "mlp_norm_eps"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"{field} must be positive, not {getattr(self, field)!r}")
         if self.hidden_size % self.num_heads:
             near = max(1, self.hidden_size // self.num_heads) * self.num_heads
             raise ValueError(
@@ -112,11 +114,7 @@ class DiTConfig:
             )
 
     def _check_conditions(self) -> None:
-        check_classes(self.classes)
-        if self.text_size < 0:
-            raise ValueError(f"text_size must be the width of text embeddings or 0, not {self.text_size}")
-        if self.fusion not in get_args(Fusion):
-            raise ValueError(f"unknown fusion {self.fusion!r}: choose among {', '.join(get_args(Fusion))}")
+        check_conditions(self.classes, self.text_size, self.fusion)
         if self.layout_rank < 0:
             raise ValueError(f"layout_rank must be 0 (no layout path) or positive, not {self.layout_rank}")
 
@@ -187,24 +185,35 @@ class DiTConfig:
         return tuple(tensors)
 
 
-def check_size(field: str, size: Sequence[int], multiple: int) -> None:
-    """Raises ValueError unless `size` (height, width) is two positive multiples of `multiple` > 0."""
-    if multiple <= 0:
-        raise ValueError(f"patch_size must be positive, not {multiple}")
-    if len(size) != 2 or min(size) <= 0:
-        raise ValueError(f"{field} must be two positive numbers (height, width), not {size}")
+def check_counts(config: object, *fields: str) -> None:
+    """Raises ValueError unless each of the fields is a positive whole number."""
+    for field in fields:
+        value = getattr(config, field)
+        if not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{field} must be positive and whole, not {value!r}")
+
+
+def check_size(field: str, size: Sequence[int], multiple: int, of: str = "patch_size") -> None:
+    """Raises ValueError unless `size` (height, width) is two positive multiples of `multiple` > 0, which is the `of`."""
+    whole = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) for side in size)
+    if not whole or min(size) <= 0:
+        raise ValueError(f"{field} must be two positive numbers (height, width), not {size!r}")
     if size[0] % multiple or size[1] % multiple:
         raise ValueError(
-            f"{field} {size[0]}x{size[1]} is not divisible by patch_size {multiple}: change one of them"
+            f"{field} {size[0]}x{size[1]} is not divisible by {of} {multiple}: change one of them"
         )
 
 
-def check_classes(classes: tuple[int, ...]) -> None:
-    """Raises ValueError unless every label factor has a class."""
-    if any(count < 1 for count in classes):
+def check_conditions(classes: Sequence[int], text_size: int, fusion: str) -> None:
+    """Raises ValueError unless every label factor has a class, and text and fusion are as `DiTConfig` says."""
+    if any(not isinstance(count, int) or count < 1 for count in classes):
         raise ValueError(
             "every entry of classes must be at least 1; leave a factor out instead of giving it 0 classes"
         )
+    if not isinstance(text_size, int) or text_size < 0:
+        raise ValueError(f"text_size must be the width of text embeddings or 0, not {text_size!r}")
+    if fusion not in get_args(Fusion):
+        raise ValueError(f"unknown fusion {fusion!r}: choose among {', '.join(get_args(Fusion))}")
 
 
 def named(name: str, **changes: Any) -> DiTConfig:

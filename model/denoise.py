@@ -13,8 +13,8 @@ from torch import Tensor
 
 from model.conditioner import null_labels
 from model.diffusion import Schedule, guidance_weight, guided
-from model.dit import DiT
 from model.mixing import composed, splice, spread
+from model.network import Network
 from model.solvers import StepTable, learned_log_variance, trajectory, variance_bounds
 
 
@@ -45,7 +45,7 @@ class Conditions:
 class Denoiser:
     """The guided network as a function of (x, timestep)."""
 
-    model: DiT
+    model: Network
     schedule: Schedule
     conditions: Conditions
     guidance: Guidance = Guidance()
@@ -122,15 +122,15 @@ def denoise(
         yield x0
 
 
-Network = Callable[[Tensor, int], Tensor]
+Output = Callable[[Tensor, int], Tensor]
 Noise = Callable[[], Tensor]
 
 
-def _mean(denoiser: Denoiser) -> Network:
+def _mean(denoiser: Denoiser) -> Output:
     return lambda x, t: denoiser(x, t)[:, : x.shape[1]]
 
 
-def _learned(denoiser: Denoiser, table: StepTable, draw: Noise) -> tuple[Network, Noise]:
+def _learned(denoiser: Denoiser, table: StepTable, draw: Noise) -> tuple[Output, Noise]:
     """The network, and noise scaled from the table's variance to the one learned with the step at hand."""
     if not denoiser.model.config.learn_sigma:
         return _mean(denoiser), draw

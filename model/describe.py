@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.bundle import MANIFEST, Bundle, BundleError
 from model.config import BLOCK_KINDS, PATCHES, SIZES, named
-from model.network import Network, NetworkConfig, make_network, network_config
+from model.network import Network, make_network
+from model.network_config import NetworkConfig, network_config
 from model.opening import OpenError, run_config
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, text
@@ -181,13 +182,18 @@ def show(costs: dict[str, Cost]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Command line: `[NETWORK …] [--size H W] [--json]`."""
     parser = argparse.ArgumentParser(
-        prog="python -m model.describe", description="What a network costs per row."
+        prog="python -m model.describe",
+        description="What networks cost per row: parameters, multiply-adds, FLOPs, activation memory.",
     )
     parser.add_argument(
-        "network", nargs="*", help="DiT-S/2, a JSON file or a bundle; none: the paper's tables"
+        "network",
+        nargs="*",
+        help="a size by name such as DiT-S/2, a JSON file of a network or a training run, or a bundle; none: the paper's tables",
     )
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="in latent pixels")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="in latent pixels; the trained one unless given"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, in plain numbers")
     options = parser.parse_args(arguments)
     try:
         configs = {text: read_config(text) for text in options.network} or paper()

@@ -26,6 +26,8 @@ from model.layers import (
     PatchEmbed,
     SwiGlu,
     TimestepEmbedder,
+    check_images,
+    check_rows,
     layer_norm,
     modulate,
     positions,
@@ -166,7 +168,11 @@ class DiT(nn.Module):
     def modulate(self, timestep: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
         """The condition state, in the order of `config.state()`: timestep (N,), embedding (N, D) → tensors
         (N, *shape).
+
+        Raises:
+            ValueError: not one timestep per embedding.
         """
+        check_rows(timestep, embedding)
         t = self.t_embedder(timestep)  # (N, D)
         c = t + embedding  # (N, D)
         state: list[Tensor] = []
@@ -187,7 +193,8 @@ class DiT(nn.Module):
         """(N, C, H, W) and the condition state → (N, C_out, H, W).
 
         Raises:
-            ValueError: H or W is no multiple of the patch, or a layout path was trained for another size.
+            ValueError: other channels, H or W is no multiple of the patch, or a layout path was trained for another
+                size.
         """
         rows, columns = self._grid(x)
         named = dict(zip((name for name, _ in self.config.state()), state, strict=True))
@@ -230,6 +237,7 @@ class DiT(nn.Module):
         return positions(self.config.hidden_size, rows, columns, scale)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
+        check_images(x, self.config.in_channels)
         patch = self.config.patch_size
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
         if (rows * patch, columns * patch) != (x.shape[2], x.shape[3]):

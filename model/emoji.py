@@ -1,7 +1,8 @@
 """`python -m model.data emoji`: the emoji picture set, rendered from SVG packages any package registry carries.
 
 Six drawings ("styles") of each emoji, all under free licences; names and groups from unicode-emoji-json. The result is one .npz
-(`x` uint8 (N, H, W, 3) on white, `y` name index, `s` style index, `names`, `groups` per name, `styles`) and a data card beside it.
+(`x` uint8 (N, H, W, 3) on white, `y` name index, `s` style index, `names`, `groups` per name, `styles`) and a data card beside it, from which a
+bundle's licence and attribution come.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 from rich.progress import track
 
+from model.card import Card, card_file
 from model.pictures import DataError
 
 try:
@@ -58,10 +60,16 @@ SOURCES = (
 )
 NAMES = Source("", "unicode-emoji-json", "0.9.0", "MIT", "unicode-emoji-json, © Mu-An Chiou")
 OVERSAMPLE = 3
+CARD = Card(
+    licence=" AND ".join(sorted({source.licence for source in SOURCES})),
+    attribution=tuple(
+        f"{s.credit} (style {s.style}; npm {s.package} {s.version}), {s.licence}" for s in SOURCES
+    ),
+)
 
 
 def build(target: Path, size: int, tarballs: Path) -> None:
-    """Render every emoji in every style to `target` (.npz) and write `target`'s data card (.md).
+    """Render every emoji in every style to `target` (.npz) and write its card beside it, for people (.md) and for programs (.json).
 
     `tarballs` holds the npm packages; the missing ones are fetched into it with `npm pack`.
 
@@ -94,6 +102,7 @@ def build(target: Path, size: int, tarballs: Path) -> None:
         styles=np.array([source.style for source in SOURCES]),
     )
     target.with_suffix(".md").write_text(_card(target.name, size, len(images), len(used)))
+    card_file(target).write_text(CARD.model_dump_json(indent=1) + "\n")
 
 
 def render(svg: str, size: int) -> npt.NDArray[np.uint8]:

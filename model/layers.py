@@ -72,6 +72,21 @@ def _angles(count: int, rows: int, columns: int, scale: tuple[float, float]) -> 
     return row.reshape(-1, 1) * omega, column.reshape(-1, 1) * omega
 
 
+def check_rows(timestep: Tensor, embedding: Tensor) -> None:
+    """Raises ValueError unless there is a timestep (N,) for every condition embedding (N, D)."""
+    if timestep.ndim != 1 or embedding.ndim != 2 or len(timestep) != len(embedding):
+        raise ValueError(
+            "pass one timestep per row, timestep (N,) and embedding (N, D), "
+            f"not {tuple(timestep.shape)} and {tuple(embedding.shape)}"
+        )
+
+
+def check_images(x: Tensor, channels: int) -> None:
+    """Raises ValueError unless x is (N, channels, H, W)."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must be (N, {channels}, H, W), not {tuple(x.shape)}")
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping P×P patches to tokens: (N, C, H, W) → (N, T, D)."""
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from model.config import DiTConfig
+from model.network_config import NetworkConfig
 
 Array = TypeVar("Array")  # a numpy array or a torch tensor
 Mix = Literal["linear", "spherical"]
@@ -81,7 +81,9 @@ def spread(depth: int, conditions: int) -> list[int]:
     return [block * conditions // depth for block in range(depth)]
 
 
-def splice(config: DiTConfig, states: Sequence[Sequence[Array]], choice: Sequence[int]) -> tuple[Array, ...]:
+def splice(
+    config: NetworkConfig, states: Sequence[Sequence[Array]], choice: Sequence[int]
+) -> tuple[Array, ...]:
     """A condition state in which block i follows `states[choice[i]]`, all at one timestep.
 
     The layout bias comes with the first block's condition, the final modulation with the last block's.

@@ -6,19 +6,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.bundle import MANIFEST, WEIGHTS, Bundle, Defaults, Manifest, StateTensor
+from model.bundle import MANIFEST, WEIGHTS, Bundle, Defaults, LatentSpec, Manifest, StateTensor
 from model.config import DiTConfig
+from model.dataset import Dataset
 from model.diffusion import Schedule
 from model.dit import DiT
-from model.pictures import DataError, Pictures
-from model.recipe import TrainConfig, load_config
+from model.latents import Latents
+from model.network import Network, make_network
+from model.network_config import NetworkConfig
+from model.pictures import DataError
+from model.recipe import TrainConfig, load_config, mistake
+from model.unet import UNet
+from model.unet_config import UNetConfig
 from model.weights import WeightsError, check
 
 DEFAULTS = Defaults(
@@ -34,8 +40,19 @@ class OpenError(Exception):
 class Opened:
     """An fp32 model in evaluation mode, and its manifest: a bundle's own, or the one a training run's bundle starts from."""
 
-    dit: DiT
+    network: Network
     manifest: Manifest
+
+    @property
+    def dit(self) -> DiT:
+        """The network, for what is done to a DiT alone.
+
+        Raises:
+            OpenError: it is another.
+        """
+        if not isinstance(self.network, DiT):
+            raise OpenError(f"{self.manifest.name} is a U-Net, and this is for a DiT: choose another model")
+        return self.network
 
     @property
     def schedule(self) -> Schedule:
@@ -61,18 +78,22 @@ def open_model(path: Path, *, data: Path | None = None) -> Opened:
     )
 
 
-def run_config(source: Path) -> DiTConfig:
+def run_config(source: Path) -> NetworkConfig:
     """The network a training run's JSON file and its pictures describe.
 
     Raises:
         OpenError: not a run's configuration, or its pictures are not where it says.
     """
     config = _recipe(source)
-    return config.network(_pictures(config, None))
+    return config.network(_dataset(config, None))
 
 
-def build(config: DiTConfig, weights: Mapping[str, Tensor], origin: Path) -> DiT:
-    """A DiT in evaluation mode holding `weights` in fp32; `origin` is named in errors.
+@overload
+def build(config: DiTConfig, weights: Mapping[str, Tensor], origin: Path) -> DiT: ...
+@overload
+def build(config: UNetConfig, weights: Mapping[str, Tensor], origin: Path) -> UNet: ...
+def build(config: NetworkConfig, weights: Mapping[str, Tensor], origin: Path) -> Network:
+    """A network in evaluation mode holding `weights` in fp32; `origin` is named in errors.
 
     Raises:
         OpenError: the names or shapes are not those of `config`.
@@ -81,9 +102,9 @@ def build(config: DiTConfig, weights: Mapping[str, Tensor], origin: Path) -> DiT
         check(weights, config)
     except WeightsError as error:
         raise OpenError(f"{origin}: {error}") from None
-    dit = DiT(config).eval().requires_grad_(False)
-    dit.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return dit
+    network = make_network(config).eval().requires_grad_(False)
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return network
 
 
 def _from_bundle(bundle: Bundle) -> Opened:
@@ -96,45 +117,56 @@ def _from_bundle(bundle: Bundle) -> Opened:
 
 def _from_run(path: Path, data: Path | None) -> Opened:
     config = _recipe(path / "config.json")
-    pictures = _pictures(config, data)
+    dataset = _dataset(config, data)
     checkpoint, step, weights = _newest(path / "checkpoints")
-    dit = build(config.network(pictures), weights, checkpoint)
-    return Opened(dit, _describe(path.resolve().name, config, pictures, dit.config, step))
+    network = build(config.network(dataset), weights, checkpoint)
+    return Opened(network, _describe(path.resolve().name, config, dataset, network.config, step))
 
 
 def _recipe(source: Path) -> TrainConfig:
     try:
         return load_config(source)
     except ValidationError as error:
-        first = error.errors()[0]
-        detail = f"field {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        detail = mistake(error)
     except (OSError, ValueError) as error:
         detail = str(error)
     raise OpenError(f"{source} is not the configuration of a training run: {detail}")
 
 
-def _pictures(config: TrainConfig, data: Path | None) -> Pictures:
+def _dataset(config: TrainConfig, data: Path | None) -> Dataset:
     try:
         return config.pictures(data)
     except DataError as error:
         raise OpenError(f"sizes and class names come from the training pictures, and {error}") from None
 
 
-def _describe(name: str, config: TrainConfig, pictures: Pictures, shape: DiTConfig, step: int) -> Manifest:
+def _describe(name: str, config: TrainConfig, dataset: Dataset, shape: NetworkConfig, step: int) -> Manifest:
+    kind = "Diffusion Transformer" if isinstance(shape, DiTConfig) else "U-Net"
+    latents = _latents(dataset) if isinstance(dataset, Latents) else None
+    places = "latents" if latents else "pixels"
     training = config.model_dump(mode="json", exclude={"output"})
     training["data"]["path"] = config.data.path.name
     return Manifest(
         name=name,
         version=f"0.{step}",
-        description=f"Diffusion Transformer over {shape.image_size[0]}×{shape.image_size[1]} pixels",
+        description=f"{kind} over {shape.image_size[0]}×{shape.image_size[1]} {places}",
         config=shape,
         diffusion=config.diffusion,
-        factors=pictures.factors,
+        factors=dataset.factors,
+        decoder="sd-vae" if latents else "identity",
+        latents=latents,
         embedding_size=shape.hidden_size,
         state=tuple(StateTensor(name=tensor, shape=dims) for tensor, dims in shape.state()),
         defaults=DEFAULTS,
-        licence="unspecified",
-        provenance={"training": training, "step": step, "pictures": len(pictures.training)},
+        licence=dataset.licence or "unspecified",
+        attribution=dataset.attribution,
+        provenance={"training": training, "step": step, "pictures": len(dataset.training)},
+    )
+
+
+def _latents(dataset: Latents) -> LatentSpec:
+    return LatentSpec(
+        shift=tuple(dataset.shift.flatten().tolist()), scale=tuple(dataset.scale.flatten().tolist())
     )
 
 

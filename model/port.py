@@ -157,6 +157,8 @@ def take_out(bundle: Bundle, target: Path, layout: str) -> None:
         BundleError: the bundle has no weights.
     """
     weights, config = load_file(bundle.file(WEIGHTS)), bundle.manifest.config
+    if not isinstance(config, DiTConfig):
+        raise WeightsError(f"{bundle.path} holds a U-Net: the layouts are those of a DiT")
     if layout == "official":
         state = to_official(weights, config)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +196,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m model.port", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m model.port",
+        description="Bring published or diffusers weights in as a bundle, or take a bundle's weights out.",
+    )
     commands: Any = parser.add_subparsers(dest="command", required=True)
     bring = commands.add_parser("import", help="published or diffusers weights → a bundle")
     bring.add_argument("source", type=Path, help="a .pt or .safetensors file, or a diffusers folder")
@@ -214,9 +219,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     bring.add_argument("--classes", type=Path, help="a text file of class names, one a line")
     out = commands.add_parser("export", help="a bundle's weights → a published or diffusers file")
-    out.add_argument("bundle", type=Path)
+    out.add_argument("bundle", type=Path, help="the folder to read")
     out.add_argument("target", type=Path, help="a .pt file (official) or a folder (diffusers)")
-    out.add_argument("--to", choices=("official", "diffusers"), required=True)
+    out.add_argument("--to", choices=("official", "diffusers"), required=True, help="the layout to write")
     return parser
 
 

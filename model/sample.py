@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,11 @@ from torch import Tensor
 from model.autoencoder import AutoencoderError, open_autoencoder
 from model.bundle import BundleError, Factor
 from model.denoise import Conditions, Denoiser, Guidance, denoise
-from model.diffusion import Schedule, grid
-from model.dit import DiT
+from model.diffusion import GRIDS, Schedule, grid
 from model.mixing import mixed
+from model.network import Network
 from model.opening import Opened, OpenError, open_model
-from model.solvers import StepTable, step_table
+from model.solvers import SOLVERS, StepTable, step_table
 from model.text import TextError, open_encoder
 
 Combine = Literal["linear", "spherical", "compose", "layers"]
@@ -77,7 +77,7 @@ def class_sheet(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[i
 
 
 def sample_sheet(
-    model: DiT,
+    model: Network,
     schedule: Schedule,
     *,
     steps: int = 20,
@@ -133,7 +133,7 @@ def _labels(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -> Ten
     return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), len(classes))
 
 
-def embeddings(model: DiT, terms: Sequence[Term], encoder: str) -> list[Tensor]:
+def embeddings(model: Network, terms: Sequence[Term], encoder: str) -> list[Tensor]:
     """One embedding (D,) per term; sentences are read by the named encoder.
 
     Raises:
@@ -166,8 +166,9 @@ def combine(parts: Sequence[Tensor], weights: Sequence[float], how: Combine, row
 def run(options: argparse.Namespace) -> Image.Image:
     """Do what the command line says; see `main` for what can go wrong."""
     opened = open_model(options.model, data=options.data)
-    model = opened.dit.to(options.device)
-    decoder = open_autoencoder(opened.manifest.decoder, options.vae)
+    device = _device(options.device)
+    model = opened.network.to(device)
+    decoder = open_autoencoder(opened.manifest.decoder, options.vae, opened.manifest.latents)
     table, guidance = _plan(opened, options)
     size = tuple(options.size) if options.size else model.config.image_size
     terms = [parse_condition(text, opened.manifest.factors) for text in options.condition]
@@ -176,7 +177,7 @@ def run(options: argparse.Namespace) -> Image.Image:
         rows, columns = options.count, options.columns or min(options.count, 8)
     else:
         sheet, columns = class_sheet(model.config.classes, options.columns or 10)
-        every = model.embed(_labels(sheet, model.config.classes).to(options.device))
+        every = model.embed(_labels(sheet, model.config.classes).to(device))
         rows = len(sheet)
     pixels = []
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
@@ -196,6 +197,13 @@ def run(options: argparse.Namespace) -> Image.Image:
                 if step == len(table):
                     pixels.append(to_pixels(decoder.decode(x0)))
     return picture_grid(np.concatenate(pixels), columns)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # the latter where torch was built without it
+        raise SampleError(f"there is no device {name!r} here: leave --device out to use the CPU") from None
 
 
 def _plan(opened: Opened, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
@@ -228,11 +236,13 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m model.sample", description="Sample a model to one picture."
+        prog="python -m model.sample",
+        description="Sample a model to one picture. What is not said is as the model's bundle has it.",
     )
-    parser.add_argument("model", type=Path, help="a bundle, or a training run")
-    parser.add_argument("-o", "--out", type=Path, default=Path("sample.png"))
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", type=Path, help="a bundle, or a training run")
+    add("-o", "--out", type=Path, default=Path("sample.png"), help="the picture to write (sample.png)")
+    add(
         "-c",
         "--condition",
         action="append",
@@ -240,31 +250,34 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FACTOR=CLASS,…",
         help="such as label=cat,style=noto or text=…, with weight=W; several are combined; none: a sheet",
     )
-    parser.add_argument("--combine", choices=("linear", "spherical", "compose", "layers"), default="linear")
-    parser.add_argument("--count", type=_positive, default=4, help="samples of the condition")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the others count up")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--solver")
-    parser.add_argument("--grid")
-    parser.add_argument("--eta", type=float, default=0.0)
-    parser.add_argument("--scale", type=float, help="guidance scale; 1 is none")
-    parser.add_argument(
-        "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1"
+    add(
+        "--combine",
+        choices=get_args(Combine),
+        default="linear",
+        help="how several conditions meet: mixed on a line or an arc (linear, spherical), as a weighted sum of what each would do "
+        "(compose), or from shallow blocks to deep ones (layers); linear unless given",
     )
-    parser.add_argument("--decay", type=float, default=0.0, help="of guidance with noise")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="in latent pixels")
-    parser.add_argument("--columns", type=_positive)
-    parser.add_argument("--encoder", default="minilm", help="of text: a name or module:Class")
-    parser.add_argument("--vae", type=Path, help="diffusers AutoencoderKL folder, for latent models")
-    parser.add_argument("--data", type=Path, help="the training pictures of a run, if they moved")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--progress", action="store_true", help="show progress also where there is no terminal"
-    )
+    add("--count", type=positive, default=4, help="samples of the condition (4)")
+    add("--seed", type=int, default=0, help="of the first sample; the others count up (0)")
+    add("--steps", type=positive, help="steps from noise to picture")
+    add("--solver", choices=list(SOLVERS), help="what takes the steps")
+    add("--grid", help=f"where the steps are: {', '.join(GRIDS)}, or timesteps such as 999,500,100")
+    add("--eta", type=float, default=0.0, help="share of fresh noise in each step, 0..1 (0)")
+    add("--scale", type=float, help="guidance scale; 1 is none")
+    add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1")
+    add("--decay", type=float, default=0.0, help="how fast guidance falls with noise, exp(-DECAY·t/T) (0)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels, of a latent model in latent pixels")
+    add("--columns", type=positive, help="pictures side by side")
+    add("--encoder", default="minilm", help="of text: a name or module:Class (minilm)")
+    add("--vae", type=Path, help="diffusers AutoencoderKL folder, for latent models")
+    add("--data", type=Path, help="the training pictures of a run, if they moved")
+    add("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1 (cpu)")
+    add("--progress", action="store_true", help="show progress also where there is no terminal")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1 on, of a command line."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return int(text)

@@ -11,9 +11,9 @@ and a running sample changes its grid or its solver by taking its next coefficie
 Every table starts from one exact exponential step of the reverse process in log(alpha / sigma), with a share
 eta of the ancestral noise. Alone it is DDIM (Song et al., arXiv:2010.02502, eq. 12), whose eta 1 is DDPM (Ho
 et al., arXiv:2006.11239, eq. 7) and whose eta 0 is Euler's method on the probability-flow ODE in sigma /
-alpha (Karras et al., arXiv:2206.00364, §4). A solver of second order adds how D has changed since the step
-before: DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, algorithm 2; with eta 1 its SDE form, midpoint) carries
-the change forward, UniPC-1 (Zhao et al., arXiv:2302.04867, B(h) = exp(h) - 1) corrects the step just taken.
+alpha (Karras et al., arXiv:2206.00364, §4). DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, algorithm 2; with eta
+1 its SDE form, midpoint) is of second order: it carries forward how D has changed since the step before. That
+needs the previous D alone, not the step that was taken with it, so every solver here may follow any other.
 """
 
 from __future__ import annotations
@@ -84,19 +84,12 @@ def _dpmpp_2m(step: _FirstOrder) -> FloatTable:
     return c
 
 
-def _unipc_1(step: _FirstOrder) -> FloatTable:
-    c = _none(step)
-    c[1:] = -step.a[1:] * step.b[:-1] / 2.0
-    return c
-
-
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         "ddim": Solver(eta=None, history=_none),
         "ddpm": Solver(eta=1.0, history=_none),
         "euler": Solver(eta=0.0, history=_none),
         "dpmpp-2m": Solver(eta=None, history=_dpmpp_2m),
-        "unipc-1": Solver(eta=0.0, history=_unipc_1),
     }
 )
 
@@ -109,8 +102,8 @@ def step_table(
     `grid` is strictly decreasing timesteps in 0..T-1, as from `model.diffusion.grid`. `eta` in 0..1 is the
     share of ancestral noise where the solver leaves it open: 0 deterministic, 1 the full reverse process.
     `previous` is the timestep of the running sample's last D when it goes on along a new grid: the first new
-    step then uses that D, and the table equals the tail of the table of the spliced grid. "dpmpp-2m" may so
-    follow any solver; "unipc-1" corrects the step before, which must be its own or DDIM's with eta 0.
+    step then uses that D, whichever solver it comes from, and the table equals the tail of the table of the
+    spliced grid.
 
     Raises:
         ValueError: an unknown solver, a grid not as stated, `eta` outside 0..1 or given to a solver that

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from model.config import SIZES, DiTConfig
 from model.dit import DiT
+from model.network import make_network
+from model.network_config import NetworkConfig
 
 Weights = dict[str, Tensor]
 
@@ -25,14 +27,14 @@ class WeightsError(Exception):
     """Weights that do not fit; the message lists what is missing, extra, misshapen or contradictory."""
 
 
-def check(weights: Mapping[str, Tensor], config: DiTConfig) -> None:
+def check(weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
     """Refuse `weights` unless their names and shapes are exactly those of `config`.
 
     Raises:
         WeightsError: listing what is missing, what is extra, and every wrong shape.
     """
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in DiT(config).state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in make_network(config).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     shapes = [
         f"{name} {found[name]} instead of {shape}"

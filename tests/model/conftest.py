@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 from model.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor, write_manifest
 from model.config import DiTConfig
 from model.dit import DiT
+from model.network import Network
+from model.unet import UNet
+from tests.model.unet_cases import TINY_UNET
 
 _TINY = DiTConfig(
     image_size=(8, 8),
@@ -56,22 +59,34 @@ def network() -> Callable[..., DiT]:
 @pytest.fixture
 def bundle(network: Callable[..., DiT], tmp_path: Path) -> Path:
     """A bundle of a tiny random pixel model: weights and manifest, two factors, three steps by default."""
-    folder = tmp_path / "bundle"
+    return write_bundle(network(), tmp_path / "bundle")
+
+
+@pytest.fixture
+def unet_bundle(tmp_path: Path) -> Path:
+    """The same of a U-Net."""
+    torch.manual_seed(0)
+    unet = UNet(TINY_UNET)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # it starts at zero
+    return write_bundle(unet, tmp_path / "unet")
+
+
+def write_bundle(network: Network, folder: Path) -> Path:
     folder.mkdir()
-    dit = network()
-    save_file(dit.state_dict(), folder / "weights.safetensors")
+    save_file(network.state_dict(), folder / "weights.safetensors")
+    config = network.config
     manifest = Manifest(
         name="tiny",
         version="1",
         description="",
-        config=dit.config,
+        config=config,
         diffusion=DiffusionSpec(schedule="cosine", prediction="x0"),
         factors=(
             Factor(name="label", classes=("cat", "dog", "fox", "owl", "bee")),
             Factor(name="style", classes=("flat", "shaded", "line")),
         ),
-        embedding_size=32,
-        state=tuple(StateTensor(name=name, shape=shape) for name, shape in dit.config.state()),
+        embedding_size=config.hidden_size,
+        state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
         defaults=Defaults(
             steps=3, solver="ddim", grid="trailing", guidance_scale=2, guidance_interval=(0, 1)
         ),

@@ -24,7 +24,7 @@ Samples = npt.NDArray[np.float64]
 Network = Callable[[Any, int], Any]
 COLUMNS = ("timestep", "x0_x", "x0_out", "a", "b", "c", "s")
 START: Samples = np.random.default_rng(7).standard_normal((2, 4))
-DETERMINISTIC = ("ddim", "euler", "dpmpp-2m", "unipc-1")
+DETERMINISTIC = ("ddim", "euler", "dpmpp-2m")
 
 schedules = st.builds(
     make_schedule,

@@ -14,6 +14,8 @@ from PIL import Image
 from model.attention import attention_maps, main, overlay
 from model.config import DiTConfig
 from model.dit import Block, DiT
+from model.unet import UNet
+from tests.model.unet_cases import TINY_UNET
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]
@@ -29,9 +31,11 @@ def test_maps_are_probabilities_between_image_tokens(tiny: Tiny, network: Make, 
     dit = network(tiny(blocks=kind, rope=True, qk_norm=True))
     state = dit.modulate(torch.zeros(2), dit.embed(torch.zeros(2, 2, dtype=torch.int64)))
     maps = attention_maps(dit, torch.randn(2, 3, 8, 4), state)
-    assert [tuple(each.shape) for each in maps] == [(2, 2, 8, 8)] * 3
+    assert [(tuple(each.weights.shape), each.rows, each.columns) for each in maps] == [
+        ((2, 2, 8, 8), 4, 2)
+    ] * 3
     for each in maps:
-        total = each.sum(-1)
+        total = each.weights.sum(-1)
         assert (
             (total < 1 - 1e-4).all() if kind == "in_context" else torch.allclose(total, torch.ones(2, 2, 8))
         )
@@ -49,7 +53,17 @@ def test_first_map_by_hand(network: Make) -> None:
         qkv = cast(Block, dit.blocks[0]).attn.qkv(h).chunk(3, dim=-1)
         q, k, _ = (part.reshape(1, 16, 2, 16).transpose(1, 2) for part in qkv)
         expected = torch.softmax(q @ k.transpose(-1, -2) / 4, dim=-1)
-    assert torch.allclose(attention_maps(dit, x, state)[0], expected, atol=1e-5)
+    assert torch.allclose(attention_maps(dit, x, state)[0].weights, expected, atol=1e-5)
+
+
+def test_a_unet_has_maps_where_its_levels_attend() -> None:
+    """Down at the coarser level, in the middle, and up again twice, each on that level's grid."""
+    unet = UNet(TINY_UNET).eval()
+    state = unet.modulate(torch.zeros(1), unet.embed(torch.zeros(1, 2, dtype=torch.int64)))
+    maps = attention_maps(unet, torch.randn(1, 3, 8, 16), state)
+    assert [(each.rows, each.columns) for each in maps] == [(4, 8)] * 4
+    assert maps[0].heat().shape == (4, 8, 4, 8)
+    assert all(torch.allclose(each.weights.sum(-1), torch.ones(1)) for each in maps)
 
 
 def test_overlay_is_bright_where_the_heat_is() -> None:
@@ -63,6 +77,12 @@ def test_overlay_is_bright_where_the_heat_is() -> None:
     assert overlay(picture, np.zeros((2, 2), np.float32), 1).max() < 255
 
 
+def test_command_line_on_a_unet(unet_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "maps.png"
+    assert main([str(unet_bundle), "-c", "label=dog", "-o", str(out), "--query", "7", "0"]) == 0
+    assert size_of(out) == (4 * 32, 2 * 32)
+
+
 def test_command_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "maps.png"
     assert main([str(bundle), "-c", "label=dog", "--seed", "3", "-o", str(out), "--zoom", "2"]) == 0
@@ -73,7 +93,7 @@ def test_command_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--query", "4", "0"], "rows 0..3"),
+        (["--query", "8", "0"], "a pixel in rows 0..7 and columns 0..7, not 8 0"),
         (["--at", "2"], "in 0..1, not 2"),
         (["-c", "label=q"], "no class 'q'"),
     ],

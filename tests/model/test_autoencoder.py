@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from model.autoencoder import AutoencoderError, Identity, SdVae, open_autoencoder
+from model.bundle import LatentSpec
 
 
 @pytest.fixture
@@ -40,6 +41,18 @@ def test_scale_is_the_published(vae: AutoencoderKL) -> None:
         assert torch.allclose(ours.encode(images, torch.Generator().manual_seed(1)), drawn)
         latents = torch.randn(2, 4, 8, 8)
         assert torch.allclose(ours.decode(latents), vae.decode(latents / 0.18215).sample, atol=1e-6)
+
+
+def test_latents_normalised_by_channel(vae: AutoencoderKL) -> None:
+    spec = LatentSpec(shift=(0.1, 0.2, 0.3, 0.4), scale=(1.0, 2.0, 3.0, 4.0))
+    plain, ours = SdVae(vae), SdVae(vae, spec)
+    images, shift, scale = torch.rand(2, 3, 16, 16) * 2 - 1, *torch.tensor([spec.shift, spec.scale])
+    latents = ours.encode(images)
+    raw = latents * scale[:, None, None] + shift[:, None, None]
+    assert torch.allclose(raw, plain.encode(images) / 0.18215, atol=1e-5)
+    assert torch.allclose(ours.decode(latents), plain.decode(raw * 0.18215), atol=1e-5)
+    with pytest.raises(AutoencoderError, match="has 4 latent channels, the model's latents 1"):
+        SdVae(vae, LatentSpec(shift=(0.0,), scale=(1.0,)))
 
 
 def test_large_latents_are_decoded_in_tiles(vae: AutoencoderKL) -> None:

@@ -23,6 +23,8 @@ from model.bundle import (
     write_manifest,
 )
 from model.config import DiTConfig
+from model.network_config import network_fields
+from tests.model.unet_cases import TINY_UNET
 
 Tiny = Callable[..., DiTConfig]
 
@@ -65,6 +67,17 @@ def test_round_trip(folder: Path, tiny: Tiny) -> None:
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 
 
+def test_a_unet_is_told_apart_and_what_does_not_tell_is_a_dit(folder: Path, tiny: Tiny) -> None:
+    written = json.loads((folder / "manifest.json").read_text())["config"]
+    assert written.pop("network") == "dit"
+    change(folder, config=written)
+    assert Bundle.open(folder).manifest.config == tiny(blocks=("adaln", "adaln", "cross_attention"))
+    change(folder, config=network_fields(TINY_UNET))
+    manifest = Bundle.open(folder).manifest
+    assert manifest.config == TINY_UNET
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
 def test_files_outside_the_manifest_are_refused(folder: Path) -> None:
     for name in ("notes.txt", "../weights.safetensors"):
         with pytest.raises(BundleError, match=r"lists backbone\.onnx, weights\.safetensors"):
@@ -92,7 +105,11 @@ def test_altered_and_missing_files(folder: Path) -> None:
         ({"colour": "red"}, "field colour"),
         ({"name": "../evil"}, "field name"),
         ({"config": {"depth": 0}}, "depth must be positive"),
-        ({"config": {"depht": 3}}, "depht"),
+        ({"config": {"depht": 3}}, "field config: a dit has no field 'depht'"),
+        ({"config": {"network": "unet", "depth": 3}}, "field config: a unet has no field 'depth'"),
+        ({"config": {"network": "mamba"}}, "field config: unknown network 'mamba'"),
+        ({"config": 3}, "field config: the network's configuration must be an object"),
+        ({"latents": {"shift": [0], "scale": [0]}}, "field latents.scale.0"),
         ({"decoder": "jpeg"}, "field decoder"),
         ({"factors": [{"name": "Label", "classes": ["cat"]}]}, "field factors.0.name"),
         ({"factors": [{"name": "label", "classes": []}]}, "field factors.0.classes"),
@@ -138,5 +155,5 @@ def test_atomic_write_leaves_old_or_new(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_opening_needs_no_torch() -> None:
     """The API process reads manifests; it starts without torch."""
-    code = "import sys, model.bundle, model.diffusion, model.solvers, model.mixing; sys.exit('torch' in sys.modules)"
+    code = "import sys, model.bundle, model.diffusion, model.solvers, model.mixing, model.unet_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

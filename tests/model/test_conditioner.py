@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,12 +13,15 @@ from model.conditioner import (
     ConditionEmbedder,
     drop_labels,
     drop_text,
+    embedding_penalty,
     match_classes,
     null_labels,
     resize_classes,
 )
 from model.config import DiTConfig
 from model.dit import DiT
+from model.unet import UNet
+from tests.model.unet_cases import TINY_UNET
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]
@@ -64,12 +67,37 @@ def test_rows_without_text_get_the_vector_for_none() -> None:
 
 def test_wrong_conditions_are_refused() -> None:
     labels = torch.zeros(2, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"labels must be \(N, 2\), not \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"labels must be \(N, 2\) whole numbers, not \(2, 1\)"):
         ConditionEmbedder((5, 3), 8)(labels)
     with pytest.raises(ValueError, match="takes no text"):
         ConditionEmbedder((5,), 8)(labels, torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"text must be \(2, 4\), not \(2, 3\)"):
         ConditionEmbedder((5,), 8, text_size=4)(labels, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[6, 0]], r"label 6 of factor 0 must be in 0\.\.5, 5 standing for none"),
+        ([[0, 0], [0, -1]], r"label -1 of factor 1 must be in 0\.\.3"),
+        ([[0.0, 0.0]], "whole numbers"),
+        ([0, 0], r"not \(2,\)"),
+    ],
+)
+def test_labels_out_of_range_are_named(labels: list[Any], message: str) -> None:
+    """Not an assertion of the device that says nothing."""
+    with pytest.raises(ValueError, match=message):
+        ConditionEmbedder((5, 3), 8)(torch.tensor(labels))
+
+
+def test_penalty_is_the_mean_squared_length_and_shrinks_what_was_used() -> None:
+    assert embedding_penalty(torch.tensor([[3.0, 4.0], [0.0, 1.0]])) == 13.0
+    embedder = ConditionEmbedder((5,), 8)
+    embedding_penalty(embedder(torch.tensor([[2], [2]]))).backward()
+    weight = cast(nn.Embedding, embedder.tables[0]).weight
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad[2], 2 * weight[2])
+    assert not weight.grad[[0, 1, 3, 4, 5]].any()
 
 
 def test_dropout_is_independent_at_its_rates(tiny: Tiny) -> None:
@@ -113,6 +141,16 @@ def test_other_classes_start_from_the_old_ones(network: Make) -> None:
     x, t = torch.randn(4, 3, 8, 8), torch.full((4,), 7)
     with torch.no_grad():
         assert torch.equal(grown(x, t, after), dit(x, t, before))
+
+
+def test_classes_of_a_unet_are_resized_alike() -> None:
+    unet = UNet(TINY_UNET)
+    weights, config = resize_classes(unet.state_dict(), TINY_UNET, 1, [2, None])
+    grown = UNet(config)
+    grown.load_state_dict(weights)
+    assert torch.equal(
+        grown.embed(torch.tensor([[0, 0], [0, 2]])), unet.embed(torch.tensor([[0, 2], [0, 3]]))
+    )
 
 
 def test_resizing_refuses_nonsense(network: Make) -> None:

@@ -16,7 +16,7 @@ from model.config import DiTConfig, named
 from model.describe import cost, macs, main, paper, read_config
 from model.dit import DiT
 from model.network import make_network
-from model.unet import UNetConfig
+from model.unet_config import UNetConfig
 
 Tiny = Callable[..., DiTConfig]
 
@@ -134,7 +134,7 @@ def test_a_run_has_the_size_and_classes_of_its_pictures(tmp_path: Path) -> None:
         "steps": 10,
         "output": "run",
     }
-    expected = DiTConfig(depth=2, in_channels=3, image_size=(8, 12), classes=(3,))
+    expected = DiTConfig(depth=2, in_channels=3, image_size=(8, 12), classes=(3,), learn_sigma=False)
     assert read_config(write(tmp_path / "run.json", run)) == expected
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from model import data
+from model.dataset import DataConfig, DataError
 from model.emoji import NAMES, SOURCES, Source, render
-from model.pictures import load_npz
 
 EMOJI = {
     "🍎": {"slug": "red_apple", "group": "Food & Drink"},
@@ -64,8 +64,19 @@ def test_every_style_is_rendered_with_its_names_and_groups(tarballs: Path) -> No
     assert (apple[:, 8, 8] == [255, 0, 0]).all()
     card = target.with_suffix(".md").read_text()
     assert all(source.licence in card and source.package in card for source in SOURCES)
-    with pytest.raises(Exception, match="1 class remains"):
-        load_npz(target)  # the bee is not drawn in every style
+    with pytest.raises(DataError, match="1 class remains"):
+        DataConfig(path=target).open()  # the bee is not drawn in every style
+
+
+def test_licence_and_credits_reach_the_data_set(tarballs: Path) -> None:
+    target = tarballs / "set.npz"
+    for source in SOURCES:
+        pack(tarballs, source, "icons.json", {"icons": {"red-apple": icon("red"), "honeybee": icon("blue")}})
+    assert data.main(["emoji", "--size", "16", "--out", str(target), "--tarballs", str(tarballs)]) == 0
+    dataset = DataConfig(path=target, hold_out=0).open()
+    assert dataset.licence == "Apache-2.0 AND CC-BY-4.0 AND MIT"
+    assert len(dataset.attribution) == len(SOURCES)
+    assert all(any(source.credit in line for line in dataset.attribution) for source in SOURCES)
 
 
 def test_a_drawing_that_is_not_square_is_centred(tarballs: Path) -> None:

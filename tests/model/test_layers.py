@@ -97,6 +97,26 @@ def test_layer_norm_statistics_are_fp32() -> None:
     assert layer_norm(h.half()).dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_softmax_is_fp32(dtype: torch.dtype) -> None:
+    """Scores of up to a hundred, rounded to half precision before the softmax, would be off by a fraction of one."""
+    torch.manual_seed(0)
+    attention = Attention(32, 2).to(dtype)
+    attention.proj = nn.Identity()  # type: ignore[assignment]
+    h = (10 * torch.randn(1, 256, 32)).to(dtype)
+    with torch.no_grad():
+        q, k, v = attention.heads(h)
+        expected = torch.softmax(q.double() @ k.double().transpose(-1, -2) / 4, -1) @ v.double()
+        naive = torch.softmax(q @ k.transpose(-1, -2) / 4, -1) @ v
+        ours = attention(h).reshape(1, 256, 2, 16).transpose(1, 2)
+
+    def error(out: torch.Tensor) -> float:
+        return float((out.double() - expected).norm() / expected.norm())
+
+    eps = torch.finfo(dtype).eps
+    assert error(ours) < 0.5 * eps < 2 * eps < error(naive)
+
+
 def test_rotation_by_relative_position() -> None:
     """Scores of rotated queries and keys depend on the offset of their positions alone."""
     cos, sin = rotary_tables(8, 3, 4)

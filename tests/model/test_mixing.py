@@ -14,6 +14,8 @@ from model.config import DiTConfig
 from model.diffusion import guided
 from model.dit import DiT
 from model.mixing import Mix, composed, mixed, shares, slerp, splice, spread
+from model.unet import UNet
+from tests.model.unet_cases import TINY_UNET
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]
@@ -103,3 +105,12 @@ def test_splice_of_a_hybrid(tiny: Tiny, network: Make) -> None:
         splice(config, states, [0, 0, 1])
     with pytest.raises(ValueError, match="3 blocks, not for 2"):
         splice(config, states, [0, 1])
+
+
+def test_splice_of_a_unet() -> None:
+    """Its blocks from input to output: the way down follows one condition, the way up another."""
+    unet = UNet(TINY_UNET)
+    states = [unet.modulate(torch.tensor([500.0]), unet.embed(torch.tensor([[k, k]]))) for k in range(2)]
+    spliced = splice(TINY_UNET, states, spread(TINY_UNET.depth, 2))
+    assert torch.equal(spliced[0], states[0][0])
+    assert torch.equal(spliced[-1], states[1][-1])

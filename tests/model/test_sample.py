@@ -150,6 +150,16 @@ def test_command_line_on_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.C
     assert out.read_bytes() != first
 
 
+@pytest.mark.parametrize("how", ["linear", "spherical", "compose", "layers"])
+def test_command_line_on_a_unet(unet_bundle: Path, tmp_path: Path, how: str) -> None:
+    out = tmp_path / "out.png"
+    command = [str(unet_bundle), "-c", "label=fox", "-c", "label=cat,weight=2", "--combine", how]
+    assert main([*command, "--size", "8", "16", "-o", str(out), "--count", "2"]) == 0
+    assert size_of(out) == (32, 8)
+    with pytest.raises(OpenError, match="tiny is a U-Net, and this is for a DiT"):
+        _ = open_model(unet_bundle).dit
+
+
 def test_command_line_without_condition_makes_a_sheet(bundle: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "sheet.png")
     assert main([str(bundle), "-o", out, "--solver", "ddpm", "--steps", "2", "--size", "16", "8"]) == 0

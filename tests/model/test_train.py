@@ -1,10 +1,11 @@
-"""The trainer: exact resume (also after SIGKILL), learning, and what bad input gets."""
+"""Runs of `python -m model.train`: exact resume also after SIGKILL, divergence, bad input, and what a run leaves behind."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,163 +16,302 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
 
 from model import train
-from model.checkpoint import save
+from model.curve import draw_curve
+from model.opening import open_model
 from model.recipe import TrainConfig
-from model.train import Trainer, learning_rate
+from model.trainer import Trainer
+from tests.model.training_cases import (
+    assert_same,
+    newest_state,
+    tiny_config,
+    tiny_run,
+    write_pictures,
+)
+
+# Everything a checkpoint can hold: two averages, a loss scale, a learned variance, two picture sizes, a batch in pieces.
+RICH: dict[str, Any] = {
+    "ema": [0.9, 0.999],
+    "precision": "fp16",
+    "diffusion": {"schedule": "linear", "prediction": "epsilon", "learn_sigma": True},
+    "stages": [{"size": 4, "steps": 6}, {"size": 8}],
+    "accumulate": 2,
+    "steps": 8,
+}
 
 
-@pytest.fixture
-def raw(tmp_path: Path) -> dict[str, Any]:
-    """A run small enough for a test: 8×8 pictures of two factors, a two-block model."""
-    rng = np.random.default_rng(0)
-    pairs = [(y, s) for y in range(3) for s in range(2)]
-    np.savez(
-        tmp_path / "set.npz",
-        x=rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8),
-        y=np.array([y for y, _ in pairs]),
-        s=np.array([s for _, s in pairs]),
-        names=np.array(["a", "b", "c"]),
-        styles=np.array(["flat", "shaded"]),
-    )
-    return {
-        "data": {"path": str(tmp_path / "set.npz"), "hold_out": 0},
-        "output": str(tmp_path / "run"),
-        "model": {
-            "patch_size": 4,
-            "in_channels": 3,
-            "hidden_size": 32,
-            "depth": 2,
-            "num_heads": 2,
-            "learn_sigma": False,
-        },
-        "diffusion": {"schedule": "cosine", "prediction": "x0"},
-        "steps": 12,
-        "batch": 4,
-        "warmup": 2,
-        "checkpoint_every": 4,
-        "sheet_every": 1000,
-        "log_every": 1,
-        "loss_cap": 5,
-        "threads": 1,
-    }
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves are most of what so short a run costs."""
+    monkeypatch.setattr(train, "draw_curve", lambda folder: folder)
 
 
-def config_file(raw: dict[str, Any], tmp_path: Path) -> str:
-    file = tmp_path / "run.json"
+def config_file(raw: dict[str, Any], folder: Path) -> str:
+    file = folder / "run.json"
     file.write_text(json.dumps(raw))
     return str(file)
 
 
-def final_state(output: Path) -> dict[str, torch.Tensor]:
-    newest = sorted((output / "checkpoints").glob("step-*"))[-1]
-    return {
-        f"{part}.{k}": v.clone()
-        for part in ("model", "ema", "optimizer")
-        for k, v in load_file(newest / f"{part}.safetensors").items()
-    }
+def interrupted(config: TrainConfig, step: int) -> None:
+    """A run that was stopped after the checkpoint of `step`."""
+    trainer = Trainer(config)
+    for _ in range(step):
+        trainer.step()
+    trainer.save()
 
 
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(raw: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, RICH, {**RICH, "data_prefetch": 2}], ids=["plain", "rich", "ahead"])
+@pytest.mark.parametrize("step", [3, 6])  # within a stage, and on the border
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, changes: dict[str, Any], step: int
+) -> None:
+    raw = {**tiny_run(tmp_path), "steps": 8, **changes}
+    raw["data"] |= {"prefetch": raw.pop("data_prefetch", 0)}
     straight = TrainConfig.model_validate({**raw, "output": str(tmp_path / "straight")})
     train.run(straight)
     resumed = TrainConfig.model_validate(raw)
-    trainer = Trainer(resumed)
-    for _ in range(5):
-        trainer.step()
-    save(resumed.output / "checkpoints", trainer.state, trainer.identity)
+    interrupted(resumed, step)
     train.run(resumed)
-    assert_same(final_state(straight.output), final_state(resumed.output))
+    assert_same(newest_state(straight.output), newest_state(resumed.output))
 
 
-def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(
-    raw: dict[str, Any], tmp_path: Path
-) -> None:
-    raw |= {"steps": 60}
+def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
+    raw = tiny_run(tmp_path) | {"steps": 40, "checkpoint_every": 2}
     straight = TrainConfig.model_validate({**raw, "output": str(tmp_path / "straight")})
     train.run(straight)
     command = [sys.executable, "-m", "model.train", "--config", config_file(raw, tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     checkpoints = Path(raw["output"]) / "checkpoints"
-    deadline = time.monotonic() + 60
-    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 100
+    while not list(checkpoints.glob("step-*[1-9]")) and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    killed_at = int(sorted(checkpoints.glob("step-*"))[-1].name.removeprefix("step-"))
+    assert 0 < killed_at < 40
     train.run(TrainConfig.model_validate(raw))
-    assert_same(final_state(straight.output), final_state(Path(raw["output"])))
+    assert_same(newest_state(straight.output), newest_state(Path(raw["output"])))
+    steps = [
+        json.loads(line)["step"] for line in (Path(raw["output"]) / "log.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(1, 41))
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(raw: dict[str, Any]) -> None:
-    config = TrainConfig.model_validate(raw)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path)
     train.run(config)
-    whole = final_state(config.output)
+    whole = newest_state(config.output)
     newest = sorted((config.output / "checkpoints").glob("step-*"))[-1]
     (newest / "model.safetensors").write_bytes(b"cut short")
     train.run(config)
-    assert_same(whole, final_state(config.output))
+    assert f"{newest} is passed over, it is damaged" in capsys.readouterr().out
+    assert_same(whole, newest_state(config.output))
 
 
-def test_the_loss_falls(raw: dict[str, Any]) -> None:
-    trainer = Trainer(TrainConfig.model_validate({**raw, "steps": 150, "batch": 12, "decay": 0.1}))
-    losses = [trainer.step()["loss"] for _ in range(150)]
-    assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:5])
+def test_a_longer_run_goes_on_with_its_own_learning_rate(tmp_path: Path) -> None:
+    train.run(tiny_config(tmp_path, steps=4))
+    config = tiny_config(tmp_path, steps=6)
+    train.run(config)
+    lines = [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [lines[3]["lr"], lines[5]["lr"]] == pytest.approx([config.lr / 1.2, config.lr / 1.8])
 
 
-def test_the_average_is_what_a_sheet_shows(raw: dict[str, Any]) -> None:
-    trainer = Trainer(TrainConfig.model_validate(raw))
-    for _ in range(3):
-        trainer.step()
-    averaged = dict(trainer.averaged().named_parameters())
-    assert all(torch.equal(averaged[k], v) for k, v in trainer.state.ema.shadow.items())
-    assert any(not torch.equal(averaged[k], v) for k, v in trainer.state.model.named_parameters())
+def test_a_finished_run_says_so_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, steps=2)
+    train.run(config)
+    before = newest_state(config.output)
+    train.run(config)
+    assert "is at step 2 already: raise steps" in capsys.readouterr().out
+    assert_same(before, newest_state(config.output))
 
 
-def test_the_learning_rate_warms_up_stays_and_falls(raw: dict[str, Any]) -> None:
-    config = TrainConfig.model_validate({**raw, "steps": 100, "warmup": 10, "decay": 0.2, "lr": 1.0})
-    rates = [learning_rate(config, step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[10:80] == [1.0] * 70
-    assert rates[90] == pytest.approx(0.5)
-    assert rates[99] == pytest.approx(0.05)
+def test_what_a_run_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "draw_curve", draw_curve)
+    config = tiny_config(tmp_path, steps=4, sheet_every=2, ema=[0.9, 0.99])
+    train.run(config)
+    assert sorted(path.name for path in config.output.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "curve.png",
+        "log.jsonl",
+        "sheet-0000002.png",
+        "sheet-0000004.png",
+    ]
+    assert TrainConfig.model_validate_json((config.output / "config.json").read_text()) == config
+    with Image.open(config.output / "sheet-0000004.png") as sheet:
+        assert sheet.size == (3 * 8, 2 * 8)
+    opened = open_model(config.output)
+    assert opened.manifest.version == "0.4"
+    ours = newest_state(config.output)
+    assert all(torch.equal(ours[f"ema.{key}"], tensor) for key, tensor in opened.network.state_dict().items())
+
+
+def test_a_run_that_loses_its_way_goes_back_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoilt = Trainer.losses
+
+    def losses(self: Trainer, batch: Any) -> Any:
+        total, parts = spoilt(self, batch)
+        bad = self.state.step >= 6 and not self.state.rollbacks
+        return (
+            (total * float("nan"), {name: part * float("nan") for name, part in parts.items()})
+            if bad
+            else (total, parts)
+        )
+
+    monkeypatch.setattr(Trainer, "losses", losses)
+    config = tiny_config(tmp_path, skip_limit=3)
+    train.run(config)
+    lines = [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert (lines[-1]["skipped"], lines[-1]["rollbacks"]) == (3, 1)
+    assert all(line["loss"] is not None for line in lines)
+    assert all(torch.isfinite(tensor).all() for tensor in newest_state(config.output).values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Trainer.update
+
+    def broken(self: Trainer, rate: float) -> None:
+        update(self, rate)
+        if self.state.step == 7 and not self.state.rollbacks:
+            with torch.no_grad():
+                next(iter(self.state.ema.averages[0.999].values())).fill_(float("inf"))
+
+    monkeypatch.setattr(Trainer, "update", broken)
+    config = tiny_config(tmp_path)
+    train.run(config)
+    states = [json.loads(path.read_text()) for path in (config.output / "checkpoints").glob("*/state.json")]
+    assert sorted((state["step"], state["rollbacks"]) for state in states) == [(8, 1), (12, 1)]
+
+
+def flat(size: int) -> dict[str, Any]:
+    """A picture file's arrays, for spoiling."""
+    return {
+        "x": np.zeros((4, size, size, 3), np.uint8),
+        "y": np.array([0, 0, 1, 1]),
+        "names": np.array(["a", "b"]),
+    }
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"path": "nowhere.npz"}}, "nowhere.npz does not exist"),
-        ({"stepz": 3}, "stepz: Extra inputs are not permitted"),
+        ({"data": {"path": "nowhere.npz"}}, "nowhere.npz"),
+        ({"data": {"path": "empty"}}, "empty"),
+        ({"stepz": 3}, "there is no field stepz: did you mean steps?"),
         (
-            {"model": {"patch_size": 3, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2}},
+            {"model": {"patch_size": 3, "hidden_size": 32, "depth": 1, "num_heads": 2}},
             "not divisible by patch_size",
         ),
-        ({"lr": 1e30}, "loss is .* at step"),
+        ({"model": {"dept": 3}}, "no field 'dept'"),
+        ({"label_dropout": [0.1, 0.1, 0.1]}, "label_dropout has 3 rates, but the data has 2 factors"),
+        ({"lr": 1e30, "clip": None, "skip_limit": 2}, "not finite at step .* did not help: lower lr"),
+        ({"output": "set.npz/run"}, "set.npz.* cannot be used: Not a directory"),
+        ({"init": "nowhere"}, "nowhere is neither a bundle"),
     ],
 )
 def test_a_mistake_is_one_sentence(
-    raw: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     change: dict[str, Any],
     message: str,
 ) -> None:
-    assert train.main(["--config", config_file({**raw, **change, "clip": 1e30, "warmup": 1}, tmp_path)]) == 2
+    raw = {**tiny_run(tmp_path), **change}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert train.main(["--config", config_file(raw, tmp_path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert re.search(message, lines[0])
 
 
-def test_another_model_in_the_same_folder_is_refused(
-    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({**flat(8), "y": np.array([0, 0, 1, 9])}, "picture 3 has name 9, but there are only 2 names"),
+        ({**flat(8), "y": np.zeros(4, int), "names": np.array(["a"])}, "at least 2"),
+    ],
+)
+def test_bad_labels_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arrays: dict[str, Any], message: str
 ) -> None:
-    assert train.main(["--config", config_file(raw, tmp_path)]) == 0
-    raw["model"]["depth"] = 1
+    raw = tiny_run(tmp_path)
+    np.savez(tmp_path / "set.npz", **arrays)
     assert train.main(["--config", config_file(raw, tmp_path)]) == 2
-    assert "another model" in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path(raw["output"]).exists()
+
+
+def test_another_model_in_the_same_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file(tiny_run(tmp_path), tmp_path)
+    assert train.main(["--config", file, "--steps", "1"]) == 0
+    before = newest_state(tmp_path / "run")
+    saved = (tmp_path / "run" / "config.json").read_text()
+    assert train.main(["--config", file, "--set", "model.depth=1"]) == 2
+    assert "was trained with another model.depth (2, not 1)" in capsys.readouterr().err
+    assert train.main(["--config", file, "--seed", "9"]) == 2
+    assert "another seed (0, not 9)" in capsys.readouterr().err
+    assert_same(before, newest_state(tmp_path / "run"))
+    assert (tmp_path / "run" / "config.json").read_text() == saved
+
+
+def test_a_disk_that_fills_up_stops_the_run_with_its_last_state_intact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tiny_run(tmp_path) | {"steps": 8}
+    step, before = Trainer.step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def until_full(self: Trainer) -> dict[str, float]:
+        if self.state.step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", until_full)
+        try:
+            assert train.main(["--config", config_file(raw, tmp_path)]) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert "step-0000008 cannot be written" in error
+    assert "earlier checkpoints are intact" in error
+    assert train.main(["--config", config_file(raw, tmp_path)]) == 0
+    straight = TrainConfig.model_validate({**raw, "output": str(tmp_path / "straight")})
+    train.run(straight)
+    assert_same(newest_state(straight.output), newest_state(Path(raw["output"])))
+
+
+def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tiny_run(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    assert train.main(["--config", config_file(raw, tmp_path), "--dry-run", "--batch", "6"]) == 0
+    told = capsys.readouterr().out
+    assert "12 steps of 6 are 12.0 passes over 6 pictures" in told
+    assert re.search(r"8×8: [\d.]+ GMACs a row forward, .* img/s; 12 steps take 0:", told)
+    assert "memory" in told
+    assert {path.name for path in tmp_path.iterdir()} == before | {"run.json"}
+
+
+def test_fine_tuning_knows_classes_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.run(tiny_config(tmp_path, steps=2))
+    write_pictures(tmp_path / "other.npz", names=("c", "new", "a", "b"))
+    changes = {"data": {"path": str(tmp_path / "other.npz"), "hold_out": 0}, "init": tmp_path / "run"}
+    config = tiny_config(tmp_path, steps=1, lr=1e-9, output=tmp_path / "tuned", **changes)
+    train.run(config)
+    assert "5 of 6 classes known" in capsys.readouterr().out
+    old, new = newest_state(tmp_path / "run"), newest_state(config.output)
+    rows = old["ema.y_embedder.tables.0.weight"][[2, 3, 0, 1, 3]]  # c, null, a, b, null
+    torch.testing.assert_close(new["ema.y_embedder.tables.0.weight"], rows, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        new["model.blocks.0.mlp.fc1.weight"], old["ema.blocks.0.mlp.fc1.weight"], rtol=0, atol=1e-6
+    )

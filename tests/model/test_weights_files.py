@@ -161,6 +161,13 @@ def test_errors_are_one_sentence(
     assert captured.count("\n") == 1
 
 
+def test_a_unet_has_no_other_layout(
+    unet_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(unet_bundle), str(tmp_path / "out.pt"), "--to", "official"]) == 2
+    assert "holds a U-Net: the layouts are those of a DiT" in capsys.readouterr().err
+
+
 def test_damaged_diffusers_configuration(network: Make, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")

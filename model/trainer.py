@@ -1,0 +1,188 @@
+"""One optimiser step after another: what `python -m model.train` drives, and what can be driven by hand.
+
+trainer = Trainer(load_config(Path("run.json")))
+trainer.step()                                      # {"loss": 1.33, "grad_norm": 2.75, "lr": 1.2e-05}
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from model.batch import Batch, BatchSource
+from model.checkpoint import TrainingState, restore, save
+from model.conditioner import embedding_penalty
+from model.diffusion import add_noise
+from model.ema import Ema
+from model.network import Network, make_network
+from model.objective import noise_tables, rows, squared_error, variational_term
+from model.optimizer import learning_rate, make_optimizer
+from model.precision import autocast, loss_scaler
+from model.prefetch import Prefetch
+from model.recipe import TrainConfig
+from model.recomputation import checkpoint_blocks
+
+
+class Diverged(Exception):
+    """The loss or its gradient is NaN or infinite again and again; the message is one sentence."""
+
+
+class Trainer:
+    """Owns the network, its data and its state; `step()` is one optimiser step.
+
+    With `size` processes, process `rank` trains on its share of every batch.
+
+    Raises:
+        ValueError, DataError: a configuration or data that cannot work.
+    """
+
+    def __init__(self, config: TrainConfig, *, rank: int = 0, size: int = 1) -> None:
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but torch finds no GPU: take --device cpu")
+        self.config, self.size = config, size
+        self.dataset = config.pictures()
+        self.network_config = config.network(self.dataset)
+        self.schedule = config.diffusion.noise_schedule()
+        share = range(rank * config.batch // size, (rank + 1) * config.batch // size)
+        self.source = BatchSource(config, self.dataset, self.network_config, share)
+        self.tables = noise_tables(self.schedule, config.space, config.loss_cap, config.device)
+        self.identity = config.identity(self.dataset)
+        self.checkpoints = config.output / "checkpoints"
+        self.batches: Prefetch[Batch] | None = None
+        torch.manual_seed(config.seed)
+        model = make_network(self.network_config).to(config.device)
+        for table in model.y_embedder.tables:
+            nn.init.normal_(table.get_parameter("weight"), std=config.label_std)
+        if config.checkpoint_blocks:
+            checkpoint_blocks(model)
+        self.state = self._state(model)
+
+    def _state(self, model: Network) -> TrainingState:
+        config = self.config
+        ema, scaler = Ema(model, config.ema), loss_scaler(config.precision, config.device)
+        return TrainingState(model, make_optimizer(model, config), ema, scaler)
+
+    def step(self) -> dict[str, float]:
+        """Forward and backward over the batch, clip, update, average; a gradient that is not finite is passed over.
+
+        Returns the loss, auxiliary losses by name, the gradient's norm and the learning rate.
+        """
+        config, state = self.config, self.state
+        batch = self.next_batch()
+        told: dict[str, float] = {}
+        state.optimizer.zero_grad(set_to_none=True)
+        for part in batch.split(config.accumulate):
+            share = (
+                len(part) * self.size / config.batch
+            )  # averaged over processes, it is the mean of the whole batch
+            total, losses = self.losses(part.to(config.device))
+            state.scaler.scale(share * total).backward()
+            for name, loss in losses.items():
+                told[name] = told.get(name, 0.0) + share * loss.item()
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf).item()
+        rate = learning_rate(config, state.step)
+        if math.isfinite(told["loss"]) and math.isfinite(norm):
+            self.update(rate)
+        else:
+            self.skip(told["loss"])
+        state.scaler.update()
+        state.step += 1
+        return {**told, "grad_norm": norm, "lr": rate}
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What to descend, and what it is made of: "loss", and auxiliary terms by name, unweighted."""
+        config, tables, t = self.config, self.tables, batch.t
+        x_t = add_noise(rows(tables.alpha, t), rows(tables.sigma, t), batch.x0, batch.noise)
+        with autocast(config.precision, config.device):
+            output = self.state.model(x_t, t, batch.labels, batch.text)
+        output = output.float()
+        total = loss = squared_error(tables, output, batch.x0, batch.noise, t).mean()
+        parts = {"loss": loss}
+        if config.diffusion.learn_sigma:
+            parts["variational"] = variational_term(tables, output, batch.x0, x_t, t).mean()
+            total = total + config.variational * tables.timesteps * parts["variational"]
+        if config.embedding_l2:
+            embedding = cast(Network, self.state.model).embed(batch.labels, batch.text)
+            parts["embedding_l2"] = embedding_penalty(embedding)
+            total = total + config.embedding_l2 * parts["embedding_l2"]
+        return total, parts
+
+    def update(self, rate: float) -> None:
+        """Apply the gradient, and fold the result into the averages."""
+        state = self.state
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.scaler.step(state.optimizer)
+        state.ema.update(state.model.parameters())
+        state.failures = 0
+
+    def skip(self, loss: float) -> None:
+        """Count a step without a finite gradient; what a smaller loss scale will cure is no failure."""
+        state = self.state
+        state.skipped += 1
+        if not math.isfinite(loss) or state.scaler.get_scale() <= 1.0:
+            state.failures += 1
+
+    def next_batch(self) -> Batch:
+        """The batch of the step at hand; the following ones are being made meanwhile."""
+        if self.batches is None:
+            rollbacks = self.state.rollbacks
+            self.batches = Prefetch(
+                lambda step: self.source.make(step, rollbacks),
+                first=self.state.step,
+                ahead=self.config.data.prefetch,
+            )
+        return next(self.batches)
+
+    def close(self) -> None:
+        """Forget the batches made ahead."""
+        if self.batches is not None:
+            self.batches.close()
+            self.batches = None
+
+    def resume(self) -> Path | None:
+        """Continue from the newest checkpoint that can be read, if there is one.
+
+        Raises:
+            CheckpointError: it is of another run, or none can be read.
+        """
+        self.close()
+        return restore(self.checkpoints, self.state, self.identity)
+
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        save(self.checkpoints, self.state, self.identity, keep=self.config.keep)
+
+    def roll_back(self) -> str:
+        """Return to the last checkpoint and go on from there with other pictures and noise; tells so.
+
+        Raises:
+            Diverged: that was done `rollback_limit` times already.
+        """
+        state, config = self.state, self.config
+        step, skipped, rollbacks = state.step, state.skipped, state.rollbacks
+        if rollbacks >= config.rollback_limit:
+            raise Diverged(
+                f"the loss or its gradient was not finite at step {step}, and {rollbacks} returns to a checkpoint did not help: "
+                f"lower lr, raise warmup, or take precision fp32; {self.checkpoints} is intact"
+            )
+        path = self.resume()
+        state.skipped, state.failures, state.rollbacks = skipped, 0, rollbacks + 1
+        return f"no finite gradient at step {step}: back to {path}, with other noise"
+
+    def averaged(self) -> Network:
+        """A copy of the network with the averaged weights, in evaluation mode, at the picture size of this step."""
+        size = self.source.at(max(0, self.state.step - 1)).size
+        model = make_network(replace(self.network_config, image_size=size)).to(self.config.device)
+        self.state.ema.copy_to(model)
+        return model.eval()
