@@ -1,99 +1,161 @@
 """What the network really sees: rows along sampling trajectories, at all noise levels, guided, the null condition included.
 
-Parity is measured and INT8 is calibrated on these rows, walked by the same solver tables the service walks.
+Parity is measured and INT8 is calibrated on these rows, walked by the same solver tables the service walks. A bundle keeps the set
+it was judged and calibrated on, so that an engine can be judged by it on a machine without torch.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.bundle import Manifest
+from export.errors import ExportError
 from model.conditioner import null_labels
-from model.denoise import noise
-from model.diffusion import Schedule, grid, guided
-from model.dit import DiT
-from model.solvers import step_table
+from model.denoise import Conditions, Denoiser, Guidance, noise
+from model.diffusion import grid
+from model.network import Network, NetworkConfig
+from model.opening import Opened
+from model.solvers import step_table, trajectory
 
-Floats = npt.NDArray[np.float32]
+Backbone = Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # (x, state) → output
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Inputs of the network: x (N, C, H, W), timestep (N,) and labels (N, F)."""
+    """Inputs of the network: x (N, C, H, W), timestep (N,), labels (N, F), and text (N, text_size) where the model takes it."""
 
     x: Tensor
     timestep: Tensor
     labels: Tensor
+    text: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def at(self, index: Tensor) -> Rows:
         """The rows at `index`."""
-        return Rows(self.x[index], self.timestep[index], self.labels[index])
+        text = None if self.text is None else self.text[index]
+        return Rows(self.x[index], self.timestep[index], self.labels[index], text)
+
+    def state(self, network: Network) -> tuple[Tensor, ...]:
+        """Their condition state."""
+        return network.modulate(self.timestep, network.embed(self.labels, self.text))
+
+    def with_null(self, config: NetworkConfig) -> Rows:
+        """These rows, and then each again under the null condition."""
+        labels = torch.cat([self.labels, null_labels(config, len(self))])
+        text = None if self.text is None else torch.cat([self.text, torch.zeros_like(self.text)])
+        return Rows(torch.cat([self.x, self.x]), torch.cat([self.timestep, self.timestep]), labels, text)
 
     def digest(self) -> str:
         """sha256 over all values, to name the set that a scale or a score comes from."""
         sha = hashlib.sha256()
-        for tensor in (self.x, self.timestep, self.labels):
+        for tensor in (self.x, self.timestep, self.labels, *([] if self.text is None else [self.text])):
             sha.update(tensor.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
+    def save(self, path: Path) -> None:
+        """Write them, the latents in half precision, in which they must be already."""
+        tensors = {"x": self.x.half(), "timestep": self.timestep, "labels": self.labels}
+        save_file(tensors if self.text is None else {**tensors, "text": self.text}, path)
+        path.chmod(0o644)
 
-Backbone = Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # (x, state) → output
+    @classmethod
+    def load(cls, path: Path) -> Rows:
+        """The rows that `save` wrote.
+
+        Raises:
+            ExportError: there are none.
+        """
+        if not path.is_file():
+            raise ExportError(
+                f"{path} is missing: export the bundle again with python -m export.onnx {path.parent} --out {path.parent}"
+            )
+        tensors = load_file(path)
+        return cls(tensors["x"].float(), tensors["timestep"], tensors["labels"], tensors.get("text"))
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Guided DDIM runs of `samples` pictures, their classes and noise drawn by `seed`."""
+    """Guided DDIM runs of `samples` pictures, their classes, text embeddings and noise drawn by `seed`."""
 
-    samples: int = 4
+    samples: int = 6
     steps: int = 20
     seed: int = 0
 
 
-def trajectories(dit: DiT, manifest: Manifest, schedule: Schedule, walk: Walk) -> Rows:
-    """Every row the network sees along `walk`: at each step the conditional and the null rows."""
-    seen = [rows for rows, _ in _steps(dit, manifest, schedule, walk, dit.backbone)]
-    return Rows(
-        *(torch.cat(parts) for parts in zip(*((r.x, r.timestep, r.labels) for r in seen), strict=True))
-    )
-
-
-def pictures(dit: DiT, manifest: Manifest, schedule: Schedule, walk: Walk, backbone: Backbone) -> Tensor:
-    """The finished samples (S, C, H, W) of `walk` when `backbone` does the work."""
-    *_, (_, x0) = _steps(dit, manifest, schedule, walk, backbone)
-    return x0
+WALK = Walk()
 
 
 @torch.no_grad()
-def _steps(
-    dit: DiT, manifest: Manifest, schedule: Schedule, walk: Walk, backbone: Backbone
-) -> Iterator[tuple[Rows, Tensor]]:
-    """The rows of each step, and the estimate of the pictures after it."""
-    config, spec, count = dit.config, manifest.diffusion, walk.samples
-    drawn = np.random.Generator(np.random.Philox(key=[walk.seed, 1]))
-    labels = torch.from_numpy(np.stack([drawn.integers(0, size, count) for size in config.classes], axis=1))
-    labels = torch.cat([labels, null_labels(config, count)])
-    shape = (config.in_channels, *config.image_size)
-    x = torch.from_numpy(np.stack([noise(walk.seed + k, shape) for k in range(count)]))  # (S, C, H, W)
-    table = step_table(
-        "ddim", grid("trailing", min(walk.steps, schedule.timesteps), schedule.timesteps), schedule
+def trajectories(source: Opened, walk: Walk) -> Rows:
+    """Every conditional row the network sees along `walk`; `with_null` gives the others."""
+    labels, text = _conditions(source, walk)
+    denoiser = _denoiser(source, labels, text)
+    seen: list[Rows] = []
+
+    def network(x: Tensor, t: int) -> Tensor:
+        seen.append(Rows(x.half().float(), torch.full((len(x),), float(t)), labels, text))
+        return denoiser(x, t)[:, : x.shape[1]]
+
+    _sampled(source, walk, network)
+    return Rows(
+        torch.cat([rows.x for rows in seen]),
+        torch.cat([rows.timestep for rows in seen]),
+        labels.repeat(len(seen), 1),
+        None if text is None else text.repeat(len(seen), 1),
     )
-    for i, t in enumerate(table.timestep):
-        rows = Rows(torch.cat([x, x]), torch.full((2 * count,), float(t)), labels)
-        output = backbone(rows.x, dit.modulate(rows.timestep, dit.embed(labels)))[:, : config.in_channels]
-        mixed = guided(
-            output[:count], output[count:], manifest.defaults.guidance_scale, spec.guidance_channels
-        )
-        x0 = float(table.x0_x[i]) * x + float(table.x0_out[i]) * mixed
-        x0 = x0.clamp(-1, 1) if spec.clip_x0 else x0
-        x = float(table.a[i]) * x + float(table.b[i]) * x0
-        yield rows, x0
+
+
+@torch.no_grad()
+def pictures(source: Opened, walk: Walk) -> Tensor:
+    """The finished samples (S, C, H, W) of `walk`."""
+    denoiser = _denoiser(source, *_conditions(source, walk))
+    return _sampled(source, walk, lambda x, t: denoiser(x, t)[:, : x.shape[1]])
+
+
+def with_backbone(source: Opened, backbone: Backbone) -> Opened:
+    """The same model, except that `backbone` does the work."""
+    served = copy.copy(source.network)
+    vars(served)["backbone"] = backbone
+    return Opened(served, source.manifest)
+
+
+def _conditions(source: Opened, walk: Walk) -> tuple[Tensor, Tensor | None]:
+    """Labels (S, F), and random text embeddings of length 1, as encoders give them."""
+    config, count = source.network.config, walk.samples
+    drawn = np.random.Generator(np.random.Philox(key=[walk.seed, 1]))
+    columns = [drawn.integers(0, size, count) for size in config.classes]
+    labels = (
+        torch.from_numpy(np.stack(columns, axis=1)) if columns else torch.zeros(count, 0, dtype=torch.int64)
+    )
+    if not config.text_size:
+        return labels, None
+    text = torch.from_numpy(drawn.standard_normal((count, config.text_size), dtype=np.float32))
+    return labels, text / text.norm(dim=1, keepdim=True)
+
+
+def _denoiser(source: Opened, labels: Tensor, text: Tensor | None) -> Denoiser:
+    embedding = source.network.embed(labels, text)
+    scale, channels = source.manifest.defaults.guidance_scale, source.manifest.diffusion.guidance_channels
+    return Denoiser(
+        source.network, source.schedule, Conditions((embedding,)), Guidance(scale, channels=channels)
+    )
+
+
+def _sampled(source: Opened, walk: Walk, network: Callable[[Tensor, int], Tensor]) -> Tensor:
+    config, schedule = source.network.config, source.schedule
+    steps = grid("trailing", min(walk.steps, schedule.timesteps), schedule.timesteps)
+    shape = (config.in_channels, *config.image_size)
+    start = torch.from_numpy(np.stack([noise(walk.seed + k, shape) for k in range(walk.samples)]))
+    clip = source.manifest.diffusion.clip_x0
+    *_, (_, x0) = trajectory(step_table("ddim", steps, schedule), start, network, clip_x0=clip)
+    return x0

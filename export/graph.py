@@ -1,5 +1,6 @@
-"""torch → ONNX: the embedder, the conditioner and the backbone of a DiT as three graphs, opset 20, any batch size.
+"""torch → ONNX, opset 20: embedder, conditioner and backbone of a network, and the decoder of a model on latents.
 
+The batch is free, and so is the size of the picture, except under a layout path, which has numbers for every token of one size.
 Node names say where in the network a node belongs ("blocks.0.attn.qkv/MatMul"): quantisation picks its layers by them and
 TensorRT names them in errors. Nothing of the exporting machine (paths, stack traces) stays in a graph.
 """
@@ -7,56 +8,89 @@ TensorRT names them in errors. Nothing of the exporting machine (paths, stack tr
 from __future__ import annotations
 
 import ast
+import copy
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
-from torch._dynamo.exc import UserError
 
 from export.errors import ExportError
+from model.autoencoder import Autoencoder
+from model.config import DiTConfig
 from model.dit import DiT
+from model.network import Network, NetworkConfig
 
 OPSET = 20
+TEXT = "text"  # the embedder's input for sentence embeddings
 SCOPES = "pkg.torch.onnx.name_scopes"
-PREFIX, INPUT, OUTPUT = (
-    "dit.",
-    "in.",
-    "out.",
-)  # what the exporter's names of parameters, inputs and outputs begin with
+NETWORK, INPUT, OUTPUT = "network.", "in.", "out."  # what the exporter's names of values begin with
 
 
 class _Embedder(nn.Module):
-    def __init__(self, dit: DiT) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.dit = dit
+        self.network = network
 
-    def forward(self, *labels: Tensor) -> Tensor:
-        return self.dit.embed(torch.stack(labels, dim=1))  # F × (N,) → (N, E)
+    def forward(self, *conditions: Tensor) -> Tensor:
+        """F × (N,), and (N, text_size) where the model takes text → (N, E)."""
+        factors = len(self.network.config.classes)
+        empty = torch.zeros(conditions[0].shape[0], 0, dtype=torch.int64)
+        labels = torch.stack(conditions[:factors], dim=1) if factors else empty
+        return self.network.embed(labels, *conditions[factors:])
 
 
 class _Conditioner(nn.Module):
-    def __init__(self, dit: DiT) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.dit = dit
+        self.network = network
 
     def forward(self, timestep: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
-        return self.dit.modulate(timestep, embedding)
+        return self.network.modulate(timestep, embedding)
 
 
 class _Backbone(nn.Module):
-    def __init__(self, dit: DiT) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.dit = dit
+        self.network = network
 
     def forward(self, x: Tensor, *state: Tensor) -> Tensor:
-        return self.dit.backbone(x, state)
+        return self.network.backbone(x, state)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.network = getattr(autoencoder, "vae", None)  # its weights are part of the graph
+        self.autoencoder = autoencoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.autoencoder.decode(latent)
+
+
+class _AnySizeConfig(DiTConfig):
+    """Spacing of positions as arithmetic on tensors, so that it is computed in the graph."""
+
+    def position_scale(self, rows: int, columns: int) -> Any:
+        height, width = self.base_size or self.image_size
+        counts = (torch.arange(1, count + 1)[-1:] for count in (rows, columns))  # what a graph can see
+        sides = (height // self.patch_size, width // self.patch_size)
+        return tuple(torch.clamp(side / count, max=1.0) for side, count in zip(sides, counts, strict=True))
+
+
+class _AnySize(DiT):
+    """A DiT that does not look whether the size is the trained one."""
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        return self._positions(rows, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,41 +98,72 @@ class _Wiring:
     module: nn.Module
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
-    variadic: int  # trailing inputs that the module takes as *args
+    variadic: int = 0  # trailing inputs that the module takes as *args
+    sides: int = 0  # height and width of the first input are any multiples of this; 0: fixed
+    batch: int = 65536  # the largest that the module takes without looking at it
+    strict: bool = True  # read Python's bytecode, which sees through `len` of a tensor
 
 
-def embedder_graph(dit: DiT, factors: Sequence[str]) -> onnx.ModelProto:
-    """One int64 input (B,) per factor, named as the factor → `embedding` (B, E)."""
+def size_multiple(config: NetworkConfig) -> int | None:
+    """What height and width must be multiples of; None where only the trained size will do."""
+    if isinstance(config, DiTConfig):
+        return None if config.layout_rank else config.patch_size
+    return 1 << (len(config.multipliers) - 1)
+
+
+def embedder_graph(network: Network, factors: Sequence[str]) -> onnx.ModelProto | None:
+    """One int64 input (B,) per factor, named as the factor, and `text` (B, text_size) → `embedding` (B, E).
+
+    None for a model without conditions: its embedding is zero.
+    """
     inputs = {name: torch.zeros(2, dtype=torch.int64) for name in factors}
-    return _export(_Wiring(_Embedder(dit), inputs, ("embedding",), len(inputs)))
+    if network.config.text_size:
+        inputs[TEXT] = torch.ones(2, network.config.text_size)
+    return _export(_Wiring(_Embedder(network), inputs, ("embedding",), len(inputs))) if inputs else None
 
 
-def conditioner_graph(dit: DiT) -> onnx.ModelProto:
+def conditioner_graph(network: Network) -> onnx.ModelProto:
     """`timestep` float32 (B,), `embedding` (B, E) → one output (B, *shape) per tensor of the condition state."""
-    inputs = {"timestep": torch.tensor([1.0, 999.0]), "embedding": torch.randn(2, dit.config.hidden_size)}
-    names = tuple(name for name, _ in dit.config.state())
-    return _export(_Wiring(_Conditioner(dit), inputs, names, 0))
+    inputs = {"timestep": torch.tensor([1.0, 999.0]), "embedding": torch.randn(2, network.config.hidden_size)}
+    names = tuple(name for name, _ in network.config.state())
+    return _export(_Wiring(_Conditioner(network), inputs, names))
 
 
-def backbone_graph(dit: DiT) -> onnx.ModelProto:
+def backbone_graph(network: Network) -> onnx.ModelProto:
     """`x` (B, C, H, W) and one input (B, *shape) per tensor of the condition state → `output` (B, C_out, H, W).
 
-    Inputs and output have the dtype of `dit`'s weights.
+    Inputs and output have the dtype of the network's weights. H and W are free where `size_multiple` says.
     """
-    dtype = next(dit.parameters()).dtype
-    inputs = {"x": torch.randn(2, dit.config.in_channels, *dit.config.image_size, dtype=dtype)}
-    inputs |= {name: torch.randn(2, *shape, dtype=dtype) for name, shape in dit.config.state()}
-    return _export(_Wiring(_Backbone(dit), inputs, ("output",), len(inputs) - 1))
+    config, dtype = network.config, next(network.parameters()).dtype
+    inputs = {"x": torch.randn(2, config.in_channels, *config.image_size, dtype=dtype)}
+    inputs |= {name: torch.randn(2, *shape, dtype=dtype) for name, shape in config.state()}
+    sides = size_multiple(config) or 0
+    dit = isinstance(network, DiT)
+    module = _Backbone(_any_size(network) if isinstance(network, DiT) and sides else network)
+    return _export(_Wiring(module, inputs, ("output",), len(inputs) - 1, sides, strict=not dit))
+
+
+def decoder_graph(autoencoder: Autoencoder, channels: int) -> onnx.ModelProto:
+    """`latent` (B, C, h, w) → `image` (B, 3, H, W), any batch and size; C is `channels`."""
+    inputs = {"latent": torch.randn(2, channels, 8, 8)}
+    # diffusers lays larger batches out anew, which changes nothing but would be a condition in the graph
+    return _export(_Wiring(_Decoder(autoencoder), inputs, ("image",), sides=1, batch=63, strict=False))
+
+
+def _any_size(dit: DiT) -> DiT:
+    """The same weights in a module that computes positions in the graph."""
+    free = copy.copy(dit)
+    free.__class__, free.config = _AnySize, _AnySizeConfig(**asdict(dit.config))
+    return free
 
 
 def _export(wiring: _Wiring) -> onnx.ModelProto:
-    batch = torch.export.Dim("batch", min=1, max=65536)
-    axes = [{0: batch} for _ in wiring.inputs]
-    plain = len(axes) - wiring.variadic
-    shapes = (*axes[:plain], *([tuple(axes[plain:])] if wiring.variadic else []))
+    shapes = _shapes(wiring)
     example = tuple(wiring.inputs.values())
     with _quiet(), torch.no_grad():
-        traced = _trace(wiring.module.eval(), example, shapes)
+        traced = torch.export.export(
+            wiring.module.eval(), example, dynamic_shapes=shapes, strict=wiring.strict
+        )
         program = torch.onnx.export(
             traced,
             example,
@@ -114,27 +179,29 @@ def _export(wiring: _Wiring) -> onnx.ModelProto:
     return _clean(program.model_proto)
 
 
-def _trace(
-    module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...]
-) -> torch.export.ExportedProgram:
-    """The quick way, or where that would fix the batch size (Python's `len` of a tensor does) the thorough one."""
-    try:
-        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-    except UserError:
-        return torch.export.export(module, example, dynamic_shapes=shapes, strict=True)
+def _shapes(wiring: _Wiring) -> tuple[Any, ...]:
+    """The free dimensions of each input, nested as the module takes them."""
+    dim = torch.export.Dim
+    batch = dim("batch", min=1, max=wiring.batch)
+    axes: list[dict[int, Any]] = [{0: batch} for _ in wiring.inputs]
+    if wiring.sides:
+        rows, columns = dim("rows", min=1, max=4096), dim("columns", min=1, max=4096)
+        axes[0] |= {2: wiring.sides * rows, 3: wiring.sides * columns}
+    plain = len(axes) - wiring.variadic
+    return (*axes[:plain], *([tuple(axes[plain:])] if wiring.variadic else []))
 
 
 def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Name nodes and values by their scope and parameters as in the model; drop documentation and metadata."""
     graph = proto.graph
+    _narrow(graph)
     names = {
         value.name: value.name.removeprefix(INPUT).removeprefix(OUTPUT)
         for value in (*graph.input, *graph.output)
     }
     for tensor in graph.initializer:
-        names[tensor.name] = (
-            tensor.name.removeprefix(PREFIX) if tensor.name.startswith(PREFIX) else f"constant/{tensor.name}"
-        )
+        known = tensor.name.startswith(NETWORK)
+        names[tensor.name] = tensor.name.removeprefix(NETWORK) if known else f"constant/{tensor.name}"
     counts: Counter[str] = Counter()
     for node in graph.node:
         name = f"{_scope(node)}/{node.op_type}".lstrip("/")
@@ -156,14 +223,26 @@ def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
+def _narrow(graph: onnx.GraphProto) -> None:
+    """float64, in which positions are computed, becomes float32: TensorRT has no other. It costs 1e-6 of an angle."""
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.DOUBLE:
+            tensor.CopyFrom(
+                numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+            )
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("to", "dtype") and attribute.i == TensorProto.DOUBLE:
+                attribute.i = TensorProto.FLOAT
+
+
 def _scope(node: onnx.NodeProto) -> str:
     """The module a node comes from, such as "blocks.0.attn.qkv"; "" at the top or where the exporter made the node."""
     for entry in node.metadata_props:
         if entry.key == SCOPES:
-            names = [
-                name for name in ast.literal_eval(entry.value)[:-1] if name not in ("", PREFIX.rstrip("."))
-            ]
-            return str(names[-1]).removeprefix(PREFIX) if names else ""
+            outside = ("", NETWORK.rstrip("."), "_empty_nn_module_stack_from_metadata_hook")
+            names = [name for name in ast.literal_eval(entry.value)[:-1] if name not in outside]
+            return str(names[-1]).removeprefix(NETWORK) if names else ""
     return ""
 
 

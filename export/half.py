@@ -20,16 +20,17 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.calibrate import Rows, Walk, trajectories
+from export.calibrate import Backbone, Rows
+from export.command import guarded
 from export.errors import ExportError
 from export.graph import backbone_graph
-from export.session import open_session, run
+from export.parity import compare_rows, graph_backbone
 from export.source import open_source
-from export.storage import save_graph
-from export.verify import LIMITS, Band, check, compare, worst
-from model.bundle import BundleError, write_manifest
-from model.dit import DiT
+from export.storage import remove_graph, save_graph
+from export.verify import CALIBRATION, LIMITS, Band, check, worst
+from model.bundle import write_manifest
 from model.layers import Attention
+from model.network import Network
 from model.opening import Opened
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -56,19 +57,20 @@ def filename(precision: str) -> str:
 
 
 @torch.no_grad()
-def probe(dit: DiT, rows: Rows) -> Peak:
-    """The peak over every module's output and every attention score, along `rows`."""
+def probe(network: Network, rows: Rows) -> Peak:
+    """The peak over the output of every module of the backbone and every attention score, along `rows`."""
     peaks: dict[str, float] = {}
-    with _watch(dit, peaks):
-        for start in range(0, len(rows), 32):
-            part = rows.at(torch.arange(start, min(start + 32, len(rows))))
-            dit.backbone(part.x, dit.modulate(part.timestep, dit.embed(part.labels)))
+    for index in torch.arange(len(rows)).split(32):
+        part = rows.at(index)
+        state = part.state(network)  # the conditioner stays fp32: its numbers do not count
+        with _watch(network, peaks):
+            network.backbone(part.x, state)
     name = max(peaks, key=lambda key: peaks[key])
     return Peak(peaks[name], name)
 
 
 @contextmanager
-def _watch(dit: DiT, peaks: dict[str, float]) -> Iterator[None]:
+def _watch(network: Network, peaks: dict[str, float]) -> Iterator[None]:
     def record(name: str, value: Tensor) -> None:
         largest = float(value.abs().max())
         peaks[name] = max(peaks.get(name, 0.0), largest if math.isfinite(largest) else math.inf)
@@ -83,11 +85,8 @@ def _watch(dit: DiT, peaks: dict[str, float]) -> Iterator[None]:
 
         return hook
 
-    conditioning = ("t_embedder", "y_embedder", "layout")
     handles = [
-        module.register_forward_hook(watcher(name))
-        for name, module in dit.named_modules()
-        if name and not name.startswith(conditioning) and "adaLN" not in name
+        module.register_forward_hook(watcher(name)) for name, module in network.named_modules() if name
     ]
     try:
         yield
@@ -96,14 +95,14 @@ def _watch(dit: DiT, peaks: dict[str, float]) -> Iterator[None]:
             handle.remove()
 
 
-def half_graph(dit: DiT, precision: str) -> onnx.ModelProto:
+def half_graph(network: Network, precision: str) -> onnx.ModelProto:
     """The backbone with weights, inputs and output in `precision`."""
-    return backbone_graph(halved(dit, precision))
+    return backbone_graph(halved(network, precision))
 
 
-def halved(dit: DiT, precision: str) -> DiT:
-    """A copy of `dit` in `precision`."""
-    return copy.deepcopy(dit).to(DTYPES[precision])
+def halved(network: Network, precision: str) -> Network:
+    """A copy of `network` in `precision`."""
+    return copy.deepcopy(network).to(DTYPES[precision])
 
 
 def write_half(
@@ -116,32 +115,23 @@ def write_half(
     Raises:
         ExportError: the graph is beyond the limit of its precision; it is then removed.
     """
-    peak = probe(source.dit, rows)
+    peak = probe(source.network, rows)
     chosen = peak.precision if precision == "auto" else precision
     path = folder / filename(chosen)
-    save_graph(half_graph(source.dit, chosen), path)
-    bands = compare(
-        *_outputs(source.dit, path, rows, chosen), rows.timestep.numpy(), source.manifest.diffusion.timesteps
-    )
+    save_graph(half_graph(source.network, chosen), path)
+    served = graph_backbone(source.network, path) if chosen == "fp16" else _in_torch(source.network, chosen)
+    bands = compare_rows(source, rows, served)
     try:
         check(path.name, bands, LIMITS[chosen])
     except ExportError as error:
-        path.unlink()
+        remove_graph(path)
         raise ExportError(f"{error}; the largest activation is {peak.value:.3g} in {peak.module}") from None
     return chosen, peak, bands
 
 
-@torch.no_grad()
-def _outputs(dit: DiT, path: Path, rows: Rows, precision: str) -> tuple[Any, Any]:
-    state = dit.modulate(rows.timestep, dit.embed(rows.labels))
-    reference = dit.backbone(rows.x, state).numpy()
-    if precision == "bf16":
-        dtype = DTYPES[precision]
-        output = halved(dit, precision).backbone(rows.x.to(dtype), [tensor.to(dtype) for tensor in state])
-        return reference, output.float().numpy()
-    names = ("x", *(name for name, _ in dit.config.state()))
-    inputs = {name: tensor.half().numpy() for name, tensor in zip(names, (rows.x, *state), strict=True)}
-    return reference, run(open_session(path), inputs)["output"]
+def _in_torch(network: Network, precision: str) -> Backbone:
+    half, dtype = halved(network, precision), DTYPES[precision]
+    return lambda x, state: half.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
 
 
 def main(arguments: list[str]) -> int:
@@ -154,19 +144,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    try:
-        source = open_source(options.bundle)
-        rows = trajectories(source.dit, source.manifest, source.schedule, Walk(samples=2))
-        chosen, peak, bands = write_half(source, options.bundle, rows, options.precision)
-        write_manifest(options.bundle, source.manifest)
-    except (ExportError, BundleError, OSError) as error:
-        print(f"export.half: {error}", file=sys.stderr)
-        return 2
+    return guarded("export.half", lambda: _run(options.bundle, options.precision))
+
+
+def _run(bundle: Path, precision: str) -> None:
+    source = open_source(bundle)
+    rows = Rows.load(bundle / CALIBRATION).with_null(source.network.config)
+    chosen, peak, bands = write_half(source, bundle, rows, precision)
+    write_manifest(bundle, source.manifest)
     print(
-        f"{options.bundle / filename(chosen)}: within {worst(bands).relative_l2:.1e} of fp32 (relative L2), "
+        f"{bundle / filename(chosen)}: within {worst(bands).relative_l2:.1e} of fp32 (relative L2), "
         f"largest activation {peak.value:.3g} in {peak.module}"
     )
-    return 0
 
 
 if __name__ == "__main__":

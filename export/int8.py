@@ -1,18 +1,18 @@
 """`python -m export.int8 BUNDLE`: smooth a bundle, quantise its backbone, and keep the result only if it is good and fast enough.
 
 Smoothing rewrites the bundle's weights without changing its function, so all its graphs are written again; the INT8 backbone
-then shares their conditioner. Errors are measured per noise band on rows that calibration has not seen, and on finished pictures.
+then shares their conditioner. Errors are measured per noise band on rows that calibration has not seen, on finished pictures, and
+with `--data` on the Fréchet distance to the pictures the model was trained on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,26 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
-from torch import Tensor
 
-from export.calibrate import Rows, Walk, pictures, trajectories
+from export.calibrate import WALK, Rows, Walk, trajectories
+from export.command import guarded
 from export.errors import ExportError
 from export.half import DTYPES, filename
-from export.onnx import PARITY, Options, export_bundle, forward
+from export.onnx import PARITY, Options, decoder_of, export_bundle
+from export.parity import compare_rows, graph_backbone
+from export.quality import Judge, frechet_report, picture_psnr
 from export.quantize import FILES, Target, backbone_inputs, this_processor, write_int8
-from export.session import open_session, run
+from export.session import open_session
 from export.smooth import amax, search, smoothed
 from export.source import open_source
-from export.verify import LIMITS, Band, check, compare, report
-from model.bundle import BACKBONE, BundleError, write_atomic, write_manifest
+from export.storage import remove_graph
+from export.verify import CALIBRATION, LIMITS, check, report
+from model.bundle import BACKBONE, write_atomic, write_manifest
+from model.evaluate import CLASSIFIER
 from model.opening import Opened
 
 SMOOTHING = "smoothing"  # the provenance entry of a bundle whose weights are smoothed
-SEEDS = (1_000, 2_000)  # of the rows to calibrate on, and of those to judge by
+UNSEEN = 2_000  # seed of the rows to judge by
 EXACT = {"session.disable_quant_qdq": "1"}  # compute what Q/DQ says, as TensorRT does, not with 8-bit kernels
 TIMED = 15  # runs a time is the median of
 FASTER = 1.1  # times fp32, below which INT8 is not worth its error
@@ -43,13 +47,14 @@ FASTER = 1.1  # times fp32, below which INT8 is not worth its error
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How much to calibrate on; `keep` keeps a graph that is not faster."""
+    """`keep` keeps a graph that is not faster; `judge` measures Fréchet distances; `walk`: the trajectories to calibrate on, and
+    with another seed to judge by."""
 
-    samples: int = 6
-    steps: int = 20
     weights: str = "auto"
     range: str = "auto"
     keep: bool = False
+    judge: Judge | None = None
+    walk: Walk = WALK
 
 
 def add_int8(path: Path, target: Target, settings: Settings = Settings()) -> dict[str, Any]:
@@ -57,27 +62,32 @@ def add_int8(path: Path, target: Target, settings: Settings = Settings()) -> dic
 
     Raises:
         ExportError: beyond the INT8 limit in some band, or (for "cpu") not faster; the bundle then has no INT8 graph.
+        OpenError: the model is not a DiT.
     """
     source = open_source(path)
+    judge = trajectories(source, replace(settings.walk, seed=UNSEEN)).with_null(source.dit.config)
     if SMOOTHING not in source.manifest.provenance:
-        _smooth(source, path, settings)
+        _smooth(source, path, settings, judge)
         source = open_source(path)
-    fit, judge = (_rows(source, settings, seed) for seed in SEEDS)
+    fit = Rows.load(path / CALIBRATION).with_null(source.dit.config)
     reduced = (
         target == "cpu"
         and settings.range != "full"
         and not (settings.range == "auto" and this_processor().vnni)
     )
     file = write_int8(source.dit, path, fit, target, reduce_range=reduced)
+    served = graph_backbone(source.dit, file, EXACT if target == "tensorrt" else None)
     try:
-        bands = _verified(source, file, judge, target)
+        bands = compare_rows(source, judge, served)
+        check(file.name, bands, LIMITS["int8"])
         speed = {} if target == "tensorrt" else _speed(source, path, judge)
         if speed and speed["batch_1"] < FASTER and not settings.keep:
             raise ExportError(
                 f"INT8 is {speed['batch_1']:.2f} times as fast as fp32 here, {FASTER} is asked for: --keep keeps it"
             )
+        quality = frechet_report(source, served, settings.judge) if settings.judge else {}
     except ExportError:
-        file.unlink()
+        remove_graph(file)
         write_manifest(path, source.manifest)
         raise
     summary = {
@@ -86,42 +96,27 @@ def add_int8(path: Path, target: Target, settings: Settings = Settings()) -> dic
         SMOOTHING: source.manifest.provenance[SMOOTHING],
         "weight_bits": 7 if reduced else 8,
         "error": report(bands),
-        "pictures_psnr_db": round(_picture_psnr(source, file, target), 2),
+        "pictures_psnr_db": round(picture_psnr(source, served), 2),
+        "quality": quality,
         "speedup": speed,
     }
     _record(path, source, summary, target)
     return summary
 
 
-def _smooth(source: Opened, path: Path, settings: Settings) -> None:
-    """Write the bundle again with the best smoothing, keeping the half precision it has a backbone in."""
-    fit, judge = (_rows(source, settings, seed) for seed in SEEDS)
+def _smooth(source: Opened, path: Path, settings: Settings, judge: Rows) -> None:
+    """Write the bundle again with smoothed weights, if some α helps; what was searched becomes part of its provenance."""
+    fit = Rows.load(path / CALIBRATION).with_null(source.dit.config)
     alpha, errors = search(source.dit, fit, judge)
-    facts = {"alpha": alpha, "simulated_relative_l2": {str(a): float(f"{e:.4g}") for a, e in errors.items()}}
-    provenance = {**source.manifest.provenance, SMOOTHING: facts}
-    half = next((kind for kind in DTYPES if filename(kind) in source.manifest.files), "none")
-    dit = smoothed(source.dit, amax(source.dit, fit), alpha)
-    smooth = Opened(dit, source.manifest.model_copy(update={"provenance": provenance}))
-    export_bundle(smooth, path, Options(weights=settings.weights, half=half, samples=2))
-
-
-def _rows(source: Opened, settings: Settings, seed: int) -> Rows:
-    return trajectories(
-        source.dit, source.manifest, source.schedule, Walk(settings.samples, settings.steps, seed)
+    record = {"alpha": alpha, "searched": {str(a): float(f"{error:.4g}") for a, error in errors.items()}}
+    manifest = source.manifest
+    smooth = Opened(
+        smoothed(source.dit, amax(source.dit, fit), alpha),
+        manifest.model_copy(update={"provenance": {**manifest.provenance, SMOOTHING: record}}),
     )
-
-
-def _verified(source: Opened, file: Path, rows: Rows, target: Target) -> tuple[Band, ...]:
-    """Errors as served: with 8-bit kernels on the CPU, exactly for TensorRT."""
-    session = open_session(file, options=EXACT if target == "tensorrt" else {})
-    dtype = np.float16 if target == "tensorrt" else np.float32
-    output = np.concatenate(
-        [run(session, inputs)["output"] for inputs in backbone_inputs(source.dit, rows, dtype)]
-    )
-    exact = forward(source.dit, rows).numpy()
-    bands = compare(exact, output, rows.timestep.numpy(), source.manifest.diffusion.timesteps)
-    check(file.name, bands, LIMITS["int8"])
-    return bands
+    half = next((name for name in DTYPES if filename(name) in manifest.files), "none")
+    options = Options(settings.weights, half, settings.walk, decoder=decoder_of(path))
+    export_bundle(smooth, path, options)
 
 
 def _speed(source: Opened, path: Path, rows: Rows) -> dict[str, float]:
@@ -142,22 +137,6 @@ def _seconds(session: ort.InferenceSession, inputs: dict[str, npt.NDArray[Any]])
     return time.perf_counter() - started
 
 
-def _picture_psnr(source: Opened, file: Path, target: Target) -> float:
-    """PSNR in dB of pictures finished by the INT8 backbone against fp32, from the same noise, over all of them."""
-    session = open_session(file, options=EXACT if target == "tensorrt" else {})
-    dtype = np.float16 if target == "tensorrt" else np.float32
-    names = ("x", *(name for name, _ in source.dit.config.state()))
-
-    def backbone(x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-        inputs = {name: tensor.numpy().astype(dtype) for name, tensor in zip(names, (x, *state), strict=True)}
-        return torch.from_numpy(run(session, inputs)["output"].astype(np.float32))
-
-    walk = Walk(samples=4, steps=20, seed=3_000)
-    common = (source.dit, source.manifest, source.schedule, walk)
-    error = (pictures(*common, backbone) - pictures(*common, source.dit.backbone)).square().mean()
-    return 10 * math.log10(4 / max(float(error), 1e-12))  # the range of pixels is 2
-
-
 def _record(path: Path, source: Opened, summary: dict[str, Any], target: Target) -> None:
     """Put the summary into the parity report and its main numbers into the manifest."""
     parity = json.loads((path / PARITY).read_text())
@@ -167,6 +146,8 @@ def _record(path: Path, source: Opened, summary: dict[str, Any], target: Target)
     metrics = {
         f"{name}_relative_l2": max(band["relative_l2"] for band in summary["error"]),
         f"{name}_pictures_psnr_db": summary["pictures_psnr_db"],
+        **{f"{name}_{key}": value for key, value in summary["quality"].items() if key == "quality_loss"},
+        f"{name}_weight_bits": summary["weight_bits"],
         **{f"{name}_speedup_{key}": value for key, value in summary["speedup"].items()},
     }
     write_manifest(
@@ -176,13 +157,36 @@ def _record(path: Path, source: Opened, summary: dict[str, Any], target: Target)
 
 def main(arguments: list[str]) -> int:
     """Command line; 0 done, 2 refused with one sentence on stderr."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    return guarded("export.int8", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    judge = None
+    if options.data:
+        decoder = decoder_of(options.bundle)
+        judge = Judge(options.data, options.classifier, options.pictures, decoder=decoder)
+    settings = Settings(options.weights, options.range, options.keep, judge)
+    summary = add_int8(options.bundle, options.target, settings)
+    error_of = max(band["relative_l2"] for band in summary["error"])
+    told = [
+        f"relative L2 at most {error_of:.1e}",
+        f"pictures {summary['pictures_psnr_db']} dB",
+        f"smoothing {summary[SMOOTHING]['alpha']}",
+        *(f"{value}x fp32 at batch {key[6:]}" for key, value in summary["speedup"].items()),
+    ]
+    if summary["quality"]:
+        told.append("Fréchet distance {frechet} (fp32 {frechet_fp32})".format(**summary["quality"]))
+    print(f"{options.bundle / summary['file']}: {', '.join(told)}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m export.int8", description="Add a verified INT8 backbone to a bundle."
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--target", choices=tuple(FILES), default="cpu")
-    parser.add_argument("--samples", type=int, default=6, help="trajectories to calibrate on")
-    parser.add_argument("--steps", type=int, default=20, help="steps of each trajectory")
     parser.add_argument(
         "--weights", choices=("auto", "fp16", "fp32"), default="auto", help="precision of the weights on disk"
     )
@@ -193,24 +197,13 @@ def main(arguments: list[str]) -> int:
         help="7- or 8-bit weights; auto: by this CPU",
     )
     parser.add_argument("--keep", action="store_true", help="keep the graph though it is not faster")
+    parser.add_argument("--data", type=Path, help="the training pictures, to measure Fréchet distances with")
+    parser.add_argument("--pictures", type=int, default=300, help="pictures to measure them on")
+    parser.add_argument(
+        "--classifier", type=Path, default=CLASSIFIER, help="folder of python -m model.classifier"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    settings = Settings(options.samples, options.steps, options.weights, options.range, options.keep)
-    try:
-        summary = add_int8(options.bundle, options.target, settings)
-    except (ExportError, BundleError, OSError) as error:
-        print(f"export.int8: {error}", file=sys.stderr)
-        return 2
-    error_of = max(band["relative_l2"] for band in summary["error"])
-    speed = ", ".join(
-        f"{value}x fp32 at batch {key.removeprefix('batch_')}" for key, value in summary["speedup"].items()
-    )
-    print(
-        f"{options.bundle / summary['file']}: relative L2 at most {error_of:.1e}, pictures {summary['pictures_psnr_db']} dB, "
-        f"smoothing {summary['smoothing']['alpha']}{', ' + speed if speed else ''}"
-    )
-    return 0
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

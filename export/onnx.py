@@ -15,33 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from export.calibrate import Rows, Walk, trajectories
+from export.calibrate import WALK, Rows, Walk, trajectories
+from export.command import guarded
 from export.errors import ExportError
-from export.graph import OPSET, backbone_graph, conditioner_graph, embedder_graph
-from export.half import filename, write_half
-from export.session import open_session, run
-from export.source import Card, open_source, parameters, rounded
-from export.storage import save_graph, save_weights
-from export.verify import LIMITS, Band, Limits, check, compare, report, worst
-from model.bundle import (
-    BACKBONE,
-    CONDITIONER,
-    EMBEDDER,
-    WEIGHTS,
-    BundleError,
-    Manifest,
-    write_manifest,
+from export.golden import write_golden
+from export.graph import (
+    OPSET,
+    backbone_graph,
+    conditioner_graph,
+    decoder_graph,
+    embedder_graph,
+    size_multiple,
 )
-from model.dit import DiT
+from export.half import filename, write_half
+from export.parity import compare_rows, verify_decoder, verify_graphs
+from export.source import Card, open_source, parameters, rounded
+from export.storage import data_file, save_graph, save_weights
+from export.verify import CALIBRATION, Band, Limits, check, report, worst
+from model.autoencoder import SdVae, open_autoencoder
+from model.bundle import BACKBONE, CONDITIONER, EMBEDDER, WEIGHTS, Manifest, write_manifest
+from model.network import Network
 from model.opening import Opened, build
 
-PARITY = "parity.json"
+PARITY, DECODER = "parity.json", "decoder.onnx"
 ROUNDING = Limits(relative_l2=3e-3, cosine=0.99999)  # what storing weights in half precision may cost
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -49,35 +49,39 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 @dataclass(frozen=True, slots=True)
 class Options:
     """`weights` on disk: "fp16", "fp32", or "auto" (fp16 if the output stays within `ROUNDING`); `half`: the precision of the extra
-    half-precision backbone, "auto" (see `export.half`) or "none"; `samples` and `steps` of the trajectories to verify on."""
+    half-precision backbone, "auto" (see `export.half`) or "none"; `walk`: the trajectories to verify and calibrate on. For a model
+    on latents, `vae` is its autoencoder's folder, or `decoder` a graph of it from another export."""
 
     weights: str = "auto"
     half: str = "auto"
-    samples: int = 4
-    steps: int = 20
+    walk: Walk = WALK
+    vae: Path | None = None
+    decoder: Path | None = None
 
 
 def export_bundle(source: Opened, out: Path, options: Options = Options()) -> dict[str, Any]:
     """Write `source` as a bundle into `out`; returns the parity report, which is also written there.
 
     Raises:
-        ExportError: a graph differs from torch beyond its limit; `out` is then untouched.
+        ExportError: a graph differs from torch beyond its limit, or there is no decoder; `out` is then untouched.
+        AutoencoderError: the autoencoder cannot be opened.
     """
-    rows = trajectories(source.dit, source.manifest, source.schedule, Walk(options.samples, options.steps))
-    total = source.manifest.diffusion.timesteps
-    exact = forward(source.dit, rows)
-    kind, cost = _storage(source.dit, rows, exact, options.weights, total)
+    kept = trajectories(source, options.walk)
+    rows = kept.with_null(source.network.config)
+    kind, cost = _storage(source, rows, options.weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.export")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        stored = save_weights(scratch / WEIGHTS, parameters(source.dit), DTYPES[kind])
-        dit = build(source.dit.config, stored, scratch / WEIGHTS)
-        write_graphs(dit, source.manifest, scratch)
-        graphs = verify_graphs(dit, source.manifest, scratch, rows)
+        kept.save(scratch / CALIBRATION)
+        stored = save_weights(scratch / WEIGHTS, parameters(source.network), DTYPES[kind])
+        model = Opened(build(source.network.config, stored, scratch / WEIGHTS), source.manifest)
+        write_graphs(model.network, source.manifest, scratch)
+        graphs = verify_graphs(model, scratch, rows)
+        graphs |= write_decoder(source.manifest, scratch, options)
         if options.half != "none":
-            precision, _, bands = write_half(Opened(dit, source.manifest), scratch, rows, options.half)
+            precision, _, bands = write_half(model, scratch, rows, options.half)
             graphs[filename(precision)] = bands
         summary = {
             "rows": len(rows),
@@ -86,75 +90,64 @@ def export_bundle(source: Opened, out: Path, options: Options = Options()) -> di
             "graphs": {name: report(bands) for name, bands in graphs.items()},
         }
         (scratch / PARITY).write_text(json.dumps(summary, indent=1) + "\n")
-        _publish(scratch, out, _manifest(source.manifest, kind, cost, graphs))
+        golden = write_golden(model, scratch, options.vae)
+        manifest = _manifest(source.manifest, kind, cost, graphs)
+        _publish(scratch, out, manifest.model_copy(update={"golden": golden}))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return summary
 
 
-def write_graphs(dit: DiT, manifest: Manifest, folder: Path) -> None:
-    """The three graphs of `dit`, referring to the weights already in `folder`."""
+def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
+    """The graphs of `network`, referring to the weights already in `folder`; without conditions there is no embedder."""
     graphs = {
-        EMBEDDER: embedder_graph(dit, [factor.name for factor in manifest.factors]),
-        CONDITIONER: conditioner_graph(dit),
-        BACKBONE: backbone_graph(dit),
+        EMBEDDER: embedder_graph(network, [factor.name for factor in manifest.factors]),
+        CONDITIONER: conditioner_graph(network),
+        BACKBONE: backbone_graph(network),
     }
     for name, proto in graphs.items():
-        save_graph(proto, folder / name)
+        if proto is not None:
+            save_graph(proto, folder / name)
 
 
-def verify_graphs(dit: DiT, manifest: Manifest, folder: Path, rows: Rows) -> dict[str, tuple[Band, ...]]:
-    """Errors of each graph in ONNX Runtime against `dit` on the same inputs.
+def write_decoder(manifest: Manifest, folder: Path, options: Options) -> dict[str, tuple[Band, ...]]:
+    """The decoder of a model on latents, and its errors; nothing for a model on pixels.
 
     Raises:
-        ExportError: beyond the fp32 limit.
+        ExportError: there is none to write, or its graph differs from torch.
+        AutoencoderError: the autoencoder cannot be opened.
     """
-    t, total = rows.timestep.numpy(), manifest.diffusion.timesteps
-    with torch.no_grad():
-        embedding = dit.embed(rows.labels)
-        state = named_state(dit, dit.modulate(rows.timestep, embedding))
-        output = dit.backbone(rows.x, tuple(state.values()))
-    labels = {factor.name: rows.labels[:, k].numpy() for k, factor in enumerate(manifest.factors)}
-    arrays = {name: tensor.numpy() for name, tensor in state.items()}
-    got = {
-        EMBEDDER: run(open_session(folder / EMBEDDER), labels),
-        CONDITIONER: run(open_session(folder / CONDITIONER), {"timestep": t, "embedding": embedding.numpy()}),
-        BACKBONE: run(open_session(folder / BACKBONE), {"x": rows.x.numpy(), **arrays}),
-    }
-    want = {
-        EMBEDDER: {"embedding": embedding.numpy()},
-        CONDITIONER: arrays,
-        BACKBONE: {"output": output.numpy()},
-    }
-    bands = {name: compare(_flat(want[name]), _flat(got[name]), t, total) for name in want}
-    for name, found in bands.items():
-        check(name, found, LIMITS["fp32"])
-    return bands
+    channels = manifest.config.in_channels
+    if manifest.decoder == "identity":
+        if channels != 3:
+            raise ExportError(
+                f"the model makes {channels} channels, not red, green and blue: name the folder of its SD-VAE with --vae"
+            )
+        return {}
+    if options.vae is not None:
+        autoencoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
+        if isinstance(autoencoder, SdVae):
+            autoencoder.vae.disable_tiling()  # the graph takes any size, and cannot choose its way by it
+        save_graph(decoder_graph(autoencoder, channels), folder / DECODER)
+        return {DECODER: verify_decoder(autoencoder, folder / DECODER, channels)}
+    if options.decoder is None:
+        raise ExportError("the model works on latents: name the folder of its SD-VAE with --vae")
+    for file in (options.decoder, data_file(options.decoder)):
+        if file.is_file():
+            shutil.copy(file, folder)
+    return {}
 
 
-@torch.no_grad()
-def forward(dit: DiT, rows: Rows) -> Tensor:
-    """Output (N, C_out, H, W) of `dit` on `rows`."""
-    parts = zip(rows.x.split(32), rows.timestep.split(32), rows.labels.split(32), strict=True)
-    return torch.cat([dit(x, t, labels) for x, t, labels in parts])
+def decoder_of(bundle: Path) -> Path | None:
+    """The decoder's graph in a bundle."""
+    return bundle / DECODER if (bundle / DECODER).is_file() else None
 
 
-def named_state(dit: DiT, state: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The condition state by name, in order."""
-    return dict(zip((name for name, _ in dit.config.state()), state, strict=True))
-
-
-def _flat(arrays: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> np.ndarray[Any, np.dtype[Any]]:
-    return np.concatenate([arrays[name].reshape(len(arrays[name]), -1) for name in sorted(arrays)], axis=1)
-
-
-def _storage(dit: DiT, rows: Rows, exact: Tensor, wanted: str, total: int) -> tuple[str, tuple[Band, ...]]:
+def _storage(source: Opened, rows: Rows, wanted: str) -> tuple[str, tuple[Band, ...]]:
     """The dtype to store weights in, and what that costs."""
 
     def cost(kind: str) -> tuple[Band, ...]:
-        return compare(
-            exact.numpy(), forward(rounded(dit, DTYPES[kind]), rows).numpy(), rows.timestep.numpy(), total
-        )
+        return compare_rows(source, rows, rounded(source.network, DTYPES[kind]).backbone)
 
     if wanted == "fp32":
         return wanted, cost(wanted)
@@ -172,7 +165,8 @@ def _manifest(
     manifest: Manifest, kind: str, cost: tuple[Band, ...], graphs: Mapping[str, tuple[Band, ...]]
 ) -> Manifest:
     tools = {"torch": str(torch.__version__).partition("+")[0], "onnx": onnx.__version__, "opset": OPSET}
-    provenance = {**manifest.provenance, "export": {**tools, "weights": kind}}
+    sizes = "any" if size_multiple(manifest.config) else "trained"
+    provenance = {**manifest.provenance, "export": {**tools, "weights": kind, "sizes": sizes}}
     kept = {name: value for name, value in manifest.metrics.items() if not name.startswith("int8")}
     metrics = {
         "weights_relative_l2": float(f"{worst(cost).relative_l2:.4g}"),
@@ -185,7 +179,7 @@ def _publish(scratch: Path, out: Path, manifest: Manifest) -> None:
     """Move the new files in, remove graphs of other weights, and write the manifest last."""
     out.mkdir(exist_ok=True)
     new = {file.name for file in scratch.iterdir()}
-    for stale in out.glob("*.onnx"):
+    for stale in (*out.glob("*.onnx"), *out.glob("*.onnx.data")):
         if stale.name not in new:
             stale.unlink()
     for file in sorted(scratch.iterdir()):
@@ -196,37 +190,33 @@ def _publish(scratch: Path, out: Path, manifest: Manifest) -> None:
 def main(arguments: list[str]) -> int:
     """Command line; 0 done, 2 refused with one sentence on stderr."""
     options = _parse(arguments)
-    started = time.monotonic()
     torch.set_num_threads(options.threads)
-    try:
-        source = open_source(options.source, data=options.data)
-        source = Opened(source.dit, _named(source.manifest, options))
-        summary = export_bundle(
-            source, options.out, Options(options.weights, options.half, options.samples, options.steps)
-        )
-    except (ExportError, BundleError, OSError) as error:
-        print(f"export.onnx: {error}", file=sys.stderr)
-        return 2
+    return guarded("export.onnx", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    started = time.monotonic()
+    opened = open_source(options.source, data=options.data)
+    source = Opened(opened.network, _named(opened.manifest, options))
+    walk = Walk(options.samples, options.steps)
+    wanted = Options(options.weights, options.half, walk, options.vae, decoder_of(options.source))
+    summary = export_bundle(source, options.out, wanted)
     size = sum(file.stat().st_size for file in options.out.iterdir() if file.is_file())
-    error_of = max(band["relative_l2"] for band in summary["graphs"][BACKBONE])
+    bands = summary["graphs"][BACKBONE]
     print(
-        f"{options.out}: {size / 1e6:.1f} MB, weights {summary['weights']['stored']}, backbone within {error_of:.1e} of torch "
-        f"(relative L2, worst of {len(summary['graphs'][BACKBONE])} noise bands), {time.monotonic() - started:.0f} s"
+        f"{options.out}: {size / 1e6:.1f} MB, weights {summary['weights']['stored']}, "
+        f"backbone within {max(band['relative_l2'] for band in bands):.1e} of torch "
+        f"(relative L2, worst of {len(bands)} noise bands), {time.monotonic() - started:.0f} s"
     )
-    return 0
 
 
 def _named(manifest: Manifest, options: argparse.Namespace) -> Manifest:
-    told: dict[str, Any] = {}
+    fields = ("name", "version", "description", "licence", "attribution")
+    told: dict[str, Any] = {} if options.vae is None else {"decoder": "sd-vae"}
     try:
         if options.card:
-            told = Card.model_validate_json(options.card.read_bytes()).told()
-        told |= Card(
-            **{
-                key: getattr(options, key)
-                for key in ("name", "version", "description", "licence", "attribution")
-            }
-        ).told()
+            told |= Card.model_validate_json(options.card.read_bytes()).told()
+        told |= Card(**{key: getattr(options, key) for key in fields}).told()
         return Manifest.model_validate({**manifest.model_dump(), **told})
     except ValidationError as error:
         first = error.errors()[0]
@@ -246,14 +236,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{field}")
     parser.add_argument("--attribution", action="append", help="one credit line; repeat for more")
     parser.add_argument("--data", type=Path, help="the training pictures, if not where the run says")
+    parser.add_argument("--vae", type=Path, help="diffusers AutoencoderKL folder, for models on latents")
     parser.add_argument("--weights", choices=("auto", *DTYPES), default="auto", help="precision on disk")
     parser.add_argument(
         "--half",
         choices=("auto", "fp16", "bf16", "none"),
         default="auto",
-        help="half-precision backbone, for TensorRT",
+        help="half-precision backbone, for GPUs",
     )
-    parser.add_argument("--samples", type=int, default=4, help="trajectories to verify on")
+    parser.add_argument("--samples", type=int, default=6, help="trajectories to verify and calibrate on")
     parser.add_argument("--steps", type=int, default=20, help="steps of each trajectory")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)

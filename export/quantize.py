@@ -24,9 +24,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from export.calibrate import Rows
 from export.errors import ExportError
 from export.graph import backbone_graph
-from export.half import halved
+from export.half import half_graph
 from export.smooth import int8_linears
-from export.storage import save_graph
+from export.storage import data_file, save_graph, save_whole
 from model.dit import DiT
 
 Target = Literal["cpu", "tensorrt"]
@@ -76,10 +76,8 @@ def backbone_inputs(
     names = ("x", *(name for name, _ in dit.config.state()))
     for index in torch.arange(len(rows)).split(batch):
         part = rows.at(index)
-        state = dit.modulate(part.timestep, dit.embed(part.labels))
-        yield {
-            name: tensor.numpy().astype(dtype) for name, tensor in zip(names, (part.x, *state), strict=True)
-        }
+        tensors = (part.x, *part.state(dit))
+        yield {name: tensor.numpy().astype(dtype) for name, tensor in zip(names, tensors, strict=True)}
 
 
 def excluded(proto: onnx.ModelProto, dit: DiT) -> list[str]:
@@ -100,13 +98,12 @@ def write_int8(dit: DiT, folder: Path, rows: Rows, target: Target, *, reduce_ran
     Raises:
         ExportError: the graph lacks a linear that should be quantised.
     """
-    model = dit if target == "cpu" else halved(dit, "fp16")
-    proto = backbone_graph(model)
+    proto = backbone_graph(dit) if target == "cpu" else half_graph(dit, "fp16")
     skip = excluded(proto, dit)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), _silenced():
         warnings.simplefilter("ignore")
         source, quantised = Path(scratch) / "float.onnx", Path(scratch) / "int8.onnx"
-        onnx.save(proto, source)
+        save_whole(proto, source)
         dtype = np.float32 if target == "cpu" else np.float16
         quantize_static(
             source,
@@ -117,6 +114,7 @@ def write_int8(dit: DiT, folder: Path, rows: Rows, target: Target, *, reduce_ran
             nodes_to_exclude=skip,
             per_channel=True,
             reduce_range=reduce_range,
+            use_external_data_format=data_file(source).is_file(),
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             extra_options={

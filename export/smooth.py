@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from export.calibrate import Rows
+from export.parity import forward
 from model.config import MODULATIONS
 from model.dit import Block, DiT
 
@@ -43,7 +44,7 @@ def amax(dit: DiT, rows: Rows) -> dict[str, Tensor]:
 
     handles = [module.register_forward_pre_hook(watcher(name)) for name, module in int8_linears(dit).items()]
     try:
-        _walk(dit, rows)
+        forward(dit, rows)
     finally:
         for handle in handles:
             handle.remove()
@@ -105,20 +106,12 @@ def int8_output(dit: DiT, peaks: dict[str, Tensor], rows: Rows) -> Tensor:
             return ((inputs[0] / scale).round().clamp(-128, 127) * scale,)
 
         linear.register_forward_pre_hook(hook)
-    return _walk(simulated, rows)
-
-
-def _walk(dit: DiT, rows: Rows) -> Tensor:
-    outputs = []
-    for index in torch.arange(len(rows)).split(32):
-        part = rows.at(index)
-        outputs.append(dit.backbone(part.x, dit.modulate(part.timestep, dit.embed(part.labels))))
-    return torch.cat(outputs)
+    return forward(simulated, rows)
 
 
 def search(dit: DiT, fit: Rows, judge: Rows) -> tuple[float, dict[float, float]]:
     """The α whose simulated INT8 model is nearest to fp32 on `judge`, calibrated on `fit`; and the relative L2 of each α."""
-    exact = _walk(dit, judge)
+    exact = forward(dit, judge)
     peaks = amax(dit, fit)
     errors: dict[float, float] = {}
     for alpha in ALPHAS:

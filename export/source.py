@@ -11,7 +11,7 @@ from torch import Tensor
 
 from export.errors import ExportError
 from model.bundle import Defaults
-from model.dit import DiT
+from model.network import Network
 from model.opening import Opened, OpenError, build, open_model
 
 
@@ -45,13 +45,12 @@ def open_source(path: Path, *, data: Path | None = None) -> Opened:
         raise ExportError(f"{error}{hint}") from None
 
 
-def parameters(dit: DiT) -> dict[str, Tensor]:
+def parameters(network: Network) -> dict[str, Tensor]:
     """The weights by published name."""
-    return {name: parameter.detach() for name, parameter in dit.named_parameters()}
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
-def rounded(dit: DiT, dtype: torch.dtype) -> DiT:
-    """A copy of `dit` whose fp32 weights have been through `dtype`."""
-    return build(
-        dit.config, {name: tensor.to(dtype) for name, tensor in parameters(dit).items()}, Path("weights")
-    )
+def rounded(network: Network, dtype: torch.dtype) -> Network:
+    """A copy of `network` whose fp32 weights have been through `dtype`."""
+    weights = {name: tensor.to(dtype) for name, tensor in parameters(network).items()}
+    return build(network.config, weights, Path("weights"))

@@ -1,6 +1,7 @@
 """One copy of the weights: graphs refer to the tensors in weights.safetensors by offset instead of carrying their own.
 
-safetensors lays tensors out raw and contiguous, which is what ONNX calls external data. Where the file holds another precision
+What a graph still carries lies in a file beside it, `<graph>.data`, where the two together would pass the 2 GiB that a protocol
+buffer may have. safetensors lays tensors out raw and contiguous, which is what ONNX calls external data. Where the file holds another precision
 or the graph wants the transpose, a Cast or Transpose follows the reference; every runtime folds both when it loads the graph,
 so the arithmetic is that of the graph before.
 """
@@ -27,6 +28,9 @@ from export.errors import ExportError
 from model.bundle import WEIGHTS
 
 MIN_BYTES = 1024  # smaller tensors stay in the graph
+INLINE_BYTES = (
+    3 << 29
+)  # of a graph's own tensors; 1.5 GiB leaves room for its nodes below the 2 GiB of a protocol buffer
 STORED = {"F32": (TensorProto.FLOAT, np.float32), "F16": (TensorProto.FLOAT16, np.float16)}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -92,8 +96,32 @@ def share_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
 
 def save_graph(proto: onnx.ModelProto, path: Path) -> None:
     """Write a graph that shares the weights lying in the same folder."""
-    onnx.save(share_weights(proto, path.parent / WEIGHTS), path)
+    save_whole(share_weights(proto, path.parent / WEIGHTS), path)
     onnx.checker.check_model(str(path))
+
+
+def save_whole(proto: onnx.ModelProto, path: Path) -> None:
+    """Write a graph with all it carries: in one file, or with its tensors in `<graph>.data`."""
+    remove_graph(path)
+    own = sum(tensor.ByteSize() for tensor in proto.graph.initializer)
+    onnx.save(
+        proto,
+        path,
+        save_as_external_data=own > INLINE_BYTES,
+        location=data_file(path).name,
+        size_threshold=MIN_BYTES,
+    )
+
+
+def remove_graph(path: Path) -> None:
+    """Delete a graph and its tensors, if they are there."""
+    path.unlink(missing_ok=True)
+    data_file(path).unlink(missing_ok=True)
+
+
+def data_file(path: Path) -> Path:
+    """Where the tensors of a large graph lie."""
+    return path.with_name(f"{path.name}.data")
 
 
 def _chain(tensor: TensorProto, place: _Place, transposed: bool) -> Iterator[onnx.NodeProto]:

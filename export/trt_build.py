@@ -72,9 +72,11 @@ def profiles_for(buckets: Sequence[int], count: int = 1) -> tuple[Profile, ...]:
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """`level` is the optimisation level 0..5 (None: TensorRT's own); `targets` are compute capabilities to compile for ahead of time."""
+    """`size` (H, W) is taken where the graph leaves it free; `level` is the optimisation level 0..5 (None: TensorRT's own);
+    `targets` are compute capabilities to compile for ahead of time."""
 
     profiles: tuple[Profile, ...]
+    size: tuple[int, int] = (0, 0)
     level: int | None = None
     workspace_mib: int | None = None
     tf32: bool = False
@@ -111,7 +113,7 @@ def build_engine(
         config = _made(builder.create_builder_config(), "a builder configuration", log)
         _configure(trt, config, options, log)
         for profile in options.profiles:
-            _add_profile(builder, network, config, profile, log)
+            _add_profile(builder, network, config, profile, options.size, log)
         _use_cache(trt, config, timing_cache, log)
         relay = _relay(trt.module, monitor) if monitor else None
         if relay is not None:
@@ -178,11 +180,15 @@ def _configure(trt: TensorRt, config: Any, options: BuildOptions, log: Log) -> N
             raise BuildError(f"TensorRT-RTX cannot compile for {target}: choose among {known}", log.errors())
 
 
-def _add_profile(builder: Any, network: Any, config: Any, profile: Profile, log: Log) -> None:
+def _add_profile(
+    builder: Any, network: Any, config: Any, profile: Profile, size: tuple[int, int], log: Log
+) -> None:
     made = _made(builder.create_optimization_profile(), "an optimisation profile", log)
     for k in range(network.num_inputs):
         tensor = network.get_input(k)
         rest = tuple(tensor.shape)[1:]
+        if -1 in rest:  # (C, H, W) of any size
+            rest = (rest[0], *size)
         made.set_shape(tensor.name, (profile.min, *rest), (profile.opt, *rest), (profile.max, *rest))
     if config.add_optimization_profile(made) < 0:
         raise BuildError(

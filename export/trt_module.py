@@ -59,6 +59,20 @@ def load_trt(flavour: str = "auto") -> TensorRt:
     )
 
 
+def import_cuda() -> Any:
+    """The CUDA runtime's bindings.
+
+    Raises:
+        ExportError: not installed.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError:
+        raise ExportError(
+            "running an engine needs the package cuda-bindings: pip install cuda-bindings"
+        ) from None
+
+
 def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)

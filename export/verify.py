@@ -12,6 +12,7 @@ import numpy.typing as npt
 from export.errors import ExportError
 
 BANDS = 10
+CALIBRATION = "calibration.safetensors"  # the rows that a bundle is judged and calibrated on
 
 
 @dataclass(frozen=True, slots=True)

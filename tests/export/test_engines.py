@@ -1,23 +1,27 @@
-"""Which engine may be loaded: exactly the one built from what is wanted now."""
+"""Which engine is built, kept and thrown away: exactly the one made from what is wanted now, right, and worth its place."""
 
 from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from rich.progress import Progress
+from safetensors.numpy import save_file
 
-from export.engines import Device, Slot, find_device, recipe
+from export.engines import find_device, recorded
 from export.errors import ExportError
 from export.fusion import fusion_of
-from export.trt import Bars, check_engines, interruptible, main, make_engine
+from export.progress import Bars, Lines, interruptible
+from export.trial import Reference, speedup, try_engine
+from export.trt import Job, main, precisions
 from export.trt_build import BuildOptions, profiles_for
 from model.bundle import Bundle, write_manifest
+from model.engine_keys import GRAPHS, Device, NoGpu, Origin, Slot, origin_of
 from tests.export.fake_trt import Behaviour, fake_trt
 from tests.export.tiny import tiny_source
 
@@ -31,122 +35,262 @@ def bundle(tmp_path: Path) -> Bundle:
     """Files that only their hashes matter of: the builder is not real here."""
     folder = tmp_path / "bundle"
     folder.mkdir()
-    for name in ("weights.safetensors", "backbone.onnx", "backbone.fp16.onnx"):
+    for name in ("weights.safetensors", "backbone.onnx", "backbone.fp16.onnx", "backbone.int8.fp16.onnx"):
         (folder / name).write_bytes(name.encode())
+    save_file({"x": np.zeros((1, 3, 16, 16), np.float16)}, folder / "calibration.safetensors")
     write_manifest(folder, tiny_source().manifest)
     return Bundle.open(folder)
 
 
+def job(bundle: Bundle, behaviour: Behaviour | None = None, options: BuildOptions = OPTIONS) -> Job:
+    trt = TRT if behaviour is None else fake_trt(behaviour)
+    return Job(trt, bundle, bundle.path / "engines", options)
+
+
+def origin(bundle: Bundle, precision: str = "fp16", version: str = "11.4.0") -> Origin:
+    graph = GRAPHS[precision][0]
+    return origin_of(bundle, precision, graph, flavour="tensorrt", version=version, device=GPU)
+
+
 def test_an_engine_is_built_once_and_lies_under_gpu_and_version(bundle: Bundle) -> None:
-    made = recipe(bundle, "fp16", OPTIONS, TRT, GPU)
-    assert [outcome.state for outcome in check_engines(bundle, [made])] == ["not built"]
-    assert make_engine(TRT, bundle, made, OPTIONS).state == "built"
+    made, work = origin(bundle), job(bundle)
+    assert work.check(made).state == "not built"
+    assert work.make(made).state == "built"
     folder = bundle.path / "engines" / "l4-sm89-tensorrt-11.4.0"
-    assert sorted(f.name for f in folder.iterdir()) == [
-        "backbone.fp16.engine",
-        "backbone.fp16.json",
-        "report.json",
-        "timing.cache",
-    ]
+    files = ["backbone.fp16.engine", "backbone.fp16.json", "report.json", "timing.cache"]
+    assert sorted(f.name for f in folder.iterdir()) == files
     record = json.loads((folder / "report.json").read_text())["engines"][0]
-    assert record["key"] == made.key
+    assert record["key"] == made.key(recorded(OPTIONS))
     assert record["executed"] is False
-    assert make_engine(TRT, bundle, made, OPTIONS).state == "fresh"
-    assert make_engine(TRT, bundle, made, OPTIONS, force=True).state == "built"
+    assert work.make(made).state == "fresh"
+    assert work.make(made, force=True).state == "built"
     Bundle.open(bundle.path)
 
 
 def test_whatever_an_engine_depends_on_makes_it_stale(bundle: Bundle) -> None:
-    made = recipe(bundle, "fp16", OPTIONS, TRT, GPU)
-    make_engine(TRT, bundle, made, OPTIONS)
-    slot = Slot.of(bundle.path, made)
+    made = origin(bundle)
+    job(bundle).make(made)
+    slot = Slot.of(bundle.path / "engines", made)
     assert slot.problem(made) is None
     assert slot.problem(replace(made, graph_sha256="0" * 64)) == "built with another graph sha256"
     assert slot.problem(replace(made, weights_sha256="0" * 64)) == "built with another weights sha256"
-    wider = recipe(bundle, "fp16", BuildOptions(profiles=profiles_for((1, 8))), TRT, GPU)
-    assert slot.problem(wider) == "built with another options"
-    assert (
-        slot.problem(replace(made, version="11.5.0", capability="sm90"))
-        == "built with another version, capability"
-    )
+    wider = BuildOptions(profiles=profiles_for((1, 8)))
+    assert job(bundle, options=wider).check(made).state == "built with another options"
+    other = replace(made, version="11.5.0", capability="sm90")
+    assert slot.problem(other) == "built with another version, capability"
     slot.engine.write_bytes(b"plam")
     assert slot.problem(made) == "backbone.fp16.engine is damaged"
     slot.record.write_text("{}")
     assert slot.problem(made) == "backbone.fp16.json is damaged"
 
 
-def test_every_part_of_a_recipe_is_in_its_key(bundle: Bundle) -> None:
-    made = recipe(bundle, "fp16", OPTIONS, TRT, GPU)
-    others = [
-        recipe(bundle, "fp32", OPTIONS, TRT, GPU),
-        recipe(bundle, "fp16", replace(OPTIONS, level=5), TRT, GPU),
-        recipe(bundle, "fp16", replace(OPTIONS, tf32=True), TRT, GPU),
-        recipe(bundle, "fp16", OPTIONS, fake_trt(Behaviour(), version="11.5.0"), GPU),
-        recipe(bundle, "fp16", OPTIONS, TRT, Device("NVIDIA L4", "sm90")),
-        recipe(bundle, "fp16", OPTIONS, TRT, Device("NVIDIA L40", "sm89")),
-    ]
-    assert len({made.key, *(other.key for other in others)}) == 1 + len(others)
-
-
-def test_a_missing_graph_names_the_command_that_makes_it(bundle: Bundle) -> None:
-    with pytest.raises(ExportError, match=r"export\.int8 --target tensorrt"):
-        recipe(bundle, "int8", OPTIONS, TRT, GPU)
+def test_every_part_of_an_origin_and_every_option_is_in_the_key(bundle: Bundle) -> None:
+    made, options = origin(bundle), recorded(OPTIONS)
+    keys = {made.key(options)}
+    for change in (
+        {"precision": "fp32"},
+        {"graph_sha256": "0" * 64},
+        {"weights_sha256": "0" * 64},
+        {"flavour": "tensorrt_rtx"},
+        {"version": "11.5.0"},
+        {"device": "NVIDIA L40"},
+        {"capability": "sm90"},
+    ):
+        keys.add(replace(made, **change).key(options))
+    for other in (replace(OPTIONS, level=5), replace(OPTIONS, tf32=True), replace(OPTIONS, size=(8, 8))):
+        keys.add(made.key(recorded(other)))
+    assert len(keys) == 1 + 7 + 3
 
 
 def test_a_failed_build_leaves_the_old_engine(bundle: Bundle) -> None:
-    made = recipe(bundle, "fp16", OPTIONS, TRT, GPU)
-    make_engine(TRT, bundle, made, OPTIONS)
+    made = origin(bundle)
+    job(bundle).make(made)
     with pytest.raises(ExportError):
-        make_engine(fake_trt(Behaviour(builds=False)), bundle, made, OPTIONS, force=True)
-    assert Slot.of(bundle.path, made).problem(made) is None
+        job(bundle, Behaviour(builds=False)).make(made, force=True)
+    assert job(bundle).check(made).state == "fresh"
 
 
 def test_ctrl_c_cancels_and_the_next_one_raises_again(bundle: Bundle) -> None:
-    made = recipe(bundle, "fp16", OPTIONS, TRT, GPU)
+    made = origin(bundle)
     before = signal.getsignal(signal.SIGINT)
     bars = Bars(Progress(disable=True))
-    trt = fake_trt(Behaviour(during=lambda: signal.raise_signal(signal.SIGINT)))
+    work = job(bundle, Behaviour(during=lambda: signal.raise_signal(signal.SIGINT)))
     with interruptible(bars), pytest.raises(ExportError, match="cancelled"):
-        make_engine(trt, bundle, made, OPTIONS, bars=bars)
+        work.make(made, monitor=bars)
     assert signal.getsignal(signal.SIGINT) is before
-    assert check_engines(bundle, [made])[0].state == "not built"
+    assert work.check(made).state == "not built"
 
 
-def test_the_gpu_is_asked_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="NVIDIA H100 80GB HBM3, 9.0\n")
-    )
-    device = find_device(TRT, OPTIONS)
-    assert (device.name, device.capability, device.slug) == (
-        "NVIDIA H100 80GB HBM3",
-        "sm90",
-        "h100-80gb-hbm3-sm90",
-    )
+def test_progress_can_be_read_by_machines() -> None:
+    events: list[dict[str, Any]] = []
+    monitor = Lines("fp16", events.append)
+    monitor.start("Building", None, 2)
+    monitor.start("Inner", "Building", 9)
+    assert monitor.step("Inner", 0)
+    assert monitor.step("Building", 0)
+    monitor.cancel()
+    assert not monitor.step("Building", 1)
+    assert events == [
+        {"event": "phase", "precision": "fp16", "phase": "Building"},
+        {"event": "step", "precision": "fp16", "done": 1, "total": 2},
+        {"event": "step", "precision": "fp16", "done": 2, "total": 2},
+    ]
 
 
 def test_without_a_gpu_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
+    def none() -> Device:
+        raise NoGpu("no NVIDIA GPU answers nvidia-smi")
+
+    monkeypatch.setattr("export.engines.first_gpu", none)
     with pytest.raises(ExportError, match="machine that serves"):
         find_device(TRT, OPTIONS)
     with pytest.raises(ExportError, match="--target sm89"):
         find_device(fake_trt(Behaviour(), "tensorrt_rtx"), OPTIONS)
+    targets = replace(OPTIONS, targets=("SM89", "sm80"))
+    assert find_device(TRT, targets) == Device("aot", "sm80-sm89")
+
+
+@pytest.mark.parametrize(
+    ("asked", "every", "expected"),
+    [
+        ((), False, ["fp16"]),
+        ((), True, ["fp16", "int8"]),
+        (("int8",), False, ["fp16", "int8"]),  # what it must beat
+        (("fp32",), False, ["fp32"]),
+    ],
+)
+def test_int8_is_built_beside_half_precision(
+    bundle: Bundle, asked: tuple[str, ...], every: bool, expected: list[str]
+) -> None:
+    assert precisions(bundle, asked, every=every) == expected
+
+
+class Answering:
+    """An engine that is off by `error` and takes `seconds` a row."""
+
+    def __init__(self, reference: Reference, error: float, seconds: float) -> None:
+        self.reference, self.error, self.time, self.calls = reference, error, seconds, 0
+
+    def __call__(self, inputs: Any, output_shape: tuple[int, ...]) -> Any:
+        start, self.calls = self.calls, self.calls + output_shape[0]
+        return self.reference.output[start : self.calls] * (1 + self.error)
+
+    def seconds(self, inputs: Any, output_shape: tuple[int, ...]) -> float:
+        assert len(inputs["x"]) == output_shape[0]
+        return self.time * output_shape[0]
+
+
+@pytest.fixture
+def reference() -> Reference:
+    drawn = np.random.default_rng(0)
+    x, t = drawn.standard_normal((20, 3, 4, 4)).astype(np.float32), np.linspace(0, 999, 20)
+    return Reference({"x": x}, 2 * x, t, 1000)
+
+
+def test_an_engine_is_tried_in_every_noise_band_and_timed_at_every_batch_size(reference: Reference) -> None:
+    found = try_engine(Answering(reference, 1e-3, 0.002), "fp16", reference, (1, 8))
+    assert len(found["error"]) == 10
+    assert max(band["relative_l2"] for band in found["error"]) == pytest.approx(1e-3, rel=0.01)
+    assert found["milliseconds"] == {"1": 2.0, "8": 16.0}
+    with pytest.raises(ExportError, match=r"the fp16 engine is off by 5\.00e-02"):
+        try_engine(Answering(reference, 5e-2, 0.002), "fp16", reference, (1, 8))
+
+
+def test_speed_is_compared_over_all_batch_sizes() -> None:
+    assert speedup({"1": 2.0, "8": 8.0}, {"1": 1.0, "8": 8.0}) == pytest.approx(2**0.5)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch, reference: Reference) -> dict[str, float]:
+    """A GPU whose engines take as long as the table says; wrong ones are off by a tenth."""
+    table = {"fp16": 1.0, "int8": 0.5, "wrong": 0.0}
+
+    def run(trt: Any, plan: bytes) -> Any:
+        precision = next(names)
+        engine = Answering(reference, 0.1 if table["wrong"] else 1e-3, table[precision])
+        engine.close = lambda: None  # type: ignore[attr-defined]
+        return engine
+
+    names = iter(("fp16", "int8"))
+    monkeypatch.setattr("export.trt.load_trt", lambda flavour: TRT)
+    monkeypatch.setattr("export.trt.find_device", lambda *_: GPU)
+    monkeypatch.setattr("export.trt.EngineRun", run)
+    monkeypatch.setattr("export.trt.reference_of", lambda bundle: reference)
+    return table
+
+
+def states(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What the last command told of each precision."""
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return {event["precision"]: event["state"] for event in events if event["event"] == "done"}
+
+
+def test_int8_is_kept_only_where_it_is_faster(
+    bundle: Bundle, on_gpu: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_gpu["int8"] = 0.95
+    assert main([str(bundle.path), "--all", "--progress", "json"]) == 0
+    told = states(bundle, capsys)
+    assert told["fp16"] == "built"
+    assert told["int8"].startswith("dropped: 1.05 times as fast as half precision")
+    assert [file.name for file in bundle.path.glob("engines/*/*.engine")] == ["backbone.fp16.engine"]
+
+
+@pytest.mark.parametrize(("seconds", "flags"), [(0.5, []), (2.0, ["--keep-int8"])])
+def test_int8_stays_if_it_is_faster_or_asked_for(
+    bundle: Bundle,
+    on_gpu: dict[str, float],
+    capsys: pytest.CaptureFixture[str],
+    seconds: float,
+    flags: list[str],
+) -> None:
+    on_gpu["int8"] = seconds
+    assert main([str(bundle.path), "--all", "--progress", "json", *flags]) == 0
+    assert states(bundle, capsys) == {"fp16": "built", "int8": "built"}
+    (report,) = bundle.path.glob("engines/*/report.json")
+    records = json.loads(report.read_text())["engines"]
+    assert [record["executed"] for record in records] == [True, True]
+    assert all(len(record["error"]) == 10 for record in records)
+    assert main([str(bundle.path), "--all", "--progress", "json", *flags]) == 0  # nothing is run again
+    assert states(bundle, capsys) == {"fp16": "fresh", "int8": "fresh"}
+
+
+def test_an_engine_that_is_wrong_is_not_kept(
+    bundle: Bundle, on_gpu: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_gpu["wrong"] = 1.0
+    assert main([str(bundle.path), "--progress", "json"]) == 2
+    captured = capsys.readouterr()
+    assert "the fp16 engine is off by" in captured.err
+    assert json.loads(captured.out.splitlines()[-1])["event"] == "failed"
+    assert not list(bundle.path.glob("engines/*/*.engine"))
 
 
 def test_command_line_checks_builds_and_checks_again(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Bundle, on_gpu: dict[str, float], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("export.trt.load_trt", lambda flavour: TRT)
-    monkeypatch.setattr("export.trt.find_device", lambda *_: GPU)
     arguments = [str(bundle.path), "--buckets", "1,2"]
     assert main([*arguments, "--check"]) == 1
     assert f"build it with python -m export.trt {bundle.path} --buckets 1,2" in capsys.readouterr().err
     assert main([*arguments, "--compile-only"]) == 0
     assert not (bundle.path / "engines").exists()
     assert main(arguments) == 0
+    assert "1:" in capsys.readouterr().err  # milliseconds by batch size, in the table
     assert main([*arguments, "--check"]) == 0
-    assert main([*arguments, "--precision", "int8"]) == 2
-    assert "backbone.int8.fp16.onnx" in capsys.readouterr().err
+    assert main([*arguments, "--engines", str(tmp_path / "elsewhere"), "--check"]) == 1
+    assert main([*arguments, "--precision", "bf16"]) == 2
+    assert "backbone.bf16.onnx" in capsys.readouterr().err
     assert main([str(bundle.path / "nowhere")]) == 2
+
+
+def test_a_bundle_without_calibration_rows_is_refused_before_building(
+    bundle: Bundle, on_gpu: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bundle.path / "calibration.safetensors").unlink()
+    write_manifest(bundle.path, bundle.manifest)
+    assert main([str(bundle.path)]) == 2
+    assert "calibration.safetensors" in capsys.readouterr().err
+    assert not (bundle.path / "engines").exists()
 
 
 def test_fusion_counts_kernels_by_name() -> None:

@@ -9,16 +9,22 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from safetensors.torch import save_file
 
 from export.calibrate import Walk, trajectories
-from export.int8 import EXACT
-from export.onnx import forward
+from export.errors import ExportError
+from export.int8 import EXACT, Settings, add_int8, main
+from export.parity import compare_rows, graph_backbone
+from export.quality import Judge, frechet_report
 from export.quantize import FILES, Target, backbone_inputs, this_processor
 from export.session import open_session, run
 from export.smooth import int8_linears
-from export.source import open_source
-from export.verify import LIMITS, check, compare
-from tests.export.tiny import CONFIG
+from export.source import open_source, parameters
+from export.verify import LIMITS, check
+from model.bundle import Bundle, digest, write_manifest
+from model.classifier import Card, Classifier
+from model.unet_config import UNetConfig
+from tests.export.tiny import CONFIG, tiny_source
 
 TARGETS: list[Target] = ["cpu", "tensorrt"]
 
@@ -57,20 +63,16 @@ def test_exactly_the_block_linears_are_quantised_symmetrically(full_bundle: Path
 @pytest.mark.parametrize("target", TARGETS)
 def test_int8_stays_within_its_limit_in_every_noise_band(full_bundle: Path, target: Target) -> None:
     source = open_source(full_bundle)
-    rows = trajectories(source.dit, source.manifest, source.schedule, Walk(samples=2, steps=10, seed=7))
-    session = open_session(full_bundle / FILES[target], options=EXACT if target == "tensorrt" else {})
-    dtype = np.float16 if target == "tensorrt" else np.float32
-    output = np.concatenate(
-        [run(session, inputs)["output"] for inputs in backbone_inputs(source.dit, rows, dtype)]
-    )
-    bands = compare(forward(source.dit, rows).numpy(), output, rows.timestep.numpy(), 1000)
+    rows = trajectories(source, Walk(samples=2, steps=10, seed=7)).with_null(CONFIG)
+    served = graph_backbone(source.dit, full_bundle / FILES[target], EXACT if target == "tensorrt" else None)
+    bands = compare_rows(source, rows, served)
     check("INT8", bands, LIMITS["int8"])
     assert min(band.relative_l2 for band in bands) > 1e-4  # it really is quantised
 
 
 def test_the_cpu_graph_gives_on_this_processor_what_it_says(full_bundle: Path) -> None:
     source = open_source(full_bundle)
-    rows = trajectories(source.dit, source.manifest, source.schedule, Walk(samples=1, steps=4))
+    rows = trajectories(source, Walk(samples=1, steps=4)).with_null(CONFIG)
     inputs = next(backbone_inputs(source.dit, rows, np.float32))
     served, exact = (
         run(open_session(full_bundle / FILES["cpu"], options=options), inputs)["output"]
@@ -113,9 +115,73 @@ def test_an_unreadable_processor_counts_as_one_without_vnni(tmp_path: Path) -> N
     assert not this_processor(tmp_path / "missing").vnni
 
 
-def test_calibration_does_not_disturb_random_numbers(full_bundle: Path) -> None:
+@pytest.mark.timeout(900)
+def test_a_bundle_is_smoothed_quantised_and_tells_what_it_cost(
+    own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.int8._speed", lambda *_: {"batch_1": 1.5, "batch_4": 1.4})
+    walk = Walk(samples=2, steps=10)
+    summary = add_int8(own_bundle, "cpu", Settings(range="reduced", walk=walk))
+    assert summary["calibration"]["rows"] == 40
+    bundle = Bundle.open(own_bundle)
+    assert "backbone.int8.onnx" in bundle.manifest.files
+    assert bundle.manifest.provenance["smoothing"] == summary["smoothing"]
+    metrics = bundle.manifest.metrics
+    assert metrics["int8_weight_bits"] == 7
+    assert metrics["int8_speedup_batch_1"] == 1.5
+    assert metrics["int8_relative_l2"] == max(band["relative_l2"] for band in summary["error"])
+    assert metrics["int8_pictures_psnr_db"] > 20
+    assert "int8_quality_loss" not in metrics  # without data there is nothing to measure it with
+    monkeypatch.setattr("export.int8._speed", lambda *_: {"batch_1": 1.01})
+    with pytest.raises(ExportError, match=r"1\.01 times as fast as fp32 here, 1\.1 is asked for: --keep"):
+        add_int8(own_bundle, "cpu", Settings(walk=walk))
+    assert "backbone.int8.onnx" not in Bundle.open(own_bundle).manifest.files
+
+
+def test_the_cost_in_quality_is_the_growth_of_the_frechet_distance(full_bundle: Path, tmp_path: Path) -> None:
+    """With the model's own pictures as the real ones, and a backbone that adds noise."""
     source = open_source(full_bundle)
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    trajectories(source.dit, source.manifest, source.schedule, Walk(samples=1, steps=2))
-    assert torch.equal(torch.get_rng_state(), before)
+    data = tmp_path / "pictures.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), np.uint8)
+    (labels, styles) = (factor.classes for factor in source.manifest.factors)
+    np.savez(data, x=pixels, y=np.arange(32) // 2 % 4, s=np.arange(32) % 2, names=labels, styles=styles)
+    judge = Judge(data, classifier_in(tmp_path / "classifier"), pictures=16, steps=4)
+    same = frechet_report(source, source.dit.backbone, judge)
+    assert same["quality_loss"] == 0.0
+    assert same["frechet_between"] == pytest.approx(0.0, abs=1e-4)
+    other = frechet_report(source, lambda x, state: source.dit.backbone(x, state) + 0.5, judge)
+    assert other["frechet_between"] > 0
+    assert other["quality_loss"] == pytest.approx(other["frechet"] / other["frechet_fp32"] - 1, abs=1e-3)
+    with pytest.raises(ExportError, match="nowhere"):
+        frechet_report(source, source.dit.backbone, Judge(tmp_path / "nowhere", judge.classifier))
+
+
+def classifier_in(folder: Path) -> Path:
+    """A classifier of random weights over 16×16 pictures."""
+    factors = tiny_source().manifest.factors
+    torch.manual_seed(0)
+    network = Classifier(Card(image_size=(16, 16), widths=(4, 8), factors=factors))
+    folder.mkdir()
+    save_file(
+        {name: tensor.half() for name, tensor in network.state_dict().items()}, folder / "weights.safetensors"
+    )
+    sha256 = digest(folder / "weights.safetensors")
+    (folder / "classifier.json").write_text(
+        network.card.model_copy(update={"sha256": sha256}).model_dump_json()
+    )
+    return folder
+
+
+def test_a_unet_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = UNetConfig(
+        image_size=(8, 8), in_channels=3, base_channels=8, multipliers=(1,), res_blocks=1, attention=(),
+        head_size=8, classes=(4, 2), learn_sigma=False,
+    )  # fmt: skip
+    source = tiny_source(config)
+    save_file(parameters(source.network), tmp_path / "weights.safetensors")
+    write_manifest(tmp_path, source.manifest)
+    assert main([str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err
+        == "export.int8: tiny is a U-Net, and this is for a DiT: choose another model\n"
+    )

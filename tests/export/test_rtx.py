@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.engines import GRAPHS
 from export.fusion import Fusion, fusion_of
+from export.graph import backbone_graph
+from export.half import halved
+from export.source import parameters
+from export.storage import save_graph, save_weights, save_whole
 from export.trt import main
 from export.trt_build import BuildCancelled, BuildError, BuildOptions, Profile, build_engine
 from export.trt_module import TensorRt
 from model.config import DiTConfig
-from tests.export.tiny import CONFIG
+from model.engine_keys import GRAPHS
+from tests.export.tiny import CONFIG, tiny_dit
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = BuildOptions(profiles=(Profile(1, 2, 4),), targets=("sm80",))
@@ -80,7 +86,21 @@ HANDLES = {
     "module",
     "tensor",
     "trt.module",
+    "self._trt",
+    "self._engine",
+    "self._context",
+    "self._runtime",
+    "self._kinds",
+    "context",
+    "kinds",
+    "self._trt.Logger",
 }
+SPEAKING = (
+    "export/engine_run.py",
+    "export/trt_build.py",
+    "export/trt_module.py",
+    "service/backends/tensorrt.py",
+)
 OWN = {"Listener", "Relay", "__version__", "__members__", "upper"}
 
 
@@ -109,7 +129,7 @@ def test_the_table_of_names_is_complete() -> None:
     listed = {
         name for table in (USED, ONLY_RTX) for owner, names in table.items() for name in (owner, *names)
     }
-    for file in ("export/trt_build.py", "export/trt_module.py", "service/backends/tensorrt.py"):
+    for file in SPEAKING:
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in HANDLES:
                 assert node.attr in listed | OWN | {"module", "log"}, f"{file}:{node.lineno} uses {node.attr}"
@@ -133,6 +153,30 @@ def test_int8_compiles_with_every_linear_folded_and_attention_still_fused(
     fusion = fused(rtx, full_bundle, "int8")
     assert fusion.int8_matmuls == linears(CONFIG)
     assert fusion.attention >= 1
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_graph_of_any_size_compiles_for_the_size_that_is_served(
+    rtx: TensorRt, tmp_path: Path, precision: str
+) -> None:
+    config = replace(CONFIG, depth=1, layout_rank=0, head_channels=0, rope=True)
+    network = tiny_dit(config)
+    save_weights(tmp_path / "weights.safetensors", parameters(network), torch.float32)
+    proto = backbone_graph(network if precision == "fp32" else halved(network, precision))
+    assert "4*rows" in str(proto.graph.input[0])
+    save_graph(proto, tmp_path / "backbone.onnx")
+    fusion = fusion_of(build_engine(rtx, tmp_path / "backbone.onnx", replace(OPTIONS, size=(16, 16))).plan)
+    assert fusion.attention >= (1 if precision == "fp16" else 0)
+
+
+def test_tensors_beside_a_large_graph_are_found(
+    rtx: TensorRt, full_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.storage.INLINE_BYTES", 0)
+    save_whole(onnx.load(full_bundle / GRAPHS["int8"][0]), tmp_path / "backbone.onnx")
+    assert (tmp_path / "backbone.onnx.data").is_file()
+    assert fusion_of(build_engine(rtx, tmp_path / "backbone.onnx", OPTIONS).plan).int8_matmuls
 
 
 def test_the_same_graph_compiles_to_the_same_engine(rtx: TensorRt, full_bundle: Path) -> None:

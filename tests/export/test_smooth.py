@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from export.calibrate import Rows, Walk, trajectories
+from export.errors import ExportError
 from export.half import FP16_MAX, probe
 from export.smooth import amax, int8_linears, int8_output, search, smoothed
 from export.source import parameters
@@ -17,7 +19,8 @@ from tests.export.tiny import CONFIG, tiny_source
 
 
 def rows_of(source: Opened, seed: int = 0) -> Rows:
-    return trajectories(source.dit, source.manifest, source.schedule, Walk(samples=2, steps=4, seed=seed))
+    kept = trajectories(source, Walk(samples=2, steps=4, seed=seed))
+    return kept.with_null(source.network.config)
 
 
 def answer(source: Opened, rows: Rows) -> torch.Tensor:
@@ -69,14 +72,36 @@ def test_simulated_int8_is_near_but_not_equal() -> None:
 
 def test_the_calibration_rows_are_what_a_guided_run_sees() -> None:
     source = tiny_source()
-    rows = trajectories(source.dit, source.manifest, source.schedule, Walk(samples=3, steps=5))
+    kept = trajectories(source, Walk(samples=3, steps=5))
+    rows = kept.with_null(source.network.config)
     assert len(rows) == 2 * 3 * 5
     assert rows.timestep.unique().tolist() == [199.0, 399.0, 599.0, 799.0, 999.0]
     null = torch.tensor(source.manifest.config.classes)
     assert int((rows.labels == null).all(1).sum()) == 15
-    again = trajectories(source.dit, source.manifest, source.schedule, Walk(samples=3, steps=5))
-    assert rows.digest() == again.digest()
-    assert rows.digest() != rows_of(source).digest()
+    assert torch.equal(rows.x[:15], rows.x[15:])
+    again = trajectories(source, Walk(samples=3, steps=5))
+    assert kept.digest() == again.digest()
+    assert kept.digest() != trajectories(source, Walk(samples=3, steps=5, seed=1)).digest()
+
+
+@pytest.mark.parametrize("text_size", [0, 5])
+def test_the_calibration_rows_are_kept_to_the_last_bit(tmp_path: Path, text_size: int) -> None:
+    source = tiny_source(replace(CONFIG, text_size=text_size))
+    kept = trajectories(source, Walk(samples=2, steps=3))
+    kept.save(tmp_path / "rows.safetensors")
+    assert Rows.load(tmp_path / "rows.safetensors").digest() == kept.digest()
+    if text_size:
+        assert kept.text is not None
+        torch.testing.assert_close(kept.text.norm(dim=1), torch.ones(6))
+    with pytest.raises(ExportError, match=r"other\.safetensors is missing: export the bundle again"):
+        Rows.load(tmp_path / "other.safetensors")
+
+
+def test_calibration_does_not_disturb_random_numbers() -> None:
+    source = tiny_source()
+    before = torch.get_rng_state()
+    rows_of(source)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_probe_sends_a_model_that_overflows_to_bf16() -> None:
@@ -87,3 +112,12 @@ def test_the_probe_sends_a_model_that_overflows_to_bf16() -> None:
     peak = probe(source.dit, rows)
     assert peak.precision == "bf16"
     assert peak.module.startswith("blocks.1")
+
+
+def test_the_probe_looks_at_the_backbone_alone() -> None:
+    """The conditioner stays fp32, so that its numbers may be of any size."""
+    source = tiny_source()
+    rows = rows_of(source)
+    before = probe(source.dit, rows)
+    parameters(source.dit)["t_embedder.mlp.2.bias"][0] -= FP16_MAX  # SiLU behind it gives 0
+    assert probe(source.dit, rows).precision == before.precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from export.calibrate import Rows
 from export.errors import ExportError
+from export.half import write_half
+from export.parity import compare_rows, forward, graph_backbone
+from export.quantize import write_int8
 from export.session import open_session, run
-from export.storage import save_weights, share_weights
+from export.source import open_source
+from export.storage import remove_graph, save_weights, share_weights
+from export.verify import CALIBRATION, LIMITS, check
+from model.bundle import Bundle, BundleError, write_manifest
+from service.backends.onnx import OnnxBackend
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((32, 48)).astype(np.float16).astype(np.float32)
@@ -97,3 +106,33 @@ def test_a_graph_in_another_precision_than_the_file_shares_it_too(tmp_path: Path
 def test_a_weight_that_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"^weight blocks\.0\.attn is not finite in float16"):
         save_weights(tmp_path / "w.safetensors", {"blocks.0.attn": torch.full((2,), 1e6)}, torch.float16)
+
+
+@pytest.mark.timeout(900)
+def test_a_large_graph_keeps_its_tensors_beside_it_all_the_way(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the writer through ONNX Runtime, the manifest and the quantiser, as it would be above 2 GiB."""
+    monkeypatch.setattr("export.storage.INLINE_BYTES", 0)
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    source = open_source(folder)
+    rows = Rows.load(folder / CALIBRATION).with_null(source.network.config)
+    write_half(source, folder, rows, "fp16")
+    file = write_int8(source.dit, folder, rows, "cpu", reduce_range=True)
+    write_manifest(folder, source.manifest)
+    bundle = Bundle.open(folder)
+    assert {"backbone.fp16.onnx.data", "backbone.int8.onnx.data"} <= set(bundle.manifest.files)
+    held = onnx.load(file, load_external_data=False).graph.initializer
+    places = {entry.value for t in held for entry in t.external_data if entry.key == "location"}
+    assert places == {"weights.safetensors", "backbone.int8.onnx.data"}
+    check("INT8", compare_rows(source, rows, graph_backbone(source.network, file)), LIMITS["int8"])
+    backend = OnnxBackend(bundle, precision="int8", threads=1)
+    x, labels = rows.x[:2].numpy(), rows.labels[:2].numpy()
+    state = backend.modulate(rows.timestep[:2].numpy(), backend.embed(labels))
+    want = forward(source.network, rows.at(torch.arange(2))).numpy()
+    np.testing.assert_allclose(backend.denoise(x, state), want, atol=0.2)
+    (folder / "backbone.int8.onnx.data").write_bytes(b"damaged")
+    with pytest.raises(BundleError, match=r"backbone\.int8\.onnx\.data differs"):
+        Bundle.open(folder)
+    remove_graph(file)
+    assert not list(folder.glob("backbone.int8*"))

@@ -13,14 +13,16 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from export.calibrate import Walk, trajectories
+from export.calibrate import Rows, Walk
 from export.half import write_half
 from export.onnx import Options, export_bundle
 from export.quantize import write_int8
 from export.source import open_source
+from export.verify import CALIBRATION
 from model.bundle import Bundle, DiffusionSpec, Factor, Manifest, RungSpec, StateTensor, write_manifest
 from model.config import DiTConfig
 from model.dit import DiT
+from model.network import Network, NetworkConfig, make_network
 from model.opening import DEFAULTS, Opened
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,18 +42,25 @@ CONFIG = DiTConfig(
 
 
 def tiny_dit(config: DiTConfig = CONFIG, *, seed: int = 0) -> DiT:
-    """A DiT whose every weight matters: the published initialisation would answer zero."""
+    """A DiT of random weights."""
+    network = tiny_network(config, seed=seed)
+    assert isinstance(network, DiT)
+    return network
+
+
+def tiny_network(config: NetworkConfig, *, seed: int = 0) -> Network:
+    """A network whose every weight matters: the published initialisation would answer zero."""
     generator = torch.Generator().manual_seed(seed)
-    dit = DiT(config).eval().requires_grad_(False)
-    for name, parameter in dit.named_parameters():
+    network = make_network(config).eval().requires_grad_(False)
+    for name, parameter in network.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         fan_in = int(np.prod(parameter.shape[1:])) if parameter.ndim > 1 else 1
-        centre = 1.0 if name.endswith("norm.weight") else 0.0
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         parameter.copy_(centre + noise * (fan_in**-0.5 if parameter.ndim > 1 else 0.1))
-    return dit
+    return network
 
 
-def tiny_source(config: DiTConfig = CONFIG, *, seed: int = 0) -> Opened:
+def tiny_source(config: NetworkConfig = CONFIG, *, seed: int = 0) -> Opened:
     """A model and manifest of which `export_bundle` makes a bundle."""
     words = (("circle", "square", "triangle", "star"), ("flat", "shaded"))
     names = ("label", "style")
@@ -75,14 +84,14 @@ def tiny_source(config: DiTConfig = CONFIG, *, seed: int = 0) -> Opened:
         ),
         licence="Apache-2.0",
     )
-    return Opened(tiny_dit(config, seed=seed), manifest)
+    return Opened(tiny_network(config, seed=seed), manifest)
 
 
 def cached_tiny_bundle(cache: Path) -> Path:
     """The folder of the tiny bundle, exported once per version of the code and kept in `cache`."""
 
     def make(folder: Path) -> None:
-        export_bundle(tiny_source(), folder, Options(half="none", samples=2, steps=10))
+        export_bundle(tiny_source(), folder, Options(half="none", walk=Walk(samples=2, steps=10)))
 
     return _cached(cache, "tiny", make)
 
@@ -93,7 +102,7 @@ def cached_full_bundle(cache: Path) -> Path:
     def make(folder: Path) -> None:
         shutil.copytree(cached_tiny_bundle(cache), folder)
         source = open_source(folder)
-        rows = trajectories(source.dit, source.manifest, source.schedule, Walk(samples=2, steps=10))
+        rows = Rows.load(folder / CALIBRATION).with_null(CONFIG)
         write_half(source, folder, rows, "fp16")
         write_int8(source.dit, folder, rows, "cpu", reduce_range=True)
         write_int8(source.dit, folder, rows, "tensorrt", reduce_range=False)
@@ -104,8 +113,8 @@ def cached_full_bundle(cache: Path) -> Path:
 
 def _cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     sha = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {ort.__version__}".encode())
-    model = ("bundle", "conditioner", "config", "diffusion", "dit", "layers", "opening", "solvers")
-    export = ("calibrate", "graph", "half", "onnx", "quantize", "smooth", "source", "storage")
+    model = ("bundle", "conditioner", "config", "dit", "layers", "solvers")
+    export = ("calibrate", "graph", "half", "onnx", "quantize", "smooth", "storage")
     sources = [
         Path(__file__),
         *(ROOT / "model" / f"{n}.py" for n in model),

@@ -1,0 +1,23 @@
+"""How the commands of this package end: done, or refused with one sentence on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from export.errors import ExportError
+from model.autoencoder import AutoencoderError
+from model.bundle import BundleError
+from model.opening import OpenError
+
+DONE, REFUSED = 0, 2
+
+
+def guarded(program: str, work: Callable[[], None]) -> int:
+    """Do `work` and return the exit status."""
+    try:
+        work()
+    except (ExportError, OpenError, BundleError, AutoencoderError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return REFUSED
+    return DONE

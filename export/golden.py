@@ -1,0 +1,49 @@
+"""The golden image of a bundle: one sample drawn by PyTorch, which the service's canary draws again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from model.autoencoder import open_autoencoder
+from model.bundle import GOLDEN, Golden
+from model.denoise import Conditions, Denoiser, Guidance, denoise
+from model.diffusion import grid
+from model.opening import Opened
+from model.sample import to_pixels
+from model.solvers import step_table
+
+STEPS, SEED = 20, 0
+
+
+def write_golden(model: Opened, folder: Path, vae: Path | None = None) -> Golden | None:
+    """Draw the first class of every factor into `folder`; None for a model on latents without its autoencoder at hand.
+
+    Raises:
+        AutoencoderError: the autoencoder cannot be opened.
+    """
+    manifest, network = model.manifest, model.network
+    if manifest.decoder != "identity" and vae is None:
+        return None
+    defaults = manifest.defaults
+    labels = torch.zeros((1, len(manifest.factors)), dtype=torch.int64)
+    table = step_table(defaults.solver, grid(defaults.grid, STEPS, model.schedule.timesteps), model.schedule)
+    with torch.no_grad():
+        conditions = Conditions((network.embed(labels),))
+        guidance = Guidance(
+            defaults.guidance_scale, defaults.guidance_interval, manifest.diffusion.guidance_channels
+        )
+        denoiser = Denoiser(network, model.schedule, conditions, guidance)
+        *_, latent = denoise(denoiser, table, [SEED], clip_x0=manifest.diffusion.clip_x0)
+        image = open_autoencoder(manifest.decoder, vae, manifest.latents).decode(latent)
+    Image.fromarray(to_pixels(image)[0]).save(folder / GOLDEN)
+    return Golden(
+        condition={factor.name: factor.classes[0] for factor in manifest.factors},
+        seed=SEED,
+        steps=STEPS,
+        solver=defaults.solver,
+        grid=defaults.grid,
+        guidance_scale=defaults.guidance_scale,
+    )

@@ -1,0 +1,111 @@
+"""Every option of the network exports, and its graphs agree with torch: at any batch, and at any size where the model takes one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from export.calibrate import Walk, trajectories
+from export.errors import ExportError
+from export.onnx import DECODER, Options, write_decoder, write_graphs
+from export.parity import verify_graphs
+from export.source import parameters
+from export.storage import save_weights
+from model.bundle import LatentSpec
+from model.config import BLOCK_KINDS, DiTConfig
+from model.network import NetworkConfig
+from model.unet_config import UNetConfig
+from tests.export.tiny import tiny_source
+
+pytestmark = pytest.mark.timeout(900)
+
+PLAIN = DiTConfig(
+    image_size=(16, 12), patch_size=4, in_channels=3, hidden_size=32, depth=2, num_heads=2, classes=(4,), learn_sigma=False
+)  # fmt: skip
+UNET = UNetConfig(
+    image_size=(8, 4), in_channels=3, base_channels=8, multipliers=(1, 2), res_blocks=1, attention=(1,), head_size=8,
+    classes=(4, 2), text_size=4,
+)  # fmt: skip
+OPTIONS: dict[str, NetworkConfig] = {
+    "rope, qk-norm, learned sigma, text beside labels, condition tokens in front": replace(
+        PLAIN,
+        rope=True,
+        qk_norm=True,
+        learn_sigma=True,
+        text_size=5,
+        fusion="mlp",
+        blocks=("adaln_zero", "in_context"),
+    ),
+    "no condition, SwiGLU, convolution head, two modulations": replace(
+        PLAIN, classes=(), swiglu=True, head_channels=6, blocks=("adaln",), base_size=(8, 8)
+    ),
+    "a plan of all kinds, layout path": replace(PLAIN, depth=4, blocks=BLOCK_KINDS, layout_rank=2),
+    "text alone, cross-attention": replace(PLAIN, classes=(), text_size=5, blocks=("cross_attention",)),
+    "U-Net": UNET,
+}
+
+
+@pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
+    source = tiny_source(config)
+    save_weights(tmp_path / "weights.safetensors", parameters(source.network), torch.float32)
+    write_graphs(source.network, source.manifest, tmp_path)
+    rows = trajectories(source, Walk(samples=3, steps=3)).with_null(config)
+    found = verify_graphs(source, tmp_path, rows)
+    conditional = bool(config.classes or config.text_size)
+    free = not (isinstance(config, DiTConfig) and config.layout_rank)
+    assert ("embedder.onnx" in found) is conditional
+    assert any(name.startswith("backbone.onnx at ") for name in found) is free
+    backbone = onnx.load(tmp_path / "backbone.onnx", load_external_data=False).graph
+    multiple = 4 if isinstance(config, DiTConfig) else 2
+    sides = [f"{multiple}*rows", f"{multiple}*columns"] if free else list(config.image_size)
+    shape = backbone.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in shape] == ["batch", 3, *sides]
+    doubles = [tensor.name for tensor in backbone.initializer if tensor.data_type == onnx.TensorProto.DOUBLE]
+    assert not doubles  # TensorRT has no float64
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    network: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+    )
+    network.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_the_decoder_of_a_model_on_latents_is_a_graph_of_any_size(tmp_path: Path, vae: Path) -> None:
+    manifest = tiny_source(replace(PLAIN, in_channels=4)).manifest
+    spec = LatentSpec(shift=(0.1,) * 4, scale=(2.0,) * 4)
+    latent = manifest.model_copy(update={"decoder": "sd-vae", "latents": spec})
+    found = write_decoder(latent, tmp_path, Options(vae=vae))
+    assert found[DECODER][0].relative_l2 < 1e-4
+    graph = onnx.load(tmp_path / DECODER).graph
+    shapes = [
+        [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    ]
+    assert shapes == [["batch", 4, "rows", "columns"], ["batch", 3, "2*rows", "2*columns"]]
+    (tmp_path / "other").mkdir()
+    write_decoder(latent, tmp_path / "other", Options(decoder=tmp_path / DECODER))
+    assert (tmp_path / "other" / DECODER).read_bytes() == (tmp_path / DECODER).read_bytes()
+    with pytest.raises(ExportError, match="works on latents: name the folder of its SD-VAE with --vae"):
+        write_decoder(latent, tmp_path, Options())
+
+
+def test_a_model_of_four_channels_cannot_go_without_a_decoder(tmp_path: Path) -> None:
+    source = tiny_source(replace(PLAIN, in_channels=4))
+    with pytest.raises(ExportError, match=r"makes 4 channels, not red, green and blue: .* --vae"):
+        write_decoder(source.manifest, tmp_path, Options())
