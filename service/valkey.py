@@ -19,7 +19,8 @@ unixsocketperm 700
 dir {folder}
 daemonize no
 save ""
-appendonly no
+appendonly {durable}
+appendfsync always
 maxmemory-policy noeviction
 logfile {folder}/valkey.log
 """
@@ -29,10 +30,12 @@ class ValkeyFailed(Exception):
     """The server cannot be started here; the message is one sentence with the remedy."""
 
 
-async def start_valkey(folder: Path) -> tuple[Child, str]:
-    """The server, answering, and its URL. `folder` is its own, with a short path. Raises `ValkeyFailed`."""
+async def start_valkey(folder: Path, *, durable: bool = False) -> tuple[Child, str]:
+    """The server, answering, and its URL. `folder` is its own, with a short path; a `durable` one finds there what it held
+    before. Raises `ValkeyFailed`.
+    """
     config, socket = folder / "valkey.conf", folder / "valkey.sock"
-    config.write_text(_CONFIG.format(folder=folder))
+    config.write_text(_CONFIG.format(folder=folder, durable="yes" if durable else "no"))
     try:
         child = await Child.start("valkey", [str(get_binary_path()), str(config)])
     except (OSError, ValkeyServerError) as error:

@@ -1,17 +1,29 @@
-"""The engine's own time stays small beside any network's."""
+"""The engine's own time stays small beside any network's, and a strict engine's images do not depend on company."""
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
-from bench.engine_overhead import measure
-from model.config import DiTConfig
+import numpy as np
+import pytest
+
+from bench import engine_overhead
+from tests.service.tiny_bundle import MANIFEST, write_bundle
 
 
 def test_a_step_of_eight_rows_costs_little() -> None:
-    config = DiTConfig(
-        image_size=(32, 32), hidden_size=64, depth=4, num_heads=4, classes=(5,), learn_sigma=False
-    )
-    times = measure(config, rows=8, steps=100)
-    assert len(times) >= 50
-    assert np.median(times) < 5.0  # milliseconds; the bar is 1, this is for machines busy with something else
+    times = engine_overhead.overhead(MANIFEST, rows=8, steps=100)
+    assert len(times) == 5
+    assert np.median(times) < 5.0  # milliseconds; this is for machines busy with something else
+
+
+def test_the_command_says_what_strict_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bundle(tmp_path, weights=False)
+    engine_overhead.main([str(tmp_path), "--strict", "4", "--images", "5"])
+    assert "another order: True" in capsys.readouterr().out
+
+
+def test_the_command_compares_with_the_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bundle(tmp_path, weights=False)
+    engine_overhead.main([str(tmp_path), "--steps", "40"])
+    assert "8 rows of tiny" in capsys.readouterr().out
