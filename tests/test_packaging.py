@@ -22,7 +22,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
 # Module → distribution, where the names differ.
-DISTRIBUTIONS = {"PIL": "pillow", "httpx_sse": "httpx-sse", "sklearn": "scikit-learn", "tensorrt": "tensorrt-cu13", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "httpx_sse": "httpx-sse",
+    "opentelemetry": "opentelemetry-sdk", "sklearn": "scikit-learn", "tensorrt": "tensorrt-cu13", "yaml": "pyyaml"}
 # Base dependencies that are not imported but used: by redis-py, by uvicorn.
 PLUGINS = {"hiredis", "httptools", "uvloop"}
 # Package, or module, → the extras that its imports may come from, besides the base.
@@ -31,6 +34,7 @@ NEEDS = {
     "service/client.py": {"client"},
     "service/generate.py": {"client"},
     "service/otlp.py": {"otel"},
+    "service/backends/text.py": {"serve-text"},
     "service/backends/onnx.py": {"cpu"},
     "service/backends/torch.py": {"torch"},
     "service/backends/tensorrt.py": {"gpu"},
@@ -181,7 +185,7 @@ def test_serving_installs_no_torch_and_happens_once(checkout: Checkout) -> None:
     status, errors, calls = checkout.make("serve", "ARGS=--port 9000")
     installs = [call for call in calls if call.startswith("-m pip install")]
     assert (status, errors) == (0, [])
-    assert [call.split()[-1] for call in installs] == [".[cpu]"]
+    assert [call.split()[-1] for call in installs] == [".[serve]"]
     assert not {"torch", "onnx", "onnxruntime-gpu"} & set(requirements("cpu"))
     assert calls[-1] == "-m service --port 9000"
     assert checkout.make("serve") == (0, [], ["-m service"])
