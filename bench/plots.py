@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -38,10 +38,16 @@ def draw_sweep(points: Sequence[Point], target: Path) -> None:
     figure.savefig(target, dpi=80)
 
 
-def draw_ladder(candidates: Sequence[RungSpec], kept: Sequence[RungSpec], target: Path) -> None:
-    """Quality over cost: every candidate by its solver, and the front that was kept."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
+def draw_ladder(
+    candidates: Sequence[RungSpec], kept: Sequence[RungSpec], frechet: Mapping[str, float], target: Path
+) -> None:
+    """Quality over cost: every candidate by its solver, and the front that was kept; beside it the front's Fréchet distances."""
+    figure = Figure(figsize=(12 if frechet else 7, 4.5), layout="constrained")
+    axis, *beside = figure.subplots(1, 2 if frechet else 1, squeeze=False)[0]
+    for other in beside:
+        other.plot([k.rows for k in kept], [frechet[k.name] for k in kept], "ko-")
+        other.set(xscale="log", xlabel="rows an image", ylabel="Fréchet distance to real pictures")
+        other.grid(alpha=0.3, which="both")
     for solver in dict.fromkeys(each.solver for each in candidates):
         mine = sorted((each for each in candidates if each.solver == solver), key=lambda each: each.rows)
         axis.plot([m.rows for m in mine], [m.quality for m in mine], "o", alpha=0.5, label=solver)

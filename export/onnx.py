@@ -34,7 +34,7 @@ from export.graph import (
 from export.half import filename, write_half
 from export.parity import compare_rows, verify_decoder, verify_graphs
 from export.source import Card, open_source, parameters, rounded
-from export.storage import data_file, save_graph, save_weights
+from export.storage import data_file, save_graph, save_weights, save_whole
 from export.verify import CALIBRATION, Band, Limits, check, report, worst
 from model.autoencoder import SdVae, open_autoencoder
 from model.bundle import BACKBONE, CONDITIONER, EMBEDDER, WEIGHTS, Manifest, write_manifest
@@ -128,7 +128,7 @@ def write_decoder(manifest: Manifest, folder: Path, options: Options) -> dict[st
         autoencoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
         if isinstance(autoencoder, SdVae):
             autoencoder.vae.disable_tiling()  # the graph takes any size, and cannot choose its way by it
-        save_graph(decoder_graph(autoencoder, channels), folder / DECODER)
+        save_whole(decoder_graph(autoencoder, channels), folder / DECODER)
         return {DECODER: verify_decoder(autoencoder, folder / DECODER, channels)}
     if options.decoder is None:
         raise ExportError("the model works on latents: name the folder of its SD-VAE with --vae")

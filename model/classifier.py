@@ -38,7 +38,6 @@ BATCH = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
-SPATIAL = (7, 4)  # channels, and cells along each side, of the spatial features
 UNSEEN = 8  # one drawing in so many is kept from the network that is measured
 
 
@@ -63,10 +62,14 @@ class Card(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Of N pictures: features (N, D), features that keep places (N, S), and logits (N, classes) per factor."""
+    """Of N pictures: features (N, D), logits (N, classes) per factor, and how cleanly they are drawn (N, C₀).
+
+    The last is the standard deviation over each picture of what the first layer, of edges and spots, finds: damage shows there
+    that the features, trained to see what is meant, forgive.
+    """
 
     features: Tensor
-    spatial: Tensor
+    detail: Tensor
     logits: tuple[Tensor, ...]
 
 
@@ -100,13 +103,11 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Reading:
         """(N, 3, H, W) in [−1, 1], of the size on the card."""
         h = F.relu(self.norm(self.stem(images)))  # (N, C₀, H/4, W/4)
-        middle = h
+        detail = h.std((2, 3), correction=0)  # (N, C₀)
         for stage in self.stages:
-            middle, h = h, stage(h)
+            h = stage(h)
         features = h.mean((2, 3))  # (N, D)
-        channels, cells = SPATIAL
-        spatial = F.adaptive_avg_pool2d(middle[:, :channels], cells).flatten(1)  # (N, S)
-        return Reading(features, spatial, tuple(head(features) for head in self.heads))
+        return Reading(features, detail, tuple(head(features) for head in self.heads))
 
 
 def open_classifier(folder: Path) -> Classifier:
@@ -170,7 +171,7 @@ def read(network: Classifier, images: Tensor) -> Reading:
     parts = [network(chunk) for chunk in images.split(256)]
     return Reading(
         torch.cat([part.features for part in parts]),
-        torch.cat([part.spatial for part in parts]),
+        torch.cat([part.detail for part in parts]),
         tuple(torch.cat(logits) for logits in zip(*(part.logits for part in parts), strict=True)),
     )
 

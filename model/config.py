@@ -115,7 +115,7 @@ class DiTConfig:
 
     def _check_conditions(self) -> None:
         check_conditions(self.classes, self.text_size, self.fusion)
-        if self.layout_rank < 0:
+        if not isinstance(self.layout_rank, int) or self.layout_rank < 0:
             raise ValueError(f"layout_rank must be 0 (no layout path) or positive, not {self.layout_rank}")
 
     def _check_options(self) -> None:
@@ -206,7 +206,9 @@ def check_size(field: str, size: Sequence[int], multiple: int, of: str = "patch_
 
 def check_conditions(classes: Sequence[int], text_size: int, fusion: str) -> None:
     """Raises ValueError unless every label factor has a class, and text and fusion are as `DiTConfig` says."""
-    if any(not isinstance(count, int) or count < 1 for count in classes):
+    if not isinstance(classes, tuple) or not all(isinstance(count, int) for count in classes):
+        raise ValueError(f"classes must be a tuple of numbers, one per label factor, not {classes!r}")
+    if any(count < 1 for count in classes):
         raise ValueError(
             "every entry of classes must be at least 1; leave a factor out instead of giving it 0 classes"
         )

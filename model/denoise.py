@@ -13,19 +13,28 @@ from torch import Tensor
 
 from model.conditioner import null_labels
 from model.diffusion import Schedule, guidance_weight, guided
-from model.mixing import composed, splice, spread
+from model.mixing import composed, shares, splice, spread
 from model.network import Network
 from model.solvers import StepTable, learned_log_variance, trajectory, variance_bounds
 
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """Classifier-free guidance: strength, where it acts, on how many channels (None: all), and its decay with noise."""
+    """Classifier-free guidance: strength, where it acts, on how many channels (None: all), and its decay with noise.
+
+    Raises:
+        ValueError: an interval or a decay that `guidance_weight` refuses, or no channel.
+    """
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     channels: int | None = None
     decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        guidance_weight(self.scale, 0, 1, self.interval, self.decay)
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance channels must be 1 or more, or None for all, not {self.channels}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +43,23 @@ class Conditions:
 
     "compose": the network runs under each, outputs are summed by `weights` (relative, one each; negative steers away).
     "layers": it runs once, the first condition steering the shallow blocks and the last the deep ones.
+
+    Raises:
+        ValueError: no condition, embeddings of different shapes, or for "compose" not one weight each.
     """
 
     embeddings: tuple[Tensor, ...]
     weights: tuple[float, ...] = (1.0,)
     how: Literal["compose", "layers"] = "compose"
+
+    def __post_init__(self) -> None:
+        shapes = {tuple(embedding.shape) for embedding in self.embeddings}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"give one or more condition embeddings (N, D) of one shape, not {sorted(shapes)}"
+            )
+        if self.how == "compose":
+            shares(self.weights, len(self.embeddings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +98,13 @@ class Denoiser:
 
 
 def generator(seed: int) -> np.random.Generator:
-    """The source of one sample's noise, here and in the service: its start, then what a stochastic solver draws."""
+    """The source of one sample's noise, here and in the service: its start, then what a stochastic solver draws.
+
+    Raises:
+        ValueError: a negative seed.
+    """
+    if seed < 0:
+        raise ValueError(f"a seed must be 0 or more, not {seed}")
     return np.random.Generator(np.random.Philox(seed))
 
 
@@ -105,9 +132,12 @@ def denoise(
     `size` (H, W) is the trained one unless given. A DDPM table on a model of learned variance uses that variance.
 
     Raises:
-        ValueError: a size the model cannot take.
+        ValueError: a size the model cannot take, or not one seed for each row of the conditions.
     """
     config = denoiser.model.config
+    rows = len(denoiser.conditions.embeddings[0])
+    if len(seeds) != rows:
+        raise ValueError(f"give one seed for each of the {rows} rows of the conditions, not {len(seeds)}")
     shape = (config.in_channels, *(size or config.image_size))
     sources = [generator(seed) for seed in seeds]
     device = next(denoiser.model.parameters()).device

@@ -170,9 +170,9 @@ def read_config(text: str) -> NetworkConfig:
 def show(costs: dict[str, Cost]) -> str:
     """A table, one line per network."""
     width = max(len("network"), *(len(name) for name in costs))
-    head = f"{'network':{width}}  parameters  conditioner  backbone G      GMACs    GFLOPs  inference MiB  training MiB"
+    head = f"{'network':{width}}  parameters  conditioner G  backbone G      GMACs    GFLOPs  inference MiB  training MiB"
     lines = [
-        f"{name:{width}}  {c.parameters / 1e6:8.2f} M  {c.conditioner_macs / 1e9:11.3f}  {c.backbone_macs / 1e9:10.2f}"
+        f"{name:{width}}  {c.parameters / 1e6:8.2f} M  {c.conditioner_macs / 1e9:13.4f}  {c.backbone_macs / 1e9:10.2f}"
         f"  {c.macs / 1e9:9.2f} {c.flops / 1e9:9.2f}  {c.inference_bytes / 2**20:13.1f}  {c.training_bytes / 2**20:12.1f}"
         for name, c in costs.items()
     ]

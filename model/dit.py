@@ -28,6 +28,7 @@ from model.layers import (
     TimestepEmbedder,
     check_images,
     check_rows,
+    check_state,
     layer_norm,
     modulate,
     positions,
@@ -193,10 +194,11 @@ class DiT(nn.Module):
         """(N, C, H, W) and the condition state → (N, C_out, H, W).
 
         Raises:
-            ValueError: other channels, H or W is no multiple of the patch, or a layout path was trained for another
-                size.
+            ValueError: other channels, H or W is no multiple of the patch, a layout path trained for another size, or a
+                state of another network.
         """
         rows, columns = self._grid(x)
+        check_state(state, self.config.state())
         named = dict(zip((name for name, _ in self.config.state()), state, strict=True))
         h = self.x_embedder(x) + self.positions(rows, columns).to(x.dtype)  # (N, T, D)
         if self.layout is not None:

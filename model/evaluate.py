@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--classifier", type=Path, help="folder of python -m model.classifier (default: the emoji's)"
     )
-    parser.add_argument("--limit", type=int, default=300, help="pictures for labels of the training set")
+    parser.add_argument("--limit", type=int, default=200, help="pictures for labels of the training set")
     parser.add_argument("--per-pair", type=int, default=1, help="pictures of each combination of labels")
     parser.add_argument(
         "--reference", type=int, default=10_000, help="training pictures compared with, at most"

@@ -25,7 +25,7 @@ ENOUGH = 10  # pictures a feature, below which the bias of a Fréchet distance i
 REAL = "real"
 TITLES = {
     "frechet_distance": "Fréchet distance ↓",
-    "spatial_frechet_distance": "spatial Fréchet distance ↓",
+    "detail_frechet_distance": "Fréchet distance of details ↓",
     "kernel_distance": "kernel distance ↓",
     "kernel_distance_std": "… its deviation over subsets",
     "inception_score": "Inception Score ↑",
@@ -63,9 +63,9 @@ def distances(shown: Set, reference: Set, seed: int) -> Figures:
         "precision": precision,
         "recall": recall,
     }
-    if reference.features.spatial is not None and shown.features.spatial is not None:
-        figures["spatial_frechet_distance"] = frechet_distance(
-            reference.features.spatial, shown.features.spatial
+    if reference.features.detail is not None and shown.features.detail is not None:
+        figures["detail_frechet_distance"] = frechet_distance(
+            reference.features.detail, shown.features.detail
         )
     return figures
 

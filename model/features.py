@@ -29,10 +29,10 @@ class FeatureError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Of N pictures: features (N, D), features that keep places (N, S) or none, and class probabilities (N, K)."""
+    """Of N pictures: features (N, D), features of detail (N, S) or none, and class probabilities (N, K)."""
 
     pooled: Tensor
-    spatial: Tensor | None
+    detail: Tensor | None
     probabilities: Tensor
 
 
@@ -46,21 +46,25 @@ class FeatureNetwork:
 
 
 def classifier_features(classifier: Classifier) -> FeatureNetwork:
-    """Features before a classifier's heads; the probabilities are those of its first factor."""
+    """Features before a classifier's heads, and what its first layer finds; the probabilities are those of its first factor.
+
+    The second stand in for the spatial features of sFID (Nash et al., arXiv:2103.03841), with the same purpose.
+    """
 
     def features(images: Tensor) -> Features:
         reading = read(classifier, images)
-        return Features(reading.features, reading.spatial, reading.logits[0].softmax(1))
+        return Features(reading.features, reading.detail, reading.logits[0].softmax(1))
 
     return FeatureNetwork(
         "classifier",
-        "Distances are between features of a small classifier trained on this data: not comparable with published FID, KID or IS.",
+        "Distances are between features of a small classifier trained on this data: not comparable with published FID, KID or IS. "
+        "It sees what is meant and forgives how it is drawn; the distance of details, of its first layer, does not.",
         features,
     )
 
 
 def inception_features(file: Path, sha256: str = INCEPTION_SHA256) -> FeatureNetwork:
-    """The network of published FID, KID, IS, precision and recall; it resizes to 299×299 itself and has no spatial features.
+    """The network of published FID, KID, IS, precision and recall; it resizes to 299×299 itself and has no features of detail.
 
     Raises:
         FeatureError: no such file, or another one.

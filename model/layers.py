@@ -7,6 +7,7 @@ weights are. Shapes: N batch, T tokens, D hidden, H heads, P patch, C channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -79,6 +80,13 @@ def check_rows(timestep: Tensor, embedding: Tensor) -> None:
             "pass one timestep per row, timestep (N,) and embedding (N, D), "
             f"not {tuple(timestep.shape)} and {tuple(embedding.shape)}"
         )
+
+
+def check_state(state: Sequence[Tensor], expected: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Raises ValueError unless the condition state has as many tensors as `config.state()` says."""
+    if len(state) != len(expected):
+        names = ", ".join(name for name, _ in expected)
+        raise ValueError(f"the condition state must hold {len(expected)} tensors ({names}), not {len(state)}")
 
 
 def check_images(x: Tensor, channels: int) -> None:

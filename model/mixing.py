@@ -16,8 +16,16 @@ Array = TypeVar("Array")  # a numpy array or a torch tensor
 Mix = Literal["linear", "spherical"]
 
 
-def shares(weights: Sequence[float]) -> list[float]:
-    """`weights` divided by their sum. Raises ValueError unless that is positive; each may be negative."""
+def shares(weights: Sequence[float], count: int) -> list[float]:
+    """`weights` of `count` conditions divided by their sum; each may be negative.
+
+    Raises:
+        ValueError: no condition, not one weight for each, or a sum that is not positive.
+    """
+    if not count or len(weights) != count:
+        raise ValueError(
+            f"give one weight for each of one or more conditions, not {len(weights)} for {count}"
+        )
     total = math.fsum(weights)
     if not (total > 0 and math.isfinite(total)):
         raise ValueError(f"the weights of a condition must sum to more than 0, not {total}")
@@ -33,7 +41,7 @@ def mixed(embeddings: Sequence[Array], weights: Sequence[float], mix: Mix = "lin
     """
     if mix not in get_args(Mix):
         raise ValueError(f"mix must be one of {', '.join(get_args(Mix))}, not {mix!r}")
-    parts = shares(weights)
+    parts = shares(weights, len(embeddings))
     blend: Any = embeddings[0]
     total = parts[0]
     rest: Sequence[Any] = embeddings[1:]
@@ -71,13 +79,19 @@ def composed(outputs: Sequence[Array], weights: Sequence[float]) -> Array:
     """
     parts: Sequence[Any] = outputs
     total: Any = 0.0
-    for output, share in zip(parts, shares(weights), strict=True):
+    for output, share in zip(parts, shares(weights, len(parts)), strict=True):
         total = total + share * output
     return cast(Array, total)
 
 
 def spread(depth: int, conditions: int) -> list[int]:
-    """Which of `conditions` each of `depth` blocks follows: equal runs, the first shallow, the last deep."""
+    """Which of `conditions` each of `depth` blocks follows: equal runs, the first shallow, the last deep.
+
+    Raises:
+        ValueError: no condition, or more than blocks.
+    """
+    if not 1 <= conditions <= depth:
+        raise ValueError(f"{depth} blocks can follow 1 to {depth} conditions, not {conditions}")
     return [block * conditions // depth for block in range(depth)]
 
 

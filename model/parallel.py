@@ -1,4 +1,4 @@
-"""Training on several processes: what `torchrun` started, and this process's share of the network and of every batch.
+"""Training on several processes: this one's share of the network, and what all of them do together.
 
     torchrun --nproc-per-node 2 -m model.train --config run.json
 
@@ -10,110 +10,30 @@ CPU; CUDA with NCCL goes the same way, but has not been run by this project.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model.network import Network
 from model.precision import HALVES, Precision
 from model.tensor_parallel import Split, share_out
+from model.world import ParallelSpec, World
 
 
-@dataclass(frozen=True, slots=True)
-class World:
-    """The processes of a run, and which of them this is: number `rank` of `size`, and `local_rank` on its machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    device: torch.device = torch.device("cpu")
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes what is written once."""
-        return self.rank == 0
-
-    def agree(self, yes: bool) -> bool:
-        """Whether every process says yes; all must call, and none goes on before the others have come here."""
-        return self.lowest(float(yes)) > 0
-
-    def lowest(self, value: float) -> float:
-        """The least of the processes' values; all must call."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
-        return tensor.item()
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@contextmanager
-def joined(device: Literal["cpu", "cuda"]) -> Iterator[World]:
-    """The processes that `torchrun` started, joined as long as the context lasts; this one alone where it did not.
-
-    On CUDA a process takes the GPU of its local rank, which on the second machine is not its rank, as its current device.
-    """
-    if not dist.is_torchelastic_launched():
-        yield World(device=torch.device(device))
-        return
-    local_rank = dist.get_node_local_rank()
-    if device == "cuda":
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
-        dist.init_process_group("nccl", device_id=place)
-    else:
-        place = torch.device("cpu")
-        dist.init_process_group("gloo")
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, place)
-    finally:
-        dist.destroy_process_group()
-
-
-class ParallelSpec(BaseModel):
-    """How the processes of a run share the work."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    mode: Literal["ddp", "fsdp"] = "ddp"
-    """Replicas keep all of the training state, or a shard of it each (for networks that do not fit)."""
-    tensor: Annotated[int, Field(ge=1)] = 1
-    """Processes that share one replica's attention heads and MLP channels."""
-
-    def replicas(self, world: World) -> int:
-        """How many replicas share a batch.
-
-        Raises:
-            ValueError: the processes do not divide into groups of `tensor`.
-        """
-        if world.size % self.tensor:
-            raise ValueError(
-                f"parallel.tensor {self.tensor} does not divide the {world.size} processes of this run: "
-                f"start a multiple of {self.tensor} by torchrun, or lower it"
-            )
-        return world.size // self.tensor
-
-    def rows(self, world: World, batch: int) -> range:
-        """The rows of every batch that this process trains on.
-
-        Raises:
-            ValueError: they cannot be shared out evenly.
-        """
-        replicas = self.replicas(world)
-        if batch % replicas:
-            raise ValueError(
-                f"batch {batch} is not divisible by {replicas} replicas of the network: make it a multiple"
-            )
-        share, replica = batch // replicas, world.rank // self.tensor
-        return range(replica * share, (replica + 1) * share)
+def alone(network: nn.Module) -> Share:
+    """All of a network, of a process that has no others."""
+    return Share(network, World(), ParallelSpec(), "fp32")
 
 
 class Share:
@@ -125,10 +45,10 @@ class Share:
 
     def __init__(
         self,
-        network: Network,
+        network: nn.Module,
         world: World,
-        spec: ParallelSpec = ParallelSpec(),
-        precision: Precision = "fp32",
+        spec: ParallelSpec,
+        precision: Precision,
     ) -> None:
         replicas = spec.replicas(world)
         self.network, self.world, self.replicas = network, world, replicas
@@ -138,12 +58,15 @@ class Share:
         self.replica, self.tensor_rank = divmod(world.rank, spec.tensor)
         self.tensor_size = spec.tensor
         self.names = [name for name, _ in network.named_parameters()]
+        self.elements = sum(parameter.numel() for parameter in network.parameters())
         if world.size == 1:
             network.to(world.device)
             return
         names = ("replica", "tensor")
-        self.mesh = init_device_mesh(world.device.type, (replicas, spec.tensor), mesh_dim_names=names)
+        self.mesh = init_device_mesh(world.device, (replicas, spec.tensor), mesh_dim_names=names)
         if spec.tensor > 1:
+            if precision == "fp16":  # each process would scale by what it finds in its own part
+                raise ValueError("precision fp16 is not for parallel.tensor: take bf16")
             self.splits = share_out(network, self.mesh["tensor"])
         if self.sharded:
             _shard(network, self.mesh["replica"], precision)
@@ -151,7 +74,7 @@ class Share:
         if replicas > 1 and not self.sharded:
             self.forward = DistributedDataParallel(
                 network,
-                device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+                device_ids=[world.local_rank] if world.device == "cuda" else None,
                 process_group=self.mesh.get_group("replica"),
                 forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
@@ -206,7 +129,7 @@ class Share:
         return self.splits[name].join(tensor, self.mesh["tensor"]) if name in self.splits else tensor
 
 
-def _shard(network: Network, mesh: DeviceMesh, precision: Precision) -> None:
+def _shard(network: nn.Module, mesh: DeviceMesh, precision: Precision) -> None:
     """FSDP2, a block at a time; a block's modulation is computed ahead of the block, so it is a unit of its own.
 
     Blocks are gathered in the half format, as autocast would round them; gradients are averaged in fp32.
@@ -215,7 +138,7 @@ def _shard(network: Network, mesh: DeviceMesh, precision: Precision) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False
     )
-    for block in network.blocks:
+    for block in network.get_submodule("blocks").children():
         for name, module in block.named_children():
             if name in ("adaLN_modulation", "modulation"):
                 fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -38,10 +38,10 @@ class Set:
 
     def part(self, index: Tensor) -> Set:
         """Some of them."""
-        spatial = self.features.spatial
+        detail = self.features.detail
         features = Features(
             self.features.pooled[index],
-            None if spatial is None else spatial[index],
+            None if detail is None else detail[index],
             self.features.probabilities[index],
         )
         return Set(self.images[index], self.labels[index], features)

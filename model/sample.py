@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--count", type=positive, default=4, help="samples of the condition (4)")
     add("--seed", type=int, default=0, help="of the first sample; the others count up (0)")
     add("--steps", type=positive, help="steps from noise to picture")
-    add("--solver", choices=list(SOLVERS), help="what takes the steps")
+    add("--solver", help=f"what takes the steps: {', '.join(SOLVERS)}")
     add("--grid", help=f"where the steps are: {', '.join(GRIDS)}, or timesteps such as 999,500,100")
     add("--eta", type=float, default=0.0, help="share of fresh noise in each step, 0..1 (0)")
     add("--scale", type=float, help="guidance scale; 1 is none")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from model.scaling_law import Law, Point
 
@@ -49,6 +50,10 @@ def draw_law(points: Sequence[Point], law: Law, laws: Sequence[Law], target: Pat
             )
         axis.axhline(law.irreducible, linestyle=":", color="grey", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel=TITLES[name])
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter("{x:.0e}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.tick_params(axis="x", labelsize=8)
         axis.set_title(f"exponent {law.terms[name].exponent:.3f}", fontsize=10)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("held-out loss")

@@ -11,9 +11,11 @@ and a running sample changes its grid or its solver by taking its next coefficie
 Every table starts from one exact exponential step of the reverse process in log(alpha / sigma), with a share
 eta of the ancestral noise. Alone it is DDIM (Song et al., arXiv:2010.02502, eq. 12), whose eta 1 is DDPM (Ho
 et al., arXiv:2006.11239, eq. 7) and whose eta 0 is Euler's method on the probability-flow ODE in sigma /
-alpha (Karras et al., arXiv:2206.00364, §4). DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, algorithm 2; with eta
-1 its SDE form, midpoint) is of second order: it carries forward how D has changed since the step before. That
-needs the previous D alone, not the step that was taken with it, so every solver here may follow any other.
+alpha (Karras et al., arXiv:2206.00364, §4). A solver of second order adds how D has changed since the step
+before: DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, algorithm 2; with eta 1 its SDE form, midpoint) carries
+the change forward, which needs the previous D alone, whatever step was taken with it. UniPC-1 (Zhao et al.,
+arXiv:2302.04867, B(h) = exp(h) - 1) corrects the step just taken, so it corrects only steps of its own table.
+Every solver may thus follow any other.
 """
 
 from __future__ import annotations
@@ -67,10 +69,14 @@ class _FirstOrder:
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """What tells solvers apart: the eta it fixes (None: the caller's choice) and its weight of D_previous."""
+    """What tells solvers apart: the eta it fixes (None: the caller's choice), and its weight of D_previous.
+
+    `carries`: its first step makes use of the D from before its table, if there is one.
+    """
 
     eta: float | None
     history: Callable[[_FirstOrder], FloatTable]
+    carries: bool = False
 
 
 def _none(step: _FirstOrder) -> FloatTable:
@@ -84,12 +90,19 @@ def _dpmpp_2m(step: _FirstOrder) -> FloatTable:
     return c
 
 
+def _unipc_1(step: _FirstOrder) -> FloatTable:
+    c = _none(step)
+    c[1:] = -step.a[1:] * step.b[:-1] / 2.0
+    return c
+
+
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         "ddim": Solver(eta=None, history=_none),
         "ddpm": Solver(eta=1.0, history=_none),
         "euler": Solver(eta=0.0, history=_none),
-        "dpmpp-2m": Solver(eta=None, history=_dpmpp_2m),
+        "dpmpp-2m": Solver(eta=None, history=_dpmpp_2m, carries=True),
+        "unipc-1": Solver(eta=0.0, history=_unipc_1),
     }
 )
 
@@ -101,9 +114,9 @@ def step_table(
 
     `grid` is strictly decreasing timesteps in 0..T-1, as from `model.diffusion.grid`. `eta` in 0..1 is the
     share of ancestral noise where the solver leaves it open: 0 deterministic, 1 the full reverse process.
-    `previous` is the timestep of the running sample's last D when it goes on along a new grid: the first new
-    step then uses that D, whichever solver it comes from, and the table equals the tail of the table of the
-    spliced grid.
+    `previous` is the timestep of the running sample's last D when it goes on along a new grid. A solver that
+    carries it uses that D in the first new step, whichever solver it comes from, and the table equals the tail
+    of the table of the spliced grid; to the others it makes no difference.
 
     Raises:
         ValueError: an unknown solver, a grid not as stated, `eta` outside 0..1 or given to a solver that
@@ -117,7 +130,7 @@ def step_table(
                 f"previous must be above the first timestep of the grid, {walked[0]}, and below "
                 f"{schedule.timesteps}, not {previous}"
             )
-        walked = (previous, *walked)
+        walked = (previous, *walked) if SOLVERS[solver].carries else walked
     new = slice(len(walked) - len(grid), None)  # all but the line of `previous`, a step already taken
     timestep = np.array(walked, dtype=np.int64)
     x0_x, x0_out = x0_coefficients(schedule.prediction, schedule.alphas[timestep], schedule.sigmas[timestep])

@@ -20,7 +20,6 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from model.dit import DiT
 from model.layers import Attention, CrossAttention, SwiGlu, rotate
-from model.network import Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Split:
         return whole.flatten(self.dim, self.dim + 1)
 
 
-def share_out(network: Network, mesh: DeviceMesh) -> Mapping[str, Split]:
+def share_out(network: nn.Module, mesh: DeviceMesh) -> Mapping[str, Split]:
     """Keep of every block's attention and MLP what is this process's part; tells how each parameter that is not whole was cut.
 
     Raises:

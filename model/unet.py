@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.conditioner import ConditionEmbedder
-from model.layers import Attention, TimestepEmbedder, check_images, check_rows
+from model.layers import Attention, TimestepEmbedder, check_images, check_rows, check_state
 from model.unet_config import Stage, UNetConfig
 
 
@@ -105,9 +105,10 @@ class UNet(nn.Module):
         """(N, C, H, W) and the condition state → (N, C_out, H, W).
 
         Raises:
-            ValueError: other channels, or H or W cannot be halved often enough.
+            ValueError: other channels, H or W cannot be halved often enough, or a state of another network.
         """
         check_images(x, self.config.in_channels)
+        check_state(state, self.config.state())
         self.config.check_size("size", x.shape[2:])
         h = self.conv_in(x)
         skips = [h]

@@ -60,8 +60,13 @@ class UNetConfig:
             "attention",
             "classes",
         ):  # JSON has lists where these are tuples
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
         check_counts(self, "in_channels", "base_channels", "res_blocks", "head_size")
+        for field in ("multipliers", "attention"):
+            value = getattr(self, field)
+            if not isinstance(value, tuple) or not all(isinstance(number, int) for number in value):
+                raise ValueError(f"{field} must be a tuple of whole numbers, not {value!r}")
         if not self.multipliers or min(self.multipliers) <= 0:
             raise ValueError(f"multipliers must be one or more positive numbers, not {self.multipliers}")
         self.check_size("image_size", self.image_size)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,3 +119,43 @@ def test_the_command_writes_a_ladder_the_service_can_use(
     assert len(served.rungs) >= 2
     assert [rung.quality for rung in served.rungs] == sorted(rung.quality for rung in served.rungs)
     assert (tmp_path / "results" / "ladder-tiny.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((tmp_path / "results" / "ladder-tiny.json").read_text())
+    assert saved["ladder"] == [rung.name for rung in opened.manifest.ladder]
+    assert len(saved["measured"]) == 5
+
+
+def test_rungs_are_judged_by_real_pictures_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Mean:
+        """Distance of the mean brightness to that of a grey picture."""
+
+        def __init__(self, bundle: Path, data: Path, classifier: Path, *, pictures: int) -> None:
+            self.labels = np.zeros((pictures, 2), np.int64)
+
+        def distance(self, pixels: npt.NDArray[np.uint8]) -> float:
+            assert pixels.shape == (3, 8, 8, 3)
+            return abs(float(pixels.mean()) - 127.5)
+
+    monkeypatch.setattr(ladder, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(ladder, "REFERENCE_STEPS", 40)
+    monkeypatch.setattr(ladder, "CANDIDATES", {"ddim": (("trailing",), (20, 5))})
+    monkeypatch.setattr(ladder, "Reference", Mean)
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    write_bundle(bundle, weights=False)
+    assert ladder.main([str(bundle), "--samples", "2", "--data", "some.npz", "--pictures", "3"]) == 0
+    saved = json.loads((tmp_path / "results" / "ladder-tiny.json").read_text())
+    assert saved["frechet"].keys() == set(saved["ladder"])
+    assert "Fréchet" in capsys.readouterr().out
+
+
+def test_data_that_is_not_there_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bundle(tmp_path, weights=True)
+    assert ladder.main([str(tmp_path), "--data", "nowhere.npz"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench.ladder: ")
+    assert "Traceback" not in error
+    assert ladder.main([str(tmp_path / "nothing")]) == 2

@@ -6,20 +6,20 @@ torchrun --standalone --nproc-per-node 2 -m tests.model.parallel_cases FOLDER
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import DiTConfig
 from model.network import Network, NetworkConfig, make_network
-from model.parallel import ParallelSpec, Share, World, joined
+from model.parallel import Share
 from model.precision import Precision, autocast
 from model.recomputation import checkpoint_blocks
+from model.world import ParallelSpec, World, joined
 from tests.model.unet_cases import TINY_UNET
 
 BATCH, STEPS, CLIP = 4, 3, 0.5

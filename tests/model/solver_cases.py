@@ -24,7 +24,7 @@ Samples = npt.NDArray[np.float64]
 Network = Callable[[Any, int], Any]
 COLUMNS = ("timestep", "x0_x", "x0_out", "a", "b", "c", "s")
 START: Samples = np.random.default_rng(7).standard_normal((2, 4))
-DETERMINISTIC = ("ddim", "euler", "dpmpp-2m")
+DETERMINISTIC = ("ddim", "euler", "dpmpp-2m", "unipc-1")
 
 schedules = st.builds(
     make_schedule,
@@ -34,6 +34,7 @@ schedules = st.builds(
     log_snr_shift=st.sampled_from([0.0, -2.0, 1.0]),
 )
 solvers = st.sampled_from(sorted(SOLVERS))
+splicing = st.sampled_from(sorted(SOLVERS.keys() - {"unipc-1"}))  # it corrects steps of its own table alone
 
 
 def chosen(solver: str, eta: float) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
@@ -108,9 +109,15 @@ def test_features_have_a_fixed_width_and_do_not_depend_on_neighbours(trained: Cl
     images, _ = drawings()
     together, alone = read(trained, images), read(trained, images[5:6])
     assert together.features.shape == (24, 16)
-    assert together.spatial.shape == (24, 7 * 4 * 4)
+    assert together.detail.shape == (24, 8)
     torch.testing.assert_close(together.features[5:6], alone.features)
-    torch.testing.assert_close(together.spatial[5:6], alone.spatial)
+    torch.testing.assert_close(together.detail[5:6], alone.detail)
+
+
+def test_detail_is_lost_by_blurring(trained: Classifier) -> None:
+    sharp = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    blurred = F.avg_pool2d(sharp, 3, stride=1, padding=1)
+    assert (read(trained, blurred).detail.mean(1) < 0.7 * read(trained, sharp).detail.mean(1)).all()
 
 
 def test_top_counts_the_label_among_the_likeliest() -> None:

@@ -39,6 +39,8 @@ def conditions(dit: DiT, *labels: list[int], rows: int = 1) -> list[Tensor]:
 def test_a_seed_is_its_own_noise() -> None:
     expected = np.random.Generator(np.random.Philox(7)).standard_normal((3, 8, 8), dtype=np.float32)
     np.testing.assert_array_equal(noise(7, (3, 8, 8)), expected)
+    with pytest.raises(ValueError, match="a seed must be 0 or more, not -1"):
+        noise(-1, (3, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -138,3 +140,23 @@ def test_layers_and_mixes_differ_from_either(network: Make, schedule: Schedule) 
         assert all(not torch.allclose(one, other, atol=1e-5) for other in outs[k + 1 :])
     same = Denoiser(dit, schedule, combine([cat, cat], [1, 1], "layers", 1))(x, 500)
     assert torch.allclose(same, outs[0], atol=1e-6)
+
+
+def test_what_cannot_be_denoised_is_refused(network: Make, schedule: Schedule) -> None:
+    dit = network()
+    one = conditions(dit, [1, 2])[0]
+    for make, message in (
+        (lambda: Guidance(2.0, interval=(0.8, 0.2)), "interval must satisfy"),
+        (lambda: Guidance(2.0, decay=30.0), "decay must be in"),
+        (lambda: Guidance(2.0, channels=0), "channels must be 1 or more"),
+        (lambda: Conditions(()), "one or more condition embeddings"),
+        (lambda: Conditions((one, one[:, :3]), (1, 1)), "of one shape"),
+        (lambda: Conditions((one, one)), "one weight for each"),
+        (
+            lambda: final(Denoiser(dit, schedule, Conditions((one,))), "ddim", 2, [1, 2]),
+            "one seed for each of the 1 rows",
+        ),
+        (lambda: final(Denoiser(dit, schedule, Conditions((one,))), "ddim", 2, []), "one seed for each"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()

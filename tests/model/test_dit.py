@@ -248,6 +248,13 @@ def test_bad_inputs_are_refused(
         network()(torch.zeros(x), torch.zeros(t), torch.tensor([labels] * 4))
 
 
+def test_a_state_of_another_network_is_refused(network: Make) -> None:
+    dit = network()
+    state = dit.modulate(torch.zeros(1), dit.embed(torch.zeros(1, 2, dtype=torch.int64)))
+    with pytest.raises(ValueError, match=r"4 tensors \(block_0, block_1, block_2, final\), not 3"):
+        dit.backbone(torch.zeros(1, 3, 8, 8), state[:-1])
+
+
 @pytest.mark.parametrize("size", [(7, 8), (8, 9)])
 def test_sizes_off_the_patch_are_refused(network: Make, size: tuple[int, int]) -> None:
     dit = network()

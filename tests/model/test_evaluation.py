@@ -24,13 +24,13 @@ from model.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, Set
 LABELS = Factor(name="label", classes=tuple(f"name{k}" for k in range(12)))
 
 
-def pictures(count: int = 40, seed: int = 0, *, spatial: bool = True) -> Set:
+def pictures(count: int = 40, seed: int = 0, *, detail: bool = True) -> Set:
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(count, 3, 4, 4, generator=generator) * 2 - 1
     flat = images.flatten(1)
     probabilities = torch.rand(count, 12, generator=generator).softmax(1)
     labels = torch.arange(count)[:, None] % 12
-    return Set(images, labels, Features(flat[:, :6], flat[:, 6:16] if spatial else None, probabilities))
+    return Set(images, labels, Features(flat[:, :6], flat[:, 6:16] if detail else None, probabilities))
 
 
 def reader(*labels: str) -> Classifier:
@@ -67,22 +67,22 @@ def test_distances_see_a_copy_of_the_set_and_a_brighter_one() -> None:
     training = pictures()
     same, brighter = distances(training, training, 0), distances(moved(training, 0.5), training, 0)
     assert same["frechet_distance"] == pytest.approx(0, abs=1e-8)
-    assert same["spatial_frechet_distance"] == pytest.approx(0, abs=1e-8)
+    assert same["detail_frechet_distance"] == pytest.approx(0, abs=1e-8)
     assert (same["precision"], same["recall"]) == (1, 1)
     assert brighter["frechet_distance"] == pytest.approx(6 * 0.5**2, rel=1e-5)
-    assert brighter["spatial_frechet_distance"] == pytest.approx(10 * 0.5**2, rel=1e-5)
+    assert brighter["detail_frechet_distance"] == pytest.approx(10 * 0.5**2, rel=1e-5)
     assert brighter["kernel_distance"] > same["kernel_distance"]
 
 
 def moved(shown: Set, by: float) -> Set:
-    spatial = shown.features.spatial
-    assert spatial is not None
-    features = Features(shown.features.pooled + by, spatial + by, shown.features.probabilities)
+    detail = shown.features.detail
+    assert detail is not None
+    features = Features(shown.features.pooled + by, detail + by, shown.features.probabilities)
     return Set(shown.images, shown.labels, features)
 
 
-def test_without_spatial_features_their_distance_is_left_out() -> None:
-    assert "spatial_frechet_distance" not in distances(pictures(spatial=False), pictures(), 0)
+def test_without_features_of_detail_their_distance_is_left_out() -> None:
+    assert "detail_frechet_distance" not in distances(pictures(detail=False), pictures(), 0)
 
 
 def test_accuracy_goes_by_the_names_of_classes() -> None:

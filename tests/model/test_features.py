@@ -39,7 +39,7 @@ def test_inception_is_given_bytes_and_asked_for_features_and_probabilities(scrip
     network = inception_features(scripted, digest(scripted))
     images = torch.tensor([-1.0, 0.2, 1.5]).repeat_interleave(70).view(-1, 1, 1, 1).expand(210, 3, 4, 4)
     found = network.features(images)
-    assert found.spatial is None
+    assert found.detail is None
     assert found.pooled[[0, 70, 140]].tolist() == [[0, 0, 0], [153, 153, 153], [255, 255, 255]]
     assert found.probabilities.shape == (210, 4)
     assert torch.equal(found.probabilities, torch.full((210, 4), 0.25))
@@ -58,8 +58,8 @@ def test_a_classifiers_features_say_that_they_are_not_fid() -> None:
     network = classifier_features(Classifier(Card(image_size=(8, 8), widths=(4, 6), factors=factors)).eval())
     found = network.features(torch.rand(5, 3, 8, 8) * 2 - 1)
     assert found.pooled.shape == (5, 6)
-    assert found.spatial is not None
-    assert len(found.spatial) == 5
+    assert found.detail is not None
+    assert len(found.detail) == 5
     torch.testing.assert_close(found.probabilities.sum(1), torch.ones(5))
     assert found.probabilities.shape == (5, 3)
     assert "not comparable with published FID" in network.note

@@ -56,11 +56,14 @@ def test_torch_and_numpy_agree() -> None:
 
 
 def test_weights_are_relative_and_must_sum_to_something() -> None:
-    assert shares([1, 3]) == [0.25, 0.75]
-    assert shares([3, -1]) == [1.5, -0.5]
-    for weights in ([], [0, 0], [1, -1], [float("nan")], [float("inf")]):
+    assert shares([1, 3], 2) == [0.25, 0.75]
+    assert shares([3, -1], 2) == [1.5, -0.5]
+    for weights in ([0, 0], [1, -1], [float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="sum to more than 0"):
-            shares(weights)
+            shares(weights, len(weights))
+    for weights, count in (([], 0), ([1], 2), ([1, 2], 1)):
+        with pytest.raises(ValueError, match=f"one or more conditions, not {len(weights)} for {count}"):
+            shares(weights, count)
     with pytest.raises(ValueError, match="linear, spherical"):
         mixed([A], [1], "cubic")  # type: ignore[arg-type]
 
@@ -77,6 +80,9 @@ def test_spread_runs_from_shallow_to_deep() -> None:
     assert spread(6, 3) == [0, 0, 1, 1, 2, 2]
     assert spread(7, 2) == [0, 0, 0, 0, 1, 1, 1]
     assert spread(4, 1) == [0] * 4
+    for conditions in (0, 5):
+        with pytest.raises(ValueError, match=f"4 blocks can follow 1 to 4 conditions, not {conditions}"):
+            spread(4, conditions)
 
 
 def test_splice_gives_each_block_its_condition(tiny: Tiny, network: Make) -> None:

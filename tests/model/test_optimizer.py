@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from model.network import make_network, network_config
+from model.network import make_network
+from model.network_config import network_config
 from model.optimizer import learning_rate, make_optimizer
 from model.recipe import TrainConfig
 from tests.model.training_cases import tiny_config

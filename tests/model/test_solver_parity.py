@@ -170,6 +170,7 @@ MULTISTEP: list[tuple[str, float, str, dict[str, Any]]] = [
         {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"},
     ),
     ("ddim", 0.0, "DPMSolverMultistepScheduler", {"solver_order": 1, "algorithm_type": "dpmsolver++"}),
+    ("unipc-1", 0.0, "UniPCMultistepScheduler", {"solver_order": 1, "solver_type": "bh2"}),
 ]
 
 
@@ -208,7 +209,7 @@ def test_multistep_solvers_walk_with_diffusers(
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("euler", 1), ("dpmpp-2m", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("euler", 1), ("dpmpp-2m", 2), ("unipc-1", 2)])
 def test_deterministic_solvers_converge_to_the_exact_ode_at_their_order(
     solver: str, order: int, kind: str
 ) -> None:

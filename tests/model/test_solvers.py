@@ -169,7 +169,7 @@ def test_clipping_holds_every_estimate_of_the_image_inside_its_range() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"solver": "heun"}, "solver must be one of ddim, ddpm, euler, dpmpp-2m, not 'heun'"),
+        ({"solver": "heun"}, "solver must be one of ddim, ddpm, euler, dpmpp-2m, unipc-1, not 'heun'"),
         ({"grid": ()}, "one or more strictly decreasing"),
         ({"grid": (5, 5)}, "strictly decreasing"),
         ({"grid": (5, 9)}, "strictly decreasing"),

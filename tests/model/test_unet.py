@@ -183,6 +183,8 @@ def test_bad_inputs_are_refused(
         ({"text_size": -1}, "text_size must be the width"),
         ({"fusion": "product"}, "unknown fusion 'product'"),
         ({"base_channels": 0}, "base_channels must be positive"),
+        ({"attention": 1}, "attention must be a tuple of whole numbers, not 1"),
+        ({"classes": 5}, "classes must be a tuple"),
         ({"multipliers": ()}, "one or more"),
         ({"attention": (2,)}, r"levels in 0\.\.1"),
         ({"base_channels": 20}, "level 1 has 40 channels, not a multiple of head_size 16"),

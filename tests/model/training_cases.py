@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,10 @@ def newest_state(output: Path) -> dict[str, torch.Tensor]:
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def config_file(raw: dict[str, Any], folder: Path) -> str:
+    """The fields as a file for `--config`."""
+    file = folder / "run.json"
+    file.write_text(json.dumps(raw))
+    return str(file)

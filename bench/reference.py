@@ -1,0 +1,53 @@
+"""Real pictures to hold a bundle's against: the Fréchet distance of generated pictures to those the model was trained on.
+
+The features are those of a small classifier of the same pictures, so the distances compare rungs of one bundle with each other and
+with nothing published.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.autoencoder import Identity
+from model.classifier import open_classifier
+from model.features import classifier_features
+from model.fidelity import frechet_distance
+from model.opening import open_model
+from model.picture_sets import open_data, real
+from model.pictures import DataError
+
+CHUNK = 64  # pictures whose features are computed at once
+
+
+class Reference:
+    """The features of all training pictures, and the labels (N, F) of `pictures` of them, drawn at random, to make pictures for.
+
+    Raises:
+        DataError: not the data that the model was trained on, or the model does not draw pixels.
+        ClassifierError: no classifier there.
+    """
+
+    def __init__(self, bundle: Path, data: Path, classifier: Path, *, pictures: int, seed: int = 0) -> None:
+        opened = open_model(bundle)
+        if opened.manifest.decoder != "identity":
+            raise DataError(
+                "a Fréchet distance is measured for models that draw pixels only: leave --data out"
+            )
+        dataset = open_data(opened, data)
+        self._network = classifier_features(open_classifier(classifier))
+        rows = [int(row) for row in dataset.training]
+        drawn = np.random.default_rng(seed).permutation(rows)[:pictures]
+        self.labels: npt.NDArray[np.int64] = np.asarray(dataset.labels)[drawn]
+        chunks = [self._network.features(images).pooled for images in real(dataset, Identity(), rows)]
+        self._features = torch.cat(chunks)
+
+    @torch.no_grad()
+    def distance(self, pixels: npt.NDArray[np.uint8]) -> float:
+        """The squared Fréchet distance of pictures (N, H, W, 3). It shrinks with N: compare equal counts."""
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (N, 3, H, W)
+        features = [self._network.features(part).pooled for part in images.split(CHUNK)]
+        return frechet_distance(self._features, torch.cat(features))
