@@ -144,7 +144,7 @@ def _describe(name: str, config: TrainConfig, dataset: Dataset, shape: NetworkCo
     kind = "Diffusion Transformer" if isinstance(shape, DiTConfig) else "U-Net"
     latents = _latents(dataset) if isinstance(dataset, Latents) else None
     places = "latents" if latents else "pixels"
-    training = config.model_dump(mode="json", exclude={"output"})
+    training = config.model_dump(mode="json", exclude={"output", "init"})
     training["data"]["path"] = config.data.path.name
     return Manifest(
         name=name,

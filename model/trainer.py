@@ -77,9 +77,7 @@ class Trainer:
         told: dict[str, float] = {}
         state.optimizer.zero_grad(set_to_none=True)
         for part in batch.split(config.accumulate):
-            share = (
-                len(part) * self.size / config.batch
-            )  # averaged over processes, it is the mean of the whole batch
+            share = len(part) * self.size / config.batch  # averaged over processes: the whole batch's mean
             total, losses = self.losses(part.to(config.device))
             state.scaler.scale(share * total).backward()
             for name, loss in losses.items():

@@ -25,7 +25,11 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "httpx_sse": "httpx-sse",
-    "opentelemetry": "opentelemetry-sdk", "sklearn": "scikit-learn", "tensorrt": "tensorrt-cu13", "yaml": "pyyaml"}
+    "opentelemetry": "opentelemetry-sdk",
+    "sklearn": "scikit-learn",
+    "tensorrt": "tensorrt-cu13",
+    "yaml": "pyyaml",
+}
 # Base dependencies that are not imported but used: by redis-py, by uvicorn.
 PLUGINS = {"hiredis", "httptools", "uvloop"}
 # Package, or module, → the extras that its imports may come from, besides the base.

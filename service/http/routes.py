@@ -1,6 +1,8 @@
 """`POST /generate` and `GET /models`: what an application needs."""
 
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
@@ -8,7 +10,13 @@ from starlette.responses import JSONResponse, Response
 
 from model.diffusion import GRIDS
 from model.solvers import SOLVERS
-from service.errors import IdempotencyConflict, IdempotencyMismatch, JobExpired, NotAcceptable
+from service.errors import (
+    IdempotencyConflict,
+    IdempotencyMismatch,
+    JobExpired,
+    NotAcceptable,
+    QueueUnavailable,
+)
 from service.http import job_routes
 from service.http.answers import negotiate, render
 from service.http.context import Api, Context, caller, note
@@ -25,6 +33,8 @@ from service.http.schemas import (
     ModelsOut,
     RungOut,
 )
+from service.http.sizes import size_step
+from service.jobs import WorkerState
 
 router = APIRouter()
 
@@ -119,11 +129,14 @@ def _queued(ticket: Ticket) -> JobOut:
 @router.get("/models", tags=["models"], summary="What is being served", response_model=ModelsOut)
 async def models(api: Api) -> Response:
     """Names, classes, samplers, defaults, limits, licence, and the measured operating points of each model."""
-    content = json.dumps({"models": [_described(api).model_dump(mode="json")]}, ensure_ascii=False)
+    workers: Sequence[WorkerState] = ()
+    with suppress(QueueUnavailable):
+        workers = (await api.intake.load()).workers
+    content = json.dumps({"models": [_described(api, workers).model_dump(mode="json")]}, ensure_ascii=False)
     return Response(content, media_type="application/json")
 
 
-def _described(api: Context) -> ModelOut:
+def _described(api: Context, workers: Sequence[WorkerState]) -> ModelOut:
     manifest, settings = api.intake.manifest, api.settings
     defaults = manifest.defaults
     return ModelOut(
@@ -131,6 +144,9 @@ def _described(api: Context) -> ModelOut:
         version=manifest.version,
         description=manifest.description,
         size=size(manifest),
+        size_step=size_step(manifest, workers),
+        text=manifest.config.text_size > 0,
+        networks=sorted({f"{each.network.backend} {each.network.precision}".strip() for each in workers}),
         factors=[FactorOut(name=factor.name, classes=list(factor.classes)) for factor in manifest.factors],
         samplers=list(SOLVERS),
         grids=list(GRIDS),

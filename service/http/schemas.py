@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Format = Literal["png", "webp", "jpeg"]
 Priority = Literal["low", "normal", "high"]
-ClassRef = Annotated[str, Field(max_length=200)] | int | None
+ClassRef = Annotated[str, Field(max_length=500)] | int | None
 FactorName = Annotated[str, Field(max_length=40)]
 Condition = dict[FactorName, ClassRef]
 
@@ -61,8 +61,8 @@ class GenerateRequest(BaseModel):
         Discriminator(_shape),
     ] = Field(
         default_factory=dict,
-        description="A class per factor of the model, by name or number; a factor left out or null is unconditioned. "
-        "A list of weighted conditions is mixed.",
+        description="A class per factor of the model, by name or number, and a `text` where the model takes one; what is "
+        "left out or null is unconditioned. A list of weighted conditions is mixed.",
     )
     mix: Literal["linear", "spherical"] = Field("linear", description="How a list of conditions is mixed.")
     n: int = Field(1, ge=1, le=256, description="Number of images.")
@@ -215,6 +215,11 @@ class ModelOut(BaseModel):
     version: str
     description: str
     size: str
+    size_step: int | None = Field(
+        description="Other sizes whose sides are multiples of this many pixels can be had; null: none."
+    )
+    text: bool = Field(description="Whether a condition may hold a `text`.")
+    networks: list[str] = Field(description="What the workers run the model with, and in which numbers.")
     factors: list[FactorOut]
     samplers: list[str]
     grids: list[str]

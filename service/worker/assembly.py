@@ -135,6 +135,7 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
             allow_degraded=job.allow_degraded,
             min_steps=job.min_steps,
             reason=job.reason if job.rung is not None else None,
+            size=job.size,
         )
         for k, seed in enumerate(job.seeds)
     )

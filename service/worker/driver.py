@@ -19,6 +19,7 @@ import structlog
 from service.engine.samples import Failed, SampleRequest, StepReport
 from service.engine.snapshots import Snapshot
 from service.errors import InternalError, ServiceError
+from service.jobs import Due
 from service.planning.costs import CostModel
 
 Start = tuple[SampleRequest, Snapshot | None]  # a sample, and where it stands if it has begun elsewhere
@@ -46,6 +47,7 @@ class Stepper(Protocol):
     def free_samples(self) -> int: ...
     @property
     def backlog_rows(self) -> int: ...
+    def dues(self) -> tuple[Due, ...]: ...
     def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None: ...
     def export(self, sample_id: str) -> Snapshot | None: ...
     def cancel(self, sample_id: str) -> None: ...
@@ -73,6 +75,7 @@ class Beat:
     crashed: tuple[Failed, ...]  # all that was running when a step raised
     progress: Mapping[str, tuple[int, int]]
     backlog_rows: int
+    dues: tuple[Due, ...]  # the backlog by deadline
     stepped_at: float
     pace: Pace
 
@@ -222,6 +225,7 @@ class Driver:
                 crashed=tuple(told.crashed),
                 progress=engine.progress(),
                 backlog_rows=engine.backlog_rows,
+                dues=engine.dues(),
                 stepped_at=self._stepped_at,
                 pace=self._pace(),
             )

@@ -16,7 +16,7 @@ import structlog
 from service import metrics
 from service.engine.samples import Failed, Finished, Preview, StepReport
 from service.errors import InternalError, QueueUnavailable, ServiceError, to_wire
-from service.jobs import Claim, Lease, Renewal, WorkerState
+from service.jobs import Claim, Lease, Network, Renewal, WorkerState
 from service.limits import WorkerPolicy
 from service.planning.rungs import Ladder
 from service.queue.broker import Broker
@@ -38,6 +38,7 @@ class Worker:
 
     Args:
         name: unique among all workers, ever: a restarted one has a new name.
+        network: what is told about the engine's.
         origin: of the checkpoints it leaves and goes on from.
         observe: called with every step's report, in the engine's thread.
         clock: seconds since the epoch.
@@ -54,6 +55,7 @@ class Worker:
         model: str,
         policy: WorkerPolicy,
         origin: str = "",
+        network: Network | None = None,
         observe: Callable[[StepReport], None] = lambda report: None,
         tracing: Tracing | None = None,
         clock: Callable[[], float] = time.time,
@@ -61,7 +63,7 @@ class Worker:
         self.name, self.model, self.policy = name, model, policy
         self._broker, self._ladder, self._clock = broker, ladder, clock
         self._tracing = tracing or NoTracing()
-        self._slots = engine.free_samples
+        self._slots, self._network = engine.free_samples, network or Network()
         self._finishing = Finishing(decoder)
         self._telling = Telling(broker, step_event_s=policy.step_event_s)
         self._leases = Leases(broker, clock=clock)
@@ -305,6 +307,8 @@ class Worker:
             decode_s=pace.decode_s,
             running_samples=len(self._samples),
             backlog_rows=self._beat.backlog_rows,
+            dues=self._beat.dues,
+            network=self._network,
             last_step_age_s=self._age(),
             updated_at=now,
         )

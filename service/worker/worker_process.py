@@ -20,6 +20,7 @@ from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
 from service.engine.texts import SharedCache, TextEncodings
 from service.errors import QueueUnavailable, ServiceError
+from service.jobs import Network
 from service.limits import WorkerPolicy
 from service.planning.costs import CostModel
 from service.planning.planner import Planner
@@ -94,6 +95,7 @@ async def serve(settings: Settings, backend: Backend) -> bool:
                 hang_s=settings.hang_s,
             ),
             origin=origin(backend.manifest, f"{backend.name} {backend.precision}"),
+            network=Network(backend.name, backend.precision, backend.size_multiple),
             observe=Observing(engine, embeddings),
             tracing=tracing,
         )

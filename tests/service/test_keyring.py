@@ -20,7 +20,12 @@ def test_a_key_is_found_by_its_text_alone(path: Path) -> None:
     key, text = add(path, "shop", scopes=("generate", "admin"), rate=60, concurrency=2)
     found = Keyring(path).find(text)
     assert found == key
-    assert (found.name, found.scopes, found.rate, found.concurrency) == ("shop", frozenset({"generate", "admin"}), 60, 2)
+    assert (found.name, found.scopes, found.rate, found.concurrency) == (
+        "shop",
+        frozenset({"generate", "admin"}),
+        60,
+        2,
+    )
 
 
 @pytest.mark.parametrize(
