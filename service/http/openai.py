@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from service.errors import ServiceError, from_wire
 from service.http.answers import facts
 from service.http.context import Api, Context, caller, note
-from service.http.intake import size, wrong
+from service.http.intake import TEXT, size, wrong
 from service.http.openapi import BODY, ENDED, SUBMIT, openai_problems
 from service.http.problems import openai_error
 from service.http.schemas import MAX_SEED, Condition, Format, GenerateRequest
@@ -103,7 +103,8 @@ class OpenAIError(BaseModel):
 )
 async def generations(body: ImagesRequest, request: Request, api: Api) -> Response:
     """The prompt must name a class of the model's first factor, and may name one of each other: "a strawberry in noto style".
-    Names match by their words; the longest match wins. An unknown prompt is refused with the closest names."""
+    Names match by their words; the longest match wins. An unknown prompt is refused with the closest names. A model that reads
+    text is given the prompt itself."""
     if body.stream and (body.n or 1) > 1:
         raise wrong("n", "One image at a time can be streamed.")
     if body.partial_images and not body.stream:
@@ -124,10 +125,12 @@ async def generations(body: ImagesRequest, request: Request, api: Api) -> Respon
 
 def _translated(body: ImagesRequest, api: Context) -> GenerateRequest:
     manifest = api.intake.manifest
-    term = api.intake.vocabulary.match(body.prompt)
-    condition: Condition = {
-        factor.name: label for factor, label in zip(manifest.factors, term.labels, strict=True)
-    }
+    condition: Condition
+    if manifest.config.text_size:
+        condition = {TEXT: body.prompt}
+    else:
+        labels = api.intake.vocabulary.match(body.prompt).labels
+        condition = {factor.name: label for factor, label in zip(manifest.factors, labels, strict=True)}
     rung = rung_for(body.quality, api.intake.ladder)
     steps = rung.steps if rung else manifest.defaults.steps
     operating: dict[str, Any] = {"steps": steps}

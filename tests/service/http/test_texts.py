@@ -37,3 +37,13 @@ async def test_a_text_reaches_the_workers_of_a_model_that_takes_one(stage: Stage
         ConditionTerm(nothing, 1.0, "snow"),
     )
     assert (await stage.generate(condition={"text": 7})).status_code == 422
+
+
+async def test_openais_prompt_is_the_text_of_a_model_that_takes_one(stage: Stage, bundle_path: Path) -> None:
+    response = await stage.client.post("/v1/images/generations", json={"prompt": "a lemon in the snow"})
+    assert response.status_code == 200
+    (term,) = stage.worker.claimed[-1].job.condition
+    if json.loads((bundle_path / "manifest.json").read_text())["config"]["text_size"]:
+        assert term == ConditionTerm((None,) * len(MANIFEST["factors"]), 1.0, "a lemon in the snow")
+    else:
+        assert term.labels == (3, None)
