@@ -98,8 +98,16 @@ class Progression:
 def bars(console: Console) -> Iterator[Progression]:
     """Bars while a build runs; the events are left to the table at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield Progression(lambda _: Bars(progress), lambda _: None)
+    progress = Progress(*columns, console=console, transient=True)
+
+    def monitor(_: str) -> Cancellable:
+        progress.start()
+        return Bars(progress)
+
+    try:
+        yield Progression(monitor, lambda _: None)
+    finally:
+        progress.stop()
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class Part:
     def whole(self, name: str) -> Tensor:
         """All of a tensor, fp32."""
         shape = self.shapes[name]
-        return self.fill(name, [0] * len(shape), torch.empty(*shape))
+        return self.fill(name, [0] * len(shape), torch.empty(tuple(shape)))
 
     def fill(self, name: str, offset: Sequence[int], out: Tensor) -> Tensor:
         """Fill `out` with what begins at `offset` of the whole tensor.

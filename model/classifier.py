@@ -281,7 +281,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--data", type=Path, help="the pictures, if not where the file says")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument(
         "--widths",
         type=int,

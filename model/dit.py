@@ -113,6 +113,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.state_names = tuple(name for name, _ in config.state())
         d = config.hidden_size
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, d)
         self.t_embedder = TimestepEmbedder(d, shift=config.frequency_shift)
@@ -198,8 +199,8 @@ class DiT(nn.Module):
                 state of another network.
         """
         rows, columns = self._grid(x)
-        check_state(state, self.config.state())
-        named = dict(zip((name for name, _ in self.config.state()), state, strict=True))
+        check_state(state, self.state_names)
+        named = dict(zip(self.state_names, state, strict=True))
         h = self.x_embedder(x) + self.positions(rows, columns).to(x.dtype)  # (N, T, D)
         if self.layout is not None:
             h = h + named["layout"]

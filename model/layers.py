@@ -82,11 +82,12 @@ def check_rows(timestep: Tensor, embedding: Tensor) -> None:
         )
 
 
-def check_state(state: Sequence[Tensor], expected: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-    """Raises ValueError unless the condition state has as many tensors as `config.state()` says."""
-    if len(state) != len(expected):
-        names = ", ".join(name for name, _ in expected)
-        raise ValueError(f"the condition state must hold {len(expected)} tensors ({names}), not {len(state)}")
+def check_state(state: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raises ValueError unless the condition state has one tensor for each of the names."""
+    if len(state) != len(names):
+        raise ValueError(
+            f"the condition state must hold {len(names)} tensors ({', '.join(names)}), not {len(state)}"
+        )
 
 
 def check_images(x: Tensor, channels: int) -> None:

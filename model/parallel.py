@@ -43,13 +43,7 @@ class Share:
     method is to be called by all processes.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        world: World,
-        spec: ParallelSpec,
-        precision: Precision,
-    ) -> None:
+    def __init__(self, network: nn.Module, world: World, spec: ParallelSpec, precision: Precision) -> None:
         replicas = spec.replicas(world)
         self.network, self.world, self.replicas = network, world, replicas
         self.forward: nn.Module = network
@@ -87,8 +81,7 @@ class Share:
 
     def parameter(self, key: str) -> str:
         """The name of the parameter that something is kept like, which is called by its name or as `<its number>.<what>`."""
-        number, _, _ = key.partition(".")
-        return self.names[int(number)] if number.isdigit() else key
+        return key if key in self.names else self.names[int(key.partition(".")[0])]
 
     def writes(self, key: str, tensor: Tensor) -> bool:
         """Whether this process writes its part of a tensor, or another one does that holds the same."""

@@ -119,7 +119,7 @@ def read(folder: Path, share: Share, part: str, index: Mapping[str, Any] | None)
             continue
         like = parameters[share.parameter(key)]
         if list(shape) != whole_shape(share, key, like):
-            raise ValueError(f"{part} holds {key} in another shape")
+            raise ValueError(f"{part} holds {key} of another network")
         tensors[key] = torch.empty_like(like)
         for block in blocks(share, key, like):
             found.fill(key, block.offset, local(tensors[key])[block.held])

@@ -64,6 +64,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config, self.stages = config, config.stages()
+        self.state_names = tuple(name for name, _ in config.state())
         width = config.hidden_size
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = ConditionEmbedder(
@@ -108,7 +109,7 @@ class UNet(nn.Module):
             ValueError: other channels, H or W cannot be halved often enough, or a state of another network.
         """
         check_images(x, self.config.in_channels)
-        check_state(state, self.config.state())
+        check_state(state, self.state_names)
         self.config.check_size("size", x.shape[2:])
         h = self.conv_in(x)
         skips = [h]

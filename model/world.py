@@ -48,12 +48,20 @@ def joined(device: Literal["cpu", "cuda"]) -> Iterator[World]:
     """The processes that `torchrun` started, joined as long as the context lasts; this one alone where it did not.
 
     On CUDA a process takes the GPU of its local rank, which on the second machine is not its rank, as its current device.
+
+    Raises:
+        ValueError: there is no GPU for this process.
     """
     if not dist.is_torchelastic_launched():
         yield World(device=device)
         return
     local_rank = dist.get_node_local_rank()
     if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"device is cuda, and torch finds {torch.cuda.device_count()} GPUs for {local_rank + 1} processes or more: "
+                "start one for each by torchrun --nproc-per-node, or take device cpu"
+            )
         torch.cuda.set_device(local_rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
     else:

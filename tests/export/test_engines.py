@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,6 +293,12 @@ def test_a_bundle_without_calibration_rows_is_refused_before_building(
     assert main([str(bundle.path)]) == 2
     assert "calibration.safetensors" in capsys.readouterr().err
     assert not (bundle.path / "engines").exists()
+
+
+def test_engines_are_built_without_torch() -> None:
+    """The image that serves on a GPU builds its engines itself, and has no torch."""
+    program = "import sys, export.trt; sys.exit(bool({'torch', 'onnx', 'diffusers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_fusion_counts_kernels_by_name() -> None:

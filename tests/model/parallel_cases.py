@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node 2 -m tests.model.parallel_cases FOLDER
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import DiTConfig
+from model.ema import Ema
 from model.network import Network, NetworkConfig, make_network
-from model.parallel import Share
+from model.parallel import Share, alone
 from model.precision import Precision, autocast
 from model.recomputation import checkpoint_blocks
+from model.sharded import make_index, read, write
 from model.world import ParallelSpec, World, joined
 from tests.model.unet_cases import TINY_UNET
 
@@ -39,23 +42,22 @@ class Case:
     recompute: bool = False
 
 
-FSDP, TENSOR = {"mode": "fsdp"}, {"tensor": 2}
-SWIGLU = replace(TINY, swiglu=True, qk_norm=True, rope=True, mlp_ratio=3.0)
-CASES = {
-    "ddp": Case(spec={"mode": "ddp"}),
-    "ddp in pieces": Case(spec={"mode": "ddp"}, pieces=2, recompute=True),
-    "ddp of a u-net": Case(TINY_UNET, spec={"mode": "ddp"}),
-    "fsdp": Case(spec=FSDP),
-    "fsdp in pieces": Case(spec=FSDP, pieces=2, recompute=True),
-    "fsdp in bf16": Case(spec=FSDP, precision="bf16"),
+DDP, FSDP, TENSOR = {"mode": "ddp"}, {"mode": "fsdp"}, {"tensor": 2}
+ALL_OPTIONS = replace(TINY, blocks=("adaln", "adaln_zero"), swiglu=True, qk_norm=True, rope=True)
+TOKENS = replace(TINY, blocks=("cross_attention", "in_context"))
+PAIR = {  # of two processes
+    "ddp": Case(TOKENS, spec=DDP, pieces=2),
+    "fsdp": Case(
+        replace(TINY, in_channels=1), spec=FSDP, pieces=2, recompute=True
+    ),  # of rows that do not divide
+    "fsdp in bf16": Case(ALL_OPTIONS, spec=FSDP, precision="bf16"),
     "fsdp of a u-net": Case(TINY_UNET, spec=FSDP),
-    "fsdp of uneven rows": Case(replace(TINY, hidden_size=20, blocks=("adaln",)), spec=FSDP),
-    "tensor": Case(spec=TENSOR),
-    "tensor with swiglu, qk_norm and rope": Case(SWIGLU, spec=TENSOR, recompute=True),
-    "tensor with cross-attention": Case(replace(TINY, blocks=("cross_attention",)), spec=TENSOR, pieces=2),
-    "tensor with a hybrid plan": Case(
-        replace(TINY, blocks=("in_context", "adaln"), layout_rank=0), spec=TENSOR
-    ),
+    "tensor": Case(ALL_OPTIONS, spec=TENSOR, recompute=True),
+    "tensor with condition tokens": Case(TOKENS, spec=TENSOR, pieces=2),
+}
+FOUR = {
+    "ddp over tensor": Case(ALL_OPTIONS, spec={**DDP, **TENSOR}),
+    "fsdp over tensor": Case(ALL_OPTIONS, spec={**FSDP, **TENSOR}, pieces=2),
 }
 
 
@@ -80,49 +82,99 @@ def make_batch(config: NetworkConfig, step: int) -> tuple[Tensor, Tensor, Tensor
     return x, t, labels, target
 
 
-def train(case: Case, world: World, steps: int = STEPS) -> dict[str, Tensor]:
-    """Losses and gradient norms of every step, and what came of it, whole: weights, last gradients, optimiser moments."""
+def make_share(case: Case, world: World) -> Share:
     network = random_network(case.config)
     if case.recompute:
         checkpoint_blocks(network)
-    spec = ParallelSpec(**case.spec) if world.size > 1 else ParallelSpec()
-    share = Share(network, world, spec, case.precision)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=True)
-    rows = spec.rows(world, BATCH)
+    return Share(network, world, ParallelSpec(**case.spec), case.precision)
+
+
+def make_optimizer(share: Share) -> torch.optim.AdamW:
+    """Its epsilon is large, so that a gradient of zero up to rounding makes no step of full length."""
+    return torch.optim.AdamW(share.network.parameters(), lr=1e-2, eps=1e-3, fused=True)
+
+
+def train(case: Case, share: Share) -> dict[str, Tensor]:
+    """Losses and gradient norms of every step, and what came of it, whole: weights, last gradients, averages, moments."""
+    network, optimizer = share.network, make_optimizer(share)
+    ema = Ema(network, (0.9,))
+    rows = ParallelSpec(tensor=share.tensor_size).rows(share.world, BATCH)
     losses, norms = [], []
-    for step in range(steps):
+    for step in range(STEPS):
         optimizer.zero_grad(set_to_none=True)
         batch = [part[rows.start : rows.stop] for part in make_batch(case.config, step)]
-        told = {"loss": 0.0}
-        pieces = list(zip(*(part.chunk(case.pieces) for part in batch), strict=True))
-        for index, (x, t, labels, target) in enumerate(pieces):
+        loss = 0.0
+        pieces = list(zip(*(part.tensor_split(case.pieces) for part in batch), strict=True))
+        for index, piece in enumerate(pieces):
             with share.piece(last=index == len(pieces) - 1):
-                with autocast(case.precision, "cpu"):
-                    output = share.forward(x, t, labels)
-                loss = (output.float() - target).square().mean() / len(pieces)
-                loss.backward()
-            told["loss"] += loss.item()
+                error = squared_error(share, case.precision, *piece) / len(pieces)
+                error.backward()
+            loss += error.item()
         norms.append(share.clip(CLIP))
-        losses.append(share.mean(told)["loss"])
+        losses.append(share.mean({"loss": loss})["loss"])
         optimizer.step()
+        ema.update(network.parameters())
     results = {"losses": torch.tensor(losses), "norms": torch.tensor(norms)}
     for name, parameter in network.named_parameters():
-        results[f"weight {name}"] = share.whole(name, parameter.detach())
         assert parameter.grad is not None, name
-        results[f"gradient {name}"] = share.whole(name, parameter.grad)
-        results[f"moment {name}"] = share.whole(name, optimizer.state[parameter]["exp_avg"])
+        kept = {"weight": parameter.detach(), "gradient": parameter.grad, "average": ema.first[name]}
+        kept |= {"moment": optimizer.state[parameter]["exp_avg"]}
+        results |= {f"{what} {name}": share.whole(name, tensor) for what, tensor in kept.items()}
     return {name: tensor.clone().contiguous() for name, tensor in results.items()}
+
+
+def squared_error(
+    share: Share, precision: Precision, x: Tensor, t: Tensor, labels: Tensor, target: Tensor
+) -> Tensor:
+    with autocast(precision, "cpu"):
+        output: Tensor = share.forward(x, t, labels)
+    return (output.float() - target).square().mean()
+
+
+def parts(share: Share) -> dict[str, dict[str, Tensor]]:
+    """The weights, and twice them by number as an optimiser keeps its moments."""
+    weights = dict(share.network.state_dict())
+    doubled = {f"{number}.exp_avg": 2 * p.detach() for number, p in enumerate(share.network.parameters())}
+    return {"model": weights, "optimizer": {**doubled, "0.step": torch.tensor(7.0)}}
+
+
+def hand_over(folder: Path, cases: list[Case], world: World) -> None:
+    """Write a network's parts as the first case shares it out, read and write them as the next does, and so on."""
+    index, held = None, parts(alone(random_network(cases[0].config)))
+    if world.first:
+        folder.mkdir()
+        write(folder, alone(random_network(cases[0].config)), held)
+    world.agree(True)
+    for number, case in enumerate(cases):
+        share = make_share(case, world)
+        with torch.no_grad():
+            for parameter in share.network.parameters():
+                parameter.zero_()
+        held = {part: read(folder, share, part, index) for part in held}
+        folder, index = folder.with_name(f"{folder.name}-{number}"), make_index(share, held)
+        if world.first:
+            folder.mkdir()
+            (folder / "index.json").write_text(json.dumps(index))
+        world.agree(True)
+        write(folder, share, held)
+        world.agree(True)
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with joined("cpu") as world:
-        for name, case in CASES.items():
-            print(name, flush=True)
-            results = train(case, world)
+        cases = PAIR if world.size == 2 else FOUR
+        for name, case in cases.items():
+            results = train(case, make_share(case, world))
             if world.first:
                 save_file(results, folder / f"{name}.safetensors")
+        hand_over(folder / "parts", HANDED[world.size], world)
 
+
+HANDED = {
+    2: [Case(ALL_OPTIONS, FSDP), Case(ALL_OPTIONS, TENSOR), Case(ALL_OPTIONS, DDP), Case(ALL_OPTIONS, FSDP)],
+    4: [Case(ALL_OPTIONS, FSDP), Case(ALL_OPTIONS, {**FSDP, **TENSOR}), Case(ALL_OPTIONS, {**DDP, **TENSOR})],
+}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
