@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> str:
         raise EvaluationError(f"{options.model} is no bundle: only a bundle has a manifest to write to")
     network, classifier = open_judges(options, opened)
     plan = choose(opened, options)
-    decoder = open_autoencoder(manifest.decoder, options.vae)
+    decoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
     sets = collect(opened, decoder, open_data(opened, options.data), network, plan)
     found = measure(sets, classifier, manifest.factors, plan.seed)
     folder.mkdir(parents=True, exist_ok=True)
