@@ -58,6 +58,10 @@ class ApiKey(BaseModel):
         """The name under which its jobs are queued."""
         return f"key:{self.id}"
 
+    def may_see(self, caller: str) -> bool:
+        """Whether the jobs of `caller` are its own, or it may see everybody's."""
+        return caller == self.caller or "admin" in self.scopes
+
 
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

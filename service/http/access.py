@@ -13,15 +13,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import Forbidden, QuotaExceeded, ServiceError, Unauthorized
 from service.http.problems import answer
 from service.keyring import ApiKey, Keyring
-from service.keyring import Scope as Right
 from service.queue.backplane import Meter
 from service.queue.quota import WINDOW_S, Allowance
 
 # What anybody may see: probes and figures (for the cluster's network), the pages and what they are made of.
 OPEN = frozenset({"/", "/session", "/docs", "/openapi.json", "/livez", "/readyz", "/startupz", "/metrics"})
 COOKIE = "dit_key"  # how a browser presents its key where it can set no header: event streams, pictures
-ADMIN = "/admin/"
-METERED = frozenset({"/generate", "/v1/images/generations"})
+DRAWING = frozenset({"/generate", "/v1/images/generations"})
 CHALLENGE = {"www-authenticate": 'Bearer realm="dit"'}
 
 
@@ -41,7 +39,7 @@ class Access:
         allowance = None
         try:
             key = _authorised(self._keyring, scope)
-            if key.rate is not None and scope["method"] == "POST" and scope["path"] in METERED:
+            if key.rate is not None and scope["method"] == "POST" and scope["path"] in DRAWING:
                 allowance = await self._quota().take(key.id, key.rate)
                 if not allowance.allowed:
                     raise QuotaExceeded(
@@ -68,10 +66,8 @@ def _authorised(keyring: Keyring, scope: Scope) -> ApiKey:
     key = keyring.find(presented)
     if key is None:
         raise Unauthorized("This API key is unknown or was revoked.")
-    path = scope["path"]
-    needed: Right | None = "admin" if path.startswith(ADMIN) else "generate" if path in METERED else None
-    if needed is not None and needed not in key.scopes:
-        raise Forbidden(f"This API key lacks the scope {needed!r}.")
+    if scope["path"] in DRAWING and "generate" not in key.scopes:
+        raise Forbidden("This API key lacks the scope 'generate'.")
     return key
 
 

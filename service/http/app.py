@@ -43,8 +43,10 @@ stable `code`; 503 means the service is full and 429 that your quota is, both wi
 def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAPI:
     """The application. `opener` connects to the queue when the app starts.
 
-    Raises `BundleError` if the bundle of the settings cannot be used, `KeyringError` if their key file cannot, or if nobody said that everybody may come in,
-    `ValueError` for traces without the extra they need.
+    Raises:
+        BundleError: the bundle of the settings cannot be used.
+        KeyringError: their key file cannot, or nobody said that everybody may come in.
+        ValueError: traces without the extra they need.
     """
     bundle = Bundle.open(settings.bundle, verify=False)
     keyring = admit(settings)

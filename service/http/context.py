@@ -33,10 +33,12 @@ class Context:
     started: bool = field(default=False)
 
     async def job(self, job_id: str, held: ApiKey | None = None) -> JobStatus:
-        """A job as the holder of a key may see it: their own, with the scope admin anybody's. Raises `JobNotFound`, `QueueUnavailable`."""
+        """A job as the holder of a key may see it: their own, with the scope admin anybody's.
+
+        Raises `JobNotFound`, `QueueUnavailable`.
+        """
         status = await self.backplane.queue.status(job_id) if _JOB_ID.fullmatch(job_id) else None
-        strange = held is not None and "admin" not in held.scopes
-        if status is None or (strange and held and status.job.caller != held.caller):
+        if status is None or not (held is None or held.may_see(status.job.caller)):
             raise JobNotFound(f"There is no job {job_id[:64]!r}.")
         return status
 
