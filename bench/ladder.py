@@ -7,7 +7,7 @@ distance to those, its cost the forward rows of one image. The candidates that n
 and drawn to bench/results/ladder-<name>.{json,png} and, with --write, put into the manifest. With --data, the rungs of the ladder are
 also judged by the Fréchet distance of --pictures images to the training pictures, which says whether a distance can be seen.
 A narrower guidance interval is tried on demand only: it aims at other images than the reference's, and the first measure counts
-that as loss. DPM-Solver++ is the only multistep candidate: it may follow any other solver in the middle of a run, which a rung must.
+that as loss.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ REFERENCE_STEPS = 250
 CANDIDATES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "ddim": (("trailing",), (100, 50, 30, 20, 16, 12, 8)),
     "dpmpp-2m": (("trailing", "uniform-t"), (50, 40, 30, 25, 20, 16, 14, 12, 10, 8, 6, 5, 4)),
+    "unipc-1": (("trailing", "uniform-t"), (30, 25, 20, 16, 14, 12, 10, 8, 6, 5, 4)),
 }
 WORTHWHILE = 0.9  # a rung costs at most this share of the one above it
 
