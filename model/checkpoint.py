@@ -1,6 +1,8 @@
 """Training state on disk: safetensors and JSON, written atomically; the newest valid one wins. Nothing is pickled.
 
 <run>/checkpoints/step-0001200/{model,ema,optimizer}.safetensors  state.json  and ema-0.9999.safetensors of a second average
+
+Where processes share the parameters out, each writes files of its own (`model.blocks`), and any number of processes reads them.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,10 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.ema import Ema
+from model.parallel import Share, local
+from model.sharded import make_index, read, write
 
 COUNTERS = ("step", "skipped", "failures", "rollbacks")
 Tensors = Mapping[str, Tensor]
@@ -33,7 +37,7 @@ class CheckpointError(Exception):
 class TrainingState:
     """All that a resumed run needs besides its config: random numbers are functions of (seed, rollbacks, step)."""
 
-    model: nn.Module
+    share: Share
     optimizer: torch.optim.Optimizer
     ema: Ema
     scaler: torch.amp.GradScaler
@@ -41,6 +45,11 @@ class TrainingState:
     skipped: int = 0  # steps whose gradient was not finite
     failures: int = 0  # of those, the ones in a row up to now
     rollbacks: int = 0
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that learns, as far as this process holds it."""
+        return self.share.network
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything by file and name; what is kept per parameter is named `<its number>.<what>`."""
@@ -52,14 +61,18 @@ class TrainingState:
         averages = dict(zip(self.averages(), self.ema.averages.values(), strict=True))
         return {"model": self.model.state_dict(), "optimizer": per_parameter, **averages}
 
+    def parts(self) -> list[str]:
+        """The names of the files."""
+        return ["model", "optimizer", *self.averages()]
+
     def averages(self) -> list[str]:
         """The names of the averages' files."""
         return [f"ema-{decay}" if number else "ema" for number, decay in enumerate(self.ema.averages)]
 
     def finite(self) -> bool:
-        """Whether no number is NaN or infinite."""
+        """Whether no number of any process is NaN or infinite."""
         tensors = chain.from_iterable(part.values() for part in self.tensors().values())
-        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        return self.share.world.agree(all(bool(torch.isfinite(local(each)).all()) for each in tensors))
 
     @torch.no_grad()
     def load(self, parts: Mapping[str, Tensors], saved: Mapping[str, Any]) -> None:
@@ -87,33 +100,49 @@ def save(folder: Path, state: TrainingState, identity: Mapping[str, Any], *, kee
     Raises:
         CheckpointError: it cannot be written; what was there before is intact.
     """
-    target, scratch = folder / f"step-{state.step:07d}", folder / f".writing-{os.getpid()}"
-    counters = {counter: getattr(state, counter) for counter in COUNTERS}
-    facts = {**identity, **counters, "ema_updates": state.ema.updates, "scaler": state.scaler.state_dict()}
-    try:
-        for left in folder.glob(".writing-*"):  # by a run that was killed
-            shutil.rmtree(left)
-        scratch.mkdir(parents=True)
-        for name, tensors in state.tensors().items():
-            save_file(
-                {key: value.contiguous() for key, value in tensors.items()}, scratch / f"{name}.safetensors"
+    target = folder / f"step-{state.step:07d}"
+    scratch, world = folder / f".writing-{target.name}", state.share.world
+    for phase in (_begin, _write, _publish):
+        failure: OSError | SafetensorError | None = None
+        try:
+            if world.first or phase is _write:
+                phase(scratch, target, state, identity)
+        except (OSError, SafetensorError) as error:
+            failure = error
+        if not world.agree(failure is None):
+            with suppress(OSError):
+                shutil.rmtree(scratch)
+            reason = failure.strerror if isinstance(failure, OSError) else failure or "by another process"
+            raise CheckpointError(
+                f"{target} cannot be written ({reason}): make room or choose another output; earlier checkpoints are intact"
             )
-        (scratch / "state.json").write_text(json.dumps(facts, indent=1))
-        for file in scratch.iterdir():
-            _settle(file)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-        _settle(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(
-            f"{target} cannot be written ({reason}): make room or choose another output; earlier checkpoints are intact"
-        ) from None
-    valid = [path for path in sorted(folder.glob("step-*")) if path.name <= target.name]
-    for path in {*folder.glob("step-*")} - {*valid[-keep:]}:  # the later ones were damaged, or led astray
-        shutil.rmtree(path)
+    if world.first:
+        valid = [path for path in sorted(folder.glob("step-*")) if path.name <= target.name]
+        for path in {*folder.glob("step-*")} - {*valid[-keep:]}:  # the later ones were damaged, or led astray
+            shutil.rmtree(path)
     return target
+
+
+def _begin(scratch: Path, target: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
+    for left in scratch.parent.glob(".writing-*"):  # by a run that was killed
+        shutil.rmtree(left)
+    scratch.mkdir(parents=True)
+
+
+def _write(scratch: Path, target: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
+    for file in write(scratch, state.share, state.tensors()):
+        _settle(file)
+
+
+def _publish(scratch: Path, target: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
+    facts = {counter: getattr(state, counter) for counter in COUNTERS}
+    facts |= {"ema_updates": state.ema.updates, "scaler": state.scaler.state_dict()}
+    facts |= {"index": make_index(state.share, state.tensors())}
+    (scratch / "state.json").write_text(json.dumps({**identity, **facts}, indent=1))
+    _settle(scratch / "state.json")
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.rename(target)
+    _settle(target.parent)
 
 
 def check_room(folder: Path, state: TrainingState, *, keep: int) -> None:
@@ -122,7 +151,7 @@ def check_room(folder: Path, state: TrainingState, *, keep: int) -> None:
     Raises:
         CheckpointError: naming the folder.
     """
-    weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
+    weights = 4 * state.share.elements
     needed = (keep + 1) * weights * (3 + len(state.ema.averages))  # weights, two moments, averages
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -150,18 +179,24 @@ def restore(
     Raises:
         CheckpointError: the checkpoint belongs to another run, or there are some and none can be read.
     """
-    paths = sorted(folder.glob("step-*"), reverse=True)
+    paths, world = sorted(folder.glob("step-*"), reverse=True), state.share.world
+    if not world.same(len(paths)):
+        raise CheckpointError(
+            f"{folder} is not the same to all processes: choose an output on a disk that their machines share"
+        )
     for path in paths:
+        damage: Exception | None = None
         try:
             saved = json.loads((path / "state.json").read_text())
-            parts = {name: load_file(path / f"{name}.safetensors") for name in ("model", "optimizer")}
             check(path, saved, identity)
-            parts |= {name: load_file(path / f"{name}.safetensors") for name in state.averages()}
+            parts = {part: read(path, state.share, part, saved.get("index")) for part in state.parts()}
         except (OSError, ValueError, SafetensorError) as error:
-            notice(f"{path} is passed over, it is damaged: {str(error).splitlines()[0]}")
-            continue
-        state.load(parts, saved)
-        return path
+            damage = error
+        if world.agree(damage is None):
+            state.load(parts, saved)
+            return path
+        reason = str(damage or "another process cannot read its files").splitlines()[0]
+        notice(f"{path} is passed over, it is damaged: {reason}")
     if paths:
         raise CheckpointError(
             f"{folder} holds no checkpoint that can be read: move it away to start from the beginning"

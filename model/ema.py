@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,9 @@ class Ema:
             torch._foreach_lerp_(list(average.values()), current, 1 - min(decay, warm))
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Overwrite `module`'s parameters by the first average."""
+    def copy_to(
+        self, module: nn.Module, whole: Callable[[str, Tensor], Tensor] = lambda _, part: part
+    ) -> None:
+        """Overwrite `module`'s parameters by the first average, `whole` making all of a parameter's from a process's part."""
         for name, parameter in module.named_parameters():
-            parameter.copy_(self.first[name])
+            parameter.copy_(whole(name, self.first[name]))

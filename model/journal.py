@@ -41,6 +41,8 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 class Journal:
     """The log of one run, from `state.step` on: what a run that was killed, or led astray, logged after that is dropped.
 
+    Of several processes, the first one writes it.
+
     Raises:
         ValueError: TensorBoard is asked for and not installed.
         OSError: the folder cannot be written.
@@ -61,13 +63,16 @@ class Journal:
         )
         self.progress = Progress(*columns)
         self.task = self.progress.add_task("train", total=config.steps, completed=state.step, note="")
-        self.board = SummaryWriter(str(self.folder / "tensorboard")) if config.tensorboard else None
+        self.first = state.share.world.first
+        board = config.tensorboard and self.first
+        self.board = SummaryWriter(str(self.folder / "tensorboard")) if board else None
         self.rewind(state.step)
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`."""
         kept = [line for line in read_log(self.folder) if line["step"] <= step]
-        write_atomic(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if self.first:
+            write_atomic(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.smooth: float | None = kept[-1].get("smooth_loss") if kept else None
         self.since, self.seen = time.monotonic(), 0
 
@@ -88,6 +93,8 @@ class Journal:
 
     def record(self, state: TrainingState, told: Mapping[str, float]) -> None:
         """Take in what a step told; every `log_every` steps, and at the end, write it."""
+        if not self.first:
+            return
         loss = told["loss"]
         if math.isfinite(loss):
             self.smooth = loss if self.smooth is None else SMOOTHING * self.smooth + (1 - SMOOTHING) * loss

@@ -130,7 +130,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
-        head = hidden_size // num_heads
+        self.head_size = head = hidden_size // num_heads
         self.q_norm = nn.LayerNorm(head, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head, eps=1e-6) if qk_norm else nn.Identity()
 
@@ -141,8 +141,8 @@ class Attention(nn.Module):
 
     def heads(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (N, H, T, D/H), normalised and rotated as configured."""
-        n, t, d = h.shape
-        qkv = self.qkv(h).reshape(n, t, 3, self.num_heads, d // self.num_heads)
+        n, t, _ = h.shape
+        qkv = self.qkv(h).reshape(n, t, 3, self.num_heads, self.head_size)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, N, H, T, D/H)
         q, k, v = (part.squeeze(0) for part in torch.split(qkv, 1, dim=0))
         q, k = self.q_norm(q), self.k_norm(k)
@@ -161,16 +161,15 @@ class CrossAttention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.head_size = num_heads, hidden_size // num_heads
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
-        n, t, d = h.shape
-        head = d // self.num_heads
-        q = self.q(h).reshape(n, t, self.num_heads, head).transpose(1, 2)  # (N, H, T, D/H)
-        kv = self.kv(tokens).reshape(n, tokens.shape[1], 2, self.num_heads, head)
+        n, t, _ = h.shape
+        q = self.q(h).reshape(n, t, self.num_heads, self.head_size).transpose(1, 2)  # (N, H, T, D/H)
+        kv = self.kv(tokens).reshape(n, tokens.shape[1], 2, self.num_heads, self.head_size)
         kv = kv.permute(2, 0, 3, 1, 4)  # (2, N, H, S, D/H)
         k, v = (part.squeeze(0) for part in torch.split(kv, 1, dim=0))
         out = F.scaled_dot_product_attention(q, k, v)

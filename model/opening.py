@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.blocks import read_whole
 from model.bundle import MANIFEST, WEIGHTS, Bundle, Defaults, LatentSpec, Manifest, StateTensor
 from model.config import DiTConfig
 from model.dataset import Dataset
@@ -174,7 +175,7 @@ def _newest(folder: Path) -> tuple[Path, int, dict[str, Tensor]]:
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             state: dict[str, Any] = json.loads((path / "state.json").read_text())
-            return path, int(state["step"]), load_file(path / "ema.safetensors")
+            return path, int(state["step"]), read_whole(path, "ema", state.get("index"))
         except (OSError, ValueError, KeyError, SafetensorError):
             continue  # being written or removed by a run that goes on
     raise OpenError(

@@ -17,6 +17,7 @@ from model.diffusion import Prediction
 from model.network_config import NetworkConfig, network_config
 from model.objective import TimestepSampling
 from model.precision import Precision
+from model.world import ParallelSpec
 
 
 def _tuple(value: Any) -> Any:
@@ -60,7 +61,7 @@ FREE = frozenset(
         "keep",
         "sheet_every",
     }
-    | {"log_every", "tensorboard", "stages", "data"}
+    | {"log_every", "tensorboard", "stages", "data", "parallel"}
 )
 FREE_OF_DATA = {"path", "check", "corrupt_limit", "prefetch"}
 
@@ -130,6 +131,8 @@ class TrainConfig(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     threads: Annotated[int, Field(ge=0)] = 0
     device: Literal["cpu", "cuda"] = "cpu"
+    parallel: ParallelSpec = ParallelSpec()
+    """How the processes share the work where `torchrun` starts several."""
 
     skip_limit: Count = 10
     """Steps in a row without a finite gradient after which the run goes back to its last checkpoint."""

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from model.dit import DiT
-from model.layers import Attention, CrossAttention, SwiGlu, rotate
+from model.layers import Attention, CrossAttention, SwiGlu
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +120,11 @@ class HeadNorm(ParallelStyle):
 
 
 class Heads(ParallelStyle):
-    """An attention over this process's heads, whose size does not follow from its input's width any more."""
+    """An attention over this process's heads."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        head = module.get_submodule("proj").get_parameter("bias").numel() // cast(int, module.num_heads)
-        if isinstance(module, Attention):
-            module.heads = partial(_heads, module, head)  # type: ignore[method-assign]
-        else:
-            module.forward = partial(_cross, cast(CrossAttention, module), head)
+        attention = cast(Attention | CrossAttention, module)
+        attention.num_heads //= device_mesh.size()
         return module
 
 
@@ -146,27 +143,6 @@ def _summed(linear: nn.Linear, mesh: DeviceMesh, h: Tensor) -> Tensor:
 def _normed(norm: nn.LayerNorm, mesh: DeviceMesh, h: Tensor) -> Tensor:
     weight, bias = (_entering(parameter, mesh) for parameter in (norm.weight, norm.bias))
     return F.layer_norm(h, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def _heads(
-    attention: Attention, head: int, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`Attention.heads` of this process's."""
-    qkv = attention.qkv(h).unflatten(2, (3, -1, head)).permute(2, 0, 3, 1, 4)  # (3, N, H, T, D/H)
-    q, k, v = qkv.unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    if rotary is not None:
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-    return q, k, v
-
-
-def _cross(attention: CrossAttention, head: int, h: Tensor, tokens: Tensor) -> Tensor:
-    """`CrossAttention.forward` over this process's heads."""
-    q = attention.q(h).unflatten(2, (-1, head)).transpose(1, 2)  # (N, H, T, D/H)
-    kv = attention.kv(tokens).unflatten(2, (2, -1, head)).permute(2, 0, 3, 1, 4)  # (2, N, H, S, D/H)
-    k, v = kv.unbind(0)
-    out = F.scaled_dot_product_attention(q, k, v)
-    return cast(Tensor, attention.proj(out.transpose(1, 2).flatten(2)))  # (N, T, D)
 
 
 def _entering(h: Tensor, mesh: DeviceMesh) -> Tensor:

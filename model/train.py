@@ -1,5 +1,7 @@
 """`python -m model.train --config run.json`: train a network, with exact resume.
 
+On several GPUs or machines, as `parallel` of the configuration says: torchrun --nproc-per-node 8 -m model.train --config run.json
+
 Every random number is a function of (seed, step): the order of pictures, timesteps, noise and dropped conditions. So a run that
 stops, even by SIGKILL, continues from its last checkpoint as if it had not stopped.
 """
@@ -7,8 +9,10 @@ stops, even by SIGKILL, continues from its last checkpoint as if it had not stop
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,6 @@ from pydantic import ValidationError
 from model.bundle import BundleError, write_atomic
 from model.checkpoint import CheckpointError, check_room
 from model.curve import draw_curve
-from model.ema import Ema
 from model.journal import Journal
 from model.opening import OpenError
 from model.pictures import DataError
@@ -26,10 +29,10 @@ from model.recipe import TrainConfig, load_config, mistake
 from model.rehearsal import rehearse, show
 from model.sample import sample_sheet
 from model.trainer import Diverged, Trainer
-from model.warm_start import warm_start
+from model.world import World, joined
 
 
-def run(config: TrainConfig) -> None:
+def run(config: TrainConfig, world: World | None = None) -> None:
     """Train to `config.steps`, resuming from `config.output` if it holds a checkpoint.
 
     Raises:
@@ -37,11 +40,12 @@ def run(config: TrainConfig) -> None:
         CheckpointError, OSError: a folder that cannot be written, or holds another run.
         Diverged: the loss is not finite again and again.
     """
-    with closing(Trainer(config)) as trainer:
+    with closing(Trainer(config, world)) as trainer:
         begin(trainer)
         if trainer.state.step < config.steps:
             advance(trainer)
-            draw_curve(config.output)
+            if trainer.share.world.first:
+                draw_curve(config.output)
 
 
 def advance(trainer: Trainer) -> None:
@@ -60,8 +64,10 @@ def advance(trainer: Trainer) -> None:
             if due and (last or not state.failures):
                 trainer.save()
             if trainer.dataset.channels == 3 and (last or state.step % config.sheet_every == 0):
-                sheet = sample_sheet(trainer.averaged(), trainer.schedule, seed=config.seed)
-                sheet.save(config.output / f"sheet-{state.step:07d}.png")
+                averaged = trainer.averaged()
+                if trainer.share.world.first:
+                    sheet = sample_sheet(averaged, trainer.schedule, seed=config.seed)
+                    sheet.save(config.output / f"sheet-{state.step:07d}.png")
 
 
 def begin(trainer: Trainer) -> None:
@@ -71,18 +77,17 @@ def begin(trainer: Trainer) -> None:
     resumed = trainer.resume()
     if resumed is not None:
         print(f"resumed from {resumed}")
-    elif config.init is not None:
-        print(f"{config.init}: {warm_start(state.model, trainer.dataset.factors, config.init)}")
-        state.ema = Ema(state.model, config.ema)
+    elif trainer.warm is not None:
+        print(f"{config.init}: {trainer.warm}")
     if state.step >= config.steps:
         print(f"{config.output} is at step {state.step} already: raise steps to train on")
-    parameters = sum(p.numel() for p in state.model.parameters())
     print(
-        f"{parameters / 1e6:.2f} M parameters, {len(trainer.source.training)} pictures, classes {trainer.network_config.classes}"
+        f"{state.share.elements / 1e6:.2f} M parameters, {len(trainer.source.training)} pictures, classes {trainer.network_config.classes}"
     )
     print(config.model_dump_json())
     check_room(config.output, state, keep=config.keep)
-    write_atomic(config.output / "config.json", (config.model_dump_json(indent=1) + "\n").encode())
+    if state.share.world.first:
+        write_atomic(config.output / "config.json", (config.model_dump_json(indent=1) + "\n").encode())
     if resumed is None:
         trainer.save()
     if config.compile:
@@ -96,12 +101,15 @@ def main(arguments: list[str]) -> int:
     try:
         config = load_config(options.config, [*options.set, *named])
         torch.set_num_threads(config.threads or torch.get_num_threads())
-        if options.dry_run:
-            with closing(Trainer(config)) as trainer:
-                for line in show(trainer, rehearse(trainer)):
-                    print(line)
-        else:
-            run(config)
+        with joined(config.device) as world, _quiet(world):
+            if not options.dry_run:
+                run(config, world)
+            elif world.size > 1:
+                raise ValueError("--dry-run is of one process: leave torchrun out")
+            else:
+                with closing(Trainer(config)) as trainer:
+                    for line in show(trainer, rehearse(trainer)):
+                        print(line)
     except KeyboardInterrupt:
         return _refuse("stopped; the same command goes on from the last checkpoint")
     except ValidationError as error:
@@ -123,6 +131,13 @@ FLAGS: dict[str, dict[str, Any]] = {
     "device": {"metavar": "cpu|cuda"},
     "seed": {"metavar": "N"},
 }
+
+
+@contextmanager
+def _quiet(world: World) -> Iterator[None]:
+    """Only the first process tells how it goes on."""
+    with open(os.devnull, "w") as nowhere, nullcontext() if world.first else redirect_stdout(nowhere):
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,10 +22,13 @@ from model.ema import Ema
 from model.network import Network, make_network
 from model.objective import noise_tables, rows, squared_error, variational_term
 from model.optimizer import learning_rate, make_optimizer
+from model.parallel import Share
 from model.precision import autocast, loss_scaler
 from model.prefetch import Prefetch
 from model.recipe import TrainConfig
 from model.recomputation import checkpoint_blocks
+from model.warm_start import WarmStart, warm_start
+from model.world import World
 
 
 class Diverged(Exception):
@@ -35,37 +38,37 @@ class Diverged(Exception):
 class Trainer:
     """Owns the network, its data and its state; `step()` is one optimiser step.
 
-    With `size` processes, process `rank` trains on its share of every batch.
+    Each process of a `world` trains on its share of every batch, and with its share of the network.
 
     Raises:
         ValueError, DataError: a configuration or data that cannot work.
     """
 
-    def __init__(self, config: TrainConfig, *, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, config: TrainConfig, world: World | None = None) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch finds no GPU: take --device cpu")
-        self.config, self.size = config, size
+        self.config, world = config, world or World(device=config.device)
         self.dataset = config.pictures()
         self.network_config = config.network(self.dataset)
         self.schedule = config.diffusion.noise_schedule()
-        share = range(rank * config.batch // size, (rank + 1) * config.batch // size)
-        self.source = BatchSource(config, self.dataset, self.network_config, share)
+        mine = config.parallel.rows(world, config.batch)
+        self.source = BatchSource(config, self.dataset, self.network_config, mine)
         self.tables = noise_tables(self.schedule, config.space, config.loss_cap, config.device)
         self.identity = config.identity(self.dataset)
         self.checkpoints = config.output / "checkpoints"
         self.batches: Prefetch[Batch] | None = None
         torch.manual_seed(config.seed)
-        model = make_network(self.network_config).to(config.device)
+        model = make_network(self.network_config)
         for table in model.y_embedder.tables:
             nn.init.normal_(table.get_parameter("weight"), std=config.label_std)
         if config.checkpoint_blocks:
             checkpoint_blocks(model)
-        self.state = self._state(model)
-
-    def _state(self, model: Network) -> TrainingState:
-        config = self.config
+        self.warm: WarmStart | None = None
+        if config.init is not None and not any(self.checkpoints.glob("step-*")):
+            self.warm = warm_start(model, self.dataset.factors, config.init)
+        self.share = Share(model, world, config.parallel, config.precision)
         ema, scaler = Ema(model, config.ema), loss_scaler(config.precision, config.device)
-        return TrainingState(model, make_optimizer(model, config), ema, scaler)
+        self.state = TrainingState(self.share, make_optimizer(model, config), ema, scaler)
 
     def step(self) -> dict[str, float]:
         """Forward and backward over the batch, clip, update, average; a gradient that is not finite is passed over.
@@ -76,14 +79,17 @@ class Trainer:
         batch = self.next_batch()
         told: dict[str, float] = {}
         state.optimizer.zero_grad(set_to_none=True)
-        for part in batch.split(config.accumulate):
-            share = len(part) * self.size / config.batch  # averaged over processes: the whole batch's mean
-            total, losses = self.losses(part.to(config.device))
-            state.scaler.scale(share * total).backward()
+        parts = list(batch.split(config.accumulate))
+        for part in parts:
+            weight = len(part) / len(batch)
+            with self.share.piece(last=part is parts[-1]):
+                total, losses = self.losses(part.to(config.device))
+                state.scaler.scale(weight * total).backward()
             for name, loss in losses.items():
-                told[name] = told.get(name, 0.0) + share * loss.item()
+                told[name] = told.get(name, 0.0) + weight * loss.item()
+        told = self.share.mean(told)
         state.scaler.unscale_(state.optimizer)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf).item()
+        norm = self.share.clip(config.clip)
         rate = learning_rate(config, state.step)
         if math.isfinite(told["loss"]) and math.isfinite(norm):
             self.update(rate)
@@ -98,7 +104,7 @@ class Trainer:
         config, tables, t = self.config, self.tables, batch.t
         x_t = add_noise(rows(tables.alpha, t), rows(tables.sigma, t), batch.x0, batch.noise)
         with autocast(config.precision, config.device):
-            output = self.state.model(x_t, t, batch.labels, batch.text)
+            output = self.share.forward(x_t, t, batch.labels, batch.text)
         output = output.float()
         total = loss = squared_error(tables, output, batch.x0, batch.noise, t).mean()
         parts = {"loss": loss}
@@ -182,5 +188,5 @@ class Trainer:
         """A copy of the network with the averaged weights, in evaluation mode, at the picture size of this step."""
         size = self.source.at(max(0, self.state.step - 1)).size
         model = make_network(replace(self.network_config, image_size=size)).to(self.config.device)
-        self.state.ema.copy_to(model)
+        self.state.ema.copy_to(model, self.share.whole)
         return model.eval()

@@ -59,8 +59,8 @@ def joined(device: Literal["cpu", "cuda"]) -> Iterator[World]:
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"device is cuda, and torch finds {torch.cuda.device_count()} GPUs for {local_rank + 1} processes or more: "
-                "start one for each by torchrun --nproc-per-node, or take device cpu"
+                f"device is cuda, but process {local_rank} of this machine has no GPU of the {torch.cuda.device_count()} that "
+                "torch finds: start one process for each by torchrun --nproc-per-node, or take device cpu"
             )
         torch.cuda.set_device(local_rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))

@@ -16,6 +16,7 @@ from torch import nn
 
 from model.checkpoint import CheckpointError, TrainingState, check_room, restore, save
 from model.ema import Ema
+from model.parallel import alone
 from model.precision import loss_scaler
 
 IDENTITY: dict[str, Any] = {"seed": 0, "model": {"depth": 2, "hidden_size": 16}, "ema": [0.9, 0.99]}
@@ -25,7 +26,7 @@ def fresh(seed: int = 0, width: int = 4) -> TrainingState:
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-    return TrainingState(module, optimizer, Ema(module, (0.9, 0.99)), loss_scaler("fp16", "cpu"))
+    return TrainingState(alone(module), optimizer, Ema(module, (0.9, 0.99)), loss_scaler("fp16", "cpu"))
 
 
 def advance(state: TrainingState, steps: int = 1) -> None:

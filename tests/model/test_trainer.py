@@ -88,16 +88,6 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(tmp_path: Path, pi
         torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_shares_of_two_processes_average_to_the_whole(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, batch=5, clip=None)
-    trainers = [Trainer(config), Trainer(config, rank=0, size=2), Trainer(config, rank=1, size=2)]
-    told = [trainer.step() for trainer in trainers]
-    assert told[0]["loss"] == pytest.approx((told[1]["loss"] + told[2]["loss"]) / 2, rel=1e-6)
-    for parameters in zip(*(trainer.state.model.parameters() for trainer in trainers), strict=True):
-        whole, first, second = (torch.zeros(1) if p.grad is None else p.grad for p in parameters)
-        torch.testing.assert_close((first + second) / 2, whole, rtol=1e-4, atol=1e-7)
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_follows_the_full(tmp_path: Path, precision: str) -> None:
     full, half = Trainer(tiny_config(tmp_path)), Trainer(tiny_config(tmp_path, precision=precision))
