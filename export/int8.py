@@ -88,7 +88,7 @@ def add_int8(path: Path, target: Target, settings: Settings = Settings()) -> dic
         quality = frechet_report(source, served, settings.judge) if settings.judge else {}
     except ExportError:
         remove_graph(file)
-        write_manifest(path, source.manifest)
+        _record_metrics(path, source, {}, target)
         raise
     summary = {
         "file": file.name,
@@ -150,9 +150,20 @@ def _record(path: Path, source: Opened, summary: dict[str, Any], target: Target)
         f"{name}_weight_bits": summary["weight_bits"],
         **{f"{name}_speedup_{key}": value for key, value in summary["speedup"].items()},
     }
-    write_manifest(
-        path, source.manifest.model_copy(update={"metrics": {**source.manifest.metrics, **metrics}})
-    )
+    _record_metrics(path, source, metrics, target)
+
+
+def _record_metrics(path: Path, source: Opened, metrics: dict[str, float], target: Target) -> None:
+    """Write the manifest with `metrics` for those of `target`'s earlier graph."""
+    others = {key: value for key, value in source.manifest.metrics.items() if _target(key) != target}
+    write_manifest(path, source.manifest.model_copy(update={"metrics": {**others, **metrics}}))
+
+
+def _target(metric: str) -> Target | None:
+    """Whose INT8 graph a metric of the manifest is about."""
+    if metric.startswith("int8_tensorrt_"):
+        return "tensorrt"
+    return "cpu" if metric.startswith("int8_") else None
 
 
 def main(arguments: list[str]) -> int:

@@ -37,7 +37,7 @@ from export.source import Card, open_source, parameters, rounded
 from export.storage import data_file, save_graph, save_weights, save_whole
 from export.verify import CALIBRATION, Band, Limits, check, report, worst
 from model.autoencoder import SdVae, open_autoencoder
-from model.bundle import BACKBONE, CONDITIONER, EMBEDDER, WEIGHTS, Manifest, write_manifest
+from model.bundle import BACKBONE, CONDITIONER, EMBEDDER, GOLDEN, WEIGHTS, Golden, Manifest, write_manifest
 from model.network import Network
 from model.opening import Opened, build
 
@@ -90,7 +90,7 @@ def export_bundle(source: Opened, out: Path, options: Options = Options()) -> di
             "graphs": {name: report(bands) for name, bands in graphs.items()},
         }
         (scratch / PARITY).write_text(json.dumps(summary, indent=1) + "\n")
-        golden = write_golden(model, scratch, options.vae)
+        golden = write_golden(model, scratch, options.vae) or _kept_golden(source.manifest, scratch, options)
         manifest = _manifest(source.manifest, kind, cost, graphs)
         _publish(scratch, out, manifest.model_copy(update={"golden": golden}))
     finally:
@@ -136,6 +136,15 @@ def write_decoder(manifest: Manifest, folder: Path, options: Options) -> dict[st
         if file.is_file():
             shutil.copy(file, folder)
     return {}
+
+
+def _kept_golden(manifest: Manifest, folder: Path, options: Options) -> Golden | None:
+    """The golden image beside the decoder that is taken over: a model on latents cannot draw it without its autoencoder."""
+    file = None if options.decoder is None else options.decoder.with_name(GOLDEN)
+    if manifest.golden is None or file is None or not file.is_file():
+        return None
+    shutil.copy(file, folder)
+    return manifest.golden
 
 
 def decoder_of(bundle: Path) -> Path | None:

@@ -135,7 +135,9 @@ def test_a_bundle_is_smoothed_quantised_and_tells_what_it_cost(
     monkeypatch.setattr("export.int8._speed", lambda *_: {"batch_1": 1.01})
     with pytest.raises(ExportError, match=r"1\.01 times as fast as fp32 here, 1\.1 is asked for: --keep"):
         add_int8(own_bundle, "cpu", Settings(walk=walk))
-    assert "backbone.int8.onnx" not in Bundle.open(own_bundle).manifest.files
+    manifest = Bundle.open(own_bundle).manifest
+    assert "backbone.int8.onnx" not in manifest.files
+    assert not any(name.startswith("int8") for name in manifest.metrics)
 
 
 def test_the_cost_in_quality_is_the_growth_of_the_frechet_distance(full_bundle: Path, tmp_path: Path) -> None:

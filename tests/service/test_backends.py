@@ -323,6 +323,7 @@ def with_int8(bundle: Bundle, tmp_path: Path) -> Callable[..., Bundle]:
         ({"int8_quality_loss": 0.004, "int8_weight_bits": 7}, 0.5, "int8", "2.0"),
         ({"int8_quality_loss": -0.1, "int8_weight_bits": 8}, 0.5, "int8", "2.0"),
         ({"int8_quality_loss": 0.004}, 2.0, "fp32", "no faster here (0.50 times)"),
+        ({"int8_quality_loss": 0.004}, 0.98, "fp32", "no faster here (1.02 times)"),  # as good as equal
         ({"int8_quality_loss": 0.02}, 0.5, "fp32", "costs 2.0% of quality"),
         ({}, 0.5, "fp32", "not on record"),
     ],
