@@ -170,7 +170,13 @@ async def audit(site: Site, record: Record) -> None:
 
 async def run(arguments: argparse.Namespace, progress: Progress) -> Record:
     manifest = Bundle.open(arguments.bundle).manifest
-    flags = [f"--bundle={arguments.bundle}", "--threads=1", f"--lease-s={LEASE_S}", f"--drain-s={DRAIN_S}"]
+    flags = [
+        f"--bundle={arguments.bundle}",
+        "--threads=1",
+        "--precision=fp32",
+        f"--lease-s={LEASE_S}",
+        f"--drain-s={DRAIN_S}",
+    ]
     settings = Settings.parse([*flags, "--log-level=warning", f"--ready-workers={arguments.workers}"])
     record, rng = Record(), random.Random(arguments.seed)
     factor = manifest.factors[0]

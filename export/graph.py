@@ -27,7 +27,8 @@ from export.errors import ExportError
 from model.autoencoder import Autoencoder
 from model.config import DiTConfig
 from model.dit import DiT
-from model.network import Network, NetworkConfig
+from model.network import Network
+from model.network_config import size_multiple
 
 OPSET = 20
 TEXT = "text"  # the embedder's input for sentence embeddings
@@ -102,13 +103,6 @@ class _Wiring:
     sides: int = 0  # height and width of the first input are any multiples of this; 0: fixed
     batch: int = 65536  # the largest that the module takes without looking at it
     strict: bool = True  # read Python's bytecode, which sees through `len` of a tensor
-
-
-def size_multiple(config: NetworkConfig) -> int | None:
-    """What height and width must be multiples of; None where only the trained size will do."""
-    if isinstance(config, DiTConfig):
-        return None if config.layout_rank else config.patch_size
-    return 1 << (len(config.multipliers) - 1)
 
 
 def embedder_graph(network: Network, factors: Sequence[str]) -> onnx.ModelProto | None:

@@ -29,7 +29,6 @@ from export.graph import (
     conditioner_graph,
     decoder_graph,
     embedder_graph,
-    size_multiple,
 )
 from export.half import filename, write_half
 from export.parity import compare_rows, verify_decoder, verify_graphs
@@ -39,6 +38,7 @@ from export.verify import CALIBRATION, Band, Limits, check, report, worst
 from model.autoencoder import SdVae, open_autoencoder
 from model.bundle import BACKBONE, CONDITIONER, EMBEDDER, GOLDEN, WEIGHTS, Golden, Manifest, write_manifest
 from model.network import Network
+from model.network_config import size_multiple
 from model.opening import Opened, build
 
 PARITY, DECODER = "parity.json", "decoder.onnx"

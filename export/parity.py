@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from export.calibrate import Backbone, Rows
-from export.graph import TEXT, size_multiple
+from export.graph import TEXT
 from export.session import open_session, run
 from export.verify import LIMITS, Band, Limits, check, compare
 from model.autoencoder import Autoencoder
 from model.bundle import BACKBONE, CONDITIONER, EMBEDDER, Manifest
 from model.network import Network
+from model.network_config import size_multiple
 from model.opening import Opened
 
 CHUNK = 32  # rows of one forward pass

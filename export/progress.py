@@ -122,13 +122,14 @@ def lines() -> Iterator[Progression]:
 
 @contextmanager
 def interruptible(monitor: Cancellable) -> Iterator[None]:
-    """Ctrl-C cancels the build instead of raising inside TensorRT, where the exception would be swallowed."""
+    """Ctrl-C and SIGTERM cancel the build instead of raising inside TensorRT, where the exception would be swallowed."""
 
     def on_interrupt(_: int, __: FrameType | None) -> None:
         monitor.cancel()
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    previous = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

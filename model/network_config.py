@@ -18,6 +18,13 @@ NetworkConfig = DiTConfig | UNetConfig
 CONFIGS: dict[str, type[DiTConfig] | type[UNetConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
 
 
+def size_multiple(config: NetworkConfig) -> int | None:
+    """What height and width must be multiples of; None where only the trained size will do."""
+    if isinstance(config, DiTConfig):
+        return None if config.layout_rank else config.patch_size  # a layout path has a bias for every token
+    return 1 << (len(config.multipliers) - 1)
+
+
 def network_config(given: Mapping[str, Any]) -> NetworkConfig:
     """A configuration from its fields; `network` names the kind, `name` starts from a published size of the DiT.
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from model.bundle import Bundle
-from model.config import DiTConfig
 from model.network import make_network
+from model.network_config import size_multiple
 from service.backends import BackendUnavailable, Floats, OutOfMemory
 from service.images import to_pixels
 
@@ -43,10 +43,7 @@ class TorchBackend:
             torch.set_num_threads(threads)
         self.manifest = bundle.manifest
         config = bundle.manifest.config
-        # A layout path has a bias for every token of the size it was trained at.
-        self.size_multiple = (
-            config.patch_size if isinstance(config, DiTConfig) and not config.layout_rank else None
-        )
+        self.size_multiple = size_multiple(config)
         self._device = torch.device(device)
         self._model = make_network(config)
         self._model.load_state_dict(load_file(bundle.file("weights.safetensors")))

@@ -112,14 +112,15 @@ def test_a_failed_build_leaves_the_old_engine(bundle: Bundle) -> None:
     assert job(bundle).check(made).state == "fresh"
 
 
-def test_ctrl_c_cancels_and_the_next_one_raises_again(bundle: Bundle) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_cancels_and_the_next_one_does_as_before(bundle: Bundle, number: signal.Signals) -> None:
     made = origin(bundle)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     bars = Bars(Progress(disable=True))
-    work = job(bundle, Behaviour(during=lambda: signal.raise_signal(signal.SIGINT)))
+    work = job(bundle, Behaviour(during=lambda: signal.raise_signal(number)))
     with interruptible(bars), pytest.raises(ExportError, match="cancelled"):
         work.make(made, monitor=bars)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert work.check(made).state == "not built"
 
 

@@ -20,6 +20,7 @@ from export.storage import save_graph, save_weights, save_whole
 from export.trt import main
 from export.trt_build import BuildCancelled, BuildError, BuildOptions, Profile, build_engine
 from export.trt_module import TensorRt
+from model.bundle import Bundle
 from model.config import DiTConfig
 from model.engine_keys import GRAPHS
 from tests.export.tiny import CONFIG, tiny_dit
@@ -145,6 +146,16 @@ def test_fp16_compiles_with_fused_attention(rtx: TensorRt, full_bundle: Path) ->
     fusion = fused(rtx, full_bundle, "fp16")
     assert fusion.attention >= 1
     assert fusion.int8_matmuls == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_the_shipped_model_compiles(rtx: TensorRt, precision: str) -> None:
+    shipped = Bundle.open(ROOT / "model/zoo/emoji")
+    config = shipped.manifest.config
+    assert isinstance(config, DiTConfig)
+    fusion = fused(rtx, shipped.path, precision)
+    assert fusion.attention >= (precision != "fp32")
+    assert fusion.int8_matmuls == (linears(config) if precision == "int8" else 0)
 
 
 def test_int8_compiles_with_every_linear_folded_and_attention_still_fused(
