@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # Targets: `api` (HTTP; no torch, no ONNX Runtime), `worker-cpu`, and `worker` (CUDA and TensorRT). The images run the code
-# from /app as an unprivileged user and write nowhere but /tmp. To pin a base by digest, pass it as a build argument.
+# from /app as an unprivileged user and write nowhere but /tmp (and /engines, where a GPU worker keeps what it built). To pin a base by digest, pass it as a build argument.
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 
@@ -69,9 +69,10 @@ COPY LICENSE ./
 COPY model/ model/
 COPY export/ export/
 COPY service/ service/
+RUN install -d -o 10001 -g 10001 /engines
 USER 10001:10001
 EXPOSE 9100
-HEALTHCHECK --interval=10s --timeout=3s --start-period=600s --start-interval=2s \
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --start-interval=1s \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9100/metrics', timeout=2)"]
 ENTRYPOINT ["python", "-m", "service"]
 CMD ["worker"]

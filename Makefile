@@ -1,7 +1,7 @@
 # Every target makes the .venv it needs, once per content of pyproject.toml and constraints.txt.
 #
 #   ARGS         passed on:  make serve ARGS="--port 9000"    make test ARGS="tests/model -k solver"
-#   BENCH        which:  make bench BENCH=simulate ARGS=--growth
+#   BENCH        which:  make bench BENCH=growth
 #   PYTHON       the interpreter the .venv is made with; by default the first suitable one found
 #   TORCH_INDEX  one more package index; on Linux PyPI's torch brings gigabytes of CUDA, an index of CPU builds does not
 
@@ -18,7 +18,7 @@ TORCH_HINT := On Linux, TORCH_INDEX=<an index of CPU builds of torch> saves giga
 SERVING := $(VENV)/.serve-$(KEY)
 TESTING := $(VENV)/.dev-$(KEY)
 
-.PHONY: serve test lint format bench clean
+.PHONY: serve test lint format bench bench-check clean
 .DEFAULT_GOAL := serve
 
 serve: $(SERVING)
@@ -38,6 +38,9 @@ format: $(TESTING)
 
 bench: $(TESTING)
 	@exec $(BIN)/python -m bench.$(BENCH) $(ARGS)
+
+bench-check: $(TESTING)
+	@exec $(BIN)/python -m bench.check $(ARGS)
 
 clean:
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,8 @@ The first compares steps of an engine whose network does nothing with the networ
 guided and unguided samples of mixed solvers and lengths with deadlines, joining included; conditions repeat, so the modulation cache
 is warm as it is in service. Both are processor time of this process, so that other tenants of the machine do not count.
 The second makes the same images, joining one by one, with passes of just the rows there are and with passes of exactly so many rows,
-and checks that the latter are equal to the last bit in another order of arrival.
+and checks that the latter are equal to the last bit in another order of arrival. Writes bench/results/engine_overhead.json, or
+engine_strict.json.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from bench.record import Neighbours, save
 from model.bundle import Bundle, Manifest
 from service.backends import Backend, load_backend
 from service.engine.conditions import Conditions
@@ -90,6 +92,10 @@ class Price:
     strict_s: float
     free_rows: float
     equal: bool  # strict images in two orders of arrival
+
+    @property
+    def ratio(self) -> float:
+        return self.strict_s / self.free_s
 
 
 def requests(factors: int, now: float) -> Iterator[SampleRequest]:
@@ -192,15 +198,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--strict", type=int, help="instead: the price of passes of exactly so many rows")
     parser.add_argument("--images", type=int, default=24, help="images to find that price with")
-    options = parser.parse_args(arguments)
+    options, neighbours = parser.parse_args(arguments), Neighbours()
     bundle = Bundle.open(options.bundle)
-    backend = load_backend("onnx", bundle, threads=options.threads)
+    backend = load_backend("onnx", bundle, threads=options.threads, precision="fp32")
     if options.strict:
         found = price(backend, rows=options.strict, images=options.images)
         print(
             f"{found.free_s:.3f} s an image at {found.free_rows:.1f} rows a pass, {found.strict_s:.3f} s at exactly "
-            f"{options.strict}: {found.strict_s / found.free_s:.2f} times; equal to the last bit in another order: {found.equal}"
+            f"{options.strict}: {found.ratio:.2f} times; equal to the last bit in another order: {found.equal}"
         )
+        save("engine_strict", vars(options), neighbours, asdict(found))
         return
     p50, p95 = np.percentile(overhead(bundle.manifest, rows=options.rows, steps=options.steps), [50, 95])
     step = float(np.median(network(backend, rows=options.rows)))
@@ -208,6 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{options.rows} rows of {bundle.manifest.name}: p50 {p50:.3f} ms, p95 {p95:.3f} ms beside a network of {step:.1f} ms: "
         f"{100 * p50 / step:.2f} %"
     )
+    figures = {"p50_ms": float(p50), "p95_ms": float(p95), "network_ms": step, "share": float(p50 / step)}
+    save("engine_overhead", vars(options), neighbours, figures)
 
 
 if __name__ == "__main__":

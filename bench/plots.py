@@ -7,10 +7,16 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from bench.answers import Summary
 from bench.outcomes import Point
 from model.bundle import RungSpec
 
 RESULTS = Path(__file__).parent / "results"
+FATES = (
+    ("attainment", "answered in time, of all requests"),
+    ("goodput_per_s", "answered in time, a second"),
+    ("distance", "mean RMS distance to 250 steps"),
+)
 PANELS = (
     ("attainment", "answered in time, of all requests"),
     ("quality", "mean distance to full quality"),
@@ -57,6 +63,57 @@ def draw_ladder(
             each.name, (each.rows, each.quality), fontsize=7, xytext=(3, 3), textcoords="offset points"
         )
     axis.set(xscale="log", yscale="log", xlabel="rows an image", ylabel="RMS distance to 250 steps")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    figure.savefig(target, dpi=110)
+
+
+def draw_shares(shares: Mapping[str, float], title: str, target: Path) -> None:
+    """One bar per name, the longest on top."""
+    figure = Figure(figsize=(7, 1 + 0.4 * len(shares)), layout="constrained")
+    axis = figure.subplots()
+    ranked = sorted(shares.items(), key=lambda pair: pair[1])
+    axis.barh([name for name, _ in ranked], [value for _, value in ranked])
+    axis.set_xlabel(title)
+    axis.grid(alpha=0.3, axis="x")
+    figure.savefig(target, dpi=110)
+
+
+def draw_headline(curves: Mapping[str, Sequence[tuple[float, Summary]]], target: Path) -> None:
+    """What became of requests over the load they came at: one line per arm."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    for axis, (field, title) in zip(figure.subplots(1, len(FATES)), FATES, strict=True):
+        for arm, points in curves.items():
+            axis.plot(
+                [load for load, _ in points], [getattr(each, field) for _, each in points], "o-", label=arm
+            )
+        axis.set(xlabel="offered load", title=title)
+        axis.grid(alpha=0.3)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8
+    )
+    figure.savefig(target, dpi=100)
+
+
+def draw_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    target: Path,
+    *,
+    x: str,
+    y: str,
+    level: float | None = None,
+    log_y: bool = False,
+) -> None:
+    """One line per name over a logarithmic x; a dashed one at `level`, the goal."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, points in lines.items():
+        axis.plot([each for each, _ in points], [value for _, value in points], "o-", label=name)
+    if level is not None:
+        axis.axhline(level, color="k", linestyle="--", linewidth=1)
+    axis.set(xscale="log", xlabel=x, ylabel=y, yscale="log" if log_y else "linear")
+    if not log_y:
+        axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     figure.savefig(target, dpi=110)

@@ -2,7 +2,6 @@
 
     python -m bench.simulate [--curves gpu cpu] [--processes poisson bursts flash] [--loads .5 .7 .9 1.1 1.4 2]
                              [--workers 1] [--requests 500] [--seeds 11 12 13] [--slo 3] [--ladder ddim] [--refusing 0]
-    python -m bench.simulate --growth        up to 64 workers and 10,000 requests, thousands of them waiting
     python -m bench.simulate --claims        how far ahead a worker must claim, and in which order
     python -m bench.simulate --necessity     at and below half load: who is cut, and was there another way
 
@@ -58,14 +57,6 @@ ARMS = (
     Arm("EDF + admission", degrade=False, plan=False),
     Arm("planned at admission", plan=False),
     Arm("planned every step"),
-)
-# (workers, requests, how they come)
-GROWTH = (
-    (1, 1_000, "flash"),
-    (4, 2_000, "flash"),
-    (16, 5_000, "flash"),
-    (64, 10_000, "flash"),
-    (64, 10_000, "at-once"),
 )
 CLAIMS = tuple(
     Arm(f"{holds} by {order}", holds=holds, claims=order) for holds in (16, 28, 64) for order in ORDERS
@@ -135,17 +126,6 @@ def sweep(options: argparse.Namespace, console: Console) -> list[Point]:
                 _table(f"{curve}, {process}, {options.workers} worker(s), SLO {options.slo:g}×", here)
             )
             points += here
-    return points
-
-
-def growth(options: argparse.Namespace, console: Console) -> list[Point]:
-    """A crowd above capacity and deadlines far away: does anything grow out of bounds with the fleet?"""
-    points = []
-    for workers, n, process in GROWTH:
-        site = Site(CURVES["gpu"], LADDERS[options.ladder], workers, PATIENT)
-        outcome = simulate(ARMS[-1], site, Traffic(process), 1.1, n, options.seeds[0])
-        points.append(Point("gpu", process, 1.1, f"{workers} workers, {n} {process}", outcome))
-    console.print(_table("growth", points))
     return points
 
 
@@ -258,7 +238,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--refusing", type=float, default=0.0, help="share of requests that rule out fewer steps"
     )
-    parser.add_argument("--growth", action="store_true", help="instead: up to 64 workers and 10,000 requests")
     parser.add_argument(
         "--claims", action="store_true", help="instead: how far ahead and in which order to claim"
     )
@@ -269,7 +248,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 STUDIES: dict[str, Callable[[argparse.Namespace, Console], Sequence[Point | Need]]] = {
-    "growth": growth,
     "claims": claims,
     "necessity": necessity,
 }

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,10 +29,14 @@ RESTART_S = 0.5
 class Site:
     """Processes by name: `valkey`, `api`, `worker-0`, … Their output goes to `folder`."""
 
-    def __init__(self, folder: Path, settings: Settings, *, workers: int) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, *, workers: int, durable: bool, worker: Sequence[str]
+    ) -> None:
         self.workers = tuple(f"worker-{index}" for index in range(workers))
         self.url = f"http://127.0.0.1:{settings.port}"
         self._folder, self._settings = folder, settings
+        self._durable = durable
+        self._modules = {"api": ("service", "api"), "worker": worker}
         self._children: dict[str, Child] = {}
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -57,10 +61,10 @@ class Site:
 
     async def _start(self, name: str) -> None:
         if name == "valkey":
-            self._children[name], url = await start_valkey(self._folder, durable=True)
+            self._children[name], url = await start_valkey(self._folder, durable=self._durable)
             self._settings = self._settings.model_copy(update={"redis_url": SecretStr(url)})
             return
-        words = [sys.executable, "-m", "service", name.partition("-")[0]]
+        words = [sys.executable, "-m", *self._modules[name.partition("-")[0]]]
         log = self._folder / f"{name}.log"
         shell = ["/bin/sh", "-c", f'exec "$@" >>{log} 2>&1', name, *words]
         self._children[name] = await Child.start(name, shell, self._settings.child_environment())
@@ -96,10 +100,21 @@ class Site:
 
 
 @asynccontextmanager
-async def opened(folder: Path, settings: Settings, *, workers: int) -> AsyncIterator[Site]:
-    """A site that is ready; `settings` but for the port and the queue, which are its own."""
+async def opened(
+    folder: Path,
+    settings: Settings,
+    *,
+    workers: int,
+    durable: bool = True,
+    worker: Sequence[str] = ("service", "worker"),
+) -> AsyncIterator[Site]:
+    """A site that is ready; `settings` but for the port and the queue, which are its own.
+
+    A `durable` queue writes everything to disk before it answers, one that is not only keeps it. `worker`: the module that is
+    run as each worker, and its arguments.
+    """
     settings = settings.model_copy(update={"port": free_port(), "log_format": "json"})
-    site = Site(folder, settings, workers=workers)
+    site = Site(folder, settings, workers=workers, durable=durable, worker=worker)
     try:
         for name in ("valkey", *site.workers, "api"):
             await site.start(name)
@@ -120,3 +135,9 @@ def resident_bytes(pid: int) -> int:
     """Memory a process holds, in bytes (Linux)."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time a process has used, in all its threads (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

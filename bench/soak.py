@@ -1,6 +1,6 @@
 """Does the service's memory stay where it is? Many images through an API and a worker, and what both hold meanwhile.
 
-    python -m bench.soak [--images 10000] [--bundle model/zoo/emoji] [--steps 1] [--clients 4] [--out bench/results/soak.json]
+    python -m bench.soak [--images 10000] [--bundle model/zoo/tiny] [--steps 1] [--clients 4] [--out bench/results/soak.json]
 
 The first fifth is warm-up. Of the rest the growth is told by the median of its last quarter over that of its first, and per image by
 a straight line through all of it. Ends with status 1 if a process grew by more than `--allowed-mib`.
@@ -106,7 +106,7 @@ async def _watch(site: Site, client: Client, images: int, progress: Progress) ->
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--bundle", type=Path, default=Path("model/zoo/emoji"))
+    parser.add_argument("--bundle", type=Path, default=Path("model/zoo/tiny"))
     parser.add_argument("--steps", type=int, default=1, help="of a plain request")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--allowed-mib", type=float, default=8.0, help="growth after the warm-up")

@@ -29,7 +29,8 @@ def write_golden(model: Opened, folder: Path, vae: Path | None = None) -> Golden
         return None
     defaults = manifest.defaults
     labels = torch.zeros((1, len(manifest.factors)), dtype=torch.int64)
-    table = step_table(defaults.solver, grid(defaults.grid, STEPS, model.schedule.timesteps), model.schedule)
+    steps = min(STEPS, defaults.steps)  # more than a few-step model's own would not be what it draws
+    table = step_table(defaults.solver, grid(defaults.grid, steps, model.schedule.timesteps), model.schedule)
     with torch.no_grad():
         conditions = Conditions((network.embed(labels),))
         guidance = Guidance(
@@ -42,7 +43,7 @@ def write_golden(model: Opened, folder: Path, vae: Path | None = None) -> Golden
     return Golden(
         condition={factor.name: factor.classes[0] for factor in manifest.factors},
         seed=SEED,
-        steps=STEPS,
+        steps=steps,
         solver=defaults.solver,
         grid=defaults.grid,
         guidance_scale=defaults.guidance_scale,

@@ -57,7 +57,7 @@ def smoothed(dit: DiT, peaks: dict[str, Tensor], alpha: float) -> DiT:
     result = copy.deepcopy(dit)
     if alpha == 0:
         return result
-    d = dit.config.hidden_size
+    d = dit.config.heads_width
     for k, module in enumerate(result.blocks):
         block = cast(Block, module)
         qkv, proj = block.attn.qkv, block.attn.proj

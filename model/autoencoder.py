@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.bundle import LatentSpec
+from model.bundle import LatentSpec, digest
 
 SD_SCALE = 0.18215  # latents of the SD-VAE are multiplied by this, so that their variance is about 1
 
@@ -77,8 +78,15 @@ class SdVae:
         return shift, scale
 
 
-def open_autoencoder(kind: str, folder: Path | None = None, latents: LatentSpec | None = None) -> Autoencoder:
+def open_autoencoder(
+    kind: str,
+    folder: Path | None = None,
+    latents: LatentSpec | None = None,
+    device: torch.device | str = "cpu",
+) -> Autoencoder:
     """The decoder a bundle names: "identity", or "sd-vae" from a folder in diffusers' layout; `latents` as the bundle has it.
+
+    Latents and pictures are to be on `device`.
 
     Raises:
         AutoencoderError: an unknown kind, no folder or an unreadable one, other channels than the model's latents, or
@@ -93,10 +101,24 @@ def open_autoencoder(kind: str, folder: Path | None = None, latents: LatentSpec 
     if not (folder / "config.json").is_file():
         raise AutoencoderError(f"{folder} is not an autoencoder's folder: it has no config.json")
     try:
-        return SdVae(importlib.import_module("diffusers").AutoencoderKL.from_pretrained(folder), latents)
+        vae = importlib.import_module("diffusers").AutoencoderKL.from_pretrained(
+            folder,
+            low_cpu_mem_usage=False,  # which would need accelerate
+        )
+        return SdVae(vae.to(device), latents)
     except ModuleNotFoundError:
         raise AutoencoderError("the SD-VAE needs diffusers: pip install diffusers") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise AutoencoderError(
             f"{folder} cannot be read as an AutoencoderKL: {str(error).splitlines()[0]}"
         ) from None
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over the files of an autoencoder's folder, by which latents know what they were made with.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+    return hashlib.sha256("".join(digest(file) for file in files).encode()).hexdigest()

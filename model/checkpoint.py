@@ -94,6 +94,12 @@ class TrainingState:
             setattr(self, counter, saved.get(counter, 0))
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run's folder, the newest last; nothing else that a user may keep beside them."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def save(folder: Path, state: TrainingState, identity: Mapping[str, Any], *, keep: int = 2) -> Path:
     """Write `folder/step-N` completely, then make it visible by one rename, then drop all but the newest `keep`.
 
@@ -117,8 +123,9 @@ def save(folder: Path, state: TrainingState, identity: Mapping[str, Any], *, kee
                 f"{target} cannot be written ({reason}): make room or choose another output; earlier checkpoints are intact"
             )
     if world.first:
-        valid = [path for path in sorted(folder.glob("step-*")) if path.name <= target.name]
-        for path in {*folder.glob("step-*")} - {*valid[-keep:]}:  # the later ones were damaged, or led astray
+        there = checkpoints(folder)
+        valid = there[: there.index(target) + 1]
+        for path in {*there} - {*valid[-keep:]}:  # the later ones were damaged, or led astray
             shutil.rmtree(path)
     return target
 
@@ -179,7 +186,7 @@ def restore(
     Raises:
         CheckpointError: the checkpoint belongs to another run, or there are some and none can be read.
     """
-    paths, world = sorted(folder.glob("step-*"), reverse=True), state.share.world
+    paths, world = checkpoints(folder)[::-1], state.share.world
     if not world.same(len(paths)):
         raise CheckpointError(
             f"{folder} is not the same to all processes: choose an output on a disk that their machines share"

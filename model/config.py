@@ -36,8 +36,9 @@ class DiTConfig:
 
     Sizes are in latent pixels (image pixels for models without an autoencoder). `base_size` is the size whose
     tokens are numbered 0, 1, 2 …, None for `image_size`: a model trained at 32×32 and then at 64×64 keeps
-    (32, 32), and its larger grid is interpolated into the smaller. `blocks` is one kind for all blocks or one
-    kind per block (a hybrid plan). `classes` holds the number of classes of each label factor; index
+    (32, 32), and its larger grid is interpolated into the smaller. `attention_width` is that of all heads
+    together, None for `hidden_size`; where heads were pruned it is less. `blocks` is one kind for all blocks
+    or one kind per block (a hybrid plan). `classes` holds the number of classes of each label factor; index
     `classes[k]` is that factor's null class. `text_size` is the width of text embeddings, 0 for none.
     `layout_rank` gives tokens a bias of their own and `head_channels` a small convolution at the end.
     `frequency_shift` and `mlp_norm_eps` exist because diffusers' DiT differs from the published one in just
@@ -55,6 +56,7 @@ class DiTConfig:
     hidden_size: int = 1152
     depth: int = 28
     num_heads: int = 16
+    attention_width: int | None = None
     mlp_ratio: float = 4.0
     blocks: tuple[BlockKind, ...] = ("adaln_zero",)
     classes: tuple[int, ...] = (1000,)
@@ -89,11 +91,13 @@ class DiTConfig:
         for field in ("mlp_ratio", "mlp_norm_eps"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be positive, not {getattr(self, field)!r}")
-        if self.hidden_size % self.num_heads:
-            near = max(1, self.hidden_size // self.num_heads) * self.num_heads
+        if self.attention_width is not None:
+            check_counts(self, "attention_width")
+        if self.heads_width % self.num_heads:
+            field = "hidden_size" if self.attention_width is None else "attention_width"
+            near = max(1, self.heads_width // self.num_heads) * self.num_heads
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
-                f"use a multiple such as {near}"
+                f"{field} {self.heads_width} is not divisible by num_heads {self.num_heads}: use a multiple such as {near}"
             )
         if self.hidden_size % 4:
             raise ValueError(
@@ -129,8 +133,13 @@ class DiTConfig:
             )
 
     @property
+    def heads_width(self) -> int:
+        """Of all attention heads together."""
+        return self.hidden_size if self.attention_width is None else self.attention_width
+
+    @property
     def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.heads_width // self.num_heads
 
     @property
     def out_channels(self) -> int:

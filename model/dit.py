@@ -45,11 +45,11 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, kind: BlockKind) -> None:
         super().__init__()
         self.kind, self.mlp_norm_eps = kind, config.mlp_norm_eps
-        d = config.hidden_size
-        self.attn = Attention(d, config.num_heads, qk_norm=config.qk_norm)
+        d, width = config.hidden_size, config.heads_width
+        self.attn = Attention(d, config.num_heads, width=width, qk_norm=config.qk_norm)
         self.mlp: nn.Module = (SwiGlu if config.swiglu else Mlp)(d, config.mlp_size)
         if kind == "cross_attention":
-            self.cross = CrossAttention(d, config.num_heads)
+            self.cross = CrossAttention(d, config.num_heads, width=width)
         if MODULATIONS[kind]:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, MODULATIONS[kind] * d))
 

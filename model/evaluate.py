@@ -5,7 +5,10 @@ python -m model.evaluate runs/mine --data photos --features inception --weights 
 
 It makes pictures for labels of the training set and for all combinations of labels that were kept from training, and writes
 evaluation.json, evaluation.md, closest.png (pictures above their nearest training picture) and held-out.png (pictures above the
-real ones the model has never seen) to the model's folder or to `--out`.
+real ones the model has never seen) to the model's folder or to `--out`. Several models are each evaluated into a folder of `--out`, and
+comparison.md there sets them side by side, with what they cost:
+
+python -m model.evaluate model/zoo/emoji runs/student runs/pruned --data data/emoji64.npz --out comparison
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor
 from model.autoencoder import AutoencoderError, open_autoencoder
 from model.bundle import MANIFEST, BundleError, write_atomic, write_manifest
 from model.classifier import Classifier, ClassifierError, open_classifier
+from model.comparison import Entry, compare
 from model.evaluation import OF_FEATURES, Closeness, markdown, measure, notes
 from model.features import FeatureError, FeatureNetwork, classifier_features, inception_features
 from model.opening import Opened, OpenError, open_model
@@ -115,11 +119,26 @@ def choose(opened: Opened, options: argparse.Namespace) -> Plan:
 
 def run(options: argparse.Namespace) -> str:
     """Do what the command line says and return the report in Markdown; see `main` for what can go wrong."""
+    models: list[Path] = options.models
+    if len(models) == 1:
+        return report(evaluate(models[0], options.out or models[0], options).record)
+    names = [model.resolve().name for model in models]
+    if options.out is None or len(set(names)) < len(names):
+        raise EvaluationError(
+            "several models are compared in --out FOLDER, each in a folder of its own name: give it, and models of different names"
+        )
+    text = compare([evaluate(model, options.out / model.resolve().name, options) for model in models])
+    write_atomic(options.out / "comparison.md", f"{text}\n".encode())
+    return text
+
+
+def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Entry:
+    """Evaluate one model, and write what there is to tell into `folder`."""
     began = time.monotonic()
-    opened = open_model(options.model, data=options.data)
-    manifest, folder = opened.manifest, options.out or options.model
-    if options.write and not (options.model / MANIFEST).is_file():
-        raise EvaluationError(f"{options.model} is no bundle: only a bundle has a manifest to write to")
+    opened = open_model(model, data=options.data)
+    manifest = opened.manifest
+    if options.write and not (model / MANIFEST).is_file():
+        raise EvaluationError(f"{model} is no bundle: only a bundle has a manifest to write to")
     network, classifier = open_judges(options, opened)
     plan = choose(opened, options)
     decoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
@@ -138,16 +157,15 @@ def run(options: argparse.Namespace) -> str:
         "classifier_accuracy": classifier.card.accuracy if classifier else {},
         "seconds": round(time.monotonic() - began),
     }
-    text = report(record)
     write_atomic(
         folder / "evaluation.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
     )
-    write_atomic(folder / "evaluation.md", text.encode())
+    write_atomic(folder / "evaluation.md", report(record).encode())
     if options.write:
         write_manifest(
-            options.model, manifest.model_copy(update={"metrics": {**manifest.metrics, **metrics(record)}})
+            model, manifest.model_copy(update={"metrics": {**manifest.metrics, **metrics(record)}})
         )
-    return text
+    return Entry(folder.name, opened, record)
 
 
 def report(record: Mapping[str, Any]) -> str:
@@ -200,7 +218,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m model.evaluate", description="Measure what a model's pictures are worth."
     )
-    parser.add_argument("model", type=Path, help="a bundle, or a training run")
+    parser.add_argument(
+        "models",
+        type=Path,
+        nargs="+",
+        metavar="MODEL",
+        help="a bundle, or a training run; several: to compare",
+    )
     parser.add_argument("--data", type=Path, required=True, help="the data it was trained on")
     parser.add_argument("--out", type=Path, help="folder for the report and pictures (default: the model's)")
     parser.add_argument("--write", action="store_true", help="put the figures into the bundle's manifest")

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from model.bundle import digest, write_atomic
+from model.autoencoder import fingerprint
+from model.bundle import write_atomic
 from model.card import card_file
 from model.labels import check
 from model.latent_shards import Extraction, Made, finished, make, open_vae, shrinkage
@@ -62,7 +63,7 @@ def plan(
         found.catalogue.styles,
         (height, width),
         shard,
-        _digest(autoencoder),
+        fingerprint(autoencoder),
     ]
     identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return Extraction(
@@ -120,7 +121,7 @@ def write_index(job: Extraction) -> Index | None:
     variance = squares / (count * 2 * height * width) - mean**2
     source = read_source(job.source, check=None)
     index = Index(
-        autoencoder=_digest(job.autoencoder),
+        autoencoder=fingerprint(job.autoencoder),
         picture_size=job.size,
         size=(height, width),
         channels=channels,
@@ -135,9 +136,3 @@ def write_index(job: Extraction) -> Index | None:
     write_atomic(card_file(job.out), source.card.model_dump_json(indent=1).encode())
     write_atomic(job.out / INDEX, index.model_dump_json(indent=1).encode())
     return index
-
-
-def _digest(autoencoder: Path) -> str:
-    """sha256 over the files of an autoencoder's folder."""
-    files = sorted(file for file in autoencoder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
-    return hashlib.sha256("".join(digest(file) for file in files).encode()).hexdigest()

@@ -123,27 +123,30 @@ class TimestepEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (N, T, D) by scaled_dot_product_attention."""
+    """Multi-head self-attention over (N, T, D) by scaled_dot_product_attention; `width` W of all heads is D unless given."""
 
-    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, *, width: int | None = None, qk_norm: bool = False
+    ) -> None:
         super().__init__()
+        width = width or hidden_size
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        self.head_size = head = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * width)
+        self.proj = nn.Linear(width, hidden_size)
+        self.head_size = head = width // num_heads
         self.q_norm = nn.LayerNorm(head, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         q, k, v = self.heads(h, rotary)
-        out = F.scaled_dot_product_attention(q, k, v)  # (N, H, T, D/H)
+        out = F.scaled_dot_product_attention(q, k, v)  # (N, H, T, W/H)
         return cast(Tensor, self.proj(out.transpose(1, 2).flatten(2)))  # (N, T, D)
 
     def heads(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (N, H, T, D/H), normalised and rotated as configured."""
+        """Queries, keys and values, each (N, H, T, W/H), normalised and rotated as configured."""
         n, t, _ = h.shape
         qkv = self.qkv(h).reshape(n, t, 3, self.num_heads, self.head_size)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, N, H, T, D/H)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, N, H, T, W/H)
         q, k, v = (part.squeeze(0) for part in torch.split(qkv, 1, dim=0))
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
@@ -157,20 +160,21 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from image tokens (N, T, D) to condition tokens (N, S, D)."""
+    """Attention from image tokens (N, T, D) to condition tokens (N, S, D); `width` W of all heads is D unless given."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, *, width: int | None = None) -> None:
         super().__init__()
-        self.num_heads, self.head_size = num_heads, hidden_size // num_heads
-        self.q = nn.Linear(hidden_size, hidden_size)
-        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        width = width or hidden_size
+        self.num_heads, self.head_size = num_heads, width // num_heads
+        self.q = nn.Linear(hidden_size, width)
+        self.kv = nn.Linear(hidden_size, 2 * width)
+        self.proj = nn.Linear(width, hidden_size)
 
     def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
         n, t, _ = h.shape
-        q = self.q(h).reshape(n, t, self.num_heads, self.head_size).transpose(1, 2)  # (N, H, T, D/H)
+        q = self.q(h).reshape(n, t, self.num_heads, self.head_size).transpose(1, 2)  # (N, H, T, W/H)
         kv = self.kv(tokens).reshape(n, tokens.shape[1], 2, self.num_heads, self.head_size)
-        kv = kv.permute(2, 0, 3, 1, 4)  # (2, N, H, S, D/H)
+        kv = kv.permute(2, 0, 3, 1, 4)  # (2, N, H, S, W/H)
         k, v = (part.squeeze(0) for part in torch.split(kv, 1, dim=0))
         out = F.scaled_dot_product_attention(q, k, v)
         return cast(Tensor, self.proj(out.transpose(1, 2).flatten(2)))  # (N, T, D)

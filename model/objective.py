@@ -7,6 +7,7 @@ auxiliary: they shape the gradient, and are reported apart so that losses of dif
     1 / sigma², at most c               "v"            c             (1 / sigma² = SNR + 1: velocity, arXiv:2202.00512, §4)
     min(SNR, gamma)                     "epsilon"      gamma         Min-SNR-gamma (Hang et al., arXiv:2303.09556)
     SNR                                 "epsilon"      none          the plain noise loss, arXiv:2006.11239, eq. 14
+    max(SNR, f)                         "epsilon"      none, with `loss_floor` f = 1 the truncated SNR of arXiv:2202.00512, §4
     1                                   "x0"           none
 
 An x_0 error d is an epsilon error of d · alpha / sigma and a v error of d / sigma, so each of these works for every prediction.
@@ -53,9 +54,14 @@ class NoiseTables:
 
 
 def noise_tables(
-    schedule: Schedule, space: Prediction, cap: float | None = None, device: str | torch.device = "cpu"
+    schedule: Schedule,
+    space: Prediction,
+    cap: float | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    floor: float = 0.0,
 ) -> NoiseTables:
-    """Tables of a schedule, computed in float64; `space` and `cap` weight the error as the module's table says.
+    """Tables of a schedule, computed in float64; `space`, `cap` and `floor` weight the error as the module's table says.
 
     Raises:
         ValueError: an unknown space, or a cap that is not positive.
@@ -68,7 +74,7 @@ def noise_tables(
     tables = {
         "alpha": alpha,
         "sigma": sigma,
-        "weight": loss_weights(schedule, space, cap),
+        "weight": np.maximum(loss_weights(schedule, space, cap), floor * x0_out**2),
         "x0_x": x0_x,
         "x0_out": x0_out,
         "mean_x0": np.sqrt(before) * (1.0 - step) / sigma**2,  # arXiv:2006.11239, eq. 7

@@ -11,10 +11,23 @@ from typing import Any, overload
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
+from model.autoencoder import Autoencoder, AutoencoderError, fingerprint, open_autoencoder
 from model.blocks import read_whole
-from model.bundle import MANIFEST, WEIGHTS, Bundle, Defaults, LatentSpec, Manifest, StateTensor
+from model.bundle import (
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    Defaults,
+    LatentSpec,
+    Manifest,
+    StateTensor,
+    write_atomic,
+    write_manifest,
+)
+from model.checkpoint import checkpoints
 from model.config import DiTConfig
 from model.dataset import Dataset
 from model.diffusion import Schedule
@@ -28,6 +41,7 @@ from model.unet import UNet
 from model.unet_config import UNetConfig
 from model.weights import WeightsError, check
 
+FEATURE_MAPS = "feature_maps"  # a submodule of a student that its bundle goes without
 DEFAULTS = Defaults(
     steps=50, solver="ddim", grid="trailing", guidance_scale=2.0, guidance_interval=(0.0, 1.0)
 )
@@ -121,7 +135,25 @@ def _from_run(path: Path, data: Path | None) -> Opened:
     dataset = _dataset(config, data)
     checkpoint, step, weights = _newest(path / "checkpoints")
     network = build(config.network(dataset), weights, checkpoint)
-    return Opened(network, _describe(path.resolve().name, config, dataset, network.config, step))
+    return Opened(network, describe_run(path.resolve().name, config, dataset, network.config, step))
+
+
+def save_model(folder: Path, opened: Opened) -> None:
+    """Write a bundle of weights alone, fp32; `python -m export.onnx` gives it graphs.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in opened.network.state_dict().items()}
+    write_atomic(folder / WEIGHTS, serialise(weights))
+    write_manifest(folder, opened.manifest)
+
+
+def run_defaults(config: TrainConfig, step: int) -> Defaults:
+    """What the bundle of a run at `step` does where a request says nothing."""
+    told = config.distillation.defaults(step) if config.distillation else {}
+    return DEFAULTS.model_copy(update=told)
 
 
 def _recipe(source: Path) -> TrainConfig:
@@ -141,12 +173,17 @@ def _dataset(config: TrainConfig, data: Path | None) -> Dataset:
         raise OpenError(f"sizes and class names come from the training pictures, and {error}") from None
 
 
-def _describe(name: str, config: TrainConfig, dataset: Dataset, shape: NetworkConfig, step: int) -> Manifest:
+def describe_run(
+    name: str, config: TrainConfig, dataset: Dataset, shape: NetworkConfig, step: int
+) -> Manifest:
+    """The manifest that the bundle of a run at `step` starts from."""
     kind = "Diffusion Transformer" if isinstance(shape, DiTConfig) else "U-Net"
     latents = _latents(dataset) if isinstance(dataset, Latents) else None
     places = "latents" if latents else "pixels"
     training = config.model_dump(mode="json", exclude={"output", "init"})
     training["data"]["path"] = config.data.path.name
+    if config.distillation:
+        training["distillation"]["teacher"] = config.distillation.teacher.name
     return Manifest(
         name=name,
         version=f"0.{step}",
@@ -158,11 +195,32 @@ def _describe(name: str, config: TrainConfig, dataset: Dataset, shape: NetworkCo
         latents=latents,
         embedding_size=shape.hidden_size,
         state=tuple(StateTensor(name=tensor, shape=dims) for tensor, dims in shape.state()),
-        defaults=DEFAULTS,
+        defaults=run_defaults(config, step),
         licence=dataset.licence or "unspecified",
         attribution=dataset.attribution,
         provenance={"training": training, "step": step, "pictures": len(dataset.training)},
     )
+
+
+def open_decoder(dataset: Dataset, vae: Path | None, device: str = "cpu") -> Autoencoder | None:
+    """What makes pictures of a run's samples; None for one on latents without the folder of their SD-VAE.
+
+    Raises:
+        ValueError: a folder where pictures need none.
+        AutoencoderError: it cannot be opened, or did not make these latents.
+    """
+    if not isinstance(dataset, Latents):
+        if vae is not None:
+            raise ValueError("vae is for runs on latents, and this one is on pictures: leave it out")
+        return open_autoencoder("identity")
+    if vae is None:
+        return None
+    decoder = open_autoencoder("sd-vae", vae, _latents(dataset), device)
+    if fingerprint(vae) != dataset.moments.index.autoencoder:
+        raise AutoencoderError(
+            f"{vae} is not what made the latents in {dataset.moments.folder}: take that one"
+        )
+    return decoder
 
 
 def _latents(dataset: Latents) -> LatentSpec:
@@ -172,10 +230,12 @@ def _latents(dataset: Latents) -> LatentSpec:
 
 
 def _newest(folder: Path) -> tuple[Path, int, dict[str, Tensor]]:
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(checkpoints(folder)):
         try:
             state: dict[str, Any] = json.loads((path / "state.json").read_text())
-            return path, int(state["step"]), read_whole(path, "ema", state.get("index"))
+            weights = read_whole(path, "ema", state.get("index"))
+            own = {name: each for name, each in weights.items() if not name.startswith(f"{FEATURE_MAPS}.")}
+            return path, int(state["step"]), own
         except (OSError, ValueError, KeyError, SafetensorError):
             continue  # being written or removed by a run that goes on
     raise OpenError(

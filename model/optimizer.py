@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from model.distillation_config import ProgressiveDistillation
 from model.recipe import TrainConfig
 
 
@@ -32,8 +33,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of step 0..steps−1: linear warm-up to `lr`, then as `schedule` says.
 
     "constant" stays; "cosine" falls to zero at the end (Loshchilov & Hutter, arXiv:1608.03983); "wsd" stays, then falls linearly
-    to zero over the last `decay` of the steps (warm-up, stable, decay: Hu et al., arXiv:2404.06395).
+    to zero over the last `decay` of the steps (warm-up, stable, decay: Hu et al., arXiv:2404.06395). Each round of a progressive
+    distillation is a run of its own.
     """
+    if isinstance(config.distillation, ProgressiveDistillation):
+        step, steps = config.distillation.length(step, config.steps)
+        config = config.model_copy(update={"steps": steps})
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup), SCHEDULES[config.schedule](config, step))
 
 

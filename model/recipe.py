@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from model.bundle import DiffusionSpec
 from model.dataset import DataConfig, Dataset
 from model.diffusion import Prediction
+from model.distillation_config import Distillation, ProgressiveDistillation
 from model.network_config import NetworkConfig, network_config
 from model.objective import TimestepSampling
 from model.precision import Precision
@@ -61,7 +62,7 @@ FREE = frozenset(
         "keep",
         "sheet_every",
     }
-    | {"log_every", "tensorboard", "stages", "data", "parallel"}
+    | {"vae", "log_every", "tensorboard", "stages", "data", "parallel"}
 )
 FREE_OF_DATA = {"path", "check", "corrupt_limit", "prefetch"}
 
@@ -116,6 +117,10 @@ class TrainConfig(BaseModel):
     """Whose squared error is the loss, whatever the network predicts; None: epsilon's where it predicts epsilon, else v's."""
     loss_cap: Positive | None = None
     """Largest weight of the squared x_0 error; in the space of epsilon, this is the gamma of Min-SNR."""
+    loss_floor: Weight = 0.0
+    """Least weight of the squared x_0 error; in the space of epsilon, 1 makes it the truncated SNR of progressive distillation."""
+    distillation: Distillation | None = None
+    """A teacher to learn from besides the data, or instead of it."""
     variational: Weight = 1e-3
     """Weight of the variational bound that a learned variance is trained by; the paper's (arXiv:2102.09672, eq. 16)."""
     embedding_l2: Weight = 0.0
@@ -142,6 +147,8 @@ class TrainConfig(BaseModel):
     keep: Count = 2
     """Checkpoints to keep."""
     sheet_every: Count = 400
+    vae: Path | None = None
+    """Folder of the SD-VAE that draws the sample sheets of a run on latents; without it there are none."""
     log_every: Count = 20
     tensorboard: bool = False
 
@@ -161,6 +168,16 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"accumulate {self.accumulate} cuts a batch of {self.batch} into more pieces than pictures"
             )
+        if self.loss_cap is not None and self.loss_floor > self.loss_cap:
+            raise ValueError(f"loss_floor {self.loss_floor:g} is above loss_cap {self.loss_cap:g}: lower it")
+        if self.stages and self.distillation:
+            raise ValueError("a teacher teaches one picture size: leave out stages, or distillation")
+        if isinstance(self.distillation, ProgressiveDistillation):
+            before = self.distillation.round_steps * (len(self.distillation.sampling_steps) - 1)
+            if self.steps <= before:
+                raise ValueError(
+                    f"the last round of distillation begins at step {before}: raise steps above it"
+                )
         if any(stage.steps is None for stage in self.stages[:-1]):
             raise ValueError("stages: only the last one may leave out steps")
         told = sum(stage.steps or 0 for stage in self.stages)
@@ -173,6 +190,12 @@ class TrainConfig(BaseModel):
         if kind != self.diffusion.learn_sigma:
             raise ValueError("learn_sigma differs between model and diffusion: make them agree")
         return self
+
+    @property
+    def start(self) -> Path | None:
+        """The model to start from: `init`, or else the one that progressive distillation begins with."""
+        progressive = isinstance(self.distillation, ProgressiveDistillation)
+        return self.distillation.teacher if self.distillation and progressive and not self.init else self.init
 
     @property
     def space(self) -> Prediction:
@@ -224,15 +247,21 @@ class TrainConfig(BaseModel):
         return network_config({**fields, **self.model, "image_size": sizes[-1], "classes": classes})
 
     def identity(self, dataset: Dataset) -> dict[str, Any]:
-        """What must agree for a checkpoint to be continued: all but FREE, the sizes of the stages, and the classes."""
+        """What must agree for a checkpoint to be continued: all but FREE, the sizes of the stages, the classes, and what pictures there are."""
         words = json.dumps([(factor.name, factor.classes) for factor in dataset.factors])
         dumped = self.model_dump(mode="json")
         return {
             **{key: value for key, value in dumped.items() if key not in FREE},
             "data": {key: value for key, value in dumped["data"].items() if key not in FREE_OF_DATA},
+            "distillation": self.distillation
+            and self.distillation.model_dump(mode="json", exclude={"teacher"}),
             "loss_space": self.space,
             "classes": [len(factor.classes) for factor in dataset.factors],
             "class_names": hashlib.sha256(words.encode()).hexdigest()[:16],
+            "pictures": {
+                "count": len(dataset.training),
+                "labels": hashlib.sha256(dataset.labels[dataset.training].tobytes()).hexdigest()[:16],
+            },
             "stages": [{"size": list(size), "until": end} for end, size in self.sizes(dataset)[:-1]],
         }
 

@@ -22,6 +22,7 @@ class Memory:
     """Bytes of a training process, besides the data and what torch itself takes."""
 
     weights: int
+    teacher: int
     gradients: int
     optimizer: int
     averages: int
@@ -29,7 +30,9 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.averages + self.activations
+        return (
+            self.weights + self.teacher + self.gradients + self.optimizer + self.averages + self.activations
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +68,16 @@ def rehearse(trainer: Trainer, probe: int = 3) -> Iterator[StageCost]:
         rate = probe * config.batch / (time.perf_counter() - start)
         state.step = begin
         trainer.close()
-        macs = cost(trainer.network_config, data.size).macs
+        macs, lesson = cost(trainer.network_config, data.size).macs, trainer.lesson
+        teaching = 0
+        if lesson is not None:
+            passes = lesson.asked * (2 if lesson.teacher.guided else 1)
+            teaching = passes * cost(lesson.teacher.network.config, data.size).macs
         yield StageCost(
             size=data.size,
             steps=end - begin,
             macs=macs,
-            step_flops=2 * macs * config.batch * (PASSES + config.checkpoint_blocks),
+            step_flops=2 * config.batch * (macs * (PASSES + config.checkpoint_blocks) + teaching),
             images_per_s=rate,
             seconds=(end - begin) * config.batch / rate,
             memory=memory(trainer),
@@ -85,6 +92,7 @@ def memory(trainer: Trainer) -> Memory:
     weights = size_of(state.model.parameters())
     return Memory(
         weights=weights,
+        teacher=size_of(trainer.lesson.teacher.network.parameters()) if trainer.lesson else 0,
         gradients=weights,
         optimizer=size_of(value for kept in state.optimizer.state.values() for value in kept.values()),
         averages=sum(size_of(average.values()) for average in state.ema.averages.values()),
@@ -126,7 +134,7 @@ def show(trainer: Trainer, stages: Iterable[StageCost]) -> Iterator[str]:
     for stage in stages:
         seconds += stage.seconds
         need = stage.memory
-        parts = ("weights", "gradients", "optimizer", "averages", "activations")
+        parts = ("weights", "teacher", "gradients", "optimizer", "averages", "activations")
         told = ", ".join(f"{part} {getattr(need, part) / 2**20:.0f}" for part in parts)
         yield (
             f"{stage.size[0]}×{stage.size[1]}: {stage.macs / 1e9:.3f} GMACs a row forward, {stage.step_flops / 1e9:.0f} GFLOPs a step; "

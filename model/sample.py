@@ -22,7 +22,7 @@ from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 
-from model.autoencoder import AutoencoderError, open_autoencoder
+from model.autoencoder import Autoencoder, AutoencoderError, open_autoencoder
 from model.bundle import BundleError, Factor
 from model.denoise import Conditions, Denoiser, Guidance, denoise
 from model.diffusion import GRIDS, Schedule, grid
@@ -79,13 +79,15 @@ def class_sheet(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[i
 def sample_sheet(
     model: Network,
     schedule: Schedule,
+    decoder: Autoencoder,
     *,
     steps: int = 20,
     guidance_scale: float = 2.0,
     seed: int = 0,
     columns: int = 20,
+    clip_x0: bool = True,
 ) -> Image.Image:
-    """A sheet of samples of a pixel model: classes of the first factor side by side, of the second below."""
+    """A sheet of samples: classes of the first factor side by side, of the second below."""
     rows, width = class_sheet(model.config.classes, columns)
     table = step_table("ddim", grid("trailing", steps, schedule.timesteps), schedule)
     device = next(model.parameters()).device
@@ -94,9 +96,10 @@ def sample_sheet(
         chunk = rows[start : start + CHUNK]
         embedding = model.embed(_labels(chunk, model.config.classes).to(device))
         denoiser = Denoiser(model, schedule, Conditions((embedding,)), Guidance(guidance_scale))
-        *_, x0 = denoise(denoiser, table, [seed + start + k for k in range(len(chunk))])
-        parts.append(x0)
-    return picture_grid(to_pixels(torch.cat(parts)), width)
+        seeds = [seed + start + k for k in range(len(chunk))]
+        *_, x0 = denoise(denoiser, table, seeds, clip_x0=clip_x0)
+        parts.append(to_pixels(decoder.decode(x0)))
+    return picture_grid(np.concatenate(parts), width)
 
 
 def parse_condition(text: str, factors: Sequence[Factor]) -> Term:
@@ -168,7 +171,7 @@ def run(options: argparse.Namespace) -> Image.Image:
     opened = open_model(options.model, data=options.data)
     device = _device(options.device)
     model = opened.network.to(device)
-    decoder = open_autoencoder(opened.manifest.decoder, options.vae, opened.manifest.latents)
+    decoder = open_autoencoder(opened.manifest.decoder, options.vae, opened.manifest.latents, device)
     table, guidance = _plan(opened, options)
     size = tuple(options.size) if options.size else model.config.image_size
     terms = [parse_condition(text, opened.manifest.factors) for text in options.condition]

@@ -1,6 +1,7 @@
 """`python -m model.scaling FAMILY.json --data FILE --out FOLDER`: train networks of several sizes with equal compute, and fit a law.
 
     {"train": "model/zoo/emoji/train.json",            the recipe: everything but the network
+     "set": ["data.size=32"],                          fields of it that differ here
      "flops": 2e12,                                    of training, each run's
      "models": {"DiT-96": {"patch_size": 8, "hidden_size": 96, "depth": 4, "num_heads": 3},
                 "U-Net": {"network": "unet", "base_channels": 32, "multipliers": [1, 2, 2]}},
@@ -8,27 +9,29 @@
      "looks": 4}                                       losses measured along a run: at flops, flops/2, flops/4, …
 
 Every run keeps the recipe's learning rate, constant, so that a loss midway is what a shorter run would have reached. Losses are
-those of the averaged weights on the pairs that no run trains on. Writes results.json after every look (what is there already is
-not trained again), and then scaling.json, scaling.png and scaling.md; each run's folder can be sampled and evaluated.
+those of the averaged weights on the pairs that no run trains on. Writes scaling.json after every look (what is there already is not
+trained again), and at the end what it found: the law, if there are enough DiTs for one, in scaling.json, scaling.md with the
+networks side by side, and scaling.png. Each run's folder can be sampled and evaluated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import platform
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
+from model.autoencoder import AutoencoderError
 from model.bundle import write_atomic
 from model.checkpoint import CheckpointError
 from model.dataset import Dataset
@@ -37,51 +40,21 @@ from model.diffusion import add_noise
 from model.objective import rows, squared_error
 from model.pictures import DataError
 from model.recipe import TrainConfig, load_config, mistake
-from model.rehearsal import PASSES, memory
+from model.rehearsal import PASSES, StageCost, rehearse
 from model.scaling_figure import draw_law
-from model.scaling_law import Point, bootstrap, fit
+from model.scaling_law import bootstrap, fit
+from model.scaling_record import RECORD, Family, Look, Record, keep
 from model.trainer import Trainer
 
 DRAWS = 16  # noise levels at which each held-out picture's loss is measured, spread evenly
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Family(BaseModel):
-    """What to train; see the module."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    train: Path
-    models: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    flops: Positive
-    looks: Annotated[int, Field(ge=1, le=12)] = 4
-    hold_outs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
-
-
-class Look(BaseModel):
-    """A run at some point of its training."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    run: str
-    network: str
-    parameters: int
-    macs: int
-    pictures: int
-    step: int
-    flops: float
-    loss: float
-    memory_mib: float
-    images_per_s: float
-
-    @property
-    def point(self) -> Point:
-        return Point(self.run, self.parameters, self.pictures, self.flops, self.loss)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """A network to train, with so many multiply-adds of a row, and the floating-point operations of an optimiser step."""
 
-    name: str
+    title: str
+    model: str
     config: TrainConfig
     macs: int
 
@@ -96,7 +69,7 @@ def runs(family: Family, data: Path | None, out: Path) -> Iterator[Run]:
     Raises:
         OSError, ValueError, DataError: the recipe, its data, or a network that cannot work.
     """
-    recipe = load_config(family.train)
+    recipe = load_config(family.train, family.set)
     shares = family.hold_outs or (recipe.data.hold_out,)
     for share in shares:
         chosen = {**recipe.data.model_dump(), "hold_out": share, **({"path": data} if data else {})}
@@ -117,7 +90,7 @@ def runs(family: Family, data: Path | None, out: Path) -> Iterator[Run]:
                 raise DataError(
                     "hold_out keeps no pair from training, and the loss is measured on those: raise it"
                 )
-            run = Run(title, config, cost(config.network(dataset)).macs)
+            run = Run(title, name, config, cost(config.network(dataset)).macs)
             steps = round(family.flops / run.step_flops)
             if steps < 2 ** (family.looks - 1):
                 raise ValueError(
@@ -150,89 +123,115 @@ def look_along(run: Run, looks: int, unseen: Dataset, progress: Progress) -> Ite
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomic(config.output / "config.json", (config.model_dump_json(indent=1) + "\n").encode())
     state = trainer.state
-    task = progress.add_task(run.name, total=config.steps, completed=state.step)
+    task = progress.add_task(run.title, total=config.steps, completed=state.step)
     due = {config.steps >> k for k in range(looks)}
-    began, first = time.monotonic(), state.step
     while state.step < config.steps:
         trainer.step()
         progress.update(task, completed=state.step)
         if state.step in due:
-            rate = (state.step - first) * config.batch / (time.monotonic() - began)
             yield Look(
-                run=run.name,
+                run=run.title,
+                model=run.model,
                 network=str(config.model.get("network", "dit")),
                 parameters=sum(p.numel() for p in state.model.parameters()),
-                macs=run.macs,
                 pictures=len(trainer.dataset.training),
                 step=state.step,
                 flops=state.step * run.step_flops,
                 loss=held_out_loss(trainer, unseen),
-                memory_mib=round(memory(trainer).total / 2**20, 1),
-                images_per_s=round(rate, 1),
             )
-            trainer.close()  # a batch was taken to measure memory: the next step must get its own
             trainer.save()
-            began, first = time.monotonic(), state.step
     trainer.close()
 
 
-def measured(family: Family, data: Path | None, out: Path) -> list[Look]:
-    """Train what is not in results.json yet, and return all looks.
+def measured(family: Family, planned: Sequence[Run], out: Path) -> Record:
+    """Train what is not in scaling.json yet, and return all of it.
 
     Raises:
-        ValueError: the folder holds the results of another family.
+        ValueError: the folder holds the results of another family, or they cannot be read.
     """
-    file, said = out / "results.json", family.model_dump(mode="json")
-    kept = json.loads(file.read_text()) if file.is_file() else {"family": said, "looks": []}
-    if kept["family"] != said:
+    file = out / RECORD
+    record = Record(
+        family=family, machine=f"{torch.get_num_threads()} of {os.cpu_count()} cores, {platform.platform()}"
+    )
+    if file.is_file():
+        try:
+            record = Record.model_validate_json(file.read_text())
+        except ValidationError as error:
+            raise ValueError(f"{file} does not hold a family's results: {mistake(error)}") from None
+    if record.family != family:
         raise ValueError(f"{file} holds the results of another family: choose another --out")
-    looks = [Look.model_validate(look) for look in kept["looks"]]
-    planned = list(runs(family, data, out))
-    smallest = min(planned, key=lambda run: run.config.data.hold_out)
-    unseen = smallest.config.pictures()
+    unseen = min(planned, key=lambda run: run.config.data.hold_out).config.pictures()
     with Progress(console=Console(stderr=True)) as progress:
         for run in planned:
-            done = {look.step for look in looks if look.run == run.name}
+            done = {look.step for look in record.looks if look.run == run.title}
             if run.config.steps in done:
                 continue
             for look in look_along(run, family.looks, unseen, progress):
                 if look.step not in done:
-                    looks.append(look)
-                    record = {"family": said, "looks": [each.model_dump() for each in looks]}
-                    write_atomic(file, (json.dumps(record, indent=1) + "\n").encode())
-    return looks
+                    record = record.model_copy(update={"looks": (*record.looks, look)})
+                    keep(record, out)
+    return record
 
 
-def summary(looks: Sequence[Look]) -> str:
-    """Markdown: the last look of every run, side by side."""
-    last = {look.run: look for look in sorted(looks, key=lambda look: look.step)}
+def speeds(planned: Sequence[Run]) -> dict[str, StageCost]:
+    """What training each network of the family costs, tried out for a few steps."""
+    found: dict[str, StageCost] = {}
+    for run in planned:
+        if run.model not in found:
+            with closing(Trainer(run.config)) as trainer:
+                *_, found[run.model] = rehearse(trainer)
+    return found
+
+
+def summary(record: Record, costs: Mapping[str, StageCost]) -> str:
+    """Markdown: the family's networks, and what each cost and learned from so many pictures."""
+    last = {look.run: look for look in sorted(record.looks, key=lambda look: look.step)}
+    amounts = sorted({look.pictures for look in last.values()}, reverse=True)
+    titles = [f"loss, {pictures} pictures" for pictures in amounts]
     lines = [
-        "| | parameters | GFLOPs a row | training memory | images/s | pictures | steps | training FLOPs | held-out loss |",
-        "|---" + "|---:" * 8 + "|",
+        " | ".join(["| ", "parameters", "GFLOPs a row", "training memory", "images/s", "steps", *titles])
+        + " |",
+        "|---" + "|---:" * (5 + len(titles)) + "|",
     ]
-    for run, look in last.items():
-        lines.append(
-            f"| {run} | {look.parameters / 1e6:.2f} M | {2 * look.macs / 1e9:.3f} | {look.memory_mib:.0f} MiB | {look.images_per_s:.0f} "
-            f"| {look.pictures} | {look.step} | {look.flops:.2e} | {look.loss:.4f} |"
-        )
+    for name, each in costs.items():
+        mine = {look.pictures: look for look in last.values() if look.model == name}
+        any_of = next(iter(mine.values()))
+        losses = [f"{mine[pictures].loss:.4f}" for pictures in amounts]
+        facts = [
+            name,
+            f"{any_of.parameters / 1e6:.2f} M",
+            f"{2 * each.macs / 1e9:.3f}",
+            f"{each.memory.total / 2**20:.0f} MiB",
+            f"{each.images_per_s:.0f}",
+            f"{any_of.step}",
+        ]
+        lines.append(f"| {' | '.join([*facts, *losses])} |")
     return "\n".join(lines)
 
 
-def report(looks: Sequence[Look], draws: int, out: Path) -> str:
-    """Write scaling.md, and scaling.json and scaling.png where the DiTs of the family suffice for a fit; returns the text."""
-    points = [look.point for look in looks if look.network == "dit"]
-    lines = ["# Scaling", summary(looks)]
+def report(record: Record, costs: Mapping[str, StageCost], draws: int, out: Path) -> str:
+    """Write scaling.md and scaling.json, and scaling.png where the DiTs of the family suffice for a fit; returns the text."""
+    points = [look.point for look in record.looks if look.network == "dit"]
+    family = record.family
+    changes = f" with {', '.join(family.set)}" if family.set else ""
+    lines = [
+        "# Scaling",
+        f"Every network had {family.flops:.3g} floating-point operations of training by `{family.train}`{changes}, for each amount of "
+        f"pictures. Loss: that of the averaged weights on pairs which none was trained on. On {record.machine}; images/s over a few "
+        f"steps, at a load average of {os.getloadavg()[0]:.1f}.",
+        summary(record, costs),
+    ]
+    found: dict[str, tuple[float, float, float]] = {}
     try:
         law = fit(points)
     except ValueError as error:
         lines.append(f"No law was fitted: {error}.")
     else:
         laws = bootstrap(points, law, draws=draws)
-        found = {"irreducible": interval(law.irreducible, [each.irreducible for each in laws])}
+        found["irreducible"] = interval(law.irreducible, [each.irreducible for each in laws])
         for name, term in law.terms.items():
             found[f"{name}_exponent"] = interval(term.exponent, [each.terms[name].exponent for each in laws])
             found[f"{name}_coefficient"] = interval(term.plain, [each.terms[name].plain for each in laws])
-        write_atomic(out / "scaling.json", (json.dumps(found, indent=1) + "\n").encode())
         draw_law(points, law, laws, out / "scaling.png")
         lines += [
             "| DiTs: L = Σ coefficient · variable^−exponent + irreducible | fit | 90 % of runs drawn again |\n|---|---:|---:|\n"
@@ -242,6 +241,7 @@ def report(looks: Sequence[Look], draws: int, out: Path) -> str:
             ),
             "![Loss over parameters, pictures and compute](scaling.png)",
         ]
+    keep(record.model_copy(update={"law": found}), out)
     text = "\n\n".join(lines) + "\n"
     write_atomic(out / "scaling.md", text.encode())
     return text
@@ -266,8 +266,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         family = Family.model_validate_json(options.family.read_text())
         options.out.mkdir(parents=True, exist_ok=True)
-        print(report(measured(family, options.data, options.out), options.draws, options.out))
-    except (DataError, CheckpointError, ValueError, OSError) as error:
+        planned = list(runs(family, options.data, options.out))
+        record = measured(family, planned, options.out)
+        print(report(record, speeds(planned), options.draws, options.out))
+    except (DataError, CheckpointError, AutoencoderError, ValueError, OSError) as error:
         sentence = f"{options.family}: {mistake(error)}" if isinstance(error, ValidationError) else str(error)
         print(f"model.scaling: {sentence}", file=sys.stderr)
         return 2

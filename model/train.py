@@ -19,24 +19,29 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from model.autoencoder import Autoencoder, AutoencoderError
 from model.bundle import BundleError, write_atomic
 from model.checkpoint import CheckpointError, check_room
 from model.curve import draw_curve
 from model.journal import Journal
-from model.opening import OpenError
+from model.opening import OpenError, run_defaults
 from model.pictures import DataError
 from model.recipe import TrainConfig, load_config, mistake
 from model.rehearsal import rehearse, show
 from model.sample import sample_sheet
+from model.sources import NAMED
 from model.trainer import Diverged, Trainer
 from model.world import World, joined
+
+SHEET_STEPS = 20  # at most, of a sample on a sheet
+MISTAKES = DataError, CheckpointError, OpenError, BundleError, AutoencoderError, Diverged, ValueError
 
 
 def run(config: TrainConfig, world: World | None = None) -> None:
     """Train to `config.steps`, resuming from `config.output` if it holds a checkpoint.
 
     Raises:
-        ValueError, DataError, OpenError, BundleError: a run that cannot work.
+        ValueError, DataError, OpenError, BundleError, AutoencoderError: a run that cannot work.
         CheckpointError, OSError: a folder that cannot be written, or holds another run.
         Diverged: the loss is not finite again and again.
     """
@@ -63,11 +68,25 @@ def advance(trainer: Trainer) -> None:
                 continue
             if due and (last or not state.failures):
                 trainer.save()
-            if trainer.dataset.channels == 3 and (last or state.step % config.sheet_every == 0):
-                averaged = trainer.averaged()
-                if trainer.share.world.first:
-                    sheet = sample_sheet(averaged, trainer.schedule, seed=config.seed)
-                    sheet.save(config.output / f"sheet-{state.step:07d}.png")
+            if trainer.decoder is not None and (last or state.step % config.sheet_every == 0):
+                draw_sheet(trainer, trainer.decoder)
+
+
+def draw_sheet(trainer: Trainer, decoder: Autoencoder) -> None:
+    """Samples of the averaged weights as they are now."""
+    config, step = trainer.config, trainer.state.step
+    averaged, said = trainer.averaged(), run_defaults(config, step)
+    if trainer.share.world.first:
+        sheet = sample_sheet(
+            averaged,
+            trainer.schedule,
+            decoder,
+            steps=min(SHEET_STEPS, said.steps),
+            guidance_scale=said.guidance_scale,
+            seed=config.seed,
+            clip_x0=config.diffusion.clip_x0,
+        )
+        sheet.save(config.output / f"sheet-{step:07d}.png")
 
 
 def begin(trainer: Trainer) -> None:
@@ -78,13 +97,17 @@ def begin(trainer: Trainer) -> None:
     if resumed is not None:
         print(f"resumed from {resumed}")
     elif trainer.warm is not None:
-        print(f"{config.init}: {trainer.warm}")
+        print(f"{config.start}: {trainer.warm}")
     if state.step >= config.steps:
         print(f"{config.output} is at step {state.step} already: raise steps to train on")
     print(
         f"{state.share.elements / 1e6:.2f} M parameters, {len(trainer.source.training)} pictures, classes {trainer.network_config.classes}"
     )
     print(config.model_dump_json())
+    if skipped := trainer.dataset.skipped:
+        print(f"{len(skipped)} pictures cannot be read and are left out: {'; '.join(skipped[:NAMED])}")
+    if trainer.decoder is None:
+        print("no sample sheets: vae does not name the folder of the SD-VAE that made these latents")
     check_room(config.output, state, keep=config.keep)
     if state.share.world.first:
         write_atomic(config.output / "config.json", (config.model_dump_json(indent=1) + "\n").encode())
@@ -116,7 +139,7 @@ def main(arguments: list[str]) -> int:
         return _refuse(f"{options.config}: {mistake(error)}")
     except OSError as error:
         return _refuse(f"{error.filename or 'the output folder'} cannot be used: {error.strerror or error}")
-    except (DataError, CheckpointError, OpenError, BundleError, Diverged, ValueError) as error:
+    except MISTAKES as error:
         return _refuse(str(error))
     return 0
 

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import Batch, BatchSource
-from model.checkpoint import TrainingState, restore, save
+from model.checkpoint import TrainingState, checkpoints, restore, save
 from model.conditioner import embedding_penalty
 from model.diffusion import add_noise
+from model.distillation import make_lesson, taught
+from model.distillation_config import ProgressiveDistillation
 from model.ema import Ema
 from model.network import Network, make_network
 from model.objective import noise_tables, rows, squared_error, variational_term
+from model.opening import Opened, describe_run, open_decoder, save_model
 from model.optimizer import learning_rate, make_optimizer
 from model.parallel import Share
 from model.precision import autocast, loss_scaler
@@ -42,6 +45,7 @@ class Trainer:
 
     Raises:
         ValueError, DataError: a configuration or data that cannot work.
+        AutoencoderError: the decoder of the sample sheets cannot be opened.
     """
 
     def __init__(self, config: TrainConfig, world: World | None = None) -> None:
@@ -53,10 +57,13 @@ class Trainer:
         self.schedule = config.diffusion.noise_schedule()
         mine = config.parallel.rows(world, config.batch)
         self.source = BatchSource(config, self.dataset, self.network_config, mine)
-        self.tables = noise_tables(self.schedule, config.space, config.loss_cap, config.device)
+        self.tables = noise_tables(
+            self.schedule, config.space, config.loss_cap, config.device, floor=config.loss_floor
+        )
         self.identity = config.identity(self.dataset)
         self.checkpoints = config.output / "checkpoints"
         self.batches: Prefetch[Batch] | None = None
+        self.decoder = open_decoder(self.dataset, config.vae, config.device)
         torch.manual_seed(config.seed)
         model = make_network(self.network_config)
         for table in model.y_embedder.tables:
@@ -64,8 +71,11 @@ class Trainer:
         if config.checkpoint_blocks:
             checkpoint_blocks(model)
         self.warm: WarmStart | None = None
-        if config.init is not None and not any(self.checkpoints.glob("step-*")):
-            self.warm = warm_start(model, self.dataset.factors, config.init)
+        if config.start is not None and not checkpoints(self.checkpoints):
+            self.warm = warm_start(model, self.dataset.factors, config.start)
+        self.lesson = make_lesson(config, self.dataset, model)
+        if self.lesson is not None:
+            self.identity |= self.lesson.identity
         self.share = Share(model, world, config.parallel, config.precision)
         ema, scaler = Ema(model, config.ema), loss_scaler(config.precision, config.device)
         self.state = TrainingState(self.share, make_optimizer(model, config), ema, scaler)
@@ -76,6 +86,7 @@ class Trainer:
         Returns the loss, auxiliary losses by name, the gradient's norm and the learning rate.
         """
         config, state = self.config, self.state
+        self.turn()
         batch = self.next_batch()
         told: dict[str, float] = {}
         state.optimizer.zero_grad(set_to_none=True)
@@ -101,6 +112,8 @@ class Trainer:
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What to descend, and what it is made of: "loss", and auxiliary terms by name, unweighted."""
+        if self.lesson is not None:
+            batch = self.lesson.pose(batch)
         config, tables, t = self.config, self.tables, batch.t
         x_t = add_noise(rows(tables.alpha, t), rows(tables.sigma, t), batch.x0, batch.noise)
         with autocast(config.precision, config.device):
@@ -108,6 +121,9 @@ class Trainer:
         output = output.float()
         total = loss = squared_error(tables, output, batch.x0, batch.noise, t).mean()
         parts = {"loss": loss}
+        if self.lesson is not None:
+            total, lessons = taught(self.lesson, tables, output, batch, x_t, loss)
+            parts |= lessons
         if config.diffusion.learn_sigma:
             parts["variational"] = variational_term(tables, output, batch.x0, x_t, t).mean()
             total = total + config.variational * tables.timesteps * parts["variational"]
@@ -116,6 +132,32 @@ class Trainer:
             parts["embedding_l2"] = embedding_penalty(embedding)
             total = total + config.embedding_l2 * parts["embedding_l2"]
         return total, parts
+
+    def turn(self) -> None:
+        """Between two rounds of a distillation the student, averaged, becomes the teacher, and goes on from itself afresh.
+
+        Raises:
+            OpenError, BundleError: the teacher, an earlier round's student, cannot be opened.
+            OSError: it cannot be kept.
+        """
+        config, state, spec = self.config, self.state, self.config.distillation
+        if self.lesson is None:
+            return
+        if isinstance(spec, ProgressiveDistillation) and spec.begins(state.step):
+            student = self.averaged()
+            folder = config.output / spec.folder(state.step - 1)
+            if state.share.world.first:
+                said = describe_run(folder.name, config, self.dataset, self.network_config, state.step)
+                save_model(folder, Opened(student, said))
+            state.share.world.agree(True)  # it is there for all of them
+            with torch.no_grad():
+                for parameter, average in zip(
+                    state.model.parameters(), state.ema.first.values(), strict=True
+                ):
+                    parameter.copy_(average)
+            state.optimizer.state.clear()
+            state.ema = Ema(state.model, config.ema)
+        self.lesson.begin(state.step)
 
     def update(self, rate: float) -> None:
         """Apply the gradient, and fold the result into the averages."""

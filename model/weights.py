@@ -133,6 +133,7 @@ def check_plain(config: DiTConfig) -> None:
     plain = replace(
         config,
         blocks=("adaln_zero",),
+        attention_width=None,
         classes=config.classes[:1] or (1,),
         text_size=0,
         fusion="sum",

@@ -5,15 +5,13 @@ What is fresh is not built again, so this is quick from the second start on.
 
 from __future__ import annotations
 
+import asyncio
 import json
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from service.backends import BackendUnavailable
@@ -34,17 +32,18 @@ class Building:
         return f"building the {self.precision} engine ({self.number} of {self.of}): {self.share:.0%}"
 
 
-def build_engines(
+async def build_engines(
     bundle: Path,
     *,
     precision: str = "auto",
     engines: Path | None = None,
     told: Callable[[Building], None],
+    stop: asyncio.Event,
     command: Sequence[str] = COMMAND,
-) -> None:
+) -> bool:
     """Have the engines that a worker of `precision` needs built, unless they are fresh; `told` hears of every whole percent.
 
-    SIGTERM and Ctrl-C cancel the build cleanly and then end this process.
+    False if `stop` was set meanwhile: the build is then cancelled cleanly.
 
     Raises:
         BackendUnavailable: they cannot be built; the message is the builder's own sentence.
@@ -53,48 +52,43 @@ def build_engines(
     arguments += [] if precision == "auto" else ["--precision", precision]
     arguments += [] if engines is None else ["--engines", str(engines)]
     reason, stands = "it gave no reason", Building("", 0, 0)
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as child, _cancelling(child):
+    child = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
+    cancelling = asyncio.create_task(_cancel(child, stop))
+    try:
         assert child.stdout is not None
-        for event in _events(child.stdout):
+        async for line in child.stdout:
+            event = _event(line)
             reason = event.get("error", reason)
             before, stands = stands, _next(stands, event)
             if str(before) != str(stands):
                 told(stands)
-    if child.returncode:
+        status = await child.wait()
+    finally:
+        cancelling.cancel()
+    if status and not stop.is_set():
         raise BackendUnavailable(f"the engines cannot be built: {reason}")
+    return not stop.is_set()
 
 
-def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The builder's JSON lines; what a library prints between them is passed over."""
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            yield event
+async def _cancel(child: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
+    """Pass on the wish to stop."""
+    await stop.wait()
+    with suppress(ProcessLookupError):
+        child.terminate()
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """One of the builder's JSON lines; empty for what a library prints between them."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
 
 
 def _next(stands: Building, event: dict[str, Any]) -> Building:
-    if event["event"] == "start":
+    if event.get("event") == "start":
         return Building(event["precision"], event["number"], event["of"])
-    if event["event"] == "step":
+    if event.get("event") == "step":
         return Building(stands.precision, stands.number, stands.of, event["done"] / max(event["total"], 1))
     return stands
-
-
-@contextmanager
-def _cancelling(child: subprocess.Popen[str]) -> Iterator[None]:
-    """Pass on the wish to stop as the Ctrl-C that the builder understands, and end when it has."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        child.send_signal(signal.SIGINT)
-        child.wait()
-        raise SystemExit(128 + number)
-
-    kept = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

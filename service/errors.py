@@ -155,6 +155,12 @@ class Draining(ServiceError):
 # The job was accepted and did not end with images.
 
 
+class ModelReplaced(ServiceError):
+    """The job was made for another version of the model, whose classes are numbered otherwise."""
+
+    status, code, title = 503, "model-replaced", "The model was replaced meanwhile"
+
+
 class DeadlineExceeded(ServiceError):
     status, code, title = 504, "deadline-exceeded", "The deadline has passed"
 

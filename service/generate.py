@@ -62,6 +62,8 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         "seed": options.seed,
         "sampler": options.sampler,
         "guidance_scale": options.guidance,
+        "size": options.size,
+        "windows": options.windows,
     }
     body: dict[str, Any] = {name: value for name, value in wishes.items() if value is not None}
     job_id = client.submit(condition, n=options.n, format=FORMATS[options.output.suffix.lower()], **body)
@@ -121,5 +123,9 @@ def _parser(url: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="image k is drawn from seed + k")
     parser.add_argument("--sampler", help="a sampler that GET /models lists")
     parser.add_argument("--guidance", type=float, help="strength of classifier-free guidance")
+    parser.add_argument("--size", help="width x height in pixels, where the model has a choice")
+    parser.add_argument(
+        "--windows", action="store_true", default=None, help="denoise a larger --size in overlapping windows"
+    )
     parser.add_argument("--url", default=url, help="address of the service")
     return parser

@@ -65,6 +65,8 @@ class Job:
     cost_rows: int  # predicted row-steps of the whole job as admitted, in rows of the model's own size
     trace: dict[str, str] = field(default_factory=dict)
     size: tuple[int, int] | None = None  # height and width in latent pixels; None: the model's own
+    vocabulary: str = ""  # digest of the class names that `condition` numbers; "": not told
+    windows: int = 0  # of the model's own size, in which each image is denoised; 0: as a whole
 
     def to_bytes(self) -> bytes:
         return pack(_fields(self))
@@ -223,6 +225,7 @@ class WorkerState:
     updated_at: float
     network: Network = Network()
     dues: tuple[Due, ...] = ()  # the backlog by deadline; empty where there is none or it is not told
+    bundle: str = ""  # digest of the manifest it serves
 
     def to_bytes(self) -> bytes:
         return pack(_fields(self))
@@ -240,6 +243,29 @@ class WorkerState:
 
 
 @dataclass(frozen=True, slots=True)
+class Starting:
+    """What a worker publishes before it can take jobs: what it is doing, such as "warming up"."""
+
+    worker: str
+    model: str
+    doing: str
+
+    def to_bytes(self) -> bytes:
+        return pack(_fields(self))
+
+
+def read_report(data: bytes) -> WorkerState | Starting:
+    """What a worker published. Raises `WireError` for anything but a report of this schema version."""
+    fields = unpack(data)
+    if "doing" not in fields:
+        return WorkerState.from_bytes(data)
+    try:
+        return Starting(**fields)
+    except TypeError as error:
+        raise WireError(f"not a worker's report: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
 class LoadSnapshot:
     """What admission looks at: the queue and the workers alive, as of `taken_at`."""
 
@@ -249,6 +275,7 @@ class LoadSnapshot:
     workers: tuple[WorkerState, ...]
     taken_at: float
     dead_jobs: int = 0  # put aside since the queue began, requeued or not
+    starting: tuple[Starting, ...] = ()  # workers to come
 
 
 def pack(fields: Mapping[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ queue is not an instrument but read at scrape time from a load snapshot. No labe
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from prometheus_client import (
@@ -25,6 +25,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from service.gpus import gpus
 from service.jobs import LoadSnapshot
 from service.planning.capacity import drained
 from service.planning.load import saturation
@@ -44,10 +45,13 @@ REQUESTS_IN_PROGRESS = Gauge(
     "dit_requests_in_progress", "Requests being answered", multiprocess_mode="livesum"
 )
 CANARY = Counter(
-    "dit_canary", "Drawings of the golden image, by outcome: same, drifted, skipped", ["outcome"]
+    "dit_canary", "Drawings of the golden image, by outcome: same, drifted, skipped", ["model", "outcome"]
 )
 CANARY_PSNR = Gauge(
-    "dit_canary_psnr_db", "Likeness of the last drawing to the golden image", multiprocess_mode="livemin"
+    "dit_canary_psnr_db",
+    "Likeness of the last drawing to the golden image",
+    ["model"],
+    multiprocess_mode="livemin",
 )
 REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
 ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
@@ -88,6 +92,11 @@ LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went bac
 
 # Every process's.
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
+# Several workers of a host tell the same of its GPUs.
+GPU_USED_BYTES = Gauge(
+    "dit_gpu_memory_used_bytes", "Memory of a GPU in use, by anybody", ["gpu"], multiprocess_mode="livemax"
+)
+GPU_TOTAL_BYTES = Gauge("dit_gpu_memory_total_bytes", "Memory of a GPU", ["gpu"], multiprocess_mode="livemax")
 BUILD_INFO = Gauge(
     "dit_build_info",
     "1, with what is running",
@@ -97,46 +106,49 @@ BUILD_INFO = Gauge(
 
 
 class LoadCollector(Collector):
-    """The queue and the workers as a load snapshot shows them; None means that Redis did not answer."""
+    """The queue and the workers of each model as load snapshots show them; None means that Redis did not answer."""
 
-    def __init__(self, load: LoadSnapshot | None) -> None:
-        self._load = load
+    def __init__(self, loads: Mapping[str, LoadSnapshot] | None) -> None:
+        self._loads = loads
 
     def collect(self) -> Iterator[Metric]:
-        load = self._load
-        yield GaugeMetricFamily("dit_redis_up", "1 when Redis answers", value=float(load is not None))
-        if load is None:
-            return
-        workers = load.workers
-        figures = {
-            "dit_queue_depth": ("Jobs waiting", load.queued_jobs),
-            "dit_queue_rows": ("Row-steps waiting", load.queued_rows),
-            "dit_queue_oldest_age_seconds": ("Age of the oldest waiting job", load.oldest_age_s),
-            "dit_workers": ("Workers alive", len(workers)),
-            "dit_running_samples": (
-                "Samples being denoised",
-                sum(worker.running_samples for worker in workers),
-            ),
-            "dit_backlog_rows": (
-                "Row-steps claimed and not yet run",
-                sum(worker.backlog_rows for worker in workers),
-            ),
-            "dit_backlog_seconds": ("Predicted time to run all that is claimed and waiting", drained(load)),
-            "dit_saturation_ratio": (
-                "Demand over capacity: samples running and jobs waiting, by rows",
-                saturation(load),
-            ),
-        }
-        for name, (help_text, value) in figures.items():
-            yield GaugeMetricFamily(name, help_text, value=float(value))
-        dead = "Jobs put aside after too many attempts"
-        yield CounterMetricFamily("dit_jobs_dead", dead, value=float(load.dead_jobs))
+        up = float(self._loads is not None)
+        yield GaugeMetricFamily("dit_redis_up", "1 when Redis answers", value=up)
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for model, load in (self._loads or {}).items():
+            for name, (help_text, value) in _figures(load).items():
+                kind = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
+                family = families.setdefault(name, kind(name, help_text, labels=["model"]))
+                family.add_metric([model], float(value))
+        yield from families.values()
 
 
-def exposition(load: LoadSnapshot | None, *, shared: Path | None) -> bytes:
-    """The text format: all processes sharing `shared` (this one alone when None), and the load."""
+_COUNTED = {"dit_jobs_dead"}
+
+
+def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
+    """Metric → its help and value."""
+    workers = load.workers
+    return {
+        "dit_queue_depth": ("Jobs waiting", load.queued_jobs),
+        "dit_queue_rows": ("Row-steps waiting", load.queued_rows),
+        "dit_queue_oldest_age_seconds": ("Age of the oldest waiting job", load.oldest_age_s),
+        "dit_workers": ("Workers alive", len(workers)),
+        "dit_running_samples": ("Samples being denoised", sum(each.running_samples for each in workers)),
+        "dit_backlog_rows": ("Row-steps claimed and not yet run", sum(each.backlog_rows for each in workers)),
+        "dit_backlog_seconds": ("Predicted time to run all that is claimed and waiting", drained(load)),
+        "dit_saturation_ratio": (
+            "Demand over capacity: samples running and jobs waiting, by rows",
+            saturation(load),
+        ),
+        "dit_jobs_dead": ("Jobs put aside after too many attempts", load.dead_jobs),
+    }
+
+
+def exposition(loads: Mapping[str, LoadSnapshot] | None, *, shared: Path | None) -> bytes:
+    """The text format: all processes sharing `shared` (this one alone when None), and the load of each model."""
     registry = CollectorRegistry()
-    registry.register(LoadCollector(load))
+    registry.register(LoadCollector(loads))
     if shared is None:
         return generate_latest(REGISTRY) + generate_latest(registry)
     multiprocess.MultiProcessCollector(registry, path=str(shared))  # type: ignore[no-untyped-call]
@@ -149,10 +161,14 @@ def forget(pid: int, *, shared: Path) -> None:
 
 
 def observe_memory(role: str) -> None:
-    """Record this process's resident memory under `role` ("api" or "worker"), where the platform tells it."""
+    """Record this process's resident memory under `role` ("api" or "worker"), and for workers that of the GPUs, where the
+    platform tells it."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         RESIDENT_BYTES.labels(role).set(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    for gpu in gpus() if role == "worker" else ():
+        GPU_USED_BYTES.labels(str(gpu.index)).set(gpu.used)
+        GPU_TOTAL_BYTES.labels(str(gpu.index)).set(gpu.total)
 
 
 def serve(port: int, *, address: str = "0.0.0.0") -> None:

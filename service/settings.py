@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 _PREFIX = "DIT_"
@@ -53,7 +53,13 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address the API listens on")
     port: Port = Field(8000, description="port the API listens on; 0 picks a free one")
-    bundle: Path = Field(Path("model/zoo/emoji"), description="folder of the model bundle to serve")
+    bundle: Annotated[
+        str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)
+    ] = Field(
+        "model/zoo/emoji",
+        pattern=r"^[^,]+(,[^,]+)*$",
+        description="folder of the model bundle to serve; of several (A,B) the first is the default model",
+    )
     verify: bool = Field(True, description="check the files of the bundle against their hashes")
     redis_url: SecretStr | None = Field(
         None,
@@ -61,7 +67,9 @@ class Settings(BaseSettings):
         description="Redis or Valkey (redis://, rediss://, unix://, redis+sentinel://host:port,…/primary); unset starts a private one",
     )
     namespace: str = Field(
-        "dit", pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="prefix of every Redis key"
+        "dit",
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$",
+        description="prefix of every Redis key; each further bundle's is NAMESPACE-NAME, after its model's name",
     )
 
     backend: Literal["onnx", "torch", "tensorrt"] = Field("onnx", description="what runs the network")
@@ -80,6 +88,15 @@ class Settings(BaseSettings):
     text_encoder: str = Field(
         "",
         description="encoder of a model that takes text: minilm or a folder; empty: the one it was trained with",
+    )
+    engines: Path | None = Field(
+        None,
+        description="folder of the tensorrt backend's engines, one sub-folder a model; unset is the bundle's own",
+    )
+    export_on_start: bool = Field(
+        False,
+        validation_alias=AliasChoices("export_on_start"),
+        description="have the engines that the tensorrt backend lacks built before it starts",
     )
     strict_rows: int = Field(
         0,

@@ -1,7 +1,9 @@
 """Signals as events of the running loop, and waiting for the first of several events."""
 
 import asyncio
+import os
 import signal
+from collections.abc import Callable
 
 
 def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
@@ -14,6 +16,31 @@ def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signalled)
     return stop, hurry
+
+
+def on_hang_up(reload: Callable[[], None], *, stop: Callable[[], None]) -> None:
+    """SIGHUP is the wish to reload. When it comes because the terminal was closed it still means to stop, or nothing to what
+    nohup started.
+    """
+    immune, attached = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, _has_terminal()
+
+    def signalled() -> None:
+        nonlocal attached
+        before, attached = attached, _has_terminal()
+        if attached or not before:
+            reload()
+        elif not immune:
+            stop()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, signalled)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 async def first(*events: asyncio.Event, timeout_s: float | None = None) -> bool:

@@ -1,8 +1,8 @@
 """`python -m service`: the whole service on one machine, as child processes in a given order.
 
-A private Valkey unless REDIS_URL names a server, workers, and the API. A worker that crashes is started again, less and less often;
-the end of the API or of Valkey is the end of everything. Stopping goes the other way: first the API, which finishes what it
-waits for, then the workers, then Valkey.
+A private Valkey unless REDIS_URL names a server, a crew of workers for each bundle, and the API. The end of the API or of Valkey is
+the end of everything. Stopping goes the other way: first the API, which finishes what it waits for, then the workers, then Valkey.
+SIGHUP opens the bundles anew: what changed gets new workers, then the API is told, then the old workers finish and go.
 """
 
 from __future__ import annotations
@@ -14,29 +14,25 @@ import signal
 import socket
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 from pydantic import SecretStr
 
-from model.bundle import Bundle, BundleError, Manifest
-from service import logs, metrics
+from model.bundle import BundleError, Manifest
+from service import logs
 from service.children import Child
+from service.crew import CONFIG_ERROR, FAILED, Crew, start_child
 from service.errors import ServiceError
 from service.keyring import KeyringError, admit
+from service.lanes import Lane, open_lanes
 from service.queue.broker import Broker
 from service.settings import Settings
-from service.signals import stop_signals
+from service.signals import on_hang_up, stop_signals
 from service.valkey import ValkeyFailed, start_valkey
 
-CONFIG_ERROR, FAILED = 2, 1
 LAST_GRACE_S = 5.0  # beyond the drain time, before a child is killed
-FIRST_PAUSE_S, LONGEST_PAUSE_S, SOUND_S = (
-    0.5,
-    30.0,
-    60.0,
-)  # between starts of a worker; after SOUND_S it starts over
 
 log = structlog.get_logger()
 
@@ -45,14 +41,12 @@ def run(settings: Settings) -> int:
     """Serve until told to stop; returns the exit status. What cannot work is one sentence on stderr and status 2."""
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
-        manifest = Bundle.open(
-            settings.bundle
-        ).manifest  # before anything starts: a damaged file is one sentence
+        lanes = open_lanes(settings, verify=settings.verify)  # at once: a damaged file is one sentence
         admit(settings)
         port = free_port(settings.host, settings.port)
         with tempfile.TemporaryDirectory(prefix="dit-") as folder:
-            here = settings.model_copy(update={"port": port, "verify": False})
-            return asyncio.run(Supervisor(here, manifest, Path(folder)).run())
+            here = settings.model_copy(update={"port": port})
+            return asyncio.run(Supervisor(here, lanes, Path(folder)).run())
     except (BundleError, KeyringError, ServiceError, ValkeyFailed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR
@@ -61,15 +55,17 @@ def run(settings: Settings) -> int:
 class Supervisor:
     """Owner of the children. `folder` is scratch space of its own."""
 
-    def __init__(self, settings: Settings, manifest: Manifest, folder: Path) -> None:
-        self._settings, self._manifest, self._folder = settings, manifest, folder
-        self._workers: dict[int, Child] = {}
+    def __init__(self, settings: Settings, lanes: Sequence[Lane], folder: Path) -> None:
+        self._settings, self._lanes, self._folder = settings, lanes, folder
+        self._crews: list[Crew] = []
         self._stopping = False
         self._ended: asyncio.Future[int]
 
     async def run(self) -> int:
         """The exit status of the service: 0 if it was told to stop."""
         stop, hurry = stop_signals()
+        reload = asyncio.Event()
+        on_hang_up(reload.set, stop=stop.set)
         self._ended = asyncio.get_running_loop().create_future()
         valkey = await self._queue()
         try:
@@ -77,20 +73,17 @@ class Supervisor:
             shared.mkdir()
             self._settings = self._settings.model_copy(update={"prometheus_multiproc_dir": shared})
             async with asyncio.TaskGroup() as group:
-                api = await self._start("api")
+                api = await start_child("api", self._settings)
                 watching = [group.create_task(self._watch(child)) for child in (api, valkey) if child]
-                working = [group.create_task(self._work(k)) for k in range(self._settings.workers)]
-                announcing = group.create_task(self._announce())
+                watching += [group.create_task(self._despair(self._begin(lane))) for lane in self._lanes]
+                reloading = group.create_task(self._reload(reload, api))
                 killing = group.create_task(self._kill(hurry, api))
                 status = await self._until(stop)
                 self._stopping = True
-                announcing.cancel()
+                reloading.cancel()
                 limit = self._settings.drain_s + LAST_GRACE_S
-                await api.stop(limit)
-                for task in working:
-                    task.cancel()
-                await asyncio.wait(working)
-                await asyncio.gather(*(worker.stop(limit) for worker in self._workers.values()))
+                await asyncio.gather(api.stop(limit), asyncio.wait([reloading]))
+                await asyncio.gather(*(crew.stop(limit) for crew in self._crews))
                 for task in (*watching, killing):
                     task.cancel()
             return status
@@ -108,9 +101,13 @@ class Supervisor:
         self._settings = self._settings.model_copy(update={"redis_url": SecretStr(url)})
         return valkey
 
-    async def _start(self, command: str) -> Child:
-        arguments = [sys.executable, "-m", "service", command]
-        return await Child.start(command, arguments, self._settings.child_environment())
+    def _begin(self, lane: Lane) -> Crew:
+        """Start the workers of a lane, whose bundle was verified when it was opened."""
+        settings = self._settings.model_copy(update={"verify": False})
+        crew = Crew(lane, settings, metrics_folder=self._folder / "metrics")
+        self._crews.append(crew)
+        crew.begin()
+        return crew
 
     async def _watch(self, child: Child) -> None:
         """A child without which there is no service."""
@@ -119,33 +116,59 @@ class Supervisor:
             log.error("ended unexpectedly", process=child.name, status=status)
         self._end(status if status > 0 else FAILED)
 
-    async def _work(self, index: int) -> None:
-        """Keep one worker running."""
-        pause = FIRST_PAUSE_S
-        while not self._stopping:
-            started = time.monotonic()
-            worker = self._workers[index] = await self._start("worker")
-            status = await worker.wait()
-            metrics.forget(worker.pid, shared=self._folder / "metrics")
-            if status == CONFIG_ERROR:
-                self._end(CONFIG_ERROR)
-            if self._stopping or status == CONFIG_ERROR:
-                return
-            if time.monotonic() - started > SOUND_S:
-                pause = FIRST_PAUSE_S
-            log.warning("worker ended, starting another", status=status, pause_s=pause)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+    async def _despair(self, crew: Crew) -> None:
+        """A service whose workers cannot work ends."""
+        await crew.hopeless.wait()
+        self._end(CONFIG_ERROR)
 
-    async def _announce(self) -> None:
+    async def _reload(self, wish: asyncio.Event, api: Child) -> None:
+        """Announce that all is ready, and from then on put new versions of the bundles in the place of the old when told to."""
         while not await ready(self._settings.host, self._settings.port):  # noqa: ASYNC110 (another process)
             await asyncio.sleep(0.05)
-        print(greeting(self._manifest, self._settings), flush=True)
+        print(greeting([lane.bundle.manifest for lane in self._lanes], self._settings), flush=True)
+        while True:
+            await wish.wait()
+            wish.clear()
+            for crew in tuple(self._crews):
+                await self._renew(crew, api)
+            api.signal(signal.SIGHUP)  # should it have missed one
+
+    async def _renew(self, old: Crew, api: Child) -> None:
+        """Have what lies in a bundle's folder now served by new workers; if it cannot be, the old ones serve on."""
+        fields = {"model": old.lane.name, "folder": str(old.lane.folder)}
+        leaving: Crew | None = None
+        try:
+            lane = await asyncio.to_thread(old.lane.reopened, verify=self._settings.verify)
+            if lane.digest == old.lane.digest:
+                log.info("bundle unchanged", **fields)
+            else:
+                log.info("reloading", **fields, version=lane.bundle.manifest.version)
+                leaving = new = self._begin(lane)
+                await self._manned(new)
+                leaving = old
+                api.signal(signal.SIGHUP)
+        except (BundleError, ServiceError, OSError) as error:
+            log.error("bundle not reloaded, the old one serves on", **fields, reason=str(error))
+        if leaving is not None:
+            await leaving.stop(self._settings.drain_s + LAST_GRACE_S)
+            self._crews.remove(leaving)
+
+    async def _manned(self, crew: Crew) -> None:
+        """Returns once the workers are ready. Raises `BundleError` if one ends instead."""
+        assert self._settings.redis_url is not None
+        url = self._settings.redis_url.get_secret_value()
+        broker = await Broker.connect(url, namespace=crew.lane.namespace)
+        try:
+            if not await crew.ready(broker):
+                raise BundleError("a worker of the new one ended before it was ready")
+        finally:
+            await broker.aclose()
 
     async def _kill(self, hurry: asyncio.Event, api: Child) -> None:
         await hurry.wait()
-        for child in (api, *self._workers.values()):
-            child.signal(signal.SIGKILL)
+        api.signal(signal.SIGKILL)
+        for crew in self._crews:
+            crew.kill()
 
     async def _until(self, stop: asyncio.Event) -> int:
         stopped = asyncio.create_task(stop.wait())
@@ -174,13 +197,15 @@ def free_port(host: str, port: int) -> int:
         ) from None
 
 
-def greeting(manifest: Manifest, settings: Settings) -> str:
+def greeting(manifests: Sequence[Manifest], settings: Settings) -> str:
     """One line: what is served where, and how to try it."""
+    manifest, several = manifests[0], len(manifests) > 1
     base = f"http://{_reachable(settings.host)}:{settings.port}"
     condition = {factor.name: factor.classes[0] for factor in manifest.factors[:1]}
     body = shlex.quote(json.dumps({"condition": condition}, ensure_ascii=False))
     curl = f"curl -s {base}/generate -H 'content-type: application/json' -H 'accept: image/png' -d {body} -o image.png"
-    return f"{manifest.name} {manifest.version} is ready on {base} — try: {curl}"
+    names = ", ".join(f"{each.name} {each.version}" for each in manifests)
+    return f"{names} {'are' if several else 'is'} ready on {base} — try: {curl}"
 
 
 async def ready(host: str, port: int) -> bool:

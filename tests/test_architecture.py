@@ -87,7 +87,7 @@ IMPURE = {
 
 # Who may import by name: tables of implementations, and packages that few need.
 LATE = {"service.__main__", "service.backends", "service.tracing", "export.trt_module"}
-LATE |= {"service.backends.cuda", "service.backends.tensorrt"}
+LATE |= {"service.backends.cuda", "service.backends.tensorrt", "service.gpus"}
 LATE |= {"model.autoencoder", "model.text", "model.text_encoders"}
 
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
@@ -382,6 +382,7 @@ def test_the_rules_speak_of_modules_that_exist() -> None:
             ["torch", "fastapi", "uvicorn", "onnx", "diffusers"],
         ),
         (", ".join(sorted(TORCHLESS)), ["torch", "onnxruntime"]),
+        ("export.trt", ["torch", "onnx"]),  # the GPU image has neither
     ],
 )
 def test_a_process_loads_only_what_it_needs(imported: str, absent: list[str]) -> None:

@@ -98,7 +98,8 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    running = Service(tmp_path_factory.mktemp("service") / "log.txt")
+    # Images are compared, and a worker that is started again could find the other precision faster.
+    running = Service(tmp_path_factory.mktemp("service") / "log.txt", "--precision=fp32")
     yield running
     if running.process.poll() is None:
         running.stop()

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
+PEERS = ROOT / "bench/peers"  # runs in an environment of its own
+
 # Module → distribution, where the names differ.
 DISTRIBUTIONS = {
     "PIL": "pillow",
@@ -36,6 +38,7 @@ PLUGINS = {"hiredis", "httptools", "uvloop"}
 NEEDS = {
     "service": set[str](),
     "service/client.py": {"client"},
+    "service/verbs.py": {"client"},
     "service/generate.py": {"client"},
     "service/otlp.py": {"otel"},
     "service/backends/text.py": {"serve-text"},
@@ -67,6 +70,13 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
+def listed(path: Path) -> Iterator[Requirement]:
+    """The lines of a requirements file."""
+    for line in path.read_text().splitlines():
+        if line and not line.startswith("#"):
+            yield Requirement(line)
+
+
 def third_party(path: Path) -> Iterator[str]:
     """The distributions that a module imports."""
     ours = {"model", "export", "service", "bench", "tests"}
@@ -84,6 +94,8 @@ def sources() -> Iterator[tuple[Path, set[str]]]:
         for path in sorted((ROOT / package).rglob("*.py")):
             own = NEEDS.get(str(path.relative_to(ROOT)), NEEDS[package])
             allowed = set(requirements(*own))
+            if path.is_relative_to(PEERS):
+                allowed |= {canonicalize_name(each.name) for each in listed(PEERS / "requirements.txt")}
             yield path, allowed | {"onnxruntime"} if "onnxruntime-gpu" in allowed else allowed
 
 

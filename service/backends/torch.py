@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model.bundle import Bundle
@@ -46,7 +47,11 @@ class TorchBackend:
         self.size_multiple = size_multiple(config)
         self._device = torch.device(device)
         self._model = make_network(config)
-        self._model.load_state_dict(load_file(bundle.file("weights.safetensors")))
+        weights = bundle.file("weights.safetensors")
+        try:
+            self._model.load_state_dict(load_file(weights))
+        except SafetensorError as error:
+            raise BackendUnavailable(f"{weights} cannot be read: {error}") from None
         self._model.eval().to(self._device)
         self._backbone = (
             torch.compile(self._model.backbone, dynamic=True) if compile else self._model.backbone

@@ -1,6 +1,6 @@
 """The engine: many samples, each somewhere on its own course, one forward pass at a time.
 
-Samples of one image size share each pass; the sizes take turns.
+Samples of one image size share each pass, and with those of the bundle's own size the windows of larger ones; the sizes take turns.
 Synchronous and single-threaded: one thread calls everything here. It knows no queue, no HTTP and no file; requests come
 in as values, results go out in the report of a step. A sample's image depends on its request and its course alone, not
 on its company.
@@ -8,27 +8,27 @@ on its company.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 
 import numpy as np
-import numpy.typing as npt
 
 from model.diffusion import Schedule
 from service.backends import Backend
 from service.engine.conditions import Conditions
 from service.engine.courses import Course, plot, replot
 from service.engine.groups import Group, Groups
-from service.engine.passes import WEIGHT, ForwardPass
+from service.engine.passes import ForwardPass, Stepped
 from service.engine.samples import Failed, Finished, Preview, Sample, SampleRequest, Size, StepReport
-from service.engine.scheduler import Batch, Scheduler
-from service.engine.slots import Floats, SlotPool
+from service.engine.scheduler import Scheduler
+from service.engine.slots import SlotPool
 from service.engine.snapshots import Snapshot
 from service.errors import DeadlineExceeded, InternalError, InvalidRequest, NumericalError, ServiceError
 from service.jobs import Due
 from service.planning.costs import CostModel
 from service.planning.planner import Change, Planner
 from service.planning.rungs import Ladder, Rung, steps_left
+from service.windows import Windows, windows_over
 
 
 class Engine:
@@ -81,18 +81,15 @@ class Engine:
         if not self._samples:
             return StepReport(changes=changes)
         group, batch = self._groups.next_batch()
-        lines = np.stack([sample.line for sample in batch.samples])  # (n, 7)
         try:
-            output, rows = self._forward.run(group, batch, lines)  # (n, C, H, W)
+            predictions, rows = self._forward.run(group, batch.samples)
         except MemoryError:
             if group is self._groups.own:
                 raise
             return StepReport(failed=self._give_up(group), changes=changes)
-        estimates, finite = group.pool.advance(
-            output, lines[:, :WEIGHT], [each.generator for each in batch.samples]
-        )
+        stepped = [each for prediction in predictions for each in prediction.advance()]
         now = self.clock()
-        finished, failed, previews = self._finish(group, batch, estimates, finite, began, now)
+        finished, failed, previews = self._finish(stepped, began, now)
         predicted = group.costs.predict(rows)
         group.costs.observe(rows, now - began)
         return StepReport(
@@ -110,7 +107,7 @@ class Engine:
             raise ValueError(f"sample {request.id} is running already")
         if not self.free_samples:
             raise ValueError(f"no free slot for sample {request.id}")
-        size = self._size(request)
+        size, windows = self._size(request)
         if snapshot is not None and snapshot.latent.shape[1:] != size:
             raise ValueError(f"the snapshot of sample {request.id} is of another size")
         condition = self.conditions.get(request.condition, request.mix)
@@ -119,23 +116,24 @@ class Engine:
             course = plot(request.rung, 1.0 if unconditional else request.guidance_scale, self.schedule)
         else:
             course = snapshot.course(self.schedule)
-        group = self._groups.of(size)
-        sample = Sample(request, condition, course, added_at=self.clock(), size=size, row_cost=group.row_cost)
-        sample.slot, latent = group.pool.take()
+        sample = Sample(request, condition, course, added_at=self.clock(), size=size, windows=windows)
+        if windows is not None:
+            self._forward.reserve(self._groups.own, 2 * len(windows))
+        latent = self._groups.seat(sample)
         if snapshot is None:
             sample.generator.standard_normal(out=latent, dtype=np.float32)
         else:
             snapshot.resume(sample)
-            group.pool.restore(sample.slot, snapshot.latent, snapshot.history)
-        self._samples[request.id] = group.samples[request.id] = sample
+            sample.pool.restore(sample.slot, snapshot.latent, snapshot.history)
+        self._groups.join(sample)
+        self._samples[request.id] = sample
 
     def export(self, sample_id: str) -> Snapshot | None:
         """Where a sample stands, for `add` to continue from; None before its first step, or if it is not running."""
         sample = self._samples.get(sample_id)
         if sample is None or not sample.taken:
             return None
-        pool = self._groups.of(sample.size).pool
-        return Snapshot.of(sample, pool.latent(sample.slot), pool.history(sample.slot))
+        return Snapshot.of(sample, sample.pool.latent(sample.slot), sample.pool.history(sample.slot))
 
     def cancel(self, sample_id: str) -> None:
         """Drop a sample: it takes no further step. One that is not running is ignored."""
@@ -224,15 +222,19 @@ class Engine:
             rung, scale, self.schedule, timestep=sample.timestep, steps=steps, previous=sample.previous
         )
 
-    def _size(self, request: SampleRequest) -> Size:
-        """The latent size of a request, if the backend runs it."""
+    def _size(self, request: SampleRequest) -> tuple[Size, Windows | None]:
+        """The latent size of a request and the windows it is denoised in, if the backend runs it."""
         own = self._groups.own.size
         size = request.size or own
+        if request.windows:
+            if size == own or size[0] < own[0] or size[1] < own[1]:
+                raise InvalidRequest(f"Only what is larger than {own[0]}x{own[1]} latent pixels has windows.")
+            return size, windows_over(size, own)
         if size != own:
             multiple = self.backend.size_multiple
             if multiple is None or any(side < 1 or side % multiple for side in size):
                 raise InvalidRequest(f"This worker makes no images of {size[0]}x{size[1]} latent pixels.")
-        return size
+        return size, None
 
     def _make_pool(self, size: Size) -> SlotPool:
         manifest = self.backend.manifest
@@ -240,19 +242,13 @@ class Engine:
         return SlotPool(self._slots, shape, rows=self._rows, clip=manifest.diffusion.clip_x0)
 
     def _finish(
-        self,
-        group: Group,
-        batch: Batch[Sample],
-        estimates: Floats,
-        finite: npt.NDArray[np.bool_],
-        began: float,
-        now: float,
+        self, stepped: Sequence[Stepped], began: float, now: float
     ) -> tuple[tuple[Finished, ...], tuple[Failed, ...], tuple[Preview, ...]]:
         """Count the step; part from samples that are done or broken; show what was asked to be shown."""
         finished: list[Finished] = []
         failed: list[Failed] = []
         previews: list[Preview] = []
-        for sample, estimate, sound in zip(batch.samples, estimates, finite.tolist(), strict=True):
+        for sample, estimate, sound in stepped:
             if not sound:
                 step = f"step {sample.taken + 1} of {sample.steps}"
                 failed.append(
@@ -261,7 +257,7 @@ class Engine:
                 continue
             sample.advance(began)
             if not sample.remaining_steps:
-                finished.append(sample.finished(group.pool.latent(sample.slot), now))
+                finished.append(sample.finished(sample.pool.latent(sample.slot), now))
                 self.cancel(sample.id)
             elif sample.request.previews and sample.taken % sample.request.previews == 0:
                 previews.append(Preview(sample.id, sample.taken, sample.steps, estimate.copy()))

@@ -1,4 +1,7 @@
-"""Samples by latent size: only samples of one size can share a forward pass, so sizes take turns."""
+"""Samples by the size of their rows: only rows of one size can share a forward pass, so sizes take turns.
+
+A row is a latent as a whole, or a window of one: what is denoised in windows is among the samples of the bundle's own size.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from math import prod
 
 from service.engine.samples import Sample, Size
 from service.engine.scheduler import Batch, Scheduler
-from service.engine.slots import SlotPool
+from service.engine.slots import Floats, SlotPool
 from service.engine.turns import Demand, Turns
 from service.planning.costs import CostModel
 
 
 class Group:
-    """The samples of one size, their slots, and what a pass of them takes.
+    """The samples with rows of one size, the slots of whole latents, and what a pass of them takes.
 
     `row_cost` is the tokens of one row, in rows of the bundle's own size.
     """
@@ -46,8 +49,23 @@ class Groups:
         self._groups = {own: self.own}
         self._turns: Turns[Size] = Turns()
 
-    def of(self, size: Size) -> Group:
-        """The group of a size, made if need be."""
+    def seat(self, sample: Sample) -> Floats:
+        """Give a sample its place; its latent, to be filled before it joins."""
+        group = self._home(sample)
+        if sample.windows is None:
+            sample.pool, sample.row_cost = group.pool, group.row_cost
+        else:
+            sample.pool, sample.row_cost = group.pool.lone(sample.size), float(len(sample.windows))
+        sample.slot, latent = sample.pool.take()
+        return latent
+
+    def join(self, sample: Sample) -> None:
+        """Let a sample that has its place take steps."""
+        self._home(sample).samples[sample.id] = sample
+
+    def _home(self, sample: Sample) -> Group:
+        """The group of a sample, made if need be."""
+        size = sample.size if sample.windows is None else self.own.size
         group = self._groups.get(size)
         if group is None:
             row_cost = prod(size) / prod(self.own.size)
@@ -57,9 +75,9 @@ class Groups:
 
     def leave(self, sample: Sample) -> None:
         """Part from a sample, and from its group if it was the last one there."""
-        group = self._groups[sample.size]
+        group = self._home(sample)
         del group.samples[sample.id]
-        group.pool.release(sample.slot)
+        sample.pool.release(sample.slot)
         if not group.samples and group is not self.own:
             del self._groups[group.size]
 
@@ -71,11 +89,12 @@ class Groups:
         else:
             size = self._turns.next({size: self._demand(group) for size, group in waiting.items()})
             group = waiting[size]
-        return group, self._scheduler.next_batch(group.samples.values(), self._knee(group), group.row_cost)
+        return group, self._batch(group)
 
     def _demand(self, group: Group) -> Demand:
-        rows = group.rows
-        return Demand(group.row_cost * min(rows, self._knee(group)), group.row_cost * rows)
+        batch = sum(sample.rows for sample in self._batch(group).samples)
+        return Demand(group.row_cost * batch, group.row_cost * group.rows)
 
-    def _knee(self, group: Group) -> int:
-        return group.costs.knee(self._scheduler.cap(group.row_cost))
+    def _batch(self, group: Group) -> Batch[Sample]:
+        knee = group.costs.knee(self._scheduler.cap(group.row_cost))
+        return self._scheduler.next_batch(group.samples.values(), knee, group.row_cost)

@@ -15,10 +15,12 @@ import numpy.typing as npt
 from model.mixing import Mix
 from service.engine.conditions import Condition
 from service.engine.courses import Course
+from service.engine.slots import SlotPool
 from service.errors import ServiceError
 from service.jobs import ConditionTerm
 from service.planning.planner import ROOM, Change, PlannedSample
 from service.planning.rungs import Rung
+from service.windows import Windows
 
 Latent = npt.NDArray[np.float32]
 Size = tuple[int, int]  # height and width in latent pixels
@@ -41,6 +43,7 @@ class SampleRequest:
     min_steps: int
     reason: str | None = None  # why `rung` is not `requested`, if it is not
     size: Size | None = None  # None: the bundle's own
+    windows: bool = False  # denoise a larger size in overlapping windows of the bundle's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,10 @@ class StepReport:
 
 
 class Sample:
-    """A running sample: where it stands on its course. Its latent lives at `slot` in the pool of its size.
+    """A running sample: where it stands on its course. Its latent lives at `slot` of `pool`.
 
-    `row_cost` is the tokens of one of its rows, in rows of the bundle's own size.
+    `windows` are those it is denoised in, None as a whole. `row_cost` is the tokens of predicting its latent once, in rows of
+    the bundle's own size. Pool, slot and cost come with its place among the others (`groups`).
     """
 
     __slots__ = (
@@ -100,7 +104,7 @@ class Sample:
         "cursor",
         "degraded",
         "generator",
-        "guidance_scale",
+        "pool",
         "reason",
         "request",
         "row_cost",
@@ -109,7 +113,12 @@ class Sample:
         "slot",
         "started_at",
         "taken",
+        "windows",
     )
+
+    pool: SlotPool
+    slot: int
+    row_cost: float
 
     def __init__(
         self,
@@ -119,10 +128,10 @@ class Sample:
         *,
         added_at: float,
         size: Size,
-        row_cost: float = 1.0,
+        windows: Windows | None = None,
     ) -> None:
         self.request = request
-        self.size, self.row_cost = size, row_cost
+        self.size, self.windows = size, windows
         self.condition = condition
         self.course = course
         self.cursor = 0  # the course's next step
@@ -131,7 +140,6 @@ class Sample:
         self.reason = request.reason
         self.degraded = request.rung != request.requested
         self.generator = np.random.Generator(np.random.Philox(request.seed))
-        self.slot = -1
         self.added_at = added_at
         self.started_at: float | None = None
 
@@ -145,8 +153,14 @@ class Sample:
 
     @property
     def rows(self) -> int:
-        """Rows of the next step: two where guidance acts, else one."""
-        return 2 if self.course.guided[self.cursor] else 1
+        """Rows of the next step: two where guidance acts, else one, of each window."""
+        rows = 2 if self.course.guided[self.cursor] else 1
+        return rows if self.windows is None else rows * len(self.windows)
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance acts on the next step."""
+        return self.course.guided[self.cursor]
 
     @property
     def timestep(self) -> int:

@@ -29,15 +29,10 @@ S = TypeVar("S", bound=Waiting)
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[S]):
-    """Row i is sample i; the row after them for each of `guided`, in order, is that sample's unconditional one."""
+    """The samples that step together."""
 
     samples: tuple[S, ...]
-    guided: tuple[int, ...]
     stop_reason: Literal["cap", "idle"]  # it grew no further: the cap was reached, or no sample was left
-
-    @property
-    def rows(self) -> int:
-        return len(self.samples) + len(self.guided)
 
 
 class Scheduler:
@@ -75,20 +70,17 @@ class Scheduler:
         """The samples to step now, most urgent first, up to the worthwhile `knee` or the size that is run for it.
 
         All samples are of one size, at which a row has `row_cost` times the tokens of the bundle's own. At least one is
-        chosen, even if its two rows exceed the cap: rows need not share a forward pass.
+        chosen, even if its rows exceed the cap: rows need not share a forward pass.
         """
         room = self.size(min(knee, self.cap(row_cost)), row_cost)
         chosen: list[S] = []
-        guided: list[int] = []
         for sample in sorted(samples, key=self._due):
             rows = sample.rows
             if rows > room and chosen:
-                continue  # a later sample of one row may still fit
-            if rows == 2:
-                guided.append(len(chosen))
+                continue  # a later sample of fewer rows may still fit
             chosen.append(sample)
             room -= rows
-        return Batch(tuple(chosen), tuple(guided), "cap" if len(chosen) < len(samples) else "idle")
+        return Batch(tuple(chosen), "cap" if len(chosen) < len(samples) else "idle")
 
     def cap(self, row_cost: float = 1.0) -> int:
         """The most rows of one forward pass: what the budget holds, at most `max_rows`, at least the smallest size there is."""

@@ -29,6 +29,15 @@ class SlotPool:
         self._scratch: Floats = np.empty((rows, *shape), np.float32)
         self._gathered = np.empty(0, np.intp)  # the slots of the batch at hand
 
+    def lone(self, size: tuple[int, int]) -> SlotPool:
+        """A pool like this one for a single latent of another size."""
+        return SlotPool(1, (self.shape[0], *size), rows=1, clip=self._clip)
+
+    def reserve(self, rows: int) -> None:
+        """Make batches of so many rows possible, between two steps."""
+        if rows > len(self._x):
+            self._x = np.zeros((rows, *self.shape), np.float32)
+
     @property
     def free(self) -> int:
         return len(self._free)

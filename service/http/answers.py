@@ -41,24 +41,31 @@ def render(representation: Representation, job: Job, result: JobResult) -> Respo
     """The answer to a request whose job has finished."""
     headers = facts(job, result)
     if representation.media_type == JSON:
-        return JSONResponse(body(job, result).model_dump(mode="json"), headers=headers)
-    if representation.media_type == MULTIPART:
+        response: Response = JSONResponse(body(job, result).model_dump(mode="json"), headers=headers)
+    elif representation.media_type == MULTIPART:
         boundary = f"dit-{job.id}"
         parts = b"".join(_part(boundary, job, image) for image in result.images)
         content = parts + f"--{boundary}--\r\n".encode()
-        return Response(content, headers=headers, media_type=f'{MULTIPART}; boundary="{boundary}"')
-    return file(job, result.images[0], headers)
+        response = Response(content, headers=headers, media_type=f'{MULTIPART}; boundary="{boundary}"')
+    else:
+        return file(job, result.images[0], headers)
+    response.headers["content-digest"] = _digest(bytes(response.body))
+    return response
 
 
 def file(job: Job, image: Image, headers: dict[str, str]) -> Response:
     """One image file."""
-    digest = base64.b64encode(hashlib.sha256(image.data).digest()).decode()
     named = {
-        "content-digest": f"sha-256=:{digest}:",
+        "content-digest": _digest(image.data),
         "content-disposition": f'inline; filename="{_filename(job, image)}"',
         "x-seed": str(image.seed),
     }
     return Response(image.data, headers={**headers, **named}, media_type=image.content_type)
+
+
+def _digest(content: bytes) -> str:
+    """The value of `Content-Digest` (RFC 9530)."""
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(content).digest()).decode()}:"
 
 
 def facts(job: Job, result: JobResult) -> dict[str, str]:

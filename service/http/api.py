@@ -1,6 +1,7 @@
-"""The API process: uvicorn around the application, draining on SIGTERM."""
+"""The API process: uvicorn around the application, draining on SIGTERM, reading its bundles again on SIGHUP."""
 
 import asyncio
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -18,21 +19,25 @@ from service.http.protocol import bounded
 from service.keyring import KeyringError
 from service.queue.backplane import open_backplane
 from service.settings import Settings
+from service.signals import on_hang_up
 
 CONFIG_ERROR = 2
 _log = structlog.get_logger()
 
 
 class _Server(uvicorn.Server):
-    """Announces the end to the application before uvicorn waits for what is in flight."""
+    """Announces the end to the application before uvicorn waits for what is in flight, and the wish to reload."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None], *, keys: str) -> None:
+    def __init__(
+        self, config: uvicorn.Config, announce: Callable[[], None], reload: Callable[[], None], *, keys: str
+    ) -> None:
         super().__init__(config)
-        self._announce, self._keys = announce, keys
+        self._announce, self._reload, self._keys = announce, reload, keys
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            on_hang_up(self._reload, stop=lambda: self.handle_exit(signal.SIGTERM, None))
             _log.info("api ready", host=self.config.host, port=self.config.port, keys=self._keys)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -50,7 +55,7 @@ def run(settings: Settings) -> int:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR
     keys = str(settings.keys_file) if settings.keys_file else "none asked: everybody may draw"
-    server = _Server(configured(app, settings), app.state.draining.set, keys=keys)
+    server = _Server(configured(app, settings), app.state.draining.set, app.state.reload.set, keys=keys)
     server.run()
     return 0 if server.started else CONFIG_ERROR
 

@@ -1,34 +1,30 @@
 """The HTTP application: routes, middleware, error answers and lifespan, put together from settings.
 
-Starts with neither torch nor onnxruntime: of the bundle only the manifest is read.
+Starts with neither torch nor onnxruntime: of a bundle only the manifest is read.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from model.bundle import Bundle
-from service import metrics
 from service.errors import ServiceError
 from service.http import job_routes, openai, pages, probes, routes
 from service.http.access import Access
-from service.http.canary import Canary
 from service.http.context import Context
-from service.http.intake import Intake
 from service.http.middleware import Body, RequestContext
+from service.http.models import VERSION, Model, renewed
 from service.http.openapi import document
 from service.http.problems import answer
 from service.keyring import admit
+from service.lanes import open_lanes
 from service.queue.backplane import Backplane, open_backplane
 from service.settings import Settings
 from service.tracing import open_tracing
-
-VERSION = "0.1.0"
 
 Opener = Callable[[Settings], AbstractAsyncContextManager[Backplane]]
 
@@ -44,22 +40,26 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
     """The application. `opener` connects to the queue when the app starts.
 
     Raises:
-        BundleError: the bundle of the settings cannot be used.
+        BundleError: a bundle of the settings cannot be used.
         KeyringError: their key file cannot, or nobody said that everybody may come in.
         ValueError: traces without the extra they need.
     """
-    bundle = Bundle.open(settings.bundle, verify=False)
+    lanes = open_lanes(settings, verify=False)
     keyring = admit(settings)
     tracing = open_tracing(settings.otlp_endpoint, "dit-api")
-    draining = asyncio.Event()
+    draining, reload = asyncio.Event(), asyncio.Event()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with opener(settings) as backplane:
-            intake = Intake(bundle.manifest, settings, backplane.queue)
-            app.state.context = Context(settings, backplane, intake, draining)
-            async with _watched(settings, bundle, intake, backplane):
-                yield
+        async with AsyncExitStack() as stack:
+            models = {}
+            for lane in lanes:
+                backplane = await stack.enter_async_context(opener(lane.settings(settings)))
+                models[lane.name] = Model.of(lane, settings, backplane)
+            context = app.state.context = Context(settings, models, draining)
+            canaries = [_watching(context, name) for name in models] if settings.canary_s else []
+            await stack.enter_async_context(_beside(_reloading(context, reload), *canaries))
+            yield
         tracing.close()
 
     app = FastAPI(
@@ -75,37 +75,49 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
             f"{route.tags[0]}-{route.name}" if route.tags else route.name
         ),
     )
-    app.state.draining, app.state.keyring = draining, keyring
+    app.state.draining, app.state.reload, app.state.keyring = draining, reload, keyring
     app.openapi = lambda: document(app, keyed=keyring is not None)  # type: ignore[method-assign]
-    for module in (routes, job_routes, openai, probes, pages):
-        app.include_router(module.router)
+    routers = [module.router for module in (routes, job_routes, openai, probes, pages)]
     if settings.metrics:
-        app.include_router(probes.metrics_router)
+        routers.append(probes.metrics_router)
+    for router in routers:
+        app.include_router(router)
     for kind in (ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answered)
     app.add_middleware(Body, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    app.add_middleware(Access, keyring=keyring, quota=lambda: app.state.context.backplane.quota)
-    app.add_middleware(RequestContext, tracing=tracing)
-    metrics.BUILD_INFO.labels(VERSION, bundle.manifest.name, bundle.manifest.version).set(1)
+    app.add_middleware(Access, keyring=keyring, quota=lambda: app.state.context.default.backplane.quota)
+    known = [route for router in routers for route in router.routes]
+    app.add_middleware(RequestContext, tracing=tracing, routes=known)
     return app
 
 
 @asynccontextmanager
-async def _watched(
-    settings: Settings, bundle: Bundle, intake: Intake, backplane: Backplane
-) -> AsyncIterator[None]:
-    """With the canary at work, where the bundle has a golden image and `canary_s` is not 0."""
-    golden = bundle.manifest.golden
-    if golden is None or not settings.canary_s:
-        yield
-        return
-    canary = Canary(bundle.path, golden, intake, backplane.listener)
-    task = asyncio.create_task(canary.run(settings.canary_s))
+async def _beside(*endless: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """With these running until the block ends."""
+    tasks = [asyncio.create_task(each) for each in endless]
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def _reloading(context: Context, reload: asyncio.Event) -> None:
+    """At every event, put the new versions of the models in the place of the old, between two requests."""
+    while True:
+        await reload.wait()
+        reload.clear()
+        context.models = await renewed(context.models, context.settings)
+
+
+async def _watching(context: Context, name: str) -> None:
+    """Have the golden image of a model drawn every so often, where its bundle has one."""
+    while True:
+        await asyncio.sleep(context.settings.canary_s)
+        canary = context.models[name].canary
+        if canary is not None:
+            await canary.watch()
 
 
 async def _answered(request: Request, error: Exception) -> Response:

@@ -5,7 +5,6 @@ After a new driver, engine or runtime the images should still be the ones the mo
 
 from __future__ import annotations
 
-import asyncio
 from io import BytesIO
 from pathlib import Path
 
@@ -32,16 +31,15 @@ class Canary:
     def __init__(self, folder: Path, golden: Golden, intake: Intake, listener: Waiter) -> None:
         self._expected = pixels((folder / GOLDEN).read_bytes())
         self._golden, self._intake, self._listener = golden, intake, listener
+        self._model = intake.manifest.name
 
-    async def run(self, every_s: float) -> None:
-        """For ever. A service that is too busy, or has no worker, is not judged."""
-        while True:
-            await asyncio.sleep(every_s)
-            try:
-                await self.draw()
-            except ServiceError as error:
-                metrics.CANARY.labels("skipped").inc()
-                _log.info("canary skipped", code=error.code)
+    async def watch(self) -> None:
+        """Draw once. A service that is too busy, or has no worker, is not judged."""
+        try:
+            await self.draw()
+        except ServiceError as error:
+            metrics.CANARY.labels(self._model, "skipped").inc()
+            _log.info("canary skipped", model=self._model, code=error.code)
 
     async def draw(self) -> float:
         """PSNR in dB of one drawing against the golden image. Raises `ServiceError`."""
@@ -61,10 +59,16 @@ class Canary:
         result = await self._listener.wait(ticket.job.id)
         likeness = psnr(pixels(result.images[0].data), self._expected)
         outcome = "drifted" if likeness < DRIFT_DB else "same"
-        metrics.CANARY.labels(outcome).inc()
-        metrics.CANARY_PSNR.set(likeness)
+        metrics.CANARY.labels(self._model, outcome).inc()
+        metrics.CANARY_PSNR.labels(self._model).set(likeness)
         log = _log.warning if outcome == "drifted" else _log.info
-        log("canary drawn", psnr_db=round(likeness, 1), outcome=outcome, worker=result.worker)
+        log(
+            "canary drawn",
+            model=self._model,
+            psnr_db=round(likeness, 1),
+            outcome=outcome,
+            worker=result.worker,
+        )
         return likeness
 
 

@@ -11,43 +11,73 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import Receive
 
-from service.errors import Cancelled, DeadlineExceeded, Draining, JobNotFound, QueueUnavailable
-from service.http.intake import Caller, Intake
+from service.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    JobNotFound,
+    ModelNotFound,
+    QueueUnavailable,
+)
+from service.http.intake import Caller
 from service.http.middleware import disconnected
+from service.http.models import Model
 from service.jobs import Job, JobResult, JobStatus
 from service.keyring import ApiKey
-from service.queue.backplane import Backplane
 from service.settings import Settings
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
 
 
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """Where a job stands, and the model that has it."""
+
+    status: JobStatus
+    model: Model
+
+
 @dataclass(slots=True)
 class Context:
-    """Opened by the app's lifespan. `started` once a worker was seen; `draining` once the process is to stop."""
+    """Opened by the app's lifespan. `models` by name, the default first; replaced as a whole when one is. `started` once workers of
+    each were seen; `draining` once the process is to stop."""
 
     settings: Settings
-    backplane: Backplane
-    intake: Intake
+    models: Mapping[str, Model]
     draining: asyncio.Event
     started: bool = field(default=False)
 
-    async def job(self, job_id: str, held: ApiKey | None = None) -> JobStatus:
-        """A job as the holder of a key may see it: their own, with the scope admin anybody's.
+    @property
+    def default(self) -> Model:
+        """What requests get that name no model."""
+        return next(iter(self.models.values()))
+
+    def model(self, name: str | None) -> Model:
+        """Raises `ModelNotFound`."""
+        if name is None:
+            return self.default
+        model = self.models.get(name)
+        if model is None:
+            raise ModelNotFound(f"There is no model {name!r}; this service runs {', '.join(self.models)}.")
+        return model
+
+    async def job(self, job_id: str, held: ApiKey | None = None) -> Sighting:
+        """A job of any model as the holder of a key may see it: their own, with the scope admin anybody's.
 
         Raises `JobNotFound`, `QueueUnavailable`.
         """
-        status = await self.backplane.queue.status(job_id) if _JOB_ID.fullmatch(job_id) else None
-        if status is None or not (held is None or held.may_see(status.job.caller)):
-            raise JobNotFound(f"There is no job {job_id[:64]!r}.")
-        return status
+        for model in self.models.values() if _JOB_ID.fullmatch(job_id) else ():
+            status = await model.backplane.queue.status(job_id)
+            if status is not None and (held is None or held.may_see(status.job.caller)):
+                return Sighting(status, model)
+        raise JobNotFound(f"There is no job {job_id[:64]!r}.")
 
-    async def result(self, job: Job, receive: Receive, *, keep: bool = False) -> JobResult:
+    async def result(self, model: Model, job: Job, receive: Receive, *, keep: bool = False) -> JobResult:
         """The result of a job, waited for until its deadline or until the client goes, which cancels it (unless `keep`).
 
         Raises `Cancelled`, `DeadlineExceeded`, `Draining`, or the job's own error.
         """
-        waiting = asyncio.create_task(self.backplane.listener.wait(job.id))
+        waiting = asyncio.create_task(model.backplane.listener.wait(job.id))
         gone = asyncio.create_task(disconnected(receive))
         leaving = asyncio.create_task(self._drained())
         patience = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
@@ -70,20 +100,21 @@ class Context:
             leaving.cancel()
             await asyncio.wait((waiting, gone, leaving))
             if not ended and not keep:
-                await self.cancel(job.id)
+                await cancel(model, job.id)
 
     async def _drained(self) -> None:
         """Returns when this process was told to stop and has waited as long as it may."""
         await self.draining.wait()
         await asyncio.sleep(self.settings.drain_s)
 
-    async def cancel(self, job_id: str) -> None:
-        """Cancel a job nobody waits for. If the queue cannot be asked the job runs on, which costs time but harms nobody."""
-        with suppress(QueueUnavailable):
-            await self.backplane.queue.cancel(job_id)
+
+async def cancel(model: Model, job_id: str) -> None:
+    """Cancel a job nobody waits for. If the queue cannot be asked the job runs on, which costs time but harms nobody."""
+    with suppress(QueueUnavailable):
+        await model.backplane.queue.cancel(job_id)
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:  # `def` would cost a hop to another thread
     context: Context = request.app.state.context
     return context
 
@@ -91,11 +122,11 @@ def _context(request: Request) -> Context:
 Api = Annotated[Context, Depends(_context)]
 
 
-async def _found(job_id: str, request: Request, api: Api) -> JobStatus:
+async def _found(job_id: str, request: Request, api: Api) -> Sighting:
     return await api.job(job_id, getattr(request.state, "key", None))
 
 
-Found = Annotated[JobStatus, Depends(_found)]  # the job of the path
+Found = Annotated[Sighting, Depends(_found)]  # the job of the path
 
 
 def caller(request: Request, *, key: str | None = None) -> Caller:

@@ -8,9 +8,9 @@ import json
 from service.http.schemas import GenerateRequest
 
 
-def keyed_id(caller: str, key: str) -> str:
-    """The job's id for an Idempotency-Key of a caller."""
-    return hashlib.blake2s(f"{caller}\0{key}".encode(), digest_size=16).hexdigest()
+def keyed_id(caller: str, key: str, model: str) -> str:
+    """The job's id for an Idempotency-Key of a caller. `model`: what is asked, so that two never have jobs of one id."""
+    return hashlib.blake2s(f"{caller}\0{key}\0{model}".encode(), digest_size=16).hexdigest()
 
 
 def fingerprint_of(request: GenerateRequest, image_format: str) -> str:

@@ -18,14 +18,14 @@ from service.errors import (
     IdempotencyMismatch,
     InternalError,
     InvalidRequest,
-    ModelNotFound,
     Overloaded,
     QueueFull,
 )
 from service.http.idempotency import fingerprint_of, keyed_id
 from service.http.schemas import GenerateRequest
-from service.http.sizes import latent_size, row_cost, written
+from service.http.sizes import Extent, as_a_whole, in_windows, written
 from service.http.vocabulary import ClassRef, Vocabulary
+from service.identity import vocabulary_digest
 from service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus, LoadSnapshot
 from service.planning.admission import NO_WORKER, Admission, Newcomer, admit
 from service.planning.capacity import drained
@@ -95,6 +95,7 @@ class Intake:
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue)
+        self._digest = vocabulary_digest(manifest)
         self._settings = settings
         self._queue = queue
 
@@ -104,16 +105,16 @@ class Intake:
         """Admit a request and queue it.
 
         Raises:
-            ModelNotFound, UnknownCondition, InvalidRequest: the model cannot do what is asked.
+            UnknownCondition, InvalidRequest: the model cannot do what is asked.
             Overloaded, QueueFull, QueueUnavailable: not now.
             IdempotencyMismatch: the caller's key was used for another request.
         """
         condition = self._condition(request)
         rung = self._rung(request)
-        size = await self._size(request)
+        extent = await self._extent(request)
         fingerprint = "" if caller.key is None else fingerprint_of(request, image_format)
         if caller.key is not None:
-            known = await self._queue.status(keyed_id(caller.name, caller.key))
+            known = await self._queue.status(self._keyed(caller.name, caller.key))
             if known is not None:
                 return self._again(known, fingerprint)
         now = time.time()
@@ -125,7 +126,7 @@ class Intake:
             deadline_at=deadline_at,
             allow_degraded=request.allow_degraded,
             min_steps=self._floor(request, rung),
-            row_cost=row_cost(size, self.manifest),
+            row_cost=extent.row_cost,
         )
         admission = await self._admit(newcomer, now)
         job = self._job(
@@ -137,7 +138,7 @@ class Intake:
             now=now,
             deadline_at=deadline_at,
             image_format=image_format,
-            size=size,
+            extent=extent,
         )
         if fingerprint:
             job.trace[_BODY] = fingerprint
@@ -147,11 +148,11 @@ class Intake:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
         return Ticket(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))
 
+    def _keyed(self, caller: str, key: str) -> str:
+        """With other classes a model is another: what was made for the old ones is not the answer."""
+        return keyed_id(caller, key, f"{self.manifest.name} {self._digest}")
+
     def _condition(self, request: GenerateRequest) -> tuple[ConditionTerm, ...]:
-        if request.model not in (None, self.manifest.name):
-            raise ModelNotFound(
-                f"There is no model {request.model!r}; this service runs {self.manifest.name}."
-            )
         if isinstance(request.condition, dict):
             return (self._term(request.condition, 1.0),)
         return tuple(self._term(term.condition, term.weight) for term in request.condition)
@@ -194,15 +195,23 @@ class Intake:
             raise wrong("deadline_ms", f"At most {limit * 1000:.0f} ms.")
         return now + request.deadline_ms / 1000
 
-    async def _size(self, request: GenerateRequest) -> tuple[int, int] | None:
-        """The latent size asked for, None for the model's own. What else there is, the workers say."""
-        if request.size in (None, size(self.manifest)):
-            return None
+    async def _extent(self, request: GenerateRequest) -> Extent:
+        """What the size asked for comes to. In windows there is any; which there are besides the model's own, the workers say."""
+        own, max_area = size(self.manifest), self._settings.max_area
+        if request.windows:
+            if request.size is None:
+                raise wrong("windows", f"Name a size larger than the model's own, {own}.")
+            try:
+                return in_windows(request.size, self.manifest, max_area=max_area)
+            except ValueError as error:
+                raise wrong("size", str(error)) from None
+        if request.size in (None, own):
+            return Extent()
         workers = (await self.load()).workers
         if not workers:
             raise Overloaded("No worker is running to say which sizes can be made.", retry_after=_RETRY_S)
         try:
-            return latent_size(request.size, self.manifest, workers, max_area=self._settings.max_area)
+            return as_a_whole(request.size, self.manifest, workers, max_area=max_area)
         except ValueError as error:
             raise wrong("size", str(error)) from None
 
@@ -236,13 +245,13 @@ class Intake:
         now: float,
         deadline_at: float | None,
         image_format: ImageFormat,
-        size: tuple[int, int] | None,
+        extent: Extent,
     ) -> Job:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         scale = self._guidance(request)
         rows = request.n * self.ladder.row_steps(admission.rung, scale)
         return Job(
-            id=keyed_id(caller.name, caller.key) if caller.key is not None else secrets.token_hex(16),
+            id=secrets.token_hex(16) if caller.key is None else self._keyed(caller.name, caller.key),
             model=self.manifest.name,
             condition=condition,
             mix=request.mix,
@@ -262,9 +271,11 @@ class Intake:
             min_steps=self._floor(request, rung),
             rung=admission.rung.name if admission.degraded else None,
             reason=admission.reason,
-            cost_rows=ceil(rows * row_cost(size, self.manifest)),
+            cost_rows=ceil(rows * extent.row_cost),
             trace=dict(caller.trace),
-            size=size,
+            size=extent.size,
+            windows=extent.windows,
+            vocabulary=self._digest,
         )
 
     async def _submit(self, job: Job, caller: Caller) -> bool:

@@ -20,12 +20,12 @@ from service.errors import (
     from_wire,
 )
 from service.http import answers
-from service.http.context import Api, Context, Found
+from service.http.context import Api, Context, Found, Sighting
 from service.http.openapi import problems
 from service.http.problems import problem
 from service.http.schemas import JobOut, Links, Outcome, Problem
 from service.http.sse import EventStream, encode
-from service.jobs import TERMINAL_STATES, Event, Job, JobResult, JobStatus
+from service.jobs import TERMINAL_STATES, Event, Job, JobResult
 from service.planning.load import eta_s
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -49,9 +49,9 @@ def links(job: Job) -> Links:
     response_model=JobOut,
     responses=problems(JobNotFound, JobExpired, QueueUnavailable),
 )
-async def get_job(found: Found, api: Api) -> JobOut:
+async def get_job(found: Found) -> JobOut:
     """State, place in the queue, step, predicted time left; once done, how the images were made."""
-    return await described(found, api)
+    return await described(found)
 
 
 @router.delete(
@@ -62,8 +62,8 @@ async def get_job(found: Found, api: Api) -> JobOut:
 )
 async def delete_job(found: Found, api: Api) -> JobOut:
     """Stops a waiting job at once and a running one at its next step. A job that has ended stays as it is."""
-    await api.backplane.queue.cancel(found.id)
-    return await described(await api.job(found.id), api)
+    await found.model.backplane.queue.cancel(found.status.id)
+    return await described(await api.job(found.status.id))
 
 
 @router.get(
@@ -75,17 +75,18 @@ async def delete_job(found: Found, api: Api) -> JobOut:
         **problems(JobNotFound, ImageNotFound, JobUnfinished, JobExpired, QueueUnavailable),
     },
 )
-async def get_image(found: Found, k: str, api: Api) -> Response:
+async def get_image(found: Found, k: str) -> Response:
     """Image `k`, counted from 0, of a job that is done."""
-    if found.state not in TERMINAL_STATES:
-        raise JobUnfinished(f"The job is {found.state}; follow its events.", retry_after=1)
-    if found.state != "done":
-        raise ImageNotFound(f"The job ended as {found.state}, without images.")
-    result = await _result(found, api)
+    job, state = found.status.job, found.status.state
+    if state not in TERMINAL_STATES:
+        raise JobUnfinished(f"The job is {state}; follow its events.", retry_after=1)
+    if state != "done":
+        raise ImageNotFound(f"The job ended as {state}, without images.")
+    result = await _result(found)
     if not (k.isdecimal() and len(k) < 4 and int(k) < len(result.images)):
         raise ImageNotFound(f"The job has images 0 to {len(result.images) - 1}.")
-    headers = answers.facts(found.job, result) | {"cache-control": "private, max-age=3600, immutable"}
-    return answers.file(found.job, result.images[int(k)], headers)
+    headers = answers.facts(job, result) | {"cache-control": "private, max-age=3600, immutable"}
+    return answers.file(job, result.images[int(k)], headers)
 
 
 @router.get(
@@ -111,19 +112,20 @@ async def get_events(
     after = last_event_id or "0-0"
     if not _EVENT_ID.fullmatch(after):
         raise MalformedRequest("Last-Event-ID is not an id of this stream.")
-    events = _told(found.job, after, api, request.state.request_id)
+    events = _told(found, after, api, request.state.request_id)
     return EventStream(events, keepalive_s=api.settings.keepalive_s, stop=api.draining)
 
 
-async def _told(job: Job, after: str, api: Context, request_id: str) -> AsyncGenerator[bytes]:
+async def _told(found: Sighting, after: str, api: Context, request_id: str) -> AsyncGenerator[bytes]:
     """The job's events, encoded; always ends with how the job ended, even when its stream is gone."""
-    path = f"/jobs/{job.id}"
+    job_id = found.status.id
+    path = f"/jobs/{job_id}"
     try:
-        async for event in api.backplane.queue.events(job.id, after):
+        async for event in found.model.backplane.queue.events(job_id, after):
             yield encode(event.kind, _data(event, path), event_id=event.id)
             if event.terminal:
                 return
-        status = await api.job(job.id)
+        status = (await api.job(job_id)).status
         ending = _ENDINGS.get(status.state)
         if ending:
             yield encode(ending, problem(from_wire(status.error), path) if status.error else {})
@@ -141,19 +143,19 @@ def _data(event: Event, path: str) -> dict[str, Any]:
     return data
 
 
-async def _result(status: JobStatus, api: Context) -> JobResult:
-    result = await api.backplane.queue.result(status.id)
+async def _result(found: Sighting) -> JobResult:
+    result = await found.model.backplane.queue.result(found.status.id)
     if result is None:
         raise JobExpired("The images of this job are no longer kept.")
     return result
 
 
-async def described(status: JobStatus, api: Context) -> JobOut:
+async def described(found: Sighting) -> JobOut:
     """Where a job stands, as it is told. Raises `JobExpired` when it is done and its images are gone."""
-    job = status.job
+    status, job = found.status, found.status.job
     outcome = error = eta = None
     if status.state == "done":
-        result = await _result(status, api)
+        result = await _result(found)
         outcome = Outcome(
             seeds=[image.seed for image in result.images],
             steps_requested=result.steps_requested,
@@ -167,7 +169,7 @@ async def described(status: JobStatus, api: Context) -> JobOut:
     elif status.error is not None:
         error = Problem(**problem(from_wire(status.error), f"/jobs/{status.id}"))
     else:
-        eta = eta_s(status, await api.intake.load())
+        eta = eta_s(status, await found.model.intake.load())
     return JobOut(
         id=status.id,
         model=job.model,

@@ -7,11 +7,12 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
@@ -37,11 +38,12 @@ _HEADERS = {
 class RequestContext:
     """Gives the request its id (the client's if it is well-formed), echoes it, adds security headers, counts, and traces.
 
-    Puts into the request's state its `request_id`, and as `trace` what a job takes along (W3C Trace Context).
+    Puts into the request's state its `request_id`, and as `trace` what a job takes along (W3C Trace Context). Requests are counted
+    by the one of `routes` that they were for, also when they are refused before anybody looks for it.
     """
 
-    def __init__(self, app: ASGIApp, *, tracing: Tracing) -> None:
-        self._app, self._tracing = app, tracing
+    def __init__(self, app: ASGIApp, *, tracing: Tracing, routes: Sequence[BaseRoute]) -> None:
+        self._app, self._tracing, self._routes = app, tracing, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,7 +78,8 @@ class RequestContext:
             await answer(error, scope)(scope, receive, send_named)
         finally:
             metrics.REQUESTS_IN_PROGRESS.dec()
-            fields = _record(scope, request_id, status or _GONE, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            fields = _record(scope, self._route(scope), request_id, status or _GONE, seconds)
             span.end(
                 f"{scope['method']} {fields['route']}",
                 {
@@ -87,10 +90,16 @@ class RequestContext:
                 },
             )
 
+    def _route(self, scope: Scope) -> str:
+        """The pattern of the request's path."""
+        if "route" in scope:
+            return str(scope["route"].path)
+        known = (route for route in self._routes if route.matches(scope)[0] != Match.NONE)
+        return getattr(next(known, None), "path", _UNMEASURED)
 
-def _record(scope: Scope, request_id: str, status: int, seconds: float) -> dict[str, Any]:
+
+def _record(scope: Scope, route: str, request_id: str, status: int, seconds: float) -> dict[str, Any]:
     """Into metrics and the log; gives the fields of the log line."""
-    route = getattr(scope.get("route"), "path", _UNMEASURED)
     metrics.REQUESTS.labels(route, outcome(status)).inc()
     metrics.REQUEST_SECONDS.labels(route).observe(seconds)
     fields = {"method": scope["method"], "route": route, "status": status, "request_id": request_id}

@@ -8,19 +8,23 @@ partial images are real previews of the estimate. What cannot be honoured is ref
 import base64
 import time
 from collections.abc import AsyncGenerator
+from math import prod
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
+from model.bundle import Manifest
 from service.errors import ServiceError, from_wire
 from service.http.answers import facts
-from service.http.context import Api, Context, caller, note
-from service.http.intake import TEXT, size, wrong
+from service.http.context import Api, caller, cancel, note
+from service.http.intake import TEXT, wrong
+from service.http.models import Model
 from service.http.openapi import BODY, ENDED, SUBMIT, openai_problems
 from service.http.problems import openai_error
 from service.http.schemas import MAX_SEED, Condition, Format, GenerateRequest
+from service.http.sizes import written
 from service.http.sse import EventStream, encode
 from service.jobs import Job, JobResult
 from service.planning.rungs import Ladder, Rung
@@ -32,7 +36,7 @@ _PLACES: dict[str, float] = {"high": 0.0, "hd": 0.0, "medium": 0.5, "standard": 
 
 
 class ImagesRequest(BaseModel):
-    """OpenAI's parameters, and as extensions `seed`, `guidance_scale`."""
+    """OpenAI's parameters, and as extensions `seed`, `guidance_scale`, `windows`."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -61,6 +65,7 @@ class ImagesRequest(BaseModel):
     user: str | None = Field(None, max_length=200)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    windows: bool = Field(False, description="Denoise a larger `size` in overlapping windows.")
 
 
 class ImageData(BaseModel):
@@ -109,29 +114,30 @@ async def generations(body: ImagesRequest, request: Request, api: Api) -> Respon
         raise wrong("n", "One image at a time can be streamed.")
     if body.partial_images and not body.stream:
         raise wrong("partial_images", "Partial images need stream=true.")
-    native = _translated(body, api)
-    ticket = await api.intake.submit(native, caller(request), image_format=body.output_format or "png")
+    model = api.model(body.model)
+    native = _translated(body, model)
+    ticket = await model.intake.submit(native, caller(request), image_format=body.output_format or "png")
     note(request, job=ticket.job.id)
     if body.stream:
-        events = _streamed(ticket.job, body, api, request.state.request_id)
+        events = _streamed(ticket.job, body, model, request.state.request_id)
         return EventStream(events, keepalive_s=api.settings.keepalive_s)
-    result = await api.result(ticket.job, request.receive)
+    result = await api.result(model, ticket.job, request.receive)
     data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
     answer = ImagesResponse(
-        created=int(ticket.job.created_at), data=data, **_described(ticket.job, body, api)
+        created=int(ticket.job.created_at), data=data, **_described(ticket.job, body, model.manifest)
     )
     return JSONResponse(answer.model_dump(), headers=facts(ticket.job, result))
 
 
-def _translated(body: ImagesRequest, api: Context) -> GenerateRequest:
-    manifest = api.intake.manifest
+def _translated(body: ImagesRequest, model: Model) -> GenerateRequest:
+    manifest = model.manifest
     condition: Condition
     if manifest.config.text_size:
         condition = {TEXT: body.prompt}
     else:
-        labels = api.intake.vocabulary.match(body.prompt).labels
+        labels = model.intake.vocabulary.match(body.prompt).labels
         condition = {factor.name: label for factor, label in zip(manifest.factors, labels, strict=True)}
-    rung = rung_for(body.quality, api.intake.ladder)
+    rung = rung_for(body.quality, model.intake.ladder)
     steps = rung.steps if rung else manifest.defaults.steps
     operating: dict[str, Any] = {"steps": steps}
     if rung:
@@ -145,6 +151,7 @@ def _translated(body: ImagesRequest, api: Context) -> GenerateRequest:
         condition=condition,
         n=body.n or 1,
         size=None if body.size in (None, "auto") else body.size,
+        windows=body.windows,
         format=body.output_format,
         seed=body.seed,
         guidance_scale=body.guidance_scale,
@@ -161,11 +168,11 @@ def rung_for(quality: str | None, ladder: Ladder) -> Rung | None:
     return ladder.rungs[round(place * (len(ladder.rungs) - 1))]
 
 
-def _described(job: Job, body: ImagesRequest, api: Context) -> dict[str, Any]:
+def _described(job: Job, body: ImagesRequest, manifest: Manifest) -> dict[str, Any]:
     """What OpenAI's answers and events say of an image. Tokens are patches of the image, and classes the prompt named."""
-    manifest = api.intake.manifest
     named = sum(label is not None for term in job.condition for label in term.labels)
-    drawn = manifest.config.tokens * len(job.seeds)
+    own = manifest.config.image_size
+    drawn = len(job.seeds) * manifest.config.tokens * prod(job.size or own) // prod(own)
     usage = {
         "input_tokens": named,
         "output_tokens": drawn,
@@ -177,18 +184,18 @@ def _described(job: Job, body: ImagesRequest, api: Context) -> dict[str, Any]:
         "background": "opaque",
         "output_format": job.format,
         "quality": quality,
-        "size": size(manifest),
+        "size": written(manifest, job.size),
         "usage": usage,
     }
 
 
-async def _streamed(job: Job, body: ImagesRequest, api: Context, request_id: str) -> AsyncGenerator[bytes]:
+async def _streamed(job: Job, body: ImagesRequest, model: Model, request_id: str) -> AsyncGenerator[bytes]:
     """Partial images as they come, then the image; a client that leaves before the end cancels the job."""
-    described = _described(job, body, api)
+    described = _described(job, body, model.manifest)
     partial = {name: value for name, value in described.items() if name != "usage"}
     shown, ended = 0, False
     try:
-        async for event in api.backplane.queue.events(job.id):
+        async for event in model.backplane.queue.events(job.id):
             ended = event.terminal
             if event.kind == "preview" and shown < (body.partial_images or 0):
                 data = {
@@ -201,7 +208,7 @@ async def _streamed(job: Job, body: ImagesRequest, api: Context, request_id: str
                 shown += 1
             if event.kind in ("failed", "cancelled"):
                 raise from_wire(event.data)
-        result: JobResult = await api.backplane.listener.wait(job.id)
+        result: JobResult = await model.backplane.listener.wait(job.id)
         data = {
             "b64_json": base64.b64encode(result.images[0].data).decode(),
             "created_at": int(time.time()),
@@ -213,7 +220,7 @@ async def _streamed(job: Job, body: ImagesRequest, api: Context, request_id: str
         yield _event("error", openai_error(error, request_id))
     finally:
         if not ended:
-            await api.cancel(job.id)
+            await cancel(model, job.id)
 
 
 def _event(kind: str, data: dict[str, Any]) -> bytes:
@@ -222,6 +229,6 @@ def _event(kind: str, data: dict[str, Any]) -> bytes:
 
 @router.get("/models", summary="Models, as OpenAI's clients list them")
 async def models(api: Api) -> dict[str, Any]:
-    """The model served."""
-    name = api.intake.manifest.name
-    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "dit"}]}
+    """The models served, the default first."""
+    data = [{"id": name, "object": "model", "created": 0, "owned_by": "dit"} for name in api.models]
+    return {"object": "list", "data": data}

@@ -1,4 +1,4 @@
-"""The OpenAPI document: problem bodies with an example for every error, and nothing FastAPI adds that we never send."""
+"""The OpenAPI document: an example of every request, answer and error, and nothing FastAPI adds that we never send."""
 
 from collections import defaultdict
 from typing import Any
@@ -8,6 +8,7 @@ from fastapi.openapi.utils import get_openapi
 
 from service import errors
 from service.http.access import OPEN
+from service.http.examples import ANSWERS, HEADERS, PARAMETERS
 from service.http.problems import MEDIA_TYPE, OPENAI_PREFIX, openai_error, problem
 
 Responses = dict[int | str, dict[str, Any]]
@@ -30,6 +31,7 @@ SUBMIT: tuple[Kind, ...] = (
 )
 ENDED: tuple[Kind, ...] = (
     errors.Cancelled,
+    errors.ModelReplaced,
     errors.NumericalError,
     errors.WorkerLost,
     errors.InternalError,
@@ -37,6 +39,28 @@ ENDED: tuple[Kind, ...] = (
 )
 
 _DETAILS: dict[Kind, dict[str, Any]] = {
+    errors.MalformedRequest: {"detail": "The body is not valid JSON: Expecting value at position 14."},
+    errors.RequestTimeout: {"detail": "Send the body within 10 s."},
+    errors.PayloadTooLarge: {"detail": "The body may be 65536 bytes, not 90000."},
+    errors.UnsupportedMediaType: {"detail": "Send application/json, not text/plain."},
+    errors.NotAcceptable: {
+        "detail": "None of application/json, image/png, image/webp, image/jpeg, multipart/mixed is in Accept."
+    },
+    errors.ModelNotFound: {"detail": "There is no model 'imagenet'; this service runs emoji."},
+    errors.JobNotFound: {"detail": "There is no job 'd3f41bb7af225f8256061ed7de2aaa37'."},
+    errors.JobUnfinished: {"detail": "The job is running; follow its events.", "retry_after": 1.0},
+    errors.JobExpired: {"detail": "The images of this job are no longer kept."},
+    errors.ImageNotFound: {"detail": "The job has images 0 to 3."},
+    errors.IdempotencyConflict: {
+        "detail": "The first request with this Idempotency-Key is still running.",
+        "retry_after": 1.0,
+    },
+    errors.IdempotencyMismatch: {"detail": "This Idempotency-Key was sent before with another request."},
+    errors.Cancelled: {"detail": "The client went away."},
+    errors.DeadlineExceeded: {"detail": "The images were not ready by the deadline."},
+    errors.NumericalError: {"detail": "The model's output at step 12 was not finite."},
+    errors.WorkerLost: {"detail": "Three workers were lost with this job."},
+    errors.Forbidden: {"detail": "This API key lacks the scope 'generate'."},
     errors.UnknownCondition: {
         "detail": "This model has no label 'strawbery'.",
         "extra": {"suggestions": ["strawberry"], "factor": "label"},
@@ -51,7 +75,11 @@ _DETAILS: dict[Kind, dict[str, Any]] = {
     },
     errors.QueueFull: {"detail": "The queue holds its limit of 1000 jobs.", "retry_after": 5.0},
     errors.QueueUnavailable: {"detail": "Redis cannot be reached.", "retry_after": 2.0},
-    errors.Draining: {"retry_after": 1.0},
+    errors.Draining: {"detail": "This process is shutting down; try again.", "retry_after": 1.0},
+    errors.ModelReplaced: {
+        "detail": "The model was replaced by a version with other classes; send the request again.",
+        "retry_after": 1.0,
+    },
     errors.Unauthorized: {"detail": "Send an API key: Authorization: Bearer dit_…"},
     errors.QuotaExceeded: {"detail": "This key may send 60 requests a minute.", "retry_after": 12.0},
 }
@@ -59,30 +87,26 @@ _DETAILS: dict[Kind, dict[str, Any]] = {
 
 def problems(*kinds: Kind) -> Responses:
     """The `responses` of a route that may raise `kinds`, by status, with an example of each."""
-    return _responses(kinds, MEDIA_TYPE, {"$ref": "#/components/schemas/Problem"}, _problem_example)
+    return _responses(kinds, MEDIA_TYPE, "Problem")
 
 
 def openai_problems(*kinds: Kind) -> Responses:
     """The same in OpenAI's shape, in which 422 is 400."""
-    schema = {"$ref": "#/components/schemas/OpenAIError"}
-    return _responses(
-        kinds, "application/json", schema, lambda error: openai_error(error, "req-1"), fold_422=True
-    )
+    return _responses(kinds, "application/json", "OpenAIError", fold_422=True)
 
 
-def _responses(
-    kinds: tuple[Kind, ...], media_type: str, schema: Any, example: Any, *, fold_422: bool = False
-) -> Responses:
+def _responses(kinds: tuple[Kind, ...], media_type: str, schema: str, *, fold_422: bool = False) -> Responses:
+    """The examples' values come with `document`, which knows the path (and FastAPI would take the nulls out of them)."""
     by_status: dict[int, list[Kind]] = defaultdict(list)
     for kind in kinds:
         by_status[400 if fold_422 and kind.status == 422 else kind.status].append(kind)
     responses: Responses = {}
     for status, members in sorted(by_status.items()):
-        examples = {kind.code: {"summary": kind.title, "value": example(_instance(kind))} for kind in members}
-        content = {media_type: {"schema": schema, "examples": examples}}
+        examples = {kind.code: {"summary": kind.title} for kind in members}
+        content = {media_type: {"schema": {"$ref": f"#/components/schemas/{schema}"}, "examples": examples}}
         responses[status] = {"description": "; ".join(kind.title for kind in members), "content": content}
         if any("retry_after" in _DETAILS.get(kind, {}) for kind in members):
-            header = {"description": "Whole seconds to wait.", "schema": {"type": "integer"}}
+            header = {"description": "Whole seconds to wait.", "schema": {"type": "integer"}, "example": 1}
             responses[status]["headers"] = {"Retry-After": header}
     return responses
 
@@ -90,10 +114,6 @@ def _responses(
 def _instance(kind: Kind) -> errors.ServiceError:
     details = _DETAILS.get(kind, {})
     return kind(details.get("detail", ""), retry_after=details.get("retry_after"), extra=details.get("extra"))
-
-
-def _problem_example(error: errors.ServiceError) -> dict[str, Any]:
-    return problem(error, "/generate", "req-1")
 
 
 def document(app: FastAPI, *, keyed: bool = False) -> dict[str, Any]:
@@ -106,19 +126,50 @@ def document(app: FastAPI, *, keyed: bool = False) -> dict[str, Any]:
             description=app.description,
             routes=app.routes,
         )
-        for operations in made["paths"].values():
-            for operation in operations.values():
-                described = (
-                    operation["responses"].get("422", {}).get("content", {}).get("application/json", {})
-                )
-                if described.get("schema", {}).get("$ref", "").endswith("HTTPValidationError"):
-                    del operation["responses"]["422"]
         for name in ("HTTPValidationError", "ValidationError"):
             made["components"]["schemas"].pop(name, None)
         if keyed:
             _secure(made)
+        for path, operations in made["paths"].items():
+            for method, operation in operations.items():
+                _without_defaults(operation)
+                _show(operation, method, path, made["components"]["schemas"])
         app.openapi_schema = made
     return app.openapi_schema
+
+
+def _without_defaults(operation: dict[str, Any]) -> None:
+    """Takes out the answer to invalid input that FastAPI adds; ours is another."""
+    described = operation["responses"].get("422", {}).get("content", {}).get("application/json", {})
+    if described.get("schema", {}).get("$ref", "").endswith("HTTPValidationError"):
+        del operation["responses"]["422"]
+
+
+def _show(operation: dict[str, Any], method: str, path: str, schemas: dict[str, Any]) -> None:
+    """Puts the examples of `examples` into an operation, and a request's own where clients look for them."""
+    key = f"{method.upper()} {path}"
+    for parameter in operation.get("parameters", ()):
+        if parameter["name"] in PARAMETERS:
+            parameter["example"] = PARAMETERS[parameter["name"]]
+    for body in operation.get("requestBody", {}).get("content", {}).values():
+        given = schemas[body["schema"]["$ref"].rpartition("/")[2]].get("examples", ())
+        body["examples"] = {str(number): {"value": value} for number, value in enumerate(given, 1)}
+    for status, response in operation["responses"].items():
+        for media_type, value in ANSWERS.get(key, {}).get(status, {}).items():
+            response["content"][media_type]["example"] = value
+        for name, (value, said) in HEADERS.get(key, {}).get(status, {}).items():
+            shown = {"description": said, "schema": {"type": "string"}, "example": value}
+            response.setdefault("headers", {})[name] = shown
+        for body in response.get("content", {}).values():
+            for code, example in body.get("examples", {}).items():
+                example["value"] = _told(errors.ERRORS[code], path)
+
+
+def _told(kind: Kind, path: str) -> dict[str, Any]:
+    """An error of `kind` as an operation of `path` tells it."""
+    if path.startswith(OPENAI_PREFIX):
+        return openai_error(_instance(kind), "req-1")
+    return problem(_instance(kind), path.format_map(PARAMETERS), "req-1")
 
 
 def _secure(made: dict[str, Any]) -> None:

@@ -1,5 +1,8 @@
 """Probes and metrics: is this process alive, may it be given work, has it started."""
 
+import asyncio
+from collections.abc import Mapping
+
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
@@ -8,7 +11,7 @@ from service import metrics
 from service.errors import QueueUnavailable
 from service.http.context import Api, Context
 from service.http.openapi import Responses
-from service.http.schemas import Health
+from service.http.schemas import Health, Startup
 from service.jobs import LoadSnapshot
 from service.planning.load import hung
 
@@ -16,29 +19,32 @@ router = APIRouter(tags=["operations"])
 metrics_router = APIRouter(tags=["operations"])
 
 _FAILING: Responses = {503: {"model": Health, "description": "At least one check fails."}}
+_NOT_STARTED: Responses = {503: {"model": Startup, "description": "Not enough workers were seen yet."}}
 
 
 @router.get("/livez", summary="Alive", response_model=Health, responses=_FAILING)
 async def livez(api: Api) -> Response:
     """Fails when samples are running and no worker has taken a step for `hang_s` seconds: something hangs."""
-    load = await _load(api)
-    return _health(engine_steps=load is None or not hung(load, api.settings.hang_s))
+    loads = await _loads(api) or {}
+    return _health({"engine_steps": not any(hung(load, api.settings.hang_s) for load in loads.values())})
 
 
 @router.get("/readyz", summary="Ready for work", response_model=Health, responses=_FAILING)
 async def readyz(api: Api) -> Response:
-    """Fails while this process drains, Redis does not answer, or fewer workers than `ready_workers` are alive."""
-    load = await _load(api)
-    api.started = api.started or _staffed(api, load)
-    return _health(accepting=not api.draining.is_set(), queue=load is not None, workers=_staffed(api, load))
+    """Fails while this process drains, Redis does not answer, or a model has fewer workers alive than `ready_workers`."""
+    loads = await _loads(api)
+    staffed = _staffed(api, loads)
+    api.started = api.started or staffed
+    return _health({"accepting": not api.draining.is_set(), "queue": loads is not None, "workers": staffed})
 
 
-@router.get("/startupz", summary="Started", response_model=Health, responses=_FAILING)
+@router.get("/startupz", summary="Started", response_model=Startup, responses=_NOT_STARTED)
 async def startupz(api: Api) -> Response:
-    """Fails until enough workers were once seen; from then on it holds."""
-    if not api.started:
-        api.started = _staffed(api, await _load(api))
-    return _health(started=api.started)
+    """Fails until every model once had enough workers; from then on it holds. Tells what workers to come are doing."""
+    loads = await _loads(api)
+    api.started = api.started or _staffed(api, loads)
+    starting = [f"{each.model}: {each.doing}" for load in (loads or {}).values() for each in load.starting]
+    return _health({"started": api.started}, starting=starting)
 
 
 @metrics_router.get(
@@ -48,28 +54,33 @@ async def startupz(api: Api) -> Response:
     responses={200: {"content": {"text/plain": {}}}},
 )
 async def get_metrics(api: Api) -> Response:
-    """Of all processes that share this one's metrics folder, and of the queue."""
+    """Of all processes that share this one's metrics folder, and of the queue of each model."""
     metrics.observe_memory("api")
-    load = await _load(api)
+    loads = await _loads(api)
     shared = api.settings.prometheus_multiproc_dir
-    content = await run_in_threadpool(metrics.exposition, load, shared=shared)
+    content = await run_in_threadpool(metrics.exposition, loads, shared=shared)
     return Response(content, headers={"content-type": metrics.CONTENT_TYPE})
 
 
-async def _load(api: Context) -> LoadSnapshot | None:
+async def _loads(api: Context) -> dict[str, LoadSnapshot] | None:
+    """By model; None when Redis does not answer."""
+    models = api.models
     try:
-        return await api.intake.load()
+        loads = await asyncio.gather(*(model.intake.load() for model in models.values()))
     except QueueUnavailable:
         return None
+    return dict(zip(models, loads, strict=True))
 
 
-def _staffed(api: Context, load: LoadSnapshot | None) -> bool:
-    model = api.intake.manifest.name
-    serving = [worker for worker in load.workers if model in worker.models] if load else []
-    return load is not None and len(serving) >= api.settings.ready_workers
+def _staffed(api: Context, loads: Mapping[str, LoadSnapshot] | None) -> bool:
+    """Whether every model has its workers."""
+    serving = {
+        model: sum(model in worker.models for worker in load.workers) for model, load in (loads or {}).items()
+    }
+    return loads is not None and min(serving.values()) >= api.settings.ready_workers
 
 
-def _health(**checks: bool) -> Response:
+def _health(checks: dict[str, bool], **more: list[str]) -> Response:
     ok = all(checks.values())
-    content = {"status": "ok" if ok else "failing", "checks": checks}
+    content = {"status": "ok" if ok else "failing", "checks": checks, **more}
     return JSONResponse(content, 200 if ok else 503, {"cache-control": "no-store"})

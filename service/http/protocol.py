@@ -48,7 +48,13 @@ def bounded(head_timeout_s: float) -> type[HttpToolsProtocol]:
 
         def _expect_head(self) -> None:
             self._head_bytes = 0
-            self._late = self.loop.call_later(head_timeout_s, self._refuse, _TOO_SLOW)
+            self._late = self.loop.call_later(head_timeout_s, self._too_slow)
+
+        def _too_slow(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self._refuse(_TOO_SLOW)
+            else:  # what is said now would be taken for the answer to the request before
+                self._late = self.loop.call_later(head_timeout_s, self._too_slow)
 
         def _head_is_here(self) -> None:
             if self._late is not None:

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
 from starlette.responses import JSONResponse, Response
 
+from model.bundle import Manifest
 from model.diffusion import GRIDS
 from model.solvers import SOLVERS
 from service.errors import (
@@ -21,6 +21,7 @@ from service.http import job_routes
 from service.http.answers import negotiate, render
 from service.http.context import Api, Context, caller, note
 from service.http.intake import Ticket, size
+from service.http.models import Model
 from service.http.openapi import BODY, ENDED, SUBMIT, problems
 from service.http.schemas import (
     DefaultsOut,
@@ -35,6 +36,7 @@ from service.http.schemas import (
 )
 from service.http.sizes import size_step
 from service.jobs import WorkerState
+from service.settings import Settings
 
 router = APIRouter()
 
@@ -74,7 +76,8 @@ async def generate(
     """
     at_once = _responds_async(prefer)
     representation = negotiate("application/json" if at_once else request.headers.get("accept"), body)
-    ticket = await api.intake.submit(
+    model = api.model(body.model)
+    ticket = await model.intake.submit(
         body, caller(request, key=idempotency_key), image_format=representation.format
     )
     note(request, job=ticket.job.id)
@@ -84,7 +87,7 @@ async def generate(
         raise IdempotencyConflict(
             "The first request with this Idempotency-Key is still running.", retry_after=1
         )
-    result = await api.result(ticket.job, request.receive, keep=idempotency_key is not None)
+    result = await api.result(model, ticket.job, request.receive, keep=idempotency_key is not None)
     response = render(representation, ticket.job, result)
     if not ticket.new:
         response.headers["idempotency-replayed"] = "true"
@@ -98,7 +101,7 @@ def _responds_async(prefer: str | None) -> bool:
 
 
 async def _accepted(ticket: Ticket, api: Context) -> Response:
-    place = _queued(ticket) if ticket.new else await job_routes.described(await api.job(ticket.job.id), api)
+    place = _queued(ticket) if ticket.new else await job_routes.described(await api.job(ticket.job.id))
     headers = {
         "location": place.links.self,
         "preference-applied": "respond-async",
@@ -128,16 +131,22 @@ def _queued(ticket: Ticket) -> JobOut:
 
 @router.get("/models", tags=["models"], summary="What is being served", response_model=ModelsOut)
 async def models(api: Api) -> Response:
-    """Names, classes, samplers, defaults, limits, licence, and the measured operating points of each model."""
-    workers: Sequence[WorkerState] = ()
-    with suppress(QueueUnavailable):
-        workers = (await api.intake.load()).workers
-    content = json.dumps({"models": [_described(api, workers).model_dump(mode="json")]}, ensure_ascii=False)
+    """Names, classes, samplers, defaults, limits, licence, and the measured operating points of each model, the default first."""
+    described = [
+        _described(model.manifest, await _workers(model), api.settings) for model in api.models.values()
+    ]
+    content = json.dumps({"models": [each.model_dump(mode="json") for each in described]}, ensure_ascii=False)
     return Response(content, media_type="application/json")
 
 
-def _described(api: Context, workers: Sequence[WorkerState]) -> ModelOut:
-    manifest, settings = api.intake.manifest, api.settings
+async def _workers(model: Model) -> Sequence[WorkerState]:
+    try:
+        return (await model.intake.load()).workers
+    except QueueUnavailable:
+        return ()
+
+
+def _described(manifest: Manifest, workers: Sequence[WorkerState], settings: Settings) -> ModelOut:
     defaults = manifest.defaults
     return ModelOut(
         name=manifest.name,

@@ -53,7 +53,7 @@ class GenerateRequest(BaseModel):
     )
 
     model: str | None = Field(
-        None, max_length=100, description="A name from `/models`; null is the one served."
+        None, max_length=100, description="A name from `/models`; null is the first there."
     )
     condition: Annotated[
         Annotated[Condition, Field(max_length=16), Tag("as-one")]
@@ -88,6 +88,10 @@ class GenerateRequest(BaseModel):
     )
     size: str | None = Field(
         None, pattern=r"^\d{1,5}x\d{1,5}$", description="Width x height, where the model has a choice."
+    )
+    windows: bool = Field(
+        False,
+        description="Denoise a `size` larger than the model's own in overlapping windows of it; any model can.",
     )
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
     deadline_ms: int | None = Field(None, ge=1, description="Answer within this time, or refuse at once.")
@@ -238,3 +242,7 @@ class ModelsOut(BaseModel):
 class Health(BaseModel):
     status: Literal["ok", "failing"]
     checks: dict[str, bool]
+
+
+class Startup(Health):
+    starting: list[str] = Field(description="What the workers that are not ready yet are doing.")

@@ -1,19 +1,31 @@
-"""Image sizes: what a request writes ("128x64"), and the latent size that workers are asked for. Pure."""
+"""Image sizes: what a request writes ("128x64"), and the latents that workers are asked for. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import lcm, prod
 
 from model.bundle import Manifest
 from service.jobs import WorkerState
+from service.windows import Size, count
 
 UPSCALE = {"identity": 1, "sd-vae": 8, "small": 8}  # pixels a side of one latent pixel
 
 
-def written(manifest: Manifest) -> str:
-    """Width x height of a model's own images, in pixels."""
-    height, width = manifest.config.image_size
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What a request's size comes to: height and width in latent pixels, None for the model's own; the windows it is denoised in,
+    0 as a whole; and the tokens of predicting it once, in rows of the model's own size."""
+
+    size: Size | None = None
+    windows: int = 0
+    row_cost: float = 1.0
+
+
+def written(manifest: Manifest, size: Size | None = None) -> str:
+    """Width x height of images of a latent size, None for the model's own, in pixels."""
+    height, width = size or manifest.config.image_size
     factor = UPSCALE[manifest.decoder]
     return f"{width * factor}x{height * factor}"
 
@@ -26,28 +38,46 @@ def size_step(manifest: Manifest, workers: Sequence[WorkerState]) -> int | None:
     return lcm(*multiples) * UPSCALE[manifest.decoder]
 
 
-def latent_size(
-    size: str, manifest: Manifest, workers: Sequence[WorkerState], *, max_area: float
-) -> tuple[int, int]:
-    """Height and width in latent pixels of `size`, at most `max_area` times as many as the model's own.
+def as_a_whole(size: str, manifest: Manifest, workers: Sequence[WorkerState], *, max_area: float) -> Extent:
+    """`size` in one piece, with at most `max_area` times as many pixels as the model's own.
 
     Raises:
         ValueError: the workers do not make it; the message is one sentence for the caller.
     """
-    width, height = (int(side) for side in size.split("x"))
     step = size_step(manifest, workers)
     if step is None:
-        raise ValueError(f"This model makes {written(manifest)} images only.")
+        raise ValueError(f"This model makes {written(manifest)} images only, or larger ones with windows.")
+    latent = _latent(size, manifest, step=step, max_area=max_area)
+    return Extent(latent, row_cost=prod(latent) / prod(manifest.config.image_size))
+
+
+def in_windows(size: str, manifest: Manifest, *, max_area: float) -> Extent:
+    """`size` in windows of the model's own, with at most `max_area` times as many pixels as that.
+
+    Raises:
+        ValueError: it is not larger, or cannot be decoded; the message is one sentence for the caller.
+    """
+    own, asked = written(manifest), _sides(size)
+    if asked == _sides(own) or any(side < least for side, least in zip(asked, _sides(own), strict=True)):
+        raise ValueError(f"Windows are for sizes larger than the model's own, {own}.")
+    latent = _latent(size, manifest, step=UPSCALE[manifest.decoder], max_area=max_area)
+    windows = count(latent, manifest.config.image_size)
+    return Extent(latent, windows, float(windows))
+
+
+def _latent(size: str, manifest: Manifest, *, step: int, max_area: float) -> Size:
+    width, height = _sides(size)
     if not width or not height or width % step or height % step:
         raise ValueError(f"Width and height must be multiples of {step}.")
     factor = UPSCALE[manifest.decoder]
     latent = height // factor, width // factor
-    if row_cost(latent, manifest) > max_area:
+    if prod(latent) > max_area * prod(manifest.config.image_size):
         pixels = int(max_area * prod(manifest.config.image_size)) * factor**2
         raise ValueError(f"At most {pixels} pixels in all.")
     return latent
 
 
-def row_cost(size: tuple[int, int] | None, manifest: Manifest) -> float:
-    """Tokens of a row of a latent size, in rows of the model's own."""
-    return 1.0 if size is None else prod(size) / prod(manifest.config.image_size)
+def _sides(size: str) -> tuple[int, int]:
+    """Width and height of a size as written."""
+    width, height = size.split("x")
+    return int(width), int(height)

@@ -19,6 +19,7 @@ from service.errors import (
     QueueFull,
     QueueUnavailable,
     QuotaExceeded,
+    ServiceError,
     WorkerLost,
     to_wire,
 )
@@ -31,9 +32,11 @@ from service.jobs import (
     Lease,
     LoadSnapshot,
     Renewal,
+    Starting,
     WireError,
     WorkerState,
     pack,
+    read_report,
 )
 from service.limits import Limits
 from service.queue.bell import Bell
@@ -157,15 +160,21 @@ class Broker:
         """
         return await self._records.outcome(job_id)
 
+    async def outcomes(self, job_ids: Sequence[str]) -> list[JobResult | ServiceError | None]:
+        """What `outcome` returns or raises for each of several jobs, in one exchange."""
+        return await self._records.outcomes(job_ids)
+
     def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[Event]:
         """The job's events after the given id, as they come; ends after a terminal one. Raises `JobNotFound`."""
         return follow(self._readers, self.keys, job_id, after)
 
     async def load(self) -> LoadSnapshot:
         jobs, rows, oldest, now, dead, *reports = await self._run("load")
-        workers = tuple(WorkerState.from_bytes(report) for report in reports)
+        found = [read_report(report) for report in reports]
+        workers = tuple(each for each in found if isinstance(each, WorkerState))
+        starting = tuple(each for each in found if isinstance(each, Starting))
         age = (now - oldest) / 1000 if oldest else 0.0
-        return LoadSnapshot(jobs, rows, age, workers, now / 1000, dead)
+        return LoadSnapshot(jobs, rows, age, workers, now / 1000, dead, starting)
 
     async def dead(self) -> list[JobStatus]:
         """The dead-lettered jobs, oldest first."""
@@ -266,7 +275,7 @@ class Broker:
         fault = pack(to_wire(WorkerLost("The worker that ran this job stopped answering.")))
         return int(await self._run("sweep", *self._patience(), fault))
 
-    async def publish_state(self, state: WorkerState) -> None:
+    async def publish_state(self, state: WorkerState | Starting) -> None:
         await self._run("report", state.worker, state.to_bytes(), self._ms(self.limits.report_ttl_s))
 
     async def retire(self, worker: str) -> None:

@@ -2,6 +2,7 @@
 
 A waiter registers, the subscription stands, the job's state is read, and from then on each `ended` message
 makes that job's state be read again. After a lost connection every waiter's state is re-read. Nothing polls.
+What is to be read while a read is under way is read by the next one, all at once, so that a busy process reads less often.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from service.jobs import JobResult
 from service.queue.broker import Broker
 
 RETRY_S = 0.2
+READ_AT_ONCE = 64  # jobs, whose images all come into memory
 log = structlog.get_logger()
 
 
@@ -31,7 +33,8 @@ class Listener:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._waiting: dict[str, _Waiting] = {}
-        self._reads: set[asyncio.Task[None]] = set()
+        self._unread: dict[str, None] = {}  # in order
+        self._reading: asyncio.Task[None] | None = None
         handlers = {broker.keys.ended_channel: self._ended}
         self._subscriber = broker.subscribe(handlers, connected=self._reread)
 
@@ -72,36 +75,49 @@ class Listener:
             self._look(job_id)
 
     def _look(self, job_id: str) -> None:
-        task = asyncio.create_task(self._read(job_id, self._waiting[job_id]))
-        self._reads.add(task)
-        task.add_done_callback(self._reads.discard)
+        self._unread[job_id] = None
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read())
 
-    async def _read(self, job_id: str, waiting: _Waiting) -> None:
-        """Read the job's outcome, however often Redis has to be asked; a job that has not ended stays waited
+    async def _read(self) -> None:
+        """Read outcomes until none is to be read, however often Redis has to be asked; a job that has not ended stays waited
         for.
         """
-        while waiting.waiters and not waiting.outcome.done():
-            try:
-                result = await self._broker.outcome(job_id)
-            except QueueUnavailable:
-                await asyncio.sleep(RETRY_S)
-                continue
-            except ServiceError as error:
-                _settle(waiting.outcome, error)
-                return
-            except Exception:  # a waiter must never hang on a mistake of ours
-                log.exception("reading an outcome failed", job=job_id)
-                _settle(waiting.outcome, InternalError("The outcome of the job could not be read."))
-                return
-            if result is not None:
-                _settle(waiting.outcome, result)
-            return
+        try:
+            while job_ids := self._next():
+                try:
+                    outcomes = await self._broker.outcomes(job_ids)
+                except QueueUnavailable:
+                    self._unread = dict.fromkeys((*job_ids, *self._unread))
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                except Exception:  # a waiter must never hang on a mistake of ours
+                    log.exception("reading outcomes failed", jobs=job_ids)
+                    fault = InternalError("The outcome of the job could not be read.")
+                    outcomes = [fault] * len(job_ids)
+                for job_id, outcome in zip(job_ids, outcomes, strict=True):
+                    waiting = self._waiting.get(job_id)
+                    if waiting is not None and outcome is not None:
+                        _settle(waiting.outcome, outcome)
+        finally:
+            self._reading = None
+
+    def _next(self) -> list[str]:
+        """The jobs to read now: those still waited for."""
+        chosen: list[str] = []
+        while self._unread and len(chosen) < READ_AT_ONCE:
+            job_id = next(iter(self._unread))
+            del self._unread[job_id]
+            waiting = self._waiting.get(job_id)
+            if waiting is not None and not waiting.outcome.done():
+                chosen.append(job_id)
+        return chosen
 
     async def aclose(self) -> None:
         await self._subscriber.aclose()
-        for task in self._reads:
-            task.cancel()
-        await asyncio.gather(*self._reads, return_exceptions=True)
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
         for waiting in self._waiting.values():
             waiting.outcome.cancel()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, cast
 
 from redis.asyncio import Redis
 
-from service.errors import JobExpired, JobNotFound, from_wire
-from service.jobs import Job, JobResult, JobStatus, State, unpack
+from service.errors import InternalError, JobExpired, JobNotFound, ServiceError, from_wire
+from service.jobs import Job, JobResult, JobStatus, State, WireError, unpack
 from service.queue.connection import reaching
 from service.queue.keys import Keys
 
@@ -47,26 +48,46 @@ class Records:
         return None if data is None else JobResult.from_bytes(data)
 
     async def outcome(self, job_id: str) -> JobResult | None:
+        (found,) = await self.outcomes([job_id])
+        if isinstance(found, ServiceError):
+            raise found
+        return found
+
+    async def outcomes(self, job_ids: Sequence[str]) -> list[JobResult | ServiceError | None]:
         async with reaching(self._timeout_s):
-            pipeline = self._client.pipeline(transaction=True)
-            pipeline.hmget(self._keys.job(job_id), ("state", "error", "owner"))
-            pipeline.get(self._keys.result(job_id))
-            (state, error, owner), data = await pipeline.execute()
-        if data is not None:
-            return JobResult.from_bytes(data)
-        if state is None:
-            raise JobNotFound(f"There is no job {job_id}.")
-        if state == b"done":
-            raise JobExpired(f"The images of job {job_id} are no longer kept.")
-        if state in (b"failed", b"dead", b"cancelled"):
-            raise from_wire(_read_error(error, owner))
-        return None
+            # No transaction: a job's result is written together with its state, so the state, read first, is never ahead of it.
+            pipeline = self._client.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipeline.hmget(self._keys.job(job_id), ("state", "error", "owner"))
+                pipeline.get(self._keys.result(job_id))
+            replies: list[Any] = await pipeline.execute()
+        return [
+            _read_outcome(job_id, data, *fields)
+            for job_id, fields, data in zip(job_ids, replies[::2], replies[1::2], strict=True)
+        ]
 
     async def dead(self) -> list[JobStatus]:
         async with reaching(self._timeout_s):
             ids: Any = await self._client.zrange(self._keys.dead, 0, -1)
         statuses = await asyncio.gather(*(self.status(job_id.decode()) for job_id in ids))
         return [status for status in statuses if status is not None and status.state == "dead"]
+
+
+def _read_outcome(
+    job_id: str, data: bytes | None, state: bytes | None, error: bytes | None, owner: bytes | None
+) -> JobResult | ServiceError | None:
+    if data is not None:
+        try:
+            return JobResult.from_bytes(data)
+        except WireError as fault:
+            return InternalError(f"The result of the job cannot be read: {fault}.")
+    if state is None:
+        return JobNotFound(f"There is no job {job_id}.")
+    if state == b"done":
+        return JobExpired(f"The images of job {job_id} are no longer kept.")
+    if error is not None and state in (b"failed", b"dead", b"cancelled"):
+        return from_wire(_read_error(error, owner))
+    return None
 
 
 def _read_error(data: bytes, owner: bytes | None) -> dict[str, Any]:

@@ -5,13 +5,15 @@ One owner of state (`RunningJob`). Pure: no I/O, no clock; times are seconds and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from model.bundle import Factor
 from service.engine.samples import Finished, SampleRequest
 from service.engine.snapshots import Snapshot
-from service.jobs import Claim, Image, Job, JobResult
+from service.jobs import Claim, ConditionTerm, Image, Job, JobResult
 from service.planning.rungs import Ladder, Rung
 from service.worker.checkpoints import Standing
 
@@ -57,7 +59,8 @@ class RunningJob:
     @property
     def rows(self) -> int:
         """Rows its missing images want at once."""
-        return self.missing if self.job.guidance_scale == 1.0 else 2 * self.missing
+        rows = max(1, self.job.windows) * self.missing
+        return rows if self.job.guidance_scale == 1.0 else 2 * rows
 
     def index(self, sample_id: str) -> int:
         """Which of the job's images a sample is, from 0."""
@@ -106,16 +109,37 @@ class RunningJob:
         )
 
 
-def describe(job: Job, finished: Finished, seed: int) -> dict[str, str]:
-    """What an image file says about itself. Nothing in it tells one run of a request from another."""
+def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor]) -> dict[str, str]:
+    """What an image file says about itself: enough to draw it again. Nothing in it tells one run of a request from another."""
+    terms = [_written(term, factors) for term in job.condition]
+    rung = finished.rung
     facts: dict[str, Any] = {
         "model": job.model,
+        "condition": json.dumps(terms if len(terms) > 1 else terms[0], ensure_ascii=False),
+        **({"mix": job.mix} if len(terms) > 1 else {}),
         "seed": seed,
         "steps": finished.steps_used,
-        "sampler": finished.rung.solver,
+        "sampler": rung.solver,
+        "grid": rung.grid,
         "guidance_scale": job.guidance_scale,
+        "guidance_interval": list(rung.guidance_interval),
+        **({"windows": job.windows} if job.windows else {}),
     }
     return {name: str(value) for name, value in facts.items()}
+
+
+def _written(term: ConditionTerm, factors: Sequence[Factor]) -> dict[str, Any]:
+    """A condition as a request names it; a weight only where there is something to weigh."""
+    named = {
+        factor.name: factor.classes[label]
+        for factor, label in zip(factors, term.labels, strict=False)
+        if label is not None
+    }
+    return (
+        named
+        | ({"text": term.text} if term.text else {})
+        | ({"weight": term.weight} if term.weight != 1.0 else {})
+    )
 
 
 def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest, ...]:
@@ -136,6 +160,7 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
             min_steps=job.min_steps,
             reason=job.reason if job.rung is not None else None,
             size=job.size,
+            windows=job.windows > 0,
         )
         for k, seed in enumerate(job.seeds)
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from model.bundle import Factor
 from service import metrics
 from service.engine.samples import Finished, Preview
 from service.images import CONTENT_TYPES, encode
@@ -18,6 +20,8 @@ from service.jobs import Image
 from service.worker.assembly import Made, RunningJob, describe
 
 DECODED_AT_ONCE = 8
+
+Unmade = tuple[RunningJob, Finished]
 
 
 class Decoder(Protocol):
@@ -27,14 +31,14 @@ class Decoder(Protocol):
 
 
 class Finishing:
-    """Decodes and encodes, one batch after the other. `pending` batches are waiting or in work."""
+    """Decodes and encodes, one batch after the other. `pending` batches are waiting or in work. `factors` name the classes."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, factors: Sequence[Factor] = ()) -> None:
         self.pending = 0
-        self._decoder = decoder
+        self._decoder, self._factors = decoder, factors
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="finishing")
 
-    async def images(self, batch: Sequence[tuple[RunningJob, Finished]]) -> list[Made]:
+    async def images(self, batch: Sequence[Unmade]) -> list[Made]:
         """The images of finished samples, in order."""
         self.pending += 1
         try:
@@ -52,10 +56,9 @@ class Finishing:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _images(self, batch: Sequence[tuple[RunningJob, Finished]]) -> list[Made]:
+    def _images(self, batch: Sequence[Unmade]) -> list[Made]:
         made: list[Made] = []
-        for start in range(0, len(batch), DECODED_AT_ONCE):
-            part = batch[start : start + DECODED_AT_ONCE]
+        for part in _parts(batch):
             began = time.perf_counter()
             pixels = self._decoder.decode(np.stack([finished.latent for _, finished in part]))
             decode_s = time.perf_counter() - began
@@ -66,14 +69,13 @@ class Finishing:
             ]
         return made
 
-    @staticmethod
     def _encode(
-        running: RunningJob, finished: Finished, pixels: npt.NDArray[np.uint8], decode_s: float
+        self, running: RunningJob, finished: Finished, pixels: npt.NDArray[np.uint8], decode_s: float
     ) -> Made:
         job = running.job
         seed = job.seeds[running.index(finished.id)]
         began = time.perf_counter()
-        data = encode(pixels, job.format, metadata=describe(job, finished, seed))
+        data = encode(pixels, job.format, metadata=describe(job, finished, seed, self._factors))
         encode_s = time.perf_counter() - began
         metrics.ENCODE_SECONDS.labels(job.format).observe(encode_s)
         metrics.IMAGES.labels(job.format).inc()
@@ -81,3 +83,11 @@ class Finishing:
 
     def _preview(self, job: RunningJob, preview: Preview) -> bytes:
         return encode(self._decoder.decode(preview.latent[None])[0], job.job.format, metadata={})
+
+
+def _parts(batch: Sequence[Unmade]) -> Iterator[Sequence[Unmade]]:
+    """What is decoded together: in order, of one size, and not too many."""
+    for _, group in groupby(batch, key=lambda each: each[1].latent.shape):
+        alike = list(group)
+        for start in range(0, len(alike), DECODED_AT_ONCE):
+            yield alike[start : start + DECODED_AT_ONCE]

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
+from model.bundle import Factor
 from service import metrics
 from service.engine.samples import Failed, Finished, Preview, StepReport
-from service.errors import InternalError, QueueUnavailable, ServiceError, to_wire
+from service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
 from service.jobs import Claim, Lease, Network, Renewal, WorkerState
 from service.limits import WorkerPolicy
 from service.planning.rungs import Ladder
@@ -30,6 +31,8 @@ from service.worker.leases import Leases
 from service.worker.reporting import Reporting
 from service.worker.telling import Telling
 
+_REPLACED = "The model was replaced by a version with other classes; send the request again."
+
 log = structlog.get_logger()
 
 
@@ -40,6 +43,7 @@ class Worker:
         name: unique among all workers, ever: a restarted one has a new name.
         network: what is told about the engine's.
         origin: of the checkpoints it leaves and goes on from.
+        bundle, vocabulary: digests of what it serves (`identity`); jobs of another vocabulary are refused.
         observe: called with every step's report, in the engine's thread.
         clock: seconds since the epoch.
     """
@@ -50,21 +54,25 @@ class Worker:
         broker: Broker,
         engine: Stepper,
         decoder: Decoder,
+        factors: Sequence[Factor] = (),
         ladder: Ladder,
         name: str,
         model: str,
         policy: WorkerPolicy,
         origin: str = "",
+        bundle: str = "",
+        vocabulary: str = "",
         network: Network | None = None,
         observe: Callable[[StepReport], None] = lambda report: None,
         tracing: Tracing | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.name, self.model, self.policy = name, model, policy
+        self._bundle, self._vocabulary = bundle, vocabulary
         self._broker, self._ladder, self._clock = broker, ladder, clock
         self._tracing = tracing or NoTracing()
         self._slots, self._network = engine.free_samples, network or Network()
-        self._finishing = Finishing(decoder)
+        self._finishing = Finishing(decoder, factors)
         self._telling = Telling(broker, step_event_s=policy.step_event_s)
         self._leases = Leases(broker, clock=clock)
         self._reporting = Reporting(broker, every_s=policy.report_s)
@@ -154,6 +162,10 @@ class Worker:
                 self._drop(job, "cancelled" if job_id in renewal.cancelled else "lost")
 
     def _start(self, claim: Claim) -> None:
+        if claim.job.vocabulary not in ("", self._vocabulary):
+            log.warning("job of another vocabulary", job=claim.job.id)
+            self._answer(claim.lease, ModelReplaced(_REPLACED, retry_after=1.0))
+            return
         earlier = self._jobs.get(claim.job.id)
         if earlier is not None:
             self._drop(earlier, "lost")
@@ -195,7 +207,13 @@ class Worker:
         self._ended.set()
         self._broker.wake()
         metrics.JOBS.labels(outcome).inc()
-        log.info("job ended", job=job.id, outcome=outcome, attempt=job.lease.attempt)
+        log.info(
+            "job ended",
+            job=job.id,
+            request_id=job.job.trace.get("request_id"),
+            outcome=outcome,
+            attempt=job.lease.attempt,
+        )
 
     def _fail(self, job: RunningJob, error: ServiceError, *, retry: bool = False) -> None:
         self._drop(job, "failed")
@@ -309,6 +327,7 @@ class Worker:
             backlog_rows=self._beat.backlog_rows,
             dues=self._beat.dues,
             network=self._network,
+            bundle=self._bundle,
             last_step_age_s=self._age(),
             updated_at=now,
         )

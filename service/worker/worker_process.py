@@ -8,6 +8,8 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -19,8 +21,11 @@ from service.engine.conditions import Conditions
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
 from service.engine.texts import SharedCache, TextEncodings
+from service.engine_build import build_engines
 from service.errors import QueueUnavailable, ServiceError
+from service.identity import bundle_digest, vocabulary_digest
 from service.jobs import Network
+from service.lanes import open_lanes
 from service.limits import WorkerPolicy
 from service.planning.costs import CostModel
 from service.planning.planner import Planner
@@ -32,6 +37,7 @@ from service.signals import stop_signals
 from service.tracing import open_tracing
 from service.worker.checkpoints import origin
 from service.worker.observing import Observing
+from service.worker.starting import starting
 from service.worker.worker import Worker
 
 CONFIG_ERROR, BROKEN = 2, 1
@@ -41,8 +47,17 @@ WARM_UP_S = 0.5
 OPTIONS: Final = {
     "onnx": ("precision", "providers"),
     "torch": ("device", "compile"),
-    "tensorrt": ("precision",),
+    "tensorrt": ("precision", "engines"),
 }
+
+# Setting → the option it stands for.
+READ: Final[dict[str, Callable[[Any, Manifest], Any]]] = {
+    "providers": lambda value, _: tuple(value.split(",")),
+    "engines": lambda value, manifest: value / manifest.name,
+}
+
+Tell = Callable[[str], None]
+Opener = Callable[[Tell, asyncio.Event], Awaitable[Backend | None]]
 
 log = structlog.get_logger()
 
@@ -54,17 +69,51 @@ def run(settings: Settings) -> int:
     try:
         if settings.redis_url is None:
             raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
-        bundle = Bundle.open(settings.bundle, verify=settings.verify)
-        backend = load_backend(settings.backend, bundle, **backend_options(settings))
-        orderly = asyncio.run(serve(settings, backend))
+        bundle = only_bundle(settings)
+        opener = partial(open_backend, settings, bundle, backend_options(settings, bundle.manifest))
+        orderly = asyncio.run(serve(settings, bundle.manifest.name, opener))
     except (BundleError, BackendUnavailable, ServiceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BROKEN if isinstance(error, QueueUnavailable) else CONFIG_ERROR
     return 0 if orderly else BROKEN
 
 
-async def serve(settings: Settings, backend: Backend) -> bool:
+def only_bundle(settings: Settings) -> Bundle:
+    """The bundle of the settings. Raises `BundleError`, and `ValueError` where they name several."""
+    lanes = open_lanes(settings, verify=settings.verify)
+    if len(lanes) > 1:
+        ways = " and ".join(f"--bundle {each.folder} --namespace {each.namespace}" for each in lanes)
+        raise ValueError(f"a worker serves one bundle: start workers with {ways}")
+    return lanes[0].bundle
+
+
+async def open_backend(
+    settings: Settings, bundle: Bundle, options: Mapping[str, Any], tell: Tell, stop: asyncio.Event
+) -> Backend | None:
+    """The backend of the settings, after the engines that it lacks were built if they are to be; None if stopped meanwhile.
+
+    Raises:
+        BackendUnavailable, BundleError: see `load_backend` and `build_engines`.
+    """
+    if settings.export_on_start:
+        tell("looking for engines")
+        if not await build_engines(
+            bundle.path,
+            precision=settings.precision,
+            engines=options.get("engines"),
+            told=lambda building: tell(str(building)),
+            stop=stop,
+        ):
+            return None
+    tell("loading the network")
+    return await asyncio.to_thread(load_backend, settings.backend, bundle, **options)
+
+
+async def serve(settings: Settings, model: str, opener: Opener) -> bool:
+    """Work until told to stop, on the backend that `opener` opens. False if it ended because the engine is broken."""
     assert settings.redis_url is not None
+    stop, hurry = stop_signals()
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     url = settings.redis_url.get_secret_value()
     tracing = open_tracing(settings.otlp_endpoint, "dit-worker")
     broker = await Broker.connect(
@@ -76,18 +125,25 @@ async def serve(settings: Settings, backend: Backend) -> bool:
         max_attempts=settings.max_attempts,
     )
     embeddings = Embeddings(url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes)
+    backend: Backend | None = None
     try:
-        engine = build_engine(backend, settings, embeddings)
-        await asyncio.to_thread(engine.warm_up, WARM_UP_S)
         if settings.worker_metrics_port:
             metrics.serve(settings.worker_metrics_port)
+        async with starting(broker, name, model) as tell:
+            backend = await opener(tell, stop)
+            if backend is None:
+                return True
+            tell("warming up")
+            engine = build_engine(backend, settings, embeddings)
+            await asyncio.to_thread(engine.warm_up, WARM_UP_S)
         worker = Worker(
             broker=broker,
             engine=engine,
             decoder=backend,
+            factors=backend.manifest.factors,
             ladder=engine.ladder,
-            name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
-            model=backend.manifest.name,
+            name=name,
+            model=model,
             policy=WorkerPolicy(
                 max_rows=engine.scheduler.max_rows,
                 lookahead_rows=settings.lookahead_rows,
@@ -95,6 +151,8 @@ async def serve(settings: Settings, backend: Backend) -> bool:
                 hang_s=settings.hang_s,
             ),
             origin=origin(backend.manifest, f"{backend.name} {backend.precision}"),
+            bundle=bundle_digest(backend.manifest),
+            vocabulary=vocabulary_digest(backend.manifest),
             network=Network(backend.name, backend.precision, backend.size_multiple),
             observe=Observing(engine, embeddings),
             tracing=tracing,
@@ -107,15 +165,16 @@ async def serve(settings: Settings, backend: Backend) -> bool:
             backend=backend.name,
             precision=backend.precision,
         )
-        return await worker.run(*stop_signals())
+        return await worker.run(stop, hurry)
     finally:
         await embeddings.aclose()
         await broker.aclose()
         tracing.close()
-        backend.close()
+        if backend is not None:
+            backend.close()
 
 
-def backend_options(settings: Settings) -> dict[str, Any]:
+def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
     """What the chosen backend is opened with: the settings that were set, and the backend's own choice of the others.
 
     Raises:
@@ -131,7 +190,11 @@ def backend_options(settings: Settings) -> dict[str, Any]:
             raise BackendUnavailable(
                 f"--{name} is for the {takers} backend, not for {settings.backend}: leave it out"
             )
-        chosen[name] = tuple(value.split(",")) if name == "providers" else value
+        chosen[name] = READ[name](value, manifest) if name in READ else value
+    if settings.export_on_start and settings.backend != "tensorrt":
+        raise BackendUnavailable(
+            f"--export-on-start is for the tensorrt backend, not for {settings.backend}: leave it out"
+        )
     return chosen
 
 

@@ -7,8 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import engine_overhead
+from bench import engine_overhead, record
 from tests.service.tiny_bundle import MANIFEST, write_bundle
+
+
+@pytest.fixture(autouse=True)
+def _results_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
 
 
 def test_a_step_of_eight_rows_costs_little() -> None:
@@ -27,3 +32,6 @@ def test_the_command_compares_with_the_network(tmp_path: Path, capsys: pytest.Ca
     write_bundle(tmp_path, weights=False)
     engine_overhead.main([str(tmp_path), "--steps", "40"])
     assert "8 rows of tiny" in capsys.readouterr().out
+    kept = record.read("engine_overhead")
+    assert kept is not None
+    assert kept["share"] == pytest.approx(kept["p50_ms"] / kept["network_ms"])

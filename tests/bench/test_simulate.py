@@ -120,12 +120,11 @@ def test_the_command_prints_saves_and_draws(
     assert plots.RESULTS.name == "results"
 
 
-@pytest.mark.parametrize("study", ["growth", "claims", "necessity"])
+@pytest.mark.parametrize("study", ["claims", "necessity"])
 def test_the_other_studies_print_and_save(
     study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(simulate, "RESULTS", tmp_path)
-    monkeypatch.setattr(simulate, "GROWTH", ((2, 60, "flash"), (2, 40, "at-once")))
     simulate.main([f"--{study}", "--requests", "20", "--seeds", "1", "--curves", "cpu"])
     assert ("attained" if study != "necessity" else "in vain") in capsys.readouterr().out
     assert json.loads((tmp_path / f"{study}.json").read_text())["points"]

@@ -102,6 +102,19 @@ def test_the_newest_are_kept_and_what_was_written_after_a_step_gone_back_to_is_n
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-0000004", "step-0000005"]
 
 
+def test_what_a_user_keeps_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
+    state, other = fresh(), fresh(seed=1)
+    advance(other)
+    save(tmp_path, other, IDENTITY)
+    (tmp_path / "step-0000001").rename(tmp_path / "step-best")
+    (tmp_path / "step-0000001.tar").write_bytes(b"")
+    for _ in range(2):
+        advance(state)
+        save(tmp_path, state, IDENTITY, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-0000002", "step-best", "step-0000001.tar"}
+    assert restore(tmp_path, other, IDENTITY) == tmp_path / "step-0000002"
+
+
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "ema-0.99.safetensors", "optimizer.safetensors", "state.json"]
 )

@@ -1,8 +1,9 @@
-"""A run on latents is opened with what turns them into pictures again."""
+"""The newest checkpoint of a run is opened; one on latents with what turns them into pictures again."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from model.bundle import LatentSpec
 from model.latents import INDEX
 from model.network import make_network
 from model.network_config import network_config
-from model.opening import open_model
+from model.opening import OpenError, open_model
 from model.sample import main
 
 SHAPE = {"patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
@@ -47,6 +48,22 @@ def latent_run(latents: Path, tmp_path: Path) -> Path:
     recipe["diffusion"] = {"schedule": "linear", "prediction": "epsilon", "clip_x0": False}
     (tmp_path / "run/config.json").write_text(json.dumps(recipe))
     return tmp_path / "run"
+
+
+def test_the_newest_checkpoint_is_the_one_of_most_steps(latent_run: Path) -> None:
+    checkpoints = latent_run / "checkpoints"
+    for name, step in (("step-9999999", 9_999_999), ("step-10000000", 10_000_000), ("step-best", 10)):
+        shutil.copytree(checkpoints / "step-0000010", checkpoints / name)
+        (checkpoints / name / "state.json").write_text(json.dumps({"step": step}))
+    (checkpoints / "step-10000001").mkdir()  # cut short
+    assert open_model(latent_run).manifest.version == "0.10000000"
+
+
+def test_a_second_average_is_not_the_model(latent_run: Path) -> None:
+    step = latent_run / "checkpoints/step-0000010"
+    (step / "ema.safetensors").rename(step / "ema-0.9999.safetensors")
+    with pytest.raises(OpenError, match="holds no readable checkpoint"):
+        open_model(latent_run)
 
 
 def test_a_run_on_latents_knows_its_normalisation(latent_run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from model.blocks import read_whole
 from model.opening import open_model
 from model.recipe import TrainConfig
 from model.trainer import Trainer
-from tests.model.training_cases import config_file, tiny_run
+from tests.model.training_cases import assert_same, config_file, newest_state, tiny_run
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "model.train"]
 
@@ -90,6 +91,24 @@ def test_a_run_goes_on_after_a_process_is_killed_with_other_processes(tmp_path: 
     alone = TrainConfig.model_validate({**raw, "output": str(tmp_path / "alone")})
     train.run(alone)
     assert losses(output) == pytest.approx(losses(alone.output), rel=2e-3)  # in half precision
+
+
+def test_a_sharded_run_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    sharded = {"parallel": {"mode": "fsdp"}, "ema": [0.9, 0.99], "accumulate": 2, "steps": 4}
+    raw = {**tiny_run(tmp_path), **sharded, "checkpoint_every": 2, "keep": 9}
+    outputs = [tmp_path / "straight", tmp_path / "resumed"]
+    for output in outputs:
+        process = launch({**raw, "output": str(output)}, tmp_path)
+        told, _ = process.communicate()
+        assert process.returncode == 0, told
+        if output is outputs[0]:
+            shutil.copytree(output / "checkpoints/step-0000002", outputs[1] / "checkpoints/step-0000002")
+    assert f"resumed from {outputs[1] / 'checkpoints/step-0000002'}" in told
+    straight, resumed = (newest(output) for output in outputs)
+    assert straight.name == resumed.name == "step-0000004"
+    assert len(list(straight.glob("*-of-00002.safetensors"))) == 2 * 4  # weights, moments, two averages
+    assert_same(newest_state(outputs[0]), newest_state(outputs[1]))
+    assert (straight / "state.json").read_text() == (resumed / "state.json").read_text()
 
 
 def test_a_run_in_tensor_parallel_is_the_run_of_one_process(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -97,6 +98,18 @@ def test_stages_interpolate_the_positions_of_the_first(tmp_path: Path) -> None:
         tiny_config(tmp_path, stages=config.stages, model={**config.model, "layout_rank": 2}).network(
             config.pictures()
         )
+
+
+def test_other_pictures_make_another_run(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    own = config.identity(config.pictures())["pictures"]
+    assert own["count"] == 6
+    with np.load(config.data.path) as file:
+        arrays = dict(file)
+    np.savez(config.data.path, **arrays | {"y": arrays["y"][::-1]})
+    relabelled = config.identity(config.pictures())["pictures"]
+    assert relabelled["count"] == own["count"]
+    assert relabelled["labels"] != own["labels"]
 
 
 @pytest.mark.parametrize(

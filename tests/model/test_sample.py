@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from model.autoencoder import Identity
 from model.bundle import Factor, Manifest, write_manifest
 from model.config import DiTConfig
 from model.diffusion import Schedule, make_schedule
@@ -105,7 +106,7 @@ def test_class_sheets() -> None:
 
 
 def test_sheet_of_a_model(network: Make, schedule: Schedule) -> None:
-    assert sample_sheet(network(), schedule, steps=2).size == (5 * 8, 3 * 8)
+    assert sample_sheet(network(), schedule, Identity(), steps=2).size == (5 * 8, 3 * 8)
 
 
 def test_conditions_are_parsed() -> None:

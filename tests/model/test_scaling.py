@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from model.opening import open_model
-from model.scaling import Look, interval, main, report, summary
+from model.rehearsal import Memory, StageCost
+from model.scaling import interval, main, report, summary
 from model.scaling_law import Law, Term
+from model.scaling_record import Family, Look, Record
 from tests.model.training_cases import tiny_run, write_pictures
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -26,6 +28,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_size": 8,
     },
 }
+
+
+RECORD = Record(
+    family=Family(train=Path("run.json"), models={"a": {}}, flops=1.0), machine="1 of 2 cores, Linux"
+)
 
 
 @pytest.fixture
@@ -44,9 +51,8 @@ def command(family: dict[str, Any], folder: Path) -> list[str]:
     return [str(file), "--out", str(folder / "out"), "--draws", "3"]
 
 
-def looks(folder: Path) -> list[Look]:
-    kept = json.loads((folder / "out" / "results.json").read_text())["looks"]
-    return [Look.model_validate(look) for look in kept]
+def looks(folder: Path) -> tuple[Look, ...]:
+    return Record.model_validate_json((folder / "out" / "scaling.json").read_text()).looks
 
 
 def test_all_runs_get_the_same_compute_and_are_measured_on_the_way(
@@ -69,7 +75,7 @@ def test_all_runs_get_the_same_compute_and_are_measured_on_the_way(
 def test_what_was_measured_is_not_trained_again(family: dict[str, Any], tmp_path: Path) -> None:
     family["models"] = {"DiT-16": MODELS["DiT-16"]}
     assert main(command(family, tmp_path)) == 0
-    file = tmp_path / "out" / "results.json"
+    file = tmp_path / "out" / "scaling.json"
     complete = json.loads(file.read_text())
     times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "DiT-16").rglob("*"))]
     assert main(command(family, tmp_path)) == 0
@@ -96,23 +102,21 @@ def test_a_family_that_follows_a_law_is_fitted_and_drawn(tmp_path: Path) -> None
     found = [
         Look(
             run=f"DiT-{size:.0e}",
+            model=f"DiT-{size:.0e}",
             network="dit",
             parameters=int(size),
-            macs=int(size) * 64,
             pictures=1000,
             step=k,
             flops=flops,
             loss=float(law.loss(parameters=size, flops=flops)),
-            memory_mib=10,
-            images_per_s=50,
         )
         for size in (3e5, 1e6, 3e6, 1e7)
         for k, flops in enumerate((1e11, 1e12, 1e13))
     ]
     unet = found[0].model_copy(update={"run": "U-Net", "network": "unet", "loss": 9.0})
-    text = report([*found, unet], 5, tmp_path)
+    text = report(RECORD.model_copy(update={"looks": (*found, unet)}), {}, 5, tmp_path)
     assert (tmp_path / "scaling.md").read_text() == text
-    fitted = json.loads((tmp_path / "scaling.json").read_text())
+    fitted = Record.model_validate_json((tmp_path / "scaling.json").read_text()).law
     assert fitted["parameters_exponent"][0] == pytest.approx(0.35, rel=1e-2)
     assert fitted["irreducible"][0] == pytest.approx(0.2, rel=1e-2)
     with Image.open(tmp_path / "scaling.png") as picture:
@@ -121,12 +125,15 @@ def test_a_family_that_follows_a_law_is_fitted_and_drawn(tmp_path: Path) -> None
 
 def test_the_table_shows_the_last_look_of_each_run() -> None:
     look = Look(
-        run="a", network="dit", parameters=1_500_000, macs=500_000_000, pictures=9, step=10, flops=2e12, loss=0.5,
-        memory_mib=99, images_per_s=12,
+        run="a, 0.1 held out", model="a", network="dit", parameters=1_500_000, pictures=9, step=10, flops=2e12, loss=0.5
     )  # fmt: skip
     earlier = look.model_copy(update={"step": 5, "loss": 0.7})
-    rows = summary([look, earlier]).splitlines()[2:]
-    assert rows == ["| a | 1.50 M | 1.000 | 99 MiB | 12 | 9 | 10 | 2.00e+12 | 0.5000 |"]
+    fewer = look.model_copy(update={"run": "a, 0.5 held out", "pictures": 5, "loss": 0.6})
+    cost = StageCost((8, 8), 10, 500_000_000, 1, 12.0, 1.0, Memory(99 << 20, 0, 0, 0, 0, 0))
+    record = RECORD.model_copy(update={"looks": (look, earlier, fewer)})
+    header, _, *rows = summary(record, {"a": cost}).splitlines()
+    assert header.endswith("| steps | loss, 9 pictures | loss, 5 pictures |")
+    assert rows == ["| a | 1.50 M | 1.000 | 99 MiB | 12 | 10 | 0.5000 | 0.6000 |"]
 
 
 def test_an_interval_is_the_middle_nine_tenths() -> None:
@@ -162,6 +169,9 @@ def test_results_of_another_family_are_kept(
     family: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "results.json").write_text(json.dumps({"family": {}, "looks": []}))
+    (tmp_path / "out" / "scaling.json").write_text(RECORD.model_dump_json())
     assert main(command(family, tmp_path)) == 2
     assert "results of another family" in capsys.readouterr().err
+    (tmp_path / "out" / "scaling.json").write_text("{}")
+    assert main(command(family, tmp_path)) == 2
+    assert "out/scaling.json does not hold a family's results: field family" in capsys.readouterr().err

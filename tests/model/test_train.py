@@ -167,6 +167,20 @@ def test_another_model_in_the_same_folder_is_refused(
     assert (tmp_path / "run" / "config.json").read_text() == saved
 
 
+def test_other_pictures_are_refused_before_a_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file(tiny_run(tmp_path), tmp_path)
+    assert train.main(["--config", file, "--steps", "1"]) == 0
+    before = newest_state(tmp_path / "run")
+    with np.load(tmp_path / "set.npz") as arrays:
+        more = {key: np.concatenate([arrays[key], arrays[key][:2]]) for key in "xys"}
+        np.savez(tmp_path / "set.npz", **{**arrays, **more})
+    assert train.main(["--config", file]) == 2
+    assert "was trained with another pictures.count (6, not 8): take that one back" in capsys.readouterr().err
+    assert_same(before, newest_state(tmp_path / "run"))
+
+
 def test_a_disk_that_fills_up_stops_the_run_with_its_last_state_intact(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

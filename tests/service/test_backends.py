@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -337,8 +338,7 @@ def test_int8_is_chosen_where_it_is_within_budget_and_faster(
     why: str,
 ) -> None:
     module = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
-    seconds = iter((1.0, int8_seconds))
-    monkeypatch.setattr(module, "_step_seconds", lambda session, manifest: next(seconds))
+    monkeypatch.setattr(module, "_speedup", lambda one, other, manifest: 1.0 / int8_seconds)
     with structlog.testing.capture_logs() as logs:
         backend = load_backend("onnx", with_int8(**metrics), threads=1)
     assert backend.precision == chosen
@@ -348,17 +348,31 @@ def test_int8_is_chosen_where_it_is_within_budget_and_faster(
     backend.close()
 
 
-def test_speed_is_measured_on_a_step_of_one_row(bundle: Bundle) -> None:
+def test_speed_is_measured_in_pairs_of_steps_of_one_row(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
-    batches: list[int] = []
+    now, batches = 0.0, list[int]()
 
     class Session:
+        def __init__(self, seconds: Iterator[float]) -> None:
+            self.seconds = seconds
+
         def run(self, outputs: Any, inputs: Any) -> None:
+            nonlocal now
+            now += next(self.seconds)
             batches.append(len(inputs["x"]))
 
-    assert module._step_seconds(Session(), bundle.manifest) >= 0.0
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now)
+    slow_at_first = chain([9.0], repeat(3e-3))
+    interrupted = chain(repeat(2e-3, 5), [1.0], repeat(2e-3))
+    assert module._speedup(Session(slow_at_first), Session(interrupted), bundle.manifest) == pytest.approx(
+        1.5
+    )
     assert set(batches) == {1}
-    assert len(batches) <= 1 + module.TIMED
+    batches.clear()
+    module._speedup(Session(repeat(30.0)), Session(repeat(20.0)), bundle.manifest)
+    assert len(batches) == 4  # a pair that does not count, and one that does
 
 
 def test_a_precision_the_bundle_lacks_is_refused_by_its_file(bundle: Bundle) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import asyncio
 import sys
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import pytest
 
 from service.backends import BackendUnavailable
 from service.engine_build import Building, build_engines
+
+pytestmark = pytest.mark.anyio
 
 TELLING = """
 import json, sys
@@ -31,7 +33,7 @@ sys.exit(2)
 """
 WAITING = """
 import json, signal, sys
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
 print(json.dumps({"event": "start", "precision": "fp16", "number": 1, "of": 1}), flush=True)
 signal.pause()
 """
@@ -41,30 +43,32 @@ def builder(text: str) -> tuple[str, ...]:
     return sys.executable, "-c", text
 
 
-def test_progress_is_told_as_it_changes(tmp_path: Path) -> None:
+async def test_progress_is_told_as_it_changes(tmp_path: Path) -> None:
     told: list[Building] = []
-    build_engines(tmp_path, told=told.append, command=builder(TELLING))
+    assert await build_engines(tmp_path, told=told.append, stop=asyncio.Event(), command=builder(TELLING))
     assert [each.share for each in told] == [0.0, 0.25, 1.0]
     assert str(told[1]) == "building the fp16 engine (1 of 1): 25%"
 
 
-def test_a_refusal_is_the_builders_sentence(tmp_path: Path) -> None:
+async def test_a_refusal_is_the_builders_sentence(tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match="cannot be built: no NVIDIA GPU answers nvidia-smi"):
-        build_engines(tmp_path, told=lambda _: None, command=builder(REFUSING))
+        await build_engines(tmp_path, told=print, stop=asyncio.Event(), command=builder(REFUSING))
 
 
-def test_what_is_asked_for_is_passed_on(tmp_path: Path) -> None:
+async def test_what_is_asked_for_is_passed_on() -> None:
     echo = "import json, sys; print(json.dumps({'event': 'failed', 'error': sys.argv[1:]})); sys.exit(2)"
     with pytest.raises(BackendUnavailable) as refused:
-        build_engines(
-            Path("b"), precision="int8", engines=Path("e"), told=lambda _: None, command=builder(echo)
+        await build_engines(
+            Path("b"),
+            precision="int8",
+            engines=Path("e"),
+            told=print,
+            stop=asyncio.Event(),
+            command=builder(echo),
         )
     assert "['b', '--progress', 'json', '--precision', 'int8', '--engines', 'e']" in str(refused.value)
 
 
-def test_a_wish_to_stop_reaches_the_builder_and_ends_this_process(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        build_engines(tmp_path, told=lambda _: signal.raise_signal(signal.SIGTERM), command=builder(WAITING))
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
+async def test_a_wish_to_stop_reaches_the_builder(tmp_path: Path) -> None:
+    stop = asyncio.Event()
+    assert not await build_engines(tmp_path, told=lambda _: stop.set(), stop=stop, command=builder(WAITING))

@@ -50,6 +50,7 @@ def test_redis_url_has_its_conventional_name(monkeypatch: pytest.MonkeyPatch) ->
         (["--providers", "CUDA;CPU"], "--providers: string should match pattern"),
         (["--strict-rows", "-1"], "--strict-rows: input should be greater than or equal to 0"),
         (["--no-bundle"], "unknown flag --no-bundle"),
+        (["--bundle", "a,,b"], "--bundle: string should match pattern"),
         (["stray"], "stray"),
         (["--port"], "expected one argument"),
         (["--lease-s", "nan"], "--lease-s: input should be"),

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,18 @@ ROOT = Path(__file__).resolve().parents[2]
 WaitUntil = Callable[..., Awaitable[Any]]
 
 
-def service(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """`python -m service` with a clean environment."""
+def service(*arguments: str, log: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+    """`python -m service` with a clean environment; its stderr goes to the end of `log`, or can be read."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("REDIS_URL",)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "service", *arguments],
-        cwd=ROOT,
-        env={**inherited, "DIT_LOG_LEVEL": "warning", "DIT_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with ExitStack() as stack:
+        return subprocess.Popen(
+            [sys.executable, "-m", "service", *arguments],
+            cwd=ROOT,
+            env={**inherited, "DIT_LOG_LEVEL": "warning", "DIT_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if log is None else stack.enter_context(log.open("a")),
+            text=True,
+        )
 
 
 def processes() -> dict[int, tuple[int, str]]:
@@ -88,13 +89,12 @@ class Running:
 
 
 @asynccontextmanager
-async def serving(*arguments: str, **environment: str) -> AsyncIterator[Running]:
-    process = service("--port=0", *arguments, **environment)
+async def serving(*arguments: str, log: Path | None = None, **environment: str) -> AsyncIterator[Running]:
+    process = service("--port=0", *arguments, log=log, **environment)
     assert process.stdout is not None
-    assert process.stderr is not None
     try:
         greeting = process.stdout.readline()
-        assert " is ready on http://127.0.0.1:" in greeting, process.stderr.read()
+        assert " ready on http://127.0.0.1:" in greeting, process.stderr and process.stderr.read()
         yield Running(process, greeting)
     finally:
         left = set(offspring(process.pid))

@@ -16,16 +16,16 @@ if caller_limit and (tonumber(redis.call('HGET', UNFINISHED, caller)) or 0) >= c
 local waiting = tonumber(redis.call('HGET', TOTALS, 'rows')) or 0
 if waiting > 0 and waiting + rows > row_limit then return -2 end
 
--- The jobs of this flow that are due later, each moved back by this one's work; and where the first of them would have started.
+-- The jobs of this flow that are due later, each moved back by this one's work; and where the first of them would have started: a
+-- flow's jobs follow one another, so the first to finish is the first to start.
 local function overtaken(due, work)
-  local start
+  local first, finish
   for _, member in ipairs(redis.call('ZRANGEBYLEX', DUES, '[' .. due_key(flow, due + 1), '(' .. flow .. '\1')) do
     local other = string.sub(member, #flow + 17)
-    local finish = tonumber(redis.call('ZINCRBY', QUEUE, work, other)) - work
-    local began = finish - tonumber(redis.call('HGET', job_key(other), 'rows')) / weight
-    start = math.min(start or began, began)
+    local before = tonumber(redis.call('ZINCRBY', QUEUE, work, other)) - work
+    if not finish or before < finish then first, finish = other, before end
   end
-  return start
+  return finish and finish - tonumber(redis.call('HGET', job_key(first), 'rows')) / weight
 end
 
 local due, work = tonumber(deadline) or NOW + patience, rows / weight

@@ -27,6 +27,14 @@ class Visit:
     request: dict[str, Any]
 
 
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {},
+    {"size": (2, 2)},
+    {"size": (8, 6)},
+    {"size": (8, 6), "windows": True},
+    {"size": (5, 13), "windows": True},
+]
 _rungs = st.builds(
     Rung,
     name=st.just("any"),
@@ -44,7 +52,7 @@ _requests = st.fixed_dictionaries(
         "guidance_scale": st.sampled_from([0.0, 1.0, 2.5]),
         "previews": st.sampled_from([0, 1, 2]),
         "deadline_at": st.sampled_from([None, 2e9, 3e9]),
-        "size": st.sampled_from([None, None, (2, 2), (8, 6)]),
+        "shape": st.sampled_from(SHAPES),
     }
 )
 _visits = st.lists(
@@ -55,12 +63,19 @@ _visits = st.lists(
 _buckets = st.sampled_from([None, (1, 2, 4, 8), (3, 5), (8,)])
 
 
+def asked(visit: Visit) -> dict[str, Any]:
+    """The fields of a request, those of its shape among them."""
+    fields = dict(visit.request)
+    shape = fields.pop("shape")
+    return {**fields, **shape}
+
+
 def follow(engine: Engine, visits: list[Visit], make_request: Make) -> list[StepReport]:
     reports: list[StepReport] = []
     for step in range(200):
         for k, visit in enumerate(visits):
             if visit.arrives == step:
-                engine.add(make_request(f"{k}/0", **visit.request))
+                engine.add(make_request(f"{k}/0", **asked(visit)))
             if visit.cancelled == step:
                 engine.cancel(f"{k}/0")
         if engine.idle and step > 15:
@@ -104,7 +119,7 @@ def test_a_sample_equals_its_solo_run(
         if f"{k}/0" not in made:
             assert visit.cancelled is not None
             continue
-        request: SampleRequest = make_request(f"{k}/0", **visit.request)
+        request: SampleRequest = make_request(f"{k}/0", **asked(visit))
         solo = make_engine(make_backend(size_multiple=2))
         solo.add(request)
         alone = [solo.step() for _ in range(request.rung.steps)]

@@ -39,11 +39,10 @@ def test_without_a_deadline_one_waits_only_as_long_as_the_patience() -> None:
     assert names(scheduler, [old, Waiter("later", deadline_at=61.0)]) == ["old"]
 
 
-def test_the_second_rows_follow_the_samples_they_belong_to() -> None:
-    samples = [Waiter("a"), Waiter("b", rows=2), Waiter("c"), Waiter("d", rows=2)]
+def test_all_that_there_is_room_for_step_together() -> None:
+    samples = [Waiter("a"), Waiter("b", rows=2), Waiter("c", rows=3), Waiter("d", rows=2)]
     batch = Scheduler(max_rows=8).next_batch(samples, 8)
-    assert batch.guided == (1, 3)
-    assert batch.rows == 6
+    assert batch.samples == tuple(samples)
     assert batch.stop_reason == "idle"
 
 
@@ -117,7 +116,7 @@ _waiters = st.lists(
     st.builds(
         Waiter,
         name=st.uuids().map(str),
-        rows=st.integers(1, 2),
+        rows=st.integers(1, 9),
         deadline_at=st.one_of(st.none(), st.floats(0, 100)),
         added_at=st.floats(0, 100),
     ),
@@ -133,8 +132,8 @@ def test_a_batch_fits_wastes_no_row_and_passes_nobody_over_without_need(
     batch = scheduler.next_batch(samples, knee)
     cap = max_rows if strict else min(knee, max_rows)
     left_out = [sample for sample in samples if sample not in batch.samples]
-    assert batch.rows <= max(cap, 2)
+    rows = sum(sample.rows for sample in batch.samples)
+    assert rows <= cap or len(batch.samples) == 1
     assert bool(batch.samples) == bool(samples)
     assert (batch.stop_reason == "cap") == bool(left_out)
-    assert all(sample.rows > cap - batch.rows for sample in left_out)
-    assert batch.guided == tuple(k for k, sample in enumerate(batch.samples) if sample.rows == 2)
+    assert all(sample.rows > cap - rows for sample in left_out)

@@ -89,6 +89,7 @@ class StubWorker:
     """Claims jobs and finishes them with one-pixel images. `hold` keeps them running; `fail_with` ends them so."""
 
     broker: Broker
+    model: str = "fruits"
     hold: bool = False
     fail_with: dict[str, Any] | None = None
     claimed: list[Claim] = field(default_factory=list)
@@ -96,7 +97,7 @@ class StubWorker:
     async def run(self) -> None:
         while True:
             await self.broker.wait_for_work(5)
-            for claim in await self.broker.claim("stub", models=["fruits"], max_samples=64):
+            for claim in await self.broker.claim("stub", models=[self.model], max_samples=64):
                 self.claimed.append(claim)
                 await self._work(claim)
 
@@ -106,7 +107,7 @@ class StubWorker:
         figures |= {"decode_s": 0.0, "running_samples": 0, "backlog_rows": 0}
         figures |= {"last_step_age_s": 0.0, "updated_at": 0.0}
         await self.broker.publish_state(
-            WorkerState(worker="stub", models=("fruits",), **{**figures, **changes})
+            WorkerState(worker="stub", models=(self.model,), **{**figures, **changes})
         )
 
     async def _work(self, claim: Claim) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from service.http.access import OPEN
 from service.keyring import add
@@ -54,6 +55,23 @@ async def test_a_key_without_the_scope_is_forbidden(stage: Stage, keys: Path) ->
     _, text = add(keys, "operator", scopes=("admin",))
     response = await stage.generate(bearer(text), **APPLE)
     assert (response.status_code, response.json()["code"]) == (403, "forbidden")
+
+
+async def test_who_is_refused_is_counted_where_they_knocked(stage: Stage, keys: Path) -> None:
+    _, text = add(keys, "shop", rate=1)
+
+    def counted(outcome: str) -> float:
+        labels = {"route": "/generate", "outcome": outcome}
+        return REGISTRY.get_sample_value("dit_requests_total", labels) or 0.0
+
+    before = {outcome: counted(outcome) for outcome in ("invalid", "quota")}
+    await stage.generate(**APPLE)
+    for _ in range(2):
+        await stage.generate(bearer(text), **APPLE)
+    assert {outcome: counted(outcome) - count for outcome, count in before.items()} == {
+        "invalid": 1,
+        "quota": 1,
+    }
 
 
 async def test_every_path_but_the_open_ones_asks(stage: Stage) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
-from model.bundle import GOLDEN, Bundle
+from model.bundle import GOLDEN
 from service.errors import Overloaded
 from service.http.canary import SAME_DB, Canary, psnr
 from tests.conftest import wait_until
@@ -44,10 +43,9 @@ def bundle(bundle_path: Path, tmp_path: Path) -> Callable[[bytes], Path]:
 
 
 def canary(stage: Stage) -> Canary:
-    context = stage.app.state.context
-    opened = Bundle.open(stage.settings.bundle)
-    assert opened.manifest.golden
-    return Canary(opened.path, opened.manifest.golden, context.intake, context.backplane.listener)
+    found: Canary | None = stage.app.state.context.default.canary
+    assert found
+    return found
 
 
 def gray(level: int, side: int = 1) -> bytes:
@@ -65,30 +63,29 @@ async def test_the_golden_image_is_asked_for_as_it_was_drawn(
     open_stage: OpenStage, bundle: Callable[[bytes], Path]
 ) -> None:
     stage = await open_stage(bundle=bundle(PNG))
-    before = told("dit_canary_total", outcome="same")
+    before = told("dit_canary_total", model="fruits", outcome="same")
     assert await canary(stage).draw() == SAME_DB
     job = stage.worker.claimed[0].job
     assert (job.condition[0].labels, job.seeds, job.steps, job.solver) == ((3, 0), (3,), 12, "ddim")
     assert (job.allow_degraded, job.priority, job.caller) == (False, "low", "canary")
-    assert told("dit_canary_total", outcome="same") == before + 1
-    assert told("dit_canary_psnr_db") == SAME_DB
+    assert told("dit_canary_total", model="fruits", outcome="same") == before + 1
+    assert told("dit_canary_psnr_db", model="fruits") == SAME_DB
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("golden", [gray(200), gray(0, side=2)], ids=["other", "another-size"])
 async def test_drift_is_seen(open_stage: OpenStage, bundle: Callable[[bytes], Path], golden: bytes) -> None:
     stage = await open_stage(bundle=bundle(golden))
-    before = told("dit_canary_total", outcome="drifted")
+    before = told("dit_canary_total", model="fruits", outcome="drifted")
     assert await canary(stage).draw() < 10
-    assert told("dit_canary_total", outcome="drifted") == before + 1
+    assert told("dit_canary_total", model="fruits", outcome="drifted") == before + 1
 
 
 @pytest.mark.anyio
 async def test_draws_by_itself_and_survives_refusals(
     open_stage: OpenStage, bundle: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = await open_stage(bundle=bundle(PNG))
-    watch, draw, refused = canary(stage), Canary.draw, told("dit_canary_total", outcome="skipped")
+    draw, refused = Canary.draw, told("dit_canary_total", model="fruits", outcome="skipped")
     tried: list[int] = []
 
     async def first_refused(self: Canary) -> float:
@@ -98,10 +95,9 @@ async def test_draws_by_itself_and_survives_refusals(
         return await draw(self)
 
     monkeypatch.setattr(Canary, "draw", first_refused)
-    task = asyncio.create_task(watch.run(0.01))
+    stage = await open_stage(bundle=bundle(PNG), canary_s=0.01)
     await wait_until(lambda: stage.worker.claimed)
-    task.cancel()
-    assert told("dit_canary_total", outcome="skipped") == refused + 1
+    assert told("dit_canary_total", model="fruits", outcome="skipped") == refused + 1
 
 
 def test_likeness() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service import client as module
 from service import generate
-from service.client import AsyncClient, Client, Unreachable
+from service import verbs as module
+from service.client import AsyncClient, Client
 from service.errors import (
     Cancelled,
     NumericalError,
@@ -22,6 +22,7 @@ from service.errors import (
     UnknownCondition,
 )
 from service.keyring import add
+from service.verbs import Unreachable
 from tests.conftest import wait_until
 from tests.service.http.conftest import PNG, OpenStage, Serve, Stage
 

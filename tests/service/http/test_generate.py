@@ -114,6 +114,8 @@ async def test_several_images_are_multipart(stage: Stage) -> None:
     parts: list[Message[str, str]] = message_from_bytes(head + response.content).get_payload()  # type: ignore[assignment]
     assert [part["x-seed"] for part in parts] == ["1", "2", "3"]
     assert all(part.get_payload(decode=True) == PNG for part in parts)
+    digest = base64.b64encode(hashlib.sha256(response.content).digest()).decode()
+    assert response.headers["content-digest"] == f"sha-256=:{digest}:"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Probes, metrics, the OpenAPI document, and how the API process starts."""
+"""Probes, metrics, and how the API process starts."""
 
 import asyncio
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.http import intake
-from service.jobs import LoadSnapshot
+from service.jobs import LoadSnapshot, Starting
 from tests.service.http.conftest import OpenStage, Stage
 
 pytestmark = pytest.mark.anyio
@@ -34,6 +34,15 @@ async def test_once_started_it_stays_started(stage: Stage) -> None:
     await stage.broker.retire("stub")
     assert (await stage.client.get("/readyz")).status_code == 503
     assert (await stage.client.get("/startupz")).status_code == 200
+
+
+async def test_what_workers_to_come_are_doing_is_told(open_stage: OpenStage) -> None:
+    stage = await open_stage(worker=False)
+    await stage.broker.publish_state(Starting("w1", "fruits", "building the fp16 engine (1 of 1): 25%"))
+    answer = await stage.client.get("/startupz")
+    assert (answer.status_code, answer.json()["checks"]) == (503, {"started": False})
+    assert answer.json()["starting"] == ["fruits: building the fp16 engine (1 of 1): 25%"]
+    assert (await stage.client.get("/readyz")).status_code == 503  # it is no worker yet
 
 
 async def test_a_fleet_scaled_to_zero_can_be_ready(open_stage: OpenStage) -> None:
@@ -139,21 +148,3 @@ def test_what_cannot_work_is_one_sentence(bundle_path: Path, flags: list[str], s
     assert ended.stderr.startswith("error: ")
     assert sentence in ended.stderr
     assert ended.stderr.count("\n") == 1
-
-
-async def test_the_document_describes_every_answer(stage: Stage) -> None:
-    document = (await stage.client.get("/openapi.json")).json()
-    assert "HTTPValidationError" not in str(document)
-    operations = {
-        (method, path): each
-        for path, methods in document["paths"].items()
-        for method, each in methods.items()
-    }
-    assert len({each["operationId"] for each in operations.values()}) == len(operations)
-    generate = operations["post", "/generate"]
-    assert {"200", "202", "400", "406", "409", "413", "415", "422", "503", "504"} <= set(
-        generate["responses"]
-    )
-    unknown = generate["responses"]["422"]["content"]["application/problem+json"]["examples"]
-    assert unknown["unknown-condition"]["value"]["suggestions"] == ["strawberry"]
-    assert document["components"]["schemas"]["GenerateRequest"]["examples"]

@@ -1,5 +1,7 @@
 """The playground and the reference: self-contained, and in a real browser they do what they promise."""
 
+import copy
+import json
 import re
 import shutil
 from collections.abc import AsyncIterator
@@ -11,7 +13,7 @@ import pytest
 
 from service.keyring import add
 from tests.conftest import wait_until
-from tests.service.http.conftest import OpenStage, Serve, Stage
+from tests.service.http.conftest import MANIFEST, OpenStage, Serve, Stage
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +42,7 @@ async def test_every_control_has_a_name(stage: Stage) -> None:
 
 
 @asynccontextmanager
-async def browsing(port: int, *, refusal: str) -> AsyncIterator[Any]:
+async def browsing(port: int, *, refusal: str = "422") -> AsyncIterator[Any]:
     """The playground in a real browser. No fault may show in its console but answers of status `refusal`."""
     playwright = pytest.importorskip("playwright.async_api", reason="needs: pip install playwright")
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
@@ -58,12 +60,35 @@ async def browsing(port: int, *, refusal: str) -> AsyncIterator[Any]:
     assert [fault for fault in faults if refusal not in fault] == []
 
 
+# WCAG 2.2 contrast ratio of the text of each element that is shown, on the nearest opaque ground behind it.
+CONTRAST = """(elements) => elements.filter((each) => each.checkVisibility() && !each.disabled).map((each) => {
+  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  let ground = each;
+  while (ground.parentElement && numbers(getComputedStyle(ground).backgroundColor)[3] === 0) ground = ground.parentElement;
+  const light = (colour) => numbers(colour).slice(0, 3).map((value) => value / 255)
+    .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, value, k) => sum + value * [0.2126, 0.7152, 0.0722][k], 0);
+  const [dark, bright] = [light(getComputedStyle(each).color), light(getComputedStyle(ground).backgroundColor)].sort((a, b) => a - b);
+  return (bright + 0.05) / (dark + 0.05);
+})"""
+
+
+@pytest.fixture
+def many_fruits(tmp_path: Path) -> Path:
+    """A bundle with more names than a drop-down should hold."""
+    manifest = copy.deepcopy(MANIFEST)
+    manifest["factors"][0]["classes"] += [f"fruit-{number}" for number in range(20)]
+    manifest["config"]["classes"][0] += 20
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
 class TestInChromium:
     """Needs `pip install playwright` and a Chromium on the PATH (`apt-get install chromium`)."""
 
     @pytest.fixture
     async def page(self, stage: Stage, serve: Serve) -> AsyncIterator[Any]:
-        async with browsing(await serve(stage), refusal="422") as page:
+        async with browsing(await serve(stage)) as page:
             await page.wait_for_selector("#go:enabled")
             yield page
 
@@ -89,6 +114,69 @@ class TestInChromium:
         await page.click("#stop")
         await page.get_by_text("Cancelled.", exact=True).wait_for()
         assert await page.is_enabled("#go")
+
+    async def test_by_keyboard_alone(self, open_stage: OpenStage, serve: Serve, many_fruits: Path) -> None:
+        stage = await open_stage(bundle=many_fruits)
+        stage.worker.hold = True
+        async with browsing(await serve(stage)) as page:
+            await page.wait_for_selector("#go:enabled")
+            await page.focus("#factor-label")
+            await page.keyboard.type("lem")
+            assert await page.get_attribute("#factor-label", "aria-expanded") == "true"
+            await page.keyboard.press("Enter")  # takes the first that fits
+            assert await page.input_value("#factor-label") == "lemon"
+            assert await page.get_attribute("#factor-label", "aria-expanded") == "false"
+            await page.keyboard.press("ArrowDown")
+            await page.keyboard.press("ArrowDown")
+            chosen = await page.get_attribute("#factor-label", "aria-activedescendant")
+            assert await page.get_attribute(f"#{chosen}", "aria-selected") == "true"
+            await page.keyboard.press("Escape")
+            assert await page.input_value("#factor-label") == "lemon"
+            await page.focus("#go")
+            await page.keyboard.press("Enter")
+            await page.wait_for_selector("#stop:focus")  # not lost with the button that cannot be pressed now
+            await page.keyboard.press("Enter")
+            await page.get_by_text("Cancelled.", exact=True).wait_for()
+            await page.wait_for_selector("#go:focus")
+        assert stage.worker.claimed[0].job.condition[0].labels[0] == 3
+
+    async def test_a_screen_reader_is_told_what_happens_but_not_every_step(
+        self, stage: Stage, page: Any
+    ) -> None:
+        stage.worker.hold = True
+        await page.evaluate(
+            """() => { window.heard = []; const status = document.getElementById("status");
+            new MutationObserver(() => heard.push(status.textContent)).observe(status, { childList: true, subtree: true }); }"""
+        )
+        await page.fill("#count", "1")
+        await page.click("#go")
+        await page.get_by_text("step 18 of 20").wait_for()
+        heard = await page.evaluate("heard")
+        assert heard.count("Drawing:") == 1
+        assert not any("step" in each for each in heard)
+        tree = await page.locator("main").aria_snapshot()
+        for named in (
+            'combobox "Label"',
+            'slider "Steps',
+            'button "Cancel"',
+            'progressbar "Progress"',
+            "status",
+        ):
+            assert named in tree, tree
+
+    async def test_fits_every_screen_and_can_be_read(self, page: Any) -> None:
+        home = page.url
+        for path, ready in (("", "#go:enabled"), ("docs", "h2")):
+            await page.goto(home + path)
+            await page.wait_for_selector(ready)
+            for width in (320, 390, 820, 1600):
+                await page.set_viewport_size({"width": width, "height": 700})
+                assert await page.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
+            for scheme in ("light", "dark"):
+                await page.emulate_media(color_scheme=scheme)
+                for shown in ("p", "a", "label", "button", "summary"):
+                    contrasts = await page.locator(shown).evaluate_all(CONTRAST)
+                    assert min(contrasts, default=21.0) >= 4.5, (path, scheme, shown)
 
     async def test_shows_an_error(self, stage: Stage, page: Any) -> None:
         stage.worker.fail_with = {"code": "numerical-error", "detail": "NaN at step 3.", "extra": {}}

@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from model.bundle import Manifest
+from service.http.sizes import Extent, in_windows
 from service.jobs import Network
 from tests.service.http.conftest import MANIFEST, Stage
 
@@ -47,9 +49,59 @@ async def test_what_cannot_be_made_is_refused_with_what_can(stage: Stage) -> Non
     assert "pixels in all" in detail(await stage.generate(condition={}, size=huge))
 
 
+async def test_in_windows_any_model_makes_what_is_larger_at_the_price_of_their_rows(stage: Stage) -> None:
+    height, width = MANIFEST["config"]["image_size"]
+    await stage.generate(condition={}, seed=1)
+    own = stage.worker.claimed[-1].job
+    assert own.windows == 0
+    for size, latent, windows in [
+        (f"{4 * width}x{height}", (height, 4 * width), 7),
+        (f"{width}x{height + 1}", (height + 1, width), 2),
+        (f"{2 * width}x{2 * height}", (2 * height, 2 * width), 9),
+    ]:
+        assert (await stage.generate(condition={}, size=size, windows=True, seed=1)).status_code == 200
+        job = stage.worker.claimed[-1].job
+        assert (job.size, job.windows, job.cost_rows) == (latent, windows, windows * own.cost_rows)
+
+
+async def test_what_has_no_windows_is_refused(stage: Stage) -> None:
+    height, width = MANIFEST["config"]["image_size"]
+    for smaller in (f"{width}x{height}", f"{4 * width}x{height - 1}", f"{width - 1}x{4 * height}", "0x0"):
+        said = detail(await stage.generate(condition={}, size=smaller, windows=True))
+        assert f"larger than the model's own, {width}x{height}" in said
+    large = detail(await stage.generate(condition={}, size=f"{4 * width + 1}x{height}", windows=True))
+    assert f"At most {4 * width * height} pixels" in large
+    response = await stage.generate(condition={}, windows=True)
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["pointer"] == "#/windows"
+
+
+async def test_a_deadline_is_weighed_against_the_rows_of_all_windows(stage: Stage) -> None:
+    height, width = MANIFEST["config"]["image_size"]
+    await stage.worker.report(step_per_row_s=0.01)
+    asked: dict[str, Any] = {"condition": {}, "steps": 20, "deadline_ms": 1000, "allow_degraded": False}
+    assert (await stage.generate(**asked)).status_code == 200  # 40 rows
+    wide = await stage.generate(**asked, size=f"{4 * width}x{height}", windows=True)
+    assert wide.status_code == 503
+
+
+def test_windows_over_latents_are_reckoned_in_pixels_of_the_image() -> None:
+    config = {**MANIFEST["config"], "in_channels": 4}
+    manifest = Manifest.model_validate({**MANIFEST, "config": config, "decoder": "small"})
+    height, width = MANIFEST["config"]["image_size"]
+    wide = in_windows(f"{16 * width}x{8 * height}", manifest, max_area=4)
+    assert wide == Extent((height, 2 * width), 3, 3.0)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        in_windows(f"{16 * width + 1}x{8 * height}", manifest, max_area=4)
+
+
 async def test_without_workers_only_the_models_own_size_is_known(open_stage: OpenStage) -> None:
     stage = await open_stage(worker=False)
     height, width = MANIFEST["config"]["image_size"]
     response = await stage.generate(condition={}, size=f"{2 * width}x{height}")
     assert response.status_code == 503
     assert response.headers["retry-after"]
+    wide = await stage.generate(
+        {"prefer": "respond-async"}, condition={}, size=f"{2 * width}x{height}", windows=True
+    )
+    assert wide.status_code == 202  # who comes will make it

@@ -1,15 +1,16 @@
 """One subscription, many waiters."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from service.errors import Cancelled, InternalError, JobNotFound, NumericalError, to_wire
 from service.jobs import Job, JobResult
 from service.queue.broker import Broker
-from service.queue.listener import Listener
+from service.queue.listener import READ_AT_ONCE, Listener
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]
@@ -36,6 +37,49 @@ async def test_every_waiter_gets_its_own_result(
     async with asyncio.timeout(10):
         for job_id, task in waiting.items():
             assert (await task).images[0].data == job_id.encode()
+
+
+async def test_many_outcomes_are_read_together(
+    broker: Broker,
+    listener: Listener,
+    make_job: MakeJob,
+    make_result: MakeResult,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jobs = [make_job() for _ in range(READ_AT_ONCE + 20)]
+    for job in jobs:
+        await broker.submit(job)
+    for claim in await broker.claim("w1", models=["emoji"], max_samples=len(jobs)):
+        await broker.finish(claim.lease, make_result())
+    asked: list[int] = []
+    outcomes = broker.outcomes
+
+    async def counted(job_ids: Sequence[str]) -> list[Any]:
+        asked.append(len(job_ids))
+        return await outcomes(job_ids)
+
+    monkeypatch.setattr(broker, "outcomes", counted)
+    async with asyncio.timeout(10):
+        results = await asyncio.gather(*(listener.wait(job.id) for job in jobs))
+    assert results == [make_result()] * len(jobs)
+    assert len(asked) < len(jobs) / 4
+    assert max(asked) <= READ_AT_ONCE
+
+
+async def test_what_cannot_be_read_ends_one_wait_and_no_other(
+    broker: Broker, listener: Listener, make_job: MakeJob, make_result: MakeResult, redis_url: str
+) -> None:
+    jobs = [make_job() for _ in range(2)]
+    for job in jobs:
+        await broker.submit(job)
+    for claim in await broker.claim("w1", models=["emoji"], max_samples=2):
+        await broker.finish(claim.lease, make_result())
+    async with Redis.from_url(redis_url) as client:
+        await client.set(broker.keys.result(jobs[0].id), b"garbage", keepttl=True)
+    async with asyncio.timeout(5):
+        waits = (listener.wait(job.id) for job in jobs)
+        broken, sound = await asyncio.gather(*waits, return_exceptions=True)
+    assert (type(broken), sound) == (InternalError, make_result())
 
 
 async def test_a_job_that_ended_before_is_answered_at_once(
@@ -67,10 +111,10 @@ async def test_failures_cancellations_and_unknown_jobs_are_raised(
 async def test_a_mistake_of_ours_ends_the_wait(
     broker: Broker, listener: Listener, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(job_id: str) -> JobResult:
-        raise RuntimeError(job_id)
+    async def broken(job_ids: Sequence[str]) -> list[JobResult]:
+        raise RuntimeError(job_ids)
 
-    monkeypatch.setattr(broker, "outcome", broken)
+    monkeypatch.setattr(broker, "outcomes", broken)
     async with asyncio.timeout(5):
         with pytest.raises(InternalError):
             await listener.wait(make_job().id)

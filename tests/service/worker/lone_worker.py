@@ -34,7 +34,11 @@ class MortalBackend(FakeBackend):
         return super().embed(labels, text)
 
 
+async def opened(*_: object) -> MortalBackend:
+    return MortalBackend()
+
+
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[1:])
     logs.configure(style="json", level="info")
-    sys.exit(0 if asyncio.run(worker_process.serve(settings, MortalBackend())) else 1)
+    sys.exit(0 if asyncio.run(worker_process.serve(settings, "fake", opened)) else 1)

@@ -144,7 +144,15 @@ async def leave_after(
         stop.set()
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "ddpm"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"solver": "ddim"},
+        {"solver": "dpmpp-2m"},
+        {"solver": "ddpm"},
+        {"solver": "ddpm", "size": (4, 12), "windows": 3, "guidance_scale": 1.0},
+    ],
+)
 async def test_the_next_worker_goes_on_to_the_same_image(
     broker: Broker,
     make_worker: Make,
@@ -153,9 +161,9 @@ async def test_the_next_worker_goes_on_to_the_same_image(
     answer: Make,
     wait_until: WaitUntil,
     monkeypatch: pytest.MonkeyPatch,
-    solver: str,
+    asked: dict[str, Any],
 ) -> None:
-    fields = {"model": "fake", "steps": 12, "solver": solver, "seeds": (3, 4), "previews": 5}
+    fields = {"model": "fake", "steps": 12, "seeds": (3, 4), "previews": 5, **asked}
     whole, job = make_job(**fields), make_job(**fields)
     turnstile.let(1000)
     async with working(make_worker(broker, "w0")):

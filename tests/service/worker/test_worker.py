@@ -15,7 +15,14 @@ import numpy.typing as npt
 import pytest
 from PIL import Image as Picture
 
-from service.errors import Cancelled, InternalError, NumericalError, QueueUnavailable, ServiceError
+from service.errors import (
+    Cancelled,
+    InternalError,
+    ModelReplaced,
+    NumericalError,
+    QueueUnavailable,
+    ServiceError,
+)
 from service.jobs import ConditionTerm, Job, JobResult
 from service.limits import WorkerPolicy
 from service.queue.broker import Broker
@@ -233,6 +240,19 @@ async def test_what_the_engine_cannot_take_fails(
         "internal-error",
         "deadline-exceeded",
     ]
+
+
+async def test_a_job_whose_classes_are_numbered_otherwise_is_to_be_sent_again(
+    broker: Broker, make_worker: Make, make_fake_job: Make, wait: Make
+) -> None:
+    other, untold = make_fake_job(vocabulary="other"), make_fake_job()
+    async with working(make_worker(broker)):
+        await broker.submit(other)
+        with pytest.raises(ModelReplaced) as caught:
+            await wait(other)
+        assert caught.value.retry_after
+        await broker.submit(untold)
+        assert (await wait(untold)).images
 
 
 async def test_decoding_that_fails_fails_the_job(

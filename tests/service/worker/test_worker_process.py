@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from model.bundle import Manifest
+from model.bundle import Bundle, Manifest
 from service.backends import BackendUnavailable
+from service.engine_build import Building
+from service.jobs import Starting
+from service.queue.broker import Broker
 from service.settings import Settings
+from service.worker import worker_process
+from service.worker.starting import starting
 from service.worker.worker_process import backend_options, build_engine, open_texts
+from tests.conftest import wait_until
 
 Make = Callable[..., Any]
 
@@ -20,12 +28,16 @@ def settings(**options: Any) -> Settings:
     return Settings(**options)
 
 
-def test_what_is_not_set_is_the_backends_choice() -> None:
-    assert backend_options(settings()) == {"threads": 0}
-    assert backend_options(settings(threads=2, precision="int8")) == {"threads": 2, "precision": "int8"}
+def test_what_is_not_set_is_the_backends_choice(make_backend: Make) -> None:
+    plain = make_backend().manifest
+    assert backend_options(settings(), plain) == {"threads": 0}
+    assert backend_options(settings(threads=2, precision="int8"), plain) == {
+        "threads": 2,
+        "precision": "int8",
+    }
     providers = "CUDAExecutionProvider,CPUExecutionProvider"
-    assert backend_options(settings(providers=providers))["providers"] == tuple(providers.split(","))
-    assert backend_options(settings(backend="torch", device="cuda:1", compile=True)) == {
+    assert backend_options(settings(providers=providers), plain)["providers"] == tuple(providers.split(","))
+    assert backend_options(settings(backend="torch", device="cuda:1", compile=True), plain) == {
         "threads": 0,
         "device": "cuda:1",
         "compile": True,
@@ -40,9 +52,12 @@ def test_what_is_not_set_is_the_backends_choice() -> None:
         ({"backend": "tensorrt", "providers": "CPUExecutionProvider"}, "--providers is for the onnx backend"),
     ],
 )
-def test_what_the_backend_does_not_take_is_refused(options: dict[str, Any], sentence: str) -> None:
+def test_what_the_backend_does_not_take_is_refused(
+    make_backend: Make, options: dict[str, Any], sentence: str
+) -> None:
+    plain = make_backend().manifest
     with pytest.raises(BackendUnavailable, match=sentence):
-        backend_options(settings(**options))
+        backend_options(settings(**options), plain)
 
 
 def test_strict_rows_are_the_one_size_of_every_pass(make_backend: Make, make_request: Make) -> None:
@@ -96,3 +111,61 @@ def test_an_encoder_of_another_width_is_refused(make_backend: Make) -> None:
     texts = open_texts(manifest(make_backend, text_size=384), settings(), None)
     assert texts is not None
     assert np.linalg.norm(texts.get_many(["a red fox", ""]), axis=1).tolist() == pytest.approx([1.0, 0.0])
+
+
+def tensorrt(**options: Any) -> Settings:
+    return settings(backend="tensorrt", **options)
+
+
+def test_engines_have_a_folder_per_model(make_backend: Make) -> None:
+    chosen = backend_options(tensorrt(engines=Path("/engines")), make_backend().manifest)
+    assert chosen["engines"] == Path("/engines/fake")
+
+
+def test_only_tensorrt_has_engines_to_build(make_backend: Make) -> None:
+    with pytest.raises(BackendUnavailable, match="--export-on-start is for the tensorrt backend"):
+        backend_options(settings(export_on_start=True), make_backend().manifest)
+
+
+class Builder:
+    """Stands in for `build_engines`: notes what is asked for, tells once, and answers `built`."""
+
+    def __init__(self, *, built: bool) -> None:
+        self.built, self.asked = built, dict[str, Any]()
+
+    async def __call__(self, bundle: Path, *, told: Callable[[Building], None], **asked: Any) -> bool:
+        self.asked = {"bundle": bundle, **asked}
+        told(Building("fp16", 1, 1, 0.5))
+        return self.built
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("built", [True, False])
+async def test_engines_are_built_before_they_are_loaded(
+    make_backend: Make, monkeypatch: pytest.MonkeyPatch, built: bool
+) -> None:
+    builder, told, loaded = Builder(built=built), list[str](), list[dict[str, Any]]()
+    monkeypatch.setattr(worker_process, "build_engines", builder)
+    monkeypatch.setattr(worker_process, "load_backend", lambda *_, **options: loaded.append(options))
+    here, bundle, stop = (
+        tensorrt(export_on_start=True),
+        Bundle(Path("b"), make_backend().manifest),
+        asyncio.Event(),
+    )
+    await worker_process.open_backend(here, bundle, {"engines": Path("e")}, told.append, stop)
+    assert builder.asked == {"bundle": Path("b"), "precision": "auto", "engines": Path("e"), "stop": stop}
+    assert told[1] == "building the fp16 engine (1 of 1): 50%"
+    assert loaded == ([{"engines": Path("e")}] if built else [])
+
+
+@pytest.mark.anyio
+async def test_what_a_worker_to_come_is_doing_is_known(broker: Broker) -> None:
+    async with starting(broker, "w1", "fake") as tell:
+        tell("warming up")
+        await wait_until(lambda: told(broker, (Starting("w1", "fake", "warming up"),)))
+        assert (await broker.load()).workers == ()  # nothing is to be expected of it
+    assert await told(broker, ())
+
+
+async def told(broker: Broker, expected: tuple[Starting, ...]) -> bool:
+    return (await broker.load()).starting == expected

@@ -1,0 +1,280 @@
+"""The figures that decide: our service against others on this machine, on one model, one traffic and one promise.
+
+    python -m bench.peers.model MODEL          once: the model that all serve
+    python -m bench.headline MODEL --peers .peers/bin/python [--minutes 25] [--requests 163] [--seeds 1 2 3] [--loads .7 1.1 1.4 2 .9]
+                             [--arms planner EDF …] [--threads 2] [--slo 3] [--name headline] [--fresh]
+
+Goes on where it was stopped: every cell is written as it ends to bench/results/<name>.json, and `--minutes` bounds one sitting, which
+ends with the tables and bench/results/<name>.png. Every cell has a fresh server. A load of 1 is the images a second that our own
+service makes undegraded ("step FIFO", saturated). The promise to every client is `--slo` times what `--promise-of` needs for such
+a request alone: "diffusers + lock", or "step FIFO" for a promise that is easy to nobody. Peers are tuned first, on traffic of its
+own: batch and wait at load 0.7, then the cap at 1.1. Latencies of the seeds are pooled: three runs of 163, 10 of which warm up,
+are enough to tell a p99.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.answers import Exchange, Promise, Summary
+from bench.cells import BASIS, CAPACITY, CROWD, REFERENCE, SAME, Cell, caps, grid, measured, packed
+from bench.consumption import Consumption
+from bench.findings import Findings, Mismatch
+from bench.headline_tables import View, curves, tables
+from bench.load import LAG_MS, Unreachable, connect, qualities, sender, unloaded, watched
+from bench.plots import RESULTS, draw_headline
+from bench.record import Neighbours
+from bench.servers import ARMS, Place, ServerFailed, Serving, serving
+from bench.workload import Workload
+from model.bundle import Bundle, BundleError
+
+WARM_UP = 10  # requests of every run that do not count
+TRIAL = 34  # requests of a run that tunes
+SATURATED, IN_FLIGHT = 48, 8  # requests, and how many of them at once
+REQUESTS = {"tuning": TRIAL, "at once": CROWD, "saturated": SATURATED, "alone": 24}
+START_S = 20.0  # a guess of what a server takes to come and go
+
+
+class Sitting:
+    """Measures cells until its time is up."""
+
+    def __init__(self, options: argparse.Namespace, findings: Findings, console: Console) -> None:
+        self._options, self._findings, self._console = options, findings, console
+        self._place = Place(options.model.absolute(), options.peers, options.threads)
+        manifest = Bundle.open(options.model / "bundle").manifest
+        self._classes = len(manifest.factors[0].classes)
+        self._distance, self._frechet = qualities(manifest)
+        self._until = time.monotonic() + 60.0 * options.minutes
+
+    async def run(self) -> bool:
+        """False if there was no time for all."""
+        options = self._options
+        for cell in BASIS:
+            if not await self._measure(cell):
+                return False
+        for name in options.arms:
+            if not await self._tune(name):
+                return False
+        for cell in measured(options.arms, options.loads, options.seeds):
+            if not await self._measure(cell):
+                return False
+        return True
+
+    async def _tune(self, name: str) -> bool:
+        cells = grid(name, ARMS[name].grid)
+        if not cells or name in self._findings.tuned:
+            return True
+        for cell in cells:
+            if not await self._measure(cell):
+                return False
+        batch, wait_s, _ = self._best(cells)
+        cells = caps(name, batch, wait_s)
+        for cell in cells:
+            if not await self._measure(cell):
+                return False
+        self._findings.tuned[name] = self._best(cells)
+        self._findings.write()
+        return True
+
+    def _best(self, cells: Sequence[Cell]) -> tuple[int, float, int]:
+        """The choice that answers most in time; of equals the one that is sooner at the 99th percentile."""
+
+        def worth(cell: Cell) -> tuple[float, float]:
+            summary = self.summary([cell])
+            return (summary.attainment, -(summary.share_p99 or math.inf)) if summary else (-1.0, 0.0)
+
+        best = max(cells, key=worth)
+        assert best.choice is not None
+        return best.choice
+
+    def summary(self, cells: Sequence[Cell]) -> Summary | None:
+        """What the exchanges of these cells come to, as far as they are there."""
+        runs = self._findings.runs(cells)
+        return (
+            Summary.of(runs, self.promise, distance=self._distance, frechet=self._frechet) if runs else None
+        )
+
+    @property
+    def promise(self) -> Promise:
+        return Promise(self._findings.alone(self._options.promise_of), self._options.slo)
+
+    async def _measure(self, cell: Cell) -> bool:
+        """False if there is no time for it."""
+        if cell.key in self._findings.cells:
+            return True
+        if time.monotonic() + self._expected(cell) > self._until:
+            return False
+        try:
+            found = await self._cell(cell)
+            if found["void"]:
+                found = await self._cell(cell)  # once more; then the next sitting may try
+        except (ServerFailed, Unreachable) as error:
+            found = {"failed": str(error), "void": True}
+        self._findings.add(cell, found)
+        self._console.print(f"{cell.key}: {self._line(cell, found)}")
+        return True
+
+    def _expected(self, cell: Cell) -> float:
+        return START_S + self._requests(cell) / self._rate(cell)
+
+    def _rate(self, cell: Cell) -> float:
+        """Requests a second to offer."""
+        own = cell.situation == "own" and cell.arm not in SAME
+        return (cell.load or 1.0) * (self._findings.capacity(cell.arm if own else CAPACITY) or 1.0)
+
+    def _requests(self, cell: Cell) -> int:
+        asked: int = self._options.requests
+        return REQUESTS.get(cell.situation, asked)
+
+    async def _cell(self, cell: Cell) -> dict[str, Any]:
+        arm = ARMS[cell.arm]
+        choice = cell.choice or self._findings.tuned.get(cell.arm)
+        if choice:
+            batch, wait_s, cap = choice
+            arm = replace(arm, batch=batch, wait_s=wait_s, cap=cap)
+        if cell.situation in ("alone", "saturated"):
+            arm = replace(arm, cap=2 * IN_FLIGHT)  # nobody is refused here
+        neighbours = Neighbours()
+        async with serving(arm, self._place) as served:
+            workload = cell.workload(self._classes)
+            match cell.situation:
+                case "alone":
+                    found = await self._alone(served, workload)
+                case "saturated":
+                    found = await self._saturated(served, workload, cell.seed)
+                case _:
+                    found = await self._offered(served, workload, cell)
+        return {**found, "neighbours": neighbours.told()}
+
+    async def _alone(self, served: Serving, workload: Workload) -> dict[str, Any]:
+        async with connect(served.url) as http:
+            found = await unloaded(workload, sender(http, served.adapter, None))
+        times = [[kind.steps, kind.guided, round(seconds, 5)] for kind, seconds in found.items()]
+        return {"alone": times, "void": False}
+
+    async def _saturated(self, served: Serving, workload: Workload, seed: int) -> dict[str, Any]:
+        """Images a second with so many requests in flight that the machine never waits for one."""
+        asked = iter(workload.draw(SATURATED + IN_FLIGHT, 1.0, seed))
+        async with connect(served.url) as http:
+            send = sender(http, served.adapter, None)
+
+            async def client(ends: list[float]) -> None:
+                for each in asked:
+                    status, _ = await send(each)
+                    if not 200 <= status < 300:
+                        raise Unreachable(f"a saturated server answered {status}")
+                    ends.append(time.perf_counter())
+
+            await send(next(asked))
+            before, began = Consumption.of(served.pid), time.perf_counter()
+            ends: list[float] = []
+            await asyncio.gather(*(client(ends) for _ in range(IN_FLIGHT)))
+            after = Consumption.of(served.pid)
+        # From the first moment to the last at which all were in flight: the end, when fewer are, says nothing.
+        steady = sorted(ends)[-IN_FLIGHT]
+        return {
+            "images_per_s": (len(ends) - IN_FLIGHT + 1) / (steady - began),
+            "processor_s_per_image": (after.processor_s - before.processor_s) / len(ends),
+            "resident_mib": after.resident_mib,
+            "void": False,
+        }
+
+    async def _offered(self, served: Serving, workload: Workload, cell: Cell) -> dict[str, Any]:
+        rate = self._rate(cell)
+        warm_up = 0 if cell.situation == "at once" else WARM_UP
+        asked = workload.draw(self._requests(cell), rate, cell.seed)
+        async with connect(served.url) as http:
+            await unloaded(workload, sender(http, served.adapter, None), probes=1)
+            exchanges, used = await watched(http, served.adapter, asked, self.promise, pid=served.pid)
+        kept = exchanges[warm_up:]
+        lag = late(kept)
+        return {
+            "rate": round(rate, 4),
+            **used,
+            "void": lag > self._options.max_lag_ms,
+            "lag_p99_ms": lag,
+            "exchanges": [packed(each) for each in kept],
+        }
+
+    def _line(self, cell: Cell, found: dict[str, Any]) -> str:
+        if "failed" in found:
+            return f"failed: {found['failed'].splitlines()[-1]}"
+        if "exchanges" in found:
+            summary = self.summary([cell])
+            assert summary is not None
+            return (
+                f"{summary.attainment:.1%} in time, {summary.refused:.1%} refused, p50 {summary.p50:.2f} s"
+                + (f", VOID ({found['lag_p99_ms']:.1f} ms late)" if found["void"] else "")
+            )
+        return str(found.get("alone") or f"{found['images_per_s']:.2f} images/s")
+
+
+def late(exchanges: Sequence[Exchange]) -> float:
+    """By how many milliseconds the latest hundredth of requests left late."""
+    lags = sorted(each.lag for each in exchanges)
+    return 1000 * lags[min(len(lags) - 1, int(0.99 * len(lags)))]
+
+
+def view(sitting: Sitting, findings: Findings, options: argparse.Namespace) -> View:
+    order = [name for name in ARMS if name in {*options.arms, REFERENCE, CAPACITY}]
+    return View(findings, sitting.summary, order, options.loads, options.seeds)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.headline", description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder that bench.peers.model wrote")
+    parser.add_argument(
+        "--peers", type=Path, default=Path(".peers/bin/python"), help="the peers' interpreter"
+    )
+    parser.add_argument("--minutes", type=float, default=25.0, help="of this sitting")
+    parser.add_argument("--requests", type=int, default=163, help=f"of a run, {WARM_UP} of them to warm up")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.7, 1.1, 1.4, 2.0, 0.9, 0.5])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+    parser.add_argument("--threads", type=int, default=2, help="compute threads of every server")
+    parser.add_argument(
+        "--slo", type=float, default=3.0, help="promised latency, in those of --promise-of alone"
+    )
+    parser.add_argument("--promise-of", choices=(REFERENCE, CAPACITY), default=REFERENCE)
+    parser.add_argument("--max-lag-ms", type=float, default=LAG_MS, help="beyond this a run is void")
+    parser.add_argument("--name", default="headline", help="of the files in bench/results")
+    parser.add_argument("--fresh", action="store_true", help="forget what was found before")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, console = parse(arguments), Console(width=180)
+    path = RESULTS / f"{options.name}.json"
+    settings = {name: getattr(options, name) for name in ("requests", "threads", "slo", "promise_of")}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a server that runs is stopped on the way out
+    try:
+        findings = Findings(path, settings, fresh=options.fresh)
+        sitting = Sitting(options, findings, Console(stderr=True, width=180))
+        whole = asyncio.run(sitting.run())
+    except (BundleError, Mismatch) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    shown = view(sitting, findings, options)
+    for table in tables(shown):
+        console.print(table)
+    draw_headline(curves(shown), path.with_suffix(".png"))
+    if not whole:
+        console.print("not all was measured: the same command goes on from here")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""A worker whose network computes nothing, so that what is left is the service: `python -m bench.noop_worker [flags]`.
+
+It is the service's own worker with its own flags; only the table of backends leads elsewhere, in this process alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bench.engine_overhead import NoBackend
+from model.bundle import Bundle
+from service.backends import BACKENDS
+from service.settings import Settings
+from service.worker import worker_process
+
+
+def open_backend(bundle: Bundle, **options: Any) -> NoBackend:
+    """What `load_backend` calls; no option matters."""
+    return NoBackend(bundle.manifest)
+
+
+def main(arguments: Sequence[str]) -> int:
+    BACKENDS.update(dict.fromkeys(BACKENDS, "bench.noop_worker:open_backend"))
+    return worker_process.run(Settings.load(list(arguments), program="python -m bench.noop_worker"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,51 @@
+"""Where ONNX Runtime spends a step: its own profile, by operator."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+PASSES = 10
+PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "MultiHeadAttention"}
+
+
+def operator_shares(
+    graph: Path, inputs: Mapping[str, npt.NDArray[Any]], *, threads: int, folder: Path
+) -> dict[str, float]:
+    """Operator → its share of the time in kernels, the largest first. `folder` takes the profile."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
+    session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    for _ in range(PASSES):
+        session.run(None, dict(inputs))
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return shares(events)
+
+
+def shares(events: list[dict[str, Any]]) -> dict[str, float]:
+    """The same from the events of a profile; the first pass, which pays for memory, is left out."""
+    spent: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    for event in events:
+        operator = event.get("args", {}).get("op_name")
+        if event.get("cat") != "Node" or operator is None or not event["name"].endswith("_kernel_time"):
+            continue
+        seen[event["name"]] += 1
+        if seen[event["name"]] > 1:
+            spent[operator] += event["dur"]
+    total = max(1, spent.total())
+    return {operator: float(np.round(duration / total, 4)) for operator, duration in spent.most_common()}
+
+
+def product_share(found: Mapping[str, float]) -> float:
+    """The part of them that is matrix products."""
+    return sum(share for operator, share in found.items() if operator in PRODUCTS)

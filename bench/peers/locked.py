@@ -1,0 +1,43 @@
+"""A web server around the pipeline and one lock, as in diffusers' own server example; with a cap on those who wait.
+
+    uvicorn bench.peers.locked:app
+
+Starlette, which FastAPI is made of, without FastAPI's validation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from bench.peers.cap import Cap
+from bench.peers.options import Options
+from bench.peers.pipeline import CONTENT_TYPE, Pipeline, Wish
+
+options = Options.read()
+pipeline = Pipeline(Path(options.model), threads=options.threads)
+lock = asyncio.Lock()
+
+
+async def generate(request: Request) -> Response:
+    wish = Wish.read(await request.json())
+    async with lock:
+        (file,) = await run_in_threadpool(pipeline, [wish])
+    return Response(file, media_type=CONTENT_TYPE)
+
+
+async def health(request: Request) -> Response:
+    return PlainTextResponse("ok")
+
+
+app = Starlette(
+    routes=[Route("/generate", generate, methods=["POST"]), Route("/health", health)],
+    middleware=[Middleware(Cap, cap=options.cap)],
+)

@@ -1,0 +1,165 @@
+"""One model for all who are compared: a DiT of the official architecture, as big as the shipped one, in both formats.
+
+    python -m bench.peers.model FOLDER [--like model/zoo/emoji]
+
+The shipped model has two factors of labels, normalised queries and keys, a bias per token and a head, none of which diffusers'
+`DiTTransformer2DModel` can hold. So the width, depth, heads, patches and classes are the shipped model's, and the rest is
+diffusers' class as it is, with random weights: what a step costs does not depend on their values. Our bundle is imported
+from what diffusers saved, so both compute one function (its images are compared before this ends). The bundle's ladder is the
+shipped model's, which this one has no quality of its own to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiTTransformer2DModel
+
+from bench.engine_overhead import open_engine
+from bench.peers.pipeline import Pipeline, Wish
+from export import onnx
+from model.bundle import Bundle, BundleError, Defaults, DiffusionSpec, Manifest, write_manifest
+from model.config import DiTConfig
+from model.port import Import, read_weights, write_bundle
+from service.backends import Backend, load_backend
+from service.engine.samples import SampleRequest
+from service.jobs import ConditionTerm
+from service.planning.costs import CostModel
+from service.planning.rungs import Ladder
+
+SOLVER, GRID = "dpmpp-2m", "trailing"
+DIFFUSION = DiffusionSpec(schedule="linear", prediction="x0", clip_x0=False)
+# The same solver and noise in diffusers' words.
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 2e-2,
+    "prediction_type": "sample",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "timestep_spacing": "trailing",
+    "final_sigmas_type": "zero",
+}
+TOLERANCE = 1e-4  # of images in [-1, 1]
+PROBES = (Wish(0, 20, 2.0, 1), Wish(1, 20, 1.0, 2), Wish(2, 50, 3.0, 3))
+
+
+def write_model(folder: Path, like: Manifest) -> float:
+    """`folder` with `transformer/`, `scheduler.json` and `bundle/`; gives the largest difference of their images.
+
+    Raises:
+        ValueError: the images differ by more than `TOLERANCE`, or `like` is not a DiT.
+    """
+    write_weights(folder, like)
+    bundle = folder / "bundle"
+    status = onnx.main(
+        [str(folder / "imported"), f"--out={bundle}", "--name=official", "--weights=fp32", "--half=none"]
+    )
+    if status:
+        raise ValueError("the bundle could not be exported")
+    error = difference(folder, load_backend("onnx", Bundle.open(bundle), threads=1, precision="fp32"))
+    if error > TOLERANCE:
+        raise ValueError(f"our images and diffusers' differ by {error:.1e}: they do not run one model")
+    return error
+
+
+def write_weights(folder: Path, like: Manifest) -> None:
+    """What diffusers reads, and in `imported/` a bundle of the same weights, without graphs.
+
+    Raises:
+        ValueError: `like` is not a DiT.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _random(like).save_pretrained(folder / "transformer")
+    (folder / "scheduler.json").write_text(json.dumps(SCHEDULER))
+    weights, config = read_weights(folder, Import(function="diffusers"))
+    manifest = write_bundle(
+        folder / "imported", weights, config, licence=like.licence, classes=like.factors[0].classes
+    )
+    told = {
+        "diffusion": DIFFUSION,
+        "description": f"official architecture, random weights, as big as {like.name}",
+        "ladder": like.ladder,
+        "defaults": Defaults(
+            steps=50, solver=SOLVER, grid=GRID, guidance_scale=2.0, guidance_interval=(0.0, 1.0)
+        ),
+    }
+    write_manifest(folder / "imported", manifest.model_copy(update=told))
+
+
+def _random(like: Manifest) -> Any:
+    config = like.config
+    if not isinstance(config, DiTConfig):
+        raise ValueError(f"{like.name} is no DiT")
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_size,
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
+        num_layers=config.depth,
+        sample_size=config.image_size[0],
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=config.classes[0],
+    )
+    first, *others = network.transformer_blocks
+    for block in others:  # diffusers copies the embedders of time and class into every block
+        block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    return network
+
+
+def difference(folder: Path, backend: Backend) -> float:
+    """The largest difference between what diffusers draws and what our engine draws, over `PROBES`."""
+    pipeline = Pipeline(folder, threads=1)
+    ladder = Ladder.from_manifest(backend.manifest)
+    engine = open_engine(backend, CostModel(), rows=8)
+    for name, wish in enumerate(PROBES):
+        rung = ladder.requested(SOLVER, wish.steps, GRID, (0.0, 1.0), True)
+        engine.add(
+            SampleRequest(
+                id=str(name),
+                condition=(ConditionTerm((wish.label,)),),
+                mix="linear",
+                seed=wish.seed,
+                rung=rung,
+                requested=rung,
+                guidance_scale=wish.guidance,
+                previews=0,
+                deadline_at=None,
+                allow_degraded=False,
+                min_steps=1,
+            )
+        )
+    ours: dict[str, Any] = {}
+    while not engine.idle:
+        ours |= {each.id: each.latent for each in engine.step().finished}
+    theirs = [pipeline.draw([wish], wish.steps)[0].numpy() for wish in PROBES]
+    return max(float(np.abs(ours[str(k)] - image).max()) for k, image in enumerate(theirs))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers.model", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--like", type=Path, default=Path("model/zoo/emoji"))
+    options = parser.parse_args(arguments)
+    try:
+        error = write_model(options.folder, Bundle.open(options.like).manifest)
+    except (BundleError, ValueError) as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 2
+    print(f"{options.folder}: diffusers and our engine draw the same images within {error:.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Ray Serve with `@serve.batch` and one replica; `max_queued_requests` is its own cap."""
+
+# mypy: disable-error-code="attr-defined, import-not-found, misc, untyped-decorator"
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import ray
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bench.peers.options import Options
+from bench.peers.pipeline import CONTENT_TYPE, Pipeline, Wish
+
+options = Options.read()
+
+
+@serve.deployment(
+    max_ongoing_requests=2 * options.batch,
+    max_queued_requests=options.cap,
+    ray_actor_options={"num_cpus": options.threads},
+)
+class Drawing:
+    def __init__(self, options: Options) -> None:
+        self.pipeline = Pipeline(Path(options.model), threads=options.threads)
+
+    @serve.batch(max_batch_size=options.batch, batch_wait_timeout_s=options.wait_s)
+    async def draw(self, wishes: list[Wish]) -> list[bytes]:
+        return await asyncio.to_thread(self.pipeline, wishes)
+
+    async def __call__(self, request: Request) -> Response:
+        file = await self.draw(Wish.read(await request.json()))
+        return Response(file, media_type=CONTENT_TYPE)
+
+
+def main() -> None:
+    ray.init(num_cpus=options.threads, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": options.port})
+    serve.run(Drawing.bind(options), route_prefix="/generate")
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""A bundle of a published size with random weights, for what depends on shapes alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from export.onnx import write_graphs
+from model.bundle import Bundle, write_manifest
+from model.config import DiTConfig
+from model.network import make_network
+from model.port import write_bundle
+
+SPREAD = 0.02  # of what is added, since a network fresh from its initialisation is the identity
+
+
+def random_bundle(config: DiTConfig, folder: Path, *, seed: int = 0) -> Bundle:
+    """Written to `folder`, with its graphs; its latents stand for pixels, so that it needs no decoder."""
+    torch.manual_seed(seed)
+    network = make_network(config).eval()
+    with torch.no_grad():
+        for tensor in network.parameters():
+            tensor.add_(torch.randn_like(tensor), alpha=SPREAD)
+    manifest = write_bundle(folder, network.state_dict(), config, licence="none")
+    manifest = manifest.model_copy(update={"decoder": "identity"})
+    write_graphs(network, manifest, folder)
+    write_manifest(folder, manifest)
+    return Bundle.open(folder)

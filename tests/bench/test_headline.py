@@ -1,0 +1,184 @@
+"""The headline: which cells it consists of, that a sitting goes on where the last one stopped, and what its figures are worth."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench import headline
+from bench.adapters import ADAPTERS, Told
+from bench.answers import Exchange
+from bench.cells import BASIS, CAPACITY, COMPARED, REFERENCE, Cell, measured, packed, unpacked
+from bench.consumption import Consumption, family, passes
+from bench.findings import Findings, Mismatch
+from bench.headline_tables import View, curves, goals, tables
+from bench.load import Unreachable
+from bench.plots import draw_headline
+from bench.servers import ARMS, Arm, Place, ServerFailed, Serving, serving
+from bench.workload import Asked, Kind
+from tests.service.tiny_bundle import write_bundle
+
+SETTINGS = {"requests": 30, "threads": 1, "slo": 3.0, "promise_of": REFERENCE}
+KINDS = [(20, True), (50, True), (20, False), (50, False)]
+
+
+def test_every_name_is_an_arm() -> None:
+    assert {REFERENCE, CAPACITY, *COMPARED} <= set(ARMS)
+    assert {arm.adapter for arm in ARMS.values()} == set(ADAPTERS)
+
+
+def test_no_cell_is_measured_twice_and_neighbouring_seeds_go_there_and_back() -> None:
+    cells = [*BASIS, *measured(list(ARMS), (0.7, 1.1), (1, 2))]
+    keys = [cell.key for cell in cells]
+    assert len(set(keys)) == len(keys)
+    there, back = ([c.arm for c in cells if c.situation == "own" and c.seed == seed] for seed in (1, 2))
+    assert there == back[::-1] == list(COMPARED)
+
+
+def test_an_exchange_survives_the_file() -> None:
+    done = Exchange(Asked(1.25, Kind(20, True), 0, 0), 1.251, 2.5, 200, Told(10, "unipc-1-10", True))
+    refused = Exchange(Asked(1.5, Kind(50, False), 0, 0), 1.5, 1.6, 503)
+    for each in (done, refused):
+        assert unpacked(json.loads(json.dumps(packed(each)))) == each
+
+
+def test_findings_are_gone_on_from_but_not_under_other_settings(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    findings = Findings(path, SETTINGS)
+    for number, rate in enumerate((2.0, 4.0)):
+        cell = Cell("saturated", CAPACITY, seed=number)
+        findings.add(cell, {"images_per_s": rate, "void": False})
+    findings.add(Cell("offered", "EDF", 0.7, 1), {"exchanges": [], "void": True})
+    again = Findings(path, SETTINGS)
+    assert again.capacity(CAPACITY) == 3.0
+    assert Cell("offered", "EDF", 0.7, 1).key not in again.cells  # void: to be measured again
+    with pytest.raises(Mismatch, match="slo"):
+        Findings(path, {**SETTINGS, "slo": 5.0})
+    assert not Findings(path, {**SETTINGS, "slo": 5.0}, fresh=True).cells
+
+
+def offered(latency: float, told: Told) -> dict[str, Any]:
+    asked = [Asked(k * 1.0, Kind(*KINDS[k % 4]), 0, k) for k in range(200)]
+    lines = [packed(Exchange(each, each.at, each.at + latency, 200, told)) for each in asked]
+    return {"exchanges": lines, "void": False, "rows_per_pass": 3.0}
+
+
+@pytest.fixture
+def view(tmp_path: Path) -> View:
+    """Ours answers in 1 s and the best peer in 4; a promise is 3 s for everybody."""
+    findings = Findings(tmp_path / "found.json", SETTINGS)
+    for arm, seconds in ((REFERENCE, 1.0), (CAPACITY, 0.5)):
+        findings.add(Cell("alone", arm), {"alone": [[*kind, seconds] for kind in KINDS], "void": False})
+        findings.add(Cell("saturated", arm), {"images_per_s": 1 / seconds, "void": False})
+    full = Told(20, "dpmpp-2m-20", False)
+    for seed in (1, 2, 3):
+        for arm, latency in (("planner", 1.0), ("EDF", 1.0), ("LitServe", 4.0)):
+            for load in (0.5, 0.7, 1.1, 1.4):
+                findings.add(Cell("offered", arm, load, seed), offered(latency, full))
+    model = tmp_path / "model"
+    (model / "bundle").mkdir(parents=True)
+    write_bundle(model / "bundle", weights=False)
+    sitting = headline.Sitting(options(model), findings, Console(quiet=True))
+    return View(findings, sitting.summary, list(ARMS), (0.5, 0.7, 1.1, 1.4), (1, 2, 3))
+
+
+def options(model: Path, *more: str) -> argparse.Namespace:
+    return headline.parse([str(model), "--requests=30", "--threads=1", *more])
+
+
+def test_the_goals_are_held_against_what_was_found(view: View) -> None:
+    found = {goal: value for goal, value, _ in goals(view)}
+    assert [value for value in found.values() if value is not None] == pytest.approx(
+        [2.0, 4.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    )
+    assert found["goodput at 1.1 over the best peer's, at least 3"] is None  # the peer's is nothing at all
+    assert found["p99 at 0.7 of each its own capacity, the same, at least 1.5"] is None  # not measured
+
+
+def test_tables_and_figure_hold_what_was_measured(view: View, tmp_path: Path) -> None:
+    console = Console(width=200, file=io.StringIO())
+    for table in tables(view):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "load 1.1: 2.20 requests/s" in text
+    assert "every arm at 0.7 of its own" not in text
+    draw_headline(curves(view), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+@pytest.mark.anyio
+async def test_a_sitting_ends_in_time_and_the_next_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    write_bundle(tmp_path / "bundle", weights=False)
+    path = tmp_path / "found.json"
+
+    @asynccontextmanager
+    async def fake(arm: Arm, place: Place) -> AsyncIterator[Serving]:
+        yield Serving("http://nowhere", os.getpid(), ADAPTERS[arm.adapter])
+
+    async def cell(self: headline.Sitting, each: Cell) -> dict[str, Any]:
+        measured_cells.append(each.key)
+        if each.situation == "alone":
+            return {"alone": [[*kind, 1.0] for kind in KINDS], "void": False}
+        if each.situation == "saturated":
+            return {"images_per_s": 100.0, "void": False}
+        if each.arm == "EDF":
+            raise Unreachable("the server is gone")
+        return offered(1.0, Told(20, "dpmpp-2m-20", False))
+
+    measured_cells: list[str] = []
+    monkeypatch.setattr(headline, "serving", fake)
+    monkeypatch.setattr(headline.Sitting, "_cell", cell)
+
+    async def sit(minutes: float) -> tuple[bool, Findings]:
+        given = options(
+            tmp_path, f"--minutes={minutes}", "--arms", "planner", "EDF", "LitServe", "--seeds", "1"
+        )
+        findings = Findings(path, SETTINGS)
+        return await headline.Sitting(given, findings, Console(quiet=True)).run(), findings
+
+    whole, _ = await sit(0.0)
+    assert (whole, measured_cells) == (False, [])
+    whole, findings = await sit(60.0)
+    assert whole
+    assert len(measured_cells) == len(set(measured_cells))
+    assert findings.tuned["LitServe"] in {(1, 0.0, 3), (4, 0.01, 3), (4, 0.05, 3), (8, 0.05, 3)}
+    failed = {key for key, each in findings.cells.items() if "failed" in each}
+    assert failed == {key for key in measured_cells if "EDF" in key}
+    measured_cells.clear()
+    whole, _ = await sit(60.0)
+    assert set(measured_cells) == failed  # what failed is tried again, and nothing else
+
+
+@pytest.mark.anyio
+async def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    arm = Arm("broken", ("-c", "raise SystemExit('no such model')"), "peer")
+    with pytest.raises(ServerFailed, match="no such model"):
+        async with serving(arm, Place(tmp_path, Path(sys.executable), 1)):
+            pass
+
+
+@pytest.mark.anyio
+async def test_a_family_is_counted_whole_and_passes_are_read() -> None:
+    child = await asyncio.create_subprocess_exec("sleep", "60")
+    try:
+        assert {os.getpid(), child.pid} <= set(family(os.getpid()))
+        assert Consumption.of(os.getpid()).resident_mib > Consumption.of(child.pid).resident_mib > 0
+    finally:
+        child.kill()
+        await child.wait()
+    text = 'dit_batch_rows_sum{stop_reason="cap"} 30.0\ndit_batch_rows_count{stop_reason="cap"} 10.0\n'
+    assert passes(text + 'dit_batch_rows_sum{stop_reason="idle"} 6.0\n') == (36.0, 10.0)

@@ -1,0 +1,59 @@
+"""The share of the machine's peak: measured for whatever bundle there is, and told by operator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import machine, operators, peak, record
+from tests.service.tiny_bundle import write_bundle
+
+
+def test_the_command_tells_prints_and_keeps_every_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (machine, record):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(peak, "SIDES", (64,))
+    bundle = tmp_path / "tiny"
+    bundle.mkdir()
+    write_bundle(bundle, weights=True)
+    assert machine.main([str(bundle), "--batches", "1", "2", "--rounds", "1"]) == 0
+    assert "all matrix products" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "machine.json").read_text())
+    assert [(each["runtime"], each["rows"]) for each in kept["points"]] == [
+        (runtime, rows) for runtime in ("onnx", "torch") for rows in (1, 2)
+    ]
+    assert all(each["share"] > 0 for each in kept["points"])
+    assert (tmp_path / "machine.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_no_network_is_refused_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert machine.main(["DiT-Z/3"]) == 2
+    assert capsys.readouterr().err.startswith("bench.machine: ")
+
+
+def test_the_peak_is_the_fastest_of_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak, "SIDES", (32, 64))
+    found = peak.Peak(threads=1)
+    assert {library for library, _ in found.rates} == {"torch", "numpy", "onnxruntime"}
+    assert found.rates[found.library, found.side] == max(found.rates.values())
+    assert found.now() > 0
+
+
+def test_shares_leave_out_the_first_pass_and_what_is_no_kernel() -> None:
+    def event(name: str, operator: str, duration: int) -> dict[str, object]:
+        return {"cat": "Node", "name": name, "args": {"op_name": operator}, "dur": duration}
+
+    events = [
+        {"cat": "Session", "name": "model_run", "dur": 999},
+        event("a_kernel_time", "MatMul", 500),
+        event("b_kernel_time", "Add", 500),
+        event("a_kernel_time", "MatMul", 60),
+        event("b_kernel_time", "Add", 20),
+        event("b_fence_before", "Add", 70),
+    ]
+    assert operators.shares(events) == {"MatMul": 0.75, "Add": 0.25}
+    assert operators.product_share({"MatMul": 0.5, "Conv": 0.25, "Add": 0.25}) == 0.75

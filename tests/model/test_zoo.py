@@ -1,0 +1,24 @@
+"""The bundles that ship with the repository: whole, small, credited, and of the recipe beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model.bundle import Bundle
+from model.network_config import network_fields
+from model.recipe import load_config
+
+ZOO = Path(__file__).parent.parent.parent / "model" / "zoo"
+
+
+@pytest.mark.parametrize(("name", "limit"), [("emoji", 25_000_000), ("tiny", 1_000_000)])
+def test_a_shipped_bundle_is_small_and_of_its_recipe(name: str, limit: int) -> None:
+    manifest, recipe = Bundle.open(ZOO / name).manifest, load_config(ZOO / name / "train.json")
+    assert sum(file.stat().st_size for file in (ZOO / name).iterdir()) < limit
+    assert recipe.model.items() <= network_fields(manifest.config).items()
+    assert recipe.diffusion == manifest.diffusion
+    assert recipe.steps == manifest.provenance["step"]
+    assert manifest.attribution
+    assert {"backbone.onnx", "conditioner.onnx", "weights.safetensors"} <= manifest.files.keys()

@@ -1,0 +1,96 @@
+"""SIGHUP: the wish to reload, or the end of the terminal that something was started in."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+_PROGRAM = """
+import asyncio, sys
+from service.signals import on_hang_up
+
+async def main():
+    said = asyncio.Queue()
+    on_hang_up(lambda: said.put_nowait("reload"), stop=lambda: said.put_nowait("stop"))
+    print("ready", file=sys.stderr, flush=True)
+    while (word := await said.get()) == "reload":
+        print(word, file=sys.stderr, flush=True)
+    print(word, file=sys.stderr, flush=True)
+
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def listening(*command: str, terminal: int | None) -> Iterator[subprocess.Popen[str]]:
+    """A process that says on its stderr what SIGHUP meant; `terminal` is the one it controls."""
+
+    def control() -> None:
+        os.setsid()
+        if terminal is not None:
+            os.open(
+                os.ttyname(terminal), os.O_RDWR
+            )  # the first that the leader of a session opens is its own
+
+    process = subprocess.Popen(
+        [*command, sys.executable, "-c", _PROGRAM],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=control,
+    )
+    with process:
+        try:
+            assert heard(process) == "ready"
+            yield process
+        finally:
+            process.kill()
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    return process.stderr.readline().strip()
+
+
+@pytest.mark.parametrize("attached", [True, False], ids=["terminal", "no-terminal"])
+def test_a_signal_sent_is_the_wish_to_reload(attached: bool) -> None:
+    ours, theirs = pty.openpty()
+    with listening(terminal=theirs if attached else None) as process:
+        for _ in range(2):
+            process.send_signal(signal.SIGHUP)
+            assert heard(process) == "reload"
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_closing_the_terminal_stops() -> None:
+    ours, theirs = pty.openpty()
+    with listening(terminal=theirs) as process:
+        os.close(theirs)
+        os.close(ours)
+        assert heard(process) == "stop"
+
+
+def test_what_nohup_started_survives_its_terminal_and_can_be_reloaded() -> None:
+    ours, theirs = pty.openpty()
+    with listening("nohup", terminal=theirs) as process:
+        os.close(theirs)
+        os.close(ours)
+        assert process.stderr is not None
+        for _ in range(200):  # one that comes together with the terminal's own is not told from it
+            process.send_signal(signal.SIGHUP)
+            if select.select([process.stderr], [], [], 0.05)[0]:
+                break
+        assert heard(process) == "reload"

@@ -1,0 +1,81 @@
+"""From latents to image files: pictures of several sizes finish in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from service.engine.samples import Finished
+from service.jobs import Claim, Lease
+from service.planning.rungs import Ladder
+from service.worker.assembly import RunningJob
+from service.worker.finishing import DECODED_AT_ONCE, Finishing
+
+pytestmark = pytest.mark.anyio
+Floats = npt.NDArray[np.float32]
+Make = Callable[..., Any]
+
+
+class Decoder:
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        self.shapes.append(latents.shape)
+        return np.ascontiguousarray(latents.transpose(0, 2, 3, 1).astype(np.uint8))
+
+
+@pytest.fixture
+def make_running(make_job: Make) -> Make:
+    def make(**fields: Any) -> RunningJob:
+        job = make_job(**fields)
+        claim = Claim(job, Lease(job.id, "w1", 1), alone=False)
+        return RunningJob(claim, Ladder(()), claimed_at=0.0, standings=[None] * len(job.seeds))
+
+    return make
+
+
+def done(running: RunningJob, size: tuple[int, int]) -> list[tuple[RunningJob, Finished]]:
+    """All samples of a job, the picture of each filled with its seed."""
+    return [
+        (
+            running,
+            Finished(
+                request.id,
+                np.full((3, *size), request.seed, np.float32),
+                steps_used=10,
+                rung=request.rung,
+                degraded=False,
+                reason=None,
+                queue_ms=0.0,
+                denoise_ms=1.0,
+            ),
+        )
+        for request in running.requests
+    ]
+
+
+async def test_what_is_of_one_size_is_decoded_together_and_the_order_is_kept(make_running: Make) -> None:
+    decoder, many = Decoder(), DECODED_AT_ONCE + 1
+    own, wide = make_running(seeds=tuple(range(many))), make_running(seeds=(100, 101), windows=3)
+    finishing = Finishing(decoder)
+    made = await finishing.images([*done(own, (4, 6)), *done(wide, (4, 12))])
+    finishing.close()
+    assert decoder.shapes == [(DECODED_AT_ONCE, 3, 4, 6), (1, 3, 4, 6), (2, 3, 4, 12)]
+    pictures = [Image.open(BytesIO(each.image.data)) for each in made]
+    assert [each.size for each in pictures] == [(6, 4)] * many + [(12, 4)] * 2
+    assert [each.getpixel((0, 0)) for each in pictures] == [(k, k, k) for k in (*range(many), 100, 101)]
+    assert pictures[-1].info["windows"] == "3"
+    assert "windows" not in pictures[0].info
+
+
+async def test_a_job_wants_the_rows_of_all_its_windows(make_running: Make) -> None:
+    assert make_running(seeds=(1, 2)).rows == 4
+    assert make_running(seeds=(1, 2), windows=3).rows == 12
+    assert make_running(seeds=(1, 2), windows=3, guidance_scale=1.0).rows == 6
