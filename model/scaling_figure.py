@@ -16,6 +16,7 @@ TITLES = {
     "pictures": "training pictures D",
     "flops": "floating-point operations of training T",
 }
+MARGIN = 1.25  # around the measured losses
 BEYOND = 2.0  # the law is drawn so many times further than was measured
 
 
@@ -56,6 +57,13 @@ def draw_law(points: Sequence[Point], law: Law, laws: Sequence[Law], target: Pat
         axis.tick_params(axis="x", labelsize=8)
         axis.set_title(f"exponent {law.terms[name].exponent:.3f}", fontsize=10)
         axis.grid(alpha=0.3, which="both")
+    losses = [point.loss for point in points]
+    axes[0].set_ylim(
+        min(losses) / MARGIN, max(losses) * MARGIN
+    )  # an irreducible loss next to nothing would flatten the rest
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes[0].yaxis.set_major_formatter("{x:.2g}")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("held-out loss")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(target, dpi=110)
