@@ -34,7 +34,7 @@ from service.queue.broker import Broker
 from service.queue.embeddings import Embeddings
 from service.settings import Settings
 from service.signals import stop_signals
-from service.tracing import open_tracing
+from service.tracing import Tracing, open_tracing
 from service.worker.checkpoints import origin
 from service.worker.observing import Observing
 from service.worker.starting import starting
@@ -136,27 +136,7 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
             tell("warming up")
             engine = build_engine(backend, settings, embeddings)
             await asyncio.to_thread(engine.warm_up, WARM_UP_S)
-        worker = Worker(
-            broker=broker,
-            engine=engine,
-            decoder=backend,
-            factors=backend.manifest.factors,
-            ladder=engine.ladder,
-            name=name,
-            model=model,
-            policy=WorkerPolicy(
-                max_rows=engine.scheduler.max_rows,
-                lookahead_rows=settings.lookahead_rows,
-                drain_s=settings.drain_s,
-                hang_s=settings.hang_s,
-            ),
-            origin=origin(backend.manifest, f"{backend.name} {backend.precision}"),
-            bundle=bundle_digest(backend.manifest),
-            vocabulary=vocabulary_digest(backend.manifest),
-            network=Network(backend.name, backend.precision, backend.size_multiple),
-            observe=Observing(engine, embeddings),
-            tracing=tracing,
-        )
+        worker = build_worker(settings, name, backend, broker, engine, Observing(engine, embeddings), tracing)
         metrics.NETWORK_INFO.labels(backend.name, backend.precision).set(1)
         log.info(
             "worker ready",
@@ -214,6 +194,40 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
             f"the text encoder gives {encoder.size} numbers and the model takes {wanted}: name the right one with --text-encoder"
         )
     return TextEncodings(encoder, shared, capacity=settings.embedding_cache_bytes)
+
+
+def build_worker(
+    settings: Settings,
+    name: str,
+    backend: Backend,
+    broker: Broker,
+    engine: Engine,
+    observe: Observing,
+    tracing: Tracing,
+) -> Worker:
+    """The worker of an engine that is warm."""
+    manifest = backend.manifest
+    return Worker(
+        broker=broker,
+        engine=engine,
+        decoder=backend,
+        factors=manifest.factors,
+        ladder=engine.ladder,
+        name=name,
+        model=manifest.name,
+        policy=WorkerPolicy(
+            max_rows=engine.scheduler.max_rows,
+            lookahead_rows=settings.lookahead_rows,
+            drain_s=settings.drain_s,
+            hang_s=settings.hang_s,
+        ),
+        origin=origin(manifest, f"{backend.name} {backend.precision}"),
+        bundle=bundle_digest(manifest),
+        vocabulary=vocabulary_digest(manifest),
+        network=Network(backend.name, backend.precision, backend.size_multiple),
+        observe=observe,
+        tracing=tracing,
+    )
 
 
 def build_engine(backend: Backend, settings: Settings, shared: SharedCache | None = None) -> Engine:
