@@ -72,9 +72,7 @@ class ForwardPass:
             wants += self._cut(sample, x[len(wants) :])
         self._conditions.modulations.gather(wants, self._upcoming(samples), self._state)
         output, rows = self._denoise(x, len(wants), group.row_cost)
-        output = output[
-            :, : self._channels
-        ]  # a learned variance is dropped: the solvers use the schedule's own
+        output = output[:, : self._channels]  # without a learned variance: the solvers use the schedule's own
         predictions = [self._guide(group.pool, whole, output, picked)] if whole else []
         first = len(whole) + len(picked)
         for sample in wide:

@@ -76,17 +76,17 @@ class Records:
 def _read_outcome(
     job_id: str, data: bytes | None, state: bytes | None, error: bytes | None, owner: bytes | None
 ) -> JobResult | ServiceError | None:
-    if data is not None:
-        try:
+    try:
+        if data is not None:
             return JobResult.from_bytes(data)
-        except WireError as fault:
-            return InternalError(f"The result of the job cannot be read: {fault}.")
+        if state in (b"failed", b"dead", b"cancelled"):
+            return from_wire(_read_error(error or b"", owner))
+    except WireError as fault:
+        return InternalError(f"The outcome of the job cannot be read: {fault}.")
     if state is None:
         return JobNotFound(f"There is no job {job_id}.")
     if state == b"done":
         return JobExpired(f"The images of job {job_id} are no longer kept.")
-    if error is not None and state in (b"failed", b"dead", b"cancelled"):
-        return from_wire(_read_error(error, owner))
     return None
 
 

@@ -69,17 +69,21 @@ async def test_many_outcomes_are_read_together(
 async def test_what_cannot_be_read_ends_one_wait_and_no_other(
     broker: Broker, listener: Listener, make_job: MakeJob, make_result: MakeResult, redis_url: str
 ) -> None:
-    jobs = [make_job() for _ in range(2)]
+    jobs = [make_job() for _ in range(3)]
     for job in jobs:
         await broker.submit(job)
-    for claim in await broker.claim("w1", models=["emoji"], max_samples=2):
-        await broker.finish(claim.lease, make_result())
+    for claim in await broker.claim("w1", models=["emoji"], max_samples=3):
+        if claim.job == jobs[1]:
+            await broker.fail(claim.lease, to_wire(NumericalError("not finite")))
+        else:
+            await broker.finish(claim.lease, make_result())
     async with Redis.from_url(redis_url) as client:
         await client.set(broker.keys.result(jobs[0].id), b"garbage", keepttl=True)
+        await client.hset(broker.keys.job(jobs[1].id), "error", b"garbage")
     async with asyncio.timeout(5):
         waits = (listener.wait(job.id) for job in jobs)
-        broken, sound = await asyncio.gather(*waits, return_exceptions=True)
-    assert (type(broken), sound) == (InternalError, make_result())
+        *broken, sound = await asyncio.gather(*waits, return_exceptions=True)
+    assert ([type(each) for each in broken], sound) == ([InternalError] * 2, make_result())
 
 
 async def test_a_job_that_ended_before_is_answered_at_once(
