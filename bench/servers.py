@@ -64,8 +64,11 @@ class ServerFailed(Exception):
     """It did not come up; the message ends with what it said."""
 
 
-OURS = ("-m", "service", "--port={port}", "--bundle={bundle}", "--threads={threads}", "--log-level=warning")
-UNWATCHED = "--canary-s=0"
+OURS = (
+    *("-m", "service", "--port={port}", "--bundle={bundle}", "--threads={threads}", "--log-level=warning"),
+    "--canary-s=0",
+)
+GRAPHS = (*OURS, "--precision=fp32")
 WAITS = ((1, 0.0), (4, 0.01), (4, 0.05), (8, 0.05))
 # What BentoML waits for it chooses by itself; what is tuned is when it gives up.
 PATIENCE = ((1, 60.0), (4, 10.0), (4, 60.0), (8, 60.0))
@@ -73,17 +76,17 @@ PATIENCE = ((1, 60.0), (4, 10.0), (4, 60.0), (8, 60.0))
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
-        Arm("planner", (*OURS, UNWATCHED), "service"),
-        Arm("EDF", (*OURS, UNWATCHED), "service-undegraded"),
-        Arm("step FIFO", (*OURS, UNWATCHED), "service-undated"),
+        Arm("planner", GRAPHS, "service"),
+        Arm("EDF", GRAPHS, "service-undegraded"),
+        Arm("step FIFO", GRAPHS, "service-undated"),
         Arm(
             "one at a time",
-            (*OURS, UNWATCHED, "--max-rows=1", "--lookahead-rows=0"),
+            (*GRAPHS, "--max-rows=1", "--lookahead-rows=0"),
             "service-undated",
         ),
-        Arm("torch eager", (*OURS, UNWATCHED, "--backend=torch"), "service-undated"),
-        Arm("torch compiled", (*OURS, UNWATCHED, "--backend=torch", "--compile"), "service-undated"),
-        Arm("ONNX INT8", (*OURS, UNWATCHED, "--precision=int8"), "service-undated"),
+        Arm("torch eager", (*OURS, "--backend=torch"), "service-undated"),
+        Arm("torch compiled", (*OURS, "--backend=torch", "--compile"), "service-undated"),
+        Arm("ONNX INT8", (*OURS, "--precision=int8"), "service-undated"),
         Arm(
             "diffusers + lock",
             ("-m", "uvicorn", "bench.peers.locked:app", "--port={port}", "--log-level=warning"),

@@ -33,6 +33,8 @@ def open_pipeline(options: Options) -> Pipeline:
     """Around our graphs if the options name a bundle, else around diffusers' network."""
     pipeline = Pipeline(Path(options.model), threads=options.threads)
     if options.bundle:
-        backend = load_backend("onnx", Bundle.open(Path(options.bundle)), threads=options.threads)
+        backend = load_backend(
+            "onnx", Bundle.open(Path(options.bundle)), threads=options.threads, precision="fp32"
+        )
         pipeline.transformer = Graph(backend, pipeline.transformer.config)
     return pipeline
