@@ -20,7 +20,7 @@ class Mismatch(Exception):
 
 
 class Findings:
-    """`settings` must be those of the file; `tuned` maps arms to batch, wait and cap.
+    """`settings` must be those of the file; `tuned` maps arms to batch, wait and cap; `pass_s`: seconds of a pass when it began.
 
     Raises:
         Mismatch: the file is of other settings.
@@ -30,6 +30,7 @@ class Findings:
         self._path, self.settings = path, dict(settings)
         self.cells: dict[str, dict[str, Any]] = {}
         self.tuned: dict[str, tuple[int, float, int]] = {}
+        self.pass_s: float | None = None
         if fresh or not path.is_file():
             return
         stored = json.loads(path.read_text())
@@ -39,6 +40,7 @@ class Findings:
                 f"{path} holds figures of another {', '.join(other)}: give --fresh or another --name"
             )
         self.cells = {key: cell for key, cell in stored["cells"].items() if not cell["void"]}
+        self.pass_s = stored["pass_s"]
         self.tuned = {name: (int(b), float(w), int(c)) for name, (b, w, c) in stored["tuned"].items()}
 
     def add(self, cell: Cell, found: dict[str, Any]) -> None:
@@ -47,7 +49,7 @@ class Findings:
 
     def write(self) -> None:
         """One line a cell: exchanges by the hundred would be a line each otherwise."""
-        head = {"settings": self.settings, "machine": machine(), "tuned": self.tuned}
+        head = {"settings": self.settings, "machine": machine(), "pass_s": self.pass_s, "tuned": self.tuned}
         lines = [f"  {json.dumps(key)}: {json.dumps(cell)}" for key, cell in self.cells.items()]
         text = json.dumps(head, indent=1)[:-2] + ',\n "cells": {\n' + ",\n".join(lines) + "\n }\n}\n"
         self._path.parent.mkdir(exist_ok=True)

@@ -4,6 +4,10 @@
     python -m bench.headline MODEL --peers .peers/bin/python [--minutes 25] [--requests 163] [--seeds 1 2 3] [--loads .7 1.1 1.4 2 .9]
                              [--arms planner EDF …] [--threads 2] [--slo 3] [--name headline] [--fresh]
 
+The pace of the machine is taken before and after every cell by passes through the model in this process, and all is told, offered
+and promised in seconds of the first pace: where a pass takes 1.2 times as long, requests come 1.2 times as far apart and may take
+1.2 times as long. A shared machine drifts by more than arms differ.
+
 Goes on where it was stopped: every cell is written as it ends to bench/results/<name>.json, and `--minutes` bounds one sitting, which
 ends with the tables and bench/results/<name>.png. Every cell has a fresh server. A load of 1 is the images a second that our own
 service makes undegraded ("step FIFO", saturated). The promise to every client is `--slo` times what `--promise-of` needs for such
@@ -22,6 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,7 @@ from bench.consumption import Consumption
 from bench.findings import Findings, Mismatch
 from bench.headline_tables import View, curves, tables
 from bench.load import LAG_MS, Unreachable, connect, qualities, sender, unloaded, watched
+from bench.pace import Pace
 from bench.plots import RESULTS, draw_headline
 from bench.record import Neighbours
 from bench.servers import ARMS, Place, ServerFailed, Serving, serving
@@ -109,6 +115,16 @@ class Sitting:
     def promise(self) -> Promise:
         return Promise(self._findings.alone(self._options.promise_of), self._options.slo)
 
+    @cached_property
+    def _pace(self) -> Pace:
+        return Pace(Bundle.open(self._options.model / "bundle"), threads=self._options.threads)
+
+    def _slow(self) -> float:
+        """How many times as long as at first this machine takes now."""
+        now = self._pace.pass_s()
+        self._findings.pass_s = self._findings.pass_s or now
+        return now / self._findings.pass_s
+
     async def _measure(self, cell: Cell) -> bool:
         """False if there is no time for it."""
         if cell.key in self._findings.cells:
@@ -145,7 +161,7 @@ class Sitting:
             arm = replace(arm, batch=batch, wait_s=wait_s, cap=cap)
         if cell.situation in ("alone", "saturated"):
             arm = replace(arm, cap=2 * IN_FLIGHT)  # nobody is refused here
-        neighbours = Neighbours()
+        neighbours, slow = Neighbours(), self._slow()
         async with serving(arm, self._place) as served:
             workload = cell.workload(self._classes)
             match cell.situation:
@@ -154,13 +170,16 @@ class Sitting:
                 case "saturated":
                     found = await self._saturated(served, workload, cell.seed)
                 case _:
-                    found = await self._offered(served, workload, cell)
-        return {**found, "neighbours": neighbours.told()}
+                    found = await self._offered(served, workload, cell, slow)
+        after = self._slow()
+        if cell.situation in ("alone", "saturated"):
+            slow = (slow + after) / 2  # nothing was sent by the clock
+        return {**paced(found, slow), "slow": round(slow, 3), "neighbours": neighbours.told()}
 
     async def _alone(self, served: Serving, workload: Workload) -> dict[str, Any]:
         async with connect(served.url) as http:
             found = await unloaded(workload, sender(http, served.adapter, None))
-        times = [[kind.steps, kind.guided, round(seconds, 5)] for kind, seconds in found.items()]
+        times = [[kind.steps, kind.guided, seconds] for kind, seconds in found.items()]
         return {"alone": times, "void": False}
 
     async def _saturated(self, served: Serving, workload: Workload, seed: int) -> dict[str, Any]:
@@ -190,13 +209,14 @@ class Sitting:
             "void": False,
         }
 
-    async def _offered(self, served: Serving, workload: Workload, cell: Cell) -> dict[str, Any]:
+    async def _offered(self, served: Serving, workload: Workload, cell: Cell, slow: float) -> dict[str, Any]:
         rate = self._rate(cell)
         warm_up = 0 if cell.situation == "at once" else WARM_UP
-        asked = workload.draw(self._requests(cell), rate, cell.seed)
+        asked = workload.draw(self._requests(cell), rate / slow, cell.seed)
+        promise = replace(self.promise, factor=self._options.slo * slow)
         async with connect(served.url) as http:
             await unloaded(workload, sender(http, served.adapter, None), probes=1)
-            exchanges, used = await watched(http, served.adapter, asked, self.promise, pid=served.pid)
+            exchanges, used = await watched(http, served.adapter, asked, promise, pid=served.pid)
         kept = exchanges[warm_up:]
         lag = late(kept)
         return {
@@ -204,7 +224,7 @@ class Sitting:
             **used,
             "void": lag > self._options.max_lag_ms,
             "lag_p99_ms": lag,
-            "exchanges": [packed(each) for each in kept],
+            "exchanges": [packed(each, slow) for each in kept],
         }
 
     def _line(self, cell: Cell, found: dict[str, Any]) -> str:
@@ -218,6 +238,17 @@ class Sitting:
                 + (f", VOID ({found['lag_p99_ms']:.1f} ms late)" if found["void"] else "")
             )
         return str(found.get("alone") or f"{found['images_per_s']:.2f} images/s")
+
+
+def paced(found: dict[str, Any], slow: float) -> dict[str, Any]:
+    """As at the first pace; exchanges already are."""
+    if "alone" in found:
+        found["alone"] = [[steps, guided, round(s / slow, 5)] for steps, guided, s in found["alone"]]
+    if "images_per_s" in found:
+        found["images_per_s"] *= slow
+    if found.get("processor_s_per_image"):
+        found["processor_s_per_image"] /= slow
+    return found
 
 
 def late(exchanges: Sequence[Exchange]) -> float:
