@@ -37,7 +37,7 @@ from bench.cells import BASIS, CAPACITY, CROWD, REFERENCE, SAME, Cell, caps, gri
 from bench.consumption import Consumption
 from bench.findings import Findings, Mismatch
 from bench.headline_tables import View, curves, tables
-from bench.load import LAG_MS, Unreachable, connect, qualities, sender, unloaded, watched
+from bench.load import Unreachable, connect, qualities, sender, unloaded, watched
 from bench.pace import Pace
 from bench.plots import RESULTS, draw_headline
 from bench.record import Neighbours
@@ -49,6 +49,7 @@ WARM_UP = 10  # requests of every run that do not count
 TRIAL = 34  # requests of a run that tunes
 SATURATED, IN_FLIGHT = 48, 8  # requests, and how many of them at once
 REQUESTS = {"tuning": TRIAL, "at once": CROWD, "saturated": SATURATED, "alone": 24}
+LAG_MS = 20.0  # the 99th percentile of a run's delays, which count as the server's, of about a second each
 START_S = 20.0  # a guess of what a server takes to come and go
 
 
@@ -230,13 +231,11 @@ class Sitting:
     def _line(self, cell: Cell, found: dict[str, Any]) -> str:
         if "failed" in found:
             return f"failed: {found['failed'].splitlines()[-1]}"
-        if "exchanges" in found:
-            summary = self.summary([cell])
-            assert summary is not None
-            return (
-                f"{summary.attainment:.1%} in time, {summary.refused:.1%} refused, p50 {summary.p50:.2f} s"
-                + (f", VOID ({found['lag_p99_ms']:.1f} ms late)" if found["void"] else "")
-            )
+        if found["void"]:
+            return f"void: requests left {found['lag_p99_ms']:.1f} ms late"
+        if summary := self.summary([cell]):
+            p50 = "–" if summary.p50 is None else f"{summary.p50:.2f} s"
+            return f"{summary.attainment:.1%} in time, {summary.refused:.1%} refused, p50 {p50}"
         return str(found.get("alone") or f"{found['images_per_s']:.2f} images/s")
 
 
