@@ -27,7 +27,7 @@ COMPARED = (
 )
 BACKENDS = ("one at a time", "ONNX INT8", "torch eager", "torch compiled")
 SAME = ("planner", "EDF")  # as "step FIFO", while nobody names a deadline
-CAPS = (3, 6, 12)
+CAPS = (1, 2, 3, 6)
 TUNING_SEED = 99  # none of those reported
 ROUNDS = 2  # of what is measured alone: there and back again
 CROWD = 24  # requests that come at once

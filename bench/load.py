@@ -136,10 +136,11 @@ def connect(url: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=ANSWER_S, trust_env=False, limits=limits)
 
 
-def qualities(manifest: Manifest) -> tuple[dict[str, float], dict[str, float]]:
-    """By rung of the bundle: the measured distance to its reference, and the Fréchet distance where `bench.ladder` found one."""
+def qualities(manifest: Manifest, ladder: str) -> tuple[dict[str, float], dict[str, float]]:
+    """By rung of the bundle: the measured distance to its reference, and the Fréchet distance where `bench.ladder` found one for the
+    ladder of that name."""
     found: dict[str, float] = {}
-    file = RESULTS / "ladder-emoji.json"  # the ladder every bundle here has
+    file = RESULTS / f"ladder-{ladder}.json"
     if file.is_file():
         found = json.loads(file.read_text())["frechet"]
     return {rung.name: rung.quality for rung in manifest.ladder}, found
@@ -154,7 +155,7 @@ async def run(options: argparse.Namespace, manifest: Manifest) -> dict[str, Any]
         promise = Promise(await unloaded(workload, sender(http, adapter, None)), options.slo)
         asked = workload.draw(options.requests + options.warm_up, options.rate, options.seed)
         exchanges, used = await watched(http, adapter, asked, promise, pid=options.pid)
-    distance, frechet = qualities(manifest)
+    distance, frechet = qualities(manifest, manifest.name)
     summary = Summary.of([exchanges[options.warm_up :]], promise, distance=distance, frechet=frechet)
     return {
         "machine": machine(),
