@@ -64,22 +64,24 @@ BASIS = tuple(Cell(situation, name) for name in (REFERENCE, CAPACITY) for situat
 
 
 def measured(arms: Sequence[str], loads: Sequence[float], seeds: Sequence[int]) -> Iterator[Cell]:
-    """All but `BASIS` and the tuning: seed by seed, so that the first gives the whole picture and the others make it sharper. Arms go
-    there and back again, so that a machine that changes changes for all."""
+    """All but `BASIS` and the tuning. Arms go there and back again, so that a machine that changes changes for all."""
     apart = [name for name in arms if name not in SAME]
     for number in range(ROUNDS):
-        for name in apart[:: -1 if number % 2 else 1]:
+        for name in _turned(apart, number):
             yield Cell("alone", name, seed=number + 1)
             yield Cell("saturated", name, seed=number + 1)
     compared = [name for name in COMPARED if name in arms]
     for number, seed in enumerate(seeds):
-        order = compared[:: -1 if number % 2 else 1]
         for load in loads:
-            yield from (Cell("offered", name, load, seed) for name in order)
-        yield from (Cell("own", name, CALM, seed) for name in order)
-        if not number:
-            yield from (Cell("alike", name, CALM, seed) for name in order)
-            yield from (Cell("at once", name, seed=seed) for name in order)
+            yield from (Cell("offered", name, load, seed) for name in _turned(compared, number))
+    yield from (Cell("alike", name, CALM, seeds[0]) for name in compared)
+    yield from (Cell("at once", name, seed=seeds[0]) for name in compared)
+    for number, seed in enumerate(seeds):
+        yield from (Cell("own", name, CALM, seed) for name in _turned(compared, number))
+
+
+def _turned(names: Sequence[str], number: int) -> Sequence[str]:
+    return names[:: -1 if number % 2 else 1]
 
 
 def grid(arm: str, choices: Sequence[tuple[int, float]]) -> tuple[Cell, ...]:

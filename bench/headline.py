@@ -9,7 +9,7 @@ and promised in seconds of the first pace: where a pass takes 1.2 times as long,
 1.2 times as long. A shared machine drifts by more than arms differ.
 
 Goes on where it was stopped: every cell is written as it ends to bench/results/<name>.json, and `--minutes` bounds one sitting, which
-ends with the tables and bench/results/<name>.png. Every cell has a fresh server. A load of 1 is the images a second that our own
+ends with the tables, on the terminal and in <name>.md, and <name>.png. Every cell has a fresh server. A load of 1 is the images a second that our own
 service makes undegraded ("step FIFO", saturated). The promise to every client is `--slo` times what `--promise-of` needs for such
 a request alone: "diffusers + lock", or "step FIFO" for a promise that is easy to nobody. Peers are tuned first, on traffic of its
 own: batch and wait at load 0.7, then the cap at 1.1. Latencies of the seeds are pooled: three runs of 163, 10 of which warm up,
@@ -31,19 +31,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from bench.answers import Exchange, Promise, Summary
 from bench.cells import BASIS, CAPACITY, CROWD, REFERENCE, SAME, Cell, caps, grid, measured, packed
 from bench.consumption import Consumption
 from bench.findings import Findings, Mismatch
-from bench.headline_tables import View, curves, tables
+from bench.headline_tables import View, curves, markdown, tables
 from bench.load import Unreachable, connect, qualities, sender, unloaded, watched
 from bench.pace import Pace
 from bench.plots import RESULTS, draw_headline
 from bench.record import Neighbours
 from bench.servers import ARMS, Place, ServerFailed, Serving, serving
 from bench.workload import Workload
-from model.bundle import Bundle, BundleError
+from model.bundle import Bundle, BundleError, write_atomic
 
 LADDER = "emoji"  # whose rungs, and what they cost in quality, the model was given
 WARM_UP = 10  # requests of every run that do not count
@@ -161,8 +162,8 @@ class Sitting:
         if choice:
             batch, wait_s, cap = choice
             arm = replace(arm, batch=batch, wait_s=wait_s, cap=cap)
-        if cell.situation in ("alone", "saturated"):
-            arm = replace(arm, cap=2 * IN_FLIGHT)  # nobody is refused here
+        if cell.situation in ("alone", "saturated", "own", "at once"):
+            arm = replace(arm, cap=CROWD)  # the cap is for more than can be served
         neighbours, slow = Neighbours(), self._slow()
         async with serving(arm, self._place) as served:
             workload = cell.workload(self._classes)
@@ -262,6 +263,16 @@ def view(sitting: Sitting, findings: Findings, options: argparse.Namespace) -> V
     return View(findings, sitting.summary, order, options.loads, options.seeds)
 
 
+def report(found: Sequence[Table], name: str) -> str:
+    """<name>.md."""
+    head = [
+        "# What `python -m bench.headline` found",
+        f"Its docstring says what the words mean; every exchange is in [{name}.json]({name}.json).",
+        f"![What became of requests over the load]({name}.png)",
+    ]
+    return "\n\n".join([*head, *map(markdown, found)]) + "\n"
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.headline", description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="folder that bench.peers.model wrote")
@@ -302,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for table in tables(shown):
         console.print(table)
     draw_headline(curves(shown), path.with_suffix(".png"))
+    write_atomic(path.with_suffix(".md"), report(tables(shown), options.name).encode())
     if not whole:
         console.print("not all was measured: the same command goes on from here")
     return 0

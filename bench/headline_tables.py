@@ -39,6 +39,14 @@ def tables(view: View) -> list[Table]:
     return [table for table in found if table.row_count]
 
 
+def markdown(table: Table) -> str:
+    """A table of plain texts, as GitHub shows them."""
+    rows = zip(*([str(column.header), *map(str, column.cells)] for column in table.columns), strict=True)
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    rule = "|" + "".join("---:|" if column.justify == "right" else "---|" for column in table.columns)
+    return "\n".join([f"## {table.title}", "", head, rule, *body])
+
+
 def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 

@@ -34,6 +34,7 @@ class WorkerPolicy:
     export_s: float = 3.0  # for the engine to say where its samples stand, when the worker leaves
     hang_s: float = 60.0  # without a step while samples run, after which the worker gives up
     report_s: float = 0.5
+    busy_report_s: float = 0.1  # while there is something new to report
     step_event_s: float = 0.25
     idle_s: float = 5.0  # longest wait for work without asking
     retry_s: float = 0.2

@@ -56,7 +56,7 @@ class Canary:
         }
         request = GenerateRequest.model_validate(wish)
         ticket = await self._intake.submit(request, Caller("canary"))
-        result = await self._listener.wait(ticket.job.id)
+        result = await self._listener.wait(ticket.job.id, new=ticket.new)
         likeness = psnr(pixels(result.images[0].data), self._expected)
         outcome = "drifted" if likeness < DRIFT_DB else "same"
         metrics.CANARY.labels(self._model, outcome).inc()

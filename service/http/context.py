@@ -19,10 +19,10 @@ from service.errors import (
     ModelNotFound,
     QueueUnavailable,
 )
-from service.http.intake import Caller
+from service.http.intake import Caller, Ticket
 from service.http.middleware import disconnected
 from service.http.models import Model
-from service.jobs import Job, JobResult, JobStatus
+from service.jobs import JobResult, JobStatus
 from service.keyring import ApiKey
 from service.settings import Settings
 
@@ -72,12 +72,15 @@ class Context:
                 return Sighting(status, model)
         raise JobNotFound(f"There is no job {job_id[:64]!r}.")
 
-    async def result(self, model: Model, job: Job, receive: Receive, *, keep: bool = False) -> JobResult:
-        """The result of a job, waited for until its deadline or until the client goes, which cancels it (unless `keep`).
+    async def result(
+        self, model: Model, ticket: Ticket, receive: Receive, *, keep: bool = False
+    ) -> JobResult:
+        """The result of a queued job, waited for until its deadline or until the client goes, which cancels it (unless `keep`).
 
         Raises `Cancelled`, `DeadlineExceeded`, `Draining`, or the job's own error.
         """
-        waiting = asyncio.create_task(model.backplane.listener.wait(job.id))
+        job = ticket.job
+        waiting = asyncio.create_task(model.backplane.listener.wait(job.id, new=ticket.new))
         gone = asyncio.create_task(disconnected(receive))
         leaving = asyncio.create_task(self._drained())
         patience = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())

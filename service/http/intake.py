@@ -81,6 +81,12 @@ class LoadCache:
             self._asking.add_done_callback(self._answered)
         return await asyncio.shield(self._asking)
 
+    def count(self, rows: int) -> None:
+        """A job that was queued this moment: those who come before the next snapshot are to see it too."""
+        if self._load is not None:
+            jobs, waiting = self._load.queued_jobs + 1, self._load.queued_rows + rows
+            self._load = replace(self._load, queued_jobs=jobs, queued_rows=waiting)
+
     def _answered(self, asked: asyncio.Task[LoadSnapshot]) -> None:
         self._asking = None
         if not asked.cancelled() and asked.exception() is None:
@@ -144,6 +150,7 @@ class Intake:
             job.trace[_BODY] = fingerprint
         if not await self._submit(job, caller):
             return self._again(await self._known(job), fingerprint)
+        self.load.count(job.cost_rows)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
         return Ticket(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))

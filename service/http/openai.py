@@ -121,7 +121,7 @@ async def generations(body: ImagesRequest, request: Request, api: Api) -> Respon
     if body.stream:
         events = _streamed(ticket.job, body, model, request.state.request_id)
         return EventStream(events, keepalive_s=api.settings.keepalive_s)
-    result = await api.result(model, ticket.job, request.receive)
+    result = await api.result(model, ticket, request.receive)
     data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
     answer = ImagesResponse(
         created=int(ticket.job.created_at), data=data, **_described(ticket.job, body, model.manifest)

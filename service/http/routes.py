@@ -87,7 +87,7 @@ async def generate(
         raise IdempotencyConflict(
             "The first request with this Idempotency-Key is still running.", retry_after=1
         )
-    result = await api.result(model, ticket.job, request.receive, keep=idempotency_key is not None)
+    result = await api.result(model, ticket, request.receive, keep=idempotency_key is not None)
     response = render(representation, ticket.job, result)
     if not ticket.new:
         response.headers["idempotency-replayed"] = "true"

@@ -25,7 +25,7 @@ class Queue(Protocol):
 
 
 class Waiter(Protocol):
-    async def wait(self, job_id: str) -> JobResult: ...
+    async def wait(self, job_id: str, *, new: bool = False) -> JobResult: ...
 
 
 class Meter(Protocol):

@@ -1,7 +1,8 @@
 """One subscription per process, many waiting requests.
 
 A waiter registers, the subscription stands, the job's state is read, and from then on each `ended` message
-makes that job's state be read again. After a lost connection every waiter's state is re-read. Nothing polls.
+makes that job's state be read again. After a lost connection every waiter's state is re-read. Nothing polls. A job that
+was queued this moment is not read before its message, unless that stays away.
 What is to be read while a read is under way is read by the next one, all at once, so that a busy process reads less often.
 """
 
@@ -17,6 +18,8 @@ from service.jobs import JobResult
 from service.queue.broker import Broker
 
 RETRY_S = 0.2
+LATER_S = 0.5  # after which a new job is read all the same
+UNAWAITED = 1024  # jobs remembered that ended before anybody waited for them
 READ_AT_ONCE = 64  # jobs, whose images all come into memory
 log = structlog.get_logger()
 
@@ -34,6 +37,7 @@ class Listener:
         self._broker = broker
         self._waiting: dict[str, _Waiting] = {}
         self._unread: dict[str, None] = {}  # in order
+        self._unawaited: dict[str, None] = {}  # likewise
         self._reading: asyncio.Task[None] | None = None
         handlers = {broker.keys.ended_channel: self._ended}
         self._subscriber = broker.subscribe(handlers, connected=self._reread)
@@ -48,19 +52,25 @@ class Listener:
         """Jobs waited for."""
         return len(self._waiting)
 
-    async def wait(self, job_id: str) -> JobResult:
+    async def wait(self, job_id: str, *, new: bool = False) -> JobResult:
         """The job's result, once it has one; raises the job's own error, `JobNotFound` or `JobExpired`.
 
-        Waits through Redis outages; the caller sets the limit (`asyncio.timeout`).
+        Waits through Redis outages; the caller sets the limit (`asyncio.timeout`). `new`: it was queued this moment.
         """
         waiting = self._waiting.get(job_id)
         if waiting is None:
             waiting = self._waiting[job_id] = _Waiting(asyncio.get_running_loop().create_future())
         waiting.waiters += 1
         try:
-            await self._subscriber.wait_live()
-            self._look(job_id)
-            return await asyncio.shield(waiting.outcome)
+            if not new or job_id in self._unawaited or not self.live:
+                await self._subscriber.wait_live()
+                self._look(job_id)
+                return await asyncio.shield(waiting.outcome)
+            later = asyncio.get_running_loop().call_later(LATER_S, self._look, job_id)
+            try:
+                return await asyncio.shield(waiting.outcome)
+            finally:
+                later.cancel()
         finally:
             waiting.waiters -= 1
             if not waiting.waiters and self._waiting.get(job_id) is waiting:
@@ -69,6 +79,10 @@ class Listener:
     def _ended(self, job_id: str) -> None:
         if job_id in self._waiting:
             self._look(job_id)
+            return
+        self._unawaited[job_id] = None
+        if len(self._unawaited) > UNAWAITED:
+            del self._unawaited[next(iter(self._unawaited))]
 
     def _reread(self) -> None:
         for job_id in self._waiting:

@@ -75,7 +75,7 @@ class Worker:
         self._finishing = Finishing(decoder, factors)
         self._telling = Telling(broker, step_event_s=policy.step_event_s)
         self._leases = Leases(broker, clock=clock)
-        self._reporting = Reporting(broker, every_s=policy.report_s)
+        self._reporting = Reporting(broker, every_s=policy.report_s, busy_s=policy.busy_report_s)
         self._driver = Driver(
             engine,
             deliver=self._deliver,
@@ -129,7 +129,8 @@ class Worker:
                 continue
             for claim in claims:
                 self._start(claim)
-            if not claims and not self._leaving:
+            # Less than there is room for: nothing else was to be had, and what comes from now on rings.
+            if sum(len(claim.job.seeds) for claim in claims) < max(1, room) and not self._leaving:
                 await self._broker.wait_for_work(self.policy.idle_s)
 
     async def _drain(self, claiming: asyncio.Task[None], hurry: asyncio.Event) -> None:
@@ -255,6 +256,7 @@ class Worker:
         if self._beat is None:
             self._broker.wake()
         self._beat, report = beat, beat.report
+        self._reporting.changed()
         for change in report.changes:
             if job := self._samples.get(change.sample_id):
                 self._telling.degraded(job, change)

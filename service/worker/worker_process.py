@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 import structlog
+import uvloop
 
 from model.bundle import Bundle, BundleError, Manifest
 from service import logs, metrics
@@ -71,7 +72,7 @@ def run(settings: Settings) -> int:
             raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
         bundle = only_bundle(settings)
         opener = partial(open_backend, settings, bundle, backend_options(settings, bundle.manifest))
-        orderly = asyncio.run(serve(settings, bundle.manifest.name, opener))
+        orderly = uvloop.run(serve(settings, bundle.manifest.name, opener))
     except (BundleError, BackendUnavailable, ServiceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BROKEN if isinstance(error, QueueUnavailable) else CONFIG_ERROR

@@ -113,6 +113,16 @@ def test_tables_and_figure_hold_what_was_measured(view: View, tmp_path: Path) ->
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "load 1.1: 2.20 requests/s" in text
     assert "every arm at 0.7 of its own" not in text
+    written = headline.report(tables(view), "found").splitlines()
+    title = written.index("## load 1.1: 2.20 requests/s offered to everyone")
+    head, rule, *rows = written[title + 2 :]
+    assert head.startswith("| arm | in time |")
+    assert rule.startswith("|---|---:|")
+    assert [row.split(" | ")[:2] for row in rows[:3]] == [
+        ["| planner", "100.0 %"],
+        ["| EDF", "100.0 %"],
+        ["| LitServe", "0.0 %"],
+    ]
     draw_headline(curves(view), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
 

@@ -97,6 +97,65 @@ async def test_a_job_that_ended_before_is_answered_at_once(
         assert await listener.wait(job.id) == make_result()
 
 
+async def test_a_new_job_is_read_once_it_has_ended_and_not_before(
+    broker: Broker,
+    listener: Listener,
+    make_job: MakeJob,
+    make_result: MakeResult,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_until: WaitUntil,
+) -> None:
+    monkeypatch.setattr("service.queue.listener.LATER_S", 60.0)
+    await wait_until(lambda: listener.live)
+    read: list[str] = []
+    outcomes = broker.outcomes
+
+    async def watched(job_ids: Sequence[str]) -> list[Any]:
+        read.extend(job_ids)
+        return await outcomes(job_ids)
+
+    monkeypatch.setattr(broker, "outcomes", watched)
+    job = make_job()
+    await broker.submit(job)
+    waiting = asyncio.create_task(listener.wait(job.id, new=True))
+    (claim,) = await broker.claim("w1", models=["emoji"], max_samples=1)
+    assert not read
+    await broker.finish(claim.lease, make_result())
+    async with asyncio.timeout(5):
+        assert await waiting == make_result()
+    assert read == [job.id]
+
+
+@pytest.mark.parametrize("heard", [True, False])
+async def test_a_new_job_that_ended_before_anybody_waited_is_answered(
+    broker: Broker,
+    make_job: MakeJob,
+    make_result: MakeResult,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_until: WaitUntil,
+    heard: bool,
+) -> None:
+    monkeypatch.setattr("service.queue.listener.LATER_S", 60.0 if heard else 0.05)
+    jobs, listener = [make_job(), make_job()], None
+    for job in jobs:
+        await broker.submit(job)
+    claims = await broker.claim("w1", models=["emoji"], max_samples=2)
+    try:
+        if not heard:
+            await broker.finish(claims[0].lease, make_result())
+        listener = Listener(broker)
+        await wait_until(lambda: listener and listener.live)
+        if heard:
+            await broker.finish(claims[0].lease, make_result())
+        await broker.finish(claims[1].lease, make_result())
+        async with asyncio.timeout(5):
+            await listener.wait(jobs[1].id)  # by now the listener has heard of the first as well
+            assert await listener.wait(jobs[0].id, new=True) == make_result()
+    finally:
+        if listener is not None:
+            await listener.aclose()
+
+
 async def test_failures_cancellations_and_unknown_jobs_are_raised(
     broker: Broker, listener: Listener, make_job: MakeJob
 ) -> None:
