@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -136,24 +137,19 @@ async def test_a_new_job_that_ended_before_anybody_waited_is_answered(
     heard: bool,
 ) -> None:
     monkeypatch.setattr("service.queue.listener.LATER_S", 60.0 if heard else 0.05)
-    jobs, listener = [make_job(), make_job()], None
+    jobs = [make_job(), make_job()]
     for job in jobs:
         await broker.submit(job)
     claims = await broker.claim("w1", models=["emoji"], max_samples=2)
-    try:
-        if not heard:
-            await broker.finish(claims[0].lease, make_result())
-        listener = Listener(broker)
-        await wait_until(lambda: listener and listener.live)
+    if not heard:
+        await broker.finish(claims[0].lease, make_result())
+    async with aclosing(Listener(broker)) as listener, asyncio.timeout(5):
+        await wait_until(lambda: listener.live)
         if heard:
             await broker.finish(claims[0].lease, make_result())
         await broker.finish(claims[1].lease, make_result())
-        async with asyncio.timeout(5):
-            await listener.wait(jobs[1].id)  # by now the listener has heard of the first as well
-            assert await listener.wait(jobs[0].id, new=True) == make_result()
-    finally:
-        if listener is not None:
-            await listener.aclose()
+        await listener.wait(jobs[1].id)  # by now it has heard of the first as well
+        assert await listener.wait(jobs[0].id, new=True) == make_result()
 
 
 async def test_failures_cancellations_and_unknown_jobs_are_raised(

@@ -313,6 +313,20 @@ async def one_worker(broker: Broker, running: int) -> Any:
     return load if [state.running_samples for state in load.workers] == [running] else None
 
 
+async def test_a_report_follows_what_changes(
+    broker: Broker, make_worker: Make, make_fake_job: Make, wait_until: WaitUntil, wait: Make
+) -> None:
+    async def reported() -> float:
+        return max((state.updated_at for state in (await broker.load()).workers), default=0.0)
+
+    async with working(make_worker(broker, report_s=60.0, busy_report_s=0.01)):
+        before = await wait_until(reported)
+        job = make_fake_job()
+        await broker.submit(job)
+        await wait(job)
+        await wait_until(lambda: over(reported, before))
+
+
 async def test_the_report_shows_a_worker_that_hangs(
     broker: Broker, make_worker: Make, make_fake_job: Make, gate: Gate, wait_until: WaitUntil, wait: Make
 ) -> None:
