@@ -25,7 +25,6 @@ COMPARED = (
     "BentoML",
     "Ray Serve",
 )
-BACKENDS = ("one at a time", "ONNX INT8", "torch eager", "torch compiled")
 SAME = ("planner", "EDF")  # as "step FIFO", while nobody names a deadline
 CAPS = (1, 2, 3, 6)
 TUNING_SEED = 99  # none of those reported

@@ -9,8 +9,8 @@ and promised in seconds of the first pace: where a pass takes 1.2 times as long,
 1.2 times as long. A shared machine drifts by more than arms differ.
 
 Goes on where it was stopped: every cell is written as it ends to bench/results/<name>.json, and `--minutes` bounds one sitting, which
-ends with the tables, on the terminal and in <name>.md, and <name>.png. Every cell has a fresh server. A load of 1 is the images a second that our own
-service makes undegraded ("step FIFO", saturated). The promise to every client is `--slo` times what `--promise-of` needs for such
+ends with the tables, on the terminal and in <name>.md, and <name>.png. Every cell has a fresh server. A load of 1 is the images
+a second that our own service makes undegraded ("step FIFO", saturated). The promise to every client is `--slo` times what `--promise-of` needs for such
 a request alone: "diffusers + lock", or "step FIFO" for a promise that is easy to nobody. Peers are tuned first, on traffic of its
 own: batch and wait at load 0.7, then the cap at 1.1. Latencies of the seeds are pooled: three runs of 163, 10 of which warm up,
 are enough to tell a p99.
@@ -175,9 +175,9 @@ class Sitting:
                 case _:
                     found = await self._offered(served, workload, cell, slow)
         after = self._slow()
-        if cell.situation in ("alone", "saturated"):
-            slow = (slow + after) / 2  # nothing was sent by the clock
-        return {**paced(found, slow), "slow": round(slow, 3), "neighbours": neighbours.told()}
+        # What was sent by the clock went at the pace before; the rest counts at the mean of both.
+        found = found if "exchanges" in found else paced(found, (slow + after) / 2)
+        return {**found, "slow": [round(slow, 3), round(after, 3)], "neighbours": neighbours.told()}
 
     async def _alone(self, served: Serving, workload: Workload) -> dict[str, Any]:
         async with connect(served.url) as http:
@@ -242,14 +242,14 @@ class Sitting:
 
 
 def paced(found: dict[str, Any], slow: float) -> dict[str, Any]:
-    """As at the first pace; exchanges already are."""
+    """What was found alone or saturated, as at the first pace."""
     if "alone" in found:
-        found["alone"] = [[steps, guided, round(s / slow, 5)] for steps, guided, s in found["alone"]]
-    if "images_per_s" in found:
-        found["images_per_s"] *= slow
-    if found.get("processor_s_per_image"):
-        found["processor_s_per_image"] /= slow
-    return found
+        return {
+            **found,
+            "alone": [[steps, guided, round(s / slow, 5)] for steps, guided, s in found["alone"]],
+        }
+    per_image = found["processor_s_per_image"] / slow
+    return {**found, "images_per_s": found["images_per_s"] * slow, "processor_s_per_image": per_image}
 
 
 def late(exchanges: Sequence[Exchange]) -> float:
