@@ -1,5 +1,6 @@
 """The playground and the reference: self-contained, and in a real browser they do what they promise."""
 
+import asyncio
 import copy
 import json
 import re
@@ -139,6 +140,20 @@ class TestInChromium:
             await page.get_by_text("Cancelled.", exact=True).wait_for()
             await page.wait_for_selector("#go:focus")
         assert stage.worker.claimed[0].job.condition[0].labels[0] == 3
+
+    async def test_cancelled_before_the_server_has_answered(self, stage: Stage, page: Any) -> None:
+        stage.worker.hold = True
+        pressed = asyncio.Event()
+
+        async def late(route: Any) -> None:
+            await pressed.wait()
+            await route.continue_()
+
+        await page.route("**/generate", late)
+        await page.click("#go")
+        await page.click("#stop")
+        pressed.set()
+        await page.get_by_text("Cancelled.", exact=True).wait_for()
 
     async def test_a_screen_reader_is_told_what_happens_but_not_every_step(
         self, stage: Stage, page: Any
