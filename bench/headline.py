@@ -6,7 +6,7 @@
 
 The pace of the machine is taken before and after every cell by passes through the model in this process, and all is told, offered
 and promised in seconds of the first pace: where a pass takes 1.2 times as long, requests come 1.2 times as far apart and may take
-1.2 times as long. A shared machine drifts by more than arms differ.
+1.2 times as long. A shared machine drifts by more than arms differ. Where it changed by 1.3 times in one cell, the cell is void.
 
 Goes on where it was stopped: every cell is written as it ends to bench/results/<name>.json, and `--minutes` bounds one sitting, which
 ends with the tables, on the terminal and in <name>.md, and <name>.png. Every cell has a fresh server. A load of 1 is the images
@@ -52,6 +52,7 @@ TRIAL = 34  # requests of a run that tunes
 SATURATED, IN_FLIGHT = 48, 8  # requests, and how many of them at once
 REQUESTS = {"tuning": TRIAL, "at once": CROWD, "saturated": SATURATED, "alone": 24}
 LAG_MS = 20.0  # the 99th percentile of a run's delays, which count as the server's, of about a second each
+DRIFT = 1.3  # a run in which the machine's pace changed by more is void
 START_S = 20.0  # a guess of what a server takes to come and go
 
 
@@ -175,9 +176,12 @@ class Sitting:
                 case _:
                     found = await self._offered(served, workload, cell, slow)
         after = self._slow()
+        drifted = max(slow, after) > DRIFT * min(slow, after)
         # What was sent by the clock went at the pace before; the rest counts at the mean of both.
         found = found if "exchanges" in found else paced(found, (slow + after) / 2)
-        return {**found, "slow": [round(slow, 3), round(after, 3)], "neighbours": neighbours.told()}
+        paces = [round(slow, 3), round(after, 3)]
+        void = found["void"] or drifted
+        return {**found, "void": void, "slow": paces, "neighbours": neighbours.told()}
 
     async def _alone(self, served: Serving, workload: Workload) -> dict[str, Any]:
         async with connect(served.url) as http:
@@ -234,7 +238,8 @@ class Sitting:
         if "failed" in found:
             return f"failed: {found['failed'].splitlines()[-1]}"
         if found["void"]:
-            return f"void: requests left {found['lag_p99_ms']:.1f} ms late"
+            lag = f", requests left {found['lag_p99_ms']:.1f} ms late" if "lag_p99_ms" in found else ""
+            return f"void: the pace went from {found['slow'][0]} to {found['slow'][1]}{lag}"
         if summary := self.summary([cell]):
             p50 = "–" if summary.p50 is None else f"{summary.p50:.2f} s"
             return f"{summary.attainment:.1%} in time, {summary.refused:.1%} refused, p50 {p50}"

@@ -59,13 +59,11 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _unloaded(view: View) -> Table:
-    kinds = sorted(view.findings.alone(REFERENCE), key=lambda kind: kind.rows)
+    times = {arm: found for arm in view.arms if (found := view.findings.alone(arm))}
+    kinds = sorted({kind for found in times.values() for kind in found}, key=lambda kind: kind.rows)
     names = [f"{kind.steps} steps{', guided' if kind.guided else ''}, s" for kind in kinds]
     table = _table("one image alone; saturated", ["arm", *names, "images/s", "CPU s/image", "MiB", "tuned"])
-    for arm in view.arms:
-        alone = view.findings.alone(arm)
-        if not alone:
-            continue
+    for arm, alone in times.items():
         figures = [_number(alone.get(kind), 3) for kind in kinds]
         means = [
             view.findings.mean("saturated", arm, figure)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 import msgpack
@@ -67,6 +68,13 @@ class Job:
     size: tuple[int, int] | None = None  # height and width in latent pixels; None: the model's own
     vocabulary: str = ""  # digest of the class names that `condition` numbers; "": not told
     windows: int = 0  # of the model's own size, in which each image is denoised; 0: as a whole
+    floor_rows: int = 0  # what `cost_rows` would be at the lowest rung it consents to; 0: not told
+
+    @property
+    def due(self) -> Due:
+        """The work of it, by when."""
+        at = inf if self.deadline_at is None else self.deadline_at
+        return Due(at, self.cost_rows, self.floor_rows or self.cost_rows)
 
     def to_bytes(self) -> bytes:
         return pack(_fields(self))

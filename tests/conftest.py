@@ -26,7 +26,7 @@ SERVERS = ["embedded", *(["external"] if os.environ.get("REDIS_URL") else [])]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-cases", type=int, default=2000, help="requests that the fuzzer of the API makes")
+    parser.addoption("--fuzz-cases", type=int, default=1000, help="requests that the fuzzer of the API makes")
     parser.addoption(
         "--write-openapi", action="store_true", help="take the OpenAPI document as the agreed one"
     )

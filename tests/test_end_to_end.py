@@ -200,9 +200,9 @@ def test_metrics_count_what_happened(service: Service) -> None:
 
 
 def test_a_killed_worker_loses_nothing(service: Service) -> None:
-    expected = pixels(service.generate(steps=200)["images"][0])
+    expected = pixels(service.generate(steps=100)["images"][0])
     accepted = service.client.post(
-        "/generate", json={**APPLE, "steps": 200}, headers={"Prefer": "respond-async"}
+        "/generate", json={**APPLE, "steps": 100}, headers={"Prefer": "respond-async"}
     )
     assert accepted.status_code == 202
     place = accepted.headers["location"]

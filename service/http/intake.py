@@ -3,7 +3,6 @@
 The one door for `/generate` and for OpenAI's route. Raises errors of the tree; knows no HTTP.
 """
 
-import asyncio
 import secrets
 import time
 from collections.abc import Collection, Mapping
@@ -22,11 +21,12 @@ from service.errors import (
     QueueFull,
 )
 from service.http.idempotency import fingerprint_of, keyed_id
+from service.http.load_cache import LoadCache
 from service.http.schemas import GenerateRequest
 from service.http.sizes import Extent, as_a_whole, in_windows, written
 from service.http.vocabulary import ClassRef, Vocabulary
 from service.identity import vocabulary_digest
-from service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus, LoadSnapshot
+from service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus
 from service.planning.admission import NO_WORKER, Admission, Newcomer, admit
 from service.planning.capacity import drained
 from service.planning.load import finite
@@ -34,7 +34,6 @@ from service.planning.rungs import Ladder, Rung
 from service.queue.backplane import Queue
 from service.settings import Settings
 
-LOAD_FRESH_S = 0.1
 _FREED = 0.1  # of a full queue should have drained before it is worth coming back
 _RETRY_S = 5.0  # when that cannot be predicted
 TEXT = "text"  # in a condition, what is no factor
@@ -61,36 +60,6 @@ class Ticket:
     new: bool
     pending: bool
     predicted_s: float | None
-
-
-class LoadCache:
-    """The broker's load snapshot, asked at most every `LOAD_FRESH_S` seconds, and once at a time, however many requests come."""
-
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-        self._load: LoadSnapshot | None = None
-        self._taken = 0.0
-        self._asking: asyncio.Task[LoadSnapshot] | None = None
-
-    async def __call__(self) -> LoadSnapshot:
-        """Raises `QueueUnavailable`."""
-        if self._load is not None and time.monotonic() - self._taken <= LOAD_FRESH_S:
-            return self._load
-        if self._asking is None:
-            self._asking = asyncio.create_task(self._queue.load())
-            self._asking.add_done_callback(self._answered)
-        return await asyncio.shield(self._asking)
-
-    def count(self, rows: int) -> None:
-        """A job that was queued this moment: those who come before the next snapshot are to see it too."""
-        if self._load is not None:
-            jobs, waiting = self._load.queued_jobs + 1, self._load.queued_rows + rows
-            self._load = replace(self._load, queued_jobs=jobs, queued_rows=waiting)
-
-    def _answered(self, asked: asyncio.Task[LoadSnapshot]) -> None:
-        self._asking = None
-        if not asked.cancelled() and asked.exception() is None:
-            self._load, self._taken = asked.result(), time.monotonic()
 
 
 class Intake:
@@ -150,7 +119,7 @@ class Intake:
             job.trace[_BODY] = fingerprint
         if not await self._submit(job, caller):
             return self._again(await self._known(job), fingerprint)
-        self.load.count(job.cost_rows)
+        self.load.count(job)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
         return Ticket(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))
@@ -256,7 +225,12 @@ class Intake:
     ) -> Job:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         scale = self._guidance(request)
-        rows = request.n * self.ladder.row_steps(admission.rung, scale)
+        floor = self._floor(request, rung)
+        lowest = (admission.rung, *(self.ladder.below(rung, floor) if request.allow_degraded else ()))[-1]
+
+        def cost(rung: Rung) -> int:
+            return ceil(request.n * extent.row_cost * self.ladder.row_steps(rung, scale))
+
         return Job(
             id=secrets.token_hex(16) if caller.key is None else self._keyed(caller.name, caller.key),
             model=self.manifest.name,
@@ -275,10 +249,11 @@ class Intake:
             created_at=now,
             deadline_at=deadline_at,
             allow_degraded=request.allow_degraded,
-            min_steps=self._floor(request, rung),
+            min_steps=floor,
             rung=admission.rung.name if admission.degraded else None,
             reason=admission.reason,
-            cost_rows=ceil(rows * extent.row_cost),
+            cost_rows=cost(admission.rung),
+            floor_rows=cost(lowest),
             trace=dict(caller.trace),
             size=extent.size,
             windows=extent.windows,

@@ -37,6 +37,7 @@ class Reporting:
         while True:
             self._changed.clear()
             now = state()
+            pause_s = self._busy_s if now is not None else 0.01
             try:
                 if now is not None:
                     await self._broker.publish_state(now)
@@ -45,7 +46,8 @@ class Reporting:
                     asked_at = clock()
             except QueueUnavailable as error:
                 log.warning("report failed", detail=error.detail)
-            await asyncio.sleep(self._busy_s if now is not None else 0.01)
+                pause_s = self._every_s  # said once in that time, however much changes
+            await asyncio.sleep(pause_s)
             await first(self._changed, timeout_s=self._every_s - self._busy_s)
 
     async def _ask(self, driver: Driver) -> None:

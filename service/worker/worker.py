@@ -17,7 +17,7 @@ from model.bundle import Factor
 from service import metrics
 from service.engine.samples import Failed, Finished, Preview, StepReport
 from service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
-from service.jobs import Claim, Lease, Network, Renewal, WorkerState
+from service.jobs import Claim, Due, Lease, Network, Renewal, WorkerState
 from service.limits import WorkerPolicy
 from service.planning.rungs import Ladder
 from service.queue.broker import Broker
@@ -129,6 +129,7 @@ class Worker:
                 continue
             for claim in claims:
                 self._start(claim)
+                self._reporting.changed()
             # Less than there is room for: nothing else was to be had, and what comes from now on rings.
             if sum(len(claim.job.seeds) for claim in claims) < max(1, room) and not self._leaving:
                 await self._broker.wait_for_work(self.policy.idle_s)
@@ -317,7 +318,7 @@ class Worker:
     def _state(self) -> WorkerState | None:
         if self._beat is None:
             return None
-        now, pace = self._clock(), self._beat.pace
+        now, pace, fresh = self._clock(), self._beat.pace, self._fresh(self._beat)
         return WorkerState(
             worker=self.name,
             models=(self.model,),
@@ -326,12 +327,20 @@ class Worker:
             step_per_row_s=pace.per_row_s,
             decode_s=pace.decode_s,
             running_samples=len(self._samples),
-            backlog_rows=self._beat.backlog_rows,
-            dues=self._beat.dues,
+            backlog_rows=self._beat.backlog_rows + sum(due.rows for due in fresh),
+            dues=self._beat.dues + fresh,
             network=self._network,
             bundle=self._bundle,
             last_step_age_s=self._age(),
             updated_at=now,
+        )
+
+    def _fresh(self, beat: Beat) -> tuple[Due, ...]:
+        """What was claimed since the engine last said how it stands: a step may take seconds."""
+        return tuple(
+            job.job.due
+            for job in self._jobs.values()
+            if all(each.id in self._samples and each.id not in beat.progress for each in job.requests)
         )
 
     def _age(self) -> float:

@@ -127,6 +127,13 @@ def test_tables_and_figure_hold_what_was_measured(view: View, tmp_path: Path) ->
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
+def test_an_arm_is_shown_where_the_reference_was_not_measured(view: View) -> None:
+    view.findings.cells = {key: cell for key, cell in view.findings.cells.items() if CAPACITY in key}
+    unloaded, *_ = tables(view)
+    assert [column.header for column in unloaded.columns][1] == "20 steps, s"
+    assert list(unloaded.columns[0].cells) == [CAPACITY]
+
+
 @pytest.mark.anyio
 async def test_a_sitting_ends_in_time_and_the_next_one_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

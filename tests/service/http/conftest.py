@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from service.http import intake
+from service.http import load_cache
 from service.http.api import configured
 from service.http.app import create_app
 from service.jobs import Claim, Image, JobResult, WorkerState
@@ -81,7 +81,7 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _load_always_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "LOAD_FRESH_S", -1.0)
+    monkeypatch.setattr(load_cache, "LOAD_FRESH_S", -1.0)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from service.http import load_cache
 from service.jobs import ConditionTerm, Job
 from tests.service.http.conftest import PNG, OpenStage, Stage
 
@@ -153,6 +154,19 @@ async def test_a_deadline_is_kept_by_a_lower_rung_and_said_so(stage: Stage) -> N
     refused = await stage.generate(deadline_ms=300, allow_degraded=False)
     assert refused.status_code == 503
     assert "rules out" in refused.json()["detail"]
+
+
+@pytest.mark.parametrize(("allow_degraded", "taken"), [(True, 14), (False, 4)])
+async def test_of_a_crowd_at_once_as_many_are_taken_as_can_be_cut_to_fit(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, allow_degraded: bool, taken: int
+) -> None:
+    """200 rows until the deadline, less a margin; each wants 40, or consents to as few as 10."""
+    monkeypatch.setattr(load_cache, "LOAD_FRESH_S", 60.0)  # nobody sees a report of what was queued before
+    stage.worker.hold = True
+    await stage.worker.report(step_per_row_s=0.01, max_rows=1)
+    ask = {"deadline_ms": 2000, "allow_degraded": allow_degraded}
+    answers = [await stage.generate({"prefer": "respond-async"}, **ask) for _ in range(14)]
+    assert sorted(each.status_code for each in answers) == [202] * taken + [503] * (14 - taken)
 
 
 async def test_images_not_ready_by_the_deadline_are_504_and_cancelled(stage: Stage) -> None:

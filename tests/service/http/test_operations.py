@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.http import intake
+from service.http import load_cache
 from service.jobs import LoadSnapshot, Starting
 from tests.service.http.conftest import OpenStage, Stage
 
@@ -86,7 +86,7 @@ async def test_metrics_are_well_formed_and_true(open_stage: OpenStage) -> None:
 
 
 async def test_one_load_snapshot_serves_many_requests(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "LOAD_FRESH_S", 60.0)
+    monkeypatch.setattr(load_cache, "LOAD_FRESH_S", 60.0)
     taken = 0
     load = stage.broker.load
 

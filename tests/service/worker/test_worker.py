@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from io import BytesIO
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -325,6 +326,34 @@ async def test_a_report_follows_what_changes(
         await broker.submit(job)
         await wait(job)
         await wait_until(lambda: over(reported, before))
+
+
+async def test_what_is_claimed_counts_before_the_step_that_runs_has_ended(
+    broker: Broker, make_worker: Make, make_fake_job: Make, gate: Gate, wait_until: WaitUntil, wait: Make
+) -> None:
+    async def claimed() -> tuple[int, list[tuple[float, int]]]:
+        load = await broker.load()
+        dues = [(due.at, due.rows) for state in load.workers for due in state.dues]
+        return sum(state.backlog_rows for state in load.workers), sorted(dues)
+
+    async def both() -> bool:
+        return await claimed() == (50, [(due, 20), (inf, 30)])
+
+    async def nothing() -> bool:
+        return await claimed() == (0, [])
+
+    due = time.time() + 60.0
+    jobs = [make_fake_job(cost_rows=20, deadline_at=due), make_fake_job(cost_rows=30)]
+    gate.open.clear()
+    async with working(make_worker(broker, report_s=60.0, busy_report_s=0.01)):
+        for job in jobs:
+            await broker.submit(job)
+            await wait_until(gate.waiting.is_set)
+        await wait_until(both)
+        gate.open.set()
+        for job in jobs:
+            await wait(job)
+        await wait_until(nothing)
 
 
 async def test_the_report_shows_a_worker_that_hangs(

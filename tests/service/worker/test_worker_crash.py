@@ -68,7 +68,7 @@ async def answers(listener: Listener, jobs: list[Job]) -> list[JobResult | BaseE
 async def test_killed_workers_lose_nothing(
     queue: Broker, listener: Listener, start: Start, make_job: MakeJob, wait_until: WaitUntil
 ) -> None:
-    jobs = [make_job(model="fake", seeds=(k % 3,), steps=400) for k in range(6)]
+    jobs = [make_job(model="fake", seeds=(k % 3,), steps=200) for k in range(6)]
     victim = start()
     for job in jobs:
         await queue.submit(job)

@@ -1,0 +1,44 @@
+"""What waits, as the API knows it: asked seldom however many requests come, and counted on in between."""
+
+import asyncio
+import time
+from dataclasses import replace
+
+from service.jobs import Job, LoadSnapshot
+from service.queue.backplane import Queue
+
+LOAD_FRESH_S = 0.1
+
+
+class LoadCache:
+    """The broker's load snapshot, asked at most every `LOAD_FRESH_S` seconds, and once at a time, however many requests come."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._load: LoadSnapshot | None = None
+        self._taken = 0.0
+        self._asking: asyncio.Task[LoadSnapshot] | None = None
+
+    async def __call__(self) -> LoadSnapshot:
+        """Raises `QueueUnavailable`."""
+        if self._load is not None and time.monotonic() - self._taken <= LOAD_FRESH_S:
+            return self._load
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._queue.load())
+            self._asking.add_done_callback(self._answered)
+        return await asyncio.shield(self._asking)
+
+    def count(self, job: Job) -> None:
+        """A job that was queued this moment: those who come before the next snapshot are to see it too, as work of the worker
+        that has the least to do."""
+        if self._load is None or not self._load.workers:
+            return
+        least, *others = sorted(self._load.workers, key=lambda worker: worker.backlog_rows)
+        backlog, dues = least.backlog_rows + job.cost_rows, (*least.dues, job.due)
+        least = replace(least, backlog_rows=backlog, dues=dues)
+        self._load = replace(self._load, workers=(least, *others))
+
+    def _answered(self, asked: asyncio.Task[LoadSnapshot]) -> None:
+        self._asking = None
+        if not asked.cancelled() and asked.exception() is None:
+            self._load, self._taken = asked.result(), time.monotonic()

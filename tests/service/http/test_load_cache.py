@@ -1,0 +1,54 @@
+"""What an API makes of the load between two looks at it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+import pytest
+
+from service.http.load_cache import LoadCache
+from service.jobs import Due, LoadSnapshot, WorkerState
+
+pytestmark = pytest.mark.anyio
+Make = Callable[..., Any]
+
+
+class Queue:
+    """Two workers, one of them busy; `asked` counts the looks."""
+
+    def __init__(self, *workers: WorkerState) -> None:
+        self.workers, self.asked = workers, 0
+
+    async def load(self) -> LoadSnapshot:
+        self.asked += 1
+        return LoadSnapshot(0, 0, 0.0, self.workers, 0.0)
+
+
+def worker(name: str, backlog: int) -> WorkerState:
+    return WorkerState(name, ("fake",), 8, 0.0, 0.001, 0.0, 0, backlog, 0.0, 0.0)
+
+
+async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_look(
+    make_job: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.http.load_cache.LOAD_FRESH_S", 60.0)
+    queue = Queue(worker("busy", 100), worker("idle", 0))
+    cache = LoadCache(queue)  # type: ignore[arg-type]
+    await asyncio.gather(*(cache() for _ in range(5)))
+    cache.count(make_job(cost_rows=40, floor_rows=10, deadline_at=5.0))
+    cache.count(make_job(cost_rows=80, deadline_at=None))
+    counted = {each.worker: each for each in (await cache()).workers}
+    assert counted["idle"].dues == (Due(5.0, 40, 10), Due(inf, 80, 80))
+    assert (counted["idle"].backlog_rows, counted["busy"]) == (120, queue.workers[0])
+    assert queue.asked == 1
+    monkeypatch.setattr("service.http.load_cache.LOAD_FRESH_S", -1.0)
+    assert (await cache()).workers == queue.workers
+
+
+async def test_without_workers_nothing_is_counted(make_job: Make) -> None:
+    cache = LoadCache(Queue())  # type: ignore[arg-type]
+    cache.count(make_job())
+    assert (await cache()).workers == ()
