@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -92,8 +91,8 @@ def artillery(tool: str, url: str, folder: Path, *, rate: float, requests: int) 
 
 
 def _run(tool: str, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    quiet = {**os.environ, "ARTILLERY_DISABLE_TELEMETRY": "true"}
-    done = subprocess.run([tool, *words], capture_output=True, text=True, env=quiet, check=False)
+    command = ["env", "ARTILLERY_DISABLE_TELEMETRY=true", tool, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ToolFailed(f"{tool} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     return done
