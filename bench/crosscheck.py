@@ -1,6 +1,6 @@
 """What our generators of load measure, beside what those of others do, in turns against the same servers.
 
-    apt-get install wrk && npm install --prefix .artillery artillery@2
+    apt-get install wrk && npm install --ignore-scripts --prefix .artillery artillery@2
     python -m bench.crosscheck [--artillery .artillery/node_modules/.bin/artillery] [--bundle model/zoo/emoji] [--rounds 3]
 
 `bench.wire`, which `bench.overhead_http` asks with, beside wrk: so many clients, each asking again as soon as it is answered, of a
