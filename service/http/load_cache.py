@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 from service.jobs import Job, LoadSnapshot
+from service.planning.capacity import dues_of
 from service.queue.backplane import Queue
 
 LOAD_FRESH_S = 0.1
@@ -34,7 +35,7 @@ class LoadCache:
         if self._load is None or not self._load.workers:
             return
         least, *others = sorted(self._load.workers, key=lambda worker: worker.backlog_rows)
-        backlog, dues = least.backlog_rows + job.cost_rows, (*least.dues, job.due)
+        backlog, dues = least.backlog_rows + job.cost_rows, (*dues_of(least), job.due)
         least = replace(least, backlog_rows=backlog, dues=dues)
         self._load = replace(self._load, workers=(least, *others))
 

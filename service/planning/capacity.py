@@ -44,10 +44,10 @@ class Capacity:
     def __init__(self, load: LoadSnapshot, *, recut: bool = False) -> None:
         self._workers = [(worker, _pace_of(worker)) for worker in load.workers]
         self._dues = [
-            sorted((due.at, due.floor_rows if recut else due.rows) for due in _dues(worker))
+            sorted((due.at, due.floor_rows if recut else due.rows) for due in dues_of(worker))
             for worker in load.workers
         ]
-        rows = sum(due.rows for worker in load.workers for due in _dues(worker))
+        rows = sum(due.rows for worker in load.workers for due in dues_of(worker))
         counted = sum(count for dues in self._dues for _, count in dues)
         self._queued_rows = load.queued_rows * (counted / rows if rows else 1.0)  # as what is claimed already
 
@@ -108,6 +108,6 @@ def drained(load: LoadSnapshot, extra_rows: int = 0) -> float:
     return Capacity(load).drained(extra_rows)
 
 
-def _dues(worker: WorkerState) -> tuple[Due, ...]:
+def dues_of(worker: WorkerState) -> tuple[Due, ...]:
     """What is not told apart by deadlines counts as due before anybody else, and not to be cut."""
     return worker.dues or (Due(-inf, worker.backlog_rows, worker.backlog_rows),)

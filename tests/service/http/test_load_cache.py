@@ -35,14 +35,14 @@ async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_loo
     make_job: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.http.load_cache.LOAD_FRESH_S", 60.0)
-    queue = Queue(worker("busy", 100), worker("idle", 0))
+    queue = Queue(worker("busy", 100), worker("idle", 5))
     cache = LoadCache(queue)  # type: ignore[arg-type]
     await asyncio.gather(*(cache() for _ in range(5)))
     cache.count(make_job(cost_rows=40, floor_rows=10, deadline_at=5.0))
     cache.count(make_job(cost_rows=80, deadline_at=None))
     counted = {each.worker: each for each in (await cache()).workers}
-    assert counted["idle"].dues == (Due(5.0, 40, 10), Due(inf, 80, 80))
-    assert (counted["idle"].backlog_rows, counted["busy"]) == (120, queue.workers[0])
+    assert counted["idle"].dues == (Due(-inf, 5, 5), Due(5.0, 40, 10), Due(inf, 80, 80))
+    assert (counted["idle"].backlog_rows, counted["busy"]) == (125, queue.workers[0])
     assert queue.asked == 1
     monkeypatch.setattr("service.http.load_cache.LOAD_FRESH_S", -1.0)
     assert (await cache()).workers == queue.workers
