@@ -72,10 +72,11 @@ class Site:
 class Sample:
     """One request on its way; satisfies the scheduler's `Waiting`."""
 
-    def __init__(self, index: int, arrival: Arrival, asked: Rung, due: float) -> None:
+    def __init__(self, index: int, arrival: Arrival, asked: Rung, floor: Rung, due: float) -> None:
         self.id = str(index)
         self.arrived = self.added_at = arrival.at
         self.asked = self.rung = asked
+        self.floor = floor
         self.due = due
         self.deadline_at: float | None = due
         self.remaining = asked.steps
@@ -86,6 +87,10 @@ class Sample:
         self.finished: float | None = None
         self.rejected = False
         self.consents = arrival.consents
+
+    @property
+    def least_steps(self) -> int:
+        return min(self.remaining, steps_left(self.remaining, self.rung, self.floor))
 
     @property
     def kept(self) -> bool:
@@ -151,7 +156,7 @@ class Worker:
         if not self.samples:
             self.batch = ()
             return None
-        self.batch = self.scheduler.next_batch(self.samples, self.knee).samples
+        self.batch = self.scheduler.next_batch(self.samples, self.knee, now=now, tick=self._tick()).samples
         seconds = self.site.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
         self.costs.observe(len(self.batch), seconds)
         return now + seconds
@@ -190,8 +195,11 @@ class Worker:
             backlog_rows=sum(sample.remaining for sample in self.samples),
             last_step_age_s=0.0,
             updated_at=now,
-            dues=self.planner.dues(self._planned(), now),
+            dues=self.planner.dues(self._planned(), now, self.costs, max_rows=self.site.curve.max_rows),
         )
+
+    def _tick(self) -> float:
+        return self.costs.predict(min(self.knee, len(self.samples)))
 
     def _planned(self) -> list[PlannedSample]:
         last = self.site.ladder.timesteps - 1
@@ -241,9 +249,10 @@ class Fleet:
 
     def _sample(self, index: int, arrival: Arrival) -> Sample:
         asked = self.site.ladder.requested("ddim", arrival.steps, "leading", (0.0, 1.0), False)
-        sample = Sample(
-            index, arrival, asked, arrival.at + self.site.slo * arrival.steps * self.site.curve.seconds(1)
-        )
+        due = arrival.at + self.site.slo * arrival.steps * self.site.curve.seconds(1)
+        # Where nothing is planned anew nothing is cut once it is accepted.
+        floor = self.site.ladder.lowest(asked, 1) if self.arm.plan and arrival.consents else asked
+        sample = Sample(index, arrival, asked, floor, due)
         if self.arm.order == "fifo":
             sample.deadline_at = None
         return sample

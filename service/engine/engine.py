@@ -80,7 +80,7 @@ class Engine:
         changes = self._plan(began, queued_rows)
         if not self._samples:
             return StepReport(changes=changes)
-        group, batch = self._groups.next_batch()
+        group, batch = self._groups.next_batch(began)
         try:
             predictions, rows = self._forward.run(group, batch.samples)
         except MemoryError:
@@ -116,7 +116,15 @@ class Engine:
             course = plot(request.rung, 1.0 if unconditional else request.guidance_scale, self.schedule)
         else:
             course = snapshot.course(self.schedule)
-        sample = Sample(request, condition, course, added_at=self.clock(), size=size, windows=windows)
+        sample = Sample(
+            request,
+            condition,
+            course,
+            added_at=self.clock(),
+            size=size,
+            floor=self._floor(request),
+            windows=windows,
+        )
         if windows is not None:
             self._forward.reserve(self._groups.own, 2 * len(windows))
         latent = self._groups.seat(sample)
@@ -184,7 +192,8 @@ class Engine:
 
     def dues(self) -> tuple[Due, ...]:
         """The backlog by deadline."""
-        return self.planner.dues([sample.planned() for sample in self._samples.values()], self.clock())
+        planned = [sample.planned() for sample in self._samples.values()]
+        return self.planner.dues(planned, self.clock(), self.costs, max_rows=self.scheduler.max_rows)
 
     def progress(self) -> dict[str, tuple[int, int]]:
         """Steps taken and steps in all, by sample."""
@@ -221,6 +230,9 @@ class Engine:
         return replot(
             rung, scale, self.schedule, timestep=sample.timestep, steps=steps, previous=sample.previous
         )
+
+    def _floor(self, request: SampleRequest) -> Rung:
+        return self.ladder.lowest(request.rung, request.min_steps) if request.allow_degraded else request.rung
 
     def _size(self, request: SampleRequest) -> tuple[Size, Windows | None]:
         """The latent size of a request and the windows it is denoised in, if the backend runs it."""

@@ -81,20 +81,21 @@ class Groups:
         if not group.samples and group is not self.own:
             del self._groups[group.size]
 
-    def next_batch(self) -> tuple[Group, Batch[Sample]]:
+    def next_batch(self, now: float) -> tuple[Group, Batch[Sample]]:
         """Whose turn it is, and the samples that step now. There must be one."""
         waiting = {size: group for size, group in self._groups.items() if group.samples}
         if len(waiting) == 1:
             (group,) = waiting.values()
         else:
-            size = self._turns.next({size: self._demand(group) for size, group in waiting.items()})
+            size = self._turns.next({size: self._demand(group, now) for size, group in waiting.items()})
             group = waiting[size]
-        return group, self._batch(group)
+        return group, self._batch(group, now)
 
-    def _demand(self, group: Group) -> Demand:
-        batch = sum(sample.rows for sample in self._batch(group).samples)
+    def _demand(self, group: Group, now: float) -> Demand:
+        batch = sum(sample.rows for sample in self._batch(group, now).samples)
         return Demand(group.row_cost * batch, group.row_cost * group.rows)
 
-    def _batch(self, group: Group) -> Batch[Sample]:
+    def _batch(self, group: Group, now: float) -> Batch[Sample]:
         knee = group.costs.knee(self._scheduler.cap(group.row_cost))
-        return self._scheduler.next_batch(group.samples.values(), knee, group.row_cost)
+        tick = group.costs.predict(min(knee, group.rows))
+        return self._scheduler.next_batch(group.samples.values(), knee, group.row_cost, now=now, tick=tick)

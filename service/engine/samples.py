@@ -19,7 +19,7 @@ from service.engine.slots import SlotPool
 from service.errors import ServiceError
 from service.jobs import ConditionTerm
 from service.planning.planner import ROOM, Change, PlannedSample
-from service.planning.rungs import Rung
+from service.planning.rungs import Rung, steps_left
 from service.windows import Windows
 
 Latent = npt.NDArray[np.float32]
@@ -93,8 +93,9 @@ class StepReport:
 class Sample:
     """A running sample: where it stands on its course. Its latent lives at `slot` of `pool`.
 
-    `windows` are those it is denoised in, None as a whole. `row_cost` is the tokens of predicting its latent once, in rows of
-    the bundle's own size. Pool, slot and cost come with its place among the others (`groups`).
+    `floor` is the lowest rung it may be moved to. `windows` are those it is denoised in, None as a whole. `row_cost` is the
+    tokens of predicting its latent once, in rows of the bundle's own size. Pool, slot and cost come with its place among the
+    others (`groups`).
     """
 
     __slots__ = (
@@ -103,6 +104,7 @@ class Sample:
         "course",
         "cursor",
         "degraded",
+        "floor",
         "generator",
         "pool",
         "reason",
@@ -128,9 +130,10 @@ class Sample:
         *,
         added_at: float,
         size: Size,
+        floor: Rung,
         windows: Windows | None = None,
     ) -> None:
-        self.request = request
+        self.request, self.floor = request, floor
         self.size, self.windows = size, windows
         self.condition = condition
         self.course = course
@@ -170,6 +173,11 @@ class Sample:
     @property
     def remaining_steps(self) -> int:
         return len(self.course) - self.cursor
+
+    @property
+    def least_steps(self) -> int:
+        """Steps left if it moved to its floor now."""
+        return min(self.remaining_steps, steps_left(self.remaining_steps, self.rung, self.floor))
 
     @property
     def steps(self) -> int:

@@ -1,9 +1,10 @@
 """Which samples take their next step together, and in how many rows.
 
-Earliest deadline first among the samples at hand; as many rows as the cost model finds worthwhile and the budget of tokens
-holds; padded to a bucket where the backend runs fixed sizes. Pure: no clock, no network, no arrays; what it orders comes in
-as arguments. Never done here: choosing who is claimed (the broker), at what quality (the planner), or which image size has
-its turn (`turns`).
+Earliest deadline first until zero laxity (EDZL, Cho et al. 2002) among the samples at hand: a sample takes its steps one after
+the other, so one that must be in every batch from now on to be done in time goes before those that can wait. As many rows as
+the cost model finds worthwhile and the budget of tokens holds; padded to a bucket where the backend runs fixed sizes. Pure: no
+clock, no network, no arrays; what it orders comes in as arguments. Never done here: choosing who is claimed (the broker), at
+what quality (the planner), or which image size has its turn (`turns`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 
 class Waiting(Protocol):
-    """A sample that could take a step."""
+    """A sample that could take a step. `least_steps` are those it needs yet, if it may be cut, after the deepest cut."""
 
     @property
     def deadline_at(self) -> float | None: ...
@@ -22,9 +23,13 @@ class Waiting(Protocol):
     def added_at(self) -> float: ...
     @property
     def rows(self) -> int: ...
+    @property
+    def least_steps(self) -> int: ...
 
 
 S = TypeVar("S", bound=Waiting)
+
+CARE = 1.1  # who has so many times the seconds that its steps need, and one step's more, can wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +71,17 @@ class Scheduler:
         self._strict = strict
         self._patience_s = patience_s
 
-    def next_batch(self, samples: Collection[S], knee: int, row_cost: float = 1.0) -> Batch[S]:
+    def next_batch(
+        self, samples: Collection[S], knee: int, row_cost: float = 1.0, *, now: float, tick: float
+    ) -> Batch[S]:
         """The samples to step now, most urgent first, up to the worthwhile `knee` or the size that is run for it.
 
-        All samples are of one size, at which a row has `row_cost` times the tokens of the bundle's own. At least one is
-        chosen, even if its rows exceed the cap: rows need not share a forward pass.
+        All samples are of one size, at which a row has `row_cost` times the tokens of the bundle's own and a step takes `tick`
+        seconds. At least one is chosen, even if its rows exceed the cap: rows need not share a forward pass.
         """
         room = self.size(min(knee, self.cap(row_cost)), row_cost)
         chosen: list[S] = []
-        for sample in sorted(samples, key=self._due):
+        for sample in sorted(samples, key=lambda sample: self._urgency(sample, now, tick)):
             rows = sample.rows
             if rows > room and chosen:
                 continue  # a later sample of fewer rows may still fit
@@ -103,6 +110,10 @@ class Scheduler:
         self.max_rows = min(self.max_rows, max(smaller[-1], int(smaller[-1] * row_cost)))
         return True
 
-    def _due(self, sample: S) -> float:
+    def _urgency(self, sample: S, now: float, tick: float) -> tuple[int, float]:
+        """Less goes first."""
         deadline = sample.deadline_at
-        return sample.added_at + self._patience_s if deadline is None else deadline
+        if deadline is None:
+            return 1, sample.added_at + self._patience_s
+        laxity = deadline - now - CARE * sample.least_steps * tick
+        return int(laxity > tick), deadline

@@ -10,7 +10,7 @@ Pure: time, load and costs are arguments.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf, log2
 
@@ -22,7 +22,9 @@ LOAD = "load"  # the machine is busy
 DEADLINE = "deadline"  # too close for the rung asked for, even on an idle machine
 ROOM = "room"  # back up: there is time again
 
-HORIZONS_PER_OCTAVE = 2  # how finely deadlines are told apart in what is published of them
+HORIZONS_PER_OCTAVE = 2  # how finely dates are told apart in what is published of them
+_NEAREST_S = 0.1  # sooner dates are told apart no more
+_NOTHING = 1e-6  # rows: what adding up shares may leave over
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +116,7 @@ class Planner:
         tasks = sorted(map(self._task, dated), key=lambda task: task.due)
         if not tasks:
             return []
-        at_once = ceil(sum(sample.row_cost * (2 if sample.guided else 1) for sample in samples))
-        batch = min(costs.knee(max_rows), at_once)
-        tick = costs.predict(batch)
+        batch, tick = _passes(samples, costs, max_rows)
         time = _Time(batch, [max(0.0, task.due - now - costs.decode_s) / tick for task in tasks])
         cut = self._cut(tasks, time)
         if cut:
@@ -125,16 +125,28 @@ class Planner:
         calm = now - self._cut_at >= self.policy.calm_s
         return self._climb(tasks, time, queued_rows, calm=calm)
 
-    def dues(self, samples: Sequence[PlannedSample], now: float) -> tuple[Due, ...]:
-        """What is to be done by when, deadlines of like distance taken together at the first of them."""
-        found: dict[float, Due] = {}
-        for task in sorted(map(self._task, samples), key=lambda task: task.due):
-            distance = max(task.due - now, 0.1)
-            horizon = inf if task.due == inf else floor(HORIZONS_PER_OCTAVE * log2(distance))
-            before = found.get(horizon, Due(task.due, 0, 0))
-            least = self._left(task, -1)[1] if task.sample.allow_degraded else task.rows
-            found[horizon] = Due(before.at, before.rows + ceil(task.rows), before.floor_rows + ceil(least))
-        return tuple(found.values())
+    def dues(
+        self, samples: Sequence[PlannedSample], now: float, costs: CostModel, *, max_rows: int
+    ) -> tuple[Due, ...]:
+        """What is to be done by when, dates of like distance taken together at the first of them.
+
+        A sample takes its steps one after the other: the last is due at its deadline, each one before as much sooner as a pass
+        takes. By its deadline alone a long one would seem to have time until it has none ("forced-forward demand", Baruah et al.
+        2009).
+        """
+        _, tick = _passes(samples, costs, max_rows)
+        found: dict[float, list[float]] = {}
+        for task in map(self._task, samples):
+            least = self._left(task, -1) if task.sample.allow_degraded else (task.steps, task.rows)
+            for place, (steps, rows) in enumerate(((task.steps, task.rows), least), start=1):
+                for horizon, at, share in _dates(task.due, steps, now, tick):
+                    due = found.setdefault(horizon, [at, 0.0, 0.0])
+                    due[0] = min(due[0], at)
+                    due[place] += share * rows
+        return tuple(
+            Due(at, ceil(rows - _NOTHING), ceil(least - _NOTHING))
+            for _, (at, rows, least) in sorted(found.items())
+        )
 
     def _task(self, sample: PlannedSample) -> _Task:
         options: tuple[Rung, ...] = (sample.rung,)
@@ -231,6 +243,28 @@ class Planner:
             if best is None or gain > best[0]:
                 best = gain, Change(task.sample.id, above, ROOM)
         return [best[1]] if best else []
+
+
+def _passes(samples: Sequence[PlannedSample], costs: CostModel, max_rows: int) -> tuple[int, float]:
+    """Rows of a pass as long as there is so much to do, and its seconds."""
+    at_once = ceil(sum(sample.row_cost * (2 if sample.guided else 1) for sample in samples))
+    batch = max(1, min(costs.knee(max_rows), at_once))
+    return batch, costs.predict(batch)
+
+
+def _dates(due: float, steps: int, now: float, tick: float) -> Iterator[tuple[float, float, float]]:
+    """By when so many steps must be taken to end at `due`: each horizon, the first date in it, and the share of them due in it."""
+    if due == inf:
+        yield inf, inf, 1.0
+        return
+    left, distance = steps, due - now
+    while left:
+        horizon = floor(HORIZONS_PER_OCTAVE * log2(max(distance, _NEAREST_S)))
+        room = distance - 2.0 ** (horizon / HORIZONS_PER_OCTAVE)
+        here = left if distance <= _NEAREST_S else min(left, 1 + floor(max(0.0, room) / tick))
+        yield horizon, now + distance - (here - 1) * tick, here / steps
+        left -= here
+        distance -= here * tick
 
 
 def seconds_header(retry_after_s: float) -> int:

@@ -62,6 +62,10 @@ class Ladder:
                 return rung
         return Rung(f"{solver}-{steps}", solver, steps, grid, interval, self._quality(solver, steps))
 
+    def lowest(self, rung: Rung, min_steps: int) -> Rung:
+        """The cheapest rung of at least `min_steps` steps that `rung` can be cut to; itself if there is none."""
+        return next(iter(self.below(rung, min_steps)[-1:]), rung)
+
     def row_steps(self, rung: Rung, guidance_scale: float) -> int:
         """Rows of one whole image: two for every step at which guidance acts, one for every other."""
         return _row_steps(rung.grid, rung.steps, self.timesteps, rung.guidance_interval, guidance_scale)

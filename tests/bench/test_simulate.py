@@ -67,12 +67,20 @@ def test_every_request_ends_one_way(arm: Arm, workers: int) -> None:
 
 
 def test_above_capacity_planning_every_step_beats_planning_at_admission_beats_none() -> None:
-    every_step = attained("planned every step", 1.1)
-    at_admission = attained("planned at admission", 1.1)
-    none = attained("EDF + admission", 1.1)
+    every_step = attained("planned every step", 1.4)
+    at_admission = attained("planned at admission", 1.4)
+    none = attained("EDF + admission", 1.4)
     assert every_step >= 0.95
     assert every_step > at_admission > none
-    assert none > attained("FIFO steps", 1.1) + 0.2
+    assert none > attained("FIFO steps", 1.4) + 0.2
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("load", [1.1, 2.0])
+def test_what_is_accepted_at_all_its_steps_is_kept(curve: str, load: float) -> None:
+    site = Site(CURVES[curve], LADDERS["ddim"])
+    outcome = simulate.simulate(ARMS["EDF + admission"], site, Traffic(), load, 300, 3)
+    assert outcome.dropped <= 0.03
 
 
 def test_below_half_load_nothing_is_degraded() -> None:
@@ -86,7 +94,7 @@ def test_where_rows_gain_nothing_by_batching_only_bursts_that_no_schedule_surviv
     late, cut, vain, kept = np.mean([need(tight, 0.5, 200, seed) for seed in (11, 13)], axis=0)
     assert kept >= 0.99
     assert 0.0 < late < cut < late + 0.03
-    assert vain < 0.02
+    assert vain < 0.03
     roomy = Site(CURVES["cpu"], LADDERS["ddim"], 1, 10.0)
     assert need(roomy, 0.5, 100, 11) == (0.0, 0.0, 0.0, 1.0)
 

@@ -17,10 +17,13 @@ class Waiter:
     rows: int = 1
     deadline_at: float | None = None
     added_at: float = 0.0
+    least_steps: int = 1
 
 
-def names(scheduler: Scheduler, samples: list[Waiter], knee: int = 99) -> list[str]:
-    return [sample.name for sample in scheduler.next_batch(samples, knee).samples]
+def names(
+    scheduler: Scheduler, samples: list[Waiter], knee: int = 99, now: float = 0.0, tick: float = 0.0
+) -> list[str]:
+    return [sample.name for sample in scheduler.next_batch(samples, knee, now=now, tick=tick).samples]
 
 
 def test_the_earliest_deadline_goes_first_whatever_the_order_of_arrival() -> None:
@@ -39,16 +42,25 @@ def test_without_a_deadline_one_waits_only_as_long_as_the_patience() -> None:
     assert names(scheduler, [old, Waiter("later", deadline_at=61.0)]) == ["old"]
 
 
+def test_who_must_be_in_every_batch_from_now_on_goes_before_who_can_wait() -> None:
+    scheduler = Scheduler(max_rows=1)
+    long, short = Waiter("long", deadline_at=19.0, least_steps=10), Waiter("short", deadline_at=10.0)
+    assert names(scheduler, [short, long], now=0.0, tick=1.0) == ["short"]
+    assert names(scheduler, [short, long], now=7.0, tick=1.0) == ["long"]  # 10 steps of 1.1 s in 12 s
+    free = Waiter("free", least_steps=1000)
+    assert names(scheduler, [free, short], now=0.0, tick=1.0) == ["short"]
+
+
 def test_all_that_there_is_room_for_step_together() -> None:
     samples = [Waiter("a"), Waiter("b", rows=2), Waiter("c", rows=3), Waiter("d", rows=2)]
-    batch = Scheduler(max_rows=8).next_batch(samples, 8)
+    batch = Scheduler(max_rows=8).next_batch(samples, 8, now=0.0, tick=0.0)
     assert batch.samples == tuple(samples)
     assert batch.stop_reason == "idle"
 
 
 def test_a_row_left_over_goes_to_the_next_sample_it_fits() -> None:
     samples = [Waiter("a", rows=2), Waiter("b", rows=2), Waiter("c", rows=1)]
-    batch = Scheduler(max_rows=3).next_batch(samples, 3)
+    batch = Scheduler(max_rows=3).next_batch(samples, 3, now=0.0, tick=0.0)
     assert [sample.name for sample in batch.samples] == ["a", "c"]
     assert batch.stop_reason == "cap"
 
@@ -119,17 +131,24 @@ _waiters = st.lists(
         rows=st.integers(1, 9),
         deadline_at=st.one_of(st.none(), st.floats(0, 100)),
         added_at=st.floats(0, 100),
+        least_steps=st.integers(1, 50),
     ),
     max_size=20,
 )
 
 
-@given(samples=_waiters, max_rows=st.integers(2, 16), knee=st.integers(1, 16), strict=st.booleans())
+@given(
+    samples=_waiters,
+    max_rows=st.integers(2, 16),
+    knee=st.integers(1, 16),
+    strict=st.booleans(),
+    tick=st.floats(0, 10),
+)
 def test_a_batch_fits_wastes_no_row_and_passes_nobody_over_without_need(
-    samples: list[Waiter], max_rows: int, knee: int, strict: bool
+    samples: list[Waiter], max_rows: int, knee: int, strict: bool, tick: float
 ) -> None:
     scheduler = Scheduler(max_rows=max_rows, strict=strict)
-    batch = scheduler.next_batch(samples, knee)
+    batch = scheduler.next_batch(samples, knee, now=50.0, tick=tick)
     cap = max_rows if strict else min(knee, max_rows)
     left_out = [sample for sample in samples if sample not in batch.samples]
     rows = sum(sample.rows for sample in batch.samples)

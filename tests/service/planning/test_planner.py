@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.jobs import Due
 from service.planning.costs import CostModel
 from service.planning.planner import DEADLINE, LOAD, ROOM, Change, PlannedSample, Planner, Policy
 from service.planning.rungs import Rung, steps_left
@@ -279,29 +281,45 @@ def test_planning_64_samples_takes_less_than_a_millisecond() -> None:
 
 
 class TestDues:
-    def test_rows_are_told_by_deadline_and_by_what_may_be_cut(self) -> None:
+    @staticmethod
+    def dues(crowd: Sequence[PlannedSample], now: float = 0.0) -> tuple[Due, ...]:
+        return Planner(LADDER).dues(crowd, now, line(), max_rows=MAX_ROWS)
+
+    def test_rows_are_told_by_when_they_are_due_and_by_what_may_be_cut(self) -> None:
         crowd = [
-            sample("soon", 10.0, steps=20, remaining=5),
-            sample("later", 400.0),
-            sample("refuses", 410.0, allow_degraded=False),
+            sample("soon", 100.0, steps=20, remaining=5),
+            sample("later", 4000.0),
+            sample("refuses", 4050.0, allow_degraded=False),
             sample("free", None, guided=True),
         ]
-        soon, later, never = Planner(LADDER).dues(crowd, 0.0)
-        assert (soon.at, soon.rows, soon.floor_rows) == (10.0, 5, 3)
-        assert (later.at, later.rows, later.floor_rows) == (400.0, 100, 60)
+        soon, later, never = self.dues(crowd)
+        tick = line().predict(5)
+        assert soon.at == pytest.approx(100.0 - 4 * tick)
+        assert (soon.rows, soon.floor_rows) == (5, 3)
+        assert later.at == pytest.approx(4000.0 - 49 * tick)
+        assert (later.rows, later.floor_rows) == (100, 60)
         assert (never.at, never.rows) == (inf, 100)
 
+    def test_a_step_is_due_as_much_sooner_than_the_last_as_those_after_it_take(self) -> None:
+        tick = line().predict(1)
+        dues = self.dues([sample(deadline=60 * tick, allow_degraded=False)])
+        assert sum(due.rows for due in dues) == 50
+        for due in dues:
+            by_then = sum(other.rows for other in dues if other.at < due.at)
+            assert due.at == pytest.approx((11 + by_then) * tick)
+        assert len(dues) == 6  # from 11 to 60: two in an octave
+
     def test_larger_rows_count_for_more(self) -> None:
-        (due,) = Planner(LADDER).dues([sample(row_cost=2.5)], 0.0)
-        assert due.rows == 125
+        dues = self.dues([sample(row_cost=2.5)])
+        assert sum(due.rows for due in dues) == pytest.approx(125, abs=len(dues))
 
     @quick
     @given(crowds())
     def test_nothing_is_left_out_and_little_is_said(self, crowd: list[PlannedSample]) -> None:
-        dues = Planner(LADDER).dues(crowd, 0.0)
+        dues = self.dues(crowd)
         rows = sum(LADDER.rows_left(s.rung, s.remaining_steps, s.timestep, s.guided) for s in crowd)
-        assert sum(due.rows for due in dues) == rows
-        assert all(due.floor_rows <= due.rows for due in dues)
+        assert rows <= sum(due.rows for due in dues) <= rows + len(dues)
+        assert sum(due.floor_rows for due in dues) <= sum(due.rows for due in dues) + len(dues)
         assert [due.at for due in dues] == sorted(due.at for due in dues)
         assert len(dues) <= 30
 
