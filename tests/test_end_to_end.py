@@ -23,14 +23,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from tests.service.queue.servers import free_port
+
 ROOT = Path(__file__).parent.parent
 APPLE = {"condition": {"label": "red-apple", "style": "noto"}, "seed": 7, "steps": 10}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], Any], what: str, *, timeout_s: float = 30.0) -> Any:

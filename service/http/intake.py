@@ -117,9 +117,9 @@ class Intake:
         )
         if fingerprint:
             job.trace[_BODY] = fingerprint
+        self.load.count(job)  # with no wait since it was weighed: who is weighed next is to see it
         if not await self._submit(job, caller):
             return self._again(await self._known(job), fingerprint)
-        self.load.count(job)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
         return Ticket(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))

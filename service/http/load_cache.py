@@ -27,16 +27,18 @@ class LoadCache:
         if self._asking is None:
             self._asking = asyncio.create_task(self._queue.load())
             self._asking.add_done_callback(self._answered)
-        return await asyncio.shield(self._asking)
+        load = await asyncio.shield(self._asking)
+        return self._load or load  # with what others who waited for it have had counted by now
 
     def count(self, job: Job) -> None:
-        """A job that was queued this moment: those who come before the next snapshot are to see it too, as work of the worker
-        that has the least to do."""
+        """A job that is being queued: those who come before the next snapshot are to see it too, as work of the worker that has
+        the least to do."""
         if self._load is None or not self._load.workers:
             return
         least, *others = sorted(self._load.workers, key=lambda worker: worker.backlog_rows)
         backlog, dues = least.backlog_rows + job.cost_rows, (*dues_of(least), job.due)
-        least = replace(least, backlog_rows=backlog, dues=dues)
+        running = least.running_samples + len(job.seeds)
+        least = replace(least, backlog_rows=backlog, dues=dues, running_samples=running)
         self._load = replace(self._load, workers=(least, *others))
 
     def _answered(self, asked: asyncio.Task[LoadSnapshot]) -> None:

@@ -48,6 +48,17 @@ async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_loo
     assert (await cache()).workers == queue.workers
 
 
+async def test_of_a_crowd_that_waits_for_one_look_everyone_sees_those_before(make_job: Make) -> None:
+    cache = LoadCache(Queue(worker("idle", 5)))  # type: ignore[arg-type]
+
+    async def come() -> tuple[int, int]:
+        (only,) = (await cache()).workers
+        cache.count(make_job(cost_rows=40))
+        return only.backlog_rows, only.running_samples
+
+    assert await asyncio.gather(*(come() for _ in range(3))) == [(5, 0), (45, 1), (85, 2)]
+
+
 async def test_without_workers_nothing_is_counted(make_job: Make) -> None:
     cache = LoadCache(Queue())  # type: ignore[arg-type]
     cache.count(make_job())
