@@ -36,6 +36,7 @@ def listening(*command: str, terminal: int | None) -> Iterator[subprocess.Popen[
     """A process that says on its stderr what SIGHUP meant; `terminal` is the one it controls."""
 
     def control() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
         os.setsid()
         if terminal is not None:
             os.open(
