@@ -47,6 +47,8 @@ CHECKS = [
 # What must never be read in an answer: how the program is built and where it lies.
 LEAKS = re.compile(rb"Traceback|site-packages|\.py\b|/home/|/root/|/usr/|0x[0-9a-f]{8}|redis://")
 MAY_FAIL = {503, 504}
+# What uvicorn says before the API is asked, of an empty Content-Length for one; the document is about requests.
+NOT_HTTP = (400, "Invalid HTTP request received.")
 
 
 @pytest.fixture(scope="module", params=["open", "keyed"])
@@ -123,6 +125,8 @@ def test_answers_only_what_the_document_says(api: tuple[str, dict[str, str]], fu
             @given(case=operation.as_strategy(generation_mode=mode))
             def probe(case: Any) -> None:
                 response = case.call(headers=headers, timeout=30)
+                if (response.status_code, response.text) == NOT_HTTP:
+                    return
                 answered[response.status_code] += 1
                 assert response.status_code < 500 or response.status_code in MAY_FAIL, response.text
                 assert not LEAKS.search(response.content), response.text
