@@ -51,6 +51,7 @@ class Arm:
     cap: int | None = None  # rows of a batch; None: the cost model's knee
     admission: bool = True
     degrade: bool = True  # admission may take a request at a lower rung
+    laxity: bool = True  # who has no time to lose goes first
     plan: bool = True  # what is claimed is planned anew at every step
     holds: int = 64  # samples a worker claims, running or not
     claims: Order = "deadline"  # the order of the queue
@@ -199,7 +200,8 @@ class Worker:
         )
 
     def _tick(self) -> float:
-        return self.costs.predict(min(self.knee, len(self.samples)))
+        """Of steps as long as the scheduler reckons with them: none where samples go by their deadlines alone."""
+        return self.costs.predict(min(self.knee, len(self.samples))) if self.arm.laxity else 0.0
 
     def _planned(self) -> list[PlannedSample]:
         last = self.site.ladder.timesteps - 1

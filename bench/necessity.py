@@ -16,7 +16,7 @@ import numpy as np
 from bench.arrivals import Traffic
 from bench.fleet import Arm, Fleet, Sample, Site
 
-UNCUT = Arm("uncut", admission=False, degrade=False, plan=False, expire=False, holds=10**9)
+UNCUT = Arm("uncut", admission=False, degrade=False, laxity=False, plan=False, expire=False, holds=10**9)
 PLANNED = Arm("planned every step")
 
 
