@@ -157,7 +157,8 @@ class Worker:
         if not self.samples:
             self.batch = ()
             return None
-        self.batch = self.scheduler.next_batch(self.samples, self.knee, now=now, tick=self._tick()).samples
+        seconds = self.costs.predict if self.arm.laxity else lambda rows: 0.0
+        self.batch = self.scheduler.next_batch(self.samples, self.knee, now=now, seconds=seconds).samples
         seconds = self.site.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
         self.costs.observe(len(self.batch), seconds)
         return now + seconds
@@ -198,10 +199,6 @@ class Worker:
             updated_at=now,
             dues=self.planner.dues(self._planned(), now, self.costs, max_rows=self.site.curve.max_rows),
         )
-
-    def _tick(self) -> float:
-        """Of steps as long as the scheduler reckons with them: none where samples go by their deadlines alone."""
-        return self.costs.predict(min(self.knee, len(self.samples))) if self.arm.laxity else 0.0
 
     def _planned(self) -> list[PlannedSample]:
         last = self.site.ladder.timesteps - 1

@@ -75,12 +75,13 @@ class Engine:
                 it was before the step.
         """
         began = self.clock()
-        if expired := self._expire(began):
+        decoded = began + self.costs.decode_s  # when the image of a sample that is done now would be there
+        if expired := self._expire(decoded):
             return StepReport(failed=expired)  # told at once: what follows may raise
         changes = self._plan(began, queued_rows)
         if not self._samples:
             return StepReport(changes=changes)
-        group, batch = self._groups.next_batch(began)
+        group, batch = self._groups.next_batch(decoded)
         try:
             predictions, rows = self._forward.run(group, batch.samples)
         except MemoryError:

@@ -97,5 +97,6 @@ class Groups:
 
     def _batch(self, group: Group, now: float) -> Batch[Sample]:
         knee = group.costs.knee(self._scheduler.cap(group.row_cost))
-        tick = group.costs.predict(min(knee, group.rows))
-        return self._scheduler.next_batch(group.samples.values(), knee, group.row_cost, now=now, tick=tick)
+        return self._scheduler.next_batch(
+            group.samples.values(), knee, group.row_cost, now=now, seconds=group.costs.predict
+        )

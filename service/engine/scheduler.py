@@ -1,16 +1,18 @@
 """Which samples take their next step together, and in how many rows.
 
 Earliest deadline first until zero laxity (EDZL, Cho et al. 2002) among the samples at hand: a sample takes its steps one after
-the other, so one that must be in every batch from now on to be done in time goes before those that can wait. As many rows as
-the cost model finds worthwhile and the budget of tokens holds; padded to a bucket where the backend runs fixed sizes. Pure: no
-clock, no network, no arrays; what it orders comes in as arguments. Never done here: choosing who is claimed (the broker), at
-what quality (the planner), or which image size has its turn (`turns`).
+the other, so one that must be in every batch from now on to be done in time goes before those that can wait, and nobody joins who
+would make the passes too long for it. As many rows as the cost model finds worthwhile and the budget of tokens holds; padded to a
+bucket where the backend runs fixed sizes. Pure: no clock, no network, no arrays; what it orders comes in as arguments. Never done
+here: choosing who is claimed (the broker), at what quality (the planner), or which image size has its turn (`turns`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from math import inf
 from typing import Generic, Literal, Protocol, TypeVar
 
 
@@ -72,21 +74,36 @@ class Scheduler:
         self._patience_s = patience_s
 
     def next_batch(
-        self, samples: Collection[S], knee: int, row_cost: float = 1.0, *, now: float, tick: float
+        self,
+        samples: Collection[S],
+        knee: int,
+        row_cost: float = 1.0,
+        *,
+        now: float,
+        seconds: Callable[[int], float],
     ) -> Batch[S]:
         """The samples to step now, most urgent first, up to the worthwhile `knee` or the size that is run for it.
 
-        All samples are of one size, at which a row has `row_cost` times the tokens of the bundle's own and a step takes `tick`
-        seconds. At least one is chosen, even if its rows exceed the cap: rows need not share a forward pass.
+        All samples are of one size, at which a row has `row_cost` times the tokens of the bundle's own and a pass of so many rows
+        takes `seconds`. At least one is chosen, even if its rows exceed the cap: rows need not share a forward pass.
         """
         room = self.size(min(knee, self.cap(row_cost)), row_cost)
+
+        def pass_s(rows: int) -> float:
+            return seconds(self.size(rows, row_cost))
+
+        tick = pass_s(min(room, sum(sample.rows for sample in samples)))
         chosen: list[S] = []
+        taken = 0
         for sample in sorted(samples, key=lambda sample: self._urgency(sample, now, tick)):
-            rows = sample.rows
-            if rows > room and chosen:
+            if taken + sample.rows > room and chosen:
                 continue  # a later sample of fewer rows may still fit
             chosen.append(sample)
-            room -= rows
+            taken += sample.rows
+            step_s = _step_s(sample, now)
+            if step_s < tick:
+                afforded = bisect_right(range(1, room + 1), step_s, key=pass_s)
+                room = max(taken, afforded) if afforded >= sample.rows else room  # else it is lost
         return Batch(tuple(chosen), "cap" if len(chosen) < len(samples) else "idle")
 
     def cap(self, row_cost: float = 1.0) -> int:
@@ -115,5 +132,10 @@ class Scheduler:
         deadline = sample.deadline_at
         if deadline is None:
             return 1, sample.added_at + self._patience_s
-        laxity = deadline - now - CARE * sample.least_steps * tick
-        return int(laxity > tick), deadline
+        return int(deadline - now > (CARE * sample.least_steps + 1) * tick), deadline
+
+
+def _step_s(sample: Waiting, now: float) -> float:
+    """The seconds that each of a sample's steps may take if it is in every batch from now on."""
+    deadline = sample.deadline_at
+    return inf if deadline is None else (deadline - now) / (CARE * sample.least_steps)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.scheduler import Scheduler
+from service.engine.scheduler import CARE, Scheduler
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,10 @@ class Waiter:
 def names(
     scheduler: Scheduler, samples: list[Waiter], knee: int = 99, now: float = 0.0, tick: float = 0.0
 ) -> list[str]:
-    return [sample.name for sample in scheduler.next_batch(samples, knee, now=now, tick=tick).samples]
+    return [
+        sample.name
+        for sample in scheduler.next_batch(samples, knee, now=now, seconds=lambda rows: tick).samples
+    ]
 
 
 def test_the_earliest_deadline_goes_first_whatever_the_order_of_arrival() -> None:
@@ -51,16 +54,38 @@ def test_who_must_be_in_every_batch_from_now_on_goes_before_who_can_wait() -> No
     assert names(scheduler, [free, short], now=0.0, tick=1.0) == ["short"]
 
 
+def test_nobody_joins_who_would_make_the_passes_too_long_for_one_that_cannot_wait() -> None:
+    scheduler = Scheduler(max_rows=8)
+    others = [Waiter(str(k), deadline_at=1000.0) for k in range(8)]
+
+    def with_a_tight_one(seconds: float) -> list[str]:
+        tight = Waiter("tight", deadline_at=seconds, least_steps=10)
+        batch = scheduler.next_batch([*others, tight], 8, now=0.0, seconds=float)
+        return [sample.name for sample in batch.samples]
+
+    assert with_a_tight_one(35.0) == ["tight", "0", "1"]  # ten passes of three rows, and a tenth more
+    assert with_a_tight_one(11.0) == ["tight"]
+    assert len(with_a_tight_one(89.0)) == 8, "there is time enough for full passes"
+    assert len(with_a_tight_one(10.0)) == 8, "for one that is lost anyway nobody waits"
+
+
+def test_a_pass_is_as_long_as_the_size_it_is_padded_to() -> None:
+    tight = Waiter("tight", deadline_at=35.0, least_steps=10)
+    others = [Waiter(str(k), deadline_at=1000.0) for k in range(8)]
+    batch = Scheduler(max_rows=8, buckets=(2, 8)).next_batch([tight, *others], 8, now=0.0, seconds=float)
+    assert [sample.name for sample in batch.samples] == ["tight", "0"]
+
+
 def test_all_that_there_is_room_for_step_together() -> None:
     samples = [Waiter("a"), Waiter("b", rows=2), Waiter("c", rows=3), Waiter("d", rows=2)]
-    batch = Scheduler(max_rows=8).next_batch(samples, 8, now=0.0, tick=0.0)
+    batch = Scheduler(max_rows=8).next_batch(samples, 8, now=0.0, seconds=lambda rows: 0.0)
     assert batch.samples == tuple(samples)
     assert batch.stop_reason == "idle"
 
 
 def test_a_row_left_over_goes_to_the_next_sample_it_fits() -> None:
     samples = [Waiter("a", rows=2), Waiter("b", rows=2), Waiter("c", rows=1)]
-    batch = Scheduler(max_rows=3).next_batch(samples, 3, now=0.0, tick=0.0)
+    batch = Scheduler(max_rows=3).next_batch(samples, 3, now=0.0, seconds=lambda rows: 0.0)
     assert [sample.name for sample in batch.samples] == ["a", "c"]
     assert batch.stop_reason == "cap"
 
@@ -148,7 +173,7 @@ def test_a_batch_fits_wastes_no_row_and_passes_nobody_over_without_need(
     samples: list[Waiter], max_rows: int, knee: int, strict: bool, tick: float
 ) -> None:
     scheduler = Scheduler(max_rows=max_rows, strict=strict)
-    batch = scheduler.next_batch(samples, knee, now=50.0, tick=tick)
+    batch = scheduler.next_batch(samples, knee, now=50.0, seconds=lambda rows: tick)
     cap = max_rows if strict else min(knee, max_rows)
     left_out = [sample for sample in samples if sample not in batch.samples]
     rows = sum(sample.rows for sample in batch.samples)
@@ -156,3 +181,18 @@ def test_a_batch_fits_wastes_no_row_and_passes_nobody_over_without_need(
     assert bool(batch.samples) == bool(samples)
     assert (batch.stop_reason == "cap") == bool(left_out)
     assert all(sample.rows > cap - rows for sample in left_out)
+
+
+@given(samples=_waiters, knee=st.integers(1, 16), fixed_s=st.floats(0, 1), per_row_s=st.floats(0.01, 1))
+def test_who_joins_spoils_it_for_nobody_who_joined_before(
+    samples: list[Waiter], knee: int, fixed_s: float, per_row_s: float
+) -> None:
+    def pass_s(rows: int) -> float:
+        return fixed_s + per_row_s * rows
+
+    batch = Scheduler(max_rows=16).next_batch(samples, knee, now=50.0, seconds=pass_s)
+    rows = [sample.rows for sample in batch.samples]
+    for place, sample in enumerate(batch.samples, start=1):
+        if sample.deadline_at is not None:
+            afforded = (sample.deadline_at - 50.0) / (CARE * sample.least_steps)
+            assert pass_s(sum(rows[:place])) > afforded or pass_s(sum(rows)) <= afforded * (1 + 1e-9)
