@@ -157,8 +157,8 @@ class Worker:
         if not self.samples:
             self.batch = ()
             return None
-        seconds = self.costs.predict if self.arm.laxity else lambda rows: 0.0
-        self.batch = self.scheduler.next_batch(self.samples, self.knee, now=now, seconds=seconds).samples
+        pass_s = self.costs.predict if self.arm.laxity else _instant
+        self.batch = self.scheduler.next_batch(self.samples, self.knee, now=now, seconds=pass_s).samples
         seconds = self.site.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
         self.costs.observe(len(self.batch), seconds)
         return now + seconds
@@ -203,6 +203,11 @@ class Worker:
     def _planned(self) -> list[PlannedSample]:
         last = self.site.ladder.timesteps - 1
         return [sample.planned(last) for sample in self.samples]
+
+
+def _instant(rows: int) -> float:
+    """Of passes that take no time: samples then go by their deadlines alone."""
+    return 0.0
 
 
 class Fleet:

@@ -234,6 +234,7 @@ class WorkerState:
     network: Network = Network()
     dues: tuple[Due, ...] = ()  # the backlog by deadline; empty where there is none or it is not told
     bundle: str = ""  # digest of the manifest it serves
+    given_rows: int = 0  # by the queue, ever: what it was given later is not in the backlog
 
     def to_bytes(self) -> bytes:
         return pack(_fields(self))

@@ -70,6 +70,7 @@ class Broker:
         self._scripts = Scripts(self._client, self.keys.permanent, timeout_s=timeout_s)
         self._records = Records(self._client, self.keys, timeout_s=timeout_s)
         self._claims: dict[str, str] = {}
+        self._given: dict[str, int] = {}
         self._bell = Bell(self._readers, self.keys)
 
     @classmethod
@@ -170,9 +171,11 @@ class Broker:
 
     async def load(self) -> LoadSnapshot:
         jobs, rows, oldest, now, dead, *reports = await self._run("load")
-        found = [read_report(report) for report in reports]
-        workers = tuple(each for each in found if isinstance(each, WorkerState))
-        starting = tuple(each for each in found if isinstance(each, Starting))
+        found = [(read_report(report), given) for report, given in reports]
+        workers = tuple(each for each, _ in found if isinstance(each, WorkerState))
+        starting = tuple(each for each, _ in found if isinstance(each, Starting))
+        # What a worker was given since it reported is seen by nobody else.
+        rows += sum(max(0, given - each.given_rows) for each, given in found if isinstance(each, WorkerState))
         age = (now - oldest) / 1000 if oldest else 0.0
         return LoadSnapshot(jobs, rows, age, workers, now / 1000, dead, starting)
 
@@ -198,7 +201,7 @@ class Broker:
             return []
         nonce = self._claims.setdefault(owner, uuid.uuid4().hex)  # kept until a claim is answered
         lease = self._ms(self.limits.lease_s)
-        reply = await self._run(
+        given, *entries = await self._run(
             "claim",
             owner,
             nonce,
@@ -211,7 +214,9 @@ class Broker:
             *models,
         )
         del self._claims[owner]
-        return [claim for entry in reply if (claim := await self._read_claim(owner, *entry)) is not None]
+        read = [await self._read_claim(owner, *entry) for entry in entries]
+        self._given[owner] = given
+        return [claim for claim in read if claim is not None]
 
     async def _read_claim(
         self, owner: str, job_id: bytes, wire: bytes, attempt: int, suspect: int, checkpoint: bytes
@@ -222,6 +227,10 @@ class Broker:
         except WireError as error:
             await self.fail(lease, to_wire(InternalError(f"The worker cannot read this job: {error}.")))
             return None
+
+    def given_rows(self, owner: str) -> int:
+        """The rows that `owner` was ever given, as its last claim told: for the state it publishes."""
+        return self._given.get(owner, 0)
 
     async def renew(self, leases: Sequence[Lease]) -> Renewal:
         args = [field for lease in leases for field in (lease.job_id, lease.owner, lease.attempt)]

@@ -119,6 +119,10 @@ class Keys:
         """Hash: what the owner's last claim gave it, should the answer have been lost. TTL of one lease."""
         return f"{self.prefix}claim:{owner}"
 
+    def given(self, worker: str) -> str:
+        """String: rows the worker was ever given. TTL of a lease, or of its last report."""
+        return f"{self.prefix}given:{worker}"
+
     @property
     def work_channel(self) -> str:
         """A job became available."""

@@ -331,6 +331,7 @@ class Worker:
             dues=self._beat.dues + fresh,
             network=self._network,
             bundle=self._bundle,
+            given_rows=self._broker.given_rows(self.name),
             last_step_age_s=self._age(),
             updated_at=now,
         )

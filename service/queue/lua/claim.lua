@@ -2,12 +2,13 @@
 -- A job larger than the room stops the claim, so that small ones cannot starve it; an idle caller takes it all the same.
 -- A suspect (its worker crashed) goes to an idle caller, alone; one that has waited too long holds back the others.
 -- A job past its deadline fails here. Repeating a claim with the same nonce gives the same jobs, as far as they are still held.
--- Returns {id, wire, attempt, suspect, checkpoint} per job; the checkpoint is empty unless a worker left one.
+-- Returns the rows the owner was ever given, which its reports repeat, and {id, wire, attempt, suspect, checkpoint} per job; the
+-- checkpoint is empty unless a worker left one.
 local owner, nonce, started, expired = unpack(ARGS, 1, 4)
 local room, idle, lease, patience = tonumber(ARGS[5]), ARGS[6] == '1', tonumber(ARGS[7]), tonumber(ARGS[8])
 local models = {}
 for i = 9, #ARGS do models[ARGS[i]] = true end
-local memory = PREFIX .. 'claim:' .. owner
+local memory, given = PREFIX .. 'claim:' .. owner, PREFIX .. 'given:' .. owner
 
 local function handed(id, attempt)
   local job = redis.call('HMGET', job_key(id), 'wire', 'suspect')
@@ -15,7 +16,7 @@ local function handed(id, attempt)
 end
 
 local function repeated()
-  local taken = {}
+  local taken = { tonumber(redis.call('GET', given) or 0) }
   for _, id in ipairs(redis.call('HKEYS', memory)) do
     local attempt = redis.call('HGET', memory, id)
     if id ~= '' and holds(id, owner, attempt) then taken[#taken + 1] = handed(id, tonumber(attempt)) end
@@ -25,7 +26,7 @@ end
 if redis.call('HGET', memory, '') == nonce then return repeated() end
 redis.call('DEL', memory)
 
-local taken, clock = {}, 0
+local taken, clock, given_rows = {}, 0, 0
 
 local function take(id, score, rows)
   dequeue(id, rows)
@@ -36,7 +37,7 @@ local function take(id, score, rows)
   emit(id, 'started', started)
   redis.call('HSET', memory, id, attempt)
   taken[#taken + 1] = handed(id, attempt)
-  clock = math.max(clock, score)
+  clock, given_rows = math.max(clock, score), given_rows + rows
 end
 
 -- Returns 'gone' (left the queue), 'pass' (stays, look further) or 'stop'.
@@ -80,5 +81,8 @@ if #taken > 0 then
     redis.call('HSET', TOTALS, 'clock', string.format('%.17g', clock))
     redis.call('ZREMRANGEBYSCORE', FLOWS, '-inf', clock)
   end
+  redis.call('INCRBY', given, given_rows)
+  redis.call('PEXPIRE', given, lease)
 end
+table.insert(taken, 1, tonumber(redis.call('GET', given) or 0))
 return taken

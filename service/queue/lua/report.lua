@@ -5,8 +5,10 @@ redis.call('ZREMRANGEBYSCORE', WORKERS, '-inf', NOW)
 if report == '' then
   redis.call('ZREM', WORKERS, worker)
   redis.call('HDEL', REPORTS, worker)
+  redis.call('DEL', PREFIX .. 'given:' .. worker)
 else
   redis.call('ZADD', WORKERS, NOW + ttl, worker)
   redis.call('HSET', REPORTS, worker, report)
+  redis.call('PEXPIRE', PREFIX .. 'given:' .. worker, ttl)
 end
 return 1
