@@ -74,7 +74,8 @@ def measured(arms: Sequence[str], loads: Sequence[float], seeds: Sequence[int]) 
         for load in loads:
             yield from (Cell("offered", name, load, seed) for name in _turned(compared, number))
     yield from (Cell("alike", name, CALM, seeds[0]) for name in compared)
-    yield from (Cell("at once", name, seed=seeds[0]) for name in compared)
+    for number, seed in enumerate(seeds):
+        yield from (Cell("at once", name, seed=seed) for name in _turned(compared, number))
     for number, seed in enumerate(seeds):
         yield from (Cell("own", name, CALM, seed) for name in _turned(compared, number))
 

@@ -14,6 +14,8 @@ from bench.record import machine
 from bench.workload import Kind
 from model.bundle import write_atomic
 
+SAME = ("processor", "vectors", "cores", "packages")  # of machines whose figures may stand side by side
+
 
 class Mismatch(Exception):
     """The file holds figures of other settings; the message is one sentence."""
@@ -31,6 +33,7 @@ class Findings:
         self.cells: dict[str, dict[str, Any]] = {}
         self.tuned: dict[str, tuple[int, float, int]] = {}
         self.pass_s: float | None = None
+        self._machine = machine()
         if fresh or not path.is_file():
             return
         stored = json.loads(path.read_text())
@@ -41,7 +44,17 @@ class Findings:
             )
         self.cells = {key: cell for key, cell in stored["cells"].items() if not cell["void"]}
         self.pass_s = stored["pass_s"]
+        self._machine = stored["machine"]
         self.tuned = {name: (int(b), float(w), int(c)) for name, (b, w, c) in stored["tuned"].items()}
+
+    def require_machine(self) -> None:
+        """Raises `Mismatch` unless this is the kind of machine, with the packages, on which the figures so far were found."""
+        here = machine()
+        other = [name for name in SAME if self._machine.get(name) != here[name]]
+        if other:
+            raise Mismatch(
+                f"{self._path} holds figures of a machine with another {', '.join(other)}: give --fresh or another --name"
+            )
 
     def add(self, cell: Cell, found: dict[str, Any]) -> None:
         self.cells[cell.key] = found
@@ -49,7 +62,12 @@ class Findings:
 
     def write(self) -> None:
         """One line a cell: exchanges by the hundred would be a line each otherwise."""
-        head = {"settings": self.settings, "machine": machine(), "pass_s": self.pass_s, "tuned": self.tuned}
+        head = {
+            "settings": self.settings,
+            "machine": self._machine,
+            "pass_s": self.pass_s,
+            "tuned": self.tuned,
+        }
         lines = [f"  {json.dumps(key)}: {json.dumps(cell)}" for key, cell in self.cells.items()]
         text = json.dumps(head, indent=1)[:-2] + ',\n "cells": {\n' + ",\n".join(lines) + "\n }\n}\n"
         self._path.parent.mkdir(exist_ok=True)

@@ -135,6 +135,7 @@ class Sitting:
             return True
         if time.monotonic() + self._expected(cell) > self._until:
             return False
+        self._findings.require_machine()
         try:
             found = await self._cell(cell)
             if found["void"]:

@@ -135,7 +135,7 @@ def _losing(view: View) -> Table:
     table = _table("where batching by steps has least to offer", COLUMNS)
     for title, situation, load in (("alike", "alike", CALM), ("at once", "at once", 0.0)):
         for arm in view.arms:
-            cells = [Cell(situation, arm, load, view.seeds[0])]  # type: ignore[arg-type]
+            cells = [Cell(situation, arm, load, seed) for seed in view.seeds]  # type: ignore[arg-type]
             if summary := view.summarise(cells):
                 table.add_row(*_row(view, f"{title}: {arm}", cells, summary))
     return table

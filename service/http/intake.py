@@ -117,8 +117,9 @@ class Intake:
         )
         if fingerprint:
             job.trace[_BODY] = fingerprint
-        self.load.count(job)  # with no wait since it was weighed: who is weighed next is to see it
-        if not await self._submit(job, caller):
+        with self.load.counted(job):  # with no wait since it was weighed: who is weighed next is to see it
+            new = await self._submit(job, caller)
+        if not new:
             return self._again(await self._known(job), fingerprint)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()

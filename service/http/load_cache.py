@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from service.jobs import Job, LoadSnapshot
@@ -19,6 +21,7 @@ class LoadCache:
         self._load: LoadSnapshot | None = None
         self._taken = 0.0
         self._asking: asyncio.Task[LoadSnapshot] | None = None
+        self._coming: dict[str, Job] = {}
 
     async def __call__(self) -> LoadSnapshot:
         """Raises `QueueUnavailable`."""
@@ -30,9 +33,18 @@ class LoadCache:
         load = await asyncio.shield(self._asking)
         return self._load or load  # with what others who waited for it have had counted by now
 
-    def count(self, job: Job) -> None:
-        """A job that is being queued: those who come before the next snapshot are to see it too, as work of the worker that has
-        the least to do."""
+    @contextmanager
+    def counted(self, job: Job) -> Iterator[None]:
+        """While a job is being queued: who comes before a snapshot that has it is to see it too."""
+        self._coming[job.id] = job
+        self._count(job)
+        try:
+            yield
+        finally:
+            self._coming.pop(job.id, None)
+
+    def _count(self, job: Job) -> None:
+        """As work of the worker that has the least to do."""
         if self._load is None or not self._load.workers:
             return
         least, *others = sorted(self._load.workers, key=lambda worker: worker.backlog_rows)
@@ -45,3 +57,5 @@ class LoadCache:
         self._asking = None
         if not asked.cancelled() and asked.exception() is None:
             self._load, self._taken = asked.result(), time.monotonic()
+            for job in self._coming.values():
+                self._count(job)

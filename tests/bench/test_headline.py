@@ -68,6 +68,19 @@ def test_findings_are_gone_on_from_but_not_under_other_settings(tmp_path: Path) 
     assert not Findings(path, {**SETTINGS, "slo": 5.0}, fresh=True).cells
 
 
+def test_machines_are_not_mixed_but_their_figures_can_be_read_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    here = Findings(path, SETTINGS)
+    here.add(Cell("saturated", CAPACITY), {"images_per_s": 2.0, "void": False})
+    Findings(path, SETTINGS).require_machine()
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "machine": {**stored["machine"], "vectors": "other"}}))
+    elsewhere = Findings(path, SETTINGS)
+    assert elsewhere.capacity(CAPACITY) == 2.0
+    with pytest.raises(Mismatch, match=r"found\.json holds figures of a machine with another vectors"):
+        elsewhere.require_machine()
+
+
 def offered(latency: float, told: Told) -> dict[str, Any]:
     asked = [Asked(k * 1.0, Kind(*KINDS[k % 4]), 0, k) for k in range(200)]
     lines = [packed(Exchange(each, each.at, each.at + latency, 200, told)) for each in asked]

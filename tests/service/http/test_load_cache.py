@@ -38,8 +38,11 @@ async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_loo
     queue = Queue(worker("busy", 100), worker("idle", 5))
     cache = LoadCache(queue)  # type: ignore[arg-type]
     await asyncio.gather(*(cache() for _ in range(5)))
-    cache.count(make_job(cost_rows=40, floor_rows=10, deadline_at=5.0))
-    cache.count(make_job(cost_rows=80, deadline_at=None))
+    with (
+        cache.counted(make_job(cost_rows=40, floor_rows=10, deadline_at=5.0)),
+        cache.counted(make_job(cost_rows=80, deadline_at=None)),
+    ):
+        pass
     counted = {each.worker: each for each in (await cache()).workers}
     assert counted["idle"].dues == (Due(-inf, 5, 5), Due(5.0, 40, 10), Due(inf, 80, 80))
     assert (counted["idle"].backlog_rows, counted["busy"]) == (125, queue.workers[0])
@@ -53,7 +56,8 @@ async def test_of_a_crowd_that_waits_for_one_look_everyone_sees_those_before(mak
 
     async def come() -> tuple[int, int]:
         (only,) = (await cache()).workers
-        cache.count(make_job(cost_rows=40))
+        with cache.counted(make_job(cost_rows=40)):
+            pass
         return only.backlog_rows, only.running_samples
 
     assert await asyncio.gather(*(come() for _ in range(3))) == [(5, 0), (45, 1), (85, 2)]
@@ -61,5 +65,15 @@ async def test_of_a_crowd_that_waits_for_one_look_everyone_sees_those_before(mak
 
 async def test_without_workers_nothing_is_counted(make_job: Make) -> None:
     cache = LoadCache(Queue())  # type: ignore[arg-type]
-    cache.count(make_job())
-    assert (await cache()).workers == ()
+    with cache.counted(make_job()):
+        assert (await cache()).workers == ()
+
+
+async def test_a_look_meanwhile_does_not_lose_what_is_not_queued_yet(
+    make_job: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.http.load_cache.LOAD_FRESH_S", -1.0)
+    cache = LoadCache(Queue(worker("idle", 5)))  # type: ignore[arg-type]
+    with cache.counted(make_job(cost_rows=40)):
+        assert [each.backlog_rows for each in (await cache()).workers] == [45]
+    assert [each.backlog_rows for each in (await cache()).workers] == [5]
