@@ -38,6 +38,7 @@ Floats = npt.NDArray[np.float32]
 Make = Callable[..., Any]
 
 PACKAGES = {"onnx": "onnxruntime", "torch": "torch"}
+KINDS = [("onnx", 1), ("onnx", 3), ("torch", 1)]  # and compute threads
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +48,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(folder)
 
 
-@pytest.fixture(scope="module", params=list(PACKAGES))
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]} on {kind[1]}")
 def backend(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Backend]:
-    package = PACKAGES[request.param]
+    name, threads = request.param
+    package = PACKAGES[name]
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[dev]'")
-    loaded = load_backend(request.param, bundle, threads=1)
+    loaded = load_backend(name, bundle, threads=threads)
     yield loaded
     loaded.close()
 
@@ -346,6 +348,49 @@ def test_int8_is_chosen_where_it_is_within_budget_and_faster(
     assert told["precision"] == chosen
     assert why in str(told.get("against_int8", told.get("speedup")))
     backend.close()
+
+
+@pytest.mark.parametrize("speedup", [0.5, 2.0])
+def test_threads_share_a_single_row_only_where_that_is_faster(
+    bundle: Bundle, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, speedup: float
+) -> None:
+    module = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
+    monkeypatch.setattr(module, "_speedup", lambda alone, together, manifest: speedup)
+    threads: list[int] = []
+    real = module.run
+
+    def run(session: Any, outputs: Any, inputs: Any) -> Any:
+        threads.append(session.get_session_options().intra_op_num_threads)
+        return real(session, outputs, inputs)
+
+    backend = load_backend("onnx", bundle, threads=2)
+    inputs = {count: rows(backend, rng, count) for count in (1, 5)}
+    monkeypatch.setattr(module, "run", run)
+    backend.denoise(*inputs[1])
+    backend.denoise(*inputs[5])
+    assert threads == [1 if speedup < 1 else 2, 1, 1]
+    backend.close()
+
+
+def test_when_a_part_fails_nobody_computes_any_more() -> None:
+    module = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
+    ended = threading.Event()
+
+    class Session:
+        def run(self, outputs: list[str], inputs: dict[str, Floats]) -> list[Floats]:
+            if inputs["x"][0] == 0:
+                raise RuntimeError("bad_alloc")
+            time.sleep(0.05)
+            ended.set()
+            return [inputs["x"]]
+
+    shared = module.SharedRows(Session(), None, threads=2)
+    with pytest.raises(MemoryError, match="bad_alloc"):
+        shared.run(["output"], {"x": np.arange(2.0, dtype=np.float32)})
+    assert ended.is_set()
+    (same,) = shared.run(["output"], {"x": np.arange(1.0, 6.0, dtype=np.float32)})
+    np.testing.assert_array_equal(same, [1, 2, 3, 4, 5])
+    shared.close()
 
 
 def test_speed_is_measured_in_pairs_of_steps_of_one_row(

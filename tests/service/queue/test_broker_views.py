@@ -132,3 +132,29 @@ async def test_load_shows_the_queue_and_the_living_workers(
     assert [worker.worker for worker in (await broker.load()).workers] == ["w1"]
     clock.advance(broker.limits.report_ttl_s + 1)
     assert (await broker.load()).workers == ()
+
+
+async def test_what_a_worker_was_given_since_it_reported_still_counts_as_waiting(
+    connect: Connect, clock: Any, make_job: MakeJob
+) -> None:
+    broker = await connect(clock=clock)
+    state = WorkerState("w1", ("emoji",), 16, 0.01, 0.002, 0.001, 0, 0, 0.0, clock.now)
+
+    async def waiting() -> tuple[int, int]:
+        load = await broker.load()
+        return load.queued_jobs, load.queued_rows
+
+    await broker.publish_state(state)
+    for rows in (40, 20, 8):
+        await broker.submit(make_job(cost_rows=rows))
+    await broker.claim("w1", models=["emoji"], max_samples=1)
+    assert await waiting() == (2, 68), "nobody else knows yet who has the first"
+    await broker.publish_state(replace(state, backlog_rows=40, given_rows=broker.given_rows("w1")))
+    assert await waiting() == (2, 28)
+    await broker.claim("w1", models=["emoji"], max_samples=1)
+    assert await waiting() == (1, 28)
+    await broker.publish_state(replace(state, backlog_rows=60, given_rows=broker.given_rows("w1")))
+    assert (broker.given_rows("w1"), await waiting()) == (60, (1, 8))
+    await broker.retire("w1")
+    await broker.publish_state(replace(state, given_rows=60))
+    assert await waiting() == (1, 8), "what one of that name once had is forgotten with it"
