@@ -86,28 +86,23 @@ class SharedRows:
     """A graph on CPU threads that share out the rows of a batch, each computing its part by itself.
 
     Threads that share the work within every operator wait for one another hundreds of times a pass: 8 rows took 1.2 times as long on
-    two cores. A batch of fewer rows than threads runs `together` all the same, where that is given.
+    two cores. A batch of fewer rows than threads runs like that all the same.
 
     Args:
         alone: the session of a thread's part.
-        together: a session whose runs have all the threads.
+        together: the session of fewer rows than threads.
     """
 
-    def __init__(
-        self, alone: ort.InferenceSession, together: ort.InferenceSession | None, *, threads: int
-    ) -> None:
+    def __init__(self, alone: ort.InferenceSession, together: ort.InferenceSession, *, threads: int) -> None:
         self._alone, self._together, self._threads = alone, together, threads
         self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="rows")
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, npt.NDArray[Any]]) -> list[Floats]:
         """As `run`; rows are the first dimension of whatever goes in and comes out."""
         rows = len(next(iter(inputs.values())))
-        if self._together is not None and rows < self._threads:
+        if rows < self._threads or self._threads == 1:
             return run(self._together, outputs, inputs)
-        count = min(rows, self._threads)
-        if count == 1:
-            return run(self._alone, outputs, inputs)
-        ends = [rows * k // count for k in range(count + 1)]
+        ends = [rows * k // self._threads for k in range(self._threads + 1)]
         parts = [
             {name: value[first:last] for name, value in inputs.items()} for first, last in pairwise(ends)
         ]
@@ -288,13 +283,12 @@ def _backbone(
 def _shared(
     bundle: Bundle, precision: str, session: ort.InferenceSession, options: ort.SessionOptions, threads: int
 ) -> SharedRows:
-    """The backbone on so many threads; on several, which share the work on a single row if that is any faster here."""
+    """The backbone on so many threads; on several its weights are in memory twice."""
     if threads == 1:
-        return SharedRows(session, None, threads=1)
+        return SharedRows(session, session, threads=1)
     options.intra_op_num_threads = 1
     alone = open_session(bundle, BACKBONES[precision], options)
-    together = session if _speedup(alone, session, bundle.manifest) >= FASTER else None
-    return SharedRows(alone, together, threads=threads)
+    return SharedRows(alone, session, threads=threads)
 
 
 def _against_int8(bundle: Bundle) -> str | None:

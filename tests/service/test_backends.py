@@ -350,12 +350,10 @@ def test_int8_is_chosen_where_it_is_within_budget_and_faster(
     backend.close()
 
 
-@pytest.mark.parametrize("speedup", [0.5, 2.0])
-def test_threads_share_a_single_row_only_where_that_is_faster(
-    bundle: Bundle, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, speedup: float
+def test_threads_share_rows_and_only_of_fewer_rows_than_threads_the_work_within(
+    bundle: Bundle, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = pytest.importorskip("service.backends.onnx", reason="onnxruntime is not installed")
-    monkeypatch.setattr(module, "_speedup", lambda alone, together, manifest: speedup)
     threads: list[int] = []
     real = module.run
 
@@ -368,7 +366,7 @@ def test_threads_share_a_single_row_only_where_that_is_faster(
     monkeypatch.setattr(module, "run", run)
     backend.denoise(*inputs[1])
     backend.denoise(*inputs[5])
-    assert threads == [1 if speedup < 1 else 2, 1, 1]
+    assert threads == [2, 1, 1]
     backend.close()
 
 
@@ -384,7 +382,7 @@ def test_when_a_part_fails_nobody_computes_any_more() -> None:
             ended.set()
             return [inputs["x"]]
 
-    shared = module.SharedRows(Session(), None, threads=2)
+    shared = module.SharedRows(Session(), Session(), threads=2)
     with pytest.raises(MemoryError, match="bad_alloc"):
         shared.run(["output"], {"x": np.arange(2.0, dtype=np.float32)})
     assert ended.is_set()
