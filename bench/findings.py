@@ -99,4 +99,8 @@ class Findings:
         return sum(values) / len(values) if values else None
 
     def _of(self, situation: str, arm: str) -> list[dict[str, Any]]:
-        return [cell for key, cell in self.cells.items() if key.startswith(f"{situation}, {arm}, ")]
+        return [
+            cell
+            for key, cell in self.cells.items()
+            if key.startswith(f"{situation}, {arm}, ") and not cell["void"]
+        ]

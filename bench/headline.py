@@ -133,6 +133,13 @@ class Sitting:
         """False if there is no time for it."""
         if cell.key in self._findings.cells:
             return True
+        scale = self._scale(cell)
+        if cell.load and not self._findings.capacity(scale):
+            if not await self._measure(Cell("saturated", scale, seed=1)):
+                return False
+            if not self._findings.capacity(scale):
+                self._console.print(f"{cell.key}: left out, for the capacity of {scale} could not be told")
+                return True
         if time.monotonic() + self._expected(cell) > self._until:
             return False
         self._findings.require_machine()
@@ -149,10 +156,13 @@ class Sitting:
     def _expected(self, cell: Cell) -> float:
         return START_S + self._requests(cell) / self._rate(cell)
 
+    def _scale(self, cell: Cell) -> str:
+        """The arm in whose capacity the cell's load is told."""
+        return cell.arm if cell.situation == "own" and cell.arm not in SAME else CAPACITY
+
     def _rate(self, cell: Cell) -> float:
-        """Requests a second to offer."""
-        own = cell.situation == "own" and cell.arm not in SAME
-        return (cell.load or 1.0) * (self._findings.capacity(cell.arm if own else CAPACITY) or 1.0)
+        """Requests a second to offer; a guess for cells without a load."""
+        return (cell.load or 1.0) * (self._findings.capacity(self._scale(cell)) or 1.0)
 
     def _requests(self, cell: Cell) -> int:
         asked: int = self._options.requests

@@ -194,6 +194,31 @@ async def test_a_sitting_ends_in_time_and_the_next_one_goes_on(
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("capacity", [4.0, None])
+async def test_an_own_load_needs_the_arm_s_own_capacity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capacity: float | None
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    write_bundle(tmp_path / "bundle", weights=False)
+    rates: dict[str, float] = {}
+
+    async def cell(self: headline.Sitting, each: Cell) -> dict[str, Any]:
+        rates[each.situation] = self._rate(each)
+        if each.situation == "own":
+            return offered(1.0, Told(20, "dpmpp-2m-20", False))
+        if capacity is None:
+            raise ServerFailed("no such model")
+        return {"images_per_s": capacity, "void": False}
+
+    monkeypatch.setattr(headline.Sitting, "_cell", cell)
+    findings = Findings(tmp_path / "found.json", SETTINGS)
+    findings.add(Cell("alone", REFERENCE), {"alone": [[*kind, 1.0] for kind in KINDS], "void": False})
+    sitting = headline.Sitting(options(tmp_path), findings, Console(quiet=True))
+    assert await sitting._measure(Cell("own", "LitServe", 0.5, 1))
+    assert rates.get("own") == (capacity and 0.5 * capacity)
+
+
+@pytest.mark.anyio
 async def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     arm = Arm("broken", ("-c", "raise SystemExit('no such model')"), "peer")
     with pytest.raises(ServerFailed, match="no such model"):
