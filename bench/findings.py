@@ -22,7 +22,8 @@ class Mismatch(Exception):
 
 
 class Findings:
-    """`settings` must be those of the file; `tuned` maps arms to batch, wait and cap; `pass_s`: seconds of a pass when it began.
+    """`settings` must be those of the file; `tuned` maps arms to batch, wait and cap; `pass_s`: seconds of a pass when it began;
+    `units`: images a second of a load of 1, by the arm in whose capacity it is told.
 
     Raises:
         Mismatch: the file is of other settings.
@@ -33,6 +34,7 @@ class Findings:
         self.cells: dict[str, dict[str, Any]] = {}
         self.tuned: dict[str, tuple[int, float, int]] = {}
         self.pass_s: float | None = None
+        self.units: dict[str, float] = {}
         self._machine = machine()
         if fresh or not path.is_file():
             return
@@ -44,6 +46,7 @@ class Findings:
             )
         self.cells = {key: cell for key, cell in stored["cells"].items() if not cell["void"]}
         self.pass_s = stored["pass_s"]
+        self.units = stored.get("units", {})
         self._machine = stored["machine"]
         self.tuned = {name: (int(b), float(w), int(c)) for name, (b, w, c) in stored["tuned"].items()}
 
@@ -66,6 +69,7 @@ class Findings:
             "settings": self.settings,
             "machine": self._machine,
             "pass_s": self.pass_s,
+            "units": self.units,
             "tuned": self.tuned,
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(cell)}" for key, cell in self.cells.items()]
@@ -93,6 +97,12 @@ class Findings:
     def capacity(self, arm: str) -> float:
         """Images a second when saturated, the mean of all times it was measured; 0 if it was not."""
         return self.mean("saturated", arm, "images_per_s") or 0.0
+
+    def unit(self, arm: str) -> float:
+        """Images a second of a load of 1: the capacity as first asked for. Runs that saturate it later move the capacity, not the traffic."""
+        if arm not in self.units and (capacity := self.capacity(arm)):
+            self.units[arm] = capacity
+        return self.units.get(arm, 0.0)
 
     def mean(self, situation: str, arm: str, figure: str) -> float | None:
         values = [cell[figure] for cell in self._of(situation, arm) if cell.get(figure) is not None]

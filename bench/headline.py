@@ -10,7 +10,7 @@ and promised in seconds of the first pace: where a pass takes 1.2 times as long,
 
 Goes on where it was stopped: every cell is written as it ends to bench/results/<name>.json, and `--minutes` bounds one sitting, which
 ends with the tables, on the terminal and in <name>.md, and <name>.png. Every cell has a fresh server. A load of 1 is the images
-a second that our own service makes undegraded ("step FIFO", saturated). The promise to every client is `--slo` times what `--promise-of` needs for such
+a second that our own service makes undegraded ("step FIFO", saturated), as found before the first of them was offered. The promise to every client is `--slo` times what `--promise-of` needs for such
 a request alone: "diffusers + lock", or "step FIFO" for a promise that is easy to nobody. Peers are tuned first, on traffic of its
 own: batch and wait at load 0.7, then the cap at 1.1. Latencies of the seeds are pooled: three runs of 163, 10 of which warm up,
 are enough to tell a p99.
@@ -134,10 +134,10 @@ class Sitting:
         if cell.key in self._findings.cells:
             return True
         scale = self._scale(cell)
-        if cell.load and not self._findings.capacity(scale):
+        if cell.load and not self._findings.unit(scale):
             if not await self._measure(Cell("saturated", scale, seed=1)):
                 return False
-            if not self._findings.capacity(scale):
+            if not self._findings.unit(scale):
                 self._console.print(f"{cell.key}: left out, for the capacity of {scale} could not be told")
                 return True
         if time.monotonic() + self._expected(cell) > self._until:
@@ -162,7 +162,7 @@ class Sitting:
 
     def _rate(self, cell: Cell) -> float:
         """Requests a second to offer; a guess for cells without a load."""
-        return (cell.load or 1.0) * (self._findings.capacity(self._scale(cell)) or 1.0)
+        return (cell.load or 1.0) * (self._findings.unit(self._scale(cell)) or 1.0)
 
     def _requests(self, cell: Cell) -> int:
         asked: int = self._options.requests

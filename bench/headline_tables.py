@@ -108,7 +108,7 @@ def _row(view: View, arm: str, cells: Sequence[Cell], summary: Summary) -> list[
 def _offered(view: View) -> list[Table]:
     found = []
     for load in sorted(view.loads):
-        rate = load * view.findings.capacity(CAPACITY)
+        rate = load * view.findings.unit(CAPACITY)
         table = _table(f"load {load:g}: {rate:.2f} requests/s offered to everyone", COLUMNS)
         for arm in view.arms:
             cells = [Cell("offered", arm, load, seed) for seed in view.seeds]

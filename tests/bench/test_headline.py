@@ -68,6 +68,16 @@ def test_findings_are_gone_on_from_but_not_under_other_settings(tmp_path: Path) 
     assert not Findings(path, {**SETTINGS, "slo": 5.0}, fresh=True).cells
 
 
+def test_a_load_stays_the_same_traffic_when_capacity_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    findings = Findings(path, SETTINGS)
+    assert findings.unit(CAPACITY) == 0.0  # not known yet, and not kept as such
+    findings.add(Cell("saturated", CAPACITY, seed=0), {"images_per_s": 2.0, "void": False})
+    assert findings.unit(CAPACITY) == 2.0
+    findings.add(Cell("saturated", CAPACITY, seed=1), {"images_per_s": 4.0, "void": False})
+    assert findings.unit(CAPACITY) == Findings(path, SETTINGS).unit(CAPACITY) == 2.0
+
+
 def test_machines_are_not_mixed_but_their_figures_can_be_read_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     here = Findings(path, SETTINGS)
