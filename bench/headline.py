@@ -10,7 +10,7 @@ and promised in seconds of the first pace: where a pass takes 1.2 times as long,
 
 Goes on where it was stopped: every cell is written as it ends to bench/results/<name>.json, and `--minutes` bounds one sitting, which
 ends with the tables, on the terminal and in <name>.md, and <name>.png. Every cell has a fresh server. A load of 1 is the images
-a second that our own service makes undegraded ("step FIFO", saturated), as found before the first of them was offered. The promise to every client is `--slo` times what `--promise-of` needs for such
+a second that our own service makes undegraded ("step FIFO", saturated), as found before any load was offered. The promise to every client is `--slo` times what `--promise-of` needs for such
 a request alone: "diffusers + lock", or "step FIFO" for a promise that is easy to nobody. Peers are tuned first, on traffic of its
 own: batch and wait at load 0.7, then the cap at 1.1. Latencies of the seeds are pooled: three runs of 163, 10 of which warm up,
 are enough to tell a p99.
