@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, numpy_helper
+from onnxscript import opset20 as op
 from torch import Tensor, nn
 
 from export.errors import ExportError
@@ -32,6 +33,7 @@ from model.network_config import size_multiple
 
 OPSET = 20
 TEXT = "text"  # the embedder's input for sentence embeddings
+NARROW = 4  # output channels
 SCOPES = "pkg.torch.onnx.name_scopes"
 NETWORK, INPUT, OUTPUT = "network.", "in.", "out."  # what the exporter's names of values begin with
 
@@ -126,7 +128,8 @@ def conditioner_graph(network: Network) -> onnx.ModelProto:
 def backbone_graph(network: Network) -> onnx.ModelProto:
     """`x` (B, C, H, W) and one input (B, *shape) per tensor of the condition state → `output` (B, C_out, H, W).
 
-    Inputs and output have the dtype of the network's weights. H and W are free where `size_multiple` says.
+    Inputs and output have the dtype of the network's weights: in fp32, which CPUs run, with their kernels in mind. H and W are free
+    where `size_multiple` says.
     """
     config, dtype = network.config, next(network.parameters()).dtype
     inputs = {"x": torch.randn(2, config.in_channels, *config.image_size, dtype=dtype)}
@@ -134,7 +137,10 @@ def backbone_graph(network: Network) -> onnx.ModelProto:
     sides = size_multiple(config) or 0
     dit = isinstance(network, DiT)
     module = _Backbone(_any_size(network) if isinstance(network, DiT) and sides else network)
-    return _export(_Wiring(module, inputs, ("output",), len(inputs) - 1, sides, strict=not dit))
+    proto = _export(_Wiring(module, inputs, ("output",), len(inputs) - 1, sides, strict=not dit))
+    if dtype == torch.float32:
+        _turn_narrow(proto.graph)
+    return proto
 
 
 def decoder_graph(autoencoder: Autoencoder, channels: int) -> onnx.ModelProto:
@@ -166,11 +172,18 @@ def _export(wiring: _Wiring) -> onnx.ModelProto:
             opset_version=OPSET,
             dynamo=True,
             dynamic_shapes=shapes,
+            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
             verbose=False,
         )
     if program is None:
         raise ExportError("torch.onnx.export returned no program: use torch 2.9 or later")
     return _clean(program.model_proto)
+
+
+def _attention(q: Any, k: Any, v: Any) -> Any:
+    """softmax(q·kᵀ/√d)·v of (B, H, T, d). The exporter's own takes ten more nodes to turn the keys, and copies them twice."""
+    scores = op.MatMul(op.Mul(q, op.CastLike(q.shape[3] ** -0.5, q)), op.Transpose(k, perm=[0, 1, 3, 2]))
+    return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 
 def _shapes(wiring: _Wiring) -> tuple[Any, ...]:
@@ -228,6 +241,32 @@ def _narrow(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             if attribute.name in ("to", "dtype") and attribute.i == TensorProto.DOUBLE:
                 attribute.i = TensorProto.FLOAT
+
+
+def _turn_narrow(graph: onnx.GraphProto) -> None:
+    """Convolutions that keep the size and give few channels become transposed ones, their kernels turned round: the same sums.
+
+    A CPU's kernels fill whole vectors with output channels; of three, most of that is waste (4 times as long).
+    """
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        weight = weights.get(node.input[1]) if node.op_type == "Conv" else None
+        if weight is None or weight.dims[0] > NARROW or not _keeps_size(node, weight.dims[2:]):
+            continue
+        turned = numpy_helper.to_array(weight)[:, :, ::-1, ::-1].swapaxes(0, 1)
+        weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), weight.name))
+        node.op_type = "ConvTranspose"
+
+
+def _keeps_size(node: onnx.NodeProto, kernel: Sequence[int]) -> bool:
+    """Whether a convolution has an odd kernel, half of it as padding, and neither stride, dilation nor groups."""
+    told = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    plain = {"group": 1, "strides": [1, 1], "dilations": [1, 1]}
+    return (
+        all(side % 2 for side in kernel)
+        and told.get("pads") == [side // 2 for side in kernel] * 2
+        and all(told.get(name, value) == value for name, value in plain.items())
+    )
 
 
 def _scope(node: onnx.NodeProto) -> str:

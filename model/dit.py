@@ -75,12 +75,15 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm, modulation where the blocks have it, linear map to the patch: (N, T, D) → (N, T, P·P·C)."""
+    """LayerNorm, modulation where the blocks have it, linear map to the patch: (N, T, D) → (N, T, C·P·P).
+
+    The published weights lay a patch out as (P, P, C). They are turned here, so that the much larger pixels need not be.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        channels = config.head_channels or config.out_channels
-        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * channels)
+        self.channels = config.head_channels or config.out_channels
+        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * self.channels)
         if config.adaptive_final:
             d = config.hidden_size
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
@@ -90,7 +93,11 @@ class FinalLayer(nn.Module):
         if state is not None:
             shift, scale = torch.split(state, 1, dim=1)  # 2 × (N, 1, D)
             h = modulate(h, shift, scale)
-        return cast(Tensor, self.linear(h))
+        return F.linear(h, self._channels_first(self.linear.weight), self._channels_first(self.linear.bias))
+
+    def _channels_first(self, parameter: Tensor) -> Tensor:
+        """Rows laid out (P·P, C) → (C, P·P)."""
+        return parameter.unflatten(0, (-1, self.channels)).transpose(0, 1).flatten(0, 1)
 
 
 class ConvHead(nn.Module):

@@ -207,8 +207,8 @@ class SwiGlu(nn.Module):
 
 
 def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """(N, T, P·P·C) → (N, C, rows·P, columns·P); a token is laid out (P, P, C), as in the published DiT."""
+    """(N, T, C·P·P) → (N, C, rows·P, columns·P); a token is laid out (C, P, P)."""
     n, _, width = tokens.shape
     channels = width // (patch * patch)
-    grid = tokens.reshape(n, rows, columns, patch, patch, channels)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, rows * patch, columns * patch)
+    grid = tokens.reshape(n, rows, columns, channels, patch, patch)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(n, channels, rows * patch, columns * patch)

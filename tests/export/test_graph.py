@@ -6,13 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from onnx import TensorProto, helper, numpy_helper
 
 from export.calibrate import Walk, trajectories
 from export.errors import ExportError
+from export.graph import _turn_narrow, backbone_graph
+from export.half import halved
 from export.onnx import DECODER, Options, write_decoder, write_graphs
 from export.parity import verify_graphs
 from export.source import parameters
@@ -69,6 +74,40 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
     assert [dim.dim_param or dim.dim_value for dim in shape] == ["batch", 3, *sides]
     doubles = [tensor.name for tensor in backbone.initializer if tensor.data_type == onnx.TensorProto.DOUBLE]
     assert not doubles  # TensorRT has no float64
+
+
+def test_a_cpu_gets_few_channels_by_a_transposed_convolution(tmp_path: Path) -> None:
+    """Beside patches and a wide convolution, which are none of its business."""
+    source = tiny_source(replace(PLAIN, head_channels=6))
+    for name, expected in (("fp32", ["Conv", "Conv", "ConvTranspose"]), ("fp16", ["Conv"] * 3)):
+        network = source.network if name == "fp32" else halved(source.network, name)
+        found = [node.op_type for node in backbone_graph(network).graph.node if "Conv" in node.op_type]
+        assert sorted(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("attributes", "turned"),
+    [
+        ({"pads": [1, 1, 1, 1]}, True),
+        ({"pads": [1, 1, 1, 1], "strides": [2, 2]}, False),
+        ({}, False),
+        ({"pads": [1, 1, 1, 1], "dilations": [2, 2]}, False),
+        ({"pads": [1, 1, 1, 1], "group": 2}, False),
+    ],
+)
+def test_only_convolutions_that_keep_the_size_are_turned(attributes: dict[str, Any], turned: bool) -> None:
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((4, 8 // attributes.get("group", 1), 3, 3)).astype(np.float32)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], **attributes)
+    shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
+    made = helper.make_graph([node], "g", shapes[:1], shapes[1:], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    x = random.standard_normal((2, 8, 9, 7)).astype(np.float32)
+    (before,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    _turn_narrow(model.graph)
+    assert (model.graph.node[0].op_type == "ConvTranspose") is turned
+    (after,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

@@ -169,5 +169,5 @@ def test_swiglu_has_as_many_parameters_as_the_plain_mlp() -> None:
 
 def test_unpatchify_inverts_patches() -> None:
     x = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
-    tokens = x.reshape(2, 3, 2, 2, 3, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 6, 12)  # (N, T, P·P·C)
+    tokens = x.reshape(2, 3, 2, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 6, 12)  # (N, T, C·P·P)
     assert torch.equal(unpatchify(tokens, 2, 3, 2), x)
