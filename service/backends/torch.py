@@ -42,6 +42,7 @@ class TorchBackend:
             raise BackendUnavailable(f"device {device!r} is not there: torch sees no CUDA device")
         if threads:
             torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: torch allows less in convolutions
         self.manifest = bundle.manifest
         config = bundle.manifest.config
         self.size_multiple = size_multiple(config)

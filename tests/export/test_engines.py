@@ -24,6 +24,7 @@ from export.trt import Job, main, precisions
 from export.trt_build import BuildOptions, profiles_for
 from model.bundle import Bundle, write_manifest
 from model.engine_keys import GRAPHS, Device, NoGpu, Origin, Slot, origin_of
+from service.backends import load_backend
 from tests.export.fake_trt import Behaviour, fake_trt
 from tests.export.tiny import tiny_source
 
@@ -309,3 +310,27 @@ def test_fusion_counts_kernels_by_name() -> None:
     )
     fusion = fusion_of(plan + b"__mye12_folded_matmul __mye13_folded_matmul __mye12_folded_matmul")
     assert fusion.as_dict() == {"kernels": 3, "attention": 1, "quantising": 1, "int8_matmuls": 2}
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("fp16", 1e-2), ("int8", 1e-1)])
+def test_an_engine_built_here_answers_as_the_cpu_does(
+    full_bundle: Path, tmp_path: Path, precision: str, error: float
+) -> None:
+    """TensorRT itself, from the graph to the rows that the service gets."""
+    pytest.importorskip("tensorrt", reason="tensorrt is not installed: pip install -e '.[gpu]'")
+    assert main([str(full_bundle), f"--precision={precision}", f"--engines={tmp_path}"]) == 0
+    bundle = Bundle.open(full_bundle)
+    engine = load_backend("tensorrt", bundle, precision=precision, engines=tmp_path)
+    graph = load_backend("onnx", bundle, threads=1, precision="fp32")
+    random = np.random.default_rng(0)
+    for rows in (1, 3, 8):
+        x = random.standard_normal((rows, 3, 16, 16), np.float32)
+        state = graph.modulate(
+            random.integers(0, 1000, rows).astype(np.float32),
+            graph.embed(random.integers(0, [5, 3], (rows, 2))),
+        )
+        expected, found = graph.denoise(x, state), engine.denoise(x, state)
+        assert np.linalg.norm(found - expected) < error * np.linalg.norm(expected)
+    engine.close()

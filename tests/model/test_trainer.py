@@ -99,6 +99,18 @@ def test_half_precision_follows_the_full(tmp_path: Path, precision: str) -> None
     assert half.state.scaler.get_scale() == (65536.0 if precision == "fp16" else 1.0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gpu_learns_what_a_cpu_learns(tmp_path: Path, precision: str) -> None:
+    here, there = (
+        Trainer(tiny_config(tmp_path)),
+        Trainer(tiny_config(tmp_path, device="cuda", precision=precision)),
+    )
+    losses = [(here.step()["loss"], there.step()["loss"]) for _ in range(8)]
+    for cpu, gpu in losses:
+        assert gpu == pytest.approx(cpu, rel=1e-3 if precision == "fp32" else 0.05)
+
+
 def test_an_overflow_that_a_smaller_scale_cures_is_skipped_and_no_failure(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path, precision="fp16"))
     trainer.step()

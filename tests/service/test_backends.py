@@ -38,7 +38,14 @@ Floats = npt.NDArray[np.float32]
 Make = Callable[..., Any]
 
 PACKAGES = {"onnx": "onnxruntime", "torch": "torch"}
-KINDS = [("onnx", 1), ("onnx", 3), ("torch", 1)]  # and compute threads
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "onnx on 1": ("onnx", {"threads": 1}),
+    "onnx on 3": ("onnx", {"threads": 3}),
+    "torch on 1": ("torch", {"threads": 1}),
+    "onnx on a GPU": ("onnx", {"threads": 1, "providers": PROVIDERS}),
+    "torch on a GPU": ("torch", {"threads": 1, "device": "cuda"}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +55,17 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(folder)
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]} on {kind[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=[pytest.mark.gpu] if "GPU" in kind else []) for kind in KINDS],
+)
 def backend(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Backend]:
-    name, threads = request.param
+    name, options = KINDS[request.param]
     package = PACKAGES[name]
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[dev]'")
-    loaded = load_backend(name, bundle, threads=threads)
+    runtime = pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[dev]'")
+    if "providers" in options and PROVIDERS[0] not in runtime.get_available_providers():
+        pytest.skip("this ONNX Runtime cannot use a GPU: install onnxruntime-gpu in its place")
+    loaded = load_backend(name, bundle, **options)
     yield loaded
     loaded.close()
 

@@ -67,3 +67,10 @@ def test_workers_show_it_in_their_metrics(monkeypatch: pytest.MonkeyPatch) -> No
     metrics.observe_memory("worker")
     assert REGISTRY.get_sample_value("dit_gpu_memory_used_bytes", {"gpu": "1"}) == 1007
     assert REGISTRY.get_sample_value("dit_gpu_memory_total_bytes", {"gpu": "0"}) == 80_000
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_tells_its_memory() -> None:
+    pytest.importorskip(gpus.PACKAGE, reason="nvidia-ml-py is not installed")
+    first, *_ = gpus.gpus()
+    assert 0 < first.used < first.total

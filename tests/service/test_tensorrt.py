@@ -1,4 +1,5 @@
-"""The TensorRT backend's own logic, on an imitation of TensorRT and CUDA: it has not run on a GPU yet."""
+"""The TensorRT backend's own logic: on an imitation of TensorRT and CUDA; with an imitated engine on a real device; and, where both are
+there, with TensorRT itself."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from service.backends import tensorrt as backend_module
 from service.backends.cuda import Cuda, CudaError
 from service.backends.onnx import Graphs
 from service.backends.tensorrt import TensorRtBackend, find_engine
-from tests.export.fake_cuda import VERSION, Engine, Runtime, module_of
+from tests.export.fake_cuda import VERSION, Context, Engine, Runtime, module_of
 from tests.export.tiny import tiny_source
 
 GPU = Device("NVIDIA L4", "sm89")
@@ -30,13 +31,20 @@ def bundle(tmp_path: Path) -> Bundle:
         (tmp_path / name).write_bytes(name.encode())
     write_manifest(tmp_path, tiny_source().manifest)
     opened = Bundle.open(tmp_path)
-    origin = origin_of(opened, "fp16", "backbone.fp16.onnx", flavour="tensorrt", version=VERSION, device=GPU)
-    slot = Slot.of(tmp_path / FOLDER, origin)
+    lay_engine(opened, GPU)
+    return opened
+
+
+def lay_engine(bundle: Bundle, device: Device) -> None:
+    """An engine for `device` beside the bundle, and its record."""
+    origin = origin_of(
+        bundle, "fp16", "backbone.fp16.onnx", flavour="tensorrt", version=VERSION, device=device
+    )
+    slot = Slot.of(bundle.path / FOLDER, origin)
     slot.folder.mkdir(parents=True)
     slot.engine.write_bytes(b"plan")
     record = {"origin": asdict(origin), "options": {}, "sha256": hashlib.sha256(b"plan").hexdigest()}
     slot.record.write_text(json.dumps(record))
-    return opened
 
 
 @pytest.fixture
@@ -176,3 +184,43 @@ def test_bf16_survives_the_way_in_and_out() -> None:
     held = np.zeros((2, 6), np.uint16)
     backend_module._fill(held, values)
     np.testing.assert_allclose(backend_module._read(held, 1), values, rtol=2**-8)
+
+
+class OnDevice(Engine):
+    """An imitated engine whose work is done by the GPU: it copies x to the output, on the stream it is given."""
+
+    def __init__(self, cuda: Cuda, last: str) -> None:
+        super().__init__(Runtime(), last, "half")
+        self.cuda = cuda
+
+    def create_execution_context(self) -> Context:
+        self.contexts.append(CopyOnDevice(self))
+        return self.contexts[-1]
+
+
+class CopyOnDevice(Context):
+    engine: OnDevice
+
+    def execute_async_v3(self, stream: int) -> bool:
+        runtime, kind = self.engine.cuda._runtime, self.engine.cuda._runtime.cudaMemcpyKind
+        size = 2 * int(np.prod(self.shapes["x"]))
+        target, source = self.addresses["output"], self.addresses["x"]
+        (code,) = runtime.cudaMemcpyAsync(target, source, size, kind.cudaMemcpyDeviceToDevice, stream)
+        return int(code) == 0
+
+
+@pytest.mark.gpu
+def test_lanes_on_a_real_device_replay_what_they_captured(bundle: Bundle) -> None:
+    pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    cuda = Cuda()
+    lay_engine(bundle, Device(*cuda.device()))
+    engine = OnDevice(cuda, bundle.manifest.state[-1].name)
+    backend = TensorRtBackend(bundle, module=module_of(engine), cuda=cuda, graphs=Graphs.__new__(Graphs))
+    for rows in (2, 8, 7, 2, 1, 8):
+        x, state = inputs(bundle, rows)
+        np.testing.assert_array_equal(backend.denoise(x, state), x.astype(np.float16).astype(np.float32))
+    assert len(engine.contexts) == 3
+    with pytest.raises(OutOfMemory, match="cudaMalloc"):
+        cuda.allocate(1 << 50)
+    backend.denoise(*inputs(bundle, 2))  # which broke nothing
+    backend.close()
