@@ -84,15 +84,15 @@ def inputs(manifest: Manifest, rows: int, *, seed: int = 0) -> tuple[Floats, tup
     return x, tuple(0.1 * random.standard_normal((rows, *each.shape), np.float32) for each in manifest.state)
 
 
-def open_bundle(name: str, folder: Path) -> Bundle:
-    """The bundle in the folder `name`, or one of that size written to `folder`.
+def open_bundle(name: str, folder: Path, *, half: bool = False) -> Bundle:
+    """The bundle in the folder `name`, or one of that size written to `folder`, also in `half` precision.
 
     Raises:
         ValueError: neither a bundle nor a published size.
     """
     if (Path(name) / MANIFEST).is_file():
         return Bundle.open(name)
-    return random_bundle(named(name), folder)
+    return random_bundle(named(name), folder, half=half)
 
 
 def arms(bundles: Mapping[str, Bundle], runtimes: Sequence[str], threads: int) -> Iterator[Arm]:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from export.half import filename, half_graph
 from export.onnx import write_graphs
+from export.storage import save_graph
 from model.bundle import Bundle, write_manifest
 from model.config import DiTConfig
 from model.network import make_network
@@ -15,8 +17,8 @@ from model.port import write_bundle
 SPREAD = 0.02  # of what is added, since a network fresh from its initialisation is the identity
 
 
-def random_bundle(config: DiTConfig, folder: Path, *, seed: int = 0) -> Bundle:
-    """Written to `folder`, with its graphs; its latents stand for pixels, so that it needs no decoder."""
+def random_bundle(config: DiTConfig, folder: Path, *, seed: int = 0, half: bool = False) -> Bundle:
+    """Written to `folder`, with its graphs, of which `half` is one more; its latents stand for pixels, so that it needs no decoder."""
     torch.manual_seed(seed)
     network = make_network(config).eval()
     with torch.no_grad():
@@ -25,5 +27,7 @@ def random_bundle(config: DiTConfig, folder: Path, *, seed: int = 0) -> Bundle:
     manifest = write_bundle(folder, network.state_dict(), config, licence="none")
     manifest = manifest.model_copy(update={"decoder": "identity"})
     write_graphs(network, manifest, folder)
+    if half:
+        save_graph(half_graph(network, "fp16"), folder / filename("fp16"))
     write_manifest(folder, manifest)
     return Bundle.open(folder)

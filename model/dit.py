@@ -97,7 +97,7 @@ class FinalLayer(nn.Module):
 
     def _channels_first(self, parameter: Tensor) -> Tensor:
         """Rows laid out (P·P, C) → (C, P·P)."""
-        return parameter.unflatten(0, (-1, self.channels)).transpose(0, 1).flatten(0, 1)
+        return cast(Tensor, parameter.unflatten(0, (-1, self.channels))).transpose(0, 1).flatten(0, 1)
 
 
 class ConvHead(nn.Module):

@@ -202,6 +202,8 @@ def open_session(
         BundleError: the bundle lacks it.
     """
     path = bundle.file(name)
+    if providers[0] != CPU:
+        ort.preload_dlls()  # CUDA's libraries may be packages, which the system's loader does not know
     try:
         session = ort.InferenceSession(path, options, providers=list(providers))
     except Exception as error:  # the runtime's exceptions share no base class of their own
