@@ -3,7 +3,7 @@
     python -m bench.gpu [NETWORK …] [--runtimes "onnx fp16" …] [--rows 1 2 4 …] [--passes 30]
 
 A pass is timed as the service runs it, arrays of the host going in and coming out; for ONNX Runtime also with everything on the device
-already: the rest is conversion and the bus. The shares are of the best product of large matrices in the same precision, which torch
+already: the rest is copies and the bus. Beside it stands what a call of the conditioner takes on either side. The shares are of the best product of large matrices in the same precision, which torch
 reaches without TF32. NETWORKs are bundles, or published sizes such as DiT-XL/2, which get random weights. Writes
 bench/results/gpu.{json,png}.
 """
@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from threading import Lock
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,9 @@ from model.bundle import Bundle, BundleError
 from model.describe import cost
 from model.engine_keys import NoGpu, first_gpu
 from service.backends import BackendUnavailable, load_backend
-from service.backends.onnx import BACKBONES, CPU, CUDA, open_session, provider_entries, session_options
+from service.backends.onnx import CPU, CUDA, Graphs, recorded, session_options
+from service.backends.rows import RECORDED
+from service.engine.conditions import CHUNK
 
 NETWORKS = ("model/zoo/emoji", "DiT-XL/2")
 SIDE, PRODUCTS = 8192, 10  # of the product that is the peak
@@ -83,33 +86,34 @@ def measure(
         BundleError: the bundle has no graph of its precision.
     """
     backend = load_backend(runtime.split()[0], bundle, **RUNTIMES[runtime])
+    graph = recorded(bundle, backend.precision, (CUDA, CPU), Lock()) if backend.name == "onnx" else None
     flops = 2 * cost(bundle.manifest.config).backbone_macs
+    names = [each.name for each in bundle.manifest.state]
     points = []
     for rows in counts:
         x, state = inputs(bundle.manifest, rows)
-        whole = timed(lambda x=x, state=state: backend.denoise(x, state), passes)  # type: ignore[misc]
+        whole = timed(partial(backend.denoise, x, state), passes)
         inside = None
-        if runtime.startswith("onnx"):
-            inside = on_device(bundle, backend.precision, rows, passes)
+        if graph is not None and rows <= RECORDED:
+            graph.run(["output"], {"x": x, **dict(zip(names, state, strict=True))})
+            inside = timed(partial(graph.replay, rows), passes)
         share = rows * flops / (inside or whole) / peaks[backend.precision]
         points.append(Point(network, runtime, rows, 1e3 * whole, inside and 1e3 * inside, share))
     backend.close()
     return points
 
 
-def on_device(bundle: Bundle, precision: str, rows: int, passes: int) -> float:
-    """Seconds of a pass of the graph whose inputs and output stay on the device."""
-    entries = provider_entries(bundle, precision, (CUDA, CPU))
-    session = open_session(bundle, BACKBONES[precision], session_options(1), entries)
-    kind = np.float16 if precision == "fp16" else np.float32
-    x, state = inputs(bundle.manifest, rows)
-    binding = session.io_binding()
-    names = ("x", *(each.name for each in bundle.manifest.state))
-    held = [ort.OrtValue.ortvalue_from_numpy(each.astype(kind), "cuda", 0) for each in (x, *state)]
-    for name, value in zip(names, held, strict=True):
-        binding.bind_ortvalue_input(name, value)
-    binding.bind_output("output", "cuda")
-    return timed(lambda: session.run_with_iobinding(binding), passes)
+def conditioners(bundle: Bundle, passes: int) -> dict[str, float]:
+    """Milliseconds that a call of the conditioner takes, on the host's processors and on the GPU."""
+    found = {}
+    timesteps, embeddings = (
+        np.full(CHUNK, 500.0, np.float32),
+        np.zeros((CHUNK, bundle.manifest.embedding_size), np.float32),
+    )
+    for name, providers in (("CPU", (CPU,)), ("GPU", (CUDA, CPU))):
+        graphs = Graphs(bundle, session_options(0), providers)
+        found[name] = 1e3 * timed(partial(graphs.modulate, timesteps, embeddings), passes)
+    return found
 
 
 def timed(run: Callable[[], object], passes: int) -> float:
@@ -154,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0 done, 2 refused with one sentence on stderr."""
     options, console, neighbours = parse(arguments), Console(width=140), Neighbours()
     points: list[Point] = []
+    condition: dict[str, dict[str, float]] = {}
     try:
         gpu = first_gpu()
         peaks = {name: peak(name) for name in DTYPES}
@@ -162,13 +167,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for k, network in enumerate(options.networks):
                 bundle = open_bundle(network, scratch / str(k), half=True)
                 name = Path(network).name if Path(network).is_dir() else network
+                condition[name] = conditioners(bundle, options.passes)
+                console.print(f"{name}: the conditioner takes {condition[name]} ms for {CHUNK} rows")
                 for runtime in options.runtimes:
                     points += measure(bundle, name, runtime, options.rows, options.passes, peaks)
                     console.print(_table(points[-len(options.rows) :], gpu.name, peaks))
     except (BackendUnavailable, BundleError, NoGpu, ValueError) as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return 2
-    figures = {"gpu": asdict(gpu), "peak_flops_per_s": peaks, "points": [asdict(each) for each in points]}
+    figures = {
+        "gpu": asdict(gpu),
+        "peak_flops_per_s": peaks,
+        "points": [asdict(each) for each in points],
+        "conditioner_ms": condition,
+    }
     save("gpu", vars(options), neighbours, figures)
     lines = {
         f"{network}, {runtime}": [

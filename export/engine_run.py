@@ -28,7 +28,6 @@ class EngineRun:
 
     def __init__(self, trt: TensorRt, plan: bytes, cuda: Any = None) -> None:
         self._cuda = cuda if cuda is not None else import_cuda()
-        self._kinds = trt.module.DataType
         with listening(trt) as (logger, log):
             self._runtime = trt.module.Runtime(logger)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -44,10 +43,10 @@ class EngineRun:
         """The output for `inputs` by name, all of one batch size, in fp32."""
         self._place(inputs, output_shape)
         self._execute()
-        held = np.empty(output_shape, self._dtype("output"))
+        held = np.empty(output_shape, np.float32)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpy", held.ctypes.data, self._buffers["output"][0], held.nbytes, kind)
-        return _wide(held)
+        return held
 
     def seconds(self, inputs: Arrays, output_shape: tuple[int, ...]) -> float:
         """Median time of one execution, copies left out."""
@@ -76,13 +75,12 @@ class EngineRun:
             raise ExportError(f"no profile of the engine takes {rows} rows")
         self._require("set_optimization_profile_async", profile, self._stream)
         for name, value in inputs.items():
-            held = _narrow(value, self._dtype(name))
+            held = np.ascontiguousarray(value, np.float32)
             self._require("set_input_shape", name, held.shape)
             self._require("set_tensor_address", name, self._buffer(name, held.nbytes))
             kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
             self._call("cudaMemcpy", self._buffers[name][0], held.ctypes.data, held.nbytes, kind)
-        size = int(np.prod(output_shape)) * np.dtype(self._dtype("output")).itemsize
-        self._require("set_tensor_address", "output", self._buffer("output", size))
+        self._require("set_tensor_address", "output", self._buffer("output", 4 * int(np.prod(output_shape))))
 
     def _takes(self, profile: int, rows: int) -> bool:
         low, _, high = self._engine.get_tensor_profile_shape("x", profile)
@@ -102,11 +100,6 @@ class EngineRun:
             self._buffers[name] = address, size
         return address
 
-    def _dtype(self, name: str) -> npt.DTypeLike:
-        """bf16, which numpy has not, as its bits."""
-        table = {self._kinds.FLOAT: np.float32, self._kinds.HALF: np.float16, self._kinds.BF16: np.uint16}
-        return table[self._engine.get_tensor_dtype(name)]
-
     def _require(self, name: str, *arguments: Any) -> None:
         if not getattr(self._context, name)(*arguments):
             raise ExportError(f"TensorRT refuses {name} of the engine it built")
@@ -116,15 +109,3 @@ class EngineRun:
         if int(code):
             raise ExportError(f"{name} fails with CUDA error {int(code)} while the engine is checked")
         return values[0] if values else None
-
-
-def _narrow(value: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    if dtype != np.uint16:
-        return np.ascontiguousarray(value, dtype)
-    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)  # bf16: the upper half, rounded to even
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def _wide(held: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    wide = (held.astype(np.uint32) << 16).view(np.float32) if held.dtype == np.uint16 else held
-    return wide.astype(np.float32)

@@ -66,7 +66,9 @@ class _Backbone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, *state: Tensor) -> Tensor:
-        return self.network.backbone(x, state)
+        """In fp32 and out, whatever the weights: a GPU rounds the condition state six times as fast as the host does."""
+        dtype = next(self.network.parameters()).dtype
+        return self.network.backbone(x.to(dtype), [each.to(dtype) for each in state]).float()
 
 
 class _Decoder(nn.Module):
@@ -126,19 +128,19 @@ def conditioner_graph(network: Network) -> onnx.ModelProto:
 
 
 def backbone_graph(network: Network) -> onnx.ModelProto:
-    """`x` (B, C, H, W) and one input (B, *shape) per tensor of the condition state → `output` (B, C_out, H, W).
+    """`x` (B, C, H, W) and one input (B, *shape) per tensor of the condition state → `output` (B, C_out, H, W), all float32.
 
-    Inputs and output have the dtype of the network's weights: in fp32, which CPUs run, with their kernels in mind. H and W are free
-    where `size_multiple` says.
+    It computes in the dtype of the network's weights: in fp32, which CPUs run, with their kernels in mind. H and W are free where
+    `size_multiple` says.
     """
-    config, dtype = network.config, next(network.parameters()).dtype
-    inputs = {"x": torch.randn(2, config.in_channels, *config.image_size, dtype=dtype)}
-    inputs |= {name: torch.randn(2, *shape, dtype=dtype) for name, shape in config.state()}
+    config = network.config
+    inputs = {"x": torch.randn(2, config.in_channels, *config.image_size)}
+    inputs |= {name: torch.randn(2, *shape) for name, shape in config.state()}
     sides = size_multiple(config) or 0
     dit = isinstance(network, DiT)
     module = _Backbone(_any_size(network) if isinstance(network, DiT) and sides else network)
     proto = _export(_Wiring(module, inputs, ("output",), len(inputs) - 1, sides, strict=not dit))
-    if dtype == torch.float32:
+    if next(network.parameters()).dtype == torch.float32:
         _turn_narrow(proto.graph)
     return proto
 

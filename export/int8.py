@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
@@ -124,7 +123,7 @@ def _speed(source: Opened, path: Path, rows: Rows) -> dict[str, float]:
     sessions = [open_session(path / name) for name in (BACKBONE, FILES["cpu"])]
     result = {}
     for batch in (1, 4):
-        inputs = next(backbone_inputs(source.dit, rows, np.float32, batch))
+        inputs = next(backbone_inputs(source.dit, rows, batch))
         runs = [[_seconds(session, inputs) for session in sessions] for _ in range(TIMED + 2)][2:]
         exact, int8 = (statistics.median(run[k] for run in runs) for k in (0, 1))
         result[f"batch_{batch}"] = round(exact / int8, 3)

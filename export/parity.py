@@ -34,14 +34,13 @@ def forward(network: Network, rows: Rows, backbone: Backbone | None = None) -> T
 
 
 def graph_backbone(network: Network, path: Path, options: Mapping[str, str] | None = None) -> Backbone:
-    """The backbone in `path`, in the precision of its inputs; `options` are session configuration entries."""
+    """The backbone in `path`; `options` are session configuration entries."""
     session = open_session(path, options=options)
-    dtype = np.float16 if session.get_inputs()[0].type == "tensor(float16)" else np.float32
     names = ("x", *(name for name, _ in network.config.state()))
 
     def backbone(x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-        inputs = {name: tensor.numpy().astype(dtype) for name, tensor in zip(names, (x, *state), strict=True)}
-        return torch.from_numpy(run(session, inputs)["output"].astype(np.float32))
+        inputs = {name: tensor.numpy() for name, tensor in zip(names, (x, *state), strict=True)}
+        return torch.from_numpy(run(session, inputs)["output"])
 
     return backbone
 

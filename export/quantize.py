@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
@@ -69,15 +68,13 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships
 
 
 @torch.no_grad()
-def backbone_inputs(
-    dit: DiT, rows: Rows, dtype: type[np.floating[Any]], batch: int = 16
-) -> Iterator[dict[str, npt.NDArray[Any]]]:
+def backbone_inputs(dit: DiT, rows: Rows, batch: int = 16) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """The backbone's inputs by name for `rows`, `batch` at a time."""
     names = ("x", *(name for name, _ in dit.config.state()))
     for index in torch.arange(len(rows)).split(batch):
         part = rows.at(index)
         tensors = (part.x, *part.state(dit))
-        yield {name: tensor.numpy().astype(dtype) for name, tensor in zip(names, tensors, strict=True)}
+        yield {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
 
 
 def excluded(proto: onnx.ModelProto, dit: DiT) -> list[str]:
@@ -104,11 +101,10 @@ def write_int8(dit: DiT, folder: Path, rows: Rows, target: Target, *, reduce_ran
         warnings.simplefilter("ignore")
         source, quantised = Path(scratch) / "float.onnx", Path(scratch) / "int8.onnx"
         save_whole(proto, source)
-        dtype = np.float32 if target == "cpu" else np.float16
         quantize_static(
             source,
             quantised,
-            _Reader(backbone_inputs(dit, rows, dtype)),
+            _Reader(backbone_inputs(dit, rows)),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(PRODUCTS),
             nodes_to_exclude=skip,

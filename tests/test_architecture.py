@@ -67,7 +67,7 @@ OWNERS = {
 }
 # The same, within `service`.
 SERVICE_OWNERS = {
-    "onnxruntime": {"service.backends.onnx", "service.backends.tensorrt"},
+    "onnxruntime": {"service.backends.onnx", "service.backends.rows", "service.backends.tensorrt"},
     "torch": {"service.backends.torch"},
 }
 

@@ -43,6 +43,7 @@ NEEDS = {
     "service/otlp.py": {"otel"},
     "service/backends/text.py": {"serve-text"},
     "service/backends/onnx.py": {"cpu"},
+    "service/backends/rows.py": {"cpu"},
     "service/backends/torch.py": {"torch"},
     "service/backends/tensorrt.py": {"gpu"},
     "model": {"train", "latent", "text"},

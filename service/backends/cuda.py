@@ -11,9 +11,8 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from service.backends import BackendUnavailable, OutOfMemory
+from service.backends import BackendUnavailable, Floats, OutOfMemory
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
@@ -47,20 +46,20 @@ class Cuda:
         self._device.append(address)
         return address
 
-    def pinned(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    def pinned(self, shape: tuple[int, ...]) -> Floats:
         """A page-locked host array, which copies can be asynchronous from and to."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = 4 * int(np.prod(shape))
         address = int(self._call("cudaMallocHost", size))
         self._host.append(address)
         view = memoryview((ctypes.c_byte * size).from_address(address)).cast("B")
-        return np.frombuffer(view, np.dtype(dtype)).reshape(shape)
+        return np.frombuffer(view, np.float32).reshape(shape)
 
-    def upload(self, target: int, source: npt.NDArray[Any]) -> None:
+    def upload(self, target: int, source: Floats) -> None:
         """Copy a page-locked array to the device, in stream order."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, kind, self.stream)
 
-    def download(self, target: npt.NDArray[Any], source: int) -> None:
+    def download(self, target: Floats, source: int) -> None:
         """Copy to a page-locked array from the device, in stream order."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, self.stream)

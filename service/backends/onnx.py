@@ -1,20 +1,19 @@
 """ONNX Runtime: runs a bundle's graphs on the CPU by default, the backbone elsewhere by choice of execution provider.
 
-The runtime releases the interpreter lock while it computes. Inputs are read in place; outputs are arrays of their own. What the
-conditioner gives is cached by the engine, so conditioner and embedder always run on the CPU, in fp32.
+The runtime releases the interpreter lock while it computes. Inputs are read in place; outputs are arrays of their own. The
+conditioner runs where the backbone does, in fp32: of a DiT-XL/2 it has a third of the weights. What it gives is cached by the engine, in
+the host's memory.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from importlib import metadata
-from itertools import pairwise
-from typing import Any, Final, cast
+from threading import Lock
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,9 @@ import structlog
 
 from model.bundle import Bundle, Manifest
 from model.engine_keys import FOLDER, NoGpu, first_gpu, origin_of
-from service.backends import BackendUnavailable, Floats, OutOfMemory
+from model.network_config import size_multiple as free_sides
+from service.backends import BackendUnavailable, Floats
+from service.backends.rows import RecordedRows, Rows, SharedRows, run
 from service.images import to_pixels
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -32,13 +33,10 @@ NEEDS: Final = {  # provider → what to install for it
     CUDA: "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime",
     TENSORRT: "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, and tensorrt-cu13",
 }
+OUTDATED: Final = "an older export wrote it; write it again with python -m export.half or export.int8"
 QUALITY_BUDGET = 0.01  # relative growth of the Fréchet distance that "auto" accepts of INT8
 TIMING_S, TIMED = 2.0, 15  # pairs of steps, when a precision is chosen by speed
 FASTER = 1.05  # times fp32, below which noise would decide and pictures change from start to start
-
-_OUT_OF_MEMORY = re.compile(
-    r"bad_alloc|failed to allocate|out of memory|CUDNN_STATUS_ALLOC_FAILED", re.IGNORECASE
-)
 
 log = structlog.get_logger()
 
@@ -46,21 +44,26 @@ log = structlog.get_logger()
 class Graphs:
     """Embedder, conditioner and decoder of a bundle; each a part of `Backend`.
 
-    `decoder_providers` are where the decoder of a model on latents runs.
+    `providers` are where conditioner and decoder run; the embedder looks up rows of a table.
     """
 
     def __init__(
-        self, bundle: Bundle, options: ort.SessionOptions, decoder_providers: Sequence[str] = (CPU,)
+        self, bundle: Bundle, options: ort.SessionOptions, providers: Sequence[str] = (CPU,)
     ) -> None:
         manifest = bundle.manifest
         self._conditions = [factor.name for factor in manifest.factors]
         self._width, self._text_size = manifest.embedding_size, manifest.config.text_size
         conditional = bool(self._conditions or self._text_size)
         self._embedder = open_session(bundle, "embedder.onnx", options) if conditional else None
-        self._conditioner = open_session(bundle, "conditioner.onnx", options)
+        self._conditioner = open_session(
+            bundle, "conditioner.onnx", options, provider_entries(bundle, "fp32", providers)
+        )
         self._decoder = None
         if manifest.decoder != "identity":
-            self._decoder = open_session(bundle, "decoder.onnx", options, decoder_providers)
+            self._decoder = open_session(bundle, "decoder.onnx", options, providers)
+        self._quiet = (
+            Lock()
+        )  # the decoder runs in another thread, and no work on the GPU may come between what is recorded
         self._state = [entry.name for entry in manifest.state]
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
@@ -78,44 +81,10 @@ class Graphs:
         return tuple(run(self._conditioner, self._state, {"timestep": timesteps, "embedding": embeddings}))
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        images = latents if self._decoder is None else run(self._decoder, ["image"], {"latent": latents})[0]
-        return to_pixels(images)
-
-
-class SharedRows:
-    """A graph on CPU threads that share out the rows of a batch, each computing its part by itself.
-
-    Threads that share the work within every operator wait for one another hundreds of times a pass: 8 rows took 1.2 times as long on
-    two cores. A batch of fewer rows than threads runs like that all the same.
-
-    Args:
-        alone: the session of a thread's part.
-        together: the session of fewer rows than threads.
-    """
-
-    def __init__(self, alone: ort.InferenceSession, together: ort.InferenceSession, *, threads: int) -> None:
-        self._alone, self._together, self._threads = alone, together, threads
-        self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="rows")
-
-    def run(self, outputs: Sequence[str], inputs: Mapping[str, npt.NDArray[Any]]) -> list[Floats]:
-        """As `run`; rows are the first dimension of whatever goes in and comes out."""
-        rows = len(next(iter(inputs.values())))
-        if rows < self._threads or self._threads == 1:
-            return run(self._together, outputs, inputs)
-        ends = [rows * k // self._threads for k in range(self._threads + 1)]
-        parts = [
-            {name: value[first:last] for name, value in inputs.items()} for first, last in pairwise(ends)
-        ]
-        others = [self._pool.submit(run, self._alone, outputs, part) for part in parts[1:]]
-        try:
-            found = [run(self._alone, outputs, parts[0])]
-        finally:
-            wait(others)  # whatever happens, nobody computes when this returns
-        found += [each.result() for each in others]
-        return [np.concatenate(each) for each in zip(*found, strict=True)]
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False)
+        if self._decoder is None:
+            return to_pixels(latents)
+        with self._quiet:
+            return to_pixels(run(self._decoder, ["image"], {"latent": latents})[0])
 
 
 class OnnxBackend(Graphs):
@@ -152,24 +121,24 @@ class OnnxBackend(Graphs):
         threads = threads or len(os.sched_getaffinity(0))
         options = session_options(threads, spin=spin)
         super().__init__(bundle, options, [each for each in providers if each != TENSORRT] or (CPU,))
-        self.precision, backbone = _backbone(bundle, precision, options, providers)
-        entry = backbone.get_inputs()[0]
-        threads = threads if providers[0] == CPU else 1
-        self._backbone = _shared(bundle, self.precision, backbone, options, threads)
-        self._half = entry.type == "tensor(float16)"
-        self.size_multiple = size_multiple(entry.shape)
+        self.precision, session = _backbone(bundle, precision, options, providers)
+        self.size_multiple = size_multiple(session.get_inputs()[0].shape)
+        shared = threads if providers[0] == CPU else 1
+        self._backbone: Rows = _shared(bundle, self.precision, session, options, shared)
+        self._own_size: Rows = self._backbone
+        if providers[0] == CUDA:
+            self._own_size = recorded(bundle, self.precision, providers, self._quiet) or self._backbone
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
         inputs: dict[str, npt.NDArray[Any]] = {"x": x, **dict(zip(self._state, state, strict=True))}
-        if self._half:
-            inputs = {name: value.astype(np.float16) for name, value in inputs.items()}
-        output = self._backbone.run(["output"], inputs)[0]
-        return output.astype(np.float32) if self._half else output
+        rows = self._own_size if x.shape[2:] == self.manifest.config.image_size else self._backbone
+        return rows.run(["output"], inputs)[0]
 
     def close(self) -> None:
         """Free the sessions' memory; the backend cannot be used afterwards."""
         self._backbone.close()
-        del self._embedder, self._conditioner, self._backbone, self._decoder
+        self._own_size.close()
+        del self._embedder, self._conditioner, self._backbone, self._own_size, self._decoder
 
 
 def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
@@ -267,7 +236,10 @@ def _backbone(
 
     def opened(precision: str) -> ort.InferenceSession:
         entries = provider_entries(bundle, precision, providers)
-        return open_session(bundle, BACKBONES[precision], options, entries)
+        session = open_session(bundle, BACKBONES[precision], options, entries)
+        if session.get_inputs()[0].type != "tensor(float)":
+            raise BackendUnavailable(f"{bundle.file(BACKBONES[precision])} takes half precision: {OUTDATED}")
+        return session
 
     if wanted != "auto":
         if wanted == "int8":
@@ -299,6 +271,24 @@ def _shared(
     options.intra_op_num_threads = 1
     alone = open_session(bundle, BACKBONES[precision], options)
     return SharedRows(alone, session, threads=threads)
+
+
+def recorded(bundle: Bundle, precision: str, providers: Sequence[str], quiet: Lock) -> RecordedRows | None:
+    """The backbone for pictures of the bundle's own size, its kernels recorded; None, said in the log, if the runtime cannot."""
+    config, options = bundle.manifest.config, session_options(1)
+    multiple = free_sides(config)
+    for name, side in zip(("rows", "columns"), config.image_size, strict=True):
+        if multiple:  # a free side is named after its factor: what depends on it alone is then computed when the graph is loaded
+            options.add_free_dimension_override_by_name(f"{multiple}*{name}" if multiple > 1 else name, side)
+    entries = [
+        (name, {"use_tf32": "0", "enable_cuda_graph": "1"}) if name == CUDA else name for name in providers
+    ]
+    try:
+        session = open_session(bundle, BACKBONES[precision], options, entries)
+        return RecordedRows(session, (config.out_channels, *config.image_size), quiet)
+    except BackendUnavailable as error:
+        log.info("kernels are launched one by one", because=str(error))
+        return None
 
 
 def _against_int8(bundle: Bundle) -> str | None:
@@ -345,14 +335,3 @@ def size_multiple(shape: Sequence[int | str]) -> int | None:
     return (
         int(factors.pop()) if len(factors) == 1 and all(isinstance(side, str) for side in shape[2:]) else None
     )
-
-
-def run(
-    session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, npt.NDArray[Any]]
-) -> list[Floats]:
-    try:
-        return cast(list[Floats], session.run(outputs, inputs))
-    except Exception as error:  # the runtime tells out of memory only by its message
-        if _OUT_OF_MEMORY.search(str(error)):
-            raise OutOfMemory(str(error)) from error
-        raise

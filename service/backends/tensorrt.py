@@ -21,7 +21,7 @@ from model.bundle import Bundle
 from model.engine_keys import FOLDER, GRAPHS, Device, Slot, origin_of
 from service.backends import BackendUnavailable, Floats
 from service.backends.cuda import Cuda
-from service.backends.onnx import CPU, CUDA, Graphs, session_options
+from service.backends.onnx import CPU, CUDA, OUTDATED, Graphs, session_options
 
 PRECISIONS = ("fp16", "bf16", "fp32", "int8")
 
@@ -30,7 +30,7 @@ PRECISIONS = ("fp16", "bf16", "fp32", "int8")
 class _Lane:
     """What one batch size runs on: host and device side of every tensor, and the captured work."""
 
-    host: Mapping[str, npt.NDArray[Any]]
+    host: Mapping[str, Floats]
     graph: Any
     context: Any  # kept alive for the graph
 
@@ -101,10 +101,10 @@ class TensorRtBackend:
             raise ValueError(f"{rows} rows are more than the engine takes ({max(self.buckets or (0,))})")
         lane = self._lanes.get(bucket) or self._open_lane(bucket)
         for name, value in zip(("x", *self._state), (x, *state), strict=True):
-            _fill(lane.host[name], value)
+            lane.host[name][:rows] = value  # rows beyond keep what they had, nobody reads theirs
         self._cuda.launch(lane.graph)
         self._cuda.synchronise()
-        return _read(lane.host["output"], rows)
+        return lane.host["output"][:rows].copy()
 
     def close(self) -> None:
         """Free the device; the backend cannot be used afterwards."""
@@ -119,6 +119,8 @@ class TensorRtBackend:
             raise BackendUnavailable(
                 f"TensorRT cannot load {file}: build it again with python -m export.trt --force"
             )
+        if engine.get_tensor_dtype("x") != self._trt.DataType.FLOAT:
+            raise BackendUnavailable(f"{file} takes half precision: {OUTDATED}")
         return engine
 
     def _batch_ranges(self) -> list[tuple[int, int, int]]:
@@ -138,7 +140,7 @@ class TensorRtBackend:
             "set_optimization_profile_async",
         )
         shapes = self._shapes(bucket)
-        host = {name: self._cuda.pinned(shape, self._dtype(name)) for name, shape in shapes.items()}
+        host = {name: self._cuda.pinned(shape) for name, shape in shapes.items()}
         base = self._cuda.allocate(sum(_aligned(host[name].nbytes) for name in self._state))
         device = {}
         for name in self._state:
@@ -168,11 +170,6 @@ class TensorRtBackend:
         shapes: dict[str, tuple[int, ...]] = {"x": (bucket, model.in_channels, *model.image_size)}
         shapes |= {entry.name: (bucket, *entry.shape) for entry in self.manifest.state}
         return {**shapes, "output": (bucket, model.out_channels, *model.image_size)}
-
-    def _dtype(self, name: str) -> npt.DTypeLike:
-        kinds = self._trt.DataType
-        table = {kinds.FLOAT: np.float32, kinds.HALF: np.float16, kinds.BF16: np.uint16}
-        return table[self._engine.get_tensor_dtype(name)]
 
 
 def find_engine(bundle: Bundle, engines: Path, precision: str, version: str, device: Device) -> Path:
@@ -210,20 +207,6 @@ def _buckets(profiles: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
 
 def _aligned(size: int) -> int:
     return -(-size // 256) * 256
-
-
-def _fill(target: npt.NDArray[Any], value: Floats) -> None:
-    """Copy rows in, rounding to the target's precision; rows beyond them keep what they had, nobody reads theirs."""
-    if target.dtype == np.uint16:  # bf16: the upper half of fp32, rounded to nearest even
-        bits = np.ascontiguousarray(value).view(np.uint32)
-        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    target[: len(value)] = value
-
-
-def _read(source: npt.NDArray[Any], rows: int) -> Floats:
-    if source.dtype == np.uint16:
-        return cast(Floats, (source[:rows].astype(np.uint32) << 16).view(np.float32))
-    return cast(Floats, source[:rows].astype(np.float32))
 
 
 def _require(done: bool, what: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 VERSION = "11.4.0"
-DTYPES = SimpleNamespace(FLOAT="float", HALF="half", BF16="bf16")
+DTYPES = SimpleNamespace(FLOAT="float", HALF="half")
 
 
 class Runtime:
@@ -103,20 +103,19 @@ class Context:
     def _compute(self) -> None:
         x = self._view("x")
         last = self._view(self.engine.last)
-        mean = last.reshape(len(last), -1).astype(np.float32).mean(1)
-        output = (self.engine.gain * x.astype(np.float32) + mean[:, None, None, None]).astype(x.dtype)
+        mean = last.reshape(len(last), -1).mean(1)
+        output = (self.engine.gain * x + mean[:, None, None, None]).astype(np.float32)
         _move(self.addresses["output"], output.ctypes.data, output.nbytes)
 
     def _view(self, name: str) -> Any:
-        dtype = np.dtype({"float": "f4", "half": "f2"}[self.engine.dtype])
-        size = int(np.prod(self.shapes[name])) * dtype.itemsize
+        size = 4 * int(np.prod(self.shapes[name]))
         raw = memoryview((ctypes.c_byte * size).from_address(self.addresses[name])).cast("B")
-        return np.frombuffer(raw, dtype).reshape(self.shapes[name])
+        return np.frombuffer(raw, np.float32).reshape(self.shapes[name])
 
 
 class Engine:
-    def __init__(self, runtime: Runtime, last: str, dtype: str) -> None:
-        self.runtime, self.last, self.dtype, self.accepts, self.gain = runtime, last, dtype, True, 2.0
+    def __init__(self, runtime: Runtime, last: str) -> None:
+        self.runtime, self.last, self.dtype, self.accepts, self.gain = runtime, last, "float", True, 2.0
         self.profiles = [(1, 2, 2), (3, 8, 8)]
         self.num_optimization_profiles = len(self.profiles)
         self.contexts: list[Context] = []

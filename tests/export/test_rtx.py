@@ -36,7 +36,7 @@ USED = {
         "create_optimization_profile",
     ],
     "BuilderFlag": ["TF32"],
-    "DataType": ["BF16", "FLOAT", "HALF"],
+    "DataType": ["FLOAT"],
     "IBuilderConfig": [
         "add_optimization_profile",
         "builder_optimization_level",
