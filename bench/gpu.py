@@ -36,7 +36,6 @@ from model.describe import cost
 from model.engine_keys import NoGpu, first_gpu
 from service.backends import BackendUnavailable, load_backend
 from service.backends.onnx import CPU, CUDA, Graphs, recorded, session_options
-from service.backends.rows import RECORDED
 from service.engine.conditions import CHUNK
 
 NETWORKS = ("model/zoo/emoji", "DiT-XL/2")
@@ -94,7 +93,7 @@ def measure(
         x, state = inputs(bundle.manifest, rows)
         whole = timed(partial(backend.denoise, x, state), passes)
         inside = None
-        if graph is not None and rows <= RECORDED:
+        if graph is not None:
             graph.run(["output"], {"x": x, **dict(zip(names, state, strict=True))})
             inside = timed(partial(graph.replay, rows), passes)
         share = rows * flops / (inside or whole) / peaks[backend.precision]

@@ -24,7 +24,7 @@ from model.bundle import Bundle, Manifest
 from model.engine_keys import FOLDER, NoGpu, first_gpu, origin_of
 from model.network_config import size_multiple as free_sides
 from service.backends import BackendUnavailable, Floats
-from service.backends.rows import RecordedRows, Rows, SharedRows, run
+from service.backends.rows import SIZES, RecordedRows, Rows, SharedRows, run
 from service.images import to_pixels
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -126,8 +126,8 @@ class OnnxBackend(Graphs):
         shared = threads if providers[0] == CPU else 1
         self._backbone: Rows = _shared(bundle, self.precision, session, options, shared)
         self._own_size: Rows = self._backbone
-        if providers[0] == CUDA:
-            self._own_size = recorded(bundle, self.precision, providers, self._quiet) or self._backbone
+        if providers[0] == CUDA and (graph := recorded(bundle, self.precision, providers, self._quiet)):
+            self._own_size, self.buckets = graph, SIZES
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
         inputs: dict[str, npt.NDArray[Any]] = {"x": x, **dict(zip(self._state, state, strict=True))}

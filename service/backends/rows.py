@@ -17,8 +17,10 @@ import onnxruntime as ort
 
 from service.backends import Floats, OutOfMemory
 
-GRAPH_ID = "gpu_graph_id"  # of a run: which recording it makes or replays, -1 for none
-RECORDED: Final = 64  # the most rows of a batch that is recorded
+GRAPH_ID = "gpu_graph_id"  # of a run: which recording it makes or replays
+SIZES: Final = tuple(
+    sorted({1, *(1 << k for k in range(1, 11)), *(3 << k for k in range(9))})
+)  # 1, 2, 3, 4, 6, 8, 12 … 1024
 RUNS: Final = 3  # the runtime records once its memory no longer grows: after two runs
 
 _OUT_OF_MEMORY = re.compile(
@@ -100,7 +102,7 @@ class RecordedRows:
     """A graph on a GPU whose kernels are recorded for every number of rows, and from then on launched as one (CUDA graphs).
 
     Launching them one by one takes longer than computing them, for a small network and for few rows of a large one. The first batch
-    of a size takes some passes longer. More rows than `RECORDED` are launched one by one.
+    of a size takes much longer, and each takes memory for its inputs: a backend lets `SIZES` be run alone.
 
     Args:
         session: of a graph that takes rows of one size, opened with the option `enable_cuda_graph`.
@@ -114,8 +116,6 @@ class RecordedRows:
 
     def run(self, outputs: Sequence[str], inputs: Arrays) -> list[Floats]:
         rows = len(next(iter(inputs.values())))
-        if rows > RECORDED:
-            return run(self._session, outputs, inputs, _numbered(-1))
         with _running():
             if rows not in self._lanes:
                 self._record(rows, outputs[0], inputs)

@@ -59,6 +59,8 @@ class Engine:
         self.schedule, self.clock = schedule, clock
         self._samples: dict[str, Sample] = {}
         self._slots = slots
+        self._bucketed = backend.buckets is not None
+        self._run_before: set[tuple[Size, int]] = set()
         # Twice the rows: a guided sample alone may exceed a cap of one row, and a batch is padded past its end.
         self._rows = 2 * scheduler.max_rows
         self._forward = ForwardPass(backend, conditions, scheduler, rows=self._rows)
@@ -92,7 +94,7 @@ class Engine:
         now = self.clock()
         finished, failed, previews = self._finish(stepped, began, now)
         predicted = group.costs.predict(rows)
-        group.costs.observe(rows, now - began)
+        self._observe(group, rows, now - began)
         return StepReport(
             finished, failed, previews, changes, batch.stop_reason, rows, now - began, predicted
         )
@@ -158,16 +160,28 @@ class Engine:
         return ids
 
     def warm_up(self, budget_s: float = 1.0) -> None:
-        """Run the network at growing batch sizes for about `budget_s` seconds: the cost model then starts from facts."""
+        """Run the network at growing batch sizes: the cost model then starts from facts.
+
+        A backend that runs any size is given about `budget_s` seconds. One that has buckets is run at each: what it does at the first
+        run of a bucket, no sample should wait for.
+        """
         began, rows = self.clock(), 1
         while rows <= self.scheduler.max_rows:
             rows = self.scheduler.size(rows)
             x = np.zeros((rows, *self._groups.own.pool.shape), np.float32)
-            self._forward.blank(x)  # the first run of a size also pays for its memory
-            start = self.clock()
-            self._forward.blank(x)
-            seconds = self.clock() - start
-            self.costs.observe(rows, seconds)
+            try:
+                for _ in range(2):
+                    start = self.clock()
+                    self._forward.blank(x)
+                    seconds = self.clock() - start
+                    self._observe(self._groups.own, rows, seconds)
+            except MemoryError:
+                if not self.scheduler.shrink(rows):
+                    raise
+                return
+            if self._bucketed:
+                rows += 1
+                continue
             if (
                 self.clock() - began + 4 * seconds > budget_s
             ):  # the next size would run twice, at twice the price
@@ -199,6 +213,12 @@ class Engine:
     def progress(self) -> dict[str, tuple[int, int]]:
         """Steps taken and steps in all, by sample."""
         return {sample.id: (sample.taken, sample.steps) for sample in self._samples.values()}
+
+    def _observe(self, group: Group, rows: int, seconds: float) -> None:
+        """Let the cost model learn from a pass, unless it was the first of its size: that also pays for memory, or compiles."""
+        if (group.size, rows) in self._run_before:
+            group.costs.observe(rows, seconds)
+        self._run_before.add((group.size, rows))
 
     def _expire(self, now: float) -> tuple[Failed, ...]:
         late = [

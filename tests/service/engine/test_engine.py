@@ -139,6 +139,35 @@ def test_warm_up_teaches_the_cost_model_and_respects_buckets(make_backend: Make,
     quick = make_engine(make_backend())
     quick.warm_up(budget_s=0.0)
     assert quick.backend.batches == [1, 1]
+    thorough = make_engine(make_backend(buckets=(1, 3, 8)))
+    thorough.warm_up(budget_s=0.0)  # a bucket that is opened in service would keep a sample waiting
+    assert thorough.backend.batches == [1, 1, 3, 3, 8, 8]
+    narrow = make_engine(make_backend(buckets=(1, 3, 8), memory_rows=5))
+    narrow.warm_up()
+    assert narrow.scheduler.max_rows == 3
+
+
+def test_the_first_pass_of_a_size_does_not_count(
+    make_backend: Make, make_engine: Make, make_request: Make
+) -> None:
+    """It may take a hundred times as long: a cost model that believed it would have everybody refused."""
+    now = [0.0]
+    backend = make_backend()
+    plain = backend.denoise
+
+    def denoise(x: Any, state: Any) -> Any:
+        now[0] += 0.01 if len(x) in backend.batches else 5.0
+        return plain(x, state)
+
+    backend.denoise = denoise
+    engine = make_engine(backend, clock=lambda: now[0])
+    engine.warm_up(budget_s=100.0)
+    for name in ("a/0", "b/0"):
+        engine.add(make_request(name, guidance_scale=1.0 if name == "a/0" else 2.0))
+    while not engine.idle:
+        engine.step()
+    assert 3 in backend.batches  # a size the warm-up left out
+    assert engine.costs.predict(3) == pytest.approx(0.01)
 
 
 def test_memory_does_not_grow_from_step_to_step(
