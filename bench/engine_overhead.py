@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from bench.record import Neighbours, save
 from model.bundle import Bundle, Manifest
-from service.backends import Backend, load_backend
+from service.backends import CONDITIONER_ROWS, Backend, load_backend
 from service.engine.conditions import Conditions
 from service.engine.engine import Engine
 from service.engine.samples import SampleRequest
@@ -54,6 +54,7 @@ class NoBackend:
     name = "none"
     precision = "fp32"
     buckets: tuple[int, ...] | None = None
+    conditioner_rows = CONDITIONER_ROWS
     size_multiple: int | None = None
 
     def __init__(self, manifest: Manifest) -> None:

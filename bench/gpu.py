@@ -34,9 +34,8 @@ from bench.record import Neighbours, save
 from model.bundle import Bundle, BundleError
 from model.describe import cost
 from model.engine_keys import NoGpu, first_gpu
-from service.backends import BackendUnavailable, load_backend
+from service.backends import CONDITIONER_ROWS_GPU, BackendUnavailable, load_backend
 from service.backends.onnx import CPU, CUDA, Graphs, recorded, session_options
-from service.engine.conditions import CHUNK
 
 NETWORKS = ("model/zoo/emoji", "DiT-XL/2")
 SIDE, PRODUCTS = 8192, 10  # of the product that is the peak
@@ -106,8 +105,8 @@ def conditioners(bundle: Bundle, passes: int) -> dict[str, float]:
     """Milliseconds that a call of the conditioner takes, on the host's processors and on the GPU."""
     found = {}
     timesteps, embeddings = (
-        np.full(CHUNK, 500.0, np.float32),
-        np.zeros((CHUNK, bundle.manifest.embedding_size), np.float32),
+        np.full(CONDITIONER_ROWS_GPU, 500.0, np.float32),
+        np.zeros((CONDITIONER_ROWS_GPU, bundle.manifest.embedding_size), np.float32),
     )
     for name, providers in (("CPU", (CPU,)), ("GPU", (CUDA, CPU))):
         graphs = Graphs(bundle, session_options(0), providers)
@@ -167,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bundle = open_bundle(network, scratch / str(k), half=True)
                 name = Path(network).name if Path(network).is_dir() else network
                 condition[name] = conditioners(bundle, options.passes)
-                console.print(f"{name}: the conditioner takes {condition[name]} ms for {CHUNK} rows")
+                console.print(
+                    f"{name}: the conditioner takes {condition[name]} ms for {CONDITIONER_ROWS_GPU} rows"
+                )
                 for runtime in options.runtimes:
                     points += measure(bundle, name, runtime, options.rows, options.passes, peaks)
                     console.print(_table(points[-len(options.rows) :], gpu.name, peaks))

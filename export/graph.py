@@ -66,7 +66,7 @@ class _Backbone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, *state: Tensor) -> Tensor:
-        """In fp32 and out, whatever the weights: a GPU rounds the condition state six times as fast as the host does."""
+        """fp32 in and out, whatever the weights: to round the condition state took a host longer than the step took its GPU."""
         dtype = next(self.network.parameters()).dtype
         return self.network.backbone(x.to(dtype), [each.to(dtype) for each in state]).float()
 

@@ -21,6 +21,8 @@ BACKENDS: Final[dict[str, str]] = {
     "tensorrt": "service.backends.tensorrt:TensorRtBackend",
 }
 TEXT: Final = "service.backends.text"
+CONDITIONER_ROWS: Final = 8
+CONDITIONER_ROWS_GPU: Final = 32  # which cost little more than one
 
 
 class Backend(Protocol):
@@ -34,6 +36,9 @@ class Backend(Protocol):
     name: str
     manifest: Manifest
     buckets: tuple[int, ...] | None  # the batch sizes `denoise` takes; None for any
+    conditioner_rows: (
+        int  # rows of every call of `modulate`: what it gives then does not depend on how many are wanted
+    )
     precision: str  # what the backbone computes in: fp32, fp16, bf16 or int8
     size_multiple: int | None  # H and W may be any multiples of it; None: only the manifest's own
 

@@ -23,7 +23,7 @@ import structlog
 from model.bundle import Bundle, Manifest
 from model.engine_keys import FOLDER, NoGpu, first_gpu, origin_of
 from model.network_config import size_multiple as free_sides
-from service.backends import BackendUnavailable, Floats
+from service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
 from service.backends.rows import SIZES, RecordedRows, Rows, SharedRows, run
 from service.images import to_pixels
 
@@ -101,6 +101,7 @@ class OnnxBackend(Graphs):
 
     name = "onnx"
     buckets: tuple[int, ...] | None = None
+    conditioner_rows = CONDITIONER_ROWS
 
     def __init__(
         self,
@@ -120,7 +121,10 @@ class OnnxBackend(Graphs):
         self.manifest = bundle.manifest
         threads = threads or len(os.sched_getaffinity(0))
         options = session_options(threads, spin=spin)
-        super().__init__(bundle, options, [each for each in providers if each != TENSORRT] or (CPU,))
+        conditioning = [each for each in providers if each != TENSORRT] or [CPU]
+        super().__init__(bundle, options, conditioning)
+        if conditioning[0] != CPU:
+            self.conditioner_rows = CONDITIONER_ROWS_GPU
         self.precision, session = _backbone(bundle, precision, options, providers)
         self.size_multiple = size_multiple(session.get_inputs()[0].shape)
         shared = threads if providers[0] == CPU else 1

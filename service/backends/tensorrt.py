@@ -1,4 +1,4 @@
-"""TensorRT: runs engines that `python -m export.trt` has built for this GPU. Not yet run on a GPU: only driven by imitations in tests.
+"""TensorRT: runs engines that `python -m export.trt` has built for this GPU. Everything here but TensorRT has run on one.
 
 Each batch size has a lane of its own: execution context, fixed device buffers, and a CUDA graph of copy in, execute, copy out. The
 condition state lies in one allocation per lane, block after block, as the engine's one input per block wants it.
@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from model.bundle import Bundle
 from model.engine_keys import FOLDER, GRAPHS, Device, Slot, origin_of
-from service.backends import BackendUnavailable, Floats
+from service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
 from service.backends.cuda import Cuda
 from service.backends.onnx import CPU, CUDA, OUTDATED, Graphs, session_options
 
@@ -75,6 +75,7 @@ class TensorRtBackend:
         self._cuda = cuda if cuda is not None else Cuda()
         on_gpu = (CUDA, CPU) if CUDA in ort.get_available_providers() else (CPU,)
         self._graphs = graphs or Graphs(bundle, session_options(threads), on_gpu)
+        self.conditioner_rows = CONDITIONER_ROWS if on_gpu[0] == CPU else CONDITIONER_ROWS_GPU
         self._state = [entry.name for entry in bundle.manifest.state]
         device = Device(*self._cuda.device())
         file = find_engine(

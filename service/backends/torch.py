@@ -15,7 +15,13 @@ from safetensors.torch import load_file
 from model.bundle import Bundle
 from model.network import make_network
 from model.network_config import size_multiple
-from service.backends import BackendUnavailable, Floats, OutOfMemory
+from service.backends import (
+    CONDITIONER_ROWS,
+    CONDITIONER_ROWS_GPU,
+    BackendUnavailable,
+    Floats,
+    OutOfMemory,
+)
 from service.images import to_pixels
 
 
@@ -31,6 +37,7 @@ class TorchBackend:
     name = "torch"
     precision = "fp32"
     buckets: tuple[int, ...] | None = None
+    conditioner_rows = CONDITIONER_ROWS
 
     def __init__(
         self, bundle: Bundle, *, threads: int = 0, device: str = "cpu", compile: bool = False
@@ -47,6 +54,8 @@ class TorchBackend:
         config = bundle.manifest.config
         self.size_multiple = size_multiple(config)
         self._device = torch.device(device)
+        if self._device.type != "cpu":
+            self.conditioner_rows = CONDITIONER_ROWS_GPU
         self._model = make_network(config)
         weights = bundle.file("weights.safetensors")
         try:

@@ -27,7 +27,7 @@ from service.jobs import ConditionTerm
 Floats = npt.NDArray[np.float32]
 Given = tuple[tuple[int | None, ...], str]  # classes and a text, "" for none
 
-CHUNK: Final = 8  # rows of every conditioner call
+CHUNK: Final = 8  # rows of every call of the embedder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +120,7 @@ class ModulationCache(CacheCounters):
 
     def __init__(self, backend: Backend, *, capacity: int, pinned: bytes) -> None:
         super().__init__()
-        self._backend = backend
+        self._backend, self._chunk = backend, backend.conditioner_rows
         self._pinned_key = pinned
         shapes = [entry.shape for entry in backend.manifest.state]
         self.entry_bytes = 4 * sum(int(np.prod(shape)) for shape in shapes)
@@ -136,7 +136,7 @@ class ModulationCache(CacheCounters):
         `upcoming` is what these samples want next, soonest first; it is read only as far as there are rows to spare.
         """
         keys = [(timestep, condition.key) for timestep, condition in wanted]
-        if len(set(keys)) + CHUNK > self._count - self._count // 2:
+        if len(set(keys)) + self._chunk > self._count - self._count // 2:
             self._bypass(wanted, out)
             return
         missing = {key: want for key, want in zip(keys, wanted, strict=True) if not self._touch(key)}
@@ -150,14 +150,14 @@ class ModulationCache(CacheCounters):
 
     def _bypass(self, wanted: Sequence[Want], out: tuple[Floats, ...]) -> None:
         self.bypasses += len(wanted)
-        for start in range(0, len(wanted), CHUNK):
-            part = wanted[start : start + CHUNK]
+        for start in range(0, len(wanted), self._chunk):
+            part = wanted[start : start + self._chunk]
             for rows, values in zip(out, self._compute(part), strict=True):
                 rows[start : start + len(part)] = values[: len(part)]
 
     def _load(self, missing: dict[tuple[int, bytes], Want], upcoming: Iterable[Want]) -> None:
         ahead: dict[tuple[int, bytes], Want] = {}
-        spare = -len(missing) % CHUNK
+        spare = -len(missing) % self._chunk
         for timestep, condition in upcoming if spare else ():
             key = (timestep, condition.key)
             if key not in missing and not self._holds(key):
@@ -166,16 +166,16 @@ class ModulationCache(CacheCounters):
                 break
         self.prefetches += len(ahead)
         todo = list((missing | ahead).items())
-        for start in range(0, len(todo), CHUNK):
-            part = todo[start : start + CHUNK]
+        for start in range(0, len(todo), self._chunk):
+            part = todo[start : start + self._chunk]
             places = [self._reserve(key) for key, _ in part]
             for block, values in zip(self._blocks, self._compute([want for _, want in part]), strict=True):
                 block[places] = values[: len(part)]
         self.bytes = (len(self._recent) + len(self._pinned)) * self.entry_bytes
 
     def _compute(self, wanted: Sequence[Want]) -> tuple[Floats, ...]:
-        """The conditioner's answer for up to CHUNK wants, the rest of the rows repeating the first."""
-        padded = [*wanted, *[wanted[0]] * (CHUNK - len(wanted))]
+        """The conditioner's answer for up to a call's wants, the rest of the rows repeating the first."""
+        padded = [*wanted, *[wanted[0]] * (self._chunk - len(wanted))]
         timesteps = np.array([timestep for timestep, _ in padded], np.float32)
         return self._backend.modulate(timesteps, np.stack([condition.embedding for _, condition in padded]))
 

@@ -36,6 +36,7 @@ class Course:
         self, timesteps: Sequence[int], lines: npt.NDArray[np.float32], *, scale: float, previous: int | None
     ) -> None:
         self.timesteps = tuple(timesteps)
+        lines.setflags(write=False)  # samples share it
         self.lines = lines
         self.guided: tuple[bool, ...] = tuple((lines[:, -1] != 1.0).tolist())
         self.scale = scale

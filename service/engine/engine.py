@@ -9,7 +9,9 @@ on its company.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from math import ceil
+from typing import Final
 
 import numpy as np
 
@@ -29,6 +31,8 @@ from service.planning.costs import CostModel
 from service.planning.planner import Change, Planner
 from service.planning.rungs import Ladder, Rung, steps_left
 from service.windows import Windows, windows_over
+
+PLOTTED: Final = 256  # courses from noise that are kept: most requests ask for the same few
 
 
 class Engine:
@@ -57,6 +61,7 @@ class Engine:
         self.backend, self.conditions, self.scheduler = backend, conditions, scheduler
         self.planner, self.ladder, self.costs = planner, ladder, costs
         self.schedule, self.clock = schedule, clock
+        self._plot = lru_cache(PLOTTED)(partial(plot, schedule=schedule))
         self._samples: dict[str, Sample] = {}
         self._slots = slots
         self._bucketed = backend.buckets is not None
@@ -116,7 +121,7 @@ class Engine:
         condition = self.conditions.get(request.condition, request.mix)
         unconditional = condition.key == self.conditions.null.key  # guiding it would change nothing
         if snapshot is None:
-            course = plot(request.rung, 1.0 if unconditional else request.guidance_scale, self.schedule)
+            course = self._plot(request.rung, 1.0 if unconditional else request.guidance_scale)
         else:
             course = snapshot.course(self.schedule)
         sample = Sample(
@@ -246,7 +251,7 @@ class Engine:
         """The way on from where the sample stands; steps already taken are never redone."""
         scale = sample.course.scale
         if not sample.taken:
-            return plot(rung, scale, self.schedule)
+            return self._plot(rung, scale)
         steps = min(steps_left(sample.remaining_steps, sample.rung, rung), sample.timestep + 1)
         return replot(
             rung, scale, self.schedule, timestep=sample.timestep, steps=steps, previous=sample.previous

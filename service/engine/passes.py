@@ -14,7 +14,7 @@ import numpy as np
 
 from model.diffusion import guided
 from service.backends import Backend
-from service.engine.conditions import CHUNK, Conditions, Want
+from service.engine.conditions import Conditions, Want
 from service.engine.groups import Group
 from service.engine.samples import Sample
 from service.engine.scheduler import Scheduler
@@ -120,7 +120,7 @@ class ForwardPass:
 
     def _upcoming(self, samples: Sequence[Sample]) -> Iterator[Want]:
         """What the batch's samples want from the conditioner after this step, soonest first."""
-        for ahead in range(1, CHUNK + 1):
+        for ahead in range(1, self._backend.conditioner_rows + 1):
             for sample in samples:
                 step = sample.cursor + ahead
                 if step < len(sample.course):

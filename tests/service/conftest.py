@@ -11,7 +11,7 @@ import pytest
 
 from model.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
 from model.config import DiTConfig
-from service.backends import OutOfMemory
+from service.backends import CONDITIONER_ROWS, OutOfMemory
 from service.engine.conditions import Conditions
 from service.engine.engine import Engine
 from service.engine.samples import SampleRequest
@@ -33,6 +33,7 @@ class FakeBackend:
 
     name = "fake"
     precision = "fp32"
+    conditioner_rows = CONDITIONER_ROWS
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from model.bundle import Bundle, BundleError, write_manifest
 from model.diffusion import make_schedule
 from model.engine_keys import Device
 from service.backends import BACKENDS, Backend, BackendUnavailable, OutOfMemory, load_backend
-from service.engine.conditions import CHUNK, Conditions
+from service.engine.conditions import Conditions
 from service.engine.engine import Engine
 from service.engine.samples import SampleRequest
 from service.engine.scheduler import Scheduler
@@ -143,15 +143,16 @@ def test_a_row_that_is_not_a_number_stays_alone(backend: Backend, rng: np.random
 def test_the_conditioner_at_its_fixed_size_does_not_depend_on_company_or_place(
     backend: Backend, rng: np.random.Generator
 ) -> None:
-    embeddings = backend.embed(rng.integers(0, [6, 3], (CHUNK, 2)))
-    timesteps = rng.integers(0, 1000, CHUNK).astype(np.float32)
+    rows = backend.conditioner_rows
+    embeddings = backend.embed(rng.integers(0, [6, 3], (rows, 2)))
+    timesteps = rng.integers(0, 1000, rows).astype(np.float32)
     state = backend.modulate(timesteps, embeddings)
-    order = rng.permutation(CHUNK)
+    order = rng.permutation(rows)
     for one, other in zip(state, backend.modulate(timesteps[order], embeddings[order]), strict=True):
         np.testing.assert_array_equal(other, one[order])
-    same = backend.modulate(timesteps[:1].repeat(CHUNK), embeddings[:1].repeat(CHUNK, axis=0))
+    same = backend.modulate(timesteps[:1].repeat(rows), embeddings[:1].repeat(rows, axis=0))
     for one, other in zip(state, same, strict=True):
-        np.testing.assert_array_equal(other, one[:1].repeat(CHUNK, axis=0))
+        np.testing.assert_array_equal(other, one[:1].repeat(rows, axis=0))
 
 
 def test_inputs_stay_as_they_are_and_outputs_are_the_callers(

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from service.engine.conditions import CHUNK, Condition, Conditions, Want
+from service.backends import CONDITIONER_ROWS as CHUNK
+from service.engine.conditions import Condition, Conditions, Want
 from service.errors import InvalidRequest
 from service.jobs import ConditionTerm
 
