@@ -35,10 +35,6 @@ class Curve:
 CURVES: Mapping[str, Curve] = {
     # Qwen-Image at 512 px, H200, bfloat16, compiled: SGLang pull request 22183.
     "gpu": Curve("gpu", ((1, 0.167), (2, 0.183), (3, 0.186), (4, 0.240), (8, 0.425), (16, 0.832)), 16),
-    # DiT-XL/2 in fp16 by ONNX Runtime on an H200, arrays of the host in and out: bench/results/gpu-dit-xl-2.json.
-    "h200": Curve(
-        "h200", ((1, 0.00342), (2, 0.0043), (4, 0.00611), (8, 0.00939), (16, 0.01696), (32, 0.0328)), 32
-    ),
     # A row of 256 tokens keeps two AVX2 cores busy by itself: t = .08 + .92 rows, in units of one step.
     "cpu": Curve("cpu", ((1, 1.0), (16, 0.08 + 0.92 * 16)), 16),
 }

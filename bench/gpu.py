@@ -3,9 +3,9 @@
     python -m bench.gpu [NETWORK …] [--runtimes "onnx fp16" …] [--rows 1 2 4 …] [--passes 30]
 
 A pass is timed as the service runs it, arrays of the host going in and coming out; for ONNX Runtime also with everything on the device
-already: the rest is copies and the bus. Beside it stands what a call of the conditioner takes on either side. The shares are of the best product of large matrices in the same precision, which torch
-reaches without TF32. NETWORKs are bundles, or published sizes such as DiT-XL/2, which get random weights. Writes
-bench/results/gpu.{json,png}.
+already: the rest is copies and the bus. Beside it stands what a call of the conditioner takes on either side. The shares are of the best
+product of large matrices in the same precision, which torch reaches without TF32. NETWORKs are bundles, or published sizes such as
+DiT-XL/2, which get random weights. Writes bench/results/gpu.{json,png}.
 """
 
 from __future__ import annotations
