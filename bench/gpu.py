@@ -115,7 +115,7 @@ def conditioners(bundle: Bundle, passes: int) -> dict[str, float]:
 
 
 def timed(run: Callable[[], object], passes: int) -> float:
-    """Median seconds; a tenth as many runs come first and do not count."""
+    """Median seconds; a tenth as many runs, three at least, come first and do not count."""
     times = []
     for _ in range(passes + max(3, passes // 10)):
         began = time.perf_counter()

@@ -22,7 +22,7 @@ BACKENDS: Final[dict[str, str]] = {
 }
 TEXT: Final = "service.backends.text"
 CONDITIONER_ROWS: Final = 8
-CONDITIONER_ROWS_GPU: Final = 32  # which cost little more than one
+CONDITIONER_ROWS_GPU: Final = 32  # a call for few rows is mostly the launching of kernels
 
 
 class Backend(Protocol):
@@ -37,7 +37,7 @@ class Backend(Protocol):
     manifest: Manifest
     buckets: tuple[int, ...] | None  # the batch sizes `denoise` takes; None for any
     conditioner_rows: (
-        int  # rows of every call of `modulate`: what it gives then does not depend on how many are wanted
+        int  # of every call of `modulate`, so that its answer does not depend on how many are wanted
     )
     precision: str  # what the backbone computes in: fp32, fp16, bf16 or int8
     size_multiple: int | None  # H and W may be any multiples of it; None: only the manifest's own

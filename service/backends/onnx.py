@@ -61,9 +61,8 @@ class Graphs:
         self._decoder = None
         if manifest.decoder != "identity":
             self._decoder = open_session(bundle, "decoder.onnx", options, providers)
-        self._quiet = (
-            Lock()
-        )  # the decoder runs in another thread, and no work on the GPU may come between what is recorded
+        # The decoder runs in another thread, and no work on the GPU may come between what is recorded.
+        self._quiet = Lock()
         self._state = [entry.name for entry in manifest.state]
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:

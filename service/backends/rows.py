@@ -37,14 +37,9 @@ class Rows(Protocol):
     def close(self) -> None: ...
 
 
-def run(
-    session: ort.InferenceSession,
-    outputs: Sequence[str],
-    inputs: Arrays,
-    options: ort.RunOptions | None = None,
-) -> list[Floats]:
+def run(session: ort.InferenceSession, outputs: Sequence[str], inputs: Arrays) -> list[Floats]:
     with _running():
-        return cast(list[Floats], session.run(outputs, inputs, options))
+        return cast(list[Floats], session.run(outputs, inputs))
 
 
 @contextmanager
@@ -62,6 +57,10 @@ class SharedRows:
 
     Threads that share the work within every operator wait for one another hundreds of times a pass: 8 rows took 1.2 times as long on
     two cores. A batch of fewer rows than threads runs like that all the same.
+
+    Args:
+        alone: the session of a thread's part.
+        together: the session of fewer rows than threads.
     """
 
     def __init__(self, alone: ort.InferenceSession, together: ort.InferenceSession, *, threads: int) -> None:

@@ -390,7 +390,7 @@ def test_when_a_part_fails_nobody_computes_any_more() -> None:
     ended = threading.Event()
 
     class Session:
-        def run(self, outputs: list[str], inputs: dict[str, Floats], _: None) -> list[Floats]:
+        def run(self, outputs: list[str], inputs: dict[str, Floats]) -> list[Floats]:
             if inputs["x"][0] == 0:
                 raise RuntimeError("bad_alloc")
             time.sleep(0.05)
@@ -416,7 +416,7 @@ def test_speed_is_measured_in_pairs_of_steps_of_one_row(
         def __init__(self, seconds: Iterator[float]) -> None:
             self.seconds = seconds
 
-        def run(self, outputs: Any, inputs: Any, _: None) -> None:
+        def run(self, outputs: Any, inputs: Any) -> None:
             nonlocal now
             now += next(self.seconds)
             batches.append(len(inputs["x"]))
