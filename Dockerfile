@@ -8,6 +8,9 @@ ARG CUDA_IMAGE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 FROM ${PYTHON_IMAGE} AS packages-api
 WORKDIR /build
 COPY pyproject.toml constraints.txt LICENSE ./
+COPY ditserve/ ditserve/
+# The code itself comes with the images below: what is installed here is its dependencies.
+RUN mkdir bench export model service
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /venv && /venv/bin/pip install --constraint constraints.txt .
 
@@ -24,6 +27,8 @@ FROM python-cuda AS packages-worker
 RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 COPY pyproject.toml constraints.txt LICENSE ./
+COPY ditserve/ ditserve/
+RUN mkdir bench export model service
 ARG TENSORRT_INDEX=https://pypi.nvidia.com
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /venv && \
@@ -36,6 +41,7 @@ ENV DIT_HOST=0.0.0.0 DIT_PORT=8000
 WORKDIR /app
 COPY --from=packages-api /venv /venv
 COPY LICENSE ./
+COPY ditserve/ ditserve/
 COPY model/ model/
 COPY service/ service/
 USER 10001:10001
@@ -51,6 +57,7 @@ ENV DIT_WORKER_METRICS_PORT=9100
 WORKDIR /app
 COPY --from=packages-worker-cpu /venv /venv
 COPY LICENSE ./
+COPY ditserve/ ditserve/
 COPY model/ model/
 COPY service/ service/
 USER 10001:10001
@@ -66,6 +73,7 @@ ENV DIT_WORKER_METRICS_PORT=9100 NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /app
 COPY --from=packages-worker /venv /venv
 COPY LICENSE ./
+COPY ditserve/ ditserve/
 COPY model/ model/
 COPY export/ export/
 COPY service/ service/

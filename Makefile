@@ -49,7 +49,7 @@ clean:
 $(VENV)/.%-$(KEY): | $(BIN)/python
 	@echo "Installing the $* packages into $(VENV) … $(if $(TORCH_INDEX),,$(if $(filter dev,$*),$(TORCH_HINT)))"
 	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '.[$*]' >>$(LOG) 2>&1 || { \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[$*]' >>$(LOG) 2>&1 || { \
 	    echo "error: the packages could not be installed (is a package index reachable?): see $(LOG)" >&2; exit 1; }
 	@rm -f $(VENV)/.$*-* && touch $@
 

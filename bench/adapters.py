@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.workload import Asked, Kind
+from ditserve.bench.workload import Asked, Kind
 
 GUIDANCE = 2.0  # of guided requests
 SOLVER, GRID = "dpmpp-2m", "trailing"

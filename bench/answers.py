@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bench.adapters import Told
-from bench.workload import Asked, Kind
+from ditserve.bench.adapters import Told
+from ditserve.bench.workload import Asked, Kind
 
 REFUSALS = (429, 503)
 P99_NEEDS, P95_NEEDS = 459, 90  # answers from which a percentile may be told with 99 % confidence (1 − q^n)

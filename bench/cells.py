@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bench.adapters import Told
-from bench.answers import Exchange
-from bench.workload import STEPS, Asked, Kind, Workload
+from ditserve.bench.adapters import Told
+from ditserve.bench.answers import Exchange
+from ditserve.bench.workload import STEPS, Asked, Kind, Workload
 
 Situation = Literal["alone", "saturated", "tuning", "offered", "own", "alike", "at once"]
 REFERENCE, CAPACITY = "diffusers + lock", "step FIFO"

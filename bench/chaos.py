@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench.clients import Client, Outcome, Recipe, connected, recipes
-from bench.site import Site, opened
-from model.bundle import Bundle
-from service.queue.broker import Broker
-from service.settings import Settings
+from ditserve.bench.clients import Client, Outcome, Recipe, connected, recipes
+from ditserve.bench.site import Site, opened
+from ditserve.model.spec.bundle import Bundle
+from ditserve.service.queue.broker import Broker
+from ditserve.service.settings import Settings
 
 LEASE_S = 2.0
 DRAIN_S = 0.3

@@ -22,12 +22,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench import engine_overhead, growth, machine, overhead_http
-from bench.peak import Peak
-from bench.record import Neighbours, read, save
-from model.bundle import Bundle
-from service.backends import load_backend
-from service.backends.onnx import BACKBONES
+from ditserve.bench import engine_overhead, growth, machine, overhead_http
+from ditserve.bench.peak import Peak
+from ditserve.bench.record import Neighbours, read, save
+from ditserve.model.spec.bundle import Bundle
+from ditserve.service.backends import load_backend
+from ditserve.service.backends.onnx import BACKBONES
 
 Figures = dict[str, float]
 ROWS = 8

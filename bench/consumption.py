@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.site import processor_seconds, resident_bytes
+from ditserve.bench.site import processor_seconds, resident_bytes
 
 MIB = 1 << 20
 _ROWS = re.compile(r"^dit_batch_rows_(sum|count)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)

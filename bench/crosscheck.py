@@ -27,14 +27,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import overhead_http
-from bench.adapters import ADAPTERS
-from bench.load import connect, offer, sender
-from bench.record import Neighbours, save
-from bench.site import opened
-from bench.wire import exchange, post
-from bench.workload import Asked, Kind
-from service.settings import Settings
+from ditserve.bench import overhead_http
+from ditserve.bench.adapters import ADAPTERS
+from ditserve.bench.load import connect, offer, sender
+from ditserve.bench.record import Neighbours, save
+from ditserve.bench.site import opened
+from ditserve.bench.wire import exchange, post
+from ditserve.bench.workload import Asked, Kind
+from ditserve.model.spec.errors import ModelError
+from ditserve.service.settings import Settings
 
 ADAPTER = ADAPTERS["service-undated"]
 BUSY, CALM = "asking again when answered", "evenly, without waiting"
@@ -55,7 +56,7 @@ end
 """
 
 
-class ToolFailed(Exception):
+class ToolFailed(ModelError):
     """Another's generator is not there or ended in error, or requests were not answered; the message is one sentence."""
 
 
@@ -119,7 +120,7 @@ async def ours_evenly(url: str, *, rate: float, requests: int) -> Figures:
     times = [1e3 * (each.ended - each.asked.at) for each in exchanges]
     p50, p95 = np.percentile(times, (50, 95)).tolist()
     wrong = sum(each.told is None for each in exchanges)
-    return _clean("bench.load", {"per_s": rate, "p50_ms": p50, "p95_ms": p95, "wrong": wrong})
+    return _clean("ditserve.bench.load", {"per_s": rate, "p50_ms": p50, "p95_ms": p95, "wrong": wrong})
 
 
 async def run(options: argparse.Namespace, console: Console) -> list[Found]:
@@ -130,7 +131,7 @@ async def run(options: argparse.Namespace, console: Console) -> list[Found]:
             port, n = int(url.rpartition(":")[2]), round(seconds * overhead_http.GOAL_PER_S)
             await ours_busy(port, connections=1, n=WARM)
             tools: Tools = {
-                "bench.wire": lambda: ours_busy(port, connections=clients, n=n),
+                "ditserve.bench.wire": lambda: ours_busy(port, connections=clients, n=n),
                 "wrk": lambda: asyncio.to_thread(wrk, url, folder, connections=clients, seconds=seconds),
             }
             found = await turns(BUSY, tools, options.rounds, console)
@@ -139,7 +140,7 @@ async def run(options: argparse.Namespace, console: Console) -> list[Found]:
             url, evenly = site.url, {"rate": options.rate, "requests": options.requests}
             await ours_evenly(url, rate=1.0, requests=2)
             tools = {
-                "bench.load": lambda: ours_evenly(url, **evenly),
+                "ditserve.bench.load": lambda: ours_evenly(url, **evenly),
                 "Artillery": lambda: asyncio.to_thread(artillery, options.artillery, url, folder, **evenly),
             }
             return found + await turns(CALM, tools, options.rounds, console)

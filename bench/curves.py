@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from service.planning.rungs import Ladder, Rung
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
 
 
 @dataclass(frozen=True, slots=True)

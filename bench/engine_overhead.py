@@ -23,17 +23,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bench.record import Neighbours, save
-from model.bundle import Bundle, Manifest
-from service.backends import CONDITIONER_ROWS, Backend, load_backend
-from service.engine.conditions import Conditions
-from service.engine.engine import Engine
-from service.engine.samples import SampleRequest
-from service.engine.scheduler import Scheduler
-from service.jobs import ConditionTerm
-from service.planning.costs import CostModel
-from service.planning.planner import Planner
-from service.planning.rungs import Ladder, Rung
+from ditserve.bench.record import Neighbours, save
+from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.service.backends import CONDITIONER_ROWS, Backend, load_backend
+from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.engine import Engine
+from ditserve.service.engine.samples import SampleRequest
+from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.jobs import ConditionTerm
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.planner import Planner
+from ditserve.service.rung import Rung
 
 Floats = npt.NDArray[np.float32]
 

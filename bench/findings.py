@@ -8,16 +8,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.answers import Exchange
-from bench.cells import Cell, unpacked
-from bench.record import machine
-from bench.workload import Kind
-from model.bundle import write_atomic
+from ditserve.bench.answers import Exchange
+from ditserve.bench.cells import Cell, unpacked
+from ditserve.bench.record import machine
+from ditserve.bench.workload import Kind
+from ditserve.model.spec.bundle import write_atomic
+from ditserve.model.spec.errors import ModelError
 
 SAME = ("processor", "vectors", "cores", "packages")  # of machines whose figures may stand side by side
 
 
-class Mismatch(Exception):
+class Mismatch(ModelError):
     """The file holds figures of other settings; the message is one sentence."""
 
 

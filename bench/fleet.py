@@ -23,14 +23,15 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from bench.arrivals import Arrival
-from bench.curves import Curve
-from service.engine.scheduler import Scheduler
-from service.jobs import LoadSnapshot, WorkerState
-from service.planning.admission import Newcomer, admit
-from service.planning.costs import CostModel
-from service.planning.planner import PlannedSample, Planner, Policy
-from service.planning.rungs import Ladder, Rung, steps_left
+from ditserve.bench.arrivals import Arrival
+from ditserve.bench.curves import Curve
+from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.jobs import LoadSnapshot, WorkerState
+from ditserve.service.planning.admission import Newcomer, admit
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Ladder, steps_left
+from ditserve.service.planning.planner import PlannedSample, Planner, Policy
+from ditserve.service.rung import Rung
 
 JITTER = 0.03  # relative spread of a step's duration
 Order = Literal["arrival", "deadline"]

@@ -28,14 +28,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.machine import inputs, open_bundle
-from bench.plots import RESULTS, draw_lines
-from bench.record import Neighbours, save
-from model.bundle import Bundle, BundleError
-from model.describe import cost
-from model.engine_keys import NoGpu, first_gpu
-from service.backends import CONDITIONER_ROWS_GPU, BackendUnavailable, load_backend
-from service.backends.onnx import CPU, CUDA, Graphs, recorded, session_options
+from ditserve.bench.machine import inputs, open_bundle
+from ditserve.bench.plots import RESULTS, draw_lines
+from ditserve.bench.record import Neighbours, save
+from ditserve.model.nets.cost import cost
+from ditserve.model.spec.bundle import Bundle, BundleError
+from ditserve.model.spec.engine_cache import NoGpu, first_gpu
+from ditserve.service.backends import CONDITIONER_ROWS_GPU, BackendUnavailable, load_backend
+from ditserve.service.backends.onnx import CPU, CUDA, Graphs, recorded, session_options
 
 NETWORKS = ("model/zoo/emoji", "DiT-XL/2")
 SIDE, PRODUCTS = 8192, 10  # of the product that is the peak

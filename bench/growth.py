@@ -24,16 +24,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.arrivals import Traffic
-from bench.curves import CURVES, LADDERS
-from bench.fleet import Fleet, Site
-from bench.plots import RESULTS, draw_lines
-from bench.record import Neighbours, save
-from bench.simulate import ARMS, PATIENT
-from service.jobs import ConditionTerm, Due, Image, Job, JobResult, LoadSnapshot, WorkerState
-from service.planning.admission import Newcomer, admit
-from service.queue.broker import Broker
-from service.valkey import start_valkey
+from ditserve.bench.arrivals import Traffic
+from ditserve.bench.curves import CURVES, LADDERS
+from ditserve.bench.fleet import Fleet, Site
+from ditserve.bench.plots import RESULTS, draw_lines
+from ditserve.bench.record import Neighbours, save
+from ditserve.bench.simulate import ARMS, PATIENT
+from ditserve.service.jobs import ConditionTerm, Due, Image, Job, JobResult, LoadSnapshot, WorkerState
+from ditserve.service.launch.valkey import start_valkey
+from ditserve.service.planning.admission import Newcomer, admit
+from ditserve.service.queue.broker import Broker
 
 CALLERS = 16
 # (workers, requests, how they come): thousands of them wait

@@ -33,18 +33,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.answers import Exchange, Promise, Summary
-from bench.cells import BASIS, CAPACITY, CROWD, REFERENCE, SAME, Cell, caps, grid, measured, packed
-from bench.consumption import Consumption
-from bench.findings import Findings, Mismatch
-from bench.headline_tables import View, curves, markdown, tables
-from bench.load import Unreachable, connect, qualities, sender, unloaded, watched
-from bench.pace import Pace
-from bench.plots import RESULTS, draw_headline
-from bench.record import Neighbours
-from bench.servers import ARMS, Place, ServerFailed, Serving, serving
-from bench.workload import Workload
-from model.bundle import Bundle, BundleError, write_atomic
+from ditserve.bench.answers import Exchange, Promise, Summary
+from ditserve.bench.cells import BASIS, CAPACITY, CROWD, REFERENCE, SAME, Cell, caps, grid, measured, packed
+from ditserve.bench.consumption import Consumption
+from ditserve.bench.findings import Findings, Mismatch
+from ditserve.bench.headline_tables import View, curves, markdown, tables
+from ditserve.bench.load import Unreachable, connect, qualities, sender, unloaded, watched
+from ditserve.bench.pace import Pace
+from ditserve.bench.plots import RESULTS, draw_headline
+from ditserve.bench.record import Neighbours
+from ditserve.bench.servers import ARMS, Place, ServerFailed, Serving, serving
+from ditserve.bench.workload import Workload
+from ditserve.model.spec.bundle import Bundle, BundleError, write_atomic
 
 LADDER = "emoji"  # whose rungs, and what they cost in quality, the model was given
 WARM_UP = 10  # requests of every run that do not count

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from bench.answers import Summary
-from bench.cells import CALM, CAPACITY, REFERENCE, Cell
-from bench.findings import Findings
-from bench.servers import ARMS
+from ditserve.bench.answers import Summary
+from ditserve.bench.cells import CALM, CAPACITY, REFERENCE, Cell
+from ditserve.bench.findings import Findings
+from ditserve.bench.servers import ARMS
 
 Summarise = Callable[[Sequence[Cell]], Summary | None]
 OURS, EQUAL = "planner", "EDF"  # with quality spent, and with quality kept

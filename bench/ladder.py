@@ -25,16 +25,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench.plots import RESULTS, draw_ladder
-from bench.reference import Reference
-from model.bundle import Bundle, BundleError, Manifest, RungSpec, write_atomic, write_manifest
-from model.classifier import ClassifierError
-from model.diffusion import grid, guidance_weight, guided
-from model.opening import OpenError
-from model.pictures import DataError
-from model.solvers import step_table, trajectory
-from service.backends import Backend, BackendUnavailable, load_backend
-from service.planning.rungs import Interval, Ladder, Rung
+from ditserve.bench.plots import RESULTS, draw_ladder
+from ditserve.bench.reference import Reference
+from ditserve.model.data.examples import DataError
+from ditserve.model.evaluation.classifier import ClassifierError
+from ditserve.model.spec.bundle import Bundle, BundleError, Manifest, RungSpec, write_atomic, write_manifest
+from ditserve.model.spec.diffusion import grid, guidance_weight, guided
+from ditserve.model.spec.solvers import step_table, trajectory
+from ditserve.model.train.load import OpenError
+from ditserve.service.backends import Backend, BackendUnavailable, load_backend
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Interval, Rung
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]

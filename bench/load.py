@@ -25,14 +25,15 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench.adapters import ADAPTERS, Adapter, Told
-from bench.answers import Exchange, Promise, Summary
-from bench.arrivals import PROCESSES
-from bench.consumption import Consumption, passes
-from bench.plots import RESULTS
-from bench.record import Neighbours, machine
-from bench.workload import STEPS, Asked, Kind, Workload
-from model.bundle import Bundle, BundleError, Manifest, write_atomic
+from ditserve.bench.adapters import ADAPTERS, Adapter, Told
+from ditserve.bench.answers import Exchange, Promise, Summary
+from ditserve.bench.arrivals import PROCESSES
+from ditserve.bench.consumption import Consumption, passes
+from ditserve.bench.plots import RESULTS
+from ditserve.bench.record import Neighbours, machine
+from ditserve.bench.workload import STEPS, Asked, Kind, Workload
+from ditserve.model.spec.bundle import Bundle, BundleError, Manifest, write_atomic
+from ditserve.model.spec.errors import ModelError
 
 LAG_MS = 5.0
 ANSWER_S = 600.0  # nobody waits longer
@@ -42,7 +43,7 @@ PROBES = 5  # requests of each kind that are timed alone
 Send = Callable[[Asked], Awaitable[tuple[int, Told | None]]]
 
 
-class Unreachable(Exception):
+class Unreachable(ModelError):
     """There is no server, or it refuses plain requests; the message is one sentence."""
 
 

@@ -28,15 +28,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.operators import operator_shares, product_share
-from bench.peak import Peak
-from bench.plots import RESULTS, draw_lines
-from bench.random_bundle import random_bundle
-from bench.record import Neighbours, save
-from model.bundle import BACKBONE, MANIFEST, Bundle, BundleError, Manifest
-from model.config import named
-from model.describe import cost
-from service.backends import Backend, BackendUnavailable, load_backend
+from ditserve.bench.operators import operator_shares, product_share
+from ditserve.bench.peak import Peak
+from ditserve.bench.plots import RESULTS, draw_lines
+from ditserve.bench.random_bundle import random_bundle
+from ditserve.bench.record import Neighbours, save
+from ditserve.model.nets.cost import cost
+from ditserve.model.spec.bundle import BACKBONE, MANIFEST, Bundle, BundleError, Manifest
+from ditserve.model.spec.dit_config import named
+from ditserve.service.backends import Backend, BackendUnavailable, load_backend
 
 Floats = npt.NDArray[np.float32]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.arrivals import Traffic
-from bench.fleet import Arm, Fleet, Sample, Site
+from ditserve.bench.arrivals import Traffic
+from ditserve.bench.fleet import Arm, Fleet, Sample, Site
 
 UNCUT = Arm("uncut", admission=False, degrade=False, laxity=False, plan=False, expire=False, holds=10**9)
 PLANNED = Arm("planned every step")

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench.engine_overhead import NoBackend
-from model.bundle import Bundle
-from service.backends import BACKENDS
-from service.settings import Settings
-from service.worker import worker_process
+from ditserve.bench.engine_overhead import NoBackend
+from ditserve.model.spec.bundle import Bundle
+from ditserve.service.backends import BACKENDS
+from ditserve.service.settings import Settings
+from ditserve.service.worker import worker_process
 
 
 def open_backend(bundle: Bundle, **options: Any) -> NoBackend:
@@ -22,7 +22,7 @@ def open_backend(bundle: Bundle, **options: Any) -> NoBackend:
 
 
 def main(arguments: Sequence[str]) -> int:
-    BACKENDS.update(dict.fromkeys(BACKENDS, "bench.noop_worker:open_backend"))
+    BACKENDS.update(dict.fromkeys(BACKENDS, "ditserve.bench.noop_worker:open_backend"))
     return worker_process.run(Settings.load(list(arguments), program="python -m bench.noop_worker"))
 
 

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.plots import RESULTS, draw_shares
-from bench.record import Neighbours, save
-from bench.site import Site, free_port, opened, processor_seconds
-from bench.wire import Exchanges, Wire, exchange, post
-from model.bundle import Bundle, Manifest
-from service.children import Child
-from service.settings import Settings
+from ditserve.bench.plots import RESULTS, draw_shares
+from ditserve.bench.record import Neighbours, save
+from ditserve.bench.site import Site, free_port, opened, processor_seconds
+from ditserve.bench.wire import Exchanges, Wire, exchange, post
+from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.service.launch.child_process import Child
+from ditserve.service.settings import Settings
 
 NOOP, ECHO = "no-op service", "plain ASGI echo"
 GOAL_MS, GOAL_PER_S = 3.0, 300.0
@@ -93,7 +93,7 @@ async def echoing() -> AsyncIterator[tuple[int, Child]]:
     """The plain application on a port of its own."""
     port = free_port()
     flags = ["--port", str(port), "--no-access-log", "--log-level", "warning"]
-    child = await Child.start("echo", [sys.executable, "-m", "uvicorn", "bench.echo:app", *flags])
+    child = await Child.start("echo", [sys.executable, "-m", "uvicorn", "ditserve.bench.echo:app", *flags])
     try:
         for _ in range(TRIES):
             try:
@@ -112,7 +112,7 @@ async def serving(bundle: Path, *, workers: int = 1) -> AsyncIterator[Site]:
     settings = Settings.parse([f"--bundle={bundle}", "--log-level=warning", "--no-verify"])
     with tempfile.TemporaryDirectory(prefix="dit-") as folder:
         async with opened(
-            Path(folder), settings, workers=workers, durable=False, worker=("bench.noop_worker",)
+            Path(folder), settings, workers=workers, durable=False, worker=("ditserve.bench.noop_worker",)
         ) as site:
             yield site
 

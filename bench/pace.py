@@ -7,8 +7,8 @@ from statistics import median
 
 import numpy as np
 
-from model.bundle import Bundle
-from service.backends import load_backend
+from ditserve.model.spec.bundle import Bundle
+from ditserve.service.backends import load_backend
 
 ROWS, LOOK_S = 8, 1.5
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.answers import Summary
-from bench.outcomes import Point
-from model.bundle import RungSpec
+from ditserve.bench.answers import Summary
+from ditserve.bench.outcomes import Point
+from ditserve.model.spec.bundle import RungSpec
 
 RESULTS = Path(__file__).parent / "results"
 FATES = (

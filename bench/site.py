@@ -17,9 +17,9 @@ from pathlib import Path
 import httpx
 from pydantic import SecretStr
 
-from service.children import Child
-from service.settings import Settings
-from service.valkey import start_valkey
+from ditserve.service.launch.child_process import Child
+from ditserve.service.launch.valkey import start_valkey
+from ditserve.service.settings import Settings
 
 READY_S = 120.0
 POLL_S = 0.02

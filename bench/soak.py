@@ -22,11 +22,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.chaos import references, write
-from bench.clients import Client, Outcome, connected, recipes
-from bench.site import Site, opened, resident_bytes
-from model.bundle import Bundle
-from service.settings import Settings
+from ditserve.bench.chaos import references, write
+from ditserve.bench.clients import Client, Outcome, connected, recipes
+from ditserve.bench.site import Site, opened, resident_bytes
+from ditserve.model.spec.bundle import Bundle
+from ditserve.service.settings import Settings
 
 MIB = 1 << 20
 LOOK_S = 0.25

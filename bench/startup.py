@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.consumption import family
-from bench.plots import RESULTS, draw_shares
-from bench.record import Neighbours, save
-from bench.site import free_port, resident_bytes
-from bench.wire import Wire, exchange, post
-from model.bundle import Bundle, Manifest
-from service.children import Child
+from ditserve.bench.consumption import family
+from ditserve.bench.plots import RESULTS, draw_shares
+from ditserve.bench.record import Neighbours, save
+from ditserve.bench.site import free_port, resident_bytes
+from ditserve.bench.wire import Wire, exchange, post
+from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.service.launch.child_process import Child
 
 GOAL_S = 5.0
 PATIENCE_S = 120.0

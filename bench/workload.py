@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.arrivals import Traffic
+from ditserve.bench.arrivals import Traffic
 
 STEPS = ((20, 0.7), (50, 0.3))
 

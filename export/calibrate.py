@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from export.errors import ExportError
-from model.conditioner import null_labels
-from model.denoise import Conditions, Denoiser, Guidance, noise
-from model.diffusion import grid
-from model.network import Network, NetworkConfig
-from model.opening import Opened
-from model.solvers import step_table, trajectory
+from ditserve.export.errors import ExportError
+from ditserve.model.nets.conditioner import null_labels
+from ditserve.model.nets.factory import Network, NetworkConfig
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, noise
+from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.solvers import step_table, trajectory
+from ditserve.model.train.load import Opened
 
 Backbone = Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # (x, state) → output
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from export.errors import ExportError
-from model.autoencoder import AutoencoderError
-from model.bundle import BundleError
-from model.opening import OpenError
+from ditserve.export.errors import ExportError
+from ditserve.model.nets.autoencoder import AutoencoderError
+from ditserve.model.spec.bundle import BundleError
+from ditserve.model.train.load import OpenError
 
 DONE, REFUSED = 0, 2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ditserve.model.spec.errors import ModelError
 
-class ExportError(Exception):
+
+class ExportError(ModelError):
     """An export that cannot be done or is not good enough; the message is one sentence."""

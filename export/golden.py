@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from model.autoencoder import open_autoencoder
-from model.bundle import GOLDEN, Golden
-from model.denoise import Conditions, Denoiser, Guidance, denoise
-from model.diffusion import grid
-from model.opening import Opened
-from model.sample import to_pixels
-from model.solvers import step_table
+from ditserve.model.nets.autoencoder import open_autoencoder
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.sampling.sheet import to_pixels
+from ditserve.model.spec.bundle import GOLDEN, Golden
+from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.solvers import step_table
+from ditserve.model.train.load import Opened
 
 STEPS, SEED = 20, 0
 

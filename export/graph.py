@@ -24,12 +24,12 @@ from onnx import TensorProto, numpy_helper
 from onnxscript import opset20 as op
 from torch import Tensor, nn
 
-from export.errors import ExportError
-from model.autoencoder import Autoencoder
-from model.config import DiTConfig
-from model.dit import DiT
-from model.network import Network
-from model.network_config import size_multiple
+from ditserve.export.errors import ExportError
+from ditserve.model.nets.autoencoder import Autoencoder
+from ditserve.model.nets.dit import DiT
+from ditserve.model.nets.factory import Network
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.network_config import size_multiple
 
 OPSET = 20
 TEXT = "text"  # the embedder's input for sentence embeddings

@@ -20,18 +20,18 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.calibrate import Backbone, Rows
-from export.command import guarded
-from export.errors import ExportError
-from export.graph import backbone_graph
-from export.parity import compare_rows, graph_backbone
-from export.source import open_source
-from export.storage import remove_graph, save_graph
-from export.verify import CALIBRATION, LIMITS, Band, check, worst
-from model.bundle import write_manifest
-from model.layers import Attention
-from model.network import Network
-from model.opening import Opened
+from ditserve.export.calibrate import Backbone, Rows
+from ditserve.export.command import guarded
+from ditserve.export.errors import ExportError
+from ditserve.export.graph import backbone_graph
+from ditserve.export.parity import compare_rows, graph_backbone
+from ditserve.export.source import open_source
+from ditserve.export.storage import remove_graph, save_graph
+from ditserve.export.verify import CALIBRATION, LIMITS, Band, check, worst
+from ditserve.model.nets.factory import Network
+from ditserve.model.nets.layers import Attention
+from ditserve.model.spec.bundle import write_manifest
+from ditserve.model.train.load import Opened
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FP16_MAX = 65504.0

@@ -20,22 +20,22 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
-from export.calibrate import WALK, Rows, Walk, trajectories
-from export.command import guarded
-from export.errors import ExportError
-from export.half import DTYPES, filename
-from export.onnx import PARITY, Options, decoder_of, export_bundle
-from export.parity import compare_rows, graph_backbone
-from export.quality import Judge, frechet_report, picture_psnr
-from export.quantize import FILES, Target, backbone_inputs, this_processor, write_int8
-from export.session import open_session
-from export.smooth import amax, search, smoothed
-from export.source import open_source
-from export.storage import remove_graph
-from export.verify import CALIBRATION, LIMITS, check, report
-from model.bundle import BACKBONE, write_atomic, write_manifest
-from model.evaluate import CLASSIFIER
-from model.opening import Opened
+from ditserve.export.calibrate import WALK, Rows, Walk, trajectories
+from ditserve.export.command import guarded
+from ditserve.export.errors import ExportError
+from ditserve.export.half import DTYPES, filename
+from ditserve.export.onnx import PARITY, Options, decoder_of, export_bundle
+from ditserve.export.parity import compare_rows, graph_backbone
+from ditserve.export.quality import Judge, frechet_report, picture_psnr
+from ditserve.export.quantize import FILES, Target, backbone_inputs, this_processor, write_int8
+from ditserve.export.session import open_session
+from ditserve.export.smooth import amax, search, smoothed
+from ditserve.export.source import open_source
+from ditserve.export.storage import remove_graph
+from ditserve.export.verify import CALIBRATION, LIMITS, check, report
+from ditserve.model.evaluation.classifier import CLASSIFIER
+from ditserve.model.spec.bundle import BACKBONE, write_atomic, write_manifest
+from ditserve.model.train.load import Opened
 
 SMOOTHING = "smoothing"  # the provenance entry of a bundle whose weights are smoothed
 UNSEEN = 2_000  # seed of the rows to judge by
@@ -210,7 +210,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="the training pictures, to measure Fréchet distances with")
     parser.add_argument("--pictures", type=int, default=300, help="pictures to measure them on")
     parser.add_argument(
-        "--classifier", type=Path, default=CLASSIFIER, help="folder of python -m model.classifier"
+        "--classifier", type=Path, default=CLASSIFIER, help="folder of python -m model.evaluation.classifier"
     )
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)

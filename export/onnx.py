@@ -19,27 +19,30 @@ import onnx
 import torch
 from pydantic import ValidationError
 
-from export.calibrate import WALK, Rows, Walk, trajectories
-from export.command import guarded
-from export.errors import ExportError
-from export.golden import write_golden
-from export.graph import (
-    OPSET,
-    backbone_graph,
-    conditioner_graph,
-    decoder_graph,
-    embedder_graph,
+from ditserve.export.calibrate import WALK, Rows, Walk, trajectories
+from ditserve.export.command import guarded
+from ditserve.export.errors import ExportError
+from ditserve.export.golden import write_golden
+from ditserve.export.graph import OPSET, backbone_graph, conditioner_graph, decoder_graph, embedder_graph
+from ditserve.export.half import filename, write_half
+from ditserve.export.parity import compare_rows, verify_decoder, verify_graphs
+from ditserve.export.source import Card, open_source, parameters, rounded
+from ditserve.export.storage import data_file, save_graph, save_weights, save_whole
+from ditserve.export.verify import CALIBRATION, Band, Limits, check, report, worst
+from ditserve.model.nets.autoencoder import SdVae, open_autoencoder
+from ditserve.model.nets.factory import Network
+from ditserve.model.spec.bundle import (
+    BACKBONE,
+    CONDITIONER,
+    EMBEDDER,
+    GOLDEN,
+    WEIGHTS,
+    Golden,
+    Manifest,
+    write_manifest,
 )
-from export.half import filename, write_half
-from export.parity import compare_rows, verify_decoder, verify_graphs
-from export.source import Card, open_source, parameters, rounded
-from export.storage import data_file, save_graph, save_weights, save_whole
-from export.verify import CALIBRATION, Band, Limits, check, report, worst
-from model.autoencoder import SdVae, open_autoencoder
-from model.bundle import BACKBONE, CONDITIONER, EMBEDDER, GOLDEN, WEIGHTS, Golden, Manifest, write_manifest
-from model.network import Network
-from model.network_config import size_multiple
-from model.opening import Opened, build
+from ditserve.model.spec.network_config import size_multiple
+from ditserve.model.train.load import Opened, build
 
 PARITY, DECODER = "parity.json", "decoder.onnx"
 ROUNDING = Limits(relative_l2=3e-3, cosine=0.99999)  # what storing weights in half precision may cost

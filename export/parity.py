@@ -11,15 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from export.calibrate import Backbone, Rows
-from export.graph import TEXT
-from export.session import open_session, run
-from export.verify import LIMITS, Band, Limits, check, compare
-from model.autoencoder import Autoencoder
-from model.bundle import BACKBONE, CONDITIONER, EMBEDDER, Manifest
-from model.network import Network
-from model.network_config import size_multiple
-from model.opening import Opened
+from ditserve.export.calibrate import Backbone, Rows
+from ditserve.export.graph import TEXT
+from ditserve.export.session import open_session, run
+from ditserve.export.verify import LIMITS, Band, Limits, check, compare
+from ditserve.model.nets.autoencoder import Autoencoder
+from ditserve.model.nets.factory import Network
+from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER, Manifest
+from ditserve.model.spec.network_config import size_multiple
+from ditserve.model.train.load import Opened
 
 CHUNK = 32  # rows of one forward pass
 Arrays = dict[str, npt.NDArray[Any]]

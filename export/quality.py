@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.calibrate import Backbone, Walk, pictures, with_backbone
-from export.errors import ExportError
-from export.session import open_session, run
-from model.autoencoder import Autoencoder, Identity
-from model.classifier import ClassifierError, open_classifier
-from model.features import classifier_features
-from model.fidelity import frechet_distance
-from model.opening import Opened
-from model.picture_sets import Plan, asked, make, open_data, real
-from model.pictures import DataError
+from ditserve.export.calibrate import Backbone, Walk, pictures, with_backbone
+from ditserve.export.errors import ExportError
+from ditserve.export.session import open_session, run
+from ditserve.model.data.examples import DataError
+from ditserve.model.evaluation.classifier import ClassifierError, open_classifier
+from ditserve.model.evaluation.features import classifier_features
+from ditserve.model.evaluation.fidelity import frechet_distance
+from ditserve.model.evaluation.picture_sets import Plan, asked, make, open_data, real
+from ditserve.model.nets.autoencoder import Autoencoder, Identity
+from ditserve.model.train.load import Opened
 
 SEEN = Walk(samples=4, steps=20, seed=3_000)  # pictures of which every pixel is compared
 

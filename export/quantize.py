@@ -20,13 +20,13 @@ import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from export.calibrate import Rows
-from export.errors import ExportError
-from export.graph import backbone_graph
-from export.half import half_graph
-from export.smooth import int8_linears
-from export.storage import data_file, save_graph, save_whole
-from model.dit import DiT
+from ditserve.export.calibrate import Rows
+from ditserve.export.errors import ExportError
+from ditserve.export.graph import backbone_graph
+from ditserve.export.half import half_graph
+from ditserve.export.smooth import int8_linears
+from ditserve.export.storage import data_file, save_graph, save_whole
+from ditserve.model.nets.dit import DiT
 
 Target = Literal["cpu", "tensorrt"]
 FILES: dict[Target, str] = {"cpu": "backbone.int8.onnx", "tensorrt": "backbone.int8.fp16.onnx"}

@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from export.calibrate import Rows
-from export.parity import forward
-from model.config import MODULATIONS
-from model.dit import Block, DiT
+from ditserve.export.calibrate import Rows
+from ditserve.export.parity import forward
+from ditserve.model.nets.dit import Block, DiT
+from ditserve.model.spec.dit_config import MODULATIONS
 
 ALPHAS = (0.0, 0.5, 0.65, 0.8, 0.95)  # 0: leave the model as it is
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # the linears of a block that become INT8

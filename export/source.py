@@ -9,10 +9,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from export.errors import ExportError
-from model.bundle import Defaults
-from model.network import Network
-from model.opening import Opened, OpenError, build, open_model
+from ditserve.export.errors import ExportError
+from ditserve.model.nets.factory import Network
+from ditserve.model.spec.bundle import Defaults
+from ditserve.model.train.load import Opened, OpenError, build, open_model
 
 
 class Card(BaseModel):

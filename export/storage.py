@@ -24,8 +24,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export.errors import ExportError
-from model.bundle import WEIGHTS
+from ditserve.export.errors import ExportError
+from ditserve.model.spec.bundle import WEIGHTS
 
 MIN_BYTES = 1024  # smaller tensors stay in the graph
 INLINE_BYTES = (

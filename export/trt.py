@@ -19,17 +19,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from export.engine_run import EngineRun
-from export.engines import amend, drop, find_device, recorded, store, timing_cache
-from export.errors import ExportError
-from export.fusion import fusion_of
-from export.progress import Cancellable, Progression, bars, interruptible, lines
-from export.trial import FASTER, Reference, reference_of, speedup, try_engine
-from export.trt_build import BuildCancelled, BuildError, BuildOptions, build_engine, profiles_for
-from export.trt_module import FLAVOURS, TensorRt, load_trt
-from export.verify import CALIBRATION
-from model.bundle import Bundle, BundleError
-from model.engine_keys import FOLDER, GRAPHS, Origin, Slot, origin_of
+from ditserve.export.errors import ExportError
+from ditserve.export.tensorrt.build import (
+    BuildCancelled,
+    BuildError,
+    BuildOptions,
+    build_engine,
+    profiles_for,
+)
+from ditserve.export.tensorrt.engine_run import EngineRun
+from ditserve.export.tensorrt.engines import amend, drop, find_device, recorded, store, timing_cache
+from ditserve.export.tensorrt.fusion import fusion_of
+from ditserve.export.tensorrt.module import FLAVOURS, TensorRt, load_trt
+from ditserve.export.tensorrt.progress import Cancellable, Progression, bars, interruptible, lines
+from ditserve.export.tensorrt.trial import FASTER, Reference, reference_of, speedup, try_engine
+from ditserve.export.verify import CALIBRATION
+from ditserve.model.spec.bundle import Bundle, BundleError
+from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, Origin, Slot, origin_of
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 HALVES = ("fp16", "bf16")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.errors import ExportError
+from ditserve.export.errors import ExportError
 
 BANDS = 10
 CALIBRATION = "calibration.safetensors"  # the rows that a bundle is judged and calibrated on

@@ -22,15 +22,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.bundle import BundleError
-from model.denoise import Conditions, Denoiser, Guidance, denoise
-from model.diffusion import grid
-from model.layers import Attention
-from model.network import Network
-from model.opening import Opened, OpenError, open_model
-from model.sample import SampleError, embeddings, parse_condition, picture_grid, positive, to_pixels
-from model.solvers import step_table
-from model.text import TextError
+from ditserve.model.nets.factory import Network
+from ditserve.model.nets.layers import Attention
+from ditserve.model.nets.text import TextError
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.sampling.prompt import SampleError, embeddings, parse_condition
+from ditserve.model.sampling.sheet import picture_grid, to_pixels
+from ditserve.model.spec.bundle import BundleError
+from ditserve.model.spec.command_line import positive
+from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.solvers import step_table
+from ditserve.model.train.load import Opened, OpenError, open_model
 
 Picture = npt.NDArray[np.uint8]
 

@@ -11,127 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
-
-from model.bundle import MANIFEST, Bundle, BundleError
-from model.config import BLOCK_KINDS, PATCHES, SIZES, named
-from model.network import Network, make_network
-from model.network_config import NetworkConfig, network_config
-from model.opening import OpenError, run_config
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, text
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Of one row of a forward pass; bytes are fp32."""
-
-    parameters: int
-    conditioner_macs: int
-    backbone_macs: int
-    inference_bytes: int
-    training_bytes: int
-
-    @property
-    def macs(self) -> int:
-        return self.conditioner_macs + self.backbone_macs
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.macs
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, while they live; `given` were there before."""
-
-    def __init__(self, given: set[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known = set(given)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
-    """What a network costs per row at `size` (H, W), the trained one unless given.
-
-    Raises:
-        ValueError: a size the network cannot take.
-    """
-    with torch.device("meta"):
-        network = make_network(config)
-        inputs = _row(config, size or config.image_size)
-        conditioner, backbone = macs(network, inputs)
-        given = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
-        with _LiveBytes(given) as live, torch.no_grad():
-            network(*inputs)
-        training = _saved_bytes(network, inputs, given)
-    positions = getattr(network, "pos_embed", torch.empty(0)).numel()
-    return Cost(
-        parameters=sum(p.numel() for p in network.parameters()) + positions,
-        conditioner_macs=conditioner,
-        backbone_macs=backbone,
-        inference_bytes=live.peak,
-        training_bytes=training,
-    )
-
-
-def macs(network: Network, inputs: Inputs) -> tuple[int, int]:
-    """Multiply-adds of the conditioner and of the backbone on `inputs`, which may be on the meta device."""
-    x, t, labels, text = inputs
-    with FlopCounterMode(display=False) as conditioner, torch.no_grad():
-        state = network.modulate(t, network.embed(labels, text))
-    with FlopCounterMode(display=False) as backbone, torch.no_grad():
-        network.backbone(x, state)
-    return conditioner.get_total_flops() // 2, backbone.get_total_flops() // 2
-
-
-def _row(config: NetworkConfig, size: tuple[int, int]) -> Inputs:
-    labels = torch.empty(1, len(config.classes), dtype=torch.int64)
-    text = torch.empty(1, config.text_size) if config.text_size else None
-    return torch.empty(1, config.in_channels, *size), torch.empty(1), labels, text
-
-
-def _saved_bytes(network: Network, inputs: Inputs, given: set[int]) -> int:
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in given:
-            saved[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = network(*inputs)  # alive while counting, so that no storage's address is used twice
-    assert out.requires_grad
-    return sum(saved.values())
+from ditserve.model.nets.cost import Cost, cost
+from ditserve.model.spec.bundle import MANIFEST, Bundle, BundleError
+from ditserve.model.spec.dit_config import BLOCK_KINDS, PATCHES, SIZES, named
+from ditserve.model.spec.network_config import NetworkConfig, network_config
+from ditserve.model.train.load import OpenError, run_config
 
 
 def paper() -> dict[str, NetworkConfig]:

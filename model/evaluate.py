@@ -26,22 +26,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.autoencoder import AutoencoderError, open_autoencoder
-from model.bundle import MANIFEST, BundleError, write_atomic, write_manifest
-from model.classifier import Classifier, ClassifierError, open_classifier
-from model.comparison import Entry, compare
-from model.evaluation import OF_FEATURES, Closeness, markdown, measure, notes
-from model.features import FeatureError, FeatureNetwork, classifier_features, inception_features
-from model.opening import Opened, OpenError, open_model
-from model.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, Plan, Set, collect, open_data
-from model.pictures import DataError
-from model.sample import picture_grid, to_pixels
+from ditserve.model.data.examples import DataError
+from ditserve.model.evaluation.classifier import CLASSIFIER, Classifier, ClassifierError, open_classifier
+from ditserve.model.evaluation.comparison import Entry, compare
+from ditserve.model.evaluation.features import (
+    FeatureError,
+    FeatureNetwork,
+    classifier_features,
+    inception_features,
+)
+from ditserve.model.evaluation.measures import OF_FEATURES, Closeness, markdown, measure, notes
+from ditserve.model.evaluation.picture_sets import (
+    GENERATED,
+    REAL_UNSEEN,
+    TRAINING,
+    UNSEEN,
+    Plan,
+    Set,
+    collect,
+    open_data,
+)
+from ditserve.model.nets.autoencoder import AutoencoderError, open_autoencoder
+from ditserve.model.sampling.sheet import picture_grid, to_pixels
+from ditserve.model.spec.bundle import MANIFEST, BundleError, write_atomic, write_manifest
+from ditserve.model.spec.errors import ModelError
+from ditserve.model.train.load import Opened, OpenError, open_model
 
-CLASSIFIER = Path(__file__).parent / "zoo" / "emoji-classifier"
 SHEET = 16  # columns of the written pictures
 
 
-class EvaluationError(Exception):
+class EvaluationError(ModelError):
     """An evaluation that cannot be made; the message is one sentence."""
 
 
@@ -85,7 +99,7 @@ def open_judges(options: argparse.Namespace, opened: Opened) -> tuple[FeatureNet
         mine = {(factor.name, name) for factor in opened.manifest.factors for name in factor.classes}
         if not known & mine:
             raise EvaluationError(
-                f"the classifier in {folder} knows none of the model's classes: train one with python -m model.classifier"
+                f"the classifier in {folder} knows none of the model's classes: train one with python -m model.evaluation.classifier"
             )
     if options.features == "inception":
         if options.weights is None:
@@ -231,7 +245,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--features", choices=("classifier", "inception"), default="classifier")
     parser.add_argument("--weights", type=Path, help="NVIDIA's inception-2015-12-05.pt")
     parser.add_argument(
-        "--classifier", type=Path, help="folder of python -m model.classifier (default: the emoji's)"
+        "--classifier",
+        type=Path,
+        help="folder of python -m model.evaluation.classifier (default: the emoji's)",
     )
     parser.add_argument("--limit", type=int, default=200, help="pictures for labels of the training set")
     parser.add_argument("--per-pair", type=int, default=1, help="pictures of each combination of labels")

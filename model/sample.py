@@ -7,163 +7,32 @@ python -m model.sample runs/emoji -c label=cat -c label=dog --combine layers
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from rich.progress import Progress
-from torch import Tensor
 
-from model.autoencoder import Autoencoder, AutoencoderError, open_autoencoder
-from model.bundle import BundleError, Factor
-from model.denoise import Conditions, Denoiser, Guidance, denoise
-from model.diffusion import GRIDS, Schedule, grid
-from model.mixing import mixed
-from model.network import Network
-from model.opening import Opened, OpenError, open_model
-from model.solvers import SOLVERS, StepTable, step_table
-from model.text import TextError, open_encoder
-
-Combine = Literal["linear", "spherical", "compose", "layers"]
-CHUNK = 32  # samples denoised together
-
-
-class SampleError(Exception):
-    """A wish that cannot be met; the message is one sentence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One condition of a picture: a class or None per factor, a sentence or none, and its weight among others."""
-
-    labels: tuple[int | None, ...]
-    text: str | None = None
-    weight: float = 1.0
-
-
-def to_pixels(x: Tensor) -> npt.NDArray[np.uint8]:
-    """(N, 3, H, W) in [−1, 1] → uint8 (N, H, W, 3)."""
-    pixels = (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def picture_grid(pixels: npt.NDArray[np.uint8], columns: int) -> Image.Image:
-    """Pictures uint8 (N, H, W, 3) row by row in one picture, short last row padded with white."""
-    n, height, width, _ = pixels.shape
-    rows = -(-n // columns)
-    padded = np.full((rows * columns, height, width, 3), 255, np.uint8)
-    padded[:n] = pixels
-    tiled = padded.reshape(rows, columns, height, width, 3).swapaxes(1, 2)  # (rows, H, columns, W, 3)
-    return Image.fromarray(tiled.reshape(rows * height, columns * width, 3))
-
-
-def class_sheet(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[int | None, ...]], int]:
-    """Labels of a sheet and its width: a column per class of the first factor, evenly spread, a row per class of the second."""
-    if not classes:
-        return [()] * columns, columns
-    count = classes[0]
-    chosen = [k * count // columns for k in range(columns)] if count > columns else list(range(count))
-    others: list[list[int]] = [[other] for other in range(classes[1])] if len(classes) > 1 else [[]]
-    rest = [None] * (len(classes) - 2)
-    return [(one, *other, *rest) for other in others for one in chosen], len(chosen)
-
-
-def sample_sheet(
-    model: Network,
-    schedule: Schedule,
-    decoder: Autoencoder,
-    *,
-    steps: int = 20,
-    guidance_scale: float = 2.0,
-    seed: int = 0,
-    columns: int = 20,
-    clip_x0: bool = True,
-) -> Image.Image:
-    """A sheet of samples: classes of the first factor side by side, of the second below."""
-    rows, width = class_sheet(model.config.classes, columns)
-    table = step_table("ddim", grid("trailing", steps, schedule.timesteps), schedule)
-    device = next(model.parameters()).device
-    parts = []
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        embedding = model.embed(_labels(chunk, model.config.classes).to(device))
-        denoiser = Denoiser(model, schedule, Conditions((embedding,)), Guidance(guidance_scale))
-        seeds = [seed + start + k for k in range(len(chunk))]
-        *_, x0 = denoise(denoiser, table, seeds, clip_x0=clip_x0)
-        parts.append(to_pixels(decoder.decode(x0)))
-    return picture_grid(np.concatenate(parts), width)
-
-
-def parse_condition(text: str, factors: Sequence[Factor]) -> Term:
-    """`label=cat,style=noto`, `text=a red fox`, each with an optional `weight=0.5`; what is left out is not given.
-
-    Raises:
-        SampleError: an unknown factor or class, or a weight that is no number.
-    """
-    given = dict(part.partition("=")[::2] for part in re.split(r",(?=\w+=)", text) if part)
-    try:
-        weight = float(given.pop("weight", "1"))
-    except ValueError:
-        raise SampleError(f"the weight in {text!r} is not a number") from None
-    sentence = given.pop("text", None)
-    names = [factor.name for factor in factors]
-    unknown = sorted(given.keys() - set(names))
-    if unknown:
-        raise SampleError(f"the model has no factor {unknown[0]!r}; it has {', '.join(names) or 'none'}")
-    return Term(tuple(_class(factor, given.get(factor.name)) for factor in factors), sentence, weight)
-
-
-def _class(factor: Factor, name: str | None) -> int | None:
-    if name is None:
-        return None
-    if name in factor.classes:
-        return factor.classes.index(name)
-    near = difflib.get_close_matches(name, factor.classes, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}?" if near else f"for example {', '.join(factor.classes[:3])}"
-    raise SampleError(f"{factor.name} has no class {name!r}; {hint}")
-
-
-def _labels(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -> Tensor:
-    filled = [[n if k is None else k for k, n in zip(row, classes, strict=True)] for row in rows]
-    return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), len(classes))
-
-
-def embeddings(model: Network, terms: Sequence[Term], encoder: str) -> list[Tensor]:
-    """One embedding (D,) per term; sentences are read by the named encoder.
-
-    Raises:
-        SampleError: a sentence for a model that takes none, or an encoder of another width.
-        TextError: an encoder that is not installed.
-    """
-    text = None
-    if any(term.text for term in terms):
-        if not model.config.text_size:
-            raise SampleError("this model takes no text: it was trained on labels alone")
-        reader = open_encoder(encoder)
-        if reader.size != model.config.text_size:
-            raise SampleError(
-                f"encoder {encoder} gives {reader.size} numbers, the model takes {model.config.text_size}"
-            )
-        text = torch.from_numpy(reader.encode([term.text or "" for term in terms]))
-        text[[not term.text for term in terms]] = 0
-    device = next(model.parameters()).device
-    labels = _labels([term.labels for term in terms], model.config.classes)
-    return list(model.embed(labels.to(device), None if text is None else text.to(device)))
-
-
-def combine(parts: Sequence[Tensor], weights: Sequence[float], how: Combine, rows: int) -> Conditions:
-    """Embeddings (D,) with weights as the conditions of `rows` samples."""
-    if how == "linear" or how == "spherical":
-        return Conditions((mixed(parts, weights, how).expand(rows, -1),))
-    return Conditions(tuple(part.expand(rows, -1) for part in parts), tuple(weights), how)
+from ditserve.model.nets.autoencoder import AutoencoderError, open_autoencoder
+from ditserve.model.nets.text import TextError
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.sampling.prompt import (
+    Combine,
+    SampleError,
+    combine,
+    embeddings,
+    label_rows,
+    parse_condition,
+)
+from ditserve.model.sampling.sheet import CHUNK, class_sheet, picture_grid, to_pixels
+from ditserve.model.spec.bundle import BundleError
+from ditserve.model.spec.command_line import positive
+from ditserve.model.spec.diffusion import GRIDS, grid
+from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
+from ditserve.model.train.load import Opened, OpenError, open_model
 
 
 def run(options: argparse.Namespace) -> Image.Image:
@@ -180,7 +49,7 @@ def run(options: argparse.Namespace) -> Image.Image:
         rows, columns = options.count, options.columns or min(options.count, 8)
     else:
         sheet, columns = class_sheet(model.config.classes, options.columns or 10)
-        every = model.embed(_labels(sheet, model.config.classes).to(device))
+        every = model.embed(label_rows(sheet, model.config.classes).to(device))
         rows = len(sheet)
     pixels = []
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
@@ -277,13 +146,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1 (cpu)")
     add("--progress", action="store_true", help="show progress also where there is no terminal")
     return parser
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, of a command line."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

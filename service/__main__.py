@@ -15,11 +15,11 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from service.settings import Settings
+from ditserve.service.settings import Settings
 
 # Commands that take settings, and those that take arguments of their own.
-COMMANDS = {"api": "service.http.api:run", "worker": "service.worker.worker_process:run"}
-TOOLS = {"generate": "service.generate:run", "keys": "service.keyring:run"}
+COMMANDS = {"api": "ditserve.service.http.api:run", "worker": "ditserve.service.worker.worker_process:run"}
+TOOLS = {"generate": "ditserve.service.client.cli:run", "keys": "ditserve.service.api_keys:run"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     flags = list(argv[len(words) if command else 0 :])
     if command == "dead":
         settings = Settings.load(flags, program="python -m service dead")
-        dead: Callable[[Sequence[str], Settings], int] = _implementation("service.queue.dead:run")
+        dead: Callable[[Sequence[str], Settings], int] = _implementation("ditserve.service.dead_letters:run")
         return dead(words[1:], settings)
     if command in TOOLS:
         tool: Callable[[Sequence[str]], int] = _implementation(TOOLS[command])
@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: unknown command {command!r}; choose among {known}", file=sys.stderr)
         return 2
     settings = Settings.load(flags, program=f"python -m service {command}".rstrip())
-    run: Callable[[Settings], int] = _implementation(COMMANDS.get(command, "service.supervisor:run"))
+    run: Callable[[Settings], int] = _implementation(
+        COMMANDS.get(command, "ditserve.service.launch.supervisor:run")
+    )
     return run(settings)
 
 

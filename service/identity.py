@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from model.bundle import Manifest
+from ditserve.model.spec.bundle import Manifest
 
 
 def bundle_digest(manifest: Manifest) -> str:

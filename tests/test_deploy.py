@@ -26,13 +26,13 @@ from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 from redis.exceptions import ConnectionError as NotConnected
 
-from service import metrics
-from service.http import job_routes, openai, pages, probes, routes
-from service.http.middleware import outcome
-from service.jobs import Job, JobResult, LoadSnapshot, WorkerState
-from service.queue.broker import Broker
-from service.queue.listener import Listener
-from service.settings import Settings
+from ditserve.service.http import job_routes, openai, pages, probes, routes
+from ditserve.service.http.middleware import outcome
+from ditserve.service.jobs import Job, JobResult, LoadSnapshot, WorkerState
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.listener import Listener
+from ditserve.service.settings import Settings
+from ditserve.service.telemetry import metrics
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

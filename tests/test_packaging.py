@@ -37,10 +37,10 @@ PLUGINS = {"hiredis", "httptools", "uvloop"}
 # Package, or module, → the extras that its imports may come from, besides the base.
 NEEDS = {
     "service": set[str](),
-    "service/client.py": {"client"},
-    "service/verbs.py": {"client"},
-    "service/generate.py": {"client"},
-    "service/otlp.py": {"otel"},
+    "service/client/client.py": {"client"},
+    "service/client/operations.py": {"client"},
+    "service/client/cli.py": {"client"},
+    "service/telemetry/otlp.py": {"otel"},
     "service/backends/text.py": {"serve-text"},
     "service/backends/onnx.py": {"cpu"},
     "service/backends/rows.py": {"cpu"},
@@ -80,7 +80,7 @@ def listed(path: Path) -> Iterator[Requirement]:
 
 def third_party(path: Path) -> Iterator[str]:
     """The distributions that a module imports."""
-    ours = {"model", "export", "service", "bench", "tests"}
+    ours = {"ditserve", "tests"}
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -210,7 +210,7 @@ def test_serving_installs_no_torch_and_happens_once(checkout: Checkout) -> None:
 
 def test_testing_installs_everything_and_happens_once(checkout: Checkout) -> None:
     _, _, calls = checkout.make("test", "TORCH_INDEX=there")
-    assert ["--extra-index-url there .[dev]" in call for call in calls if "pip install" in call] == [True]
+    assert ["--extra-index-url there --editable .[dev]" in call for call in calls if "pip install" in call] == [True]
     assert calls[-1] == "-m pytest"
     assert checkout.make("test", "ARGS=-k x") == (0, [], ["-m pytest -k x"])
 

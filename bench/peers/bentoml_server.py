@@ -15,8 +15,8 @@ from typing import Any
 
 import bentoml
 
-from bench.peers.options import Options
-from bench.peers.pipeline import Pipeline, Wish
+from ditserve.bench.peers.options import Options
+from ditserve.bench.peers.pipeline import Pipeline, Wish
 
 options = Options.read()
 batching = {

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from bench.peers.options import Options
-from bench.peers.pipeline import Pipeline
-from model.bundle import Bundle
-from service.backends import Backend, load_backend
+from ditserve.bench.peers.options import Options
+from ditserve.bench.peers.pipeline import Pipeline
+from ditserve.model.spec.bundle import Bundle
+from ditserve.service.backends import Backend, load_backend
 
 
 class Graph:

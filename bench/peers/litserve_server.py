@@ -9,10 +9,10 @@ from typing import Any
 import litserve
 from starlette.responses import Response
 
-from bench.peers.cap import Cap
-from bench.peers.graph import open_pipeline
-from bench.peers.options import Options
-from bench.peers.pipeline import CONTENT_TYPE, Wish
+from ditserve.bench.peers.cap import Cap
+from ditserve.bench.peers.graph import open_pipeline
+from ditserve.bench.peers.options import Options
+from ditserve.bench.peers.pipeline import CONTENT_TYPE, Wish
 
 
 class Drawing(litserve.LitAPI):

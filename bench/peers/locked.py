@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from bench.peers.cap import Cap
-from bench.peers.options import Options
-from bench.peers.pipeline import CONTENT_TYPE, Pipeline, Wish
+from ditserve.bench.peers.cap import Cap
+from ditserve.bench.peers.options import Options
+from ditserve.bench.peers.pipeline import CONTENT_TYPE, Pipeline, Wish
 
 options = Options.read()
 pipeline = Pipeline(Path(options.model), threads=options.threads)

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 from diffusers import DiTTransformer2DModel
 
-from bench.engine_overhead import open_engine
-from bench.peers.pipeline import Pipeline, Wish
-from export import onnx
-from model.bundle import Bundle, BundleError, Defaults, DiffusionSpec, Manifest, write_manifest
-from model.config import DiTConfig
-from model.port import Import, read_weights, write_bundle
-from service.backends import Backend, load_backend
-from service.engine.samples import SampleRequest
-from service.jobs import ConditionTerm
-from service.planning.costs import CostModel
-from service.planning.rungs import Ladder
+from ditserve.bench.engine_overhead import open_engine
+from ditserve.bench.peers.pipeline import Pipeline, Wish
+from ditserve.export import onnx
+from ditserve.model.spec.bundle import Bundle, BundleError, Defaults, DiffusionSpec, Manifest, write_manifest
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.weights.files import Import, read_weights, write_bundle
+from ditserve.service.backends import Backend, load_backend
+from ditserve.service.engine.samples import SampleRequest
+from ditserve.service.jobs import ConditionTerm
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Ladder
 
 SOLVER, GRID = "dpmpp-2m", "trailing"
 DIFFUSION = DiffusionSpec(schedule="linear", prediction="x0", clip_x0=False)

@@ -12,8 +12,8 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bench.peers.options import Options
-from bench.peers.pipeline import CONTENT_TYPE, Pipeline, Wish
+from ditserve.bench.peers.options import Options
+from ditserve.bench.peers.pipeline import CONTENT_TYPE, Pipeline, Wish
 
 options = Options.read()
 

@@ -11,16 +11,16 @@ from typing import Any, Final, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from model.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import Bundle, Manifest
 
 Floats = npt.NDArray[np.float32]
 
 BACKENDS: Final[dict[str, str]] = {
-    "onnx": "service.backends.onnx:OnnxBackend",
-    "torch": "service.backends.torch:TorchBackend",
-    "tensorrt": "service.backends.tensorrt:TensorRtBackend",
+    "onnx": "ditserve.service.backends.onnx:OnnxBackend",
+    "torch": "ditserve.service.backends.torch:TorchBackend",
+    "tensorrt": "ditserve.service.backends.tensorrt:TensorRtBackend",
 }
-TEXT: Final = "service.backends.text"
+TEXT: Final = "ditserve.service.backends.text"
 CONDITIONER_ROWS: Final = 8
 CONDITIONER_ROWS_GPU: Final = 32  # a call for few rows is mostly the launching of kernels
 

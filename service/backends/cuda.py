@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from service.backends import BackendUnavailable, Floats, OutOfMemory
+from ditserve.service.backends import BackendUnavailable, Floats, OutOfMemory
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 

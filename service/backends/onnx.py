@@ -20,12 +20,12 @@ import numpy.typing as npt
 import onnxruntime as ort
 import structlog
 
-from model.bundle import Bundle, Manifest
-from model.engine_keys import FOLDER, NoGpu, first_gpu, origin_of
-from model.network_config import size_multiple as free_sides
-from service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
-from service.backends.rows import SIZES, RecordedRows, Rows, SharedRows, run
-from service.images import to_pixels
+from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.engine_cache import FOLDER, NoGpu, first_gpu, origin_of
+from ditserve.model.spec.network_config import size_multiple as free_sides
+from ditserve.service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
+from ditserve.service.backends.rows import SIZES, RecordedRows, Rows, SharedRows, run
+from ditserve.service.images import to_pixels
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 BACKBONES: Final = {"fp32": "backbone.onnx", "fp16": "backbone.fp16.onnx", "int8": "backbone.int8.onnx"}

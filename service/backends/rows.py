@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from service.backends import Floats, OutOfMemory
+from ditserve.service.backends import Floats, OutOfMemory
 
 GRAPH_ID = "gpu_graph_id"  # of a run: which recording it makes or replays
 SIZES: Final = tuple(

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from model.bundle import Bundle
-from model.engine_keys import FOLDER, GRAPHS, Device, Slot, origin_of
-from service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
-from service.backends.cuda import Cuda
-from service.backends.onnx import CPU, CUDA, OUTDATED, Graphs, session_options
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, Device, Slot, origin_of
+from ditserve.service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
+from ditserve.service.backends.cuda import Cuda
+from ditserve.service.backends.onnx import CPU, CUDA, OUTDATED, Graphs, session_options
 
 PRECISIONS = ("fp16", "bf16", "fp32", "int8")
 

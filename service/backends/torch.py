@@ -12,17 +12,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from model.bundle import Bundle
-from model.network import make_network
-from model.network_config import size_multiple
-from service.backends import (
+from ditserve.model.nets.factory import make_network
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.network_config import size_multiple
+from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
     BackendUnavailable,
     Floats,
     OutOfMemory,
 )
-from service.images import to_pixels
+from ditserve.service.images import to_pixels
 
 
 class TorchBackend:

@@ -17,12 +17,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from model.mixing import Mix, mixed
-from service.backends import Backend
-from service.counters import CacheCounters
-from service.engine.texts import TextEncodings
-from service.errors import InvalidRequest
-from service.jobs import ConditionTerm
+from ditserve.model.spec.mixing import Mix, mixed
+from ditserve.service.backends import Backend
+from ditserve.service.engine.texts import TextEncodings
+from ditserve.service.errors import InvalidRequest
+from ditserve.service.jobs import ConditionTerm
+from ditserve.service.telemetry.counters import CacheCounters
 
 Floats = npt.NDArray[np.float32]
 Given = tuple[tuple[int | None, ...], str]  # classes and a text, "" for none

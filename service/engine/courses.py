@@ -12,9 +12,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from model.diffusion import Schedule, grid, guidance_weight, regrid
-from model.solvers import step_table
-from service.planning.rungs import Rung
+from ditserve.model.spec.diffusion import Schedule, grid, guidance_weight, regrid
+from ditserve.model.spec.solvers import step_table
+from ditserve.service.rung import Rung
 
 COLUMNS: Final = (
     "x0_x",

@@ -15,22 +15,29 @@ from typing import Final
 
 import numpy as np
 
-from model.diffusion import Schedule
-from service.backends import Backend
-from service.engine.conditions import Conditions
-from service.engine.courses import Course, plot, replot
-from service.engine.groups import Group, Groups
-from service.engine.passes import ForwardPass, Stepped
-from service.engine.samples import Failed, Finished, Preview, Sample, SampleRequest, Size, StepReport
-from service.engine.scheduler import Scheduler
-from service.engine.slots import SlotPool
-from service.engine.snapshots import Snapshot
-from service.errors import DeadlineExceeded, InternalError, InvalidRequest, NumericalError, ServiceError
-from service.jobs import Due
-from service.planning.costs import CostModel
-from service.planning.planner import Change, Planner
-from service.planning.rungs import Ladder, Rung, steps_left
-from service.windows import Windows, windows_over
+from ditserve.model.spec.diffusion import Schedule
+from ditserve.service.backends import Backend
+from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.courses import Course, plot, replot
+from ditserve.service.engine.groups import Group, Groups
+from ditserve.service.engine.passes import ForwardPass, Stepped
+from ditserve.service.engine.samples import Failed, Finished, Preview, Sample, SampleRequest, Size, StepReport
+from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.engine.slots import SlotPool
+from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NumericalError,
+    ServiceError,
+)
+from ditserve.service.jobs import Due
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Ladder, steps_left
+from ditserve.service.planning.planner import Change, Planner
+from ditserve.service.rung import Rung
+from ditserve.service.windows import Windows, windows_over
 
 PLOTTED: Final = 256  # courses from noise that are kept: most requests ask for the same few
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
-from service.engine.samples import Sample, Size
-from service.engine.scheduler import Batch, Scheduler
-from service.engine.slots import Floats, SlotPool
-from service.engine.turns import Demand, Turns
-from service.planning.costs import CostModel
+from ditserve.service.engine.samples import Sample, Size
+from ditserve.service.engine.scheduler import Batch, Scheduler
+from ditserve.service.engine.slots import Floats, SlotPool
+from ditserve.service.engine.turns import Demand, Turns
+from ditserve.service.planning.costs import CostModel
 
 
 class Group:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.diffusion import guided
-from service.backends import Backend
-from service.engine.conditions import Conditions, Want
-from service.engine.groups import Group
-from service.engine.samples import Sample
-from service.engine.scheduler import Scheduler
-from service.engine.slots import Floats, SlotPool
+from ditserve.model.spec.diffusion import guided
+from ditserve.service.backends import Backend
+from ditserve.service.engine.conditions import Conditions, Want
+from ditserve.service.engine.groups import Group
+from ditserve.service.engine.samples import Sample
+from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.engine.slots import Floats, SlotPool
 
 WEIGHT = -1  # the last column of a course's lines
 

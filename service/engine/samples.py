@@ -12,15 +12,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from model.mixing import Mix
-from service.engine.conditions import Condition
-from service.engine.courses import Course
-from service.engine.slots import SlotPool
-from service.errors import ServiceError
-from service.jobs import ConditionTerm
-from service.planning.planner import ROOM, Change, PlannedSample
-from service.planning.rungs import Rung, steps_left
-from service.windows import Windows
+from ditserve.model.spec.mixing import Mix
+from ditserve.service.engine.conditions import Condition
+from ditserve.service.engine.courses import Course
+from ditserve.service.engine.slots import SlotPool
+from ditserve.service.errors import ServiceError
+from ditserve.service.jobs import ConditionTerm
+from ditserve.service.planning.ladder import steps_left
+from ditserve.service.planning.planner import ROOM, Change, PlannedSample
+from ditserve.service.rung import Rung
+from ditserve.service.windows import Windows
 
 Latent = npt.NDArray[np.float32]
 Size = tuple[int, int]  # height and width in latent pixels

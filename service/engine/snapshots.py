@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.diffusion import Schedule
-from service.engine.courses import Course, along
-from service.engine.samples import Sample
-from service.planning.rungs import Rung
+from ditserve.model.spec.diffusion import Schedule
+from ditserve.service.engine.courses import Course, along
+from ditserve.service.engine.samples import Sample
+from ditserve.service.rung import Rung
 
 Floats = npt.NDArray[np.float32]
 
@@ -76,13 +76,12 @@ class Snapshot:
         """Raises `ValueError` for anything that `to_wire` did not write."""
         try:
             fields = dict(data)
-            shape, rung = tuple(fields.pop("shape")), dict(fields.pop("rung"))
-            rung["guidance_interval"] = tuple(rung["guidance_interval"])
+            shape, rung = tuple(fields.pop("shape")), Rung.from_wire(fields.pop("rung"))
             for name in ("latent", "history"):
                 fields[name] = np.frombuffer(fields[name], "<f4").astype(np.float32).reshape(shape)
             for name in ("timesteps", "noise"):
                 fields[name] = tuple(fields[name])
-            snapshot = cls(rung=Rung(**rung), **fields)
+            snapshot = cls(rung=rung, **fields)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a snapshot: {error}") from error
         if not 0 <= snapshot.cursor < len(snapshot.timesteps) or len(snapshot.noise) != _NOISE:

@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.backends import TextEncoder
-from service.counters import CacheCounters
+from ditserve.service.backends import TextEncoder
+from ditserve.service.telemetry.counters import CacheCounters
 
 Floats = npt.NDArray[np.float32]
 

@@ -10,11 +10,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Forbidden, QuotaExceeded, ServiceError, Unauthorized
-from service.http.problems import answer
-from service.keyring import ApiKey, Keyring
-from service.queue.backplane import Meter
-from service.queue.quota import WINDOW_S, Allowance
+from ditserve.service.api_keys import ApiKey, Keyring
+from ditserve.service.errors import Forbidden, QuotaExceeded, ServiceError, Unauthorized
+from ditserve.service.http.problems import answer
+from ditserve.service.queue.backplane import Meter
+from ditserve.service.queue.quota import WINDOW_S, Allowance
 
 # What anybody may see: probes and figures (for the cluster's network), the pages and what they are made of.
 OPEN = frozenset({"/", "/session", "/docs", "/openapi.json", "/livez", "/readyz", "/startupz", "/metrics"})

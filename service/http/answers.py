@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from starlette.responses import JSONResponse, Response
 
-from service.errors import NotAcceptable
-from service.http.context import server_timing
-from service.http.negotiation import preferred
-from service.http.schemas import Format, GenerateRequest, GenerateResponse, ImageOut
-from service.jobs import Image, ImageFormat, Job, JobResult
+from ditserve.service.errors import NotAcceptable
+from ditserve.service.http.context import server_timing
+from ditserve.service.http.negotiation import preferred
+from ditserve.service.http.schemas import Format, GenerateRequest, GenerateResponse, ImageOut
+from ditserve.service.jobs import Image, ImageFormat, Job, JobResult
 
 JSON, MULTIPART = "application/json", "multipart/mixed"
 FORMATS: tuple[Format, ...] = ("png", "webp", "jpeg")

@@ -11,15 +11,15 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from model.bundle import BundleError
-from service import logs
-from service.errors import ServiceError
-from service.http.app import create_app
-from service.http.protocol import bounded
-from service.keyring import KeyringError
-from service.queue.backplane import open_backplane
-from service.settings import Settings
-from service.signals import on_hang_up
+from ditserve.model.spec.bundle import BundleError
+from ditserve.service.api_keys import KeyringError
+from ditserve.service.errors import ServiceError
+from ditserve.service.http.app import create_app
+from ditserve.service.http.protocol import bounded
+from ditserve.service.queue.backplane import open_backplane
+from ditserve.service.settings import Settings
+from ditserve.service.signals import on_hang_up
+from ditserve.service.telemetry import logs
 
 CONFIG_ERROR = 2
 _log = structlog.get_logger()

@@ -12,19 +12,19 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from service.errors import ServiceError
-from service.http import job_routes, openai, pages, probes, routes
-from service.http.access import Access
-from service.http.context import Context
-from service.http.middleware import Body, RequestContext
-from service.http.models import VERSION, Model, renewed
-from service.http.openapi import document
-from service.http.problems import answer
-from service.keyring import admit
-from service.lanes import open_lanes
-from service.queue.backplane import Backplane, open_backplane
-from service.settings import Settings
-from service.tracing import open_tracing
+from ditserve.service.api_keys import admit
+from ditserve.service.errors import ServiceError
+from ditserve.service.http import job_routes, openai, pages, probes, routes
+from ditserve.service.http.access import Access
+from ditserve.service.http.context import Context
+from ditserve.service.http.middleware import Body, RequestContext
+from ditserve.service.http.models import VERSION, Model, renewed
+from ditserve.service.http.openapi import document
+from ditserve.service.http.problems import answer
+from ditserve.service.queue.backplane import Backplane, open_backplane
+from ditserve.service.served_models import open_lanes
+from ditserve.service.settings import Settings
+from ditserve.service.telemetry.tracing import open_tracing
 
 Opener = Callable[[Settings], AbstractAsyncContextManager[Backplane]]
 

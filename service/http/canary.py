@@ -13,12 +13,12 @@ import numpy.typing as npt
 import structlog
 from PIL import Image
 
-from model.bundle import GOLDEN, Golden
-from service import metrics
-from service.errors import ServiceError
-from service.http.intake import Caller, Intake
-from service.http.schemas import GenerateRequest
-from service.queue.backplane import Waiter
+from ditserve.model.spec.bundle import GOLDEN, Golden
+from ditserve.service.errors import ServiceError
+from ditserve.service.http.intake import Caller, Intake
+from ditserve.service.http.schemas import GenerateRequest
+from ditserve.service.queue.backplane import Waiter
+from ditserve.service.telemetry import metrics
 
 SAME_DB = 99.0  # PSNR of equal images, which is infinite
 DRIFT_DB = 30.0  # below, a difference can be seen

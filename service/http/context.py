@@ -11,7 +11,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import Receive
 
-from service.errors import (
+from ditserve.service.api_keys import ApiKey
+from ditserve.service.errors import (
     Cancelled,
     DeadlineExceeded,
     Draining,
@@ -19,12 +20,11 @@ from service.errors import (
     ModelNotFound,
     QueueUnavailable,
 )
-from service.http.intake import Caller, Ticket
-from service.http.middleware import disconnected
-from service.http.models import Model
-from service.jobs import JobResult, JobStatus
-from service.keyring import ApiKey
-from service.settings import Settings
+from ditserve.service.http.intake import Caller, Ticket
+from ditserve.service.http.middleware import disconnected
+from ditserve.service.http.models import Model
+from ditserve.service.jobs import JobResult, JobStatus
+from ditserve.service.settings import Settings
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from service.http.schemas import GenerateRequest
+from ditserve.service.http.schemas import GenerateRequest
 
 
 def keyed_id(caller: str, key: str, model: str) -> str:

@@ -9,30 +9,25 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from model.bundle import Manifest
-from model.diffusion import GRIDS
-from model.solvers import SOLVERS
-from service import metrics
-from service.errors import (
-    IdempotencyMismatch,
-    InternalError,
-    InvalidRequest,
-    Overloaded,
-    QueueFull,
-)
-from service.http.idempotency import fingerprint_of, keyed_id
-from service.http.load_cache import LoadCache
-from service.http.schemas import GenerateRequest
-from service.http.sizes import Extent, as_a_whole, in_windows, written
-from service.http.vocabulary import ClassRef, Vocabulary
-from service.identity import vocabulary_digest
-from service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus
-from service.planning.admission import NO_WORKER, Admission, Newcomer, admit
-from service.planning.capacity import drained
-from service.planning.load import finite
-from service.planning.rungs import Ladder, Rung
-from service.queue.backplane import Queue
-from service.settings import Settings
+from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.diffusion import GRIDS
+from ditserve.model.spec.solvers import SOLVERS
+from ditserve.service.errors import IdempotencyMismatch, InternalError, InvalidRequest, Overloaded, QueueFull
+from ditserve.service.http.idempotency import fingerprint_of, keyed_id
+from ditserve.service.http.load_cache import LoadCache
+from ditserve.service.http.schemas import GenerateRequest
+from ditserve.service.http.sizes import Extent, as_a_whole, in_windows, written
+from ditserve.service.identity import vocabulary_digest
+from ditserve.service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus
+from ditserve.service.planning.admission import NO_WORKER, Admission, Newcomer, admit
+from ditserve.service.planning.capacity import drained
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.load import finite
+from ditserve.service.queue.backplane import Queue
+from ditserve.service.rung import Rung
+from ditserve.service.settings import Settings
+from ditserve.service.telemetry import metrics
+from ditserve.service.vocabulary import ClassRef, Vocabulary
 
 _FREED = 0.1  # of a full queue should have drained before it is worth coming back
 _RETRY_S = 5.0  # when that cannot be predicted
@@ -259,6 +254,8 @@ class Intake:
             size=extent.size,
             windows=extent.windows,
             vocabulary=self._digest,
+            requested=rung,
+            admitted=admission.rung,
         )
 
     async def _submit(self, job: Job, caller: Caller) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from starlette.responses import Response
 
-from service.errors import (
+from ditserve.service.errors import (
     ImageNotFound,
     InvalidRequest,
     JobExpired,
@@ -19,14 +19,14 @@ from service.errors import (
     ServiceError,
     from_wire,
 )
-from service.http import answers
-from service.http.context import Api, Context, Found, Sighting
-from service.http.openapi import problems
-from service.http.problems import problem
-from service.http.schemas import JobOut, Links, Outcome, Problem
-from service.http.sse import EventStream, encode
-from service.jobs import TERMINAL_STATES, Event, Job, JobResult
-from service.planning.load import eta_s
+from ditserve.service.http import answers
+from ditserve.service.http.context import Api, Context, Found, Sighting
+from ditserve.service.http.openapi import problems
+from ditserve.service.http.problems import problem
+from ditserve.service.http.schemas import JobOut, Links, Outcome, Problem
+from ditserve.service.http.sse import EventStream, encode
+from ditserve.service.jobs import TERMINAL_STATES, Event, Job, JobResult
+from ditserve.service.planning.load import eta_s
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 

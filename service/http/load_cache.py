@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from service.jobs import Job, LoadSnapshot
-from service.planning.capacity import dues_of
-from service.queue.backplane import Queue
+from ditserve.service.jobs import Job, LoadSnapshot
+from ditserve.service.planning.capacity import dues_of
+from ditserve.service.queue.backplane import Queue
 
 LOAD_FRESH_S = 0.1
 

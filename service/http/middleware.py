@@ -15,10 +15,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import metrics
-from service.errors import Draining, MalformedRequest, PayloadTooLarge, RequestTimeout, ServiceError
-from service.http.problems import answer, require_json
-from service.tracing import NoSpan, Tracing
+from ditserve.service.errors import Draining, MalformedRequest, PayloadTooLarge, RequestTimeout, ServiceError
+from ditserve.service.http.problems import answer, require_json
+from ditserve.service.telemetry import metrics
+from ditserve.service.telemetry.tracing import NoSpan, Tracing
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")

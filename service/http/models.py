@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import structlog
 
-from model.bundle import BundleError, Manifest
-from service import metrics
-from service.errors import QueueUnavailable
-from service.http.canary import Canary
-from service.http.intake import Intake
-from service.lanes import Lane
-from service.queue.backplane import Backplane
-from service.settings import Settings
+from ditserve.model.spec.bundle import BundleError, Manifest
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.http.canary import Canary
+from ditserve.service.http.intake import Intake
+from ditserve.service.queue.backplane import Backplane
+from ditserve.service.served_models import Lane
+from ditserve.service.settings import Settings
+from ditserve.service.telemetry import metrics
 
 VERSION = "0.1.0"
 _log = structlog.get_logger("service.models")

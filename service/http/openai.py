@@ -15,19 +15,20 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from model.bundle import Manifest
-from service.errors import ServiceError, from_wire
-from service.http.answers import facts
-from service.http.context import Api, caller, cancel, note
-from service.http.intake import TEXT, wrong
-from service.http.models import Model
-from service.http.openapi import BODY, ENDED, SUBMIT, openai_problems
-from service.http.problems import openai_error
-from service.http.schemas import MAX_SEED, Condition, Format, GenerateRequest
-from service.http.sizes import written
-from service.http.sse import EventStream, encode
-from service.jobs import Job, JobResult
-from service.planning.rungs import Ladder, Rung
+from ditserve.model.spec.bundle import Manifest
+from ditserve.service.errors import ServiceError, from_wire
+from ditserve.service.http.answers import facts
+from ditserve.service.http.context import Api, caller, cancel, note
+from ditserve.service.http.intake import TEXT, wrong
+from ditserve.service.http.models import Model
+from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, openai_problems
+from ditserve.service.http.problems import openai_error
+from ditserve.service.http.schemas import MAX_SEED, Condition, Format, GenerateRequest
+from ditserve.service.http.sizes import written
+from ditserve.service.http.sse import EventStream, encode
+from ditserve.service.jobs import Job, JobResult
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 

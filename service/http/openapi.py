@@ -6,10 +6,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from service import errors
-from service.http.access import OPEN
-from service.http.examples import ANSWERS, HEADERS, PARAMETERS
-from service.http.problems import MEDIA_TYPE, OPENAI_PREFIX, openai_error, problem
+from ditserve.service import errors
+from ditserve.service.http.access import OPEN
+from ditserve.service.http.examples import ANSWERS, HEADERS, PARAMETERS
+from ditserve.service.http.problems import MEDIA_TYPE, OPENAI_PREFIX, openai_error, problem
 
 Responses = dict[int | str, dict[str, Any]]
 Kind = type[errors.ServiceError]

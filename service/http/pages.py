@@ -12,9 +12,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from service.errors import NotFound, Unauthorized
-from service.http.access import COOKIE
-from service.keyring import Keyring
+from ditserve.service.api_keys import Keyring
+from ditserve.service.errors import NotFound, Unauthorized
+from ditserve.service.http.access import COOKIE
 
 router = APIRouter(include_in_schema=False)
 

@@ -7,13 +7,13 @@ from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from service import metrics
-from service.errors import QueueUnavailable
-from service.http.context import Api, Context
-from service.http.openapi import Responses
-from service.http.schemas import Health, Startup
-from service.jobs import LoadSnapshot
-from service.planning.load import hung
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.http.context import Api, Context
+from ditserve.service.http.openapi import Responses
+from ditserve.service.http.schemas import Health, Startup
+from ditserve.service.jobs import LoadSnapshot
+from ditserve.service.planning.load import hung
+from ditserve.service.telemetry import metrics
 
 router = APIRouter(tags=["operations"])
 metrics_router = APIRouter(tags=["operations"])

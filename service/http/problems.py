@@ -16,8 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
-from service import metrics
-from service.errors import (
+from ditserve.service.errors import (
     InternalError,
     InvalidRequest,
     MalformedRequest,
@@ -27,7 +26,8 @@ from service.errors import (
     ServiceError,
     UnsupportedMediaType,
 )
-from service.planning.planner import seconds_header
+from ditserve.service.planning.planner import seconds_header
+from ditserve.service.telemetry import metrics
 
 MEDIA_TYPE = "application/problem+json"
 OPENAI_PREFIX = "/v1/"

@@ -7,23 +7,23 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from starlette.responses import JSONResponse, Response
 
-from model.bundle import Manifest
-from model.diffusion import GRIDS
-from model.solvers import SOLVERS
-from service.errors import (
+from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.diffusion import GRIDS
+from ditserve.model.spec.solvers import SOLVERS
+from ditserve.service.errors import (
     IdempotencyConflict,
     IdempotencyMismatch,
     JobExpired,
     NotAcceptable,
     QueueUnavailable,
 )
-from service.http import job_routes
-from service.http.answers import negotiate, render
-from service.http.context import Api, Context, caller, note
-from service.http.intake import Ticket, size
-from service.http.models import Model
-from service.http.openapi import BODY, ENDED, SUBMIT, problems
-from service.http.schemas import (
+from ditserve.service.http import job_routes
+from ditserve.service.http.answers import negotiate, render
+from ditserve.service.http.context import Api, Context, caller, note
+from ditserve.service.http.intake import Ticket, size
+from ditserve.service.http.models import Model
+from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, problems
+from ditserve.service.http.schemas import (
     DefaultsOut,
     FactorOut,
     GenerateRequest,
@@ -34,9 +34,9 @@ from service.http.schemas import (
     ModelsOut,
     RungOut,
 )
-from service.http.sizes import size_step
-from service.jobs import WorkerState
-from service.settings import Settings
+from ditserve.service.http.sizes import size_step
+from ditserve.service.jobs import WorkerState
+from ditserve.service.settings import Settings
 
 router = APIRouter()
 

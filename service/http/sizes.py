@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm, prod
 
-from model.bundle import Manifest
-from service.jobs import WorkerState
-from service.windows import Size, count
+from ditserve.model.spec.bundle import Manifest
+from ditserve.service.jobs import WorkerState
+from ditserve.service.windows import Size, count
 
 UPSCALE = {"identity": 1, "sd-vae": 8, "small": 8}  # pixels a side of one latent pixel
 

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.http.middleware import disconnected
+from ditserve.service.http.middleware import disconnected
 
 _KEEP_ALIVE = b": keep-alive\n\n"
 

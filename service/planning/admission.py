@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, inf
 
-from service.jobs import LoadSnapshot
-from service.planning.capacity import Capacity
-from service.planning.planner import DEADLINE, LOAD, Policy
-from service.planning.rungs import Ladder, Rung
+from ditserve.service.jobs import LoadSnapshot
+from ditserve.service.planning.capacity import Capacity
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.planner import DEADLINE, LOAD, Policy
+from ditserve.service.rung import Rung
 
 NO_WORKER = "no-worker"
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, inf
 
-from service.jobs import Due, LoadSnapshot, WorkerState
-from service.planning.costs import CostModel
+from ditserve.service.jobs import Due, LoadSnapshot, WorkerState
+from ditserve.service.planning.costs import CostModel
 
 
 @dataclass(frozen=True, slots=True)

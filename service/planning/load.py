@@ -6,8 +6,8 @@ Pure arithmetic over values: no I/O, no clock.
 from dataclasses import replace
 from math import isfinite
 
-from service.jobs import JobStatus, LoadSnapshot
-from service.planning.capacity import drained
+from ditserve.service.jobs import JobStatus, LoadSnapshot
+from ditserve.service.planning.capacity import drained
 
 
 def saturation(load: LoadSnapshot) -> float:

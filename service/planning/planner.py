@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf, log2
 
-from service.jobs import Due
-from service.planning.costs import CostModel
-from service.planning.rungs import Ladder, Rung, steps_left
+from ditserve.service.jobs import Due
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Ladder, steps_left
+from ditserve.service.rung import Rung
 
 LOAD = "load"  # the machine is busy
 DEADLINE = "deadline"  # too close for the rung asked for, even on an idle machine

@@ -5,11 +5,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from service.jobs import Event, Job, JobResult, JobStatus, LoadSnapshot
-from service.queue.broker import Broker
-from service.queue.listener import Listener
-from service.queue.quota import Allowance, Quota
-from service.settings import Settings
+from ditserve.service.jobs import Event, Job, JobResult, JobStatus, LoadSnapshot
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.listener import Listener
+from ditserve.service.queue.quota import Allowance, Quota
+from ditserve.service.settings import Settings
 
 
 class Queue(Protocol):

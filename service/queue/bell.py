@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from redis.asyncio import Redis
 
-from service.queue.keys import Keys
-from service.queue.subscriber import Subscriber
+from ditserve.service.queue.keys import Keys
+from ditserve.service.queue.subscriber import Subscriber
 
 
 class Bell:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from service.errors import (
+from ditserve.service.errors import (
     Cancelled,
     DeadlineExceeded,
     InternalError,
@@ -23,7 +23,7 @@ from service.errors import (
     WorkerLost,
     to_wire,
 )
-from service.jobs import (
+from ditserve.service.jobs import (
     Claim,
     Event,
     Job,
@@ -38,13 +38,13 @@ from service.jobs import (
     pack,
     read_report,
 )
-from service.limits import Limits
-from service.queue.bell import Bell
-from service.queue.connection import RETRY_AFTER_S, Scripts, open_client, reaching
-from service.queue.events import follow
-from service.queue.keys import Keys
-from service.queue.records import Records
-from service.queue.subscriber import Subscriber
+from ditserve.service.limits import Limits
+from ditserve.service.queue.bell import Bell
+from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts, open_client, reaching
+from ditserve.service.queue.events import follow
+from ditserve.service.queue.keys import Keys
+from ditserve.service.queue.records import Records
+from ditserve.service.queue.subscriber import Subscriber
 
 WEIGHTS = {"low": 0.25, "normal": 1.0, "high": 4.0}
 

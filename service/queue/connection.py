@@ -38,7 +38,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from service.errors import QueueUnavailable
+from ditserve.service.errors import QueueUnavailable
 
 RETRY_AFTER_S = 2.0
 CONNECT_S = 5.0
@@ -181,7 +181,7 @@ class Scripts:
     """
 
     def __init__(self, client: Redis, keys: Sequence[str], *, timeout_s: float, attempts: int = 3) -> None:
-        folder = files("service.queue") / "lua"
+        folder = files("ditserve.service.queue") / "lua"
         prelude = (folder / "prelude.lua").read_text()
         self._client = client
         self._keys = tuple(key.encode() for key in keys)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import TimeoutError as Late
 from typing import Any, TypeVar
 
-from service.counters import CacheCounters
-from service.errors import QueueUnavailable
-from service.queue.connection import open_client, reaching
-from service.queue.keys import Keys
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.queue.connection import open_client, reaching
+from ditserve.service.queue.keys import Keys
+from ditserve.service.telemetry.counters import CacheCounters
 
 PATIENCE_S = 0.1  # of the asking thread
 PAUSE_S = 5.0  # without asking after a failure

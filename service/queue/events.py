@@ -7,10 +7,10 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 
-from service.errors import JobNotFound
-from service.jobs import TERMINAL_STATES, Event, EventKind, unpack
-from service.queue.connection import reaching
-from service.queue.keys import Keys
+from ditserve.service.errors import JobNotFound
+from ditserve.service.jobs import TERMINAL_STATES, Event, EventKind, unpack
+from ditserve.service.queue.connection import reaching
+from ditserve.service.queue.keys import Keys
 
 BLOCK_MS = 5000
 GRACE_S = 5.0

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import structlog
 
-from service.errors import InternalError, QueueUnavailable, ServiceError
-from service.jobs import JobResult
-from service.queue.broker import Broker
+from ditserve.service.errors import InternalError, QueueUnavailable, ServiceError
+from ditserve.service.jobs import JobResult
+from ditserve.service.queue.broker import Broker
 
 RETRY_S = 0.2
 LATER_S = 0.5  # after which a new job is read all the same

@@ -9,8 +9,8 @@ from limits import RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-from service.queue.connection import open_client, reaching
-from service.queue.keys import Keys
+from ditserve.service.queue.connection import open_client, reaching
+from ditserve.service.queue.keys import Keys
 
 WINDOW_S = 60
 

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 
-from service.errors import InternalError, JobExpired, JobNotFound, ServiceError, from_wire
-from service.jobs import Job, JobResult, JobStatus, State, WireError, unpack
-from service.queue.connection import reaching
-from service.queue.keys import Keys
+from ditserve.service.errors import InternalError, JobExpired, JobNotFound, ServiceError, from_wire
+from ditserve.service.jobs import Job, JobResult, JobStatus, State, WireError, unpack
+from ditserve.service.queue.connection import reaching
+from ditserve.service.queue.keys import Keys
 
 _FIELDS = ("wire", "state", "attempt", "step", "steps", "error", "owner")
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from model.bundle import Factor
-from service.engine.samples import Finished, SampleRequest
-from service.engine.snapshots import Snapshot
-from service.jobs import Claim, ConditionTerm, Image, Job, JobResult
-from service.planning.rungs import Ladder, Rung
-from service.worker.checkpoints import Standing
+from ditserve.model.spec.bundle import Factor
+from ditserve.service.engine.samples import Finished, SampleRequest
+from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.jobs import Claim, ConditionTerm, Image, Job, JobResult
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
+from ditserve.service.worker.checkpoints import Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +144,14 @@ def _written(term: ConditionTerm, factors: Sequence[Factor]) -> dict[str, Any]:
 
 
 def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest, ...]:
-    guided = job.guidance_scale != 1.0
-    requested = ladder.requested(job.solver, job.steps, job.grid, job.guidance_interval, guided)
+    requested, admitted = _rungs(job, ladder)
     return tuple(
         SampleRequest(
             id=f"{job.id}/{attempt}/{k}",
             condition=job.condition,
             mix=job.mix,
             seed=seed,
-            rung=_admitted(job, ladder, requested),
+            rung=admitted,
             requested=requested,
             guidance_scale=job.guidance_scale,
             previews=job.previews,
@@ -166,7 +166,14 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
     )
 
 
-def _admitted(job: Job, ladder: Ladder, requested: Rung) -> Rung:
-    """The rung the job was admitted on; as requested if this bundle's ladder does not have it."""
+def _rungs(job: Job, ladder: Ladder) -> tuple[Rung, Rung]:
+    """Return the rung the job asks for and the one it was admitted on.
+
+    A job of a release that does not send them has its rungs looked up on this bundle's ladder.
+    """
+    if job.requested is not None and job.admitted is not None:
+        return job.requested, job.admitted
+    guided = job.guidance_scale != 1.0
+    requested = ladder.requested(job.solver, job.steps, job.grid, job.guidance_interval, guided)
     below = ladder.below(requested, job.min_steps) if job.rung is not None else ()
-    return next((rung for rung in below if rung.name == job.rung), requested)
+    return requested, next((rung for rung in below if rung.name == job.rung), requested)

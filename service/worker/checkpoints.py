@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from model.bundle import Manifest
-from service.engine.samples import Finished
-from service.engine.snapshots import Snapshot
-from service.jobs import WireError, pack, unpack
-from service.planning.rungs import Rung
+from ditserve.model.spec.bundle import Manifest
+from ditserve.service.engine.samples import Finished
+from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.jobs import WireError, pack, unpack
+from ditserve.service.rung import Rung
 
 VERSION = 1  # of what a checkpoint holds and what it means to the engine
 
@@ -67,9 +67,4 @@ def _from_wire(data: Mapping[str, Any] | None) -> Standing:
         return Snapshot.from_wire(data["under_way"])
     done = dict(data["done"])
     latent = np.frombuffer(done.pop("latent"), "<f4").astype(np.float32).reshape(done.pop("shape"))
-    rung = done.pop("rung")
-    return Finished(
-        latent=latent,
-        rung=Rung(**{**rung, "guidance_interval": tuple(rung["guidance_interval"])}),
-        **done,
-    )
+    return Finished(latent=latent, rung=Rung.from_wire(done.pop("rung")), **done)

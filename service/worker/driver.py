@@ -16,11 +16,11 @@ from typing import Protocol
 
 import structlog
 
-from service.engine.samples import Failed, SampleRequest, StepReport
-from service.engine.snapshots import Snapshot
-from service.errors import InternalError, ServiceError
-from service.jobs import Due
-from service.planning.costs import CostModel
+from ditserve.service.engine.samples import Failed, SampleRequest, StepReport
+from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.errors import InternalError, ServiceError
+from ditserve.service.jobs import Due
+from ditserve.service.planning.costs import CostModel
 
 Start = tuple[SampleRequest, Snapshot | None]  # a sample, and where it stands if it has begun elsewhere
 

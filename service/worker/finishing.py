@@ -12,12 +12,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from model.bundle import Factor
-from service import metrics
-from service.engine.samples import Finished, Preview
-from service.images import CONTENT_TYPES, encode
-from service.jobs import Image
-from service.worker.assembly import Made, RunningJob, describe
+from ditserve.model.spec.bundle import Factor
+from ditserve.service.engine.samples import Finished, Preview
+from ditserve.service.images import CONTENT_TYPES, encode
+from ditserve.service.jobs import Image
+from ditserve.service.telemetry import metrics
+from ditserve.service.worker.assembly import Made, RunningJob, describe
 
 DECODED_AT_ONCE = 8
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import structlog
 
-from service.engine.samples import Finished
-from service.engine.snapshots import Snapshot
-from service.errors import QueueUnavailable
-from service.jobs import Claim
-from service.queue.broker import Broker
-from service.worker import checkpoints
-from service.worker.assembly import RunningJob
-from service.worker.checkpoints import Standing
-from service.worker.driver import Driver
+from ditserve.service.engine.samples import Finished
+from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.jobs import Claim
+from ditserve.service.queue.broker import Broker
+from ditserve.service.worker import checkpoints
+from ditserve.service.worker.assembly import RunningJob
+from ditserve.service.worker.checkpoints import Standing
+from ditserve.service.worker.driver import Driver
 
 log = structlog.get_logger()
 

@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from service import metrics
-from service.errors import QueueUnavailable
-from service.jobs import Lease, Renewal
-from service.queue.broker import Broker
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.jobs import Lease, Renewal
+from ditserve.service.queue.broker import Broker
+from ditserve.service.telemetry import metrics
 
 RETRY_S = 0.2
 

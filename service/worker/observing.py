@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from service import metrics
-from service.counters import CacheCounters
-from service.engine.engine import Engine
-from service.engine.samples import Finished, StepReport
-from service.errors import NumericalError
+from ditserve.service.engine.engine import Engine
+from ditserve.service.engine.samples import Finished, StepReport
+from ditserve.service.errors import NumericalError
+from ditserve.service.telemetry import metrics
+from ditserve.service.telemetry.counters import CacheCounters
 
 
 class Observing:

@@ -8,12 +8,12 @@ from math import inf
 
 import structlog
 
-from service import metrics
-from service.errors import QueueUnavailable
-from service.jobs import WorkerState
-from service.queue.broker import Broker
-from service.signals import first
-from service.worker.driver import Driver
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.jobs import WorkerState
+from ditserve.service.queue.broker import Broker
+from ditserve.service.signals import first
+from ditserve.service.telemetry import metrics
+from ditserve.service.worker.driver import Driver
 
 log = structlog.get_logger()
 

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager, suppress
 
 import structlog
 
-from service.errors import QueueUnavailable
-from service.jobs import Starting
-from service.queue.broker import Broker
-from service.signals import first
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.jobs import Starting
+from ditserve.service.queue.broker import Broker
+from ditserve.service.signals import first
 
 EVERY_S = 1.0
 

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from service.engine.samples import Preview
-from service.errors import QueueUnavailable
-from service.images import CONTENT_TYPES
-from service.jobs import Lease
-from service.planning.planner import Change
-from service.queue.broker import Broker
-from service.worker.assembly import RunningJob
+from ditserve.service.engine.samples import Preview
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.images import CONTENT_TYPES
+from ditserve.service.jobs import Lease
+from ditserve.service.planning.planner import Change
+from ditserve.service.queue.broker import Broker
+from ditserve.service.worker.assembly import RunningJob
 
 WAITING = 1024  # events beyond these are dropped
 

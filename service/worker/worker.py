@@ -13,23 +13,23 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
-from model.bundle import Factor
-from service import metrics
-from service.engine.samples import Failed, Finished, Preview, StepReport
-from service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
-from service.jobs import Claim, Due, Lease, Network, Renewal, WorkerState
-from service.limits import WorkerPolicy
-from service.planning.rungs import Ladder
-from service.queue.broker import Broker
-from service.signals import first
-from service.tracing import NoTracing, Tracing
-from service.worker.assembly import RunningJob
-from service.worker.driver import Beat, Driver, Stepper
-from service.worker.finishing import Decoder, Finishing
-from service.worker.handover import Handover
-from service.worker.leases import Leases
-from service.worker.reporting import Reporting
-from service.worker.telling import Telling
+from ditserve.model.spec.bundle import Factor
+from ditserve.service.engine.samples import Failed, Finished, Preview, StepReport
+from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
+from ditserve.service.jobs import Claim, Due, Lease, Network, Renewal, WorkerState
+from ditserve.service.limits import WorkerPolicy
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.queue.broker import Broker
+from ditserve.service.signals import first
+from ditserve.service.telemetry import metrics
+from ditserve.service.telemetry.tracing import NoTracing, Tracing
+from ditserve.service.worker.assembly import RunningJob
+from ditserve.service.worker.driver import Beat, Driver, Stepper
+from ditserve.service.worker.finishing import Decoder, Finishing
+from ditserve.service.worker.handover import Handover
+from ditserve.service.worker.leases import Leases
+from ditserve.service.worker.reporting import Reporting
+from ditserve.service.worker.telling import Telling
 
 _REPLACED = "The model was replaced by a version with other classes; send the request again."
 

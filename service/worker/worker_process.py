@@ -15,31 +15,31 @@ from typing import Any, Final
 import structlog
 import uvloop
 
-from model.bundle import Bundle, BundleError, Manifest
-from service import logs, metrics
-from service.backends import Backend, BackendUnavailable, load_backend, load_text_encoder
-from service.engine.conditions import Conditions
-from service.engine.engine import Engine
-from service.engine.scheduler import Scheduler
-from service.engine.texts import SharedCache, TextEncodings
-from service.engine_build import build_engines
-from service.errors import QueueUnavailable, ServiceError
-from service.identity import bundle_digest, vocabulary_digest
-from service.jobs import Network
-from service.lanes import open_lanes
-from service.limits import WorkerPolicy
-from service.planning.costs import CostModel
-from service.planning.planner import Planner
-from service.planning.rungs import Ladder
-from service.queue.broker import Broker
-from service.queue.embeddings import Embeddings
-from service.settings import Settings
-from service.signals import stop_signals
-from service.tracing import Tracing, open_tracing
-from service.worker.checkpoints import origin
-from service.worker.observing import Observing
-from service.worker.starting import starting
-from service.worker.worker import Worker
+from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
+from ditserve.service.backends import Backend, BackendUnavailable, load_backend, load_text_encoder
+from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.engine import Engine
+from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.engine.texts import SharedCache, TextEncodings
+from ditserve.service.errors import QueueUnavailable, ServiceError
+from ditserve.service.identity import bundle_digest, vocabulary_digest
+from ditserve.service.jobs import Network
+from ditserve.service.launch.engine_build import build_engines
+from ditserve.service.limits import WorkerPolicy
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.planner import Planner
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.embeddings import Embeddings
+from ditserve.service.served_models import open_lanes
+from ditserve.service.settings import Settings
+from ditserve.service.signals import stop_signals
+from ditserve.service.telemetry import logs, metrics
+from ditserve.service.telemetry.tracing import Tracing, open_tracing
+from ditserve.service.worker.checkpoints import origin
+from ditserve.service.worker.observing import Observing
+from ditserve.service.worker.starting import starting
+from ditserve.service.worker.worker import Worker
 
 CONFIG_ERROR, BROKEN = 2, 1
 WARM_UP_S = 0.5

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import chaos
-from bench.clients import Outcome, compare
+from ditserve.bench import chaos
+from ditserve.bench.clients import Outcome, compare
 from tests.service.tiny_bundle import write_bundle
 
 

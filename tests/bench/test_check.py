@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import check
-from bench.check import OVERHEAD, RATE, Verdict
-from model.bundle import Bundle
+from ditserve.bench import check
+from ditserve.bench.check import OVERHEAD, RATE, Verdict
+from ditserve.model.spec.bundle import Bundle
 from tests.service.tiny_bundle import write_bundle
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import crosscheck, record
+from ditserve.bench import crosscheck, record
 from tests.service.tiny_bundle import write_bundle
 
 WRK = """#!/bin/sh
@@ -58,18 +58,18 @@ def test_tools_measure_in_turns(words: list[str], tmp_path: Path, capsys: pytest
     kept = json.loads((tmp_path / "crosscheck.json").read_text())
     tools = [each["tool"] for each in kept["rounds"]]
     assert tools == [
-        "bench.wire",
+        "ditserve.bench.wire",
         "wrk",
         "wrk",
-        "bench.wire",
-        "bench.load",
+        "ditserve.bench.wire",
+        "ditserve.bench.load",
         "Artillery",
         "Artillery",
-        "bench.load",
+        "ditserve.bench.load",
     ]
     medians = {each["tool"]: each["p50_ms"] for each in kept["medians"]}
     assert (medians["wrk"], medians["Artillery"]) == (20.0, 150.0)
-    assert medians["bench.load"] > 0.0
+    assert medians["ditserve.bench.load"] > 0.0
 
 
 def test_an_unanswered_request_is_no_measurement(

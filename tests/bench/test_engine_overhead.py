@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import engine_overhead, record
+from ditserve.bench import engine_overhead, record
 from tests.service.tiny_bundle import MANIFEST, write_bundle
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
-from bench import gpu, record
-from model.engine_keys import NoGpu
-from service.backends.onnx import CUDA
+from ditserve.bench import gpu, record
+from ditserve.model.spec.engine_cache import NoGpu
+from ditserve.service.backends.onnx import CUDA
 
 
 def test_without_a_gpu_it_says_so(

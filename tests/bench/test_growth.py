@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import growth, record
+from ditserve.bench import growth, record
 
 
 def test_the_command_measures_every_event_at_every_size(

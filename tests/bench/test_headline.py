@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import headline
-from bench.adapters import ADAPTERS, Told
-from bench.answers import Exchange
-from bench.cells import BASIS, CAPACITY, COMPARED, REFERENCE, Cell, measured, packed, unpacked
-from bench.consumption import Consumption, family, passes
-from bench.findings import Findings, Mismatch
-from bench.headline_tables import View, curves, goals, tables
-from bench.load import Unreachable
-from bench.plots import draw_headline
-from bench.servers import ARMS, Arm, Place, ServerFailed, Serving, serving
-from bench.workload import Asked, Kind
+from ditserve.bench import headline
+from ditserve.bench.adapters import ADAPTERS, Told
+from ditserve.bench.answers import Exchange
+from ditserve.bench.cells import BASIS, CAPACITY, COMPARED, REFERENCE, Cell, measured, packed, unpacked
+from ditserve.bench.consumption import Consumption, family, passes
+from ditserve.bench.findings import Findings, Mismatch
+from ditserve.bench.headline_tables import View, curves, goals, tables
+from ditserve.bench.load import Unreachable
+from ditserve.bench.plots import draw_headline
+from ditserve.bench.servers import ARMS, Arm, Place, ServerFailed, Serving, serving
+from ditserve.bench.workload import Asked, Kind
 from tests.service.tiny_bundle import write_bundle
 
 SETTINGS = {"requests": 30, "threads": 1, "slo": 3.0, "promise_of": REFERENCE}

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import ladder
-from model.bundle import Bundle, RungSpec
-from service.backends import Backend, load_backend
-from service.planning.rungs import Ladder, Rung
+from ditserve.bench import ladder
+from ditserve.model.spec.bundle import Bundle, RungSpec
+from ditserve.service.backends import Backend, load_backend
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
 from tests.service.tiny_bundle import write_bundle
 
 WHOLE = (0.0, 1.0)

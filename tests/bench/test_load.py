@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import load
-from bench.adapters import ADAPTERS, Told
-from bench.answers import P99_NEEDS, Exchange, Promise, Summary
-from bench.site import free_port
-from bench.workload import Asked, Kind, Workload
+from ditserve.bench import load
+from ditserve.bench.adapters import ADAPTERS, Told
+from ditserve.bench.answers import P99_NEEDS, Exchange, Promise, Summary
+from ditserve.bench.site import free_port
+from ditserve.bench.workload import Asked, Kind, Workload
 from tests.service.tiny_bundle import write_bundle
 
 SHORT, LONG = Kind(20, True), Kind(50, False)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import machine, operators, peak, record
+from ditserve.bench import machine, operators, peak, record
 from tests.service.tiny_bundle import write_bundle
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import overhead_http, record
-from bench.overhead_http import ECHO, NOOP, Round
+from ditserve.bench import overhead_http, record
+from ditserve.bench.overhead_http import ECHO, NOOP, Round
 from tests.service.tiny_bundle import write_bundle
 
 

@@ -12,13 +12,13 @@ from PIL import Image
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from bench.peers import model
-from bench.peers.cap import Cap
-from bench.peers.graph import Graph
-from bench.peers.options import Options
-from bench.peers.pipeline import Pipeline, Wish
-from model.bundle import Bundle
-from service.backends import Backend, load_backend
+from ditserve.bench.peers import model
+from ditserve.bench.peers.cap import Cap
+from ditserve.bench.peers.graph import Graph
+from ditserve.bench.peers.options import Options
+from ditserve.bench.peers.pipeline import Pipeline, Wish
+from ditserve.model.spec.bundle import Bundle
+from ditserve.service.backends import Backend, load_backend
 from tests.service.tiny_bundle import MANIFEST
 
 # diffusers' schedulers have NumPy copy tensors, which do not know how

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import record
+from ditserve.bench import record
 
 
 def test_figures_are_kept_with_what_they_were_found_on(

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import plots, simulate
-from bench.arrivals import PROCESSES, Arrival, Traffic
-from bench.curves import CURVES, LADDERS
-from bench.fleet import ORDERS, Arm, Fleet, Site
-from bench.necessity import need
+from ditserve.bench import plots, simulate
+from ditserve.bench.arrivals import PROCESSES, Arrival, Traffic
+from ditserve.bench.curves import CURVES, LADDERS
+from ditserve.bench.fleet import ORDERS, Arm, Fleet, Site
+from ditserve.bench.necessity import need
 
 GPU = Site(CURVES["gpu"], LADDERS["ddim"])
 ARMS = {arm.name: arm for arm in simulate.ARMS}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import soak
+from ditserve.bench import soak
 from tests.service.tiny_bundle import write_bundle
 
 MIB = 1 << 20

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import startup
-from model.bundle import Bundle
+from ditserve.bench import startup
+from ditserve.model.spec.bundle import Bundle
 from tests.service.tiny_bundle import write_bundle
 
 pytestmark = pytest.mark.anyio

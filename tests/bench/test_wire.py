@@ -10,7 +10,7 @@ from itertools import repeat
 
 import pytest
 
-from bench.wire import Wire, exchange, post
+from ditserve.bench.wire import Wire, exchange, post
 
 pytestmark = pytest.mark.anyio
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from export.errors import ExportError
-from export.trt_module import TensorRt, load_trt
+from ditserve.export.errors import ExportError
+from ditserve.export.tensorrt.module import TensorRt, load_trt
 from tests.export.tiny import cached_full_bundle, cached_tiny_bundle
 
 

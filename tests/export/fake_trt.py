@@ -8,7 +8,7 @@ from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
 
-from export.trt_module import TensorRt
+from ditserve.export.tensorrt.module import TensorRt
 
 
 class Severity(IntEnum):

@@ -14,18 +14,18 @@ import torch
 from diffusers import AutoencoderKL
 from onnx import TensorProto, helper, numpy_helper
 
-from export.calibrate import Walk, trajectories
-from export.errors import ExportError
-from export.graph import _turn_narrow, backbone_graph
-from export.half import halved
-from export.onnx import DECODER, Options, write_decoder, write_graphs
-from export.parity import verify_graphs
-from export.source import parameters
-from export.storage import save_weights
-from model.bundle import LatentSpec
-from model.config import BLOCK_KINDS, DiTConfig
-from model.network import NetworkConfig
-from model.unet_config import UNetConfig
+from ditserve.export.calibrate import Walk, trajectories
+from ditserve.export.errors import ExportError
+from ditserve.export.graph import _turn_narrow, backbone_graph
+from ditserve.export.half import halved
+from ditserve.export.onnx import DECODER, Options, write_decoder, write_graphs
+from ditserve.export.parity import verify_graphs
+from ditserve.export.source import parameters
+from ditserve.export.storage import save_weights
+from ditserve.model.nets.factory import NetworkConfig
+from ditserve.model.spec.bundle import LatentSpec
+from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig
+from ditserve.model.spec.unet_config import UNetConfig
 from tests.export.tiny import tiny_source
 
 pytestmark = pytest.mark.timeout(900)

@@ -11,19 +11,19 @@ import torch
 from onnx import TensorProto, numpy_helper
 from safetensors.torch import save_file
 
-from export.calibrate import Walk, trajectories
-from export.errors import ExportError
-from export.int8 import EXACT, Settings, add_int8, main
-from export.parity import compare_rows, graph_backbone
-from export.quality import Judge, frechet_report
-from export.quantize import FILES, Target, backbone_inputs, this_processor
-from export.session import open_session, run
-from export.smooth import int8_linears
-from export.source import open_source, parameters
-from export.verify import LIMITS, check
-from model.bundle import Bundle, digest, write_manifest
-from model.classifier import Card, Classifier
-from model.unet_config import UNetConfig
+from ditserve.export.calibrate import Walk, trajectories
+from ditserve.export.errors import ExportError
+from ditserve.export.int8 import EXACT, Settings, add_int8, main
+from ditserve.export.parity import compare_rows, graph_backbone
+from ditserve.export.quality import Judge, frechet_report
+from ditserve.export.quantize import FILES, Target, backbone_inputs, this_processor
+from ditserve.export.session import open_session, run
+from ditserve.export.smooth import int8_linears
+from ditserve.export.source import open_source, parameters
+from ditserve.export.verify import LIMITS, check
+from ditserve.model.evaluation.classifier import Card, Classifier
+from ditserve.model.spec.bundle import Bundle, digest, write_manifest
+from ditserve.model.spec.unet_config import UNetConfig
 from tests.export.tiny import CONFIG, tiny_source
 
 TARGETS: list[Target] = ["cpu", "tensorrt"]

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.calibrate import Rows, Walk, trajectories
-from export.errors import ExportError
-from export.half import FP16_MAX, probe
-from export.smooth import amax, int8_linears, int8_output, search, smoothed
-from export.source import parameters
-from model.config import BlockKind
-from model.opening import Opened
+from ditserve.export.calibrate import Rows, Walk, trajectories
+from ditserve.export.errors import ExportError
+from ditserve.export.half import FP16_MAX, probe
+from ditserve.export.smooth import amax, int8_linears, int8_output, search, smoothed
+from ditserve.export.source import parameters
+from ditserve.model.spec.dit_config import BlockKind
+from ditserve.model.train.load import Opened
 from tests.export.tiny import CONFIG, tiny_source
 
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.calibrate import Rows
-from export.errors import ExportError
-from export.half import write_half
-from export.parity import compare_rows, forward, graph_backbone
-from export.quantize import write_int8
-from export.session import open_session, run
-from export.source import open_source
-from export.storage import remove_graph, save_weights, share_weights
-from export.verify import CALIBRATION, LIMITS, check
-from model.bundle import Bundle, BundleError, write_manifest
-from service.backends.onnx import OnnxBackend
+from ditserve.export.calibrate import Rows
+from ditserve.export.errors import ExportError
+from ditserve.export.half import write_half
+from ditserve.export.parity import compare_rows, forward, graph_backbone
+from ditserve.export.quantize import write_int8
+from ditserve.export.session import open_session, run
+from ditserve.export.source import open_source
+from ditserve.export.storage import remove_graph, save_weights, share_weights
+from ditserve.export.verify import CALIBRATION, LIMITS, check
+from ditserve.model.spec.bundle import Bundle, BundleError, write_manifest
+from ditserve.service.backends.onnx import OnnxBackend
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((32, 48)).astype(np.float16).astype(np.float32)
@@ -113,7 +113,7 @@ def test_a_large_graph_keeps_its_tensors_beside_it_all_the_way(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the writer through ONNX Runtime, the manifest and the quantiser, as it would be above 2 GiB."""
-    monkeypatch.setattr("export.storage.INLINE_BYTES", 0)
+    monkeypatch.setattr("ditserve.export.storage.INLINE_BYTES", 0)
     folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     source = open_source(folder)
     rows = Rows.load(folder / CALIBRATION).with_null(source.network.config)

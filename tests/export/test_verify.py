@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.errors import ExportError
-from export.verify import BANDS, Limits, check, compare, report, worst
+from ditserve.export.errors import ExportError
+from ditserve.export.verify import BANDS, Limits, check, compare, report, worst
 
 LIMITS = Limits(relative_l2=0.01, cosine=0.999)
 

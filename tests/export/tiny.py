@@ -13,17 +13,25 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from export.calibrate import Rows, Walk
-from export.half import write_half
-from export.onnx import Options, export_bundle
-from export.quantize import write_int8
-from export.source import open_source
-from export.verify import CALIBRATION
-from model.bundle import Bundle, DiffusionSpec, Factor, Manifest, RungSpec, StateTensor, write_manifest
-from model.config import DiTConfig
-from model.dit import DiT
-from model.network import Network, NetworkConfig, make_network
-from model.opening import DEFAULTS, Opened
+from ditserve.export.calibrate import Rows, Walk
+from ditserve.export.half import write_half
+from ditserve.export.onnx import Options, export_bundle
+from ditserve.export.quantize import write_int8
+from ditserve.export.source import open_source
+from ditserve.export.verify import CALIBRATION
+from ditserve.model.nets.dit import DiT
+from ditserve.model.nets.factory import Network, NetworkConfig, make_network
+from ditserve.model.spec.bundle import (
+    Bundle,
+    DiffusionSpec,
+    Factor,
+    Manifest,
+    RungSpec,
+    StateTensor,
+    write_manifest,
+)
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.train.load import DEFAULTS, Opened
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = DiTConfig(

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor, write_manifest
-from model.config import DiTConfig
-from model.dit import DiT
-from model.network import Network
-from model.unet import UNet
-from tests.model.unet_cases import TINY_UNET
+from ditserve.model.nets.dit import DiT
+from ditserve.model.nets.factory import Network
+from ditserve.model.nets.unet import UNet
+from ditserve.model.spec.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor, write_manifest
+from ditserve.model.spec.dit_config import DiTConfig
+from tests.model.nets.unet_cases import TINY_UNET
 
 _TINY = DiTConfig(
     image_size=(8, 8),

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from model.attention import attention_maps, main, overlay
-from model.config import DiTConfig
-from model.dit import Block, DiT
-from model.unet import UNet
-from tests.model.unet_cases import TINY_UNET
+from ditserve.model.attention import attention_maps, main, overlay
+from ditserve.model.nets.dit import Block, DiT
+from ditserve.model.nets.unet import UNet
+from ditserve.model.spec.dit_config import DiTConfig
+from tests.model.nets.unet_cases import TINY_UNET
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]

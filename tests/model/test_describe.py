@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import DiTConfig, named
-from model.describe import cost, macs, main, paper, read_config
-from model.dit import DiT
-from model.network import make_network
-from model.unet_config import UNetConfig
+from ditserve.model.describe import main, paper, read_config
+from ditserve.model.nets.cost import cost, macs
+from ditserve.model.nets.dit import DiT
+from ditserve.model.nets.factory import make_network
+from ditserve.model.spec.dit_config import DiTConfig, named
+from ditserve.model.spec.unet_config import UNetConfig
 
 Tiny = Callable[..., DiTConfig]
 

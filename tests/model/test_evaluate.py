@@ -11,11 +11,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from model.bundle import Bundle, write_manifest
-from model.classifier import Card, Classifier, save_classifier
-from model.evaluate import SHEET, main
-from model.evaluation import REAL
-from model.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN
+from ditserve.model.evaluate import SHEET, main
+from ditserve.model.evaluation.classifier import Card, Classifier, save_classifier
+from ditserve.model.evaluation.measures import REAL
+from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN
+from ditserve.model.spec.bundle import Bundle, write_manifest
 
 NAMES, STYLES = ("cat", "dog", "fox", "owl", "bee"), ("flat", "shaded", "line")
 

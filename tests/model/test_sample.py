@@ -13,23 +13,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from model.autoencoder import Identity
-from model.bundle import Factor, Manifest, write_manifest
-from model.config import DiTConfig
-from model.diffusion import Schedule, make_schedule
-from model.dit import DiT
-from model.opening import OpenError, open_model
-from model.sample import (
-    SampleError,
-    Term,
-    class_sheet,
-    embeddings,
-    main,
-    parse_condition,
-    picture_grid,
-    sample_sheet,
-    to_pixels,
-)
+from ditserve.model.nets.autoencoder import Identity
+from ditserve.model.nets.dit import DiT
+from ditserve.model.sample import main
+from ditserve.model.sampling.prompt import SampleError, Term, embeddings, parse_condition
+from ditserve.model.sampling.sheet import class_sheet, picture_grid, sample_sheet, to_pixels
+from ditserve.model.spec.bundle import Factor, Manifest, write_manifest
+from ditserve.model.spec.diffusion import Schedule, make_schedule
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.train.load import OpenError, open_model
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]
@@ -126,7 +118,7 @@ def test_conditions_are_parsed() -> None:
 def test_text_goes_through_the_named_encoder(
     tiny: Tiny, network: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.sample.open_encoder", lambda name: CountingEncoder())
+    monkeypatch.setattr("ditserve.model.sample.open_encoder", lambda name: CountingEncoder())
     dit = network(tiny(text_size=3))
     terms = [Term((1, None), "a fox"), Term((1, None))]
     with_text, without = embeddings(dit, terms, "counting")

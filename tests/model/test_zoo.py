@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from model.bundle import Bundle
-from model.network_config import network_fields
-from model.recipe import load_config
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.network_config import network_fields
+from ditserve.model.train.config import load_config
 
 ZOO = Path(__file__).parent.parent.parent / "model" / "zoo"
 

@@ -9,17 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from model.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
-from model.config import DiTConfig
-from service.backends import CONDITIONER_ROWS, OutOfMemory
-from service.engine.conditions import Conditions
-from service.engine.engine import Engine
-from service.engine.samples import SampleRequest
-from service.engine.scheduler import Scheduler
-from service.jobs import ConditionTerm
-from service.planning.costs import CostModel
-from service.planning.planner import Change, PlannedSample, Planner
-from service.planning.rungs import Ladder, Rung
+from ditserve.model.spec.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory
+from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.engine import Engine
+from ditserve.service.engine.samples import SampleRequest
+from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.jobs import ConditionTerm
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.planner import Change, PlannedSample, Planner
+from ditserve.service.rung import Rung
 
 Floats = npt.NDArray[np.float32]
 

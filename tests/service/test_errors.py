@@ -5,8 +5,8 @@ import re
 import msgpack
 import pytest
 
-from service import errors
-from service.errors import ERRORS, InternalError, ServiceError, UnknownCondition, from_wire, to_wire
+from ditserve.service import errors
+from ditserve.service.errors import ERRORS, InternalError, ServiceError, UnknownCondition, from_wire, to_wire
 
 
 @pytest.mark.parametrize("kind", ERRORS.values(), ids=ERRORS.keys())

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import ExifTags, Image
 
-from service.images import CONTENT_TYPES, encode, to_pixels
+from ditserve.service.images import CONTENT_TYPES, encode, to_pixels
 
 METADATA = {"seed": "7", "condition": "Erdbeere 🍓", "sampler": "ddim"}
 

@@ -8,13 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.jobs import ConditionTerm, Image, Job, JobResult, WireError, WorkerState, pack, unpack
+from ditserve.service.jobs import ConditionTerm, Image, Job, JobResult, WireError, WorkerState, pack, unpack
+from ditserve.service.rung import Rung
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=64)
 terms = st.builds(
     ConditionTerm,
     labels=st.lists(st.none() | st.integers(0, 10_000), max_size=3).map(tuple),
     weight=finite,
+)
+rungs = st.builds(
+    Rung, steps=st.integers(1, 1000), guidance_interval=st.tuples(finite, finite), quality=finite
 )
 jobs = st.builds(
     Job,
@@ -28,6 +32,8 @@ jobs = st.builds(
     deadline_at=st.none() | finite,
     min_steps=st.integers(1, 1000),
     cost_rows=st.integers(0, 2**40),
+    requested=st.none() | rungs,
+    admitted=st.none() | rungs,
 )
 results = st.builds(
     JobResult,

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from service.settings import Settings
+from ditserve.service.settings import Settings
 
 
 @pytest.fixture(autouse=True)

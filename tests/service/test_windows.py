@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.windows import Windows, count, starts, windows_over
+from ditserve.service.windows import Windows, count, starts, windows_over
 
 
 @st.composite

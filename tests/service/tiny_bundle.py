@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from model.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor, write_manifest
-from model.config import DiTConfig
+from ditserve.model.spec.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor, write_manifest
+from ditserve.model.spec.dit_config import DiTConfig
 
 CONFIG = DiTConfig(
     image_size=(8, 8),
@@ -53,7 +53,7 @@ def write_bundle(folder: Path, *, weights: bool) -> None:
         import torch
         from safetensors.torch import save_file
 
-        from model.dit import DiT
+        from ditserve.model.nets.dit import DiT
 
         torch.manual_seed(0)
         model = DiT(CONFIG)

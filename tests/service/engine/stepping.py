@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.diffusion import grid as timestep_grid
-from model.diffusion import guidance_weight, guided
-from model.solvers import step_table
-from service.engine.engine import Engine
-from service.engine.samples import Failed, Finished, Preview, SampleRequest, StepReport
-from service.planning.rungs import Rung
+from ditserve.model.spec.diffusion import grid as timestep_grid
+from ditserve.model.spec.diffusion import guidance_weight, guided
+from ditserve.model.spec.solvers import step_table
+from ditserve.service.engine.engine import Engine
+from ditserve.service.engine.samples import Failed, Finished, Preview, SampleRequest, StepReport
+from ditserve.service.rung import Rung
 
 Floats = npt.NDArray[np.float32]
 

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from service.backends import CONDITIONER_ROWS as CHUNK
-from service.engine.conditions import Condition, Conditions, Want
-from service.errors import InvalidRequest
-from service.jobs import ConditionTerm
+from ditserve.service.backends import CONDITIONER_ROWS as CHUNK
+from ditserve.service.engine.conditions import Condition, Conditions, Want
+from ditserve.service.errors import InvalidRequest
+from ditserve.service.jobs import ConditionTerm
 
 Floats = npt.NDArray[np.float32]
 Make = Callable[..., Any]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.lib import tracemalloc_domain
 
-from service.jobs import ConditionTerm
+from ditserve.service.jobs import ConditionTerm
 from tests.service.engine.stepping import finished, previews, reference, run
 
 Make = Callable[..., Any]

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.engine.engine import Engine
-from service.engine.samples import SampleRequest, StepReport
-from service.planning.rungs import Rung
+from ditserve.service.engine.engine import Engine
+from ditserve.service.engine.samples import SampleRequest, StepReport
+from ditserve.service.rung import Rung
 
 Make = Callable[..., Any]
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.samples import SampleRequest
-from service.planning.planner import LOAD, ROOM
+from ditserve.service.engine.samples import SampleRequest
+from ditserve.service.planning.planner import LOAD, ROOM
 from tests.service.engine.stepping import Floats, finished, reference, run
 
 Make = Callable[..., Any]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.samples import StepReport
-from service.errors import DeadlineExceeded, NumericalError
+from ditserve.service.engine.samples import StepReport
+from ditserve.service.errors import DeadlineExceeded, NumericalError
 from tests.service.engine.stepping import failed, finished, run
 
 Make = Callable[..., Any]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.errors import InternalError, InvalidRequest
+from ditserve.service.errors import InternalError, InvalidRequest
 from tests.service.engine.stepping import failed, finished, run
 
 Make = Callable[..., Any]

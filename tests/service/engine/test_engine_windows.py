@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.samples import Finished, SampleRequest
-from service.engine.snapshots import Snapshot
-from service.errors import InvalidRequest, NumericalError
-from service.planning.planner import LOAD
+from ditserve.service.engine.samples import Finished, SampleRequest
+from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.errors import InvalidRequest, NumericalError
+from ditserve.service.planning.planner import LOAD
 from tests.service.engine.stepping import failed, finished, previews, run
 
 Make = Callable[..., Any]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.scheduler import CARE, Scheduler
+from ditserve.service.engine.scheduler import CARE, Scheduler
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import msgpack
 import numpy as np
 import pytest
 
-from service.engine.samples import Finished, SampleRequest
-from service.engine.snapshots import Snapshot
-from service.planning.planner import LOAD
+from ditserve.service.engine.samples import Finished, SampleRequest
+from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.planning.planner import LOAD
 from tests.service.engine.stepping import finished, run
 
 Make = Callable[..., Any]

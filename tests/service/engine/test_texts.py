@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from service.engine.conditions import Conditions
-from service.engine.texts import TextEncodings
-from service.errors import InvalidRequest
-from service.jobs import ConditionTerm
+from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.texts import TextEncodings
+from ditserve.service.errors import InvalidRequest
+from ditserve.service.jobs import ConditionTerm
 
 Floats = npt.NDArray[np.float32]
 Make = Callable[..., Any]

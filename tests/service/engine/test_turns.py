@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.turns import PATIENCE, Demand, Turns
+from ditserve.service.engine.turns import PATIENCE, Demand, Turns
 
 quick = settings(max_examples=25, deadline=None)
 demands = st.dictionaries(

@@ -16,15 +16,15 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from service.http import load_cache
-from service.http.api import configured
-from service.http.app import create_app
-from service.jobs import Claim, Image, JobResult, WorkerState
-from service.queue.backplane import Backplane
-from service.queue.broker import Broker
-from service.queue.listener import Listener
-from service.queue.quota import Quota
-from service.settings import Settings
+from ditserve.service.http import load_cache
+from ditserve.service.http.api import configured
+from ditserve.service.http.app import create_app
+from ditserve.service.jobs import Claim, Image, JobResult, WorkerState
+from ditserve.service.queue.backplane import Backplane
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.listener import Listener
+from ditserve.service.queue.quota import Quota
+from ditserve.service.settings import Settings
 from tests.conftest import wait_until
 
 PNG = bytes.fromhex(

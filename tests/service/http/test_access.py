@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from service.http.access import OPEN
-from service.keyring import add
+from ditserve.service.api_keys import add
+from ditserve.service.http.access import OPEN
 from tests.service.http.conftest import OpenStage, Stage
 
 pytestmark = pytest.mark.anyio

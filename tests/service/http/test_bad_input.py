@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from service.errors import QueueUnavailable
-from service.jobs import Job, LoadSnapshot
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.jobs import Job, LoadSnapshot
 from tests.service.http.conftest import OpenStage, Stage
 
 pytestmark = pytest.mark.anyio

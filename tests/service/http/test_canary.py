@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
-from model.bundle import GOLDEN
-from service.errors import Overloaded
-from service.http.canary import SAME_DB, Canary, psnr
+from ditserve.model.spec.bundle import GOLDEN
+from ditserve.service.errors import Overloaded
+from ditserve.service.http.canary import SAME_DB, Canary, psnr
 from tests.conftest import wait_until
 from tests.service.http.conftest import MANIFEST, PNG, OpenStage, Stage
 

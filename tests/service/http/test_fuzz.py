@@ -30,11 +30,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from service.http.api import configured
-from service.http.app import create_app
-from service.keyring import add
-from service.queue.broker import Broker
-from service.settings import Settings
+from ditserve.service.api_keys import add
+from ditserve.service.http.api import configured
+from ditserve.service.http.app import create_app
+from ditserve.service.queue.broker import Broker
+from ditserve.service.settings import Settings
 from tests.conftest import close_books, wait_until
 from tests.service.http.conftest import StubWorker
 

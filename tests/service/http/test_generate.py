@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from service.http import load_cache
-from service.jobs import ConditionTerm, Job
+from ditserve.service.http import load_cache
+from ditserve.service.jobs import ConditionTerm, Job
 from tests.service.http.conftest import PNG, OpenStage, Stage
 
 pytestmark = pytest.mark.anyio

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.jobs import JobStatus
+from ditserve.service.jobs import JobStatus
 from tests.conftest import wait_until
 from tests.service.http.conftest import PNG, OpenStage, Serve, Stage
 

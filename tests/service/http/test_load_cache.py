@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from service.http.load_cache import LoadCache
-from service.jobs import Due, LoadSnapshot, WorkerState
+from ditserve.service.http.load_cache import LoadCache
+from ditserve.service.jobs import Due, LoadSnapshot, WorkerState
 
 pytestmark = pytest.mark.anyio
 Make = Callable[..., Any]
@@ -34,7 +34,7 @@ def worker(name: str, backlog: int) -> WorkerState:
 async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_look(
     make_job: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.http.load_cache.LOAD_FRESH_S", 60.0)
+    monkeypatch.setattr("ditserve.service.http.load_cache.LOAD_FRESH_S", 60.0)
     queue = Queue(worker("busy", 100), worker("idle", 5))
     cache = LoadCache(queue)  # type: ignore[arg-type]
     await asyncio.gather(*(cache() for _ in range(5)))
@@ -47,7 +47,7 @@ async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_loo
     assert counted["idle"].dues == (Due(-inf, 5, 5), Due(5.0, 40, 10), Due(inf, 80, 80))
     assert (counted["idle"].backlog_rows, counted["busy"]) == (125, queue.workers[0])
     assert queue.asked == 1
-    monkeypatch.setattr("service.http.load_cache.LOAD_FRESH_S", -1.0)
+    monkeypatch.setattr("ditserve.service.http.load_cache.LOAD_FRESH_S", -1.0)
     assert (await cache()).workers == queue.workers
 
 
@@ -72,7 +72,7 @@ async def test_without_workers_nothing_is_counted(make_job: Make) -> None:
 async def test_a_look_meanwhile_does_not_lose_what_is_not_queued_yet(
     make_job: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.http.load_cache.LOAD_FRESH_S", -1.0)
+    monkeypatch.setattr("ditserve.service.http.load_cache.LOAD_FRESH_S", -1.0)
     cache = LoadCache(Queue(worker("idle", 5)))  # type: ignore[arg-type]
     with cache.counted(make_job(cost_rows=40)):
         assert [each.backlog_rows for each in (await cache()).workers] == [45]

@@ -14,12 +14,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.errors import ModelReplaced, to_wire
-from service.http.app import create_app
-from service.http.context import Context
-from service.lanes import open_lanes
-from service.queue.broker import Broker
-from service.settings import Settings
+from ditserve.service.errors import ModelReplaced, to_wire
+from ditserve.service.http.app import create_app
+from ditserve.service.http.context import Context
+from ditserve.service.queue.broker import Broker
+from ditserve.service.served_models import open_lanes
+from ditserve.service.settings import Settings
 from tests.conftest import close_books, wait_until
 from tests.service.http.conftest import MANIFEST, StubWorker
 

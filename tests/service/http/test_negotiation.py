@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.http.negotiation import preferred
+from ditserve.service.http.negotiation import preferred
 
 OFFERS = ["application/json", "image/png", "image/webp"]
 

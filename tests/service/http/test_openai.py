@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 import openai
 import pytest
 
-from service.http.openai import rung_for
-from service.jobs import ConditionTerm
-from service.planning.rungs import Ladder, Rung
+from ditserve.service.http.openai import rung_for
+from ditserve.service.jobs import ConditionTerm
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
 from tests.service.http.conftest import PNG, Serve, Stage
 
 pytestmark = pytest.mark.anyio

@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from service.keyring import add
+from ditserve.service.api_keys import add
 from tests.service.http.conftest import OpenStage, Stage
 
 pytestmark = pytest.mark.anyio

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from service.keyring import add
+from ditserve.service.api_keys import add
 from tests.conftest import wait_until
 from tests.service.http.conftest import MANIFEST, OpenStage, Serve, Stage
 

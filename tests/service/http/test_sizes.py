@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from model.bundle import Manifest
-from service.http.sizes import Extent, in_windows
-from service.jobs import Network
+from ditserve.model.spec.bundle import Manifest
+from ditserve.service.http.sizes import Extent, in_windows
+from ditserve.service.jobs import Network
 from tests.service.http.conftest import MANIFEST, Stage
 
 pytestmark = pytest.mark.anyio

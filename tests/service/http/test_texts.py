@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.jobs import ConditionTerm
+from ditserve.service.jobs import ConditionTerm
 from tests.service.http.conftest import MANIFEST, Stage
 
 pytestmark = pytest.mark.anyio

@@ -2,9 +2,9 @@
 
 import pytest
 
-from model.bundle import Factor
-from service.errors import UnknownCondition
-from service.http.vocabulary import Vocabulary
+from ditserve.model.spec.bundle import Factor
+from ditserve.service.errors import UnknownCondition
+from ditserve.service.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
     [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-from service.planning.costs import CostModel
-from service.planning.rungs import Ladder, Rung
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
 
 quick = settings(max_examples=30, deadline=None)  # wall time says nothing on a shared machine
 

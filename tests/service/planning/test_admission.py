@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.jobs import Due, LoadSnapshot, WorkerState
-from service.planning import admission
-from service.planning.admission import NO_WORKER, Admission, Newcomer
-from service.planning.capacity import Capacity, drained
-from service.planning.planner import DEADLINE, LOAD, Policy, seconds_header
+from ditserve.service.jobs import Due, LoadSnapshot, WorkerState
+from ditserve.service.planning import admission
+from ditserve.service.planning.admission import NO_WORKER, Admission, Newcomer
+from ditserve.service.planning.capacity import Capacity, drained
+from ditserve.service.planning.planner import DEADLINE, LOAD, Policy, seconds_header
 from tests.service.planning.machine import BY_STEPS, LADDER, MAX_ROWS, line, quick
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from service.planning.costs import CostModel
+from ditserve.service.planning.costs import CostModel
 
 quick = settings(max_examples=60, deadline=None)  # wall time says nothing on a shared machine
 

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.jobs import Due
-from service.planning.costs import CostModel
-from service.planning.planner import DEADLINE, LOAD, ROOM, Change, PlannedSample, Planner, Policy
-from service.planning.rungs import Rung, steps_left
+from ditserve.service.jobs import Due
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import steps_left
+from ditserve.service.planning.planner import DEADLINE, LOAD, ROOM, Change, PlannedSample, Planner, Policy
+from ditserve.service.rung import Rung
 from tests.service.planning.machine import BY_STEPS, FID, LADDER, MAX_ROWS, line, quick
 
 

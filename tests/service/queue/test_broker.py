@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from service.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    NumericalError,
-    QueueFull,
-    to_wire,
-)
-from service.jobs import Event, Job, JobResult, Lease, pack, unpack
-from service.queue.broker import Broker
+from ditserve.service.errors import Cancelled, DeadlineExceeded, NumericalError, QueueFull, to_wire
+from ditserve.service.jobs import Event, Job, JobResult, Lease, pack, unpack
+from ditserve.service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]

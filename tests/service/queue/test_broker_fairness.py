@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from service.jobs import Job
-from service.queue.broker import Broker
+from ditserve.service.jobs import Job
+from ditserve.service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]

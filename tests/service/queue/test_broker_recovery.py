@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from service.errors import NumericalError, WorkerLost, to_wire
-from service.jobs import Claim, Job, JobResult
-from service.queue.broker import Broker
+from ditserve.service.errors import NumericalError, WorkerLost, to_wire
+from ditserve.service.jobs import Claim, Job, JobResult
+from ditserve.service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]

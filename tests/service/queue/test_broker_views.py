@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from service.errors import JobExpired, JobNotFound
-from service.jobs import Event, Job, JobResult, Lease, WorkerState
-from service.queue.broker import Broker
+from ditserve.service.errors import JobExpired, JobNotFound
+from ditserve.service.jobs import Event, Job, JobResult, Lease, WorkerState
+from ditserve.service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]

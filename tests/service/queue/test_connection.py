@@ -13,10 +13,10 @@ import pytest
 import trustme
 from redis.asyncio import Redis
 
-from service.errors import QueueUnavailable
-from service.jobs import Job, JobResult, WorkerState
-from service.queue.broker import Broker
-from service.queue.listener import Listener
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.jobs import Job, JobResult, WorkerState
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.listener import Listener
 from tests.service.queue.servers import Server, free_port, serving
 
 pytestmark = pytest.mark.anyio

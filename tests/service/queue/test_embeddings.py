@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from service.queue.connection import open_client
-from service.queue.embeddings import Embeddings
+from ditserve.service.queue.connection import open_client
+from ditserve.service.queue.embeddings import Embeddings
 
 pytestmark = pytest.mark.anyio
 Open = Callable[..., Embeddings]

@@ -12,9 +12,9 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from service import logs
-from service.settings import Settings
-from service.worker import worker_process
+from ditserve.service.settings import Settings
+from ditserve.service.telemetry import logs
+from ditserve.service.worker import worker_process
 from tests.service.conftest import FakeBackend
 
 DELAY_S = 0.005

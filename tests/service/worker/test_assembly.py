@@ -8,11 +8,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
-from model.bundle import Factor
-from service.engine.samples import Finished
-from service.jobs import ConditionTerm, Job
-from service.planning.rungs import Rung
-from service.worker.assembly import describe
+from ditserve.model.spec.bundle import Factor
+from ditserve.service.engine.samples import Finished
+from ditserve.service.jobs import Claim, ConditionTerm, Job, Lease
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
+from ditserve.service.worker.assembly import RunningJob, describe
 
 FACTORS = (
     Factor(name="label", classes=("lemon", "strawberry")),
@@ -42,3 +43,26 @@ def test_a_mix_is_written_as_it_is_asked_for(make_job: Callable[..., Job]) -> No
     assert first == {"label": "strawberry", "weight": 0.25}
     assert second == {"style": "twemoji", "text": "on a table"}
     assert said["mix"] == "spherical"
+
+
+BETTER, WORSE = (
+    Rung(f"ddim-{steps}", "ddim", steps, "leading", (0.0, 1.0), quality)
+    for steps, quality in ((10, 0.1), (4, 0.9))
+)
+
+
+def rungs(job: Job, ladder: Ladder) -> set[tuple[Rung | None, Rung]]:
+    claim = Claim(job, Lease(job.id, "w1", 1), alone=False)
+    running = RunningJob(claim, ladder, claimed_at=0.0, standings=[None] * len(job.seeds))
+    return {(request.requested, request.rung) for request, _ in running.starts}
+
+
+def test_a_job_brings_its_rungs_whatever_ladder_its_worker_has(make_job: Callable[..., Job]) -> None:
+    job = make_job(rung=WORSE.name, requested=BETTER, admitted=WORSE)
+    assert rungs(job, Ladder(())) == {(BETTER, WORSE)}
+
+
+def test_a_job_of_an_earlier_release_is_looked_up_on_the_ladder(make_job: Callable[..., Job]) -> None:
+    ladder = Ladder((BETTER, WORSE))
+    assert rungs(make_job(rung=WORSE.name), ladder) == {(BETTER, WORSE)}
+    assert rungs(make_job(rung=None), ladder) == {(BETTER, BETTER)}

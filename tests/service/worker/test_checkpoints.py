@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.samples import Finished
-from service.engine.snapshots import Snapshot
-from service.worker import checkpoints
+from ditserve.service.engine.samples import Finished
+from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.worker import checkpoints
 from tests.service.engine.stepping import finished, run
 
 Make = Callable[..., Any]

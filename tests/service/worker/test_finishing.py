@@ -11,11 +11,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from service.engine.samples import Finished
-from service.jobs import Claim, Lease
-from service.planning.rungs import Ladder
-from service.worker.assembly import RunningJob
-from service.worker.finishing import DECODED_AT_ONCE, Finishing
+from ditserve.service.engine.samples import Finished
+from ditserve.service.jobs import Claim, Lease
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.worker.assembly import RunningJob
+from ditserve.service.worker.finishing import DECODED_AT_ONCE, Finishing
 
 pytestmark = pytest.mark.anyio
 Floats = npt.NDArray[np.float32]

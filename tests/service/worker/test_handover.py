@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from service.errors import InternalError
-from service.jobs import Job, JobResult
-from service.limits import WorkerPolicy
-from service.queue.broker import Broker
-from service.queue.listener import Listener
-from service.worker import checkpoints
-from service.worker.assembly import RunningJob
-from service.worker.worker import Worker
+from ditserve.service.errors import InternalError
+from ditserve.service.jobs import Job, JobResult
+from ditserve.service.limits import WorkerPolicy
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.listener import Listener
+from ditserve.service.worker import checkpoints
+from ditserve.service.worker.assembly import RunningJob
+from ditserve.service.worker.worker import Worker
 
 pytestmark = pytest.mark.anyio
 Floats = npt.NDArray[np.float32]

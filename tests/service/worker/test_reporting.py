@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from service.errors import QueueUnavailable
-from service.worker.reporting import Reporting
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.worker.reporting import Reporting
 
 pytestmark = pytest.mark.anyio
 

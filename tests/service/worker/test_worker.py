@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image as Picture
 
-from service.errors import (
+from ditserve.service.errors import (
     Cancelled,
     InternalError,
     ModelReplaced,
@@ -24,11 +24,11 @@ from service.errors import (
     QueueUnavailable,
     ServiceError,
 )
-from service.jobs import ConditionTerm, Job, JobResult
-from service.limits import WorkerPolicy
-from service.queue.broker import Broker
-from service.queue.listener import Listener
-from service.worker.worker import Worker
+from ditserve.service.jobs import ConditionTerm, Job, JobResult
+from ditserve.service.limits import WorkerPolicy
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.listener import Listener
+from ditserve.service.worker.worker import Worker
 
 pytestmark = pytest.mark.anyio
 Floats = npt.NDArray[np.float32]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from service.errors import WorkerLost
-from service.jobs import ConditionTerm, Job, JobResult
-from service.queue.broker import Broker
-from service.queue.listener import Listener
+from ditserve.service.errors import WorkerLost
+from ditserve.service.jobs import ConditionTerm, Job, JobResult
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.listener import Listener
 
 pytestmark = pytest.mark.anyio
 LEASE_S = 0.6

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.bundle import Bundle, Manifest
-from service.backends import BackendUnavailable
-from service.engine_build import Building
-from service.jobs import Starting
-from service.queue.broker import Broker
-from service.settings import Settings
-from service.worker import worker_process
-from service.worker.starting import starting
-from service.worker.worker_process import backend_options, build_engine, open_texts
+from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.service.backends import BackendUnavailable
+from ditserve.service.jobs import Starting
+from ditserve.service.launch.engine_build import Building
+from ditserve.service.queue.broker import Broker
+from ditserve.service.settings import Settings
+from ditserve.service.worker import worker_process
+from ditserve.service.worker.starting import starting
+from ditserve.service.worker.worker_process import backend_options, build_engine, open_texts
 from tests.conftest import wait_until
 
 Make = Callable[..., Any]

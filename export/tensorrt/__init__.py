@@ -1,0 +1,1 @@
+"""TensorRT engines: built, verified and listed. A user of ONNX never opens this folder."""

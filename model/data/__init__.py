@@ -1,0 +1,1 @@
+"""Picture sets: reading, checking, preparing and encoding them; `python -m model.data`."""

@@ -1,0 +1,166 @@
+"""`python -m model.data COMMAND`: make data sets, look at them, prepare them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ditserve.model.data import emoji
+from ditserve.model.data.examples import DataError
+from ditserve.model.data.extraction import extract, plan, progress_of, write_index
+from ditserve.model.data.labels import select
+from ditserve.model.data.latents import INDEX
+from ditserve.model.data.sources import read_source, tolerate
+from ditserve.model.data.summary import contact_sheet, describe
+from ditserve.model.nets.autoencoder import AutoencoderError
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Command line: `emoji` builds the emoji set, `describe` looks at any set, `latents` encodes one."""
+    parser = argparse.ArgumentParser(prog="python -m model.data")
+    commands = parser.add_subparsers(required=True)
+    _emoji_arguments(
+        commands.add_parser("emoji", help="render the emoji set from npm packages of SVG drawings")
+    )
+    _describe_arguments(commands.add_parser("describe", help="count what a data set holds; writes nothing"))
+    _latents_arguments(
+        commands.add_parser("latents", help="encode pictures by an autoencoder, once for all epochs")
+    )
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (DataError, AutoencoderError, OSError, ValueError) as error:
+        print(f"model.data: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _emoji_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, default=64, help="picture size in pixels")
+    parser.add_argument("--out", type=Path, help="target file (default data/emoji<size>.npz)")
+    parser.add_argument(
+        "--tarballs", type=Path, default=Path("data/npm"), help="folder of npm tarballs, filled as needed"
+    )
+    parser.set_defaults(run=_emoji)
+
+
+def _emoji(options: argparse.Namespace) -> None:
+    target = options.out or Path(f"data/emoji{options.size}.npz")
+    emoji.build(target, options.size, options.tarballs)
+    print(f"wrote {target} and its card, {target.with_suffix('.md')} and {target.with_suffix('.json')}")
+
+
+def _describe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path)
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="also save some of the pictures, side by side"
+    )
+    parser.set_defaults(run=_describe)
+
+
+def _describe(options: argparse.Namespace) -> None:
+    source = read_source(options.path, captions=True)
+    for line in describe(source):
+        print(line)
+    if options.sheet:
+        contact_sheet(source, options.sheet)
+    select(source.catalogue, options.path, captioned=any(source.catalogue.captions))
+
+
+def _latents_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="any data set of pictures")
+    parser.add_argument(
+        "--autoencoder", type=Path, required=True, help="folder of an AutoencoderKL, as diffusers saves it"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the shards; finished ones in it are kept"
+    )
+    parser.add_argument(
+        "--size", type=_size, help="crop pictures to N or HxW pixels; not needed if all have one size"
+    )
+    parser.add_argument("--workers", type=_count, default=1, help="processes")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="K/N",
+        help="do the K-th of N parts, on the K-th of N machines",
+    )
+    parser.add_argument("--shard", type=_count, default=256, help="pictures in a shard")
+    parser.add_argument("--batch", type=_count, default=16, help="pictures encoded at once")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--corrupt-limit", type=int, default=0, help="how many unreadable pictures may be left out"
+    )
+    parser.set_defaults(run=_latents)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return _count(height), _count(width or height)
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
+def _part(text: str) -> tuple[int, int]:
+    if not (found := re.fullmatch(r"(\d+)/(\d+)", text)) or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K in 1..N")
+    return int(found[1]), int(found[2])
+
+
+def _latents(options: argparse.Namespace) -> None:
+    job = plan(
+        options.source,
+        options.autoencoder,
+        options.out,
+        size=options.size,
+        shard=options.shard,
+        batch=options.batch,
+        device=options.device,
+        threads=max(1, (os.cpu_count() or 1) // options.workers) if options.workers > 1 else 0,
+    )
+    part, parts = options.part
+    there, missing = progress_of(job, job.shards[part - 1 :: parts])
+    skipped = [name for made in there for name in made.skipped]
+    done = sum(made.count for made in there) + len(skipped)
+    columns = (
+        TextColumn("encode"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        total = done + sum(len(job.rows(number)) for number in missing)
+        task = progress.add_task("", total=total, completed=done, rate="")
+        since, seen = time.monotonic(), 0
+        tolerate(options.source, skipped, options.corrupt_limit)
+        for made in extract(job, missing, workers=options.workers):
+            skipped += made.skipped
+            tolerate(options.source, skipped, options.corrupt_limit)
+            seen += made.count + len(made.skipped)
+            rate = f"{seen / (time.monotonic() - since):.1f} images/s"
+            progress.update(task, completed=done + seen, rate=rate)
+    index = write_index(job)
+    if index is None:
+        print(f"part {part} of {parts} is finished; the part that finishes last writes {options.out / INDEX}")
+    else:
+        count = sum(shard.count for shard in index.shards)
+        height, width = index.size
+        print(f"{count:,} latents of {index.channels}×{height}×{width} are in {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Several processes: process groups, data, sharded and tensor parallelism, precision."""

@@ -1,0 +1,1 @@
+"""Measures of generated pictures: features, Fréchet distance, fidelity, neighbours, the classifier."""

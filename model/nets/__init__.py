@@ -1,0 +1,1 @@
+"""Networks and their layers: DiT, U-Net, conditioner, autoencoder and text encoders."""

@@ -1,0 +1,165 @@
+"""From a condition to the embedding the network is modulated by; dropout of conditions; other classes for
+fine-tuning.
+
+Every condition is optional. A label factor's null class (index = number of classes) stands for "not given",
+and so does a text embedding of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ditserve.model.spec.network_config import NetworkConfig
+
+Config = TypeVar("Config", bound=NetworkConfig)
+
+
+class ConditionEmbedder(nn.Module):
+    """Labels (N, F) int64 and text embeddings (N, text_size) → (N, D).
+
+    One table per label factor, each with a last row for the null class; a linear map for text, and a vector
+    of its own for no text. The parts are summed; `fusion` "mlp" adds a residual MLP in which they interact.
+    """
+
+    def __init__(
+        self, classes: Sequence[int], hidden_size: int, *, text_size: int = 0, fusion: str = "sum"
+    ) -> None:
+        super().__init__()
+        self.hidden_size, self.text_size = hidden_size, text_size
+        self.tables = nn.ModuleList(nn.Embedding(count + 1, hidden_size) for count in classes)
+        self.text: nn.Linear | None = None
+        if text_size:
+            self.text = nn.Linear(text_size, hidden_size)
+            self.no_text = nn.Parameter(torch.zeros(hidden_size))
+        self.fusion = (
+            nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+            if fusion == "mlp"
+            else None
+        )
+
+    def forward(self, labels: Tensor, text: Tensor | None = None) -> Tensor:
+        """(N, F) and (N, text_size) → (N, D).
+
+        Raises:
+            ValueError: labels that are not (N, F) whole numbers in 0..classes, or text that is not (N, text_size).
+        """
+        self._check_labels(labels)
+        parts = [table(labels[:, k]) for k, table in enumerate(self.tables)]  # F × (N, D)
+        if self.text is not None:
+            parts.append(self._text(len(labels), text))
+        elif text is not None:
+            raise ValueError("this model takes no text: its text_size is 0")
+        if not parts:  # unconditional
+            return torch.zeros(len(labels), self.hidden_size, device=labels.device)
+        total: Tensor = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return total if self.fusion is None else total + self.fusion(total)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if labels.ndim != 2 or labels.shape[1] != len(self.tables) or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be (N, {len(self.tables)}) whole numbers, not {tuple(labels.shape)} {labels.dtype}"
+            )
+        if torch.compiler.is_compiling() or labels.is_meta:
+            return  # nothing to look at; an index outside would be an assertion on the device, without a word
+        for factor, table in enumerate(self.tables):
+            null, column = cast(nn.Embedding, table).num_embeddings - 1, labels[:, factor]
+            outside = column[(column < 0) | (column > null)]
+            if len(outside):
+                raise ValueError(
+                    f"label {outside[0].item()} of factor {factor} must be in 0..{null}, {null} standing for none"
+                )
+
+    def _text(self, rows: int, text: Tensor | None) -> Tensor:
+        assert self.text is not None
+        if text is None:
+            return self.no_text.expand(rows, -1)
+        if text.shape != (rows, self.text_size):
+            raise ValueError(f"text must be ({rows}, {self.text_size}), not {tuple(text.shape)}")
+        given = (text != 0).any(dim=1, keepdim=True)  # (N, 1)
+        return torch.where(given, self.text(text.to(self.text.weight.dtype)), self.no_text)  # (N, D)
+
+
+class LayoutPath(nn.Module):
+    """A per-token bias from the condition, so that it can say *where* at once: (N, D) → (N, T, D).
+
+    bias[n, t] = Σ_r Linear(c)[n, t, r] · U[t, r], of rank r per token. adaLN alone gives every token the same
+    modulation, and layout then takes tens of thousands of steps to emerge at small budgets.
+    """
+
+    def __init__(self, tokens: int, rank: int, hidden_size: int) -> None:
+        super().__init__()
+        self.shape = (tokens, rank)
+        self.coefficients = nn.Linear(hidden_size, tokens * rank)
+        self.basis = nn.Parameter(torch.randn(tokens, rank, hidden_size) * rank**-0.5)
+
+    def forward(self, c: Tensor) -> Tensor:
+        weights = self.coefficients(c).reshape(-1, *self.shape).transpose(0, 1)  # (T, N, r)
+        return torch.matmul(weights, self.basis).transpose(0, 1)  # (T, N, r)·(T, r, D) → (N, T, D)
+
+
+def embedding_penalty(embedding: Tensor) -> Tensor:
+    """Mean squared length of a batch's condition embeddings (N, D), a scalar in fp32: what their L2 regularisation adds."""
+    return embedding.float().square().sum(1).mean()
+
+
+def null_labels(config: NetworkConfig, batch: int, device: torch.device | None = None) -> Tensor:
+    """(batch, F) int64, every factor at its null class."""
+    return torch.tensor(config.classes, dtype=torch.int64, device=device).expand(batch, -1)
+
+
+def drop_labels(
+    labels: Tensor, config: NetworkConfig, rates: Sequence[float], generator: torch.Generator | None = None
+) -> Tensor:
+    """Replace each factor by its null class independently with its rate: (N, F) → (N, F). The paper's rate is
+    0.1.
+
+    Raises:
+        ValueError: not one rate per factor, or a rate outside 0..1.
+    """
+    if len(rates) != len(config.classes) or not all(0 <= rate <= 1 for rate in rates):
+        raise ValueError(f"label dropout needs {len(config.classes)} rates in 0..1, not {tuple(rates)}")
+    chance = torch.rand(labels.shape, generator=generator, device=labels.device)
+    dropped = chance < torch.tensor(list(rates), device=labels.device)
+    return torch.where(dropped, null_labels(config, len(labels), labels.device), labels)
+
+
+def drop_text(text: Tensor, rate: float, generator: torch.Generator | None = None) -> Tensor:
+    """Replace text embeddings (N, text_size) by zeros ("not given"), each with probability `rate` in 0..1."""
+    if not 0 <= rate <= 1:
+        raise ValueError(f"text dropout must be in 0..1, not {rate}")
+    kept = torch.rand((len(text), 1), generator=generator, device=text.device) >= rate
+    return text * kept
+
+
+def match_classes(old: Sequence[str], new: Sequence[str]) -> list[int | None]:
+    """For every new class, the index of the old one of that name, or None: what `resize_classes` takes."""
+    place = {name: k for k, name in enumerate(old)}
+    return [place.get(name) for name in new]
+
+
+def resize_classes(
+    weights: Mapping[str, Tensor], config: Config, factor: int, keep: Sequence[int | None]
+) -> tuple[dict[str, Tensor], Config]:
+    """Weights and configuration for other classes of one label factor, to fine-tune from.
+
+    New class k starts as old class `keep[k]`, or as the null class where that is None: a class the model has
+    not seen starts as one not given. The null class stays last. Everything else is unchanged.
+
+    Raises:
+        ValueError: no such factor, no class left, or an old index out of range.
+    """
+    if not 0 <= factor < len(config.classes):
+        raise ValueError(f"factor must be in 0..{len(config.classes) - 1}, not {factor}")
+    count = config.classes[factor]
+    wrong = [k for k in keep if k is not None and not 0 <= k < count]
+    if wrong or not keep:
+        raise ValueError(f"keep must name at least one class, each None or in 0..{count - 1}, not {wrong}")
+    key = f"y_embedder.tables.{factor}.weight"
+    rows = torch.tensor([count if k is None else k for k in (*keep, None)])
+    classes = (*config.classes[:factor], len(keep), *config.classes[factor + 1 :])
+    return {**weights, key: weights[key][rows.to(weights[key].device)]}, replace(config, classes=classes)

@@ -1,0 +1,1 @@
+"""Pruning of heads and MLP channels by importance; `python -m model.prune`."""

@@ -1,0 +1,98 @@
+"""Conditions as a command line writes them, parsed, embedded and combined."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ditserve.model.nets.factory import Network
+from ditserve.model.nets.text import open_encoder
+from ditserve.model.sampling.denoise import Conditions
+from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.mixing import mixed
+
+Combine = Literal["linear", "spherical", "compose", "layers"]
+
+
+class SampleError(ModelError):
+    """A wish that cannot be met; the message is one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One condition of a picture: a class or None per factor, a sentence or none, and its weight among others."""
+
+    labels: tuple[int | None, ...]
+    text: str | None = None
+    weight: float = 1.0
+
+
+def parse_condition(text: str, factors: Sequence[Factor]) -> Term:
+    """`label=cat,style=noto`, `text=a red fox`, each with an optional `weight=0.5`; what is left out is not given.
+
+    Raises:
+        SampleError: an unknown factor or class, or a weight that is no number.
+    """
+    given = dict(part.partition("=")[::2] for part in re.split(r",(?=\w+=)", text) if part)
+    try:
+        weight = float(given.pop("weight", "1"))
+    except ValueError:
+        raise SampleError(f"the weight in {text!r} is not a number") from None
+    sentence = given.pop("text", None)
+    names = [factor.name for factor in factors]
+    unknown = sorted(given.keys() - set(names))
+    if unknown:
+        raise SampleError(f"the model has no factor {unknown[0]!r}; it has {', '.join(names) or 'none'}")
+    return Term(tuple(_class(factor, given.get(factor.name)) for factor in factors), sentence, weight)
+
+
+def _class(factor: Factor, name: str | None) -> int | None:
+    if name is None:
+        return None
+    if name in factor.classes:
+        return factor.classes.index(name)
+    near = difflib.get_close_matches(name, factor.classes, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else f"for example {', '.join(factor.classes[:3])}"
+    raise SampleError(f"{factor.name} has no class {name!r}; {hint}")
+
+
+def label_rows(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -> Tensor:
+    filled = [[n if k is None else k for k, n in zip(row, classes, strict=True)] for row in rows]
+    return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), len(classes))
+
+
+def embeddings(model: Network, terms: Sequence[Term], encoder: str) -> list[Tensor]:
+    """One embedding (D,) per term; sentences are read by the named encoder.
+
+    Raises:
+        SampleError: a sentence for a model that takes none, or an encoder of another width.
+        TextError: an encoder that is not installed.
+    """
+    text = None
+    if any(term.text for term in terms):
+        if not model.config.text_size:
+            raise SampleError("this model takes no text: it was trained on labels alone")
+        reader = open_encoder(encoder)
+        if reader.size != model.config.text_size:
+            raise SampleError(
+                f"encoder {encoder} gives {reader.size} numbers, the model takes {model.config.text_size}"
+            )
+        text = torch.from_numpy(reader.encode([term.text or "" for term in terms]))
+        text[[not term.text for term in terms]] = 0
+    device = next(model.parameters()).device
+    labels = label_rows([term.labels for term in terms], model.config.classes)
+    return list(model.embed(labels.to(device), None if text is None else text.to(device)))
+
+
+def combine(parts: Sequence[Tensor], weights: Sequence[float], how: Combine, rows: int) -> Conditions:
+    """Embeddings (D,) with weights as the conditions of `rows` samples."""
+    if how == "linear" or how == "spherical":
+        return Conditions((mixed(parts, weights, how).expand(rows, -1),))
+    return Conditions(tuple(part.expand(rows, -1) for part in parts), tuple(weights), how)

@@ -1,0 +1,73 @@
+"""Sheets of samples: decoded pictures side by side in one image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ditserve.model.nets.autoencoder import Autoencoder
+from ditserve.model.nets.factory import Network
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.sampling.prompt import label_rows
+from ditserve.model.spec.diffusion import Schedule, grid
+from ditserve.model.spec.solvers import step_table
+
+CHUNK = 32  # samples denoised together
+
+
+def to_pixels(x: Tensor) -> npt.NDArray[np.uint8]:
+    """(N, 3, H, W) in [−1, 1] → uint8 (N, H, W, 3)."""
+    pixels = (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def picture_grid(pixels: npt.NDArray[np.uint8], columns: int) -> Image.Image:
+    """Pictures uint8 (N, H, W, 3) row by row in one picture, short last row padded with white."""
+    n, height, width, _ = pixels.shape
+    rows = -(-n // columns)
+    padded = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    padded[:n] = pixels
+    tiled = padded.reshape(rows, columns, height, width, 3).swapaxes(1, 2)  # (rows, H, columns, W, 3)
+    return Image.fromarray(tiled.reshape(rows * height, columns * width, 3))
+
+
+def class_sheet(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[int | None, ...]], int]:
+    """Labels of a sheet and its width: a column per class of the first factor, evenly spread, a row per class of the second."""
+    if not classes:
+        return [()] * columns, columns
+    count = classes[0]
+    chosen = [k * count // columns for k in range(columns)] if count > columns else list(range(count))
+    others: list[list[int]] = [[other] for other in range(classes[1])] if len(classes) > 1 else [[]]
+    rest = [None] * (len(classes) - 2)
+    return [(one, *other, *rest) for other in others for one in chosen], len(chosen)
+
+
+def sample_sheet(
+    model: Network,
+    schedule: Schedule,
+    decoder: Autoencoder,
+    *,
+    steps: int = 20,
+    guidance_scale: float = 2.0,
+    seed: int = 0,
+    columns: int = 20,
+    clip_x0: bool = True,
+) -> Image.Image:
+    """A sheet of samples: classes of the first factor side by side, of the second below."""
+    rows, width = class_sheet(model.config.classes, columns)
+    table = step_table("ddim", grid("trailing", steps, schedule.timesteps), schedule)
+    device = next(model.parameters()).device
+    parts = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        embedding = model.embed(label_rows(chunk, model.config.classes).to(device))
+        denoiser = Denoiser(model, schedule, Conditions((embedding,)), Guidance(guidance_scale))
+        seeds = [seed + start + k for k in range(len(chunk))]
+        *_, x0 = denoise(denoiser, table, seeds, clip_x0=clip_x0)
+        parts.append(to_pixels(decoder.decode(x0)))
+    return picture_grid(np.concatenate(parts), width)

@@ -1,0 +1,1 @@
+"""Scaling laws: networks of several sizes trained with equal compute; `python -m model.scaling`."""

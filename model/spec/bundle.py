@@ -1,0 +1,267 @@
+"""A model on disk: manifest, weights, graphs. `export` writes it, `service` loads it; nothing here imports torch.
+
+    <bundle>/manifest.json  weights.safetensors  embedder.onnx  conditioner.onnx  backbone.onnx  [backbone.int8.onnx …]
+
+The manifest lists every file with its sha256. Nothing is ever unpickled; a file that is missing, altered or named with a path
+is refused with one sentence that names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
+
+from ditserve.model.spec.diffusion import Schedule, make_schedule
+from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.network_config import NetworkConfig, network_config, network_fields
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+GOLDEN = "golden.png"
+WEIGHTS, EMBEDDER, CONDITIONER, BACKBONE = (
+    "weights.safetensors",
+    "embedder.onnx",
+    "conditioner.onnx",
+    "backbone.onnx",
+)
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class BundleError(ModelError):
+    """A bundle that cannot be used; the message is one sentence naming the file."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class Factor(_Strict):
+    """One label factor of the condition; its null class has index `len(classes)`."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class StateTensor(_Strict):
+    """One tensor of the condition state, shape without the batch dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class DiffusionSpec(_Strict):
+    """The noise a model was trained on, and how its output is read."""
+
+    schedule: Literal["linear", "cosine"]
+    timesteps: Annotated[int, Field(ge=1)] = 1000
+    log_snr_shift: float = 0.0
+    prediction: Literal["epsilon", "v", "x0"]
+    learn_sigma: bool = False
+    clip_x0: bool = True
+    guidance_channels: int | None = None
+
+    def noise_schedule(self) -> Schedule:
+        """The schedule the model was trained on."""
+        return make_schedule(
+            self.schedule, self.timesteps, prediction=self.prediction, log_snr_shift=self.log_snr_shift
+        )
+
+
+class LatentSpec(_Strict):
+    """How latents become what the network denoises, (latents − shift) / scale, one number per channel each."""
+
+    shift: tuple[float, ...]
+    scale: tuple[Annotated[float, Field(gt=0)], ...]
+
+
+class RungSpec(_Strict):
+    """One measured operating point: cost in forward rows an image, quality as distance to the reference (lower is better)."""
+
+    name: str
+    solver: str
+    steps: Annotated[int, Field(ge=1)]
+    grid: str
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    rows: float
+    quality: float
+
+
+class Defaults(_Strict):
+    """What a request gets where it says nothing."""
+
+    steps: Annotated[int, Field(ge=1)]
+    solver: str
+    grid: str
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+
+
+class Golden(_Strict):
+    """One image of the model as PyTorch drew it, in `golden.png`: what a service draws is held against it (its canary)."""
+
+    condition: dict[str, str]
+    seed: int
+    steps: Annotated[int, Field(ge=1)]
+    solver: str
+    grid: str
+    guidance_scale: float
+
+
+class FileEntry(_Strict):
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: int
+
+
+class Manifest(_Strict):
+    """manifest.json, validated strictly: unknown fields and unknown schema versions are refused."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    version: Name
+    description: str
+    config: NetworkConfig
+    diffusion: DiffusionSpec
+    factors: tuple[Factor, ...]
+    decoder: Literal["identity", "sd-vae", "small"] = "identity"
+    latents: LatentSpec | None = None
+    """Of a model on latents; None: they are multiplied by 0.18215, as for the published models."""
+    embedding_size: int
+    state: tuple[StateTensor, ...]
+    defaults: Defaults
+    ladder: tuple[RungSpec, ...] = ()
+    golden: Golden | None = None
+    licence: str
+    attribution: tuple[str, ...] = ()
+    provenance: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
+    files: dict[Name, FileEntry] = {}
+
+    @field_validator("config", mode="plain")
+    @classmethod
+    def _config(cls, value: Any) -> NetworkConfig:
+        if isinstance(value, NetworkConfig):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError("the network's configuration must be an object")
+        return network_config(value)
+
+    @field_serializer("config")
+    def _dump_config(self, config: NetworkConfig) -> dict[str, Any]:
+        return network_fields(config)
+
+
+class Bundle:
+    """An opened bundle: a folder whose manifest is valid and whose files are the ones it lists."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> Bundle:
+        """Read and check a bundle folder.
+
+        `verify=False` skips hashing the files (the API process needs only the manifest); their presence is still checked.
+
+        Raises:
+            BundleError: no such folder or manifest, invalid JSON, unknown fields or version, a missing or altered file.
+        """
+        root = Path(path)
+        source = root / MANIFEST
+        if not source.is_file():
+            raise BundleError(
+                f"{root} is not a bundle: {MANIFEST} is missing; pass a folder written by python -m export.onnx"
+            )
+        manifest = parse_manifest(source.read_bytes(), source)
+        for name, entry in manifest.files.items():
+            file = root / name
+            if not file.is_file():
+                raise BundleError(
+                    f"{file} is missing, though {source} lists it: restore it or export the bundle again"
+                )
+            if file.stat().st_size != entry.bytes or (verify and digest(file) != entry.sha256):
+                raise BundleError(
+                    f"{file} differs from the hash in {source}: restore it or export the bundle again"
+                )
+        return cls(root, manifest)
+
+    def file(self, name: str) -> Path:
+        """The path of a listed file.
+
+        Raises:
+            BundleError: the manifest does not list it.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"{self.path / name} is not part of this bundle: its manifest lists {', '.join(sorted(self.manifest.files))}"
+            )
+        return self.path / name
+
+
+def parse_manifest(raw: bytes, source: Path) -> Manifest:
+    """The manifest in `raw`; errors name `source`.
+
+    Raises:
+        BundleError: not JSON, not an object, or a field is wrong.
+    """
+    try:
+        data = json.loads(raw)
+    except ValueError as error:
+        raise BundleError(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise BundleError(f"{source} must hold a JSON object")
+    if data.get("schema_version") != SCHEMA_VERSION:
+        found = data.get("schema_version")
+        raise BundleError(f"{source} has schema_version {found!r}; this release reads {SCHEMA_VERSION}")
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise BundleError(f"{source}: field {field}: {message}") from None
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write manifest.json in `path` atomically, with `files` computed from the folder's contents now."""
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_file() and _listed(entry.name))
+    files = {
+        name: FileEntry(sha256=digest(path / name), bytes=(path / name).stat().st_size) for name in names
+    }
+    data = manifest.model_copy(update={"files": files}).model_dump(mode="json")
+    write_atomic(path / MANIFEST, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_atomic(target: Path, data: bytes) -> None:
+    """Replace `target` by `data` so that a crash leaves the old or the new file, never a part."""
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    with scratch.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(target)
+
+
+def digest(file: Path) -> str:
+    """sha256 of a file, hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _listed(name: str) -> bool:
+    if name == GOLDEN:
+        return True
+    return name != MANIFEST and not name.startswith(".") and name.endswith((".safetensors", ".onnx", ".data"))

@@ -1,0 +1,7 @@
+"""The root of the errors that `model`, `export` and `bench` raise for their users."""
+
+from __future__ import annotations
+
+
+class ModelError(Exception):
+    """A wish that cannot be met; the message is one sentence that names the field or file and what to do."""

@@ -1,0 +1,59 @@
+"""Which network a configuration in JSON is of: its `network` field says, the DiT being the default.
+
+Pure: no torch, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ditserve.model.spec.dit_config import DiTConfig, named
+from ditserve.model.spec.unet_config import UNetConfig
+
+NetworkConfig = DiTConfig | UNetConfig
+CONFIGS: dict[str, type[DiTConfig] | type[UNetConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
+
+
+def size_multiple(config: NetworkConfig) -> int | None:
+    """What height and width must be multiples of; None where only the trained size will do."""
+    if isinstance(config, DiTConfig):
+        return None if config.layout_rank else config.patch_size  # a layout path has a bias for every token
+    return 1 << (len(config.multipliers) - 1)
+
+
+def network_config(given: Mapping[str, Any]) -> NetworkConfig:
+    """A configuration from its fields; `network` names the kind, `name` starts from a published size of the DiT.
+
+    Raises:
+        ValueError: an unknown kind or field, a value of another type, or a configuration that cannot work.
+    """
+    rest = dict(given)
+    kind, name = rest.pop("network", "dit"), rest.pop("name", None)
+    if str(kind) not in CONFIGS:
+        raise ValueError(f"unknown network {kind!r}: choose among {', '.join(CONFIGS)}")
+    known = [field.name for field in fields(CONFIGS[kind])]
+    unknown = sorted(rest.keys() - set(known))
+    if unknown:
+        raise ValueError(f"a {kind} has no field {unknown[0]!r}: it has {', '.join(known)}")
+    if name is not None:
+        if kind != "dit":
+            raise ValueError(f"name is for published sizes of the DiT, not for a {kind}")
+        rest = {**asdict(named(str(name))), **rest}
+    if isinstance(rest.get("blocks"), str):
+        rest["blocks"] = [rest["blocks"]]
+    try:
+        return TypeAdapter(CONFIGS[kind]).validate_python(rest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"][:1])
+        raise ValueError(place + first["msg"].removeprefix("Value error, ")) from None
+
+
+def network_fields(config: NetworkConfig) -> dict[str, Any]:
+    """What `network_config` reads, in JSON's types: the kind, then every field."""
+    kind = next(kind for kind, each in CONFIGS.items() if isinstance(config, each))
+    return {"network": kind, **TypeAdapter(type(config)).dump_python(config, mode="json")}

@@ -1,0 +1,1 @@
+"""The trainer: configuration, steps, checkpoints, distillation; `python -m model.train`."""

@@ -1,0 +1,67 @@
+"""`python -m model.train.curve RUN`: draw a run's loss, learning rate and gradient norm over its steps, as curve.png in its folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ditserve.model.train.logbook import LOG, read_log
+
+PANELS = (
+    ("loss", ("loss", "smooth_loss"), "log"),
+    ("gradient norm", ("grad_norm",), "log"),
+    ("learning rate", ("lr",), "linear"),
+)
+
+
+def draw_curve(folder: Path) -> Path:
+    """Draw the log in `folder` into its curve.png, without a display.
+
+    Raises:
+        ValueError: there is no log, or nothing in it yet.
+    """
+    lines = read_log(folder)
+    if not lines:
+        raise ValueError(
+            f"{folder / LOG} has no lines yet: pass the folder of a run that has logged something"
+        )
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    for axis, (title, keys, scale) in zip(figure.subplots(len(PANELS), 1, sharex=True), PANELS, strict=True):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            faint = key == "loss"
+            axis.plot(
+                *zip(*points, strict=True),
+                label=key,
+                linewidth=0.6 if faint else 1.4,
+                alpha=0.5 if faint else 1,
+            )
+        axis.set_yscale(scale)
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+    axis.set_xlabel("step")
+    target = folder / "curve.png"
+    figure.savefig(target, dpi=100)
+    return target
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Command line: `RUN`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m model.train.curve", description="Draw a training run's curve."
+    )
+    parser.add_argument("run", type=Path)
+    try:
+        print(f"wrote {draw_curve(parser.parse_args(arguments).run)}")
+    except (ValueError, OSError) as error:
+        print(f"model.train.curve: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,166 @@
+"""State dicts in diffusers' layout, converted to ours and back.
+
+diffusers' DiT splits qkv, copies the timestep and label embedders into every block, and computes another function than
+the published one: k/127 timestep frequencies, and an epsilon of 1e-5 before the MLP. Which of the two functions imported
+weights are meant for is therefore an argument. Nothing here reads or writes files (see `model.port`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.weights.official import TABLE, Weights, WeightsError, check, check_plain, refuse
+
+Function = Literal["published", "diffusers"]
+
+# ours → diffusers, outside the blocks
+_OUTER = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+# ours → diffusers, in block i: blocks.i.* and transformer_blocks.i.*
+_BLOCK = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+# ours → diffusers, one of ours but a copy in every block of theirs
+_COPIED = {
+    "t_embedder.mlp.0.weight": "norm1.emb.timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "norm1.emb.timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "norm1.emb.timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "norm1.emb.timestep_embedder.linear_2.bias",
+    TABLE: "norm1.emb.class_embedder.embedding_table.weight",
+}
+
+
+def from_diffusers(
+    state: Mapping[str, Tensor], fields: Mapping[str, Any], *, function: Function
+) -> tuple[Weights, DiTConfig]:
+    """Weights and configuration from diffusers' state dict and the fields of its config.json.
+
+    `function` "published" is for weights converted from the published release, which diffusers runs slightly wrong;
+    "diffusers" is for weights trained with diffusers, and computes what it computes.
+
+    Raises:
+        WeightsError: no DiT, options we do not have, copies that disagree, or names and shapes that do not fit.
+    """
+    config = _from_fields(fields, function)
+    rest = {
+        name: tensor for name, tensor in state.items() if name not in ("pos_embed", "pos_embed.pos_embed")
+    }
+    weights: Weights = {}
+    missing: list[str] = []
+
+    def take(name: str) -> Tensor:
+        if name not in rest:
+            missing.append(name)
+        return rest.pop(name, torch.empty(0))
+
+    for ours, theirs in _COPIED.items():
+        weights[ours] = _agreed(
+            [take(f"transformer_blocks.{k}.{theirs}") for k in range(config.depth)], theirs
+        )
+    for part in ("weight", "bias"):
+        for ours, theirs in _OUTER.items():
+            weights[f"{ours}.{part}"] = take(f"{theirs}.{part}")
+        for k in range(config.depth):
+            for ours, theirs in _BLOCK.items():
+                weights[f"blocks.{k}.{ours}.{part}"] = take(f"transformer_blocks.{k}.{theirs}.{part}")
+            qkv = [take(f"transformer_blocks.{k}.attn1.to_{letter}.{part}") for letter in "qkv"]
+            weights[f"blocks.{k}.attn.qkv.{part}"] = torch.cat(qkv)
+    refuse("the weights are not those of diffusers' DiT", missing=missing, extra=sorted(rest))
+    check(weights, config)
+    return weights, config
+
+
+def to_diffusers(weights: Mapping[str, Tensor], config: DiTConfig) -> tuple[Weights, dict[str, Any]]:
+    """Our weights in diffusers' layout, and the fields of its config.json.
+
+    diffusers cannot be told to use the published timestep frequencies: unless `config.frequency_shift` is 1 it will
+    compute another function of these weights.
+
+    Raises:
+        WeightsError: the configuration uses what diffusers' DiT has not, or the weights do not fit it.
+    """
+    check_plain(config)
+    if config.image_size[0] != config.image_size[1] or config.mlp_ratio != 4:
+        raise WeightsError(
+            "diffusers' DiT is square with an mlp_ratio of 4: these weights cannot be exported to it"
+        )
+    check(weights, config)
+    out: Weights = {}
+    for part in ("weight", "bias"):
+        for ours, theirs in _OUTER.items():
+            out[f"{theirs}.{part}"] = weights[f"{ours}.{part}"]
+        for k in range(config.depth):
+            for ours, theirs in _BLOCK.items():
+                out[f"transformer_blocks.{k}.{theirs}.{part}"] = weights[f"blocks.{k}.{ours}.{part}"]
+            for letter, tensor in zip("qkv", weights[f"blocks.{k}.attn.qkv.{part}"].chunk(3), strict=True):
+                out[f"transformer_blocks.{k}.attn1.to_{letter}.{part}"] = tensor.clone()
+    for k in range(config.depth):
+        for ours, theirs in _COPIED.items():
+            out[f"transformer_blocks.{k}.{theirs}"] = weights[ours].clone()
+    return out, {
+        "_class_name": "DiTTransformer2DModel",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": config.head_size,
+        "in_channels": config.in_channels,
+        "norm_elementwise_affine": False,
+        "norm_eps": config.mlp_norm_eps,
+        "norm_type": "ada_norm_zero",
+        "num_attention_heads": config.num_heads,
+        "num_embeds_ada_norm": config.classes[0],
+        "num_layers": config.depth,
+        "out_channels": config.out_channels,
+        "patch_size": config.patch_size,
+        "sample_size": config.image_size[0],
+    }
+
+
+def _from_fields(fields: Mapping[str, Any], function: Function) -> DiTConfig:
+    """Defaults are those of diffusers 0.3x, where config.json may leave a field out."""
+    wanted = {
+        "norm_type": "ada_norm_zero",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "norm_elementwise_affine": False,
+    }
+    other = [f"{name} {fields[name]!r}" for name, value in wanted.items() if fields.get(name, value) != value]
+    if other:
+        raise WeightsError(f"the configuration is not a DiT's: {', '.join(other)}")
+    heads, size = int(fields.get("num_attention_heads", 16)), int(fields.get("sample_size", 32))
+    channels = int(fields.get("in_channels", 4))
+    same = function == "diffusers"
+    try:
+        return DiTConfig(
+            image_size=(size, size),
+            patch_size=int(fields.get("patch_size", 2)),
+            in_channels=channels,
+            hidden_size=heads * int(fields.get("attention_head_dim", 72)),
+            depth=int(fields.get("num_layers", 28)),
+            num_heads=heads,
+            classes=(int(fields.get("num_embeds_ada_norm", 1000)),),
+            learn_sigma=(fields.get("out_channels") or channels) == 2 * channels,
+            frequency_shift=1 if same else 0,
+            mlp_norm_eps=float(fields.get("norm_eps", 1e-5)) if same else 1e-6,
+        )
+    except ValueError as error:
+        raise WeightsError(f"the configuration makes no DiT: {error}") from None
+
+
+def _agreed(copies: Sequence[Tensor], name: str) -> Tensor:
+    odd = [k for k, copy in enumerate(copies) if not torch.equal(copy, copies[0])]
+    if odd:
+        raise WeightsError(
+            f"the copies of {name} disagree: block {odd[0]} differs from block 0, so no one embedder fits"
+        )
+    return copies[0]

@@ -1,0 +1,161 @@
+"""Weights of others as files: read into a bundle, and written out of one. Code in them is never unpickled."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ditserve.model.spec.bundle import (
+    WEIGHTS,
+    Bundle,
+    Defaults,
+    DiffusionSpec,
+    Factor,
+    Manifest,
+    StateTensor,
+    write_atomic,
+    write_manifest,
+)
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.weights.diffusers import Function, from_diffusers, to_diffusers
+from ditserve.model.weights.official import Weights, WeightsError, from_official, to_official
+
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
+# Guidance and sampler of the published 256 px results are 250 steps of DDPM at 1.5; 50 of DDIM are as good (FID 2.26).
+DEFAULTS = Defaults(steps=50, solver="ddim", grid="leading", guidance_scale=1.5, guidance_interval=(0.0, 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """What the file cannot say: heads and size of unpublished shapes, and for diffusers which function is meant."""
+
+    num_heads: int | None = None
+    image_size: tuple[int, int] | None = None
+    function: Function = "published"
+
+
+def read_state(path: Path) -> Weights:
+    """The tensors of a .safetensors, .pt, .pth or .bin file; of a training checkpoint, the averaged weights ("ema").
+
+    Raises:
+        WeightsError: unreadable, not plain tensors, or pickled code, which is never run.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # the published trainer pickles its arguments
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} cannot be read as weights: {reason}") from None
+    for part in ("ema", "model"):
+        if isinstance(stored, dict) and isinstance(stored.get(part), dict):
+            stored = stored[part]
+            break
+    if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
+        raise WeightsError(f"{path} holds no state dict: it must map names to tensors")
+    return cast(Weights, stored)
+
+
+def read_weights(path: Path, options: Import) -> tuple[Weights, DiTConfig]:
+    """Weights and configuration from a published file, or a diffusers folder, pipeline folder or weights file.
+
+    Raises:
+        WeightsError: there is nothing to read, or it does not fit.
+    """
+    folder = next(
+        (place for place in (path / "transformer", path) if (place / "config.json").is_file()), None
+    )
+    if path.is_file() and path.name in DIFFUSERS_WEIGHTS:
+        folder = path.parent
+    if folder is None:
+        return from_official(read_state(path), num_heads=options.num_heads, image_size=options.image_size)
+    file = next((folder / name for name in DIFFUSERS_WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise WeightsError(f"{folder} holds neither {' nor '.join(DIFFUSERS_WEIGHTS)}")
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    return from_diffusers(read_state(file), fields, function=options.function)
+
+
+def write_bundle(
+    target: Path,
+    weights: Mapping[str, Tensor],
+    config: DiTConfig,
+    *,
+    licence: str,
+    classes: Sequence[str] = (),
+) -> Manifest:
+    """A bundle of weights alone, for a latent model trained as published: linear schedule, noise prediction.
+
+    Raises:
+        WeightsError: `classes` are not as many as the model's, or the folder's name cannot be a bundle's.
+    """
+    names = tuple(classes) or tuple(str(k) for k in range(config.classes[0]))
+    if len(names) != config.classes[0]:
+        raise WeightsError(f"{len(names)} class names for a model of {config.classes[0]} classes")
+    try:
+        manifest = Manifest(
+            name=re.sub(r"[^A-Za-z0-9._-]", "-", target.name),
+            version="1",
+            description=f"Diffusion Transformer over {config.image_size[0]}×{config.image_size[1]} latents, imported",
+            config=config,
+            diffusion=DiffusionSpec(
+                schedule="linear",
+                prediction="epsilon",
+                learn_sigma=config.learn_sigma,
+                clip_x0=False,
+                guidance_channels=3 if config.in_channels > 3 else None,
+            ),
+            factors=(Factor(name="label", classes=names),),
+            decoder="sd-vae" if config.in_channels == 4 else "identity",
+            embedding_size=config.hidden_size,
+            state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
+            defaults=DEFAULTS,
+            licence=licence,
+        )
+    except ValidationError as error:
+        raise WeightsError(f"{target} cannot be a bundle: {error.errors()[0]['msg']}") from None
+    target.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, target / WEIGHTS)
+    write_manifest(target, manifest)
+    return manifest
+
+
+def take_out(bundle: Bundle, target: Path, layout: str) -> None:
+    """Write a bundle's weights as a published .pt file ("official") or as a diffusers folder ("diffusers").
+
+    Raises:
+        WeightsError: the model is none the layout can hold.
+        BundleError: the bundle has no weights.
+    """
+    weights, config = load_file(bundle.file(WEIGHTS)), bundle.manifest.config
+    if not isinstance(config, DiTConfig):
+        raise WeightsError(f"{bundle.path} holds a U-Net: the layouts are those of a DiT")
+    if layout == "official":
+        state = to_official(weights, config)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, target)
+        return
+    state, fields = to_diffusers(weights, config)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(state, target / DIFFUSERS_WEIGHTS[0])
+    write_atomic(target / "config.json", (json.dumps(fields, indent=2) + "\n").encode())

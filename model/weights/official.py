@@ -1,0 +1,168 @@
+"""State dicts in the published DiT's layout, converted to ours and back; what does not fit is listed.
+
+The published names are ours but for the label table and the positions, which we compute. Nothing here reads or writes
+files (see `model.port`); diffusers' layout is in `model.weights_diffusers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from ditserve.model.nets.dit import DiT
+from ditserve.model.nets.factory import make_network
+from ditserve.model.spec.dit_config import SIZES, DiTConfig
+from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.network_config import NetworkConfig
+
+Weights = dict[str, Tensor]
+
+TABLE, PUBLISHED_TABLE = "y_embedder.tables.0.weight", "y_embedder.embedding_table.weight"
+_HEADS = {hidden: heads for _, hidden, heads in SIZES.values()}
+
+
+class WeightsError(ModelError):
+    """Weights that do not fit; the message lists what is missing, extra, misshapen or contradictory."""
+
+
+def check(weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
+    """Refuse `weights` unless their names and shapes are exactly those of `config`.
+
+    Raises:
+        WeightsError: listing what is missing, what is extra, and every wrong shape.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in make_network(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    refuse(
+        "the weights do not fit the configuration",
+        missing=sorted(expected.keys() - found.keys()),
+        extra=sorted(found.keys() - expected.keys()),
+        wrong_shape=shapes,
+    )
+
+
+def from_official(
+    state: Mapping[str, Tensor], *, num_heads: int | None = None, image_size: tuple[int, int] | None = None
+) -> tuple[Weights, DiTConfig]:
+    """Weights and configuration from a state dict in the published layout.
+
+    Everything is read off the shapes but the number of heads, which is known for the published widths only, and the
+    sides of the image, taken as equal unless given (in latent pixels).
+
+    Raises:
+        WeightsError: names or shapes that are no DiT's, heads or size unknown, or positions that are not the published.
+    """
+    state = dict(state)
+    pos_embed = state.pop("pos_embed", None)
+    weights = {TABLE if name == PUBLISHED_TABLE else name: tensor for name, tensor in state.items()}
+    tokens = None if pos_embed is None else pos_embed.shape[-2]
+    config = _inferred(weights, num_heads, tokens, image_size)
+    check(weights, config)
+    if pos_embed is not None:
+        with torch.device("cpu"):
+            ours = DiT(replace(config, depth=1)).pos_embed
+        if pos_embed.numel() != ours.numel():
+            raise WeightsError(
+                f"pos_embed has {tokens} tokens, but image_size {config.image_size} has {len(ours)}"
+            )
+        if not torch.allclose(pos_embed.reshape(ours.shape).float().cpu(), ours, atol=1e-4):
+            raise WeightsError(
+                "pos_embed is not the 2-D sine-cosine table: trained positions cannot be imported"
+            )
+    return weights, config
+
+
+def to_official(weights: Mapping[str, Tensor], config: DiTConfig) -> Weights:
+    """Our weights in the published layout, positions included.
+
+    Raises:
+        WeightsError: the configuration uses what the published DiT has not, or the weights do not fit it.
+    """
+    check_plain(config)
+    if (config.frequency_shift, config.mlp_norm_eps) != (0, 1e-6):
+        raise WeightsError(
+            "these weights are for diffusers' function (k/127, eps 1e-5): the published layout has no sign for it"
+        )
+    check(weights, config)
+    out = {PUBLISHED_TABLE if name == TABLE else name: tensor for name, tensor in weights.items()}
+    return {"pos_embed": DiT(replace(config, depth=1)).pos_embed[None], **out}
+
+
+def _inferred(
+    weights: Mapping[str, Tensor], heads: int | None, tokens: int | None, size: tuple[int, int] | None
+) -> DiTConfig:
+    needed = ("x_embedder.proj.weight", "final_layer.linear.weight", TABLE, "blocks.0.mlp.fc1.weight")
+    refuse("the weights are not a published DiT's", missing=[name for name in needed if name not in weights])
+    patch_weight, out_weight, table, fc1 = (weights[name] for name in needed)
+    hidden, channels, patch = patch_weight.shape[0], patch_weight.shape[1], patch_weight.shape[-1]
+    heads = heads or _HEADS.get(hidden)
+    if heads is None:
+        raise WeightsError(f"hidden size {hidden} is no published one, so its number of heads must be given")
+    if size is None:
+        side = round((tokens or 0) ** 0.5) * patch
+        if not tokens or (side // patch) ** 2 != tokens:
+            raise WeightsError("the image size cannot be read off the positions, so it must be given")
+        size = (side, side)
+    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    try:
+        return DiTConfig(
+            image_size=size,
+            patch_size=patch,
+            in_channels=channels,
+            hidden_size=hidden,
+            depth=max(blocks) + 1,
+            num_heads=heads,
+            mlp_ratio=fc1.shape[0] / hidden,
+            classes=(table.shape[0] - 1,),
+            learn_sigma=out_weight.shape[0] == 2 * channels * patch * patch,
+        )
+    except ValueError as error:
+        raise WeightsError(f"the weights' shapes make no DiT: {error}") from None
+
+
+def check_plain(config: DiTConfig) -> None:
+    """Raises WeightsError unless the configuration is one the published DiT can have."""
+    plain = replace(
+        config,
+        blocks=("adaln_zero",),
+        attention_width=None,
+        classes=config.classes[:1] or (1,),
+        text_size=0,
+        fusion="sum",
+        qk_norm=False,
+        rope=False,
+        swiglu=False,
+        layout_rank=0,
+        head_channels=0,
+        base_size=None,
+    )
+    extra = [
+        field.name
+        for field in fields(plain)
+        if field.name != "blocks" and getattr(config, field.name) != getattr(plain, field.name)
+    ]
+    extra += [] if plain.plan == config.plan else ["blocks"]
+    if extra:
+        raise WeightsError(
+            f"only a plain adaLN-Zero DiT with one label factor can be exported: undo {', '.join(extra)}"
+        )
+
+
+def refuse(what: str, **lists: Sequence[str]) -> None:
+    """Raises WeightsError naming up to eight of each list, if there is anything in them."""
+    parts = [
+        f"{kind.replace('_', ' ')} ({len(names)}): {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+        for kind, names in lists.items()
+        if names
+    ]
+    if parts:
+        raise WeightsError(f"{what}; {'; '.join(parts)}")

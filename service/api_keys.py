@@ -1,0 +1,252 @@
+"""API keys: a file that holds their hashes, and the commands that change it.
+
+    python -m service keys --keys-file FILE add NAME [--scopes generate,admin] [--rate 60] [--concurrency 4]
+    python -m service keys --keys-file FILE list
+    python -m service keys --keys-file FILE revoke ID
+
+A key reads `dit_<id>_<secret>`. The file keeps sha256 of the secret: it is 32 random bytes, which no slow hash would protect better.
+A running API sees a change of the file at its next request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from fcntl import LOCK_EX, flock
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ditserve.model.spec.bundle import write_atomic
+from ditserve.service.settings import Settings
+
+Scope = Literal["generate", "admin"]
+SCOPES: tuple[Scope, ...] = ("generate", "admin")
+_KEY = re.compile(r"dit_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
+
+
+class KeyringError(Exception):
+    """A key file that cannot be used, or a command that cannot be done; one sentence."""
+
+
+class ApiKey(BaseModel):
+    """One key, without its secret. `rate` is requests a minute, `concurrency` jobs at a time; None sets no limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    scopes: frozenset[Scope] = Field(strict=False)
+    rate: Annotated[int, Field(ge=1)] | None = None
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    created_at: float
+
+    @property
+    def caller(self) -> str:
+        """The name under which its jobs are queued."""
+        return f"key:{self.id}"
+
+    def may_see(self, caller: str) -> bool:
+        """Whether the jobs of `caller` are its own, or it may see everybody's."""
+        return caller == self.caller or "admin" in self.scopes
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    keys: tuple[ApiKey, ...] = ()
+
+
+class Keyring:
+    """The keys of a file, read again when it changes. A file that does not exist holds no keys; a broken one keeps the last good."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `KeyringError` if the file is there and cannot be read."""
+        self._path = path
+        self._stamp: tuple[int, int] | None = None
+        self._keys: Mapping[str, ApiKey] = {}
+        self._refresh()
+
+    def find(self, presented: str) -> ApiKey | None:
+        """The key a client presented, if it is one of ours; the secret is compared in constant time."""
+        try:
+            self._refresh()
+        except KeyringError as error:  # an operator's slip while serving must not lock everybody out
+            print(f"error: {error}", file=sys.stderr)
+        match = _KEY.fullmatch(presented)
+        key = self._keys.get(match[1]) if match else None
+        known = key.sha256 if key else "0" * 64
+        given = hashlib.sha256(match[2].encode() if match else b"").hexdigest()
+        return key if hmac.compare_digest(known, given) else None
+
+    def _refresh(self) -> None:
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            stamp = None
+        else:
+            stamp = (status.st_mtime_ns, status.st_size)
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self._keys = {key.id: key for key in read(self._path)}
+
+
+def read(path: Path) -> tuple[ApiKey, ...]:
+    """The keys in `path`, none if there is no such file. Raises `KeyringError`."""
+    try:
+        return _File.model_validate_json(path.read_bytes()).keys
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise KeyringError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise KeyringError(f"{path} is not a key file: {place}: {first['msg']}") from None
+
+
+def add(
+    path: Path,
+    name: str,
+    *,
+    scopes: Sequence[Scope] = ("generate",),
+    rate: int | None = None,
+    concurrency: int | None = None,
+) -> tuple[ApiKey, str]:
+    """A new key in the file, and its text, which is nowhere kept. Raises `KeyringError`."""
+    secret = secrets.token_urlsafe(32)
+    with _changing(path) as keys:
+        key = ApiKey(
+            id=secrets.token_hex(4),
+            name=name,
+            sha256=hashlib.sha256(secret.encode()).hexdigest(),
+            scopes=frozenset(scopes),
+            rate=rate,
+            concurrency=concurrency,
+            created_at=round(time.time(), 3),
+        )
+        keys.append(key)
+    return key, f"dit_{key.id}_{secret}"
+
+
+def revoke(path: Path, key_id: str) -> ApiKey:
+    """Remove a key from the file. Raises `KeyringError`."""
+    with _changing(path) as keys:
+        for key in keys:
+            if key.id == key_id:
+                keys.remove(key)
+                return key
+        raise KeyringError(f"{path} has no key {key_id}; python -m service keys list shows them")
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[list[ApiKey]]:
+    """The keys of the file to change, one process at a time; written for the owner's eyes only."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f".{path.name}.lock").open("w") as lock:
+            flock(lock, LOCK_EX)
+            keys = list(read(path))
+            yield keys
+            mask = os.umask(0o077)
+            try:
+                write_atomic(path, (_File(keys=tuple(keys)).model_dump_json(indent=1) + "\n").encode())
+            finally:
+                os.umask(mask)
+    except OSError as error:
+        raise KeyringError(f"{path} cannot be changed: {error.strerror}") from None
+
+
+def admit(settings: Settings) -> Keyring | None:
+    """The keys that open this API; None if everybody may come in, which beyond this machine must be said.
+
+    Raises `KeyringError`.
+    """
+    if settings.keys_file is not None:
+        return Keyring(settings.keys_file)
+    if not settings.open and not _loopback(settings.host):
+        raise KeyringError(
+            f"--host {settings.host} lets other machines in and no key is asked: set --keys-file (python -m service keys add), "
+            "or --open to let everybody in"
+        )
+    return None
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def run(arguments: Sequence[str]) -> int:
+    """`keys add|list|revoke`; the file is the setting `keys_file`. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    path: Path | None = options.keys_file or Settings.load(program="python -m service keys").keys_file
+    if path is None:
+        print("error: --keys-file (or DIT_KEYS_FILE) names no file to keep keys in", file=sys.stderr)
+        return 2
+    try:
+        if options.command == "add":
+            key, text = add(
+                path, options.name, scopes=options.scopes, rate=options.rate, concurrency=options.concurrency
+            )
+            print(f"key {key.id} for {key.name}; its text is shown this once:", file=sys.stderr)
+            print(text)
+        elif options.command == "revoke":
+            print(f"revoked {options.id} ({revoke(path, options.id).name})")
+        else:
+            for key in read(path):
+                print(_line(key))
+    except (KeyringError, ValidationError) as error:
+        sentence = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service keys",
+        description="API keys: hashes in a file, which --keys-file of the API names too.",
+    )
+    parser.add_argument("--keys-file", type=Path, help="the file; by default DIT_KEYS_FILE")
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add", help="make a key and show it once")
+    adding.add_argument("name", help="whose it is")
+    adding.add_argument(
+        "--scopes", type=_scopes, default=("generate",), help="generate, admin, or both by comma"
+    )
+    adding.add_argument("--rate", type=int, help="requests a minute")
+    adding.add_argument("--concurrency", type=int, help="jobs at a time")
+    commands.add_parser("list", help="show the keys, never their text")
+    revoking = commands.add_parser("revoke", help="take a key's power")
+    revoking.add_argument("id", help="as `list` shows it")
+    return parser
+
+
+def _scopes(text: str) -> tuple[Scope, ...]:
+    wanted = tuple(dict.fromkeys(text.split(",")))
+    chosen = tuple(scope for scope in SCOPES if scope in wanted)
+    if len(chosen) != len(wanted):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(SCOPES)}")
+    return chosen
+
+
+def _line(key: ApiKey) -> str:
+    created = datetime.fromtimestamp(key.created_at, UTC).isoformat(timespec="seconds")
+    limits = f"rate={key.rate or '-'}/min  concurrency={key.concurrency or '-'}"
+    return f"{key.id}  {created}  {','.join(sorted(key.scopes))}  {limits}  {key.name}"

@@ -1,0 +1,131 @@
+"""`python -m service generate "strawberry, noto" -o strawberry.png`: an image from a running service, step by step.
+
+Where it is: --url or DITSERVE_URL; with what key: DITSERVE_API_KEY.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ditserve.model.spec.bundle import Factor
+from ditserve.service.client.client import Client
+from ditserve.service.errors import ServiceError, from_wire
+from ditserve.service.settings import ClientSettings
+from ditserve.service.vocabulary import Vocabulary
+
+FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Returns the exit status: 0, 1 when the service refuses or the job fails, 2 after a mistake."""
+    known = ClientSettings()
+    options = _parser(known.url).parse_args(arguments)
+    if options.output.suffix.lower() not in FORMATS:
+        print(f"error: -o {options.output}: end it in {', '.join(FORMATS)}", file=sys.stderr)
+        return 2
+    key = known.api_key.get_secret_value() if known.api_key else None
+    try:
+        with Client(options.url, api_key=key) as client:
+            for path in draw(client, options):
+                print(path)
+    except ServiceError as error:
+        near = error.extra.get("suggestions")
+        hint = f" Closest: {', '.join(map(str, near))}." if near else ""
+        print(f"error: {error.detail or error.title}{hint}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {options.output}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cancelled", file=sys.stderr)
+        return 130
+    return 0
+
+
+def draw(client: Client, options: argparse.Namespace) -> list[Path]:
+    """Ask, show the steps as they are taken, and write the images; gives their paths. Raises `ServiceError`, `OSError`."""
+    (model, *_) = client.models()["models"]
+    factors = [Factor(**factor) for factor in model["factors"]]
+    term = Vocabulary(factors).match(options.prompt)
+    condition = {
+        factor.name: label for factor, label in zip(factors, term.labels, strict=True) if label is not None
+    }
+    wishes = {
+        "steps": options.steps,
+        "seed": options.seed,
+        "sampler": options.sampler,
+        "guidance_scale": options.guidance,
+        "size": options.size,
+        "windows": options.windows,
+    }
+    body: dict[str, Any] = {name: value for name, value in wishes.items() if value is not None}
+    job_id = client.submit(condition, n=options.n, format=FORMATS[options.output.suffix.lower()], **body)
+    try:
+        _follow(client, job_id)
+    except KeyboardInterrupt:
+        client.cancel(job_id)
+        raise
+    paths = []
+    for k in range(options.n):
+        picture = client.image(job_id, k)
+        path = options.output
+        if options.n > 1:
+            path = path.with_stem(f"{path.stem}-{picture.seed}")
+        path.write_bytes(picture.data)
+        paths.append(path)
+    return paths
+
+
+def _follow(client: Client, job_id: str) -> None:
+    """Returns when the job is done. Raises how it failed."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("queued", total=None, note="")
+        for event in client.events(job_id):
+            data = event.data
+            if event.kind in ("failed", "cancelled"):
+                raise from_wire(data)
+            if event.kind == "degraded":
+                progress.update(task, description=f"busy: continuing on {data.get('rung')}")
+            elif event.kind == "done":
+                progress.update(task, description="done", completed=1, total=1, note="")
+            elif "step" in data:
+                note = f"step {data['step']} of {data['steps']}"
+                progress.update(
+                    task, description="drawing", completed=data["step"], total=data["steps"], note=note
+                )
+
+
+def _parser(url: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service generate", description="Ask a running service for images."
+    )
+    parser.add_argument(
+        "prompt", help="what to draw, in the model's words: a class of each factor it should follow"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("image.png"), help="file to write; several get their seed"
+    )
+    parser.add_argument("-n", type=int, default=1, help="number of images")
+    parser.add_argument("--steps", type=int, help="denoising steps; the model's default if not given")
+    parser.add_argument("--seed", type=int, help="image k is drawn from seed + k")
+    parser.add_argument("--sampler", help="a sampler that GET /models lists")
+    parser.add_argument("--guidance", type=float, help="strength of classifier-free guidance")
+    parser.add_argument("--size", help="width x height in pixels, where the model has a choice")
+    parser.add_argument(
+        "--windows", action="store_true", default=None, help="denoise a larger --size in overlapping windows"
+    )
+    parser.add_argument("--url", default=url, help="address of the service")
+    return parser

@@ -1,0 +1,60 @@
+"""`python -m service dead list` and `dead requeue ID`: jobs that were put aside after too many attempts."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from ditserve.service.errors import ServiceError
+from ditserve.service.queue.broker import Broker
+from ditserve.service.settings import Settings
+
+USAGE = "usage: python -m service dead list | dead requeue ID"
+
+
+def run(words: Sequence[str], settings: Settings) -> int:
+    """Returns the exit status: 0, 1 when there is nothing to requeue, 2 after a mistake."""
+    try:
+        if settings.redis_url is None:
+            raise ValueError("REDIS_URL is not set: name the Redis whose dead jobs are meant")
+        match words:
+            case ["list"]:
+                return asyncio.run(_list(settings.redis_url.get_secret_value(), settings.namespace))
+            case ["requeue", job_id]:
+                return asyncio.run(
+                    _requeue(settings.redis_url.get_secret_value(), settings.namespace, job_id)
+                )
+            case _:
+                raise ValueError(USAGE)
+    except (ServiceError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+async def _list(url: str, namespace: str) -> int:
+    broker = await Broker.connect(url, namespace=namespace)
+    try:
+        for status in await broker.dead():
+            error = status.error or {}
+            created = datetime.fromtimestamp(status.created_at, UTC).isoformat(timespec="seconds")
+            worker = error.get("extra", {}).get("worker", "-")
+            print(
+                f"{status.id}  {created}  attempts={status.attempt}  worker={worker}  {error.get('detail', '')}"
+            )
+    finally:
+        await broker.aclose()
+    return 0
+
+
+async def _requeue(url: str, namespace: str, job_id: str) -> int:
+    broker = await Broker.connect(url, namespace=namespace)
+    try:
+        if await broker.requeue(job_id):
+            print(f"{job_id} is queued again")
+            return 0
+        print(f"error: {job_id} is not a dead job", file=sys.stderr)
+        return 1
+    finally:
+        await broker.aclose()

@@ -1,0 +1,27 @@
+"""A rung: one operating point of a model. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One operating point. `quality` is its measured distance to the reference sampler: 0 is as good, lower is better."""
+
+    name: str
+    solver: str
+    steps: int
+    grid: str
+    guidance_interval: Interval
+    quality: float
+
+    @classmethod
+    def from_wire(cls, fields: Mapping[str, Any]) -> Rung:
+        """Return the rung whose fields these are; raises `TypeError`, `KeyError` or `ValueError` if they are not."""
+        low, high = fields["guidance_interval"]
+        return cls(**{**fields, "guidance_interval": (low, high)})

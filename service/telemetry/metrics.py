@@ -1,0 +1,176 @@
+"""What is measured, under which name: the only file that knows prometheus_client.
+
+The instruments are the constants below; whoever does the work observes into them. Several processes of one host share them
+through memory-mapped files in the folder that `PROMETHEUS_MULTIPROC_DIR` names when they start (the all-in-one sets it), so the
+API's `/metrics` there shows the workers' figures too. A worker on its own host serves its own (`serve`). What Redis knows of the
+queue is not an instrument but read at scrape time from a load snapshot. No label names a user, and no name holds a colon.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    multiprocess,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ditserve.service.jobs import LoadSnapshot
+from ditserve.service.planning.capacity import drained
+from ditserve.service.planning.load import saturation
+from ditserve.service.telemetry.gpus import gpus
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
+_STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+_RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
+
+# The API's.
+REQUESTS = Counter("dit_requests", "Requests by route and outcome", ["route", "outcome"])
+REQUEST_SECONDS = Histogram("dit_request_seconds", "Time to answer a request", ["route"], buckets=_WAITS)
+REQUESTS_IN_PROGRESS = Gauge(
+    "dit_requests_in_progress", "Requests being answered", multiprocess_mode="livesum"
+)
+CANARY = Counter(
+    "dit_canary", "Drawings of the golden image, by outcome: same, drifted, skipped", ["model", "outcome"]
+)
+CANARY_PSNR = Gauge(
+    "dit_canary_psnr_db",
+    "Likeness of the last drawing to the golden image",
+    ["model"],
+    multiprocess_mode="livemin",
+)
+REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
+ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
+
+# A worker's.
+JOBS = Counter("dit_jobs", "Jobs a worker ended, by outcome", ["outcome"])
+IMAGES = Counter("dit_images", "Images made", ["format"])
+QUEUE_WAIT_SECONDS = Histogram("dit_queue_wait_seconds", "Time from submission to first step", buckets=_WAITS)
+STEP_SECONDS = Histogram(
+    "dit_step_seconds", "Time of one forward pass and its update", ["backend"], buckets=_STEPS
+)
+BATCH_ROWS = Histogram(
+    "dit_batch_rows", "Rows of a forward pass, by why it grew no further", ["stop_reason"], buckets=_ROWS
+)
+PREDICTION_RATIO = Histogram("dit_step_prediction_ratio", "Actual over predicted step time", buckets=_RATIOS)
+DECODE_SECONDS = Histogram("dit_decode_seconds", "Time to decode latents into pixels", buckets=_STEPS)
+ENCODE_SECONDS = Histogram("dit_encode_seconds", "Time to encode an image file", ["format"], buckets=_STEPS)
+STEPS_REQUESTED = Counter("dit_steps_requested", "Steps that finished samples asked for")
+STEPS_EXECUTED = Counter("dit_steps_executed", "Steps that finished samples ran")
+DEGRADED = Counter("dit_degraded", "Samples finished on a lower rung than asked for", ["rung"])
+NUMERICAL_ERRORS = Counter(
+    "dit_numerical_errors", "Samples that failed because their numbers were not finite"
+)
+NETWORK_INFO = Gauge(
+    "dit_network_info",
+    "1, with what computes the network and in which numbers",
+    ["backend", "precision"],
+    multiprocess_mode="livemax",
+)
+CACHE_HITS = Counter("dit_cache_hits", "Condition states found in the cache", ["cache"])
+CACHE_MISSES = Counter("dit_cache_misses", "Condition states computed", ["cache"])
+CACHE_BYPASS = Counter("dit_cache_bypass", "Condition states computed without asking the cache", ["cache"])
+CACHE_EVICTIONS = Counter("dit_cache_evictions", "Condition states given up for others", ["cache"])
+CACHE_BYTES = Gauge(
+    "dit_cache_bytes", "Memory of the condition caches", ["cache"], multiprocess_mode="livesum"
+)
+LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went back to the queue")
+
+# Every process's.
+RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
+# Several workers of a host tell the same of its GPUs.
+GPU_USED_BYTES = Gauge(
+    "dit_gpu_memory_used_bytes", "Memory of a GPU in use, by anybody", ["gpu"], multiprocess_mode="livemax"
+)
+GPU_TOTAL_BYTES = Gauge("dit_gpu_memory_total_bytes", "Memory of a GPU", ["gpu"], multiprocess_mode="livemax")
+BUILD_INFO = Gauge(
+    "dit_build_info",
+    "1, with what is running",
+    ["version", "model", "model_version"],
+    multiprocess_mode="max",
+)
+
+
+class LoadCollector(Collector):
+    """The queue and the workers of each model as load snapshots show them; None means that Redis did not answer."""
+
+    def __init__(self, loads: Mapping[str, LoadSnapshot] | None) -> None:
+        self._loads = loads
+
+    def collect(self) -> Iterator[Metric]:
+        up = float(self._loads is not None)
+        yield GaugeMetricFamily("dit_redis_up", "1 when Redis answers", value=up)
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for model, load in (self._loads or {}).items():
+            for name, (help_text, value) in _figures(load).items():
+                kind = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
+                family = families.setdefault(name, kind(name, help_text, labels=["model"]))
+                family.add_metric([model], float(value))
+        yield from families.values()
+
+
+_COUNTED = {"dit_jobs_dead"}
+
+
+def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
+    """Metric → its help and value."""
+    workers = load.workers
+    return {
+        "dit_queue_depth": ("Jobs waiting", load.queued_jobs),
+        "dit_queue_rows": ("Row-steps waiting", load.queued_rows),
+        "dit_queue_oldest_age_seconds": ("Age of the oldest waiting job", load.oldest_age_s),
+        "dit_workers": ("Workers alive", len(workers)),
+        "dit_running_samples": ("Samples being denoised", sum(each.running_samples for each in workers)),
+        "dit_backlog_rows": ("Row-steps claimed and not yet run", sum(each.backlog_rows for each in workers)),
+        "dit_backlog_seconds": ("Predicted time to run all that is claimed and waiting", drained(load)),
+        "dit_saturation_ratio": (
+            "Demand over capacity: samples running and jobs waiting, by rows",
+            saturation(load),
+        ),
+        "dit_jobs_dead": ("Jobs put aside after too many attempts", load.dead_jobs),
+    }
+
+
+def exposition(loads: Mapping[str, LoadSnapshot] | None, *, shared: Path | None) -> bytes:
+    """The text format: all processes sharing `shared` (this one alone when None), and the load of each model."""
+    registry = CollectorRegistry()
+    registry.register(LoadCollector(loads))
+    if shared is None:
+        return generate_latest(REGISTRY) + generate_latest(registry)
+    multiprocess.MultiProcessCollector(registry, path=str(shared))  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def forget(pid: int, *, shared: Path) -> None:
+    """Drop the live gauges of a process that ended; its counters and histograms stay counted."""
+    multiprocess.mark_process_dead(pid, path=str(shared))  # type: ignore[no-untyped-call]
+
+
+def observe_memory(role: str) -> None:
+    """Record this process's resident memory under `role` ("api" or "worker"), and for workers that of the GPUs, where the
+    platform tells it."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        RESIDENT_BYTES.labels(role).set(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    for gpu in gpus() if role == "worker" else ():
+        GPU_USED_BYTES.labels(str(gpu.index)).set(gpu.used)
+        GPU_TOTAL_BYTES.labels(str(gpu.index)).set(gpu.total)
+
+
+def serve(port: int, *, address: str = "0.0.0.0") -> None:
+    """Serve this process's own metrics from a thread, for a worker that stands alone."""
+    start_http_server(port, addr=address)

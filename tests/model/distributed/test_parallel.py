@@ -1,0 +1,145 @@
+"""Several processes take the steps that one would take: replicas, sharded replicas, tensor parallelism, and what they write."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh
+
+from ditserve.model.distributed.parallel import Share, alone
+from ditserve.model.distributed.processes import ParallelSpec, World, joined
+from ditserve.model.distributed.tensor_parallel import share_out
+from ditserve.model.nets.dit import DiT
+from ditserve.model.nets.unet import UNet
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.train.sharded import write
+from ditserve.model.train.tensor_blocks import Part, read_whole
+from tests.model.distributed.parallel_cases import (
+    ALL_OPTIONS,
+    FOUR,
+    HANDED,
+    PAIR,
+    TINY,
+    parts,
+    random_network,
+    train,
+)
+from tests.model.nets.unet_cases import TINY_UNET
+
+Outcome = Callable[[int], Path]
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What two or four processes left behind."""
+    folders: dict[int, Path] = {}
+
+    def launch(processes: int) -> Path:
+        if processes not in folders:
+            folders[processes] = tmp_path_factory.mktemp("together")
+            torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            program = ["-m", "tests.model.distributed.parallel_cases", str(folders[processes])]
+            told = subprocess.run(
+                [sys.executable, "-m", *torchrun, *program], capture_output=True, text=True, check=False
+            )
+            assert told.returncode == 0, told.stderr[-4000:]
+        return folders[processes]
+
+    return launch
+
+
+@pytest.mark.parametrize("name", [*PAIR, *FOUR])
+def test_several_processes_train_as_one(name: str, outcome: Outcome) -> None:
+    case = {**PAIR, **FOUR}[name]
+    together = load_file(outcome(2 if name in PAIR else 4) / f"{name}.safetensors")
+    by_one = train(case, Share(random_network(case.config), World(), ParallelSpec(), case.precision))
+    assert together.keys() == by_one.keys()
+    relative, absolute = (0.1, 5e-3) if case.precision == "bf16" else (1e-5, 1e-6)
+    for key, tensor in by_one.items():
+        torch.testing.assert_close({key: together[key]}, {key: tensor}, rtol=relative, atol=absolute)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_processes_read_what_any_others_wrote(processes: int, outcome: Outcome) -> None:
+    expected = parts(alone(random_network(ALL_OPTIONS)))
+    for number, case in enumerate(HANDED[processes]):
+        folder = outcome(processes) / ("parts" + "".join(f"-{k}" for k in range(number + 1)))
+        index = json.loads((folder / "index.json").read_text())
+        files = processes if case.spec != {"mode": "ddp"} else 1
+        assert len(list(folder.glob("model*.safetensors"))) == files
+        for part, tensors in expected.items():
+            found = read_whole(folder, part, index)
+            assert found.keys() == tensors.keys()
+            assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+def test_a_process_holds_and_writes_its_share_only(outcome: Outcome) -> None:
+    folder = outcome(2) / "parts-0"
+    whole = sum(tensor.numel() for tensor in random_network(ALL_OPTIONS).state_dict().values())
+    held = [sum(t.numel() for t in load_file(file).values()) for file in sorted(folder.glob("model*"))]
+    assert sum(held) == whole
+    assert max(held) < 0.51 * whole
+
+
+def test_a_block_that_is_missing_is_told(outcome: Outcome) -> None:
+    folder = outcome(2) / "parts-0"
+    index = json.loads((folder / "index.json").read_text())
+    found = Part(folder, "model", index)
+    found.blocks["blocks.0.attn.qkv.weight"].pop()
+    with pytest.raises(ValueError, match=r"model lacks a block of blocks\.0\.attn\.qkv\.weight"):
+        found.whole("blocks.0.attn.qkv.weight")
+
+
+def test_one_process_writes_tensors_under_their_own_names(tmp_path: Path) -> None:
+    network = random_network(TINY)
+    write(tmp_path, alone(network), {"model": network.state_dict()})
+    assert load_file(tmp_path / "model.safetensors").keys() == network.state_dict().keys()
+
+
+def test_a_process_by_itself_is_the_world() -> None:
+    with joined("cpu") as world:
+        assert world == World(rank=0, size=1, local_rank=0, device="cpu")
+        assert world.first
+        assert world.agree(True)
+        assert not world.agree(False)
+
+
+def test_rows_are_shared_out_between_replicas() -> None:
+    spec = ParallelSpec(tensor=2)
+    assert [spec.rows(World(rank, 4), 6) for rank in range(4)] == [
+        range(3),
+        range(3),
+        range(3, 6),
+        range(3, 6),
+    ]
+    with pytest.raises(ValueError, match="batch 5 is not divisible by 2 replicas"):
+        spec.rows(World(0, 4), 5)
+    with pytest.raises(ValueError, match=r"parallel\.tensor 2 does not divide the 3 processes"):
+        spec.rows(World(0, 3), 6)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "complaint"),
+    [
+        (TINY, 3, r"parallel\.tensor 3 does not divide num_heads 2"),
+        (replace(TINY, num_heads=4, mlp_ratio=0.9), 4, r"does not divide the MLP's width 14"),
+        (TINY_UNET, 2, r"parallel\.tensor 2 is for a DiT, not for a U-Net"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(config: NetworkConfig, size: int, complaint: str) -> None:
+    mesh = cast(DeviceMesh, SimpleNamespace(size=lambda: size))
+    with pytest.raises(ValueError, match=complaint):
+        share_out(DiT(config) if isinstance(config, DiTConfig) else UNet(config), mesh)

@@ -1,0 +1,132 @@
+"""Which pictures an evaluation makes and compares, and that they are the ones sampling makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ditserve.model.data.dataset import Dataset
+from ditserve.model.data.examples import DataError, Pictures
+from ditserve.model.evaluation.picture_sets import Plan, as_stored, asked, make, open_data, real
+from ditserve.model.nets.autoencoder import Identity
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.spec.bundle import Bundle, Factor, write_manifest
+from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.solvers import step_table
+from ditserve.model.train.load import open_model
+
+NAMES, STYLES = ("cat", "dog", "fox", "owl", "bee"), ("flat", "shaded", "line")
+PLAN = Plan(
+    limit=100,
+    per_pair=1,
+    reference=100,
+    steps=3,
+    solver="ddim",
+    grid="trailing",
+    guidance_scale=2.0,
+    guidance_interval=(0.0, 1.0),
+    seed=5,
+)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """One picture of every name in every style, 8×8."""
+    labels = np.array([[y, s] for y in range(5) for s in range(3)])
+    x = np.random.default_rng(0).integers(0, 256, (15, 8, 8, 3), np.uint8)
+    file = tmp_path / "drawn.npz"
+    np.savez(file, x=x, y=labels[:, 0], s=labels[:, 1], names=np.array(NAMES), styles=np.array(STYLES))
+    return file
+
+
+def trained_on(bundle: Path, **said: object) -> None:
+    manifest = Bundle.open(bundle).manifest
+    data = {"path": "elsewhere.npz", "names": NAMES, **said}
+    write_manifest(bundle, manifest.model_copy(update={"provenance": {"training": {"data": data}}}))
+
+
+def open_both(bundle: Path, data: Path, **said: object) -> Dataset:
+    trained_on(bundle, **said)
+    return open_data(open_model(bundle), data)
+
+
+def test_the_split_is_the_one_of_training_and_nothing_is_mirrored(bundle: Path, data: Path) -> None:
+    dataset = open_both(bundle, data, hold_out=0.3, flip=True)
+    assert 0 < dataset.held_out.sum() < 8
+    assert not isinstance(dataset, Pictures) or not dataset.flip
+
+
+def test_a_model_that_does_not_tell_its_data_holds_nothing_out(bundle: Path, data: Path) -> None:
+    dataset = open_data(open_model(bundle), data)
+    assert dataset.held_out.sum() == 0
+    assert dataset.factors[0].classes == NAMES
+
+
+def test_data_of_other_classes_is_refused(bundle: Path, data: Path, tmp_path: Path) -> None:
+    trained_on(bundle, names=("cat", "dog"))
+    with pytest.raises(DataError, match=r"drawn\.npz has other classes than the model"):
+        open_data(open_model(bundle), data)
+    with pytest.raises(DataError, match=r"none\.npz"):
+        open_data(open_model(bundle), tmp_path / "none.npz")
+
+
+def test_pictures_are_asked_for_labels_of_training_and_for_the_unseen_apart(bundle: Path, data: Path) -> None:
+    dataset = open_both(bundle, data, hold_out=0.3)
+    wanted, novel = asked(dataset, PLAN)
+    assert sorted(wanted) == dataset.training.tolist()
+    assert sorted(novel) == np.flatnonzero(dataset.held_out).tolist()
+    assert wanted != sorted(wanted)
+    assert asked(dataset, replace(PLAN, limit=4))[0] == wanted[:4]
+    twice, novel_twice = asked(dataset, replace(PLAN, limit=4, per_pair=2))
+    assert twice == [wanted[0], wanted[0], wanted[1], wanted[1]]
+    assert len(novel_twice) == 2 * len(novel)
+
+
+def example(labels: list[list[int]], held_out: list[bool], factors: tuple[Factor, ...]) -> Pictures:
+    count = len(held_out)
+    return Pictures(
+        rows=np.arange(count),
+        labels=np.array(labels, np.int64).reshape(count, -1),
+        factors=factors,
+        held_out=np.array(held_out),
+        images=np.zeros((count, 8, 8, 3), np.uint8),
+        size=(8, 8),
+    )
+
+
+def test_a_held_out_picture_of_a_label_met_in_training_is_not_unseen() -> None:
+    factors = (Factor(name="label", classes=("a", "b", "c")),)
+    dataset = example([[0], [0], [1], [2], [2]], [False, True, False, True, True], factors)
+    wanted, novel = asked(dataset, PLAN)
+    assert sorted(wanted) == [0, 2]
+    assert novel in ([3], [4])
+
+
+def test_unlabelled_pictures_are_as_many_as_the_limit() -> None:
+    dataset = example([], [False] * 6, ())
+    wanted, novel = asked(dataset, replace(PLAN, limit=4))
+    assert len(wanted) == 4
+    assert novel == []
+
+
+def test_pictures_are_those_sampling_makes_of_the_same_seeds(bundle: Path, data: Path) -> None:
+    opened = open_model(bundle)
+    dataset = open_data(opened, data)
+    found = torch.cat(list(make(opened, Identity(), dataset, [3, 7], PLAN)))
+    embedding = opened.network.embed(torch.from_numpy(dataset.labels[[3, 7]]))
+    denoiser = Denoiser(opened.network, opened.schedule, Conditions((embedding,)), Guidance(2.0))
+    *_, expected = denoise(denoiser, step_table("ddim", grid("trailing", 3, 1000), opened.schedule), [5, 6])
+    assert torch.equal(found, as_stored(expected))
+
+
+def test_real_pictures_are_the_data_to_the_bit_and_none_make_none(bundle: Path, data: Path) -> None:
+    dataset = open_data(open_model(bundle), data)
+    found = torch.cat(list(real(dataset, Identity(), [4, 2])))
+    with np.load(data) as arrays:
+        drawn = arrays["x"][[4, 2]]
+    assert np.array_equal(((found + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), drawn)
+    assert list(real(dataset, Identity(), [])) == []

@@ -1,0 +1,43 @@
+"""Whose engines are whose: the GPU is asked for, and a graph that is missing is told with the command that makes it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ditserve.model.spec.bundle import Bundle, BundleError
+from ditserve.model.spec.engine_cache import Device, NoGpu, first_gpu, origin_of
+from tests.export.tiny import tiny_source
+
+
+def test_the_gpu_is_asked_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="NVIDIA H100 80GB HBM3, 9.0\n")
+    )
+    device = first_gpu()
+    assert device == Device("NVIDIA H100 80GB HBM3", "sm90")
+    assert device.slug == "h100-80gb-hbm3-sm90"
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(NoGpu, match="nvidia-smi"):
+        first_gpu()
+
+
+def test_a_missing_graph_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path, tiny_source().manifest)
+    with pytest.raises(
+        BundleError, match=r"no backbone\.int8\.fp16\.onnx: .* export\.int8 --target tensorrt"
+    ):
+        origin_of(
+            bundle,
+            "int8",
+            "backbone.int8.fp16.onnx",
+            flavour="tensorrt",
+            version="11.4.0",
+            device=Device("NVIDIA L4", "sm89"),
+        )

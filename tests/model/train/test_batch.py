@@ -1,0 +1,77 @@
+"""What a step trains on: a function of seed and step, however the batch is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ditserve.model.train.batch import Batch, BatchSource
+from tests.model.train.training_cases import tiny_config
+
+
+def source(folder: Path, rows: range | None = None, **changes: Any) -> BatchSource:
+    config = tiny_config(folder, **changes)
+    dataset = config.pictures()
+    return BatchSource(config, dataset, config.network(dataset), rows)
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("x0", "labels", "t", "noise"))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
+    made = [source(tmp_path).make(step) for step in (3, 0, 3)]
+    assert equal(made[0], made[2])
+    assert not equal(made[0], made[1])
+    assert not equal(made[0], source(tmp_path, seed=1).make(3))
+
+
+def test_processes_share_one_batch(tmp_path: Path) -> None:
+    flipped: dict[str, Any] = {"data": {"path": str(tmp_path / "set.npz"), "hold_out": 0, "flip": True}}
+    whole = source(tmp_path, **flipped).make(5)
+    shares = [source(tmp_path, rows, **flipped).make(5) for rows in (range(3), range(3, 4))]
+    for name in ("x0", "labels", "t", "noise"):
+        assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole, name))
+
+
+def test_after_a_roll_back_the_same_step_trains_on_something_else(tmp_path: Path) -> None:
+    made = source(tmp_path)
+    assert not equal(made.make(3, 0), made.make(3, 1))
+    assert equal(made.make(3, 1), made.make(3, 1))
+
+
+def test_pieces_are_the_batch_in_order(tmp_path: Path) -> None:
+    whole = source(tmp_path, batch=7).make(0)
+    for pieces in (1, 3, 7):
+        parts = list(whole.split(pieces))
+        assert len(parts) == pieces
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert torch.equal(torch.cat([part.x0 for part in parts]), whole.x0)
+
+
+def test_stages_have_their_size(tmp_path: Path) -> None:
+    made = source(tmp_path, stages=[{"size": 4, "steps": 3}, {"size": 8}])
+    assert [tuple(made.make(step).x0.shape) for step in (2, 3, 12)] == [
+        (4, 3, 4, 4),
+        (4, 3, 8, 8),
+        (4, 3, 8, 8),
+    ]
+    assert made.make(2).noise.shape == (4, 3, 4, 4)
+
+
+def test_labels_are_dropped_at_their_rates(tmp_path: Path) -> None:
+    labels = source(tmp_path, batch=400, label_dropout=[0.0, 1.0]).make(0).labels
+    assert (labels[:, 0] < 3).all()
+    assert (labels[:, 1] == 2).all()
+    with pytest.raises(
+        ValueError, match=r"label_dropout has 3 rates, but the data has 2 factors \(label, style\)"
+    ):
+        source(tmp_path, label_dropout=[0.1, 0.1, 0.1])
+
+
+def test_timesteps_follow_the_chosen_law(tmp_path: Path) -> None:
+    t = source(tmp_path, batch=200, timesteps="logit-normal", logit_mean=4.0, logit_std=0.1).make(0).t
+    assert t.min() > 900

@@ -1,0 +1,167 @@
+"""Losses against formulas written down independently, in numpy and scipy."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad  # type: ignore[import-untyped]
+from scipy.stats import norm  # type: ignore[import-untyped]
+
+from ditserve.model.spec.diffusion import PREDICTIONS, Prediction, add_noise, make_schedule, training_target
+from ditserve.model.train.loss import (
+    gaussian_kl,
+    logit_normal_timesteps,
+    noise_tables,
+    pixel_log_likelihood,
+    squared_error,
+    uniform_timesteps,
+    variational_term,
+)
+
+T = 50
+LEVELS = torch.tensor([0, 7, 25, 49])
+ALPHA_BAR = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2  # arXiv:2102.09672, eq. 17
+ALPHA_BAR = np.cumprod(1 - np.minimum(1 - ALPHA_BAR[1:] / ALPHA_BAR[:-1], 0.999))
+SNR = ALPHA_BAR / (1 - ALPHA_BAR)
+
+
+def pictures(seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((4, 3, 2, 2))).float()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_right_output_has_no_error(prediction: Prediction) -> None:
+    tables = noise_tables(make_schedule("cosine", T, prediction=prediction), "v", 5.0)
+    x0, noise = pictures(0), pictures(1)
+    alpha, sigma = tables.alpha[LEVELS].view(-1, 1, 1, 1), tables.sigma[LEVELS].view(-1, 1, 1, 1)
+    output = training_target(prediction, alpha, sigma, x0, noise)
+    assert squared_error(tables, output, x0, noise, LEVELS).tolist() == [0, 0, 0, 0]
+
+
+# Hang et al., arXiv:2303.09556, §3: what Min-SNR-5 multiplies the plain loss of each prediction by.
+MIN_SNR_5 = {
+    "x0": np.minimum(SNR, 5.0),
+    "epsilon": np.minimum(SNR, 5.0) / SNR,
+    "v": np.minimum(SNR, 5.0) / (SNR + 1.0),
+}
+PLAIN = {"x0": np.ones(T), "epsilon": np.ones(T), "v": np.ones(T)}
+V_OF_X0 = {"x0": np.minimum(1.0 / (1.0 - ALPHA_BAR), 5.0)}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "space", "cap", "weights"),
+    [
+        *[(prediction, "epsilon", 5.0, MIN_SNR_5) for prediction in PREDICTIONS],
+        *[(prediction, prediction, None, PLAIN) for prediction in PREDICTIONS],
+        ("x0", "v", 5.0, V_OF_X0),
+    ],
+)
+def test_a_row_is_weighted_by_its_noise(
+    prediction: Prediction, space: Prediction, cap: float | None, weights: dict[str, np.ndarray]
+) -> None:
+    tables = noise_tables(make_schedule("cosine", T, prediction=prediction), space, cap)
+    t = torch.arange(T)
+    x0, noise, output = (
+        torch.randn(T, 3, 2, 2, generator=torch.Generator().manual_seed(k)) for k in range(3)
+    )
+    alpha, sigma = np.sqrt(ALPHA_BAR), np.sqrt(1 - ALPHA_BAR)
+    targets = {"x0": x0, "epsilon": noise, "v": torch.from_numpy(alpha)[:, None, None, None] * noise}
+    targets["v"] = targets["v"] - torch.from_numpy(sigma)[:, None, None, None] * x0
+    plain = ((output - targets[prediction]) ** 2).double().mean((1, 2, 3)).numpy()
+    told = squared_error(tables, output, x0, noise, t).numpy()
+    np.testing.assert_allclose(told, plain * weights[prediction], rtol=2e-5)
+
+
+def test_learned_channels_do_not_enter_the_squared_error() -> None:
+    tables = noise_tables(make_schedule("linear", T), "epsilon")
+    x0, noise, output = pictures(0), pictures(1), pictures(2)
+    both = torch.cat([output, pictures(3)], dim=1)
+    assert torch.equal(
+        squared_error(tables, both, x0, noise, LEVELS), squared_error(tables, output, x0, noise, LEVELS)
+    )
+
+
+def posterior(t: int, x0: np.ndarray, x_t: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean and variance of q(x_{t−1} | x_t, x_0) by Bayes' rule, from the two Gaussians it is made of."""
+    before, step = ALPHA_BAR[t - 1], ALPHA_BAR[t] / ALPHA_BAR[t - 1]
+    precision = 1 / (1 - before) + step / (1 - step)
+    mean = (np.sqrt(before) * x0 / (1 - before) + np.sqrt(step) * x_t / (1 - step)) / precision
+    return mean, 1 / precision
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_variational_term_is_the_divergence_from_the_posterior(prediction: Prediction) -> None:
+    tables = noise_tables(make_schedule("cosine", T, prediction=prediction), "epsilon")
+    levels = torch.tensor([1, 7, 25, 40])
+    x0, noise, output, v = (pictures(seed).clamp(-1, 1) for seed in range(4))
+    alpha, sigma = (table[levels].view(-1, 1, 1, 1) for table in (tables.alpha, tables.sigma))
+    x_t = add_noise(alpha, sigma, x0, noise)
+    told = variational_term(tables, torch.cat([output, v], 1), x0, x_t, levels)
+    for row, t in enumerate(levels.tolist()):
+        a, s = np.sqrt(ALPHA_BAR[t]), np.sqrt(1 - ALPHA_BAR[t])
+        x, out = x_t[row].double().numpy(), output[row].double().numpy()
+        estimate = {"x0": out, "epsilon": (x - s * out) / a, "v": a * x - s * out}[prediction]
+        mean_q, variance_q = posterior(t, x0[row].double().numpy(), x)
+        mean_p, _ = posterior(t, estimate, x)
+        beta, share = 1 - ALPHA_BAR[t] / ALPHA_BAR[t - 1], (v[row].double().numpy() + 1) / 2
+        variance_p = beta**share * variance_q ** (1 - share)
+        nats = 0.5 * np.log(variance_p / variance_q) - 0.5
+        nats = nats + (variance_q + (mean_q - mean_p) ** 2) / (2 * variance_p)
+        assert told[row].item() == pytest.approx(nats.mean() / np.log(2), rel=2e-3)
+
+
+def test_the_divergence_is_its_integral() -> None:
+    for mean_q, std_q, mean_p, std_p in [(0.0, 1.0, 0.0, 1.0), (0.3, 0.5, -0.2, 0.8), (1.0, 2.0, 0.0, 0.7)]:
+        q, p = norm(mean_q, std_q), norm(mean_p, std_p)
+        value, _ = quad(lambda x, q=q, p=p: q.pdf(x) * (q.logpdf(x) - p.logpdf(x)), -20, 20)
+        given = (torch.tensor(number, dtype=torch.float64) for number in (mean_q, std_q, mean_p, std_p))
+        a, b, c, d = given
+        assert gaussian_kl(a, 2 * b.log(), c, 2 * d.log()).item() == pytest.approx(value, abs=1e-8)
+
+
+def test_the_likelihood_of_a_pixel_is_that_of_its_bin() -> None:
+    values = np.arange(256) / 127.5 - 1
+    for mean, std in [(0.0, 0.3), (0.9, 0.05), (-1.4, 0.5)]:
+        edges = [-np.inf, *(values[:-1] + values[1:]) / 2, np.inf]
+        bins = np.array([norm.cdf(b, mean, std) - norm.cdf(a, mean, std) for a, b in pairwise(edges)])
+        told = pixel_log_likelihood(
+            torch.from_numpy(values), torch.full((256,), mean), torch.full((256,), np.log(std))
+        ).exp()
+        np.testing.assert_allclose(told, np.maximum(bins, 1e-12), rtol=1e-5, atol=2e-12)
+        assert told.sum().item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_at_the_last_step_the_term_is_the_likelihood_in_bits() -> None:
+    tables = noise_tables(make_schedule("cosine", T, prediction="x0"), "v")
+    x0 = torch.linspace(-1, 1, 12).view(1, 3, 2, 2)
+    output = torch.cat([x0 + 0.01, torch.zeros_like(x0)], 1)
+    told = variational_term(tables, output, x0, x0, torch.tensor([0]))
+    log_std = 0.25 * (tables.log_low[0] + tables.log_high[0])
+    expected = -pixel_log_likelihood(x0, tables.mean_x0[0] * (x0 + 0.01) + tables.mean_x[0] * x0, log_std)
+    assert told.item() == pytest.approx(expected.mean().item() / np.log(2), rel=1e-6)
+
+
+def test_only_the_variance_learns_from_the_variational_term() -> None:
+    tables = noise_tables(make_schedule("linear", T), "epsilon")
+    output = torch.cat([pictures(2), pictures(3)], 1).requires_grad_()
+    variational_term(tables, output, pictures(0), pictures(1), LEVELS).sum().backward()
+    assert output.grad is not None
+    assert torch.equal(output.grad[:, :3], torch.zeros(4, 3, 2, 2))
+    assert (output.grad[:, 3:] != 0).flatten(1).any(1).all()
+
+
+def test_timesteps_follow_their_law() -> None:
+    generator = torch.Generator().manual_seed(0)
+    uniform = uniform_timesteps(20_000, 10, generator)
+    assert np.abs(np.bincount(uniform, minlength=10) / 20_000 - 0.1).max() < 0.01
+    middling = logit_normal_timesteps(20_000, 10, generator, mean=-0.5, std=0.8)
+    edges = np.linspace(0, 1, 11)
+    with np.errstate(divide="ignore"):
+        expected = np.diff(norm.cdf(np.log(edges / (1 - edges)), -0.5, 0.8))
+    assert np.abs(np.bincount(middling, minlength=10) / 20_000 - expected).max() < 0.01
+    extreme = logit_normal_timesteps(1000, 10, generator, mean=0, std=500)
+    assert set(extreme.tolist()) >= {0, 9}
+    assert extreme.max() == 9

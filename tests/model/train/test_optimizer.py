@@ -1,0 +1,68 @@
+"""What decays, and the learning rate over a run."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditserve.model.nets.factory import make_network
+from ditserve.model.spec.network_config import network_config
+from ditserve.model.train.config import TrainConfig
+from ditserve.model.train.optimizer import learning_rate, make_optimizer
+from tests.model.train.training_cases import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("model", "spared"),
+    [
+        ({"layout_rank": 2, "qk_norm": True, "text_size": 6}, {"layout.basis", "y_embedder.no_text"}),
+        (
+            {"network": "unet", "base_channels": 8, "multipliers": (1, 2), "head_size": 8, "attention": (1,)},
+            set(),
+        ),
+    ],
+)
+def test_matrices_decay_and_nothing_else(tmp_path: Path, model: dict[str, Any], spared: set[str]) -> None:
+    shape = {"hidden_size": 16, "depth": 2, "num_heads": 2} if "network" not in model else {}
+    network = make_network(network_config({**shape, **model, "image_size": [8, 8], "classes": [3, 2]}))
+    optimizer = make_optimizer(network, tiny_config(tmp_path, weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    decaying, rest = ({names[id(p)]: p for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert decaying.keys() | rest.keys() == set(names.values())
+    assert all(p.ndim >= 2 and name.endswith(".weight") for name, p in decaying.items())
+    assert {name for name, p in rest.items() if p.ndim >= 2} == {
+        "y_embedder.tables.0.weight",
+        "y_embedder.tables.1.weight",
+        *(spared - {"y_embedder.no_text"}),
+    }
+    assert spared <= rest.keys()
+
+
+def rates(tmp_path: Path, **changes: Any) -> list[float]:
+    config: TrainConfig = tiny_config(tmp_path, steps=100, warmup=10, lr=1.0, **changes)
+    return [learning_rate(config, step) for step in range(100)]
+
+
+def test_the_rate_warms_up_stays_and_falls(tmp_path: Path) -> None:
+    told = rates(tmp_path, schedule="wsd", decay=0.2)
+    assert told[0] == pytest.approx(0.1)
+    assert told[10:80] == [1.0] * 70
+    assert told[90] == pytest.approx(0.5)
+    assert told[99] == pytest.approx(0.05)
+
+
+def test_a_constant_rate_stays(tmp_path: Path) -> None:
+    assert rates(tmp_path, schedule="constant")[9:] == [1.0] * 91
+
+
+def test_a_cosine_falls_to_zero(tmp_path: Path) -> None:
+    told = rates(tmp_path, schedule="cosine")
+    assert told[4] == pytest.approx(0.5)
+    assert told[10] == 1.0
+    assert told[55] == pytest.approx(0.5)
+    assert told[99] == pytest.approx(0.0, abs=1e-3)
+    assert all(a >= b for a, b in pairwise(told[10:]))

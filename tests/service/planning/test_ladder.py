@@ -1,0 +1,131 @@
+"""Rungs and ladders: what a rung costs, what is below it, and how many steps remain when a sample moves."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ditserve.model.spec.diffusion import grid, guidance_weight
+from ditserve.service.planning.ladder import Ladder, steps_left
+from ditserve.service.rung import Rung
+
+quick = settings(max_examples=60, deadline=None)  # wall time says nothing on a shared machine
+
+
+WHOLE = (0.0, 1.0)
+
+
+def rung(
+    solver: str, steps: int, quality: float, interval: tuple[float, float] = WHOLE, kind: str = "trailing"
+) -> Rung:
+    return Rung(f"{solver}-{steps}", solver, steps, kind, interval, quality)
+
+
+LADDER = Ladder(
+    [rung("dpmpp-2m", 10, 0.3), rung("ddim", 50, 0.0), rung("ddim", 20, 0.2), rung("dpmpp-2m", 6, 0.9)]
+)
+
+rungs = st.builds(
+    rung,
+    st.sampled_from(["ddim", "dpmpp-2m"]),
+    st.integers(1, 100),
+    st.floats(0, 10),
+    st.sampled_from([WHOLE, (0.1, 0.8), (0.3, 0.6)]),
+    st.sampled_from(["leading", "trailing", "uniform-t"]),
+)
+
+
+def test_rungs_are_best_first() -> None:
+    assert [each.name for each in LADDER.rungs] == ["ddim-50", "ddim-20", "dpmpp-2m-10", "dpmpp-2m-6"]
+
+
+def test_a_request_on_the_ladder_is_that_rung() -> None:
+    assert LADDER.requested("ddim", 20, "trailing", WHOLE, True) is LADDER.rungs[1]
+
+
+def test_an_unguided_request_matches_whatever_its_guidance_interval() -> None:
+    assert LADDER.requested("ddim", 20, "trailing", (0.2, 0.3), False) is LADDER.rungs[1]
+    assert LADDER.requested("ddim", 20, "trailing", (0.2, 0.3), True) not in LADDER.rungs
+
+
+def test_a_request_between_rungs_has_a_quality_between_theirs() -> None:
+    between = LADDER.requested("ddim", 30, "trailing", WHOLE, True)
+    assert 0.0 < between.quality < 0.2
+    assert LADDER.requested("ddim", 100, "trailing", WHOLE, True).quality == 0.0
+    assert LADDER.requested("ddim", 3, "trailing", WHOLE, True).quality == 0.2
+
+
+def test_an_unmeasured_solver_is_judged_by_the_whole_ladder() -> None:
+    assert LADDER.requested("euler", 10, "trailing", WHOLE, True).quality == pytest.approx(0.3)
+
+
+def test_an_empty_ladder_takes_every_request_and_offers_nothing_below() -> None:
+    empty = Ladder([])
+    asked = empty.requested("ddim", 20, "trailing", WHOLE, True)
+    assert (asked.steps, asked.quality, empty.below(asked, 1)) == (20, 0.0, ())
+
+
+def test_below_respects_the_floor() -> None:
+    assert [each.steps for each in LADDER.below(LADDER.rungs[0], 10)] == [20, 10]
+    assert LADDER.below(LADDER.rungs[0], 51) == ()
+
+
+def test_below_never_guides_where_the_request_does_not() -> None:
+    ladder = Ladder([rung("ddim", 50, 0.0), rung("ddim", 20, 0.2, (0.1, 0.9))])
+    asked = ladder.requested("ddim", 50, "trailing", (0.3, 1.0), True)
+    (lower,) = ladder.below(asked, 1)
+    assert lower.guidance_interval == (0.3, 0.9)
+
+
+@quick
+@given(st.lists(rungs, max_size=8), rungs, st.integers(1, 60))
+def test_below_gets_cheaper_and_worse(ladder_rungs: list[Rung], asked: Rung, floor: int) -> None:
+    ladder = Ladder(ladder_rungs)
+    chain = ladder.below(asked, floor)
+    rows = [ladder.row_steps(each, 2.0) for each in (asked, *chain)]
+    assert rows == sorted(rows, reverse=True)
+    assert len(set(rows)) == len(rows)
+    assert [each.quality for each in chain] == sorted(each.quality for each in chain)
+    assert all(each.steps >= floor for each in chain)
+
+
+@quick
+@given(rungs, st.sampled_from([0.0, 1.0, 2.5]))
+def test_rows_are_counted_along_the_grid(asked: Rung, scale: float) -> None:
+    walked = grid(asked.grid, asked.steps, 1000)
+    twice = sum(guidance_weight(scale, t, 1000, asked.guidance_interval) != 1.0 for t in walked)
+    assert LADDER.row_steps(asked, scale) == asked.steps + twice
+
+
+@quick
+@given(rungs, st.data())
+def test_rows_left_are_those_of_the_rest_of_the_grid(asked: Rung, data: st.DataObject) -> None:
+    walked = grid("uniform-t", asked.steps, 1000)
+    done = data.draw(st.integers(0, asked.steps - 1))
+    rest = walked[done:]
+    exact = sum(2 if guidance_weight(2.0, t, 1000, asked.guidance_interval) != 1.0 else 1 for t in rest)
+    left = LADDER.rows_left(asked, len(rest), rest[0], True)
+    assert abs(left - exact) <= (0 if asked.guidance_interval == WHOLE else 2)
+    assert LADDER.rows_left(asked, len(rest), rest[0], False) == len(rest)
+
+
+@quick
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=6), st.data())
+def test_steps_in_all_never_fall_below_the_fewest_of_the_rungs(
+    counts: list[int], data: st.DataObject
+) -> None:
+    """However often a sample moves, it takes at least as many steps as the lowest rung it was on."""
+    current = rung("ddim", counts[0], 0.0)
+    remaining, taken = current.steps, 0
+    for steps in counts[1:]:
+        walked = data.draw(st.integers(0, remaining - 1))
+        taken, remaining = taken + walked, remaining - walked
+        target = rung("ddim", steps, 0.0)
+        remaining, current = steps_left(remaining, current, target), target
+        assert remaining >= 1
+    assert taken + remaining >= min(counts)
+
+
+def test_an_unstarted_sample_walks_the_whole_new_grid() -> None:
+    assert steps_left(50, rung("ddim", 50, 0.0), rung("dpmpp-2m", 12, 0.1)) == 12

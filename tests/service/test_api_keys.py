@@ -1,0 +1,122 @@
+"""API keys: made, listed, revoked and found; what the file holds; when an API may be open."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from ditserve.service.api_keys import ApiKey, Keyring, KeyringError, add, admit, read, revoke, run
+from ditserve.service.settings import Settings
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+def test_a_key_is_found_by_its_text_alone(path: Path) -> None:
+    key, text = add(path, "shop", scopes=("generate", "admin"), rate=60, concurrency=2)
+    found = Keyring(path).find(text)
+    assert found == key
+    assert (found.name, found.scopes, found.rate, found.concurrency) == (
+        "shop",
+        frozenset({"generate", "admin"}),
+        60,
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t[:-1], lambda t: t[:-1] + "_", lambda t: "", lambda t: t.upper(), lambda t: t + "\n"],
+)
+def test_another_text_finds_nothing(path: Path, change: object) -> None:
+    _, text = add(path, "shop")
+    assert callable(change)
+    assert Keyring(path).find(change(text)) is None
+
+
+def test_a_secret_of_one_key_does_not_open_another(path: Path) -> None:
+    (_, first), (_, second) = add(path, "a"), add(path, "b")
+    mixed = first[:13] + second[13:]
+    assert Keyring(path).find(mixed) is None
+
+
+def test_the_file_holds_hashes_for_its_owner_only(path: Path) -> None:
+    _, text = add(path, "shop")
+    assert text.split("_", 2)[2] not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_revoked_key_is_gone_and_a_new_one_comes_while_running(path: Path) -> None:
+    key, text = add(path, "shop")
+    ring = Keyring(path)
+    assert ring.find(text)
+    assert revoke(path, key.id).name == "shop"
+    assert ring.find(text) is None
+    other, other_text = add(path, "other")
+    assert ring.find(other_text) == other
+
+
+def test_a_file_broken_while_running_keeps_the_last_good_keys(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, text = add(path, "shop")
+    ring = Keyring(path)
+    path.write_text("{")
+    assert ring.find(text)
+    assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"version": 2}', '{"keys": [{"id": "1"}]}', '{"keys": [], "more": 1}']
+)
+def test_a_broken_file_is_refused_by_name(path: Path, content: str) -> None:
+    path.write_text(content)
+    with pytest.raises(KeyringError, match=r"keys\.json is not a key file"):
+        Keyring(path)
+
+
+def test_commands(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = ["--keys-file", str(path)]
+    assert run([*file, "add", "shop", "--rate", "60"]) == 0
+    text = capsys.readouterr().out.strip()
+    (key,) = read(path)
+    assert Keyring(path).find(text) == key
+    assert run([*file, "list"]) == 0
+    listed = capsys.readouterr().out
+    assert "shop" in listed
+    assert "rate=60/min" in listed
+    assert text not in listed
+    assert run([*file, "revoke", key.id]) == 0
+    assert run([*file, "revoke", key.id]) == 1
+    assert key.id in capsys.readouterr().err
+    assert run([*file, "add", "shop", "--rate", "0"]) == 1
+    assert "greater than or equal to 1" in capsys.readouterr().err
+    assert read(path) == ()
+
+
+def test_commands_need_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list"]) == 2
+    assert "--keys-file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "127.8.8.8"])
+def test_this_machine_alone_may_be_let_in_without_keys(host: str) -> None:
+    assert admit(Settings.parse([f"--host={host}"])) is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
+def test_others_are_let_in_only_when_told(host: str, path: Path) -> None:
+    with pytest.raises(KeyringError, match=r"--keys-file .* or --open"):
+        admit(Settings.parse([f"--host={host}"]))
+    assert admit(Settings.parse([f"--host={host}", "--open"])) is None
+    assert isinstance(admit(Settings.parse([f"--host={host}", f"--keys-file={path}"])), Keyring)
+
+
+def test_no_key_is_equal_to_another(path: Path) -> None:
+    keys = [add(path, "same")[0] for _ in range(20)]
+    assert len({key.id for key in keys}) == len({key.sha256 for key in keys}) == 20
+    assert all(isinstance(key, ApiKey) for key in read(path))

@@ -1,0 +1,88 @@
+"""Lanes: one for each bundle, none in another's way; and what a bundle's digests tell apart."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditserve.model.spec.bundle import BundleError
+from ditserve.service.identity import bundle_digest, vocabulary_digest
+from ditserve.service.served_models import namespace_of, open_lanes
+from ditserve.service.settings import Settings
+from tests.service.tiny_bundle import MANIFEST
+
+FITTING = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+
+
+def write(folder: Path, **fields: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps({**MANIFEST.model_dump(mode="json"), **fields}))
+    return folder
+
+
+def made(**options: Any) -> Settings:
+    return Settings(**options)
+
+
+def test_each_bundle_has_its_own_part_of_redis(tmp_path: Path) -> None:
+    folders = [write(tmp_path / name, name=name) for name in ("one", "two", "Two")]
+    settings = made(bundle=",".join(map(str, folders)), namespace="fleet")
+    lanes = open_lanes(settings, verify=True)
+    assert [lane.name for lane in lanes] == ["one", "two", "Two"]
+    assert [lane.namespace for lane in lanes[:2]] == ["fleet", "fleet-two"]
+    assert len({lane.namespace for lane in lanes}) == 3
+    own = lanes[1].settings(settings)
+    assert (own.bundle, own.namespace) == (str(folders[1]), "fleet-two")
+    assert open_lanes(own, verify=True)[0].namespace == "fleet-two", "as the worker opens it"
+
+
+def test_two_bundles_of_one_name_are_refused(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "one"), write(tmp_path / "other")
+    with pytest.raises(BundleError, match=f"{one} and {other} both hold tiny: models served together"):
+        open_lanes(made(bundle=f"{one},{other}"), verify=True)
+
+
+@pytest.mark.parametrize("name", ["a", "A", "a.b", "a-b", "a" * 100, "A" * 100, "dit_1.0"])
+@pytest.mark.parametrize("first", ["dit", "d" * 32])
+def test_a_namespace_is_fit_for_redis_whatever_the_name(first: str, name: str) -> None:
+    assert FITTING.fullmatch(namespace_of(first, name))
+    others = {
+        namespace_of(first, each) for each in ("a", "A", "a.b", "a-b", "a" * 100, "A" * 100) if each != name
+    }
+    assert namespace_of(first, name) not in others
+
+
+def test_a_bundle_is_what_its_link_led_to(tmp_path: Path) -> None:
+    old, new = write(tmp_path / "old", version="1"), write(tmp_path / "new", version="2")
+    link = tmp_path / "current"
+    link.symlink_to(old)
+    settings = made(bundle=str(link))
+    (lane,) = open_lanes(settings, verify=True)
+    link.unlink()
+    link.symlink_to(new)
+    assert lane.settings(settings).bundle == str(old), "a worker that starts later serves what the others do"
+    assert lane.reopened(verify=True).bundle.manifest.version == "2"
+
+
+def test_another_model_does_not_take_a_lane_over(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle")
+    (lane,) = open_lanes(made(bundle=str(folder)), verify=True)
+    write(folder, name="huge")
+    with pytest.raises(BundleError, match="holds huge where tiny is served: restart"):
+        lane.reopened(verify=True)
+
+
+def test_digests_tell_bundles_and_vocabularies_apart() -> None:
+    version = MANIFEST.model_copy(update={"version": "2"})
+    assert bundle_digest(version) != bundle_digest(MANIFEST)
+    assert vocabulary_digest(version) == vocabulary_digest(MANIFEST)
+    label, style = MANIFEST.factors
+    renamed = label.model_copy(update={"name": "kind"})
+    turned = label.model_copy(update={"classes": label.classes[::-1]})
+    others = [(style, label), (renamed, style), (turned, style), (label,)]
+    digests = {vocabulary_digest(MANIFEST.model_copy(update={"factors": factors})) for factors in others}
+    assert len(digests | {vocabulary_digest(MANIFEST)}) == 5
