@@ -26,7 +26,7 @@ import numpy.typing as npt
 from ditserve.bench.record import Neighbours, save
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.backends import CONDITIONER_ROWS, Backend, load_backend
-from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
@@ -80,7 +80,7 @@ class NoBackend:
 
 
 class FlatCosts(CostModel):
-    """Learns nothing of a network that takes no time; its knee stays at the cap."""
+    """Learns nothing of a network that takes no time; its best batch stays at the cap."""
 
     def observe(self, rows: int, seconds: float) -> None:
         super().observe(rows, self.fixed_s + self.per_row_s * rows)
@@ -123,7 +123,7 @@ def open_engine(backend: Backend, costs: CostModel, *, rows: int, strict: bool =
     ladder = Ladder(RUNGS)
     return Engine(
         backend=backend,
-        conditions=Conditions(backend),
+        conditions=ConditionCaches(backend),
         scheduler=Scheduler(max_rows=rows, strict=strict),
         planner=Planner(ladder),
         ladder=ladder,

@@ -27,7 +27,7 @@ from ditserve.bench.arrivals import Arrival
 from ditserve.bench.curves import Curve
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.jobs import LoadSnapshot, WorkerState
-from ditserve.service.planning.admission import Newcomer, admit
+from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
@@ -49,7 +49,7 @@ class Arm:
         "step"  # what a batch is made of: whole requests, or steps of whoever is there
     )
     order: Literal["fifo", "deadline"] = "deadline"
-    cap: int | None = None  # rows of a batch; None: the cost model's knee
+    cap: int | None = None  # rows of a batch; None: the cost model's choice
     admission: bool = True
     degrade: bool = True  # admission may take a request at a lower rung
     laxity: bool = True  # who has no time to lose goes first
@@ -72,7 +72,7 @@ class Site:
 
 
 class Sample:
-    """One request on its way; satisfies the scheduler's `Waiting`."""
+    """One request on its way; satisfies the scheduler's `Schedulable`."""
 
     def __init__(self, index: int, arrival: Arrival, asked: Rung, floor: Rung, due: float) -> None:
         self.id = str(index)
@@ -140,8 +140,8 @@ class Worker:
         self.state = self._state(0.0)
 
     @property
-    def knee(self) -> int:
-        return self.arm.cap or self.costs.knee(self.site.curve.max_rows)
+    def saturation_rows(self) -> int:
+        return self.arm.cap or self.costs.saturation_rows(self.site.curve.max_rows)
 
     @property
     def room(self) -> int:
@@ -159,7 +159,9 @@ class Worker:
             self.batch = ()
             return None
         pass_s = self.costs.predict if self.arm.laxity else _instant
-        self.batch = self.scheduler.next_batch(self.samples, self.knee, now=now, seconds=pass_s).samples
+        self.batch = self.scheduler.next_batch(
+            self.samples, self.saturation_rows, now=now, seconds=pass_s
+        ).samples
         seconds = self.site.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
         self.costs.observe(len(self.batch), seconds)
         return now + seconds
@@ -198,7 +200,7 @@ class Worker:
             backlog_rows=sum(sample.remaining for sample in self.samples),
             last_step_age_s=0.0,
             updated_at=now,
-            dues=self.planner.dues(self._planned(), now, self.costs, max_rows=self.site.curve.max_rows),
+            dues=self.planner.demand(self._planned(), now, self.costs, max_rows=self.site.curve.max_rows),
         )
 
     def _planned(self) -> list[PlannedSample]:
@@ -272,7 +274,7 @@ class Fleet:
             workers=tuple(worker.state for worker in self.workers),
             taken_at=now,
         )
-        newcomer = Newcomer(
+        newcomer = AdmissionRequest(
             rung=sample.asked,
             guidance_scale=1.0,
             samples=1,
@@ -308,7 +310,9 @@ class Fleet:
         if worker.samples or not self.queue:
             return 0
         steps = self.queue[0].asked.steps
-        batch = list(islice((sample for sample in self.queue if sample.asked.steps == steps), worker.knee))
+        batch = list(
+            islice((sample for sample in self.queue if sample.asked.steps == steps), worker.saturation_rows)
+        )
         chosen = set(map(id, batch))
         rest = [sample for sample in self.queue if id(sample) not in chosen]
         self.queue = deque([*batch, *rest])

@@ -30,9 +30,17 @@ from ditserve.bench.fleet import Fleet, Site
 from ditserve.bench.plots import RESULTS, draw_lines
 from ditserve.bench.record import Neighbours, save
 from ditserve.bench.simulate import ARMS, PATIENT
-from ditserve.service.jobs import ConditionTerm, Due, Image, Job, JobResult, LoadSnapshot, WorkerState
+from ditserve.service.jobs import (
+    ConditionTerm,
+    DemandBucket,
+    Image,
+    Job,
+    JobResult,
+    LoadSnapshot,
+    WorkerState,
+)
 from ditserve.service.launch.valkey import start_valkey
-from ditserve.service.planning.admission import Newcomer, admit
+from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.queue.broker import Broker
 
 CALLERS = 16
@@ -125,7 +133,7 @@ def state(k: int, now: float) -> WorkerState:
         backlog_rows=1000,
         last_step_age_s=0.0,
         updated_at=now,
-        dues=tuple(Due(now + 2.0**h, 80, 80) for h in range(HORIZONS)),
+        dues=tuple(DemandBucket(now + 2.0**h, 80, 80) for h in range(HORIZONS)),
     )
 
 
@@ -194,7 +202,7 @@ def admission(workers: int, calls: int) -> Measured:
     now = time.time()
     ladder = LADDERS["ddim"]
     load = LoadSnapshot(10_000, 200_000, 1.0, tuple(state(k, now) for k in range(workers)), now)
-    newcomer = Newcomer(ladder.rungs[0], 1.0, 1, now + 60.0, True, 1)
+    newcomer = AdmissionRequest(ladder.rungs[0], 1.0, 1, now + 60.0, True, 1)
     spent = []
     for _ in range(calls):
         began = time.perf_counter()

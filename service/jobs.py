@@ -77,10 +77,10 @@ class Job:
     admitted: Rung | None = None  # the one it was admitted on, `requested` or below it; None likewise
 
     @property
-    def due(self) -> Due:
-        """The work of it, by when."""
+    def demand(self) -> DemandBucket:
+        """The whole job as one bucket of demand."""
         at = inf if self.deadline_at is None else self.deadline_at
-        return Due(at, self.cost_rows, self.floor_rows or self.cost_rows)
+        return DemandBucket(at, self.cost_rows, self.floor_rows or self.cost_rows)
 
     def to_bytes(self) -> bytes:
         return pack(_fields(self))
@@ -205,8 +205,11 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
-    """Row-steps due at `at` (infinite: at no time): as planned, and at the lowest rungs their requests consent to."""
+class DemandBucket:
+    """Row-steps due at `at` (infinite: at no time): as planned, and at the lowest rungs their requests consent to.
+
+    The names of the fields are those on the wire.
+    """
 
     at: float
     rows: int
@@ -241,7 +244,9 @@ class WorkerState:
     last_step_age_s: float
     updated_at: float
     network: Network = Network()
-    dues: tuple[Due, ...] = ()  # the backlog by deadline; empty where there is none or it is not told
+    dues: tuple[
+        DemandBucket, ...
+    ] = ()  # the backlog by deadline; empty where there is none or it is not told
     bundle: str = ""  # digest of the manifest it serves
     given_rows: int = 0  # by the queue, ever: what it was given later is not in the backlog
 
@@ -253,7 +258,7 @@ class WorkerState:
         """Raises `WireError` for anything but a worker state of this schema version."""
         fields = unpack(data)
         try:
-            dues = tuple(Due(**due) for due in fields.pop("dues", ()))
+            dues = tuple(DemandBucket(**bucket) for bucket in fields.pop("dues", ()))
             network = Network(**fields.pop("network", {}))
             return cls(models=tuple(fields.pop("models")), dues=dues, network=network, **fields)
         except (KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""A rung: one operating point of a model. Pure."""
+"""The rung: one operating point of a model. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One operating point. `quality` is its measured distance to the reference sampler: 0 is as good, lower is better."""
+    """One operating point: a solver, its steps, their grid, and the noise levels at which guidance acts.
+
+    `guidance_interval` is in 0..1 of the noise range. `quality` is the measured distance to the reference sampler: 0 is as
+    good, lower is better.
+    """
 
     name: str
     solver: str
@@ -22,6 +26,6 @@ class Rung:
 
     @classmethod
     def from_wire(cls, fields: Mapping[str, Any]) -> Rung:
-        """Return the rung whose fields these are; raises `TypeError`, `KeyError` or `ValueError` if they are not."""
+        """Return the rung with these fields. Raises `TypeError`, `KeyError` or `ValueError` if they are not those of one."""
         low, high = fields["guidance_interval"]
         return cls(**{**fields, "guidance_interval": (low, high)})

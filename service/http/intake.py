@@ -19,8 +19,8 @@ from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.sizes import Extent, as_a_whole, in_windows, written
 from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus
-from ditserve.service.planning.admission import NO_WORKER, Admission, Newcomer, admit
-from ditserve.service.planning.capacity import drained
+from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest, admit
+from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import finite
 from ditserve.service.queue.backplane import Queue
@@ -89,7 +89,7 @@ class Intake:
                 return self._again(known, fingerprint)
         now = time.time()
         deadline_at = self._deadline(request, now)
-        newcomer = Newcomer(
+        newcomer = AdmissionRequest(
             rung=rung,
             guidance_scale=self._guidance(request),
             samples=request.n,
@@ -187,7 +187,7 @@ class Intake:
         except ValueError as error:
             raise wrong("size", str(error)) from None
 
-    async def _admit(self, newcomer: Newcomer, now: float) -> Admission:
+    async def _admit(self, newcomer: AdmissionRequest, now: float) -> Admission:
         admission = admit(newcomer, await self.load(), ladder=self.ladder, now=now)
         if admission.accepted:
             return admission
@@ -262,7 +262,7 @@ class Intake:
         try:
             return await self._queue.submit(job, at_once=caller.at_once)
         except QueueFull as error:
-            wait = finite(drained(await self.load()) * _FREED)
+            wait = finite(drain_time(await self.load()) * _FREED)
             raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
 
     async def _known(self, job: Job) -> JobStatus:

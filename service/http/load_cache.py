@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from ditserve.service.jobs import Job, LoadSnapshot
-from ditserve.service.planning.capacity import dues_of
+from ditserve.service.planning.demand import demand_of
 from ditserve.service.queue.backplane import Queue
 
 LOAD_FRESH_S = 0.1
@@ -48,7 +48,7 @@ class LoadCache:
         if self._load is None or not self._load.workers:
             return
         least, *others = sorted(self._load.workers, key=lambda worker: worker.backlog_rows)
-        backlog, dues = least.backlog_rows + job.cost_rows, (*dues_of(least), job.due)
+        backlog, dues = least.backlog_rows + job.cost_rows, (*demand_of(least), job.demand)
         running = least.running_samples + len(job.seeds)
         least = replace(least, backlog_rows=backlog, dues=dues, running_samples=running)
         self._load = replace(self._load, workers=(least, *others))

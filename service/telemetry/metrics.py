@@ -26,7 +26,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ditserve.service.jobs import LoadSnapshot
-from ditserve.service.planning.capacity import drained
+from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.load import saturation
 from ditserve.service.telemetry.gpus import gpus
 
@@ -136,7 +136,7 @@ def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
         "dit_workers": ("Workers alive", len(workers)),
         "dit_running_samples": ("Samples being denoised", sum(each.running_samples for each in workers)),
         "dit_backlog_rows": ("Row-steps claimed and not yet run", sum(each.backlog_rows for each in workers)),
-        "dit_backlog_seconds": ("Predicted time to run all that is claimed and waiting", drained(load)),
+        "dit_backlog_seconds": ("Predicted time to run all that is claimed and waiting", drain_time(load)),
         "dit_saturation_ratio": (
             "Demand over capacity: samples running and jobs waiting, by rows",
             saturation(load),

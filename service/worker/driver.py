@@ -19,7 +19,7 @@ import structlog
 from ditserve.service.engine.samples import Failed, SampleRequest, StepReport
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import InternalError, ServiceError
-from ditserve.service.jobs import Due
+from ditserve.service.jobs import DemandBucket
 from ditserve.service.planning.costs import CostModel
 
 Start = tuple[SampleRequest, Snapshot | None]  # a sample, and where it stands if it has begun elsewhere
@@ -47,7 +47,7 @@ class Stepper(Protocol):
     def free_samples(self) -> int: ...
     @property
     def backlog_rows(self) -> int: ...
-    def dues(self) -> tuple[Due, ...]: ...
+    def demand(self) -> tuple[DemandBucket, ...]: ...
     def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None: ...
     def export(self, sample_id: str) -> Snapshot | None: ...
     def cancel(self, sample_id: str) -> None: ...
@@ -63,7 +63,7 @@ class Pace:
     fixed_s: float
     per_row_s: float
     decode_s: float
-    knee: int
+    saturation_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Beat:
     crashed: tuple[Failed, ...]  # all that was running when a step raised
     progress: Mapping[str, tuple[int, int]]
     backlog_rows: int
-    dues: tuple[Due, ...]  # the backlog by deadline
+    demand: tuple[DemandBucket, ...]  # the backlog by deadline
     stepped_at: float
     pace: Pace
 
@@ -147,7 +147,7 @@ class Driver:
 
     def _pace(self) -> Pace:
         costs = self._engine.costs
-        return Pace(costs.fixed_s, costs.per_row_s, costs.decode_s, costs.knee(self._max_rows))
+        return Pace(costs.fixed_s, costs.per_row_s, costs.decode_s, costs.saturation_rows(self._max_rows))
 
     def _run(self) -> None:
         while True:
@@ -225,7 +225,7 @@ class Driver:
                 crashed=tuple(told.crashed),
                 progress=engine.progress(),
                 backlog_rows=engine.backlog_rows,
-                dues=engine.dues(),
+                demand=engine.demand(),
                 stepped_at=self._stepped_at,
                 pace=self._pace(),
             )

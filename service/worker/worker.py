@@ -16,7 +16,7 @@ import structlog
 from ditserve.model.spec.bundle import Factor
 from ditserve.service.engine.samples import Failed, Finished, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
-from ditserve.service.jobs import Claim, Due, Lease, Network, Renewal, WorkerState
+from ditserve.service.jobs import Claim, DemandBucket, Lease, Network, Renewal, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
@@ -192,7 +192,7 @@ class Worker:
         if self._beat is None or any(job.alone for job in self._jobs.values()):
             return 0
         held = sum(job.missing for job in self._jobs.values())
-        wanted = self._beat.pace.knee + self.policy.lookahead_rows // self._reporting.peers
+        wanted = self._beat.pace.saturation_rows + self.policy.lookahead_rows // self._reporting.peers
         rows = wanted - sum(job.rows for job in self._jobs.values())
         return max(0, min(self._slots - held, (rows + 1) // 2))
 
@@ -328,7 +328,7 @@ class Worker:
             decode_s=pace.decode_s,
             running_samples=len(self._samples),
             backlog_rows=self._beat.backlog_rows + sum(due.rows for due in fresh),
-            dues=self._beat.dues + fresh,
+            dues=self._beat.demand + fresh,
             network=self._network,
             bundle=self._bundle,
             given_rows=self._broker.given_rows(self.name),
@@ -336,10 +336,10 @@ class Worker:
             updated_at=now,
         )
 
-    def _fresh(self, beat: Beat) -> tuple[Due, ...]:
+    def _fresh(self, beat: Beat) -> tuple[DemandBucket, ...]:
         """What was claimed since the engine last said how it stands: a step may take seconds."""
         return tuple(
-            job.job.due
+            job.job.demand
             for job in self._jobs.values()
             if all(each.id in self._samples and each.id not in beat.progress for each in job.requests)
         )

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.jobs import Due
+from ditserve.service.jobs import DemandBucket
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import DEADLINE, LOAD, ROOM, Change, PlannedSample, Planner, Policy
@@ -65,7 +65,7 @@ def after(samples: Sequence[PlannedSample], changes: Sequence[Change]) -> list[P
 def holds(samples: Sequence[PlannedSample], now: float = 0.0, margin: float = Policy().margin) -> bool:
     """The demand test, written as plainly as possible."""
     rows = sum(2 if each.guided else 1 for each in samples)
-    batch = min(line().knee(MAX_ROWS), rows)
+    batch = min(line().saturation_rows(MAX_ROWS), rows)
     tick = line().predict(batch)
     dated = sorted((s for s in samples if s.deadline_at is not None), key=lambda s: s.deadline_at or inf)
     demand = 0
@@ -281,10 +281,10 @@ def test_planning_64_samples_takes_less_than_a_millisecond() -> None:
     assert min(took) < 1e-3
 
 
-class TestDues:
+class TestDemand:
     @staticmethod
-    def dues(crowd: Sequence[PlannedSample], now: float = 0.0) -> tuple[Due, ...]:
-        return Planner(LADDER).dues(crowd, now, line(), max_rows=MAX_ROWS)
+    def demand(crowd: Sequence[PlannedSample], now: float = 0.0) -> tuple[DemandBucket, ...]:
+        return Planner(LADDER).demand(crowd, now, line(), max_rows=MAX_ROWS)
 
     def test_rows_are_told_by_when_they_are_due_and_by_what_may_be_cut(self) -> None:
         crowd = [
@@ -293,7 +293,7 @@ class TestDues:
             sample("refuses", 4050.0, allow_degraded=False),
             sample("free", None, guided=True),
         ]
-        soon, later, never = self.dues(crowd)
+        soon, later, never = self.demand(crowd)
         tick = line().predict(5)
         assert soon.at == pytest.approx(100.0 - 4 * tick)
         assert (soon.rows, soon.floor_rows) == (5, 3)
@@ -303,26 +303,28 @@ class TestDues:
 
     def test_a_step_is_due_as_much_sooner_than_the_last_as_those_after_it_take(self) -> None:
         tick = line().predict(1)
-        dues = self.dues([sample(deadline=60 * tick, allow_degraded=False)])
-        assert sum(due.rows for due in dues) == 50
-        for due in dues:
-            by_then = sum(other.rows for other in dues if other.at < due.at)
-            assert due.at == pytest.approx((11 + by_then) * tick)
-        assert len(dues) == 6  # from 11 to 60: two in an octave
+        buckets = self.demand([sample(deadline=60 * tick, allow_degraded=False)])
+        assert sum(bucket.rows for bucket in buckets) == 50
+        for bucket in buckets:
+            by_then = sum(other.rows for other in buckets if other.at < bucket.at)
+            assert bucket.at == pytest.approx((11 + by_then) * tick)
+        assert len(buckets) == 6  # from 11 to 60: two in an octave
 
     def test_larger_rows_count_for_more(self) -> None:
-        dues = self.dues([sample(row_cost=2.5)])
-        assert sum(due.rows for due in dues) == pytest.approx(125, abs=len(dues))
+        buckets = self.demand([sample(row_cost=2.5)])
+        assert sum(bucket.rows for bucket in buckets) == pytest.approx(125, abs=len(buckets))
 
     @quick
     @given(crowds())
     def test_nothing_is_left_out_and_little_is_said(self, crowd: list[PlannedSample]) -> None:
-        dues = self.dues(crowd)
+        buckets = self.demand(crowd)
         rows = sum(LADDER.rows_left(s.rung, s.remaining_steps, s.timestep, s.guided) for s in crowd)
-        assert rows <= sum(due.rows for due in dues) <= rows + len(dues)
-        assert sum(due.floor_rows for due in dues) <= sum(due.rows for due in dues) + len(dues)
-        assert [due.at for due in dues] == sorted(due.at for due in dues)
-        assert len(dues) <= 30
+        assert rows <= sum(bucket.rows for bucket in buckets) <= rows + len(buckets)
+        assert sum(bucket.floor_rows for bucket in buckets) <= sum(bucket.rows for bucket in buckets) + len(
+            buckets
+        )
+        assert [bucket.at for bucket in buckets] == sorted(bucket.at for bucket in buckets)
+        assert len(buckets) <= 30
 
 
 def test_a_sample_of_larger_rows_is_cut_for_its_deadline_sooner() -> None:
