@@ -13,8 +13,8 @@ Interval = tuple[float, float]
 class Rung:
     """One operating point: a solver, its steps, their grid, and the noise levels at which guidance acts.
 
-    `guidance_interval` is in 0..1 of the noise range. `quality` is the measured distance to the reference sampler: 0 is as
-    good, lower is better.
+    `guidance_interval` is in 0..1 of the noise range. `quality` is the measured distance to the reference
+    sampler: 0 is as good, lower is better.
     """
 
     name: str
@@ -26,6 +26,6 @@ class Rung:
 
     @classmethod
     def from_wire(cls, fields: Mapping[str, Any]) -> Rung:
-        """Return the rung with these fields. Raises `TypeError`, `KeyError` or `ValueError` if they are not those of one."""
+        """Return the rung with these fields; raise `TypeError`, `KeyError` or `ValueError` if it is none."""
         low, high = fields["guidance_interval"]
         return cls(**{**fields, "guidance_interval": (low, high)})

@@ -1,9 +1,9 @@
-"""Overlapping windows over a picture larger than the network's own size: where they lie, and how to blend their predictions.
+"""Overlapping windows over a picture larger than the network's own size, and the blend of their predictions.
 
-MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113): at every step each window is predicted by itself, and the prediction
-at a pixel is the weighted mean over the windows that contain it. The weight of a window falls smoothly to its edges (a raised
-cosine, never zero), so that no seam is seen. The weights at a pixel sum to one. Sizes are in latent pixels, height first.
-Pure.
+MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113): at every step each window is predicted by itself, and
+the prediction at a pixel is the weighted mean over the windows that contain it. The weight of a window falls
+smoothly to its edges (a raised cosine, never zero), so that no seam is seen. The weights at a pixel sum to
+one. Sizes are in latent pixels, height first. Pure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ Size = tuple[int, int]  # height and width in latent pixels
 
 
 def starts(side: int, window: int) -> tuple[int, ...]:
-    """Return where windows begin along a side at least as long: every half window, the last one flush with the end.
+    """Return the starts of windows along a side at least as long as a window.
+
+    They are half a window apart, and the last window is flush with the end.
 
     Example: windows of 16 along a side of 25 begin at 0, 8 and 9.
     """
@@ -34,7 +36,7 @@ def count(size: Size, window: Size) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Windows:
-    """The `n` windows over latents of `size`: the upper left corner of each, row by row, and its weights (n, h, w)."""
+    """The `n` windows over latents of `size`, row by row: upper left corners, and weights (n, h, w)."""
 
     size: Size
     window: Size

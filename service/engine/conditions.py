@@ -1,9 +1,9 @@
 """The two exact caches in front of the conditioner, so that a condition is computed once.
 
-`EmbeddingCache` maps a condition (classes, a text, mixes of them) to its embedding. `ModulationCache` maps (timestep,
-condition) to the condition state that modulates the backbone. Both call the backend at one fixed batch size, however few
-rows they need: a value then does not depend on the rows beside it, so images are equal to the last bit with the caches on,
-off, cold or warm.
+`EmbeddingCache` maps a condition (classes, a text, mixes of them) to its embedding. `ModulationCache` maps
+(timestep, condition) to the condition state that modulates the backbone. Both call the backend at one fixed
+batch size, however few rows they need: a value then does not depend on the rows beside it, so images are
+equal to the last bit with the caches on, off, cold or warm.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class EmbeddingCache(CacheCounters):
         self._embeddings: OrderedDict[Term, Floats] = OrderedDict()
 
     def get(self, terms: Sequence[ConditionTerm], mix: Mix = "linear") -> Condition:
-        """Return the condition of `terms`. Weights count relative to their sum; the order of terms does not matter.
+        """Return the condition of `terms`; weights count relative to their sum, the order of terms does not.
 
         Raises:
-            InvalidRequest: the weights do not sum to something positive, or there is a text and the model takes none.
+            InvalidRequest: the weights do not sum to more than 0, or there is text and the model takes none.
         """
         weights: dict[Term, float] = {}
         for term in terms:
@@ -118,7 +118,8 @@ class EmbeddingCache(CacheCounters):
 class SlotLru(Generic[K]):
     """The assignment of keys to `slots` numbered slots; the least recently used key leaves first.
 
-    A pinned key never leaves. Pinned keys take at most half of the slots, so `evictable` slots always go round.
+    A pinned key never leaves. Pinned keys take at most half of the slots, so `evictable` slots stay for
+    the others.
     """
 
     def __init__(self, slots: int) -> None:
@@ -152,7 +153,7 @@ class SlotLru(Generic[K]):
 
         With `pin` the key stays for good, as long as the half for pinned keys is not full.
         """
-        # A slot is never given back, only handed on: while some are unused, the count of keys is the next one.
+        # A slot is never given back, only handed on: the count of keys is the next one that is unused.
         slot = len(self)
         if slot == self._slots:
             _, slot = self._recent.popitem(last=False)
@@ -167,10 +168,10 @@ class SlotLru(Generic[K]):
 class ModulationCache(CacheCounters):
     """(timestep, condition) → condition state, exact, in one preallocated block of at most `capacity` bytes.
 
-    The states of the condition with the key `pinned` stay, within half of the block: it is the null class, which every
-    guided request needs. The states that a batch misses are computed together, and the rows left over in a conditioner
-    call are spent on what its samples need next. A batch too large for the block, or any with a capacity of 0, bypasses
-    the cache: its states are computed and not kept.
+    The states of the condition with the key `pinned` stay, within half of the block: it is the null class,
+    which every guided request needs. The states that a batch misses are computed together, and the rows left
+    over in a conditioner call are spent on what its samples need next. A batch too large for the block, or
+    any with a capacity of 0, bypasses the cache: its states are computed and not kept.
     """
 
     def __init__(self, backend: Backend, *, capacity: int, pinned: bytes) -> None:
@@ -182,8 +183,8 @@ class ModulationCache(CacheCounters):
         slots = capacity // self.entry_bytes
         self._blocks: tuple[Floats, ...] = tuple(np.empty((slots, *shape), np.float32) for shape in shapes)
         self._lru: SlotLru[StateKey] = SlotLru(slots)
-        # A batch and the prefetch of one call must fit beside each other in the slots that go round. Then loading the
-        # states of a batch never evicts one that the same batch needs.
+        # A batch and the prefetch of one call must fit beside each other in the evictable slots. Then
+        # loading the states of a batch never evicts one that the same batch needs.
         self._max_batch_states = self._lru.evictable - self._call_rows
 
     def gather(
@@ -192,9 +193,12 @@ class ModulationCache(CacheCounters):
         upcoming: Iterable[ConditionerInput],
         out: tuple[Floats, ...],
     ) -> None:
-        """Write the states of `inputs` to the first rows of `out`: one array a state tensor, in the manifest's order.
+        """Write the states of `inputs` to the first rows of `out`.
 
-        `upcoming` is what these samples need next, soonest first. It is read only as far as a call has rows to spare.
+        `out` has one array a state tensor, in the manifest's order.
+
+        `upcoming` is what these samples need next, soonest first. It is read only as far as a call has rows
+        to spare.
         """
         keys = [(timestep, condition.key) for timestep, condition in inputs]
         if len(set(keys)) > self._max_batch_states:

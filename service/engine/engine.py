@@ -1,9 +1,9 @@
 """The engine: many samples, each somewhere on its own trajectory, one forward pass at a time.
 
-Samples of one image size share each pass; the windows of larger images share those of the bundle's own size. The sizes take
-turns. Synchronous and single-threaded: one thread calls everything here. The engine knows no queue, no HTTP and no file:
-requests come in as values, results go out in the report of a step. The image of a sample depends on its request and its
-trajectory alone, not on the samples beside it.
+Samples of one image size share each pass; the windows of larger images share those of the bundle's own size.
+The sizes take turns. Synchronous and single-threaded: one thread calls everything here. The engine knows no
+queue, no HTTP and no file: requests come in as values, results go out in the report of a step. The image of a
+sample depends on its request and its trajectory alone, not on the samples beside it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRAJECTORIES_KEPT: Final = 256  # from noise: most requests ask for the same few
 
 
 class Engine:
-    """Runs up to `slots` samples.
+    """The engine of one bundle, for up to `slots` samples at a time.
 
     Args:
         costs: the cost model of passes at the bundle's own size.
@@ -66,20 +66,22 @@ class Engine:
         self._make_trajectory = lru_cache(TRAJECTORIES_KEPT)(partial(make_trajectory, schedule=schedule))
         self._samples: dict[str, Sample] = {}
         self._slots = slots
-        # Twice the cap: a guided sample alone may exceed a cap of one row, and a batch is padded past its end.
+        # Twice the cap: a guided sample alone may exceed a cap of one row, and a batch may be padded.
         self._rows = 2 * scheduler.max_rows
         self._forward = ForwardPass(backend, conditions, scheduler, rows=self._rows)
         height, width = backend.manifest.config.image_size
         self._groups = Groups((height, width), scheduler, costs, self._make_pool)
 
     def step(self, queued_rows: int = 0) -> StepReport:
-        """Take the next step of the most urgent samples. If deadlines have passed, report those alone and take no step.
+        """Take the next step of the most urgent samples.
+
+        If deadlines have passed, it reports those samples alone and takes no step.
 
         `queued_rows` is this worker's share of what still waits in the queue, for the planner to see.
 
         Raises:
-            MemoryError: not even the smallest batch fits. Like any other error of the backend it leaves every latent as
-                it was before the step.
+            MemoryError: not even the smallest batch fits. Like any other error of the backend it leaves every
+                latent as it was before the step.
         """
         began = self.clock()
         decoded_at = began + self.costs.decode_s  # when the image of a sample that is done now would be there
@@ -108,11 +110,12 @@ class Engine:
         return StepReport(finished, failed, previews, changes, batch.stop_reason, rows, seconds, predicted_s)
 
     def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None:
-        """Let a sample join at the next step: from noise, or from where another engine of this bundle left it.
+        """Let a sample join at the next step, from noise or where another engine of this bundle left it.
 
         Raises:
             InvalidRequest: its condition cannot be mixed, or the backend does not run its size.
-            ValueError: its id is running already, there is no free slot, its rung is not one, or its snapshot does not fit.
+            ValueError: its id is running already, there is no free slot, its rung is not one, or its snapshot
+                does not fit.
         """
         if request.id in self._samples:
             raise ValueError(f"sample {request.id} is running already")
@@ -143,7 +146,7 @@ class Engine:
         self._samples[request.id] = sample
 
     def export(self, sample_id: str) -> Snapshot | None:
-        """Return a snapshot for `add` to continue from; None before the first step, or if no such sample is running."""
+        """Return a snapshot for `add` to continue; None before the first step, or if no such sample runs."""
         sample = self._samples.get(sample_id)
         if sample is None or not sample.taken:
             return None
@@ -157,14 +160,17 @@ class Engine:
             self._groups.remove(sample)
 
     def hand_back(self) -> tuple[str, ...]:
-        """Drop every sample and return their ids, for another engine to run: their seeds give the same images there."""
+        """Drop every sample and return their ids, for another engine to run.
+
+        Their seeds give the same images there.
+        """
         ids = tuple(self._samples)
         for sample_id in ids:
             self.cancel(sample_id)
         return ids
 
     def warm_up(self, budget_s: float = 1.0) -> None:
-        """Teach the cost model by passes at growing batch sizes, for about `budget_s` seconds (see `warm_up`)."""
+        """Teach the cost model by passes at growing batch sizes, for about `budget_s` seconds."""
         warm_up(
             self._forward,
             self._groups,
@@ -246,7 +252,7 @@ class Engine:
     def _finish(
         self, stepped: Sequence[Stepped], began: float, now: float
     ) -> tuple[tuple[Finished, ...], tuple[Failed, ...], tuple[Preview, ...]]:
-        """Count the step of each sample; drop those that are done or not finite; take the previews asked for."""
+        """Count the step of each sample, drop those that are done or not finite, take previews."""
         finished: list[Finished] = []
         failed: list[Failed] = []
         previews: list[Preview] = []

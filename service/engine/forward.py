@@ -15,7 +15,7 @@ from ditserve.model.spec.diffusion import guided
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput
 from ditserve.service.engine.groups import Group
-from ditserve.service.engine.latent_pool import Floats, Gathered, LatentPool
+from ditserve.service.engine.latent_pool import Floats, Gathered
 from ditserve.service.engine.row_layout import RowLayout, WindowRows
 from ditserve.service.engine.samples import Sample
 from ditserve.service.engine.scheduler import Scheduler
@@ -34,7 +34,6 @@ class Stepped(NamedTuple):
 class Prediction:
     """The guided network output (n, C, H, W) for n samples whose latents were gathered from one pool."""
 
-    pool: LatentPool
     gathered: Gathered
     samples: Sequence[Sample]
     coefficients: StepCoefficients
@@ -43,12 +42,13 @@ class Prediction:
     def advance(self) -> Iterator[Stepped]:
         """Take the solver step of these samples."""
         generators = [sample.generator for sample in self.samples]
-        estimates, finite = self.pool.advance(self.gathered, self.output, self.coefficients, generators)
+        pool, coefficients = self.gathered.pool, self.coefficients
+        estimates, finite = pool.advance(self.gathered, self.output, coefficients, generators)
         return map(Stepped, self.samples, estimates, finite.tolist())
 
 
 class ForwardPass:
-    """The network and what it is conditioned on, in buffers for passes of at most `rows` rows."""
+    """The network with its condition caches and guidance, in buffers for batches of at most `rows` rows."""
 
     def __init__(
         self, backend: Backend, conditions: ConditionCaches, scheduler: Scheduler, *, rows: int
@@ -73,25 +73,22 @@ class ForwardPass:
         """
         layout = RowLayout.of(samples)
         latents, window_latents = self._gather(layout, group)
-        inputs = layout.conditioner_inputs(self._conditions.null)
-        self._conditions.modulations.gather(inputs, self._upcoming(samples), self._state)
+        self._condition(layout, samples)
         output, rows = self._denoise(latents.x, layout.rows, group.row_cost)
-        # A learned variance is dropped: the solvers use that of the schedule.
-        output = output[:, : self._channels]
-        predictions = [self._guide(layout, group.pool, latents, output)] if layout.whole else []
-        for window_rows, (pool, gathered) in zip(layout.windowed, window_latents, strict=True):
-            predictions.append(self._guide_windows(window_rows, pool, gathered, output))
-        return predictions, rows
+        return self._guide(layout, latents, window_latents, output), rows
 
     def run_blank(self, x: Floats) -> None:
-        """Run the network on latents (B, C, H, W) and leftovers of condition state, to see how long it takes."""
+        """Run the network on latents (B, C, H, W) with any condition state, to time it."""
         self._backend.denoise(x, tuple(tensor[: len(x)] for tensor in self._state))
 
     def _buffers(self, rows: int) -> tuple[Floats, ...]:
         return tuple(np.zeros((rows, *entry.shape), np.float32) for entry in self._backend.manifest.state)
 
-    def _gather(self, layout: RowLayout, group: Group) -> tuple[Gathered, list[tuple[LatentPool, Gathered]]]:
-        """Fill the rows of the group's pool: return its latents, and those of each sample in windows with their pool."""
+    def _gather(self, layout: RowLayout, group: Group) -> tuple[Gathered, list[Gathered]]:
+        """Fill the rows of the group's pool with the latents of the batch.
+
+        Return the latents of the whole samples, whose `x` has all rows, and those of each sample in windows.
+        """
         latents = group.pool.gather([group.places[sample.id].slot for sample in layout.whole])
         x = latents.x
         if layout.guided:
@@ -103,8 +100,13 @@ class ForwardPass:
             rows.windows.crop(gathered.x[0], x[rows.conditional])
             if rows.sample.guided:
                 x[rows.unconditional] = x[rows.conditional]
-            window_latents.append((pool, gathered))
+            window_latents.append(gathered)
         return latents, window_latents
+
+    def _condition(self, layout: RowLayout, samples: Sequence[Sample]) -> None:
+        """Fill the condition state of the rows."""
+        inputs = layout.conditioner_inputs(self._conditions.null)
+        self._conditions.modulations.gather(inputs, self._upcoming(samples), self._state)
 
     def _denoise(self, x: Floats, wanted: int, row_cost: float) -> tuple[Floats, int]:
         """Return the network's output for the first `wanted` rows of `x`, and how many rows were run for it.
@@ -137,8 +139,18 @@ class ForwardPass:
                     if trajectory.guided[step]:
                         yield trajectory.timesteps[step], self._conditions.null
 
-    def _guide(self, layout: RowLayout, pool: LatentPool, gathered: Gathered, output: Floats) -> Prediction:
-        """Return the prediction of the samples denoised as a whole, with classifier-free guidance where it acts."""
+    def _guide(
+        self, layout: RowLayout, latents: Gathered, window_latents: Sequence[Gathered], output: Floats
+    ) -> list[Prediction]:
+        """Return the guided predictions: one of all whole samples, and one of each sample in windows."""
+        # A learned variance is dropped: the solvers use that of the schedule.
+        output = output[:, : self._channels]
+        predictions = [self._guide_whole(layout, latents, output)] if layout.whole else []
+        for rows, gathered in zip(layout.windowed, window_latents, strict=True):
+            predictions.append(self._guide_windows(rows, gathered, output))
+        return predictions
+
+    def _guide_whole(self, layout: RowLayout, latents: Gathered, output: Floats) -> Prediction:
         coefficients = StepCoefficients.of_samples([sample.coefficients for sample in layout.whole])
         if layout.guided:
             weight = coefficients.guidance_weight[layout.guided]
@@ -147,12 +159,10 @@ class ForwardPass:
                 output[layout.guided] = guided(
                     output[layout.guided], output[layout.unconditional], weight, self._guided_channels
                 )
-        return Prediction(pool, gathered, layout.whole, coefficients, output[layout.conditional])
+        return Prediction(latents, layout.whole, coefficients, output[layout.conditional])
 
-    def _guide_windows(
-        self, rows: WindowRows, pool: LatentPool, gathered: Gathered, output: Floats
-    ) -> Prediction:
-        """Return the one prediction of a sample in windows: each window's guided output, blended."""
+    def _guide_windows(self, rows: WindowRows, latents: Gathered, output: Floats) -> Prediction:
+        """Guide the output of each window, then blend them to one prediction."""
         coefficients = StepCoefficients.of_samples([rows.sample.coefficients])
         with np.errstate(all="ignore"):
             conditional = output[rows.conditional]
@@ -160,4 +170,4 @@ class ForwardPass:
                 weight = coefficients.guidance_weight
                 conditional = guided(conditional, output[rows.unconditional], weight, self._guided_channels)
             blended = rows.windows.blend(conditional)
-        return Prediction(pool, gathered, (rows.sample,), coefficients, blended[None])
+        return Prediction(latents, (rows.sample,), coefficients, blended[None])

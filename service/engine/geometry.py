@@ -13,8 +13,8 @@ from ditserve.service.windows import Size, Windows, windows_over
 class Geometry:
     """The size of a latent and the rows of one prediction of it; sizes are height and width in latent pixels.
 
-    A latent is one row, or one row a window. `row_size` is the size of a row. `cost` is the tokens of one prediction, in
-    rows of the bundle's own size.
+    A latent is one row, or one row a window. `row_size` is the size of a row. `cost` is the tokens of one
+    prediction, in rows of the bundle's own size.
     """
 
     size: Size
@@ -31,11 +31,11 @@ class Geometry:
 def geometry_of(size: Size | None, *, own: Size, windows: bool, multiple: int | None) -> Geometry:
     """Return the geometry of a request for latents of `size`; None is the bundle's `own`.
 
-    With `windows` it is denoised in overlapping windows of the bundle's own size. `multiple` is what the sides of other
-    sizes must be multiples of; None means that the backend runs no other size.
+    With `windows` it is denoised in overlapping windows of the bundle's own size. `multiple` is what the
+    sides of other sizes must be multiples of; None means that the backend runs no other size.
 
     Raises:
-        InvalidRequest: windows are asked for over a size that is not larger, or the backend does not run the size.
+        InvalidRequest: the size is not larger and windows are asked for, or the backend does not run it.
     """
     size = size or own
     if windows:

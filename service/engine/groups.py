@@ -1,7 +1,7 @@
-"""Samples grouped by the size of their rows: only rows of one size can share a forward pass, so the sizes take turns.
+"""Groups of samples by the size of their rows: only rows of one size share a pass, so the sizes take turns.
 
-A row is a latent as a whole, or a window of one. A sample that is denoised in windows therefore belongs to the group of the
-bundle's own size. The turns are deficit round robin (`DeficitRoundRobin`).
+A row is a latent as a whole, or a window of one. A sample that is denoised in windows therefore belongs to
+the group of the bundle's own size. The turns are deficit round robin (`DeficitRoundRobin`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ G = TypeVar("G", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class GroupDemand:
-    """The work of one group, in tokens or any one unit: what it would run now, and all that it has waiting. Both positive."""
+    """The work of one group, in tokens or any one unit: its next batch, and all that it has waiting.
+
+    Both are positive.
+    """
 
     batch: float
     waiting: float
@@ -32,15 +35,16 @@ class GroupDemand:
 class DeficitRoundRobin(Generic[G]):
     """The order in which groups run: deficit round robin (Shreedhar & Varghese 1995).
 
-    A group's share of the machine is in proportion to what it has waiting, so samples of large and of small groups advance
-    equally fast. Groups are visited in a circle. Every visit adds credit to a group, and the group runs once its credit pays
-    for its batch. A visit adds no less than a `MAX_VISITS`th of the batch, so a group with little to do never starves.
+    A group's share of the machine is in proportion to what it has waiting, so samples of large and of small
+    groups advance equally fast. Groups are visited in a circle. Every visit adds credit to a group, and the
+    group runs once its credit pays for its batch. A visit adds no less than a `MAX_VISITS`th of the batch, so
+    a group with little to do never starves.
 
     A credit lasts as long as its group has something waiting.
 
-    Example: A runs batches of 8 and has 80 waiting, B runs batches of 2 and has 5 waiting. The largest group earns a whole
-    batch at every visit, so a visit adds a tenth of what waits: 8 to A, 0.5 to B. B runs at every fourth visit: 2 for every
-    32 of A, which is 5 to 80.
+    Example: A runs batches of 8 and has 80 waiting, B runs batches of 2 and has 5 waiting. The largest group
+    earns a whole batch at every visit, so a visit adds a tenth of what waits: 8 to A, 0.5 to B. B runs at
+    every fourth visit: 2 for every 32 of A, which is 5 to 80.
     """
 
     def __init__(self) -> None:
@@ -48,7 +52,10 @@ class DeficitRoundRobin(Generic[G]):
         self._credit: dict[G, float] = {}
 
     def next(self, demands: Mapping[G, GroupDemand]) -> G:
-        """Return the group to run now, and charge it for its batch. `demands` has every group with work, at least one."""
+        """Return the group to run now, and charge it for its batch.
+
+        `demands` has every group with work, at least one.
+        """
         self._credit = {group: credit for group, credit in self._credit.items() if group in demands}
         for group in demands:
             self._credit.setdefault(group, 0.0)
@@ -71,7 +78,7 @@ class DeficitRoundRobin(Generic[G]):
 
 
 class Place(NamedTuple):
-    """Where the latent of a sample lives."""
+    """The place of a sample's latent: a slot of a pool."""
 
     pool: LatentPool
     slot: int
@@ -80,8 +87,8 @@ class Place(NamedTuple):
 class Group:
     """The samples whose rows have one size, the places of their latents, and the cost of their passes.
 
-    `pool` holds the latents that are denoised as a whole. `row_cost` is the tokens of one row, in rows of the bundle's own
-    size.
+    `pool` holds the latents that are denoised as a whole. `row_cost` is the tokens of one row, in rows of the
+    bundle's own size.
     """
 
     __slots__ = ("costs", "places", "pool", "row_cost", "samples", "size")
@@ -98,11 +105,12 @@ class Group:
 
 
 class Groups:
-    """The groups of one engine: always that of the bundle's own size, and one for every other row size in use.
+    """The groups of one engine: that of the bundle's own size, and one for every other row size in use.
 
     Args:
         own: the bundle's own size.
-        costs: the cost model of passes at that size. Another size starts from it, scaled by tokens, and learns by itself.
+        costs: the cost model of passes at that size. Another size starts from it, scaled by tokens, and
+            learns by itself.
         make_pool: returns a pool for latents of a size. Memory is touched only as slots are used.
     """
 
@@ -116,7 +124,10 @@ class Groups:
         self._run_before: set[tuple[Size, int]] = set()
 
     def admit(self, sample: Sample, latent: Floats, history: Floats | None = None) -> None:
-        """Let a sample take steps from now on, starting at `latent` (C, H, W) with the solver history of its last step."""
+        """Let a sample take steps from now on.
+
+        It starts at `latent` (C, H, W), with the solver history (C, H, W) of its last step if it took one.
+        """
         group, geometry = self._group_for(sample), sample.geometry
         pool = group.pool if geometry.windows is None else group.pool.single(geometry.size)
         group.places[sample.id] = Place(pool, pool.take(latent, history))
@@ -132,11 +143,11 @@ class Groups:
             del self._groups[group.size]
 
     def place(self, sample: Sample) -> Place:
-        """Return where the latent of a sample lives."""
+        """Return the place of a sample's latent."""
         return self._groups[sample.geometry.row_size].places[sample.id]
 
     def next_batch(self, now: float) -> tuple[Group, Batch[Sample]]:
-        """Return the group whose turn it is and its samples that step now. At least one sample must be running."""
+        """Return the group whose turn it is and its samples that step now. A sample must be running."""
         waiting = {size: group for size, group in self._groups.items() if group.samples}
         if len(waiting) == 1:
             (group,) = waiting.values()
@@ -146,7 +157,10 @@ class Groups:
         return group, self._batch(group, now)
 
     def observe(self, group: Group, rows: int, seconds: float) -> None:
-        """Teach the cost model of a group what a pass took. The first pass of a size also allocates or compiles: it is left out."""
+        """Teach the cost model of a group the seconds of a pass of `rows` rows.
+
+        The first pass of a size is left out, because it also allocates memory or compiles.
+        """
         if (group.size, rows) in self._run_before:
             group.costs.observe(rows, seconds)
         self._run_before.add((group.size, rows))
@@ -156,7 +170,7 @@ class Groups:
         size = sample.geometry.row_size
         group = self._groups.get(size)
         if group is None:
-            # Only whole latents have rows of another size than the bundle's, so the sample's cost is that of a row.
+            # Only whole latents have rows of another size, so the cost of the sample is that of one row.
             row_cost = sample.geometry.cost
             costs = self.own.costs.scaled(row_cost)
             group = self._groups[size] = Group(size, self._make_pool(size), costs, row_cost=row_cost)

@@ -1,8 +1,8 @@
-"""The latent pool: the latents of all running samples of one size in one block of memory, and the solver step over them.
+"""The latent pool: the latents of all samples of one size in one block, and the solver step over them.
 
-Everything is allocated once. A step gathers the latents of a batch and, after the network has run, advances them in one
-vectorised expression, whatever solver, grid and position each is at. All arithmetic is element by element, so a sample's
-numbers do not depend on the samples beside it.
+Everything is allocated once. A step gathers the latents of a batch and, after the network has run, advances
+them in one vectorised expression, whatever solver, grid and position each is at. All arithmetic is element by
+element, so a sample's numbers do not depend on the samples beside it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gathered:
-    """The latents of some slots, copied for one forward pass.
+    """The latents of some slots of a pool, copied for one forward pass.
 
-    `slots` is (n,). `x` is the pool's block (rows, C, H, W), valid until the next `gather`: the first n rows are the
-    latents in the order of `slots`, the others hold leftovers and are free for unconditional rows, windows and padding.
+    `slots` is (n,). `x` is the pool's block (rows, C, H, W), valid until the next `gather`: the first n rows
+    are the latents in the order of `slots`, the others hold leftovers and are free for unconditional rows,
+    windows and padding.
     """
 
+    pool: LatentPool
     slots: npt.NDArray[np.intp]
     x: Floats
 
@@ -81,7 +83,7 @@ class LatentPool:
         """Copy the latents of `slots` into the first rows of the pool's block."""
         indices = np.array(slots, np.intp)
         np.take(self._latents, indices, axis=0, out=self._x[: len(slots)], mode="clip")
-        return Gathered(indices, self._x)
+        return Gathered(self, indices, self._x)
 
     def advance(
         self,

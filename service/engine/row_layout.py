@@ -1,4 +1,4 @@
-"""The layout of one forward pass: which of its rows belong to which sample. Pure."""
+"""The layout of one forward pass: the samples that its rows belong to. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ditserve.service.windows import Windows
 
 @dataclass(frozen=True, slots=True)
 class WindowRows:
-    """The rows of one sample in windows: one row a window, and as many unconditional ones where guidance acts."""
+    """The rows of one sample in windows: one a window, and as many unconditional ones if it is guided."""
 
     sample: Sample
     windows: Windows
@@ -28,8 +28,9 @@ class RowLayout:
         one unconditional row for each of them that is guided; `guided` has their indices in `whole`
         for each sample of `windowed` the rows of its windows, then as many unconditional ones if it is guided
 
-    For example, three samples of which the first and the third are guided, and an unguided one in four windows, have
-    guided = [0, 2], conditional = 0..3, unconditional = 3..5 and the windows in rows 5..9: nine rows.
+    For example, three samples of which the first and the third are guided, and an unguided one in four
+    windows, have guided = [0, 2], conditional = 0..3, unconditional = 3..5 and the windows in rows 5..9: nine
+    rows.
     """
 
     whole: tuple[Sample, ...]

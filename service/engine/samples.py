@@ -1,6 +1,7 @@
 """A sample: one image being denoised, from its request to its result.
 
-Values, and one owner of state (`Sample`). Pure: no I/O, no clock, no backend. Times are seconds and come in as arguments.
+Values, and one owner of state (`Sample`). Pure: no I/O, no clock, no backend. Times are seconds and come in
+as arguments.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ Latent = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One image to make. `requested` is the rung asked for; `rung`, where it starts, equals it unless already degraded."""
+    """One image to make.
+
+    `requested` is the rung asked for. `rung` is where it starts: the same, unless it is already degraded.
+    """
 
     id: str
     condition: tuple[ConditionTerm, ...]
@@ -180,7 +184,7 @@ class Sample:
 
     @property
     def remaining_rows(self) -> int:
-        """Rows of the steps left, as if the latent were one row; times `geometry.cost` they are the tokens left."""
+        """Rows of the steps left, as if the latent were one row; `geometry.cost` tokens each."""
         return self.trajectory.rows_from(self.cursor)
 
     @property
@@ -212,7 +216,10 @@ class Sample:
         self.taken += 1
 
     def follow(self, change: Change, trajectory: Trajectory) -> None:
-        """Continue on another trajectory. A sample that has taken steps counts as degraded even if it later climbs back."""
+        """Continue on another trajectory.
+
+        A sample that has taken steps counts as degraded even if it later climbs back.
+        """
         self.rung, self.trajectory, self.cursor = change.rung, trajectory, 0
         self.degraded = self.taken > 0 or change.rung != self.request.requested
         if change.reason != ROOM:
@@ -221,7 +228,7 @@ class Sample:
             self.reason = None
 
     def finished(self, latent: Latent, now: float) -> Finished:
-        """Return the result of this sample, whose last step ended at `now` with the clean `latent` (C, H, W)."""
+        """Return the result of this sample: its last step ended at `now` with `latent` (C, H, W)."""
         started = now if self.started_at is None else self.started_at
         return Finished(
             id=self.id,

@@ -1,12 +1,13 @@
 """The scheduler: which samples take their next step together, and in how many rows.
 
-Earliest deadline first until zero laxity (EDZL, Cho et al. 2002) among the running samples. A sample takes its steps one
-after the other. One that must be in every batch from now on to be done in time, one without laxity, goes before those
-that can wait, and no sample joins that would make the passes too long for it. A batch has as many rows as the cost model
-finds worthwhile and the budget of tokens holds; it is padded to a bucket where the backend runs fixed sizes.
+Earliest deadline first until zero laxity (EDZL, Cho et al. 2002) among the running samples. A sample takes
+its steps one after the other. One that must be in every batch from now on to be done in time, one without
+laxity, goes before those that can wait, and no sample joins that would make the passes too long for it. A
+batch has as many rows as the cost model finds worthwhile and the budget of tokens holds; it is padded to a
+bucket where the backend runs fixed sizes.
 
-Pure: no clock, no network, no arrays; what it orders comes in as arguments. It does not decide which jobs are claimed (the
-broker), at what quality they run (the planner), or which image size has its turn (`groups`).
+Pure: no clock, no network, no arrays; what it orders comes in as arguments. It does not decide which jobs are
+claimed (the broker), at what quality they run (the planner), or which image size has its turn (`groups`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Generic, Literal, Protocol, TypeVar
 
-# The seconds that a sample's steps need are taken as so many times as long before it is said to have time to wait.
+# The time that the steps of a sample need is taken to be so many times as long as predicted.
 SAFETY_MARGIN = 1.1
 
 
@@ -42,22 +43,26 @@ S = TypeVar("S", bound=Schedulable)
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[S]):
-    """The samples that step together, and why there are no more: the cap was reached, or no sample was left (idle)."""
+    """The samples that step together.
+
+    `stop_reason` says why there are no more: the cap was reached, or no sample was left (idle).
+    """
 
     samples: tuple[S, ...]
     stop_reason: Literal["cap", "idle"]
 
 
 class Scheduler:
-    """Forms batches.
+    """The scheduler of one engine, which forms batches.
 
     Args:
-        max_rows: the most rows of one forward pass, and its budget of tokens, in rows of the bundle's own size. Lowered when
-            the device runs out of memory.
+        max_rows: the most rows of one forward pass, and its budget of tokens, in rows of the bundle's own
+            size. Lowered when the device runs out of memory.
         buckets: the batch sizes the backend runs, None for any.
-        strict: run every pass at as many rows as it may have, so that results are equal to the last bit in any batch. The
-            price is the padding.
-        patience_s: a sample without a deadline is ordered as if due this long after it joined, so that it never starves.
+        strict: run every pass at as many rows as it may have, so that results are equal to the last bit in
+            any batch. The price is the padding.
+        patience_s: a sample without a deadline is ordered as if due this long after it joined, so that it
+            never starves.
     """
 
     def __init__(
@@ -87,15 +92,18 @@ class Scheduler:
         now: float,
         seconds: Callable[[int], float],
     ) -> Batch[S]:
-        """Return the samples to step now, most urgent first, in `saturation_rows` rows or the size that is run for them.
+        """Return the samples to step now, most urgent first.
 
-        All samples are of one image size: a row has `row_cost` times the tokens of the bundle's own size, and a pass of r
-        rows takes `seconds(r)`. At least one sample is chosen, even if its rows exceed the cap: rows need not share a pass.
+        They have up to `saturation_rows` rows, or up to the size that is run for so many.
 
-        Example: a pass of r rows takes 0.9 + 0.1·r s, and 8 rows are worthwhile. Among nine samples of one row each, A has
-        2 steps left and is due in 2.6 s. With the safety margin of 1.1 its passes may take 2.6 / (1.1 · 2) = 1.18 s each. A
-        full pass of 8 takes 1.7 s, so A has no laxity: it goes first and caps this pass at 2 rows (1.1 s), because 3 take
-        1.2 s. The most urgent one of the others joins it.
+        All samples are of one image size: a row has `row_cost` times the tokens of the bundle's own size, and
+        a pass of r rows takes `seconds(r)`. At least one sample is chosen, even if its rows exceed the cap:
+        rows need not share a pass.
+
+        Example: a pass of r rows takes 0.9 + 0.1·r s, and 8 rows are worthwhile. Among nine samples of one
+        row each, A has 2 steps left and is due in 2.6 s. With the safety margin of 1.1 its passes may take
+        2.6 / (1.1 · 2) = 1.18 s each. A full pass of 8 takes 1.7 s, so A has no laxity: it goes first and
+        caps this pass at 2 rows (1.1 s), because 3 take 1.2 s. The most urgent one of the others joins it.
         """
 
         def pass_s(rows: int) -> float:
@@ -115,27 +123,28 @@ class Scheduler:
             taken += sample.rows
             limit_s = _longest_pass_s(sample, now)
             if limit_s < full_pass_s:
-                # A sample without laxity caps how long this pass may take, unless it cannot meet its deadline even alone.
+                # A sample without laxity caps how long this pass may take. If it cannot meet its deadline
+                # even alone, no other sample waits for it.
                 largest = largest_batch_within(limit_s, room)
                 if largest >= sample.rows:
                     room = max(taken, largest)
         return Batch(tuple(chosen), "cap" if len(chosen) < len(samples) else "idle")
 
     def cap(self, row_cost: float = 1.0) -> int:
-        """Return the most rows of a pass: as the budget allows, at most `max_rows`, at least the smallest size there is."""
+        """Return the most rows of a pass: as the budget allows, and at least the smallest size there is."""
         rows = max(1, min(self.max_rows, int(self.max_rows / row_cost)))
         if self._buckets is None:
             return rows
         return max((size for size in self._buckets if size <= rows), default=self._buckets[0])
 
     def size(self, rows: int, row_cost: float = 1.0) -> int:
-        """Return how many rows are run for `rows` wanted ones, 1..`cap`: the smallest size that holds them."""
+        """Return the rows that are run for `rows` wanted ones, 1..`cap`: the smallest size that is enough."""
         if self._strict:
             return self.cap(row_cost)
         return next(size for size in self._buckets if size >= rows) if self._buckets else rows
 
     def shrink(self, rows: int, row_cost: float = 1.0) -> bool:
-        """Lower the budget after `rows` rows did not fit in memory; return False if nothing smaller is possible."""
+        """Lower the budget after `rows` rows did not fit in memory; return False if nothing is smaller."""
         smaller = [size for size in self._buckets if size < rows] if self._buckets else [rows // 2]
         if not smaller or smaller[-1] < 1:
             return False
@@ -143,7 +152,7 @@ class Scheduler:
         return True
 
     def _urgency(self, sample: S, now: float, full_pass_s: float) -> tuple[int, float]:
-        """Return the sort key of a sample, the least first: those without laxity, then all others by deadline.
+        """Return the sort key of a sample: those without laxity first, then all others, by deadline.
 
         A sample has laxity if it could still be done in time after it waited one full pass.
         """
@@ -155,6 +164,6 @@ class Scheduler:
 
 
 def _longest_pass_s(sample: Schedulable, now: float) -> float:
-    """Return how long the passes may take for a sample that is in every batch from now on; infinite without a deadline."""
+    """Return how long each pass may take if the sample is in every one; infinite without a deadline."""
     deadline = sample.deadline_at
     return inf if deadline is None else (deadline - now) / (SAFETY_MARGIN * sample.least_steps)

@@ -1,4 +1,4 @@
-"""A snapshot: a running sample as a value, so that another engine of the same bundle continues it to the same image.
+"""A snapshot: a running sample as a value, so that another engine continues it to the same image.
 
 Pure: no I/O, no clock, no backend.
 """
@@ -22,11 +22,11 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """A sample between two steps: its trajectory, its position on it, and the arrays that the next step needs.
+    """A sample between two steps: its trajectory, its position on it, and the arrays of its next step.
 
-    The names of the fields are those on the wire. `timesteps` and `previous` are of the trajectory, `scale` is its
-    guidance scale. `latent` is x and `history` the estimate D of the last step, each (C, H, W). `noise` is the state of
-    the sample's Philox generator: counter, key, buffer, and the rest of a draw.
+    The names of the fields are those on the wire. `timesteps` and `previous` are of the trajectory, `scale`
+    is its guidance scale. `latent` is x and `history` the estimate D of the last step, each (C, H, W).
+    `noise` is the state of the sample's Philox generator: counter, key, buffer, and the rest of a draw.
     """
 
     rung: Rung

@@ -1,6 +1,7 @@
-"""The cache of sentence encodings: the most recent ones in process, behind them a cache that all workers share.
+"""The cache of sentence encodings: the most recent ones in process, behind them one that workers share.
 
-A sentence is encoded by itself, so its encoding does not depend on the worker, the time, or the sentences beside it.
+A sentence is encoded by itself, so its encoding does not depend on the worker, the time, or the sentences
+beside it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class SharedCache(Protocol):
 
 
 class TextCache(CacheCounters):
-    """Sentence → encoding, at most `capacity` bytes in process; the least recently used entry leaves first."""
+    """Sentence → encoding, at most `capacity` bytes in process; the least recently used leaves first."""
 
     def __init__(self, encoder: TextEncoder, shared: SharedCache | None, *, capacity: int) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class TextCache(CacheCounters):
         self._encodings: OrderedDict[str, Floats] = OrderedDict()
 
     def get_many(self, sentences: Sequence[str]) -> Floats:
-        """Return the encodings (N, size) of sentences; an empty sentence stands for no text and is all zeros."""
+        """Return the encodings (N, size) of sentences; an empty one, no text, is all zeros."""
         distinct = list(dict.fromkeys(filter(None, sentences)))
         unknown = [sentence for sentence in distinct if sentence not in self._encodings]
         fresh = self._load(unknown)

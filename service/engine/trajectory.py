@@ -1,7 +1,8 @@
 """The trajectory of one sample: the timesteps it walks, and the coefficients of the solver step at each.
 
-A rung, a guidance scale and the noise level at which a sample stands give its trajectory. A step needs only the
-coefficients, so samples with different solvers, grids and step counts advance together. Pure: no I/O, no clock, no network.
+A rung, a guidance scale and the noise level at which a sample stands give its trajectory. A step needs only
+the coefficients, so samples with different solvers, grids and step counts advance together. Pure: no I/O, no
+clock, no network.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class StepCoefficients(NamedTuple):
 
     @classmethod
     def of_samples(cls, rows: Sequence[Floats]) -> StepCoefficients:
-        """Return the columns, each (n, 1, 1, 1), of n samples that stand at these rows (7,) of their trajectories."""
+        """Return the columns (n, 1, 1, 1) for n samples, from the row (7,) of each one's next step."""
         columns = np.stack(rows, axis=1)  # (7, n)
         return cls(*columns.reshape(len(columns), -1, 1, 1, 1))
 
@@ -44,9 +45,9 @@ class StepCoefficients(NamedTuple):
 class Trajectory:
     """The steps of one sample, immutable and shared by samples that walk alike.
 
-    `rows` is (N, 7) float32: the coefficients of step i, in the order of `StepCoefficients`. `guided[i]` is true where
-    step i needs an unconditional row as well. `previous` is the timestep before the first step, where this trajectory
-    continues another one.
+    `rows` is (N, 7) float32: the coefficients of step i, in the order of `StepCoefficients`. `guided[i]` is
+    true where step i needs an unconditional row as well. `previous` is the timestep before the first step,
+    where this trajectory continues another one.
     """
 
     __slots__ = ("guided", "previous", "rows", "scale", "timesteps")
@@ -78,9 +79,10 @@ def make_trajectory(rung: Rung, scale: float, schedule: Schedule) -> Trajectory:
 def regrid_trajectory(
     rung: Rung, scale: float, schedule: Schedule, *, timestep: int, steps: int, previous: int | None
 ) -> Trajectory:
-    """Return the rest of the way, in `steps` steps on `rung`, for a sample that stands at noise level `timestep`.
+    """Return the rest of the way in `steps` steps on `rung`, for a sample at noise level `timestep`.
 
-    `previous` is the timestep of the estimate in the sample's solver history. With it a multistep solver keeps its order.
+    `previous` is the timestep of the estimate in the sample's solver history. With it a multistep solver
+    keeps its order.
     """
     timesteps = regrid(timestep, steps, rung.grid, schedule.timesteps)
     return trajectory_from_timesteps(rung, scale, schedule, timesteps, previous=previous)
@@ -89,7 +91,7 @@ def regrid_trajectory(
 def trajectory_from_timesteps(
     rung: Rung, scale: float, schedule: Schedule, timesteps: Sequence[int], *, previous: int | None
 ) -> Trajectory:
-    """Return the trajectory through the given timesteps, high to low; `previous` as in `regrid_trajectory`."""
+    """Return the trajectory through `timesteps`, high to low; `previous` as in `regrid_trajectory`."""
     table = step_table(rung.solver, timesteps, schedule, previous=previous)
     weights = [guidance_weight(scale, t, schedule.timesteps, rung.guidance_interval) for t in timesteps]
     columns = (table.x0_x, table.x0_out, table.a, table.b, table.c, table.s, weights)

@@ -20,10 +20,11 @@ def warm_up(
     every_bucket: bool,
     budget_s: float,
 ) -> None:
-    """Run every batch size twice, 1, 2, 4, … up to the scheduler's cap, and observe the passes.
+    """Run batch sizes twice each, 1, 2, 4, … up to the scheduler's cap, and observe the passes.
 
-    With `every_bucket` every size that the backend has runs, whatever the time, because the first run of a bucket does
-    work that no sample should wait for. Otherwise the sizes stop where the next would exceed `budget_s` seconds.
+    With `every_bucket` every size that the backend has runs, whatever the time, because the first run of a
+    bucket does work that no sample should wait for. Otherwise the sizes stop where the next would exceed
+    `budget_s` seconds.
 
     Raises:
         MemoryError: not even the smallest batch fits.

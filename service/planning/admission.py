@@ -1,8 +1,8 @@
 """Admission: whether a request is taken, at which rung, and if not when to come back.
 
-It is decided from what the workers publish, so that a full service answers at once. Work goes in the order of deadlines: a
-request waits for what is due before its own deadline, and is taken only if what is due later still holds. Pure: time and
-load are arguments.
+It is decided from what the workers publish, so that a full service answers at once. Work goes in the order of
+deadlines: a request waits for what is due before its own deadline, and is taken only if what is due later
+still holds. Pure: time and load are arguments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ NO_WORKER = "no-worker"
 
 @dataclass(frozen=True, slots=True)
 class AdmissionRequest:
-    """A request for `samples` images at `rung`. `row_cost` is the tokens of a row, in rows of the bundle's own size."""
+    """A request for `samples` images at `rung`.
+
+    `row_cost` is the tokens of one row, in rows of the bundle's own size.
+    """
 
     rung: Rung
     guidance_scale: float
@@ -55,13 +58,13 @@ def admit(
     now: float,
     policy: Policy | None = None,
 ) -> Admission:
-    """Take a request at the best rung that keeps its deadline and those of all accepted work, or say when to come back.
+    """Take a request at the best rung that keeps all deadlines, its own too, or say when to come back.
 
     A request without a deadline is taken as asked: the queue's bound is its only limit.
 
-    Example: one idle worker does 8 rows in 1.7 s, and a pass of one row takes 1 s. An image of 50 steps, a row each, is due
-    in 40 s; with the margin of 1.1 it must be predicted within 36.4 s. At 50 steps it takes 50 s. The next rung has 30
-    steps and takes 30 s, so it is taken there, degraded.
+    Example: one idle worker does 8 rows in 1.7 s, and a pass of one row takes 1 s. An image of 50 steps, a
+    row each, is due in 40 s; with the margin of 1.1 it must be predicted within 36.4 s. At 50 steps it takes
+    50 s. The next rung has 30 steps and takes 30 s, so it is taken there, degraded.
     """
     policy = policy or Policy()
     rung, deadline_at = request.rung, request.deadline_at

@@ -1,7 +1,7 @@
 """Capacity: what a fleet can do by when, from the state its workers publish.
 
-A worker is a cost model and a backlog of rows by deadline. Work that no worker has claimed yet flows to whichever is free
-first. Pure: arithmetic on a load snapshot.
+A worker is a cost model and a backlog of rows by deadline. Work that no worker has claimed yet flows to
+whichever is free first. Pure: arithmetic on a load snapshot.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ class Capacity:
         self._queued_rows = load.queued_rows * (counted / claimed if claimed else 1.0)
 
     def queue_drain_time(self, extra_rows: int = 0, *, due: float = inf) -> float:
-        """Return the seconds until the queue with `extra_rows` behind it is done, and all backlogs that are due by `due`.
+        """Return the seconds until the queue, `extra_rows` behind it, and backlogs due by `due` are done.
 
-        The queue is water filling: workers join as their backlog ends, and all that have joined share the queue by their
-        speeds. Infinite without workers.
+        The queue is water filling: workers join as their backlog ends, and all that have joined share the
+        queue by their speeds. Infinite without workers.
 
-        Example: 150 rows are queued. A has a backlog of 10 s, B of 20 s, and each does 5 rows a second. From 10 s to 20 s
-        A alone does 50 rows. From then on both do the other 100, 10 rows a second: the queue is done after 30 s.
+        Example: 150 rows are queued. A has a backlog of 10 s, B of 20 s, and each does 5 rows a second. From
+        10 s to 20 s A alone does 50 rows. From then on both do the other 100, 10 rows a second: the queue is
+        done after 30 s.
         """
         waiting = self._queued_rows + extra_rows
         rate, joined_at = 0.0, 0.0  # of the workers that have joined, and when the last of them did
@@ -80,11 +81,13 @@ class Capacity:
         return max([self.queue_drain_time(extra_rows), *backlogs])
 
     def breaks_later_deadline(self, extra_rows: int, due: float, *, now: float, margin: float) -> bool:
-        """Return whether `extra_rows` due at `due` would break a later deadline of claimed work that holds without them.
+        """Return whether `extra_rows` due at `due` would break a later deadline of claimed work.
 
-        Example: the fleet does 10 rows a second, the margin is 1, and 80 claimed rows are due in 10 s. 30 more rows due in
-        5 s would make 110 rows due in the 10 s in which 100 can be done: true. If 120 rows were due in 10 s anyway, that
-        deadline could not hold without them either: false.
+        A deadline that does not hold without them is not counted.
+
+        Example: the fleet does 10 rows a second, the margin is 1, and 80 claimed rows are due in 10 s. 30
+        more rows due in 5 s would make 110 rows due in the 10 s in which 100 can be done: true. If 120 rows
+        were due in 10 s anyway, that deadline could not hold without them either: false.
         """
         rows_per_s = sum(speed.rows_per_s for _, speed in self._workers)
         demand = 0
@@ -96,10 +99,10 @@ class Capacity:
         return False
 
     def time_in_every_batch(self, *, rows: int, steps: int, samples: int, idle: bool = False) -> float:
-        """Return the seconds for `samples` samples of `steps` steps and `rows` rows in all, decoding included.
+        """Return the seconds of `samples` samples of `steps` steps, `rows` rows in all, decoding included.
 
-        The samples are in every batch from now on, on the worker that is done soonest. Its batches also have a row of each
-        sample that runs there, or with `idle` no other rows. Infinite without workers.
+        The samples are in every batch from now on, on the worker that is done soonest. Its batches also have
+        a row of each sample that runs there, or with `idle` no other rows. Infinite without workers.
         """
         rows_a_step = ceil(rows / steps)
         soonest = inf
@@ -116,5 +119,5 @@ class Capacity:
 
 
 def drain_time(load: LoadSnapshot, extra_rows: int = 0) -> float:
-    """Return the seconds until the workers have done their backlogs, the queue and `extra_rows`; infinite without workers."""
+    """Return the seconds until backlogs, queue and `extra_rows` are done; infinite without workers."""
     return Capacity(load).drain_time(extra_rows)

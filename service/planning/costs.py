@@ -1,12 +1,13 @@
 """The cost model: how long a step takes, learned while serving.
 
-A machine's step time is close to a line in its rows, t = fixed + per_row · rows. But the batch size from which more rows no
-longer pay, where the machine saturates, is misplaced by the line alone (padding, waves of GPU blocks). So each batch size
-that was run is remembered by itself. All of them share one speed that follows the machine (neighbours, clocks, heat), and
-the line through them (least squares, clamped) serves the sizes never run.
+A machine's step time is close to a line in its rows, t = fixed + per_row · rows. But the batch size from
+which more rows no longer pay, where the machine saturates, is misplaced by the line alone (padding, waves of
+GPU blocks). So each batch size that was run is remembered by itself. All of them share one speed that follows
+the machine (neighbours, clocks, heat), and the line through them (least squares, clamped) serves the sizes
+never run.
 
-Recursive least squares over single steps, with forgetting, was tried and is not used: on batches that alternate between 7 and
-8 rows it forgets the slope, and the best batch it derives wanders between 1 and 12.
+Recursive least squares over single steps, with forgetting, was tried and is not used: on batches that
+alternate between 7 and 8 rows it forgets the slope, and the best batch it derives wanders between 1 and 12.
 
 Pure: observations come in as arguments.
 """
@@ -58,10 +59,10 @@ class CostModel:
         return self._speed * self._at_speed_one(rows)
 
     def saturation_rows(self, max_rows: int) -> int:
-        """Return B*, the smallest batch within 5 % of the best rows per second that batches up to `max_rows` reach.
+        """Return B*: the smallest batch within 5 % of the best rows per second of any up to `max_rows`.
 
-        Example: passes of 1, 2, 4 and 8 rows take 1.0, 1.1, 1.3 and 2.5 s, which is 1.0, 1.8, 3.1 and 3.2 rows a second.
-        95 % of 3.2 is 3.04, so 4 rows saturate the machine.
+        Example: passes of 1, 2, 4 and 8 rows take 1.0, 1.1, 1.3 and 2.5 s, which is 1.0, 1.8, 3.1 and 3.2
+        rows a second. 95 % of 3.2 is 3.04, so 4 rows saturate the machine.
         """
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, not {max_rows}")
@@ -95,7 +96,7 @@ class CostModel:
     def _at_speed_one(self, rows: int) -> float:
         """Return the seconds of a pass at speed 1.
 
-        They are remembered, or linear between two remembered sizes, or beyond the last one in proportion to the line.
+        They are remembered, or linear between two remembered sizes, or beyond them in proportion to the line.
         """
         known = self._seconds.get(rows)
         if known is not None:

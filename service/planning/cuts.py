@@ -1,4 +1,4 @@
-"""Cuts: which samples go to a lower rung so that deadlines hold. Pure: time, load and costs are arguments."""
+"""Cuts: the moves of samples to lower rungs that make deadlines hold. Pure: time and costs are arguments."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ DEADLINE = "deadline"  # too close for the rung asked for, even on an idle machi
 
 @dataclass(frozen=True, slots=True)
 class PlannedSample:
-    """A sample as the planner sees it. `rung` is where it is, `requested` how high it may climb (None: no higher).
+    """A sample as the planner sees it.
 
-    `row_cost` is the tokens of one of its rows, in rows of the bundle's own size.
+    `rung` is where it is, `requested` is how high it may climb (None: no higher). `row_cost` is the tokens of
+    one of its rows, in rows of the bundle's own size.
     """
 
     id: str
@@ -39,8 +40,8 @@ class PlannedSample:
 class Task:
     """A sample under planning.
 
-    `options` are the rungs it may take, dearest first, and `at` is the index of the one it is on. `steps` and `rows` are
-    left on that one, rows in those of the bundle's own size. `reason` is that of its cut, if it is cut.
+    `options` are the rungs it may take, dearest first, and `at` is the index of the one it is on. `steps` and
+    `rows` are left on that one, rows in those of the bundle's own size. `reason` is that of a cut.
     """
 
     sample: PlannedSample
@@ -84,16 +85,17 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The machine from now on: passes of `batch` rows, and for each task how many of them end before its deadline."""
+    """The machine from now on: passes of `batch` rows, and how many of them each task has."""
 
     batch: int
     passes: list[float]
 
 
 class Cut(NamedTuple):
-    """A possible cut of the task at `position` to its `option`. The least is the best: little quality lost for a row saved.
+    """A possible cut of the task at `position` to its `option`.
 
-    Among equals the rung of most steps is cut first, then the earliest deadline.
+    The least is the best: it loses the least quality per row saved. Among equals the rung of most steps is
+    cut first, then the earliest deadline.
     """
 
     loss_per_row: float
@@ -105,27 +107,29 @@ class Cut(NamedTuple):
 class CutSweep:
     """One sweep over the tasks in the order of deadlines, which cuts where a deadline does not hold.
 
-    The test is that of processor demand: all rows due by a deadline must fit in the passes before it, and so must the
-    task's own steps, one a pass. Where it fails, the cheapest cuts among the tasks due no later are made until it holds.
-    Such a cut only relieves the deadlines tested before, so one sweep is enough. Nothing is cut for a deadline that cannot
-    be met even if every task due by then went to its floor.
+    The test is that of processor demand: all rows due by a deadline must fit in the passes before it, and so
+    must the task's own steps, one a pass. Where it fails, the cheapest cuts among the tasks due no later are
+    made until it holds. Such a cut only relieves the deadlines tested before, so one sweep is enough. Nothing
+    is cut for a deadline that cannot be met even if every task due by then went to its floor.
 
-    Example: a pass has 2 rows, every step is one row, and predictions are not stretched (margin 1). The ladder has rungs
-    of 20, 10 and 6 steps with quality 0, 1 and 3; lower is better. Tasks A, B and C each have 10 steps left: A and C all
-    of the 10-step rung, B the second half of the 20-step rung. They are due in 10, 12 and 14 passes. C may not be cut.
+    Example: a pass has 2 rows, every step is one row, and predictions are not stretched (margin 1). The
+    ladder has rungs of 20, 10 and 6 steps with quality 0, 1 and 3; lower is better. Tasks A, B and C each
+    have 10 steps left: A and C all of the 10-step rung, B the second half of the 20-step rung. They are due
+    in 10, 12 and 14 passes. C may not be cut.
 
         A: 10 rows are due and 10 · 2 = 20 fit: it holds.
         B: 10 + 10 = 20 rows are due and 24 fit: it holds.
-        C: 30 rows are due and 28 fit: it is overdue. With A and B at their floors of 6 and 3 rows 19 would be due, so it
-           can be saved. A to 6 steps saves 4 rows and loses 3 - 1 = 2, or 0.5 a row. B to 10 steps saves 5 of its 10 rows
-           and loses 1 - 0 over half of its way, or 0.1 a row. B is cut: 25 rows are due, and C holds.
+        C: 30 rows are due and 28 fit: it is overdue. With A and B at their floors of 6 and 3 rows 19 would be
+           due, so it can be saved. A to 6 steps saves 4 rows and loses 3 - 1 = 2, or 0.5 a row. B to 10 steps
+           saves 5 of its 10 rows and loses 1 - 0 over half of its way, or 0.1 a row. B is cut: 25 rows are
+           due, and C holds.
     """
 
     def __init__(self, tasks: Sequence[Task], timeline: Timeline, *, margin: float) -> None:
         self._tasks, self._timeline, self._margin = tasks, timeline, margin
         self._demand = 0.0  # rows due so far, as planned
         self._floor_demand = 0.0  # rows due so far if everything went to its floor; of the offered tasks
-        self._offered = 0  # how many tasks have their cuts among the choices
+        self._offered = 0  # the first so many tasks have their cuts among the choices
         self._choices: list[Cut] = []  # a heap; a cut is stale once its task was moved as far or further
         self._moved: dict[str, Task] = {}
 
@@ -144,6 +148,7 @@ class CutSweep:
         return list(self._moved.values())
 
     def _overdue(self, task: Task, passes: float) -> bool:
+        """Return whether a deadline does not hold: the task's own steps, or all rows due, do not fit."""
         return task.steps * self._margin > passes or self._overloaded(passes)
 
     def _overloaded(self, passes: float) -> bool:

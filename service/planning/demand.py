@@ -14,9 +14,10 @@ _NEAREST_S = 0.1  # all dates nearer than this share one bucket
 
 @dataclass(frozen=True, slots=True)
 class StepBucket:
-    """The steps of one sample that are due within one interval: a `share` of all, the first of them due at `at`.
+    """The steps of one sample due in one interval: a `share` of all, the first of them due at `at`.
 
-    `interval` numbers the interval by its distance from now, the nearest lowest; buckets of one interval add up.
+    `interval` numbers the interval by its distance from now, the nearest lowest; buckets of one interval add
+    up.
     """
 
     interval: float
@@ -25,14 +26,15 @@ class StepBucket:
 
 
 def demand_buckets(deadline: float, steps: int, now: float, pass_s: float) -> Iterator[StepBucket]:
-    """Yield the steps of a sample by when they must be taken, so that the last ends at `deadline`, the latest first.
+    """Yield the steps of a sample by when they must be taken to end at `deadline`, the latest first.
 
-    A sample takes its steps one after the other. The last is due at the deadline, and each step before it one pass sooner
-    ("forced-forward demand", Baruah et al. 2009). By its deadline alone a long sample would seem to have time until it has
-    none. Steps whose distance from now lies in one half octave share a bucket.
+    A sample takes its steps one after the other. The last is due at the deadline, and each step before it one
+    pass sooner ("forced-forward demand", Baruah et al. 2009). By its deadline alone a long sample would seem
+    to have time until it has none. Steps whose distance from now lies in one half octave share a bucket.
 
-    Example: 50 steps are due in 10 s and a pass takes 0.1 s, so the steps are due in 5.1, 5.2, … 10.0 s. Half octaves begin
-    at 4, 5.66 and 8 s. That makes three buckets: 21 steps due from 8.0 s on, 23 from 5.7 s on and 6 from 5.1 s on.
+    Example: 50 steps are due in 10 s and a pass takes 0.1 s, so the steps are due in 5.1, 5.2, … 10.0 s. Half
+    octaves begin at 4, 5.66 and 8 s. That makes three buckets: 21 steps due from 8.0 s on, 23 from 5.7 s on
+    and 6 from 5.1 s on.
     """
     if deadline == inf:
         yield StepBucket(inf, inf, 1.0)

@@ -1,8 +1,8 @@
 """The ladder: the operating points of a model, in the order in which quality is spent.
 
-A rung is one way to make an image (solver, steps, grid, guidance interval) with its measured quality. A ladder is a model's
-rungs, best first. This module also holds the arithmetic of moving a sample between rungs: how many steps remain, and how
-many rows they take. Pure: tables and arithmetic, no I/O, no clock.
+A rung is one way to make an image (solver, steps, grid, guidance interval) with its measured quality. A
+ladder is a model's rungs, best first. This module also holds the arithmetic of moving a sample between rungs:
+how many steps remain, and how many rows they take. Pure: tables and arithmetic, no I/O, no clock.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Ladder:
         return cls(rungs, timesteps=manifest.diffusion.timesteps)
 
     def requested(self, solver: str, steps: int, grid: str, interval: Interval, guided: bool) -> Rung:
-        """Return the rung a request names: one of the ladder's if it is there, else a new one of interpolated quality.
+        """Return the rung a request names: one of the ladder, or a new one of interpolated quality.
 
         An unguided request has no guidance interval, so any interval matches.
         """
@@ -50,11 +50,11 @@ class Ladder:
         return Rung(f"{solver}-{steps}", solver, steps, grid, interval, self._quality(solver, steps))
 
     def lowest(self, rung: Rung, min_steps: int) -> Rung:
-        """Return the cheapest rung of at least `min_steps` steps that `rung` can be cut to; `rung` if there is none."""
+        """Return the cheapest rung that `rung` can be cut to with `min_steps` steps or more, or itself."""
         return next(iter(self.below(rung, min_steps)[-1:]), rung)
 
     def row_steps(self, rung: Rung, guidance_scale: float) -> int:
-        """Return the rows of one whole image: two for every step at which guidance acts, one for every other."""
+        """Return the rows of one whole image: two for a step at which guidance acts, one for any other."""
         return _row_steps(rung.grid, rung.steps, self.timesteps, rung.guidance_interval, guidance_scale)
 
     def rows_left(self, rung: Rung, steps: int, timestep: int, guided: bool) -> int:
@@ -72,7 +72,7 @@ class Ladder:
         return steps + min(steps, int(share * steps) + 1)
 
     def _below(self, rung: Rung, min_steps: int) -> tuple[Rung, ...]:
-        """Return the cheaper rungs of at least `min_steps` steps, each cheaper and worse than the one before it.
+        """Return the cheaper rungs of at least `min_steps` steps, each worse than the one before it.
 
         Their guidance interval is narrowed to `rung`'s: guidance never acts where the request excluded it.
         """
@@ -111,14 +111,15 @@ class Ladder:
 def steps_left(remaining: int, current: Rung, target: Rung) -> int:
     """Return the steps left when a sample with `remaining` steps of `current` moves to `target`.
 
-    They are the same share of the grid, rounded up: 25 of 50 steps become 10 of 20, and 1 of 50 becomes 1 of 20. Rounding
-    up keeps the steps a sample takes in all at or above the fewest of the rungs it was on, whatever the moves.
+    They are the same share of the grid, rounded up: 25 of 50 steps become 10 of 20, and 1 of 50 becomes 1 of
+    20. Rounding up keeps the steps a sample takes in all at or above the fewest of the rungs it was on,
+    whatever the moves.
     """
     return -(-remaining * target.steps // current.steps)
 
 
 def _narrowed(rung: Rung, *, to: Rung) -> Rung:
-    """Return `rung` with its guidance interval cut to that of `to`; with that of `to` where they do not meet."""
+    """Return `rung` with its guidance interval cut to that of `to`, or replaced where they do not meet."""
     low, high = to.guidance_interval
     start, stop = max(low, rung.guidance_interval[0]), min(high, rung.guidance_interval[1])
     return replace(rung, guidance_interval=(start, stop) if start <= stop else (low, high))

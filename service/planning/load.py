@@ -11,9 +11,10 @@ from ditserve.service.planning.capacity import drain_time
 
 
 def saturation(load: LoadSnapshot) -> float:
-    """Return samples running and jobs waiting over the rows all workers can hold; above 1 more workers would help.
+    """Return samples running and jobs waiting over the rows all workers can hold.
 
-    Without workers any waiting job gives 1, so that a fleet scaled to zero is woken.
+    Above 1 more workers would help. Without workers any waiting job gives 1, so that a fleet scaled to zero
+    is woken.
     """
     room = sum(worker.max_rows for worker in load.workers)
     demand = load.queued_jobs + sum(worker.running_samples for worker in load.workers)

@@ -1,10 +1,11 @@
 """The planner: the rung that every sample runs, so that quality is spent where deadlines need it.
 
-Deadlines are tested in their order (processor demand, Baruah et al. 1990: one server, preempted between steps). At the first
-that does not hold, of the samples due no later the one that loses least quality per row saved goes one rung down (`cuts`).
-With room to spare for a while, one sample at a time climbs back. No sample goes below what its request consents to. None is
-cut while the test holds, nor for a deadline that cannot be met anyway. Accepted work is not evicted: what cannot be met is
-refused at `admission`. Pure: time, load and costs are arguments.
+Deadlines are tested in their order (processor demand, Baruah et al. 1990: one server, preempted between
+steps). At the first that does not hold, of the samples due no later the one that loses least quality per row
+saved goes one rung down (`cuts`). With room to spare for a while, one sample at a time climbs back. No sample
+goes below what its request consents to. None is cut while the test holds, nor for a deadline that cannot be
+met anyway. Accepted work is not evicted: what cannot be met is refused at `admission`. Pure: time, load and
+costs are arguments.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _ROUNDING_ROWS = 1e-6  # rows that adding up shares may leave over
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How cautious to be.
+    """The caution of planning and admission.
 
-    Margins stretch predicted times: little for a cut, which can still be made at the next step, more for a promise and for
-    a climb.
+    Margins stretch predicted times: little for a cut, which can still be made at the next step, more for a
+    promise and for a climb.
     """
 
     margin: float = 1.02
@@ -45,7 +46,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Move a sample to `rung`: it walks the rest of its noise in `steps_left(remaining, current, rung)` steps."""
+    """A move of a sample to `rung`, on which it has `steps_left(remaining, current, rung)` steps left."""
 
     sample_id: str
     rung: Rung
@@ -67,7 +68,7 @@ class _BucketTotal:
 
 
 class Planner:
-    """Plans the samples of one worker, and remembers when it last cut."""
+    """The planner of one worker's samples. It remembers when it last cut."""
 
     def __init__(self, ladder: Ladder, policy: Policy | None = None) -> None:
         self.ladder = ladder
@@ -83,10 +84,10 @@ class Planner:
         max_rows: int,
         queued_rows: int = 0,
     ) -> list[Change]:
-        """Return the moves to make before the next step: as many cuts as deadlines need, or else at most one climb.
+        """Return the moves to make before the next step: the cuts that deadlines need, or else one climb.
 
-        `samples` are all that are claimed, running or not. `queued_rows` is this worker's share of what waits behind them.
-        It is due at an unknown time: no sample is cut for it, and none climbs in its way.
+        `samples` are all that are claimed, running or not. `queued_rows` is this worker's share of what waits
+        behind them. It is due at an unknown time: no sample is cut for it, and none climbs in its way.
         """
         dated = [sample for sample in samples if sample.deadline_at is not None]
         tasks = sorted((Task.of(sample, self.ladder) for sample in dated), key=lambda task: task.deadline)
@@ -105,7 +106,7 @@ class Planner:
     def demand(
         self, samples: Sequence[PlannedSample], now: float, costs: CostModel, *, max_rows: int
     ) -> tuple[DemandBucket, ...]:
-        """Return the row-steps of all samples by when they are due, the soonest first (see `demand_buckets`)."""
+        """Return the row-steps of all samples by when they are due, the soonest first."""
         _, pass_s = _pass(samples, costs, max_rows)
         totals: dict[float, _BucketTotal] = {}
         for sample in samples:
@@ -125,10 +126,12 @@ class Planner:
     def _climb(self, tasks: list[Task], timeline: Timeline, queued_rows: int, *, calm: bool) -> list[Change]:
         """Return the one climb that gains most quality per row, if every deadline then still holds with room.
 
-        A climb must leave room before its own deadline and every later one, so the tasks are seen from the last to the
-        first. Example: passes of 8 rows, a climb margin of 1, and one task of 40 rows due in 10 passes. There is room for
-        10 · 8 - 40 = 40 rows. One rung up, from 20 guided steps to 30, adds 20 rows: it climbs. A rung of 50 steps would
-        add 60 rows: it would stay.
+        A climb must leave room before its own deadline and every later one, so the tasks are seen from the
+        last to the first.
+
+        Example: passes have 2 rows, the climb margin is 1, and one task of 20 guided steps, 40 rows, is
+        due in 40 passes. There is room for 40 · 2 - 40 = 40 rows. One rung up, to 30 steps, adds 20 rows: it
+        climbs. A rung of 50 steps would add 60 rows: it would stay.
         """
         margin = self.policy.climb_margin
         demand = sum(task.rows for task in tasks)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from ditserve.service.backends import CONDITIONER_ROWS as CHUNK
-from ditserve.service.engine.conditions import Condition, ConditionCaches, ConditionerInput
+from ditserve.service.engine.conditions import Condition, ConditionCaches, ConditionerInput, SlotLru
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.jobs import ConditionTerm
 
@@ -39,12 +39,14 @@ def gather(
 
 def direct(backend: Any, wanted: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
     timesteps = np.array([timestep for timestep, _ in wanted], np.float32)
-    state: tuple[Floats, ...] = backend.modulate(timesteps, np.stack([each.embedding for _, each in wanted]))
+    state: tuple[Floats, ...] = backend.modulate(
+        timesteps, np.stack([condition.embedding for _, condition in wanted])
+    )
     return state
 
 
-def assert_same(found: Sequence[Floats], expected: Sequence[Floats]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(states: Sequence[Floats], expected: Sequence[Floats]) -> None:
+    for one, other in zip(states, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -162,3 +164,16 @@ def test_embeddings_are_computed_once_and_bounded(backend: Any) -> None:
     counters = conditions.embeddings
     assert (counters.hits, counters.misses, counters.evictions) == (1, 5, 3)
     assert counters.bytes == 2 * 4 * 6
+
+
+def test_slots_go_from_the_least_recently_used_key_to_the_next_and_pinned_keys_keep_theirs() -> None:
+    lru: SlotLru[str] = SlotLru(4)
+    pinned = [lru.reserve(key, pin=True) for key in ("p", "q")]
+    assert pinned == [0, 1]
+    assert [lru.reserve(key, pin=True) for key in ("r", "s")] == [2, 3]  # no half left to pin them in
+    assert lru.touch("r")
+    assert lru.reserve("t", pin=False) == 3
+    assert "s" not in lru
+    assert not lru.touch("s")
+    assert [lru.slot(key) for key in ("p", "q", "r", "t")] == [0, 1, 2, 3]
+    assert (len(lru), lru.evictable, lru.evictions) == (4, 2, 1)

@@ -1,15 +1,19 @@
-"""Turns of groups that cannot run together: everybody's share is what they have waiting, and nobody starves."""
+"""Turns of groups: the share of each is in proportion to what it has waiting, and none starves."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from itertools import pairwise
+from typing import TypeVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditserve.service.engine.groups import MAX_VISITS, DeficitRoundRobin, GroupDemand
+
+G = TypeVar("G", bound=Hashable)
 
 quick = settings(max_examples=25, deadline=None)
 demands = st.dictionaries(
@@ -22,7 +26,7 @@ demands = st.dictionaries(
 )
 
 
-def run(turns: DeficitRoundRobin[int], waiting: dict[int, GroupDemand], count: int) -> list[int]:
+def run(turns: DeficitRoundRobin[G], waiting: dict[G, GroupDemand], count: int) -> list[G]:
     return [turns.next(waiting) for _ in range(count)]
 
 
@@ -47,10 +51,12 @@ def test_work_is_shared_in_proportion_to_what_waits(waiting: dict[int, GroupDema
 @quick
 @given(demands)
 def test_nobody_starves(waiting: dict[int, GroupDemand]) -> None:
-    """Between two turns of a group the ring is visited at most `MAX_VISITS` times and a bit, each group for what it is owed."""
+    """Between two turns of a group the circle is visited at most `MAX_VISITS` times and a bit."""
     order = run(DeficitRoundRobin(), waiting, 400)
     largest = max(waiting.values(), key=lambda demand: demand.waiting)
-    round_ = sum(1 + each.waiting * largest.batch / largest.waiting / each.batch for each in waiting.values())
+    round_ = sum(
+        1 + demand.waiting * largest.batch / largest.waiting / demand.batch for demand in waiting.values()
+    )
     for group in waiting:
         turns = [-1, *(k for k, served in enumerate(order) if served == group), len(order)]
         assert max(b - a for a, b in pairwise(turns)) <= (MAX_VISITS + 1) * round_ + len(waiting)
@@ -62,6 +68,12 @@ def test_equal_groups_alternate(batch: int) -> None:
     turns: DeficitRoundRobin[str] = DeficitRoundRobin()
     waiting = {name: GroupDemand(batch, 3 * batch) for name in "abc"}
     assert Counter(turns.next(waiting) for _ in range(30)) == dict.fromkeys("abc", 10)
+
+
+def test_turns_are_as_in_the_worked_example() -> None:
+    turns: DeficitRoundRobin[str] = DeficitRoundRobin()
+    waiting = {"A": GroupDemand(8.0, 80.0), "B": GroupDemand(2.0, 5.0)}
+    assert Counter(run(turns, waiting, 50)) == {"A": 40, "B": 10}
 
 
 def test_a_group_alone_runs_every_time_and_saves_nothing_up() -> None:

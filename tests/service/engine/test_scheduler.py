@@ -1,4 +1,4 @@
-"""Who steps next, and in how many rows."""
+"""The scheduler: which samples step next, and in how many rows."""
 
 from __future__ import annotations
 
@@ -73,6 +73,13 @@ def test_nobody_joins_who_would_make_the_passes_too_long_for_one_that_cannot_wai
     assert with_a_tight_one(11.0) == ["tight"]
     assert len(with_a_tight_one(89.0)) == 8, "there is time enough for full passes"
     assert len(with_a_tight_one(10.0)) == 8, "for one that is lost anyway nobody waits"
+
+
+def test_a_sample_without_laxity_caps_the_pass_as_in_the_worked_example() -> None:
+    others = [Waiter(str(k), deadline_at=1000.0 + k) for k in range(8)]
+    a = Waiter("A", deadline_at=2.6, least_steps=2)
+    batch = Scheduler(max_rows=8).next_batch([*others, a], 8, now=0.0, seconds=lambda rows: 0.9 + 0.1 * rows)
+    assert [sample.name for sample in batch.samples] == ["A", "0"]
 
 
 def test_a_pass_is_as_long_as_the_size_it_is_padded_to() -> None:
@@ -203,7 +210,7 @@ def test_who_joins_spoils_it_for_nobody_who_joined_before(
 
     batch = Scheduler(max_rows=16).next_batch(samples, saturation_rows, now=50.0, seconds=pass_s)
     rows = [sample.rows for sample in batch.samples]
-    for place, sample in enumerate(batch.samples, start=1):
+    for count, sample in enumerate(batch.samples, start=1):
         if sample.deadline_at is not None:
             afforded = (sample.deadline_at - 50.0) / (SAFETY_MARGIN * sample.least_steps)
-            assert pass_s(sum(rows[:place])) > afforded or pass_s(sum(rows)) <= afforded * (1 + 1e-9)
+            assert pass_s(sum(rows[:count])) > afforded or pass_s(sum(rows)) <= afforded * (1 + 1e-9)

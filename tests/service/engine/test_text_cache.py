@@ -1,4 +1,4 @@
-"""Encodings of sentences: found before they are made, in process, then among all workers."""
+"""Encodings of sentences: looked up in process, then among all workers, and only then computed."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def test_the_least_recently_used_leaves() -> None:
 def test_text_and_classes_make_one_condition_and_mix(make_backend: Make) -> None:
     conditions = ConditionCaches(make_backend(), texts=TextCache(Letters(), None, capacity=1 << 20))
     plain = conditions.embeddings.get([ConditionTerm((0,))])
-    told = conditions.embeddings.get([ConditionTerm((0,), text="abc")])
-    np.testing.assert_allclose(told.embedding - plain.embedding, [2, 2, 2, 1, 1, 1], atol=1e-6)
-    assert told.key != plain.key
-    assert told.key == conditions.embeddings.get([ConditionTerm((0,), 3.0, "abc")]).key
+    worded = conditions.embeddings.get([ConditionTerm((0,), text="abc")])
+    np.testing.assert_allclose(worded.embedding - plain.embedding, [2, 2, 2, 1, 1, 1], atol=1e-6)
+    assert worded.key != plain.key
+    assert worded.key == conditions.embeddings.get([ConditionTerm((0,), 3.0, "abc")]).key
     mixed = conditions.embeddings.get([ConditionTerm((0,), 1.0, "abc"), ConditionTerm((0,), 1.0)])
-    np.testing.assert_allclose(mixed.embedding, (told.embedding + plain.embedding) / 2, atol=1e-6)
+    np.testing.assert_allclose(mixed.embedding, (worded.embedding + plain.embedding) / 2, atol=1e-6)
     assert conditions.null.key == conditions.embeddings.get([ConditionTerm((None,))]).key
 
 

@@ -184,7 +184,7 @@ class TestAdmissionAlways:
         self, snapshot: LoadSnapshot, extra: int
     ) -> None:
         rate = MAX_ROWS / line().predict(MAX_ROWS)
-        rows = extra + snapshot.queued_rows + sum(each.backlog_rows for each in snapshot.workers)
+        rows = extra + snapshot.queued_rows + sum(worker.backlog_rows for worker in snapshot.workers)
         seconds = drain_time(snapshot, extra)
         assert rows / rate / len(snapshot.workers) <= seconds * (1 + 1e-9)
         assert seconds <= rows / rate + 1e-9

@@ -57,6 +57,10 @@ def test_the_machine_saturates_where_more_rows_stop_paying() -> None:
     assert taught({rows: 0.08 + 0.92 * rows for rows in (1, 2, 4, 8, 16)}).saturation_rows(16) == 2
 
 
+def test_saturation_is_as_in_the_worked_example() -> None:
+    assert taught({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.5}).saturation_rows(8) == 4
+
+
 def test_it_follows_a_machine_that_slows_down_at_every_batch_size() -> None:
     costs = taught(GPU)
     for _ in range(100):

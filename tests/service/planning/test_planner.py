@@ -50,29 +50,27 @@ def plan(
 
 
 def after(samples: Sequence[PlannedSample], changes: Sequence[Change]) -> list[PlannedSample]:
-    """The samples with the changes made."""
+    """Return the samples with the changes made."""
     moves = {change.sample_id: change.rung for change in changes}
-    return [
-        replace(
-            each,
-            rung=moves.get(each.id, each.rung),
-            remaining_steps=steps_left(each.remaining_steps, each.rung, moves.get(each.id, each.rung)),
-        )
-        for each in samples
-    ]
+    moved = []
+    for planned in samples:
+        rung = moves.get(planned.id, planned.rung)
+        steps = steps_left(planned.remaining_steps, planned.rung, rung)
+        moved.append(replace(planned, rung=rung, remaining_steps=steps))
+    return moved
 
 
 def holds(samples: Sequence[PlannedSample], now: float = 0.0, margin: float = Policy().margin) -> bool:
     """The demand test, written as plainly as possible."""
-    rows = sum(2 if each.guided else 1 for each in samples)
+    rows = sum(2 if planned.guided else 1 for planned in samples)
     batch = min(line().saturation_rows(MAX_ROWS), rows)
     tick = line().predict(batch)
     dated = sorted((s for s in samples if s.deadline_at is not None), key=lambda s: s.deadline_at or inf)
     demand = 0
-    for each in dated:
-        demand += LADDER.rows_left(each.rung, each.remaining_steps, each.timestep, each.guided)
-        ticks = max(0.0, (each.deadline_at or inf) - now) / tick
-        if demand * margin > ticks * batch or each.remaining_steps * margin > ticks:
+    for planned in dated:
+        demand += LADDER.rows_left(planned.rung, planned.remaining_steps, planned.timestep, planned.guided)
+        ticks = max(0.0, (planned.deadline_at or inf) - now) / tick
+        if demand * margin > ticks * batch or planned.remaining_steps * margin > ticks:
             return False
     return True
 
@@ -159,7 +157,7 @@ class TestCuttingAlways:
     @quick
     @given(crowds())
     def test_consent_is_kept(self, crowd: list[PlannedSample]) -> None:
-        by_id = {each.id: each for each in crowd}
+        by_id = {planned.id: planned for planned in crowd}
         for change in plan(crowd):
             moved = by_id[change.sample_id]
             assert moved.allow_degraded
@@ -187,9 +185,9 @@ class TestCuttingAlways:
     @given(crowds())
     def test_what_can_be_saved_is_saved(self, crowd: list[PlannedSample]) -> None:
         floored = [
-            replace(each, rung=low, remaining_steps=steps_left(each.remaining_steps, each.rung, low))
-            for each in crowd
-            for low in [_lowest(each)]
+            replace(planned, rung=low, remaining_steps=steps_left(planned.remaining_steps, planned.rung, low))
+            for planned in crowd
+            for low in [_lowest(planned)]
         ]
         if holds(floored):
             assert holds(after(crowd, plan(crowd)))
@@ -225,12 +223,14 @@ class TestCuttingAlways:
         assert holds(after(crowd, plan(crowd))) == holds(after(shuffled, plan(shuffled)))
 
 
-def _lowest(each: PlannedSample) -> Rung:
-    if not each.allow_degraded or each.deadline_at is None:
-        return each.rung
-    ceiling = each.requested or each.rung
-    chain = (ceiling, *LADDER.below(ceiling, each.floor_steps))
-    chain = chain if each.rung in chain else (each.rung, *LADDER.below(each.rung, each.floor_steps))
+def _lowest(planned: PlannedSample) -> Rung:
+    if not planned.allow_degraded or planned.deadline_at is None:
+        return planned.rung
+    ceiling = planned.requested or planned.rung
+    chain = (ceiling, *LADDER.below(ceiling, planned.floor_steps))
+    chain = (
+        chain if planned.rung in chain else (planned.rung, *LADDER.below(planned.rung, planned.floor_steps))
+    )
     return chain[-1]
 
 
@@ -269,7 +269,7 @@ class TestClimbing:
 
 
 def test_planning_64_samples_takes_less_than_a_millisecond() -> None:
-    """By the processor's clock, so that neighbours do not count; the best of many, so that interrupts do not."""
+    """The processor's clock keeps neighbours out, and the best of many runs keeps interrupts out."""
     crowd = [sample(str(k), 350.0 + k, steps=50 if k % 2 else 20, guided=k % 3 > 0) for k in range(64)]
     planner, costs = Planner(LADDER), line()
     assert planner.plan(crowd, 0.0, costs, max_rows=16), "a plan with cuts is the expensive kind"
