@@ -11,20 +11,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.scaling.law import Law, Point, Term, bootstrap, fit, refit
+from ditserve.model.scaling.law import Law, LawTerm, LossPoint, bootstrap, fit, refit
 
 SIZES, DATA, COMPUTE = (3e5, 1e6, 3e6, 1e7), (250.0, 500.0, 1000.0, 2000.0), (1e11, 1e12, 1e13, 1e14)
 KNOWN = Law(
     {
-        "parameters": Term(0.4, 0.35, 1e6),
-        "pictures": Term(0.3, 0.6, 1e3),
-        "flops": Term(0.5, 0.28, 1e12),
+        "parameters": LawTerm(0.4, 0.35, 1e6),
+        "pictures": LawTerm(0.3, 0.6, 1e3),
+        "flops": LawTerm(0.5, 0.28, 1e12),
     },
     0.2,
 )
 
 
-def measured(law: Law, *, noise: float = 0.0, sizes: tuple[float, ...] = SIZES) -> list[Point]:
+def measured(law: Law, *, noise: float = 0.0, sizes: tuple[float, ...] = SIZES) -> list[LossPoint]:
     random = np.random.default_rng(0)
     points = []
     for size, data, flops in product(sizes, DATA, COMPUTE):
@@ -32,7 +32,7 @@ def measured(law: Law, *, noise: float = 0.0, sizes: tuple[float, ...] = SIZES) 
         loss = float(law.loss(**{name: values[name] for name in law.terms})) * math.exp(
             random.normal(0, noise)
         )
-        points.append(Point(f"{size:g}/{data:g}", size, data, flops, loss))
+        points.append(LossPoint(f"{size:g}/{data:g}", size, data, flops, loss))
     return points
 
 
@@ -63,7 +63,7 @@ def test_any_law_of_two_variables_is_found_again(
     numbers: tuple[float, float, float, float], rest: float
 ) -> None:
     a, alpha, c, gamma = numbers
-    law = Law({"parameters": Term(a, alpha, 2e6), "flops": Term(c, gamma, 3e12)}, rest)
+    law = Law({"parameters": LawTerm(a, alpha, 2e6), "flops": LawTerm(c, gamma, 3e12)}, rest)
     points = [replace(point, pictures=1000.0) for point in measured(law)][::3]
     found = fit(points)
     assert set(found.terms) == {"parameters", "flops"}

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ditserve.model.scaling.__main__ import interval, main, report, summary
-from ditserve.model.scaling.law import Law, Term
-from ditserve.model.scaling.record import Family, Look, Record
-from ditserve.model.train.dry_run import Memory, StageCost
+from ditserve.model.scaling.__main__ import main
+from ditserve.model.scaling.family import Family
+from ditserve.model.scaling.law import Law, LawTerm
+from ditserve.model.scaling.record import Measurement, ScalingRecord
+from ditserve.model.scaling.report import interval, network_table, write_report
+from ditserve.model.train.dry_run import MemoryEstimate, StageCost
 from ditserve.model.train.load import load_model
 from tests.model.train.training_cases import tiny_run, write_pictures
 
@@ -30,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-RECORD = Record(
+RECORD = ScalingRecord(
     family=Family(train=Path("run.json"), models={"a": {}}, flops=1.0), machine="1 of 2 cores, Linux"
 )
 
@@ -51,8 +53,8 @@ def command(family: dict[str, Any], folder: Path) -> list[str]:
     return [str(file), "--out", str(folder / "out"), "--draws", "3"]
 
 
-def looks(folder: Path) -> tuple[Look, ...]:
-    return Record.model_validate_json((folder / "out" / "scaling.json").read_text()).looks
+def looks(folder: Path) -> tuple[Measurement, ...]:
+    return ScalingRecord.model_validate_json((folder / "out" / "scaling.json").read_text()).looks
 
 
 def test_all_runs_get_the_same_compute_and_are_measured_on_the_way(
@@ -98,9 +100,9 @@ def test_less_data_is_what_more_pairs_held_out_leave(family: dict[str, Any], tmp
 
 
 def test_a_family_that_follows_a_law_is_fitted_and_drawn(tmp_path: Path) -> None:
-    law = Law({"parameters": Term(0.4, 0.35, 1e6), "flops": Term(0.5, 0.28, 1e12)}, 0.2)
+    law = Law({"parameters": LawTerm(0.4, 0.35, 1e6), "flops": LawTerm(0.5, 0.28, 1e12)}, 0.2)
     found = [
-        Look(
+        Measurement(
             run=f"DiT-{size:.0e}",
             model=f"DiT-{size:.0e}",
             network="dit",
@@ -114,9 +116,9 @@ def test_a_family_that_follows_a_law_is_fitted_and_drawn(tmp_path: Path) -> None
         for k, flops in enumerate((1e11, 1e12, 1e13))
     ]
     unet = found[0].model_copy(update={"run": "U-Net", "network": "unet", "loss": 9.0})
-    text = report(RECORD.model_copy(update={"looks": (*found, unet)}), {}, 5, tmp_path)
+    text = write_report(RECORD.model_copy(update={"looks": (*found, unet)}), {}, 5, tmp_path)
     assert (tmp_path / "scaling.md").read_text() == text
-    fitted = Record.model_validate_json((tmp_path / "scaling.json").read_text()).law
+    fitted = ScalingRecord.model_validate_json((tmp_path / "scaling.json").read_text()).law
     assert fitted["parameters_exponent"][0] == pytest.approx(0.35, rel=1e-2)
     assert fitted["irreducible"][0] == pytest.approx(0.2, rel=1e-2)
     with Image.open(tmp_path / "scaling.png") as picture:
@@ -124,14 +126,14 @@ def test_a_family_that_follows_a_law_is_fitted_and_drawn(tmp_path: Path) -> None
 
 
 def test_the_table_shows_the_last_look_of_each_run() -> None:
-    look = Look(
+    look = Measurement(
         run="a, 0.1 held out", model="a", network="dit", parameters=1_500_000, pictures=9, step=10, flops=2e12, loss=0.5
     )  # fmt: skip
     earlier = look.model_copy(update={"step": 5, "loss": 0.7})
     fewer = look.model_copy(update={"run": "a, 0.5 held out", "pictures": 5, "loss": 0.6})
-    cost = StageCost((8, 8), 10, 500_000_000, 1, 12.0, 1.0, Memory(99 << 20, 0, 0, 0, 0, 0))
+    cost = StageCost((8, 8), 10, 500_000_000, 1, 12.0, 1.0, MemoryEstimate(99 << 20, 0, 0, 0, 0, 0))
     record = RECORD.model_copy(update={"looks": (look, earlier, fewer)})
-    header, _, *rows = summary(record, {"a": cost}).splitlines()
+    header, _, *rows = network_table(record, {"a": cost}).splitlines()
     assert header.endswith("| steps | loss, 9 pictures | loss, 5 pictures |")
     assert rows == ["| a | 1.50 M | 1.000 | 99 MiB | 12 | 10 | 0.5000 | 0.6000 |"]
 

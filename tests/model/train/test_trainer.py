@@ -181,7 +181,7 @@ def test_the_average_is_what_is_sampled(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path, stages=[{"size": 4, "steps": 2}, {"size": 8}]))
     for size in ((4, 4), (4, 4), (8, 8)):
         trainer.step()
-        averaged = trainer.averaged()
+        averaged = trainer.averaged_network()
         assert averaged.config.image_size == size
     named = dict(averaged.named_parameters())
     assert all(torch.equal(named[key], tensor) for key, tensor in trainer.state.ema.first.items())

@@ -17,18 +17,20 @@ from torch import Tensor
 from ditserve.export.graph import backbone_graph
 from ditserve.model.nets.cost import cost
 from ditserve.model.nets.dit import DiT
-from ditserve.model.prune.__main__ import RECOVER, PruneError, main, prune, pruned_config
-from ditserve.model.prune.importance import gated, importance
+from ditserve.model.prune.__main__ import main
+from ditserve.model.prune.importance import group_counts, importance
+from ditserve.model.prune.pruned_bundle import RECOVER
+from ditserve.model.prune.pruning import PruneError, prune, pruned_config
 from ditserve.model.spec.diffusion import add_noise, make_schedule
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import network_config, network_fields
-from ditserve.model.train.batch import Batch
+from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.config import load_config
 from ditserve.model.train.load import load_model
-from ditserve.model.train.loss import noise_tables, rows, squared_error
+from ditserve.model.train.loss import noise_tables, per_row, squared_error
 from ditserve.model.train.trainer import Trainer
 from ditserve.model.weights.official import WeightsError, to_official
-from tests.model.train.distillation_cases import write_teacher
+from tests.model.train.distillation.distillation_cases import write_teacher
 from tests.model.train.training_cases import write_pictures
 
 TABLES = noise_tables(make_schedule("cosine", prediction="x0"), "v", 5.0)
@@ -40,12 +42,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def some(dit: DiT, count: int = 6) -> Batch:
+def some(dit: DiT, count: int = 6) -> TrainingBatch:
     config, generator = dit.config, torch.Generator().manual_seed(1)
     shape = (count, config.in_channels, *config.image_size)
     labels = torch.stack([torch.arange(count) % (classes + 1) for classes in config.classes], dim=1)
     t = torch.arange(count) * 150
-    return Batch(
+    return TrainingBatch(
         torch.rand(shape, generator=generator) * 2 - 1, labels, t, torch.randn(shape, generator=generator)
     )
 
@@ -81,11 +83,11 @@ def test_what_does_nothing_goes_first_and_is_not_missed(dit: DiT) -> None:
             if hasattr(block, "cross"):
                 block.cross.proj.weight[:, gone] = 0
             block.mlp.fc2.weight[:, k : 8 + k] = 0
-    channels = gated(dit)["blocks.0.mlp.fc2"]
+    channels = group_counts(dit)["blocks.0.mlp.fc2"]
     config = pruned_config(dit, 1 / heads, 8 / channels)
     assert (config.num_heads, config.heads_width, config.head_size) == (2, 2 * size, size)
     smaller = prune(dit, measured(dit), config)
-    assert gated(smaller)["blocks.0.mlp.fc2"] == channels - 8
+    assert group_counts(smaller)["blocks.0.mlp.fc2"] == channels - 8
     torch.testing.assert_close(drawn(smaller), drawn(dit), rtol=1e-5, atol=1e-5)
     assert network_config(json.loads(json.dumps(network_fields(config)))) == config
     assert cost(config).macs < cost(dit.config).macs
@@ -97,14 +99,14 @@ def test_importance_is_the_squared_first_order_change_of_each_pictures_loss(
     dit, tables = network(tiny(depth=2)), TABLES
     batch = some(dit)
     found = importance(dit, tables, [batch[0:4], batch[4:6]])
-    assert found.keys() == gated(dit).keys()
+    assert found.keys() == group_counts(dit).keys()
     for name, each in found.items():
         weight = dit.get_submodule(name).get_parameter("weight")
         weight.requires_grad_()
         total = torch.zeros(len(each))
         for k in range(len(batch)):
             row = batch[k : k + 1]
-            x_t = add_noise(rows(tables.alpha, row.t), rows(tables.sigma, row.t), row.x0, row.noise)
+            x_t = add_noise(per_row(tables.alpha, row.t), per_row(tables.sigma, row.t), row.x0, row.noise)
             loss = squared_error(tables, dit(x_t, row.t, row.labels), row.x0, row.noise, row.t).sum()
             (slope,) = torch.autograd.grad(loss, weight)
             total += (slope * weight).detach().unflatten(1, (len(each), -1)).sum((0, 2)).square()
@@ -169,8 +171,8 @@ def test_a_pruned_bundle_is_exported_and_recovers_from_its_teacher(
 
     recover = load_config(whole.parent / "less" / RECOVER, ["steps=3", "batch=2"])
     trainer = Trainer(recover)
-    assert trainer.warm is not None
-    assert not trainer.warm.fresh
+    assert trainer.warm_start is not None
+    assert not trainer.warm_start.fresh
     assert trainer.network_config == less.network.config
     taken = less.network.state_dict()
     assert all(torch.equal(each, taken[name]) for name, each in trainer.state.model.state_dict().items())

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ditserve.model.train import __main__ as train
+from ditserve.model.train import training
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.load import load_model
-from ditserve.model.train.tensor_blocks import read_whole
+from ditserve.model.train.tensor_shards import read_full
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_run
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(train, "draw_curve", lambda folder: folder)
+    monkeypatch.setattr(training, "draw_curve", lambda folder: folder)
 
 
 def launch(raw: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
@@ -74,7 +74,7 @@ def test_a_run_goes_on_after_a_process_is_killed_with_other_processes(tmp_path: 
     raw["steps"] = stopped + 4
 
     sharded = newest(output)
-    whole = read_whole(sharded, "ema", json.loads((sharded / "state.json").read_text())["index"])
+    whole = read_full(sharded, "ema", json.loads((sharded / "state.json").read_text())["index"])
     held = load_file(sharded / "ema-00001-of-00002.safetensors")
     assert elements(held) < 0.51 * elements(whole)
     opened = load_model(output).network.state_dict()
@@ -89,7 +89,7 @@ def test_a_run_goes_on_after_a_process_is_killed_with_other_processes(tmp_path: 
     assert told.count(f"resumed from {sharded}") == 1
     assert (newest(output) / "ema.safetensors").is_file()
     alone = TrainConfig.model_validate({**raw, "output": str(tmp_path / "alone")})
-    train.run(alone)
+    training.train(alone)
     assert losses(output) == pytest.approx(losses(alone.output), rel=2e-3)  # in half precision
 
 
@@ -118,7 +118,7 @@ def test_a_run_in_tensor_parallel_is_the_run_of_one_process(tmp_path: Path) -> N
     told, _ = process.communicate()
     assert process.returncode == 0, told
     assert told.count(" M parameters, ") == 1
-    train.run(alone)
+    training.train(alone)
     output = Path(str(raw["output"]))
     assert losses(output) == pytest.approx(losses(alone.output), rel=1e-5)
     theirs, ours = (np.asarray(Image.open(each / "sheet-0000004.png")) for each in (output, alone.output))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ditserve.model.train import logbook as journal
-from ditserve.model.train.logbook import Journal, read_log
+from ditserve.model.train import training_log
 from ditserve.model.train.trainer import Trainer
+from ditserve.model.train.training_log import TrainingLog, read_log
 from tests.model.train.training_cases import tiny_config
 
 TOLD = {"loss": 0.5, "grad_norm": 2.0, "lr": 1e-3}
@@ -26,7 +26,7 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
 
 
 def record(trainer: Trainer, steps: int, **told: float) -> None:
-    with Journal(trainer.config, trainer.state) as written:
+    with TrainingLog(trainer.config, trainer.state) as written:
         for _ in range(steps):
             trainer.state.step += 1
             written.record(trainer.state, {**TOLD, **told})
@@ -65,10 +65,10 @@ def test_what_was_logged_past_the_checkpoint_is_dropped_and_the_average_goes_on(
 def test_tensorboard_that_is_not_installed_is_named(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "SummaryWriter", None)
+    monkeypatch.setattr(training_log, "SummaryWriter", None)
     config = trainer.config.model_copy(update={"tensorboard": True})
     with pytest.raises(ValueError, match="tensorboard is not installed: pip install tensorboard"):
-        Journal(config, trainer.state)
+        TrainingLog(config, trainer.state)
 
 
 def test_tensorboard_is_told_what_the_log_is(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_tensorboard_is_told_what_the_log_is(trainer: Trainer, monkeypatch: pyte
         def close(self) -> None:
             told.append("closed")
 
-    monkeypatch.setattr(journal, "SummaryWriter", Board)
+    monkeypatch.setattr(training_log, "SummaryWriter", Board)
     trainer.config = trainer.config.model_copy(update={"tensorboard": True})
     record(trainer, 2)
     assert told[0] == "tensorboard"
