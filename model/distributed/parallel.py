@@ -95,7 +95,7 @@ class ParallelNetwork:
         return key if key in self.parameter_names else self.parameter_names[int(key.partition(".")[0])]
 
     def writes_shard(self, key: str, tensor: Tensor) -> bool:
-        """Return True if this process writes its part of a tensor; of processes with equal parts, one does."""
+        """Return True if this process writes its part of a tensor; one of those with equal parts does."""
         split = self.parameter_name(key) in self.splits and tensor.ndim > 0
         return (self.replica == 0 or isinstance(tensor, DTensor)) and (self.tensor_rank == 0 or split)
 
@@ -137,9 +137,10 @@ class ParallelNetwork:
 
 
 def _shard(network: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:
-    """Apply FSDP2 block by block. A block's modulation is computed ahead of the block, so it is a unit of its own.
+    """Apply FSDP2 block by block.
 
-    Parameters are gathered in the half format, as autocast would round them; gradients are averaged in fp32.
+    The modulation of a block is computed ahead of the block, so it is a unit of its own. Parameters are
+    gathered in the half format, as autocast would round them; gradients are averaged in fp32.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False

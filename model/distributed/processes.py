@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of a run, seen from one of them: number `rank` of `size`, and `local_rank` on its machine."""
+    """The processes of a run, seen from number `rank` of `size`, which is `local_rank` on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -45,10 +45,10 @@ class World:
 
 @contextmanager
 def join_processes(device: Literal["cpu", "cuda"]) -> Iterator[World]:
-    """Join the processes that `torchrun` started, until the context ends; without `torchrun` the world is this process.
+    """Join the processes that `torchrun` started, until the context ends.
 
-    On CUDA the process makes the GPU of its local rank its current device. On the second machine the local
-    rank differs from the rank.
+    Without `torchrun` this process is the world. On CUDA the process makes the GPU of its local rank its
+    current device. On the second machine the local rank differs from the rank.
 
     Raises:
         ValueError: there is no GPU for this process.
@@ -75,11 +75,11 @@ def join_processes(device: Literal["cpu", "cuda"]) -> Iterator[World]:
 
 
 class ParallelSpec(BaseModel):
-    """The division of a run's work between its processes: data-parallel replicas, each of `tensor` processes."""
+    """The division of a run's work between its processes: replicas, each of `tensor` processes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     mode: Literal["ddp", "fsdp"] = "ddp"
-    """"ddp": each replica keeps the whole training state. "fsdp": each keeps a shard, for networks that do not fit."""
+    """Data parallelism: with "ddp" each replica keeps the whole training state, with "fsdp" a shard of it."""
     tensor: Annotated[int, Field(ge=1)] = 1
     """Number of processes that share one replica's attention heads and MLP channels."""
 

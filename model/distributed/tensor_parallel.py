@@ -1,9 +1,9 @@
-"""Tensor parallelism: the heads of an attention and the channels of an MLP shared by processes (arXiv:1909.08053, §3).
+"""Tensor parallelism: processes share the heads of an attention and the channels of an MLP.
 
-Each process keeps its own rows of the first linear map of a branch, and its own columns of the second. One
-sum over the processes in the forward pass and one in the backward pass give the result of a single process.
-All processes compute modulation, embeddings and the output alike. Parameters stay plain tensors, so that data
-parallelism of either kind can be applied on top.
+Source: arXiv:1909.08053, §3. Each process keeps its own rows of the first linear map of a branch, and its own
+columns of the second. One sum over the processes in the forward pass and one in the backward pass give the
+result of a single process. All processes compute modulation, embeddings and the output alike. Parameters stay
+plain tensors, so that data parallelism of either kind can be applied on top.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Split:
 
 
 def parallelize_blocks(network: nn.Module, mesh: DeviceMesh) -> Mapping[str, Split]:
-    """Reduce every block's attention and MLP to this process's part. Return the split of each divided parameter.
+    """Reduce every block's attention and MLP to this process's part. Return the splits by parameter name.
 
     Raises:
         ValueError: the network is no DiT, or its heads or channels are not divisible by the processes.
@@ -101,7 +101,7 @@ def _mlp_channels(network: DiT) -> int:
 
 
 class ColwiseParallel(ParallelStyle):
-    """A linear map whose outputs are divided: each process computes its own. As torch's, but for stacked matrices."""
+    """A linear map whose outputs are divided: torch's ColwiseParallel, for stacked matrices too."""
 
     def __init__(self, parts: int = 1) -> None:
         self.parts = parts
@@ -115,7 +115,7 @@ class ColwiseParallel(ParallelStyle):
 
 
 class RowwiseParallel(ParallelStyle):
-    """A linear map whose inputs are divided: results are summed over the processes, and the bias is added once."""
+    """A linear map whose inputs are divided: a sum over the processes, plus the bias once."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         _shard_parameters(module, _splits(self), device_mesh)
@@ -124,7 +124,7 @@ class RowwiseParallel(ParallelStyle):
 
 
 class HeadNormParallel(ParallelStyle):
-    """A norm within each head: all heads share its parameters, so their gradient is the sum over the processes."""
+    """A norm within each head; heads share its parameters, so gradients are summed over the processes."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module.forward = partial(_head_norm, cast(nn.LayerNorm, module), device_mesh)

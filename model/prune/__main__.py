@@ -1,9 +1,9 @@
-"""`python -m model.prune MODEL --data FILE --heads 0.33 --mlp 0.5 -o BUNDLE`: remove the least important heads and channels.
+"""`python -m model.prune MODEL --data FILE --heads 0.33 --mlp 0.5 -o BUNDLE`: remove heads and MLP channels.
 
-Every block loses as many, so an ordinary, smaller network remains: it is described, exported and served like
-any other. Importance is measured on training pictures (`model.prune.importance`). Beside the bundle of
-weights stands recover.json, the configuration of the training that makes up for the loss, with the whole
-model as its teacher; edit it as you like:
+The least important ones are removed. Every block loses as many, so an ordinary, smaller network remains: it
+is described, exported and served like any other. Importance is measured on training pictures
+(`model.prune.importance`). Beside the bundle of weights stands recover.json, the configuration of the
+training that makes up for the loss, with the whole model as its teacher; edit it as you like:
 
     python -m model.train --config BUNDLE/recover.json
 """
@@ -20,7 +20,7 @@ from ditserve.model.spec.command_line import guarded, positive
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line. Return the exit status: 0, or 2 after a mistake, which is reported in one sentence."""
+    """Run the command line. Return 0, or 2 after a mistake, which is reported in one sentence."""
     parser = argparse.ArgumentParser(
         prog="python -m model.prune", description="Take away the heads and MLP channels that matter least."
     )

@@ -31,7 +31,7 @@ The groups are heads for `blocks.<k>.attn.proj` and `cross.proj`, channels for `
 
 
 def group_counts(dit: DiT) -> dict[str, int]:
-    """Return the linear maps whose inputs come in groups (heads or channels), with the number of groups of each."""
+    """Return the number of groups (heads or channels) that enter each linear map, by its name."""
     heads, channels = dit.config.num_heads, cast(nn.Linear, dit.get_submodule("blocks.0.mlp.fc2")).in_features
     kinds = {"attn.proj": heads, "cross.proj": heads, "mlp.fc2": channels}
     names = {name for name, _ in dit.named_modules()}

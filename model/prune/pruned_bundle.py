@@ -1,4 +1,4 @@
-"""The bundle of a pruned model, with recover.json beside it: the training that makes up for the loss of quality."""
+"""The bundle of a pruned model, and recover.json: the training that makes up for the loss of quality."""
 
 from __future__ import annotations
 

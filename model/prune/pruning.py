@@ -1,4 +1,4 @@
-"""Removal of the least important heads and MLP channels: every block loses as many, so an ordinary DiT remains."""
+"""Removal of the least important heads and MLP channels; every block loses as many."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PruneError(ModelError):
 
 
 def pruned_config(dit: DiT, heads: float, mlp: float) -> DiTConfig:
-    """Return the configuration without shares `heads` and `mlp`, in 0 … 1, of every block's heads and MLP channels.
+    """Return the configuration without the shares `heads` and `mlp`, in 0 … 1, of every block's groups.
 
     Raises:
         PruneError: a share removes everything, or rounds to nothing though it is not 0.
@@ -49,7 +49,7 @@ def pruned_config(dit: DiT, heads: float, mlp: float) -> DiTConfig:
 
 
 def _kept(what: str, count: int, share: float, multiple: int) -> int:
-    """Return how many of `count` remain without `share`, rounded to a multiple: 64 channels without 0.25 are 48."""
+    """Return how many of `count` remain without `share`, to a multiple: 64 channels without 0.25 are 48."""
     if not 0 <= share < 1:
         raise PruneError(f"--{what} is the share to take away, from 0 up to but not 1: not {share:g}")
     kept = round((count - share * count) / multiple) * multiple
@@ -85,7 +85,7 @@ def mlp_channels(config: DiTConfig) -> int:
 
 
 def _linear_maps(name: str, dit: DiT) -> Iterator[tuple[str, int, int]]:
-    """Yield the linear maps that make or use the groups entering `name`: map, dimension, and matrices stacked in it."""
+    """Yield (name, dimension, stacked matrices) of the linear maps that make or use the groups of `name`."""
     block, branch, _ = name.rsplit(".", 2)
     yield name, 1, 1
     if branch == "attn":

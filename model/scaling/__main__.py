@@ -1,8 +1,8 @@
-"""`python -m model.scaling FAMILY.json --data FILE --out FOLDER`: train networks of several sizes, and fit a scaling law.
+"""`python -m model.scaling FAMILY.json --data FILE --out FOLDER`: train a family, and fit a scaling law.
 
-All runs have equal compute; `model.scaling.family` shows the JSON file. Every run keeps the learning rate of
-the training configuration, constant, so that a loss midway is the loss that a shorter run would have reached.
-Losses are those of the averaged weights on the pairs that no run trains on.
+The networks differ in size and have equal compute; `model.scaling.family` shows the JSON file. Every run
+keeps the learning rate of the training configuration, constant, so that a loss midway is the loss that a
+shorter run would have reached. Losses are those of the averaged weights on the pairs that no run trains on.
 
 Writes scaling.json after every measurement (runs that are already there are not trained again). At the end it
 writes the law, if there are enough DiTs for one, into scaling.json; scaling.md with the networks side by
@@ -26,7 +26,7 @@ from ditserve.model.train.config import mistake
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line. Return the exit status: 0, or 2 after a mistake, which is reported in one sentence."""
+    """Run the command line. Return 0, or 2 after a mistake, which is reported in one sentence."""
     parser = argparse.ArgumentParser(
         prog="python -m model.scaling", description="Train a family and fit its scaling law."
     )

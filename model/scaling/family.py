@@ -20,13 +20,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Family(BaseModel):
     """The networks to train, the compute of each run, and the amounts of data.
 
-    {"train": "model/zoo/emoji/train.json",            the training configuration, without the network
-     "set": ["data.size=32"],                          fields of it that differ here
-     "flops": 2e12,                                    of training, for each run
+    {"train": "model/zoo/emoji/train.json",   the training configuration, without the network
+     "set": ["data.size=32"],                 fields of it that differ here
+     "flops": 2e12,                           of training, for each run
      "models": {"DiT-96": {"patch_size": 8, "hidden_size": 96, "depth": 4, "num_heads": 3},
                 "U-Net": {"network": "unet", "base_channels": 32, "multipliers": [1, 2, 2]}},
-     "hold_outs": [0.03, 0.5],                         shares of pairs kept from training: less data to learn from
-     "looks": 4}                                       losses measured along a run: at flops, flops/2, flops/4, …
+     "hold_outs": [0.03, 0.5],                shares of pairs kept from training: less data to learn from
+     "looks": 4}                              losses measured along a run: at flops, flops/2, flops/4, …
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,7 +40,7 @@ class Family(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class FamilyRun:
-    """The training run of one network; `model` is its name in the family, `macs` are multiply-adds of a forward row."""
+    """The run of one network, named `model` in the family; `macs` are multiply-adds of a forward row."""
 
     title: str
     model: str

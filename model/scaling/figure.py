@@ -23,7 +23,7 @@ BEYOND = 2.0
 
 
 def draw_law(points: Sequence[LossPoint], law: Law, laws: Sequence[Law], target: Path) -> None:
-    """Draw a panel per variable of the law, with its line and the 90 % band of `laws`, into the file `target`.
+    """Draw a panel per variable of the law, with its line and the 90 % band of `laws`, into `target`.
 
     In the line and the band the other variables are at their largest. A point with less of another variable
     lies above the line; the less it has, the smaller it is drawn.

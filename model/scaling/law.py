@@ -113,9 +113,10 @@ def refit(points: Sequence[LossPoint], law: Law) -> Law:
 
 
 def bootstrap(points: Sequence[LossPoint], law: Law, *, draws: int = 200, seed: int = 0) -> list[Law]:
-    """Return the laws of `draws` samples of the runs, drawn with replacement; their spread is the confidence of the fit.
+    """Return the laws of `draws` samples of the runs, drawn with replacement.
 
-    Whole runs are drawn, because the points of one run are not independent.
+    Their spread is the confidence of the fit. Whole runs are drawn, because the points of one run are not
+    independent.
     """
     random = np.random.Generator(np.random.Philox(seed))
     runs = list(dict.fromkeys(point.run for point in points))

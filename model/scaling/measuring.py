@@ -63,7 +63,7 @@ def measure_family(family: Family, runs: Sequence[FamilyRun], out: Path) -> Scal
 def _train_and_measure(
     run: FamilyRun, looks: int, unseen: Dataset, progress: Progress
 ) -> Iterator[Measurement]:
-    """Train a run, resuming it if it was stopped. Yield `looks` measurements: at all steps, a half, a quarter, …"""
+    """Train or resume a run. Yield `looks` measurements: after all steps, a half, a quarter, …"""
     config, trainer = run.config, Trainer(run.config)
     trainer.resume()
     config.output.mkdir(parents=True, exist_ok=True)

@@ -25,11 +25,10 @@ def write_report(record: ScalingRecord, costs: Mapping[str, StageCost], draws: i
     changes = f" with {', '.join(family.set)}" if family.set else ""
     lines = [
         "# Scaling",
-        f"Every network had {family.flops:.3g} floating-point operations of training by `{family.train}`{changes}, "
-        "for each amount of "
-        "pictures. Loss: that of the averaged weights on pairs which none was trained on. "
-        f"On {record.machine}; images/s over a few "
-        f"steps, at a load average of {os.getloadavg()[0]:.1f}.",
+        f"Every network had {family.flops:.3g} floating-point operations of training by "
+        f"`{family.train}`{changes}, for each amount of pictures. Loss: that of the averaged weights on "
+        f"pairs which none was trained on. On {record.machine}; images/s over a few steps, at a load average "
+        f"of {os.getloadavg()[0]:.1f}.",
         network_table(record, costs),
     ]
     fitted: dict[str, tuple[float, float, float]] = {}

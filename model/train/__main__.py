@@ -37,7 +37,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line. Return the exit status: 0, or 2 after a mistake, which is reported in one sentence."""
+    """Run the command line. Return 0, or 2 after a mistake, which is reported in one sentence."""
     options = _parser().parse_args(arguments)
     flags = [f"{field}={value}" for field in FLAGS if (value := getattr(options, field)) is not None]
     try:

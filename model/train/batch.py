@@ -1,4 +1,8 @@
-"""The batch of an optimiser step. Every random draw is a function of (seed, step, row), in any process and micro-batch."""
+"""The batch of an optimiser step.
+
+Every random draw is a function of (seed, step, row), whichever process makes it and in however many
+micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ ROLLBACK_SEED_STRIDE = 1 << 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingBatch:
-    """Pictures x0 (N, C, H, W) in model space, with conditions, timesteps t (N,), and noise of the shape of x0.
+    """The rows of a batch: pictures x0 (N, C, H, W) in model space, timesteps t (N,), and noise like x0.
 
     The conditions are labels (N, F) and text (N, text_size), after dropout.
     """
@@ -112,10 +116,11 @@ class BatchSource:
 
 
 class Prefetch(Generic[T]):
-    """An iterator over make(first), make(first + 1), … that makes up to `ahead` of them early, each in its own thread.
+    """An iterator over make(first), make(first + 1), …, up to `ahead` of them made early.
 
-    `make` must depend on its number alone; then neither threads nor stopping and resuming change the results.
-    An error in `make` is raised when its result is asked for. With `ahead` 0 nothing is made early.
+    Each is made in its own thread. `make` must depend on its number alone; then neither threads nor stopping
+    and resuming change the results. An error in `make` is raised when its result is asked for. With `ahead` 0
+    nothing is made early.
     """
 
     def __init__(self, make: Callable[[int], T], *, first: int = 0, ahead: int = 2) -> None:

@@ -1,10 +1,11 @@
-"""Training state on disk: safetensors and JSON, written atomically; the newest valid checkpoint wins. Nothing is pickled.
+"""Training state on disk: safetensors and JSON, written atomically. Nothing is pickled.
 
-<run>/checkpoints/step-0001200/{model,ema,optimizer}.safetensors  state.json  and ema-0.9999.safetensors of a
-second average
+<run>/checkpoints/step-0001200/{model,ema,optimizer}.safetensors
+                               ema-0.9999.safetensors              a second average
+                               state.json
 
-Where a network is distributed, each process writes files of its own (`model.train.tensor_shards`), and any
-number of processes can read them.
+A run resumes from the newest checkpoint that is valid. Where a network is distributed, each process
+writes files of its own (`model.train.tensor_shards`), and any number of processes can read them.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class CheckpointError(ModelError):
 
 @dataclass(slots=True)
 class TrainingState:
-    """All that a resumed run needs besides its config: random numbers are functions of (seed, rollbacks, step).
+    """All that a resumed run needs besides its config.
 
-    `skipped` counts the steps whose gradient was not finite; `failures` counts those in a row up to now.
+    Random numbers are functions of (seed, rollbacks, step). `skipped` counts the steps whose gradient was not
+    finite; `failures` counts those in a row up to now.
     """
 
     parallel: ParallelNetwork
@@ -58,7 +60,7 @@ class TrainingState:
         return self.parallel.network
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return all tensors by section and name; optimiser state is named `<number of the parameter>.<what>`."""
+        """Return all tensors by section and name; optimiser state is named `<number of parameter>.<what>`."""
         optimizer = {
             f"{number}.{key}": value
             for number, parameter in enumerate(self.model.parameters())
@@ -108,7 +110,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, state: TrainingState, identity: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Write `folder/step-N` completely, then make it visible by one rename, then drop all but the newest `keep`.
+    """Write `folder/step-N`, make it visible by one rename when complete, and drop all but the newest `keep`.
 
     Raises:
         CheckpointError: it cannot be written; earlier checkpoints are intact.

@@ -1,4 +1,4 @@
-"""The configuration of a training run, read from a JSON file and flags, and the network that it and its data imply."""
+"""The configuration of a training run, from a JSON file and flags, and the network that follows from it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class TrainConfig(BaseModel):
     batch: Count = 32
     """Pictures of one optimiser step, over all devices."""
     accumulate: Count = 1
-    """Number of micro-batches that a batch is split into to save memory; the gradient is that of the whole."""
+    """Micro-batches that a batch is split into to save memory; the gradient is that of the whole."""
 
     lr: Positive = 1e-3
     betas: tuple[Rate, Rate] = (0.9, 0.99)
@@ -110,13 +110,13 @@ class TrainConfig(BaseModel):
     clip: Positive | None = 1.0
     """Largest norm of the gradient; None: no limit."""
     ema: Decays = (0.999,)
-    """Decays of the averaged weights; the first is sampled and exported, the others are kept in checkpoints."""
+    """Decays of the averaged weights; the first is sampled and exported, others are kept in checkpoints."""
 
     label_dropout: Rates = (0.1,)
     """Probability that a label is dropped: one rate, or one per factor."""
     text_dropout: Rate = 0.1
     label_std: Positive = 0.02
-    """Standard deviation of the initial label tables: 0.02 in the paper; from 0.3, short runs learn classes sooner."""
+    """Standard deviation of the initial label tables: 0.02 in the paper; short runs learn faster from 0.3."""
 
     loss_space: Prediction | None = None
     """The quantity whose squared error is the loss, whatever the network predicts.
@@ -125,11 +125,11 @@ class TrainConfig(BaseModel):
     loss_cap: Positive | None = None
     """Largest weight of the squared x_0 error; in the space of epsilon, this is the gamma of Min-SNR."""
     loss_floor: Weight = 0.0
-    """Least weight of the squared x_0 error; 1 in the space of epsilon is the truncated SNR of progressive distillation."""
+    """Least weight of the squared x_0 error; 1 in the space of epsilon is truncated SNR (see loss.py)."""
     distillation: DistillationConfig | None = None
     """A teacher to learn from besides the data, or instead of it."""
     variational: Weight = 1e-3
-    """Weight of the variational bound that trains a learned variance; the default is the paper's (arXiv:2102.09672, eq. 16)."""
+    """Weight of the bound that trains a learned variance; the default is of arXiv:2102.09672, eq. 16."""
     embedding_l2: Weight = 0.0
     """Weight of the squared condition embedding."""
     timesteps: TimestepSampling = "uniform"
@@ -155,7 +155,7 @@ class TrainConfig(BaseModel):
     """Number of checkpoints to keep."""
     sheet_every: Count = 400
     vae: Path | None = None
-    """Folder of the SD-VAE that decodes the sample sheets of a run on latents; without it there are no sheets."""
+    """Folder of the SD-VAE that decodes the sample sheets of a run on latents; None: no sheets."""
     log_every: Count = 20
     tensorboard: bool = False
 
@@ -309,7 +309,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def mistake(error: ValidationError) -> str:
-    """Return the first mistake in one sentence; for an unknown field, with the known one that is most alike."""
+    """Return the first mistake in one sentence; an unknown field is named with the most similar known one."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":

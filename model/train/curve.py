@@ -1,4 +1,4 @@
-"""`python -m model.train.curve RUN`: draw a run's loss, gradient norm and learning rate over its steps, as RUN/curve.png."""
+"""`python -m model.train.curve RUN`: draw a run's loss, gradient norm and learning rate as RUN/curve.png."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def draw_curve(folder: Path) -> Path:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draw the curve of the run named on the command line. Return the exit status: 0, or 2 after a mistake."""
+    """Draw the curve of the run named on the command line. Return 0, or 2 after a mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m model.train.curve", description="Draw a training run's curve."
     )

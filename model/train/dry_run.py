@@ -1,6 +1,6 @@
-"""The cost of a run, estimated before hours are spent on it; `python -m model.train --config run.json --dry-run`.
+"""The cost of a run, estimated before hours are spent on it. Nothing is written.
 
-Nothing is written.
+python -m model.train --config run.json --dry-run
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """The cost of a stage: multiply-adds of a forward row, floating-point operations of a step, and measured speed."""
+    """The cost of a stage: multiply-adds of a forward row, operations of a step, and measured speed."""
 
     size: tuple[int, int]
     steps: int
@@ -139,8 +139,8 @@ def format_estimate(trainer: Trainer, stages: Iterable[StageCost]) -> Iterator[s
     parameters = sum(p.numel() for p in trainer.state.model.parameters())
     epochs = config.steps * config.batch / pictures
     yield (
-        f"{parameters / 1e6:.2f} M parameters; {config.steps} steps of {config.batch} are {epochs:.1f} passes "
-        f"over {pictures} pictures"
+        f"{parameters / 1e6:.2f} M parameters; {config.steps} steps of {config.batch} are {epochs:.1f} "
+        f"passes over {pictures} pictures"
     )
     seconds = 0.0
     for stage in stages:

@@ -1,4 +1,4 @@
-"""Exponential moving averages of weights, with a warm-up so that the first weights do not dominate short runs."""
+"""Exponential moving averages of weights, with a warm-up against the influence of the first weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages of a module's parameters, one per decay: s ← d·s + (1 − d)·parameter, d = min(decay, (1 + n)/(10 + n)).
+    """The averages of a module's parameters, one per decay: s ← d·s + (1 − d)·parameter.
 
-    The warm-up of d over updates n is the one of TensorFlow's ExponentialMovingAverage. After the first
-    update d is 2/11, after the tenth 11/20; a decay of 0.999 is reached after 8,990. Updates are in place, in
-    fp32. `averages` maps a decay to its named tensors, in the order of `named_parameters()`; the first is
-    sampled from.
+    d = min(decay, (1 + n)/(10 + n)). The warm-up of d over updates n is the one of TensorFlow's
+    ExponentialMovingAverage. After the first update d is 2/11, after the tenth 11/20; a decay of 0.999 is
+    reached after 8,990. Updates are in place, in fp32. `averages` maps a decay to its named tensors, in the
+    order of `named_parameters()`; the first is sampled from.
 
     Raises:
         ValueError: no decay, the same one twice, or one outside [0, 1).

@@ -4,12 +4,12 @@ The functions depend on their arguments alone. The loss of a run is the weighted
 variational and the embedding term are auxiliary: they shape the gradient, and are reported separately so that
 losses of different runs can be compared.
 
-    weight of the squared x_0 error   `loss_space`   `loss_cap`   with SNR = alpha² / sigma²
-    1 / sigma², at most c             "v"            c            1 / sigma² = SNR + 1: velocity, arXiv:2202.00512, §4
-    min(SNR, gamma)                   "epsilon"      gamma        Min-SNR-gamma (Hang et al., arXiv:2303.09556)
-    SNR                               "epsilon"      none         the plain noise loss, arXiv:2006.11239, eq. 14
-    max(SNR, f)                       "epsilon"      none         `loss_floor` f = 1: truncated SNR, arXiv:2202.00512, §4
-    1                                 "x0"           none
+    weight of x_0 error²    `loss_space`  `loss_cap`  SNR = alpha² / sigma²
+    1 / sigma², at most c   "v"           c           1 / sigma² = SNR + 1: velocity, arXiv:2202.00512, §4
+    min(SNR, gamma)         "epsilon"     gamma       Min-SNR-gamma (Hang et al., arXiv:2303.09556)
+    SNR                     "epsilon"     none        the plain noise loss, arXiv:2006.11239, eq. 14
+    max(SNR, f)             "epsilon"     none        `loss_floor` f = 1: truncated SNR, arXiv:2202.00512, §4
+    1                       "x0"          none
 
 An x_0 error d is an epsilon error of d · alpha / sigma and a v error of d / sigma, so each of these works for
 every prediction.
@@ -125,11 +125,11 @@ def squared_error(tables: NoiseTables, output: Tensor, x0: Tensor, noise: Tensor
 
 
 def variational_term(tables: NoiseTables, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Return the term of the variational bound at timestep t, (N,) in bits per dimension; it trains the variance.
+    """Return the term of the variational bound at timestep t, (N,), in bits per dimension.
 
-    The term is KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), and at t = 0 the negative log likelihood of
-    8-bit pixels. The mean is detached, so that only the variance channels `output[:, C:]` learn from it
-    (Nichol & Dhariwal, arXiv:2102.09672, §3.1).
+    It trains the variance. The term is KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), and at t = 0 the
+    negative log likelihood of 8-bit pixels. The mean is detached, so that only the variance channels
+    `output[:, C:]` learn from it (Nichol & Dhariwal, arXiv:2102.09672, §3.1).
     """
     prediction, v = output[:, : x0.shape[1]].detach(), output[:, x0.shape[1] :]
     estimate = per_row(tables.x0_x, t) * x_t + per_row(tables.x0_out, t) * prediction

@@ -18,9 +18,9 @@ HALF_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": tor
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Make fused AdamW (Loshchilov & Hutter, arXiv:1711.05101) with two groups: matrices decay, the rest does not.
+    """Make fused AdamW (Loshchilov & Hutter, arXiv:1711.05101) with two groups of parameters.
 
-    The rest are biases, norms, and embeddings of labels, of positions and of "no text".
+    Matrices decay. The rest does not: biases, norms, and embeddings of labels, of positions and of "no text".
     """
     matrices = [
         module.weight for module in network.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
@@ -70,7 +70,7 @@ SCHEDULES: dict[str, Callable[[TrainConfig, int], float]] = {
 
 
 def autocast(precision: Precision, device: str) -> torch.autocast:
-    """Return the context of a forward pass: matrix products in the half format, normalisation and softmax in fp32."""
+    """Return the context of a forward pass: products in the half format, norms and softmax in fp32."""
     half = HALF_DTYPES.get(precision, torch.bfloat16)
     return torch.autocast(device, dtype=half, enabled=precision in HALF_DTYPES)
 

@@ -1,8 +1,9 @@
-"""Tensors of a checkpoint, written in shards by the processes that hold them, and read by any number of processes.
+"""Tensors of a checkpoint, written in shards by their processes, and read by any number of processes.
 
-<checkpoint>/ema.safetensors                      written whole by one process, or
-<checkpoint>/ema-00001-of-00002.safetensors …     in shards, one file per process: "blocks.0.attn.qkv.weight@16,0"
-                                                  begins at [16, 0] of the full tensor with the published name
+<checkpoint>/ema.safetensors                    written whole by one process, or
+<checkpoint>/ema-00001-of-00002.safetensors …   in shards, one file per process
+
+The shard "blocks.0.attn.qkv.weight@16,0" begins at [16, 0] of the full tensor with the published name.
 
 A checkpoint has sections: "model", "optimizer", and one for each average ("ema", …). The `index`, a part of
 the checkpoint's JSON, gives the number of files and the shapes of the full tensors; it is None where tensors
@@ -35,7 +36,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class TensorShard:
-    """A part of a tensor without gaps: its position in the full tensor, and in the tensor that this process holds."""
+    """A part of a tensor without gaps: its offset in the full tensor, and slices of the local tensor."""
 
     offset: tuple[int, ...]
     local: tuple[slice, ...]
@@ -63,10 +64,11 @@ def full_shape(network: ParallelNetwork, key: str, tensor: Tensor) -> list[int]:
 
 
 def shards_of(network: ParallelNetwork, key: str, tensor: Tensor) -> list[TensorShard]:
-    """Return the shards of the full tensor that this process holds; `tensor` is a parameter, or has the shape of one.
+    """Return the shards of the full tensor that this process holds.
 
-    A parameter of q, k and v stacked has 12 rows, and the second of two processes in tensor parallelism holds
-    6 of them: its shards begin at rows 2, 6 and 10, and lie at rows 0–1, 2–3 and 4–5 of what it holds.
+    `tensor` is a parameter, or has the shape of one. A parameter of q, k and v stacked has 12 rows, and the
+    second of two processes in tensor parallelism holds 6 of them: its shards begin at rows 2, 6 and 10, and
+    lie at rows 0–1, 2–3 and 4–5 of what it holds.
     """
     spans: list[list[Span]] = [[(0, size)] for size in tensor.shape]
     split = network.splits.get(network.parameter_name(key))

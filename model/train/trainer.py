@@ -88,9 +88,10 @@ class Trainer:
         self.state = TrainingState(self.parallel, make_optimizer(model, config), ema, scaler)
 
     def step(self) -> dict[str, float]:
-        """Train on one batch: forward, backward, clip, update, average. A gradient that is not finite is skipped.
+        """Train on one batch: forward, backward, clip, update, average.
 
-        Return the loss, auxiliary losses by name, the gradient's norm and the learning rate.
+        A gradient that is not finite is skipped. Return the loss, auxiliary losses by name, the gradient's
+        norm and the learning rate.
         """
         config, state = self.config, self.state
         self.next_round()
@@ -118,7 +119,7 @@ class Trainer:
         return {**metrics, "grad_norm": norm, "lr": rate}
 
     def losses(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to descend, () fp32, and its terms: "loss", and auxiliary terms by name, unweighted."""
+        """Return the loss to descend, () fp32, and its unweighted terms by name ("loss": squared error)."""
         if self.objective is not None:
             batch = self.objective.prepare_batch(batch)
         config, tables, t = self.config, self.tables, batch.t
@@ -141,7 +142,7 @@ class Trainer:
         return total, terms
 
     def next_round(self) -> None:
-        """Start the next round of a distillation if it begins at this step, and select the teacher of this step.
+        """Start the next round of a distillation if it begins at this step; select the teacher of this step.
 
         Between two rounds the averaged student is kept as a bundle and becomes the teacher. The next student
         starts from it, with a fresh optimiser and fresh averages.
@@ -221,7 +222,7 @@ class Trainer:
         save(self.checkpoints, self.state, self.identity, keep=self.config.keep)
 
     def roll_back(self) -> str:
-        """Return to the last checkpoint, to go on from there with other pictures and noise. Return a sentence for the log.
+        """Restore the last checkpoint, to go on with other pictures and noise. Return a sentence for the log.
 
         Raises:
             Diverged: the run was rolled back `rollback_limit` times already.
@@ -230,15 +231,16 @@ class Trainer:
         step, skipped, rollbacks = state.step, state.skipped, state.rollbacks
         if rollbacks >= config.rollback_limit:
             raise Diverged(
-                f"the loss or its gradient was not finite at step {step}, and {rollbacks} returns to a checkpoint "
-                f"did not help: lower lr, raise warmup, or take precision fp32; {self.checkpoints} is intact"
+                f"the loss or its gradient was not finite at step {step}, and {rollbacks} returns to a "
+                f"checkpoint did not help: lower lr, raise warmup, or take precision fp32; "
+                f"{self.checkpoints} is intact"
             )
         path = self.resume()
         state.skipped, state.failures, state.rollbacks = skipped, 0, rollbacks + 1
         return f"no finite gradient at step {step}: back to {path}, with other noise"
 
     def averaged_network(self) -> Network:
-        """Return a copy of the network with the averaged weights, in evaluation mode, at the picture size of this step."""
+        """Return the network with averaged weights, in evaluation mode, at this step's picture size."""
         size = self.source.dataset_at(max(0, self.state.step - 1)).size
         model = make_network(replace(self.network_config, image_size=size)).to(self.config.device)
         self.state.ema.copy_to(model, self.parallel.full_tensor)
@@ -246,7 +248,7 @@ class Trainer:
 
 
 def checkpoint_blocks(network: Network) -> None:
-    """Make every block keep only its inputs in training and compute its activations again in the backward pass.
+    """Make every block keep only its inputs in training, and recompute its activations for the gradient.
 
     This saves memory and costs one more forward pass (Chen et al., arXiv:1604.06174). Names and results stay
     the same.

@@ -1,4 +1,4 @@
-"""The log of a training run: a progress bar, a line of log.jsonl every few steps, and TensorBoard if asked for."""
+"""The log of a training run: a progress bar, lines of log.jsonl, and TensorBoard if asked for."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 class TrainingLog:
-    """The log of one run, from `state.step` on. Later lines, of a run that was killed or rolled back, are dropped.
+    """The log of one run, from `state.step` on.
 
-    Of several processes, the first one writes the log.
+    Later lines, of a run that was killed or rolled back, are dropped. Of several processes, the first one
+    writes the log.
 
     Raises:
         ValueError: TensorBoard is asked for and not installed.

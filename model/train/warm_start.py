@@ -1,4 +1,4 @@
-"""Initial weights from a bundle or another run: tensors whose shape fits, and label tables by the names of the classes."""
+"""Initial weights from a bundle or another run: tensors whose shape fits, and label tables by class name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ditserve.model.train.loaded_model import LoadError
 
 @dataclass(frozen=True, slots=True)
 class WarmStart:
-    """The result of a warm start: tensors taken over, names of those that were not, and known classes of all."""
+    """The result of a warm start: tensors taken over, names of the others, and known classes of all."""
 
     taken: int
     fresh: tuple[str, ...]
@@ -30,10 +30,10 @@ class WarmStart:
 
 
 def warm_start(network: nn.Module, factors: Sequence[Factor], source: Path) -> WarmStart:
-    """Load into `network`, whose label tables belong to `factors`, the tensors of the model at `source` that fit.
+    """Load into `network` the tensors of the model at `source` that fit.
 
-    A class starts as the class of the same name in the factor of the same name. A new class starts as the
-    null class.
+    The label tables of `network` belong to `factors`. A class starts as the class of the same name in the
+    factor of the same name. A new class starts as the null class.
 
     Raises:
         LoadError: `source` is no model, or nothing of it fits.
@@ -46,7 +46,8 @@ def warm_start(network: nn.Module, factors: Sequence[Factor], source: Path) -> W
     }
     if not fitting:
         raise LoadError(
-            f"nothing of {source} fits this network: make model agree with its configuration, or leave out init"
+            f"nothing of {source} fits this network: make model agree with its configuration, "
+            "or leave out init"
         )
     with torch.no_grad():
         network.load_state_dict(fitting, strict=False)
@@ -55,7 +56,7 @@ def warm_start(network: nn.Module, factors: Sequence[Factor], source: Path) -> W
 
 
 def _weights_for(source: Path, factors: Sequence[Factor]) -> tuple[dict[str, Tensor], int]:
-    """Return the weights of the model at `source`, with label tables for `factors`, and the number of known classes."""
+    """Return the weights of the model at `source`, with tables for `factors`, and its known classes."""
     model = load_model(source)
     weights, config = dict(model.network.state_dict()), model.network.config
     tables: dict[str, Tensor] = {}

@@ -35,12 +35,12 @@ class _TeacherConfig(BaseModel):
         return self.guidance_scale not in (None, 1.0)
 
     def defaults(self, step: int) -> dict[str, Any]:
-        """Return the sampling defaults of a student after `step` optimiser steps that differ from those of any run."""
+        """Return the sampling defaults of a student after `step` steps, where other runs have others."""
         return {"guidance_scale": 1.0} if self.guided else {}
 
 
 class OutputDistillationConfig(_TeacherConfig):
-    """The student predicts what the teacher predicts (Hinton et al., arXiv:1503.02531), and the target of the data."""
+    """The student learns the teacher's predictions (Hinton et al., arXiv:1503.02531), and from the data."""
 
     kind: Literal["output"]
     weight: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -62,7 +62,7 @@ class ProgressiveDistillationConfig(_TeacherConfig):
 
     kind: Literal["progressive"]
     sampling_steps: Annotated[tuple[Count, ...], Field(min_length=1)]
-    """Sampling steps of each round's student, each half of the one before; the first teacher takes twice the first."""
+    """Sampling steps of each round's student, each half of the one before."""
     round_steps: Annotated[int, Field(ge=8)]
     """Optimiser steps of a round; the last round goes on to the end of the run."""
 

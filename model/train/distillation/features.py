@@ -1,8 +1,8 @@
-"""Feature matching: blocks of a student learn to output what blocks of its teacher output, up to a learned linear map.
+"""Feature matching: blocks of a student learn the outputs of its teacher's blocks, up to a linear map.
 
 FitNets (Romero et al., arXiv:1412.6550). The teacher's features are normalised to mean 0 and variance 1 over
-the channels of a token, so that one weight suits every block. The maps train as a part of the student, but
-are no part of its bundle.
+the channels of a token, so that one weight suits every block. The maps are learned as a part of the student,
+but are no part of its bundle.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def _check_pairs(student: DiT, teacher: DiT, pairs: tuple[tuple[int, int], ...])
     if student.config.tokens != teacher.config.tokens:
         raise ValueError(
             f"distillation.features compares token by token, and the student has {student.config.tokens}, "
-            f"the teacher {teacher.config.tokens}: take the teacher's patch_size {teacher.config.patch_size}, "
-            "or leave features out"
+            f"the teacher {teacher.config.tokens}: take the teacher's patch_size "
+            f"{teacher.config.patch_size}, or leave features out"
         )
     for name, network, blocks in (
         ("student", student, [pair[0] for pair in pairs]),

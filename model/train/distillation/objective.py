@@ -1,4 +1,4 @@
-"""The objective of a student: which image a teacher wants it to see in a noisy one, and the loss that follows.
+"""The objective of a student: the image that it should see in a noisy one, and the loss.
 
 Output distillation is here; `model.train.distillation.progressive` halves the sampling steps. The student's
 output is compared with the target image and the noise that belongs to it, so it may predict another quantity

@@ -1,8 +1,8 @@
-"""Progressive distillation: a student learns to do in one DDIM step what its teacher does in two (arXiv:2202.00512).
+"""Progressive distillation: a student learns to do in one DDIM step what its teacher does in two.
 
 Round by round, the averaged student becomes the teacher of the next student, which takes half as many steps
-(Salimans & Ho). Each round's student is kept as a bundle in `<run>/rounds/<steps>-steps`: the next round
-loads its teacher from there, also if the run is continued later.
+(Salimans & Ho, arXiv:2202.00512). Each round's student is kept as a bundle in `<run>/rounds/<steps>-steps`:
+the next round loads its teacher from there, also if the run is continued later.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GRID = "trailing"
 
 
 class DdimSteps:
-    """The DDIM steps of a grid of `steps`: x' = a · x + b · D for an image estimate D; tensors are (steps,)."""
+    """The DDIM steps of a grid: x' = a · x + b · D for an image estimate D; a and b are float32 (steps,)."""
 
     def __init__(self, steps: int, schedule: Schedule, device: str) -> None:
         table = step_table("ddim", grid(GRID, steps, schedule.timesteps), schedule)
@@ -49,7 +49,7 @@ class ProgressiveDistillation:
     """The objective of a run in rounds; `load_teacher` loads and checks a teacher.
 
     Raises:
-        ValueError: teacher and student predict different quantities, or noise, or there are fewer timesteps than steps.
+        ValueError: teacher and student predict noise or different quantities, or take too many steps.
     """
 
     weight, teacher_calls = 1.0, 2

@@ -63,9 +63,9 @@ def open_teacher(source: Path, config: TrainConfig, dataset: Dataset, student: N
     manifest, teacher = model.manifest, model.network.config
     if tuple(manifest.factors) != tuple(dataset.factors):
         raise ValueError(
-            f"distillation.teacher {source} has other conditions ({_describe(manifest.factors)}) than the data "
-            f"({_describe(dataset.factors)}): "
-            "train on the data that the teacher was trained on, with the same selection of it"
+            f"distillation.teacher {source} has other conditions ({_describe(manifest.factors)}) than the "
+            f"data ({_describe(dataset.factors)}): train on the data that the teacher was "
+            "trained on, with the same selection of it"
         )
     pairs = {
         "image size": (teacher.image_size, student.image_size),

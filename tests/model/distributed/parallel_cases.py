@@ -34,7 +34,7 @@ TINY = DiTConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """A run: its network, how two processes parallel it, and the arithmetic."""
+    """A run: its network, its division between two processes, and its precision."""
 
     config: NetworkConfig = TINY
     spec: dict[str, Any] = field(default_factory=dict)
@@ -46,11 +46,10 @@ class Case:
 DDP, FSDP, TENSOR = {"mode": "ddp"}, {"mode": "fsdp"}, {"tensor": 2}
 ALL_OPTIONS = replace(TINY, blocks=("adaln", "adaln_zero"), swiglu=True, qk_norm=True, rope=True)
 TOKENS = replace(TINY, blocks=("cross_attention", "in_context"))
-PAIR = {  # of two processes
+# Cases of two processes.
+PAIR = {
     "ddp": Case(TOKENS, spec=DDP, pieces=2),
-    "fsdp": Case(
-        replace(TINY, in_channels=1), spec=FSDP, pieces=2, recompute=True
-    ),  # of rows that do not divide
+    "fsdp": Case(replace(TINY, in_channels=1), spec=FSDP, pieces=2, recompute=True),
     "fsdp in bf16": Case(ALL_OPTIONS, spec=FSDP, precision="bf16"),
     "fsdp of a u-net": Case(TINY_UNET, spec=FSDP),
     "tensor": Case(ALL_OPTIONS, spec=TENSOR, recompute=True),
@@ -91,7 +90,7 @@ def distribute(case: Case, world: World) -> ParallelNetwork:
 
 
 def make_optimizer(parallel: ParallelNetwork) -> torch.optim.AdamW:
-    """Make AdamW with a large epsilon, so that a gradient of zero up to rounding makes no step of full length."""
+    """Make AdamW with a large epsilon: a gradient of zero up to rounding must not make a full step."""
     return torch.optim.AdamW(parallel.network.parameters(), lr=1e-2, eps=1e-3, fused=True)
 
 
@@ -143,7 +142,7 @@ def sections_of(parallel: ParallelNetwork) -> dict[str, dict[str, Tensor]]:
 
 
 def rewrite_shards(folder: Path, cases: list[Case], world: World) -> None:
-    """Write a network in the shards of one process, then read and write it with the division of each case in turn."""
+    """Write a network as one process, then read and write it in the shards of each case in turn."""
     index, held = None, sections_of(single_process(random_network(cases[0].config)))
     if world.is_first:
         folder.mkdir()

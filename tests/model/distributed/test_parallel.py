@@ -1,4 +1,4 @@
-"""Several processes take the steps that one would take: replicas, sharded replicas, tensor parallelism; and their files."""
+"""Several processes take the steps that one would take, as replicas, sharded or in tensor parallelism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step trains on: a function of seed and step, however the batch is cut."""
+"""The batch of a step: a function of seed and step, in any number of pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training state on disk: whole or not at all, the newest valid one wins, another run's is refused."""
+"""Training state on disk: atomic writes, the newest valid checkpoint wins, another run's is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def assert_equal(a: TrainingState, b: TrainingState) -> None:
 
 @contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
-    """No file can grow beyond `limit` bytes, as on a disk that is full."""
+    """Limit the size of every file to `limit` bytes, as on a disk that is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

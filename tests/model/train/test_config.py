@@ -1,4 +1,4 @@
-"""A run's configuration: one mechanism for file and flags, mistakes named, and what must not change when it is continued."""
+"""A run's configuration: file and flags, mistakes by name, and the fields that a resumed run must keep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.model.train.training_cases import tiny_config, tiny_run
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_the_shipped_recipe_is_read_as_ever() -> None:
+def test_the_shipped_configuration_is_read() -> None:
     config = load_config(ROOT / "model" / "zoo" / "emoji" / "train.json")
     assert (config.ema, config.space, config.loss_cap, config.schedule) == ((0.999,), "v", 5.0, "wsd")
     assert (config.precision, config.accumulate, config.timesteps) == ("fp32", 1, "uniform")
@@ -49,7 +49,8 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ({"stages": [{"size": 4}, {"size": 8}]}, "stages: only the last one may leave out steps"),
         (
             {"stages": [{"size": 4, "steps": 3}, {"size": 8, "steps": 3}]},
-            "stages add up to 6 steps, and steps is 12: leave steps out of the last stage to let it run to the end",
+            "stages add up to 6 steps, and steps is 12: "
+            "leave steps out of the last stage to let it run to the end",
         ),
         (
             {"model": {"learn_sigma": True}},
@@ -126,6 +127,6 @@ def test_other_pictures_make_another_run(tmp_path: Path) -> None:
 )
 def test_what_makes_a_run_another_one(tmp_path: Path, change: dict[str, Any], field: str | None) -> None:
     config = tiny_config(tmp_path)
-    own, other = (each.identity(each.open_dataset()) for each in (config, tiny_config(tmp_path, **change)))
+    own, other = (run.identity(run.open_dataset()) for run in (config, tiny_config(tmp_path, **change)))
     assert [key for key in own if own[key] != other[key]] == ([] if field is None else [field])
     assert json.loads(json.dumps(own)) == own

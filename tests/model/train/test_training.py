@@ -1,4 +1,4 @@
-"""Runs of `python -m model.train`: divergence, bad input, fine-tuning, and what a run leaves behind."""
+"""Runs of `python -m model.train`: divergence, bad input, fine-tuning, and the files of a run."""
 
 from __future__ import annotations
 
@@ -29,12 +29,6 @@ from tests.model.train.training_cases import (
 )
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(training, "draw_curve", lambda folder: folder)
-
-
 def test_what_a_run_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "draw_curve", draw_curve)
     config = tiny_config(tmp_path, steps=4, sheet_every=2, ema=[0.9, 0.99])
@@ -50,10 +44,12 @@ def test_what_a_run_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert TrainConfig.model_validate_json((config.output / "config.json").read_text()) == config
     with Image.open(config.output / "sheet-0000004.png") as sheet:
         assert sheet.size == (3 * 8, 2 * 8)
-    opened = load_model(config.output)
-    assert opened.manifest.version == "0.4"
+    trained = load_model(config.output)
+    assert trained.manifest.version == "0.4"
     ours = newest_state(config.output)
-    assert all(torch.equal(ours[f"ema.{key}"], tensor) for key, tensor in opened.network.state_dict().items())
+    assert all(
+        torch.equal(ours[f"ema.{key}"], tensor) for key, tensor in trained.network.state_dict().items()
+    )
 
 
 def test_a_run_that_loses_its_way_goes_back_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +91,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
 
 
 def flat(size: int) -> dict[str, Any]:
-    """A picture file's arrays, for spoiling."""
+    """Return the arrays of a valid picture file."""
     return {
         "x": np.zeros((4, size, size, 3), np.uint8),
         "y": np.array([0, 0, 1, 1]),
@@ -212,10 +208,10 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     raw = tiny_run(tmp_path)
     before = {path.name for path in tmp_path.iterdir()}
     assert main(["--config", config_file(raw, tmp_path), "--dry-run", "--batch", "6"]) == 0
-    told = capsys.readouterr().out
-    assert "12 steps of 6 are 12.0 passes over 6 pictures" in told
-    assert re.search(r"8×8: [\d.]+ GMACs a row forward, .* img/s; 12 steps take 0:", told)
-    assert "memory" in told
+    text = capsys.readouterr().out
+    assert "12 steps of 6 are 12.0 passes over 6 pictures" in text
+    assert re.search(r"8×8: [\d.]+ GMACs a row forward, .* img/s; 12 steps take 0:", text)
+    assert "memory" in text
     assert {path.name for path in tmp_path.iterdir()} == before | {"run.json"}
 
 

@@ -1,4 +1,4 @@
-"""Runs on latents: their sample sheets are pictures where a decoder is named, and what is missing is said before hours are spent."""
+"""Runs on latents: a named decoder draws their sample sheets, and a wrong one is refused at the start."""
 
 from __future__ import annotations
 
@@ -11,15 +11,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from ditserve.model.data import __main__ as data
-from ditserve.model.train import training
 from ditserve.model.train.__main__ import main
 from tests.model.train.training_cases import config_file, tiny_run, write_pictures
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(training, "draw_curve", lambda folder: folder)
 
 
 def autoencoder(folder: Path, seed: int) -> Path:
@@ -36,7 +29,7 @@ def autoencoder(folder: Path, seed: int) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> dict[str, Any]:
-    """A run on the latents of six pictures of 16×16."""
+    """Return a run on the latents of six pictures of 16×16."""
     pictures = write_pictures(tmp_path / "pictures.npz", size=16)
     command = ["latents", str(pictures), "--autoencoder", str(autoencoder(tmp_path / "vae", 0))]
     assert data.main([*command, "--out", str(tmp_path / "latents")]) == 0
@@ -68,12 +61,12 @@ def test_a_decoder_that_cannot_be_right_is_refused_at_once(
 ) -> None:
     other = autoencoder(tmp_path / "other", 1)
     on_pictures = {**run["data"], "path": str(tmp_path / "pictures.npz")}
-    for change, said in (
+    for change, message in (
         ({"vae": str(other)}, "other is not what made the latents in"),
         ({"vae": str(tmp_path)}, "is not an autoencoder's folder"),
         ({"vae": str(tmp_path / "vae"), "data": on_pictures}, "vae is for runs on latents"),
     ):
         for mode in ([], ["--dry-run"]):
             assert main(["--config", config_file({**run, **change}, tmp_path), *mode]) == 2
-            assert said in capsys.readouterr().err
+            assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -18,7 +18,7 @@ from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_config, tiny_run
 
-# Everything a checkpoint can hold: two averages, a loss scale, a learned variance, two picture sizes, a batch in pieces.
+# Everything a checkpoint can hold: two averages, a loss scale, a learned variance, two sizes, micro-batches.
 RICH: dict[str, Any] = {
     "ema": [0.9, 0.999],
     "precision": "fp16",
@@ -29,14 +29,8 @@ RICH: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(training, "draw_curve", lambda folder: folder)
-
-
 def interrupted(config: TrainConfig, step: int) -> None:
-    """A run that was stopped after the checkpoint of `step`."""
+    """Train and stop after the checkpoint of `step`."""
     trainer = Trainer(config)
     for _ in range(step):
         trainer.step()

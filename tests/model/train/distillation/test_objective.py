@@ -32,13 +32,10 @@ from tests.model.train.training_cases import (
     write_pictures,
 )
 
+OTHER_TOKENS = {"patch_size": 2, "hidden_size": 8, "num_heads": 2}
+UNET = {"network": "unet", "base_channels": 64, "multipliers": [1, 1], "attention": [1]}
+LINEAR = {"schedule": "linear", "prediction": "x0"}
 FEATURES: dict[str, Any] = {"features": [[0, 1]], "feature_weight": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(training, "draw_curve", lambda folder: folder)
 
 
 @pytest.fixture
@@ -199,13 +196,13 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, teacher: Path, capsys: pytest.
         ({"wieght": 1}, {}, "there is no field distillation.output.wieght"),
         ({"features": [[3, 0]]}, {}, "the student has no block 3, its blocks are 0 to 0"),
         ({"features": [[0, 2]]}, {}, "the teacher has no block 2, its blocks are 0 to 1"),
-        ({"features": [[0, 0]]}, {"model": {"patch_size": 2, "hidden_size": 8, "num_heads": 2}}, "token by token"),
-        ({"features": [[0, 0]]}, {"model": {"network": "unet", "base_channels": 64, "multipliers": [1, 1], "attention": [1]}}, "is for a DiT"),
+        ({"features": [[0, 0]]}, {"model": OTHER_TOKENS}, "token by token"),
+        ({"features": [[0, 0]]}, {"model": UNET}, "is for a DiT"),
         ({}, {"stages": [{"size": 4, "steps": 2}, {"size": 8}]}, "leave out stages, or distillation"),
         ({}, {"data": {"size": 4}}, "has image size (8, 8), and the student (4, 4)"),
-        ({}, {"diffusion": {"schedule": "linear", "prediction": "x0"}}, "has schedule cosine, and the student linear"),
+        ({}, {"diffusion": LINEAR}, "has schedule cosine, and the student linear"),
     ],
-)  # fmt: skip
+)
 def test_a_teacher_that_cannot_teach_is_refused_in_a_sentence(
     tmp_path: Path,
     teacher: Path,

@@ -1,4 +1,4 @@
-"""Progressive distillation: one step of the student is two of its teacher, round after round, also when a run is continued."""
+"""Progressive distillation: one step of the student is two of its teacher, in every round, also resumed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,8 @@ from ditserve.model.train.trainer import Trainer
 from tests.model.train.distillation.distillation_cases import write_teacher
 from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_config, tiny_run
 
+COSINE = {"schedule": "cosine"}
 ROUNDS = {"sampling_steps": [6, 3], "round_steps": 8}
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(training, "draw_curve", lambda folder: folder)
 
 
 def config(folder: Path, spec: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
@@ -132,7 +127,7 @@ def test_a_round_begins_afresh(tmp_path: Path) -> None:
     assert state.ema.updates == 0
     parameters: dict[str, torch.Tensor] = dict(state.model.named_parameters())
     for averages in (*state.ema.averages.values(), parameters):
-        assert all(torch.equal(averages[name], each) for name, each in average.items())
+        assert all(torch.equal(averages[name], tensor) for name, tensor in average.items())
 
 
 def test_each_round_has_the_learning_rates_of_a_run(tmp_path: Path) -> None:
@@ -159,15 +154,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, step
 @pytest.mark.parametrize(
     ("spec", "changes", "sentence"),
     [
-        ({"sampling_steps": [8, 3]}, {}, "each must be half of the one before, such as [16, 8, 4], not [8, 3]"),
+        (
+            {"sampling_steps": [8, 3]},
+            {},
+            "each must be half of the one before, such as [16, 8, 4], not [8, 3]",
+        ),
         ({"sampling_steps": [600]}, {}, "the first teacher takes 1200 steps, and there are 1000 timesteps"),
         ({}, {"steps": 8}, "the last round of distillation begins at step 8: raise steps above it"),
         ({}, {"loss_floor": 9}, "loss_floor 9 is above loss_cap 5: lower it"),
         ({"features": [[0, 0]]}, {}, "there is no field distillation.progressive.features"),
-        ({}, {"diffusion": {"schedule": "cosine", "prediction": "v"}}, "both predict v, or both x0, not x0 and v"),
-        ({}, {"diffusion": {"schedule": "cosine", "prediction": "epsilon"}}, "not x0 and epsilon"),
+        ({}, {"diffusion": COSINE | {"prediction": "v"}}, "both predict v, or both x0, not x0 and v"),
+        ({}, {"diffusion": COSINE | {"prediction": "epsilon"}}, "not x0 and epsilon"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_done_in_fewer_steps_is_refused_in_a_sentence(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
