@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditserve.model.nets.dit import Block, DiT
-from ditserve.model.nets.layers import positions
+from ditserve.model.nets.layers import sincos_positions
 from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig, named
 
 Tiny = Callable[..., DiTConfig]
@@ -203,7 +203,7 @@ def test_non_square_training_size(tiny: Tiny, network: Make) -> None:
     x, t, labels, _ = inputs(config)
     dit = network(config)
     assert dit(x, t, labels).shape == (4, 3, 4, 12)
-    assert torch.equal(dit.pos_embed, positions(32, 2, 6))
+    assert torch.equal(dit.pos_embed, sincos_positions(32, 2, 6))
 
 
 def test_tokens_are_row_major(tiny: Tiny, network: Make) -> None:
@@ -218,8 +218,8 @@ def test_tokens_are_row_major(tiny: Tiny, network: Make) -> None:
 
 def test_larger_sizes_are_interpolated_into_the_base(tiny: Tiny, network: Make) -> None:
     dit = network()
-    assert torch.equal(dit.positions(8, 4), positions(32, 8, 4, (0.5, 1.0)))
-    assert torch.equal(dit.positions(2, 3), positions(32, 2, 3))
+    assert torch.equal(dit.positions(8, 4), sincos_positions(32, 8, 4, (0.5, 1.0)))
+    assert torch.equal(dit.positions(2, 3), sincos_positions(32, 2, 3))
     # trained on at 16×16 from 8×8: the new model's own table is the interpolated one, and the function is the same
     grown = DiT(tiny(image_size=(16, 16), base_size=(8, 8))).eval()
     grown.load_state_dict(dit.state_dict())
