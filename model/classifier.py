@@ -6,5 +6,8 @@ import runpy
 import sys
 
 if __name__ == "__main__":
-    print("model.classifier is now model.evaluation.classifier: run python -m model.evaluation.classifier", file=sys.stderr)
+    print(
+        "model.classifier is now model.evaluation.classifier: run python -m model.evaluation.classifier",
+        file=sys.stderr,
+    )
     runpy.run_module("ditserve.model.evaluation.classifier", run_name="__main__")

@@ -22,8 +22,8 @@ def sincos_positions(hidden_size: int, rows: int, columns: int, spacing: Spacing
     """Return the 2-D sine-cosine position embedding, (rows·columns, hidden_size) fp32, computed in float64.
 
     The token in row i and column j gets the four quarters sin(j·ω), cos(j·ω), sin(i·ω), cos(i·ω), with
-    ω_k = 10000^(−k/(D/4)), as in MAE and in the published DiT. i and j advance by `spacing`: below 1, a larger grid
-    is squeezed into the range of positions that the network was trained on.
+    ω_k = 10000^(−k/(D/4)), as in MAE and in the published DiT. i and j advance by `spacing`: below 1, a
+    larger grid is squeezed into the range of positions that the network was trained on.
     """
     row, column = _angles(hidden_size // 4, rows, columns, spacing)  # 2 × (T, D/4)
     return torch.cat([torch.sin(column), torch.cos(column), torch.sin(row), torch.cos(row)], dim=1).float()

@@ -1,4 +1,4 @@
-"""The parts that all command lines of `model`, `export` and `bench` share: how they end, and types of arguments."""
+"""The parts that the commands of `model`, `export` and `bench` share: how they end, and argument types."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ DONE, REFUSED, CANCELLED = 0, 2, 130
 def guarded(program: str, work: Callable[[], None]) -> int:
     """Run `work` and return the exit status of the command.
 
-    An error that the user can mend (ModelError, ValueError, OSError) is printed to stderr as one sentence, after the
-    name of `program`, and gives status 2. Ctrl-C gives status 130. Any other error is a fault of ours and passes through.
+    An error that the user can mend (ModelError, ValueError, OSError) is printed to stderr as one sentence,
+    after the name of `program`, and gives status 2. Ctrl-C gives status 130. Any other error is a fault of
+    ours and passes through.
     """
     try:
         work()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditserve.model.nets.dit import Block, DiT
 from ditserve.model.nets.layers import sincos_positions
-from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig, named
+from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig, published_config
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]
@@ -62,19 +62,19 @@ def count(config: DiTConfig) -> int:
 
 @pytest.mark.parametrize(("size", "parameters"), [("S", 32.96), ("B", 130.51), ("L", 458.10), ("XL", 675.13)])
 def test_parameters_of_the_papers_sizes(size: str, parameters: float) -> None:
-    assert count(named(f"DiT-{size}/2")) / 1e6 == pytest.approx(parameters, abs=0.005)
+    assert count(published_config(f"DiT-{size}/2")) / 1e6 == pytest.approx(parameters, abs=0.005)
 
 
 @pytest.mark.parametrize(
     ("kind", "millions"), [("in_context", 449), ("cross_attention", 598), ("adaln", 600), ("adaln_zero", 675)]
 )
 def test_parameters_of_the_papers_blocks(kind: str, millions: int) -> None:
-    assert count(named("DiT-XL/2", blocks=kind)) / 1e6 == pytest.approx(millions, abs=0.8)
+    assert count(published_config("DiT-XL/2", blocks=kind)) / 1e6 == pytest.approx(millions, abs=0.8)
 
 
 def test_published_element_count() -> None:
     """The released DiT-XL/2 at 256 px has 675,129,632 elements, positions included."""
-    assert count(named("DiT-XL/2")) == 675_129_632
+    assert count(published_config("DiT-XL/2")) == 675_129_632
 
 
 def test_split_is_forward_to_the_bit(variant: DiTConfig, network: Make) -> None:
