@@ -32,7 +32,8 @@ from ditserve.model.spec.bundle import BundleError
 from ditserve.model.spec.command_line import positive
 from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table
-from ditserve.model.train.load import Opened, OpenError, open_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadedModel, LoadError
 
 Picture = npt.NDArray[np.uint8]
 
@@ -97,7 +98,7 @@ def overlay(
     return out
 
 
-def picture_of(opened: Opened, embedding: Tensor, seed: int) -> Tensor:
+def picture_of(opened: LoadedModel, embedding: Tensor, seed: int) -> Tensor:
     """The sample (1, C, H, W) of a condition embedding (1, D) and a seed, with the model's own defaults."""
     defaults, diffusion = opened.manifest.defaults, opened.manifest.diffusion
     steps = grid(defaults.grid, defaults.steps, diffusion.timesteps)
@@ -110,7 +111,7 @@ def picture_of(opened: Opened, embedding: Tensor, seed: int) -> Tensor:
 
 def run(options: argparse.Namespace) -> Image.Image:
     """Do what the command line says; see `main` for what can go wrong."""
-    opened = open_model(options.model, data=options.data)
+    opened = load_model(options.model, data=options.data)
     model = opened.network
     height, width = model.config.image_size
     if opened.manifest.decoder != "identity":
@@ -140,7 +141,7 @@ def run(options: argparse.Namespace) -> Image.Image:
 
 @torch.no_grad()
 def _maps_at(
-    opened: Opened, x0: Tensor, embedding: Tensor, options: argparse.Namespace
+    opened: LoadedModel, x0: Tensor, embedding: Tensor, options: argparse.Namespace
 ) -> list[AttentionMap]:
     """Of the picture (1, C, H, W) noised as far as `--at` says."""
     t = round(options.at * (opened.manifest.diffusion.timesteps - 1))
@@ -181,7 +182,7 @@ def main(arguments: Sequence[str]) -> int:
         picture = run(options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         picture.save(options.out)
-    except (SampleError, OpenError, BundleError, TextError, ValueError, OSError) as error:
+    except (SampleError, LoadError, BundleError, TextError, ValueError, OSError) as error:
         print(f"model.attention: {error}", file=sys.stderr)
         return 2
     print(f"wrote {options.out} ({picture.width}×{picture.height}): the picture, then blocks shallow to deep")

@@ -19,7 +19,8 @@ from ditserve.model.nets.cost import Cost, cost
 from ditserve.model.spec.bundle import MANIFEST, Bundle, BundleError
 from ditserve.model.spec.dit_config import BLOCK_KINDS, PATCHES, SIZES, named
 from ditserve.model.spec.network_config import NetworkConfig, network_config
-from ditserve.model.train.load import OpenError, run_config
+from ditserve.model.train.load import run_config
+from ditserve.model.train.loaded_model import LoadError
 
 
 def paper() -> dict[str, NetworkConfig]:
@@ -37,7 +38,7 @@ def read_config(text: str) -> NetworkConfig:
     Raises:
         ValueError: none of these, or a configuration that cannot work.
         BundleError: a bundle that cannot be opened.
-        OpenError: a training run whose pictures, which settle its size and classes, are not there.
+        LoadError: a training run whose pictures, which settle its size and classes, are not there.
     """
     path = Path(text)
     if (path / MANIFEST).is_file():
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
         configs = {text: read_config(text) for text in options.network} or paper()
         size = (options.size[0], options.size[1]) if options.size else None
         costs = {name: cost(config, size) for name, config in configs.items()}
-    except (ValueError, BundleError, OpenError, OSError) as error:
+    except (ValueError, BundleError, LoadError, OSError) as error:
         print(f"model.describe: {error}", file=sys.stderr)
         return 2
     told = {name: {**asdict(each), "macs": each.macs, "flops": each.flops} for name, each in costs.items()}

@@ -50,7 +50,8 @@ from ditserve.model.nets.autoencoder import AutoencoderError, open_autoencoder
 from ditserve.model.sampling.sheet import picture_grid, to_pixels
 from ditserve.model.spec.bundle import MANIFEST, BundleError, write_atomic, write_manifest
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.train.load import Opened, OpenError, open_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadedModel, LoadError
 
 SHEET = 16  # columns of the written pictures
 
@@ -84,7 +85,7 @@ def paired(above: Tensor, below: Tensor) -> Image.Image:
     return picture_grid(to_pixels(torch.cat(sheet)), SHEET)
 
 
-def open_judges(options: argparse.Namespace, opened: Opened) -> tuple[FeatureNetwork, Classifier | None]:
+def open_judges(options: argparse.Namespace, opened: LoadedModel) -> tuple[FeatureNetwork, Classifier | None]:
     """The feature network, and the classifier that tells what pictures show: none beside Inception unless asked for.
 
     Raises:
@@ -109,7 +110,7 @@ def open_judges(options: argparse.Namespace, opened: Opened) -> tuple[FeatureNet
     return classifier_features(classifier), classifier
 
 
-def choose(opened: Opened, options: argparse.Namespace) -> Plan:
+def choose(opened: LoadedModel, options: argparse.Namespace) -> Plan:
     """What the command line says, else the bundle's defaults.
 
     Raises:
@@ -149,7 +150,7 @@ def run(options: argparse.Namespace) -> str:
 def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Entry:
     """Evaluate one model, and write what there is to tell into `folder`."""
     began = time.monotonic()
-    opened = open_model(model, data=options.data)
+    opened = load_model(model, data=options.data)
     manifest = opened.manifest
     if options.write and not (model / MANIFEST).is_file():
         raise EvaluationError(f"{model} is no bundle: only a bundle has a manifest to write to")
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str]) -> int:
         print(run(options))
     except (
         EvaluationError,
-        OpenError,
+        LoadError,
         BundleError,
         DataError,
         ClassifierError,

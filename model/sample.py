@@ -32,12 +32,13 @@ from ditserve.model.spec.bundle import BundleError
 from ditserve.model.spec.command_line import positive
 from ditserve.model.spec.diffusion import GRIDS, grid
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
-from ditserve.model.train.load import Opened, OpenError, open_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadedModel, LoadError
 
 
 def run(options: argparse.Namespace) -> Image.Image:
     """Do what the command line says; see `main` for what can go wrong."""
-    opened = open_model(options.model, data=options.data)
+    opened = load_model(options.model, data=options.data)
     device = _device(options.device)
     model = opened.network.to(device)
     decoder = open_autoencoder(opened.manifest.decoder, options.vae, opened.manifest.latents, device)
@@ -78,7 +79,7 @@ def _device(name: str) -> torch.device:
         raise SampleError(f"there is no device {name!r} here: leave --device out to use the CPU") from None
 
 
-def _plan(opened: Opened, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
+def _plan(opened: LoadedModel, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
     wanted = opened.manifest.defaults
     steps, kind = options.steps or wanted.steps, options.grid or wanted.grid
     places = grid(kind, steps, opened.manifest.diffusion.timesteps)
@@ -99,7 +100,7 @@ def main(arguments: list[str]) -> int:
         picture = run(options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         picture.save(options.out)
-    except (SampleError, OpenError, BundleError, TextError, AutoencoderError, ValueError, OSError) as error:
+    except (SampleError, LoadError, BundleError, TextError, AutoencoderError, ValueError, OSError) as error:
         print(f"model.sample: {error}", file=sys.stderr)
         return 2
     print(f"wrote {options.out} ({picture.width}×{picture.height})")
