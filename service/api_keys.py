@@ -4,8 +4,8 @@
     python -m service keys --keys-file FILE list
     python -m service keys --keys-file FILE revoke ID
 
-A key reads `dit_<id>_<secret>`. The file keeps the SHA-256 of the secret; a slow hash would not protect 32 random bytes
-better. A running API sees a change of the file at its next request.
+A key reads `dit_<id>_<secret>`. The file keeps the SHA-256 of the secret; a slow hash would not protect 32
+random bytes better. A running API sees a change of the file at its next request.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class KeyringError(Exception):
 
 
 class ApiKey(BaseModel):
-    """One key, without its secret. `rate` is requests a minute, `concurrency` jobs at a time; None sets no limit."""
+    """One key, without its secret.
+
+    `rate` is requests a minute, `concurrency` jobs at a time; None sets no limit.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -79,7 +82,7 @@ class Keyring:
     def __init__(self, path: Path) -> None:
         """Read the file. Raises `KeyringError` if it exists and cannot be read."""
         self._path = path
-        # Modification time in nanoseconds and size in bytes of the file when it was read; None: it did not exist.
+        # Modification time (ns) and size (bytes) of the file that was read, None if there was none.
         self._stamp: tuple[int, int] | None = None
         self._keys: Mapping[str, ApiKey] = {}
         self._refresh()
@@ -159,7 +162,10 @@ def revoke(path: Path, key_id: str) -> ApiKey:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[list[ApiKey]]:
-    """Yield the keys of the file to change, then write them back. One process at a time; only the owner may read the file."""
+    """Yield the keys of the file to change, then write them back.
+
+    One process at a time; only the owner may read the file.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_name(f".{path.name}.lock").open("w") as lock:
@@ -179,8 +185,8 @@ def open_keyring(settings: Settings) -> Keyring | None:
     """Return the keys that open this API, None if everybody may use it.
 
     Raises:
-        KeyringError: the key file cannot be read; or there is none, other machines can reach the API, and --open is
-            not set.
+        KeyringError: the key file cannot be read; or there is none, other machines can reach the API, and
+            --open is not set.
     """
     if settings.keys_file is not None:
         return Keyring(settings.keys_file)

@@ -1,8 +1,8 @@
 """Every way the service can refuse or fail, as one tree.
 
-An error knows its HTTP status, its stable code and, where it helps, when to come back. It crosses the queue as plain data
-(`to_wire` / `from_wire`) under its code, so the API raises the same error that a worker met. `http.problems` renders errors
-as RFC 9457 bodies and in OpenAI's shape. Pure: imports nothing of the service.
+An error knows its HTTP status, its stable code and, where it helps, when to come back. It crosses the queue
+as plain data (`to_wire` / `from_wire`) under its code, so the API raises the same error that a worker met.
+`http.problems` renders errors as RFC 9457 bodies and in OpenAI's shape. Pure: imports nothing of the service.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -198,8 +198,8 @@ ERRORS: Mapping[str, type[ServiceError]] = {error.code: error for error in _tree
 def to_wire(error: BaseException) -> dict[str, Any]:
     """Return an error as plain data for the queue: `code`, `detail`, `retry_after`, `extra`.
 
-    Any other exception becomes an `InternalError` without detail, because its text may hold paths or data that are not
-    the caller's.
+    Any other exception becomes an `InternalError` without detail, because its text may hold paths or data
+    that are not the caller's.
     """
     if not isinstance(error, ServiceError):
         error = InternalError(extra={"exception": type(error).__name__})

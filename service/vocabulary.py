@@ -1,7 +1,7 @@
-"""The class names of a model: from names and prompts to class indices, with suggestions where there is no such class.
+"""The class names of a model: from names and prompts to class indices.
 
-Works for any number of factors of any names, and knows no HTTP. Names are compared by their words: case, hyphens and
-underscores do not matter.
+Works for any number of factors of any names, and knows no HTTP. Names are compared by their words: case,
+hyphens and underscores do not matter.
 """
 
 import re
@@ -46,7 +46,9 @@ class Vocabulary:
         )
 
     def term(self, condition: Mapping[str, ClassRef], weight: float = 1.0) -> ConditionTerm:
-        """Return the class indices of a condition, in factor order. A factor left out, or None, is the null class.
+        """Return the class indices of a condition, in factor order.
+
+        A factor left out, or None, is the null class.
 
         Raises:
             UnknownCondition: there is no such factor or class; carries the closest names.
@@ -65,9 +67,10 @@ class Vocabulary:
     def match(self, prompt: str) -> ConditionTerm:
         """Return the classes that a prompt names.
 
-        For each factor it is the class whose words occur in the prompt side by side. The class with the most words wins,
-        and among those the earliest in the prompt. A plural "s" on the last word is ignored. The first factor must be
-        named, the others may be left out. Example: "two red apples, noto" names "red apple", not "apple", and "noto".
+        For each factor it is the class whose words occur in the prompt side by side. The class with the most
+        words wins, and among those the earliest in the prompt. A plural "s" on the last word is ignored. The
+        first factor must be named, the others may be left out. Example: "two red apples, noto" names "red
+        apple", not "apple", and "noto".
 
         Raises:
             UnknownCondition: the prompt names no class of the first factor; carries the closest names.
@@ -106,7 +109,7 @@ class Vocabulary:
         return label
 
     def _suggest(self, names: Sequence[str], tokens: Sequence[str]) -> list[str]:
-        """Return the names closest to any word of a prompt, best first; the model's first names if none is close."""
+        """Return the names closest to any word of a prompt, best first; the first names if none is close."""
         scores: dict[str, float] = {}
         for token in tokens[:50]:
             if len(token) < 3:

@@ -216,7 +216,9 @@ def test_serving_installs_no_torch_and_happens_once(checkout: Checkout) -> None:
 
 def test_testing_installs_everything_and_happens_once(checkout: Checkout) -> None:
     _, _, calls = checkout.make("test", "TORCH_INDEX=there")
-    assert ["--extra-index-url there --editable .[dev]" in call for call in calls if "pip install" in call] == [True]
+    assert [
+        "--extra-index-url there --editable .[dev]" in call for call in calls if "pip install" in call
+    ] == [True]
     assert calls[-1] == "-m pytest"
     assert checkout.make("test", "ARGS=-k x") == (0, [], ["-m pytest -k x"])
 

@@ -34,7 +34,8 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import network_fields
 from ditserve.model.train.batch import Batch
-from ditserve.model.train.load import Opened, OpenError, build, open_model, save_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadedModel, LoadError, build, save_model
 from ditserve.model.train.loss import NoiseTables, noise_tables
 
 CHUNK = 16  # pictures of a backward pass
@@ -117,7 +118,7 @@ def _maps(name: str, dit: DiT) -> Iterator[tuple[str, int, int]]:
         yield f"{block}.mlp.fc1", 0, 2 if dit.config.swiglu else 1
 
 
-def pictures(opened: Opened, dataset: Dataset, count: int, seed: int) -> Iterator[Batch]:
+def pictures(opened: LoadedModel, dataset: Dataset, count: int, seed: int) -> Iterator[Batch]:
     """`count` training pictures with their conditions, at noise levels spread evenly."""
     generator = torch.Generator().manual_seed(seed)
     order = np.random.default_rng(seed).permutation(dataset.training)[:count]
@@ -131,14 +132,14 @@ def pictures(opened: Opened, dataset: Dataset, count: int, seed: int) -> Iterato
         yield Batch(x0, torch.from_numpy(dataset.labels[index]), levels[start : start + CHUNK], noise, text)
 
 
-def loss_tables(opened: Opened) -> NoiseTables:
+def loss_tables(opened: LoadedModel) -> NoiseTables:
     """Those of the loss the model was trained by, as far as it tells."""
     told = opened.manifest.provenance.get("training", {})
     usual: Prediction = "epsilon" if opened.schedule.prediction == "epsilon" else "v"
     return noise_tables(opened.schedule, told.get("loss_space") or usual, told.get("loss_cap"))
 
 
-def recovery(opened: Opened, left: DiTConfig, source: Path, data: Path, out: Path) -> dict[str, Any]:
+def recovery(opened: LoadedModel, left: DiTConfig, source: Path, data: Path, out: Path) -> dict[str, Any]:
     """The fields of the run that makes up for the loss, with the whole model as teacher."""
     told: dict[str, Any] = opened.manifest.provenance.get("training", {})
     usual, derived = (
@@ -163,7 +164,7 @@ def recovery(opened: Opened, left: DiTConfig, source: Path, data: Path, out: Pat
     }
 
 
-def manifest_of(opened: Opened, left: DiTConfig, options: argparse.Namespace) -> Manifest:
+def manifest_of(opened: LoadedModel, left: DiTConfig, options: argparse.Namespace) -> Manifest:
     """What the smaller model says about itself: all that was measured on the whole one is left out."""
     whole = opened.manifest
     told = {"of": f"{whole.name} {whole.version}", "heads": options.heads, "mlp": options.mlp}
@@ -182,7 +183,7 @@ def manifest_of(opened: Opened, left: DiTConfig, options: argparse.Namespace) ->
 
 def run(options: argparse.Namespace) -> str:
     """Do what the command line says and tell what came of it; see `main` for what can go wrong."""
-    opened = open_model(options.model)
+    opened = load_model(options.model)
     dit = opened.dit
     left = pruned_config(dit, options.heads, options.mlp)
     if left == dit.config:
@@ -194,7 +195,7 @@ def run(options: argparse.Namespace) -> str:
     dataset = open_data(opened, options.data)
     batches = pictures(opened, dataset, options.pictures, options.seed)
     smaller = prune(dit, importance(dit, loss_tables(opened), batches), left)
-    save_model(options.out, Opened(smaller, manifest_of(opened, left, options)))
+    save_model(options.out, LoadedModel(smaller, manifest_of(opened, left, options)))
     fields = recovery(opened, left, options.model, options.data, options.out)
     write_atomic(options.out / RECOVER, (json.dumps(fields, indent=1) + "\n").encode())
     before, after = (sum(p.numel() for p in each.parameters()) / 1e6 for each in (dit, smaller))
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         print(run(options))
-    except (PruneError, OpenError, BundleError, DataError, ValueError, OSError) as error:
+    except (PruneError, LoadError, BundleError, DataError, ValueError, OSError) as error:
         print(f"model.prune: {error}", file=sys.stderr)
         return 2
     return 0

@@ -29,19 +29,20 @@ from ditserve.model.train.checkpoint import CheckpointError, check_room
 from ditserve.model.train.config import TrainConfig, load_config, mistake
 from ditserve.model.train.curve import draw_curve
 from ditserve.model.train.dry_run import rehearse, show
-from ditserve.model.train.load import OpenError, run_defaults
+from ditserve.model.train.load import run_defaults
+from ditserve.model.train.loaded_model import LoadError
 from ditserve.model.train.logbook import Journal
 from ditserve.model.train.trainer import Diverged, Trainer
 
 SHEET_STEPS = 20  # at most, of a sample on a sheet
-MISTAKES = DataError, CheckpointError, OpenError, BundleError, AutoencoderError, Diverged, ValueError
+MISTAKES = DataError, CheckpointError, LoadError, BundleError, AutoencoderError, Diverged, ValueError
 
 
 def run(config: TrainConfig, world: World | None = None) -> None:
     """Train to `config.steps`, resuming from `config.output` if it holds a checkpoint.
 
     Raises:
-        ValueError, DataError, OpenError, BundleError, AutoencoderError: a run that cannot work.
+        ValueError, DataError, LoadError, BundleError, AutoencoderError: a run that cannot work.
         CheckpointError, OSError: a folder that cannot be written, or holds another run.
         Diverged: the loss is not finite again and again.
     """

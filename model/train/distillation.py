@@ -74,7 +74,7 @@ def make_lesson(config: TrainConfig, dataset: Dataset, student: Network) -> Less
     """The lesson of a run, None where it has no teacher.
 
     Raises:
-        OpenError, BundleError: a teacher that cannot be opened.
+        LoadError, BundleError: a teacher that cannot be opened.
         ValueError: one that this student cannot learn from.
     """
     spec = config.distillation

@@ -17,14 +17,15 @@ from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.diffusion import guidance_weight, guided
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.config import TrainConfig
-from ditserve.model.train.load import Opened, open_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadedModel
 from ditserve.model.train.loss import noise_tables, rows
 
 
 class Teacher:
     """A frozen model, and its estimate of the image at any noise, guided by `scale` unless that is None."""
 
-    def __init__(self, opened: Opened, config: TrainConfig, scale: float | None = None) -> None:
+    def __init__(self, opened: LoadedModel, config: TrainConfig, scale: float | None = None) -> None:
         manifest, self.config = opened.manifest, config
         self.network: Network = opened.network.to(config.device)
         self.clip_x0, self.channels = manifest.diffusion.clip_x0, manifest.diffusion.guidance_channels
@@ -47,14 +48,14 @@ class Teacher:
         return rows(self.tables.x0_x, t) * x + rows(self.tables.x0_out, t) * prediction
 
 
-def open_teacher(source: Path, config: TrainConfig, dataset: Dataset, student: NetworkConfig) -> Opened:
+def open_teacher(source: Path, config: TrainConfig, dataset: Dataset, student: NetworkConfig) -> LoadedModel:
     """The model at `source`, if a student of this run can learn from it.
 
     Raises:
-        OpenError, BundleError: it cannot be opened.
+        LoadError, BundleError: it cannot be opened.
         ValueError: it is over other conditions, another size or other noise.
     """
-    opened = open_model(source)
+    opened = load_model(source)
     manifest, theirs = opened.manifest, opened.network.config
     if tuple(manifest.factors) != tuple(dataset.factors):
         said = _factors(manifest.factors), _factors(dataset.factors)

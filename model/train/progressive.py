@@ -20,7 +20,7 @@ from ditserve.model.train.batch import Batch
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation_config import ProgressiveDistillation
 from ditserve.model.train.distillation_teacher import Teacher, fingerprint
-from ditserve.model.train.load import Opened
+from ditserve.model.train.loaded_model import LoadedModel
 from ditserve.model.train.loss import rows
 
 GRID = "trailing"  # of half as many steps it has every second timestep
@@ -53,7 +53,7 @@ class Progressive:
     weight, asked = 1.0, 2
 
     def __init__(
-        self, spec: ProgressiveDistillation, config: TrainConfig, open_source: Callable[[Path], Opened]
+        self, spec: ProgressiveDistillation, config: TrainConfig, open_source: Callable[[Path], LoadedModel]
     ) -> None:
         self.spec, self.config, self.open_source = spec, config, open_source
         opened = open_source(spec.teacher)
@@ -76,7 +76,7 @@ class Progressive:
         """Have the teacher of the round of `step` at hand.
 
         Raises:
-            OpenError, BundleError: an earlier round's student cannot be opened.
+            LoadError, BundleError: an earlier round's student cannot be opened.
         """
         current = self.spec.round_of(step)
         if current != self.round:
@@ -100,7 +100,7 @@ class Progressive:
         """Nothing."""
         return {}
 
-    def _enter(self, number: int, opened: Opened) -> None:
+    def _enter(self, number: int, opened: LoadedModel) -> None:
         """The teacher of the first round is guided; a later one has learnt to do without."""
         self.round, device = number, self.config.device
         self.teacher = Teacher(opened, self.config, self.spec.guidance_scale if number == 0 else None)

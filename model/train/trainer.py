@@ -28,7 +28,8 @@ from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation import make_lesson, taught
 from ditserve.model.train.distillation_config import ProgressiveDistillation
 from ditserve.model.train.ema import Ema
-from ditserve.model.train.load import Opened, describe_run, open_decoder, save_model
+from ditserve.model.train.load import describe_run, open_decoder
+from ditserve.model.train.loaded_model import LoadedModel, save_model
 from ditserve.model.train.loss import noise_tables, rows, squared_error, variational_term
 from ditserve.model.train.optimizer import learning_rate, make_optimizer
 from ditserve.model.train.prefetch import Prefetch
@@ -138,7 +139,7 @@ class Trainer:
         """Between two rounds of a distillation the student, averaged, becomes the teacher, and goes on from itself afresh.
 
         Raises:
-            OpenError, BundleError: the teacher, an earlier round's student, cannot be opened.
+            LoadError, BundleError: the teacher, an earlier round's student, cannot be opened.
             OSError: it cannot be kept.
         """
         config, state, spec = self.config, self.state, self.config.distillation
@@ -149,7 +150,7 @@ class Trainer:
             folder = config.output / spec.folder(state.step - 1)
             if state.share.world.first:
                 said = describe_run(folder.name, config, self.dataset, self.network_config, state.step)
-                save_model(folder, Opened(student, said))
+                save_model(folder, LoadedModel(student, said))
             state.share.world.agree(True)  # it is there for all of them
             with torch.no_grad():
                 for parameter, average in zip(

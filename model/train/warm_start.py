@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ditserve.model.nets.conditioner import match_classes, resize_classes
 from ditserve.model.spec.bundle import Factor
-from ditserve.model.train.load import OpenError, open_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def warm_start(network: nn.Module, factors: Sequence[Factor], source: Path) -> W
     A class starts as the one of its name, in the factor of its name; a new one as the null class, that is as not given.
 
     Raises:
-        OpenError: `source` is no model, or nothing of it fits.
+        LoadError: `source` is no model, or nothing of it fits.
         BundleError: a bundle that is damaged.
     """
     weights, known = named_tables(source, factors)
@@ -43,7 +44,7 @@ def warm_start(network: nn.Module, factors: Sequence[Factor], source: Path) -> W
         name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape
     }
     if not fitting:
-        raise OpenError(
+        raise LoadError(
             f"nothing of {source} fits this network: make model agree with its configuration, or leave out init"
         )
     with torch.no_grad():
@@ -54,7 +55,7 @@ def warm_start(network: nn.Module, factors: Sequence[Factor], source: Path) -> W
 
 def named_tables(source: Path, factors: Sequence[Factor]) -> tuple[dict[str, Tensor], int]:
     """The weights of the model at `source`, its label tables those of `factors`; and how many of their classes it knows."""
-    opened = open_model(source)
+    opened = load_model(source)
     weights, config = dict(opened.network.state_dict()), opened.network.config
     tables: dict[str, Tensor] = {}
     known = 0

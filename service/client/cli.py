@@ -1,4 +1,4 @@
-"""`python -m service generate "strawberry, noto" -o strawberry.png`: an image from a running service, step by step.
+"""`python -m service generate "strawberry, noto" -o strawberry.png`: an image from a running service.
 
 The service's address is --url or DITSERVE_URL, the API key DITSERVE_API_KEY.
 """
@@ -24,7 +24,10 @@ FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command. Return the exit status: 0, 1 when the service refuses or the job fails, 2 after a wrong flag."""
+    """Run the command.
+
+    Return the exit status: 0, 1 when the service refuses or the job fails, 2 after a wrong flag.
+    """
     settings = ClientSettings()
     options = _parser(settings.url).parse_args(arguments)
     if options.output.suffix.lower() not in FORMATS:

@@ -4,8 +4,9 @@
         generation = client.generate({"label": "strawberry"}, steps=30, seed=7)
         Path("strawberry.png").write_bytes(generation.images[0].data)
 
-A failure that may pass is tried again, after the `Retry-After` that the service computed. A request carries an
-Idempotency-Key, so that another attempt never draws twice. A refusal is raised as its own error of `service.errors`.
+A failure that may pass is tried again, after the `Retry-After` that the service computed. A request carries
+an Idempotency-Key, so that another attempt never draws twice. A refusal is raised as its own error of
+`service.errors`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from ditserve.service.client.messages import (
 
 
 class Client:
-    """Blocking. `timeout_s` bounds one answer, not a method with its retries. Every method raises `ServiceError`."""
+    """Blocking.
+
+    `timeout_s` bounds one answer, not a method with its retries. Every method raises `ServiceError`.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,7 @@
-"""The requests that a client sends, how it reads the answers, and when it tries again. Sends nothing itself."""
+"""The requests that a client sends, how it reads the answers, and when it tries again.
+
+Sends nothing itself.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """One event of a job: `queued`, `started`, `step`, `preview`, `degraded`, `done`, `failed` or `cancelled`."""
+    """One event of a job.
+
+    `kind` is `queued`, `started`, `step`, `preview`, `degraded`, `done`, `failed` or `cancelled`.
+    """
 
     kind: str
     data: dict[str, Any]
@@ -78,7 +84,7 @@ class Requests:
         return httpx.Request("POST", f"{self._base}/generate", headers=headers, json=body)
 
     def events(self, job_id: str, last_event_id: str) -> dict[str, Any]:
-        """Build the request for the events of a job after `last_event_id` ("" is the first), as arguments of httpx."""
+        """Build the request for a job's events after `last_event_id` ("" for all), as arguments of httpx."""
         resume = {"last-event-id": last_event_id} if last_event_id else {}
         url = f"{self._base}/jobs/{job_id}/events"
         return {"method": "GET", "url": url, "headers": {**self._headers, **resume}}
@@ -103,13 +109,13 @@ def stream_event(event: ServerSentEvent) -> StreamEvent:
     return StreamEvent(event.event, event.json() if event.data else {})
 
 
-def wait_before_retry(
-    answer: httpx.Response | httpx.TransportError, attempt: int, attempts: int
-) -> float:
-    """Return how many seconds to wait after attempt number `attempt` failed. Raise its error if no other may succeed.
+def wait_before_retry(answer: httpx.Response | httpx.TransportError, attempt: int, attempts: int) -> float:
+    """Return how many seconds to wait after attempt number `attempt` failed.
 
-    Without a `Retry-After` the wait doubles: about 0.5 s, 1 s, 2 s, 4 s, and 5 s from then on. Up to a fifth is added at
-    random, so that clients refused together do not return together.
+    Raise its error if no other may succeed.
+
+    Without a `Retry-After` the wait doubles: about 0.5 s, 1 s, 2 s, 4 s, and 5 s from then on. Up to a fifth
+    is added at random, so that clients refused together do not return together.
     """
     error = refusal(answer)
     if attempt == attempts or not _transient(answer, error) or (error.retry_after or 0) > LONGEST_WAIT_S:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ditserve.service.api_keys import ApiKey, Keyring
 from ditserve.service.errors import Forbidden, QuotaExceeded, ServiceError, Unauthorized
 from ditserve.service.http.problems import error_response
-from ditserve.service.queue.backplane import Meter
+from ditserve.service.queue.queue_client import Meter
 from ditserve.service.queue.quota import WINDOW_S, Allowance
 
 # Paths that need no key: probes and metrics (for the cluster's network), the pages and what they load.
@@ -26,7 +26,9 @@ CHALLENGE = {"www-authenticate": 'Bearer realm="dit"'}
 
 
 class Access:
-    """Refuses requests without a valid key and counts those that draw. Puts the key into the request's state as `key`.
+    """Refuses requests without a valid key and counts those that draw.
+
+    Puts the key into the request's state as `key`.
 
     `quota` returns this process's counter, which exists once the application has started.
     """

@@ -1,4 +1,7 @@
-"""The API process: uvicorn around the application. It drains on SIGTERM and reads its bundles again on SIGHUP."""
+"""The API process: uvicorn around the application.
+
+It drains on SIGTERM and reads its bundles again on SIGHUP.
+"""
 
 import asyncio
 import signal
@@ -16,7 +19,7 @@ from ditserve.service.api_keys import KeyringError
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.app import create_app
 from ditserve.service.http.protocol import bounded
-from ditserve.service.queue.backplane import open_backplane
+from ditserve.service.queue.queue_client import open_queue_client
 from ditserve.service.settings import Settings
 from ditserve.service.signals import on_hang_up
 from ditserve.service.telemetry import logs
@@ -87,5 +90,5 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 async def _check_queue(settings: Settings) -> None:
     """Raise what opening the queue raises, because uvicorn would print it as a traceback."""
-    async with open_backplane(settings):
+    async with open_queue_client(settings):
         pass

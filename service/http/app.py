@@ -21,22 +21,23 @@ from ditserve.service.http.models import VERSION, Model, reloaded
 from ditserve.service.http.openapi import openapi_document
 from ditserve.service.http.problems import error_response
 from ditserve.service.http.routes import generate, jobs, models, openai, pages, probes
-from ditserve.service.queue.backplane import Backplane, open_backplane
-from ditserve.service.served_models import open_lanes
+from ditserve.service.queue.queue_client import QueueClient, open_queue_client
+from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry.tracing import open_tracing
 
-Opener = Callable[[Settings], AbstractAsyncContextManager[Backplane]]
+Opener = Callable[[Settings], AbstractAsyncContextManager[QueueClient]]
 
 _DESCRIPTION = """Images from a Diffusion Transformer, scheduled step by step.
 
-Every answer tells how its images were made: steps asked for and used, the operating point, and where the time went.
-Under load, requests that allow it are run in fewer or cheaper steps, never silently. Errors are RFC 9457 problems with a
-stable `code`; 503 means the service is full and 429 that your quota is, both with `Retry-After`.
+Every answer tells how its images were made: steps asked for and used, the operating point, and the time of
+each phase. Under load, requests that allow it are run in fewer or cheaper steps, never silently. Errors are
+RFC 9457 problems with a stable `code`; 503 means that the service is full, 429 that your quota is used up,
+both with `Retry-After`.
 """
 
 
-def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAPI:
+def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> FastAPI:
     """Build the application. `opener` connects to the queue when the app starts.
 
     Raises:
@@ -44,7 +45,7 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
         KeyringError: the key file cannot be used, or the settings neither name one nor let everybody in.
         ValueError: traces are to be sent, and the extra that sends them is not installed.
     """
-    lanes = open_lanes(settings, verify=False)
+    served_models = open_served_models(settings, verify=False)
     keyring = open_keyring(settings)
     tracing = open_tracing(settings.otlp_endpoint, "dit-api")
     draining, reload = asyncio.Event(), asyncio.Event()
@@ -52,12 +53,12 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            served = {}
-            for lane in lanes:
-                backplane = await stack.enter_async_context(opener(lane.settings(settings)))
-                served[lane.name] = Model.of(lane, settings, backplane)
-            context = app.state.context = Context(settings, served, draining)
-            canaries = [_watch(context, name) for name in served] if settings.canary_s else []
+            by_name = {}
+            for served in served_models:
+                queue_client = await stack.enter_async_context(opener(served.settings(settings)))
+                by_name[served.name] = Model.of(served, settings, queue_client)
+            context = app.state.context = Context(settings, by_name, draining)
+            canaries = [_watch(context, name) for name in by_name] if settings.canary_s else []
             await stack.enter_async_context(_background(_reload(context, reload), *canaries))
             yield
         tracing.close()
@@ -81,7 +82,7 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
     for kind in (ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _error_response)
     app.add_middleware(Body, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    app.add_middleware(Access, keyring=keyring, quota=lambda: app.state.context.default.backplane.quota)
+    app.add_middleware(Access, keyring=keyring, quota=lambda: app.state.context.default.queue_client.quota)
     routes = [route for router in routers for route in router.routes]
     app.add_middleware(RequestContext, tracing=tracing, routes=routes)
     return app

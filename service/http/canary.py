@@ -1,7 +1,7 @@
-"""The quality canary: every few minutes one known image is drawn through the whole service and compared with the bundle's.
+"""The quality canary: every few minutes one known image is drawn through the whole service and compared.
 
-After a new driver, engine or runtime the images should still be those that the model was verified with. The canary is
-where a drift shows first.
+After a new driver, engine or runtime the images should still be those that the model was verified with. The
+canary is where a drift shows first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ditserve.model.spec.bundle import GOLDEN, Golden
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Caller, Submissions
-from ditserve.service.queue.backplane import Waiter
+from ditserve.service.queue.queue_client import Waiter
 from ditserve.service.telemetry import metrics
 
 # The PSNR reported for equal images, whose PSNR is infinite.

@@ -41,8 +41,8 @@ class JobLookup:
 class Context:
     """The shared state of one API process, opened by the application's lifespan.
 
-    `models` holds the models by name, the default first; a reload replaces the whole mapping. `started` is True once
-    enough workers of each model were seen; `draining` is set once the process is to stop.
+    `models` holds the models by name, the default first; a reload replaces the whole mapping. `started` is
+    True once enough workers of each model were seen; `draining` is set once the process is to stop.
     """
 
     settings: Settings
@@ -67,10 +67,11 @@ class Context:
     async def job(self, job_id: str, key: ApiKey | None = None) -> JobLookup:
         """Look a job up among all models. With `key`, only jobs that its holder may see are found.
 
-        A key sees its own jobs; a key of the scope admin sees everybody's. Raises `JobNotFound`, `QueueUnavailable`.
+        A key sees its own jobs; a key of the scope admin sees everybody's. Raises `JobNotFound`,
+        `QueueUnavailable`.
         """
         for model in self.models.values() if _JOB_ID.fullmatch(job_id) else ():
-            status = await model.backplane.queue.status(job_id)
+            status = await model.queue_client.queue.status(job_id)
             if status is not None and (key is None or key.may_see(status.job.caller)):
                 return JobLookup(status, model)
         raise JobNotFound(f"There is no job {job_id[:64]!r}.")
@@ -80,18 +81,16 @@ class Context:
     ) -> JobResult:
         """Wait for the result of a queued job until its deadline.
 
-        If the client goes away first the job is cancelled, unless `keep`. A job that misses its deadline is cancelled
-        in any case. Raises `Cancelled`, `DeadlineExceeded`, `Draining`, or the job's own error.
+        If the client goes away first the job is cancelled, unless `keep`. A job that misses its deadline is
+        cancelled in any case. Raises `Cancelled`, `DeadlineExceeded`, `Draining`, or the job's own error.
         """
         job = submission.job
-        result = asyncio.create_task(model.backplane.listener.wait(job.id, new=submission.new))
+        result = asyncio.create_task(model.queue_client.listener.wait(job.id, new=submission.new))
         gone = asyncio.create_task(disconnected(receive))
         drained = asyncio.create_task(self._drained())
         timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
         try:
-            await asyncio.wait(
-                (result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait((result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if result.done():
                 return result.result()
             if gone.done():
@@ -116,9 +115,12 @@ class Context:
 
 
 async def cancel(model: Model, job_id: str) -> None:
-    """Cancel a job nobody waits for. If Redis does not answer the job runs on, which costs time but does no harm."""
+    """Cancel a job nobody waits for.
+
+    If Redis does not answer the job runs on, which costs time but does no harm.
+    """
     with suppress(QueueUnavailable):
-        await model.backplane.queue.cancel(job_id)
+        await model.queue_client.queue.cancel(job_id)
 
 
 # A coroutine, because FastAPI would run a plain function in another thread.

@@ -54,7 +54,12 @@ x-seed: 7\r
 (the file)\r
 --dit-{_JOB}--\r
 """
-_OPERATING_POINT: Final = {"sampler": "ddim", "steps": 50, "grid": "trailing", "guidance_interval": [0.0, 1.0]}
+_OPERATING_POINT: Final = {
+    "sampler": "ddim",
+    "steps": 50,
+    "grid": "trailing",
+    "guidance_interval": [0.0, 1.0],
+}
 _MODEL: Final = {
     "name": "emoji",
     "version": "1.0",
@@ -112,8 +117,12 @@ _OPENAI_IMAGES: Final = {
     "size": "64x64",
     "usage": _USAGE,
 }
+_PARTIAL_IMAGE: Final = (
+    f'{{"type":"image_generation.partial_image","b64_json":"{_PNG}",'
+    '"partial_image_index":0,"created_at":1790000000}'
+)
 _OPENAI_EVENTS: Final = f"""event: image_generation.partial_image
-data: {{"type":"image_generation.partial_image","b64_json":"{_PNG}","partial_image_index":0,"created_at":1790000000}}
+data: {_PARTIAL_IMAGE}
 
 event: image_generation.completed
 data: {{"type":"image_generation.completed","b64_json":"{_PNG}","created_at":1790000001}}
@@ -138,8 +147,8 @@ def _healthy(**checks: bool) -> dict[str, Any]:
     return {"status": "ok" if all(checks.values()) else "failing", "checks": checks}
 
 
-# "METHOD /path" → status → media type → a response. Image files are not here because they are bytes, nor errors, whose
-# examples are in `openapi`.
+# "METHOD /path" → status → media type → a response. Image files are not here because they are bytes, and the
+# examples of errors are in `openapi`.
 ANSWERS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
     "POST /generate": {
         "200": {JSON: _GENERATED, "multipart/mixed": _PARTS},

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ditserve.service.jobs import Job, LoadSnapshot
 from ditserve.service.planning.capacity import dues_of
-from ditserve.service.queue.backplane import Queue
+from ditserve.service.queue.queue_client import Queue
 
 LOAD_FRESH_S = 0.1
 
@@ -16,9 +16,9 @@ LOAD_FRESH_S = 0.1
 class LoadCache:
     """The broker's load snapshot, read at most once per `LOAD_FRESH_S` seconds however many requests come.
 
-    Between two reads the jobs that this process queues are added to the snapshot. Example: the snapshot says that the
-    idlest worker has 5 rows to run, and two jobs of 40 rows arrive in the same millisecond. The first is admitted
-    against 5 rows, the second against 45.
+    Between two reads the jobs that this process queues are added to the snapshot. Example: the snapshot says
+    that the idlest worker has 5 rows to run, and two jobs of 40 rows arrive in the same millisecond. The
+    first is admitted against 5 rows, the second against 45.
     """
 
     def __init__(self, queue: Queue) -> None:

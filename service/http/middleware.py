@@ -1,7 +1,7 @@
-"""The layers that every request passes through, as plain ASGI: none wraps `receive` in a way that hides a disconnect.
+"""The layers that every request passes through, as plain ASGI: a disconnect stays visible to the routes.
 
-Outermost first: `RequestContext` (id, security headers, metrics, trace), `access.Access` (keys and quotas), `Body` (size,
-time and type of the body, before any route).
+Outermost first: `RequestContext` (id, security headers, metrics, trace), `access.Access` (keys and quotas),
+`Body` (size, time and type of the body, before any route).
 """
 
 import asyncio
@@ -42,8 +42,9 @@ _SECURITY_HEADERS = {
 class RequestContext:
     """Gives each request an id (the client's if it is well-formed), adds headers, counts, logs and traces.
 
-    Puts into the request's state its `request_id`, and as `trace` the W3C Trace Context that a job takes along. A
-    request counts under the one of `routes` that it was for, also when it is refused before it gets there.
+    Puts into the request's state its `request_id`, and as `trace` the W3C Trace Context that a job takes
+    along. A request counts under the one of `routes` that it was for, also when it is refused before it gets
+    there.
     """
 
     def __init__(self, app: ASGIApp, *, tracing: Tracing, routes: Sequence[BaseRoute]) -> None:
@@ -98,7 +99,11 @@ class RequestContext:
         metrics.REQUESTS.labels(route, outcome(status)).inc()
         metrics.REQUEST_SECONDS.labels(route).observe(seconds)
         fields: dict[str, Any] = {"method": scope["method"], "route": route, "status": status}
-        fields |= {"request_id": request_id, "ms": round(seconds * 1000, 1), **scope["state"].get("notes", {})}
+        fields |= {
+            "request_id": request_id,
+            "ms": round(seconds * 1000, 1),
+            **scope["state"].get("notes", {}),
+        }
         log = _log.debug if route in _QUIET else _log.info
         log("request", **fields)
         attributes = {
@@ -126,8 +131,8 @@ def outcome(status: int) -> str:
 class Body:
     """Reads the whole body before the route runs, within a size and a time, and refuses what is not JSON.
 
-    Bodies here are small documents, so a bounded buffer is simpler and safer than trusting each reader to count. After
-    the body, `receive` is the server's own: it still reports the disconnect.
+    Bodies here are small documents, so a bounded buffer is simpler and safer than trusting each reader to
+    count. After the body, `receive` is the server's own: it still reports the disconnect.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float) -> None:

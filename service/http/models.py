@@ -11,8 +11,8 @@ from ditserve.model.spec.bundle import BundleError, Manifest
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.canary import Canary
 from ditserve.service.http.submission import Submissions
-from ditserve.service.queue.backplane import Backplane
-from ditserve.service.served_models import Lane
+from ditserve.service.queue.queue_client import QueueClient
+from ditserve.service.served_models import ServedModel
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
 
@@ -22,26 +22,26 @@ _log = structlog.get_logger("service.models")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One version of one model. Its backplane is that of its lane, and stays the same from version to version."""
+    """One version of one model. All versions of a model share one queue client."""
 
-    lane: Lane
+    served: ServedModel
     submissions: Submissions
-    backplane: Backplane
+    queue_client: QueueClient
     canary: Canary | None
 
     @classmethod
-    def of(cls, lane: Lane, settings: Settings, backplane: Backplane) -> Model:
-        """Build a model of the bundle of a lane. Raises `OSError` where the golden image cannot be read."""
-        bundle, manifest = lane.bundle, lane.bundle.manifest
-        submissions = Submissions(manifest, settings, backplane.queue)
+    def of(cls, served: ServedModel, settings: Settings, queue_client: QueueClient) -> Model:
+        """Build a model of its opened bundle. Raises `OSError` where the golden image cannot be read."""
+        bundle, manifest = served.bundle, served.bundle.manifest
+        submissions = Submissions(manifest, settings, queue_client.queue)
         golden = manifest.golden
-        canary = Canary(bundle.path, golden, submissions, backplane.listener) if golden else None
+        canary = Canary(bundle.path, golden, submissions, queue_client.listener) if golden else None
         metrics.BUILD_INFO.labels(VERSION, manifest.name, manifest.version).set(1)
-        return cls(lane, submissions, backplane, canary)
+        return cls(served, submissions, queue_client, canary)
 
     @property
     def manifest(self) -> Manifest:
-        return self.lane.bundle.manifest
+        return self.served.bundle.manifest
 
 
 async def reloaded(models: Mapping[str, Model], settings: Settings) -> dict[str, Model]:
@@ -52,24 +52,26 @@ async def reloaded(models: Mapping[str, Model], settings: Settings) -> dict[str,
     current = dict(models)
     for name, model in models.items():
         try:
-            lane = model.lane.reopened(verify=False)
-            if lane.digest == model.lane.digest:
+            served = model.served.reopened(verify=False)
+            if served.digest == model.served.digest:
                 continue
-            await _check_served(lane, model.backplane)
-            current[name] = Model.of(lane, settings, model.backplane)
+            await _check_served(served, model.queue_client)
+            current[name] = Model.of(served, settings, model.queue_client)
         except (BundleError, OSError, QueueUnavailable, ValueError) as error:
             _log.error("bundle not reloaded, the old one serves on", model=name, reason=str(error))
         else:
-            _log.info("bundle reloaded", model=name, version=lane.bundle.manifest.version)
-            _clear_build_info(model.manifest, new=lane.bundle.manifest)
+            _log.info("bundle reloaded", model=name, version=served.bundle.manifest.version)
+            _clear_build_info(model.manifest, new=served.bundle.manifest)
     return current
 
 
-async def _check_served(lane: Lane, backplane: Backplane) -> None:
+async def _check_served(served: ServedModel, queue_client: QueueClient) -> None:
     """Raise `BundleError` where there are workers and none of them has loaded this bundle."""
-    workers = (await backplane.queue.load()).workers
-    if workers and lane.digest not in {worker.bundle for worker in workers}:
-        raise BundleError(f"none of the workers has loaded {lane.folder} as it is now: start new ones first")
+    workers = (await queue_client.queue.load()).workers
+    if workers and served.digest not in {worker.bundle for worker in workers}:
+        raise BundleError(
+            f"none of the workers has loaded {served.folder} as it is now: start new ones first"
+        )
 
 
 def _clear_build_info(old: Manifest, *, new: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""The OpenAPI document: an example of every request, response and error, and nothing of FastAPI's that we never send."""
+"""The OpenAPI document: with an example of every request, response and error."""
 
 from collections import defaultdict
 from typing import Any
@@ -99,7 +99,7 @@ def openai_error_responses(*kinds: ErrorType) -> Responses:
 def _responses(
     kinds: tuple[ErrorType, ...], media_type: str, schema: str, *, fold_422: bool = False
 ) -> Responses:
-    # `openapi_document` fills in the values of the examples: it knows the path, and FastAPI would drop their nulls.
+    # `openapi_document` fills in the values of the examples: it knows the path, and FastAPI would drop nulls.
     by_status: dict[int, list[ErrorType]] = defaultdict(list)
     for kind in kinds:
         by_status[400 if fold_422 and kind.status == 422 else kind.status].append(kind)
@@ -149,7 +149,7 @@ def _remove_defaults(operation: dict[str, Any]) -> None:
 
 
 def _add_examples(operation: dict[str, Any], method: str, path: str, schemas: dict[str, Any]) -> None:
-    """Put the examples of `examples` into an operation, and those of a request's schema where clients look for them."""
+    """Put the examples of `examples` and of the request's schema into an operation."""
     key = f"{method.upper()} {path}"
     for parameter in operation.get("parameters", ()):
         if parameter["name"] in PARAMETERS:

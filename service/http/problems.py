@@ -1,7 +1,7 @@
 """Errors as HTTP responses: RFC 9457 problem details, and OpenAI's shape under `/v1`.
 
-One module decides what a client sees of an error; routes and middleware only raise. Nothing unforeseen leaks: an
-exception outside the tree of `errors` becomes a bare 500 with the request's id.
+One module decides what a client sees of an error; routes and middleware only raise. Nothing unforeseen leaks:
+an exception outside the tree of `errors` becomes a bare 500 with the request's id.
 """
 
 import json

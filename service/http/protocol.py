@@ -1,7 +1,7 @@
-"""HTTP/1.1 as uvicorn speaks it, with the two limits it lacks: how long and how large the head of a request may be.
+"""HTTP/1.1 as uvicorn speaks it, with two limits it lacks: the time and the size of the head of a request.
 
-Without them a client that sends its head byte by byte, or without end, would hold a connection and memory for as long
-as it likes.
+Without them a client that sends its head byte by byte, or without end, would hold a connection and memory for
+as long as it likes.
 """
 
 from __future__ import annotations

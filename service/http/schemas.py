@@ -1,6 +1,9 @@
-"""Requests and responses over HTTP as pydantic models: the source of the OpenAPI document. Unknown fields are refused.
+"""Requests and responses over HTTP as pydantic models: the source of the OpenAPI document.
 
-Rules that depend on the model served (its factors, classes, solvers, sizes) are in `submission`, which knows the bundle.
+Unknown fields are refused.
+
+Rules that depend on the model served (its factors, classes, solvers, sizes) are in `submission`, which knows
+the bundle.
 """
 
 from collections.abc import Mapping
@@ -63,8 +66,8 @@ class GenerateRequest(BaseModel):
         Discriminator(_condition_kind),
     ] = Field(
         default_factory=dict,
-        description="A class per factor of the model, by name or number, and a `text` where the model takes one; a factor "
-        "that is left out or null is unconditioned. A list of weighted conditions is mixed.",
+        description="A class per factor of the model, by name or number, and a `text` where the model "
+        "takes one; a factor that is left out or null is unconditioned. A list of weighted conditions is mixed.",
     )
     mix: Literal["linear", "spherical"] = Field("linear", description="How a list of conditions is mixed.")
     n: int = Field(1, ge=1, le=256, description="Number of images.")
@@ -93,7 +96,7 @@ class GenerateRequest(BaseModel):
     )
     windows: bool = Field(
         False,
-        description="Denoise a `size` larger than the model's own in overlapping windows of it; any model can.",
+        description="Denoise a `size` larger than the model's own in overlapping windows; any model can.",
     )
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
     deadline_ms: int | None = Field(None, ge=1, description="Answer within this time, or refuse at once.")
@@ -225,7 +228,9 @@ class ModelOut(BaseModel):
         description="Other sizes whose sides are multiples of this many pixels can be had; null: none."
     )
     text: bool = Field(description="Whether a condition may hold a `text`.")
-    networks: list[str] = Field(description="The runtimes and number formats that the workers run the model in.")
+    networks: list[str] = Field(
+        description="The runtimes and number formats that the workers run the model in."
+    )
     factors: list[FactorOut]
     samplers: list[str]
     grids: list[str]

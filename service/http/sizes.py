@@ -18,9 +18,9 @@ UPSCALE = {"identity": 1, "sd-vae": 8, "small": 8}
 class OutputSize:
     """The size of a request's images.
 
-    `size` is height and width in latent pixels, None for the model's own. `windows` is the number of windows in which
-    an image is denoised, 0 if it is denoised as a whole. `row_cost` is the tokens of predicting it once, in rows of
-    the model's own size.
+    `size` is height and width in latent pixels, None for the model's own. `windows` is the number of windows
+    in which an image is denoised, 0 if it is denoised as a whole. `row_cost` is the tokens of predicting it
+    once, in rows of the model's own size.
     """
 
     size: Size | None = None
@@ -36,7 +36,7 @@ def size_text(manifest: Manifest, size: Size | None = None) -> str:
 
 
 def size_step(manifest: Manifest, workers: Sequence[WorkerState]) -> int | None:
-    """Return the number of pixels that each side must be a multiple of, so that every worker can make the size.
+    """Return the pixels that each side must be a multiple of, so that every worker can make the size.
 
     Return None if there is no worker, or one of them makes a single size only.
     """
@@ -51,7 +51,7 @@ def size_step(manifest: Manifest, workers: Sequence[WorkerState]) -> int | None:
 def as_a_whole(
     size: str, manifest: Manifest, workers: Sequence[WorkerState], *, max_area: float
 ) -> OutputSize:
-    """Return `size` denoised in one piece, with at most `max_area` times as many pixels as the model's own.
+    """Return `size` denoised in one piece, with at most `max_area` times the pixels of the model's own.
 
     Raises:
         ValueError: the workers cannot make it; the message is one sentence for the caller.
@@ -64,7 +64,7 @@ def as_a_whole(
 
 
 def in_windows(size: str, manifest: Manifest, *, max_area: float) -> OutputSize:
-    """Return `size` denoised in windows of the model's own, with at most `max_area` times as many pixels as that.
+    """Return `size` denoised in windows of the model's own size, with at most `max_area` times its pixels.
 
     Raises:
         ValueError: it is not larger, or cannot be decoded; the message is one sentence for the caller.

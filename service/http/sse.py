@@ -1,7 +1,7 @@
-"""Server-sent events (WHATWG HTML §9.2): a response that keeps quiet connections open and notices when the client goes.
+"""Server-sent events (WHATWG HTML §9.2): a response that notices when the client goes.
 
-Written here rather than taken from sse-starlette, which learns of the process's end through uvicorn's signal handlers;
-this stream ends on the application's own event.
+Written here rather than taken from sse-starlette, which learns of the process's end through uvicorn's signal
+handlers; this stream ends on the application's own event.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ def encode(kind: str, data: Mapping[str, Any], *, event_id: str | None = None) -
 
 
 class EventStream(Response):
-    """Sends the encoded events of `events` until they end, the client goes, or `stop` is set; then closes the iterator.
+    """Sends encoded events until they end, the client goes, or `stop` is set; then closes their iterator.
 
     After `keepalive_s` seconds of silence a comment is sent, so that proxies do not cut the connection.
     """

@@ -1,6 +1,7 @@
-"""From a request to a job in the queue: what the model understands, which deadline can be kept, under whose name it waits.
+"""From a request to a job in the queue: what the model understands, and which deadline can be kept.
 
-`POST /generate` and OpenAI's route both submit through here. Raises errors of the tree `errors`; knows no HTTP.
+`POST /generate` and OpenAI's route both submit through here. Raises errors of the tree `errors`; knows no
+HTTP.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from ditserve.service.planning.admission import NO_WORKER, Admission, Newcomer, 
 from ditserve.service.planning.capacity import drained
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import finite
-from ditserve.service.queue.backplane import Queue
+from ditserve.service.queue.queue_client import Queue
 from ditserve.service.rung import Rung
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
@@ -36,7 +37,8 @@ _DRAINED_SHARE = 0.1
 _RETRY_S = 5.0
 # The key of a condition that holds a text and is no factor.
 TEXT = "text"
-# The key in a job's trace of the request's fingerprint, which tells a replay from another request under the same key.
+# The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
+# Idempotency-Key.
 _FINGERPRINT = "body"
 
 
@@ -44,8 +46,9 @@ _FINGERPRINT = "body"
 class Caller:
     """The sender of a request.
 
-    `name` identifies the sender for fair queueing; `idempotency_key` is the key of this request, if it has one;
-    `concurrency` is how many unfinished jobs the sender may have; `trace` travels with the job into logs and spans.
+    `name` identifies the sender for fair queueing; `idempotency_key` is the key of this request, if it has
+    one; `concurrency` is how many unfinished jobs the sender may have; `trace` travels with the job into logs
+    and spans.
     """
 
     name: str
@@ -58,8 +61,8 @@ class Caller:
 class Submission:
     """A job that is in the queue.
 
-    `new` is False when an Idempotency-Key led to a job that was there already; `pending` is True until the job has
-    ended; `predicted_s` is the predicted time to its last image, None where nothing can be predicted.
+    `new` is False when an Idempotency-Key led to a job that was there already; `pending` is True until the
+    job has ended; `predicted_s` is the predicted time to its last image, None where nothing can be predicted.
     """
 
     job: Job
@@ -70,7 +73,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class _Drawing:
-    """A request as this model understands it: its condition, its operating point and its size, all defaults filled in."""
+    """A request as this model understands it, with all defaults filled in."""
 
     request: GenerateRequest
     image_format: ImageFormat
@@ -169,7 +172,8 @@ class Submissions:
     async def _size(self, request: GenerateRequest) -> OutputSize:
         """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
 
-        In windows every size is possible; as a whole the workers decide which ones are, besides the model's own.
+        In windows every size is possible; as a whole the workers decide which ones are, besides the model's
+        own.
         """
         own, max_area = size_text(self.manifest), self._settings.max_area
         if request.windows:
@@ -304,7 +308,10 @@ def _fingerprint(request: GenerateRequest, image_format: ImageFormat) -> str:
 
 
 def _replayed(status: JobStatus, drawing: _Drawing) -> Submission:
-    """Return the job that an earlier request queued. Raises `IdempotencyMismatch` if that request was another one."""
+    """Return the job that an earlier request queued.
+
+    Raises `IdempotencyMismatch` if that request was another one.
+    """
     if status.job.trace.get(_FINGERPRINT, "") != drawing.fingerprint:
         raise IdempotencyMismatch("This Idempotency-Key was sent before with another request.")
     pending = status.state not in TERMINAL_STATES

@@ -1,8 +1,9 @@
-"""Traces of requests and jobs: HTTP → queue → denoise → decode → encode, one trace from the client's `traceparent` on.
+"""Traces of requests and jobs: HTTP → queue → denoise → decode → encode, in the trace of the client.
 
-Tracing is off unless `--otlp-endpoint` names a collector; then the extra `otel` (OpenTelemetry's SDK) must be installed.
-When it is off, OpenTelemetry's API gives spans that record nothing and pass the client's trace on. A worker reports a
-job after it has ended, from times that it measured anyway, so tracing costs the engine nothing.
+Tracing is off unless `--otlp-endpoint` names a collector; then the extra `otel` (OpenTelemetry's SDK) must be
+installed. When it is off, OpenTelemetry's API gives spans that record nothing and pass the client's trace on.
+A worker reports a job after it has ended, from times that it measured anyway, so tracing costs the engine
+nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class RequestSpan:
 
 
 class Tracing:
-    """The spans of one process. Without a `provider` they record nothing; `shutdown` sends what is pending."""
+    """The spans of one process.
+
+    Without a `provider` they record nothing; `shutdown` sends what is pending.
+    """
 
     def __init__(
         self, provider: TracerProvider | None = None, *, shutdown: Callable[[], None] | None = None
@@ -63,8 +67,8 @@ class Tracing:
     def job(self, job: Job, result: JobResult, ended_at: float) -> None:
         """Record a job that ended at `ended_at` (seconds since the epoch).
 
-        One span covers the job's life. Inside it each phase has a span; they lie end to end before `ended_at`, as long
-        as they were measured. The queue's begins at the job's creation.
+        One span covers the job's life. Inside it each phase has a span; they lie end to end before
+        `ended_at`, as long as they were measured. The queue's begins at the job's creation.
         """
         attributes: dict[str, str | int | float | bool] = {
             "dit.job": job.id,

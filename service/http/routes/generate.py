@@ -46,9 +46,9 @@ async def generate(
     """Draw images and wait for them; if the client goes away meanwhile, the job is cancelled. With
     `Prefer: respond-async` the response comes at once and holds the job's address.
 
-    With an `Idempotency-Key` a repeated request draws nothing anew: while the first runs it is refused with 409,
-    afterwards it gets the images of the first. Such a job is not cancelled when the client goes away, so that the client
-    can come back for it.
+    With an `Idempotency-Key` a repeated request draws nothing anew: while the first runs it is refused with
+    409, afterwards it gets the images of the first. Such a job is not cancelled when the client goes away, so
+    that the client can come back for it.
     """
     respond_async = _responds_async(prefer)
     representation = negotiate("application/json" if respond_async else request.headers.get("accept"), body)

@@ -25,7 +25,7 @@ from ditserve.service.http.openapi import problem_responses
 from ditserve.service.http.problems import problem
 from ditserve.service.http.schemas import JobOut, JobOutcome, Links, Problem
 from ditserve.service.http.sse import EventStream, encode
-from ditserve.service.jobs import TERMINAL_STATES, Event, Job, JobResult
+from ditserve.service.jobs import TERMINAL_STATES, Job, JobEvent, JobResult
 from ditserve.service.planning.load import eta_s
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -63,7 +63,7 @@ async def get_job(lookup: PathJob) -> JobOut:
 )
 async def delete_job(lookup: PathJob, api: Api) -> JobOut:
     """Stop a waiting job at once and a running one at its next step. A job that has ended stays as it is."""
-    await lookup.model.backplane.queue.cancel(lookup.status.id)
+    await lookup.model.queue_client.queue.cancel(lookup.status.id)
     return await describe(await api.job(lookup.status.id))
 
 
@@ -108,22 +108,25 @@ async def get_events(
     api: Api,
     last_event_id: Annotated[str | None, Header(max_length=64)] = None,
 ) -> Response:
-    """`queued`, `started`, `step` (k of n), `preview` (an image of the current estimate, base64 in `b64`), `degraded`,
-    and last one of `done`, `failed`, `cancelled`. Resumes after `Last-Event-ID`. Leaving the stream does not cancel the
-    job."""
+    """`queued`, `started`, `step` (k of n), `preview` (an image of the current estimate, base64 in `b64`),
+    `degraded`, and last one of `done`, `failed`, `cancelled`. Resumes after `Last-JobEvent-ID`. Leaving the
+    stream does not cancel the job."""
     after = last_event_id or "0-0"
     if not _EVENT_ID.fullmatch(after):
-        raise MalformedRequest("Last-Event-ID is not an id of this stream.")
+        raise MalformedRequest("Last-JobEvent-ID is not an id of this stream.")
     events = _events(lookup, after, api, request.state.request_id)
     return EventStream(events, keepalive_s=api.settings.keepalive_s, stop=api.draining)
 
 
 async def _events(lookup: JobLookup, after: str, api: Context, request_id: str) -> AsyncGenerator[bytes]:
-    """Yield the job's encoded events. The last one tells how the job ended, even when its stream has expired."""
+    """Yield the job's encoded events.
+
+    The last one tells how the job ended, even when its stream has expired.
+    """
     job_id = lookup.status.id
     path = f"/jobs/{job_id}"
     try:
-        async for event in lookup.model.backplane.queue.events(job_id, after):
+        async for event in lookup.model.queue_client.queue.events(job_id, after):
             yield encode(event.kind, _event_data(event, path), event_id=event.id)
             if event.terminal:
                 return
@@ -135,7 +138,7 @@ async def _events(lookup: JobLookup, after: str, api: Context, request_id: str) 
         yield encode("error", problem(error, path, request_id))
 
 
-def _event_data(event: Event, path: str) -> dict[str, Any]:
+def _event_data(event: JobEvent, path: str) -> dict[str, Any]:
     """Return an event's data as JSON: an image becomes base64 under `b64`, an error becomes a problem."""
     if event.kind in _FAILURES:
         return problem(from_wire(event.data), path)
@@ -146,7 +149,7 @@ def _event_data(event: Event, path: str) -> dict[str, Any]:
 
 
 async def _result(lookup: JobLookup) -> JobResult:
-    result = await lookup.model.backplane.queue.result(lookup.status.id)
+    result = await lookup.model.queue_client.queue.result(lookup.status.id)
     if result is None:
         raise JobExpired("The images of this job are no longer kept.")
     return result

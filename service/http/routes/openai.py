@@ -1,9 +1,9 @@
-"""The image API that OpenAI's clients speak: `POST /v1/images/generations`, plain or streamed, and `GET /v1/models`.
+"""The image API that OpenAI's clients speak: `POST /v1/images/generations` and `GET /v1/models`.
 
-A request is translated into one of `POST /generate`: the prompt's words choose classes (`vocabulary.match`), `quality`
-chooses a rung of the ladder, and partial images are previews of the estimate. A parameter that cannot be honoured is
-refused, not ignored. Shapes: openai-python `types/images_response.py`, `types/image_gen_partial_image_event.py`,
-`types/image_gen_completed_event.py`.
+A request is translated into one of `POST /generate`: the prompt's words choose classes (`vocabulary.match`),
+`quality` chooses a rung of the ladder, and partial images are previews of the estimate. A parameter that
+cannot be honoured is refused, not ignored. Shapes: openai-python `types/images_response.py`,
+`types/image_gen_partial_image_event.py`, `types/image_gen_completed_event.py`.
 """
 
 import base64
@@ -116,9 +116,10 @@ class OpenAIError(BaseModel):
     },
 )
 async def generations(body: ImagesRequest, request: Request, api: Api) -> Response:
-    """Draw the images that a prompt describes. The prompt must name a class of the model's first factor, and may name one of each other: "a strawberry in noto
-    style". Names match by their words; the longest match wins. An unknown prompt is refused with the closest names. A
-    model that reads text is given the prompt itself."""
+    """Draw the images that a prompt describes. The prompt must name a class of the model's first factor, and
+    may name one of each other: "a strawberry in noto style". Names match by their words; the longest match
+    wins. An unknown prompt is refused with the closest names. A model that reads text is given the prompt
+    itself."""
     if body.stream and (body.n or 1) > 1:
         raise field_error("n", "One image at a time can be streamed.")
     if body.partial_images and not body.stream:
@@ -205,12 +206,15 @@ def _metadata(job: Job, body: ImagesRequest, manifest: Manifest) -> dict[str, An
 
 
 async def _stream(job: Job, body: ImagesRequest, model: Model, request_id: str) -> AsyncGenerator[bytes]:
-    """Yield partial images as they come, then the image. A client that leaves before the end cancels the job."""
+    """Yield partial images as they come, then the image.
+
+    A client that leaves before the end cancels the job.
+    """
     metadata = _metadata(job, body, model.manifest)
     partial = {name: value for name, value in metadata.items() if name != "usage"}
     shown, ended = 0, False
     try:
-        async for event in model.backplane.queue.events(job.id):
+        async for event in model.queue_client.queue.events(job.id):
             ended = event.terminal
             if event.kind == "preview" and shown < (body.partial_images or 0):
                 data = {
@@ -223,7 +227,7 @@ async def _stream(job: Job, body: ImagesRequest, model: Model, request_id: str) 
                 shown += 1
             if event.kind in ("failed", "cancelled"):
                 raise from_wire(event.data)
-        result: JobResult = await model.backplane.listener.wait(job.id)
+        result: JobResult = await model.queue_client.listener.wait(job.id)
         data = {
             "b64_json": base64.b64encode(result.images[0].data).decode(),
             "created_at": int(time.time()),

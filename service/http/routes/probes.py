@@ -31,7 +31,7 @@ async def livez(api: Api) -> Response:
 
 @router.get("/readyz", summary="Ready for work", response_model=Health, responses=_FAILING)
 async def readyz(api: Api) -> Response:
-    """Fails while this process drains, Redis does not answer, or a model has fewer workers than `ready_workers`."""
+    """Fails while this process drains, Redis does not answer, or a model lacks workers (`ready_workers`)."""
     loads = await _loads(api)
     staffed = _staffed(api, loads)
     api.started = api.started or staffed
@@ -40,11 +40,16 @@ async def readyz(api: Api) -> Response:
 
 @router.get("/startupz", summary="Started", response_model=Startup, responses=_NOT_STARTED)
 async def startupz(api: Api) -> Response:
-    """Fails until every model once had enough workers; from then on it holds. Lists what starting workers are doing."""
+    """Fails until every model once had enough workers; from then on it holds.
+
+    Lists what starting workers are doing.
+    """
     loads = await _loads(api)
     api.started = api.started or _staffed(api, loads)
     workers = (worker for load in (loads or {}).values() for worker in load.starting)
-    return _health({"started": api.started}, starting=[f"{worker.model}: {worker.doing}" for worker in workers])
+    return _health(
+        {"started": api.started}, starting=[f"{worker.model}: {worker.doing}" for worker in workers]
+    )
 
 
 @metrics_router.get(
@@ -76,9 +81,7 @@ def _staffed(api: Context, loads: Mapping[str, LoadSnapshot] | None) -> bool:
     """Return True if every model has at least `ready_workers` workers."""
     if loads is None:
         return False
-    serving = (
-        sum(model in worker.models for worker in load.workers) for model, load in loads.items()
-    )
+    serving = (sum(model in worker.models for worker in load.workers) for model, load in loads.items())
     return min(serving) >= api.settings.ready_workers
 
 

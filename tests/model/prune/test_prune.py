@@ -24,7 +24,7 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import network_config, network_fields
 from ditserve.model.train.batch import Batch
 from ditserve.model.train.config import load_config
-from ditserve.model.train.load import open_model
+from ditserve.model.train.load import load_model
 from ditserve.model.train.loss import noise_tables, rows, squared_error
 from ditserve.model.train.trainer import Trainer
 from ditserve.model.weights.official import WeightsError, to_official
@@ -152,9 +152,9 @@ def test_a_pruned_bundle_is_exported_and_recovers_from_its_teacher(
     assert main(command(whole, "--heads", "0.5", "--mlp", "0.25")) == 0
     said = capsys.readouterr().out
     assert "4 heads 2, 64 MLP channels 48" in said
-    less = open_model(whole.parent / "less")
+    less = load_model(whole.parent / "less")
     assert less.network.config == replace(
-        open_model(whole).dit.config, num_heads=2, attention_width=8, mlp_ratio=3.0
+        load_model(whole).dit.config, num_heads=2, attention_width=8, mlp_ratio=3.0
     )
     assert (less.manifest.ladder, less.manifest.golden, less.manifest.metrics) == ((), None, {})
     assert less.manifest.provenance["pruning"]["of"].startswith("whole")

@@ -13,7 +13,7 @@ from ditserve.model.scaling.__main__ import interval, main, report, summary
 from ditserve.model.scaling.law import Law, Term
 from ditserve.model.scaling.record import Family, Look, Record
 from ditserve.model.train.dry_run import Memory, StageCost
-from ditserve.model.train.load import open_model
+from ditserve.model.train.load import load_model
 from tests.model.train.training_cases import tiny_run, write_pictures
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def test_all_runs_get_the_same_compute_and_are_measured_on_the_way(
     text = capsys.readouterr().out
     assert "| U-Net | " in text
     assert "No law was fitted: 4 measured losses are too few to fit 5 numbers" in text
-    assert open_model(tmp_path / "out" / "DiT-32").dit.config.hidden_size == 32
+    assert load_model(tmp_path / "out" / "DiT-32").dit.config.hidden_size == 32
 
 
 def test_what_was_measured_is_not_trained_again(family: dict[str, Any], tmp_path: Path) -> None:

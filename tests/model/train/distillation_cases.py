@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ditserve.model.nets.factory import Network
-from ditserve.model.train.load import Opened, describe_run, save_model
+from ditserve.model.train.load import describe_run
+from ditserve.model.train.loaded_model import LoadedModel, save_model
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import tiny_config
 
@@ -28,5 +29,7 @@ def write_teacher(folder: Path, name: str = "teacher", **changes: Any) -> Path:
     config = tiny_config(folder, output=str(folder / "untrained"), **changes)
     trainer = Trainer(config)
     network = randomise(trainer.averaged())
-    save_model(folder / name, Opened(network, describe_run(name, config, trainer.dataset, network.config, 1)))
+    save_model(
+        folder / name, LoadedModel(network, describe_run(name, config, trainer.dataset, network.config, 1))
+    )
     return folder / name

@@ -18,7 +18,7 @@ from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation import Imitation, make_lesson, taught
 from ditserve.model.train.distillation_teacher import Teacher
 from ditserve.model.train.dry_run import PASSES, rehearse
-from ditserve.model.train.load import FEATURE_MAPS, open_model
+from ditserve.model.train.load import FEATURE_MAPS, load_model
 from ditserve.model.train.loss import noise_tables
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.distillation_cases import write_teacher
@@ -83,7 +83,7 @@ def test_the_target_is_the_teachers_estimate_in_the_students_terms(
     trainer = Trainer(student(tmp_path, tmp_path / "teacher", said))
     batch = batch_of(trainer)
     batch = batch[:3]  # at 999 an estimate from predicted noise is all rounding
-    x_t, opened = noisy(trainer, batch), open_model(tmp_path / "teacher")
+    x_t, opened = noisy(trainer, batch), load_model(tmp_path / "teacher")
     alpha, sigma = (
         torch.from_numpy(table[batch.t.numpy()]).float().view(-1, 1, 1, 1)
         for table in (opened.schedule.alphas, opened.schedule.sigmas)
@@ -100,7 +100,7 @@ def test_the_target_is_the_teachers_estimate_in_the_students_terms(
 
 
 def test_the_teacher_is_guided_as_it_is_when_it_is_sampled(tmp_path: Path, teacher: Path) -> None:
-    opened, config = open_model(teacher), tiny_config(tmp_path)
+    opened, config = load_model(teacher), tiny_config(tmp_path)
     trainer = Trainer(config)
     batch = batch_of(trainer)
     conditions = Conditions((opened.network.embed(batch.labels),))
@@ -140,7 +140,7 @@ def test_feature_maps_learn_and_are_no_part_of_the_model(tmp_path: Path, teacher
     train.run(config)
     saved = newest_state(config.output)
     assert not torch.equal(saved[f"model.{FEATURE_MAPS}.0.weight"], maps[f"{FEATURE_MAPS}.0.weight"])
-    opened = open_model(config.output)
+    opened = load_model(config.output)
     assert not any(name.startswith(FEATURE_MAPS) for name in opened.network.state_dict())
     assert opened.manifest.provenance["training"]["distillation"]["teacher"] == "teacher"
 
@@ -151,7 +151,7 @@ def test_a_student_of_a_guided_teacher_is_not_guided_by_default(tmp_path: Path, 
             tmp_path, teacher, {"steps": 1, "output": str(tmp_path / f"{scale}")}, guidance_scale=scale
         )
         train.run(config)
-        assert open_model(config.output).manifest.defaults.guidance_scale == default
+        assert load_model(config.output).manifest.defaults.guidance_scale == default
 
 
 def test_a_resumed_student_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, teacher: Path) -> None:
@@ -176,9 +176,9 @@ def test_a_run_without_a_teacher_has_no_lesson(tmp_path: Path) -> None:
 def test_a_rehearsal_counts_the_teacher(tmp_path: Path, teacher: Path) -> None:
     guided = Trainer(student(tmp_path, teacher, guidance_scale=2.0))
     (found,) = rehearse(guided)
-    mine, theirs = (cost(shape).macs for shape in (guided.network_config, open_model(teacher).network.config))
+    mine, theirs = (cost(shape).macs for shape in (guided.network_config, load_model(teacher).network.config))
     assert found.step_flops == 2 * guided.config.batch * (PASSES * mine + 2 * theirs)
-    assert found.memory.teacher == 4 * sum(p.numel() for p in open_model(teacher).network.parameters())
+    assert found.memory.teacher == 4 * sum(p.numel() for p in load_model(teacher).network.parameters())
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

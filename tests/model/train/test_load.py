@@ -17,7 +17,8 @@ from ditserve.model.nets.factory import make_network
 from ditserve.model.sample import main
 from ditserve.model.spec.bundle import LatentSpec
 from ditserve.model.spec.network_config import network_config
-from ditserve.model.train.load import OpenError, open_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadError
 
 SHAPE = {"patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
 
@@ -56,24 +57,24 @@ def test_the_newest_checkpoint_is_the_one_of_most_steps(latent_run: Path) -> Non
         shutil.copytree(checkpoints / "step-0000010", checkpoints / name)
         (checkpoints / name / "state.json").write_text(json.dumps({"step": step}))
     (checkpoints / "step-10000001").mkdir()  # cut short
-    assert open_model(latent_run).manifest.version == "0.10000000"
+    assert load_model(latent_run).manifest.version == "0.10000000"
 
 
 def test_a_second_average_is_not_the_model(latent_run: Path) -> None:
     step = latent_run / "checkpoints/step-0000010"
     (step / "ema.safetensors").rename(step / "ema-0.9999.safetensors")
-    with pytest.raises(OpenError, match="holds no readable checkpoint"):
-        open_model(latent_run)
+    with pytest.raises(LoadError, match="holds no readable checkpoint"):
+        load_model(latent_run)
 
 
 def test_a_run_on_latents_knows_its_normalisation(latent_run: Path) -> None:
-    manifest = open_model(latent_run).manifest
+    manifest = load_model(latent_run).manifest
     assert manifest.decoder == "sd-vae"
     assert manifest.latents == LatentSpec(shift=(1.0, 2.0, 3.0, 4.0), scale=(0.5, 1.0, 1.5, 2.0))
     assert "latents" in manifest.description
     (config := json.loads((latent_run / "config.json").read_text()))["data"]["latent_scale"] = 0.18215
     (latent_run / "config.json").write_text(json.dumps(config))
-    published = open_model(latent_run).manifest.latents
+    published = load_model(latent_run).manifest.latents
     assert published is not None
     assert published.shift == (0.0,) * 4
     assert published.scale == pytest.approx((1 / 0.18215,) * 4)

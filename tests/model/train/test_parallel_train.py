@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ditserve.model.train import __main__ as train
 from ditserve.model.train.config import TrainConfig
-from ditserve.model.train.load import open_model
+from ditserve.model.train.load import load_model
 from ditserve.model.train.tensor_blocks import read_whole
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_run
@@ -77,7 +77,7 @@ def test_a_run_goes_on_after_a_process_is_killed_with_other_processes(tmp_path: 
     whole = read_whole(sharded, "ema", json.loads((sharded / "state.json").read_text())["index"])
     held = load_file(sharded / "ema-00001-of-00002.safetensors")
     assert elements(held) < 0.51 * elements(whole)
-    opened = open_model(output).network.state_dict()
+    opened = load_model(output).network.state_dict()
     assert all(torch.equal(whole[name], tensor) for name, tensor in opened.items())
     trainer = Trainer(TrainConfig.model_validate(raw))
     assert trainer.resume() == sharded

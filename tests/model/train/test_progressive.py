@@ -14,7 +14,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance
 from ditserve.model.spec.diffusion import CLEAN, grid
 from ditserve.model.train import __main__ as train
 from ditserve.model.train.config import TrainConfig
-from ditserve.model.train.load import DEFAULTS, open_model, run_defaults
+from ditserve.model.train.load import DEFAULTS, load_model, run_defaults
 from ditserve.model.train.optimizer import learning_rate
 from ditserve.model.train.progressive import Progressive
 from ditserve.model.train.trainer import Trainer
@@ -51,7 +51,7 @@ def test_one_step_to_the_target_ends_where_the_teacher_ends_in_two(
     batch = lesson.pose(batch)
     x = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(3))
     target = lesson.image(batch, x)
-    opened = open_model(tmp_path / "teacher")
+    opened = load_model(tmp_path / "teacher")
     alpha, sigma = opened.schedule.alpha, opened.schedule.sigma
     walked = (*grid("trailing", 12), CLEAN)
     for row, t in enumerate(batch.t.tolist()):
@@ -91,10 +91,10 @@ def test_the_loss_is_weighted_as_in_the_paper(tmp_path: Path) -> None:
 def test_the_student_starts_as_its_teacher_and_becomes_the_next(tmp_path: Path) -> None:
     run = config(tmp_path, {"guidance_scale": 2.0}, ema=[0.5], checkpoint_every=8)
     trainer = Trainer(run)
-    teacher = open_model(tmp_path / "teacher").network.state_dict()
+    teacher = load_model(tmp_path / "teacher").network.state_dict()
     assert all(torch.equal(each, teacher[name]) for name, each in trainer.state.model.state_dict().items())
     train.run(run)
-    first = open_model(run.output / "rounds" / "6-steps")
+    first = load_model(run.output / "rounds" / "6-steps")
     lesson = Trainer(run).lesson
     assert isinstance(lesson, Progressive)
     assert lesson.teacher.guided
@@ -110,7 +110,7 @@ def test_a_bundle_of_few_steps_takes_them_by_default(tmp_path: Path) -> None:
     run = config(tmp_path, {"guidance_scale": 2.0}, checkpoint_every=8)
     train.run(run)
     for folder, steps in ((run.output / "rounds" / "6-steps", 6), (run.output, 3)):
-        defaults = open_model(folder).manifest.defaults
+        defaults = load_model(folder).manifest.defaults
         assert (defaults.steps, defaults.solver, defaults.grid) == (steps, "ddim", "trailing")
         assert defaults.guidance_scale == 1.0
     unguided = config(tmp_path)

@@ -16,7 +16,7 @@ from PIL import Image
 from ditserve.model.train import __main__ as train
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.curve import draw_curve
-from ditserve.model.train.load import open_model
+from ditserve.model.train.load import load_model
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import (
     assert_same,
@@ -49,7 +49,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert TrainConfig.model_validate_json((config.output / "config.json").read_text()) == config
     with Image.open(config.output / "sheet-0000004.png") as sheet:
         assert sheet.size == (3 * 8, 2 * 8)
-    opened = open_model(config.output)
+    opened = load_model(config.output)
     assert opened.manifest.version == "0.4"
     ours = newest_state(config.output)
     assert all(torch.equal(ours[f"ema.{key}"], tensor) for key, tensor in opened.network.state_dict().items())

@@ -12,7 +12,8 @@ import torch
 from ditserve.model.nets.dit import DiT
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.train.load import OpenError, open_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadError
 from ditserve.model.train.warm_start import warm_start
 
 STYLE = Factor(name="style", classes=("line", "flat"))
@@ -21,7 +22,7 @@ LABEL = Factor(name="label", classes=("owl", "new", "cat"))
 
 def start(bundle: Path, network: DiT, *factors: Factor) -> tuple[dict[str, Any], dict[str, Any], str]:
     told = str(warm_start(network, factors, bundle))
-    return dict(open_model(bundle).network.state_dict()), dict(network.state_dict()), told
+    return dict(load_model(bundle).network.state_dict()), dict(network.state_dict()), told
 
 
 def test_tables_follow_the_names_of_factors_and_classes(bundle: Path, tiny: Callable[..., DiTConfig]) -> None:
@@ -47,5 +48,5 @@ def test_what_does_not_fit_starts_afresh(bundle: Path, tiny: Callable[..., DiTCo
 
 
 def test_a_model_of_which_nothing_fits_is_refused(bundle: Path, tiny: Callable[..., DiTConfig]) -> None:
-    with pytest.raises(OpenError, match=f"nothing of {bundle} fits"):
+    with pytest.raises(LoadError, match=f"nothing of {bundle} fits"):
         warm_start(torch.nn.Linear(2, 2), (LABEL,), bundle)
