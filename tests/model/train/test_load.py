@@ -45,9 +45,9 @@ def latent_run(latents: Path, tmp_path: Path) -> Path:
     step.mkdir(parents=True)
     save_file(dict(make_network(config).named_parameters()), step / "ema.safetensors")
     (step / "state.json").write_text('{"step": 10}')
-    config = {"data": {"path": str(latents)}, "model": SHAPE, "steps": 10, "output": "run"}
-    config["diffusion"] = {"schedule": "linear", "prediction": "epsilon", "clip_x0": False}
-    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    run_fields = {"data": {"path": str(latents)}, "model": SHAPE, "steps": 10, "output": "run"}
+    run_fields["diffusion"] = {"schedule": "linear", "prediction": "epsilon", "clip_x0": False}
+    (tmp_path / "run/config.json").write_text(json.dumps(run_fields))
     return tmp_path / "run"
 
 
