@@ -32,7 +32,7 @@ from ditserve.model.evaluation.classifier import ClassifierError
 from ditserve.model.spec.bundle import Bundle, BundleError, Manifest, RungSpec, write_atomic, write_manifest
 from ditserve.model.spec.diffusion import grid, guidance_weight, guided
 from ditserve.model.spec.solvers import step_table, trajectory
-from ditserve.model.train.load import OpenError
+from ditserve.model.train.loaded_model import LoadError
 from ditserve.service.backends import Backend, BackendUnavailable, load_backend
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Interval, Rung
@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bundle = Bundle.open(options.bundle)
         backend = load_backend("onnx", bundle, threads=options.threads, precision="fp32")
         measured, ladder, frechet = climb(bundle, backend, options, console)
-    except (BackendUnavailable, BundleError, ClassifierError, DataError, OpenError) as error:
+    except (BackendUnavailable, BundleError, ClassifierError, DataError, LoadError) as error:
         print(f"bench.ladder: {error}", file=sys.stderr)
         return 2
     backend.close()

@@ -18,7 +18,7 @@ from ditserve.model.evaluation.features import classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
 from ditserve.model.evaluation.picture_sets import open_data, real
 from ditserve.model.nets.autoencoder import Identity
-from ditserve.model.train.load import open_model
+from ditserve.model.train.load import load_model
 
 CHUNK = 64  # pictures whose features are computed at once
 
@@ -32,7 +32,7 @@ class Reference:
     """
 
     def __init__(self, bundle: Path, data: Path, classifier: Path, *, pictures: int, seed: int = 0) -> None:
-        opened = open_model(bundle)
+        opened = load_model(bundle)
         if opened.manifest.decoder != "identity":
             raise DataError(
                 "a Fréchet distance is measured for models that draw pixels only: leave --data out"

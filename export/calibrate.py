@@ -23,7 +23,7 @@ from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, noise
 from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table, trajectory
-from ditserve.model.train.load import Opened
+from ditserve.model.train.loaded_model import LoadedModel
 
 Backbone = Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # (x, state) → output
 
@@ -96,7 +96,7 @@ WALK = Walk()
 
 
 @torch.no_grad()
-def trajectories(source: Opened, walk: Walk) -> Rows:
+def trajectories(source: LoadedModel, walk: Walk) -> Rows:
     """Every conditional row the network sees along `walk`; `with_null` gives the others."""
     labels, text = _conditions(source, walk)
     denoiser = _denoiser(source, labels, text)
@@ -116,20 +116,20 @@ def trajectories(source: Opened, walk: Walk) -> Rows:
 
 
 @torch.no_grad()
-def pictures(source: Opened, walk: Walk) -> Tensor:
+def pictures(source: LoadedModel, walk: Walk) -> Tensor:
     """The finished samples (S, C, H, W) of `walk`."""
     denoiser = _denoiser(source, *_conditions(source, walk))
     return _sampled(source, walk, lambda x, t: denoiser(x, t)[:, : x.shape[1]])
 
 
-def with_backbone(source: Opened, backbone: Backbone) -> Opened:
+def with_backbone(source: LoadedModel, backbone: Backbone) -> LoadedModel:
     """The same model, except that `backbone` does the work."""
     served = copy.copy(source.network)
     vars(served)["backbone"] = backbone
-    return Opened(served, source.manifest)
+    return LoadedModel(served, source.manifest)
 
 
-def _conditions(source: Opened, walk: Walk) -> tuple[Tensor, Tensor | None]:
+def _conditions(source: LoadedModel, walk: Walk) -> tuple[Tensor, Tensor | None]:
     """Labels (S, F), and random text embeddings of length 1, as encoders give them."""
     config, count = source.network.config, walk.samples
     drawn = np.random.Generator(np.random.Philox(key=[walk.seed, 1]))
@@ -143,7 +143,7 @@ def _conditions(source: Opened, walk: Walk) -> tuple[Tensor, Tensor | None]:
     return labels, text / text.norm(dim=1, keepdim=True)
 
 
-def _denoiser(source: Opened, labels: Tensor, text: Tensor | None) -> Denoiser:
+def _denoiser(source: LoadedModel, labels: Tensor, text: Tensor | None) -> Denoiser:
     embedding = source.network.embed(labels, text)
     scale, channels = source.manifest.defaults.guidance_scale, source.manifest.diffusion.guidance_channels
     return Denoiser(
@@ -151,7 +151,7 @@ def _denoiser(source: Opened, labels: Tensor, text: Tensor | None) -> Denoiser:
     )
 
 
-def _sampled(source: Opened, walk: Walk, network: Callable[[Tensor, int], Tensor]) -> Tensor:
+def _sampled(source: LoadedModel, walk: Walk, network: Callable[[Tensor, int], Tensor]) -> Tensor:
     config, schedule = source.network.config, source.schedule
     steps = grid("trailing", min(walk.steps, schedule.timesteps), schedule.timesteps)
     shape = (config.in_channels, *config.image_size)

@@ -13,12 +13,12 @@ from ditserve.model.sampling.sheet import to_pixels
 from ditserve.model.spec.bundle import GOLDEN, Golden
 from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table
-from ditserve.model.train.load import Opened
+from ditserve.model.train.loaded_model import LoadedModel
 
 STEPS, SEED = 20, 0
 
 
-def write_golden(model: Opened, folder: Path, vae: Path | None = None) -> Golden | None:
+def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> Golden | None:
     """Draw the first class of every factor into `folder`; None for a model on latents without its autoencoder at hand.
 
     Raises:

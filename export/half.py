@@ -31,7 +31,7 @@ from ditserve.export.verify import CALIBRATION, LIMITS, Band, check, worst
 from ditserve.model.nets.factory import Network
 from ditserve.model.nets.layers import Attention
 from ditserve.model.spec.bundle import write_manifest
-from ditserve.model.train.load import Opened
+from ditserve.model.train.loaded_model import LoadedModel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FP16_MAX = 65504.0
@@ -106,7 +106,7 @@ def halved(network: Network, precision: str) -> Network:
 
 
 def write_half(
-    source: Opened, folder: Path, rows: Rows, precision: str = "auto"
+    source: LoadedModel, folder: Path, rows: Rows, precision: str = "auto"
 ) -> tuple[str, Peak, tuple[Band, ...]]:
     """Write the half-precision backbone into `folder`, which holds the weights; returns precision, peak and errors.
 

@@ -35,7 +35,7 @@ from ditserve.export.storage import remove_graph
 from ditserve.export.verify import CALIBRATION, LIMITS, check, report
 from ditserve.model.evaluation.classifier import CLASSIFIER
 from ditserve.model.spec.bundle import BACKBONE, write_atomic, write_manifest
-from ditserve.model.train.load import Opened
+from ditserve.model.train.loaded_model import LoadedModel
 
 SMOOTHING = "smoothing"  # the provenance entry of a bundle whose weights are smoothed
 UNSEEN = 2_000  # seed of the rows to judge by
@@ -61,7 +61,7 @@ def add_int8(path: Path, target: Target, settings: Settings = Settings()) -> dic
 
     Raises:
         ExportError: beyond the INT8 limit in some band, or (for "cpu") not faster; the bundle then has no INT8 graph.
-        OpenError: the model is not a DiT.
+        LoadError: the model is not a DiT.
     """
     source = open_source(path)
     judge = trajectories(source, replace(settings.walk, seed=UNSEEN)).with_null(source.dit.config)
@@ -103,13 +103,13 @@ def add_int8(path: Path, target: Target, settings: Settings = Settings()) -> dic
     return summary
 
 
-def _smooth(source: Opened, path: Path, settings: Settings, judge: Rows) -> None:
+def _smooth(source: LoadedModel, path: Path, settings: Settings, judge: Rows) -> None:
     """Write the bundle again with smoothed weights, if some α helps; what was searched becomes part of its provenance."""
     fit = Rows.load(path / CALIBRATION).with_null(source.dit.config)
     alpha, errors = search(source.dit, fit, judge)
     record = {"alpha": alpha, "searched": {str(a): float(f"{error:.4g}") for a, error in errors.items()}}
     manifest = source.manifest
-    smooth = Opened(
+    smooth = LoadedModel(
         smoothed(source.dit, amax(source.dit, fit), alpha),
         manifest.model_copy(update={"provenance": {**manifest.provenance, SMOOTHING: record}}),
     )
@@ -118,7 +118,7 @@ def _smooth(source: Opened, path: Path, settings: Settings, judge: Rows) -> None
     export_bundle(smooth, path, options)
 
 
-def _speed(source: Opened, path: Path, rows: Rows) -> dict[str, float]:
+def _speed(source: LoadedModel, path: Path, rows: Rows) -> dict[str, float]:
     """Time of fp32 over time of INT8, medians of interleaved single-threaded runs, by batch size."""
     sessions = [open_session(path / name) for name in (BACKBONE, FILES["cpu"])]
     result = {}
@@ -136,7 +136,7 @@ def _seconds(session: ort.InferenceSession, inputs: dict[str, npt.NDArray[Any]])
     return time.perf_counter() - started
 
 
-def _record(path: Path, source: Opened, summary: dict[str, Any], target: Target) -> None:
+def _record(path: Path, source: LoadedModel, summary: dict[str, Any], target: Target) -> None:
     """Put the summary into the parity report and its main numbers into the manifest."""
     parity = json.loads((path / PARITY).read_text())
     parity["int8"] = {**parity.get("int8", {}), target: summary}
@@ -152,7 +152,7 @@ def _record(path: Path, source: Opened, summary: dict[str, Any], target: Target)
     _record_metrics(path, source, metrics, target)
 
 
-def _record_metrics(path: Path, source: Opened, metrics: dict[str, float], target: Target) -> None:
+def _record_metrics(path: Path, source: LoadedModel, metrics: dict[str, float], target: Target) -> None:
     """Write the manifest with `metrics` for those of `target`'s earlier graph."""
     others = {key: value for key, value in source.manifest.metrics.items() if _target(key) != target}
     write_manifest(path, source.manifest.model_copy(update={"metrics": {**others, **metrics}}))

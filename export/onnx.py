@@ -42,7 +42,7 @@ from ditserve.model.spec.bundle import (
     write_manifest,
 )
 from ditserve.model.spec.network_config import size_multiple
-from ditserve.model.train.load import Opened, build
+from ditserve.model.train.loaded_model import LoadedModel, build
 
 PARITY, DECODER = "parity.json", "decoder.onnx"
 ROUNDING = Limits(relative_l2=3e-3, cosine=0.99999)  # what storing weights in half precision may cost
@@ -62,7 +62,7 @@ class Options:
     decoder: Path | None = None
 
 
-def export_bundle(source: Opened, out: Path, options: Options = Options()) -> dict[str, Any]:
+def export_bundle(source: LoadedModel, out: Path, options: Options = Options()) -> dict[str, Any]:
     """Write `source` as a bundle into `out`; returns the parity report, which is also written there.
 
     Raises:
@@ -79,7 +79,7 @@ def export_bundle(source: Opened, out: Path, options: Options = Options()) -> di
     try:
         kept.save(scratch / CALIBRATION)
         stored = save_weights(scratch / WEIGHTS, parameters(source.network), DTYPES[kind])
-        model = Opened(build(source.network.config, stored, scratch / WEIGHTS), source.manifest)
+        model = LoadedModel(build(source.network.config, stored, scratch / WEIGHTS), source.manifest)
         write_graphs(model.network, source.manifest, scratch)
         graphs = verify_graphs(model, scratch, rows)
         graphs |= write_decoder(source.manifest, scratch, options)
@@ -155,7 +155,7 @@ def decoder_of(bundle: Path) -> Path | None:
     return bundle / DECODER if (bundle / DECODER).is_file() else None
 
 
-def _storage(source: Opened, rows: Rows, wanted: str) -> tuple[str, tuple[Band, ...]]:
+def _storage(source: LoadedModel, rows: Rows, wanted: str) -> tuple[str, tuple[Band, ...]]:
     """The dtype to store weights in, and what that costs."""
 
     def cost(kind: str) -> tuple[Band, ...]:
@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> int:
 def _run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     opened = open_source(options.source, data=options.data)
-    source = Opened(opened.network, _named(opened.manifest, options))
+    source = LoadedModel(opened.network, _named(opened.manifest, options))
     walk = Walk(options.samples, options.steps)
     wanted = Options(options.weights, options.half, walk, options.vae, decoder_of(options.source))
     summary = export_bundle(source, options.out, wanted)

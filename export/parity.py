@@ -19,7 +19,7 @@ from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER, Manifest
 from ditserve.model.spec.network_config import size_multiple
-from ditserve.model.train.load import Opened
+from ditserve.model.train.loaded_model import LoadedModel
 
 CHUNK = 32  # rows of one forward pass
 Arrays = dict[str, npt.NDArray[Any]]
@@ -45,13 +45,13 @@ def graph_backbone(network: Network, path: Path, options: Mapping[str, str] | No
     return backbone
 
 
-def compare_rows(source: Opened, rows: Rows, backbone: Backbone) -> tuple[Band, ...]:
+def compare_rows(source: LoadedModel, rows: Rows, backbone: Backbone) -> tuple[Band, ...]:
     """Errors of `backbone` against the network on `rows`, per band of noise."""
     want, got = (forward(source.network, rows, each).numpy() for each in (None, backbone))
     return compare(want, got, rows.timestep.numpy(), source.manifest.diffusion.timesteps)
 
 
-def verify_graphs(source: Opened, folder: Path, rows: Rows) -> dict[str, tuple[Band, ...]]:
+def verify_graphs(source: LoadedModel, folder: Path, rows: Rows) -> dict[str, tuple[Band, ...]]:
     """Errors of each graph in `folder`; of the backbone also at a size it was not trained at, if it takes any.
 
     Raises:

@@ -20,7 +20,7 @@ from ditserve.model.evaluation.features import classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
 from ditserve.model.evaluation.picture_sets import Plan, asked, make, open_data, real
 from ditserve.model.nets.autoencoder import Autoencoder, Identity
-from ditserve.model.train.load import Opened
+from ditserve.model.train.loaded_model import LoadedModel
 
 SEEN = Walk(samples=4, steps=20, seed=3_000)  # pictures of which every pixel is compared
 
@@ -37,13 +37,13 @@ class Judge:
     decoder: Path | None = None
 
 
-def picture_psnr(source: Opened, backbone: Backbone) -> float:
+def picture_psnr(source: LoadedModel, backbone: Backbone) -> float:
     """PSNR in dB of what the network denoises, finished by `backbone` against fp32 from the same noise; its range is 2."""
     error = (pictures(with_backbone(source, backbone), SEEN) - pictures(source, SEEN)).square().mean()
     return 10 * math.log10(4 / max(float(error), 1e-12))
 
 
-def frechet_report(source: Opened, backbone: Backbone, judge: Judge) -> dict[str, float]:
+def frechet_report(source: LoadedModel, backbone: Backbone, judge: Judge) -> dict[str, float]:
     """Fréchet distances of the same pictures made with fp32 and with `backbone`: to real ones, and to each other.
 
     `quality_loss` is the relative growth of the first. Source of the distance: `model.fidelity`.

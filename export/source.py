@@ -12,7 +12,8 @@ from torch import Tensor
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import Defaults
-from ditserve.model.train.load import Opened, OpenError, build, open_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadedModel, LoadError, build
 
 
 class Card(BaseModel):
@@ -31,16 +32,16 @@ class Card(BaseModel):
         return {key: value for key in type(self).model_fields if (value := getattr(self, key)) is not None}
 
 
-def open_source(path: Path, *, data: Path | None = None) -> Opened:
-    """`model.opening.open_model`, with this package's error.
+def open_source(path: Path, *, data: Path | None = None) -> LoadedModel:
+    """`load_model`, with this package's error.
 
     Raises:
         ExportError: what is there cannot be opened.
         BundleError: a bundle that is damaged.
     """
     try:
-        return open_model(path, data=data)
-    except OpenError as error:
+        return load_model(path, data=data)
+    except LoadError as error:
         hint = "; say where they are with --data" if "training pictures" in str(error) else ""
         raise ExportError(f"{error}{hint}") from None
 

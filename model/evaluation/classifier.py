@@ -301,7 +301,7 @@ def main(arguments: Sequence[str]) -> int:
         TextColumn("{task.fields[loss]}"),
     )
     try:
-        dataset = load_config(options.config).pictures(options.data)
+        dataset = load_config(options.config).open_dataset(options.data)
         with Progress(*columns) as progress:
             network, card = train(
                 dataset, widths=options.widths, epochs=options.epochs, seed=options.seed, progress=progress

@@ -14,7 +14,7 @@ from ditserve.model.evaluation.picture_sets import GENERATED, UNSEEN
 from ditserve.model.nets.cost import cost
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.diffusion import grid, guidance_weight
-from ditserve.model.train.load import Opened
+from ditserve.model.train.loaded_model import LoadedModel
 
 PROBES = 20  # passes of each network, timed in turns
 FIGURES = {
@@ -29,7 +29,7 @@ class Entry:
     """A model by name, and the record that its evaluation left (evaluation.json)."""
 
     name: str
-    opened: Opened
+    opened: LoadedModel
     record: Mapping[str, Any]
 
 

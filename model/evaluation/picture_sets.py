@@ -21,7 +21,7 @@ from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table
-from ditserve.model.train.load import Opened
+from ditserve.model.train.loaded_model import LoadedModel
 
 CHUNK = 32  # pictures made or read at once
 TRAINING, GENERATED = "training", "generated"
@@ -70,7 +70,7 @@ class Plan:
     seed: int
 
 
-def open_data(opened: Opened, path: Path) -> Dataset:
+def open_data(opened: LoadedModel, path: Path) -> Dataset:
     """The data a model was trained on, selected and split as it was then, not mirrored, and of the model's size.
 
     Raises:
@@ -112,7 +112,7 @@ def unseen(dataset: Dataset, plan: Plan) -> list[int]:
 
 @torch.no_grad()
 def make(
-    opened: Opened, decoder: Autoencoder, dataset: Dataset, rows: Sequence[int], plan: Plan
+    opened: LoadedModel, decoder: Autoencoder, dataset: Dataset, rows: Sequence[int], plan: Plan
 ) -> Iterator[Tensor]:
     """A picture for the labels, and the caption, of each example, in chunks (n, 3, H, W) as a PNG would hold them."""
     manifest, network = opened.manifest, opened.network
@@ -145,7 +145,7 @@ def real(dataset: Dataset, decoder: Autoencoder, rows: Sequence[int]) -> Iterato
 
 
 def collect(
-    opened: Opened, decoder: Autoencoder, dataset: Dataset, network: FeatureNetwork, plan: Plan
+    opened: LoadedModel, decoder: Autoencoder, dataset: Dataset, network: FeatureNetwork, plan: Plan
 ) -> dict[str, Set]:
     """The sets to compare, each with its features: TRAINING and GENERATED, and the others where labels were held out."""
     wanted, novel = asked(dataset, plan)

@@ -14,16 +14,16 @@ from ditserve.export.half import FP16_MAX, probe
 from ditserve.export.smooth import amax, int8_linears, int8_output, search, smoothed
 from ditserve.export.source import parameters
 from ditserve.model.spec.dit_config import BlockKind
-from ditserve.model.train.load import Opened
+from ditserve.model.train.loaded_model import LoadedModel
 from tests.export.tiny import CONFIG, tiny_source
 
 
-def rows_of(source: Opened, seed: int = 0) -> Rows:
+def rows_of(source: LoadedModel, seed: int = 0) -> Rows:
     kept = trajectories(source, Walk(samples=2, steps=4, seed=seed))
     return kept.with_null(source.network.config)
 
 
-def answer(source: Opened, rows: Rows) -> torch.Tensor:
+def answer(source: LoadedModel, rows: Rows) -> torch.Tensor:
     with torch.no_grad():
         output: torch.Tensor = source.dit(rows.x, rows.timestep, rows.labels)
     return output
@@ -37,7 +37,7 @@ def answer(source: Opened, rows: Rows) -> torch.Tensor:
 def test_a_smoothed_model_is_the_same_function(blocks: tuple[BlockKind, ...], swiglu: bool) -> None:
     source = tiny_source(replace(CONFIG, blocks=blocks, swiglu=swiglu))
     rows = rows_of(source)
-    other = Opened(smoothed(source.dit, amax(source.dit, rows), 0.5), source.manifest)
+    other = LoadedModel(smoothed(source.dit, amax(source.dit, rows), 0.5), source.manifest)
     before, after = parameters(source.dit), parameters(other.dit)
     assert not torch.equal(after["blocks.0.attn.proj.weight"], before["blocks.0.attn.proj.weight"])
     torch.testing.assert_close(answer(other, rows), answer(source, rows), rtol=1e-4, atol=1e-4)

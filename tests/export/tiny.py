@@ -31,7 +31,8 @@ from ditserve.model.spec.bundle import (
     write_manifest,
 )
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.train.load import DEFAULTS, Opened
+from ditserve.model.train.load import DEFAULTS
+from ditserve.model.train.loaded_model import LoadedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = DiTConfig(
@@ -68,7 +69,7 @@ def tiny_network(config: NetworkConfig, *, seed: int = 0) -> Network:
     return network
 
 
-def tiny_source(config: NetworkConfig = CONFIG, *, seed: int = 0) -> Opened:
+def tiny_source(config: NetworkConfig = CONFIG, *, seed: int = 0) -> LoadedModel:
     """A model and manifest of which `export_bundle` makes a bundle."""
     words = (("circle", "square", "triangle", "star"), ("flat", "shaded"))
     names = ("label", "style")
@@ -92,7 +93,7 @@ def tiny_source(config: NetworkConfig = CONFIG, *, seed: int = 0) -> Opened:
         ),
         licence="Apache-2.0",
     )
-    return Opened(tiny_network(config, seed=seed), manifest)
+    return LoadedModel(tiny_network(config, seed=seed), manifest)
 
 
 def cached_tiny_bundle(cache: Path) -> Path:
@@ -121,14 +122,8 @@ def cached_full_bundle(cache: Path) -> Path:
 
 def _cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     sha = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {ort.__version__}".encode())
-    model = ("bundle", "conditioner", "config", "dit", "layers", "solvers")
-    export = ("calibrate", "graph", "half", "onnx", "quantize", "smooth", "storage")
-    sources = [
-        Path(__file__),
-        *(ROOT / "model" / f"{n}.py" for n in model),
-        *(ROOT / "export" / f"{n}.py" for n in export),
-    ]
-    for file in sorted(sources):
+    rooms = (ROOT / "model/spec", ROOT / "model/nets", ROOT / "export")
+    for file in sorted([Path(__file__), *(path for room in rooms for path in room.glob("*.py"))]):
         sha.update(file.read_bytes())
     target = cache / f"{name}-{sha.hexdigest()[:16]}"
     if not target.is_dir():

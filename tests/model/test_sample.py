@@ -21,7 +21,8 @@ from ditserve.model.sampling.sheet import class_sheet, picture_grid, sample_shee
 from ditserve.model.spec.bundle import Factor, Manifest, write_manifest
 from ditserve.model.spec.diffusion import Schedule, make_schedule
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.train.load import OpenError, open_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadError
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]
@@ -118,7 +119,7 @@ def test_conditions_are_parsed() -> None:
 def test_text_goes_through_the_named_encoder(
     tiny: Tiny, network: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditserve.model.sample.open_encoder", lambda name: CountingEncoder())
+    monkeypatch.setattr("ditserve.model.sampling.prompt.open_encoder", lambda name: CountingEncoder())
     dit = network(tiny(text_size=3))
     terms = [Term((1, None), "a fox"), Term((1, None))]
     with_text, without = embeddings(dit, terms, "counting")
@@ -149,8 +150,8 @@ def test_command_line_on_a_unet(unet_bundle: Path, tmp_path: Path, how: str) -> 
     command = [str(unet_bundle), "-c", "label=fox", "-c", "label=cat,weight=2", "--combine", how]
     assert main([*command, "--size", "8", "16", "-o", str(out), "--count", "2"]) == 0
     assert size_of(out) == (32, 8)
-    with pytest.raises(OpenError, match="tiny is a U-Net, and this is for a DiT"):
-        _ = open_model(unet_bundle).dit
+    with pytest.raises(LoadError, match="tiny is a U-Net, and this is for a DiT"):
+        _ = load_model(unet_bundle).dit
 
 
 def test_command_line_without_condition_makes_a_sheet(bundle: Path, tmp_path: Path) -> None:
@@ -161,12 +162,12 @@ def test_command_line_without_condition_makes_a_sheet(bundle: Path, tmp_path: Pa
 
 def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
     assert main([str(finished_run), "-c", "label=owl", "--steps", "2", "-o", str(tmp_path / "out.png")]) == 0
-    opened = open_model(finished_run)
+    opened = load_model(finished_run)
     assert opened.manifest.factors[0].classes == FACTORS[0].classes
     assert opened.dit.config.classes == (5,)
     (finished_run / "checkpoints/step-0000010/ema.safetensors").unlink()
-    with pytest.raises(OpenError, match="no readable checkpoint"):
-        open_model(finished_run)
+    with pytest.raises(LoadError, match="no readable checkpoint"):
+        load_model(finished_run)
 
 
 @pytest.mark.parametrize(
@@ -209,5 +210,5 @@ def test_weights_that_do_not_fit_are_listed(bundle: Path, network: Make) -> None
     save_file(state, bundle / "weights.safetensors")
     from_manifest = json.loads((bundle / "manifest.json").read_text())
     write_manifest(bundle, Manifest.model_validate(from_manifest))
-    with pytest.raises(OpenError, match=r"wrong shape \(1\): x_embedder.proj.bias \(3,\) instead of \(32,\)"):
-        open_model(bundle)
+    with pytest.raises(LoadError, match=r"wrong shape \(1\): x_embedder.proj.bias \(3,\) instead of \(32,\)"):
+        load_model(bundle)

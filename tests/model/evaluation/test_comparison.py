@@ -13,8 +13,8 @@ from ditserve.model.evaluation.classifier import Card, Classifier, save_classifi
 from ditserve.model.evaluation.comparison import image_rows
 from ditserve.model.nets.cost import cost
 from ditserve.model.spec.bundle import Bundle
-from ditserve.model.train.load import open_model
-from tests.model.train.distillation_cases import write_teacher
+from ditserve.model.train.load import load_model
+from tests.model.train.distillation.distillation_cases import write_teacher
 from tests.model.train.training_cases import write_pictures
 
 
@@ -47,7 +47,7 @@ def test_models_are_set_side_by_side(
     table: dict[str, dict[str, str]] = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
     for name, row in table.items():
         found: dict[str, Any] = json.loads((out / name / "evaluation.json").read_text())
-        network = cost(open_model(tmp_path / name).network.config)
+        network = cost(load_model(tmp_path / name).network.config)
         assert row["parameters"] == f"{network.parameters / 1e6:.2f} M"
         assert row["GFLOPs a row"] == f"{network.flops / 1e9:.3f}"
         assert row["rows an image"] == "6"

@@ -17,7 +17,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.spec.bundle import Bundle, Factor, write_manifest
 from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table
-from ditserve.model.train.load import open_model
+from ditserve.model.train.load import load_model
 
 NAMES, STYLES = ("cat", "dog", "fox", "owl", "bee"), ("flat", "shaded", "line")
 PLAN = Plan(
@@ -51,7 +51,7 @@ def trained_on(bundle: Path, **said: object) -> None:
 
 def open_both(bundle: Path, data: Path, **said: object) -> Dataset:
     trained_on(bundle, **said)
-    return open_data(open_model(bundle), data)
+    return open_data(load_model(bundle), data)
 
 
 def test_the_split_is_the_one_of_training_and_nothing_is_mirrored(bundle: Path, data: Path) -> None:
@@ -61,7 +61,7 @@ def test_the_split_is_the_one_of_training_and_nothing_is_mirrored(bundle: Path, 
 
 
 def test_a_model_that_does_not_tell_its_data_holds_nothing_out(bundle: Path, data: Path) -> None:
-    dataset = open_data(open_model(bundle), data)
+    dataset = open_data(load_model(bundle), data)
     assert dataset.held_out.sum() == 0
     assert dataset.factors[0].classes == NAMES
 
@@ -69,9 +69,9 @@ def test_a_model_that_does_not_tell_its_data_holds_nothing_out(bundle: Path, dat
 def test_data_of_other_classes_is_refused(bundle: Path, data: Path, tmp_path: Path) -> None:
     trained_on(bundle, names=("cat", "dog"))
     with pytest.raises(DataError, match=r"drawn\.npz has other classes than the model"):
-        open_data(open_model(bundle), data)
+        open_data(load_model(bundle), data)
     with pytest.raises(DataError, match=r"none\.npz"):
-        open_data(open_model(bundle), tmp_path / "none.npz")
+        open_data(load_model(bundle), tmp_path / "none.npz")
 
 
 def test_pictures_are_asked_for_labels_of_training_and_for_the_unseen_apart(bundle: Path, data: Path) -> None:
@@ -114,7 +114,7 @@ def test_unlabelled_pictures_are_as_many_as_the_limit() -> None:
 
 
 def test_pictures_are_those_sampling_makes_of_the_same_seeds(bundle: Path, data: Path) -> None:
-    opened = open_model(bundle)
+    opened = load_model(bundle)
     dataset = open_data(opened, data)
     found = torch.cat(list(make(opened, Identity(), dataset, [3, 7], PLAN)))
     embedding = opened.network.embed(torch.from_numpy(dataset.labels[[3, 7]]))
@@ -124,7 +124,7 @@ def test_pictures_are_those_sampling_makes_of_the_same_seeds(bundle: Path, data:
 
 
 def test_real_pictures_are_the_data_to_the_bit_and_none_make_none(bundle: Path, data: Path) -> None:
-    dataset = open_data(open_model(bundle), data)
+    dataset = open_data(load_model(bundle), data)
     found = torch.cat(list(real(dataset, Identity(), [4, 2])))
     with np.load(data) as arrays:
         drawn = arrays["x"][[4, 2]]

@@ -1,4 +1,4 @@
-"""The newest checkpoint of a run is opened; one on latents with what turns them into pictures again."""
+"""A run is loaded from its newest checkpoint; a run on latents, with their normalisation and decoder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from ditserve.model.nets.factory import make_network
 from ditserve.model.sample import main
 from ditserve.model.spec.bundle import LatentSpec
 from ditserve.model.spec.network_config import network_config
-from ditserve.model.train.load import OpenError, open_model
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadError
 
 SHAPE = {"patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
 
 
 @pytest.fixture
 def latents(tmp_path: Path) -> Path:
-    """Four pictures' moments, as `python -m model.data latents` leaves them."""
+    """Write the moments of four pictures, as `python -m model.data latents` does."""
     folder = tmp_path / "latents"
     folder.mkdir()
     moments = torch.zeros(4, 2, 4, 8, 8)
@@ -44,9 +45,9 @@ def latent_run(latents: Path, tmp_path: Path) -> Path:
     step.mkdir(parents=True)
     save_file(dict(make_network(config).named_parameters()), step / "ema.safetensors")
     (step / "state.json").write_text('{"step": 10}')
-    recipe = {"data": {"path": str(latents)}, "model": SHAPE, "steps": 10, "output": "run"}
-    recipe["diffusion"] = {"schedule": "linear", "prediction": "epsilon", "clip_x0": False}
-    (tmp_path / "run/config.json").write_text(json.dumps(recipe))
+    run_fields = {"data": {"path": str(latents)}, "model": SHAPE, "steps": 10, "output": "run"}
+    run_fields["diffusion"] = {"schedule": "linear", "prediction": "epsilon", "clip_x0": False}
+    (tmp_path / "run/config.json").write_text(json.dumps(run_fields))
     return tmp_path / "run"
 
 
@@ -56,24 +57,24 @@ def test_the_newest_checkpoint_is_the_one_of_most_steps(latent_run: Path) -> Non
         shutil.copytree(checkpoints / "step-0000010", checkpoints / name)
         (checkpoints / name / "state.json").write_text(json.dumps({"step": step}))
     (checkpoints / "step-10000001").mkdir()  # cut short
-    assert open_model(latent_run).manifest.version == "0.10000000"
+    assert load_model(latent_run).manifest.version == "0.10000000"
 
 
 def test_a_second_average_is_not_the_model(latent_run: Path) -> None:
     step = latent_run / "checkpoints/step-0000010"
     (step / "ema.safetensors").rename(step / "ema-0.9999.safetensors")
-    with pytest.raises(OpenError, match="holds no readable checkpoint"):
-        open_model(latent_run)
+    with pytest.raises(LoadError, match="holds no readable checkpoint"):
+        load_model(latent_run)
 
 
 def test_a_run_on_latents_knows_its_normalisation(latent_run: Path) -> None:
-    manifest = open_model(latent_run).manifest
+    manifest = load_model(latent_run).manifest
     assert manifest.decoder == "sd-vae"
     assert manifest.latents == LatentSpec(shift=(1.0, 2.0, 3.0, 4.0), scale=(0.5, 1.0, 1.5, 2.0))
     assert "latents" in manifest.description
     (config := json.loads((latent_run / "config.json").read_text()))["data"]["latent_scale"] = 0.18215
     (latent_run / "config.json").write_text(json.dumps(config))
-    published = open_model(latent_run).manifest.latents
+    published = load_model(latent_run).manifest.latents
     assert published is not None
     assert published.shift == (0.0,) * 4
     assert published.scale == pytest.approx((1 / 0.18215,) * 4)
