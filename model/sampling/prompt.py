@@ -16,7 +16,7 @@ from ditserve.model.nets.text import open_encoder
 from ditserve.model.sampling.denoise import Conditions
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.mixing import mixed
+from ditserve.model.spec.mixing import mix_embeddings
 
 Combine = Literal["linear", "spherical", "compose", "layers"]
 
@@ -94,5 +94,5 @@ def embeddings(model: Network, terms: Sequence[Term], encoder: str) -> list[Tens
 def combine(parts: Sequence[Tensor], weights: Sequence[float], how: Combine, rows: int) -> Conditions:
     """Embeddings (D,) with weights as the conditions of `rows` samples."""
     if how == "linear" or how == "spherical":
-        return Conditions((mixed(parts, weights, how).expand(rows, -1),))
+        return Conditions((mix_embeddings(parts, weights, how).expand(rows, -1),))
     return Conditions(tuple(part.expand(rows, -1) for part in parts), tuple(weights), how)
