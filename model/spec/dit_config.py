@@ -40,7 +40,7 @@ class DiTConfig:
         classes          the number of classes of each label factor k; index classes[k] is its null class
         text_size        the width of text embeddings; 0: the model takes no text
         layout_rank      the rank of a bias that the condition gives to every token; 0: none
-        head_channels    the input channels of a small convolution at the end; 0: none
+        head_channels    the channels handed to a small convolution at the end; 0: none
         frequency_shift  1 for diffusers' timestep frequencies (k/127), 0 for the published ones (k/128)
         mlp_norm_eps     the epsilon of the norm before the MLP: published 1e-6, in diffusers 1e-5
         base_size        the size whose tokens stand at positions 0, 1, 2 …; None: image_size
