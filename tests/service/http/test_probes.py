@@ -123,7 +123,7 @@ def test_processes_share_their_metrics_through_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_api_starts_without_a_network_runtime() -> None:
-    code = "import sys, service.http.api; print([m for m in ('torch', 'onnxruntime', 'onnx') if m in sys.modules])"
+    code = "import sys, ditserve.service.http.api; print([m for m in ('torch', 'onnxruntime', 'onnx') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         == "[]\n"
@@ -140,7 +140,7 @@ def test_the_api_starts_without_a_network_runtime() -> None:
     ],
 )
 def test_what_cannot_work_is_one_sentence(bundle_path: Path, flags: list[str], sentence: str) -> None:
-    code = "import sys; from service.http.api import run; from service.settings import Settings; "
+    code = "import sys; from ditserve.service.http.api import run; from ditserve.service.settings import Settings; "
     code += "sys.exit(run(Settings.load(sys.argv[1:])))"
     argv = [sys.executable, "-c", code, "--bundle", str(bundle_path), *flags]
     ended = subprocess.run(argv, capture_output=True, text=True, env={}, timeout=60)

@@ -1,6 +1,9 @@
-"""The pages for people: the playground at `/` and the API reference at `/docs`. Self-contained files, nothing from elsewhere.
+"""The pages for people: the playground at `/` and the API reference at `/docs`.
 
-A page can set no header on an event stream or a picture, so where keys are asked the playground trades one for a cookie.
+Self-contained files that load no others.
+
+A page can set no header on an event stream or a picture, so where keys are needed the playground exchanges
+one for a cookie.
 """
 
 import base64
@@ -20,11 +23,16 @@ router = APIRouter(include_in_schema=False)
 
 
 def _page(name: str) -> tuple[bytes, dict[str, str]]:
-    """A page of `web/` and its headers: only its own inline script and style may run, and only this server may be asked."""
-    source = (files("service.http") / "web" / name).read_text("utf-8")
-    scripts, styles = (_hashes(source, tag) for tag in ("script", "style"))
+    """Return a page of `web/` and its headers.
+
+    The content security policy lets only the page's own inline script and style run, and only this server be
+    asked.
+    """
+    source = (files("ditserve.service.http") / "web" / name).read_text("utf-8")
+    scripts, styles = (_csp_hashes(source, tag) for tag in ("script", "style"))
     policy = (
-        f"default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; script-src {scripts}; style-src {styles}; "
+        "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
+        f"script-src {scripts}; style-src {styles}; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {
@@ -35,8 +43,8 @@ def _page(name: str) -> tuple[bytes, dict[str, str]]:
     return source.encode(), headers
 
 
-def _hashes(source: str, tag: str) -> str:
-    """CSP hash sources of the inline elements `tag`."""
+def _csp_hashes(source: str, tag: str) -> str:
+    """Return the hash sources of the inline elements `tag`, as a content security policy lists them."""
     digests = (
         hashlib.sha256(text.encode()).digest()
         for text in re.findall(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
@@ -68,13 +76,14 @@ class SessionRequest(BaseModel):
 
 @router.post("/session", status_code=204)
 async def session(body: SessionRequest, request: Request) -> Response:
-    """Keeps an API key in this browser until it is closed: out of reach of scripts, and of other sites."""
+    """Keep an API key in this browser until it is closed, out of reach of scripts and of other sites."""
     keyring: Keyring | None = request.app.state.keyring
     if keyring is None:
         raise NotFound("No key is asked here.")
-    if keyring.find(body.key.strip()) is None:
+    key = body.key.strip()
+    if keyring.find(key) is None:
         raise Unauthorized("This API key is unknown or was revoked.")
     response = Response(status_code=204)
     secure = request.url.scheme == "https"
-    response.set_cookie(COOKIE, body.key.strip(), httponly=True, samesite="strict", secure=secure)
+    response.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=secure)
     return response

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ditserve.service.http.negotiation import preferred
+from ditserve.service.http.answers import preferred
 
 OFFERS = ["application/json", "image/png", "image/webp"]
 

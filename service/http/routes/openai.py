@@ -1,8 +1,9 @@
-"""The image API that OpenAI's clients speak: `POST /v1/images/generations`, plain or streamed, and `GET /v1/models`.
+"""The image API that OpenAI's clients speak: `POST /v1/images/generations` and `GET /v1/models`.
 
-A thin translation onto `intake`: the prompt's words choose classes (`vocabulary.match`), `quality` chooses a rung of the ladder,
-partial images are real previews of the estimate. What cannot be honoured is refused, not ignored. Shapes: openai-python
-`types/images_response.py`, `types/image_gen_partial_image_event.py`, `types/image_gen_completed_event.py`.
+A request is translated into one of `POST /generate`: the prompt's words choose classes (`vocabulary.match`),
+`quality` chooses a rung of the ladder, and partial images are previews of the estimate. A parameter that
+cannot be honoured is refused, not ignored. Shapes: openai-python `types/images_response.py`,
+`types/image_gen_partial_image_event.py`, `types/image_gen_completed_event.py`.
 """
 
 import base64
@@ -17,15 +18,15 @@ from starlette.responses import JSONResponse, Response
 
 from ditserve.model.spec.bundle import Manifest
 from ditserve.service.errors import ServiceError, from_wire
-from ditserve.service.http.answers import facts
+from ditserve.service.http.answers import result_headers
 from ditserve.service.http.context import Api, caller, cancel, note
-from ditserve.service.http.intake import TEXT, wrong
 from ditserve.service.http.models import Model
-from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, openai_problems
+from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, openai_error_responses
 from ditserve.service.http.problems import openai_error
 from ditserve.service.http.schemas import MAX_SEED, Condition, Format, GenerateRequest
-from ditserve.service.http.sizes import written
+from ditserve.service.http.sizes import size_text
 from ditserve.service.http.sse import EventStream, encode
+from ditserve.service.http.submission import TEXT, field_error
 from ditserve.service.jobs import Job, JobResult
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
@@ -33,7 +34,14 @@ from ditserve.service.rung import Rung
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 Quality = Literal["auto", "standard", "hd", "low", "medium", "high"]
-_PLACES: dict[str, float] = {"high": 0.0, "hd": 0.0, "medium": 0.5, "standard": 0.5, "low": 1.0}
+# The position of each quality in the ladder, from 0 (best) to 1 (cheapest).
+_POSITIONS: dict[str, float] = {
+    "high": 0.0,
+    "hd": 0.0,
+    "medium": 0.5,
+    "standard": 0.5,
+    "low": 1.0,
+}
 
 
 class ImagesRequest(BaseModel):
@@ -104,45 +112,47 @@ class OpenAIError(BaseModel):
     responses={
         200: {"content": {"text/event-stream": {}}, "description": "The images, or events with `stream`."},
         "default": {"model": OpenAIError, "description": "Any error."},
-        **openai_problems(*BODY, *SUBMIT, *ENDED),
+        **openai_error_responses(*BODY, *SUBMIT, *ENDED),
     },
 )
 async def generations(body: ImagesRequest, request: Request, api: Api) -> Response:
-    """The prompt must name a class of the model's first factor, and may name one of each other: "a strawberry in noto style".
-    Names match by their words; the longest match wins. An unknown prompt is refused with the closest names. A model that reads
-    text is given the prompt itself."""
+    """Draw the images that a prompt describes. The prompt must name a class of the model's first factor, and
+    may name one of each other: "a strawberry in noto style". Names match by their words; the longest match
+    wins. An unknown prompt is refused with the closest names. A model that reads text is given the prompt
+    itself."""
     if body.stream and (body.n or 1) > 1:
-        raise wrong("n", "One image at a time can be streamed.")
+        raise field_error("n", "One image at a time can be streamed.")
     if body.partial_images and not body.stream:
-        raise wrong("partial_images", "Partial images need stream=true.")
+        raise field_error("partial_images", "Partial images need stream=true.")
     model = api.model(body.model)
-    native = _translated(body, model)
-    ticket = await model.intake.submit(native, caller(request), image_format=body.output_format or "png")
-    note(request, job=ticket.job.id)
-    if body.stream:
-        events = _streamed(ticket.job, body, model, request.state.request_id)
-        return EventStream(events, keepalive_s=api.settings.keepalive_s)
-    result = await api.result(model, ticket, request.receive)
-    data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
-    answer = ImagesResponse(
-        created=int(ticket.job.created_at), data=data, **_described(ticket.job, body, model.manifest)
+    submission = await model.submissions.submit(
+        _translate(body, model), caller(request), image_format=body.output_format or "png"
     )
-    return JSONResponse(answer.model_dump(), headers=facts(ticket.job, result))
+    job = submission.job
+    note(request, job=job.id)
+    if body.stream:
+        events = _stream(job, body, model, request.state.request_id)
+        return EventStream(events, keepalive_s=api.settings.keepalive_s)
+    result = await api.result(model, submission, request.receive)
+    data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
+    response = ImagesResponse(created=int(job.created_at), data=data, **_metadata(job, body, model.manifest))
+    return JSONResponse(response.model_dump(), headers=result_headers(job, result))
 
 
-def _translated(body: ImagesRequest, model: Model) -> GenerateRequest:
+def _translate(body: ImagesRequest, model: Model) -> GenerateRequest:
+    """Return the request of `POST /generate` that asks for the same."""
     manifest = model.manifest
     condition: Condition
     if manifest.config.text_size:
         condition = {TEXT: body.prompt}
     else:
-        labels = model.intake.vocabulary.match(body.prompt).labels
+        labels = model.submissions.vocabulary.match(body.prompt).labels
         condition = {factor.name: label for factor, label in zip(manifest.factors, labels, strict=True)}
-    rung = rung_for(body.quality, model.intake.ladder)
+    rung = rung_for(body.quality, model.submissions.ladder)
     steps = rung.steps if rung else manifest.defaults.steps
-    operating: dict[str, Any] = {"steps": steps}
+    operating_point: dict[str, Any] = {"steps": steps}
     if rung:
-        operating |= {
+        operating_point |= {
             "sampler": rung.solver,
             "grid": rung.grid,
             "guidance_interval": list(rung.guidance_interval),
@@ -157,46 +167,54 @@ def _translated(body: ImagesRequest, model: Model) -> GenerateRequest:
         seed=body.seed,
         guidance_scale=body.guidance_scale,
         previews=max(1, steps // (body.partial_images + 1)) if body.partial_images else 0,
-        **operating,
+        **operating_point,
     )
 
 
 def rung_for(quality: str | None, ladder: Ladder) -> Rung | None:
-    """The rung a `quality` stands for; None is the model's default."""
-    place = _PLACES.get(quality or "auto")
-    if place is None or not ladder.rungs:
+    """Return the rung that a `quality` stands for, None for the model's default.
+
+    Of 5 rungs "high" is the first, "medium" the third and "low" the last.
+    """
+    position = _POSITIONS.get(quality or "auto")
+    if position is None or not ladder.rungs:
         return None
-    return ladder.rungs[round(place * (len(ladder.rungs) - 1))]
+    return ladder.rungs[round(position * (len(ladder.rungs) - 1))]
 
 
-def _described(job: Job, body: ImagesRequest, manifest: Manifest) -> dict[str, Any]:
-    """What OpenAI's answers and events say of an image. Tokens are patches of the image, and classes the prompt named."""
+def _metadata(job: Job, body: ImagesRequest, manifest: Manifest) -> dict[str, Any]:
+    """Return what OpenAI's responses and events tell about an image.
+
+    Input tokens are the classes that the prompt named, output tokens the patches of the images.
+    """
     named = sum(label is not None for term in job.condition for label in term.labels)
-    own = manifest.config.image_size
-    drawn = len(job.seeds) * manifest.config.tokens * prod(job.size or own) // prod(own)
+    own_size = manifest.config.image_size
+    drawn = len(job.seeds) * manifest.config.tokens * prod(job.size or own_size) // prod(own_size)
     usage = {
         "input_tokens": named,
         "output_tokens": drawn,
         "total_tokens": named + drawn,
         "input_tokens_details": {"text_tokens": named, "image_tokens": 0},
     }
-    quality = body.quality or "auto"
     return {
         "background": "opaque",
         "output_format": job.format,
-        "quality": quality,
-        "size": written(manifest, job.size),
+        "quality": body.quality or "auto",
+        "size": size_text(manifest, job.size),
         "usage": usage,
     }
 
 
-async def _streamed(job: Job, body: ImagesRequest, model: Model, request_id: str) -> AsyncGenerator[bytes]:
-    """Partial images as they come, then the image; a client that leaves before the end cancels the job."""
-    described = _described(job, body, model.manifest)
-    partial = {name: value for name, value in described.items() if name != "usage"}
+async def _stream(job: Job, body: ImagesRequest, model: Model, request_id: str) -> AsyncGenerator[bytes]:
+    """Yield partial images as they come, then the image.
+
+    A client that leaves before the end cancels the job.
+    """
+    metadata = _metadata(job, body, model.manifest)
+    partial = {name: value for name, value in metadata.items() if name != "usage"}
     shown, ended = 0, False
     try:
-        async for event in model.backplane.queue.events(job.id):
+        async for event in model.queue_client.queue.events(job.id):
             ended = event.terminal
             if event.kind == "preview" and shown < (body.partial_images or 0):
                 data = {
@@ -209,11 +227,11 @@ async def _streamed(job: Job, body: ImagesRequest, model: Model, request_id: str
                 shown += 1
             if event.kind in ("failed", "cancelled"):
                 raise from_wire(event.data)
-        result: JobResult = await model.backplane.listener.wait(job.id)
+        result: JobResult = await model.queue_client.listener.wait(job.id)
         data = {
             "b64_json": base64.b64encode(result.images[0].data).decode(),
             "created_at": int(time.time()),
-            **described,
+            **metadata,
         }
         yield _event("image_generation.completed", data)
     except ServiceError as error:

@@ -31,7 +31,7 @@ async def livez(api: Api) -> Response:
 
 @router.get("/readyz", summary="Ready for work", response_model=Health, responses=_FAILING)
 async def readyz(api: Api) -> Response:
-    """Fails while this process drains, Redis does not answer, or a model has fewer workers alive than `ready_workers`."""
+    """Fails while this process drains, Redis does not answer, or a model lacks workers (`ready_workers`)."""
     loads = await _loads(api)
     staffed = _staffed(api, loads)
     api.started = api.started or staffed
@@ -40,11 +40,16 @@ async def readyz(api: Api) -> Response:
 
 @router.get("/startupz", summary="Started", response_model=Startup, responses=_NOT_STARTED)
 async def startupz(api: Api) -> Response:
-    """Fails until every model once had enough workers; from then on it holds. Tells what workers to come are doing."""
+    """Fails until every model once had enough workers; from then on it holds.
+
+    Lists what starting workers are doing.
+    """
     loads = await _loads(api)
     api.started = api.started or _staffed(api, loads)
-    starting = [f"{each.model}: {each.doing}" for load in (loads or {}).values() for each in load.starting]
-    return _health({"started": api.started}, starting=starting)
+    workers = (worker for load in (loads or {}).values() for worker in load.starting)
+    return _health(
+        {"started": api.started}, starting=[f"{worker.model}: {worker.doing}" for worker in workers]
+    )
 
 
 @metrics_router.get(
@@ -54,7 +59,7 @@ async def startupz(api: Api) -> Response:
     responses={200: {"content": {"text/plain": {}}}},
 )
 async def get_metrics(api: Api) -> Response:
-    """Of all processes that share this one's metrics folder, and of the queue of each model."""
+    """Metrics of all processes that share this one's metrics folder, and of the queue of each model."""
     metrics.observe_memory("api")
     loads = await _loads(api)
     shared = api.settings.prometheus_multiproc_dir
@@ -63,21 +68,21 @@ async def get_metrics(api: Api) -> Response:
 
 
 async def _loads(api: Context) -> dict[str, LoadSnapshot] | None:
-    """By model; None when Redis does not answer."""
+    """Return the load by model, None when Redis does not answer."""
     models = api.models
     try:
-        loads = await asyncio.gather(*(model.intake.load() for model in models.values()))
+        loads = await asyncio.gather(*(model.submissions.load() for model in models.values()))
     except QueueUnavailable:
         return None
     return dict(zip(models, loads, strict=True))
 
 
 def _staffed(api: Context, loads: Mapping[str, LoadSnapshot] | None) -> bool:
-    """Whether every model has its workers."""
-    serving = {
-        model: sum(model in worker.models for worker in load.workers) for model, load in (loads or {}).items()
-    }
-    return loads is not None and min(serving.values()) >= api.settings.ready_workers
+    """Return True if every model has at least `ready_workers` workers."""
+    if loads is None:
+        return False
+    serving = (sum(model in worker.models for worker in load.workers) for model, load in loads.items())
+    return min(serving) >= api.settings.ready_workers
 
 
 def _health(checks: dict[str, bool], **more: list[str]) -> Response:
