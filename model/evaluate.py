@@ -27,23 +27,34 @@ from PIL import Image
 from torch import Tensor
 
 from ditserve.model.data.examples import DataError
-from ditserve.model.evaluation.classifier import CLASSIFIER, Classifier, ClassifierError, open_classifier
-from ditserve.model.evaluation.comparison import Entry, compare
+from ditserve.model.evaluation.classifier_network import (
+    CLASSIFIER,
+    Classifier,
+    ClassifierError,
+    open_classifier,
+)
+from ditserve.model.evaluation.comparison import EvaluatedModel, comparison_table
 from ditserve.model.evaluation.features import (
     FeatureError,
     FeatureNetwork,
     classifier_features,
     inception_features,
 )
-from ditserve.model.evaluation.measures import OF_FEATURES, Closeness, markdown, measure, notes
+from ditserve.model.evaluation.measures import (
+    FEATURE_FIGURES,
+    NearestTraining,
+    markdown_table,
+    measure,
+    notes,
+)
 from ditserve.model.evaluation.picture_sets import (
     GENERATED,
     REAL_UNSEEN,
     TRAINING,
     UNSEEN,
-    Plan,
-    Set,
-    collect,
+    EvaluationPlan,
+    PictureSet,
+    collect_sets,
     open_data,
 )
 from ditserve.model.nets.autoencoder import AutoencoderError, open_autoencoder
@@ -60,7 +71,7 @@ class EvaluationError(ModelError):
     """An evaluation that cannot be made; the message is one sentence."""
 
 
-def draw(sets: Mapping[str, Set], near: Mapping[str, Closeness], folder: Path) -> None:
+def draw(sets: Mapping[str, PictureSet], near: Mapping[str, NearestTraining], folder: Path) -> None:
     """closest.png: pictures above the training picture nearest in pixels, nearest first; held-out.png: above the real ones."""
     generated, found = sets[GENERATED], near[GENERATED].pixels
     order = found.distances[:, 0].argsort()[: 4 * SHEET]
@@ -110,7 +121,7 @@ def open_judges(options: argparse.Namespace, opened: LoadedModel) -> tuple[Featu
     return classifier_features(classifier), classifier
 
 
-def choose(opened: LoadedModel, options: argparse.Namespace) -> Plan:
+def choose(opened: LoadedModel, options: argparse.Namespace) -> EvaluationPlan:
     """What the command line says, else the bundle's defaults.
 
     Raises:
@@ -119,7 +130,7 @@ def choose(opened: LoadedModel, options: argparse.Namespace) -> Plan:
     wanted = opened.manifest.defaults
     if min(options.limit, options.per_pair, options.reference) < 1:
         raise EvaluationError("--limit, --per-pair and --reference must be at least 1")
-    return Plan(
+    return EvaluationPlan(
         limit=options.limit,
         per_pair=options.per_pair,
         reference=options.reference,
@@ -142,12 +153,14 @@ def run(options: argparse.Namespace) -> str:
         raise EvaluationError(
             "several models are compared in --out FOLDER, each in a folder of its own name: give it, and models of different names"
         )
-    text = compare([evaluate(model, options.out / model.resolve().name, options) for model in models])
+    text = comparison_table(
+        [evaluate(model, options.out / model.resolve().name, options) for model in models]
+    )
     write_atomic(options.out / "comparison.md", f"{text}\n".encode())
     return text
 
 
-def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Entry:
+def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> EvaluatedModel:
     """Evaluate one model, and write what there is to tell into `folder`."""
     began = time.monotonic()
     opened = load_model(model, data=options.data)
@@ -157,10 +170,10 @@ def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Entry:
     network, classifier = open_judges(options, opened)
     plan = choose(opened, options)
     decoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
-    sets = collect(opened, decoder, open_data(opened, options.data), network, plan)
+    sets = collect_sets(opened, decoder, open_data(opened, options.data), network, plan)
     found = measure(sets, classifier, manifest.factors, plan.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    draw(sets, found.near, folder)
+    draw(sets, found.nearest, folder)
     record = {
         "model": f"{manifest.name} {manifest.version}",
         "data": options.data.name,
@@ -180,7 +193,7 @@ def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Entry:
         write_manifest(
             model, manifest.model_copy(update={"metrics": {**manifest.metrics, **metrics(record)}})
         )
-    return Entry(folder.name, opened, record)
+    return EvaluatedModel(folder.name, opened, record)
 
 
 def report(record: Mapping[str, Any]) -> str:
@@ -192,7 +205,7 @@ def report(record: Mapping[str, Any]) -> str:
         f"# {record['model']}",
         f"{how['solver']}, {how['steps']} steps ({how['grid']}), guidance {how['guidance_scale']:g} in {low:g}–{high:g}, "
         f"seed {how['seed']}; {record['data']}. Pictures: {counts}.",
-        markdown(record["figures"]),
+        markdown_table(record["figures"]),
         *record["notes"],
     ]
     return "\n\n".join(lines) + "\n"
@@ -202,7 +215,7 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """The manifest's figures of generated pictures: `held_out_` those of labels kept from training."""
     prefixes = {GENERATED: "", UNSEEN: "held_out_"}
     return {
-        f"{prefix}{key}_{record['features']}" if key in OF_FEATURES else f"{prefix}{key}": round(value, 5)
+        f"{prefix}{key}_{record['features']}" if key in FEATURE_FIGURES else f"{prefix}{key}": round(value, 5)
         for name, prefix in prefixes.items()
         for key, value in record["figures"].get(name, {}).items()
     }

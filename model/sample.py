@@ -22,12 +22,12 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.prompt import (
     Combine,
     SampleError,
-    combine,
-    embeddings,
-    label_rows,
+    combine_conditions,
+    embed_terms,
+    label_tensor,
     parse_condition,
 )
-from ditserve.model.sampling.sheet import CHUNK, class_sheet, picture_grid, to_pixels
+from ditserve.model.sampling.sheet import CHUNK, picture_grid, sheet_labels, to_pixels
 from ditserve.model.spec.bundle import BundleError
 from ditserve.model.spec.command_line import positive
 from ditserve.model.spec.diffusion import GRIDS, grid
@@ -46,11 +46,11 @@ def run(options: argparse.Namespace) -> Image.Image:
     size = tuple(options.size) if options.size else model.config.image_size
     terms = [parse_condition(text, opened.manifest.factors) for text in options.condition]
     if terms:
-        parts = embeddings(model, terms, options.encoder)
+        parts = embed_terms(model, terms, options.encoder)
         rows, columns = options.count, options.columns or min(options.count, 8)
     else:
-        sheet, columns = class_sheet(model.config.classes, options.columns or 10)
-        every = model.embed(label_rows(sheet, model.config.classes).to(device))
+        sheet, columns = sheet_labels(model.config.classes, options.columns or 10)
+        every = model.embed(label_tensor(sheet, model.config.classes).to(device))
         rows = len(sheet)
     pixels = []
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> Image.Image:
         for start in range(0, rows, CHUNK):
             count = min(CHUNK, rows - start)
             conditions = (
-                combine(parts, [term.weight for term in terms], options.combine, count)
+                combine_conditions(parts, [term.weight for term in terms], options.combine, count)
                 if terms
                 else Conditions((every[start : start + count],))
             )
