@@ -122,14 +122,8 @@ def cached_full_bundle(cache: Path) -> Path:
 
 def _cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     sha = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {ort.__version__}".encode())
-    model = ("bundle", "conditioner", "config", "dit", "layers", "solvers")
-    export = ("calibrate", "graph", "half", "onnx", "quantize", "smooth", "storage")
-    sources = [
-        Path(__file__),
-        *(ROOT / "model" / f"{n}.py" for n in model),
-        *(ROOT / "export" / f"{n}.py" for n in export),
-    ]
-    for file in sorted(sources):
+    rooms = (ROOT / "model/spec", ROOT / "model/nets", ROOT / "export")
+    for file in sorted([Path(__file__), *(path for room in rooms for path in room.glob("*.py"))]):
         sha.update(file.read_bytes())
     target = cache / f"{name}-{sha.hexdigest()[:16]}"
     if not target.is_dir():

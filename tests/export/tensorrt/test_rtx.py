@@ -97,9 +97,9 @@ HANDLES = {
     "self._trt.Logger",
 }
 SPEAKING = (
-    "export/engine_run.py",
-    "export/trt_build.py",
-    "export/trt_module.py",
+    "export/tensorrt/engine_run.py",
+    "export/tensorrt/build.py",
+    "export/tensorrt/module.py",
     "service/backends/tensorrt.py",
 )
 OWN = {"Listener", "Relay", "__version__", "__members__", "upper"}
