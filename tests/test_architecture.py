@@ -65,13 +65,14 @@ COMMANDS = {"service.__main__", "service.dead_letters", "export.trt"}
 TORCHLESS = "model.spec"
 
 # Library → the modules that may import it.
-EDGE = {"api", "app", "context", "job_routes", "openai", "openapi", "pages", "probes", "problems", "routes"}
+EDGE = {"api", "app", "context", "openapi", "problems"}
+EDGE |= {f"routes.{name}" for name in ("generate", "jobs", "models", "openai", "pages", "probes")}
 BROKER = {"bell", "broker", "connection", "embeddings", "events", "quota", "records", "subscriber"}
 DOORS = {"broker", "embeddings", "quota"}  # of the queue, to what others may reach in Redis
 OWNERS = {
     "fastapi": {f"service.http.{name}" for name in EDGE},
     "limits": {"service.queue.quota"},
-    "opentelemetry": {"service.telemetry.otlp"},
+    "opentelemetry": {"service.telemetry.otlp", "service.telemetry.tracing"},
     "prometheus_client": {"service.telemetry.metrics"},
     "redis": {f"service.queue.{name}" for name in BROKER},
     "uvicorn": {"service.http.api", "service.http.protocol"},

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         TextColumn("{task.fields[loss]}"),
     )
     try:
-        dataset = load_config(options.config).pictures(options.data)
+        dataset = load_config(options.config).open_dataset(options.data)
         with Progress(*columns) as progress:
             network, card = train(
                 dataset, widths=options.widths, epochs=options.epochs, seed=options.seed, progress=progress

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditserve.model.data.examples import batch_indices
-from ditserve.model.train.prefetch import Prefetch
+from ditserve.model.train.batch import Prefetch
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 5))

@@ -14,7 +14,7 @@ from ditserve.model.evaluation.comparison import rows_per_image
 from ditserve.model.nets.cost import cost
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.train.load import load_model
-from tests.model.train.distillation_cases import write_teacher
+from tests.model.train.distillation.distillation_cases import write_teacher
 from tests.model.train.training_cases import write_pictures
 
 
