@@ -1,4 +1,4 @@
-"""Weights of others, held against others' code: diffusers' DiT, and the published layout written out by hand."""
+"""Weights of other layouts: compared with diffusers' DiT, and with the published layout by hand."""
 
 from __future__ import annotations
 
