@@ -236,8 +236,8 @@ class DiT(nn.Module):
         for index, block in enumerate(self.blocks):
             h = block(h, named.get(f"block_{index}", named.get("tokens")), rotary)
         h = h[:, -rows * columns :] if "in_context" in self.config.plan else h  # (N, T, D)
-        h = self.final_layer(h, named.get("final"))  # (N, T, C_out·P·P)
-        out = unpatchify(h, rows, columns, self.config.patch_size)  # (N, C_out, H, W)
+        out = unpatchify(self.final_layer(h, named.get("final")), rows, columns, self.config.patch_size)
+        # `out` is (N, C_out, H, W), or (N, head_channels, H, W) before the convolutional head.
         return out if self.head is None else cast(Tensor, self.head(x, out))
 
     def forward(self, x: Tensor, timestep: Tensor, labels: Tensor, text: Tensor | None = None) -> Tensor:
