@@ -1,1 +1,1 @@
-"""TensorRT engines: built, verified and listed. A user of ONNX never opens this folder."""
+"""TensorRT engines: how one is built, tried out and stored. A user of ONNX never opens this folder."""
