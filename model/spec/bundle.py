@@ -1,9 +1,10 @@
-"""A model on disk: manifest, weights, graphs. `export` writes it, `service` loads it; nothing here imports torch.
+"""A model on disk: manifest, weights, graphs. `export` writes it, `service` loads it; nothing here imports
+torch.
 
     <bundle>/manifest.json  weights.safetensors  embedder.onnx  conditioner.onnx  backbone.onnx  [backbone.int8.onnx …]
 
-The manifest lists every file with its sha256. Nothing is ever unpickled; a file that is missing, altered or named with a path
-is refused with one sentence that names it.
+The manifest lists every file with its sha256. Nothing is ever unpickled; a file that is missing, altered or
+named with a path is refused with one sentence that names it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ class LatentSpec(_Strict):
 
 
 class RungSpec(_Strict):
-    """One measured operating point: cost in forward rows an image, quality as distance to the reference (lower is better)."""
+    """One measured operating point: cost in forward rows an image, quality as distance to the reference
+    (lower is better).
+    """
 
     name: str
     solver: str
@@ -111,7 +114,9 @@ class Defaults(_Strict):
 
 
 class Golden(_Strict):
-    """One image of the model as PyTorch drew it, in `golden.png`: what a service draws is held against it (its canary)."""
+    """One image of the model as PyTorch drew it, in `golden.png`: what a service draws is held against it
+    (its canary).
+    """
 
     condition: dict[str, str]
     seed: int
@@ -174,10 +179,12 @@ class Bundle:
     def open(cls, path: str | Path, *, verify: bool = True) -> Bundle:
         """Read and check a bundle folder.
 
-        `verify=False` skips hashing the files (the API process needs only the manifest); their presence is still checked.
+        `verify=False` skips hashing the files (the API process needs only the manifest); their presence is
+        still checked.
 
         Raises:
-            BundleError: no such folder or manifest, invalid JSON, unknown fields or version, a missing or altered file.
+            BundleError: no such folder or manifest, invalid JSON, unknown fields or version, a missing or
+                altered file.
         """
         root = Path(path)
         source = root / MANIFEST

@@ -151,15 +151,23 @@ class DiTConfig:
         """Tokens (rows, columns) at the trained size."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
-    def position_scale(self, rows: int, columns: int) -> tuple[float, float]:
-        """Spacing of token positions on a grid of another size: 1, or what squeezes an axis into `base_size`.
-
-        Position interpolation (Chen et al., arXiv:2306.15595), on each axis; a smaller grid is a crop of the
-        base.
+    @property
+    def base_grid(self) -> tuple[int, int]:
+        """Tokens (rows, columns) of the size whose tokens stand at distance 1: `base_size`, or else
+        `image_size`.
         """
         height, width = self.base_size or self.image_size
-        patch = self.patch_size
-        return min(1.0, height // patch / rows), min(1.0, width // patch / columns)
+        return height // self.patch_size, width // self.patch_size
+
+    def position_scale(self, rows: int, columns: int) -> tuple[float, float]:
+        """Return the distance between neighbouring tokens of a grid of (rows, columns), along each axis.
+
+        A grid larger than the base grid is squeezed into its range (position interpolation, Chen et al.,
+        arXiv:2306.15595); a smaller one is a crop of it. With a base grid of 16 × 16 tokens, 32 rows and 8
+        columns have distances (0.5, 1.0): row 31 stands at position 15.5, column 7 at position 7.
+        """
+        base_rows, base_columns = self.base_grid
+        return min(1.0, base_rows / rows), min(1.0, base_columns / columns)
 
     @property
     def tokens(self) -> int:
@@ -203,7 +211,9 @@ def check_counts(config: object, *fields: str) -> None:
 
 
 def check_size(field: str, size: Sequence[int], multiple: int, of: str = "patch_size") -> None:
-    """Raises ValueError unless `size` (height, width) is two positive multiples of `multiple` > 0, which is the `of`."""
+    """Raises ValueError unless `size` (height, width) is two positive multiples of `multiple` > 0, which is
+    the `of`.
+    """
     whole = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) for side in size)
     if not whole or min(size) <= 0:
         raise ValueError(f"{field} must be two positive numbers (height, width), not {size!r}")
@@ -227,7 +237,7 @@ def check_conditions(classes: Sequence[int], text_size: int, fusion: str) -> Non
         raise ValueError(f"unknown fusion {fusion!r}: choose among {', '.join(get_args(Fusion))}")
 
 
-def named(name: str, **changes: Any) -> DiTConfig:
+def published_config(name: str, **changes: Any) -> DiTConfig:
     """A published size by name, such as "DiT-XL/2", at 256 px (32×32 latents); `changes` override fields.
 
     Raises:

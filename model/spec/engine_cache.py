@@ -1,10 +1,12 @@
-"""Which compiled engine belongs to which bundle: what it depends on, where it lies, and whether it still may be loaded.
+"""Which compiled engine belongs to which bundle: what it depends on, where it lies, and whether it still may
+be loaded.
 
     <engines>/<gpu>-<flavour>-<version>/backbone.<precision>.engine  backbone.<precision>.json  timing.cache  report.json
 
-`export` builds engines and `service` loads them, both by this module; <engines> is a bundle's folder `engines` unless another is
-named. An engine is good for exactly what its record says, and all of that is compared before one is deserialised, because loading a
-foreign engine fails late and says little. Nothing here imports torch, TensorRT or ONNX Runtime.
+`export` builds engines and `service` loads them, both by this module; <engines> is a bundle's folder
+`engines` unless another is named. An engine is good for exactly what its record says, and all of that is
+compared before one is deserialised, because loading a foreign engine fails late and says little. Nothing here
+imports torch, TensorRT or ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class NoGpu(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The GPU an engine is for: its name and compute capability such as "sm90"; ahead of time, the targets stand for both."""
+    """The GPU an engine is for: its name and compute capability such as "sm90"; ahead of time, the targets
+    stand for both.
+    """
 
     name: str
     capability: str

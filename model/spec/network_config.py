@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ditserve.model.spec.dit_config import DiTConfig, named
+from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.unet_config import UNetConfig
 
 NetworkConfig = DiTConfig | UNetConfig
@@ -26,7 +26,8 @@ def size_multiple(config: NetworkConfig) -> int | None:
 
 
 def network_config(given: Mapping[str, Any]) -> NetworkConfig:
-    """A configuration from its fields; `network` names the kind, `name` starts from a published size of the DiT.
+    """A configuration from its fields; `network` names the kind, `name` starts from a published size of the
+    DiT.
 
     Raises:
         ValueError: an unknown kind or field, a value of another type, or a configuration that cannot work.
@@ -42,7 +43,7 @@ def network_config(given: Mapping[str, Any]) -> NetworkConfig:
     if name is not None:
         if kind != "dit":
             raise ValueError(f"name is for published sizes of the DiT, not for a {kind}")
-        rest = {**asdict(named(str(name))), **rest}
+        rest = {**asdict(published_config(str(name))), **rest}
     if isinstance(rest.get("blocks"), str):
         rest["blocks"] = [rest["blocks"]]
     try:

@@ -36,8 +36,8 @@ class StepTable:
     """One line per step of a grid: `timestep` int64 (N,), coefficients float64 (N,), all read-only.
 
     Step i asks the network at `timestep[i]`, estimates D, and moves to x' as the module says. Where c[i] is 0
-    no previous D is needed, where s[i] is 0 no noise; in the last line b is 1 and the others are 0: the sample
-    ends as D. Cast coefficients to the samples' dtype: a numpy float64 scalar would promote them.
+    no previous D is needed, where s[i] is 0 no noise; in the last line b is 1 and the others are 0: the
+    sample ends as D. Cast coefficients to the samples' dtype: a numpy float64 scalar would promote them.
     """
 
     solver: str
@@ -115,8 +115,8 @@ def step_table(
     `grid` is strictly decreasing timesteps in 0..T-1, as from `model.diffusion.grid`. `eta` in 0..1 is the
     share of ancestral noise where the solver leaves it open: 0 deterministic, 1 the full reverse process.
     `previous` is the timestep of the running sample's last D when it goes on along a new grid. A solver that
-    carries it uses that D in the first new step, whichever solver it comes from, and the table equals the tail
-    of the table of the spliced grid; to the others it makes no difference.
+    carries it uses that D in the first new step, whichever solver it comes from, and the table equals the
+    tail of the table of the spliced grid; to the others it makes no difference.
 
     Raises:
         ValueError: an unknown solver, a grid not as stated, `eta` outside 0..1 or given to a solver that

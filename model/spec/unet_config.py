@@ -1,7 +1,7 @@
 """The shape of a U-Net: one frozen value, and the residual blocks it stands for.
 
-Pure: no torch, no I/O. A configuration that cannot work is refused here, at construction, with the sentence that fixes it.
-Source: Dhariwal & Nichol, arXiv:2105.05233, §3 and Table 2.
+Pure: no torch, no I/O. A configuration that cannot work is refused here, at construction, with the sentence
+that fixes it. Source: Dhariwal & Nichol, arXiv:2105.05233, §3 and Table 2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Resample = Literal["keep", "halve", "double"]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class UNetStage:
     """One residual block: its channels, whether attention follows, and what happens to the skip connections."""
 
     inputs: int
@@ -32,8 +32,8 @@ class Stage:
 class UNetConfig:
     """Everything that fixes the parameters and the function of a U-Net.
 
-    `multipliers` are the channels of each level relative to `base_channels`, every level being half the size of the one
-    above; `attention` names the levels (0 the finest) that attend; heads are `head_size` wide.
+    `multipliers` are the channels of each level relative to `base_channels`, every level being half the size
+    of the one above; `attention` names the levels (0 the finest) that attend; heads are `head_size` wide.
 
     Raises:
         ValueError: the configuration cannot work; the message names the field and the remedy.
@@ -107,26 +107,26 @@ class UNetConfig:
         """Positions at the coarsest level, where the attention in the middle is."""
         return math.prod(side >> (len(self.multipliers) - 1) for side in self.image_size)
 
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[UNetStage, ...]:
         """The residual blocks from input to output."""
         widths = [self.base_channels * multiplier for multiplier in self.multipliers]
-        stages, skips, now = list[Stage](), [self.base_channels], self.base_channels
+        stages, skips, now = list[UNetStage](), [self.base_channels], self.base_channels
         for level, width in enumerate(widths):
             attends = level in self.attention
             for _ in range(self.res_blocks):
-                stages.append(Stage(now, width, attends, pushes=True))
+                stages.append(UNetStage(now, width, attends, pushes=True))
                 now = width
                 skips.append(now)
             if level + 1 < len(widths):
-                stages.append(Stage(now, now, resample="halve", pushes=True))
+                stages.append(UNetStage(now, now, resample="halve", pushes=True))
                 skips.append(now)
-        stages += [Stage(now, now, attention=True), Stage(now, now)]
+        stages += [UNetStage(now, now, attention=True), UNetStage(now, now)]
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(self.res_blocks + 1):
-                stages.append(Stage(now + skips.pop(), width, level in self.attention, pops=True))
+                stages.append(UNetStage(now + skips.pop(), width, level in self.attention, pops=True))
                 now = width
             if level:
-                stages.append(Stage(now, now, resample="double"))
+                stages.append(UNetStage(now, now, resample="double"))
         return tuple(stages)
 
     def state(self) -> tuple[tuple[str, tuple[int, ...]], ...]:

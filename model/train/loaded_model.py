@@ -24,7 +24,7 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.spec.unet_config import UNetConfig
-from ditserve.model.weights.official import WeightsError, check
+from ditserve.model.weights.official import WeightsError, check_weights
 
 
 class LoadError(ModelError):
@@ -69,7 +69,7 @@ def build(config: NetworkConfig, weights: Mapping[str, Tensor], origin: Path) ->
         LoadError: the names or shapes are not those of `config`.
     """
     try:
-        check(weights, config)
+        check_weights(weights, config)
     except WeightsError as error:
         raise LoadError(f"{origin}: {error}") from None
     network = make_network(config).eval().requires_grad_(False)

@@ -1,8 +1,9 @@
 """State dicts in diffusers' layout, converted to ours and back.
 
-diffusers' DiT splits qkv, copies the timestep and label embedders into every block, and computes another function than
-the published one: k/127 timestep frequencies, and an epsilon of 1e-5 before the MLP. Which of the two functions imported
-weights are meant for is therefore an argument. Nothing here reads or writes files (see `model.port`).
+diffusers' DiT splits qkv, copies the timestep and label embedders into every block, and computes another
+function than the published one: k/127 timestep frequencies, and an epsilon of 1e-5 before the MLP. Which of
+the two functions imported weights are meant for is therefore an argument. Nothing here reads or writes files
+(see `model.port`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.weights.official import TABLE, Weights, WeightsError, check, check_plain, refuse
+from ditserve.model.weights.official import TABLE, Weights, WeightsError, check_plain, check_weights, refuse
 
 Function = Literal["published", "diffusers"]
 
@@ -46,11 +47,12 @@ def from_diffusers(
 ) -> tuple[Weights, DiTConfig]:
     """Weights and configuration from diffusers' state dict and the fields of its config.json.
 
-    `function` "published" is for weights converted from the published release, which diffusers runs slightly wrong;
-    "diffusers" is for weights trained with diffusers, and computes what it computes.
+    `function` "published" is for weights converted from the published release, which diffusers runs slightly
+    wrong; "diffusers" is for weights trained with diffusers, and computes what it computes.
 
     Raises:
-        WeightsError: no DiT, options we do not have, copies that disagree, or names and shapes that do not fit.
+        WeightsError: no DiT, options we do not have, copies that disagree, or names and shapes that do not
+            fit.
     """
     config = _from_fields(fields, function)
     rest = {
@@ -77,15 +79,15 @@ def from_diffusers(
             qkv = [take(f"transformer_blocks.{k}.attn1.to_{letter}.{part}") for letter in "qkv"]
             weights[f"blocks.{k}.attn.qkv.{part}"] = torch.cat(qkv)
     refuse("the weights are not those of diffusers' DiT", missing=missing, extra=sorted(rest))
-    check(weights, config)
+    check_weights(weights, config)
     return weights, config
 
 
 def to_diffusers(weights: Mapping[str, Tensor], config: DiTConfig) -> tuple[Weights, dict[str, Any]]:
     """Our weights in diffusers' layout, and the fields of its config.json.
 
-    diffusers cannot be told to use the published timestep frequencies: unless `config.frequency_shift` is 1 it will
-    compute another function of these weights.
+    diffusers cannot be told to use the published timestep frequencies: unless `config.frequency_shift` is 1
+    it will compute another function of these weights.
 
     Raises:
         WeightsError: the configuration uses what diffusers' DiT has not, or the weights do not fit it.
@@ -95,7 +97,7 @@ def to_diffusers(weights: Mapping[str, Tensor], config: DiTConfig) -> tuple[Weig
         raise WeightsError(
             "diffusers' DiT is square with an mlp_ratio of 4: these weights cannot be exported to it"
         )
-    check(weights, config)
+    check_weights(weights, config)
     out: Weights = {}
     for part in ("weight", "bias"):
         for ours, theirs in _OUTER.items():

@@ -40,8 +40,10 @@ DEFAULTS = Defaults(steps=50, solver="ddim", grid="leading", guidance_scale=1.5,
 
 
 @dataclass(frozen=True, slots=True)
-class Import:
-    """What the file cannot say: heads and size of unpublished shapes, and for diffusers which function is meant."""
+class ImportOptions:
+    """What the file cannot say: heads and size of unpublished shapes, and for diffusers which function is
+    meant.
+    """
 
     num_heads: int | None = None
     image_size: tuple[int, int] | None = None
@@ -49,7 +51,8 @@ class Import:
 
 
 def read_state(path: Path) -> Weights:
-    """The tensors of a .safetensors, .pt, .pth or .bin file; of a training checkpoint, the averaged weights ("ema").
+    """The tensors of a .safetensors, .pt, .pth or .bin file; of a training checkpoint, the averaged weights
+    ("ema").
 
     Raises:
         WeightsError: unreadable, not plain tensors, or pickled code, which is never run.
@@ -73,8 +76,9 @@ def read_state(path: Path) -> Weights:
     return cast(Weights, stored)
 
 
-def read_weights(path: Path, options: Import) -> tuple[Weights, DiTConfig]:
-    """Weights and configuration from a published file, or a diffusers folder, pipeline folder or weights file.
+def read_weights(path: Path, options: ImportOptions) -> tuple[Weights, DiTConfig]:
+    """Weights and configuration from a published file, or a diffusers folder, pipeline folder or weights
+    file.
 
     Raises:
         WeightsError: there is nothing to read, or it does not fit.
@@ -140,7 +144,7 @@ def write_bundle(
     return manifest
 
 
-def take_out(bundle: Bundle, target: Path, layout: str) -> None:
+def export_weights(bundle: Bundle, target: Path, layout: str) -> None:
     """Write a bundle's weights as a published .pt file ("official") or as a diffusers folder ("diffusers").
 
     Raises:

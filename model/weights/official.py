@@ -1,7 +1,7 @@
 """State dicts in the published DiT's layout, converted to ours and back; what does not fit is listed.
 
-The published names are ours but for the label table and the positions, which we compute. Nothing here reads or writes
-files (see `model.port`); diffusers' layout is in `model.weights_diffusers`.
+The published names are ours but for the label table and the positions, which we compute. Nothing here reads
+or writes files (see `model.port`); diffusers' layout is in `model.weights_diffusers`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class WeightsError(ModelError):
     """Weights that do not fit; the message lists what is missing, extra, misshapen or contradictory."""
 
 
-def check(weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
+def check_weights(weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
     """Refuse `weights` unless their names and shapes are exactly those of `config`.
 
     Raises:
@@ -55,18 +55,19 @@ def from_official(
 ) -> tuple[Weights, DiTConfig]:
     """Weights and configuration from a state dict in the published layout.
 
-    Everything is read off the shapes but the number of heads, which is known for the published widths only, and the
-    sides of the image, taken as equal unless given (in latent pixels).
+    Everything is read off the shapes but the number of heads, which is known for the published widths only,
+    and the sides of the image, taken as equal unless given (in latent pixels).
 
     Raises:
-        WeightsError: names or shapes that are no DiT's, heads or size unknown, or positions that are not the published.
+        WeightsError: names or shapes that are no DiT's, heads or size unknown, or positions that are not the
+            published.
     """
     state = dict(state)
     pos_embed = state.pop("pos_embed", None)
     weights = {TABLE if name == PUBLISHED_TABLE else name: tensor for name, tensor in state.items()}
     tokens = None if pos_embed is None else pos_embed.shape[-2]
     config = _inferred(weights, num_heads, tokens, image_size)
-    check(weights, config)
+    check_weights(weights, config)
     if pos_embed is not None:
         with torch.device("cpu"):
             ours = DiT(replace(config, depth=1)).pos_embed
@@ -92,7 +93,7 @@ def to_official(weights: Mapping[str, Tensor], config: DiTConfig) -> Weights:
         raise WeightsError(
             "these weights are for diffusers' function (k/127, eps 1e-5): the published layout has no sign for it"
         )
-    check(weights, config)
+    check_weights(weights, config)
     out = {PUBLISHED_TABLE if name == TABLE else name: tensor for name, tensor in weights.items()}
     return {"pos_embed": DiT(replace(config, depth=1)).pos_embed[None], **out}
 

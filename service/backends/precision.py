@@ -96,7 +96,7 @@ def _speedup(fp32: ort.InferenceSession, int8: ort.InferenceSession, manifest: M
     than `TIMING_S`, one more pair is timed.
     """
     config, random = manifest.config, np.random.default_rng(0)
-    shapes = {"x": (config.in_channels, *config.image_size)}
+    shapes: dict[str, tuple[int, ...]] = {"x": (config.in_channels, *config.image_size)}
     shapes |= {tensor.name: tensor.shape for tensor in manifest.state}
     inputs = {name: random.standard_normal((1, *shape), np.float32) for name, shape in shapes.items()}
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ditserve.service.api_keys import ApiKey, Keyring
 from ditserve.service.errors import Forbidden, QuotaExceeded, ServiceError, Unauthorized
 from ditserve.service.http.problems import answer
-from ditserve.service.queue.backplane import Meter
+from ditserve.service.queue.queue_client import Meter
 from ditserve.service.queue.quota import WINDOW_S, Allowance
 
 # What anybody may see: probes and figures (for the cluster's network), the pages and what they are made of.

@@ -16,7 +16,7 @@ from ditserve.service.api_keys import KeyringError
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.app import create_app
 from ditserve.service.http.protocol import bounded
-from ditserve.service.queue.backplane import open_backplane
+from ditserve.service.queue.queue_client import open_queue_client
 from ditserve.service.settings import Settings
 from ditserve.service.signals import on_hang_up
 from ditserve.service.telemetry import logs
@@ -81,5 +81,5 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 async def _probe(settings: Settings) -> None:
     """Raises what opening the queue raises, before uvicorn would print it as a traceback."""
-    async with open_backplane(settings):
+    async with open_queue_client(settings):
         pass

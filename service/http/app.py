@@ -21,12 +21,12 @@ from ditserve.service.http.middleware import Body, RequestContext
 from ditserve.service.http.models import VERSION, Model, renewed
 from ditserve.service.http.openapi import document
 from ditserve.service.http.problems import answer
-from ditserve.service.queue.backplane import Backplane, open_backplane
-from ditserve.service.served_models import open_lanes
+from ditserve.service.queue.queue_client import QueueClient, open_queue_client
+from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry.tracing import open_tracing
 
-Opener = Callable[[Settings], AbstractAsyncContextManager[Backplane]]
+Opener = Callable[[Settings], AbstractAsyncContextManager[QueueClient]]
 
 _DESCRIPTION = """Images from a Diffusion Transformer, scheduled step by step.
 
@@ -36,7 +36,7 @@ stable `code`; 503 means the service is full and 429 that your quota is, both wi
 """
 
 
-def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAPI:
+def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> FastAPI:
     """The application. `opener` connects to the queue when the app starts.
 
     Raises:
@@ -44,7 +44,7 @@ def create_app(settings: Settings, *, opener: Opener = open_backplane) -> FastAP
         KeyringError: their key file cannot, or nobody said that everybody may come in.
         ValueError: traces without the extra they need.
     """
-    lanes = open_lanes(settings, verify=False)
+    lanes = open_served_models(settings, verify=False)
     keyring = admit(settings)
     tracing = open_tracing(settings.otlp_endpoint, "dit-api")
     draining, reload = asyncio.Event(), asyncio.Event()

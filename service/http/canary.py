@@ -17,7 +17,7 @@ from ditserve.model.spec.bundle import GOLDEN, Golden
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.intake import Caller, Intake
 from ditserve.service.http.schemas import GenerateRequest
-from ditserve.service.queue.backplane import Waiter
+from ditserve.service.queue.queue_client import Waiter
 from ditserve.service.telemetry import metrics
 
 SAME_DB = 99.0  # PSNR of equal images, which is infinite

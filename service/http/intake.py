@@ -23,7 +23,7 @@ from ditserve.service.planning.admission import NO_WORKER, Admission, Newcomer, 
 from ditserve.service.planning.capacity import drained
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import finite
-from ditserve.service.queue.backplane import Queue
+from ditserve.service.queue.queue_client import Queue
 from ditserve.service.rung import Rung
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics

@@ -25,7 +25,7 @@ from ditserve.service.http.openapi import problems
 from ditserve.service.http.problems import problem
 from ditserve.service.http.schemas import JobOut, Links, Outcome, Problem
 from ditserve.service.http.sse import EventStream, encode
-from ditserve.service.jobs import TERMINAL_STATES, Event, Job, JobResult
+from ditserve.service.jobs import TERMINAL_STATES, Job, JobEvent, JobResult
 from ditserve.service.planning.load import eta_s
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -133,7 +133,7 @@ async def _told(found: Sighting, after: str, api: Context, request_id: str) -> A
         yield encode("error", problem(error, path, request_id))
 
 
-def _data(event: Event, path: str) -> dict[str, Any]:
+def _data(event: JobEvent, path: str) -> dict[str, Any]:
     """An event's data as JSON: an image becomes base64 under `b64`, an error becomes a problem."""
     if event.kind in _FAILED:
         return problem(from_wire(event.data), path)

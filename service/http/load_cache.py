@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ditserve.service.jobs import Job, LoadSnapshot
 from ditserve.service.planning.capacity import dues_of
-from ditserve.service.queue.backplane import Queue
+from ditserve.service.queue.queue_client import Queue
 
 LOAD_FRESH_S = 0.1
 

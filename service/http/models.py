@@ -11,8 +11,8 @@ from ditserve.model.spec.bundle import BundleError, Manifest
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.canary import Canary
 from ditserve.service.http.intake import Intake
-from ditserve.service.queue.backplane import Backplane
-from ditserve.service.served_models import Lane
+from ditserve.service.queue.queue_client import QueueClient
+from ditserve.service.served_models import ServedModel
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
 
@@ -24,13 +24,13 @@ _log = structlog.get_logger("service.models")
 class Model:
     """One version of one model; the backplane is that of its lane, whatever the version."""
 
-    lane: Lane
+    lane: ServedModel
     intake: Intake
-    backplane: Backplane
+    backplane: QueueClient
     canary: Canary | None
 
     @classmethod
-    def of(cls, lane: Lane, settings: Settings, backplane: Backplane) -> Model:
+    def of(cls, lane: ServedModel, settings: Settings, backplane: QueueClient) -> Model:
         """Raises `OSError` where the golden image cannot be read."""
         bundle, manifest = lane.bundle, lane.bundle.manifest
         intake = Intake(manifest, settings, backplane.queue)
@@ -62,7 +62,7 @@ async def renewed(models: Mapping[str, Model], settings: Settings) -> dict[str, 
     return found
 
 
-async def _served(lane: Lane, backplane: Backplane) -> None:
+async def _served(lane: ServedModel, backplane: QueueClient) -> None:
     """Raises `BundleError` where there are workers and none has this bundle."""
     workers = (await backplane.queue.load()).workers
     if workers and lane.digest not in {worker.bundle for worker in workers}:

@@ -121,7 +121,7 @@ class Worker:
             room = self._room()
             try:
                 claims = await self._broker.claim(
-                    self.name, models=[self.model], max_samples=room, alone_ok=not self._jobs
+                    self.name, models=[self.model], max_samples=room, idle=not self._jobs
                 )
             except QueueUnavailable as error:
                 log.warning("claim failed", detail=error.detail)

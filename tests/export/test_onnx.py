@@ -13,12 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditserve.export.calibrate import Walk
+from ditserve.export.calibrate import TrajectorySettings
 from ditserve.export.errors import ExportError
-from ditserve.export.onnx import Options, export_bundle, main
-from ditserve.export.session import open_session, run
+from ditserve.export.onnx import ExportOptions, export_bundle, main
 from ditserve.export.source import open_source, parameters
-from ditserve.export.verify import LIMITS, Limits
+from ditserve.export.verify import LIMITS, ParityLimits, open_session, run
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.spec.bundle import Bundle
 from tests.export.tiny import CONFIG, tiny_dit, tiny_source
@@ -110,12 +109,16 @@ def test_a_graph_beyond_its_limit_stops_the_export_and_leaves_the_target(
 ) -> None:
     before = {file.name: file.read_bytes() for file in own_bundle.iterdir()}
     monkeypatch.setattr("ditserve.export.onnx.write_graphs", lambda network, manifest, folder: None)
-    monkeypatch.setitem(LIMITS, "fp32", Limits(relative_l2=0.0, cosine=2.0))
+    monkeypatch.setitem(LIMITS, "fp32", ParityLimits(relative_l2=0.0, cosine=2.0))
     monkeypatch.setattr(
         "ditserve.export.parity.open_session", lambda path, **_: open_session(own_bundle / path.name)
     )
     with pytest.raises(ExportError, match="embedder"):
-        export_bundle(open_source(own_bundle), own_bundle, Options(walk=Walk(samples=1, steps=2)))
+        export_bundle(
+            open_source(own_bundle),
+            own_bundle,
+            ExportOptions(trajectories=TrajectorySettings(samples=1, steps=2)),
+        )
     assert {file.name: file.read_bytes() for file in own_bundle.iterdir()} == before
     assert [path.name for path in own_bundle.parent.iterdir()] == [own_bundle.name]
 

@@ -13,9 +13,9 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from ditserve.export.calibrate import Rows, Walk
+from ditserve.export.calibrate import CalibrationRows, TrajectorySettings
 from ditserve.export.half import write_half
-from ditserve.export.onnx import Options, export_bundle
+from ditserve.export.onnx import ExportOptions, export_bundle
 from ditserve.export.quantize import write_int8
 from ditserve.export.source import open_source
 from ditserve.export.verify import CALIBRATION
@@ -100,7 +100,11 @@ def cached_tiny_bundle(cache: Path) -> Path:
     """The folder of the tiny bundle, exported once per version of the code and kept in `cache`."""
 
     def make(folder: Path) -> None:
-        export_bundle(tiny_source(), folder, Options(half="none", walk=Walk(samples=2, steps=10)))
+        export_bundle(
+            tiny_source(),
+            folder,
+            ExportOptions(half="none", trajectories=TrajectorySettings(samples=2, steps=10)),
+        )
 
     return _cached(cache, "tiny", make)
 
@@ -111,7 +115,7 @@ def cached_full_bundle(cache: Path) -> Path:
     def make(folder: Path) -> None:
         shutil.copytree(cached_tiny_bundle(cache), folder)
         source = open_source(folder)
-        rows = Rows.load(folder / CALIBRATION).with_null(CONFIG)
+        rows = CalibrationRows.load(folder / CALIBRATION).with_null(CONFIG)
         write_half(source, folder, rows, "fp16")
         write_int8(source.dit, folder, rows, "cpu", reduce_range=True)
         write_int8(source.dit, folder, rows, "tensorrt", reduce_range=False)
@@ -122,14 +126,8 @@ def cached_full_bundle(cache: Path) -> Path:
 
 def _cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     sha = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {ort.__version__}".encode())
-    model = ("bundle", "conditioner", "config", "dit", "layers", "solvers")
-    export = ("calibrate", "graph", "half", "onnx", "quantize", "smooth", "storage")
-    sources = [
-        Path(__file__),
-        *(ROOT / "model" / f"{n}.py" for n in model),
-        *(ROOT / "export" / f"{n}.py" for n in export),
-    ]
-    for file in sorted(sources):
+    rooms = (ROOT / "model/spec", ROOT / "model/nets", ROOT / "export")
+    for file in sorted([Path(__file__), *(path for room in rooms for path in room.glob("*.py"))]):
         sha.update(file.read_bytes())
     target = cache / f"{name}-{sha.hexdigest()[:16]}"
     if not target.is_dir():

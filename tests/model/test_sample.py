@@ -119,7 +119,7 @@ def test_conditions_are_parsed() -> None:
 def test_text_goes_through_the_named_encoder(
     tiny: Tiny, network: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditserve.model.sample.open_encoder", lambda name: CountingEncoder())
+    monkeypatch.setattr("ditserve.model.sampling.prompt.open_encoder", lambda name: CountingEncoder())
     dit = network(tiny(text_size=3))
     terms = [Term((1, None), "a fox"), Term((1, None))]
     with_text, without = embeddings(dit, terms, "counting")

@@ -17,11 +17,10 @@ from safetensors.numpy import save_file
 
 from ditserve.export.errors import ExportError
 from ditserve.export.tensorrt.build import BuildOptions, profiles_for
-from ditserve.export.tensorrt.engines import find_device, recorded
-from ditserve.export.tensorrt.fusion import fusion_of
-from ditserve.export.tensorrt.progress import Bars, Lines, interruptible
-from ditserve.export.tensorrt.trial import Reference, speedup, try_engine
-from ditserve.export.trt import Job, main, precisions
+from ditserve.export.tensorrt.engines import find_device, fusion_of, recorded_options
+from ditserve.export.tensorrt.progress import BarMonitor, EventMonitor, interruptible
+from ditserve.export.tensorrt.trial import TrialReference, speedup, try_engine
+from ditserve.export.trt import BuildTask, main, precisions
 from ditserve.model.spec.bundle import Bundle, write_manifest
 from ditserve.model.spec.engine_cache import GRAPHS, Device, NoGpu, Origin, Slot, origin_of
 from ditserve.service.backends import load_backend
@@ -45,9 +44,9 @@ def bundle(tmp_path: Path) -> Bundle:
     return Bundle.open(folder)
 
 
-def job(bundle: Bundle, behaviour: Behaviour | None = None, options: BuildOptions = OPTIONS) -> Job:
+def task(bundle: Bundle, behaviour: Behaviour | None = None, options: BuildOptions = OPTIONS) -> BuildTask:
     trt = TRT if behaviour is None else fake_trt(behaviour)
-    return Job(trt, bundle, bundle.path / "engines", options)
+    return BuildTask(trt, bundle, bundle.path / "engines", options)
 
 
 def origin(bundle: Bundle, precision: str = "fp16", version: str = "11.4.0") -> Origin:
@@ -56,29 +55,29 @@ def origin(bundle: Bundle, precision: str = "fp16", version: str = "11.4.0") -> 
 
 
 def test_an_engine_is_built_once_and_lies_under_gpu_and_version(bundle: Bundle) -> None:
-    made, work = origin(bundle), job(bundle)
+    made, work = origin(bundle), task(bundle)
     assert work.check(made).state == "not built"
-    assert work.make(made).state == "built"
+    assert work.build(made).state == "built"
     folder = bundle.path / "engines" / "l4-sm89-tensorrt-11.4.0"
     files = ["backbone.fp16.engine", "backbone.fp16.json", "report.json", "timing.cache"]
     assert sorted(f.name for f in folder.iterdir()) == files
     record = json.loads((folder / "report.json").read_text())["engines"][0]
-    assert record["key"] == made.key(recorded(OPTIONS))
+    assert record["key"] == made.key(recorded_options(OPTIONS))
     assert record["executed"] is False
-    assert work.make(made).state == "fresh"
-    assert work.make(made, force=True).state == "built"
+    assert work.build(made).state == "fresh"
+    assert work.build(made, force=True).state == "built"
     Bundle.open(bundle.path)
 
 
 def test_whatever_an_engine_depends_on_makes_it_stale(bundle: Bundle) -> None:
     made = origin(bundle)
-    job(bundle).make(made)
+    task(bundle).build(made)
     slot = Slot.of(bundle.path / "engines", made)
     assert slot.problem(made) is None
     assert slot.problem(replace(made, graph_sha256="0" * 64)) == "built with another graph sha256"
     assert slot.problem(replace(made, weights_sha256="0" * 64)) == "built with another weights sha256"
     wider = BuildOptions(profiles=profiles_for((1, 8)))
-    assert job(bundle, options=wider).check(made).state == "built with another options"
+    assert task(bundle, options=wider).check(made).state == "built with another options"
     other = replace(made, version="11.5.0", capability="sm90")
     assert slot.problem(other) == "built with another version, capability"
     slot.engine.write_bytes(b"plam")
@@ -88,7 +87,7 @@ def test_whatever_an_engine_depends_on_makes_it_stale(bundle: Bundle) -> None:
 
 
 def test_every_part_of_an_origin_and_every_option_is_in_the_key(bundle: Bundle) -> None:
-    made, options = origin(bundle), recorded(OPTIONS)
+    made, options = origin(bundle), recorded_options(OPTIONS)
     keys = {made.key(options)}
     for change in (
         {"precision": "fp32"},
@@ -101,33 +100,33 @@ def test_every_part_of_an_origin_and_every_option_is_in_the_key(bundle: Bundle) 
     ):
         keys.add(replace(made, **change).key(options))
     for other in (replace(OPTIONS, level=5), replace(OPTIONS, tf32=True), replace(OPTIONS, size=(8, 8))):
-        keys.add(made.key(recorded(other)))
+        keys.add(made.key(recorded_options(other)))
     assert len(keys) == 1 + 7 + 3
 
 
 def test_a_failed_build_leaves_the_old_engine(bundle: Bundle) -> None:
     made = origin(bundle)
-    job(bundle).make(made)
+    task(bundle).build(made)
     with pytest.raises(ExportError):
-        job(bundle, Behaviour(builds=False)).make(made, force=True)
-    assert job(bundle).check(made).state == "fresh"
+        task(bundle, Behaviour(builds=False)).build(made, force=True)
+    assert task(bundle).check(made).state == "fresh"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_cancels_and_the_next_one_does_as_before(bundle: Bundle, number: signal.Signals) -> None:
     made = origin(bundle)
     before = signal.getsignal(number)
-    bars = Bars(Progress(disable=True))
-    work = job(bundle, Behaviour(during=lambda: signal.raise_signal(number)))
+    bars = BarMonitor(Progress(disable=True))
+    work = task(bundle, Behaviour(during=lambda: signal.raise_signal(number)))
     with interruptible(bars), pytest.raises(ExportError, match="cancelled"):
-        work.make(made, monitor=bars)
+        work.build(made, monitor=bars)
     assert signal.getsignal(number) is before
     assert work.check(made).state == "not built"
 
 
 def test_progress_can_be_read_by_machines() -> None:
     events: list[dict[str, Any]] = []
-    monitor = Lines("fp16", events.append)
+    monitor = EventMonitor("fp16", events.append)
     monitor.start("Building", None, 2)
     monitor.start("Inner", "Building", 9)
     assert monitor.step("Inner", 0)
@@ -172,7 +171,7 @@ def test_int8_is_built_beside_half_precision(
 class Answering:
     """An engine that is off by `error` and takes `seconds` a row."""
 
-    def __init__(self, reference: Reference, error: float, seconds: float) -> None:
+    def __init__(self, reference: TrialReference, error: float, seconds: float) -> None:
         self.reference, self.error, self.time, self.calls = reference, error, seconds, 0
 
     def __call__(self, inputs: Any, output_shape: tuple[int, ...]) -> Any:
@@ -185,13 +184,15 @@ class Answering:
 
 
 @pytest.fixture
-def reference() -> Reference:
+def reference() -> TrialReference:
     drawn = np.random.default_rng(0)
     x, t = drawn.standard_normal((20, 3, 4, 4)).astype(np.float32), np.linspace(0, 999, 20)
-    return Reference({"x": x}, 2 * x, t, 1000)
+    return TrialReference({"x": x}, 2 * x, t, 1000)
 
 
-def test_an_engine_is_tried_in_every_noise_band_and_timed_at_every_batch_size(reference: Reference) -> None:
+def test_an_engine_is_tried_in_every_noise_band_and_timed_at_every_batch_size(
+    reference: TrialReference,
+) -> None:
     found = try_engine(Answering(reference, 1e-3, 0.002), "fp16", reference, (1, 8))
     assert len(found["error"]) == 10
     assert max(band["relative_l2"] for band in found["error"]) == pytest.approx(1e-3, rel=0.01)
@@ -205,7 +206,7 @@ def test_speed_is_compared_over_all_batch_sizes() -> None:
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch, reference: Reference) -> dict[str, float]:
+def on_gpu(monkeypatch: pytest.MonkeyPatch, reference: TrialReference) -> dict[str, float]:
     """A GPU whose engines take as long as the table says; wrong ones are off by a tenth."""
     table = {"fp16": 1.0, "int8": 0.5, "wrong": 0.0}
 
@@ -218,8 +219,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, reference: Reference) -> dict[str, f
     names = iter(("fp16", "int8"))
     monkeypatch.setattr("ditserve.export.trt.load_trt", lambda flavour: TRT)
     monkeypatch.setattr("ditserve.export.trt.find_device", lambda *_: GPU)
-    monkeypatch.setattr("ditserve.export.trt.EngineRun", run)
-    monkeypatch.setattr("ditserve.export.trt.reference_of", lambda bundle: reference)
+    monkeypatch.setattr("ditserve.export.trt.EngineRunner", run)
+    monkeypatch.setattr("ditserve.export.trt.trial_reference", lambda bundle: reference)
     return table
 
 

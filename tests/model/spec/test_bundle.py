@@ -155,5 +155,7 @@ def test_atomic_write_leaves_old_or_new(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_opening_needs_no_torch() -> None:
     """The API process reads manifests; it starts without torch."""
-    code = "import sys, model.bundle, model.diffusion, model.solvers, model.mixing, model.unet_config; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, ditserve.model.spec.bundle, ditserve.model.spec.mixing; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -274,5 +274,5 @@ def test_impossible_training_formulas_are_refused_in_one_sentence() -> None:
 
 
 def test_diffusion_and_solvers_load_without_torch() -> None:
-    script = "import sys, model.diffusion, model.solvers; sys.exit('torch' in sys.modules)"
+    script = "import sys, ditserve.model.spec.diffusion, ditserve.model.spec.solvers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -16,7 +16,7 @@ from ditserve.model.spec.bundle import Bundle, write_manifest
 from ditserve.model.spec.engine_cache import FOLDER, Device, Slot, origin_of
 from ditserve.service.backends import BackendUnavailable, OutOfMemory
 from ditserve.service.backends.cuda import Cuda, CudaError
-from ditserve.service.backends.onnx import Graphs
+from ditserve.service.backends.onnx import AuxiliaryGraphs
 from ditserve.service.backends.tensorrt import TensorRtBackend, find_engine
 from tests.export.fake_cuda import VERSION, Context, Engine, Runtime, module_of
 from tests.export.tiny import tiny_source
@@ -57,7 +57,7 @@ def opened(bundle: Bundle, runtime: Runtime) -> tuple[TensorRtBackend, Engine]:
 
 
 def backend_of(bundle: Bundle, runtime: Runtime, engine: Engine | None, **options: Any) -> TensorRtBackend:
-    graphs = Graphs.__new__(Graphs)  # the other parts of the bundle are not used here
+    graphs = AuxiliaryGraphs.__new__(AuxiliaryGraphs)  # the other parts of the bundle are not used here
     return TensorRtBackend(bundle, module=module_of(engine), cuda=Cuda(runtime), graphs=graphs, **options)
 
 
@@ -215,7 +215,9 @@ def test_lanes_on_a_real_device_replay_what_they_captured(bundle: Bundle) -> Non
     cuda = Cuda()
     lay_engine(bundle, Device(*cuda.device()))
     engine = OnDevice(cuda, bundle.manifest.state[-1].name)
-    backend = TensorRtBackend(bundle, module=module_of(engine), cuda=cuda, graphs=Graphs.__new__(Graphs))
+    backend = TensorRtBackend(
+        bundle, module=module_of(engine), cuda=cuda, graphs=AuxiliaryGraphs.__new__(AuxiliaryGraphs)
+    )
     for rows in (2, 8, 7, 2, 1, 8):
         x, state = inputs(bundle, rows)
         np.testing.assert_array_equal(backend.denoise(x, state), x)

@@ -105,8 +105,8 @@ async def test_metrics_can_be_turned_off(open_stage: OpenStage) -> None:
 
 
 def test_processes_share_their_metrics_through_a_folder(tmp_path: Path) -> None:
-    count = "from service import metrics; metrics.STEP_SECONDS.labels('onnx').observe(0.02); metrics.LEASES_EXPIRED.inc()"
-    show = "from service import metrics; from pathlib import Path; import sys; "
+    count = "from ditserve.service.telemetry import metrics; metrics.STEP_SECONDS.labels('onnx').observe(0.02); metrics.LEASES_EXPIRED.inc()"
+    show = "from ditserve.service.telemetry import metrics; from pathlib import Path; import sys; "
     show += "sys.stdout.buffer.write(metrics.exposition(None, shared=Path(sys.argv[1])))"
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for _ in range(2):

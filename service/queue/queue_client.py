@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from ditserve.service.jobs import Event, Job, JobResult, JobStatus, LoadSnapshot
+from ditserve.service.jobs import Job, JobEvent, JobResult, JobStatus, LoadSnapshot
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from ditserve.service.queue.quota import Allowance, Quota
@@ -19,7 +19,7 @@ class Queue(Protocol):
     async def cancel(self, job_id: str) -> bool: ...
     async def status(self, job_id: str) -> JobStatus | None: ...
     async def result(self, job_id: str) -> JobResult | None: ...
-    def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[Event]: ...
+    def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[JobEvent]: ...
     async def load(self) -> LoadSnapshot: ...
     async def ping(self) -> bool: ...
 
@@ -33,7 +33,7 @@ class Meter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Backplane:
+class QueueClient:
     """The queue, the one listener of this process, and the counter of what API keys send."""
 
     queue: Queue
@@ -42,7 +42,7 @@ class Backplane:
 
 
 @asynccontextmanager
-async def open_backplane(settings: Settings) -> AsyncIterator[Backplane]:
+async def open_queue_client(settings: Settings) -> AsyncIterator[QueueClient]:
     """Connects to the Redis of the settings. Raises `ValueError` (no or a malformed URL) and `QueueUnavailable`."""
     if settings.redis_url is None:
         raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
@@ -58,7 +58,7 @@ async def open_backplane(settings: Settings) -> AsyncIterator[Backplane]:
     listener = Listener(broker)
     quota = Quota(url, namespace=settings.namespace)
     try:
-        yield Backplane(broker, listener, quota)
+        yield QueueClient(broker, listener, quota)
     finally:
         await quota.aclose()
         await listener.aclose()
