@@ -53,13 +53,13 @@ FASTER = 1.1  # times fp32, below which INT8 is not worth its error
 
 @dataclass(frozen=True, slots=True)
 class QuantizationSettings:
-    """How to quantise a bundle.
+    """The settings of a quantisation.
 
     Args:
         weights: precision of the weights on disk if the bundle is written again, as `ExportOptions.weights`.
         range: "reduced" (7-bit weights), "full" (8-bit), or "auto" by this machine's CPU.
         keep: keep a graph that is not faster than fp32.
-        frechet: how to measure Fréchet distances, or None.
+        frechet: settings to measure Fréchet distances with, or None to measure none.
         trajectories: the rows to calibrate on, and with another seed those to measure errors on.
     """
 

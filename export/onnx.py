@@ -58,7 +58,7 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """How to export a bundle.
+    """The options of an export.
 
     Args:
         weights: precision on disk: "fp16", "fp32", or "auto" (fp16 if the output stays within `ROUNDING`).

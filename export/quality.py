@@ -28,12 +28,12 @@ COMPARED_PICTURES = TrajectorySettings(samples=4, steps=20, seed=3_000)
 
 @dataclass(frozen=True, slots=True)
 class FrechetSettings:
-    """How to measure Fréchet distances.
+    """The settings of a measurement of Fréchet distances.
 
     Args:
         data: the pictures that the model was trained on.
         classifier: a folder of `model.evaluation.classifier`, whose features are compared.
-        pictures: how many pictures are made.
+        pictures: number of pictures that are made.
         steps: of each picture.
         decoder: the decoder's graph of a model on latents.
     """

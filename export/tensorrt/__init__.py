@@ -1,1 +1,1 @@
-"""TensorRT engines: how one is built, tried out and stored. A user of ONNX never opens this folder."""
+"""TensorRT engines: their build, trial and storage. A user of ONNX never opens this folder."""

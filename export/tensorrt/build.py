@@ -75,7 +75,7 @@ def profiles_for(buckets: Sequence[int], count: int = 1) -> tuple[Profile, ...]:
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How to build an engine.
+    """The options of a build.
 
     Args:
         profiles: the batch sizes.

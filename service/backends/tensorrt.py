@@ -181,10 +181,10 @@ class TensorRtBackend:
         return device | {name: self._cuda.allocate(host[name].nbytes) for name in ("x", "output")}
 
     def _shapes(self, bucket: int) -> dict[str, tuple[int, ...]]:
-        config = self.manifest.config
-        shapes: dict[str, tuple[int, ...]] = {"x": (bucket, config.in_channels, *config.image_size)}
+        model = self.manifest.config
+        shapes: dict[str, tuple[int, ...]] = {"x": (bucket, model.in_channels, *model.image_size)}
         shapes |= {tensor.name: (bucket, *tensor.shape) for tensor in self.manifest.state}
-        return {**shapes, "output": (bucket, config.out_channels, *config.image_size)}
+        return {**shapes, "output": (bucket, model.out_channels, *model.image_size)}
 
 
 def find_engine(bundle: Bundle, engines: Path, precision: str, version: str, device: Device) -> Path:

@@ -1,4 +1,4 @@
-"""INT8 graphs: what is quantised and how, and how near it stays where it is served."""
+"""INT8 graphs: the layers that are quantised, the error on each target, and the report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TARGETS: list[Target] = ["cpu", "tensorrt"]
 
 
 def quantised_products(proto: onnx.ModelProto) -> set[str]:
-    """Products whose second input comes from a DequantizeLinear."""
+    """Return the names of the products whose second input comes from a DequantizeLinear."""
     made_by = {value: node.op_type for node in proto.graph.node for value in node.output}
     products = [node for node in proto.graph.node if node.op_type in ("MatMul", "Gemm")]
     return {node.name for node in products if made_by.get(node.input[1]) == "DequantizeLinear"}
@@ -140,7 +140,7 @@ def test_a_bundle_is_smoothed_quantised_and_tells_what_it_cost(
 
 
 def test_the_cost_in_quality_is_the_growth_of_the_frechet_distance(full_bundle: Path, tmp_path: Path) -> None:
-    """With the model's own pictures as the real ones, and a backbone that adds noise."""
+    """Random pictures stand for the training data; a backbone that adds 0.5 stands for a worse one."""
     source = open_source(full_bundle)
     data = tmp_path / "pictures.npz"
     pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), np.uint8)
@@ -158,7 +158,7 @@ def test_the_cost_in_quality_is_the_growth_of_the_frechet_distance(full_bundle: 
 
 
 def classifier_in(folder: Path) -> Path:
-    """A classifier of random weights over 16×16 pictures."""
+    """Write a classifier of random weights for 16×16 pictures into `folder`."""
     factors = tiny_source().manifest.factors
     torch.manual_seed(0)
     network = Classifier(Card(image_size=(16, 16), widths=(4, 8), factors=factors))

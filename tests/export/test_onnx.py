@@ -1,4 +1,4 @@
-"""What a bundle holds after export, and what stops an export."""
+"""The content of a bundle after export, and the reasons that stop an export."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def test_graphs_have_the_names_and_shapes_of_the_manifest(tiny_bundle: Path) -> 
     }
     for name, sides in expected.items():
         graph = onnx.load(tiny_bundle / name, load_external_data=False).graph
-        found = tuple(
+        shapes = tuple(
             {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in side}
             for side in (graph.input, graph.output)
         )
-        assert found == sides
+        assert shapes == sides
 
 
 def test_nothing_of_the_exporting_machine_is_left(tiny_bundle: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_graph_beyond_its_limit_stops_the_export_and_leaves_the_target(
 
 
 def training_run(folder: Path, *, output: str = "/somewhere/else") -> Path:
-    """A run of `model.train` as it lies on disk, around the tiny model."""
+    """Write a run of `model.train` with the weights of the tiny model into `folder`."""
     pixels = np.zeros((8, 16, 16, 3), np.uint8)
     y, s = np.arange(8) // 2, np.arange(8) % 2
     names, styles = np.array(["circle", "square", "triangle", "star"]), np.array(["flat", "shaded"])

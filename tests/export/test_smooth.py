@@ -1,4 +1,4 @@
-"""Smoothing changes no output, and makes INT8 nearer where channels differ in size."""
+"""Smoothing changes no output, and lowers the error of INT8 if channels differ in size."""
 
 from __future__ import annotations
 
@@ -115,9 +115,10 @@ def test_the_probe_sends_a_model_that_overflows_to_bf16() -> None:
 
 
 def test_the_probe_looks_at_the_backbone_alone() -> None:
-    """The conditioner stays fp32, so that its numbers may be of any size."""
+    """The conditioner stays in fp32, so its activations may have any size."""
     source = tiny_source()
     rows = rows_of(source)
     before = probe_activations(source.dit, rows)
-    parameters(source.dit)["t_embedder.mlp.2.bias"][0] -= FP16_MAX  # SiLU behind it gives 0
+    # The SiLU behind it gives 0.
+    parameters(source.dit)["t_embedder.mlp.2.bias"][0] -= FP16_MAX
     assert probe_activations(source.dit, rows).precision == before.precision

@@ -1,4 +1,4 @@
-"""Sharing weights changes where numbers lie, never what a graph computes."""
+"""Tests of shared weights: they change where numbers lie, never what a graph computes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ X = RNG.standard_normal((3, 48)).astype(np.float32)
 
 
 def graph(transposed: bool) -> onnx.ModelProto:
-    """x (B, 48) → x · MATRIXᵀ tiled to 512, plus a bias, plus a constant that is no weight."""
+    """Return the graph x (B, 48) → (x · MATRIXᵀ tiled to 512, plus a bias) · a constant that is no weight."""
     weight = MATRIX.T.copy() if transposed else MATRIX
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["h"])
@@ -68,7 +68,7 @@ def test_a_graph_that_shares_weights_computes_the_same(
     tmp_path: Path, transposed: bool, dtype: torch.dtype
 ) -> None:
     weights = tmp_path / "weights.safetensors"
-    # "odd" makes the matrix begin at an offset that is no multiple of a page or a cache line
+    # With "odd", the matrix begins at an offset that is no multiple of a page or a cache line.
     save_weights(
         weights, {"a.odd": torch.ones(3), "m": torch.from_numpy(MATRIX), "b": torch.from_numpy(BIAS)}, dtype
     )
@@ -111,7 +111,7 @@ def test_a_weight_that_does_not_fit_is_named(tmp_path: Path) -> None:
 def test_a_large_graph_keeps_its_tensors_beside_it_all_the_way(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the writer through ONNX Runtime, the manifest and the quantiser, as it would be above 2 GiB."""
+    """The writer, ONNX Runtime, the manifest and the quantiser treat it as they would above 2 GiB."""
     monkeypatch.setattr("ditserve.export.storage.INLINE_BYTES", 0)
     folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     source = open_source(folder)

@@ -1,4 +1,4 @@
-"""The TensorRT path with NVIDIA's real compiler, ahead of time and without a GPU. Nothing is executed here."""
+"""Builds by NVIDIA's real compiler, ahead of time and without a GPU. No engine is executed here."""
 
 from __future__ import annotations
 

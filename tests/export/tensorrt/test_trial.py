@@ -1,4 +1,4 @@
-"""An engine is run on the bundle's own calibration rows, through the same calls as on a GPU, on imitations of TensorRT and CUDA."""
+"""The trial of an engine on the bundle's calibration rows, with imitations of TensorRT and CUDA."""
 
 from __future__ import annotations
 

@@ -170,14 +170,15 @@ def test_the_interpreter_runs_on_while_it_computes(backend: Backend, rng: np.ran
     while not done.wait(0.001):
         turns += 1
     worker.join()
-    assert turns > 3  # with the lock held there is one at most
+    # If the backend held the interpreter lock there would be one turn at most.
+    assert turns > 3
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_images_are_the_same_with_the_cache_on_and_off_and_in_any_company(
     backend: Backend, strict: bool, make_request: Make, make_rung: Make
 ) -> None:
-    def made(requests: list[SampleRequest], modulation_bytes: int) -> dict[str, Floats]:
+    def images(requests: list[SampleRequest], modulation_bytes: int) -> dict[str, Floats]:
         engine = Engine(
             backend=backend,
             conditions=Conditions(backend, modulation_bytes=modulation_bytes),
@@ -204,10 +205,10 @@ def test_images_are_the_same_with_the_cache_on_and_off_and_in_any_company(
         )
         for k in range(4)
     ]
-    cached, uncached = made(requests, 1 << 20), made(requests, 0)
+    cached, uncached = images(requests, 1 << 20), images(requests, 0)
     for request in requests:
         np.testing.assert_array_equal(cached[request.id], uncached[request.id])
-        alone = made([request], 1 << 20)[request.id]
+        alone = images([request], 1 << 20)[request.id]
         if strict:
             np.testing.assert_array_equal(cached[request.id], alone)
         np.testing.assert_allclose(cached[request.id], alone, atol=1e-4)

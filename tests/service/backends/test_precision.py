@@ -1,4 +1,4 @@
-"""The precision of the backbone: as asked for, or INT8 where it is worth it."""
+"""The precision of the backbone: the wanted one, or INT8 if it is good and fast enough."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ditserve.service.backends import BackendUnavailable, load_backend
 
 @pytest.fixture
 def with_int8(bundle: Bundle, tmp_path: Path) -> Callable[..., Bundle]:
-    """The bundle with an INT8 backbone (its fp32 one under that name) and what its record says of it."""
+    """Return a function that writes the bundle with an INT8 backbone (a copy of fp32) and these metrics."""
 
     def make(**metrics: float) -> Bundle:
         for name in bundle.manifest.files:
@@ -55,9 +55,9 @@ def test_int8_is_chosen_where_it_is_within_budget_and_faster(
     with structlog.testing.capture_logs() as logs:
         backend = load_backend("onnx", with_int8(**metrics), threads=1)
     assert backend.precision == chosen
-    (told,) = [entry for entry in logs if entry["event"] == "precision chosen"]
-    assert told["precision"] == chosen
-    assert why in str(told.get("against_int8", told.get("speedup")))
+    (choice,) = [entry for entry in logs if entry["event"] == "precision chosen"]
+    assert choice["precision"] == chosen
+    assert why in str(choice.get("against_int8", choice.get("speedup")))
     backend.close()
 
 

@@ -1,4 +1,4 @@
-"""Rows are shared out to threads, or their kernels captured, without a change of the result."""
+"""Rows runner out to threads, or computed by captured kernels, give the results of one session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditserve.service.backends import Floats, load_backend
 from tests.service.backends.random_rows import random_rows
 
 
-def test_threads_share_rows_and_only_of_fewer_rows_than_threads_the_work_within(
+def test_threads_share_out_rows_and_share_operators_for_fewer_rows_than_threads(
     bundle: Bundle, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = pytest.importorskip("ditserve.service.backends.runners", reason="onnxruntime is not installed")
@@ -35,7 +35,7 @@ def test_threads_share_rows_and_only_of_fewer_rows_than_threads_the_work_within(
     backend.close()
 
 
-def test_when_a_part_fails_nobody_computes_any_more() -> None:
+def test_after_a_part_failed_no_thread_computes_any_more() -> None:
     module = pytest.importorskip("ditserve.service.backends.runners", reason="onnxruntime is not installed")
     ended = threading.Event()
 
@@ -47,17 +47,17 @@ def test_when_a_part_fails_nobody_computes_any_more() -> None:
             ended.set()
             return [inputs["x"]]
 
-    shared = module.DataParallelRunner(Session(), Session(), threads=2)
+    runner = module.DataParallelRunner(Session(), Session(), threads=2)
     with pytest.raises(MemoryError, match="bad_alloc"):
-        shared.run(["output"], {"x": np.arange(2.0, dtype=np.float32)})
+        runner.run(["output"], {"x": np.arange(2.0, dtype=np.float32)})
     assert ended.is_set()
-    (same,) = shared.run(["output"], {"x": np.arange(1.0, 6.0, dtype=np.float32)})
+    (same,) = runner.run(["output"], {"x": np.arange(1.0, 6.0, dtype=np.float32)})
     np.testing.assert_array_equal(same, [1, 2, 3, 4, 5])
-    shared.close()
+    runner.close()
 
 
-class Recording:
-    """ONNX Runtime on a GPU in miniature: what is bound is doubled, and every run's recording is kept."""
+class GpuSession:
+    """An imitation of a session on a GPU: it doubles x, and keeps the graph number of every run."""
 
     def __init__(self) -> None:
         self.runs: list[str] = []
@@ -72,7 +72,7 @@ class Recording:
         binding.bound["output"].update_inplace(2.0 * binding.bound["x"].numpy())
 
 
-def test_every_number_of_rows_is_recorded_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_number_of_rows_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     module = pytest.importorskip("ditserve.service.backends.runners", reason="onnxruntime is not installed")
     value = module.ort.OrtValue
     on_host = SimpleNamespace(
@@ -82,10 +82,10 @@ def test_every_number_of_rows_is_recorded_once_and_replayed(monkeypatch: pytest.
         ),
     )
     monkeypatch.setattr(module.ort, "OrtValue", on_host)
-    session = Recording()
-    recorded = module.CudaGraphRunner(session, (2,), threading.Lock())
+    session = GpuSession()
+    runner = module.CudaGraphRunner(session, (2,), threading.Lock())
     for rows in (1, 3, 1, 3):
         x = np.random.default_rng(rows).standard_normal((rows, 2), np.float32)
-        (output,) = recorded.run(["output"], {"x": x})
+        (output,) = runner.run(["output"], {"x": x})
         np.testing.assert_array_equal(output, 2.0 * x)
     assert session.runs == ["1"] * module.CAPTURE_RUNS + ["3"] * module.CAPTURE_RUNS + ["1", "3"]

@@ -1,4 +1,4 @@
-"""A session runs where it was asked to, or is refused; its errors are those of a backend."""
+"""A session runs on the wanted provider or is refused; its errors are those of a backend."""
 
 from __future__ import annotations
 
