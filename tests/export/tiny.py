@@ -58,7 +58,7 @@ def tiny_dit(config: DiTConfig = CONFIG, *, seed: int = 0) -> DiT:
 
 
 def tiny_network(config: NetworkConfig, *, seed: int = 0) -> Network:
-    """Return a network whose every weight matters: by the published initialisation its output would be zero."""
+    """Return a network whose every weight matters: as published, it would start with an output of zero."""
     generator = torch.Generator().manual_seed(seed)
     network = make_network(config).eval().requires_grad_(False)
     for name, parameter in network.named_parameters():
