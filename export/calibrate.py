@@ -20,7 +20,7 @@ from torch import Tensor
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network, NetworkConfig
-from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, noise
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, initial_noise
 from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.model.train.loaded_model import LoadedModel
@@ -162,7 +162,7 @@ def _sample(
     config, schedule = source.network.config, source.schedule
     steps = grid("trailing", min(settings.steps, schedule.timesteps), schedule.timesteps)
     shape = (config.in_channels, *config.image_size)
-    start = np.stack([noise(settings.seed + k, shape) for k in range(settings.samples)])
+    start = np.stack([initial_noise(settings.seed + k, shape) for k in range(settings.samples)])
     table, clip = step_table("ddim", steps, schedule), source.manifest.diffusion.clip_x0
     *_, (_, x0) = trajectory(table, torch.from_numpy(start), network, clip_x0=clip)
     return x0

@@ -37,7 +37,7 @@ from ditserve.export.smooth import input_peaks, search_alpha, smooth
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph
 from ditserve.export.verify import CALIBRATION, LIMITS, check, open_session, report
-from ditserve.model.evaluation.classifier import CLASSIFIER
+from ditserve.model.evaluation.classifier_network import CLASSIFIER
 from ditserve.model.spec.bundle import BACKBONE, write_atomic, write_manifest
 from ditserve.model.spec.command_line import guarded
 from ditserve.model.train.loaded_model import LoadedModel

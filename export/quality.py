@@ -15,10 +15,16 @@ from ditserve.export.calibrate import Backbone, TrajectorySettings, sample_pictu
 from ditserve.export.errors import ExportError
 from ditserve.export.verify import open_session, run
 from ditserve.model.data.examples import DataError
-from ditserve.model.evaluation.classifier import ClassifierError, open_classifier
+from ditserve.model.evaluation.classifier_network import ClassifierError, open_classifier
 from ditserve.model.evaluation.features import classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
-from ditserve.model.evaluation.picture_sets import Plan, asked, make, open_data, real
+from ditserve.model.evaluation.picture_sets import (
+    EvaluationPlan,
+    choose_examples,
+    generate,
+    open_data,
+    real_pictures,
+)
 from ditserve.model.nets.autoencoder import Autoencoder, Identity
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -71,15 +77,15 @@ def frechet_report(source: LoadedModel, backbone: Backbone, settings: FrechetSet
         raise ExportError(str(error)) from None
     decoder = Identity() if settings.decoder is None else _GraphDecoder(settings.decoder)
     plan = _plan(source, settings)
-    rows, _ = asked(dataset, plan)
+    rows, _ = choose_examples(dataset, plan)
 
     def features(images: Iterable[Tensor]) -> Tensor:
         return torch.cat([network.features(chunk).pooled for chunk in images])
 
     training = [int(row) for row in dataset.training]
-    reference = features(real(dataset, decoder, training))
-    fp32 = features(make(source, decoder, dataset, rows, plan))
-    candidate = features(make(with_backbone(source, backbone), decoder, dataset, rows, plan))
+    reference = features(real_pictures(dataset, decoder, training))
+    fp32 = features(generate(source, decoder, dataset, rows, plan))
+    candidate = features(generate(with_backbone(source, backbone), decoder, dataset, rows, plan))
     before, after = frechet_distance(reference, fp32), frechet_distance(reference, candidate)
     return {
         "pictures": len(rows),
@@ -91,9 +97,9 @@ def frechet_report(source: LoadedModel, backbone: Backbone, settings: FrechetSet
     }
 
 
-def _plan(source: LoadedModel, settings: FrechetSettings) -> Plan:
+def _plan(source: LoadedModel, settings: FrechetSettings) -> EvaluationPlan:
     defaults = source.manifest.defaults
-    return Plan(
+    return EvaluationPlan(
         limit=settings.pictures,
         per_pair=1,
         reference=0,

@@ -49,7 +49,7 @@ from ditserve.export.tensorrt.progress import (
 from ditserve.export.tensorrt.trial import FASTER, TrialReference, speedup, trial_reference, try_engine
 from ditserve.export.verify import CALIBRATION
 from ditserve.model.spec.bundle import Bundle
-from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, Origin, Slot, origin_of
+from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, EngineOrigin, engine_origin
 from ditserve.model.spec.errors import ModelError
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -65,7 +65,7 @@ class BuildOutcome:
     `state` is "fresh", "built", "compiles", "dropped: …", or the reason why the engine must not be loaded.
     """
 
-    origin: Origin
+    origin: EngineOrigin
     state: str
     record: Mapping[str, Any]
 
@@ -84,15 +84,15 @@ class BuildTask:
     options: BuildOptions
     buckets: tuple[int, ...] = BUCKETS  # batch sizes to be timed
 
-    def check(self, origin: Origin) -> BuildOutcome:
+    def check(self, origin: EngineOrigin) -> BuildOutcome:
         """Return whether the engine may be loaded, without building it."""
-        slot = Slot.of(self.engines, origin)
+        slot = CachedEngine.of(self.engines, origin)
         problem = slot.problem(origin, recorded_options(self.options))
         return BuildOutcome(origin, problem or "fresh", _record(slot) if problem is None else {})
 
     def build(
         self,
-        origin: Origin,
+        origin: EngineOrigin,
         *,
         force: bool = False,
         keep: bool = True,
@@ -103,7 +103,7 @@ class BuildTask:
         Raises:
             BuildError, BuildCancelled: see `build_engine`; an engine that was there before stays.
         """
-        slot = Slot.of(self.engines, origin)
+        slot = CachedEngine.of(self.engines, origin)
         outcome = self.check(origin)
         if keep and not force and outcome.state == "fresh":
             return outcome
@@ -126,7 +126,7 @@ class BuildTask:
         """
         if outcome.record["executed"]:
             return outcome
-        slot, precision = Slot.of(self.engines, outcome.origin), outcome.origin.precision
+        slot, precision = CachedEngine.of(self.engines, outcome.origin), outcome.origin.precision
         engine = EngineRunner(self.trt, slot.engine.read_bytes())
         try:
             amend(slot, try_engine(engine, precision, reference, self.buckets))
@@ -157,13 +157,13 @@ class BuildTask:
         remaining = []
         for outcome in outcomes:
             if outcome.origin.precision == "int8":
-                drop(Slot.of(self.engines, outcome.origin))
+                drop(CachedEngine.of(self.engines, outcome.origin))
                 outcome = replace(outcome, state=state)
             remaining.append(outcome)
         return remaining
 
 
-def _record(slot: Slot) -> Mapping[str, Any]:
+def _record(slot: CachedEngine) -> Mapping[str, Any]:
     record: Mapping[str, Any] = json.loads(slot.record.read_text())
     return record
 
@@ -216,7 +216,7 @@ def _run(options: argparse.Namespace, reporter: ProgressReporter) -> int:
     device = find_device(trt, build)
     task = BuildTask(trt, bundle, options.engines or bundle.path / FOLDER, build, options.buckets)
     origins = [
-        origin_of(bundle, name, GRAPHS[name][0], flavour=trt.flavour, version=trt.version, device=device)
+        engine_origin(bundle, name, GRAPHS[name][0], flavour=trt.flavour, version=trt.version, device=device)
         for name in precisions(bundle, options.precision or (), every=options.all)
     ]
     if options.check:
@@ -231,7 +231,7 @@ def _run(options: argparse.Namespace, reporter: ProgressReporter) -> int:
 
 
 def _build_and_try(
-    task: BuildTask, origins: Sequence[Origin], options: argparse.Namespace, reporter: ProgressReporter
+    task: BuildTask, origins: Sequence[EngineOrigin], options: argparse.Namespace, reporter: ProgressReporter
 ) -> list[BuildOutcome]:
     """Build the engines and, if they are for this machine, try each out."""
     tried = not (options.target or options.compile_only)
@@ -246,7 +246,7 @@ def _build_and_try(
 
 
 def _build(
-    task: BuildTask, origins: Sequence[Origin], options: argparse.Namespace, reporter: ProgressReporter
+    task: BuildTask, origins: Sequence[EngineOrigin], options: argparse.Namespace, reporter: ProgressReporter
 ) -> list[BuildOutcome]:
     outcomes = []
     for number, origin in enumerate(origins, 1):

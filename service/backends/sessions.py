@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ditserve.model.spec.bundle import Bundle
-from ditserve.model.spec.engine_cache import FOLDER, NoGpu, first_gpu, origin_of
+from ditserve.model.spec.engine_cache import FOLDER, NoGpuError, engine_origin, first_gpu
 from ditserve.service.backends import BackendUnavailable, Floats, OutOfMemory
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -130,13 +130,13 @@ def _engine_cache_options(bundle: Bundle, precision: str) -> dict[str, str]:
     try:
         device = first_gpu()
         version = f"{ort.__version__}-{metadata.version('tensorrt-cu13')}"
-    except NoGpu as error:
+    except NoGpuError as error:
         raise BackendUnavailable(f"{TENSORRT} needs a GPU, and {error}") from None
     except metadata.PackageNotFoundError:
         raise BackendUnavailable(
             f"{TENSORRT} needs the package tensorrt-cu13, which is not installed"
         ) from None
-    origin = origin_of(
+    origin = engine_origin(
         bundle, precision, BACKBONES[precision], flavour="onnxruntime", version=version, device=device
     )
     folder = bundle.path / FOLDER / origin.folder
