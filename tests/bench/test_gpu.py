@@ -9,6 +9,7 @@ import onnxruntime as ort
 import pytest
 
 from ditserve.bench import gpu, record
+from ditserve.model.spec.engine_cache import NoGpuError
 from ditserve.service.backends.sessions import CUDA
 
 

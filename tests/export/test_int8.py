@@ -20,7 +20,7 @@ from ditserve.export.quantize import FILES, Target, backbone_inputs, local_proce
 from ditserve.export.smooth import int8_linears
 from ditserve.export.source import open_source, parameters
 from ditserve.export.verify import LIMITS, check, open_session, run
-from ditserve.model.evaluation.classifier_network import Classifier
+from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard
 from ditserve.model.spec.bundle import Bundle, digest, write_manifest
 from ditserve.model.spec.unet_config import UNetConfig
 from tests.export.tiny import CONFIG, tiny_source
