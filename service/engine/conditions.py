@@ -17,7 +17,7 @@ from typing import Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.mixing import Mix, mixed
+from ditserve.model.spec.mixing import Mix, mix_embeddings
 from ditserve.service.backends import Backend
 from ditserve.service.engine.text_cache import TextCache
 from ditserve.service.errors import InvalidRequest
@@ -78,7 +78,7 @@ class EmbeddingCache(CacheCounters):
         )
         embeddings = self._get_many([key for key, _ in parts])
         digest = blake2b(repr((parts, mix if len(parts) > 1 else "")).encode(), digest_size=16).digest()
-        embedding = mixed(embeddings, [weight for _, weight in parts], mix)
+        embedding = mix_embeddings(embeddings, [weight for _, weight in parts], mix)
         return Condition(digest, np.asarray(embedding, np.float32))
 
     def null(self) -> Condition:
