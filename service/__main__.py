@@ -18,7 +18,7 @@ from importlib import import_module
 from ditserve.service.settings import Settings
 
 # Commands that take settings, and those that take arguments of their own.
-COMMANDS = {"api": "ditserve.service.http.api:run", "worker": "ditserve.service.worker.worker_process:run"}
+COMMANDS = {"api": "ditserve.service.http.api:run", "worker": "ditserve.service.worker.main:run"}
 TOOLS = {"generate": "ditserve.service.client.cli:run", "keys": "ditserve.service.api_keys:run"}
 
 

@@ -281,8 +281,8 @@ async def test_a_running_job_that_is_cancelled_is_told(
     broker: Broker, make_job: MakeJob, wait_until: Callable[..., Awaitable[Any]]
 ) -> None:
     told: list[str] = []
-    broker.watch(told.append)
-    await broker.wait_for_work(5)  # the subscription stands
+    broker.work.watch(told.append)
+    await broker.work.wait(5)  # the subscription stands
     job = make_job()
     await broker.submit(job)
     await claim_one(broker)

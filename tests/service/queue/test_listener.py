@@ -106,7 +106,7 @@ async def test_a_new_job_is_read_once_it_has_ended_and_not_before(
     monkeypatch: pytest.MonkeyPatch,
     wait_until: WaitUntil,
 ) -> None:
-    monkeypatch.setattr("ditserve.service.queue.listener.LATER_S", 60.0)
+    monkeypatch.setattr("ditserve.service.queue.listener.SAFETY_READ_S", 60.0)
     await wait_until(lambda: listener.live)
     read: list[str] = []
     outcomes = broker.outcomes
@@ -136,7 +136,7 @@ async def test_a_new_job_that_ended_before_anybody_waited_is_answered(
     wait_until: WaitUntil,
     heard: bool,
 ) -> None:
-    monkeypatch.setattr("ditserve.service.queue.listener.LATER_S", 60.0 if heard else 0.05)
+    monkeypatch.setattr("ditserve.service.queue.listener.SAFETY_READ_S", 60.0 if heard else 0.05)
     jobs = [make_job(), make_job()]
     for job in jobs:
         await broker.submit(job)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
-from ditserve.service.worker import worker_process
+from ditserve.service.worker import main
 from tests.service.conftest import FakeBackend
 
 DELAY_S = 0.005
@@ -41,4 +41,4 @@ async def opened(*_: object) -> MortalBackend:
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[1:])
     logs.configure(style="json", level="info")
-    sys.exit(0 if asyncio.run(worker_process.serve(settings, "fake", opened)) else 1)
+    sys.exit(0 if asyncio.run(main.serve(settings, "fake", opened)) else 1)
