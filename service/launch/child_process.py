@@ -1,11 +1,11 @@
 """Child processes that do not outlive this one.
 
-Each child is started through a shell that first starts a watcher and then becomes the child. The watcher reads a pipe
-whose other end only this process holds. When this process ends, even by SIGKILL, the pipe ends, and the watcher sends
-the child SIGTERM, and SIGKILL a few seconds later.
+Each child is started through a shell that first starts a watcher and then becomes the child. The watcher
+reads a pipe whose other end only this process holds. When this process ends, even by SIGKILL, the pipe ends,
+and the watcher sends the child SIGTERM, and SIGKILL a few seconds later.
 
-Each child has a session of its own, so that a Ctrl-C in the terminal reaches this process alone, which then stops its
-children in order.
+Each child has a session of its own, so that a Ctrl-C in the terminal reaches this process alone, which then
+stops its children in order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Engines built before a worker loads them, by `python -m export.trt` in a process of its own.
 
-`service` and `export` import nothing of each other: they meet in the bundle. The builder skips engines that are fresh,
-so this is quick from the second start on.
+`service` and `export` import nothing of each other: they meet in the bundle. The builder skips engines that
+are fresh, so this is quick from the second start on.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ async def build_engines(
 ) -> bool:
     """Build the engines that a worker of `precision` needs, unless they are fresh.
 
-    `on_progress` is called at every whole percent. Return False if `stop` was set meanwhile: the builder is then told
-    to stop, and cleans up.
+    `on_progress` is called at every whole percent. Return False if `stop` was set meanwhile: the builder is
+    then told to stop, and cleans up.
 
     Raises:
         BackendUnavailable: they cannot be built; the message is the builder's own sentence.
@@ -79,7 +79,7 @@ async def _terminate_on(stop: asyncio.Event, builder: asyncio.subprocess.Process
 
 
 def _read_event(line: bytes) -> dict[str, Any]:
-    """Return one of the builder's JSON lines as a map; an empty one for what a library prints between them."""
+    """Return one of the builder's JSON lines as a map, empty for a line that a library printed."""
     try:
         event = json.loads(line)
     except ValueError:

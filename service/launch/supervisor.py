@@ -1,11 +1,11 @@
 """`python -m service`: the whole service on one machine, as child processes.
 
-They start in order: a private Valkey unless REDIS_URL names a server, a pool of workers for each bundle, and the API.
-When the API or Valkey ends, everything ends. Stopping goes the other way: first the API, which finishes the requests it
-has, then the workers, then Valkey.
+They start in order: a private Valkey unless REDIS_URL names a server, a pool of workers for each bundle, and
+the API. When the API or Valkey ends, everything ends. Stopping goes the other way: first the API, which
+finishes the requests it has, then the workers, then Valkey.
 
-SIGHUP opens the bundles anew. A bundle that changed gets new workers; once they are ready the API is told to read it
-too, and then the old workers finish their jobs and end.
+SIGHUP opens the bundles anew. A bundle that changed gets new workers; once they are ready the API is told to
+read it too, and then the old workers finish their jobs and end.
 """
 
 from __future__ import annotations
@@ -111,7 +111,10 @@ class Supervisor:
         return valkey
 
     def _start_pool(self, model: ServedModel) -> WorkerPool:
-        """Start the workers of a model. Its bundle was verified when it was opened, so they need not do it again."""
+        """Start the workers of a model.
+
+        Its bundle was verified when it was opened, so they need not do it again.
+        """
         settings = self._settings.model_copy(update={"verify": False})
         pool = WorkerPool(model, settings, metrics_folder=self._folder / "metrics")
         self._pools.append(pool)
@@ -131,7 +134,7 @@ class Supervisor:
         self._end(CONFIG_ERROR)
 
     async def _announce_and_reload(self, reload: asyncio.Event, api: Child) -> None:
-        """Print the greeting once all is ready; from then on replace changed bundles whenever `reload` is set."""
+        """Print the greeting once all is ready; then replace changed bundles whenever `reload` is set."""
         while not await ready(self._settings.host, self._settings.port):  # noqa: ASYNC110 (another process)
             await asyncio.sleep(0.05)
         print(greeting([model.bundle.manifest for model in self._models], self._settings), flush=True)
@@ -144,7 +147,10 @@ class Supervisor:
             api.signal(signal.SIGHUP)
 
     async def _replace(self, old: WorkerPool, api: Child) -> None:
-        """Serve what lies in a bundle's folder now with new workers. If that fails, the old ones go on serving."""
+        """Serve what lies in a bundle's folder now with new workers.
+
+        If that fails, the old ones go on serving.
+        """
         fields = {"model": old.model.name, "folder": str(old.model.folder)}
         leaving: WorkerPool | None = None
         try:
@@ -188,7 +194,10 @@ class Supervisor:
 
 
 def free_port(host: str, port: int) -> int:
-    """Return the port if the API can listen there, or a free one for 0. Raise `ValueError` with the remedy."""
+    """Return the port if the API can listen there, or a free one for 0.
+
+    Raise `ValueError` with the remedy.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:

@@ -1,4 +1,7 @@
-"""The worker processes of one version of one model. A worker that crashes is started again, less and less often."""
+"""The worker processes of one version of one model.
+
+A worker that crashes is started again, less and less often.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ log = structlog.get_logger()
 
 
 async def start_child(command: str, settings: Settings) -> Child:
-    """Start `python -m service COMMAND` with exactly these settings. Raise `OSError` if it cannot be started."""
+    """Start `python -m service COMMAND` with exactly these settings.
+
+    Raise `OSError` if it cannot be started.
+    """
     arguments = [sys.executable, "-m", "ditserve.service", command]
     return await Child.start(command, arguments, settings.child_environment())
 
@@ -35,8 +41,8 @@ async def start_child(command: str, settings: Settings) -> Child:
 class WorkerPool:
     """Owner of `settings.workers` processes that serve `model`.
 
-    `crashed` is set once a worker has ended by itself, `misconfigured` once one has shown at its first start that no
-    restart can help.
+    `crashed` is set once a worker has ended by itself, `misconfigured` once one has shown at its first start
+    that no restart can help.
     """
 
     def __init__(self, model: ServedModel, settings: Settings, *, metrics_folder: Path) -> None:
@@ -51,7 +57,7 @@ class WorkerPool:
         self._tasks = [asyncio.create_task(self._keep_running(k)) for k in range(self._settings.workers)]
 
     async def wait_ready(self, broker: Broker) -> bool:
-        """Return True once all workers report that they serve this bundle, False if one of them ends before."""
+        """Return True once all workers report that they serve this bundle, False if one ends before."""
         while not self.crashed.is_set():
             with suppress(QueueUnavailable):
                 workers = (await broker.load()).workers

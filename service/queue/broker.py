@@ -1,8 +1,9 @@
 """The queue: jobs, leases, events and results in Redis.
 
-Every verb that changes a job is one Lua script (`lua/`) of the same name, so that a job is always in exactly one state.
-A lease carries a fencing token (owner, attempt): what a worker writes counts only while it holds the job. Most scripts
-may be repeated after a lost answer, and are. Nothing here looks at images or runs a model.
+Every verb that changes a job is one Lua script (`lua/`) of the same name, so that a job is always in exactly
+one state. A lease carries a fencing token (owner, attempt): what a worker writes counts only while it holds
+the job. Most scripts may be repeated after a lost answer, and are. Nothing here looks at images or runs a
+model.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ class Broker(Reads):
         reports = [(read_report(report), given) for report, given in replies]
         workers = tuple(report for report, _ in reports if isinstance(report, WorkerState))
         starting = tuple(report for report, _ in reports if isinstance(report, Starting))
-        # Rows given to a worker since its report have left the queue, and are not in the worker's backlog yet.
+        # Rows given to a worker since its report have left the queue, and are not in the worker's backlog
+        # yet.
         rows += sum(
             max(0, given - report.given_rows) for report, given in reports if isinstance(report, WorkerState)
         )
@@ -180,8 +182,8 @@ class Broker(Reads):
     ) -> list[Claim]:
         """Lease the next jobs in fair order, of at most `max_samples` samples together.
 
-        An `idle` owner runs nothing else. Only an idle owner is given a single job that exceeds `max_samples`, or a
-        poison candidate to run alone.
+        An `idle` owner runs nothing else. Only an idle owner is given a single job that exceeds
+        `max_samples`, or a poison candidate to run alone.
         """
         if max_samples <= 0:
             return []
@@ -216,7 +218,7 @@ class Broker(Reads):
             return None
 
     def given_rows(self, owner: str) -> int:
-        """Return the rows that `owner` was ever given, as its last claim said: for the state that it publishes."""
+        """Return the rows that `owner` was ever given, as its last claim said; its reports repeat them."""
         return self._given_rows.get(owner, 0)
 
     async def renew(self, leases: Sequence[Lease]) -> Renewal:
@@ -253,9 +255,10 @@ class Broker(Reads):
         return bool(await self._run("fail", *_token(lease), pack(error), int(retry), *self._attempt_limits()))
 
     async def hand_back(self, lease: Lease, *, checkpoint: bytes = b"", step: int = 0) -> bool:
-        """Return a job to the head of the queue without counting the attempt. Return False if the lease is lost.
+        """Return a job to the head of the queue without counting the attempt.
 
-        The next claim of it is given the checkpoint, unless that is larger than `Limits.checkpoint_bytes`.
+        Return False if the lease is lost. The next claim of it is given the checkpoint, unless that is larger
+        than `Limits.checkpoint_bytes`.
         """
         if len(checkpoint) > self.limits.checkpoint_bytes:
             checkpoint, step = b"", 0

@@ -1,9 +1,9 @@
 """The Redis connection: how clients are opened, how scripts run, and which errors a failing server raises.
 
-The only place that knows redis-py's defaults, and overrides them. The client does not retry, because a write that is
-retried may have happened already; `Scripts` repeats those that may be repeated. The client has no timeouts either: its
-`asyncio.wait_for` costs a task per command, and before Python 3.12 it can swallow a cancellation; `reaching` sets the
-limits.
+The only place that knows redis-py's defaults, and overrides them. The client does not retry, because a write
+that is retried may have happened already; `Scripts` repeats those that may be repeated. The client has no
+timeouts either: its `asyncio.wait_for` costs a task per command, and before Python 3.12 it can swallow a
+cancellation; `reaching` sets the limits.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def open_client(url: str, *, connections: int) -> Redis:
     """Open a client of at most `connections` connections, without timeouts of its own: `reaching` sets them.
 
     Args:
-        url: redis://, rediss:// (TLS) or unix://, with redis-py's options as its query; or one that names Sentinels, see
+        url: redis://, rediss:// (TLS) or unix://, with redis-py's options as its query; or one that names
+        Sentinels, see
             `_sentinel_pool`.
 
     Raises:
@@ -109,7 +110,7 @@ def _check(pool: ConnectionPool) -> None:
 
 
 class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
-    """Connections to the primary that the Sentinels name; when all are taken, the next command waits for one."""
+    """Connections to the primary that the Sentinels name; when all are taken, a command waits for one."""
 
     def __init__(self, primary: str, manager: Sentinel, **options: Any) -> None:
         super().__init__(primary, manager, **options)  # type: ignore[no-untyped-call]
@@ -124,9 +125,9 @@ class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
 def _sentinel_pool(url: str, options: dict[str, Any]) -> _SentinelPool:
     """Return connections to the primary that the Sentinels of the URL name.
 
-    The URL is redis+sentinel://[user:password@]host[:port],host[:port]/primary[/db][?options], or rediss+sentinel:// for
-    TLS to all of them. The options `sentinel_username` and `sentinel_password` are for the Sentinels, the others for the
-    primary.
+    The URL is redis+sentinel://[user:password@]host[:port],host[:port]/primary[/db][?options], or
+    rediss+sentinel:// for TLS to all of them. The options `sentinel_username` and `sentinel_password` are for
+    the Sentinels, the others for the primary.
     """
     parts = urlsplit(url)
     credentials, at, hosts = parts.netloc.rpartition("@")

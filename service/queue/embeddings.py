@@ -1,7 +1,7 @@
 """Text encodings that workers share through Redis, read by a thread that must not wait long for them.
 
-They are only a cache: entries have a TTL and a bound on their size in all, and while Redis is slow or away there are
-none.
+They are only a cache: entries have a TTL and a bound on their size in all, and while Redis is slow or away
+there are none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ T = TypeVar("T")
 class Embeddings(CacheCounters):
     """A cache of about `max_bytes` of values at most, each for `ttl_s` seconds after it was last written.
 
-    Construct it in the event loop that is to speak to Redis; call `get_many` and `put_many` from other threads.
+    Construct it in the event loop that is to speak to Redis; call `get_many` and `put_many` from other
+    threads.
     """
 
     def __init__(self, url: str, *, namespace: str, max_bytes: int, ttl_s: float = 86400.0) -> None:

@@ -42,12 +42,18 @@ class Keys:
 
     @property
     def dues(self) -> str:
-        """Sorted set by name: flow, when due, waiting job. The members of `queue`, except for those put back into it."""
+        """Sorted set by name: flow, when due, waiting job.
+
+        The members of `queue`, except for those put back into it.
+        """
         return self.prefix + "dues"
 
     @property
     def totals(self) -> str:
-        """Hash of four fields: `rows` waiting, virtual `clock`, `bytes` of stored results, `dead` jobs ever."""
+        """Hash of four fields:
+
+        `rows` waiting, virtual `clock`, `bytes` of stored results, `dead` jobs ever.
+        """
         return self.prefix + "totals"
 
     @property
@@ -57,7 +63,10 @@ class Keys:
 
     @property
     def results(self) -> str:
-        """Sorted set: job with a stored result → when the result expires, ms. Trimmed by age and byte budget."""
+        """Sorted set: job with a stored result → when the result expires, ms.
+
+        Trimmed by age and byte budget.
+        """
         return self.prefix + "results"
 
     @property
@@ -111,11 +120,17 @@ class Keys:
         return f"{self.prefix}result:{job_id}"
 
     def checkpoint(self, job_id: str) -> str:
-        """String: the checkpoint that a worker left of a job. TTL; removed when the job ends or its next worker is lost."""
+        """String: the checkpoint that a worker left of a job.
+
+        TTL; removed when the job ends or its next worker is lost.
+        """
         return f"{self.prefix}checkpoint:{job_id}"
 
     def claim(self, owner: str) -> str:
-        """Hash: the jobs of the owner's last claim, for the case that the answer was lost. TTL of one lease."""
+        """Hash: the jobs of the owner's last claim, for the case that the answer was lost.
+
+        TTL of one lease.
+        """
         return f"{self.prefix}claim:{owner}"
 
     def given(self, worker: str) -> str:

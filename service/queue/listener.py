@@ -1,10 +1,12 @@
 """One subscription per process, many waiting requests.
 
-A wait registers the job, the subscription stands, the job's outcome is read, and from then on each `ended` message
-makes it be read again. After a lost connection every outcome that is waited for is read again. Nothing polls.
+A wait registers the job, the subscription stands, the job's outcome is read, and from then on each `ended`
+message makes it be read again. After a lost connection every outcome that is waited for is read again.
+Nothing polls.
 
-A job that was queued this moment is not read before its message comes, or `SAFETY_READ_S` later without one. While a
-read is under way, jobs become due; the next read takes them all at once, so that a busy process reads less often.
+A job that was queued this moment is not read before its message comes, or `SAFETY_READ_S` later without one.
+While a read is under way, jobs become due; the next read takes them all at once, so that a busy process reads
+less often.
 
 The phases of a job that is waited for, and what moves it (`TRANSITIONS`):
 
@@ -35,8 +37,9 @@ READ_AT_ONCE = 64  # jobs, whose images all come into memory
 Phase = Literal["registered", "due", "reading", "settled"]
 Cause = Literal["wanted", "taken", "unread", "not ended", "answered"]
 
-# What happens to a job leads from a phase to the next; where nothing is listed the phase stays. A message that comes
-# during the read of its job makes it due once more, because the read may have been earlier than the end of the job.
+# What happens to a job leads from a phase to the next; where nothing is listed the phase stays. A message
+# that comes during the read of its job makes it due once more, because the read may have been earlier than
+# the end of the job.
 TRANSITIONS: Final[Mapping[tuple[Phase, Cause], Phase]] = {
     ("registered", "wanted"): "due",
     ("reading", "wanted"): "due",

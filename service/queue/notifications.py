@@ -1,7 +1,8 @@
-"""Notifications by Redis pub/sub: a subscription that outlives its connection, and the one that wakes a worker.
+"""Notifications by Redis pub/sub: a subscription that outlives its connection, and a worker's.
 
-Pub/sub is a hint, never the truth. Messages are lost while the connection is away, so `connected` is called after every
-(re)connection, once the server has confirmed the subscription; its owner then reads the state it depends on.
+Pub/sub is a hint, never the truth. Messages are lost while the connection is away, so `connected` is called
+after every (re)connection, once the server has confirmed the subscription; its owner then reads the state it
+depends on.
 """
 
 from __future__ import annotations

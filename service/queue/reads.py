@@ -1,4 +1,7 @@
-"""Reads of what the scripts wrote about a job: status, result, outcome, events, dead letters. Nothing here writes."""
+"""Reads of what the scripts wrote about a job: status, result, outcome, events, dead letters.
+
+Nothing here writes.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ _FIELDS = ("wire", "state", "attempt", "step", "steps", "error", "owner")
 class Reads:
     """The half of the broker that reads. Every verb raises `QueueUnavailable` when Redis cannot be used.
 
-    It has two clients: one for commands that are answered at once, and one for those that wait, each of which keeps a
-    connection for as long as it waits.
+    It has two clients: one for commands that are answered at once, and one for those that wait, each of which
+    keeps a connection for as long as it waits.
     """
 
     def __init__(self, url: str, keys: Keys, *, timeout_s: float) -> None:
@@ -87,8 +90,8 @@ class Reads:
     async def outcomes(self, job_ids: Sequence[str]) -> list[JobResult | ServiceError | None]:
         """Return what `outcome` returns or raises for each of several jobs, in one exchange with Redis."""
         async with reaching(self._timeout_s):
-            # No transaction: a script writes a job's result together with its state, so the state, which is read
-            # first, is never ahead of the result.
+            # No transaction: a script writes a job's result together with its state, so the state, which is
+            # read first, is never ahead of the result.
             pipeline = self._client.pipeline(transaction=False)
             for job_id in job_ids:
                 pipeline.hmget(self.keys.job(job_id), ("state", "error", "owner"))
@@ -109,7 +112,8 @@ class Reads:
     async def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[JobEvent]:
         """Yield the job's events after the given id as they come.
 
-        The last one is a terminal event, unless that was read before: then none is left to read of a job that has ended.
+        The last one is a terminal event, unless that was read before: then none is left to read of a job that
+        has ended.
 
         Raises:
             JobNotFound: the job is unknown, or its record has expired.

@@ -1,7 +1,7 @@
 """The thread that steps the engine. No other thread touches the engine.
 
-The event loop sends commands (add, cancel, export); the thread applies them between two steps and delivers reports. It
-reports at once when a step ended or showed something, and otherwise a few times a second.
+The event loop sends commands (add, cancel, export); the thread applies them between two steps and delivers
+reports. It reports at once when a step ended or showed something, and otherwise a few times a second.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """The cost model at one moment: seconds of a step and of a decode, and the batch beyond which rows gain nothing."""
+    """The cost model at one moment: seconds of a step and of a decode.
+
+    `knee` is the batch size beyond which a further row gains nothing.
+    """
 
     fixed_s: float
     per_row_s: float
@@ -126,7 +129,10 @@ class EngineThread:
         self._commands.put(lambda: self._add(starts))
 
     def export(self, sample_ids: Iterable[str]) -> Future[dict[str, Snapshot]]:
-        """Return, in time, snapshots of samples as they are between two steps. Samples not begun are left out."""
+        """Return, in time, snapshots of samples as they are between two steps.
+
+        Samples not begun are left out.
+        """
         ids, exported = tuple(sample_ids), Future[dict[str, Snapshot]]()
         self._commands.put(lambda: self._export(ids, exported))
         return exported
@@ -152,7 +158,10 @@ class EngineThread:
                 return
 
     def _next_command(self) -> Callable[[], None] | None:
-        """Return the next command, or None if it is time for a step. Wait for a command while the engine is idle."""
+        """Return the next command, or None if it is time for a step.
+
+        Wait for a command while the engine is idle.
+        """
         with suppress(queue.Empty):
             return self._commands.get_nowait()
         if not self._engine.idle:

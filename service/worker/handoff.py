@@ -1,7 +1,7 @@
-"""Jobs that change hands: a worker that leaves gives a job back with a checkpoint, and the next one goes on from it.
+"""Jobs that change hands: a leaving worker gives a job back with a checkpoint, the next one goes on from it.
 
-Only a worker of the same release, bundle and backend goes on from a checkpoint, so that a seed still means an image.
-Any other worker ignores it and starts the job anew.
+Only a worker of the same release, bundle and backend goes on from a checkpoint, so that a seed still means an
+image. Any other worker ignores it and starts the job anew.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Handoff:
             return not_begun
 
     async def export(self, jobs: Sequence[RunningJob]) -> dict[str, Snapshot]:
-        """Return snapshots of the samples of jobs by sample id; none if the engine does not answer in time."""
+        """Return snapshots of the jobs' samples by sample id; none if the engine does not answer in time."""
         ids = [request.id for job in jobs for request in job.requests]
         if not ids:
             return {}
@@ -92,7 +92,8 @@ def read_checkpoint(data: bytes, *, origin: str, samples: int) -> tuple[SampleSt
     """Return the states that `write_checkpoint` was given.
 
     Raises:
-        ValueError: another origin wrote it, it is of another number of samples, or it is no checkpoint at all.
+        ValueError: another origin wrote it, it is of another number of samples, or it is no checkpoint at
+        all.
     """
     try:
         fields = unpack(data)

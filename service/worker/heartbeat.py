@@ -1,4 +1,4 @@
-"""A worker's signs of life: its leases, its reports to everybody, and its activity before it can take jobs."""
+"""A worker's signs of life: its leases, its reports, and its activity before it can take jobs."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class Leases:
 class Reporting:
     """The reports of a worker's state, on which admission rests.
 
-    A report follows a change within `busy_s` seconds. Without a change one report in `every_s` seconds says that the
-    worker lives. `peers` counts the workers of this queue, this one included.
+    A report follows a change within `busy_s` seconds. Without a change one report in `every_s` seconds says
+    that the worker lives. `peers` counts the workers of this queue, this one included.
     """
 
     def __init__(self, broker: Broker, *, every_s: float, busy_s: float) -> None:

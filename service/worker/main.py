@@ -1,4 +1,4 @@
-"""The worker process: the parts of a worker put together from settings, and signals turned into an orderly end."""
+"""The worker process: builds a worker from settings, and turns signals into an orderly end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ log = structlog.get_logger()
 def run(settings: Settings) -> int:
     """Work until told to stop; return the exit status.
 
-    An error that no restart can mend is one sentence on stderr and status 2. Status 1: another start may help.
+    An error that no restart can mend is one sentence on stderr and status 2. Status 1: another start may
+    help.
     """
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
@@ -93,7 +94,9 @@ def only_bundle(settings: Settings) -> Bundle:
 async def open_backend(
     settings: Settings, bundle: Bundle, options: Mapping[str, Any], report: Report, stop: asyncio.Event
 ) -> Backend | None:
-    """Build the engines that are missing, if the settings say so, and open the backend. Return None if stopped meanwhile.
+    """Build the engines that are missing, if the settings say so, and open the backend.
+
+    Return None if stopped meanwhile.
 
     Raises:
         BackendUnavailable, BundleError: see `load_backend` and `build_engines`.
@@ -160,7 +163,7 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
 
 
 def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
-    """Return the options to open the chosen backend with: the settings that were set; it chooses the others itself.
+    """Return the options of the chosen backend: the settings that were set. It chooses the others itself.
 
     Raises:
         BackendUnavailable: one is set that this backend does not take.

@@ -1,4 +1,7 @@
-"""From clean latents to image files, in a thread beside the engine's. Both compute with the interpreter lock released."""
+"""From clean latents to image files, in a thread beside the engine's.
+
+Both compute with the interpreter lock released.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,8 @@ class Decoder(Protocol):
 class Postprocessor:
     """The thread that decodes and encodes, one batch after the other.
 
-    `pending` counts the batches and previews that wait or are worked on. `factors` name the classes in the metadata
-    of the files.
+    `pending` counts the batches and previews that wait or are worked on. `factors` name the classes in the
+    metadata of the files.
     """
 
     def __init__(self, decoder: Decoder, factors: Sequence[Factor] = ()) -> None:

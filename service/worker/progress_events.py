@@ -52,7 +52,7 @@ class ProgressEvents:
         self._publish(job, "preview", data)
 
     def steps(self, jobs: Iterable[RunningJob], progress: Mapping[str, tuple[int, int]], now: float) -> None:
-        """Publish a step event for every job that has advanced, unless the last step events are too recent."""
+        """Publish a step event for every job that has advanced, unless the last ones are too recent."""
         if now - self._stepped_at < self._step_event_s:
             return
         self._stepped_at = now

@@ -34,11 +34,12 @@ class EncodedImage:
 class RunningJob:
     """A claimed job: its requests, which of them are finished, and the images made so far.
 
-    A sample id holds the attempt, so that a sample that an earlier attempt left in the engine is not taken for one of
-    this attempt.
+    A sample id holds the attempt, so that a sample that an earlier attempt left in the engine is not taken
+    for one of this attempt.
 
     Args:
-        states: the state of each sample as an earlier worker left it, in seed order. `starts` are the samples to run
+        states: the state of each sample as an earlier worker left it, in seed order. `starts` are the samples
+        to run
             from there, `done` those that are finished and lack only their image.
     """
 
@@ -98,8 +99,8 @@ class RunningJob:
     def result(self, worker: str) -> JobResult:
         """Return the result: all images in seed order.
 
-        Steps and rung are those of the sample that was degraded most. A time is the longest of any sample, except for
-        the time in the queue, which ends with the first step of any.
+        Steps and rung are those of the sample that was degraded most. A time is the longest of any sample,
+        except for the time in the queue, which ends with the first step of any.
         """
         images = [self._images[request.id] for request in self.requests]
         samples = [image.finished for image in images]
@@ -147,7 +148,7 @@ def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor])
 
 
 def _term_fields(term: ConditionTerm, factors: Sequence[Factor]) -> dict[str, Any]:
-    """Return a condition as a request writes it: class names, and the text and weight where they are not the default."""
+    """Return a condition as a request writes it; text and weight only where they are not the default."""
     classes = {
         factor.name: factor.classes[label]
         for factor, label in zip(factors, term.labels, strict=False)

@@ -1,8 +1,9 @@
 """A worker: claims jobs it has room for, lets the engine step them, and publishes their results.
 
-The event loop keeps the leases, claims, cancels and reports. The engine steps in a thread of its own (`engine_thread`),
-and images are decoded and encoded in another (`postprocess`). While Redis is away the engine works on; what is finished
-is published when Redis is back, if the lease still holds. A worker knows no settings and no signals (`main` does).
+The event loop keeps the leases, claims, cancels and reports. The engine steps in a thread of its own
+(`engine_thread`), and images are decoded and encoded in another (`postprocess`). While Redis is away the
+engine works on; what is finished is published when Redis is back, if the lease still holds. A worker knows no
+settings and no signals (`main` does).
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ log = structlog.get_logger()
 class WorkerIdentity:
     """The names by which others know a worker and what it serves.
 
-    `name` is unique among all workers, ever: a restarted worker has a new one. `bundle` and `vocabulary` are digests of
-    what it serves (`identity`); jobs of another vocabulary are refused. `origin` is that of the checkpoints it writes
-    and goes on from (`handoff.checkpoint_origin`).
+    `name` is unique among all workers, ever: a restarted worker has a new one. `bundle` and `vocabulary` are
+    digests of what it serves (`identity`); jobs of another vocabulary are refused. `origin` is that of the
+    checkpoints it writes and goes on from (`handoff.checkpoint_origin`).
     """
 
     name: str
@@ -58,8 +59,8 @@ class WorkerIdentity:
 class WorkerParts:
     """The parts that a worker is built from.
 
-    `factors` name the classes in the metadata of image files. `observe` is called with the report of every step, in the
-    engine's thread. `clock` gives seconds since the epoch.
+    `factors` name the classes in the metadata of image files. `observe` is called with the report of every
+    step, in the engine's thread. `clock` gives seconds since the epoch.
     """
 
     broker: Broker
@@ -75,8 +76,8 @@ class WorkerParts:
 class Worker:
     """The jobs of one model on one engine. Construct it inside the event loop.
 
-    Methods `_on_…` are called when something has happened: they note it, start what follows, and return at once. All
-    others are named for what they do.
+    Methods `_on_…` are called when something has happened: they note it, start what follows, and return at
+    once. All others are named for what they do.
     """
 
     def __init__(self, parts: WorkerParts, identity: WorkerIdentity, policy: WorkerPolicy) -> None:
@@ -146,18 +147,20 @@ class Worker:
             for claim in claims:
                 self._start_job(claim)
                 self._reporting.changed()
-            # Fewer samples than there is room for: the queue has no more to give, and notifies of what comes later.
+            # Fewer samples than there is room for: the queue has no more to give, and notifies of what comes
+            # later.
             if sum(len(claim.job.seeds) for claim in claims) < max(1, room) and not self._leaving:
                 await self._broker.work.wait(self.policy.idle_s)
 
     def _samples_to_claim(self) -> int:
         """Return how many samples to claim now.
 
-        They fill an efficient batch, and this worker's share of the look-ahead. Return 0 before the engine is ready
-        and while a poison candidate runs alone.
+        They fill an efficient batch, and this worker's share of the look-ahead. Return 0 before the engine is
+        ready and while a poison candidate runs alone.
 
-        Example: an efficient batch of 16 rows and a look-ahead of 64 rows among 2 workers make 48 rows wanted. With 40
-        rows held, 8 rows are missing, which are 4 samples of 2 rows each, if so many slots are free.
+        Example: an efficient batch of 16 rows and a look-ahead of 64 rows among 2 workers make 48 rows
+        wanted. With 40 rows held, 8 rows are missing, which are 4 samples of 2 rows each, if so many slots
+        are free.
         """
         if self._report is None or any(job.run_isolated for job in self._jobs.values()):
             return 0
@@ -307,7 +310,7 @@ class Worker:
                 self._drop(job, "cancelled" if job_id in renewal.cancelled else "lost")
 
     async def _watch_for_hang(self) -> None:
-        """Give up when the engine hangs: its jobs are retried elsewhere, and a new process takes this one's place."""
+        """Give up when the engine hangs: its jobs are retried, and a new process replaces this one."""
         late = 0
         # It must be late twice in a row, because this process may itself have been stopped for a while.
         while late < 2:

@@ -131,7 +131,8 @@ async def test_a_mistake_in_the_url_is_one_sentence(url: str, sentence: str) -> 
 ACL = (
     "user default off",
     "user dit on >secret resetkeys ~{dit}:* resetchannels &{dit}:* -@all +@connection +@hash +@pubsub "
-    "+@scripting +@sortedset +@stream +@string +@transaction +del +exists +pexpire +persist +time -@dangerous",
+    "+@scripting +@sortedset +@stream +@string +@transaction +del +exists +pexpire +persist +time "
+    "-@dangerous",
 )
 
 

@@ -84,7 +84,7 @@ async def test_what_cannot_be_read_ends_one_wait_and_no_other(
     async with asyncio.timeout(5):
         waits = (listener.wait(job.id) for job in jobs)
         *broken, sound = await asyncio.gather(*waits, return_exceptions=True)
-    assert ([type(each) for each in broken], sound) == ([InternalError] * 2, make_result())
+    assert ([type(outcome) for outcome in broken], sound) == ([InternalError] * 2, make_result())
 
 
 async def test_a_job_that_ended_before_is_answered_at_once(

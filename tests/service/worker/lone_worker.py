@@ -1,6 +1,7 @@
-"""A worker process around a made-up network, for tests that kill it: `python -m tests.service.worker.lone_worker [flags]`.
+"""A worker process around a made-up network, for tests that kill it.
 
-A step takes DELAY_S; a row of class BLUE kills the process, as a fault in a native library would.
+`python -m tests.service.worker.lone_worker [flags]`. A step takes DELAY_S; a row of class BLUE kills the
+process, as a fault in a native library would.
 """
 
 import asyncio

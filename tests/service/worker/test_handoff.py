@@ -1,4 +1,4 @@
-"""A job that a worker leaves under way is gone on with by the next, from where it stood, to the same image."""
+"""A job that a worker leaves under way is continued by the next, from where it stood, to the same image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker built from settings: its backend, its engine, its text encoder, and its reports while it starts."""
+"""A worker built from settings: backend, engine, text encoder, and reports while it starts."""
 
 from __future__ import annotations
 
