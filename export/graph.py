@@ -8,13 +8,12 @@ TensorRT names them in errors. Nothing of the exporting machine (paths, stack tr
 from __future__ import annotations
 
 import ast
-import copy
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ from ditserve.export.errors import ExportError
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import size_multiple
 
 OPSET = 20
@@ -81,23 +79,6 @@ class _Decoder(nn.Module):
         return self.autoencoder.decode(latent)
 
 
-class _AnySizeConfig(DiTConfig):
-    """Spacing of positions as arithmetic on tensors, so that it is computed in the graph."""
-
-    def position_scale(self, rows: int, columns: int) -> Any:
-        height, width = self.base_size or self.image_size
-        counts = (torch.arange(1, count + 1)[-1:] for count in (rows, columns))  # what a graph can see
-        sides = (height // self.patch_size, width // self.patch_size)
-        return tuple(torch.clamp(side / count, max=1.0) for side, count in zip(sides, counts, strict=True))
-
-
-class _AnySize(DiT):
-    """A DiT that does not look whether the size is the trained one."""
-
-    def positions(self, rows: int, columns: int) -> Tensor:
-        return self._positions(rows, columns)
-
-
 @dataclass(frozen=True, slots=True)
 class _Wiring:
     module: nn.Module
@@ -138,7 +119,7 @@ def backbone_graph(network: Network) -> onnx.ModelProto:
     inputs |= {name: torch.randn(2, *shape) for name, shape in config.state()}
     sides = size_multiple(config) or 0
     dit = isinstance(network, DiT)
-    module = _Backbone(_any_size(network) if isinstance(network, DiT) and sides else network)
+    module = _Backbone(network.with_symbolic_positions() if isinstance(network, DiT) and sides else network)
     proto = _export(_Wiring(module, inputs, ("output",), len(inputs) - 1, sides, strict=not dit))
     if next(network.parameters()).dtype == torch.float32:
         _turn_narrow(proto.graph)
@@ -150,13 +131,6 @@ def decoder_graph(autoencoder: Autoencoder, channels: int) -> onnx.ModelProto:
     inputs = {"latent": torch.randn(2, channels, 8, 8)}
     # diffusers lays larger batches out anew, which changes nothing but would be a condition in the graph
     return _export(_Wiring(_Decoder(autoencoder), inputs, ("image",), sides=1, batch=63, strict=False))
-
-
-def _any_size(dit: DiT) -> DiT:
-    """The same weights in a module that computes positions in the graph."""
-    free = copy.copy(dit)
-    free.__class__, free.config = _AnySize, _AnySizeConfig(**asdict(dit.config))
-    return free
 
 
 def _export(wiring: _Wiring) -> onnx.ModelProto:

@@ -24,7 +24,7 @@ import structlog
 from pydantic import SecretStr
 
 from ditserve.model.spec.bundle import BundleError, Manifest
-from ditserve.service.api_keys import KeyringError, admit
+from ditserve.service.api_keys import KeyringError, open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.launch.child_process import Child
 from ditserve.service.launch.valkey import ValkeyFailed, start_valkey
@@ -49,7 +49,7 @@ def run(settings: Settings) -> int:
     try:
         # Checked before anything is started, so that a damaged file is one sentence.
         models = open_served_models(settings, verify=settings.verify)
-        admit(settings)
+        open_keyring(settings)
         port = free_port(settings.host, settings.port)
         with tempfile.TemporaryDirectory(prefix="dit-") as folder:
             here = settings.model_copy(update={"port": port})

@@ -24,7 +24,7 @@ from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first
 from ditserve.service.telemetry import metrics
-from ditserve.service.telemetry.tracing import NoTracing, Tracing
+from ditserve.service.telemetry.tracing import Tracing
 from ditserve.service.worker.engine_thread import EngineReport, EngineThread, Stepper
 from ditserve.service.worker.handoff import Handoff
 from ditserve.service.worker.heartbeat import Leases, Reporting
@@ -69,7 +69,7 @@ class WorkerParts:
     ladder: Ladder
     factors: Sequence[Factor] = ()
     observe: Callable[[StepReport], None] = lambda report: None
-    tracing: Tracing = field(default_factory=NoTracing)
+    tracing: Tracing = field(default_factory=Tracing)
     clock: Callable[[], float] = time.time
 
 

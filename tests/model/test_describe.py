@@ -16,7 +16,7 @@ from ditserve.model.describe import main, paper, read_config
 from ditserve.model.nets.cost import cost, macs
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import make_network
-from ditserve.model.spec.dit_config import DiTConfig, named
+from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.unet_config import UNetConfig
 
 Tiny = Callable[..., DiTConfig]
@@ -118,9 +118,9 @@ def write(path: Path, content: Any) -> str:
 
 
 def test_configurations_are_read_from_anything(tmp_path: Path) -> None:
-    assert read_config("DiT-B/4") == named("DiT-B/4")
+    assert read_config("DiT-B/4") == published_config("DiT-B/4")
     assert read_config(write(tmp_path / "a.json", {"depth": 2})) == DiTConfig(depth=2)
-    assert read_config(write(tmp_path / "b.json", {"name": "DiT-S/8"})) == named("DiT-S/8")
+    assert read_config(write(tmp_path / "b.json", {"name": "DiT-S/8"})) == published_config("DiT-S/8")
     unet = {"network": "unet", "base_channels": 64}
     assert read_config(write(tmp_path / "c.json", unet)) == UNetConfig(base_channels=64)
 

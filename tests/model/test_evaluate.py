@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from ditserve.model.evaluate import SHEET, main
-from ditserve.model.evaluation.classifier import Card, Classifier, save_classifier
+from ditserve.model.evaluate import COLUMNS, main
+from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard, save_classifier
 from ditserve.model.evaluation.measures import REAL
 from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN
 from ditserve.model.spec.bundle import Bundle, write_manifest
@@ -30,7 +30,7 @@ def command(bundle: Path, tmp_path: Path) -> list[str]:
     manifest = Bundle.open(bundle).manifest
     said = {"training": {"data": {"path": "x.npz", "names": NAMES, "hold_out": 0.3}}}
     write_manifest(bundle, manifest.model_copy(update={"provenance": said, "metrics": {"old": 1.0}}))
-    card = Card(
+    card = ClassifierCard(
         image_size=(8, 8), widths=(4, 6), factors=manifest.factors, accuracy={"label_top1_unseen": 0.5}
     )
     save_classifier(Classifier(card), tmp_path / "judge", card)
@@ -72,7 +72,7 @@ def test_the_report_holds_all_figures_and_the_pictures(
     assert capsys.readouterr().out == text + "\n"
     assert "not comparable with published FID" in text
     assert "8 pictures are few for 6 features" in text
-    assert opened(out / "closest.png").shape == opened(out / "held-out.png").shape == (2 * 8, SHEET * 8, 3)
+    assert opened(out / "closest.png").shape == opened(out / "held-out.png").shape == (2 * 8, COLUMNS * 8, 3)
 
 
 def test_the_same_seed_gives_the_same_figures(command: list[str], tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_figures(command: list[str], tmp_path: Path
 
 def test_closest_pictures_stand_above_their_training_picture(command: list[str], tmp_path: Path) -> None:
     assert main([*command, "--limit", "8", "--steps", "1"]) == 0
-    pixels = opened(tmp_path / "out" / "closest.png").reshape(2, 8, SHEET, 8, 3)
+    pixels = opened(tmp_path / "out" / "closest.png").reshape(2, 8, COLUMNS, 8, 3)
     above, below = pixels.transpose(0, 2, 1, 3, 4)  # (N, H, W, 3) each
     apart = np.sqrt(((above - below) ** 2).mean((1, 2, 3)))[:8]
     assert (np.diff(apart) >= -1e-9).all()
@@ -114,11 +114,11 @@ def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
     command: list[str], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = Bundle.open(bundle).manifest
-    stranger = Card(
+    stranger = ClassifierCard(
         image_size=(8, 8), widths=(4, 6), factors=(manifest.factors[0].model_copy(update={"name": "x"}),)
     )
     save_classifier(Classifier(stranger), tmp_path / "stranger", stranger)
-    larger = Card(image_size=(16, 16), widths=(4, 6), factors=manifest.factors)
+    larger = ClassifierCard(image_size=(16, 16), widths=(4, 6), factors=manifest.factors)
     save_classifier(Classifier(larger), tmp_path / "larger", larger)
     cases = {
         ("--classifier", str(tmp_path / "stranger")): "knows none of the model's classes",

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditserve.model.nets.dit import Block, DiT
-from ditserve.model.nets.layers import positions
-from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig, named
+from ditserve.model.nets.layers import sincos_positions
+from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig, published_config
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]
@@ -62,19 +62,19 @@ def count(config: DiTConfig) -> int:
 
 @pytest.mark.parametrize(("size", "parameters"), [("S", 32.96), ("B", 130.51), ("L", 458.10), ("XL", 675.13)])
 def test_parameters_of_the_papers_sizes(size: str, parameters: float) -> None:
-    assert count(named(f"DiT-{size}/2")) / 1e6 == pytest.approx(parameters, abs=0.005)
+    assert count(published_config(f"DiT-{size}/2")) / 1e6 == pytest.approx(parameters, abs=0.005)
 
 
 @pytest.mark.parametrize(
     ("kind", "millions"), [("in_context", 449), ("cross_attention", 598), ("adaln", 600), ("adaln_zero", 675)]
 )
 def test_parameters_of_the_papers_blocks(kind: str, millions: int) -> None:
-    assert count(named("DiT-XL/2", blocks=kind)) / 1e6 == pytest.approx(millions, abs=0.8)
+    assert count(published_config("DiT-XL/2", blocks=kind)) / 1e6 == pytest.approx(millions, abs=0.8)
 
 
 def test_published_element_count() -> None:
     """The released DiT-XL/2 at 256 px has 675,129,632 elements, positions included."""
-    assert count(named("DiT-XL/2")) == 675_129_632
+    assert count(published_config("DiT-XL/2")) == 675_129_632
 
 
 def test_split_is_forward_to_the_bit(variant: DiTConfig, network: Make) -> None:
@@ -203,7 +203,7 @@ def test_non_square_training_size(tiny: Tiny, network: Make) -> None:
     x, t, labels, _ = inputs(config)
     dit = network(config)
     assert dit(x, t, labels).shape == (4, 3, 4, 12)
-    assert torch.equal(dit.pos_embed, positions(32, 2, 6))
+    assert torch.equal(dit.pos_embed, sincos_positions(32, 2, 6))
 
 
 def test_tokens_are_row_major(tiny: Tiny, network: Make) -> None:
@@ -218,8 +218,8 @@ def test_tokens_are_row_major(tiny: Tiny, network: Make) -> None:
 
 def test_larger_sizes_are_interpolated_into_the_base(tiny: Tiny, network: Make) -> None:
     dit = network()
-    assert torch.equal(dit.positions(8, 4), positions(32, 8, 4, (0.5, 1.0)))
-    assert torch.equal(dit.positions(2, 3), positions(32, 2, 3))
+    assert torch.equal(dit.positions(8, 4), sincos_positions(32, 8, 4, (0.5, 1.0)))
+    assert torch.equal(dit.positions(2, 3), sincos_positions(32, 2, 3))
     # trained on at 16×16 from 8×8: the new model's own table is the interpolated one, and the function is the same
     grown = DiT(tiny(image_size=(16, 16), base_size=(8, 8))).eval()
     grown.load_state_dict(dit.state_dict())

@@ -15,7 +15,7 @@ from torch import Tensor
 from ditserve.model.nets.factory import make_network
 from ditserve.model.nets.unet import ResBlock, UNet, group_norm
 from ditserve.model.spec.network_config import network_config, network_fields
-from ditserve.model.spec.unet_config import Stage, UNetConfig
+from ditserve.model.spec.unet_config import UNetConfig, UNetStage
 from tests.model.nets.unet_cases import TINY_UNET
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def test_starts_at_zero_and_learns(variant: UNetConfig) -> None:
 
 
 def test_block_norm_is_scaled_and_shifted_by_the_condition() -> None:
-    block = ResBlock(Stage(16, 16), 64, 16)
+    block = ResBlock(UNetStage(16, 16), 64, 16)
     h, state = torch.randn(2, 16, 4, 4), torch.randn(2, 2, 16)
     scale, shift = state[:, 0, :, None, None], state[:, 1, :, None, None]
     inner = F.group_norm(block.conv1(F.silu(F.group_norm(h, 16, block.norm1.weight, block.norm1.bias))), 16)

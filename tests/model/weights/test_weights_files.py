@@ -18,7 +18,7 @@ from ditserve.model.convert import main
 from ditserve.model.nets.dit import DiT
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.weights.files import Import, read_state, read_weights
+from ditserve.model.weights.files import ImportOptions, read_state, read_weights
 from ditserve.model.weights.official import WeightsError, to_official
 
 Make = Callable[..., DiT]
@@ -79,7 +79,7 @@ def test_files_without_tensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["model folder", "pipeline folder", "weights file", "bin"])
 def test_diffusers_layouts(network: Make, official: Path, tmp_path: Path, layout: str) -> None:
-    weights, _ = read_weights(official, Import(num_heads=2))
+    weights, _ = read_weights(official, ImportOptions(num_heads=2))
     main(["import", str(official), str(tmp_path / "bundle"), "--licence", "MIT", "--heads", "2"])
     folder = tmp_path / ("pipeline/transformer" if layout == "pipeline folder" else "model")
     assert main(["export", str(tmp_path / "bundle"), str(folder), "--to", "diffusers"]) == 0
@@ -91,7 +91,7 @@ def test_diffusers_layouts(network: Make, official: Path, tmp_path: Path, layout
         file = folder / "diffusion_pytorch_model.safetensors"
         torch.save(load_file(file), file.with_suffix(".bin"))
         file.unlink()
-    again, config = read_weights(source.get(layout, folder), Import())
+    again, config = read_weights(source.get(layout, folder), ImportOptions())
     assert config == PLAIN
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
@@ -173,7 +173,7 @@ def test_damaged_diffusers_configuration(network: Make, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
-        read_weights(tmp_path, Import())
+        read_weights(tmp_path, ImportOptions())
     (tmp_path / "config.json").write_text(json.dumps({"sample_size": replace(PLAIN).image_size[0]}))
     with pytest.raises(WeightsError, match="missing"):
-        read_weights(tmp_path, Import())
+        read_weights(tmp_path, ImportOptions())
