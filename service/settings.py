@@ -1,5 +1,4 @@
-"""Everything that can be configured, defined once: flags, `DIT_*` environment variables, and the usual
-`REDIS_URL`.
+"""Every setting, defined once: flags, `DIT_*` environment variables, and the usual `REDIS_URL`.
 
 The only file that reads the environment. Settings are read once, refused when unknown or malformed, frozen,
 and passed on. Flags win over environment variables, which win over defaults.

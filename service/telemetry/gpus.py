@@ -1,5 +1,4 @@
-"""The memory of this host's GPUs, from NVIDIA's management library (NVML), whichever backend runs the
-network.
+"""The memory of this host's GPUs, from NVIDIA's management library (NVML), for every backend.
 
 Where the library, its package or a GPU is missing, nothing is reported.
 """

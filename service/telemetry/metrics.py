@@ -107,7 +107,7 @@ BUILD_INFO = Gauge(
 
 
 class LoadCollector(Collector):
-    """Reports the queue and the workers of each model from load snapshots; None means that Redis did not answer."""
+    """Reports the queue and the workers of each model from `loads`, None if Redis did not answer."""
 
     def __init__(self, loads: Mapping[str, LoadSnapshot] | None) -> None:
         self._loads = loads
@@ -170,8 +170,7 @@ def forget(pid: int, *, shared: Path) -> None:
 
 
 def observe_memory(role: str) -> None:
-    """Record this process's resident memory under `role` ("api" or "worker"), and for workers the memory of
-    the GPUs.
+    """Record this process's resident memory under `role`, "api" or "worker"; for workers also that of the GPUs.
 
     Platforms without `/proc` record no resident memory.
     """
