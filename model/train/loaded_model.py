@@ -1,6 +1,7 @@
-"""A trained model in memory: a network with its weights, and the manifest that describes it. Read from and written to bundles.
+"""A trained model in memory: a network with its weights, and the manifest that describes it.
 
-This module needs neither data sets nor training configurations; `model.train.load` also loads the folder of a training run.
+This module needs neither data sets nor training configurations; `model.train.load` also loads the folder of a
+training run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a progress bar, a line of log.jsonl every few steps, and TensorBoard where asked for."""
+"""The log of a training run: a progress bar, lines of log.jsonl, and TensorBoard if asked for."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ except ImportError:
     SummaryWriter = None  # type: ignore[assignment, misc]
 
 LOG = "log.jsonl"
+# Decay of the smoothed loss, per step.
 SMOOTHING = 0.98
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; one that was cut short is left out."""
+    """Return the lines of a run's log; a line that was cut short is left out."""
     lines = []
     for text in (folder / LOG).read_text().splitlines() if (folder / LOG).is_file() else ():
         try:
@@ -38,10 +39,11 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class Journal:
-    """The log of one run, from `state.step` on: what a run that was killed, or led astray, logged after that is dropped.
+class TrainingLog:
+    """The log of one run, from `state.step` on.
 
-    Of several processes, the first one writes it.
+    Later lines, of a run that was killed or rolled back, are dropped. Of several processes, the first one
+    writes the log.
 
     Raises:
         ValueError: TensorBoard is asked for and not installed.
@@ -63,18 +65,18 @@ class Journal:
         )
         self.progress = Progress(*columns)
         self.task = self.progress.add_task("train", total=config.steps, completed=state.step, note="")
-        self.first = state.share.world.first
-        board = config.tensorboard and self.first
+        self.writes = state.parallel.world.is_first
+        board = config.tensorboard and self.writes
         self.board = SummaryWriter(str(self.folder / "tensorboard")) if board else None
         self.rewind(state.step)
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`."""
+        """Drop the lines logged after `step`."""
         kept = [line for line in read_log(self.folder) if line["step"] <= step]
-        if self.first:
+        if self.writes:
             write_atomic(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.smooth: float | None = kept[-1].get("smooth_loss") if kept else None
-        self.since, self.seen = time.monotonic(), 0
+        self.since, self.images = time.monotonic(), 0
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -87,25 +89,26 @@ class Journal:
         if self.board is not None:
             self.board.close()
 
-    def say(self, sentence: str) -> None:
+    def print(self, sentence: str) -> None:
         """Print a sentence above the progress bar."""
         self.progress.console.print(sentence, highlight=False, soft_wrap=True)
 
-    def record(self, state: TrainingState, told: Mapping[str, float]) -> None:
-        """Take in what a step told; every `log_every` steps, and at the end, write it."""
-        if not self.first:
+    def record(self, state: TrainingState, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of a step; write a line every `log_every` steps and after the last one."""
+        if not self.writes:
             return
-        loss = told["loss"]
+        loss = metrics["loss"]
         if math.isfinite(loss):
             self.smooth = loss if self.smooth is None else SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
-        self.seen += self.config.batch
+        self.images += self.config.batch
         if state.step % self.config.log_every and state.step < self.config.steps:
             return
-        rate, self.since, self.seen = self.seen / (time.monotonic() - self.since), time.monotonic(), 0
-        self.progress.update(self.task, completed=state.step, note=_note(self.smooth, told, rate, state))
+        rate = self.images / (time.monotonic() - self.since)
+        self.since, self.images = time.monotonic(), 0
+        self.progress.update(self.task, completed=state.step, note=_note(self.smooth, metrics, rate, state))
         line = {
             "step": state.step,
-            **told,
+            **metrics,
             "smooth_loss": self.smooth,
             "images_per_s": round(rate, 1),
             "skipped": state.skipped,
@@ -124,14 +127,15 @@ class Journal:
                     self.board.add_scalar(key, value, state.step)
 
 
-def _note(smooth: float | None, told: Mapping[str, float], rate: float, state: TrainingState) -> str:
+def _note(smooth: float | None, metrics: Mapping[str, float], rate: float, state: TrainingState) -> str:
     loss = "" if smooth is None else f"loss {smooth:.4f}  "
     skipped = f"  {state.skipped} skipped" if state.skipped else ""
-    return f"{loss}grad {told['grad_norm']:.2f}  {rate:.0f} img/s{skipped}"
+    return f"{loss}grad {metrics['grad_norm']:.2f}  {rate:.0f} img/s{skipped}"
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes this process has held: on the GPU where it trains on one, else in main memory."""
+    """Return the most bytes this process has held: on the GPU if it trains on one, else in main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+    # ru_maxrss is in KiB on Linux.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from ditserve.model.train import __main__ as train
+from ditserve.model.train import training
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_config, tiny_run
 
-# Everything a checkpoint can hold: two averages, a loss scale, a learned variance, two picture sizes, a batch in pieces.
+# Everything a checkpoint can hold: two averages, a loss scale, a learned variance, two sizes, micro-batches.
 RICH: dict[str, Any] = {
     "ema": [0.9, 0.999],
     "precision": "fp16",
@@ -29,14 +29,8 @@ RICH: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(train, "draw_curve", lambda folder: folder)
-
-
 def interrupted(config: TrainConfig, step: int) -> None:
-    """A run that was stopped after the checkpoint of `step`."""
+    """Train and stop after the checkpoint of `step`."""
     trainer = Trainer(config)
     for _ in range(step):
         trainer.step()
@@ -51,17 +45,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     raw = {**tiny_run(tmp_path), "steps": 8, **changes}
     raw["data"] |= {"prefetch": raw.pop("data_prefetch", 0)}
     straight = TrainConfig.model_validate({**raw, "output": str(tmp_path / "straight")})
-    train.run(straight)
+    training.train(straight)
     resumed = TrainConfig.model_validate(raw)
     interrupted(resumed, step)
-    train.run(resumed)
+    training.train(resumed)
     assert_same(newest_state(straight.output), newest_state(resumed.output))
 
 
 def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
     raw = tiny_run(tmp_path) | {"steps": 20, "checkpoint_every": 2}
     straight = TrainConfig.model_validate({**raw, "output": str(tmp_path / "straight")})
-    train.run(straight)
+    training.train(straight)
     command = [sys.executable, "-m", "model.train", "--config", config_file(raw, tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     checkpoints = Path(raw["output"]) / "checkpoints"
@@ -72,7 +66,7 @@ def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(tmp_path:
     process.wait()
     killed_at = int(sorted(checkpoints.glob("step-*"))[-1].name.removeprefix("step-"))
     assert 0 < killed_at < 20
-    train.run(TrainConfig.model_validate(raw))
+    training.train(TrainConfig.model_validate(raw))
     assert_same(newest_state(straight.output), newest_state(Path(raw["output"])))
     steps = [
         json.loads(line)["step"] for line in (Path(raw["output"]) / "log.jsonl").read_text().splitlines()
@@ -84,19 +78,19 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(tmp_path)
-    train.run(config)
+    training.train(config)
     whole = newest_state(config.output)
     newest = sorted((config.output / "checkpoints").glob("step-*"))[-1]
     (newest / "model.safetensors").write_bytes(b"cut short")
-    train.run(config)
+    training.train(config)
     assert f"{newest} is passed over, it is damaged" in capsys.readouterr().out
     assert_same(whole, newest_state(config.output))
 
 
 def test_a_longer_run_goes_on_with_its_own_learning_rate(tmp_path: Path) -> None:
-    train.run(tiny_config(tmp_path, steps=4))
+    training.train(tiny_config(tmp_path, steps=4))
     config = tiny_config(tmp_path, steps=6)
-    train.run(config)
+    training.train(config)
     lines = [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [lines[3]["lr"], lines[5]["lr"]] == pytest.approx([config.lr / 1.2, config.lr / 1.8])
@@ -106,8 +100,8 @@ def test_a_finished_run_says_so_and_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(tmp_path, steps=2)
-    train.run(config)
+    training.train(config)
     before = newest_state(config.output)
-    train.run(config)
+    training.train(config)
     assert "is at step 2 already: raise steps" in capsys.readouterr().out
     assert_same(before, newest_state(config.output))

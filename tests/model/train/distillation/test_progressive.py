@@ -1,4 +1,4 @@
-"""Progressive distillation: one step of the student is two of its teacher, round after round, also when a run is continued."""
+"""Progressive distillation: one step of the student is two of its teacher, in every round, also resumed."""
 
 from __future__ import annotations
 
@@ -12,31 +12,27 @@ import torch
 
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance
 from ditserve.model.spec.diffusion import CLEAN, grid
-from ditserve.model.train import __main__ as train
+from ditserve.model.train import training
+from ditserve.model.train.__main__ import main
 from ditserve.model.train.config import TrainConfig
+from ditserve.model.train.distillation.progressive import ProgressiveDistillation
 from ditserve.model.train.load import DEFAULTS, load_model, run_defaults
 from ditserve.model.train.optimizer import learning_rate
-from ditserve.model.train.progressive import Progressive
 from ditserve.model.train.trainer import Trainer
-from tests.model.train.distillation_cases import write_teacher
+from tests.model.train.distillation.distillation_cases import write_teacher
 from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_config, tiny_run
 
+COSINE = {"schedule": "cosine"}
 ROUNDS = {"sampling_steps": [6, 3], "round_steps": 8}
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(train, "draw_curve", lambda folder: folder)
-
-
-def config(folder: Path, lesson: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
-    """A run of two rounds, whose first teacher is in `folder`."""
+def config(folder: Path, spec: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+    """Return a run of two rounds whose first teacher is in `folder`."""
     teacher = folder / "teacher"
     if not teacher.exists():
         write_teacher(folder, diffusion=changes.get("diffusion", tiny_run(folder)["diffusion"]))
-    said = {"kind": "progressive", "teacher": str(teacher), **ROUNDS, **(lesson or {})}
-    return tiny_config(folder, distillation=said, **{"steps": 16, **changes})
+    fields = {"kind": "progressive", "teacher": str(teacher), **ROUNDS, **(spec or {})}
+    return tiny_config(folder, distillation=fields, **{"steps": 16, **changes})
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
@@ -46,25 +42,25 @@ def test_one_step_to_the_target_ends_where_the_teacher_ends_in_two(
 ) -> None:
     diffusion = {"schedule": "cosine", "prediction": prediction, "log_snr_shift": -1.0}
     trainer = Trainer(config(tmp_path, {"guidance_scale": scale}, diffusion=diffusion))
-    lesson, batch = trainer.lesson, trainer.source.make(0)
-    assert isinstance(lesson, Progressive)
-    batch = lesson.pose(batch)
+    objective, batch = trainer.objective, trainer.source.make(0)
+    assert isinstance(objective, ProgressiveDistillation)
+    batch = objective.prepare_batch(batch)
     x = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(3))
-    target = lesson.image(batch, x)
-    opened = load_model(tmp_path / "teacher")
-    alpha, sigma = opened.schedule.alpha, opened.schedule.sigma
-    walked = (*grid("trailing", 12), CLEAN)
+    target = objective.target(batch, x)
+    teacher = load_model(tmp_path / "teacher")
+    alpha, sigma = teacher.schedule.alpha, teacher.schedule.sigma
+    levels = (*grid("trailing", 12), CLEAN)
     for row, t in enumerate(batch.t.tolist()):
-        embedding = opened.network.embed(batch.labels[row : row + 1])
-        guided = Denoiser(opened.network, opened.schedule, Conditions((embedding,)), Guidance(scale or 1.0))
-        at = walked.index(t)
+        embedding = teacher.network.embed(batch.labels[row : row + 1])
+        guided = Denoiser(teacher.network, teacher.schedule, Conditions((embedding,)), Guidance(scale or 1.0))
+        at = levels.index(t)
         z = x[row : row + 1]
-        for now, after in pairwise(walked[at : at + 3]):  # DDIM: arXiv:2010.02502, eq. 12 with eta 0
+        for now, after in pairwise(levels[at : at + 3]):  # DDIM: arXiv:2010.02502, eq. 12 with eta 0
             output = guided(z, now)
             image = output if prediction == "x0" else alpha(now) * z - sigma(now) * output
             image = image.clip(-1, 1)
             z = alpha(after) * image + sigma(after) * (z - alpha(now) * image) / sigma(now)
-        end = walked[at + 2]
+        end = levels[at + 2]
         ratio = sigma(end) / sigma(t)  # arXiv:2202.00512, algorithm 2
         expected = (z - ratio * x[row : row + 1]) / (alpha(end) - ratio * alpha(t))
         torch.testing.assert_close(target[row : row + 1], expected, rtol=1e-4, atol=1e-5)
@@ -72,12 +68,12 @@ def test_one_step_to_the_target_ends_where_the_teacher_ends_in_two(
 
 def test_the_student_is_taught_at_the_noise_levels_of_its_own_steps(tmp_path: Path) -> None:
     trainer = Trainer(config(tmp_path, batch=64))
-    lesson = trainer.lesson
-    assert isinstance(lesson, Progressive)
+    objective = trainer.objective
+    assert isinstance(objective, ProgressiveDistillation)
     batch = trainer.source.make(0)
-    posed = lesson.pose(batch)
-    assert set(posed.t.tolist()) == set(grid("trailing", 6))
-    assert bool((posed.t >= batch.t).all())  # the noisiest of those a step leads through
+    prepared = objective.prepare_batch(batch)
+    assert set(prepared.t.tolist()) == set(grid("trailing", 6))
+    assert bool((prepared.t >= batch.t).all())  # the noisiest of those a step leads through
 
 
 def test_the_loss_is_weighted_as_in_the_paper(tmp_path: Path) -> None:
@@ -92,23 +88,25 @@ def test_the_student_starts_as_its_teacher_and_becomes_the_next(tmp_path: Path) 
     run = config(tmp_path, {"guidance_scale": 2.0}, ema=[0.5], checkpoint_every=8)
     trainer = Trainer(run)
     teacher = load_model(tmp_path / "teacher").network.state_dict()
-    assert all(torch.equal(each, teacher[name]) for name, each in trainer.state.model.state_dict().items())
-    train.run(run)
+    assert all(
+        torch.equal(tensor, teacher[name]) for name, tensor in trainer.state.model.state_dict().items()
+    )
+    training.train(run)
     first = load_model(run.output / "rounds" / "6-steps")
-    lesson = Trainer(run).lesson
-    assert isinstance(lesson, Progressive)
-    assert lesson.teacher.guided
-    lesson.begin(8)
-    assert not lesson.teacher.guided  # the first student has learnt what guidance does
-    assert len(lesson.ours.timestep) == 3
-    taught = lesson.teacher.network.state_dict()
-    assert all(torch.equal(each, taught[name]) for name, each in first.network.state_dict().items())
-    assert not torch.equal(taught["blocks.0.mlp.fc1.weight"], teacher["blocks.0.mlp.fc1.weight"])
+    objective = Trainer(run).objective
+    assert isinstance(objective, ProgressiveDistillation)
+    assert objective.teacher.guided
+    objective.select_teacher(8)
+    assert not objective.teacher.guided  # the first student has learnt what guidance does
+    assert len(objective.student_steps.timestep) == 3
+    second = objective.teacher.network.state_dict()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.network.state_dict().items())
+    assert not torch.equal(second["blocks.0.mlp.fc1.weight"], teacher["blocks.0.mlp.fc1.weight"])
 
 
 def test_a_bundle_of_few_steps_takes_them_by_default(tmp_path: Path) -> None:
     run = config(tmp_path, {"guidance_scale": 2.0}, checkpoint_every=8)
-    train.run(run)
+    training.train(run)
     for folder, steps in ((run.output / "rounds" / "6-steps", 6), (run.output, 3)):
         defaults = load_model(folder).manifest.defaults
         assert (defaults.steps, defaults.solver, defaults.grid) == (steps, "ddim", "trailing")
@@ -122,14 +120,14 @@ def test_a_round_begins_afresh(tmp_path: Path) -> None:
     trainer = Trainer(config(tmp_path, ema=[0.5, 0.9]))
     for _ in range(8):
         trainer.step()
-    average = {name: each.clone() for name, each in trainer.state.ema.first.items()}
-    trainer.turn()
+    average = {name: tensor.clone() for name, tensor in trainer.state.ema.first.items()}
+    trainer.next_round()
     state = trainer.state
     assert not state.optimizer.state
     assert state.ema.updates == 0
     parameters: dict[str, torch.Tensor] = dict(state.model.named_parameters())
     for averages in (*state.ema.averages.values(), parameters):
-        assert all(torch.equal(averages[name], each) for name, each in average.items())
+        assert all(torch.equal(averages[name], tensor) for name, tensor in average.items())
 
 
 def test_each_round_has_the_learning_rates_of_a_run(tmp_path: Path) -> None:
@@ -143,39 +141,43 @@ def test_each_round_has_the_learning_rates_of_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [8, 11])  # between the rounds, in the second
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, step: int) -> None:
     straight = config(tmp_path, {"guidance_scale": 2.0}, output=str(tmp_path / "straight"))
-    train.run(straight)
+    training.train(straight)
     resumed = config(tmp_path, {"guidance_scale": 2.0})
     trainer = Trainer(resumed)
     for _ in range(step):
         trainer.step()
     trainer.save()
-    train.run(resumed)
+    training.train(resumed)
     assert_same(newest_state(straight.output), newest_state(resumed.output))
 
 
 @pytest.mark.parametrize(
-    ("lesson", "changes", "sentence"),
+    ("spec", "changes", "sentence"),
     [
-        ({"sampling_steps": [8, 3]}, {}, "each must be half of the one before, such as [16, 8, 4], not [8, 3]"),
+        (
+            {"sampling_steps": [8, 3]},
+            {},
+            "each must be half of the one before, such as [16, 8, 4], not [8, 3]",
+        ),
         ({"sampling_steps": [600]}, {}, "the first teacher takes 1200 steps, and there are 1000 timesteps"),
         ({}, {"steps": 8}, "the last round of distillation begins at step 8: raise steps above it"),
         ({}, {"loss_floor": 9}, "loss_floor 9 is above loss_cap 5: lower it"),
         ({"features": [[0, 0]]}, {}, "there is no field distillation.progressive.features"),
-        ({}, {"diffusion": {"schedule": "cosine", "prediction": "v"}}, "both predict v, or both x0, not x0 and v"),
-        ({}, {"diffusion": {"schedule": "cosine", "prediction": "epsilon"}}, "not x0 and epsilon"),
+        ({}, {"diffusion": COSINE | {"prediction": "v"}}, "both predict v, or both x0, not x0 and v"),
+        ({}, {"diffusion": COSINE | {"prediction": "epsilon"}}, "not x0 and epsilon"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_done_in_fewer_steps_is_refused_in_a_sentence(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    lesson: dict[str, Any],
+    spec: dict[str, Any],
     changes: dict[str, Any],
     sentence: str,
 ) -> None:
     raw = config(tmp_path).model_dump(mode="json")
     raw |= changes
-    raw["distillation"] |= lesson
-    assert train.main(["--config", config_file(raw, tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said
-    assert said.count("\n") == 1
+    raw["distillation"] |= spec
+    assert main(["--config", config_file(raw, tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert message.count("\n") == 1

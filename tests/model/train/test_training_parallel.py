@@ -1,4 +1,4 @@
-"""`torchrun -m model.train`: several processes train as one would, and others go on after the death of one of them."""
+"""`torchrun -m model.train`: several processes train as one would; others can resume their run."""
 
 from __future__ import annotations
 
@@ -18,22 +18,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ditserve.model.train import __main__ as train
+from ditserve.model.train import training
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.load import load_model
-from ditserve.model.train.tensor_blocks import read_whole
+from ditserve.model.train.tensor_shards import read_full
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_run
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "model.train"]
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(train, "draw_curve", lambda folder: folder)
 
 
 def launch(raw: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
@@ -74,22 +68,22 @@ def test_a_run_goes_on_after_a_process_is_killed_with_other_processes(tmp_path: 
     raw["steps"] = stopped + 4
 
     sharded = newest(output)
-    whole = read_whole(sharded, "ema", json.loads((sharded / "state.json").read_text())["index"])
+    whole = read_full(sharded, "ema", json.loads((sharded / "state.json").read_text())["index"])
     held = load_file(sharded / "ema-00001-of-00002.safetensors")
     assert elements(held) < 0.51 * elements(whole)
-    opened = load_model(output).network.state_dict()
-    assert all(torch.equal(whole[name], tensor) for name, tensor in opened.items())
+    loaded = load_model(output).network.state_dict()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in loaded.items())
     trainer = Trainer(TrainConfig.model_validate(raw))
     assert trainer.resume() == sharded
     assert all(torch.equal(whole[name], average) for name, average in trainer.state.ema.first.items())
 
     resumed = launch({**raw, "parallel": {"mode": "ddp"}}, tmp_path)
-    told, _ = resumed.communicate()
-    assert resumed.returncode == 0, told
-    assert told.count(f"resumed from {sharded}") == 1
+    output_text, _ = resumed.communicate()
+    assert resumed.returncode == 0, output_text
+    assert output_text.count(f"resumed from {sharded}") == 1
     assert (newest(output) / "ema.safetensors").is_file()
     alone = TrainConfig.model_validate({**raw, "output": str(tmp_path / "alone")})
-    train.run(alone)
+    training.train(alone)
     assert losses(output) == pytest.approx(losses(alone.output), rel=2e-3)  # in half precision
 
 
@@ -99,11 +93,11 @@ def test_a_sharded_run_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(tmp_
     outputs = [tmp_path / "straight", tmp_path / "resumed"]
     for output in outputs:
         process = launch({**raw, "output": str(output)}, tmp_path)
-        told, _ = process.communicate()
-        assert process.returncode == 0, told
+        output_text, _ = process.communicate()
+        assert process.returncode == 0, output_text
         if output is outputs[0]:
             shutil.copytree(output / "checkpoints/step-0000002", outputs[1] / "checkpoints/step-0000002")
-    assert f"resumed from {outputs[1] / 'checkpoints/step-0000002'}" in told
+    assert f"resumed from {outputs[1] / 'checkpoints/step-0000002'}" in output_text
     straight, resumed = (newest(output) for output in outputs)
     assert straight.name == resumed.name == "step-0000004"
     assert len(list(straight.glob("*-of-00002.safetensors"))) == 2 * 4  # weights, moments, two averages
@@ -115,13 +109,13 @@ def test_a_run_in_tensor_parallel_is_the_run_of_one_process(tmp_path: Path) -> N
     raw = {**tiny_run(tmp_path), "steps": 4, "sheet_every": 4}
     alone = TrainConfig.model_validate({**raw, "output": str(tmp_path / "alone")})
     process = launch({**raw, "parallel": {"tensor": 2}}, tmp_path)
-    told, _ = process.communicate()
-    assert process.returncode == 0, told
-    assert told.count(" M parameters, ") == 1
-    train.run(alone)
+    output_text, _ = process.communicate()
+    assert process.returncode == 0, output_text
+    assert output_text.count(" M parameters, ") == 1
+    training.train(alone)
     output = Path(str(raw["output"]))
     assert losses(output) == pytest.approx(losses(alone.output), rel=1e-5)
-    theirs, ours = (np.asarray(Image.open(each / "sheet-0000004.png")) for each in (output, alone.output))
+    theirs, ours = (np.asarray(Image.open(folder / "sheet-0000004.png")) for folder in (output, alone.output))
     assert np.abs(theirs.astype(int) - ours).max() <= 2
 
 

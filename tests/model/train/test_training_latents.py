@@ -1,4 +1,4 @@
-"""Runs on latents: their sample sheets are pictures where a decoder is named, and what is missing is said before hours are spent."""
+"""Runs on latents: a named decoder draws their sample sheets, and a wrong one is refused at the start."""
 
 from __future__ import annotations
 
@@ -11,14 +11,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from ditserve.model.data import __main__ as data
-from ditserve.model.train import __main__ as train
+from ditserve.model.train.__main__ import main
 from tests.model.train.training_cases import config_file, tiny_run, write_pictures
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(train, "draw_curve", lambda folder: folder)
 
 
 def autoencoder(folder: Path, seed: int) -> Path:
@@ -35,7 +29,7 @@ def autoencoder(folder: Path, seed: int) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> dict[str, Any]:
-    """A run on the latents of six pictures of 16×16."""
+    """Return a run on the latents of six pictures of 16×16."""
     pictures = write_pictures(tmp_path / "pictures.npz", size=16)
     command = ["latents", str(pictures), "--autoencoder", str(autoencoder(tmp_path / "vae", 0))]
     assert data.main([*command, "--out", str(tmp_path / "latents")]) == 0
@@ -46,7 +40,7 @@ def run(tmp_path: Path) -> dict[str, Any]:
 
 def test_sheets_are_decoded(run: dict[str, Any], tmp_path: Path) -> None:
     run["vae"] = str(tmp_path / "vae")
-    assert train.main(["--config", config_file(run, tmp_path)]) == 0
+    assert main(["--config", config_file(run, tmp_path)]) == 0
     with Image.open(tmp_path / "run" / "sheet-0000002.png") as sheet:
         assert sheet.size == (3 * 16, 2 * 16)
 
@@ -54,11 +48,11 @@ def test_sheets_are_decoded(run: dict[str, Any], tmp_path: Path) -> None:
 def test_without_a_decoder_it_is_said_that_there_are_no_sheets(
     run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train.main(["--config", config_file(run, tmp_path)]) == 0
+    assert main(["--config", config_file(run, tmp_path)]) == 0
     assert "no sample sheets: vae does not name" in capsys.readouterr().out
     assert not list((tmp_path / "run").glob("sheet-*"))
     run |= {"steps": 3, "vae": str(tmp_path / "vae")}
-    assert train.main(["--config", config_file(run, tmp_path)]) == 0
+    assert main(["--config", config_file(run, tmp_path)]) == 0
     assert (tmp_path / "run" / "sheet-0000003.png").is_file()
 
 
@@ -67,12 +61,12 @@ def test_a_decoder_that_cannot_be_right_is_refused_at_once(
 ) -> None:
     other = autoencoder(tmp_path / "other", 1)
     on_pictures = {**run["data"], "path": str(tmp_path / "pictures.npz")}
-    for change, said in (
+    for change, message in (
         ({"vae": str(other)}, "other is not what made the latents in"),
         ({"vae": str(tmp_path)}, "is not an autoencoder's folder"),
         ({"vae": str(tmp_path / "vae"), "data": on_pictures}, "vae is for runs on latents"),
     ):
         for mode in ([], ["--dry-run"]):
-            assert train.main(["--config", config_file({**run, **change}, tmp_path), *mode]) == 2
-            assert said in capsys.readouterr().err
+            assert main(["--config", config_file({**run, **change}, tmp_path), *mode]) == 2
+            assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""A run's log: whole lines, nothing twice, null where a number is none."""
+"""A run's log: whole lines, no step twice, null for a number that is not finite."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from ditserve.model.train import logbook as journal
-from ditserve.model.train.logbook import Journal, read_log
+from ditserve.model.train import training_log
 from ditserve.model.train.trainer import Trainer
+from ditserve.model.train.training_log import TrainingLog, read_log
 from tests.model.train.training_cases import tiny_config
 
-TOLD = {"loss": 0.5, "grad_norm": 2.0, "lr": 1e-3}
+METRICS = {"loss": 0.5, "grad_norm": 2.0, "lr": 1e-3}
 
 
 @pytest.fixture
@@ -25,11 +25,11 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
     trainer.close()
 
 
-def record(trainer: Trainer, steps: int, **told: float) -> None:
-    with Journal(trainer.config, trainer.state) as written:
+def record(trainer: Trainer, steps: int, **metrics: float) -> None:
+    with TrainingLog(trainer.config, trainer.state) as log:
         for _ in range(steps):
             trainer.state.step += 1
-            written.record(trainer.state, {**TOLD, **told})
+            log.record(trainer.state, {**METRICS, **metrics})
 
 
 def test_every_few_steps_a_line_tells_how_it_goes(trainer: Trainer) -> None:
@@ -65,28 +65,28 @@ def test_what_was_logged_past_the_checkpoint_is_dropped_and_the_average_goes_on(
 def test_tensorboard_that_is_not_installed_is_named(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "SummaryWriter", None)
+    monkeypatch.setattr(training_log, "SummaryWriter", None)
     config = trainer.config.model_copy(update={"tensorboard": True})
     with pytest.raises(ValueError, match="tensorboard is not installed: pip install tensorboard"):
-        Journal(config, trainer.state)
+        TrainingLog(config, trainer.state)
 
 
 def test_tensorboard_is_told_what_the_log_is(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
+    calls: list[Any] = []
 
     class Board:
         def __init__(self, folder: str) -> None:
-            told.append(Path(folder).name)
+            calls.append(Path(folder).name)
 
         def add_scalar(self, key: str, value: float, step: int) -> None:
-            told.append((key, value, step))
+            calls.append((key, value, step))
 
         def close(self) -> None:
-            told.append("closed")
+            calls.append("closed")
 
-    monkeypatch.setattr(journal, "SummaryWriter", Board)
+    monkeypatch.setattr(training_log, "SummaryWriter", Board)
     trainer.config = trainer.config.model_copy(update={"tensorboard": True})
     record(trainer, 2)
-    assert told[0] == "tensorboard"
-    assert ("loss", 0.5, 2) in told
-    assert told[-1] == "closed"
+    assert calls[0] == "tensorboard"
+    assert ("loss", 0.5, 2) in calls
+    assert calls[-1] == "closed"

@@ -15,7 +15,7 @@ from tests.model.train.training_cases import tiny_config
 
 
 def randomise(network: Network, seed: int = 0) -> Network:
-    """Every parameter random: nothing is zero, so nothing is hidden."""
+    """Make every parameter random: nothing is zero, so that no path is hidden."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         scale = 0.3 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
@@ -25,10 +25,10 @@ def randomise(network: Network, seed: int = 0) -> Network:
 
 
 def write_teacher(folder: Path, name: str = "teacher", **changes: Any) -> Path:
-    """A bundle that a run over the same pictures, with `changes` to its fields, could have left."""
+    """Write a bundle that a run over the same pictures, with `changes` to its fields, could have left."""
     config = tiny_config(folder, output=str(folder / "untrained"), **changes)
     trainer = Trainer(config)
-    network = randomise(trainer.averaged())
+    network = randomise(trainer.averaged_network())
     save_model(
         folder / name, LoadedModel(network, describe_run(name, config, trainer.dataset, network.config, 1))
     )

@@ -1,4 +1,4 @@
-"""Runs of `python -m model.train`: divergence, bad input, fine-tuning, and what a run leaves behind."""
+"""Runs of `python -m model.train`: divergence, bad input, fine-tuning, and the files of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ditserve.model.train import __main__ as train
+from ditserve.model.train import training
+from ditserve.model.train.__main__ import main
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.curve import draw_curve
 from ditserve.model.train.load import load_model
@@ -28,16 +29,10 @@ from tests.model.train.training_cases import (
 )
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are most of what so short a run costs."""
-    monkeypatch.setattr(train, "draw_curve", lambda folder: folder)
-
-
 def test_what_a_run_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "draw_curve", draw_curve)
+    monkeypatch.setattr(training, "draw_curve", draw_curve)
     config = tiny_config(tmp_path, steps=4, sheet_every=2, ema=[0.9, 0.99])
-    train.run(config)
+    training.train(config)
     assert sorted(path.name for path in config.output.iterdir()) == [
         "checkpoints",
         "config.json",
@@ -49,10 +44,12 @@ def test_what_a_run_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert TrainConfig.model_validate_json((config.output / "config.json").read_text()) == config
     with Image.open(config.output / "sheet-0000004.png") as sheet:
         assert sheet.size == (3 * 8, 2 * 8)
-    opened = load_model(config.output)
-    assert opened.manifest.version == "0.4"
+    trained = load_model(config.output)
+    assert trained.manifest.version == "0.4"
     ours = newest_state(config.output)
-    assert all(torch.equal(ours[f"ema.{key}"], tensor) for key, tensor in opened.network.state_dict().items())
+    assert all(
+        torch.equal(ours[f"ema.{key}"], tensor) for key, tensor in trained.network.state_dict().items()
+    )
 
 
 def test_a_run_that_loses_its_way_goes_back_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +66,7 @@ def test_a_run_that_loses_its_way_goes_back_and_on(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Trainer, "losses", losses)
     config = tiny_config(tmp_path, skip_limit=3)
-    train.run(config)
+    training.train(config)
     lines = [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert (lines[-1]["skipped"], lines[-1]["rollbacks"]) == (3, 1)
@@ -88,13 +85,13 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Trainer, "update", broken)
     config = tiny_config(tmp_path)
-    train.run(config)
+    training.train(config)
     states = [json.loads(path.read_text()) for path in (config.output / "checkpoints").glob("*/state.json")]
     assert sorted((state["step"], state["rollbacks"]) for state in states) == [(8, 1), (12, 1)]
 
 
 def flat(size: int) -> dict[str, Any]:
-    """A picture file's arrays, for spoiling."""
+    """Return the arrays of a valid picture file."""
     return {
         "x": np.zeros((4, size, size, 3), np.uint8),
         "y": np.array([0, 0, 1, 1]),
@@ -129,7 +126,7 @@ def test_a_mistake_is_one_sentence(
     raw = {**tiny_run(tmp_path), **change}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert train.main(["--config", config_file(raw, tmp_path)]) == 2
+    assert main(["--config", config_file(raw, tmp_path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert re.search(message, lines[0])
@@ -147,7 +144,7 @@ def test_bad_labels_are_refused_before_anything_is_written(
 ) -> None:
     raw = tiny_run(tmp_path)
     np.savez(tmp_path / "set.npz", **arrays)
-    assert train.main(["--config", config_file(raw, tmp_path)]) == 2
+    assert main(["--config", config_file(raw, tmp_path)]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not Path(raw["output"]).exists()
 
@@ -156,12 +153,12 @@ def test_another_model_in_the_same_folder_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = config_file(tiny_run(tmp_path), tmp_path)
-    assert train.main(["--config", file, "--steps", "1"]) == 0
+    assert main(["--config", file, "--steps", "1"]) == 0
     before = newest_state(tmp_path / "run")
     saved = (tmp_path / "run" / "config.json").read_text()
-    assert train.main(["--config", file, "--set", "model.depth=1"]) == 2
+    assert main(["--config", file, "--set", "model.depth=1"]) == 2
     assert "was trained with another model.depth (2, not 1)" in capsys.readouterr().err
-    assert train.main(["--config", file, "--seed", "9"]) == 2
+    assert main(["--config", file, "--seed", "9"]) == 2
     assert "another seed (0, not 9)" in capsys.readouterr().err
     assert_same(before, newest_state(tmp_path / "run"))
     assert (tmp_path / "run" / "config.json").read_text() == saved
@@ -171,12 +168,12 @@ def test_other_pictures_are_refused_before_a_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = config_file(tiny_run(tmp_path), tmp_path)
-    assert train.main(["--config", file, "--steps", "1"]) == 0
+    assert main(["--config", file, "--steps", "1"]) == 0
     before = newest_state(tmp_path / "run")
     with np.load(tmp_path / "set.npz") as arrays:
         more = {key: np.concatenate([arrays[key], arrays[key][:2]]) for key in "xys"}
         np.savez(tmp_path / "set.npz", **{**arrays, **more})
-    assert train.main(["--config", file]) == 2
+    assert main(["--config", file]) == 2
     assert "was trained with another pictures.count (6, not 8): take that one back" in capsys.readouterr().err
     assert_same(before, newest_state(tmp_path / "run"))
 
@@ -195,35 +192,35 @@ def test_a_disk_that_fills_up_stops_the_run_with_its_last_state_intact(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", until_full)
         try:
-            assert train.main(["--config", config_file(raw, tmp_path)]) == 2
+            assert main(["--config", config_file(raw, tmp_path)]) == 2
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err
     assert "step-0000008 cannot be written" in error
     assert "earlier checkpoints are intact" in error
-    assert train.main(["--config", config_file(raw, tmp_path)]) == 0
+    assert main(["--config", config_file(raw, tmp_path)]) == 0
     straight = TrainConfig.model_validate({**raw, "output": str(tmp_path / "straight")})
-    train.run(straight)
+    training.train(straight)
     assert_same(newest_state(straight.output), newest_state(Path(raw["output"])))
 
 
 def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = tiny_run(tmp_path)
     before = {path.name for path in tmp_path.iterdir()}
-    assert train.main(["--config", config_file(raw, tmp_path), "--dry-run", "--batch", "6"]) == 0
-    told = capsys.readouterr().out
-    assert "12 steps of 6 are 12.0 passes over 6 pictures" in told
-    assert re.search(r"8×8: [\d.]+ GMACs a row forward, .* img/s; 12 steps take 0:", told)
-    assert "memory" in told
+    assert main(["--config", config_file(raw, tmp_path), "--dry-run", "--batch", "6"]) == 0
+    text = capsys.readouterr().out
+    assert "12 steps of 6 are 12.0 passes over 6 pictures" in text
+    assert re.search(r"8×8: [\d.]+ GMACs a row forward, .* img/s; 12 steps take 0:", text)
+    assert "memory" in text
     assert {path.name for path in tmp_path.iterdir()} == before | {"run.json"}
 
 
 def test_fine_tuning_knows_classes_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train.run(tiny_config(tmp_path, steps=2))
+    training.train(tiny_config(tmp_path, steps=2))
     write_pictures(tmp_path / "other.npz", names=("c", "new", "a", "b"))
     changes = {"data": {"path": str(tmp_path / "other.npz"), "hold_out": 0}, "init": tmp_path / "run"}
     config = tiny_config(tmp_path, steps=1, lr=1e-9, output=tmp_path / "tuned", **changes)
-    train.run(config)
+    training.train(config)
     assert "5 of 6 classes known" in capsys.readouterr().out
     old, new = newest_state(tmp_path / "run"), newest_state(config.output)
     rows = old["ema.y_embedder.tables.0.weight"][[2, 3, 0, 1, 3]]  # c, null, a, b, null
