@@ -274,7 +274,7 @@ class Fleet:
             workers=tuple(worker.state for worker in self.workers),
             taken_at=now,
         )
-        newcomer = AdmissionRequest(
+        admission_request = AdmissionRequest(
             rung=sample.asked,
             guidance_scale=1.0,
             samples=1,
@@ -283,7 +283,7 @@ class Fleet:
             min_steps=1,
         )
         policy = Policy(recut=self.arm.plan)
-        answer = admit(newcomer, load, ladder=self.site.ladder, now=now, policy=policy)
+        answer = admit(admission_request, load, ladder=self.site.ladder, now=now, policy=policy)
         sample.rejected = not answer.accepted
         sample.move(answer.rung)
         return answer.accepted

@@ -198,15 +198,15 @@ async def queue(depths: Sequence[int], calls: int) -> list[Measured]:
 
 
 def admission(workers: int, calls: int) -> Measured:
-    """Deciding about a newcomer with a deadline, beside so many busy workers."""
+    """Deciding about a admission_request with a deadline, beside so many busy workers."""
     now = time.time()
     ladder = LADDERS["ddim"]
     load = LoadSnapshot(10_000, 200_000, 1.0, tuple(state(k, now) for k in range(workers)), now)
-    newcomer = AdmissionRequest(ladder.rungs[0], 1.0, 1, now + 60.0, True, 1)
+    admission_request = AdmissionRequest(ladder.rungs[0], 1.0, 1, now + 60.0, True, 1)
     spent = []
     for _ in range(calls):
         began = time.perf_counter()
-        admit(newcomer, load, ladder=ladder, now=now)
+        admit(admission_request, load, ladder=ladder, now=now)
         spent.append(1e6 * (time.perf_counter() - began))
     return Measured("admission", workers, float(np.median(spent)))
 

@@ -103,7 +103,7 @@ def test_a_row_left_over_goes_to_the_next_sample_it_fits() -> None:
     assert batch.stop_reason == "cap"
 
 
-def test_the_knee_caps_a_batch_and_max_rows_caps_the_knee() -> None:
+def test_saturation_caps_a_batch_and_max_rows_caps_saturation() -> None:
     samples = [Waiter(str(k)) for k in range(10)]
     assert len(names(Scheduler(max_rows=8), samples, saturation_rows=3)) == 3
     assert len(names(Scheduler(max_rows=8), samples, saturation_rows=99)) == 8

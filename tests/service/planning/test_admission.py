@@ -43,7 +43,7 @@ def admit(
     row_cost: float = 1.0,
     policy: Policy | None = None,
 ) -> Admission:
-    newcomer = AdmissionRequest(
+    admission_request = AdmissionRequest(
         rung=BY_STEPS[steps],
         guidance_scale=1.0,
         samples=samples,
@@ -52,7 +52,7 @@ def admit(
         min_steps=floor,
         row_cost=row_cost,
     )
-    return admission.admit(newcomer, snapshot, ladder=LADDER, now=0.0, policy=policy)
+    return admission.admit(admission_request, snapshot, ladder=LADDER, now=0.0, policy=policy)
 
 
 loads = st.builds(
