@@ -129,7 +129,7 @@ def test_a_learned_variance_goes_from_the_posterior_to_beta_in_numpy_and_torch()
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_torch_and_numpy_walk_together_in_float32(solver: str, prediction: Prediction) -> None:
+def test_torch_and_numpy_agree_in_float32(solver: str, prediction: Prediction) -> None:
     schedule = make_schedule("cosine", prediction=prediction)
     table = step_table(solver, grid("uniform-t", 20), schedule)
     x = START.astype(np.float32)
@@ -189,7 +189,7 @@ def test_an_impossible_table_is_refused_in_one_sentence(arguments: dict[str, Any
         step_table(**(legal | arguments))
 
 
-def test_a_walk_without_what_its_table_needs_is_refused_in_one_sentence() -> None:
+def test_a_trajectory_without_noise_or_history_that_it_needs_is_refused() -> None:
     schedule = make_schedule("linear")
     with pytest.raises(ValueError, match="this ddpm table is stochastic: pass noise"):
         run(step_table("ddpm", (500, 250), schedule), START, bent)
