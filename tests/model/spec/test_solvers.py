@@ -37,6 +37,12 @@ from tests.model.spec.solver_cases import (
 )
 
 
+def test_the_worked_example_of_a_table() -> None:
+    table = step_table("ddim", (1, 0), Schedule(np.array([0.64, 0.36])))
+    np.testing.assert_allclose(table.a, [0.75, 0.0], atol=1e-12)
+    np.testing.assert_allclose(table.b, [0.35, 1.0], atol=1e-12)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data(), schedules, solvers, st.floats(0.0, 1.0))
 def test_every_step_keeps_the_signal_and_the_noise_at_the_levels_of_its_timestep(
