@@ -18,31 +18,37 @@ TORCH_HINT := On Linux, TORCH_INDEX=<an index of CPU builds of torch> saves giga
 SERVING := $(VENV)/.serve-$(KEY)
 TESTING := $(VENV)/.dev-$(KEY)
 
-.PHONY: serve test lint format bench bench-check clean
-.DEFAULT_GOAL := serve
+.PHONY: help serve test coverage lint format bench bench-check clean
+.DEFAULT_GOAL := help
 
-serve: $(SERVING)
+help: ## Show the targets.
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+serve: $(SERVING) ## Start the whole service on this machine: http://127.0.0.1:8000
 	@exec $(BIN)/python -m service $(ARGS)
 
-test: $(TESTING)
+test: $(TESTING) ## Run every test; ARGS="tests/model -k solver" runs some.
 	@exec $(BIN)/python -m pytest $(ARGS)
 
-lint: $(TESTING)
+coverage: $(TESTING) ## Run every test, and report which lines of the code they reach.
+	@exec $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+lint: $(TESTING) ## Check format, style and types.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-format: $(TESTING)
+format: $(TESTING) ## Format the code, and mend what can be mended by itself.
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(TESTING)
+bench: $(TESTING) ## Run a benchmark: make bench BENCH=growth
 	@exec $(BIN)/python -m bench.$(BENCH) $(ARGS)
 
-bench-check: $(TESTING)
+bench-check: $(TESTING) ## Compare cheap ratios with those on record.
 	@exec $(BIN)/python -m bench.check $(ARGS)
 
-clean:
+clean: ## Remove the virtual environment and all caches.
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -28,7 +28,7 @@ from ditserve.bench.machine.matmul_peak import MatmulPeak
 from ditserve.bench.machine.step_times import load_networks, step_times
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import load_backend
-from ditserve.service.backends.onnx import BACKBONES
+from ditserve.service.backends.sessions import BACKBONES
 
 Figures = dict[str, float]
 ROWS = 8

@@ -33,7 +33,8 @@ from ditserve.bench.plots import draw_peak_shares
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.engine_cache import first_gpu
 from ditserve.service.backends import CONDITIONER_ROWS_GPU, load_backend
-from ditserve.service.backends.onnx import CPU, CUDA, Graphs, recorded, session_options
+from ditserve.service.backends.onnx import AuxiliaryGraphs, open_cuda_graph
+from ditserve.service.backends.sessions import CPU, CUDA, session_options
 
 NETWORKS = (str(report.DEFAULT_BUNDLE), "DiT-XL/2")
 GOAL = 0.7
@@ -89,7 +90,9 @@ def gpu_step_times(
         BundleError: the bundle has no graph of its precision.
     """
     backend = load_backend(runtime.split()[0], bundle, **RUNTIMES[runtime])
-    graph = recorded(bundle, backend.precision, (CUDA, CPU), Lock()) if backend.name == "onnx" else None
+    graph = None
+    if backend.name == "onnx":
+        graph = open_cuda_graph(bundle, backend.precision, (CUDA, CPU), Lock())
     flops = row_flops(bundle)
     names = [tensor.name for tensor in bundle.manifest.state]
     points = []
@@ -113,7 +116,7 @@ def conditioner_ms(bundle: Bundle, passes: int) -> dict[str, float]:
     embeddings = np.zeros((CONDITIONER_ROWS_GPU, bundle.manifest.embedding_size), np.float32)
     found = {}
     for name, providers in (("CPU", (CPU,)), ("GPU", (CUDA, CPU))):
-        graphs = Graphs(bundle, session_options(0), providers)
+        graphs = AuxiliaryGraphs(bundle, session_options(0), providers)
         found[name] = 1e3 * median_seconds(partial(graphs.modulate, timesteps, embeddings), passes)
     return found
 

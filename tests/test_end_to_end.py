@@ -83,7 +83,9 @@ class Service:
 
     def worker(self) -> int:
         return next(
-            pid for pid, command in children_of(self.process.pid).items() if "-m service worker" in command
+            pid
+            for pid, command in children_of(self.process.pid).items()
+            if "-m ditserve.service worker" in command
         )
 
     def stop(self) -> int:

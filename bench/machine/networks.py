@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ditserve.export.half import filename, half_graph
+from ditserve.export.half import half_file, half_graph
 from ditserve.export.onnx import write_graphs
 from ditserve.export.storage import save_graph
 from ditserve.model.nets.cost import cost
 from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.bundle import MANIFEST, Bundle, Manifest, write_manifest
-from ditserve.model.spec.dit_config import DiTConfig, named
+from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.weights.files import write_bundle
 
 Floats = npt.NDArray[np.float32]
@@ -41,7 +41,7 @@ def random_bundle(config: DiTConfig, folder: Path, *, seed: int = 0, half: bool 
     manifest = manifest.model_copy(update={"decoder": "identity"})
     write_graphs(network, manifest, folder)
     if half:
-        save_graph(half_graph(network, "fp16"), folder / filename("fp16"))
+        save_graph(half_graph(network, "fp16"), folder / half_file("fp16"))
     write_manifest(folder, manifest)
     return Bundle.open(folder)
 
@@ -54,7 +54,7 @@ def open_bundle(name: str, folder: Path, *, half: bool = False) -> Bundle:
     """
     if (Path(name) / MANIFEST).is_file():
         return Bundle.open(name)
-    return random_bundle(named(name), folder, half=half)
+    return random_bundle(published_config(name), folder, half=half)
 
 
 @contextmanager

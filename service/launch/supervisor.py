@@ -21,13 +21,13 @@ import structlog
 from pydantic import SecretStr
 
 from ditserve.model.spec.bundle import BundleError, Manifest
-from ditserve.service.api_keys import KeyringError, admit
+from ditserve.service.api_keys import KeyringError, open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.launch.child_process import Child
 from ditserve.service.launch.valkey import ValkeyFailed, start_valkey
 from ditserve.service.launch.worker_pool import CONFIG_ERROR, FAILED, Crew, start_child
 from ditserve.service.queue.broker import Broker
-from ditserve.service.served_models import Lane, open_lanes
+from ditserve.service.served_models import ServedModel, open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.signals import on_hang_up, stop_signals
 from ditserve.service.telemetry import logs
@@ -41,8 +41,10 @@ def run(settings: Settings) -> int:
     """Serve until told to stop; returns the exit status. What cannot work is one sentence on stderr and status 2."""
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
-        lanes = open_lanes(settings, verify=settings.verify)  # at once: a damaged file is one sentence
-        admit(settings)
+        lanes = open_served_models(
+            settings, verify=settings.verify
+        )  # at once: a damaged file is one sentence
+        open_keyring(settings)
         port = free_port(settings.host, settings.port)
         with tempfile.TemporaryDirectory(prefix="dit-") as folder:
             here = settings.model_copy(update={"port": port})
@@ -55,7 +57,7 @@ def run(settings: Settings) -> int:
 class Supervisor:
     """Owner of the children. `folder` is scratch space of its own."""
 
-    def __init__(self, settings: Settings, lanes: Sequence[Lane], folder: Path) -> None:
+    def __init__(self, settings: Settings, lanes: Sequence[ServedModel], folder: Path) -> None:
         self._settings, self._lanes, self._folder = settings, lanes, folder
         self._crews: list[Crew] = []
         self._stopping = False
@@ -101,7 +103,7 @@ class Supervisor:
         self._settings = self._settings.model_copy(update={"redis_url": SecretStr(url)})
         return valkey
 
-    def _begin(self, lane: Lane) -> Crew:
+    def _begin(self, lane: ServedModel) -> Crew:
         """Start the workers of a lane, whose bundle was verified when it was opened."""
         settings = self._settings.model_copy(update={"verify": False})
         crew = Crew(lane, settings, metrics_folder=self._folder / "metrics")

@@ -14,7 +14,7 @@ import structlog
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.launch.child_process import Child
 from ditserve.service.queue.broker import Broker
-from ditserve.service.served_models import Lane
+from ditserve.service.served_models import ServedModel
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
 
@@ -35,7 +35,7 @@ async def start_child(command: str, settings: Settings) -> Child:
 class Crew:
     """Owner of `settings.workers` processes. `fallen` is set when one has ended by itself, `hopeless` when it never can work."""
 
-    def __init__(self, lane: Lane, settings: Settings, *, metrics_folder: Path) -> None:
+    def __init__(self, lane: ServedModel, settings: Settings, *, metrics_folder: Path) -> None:
         self.lane = lane
         self.fallen, self.hopeless = asyncio.Event(), asyncio.Event()
         self._settings, self._metrics = lane.settings(settings), metrics_folder

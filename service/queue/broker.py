@@ -25,17 +25,15 @@ from ditserve.service.errors import (
 )
 from ditserve.service.jobs import (
     Claim,
-    Event,
     Job,
+    JobEvent,
     JobResult,
     JobStatus,
     Lease,
     LoadSnapshot,
     Renewal,
     Starting,
-    WireError,
     WorkerState,
-    pack,
     read_report,
 )
 from ditserve.service.limits import Limits
@@ -45,6 +43,7 @@ from ditserve.service.queue.events import follow
 from ditserve.service.queue.keys import Keys
 from ditserve.service.queue.records import Records
 from ditserve.service.queue.subscriber import Subscriber
+from ditserve.service.wire import WireError, pack
 
 WEIGHTS = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
@@ -165,7 +164,7 @@ class Broker:
         """What `outcome` returns or raises for each of several jobs, in one exchange."""
         return await self._records.outcomes(job_ids)
 
-    def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[Event]:
+    def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[JobEvent]:
         """The job's events after the given id, as they come; ends after a terminal one. Raises `JobNotFound`."""
         return follow(self._readers, self.keys, job_id, after)
 
@@ -190,11 +189,11 @@ class Broker:
     # What a worker does.
 
     async def claim(
-        self, owner: str, *, models: Sequence[str], max_samples: int, alone_ok: bool = True
+        self, owner: str, *, models: Sequence[str], max_samples: int, idle: bool = True
     ) -> list[Claim]:
         """Lease the next jobs in fair order, of at most `max_samples` samples together.
 
-        `alone_ok` says that the owner runs nothing else: then it may be given a single job that exceeds the
+        `idle` says that the owner runs nothing else: then it may be given a single job that exceeds the
         room, or a suspect to run alone.
         """
         if max_samples <= 0:
@@ -208,7 +207,7 @@ class Broker:
             pack({"worker": owner}),
             pack(to_wire(DeadlineExceeded("The deadline passed before a worker was free."))),
             max_samples,
-            int(alone_ok),
+            int(idle),
             lease,
             lease,
             *models,
@@ -223,7 +222,7 @@ class Broker:
     ) -> Claim | None:
         lease = Lease(job_id.decode(), owner, attempt)
         try:
-            return Claim(Job.from_bytes(wire), lease, alone=bool(suspect), checkpoint=checkpoint)
+            return Claim(Job.from_bytes(wire), lease, run_isolated=bool(suspect), checkpoint=checkpoint)
         except WireError as error:
             await self.fail(lease, to_wire(InternalError(f"The worker cannot read this job: {error}.")))
             return None

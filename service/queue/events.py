@@ -8,16 +8,17 @@ from typing import Any, cast
 from redis.asyncio import Redis
 
 from ditserve.service.errors import JobNotFound
-from ditserve.service.jobs import TERMINAL_STATES, Event, EventKind, unpack
+from ditserve.service.jobs import TERMINAL_STATES, EventKind, JobEvent
 from ditserve.service.queue.connection import reaching
 from ditserve.service.queue.keys import Keys
+from ditserve.service.wire import unpack
 
 BLOCK_MS = 5000
 GRACE_S = 5.0
 PAGE = 64
 
 
-async def follow(client: Redis, keys: Keys, job_id: str, after: str) -> AsyncIterator[Event]:
+async def follow(client: Redis, keys: Keys, job_id: str, after: str) -> AsyncIterator[JobEvent]:
     """Events after the given id; ends after a terminal event, or when the job has ended and nothing is left
     to read.
 
@@ -39,7 +40,7 @@ async def follow(client: Redis, keys: Keys, job_id: str, after: str) -> AsyncIte
         block = None if entries or ended else BLOCK_MS
 
 
-async def _read(client: Redis, stream: str, after: str, block: int | None) -> list[Event]:
+async def _read(client: Redis, stream: str, after: str, block: int | None) -> list[JobEvent]:
     async with reaching(GRACE_S + BLOCK_MS / 1000):
         reply: Any = await client.xread({stream: after}, count=PAGE, block=block)
     entries = (
@@ -48,8 +49,8 @@ async def _read(client: Redis, stream: str, after: str, block: int | None) -> li
     return [_event(entry_id, fields) for entry_id, fields in entries]
 
 
-def _event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Event:
-    return Event(entry_id.decode(), cast(EventKind, fields[b"kind"].decode()), unpack(fields[b"data"]))
+def _event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> JobEvent:
+    return JobEvent(entry_id.decode(), cast(EventKind, fields[b"kind"].decode()), unpack(fields[b"data"]))
 
 
 async def _has_ended(client: Redis, key: str, job_id: str) -> bool:

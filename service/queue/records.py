@@ -9,9 +9,10 @@ from typing import Any, cast
 from redis.asyncio import Redis
 
 from ditserve.service.errors import InternalError, JobExpired, JobNotFound, ServiceError, from_wire
-from ditserve.service.jobs import Job, JobResult, JobStatus, State, WireError, unpack
+from ditserve.service.jobs import Job, JobResult, JobStatus, State
 from ditserve.service.queue.connection import reaching
 from ditserve.service.queue.keys import Keys
+from ditserve.service.wire import WireError, unpack
 
 _FIELDS = ("wire", "state", "attempt", "step", "steps", "error", "owner")
 

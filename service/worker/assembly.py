@@ -38,7 +38,7 @@ class RunningJob:
     def __init__(
         self, claim: Claim, ladder: Ladder, *, claimed_at: float, standings: Sequence[Standing]
     ) -> None:
-        self.job, self.lease, self.alone = claim.job, claim.lease, claim.alone
+        self.job, self.lease, self.alone = claim.job, claim.lease, claim.run_isolated
         self.claimed_at = claimed_at
         self.requests = _requests(self.job, ladder, attempt=claim.lease.attempt)
         pairs = list(zip(self.requests, standings, strict=True))

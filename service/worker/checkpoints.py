@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ import numpy as np
 from ditserve.model.spec.bundle import Manifest
 from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
-from ditserve.service.jobs import WireError, pack, unpack
-from ditserve.service.rung import Rung
+from ditserve.service.wire import WireError, build, fields_of, pack, unpack
 
 VERSION = 1  # of what a checkpoint holds and what it means to the engine
 
@@ -57,7 +55,7 @@ def _to_wire(sample: Standing) -> dict[str, Any] | None:
     if sample is None:
         return None
     shape, latent = sample.latent.shape, sample.latent.astype("<f4").tobytes()
-    return {"done": {**asdict(sample), "latent": latent, "shape": shape}}
+    return {"done": {**fields_of(sample), "latent": latent, "shape": shape}}
 
 
 def _from_wire(data: Mapping[str, Any] | None) -> Standing:
@@ -67,4 +65,4 @@ def _from_wire(data: Mapping[str, Any] | None) -> Standing:
         return Snapshot.from_wire(data["under_way"])
     done = dict(data["done"])
     latent = np.frombuffer(done.pop("latent"), "<f4").astype(np.float32).reshape(done.pop("shape"))
-    return Finished(latent=latent, rung=Rung.from_wire(done.pop("rung")), **done)
+    return build(Finished, {**done, "latent": latent})

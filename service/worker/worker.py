@@ -22,7 +22,7 @@ from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first
 from ditserve.service.telemetry import metrics
-from ditserve.service.telemetry.tracing import NoTracing, Tracing
+from ditserve.service.telemetry.tracing import Tracing
 from ditserve.service.worker.assembly import RunningJob
 from ditserve.service.worker.driver import Beat, Driver, Stepper
 from ditserve.service.worker.finishing import Decoder, Finishing
@@ -70,7 +70,7 @@ class Worker:
         self.name, self.model, self.policy = name, model, policy
         self._bundle, self._vocabulary = bundle, vocabulary
         self._broker, self._ladder, self._clock = broker, ladder, clock
-        self._tracing = tracing or NoTracing()
+        self._tracing = tracing or Tracing()
         self._slots, self._network = engine.free_samples, network or Network()
         self._finishing = Finishing(decoder, factors)
         self._telling = Telling(broker, step_event_s=policy.step_event_s)
@@ -121,7 +121,7 @@ class Worker:
             room = self._room()
             try:
                 claims = await self._broker.claim(
-                    self.name, models=[self.model], max_samples=room, alone_ok=not self._jobs
+                    self.name, models=[self.model], max_samples=room, idle=not self._jobs
                 )
             except QueueUnavailable as error:
                 log.warning("claim failed", detail=error.detail)

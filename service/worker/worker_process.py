@@ -31,7 +31,7 @@ from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import Planner
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.embeddings import Embeddings
-from ditserve.service.served_models import open_lanes
+from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.signals import stop_signals
 from ditserve.service.telemetry import logs, metrics
@@ -81,7 +81,7 @@ def run(settings: Settings) -> int:
 
 def only_bundle(settings: Settings) -> Bundle:
     """The bundle of the settings. Raises `BundleError`, and `ValueError` where they name several."""
-    lanes = open_lanes(settings, verify=settings.verify)
+    lanes = open_served_models(settings, verify=settings.verify)
     if len(lanes) > 1:
         ways = " and ".join(f"--bundle {each.folder} --namespace {each.namespace}" for each in lanes)
         raise ValueError(f"a worker serves one bundle: start workers with {ways}")

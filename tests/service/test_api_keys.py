@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ditserve.service.api_keys import ApiKey, Keyring, KeyringError, add, admit, read, revoke, run
+from ditserve.service.api_keys import ApiKey, Keyring, KeyringError, add, open_keyring, read, revoke, run
 from ditserve.service.settings import Settings
 
 
@@ -105,15 +105,15 @@ def test_commands_need_a_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "127.8.8.8"])
 def test_this_machine_alone_may_be_let_in_without_keys(host: str) -> None:
-    assert admit(Settings.parse([f"--host={host}"])) is None
+    assert open_keyring(Settings.parse([f"--host={host}"])) is None
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
 def test_others_are_let_in_only_when_told(host: str, path: Path) -> None:
     with pytest.raises(KeyringError, match=r"--keys-file .* or --open"):
-        admit(Settings.parse([f"--host={host}"]))
-    assert admit(Settings.parse([f"--host={host}", "--open"])) is None
-    assert isinstance(admit(Settings.parse([f"--host={host}", f"--keys-file={path}"])), Keyring)
+        open_keyring(Settings.parse([f"--host={host}"]))
+    assert open_keyring(Settings.parse([f"--host={host}", "--open"])) is None
+    assert isinstance(open_keyring(Settings.parse([f"--host={host}", f"--keys-file={path}"])), Keyring)
 
 
 def test_no_key_is_equal_to_another(path: Path) -> None:

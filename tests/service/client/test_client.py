@@ -11,9 +11,9 @@ import pytest
 
 from ditserve.service.api_keys import add
 from ditserve.service.client import cli as generate
-from ditserve.service.client import operations as module
+from ditserve.service.client import messages
 from ditserve.service.client.client import AsyncClient, Client
-from ditserve.service.client.operations import Unreachable
+from ditserve.service.client.messages import Unreachable
 from ditserve.service.errors import (
     Cancelled,
     NumericalError,
@@ -37,9 +37,9 @@ async def url(stage: Stage, serve: Serve) -> str:
 
 async def test_draws(url: str) -> None:
     async with AsyncClient(url) as client:
-        drawn = await client.generate(APPLE, n=2, seed=5, steps=3)
-    assert [(picture.seed, picture.data) for picture in drawn.images] == [(5, PNG), (6, PNG)]
-    assert drawn.facts["steps_used"] == 3
+        generation = await client.generate(APPLE, n=2, seed=5, steps=3)
+    assert [(image.seed, image.data) for image in generation.images] == [(5, PNG), (6, PNG)]
+    assert generation.facts["steps_used"] == 3
 
 
 async def test_the_blocking_client_does_the_same(url: str) -> None:
@@ -168,7 +168,7 @@ def test_gives_up_in_the_end(waits: Waits) -> None:
     client, seen = served(cut)
     with pytest.raises(Unreachable):
         client.generate(APPLE)
-    assert len(seen) == module.ATTEMPTS
+    assert len(seen) == messages.ATTEMPTS
 
 
 def test_takes_a_broken_event_stream_up_where_it_broke(waits: Waits) -> None:

@@ -20,9 +20,9 @@ from ditserve.service.http import load_cache
 from ditserve.service.http.api import configured
 from ditserve.service.http.app import create_app
 from ditserve.service.jobs import Claim, Image, JobResult, WorkerState
-from ditserve.service.queue.backplane import Backplane
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
+from ditserve.service.queue.queue_client import QueueClient
 from ditserve.service.queue.quota import Quota
 from ditserve.service.settings import Settings
 from tests.conftest import wait_until
@@ -173,11 +173,11 @@ async def open_stage(
             stub = StubWorker(await connect())
 
             @asynccontextmanager
-            async def opener(_: Settings) -> AsyncIterator[Backplane]:
+            async def opener(_: Settings) -> AsyncIterator[QueueClient]:
                 listener = Listener(broker)
                 quota = Quota(redis_url, namespace=broker.keys.namespace)
                 try:
-                    yield Backplane(broker, listener, quota)
+                    yield QueueClient(broker, listener, quota)
                 finally:
                     await quota.aclose()
                     await listener.aclose()

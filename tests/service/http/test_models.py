@@ -18,7 +18,7 @@ from ditserve.service.errors import ModelReplaced, to_wire
 from ditserve.service.http.app import create_app
 from ditserve.service.http.context import Context
 from ditserve.service.queue.broker import Broker
-from ditserve.service.served_models import open_lanes
+from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from tests.conftest import close_books, wait_until
 from tests.service.http.conftest import MANIFEST, StubWorker
@@ -56,7 +56,7 @@ class Pair:
 
     async def report(self, name: str) -> None:
         """The worker of a model says that it has loaded what lies in the folder now."""
-        lane = next(lane for lane in open_lanes(self.settings, verify=False) if lane.name == name)
+        lane = next(lane for lane in open_served_models(self.settings, verify=False) if lane.name == name)
         await self.workers[name].report(bundle=lane.digest)
 
     async def reload(self) -> None:
@@ -78,7 +78,7 @@ async def pair(tmp_path: Path, redis_url: str, namespace: str) -> AsyncIterator[
     settings = Settings(**options)
     async with AsyncExitStack() as stack:
         workers = {}
-        for lane in open_lanes(settings, verify=True):
+        for lane in open_served_models(settings, verify=True):
             stack.push_async_callback(close_books, redis_url, lane.namespace)
             broker = await Broker.connect(redis_url, namespace=lane.namespace)
             stack.push_async_callback(broker.aclose)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.service.http.sizes import Extent, in_windows
+from ditserve.service.http.sizes import OutputSize, in_windows
 from ditserve.service.jobs import Network
 from tests.service.http.conftest import MANIFEST, Stage
 
@@ -90,7 +90,7 @@ def test_windows_over_latents_are_reckoned_in_pixels_of_the_image() -> None:
     manifest = Manifest.model_validate({**MANIFEST, "config": config, "decoder": "small"})
     height, width = MANIFEST["config"]["image_size"]
     wide = in_windows(f"{16 * width}x{8 * height}", manifest, max_area=4)
-    assert wide == Extent((height, 2 * width), 3, 3.0)
+    assert wide == OutputSize((height, 2 * width), 3, 3.0)
     with pytest.raises(ValueError, match="multiples of 8"):
         in_windows(f"{16 * width + 1}x{8 * height}", manifest, max_area=4)
 

@@ -56,7 +56,9 @@ def drawn(answer: httpx.Response) -> list[bytes]:
 
 def workers(running: Running) -> set[int]:
     family = running.family.items()
-    return {pid for pid, line in family if line.endswith("-m service worker") and "/bin/sh" not in line}
+    return {
+        pid for pid, line in family if line.endswith("-m ditserve.service worker") and "/bin/sh" not in line
+    }
 
 
 class Client:

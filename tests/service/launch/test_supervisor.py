@@ -116,7 +116,7 @@ async def test_it_serves_heals_and_stops_in_order(wait_until: WaitUntil) -> None
         answer = running.generate()
         assert answer.status_code == 200
         assert Image.open(BytesIO(answer.content)).format == "PNG"
-        worker = one(family, "-m service worker")
+        worker = one(family, "-m ditserve.service worker")
         os.kill(worker, signal.SIGKILL)
         await wait_until(lambda: worker_other_than(running, worker), timeout=30, every=0.05)
         assert running.generate().status_code == 200
@@ -133,7 +133,7 @@ def worker_other_than(running: Running, pid: int) -> bool:
     workers = [
         p
         for p, line in running.family.items()
-        if line.endswith("-m service worker") and "/bin/sh" not in line
+        if line.endswith("-m ditserve.service worker") and "/bin/sh" not in line
     ]
     return bool(workers) and pid not in workers
 
@@ -152,7 +152,7 @@ async def test_the_end_of_the_api_is_the_end_of_the_service(
     async with serving(f"--namespace={namespace}", REDIS_URL=redis_url) as running:
         family = running.family
         assert not any("valkey-server" in line for line in family.values())
-        os.kill(one(family, "-m service api"), signal.SIGKILL)
+        os.kill(one(family, "-m ditserve.service api"), signal.SIGKILL)
         _, errors = running.process.communicate(timeout=30)
         assert running.process.returncode == 1
         assert "ended unexpectedly" in errors

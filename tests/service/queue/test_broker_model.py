@@ -229,7 +229,7 @@ class QueueHistory(RuleBasedStateMachine):
         self.run(self.claim_both(owner, room, idle))
 
     async def claim_both(self, owner: str, room: int, idle: bool) -> list[Entry]:
-        claims = await self.broker.claim(owner, models=["emoji"], max_samples=room, alone_ok=idle)
+        claims = await self.broker.claim(owner, models=["emoji"], max_samples=room, idle=idle)
         expected = self.model.claim(owner, room, idle)
         assert claims == [
             Claim(entry.job, entry.lease, entry.suspect, entry.checkpoint)

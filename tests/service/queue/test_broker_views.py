@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ditserve.service.errors import JobExpired, JobNotFound
-from ditserve.service.jobs import Event, Job, JobResult, Lease, WorkerState
+from ditserve.service.jobs import Job, JobEvent, JobResult, Lease, WorkerState
 from ditserve.service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio
@@ -22,7 +22,7 @@ async def claim_one(broker: Broker, owner: str = "w1") -> Lease:
     return claim.lease
 
 
-async def read_events(broker: Broker, job_id: str, after: str = "0-0") -> list[Event]:
+async def read_events(broker: Broker, job_id: str, after: str = "0-0") -> list[JobEvent]:
     return [event async for event in broker.events(job_id, after)]
 
 

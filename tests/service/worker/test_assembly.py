@@ -52,7 +52,7 @@ BETTER, WORSE = (
 
 
 def rungs(job: Job, ladder: Ladder) -> set[tuple[Rung | None, Rung]]:
-    claim = Claim(job, Lease(job.id, "w1", 1), alone=False)
+    claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
     running = RunningJob(claim, ladder, claimed_at=0.0, standings=[None] * len(job.seeds))
     return {(request.requested, request.rung) for request, _ in running.starts}
 

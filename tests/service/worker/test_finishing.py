@@ -35,7 +35,7 @@ class Decoder:
 def make_running(make_job: Make) -> Make:
     def make(**fields: Any) -> RunningJob:
         job = make_job(**fields)
-        claim = Claim(job, Lease(job.id, "w1", 1), alone=False)
+        claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
         return RunningJob(claim, Ladder(()), claimed_at=0.0, standings=[None] * len(job.seeds))
 
     return make

@@ -251,7 +251,7 @@ async def test_a_hung_engine_ends_the_worker_and_its_jobs_are_tried_again(
     async with asyncio.timeout(15):
         assert not await worker.run(stop, hurry), "for its supervisor to start another"
     (claim,) = await broker.claim("w2", models=["fake"], max_samples=1)
-    assert (claim.job.id, claim.alone) == (job.id, True)
+    assert (claim.job.id, claim.run_isolated) == (job.id, True)
     kinds = [event async for event in _until(broker, job, "queued")]
     assert kinds[-1].data["code"] == InternalError.code
     assert await broker.cancel(job.id)
