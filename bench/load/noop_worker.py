@@ -16,7 +16,7 @@ from ditserve.bench.engine_overhead import NoopBackend
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import BACKENDS
 from ditserve.service.settings import Settings
-from ditserve.service.worker import worker_process
+from ditserve.service.worker.main import run
 
 
 def open_backend(bundle: Bundle, **options: Any) -> NoopBackend:
@@ -26,7 +26,7 @@ def open_backend(bundle: Bundle, **options: Any) -> NoopBackend:
 
 def main(arguments: Sequence[str]) -> int:
     BACKENDS.update(dict.fromkeys(BACKENDS, "ditserve.bench.load.noop_worker:open_backend"))
-    return worker_process.run(Settings.load(list(arguments), program="python -m bench.load.noop_worker"))
+    return run(Settings.load(list(arguments), program="python -m bench.load.noop_worker"))
 
 
 if __name__ == "__main__":
