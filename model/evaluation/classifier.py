@@ -32,7 +32,7 @@ from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.spec.bundle import WEIGHTS, Factor, digest, write_atomic
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.train.config import load_config, mistake
+from ditserve.model.train.config import first_mistake, load_config
 
 CLASSIFIER = Path(__file__).parents[1] / "zoo" / "emoji-classifier"  # the one that ships
 CARD = "classifier.json"
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str]) -> int:
             )
         save_classifier(network, options.out, card)
     except (DataError, ValueError, OSError) as error:
-        sentence = mistake(error) if isinstance(error, ValidationError) else str(error)
+        sentence = first_mistake(error) if isinstance(error, ValidationError) else str(error)
         print(f"model.evaluation.classifier: {sentence}", file=sys.stderr)
         return 2
     for name, value in card.accuracy.items():
