@@ -33,7 +33,7 @@ from ditserve.bench.plots import RESULTS, draw_lines
 from ditserve.bench.record import Neighbours, save
 from ditserve.model.nets.cost import cost
 from ditserve.model.spec.bundle import Bundle, BundleError
-from ditserve.model.spec.engine_cache import NoGpu, first_gpu
+from ditserve.model.spec.engine_cache import NoGpuError, first_gpu
 from ditserve.service.backends import CONDITIONER_ROWS_GPU, BackendUnavailable, load_backend
 from ditserve.service.backends.onnx import CPU, CUDA, Graphs, recorded, session_options
 
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for runtime in options.runtimes:
                     points += measure(bundle, name, runtime, options.rows, options.passes, peaks)
                     console.print(_table(points[-len(options.rows) :], gpu.name, peaks))
-    except (BackendUnavailable, BundleError, NoGpu, ValueError) as error:
+    except (BackendUnavailable, BundleError, NoGpuError, ValueError) as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return 2
     figures = {

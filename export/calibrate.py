@@ -20,7 +20,7 @@ from torch import Tensor
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network, NetworkConfig
-from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, noise
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, initial_noise
 from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.model.train.loaded_model import LoadedModel
@@ -155,7 +155,7 @@ def _sampled(source: LoadedModel, walk: Walk, network: Callable[[Tensor, int], T
     config, schedule = source.network.config, source.schedule
     steps = grid("trailing", min(walk.steps, schedule.timesteps), schedule.timesteps)
     shape = (config.in_channels, *config.image_size)
-    start = torch.from_numpy(np.stack([noise(walk.seed + k, shape) for k in range(walk.samples)]))
+    start = torch.from_numpy(np.stack([initial_noise(walk.seed + k, shape) for k in range(walk.samples)]))
     clip = source.manifest.diffusion.clip_x0
     *_, (_, x0) = trajectory(step_table("ddim", steps, schedule), start, network, clip_x0=clip)
     return x0

@@ -33,7 +33,7 @@ from ditserve.export.smooth import amax, search, smoothed
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph
 from ditserve.export.verify import CALIBRATION, LIMITS, check, report
-from ditserve.model.evaluation.classifier import CLASSIFIER
+from ditserve.model.evaluation.classifier_network import CLASSIFIER
 from ditserve.model.spec.bundle import BACKBONE, write_atomic, write_manifest
 from ditserve.model.train.loaded_model import LoadedModel
 

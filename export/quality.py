@@ -15,10 +15,16 @@ from ditserve.export.calibrate import Backbone, Walk, pictures, with_backbone
 from ditserve.export.errors import ExportError
 from ditserve.export.session import open_session, run
 from ditserve.model.data.examples import DataError
-from ditserve.model.evaluation.classifier import ClassifierError, open_classifier
+from ditserve.model.evaluation.classifier_network import ClassifierError, open_classifier
 from ditserve.model.evaluation.features import classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
-from ditserve.model.evaluation.picture_sets import Plan, asked, make, open_data, real
+from ditserve.model.evaluation.picture_sets import (
+    EvaluationPlan,
+    choose_examples,
+    generate,
+    open_data,
+    real_pictures,
+)
 from ditserve.model.nets.autoencoder import Autoencoder, Identity
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -58,7 +64,7 @@ def frechet_report(source: LoadedModel, backbone: Backbone, judge: Judge) -> dic
         raise ExportError(str(error)) from None
     manifest = source.manifest
     decoder = Identity() if judge.decoder is None else _Graph(judge.decoder)
-    plan = Plan(
+    plan = EvaluationPlan(
         limit=judge.pictures,
         per_pair=1,
         reference=0,
@@ -69,15 +75,15 @@ def frechet_report(source: LoadedModel, backbone: Backbone, judge: Judge) -> dic
         guidance_interval=manifest.defaults.guidance_interval,
         seed=0,
     )
-    rows, _ = asked(dataset, plan)
+    rows, _ = choose_examples(dataset, plan)
 
     def features(images: Iterable[Tensor]) -> Tensor:
         return torch.cat([network.features(chunk).pooled for chunk in images])
 
     every = [int(row) for row in dataset.training]
-    shown = features(real(dataset, decoder, every))
-    fp32 = features(make(source, decoder, dataset, rows, plan))
-    other = features(make(with_backbone(source, backbone), decoder, dataset, rows, plan))
+    shown = features(real_pictures(dataset, decoder, every))
+    fp32 = features(generate(source, decoder, dataset, rows, plan))
+    other = features(generate(with_backbone(source, backbone), decoder, dataset, rows, plan))
     before, after = frechet_distance(shown, fp32), frechet_distance(shown, other)
     return {
         "pictures": len(rows),

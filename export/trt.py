@@ -35,7 +35,7 @@ from ditserve.export.tensorrt.progress import Cancellable, Progression, bars, in
 from ditserve.export.tensorrt.trial import FASTER, Reference, reference_of, speedup, try_engine
 from ditserve.export.verify import CALIBRATION
 from ditserve.model.spec.bundle import Bundle, BundleError
-from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, Origin, Slot, origin_of
+from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, EngineOrigin, engine_origin
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 HALVES = ("fp16", "bf16")
@@ -47,7 +47,7 @@ STALE, REFUSED, CANCELLED = 1, 2, 130
 class Outcome:
     """What became of one precision, and the record of its engine where there is one."""
 
-    origin: Origin
+    origin: EngineOrigin
     state: str  # "fresh", "built", "compiles", "dropped: …", or why the engine must not be loaded
     record: Mapping[str, Any]
 
@@ -62,21 +62,26 @@ class Job:
     options: BuildOptions
     buckets: tuple[int, ...] = BUCKETS  # batch sizes to be timed at
 
-    def check(self, origin: Origin) -> Outcome:
+    def check(self, origin: EngineOrigin) -> Outcome:
         """Whether the engine may be loaded, without building."""
-        slot = Slot.of(self.engines, origin)
+        slot = CachedEngine.of(self.engines, origin)
         problem = slot.problem(origin, recorded(self.options))
         return Outcome(origin, problem or "fresh", _record(slot) if problem is None else {})
 
     def make(
-        self, origin: Origin, *, force: bool = False, keep: bool = True, monitor: Cancellable | None = None
+        self,
+        origin: EngineOrigin,
+        *,
+        force: bool = False,
+        keep: bool = True,
+        monitor: Cancellable | None = None,
     ) -> Outcome:
         """Build one engine unless a fresh one is there; `keep=False` compiles only.
 
         Raises:
             BuildError, BuildCancelled: see `build_engine`; what was there before stays.
         """
-        slot = Slot.of(self.engines, origin)
+        slot = CachedEngine.of(self.engines, origin)
         found = self.check(origin)
         if keep and not force and found.state == "fresh":
             return found
@@ -99,7 +104,7 @@ class Job:
         """
         if outcome.record["executed"]:
             return outcome
-        slot, precision = Slot.of(self.engines, outcome.origin), outcome.origin.precision
+        slot, precision = CachedEngine.of(self.engines, outcome.origin), outcome.origin.precision
         engine = EngineRun(self.trt, slot.engine.read_bytes())
         try:
             amend(slot, try_engine(engine, precision, reference, self.buckets))
@@ -126,11 +131,11 @@ class Job:
         why = f"dropped: {ratio:.2f} times as fast as half precision, {FASTER} is asked for: --keep-int8 keeps it"
         for each in outcomes:
             if each.origin.precision == "int8":
-                drop(Slot.of(self.engines, each.origin))
+                drop(CachedEngine.of(self.engines, each.origin))
         return [replace(each, state=why) if each.origin.precision == "int8" else each for each in outcomes]
 
 
-def _record(slot: Slot) -> Mapping[str, Any]:
+def _record(slot: CachedEngine) -> Mapping[str, Any]:
     record: Mapping[str, Any] = json.loads(slot.record.read_text())
     return record
 
@@ -176,7 +181,7 @@ def _run(options: argparse.Namespace, progression: Progression) -> int:
     device = find_device(trt, build)
     job = Job(trt, bundle, options.engines or bundle.path / FOLDER, build, options.buckets)
     origins = [
-        origin_of(bundle, name, GRAPHS[name][0], flavour=trt.flavour, version=trt.version, device=device)
+        engine_origin(bundle, name, GRAPHS[name][0], flavour=trt.flavour, version=trt.version, device=device)
         for name in precisions(bundle, options.precision or (), every=options.all)
     ]
     if options.check:
@@ -198,7 +203,7 @@ def _run(options: argparse.Namespace, progression: Progression) -> int:
 
 
 def _build(
-    job: Job, origins: Sequence[Origin], options: argparse.Namespace, progression: Progression
+    job: Job, origins: Sequence[EngineOrigin], options: argparse.Namespace, progression: Progression
 ) -> list[Outcome]:
     outcomes = []
     for number, origin in enumerate(origins, 1):

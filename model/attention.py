@@ -26,7 +26,7 @@ from torch import Tensor
 from ditserve.model.nets.factory import Network
 from ditserve.model.nets.layers import Attention
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
-from ditserve.model.sampling.prompt import SampleError, embeddings, parse_condition
+from ditserve.model.sampling.prompt import SampleError, embed_terms, parse_condition
 from ditserve.model.sampling.sheet import picture_grid, to_pixels
 from ditserve.model.spec.command_line import guarded, positive
 from ditserve.model.spec.diffusion import grid
@@ -130,7 +130,7 @@ def paint(options: argparse.Namespace) -> Image.Image:
     if not 0 <= options.at <= 1:
         raise SampleError(f"--at is a fraction of the noise range in 0..1, not {options.at}")
     term = parse_condition(options.condition, loaded.manifest.factors)
-    embedding = embeddings(model, [term], options.encoder)[0][None]
+    embedding = embed_terms(model, [term], options.encoder)[0][None]
     x0 = draw_sample(loaded, embedding, options.seed)
     maps = _maps_of_noised(loaded, x0, embedding, options)
     chosen = [maps[k] for k in sorted({0, len(maps) // 2, len(maps) - 1})]

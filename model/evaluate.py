@@ -31,22 +31,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ditserve.model.evaluation.classifier import CLASSIFIER, Classifier, open_classifier
-from ditserve.model.evaluation.comparison import Entry, compare
+from ditserve.model.evaluation.classifier_network import CLASSIFIER, Classifier, open_classifier
+from ditserve.model.evaluation.comparison import EvaluatedModel, comparison_table
 from ditserve.model.evaluation.features import (
     FeatureNetwork,
     classifier_features,
     inception_features,
 )
-from ditserve.model.evaluation.measures import OF_FEATURES, Closeness, markdown, measure, notes
+from ditserve.model.evaluation.measures import (
+    FEATURE_FIGURES,
+    NearestTraining,
+    markdown_table,
+    measure,
+    notes,
+)
 from ditserve.model.evaluation.picture_sets import (
     GENERATED,
     REAL_UNSEEN,
     TRAINING,
     UNSEEN,
-    Plan,
-    Set,
-    collect,
+    EvaluationPlan,
+    PictureSet,
+    collect_sets,
     open_data,
 )
 from ditserve.model.nets.autoencoder import open_autoencoder
@@ -64,7 +70,7 @@ class EvaluationError(ModelError):
     """An evaluation that cannot be made; the message is one sentence."""
 
 
-def write_pictures(sets: Mapping[str, Set], near: Mapping[str, Closeness], folder: Path) -> None:
+def write_pictures(sets: Mapping[str, PictureSet], near: Mapping[str, NearestTraining], folder: Path) -> None:
     """Write closest.png, pictures above their nearest training picture, nearest first, and held-out.png.
 
     The latter shows pictures of unseen labels above the first real one of the same labels; it is left out
@@ -121,7 +127,7 @@ def open_judges(options: argparse.Namespace, loaded: LoadedModel) -> tuple[Featu
     return classifier_features(classifier), classifier
 
 
-def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> Plan:
+def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPlan:
     """Return the plan of the command line; what it leaves out is the default of the model.
 
     Raises:
@@ -130,7 +136,7 @@ def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> Plan:
     defaults = loaded.manifest.defaults
     if min(options.limit, options.per_pair, options.reference) < 1:
         raise EvaluationError("--limit, --per-pair and --reference must be at least 1")
-    return Plan(
+    return EvaluationPlan(
         limit=options.limit,
         per_pair=options.per_pair,
         reference=options.reference,
@@ -159,12 +165,14 @@ def evaluate_all(options: argparse.Namespace) -> str:
             "several models are compared in --out FOLDER, each in a folder of its own name: "
             "give it, and models of different names"
         )
-    text = compare([evaluate(model, options.out / model.resolve().name, options) for model in models])
+    text = comparison_table(
+        [evaluate(model, options.out / model.resolve().name, options) for model in models]
+    )
     write_atomic(options.out / "comparison.md", f"{text}\n".encode())
     return text
 
 
-def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Entry:
+def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> EvaluatedModel:
     """Evaluate one model, and write the report and the pictures into `folder`."""
     began = time.monotonic()
     loaded = load_model(model, data=options.data)
@@ -174,10 +182,10 @@ def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Entry:
     network, classifier = open_judges(options, loaded)
     plan = make_plan(loaded, options)
     decoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
-    sets = collect(loaded, decoder, open_data(loaded, options.data), network, plan)
+    sets = collect_sets(loaded, decoder, open_data(loaded, options.data), network, plan)
     measured = measure(sets, classifier, manifest.factors, plan.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    write_pictures(sets, measured.near, folder)
+    write_pictures(sets, measured.nearest, folder)
     record = {
         "model": f"{manifest.name} {manifest.version}",
         "data": options.data.name,
@@ -195,7 +203,7 @@ def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Entry:
     if options.write:
         merged = {**manifest.metrics, **metrics(record)}
         write_manifest(model, manifest.model_copy(update={"metrics": merged}))
-    return Entry(folder.name, loaded, record)
+    return EvaluatedModel(folder.name, loaded, record)
 
 
 def report(record: Mapping[str, Any]) -> str:
@@ -208,7 +216,7 @@ def report(record: Mapping[str, Any]) -> str:
         f"{sampling['solver']}, {sampling['steps']} steps ({sampling['grid']}), "
         f"guidance {sampling['guidance_scale']:g} in {low:g}–{high:g}, "
         f"seed {sampling['seed']}; {record['data']}. Pictures: {counts}.",
-        markdown(record["figures"]),
+        markdown_table(record["figures"]),
         *record["notes"],
     ]
     return "\n\n".join(lines) + "\n"
@@ -218,7 +226,7 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """Return the manifest's figures of generated pictures; `held_out_` marks those of unseen labels."""
     prefixes = {GENERATED: "", UNSEEN: "held_out_"}
     return {
-        f"{prefix}{key}_{record['features']}" if key in OF_FEATURES else f"{prefix}{key}": round(value, 5)
+        f"{prefix}{key}_{record['features']}" if key in FEATURE_FIGURES else f"{prefix}{key}": round(value, 5)
         for name, prefix in prefixes.items()
         for key, value in record["figures"].get(name, {}).items()
     }

@@ -22,12 +22,12 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.prompt import (
     Combine,
     SampleError,
-    combine,
-    embeddings,
-    label_rows,
+    combine_conditions,
+    embed_terms,
+    label_tensor,
     parse_condition,
 )
-from ditserve.model.sampling.sheet import CHUNK, class_sheet, picture_grid, to_pixels
+from ditserve.model.sampling.sheet import CHUNK, picture_grid, sheet_labels, to_pixels
 from ditserve.model.spec.command_line import guarded, positive
 from ditserve.model.spec.diffusion import GRIDS, grid
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
@@ -49,11 +49,11 @@ def sample(options: argparse.Namespace) -> Image.Image:
     size = tuple(options.size) if options.size else model.config.image_size
     terms = [parse_condition(text, loaded.manifest.factors) for text in options.condition]
     if terms:
-        parts = embeddings(model, terms, options.encoder)
+        parts = embed_terms(model, terms, options.encoder)
         samples, columns = options.count, options.columns or min(options.count, 8)
     else:
-        sheet, columns = class_sheet(model.config.classes, options.columns or 10)
-        sheet_embeddings = model.embed(label_rows(sheet, model.config.classes).to(device))
+        sheet, columns = sheet_labels(model.config.classes, options.columns or 10)
+        sheet_embeddings = model.embed(label_tensor(sheet, model.config.classes).to(device))
         samples = len(sheet)
     pixels = []
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
@@ -61,7 +61,9 @@ def sample(options: argparse.Namespace) -> Image.Image:
         for start in range(0, samples, CHUNK):
             count = min(CHUNK, samples - start)
             if terms:
-                conditions = combine(parts, [term.weight for term in terms], options.combine, count)
+                conditions = combine_conditions(
+                    parts, [term.weight for term in terms], options.combine, count
+                )
             else:
                 conditions = Conditions((sheet_embeddings[start : start + count],))
             denoiser = Denoiser(model, loaded.schedule, conditions, guidance)

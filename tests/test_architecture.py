@@ -101,7 +101,7 @@ IMPURE = {
 # Who may import by name: tables of implementations, and packages that few need.
 LATE = {"service.__main__", "service.backends", "service.telemetry.tracing", "export.tensorrt.module"}
 LATE |= {"service.backends.cuda", "service.backends.tensorrt", "service.telemetry.gpus"}
-LATE |= {"model.nets.autoencoder", "model.nets.text", "model.nets.text_encoders"}
+LATE |= {"model.nets.autoencoder", "model.nets.text"}
 
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
 NOT_NOUNS = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}

@@ -13,7 +13,7 @@ from ditserve.export.errors import ExportError
 from ditserve.export.tensorrt.build import BuildOptions, Built
 from ditserve.export.tensorrt.module import TensorRt
 from ditserve.model.spec.bundle import write_atomic
-from ditserve.model.spec.engine_cache import Device, NoGpu, Origin, Slot, first_gpu
+from ditserve.model.spec.engine_cache import CachedEngine, Device, EngineOrigin, NoGpuError, first_gpu
 
 TIMING_CACHE, REPORT = "timing.cache", "report.json"
 
@@ -28,7 +28,7 @@ def find_device(trt: TensorRt, options: BuildOptions) -> Device:
         return Device("aot", "-".join(sorted(target.lower() for target in options.targets)))
     try:
         return first_gpu()
-    except NoGpu as error:
+    except NoGpuError as error:
         remedy = "name one with --target sm89" if trt.ahead_of_time else "run this on the machine that serves"
         raise ExportError(f"{error}: {remedy}") from None
 
@@ -39,13 +39,15 @@ def recorded(options: BuildOptions) -> dict[str, Any]:
     return plain
 
 
-def timing_cache(slot: Slot) -> bytes:
+def timing_cache(slot: CachedEngine) -> bytes:
     """The timing cache of earlier builds in a slot's folder; empty if there is none."""
     file = slot.folder / TIMING_CACHE
     return file.read_bytes() if file.is_file() else b""
 
 
-def store(slot: Slot, origin: Origin, options: BuildOptions, built: Built, facts: Mapping[str, Any]) -> None:
+def store(
+    slot: CachedEngine, origin: EngineOrigin, options: BuildOptions, built: Built, facts: Mapping[str, Any]
+) -> None:
     """Write engine, timing cache, record and report; the record last but one, so that a torn write shows as a problem."""
     slot.folder.mkdir(parents=True, exist_ok=True)
     if built.timing_cache:
@@ -64,13 +66,13 @@ def store(slot: Slot, origin: Origin, options: BuildOptions, built: Built, facts
     _report(slot.folder)
 
 
-def amend(slot: Slot, facts: Mapping[str, Any]) -> None:
+def amend(slot: CachedEngine, facts: Mapping[str, Any]) -> None:
     """Add what was measured of an engine to its record and the report."""
     write_atomic(slot.record, _json({**json.loads(slot.record.read_text()), **facts}))
     _report(slot.folder)
 
 
-def drop(slot: Slot) -> None:
+def drop(slot: CachedEngine) -> None:
     """Remove an engine that must not be served; the report goes on without it."""
     slot.record.unlink(missing_ok=True)
     slot.engine.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import onnxruntime as ort
 import structlog
 
 from ditserve.model.spec.bundle import Bundle, Manifest
-from ditserve.model.spec.engine_cache import FOLDER, NoGpu, first_gpu, origin_of
+from ditserve.model.spec.engine_cache import FOLDER, NoGpuError, engine_origin, first_gpu
 from ditserve.model.spec.network_config import size_multiple as free_sides
 from ditserve.service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
 from ditserve.service.backends.rows import SIZES, RecordedRows, Rows, SharedRows, run
@@ -213,13 +213,13 @@ def _cached(bundle: Bundle, precision: str) -> tuple[str, dict[str, str]]:
     try:
         device = first_gpu()
         version = f"{ort.__version__}-{metadata.version('tensorrt-cu13')}"
-    except NoGpu as error:
+    except NoGpuError as error:
         raise BackendUnavailable(f"{TENSORRT} needs a GPU, and {error}") from None
     except metadata.PackageNotFoundError:
         raise BackendUnavailable(
             f"{TENSORRT} needs the package tensorrt-cu13, which is not installed"
         ) from None
-    origin = origin_of(
+    origin = engine_origin(
         bundle, precision, BACKBONES[precision], flavour="onnxruntime", version=version, device=device
     )
     folder = bundle.path / FOLDER / origin.folder

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ditserve.model.spec.bundle import Bundle
-from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, Device, Slot, origin_of
+from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, Device, engine_origin
 from ditserve.service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
 from ditserve.service.backends.cuda import Cuda
 from ditserve.service.backends.onnx import CPU, CUDA, OUTDATED, Graphs, session_options
@@ -180,10 +180,10 @@ def find_engine(bundle: Bundle, engines: Path, precision: str, version: str, dev
         BackendUnavailable: there is none, or it is stale, foreign or damaged; the message holds the command that builds it.
         BundleError: the bundle has no graph of this precision.
     """
-    origin = origin_of(
+    origin = engine_origin(
         bundle, precision, GRAPHS[precision][0], flavour="tensorrt", version=version, device=device
     )
-    slot = Slot.of(engines, origin)
+    slot = CachedEngine.of(engines, origin)
     problem = slot.problem(origin)
     if problem is not None:
         where = "" if engines == bundle.path / FOLDER else f" --engines {engines}"

@@ -21,7 +21,7 @@ from ditserve.export.session import open_session, run
 from ditserve.export.smooth import int8_linears
 from ditserve.export.source import open_source, parameters
 from ditserve.export.verify import LIMITS, check
-from ditserve.model.evaluation.classifier import Card, Classifier
+from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard
 from ditserve.model.spec.bundle import Bundle, digest, write_manifest
 from ditserve.model.spec.unet_config import UNetConfig
 from tests.export.tiny import CONFIG, tiny_source
@@ -162,7 +162,7 @@ def classifier_in(folder: Path) -> Path:
     """A classifier of random weights over 16×16 pictures."""
     factors = tiny_source().manifest.factors
     torch.manual_seed(0)
-    network = Classifier(Card(image_size=(16, 16), widths=(4, 8), factors=factors))
+    network = Classifier(ClassifierCard(image_size=(16, 16), widths=(4, 8), factors=factors))
     folder.mkdir()
     save_file(
         {name: tensor.half() for name, tensor in network.state_dict().items()}, folder / "weights.safetensors"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ditserve.model.evaluate import COLUMNS, main
-from ditserve.model.evaluation.classifier import Card, Classifier, save_classifier
+from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard, save_classifier
 from ditserve.model.evaluation.measures import REAL
 from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN
 from ditserve.model.spec.bundle import Bundle, write_manifest
@@ -30,7 +30,7 @@ def command(bundle: Path, tmp_path: Path) -> list[str]:
     manifest = Bundle.open(bundle).manifest
     said = {"training": {"data": {"path": "x.npz", "names": NAMES, "hold_out": 0.3}}}
     write_manifest(bundle, manifest.model_copy(update={"provenance": said, "metrics": {"old": 1.0}}))
-    card = Card(
+    card = ClassifierCard(
         image_size=(8, 8), widths=(4, 6), factors=manifest.factors, accuracy={"label_top1_unseen": 0.5}
     )
     save_classifier(Classifier(card), tmp_path / "judge", card)
@@ -114,11 +114,11 @@ def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
     command: list[str], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = Bundle.open(bundle).manifest
-    stranger = Card(
+    stranger = ClassifierCard(
         image_size=(8, 8), widths=(4, 6), factors=(manifest.factors[0].model_copy(update={"name": "x"}),)
     )
     save_classifier(Classifier(stranger), tmp_path / "stranger", stranger)
-    larger = Card(image_size=(16, 16), widths=(4, 6), factors=manifest.factors)
+    larger = ClassifierCard(image_size=(16, 16), widths=(4, 6), factors=manifest.factors)
     save_classifier(Classifier(larger), tmp_path / "larger", larger)
     cases = {
         ("--classifier", str(tmp_path / "stranger")): "knows none of the model's classes",

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from ditserve.model.nets.autoencoder import Identity
 from ditserve.model.nets.dit import DiT
 from ditserve.model.sample import main
-from ditserve.model.sampling.prompt import SampleError, Term, embeddings, parse_condition
-from ditserve.model.sampling.sheet import class_sheet, picture_grid, sample_sheet, to_pixels
+from ditserve.model.sampling.prompt import PromptTerm, SampleError, embed_terms, parse_condition
+from ditserve.model.sampling.sheet import picture_grid, sample_sheet, sheet_labels, to_pixels
 from ditserve.model.spec.bundle import Factor, Manifest, write_manifest
 from ditserve.model.spec.diffusion import Schedule, make_schedule
 from ditserve.model.spec.dit_config import DiTConfig
@@ -92,10 +92,10 @@ def test_pixels_and_picture_grid() -> None:
 
 
 def test_class_sheets() -> None:
-    assert class_sheet((3, 2)) == ([(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)], 3)
-    assert class_sheet((100,), 4) == ([(0,), (25,), (50,), (75,)], 4)
-    assert class_sheet((2, 1, 9)) == ([(0, 0, None), (1, 0, None)], 2)
-    assert class_sheet((), 2) == ([(), ()], 2)
+    assert sheet_labels((3, 2)) == ([(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)], 3)
+    assert sheet_labels((100,), 4) == ([(0,), (25,), (50,), (75,)], 4)
+    assert sheet_labels((2, 1, 9)) == ([(0, 0, None), (1, 0, None)], 2)
+    assert sheet_labels((), 2) == ([(), ()], 2)
 
 
 def test_sheet_of_a_model(network: Make, schedule: Schedule) -> None:
@@ -103,9 +103,11 @@ def test_sheet_of_a_model(network: Make, schedule: Schedule) -> None:
 
 
 def test_conditions_are_parsed() -> None:
-    assert parse_condition("", FACTORS) == Term((None, None))
-    assert parse_condition("style=line,label=fox,weight=0.5", FACTORS) == Term((2, 2), None, 0.5)
-    assert parse_condition("text=a fox, in snow,label=fox", FACTORS) == Term((2, None), "a fox, in snow")
+    assert parse_condition("", FACTORS) == PromptTerm((None, None))
+    assert parse_condition("style=line,label=fox,weight=0.5", FACTORS) == PromptTerm((2, 2), None, 0.5)
+    assert parse_condition("text=a fox, in snow,label=fox", FACTORS) == PromptTerm(
+        (2, None), "a fox, in snow"
+    )
     for text, message in (
         ("colour=red", "no factor 'colour'; it has label, style"),
         ("label=caat", r"no class 'caat'; did you mean cat"),
@@ -121,15 +123,15 @@ def test_text_goes_through_the_named_encoder(
 ) -> None:
     monkeypatch.setattr("ditserve.model.sampling.prompt.open_encoder", lambda name: CountingEncoder())
     dit = network(tiny(text_size=3))
-    terms = [Term((1, None), "a fox"), Term((1, None))]
-    with_text, without = embeddings(dit, terms, "counting")
+    terms = [PromptTerm((1, None), "a fox"), PromptTerm((1, None))]
+    with_text, without = embed_terms(dit, terms, "counting")
     labels = torch.tensor([[1, 3]])
     assert torch.allclose(with_text, dit.embed(labels, torch.tensor([[5.0, 2.0, 1.0]]))[0])
     assert torch.allclose(without, dit.embed(labels)[0])
     with pytest.raises(SampleError, match="gives 3 numbers, the model takes 7"):
-        embeddings(network(tiny(text_size=7)), terms, "counting")
+        embed_terms(network(tiny(text_size=7)), terms, "counting")
     with pytest.raises(SampleError, match="takes no text"):
-        embeddings(network(), terms, "counting")
+        embed_terms(network(), terms, "counting")
 
 
 def test_command_line_on_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

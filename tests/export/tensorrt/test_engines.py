@@ -23,7 +23,14 @@ from ditserve.export.tensorrt.progress import Bars, Lines, interruptible
 from ditserve.export.tensorrt.trial import Reference, speedup, try_engine
 from ditserve.export.trt import Job, main, precisions
 from ditserve.model.spec.bundle import Bundle, write_manifest
-from ditserve.model.spec.engine_cache import GRAPHS, Device, NoGpu, Origin, Slot, origin_of
+from ditserve.model.spec.engine_cache import (
+    GRAPHS,
+    CachedEngine,
+    Device,
+    EngineOrigin,
+    NoGpuError,
+    engine_origin,
+)
 from ditserve.service.backends import load_backend
 from tests.export.fake_trt import Behaviour, fake_trt
 from tests.export.tiny import tiny_source
@@ -50,9 +57,9 @@ def job(bundle: Bundle, behaviour: Behaviour | None = None, options: BuildOption
     return Job(trt, bundle, bundle.path / "engines", options)
 
 
-def origin(bundle: Bundle, precision: str = "fp16", version: str = "11.4.0") -> Origin:
+def origin(bundle: Bundle, precision: str = "fp16", version: str = "11.4.0") -> EngineOrigin:
     graph = GRAPHS[precision][0]
-    return origin_of(bundle, precision, graph, flavour="tensorrt", version=version, device=GPU)
+    return engine_origin(bundle, precision, graph, flavour="tensorrt", version=version, device=GPU)
 
 
 def test_an_engine_is_built_once_and_lies_under_gpu_and_version(bundle: Bundle) -> None:
@@ -73,7 +80,7 @@ def test_an_engine_is_built_once_and_lies_under_gpu_and_version(bundle: Bundle) 
 def test_whatever_an_engine_depends_on_makes_it_stale(bundle: Bundle) -> None:
     made = origin(bundle)
     job(bundle).make(made)
-    slot = Slot.of(bundle.path / "engines", made)
+    slot = CachedEngine.of(bundle.path / "engines", made)
     assert slot.problem(made) is None
     assert slot.problem(replace(made, graph_sha256="0" * 64)) == "built with another graph sha256"
     assert slot.problem(replace(made, weights_sha256="0" * 64)) == "built with another weights sha256"
@@ -143,7 +150,7 @@ def test_progress_can_be_read_by_machines() -> None:
 
 def test_without_a_gpu_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Device:
-        raise NoGpu("no NVIDIA GPU answers nvidia-smi")
+        raise NoGpuError("no NVIDIA GPU answers nvidia-smi")
 
     monkeypatch.setattr("ditserve.export.tensorrt.engines.first_gpu", none)
     with pytest.raises(ExportError, match="machine that serves"):

@@ -37,7 +37,6 @@ def test_unknown_encoders(name: str, message: str) -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "ditserve.model.nets.text_encoders", raising=False)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(TextError, match="pip install transformers"):
         open_encoder("minilm")

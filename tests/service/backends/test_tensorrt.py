@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ditserve.model.spec.bundle import Bundle, write_manifest
-from ditserve.model.spec.engine_cache import FOLDER, Device, Slot, origin_of
+from ditserve.model.spec.engine_cache import FOLDER, CachedEngine, Device, engine_origin
 from ditserve.service.backends import BackendUnavailable, OutOfMemory
 from ditserve.service.backends.cuda import Cuda, CudaError
 from ditserve.service.backends.onnx import Graphs
@@ -36,10 +36,10 @@ def bundle(tmp_path: Path) -> Bundle:
 
 def lay_engine(bundle: Bundle, device: Device) -> None:
     """An engine for `device` beside the bundle, and its record."""
-    origin = origin_of(
+    origin = engine_origin(
         bundle, "fp16", "backbone.fp16.onnx", flavour="tensorrt", version=VERSION, device=device
     )
-    slot = Slot.of(bundle.path / FOLDER, origin)
+    slot = CachedEngine.of(bundle.path / FOLDER, origin)
     slot.folder.mkdir(parents=True)
     slot.engine.write_bytes(b"plan")
     record = {"origin": asdict(origin), "options": {}, "sha256": hashlib.sha256(b"plan").hexdigest()}

@@ -1,15 +1,17 @@
-"""The centre crop, against its formula written out by hand."""
+"""The centre crop agrees with its formula by hand; distortions are bounded, repeatable and small."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
 
-from ditserve.model.data.crop import centre_crop
+from ditserve.model.data.transforms import SHIFT, centre_crop, distort
 
 
 def picture(height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -37,13 +39,14 @@ def test_the_middle_is_cut_out() -> None:
 def test_halving_is_the_mean_of_four() -> None:
     x = picture(32, 32)
     mean = x.reshape(16, 2, 16, 2, 3).mean((1, 3))
-    assert np.abs(centre_crop(x, (16, 16)) - mean).max() <= 1  # each axis is rounded
+    # Each axis is rounded.
+    assert np.abs(centre_crop(x, (16, 16)) - mean).max() <= 1
     assert np.abs(centre_crop(x, (8, 8)) - x.reshape(8, 4, 8, 4, 3).mean((1, 3))).max() <= 2
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 140), (37, 20), (9, 13), (64, 65), (200, 33)])
 def test_the_bicubic_part_against_its_kernel(height: int, width: int) -> None:
-    """After halvings, one bicubic resampling (a = −0.5, widened when shrinking) of both axes, as matrices."""
+    """The last resampling is bicubic (a = −0.5, widened when shrinking): here one matrix for each axis."""
     side = 16
     x = picture(height, width)
     image = Image.fromarray(x)
@@ -59,7 +62,7 @@ def test_the_bicubic_part_against_its_kernel(height: int, width: int) -> None:
 
 
 def bicubic(size: int, target: int) -> npt.NDArray[np.float64]:
-    """Rows (target) of weights over columns (size), Keys 1981."""
+    """Return the weights (target, size) of bicubic resampling, Keys 1981."""
     ratio = size / target
     support = max(ratio, 1.0)
     centre = (np.arange(target) + 0.5) * ratio
@@ -68,3 +71,40 @@ def bicubic(size: int, target: int) -> npt.NDArray[np.float64]:
     far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
     weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
     return np.asarray(weights / weights.sum(1, keepdims=True))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def disc(size: int = 32) -> Tensor:
+    """Return a picture (3, H, W) of a dark disc in the middle of white."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    inside = (y - size / 2 + 0.5) ** 2 + (x - size / 2 + 0.5) ** 2 < (size / 4) ** 2
+    return torch.where(inside, -1.0, 1.0).expand(3, size, size)
+
+
+def test_each_picture_changes_its_own_way_and_the_same_way_again() -> None:
+    images = disc().repeat(8, 1, 1, 1)
+    first = distort(images, generator())
+    assert torch.equal(first, distort(images, generator()))
+    assert not torch.equal(first, distort(images, generator(1)))
+    assert len({tuple(picture.flatten().tolist()) for picture in first}) == 8
+    assert torch.equal(images, disc().repeat(8, 1, 1, 1))
+
+
+def test_pictures_stay_in_range_and_white_stays_light_at_the_border() -> None:
+    out = distort(disc().repeat(64, 1, 1, 1), generator())
+    assert out.min() >= -1
+    assert out.max() <= 1
+    assert out[:, :, 0].mean(1).min() > 0.3
+
+
+def test_the_drawing_moves_by_little() -> None:
+    size = 32
+    out = distort(disc(size).repeat(64, 1, 1, 1), generator())
+    dark = (1 - out.mean(1)).clamp_min(0.7) - 0.7  # (N, H, W)
+    columns = torch.arange(size).float()
+    centre = (dark.sum(1) * columns).sum(1) / dark.sum((1, 2)) - (size - 1) / 2
+    assert centre.abs().max() < (SHIFT * 1.3 + 0.02) * size
+    assert centre.std() > 0.5
