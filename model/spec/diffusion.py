@@ -24,8 +24,10 @@ PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 FloatTable = npt.NDArray[np.float64]
 Array = TypeVar("Array", bound=Any)  # a numpy array or a torch tensor
 
-CLEAN = -1  # the timestep of the image itself: alpha 1, sigma 0
-BETA_MAX = 0.999  # Nichol & Dhariwal, arXiv:2102.09672, §3.2: keeps alpha_bar positive at the noisy end
+# The timestep of the image itself: alpha 1, sigma 0.
+CLEAN = -1
+# Keeps alpha_bar positive at the noisy end (Nichol & Dhariwal, arXiv:2102.09672, §3.2).
+BETA_MAX = 0.999
 
 
 def check_prediction(prediction: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ditserve.bench import gpu, record
 from ditserve.model.spec.engine_cache import NoGpuError
-from ditserve.service.backends.onnx import CUDA
+from ditserve.service.backends.sessions import CUDA
 
 
 def test_without_a_gpu_it_says_so(

@@ -1,4 +1,4 @@
-"""Configurations: the published sizes, what is refused and with which sentence, and the condition state they imply."""
+"""Configurations: the published sizes, refusals and their sentences, and the condition state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose engines are whose: the GPU is asked for, and a graph that is missing is told with the command that makes it."""
+"""The engine cache: the GPU of this machine, and the command that makes a missing graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations in JSON: which network they are of, and what is refused."""
+"""Configurations in JSON: the network they describe, and refusals."""
 
 from __future__ import annotations
 

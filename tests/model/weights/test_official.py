@@ -1,4 +1,4 @@
-"""Weights of others, held against others' code: diffusers' DiT, and the published layout written out by hand."""
+"""Weights of other layouts: compared with diffusers' DiT, and with the published layout by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditserve.model.nets.dit import DiT
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.weights.diffusers import from_diffusers, to_diffusers
 from ditserve.model.weights.official import (
-    PUBLISHED_TABLE,
+    OFFICIAL_TABLE,
     WeightsError,
     check_weights,
     from_official,
@@ -224,4 +224,4 @@ def test_what_a_layout_cannot_say_is_refused(network: Make) -> None:
 
 def test_table_name_is_the_only_one_that_differs(published: dict[str, Tensor]) -> None:
     weights, _ = from_official(published)
-    assert published.keys() - weights.keys() == {"pos_embed", PUBLISHED_TABLE}
+    assert published.keys() - weights.keys() == {"pos_embed", OFFICIAL_TABLE}

@@ -1,4 +1,4 @@
-"""Reports in an outage of the queue."""
+"""Reports during an outage of the queue."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import pytest
 from structlog.testing import capture_logs
 
 from ditserve.service.errors import QueueUnavailable
-from ditserve.service.worker.reporting import Reporting
+from ditserve.service.worker.heartbeat import Reporting
 
 pytestmark = pytest.mark.anyio
 
 
-class Gone:
-    async def publish_state(self, state: Any) -> None:
+class Unreachable:
+    async def report(self, state: Any) -> None:
         raise QueueUnavailable("no route")
 
 
-async def test_an_outage_is_told_once_in_a_report_s_time_however_much_changes() -> None:
-    reporting = Reporting(Gone(), every_s=60.0, busy_s=0.001)  # type: ignore[arg-type]
-    with capture_logs() as said:
+async def test_an_outage_is_logged_once_per_report_however_much_changes() -> None:
+    reporting = Reporting(Unreachable(), every_s=60.0, busy_s=0.001)  # type: ignore[arg-type]
+    with capture_logs() as logs:
         running = asyncio.create_task(reporting.run(object, None))  # type: ignore[arg-type]
         for _ in range(20):
             reporting.changed()
             await asyncio.sleep(0.005)
         running.cancel()
         await asyncio.wait([running])
-    assert [each["event"] for each in said] == ["report failed"]
+    assert [entry["event"] for entry in logs] == ["report failed"]

@@ -1,4 +1,4 @@
-"""What an image file says about itself."""
+"""The metadata of image files, and the rungs that a job runs on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ditserve.service.engine.samples import Finished
 from ditserve.service.jobs import Claim, ConditionTerm, Job, Lease
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
-from ditserve.service.worker.assembly import RunningJob, describe
+from ditserve.service.worker.running_job import RunningJob, describe
 
 FACTORS = (
     Factor(name="label", classes=("lemon", "strawberry")),
@@ -29,20 +29,25 @@ def described(job: Job, **changes: Any) -> dict[str, str]:
 
 
 def test_a_file_says_how_to_draw_it_again(make_job: Callable[..., Job]) -> None:
-    said = described(make_job(), condition=(ConditionTerm((1, 0)),))
-    assert json.loads(said["condition"]) == {"label": "strawberry", "style": "noto"}
-    assert (said["seed"], said["steps"], said["sampler"], said["grid"]) == ("7", "8", "dpmpp-2m", "uniform-t")
-    assert said["guidance_interval"] == "[0.2, 0.8]"
-    assert "mix" not in said
+    metadata = described(make_job(), condition=(ConditionTerm((1, 0)),))
+    assert json.loads(metadata["condition"]) == {"label": "strawberry", "style": "noto"}
+    assert (metadata["seed"], metadata["steps"], metadata["sampler"], metadata["grid"]) == (
+        "7",
+        "8",
+        "dpmpp-2m",
+        "uniform-t",
+    )
+    assert metadata["guidance_interval"] == "[0.2, 0.8]"
+    assert "mix" not in metadata
 
 
 def test_a_mix_is_written_as_it_is_asked_for(make_job: Callable[..., Job]) -> None:
     mixed = (ConditionTerm((1, None), 0.25), ConditionTerm((None, 1), 1.0, "on a table"))
-    said = described(make_job(), condition=mixed, mix="spherical")
-    first, second = json.loads(said["condition"])
+    metadata = described(make_job(), condition=mixed, mix="spherical")
+    first, second = json.loads(metadata["condition"])
     assert first == {"label": "strawberry", "weight": 0.25}
     assert second == {"style": "twemoji", "text": "on a table"}
-    assert said["mix"] == "spherical"
+    assert metadata["mix"] == "spherical"
 
 
 BETTER, WORSE = (
@@ -53,7 +58,7 @@ BETTER, WORSE = (
 
 def rungs(job: Job, ladder: Ladder) -> set[tuple[Rung | None, Rung]]:
     claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
-    running = RunningJob(claim, ladder, claimed_at=0.0, standings=[None] * len(job.seeds))
+    running = RunningJob(claim, ladder, claimed_at=0.0, states=[None] * len(job.seeds))
     return {(request.requested, request.rung) for request, _ in running.starts}
 
 

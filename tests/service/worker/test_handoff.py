@@ -1,4 +1,4 @@
-"""A job that a worker leaves under way is gone on with by the next, from where it stood, to the same image."""
+"""A job that a worker leaves under way is continued by the next, from where it stood, to the same image."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ditserve.service.jobs import Job, JobResult
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
-from ditserve.service.worker import checkpoints
-from ditserve.service.worker.assembly import RunningJob
-from ditserve.service.worker.worker import Worker
+from ditserve.service.worker.handoff import write_checkpoint
+from ditserve.service.worker.running_job import RunningJob
+from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
 
 pytestmark = pytest.mark.anyio
 Floats = npt.NDArray[np.float32]
@@ -68,14 +68,9 @@ def make_worker(make_engine: Make, turnstile: Turnstile) -> Make:
         engine = make_engine(turnstile, clock=time.time)
         quick = {"max_rows": 8, "report_s": 0.05, "step_event_s": 0.0, "retry_s": 0.01, **policy}
         return Worker(
-            broker=broker,
-            engine=engine,
-            decoder=turnstile,
-            ladder=engine.ladder,
-            name=name,
-            model="fake",
-            origin=origin,
-            policy=WorkerPolicy(**quick),
+            WorkerParts(broker, engine, turnstile, engine.ladder),
+            WorkerIdentity(name, "fake", origin=origin),
+            WorkerPolicy(**quick),
         )
 
     return make
@@ -83,8 +78,8 @@ def make_worker(make_engine: Make, turnstile: Turnstile) -> Make:
 
 @asynccontextmanager
 async def working(worker: Worker) -> AsyncIterator[asyncio.Event]:
-    stop, hurry = asyncio.Event(), asyncio.Event()
-    run = asyncio.create_task(worker.run(stop, hurry))
+    stop, force_stop = asyncio.Event(), asyncio.Event()
+    run = asyncio.create_task(worker.run(stop, force_stop))
     try:
         yield stop
         async with asyncio.timeout(10):
@@ -92,7 +87,7 @@ async def working(worker: Worker) -> AsyncIterator[asyncio.Event]:
             await run
     finally:
         stop.set()
-        hurry.set()
+        force_stop.set()
         await asyncio.wait([run], timeout=10)
 
 
@@ -124,7 +119,7 @@ async def leave_after(
     steps: int,
 ) -> None:
     """Let a worker take so many steps of a job and one more, during which it is to leave."""
-    export, stop_thread = worker._driver.export, worker._driver.stop
+    export, stop_thread = worker._engine.export, worker._engine.stop
 
     def exporting(sample_ids: Any) -> Any:
         exported = export(sample_ids)
@@ -135,8 +130,8 @@ async def leave_after(
         turnstile.let(1)  # which may have begun
         return stop_thread(timeout_s)
 
-    monkeypatch.setattr(worker._driver, "export", exporting)
-    monkeypatch.setattr(worker._driver, "stop", stopping)
+    monkeypatch.setattr(worker._engine, "export", exporting)
+    monkeypatch.setattr(worker._engine, "stop", stopping)
     turnstile.let(steps)
     async with working(worker) as stop:
         await broker.submit(job)
@@ -229,15 +224,15 @@ async def test_images_that_are_done_are_not_made_again(
 
 def _left(worker: Worker, claim: Any, *, taken: tuple[int, ...]) -> bytes:
     """The checkpoint of a worker whose samples took so many steps each."""
-    engine = worker._driver._engine
-    running = RunningJob(claim, worker._ladder, claimed_at=0.0, standings=[None] * len(taken))
-    standings: list[Any] = []
+    engine = worker._engine._engine
+    running = RunningJob(claim, worker._ladder, claimed_at=0.0, states=[None] * len(taken))
+    states: list[Any] = []
     for request, steps in zip(running.requests, taken, strict=True):
         engine.add(request)
-        finished = [each for _ in range(steps) for each in engine.step().finished]
-        standings.append(finished[0] if finished else engine.export(request.id))
+        finished = [sample for _ in range(steps) for sample in engine.step().finished]
+        states.append(finished[0] if finished else engine.export(request.id))
         engine.cancel(request.id)
-    return checkpoints.write(standings, origin="here")
+    return write_checkpoint(states, origin="here")
 
 
 async def test_a_hung_engine_ends_the_worker_and_its_jobs_are_tried_again(
@@ -245,11 +240,11 @@ async def test_a_hung_engine_ends_the_worker_and_its_jobs_are_tried_again(
 ) -> None:
     job = make_job(model="fake", steps=9, previews=2)
     await broker.submit(job)
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    stop, force_stop = asyncio.Event(), asyncio.Event()
     worker = make_worker(broker, "w1", hang_s=0.3)
-    monkeypatch.setattr(worker._driver, "stop", lambda timeout_s: turnstile.let(1000))
+    monkeypatch.setattr(worker._engine, "stop", lambda timeout_s: turnstile.let(1000))
     async with asyncio.timeout(15):
-        assert not await worker.run(stop, hurry), "for its supervisor to start another"
+        assert not await worker.run(stop, force_stop), "for its supervisor to start another"
     (claim,) = await broker.claim("w2", models=["fake"], max_samples=1)
     assert (claim.job.id, claim.run_isolated) == (job.id, True)
     kinds = [event async for event in _until(broker, job, "queued")]

@@ -1,7 +1,7 @@
-"""The thread that drives the engine: it applies what the event loop asks for, takes steps, and says what came of them.
+"""The thread that steps the engine. No other thread touches the engine.
 
-The engine is touched by this thread alone. The loop hears of a step as soon as it ended something or showed something, and
-else a few times a second.
+The event loop sends commands (add, cancel, export); the thread applies them between two steps and delivers
+reports. It reports at once when a step ended or showed something, and otherwise a few times a second.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -22,10 +22,11 @@ from ditserve.service.errors import InternalError, ServiceError
 from ditserve.service.jobs import Due
 from ditserve.service.planning.costs import CostModel
 
-Start = tuple[SampleRequest, Snapshot | None]  # a sample, and where it stands if it has begun elsewhere
+# A sample to run, and the snapshot to run it from if it has begun elsewhere.
+Start = tuple[SampleRequest, Snapshot | None]
 
-BEAT_S = 0.1
-FAULTS_ALLOWED = 3  # steps in a row that raise before the engine is taken for broken
+REPORT_EVERY_S = 0.1
+FAULTS_ALLOWED = 3  # steps in a row that raise before the engine counts as broken
 
 log = structlog.get_logger()
 
@@ -42,8 +43,6 @@ class Stepper(Protocol):
     @property
     def idle(self) -> bool: ...
     @property
-    def running(self) -> int: ...
-    @property
     def free_samples(self) -> int: ...
     @property
     def backlog_rows(self) -> int: ...
@@ -57,8 +56,11 @@ class Stepper(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """The cost model at a moment: seconds of a step and of a decode, and the batch beyond which rows gain nothing."""
+class StepCosts:
+    """The cost model at one moment: seconds of a step and of a decode.
+
+    `knee` is the batch size beyond which a further row gains nothing.
+    """
 
     fixed_s: float
     per_row_s: float
@@ -67,72 +69,70 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
-    """What the loop hears: the report of a step, what could not be run, and how the engine stands."""
+class EngineReport:
+    """The state of the engine after a step, and what became of samples since the last report."""
 
-    report: StepReport
-    refused: tuple[Failed, ...]  # by the engine, at joining
-    crashed: tuple[Failed, ...]  # all that was running when a step raised
-    progress: Mapping[str, tuple[int, int]]
+    step: StepReport
+    refused: tuple[Failed, ...]  # samples that could not join
+    crashed: tuple[Failed, ...]  # samples that were running when a step raised
+    progress: Mapping[str, tuple[int, int]]  # sample id → steps taken, steps in all
     backlog_rows: int
     dues: tuple[Due, ...]  # the backlog by deadline
     stepped_at: float
-    pace: Pace
+    costs: StepCosts
 
 
-@dataclass(slots=True)
-class _Told:
-    """What a beat will say besides the report."""
-
-    refused: list[Failed] = field(default_factory=list)
-    crashed: list[Failed] = field(default_factory=list)
-
-
-class Driver:
-    """Owns the engine and its thread.
+class EngineThread:
+    """Owner of the engine and of its thread.
 
     Args:
-        deliver: called in the engine's thread with every beat; must return at once.
-        observe: called in the engine's thread with every report of a step.
-        broken: called once, in the engine's thread, when the engine keeps raising; the thread then ends.
+        deliver: called in the engine's thread with every report; must return at once.
+        observe: called in the engine's thread with the report of every step.
+        on_broken: called once, in the engine's thread, when the engine keeps raising; the thread then ends.
+        clock: seconds since the epoch.
     """
 
     def __init__(
         self,
         engine: Stepper,
         *,
-        deliver: Callable[[Beat], None],
+        deliver: Callable[[EngineReport], object],
         observe: Callable[[StepReport], None],
-        broken: Callable[[], None],
+        on_broken: Callable[[], object],
         clock: Callable[[], float],
         max_rows: int,
     ) -> None:
-        self.queued_rows = 0  # this worker's share of what waits in the queue
+        self.queued_rows = 0  # this worker's share of the rows that wait in the queue
         self._engine, self._max_rows = engine, max_rows
-        self._deliver, self._observe, self._broken, self._clock = deliver, observe, broken, clock
+        self._deliver, self._observe, self._on_broken = deliver, observe, on_broken
+        self._clock = clock
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._told = _Told()
-        self._beat_at = 0.0
+        self._refused: list[Failed] = []
+        self._crashed: list[Failed] = []
+        self._reported_at = 0.0
         self._stepped_at = clock()
         self._faults = 0
-        self._changed = True  # since the last beat
+        self._changed = True  # since the last report
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> bool:
-        """Let the current step be the last. False if it does not end in time."""
+        """Let the current step be the last. Return False if the thread does not end in time."""
         self._commands.put(_stop)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def add(self, starts: Sequence[Start]) -> None:
-        """Let all samples of a job join, or none: then each is refused in the next beat."""
+        """Let all samples of a job join, or none of them: then the next report lists each as refused."""
         self._commands.put(lambda: self._add(starts))
 
     def export(self, sample_ids: Iterable[str]) -> Future[dict[str, Snapshot]]:
-        """Where samples stand between two steps; what has not begun is left out. What they do later is not seen."""
+        """Return, in time, snapshots of samples as they are between two steps.
+
+        Samples not begun are left out.
+        """
         ids, exported = tuple(sample_ids), Future[dict[str, Snapshot]]()
         self._commands.put(lambda: self._export(ids, exported))
         return exported
@@ -142,91 +142,92 @@ class Driver:
         self._commands.put(lambda: self._cancel(ids))
 
     def observe_decode(self, seconds: float) -> None:
-        """Teach the cost model what decoding an image took."""
+        """Teach the cost model how long the decoding of an image took."""
         self._commands.put(lambda: self._engine.costs.observe_decode(seconds))
-
-    def _pace(self) -> Pace:
-        costs = self._engine.costs
-        return Pace(costs.fixed_s, costs.per_row_s, costs.decode_s, costs.knee(self._max_rows))
 
     def _run(self) -> None:
         while True:
-            command = self._next()
+            command = self._next_command()
             if command is _stop:
                 return
             if command is not None:
                 command()
                 self._changed = True
             elif not self._step():
-                self._broken()
+                self._on_broken()
                 return
 
-    def _next(self) -> Callable[[], None] | None:
-        """What the loop asked for, or None when it is time for a step; an idle engine waits here."""
+    def _next_command(self) -> Callable[[], None] | None:
+        """Return the next command, or None if it is time for a step.
+
+        Wait for a command while the engine is idle.
+        """
         with suppress(queue.Empty):
             return self._commands.get_nowait()
         if not self._engine.idle:
             return None
         if self._changed:
-            self._beat(StepReport())
+            self._report(StepReport())
         return self._commands.get()
 
     def _step(self) -> bool:
-        """One step; False when the engine has raised too often in a row."""
+        """Take one step. Return False when the engine has raised too often in a row."""
         try:
             report = self._engine.step(self.queued_rows)
         except Exception as error:
             fault = InternalError("A step of the engine failed.", extra={"exception": type(error).__name__})
-            self._told.crashed += [Failed(sample_id, fault) for sample_id in self._engine.hand_back()]
+            self._crashed += [Failed(sample_id, fault) for sample_id in self._engine.hand_back()]
             self._faults += 1
-            self._beat(StepReport())
+            self._report(StepReport())
             log.exception("step failed", faults=self._faults)
             return self._faults < FAULTS_ALLOWED
         self._faults = 0
         self._stepped_at = self._clock()
         self._observe(report)
-        if report.finished or report.failed or report.previews or report.changes or self._beat_due():
-            self._beat(report)
+        news = report.finished or report.failed or report.previews or report.changes or self._refused
+        if news or self._clock() - self._reported_at >= REPORT_EVERY_S:
+            self._report(report)
         return True
 
     def _add(self, starts: Sequence[Start]) -> None:
         if self._engine.idle:
-            self._stepped_at = self._clock()  # it had nothing to do until now
-        for done, (request, snapshot) in enumerate(starts):
+            # An idle engine takes no steps; that must not look as if it hung.
+            self._stepped_at = self._clock()
+        for added, (request, snapshot) in enumerate(starts):
             try:
                 self._engine.add(request, snapshot)
             except Exception as error:
                 if not isinstance(error, ServiceError):
                     log.exception("sample refused", sample=request.id)
                     error = InternalError("The engine cannot take this job.")
-                self._cancel(tuple(each.id for each, _ in starts[:done]))
-                self._told.refused += [Failed(each.id, error) for each, _ in starts]
+                ids = tuple(request.id for request, _ in starts)
+                self._cancel(ids[:added])
+                self._refused += [Failed(sample_id, error) for sample_id in ids]
                 return
 
     def _export(self, ids: tuple[str, ...], exported: Future[dict[str, Snapshot]]) -> None:
-        if exported.set_running_or_notify_cancel():  # somebody still waits for it
-            snapshots = {sample_id: self._engine.export(sample_id) for sample_id in ids}
-            exported.set_result({name: each for name, each in snapshots.items() if each is not None})
+        if not exported.set_running_or_notify_cancel():
+            return
+        snapshots = {sample_id: self._engine.export(sample_id) for sample_id in ids}
+        exported.set_result({sample_id: snapshot for sample_id, snapshot in snapshots.items() if snapshot})
 
     def _cancel(self, ids: tuple[str, ...]) -> None:
         for sample_id in ids:
             self._engine.cancel(sample_id)
 
-    def _beat_due(self) -> bool:
-        return bool(self._told.refused) or self._clock() - self._beat_at >= BEAT_S
-
-    def _beat(self, report: StepReport) -> None:
-        engine, told = self._engine, self._told
-        self._told, self._changed, self._beat_at = _Told(), False, self._clock()
-        self._deliver(
-            Beat(
-                report=report,
-                refused=tuple(told.refused),
-                crashed=tuple(told.crashed),
-                progress=engine.progress(),
-                backlog_rows=engine.backlog_rows,
-                dues=engine.dues(),
-                stepped_at=self._stepped_at,
-                pace=self._pace(),
-            )
+    def _report(self, step: StepReport) -> None:
+        engine, costs = self._engine, self._engine.costs
+        report = EngineReport(
+            step=step,
+            refused=tuple(self._refused),
+            crashed=tuple(self._crashed),
+            progress=engine.progress(),
+            backlog_rows=engine.backlog_rows,
+            dues=engine.dues(),
+            stepped_at=self._stepped_at,
+            costs=StepCosts(costs.fixed_s, costs.per_row_s, costs.decode_s, costs.knee(self._max_rows)),
         )
+        self._refused.clear()
+        self._crashed.clear()
+        self._changed, self._reported_at = False, self._clock()
+        self._deliver(report)

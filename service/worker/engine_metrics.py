@@ -1,4 +1,4 @@
-"""What a worker measures of its engine, put into metrics."""
+"""The metrics that a worker takes of its engine: steps, batches, caches, degradations."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.counters import CacheCounters
 
 
-class Observing:
-    """Called with every step's report, in the engine's thread. `shared` is the cache of encodings that workers share."""
+class EngineMetrics:
+    """The observer of an engine, called with the report of every step, in the engine's thread.
+
+    Args:
+        shared: the counters of the text encodings that workers share through Redis.
+    """
 
     def __init__(self, engine: Engine, shared: CacheCounters) -> None:
-        backend = engine.backend.name
-        self._seconds = metrics.STEP_SECONDS.labels(backend)
+        self._seconds = metrics.STEP_SECONDS.labels(engine.backend.name)
         conditions = engine.conditions
         self._caches: dict[str, CacheCounters] = {
             "embedding": conditions.embeddings,
@@ -22,7 +25,7 @@ class Observing:
         }
         if conditions.texts is not None:
             self._caches |= {"text": conditions.texts, "shared-text": shared}
-        self._seen = dict.fromkeys(self._caches, (0, 0, 0, 0))
+        self._counted = dict.fromkeys(self._caches, (0, 0, 0, 0))
 
     def __call__(self, report: StepReport) -> None:
         if report.rows:
@@ -31,7 +34,7 @@ class Observing:
             if report.predicted_s > 0:
                 metrics.PREDICTION_RATIO.observe(report.seconds / report.predicted_s)
         for finished in report.finished:
-            _count(finished)
+            _count_steps(finished)
         numerical = sum(isinstance(failed.error, NumericalError) for failed in report.failed)
         if numerical:
             metrics.NUMERICAL_ERRORS.inc(numerical)
@@ -40,20 +43,20 @@ class Observing:
                 self._count_cache(name, cache)
 
     def _count_cache(self, name: str, cache: CacheCounters) -> None:
-        now = (cache.hits, cache.misses, cache.bypasses, cache.evictions)
+        totals = (cache.hits, cache.misses, cache.bypasses, cache.evictions)
         counters = (
             metrics.CACHE_HITS,
             metrics.CACHE_MISSES,
             metrics.CACHE_BYPASS,
             metrics.CACHE_EVICTIONS,
         )
-        for counter, total, seen in zip(counters, now, self._seen[name], strict=True):
-            counter.labels(name).inc(total - seen)
-        self._seen[name] = now
+        for counter, total, counted in zip(counters, totals, self._counted[name], strict=True):
+            counter.labels(name).inc(total - counted)
+        self._counted[name] = totals
         metrics.CACHE_BYTES.labels(name).set(cache.bytes)
 
 
-def _count(finished: Finished) -> None:
+def _count_steps(finished: Finished) -> None:
     metrics.STEPS_EXECUTED.inc(finished.steps_used)
     if finished.degraded:
         metrics.DEGRADED.labels(finished.rung.name).inc()

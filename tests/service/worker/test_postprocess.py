@@ -1,4 +1,4 @@
-"""From latents to image files: pictures of several sizes finish in one step."""
+"""From latents to image files: images of several sizes finish in one step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from ditserve.service.engine.samples import Finished
 from ditserve.service.jobs import Claim, Lease
 from ditserve.service.planning.ladder import Ladder
-from ditserve.service.worker.assembly import RunningJob
-from ditserve.service.worker.finishing import DECODED_AT_ONCE, Finishing
+from ditserve.service.worker.postprocess import DECODED_AT_ONCE, Postprocessor
+from ditserve.service.worker.running_job import RunningJob
 
 pytestmark = pytest.mark.anyio
 Floats = npt.NDArray[np.float32]
@@ -36,13 +36,13 @@ def make_running(make_job: Make) -> Make:
     def make(**fields: Any) -> RunningJob:
         job = make_job(**fields)
         claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
-        return RunningJob(claim, Ladder(()), claimed_at=0.0, standings=[None] * len(job.seeds))
+        return RunningJob(claim, Ladder(()), claimed_at=0.0, states=[None] * len(job.seeds))
 
     return make
 
 
 def done(running: RunningJob, size: tuple[int, int]) -> list[tuple[RunningJob, Finished]]:
-    """All samples of a job, the picture of each filled with its seed."""
+    """Return all samples of a job as finished, each latent filled with the sample's seed."""
     return [
         (
             running,
@@ -61,21 +61,21 @@ def done(running: RunningJob, size: tuple[int, int]) -> list[tuple[RunningJob, F
     ]
 
 
-async def test_what_is_of_one_size_is_decoded_together_and_the_order_is_kept(make_running: Make) -> None:
+async def test_images_of_one_size_are_decoded_together_and_the_order_is_kept(make_running: Make) -> None:
     decoder, many = Decoder(), DECODED_AT_ONCE + 1
     own, wide = make_running(seeds=tuple(range(many))), make_running(seeds=(100, 101), windows=3)
-    finishing = Finishing(decoder)
-    made = await finishing.images([*done(own, (4, 6)), *done(wide, (4, 12))])
-    finishing.close()
+    postprocessor = Postprocessor(decoder)
+    images = await postprocessor.images([*done(own, (4, 6)), *done(wide, (4, 12))])
+    postprocessor.close()
     assert decoder.shapes == [(DECODED_AT_ONCE, 3, 4, 6), (1, 3, 4, 6), (2, 3, 4, 12)]
-    pictures = [Image.open(BytesIO(each.image.data)) for each in made]
-    assert [each.size for each in pictures] == [(6, 4)] * many + [(12, 4)] * 2
-    assert [each.getpixel((0, 0)) for each in pictures] == [(k, k, k) for k in (*range(many), 100, 101)]
+    pictures = [Image.open(BytesIO(image.image.data)) for image in images]
+    assert [picture.size for picture in pictures] == [(6, 4)] * many + [(12, 4)] * 2
+    assert [picture.getpixel((0, 0)) for picture in pictures] == [(k, k, k) for k in (*range(many), 100, 101)]
     assert pictures[-1].info["windows"] == "3"
     assert "windows" not in pictures[0].info
 
 
-async def test_a_job_wants_the_rows_of_all_its_windows(make_running: Make) -> None:
+async def test_a_job_counts_the_rows_of_all_its_windows(make_running: Make) -> None:
     assert make_running(seeds=(1, 2)).rows == 4
     assert make_running(seeds=(1, 2), windows=3).rows == 12
     assert make_running(seeds=(1, 2), windows=3, guidance_scale=1.0).rows == 6

@@ -1,4 +1,4 @@
-"""The worker process: the parts of a worker put together from settings, and signals turned into an orderly end."""
+"""The worker process: builds a worker from settings, and turns signals into an orderly end."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from ditserve.service.settings import Settings
 from ditserve.service.signals import stop_signals
 from ditserve.service.telemetry import logs, metrics
 from ditserve.service.telemetry.tracing import Tracing, open_tracing
-from ditserve.service.worker.checkpoints import origin
-from ditserve.service.worker.observing import Observing
-from ditserve.service.worker.starting import starting
-from ditserve.service.worker.worker import Worker
+from ditserve.service.worker.engine_metrics import EngineMetrics
+from ditserve.service.worker.handoff import checkpoint_origin
+from ditserve.service.worker.heartbeat import starting
+from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
 
 CONFIG_ERROR, BROKEN = 2, 1
 WARM_UP_S = 0.5
@@ -51,21 +51,24 @@ OPTIONS: Final = {
     "tensorrt": ("precision", "engines"),
 }
 
-# Setting → the option it stands for.
+# Setting → the backend option that it gives.
 READ: Final[dict[str, Callable[[Any, Manifest], Any]]] = {
     "providers": lambda value, _: tuple(value.split(",")),
     "engines": lambda value, manifest: value / manifest.name,
 }
 
-Tell = Callable[[str], None]
-Opener = Callable[[Tell, asyncio.Event], Awaitable[Backend | None]]
+Report = Callable[[str], None]  # takes the worker's current activity
+Opener = Callable[[Report, asyncio.Event], Awaitable[Backend | None]]
 
 log = structlog.get_logger()
 
 
 def run(settings: Settings) -> int:
-    """Work until told to stop; returns the exit status. What cannot work is one sentence on stderr and status 2, or 1 where
-    trying again may help."""
+    """Work until told to stop; return the exit status.
+
+    An error that no restart can mend is one sentence on stderr and status 2. Status 1: another start may
+    help.
+    """
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
         if settings.redis_url is None:
@@ -80,40 +83,42 @@ def run(settings: Settings) -> int:
 
 
 def only_bundle(settings: Settings) -> Bundle:
-    """The bundle of the settings. Raises `BundleError`, and `ValueError` where they name several."""
-    lanes = open_served_models(settings, verify=settings.verify)
-    if len(lanes) > 1:
-        ways = " and ".join(f"--bundle {each.folder} --namespace {each.namespace}" for each in lanes)
-        raise ValueError(f"a worker serves one bundle: start workers with {ways}")
-    return lanes[0].bundle
+    """Return the bundle of the settings. Raise `BundleError`, and `ValueError` if they name several."""
+    models = open_served_models(settings, verify=settings.verify)
+    if len(models) > 1:
+        flags = " and ".join(f"--bundle {model.folder} --namespace {model.namespace}" for model in models)
+        raise ValueError(f"a worker serves one bundle: start workers with {flags}")
+    return models[0].bundle
 
 
 async def open_backend(
-    settings: Settings, bundle: Bundle, options: Mapping[str, Any], tell: Tell, stop: asyncio.Event
+    settings: Settings, bundle: Bundle, options: Mapping[str, Any], report: Report, stop: asyncio.Event
 ) -> Backend | None:
-    """The backend of the settings, after the engines that it lacks were built if they are to be; None if stopped meanwhile.
+    """Build the engines that are missing, if the settings say so, and open the backend.
+
+    Return None if stopped meanwhile.
 
     Raises:
         BackendUnavailable, BundleError: see `load_backend` and `build_engines`.
     """
     if settings.export_on_start:
-        tell("looking for engines")
+        report("looking for engines")
         if not await build_engines(
             bundle.path,
             precision=settings.precision,
             engines=options.get("engines"),
-            told=lambda building: tell(str(building)),
+            on_progress=lambda progress: report(str(progress)),
             stop=stop,
         ):
             return None
-    tell("loading the network")
+    report("loading the network")
     return await asyncio.to_thread(load_backend, settings.backend, bundle, **options)
 
 
 async def serve(settings: Settings, model: str, opener: Opener) -> bool:
-    """Work until told to stop, on the backend that `opener` opens. False if it ended because the engine is broken."""
+    """Work until told to stop, on the backend that `opener` opens. Return False if the engine is broken."""
     assert settings.redis_url is not None
-    stop, hurry = stop_signals()
+    stop, force_stop = stop_signals()
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     url = settings.redis_url.get_secret_value()
     tracing = open_tracing(settings.otlp_endpoint, "dit-worker")
@@ -130,23 +135,25 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
     try:
         if settings.worker_metrics_port:
             metrics.serve(settings.worker_metrics_port)
-        async with starting(broker, name, model) as tell:
-            backend = await opener(tell, stop)
+        async with starting(broker, name, model) as report:
+            backend = await opener(report, stop)
             if backend is None:
                 return True
-            tell("warming up")
+            report("warming up")
             engine = build_engine(backend, settings, embeddings)
             await asyncio.to_thread(engine.warm_up, WARM_UP_S)
-        worker = build_worker(settings, name, backend, broker, engine, Observing(engine, embeddings), tracing)
+        parts = worker_parts(backend, engine, broker, embeddings, tracing)
+        identity = worker_identity(name, backend)
+        worker = Worker(parts, identity, worker_policy(settings, engine))
         metrics.NETWORK_INFO.labels(backend.name, backend.precision).set(1)
         log.info(
             "worker ready",
-            worker=worker.name,
-            model=worker.model,
+            worker=name,
+            model=identity.model,
             backend=backend.name,
             precision=backend.precision,
         )
-        return await worker.run(stop, hurry)
+        return await worker.run(stop, force_stop)
     finally:
         await embeddings.aclose()
         await broker.aclose()
@@ -156,31 +163,31 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
 
 
 def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
-    """What the chosen backend is opened with: the settings that were set, and the backend's own choice of the others.
+    """Return the options of the chosen backend: the settings that were set. It chooses the others itself.
 
     Raises:
         BackendUnavailable: one is set that this backend does not take.
     """
-    chosen: dict[str, Any] = {"threads": settings.threads}
-    for name in dict.fromkeys(option for options in OPTIONS.values() for option in options):
+    options: dict[str, Any] = {"threads": settings.threads}
+    for name in dict.fromkeys(option for names in OPTIONS.values() for option in names):
         value = getattr(settings, name)
         if value == Settings.model_fields[name].default:
             continue
         if name not in OPTIONS[settings.backend]:
-            takers = " and ".join(backend for backend, options in OPTIONS.items() if name in options)
+            takers = " and ".join(backend for backend, names in OPTIONS.items() if name in names)
             raise BackendUnavailable(
                 f"--{name} is for the {takers} backend, not for {settings.backend}: leave it out"
             )
-        chosen[name] = READ[name](value, manifest) if name in READ else value
+        options[name] = READ[name](value, manifest) if name in READ else value
     if settings.export_on_start and settings.backend != "tensorrt":
         raise BackendUnavailable(
             f"--export-on-start is for the tensorrt backend, not for {settings.backend}: leave it out"
         )
-    return chosen
+    return options
 
 
 def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | None) -> TextEncodings | None:
-    """What encodes sentences for a model that takes text; None for one that does not.
+    """Return the text encodings of a model that takes text; None for one that does not.
 
     Raises:
         BackendUnavailable: there is no such encoder here, or it is not the model's.
@@ -192,47 +199,14 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
     encoder = load_text_encoder(settings.text_encoder or data.get("text") or "minilm")
     if encoder.size != wanted:
         raise BackendUnavailable(
-            f"the text encoder gives {encoder.size} numbers and the model takes {wanted}: name the right one with --text-encoder"
+            f"the text encoder gives {encoder.size} numbers and the model takes {wanted}: "
+            "name the right one with --text-encoder"
         )
     return TextEncodings(encoder, shared, capacity=settings.embedding_cache_bytes)
 
 
-def build_worker(
-    settings: Settings,
-    name: str,
-    backend: Backend,
-    broker: Broker,
-    engine: Engine,
-    observe: Observing,
-    tracing: Tracing,
-) -> Worker:
-    """The worker of an engine that is warm."""
-    manifest = backend.manifest
-    return Worker(
-        broker=broker,
-        engine=engine,
-        decoder=backend,
-        factors=manifest.factors,
-        ladder=engine.ladder,
-        name=name,
-        model=manifest.name,
-        policy=WorkerPolicy(
-            max_rows=engine.scheduler.max_rows,
-            lookahead_rows=settings.lookahead_rows,
-            drain_s=settings.drain_s,
-            hang_s=settings.hang_s,
-        ),
-        origin=origin(manifest, f"{backend.name} {backend.precision}"),
-        bundle=bundle_digest(manifest),
-        vocabulary=vocabulary_digest(manifest),
-        network=Network(backend.name, backend.precision, backend.size_multiple),
-        observe=observe,
-        tracing=tracing,
-    )
-
-
 def build_engine(backend: Backend, settings: Settings, shared: SharedCache | None = None) -> Engine:
-    """An engine for a bundle; its slots hold what may run, what is claimed ahead, and one job more."""
+    """Build an engine for a bundle. Its slots hold what may run, what is claimed ahead, and one job more."""
     ladder = Ladder.from_manifest(backend.manifest)
     return Engine(
         backend=backend,
@@ -253,4 +227,40 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
         schedule=backend.manifest.diffusion.noise_schedule(),
         clock=time.time,
         slots=settings.max_rows + settings.lookahead_rows + settings.max_images,
+    )
+
+
+def worker_parts(
+    backend: Backend, engine: Engine, broker: Broker, embeddings: Embeddings, tracing: Tracing
+) -> WorkerParts:
+    """Return the parts of a worker whose engine is warm."""
+    return WorkerParts(
+        broker=broker,
+        engine=engine,
+        decoder=backend,
+        ladder=engine.ladder,
+        factors=backend.manifest.factors,
+        observe=EngineMetrics(engine, embeddings),
+        tracing=tracing,
+    )
+
+
+def worker_identity(name: str, backend: Backend) -> WorkerIdentity:
+    manifest = backend.manifest
+    return WorkerIdentity(
+        name=name,
+        model=manifest.name,
+        bundle=bundle_digest(manifest),
+        vocabulary=vocabulary_digest(manifest),
+        origin=checkpoint_origin(manifest, f"{backend.name} {backend.precision}"),
+        network=Network(backend.name, backend.precision, backend.size_multiple),
+    )
+
+
+def worker_policy(settings: Settings, engine: Engine) -> WorkerPolicy:
+    return WorkerPolicy(
+        max_rows=engine.scheduler.max_rows,
+        lookahead_rows=settings.lookahead_rows,
+        drain_s=settings.drain_s,
+        hang_s=settings.hang_s,
     )

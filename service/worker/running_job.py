@@ -1,4 +1,4 @@
-"""A claimed job while it runs: its samples go out as requests, their images come back, and together they are the result.
+"""A claimed job while it runs: its samples go out as requests, their images come back and make up the result.
 
 One owner of state (`RunningJob`). Pure: no I/O, no clock; times are seconds and come in as arguments.
 """
@@ -16,12 +16,14 @@ from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import Claim, ConditionTerm, Image, Job, JobResult
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
-from ditserve.service.worker.checkpoints import Standing
+
+# The state of one sample: under way, finished (its image may still be missing), or not begun.
+SampleState = Snapshot | Finished | None
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """One sample's image, and the milliseconds its decoding and encoding took."""
+class EncodedImage:
+    """The image of one sample, and the milliseconds that decoding and encoding it took."""
 
     finished: Finished
     image: Image
@@ -30,23 +32,29 @@ class Made:
 
 
 class RunningJob:
-    """Sample ids hold the attempt, so that what an earlier attempt left in the engine is not taken for this one's.
+    """A claimed job: its requests, which of them are finished, and the images made so far.
 
-    `standings` say where an earlier worker left its samples: `starts` are to be run from there, `done` are denoised already.
+    A sample id holds the attempt, so that a sample that an earlier attempt left in the engine is not taken
+    for one of this attempt.
+
+    Args:
+        states: the state of each sample as an earlier worker left it, in seed order. `starts` are the samples
+        to run
+            from there, `done` those that are finished and lack only their image.
     """
 
     def __init__(
-        self, claim: Claim, ladder: Ladder, *, claimed_at: float, standings: Sequence[Standing]
+        self, claim: Claim, ladder: Ladder, *, claimed_at: float, states: Sequence[SampleState]
     ) -> None:
-        self.job, self.lease, self.alone = claim.job, claim.lease, claim.run_isolated
+        self.job, self.lease, self.run_isolated = claim.job, claim.lease, claim.run_isolated
         self.claimed_at = claimed_at
         self.requests = _requests(self.job, ladder, attempt=claim.lease.attempt)
-        pairs = list(zip(self.requests, standings, strict=True))
-        self.starts = [(request, each) for request, each in pairs if not isinstance(each, Finished)]
-        self.done = [replace(each, id=request.id) for request, each in pairs if isinstance(each, Finished)]
-        self.step_shown: tuple[int, int] = (0, 0)
+        pairs = list(zip(self.requests, states, strict=True))
+        self.starts = [(request, state) for request, state in pairs if not isinstance(state, Finished)]
+        self.done = [replace(state, id=request.id) for request, state in pairs if isinstance(state, Finished)]
+        self.published_step = 0
         self._finished: dict[str, Finished] = {}  # with or without their image
-        self._made: dict[str, Made] = {}
+        self._images: dict[str, EncodedImage] = {}
 
     @property
     def id(self) -> str:
@@ -54,45 +62,52 @@ class RunningJob:
 
     @property
     def missing(self) -> int:
-        """Images still to be made."""
-        return len(self.requests) - len(self._made)
+        """Return how many images are still to be made."""
+        return len(self.requests) - len(self._images)
 
     @property
     def rows(self) -> int:
-        """Rows its missing images want at once."""
+        """Return how many rows its missing images would take of one batch."""
         rows = max(1, self.job.windows) * self.missing
         return rows if self.job.guidance_scale == 1.0 else 2 * rows
 
     def index(self, sample_id: str) -> int:
-        """Which of the job's images a sample is, from 0."""
+        """Return which of the job's images a sample is, from 0."""
         return next(k for k, request in enumerate(self.requests) if request.id == sample_id)
 
     def finish(self, finished: Finished) -> None:
-        """A sample is denoised; its image is still to be made."""
+        """Note that a sample is denoised; its image is still to be made."""
         self._finished[finished.id] = finished
 
-    def standings(self, snapshots: Mapping[str, Snapshot]) -> list[Standing]:
-        """Where each of its samples stands, in seed order; `snapshots` are of those in the engine."""
-        return [self._finished.get(each.id) or snapshots.get(each.id) for each in self.requests]
+    def sample_states(self, snapshots: Mapping[str, Snapshot]) -> list[SampleState]:
+        """Return the state of each sample, in seed order. `snapshots` are of the samples in the engine."""
+        return [self._finished.get(request.id) or snapshots.get(request.id) for request in self.requests]
 
-    def add(self, made: Made) -> bool:
-        """Take in an image; True when it was the last one missing."""
-        self._made[made.finished.id] = made
+    def add(self, image: EncodedImage) -> bool:
+        """Take in an image. Return True if it was the last one missing."""
+        self._images[image.finished.id] = image
         return not self.missing
 
     def step(self, progress: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-        """(steps taken, steps in all) of the sample furthest behind; what is not in the engine any more is finished."""
+        """Return (steps taken, steps in all) of the sample furthest behind, (0, 0) if none is in the engine.
+
+        A sample without an entry in `progress` has left the engine, so it is finished.
+        """
         running = [progress[request.id] for request in self.requests if request.id in progress]
-        return min(running, key=lambda pair: pair[0] / pair[1]) if running else self.step_shown
+        return min(running, key=lambda steps: steps[0] / steps[1]) if running else (0, 0)
 
     def result(self, worker: str) -> JobResult:
-        """All images in seed order. Steps and rung are those of the sample that got least; times are the longest
-        of any, but for the queue's, which ends with the first step."""
-        made = [self._made[request.id] for request in self.requests]
-        least = min(made, key=lambda each: (not each.finished.degraded, each.finished.steps_used)).finished
-        waited = max(0.0, 1e3 * (self.claimed_at - self.job.created_at))
+        """Return the result: all images in seed order.
+
+        Steps and rung are those of the sample that was degraded most. A time is the longest of any sample,
+        except for the time in the queue, which ends with the first step of any.
+        """
+        images = [self._images[request.id] for request in self.requests]
+        samples = [image.finished for image in images]
+        least = min(samples, key=lambda sample: (not sample.degraded, sample.steps_used))
+        waited_ms = max(0.0, 1e3 * (self.claimed_at - self.job.created_at))
         return JobResult(
-            images=tuple(each.image for each in made),
+            images=tuple(image.image for image in images),
             steps_requested=self.job.steps,
             steps_used=least.steps_used,
             solver=least.rung.solver,
@@ -100,10 +115,10 @@ class RunningJob:
             degraded=least.degraded,
             reason=least.reason,
             timings_ms={
-                "queue": waited + min(each.finished.queue_ms for each in made),  # until the first step of any
-                "denoise": max(each.finished.denoise_ms for each in made),
-                "decode": max(each.decode_ms for each in made),
-                "encode": max(each.encode_ms for each in made),
+                "queue": waited_ms + min(sample.queue_ms for sample in samples),
+                "denoise": max(sample.denoise_ms for sample in samples),
+                "decode": max(image.decode_ms for image in images),
+                "encode": max(image.encode_ms for image in images),
             },
             attempt=self.lease.attempt,
             worker=worker,
@@ -111,8 +126,11 @@ class RunningJob:
 
 
 def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor]) -> dict[str, str]:
-    """What an image file says about itself: enough to draw it again. Nothing in it tells one run of a request from another."""
-    terms = [_written(term, factors) for term in job.condition]
+    """Return the metadata of an image file: enough to draw the image again.
+
+    Nothing in it tells one run of a request from another, so that equal requests give equal files.
+    """
+    terms = [_term_fields(term, factors) for term in job.condition]
     rung = finished.rung
     facts: dict[str, Any] = {
         "model": job.model,
@@ -129,18 +147,16 @@ def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor])
     return {name: str(value) for name, value in facts.items()}
 
 
-def _written(term: ConditionTerm, factors: Sequence[Factor]) -> dict[str, Any]:
-    """A condition as a request names it; a weight only where there is something to weigh."""
-    named = {
+def _term_fields(term: ConditionTerm, factors: Sequence[Factor]) -> dict[str, Any]:
+    """Return a condition as a request writes it; text and weight only where they are not the default."""
+    classes = {
         factor.name: factor.classes[label]
         for factor, label in zip(factors, term.labels, strict=False)
         if label is not None
     }
-    return (
-        named
-        | ({"text": term.text} if term.text else {})
-        | ({"weight": term.weight} if term.weight != 1.0 else {})
-    )
+    text = {"text": term.text} if term.text else {}
+    weight = {"weight": term.weight} if term.weight != 1.0 else {}
+    return classes | text | weight
 
 
 def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest, ...]:

@@ -1,4 +1,4 @@
-"""What a worker makes of its settings."""
+"""A worker built from settings: backend, engine, text encoder, and reports while it starts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.jobs import Starting
-from ditserve.service.launch.engine_build import Building
+from ditserve.service.launch.engine_build import BuildProgress
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings
-from ditserve.service.worker import worker_process
-from ditserve.service.worker.starting import starting
-from ditserve.service.worker.worker_process import backend_options, build_engine, open_texts
+from ditserve.service.worker import main
+from ditserve.service.worker.heartbeat import starting
+from ditserve.service.worker.main import backend_options, build_engine, open_texts
 from tests.conftest import wait_until
 
 Make = Callable[..., Any]
@@ -128,14 +128,16 @@ def test_only_tensorrt_has_engines_to_build(make_backend: Make) -> None:
 
 
 class Builder:
-    """Stands in for `build_engines`: notes what is asked for, tells once, and answers `built`."""
+    """Stands in for `build_engines`: notes what is asked for, reports progress once, and answers `built`."""
 
     def __init__(self, *, built: bool) -> None:
         self.built, self.asked = built, dict[str, Any]()
 
-    async def __call__(self, bundle: Path, *, told: Callable[[Building], None], **asked: Any) -> bool:
+    async def __call__(
+        self, bundle: Path, *, on_progress: Callable[[BuildProgress], None], **asked: Any
+    ) -> bool:
         self.asked = {"bundle": bundle, **asked}
-        told(Building("fp16", 1, 1, 0.5))
+        on_progress(BuildProgress("fp16", 1, 1, 0.5))
         return self.built
 
 
@@ -144,28 +146,28 @@ class Builder:
 async def test_engines_are_built_before_they_are_loaded(
     make_backend: Make, monkeypatch: pytest.MonkeyPatch, built: bool
 ) -> None:
-    builder, told, loaded = Builder(built=built), list[str](), list[dict[str, Any]]()
-    monkeypatch.setattr(worker_process, "build_engines", builder)
-    monkeypatch.setattr(worker_process, "load_backend", lambda *_, **options: loaded.append(options))
+    builder, reports, loaded = Builder(built=built), list[str](), list[dict[str, Any]]()
+    monkeypatch.setattr(main, "build_engines", builder)
+    monkeypatch.setattr(main, "load_backend", lambda *_, **options: loaded.append(options))
     here, bundle, stop = (
         tensorrt(export_on_start=True),
         Bundle(Path("b"), make_backend().manifest),
         asyncio.Event(),
     )
-    await worker_process.open_backend(here, bundle, {"engines": Path("e")}, told.append, stop)
+    await main.open_backend(here, bundle, {"engines": Path("e")}, reports.append, stop)
     assert builder.asked == {"bundle": Path("b"), "precision": "auto", "engines": Path("e"), "stop": stop}
-    assert told[1] == "building the fp16 engine (1 of 1): 50%"
+    assert reports[1] == "building the fp16 engine (1 of 1): 50%"
     assert loaded == ([{"engines": Path("e")}] if built else [])
 
 
 @pytest.mark.anyio
 async def test_what_a_worker_to_come_is_doing_is_known(broker: Broker) -> None:
-    async with starting(broker, "w1", "fake") as tell:
-        tell("warming up")
-        await wait_until(lambda: told(broker, (Starting("w1", "fake", "warming up"),)))
-        assert (await broker.load()).workers == ()  # nothing is to be expected of it
-    assert await told(broker, ())
+    async with starting(broker, "w1", "fake") as report:
+        report("warming up")
+        await wait_until(lambda: starting_is(broker, (Starting("w1", "fake", "warming up"),)))
+        assert (await broker.load()).workers == (), "it takes no jobs yet"
+    assert await starting_is(broker, ())
 
 
-async def told(broker: Broker, expected: tuple[Starting, ...]) -> bool:
+async def starting_is(broker: Broker, expected: tuple[Starting, ...]) -> bool:
     return (await broker.load()).starting == expected
