@@ -18,7 +18,7 @@ from torch import Tensor
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.diffusion import Schedule, guidance_weight, guided
-from ditserve.model.spec.mixing import composed, shares, splice, spread
+from ditserve.model.spec.mixing import assign_blocks, compose_outputs, normalised_weights, splice_states
 from ditserve.model.spec.solvers import StepTable, learned_log_variance, trajectory, variance_bounds
 
 
@@ -67,7 +67,7 @@ class Conditions:
                 f"give one or more condition embeddings (N, D) of one shape, not {sorted(shapes)}"
             )
         if self.how == "compose":
-            shares(self.weights, len(self.embeddings))
+            normalised_weights(self.weights, len(self.embeddings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,8 @@ class Denoiser:
         states = [model.modulate(t, embedding) for embedding in conditions.embeddings]
         if conditions.how == "layers":
             depth = model.config.depth
-            return model.backbone(x, splice(model.config, states, spread(depth, len(states))))
-        return composed([model.backbone(x, state) for state in states], conditions.weights)
+            return model.backbone(x, splice_states(model.config, states, assign_blocks(depth, len(states))))
+        return compose_outputs([model.backbone(x, state) for state in states], conditions.weights)
 
 
 def noise_generator(seed: int) -> np.random.Generator:

@@ -16,7 +16,7 @@ from ditserve.model.nets.text import open_encoder
 from ditserve.model.sampling.denoise import Conditions
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.mixing import mixed
+from ditserve.model.spec.mixing import mix_embeddings
 
 Combine = Literal["linear", "spherical", "compose", "layers"]
 
@@ -104,5 +104,5 @@ def combine_conditions(
     `Conditions`.
     """
     if how == "linear" or how == "spherical":
-        return Conditions((mixed(embeddings, weights, how).expand(rows, -1),))
+        return Conditions((mix_embeddings(embeddings, weights, how).expand(rows, -1),))
     return Conditions(tuple(embedding.expand(rows, -1) for embedding in embeddings), tuple(weights), how)

@@ -130,7 +130,7 @@ class GenerateResponse(BaseModel):
 
 
 class JobOutcome(BaseModel):
-    """How a finished job was made."""
+    """The seeds of a finished job, and how its images were made."""
 
     seeds: list[int]
     steps_requested: int

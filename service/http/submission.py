@@ -72,14 +72,14 @@ class Submission:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawing:
+class _ResolvedRequest:
     """A request as this model understands it, with all defaults filled in."""
 
     request: GenerateRequest
     image_format: ImageFormat
     condition: tuple[ConditionTerm, ...]
     rung: Rung
-    size: OutputSize
+    output: OutputSize
     # Equal for equal requests; "" for a request without an Idempotency-Key.
     fingerprint: str
 
@@ -106,7 +106,7 @@ class Submissions:
             Overloaded, QueueFull, QueueUnavailable: the service cannot take the request now.
             IdempotencyMismatch: the caller's key was used for another request.
         """
-        drawing = _Drawing(
+        resolved = _ResolvedRequest(
             request,
             image_format,
             self._condition(request),
@@ -117,16 +117,16 @@ class Submissions:
         if caller.idempotency_key is not None:
             status = await self._queue.status(self._job_id(caller))
             if status is not None:
-                return _replayed(status, drawing)
+                return _replayed(status, resolved)
         now = time.time()
-        newcomer = self._newcomer(drawing, now)
+        newcomer = self._newcomer(resolved, now)
         admission = await self._admit(newcomer, now)
-        job = self._job(drawing, newcomer, admission, caller, now)
+        job = self._job(resolved, newcomer, admission, caller, now)
         # Nothing is awaited between admission and this reservation, so concurrent requests see each other.
         with self.load.reserved(job):
             new = await self._enqueue(job, caller)
         if not new:
-            return _replayed(await self._existing(job), drawing)
+            return _replayed(await self._existing(job), resolved)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
         return Submission(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))
@@ -193,16 +193,16 @@ class Submissions:
         except ValueError as error:
             raise field_error("size", str(error)) from None
 
-    def _newcomer(self, drawing: _Drawing, now: float) -> Newcomer:
-        request = drawing.request
+    def _newcomer(self, resolved: _ResolvedRequest, now: float) -> Newcomer:
+        request = resolved.request
         return Newcomer(
-            rung=drawing.rung,
+            rung=resolved.rung,
             guidance_scale=self._guidance_scale(request),
             samples=request.n,
             deadline_at=self._deadline_at(request, now),
             allow_degraded=request.allow_degraded,
-            min_steps=request.min_steps or 1 if request.allow_degraded else drawing.rung.steps,
-            row_cost=drawing.size.row_cost,
+            min_steps=request.min_steps or 1 if request.allow_degraded else resolved.rung.steps,
+            row_cost=resolved.output.row_cost,
         )
 
     def _deadline_at(self, request: GenerateRequest, now: float) -> float | None:
@@ -234,19 +234,19 @@ class Submissions:
         )
 
     def _job(
-        self, drawing: _Drawing, newcomer: Newcomer, admission: Admission, caller: Caller, now: float
+        self, resolved: _ResolvedRequest, newcomer: Newcomer, admission: Admission, caller: Caller, now: float
     ) -> Job:
-        request, rung = drawing.request, drawing.rung
+        request, rung = resolved.request, resolved.rung
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         below = self.ladder.below(rung, newcomer.min_steps) if request.allow_degraded else ()
         lowest = (admission.rung, *below)[-1]
         trace = dict(caller.trace)
-        if drawing.fingerprint:
-            trace[_FINGERPRINT] = drawing.fingerprint
+        if resolved.fingerprint:
+            trace[_FINGERPRINT] = resolved.fingerprint
         return Job(
             id=secrets.token_hex(16) if caller.idempotency_key is None else self._job_id(caller),
             model=self.manifest.name,
-            condition=drawing.condition,
+            condition=resolved.condition,
             mix=request.mix,
             seeds=tuple(range(seed, seed + request.n)),
             steps=rung.steps,
@@ -254,7 +254,7 @@ class Submissions:
             grid=rung.grid,
             guidance_scale=newcomer.guidance_scale,
             guidance_interval=rung.guidance_interval,
-            format=drawing.image_format,
+            format=resolved.image_format,
             previews=request.previews,
             caller=caller.name,
             priority=request.priority,
@@ -267,8 +267,8 @@ class Submissions:
             cost_rows=self._cost_rows(newcomer, admission.rung),
             floor_rows=self._cost_rows(newcomer, lowest),
             trace=trace,
-            size=drawing.size.size,
-            windows=drawing.size.windows,
+            size=resolved.output.size,
+            windows=resolved.output.windows,
             vocabulary=self._digest,
             requested=rung,
             admitted=admission.rung,
@@ -307,12 +307,12 @@ def _fingerprint(request: GenerateRequest, image_format: ImageFormat) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _replayed(status: JobStatus, drawing: _Drawing) -> Submission:
+def _replayed(status: JobStatus, resolved: _ResolvedRequest) -> Submission:
     """Return the job that an earlier request queued.
 
     Raises `IdempotencyMismatch` if that request was another one.
     """
-    if status.job.trace.get(_FINGERPRINT, "") != drawing.fingerprint:
+    if status.job.trace.get(_FINGERPRINT, "") != resolved.fingerprint:
         raise IdempotencyMismatch("This Idempotency-Key was sent before with another request.")
     pending = status.state not in TERMINAL_STATES
     return Submission(status.job, new=False, pending=pending, predicted_s=None)
