@@ -99,7 +99,7 @@ class StubWorker:
 
     async def run(self) -> None:
         while True:
-            await self.broker.wait_for_work(5)
+            await self.broker.work.wait(5)
             for claim in await self.broker.claim("stub", models=[self.model], max_samples=64):
                 self.claimed.append(claim)
                 await self._work(claim)
@@ -109,9 +109,7 @@ class StubWorker:
         figures: dict[str, Any] = {"max_rows": 8, "step_fixed_s": 0.0, "step_per_row_s": 0.0001}
         figures |= {"decode_s": 0.0, "running_samples": 0, "backlog_rows": 0}
         figures |= {"last_step_age_s": 0.0, "updated_at": 0.0}
-        await self.broker.publish_state(
-            WorkerState(worker="stub", models=(self.model,), **{**figures, **changes})
-        )
+        await self.broker.report(WorkerState(worker="stub", models=(self.model,), **{**figures, **changes}))
 
     async def _work(self, claim: Claim) -> None:
         job, lease = claim.job, claim.lease

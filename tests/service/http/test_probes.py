@@ -38,7 +38,7 @@ async def test_once_started_it_stays_started(stage: Stage) -> None:
 
 async def test_what_workers_to_come_are_doing_is_told(open_stage: OpenStage) -> None:
     stage = await open_stage(worker=False)
-    await stage.broker.publish_state(Starting("w1", "fruits", "building the fp16 engine (1 of 1): 25%"))
+    await stage.broker.report(Starting("w1", "fruits", "building the fp16 engine (1 of 1): 25%"))
     answer = await stage.client.get("/startupz")
     assert (answer.status_code, answer.json()["checks"]) == (503, {"started": False})
     assert answer.json()["starting"] == ["fruits: building the fp16 engine (1 of 1): 25%"]
