@@ -171,7 +171,7 @@ class Submissions:
     async def _size(self, request: GenerateRequest) -> OutputSize:
         """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
 
-        In windows every size is possible. As a whole it is the model's own size, and those that every worker makes.
+        In windows every size is possible; as a whole the model's own, and those that every worker makes.
         """
         own, max_area = size_text(self.manifest), self._settings.max_area
         if request.windows:
