@@ -26,7 +26,7 @@ from ditserve.bench.load.workload import Arrival
 from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.jobs import LoadSnapshot, WorkerState
-from ditserve.service.planning.admission import Newcomer, admit
+from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
@@ -111,7 +111,7 @@ class SimulatedWorker:
 
     @property
     def max_batch(self) -> int:
-        return self.strategy.cap or self.costs.knee(self.cluster.curve.max_rows)
+        return self.strategy.cap or self.costs.saturation_rows(self.cluster.curve.max_rows)
 
     @property
     def room(self) -> int:
@@ -169,7 +169,7 @@ class SimulatedWorker:
             backlog_rows=sum(sample.remaining for sample in self.samples),
             last_step_age_s=0.0,
             updated_at=now,
-            dues=self.planner.dues(self._planned_samples(), now, self.costs, max_rows=max_rows),
+            dues=self.planner.demand(self._planned_samples(), now, self.costs, max_rows=max_rows),
         )
 
     def _planned_samples(self) -> list[PlannedSample]:
@@ -241,7 +241,7 @@ class SimulatedFleet:
             workers=tuple(worker.state for worker in self.workers),
             taken_at=now,
         )
-        newcomer = Newcomer(
+        admission_request = AdmissionRequest(
             rung=sample.requested,
             guidance_scale=1.0,
             samples=1,
@@ -250,7 +250,7 @@ class SimulatedFleet:
             min_steps=1,
         )
         policy = Policy(recut=self.strategy.plan)
-        answer = admit(newcomer, load, ladder=self.cluster.ladder, now=now, policy=policy)
+        answer = admit(admission_request, load, ladder=self.cluster.ladder, now=now, policy=policy)
         sample.rejected = not answer.accepted
         sample.change_rung(answer.rung)
         return answer.accepted
