@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ditserve.model.data import __main__ as data
-from tests.model.data.picture_sets import FORMS, pictures
+from tests.model.data.data_forms import FORMS, pictures
 
 
 def files(folder: Path) -> set[Path]:
@@ -47,7 +47,9 @@ def test_broken_pictures_and_sizes_are_listed(tmp_path: Path, capsys: pytest.Cap
     assert "004.png" in printed
 
 
-def test_what_cannot_be_trained_on_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_cannot_be_trained_on_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     np.savez(tmp_path / "set.npz", x=pictures(), y=np.zeros(12, int), names=np.array(["only"]))
     assert data.main(["describe", str(tmp_path / "set.npz")]) == 2
     printed = capsys.readouterr()
