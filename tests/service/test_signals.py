@@ -33,15 +33,14 @@ asyncio.run(main())
 
 @contextmanager
 def listening(*command: str, terminal: int | None) -> Iterator[subprocess.Popen[str]]:
-    """A process that says on its stderr what SIGHUP meant; `terminal` is the one it controls."""
+    """Start a process that writes to its stderr what SIGHUP meant; `terminal` is the one it controls."""
 
     def control() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
         os.setsid()
         if terminal is not None:
-            os.open(
-                os.ttyname(terminal), os.O_RDWR
-            )  # the first that the leader of a session opens is its own
+            # The first terminal that the leader of a session opens becomes the session's own.
+            os.open(os.ttyname(terminal), os.O_RDWR)
 
     process = subprocess.Popen(
         [*command, sys.executable, "-c", _PROGRAM],
