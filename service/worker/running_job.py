@@ -1,7 +1,7 @@
 """A claimed job while it runs: its samples go out as requests, their images come back and make up the result.
 
-Two owners of state: `RunningJob`, and `RunningJobs` of all that a worker runs. Pure: no I/O, no clock; times are
-seconds and come in as arguments.
+Two owners of state: `RunningJob`, and `RunningJobs` of all that a worker runs. Pure: no I/O, no clock; times
+are seconds and come in as arguments.
 """
 
 from __future__ import annotations

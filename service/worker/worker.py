@@ -165,7 +165,7 @@ class Worker:
             return 0
         held_samples = sum(job.missing for job in self._jobs)
         held_rows = sum(job.rows for job in self._jobs)
-        wanted = self._report.costs.knee + self.policy.lookahead_rows // self._reporting.peers
+        wanted = self._report.costs.saturation_rows + self.policy.lookahead_rows // self._reporting.peers
         return max(0, min(self._slots - held_samples, (wanted - held_rows + 1) // 2))
 
     def _start_job(self, claim: Claim) -> None:
@@ -351,7 +351,7 @@ class Worker:
             return None
         report, costs = self._report, self._report.costs
         # Jobs claimed since the engine's last report count too: a step may take seconds.
-        unreported = tuple(job.job.due for job in self._jobs.not_joined(report.progress))
+        unreported = tuple(job.job.demand for job in self._jobs.not_joined(report.progress))
         return WorkerState(
             worker=self.identity.name,
             models=(self.identity.model,),
@@ -360,8 +360,8 @@ class Worker:
             step_per_row_s=costs.per_row_s,
             decode_s=costs.decode_s,
             running_samples=self._jobs.samples_in_engine,
-            backlog_rows=report.backlog_rows + sum(due.rows for due in unreported),
-            dues=report.dues + unreported,
+            backlog_rows=report.backlog_rows + sum(bucket.rows for bucket in unreported),
+            dues=report.demand + unreported,
             network=self.identity.network,
             bundle=self.identity.bundle,
             given_rows=self._broker.given_rows(self.identity.name),

@@ -320,8 +320,8 @@ async def test_what_is_claimed_counts_before_the_step_that_runs_has_ended(
 ) -> None:
     async def claimed() -> tuple[int, list[tuple[float, int]]]:
         load = await broker.load()
-        dues = [(due.at, due.rows) for state in load.workers for due in state.dues]
-        return sum(state.backlog_rows for state in load.workers), sorted(dues)
+        demand = [(bucket.at, bucket.rows) for state in load.workers for bucket in state.dues]
+        return sum(state.backlog_rows for state in load.workers), sorted(demand)
 
     async def both() -> bool:
         return await claimed() == (50, [(due, 20), (inf, 30)])
