@@ -29,7 +29,7 @@ import numpy.typing as npt
 from ditserve.bench import report
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.backends import CONDITIONER_ROWS, Backend, load_backend
-from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
@@ -131,7 +131,7 @@ def open_engine(backend: Backend, costs: CostModel, *, rows: int, strict: bool =
     ladder = Ladder(RUNGS)
     return Engine(
         backend=backend,
-        conditions=Conditions(backend),
+        conditions=ConditionCaches(backend),
         scheduler=Scheduler(max_rows=rows, strict=strict),
         planner=Planner(ladder),
         ladder=ladder,

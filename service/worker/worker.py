@@ -18,7 +18,7 @@ import structlog
 from ditserve.model.spec.bundle import Factor
 from ditserve.service.engine.samples import Failed, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
-from ditserve.service.jobs import Claim, Due, Lease, Network, Renewal, WorkerState
+from ditserve.service.jobs import Claim, DemandBucket, Lease, Network, Renewal, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
@@ -166,7 +166,7 @@ class Worker:
             return 0
         held_samples = sum(job.missing for job in self._jobs.values())
         held_rows = sum(job.rows for job in self._jobs.values())
-        wanted = self._report.costs.knee + self.policy.lookahead_rows // self._reporting.peers
+        wanted = self._report.costs.saturation_rows + self.policy.lookahead_rows // self._reporting.peers
         return max(0, min(self._slots - held_samples, (wanted - held_rows + 1) // 2))
 
     def _start_job(self, claim: Claim) -> None:
@@ -374,7 +374,7 @@ class Worker:
             decode_s=costs.decode_s,
             running_samples=len(self._in_engine),
             backlog_rows=report.backlog_rows + sum(due.rows for due in unreported),
-            dues=report.dues + unreported,
+            dues=report.demand + unreported,
             network=self.identity.network,
             bundle=self.identity.bundle,
             given_rows=self._broker.given_rows(self.identity.name),
@@ -382,10 +382,10 @@ class Worker:
             updated_at=self._clock(),
         )
 
-    def _unreported(self, report: EngineReport) -> tuple[Due, ...]:
+    def _unreported(self, report: EngineReport) -> tuple[DemandBucket, ...]:
         """Return the work of jobs claimed since the engine's last report: a step may take seconds."""
         return tuple(
-            job.job.due
+            job.job.demand
             for job in self._jobs.values()
             if all(
                 request.id in self._in_engine and request.id not in report.progress
