@@ -102,7 +102,7 @@ def choose_examples(dataset: Dataset, plan: EvaluationPlan) -> tuple[list[int], 
 
     The first are training examples, drawn at random, one for each combination of labels, at most `limit`. The
     second are held-out examples, one for each combination of labels that training never shows. Every index is
-    repeated `per_pair` times. Without label factors, up to `limit` training examples are chosen and no others.
+    repeated `per_pair` times. Without label factors, at most `limit` training examples are chosen.
     """
     training = [int(k) for k in dataset.training]
     order = np.random.default_rng(plan.seed).permutation(training).tolist()
