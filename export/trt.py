@@ -85,7 +85,7 @@ class BuildTask:
     buckets: tuple[int, ...] = BUCKETS  # batch sizes to be timed
 
     def check(self, origin: EngineOrigin) -> BuildOutcome:
-        """Return whether the engine may be loaded, without building it."""
+        """Return the state of the engine as it is now, without building it."""
         slot = CachedEngine.of(self.engines, origin)
         problem = slot.problem(origin, recorded_options(self.options))
         return BuildOutcome(origin, problem or "fresh", _record(slot) if problem is None else {})

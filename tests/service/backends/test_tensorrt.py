@@ -56,7 +56,8 @@ def opened(bundle: Bundle, runtime: Runtime) -> tuple[TensorRtBackend, Engine]:
 
 
 def backend_of(bundle: Bundle, runtime: Runtime, engine: Engine | None, **options: Any) -> TensorRtBackend:
-    graphs = AuxiliaryGraphs.__new__(AuxiliaryGraphs)  # the other parts of the bundle are not used here
+    # The other parts of the bundle are not used here.
+    graphs = AuxiliaryGraphs.__new__(AuxiliaryGraphs)
     return TensorRtBackend(bundle, module=module_of(engine), cuda=Cuda(runtime), graphs=graphs, **options)
 
 
