@@ -1,7 +1,8 @@
 """The values that travel between the API, Redis and the workers. Pure.
 
-Frozen dataclasses, of which those that are a `Message` travel by themselves. A field with a default was added in a
-later release: a message of a release without it is read with the default, so the default says "not known".
+Frozen dataclasses, of which those that are a `Message` travel by themselves. A field with a default was added
+in a later release: a message of a release without it is read with the default, so the default says "not
+known".
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ TERMINAL_EVENTS: frozenset[EventKind] = frozenset({"done", "failed", "cancelled"
 class ConditionTerm:
     """One condition of a mix.
 
-    `labels` holds a class index per factor of the bundle, in the bundle's order; None is the null class. The `text`
-    "" is no text.
+    `labels` holds a class index per factor of the bundle, in the bundle's order; None is the null class. The
+    `text` "" is no text.
     """
 
     labels: tuple[int | None, ...]
@@ -40,8 +41,9 @@ class ConditionTerm:
 class Job(Message):
     """An admitted request: one sample per seed. Times are seconds since the epoch.
 
-    `cost_rows` is the work of the whole job as admitted, in row-steps: predicted steps times the rows of each, in rows
-    of the model's own size. `floor_rows` is the same at the lowest rung that the request consents to.
+    `cost_rows` is the work of the whole job as admitted, in row-steps: predicted steps times the rows of
+    each, in rows of the model's own size. `floor_rows` is the same at the lowest rung that the request
+    consents to.
     """
 
     id: str
@@ -74,10 +76,10 @@ class Job(Message):
     admitted: Rung | None = None  # the one it was admitted on, `requested` or below; None: not known
 
     @property
-    def due(self) -> Due:
+    def demand(self) -> DemandBucket:
         """The work of the job by its deadline, which is infinite where it has none."""
         at = inf if self.deadline_at is None else self.deadline_at
-        return Due(at, self.cost_rows, self.floor_rows or self.cost_rows)
+        return DemandBucket(at, self.cost_rows, self.floor_rows or self.cost_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,9 @@ class Lease:
 class Claim:
     """A job handed to a worker.
 
-    `run_isolated`: the job is a poison candidate, because a worker crashed while it ran, so nothing may run beside it.
-    `checkpoint`: what a worker that left had done of the job, as that worker wrote it; empty: nothing.
+    `run_isolated`: the job is a poison candidate, because a worker crashed while it ran, so nothing may run
+    beside it. `checkpoint`: what a worker that left had done of the job, as that worker wrote it; empty:
+    nothing.
     """
 
     job: Job
@@ -130,7 +133,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """The outcome of renewing leases: the ids of jobs no longer held, and of those among them that were cancelled."""
+    """The outcome of renewing leases: the jobs no longer held, and those among them that were cancelled."""
 
     lost: frozenset[str]
     cancelled: frozenset[str]
@@ -168,7 +171,7 @@ class JobEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
+class DemandBucket:
     """Row-steps due at the time `at` (infinite: at no time).
 
     `rows` counts them as planned, `floor_rows` at the lowest rungs that their requests consent to.
@@ -183,7 +186,8 @@ class Due:
 class Network:
     """The runtime of a worker's network: the backend, its numbers, and the sizes it can run.
 
-    It runs every size whose sides are multiples of `size_multiple` latent pixels; None: the model's own size only.
+    It runs every size whose sides are multiples of `size_multiple` latent pixels; None: the model's own size
+    only.
     """
 
     backend: str = ""
@@ -195,9 +199,9 @@ class Network:
 class WorkerState(Message):
     """A worker's report: its cost model, where a step takes `fixed + per_row·rows` seconds, and its backlog.
 
-    `dues` is the backlog by deadline; it is empty where there is none, or where the worker does not report it.
-    `given_rows` are the rows that the queue ever gave to this worker, as its last claim said: rows given later are
-    not in the backlog yet.
+    `dues` is the backlog by deadline; it is empty where there is none, or where the worker does not report
+    it. `given_rows` are the rows that the queue ever gave to this worker, as its last claim said: rows given
+    later are not in the backlog yet.
     """
 
     worker: str
@@ -211,7 +215,7 @@ class WorkerState(Message):
     last_step_age_s: float
     updated_at: float
     network: Network = Network()
-    dues: tuple[Due, ...] = ()
+    dues: tuple[DemandBucket, ...] = ()
     bundle: str = ""  # digest of the manifest it serves
     given_rows: int = 0
 

@@ -1,8 +1,8 @@
 """The wire form of frozen dataclasses: one msgpack map a message, with a schema version. Pure.
 
 A message is a map from field name to value; a dataclass inside it is such a map again, without a version.
-Plain data: a reader of another schema version refuses what it does not know instead of guessing, and nothing is
-executed on the way in.
+Plain data: a reader of another schema version refuses what it does not know instead of guessing, and nothing
+is executed on the way in.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class Message:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Return the message in `data`. Raise `WireError` for anything else, other schema versions included."""
+        """Return the message in `data`.
+
+        Raise `WireError` for anything else, other schema versions included.
+        """
         return build(cls, unpack(data))
 
 
@@ -60,12 +63,15 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 
 def fields_of(value: Any) -> dict[str, Any]:
-    """Return a slotted dataclass as a map. `dataclasses.asdict` copies what is inside and takes ten times as long."""
+    """Return a slotted dataclass as a map.
+
+    `dataclasses.asdict` copies what is inside and takes ten times as long.
+    """
     return {name: getattr(value, name) for name in value.__slots__}
 
 
 def build(kind: type[T], fields: Mapping[str, Any]) -> T:
-    """Return the dataclass `kind` whose fields these are, as msgpack gives them; a default stands for a missing one.
+    """Return the dataclass `kind` of these fields, as msgpack gives them; a default stands for a missing one.
 
     Raises:
         WireError: a field is missing, unknown, or not of its form.

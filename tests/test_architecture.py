@@ -67,7 +67,7 @@ TORCHLESS = "model.spec"
 # Library → the modules that may import it.
 EDGE = {"api", "app", "context", "openapi", "problems"}
 EDGE |= {f"routes.{name}" for name in ("generate", "jobs", "models", "openai", "pages", "probes")}
-BROKER = {"bell", "broker", "connection", "embeddings", "events", "quota", "records", "subscriber"}
+BROKER = {"broker", "connection", "embeddings", "notifications", "quota", "reads"}
 DOORS = {"broker", "embeddings", "quota"}  # of the queue, to what others may reach in Redis
 OWNERS = {
     "fastapi": {f"service.http.{name}" for name in EDGE},
@@ -373,8 +373,8 @@ BREACHES: dict[Rule, dict[str, str]] = {
     torchless: {"service/a.py": "from ditserve.model.nets.dit import DiT", "model/nets/dit.py": ""},
     owned: {"service/http/routes.py": "import redis.asyncio as r"},
     brokered: {
-        "service/http/routes.py": "from ditserve.service.queue.records import Records",
-        "service/queue/records.py": "",
+        "service/http/routes.py": "from ditserve.service.queue.reads import Reads",
+        "service/queue/reads.py": "",
     },
     settled: {"service/http/app.py": "import os\nHOME = os.environ['HOME']"},
     pure: {
@@ -451,7 +451,7 @@ SPEC = ", ".join(sorted(f"{OURS}{name}" for name in repository() if within(name,
         ),
         ("ditserve.service.launch.supervisor", ["torch", "onnxruntime", "onnx", "diffusers"]),
         (
-            "ditserve.service.worker.worker_process, ditserve.service.backends.onnx",
+            "ditserve.service.worker.main, ditserve.service.backends.onnx",
             ["torch", "fastapi", "uvicorn", "onnx", "diffusers"],
         ),
         (SPEC, ["torch", "onnxruntime"]),

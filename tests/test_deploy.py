@@ -475,11 +475,9 @@ async def test_the_deployed_redis_lets_the_service_work_and_nothing_else(
         assert await broker.hand_back(leases[failed.id])
         assert await listener.wait(done.id) == make_result()
         assert [event.kind async for event in broker.events(done.id)][-1] == "done"
-        await broker.publish_state(
-            WorkerState("w1", ("emoji",), 8, 0.001, 0.001, 0.001, 0, 0, 0.0, done.created_at)
-        )
+        await broker.report(WorkerState("w1", ("emoji",), 8, 0.001, 0.001, 0.001, 0, 0, 0.0, done.created_at))
         assert (await broker.load()).queued_jobs == 1
-        await broker.wait_for_work(0.01)
+        await broker.work.wait(0.01)
         await broker.sweep()
         assert await broker.dead() == []
         await listener.aclose()

@@ -35,7 +35,7 @@ from ditserve.model.evaluation.classifier_network import (
 )
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.command_line import guarded
-from ditserve.model.train.config import load_config, mistake
+from ditserve.model.train.config import first_mistake, load_config
 
 BATCH = 64
 LEARNING_RATE = 3e-3
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
                 dataset, widths=options.widths, epochs=options.epochs, seed=options.seed, progress=progress
             )
     except ValidationError as error:
-        raise ClassifierError(mistake(error)) from None
+        raise ClassifierError(first_mistake(error)) from None
     save_classifier(network, options.out, card)
     for name, value in card.accuracy.items():
         print(f"{name:24} {value:.4f}")

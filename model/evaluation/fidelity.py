@@ -26,11 +26,11 @@ class Estimate:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Return the squared Fréchet distance of the Gaussians fitted to features (N, D) and (M, D).
 
-    With Inception's features this is FID:
-    |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½ (Heusel et al., arXiv:1706.08500, eq. 6). The last trace is
-    the sum of the square roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½. They equal those of Σ₁Σ₂, but belong to
-    a symmetric matrix, so nothing becomes complex if a covariance is singular. With too few pictures for D
-    the distance is overestimated.
+        |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½        Heusel et al., arXiv:1706.08500, eq. 6
+
+    With Inception's features this is FID. The last trace is the sum of the square roots of the eigenvalues of
+    Σ₁^½ Σ₂ Σ₁^½. They equal those of Σ₁Σ₂, but belong to a symmetric matrix, so nothing becomes complex if a
+    covariance is singular. With too few pictures for D the distance is overestimated.
 
     Raises:
         ValueError: fewer than two pictures in a set.

@@ -53,6 +53,7 @@ class ConditionEmbedder(nn.Module):
             parts.append(self._text(len(labels), text))
         elif text is not None:
             raise ValueError("this model takes no text: its text_size is 0")
+        # An unconditional model has neither labels nor text.
         if not parts:
             return torch.zeros(len(labels), self.hidden_size, device=labels.device)
         total: Tensor = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -5,8 +5,9 @@
     output    = dit.backbone(x, state)             # (N, C, H, W) → (N, C_out, H, W), the costly part
 
 `dit(x, timestep, labels)` is these three calls and gives the same bits. N is the batch, F the number of label
-factors, D the hidden size, C the channels. Parameters are named as in the published weights. Source: Peebles
-& Xie, arXiv:2212.09748, §3.2 and Figure 3.
+factors, D the hidden size, C the channels. The condition enters through one of four kinds of block:
+adaLN-Zero (the default), adaLN, cross-attention, or in context. Parameters are named as in the published
+weights. Source: Peebles & Xie, arXiv:2212.09748, §3.2 and Figure 3.
 """
 
 from __future__ import annotations
@@ -210,7 +211,8 @@ class DiT(nn.Module):
         if any(not MODULATIONS[kind] for kind in self.config.plan):
             state.append(torch.stack([t, embedding], dim=1))  # (N, 2, D)
         if self.config.adaptive_final:
-            state.append(cast(Tensor, self.final_layer.adaLN_modulation(c)).reshape(c.shape[0], 2, -1))
+            vectors = self.final_layer.adaLN_modulation(c)
+            state.append(cast(Tensor, vectors).reshape(c.shape[0], 2, -1))  # (N, 2, D)
         if self.layout is not None:
             state.append(self.layout(F.silu(c)))  # (N, T, D)
         return tuple(state)
@@ -233,8 +235,9 @@ class DiT(nn.Module):
         rotary = self.rotary(rows, columns, h)
         for index, block in enumerate(self.blocks):
             h = block(h, named.get(f"block_{index}", named.get("tokens")), rotary)
-        h = h[:, -rows * columns :] if "in_context" in self.config.plan else h
+        h = h[:, -rows * columns :] if "in_context" in self.config.plan else h  # (N, T, D)
         out = unpatchify(self.final_layer(h, named.get("final")), rows, columns, self.config.patch_size)
+        # `out` is (N, C_out, H, W), or (N, head_channels, H, W) before the convolutional head.
         return out if self.head is None else cast(Tensor, self.head(x, out))
 
     def forward(self, x: Tensor, timestep: Tensor, labels: Tensor, text: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from ditserve.model.scaling.family import Family, plan_runs
 from ditserve.model.scaling.measuring import measure_costs, measure_family
 from ditserve.model.scaling.report import write_report
 from ditserve.model.spec.command_line import guarded
-from ditserve.model.train.config import mistake
+from ditserve.model.train.config import first_mistake
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,7 +31,9 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m model.scaling", description="Train a family and fit its scaling law."
     )
     parser.add_argument("family", type=Path, help="a JSON file")
-    parser.add_argument("--data", type=Path, help="the pictures, if not where the recipe says")
+    parser.add_argument(
+        "--data", type=Path, help="the pictures, if not where the training configuration says"
+    )
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     parser.add_argument("--draws", type=int, default=200, help="of runs, for the confidence of the fit")
     options = parser.parse_args(arguments)
@@ -46,7 +48,7 @@ def _run(options: argparse.Namespace) -> None:
         record = measure_family(family, runs, options.out)
         print(write_report(record, measure_costs(runs), options.draws, options.out))
     except ValidationError as error:
-        raise ValueError(f"{options.family}: {mistake(error)}") from None
+        raise ValueError(f"{options.family}: {first_mistake(error)}") from None
 
 
 if __name__ == "__main__":

@@ -148,27 +148,12 @@ def _search(
     middle = logs.mean(0) if origins is None else np.log([origins[name] for name in names])
     x, y = logs - middle, np.log([point.loss for point in points])
 
-    def objective(unknown: Floats) -> tuple[float, Floats]:
-        log_a, exponent, log_e = np.split(unknown, [len(names), 2 * len(names)])
-        log_terms = np.concatenate(
-            [log_a - exponent * x, np.broadcast_to(log_e, (len(x), 1))], 1
-        )  # (P, V + 1)
-        top = log_terms.max(1, keepdims=True)
-        parts = np.exp(log_terms - top)
-        total = parts.sum(1, keepdims=True)
-        residual = (top + np.log(total))[:, 0] - y
-        size = np.abs(residual)
-        value = np.where(size <= DELTA, 0.5 * residual**2, DELTA * (size - 0.5 * DELTA)).sum()
-        slope = np.clip(residual, -DELTA, DELTA)[:, None] * parts / total  # (P, V + 1)
-        gradient = np.concatenate([slope[:, :-1].sum(0), -(slope[:, :-1] * x).sum(0), slope[:, -1:].sum(0)])
-        return float(value) / DELTA**2, gradient / DELTA**2
-
     free = (np.log(1e-12), np.log(1e12))
     bounds = [free] * len(names) + [(0.0, LARGEST_EXPONENT)] * len(names) + [free]
     options = {"maxiter": 2000, "maxfun": 20_000, "ftol": 1e-15, "gtol": 1e-9}
     best = min(
         (
-            minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+            minimize(_huber_loss, start, (x, y), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
             for start in starts
         ),
         key=lambda result: float(result.fun),
@@ -179,3 +164,24 @@ def _search(
         for k, name in enumerate(names)
     }
     return Law(terms, float(np.exp(log_e[0])))
+
+
+def _huber_loss(unknown: Floats, x: Floats, y: Floats) -> tuple[float, Floats]:
+    """Return the Huber loss of the residuals of log L, and its gradient by `unknown`.
+
+    `unknown` is laid out like a start of `_search`; x (P, V) are logarithms of variables over their origins,
+    and y (P,) those of the measured losses.
+    """
+    variables = x.shape[1]
+    log_a, exponent, log_e = np.split(unknown, [variables, 2 * variables])
+    # Logarithms of the terms and of the irreducible loss, (P, V + 1); their log-sum-exp is the law's log L.
+    log_terms = np.concatenate([log_a - exponent * x, np.broadcast_to(log_e, (len(x), 1))], 1)
+    top = log_terms.max(1, keepdims=True)
+    parts = np.exp(log_terms - top)
+    total = parts.sum(1, keepdims=True)
+    residual = (top + np.log(total))[:, 0] - y
+    size = np.abs(residual)
+    value = np.where(size <= DELTA, 0.5 * residual**2, DELTA * (size - 0.5 * DELTA)).sum()
+    slope = np.clip(residual, -DELTA, DELTA)[:, None] * parts / total  # (P, V + 1)
+    gradient = np.concatenate([slope[:, :-1].sum(0), -(slope[:, :-1] * x).sum(0), slope[:, -1:].sum(0)])
+    return float(value) / DELTA**2, gradient / DELTA**2

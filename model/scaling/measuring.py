@@ -19,7 +19,7 @@ from ditserve.model.scaling.family import Family, FamilyRun
 from ditserve.model.scaling.record import RECORD, Measurement, ScalingRecord, write_record
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.diffusion import add_noise
-from ditserve.model.train.config import mistake
+from ditserve.model.train.config import first_mistake
 from ditserve.model.train.dry_run import StageCost, estimate_stages
 from ditserve.model.train.loss import per_row, squared_error
 from ditserve.model.train.trainer import Trainer
@@ -43,7 +43,7 @@ def measure_family(family: Family, runs: Sequence[FamilyRun], out: Path) -> Scal
         try:
             record = ScalingRecord.model_validate_json(file.read_text())
         except ValidationError as error:
-            raise ValueError(f"{file} does not hold a family's results: {mistake(error)}") from None
+            raise ValueError(f"{file} does not hold a family's results: {first_mistake(error)}") from None
     if record.family != family:
         raise ValueError(f"{file} holds the results of another family: choose another --out")
     # The pairs that the run with the smallest hold-out keeps from training; no run trains on them.

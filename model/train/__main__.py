@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ditserve.model.distributed.processes import World, join_processes
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.train.config import load_config, mistake
+from ditserve.model.train.config import first_mistake, load_config
 from ditserve.model.train.dry_run import estimate_stages, format_estimate
 from ditserve.model.train.trainer import Trainer
 from ditserve.model.train.training import train
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _refuse("stopped; the same command goes on from the last checkpoint")
     except ValidationError as error:
-        return _refuse(f"{options.config}: {mistake(error)}")
+        return _refuse(f"{options.config}: {first_mistake(error)}")
     except OSError as error:
         return _refuse(f"{error.filename or 'the output folder'} cannot be used: {error.strerror or error}")
     except (ModelError, ValueError) as error:

@@ -308,7 +308,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return TrainConfig.model_validate(data)
 
 
-def mistake(error: ValidationError) -> str:
+def first_mistake(error: ValidationError) -> str:
     """Return the first mistake in one sentence; an unknown field is named with the most similar known one."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))

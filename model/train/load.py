@@ -18,7 +18,7 @@ from ditserve.model.spec.bundle import MANIFEST, Bundle, Defaults, LatentSpec, M
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.checkpoint import checkpoints
-from ditserve.model.train.config import TrainConfig, load_config, mistake
+from ditserve.model.train.config import TrainConfig, first_mistake, load_config
 from ditserve.model.train.loaded_model import LoadedModel, LoadError, build, load_bundle
 from ditserve.model.train.tensor_shards import read_full
 
@@ -69,7 +69,7 @@ def _read_config(source: Path) -> TrainConfig:
     try:
         return load_config(source)
     except ValidationError as error:
-        detail = mistake(error)
+        detail = first_mistake(error)
     except (OSError, ValueError) as error:
         detail = str(error)
     raise LoadError(f"{source} is not the configuration of a training run: {detail}")

@@ -21,7 +21,7 @@ from ditserve.model.spec.network_config import NetworkConfig
 
 Weights = dict[str, Tensor]
 
-TABLE, PUBLISHED_TABLE = "y_embedder.tables.0.weight", "y_embedder.embedding_table.weight"
+TABLE, OFFICIAL_TABLE = "y_embedder.tables.0.weight", "y_embedder.embedding_table.weight"
 _HEADS = {hidden: heads for _, hidden, heads in SIZES.values()}
 
 
@@ -64,7 +64,7 @@ def from_official(
     """
     state = dict(state)
     pos_embed = state.pop("pos_embed", None)
-    weights = {TABLE if name == PUBLISHED_TABLE else name: tensor for name, tensor in state.items()}
+    weights = {TABLE if name == OFFICIAL_TABLE else name: tensor for name, tensor in state.items()}
     tokens = None if pos_embed is None else pos_embed.shape[-2]
     config = _infer_config(weights, num_heads, tokens, image_size)
     check_weights(weights, config)
@@ -96,7 +96,7 @@ def to_official(weights: Mapping[str, Tensor], config: DiTConfig) -> Weights:
             "the published layout has no sign for it"
         )
     check_weights(weights, config)
-    out = {PUBLISHED_TABLE if name == TABLE else name: tensor for name, tensor in weights.items()}
+    out = {OFFICIAL_TABLE if name == TABLE else name: tensor for name, tensor in weights.items()}
     return {"pos_embed": DiT(replace(config, depth=1)).pos_embed[None], **out}
 
 

@@ -1,4 +1,4 @@
-"""What the API needs of the queue, and how it is opened: the seam at which tests put something smaller."""
+"""The API's part of the queue, and how it is opened: the seam at which tests put something smaller."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -34,7 +34,7 @@ class Meter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class QueueClient:
-    """The queue, the one listener of this process, and the counter of what API keys send."""
+    """The queue, the one listener of this process, and the counter of the requests of each API key."""
 
     queue: Queue
     listener: Waiter
@@ -43,7 +43,12 @@ class QueueClient:
 
 @asynccontextmanager
 async def open_queue_client(settings: Settings) -> AsyncIterator[QueueClient]:
-    """Connects to the Redis of the settings. Raises `ValueError` (no or a malformed URL) and `QueueUnavailable`."""
+    """Connect to the Redis of the settings, until the block ends.
+
+    Raises:
+        ValueError: the URL is missing or malformed.
+        QueueUnavailable: Redis cannot be used.
+    """
     if settings.redis_url is None:
         raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
     url = settings.redis_url.get_secret_value()

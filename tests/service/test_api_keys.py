@@ -1,4 +1,4 @@
-"""API keys: made, listed, revoked and found; what the file holds; when an API may be open."""
+"""API keys: adding, listing, revoking and finding them, the file that holds them, and open APIs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_key_is_found_by_its_text_alone(path: Path) -> None:
     key, text = add(path, "shop", scopes=("generate", "admin"), rate=60, concurrency=2)
-    found = Keyring(path).find(text)
-    assert found == key
-    assert (found.name, found.scopes, found.rate, found.concurrency) == (
+    by_text = Keyring(path).find(text)
+    assert by_text == key
+    assert (by_text.name, by_text.scopes, by_text.rate, by_text.concurrency) == (
         "shop",
         frozenset({"generate", "admin"}),
         60,

@@ -1,4 +1,4 @@
-"""From words to classes, and what is suggested instead."""
+"""From words to classes, and the suggestions where there is no such class."""
 
 import pytest
 

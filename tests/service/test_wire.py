@@ -13,7 +13,7 @@ import pytest
 from ditserve.service.jobs import Job, JobResult, WorkerState, read_report
 from ditserve.service.rung import Rung
 from ditserve.service.wire import Message, WireError, build, fields_of, pack, unpack
-from ditserve.service.worker import checkpoints
+from ditserve.service.worker.handoff import read_checkpoint, write_checkpoint
 from tests.service import wire_examples as examples
 
 RECORDED = {
@@ -42,9 +42,9 @@ def test_a_report_is_of_either_kind() -> None:
 
 
 def test_a_checkpoint_has_the_bytes_of_earlier_releases() -> None:
-    assert checkpoints.write(examples.SAMPLES, origin="here") == RECORDED["checkpoint"]
+    assert write_checkpoint(examples.SAMPLES, origin="here") == RECORDED["checkpoint"]
     for sample, expected in zip(
-        checkpoints.read(RECORDED["checkpoint"], origin="here", samples=3), examples.SAMPLES, strict=True
+        read_checkpoint(RECORDED["checkpoint"], origin="here", samples=3), examples.SAMPLES, strict=True
     ):
         if expected is None:
             assert sample is None

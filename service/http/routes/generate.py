@@ -43,8 +43,9 @@ async def generate(
     prefer: Annotated[str | None, Header(max_length=200)] = None,
     idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
 ) -> Response:
-    """Draw images and wait for them; if the client goes away meanwhile, the job is cancelled. With
-    `Prefer: respond-async` the response comes at once and holds the job's address.
+    """Draw images and wait for them. If the client goes away meanwhile, the job is cancelled.
+
+    With `Prefer: respond-async` the response comes at once and holds the job's address.
 
     With an `Idempotency-Key` a repeated request draws nothing anew: while the first runs it is refused with
     409, afterwards it gets the images of the first. Such a job is not cancelled when the client goes away, so

@@ -1,4 +1,4 @@
-"""The network: the paper's parameter counts, the split, every option, every size, half precision, compilation."""
+"""The DiT: parameter counts of the paper, the split, options, sizes, half precision, compilation."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_split_is_forward_to_the_bit(variant: DiTConfig, network: Make) -> None:
 
 
 def test_every_input_matters(variant: DiTConfig, network: Make) -> None:
-    """Nothing that a variant takes is ignored: the pixels, the time, each factor, the text."""
+    """No input of a variant is ignored: pixels, timestep, each factor, text."""
     dit = network(variant)
     x, t, labels, text = inputs(variant, rows=1)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_every_input_matters(variant: DiTConfig, network: Make) -> None:
 
 
 def test_rows_are_independent(variant: DiTConfig, network: Make) -> None:
-    """A row's output hardly depends on the batch it is in: no operation crosses rows."""
+    """The output of a row hardly depends on its batch: no operation mixes rows."""
     dit = network(variant)
     x, t, labels, text = inputs(variant)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_learns(variant: DiTConfig) -> None:
     "name", ["adaln_zero", "adaln", "hybrid", "hybrid with tokens in context", "text", "all at once"]
 )
 def test_compiles_without_graph_breaks(tiny: Tiny, network: Make, name: str) -> None:
-    """Every kind of block and every option is in one of these."""
+    """Every kind of block and every option is in one of these variants."""
     config = tiny(**VARIANTS[name])
     dit = network(config)
     x, t, labels, text = inputs(config)
@@ -149,7 +149,7 @@ def test_compiles_without_graph_breaks(tiny: Tiny, network: Make, name: str) -> 
 
 
 def test_starts_as_zero() -> None:
-    """adaLN-Zero: every block is the identity and the output is zero before training."""
+    """Before training, every block of adaLN-Zero is the identity and the output is zero."""
     torch.manual_seed(0)
     config = DiTConfig(image_size=(8, 8), hidden_size=32, depth=2, num_heads=2)
     dit = DiT(config)
@@ -162,7 +162,7 @@ def test_starts_as_zero() -> None:
 
 
 def test_block_is_the_papers_formula(tiny: Tiny, network: Make) -> None:
-    """x + gate·attn(LN(x)·(1 + scale) + shift), then the MLP; the six vectors in the published order."""
+    """A block is x + gate·attn(LN(x)·(1 + scale) + shift), then the MLP; vectors in the published order."""
     block = network().blocks[0]
     assert isinstance(block, Block)
     h, state = torch.randn(2, 16, 32), torch.randn(2, 6, 32)
@@ -216,11 +216,23 @@ def test_tokens_are_row_major(tiny: Tiny, network: Make) -> None:
     assert changed.nonzero().flatten().tolist() == [2]
 
 
+def test_symbolic_positions_are_the_same_numbers_with_the_same_weights(tiny: Tiny, network: Make) -> None:
+    dit = network(tiny(rope=True))
+    symbolic = dit.with_symbolic_positions()
+    assert all(a is b for a, b in zip(symbolic.parameters(), dit.parameters(), strict=True))
+    assert not dit.symbolic_positions
+    _, t, labels, _ = inputs(dit.config)
+    for size in ((8, 8), (16, 4)):
+        x = torch.randn(4, 3, *size)
+        with torch.no_grad():
+            assert torch.allclose(symbolic(x, t, labels), dit(x, t, labels), atol=1e-5)
+
+
 def test_larger_sizes_are_interpolated_into_the_base(tiny: Tiny, network: Make) -> None:
     dit = network()
     assert torch.equal(dit.positions(8, 4), sincos_positions(32, 8, 4, (0.5, 1.0)))
     assert torch.equal(dit.positions(2, 3), sincos_positions(32, 2, 3))
-    # trained on at 16×16 from 8×8: the new model's own table is the interpolated one, and the function is the same
+    # Training goes on at 16×16: the table of the new model is the interpolated one, the function is the same.
     grown = DiT(tiny(image_size=(16, 16), base_size=(8, 8))).eval()
     grown.load_state_dict(dit.state_dict())
     x, t, labels, _ = inputs(grown.config)
@@ -281,7 +293,7 @@ def test_half_precision_inference(tiny: Tiny, network: Make, dtype: torch.dtype,
 
 
 class Dtypes(TorchDispatchMode):
-    """The dtype that each operator's first argument has."""
+    """A record of the dtypes of the first argument of each operator."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -298,7 +310,7 @@ class Dtypes(TorchDispatchMode):
 def test_half_precision_keeps_islands_of_fp32(
     tiny: Tiny, network: Make, dtype: torch.dtype, kind: str
 ) -> None:
-    """Timestep sinusoids and LayerNorm statistics are computed in fp32, everything else where the weights are."""
+    """Timestep sinusoids and LayerNorm statistics are in fp32, all else in the dtype of the weights."""
     dit = network(tiny(blocks=kind)).to(dtype)
     x, t, labels, _ = inputs(dit.config)
     with torch.no_grad(), Dtypes() as watch:
@@ -309,7 +321,7 @@ def test_half_precision_keeps_islands_of_fp32(
 
 
 def test_attention_is_sdpa(tiny: Tiny, network: Make) -> None:
-    """FlashAttention is used where the device has it: attention goes through the fused operator, in every block."""
+    """Every block uses the fused operator, which is FlashAttention on devices that have it."""
     dit = network()
     x, t, labels, _ = inputs(dit.config)
     with mock.patch.object(

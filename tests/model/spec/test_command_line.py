@@ -1,4 +1,4 @@
-"""How commands end, and the old names that still run."""
+"""The end of commands, and their old names, which still run."""
 
 from __future__ import annotations
 

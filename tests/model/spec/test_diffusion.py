@@ -1,4 +1,4 @@
-"""Noise schedules, guidance and training formulas, against the papers and diffusers."""
+"""Noise schedules, guidance and training formulas, compared with the papers and with diffusers."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_capped_epsilon_weight_is_min_snr(prediction: Prediction) -> None:
     np.testing.assert_allclose(loss_weights(schedule, "epsilon", 5.0), paper, rtol=1e-12)
 
 
-def test_the_plain_loss_weighs_every_timestep_alike_and_a_capped_v_loss_does_what_it_says() -> None:
+def test_the_plain_loss_has_equal_weights_and_a_capped_v_loss_is_capped() -> None:
     schedule = make_schedule("cosine", prediction="x0")
     np.testing.assert_allclose(loss_weights(schedule, "x0"), 1.0, rtol=1e-15)
     np.testing.assert_allclose(
@@ -274,5 +274,6 @@ def test_impossible_training_formulas_are_refused_in_one_sentence() -> None:
 
 
 def test_diffusion_and_solvers_load_without_torch() -> None:
-    script = "import sys, ditserve.model.spec.diffusion, ditserve.model.spec.solvers; sys.exit('torch' in sys.modules)"
+    modules = "ditserve.model.spec.diffusion, ditserve.model.spec.solvers"
+    script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

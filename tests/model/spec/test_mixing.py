@@ -1,4 +1,4 @@
-"""Mixing, composing and layering conditions."""
+"""Mixing, composing and layering of conditions."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_weights_are_relative_and_must_sum_to_something() -> None:
 
 
 def test_composition_is_a_sum_of_guidance_terms() -> None:
-    """u + Σ w_k (c_k − u), Liu et al. (2022), whichever way it is written."""
+    """Both forms are u + Σ w_k (c_k − u), Liu et al. (2022)."""
     rng = np.random.default_rng(0)
     u, c1, c2 = rng.standard_normal((3, 2, 4, 4))
     expected = u + 4.5 * (c1 - u) - 1.5 * (c2 - u)
     np.testing.assert_allclose(guided(compose_outputs([c1, c2], [1.5, -0.5]), u, 3.0), expected)
 
 
-def test_spread_runs_from_shallow_to_deep() -> None:
+def test_blocks_are_assigned_from_shallow_to_deep() -> None:
     assert assign_blocks(6, 3) == [0, 0, 1, 1, 2, 2]
     assert assign_blocks(7, 2) == [0, 0, 0, 0, 1, 1, 1]
     assert assign_blocks(4, 1) == [0] * 4
@@ -99,14 +99,14 @@ def test_splice_gives_each_block_its_condition(tiny: Tiny, network: Make) -> Non
     labels = torch.tensor([[0, 0], [1, 1], [2, 2]])
     states = [dit.modulate(torch.tensor([500.0]), dit.embed(label[None])) for label in labels]
     spliced = splice_states(config, states, [0, 1, 2])
-    for place, source in enumerate((0, 1, 2, 2, 0)):  # blocks, final, layout
-        assert torch.equal(spliced[place], states[source][place])
+    for tensor, source in enumerate((0, 1, 2, 2, 0)):  # blocks, final, layout
+        assert torch.equal(spliced[tensor], states[source][tensor])
     assert all(
         torch.equal(a, b) for a, b in zip(splice_states(config, states, [1, 1, 1]), states[1], strict=True)
     )
     x = torch.randn(1, 3, 8, 8)
     outputs = [dit.backbone(x, state) for state in (*states, spliced)]
-    assert all(not torch.allclose(outputs[3], each) for each in outputs[:3])
+    assert all(not torch.allclose(outputs[3], output) for output in outputs[:3])
 
 
 def test_splice_of_a_hybrid(tiny: Tiny, network: Make) -> None:
@@ -124,7 +124,7 @@ def test_splice_of_a_hybrid(tiny: Tiny, network: Make) -> None:
 
 
 def test_splice_of_a_unet() -> None:
-    """Its blocks from input to output: the way down follows one condition, the way up another."""
+    """The blocks go from input to output: the way down follows one condition, the way up another."""
     unet = UNet(TINY_UNET)
     states = [unet.modulate(torch.tensor([500.0]), unet.embed(torch.tensor([[k, k]]))) for k in range(2)]
     spliced = splice_states(TINY_UNET, states, assign_blocks(TINY_UNET.depth, 2))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ditserve.model.train.config import TrainConfig, load_config, mistake
+from ditserve.model.train.config import TrainConfig, first_mistake, load_config
 from tests.model.train.training_cases import tiny_config, tiny_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,7 +61,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
 def test_a_mistake_is_one_sentence(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError) as error:
         tiny_config(tmp_path, **change)
-    assert mistake(error.value) == sentence
+    assert first_mistake(error.value) == sentence
 
 
 def test_steps_are_the_sum_of_the_stages(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def test_memory_is_that_of_the_tensors(tmp_path: Path) -> None:
     parameters = sum(p.numel() for p in Trainer(tiny_config(tmp_path)).state.model.parameters())
     assert memory.weights == memory.gradients == 4 * parameters
     assert memory.averages == 2 * memory.weights
-    assert 0 <= memory.optimizer - 2 * memory.weights < 1000  # two moments and a counter
+    # Two moments and a counter.
+    assert 0 <= memory.optimizer - 2 * memory.weights < 1000
     assert memory.total == sum(getattr(memory, part) for part in MemoryEstimate.__slots__)
 
 

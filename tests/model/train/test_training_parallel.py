@@ -84,7 +84,7 @@ def test_a_run_goes_on_after_a_process_is_killed_with_other_processes(tmp_path: 
     assert (newest(output) / "ema.safetensors").is_file()
     alone = TrainConfig.model_validate({**raw, "output": str(tmp_path / "alone")})
     training.train(alone)
-    assert losses(output) == pytest.approx(losses(alone.output), rel=2e-3)  # in half precision
+    assert losses(output) == pytest.approx(losses(alone.output), rel=2e-3)
 
 
 def test_a_sharded_run_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:

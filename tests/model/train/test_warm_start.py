@@ -30,9 +30,8 @@ def test_tables_follow_the_names_of_factors_and_classes(bundle: Path, tiny: Call
     assert summary.endswith("tensors taken over; 4 of 5 classes known")
     label, style = ours["y_embedder.tables.0.weight"], ours["y_embedder.tables.1.weight"]
     assert torch.equal(mine["y_embedder.tables.0.weight"], style[[2, 0, 3]])
-    assert torch.equal(
-        mine["y_embedder.tables.1.weight"], label[[3, 5, 0, 5]]
-    )  # a new class starts as not given
+    # A new class starts as the null class, the last row.
+    assert torch.equal(mine["y_embedder.tables.1.weight"], label[[3, 5, 0, 5]])
     assert all(torch.equal(mine[key], ours[key]) for key in ours if "tables" not in key)
 
 

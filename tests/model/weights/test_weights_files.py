@@ -1,4 +1,4 @@
-"""Importing and exporting files: what is read, what is never run, and what the command line says."""
+"""Import and export of files: layouts that are read, code that is never run, and the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def official(network: Make, tmp_path: Path) -> Path:
 
 
 def test_training_checkpoint_gives_its_average(network: Make, tmp_path: Path) -> None:
-    """The published trainer's file: model, ema, opt and a pickled Namespace."""
+    """The file of the published trainer has model, ema, opt and a pickled Namespace."""
     ema, raw = (to_official(network(PLAIN, seed).state_dict(), PLAIN) for seed in (1, 2))
     stored = {"model": raw, "ema": ema, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)}
     torch.save(stored, tmp_path / "0400000.pt")
@@ -45,7 +45,7 @@ def test_training_checkpoint_gives_its_average(network: Make, tmp_path: Path) ->
 
 
 class Trap:
-    """What an attacker pickles: loading it would write a file."""
+    """An object that an attacker pickles: loading it would write a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

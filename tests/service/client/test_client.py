@@ -1,4 +1,4 @@
-"""The Python client and `python -m service generate`, against a real socket; what is tried again, against a made-up transport."""
+"""The Python client and `python -m service generate`, over a real socket; retries over a fake transport."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def test_sends_its_key(open_stage: OpenStage, serve: Serve, tmp_path: Path
 
 
 class Waits(list[float]):
-    """What the client waited for, in seconds, without waiting."""
+    """The waits of the client in seconds; none of them takes place."""
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
 
 
 def served(*answers: Callable[[httpx.Request], httpx.Response]) -> tuple[Client, list[httpx.Request]]:
-    """A client whose requests meet `answers` in turn, the last one for ever; and those requests."""
+    """Return a client whose requests get `answers` in turn (the last one for ever), and its requests."""
     seen: list[httpx.Request] = []
 
     def handle(request: httpx.Request) -> httpx.Response:

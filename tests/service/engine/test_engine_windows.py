@@ -1,4 +1,4 @@
-"""Pictures larger than the model's own, denoised in windows: rows among everybody else's, blended at every step."""
+"""Pictures larger than the model's own, denoised in windows: rows among all others, blended at every step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = {WIDE: 3, TALL: 3, GRID: 2 * 4}
 
 @pytest.fixture(scope="module")
 def make_local(make_backend: Make) -> Make:
-    """A network whose rows see their own mean and place, so that a window's prediction is not that of the whole."""
+    """A network whose rows see their mean and position: a window's prediction is not that of the whole."""
 
     def make(**options: Any) -> Any:
         backend = make_backend(**options)
@@ -132,7 +132,7 @@ def test_previews_are_of_the_whole_picture_and_a_cut_keeps_it_whole(
 ) -> None:
     planner = make_planner([("a/0", 699, make_rung("dpmpp-2m", 4), LOAD)])
     reports = run(make_engine(planner=planner), [make_request(size=WIDE, windows=True, previews=2)])
-    assert {each.latent.shape for each in previews(reports)} == {(3, *WIDE)}
+    assert {preview.latent.shape for preview in previews(reports)} == {(3, *WIDE)}
     made: Finished = finished(reports)["a/0"]
     assert made.degraded
     assert made.steps_used < 8

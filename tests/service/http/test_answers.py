@@ -1,4 +1,4 @@
-"""`Accept`, as RFC 9110 reads it."""
+"""Content negotiation: `Accept` as RFC 9110 defines it."""
 
 import pytest
 

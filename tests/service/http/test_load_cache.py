@@ -1,4 +1,4 @@
-"""What an API makes of the load between two looks at it."""
+"""The load cache: jobs that are queued between two reads of the load are counted."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from ditserve.service.http.load_cache import LoadCache
-from ditserve.service.jobs import Due, LoadSnapshot, WorkerState
+from ditserve.service.jobs import DemandBucket, LoadSnapshot, WorkerState
 
 pytestmark = pytest.mark.anyio
 Make = Callable[..., Any]
 
 
 class Queue:
-    """Two workers, one of them busy; `asked` counts the looks."""
+    """A queue with these workers; `asked` counts the reads of its load."""
 
     def __init__(self, *workers: WorkerState) -> None:
         self.workers, self.asked = workers, 0
@@ -43,8 +43,12 @@ async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_loo
         cache.reserved(make_job(cost_rows=80, deadline_at=None)),
     ):
         pass
-    counted = {each.worker: each for each in (await cache()).workers}
-    assert counted["idle"].dues == (Due(-inf, 5, 5), Due(5.0, 40, 10), Due(inf, 80, 80))
+    counted = {worker.worker: worker for worker in (await cache()).workers}
+    assert counted["idle"].dues == (
+        DemandBucket(-inf, 5, 5),
+        DemandBucket(5.0, 40, 10),
+        DemandBucket(inf, 80, 80),
+    )
     assert (counted["idle"].backlog_rows, counted["busy"]) == (125, queue.workers[0])
     assert queue.asked == 1
     monkeypatch.setattr("ditserve.service.http.load_cache.LOAD_FRESH_S", -1.0)
@@ -75,5 +79,5 @@ async def test_a_look_meanwhile_does_not_lose_what_is_not_queued_yet(
     monkeypatch.setattr("ditserve.service.http.load_cache.LOAD_FRESH_S", -1.0)
     cache = LoadCache(Queue(worker("idle", 5)))  # type: ignore[arg-type]
     with cache.reserved(make_job(cost_rows=40)):
-        assert [each.backlog_rows for each in (await cache()).workers] == [45]
-    assert [each.backlog_rows for each in (await cache()).workers] == [5]
+        assert [worker.backlog_rows for worker in (await cache()).workers] == [45]
+    assert [worker.backlog_rows for worker in (await cache()).workers] == [5]

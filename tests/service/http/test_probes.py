@@ -38,11 +38,12 @@ async def test_once_started_it_stays_started(stage: Stage) -> None:
 
 async def test_what_workers_to_come_are_doing_is_told(open_stage: OpenStage) -> None:
     stage = await open_stage(worker=False)
-    await stage.broker.publish_state(Starting("w1", "fruits", "building the fp16 engine (1 of 1): 25%"))
+    await stage.broker.report(Starting("w1", "fruits", "building the fp16 engine (1 of 1): 25%"))
     answer = await stage.client.get("/startupz")
     assert (answer.status_code, answer.json()["checks"]) == (503, {"started": False})
     assert answer.json()["starting"] == ["fruits: building the fp16 engine (1 of 1): 25%"]
-    assert (await stage.client.get("/readyz")).status_code == 503  # it is no worker yet
+    # A worker that is starting does not count yet.
+    assert (await stage.client.get("/readyz")).status_code == 503
 
 
 async def test_a_fleet_scaled_to_zero_can_be_ready(open_stage: OpenStage) -> None:
@@ -78,8 +79,8 @@ async def test_metrics_are_well_formed_and_true(open_stage: OpenStage) -> None:
     assert values["dit_saturation_ratio"] == (2 + 3) / 4
     assert values["dit_jobs_dead"] == 0
     requests = {
-        (each.labels["route"], each.labels["outcome"]): each.value
-        for each in families["dit_requests"].samples
+        (sample.labels["route"], sample.labels["outcome"]): sample.value
+        for sample in families["dit_requests"].samples
     }
     assert requests["/generate", "accepted"] >= 2
     assert requests["unmatched", "invalid"] >= 1
@@ -105,7 +106,8 @@ async def test_metrics_can_be_turned_off(open_stage: OpenStage) -> None:
 
 
 def test_processes_share_their_metrics_through_a_folder(tmp_path: Path) -> None:
-    count = "from ditserve.service.telemetry import metrics; metrics.STEP_SECONDS.labels('onnx').observe(0.02); metrics.LEASES_EXPIRED.inc()"
+    count = "from ditserve.service.telemetry import metrics; "
+    count += "metrics.STEP_SECONDS.labels('onnx').observe(0.02); metrics.LEASES_EXPIRED.inc()"
     show = "from ditserve.service.telemetry import metrics; from pathlib import Path; import sys; "
     show += "sys.stdout.buffer.write(metrics.exposition(None, shared=Path(sys.argv[1])))"
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
@@ -123,7 +125,8 @@ def test_processes_share_their_metrics_through_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_api_starts_without_a_network_runtime() -> None:
-    code = "import sys, ditserve.service.http.api; print([m for m in ('torch', 'onnxruntime', 'onnx') if m in sys.modules])"
+    code = "import sys, ditserve.service.http.api; "
+    code += "print([m for m in ('torch', 'onnxruntime', 'onnx') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         == "[]\n"
@@ -140,7 +143,8 @@ def test_the_api_starts_without_a_network_runtime() -> None:
     ],
 )
 def test_what_cannot_work_is_one_sentence(bundle_path: Path, flags: list[str], sentence: str) -> None:
-    code = "import sys; from ditserve.service.http.api import run; from ditserve.service.settings import Settings; "
+    code = "import sys; from ditserve.service.http.api import run; "
+    code += "from ditserve.service.settings import Settings; "
     code += "sys.exit(run(Settings.load(sys.argv[1:])))"
     argv = [sys.executable, "-c", code, "--bundle", str(bundle_path), *flags]
     ended = subprocess.run(argv, capture_output=True, text=True, env={}, timeout=60)

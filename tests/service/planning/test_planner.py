@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.jobs import Due
+from ditserve.service.jobs import DemandBucket
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import DEADLINE, LOAD, ROOM, Change, PlannedSample, Planner, Policy
@@ -50,29 +50,27 @@ def plan(
 
 
 def after(samples: Sequence[PlannedSample], changes: Sequence[Change]) -> list[PlannedSample]:
-    """The samples with the changes made."""
+    """Return the samples with the changes made."""
     moves = {change.sample_id: change.rung for change in changes}
-    return [
-        replace(
-            each,
-            rung=moves.get(each.id, each.rung),
-            remaining_steps=steps_left(each.remaining_steps, each.rung, moves.get(each.id, each.rung)),
-        )
-        for each in samples
-    ]
+    moved = []
+    for planned in samples:
+        rung = moves.get(planned.id, planned.rung)
+        steps = steps_left(planned.remaining_steps, planned.rung, rung)
+        moved.append(replace(planned, rung=rung, remaining_steps=steps))
+    return moved
 
 
 def holds(samples: Sequence[PlannedSample], now: float = 0.0, margin: float = Policy().margin) -> bool:
     """The demand test, written as plainly as possible."""
-    rows = sum(2 if each.guided else 1 for each in samples)
-    batch = min(line().knee(MAX_ROWS), rows)
+    rows = sum(2 if planned.guided else 1 for planned in samples)
+    batch = min(line().saturation_rows(MAX_ROWS), rows)
     tick = line().predict(batch)
     dated = sorted((s for s in samples if s.deadline_at is not None), key=lambda s: s.deadline_at or inf)
     demand = 0
-    for each in dated:
-        demand += LADDER.rows_left(each.rung, each.remaining_steps, each.timestep, each.guided)
-        ticks = max(0.0, (each.deadline_at or inf) - now) / tick
-        if demand * margin > ticks * batch or each.remaining_steps * margin > ticks:
+    for planned in dated:
+        demand += LADDER.rows_left(planned.rung, planned.remaining_steps, planned.timestep, planned.guided)
+        ticks = max(0.0, (planned.deadline_at or inf) - now) / tick
+        if demand * margin > ticks * batch or planned.remaining_steps * margin > ticks:
             return False
     return True
 
@@ -159,7 +157,7 @@ class TestCuttingAlways:
     @quick
     @given(crowds())
     def test_consent_is_kept(self, crowd: list[PlannedSample]) -> None:
-        by_id = {each.id: each for each in crowd}
+        by_id = {planned.id: planned for planned in crowd}
         for change in plan(crowd):
             moved = by_id[change.sample_id]
             assert moved.allow_degraded
@@ -187,9 +185,9 @@ class TestCuttingAlways:
     @given(crowds())
     def test_what_can_be_saved_is_saved(self, crowd: list[PlannedSample]) -> None:
         floored = [
-            replace(each, rung=low, remaining_steps=steps_left(each.remaining_steps, each.rung, low))
-            for each in crowd
-            for low in [_lowest(each)]
+            replace(planned, rung=low, remaining_steps=steps_left(planned.remaining_steps, planned.rung, low))
+            for planned in crowd
+            for low in [_lowest(planned)]
         ]
         if holds(floored):
             assert holds(after(crowd, plan(crowd)))
@@ -225,12 +223,14 @@ class TestCuttingAlways:
         assert holds(after(crowd, plan(crowd))) == holds(after(shuffled, plan(shuffled)))
 
 
-def _lowest(each: PlannedSample) -> Rung:
-    if not each.allow_degraded or each.deadline_at is None:
-        return each.rung
-    ceiling = each.requested or each.rung
-    chain = (ceiling, *LADDER.below(ceiling, each.floor_steps))
-    chain = chain if each.rung in chain else (each.rung, *LADDER.below(each.rung, each.floor_steps))
+def _lowest(planned: PlannedSample) -> Rung:
+    if not planned.allow_degraded or planned.deadline_at is None:
+        return planned.rung
+    ceiling = planned.requested or planned.rung
+    chain = (ceiling, *LADDER.below(ceiling, planned.floor_steps))
+    chain = (
+        chain if planned.rung in chain else (planned.rung, *LADDER.below(planned.rung, planned.floor_steps))
+    )
     return chain[-1]
 
 
@@ -269,7 +269,7 @@ class TestClimbing:
 
 
 def test_planning_64_samples_takes_less_than_a_millisecond() -> None:
-    """By the processor's clock, so that neighbours do not count; the best of many, so that interrupts do not."""
+    """The processor's clock keeps neighbours out, and the best of many runs keeps interrupts out."""
     crowd = [sample(str(k), 350.0 + k, steps=50 if k % 2 else 20, guided=k % 3 > 0) for k in range(64)]
     planner, costs = Planner(LADDER), line()
     assert planner.plan(crowd, 0.0, costs, max_rows=16), "a plan with cuts is the expensive kind"
@@ -281,10 +281,10 @@ def test_planning_64_samples_takes_less_than_a_millisecond() -> None:
     assert min(took) < 1e-3
 
 
-class TestDues:
+class TestDemand:
     @staticmethod
-    def dues(crowd: Sequence[PlannedSample], now: float = 0.0) -> tuple[Due, ...]:
-        return Planner(LADDER).dues(crowd, now, line(), max_rows=MAX_ROWS)
+    def demand(crowd: Sequence[PlannedSample], now: float = 0.0) -> tuple[DemandBucket, ...]:
+        return Planner(LADDER).demand(crowd, now, line(), max_rows=MAX_ROWS)
 
     def test_rows_are_told_by_when_they_are_due_and_by_what_may_be_cut(self) -> None:
         crowd = [
@@ -293,7 +293,7 @@ class TestDues:
             sample("refuses", 4050.0, allow_degraded=False),
             sample("free", None, guided=True),
         ]
-        soon, later, never = self.dues(crowd)
+        soon, later, never = self.demand(crowd)
         tick = line().predict(5)
         assert soon.at == pytest.approx(100.0 - 4 * tick)
         assert (soon.rows, soon.floor_rows) == (5, 3)
@@ -303,26 +303,28 @@ class TestDues:
 
     def test_a_step_is_due_as_much_sooner_than_the_last_as_those_after_it_take(self) -> None:
         tick = line().predict(1)
-        dues = self.dues([sample(deadline=60 * tick, allow_degraded=False)])
-        assert sum(due.rows for due in dues) == 50
-        for due in dues:
-            by_then = sum(other.rows for other in dues if other.at < due.at)
-            assert due.at == pytest.approx((11 + by_then) * tick)
-        assert len(dues) == 6  # from 11 to 60: two in an octave
+        buckets = self.demand([sample(deadline=60 * tick, allow_degraded=False)])
+        assert sum(bucket.rows for bucket in buckets) == 50
+        for bucket in buckets:
+            by_then = sum(other.rows for other in buckets if other.at < bucket.at)
+            assert bucket.at == pytest.approx((11 + by_then) * tick)
+        assert len(buckets) == 6  # from 11 to 60: two in an octave
 
     def test_larger_rows_count_for_more(self) -> None:
-        dues = self.dues([sample(row_cost=2.5)])
-        assert sum(due.rows for due in dues) == pytest.approx(125, abs=len(dues))
+        buckets = self.demand([sample(row_cost=2.5)])
+        assert sum(bucket.rows for bucket in buckets) == pytest.approx(125, abs=len(buckets))
 
     @quick
     @given(crowds())
     def test_nothing_is_left_out_and_little_is_said(self, crowd: list[PlannedSample]) -> None:
-        dues = self.dues(crowd)
+        buckets = self.demand(crowd)
         rows = sum(LADDER.rows_left(s.rung, s.remaining_steps, s.timestep, s.guided) for s in crowd)
-        assert rows <= sum(due.rows for due in dues) <= rows + len(dues)
-        assert sum(due.floor_rows for due in dues) <= sum(due.rows for due in dues) + len(dues)
-        assert [due.at for due in dues] == sorted(due.at for due in dues)
-        assert len(dues) <= 30
+        assert rows <= sum(bucket.rows for bucket in buckets) <= rows + len(buckets)
+        assert sum(bucket.floor_rows for bucket in buckets) <= sum(bucket.rows for bucket in buckets) + len(
+            buckets
+        )
+        assert [bucket.at for bucket in buckets] == sorted(bucket.at for bucket in buckets)
+        assert len(buckets) <= 30
 
 
 def test_a_sample_of_larger_rows_is_cut_for_its_deadline_sooner() -> None:

@@ -277,14 +277,14 @@ async def test_cancel_and_finish_have_one_winner(
         assert kinds == ["queued", "started", "cancelled" if cancelled else "done"]
 
 
-async def test_a_running_job_that_is_cancelled_is_told(
+async def test_the_cancellation_of_a_running_job_is_notified(
     broker: Broker, make_job: MakeJob, wait_until: Callable[..., Awaitable[Any]]
 ) -> None:
-    told: list[str] = []
-    broker.watch(told.append)
-    await broker.wait_for_work(5)  # the subscription stands
+    cancelled: list[str] = []
+    broker.work.watch(cancelled.append)
+    await broker.work.wait(5)  # the subscription stands
     job = make_job()
     await broker.submit(job)
     await claim_one(broker)
     await broker.cancel(job.id)
-    await wait_until(lambda: told == [job.id])
+    await wait_until(lambda: cancelled == [job.id])

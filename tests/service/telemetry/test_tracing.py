@@ -1,4 +1,4 @@
-"""Traces: one from the client through the API to the worker's phases; sent to a collector; and off by default."""
+"""Traces: one from the client through the API to the worker's phases, sent to a collector, off by default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers that are killed for real: what was accepted is answered all the same, once, and with the same image."""
+"""Workers that are killed for real: accepted jobs are still answered, once, and with the same image."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ def test_the_target_is_the_teachers_estimate_in_the_students_terms(
     changes = {"diffusion": {"schedule": "cosine", "prediction": prediction}}
     trainer = Trainer(student(tmp_path, tmp_path / "teacher", changes))
     batch = batch_of(trainer)
-    batch = batch[:3]  # at 999 an estimate from predicted noise is all rounding
+    # At t = 999 an estimate from predicted noise is all rounding.
+    batch = batch[:3]
     x_t, model = noisy(trainer, batch), load_model(tmp_path / "teacher")
     alpha, sigma = (
         torch.from_numpy(table[batch.t.numpy()]).float().view(-1, 1, 1, 1)

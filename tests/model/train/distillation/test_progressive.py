@@ -55,7 +55,8 @@ def test_one_step_to_the_target_ends_where_the_teacher_ends_in_two(
         guided = Denoiser(teacher.network, teacher.schedule, Conditions((embedding,)), Guidance(scale or 1.0))
         at = levels.index(t)
         z = x[row : row + 1]
-        for now, after in pairwise(levels[at : at + 3]):  # DDIM: arXiv:2010.02502, eq. 12 with eta 0
+        # DDIM: arXiv:2010.02502, eq. 12 with eta 0.
+        for now, after in pairwise(levels[at : at + 3]):
             output = guided(z, now)
             image = output if prediction == "x0" else alpha(now) * z - sigma(now) * output
             image = image.clip(-1, 1)
@@ -73,7 +74,8 @@ def test_the_student_is_taught_at_the_noise_levels_of_its_own_steps(tmp_path: Pa
     batch = trainer.source.make(0)
     prepared = objective.prepare_batch(batch)
     assert set(prepared.t.tolist()) == set(grid("trailing", 6))
-    assert bool((prepared.t >= batch.t).all())  # the noisiest of those a step leads through
+    # A row is moved to the start of the step that its own noise level lies in.
+    assert bool((prepared.t >= batch.t).all())
 
 
 def test_the_loss_is_weighted_as_in_the_paper(tmp_path: Path) -> None:
@@ -97,7 +99,8 @@ def test_the_student_starts_as_its_teacher_and_becomes_the_next(tmp_path: Path) 
     assert isinstance(objective, ProgressiveDistillation)
     assert objective.teacher.guided
     objective.select_teacher(8)
-    assert not objective.teacher.guided  # the first student has learnt what guidance does
+    # The first student has learned the guided output.
+    assert not objective.teacher.guided
     assert len(objective.student_steps.timestep) == 3
     second = objective.teacher.network.state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.network.state_dict().items())
