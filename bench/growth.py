@@ -189,7 +189,7 @@ async def overtaking(broker: Broker, depth: int, calls: int) -> list[EventTime]:
 
 async def queue_times(depths: Sequence[int], calls: int) -> list[EventTime]:
     """Time the queue's operations at every depth, each in a namespace of its own."""
-    found: list[EventTime] = []
+    times: list[EventTime] = []
     with tempfile.TemporaryDirectory(prefix="dit-") as folder:
         valkey, url = await start_valkey(Path(folder))
         try:
@@ -200,12 +200,12 @@ async def queue_times(depths: Sequence[int], calls: int) -> list[EventTime]:
                         url, namespace=namespace, queue_limit=10**6, queue_rows=10**9
                     )
                     try:
-                        found += await study(broker, depth, calls)
+                        times += await study(broker, depth, calls)
                     finally:
                         await broker.aclose()
         finally:
             await valkey.stop(5.0)
-    return found
+    return times
 
 
 def admission_time(workers: int, calls: int) -> EventTime:

@@ -49,19 +49,15 @@ def run_command(name: str, work: Callable[[], None]) -> int:
 
 
 def table(
-    title: str | None,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    text: Collection[str] = (),
+    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: Collection[str] = ()
 ) -> Table:
     """Return a table whose columns are right-justified, except those named in `text`."""
-    made = Table(title=title)
+    built = Table(title=title)
     for column in columns:
-        made.add_column(column, justify="left" if column in text else "right")
+        built.add_column(column, justify="left" if column in text else "right")
     for row in rows:
-        made.add_row(*row)
-    return made
+        built.add_row(*row)
+    return built
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +114,13 @@ def machine() -> dict[str, Any]:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of those `packages` that are installed."""
-    found = {}
+    installed = {}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def result_path(file: str) -> Path:
@@ -139,12 +135,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def record(options: argparse.Namespace, neighbours: Neighbours, figures: Mapping[str, Any]) -> dict[str, Any]:
     """Return `figures` with the options of the command, the machine and its other users."""
-    return {
-        "options": plain(options),
-        "machine": machine(),
-        "neighbours": neighbours.shares(),
-        **figures,
-    }
+    return {"options": plain(options), "machine": machine(), "neighbours": neighbours.shares(), **figures}
 
 
 def plain(options: argparse.Namespace) -> dict[str, Any]:

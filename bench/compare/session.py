@@ -235,10 +235,7 @@ async def _alone(server: RunningServer, workload: Workload) -> dict[str, Any]:
     """Return the seconds of each kind of request on the idle server."""
     async with connect(server.url) as http:
         times = await unloaded(workload, sender(http, server.adapter, None))
-    return {
-        "alone": [[kind.steps, kind.guided, seconds] for kind, seconds in times.items()],
-        "void": False,
-    }
+    return {"alone": [[kind.steps, kind.guided, seconds] for kind, seconds in times.items()], "void": False}
 
 
 async def _saturated(server: RunningServer, workload: Workload, seed: int) -> dict[str, Any]:

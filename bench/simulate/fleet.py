@@ -32,6 +32,7 @@ from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
 from ditserve.service.rung import Rung
 
+PUBLISH_S = 0.5  # the greatest age of a worker's published state
 JITTER = 0.03  # relative spread of the seconds of a step
 WARM_UP_ROWS = (1, 2, 4, 8, 16)  # batch sizes that a worker times before it takes work
 
@@ -122,13 +123,13 @@ class SimulatedWorker:
             self.samples = [sample for sample in self.samples if sample.due > now]
         if self.strategy.plan and self.samples:
             self._plan(now, queued_rows)
-        if not self.samples or now - self.state.updated_at >= self.strategy.publish_s:
+        if not self.samples or now - self.state.updated_at >= PUBLISH_S:
             self.state = self._published_state(now)
         if not self.samples:
             self.batch = ()
             return None
-        pass_s = self.costs.predict if self.strategy.laxity else _no_time
-        self.batch = self.scheduler.next_batch(self.samples, self.max_batch, now=now, seconds=pass_s).samples
+        batch = self.scheduler.next_batch(self.samples, self.max_batch, now=now, seconds=self.costs.predict)
+        self.batch = batch.samples
         seconds = self.cluster.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
         self.costs.observe(len(self.batch), seconds)
         return now + seconds
@@ -149,7 +150,7 @@ class SimulatedWorker:
             now,
             self.costs,
             max_rows=self.cluster.curve.max_rows,
-            queued_rows=queued_rows if self.strategy.summary else 0,
+            queued_rows=queued_rows,
         )
         self.plan_seconds.append(thread_time() - began)
         for change in changes:
@@ -174,11 +175,6 @@ class SimulatedWorker:
     def _planned_samples(self) -> list[PlannedSample]:
         last_timestep = self.cluster.ladder.timesteps - 1
         return [sample.for_planner(last_timestep) for sample in self.samples]
-
-
-def _no_time(rows: int) -> float:
-    """Return 0 seconds for a pass: samples then go by their deadlines alone."""
-    return 0.0
 
 
 class SimulatedFleet:
