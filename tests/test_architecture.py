@@ -103,6 +103,7 @@ LATE |= {"service.backends.cuda", "service.backends.tensorrt", "service.telemetr
 LATE |= {"model.nets.autoencoder", "model.nets.text", "model.nets.text_encoders"}
 
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
+HEADLESS = {"By", "How", "Of", "What", "Where", "Whether", "Which", "Who", "Whose", "Whom", "Why"}
 NOT_NOUNS = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
 
 
@@ -363,6 +364,25 @@ def nouns(tree: Tree) -> Iterator[str]:
             yield module.at(1, "the name says nothing")
 
 
+def unambiguous(tree: Tree) -> Iterator[str]:
+    """A class name has one meaning: no two modules define a class of the same name."""
+    owners: dict[str, str] = {}
+    for module in tree.values():
+        for node in module.tree.body:
+            if isinstance(node, ast.ClassDef) and owners.setdefault(node.name, module.name) != module.name:
+                yield module.at(node.lineno, f"{owners[node.name]} defines another {node.name}")
+
+
+def plain(tree: Tree) -> Iterator[str]:
+    """A docstring begins with a verb, or with the noun it is about: never with a clause that has no subject."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for module in tree.values():
+        for node in ast.walk(module.tree):
+            words = (ast.get_docstring(node) or "").split() if isinstance(node, kinds) else []
+            if words and words[0] in HEADLESS:
+                yield module.at(getattr(node, "lineno", 1), f"a docstring begins with {words[0]!r}")
+
+
 BREACHES: dict[Rule, dict[str, str]] = {
     layers: {"model/a.py": "from ditserve.service import b", "service/b.py": ""},
     rooms: {"service/http/a.py": "from ditserve.service.engine import b", "service/engine/b.py": ""},
@@ -386,6 +406,8 @@ BREACHES: dict[Rule, dict[str, str]] = {
     early: {"service/a.py": "def f():\n    import json"},
     inert: {"model/a.py": "import torch\ntorch.load('x')"},
     nouns: {"service/utils.py": ""},
+    unambiguous: {"model/a.py": "class Sample: ...", "service/b.py": "class Sample: ..."},
+    plain: {"service/a.py": 'def f():\n    """What is left."""'},
 }
 MORE_BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (layers, {"export/a.py": "import ditserve.service.b", "service/b.py": ""}),
