@@ -27,7 +27,7 @@ from ditserve.bench.peak import Peak
 from ditserve.bench.record import Neighbours, read, save
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import load_backend
-from ditserve.service.backends.onnx import BACKBONES
+from ditserve.service.backends.sessions import BACKBONES
 
 Figures = dict[str, float]
 ROWS = 8

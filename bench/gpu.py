@@ -33,9 +33,10 @@ from ditserve.bench.plots import RESULTS, draw_lines
 from ditserve.bench.record import Neighbours, save
 from ditserve.model.nets.cost import cost
 from ditserve.model.spec.bundle import Bundle, BundleError
-from ditserve.model.spec.engine_cache import NoGpu, first_gpu
+from ditserve.model.spec.engine_cache import NoGpuError, first_gpu
 from ditserve.service.backends import CONDITIONER_ROWS_GPU, BackendUnavailable, load_backend
-from ditserve.service.backends.onnx import CPU, CUDA, Graphs, recorded, session_options
+from ditserve.service.backends.onnx import AuxiliaryGraphs, open_cuda_graph
+from ditserve.service.backends.sessions import CPU, CUDA, session_options
 
 NETWORKS = ("model/zoo/emoji", "DiT-XL/2")
 SIDE, PRODUCTS = 8192, 10  # of the product that is the peak
@@ -84,7 +85,9 @@ def measure(
         BundleError: the bundle has no graph of its precision.
     """
     backend = load_backend(runtime.split()[0], bundle, **RUNTIMES[runtime])
-    graph = recorded(bundle, backend.precision, (CUDA, CPU), Lock()) if backend.name == "onnx" else None
+    graph = (
+        open_cuda_graph(bundle, backend.precision, (CUDA, CPU), Lock()) if backend.name == "onnx" else None
+    )
     flops = 2 * cost(bundle.manifest.config).backbone_macs
     names = [each.name for each in bundle.manifest.state]
     points = []
@@ -109,7 +112,7 @@ def conditioners(bundle: Bundle, passes: int) -> dict[str, float]:
         np.zeros((CONDITIONER_ROWS_GPU, bundle.manifest.embedding_size), np.float32),
     )
     for name, providers in (("CPU", (CPU,)), ("GPU", (CUDA, CPU))):
-        graphs = Graphs(bundle, session_options(0), providers)
+        graphs = AuxiliaryGraphs(bundle, session_options(0), providers)
         found[name] = 1e3 * timed(partial(graphs.modulate, timesteps, embeddings), passes)
     return found
 
@@ -172,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for runtime in options.runtimes:
                     points += measure(bundle, name, runtime, options.rows, options.passes, peaks)
                     console.print(_table(points[-len(options.rows) :], gpu.name, peaks))
-    except (BackendUnavailable, BundleError, NoGpu, ValueError) as error:
+    except (BackendUnavailable, BundleError, NoGpuError, ValueError) as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return 2
     figures = {

@@ -28,7 +28,7 @@ from rich.table import Table
 from ditserve.bench.plots import RESULTS, draw_ladder
 from ditserve.bench.reference import Reference
 from ditserve.model.data.examples import DataError
-from ditserve.model.evaluation.classifier import ClassifierError
+from ditserve.model.evaluation.classifier_network import ClassifierError
 from ditserve.model.spec.bundle import Bundle, BundleError, Manifest, RungSpec, write_atomic, write_manifest
 from ditserve.model.spec.diffusion import grid, guidance_weight, guided
 from ditserve.model.spec.solvers import step_table, trajectory

@@ -35,7 +35,7 @@ from ditserve.bench.random_bundle import random_bundle
 from ditserve.bench.record import Neighbours, save
 from ditserve.model.nets.cost import cost
 from ditserve.model.spec.bundle import BACKBONE, MANIFEST, Bundle, BundleError, Manifest
-from ditserve.model.spec.dit_config import named
+from ditserve.model.spec.dit_config import published_config
 from ditserve.service.backends import Backend, BackendUnavailable, load_backend
 
 Floats = npt.NDArray[np.float32]
@@ -92,7 +92,7 @@ def open_bundle(name: str, folder: Path, *, half: bool = False) -> Bundle:
     """
     if (Path(name) / MANIFEST).is_file():
         return Bundle.open(name)
-    return random_bundle(named(name), folder, half=half)
+    return random_bundle(published_config(name), folder, half=half)
 
 
 def arms(bundles: Mapping[str, Bundle], runtimes: Sequence[str], threads: int) -> Iterator[Arm]:

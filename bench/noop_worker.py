@@ -13,7 +13,7 @@ from ditserve.bench.engine_overhead import NoBackend
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import BACKENDS
 from ditserve.service.settings import Settings
-from ditserve.service.worker import worker_process
+from ditserve.service.worker.main import run
 
 
 def open_backend(bundle: Bundle, **options: Any) -> NoBackend:
@@ -23,7 +23,7 @@ def open_backend(bundle: Bundle, **options: Any) -> NoBackend:
 
 def main(arguments: Sequence[str]) -> int:
     BACKENDS.update(dict.fromkeys(BACKENDS, "ditserve.bench.noop_worker:open_backend"))
-    return worker_process.run(Settings.load(list(arguments), program="python -m bench.noop_worker"))
+    return run(Settings.load(list(arguments), program="python -m bench.noop_worker"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ditserve.export.half import filename, half_graph
+from ditserve.export.half import half_file, half_graph
 from ditserve.export.onnx import write_graphs
 from ditserve.export.storage import save_graph
 from ditserve.model.nets.factory import make_network
@@ -28,6 +28,6 @@ def random_bundle(config: DiTConfig, folder: Path, *, seed: int = 0, half: bool 
     manifest = manifest.model_copy(update={"decoder": "identity"})
     write_graphs(network, manifest, folder)
     if half:
-        save_graph(half_graph(network, "fp16"), folder / filename("fp16"))
+        save_graph(half_graph(network, "fp16"), folder / half_file("fp16"))
     write_manifest(folder, manifest)
     return Bundle.open(folder)

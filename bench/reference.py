@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 
 from ditserve.model.data.examples import DataError
-from ditserve.model.evaluation.classifier import open_classifier
+from ditserve.model.evaluation.classifier_network import open_classifier
 from ditserve.model.evaluation.features import classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
-from ditserve.model.evaluation.picture_sets import open_data, real
+from ditserve.model.evaluation.picture_sets import open_data, real_pictures
 from ditserve.model.nets.autoencoder import Identity
 from ditserve.model.train.load import load_model
 
@@ -42,7 +42,9 @@ class Reference:
         rows = [int(row) for row in dataset.training]
         drawn = np.random.default_rng(seed).permutation(rows)[:pictures]
         self.labels: npt.NDArray[np.int64] = np.asarray(dataset.labels)[drawn]
-        chunks = [self._network.features(images).pooled for images in real(dataset, Identity(), rows)]
+        chunks = [
+            self._network.features(images).pooled for images in real_pictures(dataset, Identity(), rows)
+        ]
         self._features = torch.cat(chunks)
 
     @torch.no_grad()

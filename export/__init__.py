@@ -1,4 +1,4 @@
-"""From trained weights to what a machine runs: ONNX graphs, INT8 graphs, TensorRT engines, each checked against torch.
+"""Exports of trained models: ONNX graphs, INT8 graphs and TensorRT engines, each checked against torch.
 
-Imports `model`; never `service`: the two meet in the bundle.
+This package imports `model` and never `service`: the two meet in the bundle.
 """

@@ -1,7 +1,7 @@
-"""What the network really sees: rows along sampling trajectories, at all noise levels, guided, the null condition included.
+"""Calibration rows: inputs that the network sees along guided sampling trajectories, at all noise levels.
 
-Parity is measured and INT8 is calibrated on these rows, walked by the same solver tables the service walks. A bundle keeps the set
-it was judged and calibrated on, so that an engine can be judged by it on a machine without torch.
+Parity is measured and INT8 is calibrated on these rows. The solver tables are those that the service uses. A
+bundle keeps its set of rows, so that an engine can be verified on it on a machine without torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network, NetworkConfig
-from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, noise
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, initial_noise
 from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.model.train.loaded_model import LoadedModel
@@ -29,8 +29,11 @@ Backbone = Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # (x, state) → outp
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Inputs of the network: x (N, C, H, W), timestep (N,), labels (N, F), and text (N, text_size) where the model takes it."""
+class CalibrationRows:
+    """Inputs of the network: x (N, C, H, W), timestep (N,), labels (N, F), and text (N, text_size) or None.
+
+    A model that takes no text has None.
+    """
 
     x: Tensor
     timestep: Tensor
@@ -40,122 +43,126 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x)
 
-    def at(self, index: Tensor) -> Rows:
-        """The rows at `index`."""
+    def at(self, index: Tensor) -> CalibrationRows:
+        """Return the rows at `index`."""
         text = None if self.text is None else self.text[index]
-        return Rows(self.x[index], self.timestep[index], self.labels[index], text)
+        return CalibrationRows(self.x[index], self.timestep[index], self.labels[index], text)
 
     def state(self, network: Network) -> tuple[Tensor, ...]:
-        """Their condition state."""
+        """Return the condition state that `network` computes for the rows."""
         return network.modulate(self.timestep, network.embed(self.labels, self.text))
 
-    def with_null(self, config: NetworkConfig) -> Rows:
-        """These rows, and then each again under the null condition."""
+    def with_null(self, config: NetworkConfig) -> CalibrationRows:
+        """Return 2 N rows: these, then each again under the null condition."""
         labels = torch.cat([self.labels, null_labels(config, len(self))])
         text = None if self.text is None else torch.cat([self.text, torch.zeros_like(self.text)])
-        return Rows(torch.cat([self.x, self.x]), torch.cat([self.timestep, self.timestep]), labels, text)
+        x, timestep = torch.cat([self.x, self.x]), torch.cat([self.timestep, self.timestep])
+        return CalibrationRows(x, timestep, labels, text)
 
     def digest(self) -> str:
-        """sha256 over all values, to name the set that a scale or a score comes from."""
+        """Return the sha256 of all values. It names the set of rows that a scale or a score comes from."""
         sha = hashlib.sha256()
         for tensor in (self.x, self.timestep, self.labels, *([] if self.text is None else [self.text])):
             sha.update(tensor.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write them, the latents in half precision, in which they must be already."""
+        """Write the rows, x in half precision: its values must already be representable there."""
         tensors = {"x": self.x.half(), "timestep": self.timestep, "labels": self.labels}
         save_file(tensors if self.text is None else {**tensors, "text": self.text}, path)
         path.chmod(0o644)
 
     @classmethod
-    def load(cls, path: Path) -> Rows:
-        """The rows that `save` wrote.
+    def load(cls, path: Path) -> CalibrationRows:
+        """Return the rows that `save` wrote.
 
         Raises:
-            ExportError: there are none.
+            ExportError: there is no such file.
         """
         if not path.is_file():
+            folder = path.parent
             raise ExportError(
-                f"{path} is missing: export the bundle again with python -m export.onnx {path.parent} --out {path.parent}"
+                f"{path} is missing: export the bundle again "
+                f"with python -m export.onnx {folder} --out {folder}"
             )
         tensors = load_file(path)
         return cls(tensors["x"].float(), tensors["timestep"], tensors["labels"], tensors.get("text"))
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
-    """Guided DDIM runs of `samples` pictures, their classes, text embeddings and noise drawn by `seed`."""
+class TrajectorySettings:
+    """Guided DDIM runs of `samples` pictures; `seed` draws their classes, text embeddings and noise."""
 
     samples: int = 6
     steps: int = 20
     seed: int = 0
 
 
-WALK = Walk()
+DEFAULT_TRAJECTORIES = TrajectorySettings()
 
 
 @torch.no_grad()
-def trajectories(source: LoadedModel, walk: Walk) -> Rows:
-    """Every conditional row the network sees along `walk`; `with_null` gives the others."""
-    labels, text = _conditions(source, walk)
+def calibration_rows(source: LoadedModel, settings: TrajectorySettings) -> CalibrationRows:
+    """Return every conditional row that the network sees on the trajectories; `with_null` adds the others."""
+    labels, text = _conditions(source, settings)
     denoiser = _denoiser(source, labels, text)
-    seen: list[Rows] = []
+    steps: list[CalibrationRows] = []
 
     def network(x: Tensor, t: int) -> Tensor:
-        seen.append(Rows(x.half().float(), torch.full((len(x),), float(t)), labels, text))
+        steps.append(CalibrationRows(x.half().float(), torch.full((len(x),), float(t)), labels, text))
         return denoiser(x, t)[:, : x.shape[1]]
 
-    _sampled(source, walk, network)
-    return Rows(
-        torch.cat([rows.x for rows in seen]),
-        torch.cat([rows.timestep for rows in seen]),
-        labels.repeat(len(seen), 1),
-        None if text is None else text.repeat(len(seen), 1),
+    _sample(source, settings, network)
+    return CalibrationRows(
+        torch.cat([rows.x for rows in steps]),
+        torch.cat([rows.timestep for rows in steps]),
+        labels.repeat(len(steps), 1),
+        None if text is None else text.repeat(len(steps), 1),
     )
 
 
 @torch.no_grad()
-def pictures(source: LoadedModel, walk: Walk) -> Tensor:
-    """The finished samples (S, C, H, W) of `walk`."""
-    denoiser = _denoiser(source, *_conditions(source, walk))
-    return _sampled(source, walk, lambda x, t: denoiser(x, t)[:, : x.shape[1]])
+def sample_pictures(source: LoadedModel, settings: TrajectorySettings) -> Tensor:
+    """Return the finished samples (S, C, H, W) of the trajectories."""
+    denoiser = _denoiser(source, *_conditions(source, settings))
+    return _sample(source, settings, lambda x, t: denoiser(x, t)[:, : x.shape[1]])
 
 
 def with_backbone(source: LoadedModel, backbone: Backbone) -> LoadedModel:
-    """The same model, except that `backbone` does the work."""
-    served = copy.copy(source.network)
-    vars(served)["backbone"] = backbone
-    return LoadedModel(served, source.manifest)
+    """Return the same model with its backbone replaced by `backbone`."""
+    network = copy.copy(source.network)
+    vars(network)["backbone"] = backbone
+    return LoadedModel(network, source.manifest)
 
 
-def _conditions(source: LoadedModel, walk: Walk) -> tuple[Tensor, Tensor | None]:
-    """Labels (S, F), and random text embeddings of length 1, as encoders give them."""
-    config, count = source.network.config, walk.samples
-    drawn = np.random.Generator(np.random.Philox(key=[walk.seed, 1]))
-    columns = [drawn.integers(0, size, count) for size in config.classes]
-    labels = (
-        torch.from_numpy(np.stack(columns, axis=1)) if columns else torch.zeros(count, 0, dtype=torch.int64)
-    )
+def _conditions(source: LoadedModel, settings: TrajectorySettings) -> tuple[Tensor, Tensor | None]:
+    """Draw labels (S, F), and text embeddings (S, text_size) of length 1 as encoders give them."""
+    config, count = source.network.config, settings.samples
+    random = np.random.Generator(np.random.Philox(key=[settings.seed, 1]))
+    columns = [random.integers(0, size, count) for size in config.classes]
+    labels = torch.zeros(count, 0, dtype=torch.int64)
+    if columns:
+        labels = torch.from_numpy(np.stack(columns, axis=1))
     if not config.text_size:
         return labels, None
-    text = torch.from_numpy(drawn.standard_normal((count, config.text_size), dtype=np.float32))
+    text = torch.from_numpy(random.standard_normal((count, config.text_size), dtype=np.float32))
     return labels, text / text.norm(dim=1, keepdim=True)
 
 
 def _denoiser(source: LoadedModel, labels: Tensor, text: Tensor | None) -> Denoiser:
     embedding = source.network.embed(labels, text)
-    scale, channels = source.manifest.defaults.guidance_scale, source.manifest.diffusion.guidance_channels
-    return Denoiser(
-        source.network, source.schedule, Conditions((embedding,)), Guidance(scale, channels=channels)
-    )
+    channels = source.manifest.diffusion.guidance_channels
+    guidance = Guidance(source.manifest.defaults.guidance_scale, channels=channels)
+    return Denoiser(source.network, source.schedule, Conditions((embedding,)), guidance)
 
 
-def _sampled(source: LoadedModel, walk: Walk, network: Callable[[Tensor, int], Tensor]) -> Tensor:
+def _sample(
+    source: LoadedModel, settings: TrajectorySettings, network: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     config, schedule = source.network.config, source.schedule
-    steps = grid("trailing", min(walk.steps, schedule.timesteps), schedule.timesteps)
+    steps = grid("trailing", min(settings.steps, schedule.timesteps), schedule.timesteps)
     shape = (config.in_channels, *config.image_size)
-    start = torch.from_numpy(np.stack([noise(walk.seed + k, shape) for k in range(walk.samples)]))
-    clip = source.manifest.diffusion.clip_x0
-    *_, (_, x0) = trajectory(step_table("ddim", steps, schedule), start, network, clip_x0=clip)
+    start = np.stack([initial_noise(settings.seed + k, shape) for k in range(settings.samples)])
+    table, clip = step_table("ddim", steps, schedule), source.manifest.diffusion.clip_x0
+    *_, (_, x0) = trajectory(table, torch.from_numpy(start), network, clip_x0=clip)
     return x0

@@ -6,4 +6,4 @@ from ditserve.model.spec.errors import ModelError
 
 
 class ExportError(ModelError):
-    """An export that cannot be done or is not good enough; the message is one sentence."""
+    """An export that cannot be done, or whose result is not good enough. The message is one sentence."""

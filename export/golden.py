@@ -1,4 +1,4 @@
-"""The golden image of a bundle: one sample drawn by PyTorch, which the service's canary draws again and again."""
+"""The golden image of a bundle: a sample drawn by PyTorch, which the service's canary draws repeatedly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ STEPS, SEED = 20, 0
 
 
 def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> Golden | None:
-    """Draw the first class of every factor into `folder`; None for a model on latents without its autoencoder at hand.
+    """Draw a sample of the first class of every factor into `folder`.
+
+    Return None for a model on latents if `vae`, the folder of its autoencoder, is not given.
 
     Raises:
         AutoencoderError: the autoencoder cannot be opened.
@@ -29,13 +31,15 @@ def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> G
         return None
     defaults = manifest.defaults
     labels = torch.zeros((1, len(manifest.factors)), dtype=torch.int64)
-    steps = min(STEPS, defaults.steps)  # more than a few-step model's own would not be what it draws
+    # A few-step model is drawn with its own number of steps: with more it would not draw what it was trained
+    # to.
+    steps = min(STEPS, defaults.steps)
     table = step_table(defaults.solver, grid(defaults.grid, steps, model.schedule.timesteps), model.schedule)
+    guidance = Guidance(
+        defaults.guidance_scale, defaults.guidance_interval, manifest.diffusion.guidance_channels
+    )
     with torch.no_grad():
         conditions = Conditions((network.embed(labels),))
-        guidance = Guidance(
-            defaults.guidance_scale, defaults.guidance_interval, manifest.diffusion.guidance_channels
-        )
         denoiser = Denoiser(network, model.schedule, conditions, guidance)
         *_, latent = denoise(denoiser, table, [SEED], clip_x0=manifest.diffusion.clip_x0)
         image = open_autoencoder(manifest.decoder, vae, manifest.latents).decode(latent)

@@ -1,20 +1,20 @@
-"""torch → ONNX, opset 20: embedder, conditioner and backbone of a network, and the decoder of a model on latents.
+"""Graphs from torch to ONNX, opset 20: embedder, conditioner, backbone, and the decoder of a latent model.
 
-The batch is free, and so is the size of the picture, except under a layout path, which has numbers for every token of one size.
-Node names say where in the network a node belongs ("blocks.0.attn.qkv/MatMul"): quantisation picks its layers by them and
-TensorRT names them in errors. Nothing of the exporting machine (paths, stack traces) stays in a graph.
+The batch is free. The size of the picture is free too, except with a layout path, which has weights for every
+token of one size. A node is named after its module ("blocks.0.attn.qkv/MatMul"): quantisation chooses its
+layers by these names, and TensorRT has them in its errors. Nothing of the exporting machine (paths, stack
+traces) stays in a graph.
 """
 
 from __future__ import annotations
 
 import ast
-import copy
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,14 @@ from ditserve.export.errors import ExportError
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import size_multiple
 
 OPSET = 20
 TEXT = "text"  # the embedder's input for sentence embeddings
-NARROW = 4  # output channels
+NARROW_CHANNELS = 4  # a convolution with at most this many output channels is narrow
 SCOPES = "pkg.torch.onnx.name_scopes"
-NETWORK, INPUT, OUTPUT = "network.", "in.", "out."  # what the exporter's names of values begin with
+# Prefixes that the exporter's names of weights, inputs and outputs get here.
+NETWORK, INPUT, OUTPUT = "network.", "in.", "out."
 
 
 class _Embedder(nn.Module):
@@ -44,7 +44,7 @@ class _Embedder(nn.Module):
         self.network = network
 
     def forward(self, *conditions: Tensor) -> Tensor:
-        """F × (N,), and (N, text_size) where the model takes text → (N, E)."""
+        """Return the embedding (N, E) of F tensors (N,), and of text (N, text_size) if the model takes it."""
         factors = len(self.network.config.classes)
         empty = torch.zeros(conditions[0].shape[0], 0, dtype=torch.int64)
         labels = torch.stack(conditions[:factors], dim=1) if factors else empty
@@ -66,111 +66,97 @@ class _Backbone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, *state: Tensor) -> Tensor:
-        """fp32 in and out, whatever the weights: to round the condition state took a host longer than the step took its GPU."""
+        """Return the output in fp32 for fp32 inputs, whatever the dtype of the weights.
+
+        The casts are in the graph because rounding the condition state took a host longer than the step took
+        its GPU.
+        """
         dtype = next(self.network.parameters()).dtype
-        return self.network.backbone(x.to(dtype), [each.to(dtype) for each in state]).float()
+        return self.network.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
 
 
 class _Decoder(nn.Module):
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
-        self.network = getattr(autoencoder, "vae", None)  # its weights are part of the graph
+        # A submodule, so that its weights become part of the graph.
+        self.network = getattr(autoencoder, "vae", None)
         self.autoencoder = autoencoder
 
     def forward(self, latent: Tensor) -> Tensor:
         return self.autoencoder.decode(latent)
 
 
-class _AnySizeConfig(DiTConfig):
-    """Spacing of positions as arithmetic on tensors, so that it is computed in the graph."""
-
-    def position_scale(self, rows: int, columns: int) -> Any:
-        height, width = self.base_size or self.image_size
-        counts = (torch.arange(1, count + 1)[-1:] for count in (rows, columns))  # what a graph can see
-        sides = (height // self.patch_size, width // self.patch_size)
-        return tuple(torch.clamp(side / count, max=1.0) for side, count in zip(sides, counts, strict=True))
-
-
-class _AnySize(DiT):
-    """A DiT that does not look whether the size is the trained one."""
-
-    def positions(self, rows: int, columns: int) -> Tensor:
-        return self._positions(rows, columns)
-
-
 @dataclass(frozen=True, slots=True)
-class _Wiring:
+class _GraphSpec:
+    """A module to export, with an example of its inputs.
+
+    `strict` exports from Python's bytecode, which sees through `len` of a tensor.
+    """
+
     module: nn.Module
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
     variadic: int = 0  # trailing inputs that the module takes as *args
-    sides: int = 0  # height and width of the first input are any multiples of this; 0: fixed
-    batch: int = 65536  # the largest that the module takes without looking at it
-    strict: bool = True  # read Python's bytecode, which sees through `len` of a tensor
+    sides: int = 0  # height and width of the first input are multiples of this; 0: fixed
+    batch: int = 65536  # largest batch for which the module has no branch of its own
+    strict: bool = True
 
 
 def embedder_graph(network: Network, factors: Sequence[str]) -> onnx.ModelProto | None:
-    """One int64 input (B,) per factor, named as the factor, and `text` (B, text_size) → `embedding` (B, E).
+    """Export the embedder: the conditions → `embedding` (B, E).
 
-    None for a model without conditions: its embedding is zero.
+    Its inputs are one int64 (B,) per factor, named as the factor, and `text` (B, text_size) for a text model.
+    Return None for a model without conditions: its embedding is zero.
     """
     inputs = {name: torch.zeros(2, dtype=torch.int64) for name in factors}
     if network.config.text_size:
         inputs[TEXT] = torch.ones(2, network.config.text_size)
-    return _export(_Wiring(_Embedder(network), inputs, ("embedding",), len(inputs))) if inputs else None
+    return _export(_GraphSpec(_Embedder(network), inputs, ("embedding",), len(inputs))) if inputs else None
 
 
 def conditioner_graph(network: Network) -> onnx.ModelProto:
-    """`timestep` float32 (B,), `embedding` (B, E) → one output (B, *shape) per tensor of the condition state."""
+    """Export the conditioner: `timestep` (B,), `embedding` (B, E) → (B, *shape) per tensor of the state."""
     inputs = {"timestep": torch.tensor([1.0, 999.0]), "embedding": torch.randn(2, network.config.hidden_size)}
     names = tuple(name for name, _ in network.config.state())
-    return _export(_Wiring(_Conditioner(network), inputs, names))
+    return _export(_GraphSpec(_Conditioner(network), inputs, names))
 
 
 def backbone_graph(network: Network) -> onnx.ModelProto:
-    """`x` (B, C, H, W) and one input (B, *shape) per tensor of the condition state → `output` (B, C_out, H, W), all float32.
+    """Export the backbone: `x` (B, C, H, W) and each state tensor (B, *shape) → `output` (B, C_out, H, W).
 
-    It computes in the dtype of the network's weights: in fp32, which CPUs run, with their kernels in mind. H and W are free where
-    `size_multiple` says.
+    Inputs and output are float32. The graph computes in the dtype of the weights; a graph in fp32 is arranged
+    for the kernels of CPUs. H and W are free in multiples of `size_multiple`, if the network has one.
     """
     config = network.config
     inputs = {"x": torch.randn(2, config.in_channels, *config.image_size)}
     inputs |= {name: torch.randn(2, *shape) for name, shape in config.state()}
     sides = size_multiple(config) or 0
     dit = isinstance(network, DiT)
-    module = _Backbone(_any_size(network) if isinstance(network, DiT) and sides else network)
-    proto = _export(_Wiring(module, inputs, ("output",), len(inputs) - 1, sides, strict=not dit))
+    module = _Backbone(network.with_symbolic_positions() if isinstance(network, DiT) and sides else network)
+    proto = _export(_GraphSpec(module, inputs, ("output",), len(inputs) - 1, sides, strict=not dit))
     if next(network.parameters()).dtype == torch.float32:
-        _turn_narrow(proto.graph)
+        _transpose_narrow_convolutions(proto.graph)
     return proto
 
 
 def decoder_graph(autoencoder: Autoencoder, channels: int) -> onnx.ModelProto:
-    """`latent` (B, C, h, w) → `image` (B, 3, H, W), any batch and size; C is `channels`."""
+    """Export the decoder: `latent` (B, `channels`, h, w) → `image` (B, 3, H, W), any batch and size."""
     inputs = {"latent": torch.randn(2, channels, 8, 8)}
-    # diffusers lays larger batches out anew, which changes nothing but would be a condition in the graph
-    return _export(_Wiring(_Decoder(autoencoder), inputs, ("image",), sides=1, batch=63, strict=False))
+    # From batch 64 on diffusers changes the memory layout: the numbers are the same, but it would be a branch
+    # in the graph.
+    return _export(_GraphSpec(_Decoder(autoencoder), inputs, ("image",), sides=1, batch=63, strict=False))
 
 
-def _any_size(dit: DiT) -> DiT:
-    """The same weights in a module that computes positions in the graph."""
-    free = copy.copy(dit)
-    free.__class__, free.config = _AnySize, _AnySizeConfig(**asdict(dit.config))
-    return free
-
-
-def _export(wiring: _Wiring) -> onnx.ModelProto:
-    shapes = _shapes(wiring)
-    example = tuple(wiring.inputs.values())
-    with _quiet(), torch.no_grad():
-        traced = torch.export.export(
-            wiring.module.eval(), example, dynamic_shapes=shapes, strict=wiring.strict
-        )
+def _export(spec: _GraphSpec) -> onnx.ModelProto:
+    shapes = _shapes(spec)
+    example = tuple(spec.inputs.values())
+    with _silence_exporter(), torch.no_grad():
+        traced = torch.export.export(spec.module.eval(), example, dynamic_shapes=shapes, strict=spec.strict)
         program = torch.onnx.export(
             traced,
             example,
-            input_names=[INPUT + name for name in wiring.inputs],
-            output_names=[OUTPUT + name for name in wiring.outputs],
+            input_names=[INPUT + name for name in spec.inputs],
+            output_names=[OUTPUT + name for name in spec.outputs],
             opset_version=OPSET,
             dynamo=True,
             dynamic_shapes=shapes,
@@ -183,27 +169,30 @@ def _export(wiring: _Wiring) -> onnx.ModelProto:
 
 
 def _attention(q: Any, k: Any, v: Any) -> Any:
-    """softmax(q·kᵀ/√d)·v of (B, H, T, d). The exporter's own takes ten more nodes to turn the keys, and copies them twice."""
+    """Return the nodes of softmax(q·kᵀ/√d)·v for (B, H, T, d).
+
+    The exporter's own translation has ten more nodes for the transpose of the keys, and copies them twice.
+    """
     scores = op.MatMul(op.Mul(q, op.CastLike(q.shape[3] ** -0.5, q)), op.Transpose(k, perm=[0, 1, 3, 2]))
     return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 
-def _shapes(wiring: _Wiring) -> tuple[Any, ...]:
-    """The free dimensions of each input, nested as the module takes them."""
+def _shapes(spec: _GraphSpec) -> tuple[Any, ...]:
+    """Return the free dimensions of each input, nested as the module takes its arguments."""
     dim = torch.export.Dim
-    batch = dim("batch", min=1, max=wiring.batch)
-    axes: list[dict[int, Any]] = [{0: batch} for _ in wiring.inputs]
-    if wiring.sides:
+    batch = dim("batch", min=1, max=spec.batch)
+    axes: list[dict[int, Any]] = [{0: batch} for _ in spec.inputs]
+    if spec.sides:
         rows, columns = dim("rows", min=1, max=4096), dim("columns", min=1, max=4096)
-        axes[0] |= {2: wiring.sides * rows, 3: wiring.sides * columns}
-    plain = len(axes) - wiring.variadic
-    return (*axes[:plain], *([tuple(axes[plain:])] if wiring.variadic else []))
+        axes[0] |= {2: spec.sides * rows, 3: spec.sides * columns}
+    plain = len(axes) - spec.variadic
+    return (*axes[:plain], *([tuple(axes[plain:])] if spec.variadic else []))
 
 
 def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Name nodes and values by their scope and parameters as in the model; drop documentation and metadata."""
+    """Name nodes and values after their scope, weights as in the model; drop documentation and metadata."""
     graph = proto.graph
-    _narrow(graph)
+    _replace_float64(graph)
     names = {
         value.name: value.name.removeprefix(INPUT).removeprefix(OUTPUT)
         for value in (*graph.input, *graph.output)
@@ -232,47 +221,53 @@ def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-def _narrow(graph: onnx.GraphProto) -> None:
-    """float64, in which positions are computed, becomes float32: TensorRT has no other. It costs 1e-6 of an angle."""
+def _replace_float64(graph: onnx.GraphProto) -> None:
+    """Replace float64, in which positions are computed, by float32: TensorRT has no float64.
+
+    It changes an angle by 1e-6.
+    """
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.DOUBLE:
-            tensor.CopyFrom(
-                numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
-            )
+            single = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(single, tensor.name))
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.name in ("to", "dtype") and attribute.i == TensorProto.DOUBLE:
                 attribute.i = TensorProto.FLOAT
 
 
-def _turn_narrow(graph: onnx.GraphProto) -> None:
-    """Convolutions that keep the size and give few channels become transposed ones, their kernels turned round: the same sums.
+def _transpose_narrow_convolutions(graph: onnx.GraphProto) -> None:
+    """Replace narrow convolutions that keep the size by transposed ones with flipped kernels: the same sums.
 
-    A CPU's kernels fill whole vectors with output channels; of three, most of that is waste (4 times as long).
+    A CPU's convolution fills whole vectors with output channels. With three channels most of a vector is
+    wasted, and it takes 4 times as long.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         weight = weights.get(node.input[1]) if node.op_type == "Conv" else None
-        if weight is None or weight.dims[0] > NARROW or not _keeps_size(node, weight.dims[2:]):
+        if weight is None or weight.dims[0] > NARROW_CHANNELS or not _keeps_size(node, weight.dims[2:]):
             continue
-        turned = numpy_helper.to_array(weight)[:, :, ::-1, ::-1].swapaxes(0, 1)
-        weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(turned), weight.name))
+        flipped = numpy_helper.to_array(weight)[:, :, ::-1, ::-1].swapaxes(0, 1)
+        weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(flipped), weight.name))
         node.op_type = "ConvTranspose"
 
 
 def _keeps_size(node: onnx.NodeProto, kernel: Sequence[int]) -> bool:
-    """Whether a convolution has an odd kernel, half of it as padding, and neither stride, dilation nor groups."""
-    told = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    """Return True for an odd kernel with half of it as padding, and no stride, dilation or groups."""
+    attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
     plain = {"group": 1, "strides": [1, 1], "dilations": [1, 1]}
     return (
         all(side % 2 for side in kernel)
-        and told.get("pads") == [side // 2 for side in kernel] * 2
-        and all(told.get(name, value) == value for name, value in plain.items())
+        and attributes.get("pads") == [side // 2 for side in kernel] * 2
+        and all(attributes.get(name, value) == value for name, value in plain.items())
     )
 
 
 def _scope(node: onnx.NodeProto) -> str:
-    """The module a node comes from, such as "blocks.0.attn.qkv"; "" at the top or where the exporter made the node."""
+    """Return the module that a node comes from, such as "blocks.0.attn.qkv".
+
+    Return "" for a node of the outermost module, and for one that the exporter added.
+    """
     for entry in node.metadata_props:
         if entry.key == SCOPES:
             outside = ("", NETWORK.rstrip("."), "_empty_nn_module_stack_from_metadata_hook")
@@ -282,11 +277,10 @@ def _scope(node: onnx.NodeProto) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns about packages and axis names that do not concern the user; its errors still come through."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.__trace", "onnxscript", "onnx_ir")
-    ]
+def _silence_exporter() -> Iterator[None]:
+    """Silence the exporter's warnings about packages and axis names; its errors still come through."""
+    names = ("torch", "torch.onnx", "torch.__trace", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -1,7 +1,8 @@
-"""`python -m export.half BUNDLE`: the backbone in half precision, with fp32 islands, beside the fp32 one.
+"""`python -m export.half BUNDLE`: add a backbone in half precision to a bundle, beside the one in fp32.
 
-LayerNorm statistics are computed in fp32 and the conditioner stays fp32 altogether: rounding its timestep frequencies alone would
-raise the whole model's error tenfold. fp16 is taken unless activations on real trajectories come near its largest number, then bf16.
+LayerNorm statistics are computed in fp32, and the conditioner stays in fp32: rounding only its timestep
+frequencies would make the error of the whole model ten times as large. The precision is fp16, or bf16 if
+activations on real trajectories come near the largest number of fp16.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import copy
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,62 +21,65 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ditserve.export.calibrate import Backbone, Rows
-from ditserve.export.command import guarded
+from ditserve.export.calibrate import Backbone, CalibrationRows
 from ditserve.export.errors import ExportError
 from ditserve.export.graph import backbone_graph
-from ditserve.export.parity import compare_rows, graph_backbone
+from ditserve.export.parity import CHUNK, compare_rows, graph_backbone
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph, save_graph
 from ditserve.export.verify import CALIBRATION, LIMITS, Band, check, worst
 from ditserve.model.nets.factory import Network
 from ditserve.model.nets.layers import Attention
 from ditserve.model.spec.bundle import write_manifest
+from ditserve.model.spec.command_line import guarded
 from ditserve.model.train.loaded_model import LoadedModel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FP16_MAX = 65504.0
-HEADROOM = 8.0  # other conditions and noise than the probed may go higher
+HEADROOM = 8.0  # conditions and noise that were not probed may go this many times higher
 
 
 @dataclass(frozen=True, slots=True)
-class Peak:
-    """The largest absolute activation seen, and the module it came from."""
+class ActivationPeak:
+    """The largest absolute activation, and the module it came from."""
 
     value: float
     module: str
 
     @property
     def precision(self) -> str:
-        """The half precision that holds it with room to spare."""
+        """The half precision that holds the peak with `HEADROOM`: "fp16" or "bf16"."""
         return "fp16" if self.value * HEADROOM < FP16_MAX else "bf16"
 
 
-def filename(precision: str) -> str:
-    """The graph file of a half precision."""
+def half_file(precision: str) -> str:
+    """Return the name of the graph file in a half precision."""
     return f"backbone.{precision}.onnx"
 
 
 @torch.no_grad()
-def probe(network: Network, rows: Rows) -> Peak:
-    """The peak over the output of every module of the backbone and every attention score, along `rows`."""
+def probe_activations(network: Network, rows: CalibrationRows) -> ActivationPeak:
+    """Return the peak over the outputs of all modules of the backbone and all attention scores on `rows`."""
     peaks: dict[str, float] = {}
-    for index in torch.arange(len(rows)).split(32):
+    for index in torch.arange(len(rows)).split(CHUNK):
         part = rows.at(index)
-        state = part.state(network)  # the conditioner stays fp32: its numbers do not count
-        with _watch(network, peaks):
+        # The conditioner runs before the hooks are set: it stays in fp32, so its activations do not count.
+        state = part.state(network)
+        with _recorded_peaks(network, peaks):
             network.backbone(part.x, state)
     name = max(peaks, key=lambda key: peaks[key])
-    return Peak(peaks[name], name)
+    return ActivationPeak(peaks[name], name)
 
 
 @contextmanager
-def _watch(network: Network, peaks: dict[str, float]) -> Iterator[None]:
+def _recorded_peaks(network: Network, peaks: dict[str, float]) -> Iterator[None]:
+    """Raise `peaks`, by module name, to the largest activation of each module that runs meanwhile."""
+
     def record(name: str, value: Tensor) -> None:
         largest = float(value.abs().max())
         peaks[name] = max(peaks.get(name, 0.0), largest if math.isfinite(largest) else math.inf)
 
-    def watcher(name: str) -> Any:
+    def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor):
                 record(name, output)
@@ -86,7 +90,7 @@ def _watch(network: Network, peaks: dict[str, float]) -> Iterator[None]:
         return hook
 
     handles = [
-        module.register_forward_hook(watcher(name)) for name, module in network.named_modules() if name
+        module.register_forward_hook(hook_of(name)) for name, module in network.named_modules() if name
     ]
     try:
         yield
@@ -96,31 +100,35 @@ def _watch(network: Network, peaks: dict[str, float]) -> Iterator[None]:
 
 
 def half_graph(network: Network, precision: str) -> onnx.ModelProto:
-    """The backbone with weights, inputs and output in `precision`."""
-    return backbone_graph(halved(network, precision))
+    """Return the graph of the backbone with weights in `precision`; its inputs and output stay float32."""
+    return backbone_graph(half_network(network, precision))
 
 
-def halved(network: Network, precision: str) -> Network:
-    """A copy of `network` in `precision`."""
+def half_network(network: Network, precision: str) -> Network:
+    """Return a copy of `network` in `precision`."""
     return copy.deepcopy(network).to(DTYPES[precision])
 
 
 def write_half(
-    source: LoadedModel, folder: Path, rows: Rows, precision: str = "auto"
-) -> tuple[str, Peak, tuple[Band, ...]]:
-    """Write the half-precision backbone into `folder`, which holds the weights; returns precision, peak and errors.
+    source: LoadedModel, folder: Path, rows: CalibrationRows, precision: str = "auto"
+) -> tuple[str, ActivationPeak, tuple[Band, ...]]:
+    """Write the half-precision backbone into `folder`, which holds the weights.
 
-    fp16 is run in ONNX Runtime; bf16, which it cannot run on a CPU, in torch.
+    Return its precision, the peak of the activations, and its errors by band of noise.
+    fp16 is verified in ONNX Runtime. ONNX Runtime cannot run bf16 on a CPU, so bf16 is verified in torch.
 
     Raises:
         ExportError: the graph is beyond the limit of its precision; it is then removed.
     """
-    peak = probe(source.network, rows)
+    peak = probe_activations(source.network, rows)
     chosen = peak.precision if precision == "auto" else precision
-    path = folder / filename(chosen)
+    path = folder / half_file(chosen)
     save_graph(half_graph(source.network, chosen), path)
-    served = graph_backbone(source.network, path) if chosen == "fp16" else _in_torch(source.network, chosen)
-    bands = compare_rows(source, rows, served)
+    if chosen == "fp16":
+        backbone = graph_backbone(source.network, path)
+    else:
+        backbone = _torch_backbone(source.network, chosen)
+    bands = compare_rows(source, rows, backbone)
     try:
         check(path.name, bands, LIMITS[chosen])
     except ExportError as error:
@@ -129,13 +137,13 @@ def write_half(
     return chosen, peak, bands
 
 
-def _in_torch(network: Network, precision: str) -> Backbone:
-    half, dtype = halved(network, precision), DTYPES[precision]
+def _torch_backbone(network: Network, precision: str) -> Backbone:
+    half, dtype = half_network(network, precision), DTYPES[precision]
     return lambda x, state: half.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
 
 
 def main(arguments: list[str]) -> int:
-    """Command line; 0 done, 2 refused with one sentence on stderr."""
+    """Run the command line; return 0 if done, 2 if refused with one sentence on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m export.half", description="Add a half-precision backbone to a bundle."
     )
@@ -149,11 +157,11 @@ def main(arguments: list[str]) -> int:
 
 def _run(bundle: Path, precision: str) -> None:
     source = open_source(bundle)
-    rows = Rows.load(bundle / CALIBRATION).with_null(source.network.config)
+    rows = CalibrationRows.load(bundle / CALIBRATION).with_null(source.network.config)
     chosen, peak, bands = write_half(source, bundle, rows, precision)
     write_manifest(bundle, source.manifest)
     print(
-        f"{bundle / filename(chosen)}: within {worst(bands).relative_l2:.1e} of fp32 (relative L2), "
+        f"{bundle / half_file(chosen)}: within {worst(bands).relative_l2:.1e} of fp32 (relative L2), "
         f"largest activation {peak.value:.3g} in {peak.module}"
     )
 

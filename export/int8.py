@@ -1,8 +1,9 @@
-"""`python -m export.int8 BUNDLE`: smooth a bundle, quantise its backbone, and keep the result only if it is good and fast enough.
+"""`python -m export.int8 BUNDLE`: smooth a bundle, quantise its backbone, keep it if good and fast enough.
 
-Smoothing rewrites the bundle's weights without changing its function, so all its graphs are written again; the INT8 backbone
-then shares their conditioner. Errors are measured per noise band on rows that calibration has not seen, on finished pictures, and
-with `--data` on the Fréchet distance to the pictures the model was trained on.
+Smoothing rewrites the bundle's weights without changing its function, so all its graphs are written again.
+The INT8 backbone then shares their conditioner. Its errors are measured by band of noise on rows that
+calibration has not used, and on finished pictures; with `--data` also by the Fréchet distance to the pictures
+the model was trained on.
 """
 
 from __future__ import annotations
@@ -20,71 +21,86 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
-from ditserve.export.calibrate import WALK, Rows, Walk, trajectories
-from ditserve.export.command import guarded
+from ditserve.export.calibrate import (
+    DEFAULT_TRAJECTORIES,
+    CalibrationRows,
+    TrajectorySettings,
+    calibration_rows,
+)
 from ditserve.export.errors import ExportError
-from ditserve.export.half import DTYPES, filename
-from ditserve.export.onnx import PARITY, Options, decoder_of, export_bundle
+from ditserve.export.half import DTYPES, half_file
+from ditserve.export.onnx import PARITY, ExportOptions, decoder_of, export_bundle
 from ditserve.export.parity import compare_rows, graph_backbone
-from ditserve.export.quality import Judge, frechet_report, picture_psnr
-from ditserve.export.quantize import FILES, Target, backbone_inputs, this_processor, write_int8
-from ditserve.export.session import open_session
-from ditserve.export.smooth import amax, search, smoothed
+from ditserve.export.quality import FrechetSettings, frechet_report, picture_psnr
+from ditserve.export.quantize import FILES, Target, backbone_inputs, local_processor, write_int8
+from ditserve.export.smooth import input_peaks, search_alpha, smooth
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph
-from ditserve.export.verify import CALIBRATION, LIMITS, check, report
-from ditserve.model.evaluation.classifier import CLASSIFIER
+from ditserve.export.verify import CALIBRATION, LIMITS, check, open_session, report
+from ditserve.model.evaluation.classifier_network import CLASSIFIER
 from ditserve.model.spec.bundle import BACKBONE, write_atomic, write_manifest
+from ditserve.model.spec.command_line import guarded
 from ditserve.model.train.loaded_model import LoadedModel
 
 SMOOTHING = "smoothing"  # the provenance entry of a bundle whose weights are smoothed
-UNSEEN = 2_000  # seed of the rows to judge by
-EXACT = {"session.disable_quant_qdq": "1"}  # compute what Q/DQ says, as TensorRT does, not with 8-bit kernels
+HELD_OUT_SEED = 2_000  # of the rows that errors are measured on
+# Session options under which ONNX Runtime computes Q/DQ nodes as written, like TensorRT, without 8-bit
+# kernels.
+EXACT = {"session.disable_quant_qdq": "1"}
 TIMED = 15  # runs a time is the median of
 FASTER = 1.1  # times fp32, below which INT8 is not worth its error
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """`keep` keeps a graph that is not faster; `judge` measures Fréchet distances; `walk`: the trajectories to calibrate on, and
-    with another seed to judge by."""
+class QuantizationSettings:
+    """The settings of a quantisation.
+
+    Args:
+        weights: precision of the weights on disk if the bundle is written again, as `ExportOptions.weights`.
+        range: "reduced" (7-bit weights), "full" (8-bit), or "auto" by this machine's CPU.
+        keep: keep a graph that is not faster than fp32.
+        frechet: settings to measure Fréchet distances with, or None to measure none.
+        trajectories: the rows to calibrate on, and with another seed those to measure errors on.
+    """
 
     weights: str = "auto"
     range: str = "auto"
     keep: bool = False
-    judge: Judge | None = None
-    walk: Walk = WALK
+    frechet: FrechetSettings | None = None
+    trajectories: TrajectorySettings = DEFAULT_TRAJECTORIES
 
 
-def add_int8(path: Path, target: Target, settings: Settings = Settings()) -> dict[str, Any]:
-    """Smooth the bundle at `path` in place, unless it is, and add the INT8 backbone for `target`; returns the report.
+def add_int8(
+    path: Path, target: Target, settings: QuantizationSettings = QuantizationSettings()
+) -> dict[str, Any]:
+    """Add an INT8 backbone for `target` to the bundle at `path`; return the report.
+
+    A bundle that is not smoothed yet is smoothed first, in place.
 
     Raises:
-        ExportError: beyond the INT8 limit in some band, or (for "cpu") not faster; the bundle then has no INT8 graph.
+        ExportError: the graph is beyond the INT8 limit in some band, or (for "cpu") not faster than fp32. It
+            is then removed.
         LoadError: the model is not a DiT.
     """
     source = open_source(path)
-    judge = trajectories(source, replace(settings.walk, seed=UNSEEN)).with_null(source.dit.config)
+    held_out = _held_out_rows(source, settings)
     if SMOOTHING not in source.manifest.provenance:
-        _smooth(source, path, settings, judge)
+        _smooth_bundle(source, path, settings, held_out)
         source = open_source(path)
-    fit = Rows.load(path / CALIBRATION).with_null(source.dit.config)
-    reduced = (
-        target == "cpu"
-        and settings.range != "full"
-        and not (settings.range == "auto" and this_processor().vnni)
-    )
+    fit = CalibrationRows.load(path / CALIBRATION).with_null(source.dit.config)
+    reduced = _reduced_range(target, settings)
     file = write_int8(source.dit, path, fit, target, reduce_range=reduced)
-    served = graph_backbone(source.dit, file, EXACT if target == "tensorrt" else None)
+    backbone = graph_backbone(source.dit, file, EXACT if target == "tensorrt" else None)
     try:
-        bands = compare_rows(source, judge, served)
+        bands = compare_rows(source, held_out, backbone)
         check(file.name, bands, LIMITS["int8"])
-        speed = {} if target == "tensorrt" else _speed(source, path, judge)
-        if speed and speed["batch_1"] < FASTER and not settings.keep:
+        speedup = {} if target == "tensorrt" else _speedup(source, path, held_out)
+        if speedup and speedup["batch_1"] < FASTER and not settings.keep:
             raise ExportError(
-                f"INT8 is {speed['batch_1']:.2f} times as fast as fp32 here, {FASTER} is asked for: --keep keeps it"
+                f"INT8 is {speedup['batch_1']:.2f} times as fast as fp32 here, {FASTER} is asked for: "
+                "--keep keeps it"
             )
-        quality = frechet_report(source, served, settings.judge) if settings.judge else {}
+        quality = frechet_report(source, backbone, settings.frechet) if settings.frechet else {}
     except ExportError:
         remove_graph(file)
         _record_metrics(path, source, {}, target)
@@ -95,31 +111,48 @@ def add_int8(path: Path, target: Target, settings: Settings = Settings()) -> dic
         SMOOTHING: source.manifest.provenance[SMOOTHING],
         "weight_bits": 7 if reduced else 8,
         "error": report(bands),
-        "pictures_psnr_db": round(picture_psnr(source, served), 2),
+        "pictures_psnr_db": round(picture_psnr(source, backbone), 2),
         "quality": quality,
-        "speedup": speed,
+        "speedup": speedup,
     }
     _record(path, source, summary, target)
     return summary
 
 
-def _smooth(source: LoadedModel, path: Path, settings: Settings, judge: Rows) -> None:
-    """Write the bundle again with smoothed weights, if some α helps; what was searched becomes part of its provenance."""
-    fit = Rows.load(path / CALIBRATION).with_null(source.dit.config)
-    alpha, errors = search(source.dit, fit, judge)
+def _held_out_rows(source: LoadedModel, settings: QuantizationSettings) -> CalibrationRows:
+    trajectories = replace(settings.trajectories, seed=HELD_OUT_SEED)
+    return calibration_rows(source, trajectories).with_null(source.dit.config)
+
+
+def _reduced_range(target: Target, settings: QuantizationSettings) -> bool:
+    """Return True if weights get 7 bits. TensorRT always gets 8, its sums do not saturate."""
+    if target != "cpu" or settings.range == "full":
+        return False
+    return settings.range == "reduced" or not local_processor().vnni
+
+
+def _smooth_bundle(
+    source: LoadedModel, path: Path, settings: QuantizationSettings, held_out: CalibrationRows
+) -> None:
+    """Write the bundle again with smoothed weights, and record the search for α in its provenance.
+
+    If no α helps, the weights stay as they are.
+    """
+    fit = CalibrationRows.load(path / CALIBRATION).with_null(source.dit.config)
+    alpha, errors = search_alpha(source.dit, fit, held_out)
     record = {"alpha": alpha, "searched": {str(a): float(f"{error:.4g}") for a, error in errors.items()}}
     manifest = source.manifest
-    smooth = LoadedModel(
-        smoothed(source.dit, amax(source.dit, fit), alpha),
+    smoothed = LoadedModel(
+        smooth(source.dit, input_peaks(source.dit, fit), alpha),
         manifest.model_copy(update={"provenance": {**manifest.provenance, SMOOTHING: record}}),
     )
-    half = next((name for name in DTYPES if filename(name) in manifest.files), "none")
-    options = Options(settings.weights, half, settings.walk, decoder=decoder_of(path))
-    export_bundle(smooth, path, options)
+    half = next((name for name in DTYPES if half_file(name) in manifest.files), "none")
+    options = ExportOptions(settings.weights, half, settings.trajectories, decoder=decoder_of(path))
+    export_bundle(smoothed, path, options)
 
 
-def _speed(source: LoadedModel, path: Path, rows: Rows) -> dict[str, float]:
-    """Time of fp32 over time of INT8, medians of interleaved single-threaded runs, by batch size."""
+def _speedup(source: LoadedModel, path: Path, rows: CalibrationRows) -> dict[str, float]:
+    """Return the time of fp32 over that of INT8 by batch size: medians of interleaved runs on one thread."""
     sessions = [open_session(path / name) for name in (BACKBONE, FILES["cpu"])]
     result = {}
     for batch in (1, 4):
@@ -137,7 +170,7 @@ def _seconds(session: ort.InferenceSession, inputs: dict[str, npt.NDArray[Any]])
 
 
 def _record(path: Path, source: LoadedModel, summary: dict[str, Any], target: Target) -> None:
-    """Put the summary into the parity report and its main numbers into the manifest."""
+    """Write the summary into the parity report, and its main numbers into the manifest."""
     parity = json.loads((path / PARITY).read_text())
     parity["int8"] = {**parity.get("int8", {}), target: summary}
     write_atomic(path / PARITY, (json.dumps(parity, indent=1) + "\n").encode())
@@ -153,42 +186,42 @@ def _record(path: Path, source: LoadedModel, summary: dict[str, Any], target: Ta
 
 
 def _record_metrics(path: Path, source: LoadedModel, metrics: dict[str, float], target: Target) -> None:
-    """Write the manifest with `metrics` for those of `target`'s earlier graph."""
-    others = {key: value for key, value in source.manifest.metrics.items() if _target(key) != target}
+    """Write the manifest with `metrics` in place of those of the earlier graph for `target`."""
+    others = {key: value for key, value in source.manifest.metrics.items() if _target_of(key) != target}
     write_manifest(path, source.manifest.model_copy(update={"metrics": {**others, **metrics}}))
 
 
-def _target(metric: str) -> Target | None:
-    """Whose INT8 graph a metric of the manifest is about."""
+def _target_of(metric: str) -> Target | None:
+    """Return the target of the INT8 graph that a metric of the manifest is about, or None."""
     if metric.startswith("int8_tensorrt_"):
         return "tensorrt"
     return "cpu" if metric.startswith("int8_") else None
 
 
 def main(arguments: list[str]) -> int:
-    """Command line; 0 done, 2 refused with one sentence on stderr."""
+    """Run the command line; return 0 if done, 2 if refused with one sentence on stderr."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     return guarded("export.int8", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
-    judge = None
+    frechet = None
     if options.data:
         decoder = decoder_of(options.bundle)
-        judge = Judge(options.data, options.classifier, options.pictures, decoder=decoder)
-    settings = Settings(options.weights, options.range, options.keep, judge)
+        frechet = FrechetSettings(options.data, options.classifier, options.pictures, decoder=decoder)
+    settings = QuantizationSettings(options.weights, options.range, options.keep, frechet)
     summary = add_int8(options.bundle, options.target, settings)
-    error_of = max(band["relative_l2"] for band in summary["error"])
-    told = [
-        f"relative L2 at most {error_of:.1e}",
+    error = max(band["relative_l2"] for band in summary["error"])
+    results = [
+        f"relative L2 at most {error:.1e}",
         f"pictures {summary['pictures_psnr_db']} dB",
         f"smoothing {summary[SMOOTHING]['alpha']}",
         *(f"{value}x fp32 at batch {key[6:]}" for key, value in summary["speedup"].items()),
     ]
     if summary["quality"]:
-        told.append("Fréchet distance {frechet} (fp32 {frechet_fp32})".format(**summary["quality"]))
-    print(f"{options.bundle / summary['file']}: {', '.join(told)}")
+        results.append("Fréchet distance {frechet} (fp32 {frechet_fp32})".format(**summary["quality"]))
+    print(f"{options.bundle / summary['file']}: {', '.join(results)}")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

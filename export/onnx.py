@@ -1,6 +1,7 @@
-"""`python -m export.onnx SOURCE --out BUNDLE`: a training run or a bundle becomes a complete, verified bundle.
+"""`python -m export.onnx SOURCE --out BUNDLE`: make a complete, verified bundle of a run or another bundle.
 
-The bundle is assembled in a scratch folder beside the target and moved in only when every graph agrees with torch.
+The bundle is assembled in a scratch folder beside the target, and moved in only if every graph agrees with
+torch.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ import onnx
 import torch
 from pydantic import ValidationError
 
-from ditserve.export.calibrate import WALK, Rows, Walk, trajectories
-from ditserve.export.command import guarded
+from ditserve.export.calibrate import (
+    DEFAULT_TRAJECTORIES,
+    CalibrationRows,
+    TrajectorySettings,
+    calibration_rows,
+)
 from ditserve.export.errors import ExportError
 from ditserve.export.golden import write_golden
 from ditserve.export.graph import OPSET, backbone_graph, conditioner_graph, decoder_graph, embedder_graph
-from ditserve.export.half import filename, write_half
+from ditserve.export.half import half_file, write_half
 from ditserve.export.parity import compare_rows, verify_decoder, verify_graphs
-from ditserve.export.source import Card, open_source, parameters, rounded
+from ditserve.export.source import ModelCard, open_source, parameters, round_weights
 from ditserve.export.storage import data_file, save_graph, save_weights, save_whole
-from ditserve.export.verify import CALIBRATION, Band, Limits, check, report, worst
+from ditserve.export.verify import CALIBRATION, Band, ParityLimits, check, report, worst
 from ditserve.model.nets.autoencoder import SdVae, open_autoencoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import (
@@ -41,68 +46,87 @@ from ditserve.model.spec.bundle import (
     Manifest,
     write_manifest,
 )
+from ditserve.model.spec.command_line import guarded
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.train.loaded_model import LoadedModel, build
 
 PARITY, DECODER = "parity.json", "decoder.onnx"
-ROUNDING = Limits(relative_l2=3e-3, cosine=0.99999)  # what storing weights in half precision may cost
+# The error that storing weights in half precision may cause.
+ROUNDING = ParityLimits(relative_l2=3e-3, cosine=0.99999)
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """`weights` on disk: "fp16", "fp32", or "auto" (fp16 if the output stays within `ROUNDING`); `half`: the precision of the extra
-    half-precision backbone, "auto" (see `export.half`) or "none"; `walk`: the trajectories to verify and calibrate on. For a model
-    on latents, `vae` is its autoencoder's folder, or `decoder` a graph of it from another export."""
+class ExportOptions:
+    """The options of an export.
+
+    Args:
+        weights: precision on disk: "fp16", "fp32", or "auto" (fp16 if the output stays within `ROUNDING`).
+        half: precision of the extra backbone: "fp16", "bf16", "none", or "auto" (see `export.half`).
+        trajectories: the rows to verify and calibrate on.
+        vae: folder of the autoencoder of a model on latents.
+        decoder: in place of `vae`, a graph of the decoder from another export.
+    """
 
     weights: str = "auto"
     half: str = "auto"
-    walk: Walk = WALK
+    trajectories: TrajectorySettings = DEFAULT_TRAJECTORIES
     vae: Path | None = None
     decoder: Path | None = None
 
 
-def export_bundle(source: LoadedModel, out: Path, options: Options = Options()) -> dict[str, Any]:
-    """Write `source` as a bundle into `out`; returns the parity report, which is also written there.
+def export_bundle(source: LoadedModel, out: Path, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
+    """Write `source` as a bundle into `out`; return the parity report, which is also written there.
 
     Raises:
-        ExportError: a graph differs from torch beyond its limit, or there is no decoder; `out` is then untouched.
+        ExportError: a graph is beyond its limit, or there is no decoder; `out` is then unchanged.
         AutoencoderError: the autoencoder cannot be opened.
     """
-    kept = trajectories(source, options.walk)
-    rows = kept.with_null(source.network.config)
-    kind, cost = _storage(source, rows, options.weights)
+    conditional_rows = calibration_rows(source, options.trajectories)
+    rows = conditional_rows.with_null(source.network.config)
+    stored_as, rounding = _storage_precision(source, rows, options.weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.export")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        kept.save(scratch / CALIBRATION)
-        stored = save_weights(scratch / WEIGHTS, parameters(source.network), DTYPES[kind])
+        conditional_rows.save(scratch / CALIBRATION)
+        stored = save_weights(scratch / WEIGHTS, parameters(source.network), DTYPES[stored_as])
         model = LoadedModel(build(source.network.config, stored, scratch / WEIGHTS), source.manifest)
-        write_graphs(model.network, source.manifest, scratch)
-        graphs = verify_graphs(model, scratch, rows)
-        graphs |= write_decoder(source.manifest, scratch, options)
-        if options.half != "none":
-            precision, _, bands = write_half(model, scratch, rows, options.half)
-            graphs[filename(precision)] = bands
+        graphs = _write_and_verify(model, scratch, rows, options)
         summary = {
             "rows": len(rows),
             "rows_sha256": rows.digest(),
-            "weights": {"stored": kind, "error": report(cost)},
+            "weights": {"stored": stored_as, "error": report(rounding)},
             "graphs": {name: report(bands) for name, bands in graphs.items()},
         }
         (scratch / PARITY).write_text(json.dumps(summary, indent=1) + "\n")
-        golden = write_golden(model, scratch, options.vae) or _kept_golden(source.manifest, scratch, options)
-        manifest = _manifest(source.manifest, kind, cost, graphs)
+        golden = write_golden(model, scratch, options.vae) or _copy_golden(source.manifest, scratch, options)
+        manifest = _manifest(source.manifest, stored_as, rounding, graphs)
         _publish(scratch, out, manifest.model_copy(update={"golden": golden}))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return summary
 
 
+def _write_and_verify(
+    model: LoadedModel, folder: Path, rows: CalibrationRows, options: ExportOptions
+) -> dict[str, tuple[Band, ...]]:
+    """Write all graphs of `model` into `folder`, which holds its weights; return their errors by name."""
+    write_graphs(model.network, model.manifest, folder)
+    graphs = verify_graphs(model, folder, rows)
+    graphs |= write_decoder(model.manifest, folder, options)
+    if options.half != "none":
+        precision, _, bands = write_half(model, folder, rows, options.half)
+        graphs[half_file(precision)] = bands
+    return graphs
+
+
 def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
-    """The graphs of `network`, referring to the weights already in `folder`; without conditions there is no embedder."""
+    """Write embedder, conditioner and backbone into `folder`, which holds the weights.
+
+    A model without conditions has no embedder.
+    """
     graphs = {
         EMBEDDER: embedder_graph(network, [factor.name for factor in manifest.factors]),
         CONDITIONER: conditioner_graph(network),
@@ -113,8 +137,11 @@ def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
             save_graph(proto, folder / name)
 
 
-def write_decoder(manifest: Manifest, folder: Path, options: Options) -> dict[str, tuple[Band, ...]]:
-    """The decoder of a model on latents, and its errors; nothing for a model on pixels.
+def write_decoder(manifest: Manifest, folder: Path, options: ExportOptions) -> dict[str, tuple[Band, ...]]:
+    """Write the decoder of a model on latents; return its errors.
+
+    Nothing is written for a model on pixels. A decoder that is copied from another export is not verified
+    again.
 
     Raises:
         ExportError: there is none to write, or its graph differs from torch.
@@ -124,13 +151,15 @@ def write_decoder(manifest: Manifest, folder: Path, options: Options) -> dict[st
     if manifest.decoder == "identity":
         if channels != 3:
             raise ExportError(
-                f"the model makes {channels} channels, not red, green and blue: name the folder of its SD-VAE with --vae"
+                f"the model makes {channels} channels, not red, green and blue: "
+                "name the folder of its SD-VAE with --vae"
             )
         return {}
     if options.vae is not None:
         autoencoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
         if isinstance(autoencoder, SdVae):
-            autoencoder.vae.disable_tiling()  # the graph takes any size, and cannot choose its way by it
+            # Tiling is chosen by the size, and a graph of any size cannot branch on it.
+            autoencoder.vae.disable_tiling()
         save_whole(decoder_graph(autoencoder, channels), folder / DECODER)
         return {DECODER: verify_decoder(autoencoder, folder / DECODER, channels)}
     if options.decoder is None:
@@ -141,8 +170,11 @@ def write_decoder(manifest: Manifest, folder: Path, options: Options) -> dict[st
     return {}
 
 
-def _kept_golden(manifest: Manifest, folder: Path, options: Options) -> Golden | None:
-    """The golden image beside the decoder that is taken over: a model on latents cannot draw it without its autoencoder."""
+def _copy_golden(manifest: Manifest, folder: Path, options: ExportOptions) -> Golden | None:
+    """Copy the golden image that lies beside a copied decoder; return its record, or None if there is none.
+
+    A model on latents cannot draw it again without its autoencoder.
+    """
     file = None if options.decoder is None else options.decoder.with_name(GOLDEN)
     if manifest.golden is None or file is None or not file.is_file():
         return None
@@ -151,44 +183,46 @@ def _kept_golden(manifest: Manifest, folder: Path, options: Options) -> Golden |
 
 
 def decoder_of(bundle: Path) -> Path | None:
-    """The decoder's graph in a bundle."""
+    """Return the decoder's graph in a bundle, if it has one."""
     return bundle / DECODER if (bundle / DECODER).is_file() else None
 
 
-def _storage(source: LoadedModel, rows: Rows, wanted: str) -> tuple[str, tuple[Band, ...]]:
-    """The dtype to store weights in, and what that costs."""
+def _storage_precision(
+    source: LoadedModel, rows: CalibrationRows, wanted: str
+) -> tuple[str, tuple[Band, ...]]:
+    """Return the precision to store weights in, and the errors that it causes."""
 
-    def cost(kind: str) -> tuple[Band, ...]:
-        return compare_rows(source, rows, rounded(source.network, DTYPES[kind]).backbone)
+    def rounding(precision: str) -> tuple[Band, ...]:
+        return compare_rows(source, rows, round_weights(source.network, DTYPES[precision]).backbone)
 
     if wanted == "fp32":
-        return wanted, cost(wanted)
-    bands = cost("fp16")
+        return wanted, rounding(wanted)
+    bands = rounding("fp16")
     try:
         check("the model with fp16 weights", bands, ROUNDING)
     except ExportError:
         if wanted == "fp16":
             raise
-        return "fp32", cost("fp32")
+        return "fp32", rounding("fp32")
     return "fp16", bands
 
 
 def _manifest(
-    manifest: Manifest, kind: str, cost: tuple[Band, ...], graphs: Mapping[str, tuple[Band, ...]]
+    manifest: Manifest, stored_as: str, rounding: tuple[Band, ...], graphs: Mapping[str, tuple[Band, ...]]
 ) -> Manifest:
     tools = {"torch": str(torch.__version__).partition("+")[0], "onnx": onnx.__version__, "opset": OPSET}
     sizes = "any" if size_multiple(manifest.config) else "trained"
-    provenance = {**manifest.provenance, "export": {**tools, "weights": kind, "sizes": sizes}}
+    provenance = {**manifest.provenance, "export": {**tools, "weights": stored_as, "sizes": sizes}}
     kept = {name: value for name, value in manifest.metrics.items() if not name.startswith("int8")}
     metrics = {
-        "weights_relative_l2": float(f"{worst(cost).relative_l2:.4g}"),
+        "weights_relative_l2": float(f"{worst(rounding).relative_l2:.4g}"),
         "onnx_relative_l2": float(f"{worst(graphs[BACKBONE]).relative_l2:.4g}"),
     }
     return manifest.model_copy(update={"provenance": provenance, "metrics": {**kept, **metrics}, "files": {}})
 
 
 def _publish(scratch: Path, out: Path, manifest: Manifest) -> None:
-    """Move the new files in, remove graphs of other weights, and write the manifest last."""
+    """Move the new files into `out`, remove graphs of other weights, and write the manifest last."""
     out.mkdir(exist_ok=True)
     new = {file.name for file in scratch.iterdir()}
     for stale in (*out.glob("*.onnx"), *out.glob("*.onnx.data")):
@@ -200,7 +234,7 @@ def _publish(scratch: Path, out: Path, manifest: Manifest) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Command line; 0 done, 2 refused with one sentence on stderr."""
+    """Run the command line; return 0 if done, 2 if refused with one sentence on stderr."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     return guarded("export.onnx", lambda: _run(options))
@@ -208,11 +242,16 @@ def main(arguments: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     started = time.monotonic()
-    opened = open_source(options.source, data=options.data)
-    source = LoadedModel(opened.network, _named(opened.manifest, options))
-    walk = Walk(options.samples, options.steps)
-    wanted = Options(options.weights, options.half, walk, options.vae, decoder_of(options.source))
-    summary = export_bundle(source, options.out, wanted)
+    model = open_source(options.source, data=options.data)
+    source = LoadedModel(model.network, _with_card(model.manifest, options))
+    export = ExportOptions(
+        weights=options.weights,
+        half=options.half,
+        trajectories=TrajectorySettings(options.samples, options.steps),
+        vae=options.vae,
+        decoder=decoder_of(options.source),
+    )
+    summary = export_bundle(source, options.out, export)
     size = sum(file.stat().st_size for file in options.out.iterdir() if file.is_file())
     bands = summary["graphs"][BACKBONE]
     print(
@@ -222,14 +261,19 @@ def _run(options: argparse.Namespace) -> None:
     )
 
 
-def _named(manifest: Manifest, options: argparse.Namespace) -> Manifest:
-    fields = ("name", "version", "description", "licence", "attribution")
-    told: dict[str, Any] = {} if options.vae is None else {"decoder": "sd-vae"}
+def _with_card(manifest: Manifest, options: argparse.Namespace) -> Manifest:
+    """Return the manifest with the fields of `--card`, and over them those given as flags.
+
+    Raises:
+        ExportError: the card or a field is not valid.
+    """
+    flags = ("name", "version", "description", "licence", "attribution")
+    fields: dict[str, Any] = {} if options.vae is None else {"decoder": "sd-vae"}
     try:
         if options.card:
-            told |= Card.model_validate_json(options.card.read_bytes()).told()
-        told |= Card(**{key: getattr(options, key) for key in fields}).told()
-        return Manifest.model_validate({**manifest.model_dump(), **told})
+            fields |= ModelCard.model_validate_json(options.card.read_bytes()).given()
+        fields |= ModelCard(**{flag: getattr(options, flag) for flag in flags}).given()
+        return Manifest.model_validate({**manifest.model_dump(), **fields})
     except ValidationError as error:
         first = error.errors()[0]
         raise ExportError(f"{'.'.join(map(str, first['loc'])) or options.card}: {first['msg']}") from None

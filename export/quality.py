@@ -1,4 +1,4 @@
-"""What another backbone costs in pictures: how far they are from those of fp32, and how far both are from real ones."""
+"""The cost of another backbone in pictures: their distance from those of fp32, and of both from real ones."""
 
 from __future__ import annotations
 
@@ -11,24 +11,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditserve.export.calibrate import Backbone, Walk, pictures, with_backbone
+from ditserve.export.calibrate import Backbone, TrajectorySettings, sample_pictures, with_backbone
 from ditserve.export.errors import ExportError
-from ditserve.export.session import open_session, run
+from ditserve.export.verify import open_session, run
 from ditserve.model.data.examples import DataError
-from ditserve.model.evaluation.classifier import ClassifierError, open_classifier
+from ditserve.model.evaluation.classifier_network import ClassifierError, open_classifier
 from ditserve.model.evaluation.features import classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
-from ditserve.model.evaluation.picture_sets import Plan, asked, make, open_data, real
+from ditserve.model.evaluation.picture_sets import (
+    EvaluationPlan,
+    choose_examples,
+    generate,
+    open_data,
+    real_pictures,
+)
 from ditserve.model.nets.autoencoder import Autoencoder, Identity
 from ditserve.model.train.loaded_model import LoadedModel
 
-SEEN = Walk(samples=4, steps=20, seed=3_000)  # pictures of which every pixel is compared
+# The pictures that are compared pixel by pixel.
+COMPARED_PICTURES = TrajectorySettings(samples=4, steps=20, seed=3_000)
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
-    """`data`: the pictures the model was trained on; `classifier`: a folder of `model.classifier`, whose features are compared;
-    `decoder`: the graph of a model on latents."""
+class FrechetSettings:
+    """The settings of a measurement of Fréchet distances.
+
+    Args:
+        data: the pictures that the model was trained on.
+        classifier: a folder of `model.evaluation.classifier`, whose features are compared.
+        pictures: number of pictures that are made.
+        steps: of each picture.
+        decoder: the decoder's graph of a model on latents.
+    """
 
     data: Path
     classifier: Path
@@ -38,59 +52,68 @@ class Judge:
 
 
 def picture_psnr(source: LoadedModel, backbone: Backbone) -> float:
-    """PSNR in dB of what the network denoises, finished by `backbone` against fp32 from the same noise; its range is 2."""
-    error = (pictures(with_backbone(source, backbone), SEEN) - pictures(source, SEEN)).square().mean()
+    """Return the PSNR in dB of finished samples by `backbone` against those of fp32 from the same noise.
+
+    The samples are compared before decoding, in the range of 2 that the network works in.
+    """
+    actual = sample_pictures(with_backbone(source, backbone), COMPARED_PICTURES)
+    error = (actual - sample_pictures(source, COMPARED_PICTURES)).square().mean()
     return 10 * math.log10(4 / max(float(error), 1e-12))
 
 
-def frechet_report(source: LoadedModel, backbone: Backbone, judge: Judge) -> dict[str, float]:
-    """Fréchet distances of the same pictures made with fp32 and with `backbone`: to real ones, and to each other.
+def frechet_report(source: LoadedModel, backbone: Backbone, settings: FrechetSettings) -> dict[str, float]:
+    """Return Fréchet distances of pictures by fp32 and by `backbone`: to real ones, and to each other.
 
-    `quality_loss` is the relative growth of the first. Source of the distance: `model.fidelity`.
+    Both make the same pictures, from the same noise.
+    `quality_loss` is the relative growth of the distance to real ones. Source: `model.evaluation.fidelity`.
 
     Raises:
-        ExportError: the data or the classifier cannot be opened, or the data is not what the model was trained on.
+        ExportError: the data or the classifier cannot be opened, or the model was trained on other data.
     """
     try:
-        dataset = open_data(source, judge.data)
-        network = classifier_features(open_classifier(judge.classifier))
+        dataset = open_data(source, settings.data)
+        network = classifier_features(open_classifier(settings.classifier))
     except (DataError, ClassifierError) as error:
         raise ExportError(str(error)) from None
-    manifest = source.manifest
-    decoder = Identity() if judge.decoder is None else _Graph(judge.decoder)
-    plan = Plan(
-        limit=judge.pictures,
-        per_pair=1,
-        reference=0,
-        steps=judge.steps,
-        solver=manifest.defaults.solver,
-        grid=manifest.defaults.grid,
-        guidance_scale=manifest.defaults.guidance_scale,
-        guidance_interval=manifest.defaults.guidance_interval,
-        seed=0,
-    )
-    rows, _ = asked(dataset, plan)
+    decoder = Identity() if settings.decoder is None else _GraphDecoder(settings.decoder)
+    plan = _plan(source, settings)
+    rows, _ = choose_examples(dataset, plan)
 
     def features(images: Iterable[Tensor]) -> Tensor:
         return torch.cat([network.features(chunk).pooled for chunk in images])
 
-    every = [int(row) for row in dataset.training]
-    shown = features(real(dataset, decoder, every))
-    fp32 = features(make(source, decoder, dataset, rows, plan))
-    other = features(make(with_backbone(source, backbone), decoder, dataset, rows, plan))
-    before, after = frechet_distance(shown, fp32), frechet_distance(shown, other)
+    training = [int(row) for row in dataset.training]
+    reference = features(real_pictures(dataset, decoder, training))
+    fp32 = features(generate(source, decoder, dataset, rows, plan))
+    candidate = features(generate(with_backbone(source, backbone), decoder, dataset, rows, plan))
+    before, after = frechet_distance(reference, fp32), frechet_distance(reference, candidate)
     return {
         "pictures": len(rows),
-        "reference": len(every),
+        "reference": len(training),
         "frechet_fp32": round(before, 5),
         "frechet": round(after, 5),
-        "frechet_between": round(frechet_distance(fp32, other), 5),
+        "frechet_between": round(frechet_distance(fp32, candidate), 5),
         "quality_loss": round(after / before - 1, 5),
     }
 
 
-class _Graph(Autoencoder):
-    """A bundle's decoder."""
+def _plan(source: LoadedModel, settings: FrechetSettings) -> EvaluationPlan:
+    defaults = source.manifest.defaults
+    return EvaluationPlan(
+        limit=settings.pictures,
+        per_pair=1,
+        reference=0,
+        steps=settings.steps,
+        solver=defaults.solver,
+        grid=defaults.grid,
+        guidance_scale=defaults.guidance_scale,
+        guidance_interval=defaults.guidance_interval,
+        seed=0,
+    )
+
+
+class _GraphDecoder(Autoencoder):
+    """The decoder of a bundle as an autoencoder that only decodes."""
 
     def __init__(self, path: Path) -> None:
         self.session = open_session(path)

@@ -1,59 +1,65 @@
-"""SmoothQuant folded into the model: the same function, with activations that an INT8 scale fits better.
+"""SmoothQuant folded into the weights: the same function, with activations that fit an INT8 scale better.
 
-An activation channel divided by s and the weight column multiplied by s leave a product as it was (Xiao et al., arXiv:2211.10438,
-eq. 3–4). Here the division costs nothing at run time. Before `qkv` and `fc1` stands `LN(h)·(1 + scale) + shift` without an affine of its own,
-so shift and 1 + scale absorb it: their rows of the adaLN linear. Before `proj` stands a mix of the values V, so V's rows of `qkv` absorb it.
-Nothing linear stands before `fc2` (GELU), and nothing to fold into where a block has no modulation.
+A product stays the same if an activation channel is divided by s and the weight column multiplied by s (Xiao
+et al., arXiv:2211.10438, eq. 3-4). Here the division costs nothing at run time, because it is folded into
+other weights:
+
+- The input of `qkv` and `fc1` is `LN(h)·(1 + scale) + shift`, without an affine of LN's own. Shift and
+  1 + scale absorb s: their rows of the adaLN linear.
+- The input of `proj` is a mix of the values V. V's rows of `qkv` absorb s.
+- The input of `fc2` comes from GELU, which is not linear: it cannot be smoothed. Nor can `qkv` and `fc1` of a
+  block without modulation.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ditserve.export.calibrate import Rows
+from ditserve.export.calibrate import CalibrationRows
 from ditserve.export.parity import forward
 from ditserve.model.nets.dit import Block, DiT
 from ditserve.model.spec.dit_config import MODULATIONS
 
-ALPHAS = (0.0, 0.5, 0.65, 0.8, 0.95)  # 0: leave the model as it is
+ALPHAS = (0.0, 0.5, 0.65, 0.8, 0.95)  # 0 leaves the model as it is
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # the linears of a block that become INT8
 
 
 def int8_linears(dit: DiT) -> dict[str, nn.Linear]:
-    """The linears that become INT8, by name such as "blocks.0.attn.qkv"; all others stay as they are."""
+    """Return the linears that become INT8 by their names, such as "blocks.0.attn.qkv"."""
     modules = dict(dit.named_modules())
     names = [f"blocks.{k}.{layer}" for k in range(dit.config.depth) for layer in LAYERS]
     return {name: cast(nn.Linear, modules[name]) for name in names if name in modules}
 
 
 @torch.no_grad()
-def amax(dit: DiT, rows: Rows) -> dict[str, Tensor]:
-    """Largest absolute input of each INT8 linear, per channel (D_in,), along `rows`."""
-    found: dict[str, Tensor] = {}
+def input_peaks(dit: DiT, rows: CalibrationRows) -> dict[str, Tensor]:
+    """Return the largest absolute input of each INT8 linear on `rows`, per channel (D_in,), by name."""
+    peaks: dict[str, Tensor] = {}
 
-    def watcher(name: str) -> Any:
+    def hook_of(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             peak = inputs[0].abs().flatten(0, -2).amax(0)
-            found[name] = torch.maximum(found[name], peak) if name in found else peak
+            peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watcher(name)) for name, module in int8_linears(dit).items()]
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in int8_linears(dit).items()]
     try:
         forward(dit, rows)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return peaks
 
 
 @torch.no_grad()
-def smoothed(dit: DiT, peaks: dict[str, Tensor], alpha: float) -> DiT:
-    """A copy that computes the same, its activations divided per channel by s = peak^α / |w|max^(1−α)."""
+def smooth(dit: DiT, peaks: dict[str, Tensor], alpha: float) -> DiT:
+    """Return a copy that computes the same, activations divided per channel by s = peak^α / |w|max^(1-α)."""
     result = copy.deepcopy(dit)
     if alpha == 0:
         return result
@@ -76,7 +82,10 @@ def smoothed(dit: DiT, peaks: dict[str, Tensor], alpha: float) -> DiT:
 
 
 def _absorb(block: Block, linear: nn.Linear, factor: Tensor, first: int) -> None:
-    """Divide what enters `linear` by `factor` in modulation vectors `first` (shift) and `first` + 1 (scale)."""
+    """Divide the input of `linear` by `factor` (D_in,).
+
+    Its shift is modulation vector `first`, its scale is `first` + 1.
+    """
     adaln = cast(nn.Linear, block.adaLN_modulation[1])
     d = len(factor)
     shift, scale = slice(first * d, (first + 1) * d), slice((first + 1) * d, (first + 2) * d)
@@ -88,14 +97,17 @@ def _absorb(block: Block, linear: nn.Linear, factor: Tensor, first: int) -> None
 
 
 def _factors(peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """s (D_in,), around 1 in geometric mean so that the model's numbers keep their size."""
+    """Return s (D_in,), with geometric mean 1 so that the model's numbers keep their size."""
     factor = peak.clamp(min=1e-5) ** alpha / weight.abs().amax(0).clamp(min=1e-5) ** (1 - alpha)
     return factor / factor.log().mean().exp()
 
 
 @torch.no_grad()
-def int8_output(dit: DiT, peaks: dict[str, Tensor], rows: Rows) -> Tensor:
-    """Output of the backbone with INT8 linears simulated: static symmetric activations per tensor, weights per channel."""
+def simulate_int8(dit: DiT, peaks: dict[str, Tensor], rows: CalibrationRows) -> Tensor:
+    """Return the output on `rows` with simulated INT8 linears.
+
+    Scales are symmetric: one static scale per tensor of activations, one per channel of weights.
+    """
     simulated = copy.deepcopy(dit)
     for name, linear in int8_linears(simulated).items():
         step = linear.weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
@@ -109,13 +121,18 @@ def int8_output(dit: DiT, peaks: dict[str, Tensor], rows: Rows) -> Tensor:
     return forward(simulated, rows)
 
 
-def search(dit: DiT, fit: Rows, judge: Rows) -> tuple[float, dict[float, float]]:
-    """The α whose simulated INT8 model is nearest to fp32 on `judge`, calibrated on `fit`; and the relative L2 of each α."""
-    exact = forward(dit, judge)
-    peaks = amax(dit, fit)
+def search_alpha(
+    dit: DiT, fit: CalibrationRows, held_out: CalibrationRows
+) -> tuple[float, dict[float, float]]:
+    """Return the best α, and the relative L2 of each α on `held_out`.
+
+    The best is that whose simulated INT8 model, calibrated on `fit`, is nearest to fp32 on `held_out`.
+    """
+    exact = forward(dit, held_out)
+    peaks = input_peaks(dit, fit)
     errors: dict[float, float] = {}
     for alpha in ALPHAS:
-        candidate = smoothed(dit, peaks, alpha)
-        output = int8_output(candidate, amax(candidate, fit), judge)
+        candidate = smooth(dit, peaks, alpha)
+        output = simulate_int8(candidate, input_peaks(candidate, fit), held_out)
         errors[alpha] = float((output - exact).norm() / exact.norm())
     return min(errors, key=lambda alpha: errors[alpha]), errors

@@ -1,4 +1,4 @@
-"""Where an export starts: a model from disk, and what its bundle shall say about itself."""
+"""The source of an export: a model from disk, and the texts that its bundle shall carry."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel, LoadError, build
 
 
-class Card(BaseModel):
-    """What a bundle says about itself; unset fields keep what the source says."""
+class ModelCard(BaseModel):
+    """The texts and defaults of a bundle; a field that is None keeps what the source says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str | None = None
@@ -27,13 +27,13 @@ class Card(BaseModel):
     attribution: tuple[str, ...] | None = None
     defaults: Defaults | None = None
 
-    def told(self) -> dict[str, Any]:
-        """The fields that are set."""
+    def given(self) -> dict[str, Any]:
+        """Return the fields that are not None."""
         return {key: value for key in type(self).model_fields if (value := getattr(self, key)) is not None}
 
 
 def open_source(path: Path, *, data: Path | None = None) -> LoadedModel:
-    """`load_model`, with this package's error.
+    """Open a training run or a bundle by `load_model`, with this package's error and a hint.
 
     Raises:
         ExportError: what is there cannot be opened.
@@ -47,11 +47,11 @@ def open_source(path: Path, *, data: Path | None = None) -> LoadedModel:
 
 
 def parameters(network: Network) -> dict[str, Tensor]:
-    """The weights by published name."""
+    """Return the weights by their published names."""
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
-def rounded(network: Network, dtype: torch.dtype) -> Network:
-    """A copy of `network` whose fp32 weights have been through `dtype`."""
+def round_weights(network: Network, dtype: torch.dtype) -> Network:
+    """Return a copy of `network` in fp32 whose weights were rounded to `dtype`."""
     weights = {name: tensor.to(dtype) for name, tensor in parameters(network).items()}
     return build(network.config, weights, Path("weights"))

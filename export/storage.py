@@ -1,9 +1,10 @@
-"""One copy of the weights: graphs refer to the tensors in weights.safetensors by offset instead of carrying their own.
+"""Storage of graphs with one copy of the weights: they refer to tensors in weights.safetensors by offset.
 
-What a graph still carries lies in a file beside it, `<graph>.data`, where the two together would pass the 2 GiB that a protocol
-buffer may have. safetensors lays tensors out raw and contiguous, which is what ONNX calls external data. Where the file holds another precision
-or the graph wants the transpose, a Cast or Transpose follows the reference; every runtime folds both when it loads the graph,
-so the arithmetic is that of the graph before.
+safetensors lays tensors out raw and contiguous, which ONNX calls external data. If the file has another
+precision, or the graph wants the transpose, a Cast or Transpose follows the reference. Every runtime folds
+both when it loads the graph, so the arithmetic stays that of the graph. The other tensors of a graph stay in
+it, or go into a file beside it, `<graph>.data`, where the two together would pass the 2 GiB limit of a
+protocol buffer.
 """
 
 from __future__ import annotations
@@ -28,18 +29,17 @@ from ditserve.export.errors import ExportError
 from ditserve.model.spec.bundle import WEIGHTS
 
 MIN_BYTES = 1024  # smaller tensors stay in the graph
-INLINE_BYTES = (
-    3 << 29
-)  # of a graph's own tensors; 1.5 GiB leaves room for its nodes below the 2 GiB of a protocol buffer
+# The most bytes of a graph's own tensors that stay in it: 1.5 GiB leaves room for its nodes below 2 GiB.
+INLINE_BYTES = 3 << 29
 STORED = {"F32": (TensorProto.FLOAT, np.float32), "F16": (TensorProto.FLOAT16, np.float16)}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
-Key = tuple[bytes, tuple[int, ...]]
+Key = tuple[bytes, tuple[int, ...]]  # digest and shape of a tensor
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor lies in the file."""
+class _StoredTensor:
+    """A tensor in the file of weights: ONNX type, shape, and its range of bytes."""
 
     type: int
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class _Place:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Write `weights` as `dtype`; returns them as a reader of the file sees them, in fp32.
+    """Write `weights` as `dtype`; return them as a reader of the file sees them, in fp32.
 
     Raises:
         ExportError: a weight does not fit in `dtype`.
@@ -66,28 +66,29 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) 
 
 
 def share_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
-    """Replace, in place, each initializer equal to a tensor of `weights` or its transpose by a reference into that file.
+    """Replace initializers of `proto`, in place, by references into the file `weights`; return `proto`.
 
-    The graph must then be saved in the folder that `weights` lies in.
+    An initializer is replaced if it equals a tensor of the file or its transpose. The graph must then be
+    saved in the folder of that file.
     """
-    tables: dict[int, dict[Key, tuple[_Place, bool]]] = {}
-    kept: list[TensorProto] = []
+    tables: dict[int, dict[Key, tuple[_StoredTensor, bool]]] = {}
+    initializers: list[TensorProto] = []
     nodes: list[onnx.NodeProto] = []
     for tensor in proto.graph.initializer:
-        found = None
+        match = None
         if tensor.data_type in FLOATS and np.prod(tensor.dims) * 4 >= MIN_BYTES:
             if tensor.data_type not in tables:
                 tables[tensor.data_type] = _table(weights, tensor.data_type)
-            found = tables[tensor.data_type].get(_key(numpy_helper.to_array(tensor)))
-        if found is None:
-            kept.append(tensor)
+            match = tables[tensor.data_type].get(_key(numpy_helper.to_array(tensor)))
+        if match is None:
+            initializers.append(tensor)
             continue
-        steps = list(_chain(tensor, *found))
-        name = tensor.name + ".stored" if steps else tensor.name
-        kept.append(_reference(name, found[0], weights.name))
-        nodes += steps
+        restoring = list(_restoring_nodes(tensor, *match))
+        name = tensor.name + ".stored" if restoring else tensor.name
+        initializers.append(_reference(name, match[0], weights.name))
+        nodes += restoring
     del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
+    proto.graph.initializer.extend(initializers)
     body = list(proto.graph.node)
     del proto.graph.node[:]
     proto.graph.node.extend([*nodes, *body])
@@ -95,13 +96,13 @@ def share_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
 
 
 def save_graph(proto: onnx.ModelProto, path: Path) -> None:
-    """Write a graph that shares the weights lying in the same folder."""
+    """Write a graph that shares the weights in the same folder."""
     save_whole(share_weights(proto, path.parent / WEIGHTS), path)
     onnx.checker.check_model(str(path))
 
 
 def save_whole(proto: onnx.ModelProto, path: Path) -> None:
-    """Write a graph with all it carries: in one file, or with its tensors in `<graph>.data`."""
+    """Write a graph with all its tensors: in one file, or with the tensors in `<graph>.data`."""
     remove_graph(path)
     own = sum(tensor.ByteSize() for tensor in proto.graph.initializer)
     onnx.save(
@@ -120,13 +121,16 @@ def remove_graph(path: Path) -> None:
 
 
 def data_file(path: Path) -> Path:
-    """Where the tensors of a large graph lie."""
+    """Return the file for the tensors of a large graph."""
     return path.with_name(f"{path.name}.data")
 
 
-def _chain(tensor: TensorProto, place: _Place, transposed: bool) -> Iterator[onnx.NodeProto]:
+def _restoring_nodes(
+    tensor: TensorProto, stored: _StoredTensor, transposed: bool
+) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes that make `tensor` of what is stored: Cast, Transpose, both or none."""
     source = tensor.name + ".stored"
-    if place.type != tensor.data_type:
+    if stored.type != tensor.data_type:
         target = tensor.name + ".cast" if transposed else tensor.name
         yield helper.make_node("Cast", [source], [target], name=f"{tensor.name}/Cast", to=tensor.data_type)
         source = target
@@ -136,39 +140,42 @@ def _chain(tensor: TensorProto, place: _Place, transposed: bool) -> Iterator[onn
         )
 
 
-def _reference(name: str, place: _Place, location: str) -> TensorProto:
+def _reference(name: str, stored: _StoredTensor, location: str) -> TensorProto:
     tensor = TensorProto(
-        name=name, data_type=place.type, dims=place.shape, data_location=TensorProto.EXTERNAL
+        name=name, data_type=stored.type, dims=stored.shape, data_location=TensorProto.EXTERNAL
     )
-    for key, value in (("location", location), ("offset", place.offset), ("length", place.length)):
+    for key, value in (("location", location), ("offset", stored.offset), ("length", stored.length)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
 
 
-def _table(weights: Path, data_type: int) -> dict[Key, tuple[_Place, bool]]:
-    """Content of every stored matrix and vector, seen as `data_type`, and of the matrices' transposes → its place."""
+def _table(weights: Path, data_type: int) -> dict[Key, tuple[_StoredTensor, bool]]:
+    """Return stored tensors by content as `data_type`, and whether that content is their transpose."""
     dtype: Any = helper.tensor_dtype_to_np_dtype(data_type)
-    table: dict[Key, tuple[_Place, bool]] = {}
-    for place in _layout(weights):
-        numpy_type = next(kind for onnx_type, kind in STORED.values() if onnx_type == place.type)
+    table: dict[Key, tuple[_StoredTensor, bool]] = {}
+    for stored in _layout(weights):
+        numpy_type = next(kind for onnx_type, kind in STORED.values() if onnx_type == stored.type)
         raw: npt.NDArray[Any] = np.memmap(
-            weights, dtype=numpy_type, mode="r", offset=place.offset, shape=place.shape
+            weights, dtype=numpy_type, mode="r", offset=stored.offset, shape=stored.shape
         )
         value = np.asarray(raw).astype(dtype)
         if value.ndim == 2:
-            table.setdefault(_key(value.T), (place, True))
-        table[_key(value)] = (place, False)
+            table.setdefault(_key(value.T), (stored, True))
+        table[_key(value)] = (stored, False)
     return table
 
 
-def _layout(weights: Path) -> Iterator[_Place]:
+def _layout(weights: Path) -> Iterator[_StoredTensor]:
+    """Yield the tensors of a safetensors file, read from its header."""
     with weights.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
     for name, entry in header.items():
         if name != "__metadata__" and entry["dtype"] in STORED and entry["shape"]:
             begin, end = entry["data_offsets"]
-            yield _Place(STORED[entry["dtype"]][0], tuple(entry["shape"]), 8 + size + begin, end - begin)
+            yield _StoredTensor(
+                STORED[entry["dtype"]][0], tuple(entry["shape"]), 8 + size + begin, end - begin
+            )
 
 
 def _key(value: npt.NDArray[Any]) -> Key:

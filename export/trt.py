@@ -1,8 +1,9 @@
 """`python -m export.trt BUNDLE`: TensorRT engines of a bundle's backbone, built once per model and GPU.
 
-Engines are kept in the bundle under the GPU and TensorRT version and rebuilt only when something they depend on changed. On a GPU
-each is then run against the fp32 graph and timed; one that is wrong is not kept, nor INT8 that is no faster. `--check` builds
-nothing and tells; `--compile-only` compiles and keeps nothing. Ctrl-C stops a build cleanly.
+Engines are kept in the bundle by GPU and TensorRT version, and built again only if something they depend on
+changed. On a GPU each engine is then run against the fp32 graph and timed. An engine that is wrong is not
+kept, nor an INT8 engine that is not faster than half precision. `--check` builds nothing and reports the
+state of each engine; `--compile-only` compiles and keeps nothing. Ctrl-C stops a build cleanly.
 """
 
 from __future__ import annotations
@@ -27,15 +28,29 @@ from ditserve.export.tensorrt.build import (
     build_engine,
     profiles_for,
 )
-from ditserve.export.tensorrt.engine_run import EngineRun
-from ditserve.export.tensorrt.engines import amend, drop, find_device, recorded, store, timing_cache
-from ditserve.export.tensorrt.fusion import fusion_of
+from ditserve.export.tensorrt.engine_run import EngineRunner
+from ditserve.export.tensorrt.engines import (
+    amend,
+    drop,
+    find_device,
+    fusion_of,
+    recorded_options,
+    store,
+    timing_cache,
+)
 from ditserve.export.tensorrt.module import FLAVOURS, TensorRt, load_trt
-from ditserve.export.tensorrt.progress import Cancellable, Progression, bars, interruptible, lines
-from ditserve.export.tensorrt.trial import FASTER, Reference, reference_of, speedup, try_engine
+from ditserve.export.tensorrt.progress import (
+    CancellableMonitor,
+    ProgressReporter,
+    interruptible,
+    json_reporter,
+    terminal_reporter,
+)
+from ditserve.export.tensorrt.trial import FASTER, TrialReference, speedup, trial_reference, try_engine
 from ditserve.export.verify import CALIBRATION
-from ditserve.model.spec.bundle import Bundle, BundleError
-from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, Origin, Slot, origin_of
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, EngineOrigin, engine_origin
+from ditserve.model.spec.errors import ModelError
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 HALVES = ("fp16", "bf16")
@@ -44,42 +59,54 @@ STALE, REFUSED, CANCELLED = 1, 2, 130
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one precision, and the record of its engine where there is one."""
+class BuildOutcome:
+    """The state of the engine in one precision, and the record of the engine if there is one.
 
-    origin: Origin
-    state: str  # "fresh", "built", "compiles", "dropped: …", or why the engine must not be loaded
+    `state` is "fresh", "built", "compiles", "dropped: …", or the reason why the engine must not be loaded.
+    """
+
+    origin: EngineOrigin
+    state: str
     record: Mapping[str, Any]
+
+    @property
+    def dropped(self) -> bool:
+        return self.state.startswith("dropped")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """Builds of one command: where the engines go, and how they are made."""
+class BuildTask:
+    """The engines of one command: of which bundle, how they are built, and where they are kept."""
 
     trt: TensorRt
     bundle: Bundle
     engines: Path
     options: BuildOptions
-    buckets: tuple[int, ...] = BUCKETS  # batch sizes to be timed at
+    buckets: tuple[int, ...] = BUCKETS  # batch sizes to be timed
 
-    def check(self, origin: Origin) -> Outcome:
-        """Whether the engine may be loaded, without building."""
-        slot = Slot.of(self.engines, origin)
-        problem = slot.problem(origin, recorded(self.options))
-        return Outcome(origin, problem or "fresh", _record(slot) if problem is None else {})
+    def check(self, origin: EngineOrigin) -> BuildOutcome:
+        """Return whether the engine may be loaded, without building it."""
+        slot = CachedEngine.of(self.engines, origin)
+        problem = slot.problem(origin, recorded_options(self.options))
+        return BuildOutcome(origin, problem or "fresh", _record(slot) if problem is None else {})
 
-    def make(
-        self, origin: Origin, *, force: bool = False, keep: bool = True, monitor: Cancellable | None = None
-    ) -> Outcome:
-        """Build one engine unless a fresh one is there; `keep=False` compiles only.
+    def build(
+        self,
+        origin: EngineOrigin,
+        *,
+        force: bool = False,
+        keep: bool = True,
+        monitor: CancellableMonitor | None = None,
+    ) -> BuildOutcome:
+        """Build one engine unless a fresh one is there; with `keep=False` only compile it.
 
         Raises:
-            BuildError, BuildCancelled: see `build_engine`; what was there before stays.
+            BuildError, BuildCancelled: see `build_engine`; an engine that was there before stays.
         """
-        slot = Slot.of(self.engines, origin)
-        found = self.check(origin)
-        if keep and not force and found.state == "fresh":
-            return found
+        slot = CachedEngine.of(self.engines, origin)
+        outcome = self.check(origin)
+        if keep and not force and outcome.state == "fresh":
+            return outcome
         cache = timing_cache(slot) if keep else b""
         built = build_engine(
             self.trt, self.bundle.file(origin.graph), self.options, timing_cache=cache, monitor=monitor
@@ -87,20 +114,20 @@ class Job:
         facts = {"fusion": fusion_of(built.plan).as_dict(), "executed": False}
         if not keep:
             sizes = {"bytes": len(built.plan), "seconds": built.seconds}
-            return Outcome(origin, "compiles", {**sizes, **facts})
+            return BuildOutcome(origin, "compiles", {**sizes, **facts})
         store(slot, origin, self.options, built, facts)
-        return Outcome(origin, "built", _record(slot))
+        return BuildOutcome(origin, "built", _record(slot))
 
-    def try_out(self, outcome: Outcome, reference: Reference) -> Outcome:
-        """Run an engine that has not been run yet, and put what was measured into its record.
+    def try_out(self, outcome: BuildOutcome, reference: TrialReference) -> BuildOutcome:
+        """Run an engine that was not run yet, and add its errors and times to its record.
 
         Raises:
-            ExportError: it is off by more than its precision may be; it is then removed.
+            ExportError: its error is beyond the limit of its precision; it is then removed.
         """
         if outcome.record["executed"]:
             return outcome
-        slot, precision = Slot.of(self.engines, outcome.origin), outcome.origin.precision
-        engine = EngineRun(self.trt, slot.engine.read_bytes())
+        slot, precision = CachedEngine.of(self.engines, outcome.origin), outcome.origin.precision
+        engine = EngineRunner(self.trt, slot.engine.read_bytes())
         try:
             amend(slot, try_engine(engine, precision, reference, self.buckets))
         except ExportError:
@@ -110,12 +137,12 @@ class Job:
             engine.close()
         return replace(outcome, record=_record(slot))
 
-    def weigh(self, outcomes: Sequence[Outcome], *, keep: bool) -> list[Outcome]:
-        """Remove an INT8 engine that is not faster than half precision, unless it is to be kept."""
+    def drop_slow_int8(self, outcomes: Sequence[BuildOutcome], *, keep: bool) -> list[BuildOutcome]:
+        """Remove an INT8 engine that is not `FASTER` than half precision, unless `keep`."""
         times = {
-            each.origin.precision: each.record["milliseconds"]
-            for each in outcomes
-            if "milliseconds" in each.record
+            outcome.origin.precision: outcome.record["milliseconds"]
+            for outcome in outcomes
+            if "milliseconds" in outcome.record
         }
         half = next((times[name] for name in HALVES if name in times), None)
         if keep or half is None or "int8" not in times:
@@ -123,46 +150,59 @@ class Job:
         ratio = speedup(half, times["int8"])
         if ratio >= FASTER:
             return list(outcomes)
-        why = f"dropped: {ratio:.2f} times as fast as half precision, {FASTER} is asked for: --keep-int8 keeps it"
-        for each in outcomes:
-            if each.origin.precision == "int8":
-                drop(Slot.of(self.engines, each.origin))
-        return [replace(each, state=why) if each.origin.precision == "int8" else each for each in outcomes]
+        state = (
+            f"dropped: {ratio:.2f} times as fast as half precision, {FASTER} is asked for: "
+            "--keep-int8 keeps it"
+        )
+        remaining = []
+        for outcome in outcomes:
+            if outcome.origin.precision == "int8":
+                drop(CachedEngine.of(self.engines, outcome.origin))
+                outcome = replace(outcome, state=state)
+            remaining.append(outcome)
+        return remaining
 
 
-def _record(slot: Slot) -> Mapping[str, Any]:
+def _record(slot: CachedEngine) -> Mapping[str, Any]:
     record: Mapping[str, Any] = json.loads(slot.record.read_text())
     return record
 
 
-def precisions(bundle: Bundle, asked: Sequence[str], *, every: bool) -> list[str]:
-    """Which to build: those asked for, or half precision; with INT8 always half precision, which it must beat."""
+def precisions(bundle: Bundle, requested: Sequence[str], *, every: bool) -> list[str]:
+    """Return the precisions to build: all with a graph, or those requested, or by default half precision.
+
+    Half precision is always built beside INT8, which must be faster than it.
+    """
     present = [name for name in (*HALVES, "int8") if GRAPHS[name][0] in bundle.manifest.files]
-    chosen = present if every else list(asked) or present[:1] or ["fp16"]
+    chosen = present if every else list(requested) or present[:1] or ["fp16"]
     halves = [name for name in present if name in HALVES][:1]
     return [*halves, *chosen] if "int8" in chosen and not set(chosen) & set(HALVES) else chosen
 
 
 def main(arguments: list[str]) -> int:
-    """Command line; 0 done, 1 `--check` found an engine missing or stale, 2 refused with one sentence, 130 cancelled."""
+    """Run the command line.
+
+    Return 0 if done, 1 if `--check` found an engine missing or stale, 2 if refused with one sentence, 130 if
+    cancelled.
+    """
     options = _parse(arguments)
     log: Sequence[str] = ()
-    progress = {"bars": lambda: bars(Console(stderr=True)), "json": lines}[options.progress]
-    with progress() as progression:
+    reporting = {"bars": lambda: terminal_reporter(Console(stderr=True)), "json": json_reporter}
+    with reporting[options.progress]() as reporter:
         try:
-            return _run(options, progression)
+            return _run(options, reporter)
         except BuildCancelled as error:
             status, message = CANCELLED, str(error)
-        except (ExportError, BundleError, OSError) as error:
+        except (ModelError, OSError) as error:
             status, message = REFUSED, str(error)
             if isinstance(error, BuildError) and options.verbose:
                 log = error.log
-        progression.tell({"event": "failed", "error": message})
+        reporter.report({"event": "failed", "error": message})
     print(f"export.trt: {message}", *log, sep="\n", file=sys.stderr)
     return status
 
 
-def _run(options: argparse.Namespace, progression: Progression) -> int:
+def _run(options: argparse.Namespace, reporter: ProgressReporter) -> int:
     bundle = Bundle.open(options.bundle)
     trt = load_trt(options.backend)
     build = BuildOptions(
@@ -174,67 +214,71 @@ def _run(options: argparse.Namespace, progression: Progression) -> int:
         targets=tuple(options.target),
     )
     device = find_device(trt, build)
-    job = Job(trt, bundle, options.engines or bundle.path / FOLDER, build, options.buckets)
+    task = BuildTask(trt, bundle, options.engines or bundle.path / FOLDER, build, options.buckets)
     origins = [
-        origin_of(bundle, name, GRAPHS[name][0], flavour=trt.flavour, version=trt.version, device=device)
+        engine_origin(bundle, name, GRAPHS[name][0], flavour=trt.flavour, version=trt.version, device=device)
         for name in precisions(bundle, options.precision or (), every=options.all)
     ]
     if options.check:
-        outcomes = [job.check(origin) for origin in origins]
+        outcomes = [task.check(origin) for origin in origins]
     else:
-        runs = not (options.target or options.compile_only)
-        if runs:
-            bundle.file(CALIBRATION)  # before hours of building
-        outcomes = _build(job, origins, options, progression)
-        if runs and not all(outcome.record["executed"] for outcome in outcomes):
-            reference = reference_of(bundle)
-            outcomes = [job.try_out(outcome, reference) for outcome in outcomes]
-        outcomes = job.weigh(outcomes, keep=options.keep_int8)
+        outcomes = _build_and_try(task, origins, options, reporter)
     for outcome in outcomes:
         done = {"state": outcome.state, "seconds": outcome.record.get("seconds")}
-        progression.tell({"event": "done", "precision": outcome.origin.precision, **done})
-    _print(Console(stderr=True), job, outcomes, options.command)
+        reporter.report({"event": "done", "precision": outcome.origin.precision, **done})
+    _print(Console(stderr=True), task, outcomes, options.command)
     return STALE if options.check and any(outcome.state != "fresh" for outcome in outcomes) else 0
 
 
+def _build_and_try(
+    task: BuildTask, origins: Sequence[EngineOrigin], options: argparse.Namespace, reporter: ProgressReporter
+) -> list[BuildOutcome]:
+    """Build the engines and, if they are for this machine, try each out."""
+    tried = not (options.target or options.compile_only)
+    if tried:
+        # A bundle without calibration rows is refused now, before hours of building.
+        task.bundle.file(CALIBRATION)
+    outcomes = _build(task, origins, options, reporter)
+    if tried and not all(outcome.record["executed"] for outcome in outcomes):
+        reference = trial_reference(task.bundle)
+        outcomes = [task.try_out(outcome, reference) for outcome in outcomes]
+    return task.drop_slow_int8(outcomes, keep=options.keep_int8)
+
+
 def _build(
-    job: Job, origins: Sequence[Origin], options: argparse.Namespace, progression: Progression
-) -> list[Outcome]:
+    task: BuildTask, origins: Sequence[EngineOrigin], options: argparse.Namespace, reporter: ProgressReporter
+) -> list[BuildOutcome]:
     outcomes = []
     for number, origin in enumerate(origins, 1):
-        progression.tell(
+        reporter.report(
             {"event": "start", "precision": origin.precision, "number": number, "of": len(origins)}
         )
-        monitor = progression.monitor(origin.precision)
+        monitor = reporter.monitor(origin.precision)
         with interruptible(monitor):
             outcomes.append(
-                job.make(origin, force=options.force, keep=not options.compile_only, monitor=monitor)
+                task.build(origin, force=options.force, keep=not options.compile_only, monitor=monitor)
             )
     return outcomes
 
 
-def _print(console: Console, job: Job, outcomes: Sequence[Outcome], command: str) -> None:
-    manifest = job.bundle.manifest
-    table = Table(title=f"{manifest.name} {manifest.version}, {job.trt.flavour} {job.trt.version}")
+def _print(console: Console, task: BuildTask, outcomes: Sequence[BuildOutcome], command: str) -> None:
+    manifest = task.bundle.manifest
+    table = Table(title=f"{manifest.name} {manifest.version}, {task.trt.flavour} {task.trt.version}")
     for heading in ("", "state", "MB", "s", "kernels", "MHA", "INT8", "rel. L2", "ms by batch size"):
         table.add_column(heading)
     for outcome in outcomes:
-        state = outcome.state if outcome.state in SHORT else "dropped" if _dropped(outcome) else "no"
+        state = outcome.state if outcome.state in SHORT else "dropped" if outcome.dropped else "no"
         table.add_row(outcome.origin.precision, state, *_cells(outcome.record))
     console.print(table)
     for outcome in outcomes:
         if outcome.state not in SHORT:
-            remedy = "" if _dropped(outcome) else f"; build it with {command}"
+            remedy = "" if outcome.dropped else f"; build it with {command}"
             hint = f"{outcome.origin.precision}: {outcome.state}{remedy}"
             console.print(hint, soft_wrap=True, highlight=False)
 
 
-def _dropped(outcome: Outcome) -> bool:
-    return outcome.state.startswith("dropped")
-
-
 def _cells(record: Mapping[str, Any]) -> list[str]:
-    """What is known of an engine, as the table shows it: fused attention kernels under MHA, folded products under INT8."""
+    """Return an engine's row of the table: fused attention kernels under MHA, folded products under INT8."""
     if not record:
         return []
     fusion = record["fusion"]
@@ -269,10 +313,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--progress", choices=("bars", "json"), default="bars", help="json: an event a line on stdout")
     add("--verbose", action="store_true", help="print TensorRT's log after an error")
     options = parser.parse_args(arguments)
-    passing = ("--check", "--force", "--compile-only", "--verbose")
-    options.command = shlex.join(
-        ["python", "-m", "export.trt", *(word for word in arguments if word not in passing)]
-    )
+    once = ("--check", "--force", "--compile-only", "--verbose")
+    kept = [argument for argument in arguments if argument not in once]
+    options.command = shlex.join(["python", "-m", "export.trt", *kept])
     return options
 
 

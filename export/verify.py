@@ -1,18 +1,27 @@
-"""How far two outputs are apart, per band of noise levels, and whether that is near enough to ship."""
+"""Verification of graphs: run one in ONNX Runtime, measure its error by band of noise, refuse a large error.
+
+This module needs no torch, so that a TensorRT engine can be verified on a machine without it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
 from ditserve.export.errors import ExportError
 
 BANDS = 10
-CALIBRATION = "calibration.safetensors"  # the rows that a bundle is judged and calibrated on
+# The file of the rows that a bundle is verified and calibrated on.
+CALIBRATION = "calibration.safetensors"
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Floats = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,81 +37,103 @@ class Band:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What a band may show at most (relative L2) and at least (cosine)."""
+class ParityLimits:
+    """The largest relative L2 and the smallest cosine that a band may have."""
 
     relative_l2: float
     cosine: float
 
 
-# what was changed → what that may cost, in any band
-LIMITS: dict[str, Limits] = {
-    "fp32": Limits(relative_l2=1e-4, cosine=0.999999),
-    "fp16": Limits(relative_l2=1e-2, cosine=0.9999),
-    "bf16": Limits(relative_l2=4e-2, cosine=0.999),
-    "int8": Limits(relative_l2=6e-2, cosine=0.998),
+# Precision of the candidate → the limits of every band against fp32.
+LIMITS: dict[str, ParityLimits] = {
+    "fp32": ParityLimits(relative_l2=1e-4, cosine=0.999999),
+    "fp16": ParityLimits(relative_l2=1e-2, cosine=0.9999),
+    "bf16": ParityLimits(relative_l2=4e-2, cosine=0.999),
+    "int8": ParityLimits(relative_l2=6e-2, cosine=0.998),
 }
 
 
-def compare(
-    reference: npt.NDArray[np.floating[Any]],
-    candidate: npt.NDArray[np.floating[Any]],
-    timesteps: npt.NDArray[np.floating[Any]],
-    total: int,
-) -> tuple[Band, ...]:
-    """Errors of `candidate` against `reference`, both (N, …), in `BANDS` equal bands of 0..total-1; empty bands are left out."""
-    a = reference.reshape(len(reference), -1).astype(np.float64)
-    b = candidate.reshape(len(candidate), -1).astype(np.float64)
-    place = np.minimum(timesteps.astype(np.int64) * BANDS // total, BANDS - 1)
+def open_session(
+    path: Path, *, threads: int = 1, options: Mapping[str, str] | None = None
+) -> ort.InferenceSession:
+    """Open a CPU session of the graph in `path`; `options` are session configuration entries."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+    settings.log_severity_level = 3
+    for key, value in (options or {}).items():
+        settings.add_session_config_entry(key, value)
+    return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+
+
+def run(session: ort.InferenceSession, inputs: Arrays, *, batch: int = 16) -> dict[str, npt.NDArray[Any]]:
+    """Return all outputs by name for inputs (N, …) by name, computed `batch` rows at a time."""
+    names = [output.name for output in session.get_outputs()]
+    parts = []
+    for start in range(0, len(next(iter(inputs.values()))), batch):
+        rows = {name: np.ascontiguousarray(value[start : start + batch]) for name, value in inputs.items()}
+        parts.append(session.run(names, rows))
+    return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(names)}
+
+
+def compare(reference: Floats, candidate: Floats, timesteps: Floats, total: int) -> tuple[Band, ...]:
+    """Return the errors of `candidate` against `reference`, both (N, …), by band of their timesteps (N,).
+
+    The timesteps 0..`total`-1 are cut into `BANDS` equal bands; a band without rows is left out.
+    With `total` = 1000, a row at timestep 550 counts in the band 500..599.
+    """
+    expected_rows = reference.reshape(len(reference), -1).astype(np.float64)
+    actual_rows = candidate.reshape(len(candidate), -1).astype(np.float64)
+    band_of_row = np.minimum(timesteps.astype(np.int64) * BANDS // total, BANDS - 1)
     bands = []
     for k in range(BANDS):
-        rows = place == k
+        rows = band_of_row == k
         if not rows.any():
             continue
-        p, q = a[rows].ravel(), b[rows].ravel()
-        size = max(float(np.linalg.norm(p)), 1e-30)
+        expected, actual = expected_rows[rows].ravel(), actual_rows[rows].ravel()
+        norm = max(float(np.linalg.norm(expected)), 1e-30)
         bands.append(
             Band(
                 low=-(-k * total // BANDS),
                 high=-(-(k + 1) * total // BANDS) - 1,
                 rows=int(rows.sum()),
-                relative_l2=float(np.linalg.norm(p - q)) / size,
-                max_abs=float(np.abs(p - q).max()),
-                cosine=float(p @ q) / max(size * float(np.linalg.norm(q)), 1e-30),
+                relative_l2=float(np.linalg.norm(expected - actual)) / norm,
+                max_abs=float(np.abs(expected - actual).max()),
+                cosine=float(expected @ actual) / max(norm * float(np.linalg.norm(actual)), 1e-30),
             )
         )
     return tuple(bands)
 
 
-def check(what: str, bands: Sequence[Band], limits: Limits) -> None:
+def check(subject: str, bands: Sequence[Band], limits: ParityLimits) -> None:
     """Raise if any band is worse than `limits`.
 
     Raises:
-        ExportError: one sentence naming `what`, the band and the number.
+        ExportError: one sentence that names `subject`, the band and the number.
     """
     for band in bands:
-        place = f"at timesteps {band.low}..{band.high}"
+        where = f"at timesteps {band.low}..{band.high}"
         if not np.isfinite([band.relative_l2, band.max_abs, band.cosine]).all():
-            raise ExportError(f"{what} gives numbers that are not finite {place}")
+            raise ExportError(f"{subject} gives numbers that are not finite {where}")
         if band.relative_l2 > limits.relative_l2:
             raise ExportError(
-                f"{what} is off by {band.relative_l2:.2e} (relative L2) {place}; {limits.relative_l2:.0e} is allowed"
+                f"{subject} is off by {band.relative_l2:.2e} (relative L2) {where}; "
+                f"{limits.relative_l2:.0e} is allowed"
             )
         if band.cosine < limits.cosine:
-            raise ExportError(f"{what} has cosine {band.cosine:.6f} {place}; {limits.cosine} is needed")
+            raise ExportError(f"{subject} has cosine {band.cosine:.6f} {where}; {limits.cosine} is needed")
 
 
 def worst(bands: Sequence[Band]) -> Band:
-    """The band with the largest relative error."""
+    """Return the band with the largest relative error."""
     return max(bands, key=lambda band: band.relative_l2)
 
 
 def report(bands: Sequence[Band]) -> list[dict[str, float]]:
-    """The bands as plain data, four significant digits."""
+    """Return the bands as plain data, with four significant digits."""
     return [
         {
             key: float(f"{value:.4g}") if isinstance(value, float) and key != "cosine" else value
-            for key, value in asdict(b).items()
+            for key, value in asdict(band).items()
         }
-        for b in bands
+        for band in bands
     ]

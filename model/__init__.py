@@ -1,1 +1,1 @@
-"""What a Diffusion Transformer is and how it learns; knows nothing of serving."""
+"""Diffusion Transformers: networks, data, training, sampling, evaluation. Nothing here knows of serving."""

@@ -1,10 +1,11 @@
-"""`python -m model.attention MODEL`: where a network looks, painted over the picture it makes.
+"""Show where a network attends, painted over the picture it makes: `python -m model.attention MODEL`.
 
     python -m model.attention model/zoo/emoji -c label=rocket --seed 3 -o rocket-attention.png
 
-A column per chosen block with attention: above, how much every patch is attended to by all others; below, by the patch marked
-with a frame. The forward pass never forms these weights; they are computed beside it from each block's input. In a U-Net
-a patch is a position of the level that attends.
+The sheet has the picture, then a column for each of three blocks: the first, the middle and the last that
+attend. The upper row shows how much all patches together attend to each patch, the lower row how much one
+patch, marked with a frame, does. The forward pass never forms these weights; they are computed beside it from
+the input of each block. In a U-Net, a patch is a position of the level that attends.
 """
 
 from __future__ import annotations
@@ -24,49 +25,51 @@ from torch import Tensor
 
 from ditserve.model.nets.factory import Network
 from ditserve.model.nets.layers import Attention
-from ditserve.model.nets.text import TextError
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
-from ditserve.model.sampling.prompt import SampleError, embeddings, parse_condition
+from ditserve.model.sampling.prompt import SampleError, embed_terms, parse_condition
 from ditserve.model.sampling.sheet import picture_grid, to_pixels
-from ditserve.model.spec.bundle import BundleError
-from ditserve.model.spec.command_line import positive
+from ditserve.model.spec.command_line import guarded, positive
 from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
-from ditserve.model.train.loaded_model import LoadedModel, LoadError
+from ditserve.model.train.loaded_model import LoadedModel
 
 Picture = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMap:
-    """Attention probabilities of one block, (N, heads, T, T) fp32, between the T = rows · columns places of its grid."""
+    """The attention probabilities of one block, (N, heads, T, T) fp32, where T = rows · columns patches."""
 
     weights: Tensor
     rows: int
     columns: int
 
     def heat(self) -> npt.NDArray[np.float32]:
-        """The first row's, mean over heads, (rows, columns, rows, columns): from the place that looks to the one seen."""
+        """Return the mean over the heads of the first sample, (rows, columns, rows, columns).
+
+        The first two axes are the patch that attends, the last two the patch that is attended to.
+        """
         mean = self.weights[0].mean(0)
         return mean.reshape(self.rows, self.columns, self.rows, self.columns).numpy()
 
 
 @torch.no_grad()
 def attention_maps(model: Network, x: Tensor, state: Sequence[Tensor]) -> list[AttentionMap]:
-    """The attention of every block that has some, shallow to deep, on x (N, C, H, W) and its condition state.
+    """Return the attention of every block that has some, shallow to deep, on x (N, C, H, W) and its state.
 
-    Where condition tokens are in the context they are left out, and what a place gives to the others sums to less than 1.
+    In-context condition tokens are left out, so the probabilities of a patch then sum to less than 1.
     """
     maps: list[AttentionMap] = []
     front = 2 if "in_context" in getattr(model.config, "plan", ()) else 0
 
-    def look(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+    def record(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         weights = cast(Attention, module).weights(*arguments)[:, :, front:, front:]
         rows = round((weights.shape[-1] * x.shape[2] / x.shape[3]) ** 0.5)
         maps.append(AttentionMap(weights, rows, weights.shape[-1] // rows))
 
-    hooks = [each.register_forward_pre_hook(look) for each in model.modules() if isinstance(each, Attention)]
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         model.backbone(x, state)
     finally:
@@ -78,15 +81,14 @@ def attention_maps(model: Network, x: Tensor, state: Sequence[Tensor]) -> list[A
 def overlay(
     picture: Picture, heat: npt.NDArray[np.float32], zoom: int, frame: tuple[int, int] | None = None
 ) -> Picture:
-    """`picture` (H, W, 3) enlarged, dimmed where `heat` (rows, columns) is low and reddened where it is high.
+    """Return `picture` (H, W, 3) enlarged `zoom` times, dim where `heat` is low and red where it is high.
 
-    `heat` is scaled by its largest value. `frame` marks a patch by its (row, column).
+    `heat` (rows, columns) is divided by its largest value. `frame` is the (row, column) of a patch to frame.
     """
     large = picture.repeat(zoom, 0).repeat(zoom, 1).astype(np.float32)
     scaled = Image.fromarray((heat / max(float(heat.max()), 1e-12)).astype(np.float32))
-    warmth = np.asarray(scaled.resize((large.shape[1], large.shape[0]), Image.Resampling.BICUBIC)).clip(0, 1)[
-        ..., None
-    ]
+    resized = scaled.resize((large.shape[1], large.shape[0]), Image.Resampling.BICUBIC)
+    warmth = np.asarray(resized).clip(0, 1)[..., None]
     red = np.array([255.0, 40.0, 0.0], np.float32)
     out = (0.65 * (0.25 + 0.75 * warmth) * large + 0.35 * warmth * red).clip(0, 255).astype(np.uint8)
     if frame is not None:
@@ -98,23 +100,27 @@ def overlay(
     return out
 
 
-def picture_of(opened: LoadedModel, embedding: Tensor, seed: int) -> Tensor:
-    """The sample (1, C, H, W) of a condition embedding (1, D) and a seed, with the model's own defaults."""
-    defaults, diffusion = opened.manifest.defaults, opened.manifest.diffusion
+def draw_sample(loaded: LoadedModel, embedding: Tensor, seed: int) -> Tensor:
+    """Return the sample (1, C, H, W) of an embedding (1, D) and a seed, with the model's defaults."""
+    defaults, diffusion = loaded.manifest.defaults, loaded.manifest.diffusion
     steps = grid(defaults.grid, defaults.steps, diffusion.timesteps)
-    table = step_table(defaults.solver, steps, opened.schedule)
+    table = step_table(defaults.solver, steps, loaded.schedule)
     guidance = Guidance(defaults.guidance_scale, defaults.guidance_interval, diffusion.guidance_channels)
-    denoiser = Denoiser(opened.network, opened.schedule, Conditions((embedding,)), guidance)
+    denoiser = Denoiser(loaded.network, loaded.schedule, Conditions((embedding,)), guidance)
     *_, x0 = denoise(denoiser, table, [seed], clip_x0=diffusion.clip_x0)
     return x0
 
 
-def run(options: argparse.Namespace) -> Image.Image:
-    """Do what the command line says; see `main` for what can go wrong."""
-    opened = load_model(options.model, data=options.data)
-    model = opened.network
+def paint(options: argparse.Namespace) -> Image.Image:
+    """Return the sheet that the command line asks for.
+
+    Raises:
+        ModelError: the model cannot be loaded or works on latents, or an option is not possible for it.
+    """
+    loaded = load_model(options.model, data=options.data)
+    model = loaded.network
     height, width = model.config.image_size
-    if opened.manifest.decoder != "identity":
+    if loaded.manifest.decoder != "identity":
         raise SampleError("attention is painted over pixels: this model works on latents")
     y, x = options.query or (height // 2, width // 2)
     if not (0 <= y < height and 0 <= x < width):
@@ -123,70 +129,69 @@ def run(options: argparse.Namespace) -> Image.Image:
         )
     if not 0 <= options.at <= 1:
         raise SampleError(f"--at is a fraction of the noise range in 0..1, not {options.at}")
-    term = parse_condition(options.condition, opened.manifest.factors)
-    embedding = embeddings(model, [term], options.encoder)[0][None]
-    x0 = picture_of(opened, embedding, options.seed)
-    maps = _maps_at(opened, x0, embedding, options)
+    term = parse_condition(options.condition, loaded.manifest.factors)
+    embedding = embed_terms(model, [term], options.encoder)[0][None]
+    x0 = draw_sample(loaded, embedding, options.seed)
+    maps = _maps_of_noised(loaded, x0, embedding, options)
     chosen = [maps[k] for k in sorted({0, len(maps) // 2, len(maps) - 1})]
     picture = to_pixels(x0)[0]
-    above = [overlay(picture, each.heat().mean((0, 1)), options.zoom) for each in chosen]
-    places = [(y * each.rows // height, x * each.columns // width) for each in chosen]
-    below = [
-        overlay(picture, each.heat()[place], options.zoom, place)
-        for each, place in zip(chosen, places, strict=True)
-    ]
+    above, below = [], []
+    for attention in chosen:
+        heat = attention.heat()
+        patch = y * attention.rows // height, x * attention.columns // width
+        above.append(overlay(picture, heat.mean((0, 1)), options.zoom))
+        below.append(overlay(picture, heat[patch], options.zoom, patch))
     plain = picture.repeat(options.zoom, 0).repeat(options.zoom, 1)
     return picture_grid(np.stack([plain, *above, plain, *below]), 1 + len(chosen))
 
 
 @torch.no_grad()
-def _maps_at(
-    opened: LoadedModel, x0: Tensor, embedding: Tensor, options: argparse.Namespace
+def _maps_of_noised(
+    loaded: LoadedModel, x0: Tensor, embedding: Tensor, options: argparse.Namespace
 ) -> list[AttentionMap]:
-    """Of the picture (1, C, H, W) noised as far as `--at` says."""
-    t = round(options.at * (opened.manifest.diffusion.timesteps - 1))
-    drawn = torch.randn(x0.shape, generator=torch.Generator().manual_seed(options.seed))
-    noisy = opened.schedule.alpha(t) * x0 + opened.schedule.sigma(t) * drawn
-    state = opened.network.modulate(torch.tensor([float(t)]), embedding)
-    return attention_maps(opened.network, noisy, state)
+    """Return the attention maps of the picture `x0` (1, C, H, W), noised as far as `--at` says."""
+    t = round(options.at * (loaded.manifest.diffusion.timesteps - 1))
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(options.seed))
+    noisy = loaded.schedule.alpha(t) * x0 + loaded.schedule.sigma(t) * noise
+    state = loaded.network.modulate(torch.tensor([float(t)]), embedding)
+    return attention_maps(loaded.network, noisy, state)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the sheet to `--out` and say so."""
+    picture = paint(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(options.out)
+    print(f"wrote {options.out} ({picture.width}×{picture.height}): the picture, then blocks shallow to deep")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Command line; whatever is wrong is said in one sentence, with status 2."""
+    """Run the command line and return its exit status; an error is one sentence on stderr and status 2."""
+    options = _parser().parse_args(arguments)
+    return guarded("model.attention", lambda: run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m model.attention", description="Paint where a network looks over the picture it makes."
     )
-    parser.add_argument("model", type=Path, help="a bundle, or a training run")
-    parser.add_argument(
-        "-o", "--out", type=Path, default=Path("attention.png"), help="the picture to write (attention.png)"
-    )
-    parser.add_argument(
-        "-c", "--condition", default="", metavar="FACTOR=CLASS,…", help="such as label=cat,style=noto"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the picture (0)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", type=Path, help="a bundle, or a training run")
+    add("-o", "--out", type=Path, default=Path("attention.png"), help="the picture to write (attention.png)")
+    add("-c", "--condition", default="", metavar="FACTOR=CLASS,…", help="such as label=cat,style=noto")
+    add("--seed", type=int, default=0, help="of the picture (0)")
+    add(
         "--query",
         type=int,
         nargs=2,
         metavar=("ROW", "COLUMN"),
         help="a pixel whose patch looks; the middle one unless given",
     )
-    parser.add_argument(
-        "--at", type=float, default=0.4, help="how noisy the picture shown to the network is, 0..1 (0.4)"
-    )
-    parser.add_argument("--zoom", type=positive, default=4, help="pixels of the output per pixel (4)")
-    parser.add_argument("--encoder", default="minilm", help="of text: a name or module:Class (minilm)")
-    parser.add_argument("--data", type=Path, help="the training pictures of a run, if they moved")
-    options = parser.parse_args(arguments)
-    try:
-        picture = run(options)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(options.out)
-    except (SampleError, LoadError, BundleError, TextError, ValueError, OSError) as error:
-        print(f"model.attention: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.out} ({picture.width}×{picture.height}): the picture, then blocks shallow to deep")
-    return 0
+    add("--at", type=float, default=0.4, help="how noisy the picture shown to the network is, 0..1 (0.4)")
+    add("--zoom", type=positive, default=4, help="pixels of the output per pixel (4)")
+    add("--encoder", default="minilm", help="of text: a name or module:Class (minilm)")
+    add("--data", type=Path, help="the training pictures of a run, if they moved")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,58 +1,57 @@
-"""`python -m model.convert`: bring published or diffusers weights in as a bundle, and take a bundle's weights out.
+"""Import published or diffusers weights as a bundle, or export a bundle's weights: `python -m model.convert`.
 
     python -m model.convert import DiT-XL-2-256x256.pt models/dit-xl-2-256 --licence CC-BY-NC-4.0
-    python -m model.convert import facebook-dit/ models/dit-xl-2-256 --licence CC-BY-NC-4.0 --function published
+    python -m model.convert import facebook-dit/ models/dit-xl-2-256 --licence CC-BY-NC-4.0
     python -m model.convert export models/dit-xl-2-256 dit.pt --to official
 
-An imported bundle has weights and a manifest; `python -m export.onnx` gives it graphs. Files of others are read without
-unpickling code.
+An imported bundle has weights and a manifest; `python -m export.onnx` adds the graphs. Code that is pickled
+in a file of weights is never run.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from ditserve.model.spec.bundle import (
-    MANIFEST,
-    WEIGHTS,
-    Bundle,
-    BundleError,
-)
-from ditserve.model.weights.files import (
-    Import,
-    read_weights,
-    take_out,
-    write_bundle,
-)
+from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle
+from ditserve.model.spec.command_line import guarded
+from ditserve.model.weights.files import ImportOptions, export_weights, read_weights, write_bundle
 from ditserve.model.weights.official import WeightsError
 
 
-def main(arguments: list[str]) -> int:
-    """Command line: `import SOURCE BUNDLE --licence L` and `export BUNDLE TARGET --to official|diffusers`."""
-    options = _parser().parse_args(arguments)
-    try:
-        if options.command == "export":
-            take_out(Bundle.open(options.bundle), options.target, options.to)
-            print(f"wrote {options.target}")
-            return 0
-        size = tuple(options.size) if options.size else None
-        wanted = Import(options.heads, cast("tuple[int, int] | None", size), options.function)
-        if not options.source.exists():
-            raise WeightsError(
-                f"{options.source} does not exist: pass a .pt or .safetensors file, or a diffusers folder"
-            )
-        weights, config = read_weights(options.source, wanted)
-        classes = options.classes.read_text().split("\n")[: config.classes[0]] if options.classes else ()
-        write_bundle(options.bundle, weights, config, licence=options.licence, classes=classes)
-    except (WeightsError, BundleError, OSError) as error:
-        print(f"model.convert: {error}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace) -> None:
+    """Import or export as the command line says.
+
+    Raises:
+        ModelError, OSError: the source cannot be read or does not fit, or the target cannot be written.
+    """
+    if options.command == "export":
+        export_weights(Bundle.open(options.bundle), options.target, options.to)
+        print(f"wrote {options.target}")
+    else:
+        _import(options)
+
+
+def _import(options: argparse.Namespace) -> None:
+    if not options.source.exists():
+        raise WeightsError(
+            f"{options.source} does not exist: pass a .pt or .safetensors file, or a diffusers folder"
+        )
+    size = cast("tuple[int, int] | None", tuple(options.size) if options.size else None)
+    weights, config = read_weights(options.source, ImportOptions(options.heads, size, options.function))
+    classes = options.classes.read_text().split("\n")[: config.classes[0]] if options.classes else ()
+    write_bundle(options.bundle, weights, config, licence=options.licence, classes=classes)
     parameters = sum(tensor.numel() for tensor in weights.values())
     print(f"wrote {options.bundle / MANIFEST} and {WEIGHTS}: {parameters / 1e6:.2f} M parameters")
-    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit status; an error is one sentence on stderr and status 2."""
+    options = _parser().parse_args(arguments)
+    return guarded("model.convert", lambda: run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

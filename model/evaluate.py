@@ -1,14 +1,19 @@
-"""`python -m model.evaluate MODEL --data FILE`: what a model's pictures are worth, measured.
+"""Measure what a model's pictures are worth: `python -m model.evaluate MODEL --data FILE`.
 
-python -m model.evaluate model/zoo/emoji --data data/emoji64.npz --steps 20
-python -m model.evaluate runs/mine --data photos --features inception --weights inception-2015-12-05.pt --limit 5000
+    python -m model.evaluate model/zoo/emoji --data data/emoji64.npz --steps 20
+    python -m model.evaluate runs/mine --data photos --features inception --weights inception-2015-12-05.pt
 
-It makes pictures for labels of the training set and for all combinations of labels that were kept from training, and writes
-evaluation.json, evaluation.md, closest.png (pictures above their nearest training picture) and held-out.png (pictures above the
-real ones the model has never seen) to the model's folder or to `--out`. Several models are each evaluated into a folder of `--out`, and
-comparison.md there sets them side by side, with what they cost:
+The command draws pictures for labels of the training set, and for all combinations of labels that were kept
+from training. It writes to the folder of the model, or to `--out`:
 
-python -m model.evaluate model/zoo/emoji runs/student runs/pruned --data data/emoji64.npz --out comparison
+    evaluation.json, evaluation.md    the figures
+    closest.png                       pictures above the training picture nearest to each
+    held-out.png                      pictures of unseen combinations above the real ones
+
+Several models are each evaluated into a folder of `--out`, and comparison.md there sets them and their cost
+side by side:
+
+    python -m model.evaluate model/zoo/emoji runs/student runs/pruned --data data/emoji64.npz --out comparison
 """
 
 from __future__ import annotations
@@ -26,81 +31,93 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ditserve.model.data.examples import DataError
-from ditserve.model.evaluation.classifier import CLASSIFIER, Classifier, ClassifierError, open_classifier
-from ditserve.model.evaluation.comparison import Entry, compare
+from ditserve.model.evaluation.classifier_network import CLASSIFIER, Classifier, open_classifier
+from ditserve.model.evaluation.comparison import EvaluatedModel, comparison_table
 from ditserve.model.evaluation.features import (
-    FeatureError,
     FeatureNetwork,
     classifier_features,
     inception_features,
 )
-from ditserve.model.evaluation.measures import OF_FEATURES, Closeness, markdown, measure, notes
+from ditserve.model.evaluation.measures import (
+    FEATURE_FIGURES,
+    NearestTraining,
+    markdown_table,
+    measure,
+    notes,
+)
 from ditserve.model.evaluation.picture_sets import (
     GENERATED,
     REAL_UNSEEN,
     TRAINING,
     UNSEEN,
-    Plan,
-    Set,
-    collect,
+    EvaluationPlan,
+    PictureSet,
+    collect_sets,
     open_data,
 )
-from ditserve.model.nets.autoencoder import AutoencoderError, open_autoencoder
+from ditserve.model.nets.autoencoder import open_autoencoder
 from ditserve.model.sampling.sheet import picture_grid, to_pixels
-from ditserve.model.spec.bundle import MANIFEST, BundleError, write_atomic, write_manifest
+from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
+from ditserve.model.spec.command_line import guarded
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.load import load_model
-from ditserve.model.train.loaded_model import LoadedModel, LoadError
+from ditserve.model.train.loaded_model import LoadedModel
 
-SHEET = 16  # columns of the written pictures
+COLUMNS = 16  # pictures side by side in closest.png and held-out.png
 
 
 class EvaluationError(ModelError):
     """An evaluation that cannot be made; the message is one sentence."""
 
 
-def draw(sets: Mapping[str, Set], near: Mapping[str, Closeness], folder: Path) -> None:
-    """closest.png: pictures above the training picture nearest in pixels, nearest first; held-out.png: above the real ones."""
-    generated, found = sets[GENERATED], near[GENERATED].pixels
-    order = found.distances[:, 0].argsort()[: 4 * SHEET]
-    nearest = sets[TRAINING].images[found.indices[order, 0]]
-    paired(generated.images[order], nearest).save(folder / "closest.png")
+def write_pictures(sets: Mapping[str, PictureSet], near: Mapping[str, NearestTraining], folder: Path) -> None:
+    """Write closest.png, pictures above their nearest training picture, nearest first, and held-out.png.
+
+    The latter shows pictures of unseen labels above the first real one of the same labels; it is left out
+    where the training set holds all labels.
+    """
+    generated, nearest = sets[GENERATED], near[GENERATED].pixels
+    order = nearest.distances[:, 0].argsort()[: 4 * COLUMNS]
+    training = sets[TRAINING].images[nearest.indices[order, 0]]
+    paired(generated.images[order], training).save(folder / "closest.png")
     if UNSEEN in sets:
-        shown, drawn = sets[UNSEEN], sets[REAL_UNSEEN]
-        rows = [
-            (k, same)
-            for k, row in enumerate(shown.labels)
-            for same in (drawn.labels == row).all(1).nonzero()[:1]
+        unseen, real = sets[UNSEEN], sets[REAL_UNSEEN]
+        pairs = [
+            (k, match)
+            for k, labels in enumerate(unseen.labels)
+            for match in (real.labels == labels).all(1).nonzero()[:1]
         ]
-        above, below = (torch.tensor(side) for side in zip(*rows, strict=True))
-        paired(shown.images[above], drawn.images[below]).save(folder / "held-out.png")
+        above, below = (torch.tensor(side) for side in zip(*pairs, strict=True))
+        paired(unseen.images[above], real.images[below]).save(folder / "held-out.png")
 
 
 def paired(above: Tensor, below: Tensor) -> Image.Image:
-    """Two rows of pictures (N, 3, H, W), each above its counterpart, wrapped into a sheet."""
-    blank = torch.ones(-len(above) % SHEET, *above.shape[1:])
-    rows = [torch.cat([side, blank]).split(SHEET) for side in (above, below)]
+    """Return a sheet of pictures (N, 3, H, W) in pairs of rows: `above[k]` stands over `below[k]`."""
+    blank = torch.ones(-len(above) % COLUMNS, *above.shape[1:])
+    rows = [torch.cat([side, blank]).split(COLUMNS) for side in (above, below)]
     sheet = [row for pair in zip(*rows, strict=True) for row in pair]
-    return picture_grid(to_pixels(torch.cat(sheet)), SHEET)
+    return picture_grid(to_pixels(torch.cat(sheet)), COLUMNS)
 
 
-def open_judges(options: argparse.Namespace, opened: LoadedModel) -> tuple[FeatureNetwork, Classifier | None]:
-    """The feature network, and the classifier that tells what pictures show: none beside Inception unless asked for.
+def open_judges(options: argparse.Namespace, loaded: LoadedModel) -> tuple[FeatureNetwork, Classifier | None]:
+    """Return the feature network, and the classifier that says what a picture shows.
+
+    Beside Inception there is a classifier only if `--classifier` names one.
 
     Raises:
         EvaluationError: a classifier that knows none of the model's classes, or no file for Inception.
-        ClassifierError, FeatureError: one that cannot be opened.
+        ClassifierError, FeatureError: one of the two cannot be opened.
     """
     classifier = None
     if options.features == "classifier" or options.classifier:
         folder = options.classifier or CLASSIFIER
         classifier = open_classifier(folder)
         known = {(factor.name, name) for factor in classifier.card.factors for name in factor.classes}
-        mine = {(factor.name, name) for factor in opened.manifest.factors for name in factor.classes}
-        if not known & mine:
+        wanted = {(factor.name, name) for factor in loaded.manifest.factors for name in factor.classes}
+        if not known & wanted:
             raise EvaluationError(
-                f"the classifier in {folder} knows none of the model's classes: train one with python -m model.evaluation.classifier"
+                f"the classifier in {folder} knows none of the model's classes: "
+                "train one with python -m model.evaluation.classifier"
             )
     if options.features == "inception":
         if options.weights is None:
@@ -110,123 +127,120 @@ def open_judges(options: argparse.Namespace, opened: LoadedModel) -> tuple[Featu
     return classifier_features(classifier), classifier
 
 
-def choose(opened: LoadedModel, options: argparse.Namespace) -> Plan:
-    """What the command line says, else the bundle's defaults.
+def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPlan:
+    """Return the plan of the command line; what it leaves out is the default of the model.
 
     Raises:
         EvaluationError: a count below 1.
     """
-    wanted = opened.manifest.defaults
+    defaults = loaded.manifest.defaults
     if min(options.limit, options.per_pair, options.reference) < 1:
         raise EvaluationError("--limit, --per-pair and --reference must be at least 1")
-    return Plan(
+    return EvaluationPlan(
         limit=options.limit,
         per_pair=options.per_pair,
         reference=options.reference,
-        steps=options.steps or wanted.steps,
-        solver=options.solver or wanted.solver,
-        grid=options.grid or wanted.grid,
-        guidance_scale=wanted.guidance_scale if options.scale is None else options.scale,
-        guidance_interval=tuple(options.interval or wanted.guidance_interval),
+        steps=options.steps or defaults.steps,
+        solver=options.solver or defaults.solver,
+        grid=options.grid or defaults.grid,
+        guidance_scale=defaults.guidance_scale if options.scale is None else options.scale,
+        guidance_interval=tuple(options.interval or defaults.guidance_interval),
         seed=options.seed,
     )
 
 
-def run(options: argparse.Namespace) -> str:
-    """Do what the command line says and return the report in Markdown; see `main` for what can go wrong."""
+def evaluate_all(options: argparse.Namespace) -> str:
+    """Evaluate the models of the command line, and return the report of one, or the comparison of several.
+
+    Raises:
+        ModelError, ValueError, OSError: a model, its data or a judge cannot be opened, or an option is not
+            possible.
+    """
     models: list[Path] = options.models
     if len(models) == 1:
         return report(evaluate(models[0], options.out or models[0], options).record)
     names = [model.resolve().name for model in models]
     if options.out is None or len(set(names)) < len(names):
         raise EvaluationError(
-            "several models are compared in --out FOLDER, each in a folder of its own name: give it, and models of different names"
+            "several models are compared in --out FOLDER, each in a folder of its own name: "
+            "give it, and models of different names"
         )
-    text = compare([evaluate(model, options.out / model.resolve().name, options) for model in models])
+    text = comparison_table(
+        [evaluate(model, options.out / model.resolve().name, options) for model in models]
+    )
     write_atomic(options.out / "comparison.md", f"{text}\n".encode())
     return text
 
 
-def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Entry:
-    """Evaluate one model, and write what there is to tell into `folder`."""
+def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> EvaluatedModel:
+    """Evaluate one model, and write the report and the pictures into `folder`."""
     began = time.monotonic()
-    opened = load_model(model, data=options.data)
-    manifest = opened.manifest
+    loaded = load_model(model, data=options.data)
+    manifest = loaded.manifest
     if options.write and not (model / MANIFEST).is_file():
         raise EvaluationError(f"{model} is no bundle: only a bundle has a manifest to write to")
-    network, classifier = open_judges(options, opened)
-    plan = choose(opened, options)
+    network, classifier = open_judges(options, loaded)
+    plan = make_plan(loaded, options)
     decoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
-    sets = collect(opened, decoder, open_data(opened, options.data), network, plan)
-    found = measure(sets, classifier, manifest.factors, plan.seed)
+    sets = collect_sets(loaded, decoder, open_data(loaded, options.data), network, plan)
+    measured = measure(sets, classifier, manifest.factors, plan.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    draw(sets, found.near, folder)
+    write_pictures(sets, measured.nearest, folder)
     record = {
         "model": f"{manifest.name} {manifest.version}",
         "data": options.data.name,
         "features": network.name,
         "sampling": asdict(plan),
-        "pictures": {name: len(each) for name, each in sets.items()},
-        "figures": found.figures,
+        "pictures": {name: len(pictures) for name, pictures in sets.items()},
+        "figures": measured.figures,
         "notes": notes(sets, network),
         "classifier_accuracy": classifier.card.accuracy if classifier else {},
         "seconds": round(time.monotonic() - began),
     }
-    write_atomic(
-        folder / "evaluation.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
-    )
+    encoded = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+    write_atomic(folder / "evaluation.json", encoded)
     write_atomic(folder / "evaluation.md", report(record).encode())
     if options.write:
-        write_manifest(
-            model, manifest.model_copy(update={"metrics": {**manifest.metrics, **metrics(record)}})
-        )
-    return Entry(folder.name, opened, record)
+        merged = {**manifest.metrics, **metrics(record)}
+        write_manifest(model, manifest.model_copy(update={"metrics": merged}))
+    return EvaluatedModel(folder.name, loaded, record)
 
 
 def report(record: Mapping[str, Any]) -> str:
-    """evaluation.md."""
-    how = record["sampling"]
+    """Return the text of evaluation.md."""
+    sampling = record["sampling"]
     counts = ", ".join(f"{count} {name}" for name, count in record["pictures"].items())
-    low, high = how["guidance_interval"]
+    low, high = sampling["guidance_interval"]
     lines = [
         f"# {record['model']}",
-        f"{how['solver']}, {how['steps']} steps ({how['grid']}), guidance {how['guidance_scale']:g} in {low:g}–{high:g}, "
-        f"seed {how['seed']}; {record['data']}. Pictures: {counts}.",
-        markdown(record["figures"]),
+        f"{sampling['solver']}, {sampling['steps']} steps ({sampling['grid']}), "
+        f"guidance {sampling['guidance_scale']:g} in {low:g}–{high:g}, "
+        f"seed {sampling['seed']}; {record['data']}. Pictures: {counts}.",
+        markdown_table(record["figures"]),
         *record["notes"],
     ]
     return "\n\n".join(lines) + "\n"
 
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """The manifest's figures of generated pictures: `held_out_` those of labels kept from training."""
+    """Return the manifest's figures of generated pictures; `held_out_` marks those of unseen labels."""
     prefixes = {GENERATED: "", UNSEEN: "held_out_"}
     return {
-        f"{prefix}{key}_{record['features']}" if key in OF_FEATURES else f"{prefix}{key}": round(value, 5)
+        f"{prefix}{key}_{record['features']}" if key in FEATURE_FIGURES else f"{prefix}{key}": round(value, 5)
         for name, prefix in prefixes.items()
         for key, value in record["figures"].get(name, {}).items()
     }
 
 
+def run(options: argparse.Namespace) -> None:
+    """Evaluate as the command line says, and print the report or the comparison."""
+    print(evaluate_all(options))
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Command line; whatever is wrong is said in one sentence, with status 2."""
+    """Run the command line and return its exit status; an error is one sentence on stderr and status 2."""
     options = _parser().parse_args(arguments)
-    try:
-        print(run(options))
-    except (
-        EvaluationError,
-        LoadError,
-        BundleError,
-        DataError,
-        ClassifierError,
-        FeatureError,
-        AutoencoderError,
-        ValueError,
-        OSError,
-    ) as error:
-        print(f"model.evaluate: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded("model.evaluate", lambda: run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

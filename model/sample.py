@@ -1,4 +1,4 @@
-"""`python -m model.sample MODEL`: sample a bundle or a training run offline, to one picture.
+"""Sample a bundle or a training run offline, to one picture: `python -m model.sample MODEL`.
 
 python -m model.sample model/zoo/emoji -c label=red-apple,style=noto --count 8 -o apples.png
 python -m model.sample runs/emoji -c label=cat -c label=dog --combine layers
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -16,55 +17,58 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from ditserve.model.nets.autoencoder import AutoencoderError, open_autoencoder
-from ditserve.model.nets.text import TextError
+from ditserve.model.nets.autoencoder import open_autoencoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import (
     Combine,
     SampleError,
-    combine,
-    embeddings,
-    label_rows,
+    combine_conditions,
+    embed_terms,
+    label_tensor,
     parse_condition,
 )
-from ditserve.model.sampling.sheet import CHUNK, class_sheet, picture_grid, to_pixels
-from ditserve.model.spec.bundle import BundleError
-from ditserve.model.spec.command_line import positive
+from ditserve.model.sampling.sheet import CHUNK, picture_grid, sheet_labels, to_pixels
+from ditserve.model.spec.command_line import guarded, positive
 from ditserve.model.spec.diffusion import GRIDS, grid
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.train.load import load_model
-from ditserve.model.train.loaded_model import LoadedModel, LoadError
+from ditserve.model.train.loaded_model import LoadedModel
 
 
-def run(options: argparse.Namespace) -> Image.Image:
-    """Do what the command line says; see `main` for what can go wrong."""
-    opened = load_model(options.model, data=options.data)
+def sample(options: argparse.Namespace) -> Image.Image:
+    """Return the picture that the command line asks for: samples of conditions, or a sheet of classes.
+
+    Raises:
+        ModelError, ValueError: the model cannot be loaded, or an option is not possible for it.
+    """
+    loaded = load_model(options.model, data=options.data)
     device = _device(options.device)
-    model = opened.network.to(device)
-    decoder = open_autoencoder(opened.manifest.decoder, options.vae, opened.manifest.latents, device)
-    table, guidance = _plan(opened, options)
+    model = loaded.network.to(device)
+    decoder = open_autoencoder(loaded.manifest.decoder, options.vae, loaded.manifest.latents, device)
+    table, guidance = _sampling(loaded, options)
     size = tuple(options.size) if options.size else model.config.image_size
-    terms = [parse_condition(text, opened.manifest.factors) for text in options.condition]
+    terms = [parse_condition(text, loaded.manifest.factors) for text in options.condition]
     if terms:
-        parts = embeddings(model, terms, options.encoder)
-        rows, columns = options.count, options.columns or min(options.count, 8)
+        parts = embed_terms(model, terms, options.encoder)
+        samples, columns = options.count, options.columns or min(options.count, 8)
     else:
-        sheet, columns = class_sheet(model.config.classes, options.columns or 10)
-        every = model.embed(label_rows(sheet, model.config.classes).to(device))
-        rows = len(sheet)
+        sheet, columns = sheet_labels(model.config.classes, options.columns or 10)
+        sheet_embeddings = model.embed(label_tensor(sheet, model.config.classes).to(device))
+        samples = len(sheet)
     pixels = []
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
-        task = progress.add_task("sampling", total=rows * len(table))
-        for start in range(0, rows, CHUNK):
-            count = min(CHUNK, rows - start)
-            conditions = (
-                combine(parts, [term.weight for term in terms], options.combine, count)
-                if terms
-                else Conditions((every[start : start + count],))
-            )
-            denoiser = Denoiser(model, opened.schedule, conditions, guidance)
+        task = progress.add_task("sampling", total=samples * len(table))
+        for start in range(0, samples, CHUNK):
+            count = min(CHUNK, samples - start)
+            if terms:
+                conditions = combine_conditions(
+                    parts, [term.weight for term in terms], options.combine, count
+                )
+            else:
+                conditions = Conditions((sheet_embeddings[start : start + count],))
+            denoiser = Denoiser(model, loaded.schedule, conditions, guidance)
             seeds = [options.seed + start + k for k in range(count)]
-            estimates = denoise(denoiser, table, seeds, size, clip_x0=opened.manifest.diffusion.clip_x0)
+            estimates = denoise(denoiser, table, seeds, size, clip_x0=loaded.manifest.diffusion.clip_x0)
             for step, x0 in enumerate(estimates, 1):
                 progress.advance(task, count)
                 if step == len(table):
@@ -75,36 +79,41 @@ def run(options: argparse.Namespace) -> Image.Image:
 def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):  # the latter where torch was built without it
+    # torch raises AssertionError where it was built without the kind of device.
+    except (RuntimeError, AssertionError):
         raise SampleError(f"there is no device {name!r} here: leave --device out to use the CPU") from None
 
 
-def _plan(opened: LoadedModel, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
-    wanted = opened.manifest.defaults
-    steps, kind = options.steps or wanted.steps, options.grid or wanted.grid
-    places = grid(kind, steps, opened.manifest.diffusion.timesteps)
-    table = step_table(options.solver or wanted.solver, places, opened.schedule, eta=options.eta)
+def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
+    """Return the steps and the guidance: as the command line says, or else the defaults of the model."""
+    defaults = loaded.manifest.defaults
+    timesteps = grid(
+        options.grid or defaults.grid,
+        options.steps or defaults.steps,
+        loaded.manifest.diffusion.timesteps,
+    )
+    table = step_table(options.solver or defaults.solver, timesteps, loaded.schedule, eta=options.eta)
     guidance = Guidance(
-        scale=wanted.guidance_scale if options.scale is None else options.scale,
-        interval=tuple(options.interval or wanted.guidance_interval),
-        channels=opened.manifest.diffusion.guidance_channels,
+        scale=defaults.guidance_scale if options.scale is None else options.scale,
+        interval=tuple(options.interval or defaults.guidance_interval),
+        channels=loaded.manifest.diffusion.guidance_channels,
         decay=options.decay,
     )
     return table, guidance
 
 
-def main(arguments: list[str]) -> int:
-    """Command line; whatever is wrong is said in one sentence, with status 2."""
-    options = _parser().parse_args(arguments)
-    try:
-        picture = run(options)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(options.out)
-    except (SampleError, LoadError, BundleError, TextError, AutoencoderError, ValueError, OSError) as error:
-        print(f"model.sample: {error}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace) -> None:
+    """Write the picture to `--out` and say so."""
+    picture = sample(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(options.out)
     print(f"wrote {options.out} ({picture.width}×{picture.height})")
-    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit status; an error is one sentence on stderr and status 2."""
+    options = _parser().parse_args(arguments)
+    return guarded("model.sample", lambda: run(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,8 +136,8 @@ def _parser() -> argparse.ArgumentParser:
         "--combine",
         choices=get_args(Combine),
         default="linear",
-        help="how several conditions meet: mixed on a line or an arc (linear, spherical), as a weighted sum of what each would do "
-        "(compose), or from shallow blocks to deep ones (layers); linear unless given",
+        help="how several conditions meet: mixed on a line or an arc (linear, spherical), as a weighted sum "
+        "of what each would do (compose), or from shallow blocks to deep ones (layers); linear unless given",
     )
     add("--count", type=positive, default=4, help="samples of the condition (4)")
     add("--seed", type=int, default=0, help="of the first sample; the others count up (0)")

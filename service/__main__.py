@@ -1,4 +1,4 @@
-"""`python -m service`: everything on this machine, or with a command one part of it.
+"""`python -m service`: the whole service on this machine, or with a command one part of it.
 
     python -m service [flags]                 a private Valkey if REDIS_URL is unset, workers and the API
     python -m service api [flags]             the API alone
@@ -18,15 +18,15 @@ from importlib import import_module
 from ditserve.service.settings import Settings
 
 # Commands that take settings, and those that take arguments of their own.
-COMMANDS = {"api": "ditserve.service.http.api:run", "worker": "ditserve.service.worker.worker_process:run"}
+COMMANDS = {"api": "ditserve.service.http.api:run", "worker": "ditserve.service.worker.main:run"}
 TOOLS = {"generate": "ditserve.service.client.cli:run", "keys": "ditserve.service.api_keys:run"}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command in `argv`; returns the exit status."""
-    words = (
-        [word for word in argv[:3] if not word.startswith("-")] if argv[:1] == ["dead"] else list(argv[:1])
-    )
+    """Run the command in `argv`; return the exit status."""
+    words = list(argv[:1])
+    if words == ["dead"]:
+        words = [word for word in argv[:3] if not word.startswith("-")]
     command = words[0] if words and not words[0].startswith("-") else ""
     flags = list(argv[len(words) if command else 0 :])
     if command == "dead":
@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _implementation(name: str) -> Callable[..., int]:
     module, _, attribute = name.partition(":")
-    implementation: Callable[..., int] = getattr(import_module(module), attribute)
-    return implementation
+    function: Callable[..., int] = getattr(import_module(module), attribute)
+    return function
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m service keys --keys-file FILE list
     python -m service keys --keys-file FILE revoke ID
 
-A key reads `dit_<id>_<secret>`. The file keeps sha256 of the secret: it is 32 random bytes, which no slow hash would protect better.
-A running API sees a change of the file at its next request.
+A key reads `dit_<id>_<secret>`. The file keeps the SHA-256 of the secret; a slow hash would not protect 32
+random bytes better. A running API sees a change of the file at its next request.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ _KEY = re.compile(r"dit_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 
 
 class KeyringError(Exception):
-    """A key file that cannot be used, or a command that cannot be done; one sentence."""
+    """A key file cannot be used, or a command cannot be done; the message is one sentence."""
 
 
 class ApiKey(BaseModel):
-    """One key, without its secret. `rate` is requests a minute, `concurrency` jobs at a time; None sets no limit."""
+    """One key, without its secret.
+
+    `rate` is requests a minute, `concurrency` jobs at a time; None sets no limit.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -55,11 +58,11 @@ class ApiKey(BaseModel):
 
     @property
     def caller(self) -> str:
-        """The name under which its jobs are queued."""
+        """The caller of the jobs that this key submits."""
         return f"key:{self.id}"
 
     def may_see(self, caller: str) -> bool:
-        """Whether the jobs of `caller` are its own, or it may see everybody's."""
+        """Return True if the jobs of `caller` are its own, or it may see everybody's."""
         return caller == self.caller or "admin" in self.scopes
 
 
@@ -71,26 +74,31 @@ class _File(BaseModel):
 
 
 class Keyring:
-    """The keys of a file, read again when it changes. A file that does not exist holds no keys; a broken one keeps the last good."""
+    """The keys of a file, read again when it changes.
+
+    A file that does not exist holds no keys. While a file cannot be read, the keys read last stay valid.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises `KeyringError` if the file is there and cannot be read."""
+        """Read the file. Raises `KeyringError` if it exists and cannot be read."""
         self._path = path
+        # Modification time (ns) and size (bytes) of the file that was read, None if there was none.
         self._stamp: tuple[int, int] | None = None
         self._keys: Mapping[str, ApiKey] = {}
         self._refresh()
 
-    def find(self, presented: str) -> ApiKey | None:
-        """The key a client presented, if it is one of ours; the secret is compared in constant time."""
+    def find(self, text: str) -> ApiKey | None:
+        """Return the key of that text, None if there is none. The secret is compared in constant time."""
         try:
             self._refresh()
-        except KeyringError as error:  # an operator's slip while serving must not lock everybody out
+        except KeyringError as error:
+            # A mistake in the file while the API is serving must not lock everybody out.
             print(f"error: {error}", file=sys.stderr)
-        match = _KEY.fullmatch(presented)
+        match = _KEY.fullmatch(text)
         key = self._keys.get(match[1]) if match else None
-        known = key.sha256 if key else "0" * 64
-        given = hashlib.sha256(match[2].encode() if match else b"").hexdigest()
-        return key if hmac.compare_digest(known, given) else None
+        expected = key.sha256 if key else "0" * 64
+        digest = hashlib.sha256(match[2].encode() if match else b"").hexdigest()
+        return key if hmac.compare_digest(expected, digest) else None
 
     def _refresh(self) -> None:
         try:
@@ -105,7 +113,7 @@ class Keyring:
 
 
 def read(path: Path) -> tuple[ApiKey, ...]:
-    """The keys in `path`, none if there is no such file. Raises `KeyringError`."""
+    """Return the keys in `path`, none if there is no such file. Raises `KeyringError`."""
     try:
         return _File.model_validate_json(path.read_bytes()).keys
     except FileNotFoundError:
@@ -114,8 +122,8 @@ def read(path: Path) -> tuple[ApiKey, ...]:
         raise KeyringError(f"{path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise KeyringError(f"{path} is not a key file: {place}: {first['msg']}") from None
+        location = ".".join(map(str, first["loc"])) or "the file"
+        raise KeyringError(f"{path} is not a key file: {location}: {first['msg']}") from None
 
 
 def add(
@@ -126,7 +134,7 @@ def add(
     rate: int | None = None,
     concurrency: int | None = None,
 ) -> tuple[ApiKey, str]:
-    """A new key in the file, and its text, which is nowhere kept. Raises `KeyringError`."""
+    """Add a key to the file. Return it with its text, which is stored nowhere. Raises `KeyringError`."""
     secret = secrets.token_urlsafe(32)
     with _changing(path) as keys:
         key = ApiKey(
@@ -154,7 +162,10 @@ def revoke(path: Path, key_id: str) -> ApiKey:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[list[ApiKey]]:
-    """The keys of the file to change, one process at a time; written for the owner's eyes only."""
+    """Yield the keys of the file to change, then write them back.
+
+    One process at a time; only the owner may read the file.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_name(f".{path.name}.lock").open("w") as lock:
@@ -170,17 +181,19 @@ def _changing(path: Path) -> Iterator[list[ApiKey]]:
         raise KeyringError(f"{path} cannot be changed: {error.strerror}") from None
 
 
-def admit(settings: Settings) -> Keyring | None:
-    """The keys that open this API; None if everybody may come in, which beyond this machine must be said.
+def open_keyring(settings: Settings) -> Keyring | None:
+    """Return the keys that open this API, None if everybody may use it.
 
-    Raises `KeyringError`.
+    Raises:
+        KeyringError: the key file cannot be read; or there is none, other machines can reach the API, and
+            --open is not set.
     """
     if settings.keys_file is not None:
         return Keyring(settings.keys_file)
     if not settings.open and not _loopback(settings.host):
         raise KeyringError(
-            f"--host {settings.host} lets other machines in and no key is asked: set --keys-file (python -m service keys add), "
-            "or --open to let everybody in"
+            f"--host {settings.host} lets other machines in and no key is asked: "
+            "set --keys-file (python -m service keys add), or --open to let everybody in"
         )
     return None
 
@@ -193,7 +206,7 @@ def _loopback(host: str) -> bool:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """`keys add|list|revoke`; the file is the setting `keys_file`. Returns the exit status."""
+    """Run `keys add|list|revoke` on the file of the setting `keys_file`. Return the exit status."""
     options = _parser().parse_args(arguments)
     path: Path | None = options.keys_file or Settings.load(program="python -m service keys").keys_file
     if path is None:
@@ -225,25 +238,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--keys-file", type=Path, help="the file; by default DIT_KEYS_FILE")
     commands = parser.add_subparsers(dest="command", required=True)
-    adding = commands.add_parser("add", help="make a key and show it once")
-    adding.add_argument("name", help="whose it is")
-    adding.add_argument(
+    add_command = commands.add_parser("add", help="make a key and show it once")
+    add_command.add_argument("name", help="whose it is")
+    add_command.add_argument(
         "--scopes", type=_scopes, default=("generate",), help="generate, admin, or both by comma"
     )
-    adding.add_argument("--rate", type=int, help="requests a minute")
-    adding.add_argument("--concurrency", type=int, help="jobs at a time")
+    add_command.add_argument("--rate", type=int, help="requests a minute")
+    add_command.add_argument("--concurrency", type=int, help="jobs at a time")
     commands.add_parser("list", help="show the keys, never their text")
-    revoking = commands.add_parser("revoke", help="take a key's power")
-    revoking.add_argument("id", help="as `list` shows it")
+    revoke_command = commands.add_parser("revoke", help="take a key's power")
+    revoke_command.add_argument("id", help="as `list` shows it")
     return parser
 
 
 def _scopes(text: str) -> tuple[Scope, ...]:
-    wanted = tuple(dict.fromkeys(text.split(",")))
-    chosen = tuple(scope for scope in SCOPES if scope in wanted)
-    if len(chosen) != len(wanted):
+    names = set(text.split(","))
+    scopes = tuple(scope for scope in SCOPES if scope in names)
+    if len(scopes) != len(names):
         raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(SCOPES)}")
-    return chosen
+    return scopes
 
 
 def _line(key: ApiKey) -> str:

@@ -1,4 +1,4 @@
-"""`python -m service dead list` and `dead requeue ID`: jobs that were put aside after too many attempts."""
+"""`python -m service dead list` and `dead requeue ID`: jobs dead-lettered after too many attempts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ USAGE = "usage: python -m service dead list | dead requeue ID"
 
 
 def run(words: Sequence[str], settings: Settings) -> int:
-    """Returns the exit status: 0, 1 when there is nothing to requeue, 2 after a mistake."""
+    """Run the command; return the exit status: 0, 1 when there is nothing to requeue, 2 after a mistake."""
     try:
         if settings.redis_url is None:
             raise ValueError("REDIS_URL is not set: name the Redis whose dead jobs are meant")
+        url = settings.redis_url.get_secret_value()
         match words:
             case ["list"]:
-                return asyncio.run(_list(settings.redis_url.get_secret_value(), settings.namespace))
+                return asyncio.run(_list(url, settings.namespace))
             case ["requeue", job_id]:
-                return asyncio.run(
-                    _requeue(settings.redis_url.get_secret_value(), settings.namespace, job_id)
-                )
+                return asyncio.run(_requeue(url, settings.namespace, job_id))
             case _:
                 raise ValueError(USAGE)
     except (ServiceError, ValueError) as error:
@@ -40,9 +39,8 @@ async def _list(url: str, namespace: str) -> int:
             error = status.error or {}
             created = datetime.fromtimestamp(status.created_at, UTC).isoformat(timespec="seconds")
             worker = error.get("extra", {}).get("worker", "-")
-            print(
-                f"{status.id}  {created}  attempts={status.attempt}  worker={worker}  {error.get('detail', '')}"
-            )
+            attempts, detail = status.attempt, error.get("detail", "")
+            print(f"{status.id}  {created}  attempts={attempts}  worker={worker}  {detail}")
     finally:
         await broker.aclose()
     return 0

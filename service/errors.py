@@ -1,8 +1,8 @@
 """Every way the service can refuse or fail, as one tree.
 
-An error knows its HTTP status, its stable code and, where it helps, when to come back. It crosses the queue as plain data
-(`to_wire` / `from_wire`) by its code, so the API raises the very error a worker met. Pure: imports nothing of the service and
-knows no rendering; `problems` turns these into RFC 9457 bodies, `openai` into that API's shape.
+An error knows its HTTP status, its stable code and, where it helps, when to come back. It crosses the queue
+as plain data (`to_wire` / `from_wire`) under its code, so the API raises the same error that a worker met.
+`http.problems` renders errors as RFC 9457 bodies and in OpenAI's shape. Pure: imports nothing of the service.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,13 @@ from typing import Any, ClassVar
 class ServiceError(Exception):
     """Root of the tree.
 
-    Attributes: `status` (HTTP), `code` (stable kebab-case name), `title` (short, the same for every instance), `detail`
-    (this instance, one sentence or more, safe to show), `retry_after` (seconds), `extra` (plain data shown with the error).
+    Attributes:
+        status: the HTTP status.
+        code: a stable kebab-case name.
+        title: a short text, the same for every instance.
+        detail: one sentence or more about this instance, safe to show.
+        retry_after: seconds after which another try may succeed, None if that is not known.
+        extra: plain data shown with the error.
     """
 
     status: ClassVar[int] = 500
@@ -156,7 +161,7 @@ class Draining(ServiceError):
 
 
 class ModelReplaced(ServiceError):
-    """The job was made for another version of the model, whose classes are numbered otherwise."""
+    """The job was made for another version of the model, which numbers its classes differently."""
 
     status, code, title = 503, "model-replaced", "The model was replaced meanwhile"
 
@@ -191,8 +196,11 @@ ERRORS: Mapping[str, type[ServiceError]] = {error.code: error for error in _tree
 
 
 def to_wire(error: BaseException) -> dict[str, Any]:
-    """Plain data for the queue: `code`, `detail`, `retry_after`, `extra`. Anything unforeseen is an `InternalError` without detail,
-    because the text of a foreign exception may hold paths or data that are not the caller's."""
+    """Return an error as plain data for the queue: `code`, `detail`, `retry_after`, `extra`.
+
+    Any other exception becomes an `InternalError` without detail, because its text may hold paths or data
+    that are not the caller's.
+    """
     if not isinstance(error, ServiceError):
         error = InternalError(extra={"exception": type(error).__name__})
     return {
@@ -204,7 +212,10 @@ def to_wire(error: BaseException) -> dict[str, Any]:
 
 
 def from_wire(data: Mapping[str, Any]) -> ServiceError:
-    """The error `to_wire` wrote. A code this version does not know (a newer worker's) becomes an `InternalError` that names it."""
+    """Return the error that `to_wire` wrote.
+
+    A code that this version does not know (a newer worker's) becomes an `InternalError` that names it.
+    """
     code = str(data.get("code", "missing"))
     extra = dict(data.get("extra") or {})
     kind = ERRORS.get(code)

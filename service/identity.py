@@ -1,4 +1,4 @@
-"""What a bundle is and what its class numbers mean, each as a few letters that travel with jobs and reports. Pure."""
+"""Digests of a bundle and of the meaning of its class numbers, which travel with jobs and reports. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from ditserve.model.spec.bundle import Manifest
 
 
 def bundle_digest(manifest: Manifest) -> str:
-    """Equal for equal bundles: the manifest holds the hash of every file."""
+    """Return a digest that is equal for equal bundles: the manifest holds the hash of every file."""
     return _digest(manifest.model_dump_json())
 
 
 def vocabulary_digest(manifest: Manifest) -> str:
-    """Equal where a job's class indices and text mean the same: the factors' class names in order, and the size of its text."""
+    """Return a digest that is equal where class indices and text mean the same.
+
+    It covers the class names of each factor, in order, and the size of the text encoding.
+    """
     factors = "\0".join(factor.model_dump_json() for factor in manifest.factors)
     return _digest(f"{manifest.config.text_size}\0{factors}")
 

@@ -1,4 +1,4 @@
-"""From model output to image files that say how they were made."""
+"""From model output to image files with metadata that says how they were made."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ _ASCII: Final = b"ASCII\0\0\0"  # the character code that begins an EXIF UserCom
 
 
 def to_pixels(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Model range to pixels: (B, 1 or 3, H, W) in [-1, 1] to RGB (B, H, W, 3); what lies outside is clamped."""
+    """Return RGB pixels (B, H, W, 3) of model output (B, 1 or 3, H, W), which is clamped to [-1, 1]."""
     scaled = np.clip(np.rint(127.5 * images + 127.5), 0.0, 255.0).astype(np.uint8)
     pixels = np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
     return pixels if pixels.shape[-1] == 3 else np.repeat(pixels, 3, axis=-1)
 
 
 def encode(pixels: npt.NDArray[np.uint8], format: str, *, metadata: Mapping[str, str]) -> bytes:
-    """Pixels (H, W, 3) as a "png", "webp" or "jpeg" file that carries `metadata`.
+    """Return pixels (H, W, 3) as a "png", "webp" or "jpeg" file that carries `metadata`.
 
-    In PNG each entry is a text chunk of its name; in the others all are one JSON object in the EXIF UserComment.
+    In PNG each entry is a text chunk of its name; in the others all entries are one JSON object in the EXIF
+    UserComment.
 
     Raises:
         ValueError: another format.
@@ -39,11 +40,14 @@ def encode(pixels: npt.NDArray[np.uint8], format: str, *, metadata: Mapping[str,
     if format not in CONTENT_TYPES:
         raise ValueError(f"unknown image format {format!r}: choose among {', '.join(CONTENT_TYPES)}")
     out = BytesIO()
-    Image.fromarray(pixels).save(out, format=format, **_OPTIONS[format], **_carried(format, metadata))
+    Image.fromarray(pixels).save(
+        out, format=format, **_OPTIONS[format], **_metadata_options(format, metadata)
+    )
     return out.getvalue()
 
 
-def _carried(format: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _metadata_options(format: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options with which Pillow writes the metadata."""
     if not metadata:
         return {}
     if format == "png":
@@ -52,7 +56,6 @@ def _carried(format: str, metadata: Mapping[str, str]) -> dict[str, Any]:
             chunks.add_itxt(name, value)
         return {"pnginfo": chunks}
     exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + json.dumps(dict(metadata)).encode(
-        "ascii"
-    )
+    comment = json.dumps(dict(metadata)).encode("ascii")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + comment
     return {"exif": exif}

@@ -1,22 +1,18 @@
-"""The values that travel between the API, Redis and the workers.
+"""The values that travel between the API, Redis and the workers. Pure.
 
-Frozen dataclasses and their wire form. The wire is msgpack with a schema version: plain data, so that a
-reader of another release refuses what it does not know instead of guessing, and nothing is ever executed on
-the way in. Pure: no I/O, no clock.
+Frozen dataclasses, of which those that are a `Message` travel by themselves. A field with a default was added
+in a later release: a message of a release without it is read with the default, so the default says "not
+known".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
 
-import msgpack
-
 from ditserve.service.rung import Rung
-
-WIRE_VERSION = 1
+from ditserve.service.wire import Message, build, unpack
 
 Priority = Literal["low", "normal", "high"]
 ImageFormat = Literal["png", "webp", "jpeg"]
@@ -28,13 +24,13 @@ TERMINAL_STATES: frozenset[State] = frozenset({"done", "failed", "cancelled", "d
 TERMINAL_EVENTS: frozenset[EventKind] = frozenset({"done", "failed", "cancelled"})
 
 
-class WireError(ValueError):
-    """Bytes that are not a message of this schema version."""
-
-
 @dataclass(frozen=True, slots=True)
 class ConditionTerm:
-    """One condition of a mix: a class index per factor of the bundle, in its order, and a text; None is the null class, "" no text."""
+    """One condition of a mix.
+
+    `labels` holds a class index per factor of the bundle, in the bundle's order; None is the null class. The
+    `text` "" is no text.
+    """
 
     labels: tuple[int | None, ...]
     weight: float = 1.0
@@ -42,8 +38,13 @@ class ConditionTerm:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """An admitted request. One sample per seed; times are seconds since the epoch."""
+class Job(Message):
+    """An admitted request: one sample per seed. Times are seconds since the epoch.
+
+    `cost_rows` is the work of the whole job as admitted, in row-steps: predicted steps times the rows of
+    each, in rows of the model's own size. `floor_rows` is the same at the lowest rung that the request
+    consents to.
+    """
 
     id: str
     model: str
@@ -56,56 +57,29 @@ class Job:
     guidance_scale: float
     guidance_interval: tuple[float, float]
     format: ImageFormat
-    previews: int  # an x0 preview every so many steps, 0 = none
+    previews: int  # an x0 preview every so many steps; 0: none
     caller: str
     priority: Priority
     created_at: float
     deadline_at: float | None
     allow_degraded: bool
     min_steps: int
-    rung: str | None  # name of the rung given at admission when already degraded; None = as requested
+    rung: str | None  # name of the rung given at admission if that degraded the job; else None
     reason: str | None
-    cost_rows: int  # predicted row-steps of the whole job as admitted, in rows of the model's own size
+    cost_rows: int
     trace: dict[str, str] = field(default_factory=dict)
     size: tuple[int, int] | None = None  # height and width in latent pixels; None: the model's own
-    vocabulary: str = ""  # digest of the class names that `condition` numbers; "": not told
+    vocabulary: str = ""  # digest of the class names that `condition` numbers; "": not known
     windows: int = 0  # of the model's own size, in which each image is denoised; 0: as a whole
-    floor_rows: int = 0  # what `cost_rows` would be at the lowest rung it consents to; 0: not told
-    requested: Rung | None = (
-        None  # the operating point it asks for; None: written by a release that did not tell
-    )
-    admitted: Rung | None = None  # the one it was admitted on, `requested` or below it; None likewise
+    floor_rows: int = 0  # 0: not known
+    requested: Rung | None = None  # the operating point it asks for; None: not known
+    admitted: Rung | None = None  # the one it was admitted on, `requested` or below; None: not known
 
     @property
     def due(self) -> Due:
-        """The work of it, by when."""
+        """The work of the job by its deadline, which is infinite where it has none."""
         at = inf if self.deadline_at is None else self.deadline_at
         return Due(at, self.cost_rows, self.floor_rows or self.cost_rows)
-
-    def to_bytes(self) -> bytes:
-        return pack(_fields(self))
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Job:
-        """Raises `WireError` for anything but a job of this schema version."""
-        fields = unpack(data)
-        try:
-            terms = tuple(
-                ConditionTerm(tuple(term["labels"]), term["weight"], term.get("text", ""))
-                for term in fields.pop("condition")
-            )
-            low, high = fields.pop("guidance_interval")
-            if fields.get("size") is not None:
-                height, width = fields["size"]
-                fields["size"] = height, width
-            for name in ("requested", "admitted"):
-                if fields.get(name) is not None:
-                    fields[name] = Rung.from_wire(fields[name])
-            return cls(
-                condition=terms, guidance_interval=(low, high), seeds=tuple(fields.pop("seeds")), **fields
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise WireError(f"not a job: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +92,8 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True)
-class JobResult:
-    """What a finished job answers: its images in seed order, and how they were made."""
+class JobResult(Message):
+    """The answer of a finished job: its images in seed order, and how they were made."""
 
     images: tuple[Image, ...]
     steps_requested: int
@@ -131,18 +105,6 @@ class JobResult:
     timings_ms: dict[str, float]
     attempt: int
     worker: str
-
-    def to_bytes(self) -> bytes:
-        return pack(_fields(self))
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> JobResult:
-        """Raises `WireError` for anything but a result of this schema version."""
-        fields = unpack(data)
-        try:
-            return cls(images=tuple(Image(**image) for image in fields.pop("images")), **fields)
-        except (KeyError, TypeError) as error:
-            raise WireError(f"not a result: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,19 +118,22 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A job handed to a worker. `alone`: it was in a batch that crashed, so run it by itself. `checkpoint`: what a worker
-    that left had done of it, as that worker wrote it.
+    """A job handed to a worker.
+
+    `run_isolated`: the job is a poison candidate, because a worker crashed while it ran, so nothing may run
+    beside it. `checkpoint`: what a worker that left had done of the job, as that worker wrote it; empty:
+    nothing.
     """
 
     job: Job
     lease: Lease
-    alone: bool
+    run_isolated: bool
     checkpoint: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """What became of renewed leases: jobs no longer held, and those of them that were cancelled."""
+    """The outcome of renewing leases: the jobs no longer held, and those among them that were cancelled."""
 
     lost: frozenset[str]
     cancelled: frozenset[str]
@@ -176,7 +141,7 @@ class Renewal:
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """Where a job stands. `position` counts the jobs queued ahead of it and is None unless it is queued."""
+    """The state of a job. `position` counts the jobs queued ahead of it and is None unless it is queued."""
 
     id: str
     state: State
@@ -190,9 +155,10 @@ class JobStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """One entry of a job's event stream; `id` resumes the stream after it. `data` may hold bytes (a preview's
-    image).
+class JobEvent:
+    """One entry of a job's event stream.
+
+    Reading after `id` resumes the stream. `data` may hold bytes (a preview's image).
     """
 
     id: str
@@ -206,7 +172,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """Row-steps due at `at` (infinite: at no time): as planned, and at the lowest rungs their requests consent to."""
+    """Row-steps due at the time `at` (infinite: at no time).
+
+    `rows` counts them as planned, `floor_rows` at the lowest rungs that their requests consent to.
+    """
 
     at: float
     rows: int
@@ -215,8 +184,10 @@ class Due:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What runs a worker's network, in which numbers, and for which sizes: sides that are multiples of `size_multiple` latent
-    pixels; None: the model's own only.
+    """The runtime of a worker's network: the backend, its numbers, and the sizes it can run.
+
+    It runs every size whose sides are multiples of `size_multiple` latent pixels; None: the model's own size
+    only.
     """
 
     backend: str = ""
@@ -225,9 +196,12 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerState:
-    """What a worker publishes about itself: the cost model `fixed + per_row·rows`, and how much it still has
-    to do.
+class WorkerState(Message):
+    """A worker's report: its cost model, where a step takes `fixed + per_row·rows` seconds, and its backlog.
+
+    `dues` is the backlog by deadline; it is empty where there is none, or where the worker does not report
+    it. `given_rows` are the rows that the queue ever gave to this worker, as its last claim said: rows given
+    later are not in the backlog yet.
     """
 
     worker: str
@@ -241,81 +215,34 @@ class WorkerState:
     last_step_age_s: float
     updated_at: float
     network: Network = Network()
-    dues: tuple[Due, ...] = ()  # the backlog by deadline; empty where there is none or it is not told
+    dues: tuple[Due, ...] = ()
     bundle: str = ""  # digest of the manifest it serves
-    given_rows: int = 0  # by the queue, ever: what it was given later is not in the backlog
-
-    def to_bytes(self) -> bytes:
-        return pack(_fields(self))
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> WorkerState:
-        """Raises `WireError` for anything but a worker state of this schema version."""
-        fields = unpack(data)
-        try:
-            dues = tuple(Due(**due) for due in fields.pop("dues", ()))
-            network = Network(**fields.pop("network", {}))
-            return cls(models=tuple(fields.pop("models")), dues=dues, network=network, **fields)
-        except (KeyError, TypeError) as error:
-            raise WireError(f"not a worker state: {error}") from error
+    given_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Starting:
-    """What a worker publishes before it can take jobs: what it is doing, such as "warming up"."""
+class Starting(Message):
+    """A worker's report before it can take jobs: its activity, such as "warming up"."""
 
     worker: str
     model: str
     doing: str
 
-    def to_bytes(self) -> bytes:
-        return pack(_fields(self))
-
 
 def read_report(data: bytes) -> WorkerState | Starting:
-    """What a worker published. Raises `WireError` for anything but a report of this schema version."""
+    """Return what a worker published. Raise `WireError` for anything but a report of this schema version."""
     fields = unpack(data)
-    if "doing" not in fields:
-        return WorkerState.from_bytes(data)
-    try:
-        return Starting(**fields)
-    except TypeError as error:
-        raise WireError(f"not a worker's report: {error}") from error
+    return build(Starting, fields) if "doing" in fields else build(WorkerState, fields)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadSnapshot:
-    """What admission looks at: the queue and the workers alive, as of `taken_at`."""
+    """The queue and the workers alive at `taken_at`, as admission sees them."""
 
     queued_jobs: int
     queued_rows: int
     oldest_age_s: float
     workers: tuple[WorkerState, ...]
     taken_at: float
-    dead_jobs: int = 0  # put aside since the queue began, requeued or not
-    starting: tuple[Starting, ...] = ()  # workers to come
-
-
-def pack(fields: Mapping[str, Any]) -> bytes:
-    """One message: the fields and the schema version."""
-    packed: bytes = msgpack.packb({"v": WIRE_VERSION, **fields}, default=_fields)
-    return packed
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """A dataclass as a map; `dataclasses.asdict` takes ten times as long because it copies what is inside."""
-    return {name: getattr(value, name) for name in value.__slots__}
-
-
-def unpack(data: bytes) -> dict[str, Any]:
-    """The fields of one message; raises `WireError` if it is malformed or of an unknown version."""
-    try:
-        fields = msgpack.unpackb(data, raw=False)
-    except (ValueError, msgpack.UnpackException) as error:
-        raise WireError(f"malformed message: {error}") from error
-    if not isinstance(fields, dict):
-        raise WireError("malformed message: not a map")
-    version = fields.pop("v", None)
-    if version != WIRE_VERSION:
-        raise WireError(f"message of schema version {version!r}, this release reads {WIRE_VERSION}")
-    return fields
+    dead_jobs: int = 0  # put aside since the queue began, whether requeued later or not
+    starting: tuple[Starting, ...] = ()  # workers that cannot take jobs yet

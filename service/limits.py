@@ -1,4 +1,4 @@
-"""What bounds a queue and a worker. Pure."""
+"""The bounds of a queue and the policy of a worker. Pure."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ class Limits:
 
     queue_limit: int = 1000  # jobs waiting
     queue_rows: int = 10_000_000  # predicted row-steps waiting
-    patience_s: float = 60.0  # a job without a deadline counts as due so long after it was queued
+    patience_s: float = 60.0  # a job without a deadline is due so long after it was queued
     result_ttl_s: float = 3600.0
-    record_ttl_s: float = 7200.0  # longer than results, so that expired is not unknown
+    record_ttl_s: float = 7200.0  # longer than results, so that "expired" can be told from "unknown"
     result_bytes: int = 256 * 2**20  # of all results stored
-    checkpoint_bytes: int = 32 * 2**20  # of one job, which starts anew if it has more to keep
+    checkpoint_bytes: int = 32 * 2**20  # of one job; with a larger checkpoint it starts anew
     checkpoint_ttl_s: float = 3600.0
     lease_s: float = 15.0
     max_attempts: int = 3
-    max_run_s: float = 1800.0  # a lease is renewed no longer
+    max_run_s: float = 1800.0  # for which a lease is renewed
     report_ttl_s: float = 15.0
     events_kept: int = 512  # per job
     dead_kept: int = 1000
@@ -26,16 +26,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPolicy:
-    """Times in seconds."""
+    """Bounds and intervals of a worker; times in seconds."""
 
     max_rows: int = 64
     lookahead_rows: int = 64  # claimed beyond what can run, by all workers of the queue together
     drain_s: float = 30.0
-    export_s: float = 3.0  # for the engine to say where its samples stand, when the worker leaves
+    export_s: float = 3.0  # in which the engine exports its samples when the worker leaves
     hang_s: float = 60.0  # without a step while samples run, after which the worker gives up
     report_s: float = 0.5
     busy_report_s: float = 0.1  # while there is something new to report
     step_event_s: float = 0.25
-    idle_s: float = 5.0  # longest wait for work without asking
+    idle_s: float = 5.0  # after which a worker without work claims even without a notification
     retry_s: float = 0.2
-    previews_pending: int = 4  # previews are dropped while so much waits to be decoded
+    previews_pending: int = 4  # previews are dropped while so many batches wait to be decoded

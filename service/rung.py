@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 Interval = tuple[float, float]
 
@@ -19,9 +17,3 @@ class Rung:
     grid: str
     guidance_interval: Interval
     quality: float
-
-    @classmethod
-    def from_wire(cls, fields: Mapping[str, Any]) -> Rung:
-        """Return the rung whose fields these are; raises `TypeError`, `KeyError` or `ValueError` if they are not."""
-        low, high = fields["guidance_interval"]
-        return cls(**{**fields, "guidance_interval": (low, high)})

@@ -1,6 +1,7 @@
-"""Several models in one service: each has a lane of its own, which is its bundle and its part of Redis.
+"""Several models in one service: each has its own bundle and its own namespace in Redis.
 
-Queue, admission, planning, workers and recovery know one model each; between lanes nothing is shared but the API and the server.
+Queue, admission, planning, workers and recovery know one model each; the models share nothing but the API and
+the Redis server.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ _LONGEST = 32  # letters of a namespace
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
-    """`folder` is where the bundle was looked for; the bundle itself lies where that led when it was opened."""
+class ServedModel:
+    """A model that is served: its bundle, and its namespace in Redis.
+
+    `folder` is the path of the settings. The path of the bundle is where the folder's links led when it was
+    opened.
+    """
 
     folder: Path
     bundle: Bundle
@@ -27,57 +32,64 @@ class Lane:
 
     @property
     def name(self) -> str:
-        """The model's."""
         return self.bundle.manifest.name
 
     @property
     def digest(self) -> str:
-        """Equal for equal bundles."""
+        """Return a digest that is equal for equal bundles."""
         return bundle_digest(self.bundle.manifest)
 
     def settings(self, settings: Settings) -> Settings:
-        """The settings of who works in this lane alone."""
+        """Return the settings of a process that serves this model alone."""
         return settings.model_copy(update={"bundle": str(self.bundle.path), "namespace": self.namespace})
 
-    def reopened(self, *, verify: bool) -> Lane:
-        """What lies in the folder now. Raises `BundleError`, also when it is another model."""
+    def reopened(self, *, verify: bool) -> ServedModel:
+        """Return the model that lies in the folder now.
+
+        Raise `BundleError`, also when it has another name.
+        """
         bundle = _open(self.folder, verify=verify)
         if bundle.manifest.name != self.name:
             raise BundleError(
-                f"{self.folder} holds {bundle.manifest.name} where {self.name} is served: restart to serve another model"
+                f"{self.folder} holds {bundle.manifest.name} where {self.name} is served: "
+                "restart to serve another model"
             )
         return replace(self, bundle=bundle)
 
 
-def open_lanes(settings: Settings, *, verify: bool) -> tuple[Lane, ...]:
-    """A lane for each bundle of the settings, the default model's first.
+def open_served_models(settings: Settings, *, verify: bool) -> tuple[ServedModel, ...]:
+    """Open each bundle of the settings, the default model's first.
 
     Raises:
         BundleError: a bundle cannot be used, or two are of the same name.
     """
-    lanes: dict[str, Lane] = {}
+    models: dict[str, ServedModel] = {}
     for folder in map(Path, settings.bundle.split(",")):
         bundle = _open(folder, verify=verify)
         name = bundle.manifest.name
-        if name in lanes:
+        if name in models:
             raise BundleError(
-                f"{lanes[name].folder} and {folder} both hold {name}: models served together need different names"
+                f"{models[name].folder} and {folder} both hold {name}: "
+                "models served together need different names"
             )
-        namespace = namespace_of(settings.namespace, name) if lanes else settings.namespace
-        lanes[name] = Lane(folder, bundle, namespace)
-    return tuple(lanes.values())
+        namespace = namespace_of(settings.namespace, name) if models else settings.namespace
+        models[name] = ServedModel(folder, bundle, namespace)
+    return tuple(models.values())
 
 
 def namespace_of(first: str, name: str) -> str:
-    """The namespace of a further model: readable where it can be, and another for every name."""
+    """Return the namespace of a further model: readable where it can be, and different for every name."""
     plain = f"{first}-{name}"
-    fit = re.sub(r"[^a-z0-9_-]", "-", plain.lower())
-    if fit == plain and len(fit) <= _LONGEST:
-        return fit
+    allowed = re.sub(r"[^a-z0-9_-]", "-", plain.lower())
+    if allowed == plain and len(allowed) <= _LONGEST:
+        return allowed
     digest = hashlib.blake2b(plain.encode(), digest_size=4).hexdigest()
-    return f"{fit[: _LONGEST - len(digest) - 1]}-{digest}"
+    return f"{allowed[: _LONGEST - len(digest) - 1]}-{digest}"
 
 
 def _open(folder: Path, *, verify: bool) -> Bundle:
-    """The bundle where a link leads now, so that what starts later finds the same one, wherever the link leads by then."""
+    """Open a bundle at the path where the folder's links lead now.
+
+    A process started later with that path finds the same bundle, even if a link leads elsewhere by then.
+    """
     return Bundle.open(folder.resolve(), verify=verify)

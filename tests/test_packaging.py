@@ -23,11 +23,14 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
 PEERS = ROOT / "bench/peers"  # runs in an environment of its own
 
-# Module → distribution, where the names differ.
+# Module, or its beginning → distribution, where the names differ; the longest counts.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "httpx_sse": "httpx-sse",
-    "opentelemetry": "opentelemetry-sdk",
+    "opentelemetry": "opentelemetry-api",
+    "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",
+    "opentelemetry.proto": "opentelemetry-exporter-otlp-proto-http",
+    "opentelemetry.sdk": "opentelemetry-sdk",
     "sklearn": "scikit-learn",
     "tensorrt": "tensorrt-cu13",
     "yaml": "pyyaml",
@@ -38,12 +41,14 @@ PLUGINS = {"hiredis", "httptools", "uvloop"}
 NEEDS = {
     "service": set[str](),
     "service/client/client.py": {"client"},
-    "service/client/operations.py": {"client"},
+    "service/client/messages.py": {"client"},
     "service/client/cli.py": {"client"},
     "service/telemetry/otlp.py": {"otel"},
     "service/backends/text.py": {"serve-text"},
     "service/backends/onnx.py": {"cpu"},
-    "service/backends/rows.py": {"cpu"},
+    "service/backends/precision.py": {"cpu"},
+    "service/backends/runners.py": {"cpu"},
+    "service/backends/sessions.py": {"cpu"},
     "service/backends/torch.py": {"torch"},
     "service/backends/tensorrt.py": {"gpu"},
     "model": {"train", "latent", "text"},
@@ -85,8 +90,11 @@ def third_party(path: Path) -> Iterator[str]:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [node.module or ""]
-        for name in {name.partition(".")[0] for name in names} - ours - sys.stdlib_module_names:
-            yield canonicalize_name(DISTRIBUTIONS.get(name, name))
+        for name in names:
+            top = name.partition(".")[0]
+            if top not in ours | sys.stdlib_module_names:
+                prefixes = [prefix for prefix in DISTRIBUTIONS if f"{name}.".startswith(f"{prefix}.")]
+                yield canonicalize_name(DISTRIBUTIONS[max(prefixes, key=len)] if prefixes else top)
 
 
 def sources() -> Iterator[tuple[Path, set[str]]]:

@@ -27,7 +27,7 @@ from ditserve.bench.peers.pipeline import Pipeline, Wish
 from ditserve.export import onnx
 from ditserve.model.spec.bundle import Bundle, BundleError, Defaults, DiffusionSpec, Manifest, write_manifest
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.weights.files import Import, read_weights, write_bundle
+from ditserve.model.weights.files import ImportOptions, read_weights, write_bundle
 from ditserve.service.backends import Backend, load_backend
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.jobs import ConditionTerm
@@ -80,7 +80,7 @@ def write_weights(folder: Path, like: Manifest) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _random(like).save_pretrained(folder / "transformer")
     (folder / "scheduler.json").write_text(json.dumps(SCHEDULER))
-    weights, config = read_weights(folder, Import(function="diffusers"))
+    weights, config = read_weights(folder, ImportOptions(function="diffusers"))
     manifest = write_bundle(
         folder / "imported", weights, config, licence=like.licence, classes=like.factors[0].classes
     )

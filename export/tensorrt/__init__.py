@@ -1,1 +1,1 @@
-"""TensorRT engines: built, verified and listed. A user of ONNX never opens this folder."""
+"""TensorRT engines: their build, trial and storage. A user of ONNX never opens this folder."""

@@ -1,7 +1,7 @@
-"""One TensorRT build: an ONNX file to a serialised engine, every silent failure of the API turned into an error.
+"""One TensorRT build: from an ONNX file to a serialised engine, every silent failure turned into an error.
 
-TensorRT reports by `False`, `None` and −1, never by exceptions; each such answer becomes a `BuildError` with the collected log.
-Networks are strongly typed: precision is what the graph says, there is no precision flag.
+TensorRT reports a failure by `False`, `None` or -1, never by an exception. Each becomes a `BuildError` with
+the collected log. Networks are strongly typed: the graph decides the precision, there is no precision flag.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ditserve.export.tensorrt.module import Log, TensorRt, listening
 
 
 class BuildError(ExportError):
-    """A build that TensorRT refused; `log` holds what it said."""
+    """A build that TensorRT refused; `log` holds its error lines."""
 
     def __init__(self, message: str, log: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -26,11 +26,11 @@ class BuildError(ExportError):
 
 
 class BuildCancelled(ExportError):
-    """The build was stopped on request."""
+    """A build that was stopped on request."""
 
 
 class Monitor(Protocol):
-    """Follows a build; `step` answers whether to go on."""
+    """A follower of a build; `step` returns False to stop it."""
 
     def start(self, phase: str, parent: str | None, steps: int) -> None: ...
 
@@ -41,7 +41,7 @@ class Monitor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Batch sizes one optimisation profile serves, and the one it is tuned for."""
+    """The batch sizes `min`..`max` of one optimisation profile, and the size `opt` that it is tuned for."""
 
     min: int
     opt: int
@@ -55,7 +55,9 @@ class Profile:
 
 
 def profiles_for(buckets: Sequence[int], count: int = 1) -> tuple[Profile, ...]:
-    """`count` profiles over the batch sizes `buckets`: consecutive runs, each tuned for its largest.
+    """Return `count` profiles over the batch sizes `buckets`, each tuned for its largest.
+
+    Buckets 1, 2, 4, 8 and 2 profiles give 1..2 and 4..8.
 
     Raises:
         ExportError: no buckets, a bucket below 1, or a count outside 1..len(buckets).
@@ -63,7 +65,8 @@ def profiles_for(buckets: Sequence[int], count: int = 1) -> tuple[Profile, ...]:
     sizes = sorted(set(buckets))
     if not sizes or sizes[0] < 1 or not 1 <= count <= len(sizes):
         raise ExportError(
-            f"{count} profiles cannot be made of the batch sizes {list(buckets)}: give 1 to {len(sizes)} profiles"
+            f"{count} profiles cannot be made of the batch sizes {list(buckets)}: "
+            f"give 1 to {len(sizes)} profiles"
         )
     edges = [k * len(sizes) // count for k in range(count + 1)]
     runs = [sizes[low:high] for low, high in itertools.pairwise(edges)]
@@ -72,8 +75,16 @@ def profiles_for(buckets: Sequence[int], count: int = 1) -> tuple[Profile, ...]:
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """`size` (H, W) is taken where the graph leaves it free; `level` is the optimisation level 0..5 (None: TensorRT's own);
-    `targets` are compute capabilities to compile for ahead of time."""
+    """The options of a build.
+
+    Args:
+        profiles: the batch sizes.
+        size: H and W, used where the graph leaves them free.
+        level: optimisation level 0..5, or None for TensorRT's own.
+        workspace_mib: limit of the workspace in MiB, or None for TensorRT's own.
+        tf32: allow TF32 in fp32 parts.
+        targets: compute capabilities to compile for ahead of time, such as "sm89".
+    """
 
     profiles: tuple[Profile, ...]
     size: tuple[int, int] = (0, 0)
@@ -85,7 +96,7 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A serialised engine, the timing cache after it (empty if there is none) and the seconds it took."""
+    """A serialised engine, the timing cache after its build (may be empty), and the seconds it took."""
 
     plan: bytes
     timing_cache: bytes
@@ -100,7 +111,7 @@ def build_engine(
     timing_cache: bytes = b"",
     monitor: Monitor | None = None,
 ) -> Built:
-    """Compile `graph` (external weights are found beside it).
+    """Compile `graph`; its external weights are found beside it.
 
     Raises:
         BuildError: TensorRT refused the graph, a profile or the build.
@@ -127,7 +138,8 @@ def build_engine(
 
 
 def _use_cache(trt: TensorRt, config: Any, content: bytes, log: Log) -> None:
-    if trt.ahead_of_time:  # TensorRT-RTX times nothing; its cache calls are deprecated and do nothing
+    # TensorRT-RTX times nothing: its cache calls are deprecated and without effect.
+    if trt.ahead_of_time:
         return
     cache = _made(config.create_timing_cache(content), "a timing cache", log)
     if not config.set_timing_cache(cache, False):
@@ -145,14 +157,14 @@ def _parse(trt: TensorRt, builder: Any, logger: Any, graph: Path, log: Log) -> A
     parser = trt.module.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(k) for k in range(parser.num_errors)]
-        said = [
+        messages = [
             f"{error.node_name() or 'the graph'} ({error.node_operator()}): {error.desc()}"
             for error in errors
         ]
-        more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
+        more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise BuildError(
-            f"TensorRT cannot read {graph.name}: {said[0] if said else _last(log)}{more}",
-            said or log.errors(),
+            f"TensorRT cannot read {graph.name}: {messages[0] if messages else _last(log)}{more}",
+            messages or log.errors(),
         )
     return network
 
@@ -183,21 +195,24 @@ def _configure(trt: TensorRt, config: Any, options: BuildOptions, log: Log) -> N
 def _add_profile(
     builder: Any, network: Any, config: Any, profile: Profile, size: tuple[int, int], log: Log
 ) -> None:
-    made = _made(builder.create_optimization_profile(), "an optimisation profile", log)
+    optimization = _made(builder.create_optimization_profile(), "an optimisation profile", log)
     for k in range(network.num_inputs):
         tensor = network.get_input(k)
         rest = tuple(tensor.shape)[1:]
-        if -1 in rest:  # (C, H, W) of any size
-            rest = (rest[0], *size)
-        made.set_shape(tensor.name, (profile.min, *rest), (profile.opt, *rest), (profile.max, *rest))
-    if config.add_optimization_profile(made) < 0:
+        if -1 in rest:
+            rest = (rest[0], *size)  # (C, H, W)
+        optimization.set_shape(tensor.name, (profile.min, *rest), (profile.opt, *rest), (profile.max, *rest))
+    if config.add_optimization_profile(optimization) < 0:
         raise BuildError(
             f"TensorRT refuses the profile {profile.min}..{profile.max}: {_last(log)}", log.errors()
         )
 
 
 def _relay(module: Any, monitor: Monitor) -> Any:
-    """TensorRT's monitor interface in front of ours. An exception must not cross it: it would be printed and lost."""
+    """Return an object of TensorRT's monitor interface that calls ours.
+
+    An exception must not cross that interface: TensorRT would print and lose it.
+    """
 
     class Relay(module.IProgressMonitor):  # type: ignore[misc]  # the module is chosen at run time
         def __init__(self) -> None:
@@ -217,10 +232,15 @@ def _relay(module: Any, monitor: Monitor) -> Any:
     return Relay()
 
 
-def _made(thing: Any, what: str, log: Log) -> Any:
-    if thing is None:
-        raise BuildError(f"TensorRT cannot make {what}: {_last(log)}", log.errors())
-    return thing
+def _made(result: Any, noun: str, log: Log) -> Any:
+    """Return `result`, or raise if TensorRT answered None.
+
+    Raises:
+        BuildError: it is None.
+    """
+    if result is None:
+        raise BuildError(f"TensorRT cannot make {noun}: {_last(log)}", log.errors())
+    return result
 
 
 def _last(log: Log) -> str:

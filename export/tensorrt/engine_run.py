@@ -1,5 +1,7 @@
-"""Runs an engine once it is built, to check and to time it: one context, plain copies. Serving is another matter: see
-`service.backends.tensorrt`. Not yet run on a GPU: only driven by imitations in tests.
+"""A runner of an engine that was just built, to check and to time it: one context, plain copies.
+
+Serving is another matter, see `service.backends.tensorrt`. Not yet run on a GPU: tests drive it with
+imitations only.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from ditserve.export.errors import ExportError
 from ditserve.export.tensorrt.module import TensorRt, import_cuda, listening
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-WARM, TIMED = 3, 20  # runs that do not count, and runs a time is the median of
+WARM, TIMED = 3, 20  # runs before timing, and runs a time is the median of
 
 
-class EngineRun:
-    """An engine on the first GPU; `close` frees what it took.
+class EngineRunner:
+    """An engine on the first GPU; `close` frees its memory and stream.
 
     Raises:
         ExportError: the engine cannot be loaded, a call fails, or cuda-bindings is not installed.
@@ -40,17 +42,17 @@ class EngineRun:
         self._buffers: dict[str, tuple[int, int]] = {}  # name → address and bytes
 
     def __call__(self, inputs: Arrays, output_shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """The output for `inputs` by name, all of one batch size, in fp32."""
-        self._place(inputs, output_shape)
+        """Return the output in fp32 for `inputs` by name, all of one batch size."""
+        self._bind(inputs, output_shape)
         self._execute()
-        held = np.empty(output_shape, np.float32)
+        output = np.empty(output_shape, np.float32)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpy", held.ctypes.data, self._buffers["output"][0], held.nbytes, kind)
-        return held
+        self._call("cudaMemcpy", output.ctypes.data, self._buffers["output"][0], output.nbytes, kind)
+        return output
 
     def seconds(self, inputs: Arrays, output_shape: tuple[int, ...]) -> float:
-        """Median time of one execution, copies left out."""
-        self._place(inputs, output_shape)
+        """Return the median time in seconds of one execution, without copies."""
+        self._bind(inputs, output_shape)
         times = []
         for _ in range(WARM + TIMED):
             started = time.perf_counter()
@@ -59,14 +61,14 @@ class EngineRun:
         return statistics.median(times[WARM:])
 
     def close(self) -> None:
-        """Free memory and stream; nothing can be run afterwards."""
+        """Free memory and stream; the engine cannot be run afterwards."""
         for address, _ in self._buffers.values():
             self._call("cudaFree", address)
         self._buffers.clear()
         self._call("cudaStreamDestroy", self._stream)
 
-    def _place(self, inputs: Arrays, output_shape: tuple[int, ...]) -> None:
-        """Choose the profile, and put every tensor where the engine will find it."""
+    def _bind(self, inputs: Arrays, output_shape: tuple[int, ...]) -> None:
+        """Choose the profile, copy the inputs to the GPU, and set the address of every tensor."""
         rows = output_shape[0]
         profile = next(
             (k for k in range(self._engine.num_optimization_profiles) if self._takes(k, rows)), None
@@ -75,11 +77,11 @@ class EngineRun:
             raise ExportError(f"no profile of the engine takes {rows} rows")
         self._require("set_optimization_profile_async", profile, self._stream)
         for name, value in inputs.items():
-            held = np.ascontiguousarray(value, np.float32)
-            self._require("set_input_shape", name, held.shape)
-            self._require("set_tensor_address", name, self._buffer(name, held.nbytes))
+            array = np.ascontiguousarray(value, np.float32)
+            self._require("set_input_shape", name, array.shape)
+            self._require("set_tensor_address", name, self._buffer(name, array.nbytes))
             kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-            self._call("cudaMemcpy", self._buffers[name][0], held.ctypes.data, held.nbytes, kind)
+            self._call("cudaMemcpy", self._buffers[name][0], array.ctypes.data, array.nbytes, kind)
         self._require("set_tensor_address", "output", self._buffer("output", 4 * int(np.prod(output_shape))))
 
     def _takes(self, profile: int, rows: int) -> bool:
@@ -91,9 +93,9 @@ class EngineRun:
         self._call("cudaStreamSynchronize", self._stream)
 
     def _buffer(self, name: str, size: int) -> int:
-        """Device memory of at least `size` bytes."""
-        address, held = self._buffers.get(name, (0, 0))
-        if held < size:
+        """Return the address of at least `size` bytes of device memory for a tensor."""
+        address, capacity = self._buffers.get(name, (0, 0))
+        if capacity < size:
             if address:
                 self._call("cudaFree", address)
             address = int(self._call("cudaMalloc", size))

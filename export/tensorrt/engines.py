@@ -1,11 +1,15 @@
-"""Engines as `export.trt` makes them: for which GPU, and how one is put into its place. The keys are `model.engine_keys`."""
+"""Engines of `export.trt` on disk: for which GPU each is, what its plan contains, and how it is stored.
+
+The keys of an engine are those of `model.spec.engine_cache`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +17,107 @@ from ditserve.export.errors import ExportError
 from ditserve.export.tensorrt.build import BuildOptions, Built
 from ditserve.export.tensorrt.module import TensorRt
 from ditserve.model.spec.bundle import write_atomic
-from ditserve.model.spec.engine_cache import Device, NoGpu, Origin, Slot, first_gpu
+from ditserve.model.spec.engine_cache import CachedEngine, Device, EngineOrigin, NoGpuError, first_gpu
 
 TIMING_CACHE, REPORT = "timing.cache", "report.json"
 
+_KERNEL = re.compile(rb'extern "C" __global__ void (_?[A-Za-z0-9_]+)')
+_FOLDED = re.compile(rb"__mye[0-9]+_folded_matmul")
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """Counts of what the compiler made of a graph.
+
+    Args:
+        kernels: distinct CUDA kernels.
+        attention: fused attention kernels among them.
+        quantising: kernels that end in quantisation.
+        int8_matmuls: INT8 products with their Q/DQ nodes folded into them.
+    """
+
+    kernels: int
+    attention: int
+    quantising: int
+    int8_matmuls: int
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def fusion_of(plan: bytes) -> Fusion:
+    """Read a serialised plan, which carries the sources and names of its CUDA kernels. No GPU is needed.
+
+    All counts are zero if the plan does not carry sources.
+    """
+    names = set(_KERNEL.findall(plan))
+    return Fusion(
+        kernels=len(names),
+        attention=sum(b"gemm_mha" in name for name in names),
+        quantising=sum(b"RounCast" in name for name in names),
+        int8_matmuls=len(set(_FOLDED.findall(plan))),
+    )
+
 
 def find_device(trt: TensorRt, options: BuildOptions) -> Device:
-    """The first GPU of this machine, or the targets of an ahead-of-time build.
+    """Return the first GPU of this machine, or the targets of an ahead-of-time build as a device.
 
     Raises:
-        ExportError: no GPU, and none named as target.
+        ExportError: there is no GPU, and no target is named.
     """
     if options.targets:
         return Device("aot", "-".join(sorted(target.lower() for target in options.targets)))
     try:
         return first_gpu()
-    except NoGpu as error:
+    except NoGpuError as error:
         remedy = "name one with --target sm89" if trt.ahead_of_time else "run this on the machine that serves"
         raise ExportError(f"{error}: {remedy}") from None
 
 
-def recorded(options: BuildOptions) -> dict[str, Any]:
-    """The options of a build as its record has them."""
+def recorded_options(options: BuildOptions) -> dict[str, Any]:
+    """Return the options of a build as plain data for its record."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(options)))
     return plain
 
 
-def timing_cache(slot: Slot) -> bytes:
-    """The timing cache of earlier builds in a slot's folder; empty if there is none."""
+def timing_cache(slot: CachedEngine) -> bytes:
+    """Return the timing cache of earlier builds in the folder of `slot`; empty if there is none."""
     file = slot.folder / TIMING_CACHE
     return file.read_bytes() if file.is_file() else b""
 
 
-def store(slot: Slot, origin: Origin, options: BuildOptions, built: Built, facts: Mapping[str, Any]) -> None:
-    """Write engine, timing cache, record and report; the record last but one, so that a torn write shows as a problem."""
+def store(
+    slot: CachedEngine, origin: EngineOrigin, options: BuildOptions, built: Built, facts: Mapping[str, Any]
+) -> None:
+    """Write timing cache, engine, record and report, in this order.
+
+    The record comes after the engine, so that a write that was cut short shows as a problem of the slot.
+    """
     slot.folder.mkdir(parents=True, exist_ok=True)
     if built.timing_cache:
         write_atomic(slot.folder / TIMING_CACHE, built.timing_cache)
     write_atomic(slot.engine, built.plan)
     record = {
-        "key": origin.key(recorded(options)),
+        "key": origin.key(recorded_options(options)),
         "sha256": hashlib.sha256(built.plan).hexdigest(),
         "bytes": len(built.plan),
         "seconds": round(built.seconds, 2),
         "origin": asdict(origin),
-        "options": recorded(options),
+        "options": recorded_options(options),
         **facts,
     }
     write_atomic(slot.record, _json(record))
     _report(slot.folder)
 
 
-def amend(slot: Slot, facts: Mapping[str, Any]) -> None:
-    """Add what was measured of an engine to its record and the report."""
+def amend(slot: CachedEngine, facts: Mapping[str, Any]) -> None:
+    """Add measurements of an engine to its record and to the report."""
     write_atomic(slot.record, _json({**json.loads(slot.record.read_text()), **facts}))
     _report(slot.folder)
 
 
-def drop(slot: Slot) -> None:
-    """Remove an engine that must not be served; the report goes on without it."""
+def drop(slot: CachedEngine) -> None:
+    """Remove an engine that must not be served, also from the report."""
     slot.record.unlink(missing_ok=True)
     slot.engine.unlink(missing_ok=True)
     _report(slot.folder)

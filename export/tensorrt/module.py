@@ -1,8 +1,9 @@
-"""Which TensorRT: `tensorrt` (10.12 or later) or `tensorrt_rtx`, one module object behind every call of `export.trt`.
+"""The TensorRT module that builds engines: `tensorrt` (10.12 or later) or `tensorrt_rtx`.
 
-TensorRT-RTX also compiles ahead of time on machines without a GPU, from two wheels that any package index carries:
-`pip install --no-deps onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0 tensorrt-rtx-cu13-bindings==1.7.1.116` (proprietary licence of NVIDIA).
-Its bindings expect the libraries to be loaded already; the wheel that carries them is not imported, it would change the environment.
+TensorRT-RTX also compiles ahead of time on a machine without a GPU, with two wheels from any package index:
+`pip install --no-deps onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0 tensorrt-rtx-cu13-bindings==1.7.1.116`
+(proprietary licence of NVIDIA). Its bindings expect the libraries to be loaded already. The wheel that
+carries the libraries is found but not imported, because importing it would change the environment.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LIBRARIES = ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so")
 
 @dataclass(frozen=True, slots=True)
 class TensorRt:
-    """The module, which of the two it is, and its version."""
+    """A TensorRT module, the name of its package, and its version."""
 
     module: Any
     flavour: str
@@ -34,15 +35,15 @@ class TensorRt:
 
     @property
     def ahead_of_time(self) -> bool:
-        """Builds for named compute capabilities, with no GPU present."""
+        """True if it builds for named compute capabilities without a GPU."""
         return self.flavour == "tensorrt_rtx"
 
 
 def load_trt(flavour: str = "auto") -> TensorRt:
-    """Import TensorRT; "auto" prefers `tensorrt`.
+    """Import TensorRT; "auto" prefers `tensorrt` to `tensorrt_rtx`.
 
     Raises:
-        ExportError: not installed, or older than 10.12 (TensorRT-RTX: 1.2).
+        ExportError: it is not installed, or older than 10.12 (TensorRT-RTX: 1.2).
     """
     wanted = FLAVOURS if flavour == "auto" else (flavour,)
     for name in wanted:
@@ -54,16 +55,17 @@ def load_trt(flavour: str = "auto") -> TensorRt:
                 raise ExportError(f"{name} {version} is too old: install {oldest} or later")
             return TensorRt(module, name, version)
     raise ExportError(
-        f"{' and '.join(wanted)} cannot be imported: pip install tensorrt-cu13 on a GPU host; to only compile, "
+        f"{' and '.join(wanted)} cannot be imported: pip install tensorrt-cu13 on a GPU host; "
+        "to only compile, "
         "onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0 and tensorrt-rtx-cu13-bindings==1.7.1.116 with --no-deps"
     )
 
 
 def import_cuda() -> Any:
-    """The CUDA runtime's bindings.
+    """Import the bindings of the CUDA runtime.
 
     Raises:
-        ExportError: not installed.
+        ExportError: the package cuda-bindings is not installed.
     """
     try:
         return importlib.import_module("cuda.bindings.runtime")
@@ -74,9 +76,11 @@ def import_cuda() -> Any:
 
 
 def _import(name: str) -> Any:
+    """Import a module; return None if it cannot be imported."""
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError):  # the front packages raise what their loader raised
+    # NVIDIA's meta packages pass on whatever their loader of libraries raised.
+    except (ImportError, OSError, RuntimeError):
         return None
 
 
@@ -94,12 +98,16 @@ def _tensorrt_rtx() -> Any:
 
 @dataclass(slots=True)
 class Log:
-    """What TensorRT said. Only the first logger of a process is ever heard, so there is one, and builds take turns listening."""
+    """The messages of TensorRT as (severity, text).
+
+    TensorRT keeps the first logger of a process for good, so each process has one log, which builds use in
+    turn.
+    """
 
     lines: list[tuple[str, str]] = field(default_factory=list)
 
     def errors(self) -> list[str]:
-        """Error lines in order, without TensorRT's own file and line numbers."""
+        """Return the error lines in order, without TensorRT's own file and line numbers."""
         return [
             re.sub(r"\s*\[?[\w./]+\.(cpp|h)[:\w]*\]?\s*", " ", text).strip()
             for kind, text in self.lines
@@ -107,14 +115,13 @@ class Log:
         ]
 
 
-_loggers: dict[
-    int, tuple[Any, Log]
-] = {}  # by module: TensorRT keeps the first logger it is given for the whole process
+# Logger and log by id of the module.
+_loggers: dict[int, tuple[Any, Log]] = {}
 
 
 @contextmanager
 def listening(trt: TensorRt) -> Iterator[tuple[Any, Log]]:
-    """The process's logger for this module, and the log that it fills meanwhile."""
+    """Yield this process's logger for the module, and the log that it fills meanwhile, empty at first."""
     if id(trt.module) not in _loggers:
         _loggers[id(trt.module)] = _new_logger(trt.module)
     logger, log = _loggers[id(trt.module)]

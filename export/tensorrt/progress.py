@@ -1,7 +1,14 @@
-"""How far a build is: bars in a terminal, or JSON lines for whoever started it. Both can be cancelled.
+"""Progress of builds: bars in a terminal, or JSON lines for a program that started the build.
 
-Lines: {"event": "start", "precision": …, "number": 1, "of": 2}, {"event": "phase", "precision": …, "phase": …},
-{"event": "step", "precision": …, "done": 3, "total": 13}, {"event": "done", "precision": …, "state": …, "seconds": …}.
+Both can cancel the build.
+
+The lines are:
+
+    {"event": "start", "precision": …, "number": 1, "of": 2}
+    {"event": "phase", "precision": …, "phase": …}
+    {"event": "step", "precision": …, "done": 3, "total": 13}
+    {"event": "done", "precision": …, "state": …, "seconds": …}
+    {"event": "failed", "error": …}
 """
 
 from __future__ import annotations
@@ -17,24 +24,20 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-DEEPEST = 3  # levels of phases that are shown
+from ditserve.export.tensorrt.build import Monitor
+
+LEVELS = 3  # levels of nested phases that are shown
 
 
-class Cancellable(Protocol):
-    """A build's monitor that can be told to stop it."""
+class CancellableMonitor(Monitor, Protocol):
+    """A monitor that stops its build at the next step after `cancel`."""
 
     def cancel(self) -> None: ...
 
-    def start(self, phase: str, parent: str | None, steps: int) -> None: ...
-
-    def step(self, phase: str, step: int) -> bool: ...
-
-    def finish(self, phase: str) -> None: ...
-
 
 @dataclass(slots=True)
-class Bars:
-    """A build's phases as nested progress bars; `cancel` makes TensorRT stop at its next step."""
+class BarMonitor:
+    """A monitor that shows the phases of a build as nested progress bars."""
 
     progress: Progress
     cancelled: bool = False
@@ -46,7 +49,7 @@ class Bars:
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         self.depth[phase] = self.depth.get(parent or "", -1) + 1
-        if self.depth[phase] < DEEPEST:
+        if self.depth[phase] < LEVELS:
             self.tasks[phase] = self.progress.add_task("  " * self.depth[phase] + phase[:60], total=steps)
 
     def step(self, phase: str, step: int) -> bool:
@@ -60,8 +63,8 @@ class Bars:
 
 
 @dataclass(slots=True)
-class Lines:
-    """A build's outermost phases as events."""
+class EventMonitor:
+    """A monitor that emits the outermost phases of a build as events."""
 
     precision: str
     emit: Callable[[dict[str, Any]], None]
@@ -87,42 +90,42 @@ class Lines:
 
 
 @dataclass(frozen=True, slots=True)
-class Progression:
-    """What is told of several builds one after another."""
+class ProgressReporter:
+    """A reporter of builds, one after another: a monitor for each precision, and events between builds."""
 
-    monitor: Callable[[str], Cancellable]  # of the build of one precision
-    tell: Callable[[dict[str, Any]], None]
+    monitor: Callable[[str], CancellableMonitor]
+    report: Callable[[dict[str, Any]], None]
 
 
 @contextmanager
-def bars(console: Console) -> Iterator[Progression]:
-    """Bars while a build runs; the events are left to the table at the end."""
+def terminal_reporter(console: Console) -> Iterator[ProgressReporter]:
+    """Show bars while a build runs; events are not shown, the table at the end has them."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True)
 
-    def monitor(_: str) -> Cancellable:
+    def monitor(_: str) -> CancellableMonitor:
         progress.start()
-        return Bars(progress)
+        return BarMonitor(progress)
 
     try:
-        yield Progression(monitor, lambda _: None)
+        yield ProgressReporter(monitor, lambda _: None)
     finally:
         progress.stop()
 
 
 @contextmanager
-def lines() -> Iterator[Progression]:
-    """One JSON object a line on stdout."""
+def json_reporter() -> Iterator[ProgressReporter]:
+    """Print each event as one JSON object a line on stdout."""
 
-    def tell(event: dict[str, Any]) -> None:
+    def report(event: dict[str, Any]) -> None:
         print(json.dumps(event), flush=True)
 
-    yield Progression(lambda precision: Lines(precision, tell), tell)
+    yield ProgressReporter(lambda precision: EventMonitor(precision, report), report)
 
 
 @contextmanager
-def interruptible(monitor: Cancellable) -> Iterator[None]:
-    """Ctrl-C and SIGTERM cancel the build instead of raising inside TensorRT, where the exception would be swallowed."""
+def interruptible(monitor: CancellableMonitor) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM cancel the build. An exception raised inside TensorRT would be lost."""
 
     def on_interrupt(_: int, __: FrameType | None) -> None:
         monitor.cancel()

@@ -1,6 +1,7 @@
-"""After a build on a GPU: is the engine right at every noise level, how fast is it, and is INT8 worth keeping.
+"""The trial of an engine after its build on a GPU: its error at every noise level, and its speed.
 
-Judged on the rows the bundle was calibrated on, against its fp32 graph in ONNX Runtime; torch is not needed.
+An engine runs on the rows that the bundle was calibrated on, and is compared with the bundle's fp32 graph in
+ONNX Runtime. torch is not needed.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from ditserve.export.session import open_session, run
-from ditserve.export.verify import CALIBRATION, LIMITS, Band, check, compare, report
+from ditserve.export.verify import CALIBRATION, LIMITS, check, compare, open_session, report, run
 from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER, Bundle
 
-ROWS = 64  # of the calibration set at most, evenly over its trajectories; the null condition doubles them
+ROWS = 64  # at most, taken evenly from the calibration rows; the null condition doubles them
 FASTER = 1.1  # times half precision, below which INT8 is not worth its error
 
 Array = npt.NDArray[Any]
 
 
-class Engine(Protocol):
-    """An engine that can be run: inputs by name and the shape of the output → the output, or its seconds."""
+class LoadedEngine(Protocol):
+    """An engine that can be run on inputs by name, given the shape of its output."""
 
     def __call__(self, inputs: Mapping[str, Array], output_shape: tuple[int, ...], /) -> Array: ...
 
@@ -33,8 +33,11 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """Inputs of the backbone (N, …) by name, what fp32 answers (N, C_out, H, W), and the rows' timesteps (N,)."""
+class TrialReference:
+    """Inputs of the backbone (N, …) by name, the output of fp32 (N, C_out, H, W), and the timesteps (N,).
+
+    `total` is the number of timesteps of the model.
+    """
 
     inputs: Mapping[str, Array]
     output: Array
@@ -42,8 +45,8 @@ class Reference:
     total: int
 
 
-def reference_of(bundle: Bundle, threads: int = 0) -> Reference:
-    """What the bundle's fp32 graphs answer on its calibration rows.
+def trial_reference(bundle: Bundle, threads: int = 0) -> TrialReference:
+    """Run the bundle's fp32 graphs on its calibration rows; `threads` 0 is one per core.
 
     Raises:
         BundleError: the bundle lacks a graph, or the rows.
@@ -58,47 +61,48 @@ def reference_of(bundle: Bundle, threads: int = 0) -> Reference:
     if "text" in rows:
         text = rows["text"][chosen]
         conditions["text"] = np.concatenate([text, np.zeros_like(text)])
-    t = np.tile(rows["timestep"][chosen], 2).astype(np.float32)
-    embedding = np.zeros((len(t), manifest.embedding_size), np.float32)
+    timestep = np.tile(rows["timestep"][chosen], 2).astype(np.float32)
+    embedding = np.zeros((len(timestep), manifest.embedding_size), np.float32)
     if conditions:
         embedding = run(open_session(bundle.file(EMBEDDER), threads=threads), conditions)["embedding"]
     conditioner = open_session(bundle.file(CONDITIONER), threads=threads)
     x = np.tile(rows["x"][chosen].astype(np.float32), (2, 1, 1, 1))
-    inputs = {"x": x, **run(conditioner, {"timestep": t, "embedding": embedding})}
+    inputs = {"x": x, **run(conditioner, {"timestep": timestep, "embedding": embedding})}
     output = run(open_session(bundle.file(BACKBONE), threads=threads), inputs)["output"]
-    return Reference(inputs, output, t, manifest.diffusion.timesteps)
+    return TrialReference(inputs, output, timestep, manifest.diffusion.timesteps)
 
 
 def try_engine(
-    engine: Engine, precision: str, reference: Reference, buckets: Sequence[int]
+    engine: LoadedEngine, precision: str, reference: TrialReference, buckets: Sequence[int]
 ) -> dict[str, Any]:
-    """Errors per band of noise and milliseconds per batch size, as an engine's record has them.
+    """Return the errors by band of noise and the milliseconds by batch size, as an engine's record has them.
 
     Raises:
-        ExportError: beyond the limit of its precision.
+        ExportError: an error is beyond the limit of the precision.
     """
-    largest = max(buckets)
-    answers = [
-        engine(*_batch(reference, np.arange(start, min(start + largest, len(reference.output)))))
-        for start in range(0, len(reference.output), largest)
+    largest, count = max(buckets), len(reference.output)
+    outputs = [
+        engine(*_batch(reference, np.arange(start, min(start + largest, count))))
+        for start in range(0, count, largest)
     ]
-    bands: tuple[Band, ...] = compare(
-        reference.output, np.concatenate(answers), reference.timestep, reference.total
-    )
+    bands = compare(reference.output, np.concatenate(outputs), reference.timestep, reference.total)
     check(f"the {precision} engine", bands, LIMITS[precision])
     milliseconds = {
-        str(size): round(1e3 * engine.seconds(*_batch(reference, np.arange(size) % len(reference.output))), 4)
+        str(size): round(1e3 * engine.seconds(*_batch(reference, np.arange(size) % count)), 4)
         for size in buckets
     }
     return {"executed": True, "error": report(bands), "milliseconds": milliseconds}
 
 
 def speedup(slow: Mapping[str, float], fast: Mapping[str, float]) -> float:
-    """How many times as fast, as the geometric mean over the batch sizes both were timed at."""
+    """Return how many times as fast `fast` is, from milliseconds by batch size: the geometric mean of ratios.
+
+    Times of 2 and 8 against 1 and 8 are ratios of 2 and 1, so the speedup is √2.
+    """
     ratios = [math.log(slow[size] / fast[size]) for size in slow if size in fast]
     return math.exp(sum(ratios) / len(ratios))
 
 
-def _batch(reference: Reference, index: Array) -> tuple[dict[str, Array], tuple[int, ...]]:
+def _batch(reference: TrialReference, index: Array) -> tuple[dict[str, Array], tuple[int, ...]]:
     inputs = {name: value[index] for name, value in reference.inputs.items()}
     return inputs, (len(index), *reference.output.shape[1:])

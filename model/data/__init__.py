@@ -1,1 +1,1 @@
-"""Picture sets: reading, checking, preparing and encoding them; `python -m model.data`."""
+"""Data sets of pictures: reading, checking, preparing and encoding them; `python -m model.data`."""

@@ -1,4 +1,4 @@
-"""`python -m model.data COMMAND`: make data sets, look at them, prepare them."""
+"""`python -m model.data COMMAND`: make, describe and encode data sets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditserve.model.data import emoji
-from ditserve.model.data.examples import DataError
-from ditserve.model.data.extraction import extract, plan, progress_of, write_index
-from ditserve.model.data.labels import select
+from ditserve.model.data.extraction import extract, plan_extraction, progress_of, write_index
+from ditserve.model.data.labels import select_examples
 from ditserve.model.data.latents import INDEX
-from ditserve.model.data.sources import read_source, tolerate
-from ditserve.model.data.summary import contact_sheet, describe
-from ditserve.model.nets.autoencoder import AutoencoderError
+from ditserve.model.data.sources import check_corrupt_limit, read_source
+from ditserve.model.data.summary import contact_sheet, summarise
+from ditserve.model.spec.command_line import guarded
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Command line: `emoji` builds the emoji set, `describe` looks at any set, `latents` encodes one."""
+    """Run a command and return the exit status; a mistake is one sentence on stderr and status 2."""
     parser = argparse.ArgumentParser(prog="python -m model.data")
     commands = parser.add_subparsers(required=True)
     _emoji_arguments(
@@ -35,12 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         commands.add_parser("latents", help="encode pictures by an autoencoder, once for all epochs")
     )
     options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (DataError, AutoencoderError, OSError, ValueError) as error:
-        print(f"model.data: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded("model.data", lambda: options.run(options))
 
 
 def _emoji_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,11 +62,12 @@ def _describe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _describe(options: argparse.Namespace) -> None:
     source = read_source(options.path, captions=True)
-    for line in describe(source):
+    for line in summarise(source):
         print(line)
     if options.sheet:
         contact_sheet(source, options.sheet)
-    select(source.catalogue, options.path, captioned=any(source.catalogue.captions))
+    # End with the error that training would end with, if it would.
+    select_examples(source.catalogue, options.path, captioned=any(source.catalogue.captions))
 
 
 def _latents_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,13 +110,14 @@ def _count(text: str) -> int:
 
 
 def _part(text: str) -> tuple[int, int]:
-    if not (found := re.fullmatch(r"(\d+)/(\d+)", text)) or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K in 1..N")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _latents(options: argparse.Namespace) -> None:
-    job = plan(
+    job = plan_extraction(
         options.source,
         options.autoencoder,
         options.out,
@@ -132,9 +128,9 @@ def _latents(options: argparse.Namespace) -> None:
         threads=max(1, (os.cpu_count() or 1) // options.workers) if options.workers > 1 else 0,
     )
     part, parts = options.part
-    there, missing = progress_of(job, job.shards[part - 1 :: parts])
-    skipped = [name for made in there for name in made.skipped]
-    done = sum(made.count for made in there) + len(skipped)
+    finished, missing = progress_of(job, job.shards[part - 1 :: parts])
+    skipped = [message for shard in finished for message in shard.skipped]
+    done = sum(shard.count for shard in finished) + len(skipped)
     columns = (
         TextColumn("encode"),
         BarColumn(),
@@ -145,14 +141,14 @@ def _latents(options: argparse.Namespace) -> None:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         total = done + sum(len(job.rows(number)) for number in missing)
         task = progress.add_task("", total=total, completed=done, rate="")
-        since, seen = time.monotonic(), 0
-        tolerate(options.source, skipped, options.corrupt_limit)
-        for made in extract(job, missing, workers=options.workers):
-            skipped += made.skipped
-            tolerate(options.source, skipped, options.corrupt_limit)
-            seen += made.count + len(made.skipped)
-            rate = f"{seen / (time.monotonic() - since):.1f} images/s"
-            progress.update(task, completed=done + seen, rate=rate)
+        began, encoded = time.monotonic(), 0
+        check_corrupt_limit(options.source, skipped, options.corrupt_limit)
+        for shard in extract(job, missing, workers=options.workers):
+            skipped += shard.skipped
+            check_corrupt_limit(options.source, skipped, options.corrupt_limit)
+            encoded += shard.count + len(shard.skipped)
+            rate = f"{encoded / (time.monotonic() - began):.1f} images/s"
+            progress.update(task, completed=done + encoded, rate=rate)
     index = write_index(job)
     if index is None:
         print(f"part {part} of {parts} is finished; the part that finishes last writes {options.out / INDEX}")

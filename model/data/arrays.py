@@ -20,14 +20,14 @@ from ditserve.model.data.labels import Catalogue
 
 LOCAL_HEADER = 30  # bytes before the name in a zip file, APPNOTE 4.3.7
 OPTIONAL = ("groups", "captions")
-SMALL = 1 << 16  # bytes that are read rather than mapped
+SMALL = 1 << 16  # bytes; smaller arrays are read rather than mapped
 READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
-class Shards:
-    """Arrays one after another, as one; int64 index arithmetic only, nothing is read before it is asked for."""
+class ConcatenatedImages:
+    """Several sets of pictures, indexed as one. Nothing is read before it is asked for."""
 
     def __init__(self, parts: Sequence[Images]) -> None:
         self.parts = parts
@@ -42,52 +42,58 @@ class Shards:
 
 
 def read_arrays(path: Path, *, captions: bool) -> tuple[Images, Catalogue]:
-    """Arrays `x` uint8 (N, H, W, 3), `y` name index, `names`; optionally `s` and `styles`, `groups` per name, `captions`.
+    """Read pictures and labels from the arrays at `path`.
 
-    `path` is an .npz, a folder of such .npy files, or a folder of shards in either form whose names and styles agree, in the
-    order of their file names. Arrays on disk uncompressed (`np.savez`, `np.save`) are mapped and may exceed memory.
+    `path` is an .npz file, a folder of .npy files with the same names, or a folder of shards in either form.
+    Shards are read in the order of their file names, and must agree in names, styles and groups. The arrays
+    are `x` uint8 (N, H, W, 3), `y` integer (N,) into `names`; optionally `s` integer (N,) into `styles`,
+    `groups` per name, and `captions` (N,). Arrays stored without compression (`np.savez`, `np.save`) are
+    mapped and may exceed memory.
 
     Raises:
-        DataError: a file that is damaged, lacks an array or has one of the wrong kind, or shards that disagree.
+        DataError: a file is damaged, an array is missing or of the wrong type or shape, or shards disagree.
     """
     if path.is_dir() and not (path / "x.npy").is_file():
         files = sorted([*path.glob("*.npz"), *(file.parent for file in path.glob("*/x.npy"))])
     else:
         files = [path]
     _check_memory(files)
-    parts = [_read(file, captions) for file in files]
-    images, first = [part[0] for part in parts], parts[0][1]
-    for file, (x, catalogue) in zip(files, parts, strict=True):
+    images, catalogues = zip(*(_read(file, captions) for file in files), strict=True)
+    if len(files) == 1:
+        return images[0], catalogues[0]
+    for file, x, catalogue in zip(files, images, catalogues, strict=True):
         if x.shape[1:] != images[0].shape[1:]:
             raise DataError(
-                f"{file} holds pictures of {x.shape[1]}×{x.shape[2]}, but {files[0]} of {images[0].shape[1]}×{images[0].shape[2]}"
+                f"{file} holds pictures of {x.shape[1]}×{x.shape[2]}, "
+                f"but {files[0]} of {images[0].shape[1]}×{images[0].shape[2]}"
             )
         for field in ("names", "styles", "groups"):
-            if getattr(catalogue, field) != getattr(first, field):
+            if getattr(catalogue, field) != getattr(catalogues[0], field):
                 raise DataError(f"{file} has other {field} than {files[0]}: shards of one set must agree")
-    if len(parts) == 1:
-        return images[0], first
-    catalogues = [part[1] for part in parts]
     merged = replace(
-        first,
-        y=np.concatenate([each.y for each in catalogues]),
-        s=np.concatenate([each.s for each in catalogues]),
-        captions=tuple(caption for each in catalogues for caption in each.captions),
+        catalogues[0],
+        y=np.concatenate([catalogue.y for catalogue in catalogues]),
+        s=np.concatenate([catalogue.s for catalogue in catalogues]),
+        captions=tuple(caption for catalogue in catalogues for caption in catalogue.captions),
     )
-    return Shards(images), merged
+    return ConcatenatedImages(images), merged
 
 
 def _check_memory(files: Sequence[Path]) -> None:
-    """Compressed arrays cannot be mapped; refuse those that memory cannot hold."""
-    held = 0
+    """Refuse compressed arrays that would fill more than half of the memory: they cannot be mapped."""
+    size = 0
     for file in files:
-        with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:  # reading it says more
-            held += sum(
-                each.file_size for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED
+        # A file that cannot be opened is reported by the reader, which knows more about it.
+        with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+            size += sum(
+                member.file_size
+                for member in archive.infolist()
+                if member.compress_type != zipfile.ZIP_STORED
             )
-    if held > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+    if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
         raise DataError(
-            f"{files[0]}: these compressed arrays take {held / 2**30:.0f} GiB of memory: write them with numpy.savez, which is mapped"
+            f"{files[0]}: these compressed arrays take {size / 2**30:.0f} GiB of memory: "
+            "write them with numpy.savez, which is mapped"
         )
 
 
@@ -136,25 +142,26 @@ def _load(file: Path) -> Arrays:
     try:
         if file.is_dir():
             return {
-                each.stem: np.load(each, mmap_mode="r", allow_pickle=False) for each in file.glob("*.npy")
+                array.stem: np.load(array, mmap_mode="r", allow_pickle=False) for array in file.glob("*.npy")
             }
         with zipfile.ZipFile(file) as archive:
             return {
-                member.filename.removesuffix(".npy"): _member(archive, member, file)
+                member.filename.removesuffix(".npy"): _load_member(archive, member, file)
                 for member in archive.infolist()
             }
     except (OSError, EOFError, KeyError, ValueError, struct.error, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{file} cannot be read as arrays: {error}") from None
 
 
-def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path) -> npt.NDArray[Any]:
-    """One array of an .npz: mapped if it is stored as it is and worth it, else read."""
+def _load_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: Path) -> npt.NDArray[Any]:
+    """Load one array of an .npz: map it if it is uncompressed and large, else read it."""
     if member.compress_type != zipfile.ZIP_STORED or member.file_size < SMALL:
         with archive.open(member) as stream:
             return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
     with file.open("rb") as raw:
         raw.seek(member.header_offset)
-        lengths = raw.read(LOCAL_HEADER)[-4:]  # of the name and of the extra field that follow
+        # The header ends with the lengths of the name and of the extra field, which follow it.
+        lengths = raw.read(LOCAL_HEADER)[-4:]
         raw.seek(sum(struct.unpack("<HH", lengths)), os.SEEK_CUR)
         shape, fortran, dtype = READ_HEADER[np.lib.format.read_magic(raw)](raw)
         if dtype.hasobject:

@@ -1,10 +1,10 @@
-"""What a trainer sees of its data, and where data can come from.
+"""The data set as a trainer sees it, and the configuration that opens one.
 
     dataset = DataConfig(path=Path("photos"), size=64, flip=True).open()
     index = dataset.training[batch_indices(len(dataset.training), 32, step, seed)]
-    x0 = dataset.batch(index, np.random.default_rng([seed, step]))        # (32, 3, 64, 64) in [−1, 1]
+    x0 = dataset.batch(index, np.random.default_rng([seed, step]))  # (32, 3, 64, 64) in [−1, 1]
 
-A batch is a function of its arguments alone, so that training can stop and resume anywhere.
+A batch is a function of its arguments alone, so training can stop and resume anywhere.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ditserve.model.data.examples import DataError, Pictures
 from ditserve.model.data.image_files import Check
-from ditserve.model.data.labels import select
+from ditserve.model.data.labels import select_examples
 from ditserve.model.data.latents import Latents, Moments
-from ditserve.model.data.sources import Source, common_size, read_source, tolerate
+from ditserve.model.data.sources import Source, check_corrupt_limit, common_size, read_source
 from ditserve.model.spec.bundle import Factor
 
 __all__ = ["DataConfig", "DataError", "Dataset"]
 
 
 class Dataset(Protocol):
-    """N pictures or latents with what they show."""
+    """N pictures or latents with their labels."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of a batch."""
+        """The (H, W) of a batch."""
         ...
 
     @property
     def channels(self) -> int:
-        """C of a batch."""
+        """The number of channels of a batch."""
         ...
 
     @property
     def factors(self) -> tuple[Factor, ...]:
-        """The label factors; empty where only captions tell what is shown."""
+        """The label factors; empty if the data has captions only."""
         ...
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        """(N, F): each factor's class."""
+        """The class of each factor, (N, F)."""
         ...
 
     @property
     def held_out(self) -> npt.NDArray[np.bool_]:
-        """(N,): kept from training."""
+        """The mask of the examples kept from training, (N,)."""
         ...
 
     @property
     def training(self) -> npt.NDArray[np.int64]:
-        """Indices that may be trained on."""
+        """Indices of the examples that may be trained on."""
         ...
 
     @property
     def text(self) -> npt.NDArray[np.float32] | None:
-        """(N, text_size) embeddings of the captions, None where none are asked for. Computed when first read.
+        """Embeddings of the captions, (N, text_size), or None without an encoder. Computed when first read.
 
         Raises:
             DataError: the encoder cannot be opened.
@@ -70,23 +70,23 @@ class Dataset(Protocol):
 
     @property
     def licence(self) -> str | None:
-        """The licence a bundle trained on this carries; None where the data has no card."""
+        """The licence of bundles trained on this data; None if the data has no card."""
         ...
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """What could not be read and was left out, a picture's name and reason each."""
+        """Messages about unreadable pictures that were left out: name and reason."""
         ...
 
     @property
     def attribution(self) -> tuple[str, ...]:
-        """Who must be credited, one line each."""
+        """Credits that must be given, one line each."""
         ...
 
     def batch(self, index: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-        """What the network denoises, (n, C, H, W): pixels in [−1, 1], or normalised latents.
+        """Return the clean samples x0 of a batch, (n, C, H, W): pixels in [−1, 1], or normalised latents.
 
-        `rng` decides mirroring and the draw from a latent's posterior. May be called from several threads.
+        `rng` decides mirroring and the draw from a latent's posterior. Several threads may call this at once.
 
         Raises:
             DataError: a picture can no longer be read.
@@ -94,10 +94,10 @@ class Dataset(Protocol):
         ...
 
     def resized(self, size: tuple[int, int]) -> Dataset:
-        """The same data at (H, W), for progressive training.
+        """Return the same data at `size` (H, W), for progressive training.
 
         Raises:
-            DataError: latents, which have one size.
+            DataError: the data are latents of another size.
         """
         ...
 
@@ -106,41 +106,41 @@ Side = Annotated[int, Field(ge=1)]
 
 
 class DataConfig(BaseModel):
-    """Which data to train on."""
+    """The choice of training data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     path: Path
     """An .npz or a folder of array shards, a folder of pictures, tar files, or latent shards."""
     groups: tuple[str, ...] = ()
-    """Train on the names of these groups; with `names`, on the union. Both empty: on everything."""
+    """Train on the names of these groups; with `names`, on the union. If both are empty, on everything."""
     names: tuple[str, ...] = ()
     hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Share of (name, style) pairs kept from training; without styles, of each name's pictures."""
+    """Share of the (name, style) pairs kept from training; without styles, of the pictures of each name."""
     size: Side | tuple[Side, Side] | None = None
-    """Crop and resample pictures to this many pixels, or to (H, W). None: they have one size already."""
+    """Crop and resample pictures to this many pixels, or to (H, W). None if they have one size already."""
     flip: bool = False
-    """Mirror half of the pictures: for photographs, not where left and right differ."""
+    """Mirror half of the pictures. Good for photographs; wrong where left and right differ in meaning."""
     text: str | None = None
-    """The text encoder (a name of `model.text`) for captions; None leaves captions out."""
+    """The text encoder of the captions (a name of `model.nets.text`); None leaves captions out."""
     corrupt_limit: Annotated[int, Field(ge=0)] = 0
-    """How many unreadable pictures are left out; beyond it the data is refused."""
+    """The number of unreadable pictures that are left out; with more, the data is refused."""
     check: Check = "decode"
-    """How pictures are examined at opening: decoded whole, or for huge sets by their headers. Then a picture that turns out to be
-    damaged later stops the run."""
+    """The examination of pictures at opening: decode them whole, or for huge sets read only the headers.
+    In the second case a picture that turns out to be damaged later stops the run."""
     latent_scale: Annotated[float, Field(gt=0)] | None = None
-    """Multiply latents by this (0.18215: what published weights were trained on) instead of normalising each channel."""
+    """Multiply latents by this instead of normalising each channel; published weights used 0.18215."""
     prefetch: Annotated[int, Field(ge=0)] = 2
-    """Batches made ahead, each in a thread of its own; 0 makes each when it is needed."""
+    """The number of batches made ahead, each in its own thread; 0 makes each batch when it is needed."""
 
     def open(self, path: Path | None = None) -> Dataset:
-        """The data, at `path` if it has moved.
+        """Open the data set, at `path` if it has moved.
 
         Raises:
-            DataError: it is not there or cannot be trained on.
+            DataError: the data does not exist or cannot be trained on.
         """
         source = read_source(path or self.path, captions=self.text is not None, check=self.check)
-        tolerate(source.path, source.broken, self.corrupt_limit)
-        examples = select(
+        check_corrupt_limit(source.path, source.broken, self.corrupt_limit)
+        examples = select_examples(
             source.catalogue,
             source.path,
             groups=self.groups,

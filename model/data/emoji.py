@@ -1,8 +1,9 @@
-"""`python -m model.data emoji`: the emoji picture set, rendered from SVG packages any package registry carries.
+"""`python -m model.data emoji`: the emoji picture set, rendered from SVG icon sets of the npm registry.
 
-Six drawings ("styles") of each emoji, all under free licences; names and groups from unicode-emoji-json. The result is one .npz
-(`x` uint8 (N, H, W, 3) on white, `y` name index, `s` style index, `names`, `groups` per name, `styles`) and a data card beside it, from which a
-bundle's licence and attribution come.
+The set has six drawings ("styles") of each emoji, all under free licences; names and groups are from
+unicode-emoji-json. It is one .npz file (`x` uint8 (N, H, W, 3) on white, `y` index into `names`, `s` index
+into `styles`, `names`, `groups` per name, `styles`) with a data card beside it. Bundles trained on the set
+take their licence and attribution from the card.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import numpy.typing as npt
 from PIL import Image
 from rich.progress import track
 
-from ditserve.model.data.card import Card, card_file
 from ditserve.model.data.examples import DataError
+from ditserve.model.data.sources import DataCard, card_file
 
 try:
     import resvg_py
@@ -32,8 +33,8 @@ except ImportError:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """One npm package of SVG drawings."""
+class IconSet:
+    """An npm package of SVG drawings, one style of the set."""
 
     style: str
     package: str
@@ -42,105 +43,97 @@ class Source:
     credit: str
 
 
-SOURCES = (
-    Source(
-        "twemoji",
-        "@iconify-json/twemoji",
-        "1.2.5",
-        "CC-BY-4.0",
-        "Twemoji, © Twitter, Inc. and other contributors",
-    ),
-    Source("noto", "@iconify-json/noto", "1.2.9", "Apache-2.0", "Noto Emoji, © Google"),
-    Source("noto-v1", "@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "Noto Emoji (v1), © Google"),
-    Source("fluent", "@iconify-json/fluent-emoji", "1.2.7", "MIT", "Fluent Emoji, © Microsoft"),
-    Source(
+TWITTER = "Twemoji, © Twitter, Inc. and other contributors"
+ICON_SETS = (
+    IconSet("twemoji", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", TWITTER),
+    IconSet("noto", "@iconify-json/noto", "1.2.9", "Apache-2.0", "Noto Emoji, © Google"),
+    IconSet("noto-v1", "@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "Noto Emoji (v1), © Google"),
+    IconSet("fluent", "@iconify-json/fluent-emoji", "1.2.7", "MIT", "Fluent Emoji, © Microsoft"),
+    IconSet(
         "fluent-flat", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Fluent Emoji Flat, © Microsoft"
     ),
-    Source("emojione", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "EmojiOne 2, © JoyPixels"),
+    IconSet("emojione", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "EmojiOne 2, © JoyPixels"),
 )
-NAMES = Source("", "unicode-emoji-json", "0.9.0", "MIT", "unicode-emoji-json, © Mu-An Chiou")
+NAMES = IconSet("", "unicode-emoji-json", "0.9.0", "MIT", "unicode-emoji-json, © Mu-An Chiou")
 OVERSAMPLE = 3
-CARD = Card(
-    licence=" AND ".join(sorted({source.licence for source in SOURCES})),
+CARD = DataCard(
+    licence=" AND ".join(sorted({icons.licence for icons in ICON_SETS})),
     attribution=tuple(
-        f"{s.credit} (style {s.style}; npm {s.package} {s.version}), {s.licence}" for s in SOURCES
+        f"{icons.credit} (style {icons.style}; npm {icons.package} {icons.version}), {icons.licence}"
+        for icons in ICON_SETS
     ),
 )
 
 
 def build(target: Path, size: int, tarballs: Path) -> None:
-    """Render every emoji in every style to `target` (.npz) and write its card beside it, for people (.md) and for programs (.json).
+    """Render every emoji in every style to `target` (.npz), and write its card beside it.
 
-    `tarballs` holds the npm packages; the missing ones are fetched into it with `npm pack`.
+    The card is written for people (.md) and for programs (.json). `size` is in pixels. `tarballs` is the
+    folder of the npm packages; missing ones are fetched into it with `npm pack`.
 
     Raises:
-        DataError: a package can be neither found nor fetched, `resvg-py` is not installed, or the size is not 8..512.
+        DataError: a package cannot be found or fetched, `resvg-py` is missing, or the size is not 8..512.
     """
     if not 8 <= size <= 512:
         raise DataError(f"size must be in 8..512 pixels, not {size}")
     tarballs.mkdir(parents=True, exist_ok=True)
-    groups = _names_and_groups(_member(_tarball(NAMES, tarballs), "data-by-emoji.json"))
-    names = sorted(groups)
-    images, label, style = [], [], []
-    for index, source in enumerate(SOURCES):
-        icons = _member(_tarball(source, tarballs), "icons.json")
-        drawn = [(k, svg) for k, name in enumerate(names) if (svg := _svg(icons, name)) is not None]
-        for k, svg in track(drawn, description=f"{source.style:12s}"):
+    groups = _groups_by_name(_read_json(_tarball(NAMES, tarballs), "data-by-emoji.json"))
+    images, drawn_names, styles = [], [], []
+    for style, icon_set in enumerate(ICON_SETS):
+        icons = _read_json(_tarball(icon_set, tarballs), "icons.json")
+        drawings = [(name, svg) for name in sorted(groups) if (svg := _svg(icons, name)) is not None]
+        for name, svg in track(drawings, description=f"{icon_set.style:12s}"):
             images.append(render(svg, size))
-            label.append(k)
-            style.append(index)
-    used = sorted(set(label))
-    place = {k: position for position, k in enumerate(used)}
+            drawn_names.append(name)
+            styles.append(style)
+    names = sorted(set(drawn_names))
+    index = {name: k for k, name in enumerate(names)}
     target.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         target,
         x=np.stack(images),
-        y=np.array([place[k] for k in label], np.int16),
-        s=np.array(style, np.int8),
-        names=np.array([names[k] for k in used]),
-        groups=np.array([groups[names[k]] for k in used]),
-        styles=np.array([source.style for source in SOURCES]),
+        y=np.array([index[name] for name in drawn_names], np.int16),
+        s=np.array(styles, np.int8),
+        names=np.array(names),
+        groups=np.array([groups[name] for name in names]),
+        styles=np.array([icon_set.style for icon_set in ICON_SETS]),
     )
-    target.with_suffix(".md").write_text(_card(target.name, size, len(images), len(used)))
+    target.with_suffix(".md").write_text(_card_text(target.name, size, len(images), len(names)))
     card_file(target).write_text(CARD.model_dump_json(indent=1) + "\n")
 
 
 def render(svg: str, size: int) -> npt.NDArray[np.uint8]:
-    """An SVG on white, uint8 (size, size, 3): drawn `OVERSAMPLE` times larger, then box-reduced."""
+    """Return an SVG on white, uint8 (size, size, 3): drawn `OVERSAMPLE` times larger, then box-reduced.
+
+    Raises:
+        DataError: `resvg-py` is not installed.
+    """
     if resvg_py is None:
         raise DataError("rendering needs resvg-py: pip install resvg-py (it is in the train extra)")
-    drawn = Image.open(
-        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size * OVERSAMPLE)))
-    ).convert("RGBA")
-    canvas = Image.new("RGBA", (size * OVERSAMPLE, size * OVERSAMPLE), "white")
+    side = size * OVERSAMPLE
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side))
+    drawn = Image.open(io.BytesIO(png)).convert("RGBA")
+    canvas = Image.new("RGBA", (side, side), "white")
     canvas.alpha_composite(drawn.crop((0, 0, *canvas.size)))
     return np.asarray(canvas.convert("RGB").reduce(OVERSAMPLE))
 
 
-def _tarball(source: Source, folder: Path) -> Path:
-    file = folder / f"{source.package.lstrip('@').replace('/', '-')}-{source.version}.tgz"
+def _tarball(icons: IconSet, folder: Path) -> Path:
+    file = folder / f"{icons.package.lstrip('@').replace('/', '-')}-{icons.version}.tgz"
     if file.is_file():
         return file
     npm = shutil.which("npm")
     if npm is None:
         raise DataError(f"{file} is missing and npm is not installed: install npm, or put that tarball there")
-    command = [
-        npm,
-        "pack",
-        f"{source.package}@{source.version}",
-        "--silent",
-        "--pack-destination",
-        str(folder),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not file.is_file():
-        raise DataError(
-            f"npm could not fetch {source.package}@{source.version}: put {file.name} into {folder}"
-        )
+    package = f"{icons.package}@{icons.version}"
+    command = [npm, "pack", package, "--silent", "--pack-destination", str(folder)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode or not file.is_file():
+        raise DataError(f"npm could not fetch {package}: put {file.name} into {folder}")
     return file
 
 
-def _member(tarball: Path, name: str) -> dict[str, Any]:
+def _read_json(tarball: Path, name: str) -> dict[str, Any]:
     try:
         with tarfile.open(tarball) as archive:
             stream = archive.extractfile(f"package/{name}")
@@ -149,7 +142,7 @@ def _member(tarball: Path, name: str) -> dict[str, Any]:
         raise DataError(f"{tarball} is damaged or lacks {name}: delete it and run again") from None
 
 
-def _names_and_groups(emoji: dict[str, Any]) -> dict[str, str]:
+def _groups_by_name(emoji: dict[str, Any]) -> dict[str, str]:
     pairs: Iterator[tuple[str, str]] = (
         (entry["slug"].replace("_", "-"), entry["group"]) for entry in emoji.values()
     )
@@ -162,16 +155,21 @@ def _svg(icons: dict[str, Any], name: str) -> str | None:
     if icon is None:
         return None
     width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
-    side = max(width, height)  # a drawing that is not square is centred in its square
+    # A drawing that is not square is centred in its square.
+    side = max(width, height)
     left, top = icon.get("left", 0) - (side - width) / 2, icon.get("top", 0) - (side - height) / 2
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {side} {side}" width="{side}" height="{side}">'
-    return f"{head}{icon['body']}</svg>"
+    box = f'viewBox="{left} {top} {side} {side}" width="{side}" height="{side}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{icon["body"]}</svg>'
 
 
-def _card(file: str, size: int, pictures: int, names: int) -> str:
-    rows = "\n".join(f"| {s.style} | `{s.package}` {s.version} | {s.licence} | {s.credit} |" for s in SOURCES)
+def _card_text(file: str, size: int, pictures: int, names: int) -> str:
+    rows = "\n".join(
+        f"| {icons.style} | `{icons.package}` {icons.version} | {icons.licence} | {icons.credit} |"
+        for icons in ICON_SETS
+    )
     return (
-        f"# {file}\n\n{pictures:,} emoji pictures, {size}×{size} RGB on white: {names:,} names, {len(SOURCES)} styles.\n"
+        f"# {file}\n\n{pictures:,} emoji pictures, {size}×{size} RGB on white: "
+        f"{names:,} names, {len(ICON_SETS)} styles.\n"
         "Flags and skin-tone variants are left out. Names and groups: unicode-emoji-json (MIT).\n\n"
         f"| style | package | licence | credit |\n|---|---|---|---|\n{rows}\n"
     )

@@ -1,4 +1,4 @@
-"""Labelled pictures for training, in an order that depends only on (seed, step)."""
+"""Training examples: labelled pictures as batches, in an order that depends only on (seed, step)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.data.crop import centre_crop
+from ditserve.model.data.transforms import centre_crop
 from ditserve.model.nets.text import TextError, open_encoder
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.errors import ModelError
@@ -20,7 +20,10 @@ class DataError(ModelError):
 
 
 class Images(Protocol):
-    """Pictures by number, each uint8 (H, W, 3), of one size or of many: an array, a mapped file, or files decoded when asked for."""
+    """Pictures by index, each uint8 (H, W, 3), of one size or of many.
+
+    They are an array, a mapped file, or files that are decoded on request.
+    """
 
     def __len__(self) -> int: ...
 
@@ -29,10 +32,11 @@ class Images(Protocol):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Examples:
-    """N labelled examples of whatever kind.
+    """N labelled examples: the part of a `Dataset` that pictures and latents share.
 
-    `labels` int64 (N, F) has one column per factor; `held_out` bool (N,) are kept from training; `rows` int64 (N,) tells which of
-    the source's examples these are. `captions` has N sentences, or none. `skipped` names what could not be read.
+    `rows` int64 (N,) are the indices of the examples in their source. `labels` int64 (N, F) has one column
+    per factor. `held_out` bool (N,) marks the examples kept from training. `captions` has N sentences, or
+    none. `skipped` names what could not be read.
     """
 
     rows: npt.NDArray[np.int64]
@@ -53,21 +57,26 @@ class Examples:
 
     @cached_property
     def text(self) -> npt.NDArray[np.float32] | None:
-        """Embeddings of the captions, (N, text_size); None where none are asked for. Each different caption is encoded once.
+        """Embeddings of the captions, (N, text_size), or None without an encoder.
+
+        Each distinct caption is encoded once, when this is first read.
 
         Raises:
             DataError: the encoder cannot be opened.
         """
         if self.encoder is None:
             return None
-        different, place = np.unique(np.array(self.captions), return_inverse=True)
+        distinct, inverse = np.unique(np.array(self.captions), return_inverse=True)
         try:
-            return open_encoder(self.encoder).encode([str(caption) for caption in different])[place]
+            return open_encoder(self.encoder).encode([str(caption) for caption in distinct])[inverse]
         except TextError as error:
             raise DataError(f"field text: {error}") from None
 
-    def mirrored(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-        """Which of a batch are mirrored, (count,): half of them with `flip`, and then `rng` is used."""
+    def draw_flips(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+        """Choose which of `count` examples are mirrored, bool (count,): half of them with `flip`, else none.
+
+        `rng` is used only with `flip`.
+        """
         return rng.random(count) < 0.5 if self.flip else np.zeros(count, bool)
 
 
@@ -83,23 +92,25 @@ class Pictures(Examples):
         return 3
 
     def batch(self, index: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-        """Pictures `index` (n,) in [−1, 1], (n, 3, H, W); with `flip`, `rng` decides which are mirrored.
+        """Return pictures `index` (n,) in [−1, 1], float32 (n, 3, H, W).
+
+        With `flip`, `rng` decides which are mirrored.
 
         Raises:
             DataError: a picture cannot be read.
         """
         pixels = np.stack([centre_crop(self.images[int(row)], self.size) for row in self.rows[index]])
-        mirrored = self.mirrored(len(index), rng)
-        pixels[mirrored] = pixels[mirrored, :, ::-1]
-        return model_space(pixels)
+        flips = self.draw_flips(len(index), rng)
+        pixels[flips] = pixels[flips, :, ::-1]
+        return to_model_space(pixels)
 
     def resized(self, size: tuple[int, int]) -> Pictures:
-        """The same pictures, cropped and resampled to (H, W)."""
+        """Return the same pictures, cropped and resampled to `size` (H, W)."""
         return replace(self, size=size)
 
 
-def model_space(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """uint8 (n, H, W, 3) to [−1, 1], float32 (n, 3, H, W)."""
+def to_model_space(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return pixels uint8 (n, H, W, 3) as float32 (n, 3, H, W) in [−1, 1]."""
     planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
     planes /= np.float32(127.5)
     planes -= np.float32(1)
@@ -107,16 +118,18 @@ def model_space(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 
 
 def batch_indices(count: int, batch: int, step: int, seed: int) -> npt.NDArray[np.int64]:
-    """Positions (batch,) in 0..count of global step `step`: consecutive pieces of one permutation per epoch.
+    """Return the positions (batch,) in 0..count of the examples of global step `step`.
 
-    A function of its arguments alone, so a resumed run continues exactly where it stopped.
+    Batches are consecutive pieces of one permutation per epoch: with 5 examples and batches of 2, step 2
+    takes the last of the first epoch and the first of the second. The result is a function of the arguments
+    alone, so a resumed run continues exactly where it stopped.
     """
-    out: list[npt.NDArray[np.int64]] = []
+    pieces: list[npt.NDArray[np.int64]] = []
     start, needed = step * batch, batch
     while needed:
         epoch, offset = divmod(start, count)
         order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
         piece = order[offset : offset + needed]
-        out.append(piece)
+        pieces.append(piece)
         start, needed = start + len(piece), needed - len(piece)
-    return np.concatenate(out)
+    return np.concatenate(pieces)

@@ -1,7 +1,7 @@
 """`python -m model.data latents`: encode a set of pictures once, so that training need not.
 
-Shard k holds the pictures k·n … (k+1)·n of the source, whoever makes it: any number of workers and machines share the work, and a
-shard that is there is not made again.
+Shard k holds the pictures k·n … (k+1)·n of the source, whichever process makes it. So any number of worker
+processes and machines can share the work, and a shard that exists is not made again.
 """
 
 from __future__ import annotations
@@ -11,23 +11,68 @@ import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-from ditserve.model.data.card import card_file
-from ditserve.model.data.examples import DataError
-from ditserve.model.data.labels import check
-from ditserve.model.data.latent_shards import Extraction, Made, finished, make, open_vae, shrinkage
-from ditserve.model.data.latents import INDEX, Index, Moments, Shard
-from ditserve.model.data.sources import common_size, read_source
-from ditserve.model.nets.autoencoder import fingerprint
+from ditserve.model.data.examples import DataError, to_model_space
+from ditserve.model.data.labels import check_labels
+from ditserve.model.data.latents import INDEX, LatentIndex, LatentShard, Moments
+from ditserve.model.data.sources import card_file, common_size, read_source
+from ditserve.model.data.transforms import centre_crop
+from ditserve.model.nets.autoencoder import AutoencoderError, SdVae, fingerprint, open_autoencoder
 from ditserve.model.spec.bundle import write_atomic
 
 
-def plan(
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """An extraction job, the same for every worker.
+
+    It encodes `count` pictures, cropped to `size` (H, W), `shard` of them in a file. `identity` is a hash of
+    the pictures' labels, the settings and the autoencoder; every shard carries it. `batch` pictures are
+    encoded at once. `threads` is the number of a worker's threads; 0 leaves it to PyTorch.
+    """
+
+    source: Path
+    autoencoder: Path
+    out: Path
+    size: tuple[int, int]
+    count: int
+    shard: int
+    batch: int
+    device: str
+    threads: int
+    identity: str
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(-(-self.count // self.shard))
+
+    def rows(self, number: int) -> range:
+        """Return the indices of the source's pictures that shard `number` holds."""
+        return range(number * self.shard, min((number + 1) * self.shard, self.count))
+
+    def file(self, number: int) -> Path:
+        return self.out / f"{number:05d}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """The number of pictures in a finished shard, and messages about those that could not be read."""
+
+    count: int
+    skipped: tuple[str, ...]
+
+
+def plan_extraction(
     source: Path,
     autoencoder: Path,
     out: Path,
@@ -38,61 +83,78 @@ def plan(
     device: str = "cpu",
     threads: int = 0,
 ) -> Extraction:
-    """An extraction, checked before any work is done. Without `size`, pictures must have one already.
+    """Return an extraction that is checked before any work is done.
+
+    Without `size` (H, W), all pictures must have one size already.
 
     Raises:
-        DataError: the source cannot be read, holds latents already, or has pictures of a size that the autoencoder cannot take.
+        DataError: the source cannot be read, holds latents, or has a size that the autoencoder cannot take.
         AutoencoderError: the autoencoder cannot be opened.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise DataError("there is no CUDA device here: leave --device out")
-    found = read_source(source, captions=True, check="header" if size is None else None)
-    if isinstance(found.data, Moments):
+    pictures = read_source(source, captions=True, check="header" if size is None else None)
+    if isinstance(pictures.data, Moments):
         raise DataError(f"{source} holds latents already")
-    check(found.catalogue, source)
-    height, width = size or common_size(found)
-    factor = shrinkage(open_vae(autoencoder))
+    check_labels(pictures.catalogue, source)
+    height, width = size or common_size(pictures)
+    factor = _downsampling(_open_vae(autoencoder))
     if height % factor or width % factor:
         raise DataError(
             f"{source}: {height}×{width} does not divide by {factor}, as {autoencoder} needs: choose a size"
         )
-    count = len(found.data) + len(found.broken)
-    facts = [
-        count,
-        found.catalogue.names,
-        found.catalogue.styles,
-        (height, width),
-        shard,
-        fingerprint(autoencoder),
-    ]
+    count = len(pictures.data) + len(pictures.broken)
+    labels = pictures.catalogue
+    facts = [count, labels.names, labels.styles, (height, width), shard, fingerprint(autoencoder)]
     identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return Extraction(
         source, autoencoder, out, (height, width), count, shard, batch, device, threads, identity
     )
 
 
-def progress_of(job: Extraction, numbers: Sequence[int]) -> tuple[list[Made], list[int]]:
-    """Which of the shards are there, and the numbers of those that are not.
+def progress_of(job: Extraction, numbers: Sequence[int]) -> tuple[list[FinishedShard], list[int]]:
+    """Return those of the shards that are finished, and the numbers of the others.
 
     Raises:
-        DataError: one is there of another extraction.
+        DataError: a shard belongs to another extraction.
     """
-    found = {number: finished(job, number) for number in numbers}
-    return [made for made in found.values() if made], [number for number, made in found.items() if not made]
+    shards = {number: finished_shard(job, number) for number in numbers}
+    missing = [number for number, shard in shards.items() if not shard]
+    return [shard for shard in shards.values() if shard], missing
 
 
-def extract(job: Extraction, numbers: Sequence[int], *, workers: int = 1) -> Iterator[Made]:
-    """Make shards, yielding each when it is finished, in any order; several workers are processes of their own.
+def finished_shard(job: Extraction, number: int) -> FinishedShard | None:
+    """Return shard `number`, or None if it is missing or damaged.
 
     Raises:
-        DataError, AutoencoderError, OSError: as `latent_shards.make`.
+        DataError: it belongs to another extraction.
+    """
+    file = job.file(number)
+    try:
+        with safe_open(file, framework="np") as shard:
+            metadata = shard.metadata() or {}
+            count = shard.get_slice("y").get_shape()[0]
+    except (OSError, SafetensorError):
+        return None
+    if metadata.get("identity") != job.identity:
+        raise DataError(f"{file} was made of other pictures or with other settings: choose an empty folder")
+    return FinishedShard(count, tuple(json.loads(metadata["skipped"])))
+
+
+def extract(job: Extraction, numbers: Sequence[int], *, workers: int = 1) -> Iterator[FinishedShard]:
+    """Make the shards `numbers`, and yield each when it is finished, in any order.
+
+    One worker runs in this process; more are processes of their own.
+
+    Raises:
+        DataError, AutoencoderError, OSError: as `make_shard`.
     """
     job.out.mkdir(parents=True, exist_ok=True)
     if workers == 1:
-        yield from (make(job, number) for number in numbers)
+        yield from (make_shard(job, number) for number in numbers)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        tasks = [pool.submit(make, job, number) for number in numbers]
+        tasks = [pool.submit(make_shard, job, number) for number in numbers]
         try:
             for task in as_completed(tasks):
                 yield task.result()
@@ -100,27 +162,115 @@ def extract(job: Extraction, numbers: Sequence[int], *, workers: int = 1) -> Ite
             pool.shutdown(cancel_futures=True)
 
 
-def write_index(job: Extraction) -> Index | None:
-    """Write the index and the data's card once every shard is there; None before.
+def make_shard(job: Extraction, number: int) -> FinishedShard:
+    """Encode the pictures of a shard and write it, whole or not at all.
+
+    Raises:
+        DataError, AutoencoderError, OSError: the source or the autoencoder is gone, or the disk is full.
+    """
+    return _worker(job).make(number)
+
+
+@cache
+def _worker(job: Extraction) -> EncoderWorker:
+    return EncoderWorker(job)
+
+
+class EncoderWorker:
+    """The pictures and the autoencoder of an extraction, opened once in each process."""
+
+    def __init__(self, job: Extraction) -> None:
+        self.job = job
+        if job.threads:
+            torch.set_num_threads(job.threads)
+        source = read_source(job.source, captions=True, check=None)
+        if isinstance(source.data, Moments):
+            raise DataError(f"{job.source} holds latents already")
+        self.images, self.catalogue = source.data, source.catalogue
+        self.vae = _open_vae(job.autoencoder).to(job.device)
+
+    def make(self, number: int) -> FinishedShard:
+        """Encode and write shard `number`."""
+        kept: list[int] = []
+        skipped: list[str] = []
+        pixels: list[npt.NDArray[np.uint8]] = []
+        for row in self.job.rows(number):
+            try:
+                pixels.append(centre_crop(self.images[row], self.job.size))
+                kept.append(row)
+            except DataError as error:
+                skipped.append(str(error))
+        mean, log_variance = self.moments(pixels)
+        captions = [self.catalogue.captions[row] if self.catalogue.captions else "" for row in kept]
+        tensors = {
+            "mean": mean,
+            "log_variance": log_variance,
+            "y": self.catalogue.y[kept],
+            "s": self.catalogue.s[kept],
+            "total": mean.sum((0, 1, 3, 4), np.float64),
+            "total_squares": (mean.astype(np.float64) ** 2 + np.exp(log_variance)).sum((0, 1, 3, 4)),
+        }
+        metadata = {
+            "identity": self.job.identity,
+            "captions": json.dumps(captions),
+            "skipped": json.dumps(skipped),
+        }
+        write_atomic(self.job.file(number), save(tensors, metadata))
+        return FinishedShard(len(kept), tuple(skipped))
+
+    def moments(
+        self, pixels: list[npt.NDArray[np.uint8]]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return mean and log-variance, float32 (n, 2, C, h, w) each: pictures and their mirror images."""
+        factor = _downsampling(self.vae)
+        shape = 2, self.vae.config.latent_channels, self.job.size[0] // factor, self.job.size[1] // factor
+        moments = np.zeros((2, len(pixels), *shape), np.float32)
+        for start in range(0, len(pixels), self.job.batch):
+            planes = to_model_space(np.stack(pixels[start : start + self.job.batch]))
+            x = torch.from_numpy(planes).to(self.job.device)  # (b, 3, H, W)
+            for mirrored, view in enumerate((x, x.flip(-1))):
+                with torch.inference_mode():
+                    posterior = self.vae.encode(view).latent_dist
+                for target, moment in zip(moments, (posterior.mean, posterior.logvar), strict=True):
+                    target[start : start + len(x), mirrored] = moment.float().cpu().numpy()
+        return moments[0], moments[1]
+
+
+# Any: a diffusers AutoencoderKL has no types.
+def _open_vae(folder: Path) -> Any:
+    autoencoder = open_autoencoder("sd-vae", folder)
+    if not isinstance(autoencoder, SdVae):
+        raise AutoencoderError(f"{folder} is not an SD-VAE")
+    return autoencoder.vae
+
+
+def _downsampling(vae: Any) -> int:
+    """Return how many pixels a latent covers on a side."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def write_index(job: Extraction) -> LatentIndex | None:
+    """Write the index and the data's card if every shard is finished; else return None.
 
     Raises:
         DataError: no picture could be read.
     """
-    made = [shard for number in job.shards if (shard := finished(job, number))]
-    count = sum(shard.count for shard in made)
-    if len(made) < len(job.shards):
+    shards = [shard for number in job.shards if (shard := finished_shard(job, number))]
+    count = sum(shard.count for shard in shards)
+    if len(shards) < len(job.shards):
         return None
     if not count:
-        raise DataError(f"{job.source} holds no readable picture: {made[0].skipped[0]}")
+        raise DataError(f"{job.source} holds no readable picture: {shards[0].skipped[0]}")
     total = squares = np.zeros(())
     for number in job.shards:
-        with safe_open(job.file(number), framework="np") as shard:
-            total, squares = total + shard.get_tensor("total"), squares + shard.get_tensor("total_squares")
-            _, _, channels, height, width = shard.get_slice("mean").get_shape()
+        with safe_open(job.file(number), framework="np") as tensors:
+            total = total + tensors.get_tensor("total")
+            squares = squares + tensors.get_tensor("total_squares")
+            _, _, channels, height, width = tensors.get_slice("mean").get_shape()
     mean = total / (count * 2 * height * width)
     variance = squares / (count * 2 * height * width) - mean**2
     source = read_source(job.source, check=None)
-    index = Index(
+    index = LatentIndex(
         autoencoder=fingerprint(job.autoencoder),
         picture_size=job.size,
         size=(height, width),
@@ -128,10 +278,10 @@ def write_index(job: Extraction) -> Index | None:
         names=source.catalogue.names,
         styles=source.catalogue.styles,
         groups=source.catalogue.groups,
-        shards=tuple(Shard(file=job.file(k).name, count=shard.count) for k, shard in enumerate(made)),
+        shards=tuple(LatentShard(file=job.file(k).name, count=shard.count) for k, shard in enumerate(shards)),
         mean=tuple(mean.tolist()),
         std=tuple(np.sqrt(np.maximum(variance, 1e-12)).tolist()),
-        skipped=tuple(name for shard in made for name in shard.skipped),
+        skipped=tuple(message for shard in shards for message in shard.skipped),
     )
     write_atomic(card_file(job.out), source.card.model_dump_json(indent=1).encode())
     write_atomic(job.out / INDEX, index.model_dump_json(indent=1).encode())

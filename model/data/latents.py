@@ -1,11 +1,13 @@
 """Latents prepared for training: an autoencoder's moments in safetensors shards, with an index.
 
-    <folder>/latents.json      `Index`: sizes, class names, statistics, shards
-    <folder>/00000.safetensors `mean` and `log_variance` float32 (n, 2, C, h, w), the second of the two of the mirrored picture;
-                               `y` and `s` int64 (n,); `total` and `total_squares` float64 (C,), expected sums over draws; captions
-                               and what was skipped as JSON in its metadata
+    <folder>/latents.json       `LatentIndex`: sizes, class names, statistics, shards
+    <folder>/00000.safetensors  `mean`, `log_variance`: float32 (n, 2, C, h, w), as drawn and mirrored
+                                `y`, `s`: int64 (n,)
+                                `total`, `total_squares`: float64 (C,), expected sums over draws
+                                metadata: captions and skipped pictures, as JSON
 
-The moments, not draws, are kept: each step draws anew, as encoding on the fly would.
+The shards keep the moments rather than draws from them: each training step draws anew, as encoding
+on the fly would.
 """
 
 from __future__ import annotations
@@ -26,14 +28,20 @@ from ditserve.model.data.labels import Catalogue
 INDEX = "latents.json"
 
 
-class Shard(BaseModel):
+class LatentShard(BaseModel):
+    """One safetensors file and the number of pictures in it."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
     file: str
     count: int
 
 
-class Index(BaseModel):
-    """latents.json. `mean` and `std` are each channel's over the whole set, mirrored copies included, for draws from the posterior."""
+class LatentIndex(BaseModel):
+    """The content of latents.json.
+
+    `mean` and `std` have a value for each channel, over draws from the posteriors of the whole
+    set, mirrored copies included.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: Literal[1] = 1
@@ -45,7 +53,7 @@ class Index(BaseModel):
     names: tuple[str, ...]
     styles: tuple[str, ...]
     groups: tuple[str, ...]
-    shards: tuple[Shard, ...]
+    shards: tuple[LatentShard, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     skipped: tuple[str, ...] = ()
@@ -53,53 +61,61 @@ class Index(BaseModel):
 
 
 class Moments:
-    """Means and log-variances by number, read from the mapped shards when asked for."""
+    """Means and log-variances of all pictures, read from the mapped shards on request.
 
-    def __init__(self, folder: Path, index: Index) -> None:
+    Raises:
+        DataError: a shard cannot be read, or does not hold what the index says.
+    """
+
+    def __init__(self, folder: Path, index: LatentIndex) -> None:
         self.folder, self.index = folder, index
         self.shards = [_open(folder / shard.file) for shard in index.shards]
         self.ends = np.cumsum([shard.count for shard in index.shards])
         for shard, opened in zip(index.shards, self.shards, strict=True):
-            wanted = [shard.count, 2, index.channels, *index.size]
-            if any(list(opened.get_slice(name).get_shape()) != wanted for name in ("mean", "log_variance")):
-                raise DataError(f"{folder / shard.file} does not hold the {wanted} moments that {INDEX} says")
+            shape = [shard.count, 2, index.channels, *index.size]
+            if any(list(opened.get_slice(name).get_shape()) != shape for name in ("mean", "log_variance")):
+                raise DataError(f"{folder / shard.file} does not hold the {shape} moments that {INDEX} says")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, index: int, *, mirrored: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Mean and log-variance, both (C, h, w)."""
-        place = int(np.searchsorted(self.ends, index, side="right"))
-        row = index - (int(self.ends[place - 1]) if place else 0)
-        shard = self.shards[place]
-        return shard.get_slice("mean")[row, int(mirrored)], shard.get_slice("log_variance")[
-            row, int(mirrored)
-        ]
+        """Return mean and log-variance of a picture, both (C, h, w)."""
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        row = index - (int(self.ends[number - 1]) if number else 0)
+        mean, log_variance = (self.shards[number].get_slice(name) for name in ("mean", "log_variance"))
+        return mean[row, int(mirrored)], log_variance[row, int(mirrored)]
 
     def normalisation(self, scale: float | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """What is taken from latents, and what they are then divided by, (C, 1, 1) each: statistics, or a factor."""
+        """Return (shift, scale), float32 (C, 1, 1) each: normalised latents are (latents − shift) / scale.
+
+        Without the argument `scale` these are the statistics of the set; with it, latents
+        are multiplied by it.
+        """
         if scale is not None:
-            return np.zeros((self.index.channels, 1, 1), np.float32), np.full(
-                (self.index.channels, 1, 1), 1 / scale, np.float32
-            )
-        mean, std = (np.array(each, np.float32)[:, None, None] for each in (self.index.mean, self.index.std))
+            shape = (self.index.channels, 1, 1)
+            return np.zeros(shape, np.float32), np.full(shape, 1 / scale, np.float32)
+        mean = np.array(self.index.mean, np.float32)[:, None, None]
+        std = np.array(self.index.std, np.float32)[:, None, None]
         return mean, std
 
     def catalogue(self, *, captions: bool) -> Catalogue:
-        """What the shards say their pictures show."""
+        """Return the labels of all pictures."""
         y = np.concatenate([shard.get_tensor("y") for shard in self.shards])
         s = np.concatenate([shard.get_tensor("s") for shard in self.shards])
-        told = (
-            [text for shard in self.shards for text in json.loads(shard.metadata()["captions"])]
-            if captions
-            else []
-        )
-        return Catalogue(y, self.index.names, s, self.index.styles, self.index.groups, tuple(told))
+        texts: list[str] = []
+        if captions:
+            texts = [text for shard in self.shards for text in json.loads(shard.metadata()["captions"])]
+        index = self.index
+        return Catalogue(y, index.names, s, index.styles, index.groups, tuple(texts))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Latents(Examples):
-    """A `Dataset` of latents: draws from the posterior, less `shift` and over `scale`, float32 (C, 1, 1) each."""
+    """A `Dataset` of latents: draws from the posterior, normalised as (latents − `shift`) / `scale`.
+
+    `shift` and `scale` are float32 (C, 1, 1).
+    """
 
     moments: Moments
     shift: npt.NDArray[np.float32]
@@ -114,41 +130,44 @@ class Latents(Examples):
         return self.moments.index.channels
 
     def batch(self, index: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-        """Latents `index` (n,), (n, C, h, w); `rng` decides which are mirrored (with `flip`), then draws from the posteriors."""
-        mirrored = self.mirrored(len(index), rng)
+        """Return latents `index` (n,), float32 (n, C, h, w).
+
+        `rng` first decides which are mirrored (with `flip`), then draws from the posteriors.
+        """
+        flips = self.draw_flips(len(index), rng)
         moments = [
-            self.moments.read(int(row), mirrored=bool(mirror))
-            for row, mirror in zip(self.rows[index], mirrored, strict=True)
+            self.moments.read(int(row), mirrored=bool(flip))
+            for row, flip in zip(self.rows[index], flips, strict=True)
         ]
         mean, log_variance = (np.stack(part) for part in zip(*moments, strict=True))  # (n, C, h, w) each
         noise = rng.standard_normal(mean.shape, np.float32)
-        drawn: npt.NDArray[np.float32] = (
-            mean + np.exp(np.float32(0.5) * log_variance) * noise - self.shift
-        ) / self.scale
-        return drawn
+        latents = mean + np.exp(np.float32(0.5) * log_variance) * noise  # (n, C, h, w)
+        normalised: npt.NDArray[np.float32] = (latents - self.shift) / self.scale
+        return normalised
 
     def resized(self, size: tuple[int, int]) -> Latents:
-        """Latents have one size.
+        """Return the same latents: they have one size.
 
         Raises:
             DataError: it is not `size`.
         """
         if size != self.size:
             raise DataError(
-                f"{self.moments.folder} holds latents of {self.size[0]}×{self.size[1]}, not {size[0]}×{size[1]}: extract them anew"
+                f"{self.moments.folder} holds latents of {self.size[0]}×{self.size[1]}, "
+                f"not {size[0]}×{size[1]}: extract them anew"
             )
         return self
 
 
 def read_latents(path: Path, *, captions: bool) -> tuple[Moments, Catalogue]:
-    """What `python -m model.data latents` left in a folder.
+    """Read the latent shards that `python -m model.data latents` wrote to the folder `path`.
 
     Raises:
         DataError: the index or a shard is damaged, missing or of another release.
     """
     file = path / INDEX
     try:
-        index = Index.model_validate_json(file.read_bytes())
+        index = LatentIndex.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{file}: {'.'.join(map(str, first['loc'])) or 'index'}: {first['msg']}") from None
@@ -158,7 +177,8 @@ def read_latents(path: Path, *, captions: bool) -> tuple[Moments, Catalogue]:
     return moments, moments.catalogue(captions=captions)
 
 
-def _open(file: Path) -> Any:  # safetensors has no types for what it returns
+# Any: safetensors has no types for the open file.
+def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
     except (OSError, SafetensorError) as error:

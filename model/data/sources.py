@@ -1,4 +1,4 @@
-"""Where data can come from: a table from what a path looks like to who reads it."""
+"""Sources of data: a table from the kind of a path to its reader, and the card with licence and credits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from ditserve.model.data.arrays import read_arrays
-from ditserve.model.data.card import Card, read_card
 from ditserve.model.data.examples import DataError, Images
-from ditserve.model.data.folder import read_folder
-from ditserve.model.data.image_files import Check, ImageFiles, examine
+from ditserve.model.data.image_files import Check, ImageFiles, examine, read_folder
 from ditserve.model.data.labels import Catalogue
 from ditserve.model.data.latents import INDEX, Moments, read_latents
 from ditserve.model.data.tar import read_tar
@@ -24,18 +24,49 @@ KNOWN = (
 NAMED = 5  # broken pictures that a message names
 
 
-class Read(Protocol):
+class DataCard(BaseModel):
+    """The licence and credits of a data set: `card.json` in a folder, or `emoji.json` beside `emoji.npz`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    licence: str | None = None
+    """An SPDX expression, for what is trained on the data."""
+    attribution: tuple[str, ...] = ()
+    """Who must be credited, one line each."""
+
+
+def card_file(source: Path) -> Path:
+    """Return the path of a data set's card."""
+    return source / "card.json" if source.is_dir() else source.with_suffix(".json")
+
+
+def read_card(source: Path) -> DataCard:
+    """Return the card of a data set, an empty one if it has none.
+
+    Raises:
+        DataError: the card has an unknown field or a value of the wrong type.
+    """
+    file = card_file(source)
+    if not file.is_file():
+        return DataCard()
+    try:
+        return DataCard.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{file}: {'.'.join(map(str, first['loc'])) or 'card'}: {first['msg']}") from None
+
+
+class Reader(Protocol):
     def __call__(self, path: Path, *, captions: bool) -> tuple[Images | Moments, Catalogue]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of source: a file with such a name, or a folder with such an entry."""
+class SourceKind:
+    """A kind of source: files that match the pattern `file`, or folders that hold one of `entries`."""
 
-    what: str
+    name: str
     file: str
     entries: tuple[str, ...]
-    read: Read
+    read: Reader
 
     def fits(self, path: Path) -> bool:
         if path.is_dir():
@@ -45,34 +76,37 @@ class Kind:
 
 # The first that fits is taken.
 KINDS = (
-    Kind("latent shards", "", (INDEX,), read_latents),
-    Kind("arrays", "*.npz", ("*.npz", "x.npy", "*/x.npy"), read_arrays),
-    Kind("tar files", "*.tar", ("*.tar",), read_tar),
-    Kind("image folder", "", ("*",), read_folder),
+    SourceKind("latent shards", "", (INDEX,), read_latents),
+    SourceKind("arrays", "*.npz", ("*.npz", "x.npy", "*/x.npy"), read_arrays),
+    SourceKind("tar files", "*.tar", ("*.tar",), read_tar),
+    SourceKind("image folder", "", ("*",), read_folder),
 )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """All that a path holds, before any choice.
+    """Everything that a path holds, before any selection.
 
-    `sizes` counts the (H, W) of what can be read, `broken` says what cannot, and why.
+    `sizes` counts the (H, W) of the readable pictures; `broken` has a message for each unreadable one.
     """
 
     path: Path
     kind: str
     data: Images | Moments
     catalogue: Catalogue
-    card: Card
+    card: DataCard
     sizes: Counter[tuple[int, int]]
     broken: tuple[str, ...]
 
 
 def read_source(path: Path, *, captions: bool = False, check: Check | None = "decode") -> Source:
-    """What `path` holds, whatever kind it is. Encoded pictures are examined, and broken ones left out; not without `check`.
+    """Read the data set at `path`, of any kind.
+
+    Image files are examined as `check` says, and broken ones left out. With `check=None` they are not
+    examined, and `sizes` is empty.
 
     Raises:
-        DataError: it is not there, of no known kind, damaged, or holds nothing readable.
+        DataError: the path does not exist, is of no known kind, damaged, or holds nothing readable.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist: pass {KNOWN}")
@@ -86,16 +120,16 @@ def read_source(path: Path, *, captions: bool = False, check: Check | None = "de
         height, width = data.index.size if isinstance(data, Moments) else data[0].shape[:2]
         sizes[height, width] = len(data)
     elif check:
-        examined = examine(data, check)
-        data, catalogue = data.take(examined.readable), catalogue.take(examined.readable)
-        sizes, broken = examined.sizes, examined.broken
+        examination = examine(data, check)
+        data, catalogue = data.take(examination.readable), catalogue.take(examination.readable)
+        sizes, broken = examination.sizes, examination.broken
         if not len(data):
             raise DataError(f"{path} holds no readable picture: {broken[0]}")
-    return Source(path, kind.what, data, catalogue, read_card(path), sizes, broken)
+    return Source(path, kind.name, data, catalogue, read_card(path), sizes, broken)
 
 
 def common_size(source: Source) -> tuple[int, int]:
-    """The (H, W) that all pictures have.
+    """Return the (H, W) that all pictures have.
 
     Raises:
         DataError: they differ.
@@ -103,18 +137,20 @@ def common_size(source: Source) -> tuple[int, int]:
     if len(source.sizes) > 1:
         first, second = (f"{height}×{width}" for height, width in list(source.sizes)[:2])
         raise DataError(
-            f"{source.path} holds pictures of different sizes ({first}, {second}): set the size to crop them to"
+            f"{source.path} holds pictures of different sizes ({first}, {second}): "
+            "set the size to crop them to"
         )
     return next(iter(source.sizes))
 
 
-def tolerate(path: Path, broken: Sequence[str], limit: int) -> None:
+def check_corrupt_limit(path: Path, broken: Sequence[str], limit: int) -> None:
     """Refuse more broken pictures than `limit`.
 
     Raises:
-        DataError: naming the first few.
+        DataError: there are more; it names the first few.
     """
     if len(broken) > limit:
         raise DataError(
-            f"{path}: {len(broken)} pictures cannot be read, and corrupt_limit is {limit}: {'; '.join(broken[:NAMED])}"
+            f"{path}: {len(broken)} pictures cannot be read, and corrupt_limit is {limit}: "
+            f"{'; '.join(broken[:NAMED])}"
         )

@@ -1,4 +1,4 @@
-"""Pictures in tar files, as WebDataset writes them: members of one sample share the name before the first dot."""
+"""Tar files as WebDataset writes them: the members of one sample share the name before the first dot."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from ditserve.model.data.image_files import SUFFIXES, ImageFiles
 from ditserve.model.data.labels import Catalogue
 
 TEXTS = ("cls", "json", "txt")
-LONGEST = 1 << 20  # bytes of such a member
+LONGEST = 1 << 20  # bytes of a text member
 NUMBER = re.compile(r"-?\d{1,9}", re.ASCII)
 
 
 @dataclass(slots=True)
-class Sample:
-    """One key's members: where its picture lies, and the texts beside it."""
+class TarSample:
+    """The members that share a key.
+
+    `span` is (archive index, first byte, length) of the picture. `texts` holds the text members by suffix.
+    """
 
     name: str
     span: tuple[int, int, int] | None
@@ -31,45 +34,47 @@ class Sample:
 
 
 def read_tar(path: Path, *, captions: bool) -> tuple[ImageFiles, Catalogue]:
-    """The samples of a tar file, or of a folder's in the order of their names: `key.jpg` with `key.cls` or `key.json`, `key.txt`.
+    """Read the samples of a tar file, or of all tar files of a folder in the order of their names.
 
-    `cls` is a class's number or name; `json` may tell `label`, `style` and `caption`; `txt` is the caption. Numbers are looked up
-    in `classes.txt` beside the tar files, a name a line, if it is there. Archives are read where they lie: nothing is unpacked.
+    A sample is `key.jpg` with `key.cls` or `key.json`, and `key.txt`. `cls` holds the class as a number or a
+    name; `json` may have `label`, `style` and `caption`; `txt` is the caption. Class numbers are looked up in
+    `classes.txt` beside the tar files (one name a line), if it is there. The pictures are read inside the
+    archives: nothing is unpacked.
 
     Raises:
-        DataError: a damaged archive, a sample without picture or without the label others have, or text that cannot be read.
+        DataError: an archive is damaged, a sample lacks a picture or a label, or a text cannot be read.
     """
     archives = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     samples = [sample for k, archive in enumerate(archives) for sample in _samples(k, archive)]
     if not samples:
         raise DataError(f"{path} holds no pictures")
-    facts = [_facts(sample) for sample in samples]
-    y, names = _classes([fact.get("label") for fact in facts], samples, _listed(archives[0].parent))
-    s, styles = _classes([fact.get("style") for fact in facts], samples, ())
+    labels = [_labels(sample) for sample in samples]
+    class_names = _listed_classes(archives[0].parent)
+    y, names = _number_classes([label.get("label") for label in labels], samples, class_names)
+    s, styles = _number_classes([label.get("style") for label in labels], samples, ())
     spans = np.array([sample.span for sample in samples], np.int64)
     images = ImageFiles(tuple(archives), spans, tuple(sample.name for sample in samples))
-    told = tuple(str(fact.get("caption", "")) for fact in facts) if captions else ()
-    return images, Catalogue(y, names, s, styles, captions=told)
+    texts = tuple(str(label.get("caption", "")) for label in labels) if captions else ()
+    return images, Catalogue(y, names, s, styles, captions=texts)
 
 
-def _samples(number: int, archive: Path) -> Iterator[Sample]:
-    samples: dict[str, Sample] = {}
+def _samples(number: int, archive: Path) -> Iterator[TarSample]:
+    samples: dict[str, TarSample] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
             while member := tar.next():
-                tar.members = []  # type: ignore[attr-defined]  # or the index of a large archive stays in memory
+                # Forget the member: else the index of a large archive stays in memory.
+                tar.members = []  # type: ignore[attr-defined]
                 folder, _, file = member.name.rpartition("/")
-                key, _, kind = file.partition(".")
+                key, _, suffix = file.partition(".")
                 if not member.isreg() or member.issparse() or not key:
                     continue
-                sample = samples.setdefault(f"{folder}/{key}", Sample(f"{archive}: {member.name}", None, {}))
-                if f".{kind.lower()}" in SUFFIXES:
-                    sample.name, sample.span = (
-                        f"{archive}: {member.name}",
-                        (number, member.offset_data, member.size),
-                    )
-                elif kind in TEXTS:
-                    sample.texts[kind] = _text(tar, member, archive)
+                name = f"{archive}: {member.name}"
+                sample = samples.setdefault(f"{folder}/{key}", TarSample(name, None, {}))
+                if f".{suffix.lower()}" in SUFFIXES:
+                    sample.name, sample.span = name, (number, member.offset_data, member.size)
+                elif suffix in TEXTS:
+                    sample.texts[suffix] = _text(tar, member, archive)
             _check_end(archive, tar.offset)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{archive} is not a readable, uncompressed tar file: {error}") from None
@@ -80,7 +85,7 @@ def _samples(number: int, archive: Path) -> Iterator[Sample]:
 
 
 def _check_end(archive: Path, offset: int) -> None:
-    """tarfile takes a header that is cut off or damaged for the end of the archive."""
+    """Check that an archive ends at `offset`: tarfile takes a cut or damaged header for the end."""
     with archive.open("rb") as raw:
         raw.seek(offset)
         if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -97,37 +102,40 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, archive: Path) -> str:
         raise DataError(f"{archive}: {member.name} is not UTF-8 text") from None
 
 
-def _facts(sample: Sample) -> dict[str, object]:
-    """`label`, `style` and `caption` as far as the sample tells them."""
+def _labels(sample: TarSample) -> dict[str, object]:
+    """Return `label`, `style` and `caption` if the sample has them; `cls` and `txt` win over `json`."""
     try:
-        facts = json.loads(sample.texts.get("json", "{}"))
+        labels = json.loads(sample.texts.get("json", "{}"))
     except ValueError as error:
         raise DataError(f"{sample.name}: its json is not valid: {error}") from None
-    if not isinstance(facts, dict):
+    if not isinstance(labels, dict):
         raise DataError(f"{sample.name}: its json must be an object")
-    told = {"label": sample.texts.get("cls"), "caption": sample.texts.get("txt")}
-    return facts | {key: value for key, value in told.items() if value is not None}
+    texts = {"label": sample.texts.get("cls"), "caption": sample.texts.get("txt")}
+    return labels | {key: text for key, text in texts.items() if text is not None}
 
 
-def _classes(
-    told: list[object], samples: list[Sample], listed: tuple[str, ...]
+def _number_classes(
+    labels: list[object], samples: list[TarSample], class_names: tuple[str, ...]
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    """Numbers and names of one factor; zeros and no names where no sample tells it."""
-    words = [None if each is None else str(each) for each in told]
-    different = {word for word in words if word is not None}
-    if not different:
+    """Return the class of each sample (N,), and the names of the classes.
+
+    If no sample has a label, these are zeros and no names.
+    """
+    words = [None if label is None else str(label) for label in labels]
+    distinct = {word for word in words if word is not None}
+    if not distinct:
         return np.zeros(len(words), np.int64), ()
     if None in words:
         raise DataError(f"{samples[words.index(None)].name} lacks a label or style that other samples have")
-    counted = all(NUMBER.fullmatch(word) for word in different)
-    if counted and listed:
-        return np.array([int(word or 0) for word in words]), listed
-    names = tuple(sorted(different, key=int if counted else str))
-    place = {name: k for k, name in enumerate(names)}
-    return np.array([place[word] for word in words if word is not None]), names
+    numbered = all(NUMBER.fullmatch(word) for word in distinct)
+    if numbered and class_names:
+        return np.array([int(word or 0) for word in words]), class_names
+    names = tuple(sorted(distinct, key=int if numbered else str))
+    number = {name: k for k, name in enumerate(names)}
+    return np.array([number[word] for word in words if word is not None]), names
 
 
-def _listed(folder: Path) -> tuple[str, ...]:
+def _listed_classes(folder: Path) -> tuple[str, ...]:
     file = folder / "classes.txt"
     try:
         return tuple(file.read_text("utf-8").splitlines()) if file.is_file() else ()

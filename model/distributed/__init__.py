@@ -1,1 +1,1 @@
-"""Several processes: process groups, data, sharded and tensor parallelism, precision."""
+"""Several processes: process groups, and data, sharded and tensor parallelism."""

@@ -1,10 +1,11 @@
-"""Training on several processes: this one's share of the network, and what all of them do together.
+"""A network distributed over the processes of a run: data parallel, sharded, or tensor parallel.
 
     torchrun --nproc-per-node 2 -m model.train --config run.json
 
-Replicas (DDP), replicas whose parameters, gradients and optimiser state are sharded (FSDP2), and tensor parallelism within each
-replica (`model.tensor_parallel`) give the step that a single process would take. Tested with two processes over gloo on the
-CPU; CUDA with NCCL goes the same way, but has not been run by this project.
+Replicas (DDP), sharded replicas (FSDP2: parameters, gradients and optimiser state), and tensor parallelism
+within each replica (`model.distributed.tensor_parallel`) give the step that a single process would take.
+Tested with two processes over gloo on the CPU; CUDA with NCCL takes the same path, but this project has not
+run it.
 """
 
 from __future__ import annotations
@@ -21,29 +22,34 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ditserve.model.distributed.precision import HALVES, Precision
 from ditserve.model.distributed.processes import ParallelSpec, World
-from ditserve.model.distributed.tensor_parallel import Split, share_out
+from ditserve.model.distributed.tensor_parallel import Split, parallelize_blocks
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def alone(network: nn.Module) -> Share:
-    """All of a network, of a process that has no others."""
-    return Share(network, World(), ParallelSpec(), "fp32")
+def single_process(network: nn.Module) -> ParallelNetwork:
+    """Wrap a network that one process holds as a whole."""
+    return ParallelNetwork(network, World(), ParallelSpec())
 
 
-class Share:
-    """A process's share of a network: what to call, and what the processes must do together.
+class ParallelNetwork:
+    """One process's part of a network, and the operations that the processes do together.
 
-    `network` has its published parameter names, each parameter being this process's part of it; `forward` is to be called. Every
-    method is to be called by all processes.
+    `network` keeps its published parameter names; each of its parameters is the part that this process holds.
+    `forward` is the module to call. Every method must be called by all processes. `half` is the 16-bit format
+    of mixed precision, None in fp32.
+
+    Raises:
+        ValueError: the processes, the network or the precision do not suit `spec`.
     """
 
-    def __init__(self, network: nn.Module, world: World, spec: ParallelSpec, precision: Precision) -> None:
+    def __init__(
+        self, network: nn.Module, world: World, spec: ParallelSpec, half: torch.dtype | None = None
+    ) -> None:
         replicas = spec.replicas(world)
         self.network, self.world, self.replicas = network, world, replicas
         self.forward: nn.Module = network
@@ -51,19 +57,20 @@ class Share:
         self.sharded = spec.mode == "fsdp" and replicas > 1
         self.replica, self.tensor_rank = divmod(world.rank, spec.tensor)
         self.tensor_size = spec.tensor
-        self.names = [name for name, _ in network.named_parameters()]
-        self.elements = sum(parameter.numel() for parameter in network.parameters())
+        self.parameter_names = [name for name, _ in network.named_parameters()]
+        self.parameter_count = sum(parameter.numel() for parameter in network.parameters())
         if world.size == 1:
             network.to(world.device)
             return
         names = ("replica", "tensor")
         self.mesh = init_device_mesh(world.device, (replicas, spec.tensor), mesh_dim_names=names)
         if spec.tensor > 1:
-            if precision == "fp16":  # each process would scale by what it finds in its own part
+            # The loss scale of fp16 would differ: each process would set it by the gradients of its own part.
+            if half is torch.float16:
                 raise ValueError("precision fp16 is not for parallel.tensor: take bf16")
-            self.splits = share_out(network, self.mesh["tensor"])
+            self.splits = parallelize_blocks(network, self.mesh["tensor"])
         if self.sharded:
-            _shard(network, self.mesh["replica"], precision)
+            _shard(network, self.mesh["replica"], half)
         network.to(world.device)
         if replicas > 1 and not self.sharded:
             self.forward = DistributedDataParallel(
@@ -75,59 +82,66 @@ class Share:
             )
 
     @property
-    def partial(self) -> bool:
-        """Whether a process may hold only a part of a parameter."""
+    def is_partial(self) -> bool:
+        """True if a process may hold only a part of a parameter."""
         return self.sharded or bool(self.splits)
 
-    def parameter(self, key: str) -> str:
-        """The name of the parameter that something is kept like, which is called by its name or as `<its number>.<what>`."""
-        return key if key in self.names else self.names[int(key.partition(".")[0])]
+    def parameter_name(self, key: str) -> str:
+        """Return the name of the parameter that a stored tensor has the shape of.
 
-    def writes(self, key: str, tensor: Tensor) -> bool:
-        """Whether this process writes its part of a tensor, or another one does that holds the same."""
-        cut = self.parameter(key) in self.splits and tensor.ndim > 0
-        return (self.replica == 0 or isinstance(tensor, DTensor)) and (self.tensor_rank == 0 or cut)
+        `key` is the parameter's own name, or `<number of the parameter>.<what>` for optimiser state:
+        "3.exp_avg" is a moment of the fourth parameter.
+        """
+        return key if key in self.parameter_names else self.parameter_names[int(key.partition(".")[0])]
 
-    def piece(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a piece of a batch: gradients are averaged over the replicas with the last one."""
+    def writes_shard(self, key: str, tensor: Tensor) -> bool:
+        """Return True if this process writes its part of a tensor; one of those with equal parts does."""
+        split = self.parameter_name(key) in self.splits and tensor.ndim > 0
+        return (self.replica == 0 or isinstance(tensor, DTensor)) and (self.tensor_rank == 0 or split)
+
+    def gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
+        """Return the context for forward and backward of one micro-batch.
+
+        Gradients are averaged over the replicas with the last micro-batch of a step.
+        """
         if isinstance(self.network, FSDPModule):
             self.network.set_requires_gradient_sync(last)
         elif isinstance(self.forward, DistributedDataParallel) and not last:
             return self.forward.no_sync()
         return nullcontext()
 
-    def clip(self, limit: float | None) -> float:
-        """Scale the gradients so that their norm over the whole network is at most `limit`, and tell what it was."""
+    def clip_gradients(self, limit: float | None) -> float:
+        """Scale the gradients to a norm over the whole network of at most `limit`. Return the norm before."""
         gradients = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
-        norm = _norm(gradient for name, gradient in gradients.items() if name not in self.splits)
+        norm = _total_norm(gradient for name, gradient in gradients.items() if name not in self.splits)
         if self.splits:
-            part = _norm(gradients[name] for name in self.splits if name in gradients).square()
-            dist.all_reduce(part, group=self.mesh.get_group("tensor"))
-            norm = (norm.square() + part).sqrt()
+            squared = _total_norm(gradients[name] for name in self.splits if name in gradients).square()
+            dist.all_reduce(squared, group=self.mesh.get_group("tensor"))
+            norm = (norm.square() + squared).sqrt()
         nn.utils.clip_grads_with_norm_(self.network.parameters(), limit or math.inf, norm)
         return norm.item()
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The means over the replicas."""
+    def all_reduce_mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the mean of each value over the replicas."""
         if self.replicas == 1:
             return dict(values)
         tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.world.device)
         dist.all_reduce(tensor, group=self.mesh.get_group("replica"))
         return dict(zip(values, (tensor / self.replicas).tolist(), strict=True))
 
-    def whole(self, name: str, tensor: Tensor) -> Tensor:
-        """Of parameter `name`, or of what is kept like it, all of it, from everyone's part."""
+    def full_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Gather the parts of parameter `name`, or of a tensor of its shape, from all processes."""
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
-        return self.splits[name].join(tensor, self.mesh["tensor"]) if name in self.splits else tensor
+        return self.splits[name].gather(tensor, self.mesh["tensor"]) if name in self.splits else tensor
 
 
-def _shard(network: nn.Module, mesh: DeviceMesh, precision: Precision) -> None:
-    """FSDP2, a block at a time; a block's modulation is computed ahead of the block, so it is a unit of its own.
+def _shard(network: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:
+    """Apply FSDP2 block by block.
 
-    Blocks are gathered in the half format, as autocast would round them; gradients are averaged in fp32.
+    The modulation of a block is computed ahead of the block, so it is a unit of its own. Parameters are
+    gathered in the half format, as autocast would round them; gradients are averaged in fp32.
     """
-    half = HALVES.get(precision)
     policy = MixedPrecisionPolicy(
         param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False
     )
@@ -139,7 +153,7 @@ def _shard(network: nn.Module, mesh: DeviceMesh, precision: Precision) -> None:
     fully_shard(network, mesh=mesh)
 
 
-def _norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Of all of them together, () on every process."""
+def _total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, () on every process."""
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,4 +1,4 @@
-"""The processes of a run: which `torchrun` started, and how they share the work."""
+"""The processes of a training run that `torchrun` started, and how they share the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of a run, and which of them this is: number `rank` of `size`, and `local_rank` on its machine."""
+    """The processes of a run, seen from number `rank` of `size`, which is `local_rank` on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -22,20 +22,20 @@ class World:
     device: str = "cpu"
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes what is written once."""
+    def is_first(self) -> bool:
+        """True for the one process that writes files and messages shared by all."""
         return self.rank == 0
 
-    def agree(self, yes: bool) -> bool:
-        """Whether every process says yes; all must call, and none goes on before the others have come here."""
-        return self.lowest(float(yes)) > 0
+    def all_agree(self, yes: bool) -> bool:
+        """Return True if `yes` is true in every process. All processes must call; this is also a barrier."""
+        return self.all_reduce_min(float(yes)) > 0
 
-    def same(self, value: float) -> bool:
-        """Whether every process has this value; all must call."""
-        return self.lowest(value) == -self.lowest(-value)
+    def all_equal(self, value: float) -> bool:
+        """Return True if every process passes the same value. All processes must call."""
+        return self.all_reduce_min(value) == -self.all_reduce_min(-value)
 
-    def lowest(self, value: float) -> float:
-        """The least of the processes' values; all must call."""
+    def all_reduce_min(self, value: float) -> float:
+        """Return the smallest value that any process passes. All processes must call."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -44,10 +44,11 @@ class World:
 
 
 @contextmanager
-def joined(device: Literal["cpu", "cuda"]) -> Iterator[World]:
-    """The processes that `torchrun` started, joined as long as the context lasts; this one alone where it did not.
+def join_processes(device: Literal["cpu", "cuda"]) -> Iterator[World]:
+    """Join the processes that `torchrun` started, until the context ends.
 
-    On CUDA a process takes the GPU of its local rank, which on the second machine is not its rank, as its current device.
+    Without `torchrun` this process is the world. On CUDA the process makes the GPU of its local rank its
+    current device. On the second machine the local rank differs from the rank.
 
     Raises:
         ValueError: there is no GPU for this process.
@@ -59,8 +60,9 @@ def joined(device: Literal["cpu", "cuda"]) -> Iterator[World]:
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"device is cuda, but process {local_rank} of this machine has no GPU of the {torch.cuda.device_count()} that "
-                "torch finds: start one process for each by torchrun --nproc-per-node, or take device cpu"
+                f"device is cuda, but process {local_rank} of this machine has no GPU of the "
+                f"{torch.cuda.device_count()} that torch finds: start one process for each by torchrun "
+                "--nproc-per-node, or take device cpu"
             )
         torch.cuda.set_device(local_rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
@@ -73,16 +75,16 @@ def joined(device: Literal["cpu", "cuda"]) -> Iterator[World]:
 
 
 class ParallelSpec(BaseModel):
-    """How the processes of a run share the work."""
+    """The division of a run's work between its processes: replicas, each of `tensor` processes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     mode: Literal["ddp", "fsdp"] = "ddp"
-    """Replicas keep all of the training state, or a shard of it each (for networks that do not fit)."""
+    """Data parallelism: with "ddp" each replica keeps the whole training state, with "fsdp" a shard of it."""
     tensor: Annotated[int, Field(ge=1)] = 1
-    """Processes that share one replica's attention heads and MLP channels."""
+    """Number of processes that share one replica's attention heads and MLP channels."""
 
     def replicas(self, world: World) -> int:
-        """How many replicas share a batch.
+        """Return the number of replicas that share a batch.
 
         Raises:
             ValueError: the processes do not divide into groups of `tensor`.
@@ -95,15 +97,18 @@ class ParallelSpec(BaseModel):
         return world.size // self.tensor
 
     def rows(self, world: World, batch: int) -> range:
-        """The rows of every batch that this process trains on.
+        """Return the rows of every batch that this process trains on.
+
+        With a batch of 6, four processes and `tensor` 2, ranks 0 and 1 are replica 0 and train on rows 0–2;
+        ranks 2 and 3 train on rows 3–5.
 
         Raises:
-            ValueError: they cannot be shared out evenly.
+            ValueError: the rows cannot be shared out evenly.
         """
         replicas = self.replicas(world)
         if batch % replicas:
             raise ValueError(
                 f"batch {batch} is not divisible by {replicas} replicas of the network: make it a multiple"
             )
-        share, replica = batch // replicas, world.rank // self.tensor
-        return range(replica * share, (replica + 1) * share)
+        count, replica = batch // replicas, world.rank // self.tensor
+        return range(replica * count, (replica + 1) * count)

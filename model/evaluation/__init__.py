@@ -1,1 +1,1 @@
-"""Measures of generated pictures: features, Fréchet distance, fidelity, neighbours, the classifier."""
+"""Evaluation of generated pictures: features, distances, memorisation, and the classifier that judges."""

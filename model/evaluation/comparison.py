@@ -1,4 +1,7 @@
-"""Several evaluated models side by side: what each costs, and what its pictures are worth. `python -m model.evaluate A B …` writes it."""
+"""A table of several evaluated models: the cost of each, and the quality of its pictures.
+
+`python -m model.evaluate A B …` writes it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from ditserve.model.spec.diffusion import grid, guidance_weight
 from ditserve.model.train.loaded_model import LoadedModel
 
 PROBES = 20  # passes of each network, timed in turns
+COST_COLUMNS = ("parameters", "GFLOPs a row", "ms a row", "sampling", "rows an image", "ms an image")
+# Column → (picture set, figure).
 FIGURES = {
     "Fréchet distance ↓": (GENERATED, "frechet_distance"),
     "… of details ↓": (GENERATED, "detail_frechet_distance"),
@@ -25,87 +30,91 @@ FIGURES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A model by name, and the record that its evaluation left (evaluation.json)."""
+class EvaluatedModel:
+    """A model by name, and the record of its evaluation (evaluation.json)."""
 
     name: str
-    opened: LoadedModel
+    loaded: LoadedModel
     record: Mapping[str, Any]
 
 
-def image_rows(record: Mapping[str, Any], timesteps: int) -> int:
-    """Forward rows of one image, sampled as in the record: two where guidance acts, else one."""
-    how = record["sampling"]
-    scale, interval = how["guidance_scale"], tuple(how["guidance_interval"])
-    places = grid(how["grid"], how["steps"], timesteps)
-    return sum(1 + (guidance_weight(scale, t, timesteps, interval) != 1.0) for t in places)
+def rows_per_image(record: Mapping[str, Any], timesteps: int) -> int:
+    """Return the forward rows of one image, sampled as in the record.
+
+    A step has two rows where guidance acts, else one. 20 steps with guidance in an interval that holds 12 of
+    them: 12 · 2 + 8 · 1 = 32 rows.
+    """
+    sampling = record["sampling"]
+    scale, interval = sampling["guidance_scale"], tuple(sampling["guidance_interval"])
+    steps = grid(sampling["grid"], sampling["steps"], timesteps)
+    return sum(1 + (guidance_weight(scale, t, timesteps, interval) != 1.0) for t in steps)
 
 
 @torch.no_grad()
-def milliseconds(networks: Sequence[Network], probes: int = PROBES) -> list[float]:
-    """Processor time of a forward pass of one row in PyTorch with one thread: the median of each network.
+def pass_milliseconds(networks: Sequence[Network], probes: int = PROBES) -> list[float]:
+    """Return the median time of a forward pass of one row, in ms, for each network.
 
-    Time on the clock would tell what else the machine does.
+    It is processor time of PyTorch with one thread. Wall-clock time would include the other
+    work of the machine.
     """
-    taken: list[list[float]] = [[] for _ in networks]
+    times: list[list[float]] = [[] for _ in networks]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for _ in range(probes):
-        for network, mine in zip(networks, taken, strict=True):
+        for network, network_times in zip(networks, times, strict=True):
             config = network.config
             x = torch.zeros(1, config.in_channels, *config.image_size)
             labels = torch.zeros(1, len(config.classes), dtype=torch.int64)
             began = time.process_time()
             network(x, torch.zeros(1), labels)
-            mine.append(1e3 * (time.process_time() - began))
+            network_times.append(1e3 * (time.process_time() - began))
     torch.set_num_threads(threads)
-    return [statistics.median(mine) for mine in taken]
+    return [statistics.median(network_times) for network_times in times]
 
 
-def compare(entries: Sequence[Entry]) -> str:
-    """A table in Markdown, a line per model."""
+def comparison_table(models: Sequence[EvaluatedModel]) -> str:
+    """Return a table in Markdown, a line per model, with notes below it."""
     figures = dict(FIGURES)
-    for which, prefix in ((GENERATED, ""), (UNSEEN, "unseen labels: ")):
-        found = {key for each in entries for key in each.record["figures"].get(which, {}) if "_top1" in key}
-        figures |= {f"{prefix}{key.removesuffix('_top1')} top-1 ↑": (which, key) for key in sorted(found)}
-    head = [
-        "",
-        "parameters",
-        "GFLOPs a row",
-        "ms a row",
-        "sampling",
-        "rows an image",
-        "ms an image",
-        *figures,
-    ]
+    for picture_set, prefix in ((GENERATED, ""), (UNSEEN, "unseen labels: ")):
+        keys = {
+            key for model in models for key in model.record["figures"].get(picture_set, {}) if "_top1" in key
+        }
+        figures |= {
+            f"{prefix}{key.removesuffix('_top1')} top-1 ↑": (picture_set, key) for key in sorted(keys)
+        }
+    head = ["", *COST_COLUMNS, *figures]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    for entry, ms in zip(entries, milliseconds([each.opened.network for each in entries]), strict=True):
-        network, how = cost(entry.opened.network.config), entry.record["sampling"]
-        count = image_rows(entry.record, entry.opened.schedule.timesteps)
+    times = pass_milliseconds([model.loaded.network for model in models])
+    for model, ms in zip(models, times, strict=True):
         cells = [
-            entry.name,
-            f"{network.parameters / 1e6:.2f} M",
-            f"{network.flops / 1e9:.3f}",
-            f"{ms:.1f}",
-            f"{how['solver']}, {how['steps']} steps, guidance {how['guidance_scale']:g}",
-            f"{count}",
-            f"{count * ms:.0f}",
-            *(_figure(entry.record, which, key) for which, key in figures.values()),
+            model.name,
+            *_cost_cells(model, ms),
+            *(_figure(model.record, picture_set, key) for picture_set, key in figures.values()),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    sizes = entries[0].record["pictures"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{sizes[GENERATED]} pictures each. ms are processor time of PyTorch, fp32, one thread and one row at a time; an image takes "
-            "that for each of its rows.",
-            "",
-            *entries[0].record["notes"],
-        ]
+    counts = models[0].record["pictures"]
+    note = (
+        f"{counts[GENERATED]} pictures each. "
+        "ms are processor time of PyTorch, fp32, one thread and one row at a time; "
+        "an image takes that for each of its rows."
     )
+    return "\n".join([*lines, "", note, "", *models[0].record["notes"]])
 
 
-def _figure(record: Mapping[str, Any], which: str, key: str) -> str:
-    value = record["figures"].get(which, {}).get(key)
+def _cost_cells(model: EvaluatedModel, ms: float) -> list[str]:
+    """Return the cells of `COST_COLUMNS`; `ms` is the time of a row."""
+    network, sampling = cost(model.loaded.network.config), model.record["sampling"]
+    rows = rows_per_image(model.record, model.loaded.schedule.timesteps)
+    return [
+        f"{network.parameters / 1e6:.2f} M",
+        f"{network.flops / 1e9:.3f}",
+        f"{ms:.1f}",
+        f"{sampling['solver']}, {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}",
+        f"{rows}",
+        f"{rows * ms:.0f}",
+    ]
+
+
+def _figure(record: Mapping[str, Any], picture_set: str, key: str) -> str:
+    value = record["figures"].get(picture_set, {}).get(key)
     return "–" if value is None else f"{value:.4g}"

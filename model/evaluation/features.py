@@ -1,8 +1,8 @@
-"""The networks by whose features pictures are compared: the standard Inception, or a classifier of `model.classifier`.
+"""Feature networks by which pictures are compared: the standard Inception, or our own classifier.
 
-Inception is NVIDIA's TorchScript translation of the network that FID is defined by. TorchScript holds no Python and its reader
-builds only tensors and plain values, but what it holds is a program all the same, so no file is opened but the one with the
-known hash. Classifiers are safetensors and JSON.
+Inception is NVIDIA's TorchScript translation of the network that FID is defined by. A TorchScript file holds
+no Python, and its reader builds only tensors and plain values. But it still holds a program, so only the file
+with the known hash is opened. Classifiers are safetensors and JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ditserve.model.evaluation.classifier import Classifier, read
+from ditserve.model.evaluation.classifier_network import Classifier, classify
 from ditserve.model.spec.bundle import digest
 from ditserve.model.spec.errors import ModelError
 
@@ -30,7 +30,7 @@ class FeatureError(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Of N pictures: features (N, D), features of detail (N, S) or none, and class probabilities (N, K)."""
+    """Features of N pictures: `pooled` (N, D), `detail` (N, S) or None, and class `probabilities` (N, K)."""
 
     pooled: Tensor
     detail: Tensor | None
@@ -39,7 +39,10 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class FeatureNetwork:
-    """Pictures (N, 3, H, W) in [−1, 1] → features; `name` says whose, `note` what the figures may be compared with."""
+    """A function from pictures (N, 3, H, W) in [−1, 1] to features.
+
+    `name` identifies the network in reports; `note` says with what its figures may be compared.
+    """
 
     name: str
     note: str
@@ -47,28 +50,34 @@ class FeatureNetwork:
 
 
 def classifier_features(classifier: Classifier) -> FeatureNetwork:
-    """Features before a classifier's heads, and what its first layer finds; the probabilities are those of its first factor.
+    """Return a feature network of a classifier.
 
-    The second stand in for the spatial features of sFID (Nash et al., arXiv:2103.03841), with the same purpose.
+    It gives the features before the heads, the detail of the first layer, and the probabilities of the
+    first factor. The detail stands in for the spatial features of sFID (Nash et al., arXiv:2103.03841) and
+    has the same purpose.
     """
 
     def features(images: Tensor) -> Features:
-        reading = read(classifier, images)
-        return Features(reading.features, reading.detail, reading.logits[0].softmax(1))
+        output = classify(classifier, images)
+        return Features(output.features, output.detail, output.logits[0].softmax(1))
 
     return FeatureNetwork(
         "classifier",
-        "Distances are between features of a small classifier trained on this data: not comparable with published FID, KID or IS. "
-        "It sees what is meant and forgives how it is drawn; the distance of details, of its first layer, does not.",
+        "Distances are between features of a small classifier trained on this data: "
+        "not comparable with published FID, KID or IS. "
+        "It sees what is meant and forgives how it is drawn; "
+        "the distance of details, of its first layer, does not.",
         features,
     )
 
 
 def inception_features(file: Path, sha256: str = INCEPTION_SHA256) -> FeatureNetwork:
-    """The network of published FID, KID, IS, precision and recall; it resizes to 299×299 itself and has no features of detail.
+    """Return the network of published FID, KID, IS, precision and recall.
+
+    It resizes pictures to 299×299 itself and has no features of detail.
 
     Raises:
-        FeatureError: no such file, or another one.
+        FeatureError: the file does not exist, or is another one.
     """
     if not file.is_file():
         raise FeatureError(f"{file} does not exist: pass NVIDIA's {INCEPTION}")
@@ -86,6 +95,7 @@ def inception_features(file: Path, sha256: str = INCEPTION_SHA256) -> FeatureNet
 
     return FeatureNetwork(
         "inception",
-        "Distances are between features of the standard Inception network: comparable with published ones of equal counts, data and preprocessing.",
+        "Distances are between features of the standard Inception network: "
+        "comparable with published ones of equal counts, data and preprocessing.",
         features,
     )

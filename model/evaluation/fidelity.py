@@ -1,32 +1,36 @@
-"""How far a set of pictures is from another, judged on features. Arithmetic on tensors: networks and files are elsewhere.
+"""Distances between two sets of pictures, computed on their features.
 
-Every one of these estimates is biased by the number of pictures: compare only figures of equal counts and the same feature network.
+This is arithmetic on tensors, without networks or files. The number of pictures biases every one of these
+estimates. Compare only figures of equal counts and of the same feature network.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ditserve.model.evaluation.neighbours import kth_distance, within
+CHUNK = 256  # queries whose distances to all references are held at once
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over subsets or splits, and their standard deviation."""
+    """A mean over subsets or splits, and the standard deviation of these."""
 
     mean: float
     std: float
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared Fréchet distance of the Gaussians fitted to features (N, D) and (M, D); with Inception's features, FID.
+    """Return the squared Fréchet distance of the Gaussians fitted to features (N, D) and (M, D).
 
-    |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½, the last as the sum of the square roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½,
-    which are those of Σ₁Σ₂ and, unlike it, belong to a symmetric matrix: nothing becomes complex where covariances are singular.
-    Too few pictures for D make it larger than it is. Source: Heusel et al., arXiv:1706.08500, eq. 6.
+    With Inception's features this is FID:
+    |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½ (Heusel et al., arXiv:1706.08500, eq. 6). The last trace is
+    the sum of the square roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½. They equal those of Σ₁Σ₂, but belong to
+    a symmetric matrix, so nothing becomes complex if a covariance is singular. With too few pictures for D
+    the distance is overestimated.
 
     Raises:
         ValueError: fewer than two pictures in a set.
@@ -40,7 +44,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and unbiased covariance (D, D), float64."""
+    """Return mean (D,) and unbiased covariance (D, D) of features (N, D), float64."""
     if len(features) < 2:
         raise ValueError("a Fréchet distance needs at least 2 pictures in each set")
     exact = features.double()
@@ -50,10 +54,11 @@ def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kernel_distance(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> Estimate:
-    """Squared maximum mean discrepancy of features (N, D) and (M, D) under the kernel (x·y/D + 1)³; with Inception's, KID.
+    """Return the squared maximum mean discrepancy of features (N, D) and (M, D).
 
-    Unbiased for any count: equal sets give 0 on average, and negative values occur. Averaged over `subsets` random subsets of
-    `size` pictures, or of as many as there are. Source: Bińkowski et al., arXiv:1801.01401, §4.
+    With Inception's features this is KID. The kernel is (x·y/D + 1)³ (Bińkowski et al., arXiv:1801.01401,
+    §4). The estimate is averaged over `subsets` random subsets of `size` pictures, or of as many as there
+    are. It is unbiased for any count: sets of one distribution give 0 on average, and negative values occur.
 
     Raises:
         ValueError: fewer than two pictures in a set.
@@ -62,15 +67,15 @@ def kernel_distance(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 100
     if size < 2:
         raise ValueError("a kernel distance needs at least 2 pictures in each set")
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    estimates = []
     for _ in range(subsets):
         x, y = (
             rows[torch.randperm(len(rows), generator=generator)[:size].to(rows.device)].double()
             for rows in (a, b)
         )
         same = sum(_kernel(rows, rows).fill_diagonal_(0).sum() / (size * (size - 1)) for rows in (x, y))
-        found.append(same - 2 * _kernel(x, y).mean())
-    values = torch.stack([torch.as_tensor(value) for value in found])
+        estimates.append(same - 2 * _kernel(x, y).mean())
+    values = torch.stack([torch.as_tensor(value) for value in estimates])
     return Estimate(float(values.mean()), float(values.std(correction=0)))
 
 
@@ -79,9 +84,10 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def inception_score(probabilities: Tensor, splits: int = 1) -> Estimate:
-    """exp of the mean divergence of class probabilities (N, K) from their own average; 1 to K, higher is better.
+    """Return exp of the mean KL divergence of class probabilities (N, K) from their own average.
 
-    It grows with the count, and knows nothing of the training set. Source: Salimans et al., arXiv:1606.03498, §4.
+    The score is 1 to K, higher is better. It grows with the count, and does not depend on the training set.
+    Source: Salimans et al., arXiv:1606.03498, §4.
 
     Raises:
         ValueError: fewer pictures than splits.
@@ -98,15 +104,64 @@ def inception_score(probabilities: Tensor, splits: int = 1) -> Estimate:
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
-    """(precision, recall) of features (M, D) against (N, D): the share of each set within reach of the other.
+    """Return (precision, recall) of real features (M, D) and generated features (N, D).
 
-    A picture's reach is the distance to its k-th nearest neighbour in its own set. Precision: generated pictures that lie in
-    the reach of a real one; recall: real pictures in the reach of a generated one. Reach shrinks as a set grows.
-    Source: Kynkäänniemi et al., arXiv:1904.06991, eq. 1 and 2.
+    A picture's radius is the distance to its k-th nearest neighbour in its own set. Precision is the share
+    of generated pictures within the radius of a real one; recall is the share of real pictures within the
+    radius of a generated one. Radii shrink as a set grows. Source: Kynkäänniemi et al., arXiv:1904.06991,
+    eq. 1 and 2.
 
     Raises:
         ValueError: no more than k pictures in a set.
     """
-    precision = within(generated, real, kth_distance(real, k)).double().mean()
-    recall = within(real, generated, kth_distance(generated, k)).double().mean()
+    precision = within_radius(generated, real, kth_distance(real, k)).double().mean()
+    recall = within_radius(real, generated, kth_distance(generated, k)).double().mean()
     return float(precision), float(recall)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The k nearest references of N queries: `distances` (N, k), ascending, and `indices` (N, k)."""
+
+    distances: Tensor
+    indices: Tensor
+
+
+def nearest(queries: Tensor, references: Tensor, k: int = 1) -> Neighbours:
+    """Return the k nearest of references (M, D) to each query (N, D), by Euclidean distance; exact.
+
+    Raises:
+        ValueError: fewer than k references.
+    """
+    if len(references) < k:
+        raise ValueError(f"{len(references)} pictures have no {k} nearest")
+    chunks = [block.topk(k, largest=False) for block in _distances(queries, references)]
+    return Neighbours(
+        torch.cat([chunk.values for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
+    )
+
+
+def kth_distance(points: Tensor, k: int) -> Tensor:
+    """Return the distance (N,) of each of points (N, D) to its k-th nearest other point.
+
+    Raises:
+        ValueError: no more than k points.
+    """
+    if len(points) <= k:
+        raise ValueError(f"{len(points)} pictures are too few for {k} neighbours each")
+    return nearest(points, points, k + 1).distances[:, k]
+
+
+def within_radius(queries: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """Return bool (N,): each query (N, D) that lies within the radius (M,) of any centre (M, D)."""
+    return torch.cat([(block <= radii).any(1) for block in _distances(queries, centres)])
+
+
+def _distances(queries: Tensor, references: Tensor) -> Iterator[Tensor]:
+    """Yield distances (n, M) of chunks of queries.
+
+    They are computed in float64: rounding in the matrix product inside `cdist` would lose small distances.
+    """
+    references = references.double()
+    for chunk in queries.split(CHUNK):
+        yield torch.cdist(chunk.double(), references)

@@ -1,4 +1,7 @@
-"""What generated pictures are worth beside real ones: figures, and the pictures nearest to them. Files and sampling are elsewhere."""
+"""Measures of generated pictures beside real ones: distances, label accuracy and memorisation.
+
+Files are read and pictures are sampled elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,25 @@ from dataclasses import dataclass
 
 import torch
 
-from ditserve.model.evaluation.classifier import Classifier, read, top
+from ditserve.model.evaluation.classifier_network import Classifier, classify, top_k_accuracy
 from ditserve.model.evaluation.features import FeatureNetwork
 from ditserve.model.evaluation.fidelity import (
+    Neighbours,
     frechet_distance,
     inception_score,
     kernel_distance,
+    nearest,
     precision_recall,
 )
-from ditserve.model.evaluation.neighbours import Nearest, nearest
-from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, Set
+from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, PictureSet
 from ditserve.model.spec.bundle import Factor
 
-SPLITS_FROM = 5000  # pictures from which an Inception Score is the customary average of ten
-COPIED = (
-    1 / 3
-)  # of the distance to the second nearest: closer than that to the nearest, a picture counts as copied
-
-ENOUGH = 10  # pictures a feature, below which the bias of a Fréchet distance is pointed out
+# From so many pictures on, the Inception Score is the average of ten splits, as is customary.
+SPLITS_FROM = 5000
+# A picture is a copy if its nearest training picture is closer than this share of the distance to the second.
+COPY_RATIO = 1 / 3
+# With fewer pictures per feature than this, a note points out the bias of Fréchet distances.
+PICTURES_PER_FEATURE = 10
 
 REAL = "real"
 TITLES = {
@@ -48,154 +52,163 @@ TITLES = {
     "nearest_feature_copied": "nearer than ⅓ of the distance to the second nearest",
 }
 
-OF_FEATURES = tuple(
-    key for key in TITLES if "pixel" not in key
-)  # of figures, those that depend on the feature network
+# The figures that depend on the feature network.
+FEATURE_FIGURES = tuple(key for key in TITLES if "pixel" not in key)
 
 Figures = dict[str, float]
 
 
-def distances(shown: Set, reference: Set, seed: int) -> Figures:
-    """How far a set is from a reference: Fréchet distances, kernel distance, precision and recall; and its Inception Score."""
-    kernel = kernel_distance(reference.features.pooled, shown.features.pooled, seed=seed)
-    score = inception_score(shown.features.probabilities, 10 if len(shown) >= SPLITS_FROM else 1)
-    precision, recall = precision_recall(reference.features.pooled, shown.features.pooled)
+def distances(generated: PictureSet, reference: PictureSet, seed: int) -> Figures:
+    """Return the Fréchet and kernel distances to a reference, precision, recall, and the Inception Score."""
+    ours, theirs = generated.features, reference.features
+    kernel = kernel_distance(theirs.pooled, ours.pooled, seed=seed)
+    score = inception_score(ours.probabilities, 10 if len(generated) >= SPLITS_FROM else 1)
+    precision, recall = precision_recall(theirs.pooled, ours.pooled)
     figures = {
-        "frechet_distance": frechet_distance(reference.features.pooled, shown.features.pooled),
+        "frechet_distance": frechet_distance(theirs.pooled, ours.pooled),
         "kernel_distance": kernel.mean,
         "kernel_distance_std": kernel.std,
         "inception_score": score.mean,
         "precision": precision,
         "recall": recall,
     }
-    if reference.features.detail is not None and shown.features.detail is not None:
-        figures["detail_frechet_distance"] = frechet_distance(
-            reference.features.detail, shown.features.detail
-        )
+    if theirs.detail is not None and ours.detail is not None:
+        figures["detail_frechet_distance"] = frechet_distance(theirs.detail, ours.detail)
     return figures
 
 
-def halves(real: Set, count: int, seed: int) -> tuple[Set, Set]:
-    """Real pictures in two: `count` at random, or half where there are fewer than twice as many, and the others."""
+def split_in_two(real: PictureSet, count: int, seed: int) -> tuple[PictureSet, PictureSet]:
+    """Split real pictures at random into `count` (at most half of them) and the others."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
     count = min(count, len(real) // 2)
     return real.part(order[:count]), real.part(order[count:])
 
 
-def accuracies(classifier: Classifier, factors: Sequence[Factor], shown: Set) -> Figures:
-    """How often the classifier sees what was asked for, per factor: `<factor>_top1`, and `_top5` of more than ten classes.
+def label_accuracy(classifier: Classifier, factors: Sequence[Factor], pictures: PictureSet) -> Figures:
+    """Return how often the classifier sees the label asked for.
 
-    Classes go by name; factors and classes the classifier does not know are left out.
+    Each factor has a figure `<factor>_top1`, and with more than ten classes also `<factor>_top5`. Classes are
+    matched by name. Factors and classes that the classifier does not know are left out.
     """
-    reading = read(classifier, shown.images)
-    found = {}
-    for factor, logits in zip(classifier.card.factors, reading.logits, strict=True):
-        column = next((k for k, each in enumerate(factors) if each.name == factor.name), None)
+    output = classify(classifier, pictures.images)
+    figures = {}
+    for factor, logits in zip(classifier.card.factors, output.logits, strict=True):
+        column = next((k for k, known in enumerate(factors) if known.name == factor.name), None)
         if column is None:
             continue
-        place = {name: k for k, name in enumerate(factor.classes)}
-        known = torch.tensor([place.get(name, -1) for name in factors[column].classes])[
-            shown.labels[:, column]
-        ]
-        kept = known >= 0
-        if kept.any():
+        class_of = {name: k for k, name in enumerate(factor.classes)}
+        # The model's classes as the classifier numbers them, −1 where it does not know one.
+        renumbered = torch.tensor([class_of.get(name, -1) for name in factors[column].classes])
+        labels = renumbered[pictures.labels[:, column]]  # (N,)
+        known_rows = labels >= 0
+        if known_rows.any():
             for k in (1, 5) if len(factor.classes) > 10 else (1,):
-                found[f"{factor.name}_top{k}"] = top(logits[kept], known[kept], k)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Closeness:
-    """Of each of N pictures its two nearest training pictures: by pixels (root mean square, in 0 … 1), and by features."""
-
-    pixels: Nearest
-    features: Nearest
-
-
-def closeness(shown: Set, training: Set) -> Closeness:
-    """The nearest training pictures of each.
-
-    Raises:
-        ValueError: fewer than two training pictures.
-    """
-    scale = 2 * math.sqrt(training.images[0].numel())  # of the range −1 … 1, over all numbers of a picture
-    pixels = nearest(shown.images.flatten(1), training.images.flatten(1), 2)
-    return Closeness(
-        Nearest(pixels.distances / scale, pixels.indices),
-        nearest(shown.features.pooled, training.features.pooled, 2),
-    )
-
-
-def memorisation(found: Closeness, shown: Set, training: Set) -> Figures:
-    """How near the nearest training pictures are, how often they show the labels asked for, and how many are copies.
-
-    A copy is nearer than a third of the distance to the second nearest: Gu et al., arXiv:2310.02664, after Yoon et al., "Diffusion
-    when They Fail to Memorize", ICML 2023 workshop SPIGM.
-    """
-    figures = {}
-    for space, near in (("pixel", found.pixels), ("feature", found.features)):
-        first, second = near.distances[:, 0], near.distances[:, 1]
-        for share in (0.05, 0.5, 0.95):
-            figures[f"nearest_{space}_p{share * 100:.0f}"] = float(first.quantile(share))
-        own = (training.labels[near.indices[:, 0]] == shown.labels).all(1)
-        figures[f"nearest_{space}_own"] = float(own.double().mean())
-        figures[f"nearest_{space}_copied"] = float((first < COPIED * second).double().mean())
+                figures[f"{factor.name}_top{k}"] = top_k_accuracy(logits[known_rows], labels[known_rows], k)
     return figures
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Figures of each column, and how near the pictures of the generated ones are to training pictures."""
+class NearestTraining:
+    """The two nearest training pictures of each of N pictures, (N, 2).
+
+    `pixels`: by the root mean square of pixel differences, in 0 … 1. `features`: by the distance of features.
+    """
+
+    pixels: Neighbours
+    features: Neighbours
+
+
+def nearest_training(pictures: PictureSet, training: PictureSet) -> NearestTraining:
+    """Find the two nearest training pictures of each picture.
+
+    Raises:
+        ValueError: fewer than two training pictures.
+    """
+    # From a Euclidean distance over values in −1 … 1 to a root mean square in 0 … 1.
+    scale = 2 * math.sqrt(training.images[0].numel())
+    pixels = nearest(pictures.images.flatten(1), training.images.flatten(1), 2)
+    return NearestTraining(
+        Neighbours(pixels.distances / scale, pixels.indices),
+        nearest(pictures.features.pooled, training.features.pooled, 2),
+    )
+
+
+def memorisation(neighbours: NearestTraining, pictures: PictureSet, training: PictureSet) -> Figures:
+    """Return figures of how closely pictures repeat the training set.
+
+    They are the distance to the nearest training picture, how often that shows the labels asked for, and the
+    share of copies. A picture is a copy if its nearest training picture is closer than a third of the
+    distance to the second nearest: at distances of 0.1 and 0.4 it is, at 0.2 and 0.4 it is not. Source: Gu et
+    al., arXiv:2310.02664, after Yoon et al., "Diffusion Probabilistic Models Generalize when They Fail to
+    Memorize", ICML 2023 workshop SPIGM.
+    """
+    figures = {}
+    for space, near in (("pixel", neighbours.pixels), ("feature", neighbours.features)):
+        first, second = near.distances[:, 0], near.distances[:, 1]
+        for share in (0.05, 0.5, 0.95):
+            figures[f"nearest_{space}_p{share * 100:.0f}"] = float(first.quantile(share))
+        same_labels = (training.labels[near.indices[:, 0]] == pictures.labels).all(1)
+        figures[f"nearest_{space}_own"] = float(same_labels.double().mean())
+        figures[f"nearest_{space}_copied"] = float((first < COPY_RATIO * second).double().mean())
+    return figures
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The figures of each column, and the nearest training pictures of each set but TRAINING."""
 
     figures: dict[str, Figures]
-    near: dict[str, Closeness]
+    nearest: dict[str, NearestTraining]
 
 
 def measure(
-    sets: Mapping[str, Set], classifier: Classifier | None, factors: Sequence[Factor], seed: int
-) -> Found:
-    """All figures of the sets that there are: TRAINING and GENERATED always, UNSEEN and REAL_UNSEEN where labels were held out.
+    sets: Mapping[str, PictureSet], classifier: Classifier | None, factors: Sequence[Factor], seed: int
+) -> Measurement:
+    """Return the figures of all sets, a column each.
 
-    REAL is what distances are where nothing but chance differs: as many training pictures as were generated, against the others.
+    `sets` has TRAINING and GENERATED, and UNSEEN and REAL_UNSEEN if labels were held out. The column
+    REAL shows the distances that chance alone makes: as many training pictures as were generated,
+    against the other ones.
 
     Raises:
         ValueError: too few pictures.
         ClassifierError: pictures of a size the classifier does not read.
     """
     training, generated = sets[TRAINING], sets[GENERATED]
-    some, others = halves(training, len(generated), seed)
+    some, others = split_in_two(training, len(generated), seed)
     figures = {
         GENERATED: distances(generated, training, seed),
         UNSEEN: {},
-        REAL: distances(some, others, seed) | memorisation(closeness(some, others), some, others),
+        REAL: distances(some, others, seed) | memorisation(nearest_training(some, others), some, others),
         REAL_UNSEEN: {},
     }
-    near = {
-        name: closeness(sets[name], training) for name in (GENERATED, UNSEEN, REAL_UNSEEN) if name in sets
-    }
-    for name, found in near.items():
-        figures[name] |= memorisation(found, sets[name], training)
+    compared = [name for name in (GENERATED, UNSEEN, REAL_UNSEEN) if name in sets]
+    neighbours = {name: nearest_training(sets[name], training) for name in compared}
+    for name in compared:
+        figures[name] |= memorisation(neighbours[name], sets[name], training)
     if classifier is not None:
-        shown = {**sets, REAL: some}
-        for name in set(figures) & set(shown):
-            figures[name] |= accuracies(classifier, factors, shown[name])
-    return Found({name: each for name, each in figures.items() if each}, near)
+        pictures = {**sets, REAL: some}
+        for name in set(figures) & set(pictures):
+            figures[name] |= label_accuracy(classifier, factors, pictures[name])
+    return Measurement({name: column for name, column in figures.items() if column}, neighbours)
 
 
-def notes(sets: Mapping[str, Set], network: FeatureNetwork) -> list[str]:
-    """What must be known to read the figures."""
+def notes(sets: Mapping[str, PictureSet], network: FeatureNetwork) -> list[str]:
+    """Return sentences that a reader of the figures must know."""
     count, width = len(sets[GENERATED]), sets[GENERATED].features.pooled.shape[1]
-    found = [network.note]
-    if count < ENOUGH * width:
-        found.append(
-            f"{count} pictures are few for {width} features: Fréchet distances come out too large, and every figure moves with the "
-            f"count. Compare with the column {REAL!r}, made of as many pictures, and with other models at this count alone."
+    sentences = [network.note]
+    if count < PICTURES_PER_FEATURE * width:
+        sentences.append(
+            f"{count} pictures are few for {width} features: Fréchet distances come out too large, "
+            "and every figure moves with the count. "
+            f"Compare with the column {REAL!r}, made of as many pictures, "
+            "and with other models at this count alone."
         )
-    return found
+    return sentences
 
 
-def markdown(columns: Mapping[str, Figures]) -> str:
-    """A table with a line per figure that any column has, a dash where one lacks it."""
+def markdown_table(columns: Mapping[str, Figures]) -> str:
+    """Return a table with a line per figure that any column has, and a dash where a column lacks it."""
     keys = [key for key in TITLES if any(key in figures for figures in columns.values())]
     keys += sorted({key for figures in columns.values() for key in figures} - set(TITLES))
     lines = ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]

@@ -1,4 +1,4 @@
-"""The sets of pictures an evaluation compares: real ones, and those a model makes for their labels."""
+"""The picture sets that an evaluation compares: real ones, and those a model generates for their labels."""
 
 from __future__ import annotations
 
@@ -23,39 +23,42 @@ from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
-CHUNK = 32  # pictures made or read at once
+CHUNK = 32  # pictures generated or read at once
 TRAINING, GENERATED = "training", "generated"
 UNSEEN, REAL_UNSEEN = "generated, unseen labels", "real, unseen labels"
 
 
 @dataclass(frozen=True, slots=True)
-class Set:
-    """Pictures (N, 3, H, W) in [−1, 1] on one side of a comparison, the labels (N, F) they should show, and their features."""
+class PictureSet:
+    """One side of a comparison: pictures (N, 3, H, W) in [−1, 1], their labels (N, F) and their features.
+
+    The labels of generated pictures are those that were asked for.
+    """
 
     images: Tensor
     labels: Tensor
     features: Features
 
-    def part(self, index: Tensor) -> Set:
-        """Some of them."""
+    def part(self, index: Tensor) -> PictureSet:
+        """Return the pictures at `index` (n,)."""
         detail = self.features.detail
         features = Features(
             self.features.pooled[index],
             None if detail is None else detail[index],
             self.features.probabilities[index],
         )
-        return Set(self.images[index], self.labels[index], features)
+        return PictureSet(self.images[index], self.labels[index], features)
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Which pictures are made, and how.
+class EvaluationPlan:
+    """The number of pictures to generate and to compare with, and how to sample.
 
-    `limit` pictures at most for labels of the training set, `per_pair` of each combination of labels; `reference` real pictures
-    at most of each kind to compare with.
+    At most `limit` pictures are generated for labels of the training set, `per_pair` of each combination of
+    labels. At most `reference` real pictures of each kind are compared with.
     """
 
     limit: int
@@ -70,55 +73,63 @@ class Plan:
     seed: int
 
 
-def open_data(opened: LoadedModel, path: Path) -> Dataset:
-    """The data a model was trained on, selected and split as it was then, not mirrored, and of the model's size.
+def open_data(model: LoadedModel, path: Path) -> Dataset:
+    """Open the data a model was trained on, not mirrored, and of the model's size.
+
+    It is selected and split as in training.
 
     Raises:
-        DataError: it cannot be opened, or its classes are not the model's.
+        DataError: the data cannot be opened, or its classes are not the model's.
     """
-    manifest = opened.manifest
-    said: dict[str, Any] = manifest.provenance.get("training", {}).get("data", {})
-    if not said:
-        said = {"names": manifest.factors[0].classes if manifest.factors else (), "hold_out": 0}
+    manifest = model.manifest
+    config: dict[str, Any] = manifest.provenance.get("training", {}).get("data", {})
+    if not config:
+        config = {"names": manifest.factors[0].classes if manifest.factors else (), "hold_out": 0}
     try:
-        dataset = DataConfig.model_validate({**said, "path": path, "flip": False}).open()
+        dataset = DataConfig.model_validate({**config, "path": path, "flip": False}).open()
     except ValidationError as error:
         raise DataError(
             f"the model does not tell which data it was trained on: {error.errors()[0]['msg']}"
         ) from None
     if tuple(dataset.factors) != tuple(manifest.factors):
         raise DataError(f"{path} has other classes than the model: pass the data that it was trained on")
-    size = opened.network.config.image_size
+    size = model.network.config.image_size
     return dataset if dataset.size == size else dataset.resized(size)
 
 
-def asked(dataset: Dataset, plan: Plan) -> tuple[list[int], list[int]]:
-    """Which examples' labels to make pictures for: some of training, drawn at random, and all that are met only outside of it."""
-    kept = [int(k) for k in dataset.training]
-    order = np.random.default_rng(plan.seed).permutation(kept).tolist()
+def choose_examples(dataset: Dataset, plan: EvaluationPlan) -> tuple[list[int], list[int]]:
+    """Choose the examples whose labels pictures are generated for, as two lists of indices.
+
+    The first are training examples, drawn at random. The second are held-out examples, one for each
+    combination of labels that training never shows. Every index is repeated `per_pair` times.
+    """
+    training = [int(k) for k in dataset.training]
+    order = np.random.default_rng(plan.seed).permutation(training).tolist()
     if not dataset.factors:
         return order[: plan.limit], []
     combinations = [tuple(row) for row in dataset.labels.tolist()]
     trained = {combinations[k]: k for k in order}
-    other = {combinations[k]: k for k in unseen(dataset, plan) if combinations[k] not in trained}
-    wanted, novel = ([k for k in rows.values() for _ in range(plan.per_pair)] for rows in (trained, other))
-    return wanted[: plan.limit], novel
+    other = {combinations[k]: k for k in held_out_examples(dataset, plan) if combinations[k] not in trained}
+    seen, unseen = ([k for k in rows.values() for _ in range(plan.per_pair)] for rows in (trained, other))
+    return seen[: plan.limit], unseen
 
 
-def unseen(dataset: Dataset, plan: Plan) -> list[int]:
-    """Examples kept from training, as many as are compared with."""
+def held_out_examples(dataset: Dataset, plan: EvaluationPlan) -> list[int]:
+    """Return the indices of examples kept from training, at most as many as are compared with."""
     return [int(k) for k in np.flatnonzero(dataset.held_out)[: plan.reference]]
 
 
 @torch.no_grad()
-def make(
-    opened: LoadedModel, decoder: Autoencoder, dataset: Dataset, rows: Sequence[int], plan: Plan
+def generate(
+    model: LoadedModel, decoder: Autoencoder, dataset: Dataset, rows: Sequence[int], plan: EvaluationPlan
 ) -> Iterator[Tensor]:
-    """A picture for the labels, and the caption, of each example, in chunks (n, 3, H, W) as a PNG would hold them."""
-    manifest, network = opened.manifest, opened.network
-    table = step_table(
-        plan.solver, grid(plan.grid, plan.steps, manifest.diffusion.timesteps), opened.schedule
-    )
+    """Generate a picture for the labels and the caption of each example, in chunks (n, 3, H, W).
+
+    Pixels are in [−1, 1], rounded to eight bits. Picture k has the seed `plan.seed` + k.
+    """
+    manifest, network = model.manifest, model.network
+    steps = grid(plan.grid, plan.steps, manifest.diffusion.timesteps)
+    table = step_table(plan.solver, steps, model.schedule)
     guidance = Guidance(
         plan.guidance_scale, plan.guidance_interval, channels=manifest.diffusion.guidance_channels
     )
@@ -126,37 +137,40 @@ def make(
         index = np.array(rows[start : start + CHUNK])
         text = None if dataset.text is None else torch.from_numpy(dataset.text[index])
         embedding = network.embed(torch.from_numpy(dataset.labels[index]), text)
-        denoiser = Denoiser(network, opened.schedule, Conditions((embedding,)), guidance)
+        denoiser = Denoiser(network, model.schedule, Conditions((embedding,)), guidance)
         seeds = [plan.seed + start + k for k in range(len(index))]
         *_, x0 = denoise(denoiser, table, seeds, clip_x0=manifest.diffusion.clip_x0)
-        yield as_stored(decoder.decode(x0))
+        yield round_to_8_bits(decoder.decode(x0))
 
 
-def as_stored(images: Tensor) -> Tensor:
-    """Pictures in [−1, 1] as eight bits hold them."""
+def round_to_8_bits(images: Tensor) -> Tensor:
+    """Return pictures in [−1, 1] rounded to the values that a PNG can hold."""
     return (images * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
 
 
-def real(dataset: Dataset, decoder: Autoencoder, rows: Sequence[int]) -> Iterator[Tensor]:
-    """Examples of the data as pictures, in chunks (n, 3, H, W)."""
+def real_pictures(dataset: Dataset, decoder: Autoencoder, rows: Sequence[int]) -> Iterator[Tensor]:
+    """Yield examples of the data as pictures, in chunks (n, 3, H, W), rounded to eight bits."""
     for start in range(0, len(rows), CHUNK):
         batch = dataset.batch(np.array(rows[start : start + CHUNK]), np.random.default_rng(start))
-        yield as_stored(decoder.decode(torch.from_numpy(batch)))
+        yield round_to_8_bits(decoder.decode(torch.from_numpy(batch)))
 
 
-def collect(
-    opened: LoadedModel, decoder: Autoencoder, dataset: Dataset, network: FeatureNetwork, plan: Plan
-) -> dict[str, Set]:
-    """The sets to compare, each with its features: TRAINING and GENERATED, and the others where labels were held out."""
-    wanted, novel = asked(dataset, plan)
-    after = replace(plan, seed=plan.seed + len(wanted))
-    every = np.random.default_rng(plan.seed).permutation(dataset.training)[: plan.reference].tolist()
-    kept = unseen(dataset, plan)
+def collect_sets(
+    model: LoadedModel, decoder: Autoencoder, dataset: Dataset, network: FeatureNetwork, plan: EvaluationPlan
+) -> dict[str, PictureSet]:
+    """Return the sets to compare, each with its features by `network`.
+
+    TRAINING and GENERATED are always there; UNSEEN and REAL_UNSEEN if labels were held out.
+    """
+    seen, unseen = choose_examples(dataset, plan)
+    unseen_plan = replace(plan, seed=plan.seed + len(seen))
+    training = np.random.default_rng(plan.seed).permutation(dataset.training)[: plan.reference].tolist()
+    held_out = held_out_examples(dataset, plan)
     sources = {
-        TRAINING: (every, real(dataset, decoder, every)),
-        REAL_UNSEEN: (kept, real(dataset, decoder, kept)),
-        GENERATED: (wanted, make(opened, decoder, dataset, wanted, plan)),
-        UNSEEN: (novel, make(opened, decoder, dataset, novel, after)),
+        TRAINING: (training, real_pictures(dataset, decoder, training)),
+        REAL_UNSEEN: (held_out, real_pictures(dataset, decoder, held_out)),
+        GENERATED: (seen, generate(model, decoder, dataset, seen, plan)),
+        UNSEEN: (unseen, generate(model, decoder, dataset, unseen, unseen_plan)),
     }
     sets = {}
     with Progress(console=Console(stderr=True)) as progress:
@@ -168,5 +182,5 @@ def collect(
                 progress.advance(task, len(chunk))
             if chunks:
                 images, labels = torch.cat(chunks), torch.from_numpy(dataset.labels[rows])
-                sets[name] = Set(images, labels, network.features(images))
+                sets[name] = PictureSet(images, labels, network.features(images))
     return sets

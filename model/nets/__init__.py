@@ -1,1 +1,1 @@
-"""Networks and their layers: DiT, U-Net, conditioner, autoencoder and text encoders."""
+"""The networks and their layers: DiT, U-Net, conditioner, autoencoder, text encoders."""

@@ -1,4 +1,7 @@
-"""Between pixels and what the network denoises: nothing for pixel models, the SD-VAE for latent ones."""
+"""Autoencoders, from pixels to what the network denoises and back.
+
+A pixel model has the identity, a latent model the SD-VAE.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from torch import Tensor
 from ditserve.model.spec.bundle import LatentSpec, digest
 from ditserve.model.spec.errors import ModelError
 
-SD_SCALE = 0.18215  # latents of the SD-VAE are multiplied by this, so that their variance is about 1
+# Latents of the SD-VAE are multiplied by this, so that their variance is about 1.
+SD_SCALE = 0.18215
 
 
 class AutoencoderError(ModelError):
@@ -21,7 +25,7 @@ class AutoencoderError(ModelError):
 
 
 class Autoencoder(Protocol):
-    """Images (N, 3, H, W) in [−1, 1] ↔ what the network denoises (N, C, h, w)."""
+    """A map between images (N, 3, H, W) in [−1, 1] and what the network denoises (N, C, h, w)."""
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
 
@@ -29,7 +33,7 @@ class Autoencoder(Protocol):
 
 
 class Identity:
-    """Pixel models: the image itself."""
+    """The autoencoder of pixel models: latents are the image itself."""
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return images
@@ -39,10 +43,12 @@ class Identity:
 
 
 class SdVae:
-    """Stable Diffusion's autoencoder, a diffusers AutoencoderKL: 8× smaller, 4 channels, scaled by 0.18215 or as `latents` says.
+    """The autoencoder of Stable Diffusion (diffusers' AutoencoderKL): 4 channels, sides 8 times smaller.
 
-    Latents larger than `tile` on a side are decoded in overlapping tiles whose borders are blended, so that memory is
-    bounded; 0 decodes everything whole.
+    Latents are scaled by 0.18215, or shifted and scaled as `latents` says.
+
+    Latents with a side above `tile` are decoded in overlapping tiles with blended borders, which bounds the
+    memory; with `tile` 0 everything is decoded whole.
     """
 
     def __init__(self, vae: Any, latents: LatentSpec | None = None, *, tile: int = 96) -> None:
@@ -60,7 +66,7 @@ class SdVae:
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A draw from the posterior with a generator, its mean without; (N, 3, H, W) → (N, 4, H/8, W/8)."""
+        """Return latents (N, 4, H/8, W/8): a draw from the posterior, or without a generator its mean."""
         posterior = self.vae.encode(images).latent_dist
         latents: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
         shift, scale = self._normalisation(latents)
@@ -68,13 +74,13 @@ class SdVae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(N, 4, h, w) → (N, 3, 8h, 8w)."""
+        """Return the images (N, 3, 8h, 8w) of latents (N, 4, h, w)."""
         shift, scale = self._normalisation(latents)
         pixels: Tensor = self.vae.decode(latents * scale + shift, return_dict=False)[0]
         return pixels
 
     def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and scale (C, 1, 1)."""
+        """Return the shift and the scale, each (C, 1, 1), with the dtype and on the device of `like`."""
         shift, scale = like.new_tensor([self.spec.shift, self.spec.scale])[..., None, None]
         return shift, scale
 
@@ -85,13 +91,16 @@ def open_autoencoder(
     latents: LatentSpec | None = None,
     device: torch.device | str = "cpu",
 ) -> Autoencoder:
-    """The decoder a bundle names: "identity", or "sd-vae" from a folder in diffusers' layout; `latents` as the bundle has it.
+    """Open the autoencoder that a bundle names as its decoder.
 
-    Latents and pictures are to be on `device`.
+    `kind` is "identity", or "sd-vae", which is read from `folder` in diffusers' layout. `latents` is the
+    latent spec of the bundle.
+
+    Latents and pictures must be on `device`.
 
     Raises:
-        AutoencoderError: an unknown kind, no folder or an unreadable one, other channels than the model's latents, or
-            diffusers is not installed.
+        AutoencoderError: an unknown kind, no folder or an unreadable one, channels other than the model's, or
+            no diffusers.
     """
     if kind == "identity":
         return Identity()
@@ -102,10 +111,9 @@ def open_autoencoder(
     if not (folder / "config.json").is_file():
         raise AutoencoderError(f"{folder} is not an autoencoder's folder: it has no config.json")
     try:
-        vae = importlib.import_module("diffusers").AutoencoderKL.from_pretrained(
-            folder,
-            low_cpu_mem_usage=False,  # which would need accelerate
-        )
+        network = importlib.import_module("diffusers").AutoencoderKL
+        # low_cpu_mem_usage would need the package accelerate.
+        vae = network.from_pretrained(folder, low_cpu_mem_usage=False)
         return SdVae(vae.to(device), latents)
     except ModuleNotFoundError:
         raise AutoencoderError("the SD-VAE needs diffusers: pip install diffusers") from None
@@ -116,7 +124,7 @@ def open_autoencoder(
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over the files of an autoencoder's folder, by which latents know what they were made with.
+    """Return the sha256 over the files of an autoencoder's folder, which latents record as their maker.
 
     Raises:
         OSError: the folder cannot be read.

@@ -1,8 +1,7 @@
-"""From a condition to the embedding the network is modulated by; dropout of conditions; other classes for
-fine-tuning.
+"""The condition embedder, dropout of conditions for training, and new classes for fine-tuning.
 
-Every condition is optional. A label factor's null class (index = number of classes) stands for "not given",
-and so does a text embedding of zeros.
+Every condition is optional. "Not given" is the null class of a label factor, whose index is the number of
+classes, and a text embedding of zeros.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ Config = TypeVar("Config", bound=NetworkConfig)
 
 
 class ConditionEmbedder(nn.Module):
-    """Labels (N, F) int64 and text embeddings (N, text_size) → (N, D).
+    """The embedder of conditions: labels (N, F) int64 and text embeddings (N, text_size) → (N, D).
 
-    One table per label factor, each with a last row for the null class; a linear map for text, and a vector
-    of its own for no text. The parts are summed; `fusion` "mlp" adds a residual MLP in which they interact.
+    Each label factor has a table whose last row is the null class. Text has a linear map, and a learned
+    vector stands for no text. The parts are summed; `fusion` "mlp" adds a residual MLP over the sum.
     """
 
     def __init__(
@@ -43,10 +42,10 @@ class ConditionEmbedder(nn.Module):
         )
 
     def forward(self, labels: Tensor, text: Tensor | None = None) -> Tensor:
-        """(N, F) and (N, text_size) → (N, D).
+        """Return the embeddings (N, D) of labels (N, F) and text (N, text_size); None means no text.
 
         Raises:
-            ValueError: labels that are not (N, F) whole numbers in 0..classes, or text that is not (N, text_size).
+            ValueError: labels are not (N, F) whole numbers in 0..classes, or text is not (N, text_size).
         """
         self._check_labels(labels)
         parts = [table(labels[:, k]) for k, table in enumerate(self.tables)]  # F × (N, D)
@@ -54,7 +53,8 @@ class ConditionEmbedder(nn.Module):
             parts.append(self._text(len(labels), text))
         elif text is not None:
             raise ValueError("this model takes no text: its text_size is 0")
-        if not parts:  # unconditional
+        # An unconditional model has neither labels nor text.
+        if not parts:
             return torch.zeros(len(labels), self.hidden_size, device=labels.device)
         total: Tensor = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         return total if self.fusion is None else total + self.fusion(total)
@@ -62,16 +62,20 @@ class ConditionEmbedder(nn.Module):
     def _check_labels(self, labels: Tensor) -> None:
         if labels.ndim != 2 or labels.shape[1] != len(self.tables) or labels.is_floating_point():
             raise ValueError(
-                f"labels must be (N, {len(self.tables)}) whole numbers, not {tuple(labels.shape)} {labels.dtype}"
+                f"labels must be (N, {len(self.tables)}) whole numbers, "
+                f"not {tuple(labels.shape)} {labels.dtype}"
             )
+        # A trace has no values to look at. Elsewhere a bad label is refused here, because on the device it
+        # would fail without a message.
         if torch.compiler.is_compiling() or labels.is_meta:
-            return  # nothing to look at; an index outside would be an assertion on the device, without a word
+            return
         for factor, table in enumerate(self.tables):
             null, column = cast(nn.Embedding, table).num_embeddings - 1, labels[:, factor]
             outside = column[(column < 0) | (column > null)]
             if len(outside):
                 raise ValueError(
-                    f"label {outside[0].item()} of factor {factor} must be in 0..{null}, {null} standing for none"
+                    f"label {outside[0].item()} of factor {factor} must be in 0..{null}, "
+                    f"{null} standing for none"
                 )
 
     def _text(self, rows: int, text: Tensor | None) -> Tensor:
@@ -85,10 +89,11 @@ class ConditionEmbedder(nn.Module):
 
 
 class LayoutPath(nn.Module):
-    """A per-token bias from the condition, so that it can say *where* at once: (N, D) → (N, T, D).
+    """The layout path: a bias for every token, computed from the condition, (N, D) → (N, T, D).
 
-    bias[n, t] = Σ_r Linear(c)[n, t, r] · U[t, r], of rank r per token. adaLN alone gives every token the same
-    modulation, and layout then takes tens of thousands of steps to emerge at small budgets.
+    bias[n, t] = Σ_r Linear(c)[n, t, r] · U[t, r], a sum of R = `rank` terms. adaLN alone gives all tokens the
+    same modulation; without this bias, a small model needs tens of thousands of training steps before its
+    pictures have a layout.
     """
 
     def __init__(self, tokens: int, rank: int, hidden_size: int) -> None:
@@ -103,20 +108,21 @@ class LayoutPath(nn.Module):
 
 
 def embedding_penalty(embedding: Tensor) -> Tensor:
-    """Mean squared length of a batch's condition embeddings (N, D), a scalar in fp32: what their L2 regularisation adds."""
+    """Return the mean squared length of condition embeddings (N, D), a scalar fp32: their L2 penalty."""
     return embedding.float().square().sum(1).mean()
 
 
 def null_labels(config: NetworkConfig, batch: int, device: torch.device | None = None) -> Tensor:
-    """(batch, F) int64, every factor at its null class."""
+    """Return labels (batch, F) int64 with every factor at its null class."""
     return torch.tensor(config.classes, dtype=torch.int64, device=device).expand(batch, -1)
 
 
 def drop_labels(
     labels: Tensor, config: NetworkConfig, rates: Sequence[float], generator: torch.Generator | None = None
 ) -> Tensor:
-    """Replace each factor by its null class independently with its rate: (N, F) → (N, F). The paper's rate is
-    0.1.
+    """Replace each factor by its null class, independently and with its own rate: (N, F) → (N, F).
+
+    The rate of the DiT paper is 0.1.
 
     Raises:
         ValueError: not one rate per factor, or a rate outside 0..1.
@@ -129,7 +135,11 @@ def drop_labels(
 
 
 def drop_text(text: Tensor, rate: float, generator: torch.Generator | None = None) -> Tensor:
-    """Replace text embeddings (N, text_size) by zeros ("not given"), each with probability `rate` in 0..1."""
+    """Replace text embeddings (N, text_size) by zeros ("not given"), each row with probability `rate`.
+
+    Raises:
+        ValueError: a rate outside 0..1.
+    """
     if not 0 <= rate <= 1:
         raise ValueError(f"text dropout must be in 0..1, not {rate}")
     kept = torch.rand((len(text), 1), generator=generator, device=text.device) >= rate
@@ -137,18 +147,20 @@ def drop_text(text: Tensor, rate: float, generator: torch.Generator | None = Non
 
 
 def match_classes(old: Sequence[str], new: Sequence[str]) -> list[int | None]:
-    """For every new class, the index of the old one of that name, or None: what `resize_classes` takes."""
-    place = {name: k for k, name in enumerate(old)}
-    return [place.get(name) for name in new]
+    """Return for every new class the index of the old class of that name, or None, for `resize_classes`."""
+    index = {name: k for k, name in enumerate(old)}
+    return [index.get(name) for name in new]
 
 
 def resize_classes(
     weights: Mapping[str, Tensor], config: Config, factor: int, keep: Sequence[int | None]
 ) -> tuple[dict[str, Tensor], Config]:
-    """Weights and configuration for other classes of one label factor, to fine-tune from.
+    """Return weights and configuration with other classes for one label factor, to fine-tune from.
 
-    New class k starts as old class `keep[k]`, or as the null class where that is None: a class the model has
-    not seen starts as one not given. The null class stays last. Everything else is unchanged.
+    New class k starts as old class `keep[k]`, or as the null class where `keep[k]` is None, because a class
+    that the model has not seen is one not given. The null class stays last. With 3 old classes, `keep`
+    (2, None) makes a table of the old rows 2, 3 and 3: the old class 2, a new class, and the null class.
+    Everything else is unchanged.
 
     Raises:
         ValueError: no such factor, no class left, or an old index out of range.

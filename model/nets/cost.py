@@ -1,9 +1,9 @@
 """The cost of a network: parameters, multiply-adds and activation memory of one row.
 
-Parameters include the position table, as the paper's do. Multiply-adds (MACs) are counted from the operations one row
-runs, FLOPs are twice that; what the paper calls Gflops are multiply-adds. Activation memory is for one fp32 row: the most
-that is alive at once in inference, and what a training step keeps for the backward pass. Nothing is computed: the
-network runs on torch's meta device.
+Parameters include the position table, as the paper counts them. Multiply-adds (MACs) are counted from the
+operations that one row runs; FLOPs are twice that, and the paper's "Gflops" are multiply-adds. Activation
+memory is that of one fp32 row: in inference the largest amount alive at once, in training what is kept for
+the backward pass. The network runs on torch's meta device, so nothing is computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, te
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one row of a forward pass; bytes are fp32."""
+    """The cost of one row of a forward pass; bytes are those of fp32 activations."""
 
     parameters: int
     conditioner_macs: int
@@ -43,7 +43,7 @@ class Cost:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, while they live; `given` were there before."""
+    """A counter of the bytes of live tensors, and of their peak; the storages in `given` are not counted."""
 
     def __init__(self, given: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -72,14 +72,14 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
-    """What a network costs per row at `size` (H, W), the trained one unless given.
+    """Return what a network costs per row at `size` (H, W), which is the trained size unless given.
 
     Raises:
-        ValueError: a size the network cannot take.
+        ValueError: a size that the network cannot take.
     """
     with torch.device("meta"):
         network = make_network(config)
-        inputs = _row(config, size or config.image_size)
+        inputs = _example(config, size or config.image_size)
         conditioner, backbone = macs(network, inputs)
         given = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
         with _LiveBytes(given) as live, torch.no_grad():
@@ -96,7 +96,7 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
 
 
 def macs(network: Network, inputs: Inputs) -> tuple[int, int]:
-    """Multiply-adds of the conditioner and of the backbone on `inputs`, which may be on the meta device."""
+    """Return the multiply-adds of the conditioner and the backbone for `inputs`, also on the meta device."""
     x, t, labels, text = inputs
     with FlopCounterMode(display=False) as conditioner, torch.no_grad():
         state = network.modulate(t, network.embed(labels, text))
@@ -105,13 +105,14 @@ def macs(network: Network, inputs: Inputs) -> tuple[int, int]:
     return conditioner.get_total_flops() // 2, backbone.get_total_flops() // 2
 
 
-def _row(config: NetworkConfig, size: tuple[int, int]) -> Inputs:
+def _example(config: NetworkConfig, size: tuple[int, int]) -> Inputs:
     labels = torch.empty(1, len(config.classes), dtype=torch.int64)
     text = torch.empty(1, config.text_size) if config.text_size else None
     return torch.empty(1, config.in_channels, *size), torch.empty(1), labels, text
 
 
 def _saved_bytes(network: Network, inputs: Inputs, given: set[int]) -> int:
+    """Return the bytes that autograd keeps for the backward pass, without the storages in `given`."""
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -121,6 +122,7 @@ def _saved_bytes(network: Network, inputs: Inputs, given: set[int]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = network(*inputs)  # alive while counting, so that no storage's address is used twice
+        # `out` stays alive while counting, so that no storage's address is used twice.
+        out = network(*inputs)
     assert out.requires_grad
     return sum(saved.values())

@@ -1,15 +1,18 @@
-"""The Diffusion Transformer: four kinds of block, and the network split into `modulate` and `backbone`.
+"""The Diffusion Transformer (DiT) in three calls, of which a server repeats only the last for every row:
 
-    embedding = dit.embed(labels)                  labels (N, F) int64 → (N, D)
-    state     = dit.modulate(timestep, embedding)  everything that depends on (timestep, condition) alone, and
-    nothing else does output    = dit.backbone(x, state)             the per-pixel work
+    embedding = dit.embed(labels)                  # (N, F) int64 → (N, D)
+    state     = dit.modulate(timestep, embedding)  # (N,), (N, D) → tensors to cache by both
+    output    = dit.backbone(x, state)             # (N, C, H, W) → (N, C_out, H, W), the costly part
 
-`forward(x, timestep, labels)` is these three in a row, to the last bit. Parameter names are those of the
-published weights. Source: arXiv:2212.09748 §3.2, Figure 3.
+`dit(x, timestep, labels)` is these three calls and gives the same bits. N is the batch, F the number of label
+factors, D the hidden size, C the channels. The condition enters through one of four kinds of block:
+adaLN-Zero (the default), adaLN, cross-attention, or in context. Parameters are named as in the published
+weights. Source: Peebles & Xie, arXiv:2212.09748, §3.2 and Figure 3.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -23,15 +26,16 @@ from ditserve.model.nets.layers import (
     CrossAttention,
     Mlp,
     PatchEmbed,
+    Spacing,
     SwiGlu,
     TimestepEmbedder,
     check_images,
     check_rows,
     check_state,
     layer_norm,
-    modulate,
-    positions,
     rotary_tables,
+    shift_and_scale,
+    sincos_positions,
     unpatchify,
 )
 from ditserve.model.spec.dit_config import MODULATIONS, BlockKind, DiTConfig
@@ -40,7 +44,7 @@ Rotary = tuple[Tensor, Tensor] | None
 
 
 class Block(nn.Module):
-    """One transformer block; how the condition enters is its kind (`BlockKind`)."""
+    """One transformer block. Its kind (`BlockKind`) says how the condition enters it."""
 
     def __init__(self, config: DiTConfig, kind: BlockKind) -> None:
         super().__init__()
@@ -54,19 +58,21 @@ class Block(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, MODULATIONS[kind] * d))
 
     def forward(self, h: Tensor, state: Tensor | None, rotary: Rotary = None) -> Tensor:
-        """(N, T, D) → (N, T, D). `state`: modulation (N, 6 or 4, D), condition tokens (N, 2, D), or None
-        (in-context).
+        """Return the block's output: (N, T, D) → (N, T, D).
+
+        `state` is the modulation (N, 6, D) of adaLN-Zero or (N, 4, D) of adaLN, or the condition tokens
+        (N, 2, D) for cross-attention. An in-context block has None: its condition tokens are part of `h`.
         """
         if self.kind == "adaln_zero":
             parts = torch.split(cast(Tensor, state), 1, dim=1)
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts  # 6 × (N, 1, D)
-            h = h + gate_a * self.attn(modulate(layer_norm(h), shift_a, scale_a), rotary)
-            h = h + gate_m * self.mlp(modulate(layer_norm(h, self.mlp_norm_eps), shift_m, scale_m))
+            h = h + gate_a * self.attn(shift_and_scale(layer_norm(h), shift_a, scale_a), rotary)
+            h = h + gate_m * self.mlp(shift_and_scale(layer_norm(h, self.mlp_norm_eps), shift_m, scale_m))
             return h
         if self.kind == "adaln":
             shift_a, scale_a, shift_m, scale_m = torch.split(cast(Tensor, state), 1, dim=1)  # 4 × (N, 1, D)
-            h = h + self.attn(modulate(layer_norm(h), shift_a, scale_a), rotary)
-            h = h + self.mlp(modulate(layer_norm(h, self.mlp_norm_eps), shift_m, scale_m))
+            h = h + self.attn(shift_and_scale(layer_norm(h), shift_a, scale_a), rotary)
+            h = h + self.mlp(shift_and_scale(layer_norm(h, self.mlp_norm_eps), shift_m, scale_m))
             return h
         h = h + self.attn(layer_norm(h), rotary)
         if self.kind == "cross_attention":
@@ -75,9 +81,10 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm, modulation where the blocks have it, linear map to the patch: (N, T, D) → (N, T, C·P·P).
+    """The final layer, (N, T, D) → (N, T, C·P·P): LayerNorm, modulation if the blocks have it, linear map.
 
-    The published weights lay a patch out as (P, P, C). They are turned here, so that the much larger pixels need not be.
+    The published weights lay a patch out as (P, P, C). The weights are transposed to (C, P, P) here, because
+    transposing the pixels instead would move far more data.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -92,16 +99,19 @@ class FinalLayer(nn.Module):
         h = layer_norm(h)
         if state is not None:
             shift, scale = torch.split(state, 1, dim=1)  # 2 × (N, 1, D)
-            h = modulate(h, shift, scale)
+            h = shift_and_scale(h, shift, scale)
         return F.linear(h, self._channels_first(self.linear.weight), self._channels_first(self.linear.bias))
 
     def _channels_first(self, parameter: Tensor) -> Tensor:
-        """Rows laid out (P·P, C) → (C, P·P)."""
+        """Return `parameter` with its rows laid out (C, P·P) instead of (P·P, C)."""
         return cast(Tensor, parameter.unflatten(0, (-1, self.channels))).transpose(0, 1).flatten(0, 1)
 
 
 class ConvHead(nn.Module):
-    """Removes patch seams: h[:C] + Conv3×3(SiLU(Conv3×3([x, h]))), h unpatchified (N, head_channels, H, W)."""
+    """A small convolution that removes the seams between patches: h[:C] + Conv3×3(SiLU(Conv3×3([x, h]))).
+
+    `x` is the noisy image (N, C, H, W), `h` (N, head_channels, H, W) the unpatchified final layer.
+    """
 
     def __init__(self, in_channels: int, head_channels: int, width: int = 24) -> None:
         super().__init__()
@@ -115,11 +125,11 @@ class ConvHead(nn.Module):
 
 
 class DiT(nn.Module):
-    """A Diffusion Transformer over (N, C, H, W) images or latents, H and W any multiples of the patch."""
+    """A Diffusion Transformer over images or latents (N, C, H, W); H and W are multiples of the patch."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.symbolic_positions = config, False
         self.state_names = tuple(name for name, _ in config.state())
         d = config.hidden_size
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, d)
@@ -132,12 +142,13 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self.head = ConvHead(config.in_channels, config.head_channels) if config.head_channels else None
         self.pos_embed: Tensor
-        self.register_buffer("pos_embed", self._positions(*config.grid_size), persistent=False)  # (T, D)
+        self.register_buffer("pos_embed", self._sincos(*config.grid_size), persistent=False)  # (T, D)
         self.initialise()
 
     def initialise(self) -> None:
-        """The published initialisation: xavier linears, N(0, 0.02) embeddings, zero modulation and output
-        ("Zero").
+        """Initialise as published: Xavier for linear layers, N(0, 0.02²) for embeddings, and zeros.
+
+        Modulation and output start at zero, so every block of adaLN-Zero starts as the identity.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -157,7 +168,7 @@ class DiT(nn.Module):
             nn.init.zeros_(cast(Tensor, layer.bias))
 
     def _zeroed(self) -> Iterator[nn.Linear | nn.Conv2d]:
-        """The layers that start at zero: modulation, output, and what refines them."""
+        """Yield the layers that start at zero: modulation, output, layout path, convolutional head."""
         yield self.final_layer.linear
         modulated = [block for block in self.blocks if MODULATIONS[cast(Block, block).kind]]
         for module in (*modulated, *([self.final_layer] if self.config.adaptive_final else [])):
@@ -168,15 +179,22 @@ class DiT(nn.Module):
             yield self.head.conv2
 
     def embed(self, labels: Tensor, text: Tensor | None = None) -> Tensor:
-        """Condition embedding (N, D) of labels (N, F) int64, each in 0..classes[k] (the last is null).
+        """Return the condition embedding (N, D) of labels (N, F) int64, column k in 0..classes[k].
 
-        `text` (N, text_size) are sentence embeddings, a row of zeros or None standing for no text.
+        Label classes[k] is that factor's null class: "not given". `text` (N, text_size) holds sentence
+        embeddings; a row of zeros, or None for the whole batch, means no text.
+
+        Raises:
+            ValueError: labels or text of another shape, a label out of range, or text for a model that takes
+                none.
         """
         return cast(Tensor, self.y_embedder(labels, text))
 
     def modulate(self, timestep: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
-        """The condition state, in the order of `config.state()`: timestep (N,), embedding (N, D) → tensors
-        (N, *shape).
+        """Return the condition state of timesteps (N,) and condition embeddings (N, D).
+
+        It has one tensor (N, *shape) for each entry of `config.state()`, in that order. It depends on nothing
+        else, so rows with the same timestep and condition can share it.
 
         Raises:
             ValueError: not one timestep per embedding.
@@ -193,19 +211,20 @@ class DiT(nn.Module):
         if any(not MODULATIONS[kind] for kind in self.config.plan):
             state.append(torch.stack([t, embedding], dim=1))  # (N, 2, D)
         if self.config.adaptive_final:
-            state.append(cast(Tensor, self.final_layer.adaLN_modulation(c)).reshape(c.shape[0], 2, -1))
+            vectors = self.final_layer.adaLN_modulation(c)
+            state.append(cast(Tensor, vectors).reshape(c.shape[0], 2, -1))  # (N, 2, D)
         if self.layout is not None:
             state.append(self.layout(F.silu(c)))  # (N, T, D)
         return tuple(state)
 
     def backbone(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """(N, C, H, W) and the condition state → (N, C_out, H, W).
+        """Return the network's output (N, C_out, H, W) for `x` (N, C, H, W) and its condition state.
 
         Raises:
-            ValueError: other channels, H or W is no multiple of the patch, a layout path trained for another size, or a
-                state of another network.
+            ValueError: `x` has other channels, H or W is not a multiple of the patch size, the network has a
+                layout path that was trained for another size, or `state` is another network's.
         """
-        rows, columns = self._grid(x)
+        rows, columns = self._token_grid(x)
         check_state(state, self.state_names)
         named = dict(zip(self.state_names, state, strict=True))
         h = self.x_embedder(x) + self.positions(rows, columns).to(x.dtype)  # (N, T, D)
@@ -216,37 +235,55 @@ class DiT(nn.Module):
         rotary = self.rotary(rows, columns, h)
         for index, block in enumerate(self.blocks):
             h = block(h, named.get(f"block_{index}", named.get("tokens")), rotary)
-        h = h[:, -rows * columns :] if "in_context" in self.config.plan else h
+        h = h[:, -rows * columns :] if "in_context" in self.config.plan else h  # (N, T, D)
         out = unpatchify(self.final_layer(h, named.get("final")), rows, columns, self.config.patch_size)
+        # `out` is (N, C_out, H, W), or (N, head_channels, H, W) before the convolutional head.
         return out if self.head is None else cast(Tensor, self.head(x, out))
 
     def forward(self, x: Tensor, timestep: Tensor, labels: Tensor, text: Tensor | None = None) -> Tensor:
-        """(N, C, H, W), timesteps (N,), labels (N, F) → (N, C_out, H, W)."""
+        """Return the output (N, C_out, H, W) for `x` (N, C, H, W), timesteps (N,) and labels (N, F)."""
         return self.backbone(x, self.modulate(timestep, self.embed(labels, text)))
 
-    def positions(self, rows: int, columns: int) -> Tensor:
-        """(rows·columns, D): the trained table, or one interpolated into the base size's range for another
-        size.
+    def with_symbolic_positions(self) -> DiT:
+        """Return this network, sharing its weights, for tracing a graph of any size.
+
+        Its positions are always computed in the graph from the size of `x`. Otherwise a trace would look the
+        positions of its example up in the trained table, and keep the example's spacing as a constant.
         """
+        symbolic = copy.copy(self)
+        symbolic.symbolic_positions = True
+        return symbolic
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """Return the position embedding (rows·columns, D): the trained one, or an interpolated one."""
+        if self.symbolic_positions:
+            return self._sincos(rows, columns)
         if (rows, columns) == self.config.grid_size:
             return self.pos_embed
-        return self._positions(rows, columns).to(self.pos_embed.device)
+        return self._sincos(rows, columns).to(self.pos_embed.device)
 
     def rotary(self, rows: int, columns: int, h: Tensor) -> Rotary:
-        """Rotary tables for the image tokens; condition tokens in front (in-context) are not turned."""
+        """Return the rotary tables for the tokens `h` (N, T, D), or None without RoPE.
+
+        Condition tokens in front of the image tokens (in-context) are not rotated.
+        """
         if not self.config.rope:
             return None
-        scale = self.config.position_scale(rows, columns)
-        cos, sin = rotary_tables(self.config.head_size, rows, columns, scale)
+        cos, sin = rotary_tables(self.config.head_size, rows, columns, self._spacing(rows, columns))
         front = h.shape[1] - rows * columns
         cos, sin = F.pad(cos, (0, 0, front, 0), value=1.0), F.pad(sin, (0, 0, front, 0))
         return cos.to(h.device), sin.to(h.device)
 
-    def _positions(self, rows: int, columns: int) -> Tensor:
-        scale = self.config.position_scale(rows, columns)
-        return positions(self.config.hidden_size, rows, columns, scale)
+    def _sincos(self, rows: int, columns: int) -> Tensor:
+        return sincos_positions(self.config.hidden_size, rows, columns, self._spacing(rows, columns))
 
-    def _grid(self, x: Tensor) -> tuple[int, int]:
+    def _spacing(self, rows: int, columns: int) -> Spacing:
+        if not self.symbolic_positions:
+            return self.config.position_scale(rows, columns)
+        base_rows, base_columns = self.config.base_grid
+        return _symbolic_distance(base_rows, rows), _symbolic_distance(base_columns, columns)
+
+    def _token_grid(self, x: Tensor) -> tuple[int, int]:
         check_images(x, self.config.in_channels)
         patch = self.config.patch_size
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
@@ -259,3 +296,9 @@ class DiT(nn.Module):
                 f"layout_rank fixes the size at {self.config.image_size}: train without it for others"
             )
         return rows, columns
+
+
+def _symbolic_distance(base: int, count: int) -> Tensor:
+    """Return min(1, base / count) as a tensor (1,) that a trace follows."""
+    # The last entry of `arange` is the count as a tensor; a plain number would be a constant in the graph.
+    return torch.clamp(base / torch.arange(1, count + 1)[-1:], max=1.0)

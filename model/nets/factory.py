@@ -1,4 +1,4 @@
-"""The networks one can train: `make_network` builds what a configuration describes."""
+"""The networks that can be trained and served: `make_network` builds one from its configuration."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def make_network(config: DiTConfig) -> DiT: ...
 @overload
 def make_network(config: UNetConfig) -> UNet: ...
 def make_network(config: NetworkConfig) -> Network:
-    """The network of a configuration, freshly initialised."""
+    """Return the network of a configuration, freshly initialised."""
     return UNet(config) if isinstance(config, UNetConfig) else DiT(config)

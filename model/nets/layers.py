@@ -1,7 +1,7 @@
-"""The parts of a Diffusion Transformer, each one formula with its source.
+"""The layers of a Diffusion Transformer: each is one formula with its source.
 
-Half precision: the timestep embedding, LayerNorm statistics and softmax are computed in fp32 whatever the
-weights are. Shapes: N batch, T tokens, D hidden, H heads, P patch, C channels.
+Letters in shapes: N batch, T tokens, D hidden size, H heads, P patch size, C channels. The timestep
+embedding, LayerNorm statistics and softmax are computed in fp32, whatever the weights are.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Distance between neighbouring tokens along rows and along columns; tensors where a traced graph computes it.
+Spacing = tuple[float | Tensor, float | Tensor]
 
-def positions(hidden_size: int, rows: int, columns: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """2-D sine-cosine position embedding, (rows·columns, hidden_size) fp32, computed in float64.
 
-    Quarters sin(j·ω), cos(j·ω), sin(i·ω), cos(i·ω) concatenated, column j first, ω_k = 10000^(−k/(D/4)), as
-    in MAE and the published DiT. `scale` is the spacing of (rows, columns); below 1 it squeezes a larger grid
-    into the trained.
+def sincos_positions(hidden_size: int, rows: int, columns: int, spacing: Spacing = (1.0, 1.0)) -> Tensor:
+    """Return the 2-D sine-cosine position embedding, (rows·columns, hidden_size) fp32, computed in float64.
+
+    The token in row i and column j gets the four quarters sin(j·ω), cos(j·ω), sin(i·ω), cos(i·ω), with
+    ω_k = 10000^(−k/(D/4)), as in MAE and in the published DiT. i and j advance by `spacing`: below 1, a
+    larger grid is squeezed into the range of positions that the network was trained on.
     """
-    row, column = _angles(hidden_size // 4, rows, columns, scale)  # 2 × (T, D/4)
+    row, column = _angles(hidden_size // 4, rows, columns, spacing)  # 2 × (T, D/4)
     return torch.cat([torch.sin(column), torch.cos(column), torch.sin(row), torch.cos(row)], dim=1).float()
 
 
-def timestep_frequencies(t: Tensor, width: int = 256, *, shift: int = 0) -> Tensor:
-    """Sinusoidal features of raw timesteps `t` (N,), (N, width) fp32: cos first, then sin.
+def timestep_features(t: Tensor, width: int = 256, *, shift: int = 0) -> Tensor:
+    """Return sinusoidal features (N, width) fp32 of raw timesteps `t` (N,): all cosines, then all sines.
 
-    Frequencies are 10000^(−k/(width/2 − shift)), k from 0.
+    Frequency k is 10000^(−k/(width/2 − shift)), k from 0; `shift` is 0 as published, 1 in diffusers.
     """
     half = width // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -37,44 +40,47 @@ def timestep_frequencies(t: Tensor, width: int = 256, *, shift: int = 0) -> Tens
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
-def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`h·(1 + scale) + shift`, (N, T, D) with (N, 1, D): adaptive layer norm once normalised (§3.2)."""
+def shift_and_scale(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return h·(1 + scale) + shift: (N, T, D), and (N, 1, D) twice → (N, T, D).
+
+    With a normalised `h` this is adaptive layer norm (adaLN, arXiv:2212.09748 §3.2).
+    """
     return h * (1 + scale) + shift
 
 
 def layer_norm(h: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm over D without affine parameters; statistics in fp32."""
+    """Return LayerNorm over D, without affine parameters; the statistics are computed in fp32."""
     return F.layer_norm(h.float(), h.shape[-1:], eps=eps).to(h.dtype)
 
 
-def rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs (k, k + head/2) of (N, H, T, head) by angles (T, head/2) (RoFormer, arXiv:2104.09864)."""
+def apply_rotary(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (k, k + head/2) of `q` (N, H, T, head) by angles (T, head/2), arXiv:2104.09864."""
     a, b = q.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(q.dtype)
 
 
 def rotary_tables(
-    head_size: int, rows: int, columns: int, scale: tuple[float, float] = (1.0, 1.0)
+    head_size: int, rows: int, columns: int, spacing: Spacing = (1.0, 1.0)
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, head_size/2) fp32 of axial 2-D rotary angles, computed in float64.
+    """Return cos and sin, each (T, head_size/2) fp32, of axial 2-D rotary angles, computed in float64.
 
-    The first half of the pairs turns with the row, the second with the column; `scale` as in `positions`.
+    The first half of the pairs turns with the row, the second with the column. `spacing` is as above.
     """
-    angles = torch.cat(_angles(head_size // 4, rows, columns, scale), dim=1)  # (T, head/2)
+    angles = torch.cat(_angles(head_size // 4, rows, columns, spacing), dim=1)  # (T, head/2)
     return torch.cos(angles).float(), torch.sin(angles).float()
 
 
-def _angles(count: int, rows: int, columns: int, scale: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Row and column of every token times `count` frequencies 10000^(−k/count): two (T, count) float64."""
+def _angles(count: int, rows: int, columns: int, spacing: Spacing) -> tuple[Tensor, Tensor]:
+    """Return row·ω and column·ω of every token, (T, count) float64, with ω_k = 10000^(−k/count)."""
     omega = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
-    i = torch.arange(rows, dtype=torch.float64) * scale[0]
-    j = torch.arange(columns, dtype=torch.float64) * scale[1]
+    i = torch.arange(rows, dtype=torch.float64) * spacing[0]
+    j = torch.arange(columns, dtype=torch.float64) * spacing[1]
     row, column = i[:, None].expand(rows, columns), j[None, :].expand(rows, columns)
     return row.reshape(-1, 1) * omega, column.reshape(-1, 1) * omega
 
 
 def check_rows(timestep: Tensor, embedding: Tensor) -> None:
-    """Raises ValueError unless there is a timestep (N,) for every condition embedding (N, D)."""
+    """Raise ValueError unless there is one timestep (N,) for every condition embedding (N, D)."""
     if timestep.ndim != 1 or embedding.ndim != 2 or len(timestep) != len(embedding):
         raise ValueError(
             "pass one timestep per row, timestep (N,) and embedding (N, D), "
@@ -83,7 +89,7 @@ def check_rows(timestep: Tensor, embedding: Tensor) -> None:
 
 
 def check_state(state: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raises ValueError unless the condition state has one tensor for each of the names."""
+    """Raise ValueError unless the condition state has one tensor for each of `names`."""
     if len(state) != len(names):
         raise ValueError(
             f"the condition state must hold {len(names)} tensors ({', '.join(names)}), not {len(state)}"
@@ -91,13 +97,13 @@ def check_state(state: Sequence[Tensor], names: Sequence[str]) -> None:
 
 
 def check_images(x: Tensor, channels: int) -> None:
-    """Raises ValueError unless x is (N, channels, H, W)."""
+    """Raise ValueError unless `x` is (N, channels, H, W)."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x must be (N, {channels}, H, W), not {tuple(x.shape)}")
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping P×P patches to tokens: (N, C, H, W) → (N, T, D)."""
+    """The patch embedding: one token for each P×P patch, without overlap, (N, C, H, W) → (N, T, D)."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
@@ -108,7 +114,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Raw timesteps (N,) → (N, D): 256 sinusoids, then Linear–SiLU–Linear."""
+    """The timestep embedding: 256 sinusoids, then Linear–SiLU–Linear; raw timesteps (N,) → (N, D)."""
 
     def __init__(self, hidden_size: int, *, shift: int = 0, width: int = 256) -> None:
         super().__init__()
@@ -118,12 +124,15 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        features = timestep_frequencies(t, self.width, shift=self.shift)  # (N, 256) fp32
+        features = timestep_features(t, self.width, shift=self.shift)  # (N, 256) fp32
         return cast(Tensor, self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype)))  # (N, D)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (N, T, D) by scaled_dot_product_attention; `width` W of all heads is D unless given."""
+    """Multi-head self-attention, (N, T, D) → (N, T, D), by torch's scaled_dot_product_attention.
+
+    `width` W is the width of all heads together; it is D unless given.
+    """
 
     def __init__(
         self, hidden_size: int, num_heads: int, *, width: int | None = None, qk_norm: bool = False
@@ -143,24 +152,27 @@ class Attention(nn.Module):
         return cast(Tensor, self.proj(out.transpose(1, 2).flatten(2)))  # (N, T, D)
 
     def heads(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (N, H, T, W/H), normalised and rotated as configured."""
+        """Return queries, keys and values, each (N, H, T, W/H), normalised and rotated as configured."""
         n, t, _ = h.shape
         qkv = self.qkv(h).reshape(n, t, 3, self.num_heads, self.head_size)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, N, H, T, W/H)
         q, k, v = (part.squeeze(0) for part in torch.split(qkv, 1, dim=0))
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         return q, k, v
 
     def weights(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Attention probabilities (N, H, T, T) fp32, for looking at; the forward pass never forms them."""
+        """Return attention probabilities (N, H, T, T) fp32, which the forward pass never forms."""
         q, k, _ = self.heads(h, rotary)
         return torch.softmax(q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
 
 
 class CrossAttention(nn.Module):
-    """Attention from image tokens (N, T, D) to condition tokens (N, S, D); `width` W of all heads is D unless given."""
+    """Attention from image tokens (N, T, D) to condition tokens (N, S, D) → (N, T, D).
+
+    `width` W is the width of all heads together; it is D unless given.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, *, width: int | None = None) -> None:
         super().__init__()
@@ -181,7 +193,7 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear–GELU(tanh)–Linear."""
+    """The MLP of a block: Linear–GELU(tanh)–Linear, (N, T, D) → (N, T, D)."""
 
     def __init__(self, hidden_size: int, mlp_size: int) -> None:
         super().__init__()
@@ -193,7 +205,10 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """SiLU-gated MLP (arXiv:2002.05202), two thirds as wide: it has as many parameters as the plain one."""
+    """A SiLU-gated MLP (arXiv:2002.05202), (N, T, D) → (N, T, D).
+
+    It is two thirds as wide as `Mlp`, rounded up to a multiple of 8: both have about as many parameters.
+    """
 
     def __init__(self, hidden_size: int, mlp_size: int) -> None:
         super().__init__()
@@ -207,7 +222,7 @@ class SwiGlu(nn.Module):
 
 
 def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """(N, T, C·P·P) → (N, C, rows·P, columns·P); a token is laid out (C, P, P)."""
+    """Join patches to images: (N, T, C·P·P) → (N, C, rows·P, columns·P); a token is laid out (C, P, P)."""
     n, _, width = tokens.shape
     channels = width // (patch * patch)
     grid = tokens.reshape(n, rows, columns, channels, patch, patch)

@@ -1,9 +1,11 @@
-"""A U-Net after ADM, conditioned as the DiT is and with its interface: the baseline to train and serve beside it.
+"""The U-Net of ADM with the conditions and the interface of the DiT: a baseline to train and serve beside it.
 
-    embedding = unet.embed(labels)    state = unet.modulate(timestep, embedding)    output = unet.backbone(x, state)
+    embedding = unet.embed(labels)
+    state     = unet.modulate(timestep, embedding)
+    output    = unet.backbone(x, state)
 
-The condition enters every residual block as scale and shift of a group norm. Source: Dhariwal & Nichol, arXiv:2105.05233,
-§3 and Table 2.
+The condition enters every residual block as the scale and shift of a group norm. Source: Dhariwal & Nichol,
+arXiv:2105.05233, §3 and Table 2.
 """
 
 from __future__ import annotations
@@ -18,18 +20,21 @@ from torch import Tensor, nn
 
 from ditserve.model.nets.conditioner import ConditionEmbedder
 from ditserve.model.nets.layers import Attention, TimestepEmbedder, check_images, check_rows, check_state
-from ditserve.model.spec.unet_config import Stage, UNetConfig
+from ditserve.model.spec.unet_config import UNetConfig, UNetStage
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups, or as many as divide the channels."""
+    """Return a group norm with as many groups as divide both 32 and the channels."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-5)
 
 
 class ResBlock(nn.Module):
-    """(N, C_in, H, W) and scale and shift (N, 2, C_out) → (N, C_out, H', W'); the size is kept, halved or doubled."""
+    """A residual block: (N, C_in, H, W), and scale and shift (N, 2, C_out) → (N, C_out, H', W').
 
-    def __init__(self, stage: Stage, embedding_size: int, head_size: int) -> None:
+    The size is kept, halved or doubled, as the stage says.
+    """
+
+    def __init__(self, stage: UNetStage, embedding_size: int, head_size: int) -> None:
         super().__init__()
         self.resample = stage.resample
         self.norm1, self.norm2 = group_norm(stage.inputs), group_norm(stage.outputs)
@@ -44,22 +49,22 @@ class ResBlock(nn.Module):
 
     def forward(self, h: Tensor, state: Tensor) -> Tensor:
         scale, shift = torch.split(state[..., None, None], 1, dim=1)  # 2 × (N, 1, C, 1, 1)
-        inner = self._resized(F.silu(self.norm1(h)))
+        inner = self._resample(F.silu(self.norm1(h)))
         inner = self.norm2(self.conv1(inner)) * (1 + scale.squeeze(1)) + shift.squeeze(1)
-        h = cast(Tensor, self.skip(self._resized(h)) + self.conv2(F.silu(inner)))  # (N, C, H', W')
+        h = cast(Tensor, self.skip(self._resample(h)) + self.conv2(F.silu(inner)))  # (N, C, H', W')
         if self.attention is None or self.attention_norm is None:
             return h
         tokens = self.attention_norm(h).flatten(2).transpose(1, 2)  # (N, T, C)
         return h + cast(Tensor, self.attention(tokens)).transpose(1, 2).reshape(h.shape)
 
-    def _resized(self, h: Tensor) -> Tensor:
+    def _resample(self, h: Tensor) -> Tensor:
         if self.resample == "halve":
             return F.avg_pool2d(h, 2)
         return F.interpolate(h, scale_factor=2.0, mode="nearest") if self.resample == "double" else h
 
 
 class UNet(nn.Module):
-    """A U-Net over (N, C, H, W) images or latents, H and W multiples of 2 to the number of halvings."""
+    """A U-Net over images or latents (N, C, H, W); H and W must be divisible by 2 at every halving."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -77,7 +82,7 @@ class UNet(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """As ADM: the last layer of every residual branch, and the output, start at zero."""
+        """Initialise as ADM does: the last layer of every residual branch and the output start at zero."""
         for table in self.y_embedder.tables:
             nn.init.normal_(cast(nn.Embedding, table).weight, std=0.02)
         zeroed: list[nn.Linear | nn.Conv2d] = [self.conv_out]
@@ -89,11 +94,13 @@ class UNet(nn.Module):
             nn.init.zeros_(cast(Tensor, layer.bias))
 
     def embed(self, labels: Tensor, text: Tensor | None = None) -> Tensor:
-        """Condition embedding (N, 4·base) of labels (N, F) int64 and text (N, text_size), as the DiT's."""
+        """Return the condition embedding (N, 4·base) of labels (N, F) and text, as `DiT.embed` does."""
         return cast(Tensor, self.y_embedder(labels, text))
 
     def modulate(self, timestep: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
-        """The condition state in the order of `config.state()`: timestep (N,), embedding (N, D) → tensors (N, 2, channels).
+        """Return the condition state of timesteps (N,) and embeddings (N, D).
+
+        It is a scale and shift (N, 2, channels) for every residual block, in the order of `config.state()`.
 
         Raises:
             ValueError: not one timestep per embedding.
@@ -103,10 +110,11 @@ class UNet(nn.Module):
         return tuple(cast(ResBlock, block).modulation(c).reshape(len(c), 2, -1) for block in self.blocks)
 
     def backbone(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """(N, C, H, W) and the condition state → (N, C_out, H, W).
+        """Return the network's output (N, C_out, H, W) for `x` (N, C, H, W) and its condition state.
 
         Raises:
-            ValueError: other channels, H or W cannot be halved often enough, or a state of another network.
+            ValueError: `x` has other channels, H or W cannot be halved often enough, or `state` is another
+                network's.
         """
         check_images(x, self.config.in_channels)
         check_state(state, self.state_names)
@@ -120,5 +128,5 @@ class UNet(nn.Module):
         return cast(Tensor, self.conv_out(F.silu(self.norm_out(h))))
 
     def forward(self, x: Tensor, timestep: Tensor, labels: Tensor, text: Tensor | None = None) -> Tensor:
-        """(N, C, H, W), timesteps (N,), labels (N, F) → (N, C_out, H, W)."""
+        """Return the output (N, C_out, H, W) for `x` (N, C, H, W), timesteps (N,) and labels (N, F)."""
         return self.backbone(x, self.modulate(timestep, self.embed(labels, text)))

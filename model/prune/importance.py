@@ -1,56 +1,70 @@
-"""How much the loss would change if a head or an MLP channel were taken away: first-order Taylor importance.
+"""The importance of heads and MLP channels: how much the loss would change without one, to first order.
 
-A gate that is 1 multiplies what a head, or a channel, hands on; a picture's importance is the squared derivative of its loss by the gate
-(Molchanov et al., arXiv:1906.10771, eq. 8 and §3.1), and the mean over pictures is the group's. One backward pass gives all of them.
+A gate of value 1 multiplies the output of a head or a channel. The importance for a picture is the squared
+derivative of its loss by the gate (Taylor importance: Molchanov et al., arXiv:1906.10771, eq. 8 and §3.1);
+the importance of the group is the mean over pictures. One backward pass gives all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditserve.model.data.dataset import Dataset
 from ditserve.model.nets.dit import DiT
-from ditserve.model.spec.diffusion import add_noise
-from ditserve.model.train.batch import Batch
-from ditserve.model.train.loss import NoiseTables, rows, squared_error
+from ditserve.model.spec.diffusion import Prediction, add_noise
+from ditserve.model.train.batch import TrainingBatch
+from ditserve.model.train.loaded_model import LoadedModel
+from ditserve.model.train.loss import NoiseTables, noise_tables, per_row, squared_error
+
+# Pictures of one backward pass.
+BATCH = 16
 
 Importance = dict[str, Tensor]
-"""Of the groups that enter a linear map, by its name: heads for `blocks.<k>.attn.proj` (and `cross.proj`), channels for `mlp.fc2`."""
+"""Linear map → importance of each group of its inputs.
+
+The groups are heads for `blocks.<k>.attn.proj` and `cross.proj`, channels for `mlp.fc2`."""
 
 
-def gated(dit: DiT) -> dict[str, int]:
-    """The linear maps whose inputs come in groups, and how many groups each has."""
+def group_counts(dit: DiT) -> dict[str, int]:
+    """Return the number of groups (heads or channels) that enter each linear map, by its name."""
     heads, channels = dit.config.num_heads, cast(nn.Linear, dit.get_submodule("blocks.0.mlp.fc2")).in_features
     kinds = {"attn.proj": heads, "cross.proj": heads, "mlp.fc2": channels}
     names = {name for name, _ in dit.named_modules()}
-    every = {f"blocks.{k}.{kind}": count for k in range(dit.config.depth) for kind, count in kinds.items()}
-    return {name: count for name, count in every.items() if name in names}
+    possible = {f"blocks.{k}.{kind}": count for k in range(dit.config.depth) for kind, count in kinds.items()}
+    return {name: count for name, count in possible.items() if name in names}
 
 
-def importance(dit: DiT, tables: NoiseTables, batches: Iterable[Batch]) -> Importance:
-    """Importance (groups,) fp32 of every group of `gated`, by the training loss on `batches`.
+def importance(dit: DiT, tables: NoiseTables, batches: Iterable[TrainingBatch]) -> Importance:
+    """Return the importance (groups,) fp32 of every group, by the training loss on `batches`.
 
     Raises:
         ValueError: there is no picture.
     """
-    sums = {name: torch.zeros(count) for name, count in gated(dit).items()}
+    sums = {name: torch.zeros(count) for name, count in group_counts(dit).items()}
     pictures = 0
     for batch in batches:
         pictures += len(batch)
         gates = {
-            name: torch.ones(len(batch), 1, len(each), requires_grad=True) for name, each in sums.items()
+            name: torch.ones(len(batch), 1, len(total), requires_grad=True) for name, total in sums.items()
         }
-        hooks = [dit.get_submodule(name).register_forward_pre_hook(_gate(z)) for name, z in gates.items()]
+        hooks = [
+            dit.get_submodule(name).register_forward_pre_hook(_gate_inputs(gate))
+            for name, gate in gates.items()
+        ]
         try:
-            x_t = add_noise(rows(tables.alpha, batch.t), rows(tables.sigma, batch.t), batch.x0, batch.noise)
+            alpha, sigma = per_row(tables.alpha, batch.t), per_row(tables.sigma, batch.t)
+            x_t = add_noise(alpha, sigma, batch.x0, batch.noise)
             output = dit(x_t, batch.t, batch.labels, batch.text)
         finally:
             for hook in hooks:
                 hook.remove()
-        loss = squared_error(tables, output, batch.x0, batch.noise, batch.t).sum()  # rows do not mix
+        # Rows do not mix, so the derivative of the sum by a row's gate is that of the row's own loss.
+        loss = squared_error(tables, output, batch.x0, batch.noise, batch.t).sum()
         for name, slope in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
             sums[name] += slope.square().sum((0, 1))
     if not pictures:
@@ -58,11 +72,33 @@ def importance(dit: DiT, tables: NoiseTables, batches: Iterable[Batch]) -> Impor
     return {name: total / pictures for name, total in sums.items()}
 
 
-def _gate(z: Tensor) -> Callable[..., Any]:
-    """(N, T, groups · size) times gates (N, 1, groups)."""
+def _gate_inputs(gate: Tensor) -> Callable[..., Any]:
+    """Make a hook that multiplies inputs (N, T, groups · size) by gates (N, 1, groups)."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        size = inputs[0].shape[-1] // z.shape[-1]
-        return (inputs[0] * z.repeat_interleave(size, dim=-1),)
+        size = inputs[0].shape[-1] // gate.shape[-1]
+        return (inputs[0] * gate.repeat_interleave(size, dim=-1),)
 
     return hook
+
+
+def training_batches(model: LoadedModel, dataset: Dataset, count: int, seed: int) -> Iterator[TrainingBatch]:
+    """Yield `count` training pictures with their conditions, at noise levels spread evenly."""
+    generator = torch.Generator().manual_seed(seed)
+    order = np.random.default_rng(seed).permutation(dataset.training)[:count]
+    total = model.schedule.timesteps
+    levels = torch.randperm(len(order), generator=generator) * total // len(order)
+    for start in range(0, len(order), BATCH):
+        index = order[start : start + BATCH]
+        x0 = torch.from_numpy(dataset.batch(index, np.random.default_rng([seed, start])))
+        text = None if dataset.text is None else torch.from_numpy(dataset.text[index])
+        noise = torch.randn(x0.shape, generator=generator)
+        labels = torch.from_numpy(dataset.labels[index])
+        yield TrainingBatch(x0, labels, levels[start : start + BATCH], noise, text)
+
+
+def loss_tables(model: LoadedModel) -> NoiseTables:
+    """Return the tables of the loss that the model was trained by, as far as its provenance tells."""
+    training = model.manifest.provenance.get("training", {})
+    default: Prediction = "epsilon" if model.schedule.prediction == "epsilon" else "v"
+    return noise_tables(model.schedule, training.get("loss_space") or default, training.get("loss_cap"))

@@ -1,1 +1,1 @@
-"""Denoising offline: a network, a solver and a grid turn noise into pictures."""
+"""Offline sampling: a network, a solver and a timestep grid turn noise into pictures."""

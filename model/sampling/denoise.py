@@ -1,4 +1,8 @@
-"""Sampling in torch, from a model at hand: the offline twin of the service's engine, on the same solver tables."""
+"""Sampling in torch with a loaded model: the offline twin of the service's engine, on the same solver tables.
+
+denoiser = Denoiser(model, schedule, Conditions((embedding,)), Guidance(2.0))
+*_, x0 = denoise(denoiser, step_table("ddim", grid("trailing", 20), schedule), seeds=[5, 6])  # (2, C, H, W)
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,16 @@ from torch import Tensor
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.diffusion import Schedule, guidance_weight, guided
-from ditserve.model.spec.mixing import composed, shares, splice, spread
+from ditserve.model.spec.mixing import assign_blocks, compose_outputs, normalised_weights, splice_states
 from ditserve.model.spec.solvers import StepTable, learned_log_variance, trajectory, variance_bounds
 
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """Classifier-free guidance: strength, where it acts, on how many channels (None: all), and its decay with noise.
+    """Classifier-free guidance.
+
+    `scale` is its strength, and `decay` lowers it with noise. It acts where t / (T − 1) lies in `interval`,
+    on the first `channels` channels (None: all). See `guidance_weight`.
 
     Raises:
         ValueError: an interval or a decay that `guidance_weight` refuses, or no channel.
@@ -39,10 +46,11 @@ class Guidance:
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """Several conditions at once, embeddings (N, D) each.
+    """One or more conditions of N samples, embeddings (N, D) each.
 
-    "compose": the network runs under each, outputs are summed by `weights` (relative, one each; negative steers away).
-    "layers": it runs once, the first condition steering the shallow blocks and the last the deep ones.
+    "compose": the network runs under each condition, and the outputs are summed by `weights` (relative, one
+    for each condition; a negative one steers away). "layers": the network runs once; the first condition
+    steers the shallow blocks, the last the deep ones.
 
     Raises:
         ValueError: no condition, embeddings of different shapes, or for "compose" not one weight each.
@@ -59,7 +67,7 @@ class Conditions:
                 f"give one or more condition embeddings (N, D) of one shape, not {sorted(shapes)}"
             )
         if self.how == "compose":
-            shares(self.weights, len(self.embeddings))
+            normalised_weights(self.weights, len(self.embeddings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,33 +80,35 @@ class Denoiser:
     guidance: Guidance = Guidance()
 
     def __call__(self, x: Tensor, timestep: int) -> Tensor:
-        """(N, C, H, W) → the raw output (N, C_out, H, W); channels beyond C (a learned variance) are not guided."""
+        """Return the raw output (N, C_out, H, W) at x (N, C, H, W).
+
+        Channels beyond C, which predict a learned variance, are not guided.
+        """
         t = torch.full((len(x),), float(timestep), device=x.device)
         output = self._conditional(x, t)
+        guidance = self.guidance
         weight = guidance_weight(
-            self.guidance.scale,
-            timestep,
-            self.schedule.timesteps,
-            self.guidance.interval,
-            self.guidance.decay,
+            guidance.scale, timestep, self.schedule.timesteps, guidance.interval, guidance.decay
         )
         if weight == 1.0:
             return output
         labels = null_labels(self.model.config, len(x), x.device)
-        empty = self.model.backbone(x, self.model.modulate(t, self.model.embed(labels)))
-        return guided(output, empty, weight, self.guidance.channels or x.shape[1])
+        unconditional = self.model.backbone(x, self.model.modulate(t, self.model.embed(labels)))
+        return guided(output, unconditional, weight, guidance.channels or x.shape[1])
 
     def _conditional(self, x: Tensor, t: Tensor) -> Tensor:
         model, conditions = self.model, self.conditions
         states = [model.modulate(t, embedding) for embedding in conditions.embeddings]
         if conditions.how == "layers":
             depth = model.config.depth
-            return model.backbone(x, splice(model.config, states, spread(depth, len(states))))
-        return composed([model.backbone(x, state) for state in states], conditions.weights)
+            return model.backbone(x, splice_states(model.config, states, assign_blocks(depth, len(states))))
+        return compose_outputs([model.backbone(x, state) for state in states], conditions.weights)
 
 
-def generator(seed: int) -> np.random.Generator:
-    """The source of one sample's noise, here and in the service: its start, then what a stochastic solver draws.
+def noise_generator(seed: int) -> np.random.Generator:
+    """Return the generator of one sample's noise, the same as in the service.
+
+    It draws the initial noise, and then the noise of each step of a stochastic solver.
 
     Raises:
         ValueError: a negative seed.
@@ -108,14 +118,14 @@ def generator(seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(seed))
 
 
-def noise(seed: int, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-    """The noise (C, H, W) a seed means, everywhere."""
-    return drawn(generator(seed), shape)
+def initial_noise(seed: int, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+    """Return the noise (C, H, W) that a seed means, here and in the service."""
+    return draw_noise(noise_generator(seed), shape)
 
 
-def drawn(source: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """The next standard normal numbers of `source`, float32."""
-    return source.standard_normal(shape, dtype=np.float32).reshape(shape)
+def draw_noise(generator: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return the next standard normal numbers of `generator`, float32."""
+    return generator.standard_normal(shape, dtype=np.float32).reshape(shape)
 
 
 @torch.no_grad()
@@ -127,9 +137,10 @@ def denoise(
     *,
     clip_x0: bool = True,
 ) -> Iterator[Tensor]:
-    """Walk one sample per seed down `table`; yields the x0 estimate (N, C, H, W) of each step, the last the sample.
+    """Denoise one sample per seed along `table`, and yield the x0 estimate (N, C, H, W) of each step.
 
-    `size` (H, W) is the trained one unless given. A DDPM table on a model of learned variance uses that variance.
+    The last estimate is the sample. `size` (H, W) is the trained one unless given. With a DDPM table, a model
+    of learned variance uses that variance.
 
     Raises:
         ValueError: a size the model cannot take, or not one seed for each row of the conditions.
@@ -139,16 +150,17 @@ def denoise(
     if len(seeds) != rows:
         raise ValueError(f"give one seed for each of the {rows} rows of the conditions, not {len(seeds)}")
     shape = (config.in_channels, *(size or config.image_size))
-    sources = [generator(seed) for seed in seeds]
+    generators = [noise_generator(seed) for seed in seeds]
     device = next(denoiser.model.parameters()).device
 
     def draw() -> Tensor:
-        return torch.from_numpy(np.stack([drawn(source, shape) for source in sources])).to(device)
+        return torch.from_numpy(np.stack([draw_noise(rng, shape) for rng in generators])).to(device)
 
-    network, more_noise = (
-        _learned(denoiser, table, draw) if table.solver == "ddpm" else (_mean(denoiser), draw)
-    )
-    for _, x0 in trajectory(table, draw(), network, noise=more_noise, clip_x0=clip_x0):
+    if table.solver == "ddpm" and config.learn_sigma:
+        network, step_noise = _with_learned_variance(denoiser, table, draw)
+    else:
+        network, step_noise = _without_variance(denoiser), draw
+    for _, x0 in trajectory(table, draw(), network, noise=step_noise, clip_x0=clip_x0):
         yield x0
 
 
@@ -156,21 +168,22 @@ Output = Callable[[Tensor, int], Tensor]
 Noise = Callable[[], Tensor]
 
 
-def _mean(denoiser: Denoiser) -> Output:
+def _without_variance(denoiser: Denoiser) -> Output:
     return lambda x, t: denoiser(x, t)[:, : x.shape[1]]
 
 
-def _learned(denoiser: Denoiser, table: StepTable, draw: Noise) -> tuple[Output, Noise]:
-    """The network, and noise scaled from the table's variance to the one learned with the step at hand."""
-    if not denoiser.model.config.learn_sigma:
-        return _mean(denoiser), draw
+def _with_learned_variance(denoiser: Denoiser, table: StepTable, draw: Noise) -> tuple[Output, Noise]:
+    """Return the network's mean output, and noise with the deviation learned for the current step.
+
+    The solver multiplies noise by the table's deviation, so the noise is divided by it here.
+    """
     low, high = variance_bounds(table.timestep.tolist(), denoiser.schedule)
-    place = {int(t): k for k, t in enumerate(table.timestep)}
+    step_of = {int(t): step for step, t in enumerate(table.timestep)}
     scale: list[Tensor] = []
 
     def network(x: Tensor, t: int) -> Tensor:
         mean, v = denoiser(x, t).chunk(2, dim=1)
-        step = place[t]
+        step = step_of[t]
         log_variance = learned_log_variance(v, float(low[step]), float(high[step]))
         scale[:] = [torch.exp(0.5 * log_variance) / float(table.s[step] or 1.0)]
         return mean

@@ -1,4 +1,4 @@
-"""Conditions as a command line writes them, parsed, embedded and combined."""
+"""Prompts: conditions as a command line writes them, parsed, embedded and combined."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from ditserve.model.nets.text import open_encoder
 from ditserve.model.sampling.denoise import Conditions
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.mixing import mixed
+from ditserve.model.spec.mixing import mix_embeddings
 
 Combine = Literal["linear", "spherical", "compose", "layers"]
 
 
 class SampleError(ModelError):
-    """A wish that cannot be met; the message is one sentence."""
+    """A request that cannot be sampled; the message is one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
-    """One condition of a picture: a class or None per factor, a sentence or none, and its weight among others."""
+class PromptTerm:
+    """One condition of a picture: a class or None per factor, a sentence or None, and a relative weight."""
 
     labels: tuple[int | None, ...]
     text: str | None = None
     weight: float = 1.0
 
 
-def parse_condition(text: str, factors: Sequence[Factor]) -> Term:
-    """`label=cat,style=noto`, `text=a red fox`, each with an optional `weight=0.5`; what is left out is not given.
+def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
+    """Parse `label=cat,style=noto` or `text=a red fox`, with an optional `weight=0.5`.
+
+    Every part may be left out.
 
     Raises:
         SampleError: an unknown factor or class, or a weight that is no number.
@@ -50,7 +52,8 @@ def parse_condition(text: str, factors: Sequence[Factor]) -> Term:
     unknown = sorted(given.keys() - set(names))
     if unknown:
         raise SampleError(f"the model has no factor {unknown[0]!r}; it has {', '.join(names) or 'none'}")
-    return Term(tuple(_class(factor, given.get(factor.name)) for factor in factors), sentence, weight)
+    labels = tuple(_class(factor, given.get(factor.name)) for factor in factors)
+    return PromptTerm(labels, sentence, weight)
 
 
 def _class(factor: Factor, name: str | None) -> int | None:
@@ -63,13 +66,14 @@ def _class(factor: Factor, name: str | None) -> int | None:
     raise SampleError(f"{factor.name} has no class {name!r}; {hint}")
 
 
-def label_rows(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -> Tensor:
-    filled = [[n if k is None else k for k, n in zip(row, classes, strict=True)] for row in rows]
+def label_tensor(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -> Tensor:
+    """Return labels int64 (N, F). None becomes the null class of its factor, its number of `classes`."""
+    filled = [[null if k is None else k for k, null in zip(row, classes, strict=True)] for row in rows]
     return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), len(classes))
 
 
-def embeddings(model: Network, terms: Sequence[Term], encoder: str) -> list[Tensor]:
-    """One embedding (D,) per term; sentences are read by the named encoder.
+def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> list[Tensor]:
+    """Return one embedding (D,) per term. Sentences are encoded by the named text encoder.
 
     Raises:
         SampleError: a sentence for a model that takes none, or an encoder of another width.
@@ -79,20 +83,26 @@ def embeddings(model: Network, terms: Sequence[Term], encoder: str) -> list[Tens
     if any(term.text for term in terms):
         if not model.config.text_size:
             raise SampleError("this model takes no text: it was trained on labels alone")
-        reader = open_encoder(encoder)
-        if reader.size != model.config.text_size:
+        opened = open_encoder(encoder)
+        if opened.size != model.config.text_size:
             raise SampleError(
-                f"encoder {encoder} gives {reader.size} numbers, the model takes {model.config.text_size}"
+                f"encoder {encoder} gives {opened.size} numbers, the model takes {model.config.text_size}"
             )
-        text = torch.from_numpy(reader.encode([term.text or "" for term in terms]))
+        text = torch.from_numpy(opened.encode([term.text or "" for term in terms]))  # (N, text_size)
         text[[not term.text for term in terms]] = 0
     device = next(model.parameters()).device
-    labels = label_rows([term.labels for term in terms], model.config.classes)
+    labels = label_tensor([term.labels for term in terms], model.config.classes)
     return list(model.embed(labels.to(device), None if text is None else text.to(device)))
 
 
-def combine(parts: Sequence[Tensor], weights: Sequence[float], how: Combine, rows: int) -> Conditions:
-    """Embeddings (D,) with weights as the conditions of `rows` samples."""
+def combine_conditions(
+    embeddings: Sequence[Tensor], weights: Sequence[float], how: Combine, rows: int
+) -> Conditions:
+    """Return the conditions of `rows` samples from one or more embeddings (D,) and their weights.
+
+    "linear" and "spherical" mix the embeddings into one; "compose" and "layers" keep them apart, see
+    `Conditions`.
+    """
     if how == "linear" or how == "spherical":
-        return Conditions((mixed(parts, weights, how).expand(rows, -1),))
-    return Conditions(tuple(part.expand(rows, -1) for part in parts), tuple(weights), how)
+        return Conditions((mix_embeddings(embeddings, weights, how).expand(rows, -1),))
+    return Conditions(tuple(embedding.expand(rows, -1) for embedding in embeddings), tuple(weights), how)

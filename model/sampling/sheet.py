@@ -1,4 +1,4 @@
-"""Sheets of samples: decoded pictures side by side in one image."""
+"""Sample sheets: decoded pictures side by side in one image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
-from ditserve.model.sampling.prompt import label_rows
+from ditserve.model.sampling.prompt import label_tensor
 from ditserve.model.spec.diffusion import Schedule, grid
 from ditserve.model.spec.solvers import step_table
 
@@ -21,13 +21,13 @@ CHUNK = 32  # samples denoised together
 
 
 def to_pixels(x: Tensor) -> npt.NDArray[np.uint8]:
-    """(N, 3, H, W) in [−1, 1] → uint8 (N, H, W, 3)."""
+    """Return pictures (N, 3, H, W) in [−1, 1] as uint8 (N, H, W, 3)."""
     pixels = (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def picture_grid(pixels: npt.NDArray[np.uint8], columns: int) -> Image.Image:
-    """Pictures uint8 (N, H, W, 3) row by row in one picture, short last row padded with white."""
+    """Return pictures uint8 (N, H, W, 3) row by row in one image; a short last row is padded with white."""
     n, height, width, _ = pixels.shape
     rows = -(-n // columns)
     padded = np.full((rows * columns, height, width, 3), 255, np.uint8)
@@ -36,15 +36,19 @@ def picture_grid(pixels: npt.NDArray[np.uint8], columns: int) -> Image.Image:
     return Image.fromarray(tiled.reshape(rows * height, columns * width, 3))
 
 
-def class_sheet(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[int | None, ...]], int]:
-    """Labels of a sheet and its width: a column per class of the first factor, evenly spread, a row per class of the second."""
+def sheet_labels(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[int | None, ...]], int]:
+    """Return the labels of a sheet's pictures, row by row, and the number of its columns.
+
+    `classes` is the number of classes of each factor. A column is a class of the first factor (at most
+    `columns`, evenly spread), a row a class of the second. Further factors get no label.
+    """
     if not classes:
         return [()] * columns, columns
     count = classes[0]
     chosen = [k * count // columns for k in range(columns)] if count > columns else list(range(count))
-    others: list[list[int]] = [[other] for other in range(classes[1])] if len(classes) > 1 else [[]]
+    seconds: list[list[int]] = [[second] for second in range(classes[1])] if len(classes) > 1 else [[]]
     rest = [None] * (len(classes) - 2)
-    return [(one, *other, *rest) for other in others for one in chosen], len(chosen)
+    return [(first, *second, *rest) for second in seconds for first in chosen], len(chosen)
 
 
 def sample_sheet(
@@ -58,16 +62,19 @@ def sample_sheet(
     columns: int = 20,
     clip_x0: bool = True,
 ) -> Image.Image:
-    """A sheet of samples: classes of the first factor side by side, of the second below."""
-    rows, width = class_sheet(model.config.classes, columns)
+    """Sample a sheet: classes of the first factor side by side, classes of the second below each other.
+
+    Picture k has the seed `seed` + k; the solver is DDIM.
+    """
+    rows, width = sheet_labels(model.config.classes, columns)
     table = step_table("ddim", grid("trailing", steps, schedule.timesteps), schedule)
     device = next(model.parameters()).device
-    parts = []
+    pictures = []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        embedding = model.embed(label_rows(chunk, model.config.classes).to(device))
+        embedding = model.embed(label_tensor(chunk, model.config.classes).to(device))
         denoiser = Denoiser(model, schedule, Conditions((embedding,)), Guidance(guidance_scale))
         seeds = [seed + start + k for k in range(len(chunk))]
         *_, x0 = denoise(denoiser, table, seeds, clip_x0=clip_x0)
-        parts.append(to_pixels(decoder.decode(x0)))
-    return picture_grid(np.concatenate(parts), width)
+        pictures.append(to_pixels(decoder.decode(x0)))
+    return picture_grid(np.concatenate(pictures), width)

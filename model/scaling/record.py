@@ -1,38 +1,24 @@
-"""A family of networks to train with equal compute, and what its runs have shown so far, on disk."""
+"""The measurements of a family of training runs, on disk as scaling.json."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from ditserve.model.scaling.law import Point
+from ditserve.model.scaling.family import Family
+from ditserve.model.scaling.law import LossPoint
 from ditserve.model.spec.bundle import write_atomic
 
 RECORD = "scaling.json"
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Family(BaseModel):
-    """What to train; see `model.scaling`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    train: Path
-    set: tuple[str, ...] = ()
-    models: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    flops: Positive
-    looks: Annotated[int, Field(ge=1, le=12)] = 4
-    hold_outs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
-
-
-class Look(BaseModel):
-    """A run at some point of its training."""
+class Measurement(BaseModel):
+    """The held-out loss of a run at one step of its training; `model` is the network's name in the family."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     run: str
     model: str
-    """Its name in the family."""
     network: str
     parameters: int
     pictures: int
@@ -41,20 +27,24 @@ class Look(BaseModel):
     loss: float
 
     @property
-    def point(self) -> Point:
-        return Point(self.run, self.parameters, self.pictures, self.flops, self.loss)
+    def point(self) -> LossPoint:
+        return LossPoint(self.run, self.parameters, self.pictures, self.flops, self.loss)
 
 
-class Record(BaseModel):
-    """scaling.json. `law`: what was fitted, and between which bounds 90 % of the fits to runs drawn again lie."""
+class ScalingRecord(BaseModel):
+    """The content of scaling.json: the family, and its measurements (`looks`).
+
+    `law` maps each fitted number to (value, low, high); 90 % of the fits to resampled runs lie between low
+    and high.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     family: Family
     machine: str
-    looks: tuple[Look, ...] = ()
+    looks: tuple[Measurement, ...] = ()
     law: dict[str, tuple[float, float, float]] = {}
 
 
-def keep(record: Record, folder: Path) -> None:
-    """Write a record into its folder."""
+def write_record(record: ScalingRecord, folder: Path) -> None:
+    """Write scaling.json into a folder."""
     write_atomic(folder / RECORD, (record.model_dump_json(indent=1) + "\n").encode())

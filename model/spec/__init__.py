@@ -1,1 +1,4 @@
-"""What a model is, without torch: bundles, noise processes, solvers, mixing, network configurations. All that `service` may import."""
+"""The parts of a model that need no torch: bundles, noise schedules, solvers, mixing, network configurations.
+
+`service` may import this folder and nothing else of `model`.
+"""

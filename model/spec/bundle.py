@@ -1,9 +1,13 @@
-"""A model on disk: manifest, weights, graphs. `export` writes it, `service` loads it; nothing here imports torch.
+"""A bundle: a model on disk. `export` writes it and `service` loads it; nothing here imports torch.
 
-    <bundle>/manifest.json  weights.safetensors  embedder.onnx  conditioner.onnx  backbone.onnx  [backbone.int8.onnx …]
+    <bundle>/manifest.json        the description of the model, with the sha256 of every other file
+             weights.safetensors
+             embedder.onnx        labels and text → condition embedding
+             conditioner.onnx     timestep and condition embedding → condition state
+             backbone.onnx        x and condition state → output; also backbone.int8.onnx and others
 
-The manifest lists every file with its sha256. Nothing is ever unpickled; a file that is missing, altered or named with a path
-is refused with one sentence that names it.
+Nothing is ever unpickled. A file that is missing, altered or named with a path is refused with one sentence
+that names it.
 """
 
 from __future__ import annotations
@@ -31,18 +35,14 @@ from ditserve.model.spec.network_config import NetworkConfig, network_config, ne
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 GOLDEN = "golden.png"
-WEIGHTS, EMBEDDER, CONDITIONER, BACKBONE = (
-    "weights.safetensors",
-    "embedder.onnx",
-    "conditioner.onnx",
-    "backbone.onnx",
-)
+WEIGHTS = "weights.safetensors"
+EMBEDDER, CONDITIONER, BACKBONE = "embedder.onnx", "conditioner.onnx", "backbone.onnx"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
 class BundleError(ModelError):
-    """A bundle that cannot be used; the message is one sentence naming the file."""
+    """A bundle that cannot be used; the message is one sentence that names the file."""
 
 
 class _Strict(BaseModel):
@@ -50,21 +50,21 @@ class _Strict(BaseModel):
 
 
 class Factor(_Strict):
-    """One label factor of the condition; its null class has index `len(classes)`."""
+    """One label factor of the condition. Its null class, "not given", has the index len(classes)."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class StateTensor(_Strict):
-    """One tensor of the condition state, shape without the batch dimension."""
+    """One tensor of the condition state; `shape` is without the batch dimension."""
 
     name: str
     shape: tuple[int, ...]
 
 
 class DiffusionSpec(_Strict):
-    """The noise a model was trained on, and how its output is read."""
+    """The noise that a model was trained on, and the meaning of its output."""
 
     schedule: Literal["linear", "cosine"]
     timesteps: Annotated[int, Field(ge=1)] = 1000
@@ -75,21 +75,24 @@ class DiffusionSpec(_Strict):
     guidance_channels: int | None = None
 
     def noise_schedule(self) -> Schedule:
-        """The schedule the model was trained on."""
+        """Return the schedule that the model was trained on."""
         return make_schedule(
             self.schedule, self.timesteps, prediction=self.prediction, log_snr_shift=self.log_snr_shift
         )
 
 
 class LatentSpec(_Strict):
-    """How latents become what the network denoises, (latents − shift) / scale, one number per channel each."""
+    """The normalisation of latents, (latents − shift) / scale, with one shift and one scale per channel."""
 
     shift: tuple[float, ...]
     scale: tuple[Annotated[float, Field(gt=0)], ...]
 
 
 class RungSpec(_Strict):
-    """One measured operating point: cost in forward rows an image, quality as distance to the reference (lower is better)."""
+    """One measured operating point.
+
+    `rows` is the cost in forward rows per image, `quality` the distance to the reference: lower is better.
+    """
 
     name: str
     solver: str
@@ -101,7 +104,7 @@ class RungSpec(_Strict):
 
 
 class Defaults(_Strict):
-    """What a request gets where it says nothing."""
+    """The values that a request gets for what it leaves out."""
 
     steps: Annotated[int, Field(ge=1)]
     solver: str
@@ -111,7 +114,10 @@ class Defaults(_Strict):
 
 
 class Golden(_Strict):
-    """One image of the model as PyTorch drew it, in `golden.png`: what a service draws is held against it (its canary)."""
+    """One image that PyTorch drew with the model, kept in `golden.png`.
+
+    A service draws it again and compares, to notice a fault of its machine or its libraries (a canary).
+    """
 
     condition: dict[str, str]
     seed: int
@@ -127,7 +133,7 @@ class FileEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """manifest.json, validated strictly: unknown fields and unknown schema versions are refused."""
+    """The content of manifest.json. Unknown fields and unknown schema versions are refused."""
 
     schema_version: Literal[1] = 1
     name: Name
@@ -137,8 +143,8 @@ class Manifest(_Strict):
     diffusion: DiffusionSpec
     factors: tuple[Factor, ...]
     decoder: Literal["identity", "sd-vae", "small"] = "identity"
+    # None: latents are multiplied by 0.18215, as for the published models.
     latents: LatentSpec | None = None
-    """Of a model on latents; None: they are multiplied by 0.18215, as for the published models."""
     embedding_size: int
     state: tuple[StateTensor, ...]
     defaults: Defaults
@@ -165,25 +171,28 @@ class Manifest(_Strict):
 
 
 class Bundle:
-    """An opened bundle: a folder whose manifest is valid and whose files are the ones it lists."""
+    """An opened bundle: a folder whose manifest is valid and whose files are those that it lists."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Bundle:
-        """Read and check a bundle folder.
+        """Read and check the folder of a bundle.
 
-        `verify=False` skips hashing the files (the API process needs only the manifest); their presence is still checked.
+        With `verify=False` the files must be there, of their size, but are not hashed: the API process needs
+        only the manifest.
 
         Raises:
-            BundleError: no such folder or manifest, invalid JSON, unknown fields or version, a missing or altered file.
+            BundleError: no such folder or manifest, invalid JSON, unknown fields or version, a missing or
+                altered file.
         """
         root = Path(path)
         source = root / MANIFEST
         if not source.is_file():
             raise BundleError(
-                f"{root} is not a bundle: {MANIFEST} is missing; pass a folder written by python -m export.onnx"
+                f"{root} is not a bundle: {MANIFEST} is missing; "
+                "pass a folder written by python -m export.onnx"
             )
         manifest = parse_manifest(source.read_bytes(), source)
         for name, entry in manifest.files.items():
@@ -199,20 +208,21 @@ class Bundle:
         return cls(root, manifest)
 
     def file(self, name: str) -> Path:
-        """The path of a listed file.
+        """Return the path of a file that the manifest lists.
 
         Raises:
             BundleError: the manifest does not list it.
         """
         if name not in self.manifest.files:
             raise BundleError(
-                f"{self.path / name} is not part of this bundle: its manifest lists {', '.join(sorted(self.manifest.files))}"
+                f"{self.path / name} is not part of this bundle: "
+                f"its manifest lists {', '.join(sorted(self.manifest.files))}"
             )
         return self.path / name
 
 
 def parse_manifest(raw: bytes, source: Path) -> Manifest:
-    """The manifest in `raw`; errors name `source`.
+    """Return the manifest in `raw`; error messages name `source`.
 
     Raises:
         BundleError: not JSON, not an object, or a field is wrong.
@@ -223,9 +233,9 @@ def parse_manifest(raw: bytes, source: Path) -> Manifest:
         raise BundleError(f"{source} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise BundleError(f"{source} must hold a JSON object")
-    if data.get("schema_version") != SCHEMA_VERSION:
-        found = data.get("schema_version")
-        raise BundleError(f"{source} has schema_version {found!r}; this release reads {SCHEMA_VERSION}")
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise BundleError(f"{source} has schema_version {version!r}; this release reads {SCHEMA_VERSION}")
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:
@@ -236,7 +246,7 @@ def parse_manifest(raw: bytes, source: Path) -> Manifest:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write manifest.json in `path` atomically, with `files` computed from the folder's contents now."""
+    """Write manifest.json in the folder `path` atomically, with `files` taken from its contents now."""
     names = sorted(entry.name for entry in path.iterdir() if entry.is_file() and _listed(entry.name))
     files = {
         name: FileEntry(sha256=digest(path / name), bytes=(path / name).stat().st_size) for name in names
@@ -246,7 +256,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def write_atomic(target: Path, data: bytes) -> None:
-    """Replace `target` by `data` so that a crash leaves the old or the new file, never a part."""
+    """Replace `target` by `data`; a crash leaves the old or the new file, never a part of it."""
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     with scratch.open("wb") as file:
         file.write(data)
@@ -256,7 +266,7 @@ def write_atomic(target: Path, data: bytes) -> None:
 
 
 def digest(file: Path) -> str:
-    """sha256 of a file, hex."""
+    """Return the sha256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

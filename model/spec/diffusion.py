@@ -1,9 +1,10 @@
 """Gaussian diffusion in discrete time: noise schedules, timestep grids, guidance, training formulas.
 
-Pure: numpy only; no torch, no I/O, no randomness. Tables are float64. What touches samples is plain
-arithmetic, so numpy arrays and torch tensors flow through it alike. Throughout, alpha² = alpha_bar,
-alpha² + sigma² = 1 and x_t = alpha_t · x_0 + sigma_t · noise; timestep 0 is the least noisy, T - 1 the
-noisiest, and CLEAN (-1) is the image itself.
+Everywhere x_t = alpha_t · x_0 + sigma_t · noise, where alpha² = alpha_bar and alpha² + sigma² = 1. Timestep 0
+is the least noisy, T - 1 the noisiest, and CLEAN (-1) is the image itself.
+
+Pure: numpy only; no torch, no I/O, no randomness. Tables are float64. Functions of samples are plain
+arithmetic, so that they take numpy arrays and torch tensors alike.
 """
 
 from __future__ import annotations
@@ -23,22 +24,26 @@ PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 FloatTable = npt.NDArray[np.float64]
 Array = TypeVar("Array", bound=Any)  # a numpy array or a torch tensor
 
-CLEAN = -1  # the timestep of the image itself: alpha 1, sigma 0
-BETA_MAX = 0.999  # Nichol & Dhariwal, arXiv:2102.09672, §3.2: keeps alpha_bar positive at the noisy end
+# The timestep of the image itself: alpha 1, sigma 0.
+CLEAN = -1
+# Keeps alpha_bar positive at the noisy end (Nichol & Dhariwal, arXiv:2102.09672, §3.2).
+BETA_MAX = 0.999
 
 
 def check_prediction(prediction: str) -> None:
-    """Raises ValueError unless `prediction` is one of PREDICTIONS."""
+    """Raise ValueError unless `prediction` is one of PREDICTIONS."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
-    """How much of the image is left at every timestep, and what the network predicts.
+    """A noise schedule: the share of the image left at every timestep, and what the network predicts.
 
-    `alpha_bar` is float64 (T,), strictly decreasing inside (0, 1), copied and made read-only. Raises
-    ValueError if it or `prediction` is not as stated.
+    `alpha_bar` is float64 (T,), strictly decreasing inside (0, 1); it is copied and made read-only.
+
+    Raises:
+        ValueError: `alpha_bar` or `prediction` is not as stated.
     """
 
     alpha_bar: FloatTable
@@ -56,25 +61,25 @@ class Schedule:
 
     @property
     def timesteps(self) -> int:
-        """T, the number of noise levels the network was trained on."""
+        """The number T of noise levels that the network was trained on."""
         return int(self.alpha_bar.size)
 
     @property
     def alphas(self) -> FloatTable:
-        """Signal scale at every timestep, float64 (T,)."""
+        """The signal scale alpha at every timestep, float64 (T,)."""
         return np.asarray(np.sqrt(self.alpha_bar))
 
     @property
     def sigmas(self) -> FloatTable:
-        """Noise scale at every timestep, float64 (T,)."""
+        """The noise scale sigma at every timestep, float64 (T,)."""
         return np.asarray(np.sqrt(1.0 - self.alpha_bar))
 
     def alpha(self, t: int) -> float:
-        """Signal scale at timestep `t` in -1..T-1; 1.0 at CLEAN. Raises ValueError outside that range."""
+        """Return the signal scale at timestep `t`, 1.0 at CLEAN. Raise ValueError outside -1..T-1."""
         return math.sqrt(self._alpha_bar_at(t))
 
     def sigma(self, t: int) -> float:
-        """Noise scale at timestep `t` in -1..T-1; 0.0 at CLEAN. Raises ValueError outside that range."""
+        """Return the noise scale at timestep `t`, 0.0 at CLEAN. Raise ValueError outside -1..T-1."""
         return math.sqrt(1.0 - self._alpha_bar_at(t))
 
     def _alpha_bar_at(self, t: int) -> float:
@@ -106,14 +111,15 @@ def make_schedule(
 ) -> Schedule:
     """Build a noise schedule of `timesteps` >= 1 levels; `kind` is "linear" or "cosine".
 
-    Betas are clipped to 0.999, so alpha_bar stays positive at the noisy end: 2.4e-9 for a 1000-step cosine,
-    where x_0 carries the error of an epsilon prediction 20,000-fold (clip x_0, or predict v or x0).
-    `log_snr_shift` (natural log, negative = noisier) is added to log(alpha²/sigma²) at every timestep;
-    "simple diffusion" (Hoogeboom et al., arXiv:2301.11093, §3.1) uses 2·log(64 / image size).
+    Betas are clipped to 0.999, so that alpha_bar stays positive at the noisy end. For a 1000-step cosine
+    schedule it is 2.4e-9 there, and an error of an epsilon prediction becomes 20,000 times as large in x_0:
+    clip x_0, or predict v or x0 instead. `log_snr_shift` (natural log, negative = noisier) is added to
+    log(alpha²/sigma²) at every timestep; "simple diffusion" (Hoogeboom et al., arXiv:2301.11093, §3.1) uses
+    2·log(64 / image size).
 
     Raises:
         ValueError: an unknown kind or prediction, `timesteps` < 1, or a shift that is not finite or so large
-            that noise levels can no longer be told apart.
+            that neighbouring noise levels become equal.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {kind!r}")
@@ -125,7 +131,8 @@ def make_schedule(
         1.0 - np.minimum(SCHEDULES[kind](timesteps), BETA_MAX), dtype=np.float64
     )
     if log_snr_shift:
-        with np.errstate(over="ignore"):  # an absurd shift drives alpha_bar to 0, which Schedule refuses
+        # A shift that is far too large drives alpha_bar to 0, which Schedule refuses.
+        with np.errstate(over="ignore"):
             noise_to_signal = (1.0 - alpha_bar) / alpha_bar * np.exp(-log_snr_shift)
         alpha_bar = 1.0 / (1.0 + noise_to_signal)
     return Schedule(alpha_bar, prediction)
@@ -148,14 +155,19 @@ GRIDS = {"leading": _leading, "trailing": _trailing, "uniform-t": _uniform_t}
 
 
 def grid(kind: str, steps: int, timesteps: int = 1000) -> tuple[int, ...]:
-    """The `steps` decreasing timesteps a sample walks before CLEAN. Every `steps` in 1..`timesteps` is legal.
+    """Return the N = `steps` decreasing timesteps that a sample visits before CLEAN, for any N in 1..T.
 
-    `kind` is "leading": k·(T // N), the published DiT's; "trailing": round(T - k·T/N) - 1, starts at T - 1;
-    "uniform-t": round(linspace(0, T-1, N+1)) without its 0 (all T timesteps when N = T); or an explicit list
-    of `steps` decreasing timesteps such as "999,700,300". Names: Lin et al., arXiv:2305.08891, Table 2.
+    For 4 steps of T = 1000 timesteps the kinds give:
+
+        "leading"    750, 500, 250, 0      k · (T // N), the grid of the published DiT
+        "trailing"   999, 749, 499, 249    round(T - k · T / N) - 1, which starts at T - 1
+        "uniform-t"  999, 749, 500, 250    round(linspace(0, T - 1, N + 1)) without its 0
+
+    With N = T each of them gives all timesteps. `kind` may also be a list of N decreasing timesteps, such as
+    "999,700,300". The names are those of Lin et al., arXiv:2305.08891, Table 2.
 
     Raises:
-        ValueError: an unknown kind, `steps` outside 1..`timesteps`, or an explicit list not as stated.
+        ValueError: an unknown kind, `steps` outside 1..`timesteps`, or a list that is not as stated.
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps must be in 1..{timesteps}, not {steps}")
@@ -168,11 +180,12 @@ def grid(kind: str, steps: int, timesteps: int = 1000) -> tuple[int, ...]:
 
 
 def regrid(remaining_from: int, steps: int, kind: str, timesteps: int) -> tuple[int, ...]:
-    """`steps` timesteps for the rest of a sample that has reached `remaining_from`, spaced as `kind` says.
+    """Return `steps` timesteps, spaced as `kind` says, for a sample whose next one is `remaining_from`.
 
-    The first is always `remaining_from`. Re-gridding the tail of a grid with as many steps gives that tail
-    back: exactly for "leading" and for an explicit list, within one timestep (rounding) for the others. With
-    another number of steps an explicit list is followed as a curve and resampled evenly.
+    The first of them is always `remaining_from`. From 600 on, 3 steps are 600, 300, 0 for "leading" and 600,
+    400, 199 for "trailing". Asking for as many steps as the old grid had left gives these steps again:
+    exactly for "leading" and for an explicit list, within one timestep (rounding) for the others. Asked for
+    another number of steps, an explicit list is interpolated as a curve and sampled evenly.
 
     Raises:
         ValueError: `remaining_from` outside 0..T-1, `steps` outside 1..`remaining_from` + 1, or a bad kind.
@@ -181,19 +194,20 @@ def regrid(remaining_from: int, steps: int, kind: str, timesteps: int) -> tuple[
         raise ValueError(f"remaining_from must be in 0..{timesteps - 1}, not {remaining_from}")
     if not 1 <= steps <= remaining_from + 1:
         raise ValueError(f"steps must be in 1..{remaining_from + 1} from {remaining_from} on, not {steps}")
-    if kind == "leading":  # ends at timestep 0, as the named grid does
+    # `grid` gives a "leading" grid that ends at timestep 0, so this one does too.
+    if kind == "leading":
         return _distinct(np.round(np.linspace(remaining_from, 0.0, steps)))
     if kind in GRIDS:
         return grid(kind, steps, remaining_from + 1)
     curve = np.array([*_explicit(kind, timesteps), CLEAN], dtype=np.float64)
-    places = np.arange(curve.size, dtype=np.float64)
-    reached = np.interp(-float(remaining_from), -curve, places)
-    wanted = np.interp(np.linspace(reached, places[-1], steps + 1)[:-1], places, curve)
-    return _distinct(np.round([remaining_from, *wanted[1:]]))
+    index = np.arange(curve.size, dtype=np.float64)
+    reached = np.interp(-float(remaining_from), -curve, index)
+    resampled = np.interp(np.linspace(reached, index[-1], steps + 1)[:-1], index, curve)
+    return _distinct(np.round([remaining_from, *resampled[1:]]))
 
 
 def check_grid(timesteps: Sequence[int], total: int) -> tuple[int, ...]:
-    """`timesteps` as ints. Raises ValueError if there are none, or unless they decrease in 0..`total` - 1."""
+    """Return `timesteps` as ints. Raise ValueError unless they are some, decreasing in 0..total - 1."""
     values = tuple(operator.index(t) for t in timesteps)
     if not values or values[0] >= total or values[-1] < 0 or any(a <= b for a, b in pairwise(values)):
         raise ValueError(f"a grid must be one or more strictly decreasing timesteps in 0..{total - 1}")
@@ -209,19 +223,22 @@ def _explicit(text: str, timesteps: int) -> tuple[int, ...]:
     return check_grid(values, timesteps)
 
 
-def _distinct(wanted: FloatTable) -> tuple[int, ...]:
-    # With nearly as many steps as timesteps, rounding lets neighbours meet: push them apart, none below 0.
-    rank = np.arange(wanted.size)
-    values = np.minimum.accumulate(wanted + rank) - rank
+def _distinct(rounded: FloatTable) -> tuple[int, ...]:
+    """Return `rounded` as strictly decreasing timesteps: 2, 2, 1, 0, 0 becomes 4, 3, 2, 1, 0.
+
+    With nearly as many steps as timesteps, rounding makes neighbours equal. They are pushed apart.
+    """
+    rank = np.arange(rounded.size)
+    values = np.minimum.accumulate(rounded + rank) - rank
     return tuple(int(value) for value in np.maximum(values, rank[::-1]))
 
 
 def guided(cond: Array, uncond: Array, scale: Any, channels: int | None = None) -> Array:
-    """Classifier-free guidance, uncond + scale · (cond - uncond) (Ho & Salimans, arXiv:2207.12598).
+    """Return the output of classifier-free guidance, uncond + scale · (cond - uncond), as a new array.
 
     `cond` and `uncond` are outputs (..., C, H, W) of one shape; `scale` is a number or broadcasts against
-    them, such as (B, 1, 1, 1). With `channels` = k in 0..C only the first k channels are guided and the rest
-    is `cond`'s (the published DiT guides 3 of 4). Returns a new array; the inputs are left as they are.
+    them, such as (B, 1, 1, 1). With `channels` = k in 0..C only the first k channels are guided and the
+    others are those of `cond`: the published DiT guides 3 of 4. Source: Ho & Salimans, arXiv:2207.12598.
     """
     mixed: Array = uncond + scale * (cond - uncond)
     if channels is not None:
@@ -232,11 +249,12 @@ def guided(cond: Array, uncond: Array, scale: Any, channels: int | None = None) 
 def guidance_weight(
     scale: float, t: int, timesteps: int, interval: tuple[float, float] = (0.0, 1.0), decay: float = 0.0
 ) -> float:
-    """The guidance scale at timestep `t`: scale · exp(-decay · t / T), and exactly 1.0 outside `interval`.
+    """Return the guidance scale at timestep `t`: scale · exp(-decay · t / T), or 1.0 outside `interval`.
 
     `interval` is [low, high], inclusive, in fractions t / (T - 1) of the noise range (Kynkäänniemi et al.,
-    arXiv:2404.07724); at weight 1.0 a sample needs no unconditional row. A positive `decay` guides less the
-    noisier the sample is, a negative one more.
+    arXiv:2404.07724). At weight 1.0 a sample needs no unconditional row. With a positive `decay` noisier
+    samples are guided less, with a negative one more. For scale 4, T = 1000, interval (0.2, 0.8) and no
+    decay, the weight is 4 at timestep 500 and 1 at timesteps 100 and 900.
 
     Raises:
         ValueError: an interval that is not 0 <= low <= high <= 1, `t` outside 0..T-1, or |decay| above 20.
@@ -254,15 +272,15 @@ def guidance_weight(
 
 
 def add_noise(alpha: Any, sigma: Any, x0: Array, noise: Array) -> Array:
-    """x_t = alpha · x_0 + sigma · noise (arXiv:2006.11239, eq. 4); `alpha` and `sigma` broadcast."""
+    """Return x_t = alpha · x_0 + sigma · noise (arXiv:2006.11239, eq. 4); `alpha` and `sigma` broadcast."""
     noisy: Array = alpha * x0 + sigma * noise
     return noisy
 
 
 def training_target(prediction: Prediction, alpha: Any, sigma: Any, x0: Array, noise: Array) -> Array:
-    """What the network should output: noise, x_0 or v = alpha · noise - sigma · x_0 (arXiv:2202.00512).
+    """Return the output to train towards: noise, x_0, or v = alpha · noise - sigma · x_0 (arXiv:2202.00512).
 
-    `alpha` and `sigma` broadcast against the samples. Raises ValueError for an unknown prediction.
+    `alpha` and `sigma` broadcast against the samples. Raise ValueError for an unknown prediction.
     """
     check_prediction(prediction)
     of_x0, of_noise = {"epsilon": (0.0, 1.0), "v": (-sigma, alpha), "x0": (1.0, 0.0)}[prediction]
@@ -271,9 +289,9 @@ def training_target(prediction: Prediction, alpha: Any, sigma: Any, x0: Array, n
 
 
 def x0_coefficients(prediction: Prediction, alpha: Any, sigma: Any) -> tuple[Any, Any]:
-    """(p, q) such that p · x_t + q · output estimates x_0; shaped as `alpha` > 0 and `sigma`.
+    """Return (p, q) such that p · x_t + q · output estimates x_0; they are shaped as `alpha` > 0 and `sigma`.
 
-    Raises ValueError for an unknown prediction.
+    Raise ValueError for an unknown prediction.
     """
     check_prediction(prediction)
     coefficients = {"epsilon": (1.0 / alpha, -sigma / alpha), "v": (alpha, -sigma)}
@@ -281,14 +299,16 @@ def x0_coefficients(prediction: Prediction, alpha: Any, sigma: Any) -> tuple[Any
 
 
 def loss_weights(schedule: Schedule, space: Prediction, cap: float | None = None) -> FloatTable:
-    """Weight per timestep, float64 (T,), making the output's squared error that of `space` instead.
+    """Return weights (T,) float64 that turn the squared error of the output into that of `space`.
 
-    An x_0 error d is an epsilon error d · alpha / sigma and a v error d / sigma (arXiv:2202.00512, §4). `cap`
-    bounds the weight of the squared x_0 error: with "epsilon" it is the gamma of Min-SNR (arXiv:2303.09556),
-    whatever the prediction; with "v" that weight is min(1 / sigma², cap). Without a cap, `space` equal to the
-    schedule's prediction gives all ones, the plain loss.
+    An error d of x_0 is an error d · alpha / sigma of epsilon and an error d / sigma of v
+    (arXiv:2202.00512, §4). `cap` bounds the weight of the squared error of x_0: with "epsilon" it is the
+    gamma of Min-SNR (arXiv:2303.09556), whatever the network predicts; with "v" that weight is
+    min(1 / sigma², cap). Without a cap, a `space` equal to the prediction of the schedule gives all ones, the
+    plain loss.
 
-    Raises ValueError for an unknown space or a cap that is not positive.
+    Raises:
+        ValueError: an unknown space, or a cap that is not positive.
     """
     if cap is not None and not cap > 0.0:
         raise ValueError(f"the weight cap must be positive, not {cap}")

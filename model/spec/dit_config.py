@@ -1,8 +1,7 @@
-"""The shape of a Diffusion Transformer: one frozen value, and the sizes the paper names.
+"""The shape of a Diffusion Transformer: one frozen value, and the sizes that the paper names.
 
-Pure: no torch, no I/O. A configuration that cannot work is refused here, at construction, with the sentence
-that fixes it. Source: Peebles & Xie, "Scalable Diffusion Models with Transformers",
-arXiv:2212.09748, Table 1.
+Pure: no torch, no I/O. A configuration that cannot work is refused at construction, with a sentence that says
+how to mend it. Source: Peebles & Xie, arXiv:2212.09748, Table 1.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Fusion = Literal["sum", "mlp"]
 BlockKind = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
 
-# name → (depth, hidden size, heads)
+# Name → (depth, hidden size, heads).
 SIZES: dict[str, tuple[int, int, int]] = {
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -26,23 +25,29 @@ SIZES: dict[str, tuple[int, int, int]] = {
 }
 PATCHES = (2, 4, 8)
 
-# block kind → (D,) modulation vectors of a block: shift, scale and gate of attention, then of the MLP
+# Block kind → modulation vectors (D,) of a block: shift, scale and gate of attention, then of the MLP.
 MODULATIONS: dict[BlockKind, int] = {"adaln_zero": 6, "adaln": 4, "cross_attention": 0, "in_context": 0}
 
 
 @dataclass(frozen=True, slots=True)
 class DiTConfig:
-    """Everything that fixes the parameters and the function of a DiT.
+    """The configuration that fixes the parameters and the function of a DiT.
 
-    Sizes are in latent pixels (image pixels for models without an autoencoder). `base_size` is the size whose
-    tokens are numbered 0, 1, 2 …, None for `image_size`: a model trained at 32×32 and then at 64×64 keeps
-    (32, 32), and its larger grid is interpolated into the smaller. `attention_width` is that of all heads
-    together, None for `hidden_size`; where heads were pruned it is less. `blocks` is one kind for all blocks
-    or one kind per block (a hybrid plan). `classes` holds the number of classes of each label factor; index
-    `classes[k]` is that factor's null class. `text_size` is the width of text embeddings, 0 for none.
-    `layout_rank` gives tokens a bias of their own and `head_channels` a small convolution at the end.
-    `frequency_shift` and `mlp_norm_eps` exist because diffusers' DiT differs from the published one in just
-    these two (k/127 timestep frequencies; eps 1e-5 before the MLP).
+    Sizes are (height, width) in latent pixels, or in image pixels for models without an autoencoder.
+
+        attention_width  the width of all heads together, less where heads were pruned; None: hidden_size
+        blocks           one kind for all blocks, or one kind per block
+        classes          the number of classes of each label factor k; index classes[k] is its null class
+        text_size        the width of text embeddings; 0: the model takes no text
+        layout_rank      the rank of a bias that the condition gives to every token; 0: none
+        head_channels    the channels handed to a small convolution at the end; 0: none
+        frequency_shift  1 for diffusers' timestep frequencies (k/127), 0 for the published ones (k/128)
+        mlp_norm_eps     the epsilon of the norm before the MLP: published 1e-6, in diffusers 1e-5
+        base_size        the size whose tokens stand at positions 0, 1, 2 …; None: image_size
+
+    A model that is trained at 32×32 and then at 64×64 keeps the base size (32, 32): its larger grid is
+    squeezed into the range of the smaller one. diffusers' DiT differs from the published one in just the
+    frequencies and the epsilon.
 
     Raises:
         ValueError: the configuration cannot work; the message names the field and the remedy.
@@ -75,7 +80,8 @@ class DiTConfig:
     def __post_init__(self) -> None:
         blocks: Any = self.blocks
         object.__setattr__(self, "blocks", (blocks,) if isinstance(blocks, str) else tuple(blocks))
-        for field in ("image_size", "classes", "base_size"):  # JSON has lists where the fields are tuples
+        # JSON has lists where these fields are tuples.
+        for field in ("image_size", "classes", "base_size"):
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         self._check_sizes()
@@ -97,7 +103,8 @@ class DiTConfig:
             field = "hidden_size" if self.attention_width is None else "attention_width"
             near = max(1, self.heads_width // self.num_heads) * self.num_heads
             raise ValueError(
-                f"{field} {self.heads_width} is not divisible by num_heads {self.num_heads}: use a multiple such as {near}"
+                f"{field} {self.heads_width} is not divisible by num_heads {self.num_heads}: "
+                f"use a multiple such as {near}"
             )
         if self.hidden_size % 4:
             raise ValueError(
@@ -134,7 +141,7 @@ class DiTConfig:
 
     @property
     def heads_width(self) -> int:
-        """Of all attention heads together."""
+        """The width of all attention heads together."""
         return self.hidden_size if self.attention_width is None else self.attention_width
 
     @property
@@ -143,23 +150,29 @@ class DiTConfig:
 
     @property
     def out_channels(self) -> int:
-        """Channels of the network's output: twice the input's when the variance is learned."""
+        """The channels of the output: twice those of the input if the variance is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Tokens (rows, columns) at the trained size."""
+        """The tokens (rows, columns) at the trained size."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
-    def position_scale(self, rows: int, columns: int) -> tuple[float, float]:
-        """Spacing of token positions on a grid of another size: 1, or what squeezes an axis into `base_size`.
-
-        Position interpolation (Chen et al., arXiv:2306.15595), on each axis; a smaller grid is a crop of the
-        base.
-        """
+    @property
+    def base_grid(self) -> tuple[int, int]:
+        """The tokens (rows, columns) at `base_size`, which stand at distance 1 from one another."""
         height, width = self.base_size or self.image_size
-        patch = self.patch_size
-        return min(1.0, height // patch / rows), min(1.0, width // patch / columns)
+        return height // self.patch_size, width // self.patch_size
+
+    def position_scale(self, rows: int, columns: int) -> tuple[float, float]:
+        """Return the distance between neighbouring tokens of a grid of (rows, columns), along each axis.
+
+        A grid larger than the base grid is squeezed into its range (position interpolation, Chen et al.,
+        arXiv:2306.15595); a smaller one is a crop of it. With a base grid of 16 × 16 tokens, 32 rows and 8
+        columns have distances (0.5, 1.0): row 31 stands at position 15.5, column 7 at position 7.
+        """
+        base_rows, base_columns = self.base_grid
+        return min(1.0, base_rows / rows), min(1.0, base_columns / columns)
 
     @property
     def tokens(self) -> int:
@@ -176,11 +189,11 @@ class DiTConfig:
 
     @property
     def adaptive_final(self) -> bool:
-        """The final layer is modulated in the adaLN variants; the other two carry the condition as tokens."""
+        """True if the final layer is modulated: with adaLN. The other kinds take the condition as tokens."""
         return MODULATIONS[self.plan[-1]] > 0
 
     def state(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """The condition state, as (name, shape without batch) of every tensor handed to the backbone."""
+        """Return the condition state: (name, shape without batch) of every tensor handed to the backbone."""
         tensors: list[tuple[str, tuple[int, ...]]] = []
         for index, kind in enumerate(self.plan):
             if MODULATIONS[kind]:
@@ -195,7 +208,7 @@ class DiTConfig:
 
 
 def check_counts(config: object, *fields: str) -> None:
-    """Raises ValueError unless each of the fields is a positive whole number."""
+    """Raise ValueError unless each of the fields is a positive whole number."""
     for field in fields:
         value = getattr(config, field)
         if not isinstance(value, int) or value <= 0:
@@ -203,7 +216,7 @@ def check_counts(config: object, *fields: str) -> None:
 
 
 def check_size(field: str, size: Sequence[int], multiple: int, of: str = "patch_size") -> None:
-    """Raises ValueError unless `size` (height, width) is two positive multiples of `multiple` > 0, which is the `of`."""
+    """Raise ValueError unless `size` (height, width) is two positive multiples of `multiple`, named `of`."""
     whole = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) for side in size)
     if not whole or min(size) <= 0:
         raise ValueError(f"{field} must be two positive numbers (height, width), not {size!r}")
@@ -214,7 +227,7 @@ def check_size(field: str, size: Sequence[int], multiple: int, of: str = "patch_
 
 
 def check_conditions(classes: Sequence[int], text_size: int, fusion: str) -> None:
-    """Raises ValueError unless every label factor has a class, and text and fusion are as `DiTConfig` says."""
+    """Raise ValueError unless classes, text size and fusion are as `DiTConfig` says."""
     if not isinstance(classes, tuple) or not all(isinstance(count, int) for count in classes):
         raise ValueError(f"classes must be a tuple of numbers, one per label factor, not {classes!r}")
     if any(count < 1 for count in classes):
@@ -227,8 +240,10 @@ def check_conditions(classes: Sequence[int], text_size: int, fusion: str) -> Non
         raise ValueError(f"unknown fusion {fusion!r}: choose among {', '.join(get_args(Fusion))}")
 
 
-def named(name: str, **changes: Any) -> DiTConfig:
-    """A published size by name, such as "DiT-XL/2", at 256 px (32×32 latents); `changes` override fields.
+def published_config(name: str, **changes: Any) -> DiTConfig:
+    """Return the published configuration of a name such as "DiT-XL/2", for 256 px (32×32 latents).
+
+    `changes` replace fields.
 
     Raises:
         ValueError: the name is not one of DiT-{S,B,L,XL}/{2,4,8}, or a change is illegal.

@@ -1,10 +1,14 @@
-"""Which compiled engine belongs to which bundle: what it depends on, where it lies, and whether it still may be loaded.
+"""The cache of compiled TensorRT engines: the path of each, and the record of what it was built from.
 
-    <engines>/<gpu>-<flavour>-<version>/backbone.<precision>.engine  backbone.<precision>.json  timing.cache  report.json
+    <engines>/<gpu>-<flavour>-<version>/backbone.<precision>.engine
+                                        backbone.<precision>.json    the record
+                                        timing.cache
+                                        report.json
 
-`export` builds engines and `service` loads them, both by this module; <engines> is a bundle's folder `engines` unless another is
-named. An engine is good for exactly what its record says, and all of that is compared before one is deserialised, because loading a
-foreign engine fails late and says little. Nothing here imports torch, TensorRT or ONNX Runtime.
+`export` builds engines and `service` loads them, both through this module. <engines> is the folder `engines`
+of the bundle unless another is given. An engine works only with exactly the graph, GPU and version of its
+record. All of them are compared before the engine is deserialised, because loading a wrong engine fails late
+and says little. Nothing here imports torch, TensorRT or ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ from ditserve.model.spec.bundle import BACKBONE, WEIGHTS, Bundle, BundleError, d
 from ditserve.model.spec.errors import ModelError
 
 FOLDER = "engines"
-GRAPHS = {  # precision → graph file, and the command that writes it
+# Precision → graph file, and the command that writes it.
+GRAPHS = {
     "fp32": (BACKBONE, "python -m export.onnx"),
     "fp16": ("backbone.fp16.onnx", "python -m export.half --precision fp16"),
     "bf16": ("backbone.bf16.onnx", "python -m export.half --precision bf16"),
@@ -30,42 +35,45 @@ GRAPHS = {  # precision → graph file, and the command that writes it
 }
 
 
-class NoGpu(ModelError):
+class NoGpuError(ModelError):
     """No NVIDIA GPU answers; the message is one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The GPU an engine is for: its name and compute capability such as "sm90"; ahead of time, the targets stand for both."""
+    """The GPU that an engine is for: its name, and its compute capability such as "sm90".
+
+    For an engine that is built ahead of time, the build targets stand for both.
+    """
 
     name: str
     capability: str
 
     @property
     def slug(self) -> str:
-        """As part of a folder name."""
+        """The device as part of a folder name: letters and digits joined by "-", without "nvidia-"."""
         words = re.sub(r"[^a-z0-9]+", "-", f"{self.name} {self.capability}".lower()).strip("-")
         return words.removeprefix("nvidia-")
 
 
 def first_gpu() -> Device:
-    """The first GPU of this machine, as nvidia-smi tells it.
+    """Return the first GPU of this machine, as nvidia-smi reports it.
 
     Raises:
-        NoGpu: there is none, or no driver.
+        NoGpuError: there is no GPU, or no driver.
     """
     command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader", "--id=0"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
         name, capability = (part.strip() for part in answer.splitlines()[0].rsplit(",", 1))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        raise NoGpu("no NVIDIA GPU answers nvidia-smi") from None
+        raise NoGpuError("no NVIDIA GPU answers nvidia-smi") from None
     return Device(name, "sm" + capability.replace(".", ""))
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """What an engine was made from and runs on; with the options of its build, all it depends on."""
+class EngineOrigin:
+    """The graph, weights, TensorRT and GPU of an engine: with the build options, all that it depends on."""
 
     precision: str
     graph: str
@@ -78,18 +86,18 @@ class Origin:
 
     @property
     def folder(self) -> str:
-        """The name of the folder for engines of this GPU and version."""
+        """The name of the folder for engines of this GPU and this TensorRT."""
         return f"{Device(self.device, self.capability).slug}-{self.flavour}-{self.version}"
 
     def key(self, options: Mapping[str, Any]) -> str:
-        """sha256 over all fields and the options of the build."""
+        """Return the sha256 over all fields and the options of the build."""
         return hashlib.sha256(json.dumps([asdict(self), options], sort_keys=True).encode()).hexdigest()
 
 
-def origin_of(
+def engine_origin(
     bundle: Bundle, precision: str, graph: str, *, flavour: str, version: str, device: Device
-) -> Origin:
-    """What an engine of `graph` in this bundle must have been built from.
+) -> EngineOrigin:
+    """Return the origin that an engine of `graph` in this bundle must have.
 
     Raises:
         BundleError: the bundle has no such graph.
@@ -98,7 +106,7 @@ def origin_of(
     if graph not in files:
         command = GRAPHS[precision][1]
         raise BundleError(f"{bundle.path} has no {graph}: make it with {command} {bundle.path}")
-    return Origin(
+    return EngineOrigin(
         precision=precision,
         graph=graph,
         graph_sha256=files[graph].sha256,
@@ -111,14 +119,14 @@ def origin_of(
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """The place of one engine."""
+class CachedEngine:
+    """The files of one engine in the cache: the engine itself, and its record."""
 
     folder: Path
     precision: str
 
     @classmethod
-    def of(cls, engines: Path, origin: Origin) -> Slot:
+    def of(cls, engines: Path, origin: EngineOrigin) -> CachedEngine:
         return cls(engines / origin.folder, origin.precision)
 
     @property
@@ -129,17 +137,17 @@ class Slot:
     def record(self) -> Path:
         return self.folder / f"backbone.{self.precision}.json"
 
-    def problem(self, origin: Origin, options: Mapping[str, Any] | None = None) -> str | None:
-        """Why the engine here must not be loaded, or None; options that are not given are not compared."""
+    def problem(self, origin: EngineOrigin, options: Mapping[str, Any] | None = None) -> str | None:
+        """Return why the engine must not be loaded, or None. Build options are compared only if given."""
         if not self.engine.is_file() or not self.record.is_file():
             return "not built"
         try:
             record = json.loads(self.record.read_text())
-            made, sha256 = {**record["origin"], "options": record["options"]}, record["sha256"]
+            built, sha256 = {**record["origin"], "options": record["options"]}, record["sha256"]
         except (ValueError, KeyError, TypeError):
             return f"{self.record.name} is damaged"
-        ours: dict[str, Any] = asdict(origin) | ({} if options is None else {"options": dict(options)})
-        different = [name for name in ours if made.get(name) != ours[name]]
+        needed: dict[str, Any] = asdict(origin) | ({} if options is None else {"options": dict(options)})
+        different = [name for name in needed if built.get(name) != needed[name]]
         if different:
             return f"built with another {', '.join(name.replace('_', ' ') for name in different)}"
         return None if digest(self.engine) == sha256 else f"{self.engine.name} is damaged"

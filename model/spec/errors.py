@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class ModelError(Exception):
-    """A wish that cannot be met; the message is one sentence that names the field or file and what to do."""
+    """A request that cannot be met; the message is one sentence that names the fault and the remedy."""

@@ -1,7 +1,6 @@
-"""Several conditions in one picture: mixed as embeddings, composed as outputs, or each steering its own
-depth.
+"""Several conditions in one picture: mixed as embeddings, composed as outputs, or one for each depth.
 
-Pure: no torch, no I/O; plain arithmetic, so numpy arrays and torch tensors flow through alike.
+Pure: no torch, no I/O. All is plain arithmetic, so that it takes numpy arrays and torch tensors alike.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ Array = TypeVar("Array")  # a numpy array or a torch tensor
 Mix = Literal["linear", "spherical"]
 
 
-def shares(weights: Sequence[float], count: int) -> list[float]:
-    """`weights` of `count` conditions divided by their sum; each may be negative.
+def normalised_weights(weights: Sequence[float], count: int) -> list[float]:
+    """Return the `weights` of `count` conditions divided by their sum. A weight may be negative.
 
     Raises:
-        ValueError: no condition, not one weight for each, or a sum that is not positive.
+        ValueError: no condition, not one weight per condition, or a sum that is not positive.
     """
     if not count or len(weights) != count:
         raise ValueError(
@@ -32,16 +31,18 @@ def shares(weights: Sequence[float], count: int) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def mixed(embeddings: Sequence[Array], weights: Sequence[float], mix: Mix = "linear") -> Array:
-    """One embedding (D,) between several (D,), which are blended one after the other by their share so far.
+def mix_embeddings(embeddings: Sequence[Array], weights: Sequence[float], mix: Mix = "linear") -> Array:
+    """Return one embedding (D,) between several (D,), by their weights.
+
+    They are blended one after the other, each by its share of the weights so far. With weights (1, 1, 2) the
+    second is blended in by 1/2, then the third by 2/4. A linear mix so has parts of 1/4, 1/4 and 1/2.
 
     Raises:
-        ValueError: no embedding, not one weight for each, a sum that is not positive, or an unknown kind of
-        mix.
+        ValueError: no embedding, not one weight per embedding, a sum that is not positive, or an unknown mix.
     """
     if mix not in get_args(Mix):
         raise ValueError(f"mix must be one of {', '.join(get_args(Mix))}, not {mix!r}")
-    parts = shares(weights, len(embeddings))
+    parts = normalised_weights(weights, len(embeddings))
     blend: Any = embeddings[0]
     total = parts[0]
     rest: Sequence[Any] = embeddings[1:]
@@ -52,12 +53,12 @@ def mixed(embeddings: Sequence[Array], weights: Sequence[float], mix: Mix = "lin
 
 
 def lerp(a: Any, b: Any, share: float) -> Any:
-    """(1 − share)·a + share·b."""
+    """Return (1 − share)·a + share·b."""
     return (1.0 - share) * a + share * b
 
 
 def slerp(a: Any, b: Any, share: float) -> Any:
-    """Between vectors (D,) along their arc (Shoemake, SIGGRAPH 1985); of parallel ones, along the line."""
+    """Interpolate vectors (D,) along their arc (Shoemake, SIGGRAPH 1985), parallel ones along the line."""
     lengths = math.sqrt((a * a).sum().item() * (b * b).sum().item())
     cosine = (a * b).sum().item() / max(lengths, 1e-12)
     angle = math.acos(min(1.0, max(-1.0, cosine)))
@@ -66,45 +67,45 @@ def slerp(a: Any, b: Any, share: float) -> Any:
     return (math.sin((1.0 - share) * angle) * a + math.sin(share * angle) * b) / math.sin(angle)
 
 
-def composed(outputs: Sequence[Array], weights: Sequence[float]) -> Array:
-    """Network outputs under several conditions, (…, C, H, W) each, as the one output that guidance then
-    amplifies.
+def compose_outputs(outputs: Sequence[Array], weights: Sequence[float]) -> Array:
+    """Return the weighted mean of network outputs (…, C, H, W) under several conditions.
 
-    Guided by scale s against the unconditional output u this is u + Σ s·w_k·(output_k − u), the composition
-    of Liu et al. (arXiv:2206.01714, eq. 11), w_k being the weights relative to their sum; a negative one
-    steers away.
+    With guidance of scale s against the unconditional output u, it becomes u + Σ s·w_k·(output_k − u), where
+    the w_k are the weights divided by their sum: the composition of Liu et al. (arXiv:2206.01714, eq. 11). A
+    negative weight steers away from its condition.
 
     Raises:
-        ValueError: not one weight for each output, or a sum that is not positive.
+        ValueError: not one weight per output, or a sum that is not positive.
     """
     parts: Sequence[Any] = outputs
     total: Any = 0.0
-    for output, share in zip(parts, shares(weights, len(parts)), strict=True):
+    for output, share in zip(parts, normalised_weights(weights, len(parts)), strict=True):
         total = total + share * output
     return cast(Array, total)
 
 
-def spread(depth: int, conditions: int) -> list[int]:
-    """Which of `conditions` each of `depth` blocks follows: equal runs, the first shallow, the last deep.
+def assign_blocks(depth: int, conditions: int) -> list[int]:
+    """Return for each of `depth` blocks the index of the condition it follows: equal runs, the first shallow.
+
+    With 6 blocks and 2 conditions that is 0, 0, 0, 1, 1, 1.
 
     Raises:
-        ValueError: no condition, or more than blocks.
+        ValueError: no condition, or more conditions than blocks.
     """
     if not 1 <= conditions <= depth:
         raise ValueError(f"{depth} blocks can follow 1 to {depth} conditions, not {conditions}")
     return [block * conditions // depth for block in range(depth)]
 
 
-def splice(
+def splice_states(
     config: NetworkConfig, states: Sequence[Sequence[Array]], choice: Sequence[int]
 ) -> tuple[Array, ...]:
-    """A condition state in which block i follows `states[choice[i]]`, all at one timestep.
+    """Return a condition state in which block i follows `states[choice[i]]`; all states are of one timestep.
 
-    The layout bias comes with the first block's condition, the final modulation with the last block's.
+    The layout bias is that of the first block's condition, the final modulation that of the last block's.
 
     Raises:
-        ValueError: not one choice per block, or several conditions for blocks that share the condition
-        tokens.
+        ValueError: not one choice per block, or several conditions for blocks that share condition tokens.
     """
     if len(choice) != config.depth:
         raise ValueError(f"choose a condition for each of the {config.depth} blocks, not for {len(choice)}")
@@ -114,4 +115,4 @@ def splice(
         raise ValueError("cross-attention and in-context blocks share one condition: choose the same for all")
     source = {f"block_{block}": choice[block] for block in modulated}
     source |= {"tokens": next(iter(by_tokens), 0), "final": choice[-1], "layout": choice[0]}
-    return tuple(states[source[name]][place] for place, (name, _) in enumerate(config.state()))
+    return tuple(states[source[name]][k] for k, (name, _) in enumerate(config.state()))

@@ -1,4 +1,4 @@
-"""Which network a configuration in JSON is of: its `network` field says, the DiT being the default.
+"""The configuration of any network, to and from JSON; its field `network` names the kind, "dit" by default.
 
 Pure: no torch, no I/O.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ditserve.model.spec.dit_config import DiTConfig, named
+from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.unet_config import UNetConfig
 
 NetworkConfig = DiTConfig | UNetConfig
@@ -19,17 +19,18 @@ CONFIGS: dict[str, type[DiTConfig] | type[UNetConfig]] = {"dit": DiTConfig, "une
 
 
 def size_multiple(config: NetworkConfig) -> int | None:
-    """What height and width must be multiples of; None where only the trained size will do."""
+    """Return the number that must divide height and width, or None if only the trained size works."""
     if isinstance(config, DiTConfig):
-        return None if config.layout_rank else config.patch_size  # a layout path has a bias for every token
+        # A layout path has a bias for every token of one size.
+        return None if config.layout_rank else config.patch_size
     return 1 << (len(config.multipliers) - 1)
 
 
 def network_config(given: Mapping[str, Any]) -> NetworkConfig:
-    """A configuration from its fields; `network` names the kind, `name` starts from a published size of the DiT.
+    """Return the configuration of JSON fields. `name` starts from a published size of the DiT.
 
     Raises:
-        ValueError: an unknown kind or field, a value of another type, or a configuration that cannot work.
+        ValueError: an unknown kind or field, a value of a wrong type, or a configuration that cannot work.
     """
     rest = dict(given)
     kind, name = rest.pop("network", "dit"), rest.pop("name", None)
@@ -42,18 +43,18 @@ def network_config(given: Mapping[str, Any]) -> NetworkConfig:
     if name is not None:
         if kind != "dit":
             raise ValueError(f"name is for published sizes of the DiT, not for a {kind}")
-        rest = {**asdict(named(str(name))), **rest}
+        rest = {**asdict(published_config(str(name))), **rest}
     if isinstance(rest.get("blocks"), str):
         rest["blocks"] = [rest["blocks"]]
     try:
         return TypeAdapter(CONFIGS[kind]).validate_python(rest)
     except ValidationError as error:
         first = error.errors()[0]
-        place = "".join(f"{part}: " for part in first["loc"][:1])
-        raise ValueError(place + first["msg"].removeprefix("Value error, ")) from None
+        field = "".join(f"{part}: " for part in first["loc"][:1])
+        raise ValueError(field + first["msg"].removeprefix("Value error, ")) from None
 
 
 def network_fields(config: NetworkConfig) -> dict[str, Any]:
-    """What `network_config` reads, in JSON's types: the kind, then every field."""
-    kind = next(kind for kind, each in CONFIGS.items() if isinstance(config, each))
+    """Return the fields that `network_config` reads, in JSON's types: the kind, then all others."""
+    kind = next(kind for kind, config_type in CONFIGS.items() if isinstance(config, config_type))
     return {"network": kind, **TypeAdapter(type(config)).dump_python(config, mode="json")}

@@ -1,21 +1,22 @@
-"""Solvers as tables: a whole sampling run is a few float64 numbers per step, computed before the first step.
+"""Solvers as tables: a sampling run is a few float64 numbers per step, computed before the first step.
 
 Pure: numpy only; no torch, no I/O, no randomness. Every solver advances a sample x by one expression,
 
     D  = x0_x · x + x0_out · output                    the network's estimate of the image
     x' = a · x + b · D + c · D_previous + s · z        z standard normal, drawn anew for every step
 
-so rows with different solvers, grids and positions advance together, on numpy arrays and torch tensors alike,
-and a running sample changes its grid or its solver by taking its next coefficients from another table.
+so rows with different solvers, grids and positions advance together, on numpy arrays and torch tensors alike.
+A running sample changes its grid or its solver by taking its next coefficients from another table.
 
-Every table starts from one exact exponential step of the reverse process in log(alpha / sigma), with a share
-eta of the ancestral noise. Alone it is DDIM (Song et al., arXiv:2010.02502, eq. 12), whose eta 1 is DDPM (Ho
-et al., arXiv:2006.11239, eq. 7) and whose eta 0 is Euler's method on the probability-flow ODE in sigma /
-alpha (Karras et al., arXiv:2206.00364, §4). A solver of second order adds how D has changed since the step
-before: DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, algorithm 2; with eta 1 its SDE form, midpoint) carries
-the change forward, which needs the previous D alone, whatever step was taken with it. UniPC-1 (Zhao et al.,
-arXiv:2302.04867, B(h) = exp(h) - 1) corrects the step just taken, so it corrects only steps of its own table.
-Every solver may thus follow any other.
+A table starts from one exact exponential step of the reverse process in log(alpha / sigma), with a share eta
+of the ancestral noise. That step alone is DDIM (Song et al., arXiv:2010.02502, eq. 12). With eta 1 it is DDPM
+(Ho et al., arXiv:2006.11239, eq. 7); with eta 0 it is Euler's method on the probability-flow ODE in sigma /
+alpha (Karras et al., arXiv:2206.00364, §4).
+
+A solver of second order adds the change of D since the step before. DPM-Solver++(2M) (Lu et al.,
+arXiv:2211.01095, algorithm 2; with eta 1 its SDE form, midpoint) extrapolates that change. It needs only the
+previous D, whatever solver made it. UniPC-1 (Zhao et al., arXiv:2302.04867, B(h) = exp(h) - 1) corrects the
+step just taken, so it corrects only steps of its own table. Thus every solver may follow any other.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from ditserve.model.spec.diffusion import Array, FloatTable, Schedule, check_gri
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepTable:
-    """One line per step of a grid: `timestep` int64 (N,), coefficients float64 (N,), all read-only.
+    """The coefficients of N steps: `timestep` int64 (N,), the others float64 (N,), all read-only.
 
-    Step i asks the network at `timestep[i]`, estimates D, and moves to x' as the module says. Where c[i] is 0
-    no previous D is needed, where s[i] is 0 no noise; in the last line b is 1 and the others are 0: the sample
-    ends as D. Cast coefficients to the samples' dtype: a numpy float64 scalar would promote them.
+    Step i calls the network at `timestep[i]`, estimates D, and moves x to x' by the expression of this
+    module. It needs no previous D where c[i] is 0, and no noise where s[i] is 0. In the last step b is 1 and
+    a, c, s are 0: the sample ends as D. Cast the coefficients to the dtype of the samples, because a numpy
+    float64 scalar would promote them.
     """
 
     solver: str
@@ -59,7 +61,7 @@ class StepTable:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _FirstOrder:
-    """The steps x' = a · x + b · D + s · z of a grid, and by how much each shrinks sigma / alpha, exp(-h)."""
+    """The steps x' = a · x + b · D + s · z of a grid, and the factor exp(-h) of sigma / alpha in each."""
 
     a: FloatTable
     b: FloatTable
@@ -69,9 +71,9 @@ class _FirstOrder:
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """What tells solvers apart: the eta it fixes (None: the caller's choice), and its weight of D_previous.
+    """A solver: the eta that it fixes, None if the caller chooses, and its weights c of the previous D.
 
-    `carries`: its first step makes use of the D from before its table, if there is one.
+    `carries` says that its first step uses the D from before its table, if there is one.
     """
 
     eta: float | None
@@ -79,28 +81,29 @@ class Solver:
     carries: bool = False
 
 
-def _none(step: _FirstOrder) -> FloatTable:
+def _no_history(step: _FirstOrder) -> FloatTable:
     return np.zeros_like(step.a)
 
 
 def _dpmpp_2m(step: _FirstOrder) -> FloatTable:
-    h = -np.log(step.shrink[:-1])  # the last step, to sigma 0, is infinitely long and stays of first order
-    c = _none(step)
+    # The last step, to sigma 0, is infinitely long in log(alpha / sigma): it stays of first order.
+    h = -np.log(step.shrink[:-1])
+    c = _no_history(step)
     c[1:-1] = -step.b[1:-1] * h[1:] / (2.0 * h[:-1])
     return c
 
 
 def _unipc_1(step: _FirstOrder) -> FloatTable:
-    c = _none(step)
+    c = _no_history(step)
     c[1:] = -step.a[1:] * step.b[:-1] / 2.0
     return c
 
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
-        "ddim": Solver(eta=None, history=_none),
-        "ddpm": Solver(eta=1.0, history=_none),
-        "euler": Solver(eta=0.0, history=_none),
+        "ddim": Solver(eta=None, history=_no_history),
+        "ddpm": Solver(eta=1.0, history=_no_history),
+        "euler": Solver(eta=0.0, history=_no_history),
         "dpmpp-2m": Solver(eta=None, history=_dpmpp_2m, carries=True),
         "unipc-1": Solver(eta=0.0, history=_unipc_1),
     }
@@ -110,29 +113,47 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 def step_table(
     solver: str, grid: Sequence[int], schedule: Schedule, *, eta: float = 0.0, previous: int | None = None
 ) -> StepTable:
-    """The coefficients of every step of `solver` along `grid`; the last step leads to the clean image.
+    """Return the coefficients of every step of `solver` along `grid`; the last step leads to the clean image.
 
-    `grid` is strictly decreasing timesteps in 0..T-1, as from `model.diffusion.grid`. `eta` in 0..1 is the
-    share of ancestral noise where the solver leaves it open: 0 deterministic, 1 the full reverse process.
-    `previous` is the timestep of the running sample's last D when it goes on along a new grid. A solver that
-    carries it uses that D in the first new step, whichever solver it comes from, and the table equals the tail
-    of the table of the spliced grid; to the others it makes no difference.
+    `grid` is strictly decreasing timesteps in 0..T-1, as `model.spec.diffusion.grid` makes them. `eta` in
+    0..1 is the share of ancestral noise, if the solver leaves it open; 0 is deterministic.
+
+    Example: with alpha_bar (0.64, 0.36), alpha and sigma are 0.8, 0.6 at timestep 0 and 0.6, 0.8 at timestep
+    1. "ddim" along (1, 0) is
+
+        timestep  a     b
+        1         0.75  0.35    a = 0.6 / 0.8, b = 0.8 - 0.75 · 0.6
+        0         0     1       the sample ends as D
+
+    and with D = x_0 its first step is exact: 0.75 · (0.6 · x_0 + 0.8 · z) + 0.35 · x_0 = 0.8 · x_0 + 0.6 · z.
+
+    `previous` is for a running sample that goes on along a new grid: the timestep of its last D. A solver
+    that carries uses that D in the first new step, whichever solver made it; for the others `previous`
+    changes nothing. After a step at timestep 2, "dpmpp-2m" along (1, 0) with previous=2 is the last two lines
+    of its table along (2, 1, 0). Where both steps are equally long in log(alpha / sigma), it is
+
+        timestep  b         c           where b' is the b of "ddim"
+        1         1.5 · b'  -0.5 · b'   b · D + c · D_previous extrapolates D by half a step
+        0         1         0
+
+    Without `previous` the line of timestep 1 has b = b' and c = 0.
 
     Raises:
         ValueError: an unknown solver, a grid not as stated, `eta` outside 0..1 or given to a solver that
             fixes another, or `previous` not a timestep above the first of the grid.
     """
     share = _share(solver, eta)
-    walked = check_grid(grid, schedule.timesteps)
+    timesteps = check_grid(grid, schedule.timesteps)
     if previous is not None:
-        if not walked[0] < previous < schedule.timesteps:
+        if not timesteps[0] < previous < schedule.timesteps:
             raise ValueError(
-                f"previous must be above the first timestep of the grid, {walked[0]}, and below "
+                f"previous must be above the first timestep of the grid, {timesteps[0]}, and below "
                 f"{schedule.timesteps}, not {previous}"
             )
-        walked = (previous, *walked) if SOLVERS[solver].carries else walked
-    new = slice(len(walked) - len(grid), None)  # all but the line of `previous`, a step already taken
-    timestep = np.array(walked, dtype=np.int64)
+        timesteps = (previous, *timesteps) if SOLVERS[solver].carries else timesteps
+    # The line of `previous`, a step already taken, is left out of the table.
+    new = slice(len(timesteps) - len(grid), None)
+    timestep = np.array(timesteps, dtype=np.int64)
     x0_x, x0_out = x0_coefficients(schedule.prediction, schedule.alphas[timestep], schedule.sigmas[timestep])
     step = _first_order(timestep, schedule, share)
     c = SOLVERS[solver].history(step)
@@ -157,10 +178,11 @@ def trajectory(
     clip_x0: bool = False,
     previous: Array | None = None,
 ) -> Iterator[tuple[Array, Array]]:
-    """Walk a table from `x` (any shape, numpy or torch), yielding (x', D) per step; x' ends as the image.
+    """Take the steps of a table from `x`, yielding (x', D) after each; the last x' is the image.
 
-    `network(x, timestep)` gives the (guided) output, shaped as `x`; `noise()` draws standard normal z like
-    `x` for the steps that want it; `clip_x0` clips D to [-1, 1]; `previous` is the D before the first line.
+    `x` has any shape, in numpy or torch. `network(x, timestep)` returns the (guided) output, shaped as `x`.
+    `noise()` draws standard normal z, shaped as `x`, for the steps that need it. `clip_x0` clips D to [-1,
+    1]. `previous` is the D from before the first step.
 
     Raises:
         ValueError: at the first step, if the table needs noise or a previous D that was not given.
@@ -184,11 +206,11 @@ def trajectory(
 
 
 def variance_bounds(grid: Sequence[int], schedule: Schedule) -> tuple[FloatTable, FloatTable]:
-    """(log beta~, log beta) of every step of a grid, float64 (N,): the range in which a variance is learned.
+    """Return (log beta~, log beta) of every step of a grid, float64 (N,): the range of a learned variance.
 
-    They are the posterior and the forward variance of a step (arXiv:2006.11239, §3.2), for strides of any
-    length. The posterior variance of the last step is 0; its logarithm is clipped to that of the step before,
-    as in the published code (to log beta in a grid of one step).
+    They are the logarithms of the posterior and of the forward variance of a step (arXiv:2006.11239, §3.2),
+    for strides of any length. The posterior variance of the last step is 0; its logarithm is replaced by that
+    of the step before, as in the published code, and in a grid of one step by log beta.
 
     Raises:
         ValueError: the grid is not strictly decreasing timesteps in 0..T-1.
@@ -201,11 +223,11 @@ def variance_bounds(grid: Sequence[int], schedule: Schedule) -> tuple[FloatTable
 
 
 def learned_log_variance(v: Array, log_low: Any, log_high: Any) -> Array:
-    """Log variance from the learned channels `v`: f · log_high + (1 - f) · log_low with f = (v + 1) / 2.
+    """Return the log variance f · log_high + (1 - f) · log_low of learned channels `v`, f being (v + 1) / 2.
 
-    Nichol & Dhariwal, arXiv:2102.09672, eq. 15. `v` is any shape, inside -1..1 where the network
-    interpolates; the bounds, from `variance_bounds`, broadcast against it. "ddpm" with a learned variance
-    adds exp(log variance / 2) · z in place of s · z, in every step but the last.
+    `v` has any shape; inside -1..1 it interpolates. The bounds are those of `variance_bounds` and broadcast
+    against `v`. "ddpm" with a learned variance adds exp(log variance / 2) · z instead of s · z, in every step
+    but the last. Source: Nichol & Dhariwal, arXiv:2102.09672, eq. 15.
     """
     share = (v + 1.0) / 2.0
     log_variance: Array = share * log_high + (1.0 - share) * log_low
@@ -227,7 +249,8 @@ def _first_order(timestep: npt.NDArray[np.int64], schedule: Schedule, share: flo
     alpha, sigma = schedule.alphas[timestep], schedule.sigmas[timestep]
     next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     shrink = (alpha * next_sigma) / (next_alpha * sigma)
-    kept = np.sqrt((1.0 - share**2) + (share * shrink) ** 2)  # of the noise in x; s · z replaces the rest
+    # The part of the noise in x that stays; s · z replaces the rest.
+    kept = np.sqrt((1.0 - share**2) + (share * shrink) ** 2)
     return _FirstOrder(
         a=next_sigma / sigma * kept,
         b=next_alpha * (1.0 - shrink * kept),

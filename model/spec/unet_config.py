@@ -1,7 +1,7 @@
-"""The shape of a U-Net: one frozen value, and the residual blocks it stands for.
+"""The shape of a U-Net: one frozen value, and the residual blocks that it stands for.
 
-Pure: no torch, no I/O. A configuration that cannot work is refused here, at construction, with the sentence that fixes it.
-Source: Dhariwal & Nichol, arXiv:2105.05233, §3 and Table 2.
+Pure: no torch, no I/O. A configuration that cannot work is refused at construction, with a sentence that says
+how to mend it. Source: Dhariwal & Nichol, arXiv:2105.05233, §3 and Table 2.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ Resample = Literal["keep", "halve", "double"]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """One residual block: its channels, whether attention follows, and what happens to the skip connections."""
+class UNetStage:
+    """One residual block: its channels, its resampling, and its part in attention and skip connections.
+
+    With `pushes` its output becomes a skip connection; with `pops` it takes the last one beside its input.
+    """
 
     inputs: int
     outputs: int
@@ -30,10 +33,10 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class UNetConfig:
-    """Everything that fixes the parameters and the function of a U-Net.
+    """The configuration that fixes the parameters and the function of a U-Net.
 
-    `multipliers` are the channels of each level relative to `base_channels`, every level being half the size of the one
-    above; `attention` names the levels (0 the finest) that attend; heads are `head_size` wide.
+    `multipliers` are the channels of each level relative to `base_channels`; every level has half the size of
+    the one above. `attention` names the levels that attend, 0 being the finest. Heads are `head_size` wide.
 
     Raises:
         ValueError: the configuration cannot work; the message names the field and the remedy.
@@ -54,12 +57,8 @@ class UNetConfig:
     learn_sigma: bool = True
 
     def __post_init__(self) -> None:
-        for field in (
-            "image_size",
-            "multipliers",
-            "attention",
-            "classes",
-        ):  # JSON has lists where these are tuples
+        # JSON has lists where these fields are tuples.
+        for field in ("image_size", "multipliers", "attention", "classes"):
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         check_counts(self, "in_channels", "base_channels", "res_blocks", "head_size")
@@ -83,52 +82,53 @@ class UNetConfig:
         check_conditions(self.classes, self.text_size, self.fusion)
 
     def check_size(self, field: str, size: Sequence[int]) -> None:
-        """Raises ValueError unless `size` (height, width) can be halved from level to level."""
+        """Raise ValueError unless `size` (height, width) can be halved from level to level."""
         levels = len(self.multipliers)
         check_size(field, size, 2 ** (levels - 1), f"the halvings between {levels} levels,")
 
     @property
     def hidden_size(self) -> int:
-        """Width of the condition embedding."""
+        """The width of the condition embedding."""
         return 4 * self.base_channels
 
     @property
     def out_channels(self) -> int:
-        """Channels of the network's output: twice the input's when the variance is learned."""
+        """The channels of the output: twice those of the input if the variance is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
     def depth(self) -> int:
-        """Residual blocks from input to output."""
+        """The number of residual blocks from input to output."""
         return len(self.stages())
 
     @property
     def tokens(self) -> int:
-        """Positions at the coarsest level, where the attention in the middle is."""
+        """The number of positions at the coarsest level, where the attention in the middle is."""
         return math.prod(side >> (len(self.multipliers) - 1) for side in self.image_size)
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The residual blocks from input to output."""
+    def stages(self) -> tuple[UNetStage, ...]:
+        """Return the residual blocks from input to output."""
         widths = [self.base_channels * multiplier for multiplier in self.multipliers]
-        stages, skips, now = list[Stage](), [self.base_channels], self.base_channels
+        stages, skips, channels = list[UNetStage](), [self.base_channels], self.base_channels
         for level, width in enumerate(widths):
             attends = level in self.attention
             for _ in range(self.res_blocks):
-                stages.append(Stage(now, width, attends, pushes=True))
-                now = width
-                skips.append(now)
+                stages.append(UNetStage(channels, width, attends, pushes=True))
+                channels = width
+                skips.append(channels)
             if level + 1 < len(widths):
-                stages.append(Stage(now, now, resample="halve", pushes=True))
-                skips.append(now)
-        stages += [Stage(now, now, attention=True), Stage(now, now)]
+                stages.append(UNetStage(channels, channels, resample="halve", pushes=True))
+                skips.append(channels)
+        stages += [UNetStage(channels, channels, attention=True), UNetStage(channels, channels)]
         for level, width in reversed(list(enumerate(widths))):
+            attends = level in self.attention
             for _ in range(self.res_blocks + 1):
-                stages.append(Stage(now + skips.pop(), width, level in self.attention, pops=True))
-                now = width
+                stages.append(UNetStage(channels + skips.pop(), width, attends, pops=True))
+                channels = width
             if level:
-                stages.append(Stage(now, now, resample="double"))
+                stages.append(UNetStage(channels, channels, resample="double"))
         return tuple(stages)
 
     def state(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """The condition state: scale and shift (2, channels) of every residual block."""
+        """Return the condition state: the scale and shift (2, channels) of every residual block."""
         return tuple((f"block_{k}", (2, stage.outputs)) for k, stage in enumerate(self.stages()))

@@ -1,9 +1,17 @@
-"""What an optimiser step trains on. Every draw is a function of (seed, step, row), whoever makes it and in however many pieces."""
+"""The batch of an optimiser step.
+
+Every random draw is a function of (seed, step, row), whichever process makes it and in however many
+micro-batches.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +24,18 @@ from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.loss import logit_normal_timesteps, uniform_timesteps
 
-ANOTHER = 1 << 32  # between the seed of a run and the one it goes on with after a roll-back
+T = TypeVar("T")
+
+# Added to the seed of a run at each roll-back.
+ROLLBACK_SEED_STRIDE = 1 << 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """Pictures (N, C, H, W) in model space, labels (N, F) and text (N, text_size) after dropout, timesteps (N,), noise as x0."""
+class TrainingBatch:
+    """The rows of a batch: pictures x0 (N, C, H, W) in model space, timesteps t (N,), and noise like x0.
+
+    The conditions are labels (N, F) and text (N, text_size), after dropout.
+    """
 
     x0: Tensor
     labels: Tensor
@@ -32,28 +46,28 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x0)
 
-    def split(self, pieces: int) -> Iterator[Batch]:
-        """At most `pieces` consecutive parts, as even as possible."""
+    def split(self, pieces: int) -> Iterator[TrainingBatch]:
+        """Yield at most `pieces` consecutive micro-batches, as even as possible."""
         for index in torch.arange(len(self)).tensor_split(min(pieces, len(self))):
             yield self[int(index[0]) : int(index[-1]) + 1]
 
-    def __getitem__(self, rows: slice) -> Batch:
-        return self._each(lambda tensor: tensor[rows])
+    def __getitem__(self, rows: slice) -> TrainingBatch:
+        return self._map(lambda tensor: tensor[rows])
 
-    def to(self, device: str) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: str) -> TrainingBatch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TrainingBatch:
         text = None if self.text is None else change(self.text)
-        return Batch(change(self.x0), change(self.labels), change(self.t), change(self.noise), text)
+        return TrainingBatch(change(self.x0), change(self.labels), change(self.t), change(self.noise), text)
 
 
 class BatchSource:
-    """Makes the batch of any step; `rows` are those of the global batch that this process trains on.
+    """The source of the batch of any step; `rows` are those of the global batch that this process trains on.
 
     Raises:
         ValueError: dropout rates that do not fit the data.
-        DataError: data that cannot be had in the size of a stage.
+        DataError: the data cannot be had in the size of a stage.
     """
 
     def __init__(
@@ -63,26 +77,27 @@ class BatchSource:
         self.rows = range(config.batch) if rows is None else rows
         self.stages = [
             (end, dataset if size == dataset.size else dataset.resized(size))
-            for end, size in config.sizes(dataset)
+            for end, size in config.stage_sizes(dataset)
         ]
         count = len(dataset.factors)
         self.rates = config.label_dropout * (count if len(config.label_dropout) == 1 else 1)
         if len(self.rates) != count:
             names = ", ".join(factor.name for factor in dataset.factors)
             raise ValueError(
-                f"label_dropout has {len(self.rates)} rates, but the data has {count} factors ({names}): give one, or one each"
+                f"label_dropout has {len(self.rates)} rates, but the data has {count} factors ({names}): "
+                "give one, or one each"
             )
         self.text = None if dataset.text is None else torch.from_numpy(dataset.text)
         self.training = dataset.training
 
-    def at(self, step: int) -> Dataset:
-        """The data in the size that `step` trains on; past the end, the last."""
+    def dataset_at(self, step: int) -> Dataset:
+        """Return the data in the size that `step` trains on; past the end, in that of the last stage."""
         return next((data for end, data in self.stages if step < end), self.stages[-1][1])
 
-    def make(self, step: int, rollbacks: int = 0) -> Batch:
-        """This process's part of the batch of `step`, a different one after every roll-back."""
-        config, rows, data = self.config, slice(self.rows.start, self.rows.stop), self.at(step)
-        seed = config.seed + rollbacks * ANOTHER
+    def make(self, step: int, rollbacks: int = 0) -> TrainingBatch:
+        """Make this process's part of the batch of `step`; it is another one after every roll-back."""
+        config, rows, data = self.config, slice(self.rows.start, self.rows.stop), self.dataset_at(step)
+        seed = config.seed + rollbacks * ROLLBACK_SEED_STRIDE
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = self.training[batch_indices(len(self.training), config.batch, step, seed)]
         labels = drop_labels(torch.from_numpy(data.labels[index]), self.network, self.rates, generator)
@@ -97,4 +112,39 @@ class BatchSource:
             data.batch(index[row : row + 1], np.random.default_rng([seed, step, row])) for row in self.rows
         ]
         x0 = torch.from_numpy(np.concatenate(pictures))
-        return Batch(x0, labels[rows], t[rows], noise[rows], None if text is None else text[rows])
+        return TrainingBatch(x0, labels[rows], t[rows], noise[rows], None if text is None else text[rows])
+
+
+class Prefetch(Generic[T]):
+    """An iterator over make(first), make(first + 1), …, up to `ahead` of them made early.
+
+    Each is made in its own thread. `make` must depend on its number alone; then neither threads nor stopping
+    and resuming change the results. An error in `make` is raised when its result is asked for. With `ahead` 0
+    nothing is made early.
+    """
+
+    def __init__(self, make: Callable[[int], T], *, first: int = 0, ahead: int = 2) -> None:
+        self.make, self.next_number, self.ahead = make, first, ahead
+        self.pending: deque[Future[T]] = deque()
+        self.threads = ThreadPoolExecutor(max(1, ahead), thread_name_prefix="prefetch")
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        while len(self.pending) <= self.ahead:
+            self.pending.append(self.threads.submit(self.make, self.next_number))
+            self.next_number += 1
+        return self.pending.popleft().result()
+
+    def close(self) -> None:
+        """Drop the results that were made early."""
+        self.threads.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

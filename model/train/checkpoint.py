@@ -1,8 +1,11 @@
-"""Training state on disk: safetensors and JSON, written atomically; the newest valid one wins. Nothing is pickled.
+"""Training state on disk: safetensors and JSON, written atomically. Nothing is pickled.
 
-<run>/checkpoints/step-0001200/{model,ema,optimizer}.safetensors  state.json  and ema-0.9999.safetensors of a second average
+<run>/checkpoints/step-0001200/{model,ema,optimizer}.safetensors
+                               ema-0.9999.safetensors              a second average
+                               state.json
 
-Where processes share the parameters out, each writes files of its own (`model.blocks`), and any number of processes reads them.
+A run resumes from the newest checkpoint that is valid. Where a network is distributed, each process
+writes files of its own (`model.train.tensor_shards`), and any number of processes can read them.
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ditserve.model.distributed.parallel import Share, local
+from ditserve.model.distributed.parallel import ParallelNetwork, local_tensor
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.ema import Ema
-from ditserve.model.train.sharded import make_index, read, write
+from ditserve.model.train.tensor_shards import make_index, read_shards, write_shards
 
 COUNTERS = ("step", "skipped", "failures", "rollbacks")
 Tensors = Mapping[str, Tensor]
@@ -36,55 +39,60 @@ class CheckpointError(ModelError):
 
 @dataclass(slots=True)
 class TrainingState:
-    """All that a resumed run needs besides its config: random numbers are functions of (seed, rollbacks, step)."""
+    """All that a resumed run needs besides its config.
 
-    share: Share
+    Random numbers are functions of (seed, rollbacks, step). `skipped` counts the steps whose gradient was not
+    finite; `failures` counts those in a row up to now.
+    """
+
+    parallel: ParallelNetwork
     optimizer: torch.optim.Optimizer
     ema: Ema
     scaler: torch.amp.GradScaler
     step: int = 0
-    skipped: int = 0  # steps whose gradient was not finite
-    failures: int = 0  # of those, the ones in a row up to now
+    skipped: int = 0
+    failures: int = 0
     rollbacks: int = 0
 
     @property
     def model(self) -> nn.Module:
-        """The network that learns, as far as this process holds it."""
-        return self.share.network
+        """The network in training, as far as this process holds it."""
+        return self.parallel.network
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything by file and name; what is kept per parameter is named `<its number>.<what>`."""
-        per_parameter = {
+        """Return all tensors by section and name; optimiser state is named `<number of parameter>.<what>`."""
+        optimizer = {
             f"{number}.{key}": value
             for number, parameter in enumerate(self.model.parameters())
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
-        averages = dict(zip(self.averages(), self.ema.averages.values(), strict=True))
-        return {"model": self.model.state_dict(), "optimizer": per_parameter, **averages}
+        averages = dict(zip(self.average_names(), self.ema.averages.values(), strict=True))
+        return {"model": self.model.state_dict(), "optimizer": optimizer, **averages}
 
-    def parts(self) -> list[str]:
-        """The names of the files."""
-        return ["model", "optimizer", *self.averages()]
+    def sections(self) -> list[str]:
+        """Return the names of the sections, which are those of the files."""
+        return ["model", "optimizer", *self.average_names()]
 
-    def averages(self) -> list[str]:
-        """The names of the averages' files."""
+    def average_names(self) -> list[str]:
+        """Return the sections of the averages: "ema" for the first, "ema-<decay>" for the others."""
         return [f"ema-{decay}" if number else "ema" for number, decay in enumerate(self.ema.averages)]
 
-    def finite(self) -> bool:
-        """Whether no number of any process is NaN or infinite."""
-        tensors = chain.from_iterable(part.values() for part in self.tensors().values())
-        return self.share.world.agree(all(bool(torch.isfinite(local(each)).all()) for each in tensors))
+    def is_finite(self) -> bool:
+        """Return True if no number of any process is NaN or infinite."""
+        tensors = chain.from_iterable(section.values() for section in self.tensors().values())
+        finite = all(bool(torch.isfinite(local_tensor(tensor)).all()) for tensor in tensors)
+        return self.parallel.world.all_agree(finite)
 
     @torch.no_grad()
-    def load(self, parts: Mapping[str, Tensors], saved: Mapping[str, Any]) -> None:
-        """Take over what `tensors()` and the counters once were."""
-        self.model.load_state_dict(parts["model"])
-        for name, average in zip(self.averages(), self.ema.averages.values(), strict=True):
+    def load(self, sections: Mapping[str, Tensors], saved: Mapping[str, Any]) -> None:
+        """Restore the tensors and counters of a checkpoint: what `tensors()` returned, and its state.json."""
+        self.model.load_state_dict(sections["model"])
+        for name, average in zip(self.average_names(), self.ema.averages.values(), strict=True):
             for key, tensor in average.items():
-                tensor.copy_(parts[name][key])
+                tensor.copy_(sections[name][key])
         parameters = list(self.model.parameters())
         self.optimizer.state.clear()
-        for name, value in parts["optimizer"].items():
+        for name, value in sections["optimizer"].items():
             number, key = name.split(".", 1)
             parameter = parameters[int(number)]
             self.optimizer.state[parameter][key] = value.to(parameter.device)
@@ -96,80 +104,85 @@ class TrainingState:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those of a run's folder, the newest last; nothing else that a user may keep beside them."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Return the checkpoints in a folder, newest last; other files that a user keeps there are ignored."""
+    paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def save(folder: Path, state: TrainingState, identity: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Write `folder/step-N` completely, then make it visible by one rename, then drop all but the newest `keep`.
+    """Write `folder/step-N`, make it visible by one rename when complete, and drop all but the newest `keep`.
 
     Raises:
-        CheckpointError: it cannot be written; what was there before is intact.
+        CheckpointError: it cannot be written; earlier checkpoints are intact.
     """
     target = folder / f"step-{state.step:07d}"
-    scratch, world = folder / f".writing-{target.name}", state.share.world
+    scratch, world = folder / f".writing-{target.name}", state.parallel.world
     for phase in (_begin, _write, _publish):
         failure: OSError | SafetensorError | None = None
         try:
-            if world.first or phase is _write:
+            if world.is_first or phase is _write:
                 phase(scratch, target, state, identity)
         except (OSError, SafetensorError) as error:
             failure = error
-        if not world.agree(failure is None):
+        if not world.all_agree(failure is None):
             with suppress(OSError):
                 shutil.rmtree(scratch)
             reason = failure.strerror if isinstance(failure, OSError) else failure or "by another process"
             raise CheckpointError(
-                f"{target} cannot be written ({reason}): make room or choose another output; earlier checkpoints are intact"
+                f"{target} cannot be written ({reason}): make room or choose another output; "
+                "earlier checkpoints are intact"
             )
-    if world.first:
-        there = checkpoints(folder)
-        valid = there[: there.index(target) + 1]
-        for path in {*there} - {*valid[-keep:]}:  # the later ones were damaged, or led astray
+    if world.is_first:
+        # Checkpoints of later steps were damaged, or the run was rolled back past them.
+        paths = checkpoints(folder)
+        valid = paths[: paths.index(target) + 1]
+        for path in {*paths} - {*valid[-keep:]}:
             shutil.rmtree(path)
     return target
 
 
 def _begin(scratch: Path, target: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
-    for left in scratch.parent.glob(".writing-*"):  # by a run that was killed
-        shutil.rmtree(left)
+    # A run that was killed may have left such folders.
+    for leftover in scratch.parent.glob(".writing-*"):
+        shutil.rmtree(leftover)
     scratch.mkdir(parents=True)
 
 
 def _write(scratch: Path, target: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
-    for file in write(scratch, state.share, state.tensors()):
-        _settle(file)
+    for file in write_shards(scratch, state.parallel, state.tensors()):
+        _sync(file)
 
 
 def _publish(scratch: Path, target: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
-    facts = {counter: getattr(state, counter) for counter in COUNTERS}
-    facts |= {"ema_updates": state.ema.updates, "scaler": state.scaler.state_dict()}
-    facts |= {"index": make_index(state.share, state.tensors())}
-    (scratch / "state.json").write_text(json.dumps({**identity, **facts}, indent=1))
-    _settle(scratch / "state.json")
+    fields = {counter: getattr(state, counter) for counter in COUNTERS}
+    fields |= {"ema_updates": state.ema.updates, "scaler": state.scaler.state_dict()}
+    fields |= {"index": make_index(state.parallel, state.tensors())}
+    (scratch / "state.json").write_text(json.dumps({**identity, **fields}, indent=1))
+    _sync(scratch / "state.json")
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)
-    _settle(target.parent)
+    _sync(target.parent)
 
 
 def check_room(folder: Path, state: TrainingState, *, keep: int) -> None:
-    """Refuse a disk with no room for `keep` checkpoints and the one being written.
+    """Refuse a disk without room for `keep` checkpoints and the one being written.
 
     Raises:
-        CheckpointError: naming the folder.
+        CheckpointError: the disk has too little room; the message names the folder.
     """
-    weights = 4 * state.share.elements
-    needed = (keep + 1) * weights * (3 + len(state.ema.averages))  # weights, two moments, averages
+    weights = 4 * state.parallel.parameter_count
+    # A checkpoint holds the weights, two moments, and the averages.
+    needed = (keep + 1) * weights * (3 + len(state.ema.averages))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"{folder} has {free / 2**20:.0f} MiB free, and {keep} checkpoints need {needed / 2**20:.0f}: make room, or keep fewer"
+            f"{folder} has {free / 2**20:.0f} MiB free, and {keep} checkpoints need {needed / 2**20:.0f}: "
+            "make room, or keep fewer"
         )
 
 
-def _settle(path: Path) -> None:
-    """Wait until a file or a folder's entries are on disk."""
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -180,15 +193,15 @@ def _settle(path: Path) -> None:
 def restore(
     folder: Path, state: TrainingState, identity: Mapping[str, Any], *, notice: Callable[[str], None] = print
 ) -> Path | None:
-    """Load the newest readable checkpoint in `folder` into `state` and tell which; None if there is none.
+    """Load the newest readable checkpoint in `folder` into `state`. Return its path; None if there is none.
 
-    Each one that is passed over because it is damaged gives a `notice`.
+    `notice` is called with a sentence for each damaged checkpoint that is passed over.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another run, or there are some and none can be read.
+        CheckpointError: the checkpoint belongs to another run, or none of several can be read.
     """
-    paths, world = checkpoints(folder)[::-1], state.share.world
-    if not world.same(len(paths)):
+    paths, world = checkpoints(folder)[::-1], state.parallel.world
+    if not world.all_equal(len(paths)):
         raise CheckpointError(
             f"{folder} is not the same to all processes: choose an output on a disk that their machines share"
         )
@@ -196,12 +209,15 @@ def restore(
         damage: Exception | None = None
         try:
             saved = json.loads((path / "state.json").read_text())
-            check(path, saved, identity)
-            parts = {part: read(path, state.share, part, saved.get("index")) for part in state.parts()}
+            check_identity(path, saved, identity)
+            sections = {
+                section: read_shards(path, state.parallel, section, saved.get("index"))
+                for section in state.sections()
+            }
         except (OSError, ValueError, SafetensorError) as error:
             damage = error
-        if world.agree(damage is None):
-            state.load(parts, saved)
+        if world.all_agree(damage is None):
+            state.load(sections, saved)
             return path
         reason = str(damage or "another process cannot read its files").splitlines()[0]
         notice(f"{path} is passed over, it is damaged: {reason}")
@@ -212,21 +228,25 @@ def restore(
     return None
 
 
-def check(path: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another run; what it does not tell is not compared.
+def check_identity(path: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another run. Fields that the checkpoint lacks are not compared.
 
     Raises:
-        CheckpointError: naming the first field that differs.
+        CheckpointError: a field differs; the message names the first.
     """
     for field, was, now in differences(saved, {key: identity[key] for key in identity if key in saved}):
         change = f"{was}, not {now}" if len(f"{was}{now}") < 60 else "otherwise"
         raise CheckpointError(
-            f"{path} was trained with another {field} ({change}): take that one back, or another output, with init to go on from here"
+            f"{path} was trained with another {field} ({change}): take that one back, or another output, "
+            "with init to go on from here"
         )
 
 
 def differences(was: Any, now: Any, field: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted field, JSON that was, JSON that is) of every difference within `now`'s fields, or within either's further down."""
+    """Yield (dotted field, old JSON, new JSON) for each difference.
+
+    At the top level only the fields of `now` are compared; below it, the fields of both.
+    """
     if isinstance(was, Mapping) and isinstance(now, Mapping):
         for key in sorted({*now, *was} if field else now):
             yield from differences(was.get(key), now.get(key), f"{field}.{key}" if field else str(key))

@@ -1,4 +1,4 @@
-"""`python -m model.train.curve RUN`: draw a run's loss, learning rate and gradient norm over its steps, as curve.png in its folder."""
+"""`python -m model.train.curve RUN`: draw a run's loss, gradient norm and learning rate as RUN/curve.png."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ditserve.model.train.logbook import LOG, read_log
+from ditserve.model.spec.command_line import guarded
+from ditserve.model.train.training_log import LOG, read_log
 
 PANELS = (
     ("loss", ("loss", "smooth_loss"), "log"),
@@ -19,10 +20,10 @@ PANELS = (
 
 
 def draw_curve(folder: Path) -> Path:
-    """Draw the log in `folder` into its curve.png, without a display.
+    """Draw the log in `folder` into its curve.png, without a display. Return the path of the picture.
 
     Raises:
-        ValueError: there is no log, or nothing in it yet.
+        ValueError: there is no log, or it has no lines yet.
     """
     lines = read_log(folder)
     if not lines:
@@ -50,17 +51,13 @@ def draw_curve(folder: Path) -> Path:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Command line: `RUN`."""
+    """Draw the curve of the run named on the command line. Return 0, or 2 after a mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m model.train.curve", description="Draw a training run's curve."
     )
     parser.add_argument("run", type=Path)
-    try:
-        print(f"wrote {draw_curve(parser.parse_args(arguments).run)}")
-    except (ValueError, OSError) as error:
-        print(f"model.train.curve: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(arguments)
+    return guarded("model.train.curve", lambda: print(f"wrote {draw_curve(options.run)}"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What a run will cost, before hours are spent on it: `python -m model.train --config run.json --dry-run`. Writes nothing."""
+"""The cost of a run, estimated before hours are spent on it. Nothing is written.
+
+python -m model.train --config run.json --dry-run
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,26 @@ import torch
 from torch import Tensor
 
 from ditserve.model.nets.cost import cost
-from ditserve.model.train.batch import Batch
+from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.trainer import Trainer
 
-PASSES = 3  # a backward pass costs two forward ones; recomputing blocks costs one more
+# Cost of a training step in forward passes: a backward pass costs two. Recomputed blocks cost one more.
+PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes of a training process, besides the data and what torch itself takes."""
+class MemoryEstimate:
+    """Bytes of a training process, without the data and torch itself.
+
+    `activations` are kept for the backward pass of one micro-batch.
+    """
 
     weights: int
     teacher: int
     gradients: int
     optimizer: int
     averages: int
-    activations: int  # kept for the backward pass of one piece of a batch
+    activations: int
 
     @property
     def total(self) -> int:
@@ -37,7 +44,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """A stage of a run: multiply-adds of a forward row, floating-point operations of a step, measured speed."""
+    """The cost of a stage: multiply-adds of a forward row, operations of a step, and measured speed."""
 
     size: tuple[int, int]
     steps: int
@@ -45,13 +52,13 @@ class StageCost:
     step_flops: int
     images_per_s: float
     seconds: float
-    memory: Memory
+    memory: MemoryEstimate
 
 
-def rehearse(trainer: Trainer, probe: int = 3) -> Iterator[StageCost]:
-    """Train `probe` steps of every stage, after one to warm up, and tell what each stage costs.
+def estimate_stages(trainer: Trainer, probe: int = 3) -> Iterator[StageCost]:
+    """Train `probe` steps of every stage, after one to warm up. Yield the cost of each stage.
 
-    The trainer is not of use afterwards.
+    The trainer cannot be used afterwards.
 
     Raises:
         ValueError: a configuration that cannot work.
@@ -68,77 +75,83 @@ def rehearse(trainer: Trainer, probe: int = 3) -> Iterator[StageCost]:
         rate = probe * config.batch / (time.perf_counter() - start)
         state.step = begin
         trainer.close()
-        macs, lesson = cost(trainer.network_config, data.size).macs, trainer.lesson
-        teaching = 0
-        if lesson is not None:
-            passes = lesson.asked * (2 if lesson.teacher.guided else 1)
-            teaching = passes * cost(lesson.teacher.network.config, data.size).macs
+        macs, objective = cost(trainer.network_config, data.size).macs, trainer.objective
+        teacher_macs = 0
+        if objective is not None:
+            passes = objective.teacher_calls * (2 if objective.teacher.guided else 1)
+            teacher_macs = passes * cost(objective.teacher.network.config, data.size).macs
         yield StageCost(
             size=data.size,
             steps=end - begin,
             macs=macs,
-            step_flops=2 * config.batch * (macs * (PASSES + config.checkpoint_blocks) + teaching),
+            step_flops=2 * config.batch * (macs * (PASSES + config.checkpoint_blocks) + teacher_macs),
             images_per_s=rate,
             seconds=(end - begin) * config.batch / rate,
-            memory=memory(trainer),
+            memory=estimate_memory(trainer),
         )
         begin = end
     trainer.close()
 
 
-def memory(trainer: Trainer) -> Memory:
-    """What the stage at hand needs; activations are measured on the first piece of a batch."""
+def estimate_memory(trainer: Trainer) -> MemoryEstimate:
+    """Return the memory of the current stage; activations are measured on the first micro-batch."""
     state, config = trainer.state, trainer.config
-    weights = size_of(state.model.parameters())
-    return Memory(
+    weights = byte_count(state.model.parameters())
+    piece = next(trainer.next_batch().split(config.accumulate)).to(config.device)
+    return MemoryEstimate(
         weights=weights,
-        teacher=size_of(trainer.lesson.teacher.network.parameters()) if trainer.lesson else 0,
+        teacher=byte_count(trainer.objective.teacher.network.parameters()) if trainer.objective else 0,
         gradients=weights,
-        optimizer=size_of(value for kept in state.optimizer.state.values() for value in kept.values()),
-        averages=sum(size_of(average.values()) for average in state.ema.averages.values()),
-        activations=_kept(trainer, next(trainer.next_batch().split(config.accumulate)).to(config.device)),
+        optimizer=byte_count(
+            tensor for tensors in state.optimizer.state.values() for tensor in tensors.values()
+        ),
+        averages=sum(byte_count(average.values()) for average in state.ema.averages.values()),
+        activations=_activation_bytes(trainer, piece),
     )
 
 
-def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes."""
+def byte_count(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _kept(trainer: Trainer, part: Batch) -> int:
-    """Bytes that the backward pass over `part` needs, weights left out."""
-    own = {p.untyped_storage().data_ptr() for p in trainer.state.model.parameters()}
-    seen: dict[int, int] = {}
+def _activation_bytes(trainer: Trainer, batch: TrainingBatch) -> int:
+    """Return the bytes that the backward pass over `batch` needs, without the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in trainer.state.model.parameters()}
+    kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        total, _ = trainer.losses(part)  # alive while counting, so that no address is used twice
+        # The loss stays alive while storages are counted, so that no address is used twice.
+        total, _ = trainer.losses(batch)
     assert total.requires_grad
-    return sum(seen.values())
+    return sum(kept.values())
 
 
-def show(trainer: Trainer, stages: Iterable[StageCost]) -> Iterator[str]:
-    """Lines for a terminal, each as soon as it is known."""
+def format_estimate(trainer: Trainer, stages: Iterable[StageCost]) -> Iterator[str]:
+    """Yield the lines of the estimate for a terminal, each as soon as it is known."""
     config, pictures = trainer.config, len(trainer.source.training)
     parameters = sum(p.numel() for p in trainer.state.model.parameters())
     epochs = config.steps * config.batch / pictures
     yield (
-        f"{parameters / 1e6:.2f} M parameters; {config.steps} steps of {config.batch} are {epochs:.1f} passes over {pictures} pictures"
+        f"{parameters / 1e6:.2f} M parameters; {config.steps} steps of {config.batch} are {epochs:.1f} "
+        f"passes over {pictures} pictures"
     )
     seconds = 0.0
     for stage in stages:
         seconds += stage.seconds
-        need = stage.memory
+        memory = stage.memory
         parts = ("weights", "teacher", "gradients", "optimizer", "averages", "activations")
-        told = ", ".join(f"{part} {getattr(need, part) / 2**20:.0f}" for part in parts)
+        sizes = ", ".join(f"{part} {getattr(memory, part) / 2**20:.0f}" for part in parts)
         yield (
-            f"{stage.size[0]}×{stage.size[1]}: {stage.macs / 1e9:.3f} GMACs a row forward, {stage.step_flops / 1e9:.0f} GFLOPs a step; "
-            f"{stage.images_per_s:.1f} img/s; {stage.steps} steps take {timedelta(seconds=round(stage.seconds))}"
+            f"{stage.size[0]}×{stage.size[1]}: {stage.macs / 1e9:.3f} GMACs a row forward, "
+            f"{stage.step_flops / 1e9:.0f} GFLOPs a step; {stage.images_per_s:.1f} img/s; "
+            f"{stage.steps} steps take {timedelta(seconds=round(stage.seconds))}"
         )
-        yield f"    memory {need.total / 2**20:.0f} MiB besides the data: {told}"
+        yield f"    memory {memory.total / 2**20:.0f} MiB besides the data: {sizes}"
     yield f"all of it takes {timedelta(seconds=round(seconds))} on {config.device}, measured over a few steps"

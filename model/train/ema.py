@@ -1,4 +1,4 @@
-"""Exponential moving averages of weights, with warm-up so that short runs are not dominated by their start."""
+"""Exponential moving averages of weights, with a warm-up against the influence of the first weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages of a module's parameters, one per decay: s ← d·s + (1 − d)·parameter, d = min(decay, (1 + n)/(10 + n)).
+    """The averages of a module's parameters, one per decay: s ← d·s + (1 − d)·parameter.
 
-    The warm-up of d over updates n is the one of TensorFlow's ExponentialMovingAverage. Updates are foreach, in place, fp32.
-    `averages` maps a decay to its named tensors, in the order of `named_parameters()`; the first is the one to sample from.
+    d = min(decay, (1 + n)/(10 + n)). The warm-up of d over updates n is the one of TensorFlow's
+    ExponentialMovingAverage. After the first update d is 2/11, after the tenth 11/20; a decay of 0.999 is
+    reached after 8,990. Updates are in place, in fp32. `averages` maps a decay to its named tensors, in the
+    order of `named_parameters()`; the first is sampled from.
 
     Raises:
         ValueError: no decay, the same one twice, or one outside [0, 1).
@@ -29,22 +31,25 @@ class Ema:
 
     @property
     def first(self) -> dict[str, Tensor]:
-        """The average to sample from and to export."""
+        """The average that is sampled from and exported."""
         return next(iter(self.averages.values()))
 
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor]) -> None:
-        """Fold in the current parameters, in `named_parameters()` order."""
+        """Average the current parameters in; they come in `named_parameters()` order."""
         self.updates += 1
-        warm = (1 + self.updates) / (10 + self.updates)
+        warm_up = (1 + self.updates) / (10 + self.updates)
         current = [p.detach().float() for p in parameters]
         for decay, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), current, 1 - min(decay, warm))
+            torch._foreach_lerp_(list(average.values()), current, 1 - min(decay, warm_up))
 
     @torch.no_grad()
     def copy_to(
-        self, module: nn.Module, whole: Callable[[str, Tensor], Tensor] = lambda _, part: part
+        self, module: nn.Module, full_tensor: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
     ) -> None:
-        """Overwrite `module`'s parameters by the first average, `whole` making all of a parameter's from a process's part."""
+        """Overwrite `module`'s parameters by the first average.
+
+        `full_tensor` gathers a parameter, given its name, from the part that a process holds.
+        """
         for name, parameter in module.named_parameters():
-            parameter.copy_(whole(name, self.first[name]))
+            parameter.copy_(full_tensor(name, self.first[name]))

@@ -18,9 +18,9 @@ from ditserve.model.spec.bundle import MANIFEST, Bundle, Defaults, LatentSpec, M
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.checkpoint import checkpoints
-from ditserve.model.train.config import TrainConfig, load_config, mistake
+from ditserve.model.train.config import TrainConfig, first_mistake, load_config
 from ditserve.model.train.loaded_model import LoadedModel, LoadError, build, load_bundle
-from ditserve.model.train.tensor_blocks import read_whole
+from ditserve.model.train.tensor_shards import read_full
 
 # The submodule of a student that feature matching trains; its bundle is written without it.
 FEATURE_MAPS = "feature_maps"
@@ -54,14 +54,14 @@ def run_config(source: Path) -> NetworkConfig:
         LoadError: `source` is not a run's configuration, or its pictures are not where it says.
     """
     config = _read_config(source)
-    return config.network(_open_dataset(config, None))
+    return config.network_config(_open_dataset(config, None))
 
 
 def _load_run(path: Path, data: Path | None) -> LoadedModel:
     config = _read_config(path / "config.json")
     dataset = _open_dataset(config, data)
     checkpoint, step, weights = _newest_checkpoint(path / "checkpoints")
-    network = build(config.network(dataset), weights, checkpoint)
+    network = build(config.network_config(dataset), weights, checkpoint)
     return LoadedModel(network, describe_run(path.resolve().name, config, dataset, network.config, step))
 
 
@@ -69,7 +69,7 @@ def _read_config(source: Path) -> TrainConfig:
     try:
         return load_config(source)
     except ValidationError as error:
-        detail = mistake(error)
+        detail = first_mistake(error)
     except (OSError, ValueError) as error:
         detail = str(error)
     raise LoadError(f"{source} is not the configuration of a training run: {detail}")
@@ -77,7 +77,7 @@ def _read_config(source: Path) -> TrainConfig:
 
 def _open_dataset(config: TrainConfig, data: Path | None) -> Dataset:
     try:
-        return config.pictures(data)
+        return config.open_dataset(data)
     except DataError as error:
         raise LoadError(f"sizes and class names come from the training pictures, and {error}") from None
 
@@ -87,7 +87,7 @@ def _newest_checkpoint(folder: Path) -> tuple[Path, int, dict[str, Tensor]]:
     for path in reversed(checkpoints(folder)):
         try:
             state: dict[str, Any] = json.loads((path / "state.json").read_text())
-            averages = read_whole(path, "ema", state.get("index"))
+            averages = read_full(path, "ema", state.get("index"))
             weights = {
                 name: tensor for name, tensor in averages.items() if not name.startswith(f"{FEATURE_MAPS}.")
             }

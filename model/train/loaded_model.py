@@ -1,6 +1,7 @@
-"""A trained model in memory: a network with its weights, and the manifest that describes it. Read from and written to bundles.
+"""A trained model in memory: a network with its weights, and the manifest that describes it.
 
-This module needs neither data sets nor training configurations; `model.train.load` also loads the folder of a training run.
+This module needs neither data sets nor training configurations; `model.train.load` also loads the folder of a
+training run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.spec.unet_config import UNetConfig
-from ditserve.model.weights.official import WeightsError, check
+from ditserve.model.weights.official import WeightsError, check_weights
 
 
 class LoadError(ModelError):
@@ -69,7 +70,7 @@ def build(config: NetworkConfig, weights: Mapping[str, Tensor], origin: Path) ->
         LoadError: the names or shapes are not those of `config`.
     """
     try:
-        check(weights, config)
+        check_weights(weights, config)
     except WeightsError as error:
         raise LoadError(f"{origin}: {error}") from None
     network = make_network(config).eval().requires_grad_(False)

@@ -1,4 +1,7 @@
-"""AdamW over a network's parameters, and the learning rate over a run."""
+"""The optimiser of a run: AdamW over a network's parameters, the learning rate, and mixed precision.
+
+Weights, losses and averages are fp32 in every precision.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ditserve.model.train.config import TrainConfig
-from ditserve.model.train.distillation_config import ProgressiveDistillation
+from ditserve.model.train.config import Precision, TrainConfig
+from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
+
+HALF_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter, arXiv:1711.05101) in two groups: matrices, which decay, and the rest, which does not.
+    """Make fused AdamW (Loshchilov & Hutter, arXiv:1711.05101) with two groups of parameters.
 
-    The rest are biases, norms, and embeddings of labels, of positions and of "no text".
+    Matrices decay. The rest does not: biases, norms, and embeddings of labels, of positions and of "no text".
     """
     matrices = [
         module.weight for module in network.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
@@ -30,14 +35,16 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step 0..steps−1: linear warm-up to `lr`, then as `schedule` says.
+    """Return the rate of step 0..steps−1: linear warm-up to `lr`, then as `schedule` says.
 
-    "constant" stays; "cosine" falls to zero at the end (Loshchilov & Hutter, arXiv:1608.03983); "wsd" stays, then falls linearly
-    to zero over the last `decay` of the steps (warm-up, stable, decay: Hu et al., arXiv:2404.06395). Each round of a progressive
-    distillation is a run of its own.
+    "constant" stays; "cosine" falls to zero at the end (Loshchilov & Hutter, arXiv:1608.03983); "wsd" stays,
+    then falls linearly to zero over the last `decay` of the steps (warm-up, stable, decay: Hu et al.,
+    arXiv:2404.06395). With "wsd", 100 steps, `warmup` 10 and `decay` 0.2, the rate is 0.1·lr at step 0, lr
+    from step 9 to 80, and 0.5·lr at step 90. Each round of a progressive distillation has this course of its
+    own.
     """
-    if isinstance(config.distillation, ProgressiveDistillation):
-        step, steps = config.distillation.length(step, config.steps)
+    if isinstance(config.distillation, ProgressiveDistillationConfig):
+        step, steps = config.distillation.position(step, config.steps)
         config = config.model_copy(update={"steps": steps})
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup), SCHEDULES[config.schedule](config, step))
 
@@ -60,3 +67,17 @@ SCHEDULES: dict[str, Callable[[TrainConfig, int], float]] = {
     "cosine": _cosine,
     "wsd": _wsd,
 }
+
+
+def autocast(precision: Precision, device: str) -> torch.autocast:
+    """Return the context of a forward pass: products in the half format, norms and softmax in fp32."""
+    half = HALF_DTYPES.get(precision, torch.bfloat16)
+    return torch.autocast(device, dtype=half, enabled=precision in HALF_DTYPES)
+
+
+def loss_scaler(precision: Precision, device: str) -> torch.amp.GradScaler:
+    """Make the loss scaler that keeps fp16 gradients from vanishing (Micikevicius et al., arXiv:1710.03740).
+
+    In other precisions it does nothing.
+    """
+    return torch.amp.GradScaler(device, enabled=precision == "fp16")

@@ -1,4 +1,4 @@
-"""Weights to start from: those of a bundle or of another run, as far as they fit; label tables by the names of their classes."""
+"""Initial weights from a bundle or another run: tensors whose shape fits, and label tables by class name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ditserve.model.train.loaded_model import LoadError
 
 @dataclass(frozen=True, slots=True)
 class WarmStart:
-    """What was taken over: tensors that fit, tensors left as they were, and classes known by name of all there are."""
+    """The result of a warm start: tensors taken over, names of the others, and known classes of all."""
 
     taken: int
     fresh: tuple[str, ...]
@@ -30,22 +30,24 @@ class WarmStart:
 
 
 def warm_start(network: nn.Module, factors: Sequence[Factor], source: Path) -> WarmStart:
-    """Load into `network`, whose label tables belong to `factors`, what fits of the model at `source`.
+    """Load into `network` the tensors of the model at `source` that fit.
 
-    A class starts as the one of its name, in the factor of its name; a new one as the null class, that is as not given.
+    The label tables of `network` belong to `factors`. A class starts as the class of the same name in the
+    factor of the same name. A new class starts as the null class.
 
     Raises:
         LoadError: `source` is no model, or nothing of it fits.
         BundleError: a bundle that is damaged.
     """
-    weights, known = named_tables(source, factors)
+    weights, known = _weights_for(source, factors)
     own = network.state_dict()
     fitting = {
         name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape
     }
     if not fitting:
         raise LoadError(
-            f"nothing of {source} fits this network: make model agree with its configuration, or leave out init"
+            f"nothing of {source} fits this network: make model agree with its configuration, "
+            "or leave out init"
         )
     with torch.no_grad():
         network.load_state_dict(fitting, strict=False)
@@ -53,24 +55,24 @@ def warm_start(network: nn.Module, factors: Sequence[Factor], source: Path) -> W
     return WarmStart(len(fitting), fresh, known, sum(len(factor.classes) for factor in factors))
 
 
-def named_tables(source: Path, factors: Sequence[Factor]) -> tuple[dict[str, Tensor], int]:
-    """The weights of the model at `source`, its label tables those of `factors`; and how many of their classes it knows."""
-    opened = load_model(source)
-    weights, config = dict(opened.network.state_dict()), opened.network.config
+def _weights_for(source: Path, factors: Sequence[Factor]) -> tuple[dict[str, Tensor], int]:
+    """Return the weights of the model at `source`, with tables for `factors`, and its known classes."""
+    model = load_model(source)
+    weights, config = dict(model.network.state_dict()), model.network.config
     tables: dict[str, Tensor] = {}
     known = 0
-    theirs = {factor.name: place for place, factor in enumerate(opened.manifest.factors)}
-    for place, factor in enumerate(factors):
-        if factor.name not in theirs:
+    old_numbers = {factor.name: number for number, factor in enumerate(model.manifest.factors)}
+    for number, factor in enumerate(factors):
+        if factor.name not in old_numbers:
             continue
-        old = theirs[factor.name]
-        keep = match_classes(opened.manifest.factors[old].classes, factor.classes)
+        old = old_numbers[factor.name]
+        keep = match_classes(model.manifest.factors[old].classes, factor.classes)
         known += sum(row is not None for row in keep)
         resized, _ = resize_classes(weights, config, old, keep)
-        tables[table(place)] = resized[table(old)]
+        tables[_table(number)] = resized[_table(old)]
     others = {name: tensor for name, tensor in weights.items() if not name.startswith("y_embedder.tables.")}
     return {**others, **tables}, known
 
 
-def table(place: int) -> str:
-    return f"y_embedder.tables.{place}.weight"
+def _table(number: int) -> str:
+    return f"y_embedder.tables.{number}.weight"

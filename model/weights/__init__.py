@@ -1,1 +1,1 @@
-"""Layouts of published weights, to and from ours: the official DiT's and diffusers'."""
+"""The layouts of other projects' weights, to and from ours: the official DiT and diffusers."""

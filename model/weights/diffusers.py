@@ -1,8 +1,9 @@
 """State dicts in diffusers' layout, converted to ours and back.
 
-diffusers' DiT splits qkv, copies the timestep and label embedders into every block, and computes another function than
-the published one: k/127 timestep frequencies, and an epsilon of 1e-5 before the MLP. Which of the two functions imported
-weights are meant for is therefore an argument. Nothing here reads or writes files (see `model.port`).
+diffusers' DiT has q, k and v apart, and copies of the timestep and label embedders in every block. It also
+computes another function than the official DiT: its timestep frequencies have k/127 instead of k/128, and the
+epsilon before the MLP is 1e-5 instead of 1e-6. An argument therefore says which function imported weights
+were trained for. Files are read and written in `model.weights.files`.
 """
 
 from __future__ import annotations
@@ -14,24 +15,24 @@ import torch
 from torch import Tensor
 
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.weights.official import TABLE, Weights, WeightsError, check, check_plain, refuse
+from ditserve.model.weights.official import TABLE, Weights, WeightsError, check_plain, check_weights, refuse
 
 Function = Literal["published", "diffusers"]
 
-# ours → diffusers, outside the blocks
+# Our name → diffusers' name, outside the blocks.
 _OUTER = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
-# ours → diffusers, in block i: blocks.i.* and transformer_blocks.i.*
+# The same in block i: blocks.i.* → transformer_blocks.i.*
 _BLOCK = {
     "adaLN_modulation.1": "norm1.linear",
     "attn.proj": "attn1.to_out.0",
     "mlp.fc1": "ff.net.0.proj",
     "mlp.fc2": "ff.net.2",
 }
-# ours → diffusers, one of ours but a copy in every block of theirs
+# Our one tensor → the copy of it in every block of diffusers.
 _COPIED = {
     "t_embedder.mlp.0.weight": "norm1.emb.timestep_embedder.linear_1.weight",
     "t_embedder.mlp.0.bias": "norm1.emb.timestep_embedder.linear_1.bias",
@@ -44,15 +45,16 @@ _COPIED = {
 def from_diffusers(
     state: Mapping[str, Tensor], fields: Mapping[str, Any], *, function: Function
 ) -> tuple[Weights, DiTConfig]:
-    """Weights and configuration from diffusers' state dict and the fields of its config.json.
+    """Return weights and configuration from a state dict of diffusers and the fields of its config.json.
 
-    `function` "published" is for weights converted from the published release, which diffusers runs slightly wrong;
-    "diffusers" is for weights trained with diffusers, and computes what it computes.
+    `function` is "published" for weights that were converted from the official release, which diffusers runs
+    slightly wrong, and "diffusers" for weights that were trained with diffusers: the result then computes
+    what diffusers computes.
 
     Raises:
-        WeightsError: no DiT, options we do not have, copies that disagree, or names and shapes that do not fit.
+        WeightsError: not a DiT, an option we lack, copies that disagree, or names and shapes that do not fit.
     """
-    config = _from_fields(fields, function)
+    config = _config_from_fields(fields, function)
     rest = {
         name: tensor for name, tensor in state.items() if name not in ("pos_embed", "pos_embed.pos_embed")
     }
@@ -65,7 +67,7 @@ def from_diffusers(
         return rest.pop(name, torch.empty(0))
 
     for ours, theirs in _COPIED.items():
-        weights[ours] = _agreed(
+        weights[ours] = _single_copy(
             [take(f"transformer_blocks.{k}.{theirs}") for k in range(config.depth)], theirs
         )
     for part in ("weight", "bias"):
@@ -77,25 +79,25 @@ def from_diffusers(
             qkv = [take(f"transformer_blocks.{k}.attn1.to_{letter}.{part}") for letter in "qkv"]
             weights[f"blocks.{k}.attn.qkv.{part}"] = torch.cat(qkv)
     refuse("the weights are not those of diffusers' DiT", missing=missing, extra=sorted(rest))
-    check(weights, config)
+    check_weights(weights, config)
     return weights, config
 
 
 def to_diffusers(weights: Mapping[str, Tensor], config: DiTConfig) -> tuple[Weights, dict[str, Any]]:
-    """Our weights in diffusers' layout, and the fields of its config.json.
+    """Return our weights in diffusers' layout, and the fields of its config.json.
 
-    diffusers cannot be told to use the published timestep frequencies: unless `config.frequency_shift` is 1 it will
-    compute another function of these weights.
+    diffusers has no option for the official timestep frequencies: unless `config.frequency_shift` is 1, it
+    computes another function of these weights.
 
     Raises:
-        WeightsError: the configuration uses what diffusers' DiT has not, or the weights do not fit it.
+        WeightsError: the configuration uses an option that diffusers lacks, or the weights do not fit it.
     """
     check_plain(config)
     if config.image_size[0] != config.image_size[1] or config.mlp_ratio != 4:
         raise WeightsError(
             "diffusers' DiT is square with an mlp_ratio of 4: these weights cannot be exported to it"
         )
-    check(weights, config)
+    check_weights(weights, config)
     out: Weights = {}
     for part in ("weight", "bias"):
         for ours, theirs in _OUTER.items():
@@ -126,20 +128,20 @@ def to_diffusers(weights: Mapping[str, Tensor], config: DiTConfig) -> tuple[Weig
     }
 
 
-def _from_fields(fields: Mapping[str, Any], function: Function) -> DiTConfig:
-    """Defaults are those of diffusers 0.3x, where config.json may leave a field out."""
-    wanted = {
+def _config_from_fields(fields: Mapping[str, Any], function: Function) -> DiTConfig:
+    """Return the configuration of config.json; a field that is left out has the default of diffusers 0.3x."""
+    needed = {
         "norm_type": "ada_norm_zero",
         "activation_fn": "gelu-approximate",
         "attention_bias": True,
         "norm_elementwise_affine": False,
     }
-    other = [f"{name} {fields[name]!r}" for name, value in wanted.items() if fields.get(name, value) != value]
-    if other:
-        raise WeightsError(f"the configuration is not a DiT's: {', '.join(other)}")
+    wrong = [f"{name} {fields[name]!r}" for name, value in needed.items() if fields.get(name, value) != value]
+    if wrong:
+        raise WeightsError(f"the configuration is not a DiT's: {', '.join(wrong)}")
     heads, size = int(fields.get("num_attention_heads", 16)), int(fields.get("sample_size", 32))
     channels = int(fields.get("in_channels", 4))
-    same = function == "diffusers"
+    as_diffusers = function == "diffusers"
     try:
         return DiTConfig(
             image_size=(size, size),
@@ -150,17 +152,18 @@ def _from_fields(fields: Mapping[str, Any], function: Function) -> DiTConfig:
             num_heads=heads,
             classes=(int(fields.get("num_embeds_ada_norm", 1000)),),
             learn_sigma=(fields.get("out_channels") or channels) == 2 * channels,
-            frequency_shift=1 if same else 0,
-            mlp_norm_eps=float(fields.get("norm_eps", 1e-5)) if same else 1e-6,
+            frequency_shift=1 if as_diffusers else 0,
+            mlp_norm_eps=float(fields.get("norm_eps", 1e-5)) if as_diffusers else 1e-6,
         )
     except ValueError as error:
         raise WeightsError(f"the configuration makes no DiT: {error}") from None
 
 
-def _agreed(copies: Sequence[Tensor], name: str) -> Tensor:
-    odd = [k for k, copy in enumerate(copies) if not torch.equal(copy, copies[0])]
-    if odd:
+def _single_copy(copies: Sequence[Tensor], name: str) -> Tensor:
+    different = [k for k, copy in enumerate(copies) if not torch.equal(copy, copies[0])]
+    if different:
         raise WeightsError(
-            f"the copies of {name} disagree: block {odd[0]} differs from block 0, so no one embedder fits"
+            f"the copies of {name} disagree: "
+            f"block {different[0]} differs from block 0, so no one embedder fits"
         )
     return copies[0]

@@ -1,4 +1,7 @@
-"""Weights of others as files: read into a bundle, and written out of one. Code in them is never unpickled."""
+"""Files of weights in other projects' layouts: read into a bundle, and written from a bundle.
+
+`model.weights.official` and `model.weights.diffusers` convert the tensors. Code in a pickle is never run.
+"""
 
 from __future__ import annotations
 
@@ -32,34 +35,66 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.weights.diffusers import Function, from_diffusers, to_diffusers
 from ditserve.model.weights.official import Weights, WeightsError, from_official, to_official
 
+DIFFUSERS_CONFIG = "config.json"
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
-
-# Guidance and sampler of the published 256 px results are 250 steps of DDPM at 1.5; 50 of DDIM are as good (FID 2.26).
+# The published results at 256 px use 250 steps of DDPM at guidance 1.5; 50 of DDIM are as good (FID 2.26).
 DEFAULTS = Defaults(steps=50, solver="ddim", grid="leading", guidance_scale=1.5, guidance_interval=(0.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
-class Import:
-    """What the file cannot say: heads and size of unpublished shapes, and for diffusers which function is meant."""
+class ImportOptions:
+    """The facts that a file of weights does not hold.
+
+    `num_heads` and `image_size` are for shapes that are not published, `function` for diffusers' layout.
+    """
 
     num_heads: int | None = None
     image_size: tuple[int, int] | None = None
     function: Function = "published"
 
 
-def read_state(path: Path) -> Weights:
-    """The tensors of a .safetensors, .pt, .pth or .bin file; of a training checkpoint, the averaged weights ("ema").
+def read_weights(path: Path, options: ImportOptions) -> tuple[Weights, DiTConfig]:
+    """Read weights and configuration from an official file, or from a folder or file of diffusers.
+
+    In diffusers' layout `path` is the folder of the model, of a pipeline around it, or its weights file.
 
     Raises:
-        WeightsError: unreadable, not plain tensors, or pickled code, which is never run.
+        WeightsError: there is nothing to read, or it does not fit.
+    """
+    folder = _diffusers_folder(path)
+    if folder is None:
+        return from_official(read_state(path), num_heads=options.num_heads, image_size=options.image_size)
+    file = next((folder / name for name in DIFFUSERS_WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise WeightsError(f"{folder} holds neither {' nor '.join(DIFFUSERS_WEIGHTS)}")
+    try:
+        fields = json.loads((folder / DIFFUSERS_CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder / DIFFUSERS_CONFIG} cannot be read: {error}") from None
+    return from_diffusers(read_state(file), fields, function=options.function)
+
+
+def _diffusers_folder(path: Path) -> Path | None:
+    if path.is_file() and path.name in DIFFUSERS_WEIGHTS:
+        return path.parent
+    folders = (path / "transformer", path)
+    return next((folder for folder in folders if (folder / DIFFUSERS_CONFIG).is_file()), None)
+
+
+def read_state(path: Path) -> Weights:
+    """Read the tensors of a .safetensors, .pt, .pth or .bin file.
+
+    Of a training checkpoint it returns the averaged weights ("ema").
+
+    Raises:
+        WeightsError: unreadable, not plain tensors, or pickled code.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # the published trainer pickles its arguments
+        # The official trainer pickles its arguments beside the tensors.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
@@ -73,29 +108,6 @@ def read_state(path: Path) -> Weights:
     return cast(Weights, stored)
 
 
-def read_weights(path: Path, options: Import) -> tuple[Weights, DiTConfig]:
-    """Weights and configuration from a published file, or a diffusers folder, pipeline folder or weights file.
-
-    Raises:
-        WeightsError: there is nothing to read, or it does not fit.
-    """
-    folder = next(
-        (place for place in (path / "transformer", path) if (place / "config.json").is_file()), None
-    )
-    if path.is_file() and path.name in DIFFUSERS_WEIGHTS:
-        folder = path.parent
-    if folder is None:
-        return from_official(read_state(path), num_heads=options.num_heads, image_size=options.image_size)
-    file = next((folder / name for name in DIFFUSERS_WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise WeightsError(f"{folder} holds neither {' nor '.join(DIFFUSERS_WEIGHTS)}")
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    return from_diffusers(read_state(file), fields, function=options.function)
-
-
 def write_bundle(
     target: Path,
     weights: Mapping[str, Tensor],
@@ -104,19 +116,24 @@ def write_bundle(
     licence: str,
     classes: Sequence[str] = (),
 ) -> Manifest:
-    """A bundle of weights alone, for a latent model trained as published: linear schedule, noise prediction.
+    """Write a bundle of weights alone, for a latent model trained as published.
+
+    The schedule is linear, the network predicts noise. `classes` names the classes; unless given, their
+    numbers do.
 
     Raises:
-        WeightsError: `classes` are not as many as the model's, or the folder's name cannot be a bundle's.
+        WeightsError: the number of `classes` is not the model's, or the folder has no legal name for a
+            bundle.
     """
     names = tuple(classes) or tuple(str(k) for k in range(config.classes[0]))
     if len(names) != config.classes[0]:
         raise WeightsError(f"{len(names)} class names for a model of {config.classes[0]} classes")
+    height, width = config.image_size
     try:
         manifest = Manifest(
             name=re.sub(r"[^A-Za-z0-9._-]", "-", target.name),
             version="1",
-            description=f"Diffusion Transformer over {config.image_size[0]}×{config.image_size[1]} latents, imported",
+            description=f"Diffusion Transformer over {height}×{width} latents, imported",
             config=config,
             diffusion=DiffusionSpec(
                 schedule="linear",
@@ -140,11 +157,11 @@ def write_bundle(
     return manifest
 
 
-def take_out(bundle: Bundle, target: Path, layout: str) -> None:
-    """Write a bundle's weights as a published .pt file ("official") or as a diffusers folder ("diffusers").
+def export_weights(bundle: Bundle, target: Path, layout: str) -> None:
+    """Write the weights of a bundle: `layout` is "official" for a .pt file, "diffusers" for a folder.
 
     Raises:
-        WeightsError: the model is none the layout can hold.
+        WeightsError: the layout cannot hold the model.
         BundleError: the bundle has no weights.
     """
     weights, config = load_file(bundle.file(WEIGHTS)), bundle.manifest.config
@@ -158,4 +175,4 @@ def take_out(bundle: Bundle, target: Path, layout: str) -> None:
     state, fields = to_diffusers(weights, config)
     target.mkdir(parents=True, exist_ok=True)
     save_file(state, target / DIFFUSERS_WEIGHTS[0])
-    write_atomic(target / "config.json", (json.dumps(fields, indent=2) + "\n").encode())
+    write_atomic(target / DIFFUSERS_CONFIG, (json.dumps(fields, indent=2) + "\n").encode())

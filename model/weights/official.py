@@ -1,7 +1,8 @@
-"""State dicts in the published DiT's layout, converted to ours and back; what does not fit is listed.
+"""State dicts in the layout of the official DiT release, converted to ours and back.
 
-The published names are ours but for the label table and the positions, which we compute. Nothing here reads or writes
-files (see `model.port`); diffusers' layout is in `model.weights_diffusers`.
+The official names are our names, except for the label table, and for the position table, which we compute.
+Weights that do not fit are refused with a list of what does not. Files are read and written in
+`model.weights.files`; diffusers' layout is in `model.weights.diffusers`.
 """
 
 from __future__ import annotations
@@ -20,53 +21,53 @@ from ditserve.model.spec.network_config import NetworkConfig
 
 Weights = dict[str, Tensor]
 
-TABLE, PUBLISHED_TABLE = "y_embedder.tables.0.weight", "y_embedder.embedding_table.weight"
+TABLE, OFFICIAL_TABLE = "y_embedder.tables.0.weight", "y_embedder.embedding_table.weight"
 _HEADS = {hidden: heads for _, hidden, heads in SIZES.values()}
 
 
 class WeightsError(ModelError):
-    """Weights that do not fit; the message lists what is missing, extra, misshapen or contradictory."""
+    """Weights that do not fit; the message lists what is missing, extra, misshaped or contradictory."""
 
 
-def check(weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
-    """Refuse `weights` unless their names and shapes are exactly those of `config`.
+def check_weights(weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
+    """Raise WeightsError unless the names and shapes of `weights` are exactly those of `config`.
 
-    Raises:
-        WeightsError: listing what is missing, what is extra, and every wrong shape.
+    The message lists what is missing, what is extra, and every wrong shape.
     """
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in make_network(config).state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    shapes = [
-        f"{name} {found[name]} instead of {shape}"
+    actual = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong_shapes = [
+        f"{name} {actual[name]} instead of {shape}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in actual and actual[name] != shape
     ]
     refuse(
         "the weights do not fit the configuration",
-        missing=sorted(expected.keys() - found.keys()),
-        extra=sorted(found.keys() - expected.keys()),
-        wrong_shape=shapes,
+        missing=sorted(expected.keys() - actual.keys()),
+        extra=sorted(actual.keys() - expected.keys()),
+        wrong_shape=wrong_shapes,
     )
 
 
 def from_official(
     state: Mapping[str, Tensor], *, num_heads: int | None = None, image_size: tuple[int, int] | None = None
 ) -> tuple[Weights, DiTConfig]:
-    """Weights and configuration from a state dict in the published layout.
+    """Return weights and configuration from a state dict in the official layout.
 
-    Everything is read off the shapes but the number of heads, which is known for the published widths only, and the
-    sides of the image, taken as equal unless given (in latent pixels).
+    The shapes say everything except the number of heads, which is known for the published widths only, and
+    the sides of the image in latent pixels, which are taken as equal unless given.
 
     Raises:
-        WeightsError: names or shapes that are no DiT's, heads or size unknown, or positions that are not the published.
+        WeightsError: names or shapes that are not a DiT's, an unknown number of heads or size, or trained
+            positions.
     """
     state = dict(state)
     pos_embed = state.pop("pos_embed", None)
-    weights = {TABLE if name == PUBLISHED_TABLE else name: tensor for name, tensor in state.items()}
+    weights = {TABLE if name == OFFICIAL_TABLE else name: tensor for name, tensor in state.items()}
     tokens = None if pos_embed is None else pos_embed.shape[-2]
-    config = _inferred(weights, num_heads, tokens, image_size)
-    check(weights, config)
+    config = _infer_config(weights, num_heads, tokens, image_size)
+    check_weights(weights, config)
     if pos_embed is not None:
         with torch.device("cpu"):
             ours = DiT(replace(config, depth=1)).pos_embed
@@ -82,22 +83,24 @@ def from_official(
 
 
 def to_official(weights: Mapping[str, Tensor], config: DiTConfig) -> Weights:
-    """Our weights in the published layout, positions included.
+    """Return our weights in the official layout, with the position table.
 
     Raises:
-        WeightsError: the configuration uses what the published DiT has not, or the weights do not fit it.
+        WeightsError: the configuration uses an option that the official DiT lacks, or the weights do not fit
+            it.
     """
     check_plain(config)
     if (config.frequency_shift, config.mlp_norm_eps) != (0, 1e-6):
         raise WeightsError(
-            "these weights are for diffusers' function (k/127, eps 1e-5): the published layout has no sign for it"
+            "these weights are for diffusers' function (k/127, eps 1e-5): "
+            "the published layout has no sign for it"
         )
-    check(weights, config)
-    out = {PUBLISHED_TABLE if name == TABLE else name: tensor for name, tensor in weights.items()}
+    check_weights(weights, config)
+    out = {OFFICIAL_TABLE if name == TABLE else name: tensor for name, tensor in weights.items()}
     return {"pos_embed": DiT(replace(config, depth=1)).pos_embed[None], **out}
 
 
-def _inferred(
+def _infer_config(
     weights: Mapping[str, Tensor], heads: int | None, tokens: int | None, size: tuple[int, int] | None
 ) -> DiTConfig:
     needed = ("x_embedder.proj.weight", "final_layer.linear.weight", TABLE, "blocks.0.mlp.fc1.weight")
@@ -130,7 +133,7 @@ def _inferred(
 
 
 def check_plain(config: DiTConfig) -> None:
-    """Raises WeightsError unless the configuration is one the published DiT can have."""
+    """Raise WeightsError unless the configuration uses only options that the official DiT has."""
     plain = replace(
         config,
         blocks=("adaln_zero",),
@@ -157,12 +160,12 @@ def check_plain(config: DiTConfig) -> None:
         )
 
 
-def refuse(what: str, **lists: Sequence[str]) -> None:
-    """Raises WeightsError naming up to eight of each list, if there is anything in them."""
+def refuse(reason: str, **lists: Sequence[str]) -> None:
+    """Raise WeightsError with `reason` and up to eight names of each list, if any list has names."""
     parts = [
         f"{kind.replace('_', ' ')} ({len(names)}): {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
         for kind, names in lists.items()
         if names
     ]
     if parts:
-        raise WeightsError(f"{what}; {'; '.join(parts)}")
+        raise WeightsError(f"{reason}; {'; '.join(parts)}")

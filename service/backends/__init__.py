@@ -1,6 +1,7 @@
-"""What runs the network: one protocol, and the table of its implementations.
+"""Backends that run the network: one protocol, and the table of its implementations.
 
-An implementation is imported only when chosen, so that neither torch nor onnxruntime is loaded by who does not use it.
+An implementation is imported only when it is chosen, so that a process loads torch or onnxruntime
+only to use it.
 """
 
 from __future__ import annotations
@@ -12,71 +13,83 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.errors import ModelError
 
 Floats = npt.NDArray[np.float32]
 
 BACKENDS: Final[dict[str, str]] = {
-    "onnx": "ditserve.service.backends.onnx:OnnxBackend",
+    "onnx": "ditserve.service.backends.onnx:open_onnx",
     "torch": "ditserve.service.backends.torch:TorchBackend",
     "tensorrt": "ditserve.service.backends.tensorrt:TensorRtBackend",
 }
 TEXT: Final = "ditserve.service.backends.text"
 CONDITIONER_ROWS: Final = 8
-CONDITIONER_ROWS_GPU: Final = 32  # a call for few rows is mostly the launching of kernels
+# A call for few rows would be mostly the launching of kernels.
+CONDITIONER_ROWS_GPU: Final = 32
 
 
 class Backend(Protocol):
     """The network of one bundle on one device.
 
-    Every method is row-wise: a row's numbers depend on that row alone (up to rounding when the batch size differs). Inputs are
-    C-contiguous and not modified; outputs belong to the caller. Any method may raise `OutOfMemory`.
-    `decode` may be called from one thread while another calls the rest.
+    Every method works row by row: a row's numbers depend on that row alone (up to rounding if the batch size
+    differs). Inputs are C-contiguous and not modified; outputs belong to the caller. Any method may raise
+    `OutOfMemory`. `decode` may be called from one thread while another calls the other methods.
+
+    Args:
+        buckets: the batch sizes that `denoise` takes; None for any.
+        conditioner_rows: the rows of every call of `modulate`. With one fixed size, an answer does not depend
+            on how many rows are needed.
+        precision: of the backbone: fp32, fp16, bf16 or int8.
+        size_multiple: H and W may be any multiples of it; None for the manifest's own size only.
     """
 
     name: str
     manifest: Manifest
-    buckets: tuple[int, ...] | None  # the batch sizes `denoise` takes; None for any
-    conditioner_rows: (
-        int  # of every call of `modulate`, so that its answer does not depend on how many are wanted
-    )
-    precision: str  # what the backbone computes in: fp32, fp16, bf16 or int8
-    size_multiple: int | None  # H and W may be any multiples of it; None: only the manifest's own
+    buckets: tuple[int, ...] | None
+    conditioner_rows: int
+    precision: str
+    size_multiple: int | None
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
-        """Class indices (B, F), null = number of classes, and sentence encodings (B, text_size) to condition embeddings (B, E).
+        """Return condition embeddings (B, E) of class indices (B, F) and sentence encodings (B, text_size).
 
-        A row of zeros stands for no text, and so does None.
+        The null class of a factor is the number of its classes. A row of zeros stands for no text,
+        and so does None.
         """
         ...
 
     def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
-        """Timesteps (B,) and embeddings (B, E) to the condition state, (B, *shape) each, in the manifest's order."""
+        """Return the condition state of timesteps (B,) and embeddings (B, E).
+
+        It is one tensor (B, *shape) per entry of the manifest, in the manifest's order.
+        """
         ...
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
-        """Latents (B, C, H, W) and their condition state to the network's output (B, C_out, H, W)."""
+        """Return the network's output (B, C_out, H, W) for latents (B, C, H, W) and their condition state."""
         ...
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        """Latents (B, C, H, W) to pixels (B, H, W, 3)."""
+        """Return the pixels (B, H, W, 3) of latents (B, C, H, W)."""
         ...
 
     def close(self) -> None: ...
 
 
 class OutOfMemory(MemoryError):
-    """The device has no memory for this many rows; fewer may fit."""
+    """A call for which the device has no memory; fewer rows may fit."""
 
 
-class BackendUnavailable(Exception):
-    """The chosen backend cannot run here; the message is one sentence with the remedy."""
+class BackendUnavailable(ModelError):
+    """A backend that cannot run here; the message is one sentence with the remedy."""
 
 
 def load_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
-    """Open `bundle` on the backend `name`; `options` are its own.
+    """Open `bundle` on the backend `name`; `options` are those of the backend.
 
     Raises:
-        BackendUnavailable: no such backend, a package it needs is not installed, or it cannot run this bundle.
+        BackendUnavailable: there is no such backend, a package it needs is not installed, or it cannot run
+            this bundle.
         BundleError: the bundle lacks a file it needs.
     """
     if name not in BACKENDS:
@@ -92,25 +105,25 @@ def load_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
     return cast(Backend, implementation(bundle, **options))
 
 
-class TextEncoder(Protocol):
-    """`size` numbers a sentence, never all zero. Encoders of equal `key` give equal encodings."""
+class SentenceEncoder(Protocol):
+    """An encoder of sentences to `size` numbers, never all zero. Equal `key`s give equal encodings."""
 
     size: int
     key: str
 
     def encode(self, sentence: str) -> Floats:
-        """(size,)"""
+        """Return the encoding (size,) of a sentence."""
         ...
 
 
-def load_text_encoder(name: str) -> TextEncoder:
-    """The encoder `name`: one that comes as a package, or a folder.
+def load_text_encoder(name: str) -> SentenceEncoder:
+    """Open the encoder `name`: one that comes as a package, or a folder.
 
     Raises:
-        BackendUnavailable: a package it needs is not installed, or it is no encoder this service can run.
+        BackendUnavailable: a package it needs is not installed, or this service cannot run the encoder.
     """
     try:
-        return cast(TextEncoder, import_module(TEXT).open_encoder(name))
+        return cast(SentenceEncoder, import_module(TEXT).open_encoder(name))
     except ImportError as error:
         raise BackendUnavailable(
             f"text encoder {name!r} needs the package {error.name}, which is not installed"

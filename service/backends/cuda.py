@@ -1,6 +1,6 @@
-"""The few calls of the CUDA runtime that a backend needs, every return code checked. Over `cuda-bindings`, without torch.
+"""The calls of the CUDA runtime that a backend needs, over `cuda-bindings` and without torch.
 
-Memory comes from one device and one stream; copies and launches are ordered on that stream.
+Every return code is checked. Memory is of one device; copies and launches are ordered on one stream.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
 class CudaError(RuntimeError):
-    """A CUDA call that failed; the message names call and reason."""
+    """A CUDA call that failed; the message names the call and the reason."""
 
 
 class Cuda:
-    """One device and one non-blocking stream; `close` frees everything taken from it."""
+    """One device and one non-blocking stream; `close` frees everything allocated here."""
 
     def __init__(self, runtime: Any = None) -> None:
         self._runtime = runtime if runtime is not None else _load()
@@ -35,19 +35,19 @@ class Cuda:
         self._graphs: list[Any] = []
 
     def device(self) -> tuple[str, str]:
-        """Name and compute capability of the device, such as ("NVIDIA L4", "sm89")."""
+        """Return name and compute capability of the device, such as ("NVIDIA L4", "sm89")."""
         properties = self._call("cudaGetDeviceProperties", 0)
         name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         return name.rstrip("\0"), f"sm{properties.major}{properties.minor}"
 
     def allocate(self, size: int) -> int:
-        """Device memory of `size` bytes; its address."""
+        """Allocate `size` bytes of device memory; return the address."""
         address = int(self._call("cudaMalloc", size))
         self._device.append(address)
         return address
 
     def pinned(self, shape: tuple[int, ...]) -> Floats:
-        """A page-locked host array, which copies can be asynchronous from and to."""
+        """Allocate a page-locked host array of fp32, from and to which copies are asynchronous."""
         size = 4 * int(np.prod(shape))
         address = int(self._call("cudaMallocHost", size))
         self._host.append(address)
@@ -65,7 +65,7 @@ class Cuda:
         self._call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, self.stream)
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """Record what `work` enqueues on the stream as a graph that can be launched again and again."""
+        """Capture the calls that `work` enqueues on the stream as a graph that can be launched repeatedly."""
         self._call(
             "cudaStreamBeginCapture",
             self.stream,
@@ -73,7 +73,8 @@ class Cuda:
         )
         try:
             work()
-        finally:  # a stream left capturing could not be used again
+        finally:
+            # A stream that is left capturing could not be used again.
             graph = self._call("cudaStreamEndCapture", self.stream)
         executable = self._call("cudaGraphInstantiate", graph, 0)
         self._call("cudaGraphDestroy", graph)
@@ -89,13 +90,13 @@ class Cuda:
 
     def close(self) -> None:
         """Free graphs, memory and stream; arrays from `pinned` must not be touched afterwards."""
-        for call, things in (
+        for call, resources in (
             ("cudaGraphExecDestroy", self._graphs),
             ("cudaFree", self._device),
             ("cudaFreeHost", self._host),
         ):
-            while things:
-                self._call(call, things.pop())
+            while resources:
+                self._call(call, resources.pop())
         if self.stream:
             self._call("cudaStreamDestroy", self.stream)
             self.stream = 0

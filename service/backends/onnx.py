@@ -1,19 +1,16 @@
-"""ONNX Runtime: runs a bundle's graphs on the CPU by default, the backbone elsewhere by choice of execution provider.
+"""ONNX Runtime: runs a bundle's graphs on the CPU by default, the backbone elsewhere by choice of provider.
 
-The runtime releases the interpreter lock while it computes. Inputs are read in place; outputs are arrays of their own. The
-conditioner runs where the backbone does, in fp32: of a DiT-XL/2 it has a third of the weights. What it gives is cached by the engine, in
-the host's memory.
+The runtime releases the interpreter lock while it computes. Inputs are read in place; outputs are arrays of
+their own. The conditioner runs on the same device as the backbone, in fp32: of a DiT-XL/2 it has a third of
+the weights. The engine caches its results in the host's memory.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Sequence
-from importlib import metadata
 from threading import Lock
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,39 +18,40 @@ import onnxruntime as ort
 import structlog
 
 from ditserve.model.spec.bundle import Bundle, Manifest
-from ditserve.model.spec.engine_cache import FOLDER, NoGpu, first_gpu, origin_of
-from ditserve.model.spec.network_config import size_multiple as free_sides
+from ditserve.model.spec.network_config import size_multiple
 from ditserve.service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
-from ditserve.service.backends.rows import SIZES, RecordedRows, Rows, SharedRows, run
+from ditserve.service.backends.precision import open_backbone
+from ditserve.service.backends.runners import GRAPH_SIZES, CudaGraphRunner, DataParallelRunner, RowRunner
+from ditserve.service.backends.sessions import (
+    BACKBONES,
+    CPU,
+    CUDA,
+    TENSORRT,
+    cuda_entry,
+    open_session,
+    provider_entries,
+    require_providers,
+    run_session,
+    session_options,
+)
 from ditserve.service.images import to_pixels
-
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
-BACKBONES: Final = {"fp32": "backbone.onnx", "fp16": "backbone.fp16.onnx", "int8": "backbone.int8.onnx"}
-NEEDS: Final = {  # provider → what to install for it
-    CUDA: "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime",
-    TENSORRT: "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, and tensorrt-cu13",
-}
-OUTDATED: Final = "an older export wrote it; write it again with python -m export.half or export.int8"
-QUALITY_BUDGET = 0.01  # relative growth of the Fréchet distance that "auto" accepts of INT8
-TIMING_S, TIMED = 2.0, 15  # pairs of steps, when a precision is chosen by speed
-FASTER = 1.05  # times fp32, below which noise would decide and pictures change from start to start
 
 log = structlog.get_logger()
 
 
-class Graphs:
-    """Embedder, conditioner and decoder of a bundle; each a part of `Backend`.
+class AuxiliaryGraphs:
+    """Embedder, conditioner and decoder of a bundle, all but its backbone; the other methods of `Backend`.
 
-    `providers` are where conditioner and decoder run; the embedder looks up rows of a table.
+    Conditioner and decoder run on `providers`. The embedder looks up rows of a table, on the CPU.
     """
 
     def __init__(
         self, bundle: Bundle, options: ort.SessionOptions, providers: Sequence[str] = (CPU,)
     ) -> None:
         manifest = bundle.manifest
-        self._conditions = [factor.name for factor in manifest.factors]
-        self._width, self._text_size = manifest.embedding_size, manifest.config.text_size
-        conditional = bool(self._conditions or self._text_size)
+        self._factors = [factor.name for factor in manifest.factors]
+        self._embedding_size, self._text_size = manifest.embedding_size, manifest.config.text_size
+        conditional = bool(self._factors or self._text_size)
         self._embedder = open_session(bundle, "embedder.onnx", options) if conditional else None
         self._conditioner = open_session(
             bundle, "conditioner.onnx", options, provider_entries(bundle, "fp32", providers)
@@ -61,280 +59,187 @@ class Graphs:
         self._decoder = None
         if manifest.decoder != "identity":
             self._decoder = open_session(bundle, "decoder.onnx", options, providers)
-        # The decoder runs in another thread, and no work on the GPU may come between what is recorded.
-        self._quiet = Lock()
-        self._state = [entry.name for entry in manifest.state]
+        self._state = [tensor.name for tensor in manifest.state]
+        # The decoder runs in a thread of its own, and must not use the GPU during a capture.
+        self.capture_lock = Lock()
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
-        """Class indices (B, F) and sentence embeddings (B, text_size), a row of zeros or None standing for no text → (B, E)."""
+        """Return embeddings (B, E) of class indices (B, F) and of sentence encodings (B, text_size).
+
+        A row of zeros stands for no text, and so does None.
+        """
         if self._embedder is None:
-            return np.zeros((len(labels), self._width), np.float32)
+            return np.zeros((len(labels), self._embedding_size), np.float32)
         inputs: dict[str, npt.NDArray[Any]] = {
-            name: np.ascontiguousarray(labels[:, k]) for k, name in enumerate(self._conditions)
+            name: np.ascontiguousarray(labels[:, k]) for k, name in enumerate(self._factors)
         }
         if self._text_size:
             inputs["text"] = np.zeros((len(labels), self._text_size), np.float32) if text is None else text
-        return run(self._embedder, ["embedding"], inputs)[0]
+        return run_session(self._embedder, ["embedding"], inputs)[0]
 
     def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
-        return tuple(run(self._conditioner, self._state, {"timestep": timesteps, "embedding": embeddings}))
+        inputs = {"timestep": timesteps, "embedding": embeddings}
+        return tuple(run_session(self._conditioner, self._state, inputs))
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         if self._decoder is None:
             return to_pixels(latents)
-        with self._quiet:
-            return to_pixels(run(self._decoder, ["image"], {"latent": latents})[0])
+        with self.capture_lock:
+            return to_pixels(run_session(self._decoder, ["image"], {"latent": latents})[0])
+
+    def close(self) -> None:
+        """Free the sessions' memory; the graphs cannot be run afterwards."""
+        del self._embedder, self._conditioner, self._decoder
 
 
-class OnnxBackend(Graphs):
-    """A bundle in ONNX Runtime.
+class OnnxBackend:
+    """A bundle in ONNX Runtime, made of its parts by `open_onnx`.
 
     Args:
-        threads: compute threads, 0 for one per core. On the CPU they share out the rows of a batch (`SharedRows`).
-        precision: "fp32", "fp16" or "int8" where the bundle has it, or "auto": on the CPU INT8 if the bundle's own record says that it
-            costs less than `QUALITY_BUDGET` and it is faster here, else fp32; on other providers fp16 if the bundle has it.
-        providers: execution providers in order of preference, such as ("CUDAExecutionProvider", "CPUExecutionProvider").
-        spin: let idle compute threads wait busily. Worth a try on cores of one's own; beside an API and a queue on two cores
-            it cost 72 % more processor time and half as much time again per step of 8 rows.
+        graphs: all but the backbone.
+        precision: of the backbone.
+        backbone: the backbone for pictures of any size that its graph takes.
+        cuda_graph: the backbone for the bundle's own size if its kernels are captured, else None.
+        size_multiple: see `Backend`.
+        conditioner_rows: see `Backend`.
     """
 
     name = "onnx"
-    buckets: tuple[int, ...] | None = None
-    conditioner_rows = CONDITIONER_ROWS
 
     def __init__(
         self,
-        bundle: Bundle,
+        manifest: Manifest,
+        graphs: AuxiliaryGraphs,
         *,
-        threads: int = 0,
-        precision: str = "auto",
-        providers: Sequence[str] = (CPU,),
-        spin: bool = False,
+        precision: str,
+        backbone: RowRunner,
+        cuda_graph: CudaGraphRunner | None,
+        size_multiple: int | None,
+        conditioner_rows: int,
     ) -> None:
-        known = ("auto", *BACKBONES)
-        if precision not in known:
-            raise BackendUnavailable(
-                f"precision of the onnx backend must be one of {', '.join(known)}, not {precision!r}"
-            )
-        require(providers)
-        self.manifest = bundle.manifest
-        threads = threads or len(os.sched_getaffinity(0))
-        options = session_options(threads, spin=spin)
-        conditioning = [each for each in providers if each != TENSORRT] or [CPU]
-        super().__init__(bundle, options, conditioning)
-        if conditioning[0] != CPU:
-            self.conditioner_rows = CONDITIONER_ROWS_GPU
-        self.precision, session = _backbone(bundle, precision, options, providers)
-        self.size_multiple = size_multiple(session.get_inputs()[0].shape)
-        shared = threads if providers[0] == CPU else 1
-        self._backbone: Rows = _shared(bundle, self.precision, session, options, shared)
-        self._own_size: Rows = self._backbone
-        if providers[0] == CUDA and (graph := recorded(bundle, self.precision, providers, self._quiet)):
-            self._own_size, self.buckets = graph, SIZES
+        self.manifest, self.precision = manifest, precision
+        self.size_multiple, self.conditioner_rows = size_multiple, conditioner_rows
+        self.buckets: tuple[int, ...] | None = GRAPH_SIZES if cuda_graph else None
+        self._graphs, self._backbone = graphs, backbone
+        self._own_size: RowRunner = cuda_graph or backbone
+        self._state = [tensor.name for tensor in manifest.state]
+
+    def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
+        return self._graphs.embed(labels, text)
+
+    def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
+        return self._graphs.modulate(timesteps, embeddings)
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
         inputs: dict[str, npt.NDArray[Any]] = {"x": x, **dict(zip(self._state, state, strict=True))}
-        rows = self._own_size if x.shape[2:] == self.manifest.config.image_size else self._backbone
-        return rows.run(["output"], inputs)[0]
+        own_size = x.shape[2:] == self.manifest.config.image_size
+        runner = self._own_size if own_size else self._backbone
+        return runner.run(["output"], inputs)[0]
+
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        return self._graphs.decode(latents)
 
     def close(self) -> None:
         """Free the sessions' memory; the backend cannot be used afterwards."""
         self._backbone.close()
         self._own_size.close()
-        del self._embedder, self._conditioner, self._backbone, self._own_size, self._decoder
+        self._graphs.close()
+        del self._backbone, self._own_size
 
 
-def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
-    """Of every session: so many threads, and no log of its own below errors."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-    return options
-
-
-def require(providers: Sequence[str]) -> None:
-    """Raises BackendUnavailable, naming the package to install, unless this ONNX Runtime has all `providers`."""
-    for name in providers:
-        if name not in ort.get_available_providers():
-            known = ", ".join((CPU, *NEEDS))
-            remedy = f"install {NEEDS[name]}" if name in NEEDS else f"choose among {known}"
-            raise BackendUnavailable(f"this ONNX Runtime has no {name}: {remedy}")
-
-
-def open_session(
+def open_onnx(
     bundle: Bundle,
-    name: str,
-    options: ort.SessionOptions,
-    providers: Sequence[str | tuple[str, dict[str, str]]] = (CPU,),
-) -> ort.InferenceSession:
-    """A session of the graph `name` that really runs on the first of `providers`.
+    *,
+    threads: int = 0,
+    precision: str = "auto",
+    providers: Sequence[str] = (CPU,),
+    spin: bool = False,
+) -> OnnxBackend:
+    """Open a bundle in ONNX Runtime.
+
+    Args:
+        threads: compute threads, 0 for one per core. On the CPU they share out the rows of a batch
+            (`DataParallelRunner`).
+        precision: "fp32", "fp16" or "int8" if the bundle has it, or "auto": see `open_backbone`.
+        providers: execution providers by preference, such as
+            ("CUDAExecutionProvider", "CPUExecutionProvider").
+        spin: let idle compute threads wait busily. It may help on cores of one's own. Beside an API and a
+            queue on two cores it cost 72 % more processor time, and a step of 8 rows took half as long again.
 
     Raises:
-        BackendUnavailable: it cannot be loaded, or would quietly run elsewhere.
-        BundleError: the bundle lacks it.
+        BackendUnavailable: a precision or provider that is not there, or a graph that cannot be loaded.
+        BundleError: the bundle lacks a graph.
     """
-    path = bundle.file(name)
-    if providers[0] != CPU:
-        ort.preload_dlls()  # CUDA's libraries may be packages, which the system's loader does not know
-    try:
-        session = ort.InferenceSession(path, options, providers=list(providers))
-    except Exception as error:  # the runtime's exceptions share no base class of their own
+    known = ("auto", *BACKBONES)
+    if precision not in known:
         raise BackendUnavailable(
-            f"{path} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}"
-        ) from error
-    first = providers[0] if isinstance(providers[0], str) else providers[0][0]
-    if first not in session.get_providers():
-        raise BackendUnavailable(
-            f"{first} does not start and ONNX Runtime would compute on the CPU instead: install {NEEDS.get(first, first)}"
+            f"precision of the onnx backend must be one of {', '.join(known)}, not {precision!r}"
         )
-    return session
-
-
-def provider_entries(
-    bundle: Bundle, precision: str, providers: Sequence[str]
-) -> list[str | tuple[str, dict[str, str]]]:
-    """`providers` as a session takes them. CUDA computes fp32 in fp32 (its default is TF32: errors of 1e-3, which change with the
-    batch); TensorRT keeps its engines in the bundle, by the same keys as `export.trt`'s.
-
-    Raises:
-        BackendUnavailable: TensorRT is asked for and there is no GPU.
-    """
-    return [
-        _cached(bundle, precision)
-        if name == TENSORRT
-        else (name, {"use_tf32": "0"})
-        if name == CUDA
-        else name
-        for name in providers
-    ]
-
-
-def _cached(bundle: Bundle, precision: str) -> tuple[str, dict[str, str]]:
-    try:
-        device = first_gpu()
-        version = f"{ort.__version__}-{metadata.version('tensorrt-cu13')}"
-    except NoGpu as error:
-        raise BackendUnavailable(f"{TENSORRT} needs a GPU, and {error}") from None
-    except metadata.PackageNotFoundError:
-        raise BackendUnavailable(
-            f"{TENSORRT} needs the package tensorrt-cu13, which is not installed"
-        ) from None
-    origin = origin_of(
-        bundle, precision, BACKBONES[precision], flavour="onnxruntime", version=version, device=device
+    require_providers(providers)
+    threads = threads or len(os.sched_getaffinity(0))
+    options = session_options(threads, spin=spin)
+    # Conditioner and decoder do not run on TensorRT, but on the next provider.
+    auxiliary_providers = [name for name in providers if name != TENSORRT] or [CPU]
+    graphs = AuxiliaryGraphs(bundle, options, auxiliary_providers)
+    chosen, session = open_backbone(bundle, precision, options, providers)
+    cuda_graph = None
+    if providers[0] == CUDA:
+        cuda_graph = open_cuda_graph(bundle, chosen, providers, graphs.capture_lock)
+    parallel = threads if providers[0] == CPU else 1
+    return OnnxBackend(
+        bundle.manifest,
+        graphs,
+        precision=chosen,
+        backbone=_data_parallel(bundle, chosen, session, options, parallel),
+        cuda_graph=cuda_graph,
+        size_multiple=graph_size_multiple(session.get_inputs()[0].shape),
+        conditioner_rows=CONDITIONER_ROWS if auxiliary_providers[0] == CPU else CONDITIONER_ROWS_GPU,
     )
-    folder = bundle.path / FOLDER / origin.folder
-    return TENSORRT, {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(folder),
-        "trt_engine_cache_prefix": origin.key({})[:16],
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(folder),
-    }
 
 
-def _backbone(
-    bundle: Bundle, wanted: str, options: ort.SessionOptions, providers: Sequence[str]
-) -> tuple[str, ort.InferenceSession]:
-    """The precision and the session that `wanted` comes to."""
+def open_cuda_graph(
+    bundle: Bundle, precision: str, providers: Sequence[str], capture_lock: Lock
+) -> CudaGraphRunner | None:
+    """Open the backbone for pictures of the bundle's own size, with its kernels captured.
 
-    def opened(precision: str) -> ort.InferenceSession:
-        entries = provider_entries(bundle, precision, providers)
-        session = open_session(bundle, BACKBONES[precision], options, entries)
-        if session.get_inputs()[0].type != "tensor(float)":
-            raise BackendUnavailable(f"{bundle.file(BACKBONES[precision])} takes half precision: {OUTDATED}")
-        return session
-
-    if wanted != "auto":
-        if wanted == "int8":
-            options.add_session_config_entry("session.x64quantprecision", _exact_products(bundle.manifest))
-        return wanted, opened(wanted)
-    if providers[0] != CPU:
-        chosen = "fp16" if BACKBONES["fp16"] in bundle.manifest.files else "fp32"
-        return chosen, opened(chosen)
-    exact = opened("fp32")
-    against = _against_int8(bundle)
-    if against is None:
-        options.add_session_config_entry("session.x64quantprecision", _exact_products(bundle.manifest))
-        int8 = opened("int8")
-        speedup = _speedup(exact, int8, bundle.manifest)
-        if speedup >= FASTER:
-            log.info("precision chosen", precision="int8", speedup=round(speedup, 2))
-            return "int8", int8
-        against = f"it is no faster here ({speedup:.2f} times)"
-    log.info("precision chosen", precision="fp32", against_int8=against)
-    return "fp32", exact
-
-
-def _shared(
-    bundle: Bundle, precision: str, session: ort.InferenceSession, options: ort.SessionOptions, threads: int
-) -> SharedRows:
-    """The backbone on so many threads; on several its weights are in memory twice."""
-    if threads == 1:
-        return SharedRows(session, session, threads=1)
-    options.intra_op_num_threads = 1
-    alone = open_session(bundle, BACKBONES[precision], options)
-    return SharedRows(alone, session, threads=threads)
-
-
-def recorded(bundle: Bundle, precision: str, providers: Sequence[str], quiet: Lock) -> RecordedRows | None:
-    """The backbone for pictures of the bundle's own size, its kernels recorded; None, said in the log, if the runtime cannot."""
+    Return None, and log why, if the runtime cannot capture them.
+    """
     config, options = bundle.manifest.config, session_options(1)
-    multiple = free_sides(config)
-    for name, side in zip(("rows", "columns"), config.image_size, strict=True):
-        if multiple:  # a free side is named after its factor: what depends on it alone is then computed when the graph is loaded
-            options.add_free_dimension_override_by_name(f"{multiple}*{name}" if multiple > 1 else name, side)
-    entries = [
-        (name, {"use_tf32": "0", "enable_cuda_graph": "1"}) if name == CUDA else name for name in providers
-    ]
+    multiple = size_multiple(config)
+    if multiple:
+        # A free side is named after its factor ("4*rows"). With the factors fixed, all that depends on the
+        # size alone is computed when the graph is loaded.
+        for name, side in zip(("rows", "columns"), config.image_size, strict=True):
+            dimension = f"{multiple}*{name}" if multiple > 1 else name
+            options.add_free_dimension_override_by_name(dimension, side)
+    entries = [cuda_entry(enable_cuda_graph="1") if name == CUDA else name for name in providers]
     try:
         session = open_session(bundle, BACKBONES[precision], options, entries)
-        return RecordedRows(session, (config.out_channels, *config.image_size), quiet)
+        return CudaGraphRunner(session, (config.out_channels, *config.image_size), capture_lock)
     except BackendUnavailable as error:
         log.info("kernels are launched one by one", because=str(error))
         return None
 
 
-def _against_int8(bundle: Bundle) -> str | None:
-    """Why the bundle's own record does not allow INT8, or None."""
-    if BACKBONES["int8"] not in bundle.manifest.files:
-        return "the bundle has none"
-    loss = bundle.manifest.metrics.get("int8_quality_loss")
-    if loss is None:
-        return "its cost in quality is not on record"
-    return None if loss <= QUALITY_BUDGET else f"it costs {loss:.1%} of quality"
+def _data_parallel(
+    bundle: Bundle, precision: str, session: ort.InferenceSession, options: ort.SessionOptions, threads: int
+) -> DataParallelRunner:
+    """Return the backbone on this many threads; on several its weights are in memory twice."""
+    if threads == 1:
+        return DataParallelRunner(session, session, threads=1)
+    options.intra_op_num_threads = 1
+    single = open_session(bundle, BACKBONES[precision], options)
+    return DataParallelRunner(single, session, threads=threads)
 
 
-def _exact_products(manifest: Manifest) -> str:
-    """Whether a CPU without VNNI must take its exact kernels: the fast ones saturate on 8-bit weights, but not on 7-bit ones."""
-    return "0" if manifest.metrics.get("int8_weight_bits") == 7 else "1"
+def graph_size_multiple(shape: Sequence[int | str]) -> int | None:
+    """Return what height and width must be multiples of, or None if they are fixed.
 
-
-def _speedup(one: ort.InferenceSession, other: ort.InferenceSession, manifest: Manifest) -> float:
-    """How many times as fast as `one` the `other` takes a step of one row: the median of pairs, which a busy machine slows alike.
-
-    The first pair does not count; slow steps are paired once.
+    `shape` is that of the graph's input: ("batch", 3, "4*rows", "4*columns") gives 4, ("batch", 3, 8, 8)
+    None.
     """
-    config, drawn = manifest.config, np.random.default_rng(0)
-    shapes = {"x": (config.in_channels, *config.image_size)} | {
-        each.name: each.shape for each in manifest.state
-    }
-    inputs = {name: drawn.standard_normal((1, *shape), np.float32) for name, shape in shapes.items()}
-
-    def seconds(session: ort.InferenceSession) -> float:
-        before = time.perf_counter()
-        run(session, ["output"], inputs)
-        return time.perf_counter() - before
-
-    started = time.perf_counter()
-    ratios = [seconds(one) / seconds(other)]
-    while len(ratios) <= TIMED and (len(ratios) == 1 or time.perf_counter() - started < TIMING_S):
-        ratios.append(seconds(one) / seconds(other))
-    return statistics.median(ratios[1:])
-
-
-def size_multiple(shape: Sequence[int | str]) -> int | None:
-    """What height and width must be multiples of, from the input's shape such as ("batch", 3, "4*rows", "4*columns")."""
-    factors = {side.rpartition("*")[0] or "1" for side in shape[2:] if isinstance(side, str)}
-    return (
-        int(factors.pop()) if len(factors) == 1 and all(isinstance(side, str) for side in shape[2:]) else None
-    )
+    sides = shape[2:]
+    if not all(isinstance(side, str) for side in sides):
+        return None
+    factors = {str(side).rpartition("*")[0] or "1" for side in sides}
+    return int(factors.pop()) if len(factors) == 1 else None

@@ -1,8 +1,9 @@
-"""TensorRT: runs engines that `python -m export.trt` has built for this GPU. Everything here but TensorRT has run on one.
+"""TensorRT: runs engines that `python -m export.trt` built for this GPU.
 
-Each batch size has a lane of its own: execution context, fixed device buffers, and a CUDA graph of copy in, execute, copy out. The
-condition state lies in one allocation per lane, block after block, as the engine's one input per block wants it.
-An engine is loaded only if its record names this GPU, this TensorRT and the bundle's graph and weights as they are now.
+Each batch size has an execution context, fixed device buffers, and a CUDA graph of copy in, execute, copy
+out. The condition state lies in one allocation per batch size, tensor after tensor in the order of the
+manifest. An engine is loaded only if its record names this GPU, this TensorRT, and the bundle's graph and
+weights. On a real GPU all of this module has run except TensorRT itself.
 """
 
 from __future__ import annotations
@@ -18,40 +19,46 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ditserve.model.spec.bundle import Bundle
-from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, Device, Slot, origin_of
+from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, Device, engine_origin
 from ditserve.service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
 from ditserve.service.backends.cuda import Cuda
-from ditserve.service.backends.onnx import CPU, CUDA, OUTDATED, Graphs, session_options
+from ditserve.service.backends.onnx import AuxiliaryGraphs
+from ditserve.service.backends.precision import OUTDATED
+from ditserve.service.backends.sessions import CPU, CUDA, session_options
 
 PRECISIONS = ("fp16", "bf16", "fp32", "int8")
 
 
 @dataclass(frozen=True, slots=True)
-class _Lane:
-    """What one batch size runs on: host and device side of every tensor, and the captured work."""
+class _EngineContext:
+    """One batch size: the host arrays of every tensor, the captured CUDA graph, and the execution context.
+
+    The graph needs the execution context to stay alive.
+    """
 
     host: Mapping[str, Floats]
     graph: Any
-    context: Any  # kept alive for the graph
+    execution: Any
 
 
 class TensorRtBackend:
-    """A bundle in TensorRT; embedder and conditioner run in ONNX Runtime on the CPU, their results are cached anyway.
+    """A bundle in TensorRT. Embedder, conditioner and decoder run in ONNX Runtime.
 
-    The decoder of a model on latents runs in ONNX Runtime too, on the GPU where the installed build can.
+    Conditioner and decoder run on the GPU if the installed build of ONNX Runtime can; the engine caches
+    what the conditioner gives.
 
     Args:
-        precision: which engine: "fp16", "bf16", "int8", "fp32", or "auto" for the first of fp16, bf16 and fp32 that the bundle has a
-            graph for.
+        precision: of the engine: "fp16", "bf16", "int8", "fp32", or "auto" for the first of fp16, bf16 and
+            fp32 that the bundle has a graph for.
         threads: compute threads of ONNX Runtime, 0 for one per core.
-        engines: folder of the engines, the bundle's own unless given.
-        module: the TensorRT module, `tensorrt` unless given.
-        cuda: the device, the first one unless given.
-        graphs: what runs the other parts of the bundle, unless as above.
+        engines: folder of the engines; the bundle's own unless given.
+        module: the TensorRT module; `tensorrt` unless given.
+        cuda: the device; the first one unless given.
+        graphs: the other parts of the bundle; opened in ONNX Runtime unless given.
     """
 
     name = "tensorrt"
-    size_multiple: int | None = None  # an engine is built for one size
+    size_multiple: int | None = None  # an engine has one size
 
     def __init__(
         self,
@@ -62,7 +69,7 @@ class TensorRtBackend:
         engines: Path | None = None,
         module: Any = None,
         cuda: Cuda | None = None,
-        graphs: Graphs | None = None,
+        graphs: AuxiliaryGraphs | None = None,
     ) -> None:
         if precision not in ("auto", *PRECISIONS):
             known = ", ".join(("auto", *PRECISIONS))
@@ -74,9 +81,9 @@ class TensorRtBackend:
         self._trt = module if module is not None else import_module("tensorrt")
         self._cuda = cuda if cuda is not None else Cuda()
         on_gpu = (CUDA, CPU) if CUDA in ort.get_available_providers() else (CPU,)
-        self._graphs = graphs or Graphs(bundle, session_options(threads), on_gpu)
+        self._graphs = graphs or AuxiliaryGraphs(bundle, session_options(threads), on_gpu)
         self.conditioner_rows = CONDITIONER_ROWS if on_gpu[0] == CPU else CONDITIONER_ROWS_GPU
-        self._state = [entry.name for entry in bundle.manifest.state]
+        self._state = [tensor.name for tensor in bundle.manifest.state]
         device = Device(*self._cuda.device())
         file = find_engine(
             bundle, engines or bundle.path / FOLDER, self.precision, self._trt.__version__, device
@@ -84,7 +91,7 @@ class TensorRtBackend:
         self._engine = self._deserialise(file)
         self._profiles = self._batch_ranges()
         self.buckets: tuple[int, ...] | None = _buckets(self._profiles)
-        self._lanes: dict[int, _Lane] = {}
+        self._contexts: dict[int, _EngineContext] = {}
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         return self._graphs.embed(labels, text)
@@ -100,16 +107,19 @@ class TensorRtBackend:
         bucket = next((size for size in self.buckets or () if size >= rows), None)
         if bucket is None:
             raise ValueError(f"{rows} rows are more than the engine takes ({max(self.buckets or (0,))})")
-        lane = self._lanes.get(bucket) or self._open_lane(bucket)
+        if bucket not in self._contexts:
+            self._contexts[bucket] = self._open_context(bucket)
+        context = self._contexts[bucket]
         for name, value in zip(("x", *self._state), (x, *state), strict=True):
-            lane.host[name][:rows] = value  # rows beyond keep what they had, nobody reads theirs
-        self._cuda.launch(lane.graph)
+            # Rows of the bucket beyond these keep old values; their output is not returned.
+            context.host[name][:rows] = value
+        self._cuda.launch(context.graph)
         self._cuda.synchronise()
-        return lane.host["output"][:rows].copy()
+        return context.host["output"][:rows].copy()
 
     def close(self) -> None:
         """Free the device; the backend cannot be used afterwards."""
-        self._lanes.clear()
+        self._contexts.clear()
         self._cuda.close()
 
     def _deserialise(self, file: Path) -> Any:
@@ -125,91 +135,97 @@ class TensorRtBackend:
         return engine
 
     def _batch_ranges(self) -> list[tuple[int, int, int]]:
-        """Smallest, tuned and largest batch of each optimisation profile."""
+        """Return the smallest, tuned and largest batch of each optimisation profile."""
         count = self._engine.num_optimization_profiles
         shapes = [self._engine.get_tensor_profile_shape("x", k) for k in range(count)]
         return [cast(tuple[int, int, int], tuple(int(shape[0]) for shape in triple)) for triple in shapes]
 
-    def _open_lane(self, bucket: int) -> _Lane:
-        """Buffers, context and graph for batches of `bucket` rows; one uncaptured run first, which capture requires."""
-        context = self._engine.create_execution_context()
-        if context is None:
+    def _open_context(self, bucket: int) -> _EngineContext:
+        """Allocate buffers for batches of `bucket` rows, run once, as capture requires, and capture a run."""
+        execution = self._engine.create_execution_context()
+        if execution is None:
             raise BackendUnavailable(f"TensorRT has no memory for another context (batch {bucket})")
         profile = next(k for k, (low, _, high) in enumerate(self._profiles) if low <= bucket <= high)
         _require(
-            context.set_optimization_profile_async(profile, self._cuda.stream),
+            execution.set_optimization_profile_async(profile, self._cuda.stream),
             "set_optimization_profile_async",
         )
         shapes = self._shapes(bucket)
         host = {name: self._cuda.pinned(shape) for name, shape in shapes.items()}
-        base = self._cuda.allocate(sum(_aligned(host[name].nbytes) for name in self._state))
-        device = {}
-        for name in self._state:
-            device[name], base = base, base + _aligned(host[name].nbytes)
-        device |= {name: self._cuda.allocate(host[name].nbytes) for name in ("x", "output")}
+        device = self._device_buffers(host)
         for name, shape in shapes.items():
             if name != "output":
                 host[name][...] = 0
-                _require(context.set_input_shape(name, shape), f"set_input_shape({name})")
-            _require(context.set_tensor_address(name, device[name]), f"set_tensor_address({name})")
-        if context.infer_shapes():
-            raise RuntimeError(f"TensorRT lacks the shapes of {', '.join(context.infer_shapes())}")
+                _require(execution.set_input_shape(name, shape), f"set_input_shape({name})")
+            _require(execution.set_tensor_address(name, device[name]), f"set_tensor_address({name})")
+        if execution.infer_shapes():
+            raise RuntimeError(f"TensorRT lacks the shapes of {', '.join(execution.infer_shapes())}")
 
-        def work() -> None:
+        def run() -> None:
             for name in ("x", *self._state):
                 self._cuda.upload(device[name], host[name])
-            _require(context.execute_async_v3(self._cuda.stream), "execute_async_v3")
+            _require(execution.execute_async_v3(self._cuda.stream), "execute_async_v3")
             self._cuda.download(host["output"], device["output"])
 
-        work()
+        run()
         self._cuda.synchronise()
-        lane = self._lanes[bucket] = _Lane(host, self._cuda.capture(work), context)
-        return lane
+        return _EngineContext(host, self._cuda.capture(run), execution)
+
+    def _device_buffers(self, host: Mapping[str, Floats]) -> dict[str, int]:
+        """Allocate device memory for every host array; return the addresses. The state is one allocation."""
+        address = self._cuda.allocate(sum(_aligned(host[name].nbytes) for name in self._state))
+        device = {}
+        for name in self._state:
+            device[name] = address
+            address += _aligned(host[name].nbytes)
+        return device | {name: self._cuda.allocate(host[name].nbytes) for name in ("x", "output")}
 
     def _shapes(self, bucket: int) -> dict[str, tuple[int, ...]]:
         model = self.manifest.config
         shapes: dict[str, tuple[int, ...]] = {"x": (bucket, model.in_channels, *model.image_size)}
-        shapes |= {entry.name: (bucket, *entry.shape) for entry in self.manifest.state}
+        shapes |= {tensor.name: (bucket, *tensor.shape) for tensor in self.manifest.state}
         return {**shapes, "output": (bucket, model.out_channels, *model.image_size)}
 
 
 def find_engine(bundle: Bundle, engines: Path, precision: str, version: str, device: Device) -> Path:
-    """The engine of this precision whose record fits the bundle, TensorRT and the GPU, its content checked.
+    """Return the engine of a precision, if its record fits bundle, TensorRT and GPU, and it is undamaged.
 
     Raises:
-        BackendUnavailable: there is none, or it is stale, foreign or damaged; the message holds the command that builds it.
+        BackendUnavailable: there is none, or it is stale, foreign or damaged; the message has the command to
+            build it.
         BundleError: the bundle has no graph of this precision.
     """
-    origin = origin_of(
+    origin = engine_origin(
         bundle, precision, GRAPHS[precision][0], flavour="tensorrt", version=version, device=device
     )
-    slot = Slot.of(engines, origin)
+    slot = CachedEngine.of(engines, origin)
     problem = slot.problem(origin)
     if problem is not None:
         where = "" if engines == bundle.path / FOLDER else f" --engines {engines}"
         raise BackendUnavailable(
-            f"the {precision} engine for {device.name} ({device.capability}) and TensorRT {version} is {problem}: "
-            f"build it with python -m export.trt {bundle.path} --precision {precision}{where}"
+            f"the {precision} engine for {device.name} ({device.capability}) and TensorRT {version} "
+            f"is {problem}: build it with python -m export.trt {bundle.path} --precision {precision}{where}"
         )
     return slot.engine
 
 
 def _half(bundle: Bundle) -> str:
-    """The first precision with a graph; INT8 only by choice, since its pictures differ."""
+    """Return the first of fp16, bf16 and fp32 with a graph. INT8 is not one, since its pictures differ."""
     return next((name for name in ("fp16", "bf16") if GRAPHS[name][0] in bundle.manifest.files), "fp32")
 
 
 def _buckets(profiles: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
-    """Batch sizes worth a lane: the powers of two inside the profiles, and each profile's ends and tuned size."""
+    """Return the batch sizes to capture: each profile's ends and tuned size, and powers of two inside."""
     sizes = {size for profile in profiles for size in profile}
     sizes |= {1 << k for low, _, high in profiles for k in range(high.bit_length()) if low <= 1 << k <= high}
     return tuple(sorted(sizes))
 
 
 def _aligned(size: int) -> int:
+    """Return `size` bytes rounded up to the alignment of tensors."""
     return -(-size // 256) * 256
 
 
-def _require(done: bool, what: str) -> None:
-    if not done:
-        raise RuntimeError(f"TensorRT refused {what}")
+def _require(accepted: bool, call: str) -> None:
+    if not accepted:
+        raise RuntimeError(f"TensorRT refused {call}")

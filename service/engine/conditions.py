@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.mixing import Mix, mixed
+from ditserve.model.spec.mixing import Mix, mix_embeddings
 from ditserve.service.backends import Backend
 from ditserve.service.engine.texts import TextEncodings
 from ditserve.service.errors import InvalidRequest
@@ -75,7 +75,7 @@ class EmbeddingCache(CacheCounters):
         )
         embeddings = self._embeddings([given for given, _ in parts])
         key = blake2b(repr((parts, mix if len(parts) > 1 else "")).encode(), digest_size=16).digest()
-        embedding = mixed(embeddings, [weight for _, weight in parts], mix)
+        embedding = mix_embeddings(embeddings, [weight for _, weight in parts], mix)
         return Condition(key, np.asarray(embedding, np.float32))
 
     def null(self) -> Condition:

@@ -16,6 +16,7 @@ from ditserve.model.spec.diffusion import Schedule
 from ditserve.service.engine.courses import Course, along
 from ditserve.service.engine.samples import Sample
 from ditserve.service.rung import Rung
+from ditserve.service.wire import build
 
 Floats = npt.NDArray[np.float32]
 
@@ -76,14 +77,12 @@ class Snapshot:
         """Raises `ValueError` for anything that `to_wire` did not write."""
         try:
             fields = dict(data)
-            shape, rung = tuple(fields.pop("shape")), Rung.from_wire(fields.pop("rung"))
+            shape = tuple(fields.pop("shape"))
             for name in ("latent", "history"):
                 fields[name] = np.frombuffer(fields[name], "<f4").astype(np.float32).reshape(shape)
-            for name in ("timesteps", "noise"):
-                fields[name] = tuple(fields[name])
-            snapshot = cls(rung=rung, **fields)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a snapshot: {error}") from error
+        snapshot = build(cls, fields)
         if not 0 <= snapshot.cursor < len(snapshot.timesteps) or len(snapshot.noise) != _NOISE:
             raise ValueError("not a snapshot: it stands nowhere")
         return snapshot

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.service.backends import TextEncoder
+from ditserve.service.backends import SentenceEncoder
 from ditserve.service.telemetry.counters import CacheCounters
 
 Floats = npt.NDArray[np.float32]
@@ -30,7 +30,7 @@ class SharedCache(Protocol):
 class TextEncodings(CacheCounters):
     """Sentence → encoding; at most `capacity` bytes in process, the least recently used leaving first."""
 
-    def __init__(self, encoder: TextEncoder, shared: SharedCache | None, *, capacity: int) -> None:
+    def __init__(self, encoder: SentenceEncoder, shared: SharedCache | None, *, capacity: int) -> None:
         super().__init__()
         self.size = encoder.size
         self._encoder, self._shared = encoder, shared

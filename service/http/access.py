@@ -1,6 +1,6 @@
-"""Who may do what: API keys, scopes and quotas, before anything of a request but its head is read. Plain ASGI.
+"""API keys, scopes and quotas: checked before anything of a request but its head is read. Plain ASGI.
 
-Without a key file the service is open: everybody may do everything.
+Without a key file the service is open, and everybody may do everything.
 """
 
 import math
@@ -12,21 +12,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ditserve.service.api_keys import ApiKey, Keyring
 from ditserve.service.errors import Forbidden, QuotaExceeded, ServiceError, Unauthorized
-from ditserve.service.http.problems import answer
-from ditserve.service.queue.backplane import Meter
+from ditserve.service.http.problems import error_response
+from ditserve.service.queue.queue_client import Meter
 from ditserve.service.queue.quota import WINDOW_S, Allowance
 
-# What anybody may see: probes and figures (for the cluster's network), the pages and what they are made of.
+# Paths that need no key: probes and metrics (for the cluster's network), the pages and what they load.
 OPEN = frozenset({"/", "/session", "/docs", "/openapi.json", "/livez", "/readyz", "/startupz", "/metrics"})
-COOKIE = "dit_key"  # how a browser presents its key where it can set no header: event streams, pictures
+# A browser cannot set a header on an event stream or a picture, so there it presents its key in this cookie.
+COOKIE = "dit_key"
+# Paths that need the scope `generate` and count towards a key's rate.
 DRAWING = frozenset({"/generate", "/v1/images/generations"})
 CHALLENGE = {"www-authenticate": 'Bearer realm="dit"'}
 
 
 class Access:
-    """Refuses requests without a good key, and counts those that draw. Puts the key into the request's state as `key`.
+    """Refuses requests without a valid key and counts those that draw.
 
-    `quota` gives the counter of this process once the application has started.
+    Puts the key into the request's state as `key`.
+
+    `quota` returns this process's counter, which exists once the application has started.
     """
 
     def __init__(self, app: ASGIApp, *, keyring: Keyring | None, quota: Callable[[], Meter]) -> None:
@@ -38,7 +42,7 @@ class Access:
             return
         allowance = None
         try:
-            key = _authorised(self._keyring, scope)
+            key = _authenticate(self._keyring, scope)
             if key.rate is not None and scope["method"] == "POST" and scope["path"] in DRAWING:
                 allowance = await self._quota().take(key.id, key.rate)
                 if not allowance.allowed:
@@ -46,24 +50,26 @@ class Access:
                         f"This key may send {key.rate} requests a minute.", retry_after=allowance.reset_s
                     )
         except ServiceError as error:
-            response = answer(error, scope)
+            response = error_response(error, scope)
             if isinstance(error, Unauthorized):
                 response.headers.update(CHALLENGE)
-            response.headers["connection"] = "close"  # the body, if any, stays unread
-            await response(scope, receive, _telling(allowance, send))
+            # The body, if there is one, stays unread.
+            response.headers["connection"] = "close"
+            await response(scope, receive, _with_rate_limit(allowance, send))
             return
         scope.setdefault("state", {})["key"] = key
-        await self._app(scope, receive, _telling(allowance, send))
+        await self._app(scope, receive, _with_rate_limit(allowance, send))
 
 
-def _authorised(keyring: Keyring, scope: Scope) -> ApiKey:
+def _authenticate(keyring: Keyring, scope: Scope) -> ApiKey:
+    """Return the key of a request. Raises `Unauthorized`, `Forbidden`."""
     headers = Headers(scope=scope)
-    kind, _, credentials = headers.get("authorization", "").partition(" ")
-    presented = credentials.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
-    presented = presented or cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
-    if not presented:
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    text = credentials.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    text = text or cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+    if not text:
         raise Unauthorized("Send an API key: Authorization: Bearer dit_…")
-    key = keyring.find(presented)
+    key = keyring.find(text)
     if key is None:
         raise Unauthorized("This API key is unknown or was revoked.")
     if scope["path"] in DRAWING and "generate" not in key.scopes:
@@ -71,16 +77,16 @@ def _authorised(keyring: Keyring, scope: Scope) -> ApiKey:
     return key
 
 
-def _telling(allowance: Allowance | None, send: Send) -> Send:
-    """`RateLimit` and `RateLimit-Policy` on the answer (draft-ietf-httpapi-ratelimit-headers-09)."""
+def _with_rate_limit(allowance: Allowance | None, send: Send) -> Send:
+    """Add `RateLimit` and `RateLimit-Policy` to the response (draft-ietf-httpapi-ratelimit-headers-09)."""
     if allowance is None:
         return send
 
-    async def telling(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             headers["ratelimit-policy"] = f'"requests";q={allowance.quota};w={WINDOW_S}'
             headers["ratelimit"] = f'"requests";r={allowance.remaining};t={math.ceil(allowance.reset_s)}'
         await send(message)
 
-    return telling
+    return send_with_headers

@@ -1,14 +1,17 @@
-"""A finished job as an HTTP answer: JSON with base64, one image file, or several in multipart/mixed."""
+"""A finished job as an HTTP response: JSON with base64, one image file, or several in multipart/mixed.
+
+The `Accept` header chooses among them (RFC 9110 §12.5.1).
+"""
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.responses import JSONResponse, Response
 
 from ditserve.service.errors import NotAcceptable
 from ditserve.service.http.context import server_timing
-from ditserve.service.http.negotiation import preferred
 from ditserve.service.http.schemas import Format, GenerateRequest, GenerateResponse, ImageOut
 from ditserve.service.jobs import Image, ImageFormat, Job, JobResult
 
@@ -18,58 +21,99 @@ FORMATS: tuple[Format, ...] = ("png", "webp", "jpeg")
 
 @dataclass(frozen=True, slots=True)
 class Representation:
-    """What the answer looks like: its media type, and the format of the images in it."""
+    """The form of a response: its media type, and the format of the images in it."""
 
     media_type: str
     format: ImageFormat
 
 
 def negotiate(accept: str | None, request: GenerateRequest) -> Representation:
-    """Raises `NotAcceptable`. An image type in `Accept` chooses the format where the request names none."""
+    """Choose the form of a response. An image type in `Accept` chooses the format if the request names none.
+
+    Raises:
+        NotAcceptable: `Accept` allows none of the forms.
+    """
     formats = (request.format,) if request.format else FORMATS
     images = [f"image/{name}" for name in formats] if request.n == 1 else []
-    chosen = preferred(accept, [JSON, *images, MULTIPART])
-    if chosen is None:
+    media_type = preferred(accept, [JSON, *images, MULTIPART])
+    if media_type is None:
         several = " (for several images ask for application/json or multipart/mixed)" if request.n > 1 else ""
         raise NotAcceptable(f"None of {', '.join([JSON, *images, MULTIPART])} is in Accept{several}.")
-    if chosen in images:
-        return Representation(chosen, formats[images.index(chosen)])
-    return Representation(chosen, request.format or "png")
+    if media_type in images:
+        return Representation(media_type, formats[images.index(media_type)])
+    return Representation(media_type, request.format or "png")
+
+
+def preferred(accept: str | None, offers: Sequence[str]) -> str | None:
+    """Return the offered media type that `accept` prefers, the first of equals, or None if it accepts none.
+
+    No header accepts everything. A malformed part of the header counts as absent.
+    """
+    if accept is None or not accept.strip():
+        return offers[0]
+    ranges = [parsed for part in accept.split(",")[:50] if (parsed := _media_range(part))]
+    best, *_ = sorted(offers, key=lambda offer: -_quality(offer, ranges))
+    return best if _quality(best, ranges) > 0 else None
+
+
+def _media_range(part: str) -> tuple[str, float] | None:
+    """Return a media range and its quality: "image/*;q=0.5" → ("image/*", 0.5)."""
+    media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    if media_range.count("/") != 1:
+        return None
+    quality = 1.0
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                quality = min(max(float(value), 0.0), 1.0)
+            except ValueError:
+                return None
+    return media_range, quality
+
+
+def _quality(offer: str, ranges: Sequence[tuple[str, float]]) -> float:
+    """Return the quality of the most specific range that covers `offer`, 0 if none does."""
+    family = offer.partition("/")[0]
+    for covering in (offer, f"{family}/*", "*/*"):
+        for media_range, quality in ranges:
+            if media_range == covering:
+                return quality
+    return 0.0
 
 
 def render(representation: Representation, job: Job, result: JobResult) -> Response:
-    """The answer to a request whose job has finished."""
-    headers = facts(job, result)
+    """Return the response to a request whose job has finished."""
+    headers = result_headers(job, result)
     if representation.media_type == JSON:
-        response: Response = JSONResponse(body(job, result).model_dump(mode="json"), headers=headers)
+        content = _json(job, result).model_dump(mode="json")
+        response: Response = JSONResponse(content, headers=headers)
     elif representation.media_type == MULTIPART:
         boundary = f"dit-{job.id}"
         parts = b"".join(_part(boundary, job, image) for image in result.images)
-        content = parts + f"--{boundary}--\r\n".encode()
-        response = Response(content, headers=headers, media_type=f'{MULTIPART}; boundary="{boundary}"')
+        response = Response(
+            parts + f"--{boundary}--\r\n".encode(),
+            headers=headers,
+            media_type=f'{MULTIPART}; boundary="{boundary}"',
+        )
     else:
-        return file(job, result.images[0], headers)
+        return image_response(job, result.images[0], headers)
     response.headers["content-digest"] = _digest(bytes(response.body))
     return response
 
 
-def file(job: Job, image: Image, headers: dict[str, str]) -> Response:
-    """One image file."""
-    named = {
+def image_response(job: Job, image: Image, headers: dict[str, str]) -> Response:
+    """Return one image file."""
+    own_headers = {
         "content-digest": _digest(image.data),
         "content-disposition": f'inline; filename="{_filename(job, image)}"',
         "x-seed": str(image.seed),
     }
-    return Response(image.data, headers={**headers, **named}, media_type=image.content_type)
+    return Response(image.data, headers={**headers, **own_headers}, media_type=image.content_type)
 
 
-def _digest(content: bytes) -> str:
-    """The value of `Content-Digest` (RFC 9530)."""
-    return f"sha-256=:{base64.b64encode(hashlib.sha256(content).digest()).decode()}:"
-
-
-def facts(job: Job, result: JobResult) -> dict[str, str]:
-    """How the images were made, as headers."""
+def result_headers(job: Job, result: JobResult) -> dict[str, str]:
+    """Return the headers that tell how the images were made."""
     return {
         "x-job-id": job.id,
         "x-steps-requested": str(result.steps_requested),
@@ -82,7 +126,7 @@ def facts(job: Job, result: JobResult) -> dict[str, str]:
     }
 
 
-def body(job: Job, result: JobResult) -> GenerateResponse:
+def _json(job: Job, result: JobResult) -> GenerateResponse:
     images = [
         ImageOut(b64=base64.b64encode(image.data).decode(), seed=image.seed, content_type=image.content_type)
         for image in result.images
@@ -111,3 +155,8 @@ def _part(boundary: str, job: Job, image: Image) -> bytes:
 
 def _filename(job: Job, image: Image) -> str:
     return f"{job.model}-{image.seed}.{image.content_type.rpartition('/')[2]}"
+
+
+def _digest(content: bytes) -> str:
+    """Return the value of `Content-Digest` (RFC 9530)."""
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(content).digest()).decode()}:"

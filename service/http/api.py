@@ -1,4 +1,7 @@
-"""The API process: uvicorn around the application, draining on SIGTERM, reading its bundles again on SIGHUP."""
+"""The API process: uvicorn around the application.
+
+It drains on SIGTERM and reads its bundles again on SIGHUP.
+"""
 
 import asyncio
 import signal
@@ -16,7 +19,7 @@ from ditserve.service.api_keys import KeyringError
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.app import create_app
 from ditserve.service.http.protocol import bounded
-from ditserve.service.queue.backplane import open_backplane
+from ditserve.service.queue.queue_client import open_queue_client
 from ditserve.service.settings import Settings
 from ditserve.service.signals import on_hang_up
 from ditserve.service.telemetry import logs
@@ -26,13 +29,13 @@ _log = structlog.get_logger()
 
 
 class _Server(uvicorn.Server):
-    """Announces the end to the application before uvicorn waits for what is in flight, and the wish to reload."""
+    """Calls `drain` before uvicorn waits for the requests in flight, and `reload` on SIGHUP."""
 
     def __init__(
-        self, config: uvicorn.Config, announce: Callable[[], None], reload: Callable[[], None], *, keys: str
+        self, config: uvicorn.Config, drain: Callable[[], None], reload: Callable[[], None], *, keys: str
     ) -> None:
         super().__init__(config)
-        self._announce, self._reload, self._keys = announce, reload, keys
+        self._drain, self._reload, self._keys = drain, reload, keys
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -41,16 +44,19 @@ class _Server(uvicorn.Server):
             _log.info("api ready", host=self.config.host, port=self.config.port, keys=self._keys)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._announce()
+        self._drain()
         super().handle_exit(sig, frame)
 
 
 def run(settings: Settings) -> int:
-    """Serve until told to stop; returns the exit status. What cannot work is one sentence on stderr and status 2."""
+    """Serve until a signal stops the process; return the exit status.
+
+    A configuration that cannot work ends with one sentence on stderr and status 2.
+    """
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
         app = create_app(settings)
-        asyncio.run(_probe(settings))
+        asyncio.run(_check_queue(settings))
     except (BundleError, KeyringError, ServiceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR
@@ -61,7 +67,10 @@ def run(settings: Settings) -> int:
 
 
 def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """How uvicorn serves the app: bounded headers and keep-alives, graceful end, its own access log off (ours has more)."""
+    """Return uvicorn's configuration: bounded headers and keep-alives, and a graceful end.
+
+    Uvicorn's own access log is off, because ours has more.
+    """
     return uvicorn.Config(
         app,
         host=settings.host,
@@ -79,7 +88,7 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-async def _probe(settings: Settings) -> None:
-    """Raises what opening the queue raises, before uvicorn would print it as a traceback."""
-    async with open_backplane(settings):
+async def _check_queue(settings: Settings) -> None:
+    """Raise what opening the queue raises, because uvicorn would print it as a traceback."""
+    async with open_queue_client(settings):
         pass

@@ -1,4 +1,4 @@
-"""What the routes of one API process share, and how they wait for a job."""
+"""The state that the routes of one API process share, and how they wait for a job."""
 
 import asyncio
 import re
@@ -20,9 +20,9 @@ from ditserve.service.errors import (
     ModelNotFound,
     QueueUnavailable,
 )
-from ditserve.service.http.intake import Caller, Ticket
 from ditserve.service.http.middleware import disconnected
 from ditserve.service.http.models import Model
+from ditserve.service.http.submission import Caller, Submission
 from ditserve.service.jobs import JobResult, JobStatus
 from ditserve.service.settings import Settings
 
@@ -30,8 +30,8 @@ _JOB_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
-    """Where a job stands, and the model that has it."""
+class JobLookup:
+    """A job that was looked up: its status, and the model it belongs to."""
 
     status: JobStatus
     model: Model
@@ -39,8 +39,11 @@ class Sighting:
 
 @dataclass(slots=True)
 class Context:
-    """Opened by the app's lifespan. `models` by name, the default first; replaced as a whole when one is. `started` once workers of
-    each were seen; `draining` once the process is to stop."""
+    """The shared state of one API process, opened by the application's lifespan.
+
+    `models` holds the models by name, the default first; a reload replaces the whole mapping. `started` is
+    True once enough workers of each model were seen; `draining` is set once the process is to stop.
+    """
 
     settings: Settings
     models: Mapping[str, Model]
@@ -49,11 +52,11 @@ class Context:
 
     @property
     def default(self) -> Model:
-        """What requests get that name no model."""
+        """The model of requests that name none."""
         return next(iter(self.models.values()))
 
     def model(self, name: str | None) -> Model:
-        """Raises `ModelNotFound`."""
+        """Return the model of that name, the default for None. Raises `ModelNotFound`."""
         if name is None:
             return self.default
         model = self.models.get(name)
@@ -61,63 +64,67 @@ class Context:
             raise ModelNotFound(f"There is no model {name!r}; this service runs {', '.join(self.models)}.")
         return model
 
-    async def job(self, job_id: str, held: ApiKey | None = None) -> Sighting:
-        """A job of any model as the holder of a key may see it: their own, with the scope admin anybody's.
+    async def job(self, job_id: str, key: ApiKey | None = None) -> JobLookup:
+        """Look a job up among all models. With `key`, only jobs that its holder may see are found.
 
-        Raises `JobNotFound`, `QueueUnavailable`.
+        A key sees its own jobs; a key of the scope admin sees everybody's. Raises `JobNotFound`,
+        `QueueUnavailable`.
         """
         for model in self.models.values() if _JOB_ID.fullmatch(job_id) else ():
-            status = await model.backplane.queue.status(job_id)
-            if status is not None and (held is None or held.may_see(status.job.caller)):
-                return Sighting(status, model)
+            status = await model.queue_client.queue.status(job_id)
+            if status is not None and (key is None or key.may_see(status.job.caller)):
+                return JobLookup(status, model)
         raise JobNotFound(f"There is no job {job_id[:64]!r}.")
 
     async def result(
-        self, model: Model, ticket: Ticket, receive: Receive, *, keep: bool = False
+        self, model: Model, submission: Submission, receive: Receive, *, keep: bool = False
     ) -> JobResult:
-        """The result of a queued job, waited for until its deadline or until the client goes, which cancels it (unless `keep`).
+        """Wait for the result of a queued job until its deadline.
 
-        Raises `Cancelled`, `DeadlineExceeded`, `Draining`, or the job's own error.
+        If the client goes away first the job is cancelled, unless `keep`. A job that misses its deadline is
+        cancelled in any case. Raises `Cancelled`, `DeadlineExceeded`, `Draining`, or the job's own error.
         """
-        job = ticket.job
-        waiting = asyncio.create_task(model.backplane.listener.wait(job.id, new=ticket.new))
+        job = submission.job
+        result = asyncio.create_task(model.queue_client.listener.wait(job.id, new=submission.new))
         gone = asyncio.create_task(disconnected(receive))
-        leaving = asyncio.create_task(self._drained())
-        patience = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
+        drained = asyncio.create_task(self._drained())
+        timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
         try:
-            await asyncio.wait(
-                (waiting, gone, leaving), timeout=patience, return_when=asyncio.FIRST_COMPLETED
-            )
-            if waiting.done():
-                return waiting.result()
+            await asyncio.wait((result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if result.done():
+                return result.result()
             if gone.done():
                 raise Cancelled("The client went away.")
-            if leaving.done():
+            if drained.done():
                 raise Draining("The images were not ready when this process had to stop.", retry_after=1)
             keep = False
             raise DeadlineExceeded("The images were not ready by the deadline.")
         finally:
-            ended = waiting.done()
-            waiting.cancel()
+            ended = result.done()
+            result.cancel()
             gone.cancel()
-            leaving.cancel()
-            await asyncio.wait((waiting, gone, leaving))
+            drained.cancel()
+            await asyncio.wait((result, gone, drained))
             if not ended and not keep:
                 await cancel(model, job.id)
 
     async def _drained(self) -> None:
-        """Returns when this process was told to stop and has waited as long as it may."""
+        """Return once this process is to stop and has waited for its requests as long as it may."""
         await self.draining.wait()
         await asyncio.sleep(self.settings.drain_s)
 
 
 async def cancel(model: Model, job_id: str) -> None:
-    """Cancel a job nobody waits for. If the queue cannot be asked the job runs on, which costs time but harms nobody."""
+    """Cancel a job nobody waits for.
+
+    If Redis does not answer the job runs on, which costs time but does no harm.
+    """
     with suppress(QueueUnavailable):
-        await model.backplane.queue.cancel(job_id)
+        await model.queue_client.queue.cancel(job_id)
 
 
-async def _context(request: Request) -> Context:  # `def` would cost a hop to another thread
+# A coroutine, because FastAPI would run a plain function in another thread.
+async def _context(request: Request) -> Context:
     context: Context = request.app.state.context
     return context
 
@@ -125,19 +132,25 @@ async def _context(request: Request) -> Context:  # `def` would cost a hop to an
 Api = Annotated[Context, Depends(_context)]
 
 
-async def _found(job_id: str, request: Request, api: Api) -> Sighting:
+async def _lookup(job_id: str, request: Request, api: Api) -> JobLookup:
     return await api.job(job_id, getattr(request.state, "key", None))
 
 
-Found = Annotated[Sighting, Depends(_found)]  # the job of the path
+# The job that the path names.
+PathJob = Annotated[JobLookup, Depends(_lookup)]
 
 
-def caller(request: Request, *, key: str | None = None) -> Caller:
-    """Who sent this request: fair queueing and idempotency keys are per API key, or per network address where keys are not used."""
+def caller(request: Request, *, idempotency_key: str | None = None) -> Caller:
+    """Return the sender of a request: the API key, or the network address where keys are not used.
+
+    Queueing is fair between callers, and an Idempotency-Key counts within its caller.
+    """
     trace = {"request_id": request.state.request_id, **request.state.trace}
-    held: ApiKey | None = getattr(request.state, "key", None)
+    key: ApiKey | None = getattr(request.state, "key", None)
+    if key is not None:
+        return Caller(key.caller, idempotency_key, key.concurrency, trace)
     address = request.client.host if request.client else "unknown"
-    return Caller(held.caller if held else address, key, held.concurrency if held else None, trace)
+    return Caller(address, idempotency_key, None, trace)
 
 
 def note(request: Request, **fields: str) -> None:
@@ -147,5 +160,5 @@ def note(request: Request, **fields: str) -> None:
 
 
 def server_timing(timings_ms: Mapping[str, float]) -> str:
-    """The `Server-Timing` header (W3C), durations in milliseconds."""
+    """Return the `Server-Timing` header (W3C), durations in milliseconds."""
     return ", ".join(f"{name};dur={duration:.1f}" for name, duration in timings_ms.items())

@@ -1,4 +1,4 @@
-"""What the OpenAPI document shows of every operation: example requests, answers, and the headers that come with them. Pure."""
+"""Examples for the OpenAPI document: parameters, responses and headers of every operation. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LINKS: Final = {
     "events": f"/jobs/{_JOB}/events",
     "images": [f"/jobs/{_JOB}/images/0"],
 }
-_MADE: Final = {
+_OUTCOME: Final = {
     "steps_requested": 30,
     "steps_used": 30,
     "sampler": "ddim",
@@ -38,12 +38,12 @@ _QUEUED: Final = {
     "links": _LINKS,
 }
 _ENDED: Final = {**_QUEUED, "position": None, "attempt": 1, "eta_s": None}
-_DONE: Final = {**_ENDED, "state": "done", "step": 30, "result": {"seeds": [7], **_MADE}}
-_DRAWN: Final = {
+_DONE: Final = {**_ENDED, "state": "done", "step": 30, "result": {"seeds": [7], **_OUTCOME}}
+_GENERATED: Final = {
     "id": _JOB,
     "model": "emoji",
     "images": [{"b64": _PNG, "seed": 7, "content_type": "image/png"}],
-    **_MADE,
+    **_OUTCOME,
 }
 _PARTS: Final = f"""--dit-{_JOB}\r
 content-type: image/png\r
@@ -54,7 +54,12 @@ x-seed: 7\r
 (the file)\r
 --dit-{_JOB}--\r
 """
-_POINT: Final = {"sampler": "ddim", "steps": 50, "grid": "trailing", "guidance_interval": [0.0, 1.0]}
+_OPERATING_POINT: Final = {
+    "sampler": "ddim",
+    "steps": 50,
+    "grid": "trailing",
+    "guidance_interval": [0.0, 1.0],
+}
 _MODEL: Final = {
     "name": "emoji",
     "version": "1.0",
@@ -69,8 +74,8 @@ _MODEL: Final = {
     ],
     "samplers": ["ddim", "dpmpp-2m"],
     "grids": ["leading", "trailing", "uniform-t"],
-    "defaults": {**_POINT, "guidance_scale": 2.0},
-    "ladder": [{"name": "ddim-50", **_POINT, "rows": 100.0, "quality": 0.02}],
+    "defaults": {**_OPERATING_POINT, "guidance_scale": 2.0},
+    "ladder": [{"name": "ddim-50", **_OPERATING_POINT, "rows": 100.0, "quality": 0.02}],
     "limits": {"n": 16, "steps": 1000, "deadline_ms": 600000, "body_bytes": 65536},
     "metrics": {"label_top1": 0.97},
     "licence": "Apache-2.0",
@@ -97,23 +102,27 @@ event: done
 data: {{"rung":"ddim-30","degraded":false,"steps":30}}
 
 """
-_TOKENS: Final = {
+_USAGE: Final = {
     "input_tokens": 2,
     "output_tokens": 256,
     "total_tokens": 258,
     "input_tokens_details": {"text_tokens": 2, "image_tokens": 0},
 }
-_PICTURES: Final = {
+_OPENAI_IMAGES: Final = {
     "created": 1790000000,
     "data": [{"b64_json": _PNG}],
     "background": "opaque",
     "output_format": "png",
     "quality": "auto",
     "size": "64x64",
-    "usage": _TOKENS,
+    "usage": _USAGE,
 }
-_PARTIALS: Final = f"""event: image_generation.partial_image
-data: {{"type":"image_generation.partial_image","b64_json":"{_PNG}","partial_image_index":0,"created_at":1790000000}}
+_PARTIAL_IMAGE: Final = (
+    f'{{"type":"image_generation.partial_image","b64_json":"{_PNG}",'
+    '"partial_image_index":0,"created_at":1790000000}'
+)
+_OPENAI_EVENTS: Final = f"""event: image_generation.partial_image
+data: {_PARTIAL_IMAGE}
 
 event: image_generation.completed
 data: {{"type":"image_generation.completed","b64_json":"{_PNG}","created_at":1790000001}}
@@ -138,11 +147,11 @@ def _healthy(**checks: bool) -> dict[str, Any]:
     return {"status": "ok" if all(checks.values()) else "failing", "checks": checks}
 
 
-# "METHOD /path" → status → media type → an answer. Image files and errors are not here: the former are bytes, the latter come
-# with their kind (`openapi.problems`).
+# "METHOD /path" → status → media type → a response. Image files are not here because they are bytes, and the
+# examples of errors are in `openapi`.
 ANSWERS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
     "POST /generate": {
-        "200": {JSON: _DRAWN, "multipart/mixed": _PARTS},
+        "200": {JSON: _GENERATED, "multipart/mixed": _PARTS},
         "202": {JSON: _QUEUED},
     },
     "GET /models": {"200": {JSON: {"models": [_MODEL]}}},
@@ -150,7 +159,7 @@ ANSWERS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
     "DELETE /jobs/{job_id}": {"200": {JSON: {**_ENDED, "state": "cancelled", "step": 12}}},
     "GET /jobs/{job_id}/events": {"200": {"text/event-stream": _EVENTS}},
     "POST /v1/images/generations": {
-        "200": {JSON: _PICTURES, "text/event-stream": _PARTIALS},
+        "200": {JSON: _OPENAI_IMAGES, "text/event-stream": _OPENAI_EVENTS},
         "default": {JSON: _OPENAI_ERROR},
     },
     "GET /v1/models": {
@@ -176,7 +185,7 @@ ANSWERS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
     "GET /metrics": {"200": {"text/plain": _METRICS}},
 }
 
-# A parameter, wherever it occurs → a value.
+# A parameter, wherever it occurs → its value.
 PARAMETERS: Final[Mapping[str, Any]] = {
     "job_id": _JOB,
     "k": "0",
@@ -185,30 +194,30 @@ PARAMETERS: Final[Mapping[str, Any]] = {
     "last-event-id": "1790000000310-0",
 }
 
-_HOW: Final = {
+_RESULT_HEADERS: Final = {
     "X-Job-ID": (_JOB, "The job that made the images; `/jobs/{id}` knows it as long as results are kept."),
     "X-Steps-Requested": ("30", "Denoising steps asked for."),
     "X-Steps-Used": ("30", "Denoising steps run; fewer under load, where the request allows it."),
     "X-Rung": ("ddim-30", "The operating point used."),
     "X-Degraded": ("false", "Whether fewer or cheaper steps were run than asked for."),
     "X-Seed": ("7", "Seed of each image."),
-    "Server-Timing": ("queue;dur=6.5, denoise;dur=539.4", "Where the time went, in milliseconds."),
+    "Server-Timing": ("queue;dur=6.5, denoise;dur=539.4", "Time spent in each phase, in milliseconds."),
     "Content-Digest": (
         "sha-256=:RK/0qy18MlBSVnWgjwz6lZEWjP/lF5HF9bvEF8FabDg=:",
         "Digest of the body (RFC 9530).",
     ),
 }
-_LATER: Final = {
+_ACCEPTED_HEADERS: Final = {
     "Location": (f"/jobs/{_JOB}", "The job's address."),
-    "Preference-Applied": ("respond-async", "That the preference was heard (RFC 7240)."),
+    "Preference-Applied": ("respond-async", "The preference that was honoured (RFC 7240)."),
     "X-Job-ID": (_JOB, "The job."),
 }
 
-# "METHOD /path" → status → header → (value, what it says).
+# "METHOD /path" → status → header → (value, description).
 HEADERS: Final[Mapping[str, Mapping[str, Mapping[str, tuple[str, str]]]]] = {
-    "POST /generate": {"200": _HOW, "202": _LATER},
-    "GET /jobs/{job_id}/images/{k}": {"200": _HOW},
+    "POST /generate": {"200": _RESULT_HEADERS, "202": _ACCEPTED_HEADERS},
+    "GET /jobs/{job_id}/images/{k}": {"200": _RESULT_HEADERS},
     "POST /v1/images/generations": {
-        "200": {name: each for name, each in _HOW.items() if name != "Content-Digest"}
+        "200": {name: header for name, header in _RESULT_HEADERS.items() if name != "Content-Digest"}
     },
 }

@@ -1,4 +1,4 @@
-"""What waits, as the API knows it: asked seldom however many requests come, and counted on in between."""
+"""The load of one model's queue and workers as the API knows it: read seldom, and corrected in between."""
 
 import asyncio
 import time
@@ -8,54 +8,63 @@ from dataclasses import replace
 
 from ditserve.service.jobs import Job, LoadSnapshot
 from ditserve.service.planning.capacity import dues_of
-from ditserve.service.queue.backplane import Queue
+from ditserve.service.queue.queue_client import Queue
 
 LOAD_FRESH_S = 0.1
 
 
 class LoadCache:
-    """The broker's load snapshot, asked at most every `LOAD_FRESH_S` seconds, and once at a time, however many requests come."""
+    """The broker's load snapshot, read at most once per `LOAD_FRESH_S` seconds however many requests come.
+
+    Between two reads the jobs that this process queues are added to the snapshot. Example: the snapshot says
+    that the idlest worker has 5 rows to run, and two jobs of 40 rows arrive in the same millisecond. The
+    first is admitted against 5 rows, the second against 45.
+    """
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
         self._load: LoadSnapshot | None = None
-        self._taken = 0.0
-        self._asking: asyncio.Task[LoadSnapshot] | None = None
-        self._coming: dict[str, Job] = {}
+        self._read_at = 0.0
+        self._reading: asyncio.Task[LoadSnapshot] | None = None
+        self._reserved: dict[str, Job] = {}
 
     async def __call__(self) -> LoadSnapshot:
-        """Raises `QueueUnavailable`."""
-        if self._load is not None and time.monotonic() - self._taken <= LOAD_FRESH_S:
+        """Return the load. Raises `QueueUnavailable`."""
+        if self._load is not None and time.monotonic() - self._read_at <= LOAD_FRESH_S:
             return self._load
-        if self._asking is None:
-            self._asking = asyncio.create_task(self._queue.load())
-            self._asking.add_done_callback(self._answered)
-        load = await asyncio.shield(self._asking)
-        return self._load or load  # with what others who waited for it have had counted by now
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._queue.load())
+            self._reading.add_done_callback(self._on_read)
+        load = await asyncio.shield(self._reading)
+        # Others that waited for the same read may have added their jobs to it by now.
+        return self._load or load
 
     @contextmanager
-    def counted(self, job: Job) -> Iterator[None]:
-        """While a job is being queued: who comes before a snapshot that has it is to see it too."""
-        self._coming[job.id] = job
-        self._count(job)
+    def reserved(self, job: Job) -> Iterator[None]:
+        """Count a job while it is being queued: a snapshot read meanwhile may not contain it yet."""
+        self._reserved[job.id] = job
+        self._add(job)
         try:
             yield
         finally:
-            self._coming.pop(job.id, None)
+            self._reserved.pop(job.id, None)
 
-    def _count(self, job: Job) -> None:
-        """As work of the worker that has the least to do."""
+    def _add(self, job: Job) -> None:
+        """Add a job to the snapshot, as work of the worker that has the least to do."""
         if self._load is None or not self._load.workers:
             return
-        least, *others = sorted(self._load.workers, key=lambda worker: worker.backlog_rows)
-        backlog, dues = least.backlog_rows + job.cost_rows, (*dues_of(least), job.due)
-        running = least.running_samples + len(job.seeds)
-        least = replace(least, backlog_rows=backlog, dues=dues, running_samples=running)
-        self._load = replace(self._load, workers=(least, *others))
+        idlest, *others = sorted(self._load.workers, key=lambda worker: worker.backlog_rows)
+        idlest = replace(
+            idlest,
+            backlog_rows=idlest.backlog_rows + job.cost_rows,
+            dues=(*dues_of(idlest), job.due),
+            running_samples=idlest.running_samples + len(job.seeds),
+        )
+        self._load = replace(self._load, workers=(idlest, *others))
 
-    def _answered(self, asked: asyncio.Task[LoadSnapshot]) -> None:
-        self._asking = None
-        if not asked.cancelled() and asked.exception() is None:
-            self._load, self._taken = asked.result(), time.monotonic()
-            for job in self._coming.values():
-                self._count(job)
+    def _on_read(self, reading: asyncio.Task[LoadSnapshot]) -> None:
+        self._reading = None
+        if not reading.cancelled() and reading.exception() is None:
+            self._load, self._read_at = reading.result(), time.monotonic()
+            for job in self._reserved.values():
+                self._add(job)

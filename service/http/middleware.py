@@ -1,6 +1,7 @@
-"""What every request passes through, as plain ASGI: no wrapping of `receive` that would hide a disconnect.
+"""The layers that every request passes through, as plain ASGI: a disconnect stays visible to the routes.
 
-Outermost first: `RequestContext` (id, security headers, metrics), `access.Access` (keys and quotas), `Body` (size, time and type of the body, before any route).
+Outermost first: `RequestContext` (id, security headers, metrics, trace), `access.Access` (keys and quotas),
+`Body` (size, time and type of the body, before any route).
 """
 
 import asyncio
@@ -16,18 +17,21 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ditserve.service.errors import Draining, MalformedRequest, PayloadTooLarge, RequestTimeout, ServiceError
-from ditserve.service.http.problems import answer, require_json
+from ditserve.service.http.problems import error_response, require_json
 from ditserve.service.telemetry import metrics
-from ditserve.service.telemetry.tracing import NoSpan, Tracing
+from ditserve.service.telemetry.tracing import RequestSpan, Tracing
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_CARRIES_BODY = frozenset({"POST", "PUT", "PATCH"})
-_UNMEASURED = "unmatched"
+_METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+_UNMATCHED = "unmatched"
+# Paths that are asked every few seconds: logged at debug level, and not traced.
 _QUIET = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
-_GONE = 499  # nothing was answered: the client went away first
+_NO_TRACING = Tracing()
+# The status of a request that got no response because its client went away first.
+_CLIENT_GONE = 499
 _log = structlog.get_logger("service.http")
-_HEADERS = {
+_SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -36,10 +40,11 @@ _HEADERS = {
 
 
 class RequestContext:
-    """Gives the request its id (the client's if it is well-formed), echoes it, adds security headers, counts, and traces.
+    """Gives each request an id (the client's if it is well-formed), adds headers, counts, logs and traces.
 
-    Puts into the request's state its `request_id`, and as `trace` what a job takes along (W3C Trace Context). Requests are counted
-    by the one of `routes` that they were for, also when they are refused before anybody looks for it.
+    Puts into the request's state its `request_id`, and as `trace` the W3C Trace Context that a job takes
+    along. A request counts under the one of `routes` that it was for, also when it is refused before it gets
+    there.
     """
 
     def __init__(self, app: ASGIApp, *, tracing: Tracing, routes: Sequence[BaseRoute]) -> None:
@@ -49,67 +54,76 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        offered, parent = headers.get("x-request-id", ""), headers.get("traceparent", "")
-        request_id = offered if _REQUEST_ID.fullmatch(offered) else secrets.token_hex(16)
-        carrier = {"traceparent": parent} if _TRACEPARENT.fullmatch(parent) else {}
-        span = NoSpan(carrier) if scope["path"] in _QUIET else self._tracing.request(carrier)
-        scope.setdefault("state", {}).update(request_id=request_id, trace=span.carrier)
+        span = self._begin(scope)
+        request_id: str = scope["state"]["request_id"]
         status: int | None = None
 
-        async def send_named(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
-                for name, value in _HEADERS.items():
+                for name, value in _SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
         started = time.perf_counter()
         metrics.REQUESTS_IN_PROGRESS.inc()
         try:
-            await self._app(scope, receive, send_named)
+            await self._app(scope, receive, send_with_headers)
         except Exception as error:
             _log.exception("request crashed", request_id=request_id, path=scope["path"])
-            if status is not None:  # the answer has begun: cutting the connection is the only truth left
+            # Once a response has begun, only a cut connection can tell the client that it is incomplete.
+            if status is not None:
                 raise
-            await answer(error, scope)(scope, receive, send_named)
+            await error_response(error, scope)(scope, receive, send_with_headers)
         finally:
             metrics.REQUESTS_IN_PROGRESS.dec()
-            seconds = time.perf_counter() - started
-            fields = _record(scope, self._route(scope), request_id, status or _GONE, seconds)
-            span.end(
-                f"{scope['method']} {fields['route']}",
-                {
-                    "http.request.method": scope["method"],
-                    "http.route": fields["route"],
-                    "http.response.status_code": fields["status"],
-                    "dit.request_id": request_id,
-                },
-            )
+            self._end(scope, span, status or _CLIENT_GONE, time.perf_counter() - started)
+
+    def _begin(self, scope: Scope) -> RequestSpan:
+        """Fill the request's state and return the span of the request."""
+        headers = Headers(scope=scope)
+        own_id, parent = headers.get("x-request-id", ""), headers.get("traceparent", "")
+        request_id = own_id if _REQUEST_ID.fullmatch(own_id) else secrets.token_hex(16)
+        carrier = {"traceparent": parent} if _TRACEPARENT.fullmatch(parent) else {}
+        tracing = _NO_TRACING if scope["path"] in _QUIET else self._tracing
+        span = tracing.request(carrier)
+        scope.setdefault("state", {}).update(request_id=request_id, trace=span.carrier)
+        return span
+
+    def _end(self, scope: Scope, span: RequestSpan, status: int, seconds: float) -> None:
+        """Count, log and trace a request that has ended."""
+        route, request_id = self._route(scope), scope["state"]["request_id"]
+        metrics.REQUESTS.labels(route, outcome(status)).inc()
+        metrics.REQUEST_SECONDS.labels(route).observe(seconds)
+        fields: dict[str, Any] = {"method": scope["method"], "route": route, "status": status}
+        fields |= {
+            "request_id": request_id,
+            "ms": round(seconds * 1000, 1),
+            **scope["state"].get("notes", {}),
+        }
+        log = _log.debug if route in _QUIET else _log.info
+        log("request", **fields)
+        attributes = {
+            "http.request.method": scope["method"],
+            "http.route": route,
+            "http.response.status_code": status,
+            "dit.request_id": request_id,
+        }
+        span.end(f"{scope['method']} {route}", attributes)
 
     def _route(self, scope: Scope) -> str:
-        """The pattern of the request's path."""
+        """Return the pattern of the request's path."""
         if "route" in scope:
             return str(scope["route"].path)
-        known = (route for route in self._routes if route.matches(scope)[0] != Match.NONE)
-        return getattr(next(known, None), "path", _UNMEASURED)
-
-
-def _record(scope: Scope, route: str, request_id: str, status: int, seconds: float) -> dict[str, Any]:
-    """Into metrics and the log; gives the fields of the log line."""
-    metrics.REQUESTS.labels(route, outcome(status)).inc()
-    metrics.REQUEST_SECONDS.labels(route).observe(seconds)
-    fields = {"method": scope["method"], "route": route, "status": status, "request_id": request_id}
-    log = _log.debug if route in _QUIET else _log.info
-    log("request", **fields, ms=round(seconds * 1000, 1), **scope["state"].get("notes", {}))
-    return fields
+        matching = (route for route in self._routes if route.matches(scope)[0] != Match.NONE)
+        return getattr(next(matching, None), "path", _UNMATCHED)
 
 
 def outcome(status: int) -> str:
-    """The outcome a status stands for: few values, so that they can label a metric."""
+    """Return the outcome that a status stands for, one of few, so that it can label a metric."""
     named = {202: "accepted", 429: "quota", 499: "cancelled", 503: "overloaded", 504: "deadline"}
     return named.get(status) or ("ok" if status < 400 else "invalid" if status < 500 else "failed")
 
@@ -117,8 +131,8 @@ def outcome(status: int) -> str:
 class Body:
     """Reads the whole body before the route runs, within a size and a time, and refuses what is not JSON.
 
-    Bodies here are small documents, so a bounded buffer is simpler and safer than trusting each reader to count. After the
-    body, `receive` is the server's own: it still reports the disconnect.
+    Bodies here are small documents, so a bounded buffer is simpler and safer than trusting each reader to
+    count. After the body, `receive` is the server's own: it still reports the disconnect.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float) -> None:
@@ -127,32 +141,31 @@ class Body:
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in _CARRIES_BODY:
+        if scope["type"] != "http" or scope["method"] not in _METHODS_WITH_BODY:
             await self._app(scope, receive, send)
             return
         try:
-            self._refuse_while_draining(scope)
+            if scope["app"].state.draining.is_set():
+                raise Draining("This process is shutting down; try again.", retry_after=1)
             async with asyncio.timeout(self._timeout_s):
                 body = await self._read(Headers(scope=scope), receive)
             if body:
                 require_json(Headers(scope=scope))
         except TimeoutError:
-            await self._refuse(
-                RequestTimeout(f"Send the body within {self._timeout_s:g} s."), scope, receive, send
-            )
+            error = RequestTimeout(f"Send the body within {self._timeout_s:g} s.")
+            await self._refuse(error, scope, receive, send)
         except ServiceError as error:
             await self._refuse(error, scope, receive, send)
         else:
             if body is not None:
-                await self._app(scope, _replayed(body, receive), send)
-
-    def _refuse_while_draining(self, scope: Scope) -> None:
-        draining = scope["app"].state.draining
-        if draining.is_set():
-            raise Draining("This process is shutting down; try again.", retry_after=1)
+                await self._app(scope, _replaying(body, receive), send)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The body; None when the client went away while sending it."""
+        """Return the body, None if the client went away while sending it.
+
+        Raises:
+            MalformedRequest, PayloadTooLarge: the body is not to be read to its end.
+        """
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             raise MalformedRequest("Content-Length is not a number.")
@@ -173,13 +186,14 @@ class Body:
                 return b"".join(chunks)
 
     async def _refuse(self, error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:
-        response = answer(error, scope)
+        response = error_response(error, scope)
         if isinstance(error, PayloadTooLarge | RequestTimeout | Draining):
             response.headers["connection"] = "close"
         await response(scope, receive, send)
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
+def _replaying(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body that was read, and then what the server's own gives."""
     pending: Iterable[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def replay() -> Message:
@@ -191,6 +205,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def disconnected(receive: Receive) -> None:
-    """Returns once the client has gone. To be awaited after the body was read."""
+    """Return once the client has gone. To be awaited after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass

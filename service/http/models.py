@@ -1,4 +1,4 @@
-"""The models of one API process: what each is asked through, and how a new version of one takes the place of the old."""
+"""The models of one API process: how each is asked, and how a new version replaces the old one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import structlog
 from ditserve.model.spec.bundle import BundleError, Manifest
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.canary import Canary
-from ditserve.service.http.intake import Intake
-from ditserve.service.queue.backplane import Backplane
-from ditserve.service.served_models import Lane
+from ditserve.service.http.submission import Submissions
+from ditserve.service.queue.queue_client import QueueClient
+from ditserve.service.served_models import ServedModel
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
 
@@ -22,53 +22,58 @@ _log = structlog.get_logger("service.models")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One version of one model; the backplane is that of its lane, whatever the version."""
+    """One version of one model. All versions of a model share one queue client."""
 
-    lane: Lane
-    intake: Intake
-    backplane: Backplane
+    served: ServedModel
+    submissions: Submissions
+    queue_client: QueueClient
     canary: Canary | None
 
     @classmethod
-    def of(cls, lane: Lane, settings: Settings, backplane: Backplane) -> Model:
-        """Raises `OSError` where the golden image cannot be read."""
-        bundle, manifest = lane.bundle, lane.bundle.manifest
-        intake = Intake(manifest, settings, backplane.queue)
+    def of(cls, served: ServedModel, settings: Settings, queue_client: QueueClient) -> Model:
+        """Build a model of its opened bundle. Raises `OSError` where the golden image cannot be read."""
+        bundle, manifest = served.bundle, served.bundle.manifest
+        submissions = Submissions(manifest, settings, queue_client.queue)
         golden = manifest.golden
-        canary = Canary(bundle.path, golden, intake, backplane.listener) if golden else None
+        canary = Canary(bundle.path, golden, submissions, queue_client.listener) if golden else None
         metrics.BUILD_INFO.labels(VERSION, manifest.name, manifest.version).set(1)
-        return cls(lane, intake, backplane, canary)
+        return cls(served, submissions, queue_client, canary)
 
     @property
     def manifest(self) -> Manifest:
-        return self.lane.bundle.manifest
+        return self.served.bundle.manifest
 
 
-async def renewed(models: Mapping[str, Model], settings: Settings) -> dict[str, Model]:
-    """The models with what their folders hold now; one that cannot be used, or that no worker has loaded, stays as it is."""
-    found = dict(models)
+async def reloaded(models: Mapping[str, Model], settings: Settings) -> dict[str, Model]:
+    """Return the models as their folders hold them now.
+
+    A model whose new bundle cannot be used, or that no worker has loaded, stays as it is.
+    """
+    current = dict(models)
     for name, model in models.items():
         try:
-            lane = model.lane.reopened(verify=False)
-            if lane.digest == model.lane.digest:
+            served = model.served.reopened(verify=False)
+            if served.digest == model.served.digest:
                 continue
-            await _served(lane, model.backplane)
-            found[name] = Model.of(lane, settings, model.backplane)
+            await _check_served(served, model.queue_client)
+            current[name] = Model.of(served, settings, model.queue_client)
         except (BundleError, OSError, QueueUnavailable, ValueError) as error:
             _log.error("bundle not reloaded, the old one serves on", model=name, reason=str(error))
         else:
-            _log.info("bundle reloaded", model=name, version=lane.bundle.manifest.version)
-            _forget(model.manifest, beside=lane.bundle.manifest)
-    return found
+            _log.info("bundle reloaded", model=name, version=served.bundle.manifest.version)
+            _clear_build_info(model.manifest, new=served.bundle.manifest)
+    return current
 
 
-async def _served(lane: Lane, backplane: Backplane) -> None:
-    """Raises `BundleError` where there are workers and none has this bundle."""
-    workers = (await backplane.queue.load()).workers
-    if workers and lane.digest not in {worker.bundle for worker in workers}:
-        raise BundleError(f"none of the workers has loaded {lane.folder} as it is now: start new ones first")
+async def _check_served(served: ServedModel, queue_client: QueueClient) -> None:
+    """Raise `BundleError` where there are workers and none of them has loaded this bundle."""
+    workers = (await queue_client.queue.load()).workers
+    if workers and served.digest not in {worker.bundle for worker in workers}:
+        raise BundleError(
+            f"none of the workers has loaded {served.folder} as it is now: start new ones first"
+        )
 
 
-def _forget(old: Manifest, *, beside: Manifest) -> None:
-    if old.version != beside.version:
+def _clear_build_info(old: Manifest, *, new: Manifest) -> None:
+    if old.version != new.version:
         metrics.BUILD_INFO.labels(VERSION, old.name, old.version).set(0)

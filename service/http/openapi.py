@@ -1,4 +1,4 @@
-"""The OpenAPI document: an example of every request, answer and error, and nothing FastAPI adds that we never send."""
+"""The OpenAPI document: with an example of every request, response and error."""
 
 from collections import defaultdict
 from typing import Any
@@ -12,9 +12,10 @@ from ditserve.service.http.examples import ANSWERS, HEADERS, PARAMETERS
 from ditserve.service.http.problems import MEDIA_TYPE, OPENAI_PREFIX, openai_error, problem
 
 Responses = dict[int | str, dict[str, Any]]
-Kind = type[errors.ServiceError]
+ErrorType = type[errors.ServiceError]
 
-BODY: tuple[Kind, ...] = (
+# The errors of a body, of a submission, and of a job that ended without images.
+BODY: tuple[ErrorType, ...] = (
     errors.MalformedRequest,
     errors.RequestTimeout,
     errors.PayloadTooLarge,
@@ -22,14 +23,14 @@ BODY: tuple[Kind, ...] = (
     errors.InvalidRequest,
     errors.UnknownCondition,
 )
-SUBMIT: tuple[Kind, ...] = (
+SUBMIT: tuple[ErrorType, ...] = (
     errors.ModelNotFound,
     errors.QueueFull,
     errors.Overloaded,
     errors.QueueUnavailable,
     errors.Draining,
 )
-ENDED: tuple[Kind, ...] = (
+ENDED: tuple[ErrorType, ...] = (
     errors.Cancelled,
     errors.ModelReplaced,
     errors.NumericalError,
@@ -38,7 +39,7 @@ ENDED: tuple[Kind, ...] = (
     errors.DeadlineExceeded,
 )
 
-_DETAILS: dict[Kind, dict[str, Any]] = {
+_EXAMPLES: dict[ErrorType, dict[str, Any]] = {
     errors.MalformedRequest: {"detail": "The body is not valid JSON: Expecting value at position 14."},
     errors.RequestTimeout: {"detail": "Send the body within 10 s."},
     errors.PayloadTooLarge: {"detail": "The body may be 65536 bytes, not 90000."},
@@ -85,19 +86,21 @@ _DETAILS: dict[Kind, dict[str, Any]] = {
 }
 
 
-def problems(*kinds: Kind) -> Responses:
-    """The `responses` of a route that may raise `kinds`, by status, with an example of each."""
+def problem_responses(*kinds: ErrorType) -> Responses:
+    """Return the `responses` of a route that may raise `kinds`, by status, with an example of each."""
     return _responses(kinds, MEDIA_TYPE, "Problem")
 
 
-def openai_problems(*kinds: Kind) -> Responses:
-    """The same in OpenAI's shape, in which 422 is 400."""
+def openai_error_responses(*kinds: ErrorType) -> Responses:
+    """Return the same in OpenAI's shape, in which 422 is 400."""
     return _responses(kinds, "application/json", "OpenAIError", fold_422=True)
 
 
-def _responses(kinds: tuple[Kind, ...], media_type: str, schema: str, *, fold_422: bool = False) -> Responses:
-    """The examples' values come with `document`, which knows the path (and FastAPI would take the nulls out of them)."""
-    by_status: dict[int, list[Kind]] = defaultdict(list)
+def _responses(
+    kinds: tuple[ErrorType, ...], media_type: str, schema: str, *, fold_422: bool = False
+) -> Responses:
+    # `openapi_document` fills in the values of the examples: it knows the path, and FastAPI would drop nulls.
+    by_status: dict[int, list[ErrorType]] = defaultdict(list)
     for kind in kinds:
         by_status[400 if fold_422 and kind.status == 422 else kind.status].append(kind)
     responses: Responses = {}
@@ -105,21 +108,21 @@ def _responses(kinds: tuple[Kind, ...], media_type: str, schema: str, *, fold_42
         examples = {kind.code: {"summary": kind.title} for kind in members}
         content = {media_type: {"schema": {"$ref": f"#/components/schemas/{schema}"}, "examples": examples}}
         responses[status] = {"description": "; ".join(kind.title for kind in members), "content": content}
-        if any("retry_after" in _DETAILS.get(kind, {}) for kind in members):
+        if any("retry_after" in _EXAMPLES.get(kind, {}) for kind in members):
             header = {"description": "Whole seconds to wait.", "schema": {"type": "integer"}, "example": 1}
             responses[status]["headers"] = {"Retry-After": header}
     return responses
 
 
-def _instance(kind: Kind) -> errors.ServiceError:
-    details = _DETAILS.get(kind, {})
+def _example(kind: ErrorType) -> errors.ServiceError:
+    details = _EXAMPLES.get(kind, {})
     return kind(details.get("detail", ""), retry_after=details.get("retry_after"), extra=details.get("extra"))
 
 
-def document(app: FastAPI, *, keyed: bool = False) -> dict[str, Any]:
-    """The OpenAPI document of the app, made once. `keyed`: requests need an API key."""
+def openapi_document(app: FastAPI, *, keyed: bool = False) -> dict[str, Any]:
+    """Return the OpenAPI document of the app, built once. `keyed` is True if requests need an API key."""
     if app.openapi_schema is None:
-        made = get_openapi(
+        document = get_openapi(
             title=app.title,
             version=app.version,
             summary=app.summary,
@@ -127,57 +130,58 @@ def document(app: FastAPI, *, keyed: bool = False) -> dict[str, Any]:
             routes=app.routes,
         )
         for name in ("HTTPValidationError", "ValidationError"):
-            made["components"]["schemas"].pop(name, None)
+            document["components"]["schemas"].pop(name, None)
         if keyed:
-            _secure(made)
-        for path, operations in made["paths"].items():
+            _require_keys(document)
+        for path, operations in document["paths"].items():
             for method, operation in operations.items():
-                _without_defaults(operation)
-                _show(operation, method, path, made["components"]["schemas"])
-        app.openapi_schema = made
+                _remove_defaults(operation)
+                _add_examples(operation, method, path, document["components"]["schemas"])
+        app.openapi_schema = document
     return app.openapi_schema
 
 
-def _without_defaults(operation: dict[str, Any]) -> None:
-    """Takes out the answer to invalid input that FastAPI adds; ours is another."""
-    described = operation["responses"].get("422", {}).get("content", {}).get("application/json", {})
-    if described.get("schema", {}).get("$ref", "").endswith("HTTPValidationError"):
+def _remove_defaults(operation: dict[str, Any]) -> None:
+    """Remove the response to invalid input that FastAPI adds; ours is another."""
+    content = operation["responses"].get("422", {}).get("content", {}).get("application/json", {})
+    if content.get("schema", {}).get("$ref", "").endswith("HTTPValidationError"):
         del operation["responses"]["422"]
 
 
-def _show(operation: dict[str, Any], method: str, path: str, schemas: dict[str, Any]) -> None:
-    """Puts the examples of `examples` into an operation, and a request's own where clients look for them."""
+def _add_examples(operation: dict[str, Any], method: str, path: str, schemas: dict[str, Any]) -> None:
+    """Put the examples of `examples` and of the request's schema into an operation."""
     key = f"{method.upper()} {path}"
     for parameter in operation.get("parameters", ()):
         if parameter["name"] in PARAMETERS:
             parameter["example"] = PARAMETERS[parameter["name"]]
     for body in operation.get("requestBody", {}).get("content", {}).values():
-        given = schemas[body["schema"]["$ref"].rpartition("/")[2]].get("examples", ())
-        body["examples"] = {str(number): {"value": value} for number, value in enumerate(given, 1)}
+        values = schemas[body["schema"]["$ref"].rpartition("/")[2]].get("examples", ())
+        body["examples"] = {str(number): {"value": value} for number, value in enumerate(values, 1)}
     for status, response in operation["responses"].items():
         for media_type, value in ANSWERS.get(key, {}).get(status, {}).items():
             response["content"][media_type]["example"] = value
-        for name, (value, said) in HEADERS.get(key, {}).get(status, {}).items():
-            shown = {"description": said, "schema": {"type": "string"}, "example": value}
-            response.setdefault("headers", {})[name] = shown
+        for name, (value, description) in HEADERS.get(key, {}).get(status, {}).items():
+            header = {"description": description, "schema": {"type": "string"}, "example": value}
+            response.setdefault("headers", {})[name] = header
         for body in response.get("content", {}).values():
             for code, example in body.get("examples", {}).items():
-                example["value"] = _told(errors.ERRORS[code], path)
+                example["value"] = _error_body(errors.ERRORS[code], path)
 
 
-def _told(kind: Kind, path: str) -> dict[str, Any]:
-    """An error of `kind` as an operation of `path` tells it."""
+def _error_body(kind: ErrorType, path: str) -> dict[str, Any]:
+    """Return the body of an error of `kind`, as an operation of `path` sends it."""
     if path.startswith(OPENAI_PREFIX):
-        return openai_error(_instance(kind), "req-1")
-    return problem(_instance(kind), path.format_map(PARAMETERS), "req-1")
+        return openai_error(_example(kind), "req-1")
+    return problem(_example(kind), path.format_map(PARAMETERS), "req-1")
 
 
-def _secure(made: dict[str, Any]) -> None:
-    """Every operation that is not open to all asks for a key, and may be refused."""
-    made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    for path, operations in made["paths"].items():
+def _require_keys(document: dict[str, Any]) -> None:
+    """Give every operation that is not open to all its need for a key, and the refusals that come of it."""
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
         for operation in () if path in OPEN else operations.values():
             refusals = (errors.Unauthorized, errors.Forbidden, errors.QuotaExceeded)
-            describe = openai_problems if path.startswith(OPENAI_PREFIX) else problems
+            describe = openai_error_responses if path.startswith(OPENAI_PREFIX) else problem_responses
             operation["security"] = [{"key": []}]
-            operation["responses"].update({str(status): each for status, each in describe(*refusals).items()})
+            for status, response in describe(*refusals).items():
+                operation["responses"][str(status)] = response

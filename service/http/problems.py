@@ -1,7 +1,7 @@
-"""Errors as HTTP answers: RFC 9457 problem details, and OpenAI's shape under `/v1`.
+"""Errors as HTTP responses: RFC 9457 problem details, and OpenAI's shape under `/v1`.
 
-One place decides what a client sees of an error; routes and middleware only raise. Nothing unforeseen leaks: an exception outside
-the tree of `errors` becomes a bare 500 with the request's id.
+One module decides what a client sees of an error; routes and middleware only raise. Nothing unforeseen leaks:
+an exception outside the tree of `errors` becomes a bare 500 with the request's id.
 """
 
 import json
@@ -33,9 +33,9 @@ MEDIA_TYPE = "application/problem+json"
 OPENAI_PREFIX = "/v1/"
 _SHOWN_ERRORS = 20
 
-# What Starlette and FastAPI raise by themselves, as errors of the tree.
+# The statuses that Starlette and FastAPI raise by themselves, as errors of the tree.
 _BY_STATUS: Mapping[int, type[ServiceError]] = {400: MalformedRequest, 404: NotFound, 405: MethodNotAllowed}
-# The last word of the error type in OpenAI's shape, by the class of the status.
+# The `type` of an error in OpenAI's shape, by its status.
 _OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -44,27 +44,29 @@ _OPENAI_TYPES = {
 }
 
 
-def answer(error: Exception, scope: Scope) -> Response:
-    """The HTTP answer to `error` in the shape the request's path calls for."""
-    known = understood(error)
-    metrics.REFUSED.labels(known.code).inc()
-    hopeless = known.status == 500 or (isinstance(known, Overloaded) and known.retry_after is None)
-    headers = {"x-should-retry": "false"} if hopeless else {}
-    if known.retry_after is not None:
-        headers["retry-after"] = str(seconds_header(known.retry_after))
+def error_response(error: Exception, scope: Scope) -> Response:
+    """Return the response to `error`, in the shape that the request's path calls for."""
+    service_error = as_service_error(error)
+    metrics.REFUSED.labels(service_error.code).inc()
+    # OpenAI's clients repeat a 5xx unless told not to; here another try would end the same.
+    hopeless = isinstance(service_error, Overloaded) and service_error.retry_after is None
+    headers = {"x-should-retry": "false"} if hopeless or service_error.status == 500 else {}
+    if service_error.retry_after is not None:
+        headers["retry-after"] = str(seconds_header(service_error.retry_after))
     if isinstance(error, HTTPException) and error.headers:
         headers.update({name.lower(): value for name, value in error.headers.items()})
     request_id = scope.get("state", {}).get("request_id")
     if scope["path"].startswith(OPENAI_PREFIX):
-        status = 400 if known.status == 422 else known.status
-        body, media_type = openai_error(known, request_id), "application/json"
+        status = 400 if service_error.status == 422 else service_error.status
+        body, media_type = openai_error(service_error, request_id), "application/json"
     else:
-        status, body, media_type = known.status, problem(known, scope["path"], request_id), MEDIA_TYPE
+        status, media_type = service_error.status, MEDIA_TYPE
+        body = problem(service_error, scope["path"], request_id)
     return Response(json.dumps(body), status, headers, media_type)
 
 
-def understood(error: Exception) -> ServiceError:
-    """Any exception as an error of the tree."""
+def as_service_error(error: Exception) -> ServiceError:
+    """Return any exception as an error of the tree."""
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, RequestValidationError):
@@ -79,7 +81,7 @@ def understood(error: Exception) -> ServiceError:
 
 
 def problem(error: ServiceError, path: str, request_id: str | None = None) -> dict[str, Any]:
-    """The RFC 9457 object of an error."""
+    """Return the RFC 9457 object of an error."""
     body: dict[str, Any] = {
         "type": f"urn:dit:error:{error.code}",
         "title": error.title,
@@ -96,14 +98,14 @@ def problem(error: ServiceError, path: str, request_id: str | None = None) -> di
 
 
 def openai_error(error: ServiceError, request_id: str | None = None) -> dict[str, Any]:
-    """The same error as OpenAI's clients parse it."""
+    """Return an error in the shape that OpenAI's clients parse."""
     fallback = "server_error" if error.status >= 500 else "invalid_request_error"
-    message = error.detail
+    message, param = error.detail, None
     if suggestions := error.extra.get("suggestions"):
         message = f"{message} (closest: {', '.join(map(str, suggestions))})"
-    for first in error.extra.get("errors", ())[:1]:
-        message = f"{first['pointer'].removeprefix('#/')}: {first['detail']}"
-    param = next((item["pointer"].removeprefix("#/") for item in error.extra.get("errors", ())), None)
+    if field_errors := error.extra.get("errors"):
+        param = field_errors[0]["pointer"].removeprefix("#/")
+        message = f"{param}: {field_errors[0]['detail']}"
     fields = {
         "message": message,
         "type": _OPENAI_TYPES.get(error.status, fallback),
@@ -114,38 +116,46 @@ def openai_error(error: ServiceError, request_id: str | None = None) -> dict[str
 
 
 def _invalid(errors: Sequence[Mapping[str, Any]]) -> ServiceError:
+    """Return the error of a request that pydantic refused."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return MalformedRequest(
             f"The body is not valid JSON: {first['ctx']['error']} at position {first['loc'][-1]}."
         )
     if first["loc"] == ("body",) and first["type"] == "missing":
-        return InvalidRequest("A JSON body is required.", extra={"errors": _listed(errors)})
+        return InvalidRequest("A JSON body is required.", extra={"errors": _field_errors(errors)})
     if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "model_type"):
-        return InvalidRequest("The body must be a JSON object.", extra={"errors": _listed(errors)})
-    listed = _listed(errors)
-    return InvalidRequest(f"{listed[0]['pointer']}: {listed[0]['detail']}", extra={"errors": listed})
+        return InvalidRequest("The body must be a JSON object.", extra={"errors": _field_errors(errors)})
+    fields = _field_errors(errors)
+    return InvalidRequest(f"{fields[0]['pointer']}: {fields[0]['detail']}", extra={"errors": fields})
 
 
-def _listed(errors: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Where (a JSON pointer into the body, or the header's name) and what, for each thing wrong."""
-    shown = []
+def _field_errors(errors: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return for each error its place and its message.
+
+    The place is a JSON pointer into the body, or the name of a header.
+    """
+    fields = []
     for error in errors[:_SHOWN_ERRORS]:
-        where, *path = error["loc"]
+        source, *path = error["loc"]
         pointer = "/".join(_escaped(str(part)) for part in path if not str(part).startswith("as-"))
         message = re.sub(r"^Value error, ", "", str(error["msg"]))
-        shown.append(
-            {"pointer": f"#/{pointer}" if where == "body" else f"{where}: {pointer}", "detail": message}
+        fields.append(
+            {"pointer": f"#/{pointer}" if source == "body" else f"{source}: {pointer}", "detail": message}
         )
-    return shown
+    return fields
 
 
 def _escaped(part: str) -> str:
+    """Return a part of a JSON pointer (RFC 6901), at most 100 characters of it."""
     return part.replace("~", "~0").replace("/", "~1")[:100]
 
 
 def require_json(headers: Headers) -> None:
-    """Raises `UnsupportedMediaType` unless the body is declared to be JSON (in UTF-8, the only encoding JSON has), uncompressed."""
+    """Raise `UnsupportedMediaType` unless the body is declared to be JSON and uncompressed.
+
+    A charset is not looked at: JSON is always UTF-8.
+    """
     if (coding := headers.get("content-encoding", "identity")) != "identity":
         raise UnsupportedMediaType(f"Send the body as it is, not in Content-Encoding {coding[:60]}.")
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()

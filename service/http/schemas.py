@@ -1,6 +1,9 @@
-"""What goes in and out over HTTP, as pydantic models: the source of the OpenAPI document. Unknown fields are refused.
+"""Requests and responses over HTTP as pydantic models: the source of the OpenAPI document.
 
-What depends on the model served (its factors, classes, solvers, sizes) is not here but in `intake`, which knows the bundle.
+Unknown fields are refused.
+
+Rules that depend on the model served (its factors, classes, solvers, sizes) are in `submission`, which knows
+the bundle.
 """
 
 from collections.abc import Mapping
@@ -14,7 +17,8 @@ ClassRef = Annotated[str, Field(max_length=500)] | int | None
 FactorName = Annotated[str, Field(max_length=40)]
 Condition = dict[FactorName, ClassRef]
 
-MAX_SEED = 2**53 - 1  # every JSON reader keeps it exact
+# The largest integer that every JSON reader keeps exact.
+MAX_SEED = 2**53 - 1
 MAX_TERMS = 8
 
 EXAMPLE: dict[str, Any] = {"condition": {"label": "strawberry", "style": "noto"}, "steps": 30, "seed": 7}
@@ -41,12 +45,13 @@ class WeightedTerm(BaseModel):
         return self.__pydantic_extra__
 
 
-def _shape(value: Any) -> str:
+def _condition_kind(value: Any) -> str:
+    """Return the tag of a condition: a list is a mix."""
     return "as-mix" if isinstance(value, list) else "as-one"
 
 
 class GenerateRequest(BaseModel):
-    """What to draw, how, and within which limits."""
+    """A request for images: the condition, how to draw it, and within which limits."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE, MIX_EXAMPLE]}
@@ -58,11 +63,11 @@ class GenerateRequest(BaseModel):
     condition: Annotated[
         Annotated[Condition, Field(max_length=16), Tag("as-one")]
         | Annotated[list[WeightedTerm], Field(min_length=1, max_length=MAX_TERMS), Tag("as-mix")],
-        Discriminator(_shape),
+        Discriminator(_condition_kind),
     ] = Field(
         default_factory=dict,
-        description="A class per factor of the model, by name or number, and a `text` where the model takes one; what is "
-        "left out or null is unconditioned. A list of weighted conditions is mixed.",
+        description="A class per factor of the model, by name or number, and a `text` where the model "
+        "takes one; a factor that is left out or null is unconditioned. A list of weighted conditions is mixed.",
     )
     mix: Literal["linear", "spherical"] = Field("linear", description="How a list of conditions is mixed.")
     n: int = Field(1, ge=1, le=256, description="Number of images.")
@@ -91,7 +96,7 @@ class GenerateRequest(BaseModel):
     )
     windows: bool = Field(
         False,
-        description="Denoise a `size` larger than the model's own in overlapping windows of it; any model can.",
+        description="Denoise a `size` larger than the model's own in overlapping windows; any model can.",
     )
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
     deadline_ms: int | None = Field(None, ge=1, description="Answer within this time, or refuse at once.")
@@ -99,7 +104,7 @@ class GenerateRequest(BaseModel):
     min_steps: int | None = Field(None, ge=1, description="Never fewer steps than this.")
     priority: Priority = "normal"
     previews: int = Field(
-        0, ge=0, le=1000, description="On the event stream, a preview every so many steps; 0 is none."
+        0, ge=0, le=1000, description="On the event stream, a preview after every so many steps; 0 is none."
     )
 
 
@@ -110,7 +115,7 @@ class ImageOut(BaseModel):
 
 
 class GenerateResponse(BaseModel):
-    """Images, and how they were made."""
+    """The images, and how they were made."""
 
     id: str
     model: str
@@ -124,8 +129,8 @@ class GenerateResponse(BaseModel):
     timings_ms: dict[str, float]
 
 
-class Outcome(BaseModel):
-    """How a finished job was made."""
+class JobOutcome(BaseModel):
+    """The seeds of a finished job, and how its images were made."""
 
     seeds: list[int]
     steps_requested: int
@@ -157,13 +162,13 @@ class Problem(BaseModel):
     request_id: str | None = None
     retry_after_s: int | None = None
     errors: list[dict[str, str]] | None = Field(
-        None, description="Where and what, for each field that is wrong."
+        None, description="For each field that is wrong, its place and what is wrong."
     )
     suggestions: list[str] | None = Field(None, description="The closest names that exist.")
 
 
 class JobOut(BaseModel):
-    """Where a job stands."""
+    """The state of a job."""
 
     id: str
     model: str
@@ -177,7 +182,7 @@ class JobOut(BaseModel):
     )
     created_at: float
     deadline_at: float | None
-    result: Outcome | None = None
+    result: JobOutcome | None = None
     error: Problem | None = None
     links: Links
 
@@ -223,7 +228,9 @@ class ModelOut(BaseModel):
         description="Other sizes whose sides are multiples of this many pixels can be had; null: none."
     )
     text: bool = Field(description="Whether a condition may hold a `text`.")
-    networks: list[str] = Field(description="What the workers run the model with, and in which numbers.")
+    networks: list[str] = Field(
+        description="The runtimes and number formats that the workers run the model in."
+    )
     factors: list[FactorOut]
     samplers: list[str]
     grids: list[str]
@@ -245,4 +252,4 @@ class Health(BaseModel):
 
 
 class Startup(Health):
-    starting: list[str] = Field(description="What the workers that are not ready yet are doing.")
+    starting: list[str] = Field(description="The activities of workers that are not ready yet.")

@@ -1,4 +1,4 @@
-"""Image sizes: what a request writes ("128x64"), and the latents that workers are asked for. Pure."""
+"""Image sizes: what a request writes ("128x64"), and the latents that workers denoise for it. Pure."""
 
 from __future__ import annotations
 
@@ -10,59 +10,71 @@ from ditserve.model.spec.bundle import Manifest
 from ditserve.service.jobs import WorkerState
 from ditserve.service.windows import Size, count
 
-UPSCALE = {"identity": 1, "sd-vae": 8, "small": 8}  # pixels a side of one latent pixel
+# Pixels along one side of a latent pixel, by decoder.
+UPSCALE = {"identity": 1, "sd-vae": 8, "small": 8}
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
-    """What a request's size comes to: height and width in latent pixels, None for the model's own; the windows it is denoised in,
-    0 as a whole; and the tokens of predicting it once, in rows of the model's own size."""
+class OutputSize:
+    """The size of a request's images.
+
+    `size` is height and width in latent pixels, None for the model's own. `windows` is the number of windows
+    in which an image is denoised, 0 if it is denoised as a whole. `row_cost` is the tokens of predicting it
+    once, in rows of the model's own size.
+    """
 
     size: Size | None = None
     windows: int = 0
     row_cost: float = 1.0
 
 
-def written(manifest: Manifest, size: Size | None = None) -> str:
-    """Width x height of images of a latent size, None for the model's own, in pixels."""
+def size_text(manifest: Manifest, size: Size | None = None) -> str:
+    """Return width x height in pixels of images of a latent size; None is the model's own."""
     height, width = size or manifest.config.image_size
     factor = UPSCALE[manifest.decoder]
     return f"{width * factor}x{height * factor}"
 
 
 def size_step(manifest: Manifest, workers: Sequence[WorkerState]) -> int | None:
-    """Pixels that every side must be a multiple of for all workers to make it; None if some have one size only."""
-    multiples = [each.network.size_multiple for each in workers if each.network.size_multiple is not None]
+    """Return the pixels that each side must be a multiple of, so that every worker can make the size.
+
+    Return None if there is no worker, or one of them makes a single size only.
+    """
+    multiples = [
+        worker.network.size_multiple for worker in workers if worker.network.size_multiple is not None
+    ]
     if len(multiples) < len(workers) or not workers:
         return None
     return lcm(*multiples) * UPSCALE[manifest.decoder]
 
 
-def as_a_whole(size: str, manifest: Manifest, workers: Sequence[WorkerState], *, max_area: float) -> Extent:
-    """`size` in one piece, with at most `max_area` times as many pixels as the model's own.
+def as_a_whole(
+    size: str, manifest: Manifest, workers: Sequence[WorkerState], *, max_area: float
+) -> OutputSize:
+    """Return `size` denoised in one piece, with at most `max_area` times the pixels of the model's own.
 
     Raises:
-        ValueError: the workers do not make it; the message is one sentence for the caller.
+        ValueError: the workers cannot make it; the message is one sentence for the caller.
     """
     step = size_step(manifest, workers)
     if step is None:
-        raise ValueError(f"This model makes {written(manifest)} images only, or larger ones with windows.")
+        raise ValueError(f"This model makes {size_text(manifest)} images only, or larger ones with windows.")
     latent = _latent(size, manifest, step=step, max_area=max_area)
-    return Extent(latent, row_cost=prod(latent) / prod(manifest.config.image_size))
+    return OutputSize(latent, row_cost=prod(latent) / prod(manifest.config.image_size))
 
 
-def in_windows(size: str, manifest: Manifest, *, max_area: float) -> Extent:
-    """`size` in windows of the model's own, with at most `max_area` times as many pixels as that.
+def in_windows(size: str, manifest: Manifest, *, max_area: float) -> OutputSize:
+    """Return `size` denoised in windows of the model's own size, with at most `max_area` times its pixels.
 
     Raises:
         ValueError: it is not larger, or cannot be decoded; the message is one sentence for the caller.
     """
-    own, asked = written(manifest), _sides(size)
-    if asked == _sides(own) or any(side < least for side, least in zip(asked, _sides(own), strict=True)):
+    own, sides = size_text(manifest), _sides(size)
+    if sides == _sides(own) or any(side < least for side, least in zip(sides, _sides(own), strict=True)):
         raise ValueError(f"Windows are for sizes larger than the model's own, {own}.")
     latent = _latent(size, manifest, step=UPSCALE[manifest.decoder], max_area=max_area)
     windows = count(latent, manifest.config.image_size)
-    return Extent(latent, windows, float(windows))
+    return OutputSize(latent, windows, float(windows))
 
 
 def _latent(size: str, manifest: Manifest, *, step: int, max_area: float) -> Size:
@@ -78,6 +90,6 @@ def _latent(size: str, manifest: Manifest, *, step: int, max_area: float) -> Siz
 
 
 def _sides(size: str) -> tuple[int, int]:
-    """Width and height of a size as written."""
+    """Return width and height of "128x64"."""
     width, height = size.split("x")
     return int(width), int(height)

@@ -1,4 +1,8 @@
-"""Server-sent events (WHATWG HTML §9.2): a response that keeps quiet connections open and notices when the client goes."""
+"""Server-sent events (WHATWG HTML §9.2): a response that notices when the client goes.
+
+Written here rather than taken from sse-starlette, which learns of the process's end through uvicorn's signal
+handlers; this stream ends on the application's own event.
+"""
 
 import asyncio
 import json
@@ -14,30 +18,23 @@ _KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def encode(kind: str, data: Mapping[str, Any], *, event_id: str | None = None) -> bytes:
-    """One event. JSON has no raw newlines, so one `data:` line is enough."""
+    """Return one event. JSON has no raw newlines, so one `data:` line is enough."""
     head = f"id: {event_id}\n" if event_id is not None else ""
     return f"{head}event: {kind}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
 
 
 class EventStream(Response):
-    """Sends what `events` yields (encoded events) until it ends, the client goes, or `stop` is set; then closes the iterator.
+    """Sends encoded events until they end, the client goes, or `stop` is set; then closes their iterator.
 
-    After `keepalive_s` of silence a comment is sent, so that proxies do not cut the connection.
+    After `keepalive_s` seconds of silence a comment is sent, so that proxies do not cut the connection.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self,
-        events: AsyncGenerator[bytes],
-        *,
-        keepalive_s: float,
-        stop: asyncio.Event | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, events: AsyncGenerator[bytes], *, keepalive_s: float, stop: asyncio.Event | None = None
     ) -> None:
-        super().__init__(
-            None, 200, {"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})}
-        )
+        super().__init__(None, 200, {"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._keepalive_s = keepalive_s

@@ -1,9 +1,11 @@
 """Child processes that do not outlive this one.
 
-Each is started through a shell that first leaves a watcher behind and then becomes the child. The watcher reads a pipe whose other
-end only this process holds: when this process is gone, even by SIGKILL, the pipe ends and the child is told to stop, and a few
-seconds later made to. Children are sessions of their own, so that a Ctrl-C in the terminal reaches this process alone, which
-stops them in order.
+Each child is started through a shell that first starts a watcher and then becomes the child. The watcher
+reads a pipe whose other end only this process holds. When this process ends, even by SIGKILL, the pipe ends,
+and the watcher sends the child SIGTERM, and SIGKILL a few seconds later.
+
+Each child has a session of its own, so that a Ctrl-C in the terminal reaches this process alone, which then
+stops its children in order.
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ from dataclasses import dataclass
 GRACE_S = 5  # from SIGTERM to SIGKILL for an orphan
 _GUARD = f"""
 exec 3<&0 </dev/null
-(cat <&3 >/dev/null 2>&1; kill -TERM $$ 2>/dev/null || exit 0; sleep {GRACE_S}; kill -KILL $$ 2>/dev/null) >/dev/null 2>&1 &
+(
+  cat <&3 >/dev/null 2>&1
+  kill -TERM $$ 2>/dev/null || exit 0
+  sleep {GRACE_S}
+  kill -KILL $$ 2>/dev/null
+) >/dev/null 2>&1 &
 exec 3<&-
 exec "$@"
 """
@@ -25,17 +32,17 @@ exec "$@"
 
 @dataclass(slots=True)
 class Child:
-    """A running child; its pid is that of the command itself."""
+    """A child process; its pid is that of the command itself."""
 
     name: str
     process: asyncio.subprocess.Process
-    lifeline: int  # the pipe's end
+    lifeline: int  # this process' end of the pipe; -1 once it is closed
 
     @classmethod
     async def start(
         cls, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> Child:
-        """Raises `OSError` if it cannot be started."""
+        """Start a command. Raise `OSError` if it cannot be started."""
         read, write = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -57,7 +64,7 @@ class Child:
         return self.process.returncode is None
 
     async def wait(self) -> int:
-        """The exit status, negative for a signal."""
+        """Return the exit status when the child has ended; it is negative for a signal."""
         status = await self.process.wait()
         self.release()
         return status
@@ -67,7 +74,7 @@ class Child:
             self.process.send_signal(number)
 
     async def stop(self, timeout_s: float) -> int:
-        """SIGTERM, and SIGKILL after the timeout."""
+        """Send SIGTERM, and SIGKILL after the timeout; return the exit status."""
         self.signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(timeout_s):
@@ -77,7 +84,7 @@ class Child:
             return await self.wait()
 
     def release(self) -> None:
-        """Let the watcher of a child that has ended go."""
+        """Close the pipe of a child that has ended, so that its watcher ends."""
         if self.lifeline >= 0:
             os.close(self.lifeline)
             self.lifeline = -1

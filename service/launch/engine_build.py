@@ -1,6 +1,7 @@
-"""Engines built before a worker loads them, by `python -m export.trt` in a process of its own: service and export meet in the bundle.
+"""Engines built before a worker loads them, by `python -m export.trt` in a process of its own.
 
-What is fresh is not built again, so this is quick from the second start on.
+`service` and `export` import nothing of each other: they meet in the bundle. The builder skips engines that
+are fresh, so this is quick from the second start on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ COMMAND = (sys.executable, "-m", "ditserve.export.trt")
 
 
 @dataclass(frozen=True, slots=True)
-class Building:
-    """How far a build is: which of how many engines, and the share of it that is done, 0..1."""
+class BuildProgress:
+    """The progress of a build: engine `number` of `of` is being built, of which `share` (0..1) is done."""
 
     precision: str
     number: int
@@ -37,13 +38,14 @@ async def build_engines(
     *,
     precision: str = "auto",
     engines: Path | None = None,
-    told: Callable[[Building], None],
+    on_progress: Callable[[BuildProgress], None],
     stop: asyncio.Event,
     command: Sequence[str] = COMMAND,
 ) -> bool:
-    """Have the engines that a worker of `precision` needs built, unless they are fresh; `told` hears of every whole percent.
+    """Build the engines that a worker of `precision` needs, unless they are fresh.
 
-    False if `stop` was set meanwhile: the build is then cancelled cleanly.
+    `on_progress` is called at every whole percent. Return False if `stop` was set meanwhile: the builder is
+    then told to stop, and cleans up.
 
     Raises:
         BackendUnavailable: they cannot be built; the message is the builder's own sentence.
@@ -51,34 +53,33 @@ async def build_engines(
     arguments = [*command, str(bundle), "--progress", "json"]
     arguments += [] if precision == "auto" else ["--precision", precision]
     arguments += [] if engines is None else ["--engines", str(engines)]
-    reason, stands = "it gave no reason", Building("", 0, 0)
-    child = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
-    cancelling = asyncio.create_task(_cancel(child, stop))
+    reason, progress = "it gave no reason", BuildProgress("", 0, 0)
+    builder = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
+    stopping = asyncio.create_task(_terminate_on(stop, builder))
     try:
-        assert child.stdout is not None
-        async for line in child.stdout:
-            event = _event(line)
+        assert builder.stdout is not None
+        async for line in builder.stdout:
+            event = _read_event(line)
             reason = event.get("error", reason)
-            before, stands = stands, _next(stands, event)
-            if str(before) != str(stands):
-                told(stands)
-        status = await child.wait()
+            before, progress = progress, _next_progress(progress, event)
+            if str(before) != str(progress):
+                on_progress(progress)
+        status = await builder.wait()
     finally:
-        cancelling.cancel()
+        stopping.cancel()
     if status and not stop.is_set():
         raise BackendUnavailable(f"the engines cannot be built: {reason}")
     return not stop.is_set()
 
 
-async def _cancel(child: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
-    """Pass on the wish to stop."""
+async def _terminate_on(stop: asyncio.Event, builder: asyncio.subprocess.Process) -> None:
     await stop.wait()
     with suppress(ProcessLookupError):
-        child.terminate()
+        builder.terminate()
 
 
-def _event(line: bytes) -> dict[str, Any]:
-    """One of the builder's JSON lines; empty for what a library prints between them."""
+def _read_event(line: bytes) -> dict[str, Any]:
+    """Return one of the builder's JSON lines as a map, empty for a line that a library printed."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -86,9 +87,9 @@ def _event(line: bytes) -> dict[str, Any]:
     return event if isinstance(event, dict) else {}
 
 
-def _next(stands: Building, event: dict[str, Any]) -> Building:
+def _next_progress(progress: BuildProgress, event: dict[str, Any]) -> BuildProgress:
     if event.get("event") == "start":
-        return Building(event["precision"], event["number"], event["of"])
+        return BuildProgress(event["precision"], event["number"], event["of"])
     if event.get("event") == "step":
-        return Building(stands.precision, stands.number, stands.of, event["done"] / max(event["total"], 1))
-    return stands
+        return replace(progress, share=event["done"] / max(event["total"], 1))
+    return progress

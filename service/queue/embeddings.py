@@ -1,6 +1,7 @@
-"""Embeddings that workers share through Redis, asked from a thread that must not wait for it long.
+"""Text encodings that workers share through Redis, read by a thread that must not wait long for them.
 
-A convenience: entries have a TTL, together they have a bound, and while Redis is slow or away there are none.
+They are only a cache: entries have a TTL and a bound on their size in all, and while Redis is slow or away
+there are none.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import TimeoutError as Late
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
 from ditserve.service.errors import QueueUnavailable
@@ -16,62 +17,64 @@ from ditserve.service.queue.connection import open_client, reaching
 from ditserve.service.queue.keys import Keys
 from ditserve.service.telemetry.counters import CacheCounters
 
-PATIENCE_S = 0.1  # of the asking thread
-PAUSE_S = 5.0  # without asking after a failure
+PATIENCE_S = 0.1  # for which the calling thread waits
+PAUSE_S = 5.0  # after a failure, in which Redis is not asked
 
 T = TypeVar("T")
 
 
 class Embeddings(CacheCounters):
-    """At most about `max_bytes` of values, each for `ttl_s` seconds after it was last written.
+    """A cache of about `max_bytes` of values at most, each for `ttl_s` seconds after it was last written.
 
-    Made in the event loop that is to speak to Redis; `get_many` and `put_many` are for other threads.
+    Construct it in the event loop that is to speak to Redis; call `get_many` and `put_many` from other
+    threads.
     """
 
     def __init__(self, url: str, *, namespace: str, max_bytes: int, ttl_s: float = 86400.0) -> None:
-        """Raises `ValueError` for a malformed URL."""
+        """Raise `ValueError` for a malformed URL."""
         super().__init__()
         self._client = open_client(url, connections=4)
         self._prefix = f"{Keys(namespace).prefix}embedding:"
-        self._index = f"{Keys(namespace).prefix}embeddings"  # sorted set: key → when written; expires with the last entry
+        # A sorted set: key → when it was written. It expires with the last entry.
+        self._index = f"{Keys(namespace).prefix}embeddings"
         self._max_bytes, self._ttl_ms = max_bytes, round(ttl_s * 1000)
         self._loop = asyncio.get_running_loop()
         self._paused_until = 0.0
 
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
-        """The value of each key, None where it is not known."""
+        """Return the value of each key, None where it is not known."""
         if not keys:
             return []
-        found = self._ask(lambda: self._get(keys))
-        if found is None:
+        values = self._wait_for(lambda: self._get(keys))
+        if values is None:
             self.bypasses += len(keys)
             return [None] * len(keys)
-        known = sum(value is not None for value in found)
-        self.hits += known
-        self.misses += len(keys) - known
-        return found
+        hits = sum(value is not None for value in values)
+        self.hits += hits
+        self.misses += len(keys) - hits
+        return values
 
     def put_many(self, entries: Mapping[str, bytes]) -> None:
-        self._ask(lambda: self._put(entries))
+        self._wait_for(lambda: self._put(entries))
 
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    def _ask(self, question: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
-        """None when there is no answer in time."""
+    def _wait_for(self, command: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+        """Run a command in the event loop and return its answer, or None if there is none in time."""
         if time.monotonic() >= self._paused_until:
-            asked = asyncio.run_coroutine_threadsafe(question(), self._loop)
+            answer = asyncio.run_coroutine_threadsafe(command(), self._loop)
             try:
-                return asked.result(PATIENCE_S)
-            except (Late, QueueUnavailable):
-                asked.cancel()
+                return answer.result(PATIENCE_S)
+            except (FutureTimeoutError, QueueUnavailable):
+                answer.cancel()
                 self._paused_until = time.monotonic() + PAUSE_S
         return None
 
     async def _get(self, keys: Sequence[str]) -> list[bytes | None]:
         async with reaching(PATIENCE_S):
-            found: Any = await self._client.mget([self._prefix + key for key in keys])
-        return list(found)
+            values: Any = await self._client.mget([self._prefix + key for key in keys])
+        return list(values)
 
     async def _put(self, entries: Mapping[str, bytes]) -> None:
         now = time.time()
@@ -84,7 +87,8 @@ class Embeddings(CacheCounters):
             pipeline.pexpire(self._index, self._ttl_ms)
             pipeline.zcard(self._index)
             *_, count = await pipeline.execute()
-            size = max(map(len, entries.values()))  # all are of one encoder's size
+            # All values are of one encoder's size.
+            size = max(map(len, entries.values()))
             self.bytes = count * size
             excess = count - max(1, self._max_bytes // size)
             if excess > 0:

@@ -19,7 +19,7 @@ class Keys:
 
     @property
     def queue(self) -> str:
-        """Sorted set: waiting job → virtual finish time. Bounded by the queue limit."""
+        """Sorted set: waiting job → virtual finish time (see submit.lua). Bounded by the queue limit."""
         return self.prefix + "queue"
 
     @property
@@ -29,24 +29,31 @@ class Keys:
 
     @property
     def leases(self) -> str:
-        """Sorted set: running job → when its lease ends, ms. Bounded by what the workers have room for."""
+        """Sorted set: running job → when its lease ends, ms. Bounded by the room of the workers."""
         return self.prefix + "leases"
 
     @property
     def flows(self) -> str:
-        """Sorted set: caller and priority → last virtual finish time. Dropped as the clock passes and when
-        the queue is empty.
+        """Sorted set: flow (caller and priority) → last virtual finish time.
+
+        A flow is dropped once the virtual clock has passed it; all are when the queue is empty.
         """
         return self.prefix + "flows"
 
     @property
     def dues(self) -> str:
-        """Sorted set by name: flow, when due, waiting job. The members of `queue` but for those that came back."""
+        """Sorted set by name: flow, when due, waiting job.
+
+        The members of `queue`, except for those put back into it.
+        """
         return self.prefix + "dues"
 
     @property
     def totals(self) -> str:
-        """Hash: `rows` waiting, virtual `clock`, `bytes` of stored results. Three fields."""
+        """Hash of four fields:
+
+        `rows` waiting, virtual `clock`, `bytes` of stored results, `dead` jobs ever.
+        """
         return self.prefix + "totals"
 
     @property
@@ -56,8 +63,9 @@ class Keys:
 
     @property
     def results(self) -> str:
-        """Sorted set: job with a stored result → when the result expires, ms. Trimmed by age and by the byte
-        budget.
+        """Sorted set: job with a stored result → when the result expires, ms.
+
+        Trimmed by age and byte budget.
         """
         return self.prefix + "results"
 
@@ -68,7 +76,7 @@ class Keys:
 
     @property
     def workers(self) -> str:
-        """Sorted set: worker → when its last report goes stale, ms. Trimmed at every report and every look."""
+        """Sorted set: worker → when its last report goes stale, ms. Trimmed at every report."""
         return self.prefix + "workers"
 
     @property
@@ -78,12 +86,12 @@ class Keys:
 
     @property
     def unfinished(self) -> str:
-        """Hash: caller → how many of their jobs have not ended. A caller without any has no field."""
+        """Hash: caller → how many of its jobs have not ended. A caller without any has no field."""
         return self.prefix + "unfinished"
 
     @property
     def permanent(self) -> tuple[str, ...]:
-        """The keys without a TTL, in the order the scripts take them."""
+        """Return the keys without a TTL, in the order in which the scripts take them."""
         return (
             self.queue,
             self.ages,
@@ -112,11 +120,17 @@ class Keys:
         return f"{self.prefix}result:{job_id}"
 
     def checkpoint(self, job_id: str) -> str:
-        """String: what a worker that left had done of a job. TTL; removed when the job ends or loses its next worker."""
+        """String: the checkpoint that a worker left of a job.
+
+        TTL; removed when the job ends or its next worker is lost.
+        """
         return f"{self.prefix}checkpoint:{job_id}"
 
     def claim(self, owner: str) -> str:
-        """Hash: what the owner's last claim gave it, should the answer have been lost. TTL of one lease."""
+        """Hash: the jobs of the owner's last claim, for the case that the answer was lost.
+
+        TTL of one lease.
+        """
         return f"{self.prefix}claim:{owner}"
 
     def given(self, worker: str) -> str:
@@ -125,15 +139,15 @@ class Keys:
 
     @property
     def work_channel(self) -> str:
-        """A job became available."""
+        """Channel: a job became available."""
         return self.prefix + "work"
 
     @property
     def cancelled_channel(self) -> str:
-        """A running job was cancelled; the message is its id."""
+        """Channel: a running job was cancelled; the message is its id."""
         return self.prefix + "cancelled"
 
     @property
     def ended_channel(self) -> str:
-        """A job reached a terminal state; the message is its id."""
+        """Channel: a job reached a terminal state; the message is its id."""
         return self.prefix + "ended"

@@ -1,4 +1,7 @@
-"""How many requests a key may send: a sliding window shared by every API process (the arithmetic and its scripts are `limits`')."""
+"""The quota of an API key: requests in a sliding window that all API processes share.
+
+The arithmetic and its scripts are those of the library `limits`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ WINDOW_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What a key has left: `remaining` requests, the window anew in `reset_s` seconds."""
+    """The rest of a key's quota:
+
+    `remaining` requests of `quota`; the window starts anew in `reset_s` seconds.
+    """
 
     allowed: bool
     quota: int
@@ -26,13 +32,14 @@ class Allowance:
 
 
 class Quota:
-    """Raises `ValueError` for a malformed URL."""
+    """The counter of requests by API key."""
 
     def __init__(self, url: str, *, namespace: str, timeout_s: float = 3.0) -> None:
+        """Raise `ValueError` for a malformed URL."""
         self._client = open_client(url, connections=32)
         self._timeout_s = timeout_s
         storage = RedisStorage(
-            "async+redis://",  # where it is, is the pool's affair
+            "async+redis://",  # the pool knows the address
             implementation="redispy",
             key_prefix=f"{Keys(namespace).prefix}quota",
             connection_pool=self._client.connection_pool,  # type: ignore[arg-type]
@@ -40,7 +47,7 @@ class Quota:
         self._limiter = SlidingWindowCounterRateLimiter(storage)
 
     async def take(self, name: str, per_minute: int) -> Allowance:
-        """Count one request of `name` if it is within `per_minute`. Raises `QueueUnavailable`."""
+        """Count one request of `name` if it is within `per_minute`. Raise `QueueUnavailable`."""
         item = RateLimitItemPerMinute(per_minute)
         async with reaching(self._timeout_s):
             allowed = await self._limiter.hit(item, name)

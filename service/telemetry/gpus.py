@@ -1,6 +1,6 @@
-"""The memory of this host's GPUs, as NVIDIA's management library (NVML) tells it, whatever runs the network.
+"""The memory of this host's GPUs, from NVIDIA's management library (NVML), for every backend.
 
-Where the library, its package or a GPU is missing there is nothing to tell.
+Where the library, its package or a GPU is missing, nothing is reported.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-PACKAGE = "pynvml"  # of the distribution nvidia-ml-py
+# The module of the distribution nvidia-ml-py.
+PACKAGE = "pynvml"
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU by its number on this host; memory in bytes, used by anybody."""
+    """A GPU by its number on this host. `used` (by any process) and `total` are bytes of memory."""
 
     index: int
     used: int
@@ -24,21 +25,22 @@ class Gpu:
 
 
 def gpus() -> Iterator[Gpu]:
-    """Every GPU that this process sees and that answers."""
-    nvml = _opened()
+    """Yield every GPU that this process sees and that answers."""
+    nvml = _open_nvml()
     if nvml is None:
         return
     try:
         for index in range(nvml.nvmlDeviceGetCount()):
             memory = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index))
             yield Gpu(index, int(memory.used), int(memory.total))
-    except nvml.NVMLError:  # one that fell off the bus; what it held is lost with it
+    except nvml.NVMLError:
+        # A GPU that fell off the bus no longer answers.
         return
 
 
 @cache
-def _opened() -> Any:
-    """The library, ready to be asked; None where there is none."""
+def _open_nvml() -> Any:
+    """Return the initialized library, None where there is none."""
     try:
         nvml = import_module(PACKAGE)
     except ImportError:

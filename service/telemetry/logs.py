@@ -1,7 +1,7 @@
 """Logs as events with fields: one JSON line each, or readable lines in a terminal. Everything goes to stderr.
 
-Modules take `structlog.get_logger()` and name the event in a word or two, with `job`, `sample`, `rung`, `rows` … as fields.
-What libraries log through `logging` comes out in the same form.
+Modules use `structlog.get_logger()` and name the event in a word or two, with `job`, `sample`, `rung`, `rows`
+… as fields. Records that libraries write through `logging` have the same form.
 """
 
 import logging

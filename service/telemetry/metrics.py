@@ -1,9 +1,10 @@
-"""What is measured, under which name: the only file that knows prometheus_client.
+"""The metrics and their names: the only file that knows prometheus_client.
 
-The instruments are the constants below; whoever does the work observes into them. Several processes of one host share them
-through memory-mapped files in the folder that `PROMETHEUS_MULTIPROC_DIR` names when they start (the all-in-one sets it), so the
-API's `/metrics` there shows the workers' figures too. A worker on its own host serves its own (`serve`). What Redis knows of the
-queue is not an instrument but read at scrape time from a load snapshot. No label names a user, and no name holds a colon.
+The instruments are the constants below; the code that does the work observes into them. Several processes of
+one host share them through memory-mapped files in the folder that `PROMETHEUS_MULTIPROC_DIR` names when they
+start (the all-in-one sets it), so the API's `/metrics` there includes the workers. A worker on its own host
+serves its own (`serve`). Figures of the queue are no instruments: they are read at scrape time from a load
+snapshot in Redis. No label names a user, and no name holds a colon.
 """
 
 import os
@@ -92,7 +93,7 @@ LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went bac
 
 # Every process's.
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
-# Several workers of a host tell the same of its GPUs.
+# All workers of a host report the same GPUs.
 GPU_USED_BYTES = Gauge(
     "dit_gpu_memory_used_bytes", "Memory of a GPU in use, by anybody", ["gpu"], multiprocess_mode="livemax"
 )
@@ -106,7 +107,7 @@ BUILD_INFO = Gauge(
 
 
 class LoadCollector(Collector):
-    """The queue and the workers of each model as load snapshots show them; None means that Redis did not answer."""
+    """Reports the queue and the workers of each model from `loads`, None if Redis did not answer."""
 
     def __init__(self, loads: Mapping[str, LoadSnapshot] | None) -> None:
         self._loads = loads
@@ -123,19 +124,23 @@ class LoadCollector(Collector):
         yield from families.values()
 
 
+# The figures that only grow, and so are counters.
 _COUNTED = {"dit_jobs_dead"}
 
 
 def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
-    """Metric → its help and value."""
+    """Return the help text and the value of each metric."""
     workers = load.workers
     return {
         "dit_queue_depth": ("Jobs waiting", load.queued_jobs),
         "dit_queue_rows": ("Row-steps waiting", load.queued_rows),
         "dit_queue_oldest_age_seconds": ("Age of the oldest waiting job", load.oldest_age_s),
         "dit_workers": ("Workers alive", len(workers)),
-        "dit_running_samples": ("Samples being denoised", sum(each.running_samples for each in workers)),
-        "dit_backlog_rows": ("Row-steps claimed and not yet run", sum(each.backlog_rows for each in workers)),
+        "dit_running_samples": ("Samples being denoised", sum(worker.running_samples for worker in workers)),
+        "dit_backlog_rows": (
+            "Row-steps claimed and not yet run",
+            sum(worker.backlog_rows for worker in workers),
+        ),
         "dit_backlog_seconds": ("Predicted time to run all that is claimed and waiting", drained(load)),
         "dit_saturation_ratio": (
             "Demand over capacity: samples running and jobs waiting, by rows",
@@ -146,7 +151,11 @@ def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
 
 
 def exposition(loads: Mapping[str, LoadSnapshot] | None, *, shared: Path | None) -> bytes:
-    """The text format: all processes sharing `shared` (this one alone when None), and the load of each model."""
+    """Return the metrics in Prometheus' text format.
+
+    They are those of all processes that share the folder `shared` (of this process alone if None), and the
+    load of each model.
+    """
     registry = CollectorRegistry()
     registry.register(LoadCollector(loads))
     if shared is None:
@@ -156,13 +165,15 @@ def exposition(loads: Mapping[str, LoadSnapshot] | None, *, shared: Path | None)
 
 
 def forget(pid: int, *, shared: Path) -> None:
-    """Drop the live gauges of a process that ended; its counters and histograms stay counted."""
+    """Drop the live gauges of a process that ended. Its counters and histograms stay."""
     multiprocess.mark_process_dead(pid, path=str(shared))  # type: ignore[no-untyped-call]
 
 
 def observe_memory(role: str) -> None:
-    """Record this process's resident memory under `role` ("api" or "worker"), and for workers that of the GPUs, where the
-    platform tells it."""
+    """Record this process's resident memory under `role`, "api" or "worker"; for workers also that of the GPUs.
+
+    Platforms without `/proc` record no resident memory.
+    """
     statm = Path("/proc/self/statm")
     if statm.exists():
         RESIDENT_BYTES.labels(role).set(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
@@ -172,5 +183,5 @@ def observe_memory(role: str) -> None:
 
 
 def serve(port: int, *, address: str = "0.0.0.0") -> None:
-    """Serve this process's own metrics from a thread, for a worker that stands alone."""
+    """Serve this process's own metrics from a thread, for a worker on its own host."""
     start_http_server(port, addr=address)

@@ -9,15 +9,15 @@ import onnxruntime as ort
 import pytest
 
 from ditserve.bench import gpu, record
-from ditserve.model.spec.engine_cache import NoGpu
-from ditserve.service.backends.onnx import CUDA
+from ditserve.model.spec.engine_cache import NoGpuError
+from ditserve.service.backends.sessions import CUDA
 
 
 def test_without_a_gpu_it_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def nothing() -> None:
-        raise NoGpu("no NVIDIA GPU answers nvidia-smi")
+        raise NoGpuError("no NVIDIA GPU answers nvidia-smi")
 
     monkeypatch.setattr(gpu, "first_gpu", nothing)
     assert gpu.main([]) == 2

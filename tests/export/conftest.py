@@ -13,7 +13,7 @@ from tests.export.tiny import cached_full_bundle, cached_tiny_bundle
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whichever test comes first exports the bundle, which a busy machine is slow at."""
+    """Give tests that need a bundle more time: the first one exports it, slowly on a busy machine."""
     for item in items:
         if {"tiny_bundle", "own_bundle", "full_bundle"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(900))

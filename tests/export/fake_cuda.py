@@ -1,4 +1,4 @@
-"""An imitation of the CUDA runtime over host memory, and of a TensorRT engine on it whose answer is simple arithmetic."""
+"""An imitation of the CUDA runtime in host memory, and on it of a TensorRT engine of simple arithmetic."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _move(target: int, source: int, size: int) -> None:
 
 
 class Context:
-    """Answers output = gain·x + mean of the last condition tensor, from the addresses it was given."""
+    """An execution context that computes output = gain·x + mean of the last condition tensor."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -1,4 +1,4 @@
-"""A TensorRT module in miniature: the names a build uses, each able to fail the way TensorRT fails, silently."""
+"""An imitation of the TensorRT module: the names that a build uses, each able to fail silently."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class IProgressMonitor:
 
 @dataclass
 class Behaviour:
-    """What goes wrong, and what was asked."""
+    """The failures of an imitated module, and the calls made to it."""
 
     parses: bool = True
     profile_index: int = 0
@@ -52,7 +52,7 @@ class Behaviour:
 
 
 def fake_trt(behaviour: Behaviour, flavour: str = "tensorrt", version: str = "11.4.0") -> TensorRt:
-    """A module of which every build behaves as told."""
+    """Return a module whose builds follow `behaviour`."""
     calls = behaviour.calls
 
     class Config:

@@ -1,4 +1,4 @@
-"""Every option of the network exports, and its graphs agree with torch: at any batch, and at any size where the model takes one."""
+"""Graphs of every option of the network agree with torch, at any batch and any size that the model takes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from diffusers import AutoencoderKL
 from onnx import TensorProto, helper, numpy_helper
 
-from ditserve.export.calibrate import Walk, trajectories
+from ditserve.export.calibrate import TrajectorySettings, calibration_rows
 from ditserve.export.errors import ExportError
-from ditserve.export.graph import _turn_narrow, backbone_graph
-from ditserve.export.half import halved
-from ditserve.export.onnx import DECODER, Options, write_decoder, write_graphs
+from ditserve.export.graph import _transpose_narrow_convolutions, backbone_graph
+from ditserve.export.half import half_network
+from ditserve.export.onnx import DECODER, ExportOptions, write_decoder, write_graphs
 from ditserve.export.parity import verify_graphs
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_weights
@@ -31,11 +31,12 @@ from tests.export.tiny import tiny_source
 pytestmark = pytest.mark.timeout(900)
 
 PLAIN = DiTConfig(
-    image_size=(16, 12), patch_size=4, in_channels=3, hidden_size=32, depth=2, num_heads=2, classes=(4,), learn_sigma=False
+    image_size=(16, 12), patch_size=4, in_channels=3, hidden_size=32, depth=2, num_heads=2, classes=(4,),
+    learn_sigma=False,
 )  # fmt: skip
 UNET = UNetConfig(
-    image_size=(8, 4), in_channels=3, base_channels=8, multipliers=(1, 2), res_blocks=1, attention=(1,), head_size=8,
-    classes=(4, 2), text_size=4,
+    image_size=(8, 4), in_channels=3, base_channels=8, multipliers=(1, 2), res_blocks=1, attention=(1,),
+    head_size=8, classes=(4, 2), text_size=4,
 )  # fmt: skip
 OPTIONS: dict[str, NetworkConfig] = {
     "rope, qk-norm, learned sigma, text beside labels, condition tokens in front": replace(
@@ -61,28 +62,29 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
     source = tiny_source(config)
     save_weights(tmp_path / "weights.safetensors", parameters(source.network), torch.float32)
     write_graphs(source.network, source.manifest, tmp_path)
-    rows = trajectories(source, Walk(samples=3, steps=3)).with_null(config)
-    found = verify_graphs(source, tmp_path, rows)
+    rows = calibration_rows(source, TrajectorySettings(samples=3, steps=3)).with_null(config)
+    bands = verify_graphs(source, tmp_path, rows)
     conditional = bool(config.classes or config.text_size)
     free = not (isinstance(config, DiTConfig) and config.layout_rank)
-    assert ("embedder.onnx" in found) is conditional
-    assert any(name.startswith("backbone.onnx at ") for name in found) is free
+    assert ("embedder.onnx" in bands) is conditional
+    assert any(name.startswith("backbone.onnx at ") for name in bands) is free
     backbone = onnx.load(tmp_path / "backbone.onnx", load_external_data=False).graph
     multiple = 4 if isinstance(config, DiTConfig) else 2
     sides = [f"{multiple}*rows", f"{multiple}*columns"] if free else list(config.image_size)
     shape = backbone.input[0].type.tensor_type.shape.dim
     assert [dim.dim_param or dim.dim_value for dim in shape] == ["batch", 3, *sides]
     doubles = [tensor.name for tensor in backbone.initializer if tensor.data_type == onnx.TensorProto.DOUBLE]
-    assert not doubles  # TensorRT has no float64
+    # TensorRT has no float64.
+    assert not doubles
 
 
 def test_a_cpu_gets_few_channels_by_a_transposed_convolution(tmp_path: Path) -> None:
-    """Beside patches and a wide convolution, which are none of its business."""
+    """The convolution of the patches and a wide one stay as they are."""
     source = tiny_source(replace(PLAIN, head_channels=6))
     for name, expected in (("fp32", ["Conv", "Conv", "ConvTranspose"]), ("fp16", ["Conv"] * 3)):
-        network = source.network if name == "fp32" else halved(source.network, name)
-        found = [node.op_type for node in backbone_graph(network).graph.node if "Conv" in node.op_type]
-        assert sorted(found) == expected
+        network = source.network if name == "fp32" else half_network(source.network, name)
+        kinds = [node.op_type for node in backbone_graph(network).graph.node if "Conv" in node.op_type]
+        assert sorted(kinds) == expected
 
 
 @pytest.mark.parametrize(
@@ -100,11 +102,11 @@ def test_only_convolutions_that_keep_the_size_are_turned(attributes: dict[str, A
     weight = random.standard_normal((4, 8 // attributes.get("group", 1), 3, 3)).astype(np.float32)
     node = helper.make_node("Conv", ["x", "w"], ["y"], **attributes)
     shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
-    made = helper.make_graph([node], "g", shapes[:1], shapes[1:], [numpy_helper.from_array(weight, "w")])
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    graph = helper.make_graph([node], "g", shapes[:1], shapes[1:], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     x = random.standard_normal((2, 8, 9, 7)).astype(np.float32)
     (before,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
-    _turn_narrow(model.graph)
+    _transpose_narrow_convolutions(model.graph)
     assert (model.graph.node[0].op_type == "ConvTranspose") is turned
     (after,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
@@ -129,8 +131,8 @@ def test_the_decoder_of_a_model_on_latents_is_a_graph_of_any_size(tmp_path: Path
     manifest = tiny_source(replace(PLAIN, in_channels=4)).manifest
     spec = LatentSpec(shift=(0.1,) * 4, scale=(2.0,) * 4)
     latent = manifest.model_copy(update={"decoder": "sd-vae", "latents": spec})
-    found = write_decoder(latent, tmp_path, Options(vae=vae))
-    assert found[DECODER][0].relative_l2 < 1e-4
+    bands = write_decoder(latent, tmp_path, ExportOptions(vae=vae))
+    assert bands[DECODER][0].relative_l2 < 1e-4
     graph = onnx.load(tmp_path / DECODER).graph
     shapes = [
         [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -138,13 +140,13 @@ def test_the_decoder_of_a_model_on_latents_is_a_graph_of_any_size(tmp_path: Path
     ]
     assert shapes == [["batch", 4, "rows", "columns"], ["batch", 3, "2*rows", "2*columns"]]
     (tmp_path / "other").mkdir()
-    write_decoder(latent, tmp_path / "other", Options(decoder=tmp_path / DECODER))
+    write_decoder(latent, tmp_path / "other", ExportOptions(decoder=tmp_path / DECODER))
     assert (tmp_path / "other" / DECODER).read_bytes() == (tmp_path / DECODER).read_bytes()
     with pytest.raises(ExportError, match="works on latents: name the folder of its SD-VAE with --vae"):
-        write_decoder(latent, tmp_path, Options())
+        write_decoder(latent, tmp_path, ExportOptions())
 
 
 def test_a_model_of_four_channels_cannot_go_without_a_decoder(tmp_path: Path) -> None:
     source = tiny_source(replace(PLAIN, in_channels=4))
     with pytest.raises(ExportError, match=r"makes 4 channels, not red, green and blue: .* --vae"):
-        write_decoder(source.manifest, tmp_path, Options())
+        write_decoder(source.manifest, tmp_path, ExportOptions())

@@ -1,4 +1,4 @@
-"""INT8 graphs: what is quantised and how, and how near it stays where it is served."""
+"""INT8 graphs: the layers that are quantised, the error on each target, and the report."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import torch
 from onnx import TensorProto, numpy_helper
 from safetensors.torch import save_file
 
-from ditserve.export.calibrate import Walk, trajectories
+from ditserve.export.calibrate import TrajectorySettings, calibration_rows
 from ditserve.export.errors import ExportError
-from ditserve.export.int8 import EXACT, Settings, add_int8, main
+from ditserve.export.int8 import EXACT, QuantizationSettings, add_int8, main
 from ditserve.export.parity import compare_rows, graph_backbone
-from ditserve.export.quality import Judge, frechet_report
-from ditserve.export.quantize import FILES, Target, backbone_inputs, this_processor
-from ditserve.export.session import open_session, run
+from ditserve.export.quality import FrechetSettings, frechet_report
+from ditserve.export.quantize import FILES, Target, backbone_inputs, local_processor
 from ditserve.export.smooth import int8_linears
 from ditserve.export.source import open_source, parameters
-from ditserve.export.verify import LIMITS, check
-from ditserve.model.evaluation.classifier import Card, Classifier
+from ditserve.export.verify import LIMITS, check, open_session, run
+from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard
 from ditserve.model.spec.bundle import Bundle, digest, write_manifest
 from ditserve.model.spec.unet_config import UNetConfig
 from tests.export.tiny import CONFIG, tiny_source
@@ -30,7 +29,7 @@ TARGETS: list[Target] = ["cpu", "tensorrt"]
 
 
 def quantised_products(proto: onnx.ModelProto) -> set[str]:
-    """Products whose second input comes from a DequantizeLinear."""
+    """Return the names of the products whose second input comes from a DequantizeLinear."""
     made_by = {value: node.op_type for node in proto.graph.node for value in node.output}
     products = [node for node in proto.graph.node if node.op_type in ("MatMul", "Gemm")]
     return {node.name for node in products if made_by.get(node.input[1]) == "DequantizeLinear"}
@@ -63,7 +62,7 @@ def test_exactly_the_block_linears_are_quantised_symmetrically(full_bundle: Path
 @pytest.mark.parametrize("target", TARGETS)
 def test_int8_stays_within_its_limit_in_every_noise_band(full_bundle: Path, target: Target) -> None:
     source = open_source(full_bundle)
-    rows = trajectories(source, Walk(samples=2, steps=10, seed=7)).with_null(CONFIG)
+    rows = calibration_rows(source, TrajectorySettings(samples=2, steps=10, seed=7)).with_null(CONFIG)
     served = graph_backbone(source.dit, full_bundle / FILES[target], EXACT if target == "tensorrt" else None)
     bands = compare_rows(source, rows, served)
     check("INT8", bands, LIMITS["int8"])
@@ -72,7 +71,7 @@ def test_int8_stays_within_its_limit_in_every_noise_band(full_bundle: Path, targ
 
 def test_the_cpu_graph_gives_on_this_processor_what_it_says(full_bundle: Path) -> None:
     source = open_source(full_bundle)
-    rows = trajectories(source, Walk(samples=1, steps=4)).with_null(CONFIG)
+    rows = calibration_rows(source, TrajectorySettings(samples=1, steps=4)).with_null(CONFIG)
     inputs = next(backbone_inputs(source.dit, rows))
     served, exact = (
         run(open_session(full_bundle / FILES["cpu"], options=options), inputs)["output"]
@@ -108,20 +107,20 @@ def test_the_fp16_graph_takes_and_gives_fp32_and_computes_in_half_precision(full
 )
 def test_the_processor_is_asked_for_vnni(tmp_path: Path, text: str, vnni: bool) -> None:
     (tmp_path / "cpuinfo").write_text(text)
-    assert this_processor(tmp_path / "cpuinfo").vnni is vnni
+    assert local_processor(tmp_path / "cpuinfo").vnni is vnni
 
 
 def test_an_unreadable_processor_counts_as_one_without_vnni(tmp_path: Path) -> None:
-    assert not this_processor(tmp_path / "missing").vnni
+    assert not local_processor(tmp_path / "missing").vnni
 
 
 @pytest.mark.timeout(900)
 def test_a_bundle_is_smoothed_quantised_and_tells_what_it_cost(
     own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.int8._speed", lambda *_: {"batch_1": 1.5, "batch_4": 1.4})
-    walk = Walk(samples=2, steps=10)
-    summary = add_int8(own_bundle, "cpu", Settings(range="reduced", walk=walk))
+    monkeypatch.setattr("export.int8._speedup", lambda *_: {"batch_1": 1.5, "batch_4": 1.4})
+    walk = TrajectorySettings(samples=2, steps=10)
+    summary = add_int8(own_bundle, "cpu", QuantizationSettings(range="reduced", trajectories=walk))
     assert summary["calibration"]["rows"] == 40
     bundle = Bundle.open(own_bundle)
     assert "backbone.int8.onnx" in bundle.manifest.files
@@ -132,22 +131,22 @@ def test_a_bundle_is_smoothed_quantised_and_tells_what_it_cost(
     assert metrics["int8_relative_l2"] == max(band["relative_l2"] for band in summary["error"])
     assert metrics["int8_pictures_psnr_db"] > 20
     assert "int8_quality_loss" not in metrics  # without data there is nothing to measure it with
-    monkeypatch.setattr("export.int8._speed", lambda *_: {"batch_1": 1.01})
+    monkeypatch.setattr("export.int8._speedup", lambda *_: {"batch_1": 1.01})
     with pytest.raises(ExportError, match=r"1\.01 times as fast as fp32 here, 1\.1 is asked for: --keep"):
-        add_int8(own_bundle, "cpu", Settings(walk=walk))
+        add_int8(own_bundle, "cpu", QuantizationSettings(trajectories=walk))
     manifest = Bundle.open(own_bundle).manifest
     assert "backbone.int8.onnx" not in manifest.files
     assert not any(name.startswith("int8") for name in manifest.metrics)
 
 
 def test_the_cost_in_quality_is_the_growth_of_the_frechet_distance(full_bundle: Path, tmp_path: Path) -> None:
-    """With the model's own pictures as the real ones, and a backbone that adds noise."""
+    """Random pictures stand for the training data; a backbone that adds 0.5 stands for a worse one."""
     source = open_source(full_bundle)
     data = tmp_path / "pictures.npz"
     pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), np.uint8)
     (labels, styles) = (factor.classes for factor in source.manifest.factors)
     np.savez(data, x=pixels, y=np.arange(32) // 2 % 4, s=np.arange(32) % 2, names=labels, styles=styles)
-    judge = Judge(data, classifier_in(tmp_path / "classifier"), pictures=16, steps=4)
+    judge = FrechetSettings(data, classifier_in(tmp_path / "classifier"), pictures=16, steps=4)
     same = frechet_report(source, source.dit.backbone, judge)
     assert same["quality_loss"] == 0.0
     assert same["frechet_between"] == pytest.approx(0.0, abs=1e-4)
@@ -155,14 +154,14 @@ def test_the_cost_in_quality_is_the_growth_of_the_frechet_distance(full_bundle: 
     assert other["frechet_between"] > 0
     assert other["quality_loss"] == pytest.approx(other["frechet"] / other["frechet_fp32"] - 1, abs=1e-3)
     with pytest.raises(ExportError, match="nowhere"):
-        frechet_report(source, source.dit.backbone, Judge(tmp_path / "nowhere", judge.classifier))
+        frechet_report(source, source.dit.backbone, FrechetSettings(tmp_path / "nowhere", judge.classifier))
 
 
 def classifier_in(folder: Path) -> Path:
-    """A classifier of random weights over 16×16 pictures."""
+    """Write a classifier of random weights for 16×16 pictures into `folder`."""
     factors = tiny_source().manifest.factors
     torch.manual_seed(0)
-    network = Classifier(Card(image_size=(16, 16), widths=(4, 8), factors=factors))
+    network = Classifier(ClassifierCard(image_size=(16, 16), widths=(4, 8), factors=factors))
     folder.mkdir()
     save_file(
         {name: tensor.half() for name, tensor in network.state_dict().items()}, folder / "weights.safetensors"

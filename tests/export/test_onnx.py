@@ -1,4 +1,4 @@
-"""What a bundle holds after export, and what stops an export."""
+"""The content of a bundle after export, and the reasons that stop an export."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditserve.export.calibrate import Walk
+from ditserve.export.calibrate import TrajectorySettings
 from ditserve.export.errors import ExportError
-from ditserve.export.onnx import Options, export_bundle, main
-from ditserve.export.session import open_session, run
+from ditserve.export.onnx import ExportOptions, export_bundle, main
 from ditserve.export.source import open_source, parameters
-from ditserve.export.verify import LIMITS, Limits
+from ditserve.export.verify import LIMITS, ParityLimits, open_session, run
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.spec.bundle import Bundle
 from tests.export.tiny import CONFIG, tiny_dit, tiny_source
@@ -63,11 +62,11 @@ def test_graphs_have_the_names_and_shapes_of_the_manifest(tiny_bundle: Path) -> 
     }
     for name, sides in expected.items():
         graph = onnx.load(tiny_bundle / name, load_external_data=False).graph
-        found = tuple(
+        shapes = tuple(
             {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in side}
             for side in (graph.input, graph.output)
         )
-        assert found == sides
+        assert shapes == sides
 
 
 def test_nothing_of_the_exporting_machine_is_left(tiny_bundle: Path) -> None:
@@ -110,18 +109,22 @@ def test_a_graph_beyond_its_limit_stops_the_export_and_leaves_the_target(
 ) -> None:
     before = {file.name: file.read_bytes() for file in own_bundle.iterdir()}
     monkeypatch.setattr("ditserve.export.onnx.write_graphs", lambda network, manifest, folder: None)
-    monkeypatch.setitem(LIMITS, "fp32", Limits(relative_l2=0.0, cosine=2.0))
+    monkeypatch.setitem(LIMITS, "fp32", ParityLimits(relative_l2=0.0, cosine=2.0))
     monkeypatch.setattr(
         "ditserve.export.parity.open_session", lambda path, **_: open_session(own_bundle / path.name)
     )
     with pytest.raises(ExportError, match="embedder"):
-        export_bundle(open_source(own_bundle), own_bundle, Options(walk=Walk(samples=1, steps=2)))
+        export_bundle(
+            open_source(own_bundle),
+            own_bundle,
+            ExportOptions(trajectories=TrajectorySettings(samples=1, steps=2)),
+        )
     assert {file.name: file.read_bytes() for file in own_bundle.iterdir()} == before
     assert [path.name for path in own_bundle.parent.iterdir()] == [own_bundle.name]
 
 
 def training_run(folder: Path, *, output: str = "/somewhere/else") -> Path:
-    """A run of `model.train` as it lies on disk, around the tiny model."""
+    """Write a run of `model.train` with the weights of the tiny model into `folder`."""
     pixels = np.zeros((8, 16, 16, 3), np.uint8)
     y, s = np.arange(8) // 2, np.arange(8) % 2
     names, styles = np.array(["circle", "square", "triangle", "star"]), np.array(["flat", "shaded"])

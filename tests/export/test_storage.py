@@ -1,4 +1,4 @@
-"""Sharing weights changes where numbers lie, never what a graph computes."""
+"""Tests of shared weights: they change where numbers lie, never what a graph computes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from ditserve.export.calibrate import Rows
+from ditserve.export.calibrate import CalibrationRows
 from ditserve.export.errors import ExportError
 from ditserve.export.half import write_half
 from ditserve.export.parity import compare_rows, forward, graph_backbone
 from ditserve.export.quantize import write_int8
-from ditserve.export.session import open_session, run
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph, save_weights, share_weights
-from ditserve.export.verify import CALIBRATION, LIMITS, check
+from ditserve.export.verify import CALIBRATION, LIMITS, check, open_session, run
 from ditserve.model.spec.bundle import Bundle, BundleError, write_manifest
-from ditserve.service.backends.onnx import OnnxBackend
+from ditserve.service.backends.onnx import open_onnx
 
 RNG = np.random.default_rng(0)
 MATRIX = RNG.standard_normal((32, 48)).astype(np.float16).astype(np.float32)
@@ -31,7 +30,7 @@ X = RNG.standard_normal((3, 48)).astype(np.float32)
 
 
 def graph(transposed: bool) -> onnx.ModelProto:
-    """x (B, 48) → x · MATRIXᵀ tiled to 512, plus a bias, plus a constant that is no weight."""
+    """Return the graph x (B, 48) → (x · MATRIXᵀ tiled to 512, plus a bias) · a constant that is no weight."""
     weight = MATRIX.T.copy() if transposed else MATRIX
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["h"])
@@ -69,7 +68,7 @@ def test_a_graph_that_shares_weights_computes_the_same(
     tmp_path: Path, transposed: bool, dtype: torch.dtype
 ) -> None:
     weights = tmp_path / "weights.safetensors"
-    # "odd" makes the matrix begin at an offset that is no multiple of a page or a cache line
+    # With "odd", the matrix begins at an offset that is no multiple of a page or a cache line.
     save_weights(
         weights, {"a.odd": torch.ones(3), "m": torch.from_numpy(MATRIX), "b": torch.from_numpy(BIAS)}, dtype
     )
@@ -112,11 +111,11 @@ def test_a_weight_that_does_not_fit_is_named(tmp_path: Path) -> None:
 def test_a_large_graph_keeps_its_tensors_beside_it_all_the_way(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the writer through ONNX Runtime, the manifest and the quantiser, as it would be above 2 GiB."""
+    """The writer, ONNX Runtime, the manifest and the quantiser treat it as they would above 2 GiB."""
     monkeypatch.setattr("ditserve.export.storage.INLINE_BYTES", 0)
     folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     source = open_source(folder)
-    rows = Rows.load(folder / CALIBRATION).with_null(source.network.config)
+    rows = CalibrationRows.load(folder / CALIBRATION).with_null(source.network.config)
     write_half(source, folder, rows, "fp16")
     file = write_int8(source.dit, folder, rows, "cpu", reduce_range=True)
     write_manifest(folder, source.manifest)
@@ -126,7 +125,7 @@ def test_a_large_graph_keeps_its_tensors_beside_it_all_the_way(
     places = {entry.value for t in held for entry in t.external_data if entry.key == "location"}
     assert places == {"weights.safetensors", "backbone.int8.onnx.data"}
     check("INT8", compare_rows(source, rows, graph_backbone(source.network, file)), LIMITS["int8"])
-    backend = OnnxBackend(bundle, precision="int8", threads=1)
+    backend = open_onnx(bundle, precision="int8", threads=1)
     x, labels = rows.x[:2].numpy(), rows.labels[:2].numpy()
     state = backend.modulate(rows.timestep[:2].numpy(), backend.embed(labels))
     want = forward(source.network, rows.at(torch.arange(2))).numpy()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ditserve.export.errors import ExportError
-from ditserve.export.verify import BANDS, Limits, check, compare, report, worst
+from ditserve.export.verify import BANDS, ParityLimits, check, compare, report, worst
 
-LIMITS = Limits(relative_l2=0.01, cosine=0.999)
+LIMITS = ParityLimits(relative_l2=0.01, cosine=0.999)
 
 
 def test_each_row_counts_in_the_band_of_its_timestep() -> None:
@@ -48,7 +48,7 @@ def test_a_sign_flip_is_refused_by_cosine_even_where_size_would_pass() -> None:
     reference = np.ones((1, 8), np.float32)
     bands = compare(reference, -reference, np.array([0.0]), 1000)
     with pytest.raises(ExportError, match="cosine"):
-        check("graph", bands, Limits(relative_l2=10.0, cosine=0.9))
+        check("graph", bands, ParityLimits(relative_l2=10.0, cosine=0.9))
 
 
 def test_report_is_plain_data() -> None:

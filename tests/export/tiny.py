@@ -1,4 +1,4 @@
-"""A bundle small enough for every test: a two-block DiT over 16×16 pixels with random weights, exported for real."""
+"""A bundle small enough for every test: an exported two-block DiT of random weights over 16×16 pixels."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from ditserve.export.calibrate import Rows, Walk
+from ditserve.export.calibrate import CalibrationRows, TrajectorySettings
 from ditserve.export.half import write_half
-from ditserve.export.onnx import Options, export_bundle
+from ditserve.export.onnx import ExportOptions, export_bundle
 from ditserve.export.quantize import write_int8
 from ditserve.export.source import open_source
 from ditserve.export.verify import CALIBRATION
@@ -51,14 +51,14 @@ CONFIG = DiTConfig(
 
 
 def tiny_dit(config: DiTConfig = CONFIG, *, seed: int = 0) -> DiT:
-    """A DiT of random weights."""
+    """Return a DiT of random weights."""
     network = tiny_network(config, seed=seed)
     assert isinstance(network, DiT)
     return network
 
 
 def tiny_network(config: NetworkConfig, *, seed: int = 0) -> Network:
-    """A network whose every weight matters: the published initialisation would answer zero."""
+    """Return a network whose every weight matters: as published, it would start with an output of zero."""
     generator = torch.Generator().manual_seed(seed)
     network = make_network(config).eval().requires_grad_(False)
     for name, parameter in network.named_parameters():
@@ -70,7 +70,7 @@ def tiny_network(config: NetworkConfig, *, seed: int = 0) -> Network:
 
 
 def tiny_source(config: NetworkConfig = CONFIG, *, seed: int = 0) -> LoadedModel:
-    """A model and manifest of which `export_bundle` makes a bundle."""
+    """Return a model and manifest that `export_bundle` makes a bundle of."""
     words = (("circle", "square", "triangle", "star"), ("flat", "shaded"))
     names = ("label", "style")
     manifest = Manifest(
@@ -97,21 +97,25 @@ def tiny_source(config: NetworkConfig = CONFIG, *, seed: int = 0) -> LoadedModel
 
 
 def cached_tiny_bundle(cache: Path) -> Path:
-    """The folder of the tiny bundle, exported once per version of the code and kept in `cache`."""
+    """Return the folder of the tiny bundle: exported once per version of the code, and kept in `cache`."""
 
     def make(folder: Path) -> None:
-        export_bundle(tiny_source(), folder, Options(half="none", walk=Walk(samples=2, steps=10)))
+        export_bundle(
+            tiny_source(),
+            folder,
+            ExportOptions(half="none", trajectories=TrajectorySettings(samples=2, steps=10)),
+        )
 
     return _cached(cache, "tiny", make)
 
 
 def cached_full_bundle(cache: Path) -> Path:
-    """The tiny bundle with an fp16 backbone and INT8 backbones for the CPU and for TensorRT."""
+    """Return the folder of the tiny bundle with an fp16 backbone, and INT8 backbones for CPU and TensorRT."""
 
     def make(folder: Path) -> None:
         shutil.copytree(cached_tiny_bundle(cache), folder)
         source = open_source(folder)
-        rows = Rows.load(folder / CALIBRATION).with_null(CONFIG)
+        rows = CalibrationRows.load(folder / CALIBRATION).with_null(CONFIG)
         write_half(source, folder, rows, "fp16")
         write_int8(source.dit, folder, rows, "cpu", reduce_range=True)
         write_int8(source.dit, folder, rows, "tensorrt", reduce_range=False)

@@ -1,4 +1,4 @@
-"""Networks small enough for a test."""
+"""Networks and bundles that are small enough for a test."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TINY = DiTConfig(
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., DiTConfig]:
-    """A three-block configuration with two factors, and whatever else is asked for."""
+    """A function that returns a configuration of three blocks and two factors, with changes."""
 
     def make(**changes: Any) -> DiTConfig:
         return replace(_TINY, **changes)
@@ -42,7 +42,7 @@ def tiny() -> Callable[..., DiTConfig]:
 
 @pytest.fixture(scope="session")
 def network() -> Callable[..., DiT]:
-    """A DiT with every parameter random: nothing is zero, so nothing is hidden."""
+    """A function that returns a DiT with random parameters: a part that starts at zero would hide a fault."""
 
     def make(config: DiTConfig = _TINY, seed: int = 0) -> DiT:
         generator = torch.Generator().manual_seed(seed)
@@ -64,10 +64,11 @@ def bundle(network: Callable[..., DiT], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unet_bundle(tmp_path: Path) -> Path:
-    """The same of a U-Net."""
+    """The same bundle of a U-Net."""
     torch.manual_seed(0)
     unet = UNet(TINY_UNET)
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)  # it starts at zero
+    # The last layer starts at zero, which would give black pictures.
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
     return write_bundle(unet, tmp_path / "unet")
 
 

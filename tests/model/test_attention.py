@@ -1,4 +1,4 @@
-"""Attention maps are those of the forward pass, and the picture of them is written."""
+"""Attention maps: they are those of the forward pass, and the command paints them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_maps_are_probabilities_between_image_tokens(tiny: Tiny, network: Make, 
     dit = network(tiny(blocks=kind, rope=True, qk_norm=True))
     state = dit.modulate(torch.zeros(2), dit.embed(torch.zeros(2, 2, dtype=torch.int64)))
     maps = attention_maps(dit, torch.randn(2, 3, 8, 4), state)
-    assert [(tuple(each.weights.shape), each.rows, each.columns) for each in maps] == [
+    assert [(tuple(attention.weights.shape), attention.rows, attention.columns) for attention in maps] == [
         ((2, 2, 8, 8), 4, 2)
     ] * 3
-    for each in maps:
-        total = each.weights.sum(-1)
+    for attention in maps:
+        total = attention.weights.sum(-1)
         assert (
             (total < 1 - 1e-4).all() if kind == "in_context" else torch.allclose(total, torch.ones(2, 2, 8))
         )
@@ -43,7 +43,7 @@ def test_maps_are_probabilities_between_image_tokens(tiny: Tiny, network: Make, 
 
 
 def test_first_map_by_hand(network: Make) -> None:
-    """softmax(q·k/√head) of the first block's modulated input."""
+    """The map is softmax(q·k/√head) of the modulated input of the first block."""
     dit = network()
     x = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
@@ -57,13 +57,13 @@ def test_first_map_by_hand(network: Make) -> None:
 
 
 def test_a_unet_has_maps_where_its_levels_attend() -> None:
-    """Down at the coarser level, in the middle, and up again twice, each on that level's grid."""
+    """The coarser level attends on the way down, in the middle, and twice on the way up, on its own grid."""
     unet = UNet(TINY_UNET).eval()
     state = unet.modulate(torch.zeros(1), unet.embed(torch.zeros(1, 2, dtype=torch.int64)))
     maps = attention_maps(unet, torch.randn(1, 3, 8, 16), state)
-    assert [(each.rows, each.columns) for each in maps] == [(4, 8)] * 4
+    assert [(attention.rows, attention.columns) for attention in maps] == [(4, 8)] * 4
     assert maps[0].heat().shape == (4, 8, 4, 8)
-    assert all(torch.allclose(each.weights.sum(-1), torch.ones(1)) for each in maps)
+    assert all(torch.allclose(attention.weights.sum(-1), torch.ones(1)) for attention in maps)
 
 
 def test_overlay_is_bright_where_the_heat_is() -> None:

@@ -1,9 +1,8 @@
-"""What networks cost, held against the paper's tables and against counting by hand."""
+"""The command `model.describe`: the paper's tables, configurations of every kind, and refusals."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,9 @@ import torch
 
 from ditserve.model.describe import main, paper, read_config
 from ditserve.model.nets.cost import cost, macs
-from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import make_network
-from ditserve.model.spec.dit_config import DiTConfig, named
+from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.unet_config import UNetConfig
-
-Tiny = Callable[..., DiTConfig]
 
 # arXiv:2212.09748, Tables 1, 4 and 8 ("Gflops", which are multiply-adds)
 GMACS = {
@@ -60,67 +56,15 @@ def test_the_papers_table_is_complete() -> None:
     assert paper().keys() == GMACS.keys()
 
 
-def test_cost_by_hand() -> None:
-    """A one-block DiT: every matrix product and every kept tensor written down."""
-    d, tokens, heads = 8, 16, 2
-    config = DiTConfig(
-        image_size=(8, 8),
-        in_channels=3,
-        hidden_size=d,
-        depth=1,
-        num_heads=heads,
-        classes=(5,),
-        learn_sigma=False,
-    )
-    found = cost(config)
-    assert found.conditioner_macs == 256 * d + d * d + 6 * d * d + 2 * d * d
-    block = tokens * (3 + 1 + 4 + 4) * d * d + 2 * tokens * tokens * d
-    assert found.backbone_macs == tokens * 12 * d + block + tokens * d * 12
-    assert found.flops == 2 * (found.conditioner_macs + found.backbone_macs)
-    assert found.parameters == sum(p.numel() for p in DiT(config).parameters()) + tokens * d
-
-
-def test_activation_memory_is_what_a_row_takes(tiny: Tiny) -> None:
-    """Training keeps what autograd says it keeps on real tensors; inference holds several token matrices, not the weights."""
-    config = tiny(depth=2)
-    dit = DiT(config)
-    x, t, labels = torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 2, dtype=torch.int64)
-    own = {p.data_ptr() for p in (*dit.parameters(), *dit.buffers())}
-    kept: dict[int, torch.Tensor] = {}
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
-    )
-    with hooks:
-        out = dit(x, t, labels)
-    real = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
-    found = cost(config)
-    assert out.requires_grad
-    assert found.training_bytes == pytest.approx(
-        real, rel=0.15
-    )  # attention keeps other things on other devices
-    tokens = 16 * 32 * 4
-    assert 4 * tokens < found.inference_bytes < 20 * tokens
-    deeper = cost(tiny(depth=6))
-    assert deeper.training_bytes > 2.5 * found.training_bytes
-    assert deeper.inference_bytes < 2 * found.inference_bytes
-
-
-def test_size_option(tiny: Tiny) -> None:
-    config = tiny()
-    assert cost(config, (16, 16)).backbone_macs > 4 * cost(config).backbone_macs
-    with pytest.raises(ValueError, match="not a multiple of the patch"):
-        cost(config, (9, 8))
-
-
 def write(path: Path, content: Any) -> str:
     path.write_text(json.dumps(content))
     return str(path)
 
 
 def test_configurations_are_read_from_anything(tmp_path: Path) -> None:
-    assert read_config("DiT-B/4") == named("DiT-B/4")
+    assert read_config("DiT-B/4") == published_config("DiT-B/4")
     assert read_config(write(tmp_path / "a.json", {"depth": 2})) == DiTConfig(depth=2)
-    assert read_config(write(tmp_path / "b.json", {"name": "DiT-S/8"})) == named("DiT-S/8")
+    assert read_config(write(tmp_path / "b.json", {"name": "DiT-S/8"})) == published_config("DiT-S/8")
     unet = {"network": "unet", "base_channels": 64}
     assert read_config(write(tmp_path / "c.json", unet)) == UNetConfig(base_channels=64)
 
@@ -147,9 +91,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "33.15 M" in table
     assert "unet.json" in table
     assert main([file, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)[file]
-    assert told["flops"] == 2 * told["macs"]
-    assert told.items() >= asdict(cost(read_config(file))).items()
+    printed = json.loads(capsys.readouterr().out)[file]
+    assert printed["flops"] == 2 * printed["macs"]
+    assert printed.items() >= asdict(cost(read_config(file))).items()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`python -m model.evaluate` from a bundle and its data to the report, and what it refuses."""
+"""The command `model.evaluate`: from a bundle and its data to the report, and its refusals."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from ditserve.model.evaluate import SHEET, main
-from ditserve.model.evaluation.classifier import Card, Classifier, save_classifier
+from ditserve.model.evaluate import COLUMNS, main
+from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard, save_classifier
 from ditserve.model.evaluation.measures import REAL
 from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN
 from ditserve.model.spec.bundle import Bundle, write_manifest
@@ -22,15 +22,15 @@ NAMES, STYLES = ("cat", "dog", "fox", "owl", "bee"), ("flat", "shaded", "line")
 
 @pytest.fixture
 def command(bundle: Path, tmp_path: Path) -> list[str]:
-    """An evaluation of a bundle whose data holds some of the fifteen combinations out."""
+    """The arguments that evaluate a bundle whose training left out some of the fifteen combinations."""
     labels = np.array([[y, s] for y in range(5) for s in range(3)])
     x = np.random.default_rng(0).integers(0, 256, (15, 8, 8, 3), np.uint8)
     data = tmp_path / "drawn.npz"
     np.savez(data, x=x, y=labels[:, 0], s=labels[:, 1], names=np.array(NAMES), styles=np.array(STYLES))
     manifest = Bundle.open(bundle).manifest
-    said = {"training": {"data": {"path": "x.npz", "names": NAMES, "hold_out": 0.3}}}
-    write_manifest(bundle, manifest.model_copy(update={"provenance": said, "metrics": {"old": 1.0}}))
-    card = Card(
+    provenance = {"training": {"data": {"path": "x.npz", "names": NAMES, "hold_out": 0.3}}}
+    write_manifest(bundle, manifest.model_copy(update={"provenance": provenance, "metrics": {"old": 1.0}}))
+    card = ClassifierCard(
         image_size=(8, 8), widths=(4, 6), factors=manifest.factors, accuracy={"label_top1_unseen": 0.5}
     )
     save_classifier(Classifier(card), tmp_path / "judge", card)
@@ -39,8 +39,8 @@ def command(bundle: Path, tmp_path: Path) -> list[str]:
 
 
 def record(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
-    return found
+    written: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+    return written
 
 
 def opened(file: Path) -> npt.NDArray[np.float64]:
@@ -53,8 +53,8 @@ def test_the_report_holds_all_figures_and_the_pictures(
 ) -> None:
     assert main([*command, "--limit", "8", "--steps", "2", "--seed", "3"]) == 0
     out = tmp_path / "out"
-    found = record(out)
-    assert set(found["figures"]) == {GENERATED, UNSEEN, REAL, REAL_UNSEEN}
+    written = record(out)
+    assert set(written["figures"]) == {GENERATED, UNSEEN, REAL, REAL_UNSEEN}
     for figure in (
         "frechet_distance",
         "kernel_distance",
@@ -63,16 +63,19 @@ def test_the_report_holds_all_figures_and_the_pictures(
         "label_top1",
         "style_top1",
     ):
-        assert figure in found["figures"][GENERATED]
-    assert {"label_top1", "style_top1", "nearest_feature_p50"} <= set(found["figures"][UNSEEN])
-    assert (found["pictures"][GENERATED], found["pictures"][TRAINING]) == (8, 15 - found["pictures"][UNSEEN])
-    assert found["sampling"]["steps"] == 2
-    assert found["classifier_accuracy"] == {"label_top1_unseen": 0.5}
+        assert figure in written["figures"][GENERATED]
+    assert {"label_top1", "style_top1", "nearest_feature_p50"} <= set(written["figures"][UNSEEN])
+    assert (written["pictures"][GENERATED], written["pictures"][TRAINING]) == (
+        8,
+        15 - written["pictures"][UNSEEN],
+    )
+    assert written["sampling"]["steps"] == 2
+    assert written["classifier_accuracy"] == {"label_top1_unseen": 0.5}
     text = (out / "evaluation.md").read_text()
     assert capsys.readouterr().out == text + "\n"
     assert "not comparable with published FID" in text
     assert "8 pictures are few for 6 features" in text
-    assert opened(out / "closest.png").shape == opened(out / "held-out.png").shape == (2 * 8, SHEET * 8, 3)
+    assert opened(out / "closest.png").shape == opened(out / "held-out.png").shape == (2 * 8, COLUMNS * 8, 3)
 
 
 def test_the_same_seed_gives_the_same_figures(command: list[str], tmp_path: Path) -> None:
@@ -85,7 +88,7 @@ def test_the_same_seed_gives_the_same_figures(command: list[str], tmp_path: Path
 
 def test_closest_pictures_stand_above_their_training_picture(command: list[str], tmp_path: Path) -> None:
     assert main([*command, "--limit", "8", "--steps", "1"]) == 0
-    pixels = opened(tmp_path / "out" / "closest.png").reshape(2, 8, SHEET, 8, 3)
+    pixels = opened(tmp_path / "out" / "closest.png").reshape(2, 8, COLUMNS, 8, 3)
     above, below = pixels.transpose(0, 2, 1, 3, 4)  # (N, H, W, 3) each
     apart = np.sqrt(((above - below) ** 2).mean((1, 2, 3)))[:8]
     assert (np.diff(apart) >= -1e-9).all()
@@ -114,11 +117,11 @@ def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
     command: list[str], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = Bundle.open(bundle).manifest
-    stranger = Card(
+    stranger = ClassifierCard(
         image_size=(8, 8), widths=(4, 6), factors=(manifest.factors[0].model_copy(update={"name": "x"}),)
     )
     save_classifier(Classifier(stranger), tmp_path / "stranger", stranger)
-    larger = Card(image_size=(16, 16), widths=(4, 6), factors=manifest.factors)
+    larger = ClassifierCard(image_size=(16, 16), widths=(4, 6), factors=manifest.factors)
     save_classifier(Classifier(larger), tmp_path / "larger", larger)
     cases = {
         ("--classifier", str(tmp_path / "stranger")): "knows none of the model's classes",
@@ -132,11 +135,11 @@ def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
         ("--solver", "magic"): "magic",
         ("--steps", "5000"): "5000",
     }
-    for extra, said in cases.items():
+    for extra, expected in cases.items():
         assert main([*command, "--steps", "1", *extra]) == 2, extra
         message = capsys.readouterr().err.splitlines()[-1]
         assert message.startswith("model.evaluate: ")
-        assert said in message
+        assert expected in message
     assert main([str(tmp_path), *command[1:]]) == 2
     assert "neither a bundle" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

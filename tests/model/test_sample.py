@@ -1,25 +1,20 @@
-"""Sampling offline: pictures, conditions as they are written, and the command line."""
+"""The command `model.sample`: from a bundle or a training run to a picture, and its refusals."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ditserve.model.nets.autoencoder import Identity
 from ditserve.model.nets.dit import DiT
 from ditserve.model.sample import main
-from ditserve.model.sampling.prompt import SampleError, Term, embeddings, parse_condition
-from ditserve.model.sampling.sheet import class_sheet, picture_grid, sample_sheet, to_pixels
 from ditserve.model.spec.bundle import Factor, Manifest, write_manifest
-from ditserve.model.spec.diffusion import Schedule, make_schedule
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadError
@@ -37,23 +32,9 @@ def size_of(picture: Path) -> tuple[int, int]:
         return opened.size
 
 
-class CountingEncoder:
-    """Three numbers about a sentence; stands in for a language model."""
-
-    size = 3
-
-    def encode(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
-        return np.array([[len(each), each.count(" ") + 1, 1] for each in sentences], np.float32)
-
-
-@pytest.fixture
-def schedule() -> Schedule:
-    return make_schedule("cosine", prediction="x0")
-
-
 @pytest.fixture
 def finished_run(network: Make, tiny: Tiny, tmp_path: Path) -> Path:
-    """A training run's folder as the trainer leaves it."""
+    """The folder of a training run, as the trainer leaves it."""
     rng = np.random.default_rng(0)
     np.savez(
         tmp_path / "set.npz",
@@ -72,7 +53,8 @@ def finished_run(network: Make, tiny: Tiny, tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     step = folder / "checkpoints/step-0000010"
     step.mkdir(parents=True)
-    (step.parent / "step-0000020").mkdir()  # being written: the one before it is used
+    # A checkpoint that is still being written: the one before it is used.
+    (step.parent / "step-0000020").mkdir()
     save_file(dict(network(tiny(classes=(5,))).named_parameters()), step / "ema.safetensors")
     (step / "state.json").write_text('{"step": 10}')
     config = {"data": {"path": str(tmp_path / "set.npz")}, "model": shape, "steps": 10, "output": "run"}
@@ -81,64 +63,13 @@ def finished_run(network: Make, tiny: Tiny, tmp_path: Path) -> Path:
     return folder
 
 
-def test_pixels_and_picture_grid() -> None:
-    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).reshape(5, 1, 1, 1).expand(5, 3, 2, 2)
-    pixels = to_pixels(x)
-    assert pixels[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
-    picture = np.asarray(picture_grid(pixels, 3))
-    assert picture.shape == (4, 6, 3)
-    assert picture[0, ::2, 0].tolist() == [0, 0, 128]
-    assert picture[2, ::2, 0].tolist() == [255, 255, 255]  # the last is padding
-
-
-def test_class_sheets() -> None:
-    assert class_sheet((3, 2)) == ([(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)], 3)
-    assert class_sheet((100,), 4) == ([(0,), (25,), (50,), (75,)], 4)
-    assert class_sheet((2, 1, 9)) == ([(0, 0, None), (1, 0, None)], 2)
-    assert class_sheet((), 2) == ([(), ()], 2)
-
-
-def test_sheet_of_a_model(network: Make, schedule: Schedule) -> None:
-    assert sample_sheet(network(), schedule, Identity(), steps=2).size == (5 * 8, 3 * 8)
-
-
-def test_conditions_are_parsed() -> None:
-    assert parse_condition("", FACTORS) == Term((None, None))
-    assert parse_condition("style=line,label=fox,weight=0.5", FACTORS) == Term((2, 2), None, 0.5)
-    assert parse_condition("text=a fox, in snow,label=fox", FACTORS) == Term((2, None), "a fox, in snow")
-    for text, message in (
-        ("colour=red", "no factor 'colour'; it has label, style"),
-        ("label=caat", r"no class 'caat'; did you mean cat"),
-        ("label=zzzzz", "for example cat, dog, fox"),
-        ("label=cat,weight=much", "not a number"),
-    ):
-        with pytest.raises(SampleError, match=message):
-            parse_condition(text, FACTORS)
-
-
-def test_text_goes_through_the_named_encoder(
-    tiny: Tiny, network: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ditserve.model.sampling.prompt.open_encoder", lambda name: CountingEncoder())
-    dit = network(tiny(text_size=3))
-    terms = [Term((1, None), "a fox"), Term((1, None))]
-    with_text, without = embeddings(dit, terms, "counting")
-    labels = torch.tensor([[1, 3]])
-    assert torch.allclose(with_text, dit.embed(labels, torch.tensor([[5.0, 2.0, 1.0]]))[0])
-    assert torch.allclose(without, dit.embed(labels)[0])
-    with pytest.raises(SampleError, match="gives 3 numbers, the model takes 7"):
-        embeddings(network(tiny(text_size=7)), terms, "counting")
-    with pytest.raises(SampleError, match="takes no text"):
-        embeddings(network(), terms, "counting")
-
-
 def test_command_line_on_a_bundle(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep/out.png"
     command = [str(bundle), "-c", "label=fox,style=flat", "-c", "label=cat", "--count", "3", "-o", str(out)]
     assert main([*command, "--combine", "layers", "--progress"]) == 0
     assert size_of(out) == (24, 8)
-    told = capsys.readouterr().out
-    assert f"wrote {out} (24×8)" in told
+    printed = capsys.readouterr().out
+    assert f"wrote {out} (24×8)" in printed
     first = out.read_bytes()
     assert main([*command, "--combine", "layers", "--seed", "1"]) == 0
     assert out.read_bytes() != first
@@ -195,8 +126,8 @@ def test_errors_are_one_sentence(
 ) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"model": 3}')
-    places = {"BUNDLE": str(bundle), "RUN": str(finished_run), "BROKEN": str(tmp_path / "broken")}
-    command = [places.get(argument, argument) for argument in arguments]
+    paths = {"BUNDLE": str(bundle), "RUN": str(finished_run), "BROKEN": str(tmp_path / "broken")}
+    command = [paths.get(argument, argument) for argument in arguments]
     assert main([*command, "-o", str(tmp_path / "out.png")]) == 2
     captured = capsys.readouterr().err
     assert message.replace("\\", "") in captured

@@ -1,4 +1,4 @@
-"""The bundles that ship with the repository: whole, small, credited, and of the recipe beside them."""
+"""The bundles that ship with the repository: whole, small, credited, and made by the config beside them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ZOO = Path(__file__).parent.parent.parent / "model" / "zoo"
 
 @pytest.mark.parametrize(("name", "limit"), [("emoji", 25_000_000), ("tiny", 1_000_000)])
 def test_a_shipped_bundle_is_small_and_of_its_recipe(name: str, limit: int) -> None:
-    manifest, recipe = Bundle.open(ZOO / name).manifest, load_config(ZOO / name / "train.json")
+    manifest, config = Bundle.open(ZOO / name).manifest, load_config(ZOO / name / "train.json")
     assert sum(file.stat().st_size for file in (ZOO / name).iterdir()) < limit
-    assert recipe.model.items() <= network_fields(manifest.config).items()
-    assert recipe.diffusion == manifest.diffusion
-    assert recipe.steps == manifest.provenance["step"]
+    assert config.model.items() <= network_fields(manifest.config).items()
+    assert config.diffusion == manifest.diffusion
+    assert config.steps == manifest.provenance["step"]
     assert manifest.attribution
     assert {"backbone.onnx", "conditioner.onnx", "weights.safetensors"} <= manifest.files.keys()

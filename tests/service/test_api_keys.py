@@ -1,4 +1,4 @@
-"""API keys: made, listed, revoked and found; what the file holds; when an API may be open."""
+"""API keys: adding, listing, revoking and finding them, the file that holds them, and open APIs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ditserve.service.api_keys import ApiKey, Keyring, KeyringError, add, admit, read, revoke, run
+from ditserve.service.api_keys import ApiKey, Keyring, KeyringError, add, open_keyring, read, revoke, run
 from ditserve.service.settings import Settings
 
 
@@ -18,9 +18,9 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_key_is_found_by_its_text_alone(path: Path) -> None:
     key, text = add(path, "shop", scopes=("generate", "admin"), rate=60, concurrency=2)
-    found = Keyring(path).find(text)
-    assert found == key
-    assert (found.name, found.scopes, found.rate, found.concurrency) == (
+    by_text = Keyring(path).find(text)
+    assert by_text == key
+    assert (by_text.name, by_text.scopes, by_text.rate, by_text.concurrency) == (
         "shop",
         frozenset({"generate", "admin"}),
         60,
@@ -105,15 +105,15 @@ def test_commands_need_a_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "127.8.8.8"])
 def test_this_machine_alone_may_be_let_in_without_keys(host: str) -> None:
-    assert admit(Settings.parse([f"--host={host}"])) is None
+    assert open_keyring(Settings.parse([f"--host={host}"])) is None
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
 def test_others_are_let_in_only_when_told(host: str, path: Path) -> None:
     with pytest.raises(KeyringError, match=r"--keys-file .* or --open"):
-        admit(Settings.parse([f"--host={host}"]))
-    assert admit(Settings.parse([f"--host={host}", "--open"])) is None
-    assert isinstance(admit(Settings.parse([f"--host={host}", f"--keys-file={path}"])), Keyring)
+        open_keyring(Settings.parse([f"--host={host}"]))
+    assert open_keyring(Settings.parse([f"--host={host}", "--open"])) is None
+    assert isinstance(open_keyring(Settings.parse([f"--host={host}", f"--keys-file={path}"])), Keyring)
 
 
 def test_no_key_is_equal_to_another(path: Path) -> None:

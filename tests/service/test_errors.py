@@ -1,4 +1,4 @@
-"""The error tree: every error crosses the queue, and none leaks what is not the caller's."""
+"""The error tree: every error crosses the queue, and none leaks data of others."""
 
 import re
 
@@ -23,12 +23,14 @@ def test_every_error_survives_the_queue(kind: type[ServiceError]) -> None:
 
 def test_every_error_has_a_code_of_its_own_and_a_status() -> None:
     declared = [
-        each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, ServiceError)
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, ServiceError)
     ]
-    assert len({each.code for each in declared}) == len(declared) == len(ERRORS)
-    for each in declared:
-        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", each.code)
-        assert 400 <= each.status < 600
+    assert len({error.code for error in declared}) == len(declared) == len(ERRORS)
+    for error in declared:
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", error.code)
+        assert 400 <= error.status < 600
 
 
 def test_a_foreign_exception_crosses_without_its_text() -> None:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.jobs import ConditionTerm, Image, Job, JobResult, WireError, WorkerState, pack, unpack
+from ditserve.service.jobs import ConditionTerm, Image, Job, JobResult, WorkerState
 from ditserve.service.rung import Rung
+from ditserve.service.wire import WireError, pack, unpack
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=64)
 terms = st.builds(

@@ -1,4 +1,4 @@
-"""Lanes: one for each bundle, none in another's way; and what a bundle's digests tell apart."""
+"""Several served models: a bundle and a namespace for each; and the digests of bundles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from ditserve.model.spec.bundle import BundleError
 from ditserve.service.identity import bundle_digest, vocabulary_digest
-from ditserve.service.served_models import namespace_of, open_lanes
+from ditserve.service.served_models import namespace_of, open_served_models
 from ditserve.service.settings import Settings
 from tests.service.tiny_bundle import MANIFEST
 
@@ -31,19 +31,19 @@ def made(**options: Any) -> Settings:
 def test_each_bundle_has_its_own_part_of_redis(tmp_path: Path) -> None:
     folders = [write(tmp_path / name, name=name) for name in ("one", "two", "Two")]
     settings = made(bundle=",".join(map(str, folders)), namespace="fleet")
-    lanes = open_lanes(settings, verify=True)
-    assert [lane.name for lane in lanes] == ["one", "two", "Two"]
-    assert [lane.namespace for lane in lanes[:2]] == ["fleet", "fleet-two"]
-    assert len({lane.namespace for lane in lanes}) == 3
-    own = lanes[1].settings(settings)
+    models = open_served_models(settings, verify=True)
+    assert [model.name for model in models] == ["one", "two", "Two"]
+    assert [model.namespace for model in models[:2]] == ["fleet", "fleet-two"]
+    assert len({model.namespace for model in models}) == 3
+    own = models[1].settings(settings)
     assert (own.bundle, own.namespace) == (str(folders[1]), "fleet-two")
-    assert open_lanes(own, verify=True)[0].namespace == "fleet-two", "as the worker opens it"
+    assert open_served_models(own, verify=True)[0].namespace == "fleet-two", "as the worker opens it"
 
 
 def test_two_bundles_of_one_name_are_refused(tmp_path: Path) -> None:
     one, other = write(tmp_path / "one"), write(tmp_path / "other")
     with pytest.raises(BundleError, match=f"{one} and {other} both hold tiny: models served together"):
-        open_lanes(made(bundle=f"{one},{other}"), verify=True)
+        open_served_models(made(bundle=f"{one},{other}"), verify=True)
 
 
 @pytest.mark.parametrize("name", ["a", "A", "a.b", "a-b", "a" * 100, "A" * 100, "dit_1.0"])
@@ -51,7 +51,9 @@ def test_two_bundles_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_namespace_is_fit_for_redis_whatever_the_name(first: str, name: str) -> None:
     assert FITTING.fullmatch(namespace_of(first, name))
     others = {
-        namespace_of(first, each) for each in ("a", "A", "a.b", "a-b", "a" * 100, "A" * 100) if each != name
+        namespace_of(first, other)
+        for other in ("a", "A", "a.b", "a-b", "a" * 100, "A" * 100)
+        if other != name
     }
     assert namespace_of(first, name) not in others
 
@@ -61,19 +63,19 @@ def test_a_bundle_is_what_its_link_led_to(tmp_path: Path) -> None:
     link = tmp_path / "current"
     link.symlink_to(old)
     settings = made(bundle=str(link))
-    (lane,) = open_lanes(settings, verify=True)
+    (model,) = open_served_models(settings, verify=True)
     link.unlink()
     link.symlink_to(new)
-    assert lane.settings(settings).bundle == str(old), "a worker that starts later serves what the others do"
-    assert lane.reopened(verify=True).bundle.manifest.version == "2"
+    assert model.settings(settings).bundle == str(old), "a worker that starts later serves what the others do"
+    assert model.reopened(verify=True).bundle.manifest.version == "2"
 
 
-def test_another_model_does_not_take_a_lane_over(tmp_path: Path) -> None:
+def test_another_model_does_not_take_the_place_of_a_served_one(tmp_path: Path) -> None:
     folder = write(tmp_path / "bundle")
-    (lane,) = open_lanes(made(bundle=str(folder)), verify=True)
+    (model,) = open_served_models(made(bundle=str(folder)), verify=True)
     write(folder, name="huge")
     with pytest.raises(BundleError, match="holds huge where tiny is served: restart"):
-        lane.reopened(verify=True)
+        model.reopened(verify=True)
 
 
 def test_digests_tell_bundles_and_vocabularies_apart() -> None:

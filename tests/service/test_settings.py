@@ -2,12 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from ditserve.service.settings import Settings
+from ditserve.service.settings import Settings, reference
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +105,11 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for name, field in Settings.model_fields.items():
         assert f"--{name.replace('_', '-')}" in printed
         assert field.description
+
+
+def test_the_reference_is_the_committed_one() -> None:
+    committed = Path(__file__).parents[2] / "docs/configuration.md"
+    assert committed.read_text() == reference(), f"python -m service.settings > {committed}"
 
 
 def test_a_wrong_secret_is_not_echoed() -> None:

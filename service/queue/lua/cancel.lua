@@ -1,4 +1,5 @@
--- End a job that has not ended, waiting or running; a worker that runs it is told. Returns 1 if it was ended by this, else 0.
+-- End a waiting or running job; the worker that runs it is notified. Returns 1 if this ended it, 0 if it had
+-- ended or is unknown.
 local id, data = unpack(ARGS)
 local job = redis.call('HMGET', job_key(id), 'state', 'rows')
 if job[1] == 'queued' then

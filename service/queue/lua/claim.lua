@@ -1,62 +1,73 @@
--- Lease the next jobs of the given models, in fair order, as far as they fit the caller's room (samples).
--- A job larger than the room stops the claim, so that small ones cannot starve it; an idle caller takes it all the same.
--- A suspect (its worker crashed) goes to an idle caller, alone; one that has waited too long holds back the others.
--- A job past its deadline fails here. Repeating a claim with the same nonce gives the same jobs, as far as they are still held.
--- Returns the rows the owner was ever given, which its reports repeat, and {id, wire, attempt, suspect, checkpoint} per job; the
--- checkpoint is empty unless a worker left one.
+-- Lease the next jobs of the given models in fair order (see submit.lua), as far as they fit into the
+-- worker's room (samples). Returns the rows ever given to the owner, which its reports repeat, and {id, wire,
+-- attempt, suspect, checkpoint} per job. The checkpoint is empty unless a worker left one. Repeating a claim
+-- with the same nonce returns the same jobs, as far as still held.
+--
+-- Rules, from the head of the queue on:
+--   past its deadline       the job fails here
+--   of another model        look further
+--   a poison candidate      (its worker crashed) only an idle worker takes it, as the only job; others look
+--                           further, but stop at one that has waited too long, so that they become idle
+--   larger than the room    stop, so that small jobs cannot starve it; an idle worker takes it all the same
+-- The Python model in tests/service/queue/test_broker_model.py says the same in other words.
 local owner, nonce, started, expired = unpack(ARGS, 1, 4)
 local room, idle, lease, patience = tonumber(ARGS[5]), ARGS[6] == '1', tonumber(ARGS[7]), tonumber(ARGS[8])
 local models = {}
 for i = 9, #ARGS do models[ARGS[i]] = true end
-local memory, given = PREFIX .. 'claim:' .. owner, PREFIX .. 'given:' .. owner
+-- The last claim: a hash of job → attempt, and under the empty name the nonce.
+local last_claim, given_key = PREFIX .. 'claim:' .. owner, PREFIX .. 'given:' .. owner
 
-local function handed(id, attempt)
+local function entry(id, attempt)
   local job = redis.call('HMGET', job_key(id), 'wire', 'suspect')
   return { id, job[1], attempt, job[2] and 1 or 0, redis.call('GET', checkpoint_key(id)) or '' }
 end
 
-local function repeated()
-  local taken = { tonumber(redis.call('GET', given) or 0) }
-  for _, id in ipairs(redis.call('HKEYS', memory)) do
-    local attempt = redis.call('HGET', memory, id)
-    if id ~= '' and holds(id, owner, attempt) then taken[#taken + 1] = handed(id, tonumber(attempt)) end
+local function given_so_far() return tonumber(redis.call('GET', given_key) or 0) end
+
+local function same_answer()
+  local answer = { given_so_far() }
+  for _, id in ipairs(redis.call('HKEYS', last_claim)) do
+    local attempt = redis.call('HGET', last_claim, id)
+    if id ~= '' and holds(id, owner, attempt) then answer[#answer + 1] = entry(id, tonumber(attempt)) end
   end
-  return taken
+  return answer
 end
-if redis.call('HGET', memory, '') == nonce then return repeated() end
-redis.call('DEL', memory)
+if redis.call('HGET', last_claim, '') == nonce then return same_answer() end
+redis.call('DEL', last_claim)
 
-local taken, clock, given_rows = {}, 0, 0
+local taken, clock, rows_taken = {}, 0, 0
 
-local function take(id, score, rows)
+local function take(id, finish, rows)
   dequeue(id, rows)
   local job = job_key(id)
   local attempt = redis.call('HINCRBY', job, 'attempt', 1)
   redis.call('HSET', job, 'state', 'running', 'owner', owner, 'claimed_at', NOW)
   redis.call('ZADD', LEASES, NOW + lease, id)
   emit(id, 'started', started)
-  redis.call('HSET', memory, id, attempt)
-  taken[#taken + 1] = handed(id, attempt)
-  clock, given_rows = math.max(clock, score), given_rows + rows
+  redis.call('HSET', last_claim, id, attempt)
+  taken[#taken + 1] = entry(id, attempt)
+  clock, rows_taken = math.max(clock, finish), rows_taken + rows
 end
 
--- Returns 'gone' (left the queue), 'pass' (stays, look further) or 'stop'.
-local function consider(id, score)
+-- Returns 'left' (the job is in the queue no longer), 'stays' (look further) or 'stop' (end the claim).
+local function consider(id, finish)
   local job = redis.call('HMGET', job_key(id), 'model', 'samples', 'rows', 'deadline', 'suspect', 'returned_at')
-  local samples, rows = tonumber(job[2]), tonumber(job[3])
-  if job[4] ~= '' and tonumber(job[4]) < NOW then
+  local model, samples, rows = job[1], tonumber(job[2]), tonumber(job[3])
+  local deadline, suspect, returned_at = job[4], job[5], job[6]
+  local takes_anything = idle and #taken == 0
+  if deadline ~= '' and tonumber(deadline) < NOW then
     dequeue(id, rows)
     conclude(id, 'failed', 'failed', expired)
-    return 'gone'
+    return 'left'
   end
-  if not models[job[1]] then return 'pass' end
-  if job[5] and not (idle and #taken == 0) then
-    return NOW - tonumber(job[6]) > patience and 'stop' or 'pass'
+  if not models[model] then return 'stays' end
+  if suspect and not takes_anything then
+    return NOW - tonumber(returned_at) > patience and 'stop' or 'stays'
   end
-  if samples > room and not (idle and #taken == 0) then return 'stop' end
-  take(id, score, rows)
+  if samples > room and not takes_anything then return 'stop' end
+  take(id, finish, rows)
   room = room - samples
-  return (job[5] or room <= 0) and 'stop' or 'gone'
+  return (suspect or room <= 0) and 'stop' or 'left'
 end
 
 local function walk()
@@ -67,22 +78,22 @@ local function walk()
     for i = 1, #page, 2 do
       local verdict = consider(page[i], tonumber(page[i + 1]))
       if verdict == 'stop' then return end
-      if verdict == 'pass' then passed = passed + 1 end
+      if verdict == 'stays' then passed = passed + 1 end
     end
   end
 end
 if room > 0 then walk() end
 
 if #taken > 0 then
-  redis.call('HSET', memory, '', nonce)
-  redis.call('PEXPIRE', memory, lease)
+  redis.call('HSET', last_claim, '', nonce)
+  redis.call('PEXPIRE', last_claim, lease)
   if redis.call('EXISTS', QUEUE) == 1 then
     clock = math.max(clock, tonumber(redis.call('HGET', TOTALS, 'clock')) or 0)
     redis.call('HSET', TOTALS, 'clock', string.format('%.17g', clock))
     redis.call('ZREMRANGEBYSCORE', FLOWS, '-inf', clock)
   end
-  redis.call('INCRBY', given, given_rows)
-  redis.call('PEXPIRE', given, lease)
+  redis.call('INCRBY', given_key, rows_taken)
+  redis.call('PEXPIRE', given_key, lease)
 end
-table.insert(taken, 1, tonumber(redis.call('GET', given) or 0))
+table.insert(taken, 1, given_so_far())
 return taken

@@ -1,5 +1,5 @@
--- End a held job with an error, or count the attempt and queue it again (ARGS[5] = 1) while it has attempts left.
--- Returns 1 if applied (also when repeated), 0 if the lease was lost.
+-- End a held job with an error; or, if `retry` is 1, count the attempt and queue the job again while it has
+-- attempts left. Returns 1 if applied (also when repeated), 0 if the lease was lost.
 local id, owner, attempt, fault, retry = unpack(ARGS, 1, 5)
 local attempts, dead_ttl, dead_kept = tonumber(ARGS[6]), tonumber(ARGS[7]), tonumber(ARGS[8])
 if not holds(id, owner, attempt) then
@@ -8,7 +8,7 @@ if not holds(id, owner, attempt) then
 end
 redis.call('ZREM', LEASES, id)
 if retry == '1' then
-  spend(id, attempts, dead_ttl, dead_kept, fault)
+  consume_attempt(id, attempts, dead_ttl, dead_kept, fault)
 else
   conclude(id, 'failed', 'failed', fault)
 end

@@ -1,5 +1,6 @@
--- Store a held job's result, then end the job. The oldest results make room when the budget is exceeded; their jobs stay done.
--- Returns 1 if this attempt's result is the one stored (also when repeated), 0 if the lease was lost.
+-- Store a held job's result, then end the job. When the byte budget is exceeded the oldest results go; their
+-- jobs stay done. Returns 1 if this attempt's result is the one stored (also when repeated), 0 if the lease
+-- was lost.
 local id, owner, attempt, result, summary, steps = unpack(ARGS, 1, 6)
 local ttl, budget = tonumber(ARGS[7]), tonumber(ARGS[8])
 if not holds(id, owner, attempt) then
@@ -7,21 +8,24 @@ if not holds(id, owner, attempt) then
   return (job[1] == 'done' and job[2] == owner and job[3] == attempt) and 1 or 0
 end
 
--- First of all a write that memory pressure cannot refuse, so that accepted work still ends when memory is full.
+-- First of all a write that memory pressure cannot refuse. After it Redis lets all other writes of the script
+-- pass, so that accepted work still ends when memory is full.
 redis.call('ZREM', LEASES, id)
 
-local function forget(old)
+local function remove_result(old)
   redis.call('ZREM', RESULTS, old)
   redis.call('HINCRBY', TOTALS, 'bytes', -(tonumber(redis.call('HGET', SIZES, old)) or 0))
   redis.call('HDEL', SIZES, old)
   redis.call('DEL', PREFIX .. 'result:' .. old)
 end
-for _, old in ipairs(redis.call('ZRANGEBYSCORE', RESULTS, '-inf', NOW, 'LIMIT', 0, 64)) do forget(old) end
+for _, old in ipairs(redis.call('ZRANGEBYSCORE', RESULTS, '-inf', NOW, 'LIMIT', 0, 64)) do
+  remove_result(old)
+end
 local stored = (tonumber(redis.call('HGET', TOTALS, 'bytes')) or 0) + #result
 while stored > budget do
   local oldest = redis.call('ZRANGE', RESULTS, 0, 0)[1]
   if not oldest then break end
-  forget(oldest)
+  remove_result(oldest)
   stored = (tonumber(redis.call('HGET', TOTALS, 'bytes')) or 0) + #result
 end
 

@@ -1,5 +1,6 @@
--- A worker that leaves gives a held job back: to the head of the queue, without counting the attempt, and with what it has done so
--- far (the checkpoint; empty: the job starts anew). Returns 1 if applied, 0 if the lease was lost.
+-- Return a held job to the head of the queue, for a worker that leaves. The attempt is not counted. The
+-- checkpoint holds what is done of the job; without one (empty) it starts anew. Returns 1 if applied, 0 if
+-- the lease was lost.
 local id, owner, attempt, data, checkpoint, step, ttl = unpack(ARGS)
 if not holds(id, owner, attempt) then return 0 end
 put_back(id)

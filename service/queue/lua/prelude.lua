@@ -1,6 +1,9 @@
--- Prepended to every script: the keys, the clock, and the moves a job can make. Nothing here returns or has a side effect by itself.
--- KEYS: `Keys.permanent`, in order. ARGV: prefix, now (ms; empty = this server's clock), record TTL (ms), events kept per job; then the script's own.
-local QUEUE, AGES, LEASES, FLOWS, DUES, TOTALS, DEAD, RESULTS, SIZES, WORKERS, REPORTS, UNFINISHED = unpack(KEYS)
+-- Prepended to every script: the keys, the clock, and the moves that a job can make. Running it changes
+-- nothing.
+-- KEYS: `Keys.permanent`, in order. ARGV: prefix, now (ms; empty: this server's clock), record TTL (ms),
+-- events kept per job, and then the script's own arguments (ARGS).
+local QUEUE, AGES, LEASES, FLOWS, DUES, TOTALS = unpack(KEYS, 1, 6)
+local DEAD, RESULTS, SIZES, WORKERS, REPORTS, UNFINISHED = unpack(KEYS, 7, 12)
 local PREFIX, RECORD_TTL, EVENTS_KEPT = ARGV[1], tonumber(ARGV[3]), ARGV[4]
 local ARGS = { unpack(ARGV, 5) }
 
@@ -14,9 +17,10 @@ local NOW = read_clock()
 local function job_key(id) return PREFIX .. 'job:' .. id end
 local function checkpoint_key(id) return PREFIX .. 'checkpoint:' .. id end
 
--- Members of DUES sort by flow, and within it by when a job is due (ms).
+-- Members of DUES sort by flow, and within a flow by when a job is due (ms).
 local function due_key(flow, due) return flow .. '\0' .. string.format('%015.0f', due) end
 
+-- Append an event to the job's stream.
 local function emit(id, kind, data)
   local stream = PREFIX .. 'events:' .. id
   redis.call('XADD', stream, 'MAXLEN', '~', EVENTS_KEPT, '*', 'kind', kind, 'data', data)
@@ -25,23 +29,23 @@ end
 
 -- The fencing token: true while this owner's attempt is the one that runs the job.
 local function holds(id, owner, attempt)
-  local held = redis.call('HMGET', job_key(id), 'state', 'owner', 'attempt')
-  return held[1] == 'running' and held[2] == owner and held[3] == attempt
+  local job = redis.call('HMGET', job_key(id), 'state', 'owner', 'attempt')
+  return job[1] == 'running' and job[2] == owner and job[3] == attempt
 end
 
--- Without waiting jobs nobody is ahead or behind: the virtual clock starts anew.
-local function enqueue(id, score, rows)
-  redis.call('ZADD', QUEUE, score, id)
+local function enqueue(id, finish, rows)
+  redis.call('ZADD', QUEUE, finish, id)
   redis.call('ZADD', AGES, NOW, id)
   redis.call('HINCRBY', TOTALS, 'rows', rows)
   redis.call('PUBLISH', PREFIX .. 'work', '')
 end
 
+-- When the last job leaves, no flow is ahead or behind any more: the virtual clock starts anew.
 local function dequeue(id, rows)
   redis.call('ZREM', QUEUE, id)
   redis.call('ZREM', AGES, id)
-  local place = redis.call('HMGET', job_key(id), 'flow', 'due')
-  redis.call('ZREM', DUES, due_key(place[1], place[2]) .. id)
+  local job = redis.call('HMGET', job_key(id), 'flow', 'due')
+  redis.call('ZREM', DUES, due_key(job[1], job[2]) .. id)
   redis.call('HINCRBY', TOTALS, 'rows', -rows)
   if redis.call('EXISTS', QUEUE) == 0 then
     redis.call('DEL', FLOWS)
@@ -49,7 +53,7 @@ local function dequeue(id, rows)
   end
 end
 
--- A job that had its turn goes back to the head: score 0 is before every virtual finish time.
+-- A job that had its turn goes back to the head: 0 is before every virtual finish time.
 local function put_back(id)
   local job = job_key(id)
   redis.call('ZREM', LEASES, id)
@@ -57,11 +61,12 @@ local function put_back(id)
   enqueue(id, 0, tonumber(redis.call('HGET', job, 'rows')))
 end
 
--- One more or one less of the jobs of a caller that have not ended.
+-- Add `change` to the number of the caller's jobs that have not ended.
 local function count_unfinished(caller, change)
   if redis.call('HINCRBY', UNFINISHED, caller, change) <= 0 then redis.call('HDEL', UNFINISHED, caller) end
 end
 
+-- End a job in a terminal state, with its last event.
 local function conclude(id, state, kind, data)
   local job = job_key(id)
   count_unfinished(redis.call('HGET', job, 'caller'), -1)
@@ -74,9 +79,10 @@ local function conclude(id, state, kind, data)
   redis.call('PUBLISH', PREFIX .. 'ended', id)
 end
 
--- An attempt that cost the job its worker or ended in a passing fault: whatever ran beside it may be innocent, so from now on it
--- is a suspect, and runs alone and from its beginning. Returns 1 if that was the last attempt allowed.
-local function spend(id, attempts, dead_ttl, dead_kept, fault)
+-- Count an attempt that ended with the loss of the worker or in a transient fault. The job is a poison
+-- candidate from now on (field `suspect`): it runs alone and from its beginning, because any job that ran
+-- beside it may be innocent. Returns 1 if that was the last attempt allowed, and the job is dead; else 0.
+local function consume_attempt(id, attempts, dead_ttl, dead_kept, fault)
   local job = job_key(id)
   redis.call('HSET', job, 'suspect', 1, 'step', 0)
   redis.call('DEL', checkpoint_key(id))

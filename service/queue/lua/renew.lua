@@ -1,5 +1,7 @@
--- Extend leases that are still held, up to a cap on the whole run. Never takes a lease back.
--- ARGS: lease, cap, then id, owner and attempt of each. Returns per lease: 0 held, 1 lost, 2 cancelled.
+-- Extend leases that are still held, unless the job has run longer than the cap. A lease that was lost stays
+-- lost.
+-- ARGS: lease (ms), cap (ms), then id, owner and attempt of each lease. Returns per lease: 0 held, 1 lost, 2
+-- cancelled.
 local lease, cap = tonumber(ARGS[1]), tonumber(ARGS[2])
 local verdicts = {}
 for i = 3, #ARGS, 3 do

@@ -1,4 +1,5 @@
--- Give a dead job a new life: its attempts are forgotten, its suspicion is not. Returns 1 if it was dead, else 0.
+-- Queue a dead job again with all its attempts; it stays a poison candidate. Returns 1 if it was dead, else
+-- 0.
 local id, data = unpack(ARGS)
 local job = job_key(id)
 if redis.call('HGET', job, 'state') ~= 'dead' then return 0 end

@@ -1,10 +1,28 @@
--- Queue a job unless its id is known. Weighted fair queueing, self-clocked (Golestani 1994): a job's virtual finish time is
--- max(clock, its flow's last finish) + rows / weight, and the clock is the finish time of the job claimed last.
--- Within a flow the earliest deadline goes first: a job that is due before others of its flow starts where the first of them would
--- have, and they finish later by its work, so that other flows are served as before. One without a deadline is due when its
--- patience ends. Returns 1 queued, 0 known, -1 too many jobs, -2 too much work, -3 too many of this caller.
+-- Queue a job unless its id is known.
+-- Returns 1 queued, 0 known, -1 too many jobs, -2 too much work, -3 too many of this caller.
+--
+-- The order is weighted fair queueing, self-clocked (Golestani 1994). A flow is a caller at one priority, and
+-- the priority gives its weight. A job's virtual finish time is where its flow's last job finishes, or the
+-- virtual clock if that is later, plus rows / weight. Jobs are claimed in the order of their virtual finish
+-- times; the clock is that of the job claimed last.
+-- Two flows of weight 1, where `a1` has 30 rows and is due in 90 s, `b1` and `b2` have 20 rows each:
+--
+--   virtual time   0         10        20        30        40
+--   flow A         [             a1             ]
+--   flow B         [        b1        ][        b2        ]      order: b1 (20), a1 (30), b2 (40)
+--
+-- Within a flow the earliest deadline goes first; a job without a deadline is due when its patience ends.
+-- `a2` of flow A arrives, with 10 rows, due in 60 s. It overtakes a1: it starts where a1 would have started,
+-- and a1 finishes 10 later:
+--
+--   flow A         [   a2   ][             a1             ]
+--   flow B         [        b1        ][        b2        ]      order: a2 (10), b1 (20), a1 and b2 (40)
+--
+-- The other flow keeps its times, and flow A ends at 40, as if a2 had been appended: its turn in the queue is
+-- the same.
 local id, wire, nonce, flow, model, deadline = unpack(ARGS, 1, 6)
-local weight, rows, samples, job_limit, row_limit = tonumber(ARGS[7]), tonumber(ARGS[8]), ARGS[9], tonumber(ARGS[10]), tonumber(ARGS[11])
+local weight, rows, samples = tonumber(ARGS[7]), tonumber(ARGS[8]), ARGS[9]
+local job_limit, row_limit = tonumber(ARGS[10]), tonumber(ARGS[11])
 local patience, caller, caller_limit = tonumber(ARGS[12]), ARGS[13], tonumber(ARGS[14])
 local job = job_key(id)
 
@@ -16,24 +34,27 @@ if caller_limit and (tonumber(redis.call('HGET', UNFINISHED, caller)) or 0) >= c
 local waiting = tonumber(redis.call('HGET', TOTALS, 'rows')) or 0
 if waiting > 0 and waiting + rows > row_limit then return -2 end
 
--- The jobs of this flow that are due later, each moved back by this one's work; and where the first of them would have started: a
--- flow's jobs follow one another, so the first to finish is the first to start.
-local function overtaken(due, work)
-  local first, finish
-  for _, member in ipairs(redis.call('ZRANGEBYLEX', DUES, '[' .. due_key(flow, due + 1), '(' .. flow .. '\1')) do
-    local other = string.sub(member, #flow + 17)
-    local before = tonumber(redis.call('ZINCRBY', QUEUE, work, other)) - work
-    if not finish or before < finish then first, finish = other, before end
+-- Moves every job of this flow that is due after `due` back by `work`. Returns where the first of them would
+-- have started, or nil if there is none. The jobs of a flow follow one another, so the first to finish is the
+-- first to start.
+local function overtake(due, work)
+  local first, first_finish
+  local from, to = '[' .. due_key(flow, due + 1), '(' .. flow .. '\1'
+  for _, member in ipairs(redis.call('ZRANGEBYLEX', DUES, from, to)) do
+    local other = string.sub(member, #due_key(flow, due) + 1)
+    local finish = tonumber(redis.call('ZINCRBY', QUEUE, work, other)) - work
+    if not first_finish or finish < first_finish then first, first_finish = other, finish end
   end
-  return finish and finish - tonumber(redis.call('HGET', job_key(first), 'rows')) / weight
+  return first_finish and first_finish - tonumber(redis.call('HGET', job_key(first), 'rows')) / weight
 end
 
 local due, work = tonumber(deadline) or NOW + patience, rows / weight
-redis.call('HSET', job, 'nonce', nonce, 'wire', wire, 'state', 'queued', 'model', model, 'samples', samples, 'rows', rows,
-  'deadline', deadline, 'flow', flow, 'caller', caller, 'due', due, 'attempt', 0, 'spent', 0, 'step', 0)
+redis.call('HSET', job, 'nonce', nonce, 'wire', wire, 'state', 'queued', 'model', model, 'samples', samples,
+  'rows', rows, 'deadline', deadline, 'flow', flow, 'caller', caller, 'due', due, 'attempt', 0, 'spent', 0,
+  'step', 0)
 local clock = tonumber(redis.call('HGET', TOTALS, 'clock')) or 0
 local last = math.max(clock, tonumber(redis.call('ZSCORE', FLOWS, flow)) or 0)
-local start = overtaken(due, work)
+local start = overtake(due, work)
 redis.call('ZADD', FLOWS, last + work, flow)
 redis.call('ZADD', DUES, 0, due_key(flow, due) .. id)
 enqueue(id, (start or last) + work, rows)

@@ -60,7 +60,8 @@ def test_a_build_is_strongly_typed_profiled_and_cached() -> None:
     [
         (
             Behaviour(parses=False),
-            r"cannot read backbone\.fp16\.onnx: blocks\.0\.attn/Softmax \(Softmax\): not supported \(and 1 more\)",
+            r"cannot read backbone\.fp16\.onnx: blocks\.0\.attn/Softmax \(Softmax\): not supported "
+            r"\(and 1 more\)",
         ),
         (Behaviour(profile_index=-1), r"refuses the profile 1\.\.4"),
         (Behaviour(accepts_cache=False), r"timing cache: delete it"),

@@ -1,4 +1,4 @@
-"""Which engine is built, kept and thrown away: exactly the one made from what is wanted now, right, and worth its place."""
+"""An engine is kept only if it is built from the present inputs, correct, and (INT8) fast enough."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from safetensors.numpy import save_file
 
 from ditserve.export.errors import ExportError
 from ditserve.export.tensorrt.build import BuildOptions, profiles_for
-from ditserve.export.tensorrt.engines import find_device, recorded
-from ditserve.export.tensorrt.fusion import fusion_of
-from ditserve.export.tensorrt.progress import Bars, Lines, interruptible
-from ditserve.export.tensorrt.trial import Reference, speedup, try_engine
-from ditserve.export.trt import Job, main, precisions
+from ditserve.export.tensorrt.engines import find_device, fusion_of, recorded_options
+from ditserve.export.tensorrt.progress import BarMonitor, EventMonitor, interruptible
+from ditserve.export.tensorrt.trial import TrialReference, speedup, try_engine
+from ditserve.export.trt import BuildTask, main, precisions
 from ditserve.model.spec.bundle import Bundle, write_manifest
-from ditserve.model.spec.engine_cache import GRAPHS, Device, NoGpu, Origin, Slot, origin_of
+from ditserve.model.spec.engine_cache import (
+    GRAPHS,
+    CachedEngine,
+    Device,
+    EngineOrigin,
+    NoGpuError,
+    engine_origin,
+)
 from ditserve.service.backends import load_backend
 from tests.export.fake_trt import Behaviour, fake_trt
 from tests.export.tiny import tiny_source
@@ -35,7 +41,7 @@ TRT = fake_trt(Behaviour())
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """Files that only their hashes matter of: the builder is not real here."""
+    """A bundle whose files have only hashes to them: the builder is imitated."""
     folder = tmp_path / "bundle"
     folder.mkdir()
     for name in ("weights.safetensors", "backbone.onnx", "backbone.fp16.onnx", "backbone.int8.fp16.onnx"):
@@ -45,51 +51,51 @@ def bundle(tmp_path: Path) -> Bundle:
     return Bundle.open(folder)
 
 
-def job(bundle: Bundle, behaviour: Behaviour | None = None, options: BuildOptions = OPTIONS) -> Job:
+def task(bundle: Bundle, behaviour: Behaviour | None = None, options: BuildOptions = OPTIONS) -> BuildTask:
     trt = TRT if behaviour is None else fake_trt(behaviour)
-    return Job(trt, bundle, bundle.path / "engines", options)
+    return BuildTask(trt, bundle, bundle.path / "engines", options)
 
 
-def origin(bundle: Bundle, precision: str = "fp16", version: str = "11.4.0") -> Origin:
+def origin(bundle: Bundle, precision: str = "fp16", version: str = "11.4.0") -> EngineOrigin:
     graph = GRAPHS[precision][0]
-    return origin_of(bundle, precision, graph, flavour="tensorrt", version=version, device=GPU)
+    return engine_origin(bundle, precision, graph, flavour="tensorrt", version=version, device=GPU)
 
 
 def test_an_engine_is_built_once_and_lies_under_gpu_and_version(bundle: Bundle) -> None:
-    made, work = origin(bundle), job(bundle)
-    assert work.check(made).state == "not built"
-    assert work.make(made).state == "built"
+    fp16, work = origin(bundle), task(bundle)
+    assert work.check(fp16).state == "not built"
+    assert work.build(fp16).state == "built"
     folder = bundle.path / "engines" / "l4-sm89-tensorrt-11.4.0"
     files = ["backbone.fp16.engine", "backbone.fp16.json", "report.json", "timing.cache"]
     assert sorted(f.name for f in folder.iterdir()) == files
     record = json.loads((folder / "report.json").read_text())["engines"][0]
-    assert record["key"] == made.key(recorded(OPTIONS))
+    assert record["key"] == fp16.key(recorded_options(OPTIONS))
     assert record["executed"] is False
-    assert work.make(made).state == "fresh"
-    assert work.make(made, force=True).state == "built"
+    assert work.build(fp16).state == "fresh"
+    assert work.build(fp16, force=True).state == "built"
     Bundle.open(bundle.path)
 
 
 def test_whatever_an_engine_depends_on_makes_it_stale(bundle: Bundle) -> None:
-    made = origin(bundle)
-    job(bundle).make(made)
-    slot = Slot.of(bundle.path / "engines", made)
-    assert slot.problem(made) is None
-    assert slot.problem(replace(made, graph_sha256="0" * 64)) == "built with another graph sha256"
-    assert slot.problem(replace(made, weights_sha256="0" * 64)) == "built with another weights sha256"
+    fp16 = origin(bundle)
+    task(bundle).build(fp16)
+    slot = CachedEngine.of(bundle.path / "engines", fp16)
+    assert slot.problem(fp16) is None
+    assert slot.problem(replace(fp16, graph_sha256="0" * 64)) == "built with another graph sha256"
+    assert slot.problem(replace(fp16, weights_sha256="0" * 64)) == "built with another weights sha256"
     wider = BuildOptions(profiles=profiles_for((1, 8)))
-    assert job(bundle, options=wider).check(made).state == "built with another options"
-    other = replace(made, version="11.5.0", capability="sm90")
+    assert task(bundle, options=wider).check(fp16).state == "built with another options"
+    other = replace(fp16, version="11.5.0", capability="sm90")
     assert slot.problem(other) == "built with another version, capability"
     slot.engine.write_bytes(b"plam")
-    assert slot.problem(made) == "backbone.fp16.engine is damaged"
+    assert slot.problem(fp16) == "backbone.fp16.engine is damaged"
     slot.record.write_text("{}")
-    assert slot.problem(made) == "backbone.fp16.json is damaged"
+    assert slot.problem(fp16) == "backbone.fp16.json is damaged"
 
 
 def test_every_part_of_an_origin_and_every_option_is_in_the_key(bundle: Bundle) -> None:
-    made, options = origin(bundle), recorded(OPTIONS)
-    keys = {made.key(options)}
+    fp16, options = origin(bundle), recorded_options(OPTIONS)
+    keys = {fp16.key(options)}
     for change in (
         {"precision": "fp32"},
         {"graph_sha256": "0" * 64},
@@ -99,35 +105,35 @@ def test_every_part_of_an_origin_and_every_option_is_in_the_key(bundle: Bundle) 
         {"device": "NVIDIA L40"},
         {"capability": "sm90"},
     ):
-        keys.add(replace(made, **change).key(options))
+        keys.add(replace(fp16, **change).key(options))
     for other in (replace(OPTIONS, level=5), replace(OPTIONS, tf32=True), replace(OPTIONS, size=(8, 8))):
-        keys.add(made.key(recorded(other)))
+        keys.add(fp16.key(recorded_options(other)))
     assert len(keys) == 1 + 7 + 3
 
 
 def test_a_failed_build_leaves_the_old_engine(bundle: Bundle) -> None:
-    made = origin(bundle)
-    job(bundle).make(made)
+    fp16 = origin(bundle)
+    task(bundle).build(fp16)
     with pytest.raises(ExportError):
-        job(bundle, Behaviour(builds=False)).make(made, force=True)
-    assert job(bundle).check(made).state == "fresh"
+        task(bundle, Behaviour(builds=False)).build(fp16, force=True)
+    assert task(bundle).check(fp16).state == "fresh"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_cancels_and_the_next_one_does_as_before(bundle: Bundle, number: signal.Signals) -> None:
-    made = origin(bundle)
+    fp16 = origin(bundle)
     before = signal.getsignal(number)
-    bars = Bars(Progress(disable=True))
-    work = job(bundle, Behaviour(during=lambda: signal.raise_signal(number)))
+    bars = BarMonitor(Progress(disable=True))
+    work = task(bundle, Behaviour(during=lambda: signal.raise_signal(number)))
     with interruptible(bars), pytest.raises(ExportError, match="cancelled"):
-        work.make(made, monitor=bars)
+        work.build(fp16, monitor=bars)
     assert signal.getsignal(number) is before
-    assert work.check(made).state == "not built"
+    assert work.check(fp16).state == "not built"
 
 
 def test_progress_can_be_read_by_machines() -> None:
     events: list[dict[str, Any]] = []
-    monitor = Lines("fp16", events.append)
+    monitor = EventMonitor("fp16", events.append)
     monitor.start("Building", None, 2)
     monitor.start("Inner", "Building", 9)
     assert monitor.step("Inner", 0)
@@ -143,7 +149,7 @@ def test_progress_can_be_read_by_machines() -> None:
 
 def test_without_a_gpu_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Device:
-        raise NoGpu("no NVIDIA GPU answers nvidia-smi")
+        raise NoGpuError("no NVIDIA GPU answers nvidia-smi")
 
     monkeypatch.setattr("ditserve.export.tensorrt.engines.first_gpu", none)
     with pytest.raises(ExportError, match="machine that serves"):
@@ -172,7 +178,7 @@ def test_int8_is_built_beside_half_precision(
 class Answering:
     """An engine that is off by `error` and takes `seconds` a row."""
 
-    def __init__(self, reference: Reference, error: float, seconds: float) -> None:
+    def __init__(self, reference: TrialReference, error: float, seconds: float) -> None:
         self.reference, self.error, self.time, self.calls = reference, error, seconds, 0
 
     def __call__(self, inputs: Any, output_shape: tuple[int, ...]) -> Any:
@@ -185,17 +191,19 @@ class Answering:
 
 
 @pytest.fixture
-def reference() -> Reference:
+def reference() -> TrialReference:
     drawn = np.random.default_rng(0)
     x, t = drawn.standard_normal((20, 3, 4, 4)).astype(np.float32), np.linspace(0, 999, 20)
-    return Reference({"x": x}, 2 * x, t, 1000)
+    return TrialReference({"x": x}, 2 * x, t, 1000)
 
 
-def test_an_engine_is_tried_in_every_noise_band_and_timed_at_every_batch_size(reference: Reference) -> None:
-    found = try_engine(Answering(reference, 1e-3, 0.002), "fp16", reference, (1, 8))
-    assert len(found["error"]) == 10
-    assert max(band["relative_l2"] for band in found["error"]) == pytest.approx(1e-3, rel=0.01)
-    assert found["milliseconds"] == {"1": 2.0, "8": 16.0}
+def test_an_engine_is_tried_in_every_noise_band_and_timed_at_every_batch_size(
+    reference: TrialReference,
+) -> None:
+    record = try_engine(Answering(reference, 1e-3, 0.002), "fp16", reference, (1, 8))
+    assert len(record["error"]) == 10
+    assert max(band["relative_l2"] for band in record["error"]) == pytest.approx(1e-3, rel=0.01)
+    assert record["milliseconds"] == {"1": 2.0, "8": 16.0}
     with pytest.raises(ExportError, match=r"the fp16 engine is off by 5\.00e-02"):
         try_engine(Answering(reference, 5e-2, 0.002), "fp16", reference, (1, 8))
 
@@ -205,8 +213,8 @@ def test_speed_is_compared_over_all_batch_sizes() -> None:
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch, reference: Reference) -> dict[str, float]:
-    """A GPU whose engines take as long as the table says; wrong ones are off by a tenth."""
+def on_gpu(monkeypatch: pytest.MonkeyPatch, reference: TrialReference) -> dict[str, float]:
+    """A GPU whose engines take as long as the table says; with "wrong" set they are off by a tenth."""
     table = {"fp16": 1.0, "int8": 0.5, "wrong": 0.0}
 
     def run(trt: Any, plan: bytes) -> Any:
@@ -218,13 +226,13 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, reference: Reference) -> dict[str, f
     names = iter(("fp16", "int8"))
     monkeypatch.setattr("ditserve.export.trt.load_trt", lambda flavour: TRT)
     monkeypatch.setattr("ditserve.export.trt.find_device", lambda *_: GPU)
-    monkeypatch.setattr("ditserve.export.trt.EngineRun", run)
-    monkeypatch.setattr("ditserve.export.trt.reference_of", lambda bundle: reference)
+    monkeypatch.setattr("ditserve.export.trt.EngineRunner", run)
+    monkeypatch.setattr("ditserve.export.trt.trial_reference", lambda bundle: reference)
     return table
 
 
 def states(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """What the last command told of each precision."""
+    """Return the states by precision that the last command printed."""
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     return {event["precision"]: event["state"] for event in events if event["event"] == "done"}
 
@@ -234,9 +242,9 @@ def test_int8_is_kept_only_where_it_is_faster(
 ) -> None:
     on_gpu["int8"] = 0.95
     assert main([str(bundle.path), "--all", "--progress", "json"]) == 0
-    told = states(bundle, capsys)
-    assert told["fp16"] == "built"
-    assert told["int8"].startswith("dropped: 1.05 times as fast as half precision")
+    by_precision = states(bundle, capsys)
+    assert by_precision["fp16"] == "built"
+    assert by_precision["int8"].startswith("dropped: 1.05 times as fast as half precision")
     assert [file.name for file in bundle.path.glob("engines/*/*.engine")] == ["backbone.fp16.engine"]
 
 
@@ -331,6 +339,6 @@ def test_an_engine_built_here_answers_as_the_cpu_does(
             random.integers(0, 1000, rows).astype(np.float32),
             graph.embed(random.integers(0, [5, 3], (rows, 2))),
         )
-        expected, found = graph.denoise(x, state), engine.denoise(x, state)
-        assert np.linalg.norm(found - expected) < error * np.linalg.norm(expected)
+        expected, actual = graph.denoise(x, state), engine.denoise(x, state)
+        assert np.linalg.norm(actual - expected) < error * np.linalg.norm(expected)
     engine.close()

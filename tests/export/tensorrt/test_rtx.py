@@ -1,4 +1,4 @@
-"""The TensorRT path with NVIDIA's real compiler, ahead of time and without a GPU. Nothing is executed here."""
+"""Builds by NVIDIA's real compiler, ahead of time and without a GPU. No engine is executed here."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from ditserve.export.graph import backbone_graph
-from ditserve.export.half import halved
+from ditserve.export.half import half_network
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_graph, save_weights, save_whole
 from ditserve.export.tensorrt.build import BuildCancelled, BuildError, BuildOptions, Profile, build_engine
-from ditserve.export.tensorrt.fusion import Fusion, fusion_of
+from ditserve.export.tensorrt.engines import Fusion, fusion_of
 from ditserve.export.tensorrt.module import TensorRt
 from ditserve.export.trt import main
 from ditserve.model.spec.bundle import Bundle
@@ -81,7 +81,7 @@ HANDLES = {
     "config",
     "network",
     "parser",
-    "made",
+    "optimization",
     "error",
     "after",
     "module",
@@ -92,7 +92,7 @@ HANDLES = {
     "self._context",
     "self._runtime",
     "self._kinds",
-    "context",
+    "execution",
     "kinds",
     "self._trt.Logger",
 }
@@ -174,7 +174,7 @@ def test_a_graph_of_any_size_compiles_for_the_size_that_is_served(
     config = replace(CONFIG, depth=1, layout_rank=0, head_channels=0, rope=True)
     network = tiny_dit(config)
     save_weights(tmp_path / "weights.safetensors", parameters(network), torch.float32)
-    proto = backbone_graph(network if precision == "fp32" else halved(network, precision))
+    proto = backbone_graph(network if precision == "fp32" else half_network(network, precision))
     assert "4*rows" in str(proto.graph.input[0])
     save_graph(proto, tmp_path / "backbone.onnx")
     fusion = fusion_of(build_engine(rtx, tmp_path / "backbone.onnx", replace(OPTIONS, size=(16, 16))).plan)

@@ -1,4 +1,4 @@
-"""An engine is run on the bundle's own calibration rows, through the same calls as on a GPU, on imitations of TensorRT and CUDA."""
+"""The trial of an engine on the bundle's calibration rows, with imitations of TensorRT and CUDA."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ditserve.export.calibrate import Rows
+from ditserve.export.calibrate import CalibrationRows
 from ditserve.export.errors import ExportError
 from ditserve.export.parity import forward
 from ditserve.export.source import open_source
-from ditserve.export.tensorrt.engine_run import EngineRun
+from ditserve.export.tensorrt.engine_run import EngineRunner
 from ditserve.export.tensorrt.module import TensorRt
-from ditserve.export.tensorrt.trial import reference_of
+from ditserve.export.tensorrt.trial import trial_reference
 from ditserve.export.verify import CALIBRATION
 from ditserve.model.spec.bundle import Bundle
 from tests.export.fake_cuda import Engine, Runtime, module_of
 from tests.export.fake_trt import ILogger
 
 
-def engine_run(engine: Engine | None, runtime: Runtime) -> EngineRun:
+def engine_run(engine: Engine | None, runtime: Runtime) -> EngineRunner:
     module = module_of(engine)
     module.ILogger = ILogger
-    return EngineRun(TensorRt(module, "tensorrt", "11.4.0"), b"plan", runtime)
+    return EngineRunner(TensorRt(module, "tensorrt", "11.4.0"), b"plan", runtime)
 
 
 def test_the_reference_is_the_fp32_model_on_the_calibration_rows(tiny_bundle: Path) -> None:
     source = open_source(tiny_bundle)
-    rows = Rows.load(tiny_bundle / CALIBRATION).with_null(source.network.config)
-    reference = reference_of(Bundle.open(tiny_bundle), threads=1)
+    rows = CalibrationRows.load(tiny_bundle / CALIBRATION).with_null(source.network.config)
+    reference = trial_reference(Bundle.open(tiny_bundle), threads=1)
     assert len(reference.output) == len(rows)
     np.testing.assert_allclose(reference.output, forward(source.network, rows).numpy(), atol=1e-4)
     assert reference.timestep.tolist() == rows.timestep.tolist()

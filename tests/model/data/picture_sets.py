@@ -1,4 +1,4 @@
-"""The same few pictures in every form that data comes in."""
+"""The same few pictures in every form of data set."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import numpy.typing as npt
 from PIL import Image
 
 NAMES, STYLES = ("apple", "bee", "cat"), ("flat", "shaded")
-PAIRS = [
-    (y, s) for y in range(3) for s in range(2) for _ in range(2)
-]  # two pictures each, in ImageFolder's order
+# Two pictures of each (name, style), in ImageFolder's order.
+PAIRS = [(y, s) for y in range(3) for s in range(2) for _ in range(2)]
 CAPTIONS = [f"a {STYLES[s]} {NAMES[y]}" for y, s in PAIRS]
 KEYS = [f"{k:03d}" for k in range(len(PAIRS))]
 CARD = {"licence": "CC0-1.0", "attribution": ["Nobody"]}
 
 
 def pictures(height: int = 8, width: int = 8) -> npt.NDArray[np.uint8]:
-    """(12, H, W, 3), each different everywhere."""
+    """Return 12 pictures, uint8 (12, H, W, 3), that differ everywhere."""
     return np.random.default_rng(0).integers(0, 256, (len(PAIRS), height, width, 3), np.uint8)
 
 
@@ -70,28 +69,28 @@ def npy(root: Path) -> Path:
 
 
 def folder(root: Path) -> Path:
-    place = root / "folder"
+    path = root / "folder"
     for key, (y, s), picture, caption in zip(KEYS, PAIRS, pictures(), CAPTIONS, strict=True):
-        inner = place / NAMES[y] / STYLES[s]
+        inner = path / NAMES[y] / STYLES[s]
         inner.mkdir(parents=True, exist_ok=True)
         (inner / f"{key}.png").write_bytes(encoded(picture))
         (inner / f"{key}.txt").write_text(caption + "\n")
-    return carded(place, place / "card.json")
+    return carded(path, path / "card.json")
 
 
 def tar(root: Path) -> Path:
-    """Two archives; members of a sample in an order of their own."""
-    place = root / "tars"
-    place.mkdir()
+    """Write two archives; the members of a sample are not in alphabetical order."""
+    path = root / "tars"
+    path.mkdir()
     for k, rows in enumerate((range(7), range(7, len(PAIRS)))):
-        with tarfile.open(place / f"{k}.tar", "w") as archive:
+        with tarfile.open(path / f"{k}.tar", "w") as archive:
             for row in rows:
                 y, s = PAIRS[row]
-                told = json.dumps({"label": NAMES[y], "style": STYLES[s]}).encode()
-                add(archive, f"deep/{KEYS[row]}.json", told)
+                labels = json.dumps({"label": NAMES[y], "style": STYLES[s]}).encode()
+                add(archive, f"deep/{KEYS[row]}.json", labels)
                 add(archive, f"deep/{KEYS[row]}.png", encoded(pictures()[row]))
                 add(archive, f"deep/{KEYS[row]}.txt", CAPTIONS[row].encode())
-    return carded(place, place / "card.json")
+    return carded(path, path / "card.json")
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""`python -m model.data describe`: what a user reads about a set before training on it."""
+"""`python -m model.data describe`: the summary that a user reads before training on a set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_set_is_described_and_nothing_is_written(
     path = FORMS[form](tmp_path)
     before = files(tmp_path)
     assert data.main(["describe", str(path)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for fact in (
         "pictures  12: 8×8 (12)",
         "names     3",
@@ -32,7 +32,7 @@ def test_a_set_is_described_and_nothing_is_written(
         "captions  12 of 12",
         "CC0-1.0",
     ):
-        assert fact in told
+        assert fact in printed
     assert files(tmp_path) == before
 
 
@@ -41,10 +41,10 @@ def test_broken_pictures_and_sizes_are_listed(tmp_path: Path, capsys: pytest.Cap
     (folder / "bee" / "flat" / "004.png").write_bytes(b"nothing")
     Image.new("RGB", (20, 30)).save(folder / "bee" / "flat" / "005.png")
     assert data.main(["describe", str(folder)]) == 0
-    told = capsys.readouterr().out
-    assert "8×8 (10), 30×20 (1)" in told
-    assert "broken    1" in told
-    assert "004.png" in told
+    printed = capsys.readouterr().out
+    assert "8×8 (10), 30×20 (1)" in printed
+    assert "broken    1" in printed
+    assert "004.png" in printed
 
 
 def test_what_cannot_be_trained_on_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Whatever form data comes in, the same data set is read; and what every data set promises a trainer."""
+"""The same data set is read from every form of data, and keeps the promises that a trainer relies on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ditserve.model.data.dataset import DataConfig, Dataset
-from ditserve.model.data.examples import Pictures, model_space
+from ditserve.model.data.examples import Pictures, to_model_space
 from ditserve.model.spec.bundle import Factor
 from tests.model.data.picture_sets import CAPTIONS, CARD, FORMS, NAMES, PAIRS, STYLES, pictures
 
@@ -21,12 +21,12 @@ ALL = np.arange(len(PAIRS))
 
 
 class Letters:
-    """An encoder for tests: how often "a" and "e" occur, and the length."""
+    """A text encoder for tests: it counts "a" and "e", and the length."""
 
     size = 3
 
     def encode(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
-        return np.array([[each.count("a"), each.count("e"), len(each)] for each in sentences], np.float32)
+        return np.array([[text.count("a"), text.count("e"), len(text)] for text in sentences], np.float32)
 
 
 @pytest.fixture(params=FORMS)
@@ -86,7 +86,8 @@ def test_selection_and_holding_out_do_not_depend_on_the_form(path: Path) -> None
         dataset.batch(np.array([4]), rng()), DataConfig(path=path).open().batch(np.array([8]), rng())
     )
     held = {(NAMES[(0, 2)[y]], STYLES[s]) for y, s in dataset.labels[dataset.held_out]}
-    assert held == {("apple", "flat"), ("cat", "flat")}  # by the text of the pair alone
+    # The choice depends on the text of the pair alone.
+    assert held == {("apple", "flat"), ("cat", "flat")}
     assert not dataset.held_out[dataset.training].any()
 
 
@@ -108,7 +109,7 @@ def test_moved_data_is_found_where_it_is(path: Path) -> None:
 def test_pixels_are_what_torch_makes_of_them() -> None:
     every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     expected = torch.from_numpy(every).permute(0, 3, 1, 2).float() / 127.5 - 1
-    assert np.array_equal(model_space(every), expected.numpy())
+    assert np.array_equal(to_model_space(every), expected.numpy())
 
 
 def test_large_arrays_stay_on_disk(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_large_arrays_stay_on_disk(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_captions_or_styles(tmp_path: Path) -> None:
-    """Sub-folders that differ are walked through, as ImageFolder does."""
+    """Sub-folders that differ between classes are no styles: their pictures are read, as by ImageFolder."""
     flat = FORMS["folder"](tmp_path)
     (flat / "bee" / "shaded").rename(flat / "bee" / "other")
     dataset = DataConfig(path=flat, hold_out=0).open()
@@ -142,7 +143,7 @@ def test_captions_need_no_classes(tmp_path: Path, encoder: str) -> None:
 
 
 def test_without_styles_no_class_loses_all_its_pictures(tmp_path: Path) -> None:
-    """What is held out of a set without styles is pictures, not classes."""
+    """Without styles, pictures are held out rather than classes."""
     np.savez(
         tmp_path / "set.npz",
         x=np.zeros((600, 2, 2, 3), np.uint8),

@@ -1,4 +1,4 @@
-"""The emoji set, built offline from tarballs like the registry's."""
+"""The emoji set, built offline from tarballs like those of the registry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from ditserve.model.data import __main__ as data
 from ditserve.model.data.dataset import DataConfig, DataError
-from ditserve.model.data.emoji import NAMES, SOURCES, Source, render
+from ditserve.model.data.emoji import ICON_SETS, NAMES, IconSet, render
 
 EMOJI = {
     "🍎": {"slug": "red_apple", "group": "Food & Drink"},
@@ -26,11 +26,10 @@ def icon(colour: str) -> dict[str, Any]:
     return {"body": f'<rect x="8" y="8" width="16" height="16" fill="{colour}"/>'}
 
 
-def pack(folder: Path, source: Source, name: str, content: dict[str, Any]) -> None:
+def pack(folder: Path, icons: IconSet, name: str, content: dict[str, Any]) -> None:
     raw = json.dumps(content).encode()
-    with tarfile.open(
-        folder / f"{source.package.lstrip('@').replace('/', '-')}-{source.version}.tgz", "w:gz"
-    ) as archive:
+    package = icons.package.lstrip("@").replace("/", "-")
+    with tarfile.open(folder / f"{package}-{icons.version}.tgz", "w:gz") as archive:
         member = tarfile.TarInfo(f"package/{name}")
         member.size = len(raw)
         archive.addfile(member, io.BytesIO(raw))
@@ -38,16 +37,18 @@ def pack(folder: Path, source: Source, name: str, content: dict[str, Any]) -> No
 
 @pytest.fixture
 def tarballs(tmp_path: Path) -> Path:
-    """Every style draws the apple red; only the first knows the bee, by an alias."""
+    """Tarballs in which every style draws the apple red; only the first has the bee, by an alias."""
     pack(tmp_path, NAMES, "data-by-emoji.json", EMOJI)
-    for k, source in enumerate(SOURCES):
+    for k, icon_set in enumerate(ICON_SETS):
         icons = {
             "red-apple": icon("red"),
             "france": icon("blue"),
             **({"bee": icon("yellow")} if k == 0 else {}),
         }
         aliases = {"honeybee": {"parent": "bee"}} if k == 0 else {}
-        pack(tmp_path, source, "icons.json", {"icons": icons, "aliases": aliases, "width": 32, "height": 32})
+        pack(
+            tmp_path, icon_set, "icons.json", {"icons": icons, "aliases": aliases, "width": 32, "height": 32}
+        )
     return tmp_path
 
 
@@ -55,33 +56,35 @@ def test_every_style_is_rendered_with_its_names_and_groups(tarballs: Path) -> No
     target = tarballs / "out" / "set.npz"
     assert data.main(["emoji", "--size", "16", "--out", str(target), "--tarballs", str(tarballs)]) == 0
     with np.load(target) as arrays:
-        assert arrays["x"].shape == (len(SOURCES) + 1, 16, 16, 3)
+        assert arrays["x"].shape == (len(ICON_SETS) + 1, 16, 16, 3)
         assert list(arrays["names"]) == ["honeybee", "red-apple"]
         assert list(arrays["groups"]) == ["Animals & Nature", "Food & Drink"]
-        assert list(arrays["styles"]) == [source.style for source in SOURCES]
+        assert list(arrays["styles"]) == [icon_set.style for icon_set in ICON_SETS]
         apple = arrays["x"][arrays["y"] == 1]
     assert (apple[:, 0, 0] == 255).all()  # white around
     assert (apple[:, 8, 8] == [255, 0, 0]).all()
     card = target.with_suffix(".md").read_text()
-    assert all(source.licence in card and source.package in card for source in SOURCES)
+    assert all(icons.licence in card and icons.package in card for icons in ICON_SETS)
+    # The bee is not drawn in every style.
     with pytest.raises(DataError, match="1 class remains"):
-        DataConfig(path=target).open()  # the bee is not drawn in every style
+        DataConfig(path=target).open()
 
 
 def test_licence_and_credits_reach_the_data_set(tarballs: Path) -> None:
     target = tarballs / "set.npz"
-    for source in SOURCES:
-        pack(tarballs, source, "icons.json", {"icons": {"red-apple": icon("red"), "honeybee": icon("blue")}})
+    icons = {"red-apple": icon("red"), "honeybee": icon("blue")}
+    for icon_set in ICON_SETS:
+        pack(tarballs, icon_set, "icons.json", {"icons": icons})
     assert data.main(["emoji", "--size", "16", "--out", str(target), "--tarballs", str(tarballs)]) == 0
     dataset = DataConfig(path=target, hold_out=0).open()
     assert dataset.licence == "Apache-2.0 AND CC-BY-4.0 AND MIT"
-    assert len(dataset.attribution) == len(SOURCES)
-    assert all(any(source.credit in line for line in dataset.attribution) for source in SOURCES)
+    assert len(dataset.attribution) == len(ICON_SETS)
+    assert all(any(icons.credit in line for line in dataset.attribution) for icons in ICON_SETS)
 
 
 def test_a_drawing_that_is_not_square_is_centred(tarballs: Path) -> None:
     wide = {"body": '<rect width="32" height="16" fill="red"/>', "height": 16}
-    pack(tarballs, SOURCES[0], "icons.json", {"icons": {"red-apple": wide}, "width": 32, "height": 32})
+    pack(tarballs, ICON_SETS[0], "icons.json", {"icons": {"red-apple": wide}, "width": 32, "height": 32})
     target = tarballs / "set.npz"
     assert data.main(["emoji", "--size", "16", "--out", str(target), "--tarballs", str(tarballs)]) == 0
     with np.load(target) as arrays:
@@ -92,7 +95,10 @@ def test_a_drawing_that_is_not_square_is_centred(tarballs: Path) -> None:
 
 
 def test_edges_are_smooth() -> None:
-    circle = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="32" height="32"><circle cx="16" cy="16" r="13"/></svg>'
+    circle = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="32" height="32">'
+        '<circle cx="16" cy="16" r="13"/></svg>'
+    )
     assert len(np.unique(render(circle, 16))) > 3
 
 

@@ -1,4 +1,4 @@
-"""The order pictures are trained in, and making batches ahead of their use."""
+"""The order of training examples, and batches made ahead of their use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditserve.model.data.examples import batch_indices
-from ditserve.model.train.prefetch import Prefetch
+from ditserve.model.train.batch import Prefetch
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 5))
@@ -34,7 +34,7 @@ def test_what_is_made_ahead_comes_in_order(ahead: int) -> None:
 
 
 def test_a_slow_batch_is_waited_for() -> None:
-    """The second is made before the first is finished, and yet comes second."""
+    """The second batch is finished before the first, and yet comes second."""
     second = threading.Event()
 
     def make(step: int) -> int:

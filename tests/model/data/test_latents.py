@@ -1,4 +1,4 @@
-"""Latents prepared ahead are those that encoding on the fly gives, however the work was shared and interrupted."""
+"""Latents prepared ahead equal those encoded on the fly, even if the work was shared or interrupted."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from safetensors import safe_open
 
 from ditserve.model.data import __main__ as data
 from ditserve.model.data.dataset import DataConfig, DataError
-from ditserve.model.data.examples import model_space
-from ditserve.model.data.extraction import extract, plan, progress_of, write_index
-from ditserve.model.data.latents import INDEX, Index
+from ditserve.model.data.examples import to_model_space
+from ditserve.model.data.extraction import extract, plan_extraction, progress_of, write_index
+from ditserve.model.data.latents import INDEX, LatentIndex
 from tests.model.data.picture_sets import CARD, FORMS, NAMES, PAIRS, pictures
 
 ALL = np.arange(len(PAIRS))
@@ -47,7 +47,7 @@ def autoencoder(vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def prepared(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The set of `picture_sets` in shards of five, made by the command."""
+    """The latents of the set in `picture_sets`, in shards of five, made by the command."""
     root = tmp_path_factory.mktemp("prepared")
     source = FORMS["folder"](root)
     arguments = [
@@ -67,8 +67,8 @@ def prepared(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def on_the_fly(
     vae: AutoencoderKL, *, mirrored: bool
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Means and log-variances (N, C, h, w) of all pictures."""
-    x = torch.from_numpy(model_space(pictures()[:, :, ::-1] if mirrored else pictures()))
+    """Return means and log-variances (N, C, h, w) of all pictures."""
+    x = torch.from_numpy(to_model_space(pictures()[:, :, ::-1] if mirrored else pictures()))
     with torch.no_grad():
         posterior = vae.encode(x).latent_dist
     return posterior.mean.numpy(), posterior.logvar.numpy()
@@ -91,7 +91,7 @@ def test_shards_hold_the_moments_of_both_views(vae: AutoencoderKL, prepared: Pat
 
 
 def test_statistics_are_those_of_draws(prepared: Path) -> None:
-    index = Index.model_validate_json((prepared / INDEX).read_bytes())
+    index = LatentIndex.model_validate_json((prepared / INDEX).read_bytes())
     assert (index.picture_size, index.size, index.channels) == ((8, 8), (4, 4), 4)
     mean, std = read(prepared, "mean").astype(float), np.exp(read(prepared, "log_variance").astype(float) / 2)
     draws = mean + std * np.random.default_rng(0).standard_normal((400, *mean.shape))
@@ -105,10 +105,10 @@ def test_training_data_is_drawn_and_normalised(vae: AutoencoderKL, prepared: Pat
     assert dataset.factors[0].classes == NAMES
     assert dataset.labels.tolist() == [list(pair) for pair in PAIRS]
     assert (dataset.licence, list(dataset.attribution)) == (CARD["licence"], CARD["attribution"])
-    index = Index.model_validate_json((prepared / INDEX).read_bytes())
+    index = LatentIndex.model_validate_json((prepared / INDEX).read_bytes())
     mean, log_variance = on_the_fly(vae, mirrored=False)
     noise = np.random.default_rng(3).standard_normal(mean.shape, np.float32)
-    shift, scale = (np.array(each, np.float32).reshape(4, 1, 1) for each in (index.mean, index.std))
+    shift, scale = (np.array(values, np.float32).reshape(4, 1, 1) for values in (index.mean, index.std))
     expected = (mean + np.exp(log_variance / 2) * noise - shift) / scale
     batch = dataset.batch(ALL, np.random.default_rng(3))
     assert batch.dtype == np.float32
@@ -152,7 +152,7 @@ def test_latents_have_one_size(prepared: Path) -> None:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Bit for bit, but for the order of safetensors' headers, which is no one's."""
+    """Compare two folders bit for bit, except the order of safetensors' headers, which is not defined."""
     names = sorted(file.name for file in one.iterdir())
     assert names == sorted(file.name for file in other.iterdir())
     for name in names:
@@ -169,26 +169,17 @@ def test_parts_and_interruptions_change_nothing(
     prepared: Path, autoencoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = prepared.parent / "folder", prepared.parent / "in-parts"
-    job = plan(source, autoencoder, out, shard=5, batch=3)
+    job = plan_extraction(source, autoencoder, out, shard=5, batch=3)
     for _ in extract(job, [1]):
         pass
-    (out / "00002.safetensors").write_bytes((out / "00001.safetensors").read_bytes()[:100])  # damaged
+    # A damaged shard counts as missing.
+    (out / "00002.safetensors").write_bytes((out / "00001.safetensors").read_bytes()[:100])
     kept = (out / "00001.safetensors").stat().st_mtime_ns
-    there, missing = progress_of(job, job.shards)
-    assert ([made.count for made in there], missing) == ([5], [0, 2])
+    finished, missing = progress_of(job, job.shards)
+    assert ([shard.count for shard in finished], missing) == ([5], [0, 2])
     assert write_index(job) is None
-    arguments = [
-        "latents",
-        str(source),
-        "--autoencoder",
-        str(autoencoder),
-        "--out",
-        str(out),
-        "--shard",
-        "5",
-        "--batch",
-        "3",
-    ]
+    options = ["--autoencoder", str(autoencoder), "--out", str(out), "--shard", "5", "--batch", "3"]
+    arguments = ["latents", str(source), *options]
     assert data.main([*arguments, "--part", "2/2"]) == 0
     assert "the part that finishes last" in capsys.readouterr().out
     assert data.main([*arguments, "--part", "1/2"]) == 0
@@ -200,19 +191,9 @@ def test_parts_and_interruptions_change_nothing(
 @pytest.mark.timeout(600)  # each process imports torch and diffusers
 def test_processes_make_the_same(prepared: Path, autoencoder: Path) -> None:
     out = prepared.parent / "by-processes"
-    arguments = [
-        "--autoencoder",
-        str(autoencoder),
-        "--out",
-        str(out),
-        "--shard",
-        "5",
-        "--batch",
-        "3",
-        "--workers",
-        "2",
-    ]
-    assert data.main(["latents", str(prepared.parent / "folder"), *arguments]) == 0
+    options = ["--autoencoder", str(autoencoder), "--out", str(out), "--shard", "5", "--batch", "3"]
+    source = prepared.parent / "folder"
+    assert data.main(["latents", str(source), *options, "--workers", "2"]) == 0
     np.testing.assert_allclose(read(out, "mean"), read(prepared, "mean"), atol=1e-5)
     assert len(DataConfig(path=out).open().labels) == len(PAIRS)
 
@@ -273,15 +254,15 @@ def test_latents_of_latents_and_mixed_sizes(
 
 
 def spoil_index(folder: Path) -> None:
-    told = json.loads((folder / INDEX).read_text())
-    told["shards"][0]["file"] = "../elsewhere.safetensors"
-    (folder / INDEX).write_text(json.dumps(told))
+    index = json.loads((folder / INDEX).read_text())
+    index["shards"][0]["file"] = "../elsewhere.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 def count_wrongly(folder: Path) -> None:
-    told = json.loads((folder / INDEX).read_text())
-    told["shards"][0]["count"] = 7
-    (folder / INDEX).write_text(json.dumps(told))
+    index = json.loads((folder / INDEX).read_text())
+    index["shards"][0]["count"] = 7
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Networks trained for a few steps alone or by several processes: the same program for both.
+"""Networks trained for a few steps by one process or by several: the same program for both.
 
-torchrun --standalone --nproc-per-node 2 -m tests.model.parallel_cases FOLDER
+torchrun --standalone --nproc-per-node 2 -m tests.model.distributed.parallel_cases FOLDER
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ditserve.model.distributed.parallel import Share, alone
-from ditserve.model.distributed.precision import Precision, autocast
-from ditserve.model.distributed.processes import ParallelSpec, World, joined
+from ditserve.model.distributed.parallel import ParallelNetwork, single_process
+from ditserve.model.distributed.processes import ParallelSpec, World, join_processes
 from ditserve.model.nets.factory import Network, NetworkConfig, make_network
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.train.activation_checkpointing import checkpoint_blocks
+from ditserve.model.train.config import Precision
 from ditserve.model.train.ema import Ema
-from ditserve.model.train.sharded import make_index, read, write
+from ditserve.model.train.optimizer import HALF_DTYPES, autocast
+from ditserve.model.train.tensor_shards import make_index, read_shards, write_shards
+from ditserve.model.train.trainer import checkpoint_blocks
 from tests.model.nets.unet_cases import TINY_UNET
 
 BATCH, STEPS, CLIP = 4, 3, 0.5
@@ -33,7 +34,7 @@ TINY = DiTConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """A run: its network, how two processes share it, and the arithmetic."""
+    """A run: its network, its division between two processes, and its precision."""
 
     config: NetworkConfig = TINY
     spec: dict[str, Any] = field(default_factory=dict)
@@ -45,11 +46,10 @@ class Case:
 DDP, FSDP, TENSOR = {"mode": "ddp"}, {"mode": "fsdp"}, {"tensor": 2}
 ALL_OPTIONS = replace(TINY, blocks=("adaln", "adaln_zero"), swiglu=True, qk_norm=True, rope=True)
 TOKENS = replace(TINY, blocks=("cross_attention", "in_context"))
-PAIR = {  # of two processes
+# Cases of two processes.
+PAIR = {
     "ddp": Case(TOKENS, spec=DDP, pieces=2),
-    "fsdp": Case(
-        replace(TINY, in_channels=1), spec=FSDP, pieces=2, recompute=True
-    ),  # of rows that do not divide
+    "fsdp": Case(replace(TINY, in_channels=1), spec=FSDP, pieces=2, recompute=True),
     "fsdp in bf16": Case(ALL_OPTIONS, spec=FSDP, precision="bf16"),
     "fsdp of a u-net": Case(TINY_UNET, spec=FSDP),
     "tensor": Case(ALL_OPTIONS, spec=TENSOR, recompute=True),
@@ -62,7 +62,7 @@ FOUR = {
 
 
 def random_network(config: NetworkConfig) -> Network:
-    """Nothing is zero, so nothing is hidden."""
+    """Make a network without zeros, so that no path is hidden."""
     network, generator = make_network(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -72,7 +72,7 @@ def random_network(config: NetworkConfig) -> Network:
 
 
 def make_batch(config: NetworkConfig, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pictures, timesteps, labels and targets of the whole batch of a step."""
+    """Return pictures, timesteps, labels and targets of the whole batch of a step."""
     generator = torch.Generator().manual_seed(step)
     size = (config.in_channels, *config.image_size)
     x = torch.randn((BATCH, *size), generator=generator)
@@ -82,23 +82,26 @@ def make_batch(config: NetworkConfig, step: int) -> tuple[Tensor, Tensor, Tensor
     return x, t, labels, target
 
 
-def make_share(case: Case, world: World) -> Share:
+def distribute(case: Case, world: World) -> ParallelNetwork:
     network = random_network(case.config)
     if case.recompute:
         checkpoint_blocks(network)
-    return Share(network, world, ParallelSpec(**case.spec), case.precision)
+    return ParallelNetwork(network, world, ParallelSpec(**case.spec), HALF_DTYPES.get(case.precision))
 
 
-def make_optimizer(share: Share) -> torch.optim.AdamW:
-    """Its epsilon is large, so that a gradient of zero up to rounding makes no step of full length."""
-    return torch.optim.AdamW(share.network.parameters(), lr=1e-2, eps=1e-3, fused=True)
+def make_optimizer(parallel: ParallelNetwork) -> torch.optim.AdamW:
+    """Make AdamW with a large epsilon: a gradient of zero up to rounding must not make a full step."""
+    return torch.optim.AdamW(parallel.network.parameters(), lr=1e-2, eps=1e-3, fused=True)
 
 
-def train(case: Case, share: Share) -> dict[str, Tensor]:
-    """Losses and gradient norms of every step, and what came of it, whole: weights, last gradients, averages, moments."""
-    network, optimizer = share.network, make_optimizer(share)
+def train(case: Case, parallel: ParallelNetwork) -> dict[str, Tensor]:
+    """Train, and return the losses and gradient norms of every step.
+
+    The full weights, last gradients, averages and moments are returned too, by "<what> <parameter>".
+    """
+    network, optimizer = parallel.network, make_optimizer(parallel)
     ema = Ema(network, (0.9,))
-    rows = ParallelSpec(tensor=share.tensor_size).rows(share.world, BATCH)
+    rows = ParallelSpec(tensor=parallel.tensor_size).rows(parallel.world, BATCH)
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad(set_to_none=True)
@@ -106,12 +109,12 @@ def train(case: Case, share: Share) -> dict[str, Tensor]:
         loss = 0.0
         pieces = list(zip(*(part.tensor_split(case.pieces) for part in batch), strict=True))
         for index, piece in enumerate(pieces):
-            with share.piece(last=index == len(pieces) - 1):
-                error = squared_error(share, case.precision, *piece) / len(pieces)
+            with parallel.gradient_sync(last=index == len(pieces) - 1):
+                error = squared_error(parallel, case.precision, *piece) / len(pieces)
                 error.backward()
             loss += error.item()
-        norms.append(share.clip(CLIP))
-        losses.append(share.mean({"loss": loss})["loss"])
+        norms.append(parallel.clip_gradients(CLIP))
+        losses.append(parallel.all_reduce_mean({"loss": loss})["loss"])
         optimizer.step()
         ema.update(network.parameters())
     results = {"losses": torch.tensor(losses), "norms": torch.tensor(norms)}
@@ -119,59 +122,59 @@ def train(case: Case, share: Share) -> dict[str, Tensor]:
         assert parameter.grad is not None, name
         kept = {"weight": parameter.detach(), "gradient": parameter.grad, "average": ema.first[name]}
         kept |= {"moment": optimizer.state[parameter]["exp_avg"]}
-        results |= {f"{what} {name}": share.whole(name, tensor) for what, tensor in kept.items()}
+        results |= {f"{what} {name}": parallel.full_tensor(name, tensor) for what, tensor in kept.items()}
     return {name: tensor.clone().contiguous() for name, tensor in results.items()}
 
 
 def squared_error(
-    share: Share, precision: Precision, x: Tensor, t: Tensor, labels: Tensor, target: Tensor
+    parallel: ParallelNetwork, precision: Precision, x: Tensor, t: Tensor, labels: Tensor, target: Tensor
 ) -> Tensor:
     with autocast(precision, "cpu"):
-        output: Tensor = share.forward(x, t, labels)
+        output: Tensor = parallel.forward(x, t, labels)
     return (output.float() - target).square().mean()
 
 
-def parts(share: Share) -> dict[str, dict[str, Tensor]]:
-    """The weights, and twice them by number as an optimiser keeps its moments."""
-    weights = dict(share.network.state_dict())
-    doubled = {f"{number}.exp_avg": 2 * p.detach() for number, p in enumerate(share.network.parameters())}
+def sections_of(parallel: ParallelNetwork) -> dict[str, dict[str, Tensor]]:
+    """Return the weights, and twice the weights, named by number as an optimiser names its moments."""
+    weights = dict(parallel.network.state_dict())
+    doubled = {f"{number}.exp_avg": 2 * p.detach() for number, p in enumerate(parallel.network.parameters())}
     return {"model": weights, "optimizer": {**doubled, "0.step": torch.tensor(7.0)}}
 
 
-def hand_over(folder: Path, cases: list[Case], world: World) -> None:
-    """Write a network's parts as the first case shares it out, read and write them as the next does, and so on."""
-    index, held = None, parts(alone(random_network(cases[0].config)))
-    if world.first:
+def rewrite_shards(folder: Path, cases: list[Case], world: World) -> None:
+    """Write a network as one process, then read and write it in the shards of each case in turn."""
+    index, held = None, sections_of(single_process(random_network(cases[0].config)))
+    if world.is_first:
         folder.mkdir()
-        write(folder, alone(random_network(cases[0].config)), held)
-    world.agree(True)
+        write_shards(folder, single_process(random_network(cases[0].config)), held)
+    world.all_agree(True)
     for number, case in enumerate(cases):
-        share = make_share(case, world)
+        parallel = distribute(case, world)
         with torch.no_grad():
-            for parameter in share.network.parameters():
+            for parameter in parallel.network.parameters():
                 parameter.zero_()
-        held = {part: read(folder, share, part, index) for part in held}
-        folder, index = folder.with_name(f"{folder.name}-{number}"), make_index(share, held)
-        if world.first:
+        held = {part: read_shards(folder, parallel, part, index) for part in held}
+        folder, index = folder.with_name(f"{folder.name}-{number}"), make_index(parallel, held)
+        if world.is_first:
             folder.mkdir()
             (folder / "index.json").write_text(json.dumps(index))
-        world.agree(True)
-        write(folder, share, held)
-        world.agree(True)
+        world.all_agree(True)
+        write_shards(folder, parallel, held)
+        world.all_agree(True)
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    with joined("cpu") as world:
+    with join_processes("cpu") as world:
         cases = PAIR if world.size == 2 else FOUR
         for name, case in cases.items():
-            results = train(case, make_share(case, world))
-            if world.first:
+            results = train(case, distribute(case, world))
+            if world.is_first:
                 save_file(results, folder / f"{name}.safetensors")
-        hand_over(folder / "parts", HANDED[world.size], world)
+        rewrite_shards(folder / "parts", REWRITTEN[world.size], world)
 
 
-HANDED = {
+REWRITTEN = {
     2: [Case(ALL_OPTIONS, FSDP), Case(ALL_OPTIONS, TENSOR), Case(ALL_OPTIONS, DDP), Case(ALL_OPTIONS, FSDP)],
     4: [Case(ALL_OPTIONS, FSDP), Case(ALL_OPTIONS, {**FSDP, **TENSOR}), Case(ALL_OPTIONS, {**DDP, **TENSOR})],
 }

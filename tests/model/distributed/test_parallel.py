@@ -1,4 +1,4 @@
-"""Several processes take the steps that one would take: replicas, sharded replicas, tensor parallelism, and what they write."""
+"""Several processes take the steps that one would take, as replicas, sharded or in tensor parallelism."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh
 
-from ditserve.model.distributed.parallel import Share, alone
-from ditserve.model.distributed.processes import ParallelSpec, World, joined
-from ditserve.model.distributed.tensor_parallel import share_out
+from ditserve.model.distributed.parallel import ParallelNetwork, single_process
+from ditserve.model.distributed.processes import ParallelSpec, World, join_processes
+from ditserve.model.distributed.tensor_parallel import parallelize_blocks
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.unet import UNet
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig
-from ditserve.model.train.sharded import write
-from ditserve.model.train.tensor_blocks import Part, read_whole
+from ditserve.model.train.optimizer import HALF_DTYPES
+from ditserve.model.train.tensor_shards import SectionReader, read_full, write_shards
 from tests.model.distributed.parallel_cases import (
     ALL_OPTIONS,
     FOUR,
-    HANDED,
     PAIR,
+    REWRITTEN,
     TINY,
-    parts,
     random_network,
+    sections_of,
     train,
 )
 from tests.model.nets.unet_cases import TINY_UNET
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """What two or four processes left behind."""
+    """Return the folder of results of two or four processes; each number of processes is run once."""
     folders: dict[int, Path] = {}
 
     def launch(processes: int) -> Path:
@@ -52,10 +52,10 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
             folders[processes] = tmp_path_factory.mktemp("together")
             torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
             program = ["-m", "tests.model.distributed.parallel_cases", str(folders[processes])]
-            told = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, "-m", *torchrun, *program], capture_output=True, text=True, check=False
             )
-            assert told.returncode == 0, told.stderr[-4000:]
+            assert process.returncode == 0, process.stderr[-4000:]
         return folders[processes]
 
     return launch
@@ -65,7 +65,12 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 def test_several_processes_train_as_one(name: str, outcome: Outcome) -> None:
     case = {**PAIR, **FOUR}[name]
     together = load_file(outcome(2 if name in PAIR else 4) / f"{name}.safetensors")
-    by_one = train(case, Share(random_network(case.config), World(), ParallelSpec(), case.precision))
+    by_one = train(
+        case,
+        ParallelNetwork(
+            random_network(case.config), World(), ParallelSpec(), HALF_DTYPES.get(case.precision)
+        ),
+    )
     assert together.keys() == by_one.keys()
     relative, absolute = (0.1, 5e-3) if case.precision == "bf16" else (1e-5, 1e-6)
     for key, tensor in by_one.items():
@@ -74,16 +79,16 @@ def test_several_processes_train_as_one(name: str, outcome: Outcome) -> None:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_processes_read_what_any_others_wrote(processes: int, outcome: Outcome) -> None:
-    expected = parts(alone(random_network(ALL_OPTIONS)))
-    for number, case in enumerate(HANDED[processes]):
+    expected = sections_of(single_process(random_network(ALL_OPTIONS)))
+    for number, case in enumerate(REWRITTEN[processes]):
         folder = outcome(processes) / ("parts" + "".join(f"-{k}" for k in range(number + 1)))
         index = json.loads((folder / "index.json").read_text())
         files = processes if case.spec != {"mode": "ddp"} else 1
         assert len(list(folder.glob("model*.safetensors"))) == files
-        for part, tensors in expected.items():
-            found = read_whole(folder, part, index)
-            assert found.keys() == tensors.keys()
-            assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+        for section, tensors in expected.items():
+            tensors_read = read_full(folder, section, index)
+            assert tensors_read.keys() == tensors.keys()
+            assert all(torch.equal(tensors_read[key], tensor) for key, tensor in tensors.items())
 
 
 def test_a_process_holds_and_writes_its_share_only(outcome: Outcome) -> None:
@@ -97,24 +102,24 @@ def test_a_process_holds_and_writes_its_share_only(outcome: Outcome) -> None:
 def test_a_block_that_is_missing_is_told(outcome: Outcome) -> None:
     folder = outcome(2) / "parts-0"
     index = json.loads((folder / "index.json").read_text())
-    found = Part(folder, "model", index)
-    found.blocks["blocks.0.attn.qkv.weight"].pop()
+    reader = SectionReader(folder, "model", index)
+    reader.shards["blocks.0.attn.qkv.weight"].pop()
     with pytest.raises(ValueError, match=r"model lacks a block of blocks\.0\.attn\.qkv\.weight"):
-        found.whole("blocks.0.attn.qkv.weight")
+        reader.read_full("blocks.0.attn.qkv.weight")
 
 
 def test_one_process_writes_tensors_under_their_own_names(tmp_path: Path) -> None:
     network = random_network(TINY)
-    write(tmp_path, alone(network), {"model": network.state_dict()})
+    write_shards(tmp_path, single_process(network), {"model": network.state_dict()})
     assert load_file(tmp_path / "model.safetensors").keys() == network.state_dict().keys()
 
 
 def test_a_process_by_itself_is_the_world() -> None:
-    with joined("cpu") as world:
+    with join_processes("cpu") as world:
         assert world == World(rank=0, size=1, local_rank=0, device="cpu")
-        assert world.first
-        assert world.agree(True)
-        assert not world.agree(False)
+        assert world.is_first
+        assert world.all_agree(True)
+        assert not world.all_agree(False)
 
 
 def test_rows_are_shared_out_between_replicas() -> None:
@@ -142,4 +147,4 @@ def test_rows_are_shared_out_between_replicas() -> None:
 def test_what_cannot_be_shared_out_is_refused(config: NetworkConfig, size: int, complaint: str) -> None:
     mesh = cast(DeviceMesh, SimpleNamespace(size=lambda: size))
     with pytest.raises(ValueError, match=complaint):
-        share_out(DiT(config) if isinstance(config, DiTConfig) else UNet(config), mesh)
+        parallelize_blocks(DiT(config) if isinstance(config, DiTConfig) else UNet(config), mesh)

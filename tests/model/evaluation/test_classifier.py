@@ -1,4 +1,4 @@
-"""The judge of generated pictures: that it learns, repeats itself, survives the disk, and refuses what it cannot read."""
+"""The judge of generated pictures learns, is repeatable, survives the disk, and refuses other sizes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
-from ditserve.model.evaluation.classifier import (
+from ditserve.model.evaluation.classifier import accuracies, fit, main
+from ditserve.model.evaluation.classifier_network import (
     CARD,
-    Card,
     Classifier,
+    ClassifierCard,
     ClassifierError,
-    accuracies,
-    fit,
-    main,
+    classify,
     open_classifier,
-    read,
     save_classifier,
-    top,
+    top_k_accuracy,
 )
 from ditserve.model.spec.bundle import WEIGHTS, Factor
 
@@ -31,11 +29,11 @@ FACTORS = (
     Factor(name="label", classes=("red", "green", "blue")),
     Factor(name="style", classes=("full", "half")),
 )
-TINY = Card(image_size=(16, 16), widths=(8, 16), factors=FACTORS)
+TINY = ClassifierCard(image_size=(16, 16), widths=(8, 16), factors=FACTORS)
 
 
 def drawings(copies: int = 4) -> tuple[Tensor, Tensor]:
-    """Pictures of one colour (label), whole or in their upper half (style), on white."""
+    """Return pictures of one colour (label), whole or in the upper half (style), and their labels."""
     images, labels = [], []
     for label in range(3):
         for style in range(2):
@@ -59,7 +57,7 @@ def trained() -> Classifier:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A training run's file, and its pictures beside it."""
+    """The file of a training run, with its pictures beside it."""
     images, labels = drawings()
     np.savez(
         tmp_path / "data.npz",
@@ -82,8 +80,8 @@ def run(tmp_path: Path) -> Path:
 
 def test_it_learns_both_factors(trained: Classifier) -> None:
     images, labels = drawings()
-    found = accuracies(read(trained, images), labels, FACTORS, "seen")
-    assert found == {"label_top1_seen": 1.0, "style_top1_seen": 1.0}
+    shares = accuracies(classify(trained, images), labels, FACTORS, "seen")
+    assert shares == {"label_top1_seen": 1.0, "style_top1_seen": 1.0}
 
 
 def test_training_repeats_by_seed_and_leaves_the_global_generator_alone() -> None:
@@ -93,21 +91,21 @@ def test_training_repeats_by_seed_and_leaves_the_global_generator_alone() -> Non
     first, again, other = fitted(steps=3), fitted(steps=3), fitted(seed=1, steps=3)
     assert torch.equal(torch.rand(1), expected)
     images, _ = drawings()
-    assert torch.equal(read(first, images).features, read(again, images).features)
-    assert not torch.equal(read(first, images).features, read(other, images).features)
+    assert torch.equal(classify(first, images).features, classify(again, images).features)
+    assert not torch.equal(classify(first, images).features, classify(other, images).features)
 
 
 def test_the_disk_keeps_it_within_half_precision(trained: Classifier, tmp_path: Path) -> None:
     save_classifier(trained, tmp_path, TINY)
     opened, (images, _) = open_classifier(tmp_path), drawings()
     assert opened.card.factors == FACTORS
-    for ours, kept in zip(read(trained, images).logits, read(opened, images).logits, strict=True):
+    for ours, kept in zip(classify(trained, images).logits, classify(opened, images).logits, strict=True):
         torch.testing.assert_close(ours, kept, rtol=0.02, atol=0.02)
 
 
 def test_features_have_a_fixed_width_and_do_not_depend_on_neighbours(trained: Classifier) -> None:
     images, _ = drawings()
-    together, alone = read(trained, images), read(trained, images[5:6])
+    together, alone = classify(trained, images), classify(trained, images[5:6])
     assert together.features.shape == (24, 16)
     assert together.detail.shape == (24, 8)
     torch.testing.assert_close(together.features[5:6], alone.features)
@@ -117,13 +115,13 @@ def test_features_have_a_fixed_width_and_do_not_depend_on_neighbours(trained: Cl
 def test_detail_is_lost_by_blurring(trained: Classifier) -> None:
     sharp = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     blurred = F.avg_pool2d(sharp, 3, stride=1, padding=1)
-    assert (read(trained, blurred).detail.mean(1) < 0.7 * read(trained, sharp).detail.mean(1)).all()
+    assert (classify(trained, blurred).detail.mean(1) < 0.7 * classify(trained, sharp).detail.mean(1)).all()
 
 
 def test_top_counts_the_label_among_the_likeliest() -> None:
     logits = torch.tensor([[3.0, 2, 1], [3, 2, 1], [3, 2, 1]])
     labels = torch.tensor([0, 1, 2])
-    assert [top(logits, labels, k) for k in (1, 2, 9)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert [top_k_accuracy(logits, labels, k) for k in (1, 2, 9)] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
 def test_the_command_writes_a_classifier_and_what_it_measured(run: Path, tmp_path: Path) -> None:
@@ -131,12 +129,15 @@ def test_the_command_writes_a_classifier_and_what_it_measured(run: Path, tmp_pat
     command = ["--config", str(run), "--out", str(out), "--epochs", "1", "--widths", "8", "16"]
     assert main(command) == 0
     card = open_classifier(out).card
-    kinds = {f"{name}_top1_{how}" for name in ("label", "style") for how in ("unseen", "seen", "distorted")}
-    assert set(card.accuracy) == kinds
+    keys = {
+        f"{name}_top1_{suffix}" for name in ("label", "style") for suffix in ("unseen", "seen", "distorted")
+    }
+    assert set(card.accuracy) == keys
     images, labels = drawings()
-    again = accuracies(read(open_classifier(out), images), labels, card.factors, "seen")
+    again = accuracies(classify(open_classifier(out), images), labels, card.factors, "seen")
     assert again == {name: card.accuracy[name] for name in again}
-    assert card.training["pictures"] == 24  # also those the generator does not train on
+    # The pictures held out from the generator are counted too.
+    assert card.training["pictures"] == 24
     assert card.training["unseen"] == 3
     first = (out / WEIGHTS).read_bytes()
     assert main(command) == 0
@@ -176,4 +177,4 @@ def test_what_is_no_classifier_is_refused(trained: Classifier, tmp_path: Path) -
 
 def test_pictures_of_another_size_are_refused(trained: Classifier) -> None:
     with pytest.raises(ClassifierError, match="reads pictures of 16×16, these are 8×8"):
-        read(trained, torch.zeros(1, 3, 8, 8))
+        classify(trained, torch.zeros(1, 3, 8, 8))

@@ -1,4 +1,4 @@
-"""Models side by side: what each costs and what its pictures are worth, from one command."""
+"""A comparison of models from one command: the cost of each, and the quality of its pictures."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Any
 import pytest
 
 from ditserve.model.evaluate import main
-from ditserve.model.evaluation.classifier import Card, Classifier, save_classifier
-from ditserve.model.evaluation.comparison import image_rows
+from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard, save_classifier
+from ditserve.model.evaluation.comparison import rows_per_image
 from ditserve.model.nets.cost import cost
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.train.load import load_model
-from tests.model.train.distillation_cases import write_teacher
+from tests.model.train.distillation.distillation_cases import write_teacher
 from tests.model.train.training_cases import write_pictures
 
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
-    """An evaluation of a bundle and a smaller one, over five names in two styles."""
+    """The arguments that evaluate a bundle and a smaller one, over five names in two styles."""
     data: dict[str, Any] = {"path": str(write_pictures(tmp_path / "more.npz", tuple("abcde"))), "hold_out": 0}
     small = {"patch_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 2}
     write_teacher(tmp_path, "large", data=data)
     write_teacher(tmp_path, "small", data=data, model=small)
-    card = Card(image_size=(8, 8), widths=(4, 6), factors=Bundle.open(tmp_path / "large").manifest.factors)
+    card = ClassifierCard(
+        image_size=(8, 8), widths=(4, 6), factors=Bundle.open(tmp_path / "large").manifest.factors
+    )
     save_classifier(Classifier(card), tmp_path / "judge", card)
     models = [str(tmp_path / "large"), str(tmp_path / "small")]
     return [*models, "--data", data["path"], "--classifier", str(tmp_path / "judge"), "--limit", "8"]
@@ -46,29 +48,23 @@ def test_models_are_set_side_by_side(
     assert [line[0] for line in lines] == ["large", "small"]
     table: dict[str, dict[str, str]] = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
     for name, row in table.items():
-        found: dict[str, Any] = json.loads((out / name / "evaluation.json").read_text())
+        record: dict[str, Any] = json.loads((out / name / "evaluation.json").read_text())
         network = cost(load_model(tmp_path / name).network.config)
         assert row["parameters"] == f"{network.parameters / 1e6:.2f} M"
         assert row["GFLOPs a row"] == f"{network.flops / 1e9:.3f}"
         assert row["rows an image"] == "6"
         assert row["sampling"] == "ddim, 3 steps, guidance 2"
-        figures = found["figures"]["generated"]
+        figures = record["figures"]["generated"]
         assert row["Fréchet distance ↓"] == f"{figures['frechet_distance']:.4g}"
         assert row["label top-1 ↑"] == f"{figures['label_top1']:.4g}"
         assert float(row["ms a row"]) > 0
 
 
 def test_rows_count_where_guidance_acts() -> None:
-    how = {
-        "solver": "ddim",
-        "steps": 10,
-        "grid": "trailing",
-        "guidance_scale": 2.0,
-        "guidance_interval": [0, 1],
-    }
-    assert image_rows({"sampling": how}, 1000) == 20
-    assert image_rows({"sampling": {**how, "guidance_scale": 1.0}}, 1000) == 10
-    assert image_rows({"sampling": {**how, "guidance_interval": [0.35, 0.65]}}, 1000) == 13
+    sampling = {"steps": 10, "grid": "trailing", "guidance_scale": 2.0, "guidance_interval": [0, 1]}
+    assert rows_per_image({"sampling": sampling}, 1000) == 20
+    assert rows_per_image({"sampling": {**sampling, "guidance_scale": 1.0}}, 1000) == 10
+    assert rows_per_image({"sampling": {**sampling, "guidance_interval": [0.35, 0.65]}}, 1000) == 13
 
 
 def test_where_they_go_must_be_said(

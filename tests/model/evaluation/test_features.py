@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ditserve.model.evaluation.classifier import Card, Classifier
+from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard
 from ditserve.model.evaluation.features import FeatureError, classifier_features, inception_features
 from ditserve.model.spec.bundle import Factor, digest
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 class StandIn(nn.Module):
-    """Takes what NVIDIA's file takes, and gives means and extremes of the bytes."""
+    """A stand-in with the arguments of NVIDIA's file; its features are means and extremes of the bytes."""
 
     def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
         if img.dtype != torch.uint8:
@@ -38,11 +38,11 @@ def scripted(tmp_path: Path) -> Path:
 def test_inception_is_given_bytes_and_asked_for_features_and_probabilities(scripted: Path) -> None:
     network = inception_features(scripted, digest(scripted))
     images = torch.tensor([-1.0, 0.2, 1.5]).repeat_interleave(70).view(-1, 1, 1, 1).expand(210, 3, 4, 4)
-    found = network.features(images)
-    assert found.detail is None
-    assert found.pooled[[0, 70, 140]].tolist() == [[0, 0, 0], [153, 153, 153], [255, 255, 255]]
-    assert found.probabilities.shape == (210, 4)
-    assert torch.equal(found.probabilities, torch.full((210, 4), 0.25))
+    features = network.features(images)
+    assert features.detail is None
+    assert features.pooled[[0, 70, 140]].tolist() == [[0, 0, 0], [153, 153, 153], [255, 255, 255]]
+    assert features.probabilities.shape == (210, 4)
+    assert torch.equal(features.probabilities, torch.full((210, 4), 0.25))
     assert "comparable with published ones" in network.note
 
 
@@ -55,11 +55,13 @@ def test_no_other_file_is_run_as_inception(scripted: Path) -> None:
 
 def test_a_classifiers_features_say_that_they_are_not_fid() -> None:
     factors = (Factor(name="label", classes=("a", "b", "c")), Factor(name="style", classes=("x", "y")))
-    network = classifier_features(Classifier(Card(image_size=(8, 8), widths=(4, 6), factors=factors)).eval())
-    found = network.features(torch.rand(5, 3, 8, 8) * 2 - 1)
-    assert found.pooled.shape == (5, 6)
-    assert found.detail is not None
-    assert len(found.detail) == 5
-    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(5))
-    assert found.probabilities.shape == (5, 3)
+    network = classifier_features(
+        Classifier(ClassifierCard(image_size=(8, 8), widths=(4, 6), factors=factors)).eval()
+    )
+    features = network.features(torch.rand(5, 3, 8, 8) * 2 - 1)
+    assert features.pooled.shape == (5, 6)
+    assert features.detail is not None
+    assert len(features.detail) == 5
+    torch.testing.assert_close(features.probabilities.sum(1), torch.ones(5))
+    assert features.probabilities.shape == (5, 3)
     assert "not comparable with published FID" in network.note

@@ -1,4 +1,4 @@
-"""Distances between sets of features: each against an implementation of someone else, and on sets whose distance is known."""
+"""Distances between sets of features, compared with other implementations and on sets of known distance."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ditserve.model.evaluation.fidelity import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    nearest,
     precision_recall,
 )
-from ditserve.model.evaluation.neighbours import nearest
 
 Array = npt.NDArray[np.float64]
 keeps_features = pytest.mark.filterwarnings(
@@ -42,7 +42,7 @@ class AsTheyAre(nn.Module):
 
 
 def features(n: int, seed: int, *, width: int = 24, shift: float = 0.0, scale: float = 1.0) -> Tensor:
-    """Correlated features (n, width), the same correlations for every seed."""
+    """Return correlated features (n, width), with the same correlations for every seed."""
     mix = torch.randn(width, width, generator=torch.Generator().manual_seed(99))
     points = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
     return points @ mix / math.sqrt(width) * scale + shift
@@ -69,7 +69,7 @@ def test_frechet_distance_agrees_with_scipys_matrix_root_and_with_torchmetrics()
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
-    # two points ±1 and ±3 in one dimension, moved 5 apart: variances 2 and 18, (√2 − √18)² + 5²
+    # Two points ±1 and ±3 in one dimension, moved 5 apart: variances 2 and 18, (√2 − √18)² + 5².
     a, b = torch.tensor([[-1.0], [1.0]]), torch.tensor([[2.0], [8.0]])
     assert frechet_distance(a, b) == pytest.approx(25 + 2 + 18 - 2 * math.sqrt(36))
     assert frechet_distance(REAL, REAL) == pytest.approx(0, abs=1e-9)
@@ -158,16 +158,16 @@ def test_precision_sees_wrong_pictures_and_recall_missing_ones() -> None:
 def test_nearest_agrees_with_scikit_learn_across_chunks() -> None:
     queries, references = features(600, 7), features(70, 8)
     distances, indices = NearestNeighbors(n_neighbors=3).fit(references.numpy()).kneighbors(queries.numpy())
-    found = nearest(queries, references, 3)
-    np.testing.assert_allclose(found.distances, distances, rtol=1e-5)
-    np.testing.assert_array_equal(found.indices, indices)
+    neighbours = nearest(queries, references, 3)
+    np.testing.assert_allclose(neighbours.distances, distances, rtol=1e-5)
+    np.testing.assert_array_equal(neighbours.indices, indices)
 
 
 def test_nearest_tells_a_copy_from_a_near_copy() -> None:
     pictures = torch.rand(4, 5000, generator=torch.Generator().manual_seed(0)) + 100
-    found = nearest(torch.stack([pictures[2], pictures[1] + 1e-4]), pictures)
-    assert found.indices.flatten().tolist() == [2, 1]
-    assert found.distances.flatten().tolist() == pytest.approx([0, 1e-4 * math.sqrt(5000)], abs=1e-3)
+    neighbours = nearest(torch.stack([pictures[2], pictures[1] + 1e-4]), pictures)
+    assert neighbours.indices.flatten().tolist() == [2, 1]
+    assert neighbours.distances.flatten().tolist() == pytest.approx([0, 1e-4 * math.sqrt(5000)], abs=1e-3)
 
 
 def test_too_few_pictures_are_refused_in_a_sentence() -> None:

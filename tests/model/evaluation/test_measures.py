@@ -1,41 +1,41 @@
-"""Figures of sets whose worth is known: copies, strangers, and wrong labels."""
+"""Figures of sets of known quality: copies, unrelated pictures, and wrong labels."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ditserve.model.evaluation.classifier import Card, Classifier
+from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard
 from ditserve.model.evaluation.features import FeatureNetwork, Features
 from ditserve.model.evaluation.measures import (
     REAL,
-    accuracies,
-    closeness,
     distances,
-    halves,
-    markdown,
+    label_accuracy,
+    markdown_table,
     measure,
     memorisation,
+    nearest_training,
     notes,
+    split_in_two,
 )
-from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, Set
+from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, PictureSet
 from ditserve.model.spec.bundle import Factor
 
 LABELS = Factor(name="label", classes=tuple(f"name{k}" for k in range(12)))
 
 
-def pictures(count: int = 40, seed: int = 0, *, detail: bool = True) -> Set:
+def pictures(count: int = 40, seed: int = 0, *, detail: bool = True) -> PictureSet:
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(count, 3, 4, 4, generator=generator) * 2 - 1
     flat = images.flatten(1)
     probabilities = torch.rand(count, 12, generator=generator).softmax(1)
     labels = torch.arange(count)[:, None] % 12
-    return Set(images, labels, Features(flat[:, :6], flat[:, 6:16] if detail else None, probabilities))
+    return PictureSet(images, labels, Features(flat[:, :6], flat[:, 6:16] if detail else None, probabilities))
 
 
 def reader(*labels: str) -> Classifier:
-    """A classifier that sees `labels` in the order of the brightness of a picture's colours, the brightest's first."""
-    card = Card(image_size=(4, 4), widths=(3, 4), factors=(Factor(name="label", classes=labels),))
+    """Return a classifier that ranks `labels` in the order given, whatever the picture shows."""
+    card = ClassifierCard(image_size=(4, 4), widths=(3, 4), factors=(Factor(name="label", classes=labels),))
     network = Classifier(card).eval()
     with torch.no_grad():
         network.heads[0].get_parameter("weight").zero_()
@@ -46,7 +46,7 @@ def reader(*labels: str) -> Classifier:
 def test_copies_are_told_as_copies() -> None:
     training = pictures()
     copied = training.part(torch.arange(10))
-    figures = memorisation(closeness(copied, training), copied, training)
+    figures = memorisation(nearest_training(copied, training), copied, training)
     for space in ("pixel", "feature"):
         assert figures[f"nearest_{space}_copied"] == figures[f"nearest_{space}_own"] == 1
         assert figures[f"nearest_{space}_p95"] == pytest.approx(0, abs=1e-6)
@@ -54,13 +54,17 @@ def test_copies_are_told_as_copies() -> None:
 
 def test_strangers_are_not_copies_and_their_distance_is_root_mean_square() -> None:
     training, others = pictures(), pictures(20, seed=1)
-    figures = memorisation(closeness(others, training), others, training)
+    figures = memorisation(nearest_training(others, training), others, training)
     assert figures["nearest_pixel_copied"] == figures["nearest_feature_copied"] == 0
     assert figures["nearest_pixel_own"] < 0.5
     assert figures["nearest_pixel_p5"] < figures["nearest_pixel_p50"] < figures["nearest_pixel_p95"]
-    black = Set(torch.full((2, 3, 4, 4), -1.0), torch.zeros(2, 1), training.part(torch.arange(2)).features)
-    white = Set(torch.full((2, 3, 4, 4), 1.0), torch.zeros(2, 1), training.part(torch.arange(2)).features)
-    assert closeness(black, white).pixels.distances.tolist() == [[1, 1], [1, 1]]
+    black = PictureSet(
+        torch.full((2, 3, 4, 4), -1.0), torch.zeros(2, 1), training.part(torch.arange(2)).features
+    )
+    white = PictureSet(
+        torch.full((2, 3, 4, 4), 1.0), torch.zeros(2, 1), training.part(torch.arange(2)).features
+    )
+    assert nearest_training(black, white).pixels.distances.tolist() == [[1, 1], [1, 1]]
 
 
 def test_distances_see_a_copy_of_the_set_and_a_brighter_one() -> None:
@@ -74,11 +78,11 @@ def test_distances_see_a_copy_of_the_set_and_a_brighter_one() -> None:
     assert brighter["kernel_distance"] > same["kernel_distance"]
 
 
-def moved(shown: Set, by: float) -> Set:
+def moved(shown: PictureSet, by: float) -> PictureSet:
     detail = shown.features.detail
     assert detail is not None
     features = Features(shown.features.pooled + by, detail + by, shown.features.probabilities)
-    return Set(shown.images, shown.labels, features)
+    return PictureSet(shown.images, shown.labels, features)
 
 
 def test_without_features_of_detail_their_distance_is_left_out() -> None:
@@ -88,22 +92,22 @@ def test_without_features_of_detail_their_distance_is_left_out() -> None:
 def test_accuracy_goes_by_the_names_of_classes() -> None:
     shown = pictures(24)
     factors = (LABELS,)
-    # "name0" is always the likeliest; two of the twelve labels are unknown to the reader and do not count
-    ten = accuracies(reader(*(f"name{k}" for k in range(10))), factors, shown)
+    # "name0" is always the likeliest. Two of the twelve labels are unknown: they do not count.
+    ten = label_accuracy(reader(*(f"name{k}" for k in range(10))), factors, shown)
     assert ten == {"label_top1": pytest.approx(0.1)}
-    twelve = accuracies(reader(*(f"name{k}" for k in (3, 1, 2, 0, *range(4, 12)))), factors, shown)
+    twelve = label_accuracy(reader(*(f"name{k}" for k in (3, 1, 2, 0, *range(4, 12)))), factors, shown)
     assert twelve == {"label_top1": pytest.approx(1 / 12), "label_top5": pytest.approx(5 / 12)}
-    assert accuracies(reader("dog", "cat"), factors, shown) == {}
-    assert accuracies(reader("name0"), (Factor(name="style", classes=("name0",)),), shown) == {}
+    assert label_accuracy(reader("dog", "cat"), factors, shown) == {}
+    assert label_accuracy(reader("name0"), (Factor(name="style", classes=("name0",)),), shown) == {}
 
 
 def test_halves_are_disjoint_and_as_many_as_asked() -> None:
     training = pictures()
-    some, others = halves(training, 15, seed=1)
+    some, others = split_in_two(training, 15, seed=1)
     assert (len(some), len(others)) == (15, 25)
     rows = torch.cat([some.images, others.images]).flatten(1)
     assert len(rows.unique(dim=0)) == 40
-    assert len(halves(training, 1000, seed=1)[0]) == 20
+    assert len(split_in_two(training, 1000, seed=1)[0]) == 20
 
 
 def test_all_columns_are_measured_and_the_missing_left_out() -> None:
@@ -113,14 +117,14 @@ def test_all_columns_are_measured_and_the_missing_left_out() -> None:
         UNSEEN: pictures(5, 2),
         REAL_UNSEEN: pictures(5, 3),
     }
-    found = measure(sets, None, (LABELS,), seed=0)
-    assert set(found.figures) == {GENERATED, UNSEEN, REAL, REAL_UNSEEN}
-    assert "frechet_distance" in found.figures[REAL]
-    assert "frechet_distance" not in found.figures[UNSEEN]
-    assert set(found.near) == {GENERATED, UNSEEN, REAL_UNSEEN}
+    measurement = measure(sets, None, (LABELS,), seed=0)
+    assert set(measurement.figures) == {GENERATED, UNSEEN, REAL, REAL_UNSEEN}
+    assert "frechet_distance" in measurement.figures[REAL]
+    assert "frechet_distance" not in measurement.figures[UNSEEN]
+    assert set(measurement.nearest) == {GENERATED, UNSEEN, REAL_UNSEEN}
     fewer = measure({name: sets[name] for name in (TRAINING, GENERATED)}, None, (LABELS,), seed=0)
     assert set(fewer.figures) == {GENERATED, REAL}
-    assert fewer.figures[GENERATED] == found.figures[GENERATED]
+    assert fewer.figures[GENERATED] == measurement.figures[GENERATED]
 
 
 def test_few_pictures_are_pointed_out() -> None:
@@ -133,5 +137,5 @@ def test_few_pictures_are_pointed_out() -> None:
 
 
 def test_a_table_has_a_line_per_figure_and_a_dash_where_there_is_none() -> None:
-    text = markdown({"a": {"label_top1": 0.5, "precision": 0.25}, "b": {"precision": 1.0}})
+    text = markdown_table({"a": {"label_top1": 0.5, "precision": 0.25}, "b": {"precision": 1.0}})
     assert text.splitlines()[2:] == ["| precision ↑ | 0.25 | 1 |", "| label top-1 | 0.5 | – |"]

@@ -1,4 +1,4 @@
-"""Which pictures an evaluation makes and compares, and that they are the ones sampling makes."""
+"""The pictures that an evaluation generates and compares: they are the ones that sampling gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import torch
 
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError, Pictures
-from ditserve.model.evaluation.picture_sets import Plan, as_stored, asked, make, open_data, real
+from ditserve.model.evaluation.picture_sets import (
+    EvaluationPlan,
+    choose_examples,
+    generate,
+    open_data,
+    real_pictures,
+    round_to_8_bits,
+)
 from ditserve.model.nets.autoencoder import Identity
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.spec.bundle import Bundle, Factor, write_manifest
@@ -20,7 +27,7 @@ from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
 
 NAMES, STYLES = ("cat", "dog", "fox", "owl", "bee"), ("flat", "shaded", "line")
-PLAN = Plan(
+PLAN = EvaluationPlan(
     limit=100,
     per_pair=1,
     reference=100,
@@ -35,7 +42,7 @@ PLAN = Plan(
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """One picture of every name in every style, 8×8."""
+    """A data set with one picture of every name in every style, 8×8."""
     labels = np.array([[y, s] for y in range(5) for s in range(3)])
     x = np.random.default_rng(0).integers(0, 256, (15, 8, 8, 3), np.uint8)
     file = tmp_path / "drawn.npz"
@@ -43,14 +50,14 @@ def data(tmp_path: Path) -> Path:
     return file
 
 
-def trained_on(bundle: Path, **said: object) -> None:
+def trained_on(bundle: Path, **config: object) -> None:
     manifest = Bundle.open(bundle).manifest
-    data = {"path": "elsewhere.npz", "names": NAMES, **said}
+    data = {"path": "elsewhere.npz", "names": NAMES, **config}
     write_manifest(bundle, manifest.model_copy(update={"provenance": {"training": {"data": data}}}))
 
 
-def open_both(bundle: Path, data: Path, **said: object) -> Dataset:
-    trained_on(bundle, **said)
+def open_both(bundle: Path, data: Path, **config: object) -> Dataset:
+    trained_on(bundle, **config)
     return open_data(load_model(bundle), data)
 
 
@@ -76,14 +83,14 @@ def test_data_of_other_classes_is_refused(bundle: Path, data: Path, tmp_path: Pa
 
 def test_pictures_are_asked_for_labels_of_training_and_for_the_unseen_apart(bundle: Path, data: Path) -> None:
     dataset = open_both(bundle, data, hold_out=0.3)
-    wanted, novel = asked(dataset, PLAN)
-    assert sorted(wanted) == dataset.training.tolist()
-    assert sorted(novel) == np.flatnonzero(dataset.held_out).tolist()
-    assert wanted != sorted(wanted)
-    assert asked(dataset, replace(PLAN, limit=4))[0] == wanted[:4]
-    twice, novel_twice = asked(dataset, replace(PLAN, limit=4, per_pair=2))
-    assert twice == [wanted[0], wanted[0], wanted[1], wanted[1]]
-    assert len(novel_twice) == 2 * len(novel)
+    seen, unseen = choose_examples(dataset, PLAN)
+    assert sorted(seen) == dataset.training.tolist()
+    assert sorted(unseen) == np.flatnonzero(dataset.held_out).tolist()
+    assert seen != sorted(seen)
+    assert choose_examples(dataset, replace(PLAN, limit=4))[0] == seen[:4]
+    twice, unseen_twice = choose_examples(dataset, replace(PLAN, limit=4, per_pair=2))
+    assert twice == [seen[0], seen[0], seen[1], seen[1]]
+    assert len(unseen_twice) == 2 * len(unseen)
 
 
 def example(labels: list[list[int]], held_out: list[bool], factors: tuple[Factor, ...]) -> Pictures:
@@ -101,32 +108,32 @@ def example(labels: list[list[int]], held_out: list[bool], factors: tuple[Factor
 def test_a_held_out_picture_of_a_label_met_in_training_is_not_unseen() -> None:
     factors = (Factor(name="label", classes=("a", "b", "c")),)
     dataset = example([[0], [0], [1], [2], [2]], [False, True, False, True, True], factors)
-    wanted, novel = asked(dataset, PLAN)
-    assert sorted(wanted) == [0, 2]
-    assert novel in ([3], [4])
+    seen, unseen = choose_examples(dataset, PLAN)
+    assert sorted(seen) == [0, 2]
+    assert unseen in ([3], [4])
 
 
 def test_unlabelled_pictures_are_as_many_as_the_limit() -> None:
     dataset = example([], [False] * 6, ())
-    wanted, novel = asked(dataset, replace(PLAN, limit=4))
-    assert len(wanted) == 4
-    assert novel == []
+    seen, unseen = choose_examples(dataset, replace(PLAN, limit=4))
+    assert len(seen) == 4
+    assert unseen == []
 
 
 def test_pictures_are_those_sampling_makes_of_the_same_seeds(bundle: Path, data: Path) -> None:
     opened = load_model(bundle)
     dataset = open_data(opened, data)
-    found = torch.cat(list(make(opened, Identity(), dataset, [3, 7], PLAN)))
+    pictures = torch.cat(list(generate(opened, Identity(), dataset, [3, 7], PLAN)))
     embedding = opened.network.embed(torch.from_numpy(dataset.labels[[3, 7]]))
     denoiser = Denoiser(opened.network, opened.schedule, Conditions((embedding,)), Guidance(2.0))
     *_, expected = denoise(denoiser, step_table("ddim", grid("trailing", 3, 1000), opened.schedule), [5, 6])
-    assert torch.equal(found, as_stored(expected))
+    assert torch.equal(pictures, round_to_8_bits(expected))
 
 
 def test_real_pictures_are_the_data_to_the_bit_and_none_make_none(bundle: Path, data: Path) -> None:
     dataset = open_data(load_model(bundle), data)
-    found = torch.cat(list(real(dataset, Identity(), [4, 2])))
+    pictures = torch.cat(list(real_pictures(dataset, Identity(), [4, 2])))
     with np.load(data) as arrays:
         drawn = arrays["x"][[4, 2]]
-    assert np.array_equal(((found + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), drawn)
-    assert list(real(dataset, Identity(), [])) == []
+    assert np.array_equal(((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), drawn)
+    assert list(real_pictures(dataset, Identity(), [])) == []

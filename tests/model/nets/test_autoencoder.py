@@ -1,4 +1,4 @@
-"""Autoencoders: identity, and the SD-VAE's code on a small random AutoencoderKL."""
+"""Autoencoders: the identity, and the SD-VAE with a small random AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_latents_normalised_by_channel(vae: AutoencoderKL) -> None:
 
 
 def test_large_latents_are_decoded_in_tiles(vae: AutoencoderKL) -> None:
-    """No tile is larger than asked, and the picture is nearly the one decoded whole."""
+    """No tile is larger than `tile`, and the picture is nearly that of decoding whole."""
     latents = torch.randn(1, 4, 24, 40)
     whole = SdVae(vae, tile=0).decode(latents)
     ours = SdVae(vae, tile=16)

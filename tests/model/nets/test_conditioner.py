@@ -44,7 +44,7 @@ def test_unconditional_embedding_is_zero() -> None:
 
 
 def test_fusion_lets_factors_interact() -> None:
-    """With a sum, changing one factor moves the embedding by the same vector whatever the other is; with an MLP not."""
+    """A change of one factor moves the embedding by the same vector in a sum, but not through an MLP."""
     grid = torch.tensor([[a, b] for a in range(2) for b in range(2)])
     for fusion, additive in (("sum", True), ("mlp", False)):
         torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_wrong_conditions_are_refused() -> None:
     ],
 )
 def test_labels_out_of_range_are_named(labels: list[Any], message: str) -> None:
-    """Not an assertion of the device that says nothing."""
+    """The error names the label; on a device it would be an assertion without a message."""
     with pytest.raises(ValueError, match=message):
         ConditionEmbedder((5, 3), 8)(torch.tensor(labels))
 

@@ -1,4 +1,4 @@
-"""The network: the paper's parameter counts, the split, every option, every size, half precision, compilation."""
+"""The DiT: parameter counts of the paper, the split, options, sizes, half precision, compilation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditserve.model.nets.dit import Block, DiT
-from ditserve.model.nets.layers import positions
-from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig, named
+from ditserve.model.nets.layers import sincos_positions
+from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig, published_config
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]
@@ -62,19 +62,19 @@ def count(config: DiTConfig) -> int:
 
 @pytest.mark.parametrize(("size", "parameters"), [("S", 32.96), ("B", 130.51), ("L", 458.10), ("XL", 675.13)])
 def test_parameters_of_the_papers_sizes(size: str, parameters: float) -> None:
-    assert count(named(f"DiT-{size}/2")) / 1e6 == pytest.approx(parameters, abs=0.005)
+    assert count(published_config(f"DiT-{size}/2")) / 1e6 == pytest.approx(parameters, abs=0.005)
 
 
 @pytest.mark.parametrize(
     ("kind", "millions"), [("in_context", 449), ("cross_attention", 598), ("adaln", 600), ("adaln_zero", 675)]
 )
 def test_parameters_of_the_papers_blocks(kind: str, millions: int) -> None:
-    assert count(named("DiT-XL/2", blocks=kind)) / 1e6 == pytest.approx(millions, abs=0.8)
+    assert count(published_config("DiT-XL/2", blocks=kind)) / 1e6 == pytest.approx(millions, abs=0.8)
 
 
 def test_published_element_count() -> None:
     """The released DiT-XL/2 at 256 px has 675,129,632 elements, positions included."""
-    assert count(named("DiT-XL/2")) == 675_129_632
+    assert count(published_config("DiT-XL/2")) == 675_129_632
 
 
 def test_split_is_forward_to_the_bit(variant: DiTConfig, network: Make) -> None:
@@ -90,7 +90,7 @@ def test_split_is_forward_to_the_bit(variant: DiTConfig, network: Make) -> None:
 
 
 def test_every_input_matters(variant: DiTConfig, network: Make) -> None:
-    """Nothing that a variant takes is ignored: the pixels, the time, each factor, the text."""
+    """No input of a variant is ignored: pixels, timestep, each factor, text."""
     dit = network(variant)
     x, t, labels, text = inputs(variant, rows=1)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_every_input_matters(variant: DiTConfig, network: Make) -> None:
 
 
 def test_rows_are_independent(variant: DiTConfig, network: Make) -> None:
-    """A row's output hardly depends on the batch it is in: no operation crosses rows."""
+    """The output of a row hardly depends on its batch: no operation mixes rows."""
     dit = network(variant)
     x, t, labels, text = inputs(variant)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_learns(variant: DiTConfig) -> None:
     "name", ["adaln_zero", "adaln", "hybrid", "hybrid with tokens in context", "text", "all at once"]
 )
 def test_compiles_without_graph_breaks(tiny: Tiny, network: Make, name: str) -> None:
-    """Every kind of block and every option is in one of these."""
+    """Every kind of block and every option is in one of these variants."""
     config = tiny(**VARIANTS[name])
     dit = network(config)
     x, t, labels, text = inputs(config)
@@ -149,7 +149,7 @@ def test_compiles_without_graph_breaks(tiny: Tiny, network: Make, name: str) -> 
 
 
 def test_starts_as_zero() -> None:
-    """adaLN-Zero: every block is the identity and the output is zero before training."""
+    """Before training, every block of adaLN-Zero is the identity and the output is zero."""
     torch.manual_seed(0)
     config = DiTConfig(image_size=(8, 8), hidden_size=32, depth=2, num_heads=2)
     dit = DiT(config)
@@ -162,7 +162,7 @@ def test_starts_as_zero() -> None:
 
 
 def test_block_is_the_papers_formula(tiny: Tiny, network: Make) -> None:
-    """x + gate·attn(LN(x)·(1 + scale) + shift), then the MLP; the six vectors in the published order."""
+    """A block is x + gate·attn(LN(x)·(1 + scale) + shift), then the MLP; vectors in the published order."""
     block = network().blocks[0]
     assert isinstance(block, Block)
     h, state = torch.randn(2, 16, 32), torch.randn(2, 6, 32)
@@ -203,7 +203,7 @@ def test_non_square_training_size(tiny: Tiny, network: Make) -> None:
     x, t, labels, _ = inputs(config)
     dit = network(config)
     assert dit(x, t, labels).shape == (4, 3, 4, 12)
-    assert torch.equal(dit.pos_embed, positions(32, 2, 6))
+    assert torch.equal(dit.pos_embed, sincos_positions(32, 2, 6))
 
 
 def test_tokens_are_row_major(tiny: Tiny, network: Make) -> None:
@@ -218,9 +218,9 @@ def test_tokens_are_row_major(tiny: Tiny, network: Make) -> None:
 
 def test_larger_sizes_are_interpolated_into_the_base(tiny: Tiny, network: Make) -> None:
     dit = network()
-    assert torch.equal(dit.positions(8, 4), positions(32, 8, 4, (0.5, 1.0)))
-    assert torch.equal(dit.positions(2, 3), positions(32, 2, 3))
-    # trained on at 16×16 from 8×8: the new model's own table is the interpolated one, and the function is the same
+    assert torch.equal(dit.positions(8, 4), sincos_positions(32, 8, 4, (0.5, 1.0)))
+    assert torch.equal(dit.positions(2, 3), sincos_positions(32, 2, 3))
+    # Training goes on at 16×16: the table of the new model is the interpolated one, the function is the same.
     grown = DiT(tiny(image_size=(16, 16), base_size=(8, 8))).eval()
     grown.load_state_dict(dit.state_dict())
     x, t, labels, _ = inputs(grown.config)
@@ -281,7 +281,7 @@ def test_half_precision_inference(tiny: Tiny, network: Make, dtype: torch.dtype,
 
 
 class Dtypes(TorchDispatchMode):
-    """The dtype that each operator's first argument has."""
+    """A record of the dtypes of the first argument of each operator."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -298,7 +298,7 @@ class Dtypes(TorchDispatchMode):
 def test_half_precision_keeps_islands_of_fp32(
     tiny: Tiny, network: Make, dtype: torch.dtype, kind: str
 ) -> None:
-    """Timestep sinusoids and LayerNorm statistics are computed in fp32, everything else where the weights are."""
+    """Timestep sinusoids and LayerNorm statistics are in fp32, all else in the dtype of the weights."""
     dit = network(tiny(blocks=kind)).to(dtype)
     x, t, labels, _ = inputs(dit.config)
     with torch.no_grad(), Dtypes() as watch:
@@ -309,7 +309,7 @@ def test_half_precision_keeps_islands_of_fp32(
 
 
 def test_attention_is_sdpa(tiny: Tiny, network: Make) -> None:
-    """FlashAttention is used where the device has it: attention goes through the fused operator, in every block."""
+    """Every block uses the fused operator, which is FlashAttention on devices that have it."""
     dit = network()
     x, t, labels, _ = inputs(dit.config)
     with mock.patch.object(

@@ -1,4 +1,4 @@
-"""Layers against the formulas of their papers, written again here in plain numpy."""
+"""The layers, compared with the formulas of their papers in plain numpy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ditserve.model.nets.layers import (
     CrossAttention,
     SwiGlu,
     TimestepEmbedder,
+    apply_rotary,
     layer_norm,
-    positions,
     rotary_tables,
-    rotate,
-    timestep_frequencies,
+    sincos_positions,
+    timestep_features,
     unpatchify,
 )
 
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def reference_positions(width: int, rows: int, columns: int, scale: tuple[float, float]) -> Floats:
-    """One number at a time, from the definition."""
+    """Return the table computed number by number, from the definition."""
     quarter = width // 4
     table = np.zeros((rows * columns, width))
     for row in range(rows):
@@ -38,8 +38,8 @@ def reference_positions(width: int, rows: int, columns: int, scale: tuple[float,
                 omega = 10000.0 ** (-k / quarter)
                 x, y = column * scale[1] * omega, row * scale[0] * omega
                 parts = (math.sin(x), math.cos(x), math.sin(y), math.cos(y))
-                for place, value in enumerate(parts):
-                    table[row * columns + column, place * quarter + k] = value
+                for part, value in enumerate(parts):
+                    table[row * columns + column, part * quarter + k] = value
     return table
 
 
@@ -51,7 +51,7 @@ def reference_positions(width: int, rows: int, columns: int, scale: tuple[float,
     scale=st.tuples(st.floats(0.1, 1), st.floats(0.1, 1)),
 )
 def test_positions_are_the_formula(quarter: int, rows: int, columns: int, scale: tuple[float, float]) -> None:
-    table = positions(4 * quarter, rows, columns, scale)
+    table = sincos_positions(4 * quarter, rows, columns, scale)
     assert table.dtype == torch.float32
     np.testing.assert_allclose(
         table.numpy(), reference_positions(4 * quarter, rows, columns, scale), atol=1e-7
@@ -59,7 +59,7 @@ def test_positions_are_the_formula(quarter: int, rows: int, columns: int, scale:
 
 
 def test_positions_put_the_column_first() -> None:
-    table = positions(8, 2, 2)
+    table = sincos_positions(8, 2, 2)
     np.testing.assert_allclose(
         table[1], [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01), 0, 0, 1, 1]
     )
@@ -71,19 +71,19 @@ def test_timestep_frequencies_are_the_formula(shift: int) -> None:
     k = np.arange(128)
     angles = t[:, None] * np.exp(-np.log(10000.0) * k / (128 - shift))[None]
     expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    got = timestep_frequencies(torch.tensor(t), shift=shift)
+    got = timestep_features(torch.tensor(t), shift=shift)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-4)  # fp32 angles up to 999
 
 
 def test_diffusers_frequencies_are_another_function() -> None:
     t = torch.tensor([999.0])
-    assert (timestep_frequencies(t) - timestep_frequencies(t, shift=1)).abs().max() > 1
+    assert (timestep_features(t) - timestep_features(t, shift=1)).abs().max() > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_timesteps_are_told_apart(dtype: torch.dtype) -> None:
-    """998 and 999 are one number in bfloat16: the sinusoids must be computed before rounding."""
+    """In bfloat16, 998 and 999 are one number: the sinusoids must be computed before rounding."""
     embedder = TimestepEmbedder(16).to(dtype)
     out = embedder(torch.tensor([998.0, 999.0]))
     assert out.dtype == dtype
@@ -99,7 +99,7 @@ def test_layer_norm_statistics_are_fp32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_softmax_is_fp32(dtype: torch.dtype) -> None:
-    """Scores of up to a hundred, rounded to half precision before the softmax, would be off by a fraction of one."""
+    """A score near 100, rounded to half precision before the softmax, would be off by a part of 1."""
     torch.manual_seed(0)
     attention = Attention(32, 2).to(dtype)
     attention.proj = nn.Identity()  # type: ignore[assignment]
@@ -118,10 +118,10 @@ def test_softmax_is_fp32(dtype: torch.dtype) -> None:
 
 
 def test_rotation_by_relative_position() -> None:
-    """Scores of rotated queries and keys depend on the offset of their positions alone."""
+    """The scores of rotated queries and keys depend only on the offset of their positions."""
     cos, sin = rotary_tables(8, 3, 4)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    turned_q, turned_k = (rotate(part.expand(1, 1, 12, 8), cos, sin)[0, 0] for part in (q, k))
+    turned_q, turned_k = (apply_rotary(part.expand(1, 1, 12, 8), cos, sin)[0, 0] for part in (q, k))
     scores = turned_q @ turned_k.T  # (T, T)
     assert torch.allclose(scores[0, 5], scores[5, 10], atol=1e-5)  # both one row down, one column right
     assert torch.allclose(scores[1, 4], scores[6, 9], atol=1e-5)  # one row down, one column left
@@ -142,7 +142,7 @@ def test_attention_is_softmax_of_scores(qk_norm: bool) -> None:
 
 
 def test_attention_rows_of_qkv_are_head_major() -> None:
-    """As published: rows [q; k; v], each head after head."""
+    """The published order of rows is [q; k; v], and in each of them head after head."""
     attention = Attention(8, 2)
     h = torch.randn(1, 3, 8)
     q, k, v = attention.heads(h)

@@ -1,4 +1,4 @@
-"""Text encoders: the table, and transformers' models where they are installed."""
+"""Text encoders: their names, and models of the library transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def test_unknown_encoders(name: str, message: str) -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "ditserve.model.nets.text_encoders", raising=False)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(TextError, match="pip install transformers"):
         open_encoder("minilm")
@@ -48,7 +47,7 @@ SIZES = {"vocab_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "ma
 
 
 def tokens(folder: Path, special: tuple[str, ...], template: str) -> None:
-    """A tokenizer of four words, saved as transformers keeps it; `template` puts in what stands around a sentence."""
+    """Save a tokenizer of four words; `template` has the special tokens around a sentence."""
     vocabulary = {word: number for number, word in enumerate((*special, *WORDS))}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -82,7 +81,7 @@ def clip_text(folder: Path) -> None:
 
 
 def clip(folder: Path) -> None:
-    """Text and pictures, as CLIP is published; of it the text model alone is read."""
+    """Save a CLIP as it is published, with text and vision models; only the text model is read."""
     clip_text(folder)
     text = json.loads((folder / "config.json").read_text())
     vision = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -104,12 +103,14 @@ def test_a_folder_of_transformers(make: Callable[[Path], None], size: int, tmp_p
     np.testing.assert_allclose(np.linalg.norm(out, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(out[0], out[2], atol=1e-6)
     assert np.abs(out[0] - out[1]).max() > 1e-3
-    np.testing.assert_allclose(out[1], encoder.encode(["cat"])[0], atol=1e-5)  # padding does not count
+    # Padding does not count.
+    np.testing.assert_allclose(out[1], encoder.encode(["cat"])[0], atol=1e-5)
     np.testing.assert_array_equal(
         out, open_encoder(f"transformers:{tmp_path}").encode(["a red fox", "cat", "a red fox", ""])
     )
     assert encoder.encode([]).shape == (0, size)
-    assert np.isfinite(encoder.encode(["cat " * 100])).all()  # longer than the model reads
+    # A sentence that is longer than the model reads is cut.
+    assert np.isfinite(encoder.encode(["cat " * 100])).all()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

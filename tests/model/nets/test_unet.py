@@ -1,4 +1,4 @@
-"""The U-Net baseline: the DiT's interface, ADM's shape, and that it learns."""
+"""The U-Net: it has the interface of the DiT and the shape of ADM, and it learns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ditserve.model.nets.factory import make_network
 from ditserve.model.nets.unet import ResBlock, UNet, group_norm
 from ditserve.model.spec.network_config import network_config, network_fields
-from ditserve.model.spec.unet_config import Stage, UNetConfig
+from ditserve.model.spec.unet_config import UNetConfig, UNetStage
 from tests.model.nets.unet_cases import TINY_UNET
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def test_starts_at_zero_and_learns(variant: UNetConfig) -> None:
 
 
 def test_block_norm_is_scaled_and_shifted_by_the_condition() -> None:
-    block = ResBlock(Stage(16, 16), 64, 16)
+    block = ResBlock(UNetStage(16, 16), 64, 16)
     h, state = torch.randn(2, 16, 4, 4), torch.randn(2, 2, 16)
     scale, shift = state[:, 0, :, None, None], state[:, 1, :, None, None]
     inner = F.group_norm(block.conv1(F.silu(F.group_norm(h, 16, block.norm1.weight, block.norm1.bias))), 16)
@@ -106,7 +106,7 @@ def test_block_norm_is_scaled_and_shifted_by_the_condition() -> None:
 
 
 def test_shape_is_diffusers_unet_of_the_same_settings() -> None:
-    """As many residual blocks with the same channels as diffusers' ADM-like U-Net: three levels, two blocks each."""
+    """Its residual blocks have the channels of those in diffusers' U-Net of ADM's kind."""
     ours = UNetConfig(base_channels=32, multipliers=(1, 2, 3), res_blocks=2, attention=(1, 2), head_size=16)
     theirs = UNet2DModel(
         block_out_channels=(32, 64, 96),
@@ -126,7 +126,7 @@ def test_shape_is_diffusers_unet_of_the_same_settings() -> None:
 
 
 def test_compiles_without_graph_breaks_at_any_size() -> None:
-    """Every option is in this one."""
+    """Every option is in this configuration."""
     config = replace(TINY_UNET, learn_sigma=True, text_size=6, fusion="mlp")
     unet = randomised(config)
     _, t, labels, text = inputs(config)
@@ -149,7 +149,7 @@ def test_half_precision_inference(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_group_norm_statistics_are_fp32(dtype: torch.dtype) -> None:
-    """Summed in half precision, four thousand numbers around 30 would lose their mean."""
+    """In half precision, the sum of four thousand numbers around 30 would lose their mean."""
     h = (torch.randn(1, 32, 64, 64) + 30).to(dtype)
     exact = F.group_norm(h.double(), 32)
     assert (group_norm(32).to(dtype)(h).double() - exact).abs().max() < 16 * torch.finfo(dtype).eps

@@ -1,4 +1,4 @@
-"""A U-Net small enough for a test: two levels, the coarser attending."""
+"""A U-Net that is small enough for a test: two levels, of which the coarser attends."""
 
 from __future__ import annotations
 

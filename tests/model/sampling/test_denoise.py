@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ditserve.model.nets.dit import DiT
-from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise, noise
-from ditserve.model.sampling.prompt import combine
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise, initial_noise
+from ditserve.model.sampling.prompt import combine_conditions
 from ditserve.model.spec.diffusion import Schedule, grid, make_schedule
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.solvers import learned_log_variance, step_table, variance_bounds
@@ -38,9 +38,9 @@ def conditions(dit: DiT, *labels: list[int], rows: int = 1) -> list[Tensor]:
 
 def test_a_seed_is_its_own_noise() -> None:
     expected = np.random.Generator(np.random.Philox(7)).standard_normal((3, 8, 8), dtype=np.float32)
-    np.testing.assert_array_equal(noise(7, (3, 8, 8)), expected)
+    np.testing.assert_array_equal(initial_noise(7, (3, 8, 8)), expected)
     with pytest.raises(ValueError, match="a seed must be 0 or more, not -1"):
-        noise(-1, (3, 8, 8))
+        initial_noise(-1, (3, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_a_sample_does_not_depend_on_its_batch(
 
 
 def test_ddim_by_hand(network: Make, schedule: Schedule) -> None:
-    """x0 → noise → next x, as in arXiv:2010.02502 eq. 12, with guidance on the raw output."""
+    """Each step is x0 → noise → next x, as in arXiv:2010.02502 eq. 12, with guidance on the raw output."""
     dit = network()
     label, null = torch.tensor([[1, 2]]), torch.tensor([[5, 3]])
-    x = torch.from_numpy(noise(3, (3, 8, 8)))[None]
+    x = torch.from_numpy(initial_noise(3, (3, 8, 8)))[None]
     steps = grid("trailing", 4)
     with torch.no_grad():
         for now, after in zip(steps, (*steps[1:], -1), strict=True):
@@ -75,7 +75,7 @@ def test_ddim_by_hand(network: Make, schedule: Schedule) -> None:
 
 
 def test_learned_variance_scales_the_noise(tiny: Tiny, network: Make) -> None:
-    """One DDPM step on a model of learned variance, written out: the mean plus exp(log variance / 2) · z."""
+    """A DDPM step on a model of learned variance, written out, is the mean plus exp(log variance / 2) · z."""
     dit = network(tiny(learn_sigma=True))
     schedule = make_schedule("linear")
     table = step_table("ddpm", (900, 400), schedule)
@@ -116,7 +116,7 @@ def test_composition_is_a_sum_of_differences(network: Make, schedule: Schedule) 
     dit = network()
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([500.0])
     cat, fox, empty = (dit(x, t, torch.tensor([label])) for label in ([0, 3], [2, 3], [5, 3]))
-    parts = combine([e[0] for e in conditions(dit, [0, 3], [2, 3])], [3, 1], "compose", 1)
+    parts = combine_conditions([e[0] for e in conditions(dit, [0, 3], [2, 3])], [3, 1], "compose", 1)
     got = Denoiser(dit, schedule, parts, Guidance(2.0))(x, 500)
     assert torch.allclose(got, empty + 2 * (0.75 * (cat - empty) + 0.25 * (fox - empty)), atol=1e-4)
 
@@ -126,7 +126,7 @@ def test_layers_and_mixes_differ_from_either(network: Make, schedule: Schedule) 
     x = torch.randn(1, 3, 8, 8)
     cat, fox = (e[0] for e in conditions(dit, [0, 3], [2, 3]))
     outs = [
-        Denoiser(dit, schedule, combine(parts, [1] * len(parts), how, 1))(x, 500)  # type: ignore[arg-type]
+        Denoiser(dit, schedule, combine_conditions(parts, [1] * len(parts), how, 1))(x, 500)  # type: ignore[arg-type]
         for parts, how in (
             ([cat], "linear"),
             ([fox], "linear"),
@@ -138,7 +138,7 @@ def test_layers_and_mixes_differ_from_either(network: Make, schedule: Schedule) 
     ]
     for k, one in enumerate(outs):
         assert all(not torch.allclose(one, other, atol=1e-5) for other in outs[k + 1 :])
-    same = Denoiser(dit, schedule, combine([cat, cat], [1, 1], "layers", 1))(x, 500)
+    same = Denoiser(dit, schedule, combine_conditions([cat, cat], [1, 1], "layers", 1))(x, 500)
     assert torch.allclose(same, outs[0], atol=1e-6)
 
 

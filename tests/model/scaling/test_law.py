@@ -1,4 +1,4 @@
-"""The scaling law: known coefficients are found again, outliers and constants do no harm, and what cannot be fitted is refused."""
+"""The scaling law: known coefficients are recovered, also with outliers; impossible fits are refused."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.scaling.law import Law, Point, Term, bootstrap, fit, refit
+from ditserve.model.scaling.law import Law, LawTerm, LossPoint, bootstrap, fit, refit
 
 SIZES, DATA, COMPUTE = (3e5, 1e6, 3e6, 1e7), (250.0, 500.0, 1000.0, 2000.0), (1e11, 1e12, 1e13, 1e14)
 KNOWN = Law(
     {
-        "parameters": Term(0.4, 0.35, 1e6),
-        "pictures": Term(0.3, 0.6, 1e3),
-        "flops": Term(0.5, 0.28, 1e12),
+        "parameters": LawTerm(0.4, 0.35, 1e6),
+        "pictures": LawTerm(0.3, 0.6, 1e3),
+        "flops": LawTerm(0.5, 0.28, 1e12),
     },
     0.2,
 )
 
 
-def measured(law: Law, *, noise: float = 0.0, sizes: tuple[float, ...] = SIZES) -> list[Point]:
+def measured(law: Law, *, noise: float = 0.0, sizes: tuple[float, ...] = SIZES) -> list[LossPoint]:
     random = np.random.default_rng(0)
     points = []
     for size, data, flops in product(sizes, DATA, COMPUTE):
@@ -32,7 +32,7 @@ def measured(law: Law, *, noise: float = 0.0, sizes: tuple[float, ...] = SIZES) 
         loss = float(law.loss(**{name: values[name] for name in law.terms})) * math.exp(
             random.normal(0, noise)
         )
-        points.append(Point(f"{size:g}/{data:g}", size, data, flops, loss))
+        points.append(LossPoint(f"{size:g}/{data:g}", size, data, flops, loss))
     return points
 
 
@@ -47,11 +47,11 @@ def test_the_law_is_the_sum_of_its_terms() -> None:
 
 
 def test_all_seven_numbers_are_found_again() -> None:
-    found = fit(measured(KNOWN))
-    assert found.irreducible == pytest.approx(0.2, rel=1e-3)
+    fitted = fit(measured(KNOWN))
+    assert fitted.irreducible == pytest.approx(0.2, rel=1e-3)
     for name, term in KNOWN.terms.items():
-        assert found.terms[name].exponent == pytest.approx(term.exponent, rel=1e-3)
-        assert found.terms[name].plain == pytest.approx(term.plain, rel=1e-2)
+        assert fitted.terms[name].exponent == pytest.approx(term.exponent, rel=1e-3)
+        assert fitted.terms[name].plain == pytest.approx(term.plain, rel=1e-2)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -63,35 +63,35 @@ def test_any_law_of_two_variables_is_found_again(
     numbers: tuple[float, float, float, float], rest: float
 ) -> None:
     a, alpha, c, gamma = numbers
-    law = Law({"parameters": Term(a, alpha, 2e6), "flops": Term(c, gamma, 3e12)}, rest)
+    law = Law({"parameters": LawTerm(a, alpha, 2e6), "flops": LawTerm(c, gamma, 3e12)}, rest)
     points = [replace(point, pictures=1000.0) for point in measured(law)][::3]
-    found = fit(points)
-    assert set(found.terms) == {"parameters", "flops"}
-    assert found.terms["parameters"].exponent == pytest.approx(alpha, rel=0.02, abs=0.01)
-    assert found.terms["flops"].exponent == pytest.approx(gamma, rel=0.02, abs=0.01)
-    assert found.irreducible == pytest.approx(rest, rel=0.05, abs=0.01)
+    fitted = fit(points)
+    assert set(fitted.terms) == {"parameters", "flops"}
+    assert fitted.terms["parameters"].exponent == pytest.approx(alpha, rel=0.02, abs=0.01)
+    assert fitted.terms["flops"].exponent == pytest.approx(gamma, rel=0.02, abs=0.01)
+    assert fitted.irreducible == pytest.approx(rest, rel=0.05, abs=0.01)
 
 
 def test_a_run_that_went_wrong_moves_the_law_little() -> None:
     points = measured(KNOWN, noise=0.002)
     points[17] = replace(points[17], loss=points[17].loss * 5)
-    found = fit(points)
+    fitted = fit(points)
     for name, term in KNOWN.terms.items():
-        assert found.terms[name].exponent == pytest.approx(term.exponent, rel=0.1)
+        assert fitted.terms[name].exponent == pytest.approx(term.exponent, rel=0.1)
 
 
 def test_other_runs_would_have_given_laws_around_the_fitted_one() -> None:
     points = measured(KNOWN, noise=0.01)
     law = fit(points)
     laws = bootstrap(points, law, draws=12, seed=1)
-    exponents = [each.terms["flops"].exponent for each in laws]
+    exponents = [other.terms["flops"].exponent for other in laws]
     assert min(exponents) < law.terms["flops"].exponent < max(exponents)
     assert min(exponents) < KNOWN.terms["flops"].exponent < max(exponents)
     again = bootstrap(points, law, draws=12, seed=1)
-    assert [each.irreducible for each in again] == [each.irreducible for each in laws]
+    assert [other.irreducible for other in again] == [other.irreducible for other in laws]
     exact = measured(KNOWN)
     steady = bootstrap(exact, fit(exact), draws=3)
-    assert np.ptp([each.terms["flops"].exponent for each in steady]) < 1e-3
+    assert np.ptp([other.terms["flops"].exponent for other in steady]) < 1e-3
 
 
 def test_searching_again_from_the_law_keeps_it() -> None:

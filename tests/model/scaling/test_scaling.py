@@ -1,4 +1,4 @@
-"""A family of tiny networks from the recipe to the law: equal compute, resumed where it stopped, refused in a sentence."""
+"""A family of tiny networks, from its configuration to the law: equal compute, resumption, and refusals."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ditserve.model.scaling.__main__ import interval, main, report, summary
-from ditserve.model.scaling.law import Law, Term
-from ditserve.model.scaling.record import Family, Look, Record
-from ditserve.model.train.dry_run import Memory, StageCost
+from ditserve.model.scaling.__main__ import main
+from ditserve.model.scaling.family import Family
+from ditserve.model.scaling.law import Law, LawTerm
+from ditserve.model.scaling.record import Measurement, ScalingRecord
+from ditserve.model.scaling.report import interval, network_table, write_report
+from ditserve.model.train.dry_run import MemoryEstimate, StageCost
 from ditserve.model.train.load import load_model
 from tests.model.train.training_cases import tiny_run, write_pictures
 
@@ -30,18 +32,18 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-RECORD = Record(
+RECORD = ScalingRecord(
     family=Family(train=Path("run.json"), models={"a": {}}, flops=1.0), machine="1 of 2 cores, Linux"
 )
 
 
 @pytest.fixture
 def family(tmp_path: Path) -> dict[str, Any]:
-    """Two DiTs and a U-Net on eight names in two styles."""
-    recipe = tiny_run(tmp_path)
-    recipe["data"]["path"] = str(write_pictures(tmp_path / "set.npz", names=tuple("acdefghi")))
-    recipe["data"]["hold_out"] = 0.3
-    (tmp_path / "run.json").write_text(json.dumps(recipe))
+    """Return a family of two DiTs and a U-Net, on eight names in two styles."""
+    config = tiny_run(tmp_path)
+    config["data"]["path"] = str(write_pictures(tmp_path / "set.npz", names=tuple("acdefghi")))
+    config["data"]["hold_out"] = 0.3
+    (tmp_path / "run.json").write_text(json.dumps(config))
     return {"train": str(tmp_path / "run.json"), "models": MODELS, "flops": 8e7, "looks": 2}
 
 
@@ -51,21 +53,21 @@ def command(family: dict[str, Any], folder: Path) -> list[str]:
     return [str(file), "--out", str(folder / "out"), "--draws", "3"]
 
 
-def looks(folder: Path) -> tuple[Look, ...]:
-    return Record.model_validate_json((folder / "out" / "scaling.json").read_text()).looks
+def looks(folder: Path) -> tuple[Measurement, ...]:
+    return ScalingRecord.model_validate_json((folder / "out" / "scaling.json").read_text()).looks
 
 
 def test_all_runs_get_the_same_compute_and_are_measured_on_the_way(
     family: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(family, tmp_path)) == 0
-    found = looks(tmp_path)
-    assert [look.run for look in found] == [name for name in MODELS for _ in range(2)]
-    for half, full in zip(found[::2], found[1::2], strict=True):
+    measured = looks(tmp_path)
+    assert [look.run for look in measured] == [name for name in MODELS for _ in range(2)]
+    for half, full in zip(measured[::2], measured[1::2], strict=True):
         assert half.step == full.step // 2
         assert full.flops == pytest.approx(8e7, rel=0.6 / full.step)
         assert half.loss > 0
-    assert len({look.step for look in found[1::2]}) == 3
+    assert len({look.step for look in measured[1::2]}) == 3
     text = capsys.readouterr().out
     assert "| U-Net | " in text
     assert "No law was fitted: 4 measured losses are too few to fit 5 numbers" in text
@@ -98,9 +100,9 @@ def test_less_data_is_what_more_pairs_held_out_leave(family: dict[str, Any], tmp
 
 
 def test_a_family_that_follows_a_law_is_fitted_and_drawn(tmp_path: Path) -> None:
-    law = Law({"parameters": Term(0.4, 0.35, 1e6), "flops": Term(0.5, 0.28, 1e12)}, 0.2)
-    found = [
-        Look(
+    law = Law({"parameters": LawTerm(0.4, 0.35, 1e6), "flops": LawTerm(0.5, 0.28, 1e12)}, 0.2)
+    measured = [
+        Measurement(
             run=f"DiT-{size:.0e}",
             model=f"DiT-{size:.0e}",
             network="dit",
@@ -113,10 +115,10 @@ def test_a_family_that_follows_a_law_is_fitted_and_drawn(tmp_path: Path) -> None
         for size in (3e5, 1e6, 3e6, 1e7)
         for k, flops in enumerate((1e11, 1e12, 1e13))
     ]
-    unet = found[0].model_copy(update={"run": "U-Net", "network": "unet", "loss": 9.0})
-    text = report(RECORD.model_copy(update={"looks": (*found, unet)}), {}, 5, tmp_path)
+    unet = measured[0].model_copy(update={"run": "U-Net", "network": "unet", "loss": 9.0})
+    text = write_report(RECORD.model_copy(update={"looks": (*measured, unet)}), {}, 5, tmp_path)
     assert (tmp_path / "scaling.md").read_text() == text
-    fitted = Record.model_validate_json((tmp_path / "scaling.json").read_text()).law
+    fitted = ScalingRecord.model_validate_json((tmp_path / "scaling.json").read_text()).law
     assert fitted["parameters_exponent"][0] == pytest.approx(0.35, rel=1e-2)
     assert fitted["irreducible"][0] == pytest.approx(0.2, rel=1e-2)
     with Image.open(tmp_path / "scaling.png") as picture:
@@ -124,14 +126,13 @@ def test_a_family_that_follows_a_law_is_fitted_and_drawn(tmp_path: Path) -> None
 
 
 def test_the_table_shows_the_last_look_of_each_run() -> None:
-    look = Look(
-        run="a, 0.1 held out", model="a", network="dit", parameters=1_500_000, pictures=9, step=10, flops=2e12, loss=0.5
-    )  # fmt: skip
+    sizes: dict[str, Any] = {"parameters": 1_500_000, "pictures": 9, "step": 10, "flops": 2e12}
+    look = Measurement(run="a, 0.1 held out", model="a", network="dit", loss=0.5, **sizes)
     earlier = look.model_copy(update={"step": 5, "loss": 0.7})
     fewer = look.model_copy(update={"run": "a, 0.5 held out", "pictures": 5, "loss": 0.6})
-    cost = StageCost((8, 8), 10, 500_000_000, 1, 12.0, 1.0, Memory(99 << 20, 0, 0, 0, 0, 0))
+    cost = StageCost((8, 8), 10, 500_000_000, 1, 12.0, 1.0, MemoryEstimate(99 << 20, 0, 0, 0, 0, 0))
     record = RECORD.model_copy(update={"looks": (look, earlier, fewer)})
-    header, _, *rows = summary(record, {"a": cost}).splitlines()
+    header, _, *rows = network_table(record, {"a": cost}).splitlines()
     assert header.endswith("| steps | loss, 9 pictures | loss, 5 pictures |")
     assert rows == ["| a | 1.50 M | 1.000 | 99 MiB | 12 | 10 | 0.5000 | 0.6000 |"]
 
@@ -141,7 +142,7 @@ def test_an_interval_is_the_middle_nine_tenths() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "sentence"),
     [
         ({"flops": 1e3}, "raise flops or lower looks"),
         ({"flops": -1}, "flops: "),
@@ -153,7 +154,7 @@ def test_an_interval_is_the_middle_nine_tenths() -> None:
 )
 def test_a_family_that_cannot_be_trained_is_refused(
     changes: dict[str, Any],
-    said: str,
+    sentence: str,
     family: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -162,7 +163,7 @@ def test_a_family_that_cannot_be_trained_is_refused(
     message = capsys.readouterr().err
     assert message.startswith("model.scaling: ")
     assert message.count("\n") == 1
-    assert said in message
+    assert sentence in message
 
 
 def test_results_of_another_family_are_kept(

@@ -1,4 +1,4 @@
-"""What the tests of the solvers share: any schedule and any walk, and networks whose right answer is known."""
+"""Schedules, grids and networks with a known right answer, for the tests of the solvers."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ schedules = st.builds(
     log_snr_shift=st.sampled_from([0.0, -2.0, 1.0]),
 )
 solvers = st.sampled_from(sorted(SOLVERS))
-splicing = st.sampled_from(sorted(SOLVERS.keys() - {"unipc-1"}))  # it corrects steps of its own table alone
+# "unipc-1" corrects only steps of its own table, so its tables cannot be spliced.
+splicing = st.sampled_from(sorted(SOLVERS.keys() - {"unipc-1"}))
 
 
-def chosen(solver: str, eta: float) -> float:
-    """`eta` where the solver leaves it open, else 0, which every solver takes."""
+def legal_eta(solver: str, eta: float) -> float:
+    """Return `eta` if the solver leaves it open, else 0, which every solver takes."""
     return eta if SOLVERS[solver].eta is None else 0.0
 
 
 @st.composite
-def walks(draw: st.DrawFn, schedule: Schedule) -> tuple[int, ...]:
-    """Any legal grid of a schedule, named or not."""
+def grids(draw: st.DrawFn, schedule: Schedule) -> tuple[int, ...]:
+    """Draw a legal grid of a schedule: one of a named kind, or any timesteps."""
     steps = draw(st.integers(1, min(schedule.timesteps, 60)))
     kind = draw(st.sampled_from([*GRIDS, "any"]))
     if kind != "any":
@@ -47,12 +48,12 @@ def walks(draw: st.DrawFn, schedule: Schedule) -> tuple[int, ...]:
 
 
 def run(table: StepTable, x: Any, network: Network, **options: Any) -> list[Any]:
-    """The sample after every step."""
+    """Return the sample after every step."""
     return [after for after, _ in trajectory(table, x, network, **options)]
 
 
 def oracle(schedule: Schedule, x0: Any, noise: Any) -> Network:
-    """The network that always knows which image and which noise it was."""
+    """Return the network that always knows the image and the noise."""
 
     def network(x: Any, t: int) -> Any:
         return training_target(schedule.prediction, schedule.alpha(t), schedule.sigma(t), x0, noise)
@@ -60,27 +61,27 @@ def oracle(schedule: Schedule, x0: Any, noise: Any) -> Network:
     return network
 
 
-def gaussian(schedule: Schedule, spread: float) -> Network:
-    """The exact x0 prediction of data N(0, spread²)."""
+def gaussian(schedule: Schedule, std: float) -> Network:
+    """Return the exact x0 prediction for data N(0, std²)."""
 
     def network(x: Any, t: int) -> Any:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        return x * (alpha * spread**2 / (alpha**2 * spread**2 + sigma**2))
+        return x * (alpha * std**2 / (alpha**2 * std**2 + sigma**2))
 
     return network
 
 
 def bent(x: Any, t: int) -> Any:
-    """Some smooth output without a closed form, the same in numpy and torch."""
+    """Return a smooth output without a closed form, the same in numpy and torch."""
     return 0.8 * x + 0.3 * (x * x + 1.0) ** 0.5 * (1.0 - t / 1000.0) - 0.2
 
 
-def marginal_spread(schedule: Schedule, t: int, spread: float) -> float:
-    """Standard deviation of x_t for data N(0, spread²): the exact ODE scales a sample as this changes."""
-    return math.sqrt(schedule.alpha(t) ** 2 * spread**2 + schedule.sigma(t) ** 2)
+def marginal_std(schedule: Schedule, t: int, std: float) -> float:
+    """Return the standard deviation of x_t for data N(0, std²), which scales a sample along the exact ODE."""
+    return math.sqrt(schedule.alpha(t) ** 2 * std**2 + schedule.sigma(t) ** 2)
 
 
 def draws(seed: int) -> Callable[[], Samples]:
-    """A source of standard normal noise shaped as START."""
+    """Return a source of standard normal noise, shaped as START."""
     rng = np.random.default_rng(seed)
     return lambda: rng.standard_normal((2, 4))

@@ -1,4 +1,4 @@
-"""Bundles: what opens, what is refused and with which sentence, and that writing is whole or not at all."""
+"""Bundles: opening, refusals and their sentences, and atomic writing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_round_trip(folder: Path, tiny: Tiny) -> None:
     manifest = bundle.manifest
     assert manifest.config == tiny(blocks=("adaln", "adaln", "cross_attention"))
     assert set(manifest.files) == {"weights.safetensors", "backbone.onnx"}
-    assert [(each.name, len(each.classes)) for each in manifest.factors] == [("label", 2), ("style", 1)]
+    assert [(factor.name, len(factor.classes)) for factor in manifest.factors] == [("label", 2), ("style", 1)]
     assert bundle.file("backbone.onnx").read_bytes() == b"graph"
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 
@@ -85,7 +85,7 @@ def test_files_outside_the_manifest_are_refused(folder: Path) -> None:
 
 
 def test_altered_and_missing_files(folder: Path) -> None:
-    (folder / "backbone.onnx").write_bytes(b"graqh")  # as long, but other
+    (folder / "backbone.onnx").write_bytes(b"graqh")  # the same length
     assert Bundle.open(folder, verify=False).manifest.name == "tiny"
     with pytest.raises(BundleError, match=r"backbone\.onnx differs from the hash"):
         Bundle.open(folder)
@@ -154,7 +154,7 @@ def test_atomic_write_leaves_old_or_new(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_opening_needs_no_torch() -> None:
-    """The API process reads manifests; it starts without torch."""
+    """The API process reads manifests, and starts without torch."""
     code = (
         "import sys, ditserve.model.spec.bundle, ditserve.model.spec.mixing; sys.exit('torch' in sys.modules)"
     )

@@ -1,4 +1,4 @@
-"""Noise schedules, guidance and training formulas, against the papers and diffusers."""
+"""Noise schedules, guidance and training formulas, compared with the papers and with diffusers."""
 
 from __future__ import annotations
 
@@ -274,5 +274,6 @@ def test_impossible_training_formulas_are_refused_in_one_sentence() -> None:
 
 
 def test_diffusion_and_solvers_load_without_torch() -> None:
-    script = "import sys, ditserve.model.spec.diffusion, ditserve.model.spec.solvers; sys.exit('torch' in sys.modules)"
+    modules = "ditserve.model.spec.diffusion, ditserve.model.spec.solvers"
+    script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

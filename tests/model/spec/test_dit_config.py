@@ -1,4 +1,4 @@
-"""Configurations: the published sizes, what is refused and with which sentence, and the condition state they imply."""
+"""Configurations: the published sizes, refusals and their sentences, and the condition state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from ditserve.model.spec.dit_config import BLOCK_KINDS, PATCHES, SIZES, DiTConfig, named
+from ditserve.model.spec.dit_config import BLOCK_KINDS, PATCHES, SIZES, DiTConfig, published_config
 
 Tiny = Callable[..., DiTConfig]
 
@@ -16,7 +16,7 @@ Tiny = Callable[..., DiTConfig]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("patch", PATCHES)
 def test_named_sizes_are_the_papers(size: str, patch: int) -> None:
-    config = named(f"DiT-{size}/{patch}")
+    config = published_config(f"DiT-{size}/{patch}")
     assert (config.depth, config.hidden_size, config.num_heads) == SIZES[size]
     assert config.tokens == (32 // patch) ** 2
     assert config.classes == (1000,)
@@ -24,13 +24,13 @@ def test_named_sizes_are_the_papers(size: str, patch: int) -> None:
 
 
 def test_named_takes_changes() -> None:
-    assert named("DiT-S/2", learn_sigma=False, classes=(10,)).out_channels == 4
+    assert published_config("DiT-S/2", learn_sigma=False, classes=(10,)).out_channels == 4
 
 
 @pytest.mark.parametrize("name", ["DiT-S/3", "DiT-M/2", "dit-s/2", "DiT-S/2 ", ""])
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="DiT-S/2"):
-        named(name)
+        published_config(name)
 
 
 @pytest.mark.parametrize(

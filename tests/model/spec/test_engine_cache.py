@@ -1,4 +1,4 @@
-"""Whose engines are whose: the GPU is asked for, and a graph that is missing is told with the command that makes it."""
+"""The engine cache: the GPU of this machine, and the command that makes a missing graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from ditserve.model.spec.bundle import Bundle, BundleError
-from ditserve.model.spec.engine_cache import Device, NoGpu, first_gpu, origin_of
+from ditserve.model.spec.engine_cache import Device, NoGpuError, engine_origin, first_gpu
 from tests.export.tiny import tiny_source
 
 
@@ -24,7 +24,7 @@ def test_the_gpu_is_asked_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(NoGpu, match="nvidia-smi"):
+    with pytest.raises(NoGpuError, match="nvidia-smi"):
         first_gpu()
 
 
@@ -33,7 +33,7 @@ def test_a_missing_graph_names_the_command_that_makes_it(tmp_path: Path) -> None
     with pytest.raises(
         BundleError, match=r"no backbone\.int8\.fp16\.onnx: .* export\.int8 --target tensorrt"
     ):
-        origin_of(
+        engine_origin(
             bundle,
             "int8",
             "backbone.int8.fp16.onnx",

@@ -1,4 +1,4 @@
-"""Timestep grids and the grids of what remains: every number of steps, and diffusers' own."""
+"""Timestep grids, also for the rest of a sample: every number of steps, and those of diffusers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ kinds = st.sampled_from(sorted(GRIDS))
 
 @st.composite
 def grid_sizes(draw: st.DrawFn) -> tuple[int, int]:
-    """(steps, timesteps) with 1 <= steps <= timesteps."""
+    """Draw (steps, timesteps) with 1 <= steps <= timesteps."""
     timesteps = draw(st.integers(1, 1200))
     return draw(st.integers(1, timesteps)), timesteps
 
@@ -114,11 +114,11 @@ def test_a_regrid_starts_where_the_sample_is_with_the_steps_asked_for(
 def test_regridding_a_tail_with_as_many_steps_changes_nothing(
     data: st.DataObject, kind: str, size: tuple[int, int]
 ) -> None:
-    walk = grid(kind, *size)
-    done = data.draw(st.integers(0, len(walk) - 1))
-    again = regrid(walk[done], len(walk) - done, kind, size[1])
+    timesteps = grid(kind, *size)
+    done = data.draw(st.integers(0, len(timesteps) - 1))
+    again = regrid(timesteps[done], len(timesteps) - done, kind, size[1])
     tolerance = 0 if kind == "leading" else 1
-    assert max(abs(a - b) for a, b in zip(again, walk[done:], strict=True)) <= tolerance
+    assert max(abs(a - b) for a, b in zip(again, timesteps[done:], strict=True)) <= tolerance
 
 
 def test_an_explicit_grid_is_followed_as_a_curve() -> None:

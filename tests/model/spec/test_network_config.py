@@ -1,4 +1,4 @@
-"""Configurations in JSON: which network they are of, and what is refused."""
+"""Configurations in JSON: the network they describe, and refusals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ditserve.model.spec.dit_config import DiTConfig, named
+from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.network_config import network_config, network_fields
 from ditserve.model.spec.unet_config import UNetConfig
 from tests.model.nets.unet_cases import TINY_UNET
@@ -19,7 +19,7 @@ def test_fields_are_read_back(config: DiTConfig | UNetConfig) -> None:
 
 def test_a_dit_unless_told_otherwise() -> None:
     assert network_config({"depth": 2, "blocks": "adaln"}) == DiTConfig(depth=2, blocks=("adaln",))
-    assert network_config({"name": "DiT-S/8", "depth": 3}) == named("DiT-S/8", depth=3)
+    assert network_config({"name": "DiT-S/8", "depth": 3}) == published_config("DiT-S/8", depth=3)
     assert network_config({"network": "unet", "base_channels": 64}) == UNetConfig(base_channels=64)
 
 

@@ -1,4 +1,4 @@
-"""Solvers against the papers' formulas as printed there, diffusers step for step, and exact solutions."""
+"""Solvers, compared with the formulas of the papers, with diffusers, and with exact solutions."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.model.spec.solver_cases import (
     bent,
     draws,
     gaussian,
-    marginal_spread,
+    grids,
+    marginal_std,
     run,
     schedules,
-    walks,
 )
 
 reference: Any = diffusers  # untyped
@@ -35,15 +35,15 @@ reference: Any = diffusers  # untyped
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_ddim_is_equation_12(kind: str, eta: float) -> None:
     schedule = make_schedule(kind)
-    walk = grid("trailing", 30)
-    table = step_table("ddim", walk, schedule, eta=eta)
+    timesteps = grid("trailing", 30)
+    table = step_table("ddim", timesteps, schedule, eta=eta)
     x, noise, z = np.random.default_rng(0).standard_normal((3, 8))
-    for i, (t, after) in enumerate(pairwise((*walk, CLEAN))):
+    for i, (t, after) in enumerate(pairwise((*timesteps, CLEAN))):
         now, then = (schedule.alpha(k) ** 2 for k in (t, after))
-        spread = eta * math.sqrt((1 - then) / (1 - now)) * math.sqrt(1 - now / then)
+        std = eta * math.sqrt((1 - then) / (1 - now)) * math.sqrt(1 - now / then)
         image = (x - math.sqrt(1 - now) * noise) / math.sqrt(now)
-        direction = math.sqrt(max(1 - then - spread**2, 0.0)) * noise
-        expected = math.sqrt(then) * image + direction + spread * z
+        direction = math.sqrt(max(1 - then - std**2, 0.0)) * noise
+        expected = math.sqrt(then) * image + direction + std * z
         ours = table.a[i] * x + table.b[i] * (table.x0_x[i] * x + table.x0_out[i] * noise) + table.s[i] * z
         np.testing.assert_allclose(ours, expected, rtol=1e-7, atol=1e-9)
     assert not table.c.any()
@@ -51,15 +51,15 @@ def test_ddim_is_equation_12(kind: str, eta: float) -> None:
 
 def test_ddpm_is_the_posterior_of_equation_7_and_needs_no_eta() -> None:
     schedule = make_schedule("linear", prediction="x0")
-    walk = range(999, -1, -1)
-    table = step_table("ddpm", walk, schedule)
+    timesteps = range(999, -1, -1)
+    table = step_table("ddpm", timesteps, schedule)
     alpha_bar = schedule.alpha_bar[::-1]
     before = np.append(alpha_bar[1:], 1.0)
     beta = 1.0 - alpha_bar / before
     np.testing.assert_allclose(table.a, np.sqrt(1.0 - beta) * (1.0 - before) / (1.0 - alpha_bar), rtol=1e-9)
     np.testing.assert_allclose(table.b, np.sqrt(before) * beta / (1.0 - alpha_bar), rtol=1e-9)
     np.testing.assert_allclose(table.s**2, beta * (1.0 - before) / (1.0 - alpha_bar), rtol=1e-9)
-    ancestral = step_table("ddim", walk, schedule, eta=1.0)
+    ancestral = step_table("ddim", timesteps, schedule, eta=1.0)
     np.testing.assert_array_equal(table.s, ancestral.s)
 
 
@@ -68,10 +68,10 @@ def test_ddpm_is_the_posterior_of_equation_7_and_needs_no_eta() -> None:
 def test_euler_is_eulers_method_on_the_ode_in_sigma_over_alpha(
     data: st.DataObject, schedule: Schedule
 ) -> None:
-    walk = data.draw(walks(schedule))
-    table = step_table("euler", walk, schedule)
+    timesteps = data.draw(grids(schedule))
+    table = step_table("euler", timesteps, schedule)
     x, image = np.random.default_rng(0).standard_normal((2, 8))
-    for i, (t, after) in enumerate(pairwise((*walk, CLEAN))):
+    for i, (t, after) in enumerate(pairwise((*timesteps, CLEAN))):
         now, then = (schedule.sigma(k) / schedule.alpha(k) for k in (t, after))
         scaled = x / schedule.alpha(t)
         expected = schedule.alpha(after) * (scaled + (then - now) * (scaled - image) / now)
@@ -82,11 +82,11 @@ def test_euler_is_eulers_method_on_the_ode_in_sigma_over_alpha(
 @pytest.mark.parametrize("kind", sorted(GRIDS))
 def test_dpmpp_2m_is_algorithm_2(kind: str) -> None:
     schedule = make_schedule("cosine", prediction="x0")
-    walk = grid(kind, 12)
-    table = step_table("dpmpp-2m", walk, schedule)
-    lam = [math.log(schedule.alpha(t) / schedule.sigma(t)) for t in walk]
+    timesteps = grid(kind, 12)
+    table = step_table("dpmpp-2m", timesteps, schedule)
+    lam = [math.log(schedule.alpha(t) / schedule.sigma(t)) for t in timesteps]
     x, image, last = np.random.default_rng(0).standard_normal((3, 8))
-    for i, (t, after) in enumerate(pairwise(walk)):
+    for i, (t, after) in enumerate(pairwise(timesteps)):
         h = lam[i + 1] - lam[i]
         blended = image
         if i > 0:
@@ -101,7 +101,7 @@ def test_dpmpp_2m_is_algorithm_2(kind: str) -> None:
 def theirs(
     scheduler: Any, x: Samples, *, noise: Callable[[], Samples] | None = None, **options: Any
 ) -> list[Samples]:
-    """The sample after every step of a diffusers scheduler on the bent network."""
+    """Return the sample after every step of a diffusers scheduler with the network `bent`."""
     sample = torch.from_numpy(x)
     states = []
     for t in scheduler.timesteps.tolist():
@@ -206,12 +206,12 @@ def test_deterministic_solvers_converge_to_the_exact_ode_at_their_order(
     solver: str, order: int, kind: str
 ) -> None:
     schedule = make_schedule(kind, prediction="x0")
-    spread, start, end = 2.0, 900, 100
-    exact = marginal_spread(schedule, end, spread) / marginal_spread(schedule, start, spread)
+    std, start, end = 2.0, 900, 100
+    exact = marginal_std(schedule, end, std) / marginal_std(schedule, start, std)
     errors = []
     for stride in (32, 16, 8, 4):
-        walk = range(start, end - 1, -stride)
-        states = run(step_table(solver, walk, schedule), 1.0, gaussian(schedule, spread))
+        timesteps = range(start, end - 1, -stride)
+        states = run(step_table(solver, timesteps, schedule), 1.0, gaussian(schedule, std))
         errors.append(abs(states[-2] - exact))  # on arrival at `end`
     rates = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     np.testing.assert_allclose(rates, order, atol=0.2)

@@ -1,4 +1,4 @@
-"""A running sample may go on along another grid, or with another solver, as if it had always been so."""
+"""A running sample goes on along another grid, or with another solver, as if it had always done so."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from tests.model.spec.solver_cases import (
     DETERMINISTIC,
     START,
     bent,
-    chosen,
     draws,
     gaussian,
-    marginal_spread,
+    grids,
+    legal_eta,
+    marginal_std,
     run,
     schedules,
     splicing,
-    walks,
 )
 
 
 def spliced(data: st.DataObject, schedule: Schedule) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    """(a grid, how many of its steps are walked, the new grid for the rest)."""
-    walk = data.draw(walks(schedule).filter(lambda values: len(values) > 1))
-    done = data.draw(st.integers(1, len(walk) - 1))
-    steps = data.draw(st.integers(1, min(walk[done] + 1, 40)))
+    """Draw a grid, the number of its steps that are done, and a new grid for the rest."""
+    timesteps = data.draw(grids(schedule).filter(lambda values: len(values) > 1))
+    done = data.draw(st.integers(1, len(timesteps) - 1))
+    steps = data.draw(st.integers(1, min(timesteps[done] + 1, 40)))
     return (
-        walk,
+        timesteps,
         done,
-        regrid(walk[done], steps, data.draw(st.sampled_from(sorted(GRIDS))), schedule.timesteps),
+        regrid(timesteps[done], steps, data.draw(st.sampled_from(sorted(GRIDS))), schedule.timesteps),
     )
 
 
@@ -45,10 +45,10 @@ def spliced(data: st.DataObject, schedule: Schedule) -> tuple[tuple[int, ...], i
 def test_a_regridded_table_is_the_tail_of_the_table_of_the_spliced_grid(
     data: st.DataObject, schedule: Schedule, solver: str, eta: float
 ) -> None:
-    walk, done, rest = spliced(data, schedule)
-    eta = chosen(solver, eta)
-    fresh = step_table(solver, (*walk[:done], *rest), schedule, eta=eta)
-    again = step_table(solver, rest, schedule, eta=eta, previous=walk[done - 1])
+    timesteps, done, rest = spliced(data, schedule)
+    eta = legal_eta(solver, eta)
+    fresh = step_table(solver, (*timesteps[:done], *rest), schedule, eta=eta)
+    again = step_table(solver, rest, schedule, eta=eta, previous=timesteps[done - 1])
     for column in COLUMNS:
         np.testing.assert_allclose(getattr(again, column), getattr(fresh, column)[done:], rtol=1e-12)
 
@@ -58,20 +58,20 @@ def test_a_regridded_table_is_the_tail_of_the_table_of_the_spliced_grid(
 def test_a_regridded_sample_is_a_fresh_run_of_the_spliced_grid(
     data: st.DataObject, schedule: Schedule, solver: str
 ) -> None:
-    walk, done, rest = spliced(data, schedule)
+    timesteps, done, rest = spliced(data, schedule)
     fresh = run(
-        step_table(solver, (*walk[:done], *rest), schedule), START, bent, noise=draws(5), clip_x0=True
+        step_table(solver, (*timesteps[:done], *rest), schedule), START, bent, noise=draws(5), clip_x0=True
     )
     noise = draws(5)
-    first = trajectory(step_table(solver, walk, schedule), START, bent, noise=noise, clip_x0=True)
+    first = trajectory(step_table(solver, timesteps, schedule), START, bent, noise=noise, clip_x0=True)
     x, denoised = [next(first) for _ in range(done)][-1]
-    tail = step_table(solver, rest, schedule, previous=walk[done - 1])
+    tail = step_table(solver, rest, schedule, previous=timesteps[done - 1])
     again = run(tail, x, bent, noise=noise, clip_x0=True, previous=denoised)
     np.testing.assert_allclose(again, fresh[done:], rtol=1e-9, atol=1e-9)
 
 
 def test_unipc_never_corrects_a_step_that_another_table_took() -> None:
-    """Not even one of its own: the table cannot know, and a second-order step corrected once more would be spoilt."""
+    """Not even a step of its own kind: the table cannot know it, and a second correction would spoil it."""
     schedule = make_schedule("cosine")
     fresh, again = (step_table("unipc-1", (500, 250), schedule, previous=before) for before in (None, 700))
     assert again.c[0] == 0
@@ -82,7 +82,7 @@ def test_unipc_never_corrects_a_step_that_another_table_took() -> None:
 def test_history_keeps_second_order_at_the_first_step_of_a_new_grid() -> None:
     schedule = make_schedule("linear", prediction="x0")
     network = gaussian(schedule, 2.0)
-    at_720, at_700, exact = (marginal_spread(schedule, t, 2.0) for t in (720, 700, 640))  # one exact solution
+    at_720, at_700, exact = (marginal_std(schedule, t, 2.0) for t in (720, 700, 640))  # one exact solution
     rest = (700, 640, 580)
     kept = run(
         step_table("dpmpp-2m", rest, schedule, previous=720), at_700, network, previous=network(at_720, 720)
@@ -93,20 +93,20 @@ def test_history_keeps_second_order_at_the_first_step_of_a_new_grid() -> None:
 
 @pytest.mark.parametrize("order", list(permutations(DETERMINISTIC, 3)))
 def test_a_sample_may_change_its_solver_on_the_way(order: tuple[str, ...]) -> None:
-    """Whichever follows which, the history of the one is good for the other."""
+    """The history of every solver serves every other."""
     schedule = make_schedule("cosine", prediction="x0")
-    spread, network = 0.5, gaussian(schedule, 0.5)
-    exact = spread / marginal_spread(schedule, 999, spread)
+    std, network = 0.5, gaussian(schedule, 0.5)
+    exact = std / marginal_std(schedule, 999, std)
     x: Any = 1.0
     denoised: Any = None
     previous: int | None = None
-    walks = [tuple(range(999, 700, -10)), tuple(range(699, 400, -10)), tuple(range(399, 0, -10))]
-    for solver, walk in zip(order, walks, strict=True):
-        rest = (*walk, *((walk[-1] - 10,) if walk[-1] >= 10 else ()))
+    grids = [tuple(range(999, 700, -10)), tuple(range(699, 400, -10)), tuple(range(399, 0, -10))]
+    for solver, timesteps in zip(order, grids, strict=True):
+        rest = (*timesteps, *((timesteps[-1] - 10,) if timesteps[-1] >= 10 else ()))
         steps = trajectory(
             step_table(solver, rest, schedule, previous=previous), x, network, previous=denoised
         )
-        for _ in walk:
+        for _ in timesteps:
             x, denoised = next(steps)
-        previous = walk[-1]
+        previous = timesteps[-1]
     assert x == pytest.approx(exact, rel=0.05)

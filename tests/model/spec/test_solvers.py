@@ -1,4 +1,4 @@
-"""Solver tables: what every one of them does, the variance a network may learn, and what is refused."""
+"""Solver tables: properties of all solvers, the learned variance, and refusals."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.model.spec.solver_cases import (
     DETERMINISTIC,
     START,
     bent,
-    chosen,
+    grids,
+    legal_eta,
     oracle,
     run,
     schedules,
     solvers,
-    walks,
 )
 
 
@@ -42,10 +42,10 @@ from tests.model.spec.solver_cases import (
 def test_every_step_keeps_the_signal_and_the_noise_at_the_levels_of_its_timestep(
     data: st.DataObject, schedule: Schedule, solver: str, eta: float
 ) -> None:
-    walk = data.draw(walks(schedule))
-    table = step_table(solver, walk, schedule, eta=chosen(solver, eta))
-    assert len(table) == len(walk)
-    assert tuple(table.timestep) == walk
+    timesteps = data.draw(grids(schedule))
+    table = step_table(solver, timesteps, schedule, eta=legal_eta(solver, eta))
+    assert len(table) == len(timesteps)
+    assert tuple(table.timestep) == timesteps
     alpha, sigma = schedule.alphas[table.timestep], schedule.sigmas[table.timestep]
     next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     np.testing.assert_allclose(table.a * alpha + table.b + table.c, next_alpha, atol=1e-13)
@@ -57,7 +57,7 @@ def test_every_step_keeps_the_signal_and_the_noise_at_the_levels_of_its_timestep
 def test_the_last_step_gives_the_clean_image_and_the_first_needs_no_history(
     data: st.DataObject, schedule: Schedule, solver: str, eta: float
 ) -> None:
-    table = step_table(solver, data.draw(walks(schedule)), schedule, eta=chosen(solver, eta))
+    table = step_table(solver, data.draw(grids(schedule)), schedule, eta=legal_eta(solver, eta))
     assert (table.a[-1], table.b[-1], table.c[-1], table.s[-1]) == (0.0, 1.0, 0.0, 0.0)
     assert table.c[0] == 0.0
     for column in COLUMNS:
@@ -73,12 +73,12 @@ def test_the_last_step_gives_the_clean_image_and_the_first_needs_no_history(
 def test_an_oracle_keeps_the_sample_on_the_line_from_noise_to_image(
     data: st.DataObject, schedule: Schedule, solver: str
 ) -> None:
-    walk = data.draw(walks(schedule))
+    timesteps = data.draw(grids(schedule))
     x0, noise = np.random.default_rng(0).standard_normal((2, 16))
-    x = add_noise(schedule.alpha(walk[0]), schedule.sigma(walk[0]), x0, noise)
-    states = run(step_table(solver, walk, schedule), x, oracle(schedule, x0, noise))
-    rounding = 1e-13 / schedule.alpha(walk[0])  # of x, as the first estimate of the image sees it
-    for t, state in zip((*walk[1:], CLEAN), states, strict=True):
+    x = add_noise(schedule.alpha(timesteps[0]), schedule.sigma(timesteps[0]), x0, noise)
+    states = run(step_table(solver, timesteps, schedule), x, oracle(schedule, x0, noise))
+    rounding = 1e-13 / schedule.alpha(timesteps[0])  # of x, as the first estimate of the image sees it
+    for t, state in zip((*timesteps[1:], CLEAN), states, strict=True):
         expected = add_noise(schedule.alpha(t), schedule.sigma(t), x0, noise)
         np.testing.assert_allclose(state, expected, atol=rounding)
 
@@ -103,12 +103,12 @@ def test_an_oracle_recovers_the_image_for_any_number_of_steps(solver: str, kind:
 @pytest.mark.parametrize("steps", [2, 50, 250, 1000])
 def test_variance_bounds_are_those_of_the_respaced_process(steps: int) -> None:
     schedule = make_schedule("linear")
-    walk = grid("leading", steps)
-    kept = schedule.alpha_bar[list(reversed(walk))]
+    timesteps = grid("leading", steps)
+    kept = schedule.alpha_bar[list(reversed(timesteps))]
     before = np.append(1.0, kept[:-1])
     betas = 1.0 - kept / before
     posterior = betas * (1.0 - before) / (1.0 - kept)
-    low, high = variance_bounds(walk, schedule)
+    low, high = variance_bounds(timesteps, schedule)
     np.testing.assert_allclose(high[::-1], np.log(betas), rtol=1e-9)
     np.testing.assert_allclose(low[::-1], np.log(np.append(posterior[1], posterior[1:])), rtol=1e-9)
     assert np.all(low[:-1] < high[:-1])
@@ -152,9 +152,9 @@ def test_torch_and_numpy_walk_together_in_float32(solver: str, prediction: Predi
 def test_float32_survives_the_almost_signal_free_end_of_the_cosine_schedule(solver: str) -> None:
     schedule = make_schedule("cosine", prediction="epsilon")
     x0, noise = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
-    walk = grid("trailing", 250)
+    timesteps = grid("trailing", 250)
     x = add_noise(np.float32(schedule.alpha(999)), np.float32(schedule.sigma(999)), x0, noise)
-    states = run(step_table(solver, walk, schedule), x, oracle(schedule, x0, noise))
+    states = run(step_table(solver, timesteps, schedule), x, oracle(schedule, x0, noise))
     np.testing.assert_allclose(states[-1], x0, atol=1 / 255)  # half a level of an 8-bit pixel
 
 

@@ -1,4 +1,4 @@
-"""What a step trains on: a function of seed and step, however the batch is cut."""
+"""The batch of a step: a function of seed and step, in any number of pieces."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from ditserve.model.train.batch import Batch, BatchSource
+from ditserve.model.train.batch import BatchSource, TrainingBatch
 from tests.model.train.training_cases import tiny_config
 
 
 def source(folder: Path, rows: range | None = None, **changes: Any) -> BatchSource:
     config = tiny_config(folder, **changes)
-    dataset = config.pictures()
-    return BatchSource(config, dataset, config.network(dataset), rows)
+    dataset = config.open_dataset()
+    return BatchSource(config, dataset, config.network_config(dataset), rows)
 
 
-def equal(a: Batch, b: Batch) -> bool:
+def equal(a: TrainingBatch, b: TrainingBatch) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("x0", "labels", "t", "noise"))
 
 

@@ -1,4 +1,4 @@
-"""Training state on disk: whole or not at all, the newest valid one wins, another run's is refused."""
+"""Training state on disk: atomic writes, the newest valid checkpoint wins, another run's is refused."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from ditserve.model.distributed.parallel import alone
-from ditserve.model.distributed.precision import loss_scaler
+from ditserve.model.distributed.parallel import single_process
 from ditserve.model.train.checkpoint import CheckpointError, TrainingState, check_room, restore, save
 from ditserve.model.train.ema import Ema
+from ditserve.model.train.optimizer import loss_scaler
 
 IDENTITY: dict[str, Any] = {"seed": 0, "model": {"depth": 2, "hidden_size": 16}, "ema": [0.9, 0.99]}
 
@@ -26,7 +26,9 @@ def fresh(seed: int = 0, width: int = 4) -> TrainingState:
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-    return TrainingState(alone(module), optimizer, Ema(module, (0.9, 0.99)), loss_scaler("fp16", "cpu"))
+    return TrainingState(
+        single_process(module), optimizer, Ema(module, (0.9, 0.99)), loss_scaler("fp16", "cpu")
+    )
 
 
 def advance(state: TrainingState, steps: int = 1) -> None:
@@ -53,7 +55,7 @@ def assert_equal(a: TrainingState, b: TrainingState) -> None:
 
 @contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
-    """No file can grow beyond `limit` bytes, as on a disk that is full."""
+    """Limit the size of every file to `limit` bytes, as on a disk that is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -196,7 +198,7 @@ def test_a_killed_writers_leavings_are_cleared(tmp_path: Path) -> None:
 def test_a_state_knows_when_it_is_not_finite(where: str) -> None:
     state = fresh()
     advance(state)
-    assert state.finite()
+    assert state.is_finite()
     with torch.no_grad():
         next(iter(state.tensors()[where].values())).view(-1)[0] = float("inf")
-    assert not state.finite()
+    assert not state.is_finite()

@@ -1,4 +1,4 @@
-"""A run's configuration: one mechanism for file and flags, mistakes named, and what must not change when it is continued."""
+"""A run's configuration: file and flags, mistakes by name, and the fields that a resumed run must keep."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ditserve.model.train.config import TrainConfig, load_config, mistake
+from ditserve.model.train.config import TrainConfig, first_mistake, load_config
 from tests.model.train.training_cases import tiny_config, tiny_run
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_the_shipped_recipe_is_read_as_ever() -> None:
+def test_the_shipped_configuration_is_read() -> None:
     config = load_config(ROOT / "model" / "zoo" / "emoji" / "train.json")
     assert (config.ema, config.space, config.loss_cap, config.schedule) == ((0.999,), "v", 5.0, "wsd")
     assert (config.precision, config.accumulate, config.timesteps) == ("fp32", 1, "uniform")
@@ -49,7 +49,8 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ({"stages": [{"size": 4}, {"size": 8}]}, "stages: only the last one may leave out steps"),
         (
             {"stages": [{"size": 4, "steps": 3}, {"size": 8, "steps": 3}]},
-            "stages add up to 6 steps, and steps is 12: leave steps out of the last stage to let it run to the end",
+            "stages add up to 6 steps, and steps is 12: "
+            "leave steps out of the last stage to let it run to the end",
         ),
         (
             {"model": {"learn_sigma": True}},
@@ -60,7 +61,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
 def test_a_mistake_is_one_sentence(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError) as error:
         tiny_config(tmp_path, **change)
-    assert mistake(error.value) == sentence
+    assert first_mistake(error.value) == sentence
 
 
 def test_steps_are_the_sum_of_the_stages(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_steps_are_the_sum_of_the_stages(tmp_path: Path) -> None:
     del raw["steps"]
     config = TrainConfig.model_validate({**raw, "stages": [{"size": 4, "steps": 3}, {"size": 8, "steps": 5}]})
     assert config.steps == 8
-    assert config.sizes(config.pictures()) == [(3, (4, 4)), (8, (8, 8))]
+    assert config.stage_sizes(config.open_dataset()) == [(3, (4, 4)), (8, (8, 8))]
     with pytest.raises(ValidationError, match="steps\n  Field required"):
         TrainConfig.model_validate({**raw, "stages": [{"size": 4, "steps": 3}, {"size": 8}]})
 
@@ -82,32 +83,32 @@ def test_the_loss_is_in_the_space_of_the_prediction_unless_said(tmp_path: Path) 
 
 def test_the_network_takes_its_size_channels_and_classes_from_the_data(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    network = config.network(config.pictures())
+    network = config.network_config(config.open_dataset())
     assert (network.image_size, network.in_channels, network.classes) == ((8, 8), 3, (3, 2))
     assert network.learn_sigma is False
     with pytest.raises(ValueError, match=r"model\.in_channels is 4, but 3 by the data"):
-        tiny_config(tmp_path, model={**config.model, "in_channels": 4}).network(config.pictures())
+        tiny_config(tmp_path, model={**config.model, "in_channels": 4}).network_config(config.open_dataset())
 
 
 def test_stages_interpolate_the_positions_of_the_first(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, stages=[{"size": 4, "steps": 3}, {"size": 8}])
-    network = config.network(config.pictures())
+    network = config.network_config(config.open_dataset())
     assert network.image_size == (8, 8)
     assert getattr(network, "base_size", None) == (4, 4)
     with pytest.raises(ValueError, match="layout_rank fixes the picture size"):
-        tiny_config(tmp_path, stages=config.stages, model={**config.model, "layout_rank": 2}).network(
-            config.pictures()
+        tiny_config(tmp_path, stages=config.stages, model={**config.model, "layout_rank": 2}).network_config(
+            config.open_dataset()
         )
 
 
 def test_other_pictures_make_another_run(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    own = config.identity(config.pictures())["pictures"]
+    own = config.identity(config.open_dataset())["pictures"]
     assert own["count"] == 6
     with np.load(config.data.path) as file:
         arrays = dict(file)
     np.savez(config.data.path, **arrays | {"y": arrays["y"][::-1]})
-    relabelled = config.identity(config.pictures())["pictures"]
+    relabelled = config.identity(config.open_dataset())["pictures"]
     assert relabelled["count"] == own["count"]
     assert relabelled["labels"] != own["labels"]
 
@@ -126,6 +127,6 @@ def test_other_pictures_make_another_run(tmp_path: Path) -> None:
 )
 def test_what_makes_a_run_another_one(tmp_path: Path, change: dict[str, Any], field: str | None) -> None:
     config = tiny_config(tmp_path)
-    own, other = (each.identity(each.pictures()) for each in (config, tiny_config(tmp_path, **change)))
+    own, other = (run.identity(run.open_dataset()) for run in (config, tiny_config(tmp_path, **change)))
     assert [key for key in own if own[key] != other[key]] == ([] if field is None else [field])
     assert json.loads(json.dumps(own)) == own

@@ -1,4 +1,4 @@
-"""What a run is said to cost."""
+"""The estimated cost of a run."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ from pathlib import Path
 import pytest
 
 from ditserve.model.nets.cost import cost
-from ditserve.model.train.dry_run import Memory, memory, rehearse
+from ditserve.model.train.dry_run import MemoryEstimate, estimate_memory, estimate_stages
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import tiny_config
 
 
-def needs(tmp_path: Path, **changes: object) -> Memory:
+def memory_of(tmp_path: Path, **changes: object) -> MemoryEstimate:
     trainer = Trainer(tiny_config(tmp_path, **changes))
     trainer.step()
-    return memory(trainer)
+    return estimate_memory(trainer)
 
 
 def test_memory_is_that_of_the_tensors(tmp_path: Path) -> None:
-    need = needs(tmp_path, ema=[0.9, 0.99])
+    memory = memory_of(tmp_path, ema=[0.9, 0.99])
     parameters = sum(p.numel() for p in Trainer(tiny_config(tmp_path)).state.model.parameters())
-    assert need.weights == need.gradients == 4 * parameters
-    assert need.averages == 2 * need.weights
-    assert 0 <= need.optimizer - 2 * need.weights < 1000  # two moments and a counter
-    assert need.total == sum(getattr(need, part) for part in Memory.__slots__)
+    assert memory.weights == memory.gradients == 4 * parameters
+    assert memory.averages == 2 * memory.weights
+    # Two moments and a counter.
+    assert 0 <= memory.optimizer - 2 * memory.weights < 1000
+    assert memory.total == sum(getattr(memory, part) for part in MemoryEstimate.__slots__)
 
 
 def test_pieces_and_recomputation_save_activations(tmp_path: Path) -> None:
-    whole = needs(tmp_path).activations
-    assert needs(tmp_path, accumulate=4).activations < 0.5 * whole
-    assert needs(tmp_path, checkpoint_blocks=True).activations < 0.5 * whole
+    whole = memory_of(tmp_path).activations
+    assert memory_of(tmp_path, accumulate=4).activations < 0.5 * whole
+    assert memory_of(tmp_path, checkpoint_blocks=True).activations < 0.5 * whole
 
 
-def test_every_stage_is_told(tmp_path: Path) -> None:
+def test_every_stage_is_estimated(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path, stages=[{"size": 4, "steps": 5}, {"size": 8}]))
-    small, large = rehearse(trainer, probe=1)
+    small, large = estimate_stages(trainer, probe=1)
     assert [(stage.size, stage.steps) for stage in (small, large)] == [((4, 4), 5), ((8, 8), 7)]
     assert large.macs == cost(trainer.network_config).macs > small.macs
     assert large.step_flops == 2 * 3 * 4 * large.macs

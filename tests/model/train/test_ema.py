@@ -1,4 +1,4 @@
-"""Averages of weights: several at once, each as its formula says."""
+"""Averages of weights: several at once, all by the formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The newest checkpoint of a run is opened; one on latents with what turns them into pictures again."""
+"""A run is loaded from its newest checkpoint; a run on latents, with their normalisation and decoder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPE = {"patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_
 
 @pytest.fixture
 def latents(tmp_path: Path) -> Path:
-    """Four pictures' moments, as `python -m model.data latents` leaves them."""
+    """Write the moments of four pictures, as `python -m model.data latents` does."""
     folder = tmp_path / "latents"
     folder.mkdir()
     moments = torch.zeros(4, 2, 4, 8, 8)
@@ -45,9 +45,9 @@ def latent_run(latents: Path, tmp_path: Path) -> Path:
     step.mkdir(parents=True)
     save_file(dict(make_network(config).named_parameters()), step / "ema.safetensors")
     (step / "state.json").write_text('{"step": 10}')
-    recipe = {"data": {"path": str(latents)}, "model": SHAPE, "steps": 10, "output": "run"}
-    recipe["diffusion"] = {"schedule": "linear", "prediction": "epsilon", "clip_x0": False}
-    (tmp_path / "run/config.json").write_text(json.dumps(recipe))
+    run_fields = {"data": {"path": str(latents)}, "model": SHAPE, "steps": 10, "output": "run"}
+    run_fields["diffusion"] = {"schedule": "linear", "prediction": "epsilon", "clip_x0": False}
+    (tmp_path / "run/config.json").write_text(json.dumps(run_fields))
     return tmp_path / "run"
 
 

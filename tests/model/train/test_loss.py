@@ -41,7 +41,7 @@ def test_the_right_output_has_no_error(prediction: Prediction) -> None:
     assert squared_error(tables, output, x0, noise, LEVELS).tolist() == [0, 0, 0, 0]
 
 
-# Hang et al., arXiv:2303.09556, §3: what Min-SNR-5 multiplies the plain loss of each prediction by.
+# Hang et al., arXiv:2303.09556, §3: the factor of Min-SNR-5 on the plain loss, by prediction.
 MIN_SNR_5 = {
     "x0": np.minimum(SNR, 5.0),
     "epsilon": np.minimum(SNR, 5.0) / SNR,
@@ -71,8 +71,8 @@ def test_a_row_is_weighted_by_its_noise(
     targets = {"x0": x0, "epsilon": noise, "v": torch.from_numpy(alpha)[:, None, None, None] * noise}
     targets["v"] = targets["v"] - torch.from_numpy(sigma)[:, None, None, None] * x0
     plain = ((output - targets[prediction]) ** 2).double().mean((1, 2, 3)).numpy()
-    told = squared_error(tables, output, x0, noise, t).numpy()
-    np.testing.assert_allclose(told, plain * weights[prediction], rtol=2e-5)
+    losses = squared_error(tables, output, x0, noise, t).numpy()
+    np.testing.assert_allclose(losses, plain * weights[prediction], rtol=2e-5)
 
 
 def test_learned_channels_do_not_enter_the_squared_error() -> None:
@@ -85,7 +85,7 @@ def test_learned_channels_do_not_enter_the_squared_error() -> None:
 
 
 def posterior(t: int, x0: np.ndarray, x_t: np.ndarray) -> tuple[np.ndarray, float]:
-    """Mean and variance of q(x_{t−1} | x_t, x_0) by Bayes' rule, from the two Gaussians it is made of."""
+    """Return mean and variance of q(x_{t−1} | x_t, x_0) by Bayes' rule, from its two Gaussian factors."""
     before, step = ALPHA_BAR[t - 1], ALPHA_BAR[t] / ALPHA_BAR[t - 1]
     precision = 1 / (1 - before) + step / (1 - step)
     mean = (np.sqrt(before) * x0 / (1 - before) + np.sqrt(step) * x_t / (1 - step)) / precision
@@ -99,7 +99,7 @@ def test_the_variational_term_is_the_divergence_from_the_posterior(prediction: P
     x0, noise, output, v = (pictures(seed).clamp(-1, 1) for seed in range(4))
     alpha, sigma = (table[levels].view(-1, 1, 1, 1) for table in (tables.alpha, tables.sigma))
     x_t = add_noise(alpha, sigma, x0, noise)
-    told = variational_term(tables, torch.cat([output, v], 1), x0, x_t, levels)
+    terms = variational_term(tables, torch.cat([output, v], 1), x0, x_t, levels)
     for row, t in enumerate(levels.tolist()):
         a, s = np.sqrt(ALPHA_BAR[t]), np.sqrt(1 - ALPHA_BAR[t])
         x, out = x_t[row].double().numpy(), output[row].double().numpy()
@@ -110,7 +110,7 @@ def test_the_variational_term_is_the_divergence_from_the_posterior(prediction: P
         variance_p = beta**share * variance_q ** (1 - share)
         nats = 0.5 * np.log(variance_p / variance_q) - 0.5
         nats = nats + (variance_q + (mean_q - mean_p) ** 2) / (2 * variance_p)
-        assert told[row].item() == pytest.approx(nats.mean() / np.log(2), rel=2e-3)
+        assert terms[row].item() == pytest.approx(nats.mean() / np.log(2), rel=2e-3)
 
 
 def test_the_divergence_is_its_integral() -> None:
@@ -127,21 +127,21 @@ def test_the_likelihood_of_a_pixel_is_that_of_its_bin() -> None:
     for mean, std in [(0.0, 0.3), (0.9, 0.05), (-1.4, 0.5)]:
         edges = [-np.inf, *(values[:-1] + values[1:]) / 2, np.inf]
         bins = np.array([norm.cdf(b, mean, std) - norm.cdf(a, mean, std) for a, b in pairwise(edges)])
-        told = pixel_log_likelihood(
+        probabilities = pixel_log_likelihood(
             torch.from_numpy(values), torch.full((256,), mean), torch.full((256,), np.log(std))
         ).exp()
-        np.testing.assert_allclose(told, np.maximum(bins, 1e-12), rtol=1e-5, atol=2e-12)
-        assert told.sum().item() == pytest.approx(1.0, abs=1e-6)
+        np.testing.assert_allclose(probabilities, np.maximum(bins, 1e-12), rtol=1e-5, atol=2e-12)
+        assert probabilities.sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_at_the_last_step_the_term_is_the_likelihood_in_bits() -> None:
     tables = noise_tables(make_schedule("cosine", T, prediction="x0"), "v")
     x0 = torch.linspace(-1, 1, 12).view(1, 3, 2, 2)
     output = torch.cat([x0 + 0.01, torch.zeros_like(x0)], 1)
-    told = variational_term(tables, output, x0, x0, torch.tensor([0]))
+    terms = variational_term(tables, output, x0, x0, torch.tensor([0]))
     log_std = 0.25 * (tables.log_low[0] + tables.log_high[0])
     expected = -pixel_log_likelihood(x0, tables.mean_x0[0] * (x0 + 0.01) + tables.mean_x[0] * x0, log_std)
-    assert told.item() == pytest.approx(expected.mean().item() / np.log(2), rel=1e-6)
+    assert terms.item() == pytest.approx(expected.mean().item() / np.log(2), rel=1e-6)
 
 
 def test_only_the_variance_learns_from_the_variational_term() -> None:

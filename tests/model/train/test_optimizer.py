@@ -1,4 +1,4 @@
-"""What decays, and the learning rate over a run."""
+"""Weight decay by parameter, and the learning rate over a run."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def rates(tmp_path: Path, **changes: Any) -> list[float]:
 
 
 def test_the_rate_warms_up_stays_and_falls(tmp_path: Path) -> None:
-    told = rates(tmp_path, schedule="wsd", decay=0.2)
-    assert told[0] == pytest.approx(0.1)
-    assert told[10:80] == [1.0] * 70
-    assert told[90] == pytest.approx(0.5)
-    assert told[99] == pytest.approx(0.05)
+    values = rates(tmp_path, schedule="wsd", decay=0.2)
+    assert values[0] == pytest.approx(0.1)
+    assert values[10:80] == [1.0] * 70
+    assert values[90] == pytest.approx(0.5)
+    assert values[99] == pytest.approx(0.05)
 
 
 def test_a_constant_rate_stays(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_a_constant_rate_stays(tmp_path: Path) -> None:
 
 
 def test_a_cosine_falls_to_zero(tmp_path: Path) -> None:
-    told = rates(tmp_path, schedule="cosine")
-    assert told[4] == pytest.approx(0.5)
-    assert told[10] == 1.0
-    assert told[55] == pytest.approx(0.5)
-    assert told[99] == pytest.approx(0.0, abs=1e-3)
-    assert all(a >= b for a, b in pairwise(told[10:]))
+    values = rates(tmp_path, schedule="cosine")
+    assert values[4] == pytest.approx(0.5)
+    assert values[10] == 1.0
+    assert values[55] == pytest.approx(0.5)
+    assert values[99] == pytest.approx(0.0, abs=1e-3)
+    assert all(a >= b for a, b in pairwise(values[10:]))

@@ -1,4 +1,4 @@
-"""One optimiser step: the plain algorithm, in every precision, cut into any pieces, and what happens when it is not finite."""
+"""One optimiser step: every precision, micro-batches, and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def gradients(config: TrainConfig) -> dict[str, Tensor]:
-    """What the second step descends (the first leaves the zeroed layers)."""
+    """Return the gradients of the second step (in the first, zeroed layers block them)."""
     trainer = Trainer(config)
     trainer.step()
     trainer.step()
@@ -41,7 +41,7 @@ def gradients(config: TrainConfig) -> dict[str, Tensor]:
 
 
 def plain(config: TrainConfig, steps: int) -> tuple[list[float], DiT]:
-    """The algorithm without options, written down once more."""
+    """Train by the algorithm without options, written down once more. Return the losses and the network."""
     trainer, schedule = Trainer(config), config.diffusion.noise_schedule()
     torch.manual_seed(config.seed)
     network = trainer.network_config
@@ -73,11 +73,11 @@ def plain(config: TrainConfig, steps: int) -> tuple[list[float], DiT]:
 def test_a_step_is_the_plain_algorithm_bit_for_bit(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, label_std=0.3)
     trainer = Trainer(config)
-    told = [trainer.step() for _ in range(4)]
+    metrics = [trainer.step() for _ in range(4)]
     losses, model = plain(config, 4)
-    assert [each["loss"] for each in told] == losses
+    assert [values["loss"] for values in metrics] == losses
     assert all(torch.equal(weights(trainer)[name], p) for name, p in model.named_parameters())
-    assert [each["lr"] for each in told] == [learning_rate(config, step) for step in range(4)]
+    assert [values["lr"] for values in metrics] == [learning_rate(config, step) for step in range(4)]
 
 
 @pytest.mark.parametrize("pieces", [2, 3, 5])
@@ -91,8 +91,8 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(tmp_path: Path, pi
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_follows_the_full(tmp_path: Path, precision: str) -> None:
     full, half = Trainer(tiny_config(tmp_path)), Trainer(tiny_config(tmp_path, precision=precision))
-    told = [(full.step(), half.step()) for _ in range(4)]
-    for one, other in told:
+    metrics = [(full.step(), half.step()) for _ in range(4)]
+    for one, other in metrics:
         assert other["loss"] == pytest.approx(one["loss"], rel=0.02)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.05)
     assert all(p.dtype == torch.float32 for p in half.state.model.parameters())
@@ -117,8 +117,8 @@ def test_an_overflow_that_a_smaller_scale_cures_is_skipped_and_no_failure(tmp_pa
     state = trainer.state
     state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 1e38})
     before = weights(trainer)
-    told = trainer.step()
-    assert math.isfinite(told["loss"])
+    metrics = trainer.step()
+    assert math.isfinite(metrics["loss"])
     assert (state.step, state.skipped, state.failures) == (2, 1, 0)
     assert state.scaler.get_scale() == pytest.approx(5e37)
     assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
@@ -140,12 +140,12 @@ def test_auxiliary_losses_are_told_apart_and_kept_out_of_the_loss(tmp_path: Path
         Trainer(tiny_config(tmp_path, diffusion=LEARNED, embedding_l2=weight, variational=weight))
         for weight in (0.0, 0.1)
     )
-    without, told = plain.step(), learned.step()
+    without, metrics = plain.step(), learned.step()
     assert without.keys() == {"loss", "variational", "grad_norm", "lr"}
-    assert told.keys() == {"loss", "variational", "embedding_l2", "grad_norm", "lr"}
-    assert told["loss"] == without["loss"]
-    assert told["variational"] > 0
-    assert told["grad_norm"] > without["grad_norm"]
+    assert metrics.keys() == {"loss", "variational", "embedding_l2", "grad_norm", "lr"}
+    assert metrics["loss"] == without["loss"]
+    assert metrics["variational"] > 0
+    assert metrics["grad_norm"] > without["grad_norm"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_the_average_is_what_is_sampled(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path, stages=[{"size": 4, "steps": 2}, {"size": 8}]))
     for size in ((4, 4), (4, 4), (8, 8)):
         trainer.step()
-        averaged = trainer.averaged()
+        averaged = trainer.averaged_network()
         assert averaged.config.image_size == size
     named = dict(averaged.named_parameters())
     assert all(torch.equal(named[key], tensor) for key, tensor in trainer.state.ema.first.items())

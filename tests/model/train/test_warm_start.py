@@ -1,4 +1,4 @@
-"""Weights to start from: what fits is taken, label tables by the names of their classes."""
+"""Initial weights: tensors that fit are taken over, label tables by the names of their classes."""
 
 from __future__ import annotations
 
@@ -21,27 +21,26 @@ LABEL = Factor(name="label", classes=("owl", "new", "cat"))
 
 
 def start(bundle: Path, network: DiT, *factors: Factor) -> tuple[dict[str, Any], dict[str, Any], str]:
-    told = str(warm_start(network, factors, bundle))
-    return dict(load_model(bundle).network.state_dict()), dict(network.state_dict()), told
+    summary = str(warm_start(network, factors, bundle))
+    return dict(load_model(bundle).network.state_dict()), dict(network.state_dict()), summary
 
 
 def test_tables_follow_the_names_of_factors_and_classes(bundle: Path, tiny: Callable[..., DiTConfig]) -> None:
-    ours, mine, told = start(bundle, DiT(tiny(classes=(2, 3))), STYLE, LABEL)
-    assert told.endswith("tensors taken over; 4 of 5 classes known")
+    ours, mine, summary = start(bundle, DiT(tiny(classes=(2, 3))), STYLE, LABEL)
+    assert summary.endswith("tensors taken over; 4 of 5 classes known")
     label, style = ours["y_embedder.tables.0.weight"], ours["y_embedder.tables.1.weight"]
     assert torch.equal(mine["y_embedder.tables.0.weight"], style[[2, 0, 3]])
-    assert torch.equal(
-        mine["y_embedder.tables.1.weight"], label[[3, 5, 0, 5]]
-    )  # a new class starts as not given
+    # A new class starts as the null class, the last row.
+    assert torch.equal(mine["y_embedder.tables.1.weight"], label[[3, 5, 0, 5]])
     assert all(torch.equal(mine[key], ours[key]) for key in ours if "tables" not in key)
 
 
 def test_what_does_not_fit_starts_afresh(bundle: Path, tiny: Callable[..., DiTConfig]) -> None:
     network = DiT(tiny(depth=4, classes=(3,)))
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    ours, mine, told = start(bundle, network, Factor(name="colour", classes=("red", "green", "blue")))
-    assert "start afresh (blocks.3." in told
-    assert told.endswith("0 of 3 classes known")
+    ours, mine, summary = start(bundle, network, Factor(name="colour", classes=("red", "green", "blue")))
+    assert "start afresh (blocks.3." in summary
+    assert summary.endswith("0 of 3 classes known")
     assert torch.equal(mine["blocks.2.attn.qkv.weight"], ours["blocks.2.attn.qkv.weight"])
     assert torch.equal(mine["blocks.3.attn.qkv.weight"], before["blocks.3.attn.qkv.weight"])
     assert torch.equal(mine["y_embedder.tables.0.weight"], before["y_embedder.tables.0.weight"])

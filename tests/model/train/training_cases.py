@@ -14,7 +14,7 @@ from ditserve.model.train.config import TrainConfig
 
 
 def write_pictures(file: Path, names: tuple[str, ...] = ("a", "b", "c"), size: int = 8) -> Path:
-    """One picture of noise for every name in two styles."""
+    """Write one picture of noise for every name in two styles."""
     pairs = [(y, s) for y in range(len(names)) for s in range(2)]
     rng = np.random.default_rng(0)
     np.savez(
@@ -29,7 +29,7 @@ def write_pictures(file: Path, names: tuple[str, ...] = ("a", "b", "c"), size: i
 
 
 def tiny_run(folder: Path) -> dict[str, Any]:
-    """The fields of a run over pictures written into `folder`."""
+    """Return the fields of a run over pictures written into `folder`."""
     return {
         "data": {"path": str(write_pictures(folder / "set.npz")), "hold_out": 0, "prefetch": 0},
         "output": str(folder / "run"),
@@ -51,7 +51,7 @@ def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def newest_state(output: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's newest checkpoint, by file and name."""
+    """Return every tensor of a run's newest checkpoint, by file and name."""
     newest = sorted((output / "checkpoints").glob("step-*"))[-1]
     return {
         f"{file.stem}.{key}": value.clone()
@@ -66,7 +66,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def config_file(raw: dict[str, Any], folder: Path) -> str:
-    """The fields as a file for `--config`."""
+    """Write the fields into a file for `--config`."""
     file = folder / "run.json"
     file.write_text(json.dumps(raw))
     return str(file)

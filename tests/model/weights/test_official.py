@@ -1,4 +1,4 @@
-"""Weights of others, held against others' code: diffusers' DiT, and the published layout written out by hand."""
+"""Weights of other layouts: compared with diffusers' DiT, and with the published layout by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from torch import Tensor
 from ditserve.model.nets.dit import DiT
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.weights.diffusers import from_diffusers, to_diffusers
-from ditserve.model.weights.official import PUBLISHED_TABLE, WeightsError, check, from_official, to_official
+from ditserve.model.weights.official import (
+    OFFICIAL_TABLE,
+    WeightsError,
+    check_weights,
+    from_official,
+    to_official,
+)
 
 Make = Callable[..., DiT]
 PLAIN = DiTConfig(image_size=(8, 8), hidden_size=16, depth=2, num_heads=2, classes=(5,))
@@ -159,7 +165,7 @@ def test_everything_wrong_is_listed(published: dict[str, Tensor]) -> None:
 
 def test_long_lists_are_cut() -> None:
     with pytest.raises(WeightsError, match=r"missing \(\d\d\): .* …"):
-        check({}, PLAIN)
+        check_weights({}, PLAIN)
 
 
 def test_no_dit_at_all() -> None:
@@ -218,4 +224,4 @@ def test_what_a_layout_cannot_say_is_refused(network: Make) -> None:
 
 def test_table_name_is_the_only_one_that_differs(published: dict[str, Tensor]) -> None:
     weights, _ = from_official(published)
-    assert published.keys() - weights.keys() == {"pos_embed", PUBLISHED_TABLE}
+    assert published.keys() - weights.keys() == {"pos_embed", OFFICIAL_TABLE}

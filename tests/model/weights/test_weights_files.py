@@ -1,4 +1,4 @@
-"""Importing and exporting files: what is read, what is never run, and what the command line says."""
+"""Import and export of files: layouts that are read, code that is never run, and the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ditserve.model.convert import main
 from ditserve.model.nets.dit import DiT
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.weights.files import Import, read_state, read_weights
+from ditserve.model.weights.files import ImportOptions, read_state, read_weights
 from ditserve.model.weights.official import WeightsError, to_official
 
 Make = Callable[..., DiT]
@@ -33,7 +33,7 @@ def official(network: Make, tmp_path: Path) -> Path:
 
 
 def test_training_checkpoint_gives_its_average(network: Make, tmp_path: Path) -> None:
-    """The published trainer's file: model, ema, opt and a pickled Namespace."""
+    """The file of the published trainer has model, ema, opt and a pickled Namespace."""
     ema, raw = (to_official(network(PLAIN, seed).state_dict(), PLAIN) for seed in (1, 2))
     stored = {"model": raw, "ema": ema, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)}
     torch.save(stored, tmp_path / "0400000.pt")
@@ -45,7 +45,7 @@ def test_training_checkpoint_gives_its_average(network: Make, tmp_path: Path) ->
 
 
 class Trap:
-    """What an attacker pickles: loading it would write a file."""
+    """An object that an attacker pickles: loading it would write a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -79,7 +79,7 @@ def test_files_without_tensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["model folder", "pipeline folder", "weights file", "bin"])
 def test_diffusers_layouts(network: Make, official: Path, tmp_path: Path, layout: str) -> None:
-    weights, _ = read_weights(official, Import(num_heads=2))
+    weights, _ = read_weights(official, ImportOptions(num_heads=2))
     main(["import", str(official), str(tmp_path / "bundle"), "--licence", "MIT", "--heads", "2"])
     folder = tmp_path / ("pipeline/transformer" if layout == "pipeline folder" else "model")
     assert main(["export", str(tmp_path / "bundle"), str(folder), "--to", "diffusers"]) == 0
@@ -91,7 +91,7 @@ def test_diffusers_layouts(network: Make, official: Path, tmp_path: Path, layout
         file = folder / "diffusion_pytorch_model.safetensors"
         torch.save(load_file(file), file.with_suffix(".bin"))
         file.unlink()
-    again, config = read_weights(source.get(layout, folder), Import())
+    again, config = read_weights(source.get(layout, folder), ImportOptions())
     assert config == PLAIN
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
@@ -173,7 +173,7 @@ def test_damaged_diffusers_configuration(network: Make, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
-        read_weights(tmp_path, Import())
+        read_weights(tmp_path, ImportOptions())
     (tmp_path / "config.json").write_text(json.dumps({"sample_size": replace(PLAIN).image_size[0]}))
     with pytest.raises(WeightsError, match="missing"):
-        read_weights(tmp_path, Import())
+        read_weights(tmp_path, ImportOptions())

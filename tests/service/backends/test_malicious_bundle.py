@@ -1,4 +1,4 @@
-"""A bundle made to do harm, its hashes all correct: nothing in it is executed, and nothing beside it is read."""
+"""A malicious bundle with correct hashes: nothing in it is executed, and nothing outside it is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.service.tiny_bundle import MANIFEST, write_bundle
 
 
 class Trap:
-    """What an attacker pickles: loading it would write a file."""
+    """An object that an attacker pickles: loading it would write a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, backend: str) -> str:
-    """What is said when `backend` is to serve the bundle in `folder`; its hashes are made to fit first."""
+    """Make the hashes of the bundle fit, and return the message with which `backend` refuses it."""
     write_manifest(folder, MANIFEST)
     with pytest.raises((BackendUnavailable, SafetensorError)) as caught:
         load_backend(backend, Bundle.open(folder), threads=1)
@@ -52,7 +52,7 @@ def test_a_graph_does_not_read_files_beside_its_bundle(folder: Path) -> None:
     secret = folder.parent / "secret"
     secret.write_bytes(bytes(1 << 16))
     graph: Any = onnx.load(folder / "backbone.onnx")
-    tensor = next(each for each in graph.graph.initializer if each.name == "down")
+    tensor = next(tensor for tensor in graph.graph.initializer if tensor.name == "down")
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", "../secret"), ("offset", "0"), ("length", str(4 * 192 * 32))):

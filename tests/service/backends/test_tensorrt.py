@@ -1,5 +1,4 @@
-"""The TensorRT backend's own logic: on an imitation of TensorRT and CUDA; with an imitated engine on a real device; and, where both are
-there, with TensorRT itself."""
+"""The TensorRT backend on an imitation of TensorRT and CUDA, and with an imitated engine on a real device."""
 
 from __future__ import annotations
 
@@ -13,10 +12,10 @@ import numpy as np
 import pytest
 
 from ditserve.model.spec.bundle import Bundle, write_manifest
-from ditserve.model.spec.engine_cache import FOLDER, Device, Slot, origin_of
+from ditserve.model.spec.engine_cache import FOLDER, CachedEngine, Device, engine_origin
 from ditserve.service.backends import BackendUnavailable, OutOfMemory
 from ditserve.service.backends.cuda import Cuda, CudaError
-from ditserve.service.backends.onnx import Graphs
+from ditserve.service.backends.onnx import AuxiliaryGraphs
 from ditserve.service.backends.tensorrt import TensorRtBackend, find_engine
 from tests.export.fake_cuda import VERSION, Context, Engine, Runtime, module_of
 from tests.export.tiny import tiny_source
@@ -35,11 +34,11 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def lay_engine(bundle: Bundle, device: Device) -> None:
-    """An engine for `device` beside the bundle, and its record."""
-    origin = origin_of(
+    """Write an engine for `device`, and its record, into the bundle."""
+    origin = engine_origin(
         bundle, "fp16", "backbone.fp16.onnx", flavour="tensorrt", version=VERSION, device=device
     )
-    slot = Slot.of(bundle.path / FOLDER, origin)
+    slot = CachedEngine.of(bundle.path / FOLDER, origin)
     slot.folder.mkdir(parents=True)
     slot.engine.write_bytes(b"plan")
     record = {"origin": asdict(origin), "options": {}, "sha256": hashlib.sha256(b"plan").hexdigest()}
@@ -57,11 +56,11 @@ def opened(bundle: Bundle, runtime: Runtime) -> tuple[TensorRtBackend, Engine]:
 
 
 def backend_of(bundle: Bundle, runtime: Runtime, engine: Engine | None, **options: Any) -> TensorRtBackend:
-    graphs = Graphs.__new__(Graphs)  # the other parts of the bundle are not used here
+    graphs = AuxiliaryGraphs.__new__(AuxiliaryGraphs)  # the other parts of the bundle are not used here
     return TensorRtBackend(bundle, module=module_of(engine), cuda=Cuda(runtime), graphs=graphs, **options)
 
 
-def found(bundle: Bundle) -> Path:
+def engine_of(bundle: Bundle) -> Path:
     return find_engine(bundle, bundle.path / FOLDER, "fp16", VERSION, GPU)
 
 
@@ -86,7 +85,7 @@ def test_rows_go_in_and_out_of_the_smallest_bucket_that_holds_them(
     assert engine.contexts[0].profile == (0 if rows <= 2 else 1)
 
 
-def test_a_lane_is_captured_once_and_launched_each_time(bundle: Bundle, runtime: Runtime) -> None:
+def test_a_batch_size_is_captured_once_and_launched_each_time(bundle: Bundle, runtime: Runtime) -> None:
     backend, engine = opened(bundle, runtime)
     for rows in (2, 2, 8, 7, 2):
         x, state = inputs(bundle, rows)
@@ -148,15 +147,15 @@ def test_a_stale_or_foreign_engine_is_refused_with_the_command(
     record["origin"] |= change
     file.write_text(json.dumps(record))
     with pytest.raises(BackendUnavailable, match=f"{words}: .* python -m export.trt .* --precision fp16"):
-        found(bundle)
+        engine_of(bundle)
 
 
 def test_a_damaged_engine_is_refused(bundle: Bundle) -> None:
-    engine = found(bundle)
+    engine = engine_of(bundle)
     assert engine.read_bytes() == b"plan"
     engine.write_bytes(b"plam")
     with pytest.raises(BackendUnavailable, match="is damaged"):
-        found(bundle)
+        engine_of(bundle)
 
 
 def test_engines_may_lie_outside_of_the_bundle(bundle: Bundle, tmp_path: Path, runtime: Runtime) -> None:
@@ -187,7 +186,7 @@ def test_an_engine_of_a_graph_that_took_half_precision_is_refused(bundle: Bundle
 
 
 class OnDevice(Engine):
-    """An imitated engine whose work is done by the GPU: it copies x to the output, on the stream it is given."""
+    """An imitated engine that works on the GPU: it copies x to the output, on the stream it is given."""
 
     def __init__(self, cuda: Cuda, last: str) -> None:
         super().__init__(Runtime(), last)
@@ -210,17 +209,20 @@ class CopyOnDevice(Context):
 
 
 @pytest.mark.gpu
-def test_lanes_on_a_real_device_replay_what_they_captured(bundle: Bundle) -> None:
+def test_on_a_real_device_captured_runs_are_replayed(bundle: Bundle) -> None:
     pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     cuda = Cuda()
     lay_engine(bundle, Device(*cuda.device()))
     engine = OnDevice(cuda, bundle.manifest.state[-1].name)
-    backend = TensorRtBackend(bundle, module=module_of(engine), cuda=cuda, graphs=Graphs.__new__(Graphs))
+    backend = TensorRtBackend(
+        bundle, module=module_of(engine), cuda=cuda, graphs=AuxiliaryGraphs.__new__(AuxiliaryGraphs)
+    )
     for rows in (2, 8, 7, 2, 1, 8):
         x, state = inputs(bundle, rows)
         np.testing.assert_array_equal(backend.denoise(x, state), x)
     assert len(engine.contexts) == 3
     with pytest.raises(OutOfMemory, match="cudaMalloc"):
         cuda.allocate(1 << 50)
-    backend.denoise(*inputs(bundle, 2))  # which broke nothing
+    # The failed allocation broke nothing.
+    backend.denoise(*inputs(bundle, 2))
     backend.close()

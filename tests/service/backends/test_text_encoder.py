@@ -1,4 +1,4 @@
-"""The encoder of sentences is BERT's function, whoever computes it."""
+"""The sentence encoder in numpy computes the function of BERT in transformers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_it_needs_no_torch() -> None:
 
 def test_gelu_is_exact_to_single_precision() -> None:
     x = np.linspace(-6, 6, 101, dtype=np.float32)
-    expected = [0.5 * each * (1 + erf(each / 2**0.5)) for each in x.tolist()]
+    expected = [0.5 * value * (1 + erf(value / 2**0.5)) for value in x.tolist()]
     np.testing.assert_allclose(text.gelu(x), expected, atol=1e-6)
 
 

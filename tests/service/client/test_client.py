@@ -1,4 +1,4 @@
-"""The Python client and `python -m service generate`, against a real socket; what is tried again, against a made-up transport."""
+"""The Python client and `python -m service generate`, over a real socket; retries over a fake transport."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 from ditserve.service.api_keys import add
 from ditserve.service.client import cli as generate
-from ditserve.service.client import operations as module
+from ditserve.service.client import messages
 from ditserve.service.client.client import AsyncClient, Client
-from ditserve.service.client.operations import Unreachable
+from ditserve.service.client.messages import Unreachable
 from ditserve.service.errors import (
     Cancelled,
     NumericalError,
@@ -37,9 +37,9 @@ async def url(stage: Stage, serve: Serve) -> str:
 
 async def test_draws(url: str) -> None:
     async with AsyncClient(url) as client:
-        drawn = await client.generate(APPLE, n=2, seed=5, steps=3)
-    assert [(picture.seed, picture.data) for picture in drawn.images] == [(5, PNG), (6, PNG)]
-    assert drawn.facts["steps_used"] == 3
+        generation = await client.generate(APPLE, n=2, seed=5, steps=3)
+    assert [(image.seed, image.data) for image in generation.images] == [(5, PNG), (6, PNG)]
+    assert generation.facts["steps_used"] == 3
 
 
 async def test_the_blocking_client_does_the_same(url: str) -> None:
@@ -98,7 +98,7 @@ async def test_sends_its_key(open_stage: OpenStage, serve: Serve, tmp_path: Path
 
 
 class Waits(list[float]):
-    """What the client waited for, in seconds, without waiting."""
+    """The waits of the client in seconds; none of them takes place."""
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
 
 
 def served(*answers: Callable[[httpx.Request], httpx.Response]) -> tuple[Client, list[httpx.Request]]:
-    """A client whose requests meet `answers` in turn, the last one for ever; and those requests."""
+    """Return a client whose requests get `answers` in turn (the last one for ever), and its requests."""
     seen: list[httpx.Request] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
@@ -168,7 +168,7 @@ def test_gives_up_in_the_end(waits: Waits) -> None:
     client, seen = served(cut)
     with pytest.raises(Unreachable):
         client.generate(APPLE)
-    assert len(seen) == module.ATTEMPTS
+    assert len(seen) == messages.ATTEMPTS
 
 
 def test_takes_a_broken_event_stream_up_where_it_broke(waits: Waits) -> None:

@@ -20,9 +20,9 @@ from ditserve.service.http import load_cache
 from ditserve.service.http.api import configured
 from ditserve.service.http.app import create_app
 from ditserve.service.jobs import Claim, Image, JobResult, WorkerState
-from ditserve.service.queue.backplane import Backplane
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
+from ditserve.service.queue.queue_client import QueueClient
 from ditserve.service.queue.quota import Quota
 from ditserve.service.settings import Settings
 from tests.conftest import wait_until
@@ -86,7 +86,10 @@ def _load_always_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class StubWorker:
-    """Claims jobs and finishes them with one-pixel images. `hold` keeps them running; `fail_with` ends them so."""
+    """Claims jobs and finishes them with one-pixel images.
+
+    `hold` keeps the jobs running; `fail_with` is the error that ends them instead.
+    """
 
     broker: Broker
     model: str = "fruits"
@@ -96,25 +99,25 @@ class StubWorker:
 
     async def run(self) -> None:
         while True:
-            await self.broker.wait_for_work(5)
+            await self.broker.work.wait(5)
             for claim in await self.broker.claim("stub", models=[self.model], max_samples=64):
                 self.claimed.append(claim)
                 await self._work(claim)
 
     async def report(self, **changes: Any) -> None:
-        """Publish the figures of a fast and idle worker, but for `changes`."""
+        """Publish the state of a fast and idle worker, with `changes`."""
         figures: dict[str, Any] = {"max_rows": 8, "step_fixed_s": 0.0, "step_per_row_s": 0.0001}
         figures |= {"decode_s": 0.0, "running_samples": 0, "backlog_rows": 0}
         figures |= {"last_step_age_s": 0.0, "updated_at": 0.0}
-        await self.broker.publish_state(
-            WorkerState(worker="stub", models=(self.model,), **{**figures, **changes})
-        )
+        await self.broker.report(WorkerState(worker="stub", models=(self.model,), **{**figures, **changes}))
 
     async def _work(self, claim: Claim) -> None:
         job, lease = claim.job, claim.lease
         for step in range(job.previews, job.steps, job.previews or job.steps):
-            place = {"sample": 0, "step": step, "steps": job.steps}
-            await self.broker.progress(lease, "preview", {**place, "image": PNG, "content_type": "image/png"})
+            progress = {"sample": 0, "step": step, "steps": job.steps}
+            await self.broker.progress(
+                lease, "preview", {**progress, "image": PNG, "content_type": "image/png"}
+            )
         if self.fail_with is not None:
             await self.broker.fail(lease, self.fail_with)
         elif not self.hold:
@@ -139,7 +142,7 @@ class StubWorker:
 
 @dataclass
 class Stage:
-    """What a test of the API plays on."""
+    """An API in this process with its client, its broker and its stub worker."""
 
     app: FastAPI
     client: httpx.AsyncClient
@@ -151,7 +154,7 @@ class Stage:
         return await self.client.post("/generate", json=body, headers=headers or {})
 
     async def queued(self, **body: Any) -> str:
-        """The address of a job that nobody waits for."""
+        """Queue a job that nobody waits for, and return its address."""
         response = await self.generate({"prefer": "respond-async"}, **body)
         assert response.status_code == 202
         return response.headers["location"]
@@ -164,7 +167,7 @@ OpenStage = Callable[..., Awaitable[Stage]]
 async def open_stage(
     connect: Callable[..., Awaitable[Broker]], bundle_path: Path, redis_url: str
 ) -> AsyncIterator[OpenStage]:
-    """Opens an API in this process on the real broker; keywords are settings, and `worker=False` leaves it unstaffed."""
+    """Open an API in this process on the real broker. Keywords are settings; `worker=False` adds none."""
     async with AsyncExitStack() as stack:
 
         async def open_(*, worker: bool = True, **options: Any) -> Stage:
@@ -173,11 +176,11 @@ async def open_stage(
             stub = StubWorker(await connect())
 
             @asynccontextmanager
-            async def opener(_: Settings) -> AsyncIterator[Backplane]:
+            async def opener(_: Settings) -> AsyncIterator[QueueClient]:
                 listener = Listener(broker)
                 quota = Quota(redis_url, namespace=broker.keys.namespace)
                 try:
-                    yield Backplane(broker, listener, quota)
+                    yield QueueClient(broker, listener, quota)
                 finally:
                     await quota.aclose()
                     await listener.aclose()
@@ -211,7 +214,7 @@ Serve = Callable[[Stage], Awaitable[int]]
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Serve]:
-    """Puts a stage behind a real socket of this machine, in this event loop; gives the port."""
+    """Serve a stage on a real socket of this machine, in this event loop; return the port."""
     async with AsyncExitStack() as stack:
 
         async def serve_(stage: Stage) -> int:

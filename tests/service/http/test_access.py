@@ -1,4 +1,4 @@
-"""API keys on the wire: who is refused, what a quota tells, and what stays open."""
+"""API keys over HTTP: refusals, quotas, and the paths that stay open."""
 
 from __future__ import annotations
 
@@ -99,18 +99,17 @@ async def test_the_document_says_that_a_key_is_needed(stage: Stage, open_stage: 
 
 async def test_a_quota_counts_down_and_refuses(stage: Stage, keys: Path) -> None:
     _, text = add(keys, "shop", rate=2)
-    told = []
+    remaining = []
     for _ in range(3):
         response = await stage.generate(bearer(text), **APPLE)
         assert response.headers["ratelimit-policy"] == '"requests";q=2;w=60'
-        told.append(response.headers["ratelimit"].partition(";t=")[0])
-    assert told == ['"requests";r=1', '"requests";r=0', '"requests";r=0']
+        remaining.append(response.headers["ratelimit"].partition(";t=")[0])
+    assert remaining == ['"requests";r=1', '"requests";r=0', '"requests";r=0']
     assert (response.status_code, response.json()["code"]) == (429, "quota-exceeded")
     assert 1 <= int(response.headers["retry-after"]) <= 60
     assert len(stage.worker.claimed) == 2
-    assert (
-        await stage.client.get("/models", headers=bearer(text))
-    ).status_code == 200  # looking is not drawing
+    # Only drawing counts towards the quota.
+    assert (await stage.client.get("/models", headers=bearer(text))).status_code == 200
 
 
 async def test_quotas_are_each_keys_own_and_shared_by_processes(open_stage: OpenStage, keys: Path) -> None:
@@ -131,26 +130,26 @@ async def test_a_job_is_seen_by_its_own_key_and_by_an_admin(stage: Stage, keys: 
     (_, owner), (_, stranger) = add(keys, "owner"), add(keys, "stranger")
     _, admin = add(keys, "admin", scopes=("admin",))
     response = await stage.generate({**bearer(owner), "prefer": "respond-async"}, **APPLE)
-    place = response.headers["location"]
+    address = response.headers["location"]
     for part in ("", "/events", "/images/0"):
         seen = [
-            (await stage.client.get(place + part, headers=bearer(text))).status_code
+            (await stage.client.get(address + part, headers=bearer(text))).status_code
             for text in (stranger, owner, admin)
         ]
         assert seen == [404, 200, 200], part
-    assert (await stage.client.delete(place, headers=bearer(stranger))).status_code == 404
+    assert (await stage.client.delete(address, headers=bearer(stranger))).status_code == 404
 
 
 async def test_a_key_may_have_so_many_unfinished_jobs(stage: Stage, keys: Path) -> None:
     stage.worker.hold = True
     (_, text), (_, other) = add(keys, "shop", concurrency=2), add(keys, "other", concurrency=2)
     later = {"prefer": "respond-async"}
-    places = [
+    addresses = [
         (await stage.generate({**bearer(text), **later}, **APPLE)).headers["location"] for _ in range(2)
     ]
     refused = await stage.generate({**bearer(text), **later}, **APPLE)
     assert (refused.status_code, refused.json()["code"]) == (429, "quota-exceeded")
     assert int(refused.headers["retry-after"]) > 0
     assert (await stage.generate({**bearer(other), **later}, **APPLE)).status_code == 202
-    await stage.client.delete(places[0], headers=bearer(text))
+    await stage.client.delete(addresses[0], headers=bearer(text))
     assert (await stage.generate({**bearer(text), **later}, **APPLE)).status_code == 202

@@ -1,4 +1,4 @@
-"""What bad input gets: one clear problem each, never a 500, and nothing in the queue."""
+"""Bad input: it gets one clear problem, never a 500, and puts nothing in the queue."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The canary: what is drawn is held against the bundle's golden image, through queue and worker."""
+"""The canary: its drawing is compared with the bundle's golden image, through queue and worker."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def bundle(bundle_path: Path, tmp_path: Path) -> Callable[[bytes], Path]:
 
 
 def canary(stage: Stage) -> Canary:
-    found: Canary | None = stage.app.state.context.default.canary
-    assert found
-    return found
+    canary: Canary | None = stage.app.state.context.default.canary
+    assert canary
+    return canary
 
 
 def gray(level: int, side: int = 1) -> bytes:
@@ -54,7 +54,7 @@ def gray(level: int, side: int = 1) -> bytes:
     return out.getvalue()
 
 
-def told(name: str, **labels: str) -> float:
+def metric(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
@@ -63,29 +63,29 @@ async def test_the_golden_image_is_asked_for_as_it_was_drawn(
     open_stage: OpenStage, bundle: Callable[[bytes], Path]
 ) -> None:
     stage = await open_stage(bundle=bundle(PNG))
-    before = told("dit_canary_total", model="fruits", outcome="same")
+    before = metric("dit_canary_total", model="fruits", outcome="same")
     assert await canary(stage).draw() == SAME_DB
     job = stage.worker.claimed[0].job
     assert (job.condition[0].labels, job.seeds, job.steps, job.solver) == ((3, 0), (3,), 12, "ddim")
     assert (job.allow_degraded, job.priority, job.caller) == (False, "low", "canary")
-    assert told("dit_canary_total", model="fruits", outcome="same") == before + 1
-    assert told("dit_canary_psnr_db", model="fruits") == SAME_DB
+    assert metric("dit_canary_total", model="fruits", outcome="same") == before + 1
+    assert metric("dit_canary_psnr_db", model="fruits") == SAME_DB
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("golden", [gray(200), gray(0, side=2)], ids=["other", "another-size"])
 async def test_drift_is_seen(open_stage: OpenStage, bundle: Callable[[bytes], Path], golden: bytes) -> None:
     stage = await open_stage(bundle=bundle(golden))
-    before = told("dit_canary_total", model="fruits", outcome="drifted")
+    before = metric("dit_canary_total", model="fruits", outcome="drifted")
     assert await canary(stage).draw() < 10
-    assert told("dit_canary_total", model="fruits", outcome="drifted") == before + 1
+    assert metric("dit_canary_total", model="fruits", outcome="drifted") == before + 1
 
 
 @pytest.mark.anyio
 async def test_draws_by_itself_and_survives_refusals(
     open_stage: OpenStage, bundle: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, refused = Canary.draw, told("dit_canary_total", model="fruits", outcome="skipped")
+    draw, refused = Canary.draw, metric("dit_canary_total", model="fruits", outcome="skipped")
     tried: list[int] = []
 
     async def first_refused(self: Canary) -> float:
@@ -97,11 +97,12 @@ async def test_draws_by_itself_and_survives_refusals(
     monkeypatch.setattr(Canary, "draw", first_refused)
     stage = await open_stage(bundle=bundle(PNG), canary_s=0.01)
     await wait_until(lambda: stage.worker.claimed)
-    assert told("dit_canary_total", model="fruits", outcome="skipped") == refused + 1
+    assert metric("dit_canary_total", model="fruits", outcome="skipped") == refused + 1
 
 
 def test_likeness() -> None:
     black, almost = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 1, np.uint8)
     assert psnr(black, black) == SAME_DB
-    assert psnr(black, almost) == pytest.approx(48.13, abs=0.01)  # 10·log10(255²)
+    # 10·log10(255²)
+    assert psnr(black, almost) == pytest.approx(48.13, abs=0.01)
     assert psnr(black, np.full((4, 4, 3), 255, np.uint8)) == 0

@@ -1,6 +1,8 @@
-"""The API under generated requests, right and wrong ones: it answers only what its document says, and gives nothing away.
+"""The API under generated requests, right and wrong: it answers what its document says, and leaks nothing.
 
-`--fuzz-cases 20000` generates more (`make test ARGS="tests/service/http/test_fuzz.py --fuzz-cases 20000 --timeout 0"`).
+`--fuzz-cases 20000` generates more:
+
+    make test ARGS="tests/service/http/test_fuzz.py --fuzz-cases 20000 --timeout 0"
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import re
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,10 +46,10 @@ CHECKS = [
     response_schema_conformance,
     response_headers_conformance,
 ]
-# What must never be read in an answer: how the program is built and where it lies.
+# An answer must never show how the program is built and where it lies.
 LEAKS = re.compile(rb"Traceback|site-packages|\.py\b|/home/|/root/|/usr/|0x[0-9a-f]{8}|redis://")
 MAY_FAIL = {503, 504}
-# What uvicorn says before the API is asked, of an empty Content-Length for one; the document is about requests.
+# Uvicorn answers this before it asks the API, for example to an empty Content-Length.
 NOT_HTTP = (400, "Invalid HTTP request received.")
 
 
@@ -58,7 +60,7 @@ def api(
     bundle_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """A running API whose jobs a stub worker finishes: its address, and the headers that let one in."""
+    """Yield the address of a running API whose jobs a stub worker finishes, and the headers that it needs."""
     keys = tmp_path_factory.mktemp("keys") / "keys.json"
     headers = {"authorization": f"Bearer {add(keys, 'fuzzer')[1]}"} if request.param == "keyed" else {}
     namespace = f"fuzz-{secrets.token_hex(4)}"
@@ -77,7 +79,7 @@ def api(
 
 @contextmanager
 def serving(options: Settings) -> Iterator[int]:
-    """The API and a stub worker in a thread of their own; gives the port."""
+    """Run the API and a stub worker in a thread of their own; yield the port."""
     server = uvicorn.Server(configured(create_app(options), options))
     started = threading.Event()
 
@@ -107,10 +109,14 @@ def serving(options: Settings) -> Iterator[int]:
 def test_answers_only_what_the_document_says(api: tuple[str, dict[str, str]], fuzz_cases: int) -> None:
     url, headers = api
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    operations: list[Any] = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]
+    results: Iterable[Any] = schema.get_all_operations()
+    operations = [result.ok() for result in results]
     answered: Counter[int] = Counter()
-    inputs = sum(bool(each.body) + any(True for _ in each.iter_parameters()) for each in operations)
-    share = -(-fuzz_cases // (2 * inputs))  # of each kind of API and each input
+    inputs = sum(
+        bool(operation.body) + any(True for _ in operation.iter_parameters()) for operation in operations
+    )
+    # Half of the cases are for the other kind of API; each input gets as many as any other.
+    share = -(-fuzz_cases // (2 * inputs))
     for number, operation in enumerate(operations):
         for mode in GenerationMode:
 
@@ -134,9 +140,11 @@ def test_answers_only_what_the_document_says(api: tuple[str, dict[str, str]], fu
 
             try:
                 probe()
-            except Unsatisfiable:  # any text is a path: nothing wrong can be made of it
+            except Unsatisfiable:
+                # Any text is a valid path, so there is no wrong one.
                 assert mode is GenerationMode.NEGATIVE, operation.label
     assert answered.total() >= fuzz_cases // 2, answered
     assert answered[200] > 0
     assert answered[422] > 0
-    assert httpx.get(f"{url}/docs").status_code == 200  # it still stands
+    # The API still runs.
+    assert httpx.get(f"{url}/docs").status_code == 200

@@ -112,7 +112,8 @@ async def test_accept_chooses_the_representation(
 async def test_several_images_are_multipart(stage: Stage) -> None:
     response = await stage.generate({"accept": "multipart/mixed"}, n=3, seed=1)
     head = f"content-type: {response.headers['content-type']}\r\n\r\n".encode()
-    parts: list[Message[str, str]] = message_from_bytes(head + response.content).get_payload()  # type: ignore[assignment]
+    message = message_from_bytes(head + response.content)
+    parts: list[Message[str, str]] = message.get_payload()  # type: ignore[assignment]
     assert [part["x-seed"] for part in parts] == ["1", "2", "3"]
     assert all(part.get_payload(decode=True) == PNG for part in parts)
     digest = base64.b64encode(hashlib.sha256(response.content).digest()).decode()
@@ -160,13 +161,14 @@ async def test_a_deadline_is_kept_by_a_lower_rung_and_said_so(stage: Stage) -> N
 async def test_of_a_crowd_at_once_as_many_are_taken_as_can_be_cut_to_fit(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, allow_degraded: bool, taken: int
 ) -> None:
-    """200 rows until the deadline, less a margin; each wants 40, or consents to as few as 10."""
-    monkeypatch.setattr(load_cache, "LOAD_FRESH_S", 60.0)  # nobody sees a report of what was queued before
+    """The worker runs 200 rows until the deadline, less a margin. A request needs 40, or 10 if degraded."""
+    # The load is read once, so only the cache knows of the jobs queued before.
+    monkeypatch.setattr(load_cache, "LOAD_FRESH_S", 60.0)
     stage.worker.hold = True
     await stage.worker.report(step_per_row_s=0.01, max_rows=1)
     ask = {"deadline_ms": 2000, "allow_degraded": allow_degraded}
     answers = [await stage.generate({"prefer": "respond-async"}, **ask) for _ in range(14)]
-    assert sorted(each.status_code for each in answers) == [202] * taken + [503] * (14 - taken)
+    assert sorted(answer.status_code for answer in answers) == [202] * taken + [503] * (14 - taken)
 
 
 async def test_images_not_ready_by_the_deadline_are_504_and_cancelled(stage: Stage) -> None:

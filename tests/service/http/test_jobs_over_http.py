@@ -15,17 +15,17 @@ from tests.service.http.conftest import PNG, OpenStage, Serve, Stage
 pytestmark = pytest.mark.anyio
 
 NOWHERE = f"/jobs/{'0' * 32}"
-Told = tuple[str | None, str, dict[str, Any]]
+StreamEvent = tuple[str | None, str, dict[str, Any]]
 
 
-def parsed(stream: str) -> list[Told]:
-    """Id, kind and data of every event in a stream."""
-    told = []
+def parsed(stream: str) -> list[StreamEvent]:
+    """Return id, kind and data of every event in a stream."""
+    events = []
     for block in stream.split("\n\n"):
         lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
         if lines:
-            told.append((lines.get("id"), lines["event"], json.loads(lines["data"])))
-    return told
+            events.append((lines.get("id"), lines["event"], json.loads(lines["data"])))
+    return events
 
 
 async def done(stage: Stage, address: str) -> JobStatus:
@@ -138,20 +138,20 @@ async def test_events_tell_the_story_and_end(stage: Stage) -> None:
     address = await stage.queued(steps=9, previews=4)
     response = await stage.client.get(f"{address}/events")
     assert response.headers["content-type"].startswith("text/event-stream")
-    told = parsed(response.text)
-    kinds = [kind for _, kind, _ in told]
+    events = parsed(response.text)
+    kinds = [kind for _, kind, _ in events]
     assert kinds == ["queued", "started", "preview", "preview", "done"]
-    _, _, preview = told[2]
+    _, _, preview = events[2]
     assert (preview["step"], preview["steps"], preview["content_type"]) == (4, 9, "image/png")
     assert base64.b64decode(preview["b64"]) == PNG
 
 
 async def test_events_resume_after_the_last_id(stage: Stage) -> None:
     address = await stage.queued(steps=9, previews=4)
-    all_told = parsed((await stage.client.get(f"{address}/events")).text)
-    resumed = await stage.client.get(f"{address}/events", headers={"last-event-id": str(all_told[2][0])})
-    assert parsed(resumed.text) == all_told[3:]
-    at_the_end = await stage.client.get(f"{address}/events", headers={"last-event-id": str(all_told[-1][0])})
+    events = parsed((await stage.client.get(f"{address}/events")).text)
+    resumed = await stage.client.get(f"{address}/events", headers={"last-event-id": str(events[2][0])})
+    assert parsed(resumed.text) == events[3:]
+    at_the_end = await stage.client.get(f"{address}/events", headers={"last-event-id": str(events[-1][0])})
     assert [kind for _, kind, _ in parsed(at_the_end.text)] == ["done"]
 
 

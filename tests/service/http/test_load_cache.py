@@ -1,4 +1,4 @@
-"""What an API makes of the load between two looks at it."""
+"""The load cache: jobs that are queued between two reads of the load are counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Make = Callable[..., Any]
 
 
 class Queue:
-    """Two workers, one of them busy; `asked` counts the looks."""
+    """A queue with these workers; `asked` counts the reads of its load."""
 
     def __init__(self, *workers: WorkerState) -> None:
         self.workers, self.asked = workers, 0
@@ -39,11 +39,11 @@ async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_loo
     cache = LoadCache(queue)  # type: ignore[arg-type]
     await asyncio.gather(*(cache() for _ in range(5)))
     with (
-        cache.counted(make_job(cost_rows=40, floor_rows=10, deadline_at=5.0)),
-        cache.counted(make_job(cost_rows=80, deadline_at=None)),
+        cache.reserved(make_job(cost_rows=40, floor_rows=10, deadline_at=5.0)),
+        cache.reserved(make_job(cost_rows=80, deadline_at=None)),
     ):
         pass
-    counted = {each.worker: each for each in (await cache()).workers}
+    counted = {worker.worker: worker for worker in (await cache()).workers}
     assert counted["idle"].dues == (Due(-inf, 5, 5), Due(5.0, 40, 10), Due(inf, 80, 80))
     assert (counted["idle"].backlog_rows, counted["busy"]) == (125, queue.workers[0])
     assert queue.asked == 1
@@ -56,7 +56,7 @@ async def test_of_a_crowd_that_waits_for_one_look_everyone_sees_those_before(mak
 
     async def come() -> tuple[int, int]:
         (only,) = (await cache()).workers
-        with cache.counted(make_job(cost_rows=40)):
+        with cache.reserved(make_job(cost_rows=40)):
             pass
         return only.backlog_rows, only.running_samples
 
@@ -65,7 +65,7 @@ async def test_of_a_crowd_that_waits_for_one_look_everyone_sees_those_before(mak
 
 async def test_without_workers_nothing_is_counted(make_job: Make) -> None:
     cache = LoadCache(Queue())  # type: ignore[arg-type]
-    with cache.counted(make_job()):
+    with cache.reserved(make_job()):
         assert (await cache()).workers == ()
 
 
@@ -74,6 +74,6 @@ async def test_a_look_meanwhile_does_not_lose_what_is_not_queued_yet(
 ) -> None:
     monkeypatch.setattr("ditserve.service.http.load_cache.LOAD_FRESH_S", -1.0)
     cache = LoadCache(Queue(worker("idle", 5)))  # type: ignore[arg-type]
-    with cache.counted(make_job(cost_rows=40)):
-        assert [each.backlog_rows for each in (await cache()).workers] == [45]
-    assert [each.backlog_rows for each in (await cache()).workers] == [5]
+    with cache.reserved(make_job(cost_rows=40)):
+        assert [worker.backlog_rows for worker in (await cache()).workers] == [45]
+    assert [worker.backlog_rows for worker in (await cache()).workers] == [5]

@@ -1,4 +1,4 @@
-"""Several models behind one API, and a new version of one in the place of the old."""
+"""Several models behind one API, and a new version of one in the address of the old."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ditserve.service.errors import ModelReplaced, to_wire
 from ditserve.service.http.app import create_app
 from ditserve.service.http.context import Context
 from ditserve.service.queue.broker import Broker
-from ditserve.service.served_models import open_lanes
+from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from tests.conftest import close_books, wait_until
 from tests.service.http.conftest import MANIFEST, StubWorker
@@ -38,7 +38,7 @@ def write(folder: Path, name: str, labels: list[str] | None = None, **fields: An
 
 @dataclass
 class Pair:
-    """An API of two models, `fruits` in `folder`/fruits and `sweets` in `folder`/sweets, and a stub worker of each."""
+    """An API of the models in `folder`/fruits and `folder`/sweets, and a stub worker of each."""
 
     app: FastAPI
     client: httpx.AsyncClient
@@ -55,8 +55,8 @@ class Pair:
         return await self.client.post("/generate", json=body, headers=headers or {})
 
     async def report(self, name: str) -> None:
-        """The worker of a model says that it has loaded what lies in the folder now."""
-        lane = next(lane for lane in open_lanes(self.settings, verify=False) if lane.name == name)
+        """Report that the worker of a model has loaded the bundle that is in the folder now."""
+        lane = next(lane for lane in open_served_models(self.settings, verify=False) if lane.name == name)
         await self.workers[name].report(bundle=lane.digest)
 
     async def reload(self) -> None:
@@ -78,7 +78,7 @@ async def pair(tmp_path: Path, redis_url: str, namespace: str) -> AsyncIterator[
     settings = Settings(**options)
     async with AsyncExitStack() as stack:
         workers = {}
-        for lane in open_lanes(settings, verify=True):
+        for lane in open_served_models(settings, verify=True):
             stack.push_async_callback(close_books, redis_url, lane.namespace)
             broker = await Broker.connect(redis_url, namespace=lane.namespace)
             stack.push_async_callback(broker.aclose)
@@ -111,7 +111,7 @@ async def test_the_model_of_the_request_draws(pair: Pair) -> None:
 
 async def test_openai_clients_choose_the_model_too(pair: Pair) -> None:
     listed = (await pair.client.get("/v1/models")).json()["data"]
-    assert [each["id"] for each in listed] == ["fruits", "sweets"]
+    assert [model["id"] for model in listed] == ["fruits", "sweets"]
     body = {"model": "sweets", "prompt": "some toffee, noto"}
     assert (await pair.client.post("/v1/images/generations", json=body)).status_code == 200
     assert pair.workers["sweets"].claimed[0].job.condition[0].labels == (1, 0)
@@ -128,17 +128,17 @@ async def test_an_unknown_model_is_answered_with_those_there_are(pair: Pair) -> 
 async def test_a_job_is_found_whichever_model_has_it(pair: Pair) -> None:
     for name in pair.workers:
         accepted = await pair.generate({"prefer": "respond-async"}, model=name)
-        place = accepted.headers["location"]
+        address = accepted.headers["location"]
 
-        async def done(place: str = place) -> bool:
-            return bool((await pair.client.get(place)).json()["state"] == "done")
+        async def done(address: str = address) -> bool:
+            return bool((await pair.client.get(address)).json()["state"] == "done")
 
         await wait_until(done)
-        assert (await pair.client.get(f"{place}/images/0")).status_code == 200
-        assert "event: done" in (await pair.client.get(f"{place}/events")).text
+        assert (await pair.client.get(f"{address}/images/0")).status_code == 200
+        assert "event: done" in (await pair.client.get(f"{address}/events")).text
     pair.workers["sweets"].hold = True
-    place = (await pair.generate({"prefer": "respond-async"}, model="sweets")).headers["location"]
-    assert (await pair.client.delete(place)).json()["state"] == "cancelled"
+    address = (await pair.generate({"prefer": "respond-async"}, model="sweets")).headers["location"]
+    assert (await pair.client.delete(address)).json()["state"] == "cancelled"
 
 
 async def test_ready_when_every_model_has_its_worker(pair: Pair) -> None:

@@ -2,11 +2,12 @@
 
 import base64
 from collections.abc import AsyncIterator
+from typing import Any
 
 import openai
 import pytest
 
-from ditserve.service.http.openai import rung_for
+from ditserve.service.http.routes.openai import rung_for
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
@@ -45,7 +46,8 @@ async def test_a_prompt_names_classes(stage: Stage, client: openai.AsyncOpenAI) 
 async def test_quality_chooses_a_rung(
     stage: Stage, client: openai.AsyncOpenAI, quality: str, steps: int, solver: str
 ) -> None:
-    await client.images.generate(prompt="lemon", quality=quality, response_format="b64_json")  # type: ignore[call-overload]
+    parameters: dict[str, Any] = {"prompt": "lemon", "quality": quality, "response_format": "b64_json"}
+    await client.images.generate(**parameters)
     job = stage.worker.claimed[-1].job
     assert (job.steps, job.solver) == (steps, solver)
 

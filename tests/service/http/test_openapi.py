@@ -1,6 +1,6 @@
-"""The OpenAPI document: complete, true to its own schemas, and the same as the one that was agreed on.
+"""The OpenAPI document: complete, true to its own schemas, and the same as the agreed one.
 
-That one is `openapi.json` beside this file. After a change that is meant:
+The agreed one is `openapi.json` beside this file. After an intended change:
 
     make test ARGS="tests/service/http/test_openapi.py --write-openapi"
 """
@@ -26,11 +26,11 @@ REWRITE = f"if this is meant: make test ARGS='tests/service/http/{Path(__file__)
 
 @pytest.fixture
 async def document(open_stage: OpenStage, tmp_path: Path) -> dict[str, Any]:
-    """Of an API that asks for keys, which has the most to say."""
+    """Return the document of an API that asks for keys, which has the most entries."""
     add(tmp_path / "keys.json", "anybody")
     stage = await open_stage(keys_file=tmp_path / "keys.json")
-    made: dict[str, Any] = (await stage.client.get("/openapi.json")).json()
-    return made
+    document: dict[str, Any] = (await stage.client.get("/openapi.json")).json()
+    return document
 
 
 def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -40,14 +40,16 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def bodies(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each request and answer that is text, by name."""
+    """Yield the name and the description of each request and response that is text."""
     for name, operation in operations(document):
         contents = {"request": operation.get("requestBody", {}).get("content", {})}
-        contents |= {status: each.get("content", {}) for status, each in operation["responses"].items()}
-        for place, content in contents.items():
+        contents |= {
+            status: response.get("content", {}) for status, response in operation["responses"].items()
+        }
+        for part, content in contents.items():
             for media_type, body in content.items():
                 if not media_type.startswith("image/"):
-                    yield f"{name} {place} {media_type}", body
+                    yield f"{name} {part} {media_type}", body
 
 
 async def test_the_document_is_the_agreed_one(
@@ -82,7 +84,7 @@ async def test_every_request_answer_and_parameter_has_an_example(document: dict[
 async def test_every_example_follows_its_schema(document: dict[str, Any]) -> None:
     for name, body in bodies(document):
         schema = {**body.get("schema", {}), "components": document["components"]}
-        values = [each["value"] for each in body.get("examples", {}).values()]
+        values = [example["value"] for example in body.get("examples", {}).values()]
         values += [body["example"]] if "example" in body else []
         for value in values:
             jsonschema.validate(value, schema)
@@ -90,7 +92,7 @@ async def test_every_example_follows_its_schema(document: dict[str, Any]) -> Non
 
 
 def properties(schema: dict[str, Any]) -> set[str]:
-    """The members that a referenced schema names; none when it allows others."""
+    """Return the members that a referenced schema names, none if it allows others."""
     named = schema.get("$ref", "").rpartition("/")[2]
     described = schema["components"]["schemas"].get(named, {})
     return set() if described.get("additionalProperties") is True else set(described.get("properties", ()))

@@ -44,7 +44,7 @@ async def test_every_control_has_a_name(stage: Stage) -> None:
 
 @asynccontextmanager
 async def browsing(port: int, *, refusal: str = "422") -> AsyncIterator[Any]:
-    """The playground in a real browser. No fault may show in its console but answers of status `refusal`."""
+    """Open the playground in a browser. Its console may show answers of status `refusal`, no other fault."""
     playwright = pytest.importorskip("playwright.async_api", reason="needs: pip install playwright")
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_path is None:
@@ -62,14 +62,16 @@ async def browsing(port: int, *, refusal: str = "422") -> AsyncIterator[Any]:
 
 
 # WCAG 2.2 contrast ratio of the text of each element that is shown, on the nearest opaque ground behind it.
-CONTRAST = """(elements) => elements.filter((each) => each.checkVisibility() && !each.disabled).map((each) => {
+CONTRAST = """(elements) => elements.filter((e) => e.checkVisibility() && !e.disabled).map((element) => {
   const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  let ground = each;
-  while (ground.parentElement && numbers(getComputedStyle(ground).backgroundColor)[3] === 0) ground = ground.parentElement;
+  const background = (e) => getComputedStyle(e).backgroundColor;
+  let ground = element;
+  while (ground.parentElement && numbers(background(ground))[3] === 0) ground = ground.parentElement;
   const light = (colour) => numbers(colour).slice(0, 3).map((value) => value / 255)
     .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
     .reduce((sum, value, k) => sum + value * [0.2126, 0.7152, 0.0722][k], 0);
-  const [dark, bright] = [light(getComputedStyle(each).color), light(getComputedStyle(ground).backgroundColor)].sort((a, b) => a - b);
+  const colours = [getComputedStyle(element).color, background(ground)];
+  const [dark, bright] = colours.map(light).sort((a, b) => a - b);
   return (bright + 0.05) / (dark + 0.05);
 })"""
 
@@ -161,14 +163,15 @@ class TestInChromium:
         stage.worker.hold = True
         await page.evaluate(
             """() => { window.heard = []; const status = document.getElementById("status");
-            new MutationObserver(() => heard.push(status.textContent)).observe(status, { childList: true, subtree: true }); }"""
+            new MutationObserver(() => heard.push(status.textContent))
+            .observe(status, { childList: true, subtree: true }); }"""
         )
         await page.fill("#count", "1")
         await page.click("#go")
         await page.get_by_text("step 18 of 20").wait_for()
         heard = await page.evaluate("heard")
         assert heard.count("Drawing:") == 1
-        assert not any("step" in each for each in heard)
+        assert not any("step" in announcement for announcement in heard)
         tree = await page.locator("main").aria_snapshot()
         for named in (
             'combobox "Label"',

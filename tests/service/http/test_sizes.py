@@ -1,4 +1,4 @@
-"""Image sizes: the model's own always, others as far as every worker makes them."""
+"""Image sizes: the model's own always works, others if every worker makes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.service.http.sizes import Extent, in_windows
+from ditserve.service.http.sizes import OutputSize, in_windows
 from ditserve.service.jobs import Network
 from tests.service.http.conftest import MANIFEST, Stage
 
@@ -67,8 +67,8 @@ async def test_in_windows_any_model_makes_what_is_larger_at_the_price_of_their_r
 async def test_what_has_no_windows_is_refused(stage: Stage) -> None:
     height, width = MANIFEST["config"]["image_size"]
     for smaller in (f"{width}x{height}", f"{4 * width}x{height - 1}", f"{width - 1}x{4 * height}", "0x0"):
-        said = detail(await stage.generate(condition={}, size=smaller, windows=True))
-        assert f"larger than the model's own, {width}x{height}" in said
+        text = detail(await stage.generate(condition={}, size=smaller, windows=True))
+        assert f"larger than the model's own, {width}x{height}" in text
     large = detail(await stage.generate(condition={}, size=f"{4 * width + 1}x{height}", windows=True))
     assert f"At most {4 * width * height} pixels" in large
     response = await stage.generate(condition={}, windows=True)
@@ -90,7 +90,7 @@ def test_windows_over_latents_are_reckoned_in_pixels_of_the_image() -> None:
     manifest = Manifest.model_validate({**MANIFEST, "config": config, "decoder": "small"})
     height, width = MANIFEST["config"]["image_size"]
     wide = in_windows(f"{16 * width}x{8 * height}", manifest, max_area=4)
-    assert wide == Extent((height, 2 * width), 3, 3.0)
+    assert wide == OutputSize((height, 2 * width), 3, 3.0)
     with pytest.raises(ValueError, match="multiples of 8"):
         in_windows(f"{16 * width + 1}x{8 * height}", manifest, max_area=4)
 
@@ -104,4 +104,5 @@ async def test_without_workers_only_the_models_own_size_is_known(open_stage: Ope
     wide = await stage.generate(
         {"prefer": "respond-async"}, condition={}, size=f"{2 * width}x{height}", windows=True
     )
-    assert wide.status_code == 202  # who comes will make it
+    # A worker that starts later will make it.
+    assert wide.status_code == 202

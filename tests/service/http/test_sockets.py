@@ -1,4 +1,4 @@
-"""What only a real socket shows: clients that go away, send slowly, or do not speak HTTP."""
+"""The API over a real socket: clients that go away, send slowly, or do not speak HTTP."""
 
 import asyncio
 import gzip
@@ -21,7 +21,7 @@ def request(body: bytes, *extra: str, length: int | None = None) -> bytes:
 
 
 async def answered(port: int, raw: bytes) -> bytes:
-    """All that comes back for `raw` until the server closes."""
+    """Send `raw` and return all that comes back until the server closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(raw)
     answer = await asyncio.wait_for(reader.read(), 10)

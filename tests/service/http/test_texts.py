@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(scope="module", params=[0, 8])
 def bundle_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of classes alone, and one that takes text besides."""
+    """Return the folders of a model of classes alone, and of one that takes text too."""
     path = tmp_path_factory.mktemp("texts")
     config = {**MANIFEST["config"], "text_size": request.param}
     (path / "manifest.json").write_text(json.dumps({**MANIFEST, "config": config}))

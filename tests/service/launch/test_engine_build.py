@@ -1,4 +1,4 @@
-"""Engines are built by another process, whose progress is heard and whose refusal is passed on."""
+"""Engines are built by another process; its progress is reported, and its refusal is passed on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from ditserve.service.backends import BackendUnavailable
-from ditserve.service.launch.engine_build import Building, build_engines
+from ditserve.service.launch.engine_build import BuildProgress, build_engines
 
 pytestmark = pytest.mark.anyio
 
-TELLING = """
+BUILDING = """
 import json, sys
 print("a library's own words")
 for event in (
@@ -43,16 +43,18 @@ def builder(text: str) -> tuple[str, ...]:
     return sys.executable, "-c", text
 
 
-async def test_progress_is_told_as_it_changes(tmp_path: Path) -> None:
-    told: list[Building] = []
-    assert await build_engines(tmp_path, told=told.append, stop=asyncio.Event(), command=builder(TELLING))
-    assert [each.share for each in told] == [0.0, 0.25, 1.0]
-    assert str(told[1]) == "building the fp16 engine (1 of 1): 25%"
+async def test_progress_is_reported_as_it_changes(tmp_path: Path) -> None:
+    reports: list[BuildProgress] = []
+    assert await build_engines(
+        tmp_path, on_progress=reports.append, stop=asyncio.Event(), command=builder(BUILDING)
+    )
+    assert [progress.share for progress in reports] == [0.0, 0.25, 1.0]
+    assert str(reports[1]) == "building the fp16 engine (1 of 1): 25%"
 
 
 async def test_a_refusal_is_the_builders_sentence(tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match="cannot be built: no NVIDIA GPU answers nvidia-smi"):
-        await build_engines(tmp_path, told=print, stop=asyncio.Event(), command=builder(REFUSING))
+        await build_engines(tmp_path, on_progress=print, stop=asyncio.Event(), command=builder(REFUSING))
 
 
 async def test_what_is_asked_for_is_passed_on() -> None:
@@ -62,13 +64,15 @@ async def test_what_is_asked_for_is_passed_on() -> None:
             Path("b"),
             precision="int8",
             engines=Path("e"),
-            told=print,
+            on_progress=print,
             stop=asyncio.Event(),
             command=builder(echo),
         )
     assert "['b', '--progress', 'json', '--precision', 'int8', '--engines', 'e']" in str(refused.value)
 
 
-async def test_a_wish_to_stop_reaches_the_builder(tmp_path: Path) -> None:
+async def test_the_builder_is_told_to_stop(tmp_path: Path) -> None:
     stop = asyncio.Event()
-    assert not await build_engines(tmp_path, told=lambda _: stop.set(), stop=stop, command=builder(WAITING))
+    assert not await build_engines(
+        tmp_path, on_progress=lambda _: stop.set(), stop=stop, command=builder(WAITING)
+    )

@@ -110,7 +110,7 @@ async def test_two_models_are_served_and_one_is_replaced_under_load(
 
         await wait_until(swapped, timeout=60, every=0.05)
         replaced.set()
-        statuses = [status for each in load for status in await each]
+        statuses = [status for task in load for status in await task]
         assert set(statuses) == {200}
         assert len(workers(running) & before) == 1, "the model that did not change keeps its worker"
         everyone = set(running.family)

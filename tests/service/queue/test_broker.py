@@ -9,8 +9,9 @@ import pytest
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ditserve.service.errors import Cancelled, DeadlineExceeded, NumericalError, QueueFull, to_wire
-from ditserve.service.jobs import Event, Job, JobResult, Lease, pack, unpack
+from ditserve.service.jobs import Job, JobEvent, JobResult, Lease
 from ditserve.service.queue.broker import Broker
+from ditserve.service.wire import pack, unpack
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]
@@ -29,7 +30,7 @@ async def claim_one(broker: Broker, owner: str = "w1") -> Lease:
     return claim.lease
 
 
-async def read_events(broker: Broker, job_id: str, after: str = "0-0") -> list[Event]:
+async def read_events(broker: Broker, job_id: str, after: str = "0-0") -> list[JobEvent]:
     return [event async for event in broker.events(job_id, after)]
 
 
@@ -39,7 +40,7 @@ async def test_a_job_goes_through(broker: Broker, make_job: MakeJob, make_result
     (claim,) = await broker.claim("w1", models=["emoji"], max_samples=4)
     assert claim.job == job
     assert claim.lease == Lease(job.id, "w1", 1)
-    assert not claim.alone
+    assert not claim.run_isolated
     assert await broker.progress(claim.lease, "step", {"step": 4, "steps": 8})
     status = await broker.status(job.id)
     assert status is not None
@@ -129,14 +130,14 @@ async def test_a_claim_takes_what_fits_in_order(broker: Broker, make_job: MakeJo
     for job in jobs:
         await broker.submit(job)
     ids = [job.id for job in jobs]
-    assert await claim_ids(broker, room=5, alone_ok=False) == ids[:2]
-    assert await claim_ids(broker, room=3, alone_ok=False) == [], (
+    assert await claim_ids(broker, room=5, idle=False) == ids[:2]
+    assert await claim_ids(broker, room=3, idle=False) == [], (
         "the small job must not overtake the large one for ever"
     )
-    assert await claim_ids(broker, room=3, alone_ok=True) == ids[2:3], (
+    assert await claim_ids(broker, room=3, idle=True) == ids[2:3], (
         "an idle worker takes a job larger than its room"
     )
-    assert await claim_ids(broker, room=3, alone_ok=False) == ids[3:]
+    assert await claim_ids(broker, room=3, idle=False) == ids[3:]
     assert await claim_ids(broker, room=0) == []
 
 
@@ -276,14 +277,14 @@ async def test_cancel_and_finish_have_one_winner(
         assert kinds == ["queued", "started", "cancelled" if cancelled else "done"]
 
 
-async def test_a_running_job_that_is_cancelled_is_told(
+async def test_the_cancellation_of_a_running_job_is_notified(
     broker: Broker, make_job: MakeJob, wait_until: Callable[..., Awaitable[Any]]
 ) -> None:
-    told: list[str] = []
-    broker.watch(told.append)
-    await broker.wait_for_work(5)  # the subscription stands
+    cancelled: list[str] = []
+    broker.work.watch(cancelled.append)
+    await broker.work.wait(5)  # the subscription stands
     job = make_job()
     await broker.submit(job)
     await claim_one(broker)
     await broker.cancel(job.id)
-    await wait_until(lambda: told == [job.id])
+    await wait_until(lambda: cancelled == [job.id])

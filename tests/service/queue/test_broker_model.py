@@ -1,4 +1,4 @@
-"""Random histories of the queue against a simple model of it: no job lost, none answered twice, order and fairness as promised."""
+"""Random histories of the queue against a simple model of it: no job lost or answered twice, fair order."""
 
 from __future__ import annotations
 
@@ -84,10 +84,12 @@ class Model:
         due = self.now + PATIENCE_S if job.deadline_at is None else job.deadline_at
         entry = Entry(job, due=due)
         last = max(self.clock, self.flows.get(entry.flow, 0.0))
-        later = [each for each in self.waiting() if each.score and each.flow == entry.flow and each.due > due]
-        entry.score = min((each.score - each.work for each in later), default=last) + entry.work
-        for each in later:
-            each.score += entry.work
+        later = [
+            other for other in self.waiting() if other.score and other.flow == entry.flow and other.due > due
+        ]
+        entry.score = min((other.score - other.work for other in later), default=last) + entry.work
+        for other in later:
+            other.score += entry.work
         self.flows[entry.flow] = last + entry.work
         self.entries[job.id] = entry
         return True
@@ -229,7 +231,7 @@ class QueueHistory(RuleBasedStateMachine):
         self.run(self.claim_both(owner, room, idle))
 
     async def claim_both(self, owner: str, room: int, idle: bool) -> list[Entry]:
-        claims = await self.broker.claim(owner, models=["emoji"], max_samples=room, alone_ok=idle)
+        claims = await self.broker.claim(owner, models=["emoji"], max_samples=room, idle=idle)
         expected = self.model.claim(owner, room, idle)
         assert claims == [
             Claim(entry.job, entry.lease, entry.suspect, entry.checkpoint)
@@ -323,11 +325,11 @@ class QueueHistory(RuleBasedStateMachine):
         waiting = self.model.waiting()
         assert load.queued_jobs == len(waiting)
         assert load.queued_rows == sum(entry.job.cost_rows for entry in waiting)
-        places = {entry.job.id: place for place, entry in enumerate(waiting)}
+        positions = {entry.job.id: position for position, entry in enumerate(waiting)}
         statuses = await asyncio.gather(*map(self.broker.status, self.model.entries))
         for (job_id, entry), status in zip(self.model.entries.items(), statuses, strict=True):
             assert status is not None, "lost"
-            assert (status.state, status.position) == (entry.state, places.get(job_id))
+            assert (status.state, status.position) == (entry.state, positions.get(job_id))
         for job_id, data in self.answered.items():
             result = await self.broker.result(job_id)
             assert result is not None

@@ -110,7 +110,7 @@ async def test_the_companions_of_a_poison_job_are_not_blamed(
     for _ in range(5):
         claims = await claim(timed)
         assert len(claims) == 1
-        assert claims[0].alone
+        assert claims[0].run_isolated
         if claims[0].job.id == poison:
             await crash(timed, clock)
         else:
@@ -130,14 +130,12 @@ async def test_suspects_go_to_an_idle_worker_and_do_not_wait_for_ever(
     others = [make_job() for _ in range(3)]
     for job in others:
         await timed.submit(job)
-    (passing,) = await claim(timed, "busy", room=1, alone_ok=False)
+    (passing,) = await claim(timed, "busy", room=1, idle=False)
     assert passing.job.id == others[0].id
     clock.advance(timed.limits.lease_s + 1)
-    assert await claim(timed, "busy", alone_ok=False) == [], (
-        "it has waited long: the busy worker runs dry for it"
-    )
+    assert await claim(timed, "busy", idle=False) == [], "it has waited long: the busy worker runs dry for it"
     (entry,) = await claim(timed, "busy")
-    assert (entry.job.id, entry.alone) == (suspect.id, True)
+    assert (entry.job.id, entry.run_isolated) == (suspect.id, True)
 
 
 async def test_handing_back_costs_no_attempt_and_no_place(timed: Broker, make_job: MakeJob) -> None:
@@ -146,7 +144,7 @@ async def test_handing_back_costs_no_attempt_and_no_place(timed: Broker, make_jo
     await timed.submit(second)
     for attempt in range(1, 6):
         (entry,) = await claim(timed, room=1)
-        assert (entry.job.id, entry.lease.attempt, entry.alone) == (first.id, attempt, False)
+        assert (entry.job.id, entry.lease.attempt, entry.run_isolated) == (first.id, attempt, False)
         assert await timed.hand_back(entry.lease)
         assert not await timed.hand_back(entry.lease)
     status = await timed.status(first.id)
@@ -237,7 +235,7 @@ async def test_a_job_that_lost_its_worker_starts_anew(timed: Broker, make_job: M
     await claim(timed, "w2")
     await crash(timed, clock)
     (second,) = await claim(timed, "w3")
-    assert (second.checkpoint, second.alone) == (b"", True)
+    assert (second.checkpoint, second.run_isolated) == (b"", True)
     status = await timed.status(job.id)
     assert status is not None
     assert status.step == 0

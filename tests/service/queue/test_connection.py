@@ -27,7 +27,7 @@ WaitUntil = Callable[..., Awaitable[Any]]
 
 async def live_through(broker: Broker, job: Job, result: JobResult) -> None:
     """Every verb once: what the API and a worker do with a job, and with one that fails."""
-    await broker.publish_state(WorkerState("w1", ("emoji",), 16, 0.01, 0.002, 0.001, 3, 60, 0.0, 0.0))
+    await broker.report(WorkerState("w1", ("emoji",), 16, 0.01, 0.002, 0.001, 3, 60, 0.0, 0.0))
     listener = Listener(broker)
     assert await broker.submit(job)
     (claim,) = await broker.claim("w1", models=["emoji"], max_samples=4)
@@ -131,7 +131,8 @@ async def test_a_mistake_in_the_url_is_one_sentence(url: str, sentence: str) -> 
 ACL = (
     "user default off",
     "user dit on >secret resetkeys ~{dit}:* resetchannels &{dit}:* -@all +@connection +@hash +@pubsub "
-    "+@scripting +@sortedset +@stream +@string +@transaction +del +exists +pexpire +persist +time -@dangerous",
+    "+@scripting +@sortedset +@stream +@string +@transaction +del +exists +pexpire +persist +time "
+    "-@dangerous",
 )
 
 

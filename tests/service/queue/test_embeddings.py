@@ -50,8 +50,8 @@ async def test_the_oldest_leave_when_there_are_too_many_bytes(shelf: Open) -> No
     cache = shelf(max_bytes=3 * 4)
     for k in range(5):
         await from_a_thread(cache.put_many, {f"k{k}": b"abcd"})
-    found = await from_a_thread(cache.get_many, [f"k{k}" for k in range(5)])
-    assert [value is not None for value in found] == [False, False, True, True, True]
+    values = await from_a_thread(cache.get_many, [f"k{k}" for k in range(5)])
+    assert [value is not None for value in values] == [False, False, True, True, True]
     assert cache.evictions == 2
 
 

@@ -84,7 +84,7 @@ async def test_what_cannot_be_read_ends_one_wait_and_no_other(
     async with asyncio.timeout(5):
         waits = (listener.wait(job.id) for job in jobs)
         *broken, sound = await asyncio.gather(*waits, return_exceptions=True)
-    assert ([type(each) for each in broken], sound) == ([InternalError] * 2, make_result())
+    assert ([type(outcome) for outcome in broken], sound) == ([InternalError] * 2, make_result())
 
 
 async def test_a_job_that_ended_before_is_answered_at_once(
@@ -106,7 +106,7 @@ async def test_a_new_job_is_read_once_it_has_ended_and_not_before(
     monkeypatch: pytest.MonkeyPatch,
     wait_until: WaitUntil,
 ) -> None:
-    monkeypatch.setattr("ditserve.service.queue.listener.LATER_S", 60.0)
+    monkeypatch.setattr("ditserve.service.queue.listener.SAFETY_READ_S", 60.0)
     await wait_until(lambda: listener.live)
     read: list[str] = []
     outcomes = broker.outcomes
@@ -136,7 +136,7 @@ async def test_a_new_job_that_ended_before_anybody_waited_is_answered(
     wait_until: WaitUntil,
     heard: bool,
 ) -> None:
-    monkeypatch.setattr("ditserve.service.queue.listener.LATER_S", 60.0 if heard else 0.05)
+    monkeypatch.setattr("ditserve.service.queue.listener.SAFETY_READ_S", 60.0 if heard else 0.05)
     jobs = [make_job(), make_job()]
     for job in jobs:
         await broker.submit(job)

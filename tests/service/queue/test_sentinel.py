@@ -23,7 +23,7 @@ WaitUntil = Callable[..., Awaitable[Any]]
 
 @pytest.fixture
 async def watched(tmp_path: Path, wait_until: WaitUntil) -> AsyncIterator[tuple[str, Server]]:
-    """A primary with one replica, which one Sentinel watches: the URL by way of the Sentinel, and the primary."""
+    """Start a primary, a replica and a Sentinel; yield the URL by way of the Sentinel, and the primary."""
     primary = Server(tmp_path, "repl-diskless-sync-delay 0")
     replica = Server(tmp_path, f"replicaof 127.0.0.1 {primary.port}")
     with serving(primary, replica):

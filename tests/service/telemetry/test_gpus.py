@@ -1,4 +1,4 @@
-"""What is told of GPUs: by NVML where there is one, and nothing elsewhere."""
+"""The memory of GPUs: NVML reports it where there is one, and nothing is reported elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ditserve.service.telemetry import gpus, metrics
 
 
 class Nvml:
-    """Two GPUs, as nvidia-ml-py shows them; the numbers of `lost` do not answer."""
+    """Two GPUs, as nvidia-ml-py shows them; those numbered in `lost` do not answer."""
 
     class NVMLError(Exception):
         pass
@@ -39,9 +39,9 @@ class Nvml:
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    gpus._opened.cache_clear()
+    gpus._open_nvml.cache_clear()
     yield
-    gpus._opened.cache_clear()
+    gpus._open_nvml.cache_clear()
 
 
 def test_every_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
-"""A worker process around a made-up network, for tests that kill it: `python -m tests.service.worker.lone_worker [flags]`.
+"""A worker process around a made-up network, for tests that kill it.
 
-A step takes DELAY_S; a row of class BLUE kills the process, as a fault in a native library would.
+`python -m tests.service.worker.lone_worker [flags]`. A step takes DELAY_S; a row of class BLUE kills the
+process, as a fault in a native library would.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
-from ditserve.service.worker import worker_process
+from ditserve.service.worker import main
 from tests.service.conftest import FakeBackend
 
 DELAY_S = 0.005
@@ -41,4 +42,4 @@ async def opened(*_: object) -> MortalBackend:
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[1:])
     logs.configure(style="json", level="info")
-    sys.exit(0 if asyncio.run(worker_process.serve(settings, "fake", opened)) else 1)
+    sys.exit(0 if asyncio.run(main.serve(settings, "fake", opened)) else 1)

@@ -11,14 +11,14 @@ import pytest
 
 from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
-from ditserve.service.worker import checkpoints
+from ditserve.service.worker.handoff import checkpoint_origin, read_checkpoint, write_checkpoint
 from tests.service.engine.stepping import finished, run
 
 Make = Callable[..., Any]
 
 
 @pytest.fixture
-def standings(make_engine: Make, make_request: Make) -> list[Any]:
+def states(make_engine: Make, make_request: Make) -> list[Any]:
     """One sample under way, one done, one not begun."""
     engine = make_engine()
     engine.add(make_request("a/0"))
@@ -28,41 +28,41 @@ def standings(make_engine: Make, make_request: Make) -> list[Any]:
     return [engine.export("a/0"), done, None]
 
 
-def test_a_checkpoint_says_where_every_sample_stands(standings: list[Any]) -> None:
-    data = checkpoints.write(standings, origin="here")
-    under_way, done, not_begun = checkpoints.read(data, origin="here", samples=3)
+def test_a_checkpoint_says_where_every_sample_stands(states: list[Any]) -> None:
+    data = write_checkpoint(states, origin="here")
+    under_way, done, not_begun = read_checkpoint(data, origin="here", samples=3)
     assert isinstance(under_way, Snapshot)
     assert isinstance(done, Finished)
     assert not_begun is None
-    assert (under_way.taken, under_way.rung) == (3, standings[0].rung)
-    np.testing.assert_array_equal(under_way.latent, standings[0].latent)
-    np.testing.assert_array_equal(done.latent, standings[1].latent)
-    assert replace(done, latent=standings[1].latent) == standings[1]
+    assert (under_way.taken, under_way.rung) == (3, states[0].rung)
+    np.testing.assert_array_equal(under_way.latent, states[0].latent)
+    np.testing.assert_array_equal(done.latent, states[1].latent)
+    assert replace(done, latent=states[1].latent) == states[1]
 
 
 def test_nothing_done_is_nothing_to_keep() -> None:
-    assert checkpoints.write([None, None], origin="here") == b""
+    assert write_checkpoint([None, None], origin="here") == b""
 
 
-def test_a_strangers_checkpoint_is_refused(standings: list[Any]) -> None:
-    data = checkpoints.write(standings, origin="here")
+def test_a_strangers_checkpoint_is_refused(states: list[Any]) -> None:
+    data = write_checkpoint(states, origin="here")
     with pytest.raises(ValueError, match="another bundle"):
-        checkpoints.read(data, origin="there", samples=3)
+        read_checkpoint(data, origin="there", samples=3)
     with pytest.raises(ValueError, match="3 samples"):
-        checkpoints.read(data, origin="here", samples=2)
+        read_checkpoint(data, origin="here", samples=2)
 
 
 @pytest.mark.parametrize("cut", [1, 20, 200, 900])
-def test_a_damaged_checkpoint_is_refused(standings: list[Any], cut: int) -> None:
-    data = checkpoints.write(standings, origin="here")
+def test_a_damaged_checkpoint_is_refused(states: list[Any], cut: int) -> None:
+    data = write_checkpoint(states, origin="here")
     for damaged in (data[:-cut], data.replace(b"latent", b"talent"), b"\x80", b""):
         with pytest.raises(ValueError, match=r"."):
-            checkpoints.read(damaged, origin="here", samples=3)
+            read_checkpoint(damaged, origin="here", samples=3)
 
 
 def test_the_origin_is_of_the_bundle_and_the_backend(make_backend: Make) -> None:
     manifest = make_backend().manifest
     same = make_backend().manifest
     other = manifest.model_copy(update={"version": "2"})
-    assert checkpoints.origin(manifest, "onnx") == checkpoints.origin(same, "onnx")
-    assert len({checkpoints.origin(m, b) for m in (manifest, other) for b in ("onnx", "torch")}) == 4
+    assert checkpoint_origin(manifest, "onnx") == checkpoint_origin(same, "onnx")
+    assert len({checkpoint_origin(m, b) for m in (manifest, other) for b in ("onnx", "torch")}) == 4

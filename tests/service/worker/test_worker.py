@@ -28,7 +28,7 @@ from ditserve.service.jobs import ConditionTerm, Job, JobResult
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
-from ditserve.service.worker.worker import Worker
+from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
 
 pytestmark = pytest.mark.anyio
 Floats = npt.NDArray[np.float32]
@@ -77,24 +77,11 @@ def gate(make_backend: Make) -> Gate:
 def make_worker(make_engine: Make, gate: Gate) -> Make:
     def make(broker: Broker, name: str = "w1", *, slots: int = 16, origin: str = "", **policy: Any) -> Worker:
         engine = make_engine(gate, clock=time.time, slots=slots)
+        quick = {"max_rows": 8, "report_s": 0.05, "export_s": 0.2, "step_event_s": 0.0, "retry_s": 0.01}
         return Worker(
-            broker=broker,
-            engine=engine,
-            decoder=gate,
-            ladder=engine.ladder,
-            name=name,
-            model="fake",
-            origin=origin,
-            policy=WorkerPolicy(
-                **{
-                    "max_rows": 8,
-                    "report_s": 0.05,
-                    "export_s": 0.2,
-                    "step_event_s": 0.0,
-                    "retry_s": 0.01,
-                    **policy,
-                }
-            ),
+            WorkerParts(broker, engine, gate, engine.ladder),
+            WorkerIdentity(name, "fake", origin=origin),
+            WorkerPolicy(**{**quick, **policy}),
         )
 
     return make
@@ -103,8 +90,8 @@ def make_worker(make_engine: Make, gate: Gate) -> Make:
 @asynccontextmanager
 async def working(*workers: Worker) -> AsyncIterator[asyncio.Event]:
     """The workers, until the block ends; then they are stopped."""
-    stop, hurry = asyncio.Event(), asyncio.Event()
-    runs = [asyncio.create_task(worker.run(stop, hurry)) for worker in workers]
+    stop, force_stop = asyncio.Event(), asyncio.Event()
+    runs = [asyncio.create_task(worker.run(stop, force_stop)) for worker in workers]
     try:
         yield stop
         stop.set()
@@ -112,7 +99,7 @@ async def working(*workers: Worker) -> AsyncIterator[asyncio.Event]:
             assert all(await asyncio.gather(*runs))
     finally:
         stop.set()
-        hurry.set()
+        force_stop.set()
         await asyncio.wait(runs, timeout=10)
 
 
@@ -415,9 +402,9 @@ async def test_a_step_that_raises_is_retried_and_then_put_aside(
 ) -> None:
     gate.fault = RuntimeError("the device is lost")
     job = make_fake_job()
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    stop, force_stop = asyncio.Event(), asyncio.Event()
     await broker.submit(job)
-    orderly = await make_worker(broker).run(stop, hurry)
+    orderly = await make_worker(broker).run(stop, force_stop)
     assert not orderly, "an engine that keeps raising ends the worker, for someone to start a new one"
     with pytest.raises(InternalError, match="step of the engine failed"):
         await wait(job)

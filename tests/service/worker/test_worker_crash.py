@@ -1,4 +1,4 @@
-"""Workers that are killed for real: what was accepted is answered all the same, once, and with the same image."""
+"""Workers that are killed for real: accepted jobs are still answered, once, and with the same image."""
 
 from __future__ import annotations
 
@@ -122,6 +122,8 @@ async def test_a_worker_that_is_told_to_stop_hands_over(
     assert [status and status.state for status in statuses] == ["queued"] * 3
     load = await queue.load()
     assert (load.queued_jobs, load.workers) == (3, ())
-    assert [claim.alone for claim in await queue.claim("w2", models=["fake"], max_samples=9)] == [False] * 3
+    assert [claim.run_isolated for claim in await queue.claim("w2", models=["fake"], max_samples=9)] == [
+        False
+    ] * 3
     for job in jobs:
         await queue.cancel(job.id)

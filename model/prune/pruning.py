@@ -1,0 +1,97 @@
+"""Removal of the least important heads and MLP channels; every block loses as many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditserve.model.nets.dit import DiT
+from ditserve.model.prune.importance import Importance, group_counts
+from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.errors import ModelError
+from ditserve.model.train.loaded_model import build
+
+
+class PruneError(ModelError):
+    """A model that cannot be pruned so; the message is one sentence."""
+
+
+def pruned_config(dit: DiT, heads: float, mlp: float) -> DiTConfig:
+    """Return the configuration without the shares `heads` and `mlp`, in 0 … 1, of every block's groups.
+
+    Raises:
+        PruneError: a share removes everything, or rounds to nothing though it is not 0.
+    """
+    config = dit.config
+    counts = group_counts(dit)
+    kept_heads = _kept("heads", counts["blocks.0.attn.proj"], heads, 1)
+    # The width of SwiGLU is a multiple of eight.
+    multiple = 8 if config.swiglu else 1
+    channels = _kept("mlp", counts["blocks.0.mlp.fc2"], mlp, multiple)
+    width = kept_heads * config.head_size
+    changes: dict[str, Any] = {}
+    if kept_heads != config.num_heads:
+        changes |= {
+            "num_heads": kept_heads,
+            "attention_width": None if width == config.hidden_size else width,
+        }
+    if channels != counts["blocks.0.mlp.fc2"]:
+        size = 3 * channels // 2 if config.swiglu else channels
+        ratio = size / config.hidden_size
+        exact = int(config.hidden_size * ratio) == size
+        changes |= {"mlp_ratio": ratio if exact else math.nextafter(ratio, math.inf)}
+    return replace(config, **changes)
+
+
+def _kept(what: str, count: int, share: float, multiple: int) -> int:
+    """Return how many of `count` remain without `share`, to a multiple: 64 channels without 0.25 are 48."""
+    if not 0 <= share < 1:
+        raise PruneError(f"--{what} is the share to take away, from 0 up to but not 1: not {share:g}")
+    kept = round((count - share * count) / multiple) * multiple
+    if share and not 0 < kept < count:
+        least = multiple / count
+        raise PruneError(
+            f"--{what} {share:g} of {count} takes away {count - kept} and leaves {kept}: "
+            f"choose between {least:.2g} and {1 - least:.2g}"
+        )
+    return kept if share else count
+
+
+def prune(dit: DiT, importances: Importance, config: DiTConfig) -> DiT:
+    """Reduce `dit` to `config`: every block keeps its most important heads and channels, in their order."""
+    weights = dict(dit.state_dict())
+    channels = mlp_channels(config)
+    for name, groups in group_counts(dit).items():
+        is_mlp = name.endswith("mlp.fc2")
+        count, group_size = (channels, 1) if is_mlp else (config.num_heads, dit.config.head_size)
+        keep = importances[name].topk(count).indices.sort().values
+        for linear, dim, parts in _linear_maps(name, dit):
+            for leaf in ("weight", "bias") if dim == 0 else ("weight",):
+                full = weights[f"{linear}.{leaf}"]
+                groups_kept = full.unflatten(dim, (parts, groups, group_size)).index_select(dim + 1, keep)
+                weights[f"{linear}.{leaf}"] = groups_kept.flatten(dim, dim + 2)
+    return build(config, weights, Path("pruned"))
+
+
+def mlp_channels(config: DiTConfig) -> int:
+    """Return the number of MLP channels of every block."""
+    with torch.device("meta"):
+        return group_counts(DiT(replace(config, depth=1, blocks=config.plan[:1])))["blocks.0.mlp.fc2"]
+
+
+def _linear_maps(name: str, dit: DiT) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, dimension, stacked matrices) of the linear maps that make or use the groups of `name`."""
+    block, branch, _ = name.rsplit(".", 2)
+    yield name, 1, 1
+    if branch == "attn":
+        yield f"{block}.attn.qkv", 0, 3
+    elif branch == "cross":
+        yield f"{block}.cross.q", 0, 1
+        yield f"{block}.cross.kv", 0, 2
+    else:
+        yield f"{block}.mlp.fc1", 0, 2 if dit.config.swiglu else 1

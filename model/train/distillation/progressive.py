@@ -1,0 +1,123 @@
+"""Progressive distillation: a student learns to do in one DDIM step what its teacher does in two.
+
+Round by round, the averaged student becomes the teacher of the next student, which takes half as many steps
+(Salimans & Ho, arXiv:2202.00512). Each round's student is kept as a bundle in `<run>/rounds/<steps>-steps`:
+the next round loads its teacher from there, also if the run is continued later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditserve.model.spec.diffusion import Schedule, grid
+from ditserve.model.spec.solvers import step_table
+from ditserve.model.train.batch import TrainingBatch
+from ditserve.model.train.config import TrainConfig
+from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
+from ditserve.model.train.distillation.teacher import Teacher, fingerprint
+from ditserve.model.train.loaded_model import LoadedModel
+from ditserve.model.train.loss import per_row
+
+# With half as many steps, this grid has every second timestep.
+GRID = "trailing"
+
+
+class DdimSteps:
+    """The DDIM steps of a grid: x' = a · x + b · D for an image estimate D; a and b are float32 (steps,)."""
+
+    def __init__(self, steps: int, schedule: Schedule, device: str) -> None:
+        table = step_table("ddim", grid(GRID, steps, schedule.timesteps), schedule)
+        self.timestep = torch.from_numpy(table.timestep.copy()).to(device)
+        self.a, self.b = (torch.from_numpy(column.copy()).float().to(device) for column in (table.a, table.b))
+
+    def advance(self, x: Tensor, image: Tensor, number: Tensor) -> Tensor:
+        """Return x after the steps `number` (N,), with the image D estimated in it; both are (N, C, H, W)."""
+        return per_row(self.a, number) * x + per_row(self.b, number) * image
+
+    def image_between(self, x: Tensor, after: Tensor, number: Tensor) -> Tensor:
+        """Return the image with which one step leads from `x` to `after` (arXiv:2202.00512, algorithm 2)."""
+        return (after - per_row(self.a, number) * x) / per_row(self.b, number)
+
+
+class ProgressiveDistillation:
+    """The objective of a run in rounds; `load_teacher` loads and checks a teacher.
+
+    Raises:
+        ValueError: teacher and student predict noise or different quantities, or take too many steps.
+    """
+
+    weight, teacher_calls = 1.0, 2
+
+    def __init__(
+        self,
+        spec: ProgressiveDistillationConfig,
+        config: TrainConfig,
+        load_teacher: Callable[[Path], LoadedModel],
+    ) -> None:
+        self.spec, self.config, self.load_teacher = spec, config, load_teacher
+        first = load_teacher(spec.teacher)
+        of_teacher, of_student = first.manifest.diffusion.prediction, config.diffusion.prediction
+        if of_student == "epsilon" or of_student != of_teacher:
+            raise ValueError(
+                "progressive distillation is of a teacher and a student that both predict v, or both x0, "
+                f"not {of_teacher} and {of_student}: train a teacher that does"
+            )
+        self.schedule = config.diffusion.noise_schedule()
+        if 2 * spec.sampling_steps[0] > self.schedule.timesteps:
+            raise ValueError(
+                f"distillation.sampling_steps: the first teacher takes {2 * spec.sampling_steps[0]} steps, "
+                f"and there are {self.schedule.timesteps} timesteps: begin with fewer"
+            )
+        self.identity: dict[str, Any] = {"teacher": fingerprint(first.network)}
+        self._enter_round(0, first)
+
+    def select_teacher(self, step: int) -> None:
+        """Load the teacher of the round of `step`, unless it is loaded.
+
+        Raises:
+            LoadError, BundleError: an earlier round's student cannot be loaded.
+        """
+        current = self.spec.round_of(step)
+        if current != self.round:
+            previous = self.config.output / self.spec.student_folder((current - 1) * self.spec.round_steps)
+            self._enter_round(current, self.load_teacher(previous if current else self.spec.teacher))
+
+    def prepare_batch(self, batch: TrainingBatch) -> TrainingBatch:
+        """Move the timesteps onto the student's grid.
+
+        With 6 steps over 1000 timesteps, t = 0–166 becomes the grid's lowest timestep and t = 834–999 its
+        highest.
+        """
+        steps, total = len(self.student_steps.timestep), self.schedule.timesteps
+        return replace(batch, t=self.student_steps.timestep[steps - 1 - batch.t * steps // total])
+
+    def target(self, batch: TrainingBatch, x_t: Tensor) -> Tensor:
+        """Return the image that leads the student in one step to where its teacher arrives in two."""
+        number, x = self.step_numbers[batch.t], x_t
+        for teacher_number in (2 * number, 2 * number + 1):
+            t = self.teacher_steps.timestep[teacher_number]
+            image = self.teacher.estimate_x0(x, t, batch.labels, batch.text)
+            image = image.clip(-1, 1) if self.teacher.clip_x0 else image
+            x = self.teacher_steps.advance(x, image, teacher_number)
+        return self.student_steps.image_between(x_t, x, number)
+
+    def auxiliary_losses(self) -> dict[str, tuple[float, Tensor]]:
+        """Return no losses."""
+        return {}
+
+    def _enter_round(self, number: int, model: LoadedModel) -> None:
+        self.round, device = number, self.config.device
+        # Only the first teacher is guided: a later one has learned the guided output.
+        self.teacher = Teacher(model, self.config, self.spec.guidance_scale if number == 0 else None)
+        steps = self.spec.sampling_steps[number]
+        self.student_steps = DdimSteps(steps, self.schedule, device)
+        self.teacher_steps = DdimSteps(2 * steps, self.schedule, device)
+        # Timestep → number of the student's step that begins there.
+        self.step_numbers = torch.full((self.schedule.timesteps,), -1, device=device)
+        self.step_numbers[self.student_steps.timestep] = torch.arange(steps, device=device)

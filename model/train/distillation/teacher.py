@@ -1,0 +1,97 @@
+"""A teacher: a frozen model that estimates the image behind the noise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ditserve.model.data.dataset import Dataset
+from ditserve.model.nets.conditioner import null_labels
+from ditserve.model.nets.factory import Network
+from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.diffusion import guidance_weight, guided
+from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.train.config import TrainConfig
+from ditserve.model.train.load import load_model
+from ditserve.model.train.loaded_model import LoadedModel
+from ditserve.model.train.loss import noise_tables, per_row
+from ditserve.model.train.optimizer import autocast
+
+
+class Teacher:
+    """A frozen model that estimates the image at any noise level, guided by `scale` unless that is None."""
+
+    def __init__(self, model: LoadedModel, config: TrainConfig, scale: float | None = None) -> None:
+        manifest, self.config = model.manifest, config
+        self.network: Network = model.network.to(config.device)
+        self.clip_x0, self.channels = manifest.diffusion.clip_x0, manifest.diffusion.guidance_channels
+        self.tables = noise_tables(model.schedule, "x0", device=config.device)
+        self.guided = scale not in (None, 1.0)
+        total, interval = model.schedule.timesteps, manifest.defaults.guidance_interval
+        weights = [guidance_weight(scale or 1.0, t, total, interval) for t in range(total)]
+        self.guidance = torch.tensor(weights, device=config.device)
+
+    @torch.no_grad()
+    def estimate_x0(self, x: Tensor, t: Tensor, labels: Tensor, text: Tensor | None) -> Tensor:
+        """Return the estimate of the image (N, C, H, W), not clipped.
+
+        `x` is (N, C, H, W) at timesteps `t` (N,), with labels (N, F) and text (N, text_size).
+        """
+        null = null_labels(self.network.config, len(x), x.device)
+        with autocast(self.config.precision, self.config.device):
+            unconditional = self.network(x, t, null) if self.guided else None
+            output = self.network(x, t, labels, text)
+        if unconditional is not None:
+            weight = per_row(self.guidance, t)
+            output = guided(output, unconditional, weight, self.channels or x.shape[1])
+        prediction: Tensor = output[:, : x.shape[1]].float()
+        return per_row(self.tables.x0_x, t) * x + per_row(self.tables.x0_out, t) * prediction
+
+
+def open_teacher(source: Path, config: TrainConfig, dataset: Dataset, student: NetworkConfig) -> LoadedModel:
+    """Load the model at `source` and check that a student of this run can learn from it.
+
+    Raises:
+        LoadError, BundleError: it cannot be loaded.
+        ValueError: it has other conditions, another size or other noise.
+    """
+    model = load_model(source)
+    manifest, teacher = model.manifest, model.network.config
+    if tuple(manifest.factors) != tuple(dataset.factors):
+        raise ValueError(
+            f"distillation.teacher {source} has other conditions ({_describe(manifest.factors)}) than the "
+            f"data ({_describe(dataset.factors)}): train on the data that the teacher was "
+            "trained on, with the same selection of it"
+        )
+    pairs = {
+        "image size": (teacher.image_size, student.image_size),
+        "number of channels": (teacher.in_channels, student.in_channels),
+        "text_size": (teacher.text_size, student.text_size),
+    }
+    pairs |= {
+        field: (getattr(manifest.diffusion, field), getattr(config.diffusion, field))
+        for field in ("schedule", "timesteps", "log_snr_shift")
+    }
+    for what, (of_teacher, of_student) in pairs.items():
+        if of_teacher != of_student:
+            raise ValueError(
+                f"distillation.teacher {source} has {what} {of_teacher}, and the student {of_student}: "
+                "make them agree"
+            )
+    return model
+
+
+def _describe(factors: Sequence[Factor]) -> str:
+    return ", ".join(f"{len(factor.classes)} of {factor.name}" for factor in factors) or "none"
+
+
+def fingerprint(network: Network) -> str:
+    """Return 16 hexadecimal digits that identify the weights."""
+    sha = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        sha.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]

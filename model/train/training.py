@@ -1,0 +1,105 @@
+"""A training run from start to end: resume or start, step, log, save, draw sample sheets, and roll back.
+
+Every random number is a function of (seed, step): the order of pictures, timesteps, noise and dropped
+conditions. So a run that stops, even by SIGKILL, continues from its last checkpoint as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from ditserve.model.data.sources import NAMED
+from ditserve.model.distributed.processes import World
+from ditserve.model.nets.autoencoder import Autoencoder
+from ditserve.model.sampling.sheet import sample_sheet
+from ditserve.model.spec.bundle import write_atomic
+from ditserve.model.train.checkpoint import check_room
+from ditserve.model.train.config import TrainConfig
+from ditserve.model.train.curve import draw_curve
+from ditserve.model.train.load import run_defaults
+from ditserve.model.train.trainer import Trainer
+from ditserve.model.train.training_log import TrainingLog
+
+# Sampling steps of a sample sheet, at most.
+SHEET_STEPS = 20
+
+
+def train(config: TrainConfig, world: World | None = None) -> None:
+    """Train to `config.steps`, resuming from `config.output` if it holds a checkpoint.
+
+    Raises:
+        ValueError, DataError, LoadError, BundleError, AutoencoderError: a run that cannot work.
+        CheckpointError, OSError: a folder that cannot be written, or holds another run.
+        Diverged: the loss is not finite again and again.
+    """
+    with closing(Trainer(config, world)) as trainer:
+        start(trainer)
+        if trainer.state.step < config.steps:
+            run_steps(trainer)
+            if trainer.parallel.world.is_first:
+                draw_curve(config.output)
+
+
+def start(trainer: Trainer) -> None:
+    """Resume, or start from `init` or from scratch. Print the run, and check that it can be written."""
+    config, state = trainer.config, trainer.state
+    config.output.mkdir(parents=True, exist_ok=True)
+    resumed = trainer.resume()
+    if resumed is not None:
+        print(f"resumed from {resumed}")
+    elif trainer.warm_start is not None:
+        print(f"{config.start}: {trainer.warm_start}")
+    if state.step >= config.steps:
+        print(f"{config.output} is at step {state.step} already: raise steps to train on")
+    print(
+        f"{state.parallel.parameter_count / 1e6:.2f} M parameters, {len(trainer.source.training)} pictures, "
+        f"classes {trainer.network_config.classes}"
+    )
+    print(config.model_dump_json())
+    if skipped := trainer.dataset.skipped:
+        print(f"{len(skipped)} pictures cannot be read and are left out: {'; '.join(skipped[:NAMED])}")
+    if trainer.decoder is None:
+        print("no sample sheets: vae does not name the folder of the SD-VAE that made these latents")
+    check_room(config.output, state, keep=config.keep)
+    if state.parallel.world.is_first:
+        write_atomic(config.output / "config.json", (config.model_dump_json(indent=1) + "\n").encode())
+    if resumed is None:
+        trainer.save()
+    if config.compile:
+        state.model.compile()
+
+
+def run_steps(trainer: Trainer) -> None:
+    """Run the remaining steps: log, save, draw sample sheets, and roll back after too many failures."""
+    config, state = trainer.config, trainer.state
+    with TrainingLog(config, state) as log:
+        while state.step < config.steps:
+            metrics = trainer.step()
+            log.record(state, metrics)
+            last = state.step == config.steps
+            due = last or state.step % config.checkpoint_every == 0
+            if state.failures >= config.skip_limit or (due and not state.is_finite()):
+                log.print(trainer.roll_back())
+                log.rewind(state.step)
+                continue
+            if due and (last or not state.failures):
+                trainer.save()
+            if trainer.decoder is not None and (last or state.step % config.sheet_every == 0):
+                draw_sample_sheet(trainer, trainer.decoder)
+
+
+def draw_sample_sheet(trainer: Trainer, decoder: Autoencoder) -> None:
+    """Sample from the averaged weights at this step, and write sheet-<step>.png. All processes must call."""
+    config, step = trainer.config, trainer.state.step
+    network, defaults = trainer.averaged_network(), run_defaults(config, step)
+    if trainer.parallel.world.is_first:
+        sheet = sample_sheet(
+            network,
+            trainer.schedule,
+            decoder,
+            steps=min(SHEET_STEPS, defaults.steps),
+            guidance_scale=defaults.guidance_scale,
+            seed=config.seed,
+            clip_x0=config.diffusion.clip_x0,
+        )
+        sheet.save(config.output / f"sheet-{step:07d}.png")

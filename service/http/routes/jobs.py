@@ -1,0 +1,195 @@
+"""Jobs over HTTP: their state, their events as they come, their images, and the way to stop them."""
+
+import base64
+import re
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request
+from starlette.responses import Response
+
+from ditserve.service.errors import (
+    ImageNotFound,
+    InvalidRequest,
+    JobExpired,
+    JobNotFound,
+    JobUnfinished,
+    MalformedRequest,
+    QueueUnavailable,
+    ServiceError,
+    from_wire,
+)
+from ditserve.service.http.answers import FORMATS, image_response, result_headers
+from ditserve.service.http.context import Api, Context, JobLookup, PathJob
+from ditserve.service.http.openapi import problem_responses
+from ditserve.service.http.problems import problem
+from ditserve.service.http.schemas import JobOut, JobOutcome, Links, Problem
+from ditserve.service.http.sse import EventStream, encode
+from ditserve.service.jobs import TERMINAL_STATES, Job, JobEvent, JobResult
+from ditserve.service.planning.load import eta_s
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+_EVENT_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
+_FAILURES = frozenset({"failed", "cancelled"})
+# The last event of a job, by the state it ended in.
+_LAST_EVENTS = {"done": "done", "cancelled": "cancelled", "failed": "failed", "dead": "failed"}
+
+
+def links(job: Job) -> Links:
+    """Return the addresses of a job."""
+    base = f"/jobs/{job.id}"
+    return Links(
+        self=base, events=f"{base}/events", images=[f"{base}/images/{k}" for k in range(len(job.seeds))]
+    )
+
+
+@router.get(
+    "/{job_id}",
+    summary="Where a job stands",
+    response_model=JobOut,
+    responses=problem_responses(JobNotFound, JobExpired, QueueUnavailable),
+)
+async def get_job(lookup: PathJob) -> JobOut:
+    """State, place in the queue, step, predicted time left; once done, how the images were made."""
+    return await describe(lookup)
+
+
+@router.delete(
+    "/{job_id}",
+    summary="Cancel a job",
+    response_model=JobOut,
+    responses=problem_responses(JobNotFound, JobExpired, QueueUnavailable),
+)
+async def delete_job(lookup: PathJob, api: Api) -> JobOut:
+    """Stop a waiting job at once and a running one at its next step. A job that has ended stays as it is."""
+    await lookup.model.queue_client.queue.cancel(lookup.status.id)
+    return await describe(await api.job(lookup.status.id))
+
+
+@router.get(
+    "/{job_id}/images/{k}",
+    summary="An image of a job",
+    response_class=Response,
+    responses={
+        200: {"content": {f"image/{name}": {} for name in FORMATS}, "description": "The image file."},
+        **problem_responses(JobNotFound, ImageNotFound, JobUnfinished, JobExpired, QueueUnavailable),
+    },
+)
+async def get_image(lookup: PathJob, k: str) -> Response:
+    """Image `k`, counted from 0, of a job that is done."""
+    job, state = lookup.status.job, lookup.status.state
+    if state not in TERMINAL_STATES:
+        raise JobUnfinished(f"The job is {state}; follow its events.", retry_after=1)
+    if state != "done":
+        raise ImageNotFound(f"The job ended as {state}, without images.")
+    result = await _result(lookup)
+    if not (k.isdecimal() and len(k) < 4 and int(k) < len(result.images)):
+        raise ImageNotFound(f"The job has images 0 to {len(result.images) - 1}.")
+    headers = result_headers(job, result) | {"cache-control": "private, max-age=3600, immutable"}
+    return image_response(job, result.images[int(k)], headers)
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="A job's events as they come",
+    response_class=Response,
+    responses={
+        200: {
+            "content": {"text/event-stream": {}},
+            "description": "Server-sent events until the job has ended.",
+        },
+        **problem_responses(MalformedRequest, InvalidRequest, JobNotFound, QueueUnavailable),
+    },
+)
+async def get_events(
+    lookup: PathJob,
+    request: Request,
+    api: Api,
+    last_event_id: Annotated[str | None, Header(max_length=64)] = None,
+) -> Response:
+    """Events `queued`, `started`, `step` (k of n), `preview` (an image of the current estimate, base64 in `b64`),
+    `degraded`, and last one of `done`, `failed`, `cancelled`. Resumes after `Last-Event-ID`. Leaving the stream
+    does not cancel the job."""
+    after = last_event_id or "0-0"
+    if not _EVENT_ID.fullmatch(after):
+        raise MalformedRequest("Last-Event-ID is not an id of this stream.")
+    events = _events(lookup, after, api, request.state.request_id)
+    return EventStream(events, keepalive_s=api.settings.keepalive_s, stop=api.draining)
+
+
+async def _events(lookup: JobLookup, after: str, api: Context, request_id: str) -> AsyncGenerator[bytes]:
+    """Yield the job's encoded events.
+
+    The last one tells how the job ended, even when its stream has expired.
+    """
+    job_id = lookup.status.id
+    path = f"/jobs/{job_id}"
+    try:
+        async for event in lookup.model.queue_client.queue.events(job_id, after):
+            yield encode(event.kind, _event_data(event, path), event_id=event.id)
+            if event.terminal:
+                return
+        status = (await api.job(job_id)).status
+        last_event = _LAST_EVENTS.get(status.state)
+        if last_event:
+            yield encode(last_event, problem(from_wire(status.error), path) if status.error else {})
+    except ServiceError as error:
+        yield encode("error", problem(error, path, request_id))
+
+
+def _event_data(event: JobEvent, path: str) -> dict[str, Any]:
+    """Return an event's data as JSON: an image becomes base64 under `b64`, an error becomes a problem."""
+    if event.kind in _FAILURES:
+        return problem(from_wire(event.data), path)
+    data = dict(event.data)
+    if "image" in data:
+        data["b64"] = base64.b64encode(data.pop("image")).decode()
+    return data
+
+
+async def _result(lookup: JobLookup) -> JobResult:
+    result = await lookup.model.queue_client.queue.result(lookup.status.id)
+    if result is None:
+        raise JobExpired("The images of this job are no longer kept.")
+    return result
+
+
+async def describe(lookup: JobLookup) -> JobOut:
+    """Return the state of a job. Raises `JobExpired` when it is done and its images are gone."""
+    status, job = lookup.status, lookup.status.job
+    outcome = error = eta = None
+    if status.state == "done":
+        outcome = _outcome(await _result(lookup))
+    elif status.error is not None:
+        error = Problem(**problem(from_wire(status.error), f"/jobs/{status.id}"))
+    else:
+        eta = eta_s(status, await lookup.model.submissions.load())
+    return JobOut(
+        id=status.id,
+        model=job.model,
+        state=status.state,
+        position=status.position,
+        step=status.step,
+        steps=status.steps,
+        attempt=status.attempt,
+        eta_s=eta,
+        created_at=status.created_at,
+        deadline_at=job.deadline_at,
+        result=outcome,
+        error=error,
+        links=links(job),
+    )
+
+
+def _outcome(result: JobResult) -> JobOutcome:
+    return JobOutcome(
+        seeds=[image.seed for image in result.images],
+        steps_requested=result.steps_requested,
+        steps_used=result.steps_used,
+        sampler=result.solver,
+        rung=result.rung,
+        degraded=result.degraded,
+        reason=result.reason,
+        timings_ms=result.timings_ms,
+    )

@@ -1,0 +1,253 @@
+"""The image API that OpenAI's clients speak: `POST /v1/images/generations` and `GET /v1/models`.
+
+A request is translated into one of `POST /generate`: the prompt's words choose classes (`vocabulary.match`),
+`quality` chooses a rung of the ladder, and partial images are previews of the estimate. A parameter that
+cannot be honoured is refused, not ignored. Shapes: openai-python `types/images_response.py`,
+`types/image_gen_partial_image_event.py`, `types/image_gen_completed_event.py`.
+"""
+
+import base64
+import time
+from collections.abc import AsyncGenerator
+from math import prod
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from ditserve.model.spec.bundle import Manifest
+from ditserve.service.errors import ServiceError, from_wire
+from ditserve.service.http.answers import result_headers
+from ditserve.service.http.context import Api, caller, cancel, note
+from ditserve.service.http.models import Model
+from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, openai_error_responses
+from ditserve.service.http.problems import openai_error
+from ditserve.service.http.schemas import MAX_SEED, Condition, Format, GenerateRequest
+from ditserve.service.http.sizes import size_text
+from ditserve.service.http.sse import EventStream, encode
+from ditserve.service.http.submission import TEXT, field_error
+from ditserve.service.jobs import Job, JobResult
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+Quality = Literal["auto", "standard", "hd", "low", "medium", "high"]
+# The position of each quality in the ladder, from 0 (best) to 1 (cheapest).
+_POSITIONS: dict[str, float] = {
+    "high": 0.0,
+    "hd": 0.0,
+    "medium": 0.5,
+    "standard": 0.5,
+    "low": 1.0,
+}
+
+
+class ImagesRequest(BaseModel):
+    """OpenAI's parameters, and as extensions `seed`, `guidance_scale`, `windows`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"prompt": "a strawberry, noto", "n": 2}]},
+    )
+
+    prompt: str = Field(
+        min_length=1, max_length=2000, description="Names a class of each factor; other words are ignored."
+    )
+    model: str | None = Field(None, max_length=100)
+    n: int | None = Field(None, ge=1, le=10)
+    size: str | None = Field(None, max_length=20, description="The model's size, or auto.")
+    quality: Quality | None = Field(
+        None, description="high, medium and low are the top, middle and end of the ladder."
+    )
+    output_format: Format | None = None
+    response_format: Literal["b64_json"] | None = Field(
+        None, description="Images are answered in the body; there are no URLs."
+    )
+    output_compression: Literal[100] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=3)
+    user: str | None = Field(None, max_length=200)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    windows: bool = Field(False, description="Denoise a larger `size` in overlapping windows.")
+
+
+class ImageData(BaseModel):
+    b64_json: str
+
+
+class ImagesResponse(BaseModel):
+    created: int
+    data: list[ImageData]
+    background: str
+    output_format: str
+    quality: str
+    size: str
+    usage: dict[str, Any]
+
+
+class OpenAIErrorBody(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str | None
+
+
+class OpenAIError(BaseModel):
+    error: OpenAIErrorBody
+
+
+@router.post(
+    "/images/generations",
+    summary="Generate images, as OpenAI's clients ask",
+    response_model=ImagesResponse,
+    responses={
+        200: {"content": {"text/event-stream": {}}, "description": "The images, or events with `stream`."},
+        "default": {"model": OpenAIError, "description": "Any error."},
+        **openai_error_responses(*BODY, *SUBMIT, *ENDED),
+    },
+)
+async def generations(body: ImagesRequest, request: Request, api: Api) -> Response:
+    """Draw the images that a prompt describes. The prompt must name a class of the model's first factor, and
+    may name one of each other: "a strawberry in noto style". Names match by their words; the longest match
+    wins. An unknown prompt is refused with the closest names. A model that reads text is given the prompt
+    itself."""
+    if body.stream and (body.n or 1) > 1:
+        raise field_error("n", "One image at a time can be streamed.")
+    if body.partial_images and not body.stream:
+        raise field_error("partial_images", "Partial images need stream=true.")
+    model = api.model(body.model)
+    submission = await model.submissions.submit(
+        _translate(body, model), caller(request), image_format=body.output_format or "png"
+    )
+    job = submission.job
+    note(request, job=job.id)
+    if body.stream:
+        events = _stream(job, body, model, request.state.request_id)
+        return EventStream(events, keepalive_s=api.settings.keepalive_s)
+    result = await api.result(model, submission, request.receive)
+    data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
+    response = ImagesResponse(created=int(job.created_at), data=data, **_metadata(job, body, model.manifest))
+    return JSONResponse(response.model_dump(), headers=result_headers(job, result))
+
+
+def _translate(body: ImagesRequest, model: Model) -> GenerateRequest:
+    """Return the request of `POST /generate` that asks for the same."""
+    manifest = model.manifest
+    condition: Condition
+    if manifest.config.text_size:
+        condition = {TEXT: body.prompt}
+    else:
+        labels = model.submissions.vocabulary.match(body.prompt).labels
+        condition = {factor.name: label for factor, label in zip(manifest.factors, labels, strict=True)}
+    rung = rung_for(body.quality, model.submissions.ladder)
+    steps = rung.steps if rung else manifest.defaults.steps
+    operating_point: dict[str, Any] = {"steps": steps}
+    if rung:
+        operating_point |= {
+            "sampler": rung.solver,
+            "grid": rung.grid,
+            "guidance_interval": list(rung.guidance_interval),
+        }
+    return GenerateRequest(
+        model=body.model,
+        condition=condition,
+        n=body.n or 1,
+        size=None if body.size in (None, "auto") else body.size,
+        windows=body.windows,
+        format=body.output_format,
+        seed=body.seed,
+        guidance_scale=body.guidance_scale,
+        previews=max(1, steps // (body.partial_images + 1)) if body.partial_images else 0,
+        **operating_point,
+    )
+
+
+def rung_for(quality: str | None, ladder: Ladder) -> Rung | None:
+    """Return the rung that a `quality` stands for, None for the model's default.
+
+    Of 5 rungs "high" is the first, "medium" the third and "low" the last.
+    """
+    position = _POSITIONS.get(quality or "auto")
+    if position is None or not ladder.rungs:
+        return None
+    return ladder.rungs[round(position * (len(ladder.rungs) - 1))]
+
+
+def _metadata(job: Job, body: ImagesRequest, manifest: Manifest) -> dict[str, Any]:
+    """Return what OpenAI's responses and events tell about an image.
+
+    Input tokens are the classes that the prompt named, output tokens the patches of the images.
+    """
+    named = sum(label is not None for term in job.condition for label in term.labels)
+    own_size = manifest.config.image_size
+    drawn = len(job.seeds) * manifest.config.tokens * prod(job.size or own_size) // prod(own_size)
+    usage = {
+        "input_tokens": named,
+        "output_tokens": drawn,
+        "total_tokens": named + drawn,
+        "input_tokens_details": {"text_tokens": named, "image_tokens": 0},
+    }
+    return {
+        "background": "opaque",
+        "output_format": job.format,
+        "quality": body.quality or "auto",
+        "size": size_text(manifest, job.size),
+        "usage": usage,
+    }
+
+
+async def _stream(job: Job, body: ImagesRequest, model: Model, request_id: str) -> AsyncGenerator[bytes]:
+    """Yield partial images as they come, then the image.
+
+    A client that leaves before the end cancels the job.
+    """
+    metadata = _metadata(job, body, model.manifest)
+    partial = {name: value for name, value in metadata.items() if name != "usage"}
+    shown, ended = 0, False
+    try:
+        async for event in model.queue_client.queue.events(job.id):
+            ended = event.terminal
+            if event.kind == "preview" and shown < (body.partial_images or 0):
+                data = {
+                    "b64_json": base64.b64encode(event.data["image"]).decode(),
+                    "partial_image_index": shown,
+                    "created_at": int(time.time()),
+                    **partial,
+                }
+                yield _event("image_generation.partial_image", data)
+                shown += 1
+            if event.kind in ("failed", "cancelled"):
+                raise from_wire(event.data)
+        result: JobResult = await model.queue_client.listener.wait(job.id)
+        data = {
+            "b64_json": base64.b64encode(result.images[0].data).decode(),
+            "created_at": int(time.time()),
+            **metadata,
+        }
+        yield _event("image_generation.completed", data)
+    except ServiceError as error:
+        ended = True
+        yield _event("error", openai_error(error, request_id))
+    finally:
+        if not ended:
+            await cancel(model, job.id)
+
+
+def _event(kind: str, data: dict[str, Any]) -> bytes:
+    return encode(kind, {"type": kind, **data})
+
+
+@router.get("/models", summary="Models, as OpenAI's clients list them")
+async def models(api: Api) -> dict[str, Any]:
+    """The models served, the default first."""
+    data = [{"id": name, "object": "model", "created": 0, "owned_by": "dit"} for name in api.models]
+    return {"object": "list", "data": data}

@@ -1,0 +1,331 @@
+"""From a request to a job in the queue: what the model understands, and which deadline can be kept.
+
+`POST /generate` and OpenAI's route both submit through here. Raises errors of the tree `errors`; knows no
+HTTP.
+"""
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from math import ceil
+
+from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.diffusion import GRIDS
+from ditserve.model.spec.solvers import SOLVERS
+from ditserve.service.errors import IdempotencyMismatch, InternalError, InvalidRequest, Overloaded, QueueFull
+from ditserve.service.http.load_cache import LoadCache
+from ditserve.service.http.schemas import GenerateRequest
+from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
+from ditserve.service.identity import vocabulary_digest
+from ditserve.service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus
+from ditserve.service.planning.admission import NO_WORKER, Admission, Newcomer, admit
+from ditserve.service.planning.capacity import drained
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.load import finite
+from ditserve.service.queue.queue_client import Queue
+from ditserve.service.rung import Rung
+from ditserve.service.settings import Settings
+from ditserve.service.telemetry import metrics
+from ditserve.service.vocabulary import ClassRef, Vocabulary
+
+# A client of a full queue is asked to come back once this share of it should have drained …
+_DRAINED_SHARE = 0.1
+# … or after so many seconds where that cannot be predicted.
+_RETRY_S = 5.0
+# The key of a condition that holds a text and is no factor.
+TEXT = "text"
+# The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
+# Idempotency-Key.
+_FINGERPRINT = "body"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The sender of a request.
+
+    `name` identifies the sender for fair queueing; `idempotency_key` is the key of this request, if it has
+    one; `concurrency` is how many unfinished jobs the sender may have; `trace` travels with the job into logs
+    and spans.
+    """
+
+    name: str
+    idempotency_key: str | None = None
+    concurrency: int | None = None
+    trace: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job that is in the queue.
+
+    `new` is False when an Idempotency-Key led to a job that was there already; `pending` is True until the
+    job has ended; `predicted_s` is the predicted time to its last image, None where nothing can be predicted.
+    """
+
+    job: Job
+    new: bool
+    pending: bool
+    predicted_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _ResolvedRequest:
+    """A request as this model understands it, with all defaults filled in."""
+
+    request: GenerateRequest
+    image_format: ImageFormat
+    condition: tuple[ConditionTerm, ...]
+    rung: Rung
+    output: OutputSize
+    # Equal for equal requests; "" for a request without an Idempotency-Key.
+    fingerprint: str
+
+
+class Submissions:
+    """Turns requests for one model into jobs in the queue."""
+
+    def __init__(self, manifest: Manifest, settings: Settings, queue: Queue) -> None:
+        self.manifest = manifest
+        self.vocabulary = Vocabulary(manifest.factors)
+        self.ladder = Ladder.from_manifest(manifest)
+        self.load = LoadCache(queue)
+        self._digest = vocabulary_digest(manifest)
+        self._settings = settings
+        self._queue = queue
+
+    async def submit(
+        self, request: GenerateRequest, caller: Caller, *, image_format: ImageFormat = "png"
+    ) -> Submission:
+        """Admit a request and queue it.
+
+        Raises:
+            UnknownCondition, InvalidRequest: the model cannot do what the request asks for.
+            Overloaded, QueueFull, QueueUnavailable: the service cannot take the request now.
+            IdempotencyMismatch: the caller's key was used for another request.
+        """
+        resolved = _ResolvedRequest(
+            request,
+            image_format,
+            self._condition(request),
+            self._rung(request),
+            await self._size(request),
+            "" if caller.idempotency_key is None else _fingerprint(request, image_format),
+        )
+        if caller.idempotency_key is not None:
+            status = await self._queue.status(self._job_id(caller))
+            if status is not None:
+                return _replayed(status, resolved)
+        now = time.time()
+        newcomer = self._newcomer(resolved, now)
+        admission = await self._admit(newcomer, now)
+        job = self._job(resolved, newcomer, admission, caller, now)
+        # Nothing is awaited between admission and this reservation, so concurrent requests see each other.
+        with self.load.reserved(job):
+            new = await self._enqueue(job, caller)
+        if not new:
+            return _replayed(await self._existing(job), resolved)
+        if admission.degraded:
+            metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
+        return Submission(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))
+
+    def _condition(self, request: GenerateRequest) -> tuple[ConditionTerm, ...]:
+        if isinstance(request.condition, dict):
+            return (self._term(request.condition, 1.0),)
+        return tuple(self._term(term.condition, term.weight) for term in request.condition)
+
+    def _term(self, condition: Mapping[str, ClassRef], weight: float) -> ConditionTerm:
+        """Return one weighted condition. Its `text` is no factor where the model takes text."""
+        classes = dict(condition)
+        text = classes.pop(TEXT, None) if self.manifest.config.text_size else None
+        if not isinstance(text, str | None):
+            raise field_error("condition", "The text must be a string.")
+        return replace(self.vocabulary.term(classes, weight), text=(text or "").strip())
+
+    def _rung(self, request: GenerateRequest) -> Rung:
+        """Return the operating point that the request asks for. Raises `InvalidRequest`."""
+        defaults, timesteps = self.manifest.defaults, self.manifest.diffusion.timesteps
+        solver = _one_of("sampler", request.sampler or defaults.solver, SOLVERS)
+        steps = request.steps or defaults.steps
+        if steps > timesteps:
+            raise field_error(
+                "steps", f"This model has {timesteps} noise levels, so at most {timesteps} steps."
+            )
+        if (request.min_steps or 1) > steps:
+            raise field_error("min_steps", f"It cannot be more than the {steps} steps asked for.")
+        if request.n > self._settings.max_images:
+            raise field_error("n", f"At most {self._settings.max_images} images a request.")
+        low, high = request.guidance_interval or defaults.guidance_interval
+        if low > high:
+            raise field_error("guidance_interval", "Its low end is above its high end.")
+        # The best rung of a solver tells which grid suits it.
+        grids = {rung.solver: rung.grid for rung in reversed(self.ladder.rungs)}
+        grid = _one_of("grid", request.grid or grids.get(solver, defaults.grid), GRIDS)
+        return self.ladder.requested(solver, steps, grid, (low, high), self._guidance_scale(request) != 1.0)
+
+    def _guidance_scale(self, request: GenerateRequest) -> float:
+        scale = request.guidance_scale
+        return self.manifest.defaults.guidance_scale if scale is None else scale
+
+    async def _size(self, request: GenerateRequest) -> OutputSize:
+        """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
+
+        In windows every size is possible; as a whole the workers decide which ones are, besides the model's
+        own.
+        """
+        own, max_area = size_text(self.manifest), self._settings.max_area
+        if request.windows:
+            if request.size is None:
+                raise field_error("windows", f"Name a size larger than the model's own, {own}.")
+            try:
+                return in_windows(request.size, self.manifest, max_area=max_area)
+            except ValueError as error:
+                raise field_error("size", str(error)) from None
+        if request.size in (None, own):
+            return OutputSize()
+        workers = (await self.load()).workers
+        if not workers:
+            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=_RETRY_S)
+        try:
+            return as_a_whole(request.size, self.manifest, workers, max_area=max_area)
+        except ValueError as error:
+            raise field_error("size", str(error)) from None
+
+    def _newcomer(self, resolved: _ResolvedRequest, now: float) -> Newcomer:
+        request = resolved.request
+        return Newcomer(
+            rung=resolved.rung,
+            guidance_scale=self._guidance_scale(request),
+            samples=request.n,
+            deadline_at=self._deadline_at(request, now),
+            allow_degraded=request.allow_degraded,
+            min_steps=request.min_steps or 1 if request.allow_degraded else resolved.rung.steps,
+            row_cost=resolved.output.row_cost,
+        )
+
+    def _deadline_at(self, request: GenerateRequest, now: float) -> float | None:
+        """Return the deadline in seconds since the epoch, None without one. Raises `InvalidRequest`."""
+        limit = self._settings.max_deadline_s
+        if request.deadline_ms is None:
+            default = self._settings.default_deadline_s
+            return None if default is None else now + default
+        if request.deadline_ms > limit * 1000:
+            raise field_error("deadline_ms", f"At most {limit * 1000:.0f} ms.")
+        return now + request.deadline_ms / 1000
+
+    async def _admit(self, newcomer: Newcomer, now: float) -> Admission:
+        """Return how the request is admitted. Raises `Overloaded` where its deadline cannot be kept."""
+        admission = admit(newcomer, await self.load(), ladder=self.ladder, now=now)
+        if admission.accepted:
+            return admission
+        if admission.reason == NO_WORKER:
+            raise Overloaded(
+                "No worker is running, so no deadline can be kept.", retry_after=admission.retry_after_s
+            )
+        ways = "even in fewer steps" if newcomer.allow_degraded else "and the request rules out fewer steps"
+        when = "now" if admission.retry_after_s else "even on idle workers"
+        raise Overloaded(
+            f"The images would take about {admission.predicted_s:.1f} s, "
+            f"too long for the deadline {when}, {ways}.",
+            retry_after=admission.retry_after_s,
+            extra={"predicted_s": round(admission.predicted_s, 3)},
+        )
+
+    def _job(
+        self, resolved: _ResolvedRequest, newcomer: Newcomer, admission: Admission, caller: Caller, now: float
+    ) -> Job:
+        request, rung = resolved.request, resolved.rung
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        below = self.ladder.below(rung, newcomer.min_steps) if request.allow_degraded else ()
+        lowest = (admission.rung, *below)[-1]
+        trace = dict(caller.trace)
+        if resolved.fingerprint:
+            trace[_FINGERPRINT] = resolved.fingerprint
+        return Job(
+            id=secrets.token_hex(16) if caller.idempotency_key is None else self._job_id(caller),
+            model=self.manifest.name,
+            condition=resolved.condition,
+            mix=request.mix,
+            seeds=tuple(range(seed, seed + request.n)),
+            steps=rung.steps,
+            solver=rung.solver,
+            grid=rung.grid,
+            guidance_scale=newcomer.guidance_scale,
+            guidance_interval=rung.guidance_interval,
+            format=resolved.image_format,
+            previews=request.previews,
+            caller=caller.name,
+            priority=request.priority,
+            created_at=now,
+            deadline_at=newcomer.deadline_at,
+            allow_degraded=request.allow_degraded,
+            min_steps=newcomer.min_steps,
+            rung=admission.rung.name if admission.degraded else None,
+            reason=admission.reason,
+            cost_rows=self._cost_rows(newcomer, admission.rung),
+            floor_rows=self._cost_rows(newcomer, lowest),
+            trace=trace,
+            size=resolved.output.size,
+            windows=resolved.output.windows,
+            vocabulary=self._digest,
+            requested=rung,
+            admitted=admission.rung,
+        )
+
+    def _cost_rows(self, newcomer: Newcomer, rung: Rung) -> int:
+        """Return the work of all images at `rung`, in rows of the model's own size."""
+        row_steps = self.ladder.row_steps(rung, newcomer.guidance_scale)
+        return ceil(newcomer.samples * newcomer.row_cost * row_steps)
+
+    def _job_id(self, caller: Caller) -> str:
+        """Return the id of the job that a caller's Idempotency-Key stands for.
+
+        The class names are part of it: images made for old classes do not answer a request for new ones.
+        """
+        identity = f"{caller.name}\0{caller.idempotency_key}\0{self.manifest.name} {self._digest}"
+        return hashlib.blake2s(identity.encode(), digest_size=16).hexdigest()
+
+    async def _enqueue(self, job: Job, caller: Caller) -> bool:
+        """Queue a job; return False if one of its id is there. Raises `QueueFull`, `QueueUnavailable`."""
+        try:
+            return await self._queue.submit(job, at_once=caller.concurrency)
+        except QueueFull as error:
+            wait = finite(drained(await self.load()) * _DRAINED_SHARE)
+            raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
+
+    async def _existing(self, job: Job) -> JobStatus:
+        status = await self._queue.status(job.id)
+        if status is None:
+            raise InternalError()
+        return status
+
+
+def _fingerprint(request: GenerateRequest, image_format: ImageFormat) -> str:
+    content = json.dumps([request.model_dump(mode="json"), image_format], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _replayed(status: JobStatus, resolved: _ResolvedRequest) -> Submission:
+    """Return the job that an earlier request queued.
+
+    Raises `IdempotencyMismatch` if that request was another one.
+    """
+    if status.job.trace.get(_FINGERPRINT, "") != resolved.fingerprint:
+        raise IdempotencyMismatch("This Idempotency-Key was sent before with another request.")
+    pending = status.state not in TERMINAL_STATES
+    return Submission(status.job, new=False, pending=pending, predicted_s=None)
+
+
+def field_error(field: str, detail: str) -> InvalidRequest:
+    """Return the error of one field of the request that this model or service cannot take."""
+    return InvalidRequest(
+        f"{field}: {detail}", extra={"errors": [{"pointer": f"#/{field}", "detail": detail}]}
+    )
+
+
+def _one_of(field: str, name: str, known: Collection[str]) -> str:
+    if name not in known:
+        raise field_error(field, f"There is no {name!r}; choose among {', '.join(known)}.")
+    return name

@@ -1,0 +1,70 @@
+"""The API's part of the queue, and how it is opened: the seam at which tests put something smaller."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from ditserve.service.jobs import Job, JobEvent, JobResult, JobStatus, LoadSnapshot
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.listener import Listener
+from ditserve.service.queue.quota import Allowance, Quota
+from ditserve.service.settings import Settings
+
+
+class Queue(Protocol):
+    """The part of the broker that the API uses. Every verb may raise `QueueUnavailable`."""
+
+    async def submit(self, job: Job, *, at_once: int | None = None) -> bool: ...
+    async def cancel(self, job_id: str) -> bool: ...
+    async def status(self, job_id: str) -> JobStatus | None: ...
+    async def result(self, job_id: str) -> JobResult | None: ...
+    def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[JobEvent]: ...
+    async def load(self) -> LoadSnapshot: ...
+    async def ping(self) -> bool: ...
+
+
+class Waiter(Protocol):
+    async def wait(self, job_id: str, *, new: bool = False) -> JobResult: ...
+
+
+class Meter(Protocol):
+    async def take(self, name: str, per_minute: int) -> Allowance: ...
+
+
+@dataclass(frozen=True, slots=True)
+class QueueClient:
+    """The queue, the one listener of this process, and the counter of the requests of each API key."""
+
+    queue: Queue
+    listener: Waiter
+    quota: Meter
+
+
+@asynccontextmanager
+async def open_queue_client(settings: Settings) -> AsyncIterator[QueueClient]:
+    """Connect to the Redis of the settings, until the block ends.
+
+    Raises:
+        ValueError: the URL is missing or malformed.
+        QueueUnavailable: Redis cannot be used.
+    """
+    if settings.redis_url is None:
+        raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
+    url = settings.redis_url.get_secret_value()
+    broker = await Broker.connect(
+        url,
+        namespace=settings.namespace,
+        queue_limit=settings.queue_limit,
+        result_ttl_s=settings.result_ttl_s,
+        lease_s=settings.lease_s,
+        max_attempts=settings.max_attempts,
+    )
+    listener = Listener(broker)
+    quota = Quota(url, namespace=settings.namespace)
+    try:
+        yield QueueClient(broker, listener, quota)
+    finally:
+        await quota.aclose()
+        await listener.aclose()
+        await broker.aclose()

@@ -1,0 +1,185 @@
+"""Reads of what the scripts wrote about a job: status, result, outcome, events, dead letters.
+
+Nothing here writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, cast
+
+from ditserve.service.errors import InternalError, JobExpired, JobNotFound, ServiceError, from_wire
+from ditserve.service.jobs import (
+    TERMINAL_STATES,
+    EventKind,
+    Job,
+    JobEvent,
+    JobResult,
+    JobStatus,
+    State,
+)
+from ditserve.service.queue.connection import open_client, reaching
+from ditserve.service.queue.keys import Keys
+from ditserve.service.wire import WireError, unpack
+
+BLOCK_MS = 5000  # a read of events waits so long for the next one
+GRACE_S = 5.0  # for the answer of a read of events, beyond the time it may wait
+EVENTS_AT_ONCE = 64
+
+_FIELDS = ("wire", "state", "attempt", "step", "steps", "error", "owner")
+
+
+class Reads:
+    """The half of the broker that reads. Every verb raises `QueueUnavailable` when Redis cannot be used.
+
+    It has two clients: one for commands that are answered at once, and one for those that wait, each of which
+    keeps a connection for as long as it waits.
+    """
+
+    def __init__(self, url: str, keys: Keys, *, timeout_s: float) -> None:
+        self.keys = keys
+        self._timeout_s = timeout_s
+        self._client = open_client(url, connections=32)
+        self._waiting_client = open_client(url, connections=4096)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+        await self._waiting_client.aclose()
+
+    async def status(self, job_id: str) -> JobStatus | None:
+        """Return the job's status; None if the job is unknown or its record has expired."""
+        async with reaching(self._timeout_s):
+            pipeline = self._client.pipeline(transaction=True)
+            pipeline.hmget(self.keys.job(job_id), _FIELDS)
+            pipeline.zrank(self.keys.queue, job_id)
+            fields, position = await pipeline.execute()
+        wire, state, attempt, step, steps, error, owner = fields
+        if wire is None:
+            return None
+        job = Job.from_bytes(wire)
+        return JobStatus(
+            id=job_id,
+            state=cast(State, state.decode()),
+            position=position,
+            attempt=int(attempt),
+            step=int(step),
+            steps=job.steps if steps is None else int(steps),
+            created_at=job.created_at,
+            error=None if error is None else _read_error(error, owner),
+            job=job,
+        )
+
+    async def result(self, job_id: str) -> JobResult | None:
+        """Return the job's result; None if there is none, or no longer."""
+        async with reaching(self._timeout_s):
+            data: Any = await self._client.get(self.keys.result(job_id))
+        return None if data is None else JobResult.from_bytes(data)
+
+    async def outcome(self, job_id: str) -> JobResult | None:
+        """Return the job's result, or None while it has not ended.
+
+        Raises:
+            ServiceError: the job's own error, `JobNotFound` or `JobExpired`.
+        """
+        (outcome,) = await self.outcomes([job_id])
+        if isinstance(outcome, ServiceError):
+            raise outcome
+        return outcome
+
+    async def outcomes(self, job_ids: Sequence[str]) -> list[JobResult | ServiceError | None]:
+        """Return what `outcome` returns or raises for each of several jobs, in one exchange with Redis."""
+        async with reaching(self._timeout_s):
+            # No transaction: a script writes a job's result together with its state, so the state, which is
+            # read first, is never ahead of the result.
+            pipeline = self._client.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipeline.hmget(self.keys.job(job_id), ("state", "error", "owner"))
+                pipeline.get(self.keys.result(job_id))
+            replies: list[Any] = await pipeline.execute()
+        return [
+            _read_outcome(job_id, data, *fields)
+            for job_id, fields, data in zip(job_ids, replies[::2], replies[1::2], strict=True)
+        ]
+
+    async def dead(self) -> list[JobStatus]:
+        """Return the dead-lettered jobs, oldest first."""
+        async with reaching(self._timeout_s):
+            ids: Any = await self._client.zrange(self.keys.dead, 0, -1)
+        statuses = await asyncio.gather(*(self.status(job_id.decode()) for job_id in ids))
+        return [status for status in statuses if status is not None and status.state == "dead"]
+
+    async def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[JobEvent]:
+        """Yield the job's events after the given id as they come.
+
+        The last one is a terminal event, unless that was read before: then none is left to read of a job that
+        has ended.
+
+        Raises:
+            JobNotFound: the job is unknown, or its record has expired.
+        """
+        block, ended = None, False
+        while True:
+            events = await self._read_events(job_id, after, block)
+            for event in events:
+                after = event.id
+                yield event
+                if event.terminal:
+                    return
+            if not events:
+                if ended:
+                    return
+                ended = await self._has_ended(job_id)
+            # Once the job has ended, one read without waiting gets what was written in between.
+            block = None if events or ended else BLOCK_MS
+
+    async def _read_events(self, job_id: str, after: str, block: int | None) -> list[JobEvent]:
+        stream = self.keys.events(job_id)
+        async with reaching(GRACE_S + BLOCK_MS / 1000):
+            reply: Any = await self._waiting_client.xread({stream: after}, count=EVENTS_AT_ONCE, block=block)
+        return [_read_event(entry_id, fields) for entry_id, fields in _entries(reply)]
+
+    async def _has_ended(self, job_id: str) -> bool:
+        async with reaching(GRACE_S):
+            state: Any = await self._waiting_client.hget(self.keys.job(job_id), "state")
+        if state is None:
+            raise JobNotFound(f"There is no job {job_id}.")
+        return state.decode() in TERMINAL_STATES
+
+
+def _entries(reply: Any) -> list[tuple[bytes, Mapping[bytes, bytes]]]:
+    """Return the entries of the one stream that was read. The reply is a map in RESP3 and a list in RESP2."""
+    if not reply:
+        return []
+    entries: list[tuple[bytes, Mapping[bytes, bytes]]]
+    entries = next(iter(reply.values()))[0] if isinstance(reply, dict) else reply[0][1]
+    return entries
+
+
+def _read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> JobEvent:
+    return JobEvent(entry_id.decode(), cast(EventKind, fields[b"kind"].decode()), unpack(fields[b"data"]))
+
+
+def _read_outcome(
+    job_id: str, data: bytes | None, state: bytes | None, error: bytes | None, owner: bytes | None
+) -> JobResult | ServiceError | None:
+    try:
+        if data is not None:
+            return JobResult.from_bytes(data)
+        if state in (b"failed", b"dead", b"cancelled"):
+            return from_wire(_read_error(error or b"", owner))
+    except WireError as fault:
+        return InternalError(f"The outcome of the job cannot be read: {fault}.")
+    if state is None:
+        return JobNotFound(f"There is no job {job_id}.")
+    if state == b"done":
+        return JobExpired(f"The images of job {job_id} are no longer kept.")
+    return None
+
+
+def _read_error(data: bytes, owner: bytes | None) -> dict[str, Any]:
+    """Return the error of a job, with the worker that ran it last."""
+    error = unpack(data)
+    if owner is not None:
+        error["extra"] = {**error.get("extra", {}), "worker": owner.decode()}
+    return error

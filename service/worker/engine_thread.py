@@ -1,0 +1,233 @@
+"""The thread that steps the engine. No other thread touches the engine.
+
+The event loop sends commands (add, cancel, export); the thread applies them between two steps and delivers
+reports. It reports at once when a step ended or showed something, and otherwise a few times a second.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from ditserve.service.engine.samples import Failed, SampleRequest, StepReport
+from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.errors import InternalError, ServiceError
+from ditserve.service.jobs import Due
+from ditserve.service.planning.costs import CostModel
+
+# A sample to run, and the snapshot to run it from if it has begun elsewhere.
+Start = tuple[SampleRequest, Snapshot | None]
+
+REPORT_EVERY_S = 0.1
+FAULTS_ALLOWED = 3  # steps in a row that raise before the engine counts as broken
+
+log = structlog.get_logger()
+
+
+def _stop() -> None:
+    """The command that ends the thread."""
+
+
+class Stepper(Protocol):
+    """The part of the engine that is used here."""
+
+    costs: CostModel
+
+    @property
+    def idle(self) -> bool: ...
+    @property
+    def free_samples(self) -> int: ...
+    @property
+    def backlog_rows(self) -> int: ...
+    def dues(self) -> tuple[Due, ...]: ...
+    def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None: ...
+    def export(self, sample_id: str) -> Snapshot | None: ...
+    def cancel(self, sample_id: str) -> None: ...
+    def hand_back(self) -> tuple[str, ...]: ...
+    def progress(self) -> dict[str, tuple[int, int]]: ...
+    def step(self, queued_rows: int = 0) -> StepReport: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """The cost model at one moment: seconds of a step and of a decode.
+
+    `knee` is the batch size beyond which a further row gains nothing.
+    """
+
+    fixed_s: float
+    per_row_s: float
+    decode_s: float
+    knee: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """The state of the engine after a step, and what became of samples since the last report."""
+
+    step: StepReport
+    refused: tuple[Failed, ...]  # samples that could not join
+    crashed: tuple[Failed, ...]  # samples that were running when a step raised
+    progress: Mapping[str, tuple[int, int]]  # sample id → steps taken, steps in all
+    backlog_rows: int
+    dues: tuple[Due, ...]  # the backlog by deadline
+    stepped_at: float
+    costs: StepCosts
+
+
+class EngineThread:
+    """Owner of the engine and of its thread.
+
+    Args:
+        deliver: called in the engine's thread with every report; must return at once.
+        observe: called in the engine's thread with the report of every step.
+        on_broken: called once, in the engine's thread, when the engine keeps raising; the thread then ends.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        engine: Stepper,
+        *,
+        deliver: Callable[[EngineReport], object],
+        observe: Callable[[StepReport], None],
+        on_broken: Callable[[], object],
+        clock: Callable[[], float],
+        max_rows: int,
+    ) -> None:
+        self.queued_rows = 0  # this worker's share of the rows that wait in the queue
+        self._engine, self._max_rows = engine, max_rows
+        self._deliver, self._observe, self._on_broken = deliver, observe, on_broken
+        self._clock = clock
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._refused: list[Failed] = []
+        self._crashed: list[Failed] = []
+        self._reported_at = 0.0
+        self._stepped_at = clock()
+        self._faults = 0
+        self._changed = True  # since the last report
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Let the current step be the last. Return False if the thread does not end in time."""
+        self._commands.put(_stop)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def add(self, starts: Sequence[Start]) -> None:
+        """Let all samples of a job join, or none of them: then the next report lists each as refused."""
+        self._commands.put(lambda: self._add(starts))
+
+    def export(self, sample_ids: Iterable[str]) -> Future[dict[str, Snapshot]]:
+        """Return, in time, snapshots of samples as they are between two steps.
+
+        Samples not begun are left out.
+        """
+        ids, exported = tuple(sample_ids), Future[dict[str, Snapshot]]()
+        self._commands.put(lambda: self._export(ids, exported))
+        return exported
+
+    def cancel(self, sample_ids: Iterable[str]) -> None:
+        ids = tuple(sample_ids)
+        self._commands.put(lambda: self._cancel(ids))
+
+    def observe_decode(self, seconds: float) -> None:
+        """Teach the cost model how long the decoding of an image took."""
+        self._commands.put(lambda: self._engine.costs.observe_decode(seconds))
+
+    def _run(self) -> None:
+        while True:
+            command = self._next_command()
+            if command is _stop:
+                return
+            if command is not None:
+                command()
+                self._changed = True
+            elif not self._step():
+                self._on_broken()
+                return
+
+    def _next_command(self) -> Callable[[], None] | None:
+        """Return the next command, or None if it is time for a step.
+
+        Wait for a command while the engine is idle.
+        """
+        with suppress(queue.Empty):
+            return self._commands.get_nowait()
+        if not self._engine.idle:
+            return None
+        if self._changed:
+            self._report(StepReport())
+        return self._commands.get()
+
+    def _step(self) -> bool:
+        """Take one step. Return False when the engine has raised too often in a row."""
+        try:
+            report = self._engine.step(self.queued_rows)
+        except Exception as error:
+            fault = InternalError("A step of the engine failed.", extra={"exception": type(error).__name__})
+            self._crashed += [Failed(sample_id, fault) for sample_id in self._engine.hand_back()]
+            self._faults += 1
+            self._report(StepReport())
+            log.exception("step failed", faults=self._faults)
+            return self._faults < FAULTS_ALLOWED
+        self._faults = 0
+        self._stepped_at = self._clock()
+        self._observe(report)
+        news = report.finished or report.failed or report.previews or report.changes or self._refused
+        if news or self._clock() - self._reported_at >= REPORT_EVERY_S:
+            self._report(report)
+        return True
+
+    def _add(self, starts: Sequence[Start]) -> None:
+        if self._engine.idle:
+            # An idle engine takes no steps; that must not look as if it hung.
+            self._stepped_at = self._clock()
+        for added, (request, snapshot) in enumerate(starts):
+            try:
+                self._engine.add(request, snapshot)
+            except Exception as error:
+                if not isinstance(error, ServiceError):
+                    log.exception("sample refused", sample=request.id)
+                    error = InternalError("The engine cannot take this job.")
+                ids = tuple(request.id for request, _ in starts)
+                self._cancel(ids[:added])
+                self._refused += [Failed(sample_id, error) for sample_id in ids]
+                return
+
+    def _export(self, ids: tuple[str, ...], exported: Future[dict[str, Snapshot]]) -> None:
+        if not exported.set_running_or_notify_cancel():
+            return
+        snapshots = {sample_id: self._engine.export(sample_id) for sample_id in ids}
+        exported.set_result({sample_id: snapshot for sample_id, snapshot in snapshots.items() if snapshot})
+
+    def _cancel(self, ids: tuple[str, ...]) -> None:
+        for sample_id in ids:
+            self._engine.cancel(sample_id)
+
+    def _report(self, step: StepReport) -> None:
+        engine, costs = self._engine, self._engine.costs
+        report = EngineReport(
+            step=step,
+            refused=tuple(self._refused),
+            crashed=tuple(self._crashed),
+            progress=engine.progress(),
+            backlog_rows=engine.backlog_rows,
+            dues=engine.dues(),
+            stepped_at=self._stepped_at,
+            costs=StepCosts(costs.fixed_s, costs.per_row_s, costs.decode_s, costs.knee(self._max_rows)),
+        )
+        self._refused.clear()
+        self._crashed.clear()
+        self._changed, self._reported_at = False, self._clock()
+        self._deliver(report)

@@ -1,0 +1,266 @@
+"""The worker process: builds a worker from settings, and turns signals into an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+import structlog
+import uvloop
+
+from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
+from ditserve.service.backends import Backend, BackendUnavailable, load_backend, load_text_encoder
+from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.engine import Engine
+from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.engine.texts import SharedCache, TextEncodings
+from ditserve.service.errors import QueueUnavailable, ServiceError
+from ditserve.service.identity import bundle_digest, vocabulary_digest
+from ditserve.service.jobs import Network
+from ditserve.service.launch.engine_build import build_engines
+from ditserve.service.limits import WorkerPolicy
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.planner import Planner
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.embeddings import Embeddings
+from ditserve.service.served_models import open_served_models
+from ditserve.service.settings import Settings
+from ditserve.service.signals import stop_signals
+from ditserve.service.telemetry import logs, metrics
+from ditserve.service.telemetry.tracing import Tracing, open_tracing
+from ditserve.service.worker.engine_metrics import EngineMetrics
+from ditserve.service.worker.handoff import checkpoint_origin
+from ditserve.service.worker.heartbeat import starting
+from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
+
+CONFIG_ERROR, BROKEN = 2, 1
+WARM_UP_S = 0.5
+
+# Backend → the settings it takes, besides threads.
+OPTIONS: Final = {
+    "onnx": ("precision", "providers"),
+    "torch": ("device", "compile"),
+    "tensorrt": ("precision", "engines"),
+}
+
+# Setting → the backend option that it gives.
+READ: Final[dict[str, Callable[[Any, Manifest], Any]]] = {
+    "providers": lambda value, _: tuple(value.split(",")),
+    "engines": lambda value, manifest: value / manifest.name,
+}
+
+Report = Callable[[str], None]  # takes the worker's current activity
+Opener = Callable[[Report, asyncio.Event], Awaitable[Backend | None]]
+
+log = structlog.get_logger()
+
+
+def run(settings: Settings) -> int:
+    """Work until told to stop; return the exit status.
+
+    An error that no restart can mend is one sentence on stderr and status 2. Status 1: another start may
+    help.
+    """
+    logs.configure(style=settings.log_format, level=settings.log_level)
+    try:
+        if settings.redis_url is None:
+            raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
+        bundle = only_bundle(settings)
+        opener = partial(open_backend, settings, bundle, backend_options(settings, bundle.manifest))
+        orderly = uvloop.run(serve(settings, bundle.manifest.name, opener))
+    except (BundleError, BackendUnavailable, ServiceError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BROKEN if isinstance(error, QueueUnavailable) else CONFIG_ERROR
+    return 0 if orderly else BROKEN
+
+
+def only_bundle(settings: Settings) -> Bundle:
+    """Return the bundle of the settings. Raise `BundleError`, and `ValueError` if they name several."""
+    models = open_served_models(settings, verify=settings.verify)
+    if len(models) > 1:
+        flags = " and ".join(f"--bundle {model.folder} --namespace {model.namespace}" for model in models)
+        raise ValueError(f"a worker serves one bundle: start workers with {flags}")
+    return models[0].bundle
+
+
+async def open_backend(
+    settings: Settings, bundle: Bundle, options: Mapping[str, Any], report: Report, stop: asyncio.Event
+) -> Backend | None:
+    """Build the engines that are missing, if the settings say so, and open the backend.
+
+    Return None if stopped meanwhile.
+
+    Raises:
+        BackendUnavailable, BundleError: see `load_backend` and `build_engines`.
+    """
+    if settings.export_on_start:
+        report("looking for engines")
+        if not await build_engines(
+            bundle.path,
+            precision=settings.precision,
+            engines=options.get("engines"),
+            on_progress=lambda progress: report(str(progress)),
+            stop=stop,
+        ):
+            return None
+    report("loading the network")
+    return await asyncio.to_thread(load_backend, settings.backend, bundle, **options)
+
+
+async def serve(settings: Settings, model: str, opener: Opener) -> bool:
+    """Work until told to stop, on the backend that `opener` opens. Return False if the engine is broken."""
+    assert settings.redis_url is not None
+    stop, force_stop = stop_signals()
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    url = settings.redis_url.get_secret_value()
+    tracing = open_tracing(settings.otlp_endpoint, "dit-worker")
+    broker = await Broker.connect(
+        url,
+        namespace=settings.namespace,
+        queue_limit=settings.queue_limit,
+        result_ttl_s=settings.result_ttl_s,
+        lease_s=settings.lease_s,
+        max_attempts=settings.max_attempts,
+    )
+    embeddings = Embeddings(url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes)
+    backend: Backend | None = None
+    try:
+        if settings.worker_metrics_port:
+            metrics.serve(settings.worker_metrics_port)
+        async with starting(broker, name, model) as report:
+            backend = await opener(report, stop)
+            if backend is None:
+                return True
+            report("warming up")
+            engine = build_engine(backend, settings, embeddings)
+            await asyncio.to_thread(engine.warm_up, WARM_UP_S)
+        parts = worker_parts(backend, engine, broker, embeddings, tracing)
+        identity = worker_identity(name, backend)
+        worker = Worker(parts, identity, worker_policy(settings, engine))
+        metrics.NETWORK_INFO.labels(backend.name, backend.precision).set(1)
+        log.info(
+            "worker ready",
+            worker=name,
+            model=identity.model,
+            backend=backend.name,
+            precision=backend.precision,
+        )
+        return await worker.run(stop, force_stop)
+    finally:
+        await embeddings.aclose()
+        await broker.aclose()
+        tracing.close()
+        if backend is not None:
+            backend.close()
+
+
+def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
+    """Return the options of the chosen backend: the settings that were set. It chooses the others itself.
+
+    Raises:
+        BackendUnavailable: one is set that this backend does not take.
+    """
+    options: dict[str, Any] = {"threads": settings.threads}
+    for name in dict.fromkeys(option for names in OPTIONS.values() for option in names):
+        value = getattr(settings, name)
+        if value == Settings.model_fields[name].default:
+            continue
+        if name not in OPTIONS[settings.backend]:
+            takers = " and ".join(backend for backend, names in OPTIONS.items() if name in names)
+            raise BackendUnavailable(
+                f"--{name} is for the {takers} backend, not for {settings.backend}: leave it out"
+            )
+        options[name] = READ[name](value, manifest) if name in READ else value
+    if settings.export_on_start and settings.backend != "tensorrt":
+        raise BackendUnavailable(
+            f"--export-on-start is for the tensorrt backend, not for {settings.backend}: leave it out"
+        )
+    return options
+
+
+def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | None) -> TextEncodings | None:
+    """Return the text encodings of a model that takes text; None for one that does not.
+
+    Raises:
+        BackendUnavailable: there is no such encoder here, or it is not the model's.
+    """
+    wanted = manifest.config.text_size
+    if not wanted:
+        return None
+    data = manifest.provenance.get("training", {}).get("data", {})
+    encoder = load_text_encoder(settings.text_encoder or data.get("text") or "minilm")
+    if encoder.size != wanted:
+        raise BackendUnavailable(
+            f"the text encoder gives {encoder.size} numbers and the model takes {wanted}: "
+            "name the right one with --text-encoder"
+        )
+    return TextEncodings(encoder, shared, capacity=settings.embedding_cache_bytes)
+
+
+def build_engine(backend: Backend, settings: Settings, shared: SharedCache | None = None) -> Engine:
+    """Build an engine for a bundle. Its slots hold what may run, what is claimed ahead, and one job more."""
+    ladder = Ladder.from_manifest(backend.manifest)
+    return Engine(
+        backend=backend,
+        conditions=Conditions(
+            backend,
+            modulation_bytes=settings.modulation_cache_bytes,
+            embedding_bytes=settings.embedding_cache_bytes,
+            texts=open_texts(backend.manifest, settings, shared),
+        ),
+        scheduler=Scheduler(
+            max_rows=settings.strict_rows or settings.max_rows,
+            buckets=backend.buckets,
+            strict=settings.strict_rows > 0,
+        ),
+        planner=Planner(ladder),
+        ladder=ladder,
+        costs=CostModel(),
+        schedule=backend.manifest.diffusion.noise_schedule(),
+        clock=time.time,
+        slots=settings.max_rows + settings.lookahead_rows + settings.max_images,
+    )
+
+
+def worker_parts(
+    backend: Backend, engine: Engine, broker: Broker, embeddings: Embeddings, tracing: Tracing
+) -> WorkerParts:
+    """Return the parts of a worker whose engine is warm."""
+    return WorkerParts(
+        broker=broker,
+        engine=engine,
+        decoder=backend,
+        ladder=engine.ladder,
+        factors=backend.manifest.factors,
+        observe=EngineMetrics(engine, embeddings),
+        tracing=tracing,
+    )
+
+
+def worker_identity(name: str, backend: Backend) -> WorkerIdentity:
+    manifest = backend.manifest
+    return WorkerIdentity(
+        name=name,
+        model=manifest.name,
+        bundle=bundle_digest(manifest),
+        vocabulary=vocabulary_digest(manifest),
+        origin=checkpoint_origin(manifest, f"{backend.name} {backend.precision}"),
+        network=Network(backend.name, backend.precision, backend.size_multiple),
+    )
+
+
+def worker_policy(settings: Settings, engine: Engine) -> WorkerPolicy:
+    return WorkerPolicy(
+        max_rows=engine.scheduler.max_rows,
+        lookahead_rows=settings.lookahead_rows,
+        drain_s=settings.drain_s,
+        hang_s=settings.hang_s,
+    )

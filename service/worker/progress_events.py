@@ -1,0 +1,75 @@
+"""Progress events of running jobs: steps, previews, degradations.
+
+They are a courtesy to the clients that watch, so their number is bounded and no work ever waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ditserve.service.engine.samples import Preview
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.images import CONTENT_TYPES
+from ditserve.service.jobs import EventKind, Lease
+from ditserve.service.planning.planner import Change
+from ditserve.service.queue.broker import Broker
+from ditserve.service.worker.running_job import RunningJob
+
+WAITING = 1024  # events beyond these are dropped
+
+
+class ProgressEvents:
+    """The queue of events to publish. `run` publishes them in order, one at a time.
+
+    Args:
+        step_event_s: the least seconds between two step events of a job.
+    """
+
+    def __init__(self, broker: Broker, *, step_event_s: float) -> None:
+        self._broker = broker
+        self._step_event_s = step_event_s
+        self._stepped_at = 0.0
+        self._events: asyncio.Queue[tuple[Lease, EventKind, dict[str, Any]]] = asyncio.Queue(WAITING)
+
+    def degraded(self, job: RunningJob, change: Change) -> None:
+        data = {
+            "rung": change.rung.name,
+            "reason": change.reason,
+            "sample": job.index(change.sample_id),
+        }
+        self._publish(job, "degraded", data)
+
+    def preview(self, job: RunningJob, preview: Preview, image: bytes) -> None:
+        data = {
+            "sample": job.index(preview.id),
+            "step": preview.step,
+            "steps": preview.steps,
+            "image": image,
+            "content_type": CONTENT_TYPES[job.job.format],
+        }
+        self._publish(job, "preview", data)
+
+    def steps(self, jobs: Iterable[RunningJob], progress: Mapping[str, tuple[int, int]], now: float) -> None:
+        """Publish a step event for every job that has advanced, unless the last ones are too recent."""
+        if now - self._stepped_at < self._step_event_s:
+            return
+        self._stepped_at = now
+        for job in jobs:
+            step, steps = job.step(progress)
+            if step > job.published_step:
+                job.published_step = step
+                self._publish(job, "step", {"step": step, "steps": steps})
+
+    async def run(self) -> None:
+        while True:
+            lease, kind, data = await self._events.get()
+            try:
+                await self._broker.progress(lease, kind, data)
+            except QueueUnavailable:
+                continue  # this event is lost; the end of the job is published by others, who retry
+
+    def _publish(self, job: RunningJob, kind: EventKind, data: dict[str, Any]) -> None:
+        if not self._events.full():
+            self._events.put_nowait((job.lease, kind, data))

@@ -1,0 +1,195 @@
+"""A claimed job while it runs: its samples go out as requests, their images come back and make up the result.
+
+One owner of state (`RunningJob`). Pure: no I/O, no clock; times are seconds and come in as arguments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ditserve.model.spec.bundle import Factor
+from ditserve.service.engine.samples import Finished, SampleRequest
+from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.jobs import Claim, ConditionTerm, Image, Job, JobResult
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
+
+# The state of one sample: under way, finished (its image may still be missing), or not begun.
+SampleState = Snapshot | Finished | None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """The image of one sample, and the milliseconds that decoding and encoding it took."""
+
+    finished: Finished
+    image: Image
+    decode_ms: float
+    encode_ms: float
+
+
+class RunningJob:
+    """A claimed job: its requests, which of them are finished, and the images made so far.
+
+    A sample id holds the attempt, so that a sample that an earlier attempt left in the engine is not taken
+    for one of this attempt.
+
+    Args:
+        states: the state of each sample as an earlier worker left it, in seed order. `starts` are the samples
+        to run
+            from there, `done` those that are finished and lack only their image.
+    """
+
+    def __init__(
+        self, claim: Claim, ladder: Ladder, *, claimed_at: float, states: Sequence[SampleState]
+    ) -> None:
+        self.job, self.lease, self.run_isolated = claim.job, claim.lease, claim.run_isolated
+        self.claimed_at = claimed_at
+        self.requests = _requests(self.job, ladder, attempt=claim.lease.attempt)
+        pairs = list(zip(self.requests, states, strict=True))
+        self.starts = [(request, state) for request, state in pairs if not isinstance(state, Finished)]
+        self.done = [replace(state, id=request.id) for request, state in pairs if isinstance(state, Finished)]
+        self.published_step = 0
+        self._finished: dict[str, Finished] = {}  # with or without their image
+        self._images: dict[str, EncodedImage] = {}
+
+    @property
+    def id(self) -> str:
+        return self.job.id
+
+    @property
+    def missing(self) -> int:
+        """Return how many images are still to be made."""
+        return len(self.requests) - len(self._images)
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows its missing images would take of one batch."""
+        rows = max(1, self.job.windows) * self.missing
+        return rows if self.job.guidance_scale == 1.0 else 2 * rows
+
+    def index(self, sample_id: str) -> int:
+        """Return which of the job's images a sample is, from 0."""
+        return next(k for k, request in enumerate(self.requests) if request.id == sample_id)
+
+    def finish(self, finished: Finished) -> None:
+        """Note that a sample is denoised; its image is still to be made."""
+        self._finished[finished.id] = finished
+
+    def sample_states(self, snapshots: Mapping[str, Snapshot]) -> list[SampleState]:
+        """Return the state of each sample, in seed order. `snapshots` are of the samples in the engine."""
+        return [self._finished.get(request.id) or snapshots.get(request.id) for request in self.requests]
+
+    def add(self, image: EncodedImage) -> bool:
+        """Take in an image. Return True if it was the last one missing."""
+        self._images[image.finished.id] = image
+        return not self.missing
+
+    def step(self, progress: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+        """Return (steps taken, steps in all) of the sample furthest behind, (0, 0) if none is in the engine.
+
+        A sample without an entry in `progress` has left the engine, so it is finished.
+        """
+        running = [progress[request.id] for request in self.requests if request.id in progress]
+        return min(running, key=lambda steps: steps[0] / steps[1]) if running else (0, 0)
+
+    def result(self, worker: str) -> JobResult:
+        """Return the result: all images in seed order.
+
+        Steps and rung are those of the sample that was degraded most. A time is the longest of any sample,
+        except for the time in the queue, which ends with the first step of any.
+        """
+        images = [self._images[request.id] for request in self.requests]
+        samples = [image.finished for image in images]
+        least = min(samples, key=lambda sample: (not sample.degraded, sample.steps_used))
+        waited_ms = max(0.0, 1e3 * (self.claimed_at - self.job.created_at))
+        return JobResult(
+            images=tuple(image.image for image in images),
+            steps_requested=self.job.steps,
+            steps_used=least.steps_used,
+            solver=least.rung.solver,
+            rung=least.rung.name,
+            degraded=least.degraded,
+            reason=least.reason,
+            timings_ms={
+                "queue": waited_ms + min(sample.queue_ms for sample in samples),
+                "denoise": max(sample.denoise_ms for sample in samples),
+                "decode": max(image.decode_ms for image in images),
+                "encode": max(image.encode_ms for image in images),
+            },
+            attempt=self.lease.attempt,
+            worker=worker,
+        )
+
+
+def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor]) -> dict[str, str]:
+    """Return the metadata of an image file: enough to draw the image again.
+
+    Nothing in it tells one run of a request from another, so that equal requests give equal files.
+    """
+    terms = [_term_fields(term, factors) for term in job.condition]
+    rung = finished.rung
+    facts: dict[str, Any] = {
+        "model": job.model,
+        "condition": json.dumps(terms if len(terms) > 1 else terms[0], ensure_ascii=False),
+        **({"mix": job.mix} if len(terms) > 1 else {}),
+        "seed": seed,
+        "steps": finished.steps_used,
+        "sampler": rung.solver,
+        "grid": rung.grid,
+        "guidance_scale": job.guidance_scale,
+        "guidance_interval": list(rung.guidance_interval),
+        **({"windows": job.windows} if job.windows else {}),
+    }
+    return {name: str(value) for name, value in facts.items()}
+
+
+def _term_fields(term: ConditionTerm, factors: Sequence[Factor]) -> dict[str, Any]:
+    """Return a condition as a request writes it; text and weight only where they are not the default."""
+    classes = {
+        factor.name: factor.classes[label]
+        for factor, label in zip(factors, term.labels, strict=False)
+        if label is not None
+    }
+    text = {"text": term.text} if term.text else {}
+    weight = {"weight": term.weight} if term.weight != 1.0 else {}
+    return classes | text | weight
+
+
+def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest, ...]:
+    requested, admitted = _rungs(job, ladder)
+    return tuple(
+        SampleRequest(
+            id=f"{job.id}/{attempt}/{k}",
+            condition=job.condition,
+            mix=job.mix,
+            seed=seed,
+            rung=admitted,
+            requested=requested,
+            guidance_scale=job.guidance_scale,
+            previews=job.previews,
+            deadline_at=job.deadline_at,
+            allow_degraded=job.allow_degraded,
+            min_steps=job.min_steps,
+            reason=job.reason if job.rung is not None else None,
+            size=job.size,
+            windows=job.windows > 0,
+        )
+        for k, seed in enumerate(job.seeds)
+    )
+
+
+def _rungs(job: Job, ladder: Ladder) -> tuple[Rung, Rung]:
+    """Return the rung the job asks for and the one it was admitted on.
+
+    A job of a release that does not send them has its rungs looked up on this bundle's ladder.
+    """
+    if job.requested is not None and job.admitted is not None:
+        return job.requested, job.admitted
+    guided = job.guidance_scale != 1.0
+    requested = ladder.requested(job.solver, job.steps, job.grid, job.guidance_interval, guided)
+    below = ladder.below(requested, job.min_steps) if job.rung is not None else ()
+    return requested, next((rung for rung in below if rung.name == job.rung), requested)

@@ -1,0 +1,65 @@
+"""The cost of networks, compared with counts by hand and with what autograd keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ditserve.model.nets.cost import cost
+from ditserve.model.nets.dit import DiT
+from ditserve.model.spec.dit_config import DiTConfig
+
+Tiny = Callable[..., DiTConfig]
+
+
+def test_cost_by_hand() -> None:
+    """The cost of a DiT with one block equals a count of every matrix product by hand."""
+    d, tokens, heads = 8, 16, 2
+    config = DiTConfig(
+        image_size=(8, 8),
+        in_channels=3,
+        hidden_size=d,
+        depth=1,
+        num_heads=heads,
+        classes=(5,),
+        learn_sigma=False,
+    )
+    actual = cost(config)
+    assert actual.conditioner_macs == 256 * d + d * d + 6 * d * d + 2 * d * d
+    block = tokens * (3 + 1 + 4 + 4) * d * d + 2 * tokens * tokens * d
+    assert actual.backbone_macs == tokens * 12 * d + block + tokens * d * 12
+    assert actual.flops == 2 * (actual.conditioner_macs + actual.backbone_macs)
+    assert actual.parameters == sum(p.numel() for p in DiT(config).parameters()) + tokens * d
+
+
+def test_activation_memory_is_what_a_row_takes(tiny: Tiny) -> None:
+    """Training keeps as much as autograd keeps of real tensors; inference holds a few token matrices."""
+    config = tiny(depth=2)
+    dit = DiT(config)
+    x, t, labels = torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 2, dtype=torch.int64)
+    own = {p.data_ptr() for p in (*dit.parameters(), *dit.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+    )
+    with hooks:
+        out = dit(x, t, labels)
+    real = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
+    actual = cost(config)
+    assert out.requires_grad
+    # Attention keeps other tensors on other devices.
+    assert actual.training_bytes == pytest.approx(real, rel=0.15)
+    tokens = 16 * 32 * 4
+    assert 4 * tokens < actual.inference_bytes < 20 * tokens
+    deeper = cost(tiny(depth=6))
+    assert deeper.training_bytes > 2.5 * actual.training_bytes
+    assert deeper.inference_bytes < 2 * actual.inference_bytes
+
+
+def test_size_option(tiny: Tiny) -> None:
+    config = tiny()
+    assert cost(config, (16, 16)).backbone_macs > 4 * cost(config).backbone_macs
+    with pytest.raises(ValueError, match="not a multiple of the patch"):
+        cost(config, (9, 8))

@@ -1,0 +1,63 @@
+"""Conditions as a command line writes them: parsed, and embedded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from ditserve.model.nets.dit import DiT
+from ditserve.model.sampling.prompt import PromptTerm, SampleError, embed_terms, parse_condition
+from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.dit_config import DiTConfig
+
+Tiny = Callable[..., DiTConfig]
+Make = Callable[..., DiT]
+FACTORS = (
+    Factor(name="label", classes=("cat", "dog", "fox", "owl", "bee")),
+    Factor(name="style", classes=("flat", "shaded", "line")),
+)
+
+
+class CountingEncoder:
+    """A text encoder of three numbers per sentence, in place of a language model."""
+
+    size = 3
+
+    def encode(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        return np.array([[len(sentence), sentence.count(" ") + 1, 1] for sentence in sentences], np.float32)
+
+
+def test_conditions_are_parsed() -> None:
+    assert parse_condition("", FACTORS) == PromptTerm((None, None))
+    assert parse_condition("style=line,label=fox,weight=0.5", FACTORS) == PromptTerm((2, 2), None, 0.5)
+    assert parse_condition("text=a fox, in snow,label=fox", FACTORS) == PromptTerm(
+        (2, None), "a fox, in snow"
+    )
+    for text, message in (
+        ("colour=red", "no factor 'colour'; it has label, style"),
+        ("label=caat", r"no class 'caat'; did you mean cat"),
+        ("label=zzzzz", "for example cat, dog, fox"),
+        ("label=cat,weight=much", "not a number"),
+    ):
+        with pytest.raises(SampleError, match=message):
+            parse_condition(text, FACTORS)
+
+
+def test_text_goes_through_the_named_encoder(
+    tiny: Tiny, network: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditserve.model.sampling.prompt.open_encoder", lambda name: CountingEncoder())
+    dit = network(tiny(text_size=3))
+    terms = [PromptTerm((1, None), "a fox"), PromptTerm((1, None))]
+    with_text, without = embed_terms(dit, terms, "counting")
+    labels = torch.tensor([[1, 3]])
+    assert torch.allclose(with_text, dit.embed(labels, torch.tensor([[5.0, 2.0, 1.0]]))[0])
+    assert torch.allclose(without, dit.embed(labels)[0])
+    with pytest.raises(SampleError, match="gives 3 numbers, the model takes 7"):
+        embed_terms(network(tiny(text_size=7)), terms, "counting")
+    with pytest.raises(SampleError, match="takes no text"):
+        embed_terms(network(), terms, "counting")

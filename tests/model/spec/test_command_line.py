@@ -1,0 +1,60 @@
+"""The end of commands, and their old names, which still run."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ditserve.model.spec.command_line import guarded, positive
+from ditserve.model.spec.errors import ModelError
+
+ROOT = Path(__file__).parent.parent.parent.parent
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("error", [ModelError("a"), ValueError("a"), OSError("a")])
+def test_an_error_of_the_user_is_one_sentence(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded("model.sample", raising(error)) == 2
+    assert capsys.readouterr().err == "model.sample: a\n"
+
+
+def test_other_ends_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded("model.sample", lambda: None) == 0
+    assert guarded("model.sample", raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "model.sample: cancelled\n"
+    with pytest.raises(KeyError):
+        guarded("model.sample", raising(KeyError("a fault of ours")))
+
+
+def test_positive_numbers() -> None:
+    assert positive("12") == 12
+    for text in ("0", "-1", "1.5", "many", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be at least 1"):
+            positive(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("model.port", "model.convert"),
+        ("model.curve", "model.train.curve"),
+        ("model.classifier", "model.evaluation.classifier"),
+    ],
+)
+def test_an_old_name_runs_the_command_and_says_the_new_one(old: str, new: str) -> None:
+    command = [sys.executable, "-m", old, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: python -m {new}")
+    assert done.stderr == f"{old} is now {new}: run python -m {new}\n"

@@ -1,0 +1,76 @@
+"""From words to classes, and the suggestions where there is no such class."""
+
+import pytest
+
+from ditserve.model.spec.bundle import Factor
+from ditserve.service.errors import UnknownCondition
+from ditserve.service.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(
+    [
+        Factor(
+            name="label", classes=("apple", "red apple", "T-Rex", "person: dark skin tone", "Åland", "rex")
+        ),
+        Factor(name="style", classes=("noto", "twemoji")),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("apple", 0),
+        ("Red_Apple", 1),
+        ("t rex", 2),
+        ("Person dark-skin tone", 3),
+        ("åland", 4),
+        (5, 5),
+        (None, None),
+    ],
+)
+def test_names_are_compared_by_their_words(name: str | int | None, index: int | None) -> None:
+    assert VOCABULARY.term({"label": name}).labels == (index, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "labels"),
+    [
+        ("an apple", (0, None)),
+        ("a RED apple, please", (1, None)),
+        ("apples in the noto style", (0, 0)),
+        ("rex and a t-rex", (2, None)),
+        ("twemoji person: dark skin tone", (3, 1)),
+    ],
+)
+def test_the_longest_name_in_a_prompt_wins(prompt: str, labels: tuple[int | None, ...]) -> None:
+    assert VOCABULARY.match(prompt).labels == labels
+
+
+@pytest.mark.parametrize(
+    ("prompt", "suggestion"), [("a shiny appel", "apple"), ("noto", "apple"), ("!!!", "apple")]
+)
+def test_a_prompt_without_a_class_gets_suggestions(prompt: str, suggestion: str) -> None:
+    with pytest.raises(UnknownCondition) as caught:
+        VOCABULARY.match(prompt)
+    assert suggestion in caught.value.suggestions
+
+
+def test_an_unknown_factor_is_told_which_there_are() -> None:
+    with pytest.raises(UnknownCondition, match="label, style") as caught:
+        VOCABULARY.term({"colour": "red"})
+    assert set(caught.value.suggestions) <= {"label", "style"}
+
+
+def test_a_very_long_name_is_not_echoed() -> None:
+    with pytest.raises(UnknownCondition) as caught:
+        VOCABULARY.term({"label": "x" * 10_000})
+    assert len(caught.value.detail) < 200
+
+
+def test_the_first_of_two_classes_with_the_same_words_is_meant() -> None:
+    twice = Vocabulary([Factor(name="label", classes=("ice-cream", "Ice Cream"))])
+    assert twice.term({"label": "ice cream"}).labels == (0,)
+
+
+def test_a_model_without_factors_matches_every_prompt() -> None:
+    assert Vocabulary([]).match("anything").labels == ()

@@ -1,0 +1,106 @@
+"""Bytes are what earlier releases wrote: recorded messages are read, and written again the same."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ditserve.service.jobs import Job, JobResult, WorkerState, read_report
+from ditserve.service.rung import Rung
+from ditserve.service.wire import Message, WireError, build, fields_of, pack, unpack
+from ditserve.service.worker.handoff import read_checkpoint, write_checkpoint
+from tests.service import wire_examples as examples
+
+RECORDED = {
+    name: b64decode(text)
+    for name, text in json.loads(Path(__file__).with_name("recorded_wire.json").read_text()).items()
+}
+MESSAGES: dict[str, Message] = {
+    "plain job": examples.PLAIN_JOB,
+    "full job": examples.FULL_JOB,
+    "result": examples.RESULT,
+    "worker state": examples.STATE,
+    "starting": examples.STARTING,
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_message_has_the_bytes_of_earlier_releases(name: str) -> None:
+    message = MESSAGES[name]
+    assert message.to_bytes() == RECORDED[name]
+    assert type(message).from_bytes(RECORDED[name]) == message
+
+
+def test_a_report_is_of_either_kind() -> None:
+    assert read_report(RECORDED["worker state"]) == examples.STATE
+    assert read_report(RECORDED["starting"]) == examples.STARTING
+
+
+def test_a_checkpoint_has_the_bytes_of_earlier_releases() -> None:
+    assert write_checkpoint(examples.SAMPLES, origin="here") == RECORDED["checkpoint"]
+    for sample, expected in zip(
+        read_checkpoint(RECORDED["checkpoint"], origin="here", samples=3), examples.SAMPLES, strict=True
+    ):
+        if expected is None:
+            assert sample is None
+            continue
+        assert type(sample) is type(expected)
+        for name, value in fields_of(expected).items():
+            np.testing.assert_array_equal(getattr(sample, name), value)
+
+
+def test_an_event_has_the_bytes_of_earlier_releases() -> None:
+    assert pack({"step": 3, "steps": 20}) == RECORDED["event"]
+    assert unpack(RECORDED["event"]) == {"step": 3, "steps": 20}
+
+
+def test_fields_of_later_releases_have_defaults() -> None:
+    job, state = unpack(RECORDED["plain job"]), unpack(RECORDED["worker state"])
+    for name in ("trace", "size", "vocabulary", "windows", "floor_rows", "requested", "admitted"):
+        del job[name]
+    del job["condition"][0]["text"]
+    for name in ("network", "dues", "bundle", "given_rows"):
+        del state[name]
+    assert Job.from_bytes(pack(job)) == examples.PLAIN_JOB
+    assert WorkerState.from_bytes(pack(state)).dues == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"guidance_interval": [0.0]},
+        {"guidance_interval": [0.0, 1.0, 2.0]},
+        {"size": [1]},
+        {"condition": None},
+        {"condition": [3]},
+        {"requested": {"name": "ddim-20"}},
+        {"seeds": 7},
+    ],
+)
+def test_a_field_of_another_form_is_refused(change: dict[str, object]) -> None:
+    fields = unpack(RECORDED["full job"])
+    with pytest.raises(WireError, match="not a job: "):
+        Job.from_bytes(pack({**fields, **change}))
+
+
+def test_the_message_of_another_type_is_refused() -> None:
+    with pytest.raises(WireError, match="not a job result: "):
+        JobResult.from_bytes(RECORDED["plain job"])
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    rungs: tuple[Rung, ...]
+    best: Rung | None
+    spare: tuple[int, Rung] | None = None
+
+
+def test_dataclasses_may_hold_dataclasses() -> None:
+    value = Nested((examples.FULL, examples.HALF), examples.FULL, (1, examples.HALF))
+    assert build(Nested, unpack(pack(fields_of(value)))) == value
+    assert build(Nested, {"rungs": [], "best": None}) == Nested((), None)

@@ -1,0 +1,81 @@
+"""From latents to image files: images of several sizes finish in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from ditserve.service.engine.samples import Finished
+from ditserve.service.jobs import Claim, Lease
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.worker.postprocess import DECODED_AT_ONCE, Postprocessor
+from ditserve.service.worker.running_job import RunningJob
+
+pytestmark = pytest.mark.anyio
+Floats = npt.NDArray[np.float32]
+Make = Callable[..., Any]
+
+
+class Decoder:
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        self.shapes.append(latents.shape)
+        return np.ascontiguousarray(latents.transpose(0, 2, 3, 1).astype(np.uint8))
+
+
+@pytest.fixture
+def make_running(make_job: Make) -> Make:
+    def make(**fields: Any) -> RunningJob:
+        job = make_job(**fields)
+        claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
+        return RunningJob(claim, Ladder(()), claimed_at=0.0, states=[None] * len(job.seeds))
+
+    return make
+
+
+def done(running: RunningJob, size: tuple[int, int]) -> list[tuple[RunningJob, Finished]]:
+    """Return all samples of a job as finished, each latent filled with the sample's seed."""
+    return [
+        (
+            running,
+            Finished(
+                request.id,
+                np.full((3, *size), request.seed, np.float32),
+                steps_used=10,
+                rung=request.rung,
+                degraded=False,
+                reason=None,
+                queue_ms=0.0,
+                denoise_ms=1.0,
+            ),
+        )
+        for request in running.requests
+    ]
+
+
+async def test_images_of_one_size_are_decoded_together_and_the_order_is_kept(make_running: Make) -> None:
+    decoder, many = Decoder(), DECODED_AT_ONCE + 1
+    own, wide = make_running(seeds=tuple(range(many))), make_running(seeds=(100, 101), windows=3)
+    postprocessor = Postprocessor(decoder)
+    images = await postprocessor.images([*done(own, (4, 6)), *done(wide, (4, 12))])
+    postprocessor.close()
+    assert decoder.shapes == [(DECODED_AT_ONCE, 3, 4, 6), (1, 3, 4, 6), (2, 3, 4, 12)]
+    pictures = [Image.open(BytesIO(image.image.data)) for image in images]
+    assert [picture.size for picture in pictures] == [(6, 4)] * many + [(12, 4)] * 2
+    assert [picture.getpixel((0, 0)) for picture in pictures] == [(k, k, k) for k in (*range(many), 100, 101)]
+    assert pictures[-1].info["windows"] == "3"
+    assert "windows" not in pictures[0].info
+
+
+async def test_a_job_counts_the_rows_of_all_its_windows(make_running: Make) -> None:
+    assert make_running(seeds=(1, 2)).rows == 4
+    assert make_running(seeds=(1, 2), windows=3).rows == 12
+    assert make_running(seeds=(1, 2), windows=3, guidance_scale=1.0).rows == 6

@@ -1,0 +1,73 @@
+"""The metadata of image files, and the rungs that a job runs on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+from ditserve.model.spec.bundle import Factor
+from ditserve.service.engine.samples import Finished
+from ditserve.service.jobs import Claim, ConditionTerm, Job, Lease
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
+from ditserve.service.worker.running_job import RunningJob, describe
+
+FACTORS = (
+    Factor(name="label", classes=("lemon", "strawberry")),
+    Factor(name="style", classes=("noto", "twemoji")),
+)
+FINISHED = cast(
+    Finished, SimpleNamespace(steps_used=8, rung=Rung("half", "dpmpp-2m", 8, "uniform-t", (0.2, 0.8), 0.1))
+)
+
+
+def described(job: Job, **changes: Any) -> dict[str, str]:
+    return describe(replace(job, **changes), FINISHED, 7, FACTORS)
+
+
+def test_a_file_says_how_to_draw_it_again(make_job: Callable[..., Job]) -> None:
+    metadata = described(make_job(), condition=(ConditionTerm((1, 0)),))
+    assert json.loads(metadata["condition"]) == {"label": "strawberry", "style": "noto"}
+    assert (metadata["seed"], metadata["steps"], metadata["sampler"], metadata["grid"]) == (
+        "7",
+        "8",
+        "dpmpp-2m",
+        "uniform-t",
+    )
+    assert metadata["guidance_interval"] == "[0.2, 0.8]"
+    assert "mix" not in metadata
+
+
+def test_a_mix_is_written_as_it_is_asked_for(make_job: Callable[..., Job]) -> None:
+    mixed = (ConditionTerm((1, None), 0.25), ConditionTerm((None, 1), 1.0, "on a table"))
+    metadata = described(make_job(), condition=mixed, mix="spherical")
+    first, second = json.loads(metadata["condition"])
+    assert first == {"label": "strawberry", "weight": 0.25}
+    assert second == {"style": "twemoji", "text": "on a table"}
+    assert metadata["mix"] == "spherical"
+
+
+BETTER, WORSE = (
+    Rung(f"ddim-{steps}", "ddim", steps, "leading", (0.0, 1.0), quality)
+    for steps, quality in ((10, 0.1), (4, 0.9))
+)
+
+
+def rungs(job: Job, ladder: Ladder) -> set[tuple[Rung | None, Rung]]:
+    claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
+    running = RunningJob(claim, ladder, claimed_at=0.0, states=[None] * len(job.seeds))
+    return {(request.requested, request.rung) for request, _ in running.starts}
+
+
+def test_a_job_brings_its_rungs_whatever_ladder_its_worker_has(make_job: Callable[..., Job]) -> None:
+    job = make_job(rung=WORSE.name, requested=BETTER, admitted=WORSE)
+    assert rungs(job, Ladder(())) == {(BETTER, WORSE)}
+
+
+def test_a_job_of_an_earlier_release_is_looked_up_on_the_ladder(make_job: Callable[..., Job]) -> None:
+    ladder = Ladder((BETTER, WORSE))
+    assert rungs(make_job(rung=WORSE.name), ladder) == {(BETTER, WORSE)}
+    assert rungs(make_job(rung=None), ladder) == {(BETTER, BETTER)}
