@@ -1,1 +1,1 @@
-"""Measurements: what the service is worth, and the numbers its policies stand on."""
+"""The benchmarks: measurements of the service, and of what its policies depend on."""

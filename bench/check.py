@@ -1,10 +1,11 @@
-"""Has it become slower? The cheap ratios, measured anew and held against those on record: `make bench-check`.
+"""Check whether anything has become slower: compare the cheap ratios with those on record.
 
+    make bench-check
     python -m bench.check [--bundle model/zoo/emoji] [--record]
 
-Ratios of two things measured side by side, since absolute times differ from machine to machine and from hour to hour. No gate: what
-is worse by more than its tolerance is named, and the status is 0 unless something could not be measured. `--record` keeps what was
-found, in bench/results/check.json.
+Each ratio compares two things that are measured side by side, since absolute times differ from machine to
+machine and from hour to hour. This is no gate: it names what is worse by more than its tolerance, and the
+status is 0 unless something could not be measured. `--record` keeps the ratios, in bench/results/check.json.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ditserve.bench import engine_overhead, growth, machine, overhead_http
-from ditserve.bench.peak import Peak
-from ditserve.bench.record import Neighbours, read, save
+from ditserve.bench import engine_overhead, growth, overhead_http, report
+from ditserve.bench.machine.matmul_peak import MatmulPeak
+from ditserve.bench.machine.step_times import load_networks, step_times
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import load_backend
 from ditserve.service.backends.sessions import BACKBONES
@@ -37,10 +38,10 @@ DEPTHS, WORKERS = (1, 1000), (1, 64)
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """`tolerance`: the relative change that neighbours and chance alone may make."""
+    """A ratio; `better` is "more" or "less", `tolerance` the relative change that chance may make."""
 
     name: str
-    better: str  # "more" or "less"
+    better: str
     tolerance: float
 
 
@@ -52,7 +53,7 @@ class Verdict:
 
     @property
     def change(self) -> float | None:
-        """Relative, positive for better."""
+        """The relative change, positive for better."""
         if not self.recorded or not self.now:
             return None
         quotient = self.now / self.recorded if self.ratio.better == "more" else self.recorded / self.now
@@ -80,105 +81,119 @@ ADMISSION = Ratio("admission beside 64 workers to beside 1", "less", 0.4)
 RATIOS = (OVERHEAD, STRICT, *PEAK.values(), TORCH, INT8, RATE, SERVICE, QUEUE, WORST, ADMISSION)
 
 
-def of_engine(bundle: Bundle) -> Figures:
+def engine_ratios(bundle: Bundle) -> Figures:
     backend = load_backend("onnx", bundle, threads=1, precision="fp32")
-    own = float(np.median(engine_overhead.overhead(bundle.manifest, rows=ROWS, steps=400)))
-    step = float(np.median(engine_overhead.network(backend, rows=ROWS, passes=10)))
-    strict = engine_overhead.price(backend, rows=ROWS, images=6).ratio
+    own = float(np.median(engine_overhead.engine_ms(bundle.manifest, rows=ROWS, steps=400)))
+    step = float(np.median(engine_overhead.network_ms(backend, rows=ROWS, passes=10)))
+    strict = engine_overhead.strict_cost(backend, rows=ROWS, images=6).ratio
     return {OVERHEAD.name: own / step, STRICT.name: strict}
 
 
-def of_network(bundle: Bundle) -> Figures:
-    runtimes = ["onnx", "torch"]
-    arms = list(machine.arms({"bundle": bundle}, runtimes, threads=1))
-    peak = Peak(threads=1, clock=time.process_time)
-    points = machine.measure(
-        arms, NETWORK_ROWS, rounds=5, peak=peak, clock=time.process_time, console=Console(quiet=True)
-    )
-    found = {(each.runtime, each.rows): each for each in points}
-    figures = {ratio.name: found["onnx", rows].share for rows, ratio in PEAK.items()}
-    figures[TORCH.name] = found["torch", ROWS].row_ms / found["onnx", ROWS].row_ms
+def network_ratios(bundle: Bundle) -> Figures:
+    networks = list(load_networks({"bundle": bundle}, ["onnx", "torch"], threads=1))
+    peak = MatmulPeak(threads=1, clock=time.process_time)
+    quiet = Console(quiet=True)
+    points = step_times(networks, NETWORK_ROWS, rounds=5, peak=peak, clock=time.process_time, console=quiet)
+    by_runtime = {(point.runtime, point.rows): point for point in points}
+    figures = {ratio.name: by_runtime["onnx", rows].share for rows, ratio in PEAK.items()}
+    figures[TORCH.name] = by_runtime["torch", ROWS].row_ms / by_runtime["onnx", ROWS].row_ms
     if BACKBONES["int8"] in bundle.manifest.files:
         int8 = load_backend("onnx", bundle, threads=1, precision="int8")
-        times = np.median(engine_overhead.network(int8, rows=ROWS))
-        figures[INT8.name] = float(times) / (ROWS * found["onnx", ROWS].row_ms)
+        times = np.median(engine_overhead.network_ms(int8, rows=ROWS))
+        figures[INT8.name] = float(times) / (ROWS * by_runtime["onnx", ROWS].row_ms)
     return figures
 
 
-def of_service(bundle: Bundle) -> Figures:
+def service_ratios(bundle: Bundle) -> Figures:
     options = overhead_http.parse([f"--bundle={bundle.path}", "--rounds=3", "--requests=300"])
-    found = overhead_http.summary(asyncio.run(overhead_http.run(options, Console(quiet=True))))
-    spent = sum(value for name, value in found[overhead_http.NOOP].items() if "processor" in name)
+    rounds = asyncio.run(overhead_http.measure(options, Console(quiet=True)))
+    medians = overhead_http.medians(rounds)
+    spent = sum(overhead_http.processor_times(medians).values())
     backend = load_backend("onnx", bundle, threads=1, precision="fp32")
-    row = float(np.median(engine_overhead.network(backend, rows=ROWS, passes=5))) / ROWS
-    return {RATE.name: found["ratio"]["per_s"], SERVICE.name: spent / row}
+    row = float(np.median(engine_overhead.network_ms(backend, rows=ROWS, passes=5))) / ROWS
+    return {RATE.name: medians["ratio"]["per_s"], SERVICE.name: spent / row}
 
 
-def of_growth(bundle: Bundle) -> Figures:
+def growth_ratios(bundle: Bundle) -> Figures:
     del bundle
-    found = {(each.event, each.size): each.microseconds for each in asyncio.run(growth.queue(DEPTHS, 60))}
+    times = asyncio.run(growth.queue_times(DEPTHS, 60))
+    by_size = {(measured.event, measured.size): measured.microseconds for measured in times}
     few, many = DEPTHS
-    decisions = [growth.admission(workers, 20).microseconds for workers in WORKERS]
+    decisions = [growth.admission_time(workers, 20).microseconds for workers in WORKERS]
     return {
-        QUEUE.name: found["submit", many] / found["submit", few],
-        WORST.name: found["submit before all of one caller", many] / found["submit", few],
+        QUEUE.name: by_size["submit", many] / by_size["submit", few],
+        WORST.name: by_size["submit before all of one caller", many] / by_size["submit", few],
         ADMISSION.name: decisions[1] / decisions[0],
     }
 
 
-STUDIES: tuple[Callable[[Bundle], Figures], ...] = (of_engine, of_network, of_service, of_growth)
+STUDIES: tuple[Callable[[Bundle], Figures], ...] = (
+    engine_ratios,
+    network_ratios,
+    service_ratios,
+    growth_ratios,
+)
 
 
-def run(bundle: Bundle, console: Console) -> tuple[Figures, bool]:
-    """What could be measured, and whether all of it could."""
+def measure(bundle: Bundle, console: Console) -> tuple[Figures, bool]:
+    """Return the ratios that could be measured, and whether all of them could."""
     figures: Figures = {}
     whole = True
     for study in STUDIES:
-        with console.status(study.__name__.removeprefix("of_")):
+        with console.status(study.__name__.replace("_", " ")):
             try:
                 figures |= study(bundle)
-            except Exception:  # one that fails must not hide the others
+            except Exception:
+                # A study that fails must not hide the others.
                 traceback.print_exc()
                 whole = False
     return figures, whole
 
 
 def judge(figures: Figures, recorded: Figures) -> Iterator[Verdict]:
+    """Yield a verdict on every ratio that was measured."""
     for ratio in RATIOS:
         if ratio.name in figures:
             yield Verdict(ratio, recorded.get(ratio.name), figures[ratio.name])
 
 
-def _table(verdicts: Sequence[Verdict]) -> Table:
-    table = Table(title="ratios against bench/results/check.json")
-    for column in ("ratio", "better is", "recorded", "now", "change", ""):
-        table.add_column(column, justify="right" if column in ("recorded", "now", "change") else "left")
-    for each in verdicts:
-        recorded = "" if each.recorded is None else f"{each.recorded:.3g}"
-        change = "" if each.change is None else f"{each.change:+.0%}"
-        style = "red" if each.word == "WORSE" else None
-        table.add_row(
-            each.ratio.name, each.ratio.better, recorded, f"{each.now:.3g}", change, each.word, style=style
-        )
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    columns = ("ratio", "better is", "recorded", "now", "change", "")
+    text = {"ratio", "better is", ""}
+    table = report.table("ratios against bench/results/check.json", columns, [], text=text)
+    for verdict in verdicts:
+        recorded = "" if verdict.recorded is None else f"{verdict.recorded:.3g}"
+        change = "" if verdict.change is None else f"{verdict.change:+.0%}"
+        style = "red" if verdict.word == "WORSE" else None
+        row = (verdict.ratio.name, verdict.ratio.better, recorded, f"{verdict.now:.3g}", change, verdict.word)
+        table.add_row(*row, style=style)
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; 0, or 1 if something could not be measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.check", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--bundle", type=Path, default=Path("model/zoo/emoji"))
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser("check", __doc__)
+    parser.add_argument("--bundle", type=Path, default=report.DEFAULT_BUNDLE)
     parser.add_argument("--record", action="store_true", help="keep what is found, to be held against later")
-    options, console, neighbours = parser.parse_args(arguments), Console(), Neighbours()
-    figures, whole = run(Bundle.open(options.bundle), console)
-    recorded = (read("check") or {}).get("ratios", {})
-    console.print(_table(list(judge(figures, recorded))))
-    told = neighbours.told()
-    console.print(f"other processes used {told['share_of_others']:.0%} of the machine meanwhile")
-    if options.record and whole:
-        save("check", vars(options), neighbours, {"ratios": figures})
-    return 0 if whole else 1
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 1 if something could not be measured."""
+    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    unmeasured = False
+
+    def work() -> None:
+        nonlocal unmeasured
+        figures, whole = measure(Bundle.open(options.bundle), console)
+        unmeasured = not whole
+        recorded = (report.read("check") or {}).get("ratios", {})
+        console.print(verdict_table(list(judge(figures, recorded))))
+        others = neighbours.shares()["share_of_others"]
+        console.print(f"other processes used {others:.0%} of the machine meanwhile")
+        if options.record and whole:
+            report.save("check", options, neighbours, {"ratios": figures})
+
+    return report.run_command("check", work) or int(unmeasured)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""What a step costs beside the network: plan, schedule, gather, guide, solve, count; and what `strict` costs.
+"""Measure what a step costs beside the network, and what `strict` costs.
 
     python -m bench.engine_overhead [BUNDLE] [--rows 8] [--steps 1000] [--threads 1]
     python -m bench.engine_overhead [BUNDLE] --strict 8 [--images 24]
 
-The first compares steps of an engine whose network does nothing with the network's own time for as many rows; the bar is 2 %. Rows are
-guided and unguided samples of mixed solvers and lengths with deadlines, joining included; conditions repeat, so the modulation cache
-is warm as it is in service. Both are processor time of this process, so that other tenants of the machine do not count.
-The second makes the same images, joining one by one, with passes of just the rows there are and with passes of exactly so many rows,
-and checks that the latter are equal to the last bit in another order of arrival. Writes bench/results/engine_overhead.json, or
-engine_strict.json.
+The first compares the steps of an engine whose network does nothing with the network's own time for as many
+rows; the goal is 2 %. Rows are guided and unguided samples of mixed solvers and lengths with deadlines,
+joining included. Conditions repeat, so the modulation cache is warm as it is in service. Both are processor
+time of this process, so that other tenants of the machine do not count.
+
+The second makes the same images, joining one by one, with passes of just the rows there are and with passes
+of exactly that many rows. It checks that the latter are equal to the last bit in another order of arrival.
+Writes bench/results/engine_overhead.json, or engine_strict.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,10 +26,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.bench.record import Neighbours, save
+from ditserve.bench import report
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.backends import CONDITIONER_ROWS, Backend, load_backend
-from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
@@ -37,6 +40,7 @@ from ditserve.service.planning.planner import Planner
 from ditserve.service.rung import Rung
 
 Floats = npt.NDArray[np.float32]
+Milliseconds = npt.NDArray[np.float64]
 
 RUNGS = (
     Rung("ddim-50", "ddim", 50, "trailing", (0.0, 1.0), 0.0),
@@ -45,12 +49,12 @@ RUNGS = (
     Rung("dpmpp-12", "dpmpp-2m", 12, "uniform-t", (0.1, 0.8), 0.4),
 )
 BLOCK = 20  # steps timed together: reading the clock costs as much as a part of a step
-WARM = 200  # steps that fill the modulation cache
-CLASSES = 5  # in turn
+WARM_UP_STEPS = 200  # they fill the modulation cache
+CLASSES = 5  # used in turn
 
 
-class NoBackend:
-    """Answers at once: a slice of its input, and zeros."""
+class NoopBackend:
+    """A backend that computes nothing: it answers with a slice of a constant, and with zeros."""
 
     name = "none"
     precision = "fp32"
@@ -66,7 +70,7 @@ class NoBackend:
         return np.zeros((len(labels), self.manifest.embedding_size), np.float32)
 
     def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
-        return tuple(np.zeros((len(timesteps), *entry.shape), np.float32) for entry in self.manifest.state)
+        return tuple(np.zeros((len(timesteps), *tensor.shape), np.float32) for tensor in self.manifest.state)
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
         return self._output[: len(x)]
@@ -79,29 +83,33 @@ class NoBackend:
         pass
 
 
-class FlatCosts(CostModel):
-    """Learns nothing of a network that takes no time; its knee stays at the cap."""
+class FixedCostModel(CostModel):
+    """A cost model that learns nothing from a network that takes no time, so that batches stay at the cap."""
 
     def observe(self, rows: int, seconds: float) -> None:
         super().observe(rows, self.fixed_s + self.per_row_s * rows)
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
-    """Processor seconds an image and rows a pass, with as many rows as there are and with a fixed number."""
+class StrictCost:
+    """The cost of strict passes.
+
+    Processor seconds an image with free and with strict passes, rows of a free pass, and whether the strict
+    images are equal in two orders of arrival.
+    """
 
     free_s: float
     strict_s: float
     free_rows: float
-    equal: bool  # strict images in two orders of arrival
+    equal: bool
 
     @property
     def ratio(self) -> float:
         return self.strict_s / self.free_s
 
 
-def requests(factors: int, now: float) -> Iterator[SampleRequest]:
-    """An endless mix: every other sample guided, solvers and classes in turn, far deadlines."""
+def sample_requests(factors: int, now: float) -> Iterator[SampleRequest]:
+    """Yield an endless mix: every other sample guided, solvers and classes in turn, far deadlines."""
     for k in count():
         rung = RUNGS[k % len(RUNGS)]
         yield SampleRequest(
@@ -123,7 +131,7 @@ def open_engine(backend: Backend, costs: CostModel, *, rows: int, strict: bool =
     ladder = Ladder(RUNGS)
     return Engine(
         backend=backend,
-        conditions=Conditions(backend),
+        conditions=ConditionCaches(backend),
         scheduler=Scheduler(max_rows=rows, strict=strict),
         planner=Planner(ladder),
         ladder=ladder,
@@ -133,10 +141,10 @@ def open_engine(backend: Backend, costs: CostModel, *, rows: int, strict: bool =
     )
 
 
-def overhead(manifest: Manifest, *, rows: int, steps: int) -> npt.NDArray[np.float64]:
-    """Processor milliseconds of a step of `rows` rows beside the network: means of blocks of steps, `steps` in all."""
-    engine = open_engine(NoBackend(manifest), FlatCosts(fixed_s=1.0, per_row_s=0.01), rows=rows)
-    source = requests(len(manifest.factors), time.perf_counter())
+def engine_ms(manifest: Manifest, *, rows: int, steps: int) -> Milliseconds:
+    """Return the processor milliseconds of a step beside the network, as means of blocks of steps."""
+    engine = open_engine(NoopBackend(manifest), FixedCostModel(fixed_s=1.0, per_row_s=0.01), rows=rows)
+    source = sample_requests(len(manifest.factors), time.perf_counter())
 
     def block(length: int) -> float:
         start = time.thread_time()
@@ -146,12 +154,12 @@ def overhead(manifest: Manifest, *, rows: int, steps: int) -> npt.NDArray[np.flo
             engine.step()
         return 1e3 * (time.thread_time() - start) / length
 
-    block(WARM)
+    block(WARM_UP_STEPS)
     return np.array([block(BLOCK) for _ in range(max(1, steps // BLOCK))])
 
 
-def network(backend: Backend, *, rows: int, passes: int = 30) -> npt.NDArray[np.float64]:
-    """Processor milliseconds of passes of `rows` rows."""
+def network_ms(backend: Backend, *, rows: int, passes: int = 30) -> Milliseconds:
+    """Return the processor milliseconds of passes of `rows` rows, after two uncounted ones."""
     manifest = backend.manifest
     random = np.random.default_rng(0)
     x = random.standard_normal((rows, manifest.config.in_channels, *manifest.config.image_size), np.float32)
@@ -165,61 +173,74 @@ def network(backend: Backend, *, rows: int, passes: int = 30) -> npt.NDArray[np.
     return np.array(times[2:])
 
 
-def price(backend: Backend, *, rows: int, images: int) -> Price:
-    """Make `images` images, a new one every third step, freely and at exactly `rows` rows a pass."""
-    wanted = list(islice(requests(len(backend.manifest.factors), time.perf_counter()), images))
+def strict_cost(backend: Backend, *, rows: int, images: int) -> StrictCost:
+    """Make the same images with free passes and with passes of exactly `rows` rows.
+
+    One image joins every third step.
+    """
+    source = sample_requests(len(backend.manifest.factors), time.perf_counter())
+    requests = list(islice(source, images))
 
     def make(order: Sequence[SampleRequest], strict: bool) -> tuple[float, float, dict[str, Floats]]:
         engine = open_engine(backend, CostModel(), rows=rows, strict=strict)
         engine.warm_up()
-        waiting, made, sizes = list(order)[::-1], dict[str, Floats](), list[int]()
+        waiting, latents, sizes = list(order)[::-1], dict[str, Floats](), list[int]()
         start = time.process_time()
         for step in count():
             if waiting and (step % 3 == 0 or engine.idle):
                 engine.add(waiting.pop())
-            report = engine.step()
-            sizes.append(report.rows)
-            made |= {each.id: each.latent for each in report.finished}
+            step_report = engine.step()
+            sizes.append(step_report.rows)
+            latents |= {sample.id: sample.latent for sample in step_report.finished}
             if not waiting and engine.idle:
-                return (time.process_time() - start) / images, float(np.mean(sizes)), made
+                return (time.process_time() - start) / images, float(np.mean(sizes)), latents
         raise AssertionError
 
-    free_s, free_rows, _ = make(wanted, strict=False)
-    strict_s, _, one = make(wanted, strict=True)
-    _, _, other = make(wanted[::-1], strict=True)
-    return Price(free_s, strict_s, free_rows, all(np.array_equal(one[name], other[name]) for name in one))
+    free_s, free_rows, _ = make(requests, strict=False)
+    strict_s, _, latents = make(requests, strict=True)
+    _, _, reversed_latents = make(requests[::-1], strict=True)
+    equal = all(np.array_equal(latents[name], reversed_latents[name]) for name in latents)
+    return StrictCost(free_s, strict_s, free_rows, equal)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.engine_overhead", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("bundle", type=Path, nargs="?", default=Path("model/zoo/emoji"))
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser("engine_overhead", __doc__)
+    parser.add_argument("bundle", type=Path, nargs="?", default=report.DEFAULT_BUNDLE)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--strict", type=int, help="instead: the price of passes of exactly so many rows")
     parser.add_argument("--images", type=int, default=24, help="images to find that price with")
-    options, neighbours = parser.parse_args(arguments), Neighbours()
-    bundle = Bundle.open(options.bundle)
-    backend = load_backend("onnx", bundle, threads=options.threads, precision="fp32")
-    if options.strict:
-        found = price(backend, rows=options.strict, images=options.images)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, neighbours = parse(arguments), report.Neighbours()
+
+    def work() -> None:
+        bundle = Bundle.open(options.bundle)
+        backend = load_backend("onnx", bundle, threads=options.threads, precision="fp32")
+        if options.strict:
+            cost = strict_cost(backend, rows=options.strict, images=options.images)
+            print(
+                f"{cost.free_s:.3f} s an image at {cost.free_rows:.1f} rows a pass, {cost.strict_s:.3f} s "
+                f"at exactly {options.strict}: {cost.ratio:.2f} times; "
+                f"equal to the last bit in another order: {cost.equal}"
+            )
+            report.save("engine_strict", options, neighbours, asdict(cost))
+            return
+        own = engine_ms(bundle.manifest, rows=options.rows, steps=options.steps)
+        p50, p95 = (float(value) for value in np.percentile(own, [50, 95]))
+        step = float(np.median(network_ms(backend, rows=options.rows)))
         print(
-            f"{found.free_s:.3f} s an image at {found.free_rows:.1f} rows a pass, {found.strict_s:.3f} s at exactly "
-            f"{options.strict}: {found.ratio:.2f} times; equal to the last bit in another order: {found.equal}"
+            f"{options.rows} rows of {bundle.manifest.name}: p50 {p50:.3f} ms, p95 {p95:.3f} ms "
+            f"beside a network of {step:.1f} ms: {100 * p50 / step:.2f} %"
         )
-        save("engine_strict", vars(options), neighbours, asdict(found))
-        return
-    p50, p95 = np.percentile(overhead(bundle.manifest, rows=options.rows, steps=options.steps), [50, 95])
-    step = float(np.median(network(backend, rows=options.rows)))
-    print(
-        f"{options.rows} rows of {bundle.manifest.name}: p50 {p50:.3f} ms, p95 {p95:.3f} ms beside a network of {step:.1f} ms: "
-        f"{100 * p50 / step:.2f} %"
-    )
-    figures = {"p50_ms": float(p50), "p95_ms": float(p95), "network_ms": step, "share": float(p50 / step)}
-    save("engine_overhead", vars(options), neighbours, figures)
+        figures = {"p50_ms": p50, "p95_ms": p95, "network_ms": step, "share": p50 / step}
+        report.save("engine_overhead", options, neighbours, figures)
+
+    return report.run_command("engine_overhead", work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,11 +1,12 @@
-"""Does anything grow out of bounds? The queue with what waits in it, admission with the workers, planning with the fleet.
+"""Check that nothing grows out of bounds: the queue, admission and planning.
 
     python -m bench.growth [--depths 1 10 100 1000 10000] [--workers 1 4 16 64] [--calls 40]
 
-The queue is a real Valkey, and the time of a verb is what one caller waits for it, client and script together: medians over so many
-calls, with the jobs spread over callers; beside that the worst case, a job that is due before all others of its one caller. Admission
-is held against as many published worker states. The fleets are simulated (`bench.simulate`): a crowd above capacity with deadlines far
-away. Writes bench/results/growth.{json,png}.
+The queue is a real Valkey. The time of an operation is what one caller waits for it, client and script
+together: medians over `--calls` calls, with the jobs spread over callers; and besides these the worst case, a
+job that is due before all others of its one caller. Admission is timed with as many published worker states.
+The fleets are simulated (`bench.simulate`): a crowd above capacity with deadlines far away. Writes
+bench/results/growth.{json,png}.
 """
 
 from __future__ import annotations
@@ -18,25 +19,41 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ditserve.bench.arrivals import Traffic
-from ditserve.bench.curves import CURVES, LADDERS
-from ditserve.bench.fleet import Fleet, Site
-from ditserve.bench.plots import RESULTS, draw_lines
-from ditserve.bench.record import Neighbours, save
-from ditserve.bench.simulate import ARMS, PATIENT
-from ditserve.service.jobs import ConditionTerm, Due, Image, Job, JobResult, LoadSnapshot, WorkerState
+from ditserve.bench import report
+from ditserve.bench.load.workload import Traffic
+from ditserve.bench.plots import draw_lines
+from ditserve.bench.simulate.fleet import SimulatedFleet
+from ditserve.bench.simulate.outcome import offered_rate
+from ditserve.bench.simulate.scenario import (
+    CURVES,
+    LADDERS,
+    PATIENT_SLO,
+    PLANNED_EVERY_STEP,
+    SimulatedCluster,
+)
+from ditserve.service.jobs import (
+    Claim,
+    ConditionTerm,
+    DemandBucket,
+    Image,
+    Job,
+    JobResult,
+    LoadSnapshot,
+    WorkerState,
+)
 from ditserve.service.launch.valkey import start_valkey
-from ditserve.service.planning.admission import Newcomer, admit
+from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.queue.broker import Broker
 
 CALLERS = 16
-# (workers, requests, how they come): thousands of them wait
+# (workers, requests, arrival process); thousands of these requests wait.
 FLEETS = (
     (1, 1_000, "flash"),
     (4, 2_000, "flash"),
@@ -44,13 +61,13 @@ FLEETS = (
     (64, 10_000, "flash"),
     (64, 10_000, "at-once"),
 )
-HORIZONS = 12  # deadlines that a busy worker tells apart
-IMAGE = bytes(8192)
+DEADLINES = 12  # that a busy worker reports apart
+IMAGE_FILE = bytes(8192)
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Median microseconds of an event at one size of what it looks at."""
+class EventTime:
+    """The median microseconds of an event at one size: jobs waiting, or busy workers."""
 
     event: str
     size: int
@@ -58,8 +75,8 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Crowd:
-    """A simulated fleet: microseconds a planning event, the longest queue, and what became of the requests."""
+class FleetGrowth:
+    """A simulated fleet: microseconds of a planning event, longest queue, share of requests in time."""
 
     workers: int
     requests: int
@@ -97,9 +114,9 @@ def job(k: int, *, callers: int, due_s: float) -> Job:
     )
 
 
-def result(worker: str) -> JobResult:
+def job_result(worker: str) -> JobResult:
     return JobResult(
-        images=(Image(IMAGE, 0, "image/png"),),
+        images=(Image(IMAGE_FILE, 0, "image/png"),),
         steps_requested=20,
         steps_used=20,
         solver="ddim",
@@ -112,8 +129,8 @@ def result(worker: str) -> JobResult:
     )
 
 
-def state(k: int, now: float) -> WorkerState:
-    """Of a busy worker."""
+def worker_state(k: int, now: float) -> WorkerState:
+    """Return the published state of a busy worker."""
     return WorkerState(
         worker=f"worker-{k}",
         models=("growth",),
@@ -125,123 +142,125 @@ def state(k: int, now: float) -> WorkerState:
         backlog_rows=1000,
         last_step_age_s=0.0,
         updated_at=now,
-        dues=tuple(Due(now + 2.0**h, 80, 80) for h in range(HORIZONS)),
+        dues=tuple(DemandBucket(now + 2.0**h, 80, 80) for h in range(DEADLINES)),
     )
 
 
-async def timed(call: Callable[[], Awaitable[object]]) -> float:
+async def microseconds(call: Callable[[], Awaitable[object]]) -> float:
     began = time.perf_counter()
     await call()
     return 1e6 * (time.perf_counter() - began)
 
 
-async def queue_events(broker: Broker, depth: int, calls: int) -> list[Measured]:
-    """Every verb of a job's life while `depth` others wait."""
+async def queue_events(broker: Broker, depth: int, calls: int) -> list[EventTime]:
+    """Time every operation of a job's life while `depth` others wait."""
     for k in range(depth):
         await broker.submit(job(k, callers=CALLERS, due_s=1e5 + k))
     spent: dict[str, list[float]] = {}
 
     async def note(event: str, call: Callable[[], Awaitable[object]]) -> None:
-        spent.setdefault(event, []).append(await timed(call))
+        spent.setdefault(event, []).append(await microseconds(call))
 
     for k in range(calls):
-        one = job(k, callers=CALLERS, due_s=2e5)
-        await note("submit", lambda one=one: broker.submit(one))  # type: ignore[misc]
+        submitted = job(k, callers=CALLERS, due_s=2e5)
+        await note("submit", partial(broker.submit, submitted))
         await note("load", broker.load)
-        claims = []
+        claims: list[Claim] = []
 
-        async def claim() -> None:
-            claims.extend(await broker.claim("growth", models=["growth"], max_samples=1))  # noqa: B023
+        async def claim(claims: list[Claim] = claims) -> None:
+            claims.extend(await broker.claim("growth", models=["growth"], max_samples=1))
 
         await note("claim", claim)
         lease = claims[0].lease
-        await note("progress", lambda lease=lease: broker.progress(lease, "step", {"step": 1}))  # type: ignore[misc]
-        await note("renew", lambda lease=lease: broker.renew([lease]))  # type: ignore[misc]
-        await note("finish", lambda lease=lease: broker.finish(lease, result("growth")))  # type: ignore[misc]
-    return [Measured(event, depth, float(np.median(each))) for event, each in spent.items()]
+        await note("progress", partial(broker.progress, lease, "step", {"step": 1}))
+        await note("renew", partial(broker.renew, [lease]))
+        await note("finish", partial(broker.finish, lease, job_result("growth")))
+    return [EventTime(event, depth, float(np.median(times))) for event, times in spent.items()]
 
 
-async def overtaking(broker: Broker, depth: int, calls: int) -> Measured:
-    """Submitting the most urgent job of a caller who has `depth` others waiting."""
+async def overtaking(broker: Broker, depth: int, calls: int) -> list[EventTime]:
+    """Time the submission of the most urgent job of a caller who has `depth` others waiting."""
     for k in range(depth):
         await broker.submit(job(k, callers=1, due_s=1e5 + k))
     urgent = [job(0, callers=1, due_s=1e4 - k) for k in range(calls)]
-    spent = [await timed(lambda one=one: broker.submit(one)) for one in urgent]  # type: ignore[misc]
-    return Measured("submit before all of one caller", depth, float(np.median(spent)))
+    spent = [await microseconds(partial(broker.submit, submitted)) for submitted in urgent]
+    return [EventTime("submit before all of one caller", depth, float(np.median(spent)))]
 
 
-async def queue(depths: Sequence[int], calls: int) -> list[Measured]:
-    found: list[Measured] = []
+async def queue_times(depths: Sequence[int], calls: int) -> list[EventTime]:
+    """Time the queue's operations at every depth, each in a namespace of its own."""
+    times: list[EventTime] = []
     with tempfile.TemporaryDirectory(prefix="dit-") as folder:
         valkey, url = await start_valkey(Path(folder))
         try:
             for depth in depths:
                 for study in (queue_events, overtaking):
-                    name = f"{study.__name__}-{depth}"
-                    broker = await Broker.connect(url, namespace=name, queue_limit=10**6, queue_rows=10**9)
+                    namespace = f"{study.__name__}-{depth}"
+                    broker = await Broker.connect(
+                        url, namespace=namespace, queue_limit=10**6, queue_rows=10**9
+                    )
                     try:
-                        measured = await study(broker, depth, calls)
+                        times += await study(broker, depth, calls)
                     finally:
                         await broker.aclose()
-                    found += measured if isinstance(measured, list) else [measured]
         finally:
             await valkey.stop(5.0)
-    return found
+    return times
 
 
-def admission(workers: int, calls: int) -> Measured:
-    """Deciding about a newcomer with a deadline, beside so many busy workers."""
+def admission_time(workers: int, calls: int) -> EventTime:
+    """Time the decision about a new request with a deadline, beside that many busy workers."""
     now = time.time()
     ladder = LADDERS["ddim"]
-    load = LoadSnapshot(10_000, 200_000, 1.0, tuple(state(k, now) for k in range(workers)), now)
-    newcomer = Newcomer(ladder.rungs[0], 1.0, 1, now + 60.0, True, 1)
+    load = LoadSnapshot(10_000, 200_000, 1.0, tuple(worker_state(k, now) for k in range(workers)), now)
+    admission_request = AdmissionRequest(ladder.rungs[0], 1.0, 1, now + 60.0, True, 1)
     spent = []
     for _ in range(calls):
         began = time.perf_counter()
-        admit(newcomer, load, ladder=ladder, now=now)
+        admit(admission_request, load, ladder=ladder, now=now)
         spent.append(1e6 * (time.perf_counter() - began))
-    return Measured("admission", workers, float(np.median(spent)))
+    return EventTime("admission", workers, float(np.median(spent)))
 
 
-def crowd(workers: int, n: int, process: str, seed: int) -> Crowd:
-    """A crowd above capacity in simulated time."""
-    site = Site(CURVES["gpu"], LADDERS["ddim"], workers, PATIENT)
+def fleet_growth(workers: int, n: int, process: str, seed: int) -> FleetGrowth:
+    """Simulate a crowd above capacity."""
+    cluster = SimulatedCluster(CURVES["gpu"], LADDERS["ddim"], workers, PATIENT_SLO)
     traffic = Traffic(process)
-    fleet = Fleet(ARMS[-1], site, seed=seed)
-    samples = fleet.run(traffic.draw(n, 1.1 * site.curve.peak * workers / traffic.mean_steps, seed))
-    plans = 1e6 * np.array([each for worker in fleet.workers for each in worker.plan_seconds])
-    kept = sum(sample.kept for sample in samples) / n
-    return Crowd(
-        workers, n, process, fleet.queue_peak, float(plans.mean()), float(np.percentile(plans, 99)), kept
+    fleet = SimulatedFleet(PLANNED_EVERY_STEP, cluster, seed=seed)
+    samples = fleet.run(traffic.draw(n, offered_rate(cluster, traffic, 1.1), seed))
+    plans = 1e6 * np.array([seconds for worker in fleet.workers for seconds in worker.plan_seconds])
+    return FleetGrowth(
+        workers=workers,
+        requests=n,
+        process=process,
+        queue_peak=fleet.queue_peak,
+        plan_us=float(plans.mean()),
+        plan_p99_us=float(np.percentile(plans, 99)),
+        attainment=sum(sample.in_time for sample in samples) / n,
     )
 
 
-def _event_table(title: str, found: Sequence[Measured]) -> Table:
-    sizes = sorted({each.size for each in found})
-    table = Table(title=title)
-    table.add_column("event")
-    for size in sizes:
-        table.add_column(f"{size:,}", justify="right")
-    for event in dict.fromkeys(each.event for each in found):
-        by_size = {each.size: each.microseconds for each in found if each.event == event}
-        table.add_row(event, *(f"{by_size[size]:.0f}" if size in by_size else "" for size in sizes))
-    return table
+def event_table(title: str, times: Sequence[EventTime]) -> Table:
+    sizes = sorted({measured.size for measured in times})
+    rows = []
+    for event in dict.fromkeys(measured.event for measured in times):
+        by_size = {m.size: m.microseconds for m in times if m.event == event}
+        rows.append([event, *(f"{by_size[size]:.0f}" if size in by_size else "" for size in sizes)])
+    return report.table(title, ["event", *(f"{size:,}" for size in sizes)], rows, text={"event"})
 
 
-def _crowd_table(crowds: Sequence[Crowd]) -> Table:
-    table = Table(title="simulated fleets above capacity: planning a step")
-    for column in ("workers", "requests", "arrivals", "longest queue", "plan µs", "p99 µs", "in time"):
-        table.add_column(column, justify="left" if column == "arrivals" else "right")
-    for each in crowds:
-        figures = (f"{each.plan_us:.0f}", f"{each.plan_p99_us:.0f}", f"{each.attainment:.1%}")
-        table.add_row(str(each.workers), f"{each.requests:,}", each.process, f"{each.queue_peak:,}", *figures)
-    return table
+def fleet_table(fleets: Sequence[FleetGrowth]) -> Table:
+    rows = []
+    for fleet in fleets:
+        times = (f"{fleet.plan_us:.0f}", f"{fleet.plan_p99_us:.0f}", f"{fleet.attainment:.1%}")
+        counts = (str(fleet.workers), f"{fleet.requests:,}", fleet.process, f"{fleet.queue_peak:,}")
+        rows.append([*counts, *times])
+    columns = ("workers", "requests", "arrivals", "longest queue", "plan µs", "p99 µs", "in time")
+    return report.table("simulated fleets above capacity: planning a step", columns, rows, text={"arrivals"})
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.growth", description=(__doc__ or "").splitlines()[0]
-    )
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser("growth", __doc__)
     parser.add_argument(
         "--depths", type=int, nargs="+", default=[1, 10, 100, 1000, 10_000], help="jobs waiting"
     )
@@ -253,26 +272,29 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(), Neighbours()
-    verbs = asyncio.run(queue(options.depths, options.calls))
-    console.print(_event_table("the queue: µs by jobs waiting", verbs))
-    decisions = [admission(workers, options.calls) for workers in options.workers]
-    console.print(_event_table("admission: µs by busy workers", decisions))
-    crowds = [crowd(*each, options.seed) for each in FLEETS[: options.fleets]]
-    console.print(_crowd_table(crowds))
-    figures = {
-        "queue_us": [asdict(each) for each in verbs],
-        "admission_us": [asdict(each) for each in decisions],
-        "fleets": [asdict(each) for each in crowds],
-    }
-    save("growth", vars(options), neighbours, figures)
-    lines = {
-        event: [(each.size, each.microseconds) for each in (*verbs, *decisions) if each.event == event]
-        for event in dict.fromkeys(each.event for each in (*verbs, *decisions))
-    }
-    lines["admission (by workers)"] = lines.pop("admission")
-    draw_lines(lines, RESULTS / "growth.png", x="jobs waiting", y="µs an event", log_y=True)
-    return 0
+    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+
+    def work() -> None:
+        queue = asyncio.run(queue_times(options.depths, options.calls))
+        console.print(event_table("the queue: µs by jobs waiting", queue))
+        admission = [admission_time(workers, options.calls) for workers in options.workers]
+        console.print(event_table("admission: µs by busy workers", admission))
+        fleets = [fleet_growth(*fleet, options.seed) for fleet in FLEETS[: options.fleets]]
+        console.print(fleet_table(fleets))
+        figures = {
+            "queue_us": [asdict(measured) for measured in queue],
+            "admission_us": [asdict(measured) for measured in admission],
+            "fleets": [asdict(fleet) for fleet in fleets],
+        }
+        report.save("growth", options, neighbours, figures)
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for measured in (*queue, *admission):
+            name = "admission (by workers)" if measured.event == "admission" else measured.event
+            lines.setdefault(name, []).append((measured.size, measured.microseconds))
+        figure = report.result_path("growth.png")
+        draw_lines(lines, figure, x="jobs waiting", y="µs an event", log_y=True)
+
+    return report.run_command("growth", work)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Pictures of the playground for the README, taken of a running service by a real Chromium.
+"""Take the pictures of the playground for the README, from a running service, with a real Chromium.
 
     python -m service --port 8000 &
     python -m bench.screenshots
 
-Needs `pip install playwright` and a Chromium on the PATH (`apt-get install chromium`). The pictures change with the page; what is
-drawn in them comes from fixed seeds.
+Needs `pip install playwright` and a Chromium on the PATH (`apt-get install chromium`). The pictures change
+with the page; the images in them come from fixed seeds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-OUT = Path("bench/results")
-# What is drawn, one after the other: a name of the model's first factor, a seed, and how many.
-DRAWN = (("fox", 3, 3), ("rocket", 1, 3), ("strawberry", 7, 4))
+from ditserve.bench import report
+from ditserve.model.spec.errors import ModelError
+
+# The images to make, one after the other: a name of the model's first factor, a seed, and a count.
+IMAGES = (("fox", 3, 3), ("rocket", 1, 3), ("strawberry", 7, 4))
 STYLE = "noto"
-# File → what is at its top, and the screen.
+# File → the element at its top, and the screen.
 SCREENS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "playground": ("header", {"viewport": {"width": 1120, "height": 820}, "color_scheme": "light"}),
     "playground-phone": (
@@ -40,29 +42,10 @@ SCREENS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def main() -> int:
-    options = _parser().parse_args()
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser_path is None:
-        print("error: there is no Chromium on the PATH: apt-get install chromium", file=sys.stderr)
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        for name, (top, screen) in SCREENS.items():
-            page = browser.new_page(**screen)
-            page.goto(options.url)
-            path = options.out / f"{name}.webp"
-            path.write_bytes(taken(page, top))
-            print(path, path.stat().st_size)
-        browser.close()
-    return 0
-
-
-def taken(page: Page, top: str) -> bytes:
-    """The page from `top` on as WebP, once it has drawn everything and filled its gallery."""
+def take(page: Page, top: str) -> bytes:
+    """Return the page from the element `top` on as WebP, once all images are made and in the gallery."""
     page.wait_for_selector("#go:enabled")
-    for label, seed, count in DRAWN:
+    for label, seed, count in IMAGES:
         page.fill("#factor-label", label)
         page.keyboard.press("Escape")
         page.select_option("#factor-style", STYLE)
@@ -79,13 +62,33 @@ def taken(page: Page, top: str) -> bytes:
     return file.getvalue()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.screenshots", description="Pictures of the playground for the README."
-    )
+def take_all(url: str, folder: Path) -> None:
+    """Write a picture of every screen to `folder`."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        raise ModelError("there is no Chromium on the PATH: apt-get install chromium")
+    folder.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name, (top, screen) in SCREENS.items():
+            page = browser.new_page(**screen)
+            page.goto(url)
+            path = folder / f"{name}.webp"
+            path.write_bytes(take(page, top))
+            print(path, path.stat().st_size)
+        browser.close()
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser("screenshots", __doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000/", help="the playground's address")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for the pictures")
-    return parser
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the pictures")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    return report.run_command("screenshots", lambda: take_all(options.url, options.out))
 
 
 if __name__ == "__main__":

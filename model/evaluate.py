@@ -99,7 +99,9 @@ def paired(above: Tensor, below: Tensor) -> Image.Image:
     return picture_grid(to_pixels(torch.cat(sheet)), COLUMNS)
 
 
-def open_judges(options: argparse.Namespace, loaded: LoadedModel) -> tuple[FeatureNetwork, Classifier | None]:
+def open_metric_networks(
+    options: argparse.Namespace, loaded: LoadedModel
+) -> tuple[FeatureNetwork, Classifier | None]:
     """Return the feature network, and the classifier that says what a picture shows.
 
     Beside Inception there is a classifier only if `--classifier` names one.
@@ -153,8 +155,8 @@ def evaluate_all(options: argparse.Namespace) -> str:
     """Evaluate the models of the command line, and return the report of one, or the comparison of several.
 
     Raises:
-        ModelError, ValueError, OSError: a model, its data or a judge cannot be opened, or an option is not
-            possible.
+        ModelError, ValueError, OSError: a model, its data or a metric network cannot be opened, or an option
+            is not possible.
     """
     models: list[Path] = options.models
     if len(models) == 1:
@@ -179,7 +181,7 @@ def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluate
     manifest = loaded.manifest
     if options.write and not (model / MANIFEST).is_file():
         raise EvaluationError(f"{model} is no bundle: only a bundle has a manifest to write to")
-    network, classifier = open_judges(options, loaded)
+    network, classifier = open_metric_networks(options, loaded)
     plan = make_plan(loaded, options)
     decoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
     sets = collect_sets(loaded, decoder, open_data(loaded, options.data), network, plan)

@@ -76,10 +76,10 @@ class Job(Message):
     admitted: Rung | None = None  # the one it was admitted on, `requested` or below; None: not known
 
     @property
-    def due(self) -> Due:
-        """The work of the job by its deadline, which is infinite where it has none."""
+    def demand(self) -> DemandBucket:
+        """Return the work of the job by its deadline, which is infinite where it has none."""
         at = inf if self.deadline_at is None else self.deadline_at
-        return Due(at, self.cost_rows, self.floor_rows or self.cost_rows)
+        return DemandBucket(at, self.cost_rows, self.floor_rows or self.cost_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class JobEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
+class DemandBucket:
     """Row-steps due at the time `at` (infinite: at no time).
 
     `rows` counts them as planned, `floor_rows` at the lowest rungs that their requests consent to.
@@ -215,7 +215,7 @@ class WorkerState(Message):
     last_step_age_s: float
     updated_at: float
     network: Network = Network()
-    dues: tuple[Due, ...] = ()
+    dues: tuple[DemandBucket, ...] = ()
     bundle: str = ""  # digest of the manifest it serves
     given_rows: int = 0
 

@@ -1,1 +1,1 @@
-"""Servers written as other frameworks' documentation would have it, around one and the same model: what ours is compared with."""
+"""The peers: servers as other frameworks' documentation would write them, around the same model."""

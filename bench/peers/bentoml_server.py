@@ -1,9 +1,9 @@
-"""BentoML with adaptive batching: a batchable API, whose dispatcher chooses how long to wait from what batches took.
+"""BentoML with adaptive batching: its dispatcher chooses how long to wait from the time that batches took.
 
-    bentoml serve bench.peers.bentoml_server:Drawing
+    bentoml serve ditserve.bench.peers.bentoml_server:BentoMLPeer
 
-`max_concurrency` is its own cap: what is beyond it is refused. `wait_s` is `max_latency_ms`, beyond which it gives requests up.
-A batch size of one is no batch here.
+`max_concurrency` is BentoML's own cap, and requests beyond it are refused. `wait_s` is `max_latency_ms`,
+after which it gives a request up. A batch size of one turns batching off.
 """
 
 # mypy: disable-error-code="import-not-found, misc, untyped-decorator"
@@ -15,10 +15,10 @@ from typing import Any
 
 import bentoml
 
-from ditserve.bench.peers.options import Options
-from ditserve.bench.peers.pipeline import Pipeline, Wish
+from ditserve.bench.peers.options import PeerOptions
+from ditserve.bench.peers.pipeline import PeerRequest, Pipeline
 
-options = Options.read()
+options = PeerOptions.read()
 batching = {
     "batchable": True,
     "max_batch_size": options.batch,
@@ -27,11 +27,11 @@ batching = {
 
 
 @bentoml.service(workers=1, traffic={"timeout": 600, "max_concurrency": options.cap})
-class Drawing:
+class BentoMLPeer:
     def __init__(self) -> None:
         self.pipeline = Pipeline(Path(options.model), threads=options.threads)
 
     @bentoml.api(**batching if options.batch > 1 else {})
     def generate(self, wishes: list[dict[str, Any]]) -> list[str]:
-        files = self.pipeline([Wish.read(wish) for wish in wishes])
+        files = self.pipeline([PeerRequest.read(fields) for fields in wishes])
         return [base64.b64encode(file).decode() for file in files]

@@ -1,4 +1,4 @@
-"""At most so many requests inside a server; the rest are told at once that it is full."""
+"""The cap on requests inside a server; the rest are told at once that it is full."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class Cap:
-    """ASGI middleware. Questions (GET) always pass."""
+    """ASGI middleware that admits at most `cap` POST requests at a time; others, such as GET, always pass."""
 
     def __init__(self, app: ASGIApp, cap: int) -> None:
         self._app, self._cap, self._inside = app, cap, 0

@@ -1,6 +1,6 @@
-"""The pipeline around our ONNX graphs instead of diffusers' network: the same batches, the same solver, our runtime.
+"""The same pipeline around our ONNX graphs: the same batches and solver, on our runtime.
 
-What is left between this and our service is the scheduler. Needs nothing of the service but its backend.
+The scheduler is then the only difference to our service. Needs nothing of the service except its backend.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ditserve.bench.peers.options import Options
+from ditserve.bench.peers.options import PeerOptions
 from ditserve.bench.peers.pipeline import Pipeline
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import Backend, load_backend
 
 
-class Graph:
-    """Called as diffusers' transformer is; conditions are computed at every step, as it does."""
+class GraphTransformer:
+    """A backend in place of diffusers' transformer; it too computes the conditions at every step."""
 
     def __init__(self, backend: Backend, config: Any) -> None:
         self.config, self._backend = config, backend
@@ -29,12 +29,11 @@ class Graph:
         return SimpleNamespace(sample=torch.from_numpy(backend.denoise(x.numpy(), state).copy()))
 
 
-def open_pipeline(options: Options) -> Pipeline:
-    """Around our graphs if the options name a bundle, else around diffusers' network."""
+def open_pipeline(options: PeerOptions) -> Pipeline:
+    """Open the pipeline around our graphs if the options name a bundle, else around diffusers' network."""
     pipeline = Pipeline(Path(options.model), threads=options.threads)
     if options.bundle:
-        backend = load_backend(
-            "onnx", Bundle.open(Path(options.bundle)), threads=options.threads, precision="fp32"
-        )
-        pipeline.transformer = Graph(backend, pipeline.transformer.config)
+        bundle = Bundle.open(Path(options.bundle))
+        backend = load_backend("onnx", bundle, threads=options.threads, precision="fp32")
+        pipeline.transformer = GraphTransformer(backend, pipeline.transformer.config)
     return pipeline

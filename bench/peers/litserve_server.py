@@ -1,6 +1,6 @@
-"""LitServe with dynamic batching (`max_batch_size`, `batch_timeout`), around diffusers' network or around our ONNX graphs.
+"""LitServe with dynamic batching, around diffusers' network or around our ONNX graphs.
 
-It has no limit of its own on what waits, so it gets the same cap as the others.
+LitServe does not limit the requests that wait, so it gets the same cap as the others.
 """
 
 # mypy: disable-error-code="import-not-found, misc"
@@ -11,24 +11,25 @@ from starlette.responses import Response
 
 from ditserve.bench.peers.cap import Cap
 from ditserve.bench.peers.graph import open_pipeline
-from ditserve.bench.peers.options import Options
-from ditserve.bench.peers.pipeline import CONTENT_TYPE, Wish
+from ditserve.bench.peers.options import PeerOptions
+from ditserve.bench.peers.pipeline import CONTENT_TYPE, PeerRequest
 
 
-class Drawing(litserve.LitAPI):
+class LitServePeer(litserve.LitAPI):
     def setup(self, device: str) -> None:
-        self.pipeline = open_pipeline(Options.read())
+        self.pipeline = open_pipeline(PeerOptions.read())
 
-    def decode_request(self, request: dict[str, Any]) -> Wish:
-        return Wish.read(request)
+    def decode_request(self, request: dict[str, Any]) -> PeerRequest:
+        return PeerRequest.read(request)
 
-    def batch(self, inputs: list[Wish]) -> list[Wish]:
+    def batch(self, inputs: list[PeerRequest]) -> list[PeerRequest]:
         return inputs
 
-    def predict(self, wishes: Wish | list[Wish]) -> bytes | list[bytes]:
-        if isinstance(wishes, Wish):  # a batch size of one is no batch here
-            return self.pipeline([wishes])[0]
-        return self.pipeline(wishes)
+    def predict(self, requests: PeerRequest | list[PeerRequest]) -> bytes | list[bytes]:
+        # LitServe gives a batch size of one as a single request.
+        if isinstance(requests, PeerRequest):
+            return self.pipeline([requests])[0]
+        return self.pipeline(requests)
 
     def unbatch(self, output: list[bytes]) -> list[bytes]:
         return output
@@ -38,11 +39,10 @@ class Drawing(litserve.LitAPI):
 
 
 def main() -> None:
-    options = Options.read()
-    api = Drawing(max_batch_size=options.batch, batch_timeout=options.wait_s, api_path="/generate")
-    server = litserve.LitServer(
-        api, accelerator="cpu", timeout=False, middlewares=[(Cap, {"cap": options.cap})]
-    )
+    options = PeerOptions.read()
+    api = LitServePeer(max_batch_size=options.batch, batch_timeout=options.wait_s, api_path="/generate")
+    cap = (Cap, {"cap": options.cap})
+    server = litserve.LitServer(api, accelerator="cpu", timeout=False, middlewares=[cap])
     server.run(host="127.0.0.1", port=options.port, generate_client_file=False, log_level="warning")
 
 

@@ -1,8 +1,8 @@
-"""A web server around the pipeline and one lock, as in diffusers' own server example; with a cap on those who wait.
+"""A web server around the pipeline and one lock, as in diffusers' own server example, with a cap.
 
-    uvicorn bench.peers.locked:app
+    uvicorn ditserve.bench.peers.locked:app
 
-Starlette, which FastAPI is made of, without FastAPI's validation.
+It is Starlette, on which FastAPI is built, without FastAPI's validation.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from ditserve.bench.peers.cap import Cap
-from ditserve.bench.peers.options import Options
-from ditserve.bench.peers.pipeline import CONTENT_TYPE, Pipeline, Wish
+from ditserve.bench.peers.options import PeerOptions
+from ditserve.bench.peers.pipeline import CONTENT_TYPE, PeerRequest, Pipeline
 
-options = Options.read()
+options = PeerOptions.read()
 pipeline = Pipeline(Path(options.model), threads=options.threads)
 lock = asyncio.Lock()
 
 
 async def generate(request: Request) -> Response:
-    wish = Wish.read(await request.json())
+    wanted = PeerRequest.read(await request.json())
     async with lock:
-        (file,) = await run_in_threadpool(pipeline, [wish])
+        (file,) = await run_in_threadpool(pipeline, [wanted])
     return Response(file, media_type=CONTENT_TYPE)
 
 

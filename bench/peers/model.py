@@ -1,17 +1,17 @@
-"""One model for all who are compared: a DiT of the official architecture, as big as the shipped one, in both formats.
+"""The model that all compared systems serve: an official DiT, as big as the shipped one, in both formats.
 
     python -m bench.peers.model FOLDER [--like model/zoo/emoji]
 
-The shipped model has two factors of labels, normalised queries and keys, a bias per token and a head, none of which diffusers'
-`DiTTransformer2DModel` can hold. So the width, depth, heads, patches and classes are the shipped model's, and the rest is
-diffusers' class as it is, with random weights: what a step costs does not depend on their values. Our bundle is imported
-from what diffusers saved, so both compute one function (its images are compared before this ends). The bundle's ladder is the
-shipped model's, which this one has no quality of its own to measure.
+The shipped model has two factors of labels, normalised queries and keys, and a bias per token and head, none
+of which diffusers' `DiTTransformer2DModel` can hold. So width, depth, heads, patches and classes are the
+shipped model's, and the rest is diffusers' class as it is, with random weights: the cost of a step does not
+depend on their values. Our bundle is imported from what diffusers saved, so both compute one function, and
+the command compares their images before it ends. The bundle's ladder is the shipped model's, since a model
+with random weights has no quality of its own to measure.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from diffusers import DiTTransformer2DModel
 
+from ditserve.bench import report
 from ditserve.bench.engine_overhead import open_engine
-from ditserve.bench.peers.pipeline import Pipeline, Wish
+from ditserve.bench.peers.pipeline import PeerRequest, Pipeline
 from ditserve.export import onnx
-from ditserve.model.spec.bundle import Bundle, BundleError, Defaults, DiffusionSpec, Manifest, write_manifest
+from ditserve.model.spec.bundle import Bundle, Defaults, DiffusionSpec, Manifest, write_manifest
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.weights.files import ImportOptions, read_weights, write_bundle
 from ditserve.service.backends import Backend, load_backend
@@ -36,7 +37,7 @@ from ditserve.service.planning.ladder import Ladder
 
 SOLVER, GRID = "dpmpp-2m", "trailing"
 DIFFUSION = DiffusionSpec(schedule="linear", prediction="x0", clip_x0=False)
-# The same solver and noise in diffusers' words.
+# The same solver and noise as diffusers' configuration.
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -49,11 +50,11 @@ SCHEDULER = {
     "final_sigmas_type": "zero",
 }
 TOLERANCE = 1e-4  # of images in [-1, 1]
-PROBES = (Wish(0, 20, 2.0, 1), Wish(1, 20, 1.0, 2), Wish(2, 50, 3.0, 3))
+PROBES = (PeerRequest(0, 20, 2.0, 1), PeerRequest(1, 20, 1.0, 2), PeerRequest(2, 50, 3.0, 3))
 
 
 def write_model(folder: Path, like: Manifest) -> float:
-    """`folder` with `transformer/`, `scheduler.json` and `bundle/`; gives the largest difference of their images.
+    """Write the model in both formats to `folder`; return the largest difference of their images.
 
     Raises:
         ValueError: the images differ by more than `TOLERANCE`, or `like` is not a DiT.
@@ -72,19 +73,19 @@ def write_model(folder: Path, like: Manifest) -> float:
 
 
 def write_weights(folder: Path, like: Manifest) -> None:
-    """What diffusers reads, and in `imported/` a bundle of the same weights, without graphs.
+    """Write the files that diffusers reads, and in `imported/` a bundle of the same weights, without graphs.
 
     Raises:
         ValueError: `like` is not a DiT.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _random(like).save_pretrained(folder / "transformer")
+    _random_network(like).save_pretrained(folder / "transformer")
     (folder / "scheduler.json").write_text(json.dumps(SCHEDULER))
     weights, config = read_weights(folder, ImportOptions(function="diffusers"))
     manifest = write_bundle(
         folder / "imported", weights, config, licence=like.licence, classes=like.factors[0].classes
     )
-    told = {
+    changes = {
         "diffusion": DIFFUSION,
         "description": f"official architecture, random weights, as big as {like.name}",
         "ladder": like.ladder,
@@ -92,10 +93,10 @@ def write_weights(folder: Path, like: Manifest) -> None:
             steps=50, solver=SOLVER, grid=GRID, guidance_scale=2.0, guidance_interval=(0.0, 1.0)
         ),
     }
-    write_manifest(folder / "imported", manifest.model_copy(update=told))
+    write_manifest(folder / "imported", manifest.model_copy(update=changes))
 
 
-def _random(like: Manifest) -> Any:
+def _random_network(like: Manifest) -> Any:
     config = like.config
     if not isinstance(config, DiTConfig):
         raise ValueError(f"{like.name} is no DiT")
@@ -111,27 +112,28 @@ def _random(like: Manifest) -> Any:
         num_embeds_ada_norm=config.classes[0],
     )
     first, *others = network.transformer_blocks
-    for block in others:  # diffusers copies the embedders of time and class into every block
+    # diffusers copies the embedders of time and class into every block.
+    for block in others:
         block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
     return network
 
 
 def difference(folder: Path, backend: Backend) -> float:
-    """The largest difference between what diffusers draws and what our engine draws, over `PROBES`."""
+    """Return the largest difference between the images of diffusers and of our engine, over `PROBES`."""
     pipeline = Pipeline(folder, threads=1)
     ladder = Ladder.from_manifest(backend.manifest)
     engine = open_engine(backend, CostModel(), rows=8)
-    for name, wish in enumerate(PROBES):
-        rung = ladder.requested(SOLVER, wish.steps, GRID, (0.0, 1.0), True)
+    for k, probe in enumerate(PROBES):
+        rung = ladder.requested(SOLVER, probe.steps, GRID, (0.0, 1.0), True)
         engine.add(
             SampleRequest(
-                id=str(name),
-                condition=(ConditionTerm((wish.label,)),),
+                id=str(k),
+                condition=(ConditionTerm((probe.label,)),),
                 mix="linear",
-                seed=wish.seed,
+                seed=probe.seed,
                 rung=rung,
                 requested=rung,
-                guidance_scale=wish.guidance,
+                guidance_scale=probe.guidance,
                 previews=0,
                 deadline_at=None,
                 allow_degraded=False,
@@ -140,25 +142,22 @@ def difference(folder: Path, backend: Backend) -> float:
         )
     ours: dict[str, Any] = {}
     while not engine.idle:
-        ours |= {each.id: each.latent for each in engine.step().finished}
-    theirs = [pipeline.draw([wish], wish.steps)[0].numpy() for wish in PROBES]
+        ours |= {sample.id: sample.latent for sample in engine.step().finished}
+    theirs = [pipeline.draw([probe], probe.steps)[0].numpy() for probe in PROBES]
     return max(float(np.abs(ours[str(k)] - image).max()) for k, image in enumerate(theirs))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers.model", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = report.parser("peers.model", __doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--like", type=Path, default=Path("model/zoo/emoji"))
+    parser.add_argument("--like", type=Path, default=report.DEFAULT_BUNDLE)
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         error = write_model(options.folder, Bundle.open(options.like).manifest)
-    except (BundleError, ValueError) as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 2
-    print(f"{options.folder}: diffusers and our engine draw the same images within {error:.1e}")
-    return 0
+        print(f"{options.folder}: diffusers and our engine draw the same images within {error:.1e}")
+
+    return report.run_command("peers.model", work)
 
 
 if __name__ == "__main__":

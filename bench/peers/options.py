@@ -1,4 +1,4 @@
-"""How a peer is told how to run: a file in the folder it is started in, since servers that fork and import hear of nothing else."""
+"""The options of a peer, in a file: servers that fork and import see nothing else."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-OPTIONS = "peer.json"
+FILE = "peer.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How a peer is run. `model` holds `transformer/` as diffusers saved it, `bundle` the same weights as ONNX graphs. At most `cap`
-    requests are inside at once, the rest are refused; a batch of up to `batch` is waited for `wait_s`."""
+class PeerOptions:
+    """How a peer runs.
+
+    Args:
+        model: folder with `transformer/` as diffusers saved it.
+        bundle: folder with the same weights as ONNX graphs; empty for diffusers' network.
+        batch: most requests of a batch.
+        wait_s: seconds to wait for a full batch.
+        cap: most requests inside at once; the rest are refused.
+    """
 
     model: str
     bundle: str
@@ -23,8 +30,8 @@ class Options:
     cap: int
 
     @classmethod
-    def read(cls) -> Options:
-        return cls(**json.loads(Path(OPTIONS).read_text()))
+    def read(cls) -> PeerOptions:
+        return cls(**json.loads(Path(FILE).read_text()))
 
     def write(self, folder: Path) -> None:
-        (folder / OPTIONS).write_text(json.dumps(asdict(self)))
+        (folder / FILE).write_text(json.dumps(asdict(self)))

@@ -12,10 +12,10 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ditserve.bench.peers.options import Options
-from ditserve.bench.peers.pipeline import CONTENT_TYPE, Pipeline, Wish
+from ditserve.bench.peers.options import PeerOptions
+from ditserve.bench.peers.pipeline import CONTENT_TYPE, PeerRequest, Pipeline
 
-options = Options.read()
+options = PeerOptions.read()
 
 
 @serve.deployment(
@@ -23,23 +23,23 @@ options = Options.read()
     max_queued_requests=options.cap,
     ray_actor_options={"num_cpus": options.threads},
 )
-class Drawing:
-    def __init__(self, options: Options) -> None:
+class RayServePeer:
+    def __init__(self, options: PeerOptions) -> None:
         self.pipeline = Pipeline(Path(options.model), threads=options.threads)
 
     @serve.batch(max_batch_size=options.batch, batch_wait_timeout_s=options.wait_s)
-    async def draw(self, wishes: list[Wish]) -> list[bytes]:
-        return await asyncio.to_thread(self.pipeline, wishes)
+    async def draw(self, requests: list[PeerRequest]) -> list[bytes]:
+        return await asyncio.to_thread(self.pipeline, requests)
 
     async def __call__(self, request: Request) -> Response:
-        file = await self.draw(Wish.read(await request.json()))
+        file = await self.draw(PeerRequest.read(await request.json()))
         return Response(file, media_type=CONTENT_TYPE)
 
 
 def main() -> None:
     ray.init(num_cpus=options.threads, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": options.port})
-    serve.run(Drawing.bind(options), route_prefix="/generate")
+    serve.run(RayServePeer.bind(options), route_prefix="/generate")
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
     ray.shutdown()
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditserve.model.data import emoji
-from ditserve.model.data.extraction import extract, plan_extraction, progress_of, write_index
+from ditserve.model.data.extraction import EncoderSettings, extract, plan_extraction, progress_of, write_index
 from ditserve.model.data.labels import select_examples
 from ditserve.model.data.latents import INDEX
 from ditserve.model.data.sources import check_corrupt_limit, read_source
@@ -117,15 +117,13 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _latents(options: argparse.Namespace) -> None:
+    threads = max(1, (os.cpu_count() or 1) // options.workers) if options.workers > 1 else 0
     job = plan_extraction(
         options.source,
         options.autoencoder,
         options.out,
         size=options.size,
-        shard=options.shard,
-        batch=options.batch,
-        device=options.device,
-        threads=max(1, (os.cpu_count() or 1) // options.workers) if options.workers > 1 else 0,
+        settings=EncoderSettings(options.shard, options.batch, options.device, threads),
     )
     part, parts = options.part
     finished, missing = progress_of(job, job.shards[part - 1 :: parts])

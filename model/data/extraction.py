@@ -32,12 +32,23 @@ from ditserve.model.spec.bundle import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
-class Extraction:
-    """An extraction job, the same for every worker.
+class EncoderSettings:
+    """The settings of a worker: pictures in a `shard`, pictures encoded at once, device, and threads.
 
-    It encodes `count` pictures, cropped to `size` (H, W), `shard` of them in a file. `identity` is a hash of
-    the pictures' labels, the settings and the autoencoder; every shard carries it. `batch` pictures are
-    encoded at once. `threads` is the number of a worker's threads; 0 leaves it to PyTorch.
+    With `threads` 0 PyTorch chooses their number.
+    """
+
+    shard: int = 256
+    batch: int = 16
+    device: str = "cpu"
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """An extraction job, the same for every worker: encode `count` pictures, cropped to `size` (H, W).
+
+    `identity` is a hash of the pictures' labels, the shard size and the autoencoder; every shard carries it.
     """
 
     source: Path
@@ -45,20 +56,18 @@ class Extraction:
     out: Path
     size: tuple[int, int]
     count: int
-    shard: int
-    batch: int
-    device: str
-    threads: int
+    settings: EncoderSettings
     identity: str
 
     @property
     def shards(self) -> range:
         """The numbers of all shards."""
-        return range(-(-self.count // self.shard))
+        return range(-(-self.count // self.settings.shard))
 
     def rows(self, number: int) -> range:
         """Return the indices of the source's pictures that shard `number` holds."""
-        return range(number * self.shard, min((number + 1) * self.shard, self.count))
+        shard = self.settings.shard
+        return range(number * shard, min((number + 1) * shard, self.count))
 
     def file(self, number: int) -> Path:
         return self.out / f"{number:05d}.safetensors"
@@ -78,10 +87,7 @@ def plan_extraction(
     out: Path,
     *,
     size: tuple[int, int] | None = None,
-    shard: int = 256,
-    batch: int = 16,
-    device: str = "cpu",
-    threads: int = 0,
+    settings: EncoderSettings = EncoderSettings(),
 ) -> Extraction:
     """Return an extraction that is checked before any work is done.
 
@@ -91,7 +97,7 @@ def plan_extraction(
         DataError: the source cannot be read, holds latents, or has a size that the autoencoder cannot take.
         AutoencoderError: the autoencoder cannot be opened.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    if settings.device == "cuda" and not torch.cuda.is_available():
         raise DataError("there is no CUDA device here: leave --device out")
     pictures = read_source(source, captions=True, check="header" if size is None else None)
     if isinstance(pictures.data, Moments):
@@ -105,11 +111,9 @@ def plan_extraction(
         )
     count = len(pictures.data) + len(pictures.broken)
     labels = pictures.catalogue
-    facts = [count, labels.names, labels.styles, (height, width), shard, fingerprint(autoencoder)]
+    facts = [count, labels.names, labels.styles, (height, width), settings.shard, fingerprint(autoencoder)]
     identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return Extraction(
-        source, autoencoder, out, (height, width), count, shard, batch, device, threads, identity
-    )
+    return Extraction(source, autoencoder, out, (height, width), count, settings, identity)
 
 
 def progress_of(job: Extraction, numbers: Sequence[int]) -> tuple[list[FinishedShard], list[int]]:
@@ -181,13 +185,13 @@ class EncoderWorker:
 
     def __init__(self, job: Extraction) -> None:
         self.job = job
-        if job.threads:
-            torch.set_num_threads(job.threads)
+        if job.settings.threads:
+            torch.set_num_threads(job.settings.threads)
         source = read_source(job.source, captions=True, check=None)
         if isinstance(source.data, Moments):
             raise DataError(f"{job.source} holds latents already")
         self.images, self.catalogue = source.data, source.catalogue
-        self.vae = _open_vae(job.autoencoder).to(job.device)
+        self.vae = _open_vae(job.autoencoder).to(job.settings.device)
 
     def make(self, number: int) -> FinishedShard:
         """Encode and write shard `number`."""
@@ -222,12 +226,12 @@ class EncoderWorker:
         self, pixels: list[npt.NDArray[np.uint8]]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Return mean and log-variance, float32 (n, 2, C, h, w) each: pictures and their mirror images."""
-        factor = _downsampling(self.vae)
+        factor, settings = _downsampling(self.vae), self.job.settings
         shape = 2, self.vae.config.latent_channels, self.job.size[0] // factor, self.job.size[1] // factor
         moments = np.zeros((2, len(pixels), *shape), np.float32)
-        for start in range(0, len(pixels), self.job.batch):
-            planes = to_model_space(np.stack(pixels[start : start + self.job.batch]))
-            x = torch.from_numpy(planes).to(self.job.device)  # (b, 3, H, W)
+        for start in range(0, len(pixels), settings.batch):
+            planes = to_model_space(np.stack(pixels[start : start + settings.batch]))
+            x = torch.from_numpy(planes).to(settings.device)  # (b, 3, H, W)
             for mirrored, view in enumerate((x, x.flip(-1))):
                 with torch.inference_mode():
                     posterior = self.vae.encode(view).latent_dist

@@ -26,11 +26,11 @@ class Estimate:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Return the squared Fréchet distance of the Gaussians fitted to features (N, D) and (M, D).
 
-    With Inception's features this is FID:
-    |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½ (Heusel et al., arXiv:1706.08500, eq. 6). The last trace is
-    the sum of the square roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½. They equal those of Σ₁Σ₂, but belong to
-    a symmetric matrix, so nothing becomes complex if a covariance is singular. With too few pictures for D
-    the distance is overestimated.
+        |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½        Heusel et al., arXiv:1706.08500, eq. 6
+
+    With Inception's features this is FID. The last trace is the sum of the square roots of the eigenvalues of
+    Σ₁^½ Σ₂ Σ₁^½. They equal those of Σ₁Σ₂, but belong to a symmetric matrix, so nothing becomes complex if a
+    covariance is singular. With too few pictures for D the distance is overestimated.
 
     Raises:
         ValueError: fewer than two pictures in a set.
@@ -120,14 +120,14 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbours:
+class NearestNeighbours:
     """The k nearest references of N queries: `distances` (N, k), ascending, and `indices` (N, k)."""
 
     distances: Tensor
     indices: Tensor
 
 
-def nearest(queries: Tensor, references: Tensor, k: int = 1) -> Neighbours:
+def nearest(queries: Tensor, references: Tensor, k: int = 1) -> NearestNeighbours:
     """Return the k nearest of references (M, D) to each query (N, D), by Euclidean distance; exact.
 
     Raises:
@@ -136,7 +136,7 @@ def nearest(queries: Tensor, references: Tensor, k: int = 1) -> Neighbours:
     if len(references) < k:
         raise ValueError(f"{len(references)} pictures have no {k} nearest")
     chunks = [block.topk(k, largest=False) for block in _distances(queries, references)]
-    return Neighbours(
+    return NearestNeighbours(
         torch.cat([chunk.values for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
     )
 

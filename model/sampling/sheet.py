@@ -59,14 +59,13 @@ def sample_sheet(
     steps: int = 20,
     guidance_scale: float = 2.0,
     seed: int = 0,
-    columns: int = 20,
     clip_x0: bool = True,
 ) -> Image.Image:
     """Sample a sheet: classes of the first factor side by side, classes of the second below each other.
 
     Picture k has the seed `seed` + k; the solver is DDIM.
     """
-    rows, width = sheet_labels(model.config.classes, columns)
+    rows, width = sheet_labels(model.config.classes)
     table = step_table("ddim", grid("trailing", steps, schedule.timesteps), schedule)
     device = next(model.parameters()).device
     pictures = []

@@ -207,7 +207,11 @@ def regrid(remaining_from: int, steps: int, kind: str, timesteps: int) -> tuple[
 
 
 def check_grid(timesteps: Sequence[int], total: int) -> tuple[int, ...]:
-    """Return `timesteps` as ints. Raise ValueError unless they are some, decreasing in 0..total - 1."""
+    """Return `timesteps` as ints.
+
+    Raises:
+        ValueError: there are none, or they do not decrease strictly in 0..`total` - 1.
+    """
     values = tuple(operator.index(t) for t in timesteps)
     if not values or values[0] >= total or values[-1] < 0 or any(a <= b for a, b in pairwise(values)):
         raise ValueError(f"a grid must be one or more strictly decreasing timesteps in 0..{total - 1}")

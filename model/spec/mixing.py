@@ -35,7 +35,7 @@ def mix_embeddings(embeddings: Sequence[Array], weights: Sequence[float], mix: M
     """Return one embedding (D,) between several (D,), by their weights.
 
     They are blended one after the other, each by its share of the weights so far. With weights (1, 1, 2) the
-    second is blended in by 1/2, then the third by 2/4. A linear mix so has parts of 1/4, 1/4 and 1/2.
+    second is blended in by 1/2, then the third by 2/4. A linear mix thus has shares of 1/4, 1/4 and 1/2.
 
     Raises:
         ValueError: no embedding, not one weight per embedding, a sum that is not positive, or an unknown mix.

@@ -73,12 +73,12 @@ class _FirstOrder:
 class Solver:
     """A solver: the eta that it fixes, None if the caller chooses, and its weights c of the previous D.
 
-    `carries` says that its first step uses the D from before its table, if there is one.
+    With `uses_previous` its first step uses the D from before its table, if there is one.
     """
 
     eta: float | None
     history: Callable[[_FirstOrder], FloatTable]
-    carries: bool = False
+    uses_previous: bool = False
 
 
 def _no_history(step: _FirstOrder) -> FloatTable:
@@ -104,7 +104,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "ddim": Solver(eta=None, history=_no_history),
         "ddpm": Solver(eta=1.0, history=_no_history),
         "euler": Solver(eta=0.0, history=_no_history),
-        "dpmpp-2m": Solver(eta=None, history=_dpmpp_2m, carries=True),
+        "dpmpp-2m": Solver(eta=None, history=_dpmpp_2m, uses_previous=True),
         "unipc-1": Solver(eta=0.0, history=_unipc_1),
     }
 )
@@ -127,10 +127,10 @@ def step_table(
 
     and with D = x_0 its first step is exact: 0.75 · (0.6 · x_0 + 0.8 · z) + 0.35 · x_0 = 0.8 · x_0 + 0.6 · z.
 
-    `previous` is for a running sample that goes on along a new grid: the timestep of its last D. A solver
-    that carries uses that D in the first new step, whichever solver made it; for the others `previous`
-    changes nothing. After a step at timestep 2, "dpmpp-2m" along (1, 0) with previous=2 is the last two lines
-    of its table along (2, 1, 0). Where both steps are equally long in log(alpha / sigma), it is
+    `previous` is for a running sample that goes on along a new grid: the timestep of its last D. "dpmpp-2m"
+    uses that D in its first new step, whichever solver made it; for the other solvers `previous` changes
+    nothing. After a step at timestep 2, its table along (1, 0) with previous=2 is the last two lines of its
+    table along (2, 1, 0). Where both steps are equally long in log(alpha / sigma), it is
 
         timestep  b         c           where b' is the b of "ddim"
         1         1.5 · b'  -0.5 · b'   b · D + c · D_previous extrapolates D by half a step
@@ -150,7 +150,7 @@ def step_table(
                 f"previous must be above the first timestep of the grid, {timesteps[0]}, and below "
                 f"{schedule.timesteps}, not {previous}"
             )
-        timesteps = (previous, *timesteps) if SOLVERS[solver].carries else timesteps
+        timesteps = (previous, *timesteps) if SOLVERS[solver].uses_previous else timesteps
     # The line of `previous`, a step already taken, is left out of the table.
     new = slice(len(timesteps) - len(grid), None)
     timestep = np.array(timesteps, dtype=np.int64)

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from math import ceil
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -26,7 +27,6 @@ from ditserve.service.errors import (
     ServiceError,
     UnsupportedMediaType,
 )
-from ditserve.service.planning.planner import seconds_header
 from ditserve.service.telemetry import metrics
 
 MEDIA_TYPE = "application/problem+json"
@@ -95,6 +95,11 @@ def problem(error: ServiceError, path: str, request_id: str | None = None) -> di
     if error.retry_after is not None:
         body["retry_after_s"] = seconds_header(error.retry_after)
     return {**error.extra, **body}
+
+
+def seconds_header(retry_after_s: float) -> int:
+    """Return the value of `Retry-After`: whole seconds, at least one."""
+    return max(1, ceil(retry_after_s))
 
 
 def openai_error(error: ServiceError, request_id: str | None = None) -> dict[str, Any]:

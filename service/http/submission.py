@@ -1,7 +1,6 @@
 """From a request to a job in the queue: what the model understands, and which deadline can be kept.
 
-`POST /generate` and OpenAI's route both submit through here. Raises errors of the tree `errors`; knows no
-HTTP.
+`POST /generate` and OpenAI's route both submit through here. Knows no HTTP; raises the errors of `errors`.
 """
 
 import hashlib
@@ -21,8 +20,8 @@ from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
 from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus
-from ditserve.service.planning.admission import NO_WORKER, Admission, Newcomer, admit
-from ditserve.service.planning.capacity import drained
+from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest, admit
+from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import finite
 from ditserve.service.queue.queue_client import Queue
@@ -47,8 +46,8 @@ class Caller:
     """The sender of a request.
 
     `name` identifies the sender for fair queueing; `idempotency_key` is the key of this request, if it has
-    one; `concurrency` is how many unfinished jobs the sender may have; `trace` travels with the job into logs
-    and spans.
+    one; `concurrency` is the number of unfinished jobs that the sender may have; `trace` travels with the job
+    into logs and spans.
     """
 
     name: str
@@ -119,9 +118,9 @@ class Submissions:
             if status is not None:
                 return _replayed(status, resolved)
         now = time.time()
-        newcomer = self._newcomer(resolved, now)
-        admission = await self._admit(newcomer, now)
-        job = self._job(resolved, newcomer, admission, caller, now)
+        admission_request = self._admission_request(resolved, now)
+        admission = await self._admit(admission_request, now)
+        job = self._job(resolved, admission_request, admission, caller, now)
         # Nothing is awaited between admission and this reservation, so concurrent requests see each other.
         with self.load.reserved(job):
             new = await self._enqueue(job, caller)
@@ -172,8 +171,7 @@ class Submissions:
     async def _size(self, request: GenerateRequest) -> OutputSize:
         """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
 
-        In windows every size is possible; as a whole the workers decide which ones are, besides the model's
-        own.
+        In windows every size is possible; as a whole the model's own, and those that every worker makes.
         """
         own, max_area = size_text(self.manifest), self._settings.max_area
         if request.windows:
@@ -193,9 +191,9 @@ class Submissions:
         except ValueError as error:
             raise field_error("size", str(error)) from None
 
-    def _newcomer(self, resolved: _ResolvedRequest, now: float) -> Newcomer:
+    def _admission_request(self, resolved: _ResolvedRequest, now: float) -> AdmissionRequest:
         request = resolved.request
-        return Newcomer(
+        return AdmissionRequest(
             rung=resolved.rung,
             guidance_scale=self._guidance_scale(request),
             samples=request.n,
@@ -215,16 +213,17 @@ class Submissions:
             raise field_error("deadline_ms", f"At most {limit * 1000:.0f} ms.")
         return now + request.deadline_ms / 1000
 
-    async def _admit(self, newcomer: Newcomer, now: float) -> Admission:
+    async def _admit(self, admission_request: AdmissionRequest, now: float) -> Admission:
         """Return how the request is admitted. Raises `Overloaded` where its deadline cannot be kept."""
-        admission = admit(newcomer, await self.load(), ladder=self.ladder, now=now)
+        admission = admit(admission_request, await self.load(), ladder=self.ladder, now=now)
         if admission.accepted:
             return admission
         if admission.reason == NO_WORKER:
             raise Overloaded(
                 "No worker is running, so no deadline can be kept.", retry_after=admission.retry_after_s
             )
-        ways = "even in fewer steps" if newcomer.allow_degraded else "and the request rules out fewer steps"
+        degradable = admission_request.allow_degraded
+        ways = "even in fewer steps" if degradable else "and the request rules out fewer steps"
         when = "now" if admission.retry_after_s else "even on idle workers"
         raise Overloaded(
             f"The images would take about {admission.predicted_s:.1f} s, "
@@ -234,11 +233,16 @@ class Submissions:
         )
 
     def _job(
-        self, resolved: _ResolvedRequest, newcomer: Newcomer, admission: Admission, caller: Caller, now: float
+        self,
+        resolved: _ResolvedRequest,
+        admission_request: AdmissionRequest,
+        admission: Admission,
+        caller: Caller,
+        now: float,
     ) -> Job:
         request, rung = resolved.request, resolved.rung
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        below = self.ladder.below(rung, newcomer.min_steps) if request.allow_degraded else ()
+        below = self.ladder.below(rung, admission_request.min_steps) if request.allow_degraded else ()
         lowest = (admission.rung, *below)[-1]
         trace = dict(caller.trace)
         if resolved.fingerprint:
@@ -252,20 +256,20 @@ class Submissions:
             steps=rung.steps,
             solver=rung.solver,
             grid=rung.grid,
-            guidance_scale=newcomer.guidance_scale,
+            guidance_scale=admission_request.guidance_scale,
             guidance_interval=rung.guidance_interval,
             format=resolved.image_format,
             previews=request.previews,
             caller=caller.name,
             priority=request.priority,
             created_at=now,
-            deadline_at=newcomer.deadline_at,
+            deadline_at=admission_request.deadline_at,
             allow_degraded=request.allow_degraded,
-            min_steps=newcomer.min_steps,
+            min_steps=admission_request.min_steps,
             rung=admission.rung.name if admission.degraded else None,
             reason=admission.reason,
-            cost_rows=self._cost_rows(newcomer, admission.rung),
-            floor_rows=self._cost_rows(newcomer, lowest),
+            cost_rows=self._cost_rows(admission_request, admission.rung),
+            floor_rows=self._cost_rows(admission_request, lowest),
             trace=trace,
             size=resolved.output.size,
             windows=resolved.output.windows,
@@ -274,10 +278,10 @@ class Submissions:
             admitted=admission.rung,
         )
 
-    def _cost_rows(self, newcomer: Newcomer, rung: Rung) -> int:
+    def _cost_rows(self, admission_request: AdmissionRequest, rung: Rung) -> int:
         """Return the work of all images at `rung`, in rows of the model's own size."""
-        row_steps = self.ladder.row_steps(rung, newcomer.guidance_scale)
-        return ceil(newcomer.samples * newcomer.row_cost * row_steps)
+        row_steps = self.ladder.row_steps(rung, admission_request.guidance_scale)
+        return ceil(admission_request.samples * admission_request.row_cost * row_steps)
 
     def _job_id(self, caller: Caller) -> str:
         """Return the id of the job that a caller's Idempotency-Key stands for.
@@ -292,7 +296,7 @@ class Submissions:
         try:
             return await self._queue.submit(job, at_once=caller.concurrency)
         except QueueFull as error:
-            wait = finite(drained(await self.load()) * _DRAINED_SHARE)
+            wait = finite(drain_time(await self.load()) * _DRAINED_SHARE)
             raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
 
     async def _existing(self, job: Job) -> JobStatus:

@@ -1,30 +1,34 @@
-"""How long a step takes, learned while serving.
+"""The cost model: how long a step takes, learned while serving.
 
-A machine's step time is close to a line in its rows, t = fixed + per_row · rows, with a knee that the line alone misplaces
-(padding, waves of GPU blocks). So each batch size that was run is remembered by itself, all of them share one speed that
-follows the machine (neighbours, clocks, heat), and the line through them (least squares, clamped) serves the sizes never run.
-Recursive least squares over single steps, with forgetting, was tried and is not used: on batches that alternate between 7
-and 8 rows it forgets the slope, and the best batch it derives wanders between 1 and 12. Pure: observations come in as
-arguments.
+A machine's step time is close to a line in its rows, t = fixed + per_row · rows. But the batch size from
+which more rows no longer pay, where the machine saturates, is misplaced by the line alone (padding, waves of
+GPU blocks). So each batch size that was run is remembered by itself. All of them share one speed that follows
+the machine (neighbours, clocks, heat), and the line through them (least squares, clamped) serves the sizes
+never run.
+
+Recursive least squares over single steps, with forgetting, was tried and is not used: on batches that
+alternate between 7 and 8 rows it forgets the slope, and the best batch it derives wanders between 1 and 12.
+
+Pure: observations come in as arguments.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-KNEE = 0.95  # share of the best rows per second that the smallest worthwhile batch must reach
+SATURATION = 0.95  # share of the best rows per second at which a batch counts as worthwhile
 FOLLOW = 0.05  # share of a surprise that goes to the machine's speed
 LEARN = 0.05  # share of a surprise that goes to the one batch size
 DECODE_SMOOTHING = 0.1
 
-_WILD = 4.0  # one step slower or faster than predicted by more than this says no more than this
-_FREE = 1e-9  # seconds; no step and no row takes less
+_MAX_SURPRISE = 4.0  # a step slower or faster than predicted by more than this counts as this much
+_LEAST_S = 1e-9  # no step and no row takes less
 
 
 class CostModel:
-    """Seconds of one forward pass by its rows, and seconds of one decode.
+    """The seconds of one forward pass by its rows, and the seconds of one decode.
 
-    The first guesses stand until batches of two sizes have been observed.
+    The line of the first guess keeps its shape until batches of two sizes have been observed.
     """
 
     def __init__(self, *, fixed_s: float = 0.005, per_row_s: float = 0.02, decode_s: float = 0.0) -> None:
@@ -34,7 +38,7 @@ class CostModel:
         self._line = fixed_s, per_row_s  # at speed 1
         self._speed = 1.0
         self._sizes: list[int] = []  # observed, ascending
-        self._seconds: dict[int, float] = {}  # of each, at speed 1
+        self._seconds: dict[int, float] = {}  # by observed size, at speed 1
         self._decode_s = decode_s
         self._decodes = 0
 
@@ -51,31 +55,35 @@ class CostModel:
         return self._decode_s
 
     def predict(self, rows: int) -> float:
-        """Seconds of a forward pass of `rows` rows."""
+        """Return the seconds of a forward pass of `rows` rows."""
         return self._speed * self._at_speed_one(rows)
 
-    def knee(self, max_rows: int) -> int:
-        """The smallest batch within 5 % of the best rows per second that batches up to `max_rows` reach: B*."""
+    def saturation_rows(self, max_rows: int) -> int:
+        """Return B*: the smallest batch within 5 % of the best rows per second of any up to `max_rows`.
+
+        Example: passes of 1, 2, 4 and 8 rows take 1.0, 1.1, 1.3 and 2.5 s, which is 1.0, 1.8, 3.1 and 3.2
+        rows a second. 95 % of 3.2 is 3.04, so 4 rows saturate the machine.
+        """
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, not {max_rows}")
-        pace = [rows / self._at_speed_one(rows) for rows in range(1, max_rows + 1)]
-        enough = KNEE * max(pace)
-        return next(rows for rows, speed in enumerate(pace, start=1) if speed >= enough)
+        rates = [rows / self._at_speed_one(rows) for rows in range(1, max_rows + 1)]
+        enough = SATURATION * max(rates)
+        return next(rows for rows, rate in enumerate(rates, start=1) if rate >= enough)
 
     def scaled(self, factor: float) -> CostModel:
-        """A first guess for rows that are `factor` times as much work."""
+        """Return a cost model whose first guess is this one, for rows of `factor` times as much work."""
         return CostModel(fixed_s=self.fixed_s, per_row_s=self.per_row_s * factor, decode_s=self.decode_s)
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Learn from one forward pass."""
+        """Learn from one forward pass of `rows` rows."""
         if rows < 1 or seconds <= 0:
             return
-        seconds = max(seconds, _FREE)
+        seconds = max(seconds, _LEAST_S)
         if rows not in self._seconds:
             insort(self._sizes, rows)
             self._seconds[rows] = seconds / self._speed
         else:
-            surprise = min(_WILD, max(1 / _WILD, seconds / self.predict(rows)))
+            surprise = min(_MAX_SURPRISE, max(1 / _MAX_SURPRISE, seconds / self.predict(rows)))
             self._speed *= surprise**FOLLOW
             self._seconds[rows] *= surprise**LEARN
         self._line = self._fit()
@@ -86,7 +94,10 @@ class CostModel:
         self._decode_s += max(DECODE_SMOOTHING, 1.0 / self._decodes) * (seconds - self._decode_s)
 
     def _at_speed_one(self, rows: int) -> float:
-        """Remembered, or linear between the remembered sizes, or beside them as the line has it."""
+        """Return the seconds of a pass at speed 1.
+
+        They are remembered, or linear between two remembered sizes, or beyond them in proportion to the line.
+        """
         known = self._seconds.get(rows)
         if known is not None:
             return known
@@ -102,7 +113,10 @@ class CostModel:
         return self._seconds[nearest] * (fixed + per_row * rows) / (fixed + per_row * nearest)
 
     def _fit(self) -> tuple[float, float]:
-        """The least-squares line through the remembered sizes, with neither a negative start nor a free row."""
+        """Return (fixed, per row) of the least-squares line through the remembered sizes.
+
+        Neither is negative, and a row takes at least `_LEAST_S`.
+        """
         n = len(self._sizes)
         if n < 2:
             fixed, per_row = self._guess
@@ -115,5 +129,5 @@ class CostModel:
         slope = (
             sum((rows - mean_rows) * (seconds - mean_s) for rows, seconds in self._seconds.items()) / spread
         )
-        slope = min(max(_FREE, slope), mean_s / mean_rows)
+        slope = min(max(_LEAST_S, slope), mean_s / mean_rows)
         return max(0.0, mean_s - slope * mean_rows), slope

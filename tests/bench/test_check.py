@@ -41,7 +41,7 @@ def test_a_study_that_fails_does_not_hide_the_others(
 
     monkeypatch.setattr(check, "STUDIES", (broken, sound))
     write_bundle(tmp_path, weights=False)
-    figures, whole = check.run(Bundle.open(tmp_path), Console(quiet=True))
+    figures, whole = check.measure(Bundle.open(tmp_path), Console(quiet=True))
     assert (figures, whole) == ({RATE.name: 0.05}, False)
     assert "no tiny today" in capsys.readouterr().err
-    assert [each.word for each in check.judge(figures, {RATE.name: 0.05})] == ["as recorded"]
+    assert [verdict.word for verdict in check.judge(figures, {RATE.name: 0.05})] == ["as recorded"]

@@ -1,4 +1,4 @@
-"""The engine's own time stays small beside any network's, and a strict engine's images do not depend on company."""
+"""The engine's own time stays small, and a strict engine's images do not depend on the other rows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ditserve.bench import engine_overhead, record
+from ditserve.bench import engine_overhead, report
 from tests.service.tiny_bundle import MANIFEST, write_bundle
 
 
 @pytest.fixture(autouse=True)
 def _results_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
 
 
 def test_a_step_of_eight_rows_costs_little() -> None:
-    times = engine_overhead.overhead(MANIFEST, rows=8, steps=100)
+    times = engine_overhead.engine_ms(MANIFEST, rows=8, steps=100)
     assert len(times) == 5
     assert np.median(times) < 5.0  # milliseconds; this is for machines busy with something else
 
@@ -32,6 +32,6 @@ def test_the_command_compares_with_the_network(tmp_path: Path, capsys: pytest.Ca
     write_bundle(tmp_path, weights=False)
     engine_overhead.main([str(tmp_path), "--steps", "40"])
     assert "8 rows of tiny" in capsys.readouterr().out
-    kept = record.read("engine_overhead")
+    kept = report.read("engine_overhead")
     assert kept is not None
     assert kept["share"] == pytest.approx(kept["p50_ms"] / kept["network_ms"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
-from ditserve.bench import gpu, record
+from ditserve.bench import gpu, report
 from ditserve.model.spec.engine_cache import NoGpuError
 from ditserve.service.backends.sessions import CUDA
 
@@ -29,8 +29,7 @@ def test_without_a_gpu_it_says_so(
 def test_every_number_of_rows_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if CUDA not in ort.get_available_providers():
         pytest.skip("this ONNX Runtime cannot use a GPU: install onnxruntime-gpu in its place")
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert gpu.main(["DiT-S/8", "--runtimes", "torch", "--rows", "1", "2", "--passes", "2"]) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert [point["rows"] for point in found["points"]] == [1, 2]

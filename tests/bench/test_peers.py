@@ -14,9 +14,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ditserve.bench.peers import model
 from ditserve.bench.peers.cap import Cap
-from ditserve.bench.peers.graph import Graph
-from ditserve.bench.peers.options import Options
-from ditserve.bench.peers.pipeline import Pipeline, Wish
+from ditserve.bench.peers.graph import GraphTransformer
+from ditserve.bench.peers.options import PeerOptions
+from ditserve.bench.peers.pipeline import PeerRequest, Pipeline
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import Backend, load_backend
 from tests.service.tiny_bundle import MANIFEST
@@ -24,7 +24,12 @@ from tests.service.tiny_bundle import MANIFEST
 # diffusers' schedulers have NumPy copy tensors, which do not know how
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-WISHES = (Wish(0, 20, 2.0, 1), Wish(1, 4, 1.0, 2), Wish(2, 20, 1.0, 3), Wish(2, 4, 3.0, 4))
+REQUESTS = (
+    PeerRequest(0, 20, 2.0, 1),
+    PeerRequest(1, 4, 1.0, 2),
+    PeerRequest(2, 20, 1.0, 3),
+    PeerRequest(2, 4, 3.0, 4),
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,9 @@ def test_the_bundle_is_an_official_dit_with_the_other_s_ladder(folder: Path) -> 
 
 def test_a_mixed_batch_draws_what_each_draws_alone(folder: Path) -> None:
     pipeline = Pipeline(folder, threads=1)
-    together = pipeline(WISHES)
-    for wish, file in zip(WISHES, together, strict=True):
-        assert np.abs(drawn(file) - drawn(pipeline([wish])[0])).max() <= 1
+    together = pipeline(REQUESTS)
+    for request, file in zip(REQUESTS, together, strict=True):
+        assert np.abs(drawn(file) - drawn(pipeline([request])[0])).max() <= 1
 
 
 def test_diffusers_draws_what_our_engine_draws(folder: Path, backend: Backend) -> None:
@@ -63,16 +68,16 @@ def test_diffusers_draws_what_our_engine_draws(folder: Path, backend: Backend) -
 
 def test_our_backend_stands_in_for_diffusers_network(folder: Path, backend: Backend) -> None:
     pipeline = Pipeline(folder, threads=1)
-    expected = pipeline.draw(WISHES[:1], 20)
-    pipeline.transformer = Graph(backend, pipeline.transformer.config)
-    assert np.abs((pipeline.draw(WISHES[:1], 20) - expected).numpy()).max() <= model.TOLERANCE
+    expected = pipeline.draw(REQUESTS[:1], 20)
+    pipeline.transformer = GraphTransformer(backend, pipeline.transformer.config)
+    assert np.abs((pipeline.draw(REQUESTS[:1], 20) - expected).numpy()).max() <= model.TOLERANCE
 
 
 def test_options_travel_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = Options("model", "", 8000, 2, 4, 0.05, 8)
+    options = PeerOptions("model", "", 8000, 2, 4, 0.05, 8)
     options.write(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert Options.read() == options
+    assert PeerOptions.read() == options
 
 
 @pytest.mark.anyio

@@ -26,7 +26,7 @@ def test_memory_stays_where_it_is(tmp_path: Path) -> None:
 
 
 def test_growth_is_told_after_the_warm_up() -> None:
-    memory = soak.Memory()
+    memory = soak.MemorySeries()
     memory.images = list(range(0, 1001, 10))
     memory.resident = [50 * MIB if images < 150 else 100 * MIB + images * 1024 for images in memory.images]
     summary = memory.summary()

@@ -113,7 +113,7 @@ def test_figures_are_written_to_the_manifest_on_request_only(
     assert metrics["held_out_style_top1"] == pytest.approx(figures[UNSEEN]["style_top1"], abs=1e-5)
 
 
-def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
+def test_impossible_evaluations_are_refused_in_one_sentence(
     command: list[str], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = Bundle.open(bundle).manifest

@@ -12,7 +12,7 @@ import pytest
 from ditserve.model.spec.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory
-from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
@@ -210,7 +210,7 @@ def make_engine() -> Callable[..., Engine]:
         ladder = Ladder(())
         return Engine(
             backend=backend,
-            conditions=Conditions(backend, modulation_bytes=modulation_bytes),
+            conditions=ConditionCaches(backend, modulation_bytes=modulation_bytes),
             scheduler=Scheduler(max_rows=max_rows, buckets=backend.buckets, strict=strict),
             planner=planner or Planner(ladder),
             ladder=ladder,

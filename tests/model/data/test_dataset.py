@@ -15,7 +15,7 @@ import torch
 from ditserve.model.data.dataset import DataConfig, Dataset
 from ditserve.model.data.examples import Pictures, to_model_space
 from ditserve.model.spec.bundle import Factor
-from tests.model.data.picture_sets import CAPTIONS, CARD, FORMS, NAMES, PAIRS, STYLES, pictures
+from tests.model.data.data_forms import CAPTIONS, CARD, FORMS, NAMES, PAIRS, STYLES, pictures
 
 ALL = np.arange(len(PAIRS))
 
@@ -91,7 +91,7 @@ def test_selection_and_holding_out_do_not_depend_on_the_form(path: Path) -> None
     assert not dataset.held_out[dataset.training].any()
 
 
-def test_it_can_be_had_in_another_size(path: Path) -> None:
+def test_a_data_set_can_be_resized(path: Path) -> None:
     dataset = DataConfig(path=path, hold_out=0).open()
     half = dataset.resized((4, 4))
     assert half.size == (4, 4)
@@ -102,11 +102,11 @@ def test_it_can_be_had_in_another_size(path: Path) -> None:
     assert DataConfig(path=path, size=(4, 6)).open().size == (4, 6)
 
 
-def test_moved_data_is_found_where_it_is(path: Path) -> None:
+def test_moved_data_is_opened_at_its_new_path(path: Path) -> None:
     assert len(DataConfig(path=Path("gone")).open(path).labels) == len(PAIRS)
 
 
-def test_pixels_are_what_torch_makes_of_them() -> None:
+def test_pixels_are_converted_as_by_torch() -> None:
     every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     expected = torch.from_numpy(every).permute(0, 3, 1, 2).float() / 127.5 - 1
     assert np.array_equal(to_model_space(every), expected.numpy())

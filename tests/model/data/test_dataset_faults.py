@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ditserve.model.data.dataset import DataConfig, DataError
-from tests.model.data.picture_sets import FORMS, add, encoded, pictures
+from tests.model.data.data_forms import FORMS, add, encoded, pictures
 
 X = pictures()[:2]
 TWO = np.array(["a", "b"])
@@ -135,7 +135,7 @@ PNG = encoded(X[0])
         (listed, "picture 1 has name 2, but there are only 2 names"),
     ],
 )
-def test_it_is_refused(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+def test_faulty_data_is_refused(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
     path = make(tmp_path)
     with pytest.raises(DataError, match=message) as error:
         DataConfig(path=path).open()

@@ -28,7 +28,7 @@ def test_the_order_is_that_of_the_seed_whatever_the_batch(count: int, batch: int
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 4])
-def test_what_is_made_ahead_comes_in_order(ahead: int) -> None:
+def test_batches_made_ahead_come_in_order(ahead: int) -> None:
     with Prefetch(lambda step: step * step, first=3, ahead=ahead) as squares:
         assert [next(squares) for _ in range(20)] == [step * step for step in range(3, 23)]
 
@@ -48,7 +48,7 @@ def test_a_slow_batch_is_waited_for() -> None:
         assert [next(made), next(made)] == [0, 1]
 
 
-def test_an_error_comes_when_its_turn_does() -> None:
+def test_an_error_is_raised_in_the_place_of_its_batch() -> None:
     def make(step: int) -> int:
         if step == 2:
             raise ValueError("no third")
@@ -60,7 +60,7 @@ def test_an_error_comes_when_its_turn_does() -> None:
             next(made)
 
 
-def test_closing_waits_for_no_more_than_what_runs() -> None:
+def test_closing_waits_only_for_running_batches() -> None:
     made: list[int] = []
     ahead = Prefetch(made.append, ahead=1)
     next(ahead)

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from ditserve.model.data import __main__ as data
 from ditserve.model.data.dataset import DataConfig, DataError
 from ditserve.model.data.examples import to_model_space
-from ditserve.model.data.extraction import extract, plan_extraction, progress_of, write_index
+from ditserve.model.data.extraction import EncoderSettings, extract, plan_extraction, progress_of, write_index
 from ditserve.model.data.latents import INDEX, LatentIndex
-from tests.model.data.picture_sets import CARD, FORMS, NAMES, PAIRS, pictures
+from tests.model.data.data_forms import CARD, FORMS, NAMES, PAIRS, pictures
 
 ALL = np.arange(len(PAIRS))
 
@@ -47,7 +47,7 @@ def autoencoder(vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def prepared(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The latents of the set in `picture_sets`, in shards of five, made by the command."""
+    """The latents of the set in `data_forms`, in shards of five, made by the command."""
     root = tmp_path_factory.mktemp("prepared")
     source = FORMS["folder"](root)
     arguments = [
@@ -127,7 +127,7 @@ def test_published_scale_instead_of_statistics(vae: AutoencoderKL, prepared: Pat
     np.testing.assert_allclose(batch, (mean + np.exp(log_variance / 2) * noise) * 0.18215, atol=1e-5)
 
 
-def test_flips_are_of_the_picture_not_of_the_latent(vae: AutoencoderKL, prepared: Path) -> None:
+def test_flips_mirror_the_picture_not_the_latent(vae: AutoencoderKL, prepared: Path) -> None:
     dataset = DataConfig(path=prepared, hold_out=0, flip=True, latent_scale=1.0).open()
     rng = np.random.default_rng(5)
     mirrored = (rng.random(len(ALL)) < 0.5)[:, None, None, None]
@@ -169,7 +169,7 @@ def test_parts_and_interruptions_change_nothing(
     prepared: Path, autoencoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = prepared.parent / "folder", prepared.parent / "in-parts"
-    job = plan_extraction(source, autoencoder, out, shard=5, batch=3)
+    job = plan_extraction(source, autoencoder, out, settings=EncoderSettings(shard=5, batch=3))
     for _ in extract(job, [1]):
         pass
     # A damaged shard counts as missing.
@@ -189,7 +189,7 @@ def test_parts_and_interruptions_change_nothing(
 
 
 @pytest.mark.timeout(600)  # each process imports torch and diffusers
-def test_processes_make_the_same(prepared: Path, autoencoder: Path) -> None:
+def test_several_processes_make_the_same_latents(prepared: Path, autoencoder: Path) -> None:
     out = prepared.parent / "by-processes"
     options = ["--autoencoder", str(autoencoder), "--out", str(out), "--shard", "5", "--batch", "3"]
     source = prepared.parent / "folder"
@@ -227,7 +227,7 @@ def test_captions_come_along(prepared: Path) -> None:
         (["--autoencoder", "nowhere"], "not an autoencoder's folder"),
     ],
 )
-def test_what_is_refused_before_any_work(
+def test_extractions_that_are_refused_before_any_work(
     prepared: Path, autoencoder: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str
 ) -> None:
     if "cuda" in change and torch.cuda.is_available():

@@ -95,7 +95,7 @@ def test_training_repeats_by_seed_and_leaves_the_global_generator_alone() -> Non
     assert not torch.equal(classify(first, images).features, classify(other, images).features)
 
 
-def test_the_disk_keeps_it_within_half_precision(trained: Classifier, tmp_path: Path) -> None:
+def test_a_saved_classifier_is_the_same_within_half_precision(trained: Classifier, tmp_path: Path) -> None:
     save_classifier(trained, tmp_path, TINY)
     opened, (images, _) = open_classifier(tmp_path), drawings()
     assert opened.card.factors == FACTORS
@@ -157,7 +157,7 @@ def test_the_command_refuses_in_a_sentence(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_what_is_no_classifier_is_refused(trained: Classifier, tmp_path: Path) -> None:
+def test_a_folder_without_a_whole_classifier_is_refused(trained: Classifier, tmp_path: Path) -> None:
     with pytest.raises(ClassifierError, match=f"holds no classifier: .*{CARD} is missing"):
         open_classifier(tmp_path)
     save_classifier(trained, tmp_path, TINY)

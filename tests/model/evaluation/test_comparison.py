@@ -67,7 +67,7 @@ def test_rows_count_where_guidance_acts() -> None:
     assert rows_per_image({"sampling": {**sampling, "guidance_interval": [0.35, 0.65]}}, 1000) == 13
 
 
-def test_where_they_go_must_be_said(
+def test_a_comparison_needs_an_output_folder_and_different_names(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command) == 2

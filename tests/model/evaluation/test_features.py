@@ -46,7 +46,7 @@ def test_inception_is_given_bytes_and_asked_for_features_and_probabilities(scrip
     assert "comparable with published ones" in network.note
 
 
-def test_no_other_file_is_run_as_inception(scripted: Path) -> None:
+def test_only_the_file_with_the_known_hash_is_opened_as_inception(scripted: Path) -> None:
     with pytest.raises(FeatureError, match=r"inception\.pt is not NVIDIA's .*: its sha256 differs"):
         inception_features(scripted)
     with pytest.raises(FeatureError, match=r"nowhere\.pt does not exist"):

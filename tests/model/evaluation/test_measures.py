@@ -43,7 +43,7 @@ def reader(*labels: str) -> Classifier:
     return network
 
 
-def test_copies_are_told_as_copies() -> None:
+def test_copies_are_counted_as_copies() -> None:
     training = pictures()
     copied = training.part(torch.arange(10))
     figures = memorisation(nearest_training(copied, training), copied, training)
@@ -52,7 +52,7 @@ def test_copies_are_told_as_copies() -> None:
         assert figures[f"nearest_{space}_p95"] == pytest.approx(0, abs=1e-6)
 
 
-def test_strangers_are_not_copies_and_their_distance_is_root_mean_square() -> None:
+def test_unrelated_pictures_are_not_copies_and_distances_are_root_mean_squares() -> None:
     training, others = pictures(), pictures(20, seed=1)
     figures = memorisation(nearest_training(others, training), others, training)
     assert figures["nearest_pixel_copied"] == figures["nearest_feature_copied"] == 0
@@ -89,7 +89,7 @@ def test_without_features_of_detail_their_distance_is_left_out() -> None:
     assert "detail_frechet_distance" not in distances(pictures(detail=False), pictures(), 0)
 
 
-def test_accuracy_goes_by_the_names_of_classes() -> None:
+def test_accuracy_matches_classes_by_name() -> None:
     shown = pictures(24)
     factors = (LABELS,)
     # "name0" is always the likeliest. Two of the twelve labels are unknown: they do not count.
@@ -101,7 +101,7 @@ def test_accuracy_goes_by_the_names_of_classes() -> None:
     assert label_accuracy(reader("name0"), (Factor(name="style", classes=("name0",)),), shown) == {}
 
 
-def test_halves_are_disjoint_and_as_many_as_asked() -> None:
+def test_a_split_is_disjoint_and_of_the_size_asked_for() -> None:
     training = pictures()
     some, others = split_in_two(training, 15, seed=1)
     assert (len(some), len(others)) == (15, 25)
@@ -127,7 +127,7 @@ def test_all_columns_are_measured_and_the_missing_left_out() -> None:
     assert fewer.figures[GENERATED] == measurement.figures[GENERATED]
 
 
-def test_few_pictures_are_pointed_out() -> None:
+def test_a_note_warns_of_few_pictures() -> None:
     def network(shown: torch.Tensor) -> Features:
         raise AssertionError("not read")
 

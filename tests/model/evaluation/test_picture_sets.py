@@ -61,13 +61,13 @@ def open_both(bundle: Path, data: Path, **config: object) -> Dataset:
     return open_data(load_model(bundle), data)
 
 
-def test_the_split_is_the_one_of_training_and_nothing_is_mirrored(bundle: Path, data: Path) -> None:
+def test_data_is_split_as_in_training_and_not_mirrored(bundle: Path, data: Path) -> None:
     dataset = open_both(bundle, data, hold_out=0.3, flip=True)
     assert 0 < dataset.held_out.sum() < 8
     assert not isinstance(dataset, Pictures) or not dataset.flip
 
 
-def test_a_model_that_does_not_tell_its_data_holds_nothing_out(bundle: Path, data: Path) -> None:
+def test_without_recorded_training_data_nothing_is_held_out(bundle: Path, data: Path) -> None:
     dataset = open_data(load_model(bundle), data)
     assert dataset.held_out.sum() == 0
     assert dataset.factors[0].classes == NAMES
@@ -81,7 +81,7 @@ def test_data_of_other_classes_is_refused(bundle: Path, data: Path, tmp_path: Pa
         open_data(load_model(bundle), tmp_path / "none.npz")
 
 
-def test_pictures_are_asked_for_labels_of_training_and_for_the_unseen_apart(bundle: Path, data: Path) -> None:
+def test_labels_of_training_and_unseen_labels_are_chosen_apart(bundle: Path, data: Path) -> None:
     dataset = open_both(bundle, data, hold_out=0.3)
     seen, unseen = choose_examples(dataset, PLAN)
     assert sorted(seen) == dataset.training.tolist()
@@ -130,7 +130,7 @@ def test_pictures_are_those_sampling_makes_of_the_same_seeds(bundle: Path, data:
     assert torch.equal(pictures, round_to_8_bits(expected))
 
 
-def test_real_pictures_are_the_data_to_the_bit_and_none_make_none(bundle: Path, data: Path) -> None:
+def test_real_pictures_equal_the_data_bit_for_bit(bundle: Path, data: Path) -> None:
     dataset = open_data(load_model(bundle), data)
     pictures = torch.cat(list(real_pictures(dataset, Identity(), [4, 2])))
     with np.load(data) as arrays:

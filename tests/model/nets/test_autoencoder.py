@@ -79,7 +79,9 @@ def test_opened_from_a_folder(vae: AutoencoderKL, tmp_path: Path) -> None:
     assert isinstance(open_autoencoder("identity"), Identity)
 
 
-def test_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autoencoders_that_cannot_be_opened_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AutoencoderError, match="choose identity or sd-vae"):
         open_autoencoder("small")
     with pytest.raises(AutoencoderError, match="--vae"):

@@ -90,7 +90,7 @@ def test_labels_out_of_range_are_named(labels: list[Any], message: str) -> None:
         ConditionEmbedder((5, 3), 8)(torch.tensor(labels))
 
 
-def test_penalty_is_the_mean_squared_length_and_shrinks_what_was_used() -> None:
+def test_penalty_is_the_mean_squared_length_and_reaches_only_used_rows() -> None:
     assert embedding_penalty(torch.tensor([[3.0, 4.0], [0.0, 1.0]])) == 13.0
     embedder = ConditionEmbedder((5,), 8)
     embedding_penalty(embedder(torch.tensor([[2], [2]]))).backward()
@@ -143,7 +143,7 @@ def test_other_classes_start_from_the_old_ones(network: Make) -> None:
         assert torch.equal(grown(x, t, after), dit(x, t, before))
 
 
-def test_classes_of_a_unet_are_resized_alike() -> None:
+def test_classes_of_a_unet_are_resized_too() -> None:
     unet = UNet(TINY_UNET)
     weights, config = resize_classes(unet.state_dict(), TINY_UNET, 1, [2, None])
     grown = UNet(config)
@@ -153,7 +153,7 @@ def test_classes_of_a_unet_are_resized_alike() -> None:
     )
 
 
-def test_resizing_refuses_nonsense(network: Make) -> None:
+def test_impossible_resizing_is_refused(network: Make) -> None:
     dit = network()
     with pytest.raises(ValueError, match=r"factor must be in 0\.\.1, not 2"):
         resize_classes(dit.state_dict(), dit.config, 2, [0])

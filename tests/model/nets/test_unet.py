@@ -191,7 +191,7 @@ def test_bad_inputs_are_refused(
         ({"classes": (0,)}, "leave a factor out"),
     ],
 )
-def test_what_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_configs_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
     fields = TypeAdapter(UNetConfig).dump_python(TINY_UNET) | changes
     with pytest.raises(ValueError, match=message):
         UNetConfig(**fields)

@@ -36,7 +36,7 @@ def conditions(dit: DiT, *labels: list[int], rows: int = 1) -> list[Tensor]:
     return [dit.embed(torch.tensor([label])).expand(rows, -1) for label in labels]
 
 
-def test_a_seed_is_its_own_noise() -> None:
+def test_a_seed_means_the_same_noise_everywhere() -> None:
     expected = np.random.Generator(np.random.Philox(7)).standard_normal((3, 8, 8), dtype=np.float32)
     np.testing.assert_array_equal(initial_noise(7, (3, 8, 8)), expected)
     with pytest.raises(ValueError, match="a seed must be 0 or more, not -1"):
@@ -142,7 +142,7 @@ def test_layers_and_mixes_differ_from_either(network: Make, schedule: Schedule) 
     assert torch.allclose(same, outs[0], atol=1e-6)
 
 
-def test_what_cannot_be_denoised_is_refused(network: Make, schedule: Schedule) -> None:
+def test_arguments_that_cannot_be_denoised_are_refused(network: Make, schedule: Schedule) -> None:
     dit = network()
     one = conditions(dit, [1, 2])[0]
     for make, message in (

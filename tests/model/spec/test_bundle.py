@@ -67,7 +67,7 @@ def test_round_trip(folder: Path, tiny: Tiny) -> None:
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 
 
-def test_a_unet_is_told_apart_and_what_does_not_tell_is_a_dit(folder: Path, tiny: Tiny) -> None:
+def test_a_config_names_its_network_and_without_a_name_it_is_a_dit(folder: Path, tiny: Tiny) -> None:
     written = json.loads((folder / "manifest.json").read_text())["config"]
     assert written.pop("network") == "dit"
     change(folder, config=written)

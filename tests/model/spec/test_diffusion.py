@@ -254,7 +254,7 @@ def test_a_capped_epsilon_weight_is_min_snr(prediction: Prediction) -> None:
     np.testing.assert_allclose(loss_weights(schedule, "epsilon", 5.0), paper, rtol=1e-12)
 
 
-def test_the_plain_loss_weighs_every_timestep_alike_and_a_capped_v_loss_does_what_it_says() -> None:
+def test_the_plain_loss_has_equal_weights_and_a_capped_v_loss_is_capped() -> None:
     schedule = make_schedule("cosine", prediction="x0")
     np.testing.assert_allclose(loss_weights(schedule, "x0"), 1.0, rtol=1e-15)
     np.testing.assert_allclose(

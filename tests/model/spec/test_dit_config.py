@@ -15,7 +15,7 @@ Tiny = Callable[..., DiTConfig]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("patch", PATCHES)
-def test_named_sizes_are_the_papers(size: str, patch: int) -> None:
+def test_published_sizes_are_those_of_the_paper(size: str, patch: int) -> None:
     config = published_config(f"DiT-{size}/{patch}")
     assert (config.depth, config.hidden_size, config.num_heads) == SIZES[size]
     assert config.tokens == (32 // patch) ** 2
@@ -23,7 +23,7 @@ def test_named_sizes_are_the_papers(size: str, patch: int) -> None:
     assert config.out_channels == 8
 
 
-def test_named_takes_changes() -> None:
+def test_a_published_config_takes_changes() -> None:
     assert published_config("DiT-S/2", learn_sigma=False, classes=(10,)).out_channels == 4
 
 
@@ -63,7 +63,7 @@ def test_unknown_names_are_refused(name: str) -> None:
         ({"head_channels": 6, "learn_sigma": True}, "turn learn_sigma off"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_remedy(
+def test_configs_that_cannot_work_are_refused_with_the_remedy(
     tiny: Tiny, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from ditserve.model.spec.engine_cache import Device, NoGpuError, engine_origin, 
 from tests.export.tiny import tiny_source
 
 
-def test_the_gpu_is_asked_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_smi_reports_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="NVIDIA H100 80GB HBM3, 9.0\n")
     )

@@ -46,6 +46,9 @@ def test_every_step_count_of_a_thousand_is_legal_and_all_of_them_is_every_timest
 @pytest.mark.parametrize(
     ("kind", "steps", "ends"),
     [
+        ("leading", 4, (750, 500, 250, 0)),
+        ("trailing", 4, (999, 749, 499, 249)),
+        ("uniform-t", 4, (999, 749, 500, 250)),
         ("leading", 50, (980, 960, 20, 0)),
         ("leading", 20, (950, 900, 50, 0)),
         ("leading", 16, (930, 868, 62, 0)),

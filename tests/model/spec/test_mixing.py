@@ -84,7 +84,7 @@ def test_composition_is_a_sum_of_guidance_terms() -> None:
     np.testing.assert_allclose(guided(compose_outputs([c1, c2], [1.5, -0.5]), u, 3.0), expected)
 
 
-def test_spread_runs_from_shallow_to_deep() -> None:
+def test_blocks_are_assigned_from_shallow_to_deep() -> None:
     assert assign_blocks(6, 3) == [0, 0, 1, 1, 2, 2]
     assert assign_blocks(7, 2) == [0, 0, 0, 0, 1, 1, 1]
     assert assign_blocks(4, 1) == [0] * 4

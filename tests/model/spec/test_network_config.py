@@ -17,7 +17,7 @@ def test_fields_are_read_back(config: DiTConfig | UNetConfig) -> None:
     assert network_config(network_fields(config)) == config
 
 
-def test_a_dit_unless_told_otherwise() -> None:
+def test_a_config_is_a_dit_unless_it_names_another_network() -> None:
     assert network_config({"depth": 2, "blocks": "adaln"}) == DiTConfig(depth=2, blocks=("adaln",))
     assert network_config({"name": "DiT-S/8", "depth": 3}) == published_config("DiT-S/8", depth=3)
     assert network_config({"network": "unet", "base_channels": 64}) == UNetConfig(base_channels=64)
@@ -41,7 +41,7 @@ def test_a_dit_unless_told_otherwise() -> None:
         ({"network": "unet", "attention": [5]}, r"^attention names levels in 0\.\.2"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_sentence(fields: dict[str, Any], message: str) -> None:
+def test_configs_that_cannot_work_are_refused_in_one_sentence(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         network_config(fields)
     assert "\n" not in str(caught.value)

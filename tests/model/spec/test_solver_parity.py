@@ -122,7 +122,7 @@ THEIR_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("spacing", "steps"), [("leading", 50), ("leading", 16), ("trailing", 20)])
-def test_ddim_walks_with_diffusers_where_its_stride_is_whole(
+def test_ddim_agrees_with_diffusers_where_its_stride_is_whole(
     spacing: str, steps: int, eta: float, prediction: Prediction
 ) -> None:
     # diffusers steps to t - 1000 // N, which is on its own grid only for "leading" and where N divides 1000.
@@ -138,7 +138,7 @@ def test_ddim_walks_with_diffusers_where_its_stride_is_whole(
 
 
 @pytest.mark.parametrize("steps", [10, 50, 1000])
-def test_ddpm_walks_with_diffusers(steps: int) -> None:
+def test_ddpm_agrees_with_diffusers(steps: int) -> None:
     scheduler = reference.DDPMScheduler(timestep_spacing="leading", clip_sample=True)
     scheduler.set_timesteps(steps)
     expected = theirs(scheduler, START, generator=torch.Generator().manual_seed(3))
@@ -174,7 +174,7 @@ MULTISTEP: list[tuple[str, float, str, dict[str, Any]]] = [
     ("kind", "spacing", "steps"),
     [("uniform-t", "linspace", 10), ("uniform-t", "linspace", 33), ("trailing", "trailing", 20)],
 )
-def test_multistep_solvers_walk_with_diffusers(
+def test_multistep_solvers_agree_with_diffusers(
     solver: str,
     eta: float,
     scheduler_name: str,

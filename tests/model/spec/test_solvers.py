@@ -37,6 +37,12 @@ from tests.model.spec.solver_cases import (
 )
 
 
+def test_the_worked_example_of_a_table() -> None:
+    table = step_table("ddim", (1, 0), Schedule(np.array([0.64, 0.36])))
+    np.testing.assert_allclose(table.a, [0.75, 0.0], atol=1e-12)
+    np.testing.assert_allclose(table.b, [0.35, 1.0], atol=1e-12)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data(), schedules, solvers, st.floats(0.0, 1.0))
 def test_every_step_keeps_the_signal_and_the_noise_at_the_levels_of_its_timestep(
@@ -129,7 +135,7 @@ def test_a_learned_variance_goes_from_the_posterior_to_beta_in_numpy_and_torch()
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_torch_and_numpy_walk_together_in_float32(solver: str, prediction: Prediction) -> None:
+def test_torch_and_numpy_agree_in_float32(solver: str, prediction: Prediction) -> None:
     schedule = make_schedule("cosine", prediction=prediction)
     table = step_table(solver, grid("uniform-t", 20), schedule)
     x = START.astype(np.float32)
@@ -189,7 +195,7 @@ def test_an_impossible_table_is_refused_in_one_sentence(arguments: dict[str, Any
         step_table(**(legal | arguments))
 
 
-def test_a_walk_without_what_its_table_needs_is_refused_in_one_sentence() -> None:
+def test_a_trajectory_without_noise_or_history_that_it_needs_is_refused() -> None:
     schedule = make_schedule("linear")
     with pytest.raises(ValueError, match="this ddpm table is stochastic: pass noise"):
         run(step_table("ddpm", (500, 250), schedule), START, bent)

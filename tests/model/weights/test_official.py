@@ -91,7 +91,7 @@ def outputs(theirs: DiTTransformer2DModel, ours: DiT) -> tuple[Tensor, Tensor]:
         return theirs(x, t, labels, return_dict=False)[0], ours(x, t, labels[:, None])
 
 
-def test_diffusers_weights_compute_what_diffusers_computes(theirs: DiTTransformer2DModel) -> None:
+def test_diffusers_weights_give_the_outputs_of_diffusers(theirs: DiTTransformer2DModel) -> None:
     weights, config = from_diffusers(theirs.state_dict(), dict(theirs.config), function="diffusers")
     ours = DiT(config).eval()
     ours.load_state_dict(weights)
@@ -99,7 +99,7 @@ def test_diffusers_weights_compute_what_diffusers_computes(theirs: DiTTransforme
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_the_published_function_is_another(theirs: DiTTransformer2DModel) -> None:
+def test_the_published_function_differs_from_that_of_diffusers(theirs: DiTTransformer2DModel) -> None:
     weights, config = from_diffusers(theirs.state_dict(), dict(theirs.config), function="published")
     assert (config.frequency_shift, config.mlp_norm_eps) == (0, 1e-6)
     ours = DiT(config).eval()
@@ -109,7 +109,7 @@ def test_the_published_function_is_another(theirs: DiTTransformer2DModel) -> Non
     assert (got[3] - expected[3]).abs().max() > 1e-2
 
 
-def test_our_weights_in_diffusers_compute_what_ours_do(network: Make) -> None:
+def test_our_weights_in_diffusers_give_our_outputs(network: Make) -> None:
     ours = network(replace(PLAIN, frequency_shift=1, mlp_norm_eps=1e-5))
     state, fields = to_diffusers(ours.state_dict(), ours.config)
     theirs = DiTTransformer2DModel.from_config(fields).eval()
@@ -213,7 +213,7 @@ def test_only_plain_models_are_exported(network: Make, changes: dict[str, Any]) 
             convert(dit.state_dict(), dit.config)
 
 
-def test_what_a_layout_cannot_say_is_refused(network: Make) -> None:
+def test_options_that_a_layout_lacks_are_refused(network: Make) -> None:
     dit = network(replace(PLAIN, frequency_shift=1))
     with pytest.raises(WeightsError, match="no sign for it"):
         to_official(dit.state_dict(), dit.config)

@@ -52,9 +52,13 @@ def test_it_fits_a_line_and_extends_it() -> None:
     assert costs.predict(32) == pytest.approx(0.08 + 0.92 * 32)
 
 
-def test_the_knee_is_where_more_rows_stop_paying() -> None:
-    assert taught(GPU).knee(16) == 7
-    assert taught({rows: 0.08 + 0.92 * rows for rows in (1, 2, 4, 8, 16)}).knee(16) == 2
+def test_the_machine_saturates_where_more_rows_stop_paying() -> None:
+    assert taught(GPU).saturation_rows(16) == 7
+    assert taught({rows: 0.08 + 0.92 * rows for rows in (1, 2, 4, 8, 16)}).saturation_rows(16) == 2
+
+
+def test_saturation_is_as_in_the_worked_example() -> None:
+    assert taught({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.5}).saturation_rows(8) == 4
 
 
 def test_it_follows_a_machine_that_slows_down_at_every_batch_size() -> None:
@@ -71,7 +75,7 @@ def test_settling_on_one_batch_size_does_not_forget_the_others() -> None:
     for _ in range(5000):
         costs.observe(8, GPU[8] * noise.lognormvariate(0.0, 0.05))
     assert costs.predict(1) == pytest.approx(GPU[1], rel=0.1)
-    assert costs.knee(16) in (6, 7, 8)
+    assert costs.saturation_rows(16) in (6, 7, 8)
 
 
 def test_predictions_stay_close_under_noise() -> None:
@@ -111,7 +115,7 @@ def test_impossible_guesses_are_refused(bad: dict[str, float]) -> None:
 
 def test_a_batch_has_at_least_one_row() -> None:
     with pytest.raises(ValueError, match="max_rows"):
-        CostModel().knee(0)
+        CostModel().saturation_rows(0)
 
 
 @quick
@@ -126,4 +130,4 @@ def test_whatever_is_observed_time_is_positive_and_rows_are_not_free(
         costs.observe(rows, seconds)
     assert costs.fixed_s >= 0 < costs.per_row_s
     assert all(costs.predict(rows) > 0 for rows in (1, 2, 7, 64, 500))
-    assert 1 <= costs.knee(max_rows) <= max_rows
+    assert 1 <= costs.saturation_rows(max_rows) <= max_rows

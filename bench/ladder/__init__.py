@@ -1,0 +1,1 @@
+"""Measurement of a bundle's quality ladder; `python -m bench.ladder`."""

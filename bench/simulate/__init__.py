@@ -1,0 +1,1 @@
+"""The simulator: the service's own scheduler and planner against recorded step times."""

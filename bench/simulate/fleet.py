@@ -1,0 +1,285 @@
+"""The simulated service: the real scheduler, planner and admission in simulated time.
+
+Time passes from event to event, with the step times of a `StepTimeCurve`, and a seed decides everything.
+Strategies differ in nothing but their `Strategy`.
+
+What this decided for the real service: the planner sees the queue through claims ahead of need, 64 samples a
+worker, and not through a summary. A summary that gives rows alone cannot tell urgent work from patient work,
+and degrading samples for the latter is waste; with 64 samples at hand it changes nothing any more. Claiming
+in the order of deadlines instead of arrival, as the broker does among the jobs of one caller, keeps a deep
+queue safe as well.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from math import ceil
+from time import thread_time
+
+import numpy as np
+
+from ditserve.bench.load.workload import Arrival
+from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
+from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.jobs import LoadSnapshot, WorkerState
+from ditserve.service.planning.admission import AdmissionRequest, admit
+from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import steps_left
+from ditserve.service.planning.planner import PlannedSample, Planner, Policy
+from ditserve.service.rung import Rung
+
+PUBLISH_S = 0.5  # the greatest age of a worker's published state
+JITTER = 0.03  # relative spread of the seconds of a step
+WARM_UP_ROWS = (1, 2, 4, 8, 16)  # batch sizes that a worker times before it takes work
+
+
+class SimulatedSample:
+    """One request in progress; satisfies the scheduler's protocol for samples that wait for steps.
+
+    `noise` is the share of the trajectory still ahead. `quality` weighs each rung's with the share that was
+    walked on it.
+    """
+
+    def __init__(self, index: int, arrival: Arrival, requested: Rung, floor: Rung, due: float) -> None:
+        self.id = str(index)
+        self.arrived = self.added_at = arrival.at
+        self.requested = self.rung = requested
+        self.floor = floor
+        self.due = due
+        self.deadline_at: float | None = due
+        self.remaining = requested.steps
+        self.rows = 1
+        self.steps_taken = 0
+        self.noise = 1.0
+        self.quality = 0.0
+        self.finished: float | None = None
+        self.rejected = False
+        self.consents = arrival.consents
+
+    @property
+    def least_steps(self) -> int:
+        return min(self.remaining, steps_left(self.remaining, self.rung, self.floor))
+
+    @property
+    def in_time(self) -> bool:
+        return self.finished is not None and self.finished <= self.due
+
+    def change_rung(self, rung: Rung) -> None:
+        self.remaining = steps_left(self.remaining, self.rung, rung)
+        self.rung = rung
+
+    def take_step(self) -> None:
+        share = self.noise / self.remaining
+        self.quality += share * self.rung.quality
+        self.noise -= share
+        self.remaining -= 1
+        self.steps_taken += 1
+
+    def for_planner(self, last_timestep: int) -> PlannedSample:
+        return PlannedSample(
+            id=self.id,
+            deadline_at=self.deadline_at,
+            rung=self.rung,
+            remaining_steps=self.remaining,
+            guided=False,
+            floor_steps=1,
+            allow_degraded=self.consents,
+            started=self.steps_taken > 0,
+            timestep=ceil(self.noise * last_timestep),
+            requested=self.requested,
+        )
+
+
+class SimulatedWorker:
+    """The engine's loop without the network: plan, choose a batch, let time pass, advance samples."""
+
+    def __init__(self, name: str, strategy: Strategy, cluster: SimulatedCluster) -> None:
+        self.name, self.strategy, self.cluster = name, strategy, cluster
+        self.samples: list[SimulatedSample] = []
+        self.batch: tuple[SimulatedSample, ...] = ()
+        self.costs = CostModel()
+        for rows in WARM_UP_ROWS:
+            self.costs.observe(rows, cluster.curve.seconds(rows))
+        self.planner = Planner(cluster.ladder)
+        self.scheduler = Scheduler(max_rows=cluster.curve.max_rows)
+        self.plan_seconds: list[float] = []
+        self.state = self._published_state(0.0)
+
+    @property
+    def max_batch(self) -> int:
+        return self.strategy.cap or self.costs.saturation_rows(self.cluster.curve.max_rows)
+
+    @property
+    def room(self) -> int:
+        return max(0, self.strategy.holds - len(self.samples))
+
+    def start_step(self, now: float, queued_rows: int, random: np.random.Generator) -> float | None:
+        """Choose the next batch; return the time at which its step ends, None if there is nothing to do."""
+        if self.strategy.expire:
+            self.samples = [sample for sample in self.samples if sample.due > now]
+        if self.strategy.plan and self.samples:
+            self._plan(now, queued_rows)
+        if not self.samples or now - self.state.updated_at >= PUBLISH_S:
+            self.state = self._published_state(now)
+        if not self.samples:
+            self.batch = ()
+            return None
+        batch = self.scheduler.next_batch(self.samples, self.max_batch, now=now, seconds=self.costs.predict)
+        self.batch = batch.samples
+        seconds = self.cluster.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
+        self.costs.observe(len(self.batch), seconds)
+        return now + seconds
+
+    def finish_step(self, now: float) -> None:
+        for sample in self.batch:
+            sample.take_step()
+            if not sample.remaining:
+                sample.finished = now
+        self.samples = [sample for sample in self.samples if sample.finished is None]
+
+    def _plan(self, now: float, queued_rows: int) -> None:
+        by_id = {sample.id: sample for sample in self.samples}
+        planned = self._planned_samples()
+        began = thread_time()
+        changes = self.planner.plan(
+            planned,
+            now,
+            self.costs,
+            max_rows=self.cluster.curve.max_rows,
+            queued_rows=queued_rows,
+        )
+        self.plan_seconds.append(thread_time() - began)
+        for change in changes:
+            by_id[change.sample_id].change_rung(change.rung)
+
+    def _published_state(self, now: float) -> WorkerState:
+        max_rows = self.cluster.curve.max_rows
+        return WorkerState(
+            worker=self.name,
+            models=("simulated",),
+            max_rows=max_rows,
+            step_fixed_s=self.costs.fixed_s,
+            step_per_row_s=self.costs.per_row_s,
+            decode_s=0.0,
+            running_samples=len(self.samples),
+            backlog_rows=sum(sample.remaining for sample in self.samples),
+            last_step_age_s=0.0,
+            updated_at=now,
+            dues=self.planner.demand(self._planned_samples(), now, self.costs, max_rows=max_rows),
+        )
+
+    def _planned_samples(self) -> list[PlannedSample]:
+        last_timestep = self.cluster.ladder.timesteps - 1
+        return [sample.for_planner(last_timestep) for sample in self.samples]
+
+
+class SimulatedFleet:
+    """The whole service: admission puts arrivals into one queue, and workers with room claim them."""
+
+    def __init__(self, strategy: Strategy, cluster: SimulatedCluster, *, seed: int = 0) -> None:
+        self.strategy, self.cluster = strategy, cluster
+        self.random = np.random.default_rng(seed)
+        self.workers = [
+            SimulatedWorker(f"worker-{index}", strategy, cluster) for index in range(cluster.workers)
+        ]
+        self.queue: deque[SimulatedSample] = deque()  # in the order of claims
+        self.queued_rows = self.queue_peak = 0
+        self._step_ends: list[tuple[float, int]] = []  # a heap of (time, index of the busy worker)
+
+    def run(self, arrivals: Sequence[Arrival]) -> list[SimulatedSample]:
+        """Serve all arrivals; return their samples in order of arrival."""
+        samples = [self._sample(index, arrival) for index, arrival in enumerate(arrivals)]
+        idle = set(range(len(self.workers)))
+        for now, stepped in self._events(samples):
+            if stepped is not None:
+                self.workers[stepped].finish_step(now)
+                idle.add(stepped)
+            for index in sorted(idle, key=lambda worker: len(self.workers[worker].samples)):
+                worker = self.workers[index]
+                self._claim(worker, now)
+                end = worker.start_step(now, self.queued_rows // len(self.workers), self.random)
+                if end is not None:
+                    heapq.heappush(self._step_ends, (end, index))
+                    idle.discard(index)
+        return samples
+
+    def _events(self, samples: list[SimulatedSample]) -> Iterator[tuple[float, int | None]]:
+        """Yield the time of each event, and the worker whose step ended then, or None for an arrival."""
+        coming = deque(samples)
+        while coming or self._step_ends:
+            if coming and (not self._step_ends or coming[0].arrived <= self._step_ends[0][0]):
+                sample = coming.popleft()
+                if self._admit(sample, sample.arrived):
+                    self._enqueue(sample)
+                yield sample.arrived, None
+            else:
+                yield heapq.heappop(self._step_ends)
+
+    def _sample(self, index: int, arrival: Arrival) -> SimulatedSample:
+        ladder = self.cluster.ladder
+        requested = ladder.requested("ddim", arrival.steps, "leading", (0.0, 1.0), False)
+        due = arrival.at + self.cluster.slo * arrival.steps * self.cluster.curve.seconds(1)
+        # Only a strategy that plans at every step can lower a sample once it is accepted.
+        can_be_lowered = self.strategy.plan and arrival.consents
+        floor = ladder.lowest(requested, 1) if can_be_lowered else requested
+        sample = SimulatedSample(index, arrival, requested, floor, due)
+        if self.strategy.order == "fifo":
+            sample.deadline_at = None
+        return sample
+
+    def _admit(self, sample: SimulatedSample, now: float) -> bool:
+        if not self.strategy.admission:
+            return True
+        load = LoadSnapshot(
+            queued_jobs=len(self.queue),
+            queued_rows=self.queued_rows,
+            oldest_age_s=now - self.queue[0].arrived if self.queue else 0.0,
+            workers=tuple(worker.state for worker in self.workers),
+            taken_at=now,
+        )
+        admission_request = AdmissionRequest(
+            rung=sample.requested,
+            guidance_scale=1.0,
+            samples=1,
+            deadline_at=sample.due,
+            allow_degraded=self.strategy.degrade and sample.consents,
+            min_steps=1,
+        )
+        policy = Policy(recut=self.strategy.plan)
+        answer = admit(admission_request, load, ladder=self.cluster.ladder, now=now, policy=policy)
+        sample.rejected = not answer.accepted
+        sample.change_rung(answer.rung)
+        return answer.accepted
+
+    def _enqueue(self, sample: SimulatedSample) -> None:
+        self.queued_rows += sample.remaining
+        self.queue_peak = max(self.queue_peak, len(self.queue) + 1)
+        if self.strategy.claims == "arrival":
+            self.queue.append(sample)
+        else:
+            insort(self.queue, sample, key=lambda queued: queued.due)
+
+    def _claim(self, worker: SimulatedWorker, now: float) -> None:
+        """Give the worker the samples it has room for, in the order of the queue."""
+        room = self._request_batch(worker) if self.strategy.unit == "request" else worker.room
+        for _ in range(min(room, len(self.queue))):
+            sample = self.queue.popleft()
+            self.queued_rows -= sample.remaining
+            if not self.strategy.expire or sample.due > now:
+                worker.samples.append(sample)
+
+    def _request_batch(self, worker: SimulatedWorker) -> int:
+        """Bring requests with as many steps as the first to the front; return how many fit a batch."""
+        if worker.samples or not self.queue:
+            return 0
+        steps = self.queue[0].requested.steps
+        alike = (sample for sample in self.queue if sample.requested.steps == steps)
+        batch = list(islice(alike, worker.max_batch))
+        chosen = set(map(id, batch))
+        rest = [sample for sample in self.queue if id(sample) not in chosen]
+        self.queue = deque([*batch, *rest])
+        return len(batch)

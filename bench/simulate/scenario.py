@@ -1,0 +1,133 @@
+"""The scenarios of the simulator: step times, quality ladders, clusters and strategies.
+
+Pure: tables and interpolation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
+
+ClaimOrder = Literal["arrival", "deadline"]
+CLAIM_ORDERS: tuple[ClaimOrder, ...] = get_args(ClaimOrder)
+PATIENT_SLO = 30.0  # a promise with which queues grow deep
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimeCurve:
+    """Seconds of a step at some batch sizes; linear between them, and beyond the last two."""
+
+    name: str
+    points: tuple[tuple[int, float], ...]
+    max_rows: int
+
+    def seconds(self, rows: int) -> float:
+        for (less, faster), (more, slower) in pairwise(self.points):
+            if rows <= more or more == self.points[-1][0]:
+                return faster + (slower - faster) * (rows - less) / (more - less)
+        return self.points[0][1]
+
+    @property
+    def peak(self) -> float:
+        """The most rows a second, over all batch sizes."""
+        return max(rows / self.seconds(rows) for rows in range(1, self.max_rows + 1))
+
+
+CURVES: Mapping[str, StepTimeCurve] = {
+    # Qwen-Image at 512 px, H200, bfloat16, compiled: SGLang pull request 22183.
+    "gpu": StepTimeCurve(
+        "gpu", ((1, 0.167), (2, 0.183), (3, 0.186), (4, 0.240), (8, 0.425), (16, 0.832)), 16
+    ),
+    # A row of 256 tokens keeps two AVX2 cores busy by itself: t = .08 + .92 rows, in units of one step.
+    "cpu": StepTimeCurve("cpu", ((1, 1.0), (16, 0.08 + 0.92 * 16)), 16),
+}
+
+
+def _rungs(solver: str, grid: str, fid: Mapping[int, float]) -> tuple[Rung, ...]:
+    return tuple(Rung(f"{solver}-{n}", solver, n, grid, (0.0, 1.0), value) for n, value in fid.items())
+
+
+# Published FID of DiT-XL/2 256 at guidance 1.5
+# (L2C, arXiv:2406.01733, table 1; SmoothCache; arXiv:2505.21114, table 2).
+_DDIM = _rungs("ddim", "leading", {50: 2.26, 30: 2.66, 25: 2.75, 20: 3.48, 16: 4.68, 12: 7.07, 10: 12.38})
+_DPM = _rungs("dpmpp-2m", "uniform-t", {10: 3.23, 9: 3.77, 8: 4.93, 7: 7.62, 6: 14.4})
+
+LADDERS: Mapping[str, Ladder] = {"ddim": Ladder(_DDIM), "dpmpp": Ladder((*_DDIM, *_DPM))}
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedCluster:
+    """Equal workers, which promise a deadline of `slo` times the seconds of a request alone."""
+
+    curve: StepTimeCurve
+    ladder: Ladder
+    workers: int = 1
+    slo: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One way to run the service.
+
+    Args:
+        unit: the content of a batch: whole requests with equally many steps, or single steps of any samples.
+        order: the order in which samples get their steps.
+        cap: most rows of a batch; None for the cost model's saturation batch size.
+        admission: refuse a request whose deadline cannot be met.
+        degrade: admission may accept a request at a lower rung.
+        plan: plan all claimed samples anew at every step.
+        holds: samples that a worker claims, running or not.
+        claims: the order of the queue.
+        expire: drop a sample whose deadline has passed.
+    """
+
+    name: str
+    unit: Literal["request", "step"] = "step"
+    order: Literal["fifo", "deadline"] = "deadline"
+    cap: int | None = None
+    admission: bool = True
+    degrade: bool = True
+    plan: bool = True
+    holds: int = 64
+    claims: ClaimOrder = "deadline"
+    expire: bool = True
+
+
+PLANNED_EVERY_STEP = Strategy("planned every step")
+STRATEGIES = (
+    Strategy(
+        "request batches",
+        "request",
+        "fifo",
+        cap=8,
+        admission=False,
+        plan=False,
+        claims="arrival",
+        expire=False,
+    ),
+    Strategy(
+        "FIFO steps",
+        "step",
+        "fifo",
+        cap=8,
+        admission=False,
+        plan=False,
+        holds=8,
+        claims="arrival",
+        expire=False,
+    ),
+    Strategy("FIFO + admission", "step", "fifo", degrade=False, plan=False, holds=8, claims="arrival"),
+    Strategy("EDF + admission", degrade=False, plan=False),
+    Strategy("planned at admission", plan=False),
+    PLANNED_EVERY_STEP,
+)
+CLAIM_STRATEGIES = tuple(
+    Strategy(f"{holds} by {order}", holds=holds, claims=order)
+    for holds in (16, 28, 64)
+    for order in CLAIM_ORDERS
+)
