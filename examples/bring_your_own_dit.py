@@ -1,6 +1,7 @@
 """Train a DiT in plain PyTorch, bring it into a bundle, export it, and serve it.
 
-The network here learns to draw discs and squares, roughly, in a minute or two; put your own weights, and your own loop, in their place.
+The network here learns to draw rough discs and squares in a minute or two. Put your own weights and loop
+in their place.
 
     make test ARGS=--version                     # once: installs PyTorch and the export's packages
     .venv/bin/python examples/bring_your_own_dit.py --out shapes
@@ -28,7 +29,7 @@ SIZE = 16
 
 
 def draw_shapes(labels: Tensor) -> Tensor:
-    """Draw a shape of random place, size and grey per label: (N,) int64 → (N, 3, 16, 16) in [−1, 1], on white."""
+    """Draw a shape of random place, size and grey per label: (N,) int64 → (N, 3, 16, 16) in [−1, 1]."""
     ys, xs = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     count = len(labels)
     x, y = torch.randint(6, 10, (2, count, 1, 1))

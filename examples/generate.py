@@ -16,7 +16,7 @@ parser.add_argument("--out", type=Path, default=Path("."))
 options = parser.parse_args()
 
 with Client(options.url) as client:
-    # The fields of POST /generate. The client waits as the service tells it (Retry-After), and never draws twice.
+    # The fields of POST /generate. The client waits as `Retry-After` says, and never draws twice.
     generation = client.generate({"label": options.label}, n=2, steps=20, seed=7)
 for image in generation.images:
     path = options.out / f"{options.label}-{image.seed}.png"

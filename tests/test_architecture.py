@@ -1,7 +1,7 @@
-"""Who may import whom, and what is never done where: read from the syntax trees, and tried out in fresh processes.
+"""The rules of the architecture, read from the syntax trees and tried out in fresh processes.
 
-A rule is a function from a source tree to the places that break it. Each is held against the repository, and against a small made-up
-tree that breaks it once, so that a rule which can no longer fail is noticed.
+A rule is a function from a source tree to the places that break it. Each is held against the repository, and
+against a small made-up tree that breaks it once: a rule that can no longer fail is noticed.
 """
 
 from __future__ import annotations
@@ -89,13 +89,14 @@ SERVICE_OWNERS = {
 PURE = {"service.errors", "service.images", "service.jobs", "service.queue.keys", "service.engine.scheduler"}
 PURE |= {f"service.planning.{name}" for name in ("costs", "ladder", "planner")}
 PURE |= {"model.spec.diffusion", "model.spec.solvers"}
-# A bundle's manifest is a value; that its module can also read it from a folder is nothing to those who are handed one.
+# A bundle's manifest is a value, although its module can also read one from a folder.
 VALUES = {"model.spec.bundle"}
 # fmt: off
 IMPURE = {
-    "asyncio", "concurrent", "datetime", "fastapi", "glob", "http", "httpx", "logging", "multiprocessing", "onnxruntime", "os",
-    "pathlib", "prometheus_client", "random", "redis", "secrets", "shutil", "signal", "socket", "starlette", "structlog",
-    "subprocess", "sys", "tempfile", "threading", "time", "torch", "urllib", "uuid", "uvicorn",
+    "asyncio", "concurrent", "datetime", "fastapi", "glob", "http", "httpx", "logging", "multiprocessing",
+    "onnxruntime", "os", "pathlib", "prometheus_client", "random", "redis", "secrets", "shutil", "signal",
+    "socket", "starlette", "structlog", "subprocess", "sys", "tempfile", "threading", "time", "torch",
+    "urllib", "uuid", "uvicorn",
 }
 # fmt: on
 
@@ -128,7 +129,7 @@ class Module:
 
     @property
     def command(self) -> bool:
-        """It is run by `python -m` and only then: a file at the root of `model`, a package's `__main__`, or one listed."""
+        """Tell whether it is run by `python -m` only: at the root of `model`, a `__main__`, or one listed."""
         at_root = self.package == "model" and self.name.count(".") == 1 and not self.is_room
         return at_root or self.name.endswith(".__main__") or self.name in COMMANDS
 
@@ -166,7 +167,7 @@ def read(root: Path) -> Tree:
 
 
 def named(node: ast.AST, known: set[str]) -> Iterator[Import]:
-    """What an import statement imports, our own modules without the `ditserve.` that all of them begin with."""
+    """Yield the imports of a statement, our own modules without their `ditserve.`."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield Import(alias.name.removeprefix(OURS), node.lineno)
@@ -208,7 +209,7 @@ def commands(tree: Tree) -> Iterator[str]:
 
 
 def prefixed(tree: Tree) -> Iterator[str]:
-    """Our packages are imported as parts of `ditserve`, whole names and all: else a module would be loaded twice."""
+    """Our packages are imported by whole names, as parts of `ditserve`: else modules are loaded twice."""
     for module in tree.values():
         for node in ast.walk(module.tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -376,7 +377,7 @@ def unambiguous(tree: Tree) -> Iterator[str]:
 
 
 def plain(tree: Tree) -> Iterator[str]:
-    """A docstring begins with a verb, or with the noun it is about: never with a clause that has no subject."""
+    """A docstring begins with a verb or with its subject, never with a clause that has none."""
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for module in tree.values():
         for node in ast.walk(module.tree):
@@ -402,7 +403,7 @@ BREACHES: dict[Rule, dict[str, str]] = {
         "service/clocks.py": "import time",
     },
     acyclic: {
-        "service/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ditserve.service import b",
+        "service/a.py": "if TYPE_CHECKING:\n    from ditserve.service import b",
         "service/b.py": "from ditserve.service.a import x",
     },
     early: {"service/a.py": "def f():\n    import json"},

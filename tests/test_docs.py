@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, commands exist with the flags that are shown, and README stays short."""
+"""The documents: links lead somewhere, commands exist with the flags shown, and README stays short."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def source(module: str) -> str:
 
 
 def taken(flag: str, text: str) -> bool:
-    """Tell whether a command takes a flag: it is written out there, or made of a name in a loop over names."""
+    """Tell whether a command takes a flag: it is written out, or made of a name in a loop over names."""
     return f'"{flag}"' in text or ('f"--{' in text and f'"{flag[2:]}"' in text)
 
 

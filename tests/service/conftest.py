@@ -1,4 +1,4 @@
-"""What the engine's tests use: a backend of plain numpy whose every row is exact whatever its company, and engines around it."""
+"""Fixtures of the engine's tests: a numpy backend whose rows do not depend on their batch, and engines."""
 
 from __future__ import annotations
 

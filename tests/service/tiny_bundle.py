@@ -1,6 +1,7 @@
-"""Writes a bundle of random weights with everything a backend may ask for: graphs of a few matrix products, and a tiny DiT's tensors.
+"""Write a bundle of random weights with everything a backend may ask for.
 
-The graphs have the interface of exported ones and are not the DiT's function; that export and weights agree is the export's to test.
+Its graphs are a few matrix products with the interface of exported ones, its tensors those of a tiny DiT. They
+are not the same function: that export and weights agree is tested with the export.
 """
 
 from __future__ import annotations
