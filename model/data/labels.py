@@ -95,7 +95,7 @@ def check_labels(catalogue: Catalogue, source: Path) -> None:
     """Refuse labels that are out of range.
 
     Raises:
-        DataError: naming the first such picture.
+        DataError: a label is out of range; it names the first such picture.
     """
     for column, classes, kind in (
         (catalogue.y, catalogue.names, "name"),

@@ -63,17 +63,7 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
             yield
         tracing.close()
 
-    app = FastAPI(
-        title="DiT serving",
-        summary="Images from a Diffusion Transformer",
-        description=_DESCRIPTION,
-        version=VERSION,
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        generate_unique_id_function=lambda route: "-".join([*map(str, route.tags[:1]), route.name]),
-    )
+    app = _fastapi(lifespan)
     app.state.draining, app.state.reload, app.state.keyring = draining, reload, keyring
     app.openapi = lambda: openapi_document(app, keyed=keyring is not None)  # type: ignore[method-assign]
     routers = _routers(settings)
@@ -86,6 +76,20 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
     routes = [route for router in routers for route in router.routes]
     app.add_middleware(RequestContext, tracing=tracing, routes=routes)
     return app
+
+
+def _fastapi(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
+    return FastAPI(
+        title="DiT serving",
+        summary="Images from a Diffusion Transformer",
+        description=_DESCRIPTION,
+        version=VERSION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: "-".join([*map(str, route.tags[:1]), route.name]),
+    )
 
 
 def _routers(settings: Settings) -> list[APIRouter]:

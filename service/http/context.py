@@ -67,8 +67,9 @@ class Context:
     async def job(self, job_id: str, key: ApiKey | None = None) -> JobLookup:
         """Look a job up among all models. With `key`, only jobs that its holder may see are found.
 
-        A key sees its own jobs; a key of the scope admin sees everybody's. Raises `JobNotFound`,
-        `QueueUnavailable`.
+        A key sees its own jobs; a key of the scope admin sees everybody's.
+
+        Raises `JobNotFound`, `QueueUnavailable`.
         """
         for model in self.models.values() if _JOB_ID.fullmatch(job_id) else ():
             status = await model.queue_client.queue.status(job_id)

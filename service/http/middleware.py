@@ -42,9 +42,8 @@ _SECURITY_HEADERS = {
 class RequestContext:
     """Gives each request an id (the client's if it is well-formed), adds headers, counts, logs and traces.
 
-    Puts into the request's state its `request_id`, and as `trace` the W3C Trace Context that a job takes
-    along. A request counts under the one of `routes` that it was for, also when it is refused before it gets
-    there.
+    Puts into the request's state its `request_id`, and its `trace`, the W3C Trace Context that a job takes
+    along. A request counts under the one of `routes` that it was for, also when it is refused earlier.
     """
 
     def __init__(self, app: ASGIApp, *, tracing: Tracing, routes: Sequence[BaseRoute]) -> None:

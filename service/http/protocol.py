@@ -1,7 +1,7 @@
 """HTTP/1.1 as uvicorn speaks it, with two limits it lacks: the time and the size of the head of a request.
 
-Without them a client that sends its head byte by byte, or without end, would hold a connection and memory for
-as long as it likes.
+Without them a client could hold a connection and memory for ever, with a head that it sends byte by byte or
+that never ends.
 """
 
 from __future__ import annotations

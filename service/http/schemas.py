@@ -2,8 +2,7 @@
 
 Unknown fields are refused.
 
-Rules that depend on the model served (its factors, classes, solvers, sizes) are in `submission`, which knows
-the bundle.
+Rules that depend on the model served (its factors, classes, solvers, sizes) are in `submission`.
 """
 
 from collections.abc import Mapping
@@ -67,7 +66,8 @@ class GenerateRequest(BaseModel):
     ] = Field(
         default_factory=dict,
         description="A class per factor of the model, by name or number, and a `text` where the model "
-        "takes one; a factor that is left out or null is unconditioned. A list of weighted conditions is mixed.",
+        "takes one; a factor that is left out or null is unconditioned. "
+        "A list of weighted conditions is mixed.",
     )
     mix: Literal["linear", "spherical"] = Field("linear", description="How a list of conditions is mixed.")
     n: int = Field(1, ge=1, le=256, description="Number of images.")

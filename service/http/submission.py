@@ -1,7 +1,6 @@
 """From a request to a job in the queue: what the model understands, and which deadline can be kept.
 
-`POST /generate` and OpenAI's route both submit through here. Raises errors of the tree `errors`; knows no
-HTTP.
+`POST /generate` and OpenAI's route both submit through here. Knows no HTTP; raises the errors of `errors`.
 """
 
 import hashlib
@@ -47,8 +46,8 @@ class Caller:
     """The sender of a request.
 
     `name` identifies the sender for fair queueing; `idempotency_key` is the key of this request, if it has
-    one; `concurrency` is how many unfinished jobs the sender may have; `trace` travels with the job into logs
-    and spans.
+    one; `concurrency` is the number of unfinished jobs that the sender may have; `trace` travels with the job
+    into logs and spans.
     """
 
     name: str
@@ -172,8 +171,7 @@ class Submissions:
     async def _size(self, request: GenerateRequest) -> OutputSize:
         """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
 
-        In windows every size is possible; as a whole the workers decide which ones are, besides the model's
-        own.
+        In windows every size is possible; as a whole the model's own, and those that every worker makes.
         """
         own, max_area = size_text(self.manifest), self._settings.max_area
         if request.windows:
@@ -224,11 +222,8 @@ class Submissions:
             raise Overloaded(
                 "No worker is running, so no deadline can be kept.", retry_after=admission.retry_after_s
             )
-        ways = (
-            "even in fewer steps"
-            if admission_request.allow_degraded
-            else "and the request rules out fewer steps"
-        )
+        degradable = admission_request.allow_degraded
+        ways = "even in fewer steps" if degradable else "and the request rules out fewer steps"
         when = "now" if admission.retry_after_s else "even on idle workers"
         raise Overloaded(
             f"The images would take about {admission.predicted_s:.1f} s, "

@@ -170,7 +170,7 @@ def forget(pid: int, *, shared: Path) -> None:
 
 
 def observe_memory(role: str) -> None:
-    """Record this process's resident memory under `role`, "api" or "worker"; for workers also that of the GPUs.
+    """Record this process's resident memory under `role`, "api" or "worker"; for a worker also its GPUs'.
 
     Platforms without `/proc` record no resident memory.
     """

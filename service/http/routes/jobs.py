@@ -108,9 +108,9 @@ async def get_events(
     api: Api,
     last_event_id: Annotated[str | None, Header(max_length=64)] = None,
 ) -> Response:
-    """Events `queued`, `started`, `step` (k of n), `preview` (an image of the current estimate, base64 in `b64`),
-    `degraded`, and last one of `done`, `failed`, `cancelled`. Resumes after `Last-Event-ID`. Leaving the stream
-    does not cancel the job."""
+    """Events `queued`, `started`, `step` (k of n), `preview` (an image of the current estimate, base64 in
+    `b64`), `degraded`, and last one of `done`, `failed`, `cancelled`. Resumes after `Last-Event-ID`. Leaving
+    the stream does not cancel the job."""
     after = last_event_id or "0-0"
     if not _EVENT_ID.fullmatch(after):
         raise MalformedRequest("Last-Event-ID is not an id of this stream.")

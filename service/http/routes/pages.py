@@ -2,7 +2,7 @@
 
 Self-contained files that load no others.
 
-A page can set no header on an event stream or a picture, so where keys are needed the playground exchanges
+A page can set no header on an event stream or a picture. Where keys are needed, the playground exchanges
 one for a cookie.
 """
 
@@ -25,8 +25,8 @@ router = APIRouter(include_in_schema=False)
 def _page(name: str) -> tuple[bytes, dict[str, str]]:
     """Return a page of `web/` and its headers.
 
-    The content security policy lets only the page's own inline script and style run, and only this server be
-    asked.
+    The content security policy lets only the page's own inline script and style run. The page may load data
+    from this server alone.
     """
     source = (files("ditserve.service.http") / "web" / name).read_text("utf-8")
     scripts, styles = (_csp_hashes(source, tag) for tag in ("script", "style"))
