@@ -77,7 +77,7 @@ class Job(Message):
 
     @property
     def demand(self) -> DemandBucket:
-        """The work of the job by its deadline, which is infinite where it has none."""
+        """Return the work of the job by its deadline, which is infinite where it has none."""
         at = inf if self.deadline_at is None else self.deadline_at
         return DemandBucket(at, self.cost_rows, self.floor_rows or self.cost_rows)
 

@@ -20,10 +20,7 @@ WINDOW_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """The rest of a key's quota:
-
-    `remaining` requests of `quota`; the window starts anew in `reset_s` seconds.
-    """
+    """The rest of a key's quota: `remaining` requests of `quota`; the window ends in `reset_s` seconds."""
 
     allowed: bool
     quota: int
