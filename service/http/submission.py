@@ -222,11 +222,8 @@ class Submissions:
             raise Overloaded(
                 "No worker is running, so no deadline can be kept.", retry_after=admission.retry_after_s
             )
-        ways = (
-            "even in fewer steps"
-            if admission_request.allow_degraded
-            else "and the request rules out fewer steps"
-        )
+        degradable = admission_request.allow_degraded
+        ways = "even in fewer steps" if degradable else "and the request rules out fewer steps"
         when = "now" if admission.retry_after_s else "even on idle workers"
         raise Overloaded(
             f"The images would take about {admission.predicted_s:.1f} s, "

@@ -56,9 +56,10 @@ class Pair:
 
     async def report(self, name: str) -> None:
         """Report that the worker of a model has loaded the bundle that is in the folder now."""
-        models = open_served_models(self.settings, verify=False)
-        model = next(model for model in models if model.name == name)
-        await self.workers[name].report(bundle=model.digest)
+        served = next(
+            served for served in open_served_models(self.settings, verify=False) if served.name == name
+        )
+        await self.workers[name].report(bundle=served.digest)
 
     async def reload(self) -> None:
         before = self.context.models
@@ -79,11 +80,11 @@ async def pair(tmp_path: Path, redis_url: str, namespace: str) -> AsyncIterator[
     settings = Settings(**options)
     async with AsyncExitStack() as stack:
         workers = {}
-        for model in open_served_models(settings, verify=True):
-            stack.push_async_callback(close_books, redis_url, model.namespace)
-            broker = await Broker.connect(redis_url, namespace=model.namespace)
+        for served in open_served_models(settings, verify=True):
+            stack.push_async_callback(close_books, redis_url, served.namespace)
+            broker = await Broker.connect(redis_url, namespace=served.namespace)
             stack.push_async_callback(broker.aclose)
-            workers[model.name] = StubWorker(broker, model.name)
+            workers[served.name] = StubWorker(broker, served.name)
         app = create_app(settings)
         await stack.enter_async_context(app.router.lifespan_context(app))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
