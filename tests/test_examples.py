@@ -41,6 +41,11 @@ def example(name: str, *arguments: str, folder: Path) -> list[str]:
     return run(str(ROOT / "examples" / name), *arguments, folder=folder)
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text()
     assert [path.name for path in (ROOT / "examples").glob("*.py") if f'"{path.name}"' not in source] == []
@@ -49,12 +54,12 @@ def test_every_example_is_run_here() -> None:
 def test_generate(service: Service, tmp_path: Path) -> None:
     lines = example("generate.py", "--url", service.url, folder=tmp_path)
     assert lines == ["strawberry-7.png", "strawberry-8.png", "20 of 20 steps"]
-    assert Image.open(tmp_path / "strawberry-8.png").size == (64, 64)
+    assert size_of(tmp_path / "strawberry-8.png") == (64, 64)
 
 
 def test_openai_client(service: Service, tmp_path: Path) -> None:
     assert example("openai_client.py", "--url", service.url, folder=tmp_path) == ["openai.png"]
-    assert Image.open(tmp_path / "openai.png").size == (64, 64)
+    assert size_of(tmp_path / "openai.png") == (64, 64)
 
 
 def test_stream_previews(service: Service, tmp_path: Path) -> None:
@@ -62,7 +67,7 @@ def test_stream_previews(service: Service, tmp_path: Path) -> None:
     assert lines[-1].startswith("done ")
     previews = sorted(path.name for path in tmp_path.glob("strawberry-step-*.png"))
     assert previews == [f"strawberry-step-{step:02}.png" for step in (5, 10, 15)]
-    assert Image.open(tmp_path / "strawberry.png").size == (64, 64)
+    assert size_of(tmp_path / "strawberry.png") == (64, 64)
 
 
 def test_async_jobs(service: Service, tmp_path: Path) -> None:
