@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float32]
 Size = tuple[int, int]  # height and width in latent pixels
 
 
-def starts(side: int, window: int) -> tuple[int, ...]:
+def window_starts(side: int, window: int) -> tuple[int, ...]:
     """Return the starts of windows along a side at least as long as a window.
 
     They are half a window apart, and the last window is flush with the end.
@@ -29,9 +29,9 @@ def starts(side: int, window: int) -> tuple[int, ...]:
     return (*range(0, last, max(1, window // 2)), last)
 
 
-def count(size: Size, window: Size) -> int:
+def window_count(size: Size, window: Size) -> int:
     """Return the number of windows over a picture."""
-    return len(starts(size[0], window[0])) * len(starts(size[1], window[1]))
+    return len(window_starts(size[0], window[0])) * len(window_starts(size[1], window[1]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +73,7 @@ def windows_over(size: Size, window: Size) -> Windows:
     """
     if size[0] < window[0] or size[1] < window[1]:
         raise ValueError(f"a latent of {size[0]}x{size[1]} has no window of {window[0]}x{window[1]}")
-    rows, columns = starts(size[0], window[0]), starts(size[1], window[1])
+    rows, columns = window_starts(size[0], window[0]), window_starts(size[1], window[1])
     shares = [_shares(*lengths) for lengths in zip(size, window, strict=True)]  # (n_y, h), (n_x, w)
     weights = np.einsum("ih,jw->ijhw", *shares).reshape(-1, *window)
     return Windows(size, window, tuple((y, x) for y in rows for x in columns), weights.astype(np.float32))
@@ -82,7 +82,7 @@ def windows_over(size: Size, window: Size) -> Windows:
 def _shares(side: int, window: int) -> npt.NDArray[np.float64]:
     """Return for each window along a side its share of every pixel in it, (n, window)."""
     raised = np.sin(np.pi * (np.arange(window) + 0.5) / window) ** 2
-    spans = [slice(start, start + window) for start in starts(side, window)]
+    spans = [slice(start, start + window) for start in window_starts(side, window)]
     total = np.zeros(side)
     for span in spans:
         total[span] += raised

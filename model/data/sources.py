@@ -32,7 +32,7 @@ class DataCard(BaseModel):
     licence: str | None = None
     """An SPDX expression, for what is trained on the data."""
     attribution: tuple[str, ...] = ()
-    """Who must be credited, one line each."""
+    """Credits that must be given, one line each."""
 
 
 def card_file(source: Path) -> Path:

@@ -72,9 +72,10 @@ class Ladder:
         return steps + min(steps, int(share * steps) + 1)
 
     def _below(self, rung: Rung, min_steps: int) -> tuple[Rung, ...]:
-        """Return the cheaper rungs of at least `min_steps` steps, each worse than the one before it.
+        """Return the rungs of at least `min_steps` steps that are cheaper than `rung`, dearest first.
 
-        Their guidance interval is narrowed to `rung`'s: guidance never acts where the request excluded it.
+        Each is cheaper and worse than the one before it. Their guidance interval is narrowed to that of
+        `rung`: guidance never acts where the request excluded it.
         """
         limit = self._guided_rows(rung)
         others = [(self._guided_rows(other), other) for other in map(partial(_narrowed, to=rung), self.rungs)]

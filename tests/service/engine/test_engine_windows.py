@@ -41,7 +41,7 @@ def make_local(make_backend: Make) -> Make:
 
 
 @pytest.mark.parametrize("size", [WIDE, TALL, GRID])
-def test_where_pixels_do_not_see_each_other_windows_make_what_the_whole_makes(
+def test_windows_make_the_image_of_the_whole_where_pixels_are_independent(
     size: tuple[int, int], make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
 ) -> None:
     request = make_request(size=size, windows=True, rung=make_rung("dpmpp-2m", 8, interval=(0.1, 0.8)))
@@ -64,7 +64,7 @@ def test_every_window_is_a_row_and_a_second_one_where_guidance_acts(
     assert [report.rows for report in run(engine)] == steps
 
 
-def test_windows_share_a_pass_with_everybody_elses_rows(
+def test_windows_share_a_pass_with_the_rows_of_other_samples(
     make_local: Make, make_engine: Make, make_request: Make
 ) -> None:
     backend = make_local()
@@ -111,7 +111,7 @@ def test_a_device_without_memory_for_all_windows_runs_them_in_parts(
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpmpp-2m"])
-def test_one_that_changes_engines_ends_in_the_same_picture(
+def test_a_sample_in_windows_that_changes_engines_ends_in_the_same_picture(
     solver: str, make_local: Make, make_engine: Make, make_request: Make, make_rung: Make
 ) -> None:
     request: SampleRequest = make_request(size=WIDE, windows=True, rung=make_rung(solver))

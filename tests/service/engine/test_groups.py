@@ -50,7 +50,7 @@ def test_work_is_shared_in_proportion_to_what_waits(waiting: dict[int, GroupDema
 
 @quick
 @given(demands)
-def test_nobody_starves(waiting: dict[int, GroupDemand]) -> None:
+def test_no_group_starves(waiting: dict[int, GroupDemand]) -> None:
     """Between two turns of a group the circle is visited at most `MAX_VISITS` times and a bit."""
     order = run(DeficitRoundRobin(), waiting, 400)
     largest = max(waiting.values(), key=lambda demand: demand.waiting)

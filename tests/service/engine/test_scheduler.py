@@ -51,7 +51,7 @@ def test_without_a_deadline_one_waits_only_as_long_as_the_patience() -> None:
     assert names(scheduler, [old, Waiter("later", deadline_at=61.0)]) == ["old"]
 
 
-def test_who_must_be_in_every_batch_from_now_on_goes_before_who_can_wait() -> None:
+def test_a_sample_without_laxity_goes_before_one_that_can_wait() -> None:
     scheduler = Scheduler(max_rows=1)
     long, short = Waiter("long", deadline_at=19.0, least_steps=10), Waiter("short", deadline_at=10.0)
     assert names(scheduler, [short, long], now=0.0, tick=1.0) == ["short"]
@@ -60,7 +60,7 @@ def test_who_must_be_in_every_batch_from_now_on_goes_before_who_can_wait() -> No
     assert names(scheduler, [free, short], now=0.0, tick=1.0) == ["short"]
 
 
-def test_nobody_joins_who_would_make_the_passes_too_long_for_one_that_cannot_wait() -> None:
+def test_no_sample_joins_that_makes_passes_too_long_for_one_without_laxity() -> None:
     scheduler = Scheduler(max_rows=8)
     others = [Waiter(str(k), deadline_at=1000.0) for k in range(8)]
 
@@ -72,7 +72,7 @@ def test_nobody_joins_who_would_make_the_passes_too_long_for_one_that_cannot_wai
     assert with_a_tight_one(35.0) == ["tight", "0", "1"]  # ten passes of three rows, and a tenth more
     assert with_a_tight_one(11.0) == ["tight"]
     assert len(with_a_tight_one(89.0)) == 8, "there is time enough for full passes"
-    assert len(with_a_tight_one(10.0)) == 8, "for one that is lost anyway nobody waits"
+    assert len(with_a_tight_one(10.0)) == 8, "no sample waits for one that cannot meet its deadline"
 
 
 def test_a_sample_without_laxity_caps_the_pass_as_in_the_worked_example() -> None:
@@ -182,7 +182,7 @@ _waiters = st.lists(
     strict=st.booleans(),
     tick=st.floats(0, 10),
 )
-def test_a_batch_fits_wastes_no_row_and_passes_nobody_over_without_need(
+def test_a_batch_fits_and_leaves_out_no_sample_that_would_fit(
     samples: list[Waiter], max_rows: int, saturation_rows: int, strict: bool, tick: float
 ) -> None:
     scheduler = Scheduler(max_rows=max_rows, strict=strict)
@@ -202,7 +202,7 @@ def test_a_batch_fits_wastes_no_row_and_passes_nobody_over_without_need(
     fixed_s=st.floats(0, 1),
     per_row_s=st.floats(0.01, 1),
 )
-def test_who_joins_spoils_it_for_nobody_who_joined_before(
+def test_a_sample_that_joins_breaks_no_deadline_of_those_before_it(
     samples: list[Waiter], saturation_rows: int, fixed_s: float, per_row_s: float
 ) -> None:
     def pass_s(rows: int) -> float:

@@ -127,13 +127,13 @@ class TestAdmission:
         assert admit(load(never), 110.0, allow=False).accepted
         assert not admit(load(sooner), 110.0, allow=False).accepted
 
-    def test_nobody_is_taken_at_the_cost_of_a_later_deadline(self) -> None:
+    def test_no_request_is_taken_at_the_cost_of_a_later_deadline(self) -> None:
         rate = MAX_ROWS / line().predict(MAX_ROWS)
         just_holds = worker(running=20, backlog=800, dues=(DemandBucket(1.1 * 801 / rate, 800, 800),))
         assert not admit(load(just_holds), 110.0, allow=False).accepted
         assert admit(load(just_holds), None).accepted
-        lost_anyway = worker(running=20, backlog=800, dues=(DemandBucket(120.0, 8000, 8000),))
-        assert admit(load(lost_anyway), 110.0, allow=False).accepted
+        hopeless = worker(running=20, backlog=800, dues=(DemandBucket(120.0, 8000, 8000),))
+        assert admit(load(hopeless), 110.0, allow=False).accepted
 
     def test_rows_of_a_larger_size_count_for_more(self) -> None:
         idle = load(worker())

@@ -1,4 +1,4 @@
-"""The planner: it cuts only when deadlines need it, only who may be cut, and no more than needed."""
+"""The planner: it cuts only when deadlines need it, only what may be cut, and no more than needed."""
 
 from __future__ import annotations
 
@@ -131,20 +131,20 @@ class TestCutting:
         soon = [sample(f"soon-{k}", 40.0, steps=20, remaining=15) for k in range(18)]
         assert {change.sample_id[:4] for change in plan([*late, *soon])} == {"soon"}
 
-    def test_who_refuses_is_left_alone_and_others_pay(self) -> None:
+    def test_a_sample_that_may_not_be_degraded_is_left_alone_and_others_are_cut(self) -> None:
         crowd = [sample(str(k), 90.0, allow_degraded=k % 2 == 0) for k in range(10)]
         changes = plan(crowd)
         assert changes
         assert all(int(change.sample_id) % 2 == 0 for change in changes)
 
-    def test_quality_is_not_spent_on_a_deadline_that_is_lost(self) -> None:
-        assert plan([sample("lost", 5.0), sample("fine", 100.0)]) == []
+    def test_no_sample_is_cut_for_a_deadline_that_cannot_be_met(self) -> None:
+        assert plan([sample("hopeless", 5.0), sample("fine", 100.0)]) == []
 
     def test_work_without_deadline_is_never_cut(self) -> None:
         crowd = [*(sample(str(k), 90.0) for k in range(10)), *(sample(f"free-{k}", None) for k in range(10))]
         assert all(not change.sample_id.startswith("free") for change in plan(crowd))
 
-    def test_what_waits_in_the_queue_cuts_nobody(self) -> None:
+    def test_queued_rows_cut_no_sample(self) -> None:
         assert plan([sample("a", 100.0)], queued=100_000) == []
 
     def test_decoding_counts_as_time(self) -> None:
@@ -168,7 +168,7 @@ class TestCuttingAlways:
 
     @quick
     @given(crowds())
-    def test_nobody_is_cut_while_the_demand_test_holds(self, crowd: list[PlannedSample]) -> None:
+    def test_no_sample_is_cut_while_the_demand_test_holds(self, crowd: list[PlannedSample]) -> None:
         changes = plan(crowd)
         if holds(crowd):
             assert all(change.reason == ROOM for change in changes)
@@ -183,7 +183,7 @@ class TestCuttingAlways:
 
     @quick
     @given(crowds())
-    def test_what_can_be_saved_is_saved(self, crowd: list[PlannedSample]) -> None:
+    def test_a_deadline_that_cuts_can_keep_is_kept(self, crowd: list[PlannedSample]) -> None:
         floored = [
             replace(planned, rung=low, remaining_steps=steps_left(planned.remaining_steps, planned.rung, low))
             for planned in crowd
@@ -207,7 +207,7 @@ class TestCuttingAlways:
         if any(change.reason != ROOM for change in plan(crowd)):
             return
         if not holds(crowd):
-            return  # lost deadlines may come back into reach, and are then worth a cut
+            return  # a deadline that could not be met may come into reach, and is then worth a cut
         later = [
             replace(s, deadline_at=None if s.deadline_at is None else s.deadline_at + more) for s in crowd
         ]
@@ -261,7 +261,7 @@ class TestClimbing:
         fresh = sample("fresh", 1000.0, 20, requested=BY_STEPS[50])
         assert plan([fresh], 0.5, planner)[0].reason == ROOM
 
-    def test_nobody_climbs_in_the_way_of_the_queue(self) -> None:
+    def test_no_sample_climbs_in_the_way_of_the_queue(self) -> None:
         assert plan([self.cut()], queued=100_000) == []
 
     def test_without_room_it_stays(self) -> None:
@@ -286,7 +286,7 @@ class TestDemand:
     def demand(crowd: Sequence[PlannedSample], now: float = 0.0) -> tuple[DemandBucket, ...]:
         return Planner(LADDER).demand(crowd, now, line(), max_rows=MAX_ROWS)
 
-    def test_rows_are_told_by_when_they_are_due_and_by_what_may_be_cut(self) -> None:
+    def test_rows_are_reported_by_deadline_as_planned_and_at_the_floor(self) -> None:
         crowd = [
             sample("soon", 100.0, steps=20, remaining=5),
             sample("later", 4000.0),
@@ -301,7 +301,7 @@ class TestDemand:
         assert (later.rows, later.floor_rows) == (100, 60)
         assert (never.at, never.rows) == (inf, 100)
 
-    def test_a_step_is_due_as_much_sooner_than_the_last_as_those_after_it_take(self) -> None:
+    def test_a_step_is_due_before_the_last_by_the_time_of_the_passes_between(self) -> None:
         tick = line().predict(1)
         buckets = self.demand([sample(deadline=60 * tick, allow_degraded=False)])
         assert sum(bucket.rows for bucket in buckets) == 50
@@ -316,7 +316,7 @@ class TestDemand:
 
     @quick
     @given(crowds())
-    def test_nothing_is_left_out_and_little_is_said(self, crowd: list[PlannedSample]) -> None:
+    def test_no_row_is_left_out_and_the_buckets_are_few(self, crowd: list[PlannedSample]) -> None:
         buckets = self.demand(crowd)
         rows = sum(LADDER.rows_left(s.rung, s.remaining_steps, s.timestep, s.guided) for s in crowd)
         assert rows <= sum(bucket.rows for bucket in buckets) <= rows + len(buckets)
