@@ -2,8 +2,8 @@
 
 A machine's step time is close to a line in its rows, t = fixed + per_row · rows. But the batch size from
 which more rows no longer pay, where the machine saturates, is misplaced by the line alone (padding, waves of
-GPU blocks). So each batch size that was run is remembered by itself, and the line through them (least squares,
-clamped) serves the sizes never run.
+GPU blocks). So each batch size that was run is remembered by itself, and the line through them (least
+squares, clamped) serves the sizes never run.
 
 All sizes share one pace that follows the machine (neighbours, clocks, heat). It is the work done in a second
 of wall time, so a stall counts for as long as it lasts, where a mean over passes would hardly see it. Two
@@ -29,7 +29,9 @@ FIRST_PASSES = 3  # of a batch size: the fastest of them is remembered, because 
 DECODE_SMOOTHING = 0.1
 
 _MAX_SURPRISE = 4.0  # a step slower or faster than typical by more than this counts as this much
-_LONGEST_STALL_S = 1.0  # a longer pass than this counts as this much, or as `_MAX_SURPRISE` of what it should be
+_LONGEST_STALL_S = (
+    1.0  # a longer pass than this counts as this much, or as `_MAX_SURPRISE` of what it should be
+)
 _LEAST_S = 1e-9  # no step and no row takes less
 
 
@@ -40,7 +42,8 @@ class PaceWindow:
     Work is counted in the seconds that it takes at speed 1.
 
     Example: in a window of 2 s at pace 1 a pass of 0.1 s takes 1 s. It weighs 1 - exp(-1 / 2) = 0.39 and its
-    own pace is 0.1, so the pace becomes 0.61 + 0.39 · 0.1 = 0.65: a second of work is predicted to take 1.5 s.
+    own pace is 0.1, so the pace becomes 0.61 + 0.39 · 0.1 = 0.65: a second of work is predicted to take
+    1.5 s.
     """
 
     window_s: float
