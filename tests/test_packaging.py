@@ -1,4 +1,4 @@
-"""What is installed is what is imported, at the versions written down; and `make` does its few things, quickly and in plain words."""
+"""Requirements are what is imported, at the pinned versions; `make` does its few things in plain words."""
 
 from __future__ import annotations
 
