@@ -1,8 +1,8 @@
 """The image API that OpenAI's clients speak: `POST /v1/images/generations` and `GET /v1/models`.
 
-A request is translated into one of `POST /generate`, and keeps all that one promises: the prompt's words choose
-classes (`vocabulary.match`), `quality` chooses a rung of the ladder, and partial images are previews of the
-estimate. A parameter that cannot be honoured is refused, unless OpenAI's reference makes it a hint for
+A request is translated into one of `POST /generate`, and keeps all that one promises: the prompt's words
+choose classes (`vocabulary.match`), `quality` chooses a rung of the ladder, and partial images are previews
+of the estimate. A parameter that cannot be honoured is refused, unless OpenAI's reference makes it a hint for
 OpenAI's own monitoring. Shapes: openai-python `types/image_generate_params.py`, `types/images_response.py`,
 `types/image_gen_partial_image_event.py`, `types/image_gen_completed_event.py`.
 """
