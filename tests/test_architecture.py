@@ -65,7 +65,7 @@ COMMANDS = {"service.__main__", "service.dead_letters", "export.trt"}
 TORCHLESS = "model.spec"
 
 # Library → the modules that may import it.
-EDGE = {"api", "app", "context", "openapi", "problems"}
+EDGE = {"api", "app", "context", "intake", "openapi", "problems"}
 EDGE |= {f"routes.{name}" for name in ("generate", "jobs", "models", "openai", "pages", "probes")}
 BROKER = {"broker", "connection", "embeddings", "notifications", "quota", "reads"}
 DOORS = {"broker", "embeddings", "quota"}  # of the queue, to what others may reach in Redis
