@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,8 +59,8 @@ def count(text: str) -> int:
 
 
 def _whole(text: str, least: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) >= least):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text}")
+    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
     return int(text)
 
 

@@ -40,7 +40,7 @@ def test_other_ends_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_positive_numbers() -> None:
     assert positive("12") == 12
     for text in ("0", "-1", "1.5", "many", ""):
-        with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be at least 1"):
             positive(text)
 
 
