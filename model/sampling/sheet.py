@@ -96,7 +96,8 @@ def sample_sheet(
 ) -> Image.Image:
     """Sample a sheet: classes of the first factor side by side, classes of the second below each other.
 
-    `factors` name the classes, which stand below the pictures. Picture k has the seed `seed` + k; the solver is DDIM.
+    `factors` name the classes, which stand below the pictures. Picture k has the seed `seed` + k;
+    the solver is DDIM.
     """
     rows, width = sheet_labels(model.config.classes)
     table = step_table("ddim", grid("trailing", steps, schedule.timesteps), schedule)

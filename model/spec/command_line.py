@@ -20,8 +20,8 @@ def guarded(program: str, work: Callable[[], None]) -> int:
     """Run `work` and return the exit status of the command.
 
     An error that the user can mend (ModelError, ValueError, OSError, too little memory) is printed to stderr
-    as one sentence, after the name of `program`, and gives status 2. Ctrl-C gives status 130, and the sentence
-    of the KeyboardInterrupt if it has one. Any other error is a fault of ours and passes through.
+    as one sentence, after the name of `program`, and gives status 2. Ctrl-C gives status 130, and its
+    own sentence if it has one. Any other error is a fault of ours and passes through.
     """
     try:
         work()

@@ -92,8 +92,8 @@ class BatchSource:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > memory:
             raise ValueError(
-                f"batch {self.config.batch} takes {needed / 2**30:,.0f} GiB for pictures and noise alone, and "
-                f"this machine has {memory / 2**30:,.0f}: lower it"
+                f"batch {self.config.batch} takes {needed / 2**30:,.0f} GiB for pictures and noise alone, "
+                f"and this machine has {memory / 2**30:,.0f}: lower it"
             )
 
     def dataset_at(self, step: int) -> Dataset:

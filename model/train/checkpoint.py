@@ -237,9 +237,10 @@ def check_identity(path: Path, saved: Mapping[str, Any], identity: Mapping[str, 
     """
     for field, was, now in differences(saved, {key: identity[key] for key in identity if key in saved}):
         if field.startswith("content"):
+            numbers = field.partition(".")[2]
             raise CheckpointError(
-                f"{path} was trained with other pictures: those numbered {field.partition('.')[2]} in the data "
-                "were replaced since: take the old ones back, or another output, with init to go on from here"
+                f"{path} was trained with other pictures: those numbered {numbers} in the data were replaced "
+                "since: take the old ones back, or another output, with init to go on from here"
             )
         raise CheckpointError(
             f"{path} was trained with another {field} ({was}, not {now}): take that one back, or another "

@@ -1,4 +1,4 @@
-"""The identity of a run: what must be equal for a checkpoint to be continued, and what differs if it is not."""
+"""The identity of a run: what must be equal for a checkpoint to be continued, and what differs."""
 
 from __future__ import annotations
 

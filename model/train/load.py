@@ -128,8 +128,8 @@ def model_name(folder: Path) -> str:
         return TypeAdapter(Name).validate_python(name)
     except ValidationError:
         raise LoadError(
-            f"the folder's name {name!r} is to be the model's, which has letters from a to z, digits, '.', '_' "
-            "and '-', and begins with a letter or a digit: choose another name"
+            f"the folder's name {name!r} is to be the model's, which has letters from a to z, digits, '.', "
+            "'_' and '-', and begins with a letter or a digit: choose another name"
         ) from None
 
 
