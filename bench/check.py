@@ -179,7 +179,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 1 if something could not be measured."""
-    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    options, console, background = parse(arguments), Console(), report.BackgroundLoad()
     unmeasured = False
 
     def work() -> None:
@@ -188,10 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unmeasured = not whole
         recorded = (report.read("check") or {}).get("ratios", {})
         console.print(verdict_table(list(judge(figures, recorded))))
-        others = neighbours.shares()["share_of_others"]
+        others = background.shares()["share_of_others"]
         console.print(f"other processes used {others:.0%} of the machine meanwhile")
         if options.record and whole:
-            report.save("check", options, neighbours, {"ratios": figures})
+            report.save("check", options, background, {"ratios": figures})
 
     return report.run_command("check", work) or int(unmeasured)
 

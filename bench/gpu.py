@@ -161,7 +161,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(width=140), report.Neighbours()
+    options, console, background = parse(arguments), Console(width=140), report.BackgroundLoad()
 
     def work() -> None:
         gpu = first_gpu()
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "points": [asdict(point) for point in points],
             "conditioner_ms": conditioner,
         }
-        report.save("gpu", options, neighbours, figures)
+        report.save("gpu", options, background, figures)
         shares = [(f"{p.network}, {p.runtime}", p.rows, p.share) for p in points]
         draw_peak_shares(shares, report.result_path("gpu.png"), goal=GOAL)
 

@@ -272,7 +272,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    options, console, background = parse(arguments), Console(), report.BackgroundLoad()
 
     def work() -> None:
         queue = asyncio.run(queue_times(options.depths, options.calls))
@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "admission_us": [asdict(measured) for measured in admission],
             "fleets": [asdict(fleet) for fleet in fleets],
         }
-        report.save("growth", options, neighbours, figures)
+        report.save("growth", options, background, figures)
         lines: dict[str, list[tuple[float, float]]] = {}
         for measured in (*queue, *admission):
             name = "admission (by workers)" if measured.event == "admission" else measured.event

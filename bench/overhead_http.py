@@ -199,14 +199,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    options, console, background = parse(arguments), Console(), report.BackgroundLoad()
 
     def work() -> None:
         rounds = asyncio.run(measure(options, console))
         by_server = medians(rounds)
         console.print(medians_table(by_server, options))
         figures = {"medians": by_server, "rounds": [asdict(measured) for measured in rounds]}
-        report.save("overhead_http", options, neighbours, figures)
+        report.save("overhead_http", options, background, figures)
         figure = report.result_path("overhead_http.png")
         draw_bars(processor_times(by_server), "processor ms a request", figure)
 

@@ -146,7 +146,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    options, console, background = parse(arguments), Console(), report.BackgroundLoad()
 
     def work() -> None:
         starts, memory = asyncio.run(measure(options, console))
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in ("ready_s", "image_s")
         }
         figures = {"medians": medians, "starts": [asdict(times) for times in starts], "resident_mib": memory}
-        report.save("startup", options, neighbours, figures)
+        report.save("startup", options, background, figures)
         bars = {f"{role}, {moment}": mib for moment, held in memory.items() for role, mib in held.items()}
         draw_bars(bars, "resident MiB", report.result_path("startup.png"))
 

@@ -10,8 +10,8 @@ Address = IPv4Address | IPv6Address
 def share(address: str) -> str:
     """Return the name of the share that an address has in the fair queue.
 
-    A machine has as many addresses as it likes on its loopback interface, and usually a whole /64 of IPv6, but
-    it is one caller.
+    A machine is one caller, although its loopback interface has as many addresses as it likes and its network
+    usually a whole /64 of IPv6.
     """
     parsed = parsed_address(address)
     if parsed is None:

@@ -169,14 +169,14 @@ class Settings(BaseSettings):
     )
     trusted_proxies: Annotated[str, AfterValidator(_networks)] = Field(
         "",
-        description="networks of the proxies whose X-Forwarded-For, -Proto, -Host and Forwarded are believed, "
-        "such as 10.0.0.0/8,::1/128",
+        description="networks of the proxies whose X-Forwarded-For, -Proto, -Host and Forwarded are "
+        "believed, such as 10.0.0.0/8,::1/128",
     )
     allowed_hosts: str = Field(
         "",
         pattern=rf"^$|^{_HOST_PATTERN}(,{_HOST_PATTERN})*$",
-        description="hosts that requests may name besides localhost, such as example.org,*.example.org; * is any. "
-        "Unset is none where no key is asked and only this machine can connect, else any",
+        description="hosts that requests may name besides localhost, such as example.org,*.example.org; "
+        "* is any. Unset is none where no key is asked and only this machine can connect, else any",
     )
 
     canary_s: float = Field(

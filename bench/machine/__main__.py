@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    options, console, background = parse(arguments), Console(), report.BackgroundLoad()
     clock = time.process_time if options.threads == 1 else time.perf_counter
     runtimes = [name for name in RUNTIMES if options.compiled or name != "torch compiled"]
 
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "points": [asdict(point) for point in points],
             "operators": operators,
         }
-        report.save("machine", options, neighbours, figures)
+        report.save("machine", options, background, figures)
         shares = [(f"{p.network}, {p.runtime}", p.rows, p.share) for p in points]
         draw_peak_shares(shares, report.result_path("machine.png"), goal=GOAL)
 

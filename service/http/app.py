@@ -45,7 +45,7 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
     Raises:
         BundleError: a bundle of the settings cannot be used.
         KeyringError: the key file cannot be used, or the settings neither name one nor let everybody in.
-        ValueError: the root path is one of the API's own; or traces are to be sent, and the extra that sends them is not installed.
+        ValueError: the root path is one of the API's own, or the extra that sends traces is not installed.
     """
     served_models = open_served_models(settings, verify=False)
     keyring = open_keyring(settings)

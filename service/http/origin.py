@@ -57,7 +57,7 @@ class Origin:
         return any(address in network for network in self._trusted)
 
     def _caller(self, peer: Address, headers: Headers) -> Address:
-        """Return the right-most hop that is no trusted proxy; `peer` where two headers tell of two callers."""
+        """Return the right-most hop that is no trusted proxy; `peer` where two headers name two callers."""
         chains = [_listed(headers, "x-forwarded-for"), _forwarded(headers, "for")]
         callers = {self._before(peer, chain) for chain in chains if chain}
         # A proxy writes one of the headers and passes the other on as the client wrote it.

@@ -1,4 +1,4 @@
-"""The API below a path of a real nginx, which removes the path or not. Needs nginx (apt-get install nginx-light)."""
+"""The API below a path of a real nginx (apt-get install nginx-light), which removes the path or not."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Proxy = Callable[..., Awaitable[str]]
 
 @pytest.fixture
 async def proxy(serve: Serve, tmp_path: Path) -> AsyncIterator[Proxy]:
-    """Serve a stage behind nginx; return the address of the API there. `slash` makes nginx remove the path."""
+    """Serve a stage behind nginx; return the API's address there. `slash` makes nginx remove the path."""
     if NGINX is None:
         pytest.skip("needs nginx: apt-get install nginx-light")
     async with AsyncExitStack() as stack:

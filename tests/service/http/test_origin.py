@@ -161,5 +161,6 @@ async def test_callers_are_told_apart_behind_a_trusted_proxy_only(
 
 @pytest.mark.parametrize("root_path", ["/jobs", "/v1", "/generate"])
 def test_a_prefix_that_the_api_uses_itself_is_refused(bundle_path: Any, root_path: str) -> None:
+    options: dict[str, Any] = {"bundle": bundle_path, "root_path": root_path}
     with pytest.raises(ValueError, match="--root-path"):
-        create_app(Settings(bundle=bundle_path, root_path=root_path))
+        create_app(Settings(**options))
