@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 from ditserve.model.data.examples import DataError
 
 Image.init()
-# The only decoders that are tried, whatever format a file claims to have, as far as Pillow was built with them.
+# The only decoders that are tried, whatever format a file claims to have, if Pillow was built with them.
 FORMATS = tuple(
     kind
     for kind in ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")

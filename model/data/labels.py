@@ -77,7 +77,8 @@ def select_examples(
 
     `groups` and `names` select their union; if both are empty, everything. If there are styles, only
     names drawn in every style are kept, so that the two factors cross. `hold_out` is the share kept
-    from training, see `_held_out`. With `captioned`, every picture needs a caption. A single class is no factor: nothing can be chosen. Errors name `source`.
+    from training, see `_held_out`. With `captioned`, every picture needs a caption. A single class is no
+    factor: there is nothing to choose. Errors name `source`.
 
     Raises:
         DataError: a label is out of range, a name or group is unknown, a caption is missing, or nothing

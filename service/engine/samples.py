@@ -94,7 +94,7 @@ class StepReport:
     changes: tuple[Change, ...] = ()
     stop_reason: Literal["cap", "idle"] = "idle"  # as in `scheduler.Batch`
     rows: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the whole turn: since the end of the last step, if it was running
     predicted_s: float = 0.0  # by the cost model, before the step
 
 

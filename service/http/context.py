@@ -22,7 +22,7 @@ from ditserve.service.errors import (
 )
 from ditserve.service.http.middleware import disconnected
 from ditserve.service.http.models import Model
-from ditserve.service.http.submission import Caller, Submission
+from ditserve.service.http.submission import Caller, Idempotency, Submission
 from ditserve.service.jobs import JobResult, JobStatus
 from ditserve.service.settings import Settings
 
@@ -141,7 +141,7 @@ async def _lookup(job_id: str, request: Request, api: Api) -> JobLookup:
 PathJob = Annotated[JobLookup, Depends(_lookup)]
 
 
-def caller(request: Request, *, idempotency_key: str | None = None) -> Caller:
+def caller(request: Request, *, idempotency: Idempotency | None = None) -> Caller:
     """Return the sender of a request: the API key, or the network address where keys are not used.
 
     Queueing is fair between callers, and an Idempotency-Key counts within its caller.
@@ -149,9 +149,9 @@ def caller(request: Request, *, idempotency_key: str | None = None) -> Caller:
     trace = {"request_id": request.state.request_id, **request.state.trace}
     key: ApiKey | None = getattr(request.state, "key", None)
     if key is not None:
-        return Caller(key.caller, idempotency_key, key.concurrency, trace)
+        return Caller(key.caller, idempotency, key.concurrency, trace)
     address = request.client.host if request.client else "unknown"
-    return Caller(address, idempotency_key, None, trace)
+    return Caller(address, idempotency, None, trace)
 
 
 def note(request: Request, **fields: str) -> None:

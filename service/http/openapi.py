@@ -25,12 +25,15 @@ BODY: tuple[ErrorType, ...] = (
 )
 SUBMIT: tuple[ErrorType, ...] = (
     errors.ModelNotFound,
+    errors.IdempotencyConflict,
+    errors.IdempotencyMismatch,
     errors.QueueFull,
     errors.Overloaded,
     errors.QueueUnavailable,
     errors.Draining,
 )
 ENDED: tuple[ErrorType, ...] = (
+    errors.JobExpired,
     errors.Cancelled,
     errors.ModelReplaced,
     errors.NumericalError,

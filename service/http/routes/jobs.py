@@ -31,6 +31,7 @@ from ditserve.service.planning.load import eta_s
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 _EVENT_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
+_IMAGE_NUMBER = re.compile(r"[0-9]{1,3}")
 _FAILURES = frozenset({"failed", "cancelled"})
 # The last event of a job, by the state it ended in.
 _LAST_EVENTS = {"done": "done", "cancelled": "cancelled", "failed": "failed", "dead": "failed"}
@@ -84,7 +85,7 @@ async def get_image(lookup: PathJob, k: str) -> Response:
     if state != "done":
         raise ImageNotFound(f"The job ended as {state}, without images.")
     result = await _result(lookup)
-    if not (k.isdecimal() and len(k) < 4 and int(k) < len(result.images)):
+    if not (_IMAGE_NUMBER.fullmatch(k) and int(k) < len(result.images)):
         raise ImageNotFound(f"The job has images 0 to {len(result.images) - 1}.")
     headers = result_headers(job, result) | {"cache-control": "private, max-age=3600, immutable"}
     return image_response(job, result.images[int(k)], headers)
