@@ -86,7 +86,14 @@ SERVICE_OWNERS = {
 }
 
 # Modules of values and arithmetic, besides all whose docstring says "Pure".
-PURE = {"service.errors", "service.images", "service.jobs", "service.queue.keys", "service.engine.scheduler"}
+PURE = {
+    "service.errors",
+    "service.images",
+    "service.jobs",
+    "service.queue.keys",
+    "service.engine.scheduler",
+    "service.engine.fair_shares",
+}
 PURE |= {f"service.planning.{name}" for name in ("costs", "ladder", "planner")}
 PURE |= {"model.spec.diffusion", "model.spec.solvers"}
 # A bundle's manifest is a value, although its module can also read one from a folder.

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import Receive
 
+from ditserve.service.addresses import share
 from ditserve.service.api_keys import ApiKey
 from ditserve.service.errors import (
     Cancelled,
@@ -63,6 +64,10 @@ class Context:
         if model is None:
             raise ModelNotFound(f"There is no model {name!r}; this service runs {', '.join(self.models)}.")
         return model
+
+    def address(self, path: str) -> str:
+        """Return the address of a path as clients reach it, through a proxy or not."""
+        return self.settings.root_path + path
 
     async def job(self, job_id: str, key: ApiKey | None = None) -> JobLookup:
         """Look a job up among all models. With `key`, only jobs that its holder may see are found.
@@ -150,8 +155,8 @@ def caller(request: Request, *, idempotency: Idempotency | None = None) -> Calle
     key: ApiKey | None = getattr(request.state, "key", None)
     if key is not None:
         return Caller(key.caller, idempotency, key.concurrency, trace)
-    address = request.client.host if request.client else "unknown"
-    return Caller(address, idempotency, None, trace)
+    name = share(request.client.host) if request.client else "unknown"
+    return Caller(name, idempotency, None, trace)
 
 
 def note(request: Request, **fields: str) -> None:
