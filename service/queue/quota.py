@@ -52,5 +52,10 @@ class Quota:
         reset_s = max(0.0, window.reset_time - time.time())
         return Allowance(allowed, per_minute, max(0, window.remaining), reset_s)
 
+    async def give_back(self, name: str, per_minute: int) -> None:
+        """Uncount one request that `take` counted. Raise `QueueUnavailable`."""
+        async with reaching(self._timeout_s):
+            await self._limiter.hit(RateLimitItemPerMinute(per_minute), name, cost=-1)
+
     async def aclose(self) -> None:
         await self._client.aclose()
