@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from ditserve.export.verify import CALIBRATION, LIMITS, check, compare, open_session, report, run
-from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER, Bundle
+from ditserve.export.verify import LIMITS, check, compare, open_session, report, run
+from ditserve.model.spec.bundle import BACKBONE, CALIBRATION, CONDITIONER, EMBEDDER, Bundle
 
 ROWS = 64  # at most, taken evenly from the calibration rows; the null condition doubles them
 FASTER = 1.1  # times half precision, below which INT8 is not worth its error

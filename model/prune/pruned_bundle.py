@@ -14,6 +14,7 @@ from ditserve.model.prune.pruning import PruneError, mlp_channels, prune, pruned
 from ditserve.model.spec.bundle import Manifest, write_atomic
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import network_fields
+from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel, save_model
 
@@ -38,24 +39,24 @@ def write_pruned_bundle(source: Path, data: Path, out: Path, options: PruneOptio
     """Prune the model at `source` into a bundle at `out`, by its training data at `data`. Return a summary.
 
     Raises:
-        PruneError: the shares cannot be removed, or `out` is the model itself.
+        PruneError: the shares cannot be removed.
+        OutputError: `out` must not be written; it is for example the model itself, the recovery's teacher.
         LoadError, BundleError: the model cannot be loaded, or is no DiT.
         DataError, ValueError: the data cannot be read, or is not what the model was trained on.
         OSError: the bundle cannot be written.
     """
-    model = load_model(source)
-    dit = model.dit
-    config = pruned_config(dit, options.heads, options.mlp)
-    if config == dit.config:
-        raise PruneError("nothing is to be taken away: give --heads or --mlp")
-    if out.resolve() == source.resolve():
-        raise PruneError(f"{out} is the model itself, and the teacher of the recovery: choose another -o")
-    dataset = open_data(model, data)
-    batches = training_batches(model, dataset, options.pictures, options.seed)
-    pruned = prune(dit, importance(dit, loss_tables(model), batches), config)
-    save_model(out, LoadedModel(pruned, pruned_manifest(model.manifest, config, out, options)))
-    fields = recovery_fields(model, config, source, data, out)
-    write_atomic(out / RECOVER, (json.dumps(fields, indent=1) + "\n").encode())
+    with replacement(out, BUNDLE, apart=(source, data)) as scratch:
+        model = load_model(source)
+        dit = model.dit
+        config = pruned_config(dit, options.heads, options.mlp)
+        if config == dit.config:
+            raise PruneError("nothing is to be taken away: give --heads or --mlp")
+        dataset = open_data(model, data)
+        batches = training_batches(model, dataset, options.pictures, options.seed)
+        pruned = prune(dit, importance(dit, loss_tables(model), batches), config)
+        save_model(scratch, LoadedModel(pruned, pruned_manifest(model.manifest, config, out, options)))
+        fields = recovery_fields(model, config, source, data, out)
+        write_atomic(scratch / RECOVER, (json.dumps(fields, indent=1) + "\n").encode())
     before, after = (sum(p.numel() for p in network.parameters()) / 1e6 for network in (dit, pruned))
     return (
         f"wrote {out}: {before:.2f} M parameters became {after:.2f} M, {dit.config.num_heads} heads "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ditserve.model.nets.autoencoder import Autoencoder, AutoencoderError, finge
 from ditserve.model.spec.bundle import MANIFEST, Bundle, Defaults, LatentSpec, Manifest, StateTensor
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig
-from ditserve.model.train.checkpoint import checkpoints
+from ditserve.model.train.checkpoint import checkpoints, step_of
 from ditserve.model.train.config import TrainConfig, first_mistake, load_config
 from ditserve.model.train.loaded_model import LoadedModel, LoadError, build, load_bundle
 from ditserve.model.train.tensor_shards import read_full
@@ -32,19 +33,38 @@ DEFAULTS = Defaults(
 def load_model(path: Path, *, data: Path | None = None) -> LoadedModel:
     """Load a bundle, or a training run: its averaged weights, with the class names of its pictures.
 
-    `data` is the path of the run's pictures if they have moved.
+    Of a folder that holds both, the newer state is loaded: the run, if it was trained on after the bundle was
+    made. A line on stderr tells which of the two was opened. `data` is the path of the run's pictures if they
+    have moved.
 
     Raises:
         LoadError: `path` is neither of the two, has no readable checkpoint, or has weights that do not fit.
         BundleError: a bundle that is damaged.
     """
-    if (path / MANIFEST).is_file():
-        return load_bundle(Bundle.open(path))
-    if (path / "config.json").is_file():
-        return _load_run(path, data)
-    raise LoadError(
-        f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
-    )
+    has_run = (path / "config.json").is_file()
+    if not (path / MANIFEST).is_file():
+        if not has_run:
+            raise LoadError(
+                f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
+            )
+        loaded, kind = _load_run(path, data), "training run"
+    elif has_run and _newest_step(path) > _bundle_step(path):
+        loaded, kind = _load_run(path, data), "training run, which is newer than the bundle beside it,"
+    else:
+        loaded, kind = load_bundle(Bundle.open(path)), "bundle"
+    print(f"opened the {kind} {path}: version {loaded.manifest.version}", file=sys.stderr)
+    return loaded
+
+
+def _newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint of a run; −1 if it has none."""
+    return max((step_of(path) for path in checkpoints(run / "checkpoints")), default=-1)
+
+
+def _bundle_step(path: Path) -> int:
+    """Return the training step that the bundle in a run's folder was made at; −1 if it does not tell."""
+    step = Bundle.open(path, verify=False).manifest.provenance.get("step")
+    return step if isinstance(step, int) else -1
 
 
 def run_config(source: Path) -> NetworkConfig:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import pickle
 import re
@@ -32,6 +33,7 @@ from ditserve.model.spec.bundle import (
     write_manifest,
 )
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.output_folder import BUNDLE, DIFFUSERS, check_new_file, replacement
 from ditserve.model.weights.diffusers import Function, from_diffusers, to_diffusers
 from ditserve.model.weights.official import Weights, WeightsError, from_official, to_official
 
@@ -151,9 +153,9 @@ def write_bundle(
         )
     except ValidationError as error:
         raise WeightsError(f"{target} cannot be a bundle: {error.errors()[0]['msg']}") from None
-    target.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, target / WEIGHTS)
-    write_manifest(target, manifest)
+    with replacement(target, BUNDLE) as scratch:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, scratch / WEIGHTS)
+        write_manifest(scratch, manifest)
     return manifest
 
 
@@ -168,11 +170,13 @@ def export_weights(bundle: Bundle, target: Path, layout: str) -> None:
     if not isinstance(config, DiTConfig):
         raise WeightsError(f"{bundle.path} holds a U-Net: the layouts are those of a DiT")
     if layout == "official":
-        state = to_official(weights, config)
+        check_new_file(target)
+        content = io.BytesIO()
+        torch.save(to_official(weights, config), content)
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, target)
+        write_atomic(target, content.getvalue())
         return
-    state, fields = to_diffusers(weights, config)
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(state, target / DIFFUSERS_WEIGHTS[0])
-    write_atomic(target / DIFFUSERS_CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
+    with replacement(target, DIFFUSERS, apart=(bundle.path,)) as scratch:
+        state, fields = to_diffusers(weights, config)
+        save_file(state, scratch / DIFFUSERS_WEIGHTS[0])
+        write_atomic(scratch / DIFFUSERS_CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
