@@ -84,7 +84,8 @@ def add_int8(
     """
     with revision(path) as scratch:
         source = open_source(path)
-        CalibrationRows.load(path / CALIBRATION)
+        # Refused now, if it is no DiT or has no rows.
+        _ = source.dit, CalibrationRows.load(path / CALIBRATION)
         return _quantize(source, scratch, target, settings)
 
 

@@ -130,7 +130,8 @@ def open_classifier(folder: Path) -> Classifier:
 
 
 def save_classifier(network: Classifier, folder: Path, card: ClassifierCard) -> None:
-    """Write a classifier and its card to a folder that is there, the weights as fp16."""
+    """Write a classifier and its card to a folder, the weights as fp16."""
+    folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
         for name, tensor in network.state_dict().items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from ditserve.model.evaluation.picture_sets import open_data
 from ditserve.model.prune.importance import importance, loss_tables, training_batches
 from ditserve.model.prune.pruning import PruneError, mlp_channels, prune, pruned_config
-from ditserve.model.spec.bundle import Manifest, write_atomic
+from ditserve.model.spec.bundle import Manifest, bundle_name, write_atomic
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import network_fields
 from ditserve.model.spec.output_folder import BUNDLE, replacement
@@ -98,7 +97,7 @@ def pruned_manifest(whole: Manifest, config: DiTConfig, out: Path, options: Prun
     pruning = {"of": f"{whole.name} {whole.version}", "heads": options.heads, "mlp": options.mlp}
     return whole.model_copy(
         update={
-            "name": re.sub(r"[^A-Za-z0-9._-]", "-", out.resolve().name),
+            "name": bundle_name(out),
             "config": config,
             "ladder": (),
             "golden": None,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -226,6 +227,11 @@ class Bundle:
                 f"its manifest lists {', '.join(sorted(self.manifest.files))}"
             )
         return self.path / name
+
+
+def bundle_name(folder: Path) -> str:
+    """Return the name of the bundle of a folder: a legal one for any folder name, such as "über 2"."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:100] or "model"
 
 
 def parse_manifest(raw: bytes, source: Path) -> Manifest:

@@ -22,7 +22,7 @@ from ditserve.model.spec.bundle import BUNDLE_FILES, MANIFEST, Bundle
 from ditserve.model.spec.errors import ModelError
 
 MARKER = ".ditserve"
-BUNDLE, RUN, EVALUATION = "bundle", "training run", "evaluation"
+BUNDLE, RUN, EVALUATION = "bundle", "training run", "report of an evaluation"
 LATENTS, SCALING, CLASSIFIER = "set of latents", "scaling study", "classifier"
 DIFFUSERS, ENGINES = "diffusers model", "set of engines"
 # Kind of folder → the file that describes it, and fields that tell this file from others of its name. A

@@ -15,7 +15,15 @@ from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.latents import Latents
 from ditserve.model.nets.autoencoder import Autoencoder, AutoencoderError, fingerprint, open_autoencoder
-from ditserve.model.spec.bundle import MANIFEST, Bundle, Defaults, LatentSpec, Manifest, StateTensor
+from ditserve.model.spec.bundle import (
+    MANIFEST,
+    Bundle,
+    Defaults,
+    LatentSpec,
+    Manifest,
+    StateTensor,
+    bundle_name,
+)
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.checkpoint import checkpoints, step_of
@@ -43,28 +51,23 @@ def load_model(path: Path, *, data: Path | None = None) -> LoadedModel:
     """
     has_run = (path / "config.json").is_file()
     if not (path / MANIFEST).is_file():
-        if not has_run:
-            raise LoadError(
-                f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
-            )
-        loaded, kind = _load_run(path, data), "training run"
-    elif has_run and _newest_step(path) > _bundle_step(path):
-        loaded, kind = _load_run(path, data), "training run, which is newer than the bundle beside it,"
-    else:
-        loaded, kind = load_bundle(Bundle.open(path)), "bundle"
-    print(f"opened the {kind} {path}: version {loaded.manifest.version}", file=sys.stderr)
-    return loaded
+        if has_run:
+            return _load_run(path, data)
+        raise LoadError(
+            f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
+        )
+    trained = _newest_step(path) if has_run else -1
+    if trained < 0:
+        return load_bundle(Bundle.open(path))
+    made = Bundle.open(path, verify=False).manifest.provenance.get("step", -1)
+    opened = f"the training run, at step {trained}" if trained > made else f"the bundle, of step {made}"
+    print(f"{path} holds a bundle and a training run; opened {opened}", file=sys.stderr)
+    return _load_run(path, data) if trained > made else load_bundle(Bundle.open(path))
 
 
 def _newest_step(run: Path) -> int:
     """Return the step of the newest checkpoint of a run; −1 if it has none."""
     return max((step_of(path) for path in checkpoints(run / "checkpoints")), default=-1)
-
-
-def _bundle_step(path: Path) -> int:
-    """Return the training step that the bundle in a run's folder was made at; −1 if it does not tell."""
-    step = Bundle.open(path, verify=False).manifest.provenance.get("step")
-    return step if isinstance(step, int) else -1
 
 
 def run_config(source: Path) -> NetworkConfig:
@@ -82,7 +85,7 @@ def _load_run(path: Path, data: Path | None) -> LoadedModel:
     dataset = _open_dataset(config, data)
     checkpoint, step, weights = _newest_checkpoint(path / "checkpoints")
     network = build(config.network_config(dataset), weights, checkpoint)
-    return LoadedModel(network, describe_run(path.resolve().name, config, dataset, network.config, step))
+    return LoadedModel(network, describe_run(bundle_name(path), config, dataset, network.config, step))
 
 
 def _read_config(source: Path) -> TrainConfig:

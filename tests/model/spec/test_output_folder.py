@@ -133,7 +133,7 @@ def test_an_unfinished_output_is_known_by_its_marker(tmp_path: Path) -> None:
     assert kind_of(out) == EVALUATION
     with claim(out, EVALUATION):
         pass
-    with pytest.raises(OutputError, match="is an? evaluation"):
+    with pytest.raises(OutputError, match="is a report of an evaluation"):
         check_folder(out, RUN)
 
 
