@@ -94,35 +94,35 @@ def network_ratios(bundle: Bundle) -> Figures:
     peak = MatmulPeak(threads=1, clock=time.process_time)
     quiet = Console(quiet=True)
     points = step_times(networks, NETWORK_ROWS, rounds=5, peak=peak, clock=time.process_time, console=quiet)
-    found = {(point.runtime, point.rows): point for point in points}
-    figures = {ratio.name: found["onnx", rows].share for rows, ratio in PEAK.items()}
-    figures[TORCH.name] = found["torch", ROWS].row_ms / found["onnx", ROWS].row_ms
+    by_runtime = {(point.runtime, point.rows): point for point in points}
+    figures = {ratio.name: by_runtime["onnx", rows].share for rows, ratio in PEAK.items()}
+    figures[TORCH.name] = by_runtime["torch", ROWS].row_ms / by_runtime["onnx", ROWS].row_ms
     if BACKBONES["int8"] in bundle.manifest.files:
         int8 = load_backend("onnx", bundle, threads=1, precision="int8")
         times = np.median(engine_overhead.network_ms(int8, rows=ROWS))
-        figures[INT8.name] = float(times) / (ROWS * found["onnx", ROWS].row_ms)
+        figures[INT8.name] = float(times) / (ROWS * by_runtime["onnx", ROWS].row_ms)
     return figures
 
 
 def service_ratios(bundle: Bundle) -> Figures:
     options = overhead_http.parse([f"--bundle={bundle.path}", "--rounds=3", "--requests=300"])
     rounds = asyncio.run(overhead_http.measure(options, Console(quiet=True)))
-    found = overhead_http.medians(rounds)
-    spent = sum(overhead_http.processor_times(found).values())
+    medians = overhead_http.medians(rounds)
+    spent = sum(overhead_http.processor_times(medians).values())
     backend = load_backend("onnx", bundle, threads=1, precision="fp32")
     row = float(np.median(engine_overhead.network_ms(backend, rows=ROWS, passes=5))) / ROWS
-    return {RATE.name: found["ratio"]["per_s"], SERVICE.name: spent / row}
+    return {RATE.name: medians["ratio"]["per_s"], SERVICE.name: spent / row}
 
 
 def growth_ratios(bundle: Bundle) -> Figures:
     del bundle
     times = asyncio.run(growth.queue_times(DEPTHS, 60))
-    found = {(measured.event, measured.size): measured.microseconds for measured in times}
+    by_size = {(measured.event, measured.size): measured.microseconds for measured in times}
     few, many = DEPTHS
     decisions = [growth.admission_time(workers, 20).microseconds for workers in WORKERS]
     return {
-        QUEUE.name: found["submit", many] / found["submit", few],
-        WORST.name: found["submit before all of one caller", many] / found["submit", few],
+        QUEUE.name: by_size["submit", many] / by_size["submit", few],
+        WORST.name: by_size["submit before all of one caller", many] / by_size["submit", few],
         ADMISSION.name: decisions[1] / decisions[0],
     }
 
@@ -179,7 +179,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 1 if something could not be measured."""
-    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    options, console, background = parse(arguments), Console(), report.BackgroundLoad()
     unmeasured = False
 
     def work() -> None:
@@ -188,10 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unmeasured = not whole
         recorded = (report.read("check") or {}).get("ratios", {})
         console.print(verdict_table(list(judge(figures, recorded))))
-        others = neighbours.shares()["share_of_others"]
+        others = background.shares()["share_of_others"]
         console.print(f"other processes used {others:.0%} of the machine meanwhile")
         if options.record and whole:
-            report.save("check", options, neighbours, {"ratios": figures})
+            report.save("check", options, background, {"ratios": figures})
 
     return report.run_command("check", work) or int(unmeasured)
 

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from ditserve.bench import report
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.backends import CONDITIONER_ROWS, Backend, load_backend
-from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
@@ -131,7 +131,7 @@ def open_engine(backend: Backend, costs: CostModel, *, rows: int, strict: bool =
     ladder = Ladder(RUNGS)
     return Engine(
         backend=backend,
-        conditions=Conditions(backend),
+        conditions=ConditionCaches(backend),
         scheduler=Scheduler(max_rows=rows, strict=strict),
         planner=Planner(ladder),
         ladder=ladder,
@@ -215,7 +215,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, neighbours = parse(arguments), report.Neighbours()
+    options, background = parse(arguments), report.BackgroundLoad()
 
     def work() -> None:
         bundle = Bundle.open(options.bundle)
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"at exactly {options.strict}: {cost.ratio:.2f} times; "
                 f"equal to the last bit in another order: {cost.equal}"
             )
-            report.save("engine_strict", options, neighbours, asdict(cost))
+            report.save("engine_strict", options, background, asdict(cost))
             return
         own = engine_ms(bundle.manifest, rows=options.rows, steps=options.steps)
         p50, p95 = (float(value) for value in np.percentile(own, [50, 95]))
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"beside a network of {step:.1f} ms: {100 * p50 / step:.2f} %"
         )
         figures = {"p50_ms": p50, "p95_ms": p95, "network_ms": step, "share": p50 / step}
-        report.save("engine_overhead", options, neighbours, figures)
+        report.save("engine_overhead", options, background, figures)
 
     return report.run_command("engine_overhead", work)
 

@@ -114,11 +114,11 @@ def conditioner_ms(bundle: Bundle, passes: int) -> dict[str, float]:
     """Return the milliseconds of a call of the conditioner on the CPU and on the GPU."""
     timesteps = np.full(CONDITIONER_ROWS_GPU, 500.0, np.float32)
     embeddings = np.zeros((CONDITIONER_ROWS_GPU, bundle.manifest.embedding_size), np.float32)
-    found = {}
+    milliseconds = {}
     for name, providers in (("CPU", (CPU,)), ("GPU", (CUDA, CPU))):
         graphs = AuxiliaryGraphs(bundle, session_options(0), providers)
-        found[name] = 1e3 * median_seconds(partial(graphs.modulate, timesteps, embeddings), passes)
-    return found
+        milliseconds[name] = 1e3 * median_seconds(partial(graphs.modulate, timesteps, embeddings), passes)
+    return milliseconds
 
 
 def median_seconds(run: Callable[[], object], passes: int) -> float:
@@ -161,7 +161,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(width=140), report.Neighbours()
+    options, console, background = parse(arguments), Console(width=140), report.BackgroundLoad()
 
     def work() -> None:
         gpu = first_gpu()
@@ -185,8 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "points": [asdict(point) for point in points],
             "conditioner_ms": conditioner,
         }
-        report.save("gpu", options, neighbours, figures)
-        draw_peak_shares(points, report.result_path("gpu.png"), goal=GOAL)
+        report.save("gpu", options, background, figures)
+        shares = [(f"{p.network}, {p.runtime}", p.rows, p.share) for p in points]
+        draw_peak_shares(shares, report.result_path("gpu.png"), goal=GOAL)
 
     return report.run_command("gpu", work)
 

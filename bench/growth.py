@@ -38,9 +38,18 @@ from ditserve.bench.simulate.scenario import (
     PLANNED_EVERY_STEP,
     SimulatedCluster,
 )
-from ditserve.service.jobs import Claim, ConditionTerm, Due, Image, Job, JobResult, LoadSnapshot, WorkerState
+from ditserve.service.jobs import (
+    Claim,
+    ConditionTerm,
+    DemandBucket,
+    Image,
+    Job,
+    JobResult,
+    LoadSnapshot,
+    WorkerState,
+)
 from ditserve.service.launch.valkey import start_valkey
-from ditserve.service.planning.admission import Newcomer, admit
+from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.queue.broker import Broker
 
 CALLERS = 16
@@ -133,7 +142,7 @@ def worker_state(k: int, now: float) -> WorkerState:
         backlog_rows=1000,
         last_step_age_s=0.0,
         updated_at=now,
-        dues=tuple(Due(now + 2.0**h, 80, 80) for h in range(DEADLINES)),
+        dues=tuple(DemandBucket(now + 2.0**h, 80, 80) for h in range(DEADLINES)),
     )
 
 
@@ -180,7 +189,7 @@ async def overtaking(broker: Broker, depth: int, calls: int) -> list[EventTime]:
 
 async def queue_times(depths: Sequence[int], calls: int) -> list[EventTime]:
     """Time the queue's operations at every depth, each in a namespace of its own."""
-    found: list[EventTime] = []
+    times: list[EventTime] = []
     with tempfile.TemporaryDirectory(prefix="dit-") as folder:
         valkey, url = await start_valkey(Path(folder))
         try:
@@ -191,12 +200,12 @@ async def queue_times(depths: Sequence[int], calls: int) -> list[EventTime]:
                         url, namespace=namespace, queue_limit=10**6, queue_rows=10**9
                     )
                     try:
-                        found += await study(broker, depth, calls)
+                        times += await study(broker, depth, calls)
                     finally:
                         await broker.aclose()
         finally:
             await valkey.stop(5.0)
-    return found
+    return times
 
 
 def admission_time(workers: int, calls: int) -> EventTime:
@@ -204,11 +213,11 @@ def admission_time(workers: int, calls: int) -> EventTime:
     now = time.time()
     ladder = LADDERS["ddim"]
     load = LoadSnapshot(10_000, 200_000, 1.0, tuple(worker_state(k, now) for k in range(workers)), now)
-    newcomer = Newcomer(ladder.rungs[0], 1.0, 1, now + 60.0, True, 1)
+    admission_request = AdmissionRequest(ladder.rungs[0], 1.0, 1, now + 60.0, True, 1)
     spent = []
     for _ in range(calls):
         began = time.perf_counter()
-        admit(newcomer, load, ladder=ladder, now=now)
+        admit(admission_request, load, ladder=ladder, now=now)
         spent.append(1e6 * (time.perf_counter() - began))
     return EventTime("admission", workers, float(np.median(spent)))
 
@@ -263,7 +272,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    options, console, background = parse(arguments), Console(), report.BackgroundLoad()
 
     def work() -> None:
         queue = asyncio.run(queue_times(options.depths, options.calls))
@@ -277,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "admission_us": [asdict(measured) for measured in admission],
             "fleets": [asdict(fleet) for fleet in fleets],
         }
-        report.save("growth", options, neighbours, figures)
+        report.save("growth", options, background, figures)
         lines: dict[str, list[tuple[float, float]]] = {}
         for measured in (*queue, *admission):
             name = "admission (by workers)" if measured.event == "admission" else measured.event

@@ -147,37 +147,40 @@ async def measure(options: argparse.Namespace, console: Console) -> list[Overhea
 
 def medians(rounds: Sequence[OverheadRound]) -> dict[str, dict[str, float]]:
     """Return the medians over the rounds by server, and the median of the ratios within each round."""
-    found: dict[str, dict[str, float]] = {}
+    by_server: dict[str, dict[str, float]] = {}
     for server in dict.fromkeys(measured.server for measured in rounds):
         mine = [measured for measured in rounds if measured.server == server]
         names = ("p50_ms", "p95_ms", "p99_ms", "per_s", "busy_p50_ms")
-        found[server] = {name: float(np.median([getattr(r, name) for r in mine])) for name in names}
+        by_server[server] = {name: float(np.median([getattr(r, name) for r in mine])) for name in names}
         for process in mine[0].processor_ms:
             median = float(np.median([measured.processor_ms[process] for measured in mine]))
-            found[server][f"{process} processor ms"] = median
+            by_server[server][f"{process} processor ms"] = median
     pairs = zip(rounds[::2], rounds[1::2], strict=True)
-    found["ratio"] = {"per_s": float(np.median([noop.per_s / echo.per_s for noop, echo in pairs]))}
-    return found
+    by_server["ratio"] = {"per_s": float(np.median([noop.per_s / echo.per_s for noop, echo in pairs]))}
+    return by_server
 
 
-def processor_times(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def processor_times(by_server: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return the processor milliseconds of a request to the no-op service, by process."""
     suffix = " processor ms"
-    return {name.removesuffix(suffix): ms for name, ms in found[NOOP].items() if name.endswith(suffix)}
+    return {name.removesuffix(suffix): ms for name, ms in by_server[NOOP].items() if name.endswith(suffix)}
 
 
-def medians_table(found: Mapping[str, Mapping[str, float]], options: argparse.Namespace) -> Table:
+def medians_table(by_server: Mapping[str, Mapping[str, float]], options: argparse.Namespace) -> Table:
     title = (
         f"{options.requests} requests of {options.steps} step(s), medians of {options.rounds} rounds; "
         f"goals: p50 ≤ {GOAL_MS:g} ms alone, ≥ {GOAL_PER_S:g} requests/s"
     )
     names = {"p50_ms": "alone: p50 ms", "p95_ms": "p95 ms", "p99_ms": "p99 ms"}
     names |= {"per_s": f"{options.connections} clients: requests/s", "busy_p50_ms": "p50 ms"}
-    names |= {name: f"{name} a request" for name in found[NOOP] if name.endswith("processor ms")}
+    names |= {name: f"{name} a request" for name in by_server[NOOP] if name.endswith("processor ms")}
     rows = [
         [
             shown,
-            *(f"{found[server][name]:.2f}" if name in found[server] else "" for server in (NOOP, ECHO)),
+            *(
+                f"{by_server[server][name]:.2f}" if name in by_server[server] else ""
+                for server in (NOOP, ECHO)
+            ),
         ]
         for name, shown in names.items()
     ]
@@ -196,16 +199,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    options, console, background = parse(arguments), Console(), report.BackgroundLoad()
 
     def work() -> None:
         rounds = asyncio.run(measure(options, console))
-        found = medians(rounds)
-        console.print(medians_table(found, options))
-        figures = {"medians": found, "rounds": [asdict(measured) for measured in rounds]}
-        report.save("overhead_http", options, neighbours, figures)
+        by_server = medians(rounds)
+        console.print(medians_table(by_server, options))
+        figures = {"medians": by_server, "rounds": [asdict(measured) for measured in rounds]}
+        report.save("overhead_http", options, background, figures)
         figure = report.result_path("overhead_http.png")
-        draw_bars(processor_times(found), "processor ms a request", figure)
+        draw_bars(processor_times(by_server), "processor ms a request", figure)
 
     return report.run_command("overhead_http", work)
 

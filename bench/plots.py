@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from matplotlib.figure import Figure
 
@@ -23,12 +22,7 @@ class Panel:
 
 
 def draw_panels(
-    rows: Sequence[Sequence[Panel]],
-    target: Path,
-    *,
-    size: tuple[float, float],
-    legend_columns: int,
-    dpi: int,
+    rows: Sequence[Sequence[Panel]], target: Path, *, size: tuple[float, float], legend_columns: int, dpi: int
 ) -> None:
     """Draw a grid of panels over the offered load, with one legend for all.
 
@@ -104,22 +98,9 @@ def draw_lines(
     figure.savefig(target, dpi=110)
 
 
-class NetworkShare(Protocol):
-    """A measured step of a network in a runtime."""
-
-    @property
-    def network(self) -> str: ...
-    @property
-    def runtime(self) -> str: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def share(self) -> float: ...
-
-
-def draw_peak_shares(points: Sequence[NetworkShare], target: Path, *, goal: float) -> None:
-    """Draw the share of the matrix-multiply peak over the rows of a step, by network and runtime."""
+def draw_peak_shares(shares: Iterable[tuple[str, int, float]], target: Path, *, goal: float) -> None:
+    """Draw shares of the matrix-multiply peak, given as (network and runtime, rows of a step, share)."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for point in points:
-        lines.setdefault(f"{point.network}, {point.runtime}", []).append((point.rows, point.share))
+    for name, rows, share in shares:
+        lines.setdefault(name, []).append((rows, share))
     draw_lines(lines, target, x="rows of a step", y="share of the matrix-product peak", goal=goal)

@@ -1,4 +1,4 @@
-"""What every benchmark command shares: its argument parser, its exit status, its tables, and its JSON record.
+"""The parts that all benchmark commands share: parser, exit status, tables, and the JSON record.
 
 A record holds the options of the command, the machine, the use of that machine by other processes, and the
 figures.
@@ -32,8 +32,9 @@ DEFAULT_BUNDLE = Path("model/zoo/emoji")
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """Return the parser of `python -m bench.<name>`, described by the first line of its docstring."""
-    return argparse.ArgumentParser(prog=f"python -m bench.{name}", description=(doc or "").splitlines()[0])
+    """Return the parser of `python -m bench.<name>`, described by the first paragraph of `doc`."""
+    summary = " ".join((doc or "").partition("\n\n")[0].split())
+    return argparse.ArgumentParser(prog=f"python -m bench.{name}", description=summary)
 
 
 def run_command(name: str, work: Callable[[], None]) -> int:
@@ -49,19 +50,15 @@ def run_command(name: str, work: Callable[[], None]) -> int:
 
 
 def table(
-    title: str | None,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    text: Collection[str] = (),
+    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: Collection[str] = ()
 ) -> Table:
     """Return a table whose columns are right-justified, except those named in `text`."""
-    made = Table(title=title)
+    built = Table(title=title)
     for column in columns:
-        made.add_column(column, justify="left" if column in text else "right")
+        built.add_column(column, justify="left" if column in text else "right")
     for row in rows:
-        made.add_row(*row)
-    return made
+        built.add_row(*row)
+    return built
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +80,7 @@ class _ProcessorTime:
         return cls(busy + idle + waiting + stolen, busy, stolen, sum(os.times()[:4]))
 
 
-class Neighbours:
+class BackgroundLoad:
     """The other users of the machine, watched from the construction of this object on."""
 
     def __init__(self) -> None:
@@ -118,13 +115,13 @@ def machine() -> dict[str, Any]:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of those `packages` that are installed."""
-    found = {}
+    installed = {}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def result_path(file: str) -> Path:
@@ -137,14 +134,11 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
-def record(options: argparse.Namespace, neighbours: Neighbours, figures: Mapping[str, Any]) -> dict[str, Any]:
+def record(
+    options: argparse.Namespace, background: BackgroundLoad, figures: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return `figures` with the options of the command, the machine and its other users."""
-    return {
-        "options": plain(options),
-        "machine": machine(),
-        "neighbours": neighbours.shares(),
-        **figures,
-    }
+    return {"options": plain(options), "machine": machine(), "neighbours": background.shares(), **figures}
 
 
 def plain(options: argparse.Namespace) -> dict[str, Any]:
@@ -152,9 +146,11 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
 
 
-def save(name: str, options: argparse.Namespace, neighbours: Neighbours, figures: Mapping[str, Any]) -> None:
+def save(
+    name: str, options: argparse.Namespace, background: BackgroundLoad, figures: Mapping[str, Any]
+) -> None:
     """Write the record to bench/results/<name>.json."""
-    write_json(result_path(f"{name}.json"), record(options, neighbours, figures))
+    write_json(result_path(f"{name}.json"), record(options, background, figures))
 
 
 def read(name: str) -> dict[str, Any] | None:

@@ -128,7 +128,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 1 if a process grew too much or an image was wrong."""
-    options, neighbours = parse(arguments), report.Neighbours()
+    options, background = parse(arguments), report.BackgroundLoad()
     result: dict[str, Any] = {}
 
     def work() -> None:
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result.update(asyncio.run(run(options, progress)))
         Console().print_json(data=result)
         if options.out:
-            report.write_json(options.out, report.record(options, neighbours, result))
+            report.write_json(options.out, report.record(options, background, result))
 
     if status := report.run_command("soak", work):
         return status

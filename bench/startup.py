@@ -97,13 +97,13 @@ async def _seconds_until_ready(port: int, child: Child, began: float) -> float:
 
 def resident_mib(pid: int) -> dict[str, float]:
     """Return the MiB of a running service by the role of its processes."""
-    found: dict[str, float] = {}
+    by_role: dict[str, float] = {}
     for member in process_tree(pid):
         words = Path(f"/proc/{member}/cmdline").read_bytes().replace(b"\0", b" ").decode()
         role = next((role for sign, role in ROLES.items() if sign in words), None)
         if role is not None:
-            found[role] = found.get(role, 0.0) + resident_bytes(member) / MIB
-    return {role: round(found[role], 1) for role in ROLES.values() if role in found}
+            by_role[role] = by_role.get(role, 0.0) + resident_bytes(member) / MIB
+    return {role: round(by_role[role], 1) for role in ROLES.values() if role in by_role}
 
 
 async def measure(options: argparse.Namespace, console: Console) -> tuple[list[StartTimes], Memory]:
@@ -146,7 +146,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    options, console, background = parse(arguments), Console(), report.BackgroundLoad()
 
     def work() -> None:
         starts, memory = asyncio.run(measure(options, console))
@@ -156,12 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name: float(np.median([getattr(times, name) for times in starts]))
             for name in ("ready_s", "image_s")
         }
-        figures = {
-            "medians": medians,
-            "starts": [asdict(times) for times in starts],
-            "resident_mib": memory,
-        }
-        report.save("startup", options, neighbours, figures)
+        figures = {"medians": medians, "starts": [asdict(times) for times in starts], "resident_mib": memory}
+        report.save("startup", options, background, figures)
         bars = {f"{role}, {moment}": mib for moment, held in memory.items() for role, mib in held.items()}
         draw_bars(bars, "resident MiB", report.result_path("startup.png"))
 

@@ -31,8 +31,10 @@ from ditserve.model.nets.factory import Network
 from ditserve.model.spec.network_config import size_multiple
 
 OPSET = 20
-TEXT = "text"  # the embedder's input for sentence embeddings
-NARROW_CHANNELS = 4  # a convolution with at most this many output channels is narrow
+# The embedder's input for sentence embeddings.
+TEXT = "text"
+# A convolution with at most this many output channels is narrow.
+NARROW_CHANNELS = 4
 SCOPES = "pkg.torch.onnx.name_scopes"
 # Prefixes that the exporter's names of weights, inputs and outputs get here.
 NETWORK, INPUT, OUTPUT = "network.", "in.", "out."

@@ -37,7 +37,8 @@ from ditserve.model.train.loaded_model import LoadedModel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FP16_MAX = 65504.0
-HEADROOM = 8.0  # conditions and noise that were not probed may go this many times higher
+# Conditions and noise that were not probed may go this many times higher.
+HEADROOM = 8.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,13 +42,16 @@ from ditserve.model.spec.command_line import guarded
 from ditserve.model.spec.output_folder import revision
 from ditserve.model.train.loaded_model import LoadedModel
 
-SMOOTHING = "smoothing"  # the provenance entry of a bundle whose weights are smoothed
-HELD_OUT_SEED = 2_000  # of the rows that errors are measured on
+# The provenance entry of a bundle with smoothed weights.
+SMOOTHING = "smoothing"
+# The seed of the rows that errors are measured on.
+HELD_OUT_SEED = 2_000
 # Session options under which ONNX Runtime computes Q/DQ nodes as written, like TensorRT, without 8-bit
 # kernels.
 EXACT = {"session.disable_quant_qdq": "1"}
 TIMED = 15  # runs a time is the median of
-FASTER = 1.1  # times fp32, below which INT8 is not worth its error
+# INT8 is not worth its error if it is less than this many times as fast as fp32.
+FASTER = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ def _held_out_rows(source: LoadedModel, settings: QuantizationSettings) -> Calib
 
 
 def _reduced_range(target: Target, settings: QuantizationSettings) -> bool:
-    """Return True if weights get 7 bits. TensorRT always gets 8, its sums do not saturate."""
+    """Return True if weights get 7 bits. For TensorRT they always get 8: its sums do not saturate."""
     if target != "cpu" or settings.range == "full":
         return False
     return settings.range == "reduced" or not local_processor().vnni

@@ -25,8 +25,10 @@ from ditserve.export.parity import forward
 from ditserve.model.nets.dit import Block, DiT
 from ditserve.model.spec.dit_config import MODULATIONS
 
-ALPHAS = (0.0, 0.5, 0.65, 0.8, 0.95)  # 0 leaves the model as it is
-LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # the linears of a block that become INT8
+# The candidates for α; 0 leaves the model as it is.
+ALPHAS = (0.0, 0.5, 0.65, 0.8, 0.95)
+# The linears of a block that become INT8.
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def int8_linears(dit: DiT) -> dict[str, nn.Linear]:

@@ -29,7 +29,7 @@ from ditserve.export.tensorrt.build import (
     build_engine,
     profiles_for,
 )
-from ditserve.export.tensorrt.engine_run import EngineRunner
+from ditserve.export.tensorrt.engine_runner import EngineRunner
 from ditserve.export.tensorrt.engines import (
     amend,
     drop,
@@ -86,10 +86,10 @@ class BuildTask:
     buckets: tuple[int, ...] = BUCKETS  # batch sizes to be timed
 
     def check(self, origin: EngineOrigin) -> BuildOutcome:
-        """Return whether the engine may be loaded, without building it."""
-        slot = CachedEngine.of(self.engines, origin)
-        problem = slot.problem(origin, recorded_options(self.options))
-        return BuildOutcome(origin, problem or "fresh", _record(slot) if problem is None else {})
+        """Return the state of the engine as it is now, without building it."""
+        cached = CachedEngine.of(self.engines, origin)
+        problem = cached.problem(origin, recorded_options(self.options))
+        return BuildOutcome(origin, problem or "fresh", _record(cached) if problem is None else {})
 
     def build(
         self,
@@ -104,11 +104,11 @@ class BuildTask:
         Raises:
             BuildError, BuildCancelled: see `build_engine`; an engine that was there before stays.
         """
-        slot = CachedEngine.of(self.engines, origin)
+        cached = CachedEngine.of(self.engines, origin)
         outcome = self.check(origin)
         if keep and not force and outcome.state == "fresh":
             return outcome
-        cache = timing_cache(slot) if keep else b""
+        cache = timing_cache(cached) if keep else b""
         built = build_engine(
             self.trt, self.bundle.file(origin.graph), self.options, timing_cache=cache, monitor=monitor
         )
@@ -116,8 +116,8 @@ class BuildTask:
         if not keep:
             sizes = {"bytes": len(built.plan), "seconds": built.seconds}
             return BuildOutcome(origin, "compiles", {**sizes, **facts})
-        store(slot, origin, self.options, built, facts)
-        return BuildOutcome(origin, "built", _record(slot))
+        store(cached, origin, self.options, built, facts)
+        return BuildOutcome(origin, "built", _record(cached))
 
     def try_out(self, outcome: BuildOutcome, reference: TrialReference) -> BuildOutcome:
         """Run an engine that was not run yet, and add its errors and times to its record.
@@ -127,16 +127,16 @@ class BuildTask:
         """
         if outcome.record["executed"]:
             return outcome
-        slot, precision = CachedEngine.of(self.engines, outcome.origin), outcome.origin.precision
-        engine = EngineRunner(self.trt, slot.engine.read_bytes())
+        cached, precision = CachedEngine.of(self.engines, outcome.origin), outcome.origin.precision
+        engine = EngineRunner(self.trt, cached.engine.read_bytes())
         try:
-            amend(slot, try_engine(engine, precision, reference, self.buckets))
+            amend(cached, try_engine(engine, precision, reference, self.buckets))
         except ExportError:
-            drop(slot)
+            drop(cached)
             raise
         finally:
             engine.close()
-        return replace(outcome, record=_record(slot))
+        return replace(outcome, record=_record(cached))
 
     def drop_slow_int8(self, outcomes: Sequence[BuildOutcome], *, keep: bool) -> list[BuildOutcome]:
         """Remove an INT8 engine that is not `FASTER` than half precision, unless `keep`."""
@@ -164,8 +164,8 @@ class BuildTask:
         return remaining
 
 
-def _record(slot: CachedEngine) -> Mapping[str, Any]:
-    record: Mapping[str, Any] = json.loads(slot.record.read_text())
+def _record(cached: CachedEngine) -> Mapping[str, Any]:
+    record: Mapping[str, Any] = json.loads(cached.record.read_text())
     return record
 
 

@@ -65,8 +65,16 @@ class PayloadTooLarge(ServiceError):
     status, code, title = 413, "payload-too-large", "Request body too large"
 
 
+class HeadTooLarge(ServiceError):
+    status, code, title = 431, "head-too-large", "Request head too large"
+
+
 class UnsupportedMediaType(ServiceError):
     status, code, title = 415, "unsupported-media-type", "Unsupported media type"
+
+
+class MisdirectedRequest(ServiceError):
+    status, code, title = 421, "misdirected-request", "Not a host of this service"
 
 
 class InvalidRequest(ServiceError):

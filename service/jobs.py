@@ -7,6 +7,7 @@ known".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
@@ -19,6 +20,9 @@ ImageFormat = Literal["png", "webp", "jpeg"]
 Mix = Literal["linear", "spherical"]
 State = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
 EventKind = Literal["queued", "started", "step", "preview", "degraded", "done", "failed", "cancelled"]
+
+# The weight of a priority: the share of the queue and of the machine beside that of others.
+WEIGHTS: Mapping[str, float] = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
 TERMINAL_STATES: frozenset[State] = frozenset({"done", "failed", "cancelled", "dead"})
 TERMINAL_EVENTS: frozenset[EventKind] = frozenset({"done", "failed", "cancelled"})
@@ -76,10 +80,15 @@ class Job(Message):
     admitted: Rung | None = None  # the one it was admitted on, `requested` or below; None: not known
 
     @property
-    def due(self) -> Due:
-        """The work of the job by its deadline, which is infinite where it has none."""
+    def flow(self) -> str:
+        """Return the name of its flow, a caller at one priority, between which queueing is fair."""
+        return f"{self.priority}:{self.caller}"
+
+    @property
+    def demand(self) -> DemandBucket:
+        """Return the work of the job by its deadline, which is infinite where it has none."""
         at = inf if self.deadline_at is None else self.deadline_at
-        return Due(at, self.cost_rows, self.floor_rows or self.cost_rows)
+        return DemandBucket(at, self.cost_rows, self.floor_rows or self.cost_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +180,7 @@ class JobEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
+class DemandBucket:
     """Row-steps due at the time `at` (infinite: at no time).
 
     `rows` counts them as planned, `floor_rows` at the lowest rungs that their requests consent to.
@@ -215,7 +224,7 @@ class WorkerState(Message):
     last_step_age_s: float
     updated_at: float
     network: Network = Network()
-    dues: tuple[Due, ...] = ()
+    dues: tuple[DemandBucket, ...] = ()
     bundle: str = ""  # digest of the manifest it serves
     given_rows: int = 0
 

@@ -1,4 +1,4 @@
-"""A rung: one operating point of a model. Pure."""
+"""The rung: one operating point of a model. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One operating point. `quality` is its measured distance to the reference sampler: 0 is as good, lower is better."""
+    """One operating point: a solver, its steps, their grid, and the noise levels at which guidance acts.
+
+    `guidance_interval` is in 0..1 of the noise range. `quality` is the measured distance to the reference
+    sampler: 0 is as good, lower is better.
+    """
 
     name: str
     solver: str

@@ -1,8 +1,9 @@
-"""Overlapping windows over a picture larger than a network's own: where they lie, and how their predictions become one.
+"""Overlapping windows over a picture larger than the network's own size, and the blend of their predictions.
 
-MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113): at every step each window is predicted by itself, and what is predicted of a
-pixel is the weighted mean over the windows it lies in. The weight of a window falls smoothly to its edges (a raised cosine, never
-zero), so that no seam is seen; the weights at a pixel sum to one. Sizes are in latent pixels, height first. Pure.
+MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113): at every step each window is predicted by itself, and
+the prediction at a pixel is the weighted mean over the windows that contain it. The weight of a window falls
+smoothly to its edges (a raised cosine, never zero), so that no seam is seen. The weights at a pixel sum to
+one. Sizes are in latent pixels, height first. Pure.
 """
 
 from __future__ import annotations
@@ -14,23 +15,28 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Size = tuple[int, int]
+Size = tuple[int, int]  # height and width in latent pixels
 
 
-def starts(side: int, window: int) -> tuple[int, ...]:
-    """Where windows begin along a side of at least their length: every half window, the last one flush with the end."""
+def window_starts(side: int, window: int) -> tuple[int, ...]:
+    """Return the starts of windows along a side at least as long as a window.
+
+    They are half a window apart, and the last window is flush with the end.
+
+    Example: windows of 16 along a side of 25 begin at 0, 8 and 9.
+    """
     last = side - window
     return (*range(0, last, max(1, window // 2)), last)
 
 
-def count(size: Size, window: Size) -> int:
-    """Windows over a picture."""
-    return len(starts(size[0], window[0])) * len(starts(size[1], window[1]))
+def window_count(size: Size, window: Size) -> int:
+    """Return the number of windows over a picture."""
+    return len(window_starts(size[0], window[0])) * len(window_starts(size[1], window[1]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Windows:
-    """The `n` windows over latents of `size`: the upper left corner of each, row by row, and its weights (n, h, w)."""
+    """The `n` windows over latents of `size`, row by row: upper left corners, and weights (n, h, w)."""
 
     size: Size
     window: Size
@@ -42,38 +48,42 @@ class Windows:
 
     def crop(self, latent: Floats, out: Floats) -> None:
         """Write the windows of a latent (C, H, W) to `out` (n, C, h, w)."""
-        for place, cut in zip(self._places(), out, strict=True):
-            cut[:] = latent[place]
+        for area, window in zip(self._areas(), out, strict=True):
+            window[:] = latent[area]
 
     def blend(self, predictions: Floats) -> Floats:
-        """One prediction (C, H, W) of those of the windows (n, C, h, w)."""
-        # Minus zero is what adding leaves everything else as it was, the sign of a zero included.
+        """Return one prediction (C, H, W) from those of the windows (n, C, h, w)."""
+        # Start at minus zero: added to it, every number stays as it is, and a minus zero keeps its sign.
         blended = np.full((predictions.shape[1], *self.size), -0.0, np.float32)
-        for place, weight, prediction in zip(self._places(), self.weights, predictions, strict=True):
-            blended[place] += weight * prediction
+        for area, weight, prediction in zip(self._areas(), self.weights, predictions, strict=True):
+            blended[area] += weight * prediction
         return blended
 
-    def _places(self) -> list[tuple[slice, slice, slice]]:
+    def _areas(self) -> list[tuple[slice, slice, slice]]:
         height, width = self.window
         return [(slice(None), slice(y, y + height), slice(x, x + width)) for y, x in self.corners]
 
 
 @lru_cache(64)
 def windows_over(size: Size, window: Size) -> Windows:
-    """The windows over latents of `size`. Raises `ValueError` where they are larger than it."""
+    """Return the windows over latents of `size`.
+
+    Raises:
+        ValueError: the window is larger than the latent.
+    """
     if size[0] < window[0] or size[1] < window[1]:
         raise ValueError(f"a latent of {size[0]}x{size[1]} has no window of {window[0]}x{window[1]}")
-    rows, columns = starts(size[0], window[0]), starts(size[1], window[1])
-    shares = [_shares(side, each) for side, each in zip(size, window, strict=True)]  # (n_y, h), (n_x, w)
+    rows, columns = window_starts(size[0], window[0]), window_starts(size[1], window[1])
+    shares = [_shares(*lengths) for lengths in zip(size, window, strict=True)]  # (n_y, h), (n_x, w)
     weights = np.einsum("ih,jw->ijhw", *shares).reshape(-1, *window)
     return Windows(size, window, tuple((y, x) for y in rows for x in columns), weights.astype(np.float32))
 
 
 def _shares(side: int, window: int) -> npt.NDArray[np.float64]:
-    """Of each window along a side, its share of every pixel of it, (n, window)."""
+    """Return for each window along a side its share of every pixel in it, (n, window)."""
     raised = np.sin(np.pi * (np.arange(window) + 0.5) / window) ** 2
-    places = [slice(start, start + window) for start in starts(side, window)]
+    spans = [slice(start, start + window) for start in window_starts(side, window)]
     total = np.zeros(side)
-    for place in places:
-        total[place] += raised
-    return np.stack([raised / total[place] for place in places])
+    for span in spans:
+        total[span] += raised
+    return np.stack([raised / total[span] for span in spans])

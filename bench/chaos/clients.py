@@ -33,7 +33,7 @@ class ReferenceRequest:
 
 @dataclass(slots=True)
 class RequestOutcome:
-    """What became of one request.
+    """The fate of one request.
 
     Attributes:
         request: index of the reference request.

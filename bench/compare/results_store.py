@@ -201,11 +201,7 @@ class ResultsStore(Results):
         return PooledRuns(summary, _mean([value for value in rows if value]))
 
     def headline(
-        self,
-        systems: Sequence[str],
-        loads: Sequence[float],
-        seeds: Sequence[int],
-        qualities: RungQualities,
+        self, systems: Sequence[str], loads: Sequence[float], seeds: Sequence[int], qualities: RungQualities
     ) -> Headline:
         """Pool the runs of these systems, loads and seeds."""
         situations: list[tuple[Situation, float]] = [("offered", load) for load in sorted(loads)]

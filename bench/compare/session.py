@@ -40,7 +40,7 @@ from ditserve.bench.load.generator import (
 from ditserve.bench.load.processes import Consumption
 from ditserve.bench.load.summary import Exchange
 from ditserve.bench.load.workload import Workload
-from ditserve.bench.report import Neighbours
+from ditserve.bench.report import BackgroundLoad
 from ditserve.model.spec.bundle import Bundle
 
 LADDER = "emoji"  # the ladder that `bench.peers.model` gives its bundle
@@ -173,7 +173,7 @@ class HeadlineSession:
         if run.situation in ("alone", "saturated", "own", "at once"):
             # The cap is for more requests than can be served.
             system = replace(system, cap=CROWD)
-        neighbours, before = Neighbours(), self._slowdown()
+        background, before = BackgroundLoad(), self._slowdown()
         async with running_server(system, self._setup) as server:
             workload = run.workload(self._classes)
             match run.situation:
@@ -192,7 +192,7 @@ class HeadlineSession:
             **figures,
             "void": figures["void"] or drifted,
             "slow": [round(before, 3), round(after, 3)],
-            "neighbours": neighbours.shares(),
+            "neighbours": background.shares(),
         }
 
     async def _offered(
@@ -235,10 +235,7 @@ async def _alone(server: RunningServer, workload: Workload) -> dict[str, Any]:
     """Return the seconds of each kind of request on the idle server."""
     async with connect(server.url) as http:
         times = await unloaded(workload, sender(http, server.adapter, None))
-    return {
-        "alone": [[kind.steps, kind.guided, seconds] for kind, seconds in times.items()],
-        "void": False,
-    }
+    return {"alone": [[kind.steps, kind.guided, seconds] for kind, seconds in times.items()], "void": False}
 
 
 async def _saturated(server: RunningServer, workload: Workload, seed: int) -> dict[str, Any]:

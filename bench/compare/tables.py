@@ -10,7 +10,6 @@ from ditserve.bench import report
 from ditserve.bench.compare.results_store import Headline, PooledRuns
 from ditserve.bench.compare.runs import CALM_LOAD, CAPACITY, REFERENCE, Situation
 from ditserve.bench.compare.systems import SYSTEMS
-from ditserve.bench.load.summary import LoadSummary
 from ditserve.bench.plots import Panel
 
 # The service that may lower quality, and the same service when every request forbids it.
@@ -55,7 +54,7 @@ def document(made: Sequence[Table], name: str) -> str:
 def panels(headline: Headline) -> list[Panel]:
     """Return the panels of the figure: what became of the requests over the load, by system."""
     by_system = {
-        system: [(load, found) for load in headline.loads if (found := headline.offered(system, load))]
+        system: [(load, summary) for load in headline.loads if (summary := headline.offered(system, load))]
         for system in headline.systems
     }
     return [
@@ -77,8 +76,8 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 def _unloaded(headline: Headline) -> Table:
     results = headline.results
-    times = {system: found for system in headline.systems if (found := results.alone(system))}
-    kinds = sorted({kind for found in times.values() for kind in found}, key=lambda kind: kind.rows)
+    times = {system: alone for system in headline.systems if (alone := results.alone(system))}
+    kinds = sorted({kind for alone in times.values() for kind in alone}, key=lambda kind: kind.rows)
     names = [f"{kind.steps} steps{', guided' if kind.guided else ''}, s" for kind in kinds]
     rows = []
     for system, seconds in times.items():
@@ -135,26 +134,23 @@ def _own(headline: Headline) -> Table:
 
 
 def _hard_situations(headline: Headline) -> Table:
-    rows = [
-        *_rows(headline, "alike", CALM_LOAD, "alike: "),
-        *_rows(headline, "at once", 0.0, "at once: "),
-    ]
+    rows = [*_rows(headline, "alike", CALM_LOAD, "alike: "), *_rows(headline, "at once", 0.0, "at once: ")]
     return report.table("where batching by steps has least to offer", COLUMNS, rows, text={"arm"})
 
 
 def _goals(headline: Headline) -> Table:
     rows = []
-    for goal, found, least in goals(headline):
-        met = "–" if found is None else "yes" if found >= least else "no"
-        rows.append([goal, _number(found, 3), met])
+    for goal, value, least in goals(headline):
+        met = "–" if value is None else "yes" if value >= least else "no"
+        rows.append([goal, _number(value, 3), met])
     return report.table("goals", ["goal", "found", "met"], rows, text={"goal"})
 
 
 def goals(headline: Headline) -> list[tuple[str, float | None, float]]:
     """Return each goal with what was found (None: not measured yet) and the least that meets it."""
     ours = {load: headline.offered(OURS, load) for load in (0.5, 1.1, 1.4)}
-    in_time = {load: found.attainment if found else None for load, found in ours.items()}
-    accepted = {load: 1.0 - found.refused if found else None for load, found in ours.items()}
+    in_time = {load: summary.attainment if summary else None for load, summary in ours.items()}
+    accepted = {load: 1.0 - summary.refused if summary else None for load, summary in ours.items()}
     undegraded = 1.0 - ours[0.5].degraded if ours[0.5] else None
     return [
         ("one image alone: times faster than diffusers, at least 1.5", _speedup_alone(headline), 1.5),
@@ -163,11 +159,7 @@ def goals(headline: Headline) -> list[tuple[str, float | None, float]]:
             _p99_ratio(headline, "offered"),
             1.5,
         ),
-        (
-            "p99 at 0.7 of each its own capacity, the same, at least 1.5",
-            _p99_ratio(headline, "own"),
-            1.5,
-        ),
+        ("p99 at 0.7 of each its own capacity, the same, at least 1.5", _p99_ratio(headline, "own"), 1.5),
         ("goodput at 1.1 over the best peer's, at least 3", _goodput_ratio(headline, 1.1), 3.0),
         ("answered in time at 1.1, at least 0.95", in_time[1.1], 0.95),
         ("answered in time at 1.4, at least 0.90", in_time[1.4], 0.90),
@@ -189,8 +181,8 @@ def _speedup_alone(headline: Headline) -> float | None:
 
 def _goodput_ratio(headline: Headline, load: float) -> float | None:
     ours = headline.offered(OURS, load)
-    found: list[LoadSummary | None] = [headline.offered(name, load) for name in _peers(headline)]
-    best = max((peer.goodput_per_s for peer in found if peer), default=0.0)
+    peers = [headline.offered(name, load) for name in _peers(headline)]
+    best = max((peer.goodput_per_s for peer in peers if peer), default=0.0)
     return ours.goodput_per_s / best if ours and best else None
 
 
@@ -199,5 +191,5 @@ def _p99_ratio(headline: Headline, situation: Situation) -> float | None:
         pool = headline.pool(situation, system, CALM_LOAD)
         return pool.summary.p99 if pool else None
 
-    ours, peers = p99(OURS_UNDEGRADED), [found for found in map(p99, _peers(headline)) if found]
+    ours, peers = p99(OURS_UNDEGRADED), [peer for peer in map(p99, _peers(headline)) if peer]
     return min(peers) / ours if ours and peers else None

@@ -132,12 +132,7 @@ def reference_rung(manifest: Manifest) -> Rung:
 
 
 def measure(
-    backend: Backend,
-    inputs: ImageInputs,
-    rungs: Iterable[Rung],
-    *,
-    rows: int,
-    on_pass: OnPass = _ignore,
+    backend: Backend, inputs: ImageInputs, rungs: Iterable[Rung], *, rows: int, on_pass: OnPass = _ignore
 ) -> Iterator[RungSpec]:
     """Yield each rung with its rows an image and its RMS distance to the reference images."""
     manifest = backend.manifest
@@ -169,12 +164,7 @@ def intervals(manifest: Manifest, narrow: Interval | None) -> tuple[Interval, ..
 
 
 def frechet_distances(
-    backend: Backend,
-    ladder: Sequence[RungSpec],
-    pictures: TrainingPictures,
-    *,
-    rows: int,
-    on_pass: OnPass,
+    backend: Backend, ladder: Sequence[RungSpec], pictures: TrainingPictures, *, rows: int, on_pass: OnPass
 ) -> dict[str, float]:
     """Return the Fréchet distance to the training pictures by rung, each for the same labels and noise."""
     inputs = image_inputs(backend, 0, 0, pictures.labels)

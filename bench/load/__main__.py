@@ -39,7 +39,7 @@ async def measure(options: argparse.Namespace, manifest: Manifest) -> dict[str, 
     adapter = ADAPTERS[options.adapter]
     mix = tuple((steps, share) for steps, share in options.steps)
     workload = Workload(len(manifest.factors[0].classes), options.process, mix, options.guided, options.zipf)
-    neighbours = report.Neighbours()
+    background = report.BackgroundLoad()
     async with generator.connect(options.url) as http:
         unloaded = await generator.unloaded(workload, generator.sender(http, adapter, None))
         promise = Promise(unloaded, options.slo)
@@ -58,7 +58,7 @@ async def measure(options: argparse.Namespace, manifest: Manifest) -> dict[str, 
         **asdict(summary),
         **costs,
     }
-    return report.record(options, neighbours, figures)
+    return report.record(options, background, figures)
 
 
 def figures_table(result: dict[str, Any]) -> Table:

@@ -40,7 +40,7 @@ PROFILED_ROWS = (1, 8)
 
 def profiles(bundles: Mapping[str, Bundle], threads: int) -> dict[str, dict[str, float]]:
     """Return the share of each operator by network and number of rows."""
-    found = {}
+    profiled = {}
     with TemporaryDirectory(prefix="dit-") as folder:
         for network, bundle in bundles.items():
             names = [tensor.name for tensor in bundle.manifest.state]
@@ -49,8 +49,8 @@ def profiles(bundles: Mapping[str, Bundle], threads: int) -> dict[str, dict[str,
                 data = {"x": x, **dict(zip(names, state, strict=True))}
                 graph = bundle.file(BACKBONE)
                 shares = operator_shares(graph, data, threads=threads, folder=Path(folder))
-                found[f"{network}, {rows} row(s)"] = shares
-    return found
+                profiled[f"{network}, {rows} row(s)"] = shares
+    return profiled
 
 
 def step_table(points: Sequence[StepTime], peak: MatmulPeak, threads: int) -> Table:
@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, console, neighbours = parse(arguments), Console(), report.Neighbours()
+    options, console, background = parse(arguments), Console(), report.BackgroundLoad()
     clock = time.process_time if options.threads == 1 else time.perf_counter
     runtimes = [name for name in RUNTIMES if options.compiled or name != "torch compiled"]
 
@@ -111,8 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "points": [asdict(point) for point in points],
             "operators": operators,
         }
-        report.save("machine", options, neighbours, figures)
-        draw_peak_shares(points, report.result_path("machine.png"), goal=GOAL)
+        report.save("machine", options, background, figures)
+        shares = [(f"{p.network}, {p.runtime}", p.rows, p.share) for p in points]
+        draw_peak_shares(shares, report.result_path("machine.png"), goal=GOAL)
 
     return report.run_command("machine", work)
 

@@ -11,7 +11,7 @@ FILE = "peer.json"
 
 @dataclass(frozen=True, slots=True)
 class PeerOptions:
-    """How a peer runs.
+    """The way a peer is run.
 
     Args:
         model: folder with `transformer/` as diffusers saved it.

@@ -85,11 +85,7 @@ def claims(options: argparse.Namespace, console: Console) -> list[SweepPoint]:
     n, seed = 3 * options.requests, options.seeds[0]
     points = [
         SweepPoint(
-            "gpu",
-            "poisson",
-            1.4,
-            strategy.name,
-            simulate(strategy, cluster, Traffic(), 1.4, n=n, seed=seed),
+            "gpu", "poisson", 1.4, strategy.name, simulate(strategy, cluster, Traffic(), 1.4, n=n, seed=seed)
         )
         for strategy in CLAIM_STRATEGIES
     ]

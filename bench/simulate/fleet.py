@@ -24,14 +24,16 @@ import numpy as np
 
 from ditserve.bench.load.workload import Arrival
 from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
-from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.engine.fair_shares import Flow
+from ditserve.service.engine.scheduler import Candidates, Scheduler
 from ditserve.service.jobs import LoadSnapshot, WorkerState
-from ditserve.service.planning.admission import Newcomer, admit
+from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
 from ditserve.service.rung import Rung
 
+PUBLISH_S = 0.5  # the greatest age of a worker's published state
 JITTER = 0.03  # relative spread of the seconds of a step
 WARM_UP_ROWS = (1, 2, 4, 8, 16)  # batch sizes that a worker times before it takes work
 
@@ -52,12 +54,17 @@ class SimulatedSample:
         self.deadline_at: float | None = due
         self.remaining = requested.steps
         self.rows = 1
-        self.steps_taken = 0
+        self.flow = Flow("", 1.0)
+        self.taken = 0
         self.noise = 1.0
         self.quality = 0.0
         self.finished: float | None = None
         self.rejected = False
         self.consents = arrival.consents
+
+    @property
+    def steps(self) -> int:
+        return self.taken + self.remaining
 
     @property
     def least_steps(self) -> int:
@@ -76,7 +83,7 @@ class SimulatedSample:
         self.quality += share * self.rung.quality
         self.noise -= share
         self.remaining -= 1
-        self.steps_taken += 1
+        self.taken += 1
 
     def for_planner(self, last_timestep: int) -> PlannedSample:
         return PlannedSample(
@@ -87,7 +94,7 @@ class SimulatedSample:
             guided=False,
             floor_steps=1,
             allow_degraded=self.consents,
-            started=self.steps_taken > 0,
+            started=self.taken > 0,
             timestep=ceil(self.noise * last_timestep),
             requested=self.requested,
         )
@@ -110,7 +117,7 @@ class SimulatedWorker:
 
     @property
     def max_batch(self) -> int:
-        return self.strategy.cap or self.costs.knee(self.cluster.curve.max_rows)
+        return self.strategy.cap or self.costs.saturation_rows(self.cluster.curve.max_rows)
 
     @property
     def room(self) -> int:
@@ -122,13 +129,14 @@ class SimulatedWorker:
             self.samples = [sample for sample in self.samples if sample.due > now]
         if self.strategy.plan and self.samples:
             self._plan(now, queued_rows)
-        if not self.samples or now - self.state.updated_at >= self.strategy.publish_s:
+        if not self.samples or now - self.state.updated_at >= PUBLISH_S:
             self.state = self._published_state(now)
         if not self.samples:
             self.batch = ()
             return None
-        pass_s = self.costs.predict if self.strategy.laxity else _no_time
-        self.batch = self.scheduler.next_batch(self.samples, self.max_batch, now=now, seconds=pass_s).samples
+        candidates = Candidates(self.samples, self.max_batch, self.costs.predict)
+        batch = self.scheduler.next_batch([candidates], now=now)
+        self.batch = batch.samples
         seconds = self.cluster.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
         self.costs.observe(len(self.batch), seconds)
         return now + seconds
@@ -149,7 +157,7 @@ class SimulatedWorker:
             now,
             self.costs,
             max_rows=self.cluster.curve.max_rows,
-            queued_rows=queued_rows if self.strategy.summary else 0,
+            queued_rows=queued_rows,
         )
         self.plan_seconds.append(thread_time() - began)
         for change in changes:
@@ -168,17 +176,12 @@ class SimulatedWorker:
             backlog_rows=sum(sample.remaining for sample in self.samples),
             last_step_age_s=0.0,
             updated_at=now,
-            dues=self.planner.dues(self._planned_samples(), now, self.costs, max_rows=max_rows),
+            dues=self.planner.demand(self._planned_samples(), now, self.costs, max_rows=max_rows),
         )
 
     def _planned_samples(self) -> list[PlannedSample]:
         last_timestep = self.cluster.ladder.timesteps - 1
         return [sample.for_planner(last_timestep) for sample in self.samples]
-
-
-def _no_time(rows: int) -> float:
-    """Return 0 seconds for a pass: samples then go by their deadlines alone."""
-    return 0.0
 
 
 class SimulatedFleet:
@@ -245,7 +248,7 @@ class SimulatedFleet:
             workers=tuple(worker.state for worker in self.workers),
             taken_at=now,
         )
-        newcomer = Newcomer(
+        admission_request = AdmissionRequest(
             rung=sample.requested,
             guidance_scale=1.0,
             samples=1,
@@ -254,7 +257,7 @@ class SimulatedFleet:
             min_steps=1,
         )
         policy = Policy(recut=self.strategy.plan)
-        answer = admit(newcomer, load, ladder=self.cluster.ladder, now=now, policy=policy)
+        answer = admit(admission_request, load, ladder=self.cluster.ladder, now=now, policy=policy)
         sample.rejected = not answer.accepted
         sample.change_rung(answer.rung)
         return answer.accepted

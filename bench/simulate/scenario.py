@@ -80,13 +80,10 @@ class Strategy:
         cap: most rows of a batch; None for the cost model's saturation batch size.
         admission: refuse a request whose deadline cannot be met.
         degrade: admission may accept a request at a lower rung.
-        laxity: a sample that has no time to lose goes first.
         plan: plan all claimed samples anew at every step.
         holds: samples that a worker claims, running or not.
         claims: the order of the queue.
-        summary: the planner is told the number of rows that are still queued.
         expire: drop a sample whose deadline has passed.
-        publish_s: the greatest age of a worker's published state, in seconds.
     """
 
     name: str
@@ -95,13 +92,10 @@ class Strategy:
     cap: int | None = None
     admission: bool = True
     degrade: bool = True
-    laxity: bool = True
     plan: bool = True
     holds: int = 64
     claims: ClaimOrder = "deadline"
-    summary: bool = True
     expire: bool = True
-    publish_s: float = 0.5
 
 
 PLANNED_EVERY_STEP = Strategy("planned every step")

@@ -80,23 +80,23 @@ def recorded_options(options: BuildOptions) -> dict[str, Any]:
     return plain
 
 
-def timing_cache(slot: CachedEngine) -> bytes:
-    """Return the timing cache of earlier builds in the folder of `slot`; empty if there is none."""
-    file = slot.folder / TIMING_CACHE
+def timing_cache(cached: CachedEngine) -> bytes:
+    """Return the timing cache of earlier builds in the folder of `cached`; empty if there is none."""
+    file = cached.folder / TIMING_CACHE
     return file.read_bytes() if file.is_file() else b""
 
 
 def store(
-    slot: CachedEngine, origin: EngineOrigin, options: BuildOptions, built: Built, facts: Mapping[str, Any]
+    cached: CachedEngine, origin: EngineOrigin, options: BuildOptions, built: Built, facts: Mapping[str, Any]
 ) -> None:
     """Write timing cache, engine, record and report, in this order.
 
-    The record comes after the engine, so that a write that was cut short shows as a problem of the slot.
+    The record comes after the engine, so that a write that was cut short shows as a problem of the engine.
     """
-    slot.folder.mkdir(parents=True, exist_ok=True)
+    cached.folder.mkdir(parents=True, exist_ok=True)
     if built.timing_cache:
-        write_atomic(slot.folder / TIMING_CACHE, built.timing_cache)
-    write_atomic(slot.engine, built.plan)
+        write_atomic(cached.folder / TIMING_CACHE, built.timing_cache)
+    write_atomic(cached.engine, built.plan)
     record = {
         "key": origin.key(recorded_options(options)),
         "sha256": hashlib.sha256(built.plan).hexdigest(),
@@ -106,21 +106,21 @@ def store(
         "options": recorded_options(options),
         **facts,
     }
-    write_atomic(slot.record, _json(record))
-    _report(slot.folder)
+    write_atomic(cached.record, _json(record))
+    _report(cached.folder)
 
 
-def amend(slot: CachedEngine, facts: Mapping[str, Any]) -> None:
+def amend(cached: CachedEngine, facts: Mapping[str, Any]) -> None:
     """Add measurements of an engine to its record and to the report."""
-    write_atomic(slot.record, _json({**json.loads(slot.record.read_text()), **facts}))
-    _report(slot.folder)
+    write_atomic(cached.record, _json({**json.loads(cached.record.read_text()), **facts}))
+    _report(cached.folder)
 
 
-def drop(slot: CachedEngine) -> None:
+def drop(cached: CachedEngine) -> None:
     """Remove an engine that must not be served, also from the report."""
-    slot.record.unlink(missing_ok=True)
-    slot.engine.unlink(missing_ok=True)
-    _report(slot.folder)
+    cached.record.unlink(missing_ok=True)
+    cached.engine.unlink(missing_ok=True)
+    _report(cached.folder)
 
 
 def _report(folder: Path) -> None:

@@ -18,8 +18,11 @@ from safetensors.numpy import load_file
 from ditserve.export.verify import LIMITS, check, compare, open_session, report, run
 from ditserve.model.spec.bundle import BACKBONE, CALIBRATION, CONDITIONER, EMBEDDER, Bundle
 
-ROWS = 64  # at most, taken evenly from the calibration rows; the null condition doubles them
-FASTER = 1.1  # times half precision, below which INT8 is not worth its error
+# The most rows that an engine is tried on, taken evenly from the calibration rows. The null condition doubles
+# them.
+ROWS = 64
+# INT8 is not worth its error if it is less than this many times as fast as half precision.
+FASTER = 1.1
 
 Array = npt.NDArray[Any]
 

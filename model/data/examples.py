@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from ditserve.model.data.fingerprint import fingerprint
 from ditserve.model.data.transforms import centre_crop
 from ditserve.model.nets.text import TextError, open_encoder
 from ditserve.model.spec.bundle import Factor
@@ -30,13 +32,20 @@ class Images(Protocol):
     def __getitem__(self, index: int, /) -> npt.NDArray[np.uint8]: ...
 
 
+@runtime_checkable
+class EncodedImages(Images, Protocol):
+    """Pictures that are decoded on request, and whose bytes are compared more cheaply than their pixels."""
+
+    def checksum(self, index: int) -> int: ...
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Examples:
     """N labelled examples: the part of a `Dataset` that pictures and latents share.
 
     `rows` int64 (N,) are the indices of the examples in their source. `labels` int64 (N, F) has one column
     per factor. `held_out` bool (N,) marks the examples kept from training. `captions` has N sentences, or
-    none. `skipped` names what could not be read.
+    none. `skipped` names what could not be read, `left_out` counts what is not used.
     """
 
     rows: npt.NDArray[np.int64]
@@ -49,6 +58,7 @@ class Examples:
     licence: str | None = None
     attribution: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def training(self) -> npt.NDArray[np.int64]:
@@ -90,6 +100,15 @@ class Pictures(Examples):
     @property
     def channels(self) -> int:
         return 3
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return checksums of the pictures, see `model.data.fingerprint`."""
+        return fingerprint(self._checksum, self.rows)
+
+    def _checksum(self, row: int) -> int:
+        if isinstance(self.images, EncodedImages):
+            return self.images.checksum(row)
+        return zlib.crc32(np.ascontiguousarray(self.images[row]).data)
 
     def batch(self, index: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.float32]:
         """Return pictures `index` (n,) in [−1, 1], float32 (n, 3, H, W).

@@ -13,6 +13,7 @@ on the fly would.
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from ditserve.model.data.examples import DataError, Examples
-from ditserve.model.data.labels import Catalogue
+from ditserve.model.data.fingerprint import fingerprint
+from ditserve.model.data.labels import Catalogue, LeftOut
 
 INDEX = "latents.json"
 
@@ -145,6 +147,13 @@ class Latents(Examples):
         normalised: npt.NDArray[np.float32] = (latents - self.shift) / self.scale
         return normalised
 
+    def fingerprint(self) -> dict[str, str]:
+        """Return checksums of the latents, see `model.data.fingerprint`."""
+        return fingerprint(
+            lambda row: zlib.crc32(np.ascontiguousarray(self.moments.read(row, mirrored=False)[0]).data),
+            self.rows,
+        )
+
     def resized(self, size: tuple[int, int]) -> Latents:
         """Return the same latents: they have one size.
 
@@ -159,7 +168,7 @@ class Latents(Examples):
         return self
 
 
-def read_latents(path: Path, *, captions: bool) -> tuple[Moments, Catalogue]:
+def read_latents(path: Path, *, captions: bool) -> tuple[Moments, Catalogue, LeftOut]:
     """Read the latent shards that `python -m model.data latents` wrote to the folder `path`.
 
     Raises:
@@ -174,7 +183,7 @@ def read_latents(path: Path, *, captions: bool) -> tuple[Moments, Catalogue]:
     if any(Path(shard.file).name != shard.file for shard in index.shards):
         raise DataError(f"{file} names a shard outside of its folder")
     moments = Moments(path, index)
-    return moments, moments.catalogue(captions=captions)
+    return moments, moments.catalogue(captions=captions), LeftOut()
 
 
 # Any: safetensors has no types for the open file.

@@ -120,14 +120,14 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbours:
+class NearestNeighbours:
     """The k nearest references of N queries: `distances` (N, k), ascending, and `indices` (N, k)."""
 
     distances: Tensor
     indices: Tensor
 
 
-def nearest(queries: Tensor, references: Tensor, k: int = 1) -> Neighbours:
+def nearest(queries: Tensor, references: Tensor, k: int = 1) -> NearestNeighbours:
     """Return the k nearest of references (M, D) to each query (N, D), by Euclidean distance; exact.
 
     Raises:
@@ -136,7 +136,7 @@ def nearest(queries: Tensor, references: Tensor, k: int = 1) -> Neighbours:
     if len(references) < k:
         raise ValueError(f"{len(references)} pictures have no {k} nearest")
     chunks = [block.topk(k, largest=False) for block in _distances(queries, references)]
-    return Neighbours(
+    return NearestNeighbours(
         torch.cat([chunk.values for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
     )
 

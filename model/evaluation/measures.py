@@ -14,7 +14,7 @@ import torch
 from ditserve.model.evaluation.classifier_network import Classifier, classify, top_k_accuracy
 from ditserve.model.evaluation.features import FeatureNetwork
 from ditserve.model.evaluation.fidelity import (
-    Neighbours,
+    NearestNeighbours,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -114,8 +114,8 @@ class NearestTraining:
     `pixels`: by the root mean square of pixel differences, in 0 … 1. `features`: by the distance of features.
     """
 
-    pixels: Neighbours
-    features: Neighbours
+    pixels: NearestNeighbours
+    features: NearestNeighbours
 
 
 def nearest_training(pictures: PictureSet, training: PictureSet) -> NearestTraining:
@@ -128,7 +128,7 @@ def nearest_training(pictures: PictureSet, training: PictureSet) -> NearestTrain
     scale = 2 * math.sqrt(training.images[0].numel())
     pixels = nearest(pictures.images.flatten(1), training.images.flatten(1), 2)
     return NearestTraining(
-        Neighbours(pixels.distances / scale, pixels.indices),
+        NearestNeighbours(pixels.distances / scale, pixels.indices),
         nearest(pictures.features.pooled, training.features.pooled, 2),
     )
 
@@ -154,7 +154,7 @@ def memorisation(neighbours: NearestTraining, pictures: PictureSet, training: Pi
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class EvaluationResult:
     """The figures of each column, and the nearest training pictures of each set but TRAINING."""
 
     figures: dict[str, Figures]
@@ -163,7 +163,7 @@ class Measurement:
 
 def measure(
     sets: Mapping[str, PictureSet], classifier: Classifier | None, factors: Sequence[Factor], seed: int
-) -> Measurement:
+) -> EvaluationResult:
     """Return the figures of all sets, a column each.
 
     `sets` has TRAINING and GENERATED, and UNSEEN and REAL_UNSEEN if labels were held out. The column
@@ -190,7 +190,7 @@ def measure(
         pictures = {**sets, REAL: some}
         for name in set(figures) & set(pictures):
             figures[name] |= label_accuracy(classifier, factors, pictures[name])
-    return Measurement({name: column for name, column in figures.items() if column}, neighbours)
+    return EvaluationResult({name: column for name, column in figures.items() if column}, neighbours)
 
 
 def notes(sets: Mapping[str, PictureSet], network: FeatureNetwork) -> list[str]:

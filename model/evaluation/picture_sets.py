@@ -100,8 +100,9 @@ def open_data(model: LoadedModel, path: Path) -> Dataset:
 def choose_examples(dataset: Dataset, plan: EvaluationPlan) -> tuple[list[int], list[int]]:
     """Choose the examples whose labels pictures are generated for, as two lists of indices.
 
-    The first are training examples, drawn at random. The second are held-out examples, one for each
-    combination of labels that training never shows. Every index is repeated `per_pair` times.
+    The first are training examples, drawn at random, one for each combination of labels, at most `limit`. The
+    second are held-out examples, one for each combination of labels that training never shows. Every index is
+    repeated `per_pair` times. Without label factors, at most `limit` training examples are chosen.
     """
     training = [int(k) for k in dataset.training]
     order = np.random.default_rng(plan.seed).permutation(training).tolist()

@@ -15,9 +15,13 @@ from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.backends.sessions import BACKBONES, CPU, open_session, provider_entries, run_session
 
-QUALITY_BUDGET = 0.01  # relative growth of the Fréchet distance that "auto" accepts of INT8
-TIMING_S, TIMED = 2.0, 15  # seconds and pairs of steps, at most, to time two precisions
-FASTER = 1.05  # times fp32, below which noise would decide, and pictures change from start to start
+# The relative growth of the Fréchet distance that "auto" accepts of INT8.
+QUALITY_BUDGET = 0.01
+# The most seconds, and the most pairs of steps, for timing two precisions.
+TIMING_S, TIMED = 2.0, 15
+# INT8 is chosen if it is this many times as fast as fp32. Below that noise would decide, and pictures would
+# change from start to start.
+FASTER = 1.05
 OUTDATED: Final = "an older export wrote it; write it again with python -m export.half or export.int8"
 
 log = structlog.get_logger()

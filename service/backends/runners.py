@@ -15,7 +15,8 @@ import onnxruntime as ort
 from ditserve.service.backends import Floats
 from ditserve.service.backends.sessions import Arrays, run_session, translated_errors
 
-GRAPH_ID = "gpu_graph_id"  # run option: the number of the CUDA graph to capture or replay
+# The option of a run that numbers the CUDA graph to capture or replay.
+GRAPH_ID = "gpu_graph_id"
 # 1, 2, 3, 4, 6, 8, 12 … 1024
 GRAPH_SIZES: Final = tuple(sorted({1, *(1 << k for k in range(1, 11)), *(3 << k for k in range(9))}))
 # ONNX Runtime captures once its memory no longer grows, which is after two runs.

@@ -17,13 +17,15 @@ from ditserve.service.backends import BackendUnavailable, Floats, OutOfMemory
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 BACKBONES: Final = {"fp32": "backbone.onnx", "fp16": "backbone.fp16.onnx", "int8": "backbone.int8.onnx"}
-NEEDS: Final = {  # provider → packages to install for it
+# Provider → packages to install for it.
+NEEDS: Final = {
     CUDA: "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime",
     TENSORRT: "onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, and tensorrt-cu13",
 }
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-ProviderEntry = str | tuple[str, dict[str, str]]  # a provider, or a provider with its options
+# A provider, or a provider with its options.
+ProviderEntry = str | tuple[str, dict[str, str]]
 
 _OUT_OF_MEMORY = re.compile(
     r"bad_alloc|failed to allocate|out of memory|CUDNN_STATUS_ALLOC_FAILED", re.IGNORECASE

@@ -198,15 +198,15 @@ def find_engine(bundle: Bundle, engines: Path, precision: str, version: str, dev
     origin = engine_origin(
         bundle, precision, GRAPHS[precision][0], flavour="tensorrt", version=version, device=device
     )
-    slot = CachedEngine.of(engines, origin)
-    problem = slot.problem(origin)
+    cached = CachedEngine.of(engines, origin)
+    problem = cached.problem(origin)
     if problem is not None:
         where = "" if engines == bundle.path / FOLDER else f" --engines {engines}"
         raise BackendUnavailable(
             f"the {precision} engine for {device.name} ({device.capability}) and TensorRT {version} "
             f"is {problem}: build it with python -m export.trt {bundle.path} --precision {precision}{where}"
         )
-    return slot.engine
+    return cached.engine
 
 
 def _half(bundle: Bundle) -> str:

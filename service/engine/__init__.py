@@ -1,1 +1,1 @@
-"""The engine: rows of many samples through one forward pass a step. Synchronous, one thread, no network."""
+"""The engine: one forward pass at a time over rows of many samples. Synchronous, one thread, no network."""

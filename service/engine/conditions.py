@@ -1,218 +1,266 @@
-"""The condition, computed once: two exact caches in front of the conditioner.
+"""The two exact caches in front of the conditioner, so that a condition is computed once.
 
-`EmbeddingCache` maps a condition (classes, a text, mixes of them) to its embedding; `ModulationCache` maps (timestep,
-condition) to the state the backbone is modulated by. Both call the backend at one fixed batch size, whatever they need:
-a value then does not depend on what it is computed with, so images are equal to the last bit with the caches on, off,
-cold or warm.
+`EmbeddingCache` maps a condition (classes, a text, mixes of them) to its embedding. `ModulationCache` maps
+(timestep, condition) to the condition state that modulates the backbone. Both call the backend at one fixed
+batch size, however few rows they need: a value then does not depend on the rows beside it, so images are
+equal to the last bit with the caches on, off, cold or warm.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.spec.mixing import Mix, mix_embeddings
 from ditserve.service.backends import Backend
-from ditserve.service.engine.texts import TextEncodings
+from ditserve.service.engine.text_cache import TextCache
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.telemetry.counters import CacheCounters
 
 Floats = npt.NDArray[np.float32]
-Given = tuple[tuple[int | None, ...], str]  # classes and a text, "" for none
+Term = tuple[tuple[int | None, ...], str]  # classes and a text, "" for none
 
-CHUNK: Final = 8  # rows of every call of the embedder
+EMBED_ROWS: Final = 8  # of every call of the embedder
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Condition:
-    """A condition ready for the conditioner; equal conditions have equal keys, in every process."""
+    """A condition ready for the conditioner. Equal conditions have equal keys, in every process."""
 
     key: bytes
     embedding: Floats  # (E,)
 
 
-Want = tuple[int, Condition]  # a timestep and a condition
+ConditionerInput = tuple[int, Condition]  # a timestep and a condition
+StateKey = tuple[int, bytes]  # the same, with the condition's key
 
 
 class EmbeddingCache(CacheCounters):
-    """Condition → embedding, the least recently used leaving first when they exceed `capacity` bytes.
+    """Condition → embedding, at most `capacity` bytes; the least recently used entry leaves first.
 
     `texts` encodes sentences; without it the model takes none.
     """
 
-    def __init__(self, backend: Backend, texts: TextEncodings | None, *, capacity: int) -> None:
+    def __init__(self, backend: Backend, texts: TextCache | None, *, capacity: int) -> None:
         super().__init__()
         self._backend, self._texts = backend, texts
         self._null_labels = [len(factor.classes) for factor in backend.manifest.factors]
-        self._entries = max(1, capacity // (4 * backend.manifest.embedding_size))
-        self._held: OrderedDict[Given, Floats] = OrderedDict()
+        self._max_entries = max(1, capacity // (4 * backend.manifest.embedding_size))
+        self._embeddings: OrderedDict[Term, Floats] = OrderedDict()
 
     def get(self, terms: Sequence[ConditionTerm], mix: Mix = "linear") -> Condition:
-        """The condition of `terms`, whose weights count relative to their sum and whose order does not matter.
+        """Return the condition of `terms`; weights count relative to their sum, the order of terms does not.
 
         Raises:
-            InvalidRequest: the weights do not sum to something positive, or there is a text and the model takes none.
+            InvalidRequest: the weights do not sum to more than 0, or there is text and the model takes none.
         """
-        weights: dict[Given, float] = {}
+        weights: dict[Term, float] = {}
         for term in terms:
             if term.text and self._texts is None:
                 raise InvalidRequest("This model takes no text.")
-            given = (term.labels, term.text)
-            weights[given] = weights.get(given, 0.0) + term.weight
+            key = (term.labels, term.text)
+            weights[key] = weights.get(key, 0.0) + term.weight
         total = sum(weights.values())
         if not total > 0.0:
             raise InvalidRequest("the weights of a condition must sum to more than 0")
         parts = sorted(
-            ((given, weight / total) for given, weight in weights.items() if weight != 0.0),
+            ((key, weight / total) for key, weight in weights.items() if weight != 0.0),
             key=lambda part: ([-1 if label is None else label for label in part[0][0]], part[0][1]),
         )
-        embeddings = self._embeddings([given for given, _ in parts])
-        key = blake2b(repr((parts, mix if len(parts) > 1 else "")).encode(), digest_size=16).digest()
+        embeddings = self._get_many([key for key, _ in parts])
+        digest = blake2b(repr((parts, mix if len(parts) > 1 else "")).encode(), digest_size=16).digest()
         embedding = mix_embeddings(embeddings, [weight for _, weight in parts], mix)
-        return Condition(key, np.asarray(embedding, np.float32))
+        return Condition(digest, np.asarray(embedding, np.float32))
 
     def null(self) -> Condition:
-        """The unconditional one: every factor at its null class."""
+        """Return the unconditional condition: every factor at its null class."""
         return self.get([ConditionTerm(labels=(None,) * len(self._null_labels))])
 
-    def _embeddings(self, wanted: Sequence[Given]) -> list[Floats]:
-        missing = [given for given in wanted if given not in self._held]
-        self.hits += len(wanted) - len(missing)
+    def _get_many(self, terms: Sequence[Term]) -> list[Floats]:
+        """Return the embeddings (E,) of distinct terms; embed the missing ones."""
+        missing = [term for term in terms if term not in self._embeddings]
+        self.hits += len(terms) - len(missing)
         self.misses += len(missing)
-        fresh: dict[Given, Floats] = {}
-        for start in range(0, len(missing), CHUNK):
-            part = missing[start : start + CHUNK]
-            indices = np.tile(np.array(self._null_labels, np.int64), (CHUNK, 1))  # (CHUNK, F)
-            for row, (labels, _) in zip(indices, part, strict=False):
-                row[:] = [n if k is None else k for k, n in zip(labels, self._null_labels, strict=True)]
-            embeddings = self._backend.embed(indices, self._encodings([text for _, text in part]))
-            fresh.update((given, row.copy()) for given, row in zip(part, embeddings, strict=False))
-        found = [fresh[given] if given in fresh else self._held[given] for given in wanted]
-        for given, embedding in zip(wanted, found, strict=True):
-            self._held[given] = embedding
-            self._held.move_to_end(given)
-        while len(self._held) > self._entries:
-            self._held.popitem(last=False)
+        fresh: dict[Term, Floats] = {}
+        for start in range(0, len(missing), EMBED_ROWS):
+            chunk = missing[start : start + EMBED_ROWS]
+            fresh.update(zip(chunk, self._embed(chunk), strict=True))
+        embeddings = [fresh[term] if term in fresh else self._embeddings[term] for term in terms]
+        for term, embedding in zip(terms, embeddings, strict=True):
+            self._embeddings[term] = embedding
+            self._embeddings.move_to_end(term)
+        while len(self._embeddings) > self._max_entries:
+            self._embeddings.popitem(last=False)
             self.evictions += 1
-        self.bytes = len(self._held) * found[0].nbytes
-        return found
+        self.bytes = len(self._embeddings) * embeddings[0].nbytes
+        return embeddings
 
-    def _encodings(self, texts: Sequence[str]) -> Floats | None:
-        """(CHUNK, text size), zeros for no text; None for a model that takes none."""
-        return None if self._texts is None else self._texts.get_many([*texts, *[""] * (CHUNK - len(texts))])
+    def _embed(self, terms: Sequence[Term]) -> list[Floats]:
+        """Return the embeddings of at most `EMBED_ROWS` terms, from one call of the backend."""
+        labels = np.tile(np.array(self._null_labels, np.int64), (EMBED_ROWS, 1))  # (EMBED_ROWS, F)
+        for row, (classes, _) in zip(labels, terms, strict=False):
+            row[:] = [n if k is None else k for k, n in zip(classes, self._null_labels, strict=True)]
+        texts = [text for _, text in terms] + [""] * (EMBED_ROWS - len(terms))
+        encodings = None if self._texts is None else self._texts.get_many(texts)  # (EMBED_ROWS, text size)
+        embeddings = self._backend.embed(labels, encodings)
+        return [row.copy() for row in embeddings[: len(terms)]]
 
 
-class ModulationCache(CacheCounters):
-    """(timestep, condition) → condition state, exact, in one preallocated block of at most `capacity` bytes.
+class SlotLru(Generic[K]):
+    """The assignment of keys to `slots` numbered slots; the least recently used key leaves first.
 
-    Entries of `pinned` (the null class, wanted by every guided request) stay as long as they fit in half of it; the
-    least recently used of the others leave first. What a batch misses is computed in one go, and the rows left over in a
-    conditioner call are spent on what its samples want next. With a capacity too small for a batch, or 0, it computes
-    and keeps nothing.
+    A pinned key never leaves. Pinned keys take at most half of the slots, so `evictable` slots stay for
+    the others.
     """
 
-    def __init__(self, backend: Backend, *, capacity: int, pinned: bytes) -> None:
-        super().__init__()
-        self._backend, self._chunk = backend, backend.conditioner_rows
-        self._pinned_key = pinned
-        shapes = [entry.shape for entry in backend.manifest.state]
-        self.entry_bytes = 4 * sum(int(np.prod(shape)) for shape in shapes)
-        count = capacity // self.entry_bytes
-        self._blocks: tuple[Floats, ...] = tuple(np.empty((count, *shape), np.float32) for shape in shapes)
-        self._count = count
-        self._recent: OrderedDict[tuple[int, bytes], int] = OrderedDict()  # → place in the blocks
-        self._pinned: dict[tuple[int, bytes], int] = {}
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._max_pinned = slots // 2
+        self.evictable = slots - self._max_pinned
+        self.evictions = 0
+        self._recent: OrderedDict[K, int] = OrderedDict()  # the least recently used key first
+        self._pinned: dict[K, int] = {}
 
-    def gather(self, wanted: Sequence[Want], upcoming: Iterable[Want], out: tuple[Floats, ...]) -> None:
-        """Write the state of `wanted` to the first rows of `out` (one array per state tensor, in the manifest's order).
+    def __len__(self) -> int:
+        return len(self._recent) + len(self._pinned)
 
-        `upcoming` is what these samples want next, soonest first; it is read only as far as there are rows to spare.
-        """
-        keys = [(timestep, condition.key) for timestep, condition in wanted]
-        if len(set(keys)) + self._chunk > self._count - self._count // 2:
-            self._bypass(wanted, out)
-            return
-        missing = {key: want for key, want in zip(keys, wanted, strict=True) if not self._touch(key)}
-        self.hits += len(keys) - len(missing)
-        self.misses += len(missing)
-        if missing:
-            self._load(missing, upcoming)
-        places = np.array([self._place(key) for key in keys], np.intp)
-        for block, rows in zip(self._blocks, out, strict=True):
-            np.take(block, places, axis=0, out=rows[: len(keys)], mode="clip")
-
-    def _bypass(self, wanted: Sequence[Want], out: tuple[Floats, ...]) -> None:
-        self.bypasses += len(wanted)
-        for start in range(0, len(wanted), self._chunk):
-            part = wanted[start : start + self._chunk]
-            for rows, values in zip(out, self._compute(part), strict=True):
-                rows[start : start + len(part)] = values[: len(part)]
-
-    def _load(self, missing: dict[tuple[int, bytes], Want], upcoming: Iterable[Want]) -> None:
-        ahead: dict[tuple[int, bytes], Want] = {}
-        spare = -len(missing) % self._chunk
-        for timestep, condition in upcoming if spare else ():
-            key = (timestep, condition.key)
-            if key not in missing and not self._holds(key):
-                ahead[key] = (timestep, condition)
-            if len(ahead) == spare:
-                break
-        self.prefetches += len(ahead)
-        todo = list((missing | ahead).items())
-        for start in range(0, len(todo), self._chunk):
-            part = todo[start : start + self._chunk]
-            places = [self._reserve(key) for key, _ in part]
-            for block, values in zip(self._blocks, self._compute([want for _, want in part]), strict=True):
-                block[places] = values[: len(part)]
-        self.bytes = (len(self._recent) + len(self._pinned)) * self.entry_bytes
-
-    def _compute(self, wanted: Sequence[Want]) -> tuple[Floats, ...]:
-        """The conditioner's answer for up to a call's wants, the rest of the rows repeating the first."""
-        padded = [*wanted, *[wanted[0]] * (self._chunk - len(wanted))]
-        timesteps = np.array([timestep for timestep, _ in padded], np.float32)
-        return self._backend.modulate(timesteps, np.stack([condition.embedding for _, condition in padded]))
-
-    def _holds(self, key: tuple[int, bytes]) -> bool:
+    def __contains__(self, key: K) -> bool:
         return key in self._recent or key in self._pinned
 
-    def _touch(self, key: tuple[int, bytes]) -> bool:
+    def touch(self, key: K) -> bool:
+        """Mark a key as used now; return whether it has a slot."""
         if key in self._recent:
             self._recent.move_to_end(key)
             return True
         return key in self._pinned
 
-    def _place(self, key: tuple[int, bytes]) -> int:
-        place = self._recent.get(key)
-        return self._pinned[key] if place is None else place
+    def slot(self, key: K) -> int:
+        """Return the slot of a key. Raises `KeyError` if it has none."""
+        slot = self._recent.get(key)
+        return self._pinned[key] if slot is None else slot
 
-    def _reserve(self, key: tuple[int, bytes]) -> int:
-        place = len(self._recent) + len(
-            self._pinned
-        )  # entries only ever replace each other: places fill in order
-        if place == self._count:
-            _, place = self._recent.popitem(last=False)
+    def reserve(self, key: K, *, pin: bool) -> int:
+        """Return a slot for a new key: the next unused one, else that of the least recently used key.
+
+        With `pin` the key stays for good, as long as the half for pinned keys is not full.
+        """
+        # A slot is never given back, only handed on: the count of keys is the next one that is unused.
+        slot = len(self)
+        if slot == self._slots:
+            _, slot = self._recent.popitem(last=False)
             self.evictions += 1
-        if key[1] == self._pinned_key and len(self._pinned) < self._count // 2:
-            self._pinned[key] = place
+        if pin and len(self._pinned) < self._max_pinned:
+            self._pinned[key] = slot
         else:
-            self._recent[key] = place
-        return place
+            self._recent[key] = slot
+        return slot
 
 
-class Conditions:
-    """Both caches of a worker.
+class ModulationCache(CacheCounters):
+    """(timestep, condition) → condition state, exact, in one preallocated block of at most `capacity` bytes.
+
+    The states of the condition with the key `pinned` stay, within half of the block: it is the null class,
+    which every guided request needs. The states that a batch misses are computed together, and the rows left
+    over in a conditioner call are spent on what its samples need next. A batch too large for the block, or
+    any with a capacity of 0, bypasses the cache: its states are computed and not kept.
+    """
+
+    def __init__(self, backend: Backend, *, capacity: int, pinned: bytes) -> None:
+        super().__init__()
+        self._backend, self._call_rows = backend, backend.conditioner_rows
+        self._pinned_key = pinned
+        shapes = [entry.shape for entry in backend.manifest.state]
+        self.entry_bytes = 4 * sum(int(np.prod(shape)) for shape in shapes)
+        slots = capacity // self.entry_bytes
+        self._blocks: tuple[Floats, ...] = tuple(np.empty((slots, *shape), np.float32) for shape in shapes)
+        self._lru: SlotLru[StateKey] = SlotLru(slots)
+        # A batch and the prefetch of one call must fit beside each other in the evictable slots. Then
+        # loading the states of a batch never evicts one that the same batch needs.
+        self._max_batch_states = self._lru.evictable - self._call_rows
+
+    def gather(
+        self,
+        inputs: Sequence[ConditionerInput],
+        upcoming: Iterable[ConditionerInput],
+        out: tuple[Floats, ...],
+    ) -> None:
+        """Write the states of `inputs` to the first rows of `out`.
+
+        `out` has one array a state tensor, in the manifest's order.
+
+        `upcoming` is what these samples need next, soonest first. It is read only as far as a call has rows
+        to spare.
+        """
+        keys = [(timestep, condition.key) for timestep, condition in inputs]
+        if len(set(keys)) > self._max_batch_states:
+            self._bypass(inputs, out)
+            return
+        missing = {key: state for key, state in zip(keys, inputs, strict=True) if not self._lru.touch(key)}
+        self.hits += len(keys) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            self._load(missing | self._prefetch(missing, upcoming))
+        slots = np.array([self._lru.slot(key) for key in keys], np.intp)
+        for block, rows in zip(self._blocks, out, strict=True):
+            np.take(block, slots, axis=0, out=rows[: len(keys)], mode="clip")
+
+    def _bypass(self, inputs: Sequence[ConditionerInput], out: tuple[Floats, ...]) -> None:
+        self.bypasses += len(inputs)
+        for start in range(0, len(inputs), self._call_rows):
+            chunk = inputs[start : start + self._call_rows]
+            for rows, values in zip(out, self._compute(chunk), strict=True):
+                rows[start : start + len(chunk)] = values[: len(chunk)]
+
+    def _prefetch(
+        self, missing: dict[StateKey, ConditionerInput], upcoming: Iterable[ConditionerInput]
+    ) -> dict[StateKey, ConditionerInput]:
+        """Return the upcoming inputs that are not cached, as many as fill up the last call for `missing`."""
+        prefetched: dict[StateKey, ConditionerInput] = {}
+        spare = -len(missing) % self._call_rows
+        for timestep, condition in upcoming if spare else ():
+            key = (timestep, condition.key)
+            if key not in missing and key not in self._lru:
+                prefetched[key] = (timestep, condition)
+            if len(prefetched) == spare:
+                break
+        self.prefetches += len(prefetched)
+        return prefetched
+
+    def _load(self, inputs: dict[StateKey, ConditionerInput]) -> None:
+        """Compute the states of inputs that are not cached, and keep them."""
+        items = list(inputs.items())
+        for start in range(0, len(items), self._call_rows):
+            chunk = items[start : start + self._call_rows]
+            slots = [self._lru.reserve(key, pin=key[1] == self._pinned_key) for key, _ in chunk]
+            values = self._compute([conditioner_input for _, conditioner_input in chunk])
+            for block, rows in zip(self._blocks, values, strict=True):
+                block[slots] = rows[: len(chunk)]
+        self.evictions = self._lru.evictions
+        self.bytes = len(self._lru) * self.entry_bytes
+
+    def _compute(self, inputs: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
+        """Return the states of at most one call's inputs; the other rows of the call repeat the first."""
+        padded = [*inputs, *[inputs[0]] * (self._call_rows - len(inputs))]
+        timesteps = np.array([timestep for timestep, _ in padded], np.float32)
+        return self._backend.modulate(timesteps, np.stack([condition.embedding for _, condition in padded]))
+
+
+class ConditionCaches:
+    """The caches of one worker, and its null condition.
 
     Args:
         modulation_bytes: the most memory of the modulation cache; 0 turns it off.
         embedding_bytes: the most memory of the embedding cache.
-        texts: encodings of sentences, for a model that takes text.
+        texts: the encodings of sentences, for a model that takes text.
     """
 
     def __init__(
@@ -221,12 +269,9 @@ class Conditions:
         *,
         modulation_bytes: int = 256 << 20,
         embedding_bytes: int = 64 << 20,
-        texts: TextEncodings | None = None,
+        texts: TextCache | None = None,
     ) -> None:
         self.texts = texts
         self.embeddings = EmbeddingCache(backend, texts, capacity=embedding_bytes)
         self.null = self.embeddings.null()
         self.modulations = ModulationCache(backend, capacity=modulation_bytes, pinned=self.null.key)
-
-    def get(self, terms: Sequence[ConditionTerm], mix: Mix = "linear") -> Condition:
-        return self.embeddings.get(terms, mix)

@@ -1,102 +1,120 @@
-"""Samples by the size of their rows: only rows of one size can share a forward pass, so sizes take turns.
+"""Groups of samples by the size of their rows: only rows of one size share a pass.
 
-A row is a latent as a whole, or a window of one: what is denoised in windows is among the samples of the bundle's own size.
+A row is a latent as a whole, or a window of one. A sample that is denoised in windows therefore belongs to
+the group of the bundle's own size. Which group has its turn is up to the `scheduler`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from typing import NamedTuple
 
-from ditserve.service.engine.samples import Sample, Size
-from ditserve.service.engine.scheduler import Batch, Scheduler
-from ditserve.service.engine.slots import Floats, SlotPool
-from ditserve.service.engine.turns import Demand, Turns
+from ditserve.service.engine.latent_pool import Floats, LatentPool
+from ditserve.service.engine.samples import Sample
+from ditserve.service.engine.scheduler import Batch, Candidates, Scheduler
 from ditserve.service.planning.costs import CostModel
+from ditserve.service.windows import Size
+
+
+class Place(NamedTuple):
+    """The place of a sample's latent: a slot of a pool."""
+
+    pool: LatentPool
+    slot: int
 
 
 class Group:
-    """The samples with rows of one size, the slots of whole latents, and what a pass of them takes.
+    """The samples whose rows have one size, the places of their latents, and the cost of their passes.
 
-    `row_cost` is the tokens of one row, in rows of the bundle's own size.
+    `pool` holds the latents that are denoised as a whole. `row_cost` is the tokens of one row, in rows of the
+    bundle's own size.
     """
 
-    __slots__ = ("costs", "pool", "row_cost", "samples", "size")
+    __slots__ = ("costs", "places", "pool", "row_cost", "samples", "size")
 
-    def __init__(self, size: Size, pool: SlotPool, costs: CostModel, *, row_cost: float) -> None:
+    def __init__(self, size: Size, pool: LatentPool, costs: CostModel, *, row_cost: float) -> None:
         self.size, self.pool, self.costs, self.row_cost = size, pool, costs, row_cost
         self.samples: dict[str, Sample] = {}
+        self.places: dict[str, Place] = {}
 
     @property
     def rows(self) -> int:
-        """Rows of everybody's next step."""
+        """Rows of the next step of all samples."""
         return sum(sample.rows for sample in self.samples.values())
 
 
 class Groups:
-    """The groups there are: always that of the bundle's own size, and one for every other size that somebody has.
+    """The groups of one engine: that of the bundle's own size, and one for every other row size in use.
 
     Args:
-        costs: of passes at the bundle's own size; other sizes start from it, by their tokens, and learn for themselves.
-        make_pool: slots for latents of a size. Memory is touched only as slots are used.
+        own: the bundle's own size.
+        costs: the cost model of passes at that size. Another size starts from it, scaled by tokens, and
+            learns by itself.
+        make_pool: returns a pool for latents of a size. Memory is touched only as slots are used.
     """
 
     def __init__(
-        self, own: Size, scheduler: Scheduler, costs: CostModel, make_pool: Callable[[Size], SlotPool]
+        self, own: Size, scheduler: Scheduler, costs: CostModel, make_pool: Callable[[Size], LatentPool]
     ) -> None:
         self._scheduler, self._make_pool = scheduler, make_pool
         self.own = Group(own, make_pool(own), costs, row_cost=1.0)
         self._groups = {own: self.own}
-        self._turns: Turns[Size] = Turns()
+        self._run_before: set[tuple[Size, int]] = set()
 
-    def seat(self, sample: Sample) -> Floats:
-        """Give a sample its place; its latent, to be filled before it joins."""
-        group = self._home(sample)
-        if sample.windows is None:
-            sample.pool, sample.row_cost = group.pool, group.row_cost
-        else:
-            sample.pool, sample.row_cost = group.pool.lone(sample.size), float(len(sample.windows))
-        sample.slot, latent = sample.pool.take()
-        return latent
+    def admit(self, sample: Sample, latent: Floats, history: Floats | None = None) -> None:
+        """Let a sample take steps from now on.
 
-    def join(self, sample: Sample) -> None:
-        """Let a sample that has its place take steps."""
-        self._home(sample).samples[sample.id] = sample
+        It starts at `latent` (C, H, W), with the solver history (C, H, W) of its last step if it took one.
+        """
+        group, geometry = self._group_for(sample), sample.geometry
+        pool = group.pool if geometry.windows is None else group.pool.single(geometry.size)
+        group.places[sample.id] = Place(pool, pool.take(latent, history))
+        group.samples[sample.id] = sample
 
-    def _home(self, sample: Sample) -> Group:
-        """The group of a sample, made if need be."""
-        size = sample.size if sample.windows is None else self.own.size
+    def remove(self, sample: Sample) -> None:
+        """Drop a sample and free its slot; drop its group too if it was the last sample of another size."""
+        group = self._groups[sample.geometry.row_size]
+        del group.samples[sample.id]
+        pool, slot = group.places.pop(sample.id)
+        pool.release(slot)
+        if not group.samples and group is not self.own:
+            del self._groups[group.size]
+
+    def place(self, sample: Sample) -> Place:
+        """Return the place of a sample's latent."""
+        return self._groups[sample.geometry.row_size].places[sample.id]
+
+    def next_batch(self, now: float) -> tuple[Group, Batch[Sample]]:
+        """Return the group whose turn it is and its samples that step now. A sample must be running."""
+        waiting = [group for group in self._groups.values() if group.samples]
+        batch = self._scheduler.next_batch([self._candidates(group) for group in waiting], now=now)
+        return self._groups[batch.samples[0].geometry.row_size], batch
+
+    def observe(self, group: Group, rows: int, seconds: float) -> None:
+        """Teach the cost model of a group the seconds of a pass of `rows` rows.
+
+        The first pass of a size is left out, because it also allocates memory or compiles.
+        """
+        if (group.size, rows) in self._run_before:
+            group.costs.observe(rows, seconds)
+        self._run_before.add((group.size, rows))
+
+    def _group_for(self, sample: Sample) -> Group:
+        """Return the group of a new sample; make it if there is none."""
+        size = sample.geometry.row_size
         group = self._groups.get(size)
         if group is None:
-            row_cost = prod(size) / prod(self.own.size)
+            # Only whole latents have rows of another size, so the cost of the sample is that of one row.
+            row_cost = sample.geometry.cost
             costs = self.own.costs.scaled(row_cost)
             group = self._groups[size] = Group(size, self._make_pool(size), costs, row_cost=row_cost)
         return group
 
-    def leave(self, sample: Sample) -> None:
-        """Part from a sample, and from its group if it was the last one there."""
-        group = self._home(sample)
-        del group.samples[sample.id]
-        sample.pool.release(sample.slot)
-        if not group.samples and group is not self.own:
-            del self._groups[group.size]
-
-    def next_batch(self, now: float) -> tuple[Group, Batch[Sample]]:
-        """Whose turn it is, and the samples that step now. There must be one."""
-        waiting = {size: group for size, group in self._groups.items() if group.samples}
-        if len(waiting) == 1:
-            (group,) = waiting.values()
-        else:
-            size = self._turns.next({size: self._demand(group, now) for size, group in waiting.items()})
-            group = waiting[size]
-        return group, self._batch(group, now)
-
-    def _demand(self, group: Group, now: float) -> Demand:
-        batch = sum(sample.rows for sample in self._batch(group, now).samples)
-        return Demand(group.row_cost * batch, group.row_cost * group.rows)
-
-    def _batch(self, group: Group, now: float) -> Batch[Sample]:
-        knee = group.costs.knee(self._scheduler.cap(group.row_cost))
-        return self._scheduler.next_batch(
-            group.samples.values(), knee, group.row_cost, now=now, seconds=group.costs.predict
+    def _candidates(self, group: Group) -> Candidates[Sample]:
+        return Candidates(
+            group.samples.values(),
+            group.costs.saturation_rows(self._scheduler.cap(group.row_cost)),
+            group.costs.predict,
+            row_cost=group.row_cost,
+            size=group.size,
         )

@@ -1,7 +1,7 @@
-"""A sample: one image being denoised, from the request for it to what became of it.
+"""A sample: one image being denoised, from its request to its result.
 
-Values, and one owner of state (`Sample`). Pure: no I/O, no clock, no backend; times are seconds and come in as
-arguments.
+Values, and one owner of state (`Sample`). Pure: no I/O, no clock, no backend. Times are seconds and come in
+as arguments.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ import numpy.typing as npt
 
 from ditserve.model.spec.mixing import Mix
 from ditserve.service.engine.conditions import Condition
-from ditserve.service.engine.courses import Course
-from ditserve.service.engine.slots import SlotPool
+from ditserve.service.engine.fair_shares import Flow
+from ditserve.service.engine.geometry import Geometry
+from ditserve.service.engine.trajectory import Trajectory
 from ditserve.service.errors import ServiceError
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import ROOM, Change, PlannedSample
 from ditserve.service.rung import Rung
-from ditserve.service.windows import Windows
+from ditserve.service.windows import Size
 
 Latent = npt.NDArray[np.float32]
-Size = tuple[int, int]  # height and width in latent pixels
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One image to make. `requested` is what was asked for; `rung`, where it starts, is equal unless already degraded."""
+    """One image to make.
+
+    `requested` is the rung asked for. `rung` is where it starts: the same, unless it is already degraded.
+    """
 
     id: str
     condition: tuple[ConditionTerm, ...]
@@ -38,13 +41,15 @@ class SampleRequest:
     rung: Rung
     requested: Rung
     guidance_scale: float
-    previews: int  # an x0 preview every so many steps, 0 = none
+    previews: int  # one x0 preview every so many steps; 0: none
     deadline_at: float | None
     allow_degraded: bool
     min_steps: int
     reason: str | None = None  # why `rung` is not `requested`, if it is not
     size: Size | None = None  # None: the bundle's own
     windows: bool = False  # denoise a larger size in overlapping windows of the bundle's own
+    caller: str = ""
+    weight: float = 1.0  # of its caller's share of the machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,8 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
+    """A sample that ends without an image, and why."""
+
     id: str
     error: ServiceError
 
@@ -79,67 +86,57 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step brought about; `rows` is what the network computed, padding included."""
+    """The outcome of one step; `rows` are those the network computed, padding included."""
 
     finished: tuple[Finished, ...] = ()
     failed: tuple[Failed, ...] = ()
     previews: tuple[Preview, ...] = ()
     changes: tuple[Change, ...] = ()
-    stop_reason: Literal["cap", "idle"] = "idle"  # why the batch grew no further
+    stop_reason: Literal["cap", "idle"] = "idle"  # as in `scheduler.Batch`
     rows: int = 0
-    seconds: float = 0.0
-    predicted_s: float = 0.0  # what the cost model expected of it
+    seconds: float = 0.0  # of the whole turn: since the end of the last step, if it was running
+    predicted_s: float = 0.0  # by the cost model, before the step
 
 
 class Sample:
-    """A running sample: where it stands on its course. Its latent lives at `slot` of `pool`.
+    """A running sample and the step of its trajectory that comes next.
 
-    `floor` is the lowest rung it may be moved to. `windows` are those it is denoised in, None as a whole. `row_cost` is the
-    tokens of predicting its latent once, in rows of the bundle's own size. Pool, slot and cost come with its place among the
-    others (`groups`).
+    `floor` is the lowest rung it may be moved to. Its latent lives in `groups`, at the sample's place.
     """
 
     __slots__ = (
         "added_at",
         "condition",
-        "course",
         "cursor",
         "degraded",
         "floor",
+        "flow",
         "generator",
-        "pool",
+        "geometry",
         "reason",
         "request",
-        "row_cost",
         "rung",
-        "size",
-        "slot",
         "started_at",
         "taken",
-        "windows",
+        "trajectory",
     )
-
-    pool: SlotPool
-    slot: int
-    row_cost: float
 
     def __init__(
         self,
         request: SampleRequest,
         condition: Condition,
-        course: Course,
+        trajectory: Trajectory,
         *,
-        added_at: float,
-        size: Size,
+        geometry: Geometry,
         floor: Rung,
-        windows: Windows | None = None,
+        added_at: float,
     ) -> None:
-        self.request, self.floor = request, floor
-        self.size, self.windows = size, windows
+        self.request, self.geometry, self.floor = request, geometry, floor
+        self.flow = Flow(request.caller, request.weight)
         self.condition = condition
-        self.course = course
-        self.cursor = 0  # the course's next step
-        self.taken = 0  # steps done, over all courses
+        self.trajectory = trajectory
+        self.cursor = 0  # index of the next step of the trajectory
+        self.taken = 0  # steps done, over all trajectories
         self.rung = request.rung
         self.reason = request.reason
         self.degraded = request.rung != request.requested
@@ -156,64 +153,64 @@ class Sample:
         return self.request.deadline_at
 
     @property
-    def rows(self) -> int:
-        """Rows of the next step: two where guidance acts, else one, of each window."""
-        rows = 2 if self.course.guided[self.cursor] else 1
-        return rows if self.windows is None else rows * len(self.windows)
+    def guided(self) -> bool:
+        """True if guidance acts on the next step."""
+        return self.trajectory.guided[self.cursor]
 
     @property
-    def guided(self) -> bool:
-        """Whether guidance acts on the next step."""
-        return self.course.guided[self.cursor]
+    def rows(self) -> int:
+        """Rows of the next step: those of one prediction, and as many again where guidance acts."""
+        return self.geometry.rows * (2 if self.guided else 1)
 
     @property
     def timestep(self) -> int:
-        """The noise level the sample stands at: the timestep of its next step."""
-        return self.course.timesteps[self.cursor]
+        """The timestep of the next step: the noise level at which the sample stands."""
+        return self.trajectory.timesteps[self.cursor]
 
     @property
-    def remaining_steps(self) -> int:
-        return len(self.course) - self.cursor
-
-    @property
-    def least_steps(self) -> int:
-        """Steps left if it moved to its floor now."""
-        return min(self.remaining_steps, steps_left(self.remaining_steps, self.rung, self.floor))
-
-    @property
-    def steps(self) -> int:
-        """Steps in all: those taken and those left."""
-        return self.taken + self.remaining_steps
-
-    @property
-    def line(self) -> npt.NDArray[np.float32]:
-        """The numbers of the next step, (7,); see `courses.COLUMNS`."""
-        line: npt.NDArray[np.float32] = self.course.lines[self.cursor]
-        return line
-
-    @property
-    def remaining_rows(self) -> int:
-        return self.course.rows_from(self.cursor)
+    def coefficients(self) -> npt.NDArray[np.float32]:
+        """The numbers of the next step, (7,), in the order of `StepCoefficients`."""
+        row: npt.NDArray[np.float32] = self.trajectory.rows[self.cursor]
+        return row
 
     @property
     def previous(self) -> int | None:
-        """The timestep of the estimate in the solver's history, None before the first step."""
-        return self.course.timesteps[self.cursor - 1] if self.cursor else self.course.previous
+        """The timestep of the estimate in the solver's history; None before the first step."""
+        return self.trajectory.timesteps[self.cursor - 1] if self.cursor else self.trajectory.previous
+
+    @property
+    def remaining_steps(self) -> int:
+        return len(self.trajectory) - self.cursor
+
+    @property
+    def least_steps(self) -> int:
+        """The steps left if it moved to its floor now."""
+        return min(self.remaining_steps, steps_left(self.remaining_steps, self.rung, self.floor))
+
+    @property
+    def remaining_rows(self) -> int:
+        """Rows of the steps left, as if the latent were one row; `geometry.cost` tokens each."""
+        return self.trajectory.rows_from(self.cursor)
+
+    @property
+    def steps(self) -> int:
+        """All steps: those taken and those left."""
+        return self.taken + self.remaining_steps
 
     def planned(self) -> PlannedSample:
-        """This sample as the planner sees it."""
+        """Return this sample as the planner sees it."""
         return PlannedSample(
             id=self.id,
             deadline_at=self.deadline_at,
             rung=self.rung,
             remaining_steps=self.remaining_steps,
-            guided=self.course.scale != 1.0,
+            guided=self.trajectory.scale != 1.0,
             floor_steps=self.request.min_steps,
             allow_degraded=self.request.allow_degraded,
             started=self.taken > 0,
             timestep=self.timestep,
             requested=self.request.requested,
-            row_cost=self.row_cost,
+            row_cost=self.geometry.cost,
         )
 
     def advance(self, started_at: float) -> None:
@@ -223,9 +220,12 @@ class Sample:
         self.cursor += 1
         self.taken += 1
 
-    def follow(self, change: Change, course: Course) -> None:
-        """Continue on another course. A sample that has taken steps counts as degraded even if it later climbs back."""
-        self.rung, self.course, self.cursor = change.rung, course, 0
+    def follow(self, change: Change, trajectory: Trajectory) -> None:
+        """Continue on another trajectory.
+
+        A sample that has taken steps counts as degraded even if it later climbs back.
+        """
+        self.rung, self.trajectory, self.cursor = change.rung, trajectory, 0
         self.degraded = self.taken > 0 or change.rung != self.request.requested
         if change.reason != ROOM:
             self.reason = change.reason
@@ -233,6 +233,7 @@ class Sample:
             self.reason = None
 
     def finished(self, latent: Latent, now: float) -> Finished:
+        """Return the result of this sample: its last step ended at `now` with `latent` (C, H, W)."""
         started = now if self.started_at is None else self.started_at
         return Finished(
             id=self.id,

@@ -1,6 +1,6 @@
-"""A snapshot: a sample on its way, for another engine of the same bundle to continue to the same image.
+"""A snapshot: a running sample as a value, so that another engine continues it to the same image.
 
-Values and their plain form. Pure: no I/O, no clock, no backend.
+Pure: no I/O, no clock, no backend.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.spec.diffusion import Schedule
-from ditserve.service.engine.courses import Course, along
 from ditserve.service.engine.samples import Sample
+from ditserve.service.engine.trajectory import Trajectory, trajectory_from_timesteps
 from ditserve.service.rung import Rung
 from ditserve.service.wire import build
 
@@ -23,58 +23,64 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """Where a sample stands: its course, its place on it, and the arrays that its next step needs."""
+    """A sample between two steps: its trajectory, its position on it, and the arrays of its next step.
+
+    The names of the fields are those on the wire. `timesteps` and `previous` are of the trajectory, `scale`
+    is its guidance scale. `latent` is x and `history` the estimate D of the last step, each (C, H, W).
+    `noise` is the state of the sample's Philox generator: counter, key, buffer, and the rest of a draw.
+    """
 
     rung: Rung
     scale: float
-    timesteps: tuple[int, ...]  # of the course
-    previous: int | None  # the timestep before the course, where it continues another
+    timesteps: tuple[int, ...]
+    previous: int | None
     cursor: int
     taken: int
     degraded: bool
     reason: str | None
-    latent: Floats  # x, (C, H, W)
-    history: Floats  # D of the last step, (C, H, W)
-    noise: tuple[
-        int, ...
-    ]  # where its generator stands: Philox's counter, key, buffer, and what is left of a draw
+    latent: Floats
+    history: Floats
+    noise: tuple[int, ...]
 
     @classmethod
     def of(cls, sample: Sample, latent: Floats, history: Floats) -> Snapshot:
-        course = sample.course
+        """Return the snapshot of a sample with these arrays."""
+        trajectory = sample.trajectory
         return cls(
             rung=sample.rung,
-            scale=course.scale,
-            timesteps=course.timesteps,
-            previous=course.previous,
+            scale=trajectory.scale,
+            timesteps=trajectory.timesteps,
+            previous=trajectory.previous,
             cursor=sample.cursor,
             taken=sample.taken,
             degraded=sample.degraded,
             reason=sample.reason,
             latent=latent,
             history=history,
-            noise=_noise(sample.generator),
+            noise=_noise_state(sample.generator),
         )
 
-    def course(self, schedule: Schedule) -> Course:
-        """The course it is on."""
-        return along(self.rung, self.scale, schedule, self.timesteps, previous=self.previous)
+    def trajectory(self, schedule: Schedule) -> Trajectory:
+        """Return the trajectory that the sample is on."""
+        return trajectory_from_timesteps(
+            self.rung, self.scale, schedule, self.timesteps, previous=self.previous
+        )
 
     def resume(self, sample: Sample) -> None:
-        """Put a sample, new and on this snapshot's course, where this one stood."""
+        """Bring a new sample, on this snapshot's trajectory, to the state of the old one."""
         sample.rung, sample.cursor, sample.taken = self.rung, self.cursor, self.taken
         sample.degraded, sample.reason = self.degraded, self.reason
-        _set_noise(sample.generator, self.noise)
+        _set_noise_state(sample.generator, self.noise)
 
     def to_wire(self) -> dict[str, Any]:
-        """Plain data; the arrays as little-endian float32."""
+        """Return the fields as plain data, the arrays as bytes of little-endian float32."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         arrays = {name: fields[name].astype("<f4").tobytes() for name in ("latent", "history")}
         return {**fields, **arrays, "rung": asdict(self.rung), "shape": self.latent.shape}
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> Snapshot:
-        """Raises `ValueError` for anything that `to_wire` did not write."""
+        """Return the snapshot that `to_wire` wrote. Raises `ValueError` for anything else."""
         try:
             fields = dict(data)
             shape = tuple(fields.pop("shape"))
@@ -83,22 +89,22 @@ class Snapshot:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a snapshot: {error}") from error
         snapshot = build(cls, fields)
-        if not 0 <= snapshot.cursor < len(snapshot.timesteps) or len(snapshot.noise) != _NOISE:
+        if not 0 <= snapshot.cursor < len(snapshot.timesteps) or len(snapshot.noise) != _NOISE_NUMBERS:
             raise ValueError("not a snapshot: it stands nowhere")
         return snapshot
 
 
-_NOISE = 4 + 2 + 4 + 3
+_NOISE_NUMBERS = 4 + 2 + 4 + 3  # counter, key, buffer, rest of a draw
 
 
-def _noise(generator: np.random.Generator) -> tuple[int, ...]:
+def _noise_state(generator: np.random.Generator) -> tuple[int, ...]:
     state: dict[str, Any] = dict(generator.bit_generator.state)
     arrays = (state["state"]["counter"], state["state"]["key"], state["buffer"])
     scalars = (state["buffer_pos"], state["has_uint32"], state["uinteger"])
     return tuple(int(number) for array in arrays for number in array) + tuple(map(int, scalars))
 
 
-def _set_noise(generator: np.random.Generator, noise: tuple[int, ...]) -> None:
+def _set_noise_state(generator: np.random.Generator, noise: tuple[int, ...]) -> None:
     generator.bit_generator.state = {
         "bit_generator": "Philox",
         "state": {"counter": np.array(noise[:4], np.uint64), "key": np.array(noise[4:6], np.uint64)},

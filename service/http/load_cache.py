@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from ditserve.service.jobs import Job, LoadSnapshot
-from ditserve.service.planning.capacity import dues_of
+from ditserve.service.planning.demand import demand_of
 from ditserve.service.queue.queue_client import Queue
 
 LOAD_FRESH_S = 0.1
@@ -57,7 +57,7 @@ class LoadCache:
         idlest = replace(
             idlest,
             backlog_rows=idlest.backlog_rows + job.cost_rows,
-            dues=(*dues_of(idlest), job.due),
+            dues=(*demand_of(idlest), job.demand),
             running_samples=idlest.running_samples + len(job.seeds),
         )
         self._load = replace(self._load, workers=(idlest, *others))

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from math import ceil
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -26,7 +27,6 @@ from ditserve.service.errors import (
     ServiceError,
     UnsupportedMediaType,
 )
-from ditserve.service.planning.planner import seconds_header
 from ditserve.service.telemetry import metrics
 
 MEDIA_TYPE = "application/problem+json"
@@ -55,13 +55,14 @@ def error_response(error: Exception, scope: Scope) -> Response:
         headers["retry-after"] = str(seconds_header(service_error.retry_after))
     if isinstance(error, HTTPException) and error.headers:
         headers.update({name.lower(): value for name, value in error.headers.items()})
-    request_id = scope.get("state", {}).get("request_id")
+    state = scope.get("state", {})
+    request_id = state.get("request_id")
     if scope["path"].startswith(OPENAI_PREFIX):
         status = 400 if service_error.status == 422 else service_error.status
         body, media_type = openai_error(service_error, request_id), "application/json"
     else:
         status, media_type = service_error.status, MEDIA_TYPE
-        body = problem(service_error, scope["path"], request_id)
+        body = problem(service_error, state.get("root_path", "") + scope["path"], request_id)
     return Response(json.dumps(body), status, headers, media_type)
 
 
@@ -95,6 +96,11 @@ def problem(error: ServiceError, path: str, request_id: str | None = None) -> di
     if error.retry_after is not None:
         body["retry_after_s"] = seconds_header(error.retry_after)
     return {**error.extra, **body}
+
+
+def seconds_header(retry_after_s: float) -> int:
+    """Return the value of `Retry-After`: whole seconds, at least one."""
+    return max(1, ceil(retry_after_s))
 
 
 def openai_error(error: ServiceError, request_id: str | None = None) -> dict[str, Any]:

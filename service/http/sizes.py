@@ -8,7 +8,7 @@ from math import lcm, prod
 
 from ditserve.model.spec.bundle import Manifest
 from ditserve.service.jobs import WorkerState
-from ditserve.service.windows import Size, count
+from ditserve.service.windows import Size, window_count
 
 # Pixels along one side of a latent pixel, by decoder.
 UPSCALE = {"identity": 1, "sd-vae": 8, "small": 8}
@@ -73,7 +73,7 @@ def in_windows(size: str, manifest: Manifest, *, max_area: float) -> OutputSize:
     if sides == _sides(own) or any(side < least for side, least in zip(sides, _sides(own), strict=True)):
         raise ValueError(f"Windows are for sizes larger than the model's own, {own}.")
     latent = _latent(size, manifest, step=UPSCALE[manifest.decoder], max_area=max_area)
-    windows = count(latent, manifest.config.image_size)
+    windows = window_count(latent, manifest.config.image_size)
     return OutputSize(latent, windows, float(windows))
 
 

@@ -1,11 +1,9 @@
 """From a request to a job in the queue: what the model understands, and which deadline can be kept.
 
-`POST /generate` and OpenAI's route both submit through here. Raises errors of the tree `errors`; knows no
-HTTP.
+`POST /generate` and OpenAI's route both submit through here. Knows no HTTP; raises the errors of `errors`.
 """
 
 import hashlib
-import json
 import secrets
 import time
 from collections.abc import Collection, Mapping
@@ -17,12 +15,12 @@ from ditserve.model.spec.diffusion import GRIDS
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import IdempotencyMismatch, InternalError, InvalidRequest, Overloaded, QueueFull
 from ditserve.service.http.load_cache import LoadCache
-from ditserve.service.http.schemas import GenerateRequest
+from ditserve.service.http.schemas import MAX_SEED, TEXT, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
 from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus
-from ditserve.service.planning.admission import NO_WORKER, Admission, Newcomer, admit
-from ditserve.service.planning.capacity import drained
+from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest, admit
+from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import finite
 from ditserve.service.queue.queue_client import Queue
@@ -35,24 +33,29 @@ from ditserve.service.vocabulary import ClassRef, Vocabulary
 _DRAINED_SHARE = 0.1
 # … or after so many seconds where that cannot be predicted.
 _RETRY_S = 5.0
-# The key of a condition that holds a text and is no factor.
-TEXT = "text"
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
 # Idempotency-Key.
 _FINGERPRINT = "body"
 
 
 @dataclass(frozen=True, slots=True)
+class Idempotency:
+    """The Idempotency-Key of a request, and a `fingerprint` that only equal requests share."""
+
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """The sender of a request.
 
-    `name` identifies the sender for fair queueing; `idempotency_key` is the key of this request, if it has
-    one; `concurrency` is how many unfinished jobs the sender may have; `trace` travels with the job into logs
-    and spans.
+    `name` identifies the sender for fair queueing; `concurrency` is the number of unfinished jobs that the
+    sender may have; `trace` travels with the job into logs and spans.
     """
 
     name: str
-    idempotency_key: str | None = None
+    idempotency: Idempotency | None = None
     concurrency: int | None = None
     trace: Mapping[str, str] = field(default_factory=dict)
 
@@ -80,8 +83,6 @@ class _ResolvedRequest:
     condition: tuple[ConditionTerm, ...]
     rung: Rung
     output: OutputSize
-    # Equal for equal requests; "" for a request without an Idempotency-Key.
-    fingerprint: str
 
 
 class Submissions:
@@ -112,21 +113,20 @@ class Submissions:
             self._condition(request),
             self._rung(request),
             await self._size(request),
-            "" if caller.idempotency_key is None else _fingerprint(request, image_format),
         )
-        if caller.idempotency_key is not None:
-            status = await self._queue.status(self._job_id(caller))
+        if caller.idempotency is not None:
+            status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
-                return _replayed(status, resolved)
+                return _replayed(status, caller.idempotency)
         now = time.time()
-        newcomer = self._newcomer(resolved, now)
-        admission = await self._admit(newcomer, now)
-        job = self._job(resolved, newcomer, admission, caller, now)
+        admission_request = self._admission_request(resolved, now)
+        admission = await self._admit(admission_request, now)
+        job = self._job(resolved, admission_request, admission, caller, now)
         # Nothing is awaited between admission and this reservation, so concurrent requests see each other.
         with self.load.reserved(job):
             new = await self._enqueue(job, caller)
         if not new:
-            return _replayed(await self._existing(job), resolved)
+            return _replayed(await self._existing(job), caller.idempotency)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
         return Submission(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))
@@ -157,6 +157,8 @@ class Submissions:
             raise field_error("min_steps", f"It cannot be more than the {steps} steps asked for.")
         if request.n > self._settings.max_images:
             raise field_error("n", f"At most {self._settings.max_images} images a request.")
+        if (request.seed or 0) + request.n - 1 > MAX_SEED:
+            raise field_error("seed", f"The seed of the last image, seed + n - 1, may be at most {MAX_SEED}.")
         low, high = request.guidance_interval or defaults.guidance_interval
         if low > high:
             raise field_error("guidance_interval", "Its low end is above its high end.")
@@ -172,8 +174,7 @@ class Submissions:
     async def _size(self, request: GenerateRequest) -> OutputSize:
         """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
 
-        In windows every size is possible; as a whole the workers decide which ones are, besides the model's
-        own.
+        In windows every size is possible; as a whole the model's own, and those that every worker makes.
         """
         own, max_area = size_text(self.manifest), self._settings.max_area
         if request.windows:
@@ -193,9 +194,9 @@ class Submissions:
         except ValueError as error:
             raise field_error("size", str(error)) from None
 
-    def _newcomer(self, resolved: _ResolvedRequest, now: float) -> Newcomer:
+    def _admission_request(self, resolved: _ResolvedRequest, now: float) -> AdmissionRequest:
         request = resolved.request
-        return Newcomer(
+        return AdmissionRequest(
             rung=resolved.rung,
             guidance_scale=self._guidance_scale(request),
             samples=request.n,
@@ -215,16 +216,17 @@ class Submissions:
             raise field_error("deadline_ms", f"At most {limit * 1000:.0f} ms.")
         return now + request.deadline_ms / 1000
 
-    async def _admit(self, newcomer: Newcomer, now: float) -> Admission:
+    async def _admit(self, admission_request: AdmissionRequest, now: float) -> Admission:
         """Return how the request is admitted. Raises `Overloaded` where its deadline cannot be kept."""
-        admission = admit(newcomer, await self.load(), ladder=self.ladder, now=now)
+        admission = admit(admission_request, await self.load(), ladder=self.ladder, now=now)
         if admission.accepted:
             return admission
         if admission.reason == NO_WORKER:
             raise Overloaded(
                 "No worker is running, so no deadline can be kept.", retry_after=admission.retry_after_s
             )
-        ways = "even in fewer steps" if newcomer.allow_degraded else "and the request rules out fewer steps"
+        degradable = admission_request.allow_degraded
+        ways = "even in fewer steps" if degradable else "and the request rules out fewer steps"
         when = "now" if admission.retry_after_s else "even on idle workers"
         raise Overloaded(
             f"The images would take about {admission.predicted_s:.1f} s, "
@@ -234,17 +236,23 @@ class Submissions:
         )
 
     def _job(
-        self, resolved: _ResolvedRequest, newcomer: Newcomer, admission: Admission, caller: Caller, now: float
+        self,
+        resolved: _ResolvedRequest,
+        admission_request: AdmissionRequest,
+        admission: Admission,
+        caller: Caller,
+        now: float,
     ) -> Job:
         request, rung = resolved.request, resolved.rung
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        below = self.ladder.below(rung, newcomer.min_steps) if request.allow_degraded else ()
+        below = self.ladder.below(rung, admission_request.min_steps) if request.allow_degraded else ()
         lowest = (admission.rung, *below)[-1]
-        trace = dict(caller.trace)
-        if resolved.fingerprint:
-            trace[_FINGERPRINT] = resolved.fingerprint
+        job_id, trace = secrets.token_hex(16), dict(caller.trace)
+        if caller.idempotency is not None:
+            job_id = self._job_id(caller.name, caller.idempotency.key)
+            trace[_FINGERPRINT] = caller.idempotency.fingerprint
         return Job(
-            id=secrets.token_hex(16) if caller.idempotency_key is None else self._job_id(caller),
+            id=job_id,
             model=self.manifest.name,
             condition=resolved.condition,
             mix=request.mix,
@@ -252,20 +260,20 @@ class Submissions:
             steps=rung.steps,
             solver=rung.solver,
             grid=rung.grid,
-            guidance_scale=newcomer.guidance_scale,
+            guidance_scale=admission_request.guidance_scale,
             guidance_interval=rung.guidance_interval,
             format=resolved.image_format,
             previews=request.previews,
             caller=caller.name,
             priority=request.priority,
             created_at=now,
-            deadline_at=newcomer.deadline_at,
+            deadline_at=admission_request.deadline_at,
             allow_degraded=request.allow_degraded,
-            min_steps=newcomer.min_steps,
+            min_steps=admission_request.min_steps,
             rung=admission.rung.name if admission.degraded else None,
             reason=admission.reason,
-            cost_rows=self._cost_rows(newcomer, admission.rung),
-            floor_rows=self._cost_rows(newcomer, lowest),
+            cost_rows=self._cost_rows(admission_request, admission.rung),
+            floor_rows=self._cost_rows(admission_request, lowest),
             trace=trace,
             size=resolved.output.size,
             windows=resolved.output.windows,
@@ -274,17 +282,17 @@ class Submissions:
             admitted=admission.rung,
         )
 
-    def _cost_rows(self, newcomer: Newcomer, rung: Rung) -> int:
+    def _cost_rows(self, admission_request: AdmissionRequest, rung: Rung) -> int:
         """Return the work of all images at `rung`, in rows of the model's own size."""
-        row_steps = self.ladder.row_steps(rung, newcomer.guidance_scale)
-        return ceil(newcomer.samples * newcomer.row_cost * row_steps)
+        row_steps = self.ladder.row_steps(rung, admission_request.guidance_scale)
+        return ceil(admission_request.samples * admission_request.row_cost * row_steps)
 
-    def _job_id(self, caller: Caller) -> str:
+    def _job_id(self, caller: str, key: str) -> str:
         """Return the id of the job that a caller's Idempotency-Key stands for.
 
         The class names are part of it: images made for old classes do not answer a request for new ones.
         """
-        identity = f"{caller.name}\0{caller.idempotency_key}\0{self.manifest.name} {self._digest}"
+        identity = f"{caller}\0{key}\0{self.manifest.name} {self._digest}"
         return hashlib.blake2s(identity.encode(), digest_size=16).hexdigest()
 
     async def _enqueue(self, job: Job, caller: Caller) -> bool:
@@ -292,7 +300,7 @@ class Submissions:
         try:
             return await self._queue.submit(job, at_once=caller.concurrency)
         except QueueFull as error:
-            wait = finite(drained(await self.load()) * _DRAINED_SHARE)
+            wait = finite(drain_time(await self.load()) * _DRAINED_SHARE)
             raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
 
     async def _existing(self, job: Job) -> JobStatus:
@@ -302,17 +310,12 @@ class Submissions:
         return status
 
 
-def _fingerprint(request: GenerateRequest, image_format: ImageFormat) -> str:
-    content = json.dumps([request.model_dump(mode="json"), image_format], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _replayed(status: JobStatus, resolved: _ResolvedRequest) -> Submission:
+def _replayed(status: JobStatus, idempotency: Idempotency | None) -> Submission:
     """Return the job that an earlier request queued.
 
     Raises `IdempotencyMismatch` if that request was another one.
     """
-    if status.job.trace.get(_FINGERPRINT, "") != resolved.fingerprint:
+    if idempotency is None or status.job.trace.get(_FINGERPRINT) != idempotency.fingerprint:
         raise IdempotencyMismatch("This Idempotency-Key was sent before with another request.")
     pending = status.state not in TERMINAL_STATES
     return Submission(status.job, new=False, pending=pending, predicted_s=None)

@@ -1,1 +1,1 @@
-"""Which operating point each sample runs at, and what a fleet can do by when. Pure."""
+"""Planning: the operating point of each sample, and what a fleet can do by when. Pure."""

@@ -1,7 +1,7 @@
-"""What a fleet can do by when, from the state its workers publish.
+"""Capacity: what a fleet can do by when, from the state its workers publish.
 
-A worker is a cost line and a backlog of rows by deadline; work that is not yet claimed flows to whoever is free first. Pure: arithmetic on a
-load snapshot.
+A worker is a cost model and a backlog of rows by deadline. Work that no worker has claimed yet flows to
+whichever is free first. Pure: arithmetic on a load snapshot.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, inf
 
-from ditserve.service.jobs import Due, LoadSnapshot, WorkerState
+from ditserve.service.jobs import LoadSnapshot, WorkerState
 from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.demand import demand_of
+
+_ROUNDING = 1e-9  # a batch that fits but for the rounding of floats fits
 
 
 @dataclass(frozen=True, slots=True)
-class _Pace:
-    """A worker at its best batch."""
+class _Speed:
+    """A worker at the batch it will run: its cost model, the rows of that batch, and rows a second."""
 
     costs: CostModel
     batch: int
@@ -25,89 +28,110 @@ class _Pace:
 
 
 @lru_cache(1024)
-def _pace(fixed_s: float, per_row_s: float, max_rows: int) -> _Pace:
+def _saturated(fixed_s: float, per_row_s: float, max_rows: int) -> _Speed:
     costs = CostModel(fixed_s=max(0.0, fixed_s), per_row_s=max(1e-9, per_row_s))
-    batch = costs.knee(max(1, max_rows))
-    return _Pace(costs, batch, batch / costs.predict(batch))
+    batch = costs.saturation_rows(max(1, max_rows))
+    return _Speed(costs, batch, batch / costs.predict(batch))
 
 
-def _pace_of(worker: WorkerState) -> _Pace:
-    return _pace(worker.step_fixed_s, worker.step_per_row_s, worker.max_rows)
+def _speed_of(worker: WorkerState, pass_s: float) -> _Speed:
+    """Return the speed of a worker at its best batch, or at the largest whose passes take up to `pass_s`."""
+    best = _saturated(worker.step_fixed_s, worker.step_per_row_s, worker.max_rows)
+    if best.costs.predict(best.batch) <= pass_s:
+        return best
+    costs = best.costs
+    batch = max(1, int((pass_s - costs.fixed_s) / costs.per_row_s * (1.0 + _ROUNDING)))
+    return _Speed(costs, batch, batch / costs.predict(batch))
 
 
 class Capacity:
     """A load snapshot made ready for several questions.
 
-    With `recut` what is accepted counts at the lowest rung it consents to, because it may still be cut.
+    With `recut` accepted work counts at the lowest rung it consents to, because it may still be cut. Passes
+    take up to `pass_s` seconds: an engine full of work without laxity runs no longer ones, whatever batch is
+    its best.
+
+    Example: passes take 20 ms and 5 ms a row, and the best batch of 64 rows takes 340 ms: 188 rows a second.
+    50 steps that are due in 4 s leave 80 ms a pass. That is enough for 12 rows, so the worker counts for 150
+    rows a second.
     """
 
-    def __init__(self, load: LoadSnapshot, *, recut: bool = False) -> None:
-        self._workers = [(worker, _pace_of(worker)) for worker in load.workers]
-        self._dues = [
-            sorted((due.at, due.floor_rows if recut else due.rows) for due in dues_of(worker))
-            for worker in load.workers
-        ]
-        rows = sum(due.rows for worker in load.workers for due in dues_of(worker))
-        counted = sum(count for dues in self._dues for _, count in dues)
-        self._queued_rows = load.queued_rows * (counted / rows if rows else 1.0)  # as what is claimed already
+    def __init__(self, load: LoadSnapshot, *, recut: bool = False, pass_s: float = inf) -> None:
+        self._workers = [(worker, _speed_of(worker, pass_s)) for worker in load.workers]
+        demands = [demand_of(worker) for worker in load.workers]
+        self._demands: list[list[tuple[float, int]]] = [
+            sorted((bucket.at, bucket.floor_rows if recut else bucket.rows) for bucket in demand)
+            for demand in demands
+        ]  # by worker: (deadline, rows)
+        claimed = sum(bucket.rows for demand in demands for bucket in demand)
+        counted = sum(rows for demand in self._demands for _, rows in demand)
+        # The queue has no floors of its own: it is taken to be as willing to be cut as the claimed work.
+        self._queued_rows = load.queued_rows * (counted / claimed if claimed else 1.0)
 
-    def reached(self, extra_rows: int = 0, *, due: float = inf) -> float:
-        """Seconds until the queue, `extra_rows` behind it, and of the backlogs what is due by `due` are done.
+    def queue_drain_time(self, extra_rows: int = 0, *, due: float = inf) -> float:
+        """Return the seconds until the queue, `extra_rows` behind it, and backlogs due by `due` are done.
 
-        Infinite without workers.
+        The queue is water filling: workers join as their backlog ends, and all that have joined share the
+        queue by their speeds. Infinite without workers.
+
+        Example: 150 rows are queued. A has a backlog of 10 s, B of 20 s, and each does 5 rows a second. From
+        10 s to 20 s A alone does 50 rows. From then on both do the other 100, 10 rows a second: the queue is
+        done after 30 s.
         """
         waiting = self._queued_rows + extra_rows
-        together, level = 0.0, 0.0  # rows a second of the workers free by the time `level`
+        rate, joined_at = 0.0, 0.0  # of the workers that have joined, and when the last of them did
         for backlog_s, rows_per_s in sorted(self._backlogs(due)):
-            absorbed = together * (backlog_s - level)
-            if together and absorbed >= waiting:
+            absorbed = rate * (backlog_s - joined_at)
+            if rate and absorbed >= waiting:
                 break
             waiting -= absorbed
-            level = backlog_s
-            together += rows_per_s
-        return level + waiting / together if together else inf
+            joined_at = backlog_s
+            rate += rows_per_s
+        return joined_at + waiting / rate if rate else inf
 
-    def drained(self, extra_rows: int = 0) -> float:
-        """Seconds until everything there is and `extra_rows` are done."""
-        return max([self.reached(extra_rows), *(backlog_s for backlog_s, _ in self._backlogs(inf))])
+    def drain_time(self, extra_rows: int = 0) -> float:
+        """Return the seconds until everything claimed, the queue and `extra_rows` are done."""
+        backlogs = [backlog_s for backlog_s, _ in self._backlogs(inf)]
+        return max([self.queue_drain_time(extra_rows), *backlogs])
 
-    def harmed(self, extra_rows: int, due: float, *, now: float, margin: float) -> bool:
-        """Whether `extra_rows` due at `due` would break a later deadline of claimed work that holds without them."""
-        rows_per_s = sum(pace.rows_per_s for _, pace in self._workers)
+    def breaks_later_deadline(self, extra_rows: int, due: float, *, now: float, margin: float) -> bool:
+        """Return whether `extra_rows` due at `due` would break a later deadline of claimed work.
+
+        A deadline that does not hold without them is not counted.
+
+        Example: the fleet does 10 rows a second, the margin is 1, and 80 claimed rows are due in 10 s. 30
+        more rows due in 5 s would make 110 rows due in the 10 s in which 100 can be done: true. If 120 rows
+        were due in 10 s anyway, that deadline could not hold without them either: false.
+        """
+        rows_per_s = sum(speed.rows_per_s for _, speed in self._workers)
         demand = 0
-        for at, rows in sorted(each for dues in self._dues for each in dues):
+        for at, rows in sorted(bucket for demands in self._demands for bucket in demands):
             demand += rows
             room = (at - now) / margin * rows_per_s
             if due < at < inf and demand <= room < demand + extra_rows:
                 return True
         return False
 
-    def _backlogs(self, due: float) -> Iterator[tuple[float, float]]:
-        """Of each worker: seconds of work due by `due`, and rows a second."""
-        for (_, pace), dues in zip(self._workers, self._dues, strict=True):
-            yield sum(rows for at, rows in dues if at <= due) / pace.rows_per_s, pace.rows_per_s
+    def time_in_every_batch(self, *, rows: int, steps: int, samples: int, idle: bool = False) -> float:
+        """Return the seconds of `samples` samples of `steps` steps, `rows` rows in all, decoding included.
 
-    def unhindered(self, *, rows: int, steps: int, samples: int, idle: bool = False) -> float:
-        """Seconds for `samples` samples of `steps` steps and `rows` rows in all that are in every batch from now on.
-
-        On the worker that does it soonest, beside what runs there, or beside nothing (`idle`).
+        The samples are in every batch from now on, on the worker that is done soonest. Its batches also have
+        a row of each sample that runs there, or with `idle` no other rows. Infinite without workers.
         """
-        at_once = ceil(rows / steps)
+        rows_a_step = ceil(rows / steps)
         soonest = inf
-        for worker, pace in self._workers:
-            batch = min(pace.batch, at_once if idle else at_once + worker.running_samples)
-            seconds = (
-                max(steps * pace.costs.predict(batch), rows / pace.rows_per_s) + samples * worker.decode_s
-            )
-            soonest = min(soonest, seconds)
+        for worker, speed in self._workers:
+            batch = min(speed.batch, rows_a_step if idle else rows_a_step + worker.running_samples)
+            denoise_s = max(steps * speed.costs.predict(batch), rows / speed.rows_per_s)
+            soonest = min(soonest, denoise_s + samples * worker.decode_s)
         return soonest
 
+    def _backlogs(self, due: float) -> Iterator[tuple[float, float]]:
+        """Yield for each worker the seconds of its work that is due by `due`, and its rows a second."""
+        for (_, speed), demand in zip(self._workers, self._demands, strict=True):
+            yield sum(rows for at, rows in demand if at <= due) / speed.rows_per_s, speed.rows_per_s
 
-def drained(load: LoadSnapshot, extra_rows: int = 0) -> float:
-    """Seconds until the workers have done their backlogs, the queue and `extra_rows`; infinite without workers."""
-    return Capacity(load).drained(extra_rows)
 
-
-def dues_of(worker: WorkerState) -> tuple[Due, ...]:
-    """What is not told apart by deadlines counts as due before anybody else, and not to be cut."""
-    return worker.dues or (Due(-inf, worker.backlog_rows, worker.backlog_rows),)
+def drain_time(load: LoadSnapshot, extra_rows: int = 0) -> float:
+    """Return the seconds until backlogs, queue and `extra_rows` are done; infinite without workers."""
+    return Capacity(load).drain_time(extra_rows)

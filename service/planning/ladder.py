@@ -1,8 +1,8 @@
-"""Operating points of a model and the order in which quality is spent.
+"""The ladder: the operating points of a model, in the order in which quality is spent.
 
-A rung is one way to make an image (solver, steps, grid, guidance interval) with its measured quality; a ladder is a model's
-rungs, best first. This module also holds the arithmetic of moving a sample between rungs: how many steps remain and how many
-rows they cost. Pure: tables and arithmetic, no I/O, no clock.
+A rung is one way to make an image (solver, steps, grid, guidance interval) with its measured quality. A
+ladder is a model's rungs, best first. This module also holds the arithmetic of moving a sample between rungs:
+how many steps remain, and how many rows they take. Pure: tables and arithmetic, no I/O, no clock.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ditserve.model.spec.diffusion import grid as timestep_grid
 from ditserve.model.spec.diffusion import guidance_weight
 from ditserve.service.rung import Interval, Rung
 
-_CACHED = 4096  # requests choose steps and intervals freely, so what is remembered of them is bounded
+_CACHED = 4096  # bounded, because requests choose steps and intervals freely
 
 
 class Ladder:
-    """A model's rungs, best first. An empty ladder is legal: nothing is ever degraded on it."""
+    """The rungs of a model, best first. An empty ladder is legal: nothing is ever degraded on it."""
 
     def __init__(self, rungs: Iterable[Rung], *, timesteps: int = 1000) -> None:
         self.timesteps = timesteps
@@ -39,7 +39,7 @@ class Ladder:
         return cls(rungs, timesteps=manifest.diffusion.timesteps)
 
     def requested(self, solver: str, steps: int, grid: str, interval: Interval, guided: bool) -> Rung:
-        """The rung a request names: one of the ladder's if it is there, else a new one of interpolated quality.
+        """Return the rung a request names: one of the ladder, or a new one of interpolated quality.
 
         An unguided request has no guidance interval, so any interval matches.
         """
@@ -50,15 +50,18 @@ class Ladder:
         return Rung(f"{solver}-{steps}", solver, steps, grid, interval, self._quality(solver, steps))
 
     def lowest(self, rung: Rung, min_steps: int) -> Rung:
-        """The cheapest rung of at least `min_steps` steps that `rung` can be cut to; itself if there is none."""
+        """Return the cheapest rung that `rung` can be cut to with `min_steps` steps or more, or itself."""
         return next(iter(self.below(rung, min_steps)[-1:]), rung)
 
     def row_steps(self, rung: Rung, guidance_scale: float) -> int:
-        """Rows of one whole image: two for every step at which guidance acts, one for every other."""
+        """Return the rows of one whole image: two for a step at which guidance acts, one for any other."""
         return _row_steps(rung.grid, rung.steps, self.timesteps, rung.guidance_interval, guidance_scale)
 
     def rows_left(self, rung: Rung, steps: int, timestep: int, guided: bool) -> int:
-        """Rows of the last `steps` steps of a sample at noise level `timestep`; exact but for one row of an open interval."""
+        """Return the rows of the last `steps` steps of a sample that stands at noise level `timestep`.
+
+        Exact but for one row where the guidance interval does not cover all noise levels.
+        """
         if not guided:
             return steps
         low, high = rung.guidance_interval
@@ -69,30 +72,30 @@ class Ladder:
         return steps + min(steps, int(share * steps) + 1)
 
     def _below(self, rung: Rung, min_steps: int) -> tuple[Rung, ...]:
-        """The cheaper rungs of at least `min_steps` steps, dearest first, each cheaper and worse than the one before it.
+        """Return the rungs of at least `min_steps` steps that are cheaper than `rung`, dearest first.
 
-        Their guidance interval is narrowed to `rung`'s: guidance never acts where the request excluded it.
+        Each is cheaper and worse than the one before it. Their guidance interval is narrowed to that of
+        `rung`: guidance never acts where the request excluded it.
         """
-        cheaper = [
-            (self._guided_rows(other), other) for other in map(partial(_narrowed, to=rung), self.rungs)
-        ]
-        cheaper.sort(key=lambda each: (each[0], each[1].quality))
-        dearest = self._guided_rows(rung)
-        found: list[Rung] = []
-        for rows, other in cheaper:
-            if (
-                rows < dearest
-                and other.steps >= min_steps
-                and (not found or other.quality < found[-1].quality)
-            ):
-                found.append(other)
-        return tuple(reversed(found))
+        limit = self._guided_rows(rung)
+        others = [(self._guided_rows(other), other) for other in map(partial(_narrowed, to=rung), self.rungs)]
+        below: list[Rung] = []  # cheapest first
+        for rows, other in sorted(others, key=lambda pair: (pair[0], pair[1].quality)):
+            if rows >= limit or other.steps < min_steps:
+                continue
+            # A rung that costs more than one already taken must be better.
+            if not below or other.quality < below[-1].quality:
+                below.append(other)
+        return tuple(reversed(below))
 
     def _guided_rows(self, rung: Rung) -> int:
         return self.row_steps(rung, 2.0)
 
     def _quality(self, solver: str, steps: int) -> float:
-        """Quality of an unmeasured count of steps, linear in log(steps) between the measured ones and constant outside."""
+        """Return the quality of an unmeasured count of steps.
+
+        It is linear in log(steps) between the measured counts and constant outside.
+        """
         measured = [rung for rung in self.rungs if rung.solver == solver] or list(self.rungs)
         points = sorted({rung.steps: rung.quality for rung in reversed(measured)}.items())
         if not points:
@@ -107,15 +110,17 @@ class Ladder:
 
 
 def steps_left(remaining: int, current: Rung, target: Rung) -> int:
-    """Steps to walk when a sample with `remaining` steps of `current` moves to `target`: the same share of the grid, rounded up.
+    """Return the steps left when a sample with `remaining` steps of `current` moves to `target`.
 
-    Rounding up keeps the steps a sample takes in all at or above the fewest of the rungs it was on, whatever the moves.
+    They are the same share of the grid, rounded up: 25 of 50 steps become 10 of 20, and 1 of 50 becomes 1 of
+    20. Rounding up keeps the steps a sample takes in all at or above the fewest of the rungs it was on,
+    whatever the moves.
     """
     return -(-remaining * target.steps // current.steps)
 
 
 def _narrowed(rung: Rung, *, to: Rung) -> Rung:
-    """The rung with its guidance interval cut to another's; the other's where they do not meet."""
+    """Return `rung` with its guidance interval cut to that of `to`, or replaced where they do not meet."""
     low, high = to.guidance_interval
     start, stop = max(low, rung.guidance_interval[0]), min(high, rung.guidance_interval[1])
     return replace(rung, guidance_interval=(start, stop) if start <= stop else (low, high))
@@ -123,7 +128,6 @@ def _narrowed(rung: Rung, *, to: Rung) -> Rung:
 
 @lru_cache(_CACHED)
 def _row_steps(kind: str, steps: int, timesteps: int, interval: Interval, guidance_scale: float) -> int:
-    walked = timestep_grid(kind, steps, timesteps)
-    return sum(
-        2 if guidance_weight(guidance_scale, t, timesteps, interval=interval) != 1.0 else 1 for t in walked
-    )
+    grid = timestep_grid(kind, steps, timesteps)
+    weights = (guidance_weight(guidance_scale, t, timesteps, interval=interval) for t in grid)
+    return sum(2 if weight != 1.0 else 1 for weight in weights)

@@ -1,34 +1,37 @@
-"""What a load snapshot says to people and autoscalers: how full the fleet is, whether it hangs, when a job will be done.
+"""Load figures for people and autoscalers: how full the fleet is, whether it hangs, when a job will be done.
 
-Pure arithmetic over values: no I/O, no clock.
+Pure: arithmetic over a load snapshot, no I/O, no clock.
 """
 
 from dataclasses import replace
 from math import isfinite
 
 from ditserve.service.jobs import JobStatus, LoadSnapshot
-from ditserve.service.planning.capacity import drained
+from ditserve.service.planning.capacity import drain_time
 
 
 def saturation(load: LoadSnapshot) -> float:
-    """Samples running and jobs waiting over the rows all workers can hold; above 1 more workers would help. Without workers any
-    waiting job saturates, so that a fleet scaled to zero is woken."""
+    """Return samples running and jobs waiting over the rows all workers can hold.
+
+    Above 1 more workers would help. Without workers any waiting job gives 1, so that a fleet scaled to zero
+    is woken.
+    """
     room = sum(worker.max_rows for worker in load.workers)
     demand = load.queued_jobs + sum(worker.running_samples for worker in load.workers)
     return demand / room if room else float(load.queued_jobs > 0)
 
 
 def hung(load: LoadSnapshot, after_s: float) -> bool:
-    """True when samples are running and no worker that has any took a step within `after_s` seconds."""
+    """Return whether samples are running and no worker that has any took a step within `after_s` seconds."""
     busy = [worker for worker in load.workers if worker.running_samples > 0]
     return bool(busy) and all(worker.last_step_age_s > after_s for worker in busy)
 
 
 def eta_s(status: JobStatus, load: LoadSnapshot) -> float | None:
-    """Predicted seconds until a queued or running job is done; None when nothing can be said."""
+    """Return the predicted seconds until a queued or running job is done; None when nothing can be said."""
     if status.state == "queued":
         ahead = load.queued_rows * (status.position or 0) // max(load.queued_jobs, 1)
-        return finite(drained(replace(load, queued_rows=ahead), status.job.cost_rows))
+        return finite(drain_time(replace(load, queued_rows=ahead), status.job.cost_rows))
     if status.state != "running" or not load.workers:
         return None
     slowest = max(
@@ -39,5 +42,5 @@ def eta_s(status: JobStatus, load: LoadSnapshot) -> float | None:
 
 
 def finite(seconds: float | None) -> float | None:
-    """JSON has no infinity: an unpredictable time is None."""
+    """Return `seconds`, or None for an infinite time: JSON has no infinity."""
     return seconds if seconds is not None and isfinite(seconds) else None

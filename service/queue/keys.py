@@ -50,10 +50,7 @@ class Keys:
 
     @property
     def totals(self) -> str:
-        """Hash of four fields:
-
-        `rows` waiting, virtual `clock`, `bytes` of stored results, `dead` jobs ever.
-        """
+        """Hash: `rows` waiting, virtual `clock`, `bytes` of stored results, `dead` jobs ever. Four fields."""
         return self.prefix + "totals"
 
     @property

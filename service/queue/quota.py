@@ -20,10 +20,7 @@ WINDOW_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """The rest of a key's quota:
-
-    `remaining` requests of `quota`; the window starts anew in `reset_s` seconds.
-    """
+    """The rest of a key's quota: `remaining` requests of `quota`; the window ends in `reset_s` seconds."""
 
     allowed: bool
     quota: int
@@ -54,6 +51,11 @@ class Quota:
             window = await self._limiter.get_window_stats(item, name)
         reset_s = max(0.0, window.reset_time - time.time())
         return Allowance(allowed, per_minute, max(0, window.remaining), reset_s)
+
+    async def give_back(self, name: str, per_minute: int) -> None:
+        """Uncount one request that `take` counted. Raise `QueueUnavailable`."""
+        async with reaching(self._timeout_s):
+            await self._limiter.hit(RateLimitItemPerMinute(per_minute), name, cost=-1)
 
     async def aclose(self) -> None:
         await self._client.aclose()

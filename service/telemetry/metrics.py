@@ -27,7 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ditserve.service.jobs import LoadSnapshot
-from ditserve.service.planning.capacity import drained
+from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.load import saturation
 from ditserve.service.telemetry.gpus import gpus
 
@@ -62,7 +62,7 @@ JOBS = Counter("dit_jobs", "Jobs a worker ended, by outcome", ["outcome"])
 IMAGES = Counter("dit_images", "Images made", ["format"])
 QUEUE_WAIT_SECONDS = Histogram("dit_queue_wait_seconds", "Time from submission to first step", buckets=_WAITS)
 STEP_SECONDS = Histogram(
-    "dit_step_seconds", "Time of one forward pass and its update", ["backend"], buckets=_STEPS
+    "dit_step_seconds", "Time from the end of one step to the end of the next", ["backend"], buckets=_STEPS
 )
 BATCH_ROWS = Histogram(
     "dit_batch_rows", "Rows of a forward pass, by why it grew no further", ["stop_reason"], buckets=_ROWS
@@ -141,7 +141,7 @@ def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
             "Row-steps claimed and not yet run",
             sum(worker.backlog_rows for worker in workers),
         ),
-        "dit_backlog_seconds": ("Predicted time to run all that is claimed and waiting", drained(load)),
+        "dit_backlog_seconds": ("Predicted time to run all that is claimed and waiting", drain_time(load)),
         "dit_saturation_ratio": (
             "Demand over capacity: samples running and jobs waiting, by rows",
             saturation(load),
@@ -170,7 +170,7 @@ def forget(pid: int, *, shared: Path) -> None:
 
 
 def observe_memory(role: str) -> None:
-    """Record this process's resident memory under `role`, "api" or "worker"; for workers also that of the GPUs.
+    """Record this process's resident memory under `role`, "api" or "worker"; for a worker also its GPUs'.
 
     Platforms without `/proc` record no resident memory.
     """

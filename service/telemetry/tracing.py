@@ -2,8 +2,7 @@
 
 Tracing is off unless `--otlp-endpoint` names a collector; then the extra `otel` (OpenTelemetry's SDK) must be
 installed. When it is off, OpenTelemetry's API gives spans that record nothing and pass the client's trace on.
-A worker reports a job after it has ended, from times that it measured anyway, so tracing costs the engine
-nothing.
+A worker reports a job after it has ended, from times that it measured anyway: the engine pays nothing.
 """
 
 from __future__ import annotations

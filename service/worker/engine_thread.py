@@ -19,7 +19,7 @@ import structlog
 from ditserve.service.engine.samples import Failed, SampleRequest, StepReport
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import InternalError, ServiceError
-from ditserve.service.jobs import Due
+from ditserve.service.jobs import DemandBucket
 from ditserve.service.planning.costs import CostModel
 
 # A sample to run, and the snapshot to run it from if it has begun elsewhere.
@@ -46,7 +46,7 @@ class Stepper(Protocol):
     def free_samples(self) -> int: ...
     @property
     def backlog_rows(self) -> int: ...
-    def dues(self) -> tuple[Due, ...]: ...
+    def demand(self) -> tuple[DemandBucket, ...]: ...
     def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None: ...
     def export(self, sample_id: str) -> Snapshot | None: ...
     def cancel(self, sample_id: str) -> None: ...
@@ -59,13 +59,13 @@ class Stepper(Protocol):
 class StepCosts:
     """The cost model at one moment: seconds of a step and of a decode.
 
-    `knee` is the batch size beyond which a further row gains nothing.
+    `saturation_rows` is the batch size beyond which a further row gains nothing.
     """
 
     fixed_s: float
     per_row_s: float
     decode_s: float
-    knee: int
+    saturation_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class EngineReport:
     crashed: tuple[Failed, ...]  # samples that were running when a step raised
     progress: Mapping[str, tuple[int, int]]  # sample id → steps taken, steps in all
     backlog_rows: int
-    dues: tuple[Due, ...]  # the backlog by deadline
+    demand: tuple[DemandBucket, ...]  # the backlog by deadline
     stepped_at: float
     costs: StepCosts
 
@@ -223,9 +223,11 @@ class EngineThread:
             crashed=tuple(self._crashed),
             progress=engine.progress(),
             backlog_rows=engine.backlog_rows,
-            dues=engine.dues(),
+            demand=engine.demand(),
             stepped_at=self._stepped_at,
-            costs=StepCosts(costs.fixed_s, costs.per_row_s, costs.decode_s, costs.knee(self._max_rows)),
+            costs=StepCosts(
+                costs.fixed_s, costs.per_row_s, costs.decode_s, costs.saturation_rows(self._max_rows)
+            ),
         )
         self._refused.clear()
         self._crashed.clear()

@@ -17,10 +17,10 @@ import uvloop
 
 from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
 from ditserve.service.backends import Backend, BackendUnavailable, load_backend, load_text_encoder
-from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.scheduler import Scheduler
-from ditserve.service.engine.texts import SharedCache, TextEncodings
+from ditserve.service.engine.text_cache import SharedCache, TextCache
 from ditserve.service.errors import QueueUnavailable, ServiceError
 from ditserve.service.identity import bundle_digest, vocabulary_digest
 from ditserve.service.jobs import Network
@@ -186,7 +186,7 @@ def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
     return options
 
 
-def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | None) -> TextEncodings | None:
+def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | None) -> TextCache | None:
     """Return the text encodings of a model that takes text; None for one that does not.
 
     Raises:
@@ -202,7 +202,7 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
             f"the text encoder gives {encoder.size} numbers and the model takes {wanted}: "
             "name the right one with --text-encoder"
         )
-    return TextEncodings(encoder, shared, capacity=settings.embedding_cache_bytes)
+    return TextCache(encoder, shared, capacity=settings.embedding_cache_bytes)
 
 
 def build_engine(backend: Backend, settings: Settings, shared: SharedCache | None = None) -> Engine:
@@ -210,7 +210,7 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
     ladder = Ladder.from_manifest(backend.manifest)
     return Engine(
         backend=backend,
-        conditions=Conditions(
+        conditions=ConditionCaches(
             backend,
             modulation_bytes=settings.modulation_cache_bytes,
             embedding_bytes=settings.embedding_cache_bytes,

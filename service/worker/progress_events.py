@@ -68,7 +68,8 @@ class ProgressEvents:
             try:
                 await self._broker.progress(lease, kind, data)
             except QueueUnavailable:
-                continue  # this event is lost; the end of the job is published by others, who retry
+                # This event is lost. The end of the job is published elsewhere, until it succeeds.
+                continue
 
     def _publish(self, job: RunningJob, kind: EventKind, data: dict[str, Any]) -> None:
         if not self._events.full():

@@ -1,19 +1,20 @@
 """A claimed job while it runs: its samples go out as requests, their images come back and make up the result.
 
-One owner of state (`RunningJob`). Pure: no I/O, no clock; times are seconds and come in as arguments.
+Two owners of state: `RunningJob`, and `RunningJobs` of all that a worker runs. Pure: no I/O, no clock; times
+are seconds and come in as arguments.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ditserve.model.spec.bundle import Factor
 from ditserve.service.engine.samples import Finished, SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
-from ditserve.service.jobs import Claim, ConditionTerm, Image, Job, JobResult
+from ditserve.service.jobs import WEIGHTS, Claim, ConditionTerm, Image, Job, JobResult
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
 
@@ -125,6 +126,65 @@ class RunningJob:
         )
 
 
+class RunningJobs:
+    """The jobs that a worker runs, and which of their samples are in the engine."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, RunningJob] = {}  # by job id
+        self._in_engine: dict[str, RunningJob] = {}  # by sample id
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __iter__(self) -> Iterator[RunningJob]:
+        """Iterate over the jobs of this moment: they may be removed meanwhile."""
+        return iter(tuple(self._jobs.values()))
+
+    def __contains__(self, job: RunningJob) -> bool:
+        """Return whether this attempt of the job still runs: it was not removed, nor claimed anew."""
+        return self._jobs.get(job.id) is job
+
+    @property
+    def samples_in_engine(self) -> int:
+        return len(self._in_engine)
+
+    def add(self, job: RunningJob) -> None:
+        """Add a job, whose `starts` are in the engine from now on."""
+        self._jobs[job.id] = job
+        self._in_engine.update((request.id, job) for request, _ in job.starts)
+
+    def remove(self, job: RunningJob) -> list[str]:
+        """Remove a job; return its samples that are in the engine still."""
+        del self._jobs[job.id]
+        return [request.id for request in job.requests if self._in_engine.pop(request.id, None)]
+
+    def get(self, job_id: str) -> RunningJob | None:
+        return self._jobs.get(job_id)
+
+    def of_sample(self, sample_id: str) -> RunningJob | None:
+        """Return the job of a sample in the engine; None if the sample or its job has left."""
+        return self._in_engine.get(sample_id)
+
+    def leave_engine(self, sample_id: str) -> RunningJob | None:
+        """Note that a sample has left the engine; return its job, or None if that was removed before."""
+        return self._in_engine.pop(sample_id, None)
+
+    def has_begun(self, job: RunningJob, progress: Mapping[str, tuple[int, int]]) -> bool:
+        """Return whether the engine has taken a step of the job, or has finished a sample of it."""
+        return any(
+            request.id not in self._in_engine or progress.get(request.id, (0, 0))[0]
+            for request in job.requests
+        )
+
+    def not_joined(self, progress: Mapping[str, tuple[int, int]]) -> list[RunningJob]:
+        """Return the jobs of which the engine had no sample yet when it reported `progress`."""
+        return [
+            job
+            for job in self
+            if all(request.id in self._in_engine and request.id not in progress for request in job.requests)
+        ]
+
+
 def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor]) -> dict[str, str]:
     """Return the metadata of an image file: enough to draw the image again.
 
@@ -177,6 +237,8 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
             reason=job.reason if job.rung is not None else None,
             size=job.size,
             windows=job.windows > 0,
+            caller=job.caller,
+            weight=WEIGHTS.get(job.priority, 1.0),
         )
         for k, seed in enumerate(job.seeds)
     )

@@ -18,7 +18,7 @@ import structlog
 from ditserve.model.spec.bundle import Factor
 from ditserve.service.engine.samples import Failed, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
-from ditserve.service.jobs import Claim, Due, Lease, Network, Renewal, WorkerState
+from ditserve.service.jobs import Claim, Lease, Network, Renewal, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
@@ -30,7 +30,7 @@ from ditserve.service.worker.handoff import Handoff
 from ditserve.service.worker.heartbeat import Leases, Reporting
 from ditserve.service.worker.postprocess import Decoder, FinishedSample, Postprocessor
 from ditserve.service.worker.progress_events import ProgressEvents
-from ditserve.service.worker.running_job import RunningJob
+from ditserve.service.worker.running_job import RunningJob, RunningJobs
 
 _REPLACED = "The model was replaced by a version with other classes; send the request again."
 STOP_THREAD_S = 5.0
@@ -100,8 +100,7 @@ class Worker:
             max_rows=policy.max_rows,
         )
         self._handoff = Handoff(broker, self._engine, origin=identity.origin, export_s=policy.export_s)
-        self._jobs: dict[str, RunningJob] = {}  # by job id
-        self._in_engine: dict[str, RunningJob] = {}  # by sample id
+        self._jobs = RunningJobs()
         self._busy_since = 0.0
         self._report: EngineReport | None = None  # the engine's last; None: not ready yet
         self._leaving = False
@@ -162,11 +161,11 @@ class Worker:
         wanted. With 40 rows held, 8 rows are missing, which are 4 samples of 2 rows each, if so many slots
         are free.
         """
-        if self._report is None or any(job.run_isolated for job in self._jobs.values()):
+        if self._report is None or any(job.run_isolated for job in self._jobs):
             return 0
-        held_samples = sum(job.missing for job in self._jobs.values())
-        held_rows = sum(job.rows for job in self._jobs.values())
-        wanted = self._report.costs.knee + self.policy.lookahead_rows // self._reporting.peers
+        held_samples = sum(job.missing for job in self._jobs)
+        held_rows = sum(job.rows for job in self._jobs)
+        wanted = self._report.costs.saturation_rows + self.policy.lookahead_rows // self._reporting.peers
         return max(0, min(self._slots - held_samples, (wanted - held_rows + 1) // 2))
 
     def _start_job(self, claim: Claim) -> None:
@@ -184,10 +183,9 @@ class Worker:
             # The job names a solver, grid or interval that this release does not know.
             self._publish_error(claim.lease, InternalError(f"The worker cannot run this job: {error}."))
             return
-        if not self._in_engine:
+        if not self._jobs.samples_in_engine:
             self._busy_since = self._clock()
-        self._jobs[job.id] = job
-        self._in_engine.update((request.id, job) for request, _ in job.starts)
+        self._jobs.add(job)
         self._engine.add(job.starts)
         if job.done:
             self._on_finished([(job, finished) for finished in job.done])
@@ -202,23 +200,23 @@ class Worker:
         self._report, step = report, report.step
         self._reporting.changed()
         for change in step.changes:
-            if job := self._in_engine.get(change.sample_id):
+            if job := self._jobs.of_sample(change.sample_id):
                 self._events.degraded(job, change)
         self._on_failed((*step.failed, *report.refused), retry=False)
         self._on_failed(report.crashed, retry=True)
         batch = [
-            (job, finished) for finished in step.finished if (job := self._in_engine.pop(finished.id, None))
+            (job, finished) for finished in step.finished if (job := self._jobs.leave_engine(finished.id))
         ]
         if batch:
             self._on_finished(batch)
         for preview in step.previews:
             self._on_preview(preview)
-        self._events.steps(self._jobs.values(), report.progress, self._clock())
+        self._events.steps(self._jobs, report.progress, self._clock())
 
     def _on_failed(self, failures: Iterable[Failed], *, retry: bool) -> None:
         for failure in failures:
             # Its job may have failed already, with an earlier one of these samples.
-            job = self._in_engine.get(failure.id)
+            job = self._jobs.of_sample(failure.id)
             if job is not None:
                 self._fail(job, failure.error, retry=retry)
 
@@ -228,7 +226,7 @@ class Worker:
         self._tasks.create_task(self._make_images(batch))
 
     def _on_preview(self, preview: Preview) -> None:
-        job = self._in_engine.get(preview.id)
+        job = self._jobs.of_sample(preview.id)
         if job is not None and self._postprocessor.pending < self.policy.previews_pending:
             self._tasks.create_task(self._make_preview(job, preview))
 
@@ -240,12 +238,12 @@ class Worker:
         except Exception:
             log.exception("decoding failed", samples=len(batch))
             for job, _ in batch:
-                if self._runs(job):
+                if job in self._jobs:
                     self._fail(job, InternalError("The image could not be decoded."))
             return
         for (job, _), image in zip(batch, images, strict=True):
             self._engine.observe_decode((image.decode_ms + image.encode_ms) / 1e3)
-            if job.add(image) and self._runs(job):
+            if job.add(image) and job in self._jobs:
                 await self._publish_result(job)
 
     async def _make_preview(self, job: RunningJob, preview: Preview) -> None:
@@ -259,7 +257,7 @@ class Worker:
     async def _publish_result(self, job: RunningJob) -> None:
         result = job.result(self.identity.name)
         stored = await self._leases.retry_until_published(lambda: self._broker.finish(job.lease, result))
-        if self._runs(job):
+        if job in self._jobs:
             self._drop(job, "done" if stored else "lost")
         if stored:
             self._tracing.job(job.job, result, self._clock())
@@ -278,9 +276,7 @@ class Worker:
 
     def _drop(self, job: RunningJob, outcome: str) -> None:
         """Stop work on a job; whatever of it still arrives is ignored."""
-        del self._jobs[job.id]
-        ids = [request.id for request in job.requests if self._in_engine.pop(request.id, None)]
-        self._engine.cancel(ids)
+        self._engine.cancel(self._jobs.remove(job))
         self._job_ended.set()
         self._broker.work.notify()
         metrics.JOBS.labels(outcome).inc()
@@ -291,10 +287,6 @@ class Worker:
             outcome=outcome,
             attempt=job.lease.attempt,
         )
-
-    def _runs(self, job: RunningJob) -> bool:
-        """Return whether this attempt of the job still runs here: it was not dropped, nor claimed anew."""
-        return self._jobs.get(job.id) is job
 
     # Jobs are taken away.
 
@@ -317,7 +309,7 @@ class Worker:
             await asyncio.sleep(self.policy.hang_s / 10)
             late = late + 1 if self._step_age_s() > self.policy.hang_s else 0
         log.error("the engine hangs", seconds=round(self._step_age_s(), 1))
-        for job in list(self._jobs.values()):
+        for job in self._jobs:
             self._fail(job, InternalError("The engine of the worker hung."), retry=True)
         self._broken.set()
 
@@ -330,27 +322,20 @@ class Worker:
         self._broker.work.notify()
         await self._reporting.retire(self.identity.name)
         await claiming
-        await self._hand_back([job for job in self._jobs.values() if not self._has_begun(job)])
+        progress = self._report.progress if self._report else {}
+        await self._hand_back([job for job in self._jobs if not self._jobs.has_begun(job, progress)])
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.policy.drain_s
         while self._jobs and not force_stop.is_set() and not self._broken.is_set():
             self._job_ended.clear()
             if not await first(self._job_ended, force_stop, self._broken, timeout_s=deadline - clock()):
                 break
-        await self._hand_back(list(self._jobs.values()))
-
-    def _has_begun(self, job: RunningJob) -> bool:
-        """Return whether the engine has taken a step of the job, or has finished a sample of it."""
-        progress = self._report.progress if self._report else {}
-        return any(
-            request.id not in self._in_engine or progress.get(request.id, (0, 0))[0]
-            for request in job.requests
-        )
+        await self._hand_back(list(self._jobs))
 
     async def _hand_back(self, jobs: Sequence[RunningJob]) -> None:
         snapshots = {} if self._broken.is_set() else await self._handoff.export(jobs)
         for job in jobs:
-            if self._runs(job):
+            if job in self._jobs:
                 states = job.sample_states(snapshots)
                 self._drop(job, "handed-back")
                 await self._handoff.hand_back(job, states)
@@ -358,13 +343,15 @@ class Worker:
     # The worker reports.
 
     def _held_leases(self) -> list[Lease]:
-        return [job.lease for job in self._jobs.values()]
+        return [job.lease for job in self._jobs]
 
     def _worker_state(self) -> WorkerState | None:
         """Return what to publish about this worker; None before the engine is ready."""
         if self._report is None:
             return None
-        report, costs, unreported = self._report, self._report.costs, self._unreported(self._report)
+        report, costs = self._report, self._report.costs
+        # Jobs claimed since the engine's last report count too: a step may take seconds.
+        unreported = tuple(job.job.demand for job in self._jobs.not_joined(report.progress))
         return WorkerState(
             worker=self.identity.name,
             models=(self.identity.model,),
@@ -372,9 +359,9 @@ class Worker:
             step_fixed_s=costs.fixed_s,
             step_per_row_s=costs.per_row_s,
             decode_s=costs.decode_s,
-            running_samples=len(self._in_engine),
-            backlog_rows=report.backlog_rows + sum(due.rows for due in unreported),
-            dues=report.dues + unreported,
+            running_samples=self._jobs.samples_in_engine,
+            backlog_rows=report.backlog_rows + sum(bucket.rows for bucket in unreported),
+            dues=report.demand + unreported,
             network=self.identity.network,
             bundle=self.identity.bundle,
             given_rows=self._broker.given_rows(self.identity.name),
@@ -382,19 +369,8 @@ class Worker:
             updated_at=self._clock(),
         )
 
-    def _unreported(self, report: EngineReport) -> tuple[Due, ...]:
-        """Return the work of jobs claimed since the engine's last report: a step may take seconds."""
-        return tuple(
-            job.job.due
-            for job in self._jobs.values()
-            if all(
-                request.id in self._in_engine and request.id not in report.progress
-                for request in job.requests
-            )
-        )
-
     def _step_age_s(self) -> float:
         """Return the seconds since the last step, 0 while there is nothing to step."""
-        if self._report is None or not self._in_engine:
+        if self._report is None or not self._jobs.samples_in_engine:
             return 0.0
         return self._clock() - max(self._report.stepped_at, self._busy_since)

@@ -1,4 +1,4 @@
-"""The check against what is on record: what is worse is named, and what cannot be measured hides nothing."""
+"""The check against the record: a worse ratio is named, and a failing study does not hide the others."""
 
 from __future__ import annotations
 

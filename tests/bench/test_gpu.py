@@ -1,4 +1,4 @@
-"""Steps on a GPU, timed: what can be seen of it without one, and with."""
+"""Step times on a GPU: the refusal without one, and the figures with one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The peers draw what our service draws: one network, one solver, the same noise, whoever shares a batch."""
+"""The peers draw the images that our service draws: one network, one solver, the same noise, in any batch."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def test_figures_are_kept_with_what_they_were_found_on(
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     assert report.read("speed") is None
     options = Namespace(seed=3, bundle=Path("model/zoo/emoji"))
-    report.save("speed", options, report.Neighbours(), {"ms": 1.5})
+    report.save("speed", options, report.BackgroundLoad(), {"ms": 1.5})
     assert (tmp_path / "results" / "speed.json").is_file()
     kept = report.read("speed")
     assert kept is not None
@@ -27,7 +27,7 @@ def test_figures_are_kept_with_what_they_were_found_on(
 
 
 def test_neighbours_are_shares_of_the_machine() -> None:
-    shares = report.Neighbours().shares()
+    shares = report.BackgroundLoad().shares()
     assert 0.0 <= shares["share_stolen"] <= 1.0
     assert shares["share_of_others"] >= 0.0
 

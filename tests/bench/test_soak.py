@@ -1,4 +1,4 @@
-"""Memory over many images: a short run of the real thing, and that growth would be seen."""
+"""Memory over many images: a short run of the real thing, and a check that growth would be seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cold start, as a user has it."""
+"""A cold start of the service, with the times and the memory that it reports."""
 
 from __future__ import annotations
 

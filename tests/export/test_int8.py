@@ -54,9 +54,8 @@ def test_exactly_the_block_linears_are_quantised_symmetrically(full_bundle: Path
     ]
     assert len(weights) == 4 * CONFIG.depth
     largest = max(int(np.abs(weight.astype(np.int32)).max()) for weight in weights)
-    assert (
-        largest <= 64 if target == "cpu" else largest > 100
-    )  # 7-bit weights cannot saturate 16-bit accumulators
+    # 7-bit weights cannot saturate 16-bit accumulators.
+    assert largest <= 64 if target == "cpu" else largest > 100
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -130,7 +129,8 @@ def test_a_bundle_is_smoothed_quantised_and_tells_what_it_cost(
     assert metrics["int8_speedup_batch_1"] == 1.5
     assert metrics["int8_relative_l2"] == max(band["relative_l2"] for band in summary["error"])
     assert metrics["int8_pictures_psnr_db"] > 20
-    assert "int8_quality_loss" not in metrics  # without data there is nothing to measure it with
+    # Quality is not measured without data.
+    assert "int8_quality_loss" not in metrics
     monkeypatch.setattr("ditserve.export.int8._speedup", lambda *_: {"batch_1": 1.01})
     kept = {file.name: file.read_bytes() for file in own_bundle.iterdir()}
     with pytest.raises(ExportError, match=r"1\.01 times as fast as fp32 here, 1\.1 is asked for: --keep"):
@@ -145,15 +145,17 @@ def test_the_cost_in_quality_is_the_growth_of_the_frechet_distance(full_bundle: 
     pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), np.uint8)
     (labels, styles) = (factor.classes for factor in source.manifest.factors)
     np.savez(data, x=pixels, y=np.arange(32) // 2 % 4, s=np.arange(32) % 2, names=labels, styles=styles)
-    judge = FrechetSettings(data, classifier_in(tmp_path / "classifier"), pictures=16, steps=4)
-    same = frechet_report(source, source.dit.backbone, judge)
+    settings = FrechetSettings(data, classifier_in(tmp_path / "classifier"), pictures=16, steps=4)
+    same = frechet_report(source, source.dit.backbone, settings)
     assert same["quality_loss"] == 0.0
     assert same["frechet_between"] == pytest.approx(0.0, abs=1e-4)
-    other = frechet_report(source, lambda x, state: source.dit.backbone(x, state) + 0.5, judge)
+    other = frechet_report(source, lambda x, state: source.dit.backbone(x, state) + 0.5, settings)
     assert other["frechet_between"] > 0
     assert other["quality_loss"] == pytest.approx(other["frechet"] / other["frechet_fp32"] - 1, abs=1e-3)
     with pytest.raises(ExportError, match="nowhere"):
-        frechet_report(source, source.dit.backbone, FrechetSettings(tmp_path / "nowhere", judge.classifier))
+        frechet_report(
+            source, source.dit.backbone, FrechetSettings(tmp_path / "nowhere", settings.classifier)
+        )
 
 
 def classifier_in(folder: Path) -> Path:

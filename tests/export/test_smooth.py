@@ -49,8 +49,8 @@ def test_smoothing_rescues_a_model_with_outlier_channels() -> None:
         if name.endswith("adaLN_modulation.1.bias") and name.startswith("blocks"):
             tensor[32:34] += 40.0  # the scale of two channels before attention
             tensor[4 * 32 : 4 * 32 + 2] += 40.0  # and before the MLP
-    fit, judge = rows_of(source, 1), rows_of(source, 2)
-    alpha, errors = search_alpha(source.dit, fit, judge)
+    fit, held_out = rows_of(source, 1), rows_of(source, 2)
+    alpha, errors = search_alpha(source.dit, fit, held_out)
     assert alpha > 0
     assert errors[alpha] < 0.7 * errors[0.0]
 

@@ -1,4 +1,4 @@
-"""What the engine's tests use: a backend of plain numpy whose every row is exact whatever its company, and engines around it."""
+"""Fixtures of the engine's tests: a numpy backend, exact per row in any batch, and engines around it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from ditserve.model.spec.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory
-from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
@@ -109,7 +109,7 @@ class FakeBackend:
 
 
 class ScriptedPlanner(Planner):
-    """Asks for the moves it is given, each once its sample stands at or below a timestep."""
+    """A planner that makes the given moves, each once its sample is at or below a timestep."""
 
     def __init__(self, moves: Sequence[tuple[str, int, Rung, str]] = ()) -> None:
         super().__init__(Ladder(()))
@@ -168,7 +168,7 @@ def make_rung() -> Callable[..., Rung]:
 
 @pytest.fixture(scope="session")
 def make_request(make_rung: Callable[..., Rung]) -> Callable[..., SampleRequest]:
-    """A request for one image of `colour` (a class index or None); `rung` stands for both rungs."""
+    """Give a function that makes a request for one image of `colour` (a class index or None) on `rung`."""
 
     def make(
         name: str = "a/0", *, colour: int | None = 0, rung: Rung | None = None, **fields: Any
@@ -193,7 +193,7 @@ def make_request(make_rung: Callable[..., Rung]) -> Callable[..., SampleRequest]
 
 @pytest.fixture(scope="session")
 def make_engine() -> Callable[..., Engine]:
-    """An engine around `backend`; the cost model is such that batches fill up to `max_rows`."""
+    """Give a function that builds an engine whose costs let batches fill up to `max_rows`."""
 
     def make(
         backend: Any = None,
@@ -210,7 +210,7 @@ def make_engine() -> Callable[..., Engine]:
         ladder = Ladder(())
         return Engine(
             backend=backend,
-            conditions=Conditions(backend, modulation_bytes=modulation_bytes),
+            conditions=ConditionCaches(backend, modulation_bytes=modulation_bytes),
             scheduler=Scheduler(max_rows=max_rows, buckets=backend.buckets, strict=strict),
             planner=planner or Planner(ladder),
             ladder=ladder,

@@ -17,7 +17,7 @@ METADATA = {"seed": "7", "condition": "Erdbeere 🍓", "sampler": "ddim"}
 
 @pytest.fixture(scope="module")
 def pixels() -> npt.NDArray[np.uint8]:
-    """A smooth picture, as lossy formats like it."""
+    """Return a smooth picture, which lossy formats keep well."""
     y, x = np.mgrid[0:48, 0:40]
     return np.stack([4 * y, 5 * x, 2 * (x + y)], axis=-1).astype(np.uint8)
 

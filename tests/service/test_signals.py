@@ -1,4 +1,4 @@
-"""SIGHUP: the wish to reload, or the end of the terminal that something was started in."""
+"""SIGHUP: a request to reload, or the end of the terminal that the process was started in."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 _PROGRAM = """
 import asyncio, sys
-from service.signals import on_hang_up
+from ditserve.service.signals import on_hang_up
 
 async def main():
-    said = asyncio.Queue()
-    on_hang_up(lambda: said.put_nowait("reload"), stop=lambda: said.put_nowait("stop"))
+    calls = asyncio.Queue()
+    on_hang_up(lambda: calls.put_nowait("reload"), stop=lambda: calls.put_nowait("stop"))
     print("ready", file=sys.stderr, flush=True)
-    while (word := await said.get()) == "reload":
+    while (word := await calls.get()) == "reload":
         print(word, file=sys.stderr, flush=True)
     print(word, file=sys.stderr, flush=True)
 
@@ -33,15 +33,14 @@ asyncio.run(main())
 
 @contextmanager
 def listening(*command: str, terminal: int | None) -> Iterator[subprocess.Popen[str]]:
-    """A process that says on its stderr what SIGHUP meant; `terminal` is the one it controls."""
+    """Start a process that writes to its stderr what SIGHUP meant; `terminal` is the one it controls."""
 
     def control() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
         os.setsid()
         if terminal is not None:
-            os.open(
-                os.ttyname(terminal), os.O_RDWR
-            )  # the first that the leader of a session opens is its own
+            # The first terminal that the leader of a session opens becomes the session's own.
+            os.open(os.ttyname(terminal), os.O_RDWR)
 
     process = subprocess.Popen(
         [*command, sys.executable, "-c", _PROGRAM],
@@ -90,7 +89,8 @@ def test_what_nohup_started_survives_its_terminal_and_can_be_reloaded() -> None:
         os.close(theirs)
         os.close(ours)
         assert process.stderr is not None
-        for _ in range(200):  # one that comes together with the terminal's own is not told from it
+        # A signal that comes together with the terminal's own is lost, so send several.
+        for _ in range(200):
             process.send_signal(signal.SIGHUP)
             if select.select([process.stderr], [], [], 0.05)[0]:
                 break

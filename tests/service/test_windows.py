@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.service.windows import Windows, count, starts, windows_over
+from ditserve.service.windows import Windows, window_count, window_starts, windows_over
 
 
 @st.composite
@@ -18,11 +18,11 @@ def _grids(draw: st.DrawFn) -> Windows:
 
 
 def test_windows_lie_half_a_window_apart_and_the_last_is_flush_with_the_edge() -> None:
-    assert starts(16, 16) == (0,)
-    assert starts(64, 16) == (0, 8, 16, 24, 32, 40, 48)
-    assert starts(22, 16) == (0, 6)
-    assert starts(25, 16) == (0, 8, 9)
-    assert starts(3, 1) == (0, 1, 2)
+    assert window_starts(16, 16) == (0,)
+    assert window_starts(64, 16) == (0, 8, 16, 24, 32, 40, 48)
+    assert window_starts(22, 16) == (0, 6)
+    assert window_starts(25, 16) == (0, 8, 9)
+    assert window_starts(3, 1) == (0, 1, 2)
     assert windows_over((24, 32), (16, 16)).corners == ((0, 0), (0, 8), (0, 16), (8, 0), (8, 8), (8, 16))
 
 
@@ -34,7 +34,7 @@ def test_the_weights_of_every_pixel_sum_to_one_and_none_is_zero(windows: Windows
         total[y : y + weight.shape[0], x : x + weight.shape[1]] += weight
     np.testing.assert_allclose(total, 1.0, atol=1e-6)
     assert windows.weights.min() > 0
-    assert len(windows) == count(windows.size, windows.window) == len(windows.weights)
+    assert len(windows) == window_count(windows.size, windows.window) == len(windows.weights)
 
 
 @settings(deadline=None)

@@ -1,6 +1,7 @@
-"""Writes a bundle of random weights with everything a backend may ask for: graphs of a few matrix products, and a tiny DiT's tensors.
+"""A tiny bundle of random weights with everything that a backend may ask for.
 
-The graphs have the interface of exported ones and are not the DiT's function; that export and weights agree is the export's to test.
+Its graphs are a few matrix products with the interface of exported ones, and its weights are those of a tiny
+DiT. The graphs do not compute that DiT: the tests of the export check that graphs and weights agree.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _rng = np.random.default_rng(0)
 
 
 def write_bundle(folder: Path, *, weights: bool) -> None:
-    """A complete bundle in `folder`; the weights only on demand, because they need torch."""
+    """Write a complete bundle into `folder`; the weights only on demand, because they need torch."""
     _save(folder / "embedder.onnx", *_embedder(), {"label": None, "style": None}, ["embedding"])
     state = dict(CONFIG.state())
     _save(folder / "conditioner.onnx", *_conditioner(), {"timestep": (), "embedding": (32,)}, list(state))
@@ -72,7 +73,7 @@ def _embedder() -> tuple[list[Any], list[Any]]:
 
 
 def _conditioner() -> tuple[list[Any], list[Any]]:
-    """Each state tensor is a linear map of embedding + t / 1000."""
+    """Return a graph that makes each state tensor by a linear map of embedding + t / 1000."""
     nodes = [
         helper.make_node("Div", ["timestep", "thousand"], ["level"]),
         helper.make_node("Unsqueeze", ["level", "one"], ["column"]),
@@ -87,7 +88,7 @@ def _conditioner() -> tuple[list[Any], list[Any]]:
 
 
 def _backbone() -> tuple[list[Any], list[Any]]:
-    """Down to 32 numbers a row, a tanh for each state tensor added, and up to an image again."""
+    """Return a graph: down to 32 numbers a row, plus a tanh of each state tensor, and up to an image."""
     nodes = [
         helper.make_node("Reshape", ["x", "flat"], ["row"]),
         helper.make_node("MatMul", ["row", "down"], ["h"]),

@@ -11,7 +11,7 @@ from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import (
     ConditionTerm,
-    Due,
+    DemandBucket,
     Image,
     Job,
     JobResult,
@@ -101,7 +101,7 @@ STATE = WorkerState(
     last_step_age_s=0.25,
     updated_at=1_700_000_001.0,
     network=Network("onnx", "int8", 8),
-    dues=(Due(1_700_000_010.25, 80, 32), Due(inf, 40, 40)),
+    dues=(DemandBucket(1_700_000_010.25, 80, 32), DemandBucket(inf, 40, 40)),
     bundle="fedcba9876543210",
     given_rows=500,
 )

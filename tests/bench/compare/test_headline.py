@@ -24,13 +24,7 @@ from ditserve.bench.compare.runs import (
     unpacked,
 )
 from ditserve.bench.compare.session import HeadlineSession
-from ditserve.bench.compare.systems import (
-    SYSTEMS,
-    ServerFailed,
-    ServerSetup,
-    SystemUnderTest,
-    running_server,
-)
+from ditserve.bench.compare.systems import SYSTEMS, ServerFailed, ServerSetup, SystemUnderTest, running_server
 from ditserve.bench.compare.tables import document, goals, tables
 from ditserve.bench.load.adapters import ADAPTERS, DrawnWith
 from ditserve.bench.load.generator import ServerUnreachable

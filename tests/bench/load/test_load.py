@@ -26,7 +26,7 @@ FULL, CUT = DrawnWith(20, "dpmpp-2m-20", False), DrawnWith(10, "unipc-1-10", Tru
 
 
 class Time:
-    """A clock that only sleeping moves; waking is `late` by so much."""
+    """A clock that only sleeping moves; every sleep lasts `late` seconds too long."""
 
     def __init__(self, late: float = 0.0) -> None:
         self.now, self.late = 100.0, late
@@ -131,13 +131,13 @@ def test_a_workload_is_the_same_for_everyone_and_as_mixed_as_it_says() -> None:
 
 @pytest.fixture
 def answers() -> dict[str, Any]:
-    """What the fake server heard, and how it answers."""
+    """Return the record of the fake server: the requests it got, and its answer to all of them."""
     return {"heard": [], "status": 200, "headers": {}}
 
 
 @pytest.fixture
 async def url(answers: dict[str, Any]) -> Any:
-    """A server on a socket that takes one request a connection."""
+    """Run a server on a socket that takes one request a connection."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()

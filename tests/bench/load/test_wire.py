@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 
 @asynccontextmanager
 async def server(status: bytes) -> AsyncIterator[tuple[int, list[bytes]]]:
-    """Answers every request with its own body; also the bodies it was sent, one list for all connections."""
+    """Run a server that echoes every request; yield its port and the list of all bodies it was sent."""
     seen: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

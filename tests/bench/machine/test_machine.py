@@ -1,4 +1,4 @@
-"""The share of the machine's peak: measured for whatever bundle there is, and told by operator."""
+"""The share of the machine's peak: measured for any bundle, with the share of each operator."""
 
 from __future__ import annotations
 

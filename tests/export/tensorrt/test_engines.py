@@ -79,18 +79,18 @@ def test_an_engine_is_built_once_and_lies_under_gpu_and_version(bundle: Bundle) 
 def test_whatever_an_engine_depends_on_makes_it_stale(bundle: Bundle) -> None:
     fp16 = origin(bundle)
     task(bundle).build(fp16)
-    slot = CachedEngine.of(bundle.path / "engines", fp16)
-    assert slot.problem(fp16) is None
-    assert slot.problem(replace(fp16, graph_sha256="0" * 64)) == "built with another graph sha256"
-    assert slot.problem(replace(fp16, weights_sha256="0" * 64)) == "built with another weights sha256"
+    cached = CachedEngine.of(bundle.path / "engines", fp16)
+    assert cached.problem(fp16) is None
+    assert cached.problem(replace(fp16, graph_sha256="0" * 64)) == "built with another graph sha256"
+    assert cached.problem(replace(fp16, weights_sha256="0" * 64)) == "built with another weights sha256"
     wider = BuildOptions(profiles=profiles_for((1, 8)))
     assert task(bundle, options=wider).check(fp16).state == "built with another options"
     other = replace(fp16, version="11.5.0", capability="sm90")
-    assert slot.problem(other) == "built with another version, capability"
-    slot.engine.write_bytes(b"plam")
-    assert slot.problem(fp16) == "backbone.fp16.engine is damaged"
-    slot.record.write_text("{}")
-    assert slot.problem(fp16) == "backbone.fp16.json is damaged"
+    assert cached.problem(other) == "built with another version, capability"
+    cached.engine.write_bytes(b"plam")
+    assert cached.problem(fp16) == "backbone.fp16.engine is damaged"
+    cached.record.write_text("{}")
+    assert cached.problem(fp16) == "backbone.fp16.json is damaged"
 
 
 def test_every_part_of_an_origin_and_every_option_is_in_the_key(bundle: Bundle) -> None:
@@ -307,7 +307,9 @@ def test_a_bundle_without_calibration_rows_is_refused_before_building(
 
 def test_engines_are_built_without_torch() -> None:
     """The image that serves on a GPU builds its engines itself, and has no torch."""
-    program = "import sys, export.trt; sys.exit(bool({'torch', 'onnx', 'diffusers'} & set(sys.modules)))"
+    program = (
+        "import sys, ditserve.export.trt; sys.exit(bool({'torch', 'onnx', 'diffusers'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -97,7 +97,7 @@ HANDLES = {
     "self._trt.Logger",
 }
 SPEAKING = (
-    "export/tensorrt/engine_run.py",
+    "export/tensorrt/engine_runner.py",
     "export/tensorrt/build.py",
     "export/tensorrt/module.py",
     "service/backends/tensorrt.py",

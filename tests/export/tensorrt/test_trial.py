@@ -11,7 +11,7 @@ from ditserve.export.calibrate import CalibrationRows
 from ditserve.export.errors import ExportError
 from ditserve.export.parity import forward
 from ditserve.export.source import open_source
-from ditserve.export.tensorrt.engine_run import EngineRunner
+from ditserve.export.tensorrt.engine_runner import EngineRunner
 from ditserve.export.tensorrt.module import TensorRt
 from ditserve.export.tensorrt.trial import trial_reference
 from ditserve.model.spec.bundle import CALIBRATION, Bundle
@@ -19,7 +19,7 @@ from tests.export.fake_cuda import Engine, Runtime, module_of
 from tests.export.fake_trt import ILogger
 
 
-def engine_run(engine: Engine | None, runtime: Runtime) -> EngineRunner:
+def engine_runner(engine: Engine | None, runtime: Runtime) -> EngineRunner:
     module = module_of(engine)
     module.ILogger = ILogger
     return EngineRunner(TensorRt(module, "tensorrt", "11.4.0"), b"plan", runtime)
@@ -38,7 +38,7 @@ def test_the_reference_is_the_fp32_model_on_the_calibration_rows(tiny_bundle: Pa
 def test_an_engine_answers_for_each_batch_size(rows: int) -> None:
     runtime = Runtime()
     engine = Engine(runtime, "final")
-    running = engine_run(engine, runtime)
+    running = engine_runner(engine, runtime)
     drawn = np.random.default_rng(rows)
     inputs = {"x": drawn.standard_normal((rows, 3, 16, 16)), "final": drawn.standard_normal((rows, 2, 32))}
     output = running(inputs, (rows, 3, 16, 16))
@@ -54,8 +54,8 @@ def test_an_engine_answers_for_each_batch_size(rows: int) -> None:
 def test_what_goes_wrong_is_one_sentence() -> None:
     runtime = Runtime()
     with pytest.raises(ExportError, match="cannot load the engine it built"):
-        engine_run(None, runtime)
-    running = engine_run(Engine(runtime, "x"), runtime)
+        engine_runner(None, runtime)
+    running = engine_runner(Engine(runtime, "x"), runtime)
     x = np.zeros((9, 3, 16, 16), np.float32)
     with pytest.raises(ExportError, match="no profile of the engine takes 9 rows"):
         running({"x": x}, x.shape)

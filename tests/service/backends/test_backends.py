@@ -14,7 +14,7 @@ import pytest
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.diffusion import make_schedule
 from ditserve.service.backends import BACKENDS, Backend, BackendUnavailable, Floats, load_backend
-from ditserve.service.engine.conditions import Conditions
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
@@ -181,7 +181,7 @@ def test_images_are_the_same_with_the_cache_on_and_off_and_in_any_company(
     def images(requests: list[SampleRequest], modulation_bytes: int) -> dict[str, Floats]:
         engine = Engine(
             backend=backend,
-            conditions=Conditions(backend, modulation_bytes=modulation_bytes),
+            conditions=ConditionCaches(backend, modulation_bytes=modulation_bytes),
             scheduler=Scheduler(max_rows=6, strict=strict),
             planner=Planner(Ladder(())),
             ladder=Ladder(()),

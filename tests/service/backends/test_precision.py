@@ -85,7 +85,8 @@ def test_speed_is_measured_in_pairs_of_steps_of_one_row(
     assert set(batches) == {1}
     batches.clear()
     module._speedup(Session(repeat(30.0)), Session(repeat(20.0)), bundle.manifest)
-    assert len(batches) == 4  # a pair that does not count, and one that does
+    # One pair does not count, and one does.
+    assert len(batches) == 4
 
 
 def test_a_precision_the_bundle_lacks_is_refused_by_its_file(bundle: Bundle) -> None:

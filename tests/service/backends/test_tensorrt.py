@@ -38,11 +38,11 @@ def lay_engine(bundle: Bundle, device: Device) -> None:
     origin = engine_origin(
         bundle, "fp16", "backbone.fp16.onnx", flavour="tensorrt", version=VERSION, device=device
     )
-    slot = CachedEngine.of(bundle.path / FOLDER, origin)
-    slot.folder.mkdir(parents=True)
-    slot.engine.write_bytes(b"plan")
+    cached = CachedEngine.of(bundle.path / FOLDER, origin)
+    cached.folder.mkdir(parents=True)
+    cached.engine.write_bytes(b"plan")
     record = {"origin": asdict(origin), "options": {}, "sha256": hashlib.sha256(b"plan").hexdigest()}
-    slot.record.write_text(json.dumps(record))
+    cached.record.write_text(json.dumps(record))
 
 
 @pytest.fixture
@@ -56,7 +56,8 @@ def opened(bundle: Bundle, runtime: Runtime) -> tuple[TensorRtBackend, Engine]:
 
 
 def backend_of(bundle: Bundle, runtime: Runtime, engine: Engine | None, **options: Any) -> TensorRtBackend:
-    graphs = AuxiliaryGraphs.__new__(AuxiliaryGraphs)  # the other parts of the bundle are not used here
+    # The other parts of the bundle are not used here.
+    graphs = AuxiliaryGraphs.__new__(AuxiliaryGraphs)
     return TensorRtBackend(bundle, module=module_of(engine), cuda=Cuda(runtime), graphs=graphs, **options)
 
 

@@ -1,4 +1,4 @@
-"""Running an engine to its end, and the plain loop that its results are held against."""
+"""Helpers that run an engine to its end, and the plain loop that its results are compared with."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def run(engine: Engine, requests: Iterable[SampleRequest] = ()) -> list[StepRepo
 
 
 def finished(reports: Iterable[StepReport]) -> dict[str, Finished]:
-    return {each.id: each for report in reports for each in report.finished}
+    return {sample.id: sample for report in reports for sample in report.finished}
 
 
 def failed(reports: Iterable[StepReport]) -> dict[str, Failed]:
-    return {each.id: each for report in reports for each in report.failed}
+    return {sample.id: sample for report in reports for sample in report.failed}
 
 
 def previews(reports: Iterable[StepReport]) -> list[Preview]:
-    return [each for report in reports for each in report.previews]
+    return [preview for report in reports for preview in report.previews]
 
 
 def reference(
-    backend: Any, request: SampleRequest, courses: Iterable[tuple[Rung, tuple[int, ...]]] | None = None
+    backend: Any, request: SampleRequest, pieces: Iterable[tuple[Rung, tuple[int, ...]]] | None = None
 ) -> tuple[Floats, list[Floats]]:
-    """The same image by a plain loop over one sample in float64 tables: the latent, and the estimate after every step.
+    """Return the same image by a plain loop in float64 tables: the latent, and every step's estimate.
 
-    `courses` lists (rung, timesteps) pieces that follow each other; by default it is the request's rung.
+    `pieces` are (rung, timesteps) that follow one another; by default the request's rung alone.
     """
     spec, config = backend.manifest.diffusion, backend.manifest.config
     schedule = spec.noise_schedule()
     rung = request.rung
-    pieces = list(courses or [(rung, timestep_grid(rung.grid, rung.steps, spec.timesteps))])
+    pieces = list(pieces or [(rung, timestep_grid(rung.grid, rung.steps, spec.timesteps))])
     walked = [t for _, steps in pieces for t in steps]
     generator = np.random.Generator(np.random.Philox(request.seed))
     x = generator.standard_normal((1, config.in_channels, *config.image_size), dtype=np.float32)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from ditserve.service.backends import CONDITIONER_ROWS as CHUNK
-from ditserve.service.engine.conditions import Condition, Conditions, Want
+from ditserve.service.engine.conditions import Condition, ConditionCaches, ConditionerInput, SlotLru
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.jobs import ConditionTerm
 
@@ -25,32 +25,34 @@ def backend(make_backend: Make) -> Any:
     return make_backend()
 
 
-def colour(conditions: Conditions, index: int | None) -> Condition:
-    return conditions.get([ConditionTerm((index,))])
+def colour(conditions: ConditionCaches, index: int | None) -> Condition:
+    return conditions.embeddings.get([ConditionTerm((index,))])
 
 
 def gather(
-    conditions: Conditions, wanted: Sequence[Want], upcoming: Sequence[Want] = ()
+    conditions: ConditionCaches, wanted: Sequence[ConditionerInput], upcoming: Sequence[ConditionerInput] = ()
 ) -> tuple[Floats, Floats]:
     out = (np.empty((len(wanted), 3), np.float32), np.empty((len(wanted), 2, 3), np.float32))
     conditions.modulations.gather(wanted, upcoming, out)
     return out
 
 
-def direct(backend: Any, wanted: Sequence[Want]) -> tuple[Floats, ...]:
+def direct(backend: Any, wanted: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
     timesteps = np.array([timestep for timestep, _ in wanted], np.float32)
-    state: tuple[Floats, ...] = backend.modulate(timesteps, np.stack([each.embedding for _, each in wanted]))
+    state: tuple[Floats, ...] = backend.modulate(
+        timesteps, np.stack([condition.embedding for _, condition in wanted])
+    )
     return state
 
 
-def assert_same(found: Sequence[Floats], expected: Sequence[Floats]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(states: Sequence[Floats], expected: Sequence[Floats]) -> None:
+    for one, other in zip(states, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("capacity", [0, 40 * ENTRY, 1 << 20])
 def test_a_state_is_what_the_backend_says_with_the_cache_on_off_or_small(backend: Any, capacity: int) -> None:
-    conditions = Conditions(backend, modulation_bytes=capacity)
+    conditions = ConditionCaches(backend, modulation_bytes=capacity)
     rng = np.random.default_rng(0)
     for _ in range(30):
         picks = rng.integers(0, [50, 4], (10, 2))
@@ -61,7 +63,7 @@ def test_a_state_is_what_the_backend_says_with_the_cache_on_off_or_small(backend
 
 
 def test_what_a_batch_misses_is_computed_in_one_call_and_only_once(backend: Any) -> None:
-    conditions = Conditions(backend)
+    conditions = ConditionCaches(backend)
     red, null = colour(conditions, 0), conditions.null
     wanted = [(999, red), (500, red), (999, null), (500, null), (999, null)]
     gather(conditions, wanted)
@@ -73,7 +75,7 @@ def test_what_a_batch_misses_is_computed_in_one_call_and_only_once(backend: Any)
 
 
 def test_rows_left_over_in_a_call_fetch_what_comes_next(backend: Any) -> None:
-    conditions = Conditions(backend)
+    conditions = ConditionCaches(backend)
     red = colour(conditions, 0)
     ahead = [(t, red) for t in range(900, 0, -100)]
     gather(conditions, [(1000 - 1, red)], ahead)
@@ -85,7 +87,7 @@ def test_rows_left_over_in_a_call_fetch_what_comes_next(backend: Any) -> None:
 
 
 def test_the_null_class_stays_and_the_least_recently_used_leaves(backend: Any) -> None:
-    conditions = Conditions(backend, modulation_bytes=40 * ENTRY)
+    conditions = ConditionCaches(backend, modulation_bytes=40 * ENTRY)
     red = colour(conditions, 0)
     gather(conditions, [(t, conditions.null) for t in range(10)])
     for t in range(50):
@@ -99,7 +101,7 @@ def test_the_null_class_stays_and_the_least_recently_used_leaves(backend: Any) -
 
 
 def test_pinned_entries_leave_room_for_others(backend: Any) -> None:
-    conditions = Conditions(backend, modulation_bytes=40 * ENTRY)
+    conditions = ConditionCaches(backend, modulation_bytes=40 * ENTRY)
     for t in range(200):
         gather(conditions, [(t, conditions.null)])
     wanted = [(t, colour(conditions, 0)) for t in range(10)]
@@ -110,7 +112,7 @@ def test_pinned_entries_leave_room_for_others(backend: Any) -> None:
 
 
 def test_a_batch_larger_than_the_cache_goes_past_it(backend: Any) -> None:
-    conditions = Conditions(backend, modulation_bytes=20 * ENTRY)
+    conditions = ConditionCaches(backend, modulation_bytes=20 * ENTRY)
     wanted = [(t, colour(conditions, 0)) for t in range(15)]
     assert_same(gather(conditions, wanted), direct(backend, wanted))
     assert conditions.modulations.bypasses == 15
@@ -118,42 +120,60 @@ def test_a_batch_larger_than_the_cache_goes_past_it(backend: Any) -> None:
 
 
 def test_a_single_condition_has_no_weight(backend: Any) -> None:
-    conditions = Conditions(backend)
+    conditions = ConditionCaches(backend)
     plain = colour(conditions, 1)
-    heavy = conditions.get([ConditionTerm((1,), 5.0)], "spherical")
-    beside_nothing = conditions.get([ConditionTerm((1,), 1.0), ConditionTerm((2,), 0.0)])
+    heavy = conditions.embeddings.get([ConditionTerm((1,), 5.0)], "spherical")
+    beside_nothing = conditions.embeddings.get([ConditionTerm((1,), 1.0), ConditionTerm((2,), 0.0)])
     assert plain.key == heavy.key == beside_nothing.key
     np.testing.assert_array_equal(plain.embedding, heavy.embedding)
 
 
 def test_a_mix_is_weighted_and_knows_no_order(backend: Any) -> None:
-    conditions = Conditions(backend)
+    conditions = ConditionCaches(backend)
     red, blue = colour(conditions, 0).embedding, colour(conditions, 2).embedding
-    mixed = conditions.get([ConditionTerm((0,), 3.0), ConditionTerm((2,), 1.0)])
+    mixed = conditions.embeddings.get([ConditionTerm((0,), 3.0), ConditionTerm((2,), 1.0)])
     np.testing.assert_allclose(mixed.embedding, 0.75 * red + 0.25 * blue, rtol=1e-5, atol=1e-6)
-    assert mixed.key == conditions.get([ConditionTerm((2,), 0.25), ConditionTerm((0,), 0.75)]).key
-    assert mixed.key != conditions.get([ConditionTerm((2,), 0.75), ConditionTerm((0,), 0.25)]).key
-    assert mixed.key != conditions.get([ConditionTerm((0,), 3.0), ConditionTerm((2,), 1.0)], "spherical").key
+    assert mixed.key == conditions.embeddings.get([ConditionTerm((2,), 0.25), ConditionTerm((0,), 0.75)]).key
+    assert mixed.key != conditions.embeddings.get([ConditionTerm((2,), 0.75), ConditionTerm((0,), 0.25)]).key
+    assert (
+        mixed.key
+        != conditions.embeddings.get([ConditionTerm((0,), 3.0), ConditionTerm((2,), 1.0)], "spherical").key
+    )
 
 
 def test_a_spherical_mix_turns_from_one_direction_to_the_other(backend: Any) -> None:
     backend.table /= np.linalg.norm(backend.table, axis=1, keepdims=True)
-    conditions = Conditions(backend)
+    conditions = ConditionCaches(backend)
     red, blue = (colour(conditions, k).embedding for k in (0, 2))
-    mixed = conditions.get([ConditionTerm((0,), 0.7), ConditionTerm((2,), 0.3)], "spherical").embedding
+    mixed = conditions.embeddings.get(
+        [ConditionTerm((0,), 0.7), ConditionTerm((2,), 0.3)], "spherical"
+    ).embedding
     assert np.linalg.norm(mixed) == pytest.approx(1.0, abs=1e-5)
     assert np.arccos(np.dot(red, mixed)) == pytest.approx(0.3 * np.arccos(np.dot(red, blue)), abs=1e-3)
 
 
 def test_weights_that_cancel_are_refused(backend: Any) -> None:
     with pytest.raises(InvalidRequest, match="more than 0"):
-        Conditions(backend).get([ConditionTerm((0,), 1.0), ConditionTerm((1,), -1.0)])
+        ConditionCaches(backend).embeddings.get([ConditionTerm((0,), 1.0), ConditionTerm((1,), -1.0)])
 
 
 def test_embeddings_are_computed_once_and_bounded(backend: Any) -> None:
-    conditions = Conditions(backend, embedding_bytes=2 * 4 * 6)
+    conditions = ConditionCaches(backend, embedding_bytes=2 * 4 * 6)
     for index in (0, 0, 1, 2, 0):
         colour(conditions, index)
     counters = conditions.embeddings
     assert (counters.hits, counters.misses, counters.evictions) == (1, 5, 3)
     assert counters.bytes == 2 * 4 * 6
+
+
+def test_slots_go_from_the_least_recently_used_key_to_the_next_and_pinned_keys_keep_theirs() -> None:
+    lru: SlotLru[str] = SlotLru(4)
+    pinned = [lru.reserve(key, pin=True) for key in ("p", "q")]
+    assert pinned == [0, 1]
+    assert [lru.reserve(key, pin=True) for key in ("r", "s")] == [2, 3]  # no half left to pin them in
+    assert lru.touch("r")
+    assert lru.reserve("t", pin=False) == 3
+    assert "s" not in lru
+    assert not lru.touch("s")
+    assert [lru.slot(key) for key in ("p", "q", "r", "t")] == [0, 1, 2, 3]
+    assert (len(lru), lru.evictable, lru.evictions) == (4, 2, 1)

@@ -1,4 +1,4 @@
-"""One step at a time: who takes part, and what it leads to."""
+"""Steps of the engine: the samples that take part, and the results."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_samples_join_and_leave_at_every_step(make_engine: Make, make_request: M
     assert engine.progress() == {"long/0": (1, 6), "short/0": (0, 2)}
     assert engine.backlog_rows == 2 * 5 + 2
     assert engine.step().rows == 3
-    assert [each.id for each in engine.step().finished] == ["short/0"]
+    assert [sample.id for sample in engine.step().finished] == ["short/0"]
     assert engine.step().rows == 2
     assert engine.free_samples == 15
 
@@ -81,10 +81,10 @@ def test_previews_are_the_solvers_own_estimate(
     request = make_request(previews=3)
     reports = run(make_engine(backend), [request])
     seen = previews(reports)
-    assert [(each.step, each.steps) for each in seen] == [(3, 8), (6, 8)]
+    assert [(preview.step, preview.steps) for preview in seen] == [(3, 8), (6, 8)]
     _, estimates = reference(backend, request)
-    for each in seen:
-        np.testing.assert_allclose(each.latent, estimates[each.step - 1], atol=1e-4)
+    for preview in seen:
+        np.testing.assert_allclose(preview.latent, estimates[preview.step - 1], atol=1e-4)
     assert sum(report.rows for report in reports) == 16  # no row more for them
 
 
@@ -135,7 +135,7 @@ def test_warm_up_teaches_the_cost_model_and_respects_buckets(make_backend: Make,
     engine = make_engine(backend)
     engine.warm_up()
     assert set(backend.batches) == {2, 4, 8}
-    assert engine.costs.predict(1) < 0.1  # it was told 10 s
+    assert engine.costs.predict(1) < 0.1  # its first guess was 10 s
     quick = make_engine(make_backend())
     quick.warm_up(budget_s=0.0)
     assert quick.backend.batches == [1, 1]
@@ -168,6 +168,20 @@ def test_the_first_pass_of_a_size_does_not_count(
         engine.step()
     assert 3 in backend.batches  # a size the warm-up left out
     assert engine.costs.predict(3) == pytest.approx(0.01)
+
+
+def test_the_cost_of_a_step_is_the_whole_turn(make_engine: Make, make_request: Make) -> None:
+    """A host that is slow between the passes delays every step as much as a slow network."""
+    now = [1000.0]
+    engine = make_engine(clock=lambda: now[0])
+    for name in ("a/0", "b/0"):
+        engine.add(make_request(name))
+        while not engine.idle:
+            report = engine.step()
+            now[0] += 0.25
+        assert report.seconds == 0.25
+        now[0] += 3600.0  # idle time is not the cost of anything
+    assert engine.costs.predict(2) == pytest.approx(0.25, rel=0.01)
 
 
 def test_memory_does_not_grow_from_step_to_step(

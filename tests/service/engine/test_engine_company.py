@@ -113,8 +113,8 @@ def test_a_sample_equals_its_solo_run(
         modulation_bytes=modulation_bytes,
     )
     reports = follow(engine, visits, make_request)
-    made = {each.id: each.latent for report in reports for each in report.finished}
-    shown = [each for report in reports for each in report.previews]
+    made = {sample.id: sample.latent for report in reports for sample in report.finished}
+    shown = [preview for report in reports for preview in report.previews]
     for k, visit in enumerate(visits):
         if f"{k}/0" not in made:
             assert visit.cancelled is not None
@@ -124,9 +124,9 @@ def test_a_sample_equals_its_solo_run(
         solo.add(request)
         alone = [solo.step() for _ in range(request.rung.steps)]
         np.testing.assert_array_equal(made[f"{k}/0"], alone[-1].finished[0].latent)
-        expected = [each for report in alone for each in report.previews]
-        own = [each for each in shown if each.id == f"{k}/0"]
-        assert [each.step for each in own] == [each.step for each in expected]
+        expected = [preview for report in alone for preview in report.previews]
+        own = [preview for preview in shown if preview.id == f"{k}/0"]
+        assert [preview.step for preview in own] == [preview.step for preview in expected]
         for one, other in zip(own, expected, strict=True):
             np.testing.assert_array_equal(one.latent, other.latent)
     assert engine.free_samples == 16

@@ -1,4 +1,4 @@
-"""What goes wrong with one sample, or is stopped, harms no other and leaves nothing behind."""
+"""Faults and cancels of one sample: they harm no other and leave nothing behind."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_sizes_advance_at_one_pace(make_backend: Make, make_engine: Make, make_r
         engine.add(make_request(f"own-{k}/0", seed=k))
     engine.add(make_request("small/0", size=SMALL))
     order = [
-        name.partition("-")[0] for report in run(engine) for name in (each.id for each in report.finished)
+        name.partition("-")[0] for report in run(engine) for name in (sample.id for sample in report.finished)
     ]
     assert order.index("small/0") >= 3  # it does not overtake the many, though its passes are short
     taken = Counter(order)

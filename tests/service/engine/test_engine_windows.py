@@ -1,4 +1,4 @@
-"""Pictures larger than the model's own, denoised in windows: rows among everybody else's, blended at every step."""
+"""Pictures larger than the model's own, denoised in windows: rows among all others, blended at every step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = {WIDE: 3, TALL: 3, GRID: 2 * 4}
 
 @pytest.fixture(scope="module")
 def make_local(make_backend: Make) -> Make:
-    """A network whose rows see their own mean and place, so that a window's prediction is not that of the whole."""
+    """A network whose rows see their mean and position: a window's prediction is not that of the whole."""
 
     def make(**options: Any) -> Any:
         backend = make_backend(**options)
@@ -41,7 +41,7 @@ def make_local(make_backend: Make) -> Make:
 
 
 @pytest.mark.parametrize("size", [WIDE, TALL, GRID])
-def test_where_pixels_do_not_see_each_other_windows_make_what_the_whole_makes(
+def test_windows_make_the_image_of_the_whole_where_pixels_are_independent(
     size: tuple[int, int], make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
 ) -> None:
     request = make_request(size=size, windows=True, rung=make_rung("dpmpp-2m", 8, interval=(0.1, 0.8)))
@@ -64,7 +64,7 @@ def test_every_window_is_a_row_and_a_second_one_where_guidance_acts(
     assert [report.rows for report in run(engine)] == steps
 
 
-def test_windows_share_a_pass_with_everybody_elses_rows(
+def test_windows_share_a_pass_with_the_rows_of_other_samples(
     make_local: Make, make_engine: Make, make_request: Make
 ) -> None:
     backend = make_local()
@@ -111,7 +111,7 @@ def test_a_device_without_memory_for_all_windows_runs_them_in_parts(
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpmpp-2m"])
-def test_one_that_changes_engines_ends_in_the_same_picture(
+def test_a_sample_in_windows_that_changes_engines_ends_in_the_same_picture(
     solver: str, make_local: Make, make_engine: Make, make_request: Make, make_rung: Make
 ) -> None:
     request: SampleRequest = make_request(size=WIDE, windows=True, rung=make_rung(solver))
@@ -132,7 +132,7 @@ def test_previews_are_of_the_whole_picture_and_a_cut_keeps_it_whole(
 ) -> None:
     planner = make_planner([("a/0", 699, make_rung("dpmpp-2m", 4), LOAD)])
     reports = run(make_engine(planner=planner), [make_request(size=WIDE, windows=True, previews=2)])
-    assert {each.latent.shape for each in previews(reports)} == {(3, *WIDE)}
+    assert {preview.latent.shape for preview in previews(reports)} == {(3, *WIDE)}
     made: Finished = finished(reports)["a/0"]
     assert made.degraded
     assert made.steps_used < 8

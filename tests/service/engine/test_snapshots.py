@@ -40,7 +40,7 @@ def test_the_image_is_the_same(
     assert (made.steps_used, made.rung, made.degraded) == (8, whole.rung, False)
 
 
-def test_a_sample_on_another_course_stays_on_it(
+def test_a_sample_on_another_trajectory_stays_on_it(
     make_engine: Make, make_request: Make, make_rung: Make, make_planner: Make
 ) -> None:
     before, after = make_rung("dpmpp-2m", 10), make_rung("dpmpp-2m", 5)

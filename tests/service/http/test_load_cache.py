@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ditserve.service.http.load_cache import LoadCache
-from ditserve.service.jobs import Due, LoadSnapshot, WorkerState
+from ditserve.service.jobs import DemandBucket, LoadSnapshot, WorkerState
 
 pytestmark = pytest.mark.anyio
 Make = Callable[..., Any]
@@ -44,7 +44,11 @@ async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_loo
     ):
         pass
     counted = {worker.worker: worker for worker in (await cache()).workers}
-    assert counted["idle"].dues == (Due(-inf, 5, 5), Due(5.0, 40, 10), Due(inf, 80, 80))
+    assert counted["idle"].dues == (
+        DemandBucket(-inf, 5, 5),
+        DemandBucket(5.0, 40, 10),
+        DemandBucket(inf, 80, 80),
+    )
     assert (counted["idle"].backlog_rows, counted["busy"]) == (125, queue.workers[0])
     assert queue.asked == 1
     monkeypatch.setattr("ditserve.service.http.load_cache.LOAD_FRESH_S", -1.0)

@@ -56,8 +56,10 @@ class Pair:
 
     async def report(self, name: str) -> None:
         """Report that the worker of a model has loaded the bundle that is in the folder now."""
-        lane = next(lane for lane in open_served_models(self.settings, verify=False) if lane.name == name)
-        await self.workers[name].report(bundle=lane.digest)
+        served = next(
+            served for served in open_served_models(self.settings, verify=False) if served.name == name
+        )
+        await self.workers[name].report(bundle=served.digest)
 
     async def reload(self) -> None:
         before = self.context.models
@@ -78,11 +80,11 @@ async def pair(tmp_path: Path, redis_url: str, namespace: str) -> AsyncIterator[
     settings = Settings(**options)
     async with AsyncExitStack() as stack:
         workers = {}
-        for lane in open_served_models(settings, verify=True):
-            stack.push_async_callback(close_books, redis_url, lane.namespace)
-            broker = await Broker.connect(redis_url, namespace=lane.namespace)
+        for served in open_served_models(settings, verify=True):
+            stack.push_async_callback(close_books, redis_url, served.namespace)
+            broker = await Broker.connect(redis_url, namespace=served.namespace)
             stack.push_async_callback(broker.aclose)
-            workers[lane.name] = StubWorker(broker, lane.name)
+            workers[served.name] = StubWorker(broker, served.name)
         app = create_app(settings)
         await stack.enter_async_context(app.router.lifespan_context(app))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -34,7 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bundle(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A folder under `tmp_path` that holds the tiny bundle, but for what its manifest says otherwise."""
+    """Give a function that copies the tiny bundle to a folder, with other fields in its manifest."""
 
     def make(folder: str, **fields: Any) -> Path:
         path = Path(shutil.copytree(tiny, tmp_path / folder))
@@ -49,7 +49,7 @@ def change(folder: Path, **fields: Any) -> None:
 
 
 def drawn(answer: httpx.Response) -> list[bytes]:
-    """The pixels of its images, whose files also hold the classes' names."""
+    """Return the pixels of its images; the files also hold the classes' names."""
     files = [base64.b64decode(image["b64"]) for image in answer.json()["images"]]
     return [Image.open(io.BytesIO(file)).tobytes() for file in files]
 
@@ -82,7 +82,7 @@ class Client:
         return {model["name"]: model["version"] for model in models}
 
     async def draw_while(self, going_on: asyncio.Event) -> list[int]:
-        """The statuses of requests to both models, one after another, until the event."""
+        """Request both models again and again until the event; return the statuses."""
         statuses = []
         while not going_on.is_set():
             statuses += [(await self.draw(model)).status_code for model in (None, "Round")]

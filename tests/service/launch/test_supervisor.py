@@ -27,7 +27,7 @@ WaitUntil = Callable[..., Awaitable[Any]]
 
 
 def service(*arguments: str, log: Path | None = None, **environment: str) -> subprocess.Popen[str]:
-    """`python -m service` with a clean environment; its stderr goes to the end of `log`, or can be read."""
+    """Start `python -m service` in a clean environment; its stderr is appended to `log`, or can be read."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("REDIS_URL",)}
     with ExitStack() as stack:
         return subprocess.Popen(
@@ -41,7 +41,7 @@ def service(*arguments: str, log: Path | None = None, **environment: str) -> sub
 
 
 def processes() -> dict[int, tuple[int, str]]:
-    """Every process that is not a zombie: pid → (parent, command)."""
+    """Return every process that is not a zombie: pid → (parent, command)."""
     listing = subprocess.run(
         ["ps", "-axwwo", "pid=,ppid=,stat=,command="], capture_output=True, text=True, check=True
     )
@@ -52,18 +52,18 @@ def processes() -> dict[int, tuple[int, str]]:
 
 
 def offspring(pid: int) -> dict[int, str]:
-    """All processes started by a process and by what it started."""
+    """Return all descendants of a process: pid → command."""
     running = processes()
-    found: dict[int, str] = {}
+    descendants: dict[int, str] = {}
     generation = {pid}
     while generation:
         generation = {child for child, (parent, _) in running.items() if parent in generation}
-        found |= {child: running[child][1] for child in generation}
-    return found
+        descendants |= {child: running[child][1] for child in generation}
+    return descendants
 
 
 def one(family: dict[int, str], command: str) -> int:
-    """The pid of the only child that runs a command; shells that guard it do not count."""
+    """Return the pid of the only child that runs a command; shells that guard it do not count."""
     (pid,) = (pid for pid, line in family.items() if line.endswith(command) and "/bin/sh" not in line)
     return pid
 
@@ -81,7 +81,7 @@ class Running:
         return offspring(self.process.pid)
 
     def generate(self) -> httpx.Response:
-        """What the greeting says to try, in few steps."""
+        """Send the request that the greeting suggests, in few steps."""
         body = httpx.Response(200, content=self.curl[self.curl.index("-d") + 1]).json()
         return httpx.post(
             self.url, json={**body, "steps": 2}, headers={"accept": "image/png"}, timeout=60, trust_env=False
@@ -124,7 +124,7 @@ async def test_it_serves_heals_and_stops_in_order(wait_until: WaitUntil) -> None
         running.process.send_signal(signal.SIGINT)
         output, errors = running.process.communicate(timeout=30)
         assert running.process.returncode == 0
-        assert output == "", "one line, said once"
+        assert output == "", "one line, printed once"
         assert "Traceback" not in errors
         await gone(wait_until, everyone)
 

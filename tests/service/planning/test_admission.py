@@ -9,16 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.jobs import Due, LoadSnapshot, WorkerState
+from ditserve.service.jobs import DemandBucket, LoadSnapshot, WorkerState
 from ditserve.service.planning import admission
-from ditserve.service.planning.admission import NO_WORKER, Admission, Newcomer
-from ditserve.service.planning.capacity import Capacity, drained
-from ditserve.service.planning.planner import DEADLINE, LOAD, Policy, seconds_header
+from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest
+from ditserve.service.planning.capacity import Capacity, drain_time
+from ditserve.service.planning.planner import DEADLINE, LOAD, Policy
 from tests.service.planning.machine import BY_STEPS, LADDER, MAX_ROWS, line, quick
 
 
 def worker(
-    name: str = "w", *, running: int = 0, backlog: int = 0, decode: float = 0.0, dues: tuple[Due, ...] = ()
+    name: str = "w",
+    *,
+    running: int = 0,
+    backlog: int = 0,
+    decode: float = 0.0,
+    dues: tuple[DemandBucket, ...] = (),
 ) -> WorkerState:
     return WorkerState(name, ("m",), MAX_ROWS, 0.9, 0.1, decode, running, backlog, 0.0, 0.0, dues=dues)
 
@@ -38,7 +43,7 @@ def admit(
     row_cost: float = 1.0,
     policy: Policy | None = None,
 ) -> Admission:
-    newcomer = Newcomer(
+    admission_request = AdmissionRequest(
         rung=BY_STEPS[steps],
         guidance_scale=1.0,
         samples=samples,
@@ -47,7 +52,7 @@ def admit(
         min_steps=floor,
         row_cost=row_cost,
     )
-    return admission.admit(newcomer, snapshot, ladder=LADDER, now=0.0, policy=policy)
+    return admission.admit(admission_request, snapshot, ladder=LADDER, now=0.0, policy=policy)
 
 
 loads = st.builds(
@@ -108,27 +113,27 @@ class TestAdmission:
         assert (two.accepted, two.rung.steps) == (True, 50)
 
     def test_it_counts_on_cuts_of_accepted_work_as_far_as_that_consents(self) -> None:
-        willing = worker(running=20, backlog=800, dues=(Due(150.0, 800, 200),))
-        unwilling = worker(running=20, backlog=800, dues=(Due(150.0, 800, 800),))
+        willing = worker(running=20, backlog=800, dues=(DemandBucket(150.0, 800, 200),))
+        unwilling = worker(running=20, backlog=800, dues=(DemandBucket(150.0, 800, 800),))
         assert admit(load(willing), 155.0, allow=False).accepted
         assert not admit(load(unwilling), 155.0, allow=False).accepted
         assert not admit(load(willing), 155.0, allow=False, policy=Policy(recut=False)).accepted
 
     def test_what_is_due_later_does_not_stand_in_the_way(self) -> None:
-        later = worker(running=20, backlog=800, dues=(Due(1000.0, 800, 800),))
-        sooner = worker(running=20, backlog=800, dues=(Due(50.0, 800, 800),))
-        never = worker(running=20, backlog=800, dues=(Due(inf, 800, 800),))
+        later = worker(running=20, backlog=800, dues=(DemandBucket(1000.0, 800, 800),))
+        sooner = worker(running=20, backlog=800, dues=(DemandBucket(50.0, 800, 800),))
+        never = worker(running=20, backlog=800, dues=(DemandBucket(inf, 800, 800),))
         assert admit(load(later), 110.0, allow=False).accepted
         assert admit(load(never), 110.0, allow=False).accepted
         assert not admit(load(sooner), 110.0, allow=False).accepted
 
-    def test_nobody_is_taken_at_the_cost_of_a_later_deadline(self) -> None:
+    def test_no_request_is_taken_at_the_cost_of_a_later_deadline(self) -> None:
         rate = MAX_ROWS / line().predict(MAX_ROWS)
-        just_holds = worker(running=20, backlog=800, dues=(Due(1.1 * 801 / rate, 800, 800),))
+        just_holds = worker(running=20, backlog=800, dues=(DemandBucket(1.1 * 801 / rate, 800, 800),))
         assert not admit(load(just_holds), 110.0, allow=False).accepted
         assert admit(load(just_holds), None).accepted
-        lost_anyway = worker(running=20, backlog=800, dues=(Due(120.0, 8000, 8000),))
-        assert admit(load(lost_anyway), 110.0, allow=False).accepted
+        hopeless = worker(running=20, backlog=800, dues=(DemandBucket(120.0, 8000, 8000),))
+        assert admit(load(hopeless), 110.0, allow=False).accepted
 
     def test_rows_of_a_larger_size_count_for_more(self) -> None:
         idle = load(worker())
@@ -145,7 +150,9 @@ class TestAdmissionAlways:
         answer = admit(snapshot, deadline, allow=allow, floor=floor, samples=samples)
         if answer.accepted:
             assert answer.predicted_s * Policy().admission_margin <= deadline * (1 + 1e-9)
-            assert answer.predicted_s >= Capacity(snapshot).reached(samples * answer.rung.steps) * (1 - 1e-9)
+            assert answer.predicted_s >= Capacity(snapshot).queue_drain_time(samples * answer.rung.steps) * (
+                1 - 1e-9
+            )
             assert answer.rung.steps >= min(floor, 50)
             assert answer.degraded == (answer.rung.steps < 50)
             assert allow or not answer.degraded
@@ -177,11 +184,7 @@ class TestAdmissionAlways:
         self, snapshot: LoadSnapshot, extra: int
     ) -> None:
         rate = MAX_ROWS / line().predict(MAX_ROWS)
-        rows = extra + snapshot.queued_rows + sum(each.backlog_rows for each in snapshot.workers)
-        seconds = drained(snapshot, extra)
+        rows = extra + snapshot.queued_rows + sum(worker.backlog_rows for worker in snapshot.workers)
+        seconds = drain_time(snapshot, extra)
         assert rows / rate / len(snapshot.workers) <= seconds * (1 + 1e-9)
         assert seconds <= rows / rate + 1e-9
-
-
-def test_retry_after_is_whole_seconds() -> None:
-    assert [seconds_header(value) for value in (0.0, 0.2, 1.0, 1.1)] == [1, 1, 1, 2]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.costs import CostModel, PaceWindow
 
 quick = settings(max_examples=60, deadline=None)  # wall time says nothing on a shared machine
 
@@ -52,9 +52,13 @@ def test_it_fits_a_line_and_extends_it() -> None:
     assert costs.predict(32) == pytest.approx(0.08 + 0.92 * 32)
 
 
-def test_the_knee_is_where_more_rows_stop_paying() -> None:
-    assert taught(GPU).knee(16) == 7
-    assert taught({rows: 0.08 + 0.92 * rows for rows in (1, 2, 4, 8, 16)}).knee(16) == 2
+def test_the_machine_saturates_where_more_rows_stop_paying() -> None:
+    assert taught(GPU).saturation_rows(16) == 7
+    assert taught({rows: 0.08 + 0.92 * rows for rows in (1, 2, 4, 8, 16)}).saturation_rows(16) == 2
+
+
+def test_saturation_is_as_in_the_worked_example() -> None:
+    assert taught({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.5}).saturation_rows(8) == 4
 
 
 def test_it_follows_a_machine_that_slows_down_at_every_batch_size() -> None:
@@ -71,7 +75,7 @@ def test_settling_on_one_batch_size_does_not_forget_the_others() -> None:
     for _ in range(5000):
         costs.observe(8, GPU[8] * noise.lognormvariate(0.0, 0.05))
     assert costs.predict(1) == pytest.approx(GPU[1], rel=0.1)
-    assert costs.knee(16) in (6, 7, 8)
+    assert costs.saturation_rows(16) in (6, 7, 8)
 
 
 def test_predictions_stay_close_under_noise() -> None:
@@ -90,7 +94,39 @@ def test_predictions_stay_close_under_noise() -> None:
 def test_one_wild_step_says_little() -> None:
     costs = taught(GPU)
     costs.observe(8, 1000 * GPU[8])
-    assert costs.predict(8) < 1.2 * GPU[8]
+    assert costs.predict(8) < 1.4 * GPU[8]
+
+
+def test_stalls_count_for_as_long_as_they_last() -> None:
+    costs, noise = taught({1: 0.01, 8: 0.02}), random.Random(2)
+    passes = [0.02 + (0.5 if noise.random() < 0.04 else 0.0) for _ in range(3000)]
+    for seconds in passes:
+        costs.observe(8, seconds)
+    # Most passes take 20 ms, but a hundred of them take 4 s.
+    assert costs.predict(8) > 0.8 * sum(passes) / len(passes)
+    # A size that does not run now is as much slower.
+    assert costs.predict(1) == pytest.approx(0.5 * costs.predict(8), rel=0.1)
+
+
+def test_a_neighbour_is_believed_at_once_and_forgotten_late() -> None:
+    costs = taught({8: 0.02})
+    for _ in range(2000):
+        costs.observe(8, 0.02)
+    for _ in range(round(3.0 / 0.08)):
+        costs.observe(8, 0.08)
+    assert costs.predict(8) > 0.045
+    for _ in range(round(3.0 / 0.02)):
+        costs.observe(8, 0.02)
+    assert 0.022 < costs.predict(8) < 0.05
+    for _ in range(round(100.0 / 0.02)):
+        costs.observe(8, 0.02)
+    assert costs.predict(8) == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_pace_is_as_in_the_worked_example() -> None:
+    window = PaceWindow(2.0, passes=10)
+    window.observe(0.1, 1.0)
+    assert window.pace == pytest.approx(0.65, abs=0.005)
 
 
 def test_decoding_is_learned_apart() -> None:
@@ -111,7 +147,7 @@ def test_impossible_guesses_are_refused(bad: dict[str, float]) -> None:
 
 def test_a_batch_has_at_least_one_row() -> None:
     with pytest.raises(ValueError, match="max_rows"):
-        CostModel().knee(0)
+        CostModel().saturation_rows(0)
 
 
 @quick
@@ -126,4 +162,4 @@ def test_whatever_is_observed_time_is_positive_and_rows_are_not_free(
         costs.observe(rows, seconds)
     assert costs.fixed_s >= 0 < costs.per_row_s
     assert all(costs.predict(rows) > 0 for rows in (1, 2, 7, 64, 500))
-    assert 1 <= costs.knee(max_rows) <= max_rows
+    assert 1 <= costs.saturation_rows(max_rows) <= max_rows

@@ -37,7 +37,7 @@ rungs = st.builds(
 
 
 def test_rungs_are_best_first() -> None:
-    assert [each.name for each in LADDER.rungs] == ["ddim-50", "ddim-20", "dpmpp-2m-10", "dpmpp-2m-6"]
+    assert [rung.name for rung in LADDER.rungs] == ["ddim-50", "ddim-20", "dpmpp-2m-10", "dpmpp-2m-6"]
 
 
 def test_a_request_on_the_ladder_is_that_rung() -> None:
@@ -67,7 +67,7 @@ def test_an_empty_ladder_takes_every_request_and_offers_nothing_below() -> None:
 
 
 def test_below_respects_the_floor() -> None:
-    assert [each.steps for each in LADDER.below(LADDER.rungs[0], 10)] == [20, 10]
+    assert [rung.steps for rung in LADDER.below(LADDER.rungs[0], 10)] == [20, 10]
     assert LADDER.below(LADDER.rungs[0], 51) == ()
 
 
@@ -83,11 +83,11 @@ def test_below_never_guides_where_the_request_does_not() -> None:
 def test_below_gets_cheaper_and_worse(ladder_rungs: list[Rung], asked: Rung, floor: int) -> None:
     ladder = Ladder(ladder_rungs)
     chain = ladder.below(asked, floor)
-    rows = [ladder.row_steps(each, 2.0) for each in (asked, *chain)]
+    rows = [ladder.row_steps(rung, 2.0) for rung in (asked, *chain)]
     assert rows == sorted(rows, reverse=True)
     assert len(set(rows)) == len(rows)
-    assert [each.quality for each in chain] == sorted(each.quality for each in chain)
-    assert all(each.steps >= floor for each in chain)
+    assert [rung.quality for rung in chain] == sorted(rung.quality for rung in chain)
+    assert all(rung.steps >= floor for rung in chain)
 
 
 @quick

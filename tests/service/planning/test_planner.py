@@ -1,4 +1,4 @@
-"""The planner: it cuts only when deadlines need it, only who may be cut, and no more than needed."""
+"""The planner: it cuts only when deadlines need it, only what may be cut, and no more than needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.jobs import Due
+from ditserve.service.jobs import DemandBucket
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import DEADLINE, LOAD, ROOM, Change, PlannedSample, Planner, Policy
@@ -50,29 +50,27 @@ def plan(
 
 
 def after(samples: Sequence[PlannedSample], changes: Sequence[Change]) -> list[PlannedSample]:
-    """The samples with the changes made."""
+    """Return the samples with the changes made."""
     moves = {change.sample_id: change.rung for change in changes}
-    return [
-        replace(
-            each,
-            rung=moves.get(each.id, each.rung),
-            remaining_steps=steps_left(each.remaining_steps, each.rung, moves.get(each.id, each.rung)),
-        )
-        for each in samples
-    ]
+    moved = []
+    for planned in samples:
+        rung = moves.get(planned.id, planned.rung)
+        steps = steps_left(planned.remaining_steps, planned.rung, rung)
+        moved.append(replace(planned, rung=rung, remaining_steps=steps))
+    return moved
 
 
 def holds(samples: Sequence[PlannedSample], now: float = 0.0, margin: float = Policy().margin) -> bool:
     """The demand test, written as plainly as possible."""
-    rows = sum(2 if each.guided else 1 for each in samples)
-    batch = min(line().knee(MAX_ROWS), rows)
+    rows = sum(2 if planned.guided else 1 for planned in samples)
+    batch = min(line().saturation_rows(MAX_ROWS), rows)
     tick = line().predict(batch)
     dated = sorted((s for s in samples if s.deadline_at is not None), key=lambda s: s.deadline_at or inf)
     demand = 0
-    for each in dated:
-        demand += LADDER.rows_left(each.rung, each.remaining_steps, each.timestep, each.guided)
-        ticks = max(0.0, (each.deadline_at or inf) - now) / tick
-        if demand * margin > ticks * batch or each.remaining_steps * margin > ticks:
+    for planned in dated:
+        demand += LADDER.rows_left(planned.rung, planned.remaining_steps, planned.timestep, planned.guided)
+        ticks = max(0.0, (planned.deadline_at or inf) - now) / tick
+        if demand * margin > ticks * batch or planned.remaining_steps * margin > ticks:
             return False
     return True
 
@@ -133,20 +131,20 @@ class TestCutting:
         soon = [sample(f"soon-{k}", 40.0, steps=20, remaining=15) for k in range(18)]
         assert {change.sample_id[:4] for change in plan([*late, *soon])} == {"soon"}
 
-    def test_who_refuses_is_left_alone_and_others_pay(self) -> None:
+    def test_a_sample_that_may_not_be_degraded_is_left_alone_and_others_are_cut(self) -> None:
         crowd = [sample(str(k), 90.0, allow_degraded=k % 2 == 0) for k in range(10)]
         changes = plan(crowd)
         assert changes
         assert all(int(change.sample_id) % 2 == 0 for change in changes)
 
-    def test_quality_is_not_spent_on_a_deadline_that_is_lost(self) -> None:
-        assert plan([sample("lost", 5.0), sample("fine", 100.0)]) == []
+    def test_no_sample_is_cut_for_a_deadline_that_cannot_be_met(self) -> None:
+        assert plan([sample("hopeless", 5.0), sample("fine", 100.0)]) == []
 
     def test_work_without_deadline_is_never_cut(self) -> None:
         crowd = [*(sample(str(k), 90.0) for k in range(10)), *(sample(f"free-{k}", None) for k in range(10))]
         assert all(not change.sample_id.startswith("free") for change in plan(crowd))
 
-    def test_what_waits_in_the_queue_cuts_nobody(self) -> None:
+    def test_queued_rows_cut_no_sample(self) -> None:
         assert plan([sample("a", 100.0)], queued=100_000) == []
 
     def test_decoding_counts_as_time(self) -> None:
@@ -159,7 +157,7 @@ class TestCuttingAlways:
     @quick
     @given(crowds())
     def test_consent_is_kept(self, crowd: list[PlannedSample]) -> None:
-        by_id = {each.id: each for each in crowd}
+        by_id = {planned.id: planned for planned in crowd}
         for change in plan(crowd):
             moved = by_id[change.sample_id]
             assert moved.allow_degraded
@@ -170,7 +168,7 @@ class TestCuttingAlways:
 
     @quick
     @given(crowds())
-    def test_nobody_is_cut_while_the_demand_test_holds(self, crowd: list[PlannedSample]) -> None:
+    def test_no_sample_is_cut_while_the_demand_test_holds(self, crowd: list[PlannedSample]) -> None:
         changes = plan(crowd)
         if holds(crowd):
             assert all(change.reason == ROOM for change in changes)
@@ -185,11 +183,11 @@ class TestCuttingAlways:
 
     @quick
     @given(crowds())
-    def test_what_can_be_saved_is_saved(self, crowd: list[PlannedSample]) -> None:
+    def test_a_deadline_that_cuts_can_keep_is_kept(self, crowd: list[PlannedSample]) -> None:
         floored = [
-            replace(each, rung=low, remaining_steps=steps_left(each.remaining_steps, each.rung, low))
-            for each in crowd
-            for low in [_lowest(each)]
+            replace(planned, rung=low, remaining_steps=steps_left(planned.remaining_steps, planned.rung, low))
+            for planned in crowd
+            for low in [_lowest(planned)]
         ]
         if holds(floored):
             assert holds(after(crowd, plan(crowd)))
@@ -209,7 +207,7 @@ class TestCuttingAlways:
         if any(change.reason != ROOM for change in plan(crowd)):
             return
         if not holds(crowd):
-            return  # lost deadlines may come back into reach, and are then worth a cut
+            return  # a deadline that could not be met may come into reach, and is then worth a cut
         later = [
             replace(s, deadline_at=None if s.deadline_at is None else s.deadline_at + more) for s in crowd
         ]
@@ -225,12 +223,14 @@ class TestCuttingAlways:
         assert holds(after(crowd, plan(crowd))) == holds(after(shuffled, plan(shuffled)))
 
 
-def _lowest(each: PlannedSample) -> Rung:
-    if not each.allow_degraded or each.deadline_at is None:
-        return each.rung
-    ceiling = each.requested or each.rung
-    chain = (ceiling, *LADDER.below(ceiling, each.floor_steps))
-    chain = chain if each.rung in chain else (each.rung, *LADDER.below(each.rung, each.floor_steps))
+def _lowest(planned: PlannedSample) -> Rung:
+    if not planned.allow_degraded or planned.deadline_at is None:
+        return planned.rung
+    ceiling = planned.requested or planned.rung
+    chain = (ceiling, *LADDER.below(ceiling, planned.floor_steps))
+    chain = (
+        chain if planned.rung in chain else (planned.rung, *LADDER.below(planned.rung, planned.floor_steps))
+    )
     return chain[-1]
 
 
@@ -261,7 +261,7 @@ class TestClimbing:
         fresh = sample("fresh", 1000.0, 20, requested=BY_STEPS[50])
         assert plan([fresh], 0.5, planner)[0].reason == ROOM
 
-    def test_nobody_climbs_in_the_way_of_the_queue(self) -> None:
+    def test_no_sample_climbs_in_the_way_of_the_queue(self) -> None:
         assert plan([self.cut()], queued=100_000) == []
 
     def test_without_room_it_stays(self) -> None:
@@ -269,7 +269,7 @@ class TestClimbing:
 
 
 def test_planning_64_samples_takes_less_than_a_millisecond() -> None:
-    """By the processor's clock, so that neighbours do not count; the best of many, so that interrupts do not."""
+    """The processor's clock keeps neighbours out, and the best of many runs keeps interrupts out."""
     crowd = [sample(str(k), 350.0 + k, steps=50 if k % 2 else 20, guided=k % 3 > 0) for k in range(64)]
     planner, costs = Planner(LADDER), line()
     assert planner.plan(crowd, 0.0, costs, max_rows=16), "a plan with cuts is the expensive kind"
@@ -281,19 +281,19 @@ def test_planning_64_samples_takes_less_than_a_millisecond() -> None:
     assert min(took) < 1e-3
 
 
-class TestDues:
+class TestDemand:
     @staticmethod
-    def dues(crowd: Sequence[PlannedSample], now: float = 0.0) -> tuple[Due, ...]:
-        return Planner(LADDER).dues(crowd, now, line(), max_rows=MAX_ROWS)
+    def demand(crowd: Sequence[PlannedSample], now: float = 0.0) -> tuple[DemandBucket, ...]:
+        return Planner(LADDER).demand(crowd, now, line(), max_rows=MAX_ROWS)
 
-    def test_rows_are_told_by_when_they_are_due_and_by_what_may_be_cut(self) -> None:
+    def test_rows_are_reported_by_deadline_as_planned_and_at_the_floor(self) -> None:
         crowd = [
             sample("soon", 100.0, steps=20, remaining=5),
             sample("later", 4000.0),
             sample("refuses", 4050.0, allow_degraded=False),
             sample("free", None, guided=True),
         ]
-        soon, later, never = self.dues(crowd)
+        soon, later, never = self.demand(crowd)
         tick = line().predict(5)
         assert soon.at == pytest.approx(100.0 - 4 * tick)
         assert (soon.rows, soon.floor_rows) == (5, 3)
@@ -301,28 +301,30 @@ class TestDues:
         assert (later.rows, later.floor_rows) == (100, 60)
         assert (never.at, never.rows) == (inf, 100)
 
-    def test_a_step_is_due_as_much_sooner_than_the_last_as_those_after_it_take(self) -> None:
+    def test_a_step_is_due_before_the_last_by_the_time_of_the_passes_between(self) -> None:
         tick = line().predict(1)
-        dues = self.dues([sample(deadline=60 * tick, allow_degraded=False)])
-        assert sum(due.rows for due in dues) == 50
-        for due in dues:
-            by_then = sum(other.rows for other in dues if other.at < due.at)
-            assert due.at == pytest.approx((11 + by_then) * tick)
-        assert len(dues) == 6  # from 11 to 60: two in an octave
+        buckets = self.demand([sample(deadline=60 * tick, allow_degraded=False)])
+        assert sum(bucket.rows for bucket in buckets) == 50
+        for bucket in buckets:
+            by_then = sum(other.rows for other in buckets if other.at < bucket.at)
+            assert bucket.at == pytest.approx((11 + by_then) * tick)
+        assert len(buckets) == 6  # from 11 to 60: two in an octave
 
     def test_larger_rows_count_for_more(self) -> None:
-        dues = self.dues([sample(row_cost=2.5)])
-        assert sum(due.rows for due in dues) == pytest.approx(125, abs=len(dues))
+        buckets = self.demand([sample(row_cost=2.5)])
+        assert sum(bucket.rows for bucket in buckets) == pytest.approx(125, abs=len(buckets))
 
     @quick
     @given(crowds())
-    def test_nothing_is_left_out_and_little_is_said(self, crowd: list[PlannedSample]) -> None:
-        dues = self.dues(crowd)
+    def test_no_row_is_left_out_and_the_buckets_are_few(self, crowd: list[PlannedSample]) -> None:
+        buckets = self.demand(crowd)
         rows = sum(LADDER.rows_left(s.rung, s.remaining_steps, s.timestep, s.guided) for s in crowd)
-        assert rows <= sum(due.rows for due in dues) <= rows + len(dues)
-        assert sum(due.floor_rows for due in dues) <= sum(due.rows for due in dues) + len(dues)
-        assert [due.at for due in dues] == sorted(due.at for due in dues)
-        assert len(dues) <= 30
+        assert rows <= sum(bucket.rows for bucket in buckets) <= rows + len(buckets)
+        assert sum(bucket.floor_rows for bucket in buckets) <= sum(bucket.rows for bucket in buckets) + len(
+            buckets
+        )
+        assert [bucket.at for bucket in buckets] == sorted(bucket.at for bucket in buckets)
+        assert len(buckets) <= 30
 
 
 def test_a_sample_of_larger_rows_is_cut_for_its_deadline_sooner() -> None:

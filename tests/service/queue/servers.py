@@ -49,7 +49,7 @@ class Server:
 
 @contextmanager
 def serving(*servers: Server) -> Iterator[None]:
-    """None of them outlives the block."""
+    """Kill the servers when the block ends."""
     try:
         yield
     finally:

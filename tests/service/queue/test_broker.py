@@ -79,7 +79,7 @@ async def test_a_submit_whose_answer_is_lost_is_still_new(
 
 
 def lose_next_answer(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next script runs on the server, but its answer does not arrive."""
+    """Let the next script run on the server, and lose its answer."""
     client = broker._scripts._client
     evalsha = client.evalsha
     lost: list[Any] = []

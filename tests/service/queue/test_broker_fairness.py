@@ -1,4 +1,4 @@
-"""Who is served when many want to be."""
+"""Fairness between callers and priorities, and the order by deadline within each."""
 
 import asyncio
 from collections import Counter
@@ -16,7 +16,7 @@ Connect = Callable[..., Awaitable[Broker]]
 
 
 async def claim_order(broker: Broker, count: int) -> list[Job]:
-    """The next jobs, as one worker after another is free for one sample."""
+    """Return the next jobs in the order in which a worker with room for one sample claims them."""
     order: list[Job] = []
     while len(order) < count:
         order += [entry.job for entry in await broker.claim("w1", models=["emoji"], max_samples=1)]
@@ -90,9 +90,8 @@ DEADLINES = {"soon": 10, "next": 20, "late": 600}
 async def test_a_deadline_is_no_way_past_other_callers(broker: Broker, make_job: MakeJob) -> None:
     for k in range(40):
         await broker.submit(make_job(caller="calm", cost_rows=20))
-        await broker.submit(
-            make_job(caller="hasty", cost_rows=30, deadline_at=2e9 - k)
-        )  # each before the last
+        # Each deadline is before the one submitted last.
+        await broker.submit(make_job(caller="hasty", cost_rows=30, deadline_at=2e9 - k))
     rows = Counter[str]()
     for job in await claim_order(broker, 40):
         rows[job.caller] += job.cost_rows

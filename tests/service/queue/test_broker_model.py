@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 )
 
 from ditserve.service.errors import InternalError, QueueFull, to_wire
-from ditserve.service.jobs import Claim, Job, JobResult, Lease
-from ditserve.service.queue.broker import WEIGHTS, Broker
+from ditserve.service.jobs import WEIGHTS, Claim, Job, JobResult, Lease
+from ditserve.service.queue.broker import Broker
 from tests.conftest import close_books
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ class QueueHistory(RuleBasedStateMachine):
             self.run(self.drain())
 
     async def drain(self) -> None:
-        """Every job left can still be brought to an end."""
+        """Bring every job left to an end."""
         for _ in range(200):
             claims = await self.claim_both("last", 8, True)
             for entry in claims:
@@ -247,7 +247,7 @@ class QueueHistory(RuleBasedStateMachine):
         verb=st.sampled_from(["finish", "fail", "retry", "hand_back", "renew"]),
     )
     def write(self, pick: int, stale: bool, verb: str) -> None:
-        """A worker writes to a job it holds, held, or (stale) believes to hold."""
+        """Let a worker write to a job that it holds, held, or (stale) believes to hold."""
         entry = list(self.model.entries.values())[pick % len(self.model.entries)]
         lease = entry.lease or Lease(entry.job.id, "w1", 1)
         if stale:

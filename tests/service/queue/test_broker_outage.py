@@ -1,4 +1,4 @@
-"""What the queue does when its server is away, frozen, full, or has forgotten everything."""
+"""The queue while its server is away, frozen, full, or has forgotten everything."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ MakeResult = Callable[..., JobResult]
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ValkeyServer]:
-    """A server of this test's own, which keeps its data over a restart."""
+    """Start a server of this test's own, which keeps its data over a restart."""
     server = ValkeyServer(
         data_dir=tmp_path, persist=True, config={"appendonly": "yes", "appendfsync": "always"}
     )
@@ -44,7 +44,7 @@ async def lone(server: ValkeyServer) -> AsyncIterator[Broker]:
 
 @contextmanager
 def frozen(server: ValkeyServer) -> Iterator[None]:
-    """The server accepts what is sent, and does not answer."""
+    """Freeze the server for the block: it accepts what is sent, and does not answer."""
     assert server._process is not None
     os.kill(server._process.pid, signal.SIGSTOP)
     try:
@@ -53,8 +53,8 @@ def frozen(server: ValkeyServer) -> Iterator[None]:
         os.kill(server._process.pid, signal.SIGCONT)
 
 
-async def insist(call: Callable[[], Awaitable[Any]]) -> Any:
-    """The answer, however often an impatient client has to ask a server that has just been thawed."""
+async def retry(call: Callable[[], Awaitable[Any]]) -> Any:
+    """Return the answer, however often an impatient client has to ask a server that has just been thawed."""
     while True:
         with suppress(QueueUnavailable):
             return await call()
@@ -123,7 +123,7 @@ async def test_a_claim_during_a_freeze_loses_nothing(
         await lone.submit(job)
     with frozen(server), pytest.raises(QueueUnavailable):
         await impatient.claim("w1", models=["emoji"], max_samples=2)
-    claims = await insist(lambda: impatient.claim("w1", models=["emoji"], max_samples=2))
+    claims = await retry(lambda: impatient.claim("w1", models=["emoji"], max_samples=2))
     assert {claim.job.id for claim in claims} == {jobs[0].id, jobs[1].id}
     assert (await lone.renew([claim.lease for claim in claims])).lost == frozenset()
     await impatient.aclose()

@@ -1,4 +1,4 @@
-"""What becomes of jobs whose worker crashes, leaves, or hangs."""
+"""Recovery of jobs whose worker crashes, leaves, or hangs."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -24,7 +24,7 @@ async def claim(broker: Broker, owner: str = "w1", room: int = 100, **options: A
 
 
 async def crash(broker: Broker, clock: Any) -> int:
-    """Every worker is gone for longer than its leases."""
+    """Let the time of all leases pass, as if every worker had crashed, and sweep."""
     clock.advance(broker.limits.lease_s + 1)
     return await broker.sweep()
 

@@ -1,4 +1,4 @@
-"""Where the queue may be: behind TLS and passwords, in a cluster; and what is said when it cannot be used."""
+"""Connections to Redis: TLS, passwords, a cluster; and the errors when it cannot be used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WaitUntil = Callable[..., Awaitable[Any]]
 
 
 async def live_through(broker: Broker, job: Job, result: JobResult) -> None:
-    """Every verb once: what the API and a worker do with a job, and with one that fails."""
+    """Call every verb once, as the API and a worker do for a job, and for one that fails."""
     await broker.report(WorkerState("w1", ("emoji",), 16, 0.01, 0.002, 0.001, 3, 60, 0.0, 0.0))
     listener = Listener(broker)
     assert await broker.submit(job)
@@ -62,7 +62,7 @@ async def opened(url: str, **options: Any) -> AsyncIterator[Broker]:
 
 @pytest.fixture
 async def tls(embedded_url: str, tmp_path: Path) -> AsyncIterator[tuple[str, Path]]:
-    """The embedded server behind TLS: its URL without a CA, and the file of the CA."""
+    """Put TLS before the embedded server; yield its URL without a CA, and the file of the CA."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)

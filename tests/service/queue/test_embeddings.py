@@ -1,4 +1,4 @@
-"""Embeddings in Redis: every worker finds them, they are bounded, and they are never in the way."""
+"""Text encodings in Redis: workers share them, they are bounded, and an outage costs only a short wait."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Open = Callable[..., Embeddings]
 
 @pytest.fixture
 async def shelf(redis_url: str, namespace: str) -> AsyncIterator[Open]:
-    """Opens caches of this test's namespace, and removes what they leave, all of which must have a TTL."""
+    """Give a function that opens caches; afterwards check that all their keys have a TTL, and remove them."""
     caches: list[Embeddings] = []
 
     def open_cache(url: str = redis_url, max_bytes: int = 1 << 20) -> Embeddings:

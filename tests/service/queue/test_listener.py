@@ -152,6 +152,39 @@ async def test_a_new_job_that_ended_before_anybody_waited_is_answered(
         assert await listener.wait(jobs[0].id, new=True) == make_result()
 
 
+async def test_a_job_that_ends_while_it_is_read_is_read_again(
+    broker: Broker,
+    listener: Listener,
+    make_job: MakeJob,
+    make_result: MakeResult,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_until: WaitUntil,
+) -> None:
+    job, other = make_job(), make_job()
+    await broker.submit(job)
+    await broker.submit(other)
+    (claim, second) = await broker.claim("w1", models=["emoji"], max_samples=2)
+    await wait_until(lambda: listener.live)
+    outcomes = broker.outcomes
+    reads = 0
+
+    async def stale(job_ids: Sequence[str]) -> list[Any]:
+        nonlocal reads
+        reads += 1
+        before = await outcomes(job_ids)
+        if reads == 1:
+            await broker.finish(claim.lease, make_result())
+            await broker.finish(second.lease, make_result())
+            # The listener has heard of both ends once it remembers the one that nobody waits for.
+            await wait_until(lambda: other.id in listener._early_ends)
+        return before
+
+    monkeypatch.setattr(broker, "outcomes", stale)
+    async with asyncio.timeout(5):
+        assert await listener.wait(job.id) == make_result()
+    assert reads == 2
+
+
 async def test_failures_cancellations_and_unknown_jobs_are_raised(
     broker: Broker, listener: Listener, make_job: MakeJob
 ) -> None:

@@ -1,4 +1,4 @@
-"""A primary that dies under Sentinels: its replica takes over, and the jobs go on."""
+"""A primary that dies under Sentinels: its replica takes over, and no job is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker that leaves writes down of a job, and who may go on from it."""
+"""Checkpoints: a worker that leaves writes them, and only an equal worker goes on from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def states(make_engine: Make, make_request: Make) -> list[Any]:
-    """One sample under way, one done, one not begun."""
+    """Return the states of three samples: one under way, one done, one not begun."""
     engine = make_engine()
     engine.add(make_request("a/0"))
     for _ in range(3):

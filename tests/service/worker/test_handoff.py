@@ -118,7 +118,7 @@ async def leave_after(
     *,
     steps: int,
 ) -> None:
-    """Let a worker take so many steps of a job and one more, during which it is to leave."""
+    """Let a worker take so many steps of a job, and one more during which it is told to leave."""
     export, stop_thread = worker._engine.export, worker._engine.stop
 
     def exporting(sample_ids: Any) -> Any:
@@ -223,7 +223,7 @@ async def test_images_that_are_done_are_not_made_again(
 
 
 def _left(worker: Worker, claim: Any, *, taken: tuple[int, ...]) -> bytes:
-    """The checkpoint of a worker whose samples took so many steps each."""
+    """Return the checkpoint of a worker whose samples took so many steps each."""
     engine = worker._engine._engine
     running = RunningJob(claim, worker._ladder, claimed_at=0.0, states=[None] * len(taken))
     states: list[Any] = []
@@ -253,7 +253,7 @@ async def test_a_hung_engine_ends_the_worker_and_its_jobs_are_tried_again(
 
 
 async def _until(broker: Broker, job: Job, kind: str) -> AsyncIterator[Any]:
-    """The events of a job up to the second of a kind."""
+    """Yield the events of a job up to the second of a kind."""
     seen = 0
     async for event in broker.events(job.id):
         yield event

@@ -89,7 +89,7 @@ def make_worker(make_engine: Make, gate: Gate) -> Make:
 
 @asynccontextmanager
 async def working(*workers: Worker) -> AsyncIterator[asyncio.Event]:
-    """The workers, until the block ends; then they are stopped."""
+    """Run workers until the block ends, then stop them."""
     stop, force_stop = asyncio.Event(), asyncio.Event()
     runs = [asyncio.create_task(worker.run(stop, force_stop)) for worker in workers]
     try:
@@ -320,8 +320,8 @@ async def test_what_is_claimed_counts_before_the_step_that_runs_has_ended(
 ) -> None:
     async def claimed() -> tuple[int, list[tuple[float, int]]]:
         load = await broker.load()
-        dues = [(due.at, due.rows) for state in load.workers for due in state.dues]
-        return sum(state.backlog_rows for state in load.workers), sorted(dues)
+        demand = [(bucket.at, bucket.rows) for state in load.workers for bucket in state.dues]
+        return sum(state.backlog_rows for state in load.workers), sorted(demand)
 
     async def both() -> bool:
         return await claimed() == (50, [(due, 20), (inf, 30)])
@@ -387,7 +387,7 @@ async def test_leases_are_kept_while_the_engine_computes(
 
 
 async def swept_for(broker: Broker, began: float, seconds: float) -> bool:
-    """True after sweeping in vain for so long."""
+    """Sweep; return True once it has taken back nothing for so long."""
     assert await broker.sweep() == 0
     return time.monotonic() - began > seconds
 

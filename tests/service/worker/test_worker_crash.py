@@ -40,7 +40,7 @@ async def listener(queue: Broker) -> AsyncIterator[Listener]:
 
 @pytest.fixture
 async def start(redis_url: str, namespace: str) -> AsyncIterator[Start]:
-    """Starts worker processes; none outlives the test."""
+    """Give a function that starts worker processes; none outlives the test."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start_worker(*flags: str) -> subprocess.Popen[bytes]:

@@ -17,7 +17,7 @@ Make = Callable[..., Any]
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m"])
-def test_a_course_changed_under_way_continues_from_where_the_sample_stands(
+def test_a_trajectory_changed_under_way_continues_from_where_the_sample_stands(
     solver: str,
     make_backend: Make,
     make_engine: Make,
@@ -33,14 +33,14 @@ def test_a_course_changed_under_way_continues_from_where_the_sample_stands(
     engine = make_engine(backend, planner=planner)
     reports = run(engine, [request, make_request("other/0")])
     made = finished(reports)["a/0"]
-    courses = [(before, (999, 899, 799, 699)), (after, (599, 399, 199))]
-    np.testing.assert_allclose(made.latent, reference(backend, request, courses)[0], atol=1e-4)
+    pieces = [(before, (999, 899, 799, 699)), (after, (599, 399, 199))]
+    np.testing.assert_allclose(made.latent, reference(backend, request, pieces)[0], atol=1e-4)
     assert (made.steps_used, made.rung, made.degraded, made.reason) == (7, after, True, LOAD)
     assert [change.sample_id for report in reports for change in report.changes] == ["a/0"]
     assert planner.seen[1][0].remaining_steps == 9
 
 
-def test_a_course_changed_before_the_first_step_is_a_fresh_one(
+def test_a_trajectory_changed_before_the_first_step_is_a_fresh_one(
     make_engine: Make, make_request: Make, make_rung: Make, make_planner: Make
 ) -> None:
     asked, given = make_rung(steps=10), make_rung("dpmpp-2m", 4, "uniform-t")
@@ -70,7 +70,7 @@ def test_a_sample_that_climbs_back_under_way_says_why_it_was_cut(
     assert 5 <= made.steps_used < 10
 
 
-def test_a_stochastic_course_change_keeps_drawing_from_the_samples_own_noise(
+def test_a_stochastic_trajectory_change_keeps_drawing_from_the_samples_own_noise(
     make_engine: Make, make_request: Make, make_rung: Make, make_planner: Make
 ) -> None:
     def made(company: list[SampleRequest]) -> Floats:

@@ -18,7 +18,8 @@ from ditserve.export.errors import ExportError
 from ditserve.export.tensorrt.module import TensorRt, import_cuda, listening
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-WARM, TIMED = 3, 20  # runs before timing, and runs a time is the median of
+# Runs before timing, and runs that a time is the median of.
+WARM, TIMED = 3, 20
 
 
 class EngineRunner:

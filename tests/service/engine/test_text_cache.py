@@ -1,4 +1,4 @@
-"""Encodings of sentences: found before they are made, in process, then among all workers."""
+"""Encodings of sentences: looked up in process, then among all workers, and only then computed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ditserve.service.engine.conditions import Conditions
-from ditserve.service.engine.texts import TextEncodings
+from ditserve.service.engine.conditions import ConditionCaches
+from ditserve.service.engine.text_cache import TextCache
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.jobs import ConditionTerm
 
@@ -47,8 +47,8 @@ class Shelf:
 
 def test_a_sentence_is_encoded_once_by_one_worker_for_all() -> None:
     shelf, one, other = Shelf(), Letters(), Letters()
-    first = TextEncodings(one, shelf, capacity=1 << 20)
-    second = TextEncodings(other, shelf, capacity=1 << 20)
+    first = TextCache(one, shelf, capacity=1 << 20)
+    second = TextCache(other, shelf, capacity=1 << 20)
     expected = first.get_many(["a bad cab", "", "fed"])
     np.testing.assert_array_equal(second.get_many(["a bad cab", "", "fed"]), expected)
     np.testing.assert_array_equal(expected[1], np.zeros(SIZE))
@@ -61,20 +61,20 @@ def test_a_sentence_is_encoded_once_by_one_worker_for_all() -> None:
 
 def test_what_is_shared_by_another_encoder_or_damaged_is_not_taken() -> None:
     shelf, encoder = Shelf(), Letters()
-    TextEncodings(encoder, shelf, capacity=1 << 20).get_many(["abc"])
+    TextCache(encoder, shelf, capacity=1 << 20).get_many(["abc"])
     shelf.held = {key: value[:-1] for key, value in shelf.held.items()}
     again = Letters()
-    TextEncodings(again, shelf, capacity=1 << 20).get_many(["abc"])
+    TextCache(again, shelf, capacity=1 << 20).get_many(["abc"])
     assert again.asked == ["abc"]
     foreign = Letters()
     foreign.key = "another"
-    TextEncodings(foreign, shelf, capacity=1 << 20).get_many(["abc"])
+    TextCache(foreign, shelf, capacity=1 << 20).get_many(["abc"])
     assert foreign.asked == ["abc"]
 
 
 def test_the_least_recently_used_leaves() -> None:
     encoder = Letters()
-    texts = TextEncodings(encoder, None, capacity=2 * 4 * SIZE)
+    texts = TextCache(encoder, None, capacity=2 * 4 * SIZE)
     for sentence in ("a", "b", "a", "c", "a", "b"):
         texts.get_many([sentence])
     assert encoder.asked == ["a", "b", "c", "b"]
@@ -82,17 +82,17 @@ def test_the_least_recently_used_leaves() -> None:
 
 
 def test_text_and_classes_make_one_condition_and_mix(make_backend: Make) -> None:
-    conditions = Conditions(make_backend(), texts=TextEncodings(Letters(), None, capacity=1 << 20))
-    plain = conditions.get([ConditionTerm((0,))])
-    told = conditions.get([ConditionTerm((0,), text="abc")])
-    np.testing.assert_allclose(told.embedding - plain.embedding, [2, 2, 2, 1, 1, 1], atol=1e-6)
-    assert told.key != plain.key
-    assert told.key == conditions.get([ConditionTerm((0,), 3.0, "abc")]).key
-    mixed = conditions.get([ConditionTerm((0,), 1.0, "abc"), ConditionTerm((0,), 1.0)])
-    np.testing.assert_allclose(mixed.embedding, (told.embedding + plain.embedding) / 2, atol=1e-6)
-    assert conditions.null.key == conditions.get([ConditionTerm((None,))]).key
+    conditions = ConditionCaches(make_backend(), texts=TextCache(Letters(), None, capacity=1 << 20))
+    plain = conditions.embeddings.get([ConditionTerm((0,))])
+    worded = conditions.embeddings.get([ConditionTerm((0,), text="abc")])
+    np.testing.assert_allclose(worded.embedding - plain.embedding, [2, 2, 2, 1, 1, 1], atol=1e-6)
+    assert worded.key != plain.key
+    assert worded.key == conditions.embeddings.get([ConditionTerm((0,), 3.0, "abc")]).key
+    mixed = conditions.embeddings.get([ConditionTerm((0,), 1.0, "abc"), ConditionTerm((0,), 1.0)])
+    np.testing.assert_allclose(mixed.embedding, (worded.embedding + plain.embedding) / 2, atol=1e-6)
+    assert conditions.null.key == conditions.embeddings.get([ConditionTerm((None,))]).key
 
 
 def test_a_model_without_text_refuses_one(make_backend: Make) -> None:
     with pytest.raises(InvalidRequest, match="takes no text"):
-        Conditions(make_backend()).get([ConditionTerm((0,), text="abc")])
+        ConditionCaches(make_backend()).embeddings.get([ConditionTerm((0,), text="abc")])

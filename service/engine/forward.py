@@ -1,0 +1,173 @@
+"""One forward pass: the rows of a batch, the network over them, and guidance.
+
+Rows do not depend on each other, so a batch that the device has no memory for runs in parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ditserve.model.spec.diffusion import guided
+from ditserve.service.backends import Backend
+from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput
+from ditserve.service.engine.groups import Group
+from ditserve.service.engine.latent_pool import Floats, Gathered
+from ditserve.service.engine.row_layout import RowLayout, WindowRows
+from ditserve.service.engine.samples import Sample
+from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.engine.trajectory import StepCoefficients
+
+
+class Stepped(NamedTuple):
+    """A sample after its solver step: the estimate (C, H, W) of its image, and whether that is finite."""
+
+    sample: Sample
+    estimate: Floats
+    finite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The guided network output (n, C, H, W) for n samples whose latents were gathered from one pool."""
+
+    gathered: Gathered
+    samples: Sequence[Sample]
+    coefficients: StepCoefficients
+    output: Floats
+
+    def advance(self) -> Iterator[Stepped]:
+        """Take the solver step of these samples."""
+        generators = [sample.generator for sample in self.samples]
+        pool, coefficients = self.gathered.pool, self.coefficients
+        estimates, finite = pool.advance(self.gathered, self.output, coefficients, generators)
+        return map(Stepped, self.samples, estimates, finite.tolist())
+
+
+class ForwardPass:
+    """The network with its condition caches and guidance, in buffers for batches of at most `rows` rows."""
+
+    def __init__(
+        self, backend: Backend, conditions: ConditionCaches, scheduler: Scheduler, *, rows: int
+    ) -> None:
+        self._backend, self._conditions, self._scheduler = backend, conditions, scheduler
+        self._rows, self._state = rows, self._buffers(rows)
+        self._channels = backend.manifest.config.in_channels
+        self._guided_channels = backend.manifest.diffusion.guidance_channels
+
+    def reserve(self, group: Group, rows: int) -> None:
+        """Make room for a sample of `rows` rows, which may be more than the network runs at once."""
+        rows += self._scheduler.max_rows  # the last part of a batch may be padded
+        if rows > self._rows:
+            self._rows, self._state = rows, self._buffers(rows)
+        group.pool.reserve(rows)
+
+    def run(self, group: Group, samples: Sequence[Sample]) -> tuple[list[Prediction], int]:
+        """Return the network's guided predictions for a batch, and how many rows were run for them.
+
+        Raises:
+            MemoryError: not even the smallest batch fits.
+        """
+        layout = RowLayout.of(samples)
+        latents, window_latents = self._gather(layout, group)
+        self._condition(layout, samples)
+        output, rows = self._denoise(latents.x, layout.rows, group.row_cost)
+        return self._guide(layout, latents, window_latents, output), rows
+
+    def run_blank(self, x: Floats) -> None:
+        """Run the network on latents (B, C, H, W) with any condition state, to time it."""
+        self._backend.denoise(x, tuple(tensor[: len(x)] for tensor in self._state))
+
+    def _buffers(self, rows: int) -> tuple[Floats, ...]:
+        return tuple(np.zeros((rows, *entry.shape), np.float32) for entry in self._backend.manifest.state)
+
+    def _gather(self, layout: RowLayout, group: Group) -> tuple[Gathered, list[Gathered]]:
+        """Fill the rows of the group's pool with the latents of the batch.
+
+        Return the latents of the whole samples, whose `x` has all rows, and those of each sample in windows.
+        """
+        latents = group.pool.gather([group.places[sample.id].slot for sample in layout.whole])
+        x = latents.x
+        if layout.guided:
+            x[layout.unconditional] = x[layout.guided]
+        window_latents = []
+        for rows in layout.windowed:
+            pool, slot = group.places[rows.sample.id]
+            gathered = pool.gather([slot])
+            rows.windows.crop(gathered.x[0], x[rows.conditional])
+            if rows.sample.guided:
+                x[rows.unconditional] = x[rows.conditional]
+            window_latents.append(gathered)
+        return latents, window_latents
+
+    def _condition(self, layout: RowLayout, samples: Sequence[Sample]) -> None:
+        """Fill the condition state of the rows."""
+        inputs = layout.conditioner_inputs(self._conditions.null)
+        self._conditions.modulations.gather(inputs, self._upcoming(samples), self._state)
+
+    def _denoise(self, x: Floats, wanted: int, row_cost: float) -> tuple[Floats, int]:
+        """Return the network's output for the first `wanted` rows of `x`, and how many rows were run for it.
+
+        The rows run in parts where they exceed the cap. A part without memory is tried again at a lower cap.
+        """
+        parts: list[Floats] = []
+        done = run = 0
+        while done < wanted:
+            width = min(wanted - done, self._scheduler.cap(row_cost))
+            size = self._scheduler.size(width, row_cost)
+            part = slice(done, done + size)
+            try:
+                output = self._backend.denoise(x[part], tuple(tensor[part] for tensor in self._state))
+            except MemoryError:
+                if not self._scheduler.shrink(size, row_cost):
+                    raise
+                continue
+            parts.append(output[:width])
+            done, run = done + width, run + size
+        return parts[0] if len(parts) == 1 else np.concatenate(parts), run
+
+    def _upcoming(self, samples: Sequence[Sample]) -> Iterator[ConditionerInput]:
+        """Yield what the batch's samples need from the conditioner after this step, soonest first."""
+        for ahead in range(1, self._backend.conditioner_rows + 1):
+            for sample in samples:
+                trajectory, step = sample.trajectory, sample.cursor + ahead
+                if step < len(trajectory):
+                    yield trajectory.timesteps[step], sample.condition
+                    if trajectory.guided[step]:
+                        yield trajectory.timesteps[step], self._conditions.null
+
+    def _guide(
+        self, layout: RowLayout, latents: Gathered, window_latents: Sequence[Gathered], output: Floats
+    ) -> list[Prediction]:
+        """Return the guided predictions: one of all whole samples, and one of each sample in windows."""
+        # A learned variance is dropped: the solvers use that of the schedule.
+        output = output[:, : self._channels]
+        predictions = [self._guide_whole(layout, latents, output)] if layout.whole else []
+        for rows, gathered in zip(layout.windowed, window_latents, strict=True):
+            predictions.append(self._guide_windows(rows, gathered, output))
+        return predictions
+
+    def _guide_whole(self, layout: RowLayout, latents: Gathered, output: Floats) -> Prediction:
+        coefficients = StepCoefficients.of_samples([sample.coefficients for sample in layout.whole])
+        if layout.guided:
+            weight = coefficients.guidance_weight[layout.guided]
+            # A number that is not finite passes through here: the solver's step finds it.
+            with np.errstate(all="ignore"):
+                output[layout.guided] = guided(
+                    output[layout.guided], output[layout.unconditional], weight, self._guided_channels
+                )
+        return Prediction(latents, layout.whole, coefficients, output[layout.conditional])
+
+    def _guide_windows(self, rows: WindowRows, latents: Gathered, output: Floats) -> Prediction:
+        """Guide the output of each window, then blend them to one prediction."""
+        coefficients = StepCoefficients.of_samples([rows.sample.coefficients])
+        with np.errstate(all="ignore"):
+            conditional = output[rows.conditional]
+            if rows.sample.guided:
+                weight = coefficients.guidance_weight
+                conditional = guided(conditional, output[rows.unconditional], weight, self._guided_channels)
+            blended = rows.windows.blend(conditional)
+        return Prediction(latents, (rows.sample,), coefficients, blended[None])

@@ -1,0 +1,81 @@
+"""The cache of sentence encodings: the most recent ones in process, behind them one that workers share.
+
+A sentence is encoded by itself, so its encoding does not depend on the worker, the time, or the sentences
+beside it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ditserve.service.backends import SentenceEncoder
+from ditserve.service.telemetry.counters import CacheCounters
+
+Floats = npt.NDArray[np.float32]
+
+
+class SharedCache(Protocol):
+    """Bytes by key, for every worker. It never raises: a value it cannot give at once counts as missing."""
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]: ...
+
+    def put_many(self, entries: Mapping[str, bytes]) -> None: ...
+
+
+class TextCache(CacheCounters):
+    """Sentence → encoding, at most `capacity` bytes in process; the least recently used leaves first."""
+
+    def __init__(self, encoder: SentenceEncoder, shared: SharedCache | None, *, capacity: int) -> None:
+        super().__init__()
+        self.size = encoder.size
+        self._encoder, self._shared = encoder, shared
+        self._max_entries = max(1, capacity // (4 * encoder.size))
+        self._encodings: OrderedDict[str, Floats] = OrderedDict()
+
+    def get_many(self, sentences: Sequence[str]) -> Floats:
+        """Return the encodings (N, size) of sentences; an empty one, no text, is all zeros."""
+        distinct = list(dict.fromkeys(filter(None, sentences)))
+        unknown = [sentence for sentence in distinct if sentence not in self._encodings]
+        fresh = self._load(unknown)
+        self.hits += len(distinct) - len(unknown)
+        encodings = {
+            sentence: fresh[sentence] if sentence in fresh else self._encodings[sentence]
+            for sentence in distinct
+        }
+        for sentence, encoding in encodings.items():
+            self._encodings[sentence] = encoding
+            self._encodings.move_to_end(sentence)
+        while len(self._encodings) > self._max_entries:
+            self._encodings.popitem(last=False)
+            self.evictions += 1
+        self.bytes = 4 * self.size * len(self._encodings)
+        blank = np.zeros(self.size, np.float32)
+        return np.stack([encodings.get(sentence, blank) for sentence in sentences])
+
+    def _load(self, sentences: Sequence[str]) -> dict[str, Floats]:
+        """Return the encodings of sentences from the shared cache; encode the missing ones and share them."""
+        keys = {sentence: self._key(sentence) for sentence in sentences}
+        values = self._shared.get_many(list(keys.values())) if self._shared and keys else [None] * len(keys)
+        shared = {
+            sentence: np.frombuffer(value, "<f4").astype(np.float32)
+            for sentence, value in zip(sentences, values, strict=True)
+            if value is not None and len(value) == 4 * self.size
+        }
+        missing = [sentence for sentence in sentences if sentence not in shared]
+        encoded = {sentence: self._encoder.encode(sentence) for sentence in missing}
+        self.hits += len(shared)
+        self.misses += len(encoded)
+        if self._shared and encoded:
+            self._shared.put_many(
+                {keys[sentence]: encoding.astype("<f4").tobytes() for sentence, encoding in encoded.items()}
+            )
+        return shared | encoded
+
+    def _key(self, sentence: str) -> str:
+        return f"{self._encoder.key}:{blake2b(sentence.encode(), digest_size=16).hexdigest()}"

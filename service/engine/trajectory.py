@@ -1,0 +1,99 @@
+"""The trajectory of one sample: the timesteps it walks, and the coefficients of the solver step at each.
+
+A rung, a guidance scale and the noise level at which a sample stands give its trajectory. A step needs only
+the coefficients, so samples with different solvers, grids and step counts advance together. Pure: no I/O, no
+clock, no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ditserve.model.spec.diffusion import Schedule, grid, guidance_weight, regrid
+from ditserve.model.spec.solvers import step_table
+from ditserve.service.rung import Rung
+
+Floats = npt.NDArray[np.float32]
+
+
+class StepCoefficients(NamedTuple):
+    """The numbers of solver steps, a column of float32 for each name.
+
+    A step is D = x0_x·x + x0_out·output, then x' = a·x + b·D + c·D_previous + s·z (see `model.spec.solvers`).
+    `guidance_weight` is w of classifier-free guidance at this step; at 1 no unconditional row is needed.
+    """
+
+    x0_x: Floats
+    x0_out: Floats
+    a: Floats
+    b: Floats
+    c: Floats
+    s: Floats
+    guidance_weight: Floats
+
+    @classmethod
+    def of_samples(cls, rows: Sequence[Floats]) -> StepCoefficients:
+        """Return the columns (n, 1, 1, 1) for n samples, from the row (7,) of each one's next step."""
+        columns = np.stack(rows, axis=1)  # (7, n)
+        return cls(*columns.reshape(len(columns), -1, 1, 1, 1))
+
+
+class Trajectory:
+    """The steps of one sample, immutable and shared by samples that walk alike.
+
+    `rows` is (N, 7) float32: the coefficients of step i, in the order of `StepCoefficients`. `guided[i]` is
+    true where step i needs an unconditional row as well. `previous` is the timestep before the first step,
+    where this trajectory continues another one.
+    """
+
+    __slots__ = ("guided", "previous", "rows", "scale", "timesteps")
+
+    def __init__(
+        self, timesteps: Sequence[int], columns: StepCoefficients, *, scale: float, previous: int | None
+    ) -> None:
+        self.timesteps = tuple(timesteps)
+        self.guided: tuple[bool, ...] = tuple((columns.guidance_weight != 1.0).tolist())
+        self.rows: Floats = np.stack(columns, axis=1)
+        self.rows.setflags(write=False)
+        self.scale = scale
+        self.previous = previous
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def rows_from(self, cursor: int) -> int:
+        """Return how many rows of forward passes the steps from `cursor` to the end take."""
+        return len(self) - cursor + sum(self.guided[cursor:])
+
+
+def make_trajectory(rung: Rung, scale: float, schedule: Schedule) -> Trajectory:
+    """Return the whole trajectory of a sample that starts from noise; `scale` is its guidance scale."""
+    timesteps = grid(rung.grid, rung.steps, schedule.timesteps)
+    return trajectory_from_timesteps(rung, scale, schedule, timesteps, previous=None)
+
+
+def regrid_trajectory(
+    rung: Rung, scale: float, schedule: Schedule, *, timestep: int, steps: int, previous: int | None
+) -> Trajectory:
+    """Return the rest of the way in `steps` steps on `rung`, for a sample at noise level `timestep`.
+
+    `previous` is the timestep of the estimate in the sample's solver history. With it a multistep solver
+    keeps its order.
+    """
+    timesteps = regrid(timestep, steps, rung.grid, schedule.timesteps)
+    return trajectory_from_timesteps(rung, scale, schedule, timesteps, previous=previous)
+
+
+def trajectory_from_timesteps(
+    rung: Rung, scale: float, schedule: Schedule, timesteps: Sequence[int], *, previous: int | None
+) -> Trajectory:
+    """Return the trajectory through `timesteps`, high to low; `previous` as in `regrid_trajectory`."""
+    table = step_table(rung.solver, timesteps, schedule, previous=previous)
+    weights = [guidance_weight(scale, t, schedule.timesteps, rung.guidance_interval) for t in timesteps]
+    columns = (table.x0_x, table.x0_out, table.a, table.b, table.c, table.s, weights)
+    coefficients = StepCoefficients(*(np.asarray(column, np.float32) for column in columns))
+    return Trajectory(timesteps, coefficients, scale=scale, previous=previous)
