@@ -50,8 +50,8 @@ def claim(path: Path, *kinds: str, apart: tuple[Path, ...] = (), shared: bool = 
     """Hold the output folder `path`, and yield it without links. It is made if it is missing.
 
     `kinds` are the kinds that it may be of; the first is that of a new folder. The inputs in `apart` must not
-    contain it, nor lie in it. With `shared`, others that ask for it shared may write too. A folder that is
-    still empty in the end is removed again if it was made here.
+    contain it, nor lie in it. With `shared`, others that ask for it shared may write too. Folders that were
+    made here and are still empty in the end are removed again.
 
     Raises:
         OutputError: the folder is foreign, of another kind, held by another process, or overlaps an input.
@@ -60,15 +60,15 @@ def claim(path: Path, *kinds: str, apart: tuple[Path, ...] = (), shared: bool = 
     folder = Path(os.path.realpath(path))
     _recover(folder)
     check_folder(path, *kinds, apart=apart)
-    missing = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(folder, kinds[0], shared=shared):
             yield folder
     finally:
-        if missing:
-            with suppress(OSError):
-                folder.rmdir()
+        with suppress(OSError):
+            for empty in made:
+                empty.rmdir()
 
 
 @contextmanager
@@ -253,7 +253,7 @@ def _swap(scratch: Path, folder: Path) -> None:
 
 
 def _carry_over(replaced: Path, folder: Path) -> None:
-    """Move what only `replaced` has into `folder`, unless it is a part of the bundle there; remove the rest."""
+    """Move what only `replaced` has into `folder`, unless it is part of a bundle; remove the rest."""
     for entry in list(replaced.iterdir()):
         known = entry.name in REPLACED | {MARKER} or (folder / entry.name).exists()
         if known and not entry.is_dir():

@@ -140,8 +140,8 @@ def _check_null_row(path: Path, config: DiTConfig, classes: int | None) -> None:
     rows = config.classes[0] + 1
     if classes is None and rows != IMAGENET + 1:
         raise WeightsError(
-            f"the class table of {path} has {rows} rows, which may be {rows - 1} classes and the null class, or "
-            f"{rows} classes: say the number of classes with --num-classes, or their names with --classes"
+            f"the class table of {path} has {rows} rows, which may be {rows - 1} classes and the null class, "
+            f"or {rows} classes: say the number of classes with --num-classes, or their names with --classes"
         )
     if classes is not None and classes == rows:
         raise WeightsError(
@@ -221,11 +221,12 @@ def _function(folder: Path, fields: Mapping[str, Any], wanted: Function | None) 
     if any(fields.get(name) != value for name, value in published.items()):
         raise WeightsError(
             f"{folder} does not tell the function that its weights were trained as: --function diffusers if "
-            "they were trained with diffusers, --function published if they were converted from the official DiT"
+            "they were trained with diffusers, --function published if they were converted from the official "
+            "DiT"
         )
     return "published", (
-        f"the function is taken as {PUBLISHED}, since DiT-XL/2 of 1,000 classes was converted from the release; "
-        "if it was trained with diffusers, import it with --function diffusers"
+        f"the function is taken as {PUBLISHED}, since DiT-XL/2 of 1,000 classes was converted from the "
+        "release; if it was trained with diffusers, import it with --function diffusers"
     )
 
 

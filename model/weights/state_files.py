@@ -1,4 +1,4 @@
-"""Files of weights, read without running pickled code: one file, shards with an index, or a training checkpoint.
+"""Files of weights, read without running pickled code: one file, shards, or a training checkpoint.
 
 A file may wrap its tensors: in the parts of a training checkpoint (the average is taken), or under prefixes
 that wrappers of modules leave. The arguments that a trainer saved beside them are read too.

@@ -1,7 +1,7 @@
 """The functions of the official DiT and of SiT, written down from their papers without our layers.
 
-DiT: Peebles & Xie, arXiv:2212.09748; SiT: Ma et al., arXiv:2401.08740, the same network told t in 0..1. A state
-dict is in the published layout.
+DiT: Peebles & Xie, arXiv:2212.09748; SiT: Ma et al., arXiv:2401.08740, the same network told t in 0..1. A
+state dict is in the published layout.
 """
 
 from __future__ import annotations

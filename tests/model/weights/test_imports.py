@@ -45,7 +45,8 @@ def noise_state() -> State:
         for parameter in dit.parameters():
             parameter.zero_()
         dit.x_embedder.proj.weight.copy_(100 * torch.eye(16).reshape(16, 4, 2, 2))
-        # Noise this large drowns the positions, and LayerNorm keeps its direction; its rows go from (C, P, P) to (P, P, C_out).
+        # Noise this large drowns the positions, and LayerNorm keeps its direction. The rows of the last map
+        # go from (C, P, P) to (P, P, C_out).
         rows = torch.zeros(2, 2, 8, 16)
         for k, (c, p, q) in enumerate(torch.cartesian_prod(*map(torch.arange, (4, 2, 2))).tolist()):
             rows[p, q, c, k] = 1.0
