@@ -69,6 +69,10 @@ class UnsupportedMediaType(ServiceError):
     status, code, title = 415, "unsupported-media-type", "Unsupported media type"
 
 
+class MisdirectedRequest(ServiceError):
+    status, code, title = 421, "misdirected-request", "Not a host of this service"
+
+
 class InvalidRequest(ServiceError):
     status, code, title = 422, "invalid-request", "Invalid request"
 

@@ -1,7 +1,7 @@
-"""Who may import whom, and what is never done where: read from the syntax trees, and tried out in fresh processes.
+"""The rules of the architecture, read from the syntax trees and tried out in fresh processes.
 
-A rule is a function from a source tree to the places that break it. Each is held against the repository, and against a small made-up
-tree that breaks it once, so that a rule which can no longer fail is noticed.
+A rule is a function from a source tree to the places that break it. Each is held against the repository, and
+against a small made-up tree that breaks it once: a rule that can no longer fail is noticed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ COMMANDS = {"service.__main__", "service.dead_letters", "export.trt"}
 TORCHLESS = "model.spec"
 
 # Library → the modules that may import it.
-EDGE = {"api", "app", "context", "openapi", "problems"}
+EDGE = {"api", "app", "context", "intake", "openapi", "problems"}
 EDGE |= {f"routes.{name}" for name in ("generate", "jobs", "models", "openai", "pages", "probes")}
 BROKER = {"broker", "connection", "embeddings", "notifications", "quota", "reads"}
 DOORS = {"broker", "embeddings", "quota"}  # of the queue, to what others may reach in Redis
@@ -86,16 +86,24 @@ SERVICE_OWNERS = {
 }
 
 # Modules of values and arithmetic, besides all whose docstring says "Pure".
-PURE = {"service.errors", "service.images", "service.jobs", "service.queue.keys", "service.engine.scheduler"}
+PURE = {
+    "service.errors",
+    "service.images",
+    "service.jobs",
+    "service.queue.keys",
+    "service.engine.scheduler",
+    "service.engine.fair_shares",
+}
 PURE |= {f"service.planning.{name}" for name in ("costs", "ladder", "planner")}
 PURE |= {"model.spec.diffusion", "model.spec.solvers"}
-# A bundle's manifest is a value; that its module can also read it from a folder is nothing to those who are handed one.
+# A bundle's manifest is a value, although its module can also read one from a folder.
 VALUES = {"model.spec.bundle"}
 # fmt: off
 IMPURE = {
-    "asyncio", "concurrent", "datetime", "fastapi", "glob", "http", "httpx", "logging", "multiprocessing", "onnxruntime", "os",
-    "pathlib", "prometheus_client", "random", "redis", "secrets", "shutil", "signal", "socket", "starlette", "structlog",
-    "subprocess", "sys", "tempfile", "threading", "time", "torch", "urllib", "uuid", "uvicorn",
+    "asyncio", "concurrent", "datetime", "fastapi", "glob", "http", "httpx", "logging", "multiprocessing",
+    "onnxruntime", "os", "pathlib", "prometheus_client", "random", "redis", "secrets", "shutil", "signal",
+    "socket", "starlette", "structlog", "subprocess", "sys", "tempfile", "threading", "time", "torch",
+    "urllib", "uuid", "uvicorn",
 }
 # fmt: on
 
@@ -105,6 +113,7 @@ LATE |= {"service.backends.cuda", "service.backends.tensorrt", "service.telemetr
 LATE |= {"model.nets.autoencoder", "model.nets.text"}
 
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
+HEADLESS = {"By", "How", "Of", "What", "Where", "Whether", "Which", "Who", "Whose", "Whom", "Why"}
 NOT_NOUNS = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
 
 
@@ -127,7 +136,7 @@ class Module:
 
     @property
     def command(self) -> bool:
-        """It is run by `python -m` and only then: a file at the root of `model`, a package's `__main__`, or one listed."""
+        """Tell whether it is run by `python -m` only: at the root of `model`, a `__main__`, or one listed."""
         at_root = self.package == "model" and self.name.count(".") == 1 and not self.is_room
         return at_root or self.name.endswith(".__main__") or self.name in COMMANDS
 
@@ -165,7 +174,7 @@ def read(root: Path) -> Tree:
 
 
 def named(node: ast.AST, known: set[str]) -> Iterator[Import]:
-    """What an import statement imports, our own modules without the `ditserve.` that all of them begin with."""
+    """Yield the imports of a statement, our own modules without their `ditserve.`."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield Import(alias.name.removeprefix(OURS), node.lineno)
@@ -207,7 +216,7 @@ def commands(tree: Tree) -> Iterator[str]:
 
 
 def prefixed(tree: Tree) -> Iterator[str]:
-    """Our packages are imported as parts of `ditserve`, whole names and all: else a module would be loaded twice."""
+    """Our packages are imported by whole names, as parts of `ditserve`: else modules are loaded twice."""
     for module in tree.values():
         for node in ast.walk(module.tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -365,6 +374,25 @@ def nouns(tree: Tree) -> Iterator[str]:
             yield module.at(1, "the name says nothing")
 
 
+def unambiguous(tree: Tree) -> Iterator[str]:
+    """A class name has one meaning: no two modules define a class of the same name."""
+    owners: dict[str, str] = {}
+    for module in tree.values():
+        for node in module.tree.body:
+            if isinstance(node, ast.ClassDef) and owners.setdefault(node.name, module.name) != module.name:
+                yield module.at(node.lineno, f"{owners[node.name]} defines another {node.name}")
+
+
+def plain(tree: Tree) -> Iterator[str]:
+    """A docstring begins with a verb or with its subject, never with a clause that has none."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for module in tree.values():
+        for node in ast.walk(module.tree):
+            words = (ast.get_docstring(node) or "").split() if isinstance(node, kinds) else []
+            if words and words[0] in HEADLESS:
+                yield module.at(getattr(node, "lineno", 1), f"a docstring begins with {words[0]!r}")
+
+
 BREACHES: dict[Rule, dict[str, str]] = {
     layers: {"model/a.py": "from ditserve.service import b", "service/b.py": ""},
     rooms: {"service/http/a.py": "from ditserve.service.engine import b", "service/engine/b.py": ""},
@@ -382,12 +410,14 @@ BREACHES: dict[Rule, dict[str, str]] = {
         "service/clocks.py": "import time",
     },
     acyclic: {
-        "service/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ditserve.service import b",
+        "service/a.py": "if TYPE_CHECKING:\n    from ditserve.service import b",
         "service/b.py": "from ditserve.service.a import x",
     },
     early: {"service/a.py": "def f():\n    import json"},
     inert: {"model/a.py": "import torch\ntorch.load('x')"},
     nouns: {"service/utils.py": ""},
+    unambiguous: {"model/a.py": "class Sample: ...", "service/b.py": "class Sample: ..."},
+    plain: {"service/a.py": 'def f():\n    """What is left."""'},
 }
 MORE_BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (layers, {"export/a.py": "import ditserve.service.b", "service/b.py": ""}),

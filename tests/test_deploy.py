@@ -1,4 +1,4 @@
-"""What is deployed agrees with what is written: schemas, names of metrics and settings, times to drain, what Redis allows."""
+"""The files of `deploy/` agree with the code: schemas, metrics, settings, drain times, Redis' permissions."""
 
 from __future__ import annotations
 
@@ -115,8 +115,10 @@ def values(series: str, label: str) -> set[str] | None:
 
 
 def unknown_names(query: str, shown: Sequence[str] = ()) -> list[str]:
-    """The series and labels of a PromQL expression, and values of labels, that nothing exposes; and what of the labels in
-    `shown` its result has not."""
+    """Return the series, labels and values of labels in a PromQL expression that nothing exposes.
+
+    Labels in `shown` that the expression's result does not have are returned too.
+    """
     series, wrong, allowed = exposed(), [], set(TARGET_LABELS)
     selectors: list[promql_parser.VectorSelector] = []
     groupings: list[str] = []

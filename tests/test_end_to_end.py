@@ -1,4 +1,4 @@
-"""The main job as a user runs it: `python -m service` with the bundle that ships, over real sockets, killed for real."""
+"""The service as a user runs it: `python -m service` with the shipped bundle, real sockets and real kills."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class SystemUnderTest:
 
 @dataclass(frozen=True, slots=True)
 class ServerSetup:
-    """What all systems get: the folder of `bench.peers.model`, the peers' interpreter, compute threads."""
+    """The set-up that all systems share: the folder of `bench.peers.model`, peers' interpreter, threads."""
 
     model: Path
     python: Path

@@ -67,7 +67,10 @@ def _describe(options: argparse.Namespace) -> None:
     if options.sheet:
         contact_sheet(source, options.sheet)
     # End with the error that training would end with, if it would.
-    select_examples(source.catalogue, options.path, captioned=any(source.catalogue.captions))
+    captioned = any(source.catalogue.captions)
+    examples = select_examples(source.catalogue, options.path, captioned=captioned, left_out=source.left_out)
+    for line in examples.left_out:
+        print(f"  {line}")
 
 
 def _latents_arguments(parser: argparse.ArgumentParser) -> None:

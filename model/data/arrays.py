@@ -6,6 +6,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.data.examples import DataError, Images
-from ditserve.model.data.labels import Catalogue
+from ditserve.model.data.folder import check_splits, count_pictures, is_hidden, visible
+from ditserve.model.data.labels import Catalogue, LeftOut
 
 LOCAL_HEADER = 30  # bytes before the name in a zip file, APPNOTE 4.3.7
 OPTIONAL = ("groups", "captions")
@@ -41,7 +43,7 @@ class ConcatenatedImages:
         return self.parts[part][index - (int(self.ends[part - 1]) if part else 0)]
 
 
-def read_arrays(path: Path, *, captions: bool) -> tuple[Images, Catalogue]:
+def read_arrays(path: Path, *, captions: bool) -> tuple[Images, Catalogue, LeftOut]:
     """Read pictures and labels from the arrays at `path`.
 
     `path` is an .npz file, a folder of .npy files with the same names, or a folder of shards in either form.
@@ -51,16 +53,20 @@ def read_arrays(path: Path, *, captions: bool) -> tuple[Images, Catalogue]:
     mapped and may exceed memory.
 
     Raises:
-        DataError: a file is damaged, an array is missing or of the wrong type or shape, or shards disagree.
+        DataError: a file is damaged, an array is missing or of the wrong type or shape, or shards disagree
+            or are named as splits.
     """
     if path.is_dir() and not (path / "x.npy").is_file():
-        files = sorted([*path.glob("*.npz"), *(file.parent for file in path.glob("*/x.npy"))])
+        folders = [file.parent for file in path.glob("*/x.npy") if not is_hidden(file.parent.name)]
+        files = sorted([*visible(path, "*.npz"), *folders])
+        check_splits(path, [file.stem for file in files], "shards of one set")
     else:
         files = [path]
     _check_memory(files)
     images, catalogues = zip(*(_read(file, captions) for file in files), strict=True)
+    left_out = LeftOut(Counter({"beside the arrays": count_pictures(path) if path.is_dir() else 0}))
     if len(files) == 1:
-        return images[0], catalogues[0]
+        return images[0], catalogues[0], left_out
     for file, x, catalogue in zip(files, images, catalogues, strict=True):
         if x.shape[1:] != images[0].shape[1:]:
             raise DataError(
@@ -76,7 +82,7 @@ def read_arrays(path: Path, *, captions: bool) -> tuple[Images, Catalogue]:
         s=np.concatenate([catalogue.s for catalogue in catalogues]),
         captions=tuple(caption for catalogue in catalogues for caption in catalogue.captions),
     )
-    return ConcatenatedImages(images), merged
+    return ConcatenatedImages(images), merged, left_out
 
 
 def _check_memory(files: Sequence[Path]) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ditserve.model.data.examples import DataError, Pictures
 from ditserve.model.data.image_files import Check
@@ -79,6 +79,11 @@ class Dataset(Protocol):
         ...
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """Sentences on the pictures that are there and not used: their number and the reason."""
+        ...
+
+    @property
     def attribution(self) -> tuple[str, ...]:
         """Credits that must be given, one line each."""
         ...
@@ -102,6 +107,13 @@ class Dataset(Protocol):
         ...
 
 
+def _named(path: Any) -> Any:
+    if isinstance(path, str) and not path.strip():
+        raise ValueError("it is empty, which would mean the working folder: name a file or a folder")
+    return path
+
+
+NamedPath = Annotated[Path, BeforeValidator(_named)]
 Side = Annotated[int, Field(ge=1)]
 
 
@@ -109,7 +121,7 @@ class DataConfig(BaseModel):
     """The choice of training data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-    path: Path
+    path: NamedPath
     """An .npz or a folder of array shards, a folder of pictures, tar files, or latent shards."""
     groups: tuple[str, ...] = ()
     """Train on the names of these groups; with `names`, on the union. If both are empty, on everything."""
@@ -147,6 +159,7 @@ class DataConfig(BaseModel):
             names=self.names,
             hold_out=self.hold_out,
             captioned=self.text is not None,
+            left_out=source.left_out,
         )
         shared: dict[str, Any] = {
             **vars(examples),

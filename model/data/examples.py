@@ -36,7 +36,7 @@ class Examples:
 
     `rows` int64 (N,) are the indices of the examples in their source. `labels` int64 (N, F) has one column
     per factor. `held_out` bool (N,) marks the examples kept from training. `captions` has N sentences, or
-    none. `skipped` names what could not be read.
+    none. `skipped` names what could not be read, `left_out` counts what is not used.
     """
 
     rows: npt.NDArray[np.int64]
@@ -49,6 +49,7 @@ class Examples:
     licence: str | None = None
     attribution: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def training(self) -> npt.NDArray[np.int64]:

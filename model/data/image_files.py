@@ -1,11 +1,9 @@
-"""Image files: encoded pictures on disk that are decoded on request, and folders of them.
-
-In a folder the class of a picture is the name of its sub-folder.
-"""
+"""Image files: encoded pictures on disk that are decoded on request."""
 
 from __future__ import annotations
 
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +15,26 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import ContainerIO, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from ditserve.model.data.examples import DataError
-from ditserve.model.data.labels import Catalogue
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-# The only decoders that are tried, whatever format a file claims to have.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+Image.init()
+# The only decoders that are tried, whatever format a file claims to have, if Pillow was built with them.
+FORMATS = tuple(
+    kind
+    for kind in ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+    if kind in Image.OPEN
+)
+# A .mpo is a JPEG with further pictures behind it.
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
 # Exif: the orientation tag, and its values that exchange width and height.
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# The keywords of a PNG's text chunks that may tell an orientation.
+EXIF_KEYS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"Raw profile type APP1")
+LONGEST_KEY = 32
+CHECKSUM = 4  # bytes after the content of a PNG's chunk
 CHUNK = 64  # pictures that a thread examines at a time
 
 Check = Literal["decode", "header"]
@@ -62,7 +71,8 @@ class ImageFiles:
             DataError: as `__getitem__`, as far as the header shows it.
         """
         with self._open(index) as image:
-            sideways = image.format == "JPEG" and image.getexif().get(ORIENTATION) in SIDEWAYS
+            # Pillow turns a TIFF's size itself.
+            sideways = image.format != "TIFF" and _orientation(image) in SIDEWAYS
             return (image.width, image.height) if sideways else (image.height, image.width)
 
     def take(self, index: npt.NDArray[np.int64]) -> ImageFiles:
@@ -85,6 +95,30 @@ class ImageFiles:
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"{self.names[index]}: {reason}") from None
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """Return the Exif orientation; the picture is decoded only if it must be."""
+    early = not isinstance(image, PngImageFile) or _tells_late(image)
+    # A PNG's own `getexif` decodes the picture first.
+    return (image.getexif() if early else Image.Image.getexif(image)).get(ORIENTATION)
+
+
+def _tells_late(image: PngImageFile) -> bool:
+    """Return True if a PNG holds Exif data behind its pixels, by going from chunk to chunk (PNG, §5.3)."""
+    stream = image.fp
+    assert stream is not None
+    place = stream.tell()
+    stream.seek(len(PNG_SIGNATURE))
+    passed_pixels = found = False
+    while not found and len(header := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        content = stream.read(min(length, LONGEST_KEY)) if passed_pixels else b""
+        found = passed_pixels and (kind == b"eXIf" or content.startswith(EXIF_KEYS))
+        passed_pixels |= kind == b"IDAT"
+        stream.seek(length - len(content) + CHECKSUM, os.SEEK_CUR)
+    stream.seek(place)
+    return found
 
 
 def _upright(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -134,61 +168,3 @@ def examine(images: ImageFiles, check: Check) -> Examination:
         Counter(size for size in sizes if not isinstance(size, str)),
         tuple(size for size in sizes if isinstance(size, str)),
     )
-
-
-def read_folder(path: Path, *, captions: bool) -> tuple[ImageFiles, Catalogue]:
-    """Read the pictures below `path` in the order of torchvision's ImageFolder: by class, then by path.
-
-    If every class has the same sub-folders and no picture beside them, these sub-folders are the styles. A
-    folder without sub-folders has no classes. With `captions`, a picture's caption is the text file beside it
-    (`fox.txt` for `fox.png`), or empty.
-
-    Raises:
-        DataError: there are no pictures, or a caption is not UTF-8.
-    """
-    names = _subfolders(path)
-    styles = _styles(path, names)
-    files: list[Path] = []
-    y: list[int] = []
-    s: list[int] = []
-    folders = [
-        (k, m, path / name / style) for k, name in enumerate(names) for m, style in enumerate(styles or [""])
-    ]
-    for k, m, folder in folders or [(0, 0, path)]:
-        pictures = list(_pictures(folder))
-        files += pictures
-        y += [k] * len(pictures)
-        s += [m] * len(pictures)
-    if not files:
-        raise DataError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    spans = np.stack([np.arange(len(files)), np.zeros(len(files), int), np.full(len(files), -1)], axis=1)
-    images = ImageFiles(tuple(files), spans, tuple(str(file) for file in files))
-    texts = tuple(_caption(file) for file in files) if captions else ()
-    return images, Catalogue(np.array(y), tuple(names), np.array(s), tuple(styles), captions=texts)
-
-
-def _subfolders(path: Path) -> list[str]:
-    return sorted(
-        entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")
-    )
-
-
-def _styles(path: Path, names: list[str]) -> list[str]:
-    inner = [_subfolders(path / name) for name in names]
-    loose = any(file.suffix.lower() in SUFFIXES for name in names for file in (path / name).iterdir())
-    return inner[0] if inner and inner.count(inner[0]) == len(inner) and not loose else []
-
-
-def _pictures(path: Path) -> Iterator[Path]:
-    for root, _, files in sorted(os.walk(path)):
-        for file in sorted(files):
-            if Path(file).suffix.lower() in SUFFIXES and not file.startswith("."):
-                yield Path(root, file)
-
-
-def _caption(file: Path) -> str:
-    text_file = file.with_suffix(".txt")
-    try:
-        return text_file.read_text("utf-8").strip() if text_file.is_file() else ""
-    except UnicodeDecodeError:
-        raise DataError(f"{text_file} is not UTF-8 text") from None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy.typing as npt
 
 from ditserve.model.data.examples import DataError, Examples
 from ditserve.model.spec.bundle import Factor
+
+REASONS = 12  # that are listed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +39,30 @@ class Catalogue:
         return replace(self, y=self.y[index], s=self.s[index], captions=captions)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LeftOut:
+    """The pictures that a source holds and does not use: `counts` by reason, and `remarks` on the reading."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    remarks: tuple[str, ...] = ()
+
+    def __or__(self, counts: Mapping[str, int]) -> LeftOut:
+        """Return this with further counts."""
+        return replace(self, counts=self.counts + Counter(counts))
+
+    def lines(self) -> list[str]:
+        """Return a sentence for every reason, the most frequent first, and for every remark."""
+        ranked = [(count, reason) for reason, count in self.counts.most_common() if count]
+        lines = [f"{count:,} left out: {reason}" for count, reason in ranked[:REASONS]]
+        if rest := sum(count for count, _ in ranked[REASONS:]):
+            lines.append(f"{rest:,} left out for {len(ranked) - REASONS} other reasons")
+        return [*lines, *self.remarks]
+
+    def suffix(self) -> str:
+        """Return the end of a sentence on a source without pictures."""
+        return "".join(f"; {line}" for line in self.lines())
+
+
 def select_examples(
     catalogue: Catalogue,
     source: Path,
@@ -44,17 +71,18 @@ def select_examples(
     names: Sequence[str] = (),
     hold_out: float = 0.0,
     captioned: bool = False,
+    left_out: LeftOut = LeftOut(),
 ) -> Examples:
     """Return the pictures of some groups and names, with classes numbered anew.
 
     `groups` and `names` select their union; if both are empty, everything. If there are styles, only
     names drawn in every style are kept, so that the two factors cross. `hold_out` is the share kept
-    from training, see `_held_out`. With `captioned`, every picture needs a caption and classes are
-    optional. Errors name `source`.
+    from training, see `_held_out`. With `captioned`, every picture needs a caption. A single class is no
+    factor: there is nothing to choose. Errors name `source`.
 
     Raises:
-        DataError: a label is out of range, a name or group is unknown, a caption is missing, fewer than two
-            classes remain, or nothing remains to train on.
+        DataError: a label is out of range, a name or group is unknown, a caption is missing, or nothing
+            remains to train on.
     """
     check_labels(catalogue, source)
     for wanted, known, kind in ((names, catalogue.names, "name"), (groups, catalogue.groups, "group")):
@@ -62,11 +90,8 @@ def select_examples(
         if unknown:
             raise DataError(f"{source} has no {kind} {unknown[0]!r}")
     classes = _select_classes(catalogue, groups, names)
-    if len(classes) < 2 and not captioned:
-        raise DataError(
-            f"{source}: {len(classes)} {'class remains' if len(classes) == 1 else 'classes remain'} "
-            "after selection; training needs at least 2, or captions and the field text"
-        )
+    if catalogue.names and not classes:
+        raise DataError(f"{source}: no class remains: none of those selected is there in every style")
     # Old class → new class, −1 for classes left out. A source without names has one class, 0.
     renumbered = np.full(len(catalogue.names), -1) if catalogue.names else np.zeros(1, int)
     renumbered[classes] = np.arange(len(classes))
@@ -88,7 +113,22 @@ def select_examples(
         factors=tuple(factors),
         held_out=held_out,
         captions=_captions(catalogue, source, rows) if captioned else (),
+        left_out=tuple((left_out | _unselected(catalogue, renumbered)).lines()),
     )
+
+
+def _unselected(catalogue: Catalogue, renumbered: npt.NDArray[np.int64]) -> dict[str, int]:
+    """Count the pictures of classes that were not selected (−1 in `renumbered`), by reason."""
+    out = renumbered[catalogue.y] < 0
+    if not catalogue.styles:
+        return {"of classes that were not selected": int(out.sum())}
+    drawn = np.zeros((len(catalogue.names), len(catalogue.styles)), bool)
+    drawn[catalogue.y, catalogue.s] = True
+    crossed = np.asarray(drawn.all(1))[catalogue.y]
+    return {
+        "of classes that were not selected": int((out & crossed).sum()),
+        "of classes that are not there in every style": int((out & ~crossed).sum()),
+    }
 
 
 def check_labels(catalogue: Catalogue, source: Path) -> None:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from ditserve.model.data.examples import DataError, Examples
-from ditserve.model.data.labels import Catalogue
+from ditserve.model.data.labels import Catalogue, LeftOut
 
 INDEX = "latents.json"
 
@@ -159,7 +159,7 @@ class Latents(Examples):
         return self
 
 
-def read_latents(path: Path, *, captions: bool) -> tuple[Moments, Catalogue]:
+def read_latents(path: Path, *, captions: bool) -> tuple[Moments, Catalogue, LeftOut]:
     """Read the latent shards that `python -m model.data latents` wrote to the folder `path`.
 
     Raises:
@@ -174,7 +174,7 @@ def read_latents(path: Path, *, captions: bool) -> tuple[Moments, Catalogue]:
     if any(Path(shard.file).name != shard.file for shard in index.shards):
         raise DataError(f"{file} names a shard outside of its folder")
     moments = Moments(path, index)
-    return moments, moments.catalogue(captions=captions)
+    return moments, moments.catalogue(captions=captions), LeftOut()
 
 
 # Any: safetensors has no types for the open file.

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ditserve.model.data.arrays import read_arrays
 from ditserve.model.data.examples import DataError, Images
-from ditserve.model.data.image_files import Check, ImageFiles, examine, read_folder
-from ditserve.model.data.labels import Catalogue
+from ditserve.model.data.folder import CARD, has_class_folders, is_hidden, read_folder
+from ditserve.model.data.image_files import Check, ImageFiles, examine
+from ditserve.model.data.labels import Catalogue, LeftOut
 from ditserve.model.data.latents import INDEX, Moments, read_latents
 from ditserve.model.data.tar import read_tar
 
@@ -36,7 +37,7 @@ class DataCard(BaseModel):
 
 def card_file(source: Path) -> Path:
     """Return the path of a data set's card."""
-    return source / "card.json" if source.is_dir() else source.with_suffix(".json")
+    return source / CARD if source.is_dir() else source.with_suffix(".json")
 
 
 def read_card(source: Path) -> DataCard:
@@ -56,30 +57,39 @@ def read_card(source: Path) -> DataCard:
 
 
 class Reader(Protocol):
-    def __call__(self, path: Path, *, captions: bool) -> tuple[Images | Moments, Catalogue]: ...
+    def __call__(self, path: Path, *, captions: bool) -> tuple[Images | Moments, Catalogue, LeftOut]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class SourceKind:
-    """A kind of source: files that match the pattern `file`, or folders that hold one of `entries`."""
+    """A kind of source: files that match the pattern `file`, or folders that hold one of `entries`.
+
+    `strays` are entries that tell the kind only where no sub-folder holds pictures: beside class folders a
+    `stats.npz` is no data.
+    """
 
     name: str
     file: str
     entries: tuple[str, ...]
+    strays: tuple[str, ...]
     read: Reader
 
     def fits(self, path: Path) -> bool:
-        if path.is_dir():
-            return any(any(path.glob(entry)) for entry in self.entries)
-        return fnmatch(path.name, self.file)
+        if not path.is_dir():
+            return fnmatch(path.name, self.file)
+        return _holds(path, self.entries) or (_holds(path, self.strays) and not has_class_folders(path))
+
+
+def _holds(path: Path, patterns: Sequence[str]) -> bool:
+    return any(not is_hidden(entry.name) for pattern in patterns for entry in path.glob(pattern))
 
 
 # The first that fits is taken.
 KINDS = (
-    SourceKind("latent shards", "", (INDEX,), read_latents),
-    SourceKind("arrays", "*.npz", ("*.npz", "x.npy", "*/x.npy"), read_arrays),
-    SourceKind("tar files", "*.tar", ("*.tar",), read_tar),
-    SourceKind("image folder", "", ("*",), read_folder),
+    SourceKind("latent shards", "", (INDEX,), (), read_latents),
+    SourceKind("arrays", "*.npz", ("x.npy", "*/x.npy"), ("*.npz",), read_arrays),
+    SourceKind("tar files", "*.tar", (), ("*.tar",), read_tar),
+    SourceKind("image folder", "", ("*",), (), read_folder),
 )
 
 
@@ -88,6 +98,7 @@ class Source:
     """Everything that a path holds, before any selection.
 
     `sizes` counts the (H, W) of the readable pictures; `broken` has a message for each unreadable one.
+    `left_out` counts the pictures beside these that are not used.
     """
 
     path: Path
@@ -97,6 +108,7 @@ class Source:
     card: DataCard
     sizes: Counter[tuple[int, int]]
     broken: tuple[str, ...]
+    left_out: LeftOut
 
 
 def read_source(path: Path, *, captions: bool = False, check: Check | None = "decode") -> Source:
@@ -113,7 +125,7 @@ def read_source(path: Path, *, captions: bool = False, check: Check | None = "de
     kind = next((kind for kind in KINDS if kind.fits(path)), None)
     if kind is None:
         raise DataError(f"{path} is no data set: pass {KNOWN}")
-    data, catalogue = kind.read(path, captions=captions)
+    data, catalogue, left_out = kind.read(path, captions=captions)
     sizes: Counter[tuple[int, int]] = Counter()
     broken: tuple[str, ...] = ()
     if not isinstance(data, ImageFiles):
@@ -125,7 +137,7 @@ def read_source(path: Path, *, captions: bool = False, check: Check | None = "de
         sizes, broken = examination.sizes, examination.broken
         if not len(data):
             raise DataError(f"{path} holds no readable picture: {broken[0]}")
-    return Source(path, kind.name, data, catalogue, read_card(path), sizes, broken)
+    return Source(path, kind.name, data, catalogue, read_card(path), sizes, broken, left_out)
 
 
 def common_size(source: Source) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.latents import Moments
-from ditserve.model.data.sources import Source
+from ditserve.model.data.sources import NAMED, Source
 from ditserve.model.data.transforms import centre_crop
 
 BROKEN = 20  # unreadable pictures that are listed
@@ -33,6 +33,9 @@ def summarise(source: Source) -> Iterator[str]:
             few, many = int(counts.argmin()), int(counts.argmax())
             fewest, most = f"{counts[few]:,} of {names[few]!r}", f"{counts[many]:,} of {names[many]!r}"
             yield f"  {factor:8}  {len(names):,}: {fewest} to {most}"
+            if not counts.all():
+                empty = [name for name, n in zip(names, counts, strict=True) if not n]
+                yield f"  {'':8}  {len(empty):,} without pictures: {', '.join(empty[:NAMED])}"
     if catalogue.names and catalogue.styles:
         drawn = np.zeros((len(catalogue.names), len(catalogue.styles)), bool)
         drawn[catalogue.y, catalogue.s] = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.data.examples import DataError
+from ditserve.model.data.folder import check_splits, count_pictures, is_hidden, visible
 from ditserve.model.data.image_files import SUFFIXES, ImageFiles
-from ditserve.model.data.labels import Catalogue
+from ditserve.model.data.labels import Catalogue, LeftOut
 
 TEXTS = ("cls", "json", "txt")
 LONGEST = 1 << 20  # bytes of a text member
@@ -33,7 +35,7 @@ class TarSample:
     texts: dict[str, str]
 
 
-def read_tar(path: Path, *, captions: bool) -> tuple[ImageFiles, Catalogue]:
+def read_tar(path: Path, *, captions: bool) -> tuple[ImageFiles, Catalogue, LeftOut]:
     """Read the samples of a tar file, or of all tar files of a folder in the order of their names.
 
     A sample is `key.jpg` with `key.cls` or `key.json`, and `key.txt`. `cls` holds the class as a number or a
@@ -44,10 +46,12 @@ def read_tar(path: Path, *, captions: bool) -> tuple[ImageFiles, Catalogue]:
     Raises:
         DataError: an archive is damaged, a sample lacks a picture or a label, or a text cannot be read.
     """
-    archives = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-    samples = [sample for k, archive in enumerate(archives) for sample in _samples(k, archive)]
+    archives = visible(path, "*.tar") if path.is_dir() else [path]
+    check_splits(path, [archive.stem for archive in archives], "shards of one set")
+    left_out = Counter({"beside the tar files": count_pictures(path) if path.is_dir() else 0})
+    samples = [sample for k, archive in enumerate(archives) for sample in _samples(k, archive, left_out)]
     if not samples:
-        raise DataError(f"{path} holds no pictures")
+        raise DataError(f"{path} holds no pictures{LeftOut(left_out).suffix()}")
     labels = [_labels(sample) for sample in samples]
     class_names = _listed_classes(archives[0].parent)
     y, names = _number_classes([label.get("label") for label in labels], samples, class_names)
@@ -55,26 +59,30 @@ def read_tar(path: Path, *, captions: bool) -> tuple[ImageFiles, Catalogue]:
     spans = np.array([sample.span for sample in samples], np.int64)
     images = ImageFiles(tuple(archives), spans, tuple(sample.name for sample in samples))
     texts = tuple(str(label.get("caption", "")) for label in labels) if captions else ()
-    return images, Catalogue(y, names, s, styles, captions=texts)
+    return images, Catalogue(y, names, s, styles, captions=texts), LeftOut(left_out)
 
 
-def _samples(number: int, archive: Path) -> Iterator[TarSample]:
+def _samples(number: int, archive: Path, left_out: Counter[str]) -> Iterator[TarSample]:
+    """Yield the samples of an archive, and count in `left_out` the members that belong to none."""
     samples: dict[str, TarSample] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
             while member := tar.next():
                 # Forget the member: else the index of a large archive stays in memory.
                 tar.members = []  # type: ignore[attr-defined]
+                if reason := _reason_to_leave_out(member):
+                    left_out[reason] += 1
+                if reason is not None:
+                    continue
                 folder, _, file = member.name.rpartition("/")
                 key, _, suffix = file.partition(".")
-                if not member.isreg() or member.issparse() or not key:
-                    continue
                 name = f"{archive}: {member.name}"
                 sample = samples.setdefault(f"{folder}/{key}", TarSample(name, None, {}))
-                if f".{suffix.lower()}" in SUFFIXES:
+                if suffix.lower() in TEXTS:
+                    sample.texts[suffix.lower()] = _text(tar, member, archive)
+                else:
+                    left_out["a further picture of one sample"] += sample.span is not None
                     sample.name, sample.span = name, (number, member.offset_data, member.size)
-                elif suffix in TEXTS:
-                    sample.texts[suffix] = _text(tar, member, archive)
             _check_end(archive, tar.offset)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{archive} is not a readable, uncompressed tar file: {error}") from None
@@ -82,6 +90,23 @@ def _samples(number: int, archive: Path) -> Iterator[TarSample]:
         if sample.span is None:
             raise DataError(f"{sample.name} has no picture of the same name beside it")
         yield sample
+
+
+def _reason_to_leave_out(member: tarfile.TarInfo) -> str | None:
+    """Return the reason to leave a member out, empty if it need not be told; None for a part of a sample."""
+    file = Path(member.name)
+    suffix = file.name.partition(".")[2].lower()
+    if member.isdir():
+        return ""
+    if any(is_hidden(part) for part in file.parts if part != ".."):
+        return "hidden" if file.suffix.lower() in SUFFIXES else ""
+    if not member.isreg() or member.issparse():
+        return "a link or no regular file"
+    if suffix in TEXTS or f".{suffix}" in SUFFIXES:
+        return None
+    if file.suffix.lower() in SUFFIXES:
+        return "another part of its sample: a second dot stands in its name"
+    return f"not a picture ({file.suffix.lower() or 'no suffix'})"
 
 
 def _check_end(archive: Path, offset: int) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ditserve.model.data.dataset import DataConfig, Dataset
+from ditserve.model.data.dataset import DataConfig, Dataset, NamedPath
 from ditserve.model.distributed.processes import ParallelSpec
 from ditserve.model.spec.bundle import DiffusionSpec
 from ditserve.model.spec.diffusion import Prediction
@@ -85,10 +85,10 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     data: DataConfig
-    output: Path
+    output: NamedPath
     model: dict[str, Any]
     diffusion: DiffusionSpec
-    init: Path | None = None
+    init: NamedPath | None = None
     """A bundle or a run to start from: weights where they fit, classes by name."""
 
     steps: Count
@@ -154,7 +154,7 @@ class TrainConfig(BaseModel):
     keep: Count = 2
     """Number of checkpoints to keep."""
     sheet_every: Count = 400
-    vae: Path | None = None
+    vae: NamedPath | None = None
     """Folder of the SD-VAE that decodes the sample sheets of a run on latents; None: no sheets."""
     log_every: Count = 20
     tensorboard: bool = False

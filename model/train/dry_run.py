@@ -142,6 +142,7 @@ def format_estimate(trainer: Trainer, stages: Iterable[StageCost]) -> Iterator[s
         f"{parameters / 1e6:.2f} M parameters; {config.steps} steps of {config.batch} are {epochs:.1f} "
         f"passes over {pictures} pictures"
     )
+    yield from (f"{config.data.path}: {line}" for line in trainer.dataset.left_out)
     seconds = 0.0
     for stage in stages:
         seconds += stage.seconds

@@ -58,6 +58,8 @@ def start(trainer: Trainer) -> None:
     print(config.model_dump_json())
     if skipped := trainer.dataset.skipped:
         print(f"{len(skipped)} pictures cannot be read and are left out: {'; '.join(skipped[:NAMED])}")
+    for line in trainer.dataset.left_out:
+        print(f"{config.data.path}: {line}")
     if trainer.decoder is None:
         print("no sample sheets: vae does not name the folder of the SD-VAE that made these latents")
     check_room(config.output, state, keep=config.keep)

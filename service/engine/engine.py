@@ -65,6 +65,7 @@ class Engine:
         self.schedule, self.clock = schedule, clock
         self._make_trajectory = lru_cache(TRAJECTORIES_KEPT)(partial(make_trajectory, schedule=schedule))
         self._samples: dict[str, Sample] = {}
+        self._turn_began: float | None = None  # the end of the last step; None: it was idle since
         self._slots = slots
         # Twice the cap: a guided sample alone may exceed a cap of one row, and a batch may be padded.
         self._rows = 2 * scheduler.max_rows
@@ -105,7 +106,9 @@ class Engine:
         # Finish: samples that are done or broken leave, previews are shown, and the cost model learns.
         now = self.clock()
         finished, failed, previews = self._finish(stepped, began, now)
-        seconds, predicted_s = now - began, group.costs.predict(rows)
+        # A step costs the whole turn: what the host does between two steps delays the samples as well.
+        seconds, predicted_s = now - (self._turn_began or began), group.costs.predict(rows)
+        self._turn_began = now
         self._groups.observe(group, rows, seconds)
         return StepReport(finished, failed, previews, changes, batch.stop_reason, rows, seconds, predicted_s)
 
@@ -143,6 +146,8 @@ class Engine:
         else:
             snapshot.resume(sample)
             self._groups.admit(sample, snapshot.latent, snapshot.history)
+        if self.idle:
+            self._turn_began = None
         self._samples[request.id] = sample
 
     def export(self, sample_id: str) -> Snapshot | None:

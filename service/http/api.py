@@ -82,6 +82,8 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
+        # `origin.Origin` does this, and believes nobody by default.
+        proxy_headers=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=round(settings.drain_s) + 2,
         backlog=1024,

@@ -24,6 +24,7 @@ from ditserve.service.telemetry.tracing import RequestSpan, Tracing
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+_LENGTH = re.compile(r"[0-9]{1,19}")
 _UNMATCHED = "unmatched"
 # Paths that are asked every few seconds: logged at debug level, and not traced.
 _QUIET = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
@@ -166,7 +167,7 @@ class Body:
             MalformedRequest, PayloadTooLarge: the body is not to be read to its end.
         """
         length = headers.get("content-length", "0")
-        if not length.isdecimal():
+        if not _LENGTH.fullmatch(length):
             raise MalformedRequest("Content-Length is not a number.")
         if int(length) > self._max_bytes:
             raise PayloadTooLarge(f"The body may be {self._max_bytes} bytes, not {int(length)}.")

@@ -2,9 +2,13 @@
 
 A machine's step time is close to a line in its rows, t = fixed + per_row · rows. But the batch size from
 which more rows no longer pay, where the machine saturates, is misplaced by the line alone (padding, waves of
-GPU blocks). So each batch size that was run is remembered by itself. All of them share one speed that follows
-the machine (neighbours, clocks, heat), and the line through them (least squares, clamped) serves the sizes
-never run.
+GPU blocks). So each batch size that was run is remembered by itself, and the line through them (least
+squares, clamped) serves the sizes never run.
+
+All sizes share one pace that follows the machine (neighbours, clocks, heat). It is the work done in a second
+of wall time, so a stall counts for as long as it lasts, where a mean over passes would hardly see it. Two
+windows are kept, and the slower one counts: a neighbour that comes is believed within seconds, one that goes
+only when it stays away.
 
 Recursive least squares over single steps, with forgetting, was tried and is not used: on batches that
 alternate between 7 and 8 rows it forgets the slope, and the best batch it derives wanders between 1 and 12.
@@ -15,14 +19,41 @@ Pure: observations come in as arguments.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
+from math import exp
 
 SATURATION = 0.95  # share of the best rows per second at which a batch counts as worthwhile
-FOLLOW = 0.05  # share of a surprise that goes to the machine's speed
-LEARN = 0.05  # share of a surprise that goes to the one batch size
+FOLLOW = 0.05  # share of a surprise that goes to the typical speed of all sizes
+LEARN = 0.01  # share of a surprise that goes to the one batch size
+FIRST_PASSES = 3  # of a batch size: the fastest of them is remembered, because the others may be stalls
 DECODE_SMOOTHING = 0.1
 
-_MAX_SURPRISE = 4.0  # a step slower or faster than predicted by more than this counts as this much
+_MAX_SURPRISE = 4.0  # a step slower or faster than typical by more than this counts as this much
+_LONGEST_STALL_S = (
+    1.0  # a longer pass than this counts as this much, or as `_MAX_SURPRISE` of what it should be
+)
 _LEAST_S = 1e-9  # no step and no row takes less
+
+
+@dataclass(slots=True)
+class PaceWindow:
+    """The work done per second of wall time, averaged over the last `window_s` seconds or `passes` passes.
+
+    Work is counted in the seconds that it takes at speed 1.
+
+    Example: in a window of 2 s at pace 1 a pass of 0.1 s takes 1 s. It weighs 1 - exp(-1 / 2) = 0.39 and its
+    own pace is 0.1, so the pace becomes 0.61 + 0.39 · 0.1 = 0.65: a second of work is predicted to take
+    1.5 s.
+    """
+
+    window_s: float
+    passes: int
+    pace: float = 1.0
+
+    def observe(self, work_s: float, seconds: float) -> None:
+        """Take in a pass of `work_s` seconds at speed 1 that took `seconds`."""
+        window_s = max(self.window_s, self.passes * work_s / self.pace)
+        self.pace += (1.0 - exp(-seconds / window_s)) * (work_s / seconds - self.pace)
 
 
 class CostModel:
@@ -36,19 +67,21 @@ class CostModel:
             raise ValueError("a step cannot take negative time, and a row cannot be free")
         self._guess = fixed_s, per_row_s
         self._line = fixed_s, per_row_s  # at speed 1
-        self._speed = 1.0
+        self._typical = 1.0  # how many times as long as at speed 1 most passes take now
+        self._windows = PaceWindow(2.0, passes=10), PaceWindow(20.0, passes=40)
         self._sizes: list[int] = []  # observed, ascending
         self._seconds: dict[int, float] = {}  # by observed size, at speed 1
+        self._passes: dict[int, int] = {}  # by observed size, up to `FIRST_PASSES`
         self._decode_s = decode_s
         self._decodes = 0
 
     @property
     def fixed_s(self) -> float:
-        return self._line[0] * self._speed
+        return self._line[0] / self._pace
 
     @property
     def per_row_s(self) -> float:
-        return self._line[1] * self._speed
+        return self._line[1] / self._pace
 
     @property
     def decode_s(self) -> float:
@@ -56,7 +89,7 @@ class CostModel:
 
     def predict(self, rows: int) -> float:
         """Return the seconds of a forward pass of `rows` rows."""
-        return self._speed * self._at_speed_one(rows)
+        return self._at_speed_one(rows) / self._pace
 
     def saturation_rows(self, max_rows: int) -> int:
         """Return B*: the smallest batch within 5 % of the best rows per second of any up to `max_rows`.
@@ -79,19 +112,31 @@ class CostModel:
         if rows < 1 or seconds <= 0:
             return
         seconds = max(seconds, _LEAST_S)
-        if rows not in self._seconds:
+        passes = self._passes[rows] = min(FIRST_PASSES, self._passes.get(rows, 0)) + 1
+        if passes == 1:
             insort(self._sizes, rows)
-            self._seconds[rows] = seconds / self._speed
+            self._seconds[rows] = seconds / self._typical
         else:
-            surprise = min(_MAX_SURPRISE, max(1 / _MAX_SURPRISE, seconds / self.predict(rows)))
-            self._speed *= surprise**FOLLOW
-            self._seconds[rows] *= surprise**LEARN
+            surprise = seconds / (self._typical * self._seconds[rows])
+            surprise = min(_MAX_SURPRISE, max(1 / _MAX_SURPRISE, surprise))
+            if passes <= FIRST_PASSES:
+                self._seconds[rows] *= min(1.0, surprise)
+            else:
+                self._seconds[rows] *= surprise**LEARN
+            self._typical *= surprise**FOLLOW
         self._line = self._fit()
+        seconds = min(seconds, max(_LONGEST_STALL_S, _MAX_SURPRISE * self.predict(rows)))
+        for window in self._windows:
+            window.observe(self._seconds[rows], seconds)
 
     def observe_decode(self, seconds: float) -> None:
         """Learn from the decoding and encoding of one image."""
         self._decodes += 1
         self._decode_s += max(DECODE_SMOOTHING, 1.0 / self._decodes) * (seconds - self._decode_s)
+
+    @property
+    def _pace(self) -> float:
+        return min(window.pace for window in self._windows)
 
     def _at_speed_one(self, rows: int) -> float:
         """Return the seconds of a pass at speed 1.

@@ -23,6 +23,7 @@ from ditserve.service.errors import (
     to_wire,
 )
 from ditserve.service.jobs import (
+    WEIGHTS,
     Claim,
     EventKind,
     Job,
@@ -40,8 +41,6 @@ from ditserve.service.queue.keys import Keys
 from ditserve.service.queue.notifications import Subscriber, WorkNotifications
 from ditserve.service.queue.reads import Reads
 from ditserve.service.wire import WireError, pack
-
-WEIGHTS = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
 # The answers of submit.lua, besides 1 (queued) and 0 (known).
 TOO_MANY_JOBS, TOO_MUCH_WORK, TOO_MANY_OF_CALLER = -1, -2, -3
@@ -126,7 +125,7 @@ class Broker(Reads):
             job.id,
             job.to_bytes(),
             uuid.uuid4().hex,
-            f"{job.priority}:{job.caller}",
+            job.flow,
             job.model,
             "" if job.deadline_at is None else round(job.deadline_at * 1000),
             WEIGHTS[job.priority],

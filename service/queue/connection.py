@@ -1,4 +1,4 @@
-"""The Redis connection: how clients are opened, how commands and scripts run, and how a failing server is told.
+"""The Redis connection: how clients are opened, how calls are repeated, and what a failing server is called.
 
 The only place that knows redis-py's defaults, and overrides them. The client does not retry, because a write
 that is retried may have happened already; `ask` repeats what may be repeated. The client has no timeouts

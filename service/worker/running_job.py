@@ -14,7 +14,7 @@ from typing import Any
 from ditserve.model.spec.bundle import Factor
 from ditserve.service.engine.samples import Finished, SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
-from ditserve.service.jobs import Claim, ConditionTerm, Image, Job, JobResult
+from ditserve.service.jobs import WEIGHTS, Claim, ConditionTerm, Image, Job, JobResult
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
 
@@ -237,6 +237,8 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
             reason=job.reason if job.rung is not None else None,
             size=job.size,
             windows=job.windows > 0,
+            caller=job.caller,
+            weight=WEIGHTS.get(job.priority, 1.0),
         )
         for k, seed in enumerate(job.seeds)
     )

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 _PROGRAM = """
 import asyncio, sys
-from service.signals import on_hang_up
+from ditserve.service.signals import on_hang_up
 
 async def main():
     calls = asyncio.Queue()

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from ditserve.model.data.dataset import DataConfig, DataError
 from tests.model.data.data_forms import FORMS, add, encoded, pictures
 
 X = pictures()[:2]
 TWO = np.array(["a", "b"])
+PNG = encoded(X[0])
 
 
 def save(**arrays: np.ndarray) -> Callable[[Path], Path]:
@@ -57,12 +59,6 @@ def no_pictures(root: Path) -> Path:
     return root
 
 
-def one_class(root: Path) -> Path:
-    (root / "set" / "only").mkdir(parents=True)
-    (root / "set" / "only" / "0.png").write_bytes(encoded(X[0]))
-    return root / "set"
-
-
 def two_sizes(root: Path) -> Path:
     for name, size in (("a", 4), ("b", 6)):
         (root / name).mkdir()
@@ -73,6 +69,28 @@ def two_sizes(root: Path) -> Path:
 def unknown(root: Path) -> Path:
     (root / "set.tar.gz").write_bytes(b"")
     return root / "set.tar.gz"
+
+
+def split(*names: str) -> Callable[[Path], Path]:
+    def write(root: Path) -> Path:
+        for name in names:
+            (root / name).mkdir(parents=True)
+            (root / name / "0.png").write_bytes(PNG)
+        return root
+
+    return write
+
+
+def split_shards(root: Path) -> Path:
+    for name in ("train-00", "val-00"):
+        np.savez(root / f"{name}.npz", x=X, y=np.arange(2), names=TWO)
+    return root
+
+
+def looped(root: Path) -> Path:
+    split("a", "b")(root)
+    (root / "a" / "again").symlink_to(root)
+    return root
 
 
 def archive(**members: bytes) -> Callable[[Path], Path]:
@@ -97,9 +115,6 @@ def listed(root: Path) -> Path:
     return archive(a_png=encoded(X[0]), a_cls=b"0", b_png=encoded(X[1]), b_cls=b"2")(root)
 
 
-PNG = encoded(X[0])
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -109,7 +124,6 @@ PNG = encoded(X[0])
         (save(x=X.astype(float), y=np.arange(2), names=TWO), "must be uint8"),
         (save(x=X[:, :, :, :2], y=np.arange(2), names=TWO), "must be uint8"),
         (save(x=X[:0], y=np.arange(0), names=TWO), "holds no pictures"),
-        (save(x=X[:1], y=np.zeros(1, int), names=TWO[:1]), "at least 2"),
         (save(x=X, y=np.arange(3), names=TWO), "y has 3 entries where 2 are needed"),
         (save(x=X, y=np.array([0.0, 1.0]), names=TWO), "y must be integers"),
         (save(x=X, y=np.arange(2), names=TWO, styles=TWO), "s must be integers"),
@@ -122,7 +136,15 @@ PNG = encoded(X[0])
         (shards_that_differ(names=np.array(["a", "c"])), "1.npz has other names than .*0.npz"),
         (empty, "is no data set"),
         (no_pictures, "holds no pictures"),
-        (one_class, "1 class remains"),
+        (save(x=X, y=np.arange(2), s=np.arange(2), names=TWO, styles=TWO), "no class remains"),
+        (
+            split("train", "val"),
+            "holds 'train' and 'val', which are splits rather than classes: set data.path",
+        ),
+        (split("Training", "test2017", "notes"), "holds 'Training' and 'test2017', which are splits"),
+        (split("a/train", "a/valid", "b/train", "b/valid"), "splits rather than styles"),
+        (split_shards, "splits rather than shards of one set"),
+        (looped, "leads back to .*: remove this link"),
         (two_sizes, r"different sizes \(4×4, 4×6\): set"),
         (archive(), "holds no pictures"),
         (archive(a_png=PNG, a_cls=b"0", b_cls=b"1"), "b.cls has no picture"),
@@ -178,6 +200,11 @@ def bomb(file: Path) -> None:
 
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-60])
+
+
+def test_an_empty_path_is_not_the_working_folder() -> None:
+    with pytest.raises(ValidationError, match="it is empty"):
+        DataConfig.model_validate({"path": " "})
 
 
 @pytest.mark.parametrize("form", ["folder", "tar"])

@@ -50,11 +50,18 @@ def test_broken_pictures_and_sizes_are_listed(tmp_path: Path, capsys: pytest.Cap
 def test_data_that_cannot_be_trained_on_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    np.savez(tmp_path / "set.npz", x=pictures(), y=np.zeros(12, int), names=np.array(["only"]))
+    np.savez(
+        tmp_path / "set.npz",
+        x=pictures(),
+        y=np.zeros(12, int),
+        s=np.zeros(12, int),
+        names=np.array(["only"]),
+        styles=np.array(["flat", "shaded"]),
+    )
     assert data.main(["describe", str(tmp_path / "set.npz")]) == 2
     printed = capsys.readouterr()
     assert "names     1: 12 of 'only'" in printed.out
-    assert "training needs at least 2" in printed.err
+    assert "no class remains" in printed.err
 
 
 def test_a_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,20 +132,14 @@ def test_a_mistake_is_one_sentence(
     assert re.search(message, lines[0])
 
 
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({**flat(8), "y": np.array([0, 0, 1, 9])}, "picture 3 has name 9, but there are only 2 names"),
-        ({**flat(8), "y": np.zeros(4, int), "names": np.array(["a"])}, "at least 2"),
-    ],
-)
 def test_bad_labels_are_refused_before_anything_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arrays: dict[str, Any], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = tiny_run(tmp_path)
+    arrays: dict[str, Any] = {**flat(8), "y": np.array([0, 0, 1, 9])}
     np.savez(tmp_path / "set.npz", **arrays)
     assert main(["--config", config_file(raw, tmp_path)]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert "picture 3 has name 9, but there are only 2 names" in capsys.readouterr().err
     assert not Path(raw["output"]).exists()
 
 

@@ -43,5 +43,6 @@ def test_a_model_without_conditions_has_the_embedding_zero(bundle: Bundle, tmp_p
 
 
 def test_the_onnx_backend_leaves_torch_unimported() -> None:
-    code = "import sys, ditserve.service.backends.onnx, ditserve.service.engine.engine; sys.exit('torch' in sys.modules)"
+    modules = "ditserve.service.backends.onnx, ditserve.service.engine.engine"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

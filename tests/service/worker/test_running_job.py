@@ -71,3 +71,10 @@ def test_a_job_of_an_earlier_release_is_looked_up_on_the_ladder(make_job: Callab
     ladder = Ladder((BETTER, WORSE))
     assert rungs(make_job(rung=WORSE.name), ladder) == {(BETTER, WORSE)}
     assert rungs(make_job(rung=None), ladder) == {(BETTER, BETTER)}
+
+
+def test_samples_have_the_weight_of_their_jobs_priority(make_job: Callable[..., Job]) -> None:
+    job = make_job(caller="alice", priority="high")
+    claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
+    running = RunningJob(claim, Ladder(()), claimed_at=0.0, states=[None])
+    assert [(request.caller, request.weight) for request in running.requests] == [("alice", 4.0)]

@@ -1,0 +1,91 @@
+"""The examples and README's programs, run as they stand against a running service."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.test_end_to_end import ROOT, Service
+
+PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    running = Service(tmp_path_factory.mktemp("service") / "log.txt", "--precision=fp32")
+    yield running
+    running.stop()
+
+
+def run(*words: str, folder: Path) -> list[str]:
+    """Run a program with this checkout's packages in `folder`, and return the lines it printed."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def example(name: str, *arguments: str, folder: Path) -> list[str]:
+    return run(str(ROOT / "examples" / name), *arguments, folder=folder)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_every_example_is_run_here() -> None:
+    source = Path(__file__).read_text()
+    assert [path.name for path in (ROOT / "examples").glob("*.py") if f'"{path.name}"' not in source] == []
+
+
+def test_generate(service: Service, tmp_path: Path) -> None:
+    lines = example("generate.py", "--url", service.url, folder=tmp_path)
+    assert lines == ["strawberry-7.png", "strawberry-8.png", "20 of 20 steps"]
+    assert size_of(tmp_path / "strawberry-8.png") == (64, 64)
+
+
+def test_openai_client(service: Service, tmp_path: Path) -> None:
+    assert example("openai_client.py", "--url", service.url, folder=tmp_path) == ["openai.png"]
+    assert size_of(tmp_path / "openai.png") == (64, 64)
+
+
+def test_stream_previews(service: Service, tmp_path: Path) -> None:
+    lines = example("stream_previews.py", "--url", service.url, folder=tmp_path)
+    assert lines[-1].startswith("done ")
+    previews = sorted(path.name for path in tmp_path.glob("strawberry-step-*.png"))
+    assert previews == [f"strawberry-step-{step:02}.png" for step in (5, 10, 15)]
+    assert size_of(tmp_path / "strawberry.png") == (64, 64)
+
+
+def test_async_jobs(service: Service, tmp_path: Path) -> None:
+    lines = example("async_jobs.py", "--url", service.url, folder=tmp_path)
+    assert lines == ["strawberry done", "fox done", "rocket cancelled"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["fox.png", "strawberry.png"]
+
+
+def test_bring_your_own_dit(tmp_path: Path) -> None:
+    lines = example("bring_your_own_dit.py", "--steps", "10", folder=tmp_path)
+    assert lines[-1] == 'wrote shapes: make serve ARGS="--bundle shapes"'
+    assert (tmp_path / "shapes/backbone.onnx").is_file()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_of_the_readme(service: Service, tmp_path: Path, program: str) -> None:
+    run("-c", program.replace("http://127.0.0.1:8000", service.url), folder=tmp_path)
+
+
+def test_the_readme_shows_programs() -> None:
+    assert len(PROGRAMS) == 2
