@@ -65,6 +65,10 @@ class PayloadTooLarge(ServiceError):
     status, code, title = 413, "payload-too-large", "Request body too large"
 
 
+class HeadTooLarge(ServiceError):
+    status, code, title = 431, "head-too-large", "Request head too large"
+
+
 class UnsupportedMediaType(ServiceError):
     status, code, title = 415, "unsupported-media-type", "Unsupported media type"
 

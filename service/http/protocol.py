@@ -1,19 +1,28 @@
 """HTTP/1.1 as uvicorn speaks it, with two limits it lacks: the time and the size of the head of a request.
 
 Without them a client could hold a connection and memory for ever, with a head that it sends byte by byte or
-that never ends.
+that never ends. A request that is refused here, before the application sees it, gets a problem with a request
+id, and is counted and logged like any other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
+from http import HTTPStatus
 from typing import Any, ClassVar
 
+import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ditserve.service.errors import HeadTooLarge, MalformedRequest, RequestTimeout, ServiceError
+from ditserve.service.http.middleware import outcome
+from ditserve.service.http.problems import error_response
+from ditserve.service.http.routing import UNMATCHED
+from ditserve.service.telemetry import metrics
+
 MAX_HEAD_BYTES = 32 * 1024
-_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-_TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_log = structlog.get_logger("service.http")
 
 
 def bounded(head_timeout_s: float) -> type[BoundedProtocol]:
@@ -58,7 +67,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._timer is not None and self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(_TOO_LARGE)
+            self._refuse(HeadTooLarge(f"The head of a request may be {MAX_HEAD_BYTES} bytes."))
 
     def _expect_head(self) -> None:
         self._head_bytes = 0
@@ -66,7 +75,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _timed_out(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
-            self._refuse(_TOO_SLOW)
+            self._refuse(RequestTimeout(f"Send the head of a request within {self.timeout_s:g} s."))
         else:
             # The client would take an error sent now for the response to its previous request.
             self._timer = self.loop.call_later(self.timeout_s, self._timed_out)
@@ -76,9 +85,29 @@ class BoundedProtocol(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
-    def _refuse(self, response: bytes) -> None:
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(MalformedRequest("This is not a request of HTTP/1.1."))
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer with `error` and close the connection."""
         self._stop_timer()
         transport: Any = self.transport
-        if not transport.is_closing():
-            transport.write(response)
-            transport.close()
+        if transport.is_closing():
+            return
+        # A client would take an error sent now for the rest of the response to its previous request.
+        if self.cycle is None or self.cycle.response_complete:
+            transport.write(_written(error))
+        transport.close()
+
+
+def _written(error: ServiceError) -> bytes:
+    """Return the whole response to a request that could not be read; count and log it."""
+    request_id = secrets.token_hex(16)
+    response = error_response(error, {"path": "/", "state": {"request_id": request_id}})
+    response.headers.update({"x-request-id": request_id, "connection": "close"})
+    status = HTTPStatus(response.status_code)
+    metrics.REQUESTS.labels(UNMATCHED, outcome(status)).inc()
+    _log.info("request", route=UNMATCHED, status=int(status), request_id=request_id, detail=error.detail)
+    head = [f"HTTP/1.1 {status} {status.phrase}".encode()]
+    head += [name + b": " + value for name, value in response.raw_headers]
+    return b"\r\n".join([*head, b"", bytes(response.body)])

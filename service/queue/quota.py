@@ -62,5 +62,18 @@ class Quota:
             # Nothing can be counted, and nothing new can be queued either; replays still work.
             return True
 
+    async def give_back(self, name: str, per_minute: int) -> None:
+        """Uncount one request that `take` counted. Raise `QueueUnavailable`.
+
+        It is not repeated after a lost answer, because the request would be uncounted twice.
+        """
+        item = RateLimitItemPerMinute(per_minute)
+        await ask(
+            self._client,
+            lambda: self._limiter.hit(item, name, cost=-1),
+            timeout_s=self._timeout_s,
+            repeatable=False,
+        )
+
     async def aclose(self) -> None:
         await self._client.aclose()

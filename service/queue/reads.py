@@ -138,6 +138,12 @@ class Reads:
             # Once the job has ended, one read without waiting gets what was written in between.
             block = None if events or ended else BLOCK_MS
 
+    async def last_event_id(self, job_id: str) -> str | None:
+        """Return the id of the job's last event; None if there is no stream, or no longer."""
+        stream = self.keys.events(job_id)
+        entries: Any = await self._ask(lambda: self._client.xrevrange(stream, count=1))
+        return entries[0][0].decode() if entries else None
+
     async def _read_events(self, job_id: str, after: str, block: int | None) -> list[JobEvent]:
         stream = self.keys.events(job_id)
         client = self._waiting_client
