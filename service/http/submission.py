@@ -13,7 +13,7 @@ from math import ceil
 from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.diffusion import GRIDS
 from ditserve.model.spec.solvers import SOLVERS
-from ditserve.service.errors import IdempotencyMismatch, InternalError, InvalidRequest, Overloaded, QueueFull
+from ditserve.service.errors import IdempotencyMismatch, InvalidRequest, JobLost, Overloaded, QueueFull
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.promises import Promises
 from ditserve.service.http.schemas import MAX_SEED, TEXT, GenerateRequest
@@ -290,7 +290,7 @@ class Submissions:
     async def _existing(self, job: Job) -> JobStatus:
         status = await self._queue.status(job.id)
         if status is None:
-            raise InternalError()
+            raise JobLost()
         return status
 
 
