@@ -65,16 +65,16 @@ def test_an_answer_after_the_deadline_is_a_broken_promise(make_job: Make) -> Non
 
 def test_the_refused_are_told_when_there_is_room_and_not_all_the_same() -> None:
     promises = Promises("m", LADDER)
-    told = []
+    told: list[float] = []
     for k in range(30):
         with pytest.raises(Overloaded) as refused:
             ask(promises, 600, sender=str(k))  # 6 s of work are before it
-        told.append(refused.value.retry_after)
+        told.append(refused.value.retry_after or 0.0)
     assert min(told) >= 5
     promises._returns.share = 1.0
     for k in range(30, 90):
         with pytest.raises(Overloaded) as refused:
             ask(promises, 600, sender=str(k))
-        told.append(refused.value.retry_after)
+        told.append(refused.value.retry_after or 0.0)
     assert len(set(told)) > 10
     assert max(told) > 25
