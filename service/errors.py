@@ -65,6 +65,10 @@ class PayloadTooLarge(ServiceError):
     status, code, title = 413, "payload-too-large", "Request body too large"
 
 
+class HeadTooLarge(ServiceError):
+    status, code, title = 431, "head-too-large", "Request head too large"
+
+
 class UnsupportedMediaType(ServiceError):
     status, code, title = 415, "unsupported-media-type", "Unsupported media type"
 
@@ -141,6 +145,10 @@ class QuotaExceeded(ServiceError):
 
 
 # The service cannot take the request now.
+
+
+class TooManyConnections(ServiceError):
+    status, code, title = 503, "too-many-connections", "Too many connections"
 
 
 class QueueFull(ServiceError):

@@ -16,7 +16,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ditserve.service.errors import Draining, MalformedRequest, PayloadTooLarge, RequestTimeout, ServiceError
+from ditserve.service.errors import (
+    Draining,
+    MalformedRequest,
+    PayloadTooLarge,
+    RequestTimeout,
+    ServiceError,
+    TooManyConnections,
+)
 from ditserve.service.http.problems import error_response, require_json
 from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.tracing import RequestSpan, Tracing
@@ -25,7 +32,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 _LENGTH = re.compile(r"[0-9]{1,19}")
-_UNMATCHED = "unmatched"
+UNMATCHED = "unmatched"
 # Paths that are asked every few seconds: logged at debug level, and not traced.
 _QUIET = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
 _NO_TRACING = Tracing()
@@ -71,7 +78,10 @@ class RequestContext:
         started = time.perf_counter()
         metrics.REQUESTS_IN_PROGRESS.inc()
         try:
-            await self._app(scope, receive, send_with_headers)
+            if scope["state"].get("crowded") and scope["path"] not in _QUIET:
+                await _refuse_crowded(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
         except Exception as error:
             _log.exception("request crashed", request_id=request_id, path=scope["path"])
             # Once a response has begun, only a cut connection can tell the client that it is incomplete.
@@ -119,7 +129,15 @@ class RequestContext:
         if "route" in scope:
             return str(scope["route"].path)
         matching = (route for route in self._routes if route.matches(scope)[0] != Match.NONE)
-        return getattr(next(matching, None), "path", _UNMATCHED)
+        return getattr(next(matching, None), "path", UNMATCHED)
+
+
+async def _refuse_crowded(scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuse a request of a connection beyond the limit, which `protocol` marks; probes are answered."""
+    error = TooManyConnections("This process serves as many connections as it may.", retry_after=1)
+    response = error_response(error, scope)
+    response.headers["connection"] = "close"
+    await response(scope, receive, send)
 
 
 def outcome(status: int) -> str:
