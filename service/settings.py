@@ -165,6 +165,12 @@ class Settings(BaseSettings):
         None, description="file of API keys (python -m service keys); unset lets everybody in"
     )
     open: bool = Field(False, description="let everybody in although --host is reachable from other machines")
+    cors_origins: str = Field(
+        "",
+        pattern=r"^$|^\*$|^https?://[a-z0-9.:\[\]-]+(,https?://[a-z0-9.:\[\]-]+)*$",
+        description="web origins whose pages may use the API (CORS), such as https://shop.example,…; "
+        "* is every one, empty is none",
+    )
     root_path: str = Field(
         "",
         pattern=r"^(/[A-Za-z0-9._~-]+)*$",

@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from ditserve.service.addresses import is_loopback
@@ -17,12 +18,13 @@ from ditserve.service.api_keys import open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.access import Access
 from ditserve.service.http.context import Context
-from ditserve.service.http.middleware import Body, RequestContext
+from ditserve.service.http.middleware import Body, Crashes, Head, RequestContext
 from ditserve.service.http.models import VERSION, Model, reloaded
 from ditserve.service.http.openapi import openapi_document
 from ditserve.service.http.origin import ANY_HOST, Hosts, Origin
 from ditserve.service.http.problems import error_response
 from ditserve.service.http.routes import generate, jobs, models, openai, pages, probes
+from ditserve.service.http.routing import methods
 from ditserve.service.queue.queue_client import QueueClient, open_queue_client
 from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
@@ -71,14 +73,28 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
         app, keyed=keyring is not None, root_path=settings.root_path
     )
     routers = _routers(settings)
+    # FastAPI's own routes (the document), and ours as they are before it wraps them.
+    routes = [*app.routes, *(route for router in routers for route in router.routes)]
+    app.state.routes = routes
     for router in routers:
         app.include_router(router)
     for kind in (ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _error_response)
-    app.add_middleware(Body, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(Head)
+    app.add_middleware(
+        Body, routes=routes, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+    )
     app.add_middleware(Access, keyring=keyring, quota=lambda: app.state.context.default.queue_client.quota)
     app.add_middleware(Hosts, allowed=_allowed_hosts(settings))
-    routes = [route for router in routers for route in router.routes]
+    app.add_middleware(Crashes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     _check_root_path(settings.root_path, [getattr(route, "path", "") for route in routes])
     app.add_middleware(RequestContext, tracing=tracing, routes=routes)
     app.add_middleware(Origin, trusted_proxies=settings.trusted_proxies, root_path=settings.root_path)
@@ -147,4 +163,7 @@ async def _watch(context: Context, name: str) -> None:
 
 
 async def _error_response(request: Request, error: Exception) -> Response:
-    return error_response(error, request.scope)
+    response = error_response(error, request.scope)
+    if response.status_code == 405:
+        response.headers["allow"] = methods(request.app.state.routes, request.scope)
+    return response

@@ -34,8 +34,9 @@ from ditserve.service.errors import (
     ServiceError,
     TooManyConnections,
 )
-from ditserve.service.http.middleware import UNMATCHED, outcome
+from ditserve.service.http.middleware import outcome
 from ditserve.service.http.problems import error_response
+from ditserve.service.http.routing import UNMATCHED
 from ditserve.service.telemetry import metrics
 
 MAX_HEAD_BYTES = 32 * 1024
@@ -67,7 +68,7 @@ def bounded(connection_limits: ConnectionLimits) -> type[BoundedProtocol]:
 
 
 class _Reading(Enum):
-    """What the parser is in the middle of."""
+    """The part of a message that the parser is in the middle of."""
 
     NOTHING = "nothing"
     HEAD = "head"

@@ -100,6 +100,7 @@ async def get_image(lookup: PathJob, k: str) -> Response:
             "content": {"text/event-stream": {}},
             "description": "Server-sent events until the job has ended.",
         },
+        204: {"description": "The job has ended, and `Last-Event-ID` is its last event: come no more."},
         **problem_responses(MalformedRequest, InvalidRequest, JobNotFound, QueueUnavailable),
     },
 )
@@ -115,8 +116,22 @@ async def get_events(
     after = last_event_id or "0-0"
     if not _EVENT_ID.fullmatch(after):
         raise MalformedRequest("Last-Event-ID is not an id of this stream.")
+    if await _is_past_end(lookup, after):
+        return Response(status_code=204)
     events = _events(lookup, after, api, request.state.request_id)
     return EventStream(events, keepalive_s=api.settings.keepalive_s, stop=api.draining)
+
+
+async def _is_past_end(lookup: JobLookup, after: str) -> bool:
+    """Return True if the job has ended and no event comes after this one."""
+    if lookup.status.state not in TERMINAL_STATES:
+        return False
+    last = await lookup.model.queue_client.queue.last_event_id(lookup.status.id)
+    return last is not None and _order(after) >= _order(last)
+
+
+def _order(event_id: str) -> tuple[int, ...]:
+    return tuple(map(int, event_id.split("-")))
 
 
 async def _events(lookup: JobLookup, after: str, api: Context, request_id: str) -> AsyncGenerator[bytes]:
