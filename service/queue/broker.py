@@ -234,9 +234,9 @@ class Broker(Reads):
     async def progress(self, lease: Lease, kind: EventKind, data: dict[str, Any]) -> bool:
         """Append an event. Return False if the lease is lost.
 
-        `step` and `steps` in the data also go to the job's status.
+        `step` and `steps` of a step event also go to the job's status; those of a preview are its sample's.
         """
-        step, steps = data.get("step", ""), data.get("steps", "")
+        step, steps = (data.get("step", ""), data.get("steps", "")) if kind == "step" else ("", "")
         args = (*_token(lease), kind, pack(data), step, steps)
         return bool(await self._run("progress", *args, repeatable=False))
 
