@@ -168,6 +168,21 @@ class Draining(ServiceError):
 # The job was accepted and did not end with images.
 
 
+class JobLost(ServiceError):
+    """The queue has no record of a job that it had accepted: Redis lost or evicted its data."""
+
+    status, code, title = 503, "job-lost", "The job was lost"
+
+    def __init__(
+        self,
+        detail: str = "The queue has lost this job; send the request again.",
+        *,
+        retry_after: float | None = 1.0,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(detail, retry_after=retry_after, extra=extra)
+
+
 class ModelReplaced(ServiceError):
     """The job was made for another version of the model, which numbers its classes differently."""
 

@@ -35,6 +35,7 @@ SUBMIT: tuple[ErrorType, ...] = (
 ENDED: tuple[ErrorType, ...] = (
     errors.JobExpired,
     errors.Cancelled,
+    errors.JobLost,
     errors.ModelReplaced,
     errors.NumericalError,
     errors.WorkerLost,
@@ -80,6 +81,7 @@ _EXAMPLES: dict[ErrorType, dict[str, Any]] = {
     errors.QueueFull: {"detail": "The queue holds its limit of 1000 jobs.", "retry_after": 5.0},
     errors.QueueUnavailable: {"detail": "Redis cannot be reached.", "retry_after": 2.0},
     errors.Draining: {"detail": "This process is shutting down; try again.", "retry_after": 1.0},
+    errors.JobLost: {"detail": errors.JobLost().detail, "retry_after": 1.0},
     errors.ModelReplaced: {
         "detail": "The model was replaced by a version with other classes; send the request again.",
         "retry_after": 1.0,

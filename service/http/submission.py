@@ -13,7 +13,7 @@ from math import ceil
 from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.diffusion import GRIDS
 from ditserve.model.spec.solvers import SOLVERS
-from ditserve.service.errors import IdempotencyMismatch, InternalError, InvalidRequest, Overloaded, QueueFull
+from ditserve.service.errors import IdempotencyMismatch, InvalidRequest, JobLost, Overloaded, QueueFull
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.schemas import MAX_SEED, TEXT, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
@@ -306,7 +306,7 @@ class Submissions:
     async def _existing(self, job: Job) -> JobStatus:
         status = await self._queue.status(job.id)
         if status is None:
-            raise InternalError()
+            raise JobLost()
         return status
 
 
