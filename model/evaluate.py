@@ -62,6 +62,7 @@ from ditserve.model.sampling.sheet import picture_grid, to_pixels
 from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.output_folder import BUNDLE, EVALUATION, RUN, claim
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -181,15 +182,19 @@ def evaluate_all(options: argparse.Namespace) -> str:
             "several models are compared in --out FOLDER, each in a folder of its own name: "
             "give it, and models of different names"
         )
-    text = comparison_table(
-        [evaluate(model, options.out / model.resolve().name, options) for model in models]
-    )
-    write_atomic(options.out / "comparison.md", f"{text}\n".encode())
+    with claim(options.out, EVALUATION, apart=(*models, options.data)) as out:
+        text = comparison_table([evaluate(model, out / model.resolve().name, options) for model in models])
+        write_atomic(out / "comparison.md", f"{text}\n".encode())
     return text
 
 
 def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> EvaluatedModel:
     """Evaluate one model, and write the report and the pictures into `folder`."""
+    with claim(folder, EVALUATION, BUNDLE, RUN, apart=(options.data,)):
+        return _evaluate(model, folder, options)
+
+
+def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> EvaluatedModel:
     began = time.monotonic()
     loaded = load_model(model, data=options.data)
     manifest = loaded.manifest
@@ -210,7 +215,6 @@ def evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluate
         print(f"model.evaluate: {sentence}", file=sys.stderr)
     sets = collect_sets(loaded, decoder, dataset, network, plan, rows)
     measured = measure(sets, classifier, manifest.factors, plan.seed)
-    folder.mkdir(parents=True, exist_ok=True)
     write_pictures(sets, measured.nearest, folder)
     record = {
         "model": f"{manifest.name} {manifest.version}",

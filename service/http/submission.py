@@ -92,7 +92,7 @@ class Submissions:
         self.manifest = manifest
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
-        self.load = LoadCache(queue)
+        self.load = LoadCache(queue, manifest.name)
         self._digest = vocabulary_digest(manifest)
         self._settings = settings
         self._queue = queue
