@@ -93,7 +93,7 @@ class Submissions:
         self.manifest = manifest
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
-        self.load = LoadCache(queue)
+        self.load = LoadCache(queue, manifest.name)
         self.promises = Promises(manifest.name, self.ladder)
         self._digest = vocabulary_digest(manifest)
         self._settings = settings

@@ -31,7 +31,8 @@ def ask(promises: Promises, rows: int = 0, *, within_s: float = 1.0, sender: str
 
 
 def counted(outcome: str) -> float:
-    return metrics.PROMISES.labels(outcome)._value.get()
+    value: float = metrics.PROMISES.labels(outcome)._value.get()
+    return value
 
 
 def test_a_broken_promise_makes_the_next_admission_more_careful(make_job: Make) -> None:
