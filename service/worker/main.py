@@ -42,7 +42,7 @@ from ditserve.service.worker.heartbeat import refuse_other_models, starting
 from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
 
 CONFIG_ERROR, BROKEN = 2, 1
-WARM_UP_S = 0.5
+WARM_UP_S = 0.8
 
 # Backend → the settings it takes, besides threads.
 OPTIONS: Final = {
