@@ -90,13 +90,13 @@ class Groups:
         batch = self._scheduler.next_batch([self._candidates(group) for group in waiting], now=now)
         return self._groups[batch.samples[0].geometry.row_size], batch
 
-    def observe(self, group: Group, rows: int, seconds: float) -> None:
-        """Teach the cost model of a group the seconds of a pass of `rows` rows.
+    def observe(self, group: Group, rows: int, seconds: float, host_s: float = 0.0) -> None:
+        """Teach the cost model of a group the seconds of a step of `rows` rows, `host_s` beside its pass.
 
         The first pass of a size is left out, because it also allocates memory or compiles.
         """
         if (group.size, rows) in self._run_before:
-            group.costs.observe(rows, seconds)
+            group.costs.observe(rows, seconds, host_s)
         self._run_before.add((group.size, rows))
 
     def _group_for(self, sample: Sample) -> Group:

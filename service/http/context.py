@@ -4,13 +4,14 @@ import asyncio
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 from starlette.types import Receive
 
+from ditserve.service.addresses import share
 from ditserve.service.api_keys import ApiKey
 from ditserve.service.errors import (
     Cancelled,
@@ -64,6 +65,10 @@ class Context:
             raise ModelNotFound(f"There is no model {name!r}; this service runs {', '.join(self.models)}.")
         return model
 
+    def address(self, path: str) -> str:
+        """Return the address of a path as clients reach it, through a proxy or not."""
+        return self.settings.root_path + path
+
     async def job(self, job_id: str, key: ApiKey | None = None) -> JobLookup:
         """Look a job up among all models. With `key`, only jobs that its holder may see are found.
 
@@ -91,15 +96,18 @@ class Context:
         drained = asyncio.create_task(self._drained())
         timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
         try:
-            await asyncio.wait((result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if result.done():
-                return result.result()
-            if gone.done():
-                raise Cancelled("The client went away.")
-            if drained.done():
-                raise Draining("The images were not ready when this process had to stop.", retry_after=1)
-            keep = False
-            raise DeadlineExceeded("The images were not ready by the deadline.")
+            with model.submissions.promises.observed(job) if submission.new else nullcontext():
+                await asyncio.wait(
+                    (result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                )
+                if result.done():
+                    return result.result()
+                if gone.done():
+                    raise Cancelled("The client went away.")
+                if drained.done():
+                    raise Draining("The images were not ready when this process had to stop.", retry_after=1)
+                keep = False
+                raise DeadlineExceeded("The images were not ready by the deadline.")
         finally:
             ended = result.done()
             result.cancel()
@@ -150,8 +158,8 @@ def caller(request: Request, *, idempotency: Idempotency | None = None) -> Calle
     key: ApiKey | None = getattr(request.state, "key", None)
     if key is not None:
         return Caller(key.caller, idempotency, key.concurrency, trace)
-    address = request.client.host if request.client else "unknown"
-    return Caller(address, idempotency, None, trace)
+    name = share(request.client.host) if request.client else "unknown"
+    return Caller(name, idempotency, None, trace)
 
 
 def note(request: Request, **fields: str) -> None:

@@ -69,12 +69,12 @@ def _responds_async(prefer: str | None) -> bool:
 
 async def _accepted(submission: Submission, api: Context) -> Response:
     job_id = submission.job.id
-    job = _queued(submission) if submission.new else await describe(await api.job(job_id))
+    job = _queued(submission, api) if submission.new else await describe(await api.job(job_id), api)
     headers = {"location": job.links.self, "preference-applied": "respond-async", "x-job-id": job_id}
     return JSONResponse(job.model_dump(mode="json"), 202, headers | replay_headers(submission))
 
 
-def _queued(submission: Submission) -> JobOut:
+def _queued(submission: Submission, api: Context) -> JobOut:
     """Return the state of a job that was queued this moment."""
     job = submission.job
     return JobOut(
@@ -88,5 +88,5 @@ def _queued(submission: Submission) -> JobOut:
         eta_s=submission.predicted_s,
         created_at=job.created_at,
         deadline_at=job.deadline_at,
-        links=links(job),
+        links=links(job, api),
     )

@@ -123,6 +123,36 @@ def test_a_neighbour_is_believed_at_once_and_forgotten_late() -> None:
     assert costs.predict(8) == pytest.approx(0.02, rel=0.05)
 
 
+def test_a_stalled_warm_up_does_not_spoil_the_shape() -> None:
+    costs = taught({1: 0.01, 2: 0.5, 4: 0.016, 8: 0.02})
+    for _ in range(2):
+        for rows, seconds in {1: 0.01, 2: 0.012, 4: 0.016, 8: 0.02}.items():
+            costs.observe(rows, seconds)
+    assert costs.saturation_rows(8) == 8
+    assert costs.predict(2) == pytest.approx(0.012, rel=0.3)
+
+
+def test_the_time_of_the_host_does_not_grow_with_the_rows() -> None:
+    costs = taught({1: 0.001, 64: 0.02})
+    for _ in range(500):
+        costs.observe(1, 0.011, 0.01)
+    assert costs.predict(1) == pytest.approx(0.011, rel=0.05)
+    assert costs.predict(64) == pytest.approx(0.03, rel=0.05)
+    assert costs.saturation_rows(64) > 32
+
+
+def test_an_idle_machine_is_found_fast_again() -> None:
+    costs = taught({1: 0.01})
+    for _ in range(1000):
+        costs.observe(1, 0.08)
+    assert costs.slowed
+    assert costs.predict(1) > 0.07
+    for _ in range(60):
+        costs.observe_idle(1, 0.01, 1.0)
+    assert not costs.slowed
+    assert costs.predict(1) == pytest.approx(0.01, rel=0.1)
+
+
 def test_the_pace_is_as_in_the_worked_example() -> None:
     window = PaceWindow(2.0, passes=10)
     window.observe(0.1, 1.0)
