@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from ditserve.model.distributed.processes import World, join_processes
 from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.output_folder import RUN, check_folder
 from ditserve.model.train.config import first_mistake, load_config
 from ditserve.model.train.dry_run import estimate_stages, format_estimate
 from ditserve.model.train.trainer import Trainer
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
             elif world.size > 1:
                 raise ValueError("--dry-run is of one process: leave torchrun out")
             else:
+                check_folder(config.output, RUN, apart=(config.data.path,))
                 with closing(Trainer(config)) as trainer:
                     for line in format_estimate(trainer, estimate_stages(trainer)):
                         print(line)

@@ -107,7 +107,12 @@ class TrainingState:
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, newest last; other files that a user keeps there are ignored."""
     paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(paths, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, which its name tells."""
+    return int(path.name.removeprefix("step-"))
 
 
 def save(folder: Path, state: TrainingState, identity: Mapping[str, Any], *, keep: int = 2) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.latents import Latents
 from ditserve.model.nets.autoencoder import Autoencoder, AutoencoderError, fingerprint, open_autoencoder
-from ditserve.model.spec.bundle import MANIFEST, Bundle, Defaults, LatentSpec, Manifest, Name, StateTensor
+from ditserve.model.spec.bundle import (
+    MANIFEST,
+    Bundle,
+    Defaults,
+    LatentSpec,
+    Manifest,
+    Name,
+    StateTensor,
+)
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig
-from ditserve.model.train.checkpoint import checkpoints
+from ditserve.model.train.checkpoint import checkpoints, step_of
 from ditserve.model.train.config import TrainConfig, first_mistake, load_config
 from ditserve.model.train.dropout import condition_dropout
 from ditserve.model.train.loaded_model import LoadedModel, LoadError, build, load_bundle
@@ -35,19 +44,33 @@ DEFAULTS = Defaults(
 def load_model(path: Path, *, data: Path | None = None) -> LoadedModel:
     """Load a bundle, or a training run: its averaged weights, with the class names of its pictures.
 
-    `data` is the path of the run's pictures if they have moved.
+    Of a folder that holds both, the newer state is loaded: the run, if it was trained on after the bundle was
+    made. A line on stderr tells which of the two was opened. `data` is the path of the run's pictures if they
+    have moved.
 
     Raises:
         LoadError: `path` is neither of the two, has no readable checkpoint, or has weights that do not fit.
         BundleError: a bundle that is damaged.
     """
-    if (path / MANIFEST).is_file():
+    has_run = (path / "config.json").is_file()
+    if not (path / MANIFEST).is_file():
+        if has_run:
+            return _load_run(path, data)
+        raise LoadError(
+            f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
+        )
+    trained = _newest_step(path) if has_run else -1
+    if trained < 0:
         return load_bundle(Bundle.open(path))
-    if (path / "config.json").is_file():
-        return _load_run(path, data)
-    raise LoadError(
-        f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
-    )
+    made = Bundle.open(path, verify=False).manifest.provenance.get("step", -1)
+    opened = f"the training run, at step {trained}" if trained > made else f"the bundle, of step {made}"
+    print(f"{path} holds a bundle and a training run; opened {opened}", file=sys.stderr)
+    return _load_run(path, data) if trained > made else load_bundle(Bundle.open(path))
+
+
+def _newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint of a run; −1 if it has none."""
+    return max((step_of(path) for path in checkpoints(run / "checkpoints")), default=-1)
 
 
 def run_config(source: Path) -> NetworkConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import closing
+from contextlib import closing, nullcontext
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from ditserve.model.distributed.processes import World
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.sampling.sheet import sample_sheet
 from ditserve.model.spec.bundle import write_atomic
+from ditserve.model.spec.output_folder import RUN, claim
 from ditserve.model.train.checkpoint import check_room
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.curve import draw_curve
@@ -34,9 +35,15 @@ def train(config: TrainConfig, world: World | None = None) -> None:
 
     Raises:
         ValueError, DataError, LoadError, BundleError, AutoencoderError: a run that cannot work.
-        CheckpointError, OSError: a folder that cannot be written, or holds another run.
+        OutputError, CheckpointError, OSError: a folder that must not or cannot be written.
         Diverged: the loss is not finite again and again.
     """
+    first = world is None or world.is_first
+    with claim(config.output, RUN, apart=(config.data.path,)) if first else nullcontext():
+        _train(config, world)
+
+
+def _train(config: TrainConfig, world: World | None) -> None:
     with closing(Trainer(config, world)) as trainer:
         start(trainer)
         if trainer.state.step < config.steps:
@@ -48,7 +55,6 @@ def train(config: TrainConfig, world: World | None = None) -> None:
 def start(trainer: Trainer) -> None:
     """Resume, or start from `init` or from scratch. Print the run, and check that it can be written."""
     config, state = trainer.config, trainer.state
-    config.output.mkdir(parents=True, exist_ok=True)
     resumed = trainer.resume()
     if resumed is not None:
         print(f"resumed from {resumed}")

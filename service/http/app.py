@@ -28,7 +28,7 @@ from ditserve.service.http.routing import methods
 from ditserve.service.queue.queue_client import QueueClient, open_queue_client
 from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
-from ditserve.service.telemetry.tracing import open_tracing
+from ditserve.service.telemetry.tracing import Tracing, open_tracing
 
 Opener = Callable[[Settings], AbstractAsyncContextManager[QueueClient]]
 
@@ -81,24 +81,8 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
         app.include_router(router)
     for kind in (ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _error_response)
-    app.add_middleware(Head)
-    app.add_middleware(
-        Body, routes=routes, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
-    )
-    app.add_middleware(Access, keyring=keyring, quota=lambda: app.state.context.default.queue_client.quota)
-    app.add_middleware(Hosts, allowed=_allowed_hosts(settings))
-    app.add_middleware(Crashes)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins.split(","),
-            allow_methods=["GET", "HEAD", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
     _check_root_path(settings.root_path, [getattr(route, "path", "") for route in routes])
-    app.add_middleware(RequestContext, tracing=tracing, routes=routes)
-    app.add_middleware(Origin, trusted_proxies=settings.trusted_proxies, root_path=settings.root_path)
+    _add_layers(app, settings, tracing)
     return app
 
 
@@ -114,6 +98,29 @@ def _fastapi(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
         redirect_slashes=False,
         generate_unique_id_function=lambda route: "-".join([*map(str, route.tags[:1]), route.name]),
     )
+
+
+def _add_layers(app: FastAPI, settings: Settings, tracing: Tracing) -> None:
+    """Add the middleware, innermost first."""
+    app.add_middleware(Head)
+    app.add_middleware(
+        Body, routes=app.state.routes, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+    )
+    app.add_middleware(
+        Access, keyring=app.state.keyring, quota=lambda: app.state.context.default.queue_client.quota
+    )
+    app.add_middleware(Hosts, allowed=_allowed_hosts(settings))
+    app.add_middleware(Crashes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(RequestContext, tracing=tracing, routes=app.state.routes)
+    app.add_middleware(Origin, trusted_proxies=settings.trusted_proxies, root_path=settings.root_path)
 
 
 def _routers(settings: Settings) -> list[APIRouter]:

@@ -233,10 +233,11 @@ class Broker(Reads):
     async def progress(self, lease: Lease, kind: EventKind, data: dict[str, Any]) -> bool:
         """Append an event. Return False if the lease is lost.
 
-        `step` and `steps` in the data also go to the job's status. It is not repeated after a lost answer: an
-        event would come twice, and the next one makes up for one that is lost.
+        `step` and `steps` of a step event also go to the job's status; those of a preview are its sample's.
+        It is not repeated after a lost answer: an event would come twice, and the next one makes up for one
+        that is lost.
         """
-        step, steps = data.get("step", ""), data.get("steps", "")
+        step, steps = (data.get("step", ""), data.get("steps", "")) if kind == "step" else ("", "")
         args = (*_token(lease), kind, pack(data), step, steps)
         return bool(await self._run("progress", *args, repeatable=False))
 

@@ -87,9 +87,8 @@ def _last_loads(api: Context) -> dict[str, LoadSnapshot]:
 
 def _staffed(api: Context) -> bool:
     """Return True if every model has at least `ready_workers` workers."""
-    loads = _last_loads(api)
-    serving = (sum(model in worker.models for worker in load.workers) for model, load in loads.items())
-    return len(loads) == len(api.models) and min(serving) >= api.settings.ready_workers
+    loads, needed = _last_loads(api), api.settings.ready_workers
+    return len(loads) == len(api.models) and all(len(load.workers) >= needed for load in loads.values())
 
 
 def _health(checks: dict[str, bool], **more: list[str]) -> Response:
