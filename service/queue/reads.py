@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
-from ditserve.service.errors import InternalError, JobExpired, JobNotFound, ServiceError, from_wire
+import structlog
+
+from ditserve.service.errors import (
+    InternalError,
+    JobExpired,
+    JobNotFound,
+    QueueUnavailable,
+    ServiceError,
+    from_wire,
+    to_wire,
+)
 from ditserve.service.jobs import (
     TERMINAL_STATES,
     EventKind,
@@ -21,11 +31,16 @@ from ditserve.service.jobs import (
 )
 from ditserve.service.queue.connection import open_client, reaching
 from ditserve.service.queue.keys import Keys
-from ditserve.service.wire import WireError, unpack
+from ditserve.service.wire import OtherVersion, WireError, unpack
 
 BLOCK_MS = 5000  # a read of events waits so long for the next one
 GRACE_S = 5.0  # for the answer of a read of events, beyond the time it may wait
 EVENTS_AT_ONCE = 64
+OTHER_RELEASE_S = 5.0  # after which an upgrade may have gone on
+EVENT_KINDS: frozenset[str] = frozenset(get_args(EventKind))
+STATES: frozenset[str] = frozenset(get_args(State))
+
+log = structlog.get_logger()
 
 _FIELDS = ("wire", "state", "attempt", "step", "steps", "error", "owner")
 
@@ -48,16 +63,26 @@ class Reads:
         await self._waiting_client.aclose()
 
     async def status(self, job_id: str) -> JobStatus | None:
-        """Return the job's status; None if the job is unknown or its record has expired."""
+        """Return the job's status; None if the job is unknown or its record has expired.
+
+        Raises:
+            QueueUnavailable: the job is of a release that writes another schema version.
+            InternalError: the job cannot be read at all.
+        """
         async with reaching(self._timeout_s):
             pipeline = self._client.pipeline(transaction=True)
             pipeline.hmget(self.keys.job(job_id), _FIELDS)
             pipeline.zrank(self.keys.queue, job_id)
             fields, position = await pipeline.execute()
         wire, state, attempt, step, steps, error, owner = fields
-        if wire is None:
+        if None in (wire, state, attempt, step):
             return None
-        job = Job.from_bytes(wire)
+        try:
+            job = Job.from_bytes(wire)
+            if state.decode() not in STATES:
+                raise OtherVersion(f"no state of a job is {state!r:.60}")
+        except WireError as fault:
+            raise _unreadable(fault) from fault
         return JobStatus(
             id=job_id,
             state=cast(State, state.decode()),
@@ -71,10 +96,13 @@ class Reads:
         )
 
     async def result(self, job_id: str) -> JobResult | None:
-        """Return the job's result; None if there is none, or no longer."""
+        """Return the job's result; None if there is none, or no longer. Raise what `status` raises."""
         async with reaching(self._timeout_s):
             data: Any = await self._client.get(self.keys.result(job_id))
-        return None if data is None else JobResult.from_bytes(data)
+        try:
+            return None if data is None else JobResult.from_bytes(data)
+        except WireError as fault:
+            raise _unreadable(fault) from fault
 
     async def outcome(self, job_id: str) -> JobResult | None:
         """Return the job's result, or None while it has not ended.
@@ -103,26 +131,40 @@ class Reads:
         ]
 
     async def dead(self) -> list[JobStatus]:
-        """Return the dead-lettered jobs, oldest first."""
+        """Return the dead-lettered jobs, oldest first; those that cannot be read are logged and left out."""
         async with reaching(self._timeout_s):
             ids: Any = await self._client.zrange(self.keys.dead, 0, -1)
-        statuses = await asyncio.gather(*(self.status(job_id.decode()) for job_id in ids))
+        statuses = await asyncio.gather(*(self._readable_status(job_id.decode()) for job_id in ids))
         return [status for status in statuses if status is not None and status.state == "dead"]
+
+    async def _readable_status(self, job_id: str) -> JobStatus | None:
+        try:
+            return await self.status(job_id)
+        except ServiceError as error:
+            if not isinstance(error.__cause__, WireError):
+                raise
+            log.warning("dead job left out", job=job_id, reason=error.detail)
+            return None
 
     async def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[JobEvent]:
         """Yield the job's events after the given id as they come.
 
         The last one is a terminal event, unless that was read before: then none is left to read of a job that
-        has ended.
+        has ended. An event that cannot be read is left out, and logged once for each reader.
 
         Raises:
             JobNotFound: the job is unknown, or its record has expired.
         """
-        block, ended = None, False
+        block, ended, complained = None, False, False
         while True:
             events = await self._read_events(job_id, after, block)
-            for event in events:
-                after = event.id
+            for event_id, event in events:
+                after = event_id
+                if isinstance(event, WireError):
+                    if not complained:
+                        log.warning("event left out", job=job_id, reason=str(event))
+                    complained = True
+                    continue
                 yield event
                 if event.terminal:
                     return
@@ -133,7 +175,9 @@ class Reads:
             # Once the job has ended, one read without waiting gets what was written in between.
             block = None if events or ended else BLOCK_MS
 
-    async def _read_events(self, job_id: str, after: str, block: int | None) -> list[JobEvent]:
+    async def _read_events(
+        self, job_id: str, after: str, block: int | None
+    ) -> list[tuple[str, JobEvent | WireError]]:
         stream = self.keys.events(job_id)
         async with reaching(GRACE_S + BLOCK_MS / 1000):
             reply: Any = await self._waiting_client.xread({stream: after}, count=EVENTS_AT_ONCE, block=block)
@@ -156,8 +200,18 @@ def _entries(reply: Any) -> list[tuple[bytes, Mapping[bytes, bytes]]]:
     return entries
 
 
-def _read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> JobEvent:
-    return JobEvent(entry_id.decode(), cast(EventKind, fields[b"kind"].decode()), unpack(fields[b"data"]))
+def _read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> tuple[str, JobEvent | WireError]:
+    """Return the id of an entry, and its event or the reason why that cannot be read."""
+    event_id, kind = entry_id.decode(), fields.get(b"kind", b"").decode(errors="replace")
+    try:
+        if kind not in EVENT_KINDS:
+            raise WireError(f"no kind of event is {kind!r:.60}")
+        data = unpack(fields.get(b"data", b""))
+        if kind == "preview" and not isinstance(data.get("image"), bytes):
+            raise WireError("a preview without an image")
+        return event_id, JobEvent(event_id, cast(EventKind, kind), data)
+    except WireError as fault:
+        return event_id, fault
 
 
 def _read_outcome(
@@ -169,7 +223,7 @@ def _read_outcome(
         if state in (b"failed", b"dead", b"cancelled"):
             return from_wire(_read_error(error or b"", owner))
     except WireError as fault:
-        return InternalError(f"The outcome of the job cannot be read: {fault}.")
+        return _unreadable(fault)
     if state is None:
         return JobNotFound(f"There is no job {job_id}.")
     if state == b"done":
@@ -179,7 +233,20 @@ def _read_outcome(
 
 def _read_error(data: bytes, owner: bytes | None) -> dict[str, Any]:
     """Return the error of a job, with the worker that ran it last."""
-    error = unpack(data)
+    try:
+        error = from_wire(unpack(data))
+    except WireError as fault:
+        error = _unreadable(fault)
     if owner is not None:
-        error["extra"] = {**error.get("extra", {}), "worker": owner.decode()}
-    return error
+        error.extra["worker"] = owner.decode(errors="replace")
+    return to_wire(error)
+
+
+def _unreadable(fault: WireError) -> ServiceError:
+    """Return the error for what was written about a job and cannot be read here."""
+    if isinstance(fault, OtherVersion):
+        return QueueUnavailable(
+            "The job is of another release of the service; ask again once all of it is upgraded.",
+            retry_after=OTHER_RELEASE_S,
+        )
+    return InternalError(f"The queue's record of the job cannot be read: {fault}.")
