@@ -18,7 +18,7 @@ TORCH_HINT := On Linux, TORCH_INDEX=<an index of CPU builds of torch> saves giga
 SERVING := $(VENV)/.serve-$(KEY)
 TESTING := $(VENV)/.dev-$(KEY)
 
-.PHONY: help serve test coverage lint format bench bench-check clean
+.PHONY: help serve test lint format bench bench-check clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
@@ -27,11 +27,8 @@ help: ## Show the targets.
 serve: $(SERVING) ## Start the whole service on this machine: http://127.0.0.1:8000
 	@exec $(BIN)/python -m service $(ARGS)
 
-test: $(TESTING) ## Run every test; ARGS="tests/model -k solver" runs some.
+test: $(TESTING) ## Run every test; ARGS="tests/model -k solver" runs some, ARGS=--cov tells what they reach.
 	@exec $(BIN)/python -m pytest $(ARGS)
-
-coverage: $(TESTING) ## Run every test, and report which lines of the code they reach.
-	@exec $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
 
 lint: $(TESTING) ## Check format, style and types.
 	@$(BIN)/ruff format --check .

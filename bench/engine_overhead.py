@@ -86,7 +86,7 @@ class NoopBackend:
 class FixedCostModel(CostModel):
     """A cost model that learns nothing from a network that takes no time, so that batches stay at the cap."""
 
-    def observe(self, rows: int, seconds: float) -> None:
+    def observe(self, rows: int, seconds: float, host_s: float = 0.0) -> None:
         super().observe(rows, self.fixed_s + self.per_row_s * rows)
 
 

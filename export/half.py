@@ -27,11 +27,12 @@ from ditserve.export.graph import backbone_graph
 from ditserve.export.parity import CHUNK, compare_rows, graph_backbone
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph, save_graph
-from ditserve.export.verify import CALIBRATION, LIMITS, Band, check, worst
+from ditserve.export.verify import LIMITS, Band, check, worst
 from ditserve.model.nets.factory import Network
 from ditserve.model.nets.layers import Attention
-from ditserve.model.spec.bundle import write_manifest
+from ditserve.model.spec.bundle import CALIBRATION, write_manifest
 from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.output_folder import revision
 from ditserve.model.train.loaded_model import LoadedModel
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -157,10 +158,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(bundle: Path, precision: str) -> None:
-    source = open_source(bundle)
-    rows = CalibrationRows.load(bundle / CALIBRATION).with_null(source.network.config)
-    chosen, peak, bands = write_half(source, bundle, rows, precision)
-    write_manifest(bundle, source.manifest)
+    with revision(bundle) as scratch:
+        source = open_source(bundle)
+        rows = CalibrationRows.load(bundle / CALIBRATION).with_null(source.network.config)
+        chosen, peak, bands = write_half(source, scratch, rows, precision)
+        write_manifest(scratch, source.manifest)
     print(
         f"{bundle / half_file(chosen)}: within {worst(bands).relative_l2:.1e} of fp32 (relative L2), "
         f"largest activation {peak.value:.3g} in {peak.module}"

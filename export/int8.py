@@ -35,11 +35,11 @@ from ditserve.export.quality import FrechetSettings, frechet_report, picture_psn
 from ditserve.export.quantize import FILES, Target, backbone_inputs, local_processor, write_int8
 from ditserve.export.smooth import input_peaks, search_alpha, smooth
 from ditserve.export.source import open_source
-from ditserve.export.storage import remove_graph
-from ditserve.export.verify import CALIBRATION, LIMITS, check, open_session, report
+from ditserve.export.verify import LIMITS, check, open_session, report
 from ditserve.model.evaluation.classifier_network import CLASSIFIER
-from ditserve.model.spec.bundle import BACKBONE, write_atomic, write_manifest
+from ditserve.model.spec.bundle import BACKBONE, CALIBRATION, write_atomic, write_manifest
 from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.output_folder import revision
 from ditserve.model.train.loaded_model import LoadedModel
 
 # The provenance entry of a bundle with smoothed weights.
@@ -78,14 +78,24 @@ def add_int8(
 ) -> dict[str, Any]:
     """Add an INT8 backbone for `target` to the bundle at `path`; return the report.
 
-    A bundle that is not smoothed yet is smoothed first, in place.
+    A bundle that is not smoothed yet is smoothed first. After an error, the bundle is as before.
 
     Raises:
-        ExportError: the graph is beyond the INT8 limit in some band, or (for "cpu") not faster than fp32. It
-            is then removed.
+        ExportError: the graph is beyond the INT8 limit in some band, or (for "cpu") not faster than fp32.
         LoadError: the model is not a DiT.
+        OutputError: the bundle must not be written.
     """
-    source = open_source(path)
+    with revision(path) as scratch:
+        source = open_source(path)
+        # Refused now, if it is no DiT or has no rows.
+        _ = source.dit, CalibrationRows.load(path / CALIBRATION)
+        return _quantize(source, scratch, target, settings)
+
+
+def _quantize(
+    source: LoadedModel, path: Path, target: Target, settings: QuantizationSettings
+) -> dict[str, Any]:
+    """Smooth and quantise the copy of the bundle of `source` at `path`, which is dropped after an error."""
     held_out = _held_out_rows(source, settings)
     if SMOOTHING not in source.manifest.provenance:
         _smooth_bundle(source, path, settings, held_out)
@@ -94,20 +104,14 @@ def add_int8(
     reduced = _reduced_range(target, settings)
     file = write_int8(source.dit, path, fit, target, reduce_range=reduced)
     backbone = graph_backbone(source.dit, file, EXACT if target == "tensorrt" else None)
-    try:
-        bands = compare_rows(source, held_out, backbone)
-        check(file.name, bands, LIMITS["int8"])
-        speedup = {} if target == "tensorrt" else _speedup(source, path, held_out)
-        if speedup and speedup["batch_1"] < FASTER and not settings.keep:
-            raise ExportError(
-                f"INT8 is {speedup['batch_1']:.2f} times as fast as fp32 here, {FASTER} is asked for: "
-                "--keep keeps it"
-            )
-        quality = frechet_report(source, backbone, settings.frechet) if settings.frechet else {}
-    except ExportError:
-        remove_graph(file)
-        _record_metrics(path, source, {}, target)
-        raise
+    bands = compare_rows(source, held_out, backbone)
+    check(file.name, bands, LIMITS["int8"])
+    speedup = {} if target == "tensorrt" else _speedup(source, path, held_out)
+    if speedup and speedup["batch_1"] < FASTER and not settings.keep:
+        raise ExportError(
+            f"INT8 is {speedup['batch_1']:.2f} times as fast as fp32 here, {FASTER} is asked for: "
+            "--keep keeps it; the bundle is unchanged"
+        )
     summary = {
         "file": file.name,
         "calibration": {"rows": len(fit), "sha256": fit.digest()},
@@ -115,7 +119,7 @@ def add_int8(
         "weight_bits": 7 if reduced else 8,
         "error": report(bands),
         "pictures_psnr_db": round(picture_psnr(source, backbone), 2),
-        "quality": quality,
+        "quality": frechet_report(source, backbone, settings.frechet) if settings.frechet else {},
         "speedup": speedup,
     }
     _record(path, source, summary, target)
@@ -173,7 +177,10 @@ def _seconds(session: ort.InferenceSession, inputs: dict[str, npt.NDArray[Any]])
 
 
 def _record(path: Path, source: LoadedModel, summary: dict[str, Any], target: Target) -> None:
-    """Write the summary into the parity report, and its main numbers into the manifest."""
+    """Write the summary into the parity report, and its main numbers into the manifest.
+
+    They take the place of those of the earlier graph for `target`.
+    """
     parity = json.loads((path / PARITY).read_text())
     parity["int8"] = {**parity.get("int8", {}), target: summary}
     write_atomic(path / PARITY, (json.dumps(parity, indent=1) + "\n").encode())
@@ -185,11 +192,6 @@ def _record(path: Path, source: LoadedModel, summary: dict[str, Any], target: Ta
         f"{name}_weight_bits": summary["weight_bits"],
         **{f"{name}_speedup_{key}": value for key, value in summary["speedup"].items()},
     }
-    _record_metrics(path, source, metrics, target)
-
-
-def _record_metrics(path: Path, source: LoadedModel, metrics: dict[str, float], target: Target) -> None:
-    """Write the manifest with `metrics` in place of those of the earlier graph for `target`."""
     others = {key: value for key, value in source.manifest.metrics.items() if _target_of(key) != target}
     write_manifest(path, source.manifest.model_copy(update={"metrics": {**others, **metrics}}))
 

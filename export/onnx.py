@@ -1,7 +1,6 @@
 """`python -m export.onnx SOURCE --out BUNDLE`: make a complete, verified bundle of a run or another bundle.
 
-The bundle is assembled in a scratch folder beside the target, and moved in only if every graph agrees with
-torch.
+The bundle is assembled beside the target, and takes its place only if every graph agrees with torch.
 """
 
 from __future__ import annotations
@@ -33,14 +32,17 @@ from ditserve.export.half import half_file, write_half
 from ditserve.export.parity import compare_rows, verify_decoder, verify_graphs
 from ditserve.export.source import ModelCard, open_source, parameters, round_weights
 from ditserve.export.storage import data_file, save_graph, save_weights, save_whole
-from ditserve.export.verify import CALIBRATION, Band, ParityLimits, check, report, worst
+from ditserve.export.verify import Band, ParityLimits, check, report, worst
 from ditserve.model.nets.autoencoder import SdVae, open_autoencoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import (
     BACKBONE,
+    CALIBRATION,
     CONDITIONER,
+    DECODER,
     EMBEDDER,
     GOLDEN,
+    MANIFEST,
     WEIGHTS,
     Golden,
     Manifest,
@@ -48,9 +50,10 @@ from ditserve.model.spec.bundle import (
 )
 from ditserve.model.spec.command_line import guarded
 from ditserve.model.spec.network_config import size_multiple
+from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.train.loaded_model import LoadedModel, build
 
-PARITY, DECODER = "parity.json", "decoder.onnx"
+PARITY = "parity.json"
 # The error that storing weights in half precision may cause.
 ROUNDING = ParityLimits(relative_l2=3e-3, cosine=0.99999)
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -80,32 +83,32 @@ def export_bundle(source: LoadedModel, out: Path, options: ExportOptions = Expor
 
     Raises:
         ExportError: a graph is beyond its limit, or there is no decoder; `out` is then unchanged.
+        OutputError: `out` must not be written.
         AutoencoderError: the autoencoder cannot be opened.
     """
+    with replacement(out, BUNDLE) as scratch:
+        return _assemble(source, scratch, options)
+
+
+def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict[str, Any]:
+    """Write the bundle into `folder`, which is empty; return the parity report."""
     conditional_rows = calibration_rows(source, options.trajectories)
     rows = conditional_rows.with_null(source.network.config)
     stored_as, rounding = _storage_precision(source, rows, options.weights)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.export")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        conditional_rows.save(scratch / CALIBRATION)
-        stored = save_weights(scratch / WEIGHTS, parameters(source.network), DTYPES[stored_as])
-        model = LoadedModel(build(source.network.config, stored, scratch / WEIGHTS), source.manifest)
-        graphs = _write_and_verify(model, scratch, rows, options)
-        summary = {
-            "rows": len(rows),
-            "rows_sha256": rows.digest(),
-            "weights": {"stored": stored_as, "error": report(rounding)},
-            "graphs": {name: report(bands) for name, bands in graphs.items()},
-        }
-        (scratch / PARITY).write_text(json.dumps(summary, indent=1) + "\n")
-        golden = write_golden(model, scratch, options.vae) or _copy_golden(source.manifest, scratch, options)
-        manifest = _manifest(source.manifest, stored_as, rounding, graphs)
-        _publish(scratch, out, manifest.model_copy(update={"golden": golden}))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    conditional_rows.save(folder / CALIBRATION)
+    stored = save_weights(folder / WEIGHTS, parameters(source.network), DTYPES[stored_as])
+    model = LoadedModel(build(source.network.config, stored, folder / WEIGHTS), source.manifest)
+    graphs = _write_and_verify(model, folder, rows, options)
+    summary = {
+        "rows": len(rows),
+        "rows_sha256": rows.digest(),
+        "weights": {"stored": stored_as, "error": report(rounding)},
+        "graphs": {name: report(bands) for name, bands in graphs.items()},
+    }
+    (folder / PARITY).write_text(json.dumps(summary, indent=1) + "\n")
+    golden = write_golden(model, folder, options.vae) or _copy_golden(source.manifest, folder, options)
+    manifest = _manifest(source.manifest, stored_as, rounding, graphs)
+    write_manifest(folder, manifest.model_copy(update={"golden": golden}))
     return summary
 
 
@@ -221,18 +224,6 @@ def _manifest(
     return manifest.model_copy(update={"provenance": provenance, "metrics": {**kept, **metrics}, "files": {}})
 
 
-def _publish(scratch: Path, out: Path, manifest: Manifest) -> None:
-    """Move the new files into `out`, remove graphs of other weights, and write the manifest last."""
-    out.mkdir(exist_ok=True)
-    new = {file.name for file in scratch.iterdir()}
-    for stale in (*out.glob("*.onnx"), *out.glob("*.onnx.data")):
-        if stale.name not in new:
-            stale.unlink()
-    for file in sorted(scratch.iterdir()):
-        file.replace(out / file.name)
-    write_manifest(out, manifest)
-
-
 def main(arguments: list[str]) -> int:
     """Run the command line; return 0 if done, 2 if refused with one sentence on stderr."""
     options = _parse(arguments)
@@ -242,16 +233,21 @@ def main(arguments: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     started = time.monotonic()
-    model = open_source(options.source, data=options.data)
-    source = LoadedModel(model.network, _with_card(model.manifest, options))
-    export = ExportOptions(
-        weights=options.weights,
-        half=options.half,
-        trajectories=TrajectorySettings(options.samples, options.steps),
-        vae=options.vae,
-        decoder=decoder_of(options.source),
-    )
-    summary = export_bundle(source, options.out, export)
+    inputs = [path for path in (options.data, options.vae) if path]
+    # A bundle may be exported again in its own place.
+    if not ((options.source / MANIFEST).is_file() and options.out.resolve() == options.source.resolve()):
+        inputs.append(options.source)
+    with replacement(options.out, BUNDLE, apart=tuple(inputs)) as scratch:
+        model = open_source(options.source, data=options.data)
+        source = LoadedModel(model.network, _with_card(model.manifest, options))
+        export = ExportOptions(
+            weights=options.weights,
+            half=options.half,
+            trajectories=TrajectorySettings(options.samples, options.steps),
+            vae=options.vae,
+            decoder=decoder_of(options.source),
+        )
+        summary = _assemble(source, scratch, export)
     size = sum(file.stat().st_size for file in options.out.iterdir() if file.is_file())
     bands = summary["graphs"][BACKBONE]
     print(

@@ -13,6 +13,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ from ditserve.export.tensorrt.progress import (
     terminal_reporter,
 )
 from ditserve.export.tensorrt.trial import FASTER, TrialReference, speedup, trial_reference, try_engine
-from ditserve.export.verify import CALIBRATION
-from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.bundle import CALIBRATION, Bundle
 from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, EngineOrigin, engine_origin
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.output_folder import BUNDLE, ENGINES, claim
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 HALVES = ("fp16", "bf16")
@@ -222,7 +223,10 @@ def _run(options: argparse.Namespace, reporter: ProgressReporter) -> int:
     if options.check:
         outcomes = [task.check(origin) for origin in origins]
     else:
-        outcomes = _build_and_try(task, origins, options, reporter)
+        # Engines lie in the bundle or in a folder of their own.
+        folder, kind = (task.engines, ENGINES) if options.engines else (bundle.path, BUNDLE)
+        with nullcontext() if options.compile_only else claim(folder, kind):
+            outcomes = _build_and_try(task, origins, options, reporter)
     for outcome in outcomes:
         done = {"state": outcome.state, "seconds": outcome.record.get("seconds")}
         reporter.report({"event": "done", "precision": outcome.origin.precision, **done})

@@ -17,8 +17,6 @@ import onnxruntime as ort
 from ditserve.export.errors import ExportError
 
 BANDS = 10
-# The file of the rows that a bundle is verified and calibrated on.
-CALIBRATION = "calibration.safetensors"
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.floating[Any]]

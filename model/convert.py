@@ -14,11 +14,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle
-from ditserve.model.spec.command_line import guarded
-from ditserve.model.weights.files import ImportOptions, export_weights, read_weights, write_bundle
+from ditserve.model.spec.command_line import guarded, positive
+from ditserve.model.spec.output_folder import BUNDLE, check_folder
+from ditserve.model.weights.diffusers import Function
+from ditserve.model.weights.files import export_weights, write_bundle
+from ditserve.model.weights.imports import ImportOptions, read_weights
 from ditserve.model.weights.official import WeightsError
 
 
@@ -36,16 +39,43 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    check_folder(options.bundle, BUNDLE, apart=(options.source,))
     if not options.source.exists():
         raise WeightsError(
             f"{options.source} does not exist: pass a .pt or .safetensors file, or a diffusers folder"
         )
-    size = cast("tuple[int, int] | None", tuple(options.size) if options.size else None)
-    weights, config = read_weights(options.source, ImportOptions(options.heads, size, options.function))
-    classes = options.classes.read_text().split("\n")[: config.classes[0]] if options.classes else ()
-    write_bundle(options.bundle, weights, config, licence=options.licence, classes=classes)
-    parameters = sum(tensor.numel() for tensor in weights.values())
+    names = _class_names(options.classes) if options.classes else ()
+    if names and options.num_classes not in (None, len(names)):
+        raise WeightsError(
+            f"{options.classes} has {len(names)} names, and --num-classes is {options.num_classes}"
+        )
+    wanted = ImportOptions(
+        num_heads=options.heads,
+        image_size=cast("tuple[int, int] | None", tuple(options.size) if options.size else None),
+        function=options.function,
+        num_classes=options.num_classes or len(names) or None,
+        predicts_noise=options.predicts_noise,
+    )
+    found = read_weights(options.source, wanted)
+    write_bundle(
+        options.bundle,
+        found.weights,
+        found.config,
+        licence=options.licence,
+        classes=names or found.classes,
+        notes=found.notes,
+    )
+    parameters = sum(tensor.numel() for tensor in found.weights.values())
+    for note in found.notes:
+        print(note)
     print(f"wrote {options.bundle / MANIFEST} and {WEIGHTS}: {parameters / 1e6:.2f} M parameters")
+
+
+def _class_names(file: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError:
+        raise WeightsError(f"{file} is no text in UTF-8: write one class name a line") from None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,13 +98,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     bring.add_argument(
         "--function",
-        choices=("published", "diffusers"),
-        default="published",
+        choices=get_args(Function),
         help="what diffusers weights were trained as: its k/127 frequencies and epsilon, or the published",
     )
-    bring.add_argument("--heads", type=int, help="number of heads, for a width that is not published")
+    bring.add_argument("--heads", type=positive, help="number of heads, for a width that is not published")
     bring.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="latent size, if the file has no positions"
+        "--num-classes", type=positive, help="classes without the null class, if the file does not tell"
+    )
+    bring.add_argument(
+        "--predicts-noise",
+        action="store_true",
+        help="import weights that do not look as if they predicted the noise, such as hardly trained ones",
+    )
+    bring.add_argument(
+        "--size", type=positive, nargs=2, metavar=("H", "W"), help="latent size, if the file has no positions"
     )
     bring.add_argument("--classes", type=Path, help="a text file of class names, one a line")
     out = commands.add_parser("export", help="a bundle's weights → a published or diffusers file")

@@ -27,7 +27,14 @@ from ditserve.model.sampling.prompt import (
     label_tensor,
     parse_condition,
 )
-from ditserve.model.sampling.sheet import CHUNK, picture_grid, sheet_labels, to_pixels
+from ditserve.model.sampling.sheet import (
+    CHUNK,
+    captioned_grid,
+    picture_grid,
+    sheet_captions,
+    sheet_labels,
+    to_pixels,
+)
 from ditserve.model.spec.command_line import guarded, positive
 from ditserve.model.spec.diffusion import GRIDS, grid
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
@@ -73,6 +80,8 @@ def sample(options: argparse.Namespace) -> Image.Image:
                 progress.advance(task, count)
                 if step == len(table):
                     pixels.append(to_pixels(decoder.decode(x0)))
+    if not terms:
+        return captioned_grid(np.concatenate(pixels), columns, sheet_captions(sheet, loaded.manifest.factors))
     return picture_grid(np.concatenate(pixels), columns)
 
 

@@ -22,13 +22,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from fcntl import LOCK_EX, flock
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ditserve.model.spec.bundle import write_atomic
+from ditserve.service.addresses import is_loopback
 from ditserve.service.settings import Settings
 
 Scope = Literal["generate", "admin"]
@@ -190,19 +190,12 @@ def open_keyring(settings: Settings) -> Keyring | None:
     """
     if settings.keys_file is not None:
         return Keyring(settings.keys_file)
-    if not settings.open and not _loopback(settings.host):
+    if not settings.open and not is_loopback(settings.host):
         raise KeyringError(
             f"--host {settings.host} lets other machines in and no key is asked: "
             "set --keys-file (python -m service keys add), or --open to let everybody in"
         )
     return None
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def run(arguments: Sequence[str]) -> int:

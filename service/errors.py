@@ -66,8 +66,16 @@ class PayloadTooLarge(ServiceError):
     status, code, title = 413, "payload-too-large", "Request body too large"
 
 
+class HeadTooLarge(ServiceError):
+    status, code, title = 431, "head-too-large", "Request head too large"
+
+
 class UnsupportedMediaType(ServiceError):
     status, code, title = 415, "unsupported-media-type", "Unsupported media type"
+
+
+class MisdirectedRequest(ServiceError):
+    status, code, title = 421, "misdirected-request", "Not a host of this service"
 
 
 class InvalidRequest(ServiceError):
@@ -140,6 +148,10 @@ class QuotaExceeded(ServiceError):
 # The service cannot take the request now.
 
 
+class TooManyConnections(ServiceError):
+    status, code, title = 503, "too-many-connections", "Too many connections"
+
+
 class QueueFull(ServiceError):
     status, code, title = 503, "queue-full", "The queue is full"
 
@@ -159,6 +171,21 @@ class Draining(ServiceError):
 
 
 # The job was accepted and did not end with images.
+
+
+class JobLost(ServiceError):
+    """The queue has no record of a job that it had accepted: Redis lost or evicted its data."""
+
+    status, code, title = 503, "job-lost", "The job was lost"
+
+    def __init__(
+        self,
+        detail: str = "The queue has lost this job; send the request again.",
+        *,
+        retry_after: float | None = 1.0,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(detail, retry_after=retry_after, extra=extra)
 
 
 class ModelReplaced(ServiceError):

@@ -7,6 +7,7 @@ known".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
@@ -21,6 +22,8 @@ State = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
 EventKind = Literal["queued", "started", "step", "preview", "degraded", "done", "failed", "cancelled"]
 
 LONGEST_STEP_S = 86400.0  # a worker that reports a longer one is not believed
+# The weight of a priority: the share of the queue and of the machine beside that of others.
+WEIGHTS: Mapping[str, float] = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
 TERMINAL_STATES: frozenset[State] = frozenset({"done", "failed", "cancelled", "dead"})
 TERMINAL_EVENTS: frozenset[EventKind] = frozenset({"done", "failed", "cancelled"})
@@ -76,6 +79,11 @@ class Job(Message):
     floor_rows: int = 0  # 0: not known
     requested: Rung | None = None  # the operating point it asks for; None: not known
     admitted: Rung | None = None  # the one it was admitted on, `requested` or below; None: not known
+
+    @property
+    def flow(self) -> str:
+        """Return the name of its flow, a caller at one priority, between which queueing is fair."""
+        return f"{self.priority}:{self.caller}"
 
     @property
     def demand(self) -> DemandBucket:

@@ -11,17 +11,32 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 _PREFIX = "DIT_"
 
+# The name or address of a host, "*.parent" for all names below one, or "*".
+_HOST_PATTERN = r"(\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])"
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _networks(text: str) -> str:
+    """Return a list of networks as it is. Raises a validation error that names the one that is none."""
+    for network in text.split(",") if text else ():
+        try:
+            ip_network(network)
+        except ValueError as error:
+            raise PydanticCustomError("network", "{reason}", {"reason": str(error)}) from None
+    return text
 
 
 class ClientSettings(BaseSettings):
@@ -137,6 +152,9 @@ class Settings(BaseSettings):
     body_timeout_s: Seconds = Field(
         10.0, description="time a client has to send the head of a request, and its body"
     )
+    max_connections: int = Field(
+        1000, ge=1, le=100_000, description="connections of clients that one API process keeps"
+    )
     ready_workers: int = Field(1, ge=0, description="workers that must be alive for /readyz")
     hang_s: Seconds = Field(
         60.0, description="time without a step, while work is running, after which /livez fails"
@@ -147,6 +165,28 @@ class Settings(BaseSettings):
         None, description="file of API keys (python -m service keys); unset lets everybody in"
     )
     open: bool = Field(False, description="let everybody in although --host is reachable from other machines")
+    cors_origins: str = Field(
+        "",
+        pattern=r"^$|^\*$|^https?://[a-z0-9.:\[\]-]+(,https?://[a-z0-9.:\[\]-]+)*$",
+        description="web origins whose pages may use the API (CORS), such as https://shop.example,…; "
+        "* is every one, empty is none",
+    )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="path under which a proxy serves the API, such as /dit",
+    )
+    trusted_proxies: Annotated[str, AfterValidator(_networks)] = Field(
+        "",
+        description="networks of the proxies whose X-Forwarded-For, -Proto, -Host and Forwarded are "
+        "believed, such as 10.0.0.0/8,::1/128",
+    )
+    allowed_hosts: str = Field(
+        "",
+        pattern=rf"^$|^{_HOST_PATTERN}(,{_HOST_PATTERN})*$",
+        description="hosts that requests may name besides localhost, such as example.org,*.example.org; "
+        "* is any. Unset is none where no key is asked and only this machine can connect, else any",
+    )
 
     canary_s: float = Field(
         300.0,

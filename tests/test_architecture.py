@@ -65,7 +65,7 @@ COMMANDS = {"service.__main__", "service.dead_letters", "export.trt"}
 TORCHLESS = "model.spec"
 
 # Library → the modules that may import it.
-EDGE = {"api", "app", "context", "openapi", "problems"}
+EDGE = {"api", "app", "context", "intake", "openapi", "problems"}
 EDGE |= {f"routes.{name}" for name in ("generate", "jobs", "models", "openai", "pages", "probes")}
 BROKER = {"broker", "connection", "embeddings", "notifications", "quota", "reads"}
 DOORS = {"broker", "embeddings", "quota"}  # of the queue, to what others may reach in Redis
@@ -86,7 +86,14 @@ SERVICE_OWNERS = {
 }
 
 # Modules of values and arithmetic, besides all whose docstring says "Pure".
-PURE = {"service.errors", "service.images", "service.jobs", "service.queue.keys", "service.engine.scheduler"}
+PURE = {
+    "service.errors",
+    "service.images",
+    "service.jobs",
+    "service.queue.keys",
+    "service.engine.scheduler",
+    "service.engine.fair_shares",
+}
 PURE |= {f"service.planning.{name}" for name in ("costs", "ladder", "planner")}
 PURE |= {"model.spec.diffusion", "model.spec.solvers"}
 # A bundle's manifest is a value, although its module can also read one from a folder.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from ditserve.bench.ladder import measure as ladders
 from ditserve.bench.ladder.training_pictures import TrainingPictures
 from ditserve.bench.plots import draw_ladder
 from ditserve.model.spec.bundle import Bundle, RungSpec, write_manifest
+from ditserve.model.spec.output_folder import BUNDLE, claim
 from ditserve.service.backends import Backend, load_backend
 from ditserve.service.planning.ladder import Ladder
 
@@ -113,6 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, console = parse(arguments), Console()
 
     def work() -> None:
+        with claim(options.bundle, BUNDLE) if options.write else nullcontext():
+            measure_and_report()
+
+    def measure_and_report() -> None:
         bundle = Bundle.open(options.bundle)
         backend = load_backend("onnx", bundle, threads=options.threads, precision="fp32")
         measured = measure_ladder(bundle, backend, options, console)

@@ -28,7 +28,8 @@ from ditserve.bench.peers.pipeline import PeerRequest, Pipeline
 from ditserve.export import onnx
 from ditserve.model.spec.bundle import Bundle, Defaults, DiffusionSpec, Manifest, write_manifest
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.weights.files import ImportOptions, read_weights, write_bundle
+from ditserve.model.weights.files import write_bundle
+from ditserve.model.weights.imports import ImportOptions, read_weights
 from ditserve.service.backends import Backend, load_backend
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.jobs import ConditionTerm
@@ -81,9 +82,13 @@ def write_weights(folder: Path, like: Manifest) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _random_network(like).save_pretrained(folder / "transformer")
     (folder / "scheduler.json").write_text(json.dumps(SCHEDULER))
-    weights, config = read_weights(folder, ImportOptions(function="diffusers"))
+    found = read_weights(folder, ImportOptions(function="diffusers", predicts_noise=True))
     manifest = write_bundle(
-        folder / "imported", weights, config, licence=like.licence, classes=like.factors[0].classes
+        folder / "imported",
+        found.weights,
+        found.config,
+        licence=like.licence,
+        classes=like.factors[0].classes,
     )
     changes = {
         "diffusion": DIFFUSION,

@@ -24,7 +24,8 @@ import numpy as np
 
 from ditserve.bench.load.workload import Arrival
 from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
-from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.engine.fair_shares import Flow
+from ditserve.service.engine.scheduler import Candidates, Scheduler
 from ditserve.service.jobs import LoadSnapshot, WorkerState
 from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.planning.costs import CostModel
@@ -53,12 +54,17 @@ class SimulatedSample:
         self.deadline_at: float | None = due
         self.remaining = requested.steps
         self.rows = 1
-        self.steps_taken = 0
+        self.flow = Flow("", 1.0)
+        self.taken = 0
         self.noise = 1.0
         self.quality = 0.0
         self.finished: float | None = None
         self.rejected = False
         self.consents = arrival.consents
+
+    @property
+    def steps(self) -> int:
+        return self.taken + self.remaining
 
     @property
     def least_steps(self) -> int:
@@ -77,7 +83,7 @@ class SimulatedSample:
         self.quality += share * self.rung.quality
         self.noise -= share
         self.remaining -= 1
-        self.steps_taken += 1
+        self.taken += 1
 
     def for_planner(self, last_timestep: int) -> PlannedSample:
         return PlannedSample(
@@ -88,7 +94,7 @@ class SimulatedSample:
             guided=False,
             floor_steps=1,
             allow_degraded=self.consents,
-            started=self.steps_taken > 0,
+            started=self.taken > 0,
             timestep=ceil(self.noise * last_timestep),
             requested=self.requested,
         )
@@ -128,7 +134,8 @@ class SimulatedWorker:
         if not self.samples:
             self.batch = ()
             return None
-        batch = self.scheduler.next_batch(self.samples, self.max_batch, now=now, seconds=self.costs.predict)
+        candidates = Candidates(self.samples, self.max_batch, self.costs.predict)
+        batch = self.scheduler.next_batch([candidates], now=now)
         self.batch = batch.samples
         seconds = self.cluster.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
         self.costs.observe(len(self.batch), seconds)

@@ -62,7 +62,7 @@ def _outcome(samples: Sequence[SimulatedSample], fleet: SimulatedFleet, seconds:
     plan_seconds = [taken for worker in fleet.workers for taken in worker.plan_seconds]
     ended = max((sample.finished or sample.arrived for sample in samples), default=0.0)
     in_time = sum(sample.in_time for sample in samples)
-    full_steps = [sample.steps_taken >= sample.requested.steps for sample in served]
+    full_steps = [sample.taken >= sample.requested.steps for sample in served]
     return SimulationOutcome(
         attainment=in_time / len(samples),
         goodput_per_s=in_time / ended if ended else 0.0,

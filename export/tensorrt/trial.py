@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from ditserve.export.verify import CALIBRATION, LIMITS, check, compare, open_session, report, run
-from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER, Bundle
+from ditserve.export.verify import LIMITS, check, compare, open_session, report, run
+from ditserve.model.spec.bundle import BACKBONE, CALIBRATION, CONDITIONER, EMBEDDER, Bundle
 
 # The most rows that an engine is tried on, taken evenly from the calibration rows. The null condition doubles
 # them.

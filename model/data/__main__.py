@@ -20,6 +20,7 @@ from ditserve.model.data.latents import INDEX
 from ditserve.model.data.sources import check_corrupt_limit, read_source
 from ditserve.model.data.summary import contact_sheet, summarise
 from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.output_folder import LATENTS, check_folder
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -120,6 +121,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _latents(options: argparse.Namespace) -> None:
+    check_folder(options.out, LATENTS, apart=(options.source, options.autoencoder))
     threads = max(1, (os.cpu_count() or 1) // options.workers) if options.workers > 1 else 0
     job = plan_extraction(
         options.source,

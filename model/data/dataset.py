@@ -98,6 +98,14 @@ class Dataset(Protocol):
         """
         ...
 
+    def fingerprint(self) -> dict[str, str]:
+        """Return checksums of what the pictures show, by "first–last" number.
+
+        Raises:
+            DataError: a picture can no longer be read.
+        """
+        ...
+
     def resized(self, size: tuple[int, int]) -> Dataset:
         """Return the same data at `size` (H, W), for progressive training.
 

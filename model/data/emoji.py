@@ -24,7 +24,8 @@ from PIL import Image
 from rich.progress import track
 
 from ditserve.model.data.examples import DataError
-from ditserve.model.data.sources import DataCard, card_file
+from ditserve.model.data.sources import DataCard, card_file, read_card
+from ditserve.model.spec.bundle import write_atomic
 
 try:
     import resvg_py
@@ -72,10 +73,18 @@ def build(target: Path, size: int, tarballs: Path) -> None:
     folder of the npm packages; missing ones are fetched into it with `npm pack`.
 
     Raises:
-        DataError: a package cannot be found or fetched, `resvg-py` is missing, or the size is not 8..512.
+        DataError: a package cannot be found or fetched, `resvg-py` is missing, or the size is not 8..512; or
+            `target` is no .npz file, or there is another file of its name.
     """
     if not 8 <= size <= 512:
         raise DataError(f"size must be in 8..512 pixels, not {size}")
+    text = target.with_suffix(".md")
+    if target.suffix != ".npz":
+        raise DataError(f"{target} must end in .npz")
+    if any(file.exists() for file in (target, text, card_file(target))) and read_card(target) != CARD:
+        raise DataError(
+            f"{target}, {text.name} or its card is there and not of this set: choose another name"
+        )
     tarballs.mkdir(parents=True, exist_ok=True)
     groups = _groups_by_name(_read_json(_tarball(NAMES, tarballs), "data-by-emoji.json"))
     images, drawn_names, styles = [], [], []
@@ -89,8 +98,9 @@ def build(target: Path, size: int, tarballs: Path) -> None:
     names = sorted(set(drawn_names))
     index = {name: k for k, name in enumerate(names)}
     target.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
     np.savez_compressed(
-        target,
+        content,
         x=np.stack(images),
         y=np.array([index[name] for name in drawn_names], np.int16),
         s=np.array(styles, np.int8),
@@ -98,8 +108,9 @@ def build(target: Path, size: int, tarballs: Path) -> None:
         groups=np.array([groups[name] for name in names]),
         styles=np.array([icon_set.style for icon_set in ICON_SETS]),
     )
-    target.with_suffix(".md").write_text(_card_text(target.name, size, len(images), len(names)))
-    card_file(target).write_text(CARD.model_dump_json(indent=1) + "\n")
+    write_atomic(card_file(target), (CARD.model_dump_json(indent=1) + "\n").encode())
+    write_atomic(text, _card_text(target.name, size, len(images), len(names)).encode())
+    write_atomic(target, content.getvalue())
 
 
 def render(svg: str, size: int) -> npt.NDArray[np.uint8]:

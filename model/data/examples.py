@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from ditserve.model.data.fingerprint import fingerprint
 from ditserve.model.data.transforms import centre_crop
 from ditserve.model.nets.text import TextError, open_encoder
 from ditserve.model.spec.bundle import Factor
@@ -28,6 +30,13 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> npt.NDArray[np.uint8]: ...
+
+
+@runtime_checkable
+class EncodedImages(Images, Protocol):
+    """Pictures that are decoded on request, and whose bytes are compared more cheaply than their pixels."""
+
+    def checksum(self, index: int) -> int: ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -91,6 +100,15 @@ class Pictures(Examples):
     @property
     def channels(self) -> int:
         return 3
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return checksums of the pictures, see `model.data.fingerprint`."""
+        return fingerprint(self._checksum, self.rows)
+
+    def _checksum(self, row: int) -> int:
+        if isinstance(self.images, EncodedImages):
+            return self.images.checksum(row)
+        return zlib.crc32(np.ascontiguousarray(self.images[row]).data)
 
     def batch(self, index: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.float32]:
         """Return pictures `index` (n,) in [−1, 1], float32 (n, 3, H, W).

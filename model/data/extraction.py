@@ -29,6 +29,7 @@ from ditserve.model.data.sources import card_file, common_size, read_source
 from ditserve.model.data.transforms import centre_crop
 from ditserve.model.nets.autoencoder import AutoencoderError, SdVae, fingerprint, open_autoencoder
 from ditserve.model.spec.bundle import write_atomic
+from ditserve.model.spec.output_folder import LATENTS, claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +152,15 @@ def extract(job: Extraction, numbers: Sequence[int], *, workers: int = 1) -> Ite
     One worker runs in this process; more are processes of their own.
 
     Raises:
+        OutputError: the folder is none for latents, or overlaps an input.
         DataError, AutoencoderError, OSError: as `make_shard`.
     """
-    job.out.mkdir(parents=True, exist_ok=True)
+    # Shared: other processes make other parts in the same folder.
+    with claim(job.out, LATENTS, apart=(job.source, job.autoencoder), shared=True):
+        yield from _make_shards(job, numbers, workers)
+
+
+def _make_shards(job: Extraction, numbers: Sequence[int], workers: int) -> Iterator[FinishedShard]:
     if workers == 1:
         yield from (make_shard(job, number) for number in numbers)
         return

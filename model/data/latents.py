@@ -13,6 +13,7 @@ on the fly would.
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from ditserve.model.data.examples import DataError, Examples
+from ditserve.model.data.fingerprint import fingerprint
 from ditserve.model.data.labels import Catalogue, LeftOut
 
 INDEX = "latents.json"
@@ -144,6 +146,13 @@ class Latents(Examples):
         latents = mean + np.exp(np.float32(0.5) * log_variance) * noise  # (n, C, h, w)
         normalised: npt.NDArray[np.float32] = (latents - self.shift) / self.scale
         return normalised
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return checksums of the latents, see `model.data.fingerprint`."""
+        return fingerprint(
+            lambda row: zlib.crc32(np.ascontiguousarray(self.moments.read(row, mirrored=False)[0]).data),
+            self.rows,
+        )
 
     def resized(self, size: tuple[int, int]) -> Latents:
         """Return the same latents: they have one size.

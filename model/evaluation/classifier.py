@@ -35,6 +35,7 @@ from ditserve.model.evaluation.classifier_network import (
 )
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.output_folder import CLASSIFIER, claim
 from ditserve.model.train.config import first_mistake, load_config
 
 BATCH = 64
@@ -86,14 +87,23 @@ def run(options: argparse.Namespace) -> None:
         TextColumn("{task.fields[loss]}"),
     )
     try:
-        dataset = load_config(options.config).open_dataset(options.data)
-        with Progress(*columns) as progress:
-            network, card = train(
-                dataset, widths=options.widths, epochs=options.epochs, seed=options.seed, progress=progress
-            )
+        config = load_config(options.config)
     except ValidationError as error:
         raise ClassifierError(first_mistake(error)) from None
-    save_classifier(network, options.out, card)
+    with claim(options.out, CLASSIFIER, apart=(options.data or config.data.path,)) as folder:
+        dataset = config.open_dataset(options.data)
+        try:
+            with Progress(*columns) as progress:
+                network, card = train(
+                    dataset,
+                    widths=options.widths,
+                    epochs=options.epochs,
+                    seed=options.seed,
+                    progress=progress,
+                )
+        except ValidationError as error:
+            raise ClassifierError(first_mistake(error)) from None
+        save_classifier(network, folder, card)
     for name, value in card.accuracy.items():
         print(f"{name:24} {value:.4f}")
     print(f"wrote {options.out}")

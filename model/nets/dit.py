@@ -145,6 +145,10 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", self._sincos(*config.grid_size), persistent=False)  # (T, D)
         self.initialise()
 
+    def reset_positions(self) -> None:
+        """Compute the position table, which is no weight and so is in no file."""
+        self.pos_embed = self._sincos(*self.config.grid_size)
+
     def initialise(self) -> None:
         """Initialise as published: Xavier for linear layers, N(0, 0.02²) for embeddings, and zeros.
 

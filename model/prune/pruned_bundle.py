@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 from ditserve.model.evaluation.picture_sets import open_data
 from ditserve.model.prune.importance import importance, loss_tables, training_batches
 from ditserve.model.prune.pruning import PruneError, mlp_channels, prune, pruned_config
-from ditserve.model.spec.bundle import Manifest, write_atomic
+from ditserve.model.spec.bundle import Manifest, bundle_name, write_atomic
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import network_fields
+from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel, save_model
 
@@ -38,24 +38,24 @@ def write_pruned_bundle(source: Path, data: Path, out: Path, options: PruneOptio
     """Prune the model at `source` into a bundle at `out`, by its training data at `data`. Return a summary.
 
     Raises:
-        PruneError: the shares cannot be removed, or `out` is the model itself.
+        PruneError: the shares cannot be removed.
+        OutputError: `out` must not be written; it is for example the model itself, the recovery's teacher.
         LoadError, BundleError: the model cannot be loaded, or is no DiT.
         DataError, ValueError: the data cannot be read, or is not what the model was trained on.
         OSError: the bundle cannot be written.
     """
-    model = load_model(source)
-    dit = model.dit
-    config = pruned_config(dit, options.heads, options.mlp)
-    if config == dit.config:
-        raise PruneError("nothing is to be taken away: give --heads or --mlp")
-    if out.resolve() == source.resolve():
-        raise PruneError(f"{out} is the model itself, and the teacher of the recovery: choose another -o")
-    dataset = open_data(model, data)
-    batches = training_batches(model, dataset, options.pictures, options.seed)
-    pruned = prune(dit, importance(dit, loss_tables(model), batches), config)
-    save_model(out, LoadedModel(pruned, pruned_manifest(model.manifest, config, out, options)))
-    fields = recovery_fields(model, config, source, data, out)
-    write_atomic(out / RECOVER, (json.dumps(fields, indent=1) + "\n").encode())
+    with replacement(out, BUNDLE, apart=(source, data)) as scratch:
+        model = load_model(source)
+        dit = model.dit
+        config = pruned_config(dit, options.heads, options.mlp)
+        if config == dit.config:
+            raise PruneError("nothing is to be taken away: give --heads or --mlp")
+        dataset = open_data(model, data)
+        batches = training_batches(model, dataset, options.pictures, options.seed)
+        pruned = prune(dit, importance(dit, loss_tables(model), batches), config)
+        save_model(scratch, LoadedModel(pruned, pruned_manifest(model.manifest, config, out, options)))
+        fields = recovery_fields(model, config, source, data, out)
+        write_atomic(scratch / RECOVER, (json.dumps(fields, indent=1) + "\n").encode())
     before, after = (sum(p.numel() for p in network.parameters()) / 1e6 for network in (dit, pruned))
     return (
         f"wrote {out}: {before:.2f} M parameters became {after:.2f} M, {dit.config.num_heads} heads "
@@ -97,7 +97,7 @@ def pruned_manifest(whole: Manifest, config: DiTConfig, out: Path, options: Prun
     pruning = {"of": f"{whole.name} {whole.version}", "heads": options.heads, "mlp": options.mlp}
     return whole.model_copy(
         update={
-            "name": re.sub(r"[^A-Za-z0-9._-]", "-", out.resolve().name),
+            "name": bundle_name(out),
             "config": config,
             "ladder": (),
             "golden": None,

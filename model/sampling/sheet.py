@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import label_tensor
+from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.diffusion import Schedule, grid
 from ditserve.model.spec.solvers import step_table
 
+STRIP = 14  # pixels of a caption's line
+WIDEST = 120
 CHUNK = 32  # samples denoised together
 
 
@@ -34,6 +38,34 @@ def picture_grid(pixels: npt.NDArray[np.uint8], columns: int) -> Image.Image:
     padded[:n] = pixels
     tiled = padded.reshape(rows, columns, height, width, 3).swapaxes(1, 2)  # (rows, H, columns, W, 3)
     return Image.fromarray(tiled.reshape(rows * height, columns * width, 3))
+
+
+def captioned_grid(pixels: npt.NDArray[np.uint8], columns: int, captions: Sequence[str]) -> Image.Image:
+    """Return pictures row by row as `picture_grid` does, each above its caption.
+
+    A picture narrower than a caption stands in a wider cell, up to `WIDEST` pixels.
+    """
+    n, height, width, _ = pixels.shape
+    font = ImageFont.load_default()
+    cell = max(width, min(WIDEST, math.ceil(max((font.getlength(text) for text in captions), default=0)) + 4))
+    rows, tall = -(-n // columns), height + STRIP
+    sheet = Image.new("RGB", (columns * cell, rows * tall), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (picture, text) in enumerate(zip(pixels, captions, strict=True)):
+        left, top = k % columns * cell, k // columns * tall
+        sheet.paste(Image.fromarray(picture), (left + (cell - width) // 2, top))
+        while font.getlength(text) > cell:
+            text = f"{text.removesuffix('…')[:-1]}…"
+        draw.text((left + (cell - font.getlength(text)) / 2, top + height), text, "black", font)
+    return sheet
+
+
+def sheet_captions(rows: Sequence[Sequence[int | None]], factors: Sequence[Factor]) -> list[str]:
+    """Return the class names of each row of labels, in one line."""
+    return [
+        ", ".join(factor.classes[k] for factor, k in zip(factors, row, strict=True) if k is not None)
+        for row in rows
+    ]
 
 
 def sheet_labels(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[int | None, ...]], int]:
@@ -55,6 +87,7 @@ def sample_sheet(
     model: Network,
     schedule: Schedule,
     decoder: Autoencoder,
+    factors: Sequence[Factor],
     *,
     steps: int = 20,
     guidance_scale: float = 2.0,
@@ -63,7 +96,8 @@ def sample_sheet(
 ) -> Image.Image:
     """Sample a sheet: classes of the first factor side by side, classes of the second below each other.
 
-    Picture k has the seed `seed` + k; the solver is DDIM.
+    `factors` name the classes, which stand below the pictures. Picture k has the seed `seed` + k;
+    the solver is DDIM.
     """
     rows, width = sheet_labels(model.config.classes)
     table = step_table("ddim", grid("trailing", steps, schedule.timesteps), schedule)
@@ -76,4 +110,4 @@ def sample_sheet(
         seeds = [seed + start + k for k in range(len(chunk))]
         *_, x0 = denoise(denoiser, table, seeds, clip_x0=clip_x0)
         pictures.append(to_pixels(decoder.decode(x0)))
-    return picture_grid(np.concatenate(pictures), width)
+    return captioned_grid(np.concatenate(pictures), width, sheet_captions(rows, factors))

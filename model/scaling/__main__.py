@@ -22,6 +22,7 @@ from ditserve.model.scaling.family import Family, plan_runs
 from ditserve.model.scaling.measuring import measure_costs, measure_family
 from ditserve.model.scaling.report import write_report
 from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.output_folder import SCALING, claim
 from ditserve.model.train.config import first_mistake
 
 
@@ -43,10 +44,10 @@ def main(arguments: Sequence[str]) -> int:
 def _run(options: argparse.Namespace) -> None:
     try:
         family = Family.model_validate_json(options.family.read_text())
-        options.out.mkdir(parents=True, exist_ok=True)
         runs = list(plan_runs(family, options.data, options.out))
-        record = measure_family(family, runs, options.out)
-        print(write_report(record, measure_costs(runs), options.draws, options.out))
+        with claim(options.out, SCALING, apart=tuple({run.config.data.path for run in runs})):
+            record = measure_family(family, runs, options.out)
+            print(write_report(record, measure_costs(runs), options.draws, options.out))
     except ValidationError as error:
         raise ValueError(f"{options.family}: {first_mistake(error)}") from None
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +38,13 @@ SCHEMA_VERSION = 1
 GOLDEN = "golden.png"
 WEIGHTS = "weights.safetensors"
 EMBEDDER, CONDITIONER, BACKBONE = "embedder.onnx", "conditioner.onnx", "backbone.onnx"
+DECODER = "decoder.onnx"
+# The rows that a bundle is verified and calibrated on.
+CALIBRATION = "calibration.safetensors"
+_GRAPHS = [EMBEDDER, CONDITIONER, BACKBONE, DECODER]
+_GRAPHS += [f"backbone.{precision}.onnx" for precision in ("fp16", "bf16", "int8", "int8.fp16")]
+# The files that a manifest lists, where a bundle has them. No command touches others.
+BUNDLE_FILES = frozenset([WEIGHTS, CALIBRATION, GOLDEN, *_GRAPHS, *(f"{name}.data" for name in _GRAPHS)])
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
@@ -221,6 +229,11 @@ class Bundle:
         return self.path / name
 
 
+def bundle_name(folder: Path) -> str:
+    """Return the name of the bundle of a folder: a legal one for any folder name, such as "über 2"."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:100] or "model"
+
+
 def parse_manifest(raw: bytes, source: Path) -> Manifest:
     """Return the manifest in `raw`; error messages name `source`.
 
@@ -247,7 +260,7 @@ def parse_manifest(raw: bytes, source: Path) -> Manifest:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write manifest.json in the folder `path` atomically, with `files` taken from its contents now."""
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_file() and _listed(entry.name))
+    names = sorted(name for name in BUNDLE_FILES if (path / name).is_file())
     files = {
         name: FileEntry(sha256=digest(path / name), bytes=(path / name).stat().st_size) for name in names
     }
@@ -269,9 +282,3 @@ def digest(file: Path) -> str:
     """Return the sha256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _listed(name: str) -> bool:
-    if name == GOLDEN:
-        return True
-    return name != MANIFEST and not name.startswith(".") and name.endswith((".safetensors", ".onnx", ".data"))

@@ -18,7 +18,8 @@ import torch
 from pydantic import ValidationError
 
 from ditserve.model.distributed.processes import World, join_processes
-from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.output_folder import RUN, check_folder
 from ditserve.model.train.config import first_mistake, load_config
 from ditserve.model.train.dry_run import estimate_stages, format_estimate
 from ditserve.model.train.trainer import Trainer
@@ -37,8 +38,18 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line. Return 0, or 2 after a mistake, which is reported in one sentence."""
+    """Run the command line and return its exit status; an error is one sentence on stderr and status 2."""
     options = _parser().parse_args(arguments)
+    return guarded("model.train", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, or estimate the cost with `--dry-run`.
+
+    Raises:
+        ModelError, ValueError: a run that cannot work.
+        KeyboardInterrupt: it was stopped; the message says how it goes on.
+    """
     flags = [f"{field}={value}" for field in FLAGS if (value := getattr(options, field)) is not None]
     try:
         config = load_config(options.config, [*options.set, *flags])
@@ -49,18 +60,17 @@ def main(arguments: list[str]) -> int:
             elif world.size > 1:
                 raise ValueError("--dry-run is of one process: leave torchrun out")
             else:
+                check_folder(config.output, RUN, apart=(config.data.path,))
                 with closing(Trainer(config)) as trainer:
                     for line in format_estimate(trainer, estimate_stages(trainer)):
                         print(line)
     except KeyboardInterrupt:
-        return _refuse("stopped; the same command goes on from the last checkpoint")
+        raise KeyboardInterrupt("stopped; the same command goes on from the last checkpoint") from None
     except ValidationError as error:
-        return _refuse(f"{options.config}: {first_mistake(error)}")
+        raise ValueError(f"{options.config}: {first_mistake(error)}") from None
     except OSError as error:
-        return _refuse(f"{error.filename or 'the output folder'} cannot be used: {error.strerror or error}")
-    except (ModelError, ValueError) as error:
-        return _refuse(str(error))
-    return 0
+        place = error.filename or "the output folder"
+        raise ValueError(f"{place} cannot be used: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -91,11 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="tell parameters, memory, speed and duration; write nothing"
     )
     return parser
-
-
-def _refuse(sentence: str) -> int:
-    print(f"model.train: {sentence}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ micro-batches.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import batch_indices
-from ditserve.model.nets.conditioner import drop_labels, drop_text
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.config import TrainConfig
+from ditserve.model.train.dropout import condition_dropout
 from ditserve.model.train.loss import logit_normal_timesteps, uniform_timesteps
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ class BatchSource:
     """The source of the batch of any step; `rows` are those of the global batch that this process trains on.
 
     Raises:
-        ValueError: dropout rates that do not fit the data.
+        ValueError: dropout rates that do not fit the data, or a batch that does not fit in memory.
         DataError: the data cannot be had in the size of a stage.
     """
 
@@ -79,16 +80,21 @@ class BatchSource:
             (end, dataset if size == dataset.size else dataset.resized(size))
             for end, size in config.stage_sizes(dataset)
         ]
-        count = len(dataset.factors)
-        self.rates = config.label_dropout * (count if len(config.label_dropout) == 1 else 1)
-        if len(self.rates) != count:
-            names = ", ".join(factor.name for factor in dataset.factors)
-            raise ValueError(
-                f"label_dropout has {len(self.rates)} rates, but the data has {count} factors ({names}): "
-                "give one, or one each"
-            )
+        self.dropout = condition_dropout(config, dataset)
+        self._check_memory()
         self.text = None if dataset.text is None else torch.from_numpy(dataset.text)
         self.training = dataset.training
+
+    def _check_memory(self) -> None:
+        """Refuse a batch whose pictures and noise, as float32, exceed the memory of this machine."""
+        height, width = (max(side) for side in zip(*(data.size for _, data in self.stages), strict=True))
+        needed = 2 * 4 * self.config.batch * self.dataset.channels * height * width
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory:
+            raise ValueError(
+                f"batch {self.config.batch} takes {needed / 2**30:,.0f} GiB for pictures and noise alone, "
+                f"and this machine has {memory / 2**30:,.0f}: lower it"
+            )
 
     def dataset_at(self, step: int) -> Dataset:
         """Return the data in the size that `step` trains on; past the end, in that of the last stage."""
@@ -100,8 +106,8 @@ class BatchSource:
         seed = config.seed + rollbacks * ROLLBACK_SEED_STRIDE
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = self.training[batch_indices(len(self.training), config.batch, step, seed)]
-        labels = drop_labels(torch.from_numpy(data.labels[index]), self.network, self.rates, generator)
-        text = None if self.text is None else drop_text(self.text[index], config.text_dropout, generator)
+        text = None if self.text is None else self.text[index]
+        labels, text = self.dropout.apply(torch.from_numpy(data.labels[index]), text, self.network, generator)
         if config.timesteps == "uniform":
             t = uniform_timesteps(config.batch, config.diffusion.timesteps, generator)
         else:

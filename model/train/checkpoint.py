@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ditserve.model.distributed.parallel import ParallelNetwork, local_tensor
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.ema import Ema
+from ditserve.model.train.identity import differences
 from ditserve.model.train.tensor_shards import make_index, read_shards, write_shards
 
 COUNTERS = ("step", "skipped", "failures", "rollbacks")
@@ -106,7 +107,12 @@ class TrainingState:
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, newest last; other files that a user keeps there are ignored."""
     paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(paths, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, which its name tells."""
+    return int(path.name.removeprefix("step-"))
 
 
 def save(folder: Path, state: TrainingState, identity: Mapping[str, Any], *, keep: int = 2) -> Path:
@@ -235,20 +241,22 @@ def check_identity(path: Path, saved: Mapping[str, Any], identity: Mapping[str, 
         CheckpointError: a field differs; the message names the first.
     """
     for field, was, now in differences(saved, {key: identity[key] for key in identity if key in saved}):
-        change = f"{was}, not {now}" if len(f"{was}{now}") < 60 else "otherwise"
+        if field.startswith("content"):
+            numbers = field.partition(".")[2]
+            raise CheckpointError(
+                f"{path} was trained with other pictures: those numbered {numbers} in the data were replaced "
+                "since: take the old ones back, or another output, with init to go on from here"
+            )
         raise CheckpointError(
-            f"{path} was trained with another {field} ({change}): take that one back, or another output, "
-            "with init to go on from here"
+            f"{path} was trained with another {field} ({was}, not {now}): take that one back, or another "
+            "output, with init to go on from here"
         )
 
 
-def differences(was: Any, now: Any, field: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (dotted field, old JSON, new JSON) for each difference.
-
-    At the top level only the fields of `now` are compared; below it, the fields of both.
-    """
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for key in sorted({*now, *was} if field else now):
-            yield from differences(was.get(key), now.get(key), f"{field}.{key}" if field else str(key))
-    elif was != now:
-        yield field, json.dumps(was), json.dumps(now)
+def saved_identity(folder: Path) -> Mapping[str, Any] | None:
+    """Return the identity in the newest readable checkpoint of a folder; None if there is none."""
+    for path in checkpoints(folder)[::-1]:
+        with suppress(OSError, ValueError):
+            saved: dict[str, Any] = json.loads((path / "state.json").read_text())
+            return saved
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,39 +35,9 @@ Decays = Annotated[
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Precision = Literal["fp32", "bf16", "fp16"]
+# A batch draws from 1,000,003 · (seed + 2³² · roll-backs) + step, which must stay below 2⁶³.
+MAX_SEED = 2**40
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-# Fields that may change when a run is continued: where and how fast it runs, which files it writes, how long
-# and at which rate it learns.
-CHANGEABLE = frozenset(
-    [
-        "output",
-        "init",
-        "steps",
-        "lr",
-        "schedule",
-        "warmup",
-        "decay",
-        "clip",
-        "accumulate",
-        "checkpoint_blocks",
-        "compile",
-        "threads",
-        "device",
-        "skip_limit",
-        "rollback_limit",
-        "checkpoint_every",
-        "keep",
-        "sheet_every",
-        "vae",
-        "log_every",
-        "tensorboard",
-        "stages",
-        "data",
-        "parallel",
-    ]
-)
-CHANGEABLE_OF_DATA = {"path", "check", "corrupt_limit", "prefetch"}
 
 
 class TrainingStage(BaseModel):
@@ -115,6 +84,11 @@ class TrainConfig(BaseModel):
     label_dropout: Rates = (0.1,)
     """Probability that a label is dropped: one rate, or one per factor."""
     text_dropout: Rate = 0.1
+    joint_dropout: Rate | None = None
+    """Probability that all conditions are dropped together, which trains what guidance subtracts.
+
+    None: as much as makes a tenth of the rows unconditional where there are several conditions, see
+    `model.train.dropout`; 0 in a run begun before there was this field."""
     label_std: Positive = 0.02
     """Standard deviation of the initial label tables: 0.02 in the paper; short runs learn faster from 0.3."""
 
@@ -140,15 +114,15 @@ class TrainConfig(BaseModel):
     checkpoint_blocks: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
     compile: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
-    threads: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     device: Literal["cpu", "cuda"] = "cpu"
     parallel: ParallelSpec = ParallelSpec()
     """The division of the work if `torchrun` starts several processes."""
 
     skip_limit: Count = 10
     """Steps in a row without a finite gradient after which the run is rolled back to its last checkpoint."""
-    rollback_limit: Annotated[int, Field(ge=0)] = 3
+    rollback_limit: Annotated[int, Field(ge=0, le=1000)] = 3
     """Number of roll-backs before the run stops."""
     checkpoint_every: Count = 200
     keep: Count = 2
@@ -257,29 +231,6 @@ class TrainConfig(BaseModel):
         classes = tuple(len(factor.classes) for factor in dataset.factors)
         return network_config({**fields, **self.model, "image_size": sizes[-1], "classes": classes})
 
-    def identity(self, dataset: Dataset) -> dict[str, Any]:
-        """Return the values that must be equal for a checkpoint to be continued.
-
-        They are all fields but CHANGEABLE, the sizes of the stages, the classes, and a fingerprint of the
-        pictures.
-        """
-        names = json.dumps([(factor.name, factor.classes) for factor in dataset.factors])
-        dumped = self.model_dump(mode="json")
-        return {
-            **{key: value for key, value in dumped.items() if key not in CHANGEABLE},
-            "data": {key: value for key, value in dumped["data"].items() if key not in CHANGEABLE_OF_DATA},
-            "distillation": self.distillation
-            and self.distillation.model_dump(mode="json", exclude={"teacher"}),
-            "loss_space": self.space,
-            "classes": [len(factor.classes) for factor in dataset.factors],
-            "class_names": hashlib.sha256(names.encode()).hexdigest()[:16],
-            "pictures": {
-                "count": len(dataset.training),
-                "labels": hashlib.sha256(dataset.labels[dataset.training].tobytes()).hexdigest()[:16],
-            },
-            "stages": [{"size": list(size), "until": end} for end, size in self.stage_sizes(dataset)[:-1]],
-        }
-
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Load the run that a JSON file describes, with `key=value` overrides.
@@ -293,6 +244,8 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         data = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold a JSON object")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -301,6 +254,8 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         section = data
         for parent in parents:
             section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ValueError(f"--set {override}: {parent} is a value, which has no fields")
         try:
             section[last] = json.loads(value)
         except ValueError:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from ditserve.model.nets.cost import cost
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.sampling.prompt import label_tensor
+from ditserve.model.sampling.sheet import sheet_labels, to_pixels
+from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.batch import TrainingBatch
+from ditserve.model.train.load import SHEET_STEPS, run_defaults
 from ditserve.model.train.trainer import Trainer
 
 # Cost of a training step in forward passes: a backward pass costs two. Recomputed blocks cost one more.
@@ -133,6 +139,30 @@ def _activation_bytes(trainer: Trainer, batch: TrainingBatch) -> int:
     return sum(kept.values())
 
 
+def rehearse_sampling(trainer: Trainer) -> None:
+    """Do the first step of a sample sheet, and of a sample with the bundle's defaults, as export draws one.
+
+    Raises:
+        ValueError, ModelError: samples of this run cannot be drawn.
+    """
+    config, state = trainer.config, trainer.state
+    state.step = config.steps
+    network, defaults = trainer.averaged_network(), run_defaults(config, trainer.dataset, config.steps)
+    rows, _ = sheet_labels(network.config.classes)
+    labels = label_tensor(rows[:1], network.config.classes).to(config.device)
+    with torch.no_grad():
+        conditions = Conditions((network.embed(labels),))
+    guidance = Guidance(
+        defaults.guidance_scale, defaults.guidance_interval, config.diffusion.guidance_channels
+    )
+    denoiser = Denoiser(network, trainer.schedule, conditions, guidance)
+    for solver, steps in (("ddim", min(SHEET_STEPS, defaults.steps)), (defaults.solver, defaults.steps)):
+        table = step_table(solver, grid(defaults.grid, steps, trainer.schedule.timesteps), trainer.schedule)
+        x0 = next(denoise(denoiser, table, [config.seed], clip_x0=config.diffusion.clip_x0))
+        if trainer.decoder is not None:
+            to_pixels(trainer.decoder.decode(x0))
+
+
 def format_estimate(trainer: Trainer, stages: Iterable[StageCost]) -> Iterator[str]:
     """Yield the lines of the estimate for a terminal, each as soon as it is known."""
     config, pictures = trainer.config, len(trainer.source.training)
@@ -155,4 +185,6 @@ def format_estimate(trainer: Trainer, stages: Iterable[StageCost]) -> Iterator[s
             f"{stage.steps} steps take {timedelta(seconds=round(stage.seconds))}"
         )
         yield f"    memory {memory.total / 2**20:.0f} MiB besides the data: {sizes}"
+    rehearse_sampling(trainer)
+    yield "the bundle, the sample sheet and the golden image can be made of this run"
     yield f"all of it takes {timedelta(seconds=round(seconds))} on {config.device}, measured over a few steps"

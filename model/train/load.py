@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -14,16 +15,27 @@ from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.latents import Latents
 from ditserve.model.nets.autoencoder import Autoencoder, AutoencoderError, fingerprint, open_autoencoder
-from ditserve.model.spec.bundle import MANIFEST, Bundle, Defaults, LatentSpec, Manifest, StateTensor
+from ditserve.model.spec.bundle import (
+    MANIFEST,
+    Bundle,
+    Defaults,
+    LatentSpec,
+    Manifest,
+    Name,
+    StateTensor,
+)
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig
-from ditserve.model.train.checkpoint import checkpoints
+from ditserve.model.train.checkpoint import checkpoints, step_of
 from ditserve.model.train.config import TrainConfig, first_mistake, load_config
+from ditserve.model.train.dropout import condition_dropout
 from ditserve.model.train.loaded_model import LoadedModel, LoadError, build, load_bundle
 from ditserve.model.train.tensor_shards import read_full
 
 # The submodule of a student that feature matching trains; its bundle is written without it.
 FEATURE_MAPS = "feature_maps"
+# Sampling steps of a sample sheet, at most.
+SHEET_STEPS = 20
 DEFAULTS = Defaults(
     steps=50, solver="ddim", grid="trailing", guidance_scale=2.0, guidance_interval=(0.0, 1.0)
 )
@@ -32,19 +44,33 @@ DEFAULTS = Defaults(
 def load_model(path: Path, *, data: Path | None = None) -> LoadedModel:
     """Load a bundle, or a training run: its averaged weights, with the class names of its pictures.
 
-    `data` is the path of the run's pictures if they have moved.
+    Of a folder that holds both, the newer state is loaded: the run, if it was trained on after the bundle was
+    made. A line on stderr tells which of the two was opened. `data` is the path of the run's pictures if they
+    have moved.
 
     Raises:
         LoadError: `path` is neither of the two, has no readable checkpoint, or has weights that do not fit.
         BundleError: a bundle that is damaged.
     """
-    if (path / MANIFEST).is_file():
+    has_run = (path / "config.json").is_file()
+    if not (path / MANIFEST).is_file():
+        if has_run:
+            return _load_run(path, data)
+        raise LoadError(
+            f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
+        )
+    trained = _newest_step(path) if has_run else -1
+    if trained < 0:
         return load_bundle(Bundle.open(path))
-    if (path / "config.json").is_file():
-        return _load_run(path, data)
-    raise LoadError(
-        f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
-    )
+    made = Bundle.open(path, verify=False).manifest.provenance.get("step", -1)
+    opened = f"the training run, at step {trained}" if trained > made else f"the bundle, of step {made}"
+    print(f"{path} holds a bundle and a training run; opened {opened}", file=sys.stderr)
+    return _load_run(path, data) if trained > made else load_bundle(Bundle.open(path))
+
+
+def _newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint of a run; −1 if it has none."""
+    return max((step_of(path) for path in checkpoints(run / "checkpoints")), default=-1)
 
 
 def run_config(source: Path) -> NetworkConfig:
@@ -62,7 +88,7 @@ def _load_run(path: Path, data: Path | None) -> LoadedModel:
     dataset = _open_dataset(config, data)
     checkpoint, step, weights = _newest_checkpoint(path / "checkpoints")
     network = build(config.network_config(dataset), weights, checkpoint)
-    return LoadedModel(network, describe_run(path.resolve().name, config, dataset, network.config, step))
+    return LoadedModel(network, describe_run(model_name(path), config, dataset, network.config, step))
 
 
 def _read_config(source: Path) -> TrainConfig:
@@ -100,10 +126,34 @@ def _newest_checkpoint(folder: Path) -> tuple[Path, int, dict[str, Tensor]]:
     )
 
 
-def run_defaults(config: TrainConfig, step: int) -> Defaults:
-    """Return the sampling defaults of the bundle of a run at `step`."""
-    changes = config.distillation.defaults(step) if config.distillation else {}
+def run_defaults(config: TrainConfig, dataset: Dataset, step: int) -> Defaults:
+    """Return the sampling defaults of the bundle of a run at `step`.
+
+    They have no more steps than the model has timesteps, and no guidance where no row trains the
+    unconditional prediction.
+    """
+    changes: dict[str, Any] = {"steps": min(DEFAULTS.steps, config.diffusion.timesteps)}
+    if not condition_dropout(config, dataset).unconditional:
+        changes["guidance_scale"] = 1.0
+    if config.distillation:
+        changes |= config.distillation.defaults(step)
     return DEFAULTS.model_copy(update=changes)
+
+
+def model_name(folder: Path) -> str:
+    """Return the name of a model in `folder`, which is the folder's.
+
+    Raises:
+        LoadError: it cannot be the name of a bundle.
+    """
+    name = folder.resolve().name
+    try:
+        return TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise LoadError(
+            f"the folder's name {name!r} is to be the model's, which has letters from a to z, digits, '.', "
+            "'_' and '-', and begins with a letter or a digit: choose another name"
+        ) from None
 
 
 def describe_run(
@@ -128,7 +178,7 @@ def describe_run(
         latents=latents,
         embedding_size=shape.hidden_size,
         state=tuple(StateTensor(name=tensor, shape=dims) for tensor, dims in shape.state()),
-        defaults=run_defaults(config, step),
+        defaults=run_defaults(config, dataset, step),
         licence=dataset.licence or "unspecified",
         attribution=dataset.attribution,
         provenance={"training": training, "step": step, "pictures": len(dataset.training)},

@@ -17,7 +17,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from ditserve.model.nets.dit import DiT
-from ditserve.model.nets.factory import Network, make_network
+from ditserve.model.nets.factory import Network, network_of
 from ditserve.model.nets.unet import UNet
 from ditserve.model.spec.bundle import WEIGHTS, Bundle, Manifest, write_atomic, write_manifest
 from ditserve.model.spec.diffusion import Schedule
@@ -66,6 +66,8 @@ def build(config: UNetConfig, weights: Mapping[str, Tensor], origin: Path) -> UN
 def build(config: NetworkConfig, weights: Mapping[str, Tensor], origin: Path) -> Network:
     """Build a network in evaluation mode that holds `weights` in fp32; `origin` is named in errors.
 
+    Weights that are in fp32 already are shared with the network, not copied.
+
     Raises:
         LoadError: the names or shapes are not those of `config`.
     """
@@ -73,9 +75,7 @@ def build(config: NetworkConfig, weights: Mapping[str, Tensor], origin: Path) ->
         check_weights(weights, config)
     except WeightsError as error:
         raise LoadError(f"{origin}: {error}") from None
-    network = make_network(config).eval().requires_grad_(False)
-    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return network
+    return network_of(config, {name: tensor.float() for name, tensor in weights.items()})
 
 
 def load_bundle(bundle: Bundle) -> LoadedModel:

@@ -23,12 +23,13 @@ from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.spec.diffusion import add_noise
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.batch import BatchSource, Prefetch, TrainingBatch
-from ditserve.model.train.checkpoint import TrainingState, checkpoints, restore, save
+from ditserve.model.train.checkpoint import TrainingState, checkpoints, restore, save, saved_identity
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
 from ditserve.model.train.distillation.objective import distillation_loss, make_objective
 from ditserve.model.train.ema import Ema
-from ditserve.model.train.load import describe_run, open_decoder
+from ditserve.model.train.identity import run_identity
+from ditserve.model.train.load import describe_run, model_name, open_decoder
 from ditserve.model.train.loaded_model import LoadedModel, save_model
 from ditserve.model.train.loss import noise_tables, per_row, squared_error, variational_term
 from ditserve.model.train.optimizer import (
@@ -58,6 +59,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World | None = None) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch finds no GPU: take --device cpu")
+        if config.joint_dropout is None and (saved := saved_identity(config.output / "checkpoints")):
+            # What is left out goes on as the run began: before there was this field, without it.
+            config = config.model_copy(update={"joint_dropout": saved.get("joint_dropout", 0.0)})
         self.config, world = config, world or World(device=config.device)
         self.dataset = config.open_dataset()
         self.network_config = config.network_config(self.dataset)
@@ -67,9 +71,11 @@ class Trainer:
         self.tables = noise_tables(
             self.schedule, config.space, config.loss_cap, config.device, floor=config.loss_floor
         )
-        self.identity = config.identity(self.dataset)
+        self.identity = run_identity(config, self.dataset)
         self.checkpoints = config.output / "checkpoints"
         self.batches: Prefetch[TrainingBatch] | None = None
+        # The bundle of the run is described before hours are spent on its weights.
+        describe_run(model_name(config.output), config, self.dataset, self.network_config, 0)
         self.decoder = open_decoder(self.dataset, config.vae, config.device)
         torch.manual_seed(config.seed)
         model = make_network(self.network_config)

@@ -6,22 +6,28 @@ conditions. So a run that stops, even by SIGKILL, continues from its last checkp
 
 from __future__ import annotations
 
-from contextlib import closing
+import os
+import signal
+import threading
+from contextlib import closing, nullcontext
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 from ditserve.model.data.sources import NAMED
 from ditserve.model.distributed.processes import World
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.sampling.sheet import sample_sheet
 from ditserve.model.spec.bundle import write_atomic
+from ditserve.model.spec.output_folder import RUN, claim
 from ditserve.model.train.checkpoint import check_room
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.curve import draw_curve
-from ditserve.model.train.load import run_defaults
+from ditserve.model.train.load import SHEET_STEPS, run_defaults
 from ditserve.model.train.trainer import Trainer
 from ditserve.model.train.training_log import TrainingLog
 
-# Sampling steps of a sample sheet, at most.
-SHEET_STEPS = 20
+# The signals after which a run saves its state and ends.
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def train(config: TrainConfig, world: World | None = None) -> None:
@@ -29,9 +35,15 @@ def train(config: TrainConfig, world: World | None = None) -> None:
 
     Raises:
         ValueError, DataError, LoadError, BundleError, AutoencoderError: a run that cannot work.
-        CheckpointError, OSError: a folder that cannot be written, or holds another run.
+        OutputError, CheckpointError, OSError: a folder that must not or cannot be written.
         Diverged: the loss is not finite again and again.
     """
+    first = world is None or world.is_first
+    with claim(config.output, RUN, apart=(config.data.path,)) if first else nullcontext():
+        _train(config, world)
+
+
+def _train(config: TrainConfig, world: World | None) -> None:
     with closing(Trainer(config, world)) as trainer:
         start(trainer)
         if trainer.state.step < config.steps:
@@ -43,7 +55,6 @@ def train(config: TrainConfig, world: World | None = None) -> None:
 def start(trainer: Trainer) -> None:
     """Resume, or start from `init` or from scratch. Print the run, and check that it can be written."""
     config, state = trainer.config, trainer.state
-    config.output.mkdir(parents=True, exist_ok=True)
     resumed = trainer.resume()
     if resumed is not None:
         print(f"resumed from {resumed}")
@@ -74,7 +85,7 @@ def start(trainer: Trainer) -> None:
 def run_steps(trainer: Trainer) -> None:
     """Run the remaining steps: log, save, draw sample sheets, and roll back after too many failures."""
     config, state = trainer.config, trainer.state
-    with TrainingLog(config, state) as log:
+    with TrainingLog(config, state) as log, StopSignals() as stop:
         while state.step < config.steps:
             metrics = trainer.step()
             log.record(state, metrics)
@@ -84,21 +95,60 @@ def run_steps(trainer: Trainer) -> None:
                 log.print(trainer.roll_back())
                 log.rewind(state.step)
                 continue
-            if due and (last or not state.failures):
+            stopping = stop.agreed(trainer.parallel.world)
+            if (due or (stopping and state.is_finite())) and (last or not state.failures):
                 trainer.save()
+            if stopping and not last:
+                raise KeyboardInterrupt
             if trainer.decoder is not None and (last or state.step % config.sheet_every == 0):
                 draw_sample_sheet(trainer, trainer.decoder)
+
+
+class StopSignals:
+    """The request to stop after this step, by Ctrl-C (SIGINT) or SIGTERM. A second one ends at once.
+
+    Signals can be caught in the main thread alone; in another one nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._receive) for number in STOPPING}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def agreed(self, world: World) -> bool:
+        """Return True if any process was asked to stop. All processes must call."""
+        return not world.all_agree(not self.received)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        # `print` may have been interrupted itself.
+        os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")
+        self.received = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def draw_sample_sheet(trainer: Trainer, decoder: Autoencoder) -> None:
     """Sample from the averaged weights at this step, and write sheet-<step>.png. All processes must call."""
     config, step = trainer.config, trainer.state.step
-    network, defaults = trainer.averaged_network(), run_defaults(config, step)
+    network, defaults = trainer.averaged_network(), run_defaults(config, trainer.dataset, step)
     if trainer.parallel.world.is_first:
         sheet = sample_sheet(
             network,
             trainer.schedule,
             decoder,
+            trainer.dataset.factors,
             steps=min(SHEET_STEPS, defaults.steps),
             guidance_scale=defaults.guidance_scale,
             seed=config.seed,

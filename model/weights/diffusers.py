@@ -18,6 +18,8 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.weights.official import TABLE, Weights, WeightsError, check_plain, check_weights, refuse
 
 Function = Literal["published", "diffusers"]
+# The classes of diffusers that a DiT's configuration names, the newer first.
+CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
 
 # Our name → diffusers' name, outside the blocks.
 _OUTER = {
@@ -139,10 +141,10 @@ def _config_from_fields(fields: Mapping[str, Any], function: Function) -> DiTCon
     wrong = [f"{name} {fields[name]!r}" for name, value in needed.items() if fields.get(name, value) != value]
     if wrong:
         raise WeightsError(f"the configuration is not a DiT's: {', '.join(wrong)}")
-    heads, size = int(fields.get("num_attention_heads", 16)), int(fields.get("sample_size", 32))
-    channels = int(fields.get("in_channels", 4))
     as_diffusers = function == "diffusers"
     try:
+        heads, size = int(fields.get("num_attention_heads", 16)), int(fields.get("sample_size", 32))
+        channels = int(fields.get("in_channels", 4))
         return DiTConfig(
             image_size=(size, size),
             patch_size=int(fields.get("patch_size", 2)),
@@ -155,7 +157,7 @@ def _config_from_fields(fields: Mapping[str, Any], function: Function) -> DiTCon
             frequency_shift=1 if as_diffusers else 0,
             mlp_norm_eps=float(fields.get("norm_eps", 1e-5)) if as_diffusers else 1e-6,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"the configuration makes no DiT: {error}") from None
 
 

@@ -1,22 +1,14 @@
-"""Files of weights in other projects' layouts: read into a bundle, and written from a bundle.
-
-`model.weights.official` and `model.weights.diffusers` convert the tensors. Code in a pickle is never run.
-"""
+"""Bundles of imported weights, and a bundle's weights in files of other projects' layouts."""
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
-import pickle
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,84 +20,18 @@ from ditserve.model.spec.bundle import (
     Factor,
     Manifest,
     StateTensor,
+    bundle_name,
     write_atomic,
     write_manifest,
 )
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.weights.diffusers import Function, from_diffusers, to_diffusers
-from ditserve.model.weights.official import Weights, WeightsError, from_official, to_official
-
-DIFFUSERS_CONFIG = "config.json"
-DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+from ditserve.model.spec.output_folder import BUNDLE, DIFFUSERS, check_new_file, replacement
+from ditserve.model.weights.diffusers import to_diffusers
+from ditserve.model.weights.imports import DIFFUSERS_CONFIG, DIFFUSERS_NAME
+from ditserve.model.weights.official import WeightsError, to_official
 
 # The published results at 256 px use 250 steps of DDPM at guidance 1.5; 50 of DDIM are as good (FID 2.26).
 DEFAULTS = Defaults(steps=50, solver="ddim", grid="leading", guidance_scale=1.5, guidance_interval=(0.0, 1.0))
-
-
-@dataclass(frozen=True, slots=True)
-class ImportOptions:
-    """The facts that a file of weights does not hold.
-
-    `num_heads` and `image_size` are for shapes that are not published, `function` for diffusers' layout.
-    """
-
-    num_heads: int | None = None
-    image_size: tuple[int, int] | None = None
-    function: Function = "published"
-
-
-def read_weights(path: Path, options: ImportOptions) -> tuple[Weights, DiTConfig]:
-    """Read weights and configuration from an official file, or from a folder or file of diffusers.
-
-    In diffusers' layout `path` is the folder of the model, of a pipeline around it, or its weights file.
-
-    Raises:
-        WeightsError: there is nothing to read, or it does not fit.
-    """
-    folder = _diffusers_folder(path)
-    if folder is None:
-        return from_official(read_state(path), num_heads=options.num_heads, image_size=options.image_size)
-    file = next((folder / name for name in DIFFUSERS_WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise WeightsError(f"{folder} holds neither {' nor '.join(DIFFUSERS_WEIGHTS)}")
-    try:
-        fields = json.loads((folder / DIFFUSERS_CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder / DIFFUSERS_CONFIG} cannot be read: {error}") from None
-    return from_diffusers(read_state(file), fields, function=options.function)
-
-
-def _diffusers_folder(path: Path) -> Path | None:
-    if path.is_file() and path.name in DIFFUSERS_WEIGHTS:
-        return path.parent
-    folders = (path / "transformer", path)
-    return next((folder for folder in folders if (folder / DIFFUSERS_CONFIG).is_file()), None)
-
-
-def read_state(path: Path) -> Weights:
-    """Read the tensors of a .safetensors, .pt, .pth or .bin file.
-
-    Of a training checkpoint it returns the averaged weights ("ema").
-
-    Raises:
-        WeightsError: unreadable, not plain tensors, or pickled code.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # The official trainer pickles its arguments beside the tensors.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as weights: {reason}") from None
-    for part in ("ema", "model"):
-        if isinstance(stored, dict) and isinstance(stored.get(part), dict):
-            stored = stored[part]
-            break
-    if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
-        raise WeightsError(f"{path} holds no state dict: it must map names to tensors")
-    return cast(Weights, stored)
 
 
 def write_bundle(
@@ -115,11 +41,12 @@ def write_bundle(
     *,
     licence: str,
     classes: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Manifest:
     """Write a bundle of weights alone, for a latent model trained as published.
 
     The schedule is linear, the network predicts noise. `classes` names the classes; unless given, their
-    numbers do.
+    numbers do. `notes` tell what was read and assumed at the import; the manifest keeps them.
 
     Raises:
         WeightsError: the number of `classes` is not the model's, or the folder has no legal name for a
@@ -131,7 +58,7 @@ def write_bundle(
     height, width = config.image_size
     try:
         manifest = Manifest(
-            name=re.sub(r"[^A-Za-z0-9._-]", "-", target.name),
+            name=bundle_name(target),
             version="1",
             description=f"Diffusion Transformer over {height}×{width} latents, imported",
             config=config,
@@ -148,13 +75,21 @@ def write_bundle(
             state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
             defaults=DEFAULTS,
             licence=licence,
+            provenance={"import": {"notes": list(notes)}} if notes else {},
         )
     except ValidationError as error:
         raise WeightsError(f"{target} cannot be a bundle: {error.errors()[0]['msg']}") from None
-    target.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, target / WEIGHTS)
-    write_manifest(target, manifest)
+    with replacement(target, BUNDLE) as scratch:
+        save_file({name: _storable(tensor) for name, tensor in weights.items()}, scratch / WEIGHTS)
+        write_manifest(scratch, manifest)
     return manifest
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """Return a tensor as a bundle keeps it: fp16 or fp32, and no view of a larger one."""
+    kept = tensor if tensor.dtype in (torch.float16, torch.float32) else tensor.float()
+    whole = kept.untyped_storage().nbytes() == kept.nbytes
+    return kept.contiguous() if whole else kept.clone(memory_format=torch.contiguous_format)
 
 
 def export_weights(bundle: Bundle, target: Path, layout: str) -> None:
@@ -168,11 +103,13 @@ def export_weights(bundle: Bundle, target: Path, layout: str) -> None:
     if not isinstance(config, DiTConfig):
         raise WeightsError(f"{bundle.path} holds a U-Net: the layouts are those of a DiT")
     if layout == "official":
-        state = to_official(weights, config)
+        check_new_file(target)
+        content = io.BytesIO()
+        torch.save(to_official(weights, config), content)
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, target)
+        write_atomic(target, content.getvalue())
         return
-    state, fields = to_diffusers(weights, config)
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(state, target / DIFFUSERS_WEIGHTS[0])
-    write_atomic(target / DIFFUSERS_CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
+    with replacement(target, DIFFUSERS, apart=(bundle.path,)) as scratch:
+        state, fields = to_diffusers(weights, config)
+        save_file(state, scratch / f"{DIFFUSERS_NAME}.safetensors")
+        write_atomic(scratch / DIFFUSERS_CONFIG, (json.dumps(fields, indent=2) + "\n").encode())

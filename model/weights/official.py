@@ -1,12 +1,13 @@
 """State dicts in the layout of the official DiT release, converted to ours and back.
 
 The official names are our names, except for the label table, and for the position table, which we compute.
-Weights that do not fit are refused with a list of what does not. Files are read and written in
-`model.weights.files`; diffusers' layout is in `model.weights.diffusers`.
+Weights that do not fit are refused with a list of what does not. Files are read in
+`model.weights.imports`; diffusers' layout is in `model.weights.diffusers`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
@@ -75,7 +76,8 @@ def from_official(
             raise WeightsError(
                 f"pos_embed has {tokens} tokens, but image_size {config.image_size} has {len(ours)}"
             )
-        if not torch.allclose(pos_embed.reshape(ours.shape).float().cpu(), ours, atol=1e-4):
+        rounding = max(1e-4, torch.finfo(pos_embed.dtype).eps) if pos_embed.is_floating_point() else 0.0
+        if not torch.allclose(pos_embed.reshape(ours.shape).float().cpu(), ours, atol=rounding):
             raise WeightsError(
                 "pos_embed is not the 2-D sine-cosine table: trained positions cannot be imported"
             )
@@ -106,16 +108,25 @@ def _infer_config(
     needed = ("x_embedder.proj.weight", "final_layer.linear.weight", TABLE, "blocks.0.mlp.fc1.weight")
     refuse("the weights are not a published DiT's", missing=[name for name in needed if name not in weights])
     patch_weight, out_weight, table, fc1 = (weights[name] for name in needed)
+    if patch_weight.ndim != 4 or table.ndim != 2:
+        raise WeightsError(
+            "the weights are not a published DiT's: its patches or its class table have other axes"
+        )
     hidden, channels, patch = patch_weight.shape[0], patch_weight.shape[1], patch_weight.shape[-1]
-    heads = heads or _HEADS.get(hidden)
+    published = _HEADS.get(hidden)
+    if heads and published and heads != published:
+        raise WeightsError(f"a DiT of width {hidden} has {published} heads, not {heads}: leave out --heads")
+    heads = heads or published
     if heads is None:
-        raise WeightsError(f"hidden size {hidden} is no published one, so its number of heads must be given")
+        raise WeightsError(
+            f"hidden size {hidden} is no published one, so its number of heads must be given: --heads"
+        )
     if size is None:
         side = round((tokens or 0) ** 0.5) * patch
         if not tokens or (side // patch) ** 2 != tokens:
-            raise WeightsError("the image size cannot be read off the positions, so it must be given")
+            raise WeightsError("the image size cannot be read off the positions, so it must be given: --size")
         size = (side, side)
-    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name))}
     try:
         return DiTConfig(
             image_size=size,

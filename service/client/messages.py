@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import random
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ LONGEST_WAIT_S = 120.0
 # The kinds of event after which a job's stream ends.
 TERMINAL = frozenset({"done", "failed", "cancelled"})
 _TRANSIENT = frozenset({408, 429, 502, 503, 504})
+_SECONDS = re.compile(r"[0-9]{1,9}")
 # An earlier attempt of this client whose answer was lost is still being drawn.
 _IN_FLIGHT = "idempotency-conflict"
 # The members of a problem that every error has; all others are its `extra`.
@@ -137,7 +139,7 @@ def refusal(answer: httpx.Response | httpx.TransportError) -> ServiceError:
         {
             "code": problem.get("code", f"http-{answer.status_code}"),
             "detail": problem.get("detail") or problem.get("title") or answer.reason_phrase,
-            "retry_after": float(retry_after) if retry_after.isdecimal() else None,
+            "retry_after": float(retry_after) if _SECONDS.fullmatch(retry_after) else None,
             "extra": {name: value for name, value in problem.items() if name not in _MEMBERS},
         }
     )

@@ -65,6 +65,7 @@ class Engine:
         self.schedule, self.clock = schedule, clock
         self._make_trajectory = lru_cache(TRAJECTORIES_KEPT)(partial(make_trajectory, schedule=schedule))
         self._samples: dict[str, Sample] = {}
+        self._turn_began: float | None = None  # the end of the last step; None: it was idle since
         self._slots = slots
         # Twice the cap: a guided sample alone may exceed a cap of one row, and a batch may be padded.
         self._rows = 2 * scheduler.max_rows
@@ -94,19 +95,23 @@ class Engine:
         # Schedule: the image size whose turn it is, and its samples that step now.
         group, batch = self._groups.next_batch(decoded_at)
         # Predict: one forward pass over their rows, guided.
+        pass_began = self.clock()
         try:
             predictions, rows = self._forward.run(group, batch.samples)
         except MemoryError:
             if group is self._groups.own:
                 raise
             return StepReport(failed=self._give_up(group), changes=changes)
+        pass_s = self.clock() - pass_began
         # Update: one solver step of each sample.
         stepped = [result for prediction in predictions for result in prediction.advance()]
         # Finish: samples that are done or broken leave, previews are shown, and the cost model learns.
         now = self.clock()
         finished, failed, previews = self._finish(stepped, began, now)
-        seconds, predicted_s = now - began, group.costs.predict(rows)
-        self._groups.observe(group, rows, seconds)
+        # A step costs the whole turn: what the host does between two steps delays the samples as well.
+        seconds, predicted_s = now - (self._turn_began or began), group.costs.predict(rows)
+        self._turn_began = now
+        self._groups.observe(group, rows, seconds, host_s=seconds - pass_s)
         return StepReport(finished, failed, previews, changes, batch.stop_reason, rows, seconds, predicted_s)
 
     def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None:
@@ -143,6 +148,8 @@ class Engine:
         else:
             snapshot.resume(sample)
             self._groups.admit(sample, snapshot.latent, snapshot.history)
+        if self.idle:
+            self._turn_began = None
         self._samples[request.id] = sample
 
     def export(self, sample_id: str) -> Snapshot | None:
@@ -179,6 +186,13 @@ class Engine:
             every_bucket=self.backend.buckets is not None,
             budget_s=budget_s,
         )
+
+    def measure_idle(self, idle_s: float) -> None:
+        """Look at the pace of a machine that ran nothing for `idle_s` seconds, by a pass of one row."""
+        rows = self.scheduler.size(1)
+        began = self.clock()
+        self._forward.run_blank(np.zeros((rows, *self._groups.own.pool.shape), np.float32))
+        self.costs.observe_idle(rows, self.clock() - began, idle_s)
 
     @property
     def idle(self) -> bool:

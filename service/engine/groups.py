@@ -1,80 +1,19 @@
-"""Groups of samples by the size of their rows: only rows of one size share a pass, so the sizes take turns.
+"""Groups of samples by the size of their rows: only rows of one size share a pass.
 
 A row is a latent as a whole, or a window of one. A sample that is denoised in windows therefore belongs to
-the group of the bundle's own size. The turns are deficit round robin (`DeficitRoundRobin`).
+the group of the bundle's own size. Which group has its turn is up to the `scheduler`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
-from typing import Final, Generic, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 from ditserve.service.engine.latent_pool import Floats, LatentPool
 from ditserve.service.engine.samples import Sample
-from ditserve.service.engine.scheduler import Batch, Scheduler
+from ditserve.service.engine.scheduler import Batch, Candidates, Scheduler
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.windows import Size
-
-MAX_VISITS: Final = 16  # a group runs after at most so many visits, however little it has waiting
-
-G = TypeVar("G", bound=Hashable)
-
-
-@dataclass(frozen=True, slots=True)
-class GroupDemand:
-    """The work of one group, in tokens or any one unit: its next batch, and all that it has waiting.
-
-    Both are positive.
-    """
-
-    batch: float
-    waiting: float
-
-
-class DeficitRoundRobin(Generic[G]):
-    """The order in which groups run: deficit round robin (Shreedhar & Varghese 1995).
-
-    A group's share of the machine is in proportion to what it has waiting, so samples of large and of small
-    groups advance equally fast. Groups are visited in a circle. Every visit adds credit to a group, and the
-    group runs once its credit pays for its batch. A visit adds no less than a `MAX_VISITS`th of the batch, so
-    a group with little to do never starves.
-
-    A credit lasts as long as its group has something waiting.
-
-    Example: A runs batches of 8 and has 80 waiting, B runs batches of 2 and has 5 waiting. The largest group
-    earns a whole batch at every visit, so a visit adds a tenth of what waits: 8 to A, 0.5 to B. B runs at
-    every fourth visit: 2 for every 32 of A, which is 5 to 80.
-    """
-
-    def __init__(self) -> None:
-        # In the order of visits; the first group is the one that is visited now.
-        self._credit: dict[G, float] = {}
-
-    def next(self, demands: Mapping[G, GroupDemand]) -> G:
-        """Return the group to run now, and charge it for its batch.
-
-        `demands` has every group with work, at least one.
-        """
-        self._credit = {group: credit for group, credit in self._credit.items() if group in demands}
-        for group in demands:
-            self._credit.setdefault(group, 0.0)
-        if len(demands) == 1:
-            self._credit = dict.fromkeys(demands, 0.0)
-            return next(iter(demands))
-        largest = max(demands.values(), key=lambda demand: demand.waiting)
-        rate = largest.batch / largest.waiting
-        while True:
-            group, credit = next(iter(self._credit.items()))
-            demand = demands[group]
-            if credit >= demand.batch:
-                self._credit[group] = credit - demand.batch
-                return group
-            # Move the group to the end of the circle and visit the next one.
-            del self._credit[group]
-            self._credit[group] = credit
-            visited = next(iter(self._credit))
-            self._credit[visited] += max(rate * demands[visited].waiting, demands[visited].batch / MAX_VISITS)
 
 
 class Place(NamedTuple):
@@ -120,7 +59,6 @@ class Groups:
         self._scheduler, self._make_pool = scheduler, make_pool
         self.own = Group(own, make_pool(own), costs, row_cost=1.0)
         self._groups = {own: self.own}
-        self._turns: DeficitRoundRobin[Size] = DeficitRoundRobin()
         self._run_before: set[tuple[Size, int]] = set()
 
     def admit(self, sample: Sample, latent: Floats, history: Floats | None = None) -> None:
@@ -148,21 +86,17 @@ class Groups:
 
     def next_batch(self, now: float) -> tuple[Group, Batch[Sample]]:
         """Return the group whose turn it is and its samples that step now. A sample must be running."""
-        waiting = {size: group for size, group in self._groups.items() if group.samples}
-        if len(waiting) == 1:
-            (group,) = waiting.values()
-        else:
-            size = self._turns.next({size: self._demand(group, now) for size, group in waiting.items()})
-            group = waiting[size]
-        return group, self._batch(group, now)
+        waiting = [group for group in self._groups.values() if group.samples]
+        batch = self._scheduler.next_batch([self._candidates(group) for group in waiting], now=now)
+        return self._groups[batch.samples[0].geometry.row_size], batch
 
-    def observe(self, group: Group, rows: int, seconds: float) -> None:
-        """Teach the cost model of a group the seconds of a pass of `rows` rows.
+    def observe(self, group: Group, rows: int, seconds: float, host_s: float = 0.0) -> None:
+        """Teach the cost model of a group the seconds of a step of `rows` rows, `host_s` beside its pass.
 
         The first pass of a size is left out, because it also allocates memory or compiles.
         """
         if (group.size, rows) in self._run_before:
-            group.costs.observe(rows, seconds)
+            group.costs.observe(rows, seconds, host_s)
         self._run_before.add((group.size, rows))
 
     def _group_for(self, sample: Sample) -> Group:
@@ -176,12 +110,11 @@ class Groups:
             group = self._groups[size] = Group(size, self._make_pool(size), costs, row_cost=row_cost)
         return group
 
-    def _demand(self, group: Group, now: float) -> GroupDemand:
-        batch = sum(sample.rows for sample in self._batch(group, now).samples)
-        return GroupDemand(group.row_cost * batch, group.row_cost * group.rows)
-
-    def _batch(self, group: Group, now: float) -> Batch[Sample]:
-        saturation_rows = group.costs.saturation_rows(self._scheduler.cap(group.row_cost))
-        return self._scheduler.next_batch(
-            group.samples.values(), saturation_rows, group.row_cost, now=now, seconds=group.costs.predict
+    def _candidates(self, group: Group) -> Candidates[Sample]:
+        return Candidates(
+            group.samples.values(),
+            group.costs.saturation_rows(self._scheduler.cap(group.row_cost)),
+            group.costs.predict,
+            row_cost=group.row_cost,
+            size=group.size,
         )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ditserve.model.spec.mixing import Mix
 from ditserve.service.engine.conditions import Condition
+from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.geometry import Geometry
 from ditserve.service.engine.trajectory import Trajectory
 from ditserve.service.errors import ServiceError
@@ -47,6 +48,8 @@ class SampleRequest:
     reason: str | None = None  # why `rung` is not `requested`, if it is not
     size: Size | None = None  # None: the bundle's own
     windows: bool = False  # denoise a larger size in overlapping windows of the bundle's own
+    caller: str = ""
+    weight: float = 1.0  # of its caller's share of the machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class StepReport:
     changes: tuple[Change, ...] = ()
     stop_reason: Literal["cap", "idle"] = "idle"  # as in `scheduler.Batch`
     rows: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the whole turn: since the end of the last step, if it was running
     predicted_s: float = 0.0  # by the cost model, before the step
 
 
@@ -107,6 +110,7 @@ class Sample:
         "cursor",
         "degraded",
         "floor",
+        "flow",
         "generator",
         "geometry",
         "reason",
@@ -128,6 +132,7 @@ class Sample:
         added_at: float,
     ) -> None:
         self.request, self.geometry, self.floor = request, geometry, floor
+        self.flow = Flow(request.caller, request.weight)
         self.condition = condition
         self.trajectory = trajectory
         self.cursor = 0  # index of the next step of the trajectory

@@ -1,28 +1,36 @@
 """The scheduler: which samples take their next step together, and in how many rows.
 
-Earliest deadline first until zero laxity (EDZL, Cho et al. 2002) among the running samples. A sample takes
-its steps one after the other. One that must be in every batch from now on to be done in time, one without
-laxity, goes before those that can wait, and no sample joins that would make the passes too long for it. A
-batch has as many rows as the cost model finds worthwhile and the budget of tokens holds; it is padded to a
-bucket where the backend runs fixed sizes.
+Callers share the machine by their weights, and so do the row sizes of a caller (`fair_shares`); only rows of
+one size share a pass. Among the samples of one caller the earliest deadline goes first until zero laxity
+(EDZL, Cho et al. 2002). A sample takes its steps one after the other. One that must be in every batch from
+now on to be done in time, one without laxity, goes before those that can wait, as far as its caller's lead
+allows. No sample joins that would make the passes too long for it. A batch has as many rows as the cost model
+finds worthwhile and the budget of tokens holds; it is padded to a bucket where the backend runs fixed sizes.
 
 Pure: no clock, no network, no arrays; what it orders comes in as arguments. It does not decide which jobs are
-claimed (the broker), at what quality they run (the planner), or which image size has its turn (`groups`).
+claimed (the broker), or at what quality they run (the planner).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import inf
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Final, Generic, Literal, Protocol, TypeVar
+
+from ditserve.service.engine.fair_shares import FairShares, Shared, Turn
 
 # The time that the steps of a sample need is taken to be so many times as long as predicted.
-SAFETY_MARGIN = 1.1
+SAFETY_MARGIN: Final = 1.1
+# A sample without a deadline is ordered as if due so long after it joined, and so many times its own length
+# later. The short ones of a caller therefore go before his long ones, and none starves.
+PATIENCE_S: Final = 60.0
+PATIENCE_LENGTHS: Final = 10.0
+
+_LEAST_S: Final = 1e-12  # no row takes less
 
 
-class Schedulable(Protocol):
+class Schedulable(Shared, Protocol):
     """A sample that could take a step.
 
     `least_steps` are the steps it still needs, after the deepest cut that its request consents to.
@@ -33,12 +41,25 @@ class Schedulable(Protocol):
     @property
     def added_at(self) -> float: ...
     @property
-    def rows(self) -> int: ...
-    @property
     def least_steps(self) -> int: ...
 
 
 S = TypeVar("S", bound=Schedulable)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates(Generic[S]):
+    """The samples whose rows have one size, and what their passes cost.
+
+    `saturation_rows` are worthwhile in one pass. A row has `row_cost` times the tokens of the bundle's own
+    size, and a pass of r rows takes `seconds(r)`.
+    """
+
+    samples: Collection[S]
+    saturation_rows: int
+    seconds: Callable[[int], float]
+    row_cost: float = 1.0
+    size: Hashable = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +82,9 @@ class Scheduler:
         buckets: the batch sizes the backend runs, None for any.
         strict: run every pass at as many rows as it may have, so that results are equal to the last bit in
             any batch. The price is the padding.
-        patience_s: a sample without a deadline is ordered as if due this long after it joined, so that it
-            never starves.
     """
 
-    def __init__(
-        self,
-        *,
-        max_rows: int,
-        buckets: Iterable[int] | None = None,
-        strict: bool = False,
-        patience_s: float = 60.0,
-    ) -> None:
+    def __init__(self, *, max_rows: int, buckets: Iterable[int] | None = None, strict: bool = False) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, not {max_rows}")
         fitting = None if buckets is None else tuple(sorted(size for size in buckets if size <= max_rows))
@@ -81,54 +93,59 @@ class Scheduler:
         self._buckets = fitting
         self.max_rows = fitting[-1] if fitting else max_rows
         self._strict = strict
-        self._patience_s = patience_s
+        self._shares = FairShares()
 
-    def next_batch(
-        self,
-        samples: Collection[S],
-        saturation_rows: int,
-        row_cost: float = 1.0,
-        *,
-        now: float,
-        seconds: Callable[[int], float],
-    ) -> Batch[S]:
-        """Return the samples to step now, most urgent first.
+    def next_batch(self, candidates: Sequence[Candidates[S]], *, now: float) -> Batch[S]:
+        """Return the samples to step now, and charge them to their callers.
 
-        They have up to `saturation_rows` rows, or up to the size that is run for so many.
-
-        All samples are of one image size: a row has `row_cost` times the tokens of the bundle's own size, and
-        a pass of r rows takes `seconds(r)`. At least one sample is chosen, even if its rows exceed the cap:
-        rows need not share a pass.
+        They are of one size and have up to its `saturation_rows` rows, or up to the size that is run for so
+        many. At least one sample is chosen, even if its rows exceed the cap: rows need not share a pass.
 
         Example: a pass of r rows takes 0.9 + 0.1·r s, and 8 rows are worthwhile. Among nine samples of one
         row each, A has 2 steps left and is due in 2.6 s. With the safety margin of 1.1 its passes may take
         2.6 / (1.1 · 2) = 1.18 s each. A full pass of 8 takes 1.7 s, so A has no laxity: it goes first and
         caps this pass at 2 rows (1.1 s), because 3 take 1.2 s. The most urgent one of the others joins it.
         """
+        turns = [turn for group in candidates for turn in self._turns(group, now)]
+        if not turns:
+            return Batch((), "idle")
+        first = self._shares.first(turns)
+        size = turns[0].size if len(candidates) == 1 else self._shares.leader(turns, first).size
+        group = next(group for group in candidates if group.size == size)
+        order = self._shares.order([turn for turn in turns if turn.size == size], first)
+        chosen = self._fill(group, order, first, now)
+        rows = sum(turn.sample.rows for turn in chosen)
+        self._shares.charge(turns, chosen, self._seconds(group, rows))
+        return Batch(
+            tuple(turn.sample for turn in chosen), "cap" if len(chosen) < len(group.samples) else "idle"
+        )
 
-        def pass_s(rows: int) -> float:
-            return seconds(self.size(rows, row_cost))
-
-        def largest_batch_within(limit_s: float, rows: int) -> int:
-            return bisect_right(range(1, rows + 1), limit_s, key=pass_s)
-
-        room = self.size(min(saturation_rows, self.cap(row_cost)), row_cost)
-        full_pass_s = pass_s(min(room, sum(sample.rows for sample in samples)))
-        chosen: list[S] = []
+    def _fill(
+        self, group: Candidates[S], order: Iterator[Turn[S]], first: Collection[Hashable], now: float
+    ) -> list[Turn[S]]:
+        """Return the turns, in their order, that fit into the next pass."""
+        room = self._room(group)
+        chosen: list[Turn[S]] = []
         taken = 0
-        for sample in sorted(samples, key=lambda sample: self._urgency(sample, now, full_pass_s)):
+        for turn in order:
+            sample = turn.sample
             if taken + sample.rows > room and chosen:
                 continue  # a later sample of fewer rows may still fit
-            chosen.append(sample)
+            chosen.append(turn)
             taken += sample.rows
-            limit_s = _longest_pass_s(sample, now)
-            if limit_s < full_pass_s:
+            deadline = sample.deadline_at
+            if deadline is None or not turn.urgent or sample.flow not in first:
+                continue
+            limit_s = (deadline - now) / (SAFETY_MARGIN * sample.least_steps)
+            if limit_s < turn.pass_s:
                 # A sample without laxity caps how long this pass may take. If it cannot meet its deadline
                 # even alone, no other sample waits for it.
-                largest = largest_batch_within(limit_s, room)
+                largest = bisect_right(
+                    range(1, room + 1), limit_s, key=lambda rows: self._seconds(group, rows)
+                )
                 if largest >= sample.rows:
                     room = max(taken, largest)
-        return Batch(tuple(chosen), "cap" if len(chosen) < len(samples) else "idle")
+        return chosen
 
     def cap(self, row_cost: float = 1.0) -> int:
         """Return the most rows of a pass: as the budget allows, and at least the smallest size there is."""
@@ -151,19 +168,32 @@ class Scheduler:
         self.max_rows = min(self.max_rows, max(smaller[-1], int(smaller[-1] * row_cost)))
         return True
 
-    def _urgency(self, sample: S, now: float, full_pass_s: float) -> tuple[int, float]:
-        """Return the sort key of a sample: those without laxity first, then all others, by deadline.
+    def _room(self, group: Candidates[S]) -> int:
+        """Return the rows of a full pass."""
+        return self.size(min(group.saturation_rows, self.cap(group.row_cost)), group.row_cost)
+
+    def _seconds(self, group: Candidates[S], rows: int) -> float:
+        """Return the seconds that `rows` rows take, in several passes if they exceed the cap."""
+        cap = self.cap(group.row_cost)
+        if rows > cap:
+            return group.seconds(cap) * rows / cap
+        return group.seconds(self.size(rows, group.row_cost))
+
+    def _turns(self, group: Candidates[S], now: float) -> Iterator[Turn[S]]:
+        """Yield the turns of a group.
 
         A sample has laxity if it could still be done in time after it waited one full pass.
         """
-        deadline = sample.deadline_at
-        if deadline is None:
-            return 1, sample.added_at + self._patience_s
-        can_wait = deadline - now > (SAFETY_MARGIN * sample.least_steps + 1) * full_pass_s
-        return int(can_wait), deadline
-
-
-def _longest_pass_s(sample: Schedulable, now: float) -> float:
-    """Return how long each pass may take if the sample is in every one; infinite without a deadline."""
-    deadline = sample.deadline_at
-    return inf if deadline is None else (deadline - now) / (SAFETY_MARGIN * sample.least_steps)
+        rows = min(self._room(group), sum(sample.rows for sample in group.samples))
+        if not rows:
+            return
+        pass_s = self._seconds(group, rows)
+        row_s = max(_LEAST_S, pass_s / rows)
+        for sample in group.samples:
+            due = sample.deadline_at
+            if due is None:
+                due = sample.added_at + PATIENCE_S + PATIENCE_LENGTHS * sample.steps * pass_s
+                yield Turn(sample, group.size, due, urgent=False, waits=True, row_s=row_s, pass_s=pass_s)
+            else:
+                urgent = due - now <= (SAFETY_MARGIN * sample.least_steps + 1) * pass_s
+                yield Turn(sample, group.size, due, urgent=urgent, waits=urgent, row_s=row_s, pass_s=pass_s)

@@ -9,6 +9,7 @@ import numpy as np
 from ditserve.service.engine.forward import ForwardPass
 from ditserve.service.engine.groups import Groups
 from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.planning.costs import FIRST_PASSES
 
 
 def warm_up(
@@ -20,34 +21,50 @@ def warm_up(
     every_bucket: bool,
     budget_s: float,
 ) -> None:
-    """Run batch sizes twice each, 1, 2, 4, … up to the scheduler's cap, and observe the passes.
+    """Run batch sizes 1, 2, 4, … up to the scheduler's cap, and observe the passes.
 
-    With `every_bucket` every size that the backend has runs, whatever the time, because the first run of a
-    bucket does work that no sample should wait for. Otherwise the sizes stop where the next would exceed
-    `budget_s` seconds.
+    Every size runs twice in the first round, because the first pass of a size does not count. The sizes stop
+    where the next would exceed `budget_s` seconds. With `every_bucket` every size that the backend has runs,
+    whatever the time, because the first run of a bucket does work that no sample should wait for. Further
+    rounds run while there is time left, because the cost model believes the fastest of the first passes of a
+    size: a neighbour that stalls one of them would otherwise spoil it.
 
     Raises:
         MemoryError: not even the smallest batch fits.
     """
     group = groups.own
-    began, rows = clock(), 1
+    began = clock()
+
+    def run(rows: int) -> float:
+        """Return the seconds of a pass."""
+        x = np.zeros((rows, *group.pool.shape), np.float32)
+        start = clock()
+        forward.run_blank(x)
+        seconds = clock() - start
+        groups.observe(group, rows, seconds)
+        return seconds
+
+    sizes: list[int] = []
+    rows = 1
     while rows <= scheduler.max_rows:
         rows = scheduler.size(rows)
-        x = np.zeros((rows, *group.pool.shape), np.float32)
         try:
-            for _ in range(2):
-                start = clock()
-                forward.run_blank(x)
-                seconds = clock() - start
-                groups.observe(group, rows, seconds)
+            run(rows)
+            seconds = run(rows)
         except MemoryError:
             if not scheduler.shrink(rows):
                 raise
-            return
+            break
+        sizes.append(rows)
         if every_bucket:
             rows += 1
             continue
         # The next size has twice the rows and runs twice.
         if clock() - began + 4 * seconds > budget_s:
-            return
+            break
         rows *= 2
+    for _ in range(FIRST_PASSES - 1):
+        for rows in sizes:
+            if clock() - began > budget_s:
+                return
+            run(rows)

@@ -5,13 +5,15 @@ Without a key file the service is open, and everybody may do everything.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ditserve.service.api_keys import ApiKey, Keyring
-from ditserve.service.errors import Forbidden, QuotaExceeded, ServiceError, Unauthorized
+from ditserve.service.errors import Forbidden, QueueUnavailable, QuotaExceeded, ServiceError, Unauthorized
 from ditserve.service.http.problems import error_response
 from ditserve.service.queue.queue_client import Meter
 from ditserve.service.queue.quota import WINDOW_S, Allowance
@@ -58,7 +60,26 @@ class Access:
             await response(scope, receive, _with_rate_limit(allowance, send))
             return
         scope.setdefault("state", {})["key"] = key
-        await self._app(scope, receive, _with_rate_limit(allowance, send))
+        await self._app(scope, receive, self._counted(key, allowance, send))
+
+    def _counted(self, key: ApiKey, allowance: Allowance | None, send: Send) -> Send:
+        """Return a `send` that tells the rest of the rate.
+
+        A request that is refused because the key has too many unfinished jobs does not count.
+        """
+        if allowance is None or key.rate is None:
+            return send
+        rate = key.rate
+
+        async def send_counted(message: Message) -> None:
+            rest = allowance
+            if message["type"] == "http.response.start" and message["status"] == QuotaExceeded.status:
+                with suppress(QueueUnavailable):
+                    await self._quota().give_back(key.id, rate)
+                    rest = replace(allowance, remaining=allowance.remaining + 1)
+            await _with_rate_limit(rest, send)(message)
+
+        return send_counted
 
 
 def _authenticate(keyring: Keyring, scope: Scope) -> ApiKey:

@@ -11,22 +11,26 @@ from functools import partial
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from ditserve.service.addresses import is_loopback
 from ditserve.service.api_keys import open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.access import Access
 from ditserve.service.http.context import Context
-from ditserve.service.http.middleware import Body, RequestContext
+from ditserve.service.http.middleware import Body, Crashes, Head, RequestContext
 from ditserve.service.http.models import VERSION, Model, reloaded
 from ditserve.service.http.openapi import openapi_document
+from ditserve.service.http.origin import ANY_HOST, Hosts, Origin
 from ditserve.service.http.problems import error_response
 from ditserve.service.http.routes import generate, jobs, models, openai, pages, probes
+from ditserve.service.http.routing import methods
 from ditserve.service.queue.queue_client import QueueClient, open_queue_client
 from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry.faults import kept_running
-from ditserve.service.telemetry.tracing import open_tracing
+from ditserve.service.telemetry.tracing import Tracing, open_tracing
 
 Opener = Callable[[Settings], AbstractAsyncContextManager[QueueClient]]
 
@@ -45,7 +49,7 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
     Raises:
         BundleError: a bundle of the settings cannot be used.
         KeyringError: the key file cannot be used, or the settings neither name one nor let everybody in.
-        ValueError: traces are to be sent, and the extra that sends them is not installed.
+        ValueError: the root path is one of the API's own, or the extra that sends traces is not installed.
     """
     served_models = open_served_models(settings, verify=False)
     keyring = open_keyring(settings)
@@ -67,16 +71,19 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
 
     app = _fastapi(lifespan)
     app.state.draining, app.state.reload, app.state.keyring = draining, reload, keyring
-    app.openapi = lambda: openapi_document(app, keyed=keyring is not None)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi_document(  # type: ignore[method-assign]
+        app, keyed=keyring is not None, root_path=settings.root_path
+    )
     routers = _routers(settings)
+    # FastAPI's own routes (the document), and ours as they are before it wraps them.
+    routes = [*app.routes, *(route for router in routers for route in router.routes)]
+    app.state.routes = routes
     for router in routers:
         app.include_router(router)
     for kind in (ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _error_response)
-    app.add_middleware(Body, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    app.add_middleware(Access, keyring=keyring, quota=lambda: app.state.context.default.queue_client.quota)
-    routes = [route for router in routers for route in router.routes]
-    app.add_middleware(RequestContext, tracing=tracing, routes=routes)
+    _check_root_path(settings.root_path, [getattr(route, "path", "") for route in routes])
+    _add_layers(app, settings, tracing)
     return app
 
 
@@ -94,9 +101,45 @@ def _fastapi(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
     )
 
 
+def _add_layers(app: FastAPI, settings: Settings, tracing: Tracing) -> None:
+    """Add the middleware, innermost first."""
+    app.add_middleware(Head)
+    app.add_middleware(
+        Body, routes=app.state.routes, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+    )
+    app.add_middleware(
+        Access, keyring=app.state.keyring, quota=lambda: app.state.context.default.queue_client.quota
+    )
+    app.add_middleware(Hosts, allowed=_allowed_hosts(settings))
+    app.add_middleware(Crashes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(RequestContext, tracing=tracing, routes=app.state.routes)
+    app.add_middleware(Origin, trusted_proxies=settings.trusted_proxies, root_path=settings.root_path)
+
+
 def _routers(settings: Settings) -> list[APIRouter]:
     routers = [module.router for module in (generate, models, jobs, openai, probes, pages)]
     return [*routers, probes.metrics_router] if settings.metrics else routers
+
+
+def _check_root_path(root_path: str, paths: list[str]) -> None:
+    """Raise `ValueError` where paths of the API lie below `root_path`: they could not be told from others."""
+    if root_path and any(f"{path}/".startswith(f"{root_path}/") for path in paths):
+        raise ValueError(f"--root-path: the API has paths below {root_path} itself; choose another")
+
+
+def _allowed_hosts(settings: Settings) -> list[str]:
+    """Return the hosts of the settings; unset, any where a key is asked or other machines can connect."""
+    if settings.allowed_hosts:
+        return settings.allowed_hosts.split(",")
+    return [] if settings.keys_file is None and is_loopback(settings.host) else [ANY_HOST]
 
 
 @asynccontextmanager
@@ -129,4 +172,7 @@ async def _watch(context: Context, name: str) -> None:
 
 
 async def _error_response(request: Request, error: Exception) -> Response:
-    return error_response(error, request.scope)
+    response = error_response(error, request.scope)
+    if response.status_code == 405:
+        response.headers["allow"] = methods(request.app.state.routes, request.scope)
+    return response

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.types import Receive
 
+from ditserve.service.addresses import share
 from ditserve.service.api_keys import ApiKey
 from ditserve.service.errors import (
     Cancelled,
@@ -22,7 +23,7 @@ from ditserve.service.errors import (
 )
 from ditserve.service.http.middleware import disconnected
 from ditserve.service.http.models import Model
-from ditserve.service.http.submission import Caller, Submission
+from ditserve.service.http.submission import Caller, Idempotency, Submission
 from ditserve.service.jobs import JobResult, JobStatus
 from ditserve.service.settings import Settings
 
@@ -63,6 +64,10 @@ class Context:
         if model is None:
             raise ModelNotFound(f"There is no model {name!r}; this service runs {', '.join(self.models)}.")
         return model
+
+    def address(self, path: str) -> str:
+        """Return the address of a path as clients reach it, through a proxy or not."""
+        return self.settings.root_path + path
 
     async def job(self, job_id: str, key: ApiKey | None = None) -> JobLookup:
         """Look a job up among all models. With `key`, only jobs that its holder may see are found.
@@ -141,7 +146,7 @@ async def _lookup(job_id: str, request: Request, api: Api) -> JobLookup:
 PathJob = Annotated[JobLookup, Depends(_lookup)]
 
 
-def caller(request: Request, *, idempotency_key: str | None = None) -> Caller:
+def caller(request: Request, *, idempotency: Idempotency | None = None) -> Caller:
     """Return the sender of a request: the API key, or the network address where keys are not used.
 
     Queueing is fair between callers, and an Idempotency-Key counts within its caller.
@@ -149,9 +154,9 @@ def caller(request: Request, *, idempotency_key: str | None = None) -> Caller:
     trace = {"request_id": request.state.request_id, **request.state.trace}
     key: ApiKey | None = getattr(request.state, "key", None)
     if key is not None:
-        return Caller(key.caller, idempotency_key, key.concurrency, trace)
-    address = request.client.host if request.client else "unknown"
-    return Caller(address, idempotency_key, None, trace)
+        return Caller(key.caller, idempotency, key.concurrency, trace)
+    name = share(request.client.host) if request.client else "unknown"
+    return Caller(name, idempotency, None, trace)
 
 
 def note(request: Request, **fields: str) -> None:

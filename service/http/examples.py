@@ -170,6 +170,9 @@ ANSWERS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
             }
         }
     },
+    "GET /v1/models/{name}": {
+        "200": {JSON: {"id": "emoji", "object": "model", "created": 0, "owned_by": "dit"}}
+    },
     "GET /livez": {
         "200": {JSON: _healthy(engine_steps=True)},
         "503": {JSON: _healthy(engine_steps=False)},
@@ -189,6 +192,7 @@ ANSWERS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
 PARAMETERS: Final[Mapping[str, Any]] = {
     "job_id": _JOB,
     "k": "0",
+    "name": "emoji",
     "prefer": "respond-async",
     "idempotency-key": "order-1234",
     "last-event-id": "1790000000310-0",

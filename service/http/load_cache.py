@@ -19,10 +19,12 @@ class LoadCache:
     Between two reads the jobs that this process queues are added to the snapshot. Example: the snapshot says
     that the idlest worker has 5 rows to run, and two jobs of 40 rows arrive in the same millisecond. The
     first is admitted against 5 rows, the second against 45.
+
+    Workers of other models than `model`, which a wrong `--namespace` brings here, are not its workers.
     """
 
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
+    def __init__(self, queue: Queue, model: str) -> None:
+        self._queue, self._model = queue, model
         self._load: LoadSnapshot | None = None
         self._read_at = 0.0
         self._reading: asyncio.Task[LoadSnapshot] | None = None
@@ -37,7 +39,7 @@ class LoadCache:
             self._reading.add_done_callback(self._on_read)
         load = await asyncio.shield(self._reading)
         # Others that waited for the same read may have added their jobs to it by now.
-        return self._load or load
+        return self._load or self._own(load)
 
     @contextmanager
     def reserved(self, job: Job) -> Iterator[None]:
@@ -62,9 +64,15 @@ class LoadCache:
         )
         self._load = replace(self._load, workers=(idlest, *others))
 
+    def _own(self, load: LoadSnapshot) -> LoadSnapshot:
+        """Return the load without the workers of other models."""
+        workers = tuple(worker for worker in load.workers if self._model in worker.models)
+        starting = tuple(worker for worker in load.starting if worker.model == self._model)
+        return replace(load, workers=workers, starting=starting)
+
     def _on_read(self, reading: asyncio.Task[LoadSnapshot]) -> None:
         self._reading = None
         if not reading.cancelled() and reading.exception() is None:
-            self._load, self._read_at = reading.result(), time.monotonic()
+            self._load, self._read_at = self._own(reading.result()), time.monotonic()
             for job in self._reserved.values():
                 self._add(job)

@@ -1,7 +1,8 @@
 """The layers that every request passes through, as plain ASGI: a disconnect stays visible to the routes.
 
-Outermost first: `RequestContext` (id, security headers, metrics, trace), `access.Access` (keys and quotas),
-`Body` (size, time and type of the body, before any route).
+Outermost first: `RequestContext` (id, security headers, metrics, trace), Starlette's CORS where it is on,
+`Crashes` (an answer to what nobody foresaw), `access.Access` (keys and quotas), `Body` (size, time and type
+of the body, before any route), `Head` (HEAD as GET).
 """
 
 import asyncio
@@ -13,18 +14,26 @@ from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.routing import BaseRoute, Match
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ditserve.service.errors import Draining, MalformedRequest, PayloadTooLarge, RequestTimeout, ServiceError
+from ditserve.service.errors import (
+    Draining,
+    MalformedRequest,
+    PayloadTooLarge,
+    RequestTimeout,
+    ServiceError,
+    TooManyConnections,
+)
 from ditserve.service.http.problems import error_response, require_json
+from ditserve.service.http.routing import is_routed, pattern
 from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.tracing import RequestSpan, Tracing
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
-_UNMATCHED = "unmatched"
+_LENGTH = re.compile(r"[0-9]{1,19}")
 # Paths that are asked every few seconds: logged at debug level, and not traced.
 _QUIET = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
 _NO_TRACING = Tracing()
@@ -70,13 +79,10 @@ class RequestContext:
         started = time.perf_counter()
         metrics.REQUESTS_IN_PROGRESS.inc()
         try:
-            await self._app(scope, receive, send_with_headers)
-        except Exception as error:
-            _log.exception("request crashed", request_id=request_id, path=scope["path"])
-            # Once a response has begun, only a cut connection can tell the client that it is incomplete.
-            if status is not None:
-                raise
-            await error_response(error, scope)(scope, receive, send_with_headers)
+            if scope["state"].get("crowded") and scope["path"] not in _QUIET:
+                await _refuse_crowded(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
         finally:
             metrics.REQUESTS_IN_PROGRESS.dec()
             self._end(scope, span, status or _CLIENT_GONE, time.perf_counter() - started)
@@ -94,7 +100,7 @@ class RequestContext:
 
     def _end(self, scope: Scope, span: RequestSpan, status: int, seconds: float) -> None:
         """Count, log and trace a request that has ended."""
-        route, request_id = self._route(scope), scope["state"]["request_id"]
+        route, request_id = pattern(self._routes, scope), scope["state"]["request_id"]
         metrics.REQUESTS.labels(route, outcome(status)).inc()
         metrics.REQUEST_SECONDS.labels(route).observe(seconds)
         fields: dict[str, Any] = {"method": scope["method"], "route": route, "status": status}
@@ -113,12 +119,13 @@ class RequestContext:
         }
         span.end(f"{scope['method']} {route}", attributes)
 
-    def _route(self, scope: Scope) -> str:
-        """Return the pattern of the request's path."""
-        if "route" in scope:
-            return str(scope["route"].path)
-        matching = (route for route in self._routes if route.matches(scope)[0] != Match.NONE)
-        return getattr(next(matching, None), "path", _UNMATCHED)
+
+async def _refuse_crowded(scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuse a request of a connection beyond the limit, which `protocol` marks; probes are answered."""
+    error = TooManyConnections("This process serves as many connections as it may.", retry_after=1)
+    response = error_response(error, scope)
+    response.headers["connection"] = "close"
+    await response(scope, receive, send)
 
 
 def outcome(status: int) -> str:
@@ -127,20 +134,76 @@ def outcome(status: int) -> str:
     return named.get(status) or ("ok" if status < 400 else "invalid" if status < 500 else "failed")
 
 
+class Crashes:
+    """Answers an exception that nobody foresaw, inside of CORS so that a page may read the answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            _log.exception("request crashed", request_id=scope["state"]["request_id"], path=scope["path"])
+            # Once a response has begun, only a cut connection can tell the client that it is incomplete.
+            if begun:
+                raise
+            await error_response(error, scope)(scope, receive, send)
+
+
+class Head:
+    """Answers HEAD as GET without the body (RFC 9110 §9.3.2).
+
+    The route sees a client that leaves once it has the head, so an event stream ends there.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b""})
+
+        await self._app({**scope, "method": "GET"}, _left, send_head)
+
+
+async def _left() -> Message:
+    return {"type": "http.disconnect"}
+
+
 class Body:
     """Reads the whole body before the route runs, within a size and a time, and refuses what is not JSON.
 
     Bodies here are small documents, so a bounded buffer is simpler and safer than trusting each reader to
-    count. After the body, `receive` is the server's own: it still reports the disconnect.
+    count. After the body, `receive` is the server's own: it still reports the disconnect. A request that no
+    route takes is not read: it is refused for that, whatever its body.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float) -> None:
-        self._app = app
+    def __init__(
+        self, app: ASGIApp, *, routes: Sequence[BaseRoute], max_bytes: int, timeout_s: float
+    ) -> None:
+        self._app, self._routes = app, routes
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in _METHODS_WITH_BODY:
+        has_body = scope["type"] == "http" and scope["method"] in _METHODS_WITH_BODY
+        if not has_body or not is_routed(self._routes, scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -166,7 +229,7 @@ class Body:
             MalformedRequest, PayloadTooLarge: the body is not to be read to its end.
         """
         length = headers.get("content-length", "0")
-        if not length.isdecimal():
+        if not _LENGTH.fullmatch(length):
             raise MalformedRequest("Content-Length is not a number.")
         if int(length) > self._max_bytes:
             raise PayloadTooLarge(f"The body may be {self._max_bytes} bytes, not {int(length)}.")

@@ -25,13 +25,17 @@ BODY: tuple[ErrorType, ...] = (
 )
 SUBMIT: tuple[ErrorType, ...] = (
     errors.ModelNotFound,
+    errors.IdempotencyConflict,
+    errors.IdempotencyMismatch,
     errors.QueueFull,
     errors.Overloaded,
     errors.QueueUnavailable,
     errors.Draining,
 )
 ENDED: tuple[ErrorType, ...] = (
+    errors.JobExpired,
     errors.Cancelled,
+    errors.JobLost,
     errors.ModelReplaced,
     errors.NumericalError,
     errors.WorkerLost,
@@ -77,6 +81,7 @@ _EXAMPLES: dict[ErrorType, dict[str, Any]] = {
     errors.QueueFull: {"detail": "The queue holds its limit of 1000 jobs.", "retry_after": 5.0},
     errors.QueueUnavailable: {"detail": "Redis cannot be reached.", "retry_after": 2.0},
     errors.Draining: {"detail": "This process is shutting down; try again.", "retry_after": 1.0},
+    errors.JobLost: {"detail": errors.JobLost().detail, "retry_after": 1.0},
     errors.ModelReplaced: {
         "detail": "The model was replaced by a version with other classes; send the request again.",
         "retry_after": 1.0,
@@ -119,8 +124,11 @@ def _example(kind: ErrorType) -> errors.ServiceError:
     return kind(details.get("detail", ""), retry_after=details.get("retry_after"), extra=details.get("extra"))
 
 
-def openapi_document(app: FastAPI, *, keyed: bool = False) -> dict[str, Any]:
-    """Return the OpenAPI document of the app, built once. `keyed` is True if requests need an API key."""
+def openapi_document(app: FastAPI, *, keyed: bool = False, root_path: str = "") -> dict[str, Any]:
+    """Return the OpenAPI document of the app, built once.
+
+    `keyed` is True if requests need an API key. `root_path` is the path under which a proxy serves the API.
+    """
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title,
@@ -128,6 +136,7 @@ def openapi_document(app: FastAPI, *, keyed: bool = False) -> dict[str, Any]:
             summary=app.summary,
             description=app.description,
             routes=app.routes,
+            servers=[{"url": root_path}] if root_path else None,
         )
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)

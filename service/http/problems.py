@@ -55,13 +55,14 @@ def error_response(error: Exception, scope: Scope) -> Response:
         headers["retry-after"] = str(seconds_header(service_error.retry_after))
     if isinstance(error, HTTPException) and error.headers:
         headers.update({name.lower(): value for name, value in error.headers.items()})
-    request_id = scope.get("state", {}).get("request_id")
+    state = scope.get("state", {})
+    request_id = state.get("request_id")
     if scope["path"].startswith(OPENAI_PREFIX):
         status = 400 if service_error.status == 422 else service_error.status
         body, media_type = openai_error(service_error, request_id), "application/json"
     else:
         status, media_type = service_error.status, MEDIA_TYPE
-        body = problem(service_error, scope["path"], request_id)
+        body = problem(service_error, state.get("root_path", "") + scope["path"], request_id)
     return Response(json.dumps(body), status, headers, media_type)
 
 

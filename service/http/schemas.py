@@ -8,17 +8,27 @@ Rules that depend on the model served (its factors, classes, solvers, sizes) are
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Format = Literal["png", "webp", "jpeg"]
 Priority = Literal["low", "normal", "high"]
-ClassRef = Annotated[str, Field(max_length=500)] | int | None
+# The longest class name, and the longest text or prompt, in characters.
+MAX_TEXT = 2000
+ClassRef = Annotated[str, Field(max_length=MAX_TEXT)] | int | None
 FactorName = Annotated[str, Field(max_length=40)]
 Condition = dict[FactorName, ClassRef]
+
+# A size as requests write it. ASCII digits only: `\d` would take those of every script.
+SIZE = "[1-9][0-9]{0,4}x[1-9][0-9]{0,4}"
+# A number without the sign of -0.0, which equals 0.0 and would be written differently.
+UnsignedZero = AfterValidator(lambda value: value + 0.0)
 
 # The largest integer that every JSON reader keeps exact.
 MAX_SEED = 2**53 - 1
 MAX_TERMS = 8
+MAX_PREVIEWS = 1000
+# The key of a condition that holds a text and is no factor.
+TEXT = "text"
 
 EXAMPLE: dict[str, Any] = {"condition": {"label": "strawberry", "style": "noto"}, "steps": 30, "seed": 7}
 MIX_EXAMPLE: dict[str, Any] = {
@@ -49,12 +59,34 @@ def _condition_kind(value: Any) -> str:
     return "as-mix" if isinstance(value, list) else "as-one"
 
 
-class GenerateRequest(BaseModel):
+class DrawingOptions(BaseModel):
+    """The fields that mean the same in the request of every route."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), UnsignedZero] | None = Field(
+        None, description="Strength of classifier-free guidance; 1 turns it off."
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_SEED,
+        description=f"Image k is drawn from seed + k, at most {MAX_SEED}; null picks one.",
+    )
+    windows: bool = Field(
+        False,
+        description="Denoise a `size` larger than the model's own in overlapping windows; any model can.",
+    )
+    deadline_ms: int | None = Field(None, ge=1, description="Answer within this time, or refuse at once.")
+    allow_degraded: bool = Field(True, description="Under load, allow fewer steps or a cheaper sampler.")
+    min_steps: int | None = Field(None, ge=1, description="Never fewer steps than this.")
+    priority: Priority = "normal"
+
+
+class GenerateRequest(DrawingOptions):
     """A request for images: the condition, how to draw it, and within which limits."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE, MIX_EXAMPLE]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE, MIX_EXAMPLE]})
 
     model: str | None = Field(
         None, max_length=100, description="A name from `/models`; null is the first there."
@@ -78,33 +110,19 @@ class GenerateRequest(BaseModel):
     grid: str | None = Field(
         None, max_length=40, description="How the steps are spread over the noise levels."
     )
-    guidance_scale: float | None = Field(
-        None,
-        ge=0,
-        le=100,
-        allow_inf_nan=False,
-        description="Strength of classifier-free guidance; 1 turns it off.",
-    )
     guidance_interval: (
-        Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None
+        Annotated[list[Annotated[float, Field(ge=0, le=1), UnsignedZero]], Field(min_length=2, max_length=2)]
+        | None
     ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
-    seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="Image k is drawn from seed + k; null picks one."
-    )
     size: str | None = Field(
-        None, pattern=r"^\d{1,5}x\d{1,5}$", description="Width x height, where the model has a choice."
-    )
-    windows: bool = Field(
-        False,
-        description="Denoise a `size` larger than the model's own in overlapping windows; any model can.",
+        None, pattern=f"^{SIZE}$", description="Width x height, where the model has a choice."
     )
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
-    deadline_ms: int | None = Field(None, ge=1, description="Answer within this time, or refuse at once.")
-    allow_degraded: bool = Field(True, description="Under load, allow fewer steps or a cheaper sampler.")
-    min_steps: int | None = Field(None, ge=1, description="Never fewer steps than this.")
-    priority: Priority = "normal"
     previews: int = Field(
-        0, ge=0, le=1000, description="On the event stream, a preview after every so many steps; 0 is none."
+        0,
+        ge=0,
+        le=MAX_PREVIEWS,
+        description="On the event stream, a preview after every so many steps; 0 is none.",
     )
 
 

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import json
 import secrets
 import time
 from collections.abc import Collection, Mapping
@@ -14,9 +13,9 @@ from math import ceil
 from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.diffusion import GRIDS
 from ditserve.model.spec.solvers import SOLVERS
-from ditserve.service.errors import IdempotencyMismatch, InternalError, InvalidRequest, Overloaded, QueueFull
+from ditserve.service.errors import IdempotencyMismatch, InvalidRequest, JobLost, Overloaded, QueueFull
 from ditserve.service.http.load_cache import LoadCache
-from ditserve.service.http.schemas import GenerateRequest
+from ditserve.service.http.schemas import MAX_SEED, TEXT, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
 from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus
@@ -34,24 +33,29 @@ from ditserve.service.vocabulary import ClassRef, Vocabulary
 _DRAINED_SHARE = 0.1
 # … or after so many seconds where that cannot be predicted.
 _RETRY_S = 5.0
-# The key of a condition that holds a text and is no factor.
-TEXT = "text"
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
 # Idempotency-Key.
 _FINGERPRINT = "body"
 
 
 @dataclass(frozen=True, slots=True)
+class Idempotency:
+    """The Idempotency-Key of a request, and a `fingerprint` that only equal requests share."""
+
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """The sender of a request.
 
-    `name` identifies the sender for fair queueing; `idempotency_key` is the key of this request, if it has
-    one; `concurrency` is the number of unfinished jobs that the sender may have; `trace` travels with the job
-    into logs and spans.
+    `name` identifies the sender for fair queueing; `concurrency` is the number of unfinished jobs that the
+    sender may have; `trace` travels with the job into logs and spans.
     """
 
     name: str
-    idempotency_key: str | None = None
+    idempotency: Idempotency | None = None
     concurrency: int | None = None
     trace: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,8 +83,6 @@ class _ResolvedRequest:
     condition: tuple[ConditionTerm, ...]
     rung: Rung
     output: OutputSize
-    # Equal for equal requests; "" for a request without an Idempotency-Key.
-    fingerprint: str
 
 
 class Submissions:
@@ -90,7 +92,7 @@ class Submissions:
         self.manifest = manifest
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
-        self.load = LoadCache(queue)
+        self.load = LoadCache(queue, manifest.name)
         self._digest = vocabulary_digest(manifest)
         self._settings = settings
         self._queue = queue
@@ -111,12 +113,11 @@ class Submissions:
             self._condition(request),
             self._rung(request),
             await self._size(request),
-            "" if caller.idempotency_key is None else _fingerprint(request, image_format),
         )
-        if caller.idempotency_key is not None:
-            status = await self._queue.status(self._job_id(caller))
+        if caller.idempotency is not None:
+            status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
-                return _replayed(status, resolved)
+                return _replayed(status, caller.idempotency)
         now = time.time()
         admission_request = self._admission_request(resolved, now)
         admission = await self._admit(admission_request, now)
@@ -125,7 +126,7 @@ class Submissions:
         with self.load.reserved(job):
             new = await self._enqueue(job, caller)
         if not new:
-            return _replayed(await self._existing(job), resolved)
+            return _replayed(await self._existing(job), caller.idempotency)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
         return Submission(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))
@@ -156,6 +157,8 @@ class Submissions:
             raise field_error("min_steps", f"It cannot be more than the {steps} steps asked for.")
         if request.n > self._settings.max_images:
             raise field_error("n", f"At most {self._settings.max_images} images a request.")
+        if (request.seed or 0) + request.n - 1 > MAX_SEED:
+            raise field_error("seed", f"The seed of the last image, seed + n - 1, may be at most {MAX_SEED}.")
         low, high = request.guidance_interval or defaults.guidance_interval
         if low > high:
             raise field_error("guidance_interval", "Its low end is above its high end.")
@@ -244,11 +247,12 @@ class Submissions:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         below = self.ladder.below(rung, admission_request.min_steps) if request.allow_degraded else ()
         lowest = (admission.rung, *below)[-1]
-        trace = dict(caller.trace)
-        if resolved.fingerprint:
-            trace[_FINGERPRINT] = resolved.fingerprint
+        job_id, trace = secrets.token_hex(16), dict(caller.trace)
+        if caller.idempotency is not None:
+            job_id = self._job_id(caller.name, caller.idempotency.key)
+            trace[_FINGERPRINT] = caller.idempotency.fingerprint
         return Job(
-            id=secrets.token_hex(16) if caller.idempotency_key is None else self._job_id(caller),
+            id=job_id,
             model=self.manifest.name,
             condition=resolved.condition,
             mix=request.mix,
@@ -283,12 +287,12 @@ class Submissions:
         row_steps = self.ladder.row_steps(rung, admission_request.guidance_scale)
         return ceil(admission_request.samples * admission_request.row_cost * row_steps)
 
-    def _job_id(self, caller: Caller) -> str:
+    def _job_id(self, caller: str, key: str) -> str:
         """Return the id of the job that a caller's Idempotency-Key stands for.
 
         The class names are part of it: images made for old classes do not answer a request for new ones.
         """
-        identity = f"{caller.name}\0{caller.idempotency_key}\0{self.manifest.name} {self._digest}"
+        identity = f"{caller}\0{key}\0{self.manifest.name} {self._digest}"
         return hashlib.blake2s(identity.encode(), digest_size=16).hexdigest()
 
     async def _enqueue(self, job: Job, caller: Caller) -> bool:
@@ -302,21 +306,16 @@ class Submissions:
     async def _existing(self, job: Job) -> JobStatus:
         status = await self._queue.status(job.id)
         if status is None:
-            raise InternalError()
+            raise JobLost()
         return status
 
 
-def _fingerprint(request: GenerateRequest, image_format: ImageFormat) -> str:
-    content = json.dumps([request.model_dump(mode="json"), image_format], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _replayed(status: JobStatus, resolved: _ResolvedRequest) -> Submission:
+def _replayed(status: JobStatus, idempotency: Idempotency | None) -> Submission:
     """Return the job that an earlier request queued.
 
     Raises `IdempotencyMismatch` if that request was another one.
     """
-    if status.job.trace.get(_FINGERPRINT, "") != resolved.fingerprint:
+    if idempotency is None or status.job.trace.get(_FINGERPRINT) != idempotency.fingerprint:
         raise IdempotencyMismatch("This Idempotency-Key was sent before with another request.")
     pending = status.state not in TERMINAL_STATES
     return Submission(status.job, new=False, pending=pending, predicted_s=None)

@@ -71,14 +71,13 @@ def admit(
     if not load.workers:
         reason, retry_s = (None, None) if deadline_at is None else (NO_WORKER, policy.retry_s)
         return Admission(deadline_at is None, rung, False, reason, retry_s, inf)
-    capacity = Capacity(load, recut=policy.recut)
     margin = policy.admission_margin
     due = inf if deadline_at is None else deadline_at
     limit_s = (due - now) / margin
     options = (rung, *(ladder.below(rung, request.min_steps) if request.allow_degraded else ()))
-    rows, predicted_s = 0, inf
     for option in options:
         rows = _rows(request, ladder, option)
+        capacity = Capacity(load, recut=policy.recut, pass_s=limit_s / option.steps)
         shortest_s = capacity.time_in_every_batch(rows=rows, steps=option.steps, samples=request.samples)
         predicted_s = max(shortest_s, capacity.queue_drain_time(rows, due=due))
         if predicted_s <= limit_s and not capacity.breaks_later_deadline(rows, due, now=now, margin=margin):

@@ -2,9 +2,16 @@
 
 A machine's step time is close to a line in its rows, t = fixed + per_row · rows. But the batch size from
 which more rows no longer pay, where the machine saturates, is misplaced by the line alone (padding, waves of
-GPU blocks). So each batch size that was run is remembered by itself. All of them share one speed that follows
-the machine (neighbours, clocks, heat), and the line through them (least squares, clamped) serves the sizes
-never run.
+GPU blocks). So each batch size that was run is remembered by itself, and the line through them (least
+squares, clamped) serves the sizes never run.
+
+Beside its pass a step takes time of the host (solvers, reports, a contended interpreter), which does not grow
+with the rows. Charged to the pass it would make large batches seem as dear by the row as small ones.
+
+All sizes share one pace that follows the machine (neighbours, clocks, heat). It is the work done in a second
+of wall time, so a stall counts for as long as it lasts, where a mean over passes would hardly see it. Two
+windows are kept, and the slower one counts: a neighbour that comes is believed within seconds, one that goes
+only when it stays away.
 
 Recursive least squares over single steps, with forgetting, was tried and is not used: on batches that
 alternate between 7 and 8 rows it forgets the slope, and the best batch it derives wanders between 1 and 12.
@@ -15,18 +22,48 @@ Pure: observations come in as arguments.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
+from math import exp
 
 SATURATION = 0.95  # share of the best rows per second at which a batch counts as worthwhile
-FOLLOW = 0.05  # share of a surprise that goes to the machine's speed
-LEARN = 0.05  # share of a surprise that goes to the one batch size
+FOLLOW = 0.05  # share of a surprise that goes to the typical speed of all sizes
+LEARN = 0.01  # share of a surprise that goes to the one batch size
+HOST_SMOOTHING = 0.02
+FIRST_PASSES = 3  # of a batch size: the fastest of them is remembered, because the others may be stalls
 DECODE_SMOOTHING = 0.1
 
-_MAX_SURPRISE = 4.0  # a step slower or faster than predicted by more than this counts as this much
+_MAX_SURPRISE = 4.0  # a step slower or faster than typical by more than this counts as this much
+_LONGEST_STALL_S = (
+    1.0  # a longer pass than this counts as this much, or as `_MAX_SURPRISE` of what it should be
+)
+_SLOWED = 0.9  # the pace below which an idle machine should be looked at again
 _LEAST_S = 1e-9  # no step and no row takes less
 
 
+@dataclass(slots=True)
+class PaceWindow:
+    """The work done per second of wall time, averaged over the last `window_s` seconds or `passes` passes.
+
+    Work is counted in the seconds that it takes at speed 1.
+
+    Example: in a window of 2 s at pace 1 a pass of 0.1 s takes 1 s. It weighs 1 - exp(-1 / 2) = 0.39 and its
+    own pace is 0.1, so the pace becomes 0.61 + 0.39 · 0.1 = 0.65: a second of work is predicted to take
+    1.5 s.
+    """
+
+    window_s: float
+    passes: int
+    pace: float = 1.0
+
+    def observe(self, work_s: float, seconds: float, *, idle_s: float = 0.0) -> None:
+        """Take in a pass of `work_s` seconds at speed 1 that took `seconds`, `idle_s` after the last."""
+        window_s = max(self.window_s, self.passes * work_s / self.pace)
+        weight = 1.0 - exp(-(seconds + idle_s) / window_s)
+        self.pace += weight * (work_s / seconds - self.pace)
+
+
 class CostModel:
-    """The seconds of one forward pass by its rows, and the seconds of one decode.
+    """The seconds of one step by its rows, and the seconds of one decode.
 
     The line of the first guess keeps its shape until batches of two sizes have been observed.
     """
@@ -36,27 +73,36 @@ class CostModel:
             raise ValueError("a step cannot take negative time, and a row cannot be free")
         self._guess = fixed_s, per_row_s
         self._line = fixed_s, per_row_s  # at speed 1
-        self._speed = 1.0
+        self._typical = 1.0  # how many times as long as at speed 1 most passes take now
+        self._windows = PaceWindow(2.0, passes=10), PaceWindow(20.0, passes=40)
         self._sizes: list[int] = []  # observed, ascending
         self._seconds: dict[int, float] = {}  # by observed size, at speed 1
+        self._passes: dict[int, int] = {}  # by observed size, up to `FIRST_PASSES`
+        self._host_s = 0.0  # of a step beside its pass, at speed 1
+        self._host_steps = 0  # up to `FIRST_PASSES`
         self._decode_s = decode_s
         self._decodes = 0
 
     @property
     def fixed_s(self) -> float:
-        return self._line[0] * self._speed
+        return (self._line[0] + self._host_s) / self._pace
 
     @property
     def per_row_s(self) -> float:
-        return self._line[1] * self._speed
+        return self._line[1] / self._pace
 
     @property
     def decode_s(self) -> float:
         return self._decode_s
 
     def predict(self, rows: int) -> float:
-        """Return the seconds of a forward pass of `rows` rows."""
-        return self._speed * self._at_speed_one(rows)
+        """Return the seconds of a step of `rows` rows."""
+        return (self._at_speed_one(rows) + self._host_s) / self._pace
+
+    @property
+    def slowed(self) -> bool:
+        """Return whether the machine is predicted clearly slower than its steps at speed 1."""
+        return self._pace < _SLOWED
 
     def saturation_rows(self, max_rows: int) -> int:
         """Return B*: the smallest batch within 5 % of the best rows per second of any up to `max_rows`.
@@ -66,7 +112,7 @@ class CostModel:
         """
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, not {max_rows}")
-        rates = [rows / self._at_speed_one(rows) for rows in range(1, max_rows + 1)]
+        rates = [rows / (self._at_speed_one(rows) + self._host_s) for rows in range(1, max_rows + 1)]
         enough = SATURATION * max(rates)
         return next(rows for rows, rate in enumerate(rates, start=1) if rate >= enough)
 
@@ -74,24 +120,68 @@ class CostModel:
         """Return a cost model whose first guess is this one, for rows of `factor` times as much work."""
         return CostModel(fixed_s=self.fixed_s, per_row_s=self.per_row_s * factor, decode_s=self.decode_s)
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Learn from one forward pass of `rows` rows."""
+    def observe(self, rows: int, seconds: float, host_s: float = 0.0) -> None:
+        """Learn from a step of `rows` rows, of which `host_s` seconds were spent beside its forward pass."""
         if rows < 1 or seconds <= 0:
             return
-        seconds = max(seconds, _LEAST_S)
-        if rows not in self._seconds:
+        pass_s = max(seconds - host_s, _LEAST_S)
+        passes = self._passes[rows] = min(FIRST_PASSES, self._passes.get(rows, 0)) + 1
+        if passes == 1:
             insort(self._sizes, rows)
-            self._seconds[rows] = seconds / self._speed
+            self._seconds[rows] = self._between_neighbours(rows, pass_s / self._typical)
         else:
-            surprise = min(_MAX_SURPRISE, max(1 / _MAX_SURPRISE, seconds / self.predict(rows)))
-            self._speed *= surprise**FOLLOW
-            self._seconds[rows] *= surprise**LEARN
+            surprise = pass_s / (self._typical * self._seconds[rows])
+            surprise = min(_MAX_SURPRISE, max(1 / _MAX_SURPRISE, surprise))
+            if passes <= FIRST_PASSES:
+                faster_s = self._seconds[rows] * min(1.0, surprise)
+                self._seconds[rows] = self._between_neighbours(rows, faster_s)
+            else:
+                self._seconds[rows] *= surprise**LEARN
+            self._typical *= surprise**FOLLOW
+        if host_s > 0:
+            self._observe_host(host_s / self._typical)
         self._line = self._fit()
+        seconds = min(pass_s + host_s, max(_LONGEST_STALL_S, _MAX_SURPRISE * self.predict(rows)))
+        for window in self._windows:
+            window.observe(self._seconds[rows] + self._host_s, seconds)
+
+    def observe_idle(self, rows: int, seconds: float, idle_s: float) -> None:
+        """Learn the pace from one pass of `rows` rows after `idle_s` seconds in which none ran.
+
+        Without it a machine once found too slow for any promise would never be found fast again.
+        """
+        if rows in self._seconds and seconds > 0:
+            for window in self._windows:
+                window.observe(self._seconds[rows], seconds, idle_s=idle_s)
 
     def observe_decode(self, seconds: float) -> None:
         """Learn from the decoding and encoding of one image."""
         self._decodes += 1
         self._decode_s += max(DECODE_SMOOTHING, 1.0 / self._decodes) * (seconds - self._decode_s)
+
+    def _between_neighbours(self, rows: int, seconds: float) -> float:
+        """Return the seconds of a new size, not outside those of the next smaller and larger sizes.
+
+        They were measured more often, and more rows never take less time.
+        """
+        at = self._sizes.index(rows)
+        if not 0 < at < len(self._sizes) - 1:
+            return seconds
+        low, high = (self._seconds[self._sizes[beside]] for beside in (at - 1, at + 1))
+        return max(low, min(seconds, max(low, high)))
+
+    def _observe_host(self, host_s: float) -> None:
+        self._host_steps = min(FIRST_PASSES, self._host_steps) + 1
+        if self._host_steps == 1:
+            self._host_s = host_s
+        elif self._host_steps <= FIRST_PASSES:
+            self._host_s = min(self._host_s, host_s)
+        else:
+            self._host_s += HOST_SMOOTHING * (min(host_s, _MAX_SURPRISE * self._host_s) - self._host_s)
+
+    @property
+    def _pace(self) -> float:
+        return min(window.pace for window in self._windows)
 
     def _at_speed_one(self, rows: int) -> float:
         """Return the seconds of a pass at speed 1.

@@ -2,8 +2,8 @@
 
 Every verb that changes a job is one Lua script (`lua/`) of the same name, so that a job is always in exactly
 one state. A lease carries a fencing token (owner, attempt): what a worker writes counts only while it holds
-the job. Most scripts may be repeated after a lost answer, and are. Nothing here looks at images or runs a
-model.
+the job. All scripts but `progress` may be repeated after a lost answer, and are. Nothing here looks at images
+or runs a model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ditserve.service.errors import (
     to_wire,
 )
 from ditserve.service.jobs import (
+    WEIGHTS,
     Claim,
     EventKind,
     Job,
@@ -37,13 +38,11 @@ from ditserve.service.jobs import (
     read_report,
 )
 from ditserve.service.limits import Limits
-from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts, reaching
+from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts
 from ditserve.service.queue.keys import Keys
 from ditserve.service.queue.notifications import Subscriber, WorkNotifications
 from ditserve.service.queue.reads import Reads
 from ditserve.service.wire import NEWEST, OLDEST, WireError, pack
-
-WEIGHTS = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
 # The answers of submit.lua, besides 1 (queued) and 0 (known).
 TOO_MANY_JOBS, TOO_MUCH_WORK, TOO_MANY_OF_CALLER = -1, -2, -3
@@ -111,8 +110,7 @@ class Broker(Reads):
     async def ping(self) -> bool:
         """Return whether Redis answers."""
         try:
-            async with reaching(self._timeout_s):
-                return bool(await self._client.ping())
+            return bool(await self._ask(self._client.ping))
         except QueueUnavailable:
             return False
 
@@ -132,7 +130,7 @@ class Broker(Reads):
             job.id,
             job.to_bytes(),
             uuid.uuid4().hex,
-            f"{job.priority}:{job.caller}",
+            job.flow,
             job.model,
             "" if job.deadline_at is None else round(job.deadline_at * 1000),
             WEIGHTS[job.priority],
@@ -261,9 +259,11 @@ class Broker(Reads):
     async def progress(self, lease: Lease, kind: EventKind, data: dict[str, Any]) -> bool:
         """Append an event. Return False if the lease is lost.
 
-        `step` and `steps` in the data also go to the job's status.
+        `step` and `steps` of a step event also go to the job's status; those of a preview are its sample's.
+        It is not repeated after a lost answer: an event would come twice, and the next one makes up for one
+        that is lost.
         """
-        step, steps = data.get("step", ""), data.get("steps", "")
+        step, steps = (data.get("step", ""), data.get("steps", "")) if kind == "step" else ("", "")
         args = (*_token(lease), kind, pack(data, lease.version), step, steps)
         return bool(await self._run("progress", *args, repeatable=False))
 

@@ -1,21 +1,22 @@
-"""The Redis connection: how clients are opened, how scripts run, and which errors a failing server raises.
+"""The Redis connection: how clients are opened, how calls are repeated, and what a failing server is called.
 
 The only place that knows redis-py's defaults, and overrides them. The client does not retry, because a write
-that is retried may have happened already; `Scripts` repeats those that may be repeated. The client has no
-timeouts either: its `asyncio.wait_for` costs a task per command, and before Python 3.12 it can swallow a
-cancellation; `reaching` sets the limits.
+that is retried may have happened already; `ask` repeats what may be repeated. The client has no timeouts
+either: its `asyncio.wait_for` costs a task per command, and before Python 3.12 it can swallow a cancellation;
+`ask` sets the limits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from ssl import SSLError
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
@@ -24,9 +25,12 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     AuthorizationError,
+    BusyLoadingError,
     ClusterDownError,
+    InvalidResponse,
     MasterDownError,
     MaxConnectionsError,
     NoPermissionError,
@@ -35,6 +39,7 @@ from redis.exceptions import (
     ReadOnlyError,
     RedisError,
     ResponseError,
+    TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -44,33 +49,60 @@ from ditserve.service.errors import QueueUnavailable
 RETRY_AFTER_S = 2.0
 CONNECT_S = 5.0
 SENTINEL_S = 1.0  # for one Sentinel to answer, before the next is asked
-_TRANSIENT = (RedisConnectionError, RedisTimeoutError, OSError)
+# The pauses before a call is repeated. The first repetition is for a connection that was lost while it waited
+# in the pool, the others for a server that starts or that hands over to another.
+PAUSES_S = (0.0, 0.1, 0.3)
 
-# The first word of a server's error → the rest of a sentence that begins with "Redis".
-_REFUSALS = {
-    "MISCONF": "cannot persist writes",
-    "NOREPLICAS": "has too few replicas",
-    "UNKILLABLE": "is busy",
-    "BUSY": "is busy",
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """The fault of a server: the rest of a sentence that begins with "Redis", and whether it soon passes."""
+
+    meaning: str
+    passes: bool = False
+
+
+_CHANGED_ROLE = _Fault("is no longer the primary", passes=True)
+# The first word of a server's error → the fault.
+_CODES = {
+    "MISCONF": _Fault("cannot persist writes"),
+    "NOREPLICAS": _Fault("has too few replicas"),
+    "UNKILLABLE": _Fault("is busy"),
+    "BUSY": _Fault("is busy"),
+    "UNBLOCKED": _CHANGED_ROLE,
 }
-# The class of an error → the same.
-_MEANINGS: tuple[tuple[type[RedisError], str], ...] = (
-    (MaxConnectionsError, "has no connection free"),
-    (AuthenticationError, "refuses the credentials"),
-    (AuthorizationError, "refuses the credentials"),
-    (NoPermissionError, "does not let this user do what the service does"),
-    (OutOfMemoryError, "is out of memory"),
-    (ReadOnlyError, "is read-only"),
-    (ClusterDownError, "cluster is down"),
-    (MasterDownError, "primary is down"),
-    (MasterNotFoundError, "has no primary of that name that a Sentinel can be asked for"),
-    (RedisTimeoutError, "did not answer in time"),
-    (RedisConnectionError, "cannot be reached"),
+# Errors that no state of a server explains: keys of another kind than this code writes.
+_OWN_CODES = {"WRONGTYPE", "CROSSSLOT", "EXECABORT"}
+# The class of an error → the fault; the first that fits.
+_FAULTS: tuple[tuple[type[Exception], _Fault], ...] = (
+    (MaxConnectionsError, _Fault("has no connection free")),
+    (AuthenticationError, _Fault("refuses the credentials")),
+    (AuthorizationError, _Fault("refuses the credentials")),
+    (NoPermissionError, _Fault("does not let this user do what the service does")),
+    (OutOfMemoryError, _Fault("is out of memory")),
+    (ReadOnlyError, _Fault("is read-only", passes=True)),
+    (BusyLoadingError, _Fault("is loading its data", passes=True)),
+    (MasterDownError, _Fault("primary is down", passes=True)),
+    (ClusterDownError, _Fault("cluster is down", passes=True)),
+    (TryAgainError, _Fault("cluster is moving these keys", passes=True)),
+    (AskError, _Fault("cluster keeps these keys on another node")),
+    (
+        MasterNotFoundError,
+        _Fault("has no primary of that name that a Sentinel can be asked for", passes=True),
+    ),
+    (InvalidResponse, _Fault("answers in another protocol", passes=True)),
+    (RedisTimeoutError, _Fault("did not answer in time", passes=True)),
+    (RedisConnectionError, _Fault("cannot be reached", passes=True)),
+    # Python's own time limit is an OSError, too.
+    (TimeoutError, _Fault("did not answer in time")),
+    (OSError, _Fault("cannot be reached", passes=True)),
 )
 
 
 def open_client(url: str, *, connections: int) -> Redis:
-    """Open a client of at most `connections` connections, without timeouts of its own: `reaching` sets them.
+    """Open a client of at most `connections` connections, without timeouts of its own: `ask` sets them.
 
     Args:
         url: redis://, rediss:// (TLS) or unix://, with redis-py's options as its query; or one that names
@@ -159,24 +191,70 @@ def _sentinel_pool(url: str, options: dict[str, Any]) -> _SentinelPool:
     return _SentinelPool(primary, manager, ssl=secure, **{**primary_options, **options})
 
 
-@asynccontextmanager
-async def reaching(timeout_s: float | None) -> AsyncIterator[None]:
-    """Bound the time of the block, and turn the errors of a failing server into `QueueUnavailable`.
+async def ask(
+    client: Redis, call: Callable[[], Awaitable[T]], *, timeout_s: float, repeatable: bool = True
+) -> T:
+    """Return the answer of `call`, a command or several on this client, within `timeout_s` seconds in all.
 
-    An error that is this code's own fault, such as a wrong command, is raised as it is.
+    `repeatable`: a second call after a lost answer does no harm. Such a call is made again after a fault that
+    soon passes: a connection that was cut, a server that loads its data or hands over to its replica.
+
+    Raises:
+        QueueUnavailable: the server fails. An error that is this code's own fault, such as a wrong command,
+        is raised as it is.
     """
+    told: Exception | None = None
+    with _known_errors():
+        try:
+            async with asyncio.timeout(timeout_s):
+                for pause_s in PAUSES_S if repeatable else ():
+                    try:
+                        return await call()
+                    except (RedisError, OSError) as error:
+                        fault = _fault(error)
+                        if fault is None or not fault.passes:
+                            raise
+                        told = error
+                    await _drop_idle(client)
+                    await asyncio.sleep(pause_s)
+                return await call()
+        except TimeoutError as error:
+            # The server's own error says more than the time that has run out since.
+            raise told or error from None
+
+
+async def _drop_idle(client: Redis) -> None:
+    """Close the connections that wait in the pool: the fault of one is most likely that of all.
+
+    Nobody else runs in between, so none is closed after another call has taken it.
+    """
+    for connection in tuple(client.connection_pool._available_connections):
+        await connection.disconnect(nowait=True)
+
+
+@contextmanager
+def _known_errors() -> Iterator[None]:
+    """Turn the errors of a failing server into `QueueUnavailable`."""
     try:
-        async with asyncio.timeout(timeout_s):
-            yield
-    except RedisError as error:
-        meaning = "presents no certificate that is trusted here" if _untrusted(error) else _meaning(error)
-        if meaning is None:
+        yield
+    except (RedisError, OSError) as error:
+        fault = _fault(error)
+        if fault is None:
             raise
-        raise QueueUnavailable(f"Redis {meaning}.", retry_after=RETRY_AFTER_S) from error
-    except TimeoutError as error:
-        raise QueueUnavailable("Redis did not answer in time.", retry_after=RETRY_AFTER_S) from error
-    except OSError as error:
-        raise QueueUnavailable("Redis cannot be reached.", retry_after=RETRY_AFTER_S) from error
+        raise QueueUnavailable(f"Redis {fault.meaning}.", retry_after=RETRY_AFTER_S) from error
+
+
+def _fault(error: Exception) -> _Fault | None:
+    """Return the server's fault that an error tells of, None if it is no fault of the server."""
+    if _untrusted(error):
+        return _Fault("presents no certificate that is trusted here")
+    for kind, fault in _FAULTS:
+        if isinstance(error, kind):
+            return fault
+    code = str(error).partition(" ")[0]
+    if not isinstance(error, ResponseError) or not code.isupper() or code in _OWN_CODES:
+        return None
+    return _CODES.get(code, _Fault(f"answers {code}"))
 
 
 def _untrusted(error: BaseException | None) -> bool:
@@ -186,27 +264,18 @@ def _untrusted(error: BaseException | None) -> bool:
     )
 
 
-def _meaning(error: RedisError) -> str | None:
-    for kind, meaning in _MEANINGS:
-        if isinstance(error, kind):
-            return meaning
-    if isinstance(error, ResponseError):
-        return _REFUSALS.get(str(error).partition(" ")[0])
-    return None
-
-
 class Scripts:
     """The Lua scripts of `lua/`, each after the shared prelude.
 
     They run by hash, and are sent again to a server that has lost them (a restart, a new primary).
     """
 
-    def __init__(self, client: Redis, keys: Sequence[str], *, timeout_s: float, attempts: int = 3) -> None:
+    def __init__(self, client: Redis, keys: Sequence[str], *, timeout_s: float) -> None:
         folder = files("ditserve.service.queue") / "lua"
         prelude = (folder / "prelude.lua").read_text()
         self._client = client
         self._keys = tuple(key.encode() for key in keys)
-        self._timeout_s, self._attempts = timeout_s, attempts
+        self._timeout_s = timeout_s
         self._sources = {
             entry.name.removesuffix(".lua"): prelude + entry.read_text()
             for entry in folder.iterdir()
@@ -218,27 +287,22 @@ class Scripts:
 
     async def load(self) -> None:
         """Send every script to the server."""
-        async with reaching(self._timeout_s):
-            pipeline = self._client.pipeline(transaction=False)
-            for source in self._sources.values():
-                pipeline.script_load(source)
-            await pipeline.execute()
+        await ask(self._client, self._load, timeout_s=self._timeout_s)
 
     async def run(self, name: str, *args: bytes | str | float, repeatable: bool = True) -> Any:
-        """Run one script. Raise `QueueUnavailable`.
+        """Run one script, as `ask` does. Raise `QueueUnavailable`."""
+        return await ask(
+            self._client,
+            lambda: self._evaluate(name, args),
+            timeout_s=self._timeout_s,
+            repeatable=repeatable,
+        )
 
-        `repeatable`: a second run after a lost answer does no harm, so the script is tried again.
-        """
-        attempts = self._attempts if repeatable else 1
-        async with reaching(None):
-            for attempt in range(1, attempts + 1):
-                try:
-                    async with asyncio.timeout(self._timeout_s):
-                        return await self._evaluate(name, args)
-                except _TRANSIENT:
-                    if attempt == attempts:
-                        raise
-                    await asyncio.sleep(0.05 * 2**attempt)
+    async def _load(self) -> None:
+        pipeline = self._client.pipeline(transaction=False)
+        for source in self._sources.values():
+            pipeline.script_load(source)
+        await pipeline.execute()
 
     async def _evaluate(self, name: str, args: Sequence[bytes | str | float]) -> Any:
         try:

@@ -13,7 +13,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
 from ditserve.service.errors import QueueUnavailable
-from ditserve.service.queue.connection import open_client, reaching
+from ditserve.service.queue.connection import ask, open_client
 from ditserve.service.queue.keys import Keys
 from ditserve.service.telemetry.counters import CacheCounters
 
@@ -72,26 +72,32 @@ class Embeddings(CacheCounters):
         return None
 
     async def _get(self, keys: Sequence[str]) -> list[bytes | None]:
-        async with reaching(PATIENCE_S):
-            values: Any = await self._client.mget([self._prefix + key for key in keys])
+        values: Any = await ask(
+            self._client,
+            lambda: self._client.mget([self._prefix + key for key in keys]),
+            timeout_s=PATIENCE_S,
+        )
         return list(values)
 
     async def _put(self, entries: Mapping[str, bytes]) -> None:
+        # A second removal of the oldest would remove others, so the call is not repeated.
+        await ask(self._client, lambda: self._write(entries), timeout_s=PATIENCE_S, repeatable=False)
+
+    async def _write(self, entries: Mapping[str, bytes]) -> None:
         now = time.time()
-        async with reaching(PATIENCE_S):
-            pipeline = self._client.pipeline(transaction=True)
-            for key, value in entries.items():
-                pipeline.set(self._prefix + key, value, px=self._ttl_ms)
-            pipeline.zadd(self._index, dict.fromkeys(entries, now))
-            pipeline.zremrangebyscore(self._index, "-inf", now - self._ttl_ms / 1000)
-            pipeline.pexpire(self._index, self._ttl_ms)
-            pipeline.zcard(self._index)
-            *_, count = await pipeline.execute()
-            # All values are of one encoder's size.
-            size = max(map(len, entries.values()))
-            self.bytes = count * size
-            excess = count - max(1, self._max_bytes // size)
-            if excess > 0:
-                oldest: Any = await self._client.zpopmin(self._index, excess)
-                await self._client.delete(*(self._prefix + key.decode() for key, _ in oldest))
-                self.evictions += len(oldest)
+        pipeline = self._client.pipeline(transaction=True)
+        for key, value in entries.items():
+            pipeline.set(self._prefix + key, value, px=self._ttl_ms)
+        pipeline.zadd(self._index, dict.fromkeys(entries, now))
+        pipeline.zremrangebyscore(self._index, "-inf", now - self._ttl_ms / 1000)
+        pipeline.pexpire(self._index, self._ttl_ms)
+        pipeline.zcard(self._index)
+        *_, count = await pipeline.execute()
+        # All values are of one encoder's size.
+        size = max(map(len, entries.values()))
+        self.bytes = count * size
+        excess = count - max(1, self._max_bytes // size)
+        if excess > 0:
+            oldest: Any = await self._client.zpopmin(self._index, excess)
+            await self._client.delete(*(self._prefix + key.decode() for key, _ in oldest))
+            self.evictions += len(oldest)

@@ -1,12 +1,11 @@
 """One subscription per process, many waiting requests.
 
-A wait registers the job, the subscription stands, the job's outcome is read, and from then on each `ended`
-message makes it be read again. After a lost connection every outcome that is waited for is read again.
-Nothing polls.
+A wait registers the job, its outcome is read, and from then on each `ended` message makes it be read again. A
+job that was queued this moment is not read before its message comes. While a read is under way, jobs become
+due; the next read takes them all at once, so that a busy process reads less often.
 
-A job that was queued this moment is not read before its message comes, or `SAFETY_READ_S` later without one.
-While a read is under way, jobs become due; the next read takes them all at once, so that a busy process reads
-less often.
+A message is a hint that may be lost, and a job may be lost whose message then never comes. So every outcome
+that is waited for is read again after every (re)connection, and about every `REREAD_S` seconds.
 
 The phases of a job that is waited for, and what moves it (`TRANSITIONS`):
 
@@ -18,8 +17,9 @@ The phases of a job that is waited for, and what moves it (`TRANSITIONS`):
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -30,7 +30,8 @@ from ditserve.service.jobs import JobResult
 from ditserve.service.queue.broker import Broker
 
 RETRY_S = 0.2
-SAFETY_READ_S = 0.5  # a new job is read after so long, should its message have been lost
+REREAD_S = 2.0  # between two reads of all that is waited for, on average
+OUTAGE_S = 30.0  # for which waiters wait for a Redis that does not answer
 EARLY_ENDS_KEPT = 1024  # jobs remembered that ended before anybody waited for them
 READ_AT_ONCE = 64  # jobs, whose images all come into memory
 
@@ -86,8 +87,9 @@ class Listener:
         self._due: deque[str] = deque()
         self._early_ends: dict[str, None] = {}  # in order
         self._reading: asyncio.Task[None] | None = None
+        self._rereading = asyncio.create_task(self._reread())
         handlers = {broker.keys.ended_channel: self._on_ended}
-        self._subscriber = broker.subscribe(handlers, connected=self._on_connected)
+        self._subscriber = broker.subscribe(handlers, connected=self._want_all)
 
     @property
     def live(self) -> bool:
@@ -102,27 +104,20 @@ class Listener:
     async def wait(self, job_id: str, *, new: bool = False) -> JobResult:
         """Return the job's result once it has one. `new`: the job was queued this moment.
 
-        Waits through outages of Redis; the caller sets the limit (`asyncio.timeout`).
+        Waits through outages of Redis of up to `OUTAGE_S`; the caller sets the limit (`asyncio.timeout`).
 
         Raises:
-            ServiceError: the job's own error, `JobNotFound` or `JobExpired`.
+            ServiceError: the job's own error, `JobLost`, `JobExpired` or `QueueUnavailable`.
         """
-        loop = asyncio.get_running_loop()
         awaited = self._awaited.get(job_id)
         if awaited is None:
-            awaited = self._awaited[job_id] = _Awaited(loop.create_future())
+            awaited = self._awaited[job_id] = _Awaited(asyncio.get_running_loop().create_future())
         awaited.waiters += 1
-        safety: asyncio.TimerHandle | None = None
         try:
-            if new and self.live and job_id not in self._early_ends:
-                safety = loop.call_later(SAFETY_READ_S, self._want, job_id)
-            else:
-                await self._subscriber.wait_live()
+            if not (new and self.live and job_id not in self._early_ends):
                 self._want(job_id)
             return await asyncio.shield(awaited.outcome)
         finally:
-            if safety is not None:
-                safety.cancel()
             awaited.waiters -= 1
             if not awaited.waiters and self._awaited.get(job_id) is awaited:
                 del self._awaited[job_id]
@@ -135,9 +130,15 @@ class Listener:
         if len(self._early_ends) > EARLY_ENDS_KEPT:
             del self._early_ends[next(iter(self._early_ends))]
 
-    def _on_connected(self) -> None:
+    def _want_all(self) -> None:
         for job_id in self._awaited:
             self._want(job_id)
+
+    async def _reread(self) -> None:
+        """Read all that is waited for again and again, not in step with other processes."""
+        while True:
+            await asyncio.sleep(REREAD_S * random.uniform(0.75, 1.25))
+            self._want_all()
 
     def _want(self, job_id: str) -> None:
         """Let the job's outcome be read by the next read."""
@@ -149,15 +150,22 @@ class Listener:
 
     async def _read(self) -> None:
         """Read outcomes until none is due, however often Redis has to be asked."""
+        clock = asyncio.get_running_loop().time
+        answered_at = clock()
+        outcomes: Sequence[JobResult | ServiceError | None]
         try:
             while batch := self._take_due():
                 try:
                     outcomes = await self._broker.outcomes(list(batch))
-                except QueueUnavailable:
-                    unread = [job_id for job_id, awaited in batch.items() if awaited.move("unread")]
-                    self._due.extendleft(reversed(unread))
-                    await asyncio.sleep(RETRY_S)
-                    continue
+                    answered_at = clock()
+                except QueueUnavailable as error:
+                    if clock() - answered_at > OUTAGE_S:
+                        outcomes = [error] * len(batch)
+                    else:
+                        unread = [job_id for job_id, awaited in batch.items() if awaited.move("unread")]
+                        self._due.extendleft(reversed(unread))
+                        await asyncio.sleep(RETRY_S)
+                        continue
                 except Exception:
                     # A waiter must not hang because of a fault of this code.
                     log.exception("reading outcomes failed", jobs=list(batch))
@@ -183,8 +191,9 @@ class Listener:
 
     async def aclose(self) -> None:
         await self._subscriber.aclose()
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.wait([self._reading])
+        tasks = [task for task in (self._rereading, self._reading) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         for awaited in self._awaited.values():
             awaited.outcome.cancel()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+import structlog
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -21,6 +22,8 @@ from ditserve.service.queue.keys import Keys
 
 PING_EVERY_S = 5.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.05, 2.0  # between attempts to connect
+
+log = structlog.get_logger()
 
 
 class Subscriber:
@@ -35,16 +38,13 @@ class Subscriber:
         self._client = client
         self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
         self._connected = connected
-        self._live = asyncio.Event()
+        self._live = False
         self._task = asyncio.create_task(self._run())
 
     @property
     def live(self) -> bool:
         """Return whether messages are delivered at this moment."""
-        return self._live.is_set()
-
-    async def wait_live(self) -> None:
-        await self._live.wait()
+        return self._live
 
     async def aclose(self) -> None:
         self._task.cancel()
@@ -60,12 +60,16 @@ class Subscriber:
                     # The server's confirmations come before all messages.
                     for _ in self._handlers:
                         await self._next_message(pubsub)
-                    self._live.set()
+                    self._live = True
                     self._connected()
                     delay = FIRST_DELAY_S
                     await self._deliver(pubsub)
             except (RedisError, OSError):
-                self._live.clear()
+                self._live = False
+            except Exception:
+                # Without its notifications a process goes on, but slowly.
+                self._live = False
+                log.exception("the subscription failed")
             await asyncio.sleep(delay)
             delay = min(2 * delay, LONGEST_DELAY_S)
 
@@ -73,7 +77,7 @@ class Subscriber:
         while True:
             message = await self._next_message(pubsub)
             if message["type"] == "message":
-                self._handlers[message["channel"]](message["data"].decode())
+                self._handlers[message["channel"]](message["data"].decode(errors="replace"))
 
     async def _next_message(self, pubsub: PubSub) -> dict[str, Any]:
         """Return the next message of any kind. Give up a connection that stays silent even after a ping."""

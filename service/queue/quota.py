@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from limits import RateLimitItemPerMinute
+from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from redis.exceptions import OutOfMemoryError
 
-from ditserve.service.queue.connection import open_client, reaching
+from ditserve.service.queue.connection import ask, open_client
 from ditserve.service.queue.keys import Keys
 
 WINDOW_S = 60
@@ -46,11 +47,33 @@ class Quota:
     async def take(self, name: str, per_minute: int) -> Allowance:
         """Count one request of `name` if it is within `per_minute`. Raise `QueueUnavailable`."""
         item = RateLimitItemPerMinute(per_minute)
-        async with reaching(self._timeout_s):
-            allowed = await self._limiter.hit(item, name)
-            window = await self._limiter.get_window_stats(item, name)
+        # A repeated call counts the request once more at worst.
+        allowed = await ask(self._client, lambda: self._hit(item, name), timeout_s=self._timeout_s)
+        window = await ask(
+            self._client, lambda: self._limiter.get_window_stats(item, name), timeout_s=self._timeout_s
+        )
         reset_s = max(0.0, window.reset_time - time.time())
         return Allowance(allowed, per_minute, max(0, window.remaining), reset_s)
+
+    async def _hit(self, item: RateLimitItem, name: str) -> bool:
+        try:
+            return await self._limiter.hit(item, name)
+        except OutOfMemoryError:
+            # Nothing can be counted, and nothing new can be queued either; replays still work.
+            return True
+
+    async def give_back(self, name: str, per_minute: int) -> None:
+        """Uncount one request that `take` counted. Raise `QueueUnavailable`.
+
+        It is not repeated after a lost answer, because the request would be uncounted twice.
+        """
+        item = RateLimitItemPerMinute(per_minute)
+        await ask(
+            self._client,
+            lambda: self._limiter.hit(item, name, cost=-1),
+            timeout_s=self._timeout_s,
+            repeatable=False,
+        )
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -1,20 +1,22 @@
 """Reads of what the scripts wrote about a job: status, result, outcome, events, dead letters.
 
-Nothing here writes.
+Nothing here writes, so every read may be repeated. None is a transaction: Redis refuses those when its memory
+is full.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, cast, get_args
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast, get_args
 
 import structlog
+from redis.asyncio.client import Pipeline
 
 from ditserve.service.errors import (
     InternalError,
     JobExpired,
-    JobNotFound,
+    JobLost,
     QueueUnavailable,
     ServiceError,
     from_wire,
@@ -29,11 +31,11 @@ from ditserve.service.jobs import (
     JobStatus,
     State,
 )
-from ditserve.service.queue.connection import open_client, reaching
+from ditserve.service.queue.connection import ask, open_client
 from ditserve.service.queue.keys import Keys
 from ditserve.service.wire import OtherVersion, WireError, unpack
 
-BLOCK_MS = 5000  # a read of events waits so long for the next one
+BLOCK_MS = 3000  # a read of events waits so long for the next one, and then looks whether the job is there
 GRACE_S = 5.0  # for the answer of a read of events, beyond the time it may wait
 EVENTS_AT_ONCE = 64
 OTHER_RELEASE_S = 5.0  # after which an upgrade may have gone on
@@ -41,6 +43,8 @@ EVENT_KINDS: frozenset[str] = frozenset(get_args(EventKind))
 STATES: frozenset[str] = frozenset(get_args(State))
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 _FIELDS = ("wire", "state", "attempt", "step", "steps", "error", "owner")
 
@@ -69,11 +73,12 @@ class Reads:
             QueueUnavailable: the job is of a release that writes another schema version.
             InternalError: the job cannot be read at all.
         """
-        async with reaching(self._timeout_s):
-            pipeline = self._client.pipeline(transaction=True)
-            pipeline.hmget(self.keys.job(job_id), _FIELDS)
+
+        def read(pipeline: Pipeline) -> None:
             pipeline.zrank(self.keys.queue, job_id)
-            fields, position = await pipeline.execute()
+            pipeline.hmget(self.keys.job(job_id), _FIELDS)
+
+        position, fields = await self._ask_together(read)
         wire, state, attempt, step, steps, error, owner = fields
         if None in (wire, state, attempt, step):
             return None
@@ -86,7 +91,7 @@ class Reads:
         return JobStatus(
             id=job_id,
             state=cast(State, state.decode()),
-            position=position,
+            position=position if state == b"queued" else None,
             attempt=int(attempt),
             step=int(step),
             steps=job.steps if steps is None else int(steps),
@@ -97,8 +102,7 @@ class Reads:
 
     async def result(self, job_id: str) -> JobResult | None:
         """Return the job's result; None if there is none, or no longer. Raise what `status` raises."""
-        async with reaching(self._timeout_s):
-            data: Any = await self._client.get(self.keys.result(job_id))
+        data: Any = await self._ask(lambda: self._client.get(self.keys.result(job_id)))
         try:
             return None if data is None else JobResult.from_bytes(data)
         except WireError as fault:
@@ -108,7 +112,7 @@ class Reads:
         """Return the job's result, or None while it has not ended.
 
         Raises:
-            ServiceError: the job's own error, `JobNotFound` or `JobExpired`.
+            ServiceError: the job's own error, `JobLost` or `JobExpired`.
         """
         (outcome,) = await self.outcomes([job_id])
         if isinstance(outcome, ServiceError):
@@ -117,14 +121,15 @@ class Reads:
 
     async def outcomes(self, job_ids: Sequence[str]) -> list[JobResult | ServiceError | None]:
         """Return what `outcome` returns or raises for each of several jobs, in one exchange with Redis."""
-        async with reaching(self._timeout_s):
-            # No transaction: a script writes a job's result together with its state, so the state, which is
-            # read first, is never ahead of the result.
-            pipeline = self._client.pipeline(transaction=False)
+
+        # A script writes a job's result together with its state, so the state, which is read first, is never
+        # ahead of the result.
+        def read(pipeline: Pipeline) -> None:
             for job_id in job_ids:
                 pipeline.hmget(self.keys.job(job_id), ("state", "error", "owner"))
                 pipeline.get(self.keys.result(job_id))
-            replies: list[Any] = await pipeline.execute()
+
+        replies = await self._ask_together(read)
         return [
             _read_outcome(job_id, data, *fields)
             for job_id, fields, data in zip(job_ids, replies[::2], replies[1::2], strict=True)
@@ -132,8 +137,7 @@ class Reads:
 
     async def dead(self) -> list[JobStatus]:
         """Return the dead-lettered jobs, oldest first; those that cannot be read are logged and left out."""
-        async with reaching(self._timeout_s):
-            ids: Any = await self._client.zrange(self.keys.dead, 0, -1)
+        ids: Any = await self._ask(lambda: self._client.zrange(self.keys.dead, 0, -1))
         statuses = await asyncio.gather(*(self._readable_status(job_id.decode()) for job_id in ids))
         return [status for status in statuses if status is not None and status.state == "dead"]
 
@@ -153,7 +157,7 @@ class Reads:
         has ended. An event that cannot be read is left out, and logged once for each reader.
 
         Raises:
-            JobNotFound: the job is unknown, or its record has expired.
+            JobLost: the queue has no record of the job.
         """
         block, ended, complained = None, False, False
         while True:
@@ -175,20 +179,43 @@ class Reads:
             # Once the job has ended, one read without waiting gets what was written in between.
             block = None if events or ended else BLOCK_MS
 
+    async def last_event_id(self, job_id: str) -> str | None:
+        """Return the id of the job's last event; None if there is no stream, or no longer."""
+        stream = self.keys.events(job_id)
+        entries: Any = await self._ask(lambda: self._client.xrevrange(stream, count=1))
+        return entries[0][0].decode() if entries else None
+
     async def _read_events(
         self, job_id: str, after: str, block: int | None
     ) -> list[tuple[str, JobEvent | WireError]]:
         stream = self.keys.events(job_id)
-        async with reaching(GRACE_S + BLOCK_MS / 1000):
-            reply: Any = await self._waiting_client.xread({stream: after}, count=EVENTS_AT_ONCE, block=block)
+        client = self._waiting_client
+        reply: Any = await ask(
+            client,
+            lambda: client.xread({stream: after}, count=EVENTS_AT_ONCE, block=block),
+            timeout_s=GRACE_S + BLOCK_MS / 1000,
+        )
         return [_read_event(entry_id, fields) for entry_id, fields in _entries(reply)]
 
     async def _has_ended(self, job_id: str) -> bool:
-        async with reaching(GRACE_S):
-            state: Any = await self._waiting_client.hget(self.keys.job(job_id), "state")
+        state: Any = await self._ask(lambda: self._client.hget(self.keys.job(job_id), "state"))
         if state is None:
-            raise JobNotFound(f"There is no job {job_id}.")
+            raise JobLost()
         return state.decode() in TERMINAL_STATES
+
+    def _ask(self, call: Callable[[], Awaitable[T]]) -> Awaitable[T]:
+        return ask(self._client, call, timeout_s=self._timeout_s)
+
+    def _ask_together(self, fill: Callable[[Pipeline], None]) -> Awaitable[list[Any]]:
+        """Return the answers to the commands that `fill` puts into a pipeline, in one exchange with Redis."""
+
+        async def call() -> list[Any]:
+            # A new one for every repetition, because a pipeline is empty once it was executed.
+            pipeline = self._client.pipeline(transaction=False)
+            fill(pipeline)
+            return await pipeline.execute()
+
+        return self._ask(call)
 
 
 def _entries(reply: Any) -> list[tuple[bytes, Mapping[bytes, bytes]]]:
@@ -225,7 +252,7 @@ def _read_outcome(
     except WireError as fault:
         return _unreadable(fault)
     if state is None:
-        return JobNotFound(f"There is no job {job_id}.")
+        return JobLost()
     if state == b"done":
         return JobExpired(f"The images of job {job_id} are no longer kept.")
     return None

@@ -62,7 +62,7 @@ JOBS = Counter("dit_jobs", "Jobs a worker ended, by outcome", ["outcome"])
 IMAGES = Counter("dit_images", "Images made", ["format"])
 QUEUE_WAIT_SECONDS = Histogram("dit_queue_wait_seconds", "Time from submission to first step", buckets=_WAITS)
 STEP_SECONDS = Histogram(
-    "dit_step_seconds", "Time of one forward pass and its update", ["backend"], buckets=_STEPS
+    "dit_step_seconds", "Time from the end of one step to the end of the next", ["backend"], buckets=_STEPS
 )
 BATCH_ROWS = Histogram(
     "dit_batch_rows", "Rows of a forward pass, by why it grew no further", ["stop_reason"], buckets=_ROWS

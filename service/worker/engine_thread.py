@@ -27,6 +27,8 @@ from ditserve.service.telemetry.faults import surviving
 Start = tuple[SampleRequest, Snapshot | None]
 
 REPORT_EVERY_S = 0.1
+# An idle engine that was slow when it last ran measures its pace so often, in this share of the time at most.
+MEASURE_EVERY_S, MEASURE_SHARE = 1.0, 0.02
 FAULTS_ALLOWED = 3  # steps in a row that raise before the engine counts as broken
 
 log = structlog.get_logger()
@@ -54,6 +56,7 @@ class Stepper(Protocol):
     def hand_back(self) -> tuple[str, ...]: ...
     def progress(self) -> dict[str, tuple[int, int]]: ...
     def step(self, queued_rows: int = 0) -> StepReport: ...
+    def measure_idle(self, idle_s: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,13 @@ class EngineThread:
         if not self._engine.idle:
             return None
         if self._changed:
+            self._report(StepReport())
+        costs = self._engine.costs
+        while costs.slowed:
+            pause_s = max(MEASURE_EVERY_S, costs.predict(1) / MEASURE_SHARE)
+            with suppress(queue.Empty):
+                return self._commands.get(timeout=pause_s)
+            self._engine.measure_idle(pause_s)
             self._report(StepReport())
         return self._commands.get()
 

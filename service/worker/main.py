@@ -38,7 +38,7 @@ from ditserve.service.telemetry import logs, metrics
 from ditserve.service.telemetry.tracing import Tracing, open_tracing
 from ditserve.service.worker.engine_metrics import EngineMetrics
 from ditserve.service.worker.handoff import checkpoint_origin
-from ditserve.service.worker.heartbeat import starting
+from ditserve.service.worker.heartbeat import refuse_other_models, starting
 from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
 
 CONFIG_ERROR, BROKEN = 2, 1
@@ -135,6 +135,7 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
     try:
         if settings.worker_metrics_port:
             metrics.serve(settings.worker_metrics_port)
+        await refuse_other_models(broker, model)
         async with starting(broker, name, model) as report:
             backend = await opener(report, stop)
             if backend is None:

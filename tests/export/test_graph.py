@@ -18,12 +18,12 @@ from ditserve.export.calibrate import TrajectorySettings, calibration_rows
 from ditserve.export.errors import ExportError
 from ditserve.export.graph import _transpose_narrow_convolutions, backbone_graph
 from ditserve.export.half import half_network
-from ditserve.export.onnx import DECODER, ExportOptions, write_decoder, write_graphs
+from ditserve.export.onnx import ExportOptions, write_decoder, write_graphs
 from ditserve.export.parity import verify_graphs
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_weights
 from ditserve.model.nets.factory import NetworkConfig
-from ditserve.model.spec.bundle import LatentSpec
+from ditserve.model.spec.bundle import DECODER, LatentSpec
 from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig
 from ditserve.model.spec.unet_config import UNetConfig
 from tests.export.tiny import tiny_source

@@ -19,8 +19,8 @@ from ditserve.export.parity import compare_rows, forward, graph_backbone
 from ditserve.export.quantize import write_int8
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph, save_weights, share_weights
-from ditserve.export.verify import CALIBRATION, LIMITS, check, open_session, run
-from ditserve.model.spec.bundle import Bundle, BundleError, write_manifest
+from ditserve.export.verify import LIMITS, check, open_session, run
+from ditserve.model.spec.bundle import CALIBRATION, Bundle, BundleError, write_manifest
 from ditserve.service.backends.onnx import open_onnx
 
 RNG = np.random.default_rng(0)

@@ -18,10 +18,10 @@ from ditserve.export.half import write_half
 from ditserve.export.onnx import ExportOptions, export_bundle
 from ditserve.export.quantize import write_int8
 from ditserve.export.source import open_source
-from ditserve.export.verify import CALIBRATION
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network, NetworkConfig, make_network
 from ditserve.model.spec.bundle import (
+    CALIBRATION,
     Bundle,
     DiffusionSpec,
     Factor,

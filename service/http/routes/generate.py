@@ -5,9 +5,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from starlette.responses import JSONResponse, Response
 
-from ditserve.service.errors import IdempotencyConflict, IdempotencyMismatch, JobExpired, NotAcceptable
+from ditserve.service.errors import NotAcceptable
 from ditserve.service.http.answers import negotiate, render
-from ditserve.service.http.context import Api, Context, caller, note
+from ditserve.service.http.context import Context
+from ditserve.service.http.intake import RequestIntake, replay_headers
 from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, problem_responses
 from ditserve.service.http.routes.jobs import describe, links
 from ditserve.service.http.schemas import GenerateRequest, GenerateResponse, JobOut
@@ -17,9 +18,7 @@ router = APIRouter()
 
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _IMAGES = {f"image/{name}": _BINARY for name in ("png", "webp", "jpeg")} | {"multipart/mixed": _BINARY}
-_ERRORS = problem_responses(
-    *BODY, NotAcceptable, IdempotencyConflict, IdempotencyMismatch, JobExpired, *SUBMIT, *ENDED
-)
+_ERRORS = problem_responses(*BODY, NotAcceptable, *SUBMIT, *ENDED)
 
 
 @router.post(
@@ -39,9 +38,8 @@ _ERRORS = problem_responses(
 async def generate(
     body: GenerateRequest,
     request: Request,
-    api: Api,
+    intake: RequestIntake,
     prefer: Annotated[str | None, Header(max_length=200)] = None,
-    idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
 ) -> Response:
     """Draw images and wait for them. If the client goes away meanwhile, the job is cancelled.
 
@@ -53,21 +51,13 @@ async def generate(
     """
     respond_async = _responds_async(prefer)
     representation = negotiate("application/json" if respond_async else request.headers.get("accept"), body)
-    model = api.model(body.model)
-    submission = await model.submissions.submit(
-        body, caller(request, idempotency_key=idempotency_key), image_format=representation.format
-    )
-    note(request, job=submission.job.id)
+    model = intake.api.model(body.model)
+    submission = await intake.submit(model, body, body=body, image_format=representation.format)
     if respond_async:
-        return await _accepted(submission, api)
-    if submission.pending and not submission.new:
-        raise IdempotencyConflict(
-            "The first request with this Idempotency-Key is still running.", retry_after=1
-        )
-    result = await api.result(model, submission, request.receive, keep=idempotency_key is not None)
+        return await _accepted(submission, intake.api)
+    result = await intake.result(model, submission)
     response = render(representation, submission.job, result)
-    if not submission.new:
-        response.headers["idempotency-replayed"] = "true"
+    response.headers.update(replay_headers(submission))
     return response
 
 
@@ -79,14 +69,12 @@ def _responds_async(prefer: str | None) -> bool:
 
 async def _accepted(submission: Submission, api: Context) -> Response:
     job_id = submission.job.id
-    job = _queued(submission) if submission.new else await describe(await api.job(job_id))
+    job = _queued(submission, api) if submission.new else await describe(await api.job(job_id), api)
     headers = {"location": job.links.self, "preference-applied": "respond-async", "x-job-id": job_id}
-    if not submission.new:
-        headers["idempotency-replayed"] = "true"
-    return JSONResponse(job.model_dump(mode="json"), 202, headers)
+    return JSONResponse(job.model_dump(mode="json"), 202, headers | replay_headers(submission))
 
 
-def _queued(submission: Submission) -> JobOut:
+def _queued(submission: Submission, api: Context) -> JobOut:
     """Return the state of a job that was queued this moment."""
     job = submission.job
     return JobOut(
@@ -100,5 +88,5 @@ def _queued(submission: Submission) -> JobOut:
         eta_s=submission.predicted_s,
         created_at=job.created_at,
         deadline_at=job.deadline_at,
-        links=links(job),
+        links=links(job, api),
     )

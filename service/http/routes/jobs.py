@@ -31,14 +31,15 @@ from ditserve.service.planning.load import eta_s
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 _EVENT_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
+_IMAGE_NUMBER = re.compile(r"[0-9]{1,3}")
 _FAILURES = frozenset({"failed", "cancelled"})
 # The last event of a job, by the state it ended in.
 _LAST_EVENTS = {"done": "done", "cancelled": "cancelled", "failed": "failed", "dead": "failed"}
 
 
-def links(job: Job) -> Links:
+def links(job: Job, api: Context) -> Links:
     """Return the addresses of a job."""
-    base = f"/jobs/{job.id}"
+    base = api.address(f"/jobs/{job.id}")
     return Links(
         self=base, events=f"{base}/events", images=[f"{base}/images/{k}" for k in range(len(job.seeds))]
     )
@@ -50,9 +51,9 @@ def links(job: Job) -> Links:
     response_model=JobOut,
     responses=problem_responses(JobNotFound, JobExpired, QueueUnavailable),
 )
-async def get_job(lookup: PathJob) -> JobOut:
+async def get_job(lookup: PathJob, api: Api) -> JobOut:
     """State, place in the queue, step, predicted time left; once done, how the images were made."""
-    return await describe(lookup)
+    return await describe(lookup, api)
 
 
 @router.delete(
@@ -64,7 +65,7 @@ async def get_job(lookup: PathJob) -> JobOut:
 async def delete_job(lookup: PathJob, api: Api) -> JobOut:
     """Stop a waiting job at once and a running one at its next step. A job that has ended stays as it is."""
     await lookup.model.queue_client.queue.cancel(lookup.status.id)
-    return await describe(await api.job(lookup.status.id))
+    return await describe(await api.job(lookup.status.id), api)
 
 
 @router.get(
@@ -84,7 +85,7 @@ async def get_image(lookup: PathJob, k: str) -> Response:
     if state != "done":
         raise ImageNotFound(f"The job ended as {state}, without images.")
     result = await _result(lookup)
-    if not (k.isdecimal() and len(k) < 4 and int(k) < len(result.images)):
+    if not (_IMAGE_NUMBER.fullmatch(k) and int(k) < len(result.images)):
         raise ImageNotFound(f"The job has images 0 to {len(result.images) - 1}.")
     headers = result_headers(job, result) | {"cache-control": "private, max-age=3600, immutable"}
     return image_response(job, result.images[int(k)], headers)
@@ -99,6 +100,7 @@ async def get_image(lookup: PathJob, k: str) -> Response:
             "content": {"text/event-stream": {}},
             "description": "Server-sent events until the job has ended.",
         },
+        204: {"description": "The job has ended, and `Last-Event-ID` is its last event: come no more."},
         **problem_responses(MalformedRequest, InvalidRequest, JobNotFound, QueueUnavailable),
     },
 )
@@ -114,8 +116,22 @@ async def get_events(
     after = last_event_id or "0-0"
     if not _EVENT_ID.fullmatch(after):
         raise MalformedRequest("Last-Event-ID is not an id of this stream.")
+    if await _is_past_end(lookup, after):
+        return Response(status_code=204)
     events = _events(lookup, after, api, request.state.request_id)
     return EventStream(events, keepalive_s=api.settings.keepalive_s, stop=api.draining)
+
+
+async def _is_past_end(lookup: JobLookup, after: str) -> bool:
+    """Return True if the job has ended and no event comes after this one."""
+    if lookup.status.state not in TERMINAL_STATES:
+        return False
+    last = await lookup.model.queue_client.queue.last_event_id(lookup.status.id)
+    return last is not None and _order(after) >= _order(last)
+
+
+def _order(event_id: str) -> tuple[int, ...]:
+    return tuple(map(int, event_id.split("-")))
 
 
 async def _events(lookup: JobLookup, after: str, api: Context, request_id: str) -> AsyncGenerator[bytes]:
@@ -124,7 +140,7 @@ async def _events(lookup: JobLookup, after: str, api: Context, request_id: str) 
     The last one tells how the job ended, even when its stream has expired.
     """
     job_id = lookup.status.id
-    path = f"/jobs/{job_id}"
+    path = api.address(f"/jobs/{job_id}")
     try:
         async for event in lookup.model.queue_client.queue.events(job_id, after):
             yield encode(event.kind, _event_data(event, path), event_id=event.id)
@@ -155,14 +171,14 @@ async def _result(lookup: JobLookup) -> JobResult:
     return result
 
 
-async def describe(lookup: JobLookup) -> JobOut:
+async def describe(lookup: JobLookup, api: Context) -> JobOut:
     """Return the state of a job. Raises `JobExpired` when it is done and its images are gone."""
     status, job = lookup.status, lookup.status.job
     outcome = error = eta = None
     if status.state == "done":
         outcome = _outcome(await _result(lookup))
     elif status.error is not None:
-        error = Problem(**problem(from_wire(status.error), f"/jobs/{status.id}"))
+        error = Problem(**problem(from_wire(status.error), api.address(f"/jobs/{status.id}")))
     else:
         eta = eta_s(status, await lookup.model.submissions.load())
     return JobOut(
@@ -178,7 +194,7 @@ async def describe(lookup: JobLookup) -> JobOut:
         deadline_at=job.deadline_at,
         result=outcome,
         error=error,
-        links=links(job),
+        links=links(job, api),
     )
 
 

@@ -1,8 +1,9 @@
 """The image API that OpenAI's clients speak: `POST /v1/images/generations` and `GET /v1/models`.
 
-A request is translated into one of `POST /generate`: the prompt's words choose classes (`vocabulary.match`),
-`quality` chooses a rung of the ladder, and partial images are previews of the estimate. A parameter that
-cannot be honoured is refused, not ignored. Shapes: openai-python `types/images_response.py`,
+A request is translated into one of `POST /generate`, and keeps all that one promises: the prompt's words
+choose classes (`vocabulary.match`), `quality` chooses a rung of the ladder, and partial images are previews
+of the estimate. A parameter that cannot be honoured is refused, unless OpenAI's reference makes it a hint for
+OpenAI's own monitoring. Shapes: openai-python `types/image_generate_params.py`, `types/images_response.py`,
 `types/image_gen_partial_image_event.py`, `types/image_gen_completed_event.py`.
 """
 
@@ -13,29 +14,41 @@ from math import prod
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.service.errors import ServiceError, from_wire
+from ditserve.service.errors import ModelNotFound, ServiceError, from_wire
 from ditserve.service.http.answers import result_headers
-from ditserve.service.http.context import Api, caller, cancel, note
+from ditserve.service.http.context import Api, cancel
+from ditserve.service.http.intake import RequestIntake, replay_headers
 from ditserve.service.http.models import Model
 from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, openai_error_responses
 from ditserve.service.http.problems import openai_error
-from ditserve.service.http.schemas import MAX_SEED, Condition, Format, GenerateRequest
+from ditserve.service.http.schemas import (
+    MAX_PREVIEWS,
+    MAX_TEXT,
+    SIZE,
+    TEXT,
+    Condition,
+    DrawingOptions,
+    Format,
+    GenerateRequest,
+)
 from ditserve.service.http.sizes import size_text
 from ditserve.service.http.sse import EventStream, encode
-from ditserve.service.http.submission import TEXT, field_error
+from ditserve.service.http.submission import Submissions, field_error
 from ditserve.service.jobs import Job, JobResult
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-Quality = Literal["auto", "standard", "hd", "low", "medium", "high"]
+Quality = Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"]
 # The position of each quality in the ladder, from 0 (best) to 1 (cheapest).
 _POSITIONS: dict[str, float] = {
+    "max": 0.0,
+    "xhigh": 0.0,
     "high": 0.0,
     "hd": 0.0,
     "medium": 0.5,
@@ -44,23 +57,33 @@ _POSITIONS: dict[str, float] = {
 }
 
 
-class ImagesRequest(BaseModel):
-    """OpenAI's parameters, and as extensions `seed`, `guidance_scale`, `windows`."""
+def _refused(reason: str) -> BeforeValidator:
+    """Return the validator of a parameter that this service cannot honour, so it must be null."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        json_schema_extra={"examples": [{"prompt": "a strawberry, noto", "n": 2}]},
-    )
+    def refuse(value: object) -> None:
+        if value is not None:
+            raise ValueError(reason)
+
+    return BeforeValidator(refuse)
+
+
+class ImagesRequest(DrawingOptions):
+    """OpenAI's parameters, and as extensions those of `POST /generate` that OpenAI has no name for."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "a strawberry, noto", "n": 2}]})
 
     prompt: str = Field(
-        min_length=1, max_length=2000, description="Names a class of each factor; other words are ignored."
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="Names a class of each factor; other words are ignored.",
     )
     model: str | None = Field(None, max_length=100)
     n: int | None = Field(None, ge=1, le=10)
-    size: str | None = Field(None, max_length=20, description="The model's size, or auto.")
+    size: str | None = Field(
+        None, pattern=f"^(auto|{SIZE})$", description="Width x height, where the model has a choice, or auto."
+    )
     quality: Quality | None = Field(
-        None, description="high, medium and low are the top, middle and end of the ladder."
+        None, description="high (xhigh, max), medium and low are the top, middle and end of the ladder."
     )
     output_format: Format | None = None
     response_format: Literal["b64_json"] | None = Field(
@@ -68,13 +91,17 @@ class ImagesRequest(BaseModel):
     )
     output_compression: Literal[100] | None = None
     background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto", "low"] | None = None
     stream: bool | None = None
     partial_images: int | None = Field(None, ge=0, le=3)
-    user: str | None = Field(None, max_length=200)
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    windows: bool = Field(False, description="Denoise a larger `size` in overlapping windows.")
+    # Hints for OpenAI's own monitoring; nothing here depends on them.
+    moderation: Literal["auto", "low"] | None = Field(None, description="Has no effect.")
+    safety_identifier: str | None = Field(None, max_length=500, description="Has no effect.")
+    user: str | None = Field(None, max_length=500, description="Has no effect.")
+    style: Annotated[None, _refused("Name the style in the prompt instead.")] = None
+    complexity: Annotated[None, _refused("Choose a quality instead.")] = None
+    frame_count: Annotated[None, _refused("Images here are not animated.")] = None
+    frame_duration_ms: Annotated[None, _refused("Images here are not animated.")] = None
+    svg: Annotated[None, _refused("Images here are png, webp or jpeg.")] = None
 
 
 class ImageData(BaseModel):
@@ -115,40 +142,44 @@ class OpenAIError(BaseModel):
         **openai_error_responses(*BODY, *SUBMIT, *ENDED),
     },
 )
-async def generations(body: ImagesRequest, request: Request, api: Api) -> Response:
+async def generations(body: ImagesRequest, request: Request, intake: RequestIntake) -> Response:
     """Draw the images that a prompt describes. The prompt must name a class of the model's first factor, and
     may name one of each other: "a strawberry in noto style". Names match by their words; the longest match
     wins. An unknown prompt is refused with the closest names. A model that reads text is given the prompt
-    itself."""
+    itself. An `Idempotency-Key` works as for `POST /generate`."""
     if body.stream and (body.n or 1) > 1:
         raise field_error("n", "One image at a time can be streamed.")
     if body.partial_images and not body.stream:
         raise field_error("partial_images", "Partial images need stream=true.")
-    model = api.model(body.model)
-    submission = await model.submissions.submit(
-        _translate(body, model), caller(request), image_format=body.output_format or "png"
+    model = intake.api.model(body.model)
+    submission = await intake.submit(
+        model, translate(body, model.submissions), body=body, image_format=body.output_format or "png"
     )
     job = submission.job
-    note(request, job=job.id)
-    if body.stream:
-        events = _stream(job, body, model, request.state.request_id)
-        return EventStream(events, keepalive_s=api.settings.keepalive_s)
-    result = await api.result(model, submission, request.receive)
+    # A new stream tells of its job as that runs; a repeated one is refused unless the first job has ended.
+    result = None if body.stream and submission.new else await intake.result(model, submission)
+    if result is None or body.stream:
+        events = _stream(job, body, model, request.state.request_id, keep=intake.keeps)
+        stream = EventStream(events, keepalive_s=intake.api.settings.keepalive_s)
+        stream.headers.update(replay_headers(submission))
+        return stream
     data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
     response = ImagesResponse(created=int(job.created_at), data=data, **_metadata(job, body, model.manifest))
-    return JSONResponse(response.model_dump(), headers=result_headers(job, result))
+    return JSONResponse(
+        response.model_dump(), headers=result_headers(job, result) | replay_headers(submission)
+    )
 
 
-def _translate(body: ImagesRequest, model: Model) -> GenerateRequest:
-    """Return the request of `POST /generate` that asks for the same."""
-    manifest = model.manifest
+def translate(body: ImagesRequest, submissions: Submissions) -> GenerateRequest:
+    """Return the request of `POST /generate` that asks for the same. Raises `UnknownCondition`."""
+    manifest = submissions.manifest
     condition: Condition
     if manifest.config.text_size:
         condition = {TEXT: body.prompt}
     else:
-        labels = model.submissions.vocabulary.match(body.prompt).labels
+        labels = submissions.vocabulary.match(body.prompt).labels
         condition = {factor.name: label for factor, label in zip(manifest.factors, labels, strict=True)}
-    rung = rung_for(body.quality, model.submissions.ladder)
+    rung = rung_for(body.quality, submissions.ladder)
     steps = rung.steps if rung else manifest.defaults.steps
     operating_point: dict[str, Any] = {"steps": steps}
     if rung:
@@ -157,17 +188,17 @@ def _translate(body: ImagesRequest, model: Model) -> GenerateRequest:
             "grid": rung.grid,
             "guidance_interval": list(rung.guidance_interval),
         }
+    interval = min(MAX_PREVIEWS, max(1, steps // (body.partial_images + 1))) if body.partial_images else 0
+    # Every value was checked as a field of the body, under the bounds that it has here.
     return GenerateRequest(
         model=body.model,
         condition=condition,
         n=body.n or 1,
-        size=None if body.size in (None, "auto") else body.size,
-        windows=body.windows,
+        size=None if body.size == "auto" else body.size,
         format=body.output_format,
-        seed=body.seed,
-        guidance_scale=body.guidance_scale,
-        previews=max(1, steps // (body.partial_images + 1)) if body.partial_images else 0,
+        previews=interval,
         **operating_point,
+        **body.model_dump(include=set(DrawingOptions.model_fields)),
     )
 
 
@@ -205,10 +236,12 @@ def _metadata(job: Job, body: ImagesRequest, manifest: Manifest) -> dict[str, An
     }
 
 
-async def _stream(job: Job, body: ImagesRequest, model: Model, request_id: str) -> AsyncGenerator[bytes]:
+async def _stream(
+    job: Job, body: ImagesRequest, model: Model, request_id: str, *, keep: bool
+) -> AsyncGenerator[bytes]:
     """Yield partial images as they come, then the image.
 
-    A client that leaves before the end cancels the job.
+    A client that leaves before the end cancels the job, unless `keep`.
     """
     metadata = _metadata(job, body, model.manifest)
     partial = {name: value for name, value in metadata.items() if name != "usage"}
@@ -238,7 +271,7 @@ async def _stream(job: Job, body: ImagesRequest, model: Model, request_id: str) 
         ended = True
         yield _event("error", openai_error(error, request_id))
     finally:
-        if not ended:
+        if not ended and not keep:
             await cancel(model, job.id)
 
 
@@ -246,8 +279,29 @@ def _event(kind: str, data: dict[str, Any]) -> bytes:
     return encode(kind, {"type": kind, **data})
 
 
+class ModelEntry(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "dit"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+
+
 @router.get("/models", summary="Models, as OpenAI's clients list them")
-async def models(api: Api) -> dict[str, Any]:
+async def models(api: Api) -> ModelList:
     """The models served, the default first."""
-    data = [{"id": name, "object": "model", "created": 0, "owned_by": "dit"} for name in api.models]
-    return {"object": "list", "data": data}
+    return ModelList(data=[ModelEntry(id=name) for name in api.models])
+
+
+@router.get(
+    "/models/{name}",
+    summary="One model, as OpenAI's clients ask for it",
+    responses=openai_error_responses(ModelNotFound),
+)
+async def model(name: str, api: Api) -> ModelEntry:
+    """The model of that name, if it is served."""
+    return ModelEntry(id=api.model(name).manifest.name)

@@ -1,6 +1,6 @@
 """The pages for people: the playground at `/` and the API reference at `/docs`.
 
-Self-contained files that load no others.
+Self-contained files that load no others. Their links are relative, so that they work below any path.
 
 A page can set no header on an event stream or a picture. Where keys are needed, the playground exchanges
 one for a cookie.
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from ditserve.service.api_keys import Keyring
 from ditserve.service.errors import NotFound, Unauthorized
 from ditserve.service.http.access import COOKIE
+from ditserve.service.http.context import Api
 
 router = APIRouter(include_in_schema=False)
 
@@ -75,7 +76,7 @@ class SessionRequest(BaseModel):
 
 
 @router.post("/session", status_code=204)
-async def session(body: SessionRequest, request: Request) -> Response:
+async def session(body: SessionRequest, request: Request, api: Api) -> Response:
     """Keep an API key in this browser until it is closed, out of reach of scripts and of other sites."""
     keyring: Keyring | None = request.app.state.keyring
     if keyring is None:
@@ -85,5 +86,6 @@ async def session(body: SessionRequest, request: Request) -> Response:
         raise Unauthorized("This API key is unknown or was revoked.")
     response = Response(status_code=204)
     secure = request.url.scheme == "https"
-    response.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=secure)
+    path = api.address("/")
+    response.set_cookie(COOKIE, key, path=path, httponly=True, samesite="strict", secure=secure)
     return response

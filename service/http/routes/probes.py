@@ -81,8 +81,7 @@ def _staffed(api: Context, loads: Mapping[str, LoadSnapshot] | None) -> bool:
     """Return True if every model has at least `ready_workers` workers."""
     if loads is None:
         return False
-    serving = (sum(model in worker.models for worker in load.workers) for model, load in loads.items())
-    return min(serving) >= api.settings.ready_workers
+    return min(len(load.workers) for load in loads.values()) >= api.settings.ready_workers
 
 
 def _health(checks: dict[str, bool], **more: list[str]) -> Response:

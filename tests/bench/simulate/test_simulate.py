@@ -54,7 +54,7 @@ def test_the_published_curve_passes_through_its_points() -> None:
 def test_a_lone_request_gets_all_its_steps_in_time(strategy: Strategy) -> None:
     (sample,) = SimulatedFleet(strategy, GPU).run([Arrival(1.0, 20)])
     assert sample.in_time
-    assert sample.steps_taken == 20
+    assert sample.taken == 20
     assert sample.quality == pytest.approx(3.48)
     assert (sample.finished or 0.0) - 1.0 == pytest.approx(20 * GPU.curve.seconds(1), rel=0.05)
 
@@ -71,7 +71,7 @@ def test_every_request_ends_one_way(strategy: Strategy, workers: int) -> None:
         if sample.finished is not None:
             assert sample.remaining == 0
             assert sample.noise == pytest.approx(0.0, abs=1e-9)
-            assert sample.consents or sample.steps_taken == sample.requested.steps
+            assert sample.consents or sample.taken == sample.requested.steps
         elif not strategy.expire:
             assert sample.rejected
 

@@ -14,8 +14,7 @@ from ditserve.export.source import open_source
 from ditserve.export.tensorrt.engine_runner import EngineRunner
 from ditserve.export.tensorrt.module import TensorRt
 from ditserve.export.tensorrt.trial import trial_reference
-from ditserve.export.verify import CALIBRATION
-from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.bundle import CALIBRATION, Bundle
 from tests.export.fake_cuda import Engine, Runtime, module_of
 from tests.export.fake_trt import ILogger
 

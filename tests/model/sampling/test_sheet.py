@@ -10,7 +10,15 @@ import torch
 
 from ditserve.model.nets.autoencoder import Identity
 from ditserve.model.nets.dit import DiT
-from ditserve.model.sampling.sheet import picture_grid, sample_sheet, sheet_labels, to_pixels
+from ditserve.model.sampling.sheet import (
+    STRIP,
+    picture_grid,
+    sample_sheet,
+    sheet_captions,
+    sheet_labels,
+    to_pixels,
+)
+from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.diffusion import Schedule, make_schedule
 
 Make = Callable[..., DiT]
@@ -39,4 +47,19 @@ def test_class_sheets() -> None:
 
 
 def test_sheet_of_a_model(network: Make, schedule: Schedule) -> None:
-    assert sample_sheet(network(), schedule, Identity(), steps=2).size == (5 * 8, 3 * 8)
+    factors = (
+        Factor(name="label", classes=("cat", "dog", "a very long name", "owl", "ü")),
+        Factor(name="style", classes=("flat", "shaded", "line")),
+    )
+    sheet = sample_sheet(network(), schedule, Identity(), factors, steps=2)
+    width, height = sheet.size
+    assert (width % 5, height) == (0, 3 * (8 + STRIP))
+    captions = np.asarray(sheet).reshape(3, 8 + STRIP, width, 3)[:, 8:]
+    dark = (captions.reshape(3, STRIP, 5, width // 5, 3) < 100).any((1, 3, 4))
+    assert dark.all(), "every picture has a caption"
+
+
+def test_captions_are_the_names_of_the_classes() -> None:
+    factors = (Factor(name="label", classes=("cat", "dog")), Factor(name="style", classes=("flat",)))
+    assert sheet_captions([(1, 0), (0, None)], factors) == ["dog, flat", "cat"]
+    assert sheet_captions([()], ()) == [""]

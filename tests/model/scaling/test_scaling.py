@@ -173,6 +173,6 @@ def test_results_of_another_family_are_kept(
     (tmp_path / "out" / "scaling.json").write_text(RECORD.model_dump_json())
     assert main(command(family, tmp_path)) == 2
     assert "results of another family" in capsys.readouterr().err
-    (tmp_path / "out" / "scaling.json").write_text("{}")
+    (tmp_path / "out" / "scaling.json").write_text('{"family": 3, "looks": []}')
     assert main(command(family, tmp_path)) == 2
     assert "out/scaling.json does not hold a family's results: field family" in capsys.readouterr().err

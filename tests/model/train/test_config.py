@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from ditserve.model.train.config import TrainConfig, first_mistake, load_config
+from ditserve.model.train.identity import run_identity
 from tests.model.train.training_cases import tiny_config, tiny_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -103,12 +104,12 @@ def test_stages_interpolate_the_positions_of_the_first(tmp_path: Path) -> None:
 
 def test_other_pictures_make_another_run(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    own = config.identity(config.open_dataset())["pictures"]
+    own = run_identity(config, config.open_dataset())["pictures"]
     assert own["count"] == 6
     with np.load(config.data.path) as file:
         arrays = dict(file)
     np.savez(config.data.path, **arrays | {"y": arrays["y"][::-1]})
-    relabelled = config.identity(config.open_dataset())["pictures"]
+    relabelled = run_identity(config, config.open_dataset())["pictures"]
     assert relabelled["count"] == own["count"]
     assert relabelled["labels"] != own["labels"]
 
@@ -121,12 +122,13 @@ def test_other_pictures_make_another_run(tmp_path: Path) -> None:
         ({"batch": 5}, "batch"),
         ({"ema": 0.9}, "ema"),
         ({"precision": "bf16"}, "precision"),
-        ({"label_dropout": 0.3}, "label_dropout"),
+        ({"label_dropout": 0.3}, "label_dropout joint_dropout"),
+        ({"joint_dropout": 0.3}, "joint_dropout"),
         ({"stages": [{"size": 4, "steps": 3}, {"size": 8}]}, "stages"),
     ],
 )
 def test_what_makes_a_run_another_one(tmp_path: Path, change: dict[str, Any], field: str | None) -> None:
     config = tiny_config(tmp_path)
-    own, other = (run.identity(run.open_dataset()) for run in (config, tiny_config(tmp_path, **change)))
-    assert [key for key in own if own[key] != other[key]] == ([] if field is None else [field])
+    own, other = (run_identity(run, run.open_dataset()) for run in (config, tiny_config(tmp_path, **change)))
+    assert [key for key in own if own[key] != other[key]] == (field or "").split()
     assert json.loads(json.dumps(own)) == own

@@ -18,7 +18,7 @@ from ditserve.model.sample import main
 from ditserve.model.spec.bundle import LatentSpec
 from ditserve.model.spec.network_config import network_config
 from ditserve.model.train.load import load_model
-from ditserve.model.train.loaded_model import LoadError
+from ditserve.model.train.loaded_model import LoadedModel, LoadError, save_model
 
 SHAPE = {"patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
 
@@ -106,3 +106,21 @@ def test_its_samples_are_decoded(
         assert picture.size == (32, 16)
     assert main(command) == 2
     assert "pass the folder of its SD-VAE with --vae" in capsys.readouterr().err
+
+
+def test_of_a_bundle_in_the_folder_of_a_run_the_newer_state_is_opened_and_told(
+    latent_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An earlier release exported into the folder of the run, and the run was trained on."""
+    run = load_model(latent_run)
+    step = run.manifest.provenance["step"]
+    capsys.readouterr()
+    for made, opened in [
+        (step - 1, f"the training run, at step {step}"),
+        (step, f"the bundle, of step {step}"),
+    ]:
+        manifest = run.manifest.model_copy(update={"name": "old", "provenance": {"step": made}})
+        save_model(latent_run, LoadedModel(run.network, manifest))
+        loaded = load_model(latent_run)
+        assert (loaded.manifest.name == "old") == (made == step)
+        assert capsys.readouterr().err.endswith(f"opened {opened}\n")

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ditserve.model import sample
+from ditserve.model.sampling.sheet import STRIP
 from ditserve.model.train import training
 from ditserve.model.train.__main__ import main
 from ditserve.model.train.config import TrainConfig
@@ -43,7 +45,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     assert TrainConfig.model_validate_json((config.output / "config.json").read_text()) == config
     with Image.open(config.output / "sheet-0000004.png") as sheet:
-        assert sheet.size == (3 * 8, 2 * 8)
+        assert sheet.height == 2 * (8 + STRIP)
     trained = load_model(config.output)
     assert trained.manifest.version == "0.4"
     ours = newest_state(config.output)
@@ -112,7 +114,7 @@ def flat(size: int) -> dict[str, Any]:
         ({"model": {"dept": 3}}, "no field 'dept'"),
         ({"label_dropout": [0.1, 0.1, 0.1]}, "label_dropout has 3 rates, but the data has 2 factors"),
         ({"lr": 1e30, "clip": None, "skip_limit": 2}, "not finite at step .* did not help: lower lr"),
-        ({"output": "set.npz/run"}, "set.npz.* cannot be used: Not a directory"),
+        ({"output": "set.npz/run"}, "set.npz/run lies in the input"),
         ({"init": "nowhere"}, "nowhere is neither a bundle"),
     ],
 )
@@ -168,7 +170,7 @@ def test_other_pictures_are_refused_before_a_run_goes_on(
         more = {key: np.concatenate([arrays[key], arrays[key][:2]]) for key in "xys"}
         np.savez(tmp_path / "set.npz", **{**arrays, **more})
     assert main(["--config", file]) == 2
-    assert "was trained with another pictures.count (6, not 8): take that one back" in capsys.readouterr().err
+    assert "another training_pictures.label.a (2, not 4): take that one back" in capsys.readouterr().err
     assert_same(before, newest_state(tmp_path / "run"))
 
 
@@ -207,6 +209,58 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert re.search(r"8×8: [\d.]+ GMACs a row forward, .* img/s; 12 steps take 0:", text)
     assert "memory" in text
     assert {path.name for path in tmp_path.iterdir()} == before | {"run.json"}
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 10])
+def test_a_model_of_few_timesteps_trains_and_is_sampled(tmp_path: Path, timesteps: int) -> None:
+    raw = tiny_run(tmp_path) | {"steps": 2, "sheet_every": 1}
+    raw["diffusion"] |= {"timesteps": timesteps}
+    assert main(["--config", config_file(raw, tmp_path), "--dry-run"]) == 0
+    assert main(["--config", config_file(raw, tmp_path)]) == 0
+    loaded = load_model(Path(raw["output"]))
+    assert loaded.manifest.defaults.steps == timesteps
+    assert sample.main([raw["output"], "-o", str(tmp_path / "sheet.png")]) == 0
+
+
+def test_pictures_without_classes_train_and_are_sampled_unguided(tmp_path: Path) -> None:
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for k in range(4):
+        Image.fromarray(np.full((8, 8, 3), 60 * k, np.uint8)).save(folder / f"{k}.png")
+    raw = tiny_run(tmp_path) | {"steps": 2}
+    raw["data"] |= {"path": str(folder)}
+    assert main(["--config", config_file(raw, tmp_path)]) == 0
+    manifest = load_model(Path(raw["output"])).manifest
+    assert (manifest.factors, manifest.defaults.guidance_scale) == ((), 1.0)
+    assert sample.main([raw["output"], "-o", str(tmp_path / "sheet.png")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "runs/mein lauf"], "name 'mein lauf' is to be the model's"),
+        (["--output", "runs/grün"], "name 'grün' is to be"),
+        (["--output", ""], "field output: .*it is empty"),
+        (["--batch", "1000000000"], "batch 1000000000 takes .* GiB"),
+        (["--set", "batch.x=1"], "--set batch.x=1: batch is a value"),
+        (["--set", "lr.x=1"], "field lr: "),
+        (["--set", "seed=1e30"], "field seed"),
+        (["--set", "threads=-1"], "field threads"),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_mistake_is_refused_before_anything_is_written(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+    dry: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config", config_file(tiny_run(tmp_path), tmp_path), *arguments, *dry]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "set.npz"}
 
 
 def test_fine_tuning_knows_classes_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ditserve.model.train import training
+from ditserve.model.train.checkpoint import CheckpointError
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_config, tiny_run
@@ -72,6 +74,56 @@ def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(tmp_path:
         json.loads(line)["step"] for line in (Path(raw["output"]) / "log.jsonl").read_text().splitlines()
     ]
     assert steps == list(range(1, 21))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_its_state_first(tmp_path: Path, number: signal.Signals) -> None:
+    raw = tiny_run(tmp_path) | {"steps": 100_000, "checkpoint_every": 50_000, "schedule": "constant"}
+    command = [sys.executable, "-m", "model.train", "--config", config_file(raw, tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
+    log = Path(raw["output"]) / "log.jsonl"
+    deadline = time.monotonic() + 100
+    while not (log.is_file() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert b"stopping after this step" in error
+    assert b"model.train: stopped; the same command goes on" in error
+    stopped = sorted((Path(raw["output"]) / "checkpoints").glob("step-*"))[-1]
+    step = int(stopped.name.removeprefix("step-"))
+    assert 3 < step < 50_000
+    straight = TrainConfig.model_validate({**raw, "steps": step, "output": str(tmp_path / "straight")})
+    training.train(straight)
+    assert_same(newest_state(straight.output), newest_state(Path(raw["output"])))
+
+
+def test_pictures_replaced_under_the_same_labels_are_noticed(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=2)
+    training.train(config)
+    with np.load(config.data.path) as file:
+        arrays = dict(file)
+    arrays["x"][5] += 1
+    np.savez(config.data.path, **arrays)
+    with pytest.raises(CheckpointError, match="other pictures: those numbered 5–5 in the data were replaced"):
+        training.train(config.model_copy(update={"steps": 4}))
+
+
+def test_a_run_begun_without_joint_dropout_goes_on_without(tmp_path: Path) -> None:
+    raw = {**tiny_run(tmp_path), "steps": 6, "schedule": "constant"}
+    straight = TrainConfig.model_validate({**raw, "output": str(tmp_path / "straight"), "joint_dropout": 0})
+    training.train(straight)
+    old = TrainConfig.model_validate({**raw, "joint_dropout": 0})
+    interrupted(old, 3)
+    for state in (old.output / "checkpoints").glob("*/state.json"):
+        fields = json.loads(state.read_text())
+        for field in ("joint_dropout", "training_pictures", "content"):
+            del fields[field]
+        state.write_text(json.dumps(fields))
+    for steps in (4, 6):
+        training.train(TrainConfig.model_validate({**raw, "steps": steps}))
+    assert_same(newest_state(straight.output), newest_state(old.output))
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(

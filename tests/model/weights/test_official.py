@@ -133,7 +133,9 @@ def test_configuration_is_read_off_the_published_shapes(published: dict[str, Ten
     assert config == replace(PLAIN, hidden_size=384, num_heads=6, depth=1)
     del published["pos_embed"]
     assert from_official(published, image_size=(4, 8))[1].image_size == (4, 8)
-    assert from_official(published, image_size=(8, 8), num_heads=12)[1].num_heads == 12
+    assert from_official(published, image_size=(8, 8), num_heads=6)[1].num_heads == 6
+    with pytest.raises(WeightsError, match="width 384 has 6 heads, not 12"):
+        from_official(published, image_size=(8, 8), num_heads=12)
     with pytest.raises(WeightsError, match=r"image size .* must be given"):
         from_official(published)
 

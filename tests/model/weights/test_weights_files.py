@@ -6,7 +6,6 @@ import argparse
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,15 @@ from ditserve.model.convert import main
 from ditserve.model.nets.dit import DiT
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.weights.files import ImportOptions, read_state, read_weights
+from ditserve.model.weights.imports import ImportOptions, read_weights
 from ditserve.model.weights.official import WeightsError, to_official
+from ditserve.model.weights.state_files import read_state
 
 Make = Callable[..., DiT]
 PLAIN = DiTConfig(image_size=(8, 8), hidden_size=16, depth=2, num_heads=2, classes=(5,))
+# Facts of the small model that its file does not tell.
+KNOWN = ImportOptions(num_heads=2, num_classes=5, predicts_noise=True)
+BRING = ["import", "--licence", "MIT", "--heads", "2", "--num-classes", "5", "--predicts-noise"]
 
 
 @pytest.fixture
@@ -38,10 +41,12 @@ def test_training_checkpoint_gives_its_average(network: Make, tmp_path: Path) ->
     stored = {"model": raw, "ema": ema, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)}
     torch.save(stored, tmp_path / "0400000.pt")
     assert torch.equal(
-        read_state(tmp_path / "0400000.pt")["x_embedder.proj.bias"], ema["x_embedder.proj.bias"]
+        read_state(tmp_path / "0400000.pt").tensors["x_embedder.proj.bias"], ema["x_embedder.proj.bias"]
     )
     torch.save({"model": raw}, tmp_path / "model.pt")
-    assert torch.equal(read_state(tmp_path / "model.pt")["x_embedder.proj.bias"], raw["x_embedder.proj.bias"])
+    assert torch.equal(
+        read_state(tmp_path / "model.pt").tensors["x_embedder.proj.bias"], raw["x_embedder.proj.bias"]
+    )
 
 
 class Trap:
@@ -79,8 +84,8 @@ def test_files_without_tensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["model folder", "pipeline folder", "weights file", "bin"])
 def test_diffusers_layouts(network: Make, official: Path, tmp_path: Path, layout: str) -> None:
-    weights, _ = read_weights(official, ImportOptions(num_heads=2))
-    main(["import", str(official), str(tmp_path / "bundle"), "--licence", "MIT", "--heads", "2"])
+    weights = read_weights(official, KNOWN).weights
+    main([*BRING, str(official), str(tmp_path / "bundle")])
     folder = tmp_path / ("pipeline/transformer" if layout == "pipeline folder" else "model")
     assert main(["export", str(tmp_path / "bundle"), str(folder), "--to", "diffusers"]) == 0
     source = {
@@ -91,13 +96,14 @@ def test_diffusers_layouts(network: Make, official: Path, tmp_path: Path, layout
         file = folder / "diffusion_pytorch_model.safetensors"
         torch.save(load_file(file), file.with_suffix(".bin"))
         file.unlink()
-    again, config = read_weights(source.get(layout, folder), ImportOptions())
-    assert config == PLAIN
-    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    options = ImportOptions(function="published", predicts_noise=True)
+    again = read_weights(source.get(layout, folder), options)
+    assert again.config == PLAIN
+    assert all(torch.equal(again.weights[name], weights[name]) for name in weights)
 
 
 def test_exported_folder_opens_in_diffusers(official: Path, tmp_path: Path) -> None:
-    main(["import", str(official), str(tmp_path / "bundle"), "--licence", "MIT", "--heads", "2"])
+    main([*BRING, str(official), str(tmp_path / "bundle")])
     main(["export", str(tmp_path / "bundle"), str(tmp_path / "out"), "--to", "diffusers"])
     model = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
     assert model.config.num_embeds_ada_norm == 5
@@ -107,15 +113,7 @@ def test_import_makes_a_bundle_and_export_gives_the_file_back(
     official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "names.txt").write_text("cat\ndog\nfox\nowl\nbee\n")
-    command = [
-        "import",
-        str(official),
-        str(tmp_path / "small dit"),
-        "--licence",
-        "CC-BY-NC-4.0",
-        "--heads",
-        "2",
-    ]
+    command = [*BRING, str(official), str(tmp_path / "small dit"), "--licence", "CC-BY-NC-4.0"]
     assert main([*command, "--classes", str(tmp_path / "names.txt")]) == 0
     assert "M parameters" in capsys.readouterr().out
     bundle = Bundle.open(tmp_path / "small dit")
@@ -125,7 +123,7 @@ def test_import_makes_a_bundle_and_export_gives_the_file_back(
     assert bundle.manifest.licence == "CC-BY-NC-4.0"
     assert bundle.manifest.diffusion.guidance_channels == 3
     assert main(["export", str(tmp_path / "small dit"), str(tmp_path / "back.pt"), "--to", "official"]) == 0
-    before, after = read_state(official), read_state(tmp_path / "back.pt")
+    before, after = (read_state(file).tensors for file in (official, tmp_path / "back.pt"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -135,10 +133,10 @@ def test_import_makes_a_bundle_and_export_gives_the_file_back(
     [
         (["import", "absent.pt", "out", "--licence", "MIT"], "absent.pt does not exist"),
         (["import", "dit.pt", "out", "--licence", "MIT"], "heads must be given"),
-        (["import", "empty", "out", "--licence", "MIT"], "holds neither diffusion_pytorch_model"),
+        (["import", "empty", "out", "--licence", "MIT"], "holds no diffusion_pytorch_model"),
         (
             ["import", "dit.pt", "out", "--licence", "MIT", "--heads", "2", "--classes", "two"],
-            "2 class names",
+            "has 6 rows, and 2 classes with the null class need 3",
         ),
         (["export", "absent", "out.pt", "--to", "official"], "absent is not a bundle"),
     ],
@@ -174,6 +172,6 @@ def test_damaged_diffusers_configuration(network: Make, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
         read_weights(tmp_path, ImportOptions())
-    (tmp_path / "config.json").write_text(json.dumps({"sample_size": replace(PLAIN).image_size[0]}))
+    (tmp_path / "config.json").write_text(json.dumps({"sample_size": PLAIN.image_size[0]}))
     with pytest.raises(WeightsError, match="missing"):
-        read_weights(tmp_path, ImportOptions())
+        read_weights(tmp_path, ImportOptions(function="published"))

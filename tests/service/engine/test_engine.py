@@ -170,6 +170,20 @@ def test_the_first_pass_of_a_size_does_not_count(
     assert engine.costs.predict(3) == pytest.approx(0.01)
 
 
+def test_the_cost_of_a_step_is_the_whole_turn(make_engine: Make, make_request: Make) -> None:
+    """A host that is slow between the passes delays every step as much as a slow network."""
+    now = [1000.0]
+    engine = make_engine(clock=lambda: now[0])
+    for name in ("a/0", "b/0"):
+        engine.add(make_request(name))
+        while not engine.idle:
+            report = engine.step()
+            now[0] += 0.25
+        assert report.seconds == 0.25
+        now[0] += 3600.0  # idle time is not the cost of anything
+    assert engine.costs.predict(2) == pytest.approx(0.25, rel=0.01)
+
+
 def test_memory_does_not_grow_from_step_to_step(
     make_engine: Make, make_request: Make, make_rung: Make
 ) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.engine.scheduler import SAFETY_MARGIN, Scheduler
+from ditserve.service.engine.fair_shares import Flow
+from ditserve.service.engine.scheduler import SAFETY_MARGIN, Batch, Candidates, Scheduler
+
+ALONE = Flow("", 1.0)
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,19 @@ class Waiter:
     deadline_at: float | None = None
     added_at: float = 0.0
     least_steps: int = 1
+    steps: int = 1
+    taken: int = 0
+    flow: Flow = ALONE
+
+
+def next_batch(
+    scheduler: Scheduler,
+    samples: Sequence[Waiter],
+    saturation_rows: int,
+    now: float,
+    seconds: Callable[[int], float],
+) -> Batch[Waiter]:
+    return scheduler.next_batch([Candidates(samples, saturation_rows, seconds)], now=now)
 
 
 def names(
@@ -27,12 +44,8 @@ def names(
     now: float = 0.0,
     tick: float = 0.0,
 ) -> list[str]:
-    return [
-        sample.name
-        for sample in scheduler.next_batch(
-            samples, saturation_rows, now=now, seconds=lambda rows: tick
-        ).samples
-    ]
+    batch = next_batch(scheduler, samples, saturation_rows, now, lambda rows: tick)
+    return [sample.name for sample in batch.samples]
 
 
 def test_the_earliest_deadline_goes_first_whatever_the_order_of_arrival() -> None:
@@ -45,7 +58,7 @@ def test_equal_urgency_keeps_the_order_of_arrival() -> None:
 
 
 def test_without_a_deadline_one_waits_only_as_long_as_the_patience() -> None:
-    scheduler = Scheduler(max_rows=1, patience_s=60.0)
+    scheduler = Scheduler(max_rows=1)
     old = Waiter("old", added_at=0.0)
     assert names(scheduler, [old, Waiter("urgent", deadline_at=59.0)]) == ["urgent"]
     assert names(scheduler, [old, Waiter("later", deadline_at=61.0)]) == ["old"]
@@ -66,7 +79,7 @@ def test_no_sample_joins_that_makes_passes_too_long_for_one_without_laxity() -> 
 
     def with_a_tight_one(seconds: float) -> list[str]:
         tight = Waiter("tight", deadline_at=seconds, least_steps=10)
-        batch = scheduler.next_batch([*others, tight], 8, now=0.0, seconds=float)
+        batch = next_batch(scheduler, [*others, tight], 8, 0.0, float)
         return [sample.name for sample in batch.samples]
 
     assert with_a_tight_one(35.0) == ["tight", "0", "1"]  # ten passes of three rows, and a tenth more
@@ -78,27 +91,27 @@ def test_no_sample_joins_that_makes_passes_too_long_for_one_without_laxity() -> 
 def test_a_sample_without_laxity_caps_the_pass_as_in_the_worked_example() -> None:
     others = [Waiter(str(k), deadline_at=1000.0 + k) for k in range(8)]
     a = Waiter("A", deadline_at=2.6, least_steps=2)
-    batch = Scheduler(max_rows=8).next_batch([*others, a], 8, now=0.0, seconds=lambda rows: 0.9 + 0.1 * rows)
+    batch = next_batch(Scheduler(max_rows=8), [*others, a], 8, 0.0, lambda rows: 0.9 + 0.1 * rows)
     assert [sample.name for sample in batch.samples] == ["A", "0"]
 
 
 def test_a_pass_is_as_long_as_the_size_it_is_padded_to() -> None:
     tight = Waiter("tight", deadline_at=35.0, least_steps=10)
     others = [Waiter(str(k), deadline_at=1000.0) for k in range(8)]
-    batch = Scheduler(max_rows=8, buckets=(2, 8)).next_batch([tight, *others], 8, now=0.0, seconds=float)
+    batch = next_batch(Scheduler(max_rows=8, buckets=(2, 8)), [tight, *others], 8, 0.0, float)
     assert [sample.name for sample in batch.samples] == ["tight", "0"]
 
 
 def test_all_that_there_is_room_for_step_together() -> None:
     samples = [Waiter("a"), Waiter("b", rows=2), Waiter("c", rows=3), Waiter("d", rows=2)]
-    batch = Scheduler(max_rows=8).next_batch(samples, 8, now=0.0, seconds=lambda rows: 0.0)
+    batch = next_batch(Scheduler(max_rows=8), samples, 8, 0.0, lambda rows: 0.0)
     assert batch.samples == tuple(samples)
     assert batch.stop_reason == "idle"
 
 
 def test_a_row_left_over_goes_to_the_next_sample_it_fits() -> None:
     samples = [Waiter("a", rows=2), Waiter("b", rows=2), Waiter("c", rows=1)]
-    batch = Scheduler(max_rows=3).next_batch(samples, 3, now=0.0, seconds=lambda rows: 0.0)
+    batch = next_batch(Scheduler(max_rows=3), samples, 3, 0.0, lambda rows: 0.0)
     assert [sample.name for sample in batch.samples] == ["a", "c"]
     assert batch.stop_reason == "cap"
 
@@ -186,7 +199,7 @@ def test_a_batch_fits_and_leaves_out_no_sample_that_would_fit(
     samples: list[Waiter], max_rows: int, saturation_rows: int, strict: bool, tick: float
 ) -> None:
     scheduler = Scheduler(max_rows=max_rows, strict=strict)
-    batch = scheduler.next_batch(samples, saturation_rows, now=50.0, seconds=lambda rows: tick)
+    batch = next_batch(scheduler, samples, saturation_rows, 50.0, lambda rows: tick)
     cap = max_rows if strict else min(saturation_rows, max_rows)
     left_out = [sample for sample in samples if sample not in batch.samples]
     rows = sum(sample.rows for sample in batch.samples)
@@ -208,7 +221,7 @@ def test_a_sample_that_joins_breaks_no_deadline_of_those_before_it(
     def pass_s(rows: int) -> float:
         return fixed_s + per_row_s * rows
 
-    batch = Scheduler(max_rows=16).next_batch(samples, saturation_rows, now=50.0, seconds=pass_s)
+    batch = next_batch(Scheduler(max_rows=16), samples, saturation_rows, 50.0, pass_s)
     rows = [sample.rows for sample in batch.samples]
     for count, sample in enumerate(batch.samples, start=1):
         if sample.deadline_at is not None:

@@ -112,6 +112,19 @@ async def test_a_quota_counts_down_and_refuses(stage: Stage, keys: Path) -> None
     assert (await stage.client.get("/models", headers=bearer(text))).status_code == 200
 
 
+async def test_a_refusal_for_too_many_jobs_does_not_use_up_the_rate(stage: Stage, keys: Path) -> None:
+    stage.worker.hold = True
+    _, text = add(keys, "shop", rate=3, concurrency=1)
+    later = bearer(text) | {"prefer": "respond-async"}
+    address = (await stage.generate(later, **APPLE)).headers["location"]
+    for _ in range(4):
+        refused = await stage.generate(later, **APPLE)
+        assert (refused.status_code, "unfinished" in refused.json()["detail"]) == (429, True)
+        assert refused.headers["ratelimit"].startswith('"requests";r=2;')
+    await stage.client.delete(address, headers=bearer(text))
+    assert (await stage.generate(later, **APPLE)).status_code == 202
+
+
 async def test_quotas_are_each_keys_own_and_shared_by_processes(open_stage: OpenStage, keys: Path) -> None:
     (_, one), (_, other) = add(keys, "one", rate=1), add(keys, "other", rate=1)
     first, second = await open_stage(keys_file=keys), await open_stage(keys_file=keys, worker=False)

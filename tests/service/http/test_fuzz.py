@@ -49,8 +49,8 @@ CHECKS = [
 # An answer must never show how the program is built and where it lies.
 LEAKS = re.compile(rb"Traceback|site-packages|\.py\b|/home/|/root/|/usr/|0x[0-9a-f]{8}|redis://")
 MAY_FAIL = {503, 504}
-# Uvicorn answers this before it asks the API, for example to an empty Content-Length.
-NOT_HTTP = (400, "Invalid HTTP request received.")
+# The answer to what is not HTTP, for example an empty Content-Length: no route was asked.
+NOT_HTTP = "This is not a request of HTTP/1.1."
 
 
 @pytest.fixture(scope="module", params=["open", "keyed"])
@@ -131,7 +131,7 @@ def test_answers_only_what_the_document_says(api: tuple[str, dict[str, str]], fu
             @given(case=operation.as_strategy(generation_mode=mode))
             def probe(case: Any) -> None:
                 response = case.call(headers=headers, timeout=30)
-                if (response.status_code, response.text) == NOT_HTTP:
+                if response.status_code == 400 and response.json().get("detail") == NOT_HTTP:
                     return
                 answered[response.status_code] += 1
                 assert response.status_code < 500 or response.status_code in MAY_FAIL, response.text

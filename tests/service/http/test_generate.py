@@ -229,33 +229,8 @@ async def test_a_trace_goes_with_the_job(stage: Stage) -> None:
     assert submitted(stage).trace["traceparent"] == parent
 
 
-class TestIdempotencyKey:
-    async def test_a_repeat_is_answered_with_the_first_images(self, stage: Stage) -> None:
-        first = await stage.generate({"idempotency-key": "k1"}, n=2)
-        again = await stage.generate({"idempotency-key": "k1"}, n=2)
-        assert again.json() == first.json()
-        assert again.headers["idempotency-replayed"] == "true"
-        assert len(stage.worker.claimed) == 1
-
-    async def test_while_the_first_runs_it_is_409(self, stage: Stage) -> None:
-        stage.worker.hold = True
-        key = {"idempotency-key": "k2"}
-        await stage.generate(key | {"prefer": "respond-async"})
-        response = await stage.generate(key)
-        assert (response.status_code, response.json()["code"]) == (409, "idempotency-conflict")
-        assert "retry-after" in response.headers
-
-    async def test_another_body_is_422(self, stage: Stage) -> None:
-        await stage.generate({"idempotency-key": "k3"})
-        response = await stage.generate({"idempotency-key": "k3"}, n=2)
-        assert (response.status_code, response.json()["code"]) == (422, "idempotency-mismatch")
-
-    async def test_an_async_repeat_leads_to_the_same_job(self, stage: Stage) -> None:
-        headers = {"idempotency-key": "k4", "prefer": "respond-async"}
-        first, again = [await stage.generate(headers) for _ in range(2)]
-        assert first.headers["location"] == again.headers["location"]
-
-    async def test_a_malformed_key_is_refused(self, stage: Stage) -> None:
-        response = await stage.generate({"idempotency-key": "a" * 256})
-        assert response.status_code == 422
-        assert response.json()["errors"][0]["pointer"] == "header: idempotency-key"
+async def test_an_async_repeat_leads_to_the_same_job(stage: Stage) -> None:
+    headers = {"idempotency-key": "k4", "prefer": "respond-async"}
+    first, again = [await stage.generate(headers) for _ in range(2)]
+    assert first.headers["location"] == again.headers["location"]
+    assert again.headers["idempotency-replayed"] == "true"

@@ -101,6 +101,11 @@ async def test_an_unknown_prompt_is_400_with_suggestions(stage: Stage, client: o
         ({"extra_body": {"colour": "red"}}, "colour"),
         ({"partial_images": 2}, "partial_images"),
         ({"stream": True, "n": 2}, "n"),
+        ({"style": "vivid"}, "style"),
+        ({"output_compression": 50}, "output_compression"),
+        ({"output_format": "gif", "extra_body": {"frame_count": 4}}, "output_format"),
+        ({"extra_body": {"svg": {"model": "x"}}}, "svg"),
+        ({"extra_body": {"complexity": "high"}}, "complexity"),
     ],
 )
 async def test_what_cannot_be_honoured_is_400_and_named(
@@ -132,5 +137,15 @@ async def test_a_refusal_for_now_says_when_to_come_back(stage: Stage, client: op
     assert caught.value.type == "server_error"
 
 
+async def test_hints_for_openais_monitoring_have_no_effect(stage: Stage, client: openai.AsyncOpenAI) -> None:
+    hints = {"user": "u", "moderation": "low", "extra_body": {"safety_identifier": "hash", "style": None}}
+    await client.images.generate(prompt="lemon", **hints)  # type: ignore[call-overload]
+    assert stage.worker.claimed[-1].job.condition == (ConditionTerm((3, None)),)
+
+
 async def test_models_are_listed(client: openai.AsyncOpenAI) -> None:
     assert [model.id async for model in client.models.list()] == ["fruits"]
+    assert (await client.models.retrieve("fruits")).owned_by == "dit"
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.models.retrieve("gpt-image-1")
+    assert caught.value.code == "model-not-found"

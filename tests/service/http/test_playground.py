@@ -43,7 +43,7 @@ async def test_every_control_has_a_name(stage: Stage) -> None:
 
 
 @asynccontextmanager
-async def browsing(port: int, *, refusal: str = "422") -> AsyncIterator[Any]:
+async def browsing(url: str, *, refusal: str = "422") -> AsyncIterator[Any]:
     """Open the playground in a browser. Its console may show answers of status `refusal`, no other fault."""
     playwright = pytest.importorskip("playwright.async_api", reason="needs: pip install playwright")
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
@@ -55,10 +55,14 @@ async def browsing(port: int, *, refusal: str = "422") -> AsyncIterator[Any]:
         page = await browser.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
-        await page.goto(f"http://127.0.0.1:{port}/")
+        await page.goto(url)
         yield page
         await browser.close()
     assert [fault for fault in faults if refusal not in fault] == []
+
+
+def home(port: int) -> str:
+    return f"http://127.0.0.1:{port}/"
 
 
 # WCAG 2.2 contrast ratio of the text of each element that is shown, on the nearest opaque ground behind it.
@@ -91,7 +95,7 @@ class TestInChromium:
 
     @pytest.fixture
     async def page(self, stage: Stage, serve: Serve) -> AsyncIterator[Any]:
-        async with browsing(await serve(stage)) as page:
+        async with browsing(home(await serve(stage))) as page:
             await page.wait_for_selector("#go:enabled")
             yield page
 
@@ -121,7 +125,7 @@ class TestInChromium:
     async def test_by_keyboard_alone(self, open_stage: OpenStage, serve: Serve, many_fruits: Path) -> None:
         stage = await open_stage(bundle=many_fruits)
         stage.worker.hold = True
-        async with browsing(await serve(stage)) as page:
+        async with browsing(home(await serve(stage))) as page:
             await page.wait_for_selector("#go:enabled")
             await page.focus("#factor-label")
             await page.keyboard.type("lem")
@@ -210,7 +214,8 @@ class TestInChromium:
     async def test_asks_for_a_key_once(self, open_stage: OpenStage, serve: Serve, tmp_path: Path) -> None:
         keys = tmp_path / "keys.json"
         _, text = add(keys, "visitor")
-        async with browsing(await serve(await open_stage(keys_file=keys)), refusal="401") as page:
+        url = home(await serve(await open_stage(keys_file=keys)))
+        async with browsing(url, refusal="401") as page:
             await page.fill("#key", "dit_guess")
             await page.press("#key", "Enter")
             await page.get_by_text("unknown or was revoked").wait_for()

@@ -3,9 +3,11 @@
 import asyncio
 import gzip
 import json
+from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from tests.conftest import wait_until
 from tests.service.http.conftest import OpenStage, Serve, Stage
@@ -28,6 +30,23 @@ async def answered(port: int, raw: bytes) -> bytes:
     writer.close()
     await writer.wait_closed()
     return answer
+
+
+def parts(answer: bytes) -> tuple[int, httpx.Headers, dict[str, Any]]:
+    """Return the status, the headers and the JSON of an answer."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    headers = httpx.Headers(
+        [(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
+    )
+    assert int(headers["content-length"]) == len(body)
+    return int(first.split()[1]), headers, json.loads(body)
+
+
+def unmatched() -> float:
+    """Return how many requests for no route were counted as wrong."""
+    labels = {"route": "unmatched", "outcome": "invalid"}
+    return REGISTRY.get_sample_value("dit_requests_total", labels) or 0.0
 
 
 async def running(stage: Stage) -> None:
@@ -127,8 +146,12 @@ async def test_a_body_that_is_cut_off_leaves_nothing(stage: Stage, serve: Serve)
     ids=["no-request", "no-version", "no-length", "two-lengths", "tls"],
 )
 async def test_what_is_not_http_is_400_and_the_server_lives(stage: Stage, serve: Serve, raw: bytes) -> None:
-    port = await serve(stage)
-    assert (await answered(port, raw)).startswith(b"HTTP/1.1 400")
+    port, before = await serve(stage), unmatched()
+    status, headers, problem = parts(await answered(port, raw))
+    assert (status, problem["code"]) == (400, "malformed-request")
+    assert headers["x-request-id"] == problem["request_id"]
+    assert (headers["content-type"], headers["connection"]) == ("application/problem+json", "close")
+    assert unmatched() == before + 1
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         assert (await client.get("/livez")).status_code == 200
 
@@ -154,7 +177,10 @@ async def test_the_second_head_on_a_connection_is_timed_too(open_stage: OpenStag
 async def test_a_head_without_measure_is_431(stage: Stage, serve: Serve) -> None:
     port = await serve(stage)
     head = b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 40_000
-    assert (await answered(port, head)).startswith(b"HTTP/1.1 431")
+    before = unmatched()
+    status, headers, problem = parts(await answered(port, head))
+    assert (status, problem["code"], unmatched()) == (431, "head-too-large", before + 1)
+    assert headers["x-request-id"] == problem["request_id"]
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         assert (await client.get("/livez")).status_code == 200
 

@@ -33,3 +33,10 @@ def test_a_later_deadline_breaks_as_in_the_worked_example(claimed: int, broken: 
     capacity = Capacity(load(worker("A", 10.0, DemandBucket(10.0, claimed, claimed))))
     assert capacity.breaks_later_deadline(30, 5.0, now=0.0, margin=1.0) is broken
     assert not capacity.breaks_later_deadline(30, 10.0, now=0.0, margin=1.0)  # it is not later
+
+
+def test_a_tight_deadline_counts_on_small_batches_as_in_the_worked_example() -> None:
+    busy = WorkerState("w", ("m",), 64, 0.02, 0.005, 0.0, 0, 150, 0.0, 0.0)
+    assert Capacity(load(busy)).drain_time() == pytest.approx(150 / (64 / 0.34), rel=0.06)
+    assert Capacity(load(busy), pass_s=4.0 / 50).drain_time() == pytest.approx(1.0)
+    assert Capacity(load(busy), pass_s=0.001).drain_time() == pytest.approx(150 * 0.025)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.costs import CostModel, PaceWindow
 
 quick = settings(max_examples=60, deadline=None)  # wall time says nothing on a shared machine
 
@@ -94,7 +94,69 @@ def test_predictions_stay_close_under_noise() -> None:
 def test_one_wild_step_says_little() -> None:
     costs = taught(GPU)
     costs.observe(8, 1000 * GPU[8])
-    assert costs.predict(8) < 1.2 * GPU[8]
+    assert costs.predict(8) < 1.4 * GPU[8]
+
+
+def test_stalls_count_for_as_long_as_they_last() -> None:
+    costs, noise = taught({1: 0.01, 8: 0.02}), random.Random(2)
+    passes = [0.02 + (0.5 if noise.random() < 0.04 else 0.0) for _ in range(3000)]
+    for seconds in passes:
+        costs.observe(8, seconds)
+    # Most passes take 20 ms, but a hundred of them take 4 s.
+    assert costs.predict(8) > 0.8 * sum(passes) / len(passes)
+    # A size that does not run now is as much slower.
+    assert costs.predict(1) == pytest.approx(0.5 * costs.predict(8), rel=0.1)
+
+
+def test_a_neighbour_is_believed_at_once_and_forgotten_late() -> None:
+    costs = taught({8: 0.02})
+    for _ in range(2000):
+        costs.observe(8, 0.02)
+    for _ in range(round(3.0 / 0.08)):
+        costs.observe(8, 0.08)
+    assert costs.predict(8) > 0.045
+    for _ in range(round(3.0 / 0.02)):
+        costs.observe(8, 0.02)
+    assert 0.022 < costs.predict(8) < 0.05
+    for _ in range(round(100.0 / 0.02)):
+        costs.observe(8, 0.02)
+    assert costs.predict(8) == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_stalled_warm_up_does_not_spoil_the_shape() -> None:
+    costs = taught({1: 0.01, 2: 0.5, 4: 0.016, 8: 0.02})
+    for _ in range(2):
+        for rows, seconds in {1: 0.01, 2: 0.012, 4: 0.016, 8: 0.02}.items():
+            costs.observe(rows, seconds)
+    assert costs.saturation_rows(8) == 8
+    assert costs.predict(2) == pytest.approx(0.012, rel=0.3)
+
+
+def test_the_time_of_the_host_does_not_grow_with_the_rows() -> None:
+    costs = taught({1: 0.001, 64: 0.02})
+    for _ in range(500):
+        costs.observe(1, 0.011, 0.01)
+    assert costs.predict(1) == pytest.approx(0.011, rel=0.05)
+    assert costs.predict(64) == pytest.approx(0.03, rel=0.05)
+    assert costs.saturation_rows(64) > 32
+
+
+def test_an_idle_machine_is_found_fast_again() -> None:
+    costs = taught({1: 0.01})
+    for _ in range(1000):
+        costs.observe(1, 0.08)
+    assert costs.slowed
+    assert costs.predict(1) > 0.07
+    for _ in range(60):
+        costs.observe_idle(1, 0.01, 1.0)
+    assert not costs.slowed
+    assert costs.predict(1) == pytest.approx(0.01, rel=0.1)
+
+
+def test_the_pace_is_as_in_the_worked_example() -> None:
+    window = PaceWindow(2.0, passes=10)
+    window.observe(0.1, 1.0)
+    assert window.pace == pytest.approx(0.65, abs=0.005)
 
 
 def test_decoding_is_learned_apart() -> None:

@@ -41,6 +41,7 @@ async def test_a_job_goes_through(broker: Broker, make_job: MakeJob, make_result
     assert claim.lease == Lease(job.id, "w1", 1)
     assert not claim.run_isolated
     assert await broker.progress(claim.lease, "step", {"step": 4, "steps": 8})
+    assert await broker.progress(claim.lease, "preview", {"step": 6, "steps": 8, "image": b""})
     status = await broker.status(job.id)
     assert status is not None
     assert (status.state, status.step, status.steps, status.attempt) == ("running", 4, 8, 1)
@@ -55,6 +56,7 @@ async def test_a_job_goes_through(broker: Broker, make_job: MakeJob, make_result
         "queued",
         "started",
         "step",
+        "preview",
         "done",
     ]
 

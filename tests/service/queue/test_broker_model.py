@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 )
 
 from ditserve.service.errors import InternalError, QueueFull, to_wire
-from ditserve.service.jobs import Claim, Job, JobResult, Lease
-from ditserve.service.queue.broker import WEIGHTS, Broker
+from ditserve.service.jobs import WEIGHTS, Claim, Job, JobResult, Lease
+from ditserve.service.queue.broker import Broker
 from tests.conftest import close_books
 
 T = TypeVar("T")

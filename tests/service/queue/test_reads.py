@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ditserve.service.errors import JobExpired, JobNotFound
+from ditserve.service.errors import JobExpired, JobLost
 from ditserve.service.jobs import Job, JobEvent, JobResult, Lease, WorkerState
 from ditserve.service.queue.broker import Broker
 
@@ -63,7 +63,7 @@ async def test_events_resume_after_an_id_and_end(
     assert events[2].data == {"step": 0, "image": b"\x89PNG"}
     assert await read_events(broker, job.id, after=events[3].id) == events[4:]
     assert await read_events(broker, job.id, after=events[-1].id) == []
-    with pytest.raises(JobNotFound):
+    with pytest.raises(JobLost):
         await read_events(broker, "unknown")
 
 

@@ -1,0 +1,47 @@
+"""Network addresses as text: parsing them, and what they tell of the machine behind them. Pure."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+
+Address = IPv4Address | IPv6Address
+
+
+def share(address: str) -> str:
+    """Return the name of the share that an address has in the fair queue.
+
+    A machine is one caller, although its loopback interface has as many addresses as it likes and its network
+    usually a whole /64 of IPv6.
+    """
+    parsed = parsed_address(address)
+    if parsed is None:
+        return address
+    if parsed.is_loopback:
+        return "127.0.0.1"
+    return str(parsed) if parsed.version == 4 else str(ip_network((int(parsed), 64), strict=False))
+
+
+def is_loopback(host: str) -> bool:
+    """Return True for the names and addresses of the machine's own loopback interface."""
+    address = parsed_address(host)
+    if address is None:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback
+
+
+def parsed_address(text: str) -> Address | None:
+    """Return the address in "192.0.2.1", "192.0.2.1:80", "2001:db8::1" or "[2001:db8::1]:80", None in others.
+
+    An IPv4 address in IPv6 notation (::ffff:192.0.2.1) is the IPv4 address.
+    """
+    host = text.strip()
+    if host.startswith("["):
+        host = host[1:].partition("]")[0]
+    elif host.count(":") == 1:
+        host = host.partition(":")[0]
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address

@@ -1,0 +1,48 @@
+"""The engine's thread: an idle engine that was slow looks whether the machine is fast again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from ditserve.service.worker import engine_thread
+from ditserve.service.worker.engine_thread import EngineReport, EngineThread
+
+pytestmark = pytest.mark.anyio
+Make = Callable[..., Any]
+WaitUntil = Callable[..., Awaitable[None]]
+
+
+async def test_an_idle_engine_that_was_slow_reports_its_pace_again(
+    make_engine: Make, wait_until: WaitUntil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_thread, "MEASURE_EVERY_S", 0.01)
+    monkeypatch.setattr(engine_thread, "MEASURE_SHARE", 1e6)
+    engine = make_engine()
+    engine.warm_up()
+    for _ in range(200):
+        engine.costs.observe(1, 1.0)
+    slow = engine.costs.predict(1)
+    assert engine.costs.slowed
+    reports: list[EngineReport] = []
+    thread = EngineThread(
+        engine,
+        deliver=reports.append,
+        observe=lambda report: None,
+        on_broken=lambda: None,
+        clock=time.time,
+        max_rows=8,
+    )
+    # Every look stands for a long time, so that the test need not take as long.
+    measure = engine.measure_idle
+    engine.measure_idle = lambda idle_s: measure(60.0)
+    thread.start()
+    try:
+        await wait_until(lambda: not engine.costs.slowed)
+    finally:
+        assert thread.stop(10.0)
+    assert engine.costs.predict(1) < slow / 10
+    assert reports[-1].costs.per_row_s < reports[0].costs.per_row_s
