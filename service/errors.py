@@ -147,6 +147,10 @@ class QuotaExceeded(ServiceError):
 # The service cannot take the request now.
 
 
+class TooManyConnections(ServiceError):
+    status, code, title = 503, "too-many-connections", "Too many connections"
+
+
 class QueueFull(ServiceError):
     status, code, title = 503, "queue-full", "The queue is full"
 
