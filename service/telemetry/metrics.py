@@ -56,6 +56,15 @@ CANARY_PSNR = Gauge(
 )
 REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
 ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
+PROMISES = Counter(
+    "dit_promises", "Accepted requests with a deadline that were waited for: kept, broken", ["outcome"]
+)
+ADMISSION_MARGIN = Gauge(
+    "dit_admission_margin",
+    "Predicted times are stretched by this before a deadline is promised; it follows broken promises",
+    ["model"],
+    multiprocess_mode="livemax",
+)
 
 # A worker's.
 JOBS = Counter("dit_jobs", "Jobs a worker ended, by outcome", ["outcome"])
