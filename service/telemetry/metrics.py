@@ -101,6 +101,7 @@ CACHE_BYTES = Gauge(
 LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went back to the queue")
 
 # Every process's.
+FAULTS = Counter("dit_faults", "Unforeseen errors that a process went on after", ["activity"])
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
 # All workers of a host report the same GPUs.
 GPU_USED_BYTES = Gauge(
