@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -213,14 +213,22 @@ class Broker(Reads):
     # A worker's verbs.
 
     async def claim(
-        self, owner: str, *, models: Sequence[str], max_samples: int, idle: bool = True
+        self,
+        owner: str,
+        *,
+        models: Sequence[str],
+        max_samples: int,
+        idle: bool = True,
+        reserved: int = 0,
+        crowded: Collection[str] = (),
     ) -> list[Claim]:
         """Lease the next jobs in fair order, of at most `max_samples` samples together.
 
-        An `idle` owner runs nothing else. Only an idle owner is given a single job that exceeds
-        `max_samples`, or a poison candidate to run alone.
+        Beyond these, one job of each flow (`Job.flow`) that is not `crowded` may have some of `reserved`
+        samples more. An `idle` owner runs nothing else. Only an idle owner is given a single job
+        that exceeds `max_samples`, or a poison candidate to run alone.
         """
-        if max_samples <= 0:
+        if max_samples <= 0 and reserved <= 0:
             return []
         # One nonce until a claim is answered, so that a repeated claim is given the same jobs.
         nonce = self._claim_nonces.setdefault(owner, uuid.uuid4().hex)
@@ -237,7 +245,10 @@ class Broker(Reads):
             patience,
             OLDEST,
             NEWEST,
+            reserved,
+            len(models),
             *models,
+            *crowded,
         )
         claims = [await self._read_claim(owner, entry) for entry in entries]
         # Forgotten only now: should Redis fail meanwhile, a repeated claim is given the same jobs.

@@ -32,6 +32,7 @@ from ditserve.service.worker.handoff import Handoff
 from ditserve.service.worker.heartbeat import Leases, Reporting
 from ditserve.service.worker.postprocess import Decoder, FinishedSample, Postprocessor
 from ditserve.service.worker.progress_events import ProgressEvents
+from ditserve.service.worker.room import Room, claim_room
 from ditserve.service.worker.running_job import RunningJob, RunningJobs
 
 _REPLACED = "The model was replaced by a version with other classes; send the request again."
@@ -136,10 +137,15 @@ class Worker:
 
     async def _claim_jobs(self) -> None:
         while not self._leaving:
-            room = self._samples_to_claim()
+            room = self._room()
             try:
                 claims = await self._broker.claim(
-                    self.identity.name, models=[self.identity.model], max_samples=room, idle=not self._jobs
+                    self.identity.name,
+                    models=[self.identity.model],
+                    max_samples=room.samples,
+                    idle=not self._jobs,
+                    reserved=room.reserved,
+                    crowded=room.crowded,
                 )
             except QueueUnavailable as error:
                 log.warning("claim failed", detail=error.detail)
@@ -150,25 +156,20 @@ class Worker:
                 self._reporting.changed()
             # Fewer samples than there is room for: the queue has no more to give, and notifies of what comes
             # later.
-            if sum(len(claim.job.seeds) for claim in claims) < max(1, room) and not self._leaving:
+            if sum(len(claim.job.seeds) for claim in claims) < max(1, room.samples) and not self._leaving:
                 await self._broker.work.wait(self.policy.idle_s)
 
-    def _samples_to_claim(self) -> int:
-        """Return how many samples to claim now.
+    def _room(self) -> Room:
+        """Return how much to claim now.
 
-        They fill an efficient batch, and this worker's share of the look-ahead. Return 0 before the engine is
-        ready and while a poison candidate runs alone.
-
-        Example: an efficient batch of 16 rows and a look-ahead of 64 rows among 2 workers make 48 rows
-        wanted. With 40 rows held, 8 rows are missing, which are 4 samples of 2 rows each, if so many slots
-        are free.
+        The rows wanted fill an efficient batch, and this worker's share of the look-ahead. There is no room
+        before the engine is ready.
         """
-        if self._report is None or any(job.run_isolated for job in self._jobs):
-            return 0
-        held_samples = sum(job.missing for job in self._jobs)
-        held_rows = sum(job.rows for job in self._jobs)
+        if self._report is None:
+            return Room()
+        held = sum(job.missing for job in self._jobs)
         wanted = self._report.costs.saturation_rows + self.policy.lookahead_rows // self._reporting.peers
-        return max(0, min(self._slots - held_samples, (wanted - held_rows + 1) // 2))
+        return claim_room(self._jobs, wanted_rows=wanted, free_slots=self._slots - held)
 
     def _start_job(self, claim: Claim) -> None:
         if claim.job.vocabulary not in ("", self.identity.vocabulary):
