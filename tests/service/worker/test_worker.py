@@ -300,7 +300,7 @@ async def test_work_is_claimed_ahead_only_while_no_other_worker_is_idler(
     await broker.report(idle)
     jobs = [make_fake_job() for _ in range(12)]
     gate.open.clear()
-    worker = make_worker(broker, lookahead_rows=8, balance_s=0.0)
+    worker = make_worker(broker, lookahead_rows=8, balance_s=-0.1)
     async with working(worker):
         await wait_until(lambda: worker._reporting.peers == 2)
         for job in jobs:
