@@ -99,8 +99,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     # Images are compared, and a worker that is started again could find the other precision faster.
     running = Service(tmp_path_factory.mktemp("service") / "log.txt", "--precision=fp32")
     yield running
-    if running.process.poll() is None:
-        running.stop()
+    # One interrupt ends the supervisor with 0 and leaves no child behind.
+    family = children_of(running.process.pid)
+    assert len(family) >= 3  # Valkey, worker, API
+    assert running.stop() == 0
+    wait_until(
+        lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), "the children to end", timeout_s=5
+    )
+    assert "Traceback" not in running.log.read_text()
 
 
 def pixels(image: dict[str, Any] | bytes) -> npt.NDArray[np.int16]:
@@ -212,18 +218,6 @@ def test_a_killed_worker_loses_nothing(service: Service) -> None:
     job = service.client.get(place).json()
     assert job["attempt"] == 2
     assert np.abs(pixels(service.client.get(f"{place}/images/0").content) - expected).max() <= 1
-
-
-def test_the_same_server_is_stopped_cleanly(service: Service) -> None:
-    """Last in the module: one interrupt ends the supervisor with 0 and leaves no child behind."""
-    family = children_of(service.process.pid)
-    assert len(family) >= 3  # Valkey, worker, API
-    assert service.stop() == 0
-    wait_until(
-        lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), "the children to end", timeout_s=5
-    )
-    log = service.log.read_text()
-    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize(

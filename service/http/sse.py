@@ -18,9 +18,13 @@ _KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def encode(kind: str, data: Mapping[str, Any], *, event_id: str | None = None) -> bytes:
-    """Return one event. JSON has no raw newlines, so one `data:` line is enough."""
+    """Return one event. JSON has no raw newlines, so one `data:` line is enough.
+
+    A value that JSON cannot hold, which a worker of a later release may add, becomes null.
+    """
     head = f"id: {event_id}\n" if event_id is not None else ""
-    return f"{head}event: {kind}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+    text = json.dumps(data, separators=(",", ":"), skipkeys=True, default=lambda value: None)
+    return f"{head}event: {kind}\ndata: {text}\n\n".encode()
 
 
 class EventStream(Response):

@@ -56,6 +56,15 @@ CANARY_PSNR = Gauge(
 )
 REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
 ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
+PROMISES = Counter(
+    "dit_promises", "Accepted requests with a deadline that were waited for: kept, broken", ["outcome"]
+)
+ADMISSION_MARGIN = Gauge(
+    "dit_admission_margin",
+    "Predicted times are stretched by this before a deadline is promised; it follows broken promises",
+    ["model"],
+    multiprocess_mode="livemax",
+)
 
 # A worker's.
 JOBS = Counter("dit_jobs", "Jobs a worker ended, by outcome", ["outcome"])
@@ -92,6 +101,7 @@ CACHE_BYTES = Gauge(
 LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went back to the queue")
 
 # Every process's.
+FAULTS = Counter("dit_faults", "Unforeseen errors that a process went on after", ["activity"])
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
 # All workers of a host report the same GPUs.
 GPU_USED_BYTES = Gauge(

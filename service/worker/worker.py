@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 
@@ -24,6 +25,7 @@ from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first
 from ditserve.service.telemetry import metrics
+from ditserve.service.telemetry.faults import kept_running, surviving
 from ditserve.service.telemetry.tracing import Tracing
 from ditserve.service.worker.engine_thread import EngineReport, EngineThread, Stepper
 from ditserve.service.worker.handoff import Handoff
@@ -113,12 +115,12 @@ class Worker:
         self._engine.start()
         try:
             async with self._tasks as tasks:
-                claiming = tasks.create_task(self._claim_jobs())
-                reporting = tasks.create_task(self._reporting.run(self._worker_state, self._engine))
+                claiming = tasks.create_task(kept_running("claiming", self._claim_jobs))
+                reporting = tasks.create_task(kept_running("reporting", self._report_state))
                 until_drained = (
-                    tasks.create_task(self._leases.keep(self._held_leases, self._on_lost_leases)),
-                    tasks.create_task(self._events.run()),
-                    tasks.create_task(self._watch_for_hang()),
+                    tasks.create_task(kept_running("keeping leases", self._keep_leases)),
+                    tasks.create_task(kept_running("publishing events", self._events.run)),
+                    tasks.create_task(kept_running("watching the engine", self._watch_for_hang)),
                 )
                 await first(stop, self._broken)
                 reporting.cancel()
@@ -183,6 +185,10 @@ class Worker:
             # The job names a solver, grid or interval that this release does not know.
             self._publish_error(claim.lease, InternalError(f"The worker cannot run this job: {error}."))
             return
+        except Exception as error:
+            log.exception("job refused", job=claim.job.id)
+            self._publish_error(claim.lease, error)
+            return
         if not self._jobs.samples_in_engine:
             self._busy_since = self._clock()
         self._jobs.add(job)
@@ -223,12 +229,12 @@ class Worker:
     def _on_finished(self, batch: Sequence[FinishedSample]) -> None:
         for job, finished in batch:
             job.finish(finished)
-        self._tasks.create_task(self._make_images(batch))
+        self._start_task(self._make_images(batch), [job for job, _ in batch])
 
     def _on_preview(self, preview: Preview) -> None:
         job = self._jobs.of_sample(preview.id)
         if job is not None and self._postprocessor.pending < self.policy.previews_pending:
-            self._tasks.create_task(self._make_preview(job, preview))
+            self._start_task(self._make_preview(job, preview), [])
 
     # Jobs end.
 
@@ -237,9 +243,14 @@ class Worker:
             images = await self._postprocessor.images(batch)
         except Exception:
             log.exception("decoding failed", samples=len(batch))
-            for job, _ in batch:
-                if job in self._jobs:
-                    self._fail(job, InternalError("The image could not be decoded."))
+            if len(batch) > 1:
+                # The fault of one sample is not the fault of those decoded with it.
+                for sample in batch:
+                    await self._make_images([sample])
+                return
+            job, _ = batch[0]
+            if job in self._jobs:
+                self._fail(job, InternalError("The image could not be decoded."))
             return
         for (job, _), image in zip(batch, images, strict=True):
             self._engine.observe_decode((image.decode_ms + image.encode_ms) / 1e3)
@@ -264,10 +275,23 @@ class Worker:
             metrics.QUEUE_WAIT_SECONDS.observe(result.timings_ms["queue"] / 1e3)
             metrics.STEPS_REQUESTED.inc(result.steps_requested * len(result.images))
 
-    def _publish_error(self, lease: Lease, error: ServiceError, *, retry: bool = False) -> None:
+    def _publish_error(self, lease: Lease, error: Exception, *, retry: bool = False) -> None:
         wire = to_wire(error)
         publishing = self._leases.retry_until_published(lambda: self._broker.fail(lease, wire, retry=retry))
-        self._tasks.create_task(publishing)
+        self._start_task(publishing, [])
+
+    def _start_task(self, work: Coroutine[Any, Any, Any], jobs: Sequence[RunningJob]) -> None:
+        """Let work on jobs go on by itself. An unforeseen error ends the attempts at them, and no more."""
+
+        async def attempt() -> None:
+            with surviving("working on jobs", jobs=[job.id for job in jobs]):
+                await work
+                return
+            for job in jobs:
+                if job in self._jobs:
+                    self._fail(job, InternalError("The worker failed at this job."), retry=True)
+
+        self._tasks.create_task(attempt())
 
     def _fail(self, job: RunningJob, error: ServiceError, *, retry: bool = False) -> None:
         self._drop(job, "failed")
@@ -341,6 +365,12 @@ class Worker:
                 await self._handoff.hand_back(job, states)
 
     # The worker reports.
+
+    async def _report_state(self) -> None:
+        await self._reporting.run(self._worker_state, self._engine)
+
+    async def _keep_leases(self) -> None:
+        await self._leases.keep(self._held_leases, self._on_lost_leases)
 
     def _held_leases(self) -> list[Lease]:
         return [job.lease for job in self._jobs]

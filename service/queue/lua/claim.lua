@@ -1,25 +1,35 @@
 -- Lease the next jobs of the given models in fair order (see submit.lua), as far as they fit into the
 -- worker's room (samples). Returns the rows ever given to the owner, which its reports repeat, and {id, wire,
--- attempt, suspect, checkpoint} per job. The checkpoint is empty unless a worker left one. Repeating a claim
--- with the same nonce returns the same jobs, as far as still held.
+-- attempt, suspect, checkpoint, schema version} per job. The checkpoint is empty unless a worker left one.
+-- Repeating a claim with the same nonce returns the same jobs, as far as still held.
 --
 -- Rules, from the head of the queue on:
 --   past its deadline       the job fails here
 --   of another model        look further
+--   of another version      look further: a worker of the release that wrote it will take it
 --   a poison candidate      (its worker crashed) only an idle worker takes it, as the only job; others look
 --                           further, but stop at one that has waited too long, so that they become idle
 --   larger than the room    stop, so that small jobs cannot starve it; an idle worker takes it all the same
 -- The Python model in tests/service/queue/test_broker_model.py says the same in other words.
 local owner, nonce, started, expired = unpack(ARGS, 1, 4)
 local room, idle, lease, patience = tonumber(ARGS[5]), ARGS[6] == '1', tonumber(ARGS[7]), tonumber(ARGS[8])
+local oldest, newest = tonumber(ARGS[9]), tonumber(ARGS[10])
 local models = {}
-for i = 9, #ARGS do models[ARGS[i]] = true end
+for i = 11, #ARGS do models[ARGS[i]] = true end
 -- The last claim: a hash of job → attempt, and under the empty name the nonce.
 local last_claim, given_key = PREFIX .. 'claim:' .. owner, PREFIX .. 'given:' .. owner
 
+-- The schema version of a message, whose map (of fewer than 16 entries, or of more) begins with it. A message
+-- that begins with anything else counts as readable: the worker will say what is wrong with it.
+local function version_of(wire)
+  local version = string.match(wire, '^[\128-\143]\161v(.)') or string.match(wire, '^\222..\161v(.)')
+  return version and string.byte(version) or newest
+end
+
 local function entry(id, attempt)
   local job = redis.call('HMGET', job_key(id), 'wire', 'suspect')
-  return { id, job[1], attempt, job[2] and 1 or 0, redis.call('GET', checkpoint_key(id)) or '' }
+  local checkpoint = redis.call('GET', checkpoint_key(id)) or ''
+  return { id, job[1], attempt, job[2] and 1 or 0, checkpoint, version_of(job[1]) }
 end
 
 local function given_so_far() return tonumber(redis.call('GET', given_key) or 0) end
@@ -51,16 +61,17 @@ end
 
 -- Returns 'left' (the job is in the queue no longer), 'stays' (look further) or 'stop' (end the claim).
 local function consider(id, finish)
-  local job = redis.call('HMGET', job_key(id), 'model', 'samples', 'rows', 'deadline', 'suspect', 'returned_at')
+  local job = redis.call('HMGET', job_key(id), 'model', 'samples', 'rows', 'deadline', 'suspect', 'returned_at', 'wire')
   local model, samples, rows = job[1], tonumber(job[2]), tonumber(job[3])
   local deadline, suspect, returned_at = job[4], job[5], job[6]
+  local version = version_of(job[7])
   local takes_anything = idle and #taken == 0
   if deadline ~= '' and tonumber(deadline) < NOW then
     dequeue(id, rows)
     conclude(id, 'failed', 'failed', expired)
     return 'left'
   end
-  if not models[model] then return 'stays' end
+  if not models[model] or version < oldest or version > newest then return 'stays' end
   if suspect and not takes_anything then
     return NOW - tonumber(returned_at) > patience and 'stop' or 'stays'
   end
