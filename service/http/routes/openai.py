@@ -14,7 +14,7 @@ from math import prod
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from starlette.responses import JSONResponse, Response
 
 from ditserve.model.spec.bundle import Manifest
@@ -34,6 +34,7 @@ from ditserve.service.http.schemas import (
     DrawingOptions,
     Format,
     GenerateRequest,
+    written_size,
 )
 from ditserve.service.http.sizes import size_text
 from ditserve.service.http.sse import EventStream, encode
@@ -79,9 +80,14 @@ class ImagesRequest(DrawingOptions):
     )
     model: str | None = Field(None, max_length=100)
     n: int | None = Field(None, ge=1, le=10)
-    size: str | None = Field(
-        None, pattern=f"^(auto|{SIZE})$", description="Width x height, where the model has a choice, or auto."
-    )
+    size: (
+        Annotated[
+            str,
+            AfterValidator(lambda size: size if size == "auto" else written_size(size)),
+            WithJsonSchema({"type": "string", "pattern": f"^(auto|{SIZE})$"}),
+        ]
+        | None
+    ) = Field(None, description="Width x height, where the model has a choice, or auto.")
     quality: Quality | None = Field(
         None, description="high (xhigh, max), medium and low are the top, middle and end of the ladder."
     )
