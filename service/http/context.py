@@ -65,6 +65,11 @@ class Context:
             raise ModelNotFound(f"There is no model {name!r}; this service runs {', '.join(self.models)}.")
         return model
 
+    async def aclose(self) -> None:
+        """End what the models ask of their queues at this moment."""
+        for model in self.models.values():
+            await model.submissions.load.aclose()
+
     def address(self, path: str) -> str:
         """Return the address of a path as clients reach it, through a proxy or not."""
         return self.settings.root_path + path

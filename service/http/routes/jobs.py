@@ -16,7 +16,6 @@ from ditserve.service.errors import (
     JobUnfinished,
     MalformedRequest,
     QueueUnavailable,
-    ServiceError,
     from_wire,
 )
 from ditserve.service.http.answers import FORMATS, image_response, result_headers
@@ -118,8 +117,13 @@ async def get_events(
         raise MalformedRequest("Last-Event-ID is not an id of this stream.")
     if await _is_past_end(lookup, after):
         return Response(status_code=204)
-    events = _events(lookup, after, api, request.state.request_id)
-    return EventStream(events, keepalive_s=api.settings.keepalive_s, stop=api.draining)
+    path, request_id = api.address(f"/jobs/{lookup.status.id}"), request.state.request_id
+    return EventStream(
+        _events(lookup, after, api, path),
+        on_error=lambda error: encode("error", problem(error, path, request_id)),
+        keepalive_s=api.settings.keepalive_s,
+        stop=api.draining,
+    )
 
 
 async def _is_past_end(lookup: JobLookup, after: str) -> bool:
@@ -134,24 +138,20 @@ def _order(event_id: str) -> tuple[int, ...]:
     return tuple(map(int, event_id.split("-")))
 
 
-async def _events(lookup: JobLookup, after: str, api: Context, request_id: str) -> AsyncGenerator[bytes]:
+async def _events(lookup: JobLookup, after: str, api: Context, path: str) -> AsyncGenerator[bytes]:
     """Yield the job's encoded events.
 
     The last one tells how the job ended, even when its stream has expired.
     """
     job_id = lookup.status.id
-    path = api.address(f"/jobs/{job_id}")
-    try:
-        async for event in lookup.model.queue_client.queue.events(job_id, after):
-            yield encode(event.kind, _event_data(event, path), event_id=event.id)
-            if event.terminal:
-                return
-        status = (await api.job(job_id)).status
-        last_event = _LAST_EVENTS.get(status.state)
-        if last_event:
-            yield encode(last_event, problem(from_wire(status.error), path) if status.error else {})
-    except ServiceError as error:
-        yield encode("error", problem(error, path, request_id))
+    async for event in lookup.model.queue_client.queue.events(job_id, after):
+        yield encode(event.kind, _event_data(event, path), event_id=event.id)
+        if event.terminal:
+            return
+    status = (await api.job(job_id)).status
+    last_event = _LAST_EVENTS.get(status.state)
+    if last_event:
+        yield encode(last_event, problem(from_wire(status.error), path) if status.error else {})
 
 
 def _event_data(event: JobEvent, path: str) -> dict[str, Any]:
