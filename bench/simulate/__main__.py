@@ -3,6 +3,7 @@
     python -m bench.simulate [--curves gpu cpu] [--processes poisson bursts flash]
         [--loads .5 .7 .9 1.1 1.4 2] [--workers 1] [--requests 500] [--seeds 11 12 13]
         [--slo 3] [--ladder ddim] [--refusing 0]
+    python -m bench.simulate --promises      how many accepted deadlines are broken, on noisy hosts too
     python -m bench.simulate --claims        how far ahead a worker must claim, and in which order
 
 It runs the service's own scheduler, planner and admission, and prints by strategy and load: attainment
@@ -25,6 +26,7 @@ from ditserve.bench import report
 from ditserve.bench.load.workload import PROCESSES, Traffic
 from ditserve.bench.plots import Panel, draw_panels
 from ditserve.bench.simulate.outcome import SimulationOutcome, simulate
+from ditserve.bench.simulate.promises import HOSTS, markdown, study_promises
 from ditserve.bench.simulate.scenario import (
     CLAIM_STRATEGIES,
     CURVES,
@@ -93,6 +95,17 @@ def claims(options: argparse.Namespace, console: Console) -> list[SweepPoint]:
     return points
 
 
+def promises() -> str:
+    """Simulate quiet and noisy hosts at several loads; return the table."""
+    outcomes = [
+        study_promises(workers, host, load, returning=returning)
+        for workers in (1, 2, 4)
+        for host in HOSTS
+        for load, returning in ((0.5, False), (1.5, False), (3.0, False), (3.0, True))
+    ]
+    return markdown(outcomes)
+
+
 def outcome_table(title: str, points: Iterable[SweepPoint]) -> Table:
     table = report.table(title, COLUMNS, [], text={"arm"})
     last = None
@@ -144,6 +157,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--claims", action="store_true", help="instead: how far ahead and in which order to claim"
     )
+    parser.add_argument(
+        "--promises", action="store_true", help="instead: how many accepted deadlines are broken"
+    )
     return parser.parse_args(arguments)
 
 
@@ -152,6 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
     def work() -> None:
+        if options.promises:
+            report.result_path("promises.md").write_text(promises())
+            return
         name, study = ("claims", claims) if options.claims else ("simulate", sweep)
         points = study(options, console)
         # Simulated time does not depend on the machine, so the record leaves it out.

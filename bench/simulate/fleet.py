@@ -23,16 +23,20 @@ from time import thread_time
 import numpy as np
 
 from ditserve.bench.load.workload import Arrival
+from ditserve.bench.simulate.host import SimulatedHost
 from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.scheduler import Candidates, Scheduler
 from ditserve.service.jobs import LoadSnapshot, WorkerState
-from ditserve.service.planning.admission import AdmissionRequest, admit
+from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
 from ditserve.service.rung import Rung
 
+WORKERS_A_HOST = 2
+RETURNS = 10  # how often a client comes back
 PUBLISH_S = 0.5  # the greatest age of a worker's published state
 JITTER = 0.03  # relative spread of the seconds of a step
 WARM_UP_ROWS = (1, 2, 4, 8, 16)  # batch sizes that a worker times before it takes work
@@ -50,7 +54,8 @@ class SimulatedSample:
         self.arrived = self.added_at = arrival.at
         self.requested = self.rung = requested
         self.floor = floor
-        self.due = due
+        self.due, self.within_s = due, due - arrival.at
+        self.retry_at: float | None = None  # when it was told to come back
         self.deadline_at: float | None = due
         self.remaining = requested.steps
         self.rows = 1
@@ -60,6 +65,8 @@ class SimulatedSample:
         self.quality = 0.0
         self.finished: float | None = None
         self.rejected = False
+        self.came_back = 0  # how often, after a refusal
+        self.taken_on_return = False  # when it came back for the first time
         self.consents = arrival.consents
 
     @property
@@ -103,8 +110,10 @@ class SimulatedSample:
 class SimulatedWorker:
     """The engine's loop without the network: plan, choose a batch, let time pass, advance samples."""
 
-    def __init__(self, name: str, strategy: Strategy, cluster: SimulatedCluster) -> None:
-        self.name, self.strategy, self.cluster = name, strategy, cluster
+    def __init__(self, name: str, strategy: Strategy, cluster: SimulatedCluster, host: SimulatedHost) -> None:
+        self.name, self.strategy, self.cluster, self.host = name, strategy, cluster, host
+        self.unreported_rows = 0  # claimed since the last report
+        self._step_began = 0.0
         self.samples: list[SimulatedSample] = []
         self.batch: tuple[SimulatedSample, ...] = ()
         self.costs = CostModel()
@@ -137,11 +146,12 @@ class SimulatedWorker:
         candidates = Candidates(self.samples, self.max_batch, self.costs.predict)
         batch = self.scheduler.next_batch([candidates], now=now)
         self.batch = batch.samples
-        seconds = self.cluster.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
-        self.costs.observe(len(self.batch), seconds)
-        return now + seconds
+        work_s = self.cluster.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
+        self._step_began = now
+        return self.host.end_of(now, work_s)
 
     def finish_step(self, now: float) -> None:
+        self.costs.observe(len(self.batch), now - self._step_began)
         for sample in self.batch:
             sample.take_step()
             if not sample.remaining:
@@ -164,6 +174,7 @@ class SimulatedWorker:
             by_id[change.sample_id].change_rung(change.rung)
 
     def _published_state(self, now: float) -> WorkerState:
+        self.unreported_rows = 0
         max_rows = self.cluster.curve.max_rows
         return WorkerState(
             worker=self.name,
@@ -190,12 +201,19 @@ class SimulatedFleet:
     def __init__(self, strategy: Strategy, cluster: SimulatedCluster, *, seed: int = 0) -> None:
         self.strategy, self.cluster = strategy, cluster
         self.random = np.random.default_rng(seed)
-        self.workers = [
-            SimulatedWorker(f"worker-{index}", strategy, cluster) for index in range(cluster.workers)
+        self.hosts = [
+            SimulatedHost(cluster.regimes, np.random.default_rng((seed, index)))
+            for index in range(-(-cluster.workers // WORKERS_A_HOST))
         ]
+        self.workers = [
+            SimulatedWorker(f"worker-{index}", strategy, cluster, self.hosts[index // WORKERS_A_HOST])
+            for index in range(cluster.workers)
+        ]
+        self.gate = Gate(cluster.ladder, Policy(recut=strategy.plan))
         self.queue: deque[SimulatedSample] = deque()  # in the order of claims
         self.queued_rows = self.queue_peak = 0
         self._step_ends: list[tuple[float, int]] = []  # a heap of (time, index of the busy worker)
+        self._promised: list[tuple[float, str, SimulatedSample]] = []  # a heap of the accepted by deadline
 
     def run(self, arrivals: Sequence[Arrival]) -> list[SimulatedSample]:
         """Serve all arrivals; return their samples in order of arrival."""
@@ -205,6 +223,7 @@ class SimulatedFleet:
             if stepped is not None:
                 self.workers[stepped].finish_step(now)
                 idle.add(stepped)
+                self._observe_ends(now)
             for index in sorted(idle, key=lambda worker: len(self.workers[worker].samples)):
                 worker = self.workers[index]
                 self._claim(worker, now)
@@ -216,15 +235,24 @@ class SimulatedFleet:
 
     def _events(self, samples: list[SimulatedSample]) -> Iterator[tuple[float, int | None]]:
         """Yield the time of each event, and the worker whose step ended then, or None for an arrival."""
-        coming = deque(samples)
+        coming = [(sample.arrived, index, sample) for index, sample in enumerate(samples)]
+        heapq.heapify(coming)
         while coming or self._step_ends:
-            if coming and (not self._step_ends or coming[0].arrived <= self._step_ends[0][0]):
-                sample = coming.popleft()
-                if self._admit(sample, sample.arrived):
+            if coming and (not self._step_ends or coming[0][0] <= self._step_ends[0][0]):
+                now, index, sample = heapq.heappop(coming)
+                if self._admit(sample, now):
                     self._enqueue(sample)
-                yield sample.arrived, None
+                elif sample.retry_at is not None:
+                    heapq.heappush(coming, (sample.retry_at, index, sample))
+                yield now, None
             else:
                 yield heapq.heappop(self._step_ends)
+
+    def _observe_ends(self, now: float) -> None:
+        """Tell the gate which promises were kept and which were broken since the last step."""
+        while self._promised and (self._promised[0][0] <= now or self._promised[0][2].finished is not None):
+            *_, sample = heapq.heappop(self._promised)
+            self.gate.observe(sample.in_time, now)
 
     def _sample(self, index: int, arrival: Arrival) -> SimulatedSample:
         ladder = self.cluster.ladder
@@ -241,9 +269,12 @@ class SimulatedFleet:
     def _admit(self, sample: SimulatedSample, now: float) -> bool:
         if not self.strategy.admission:
             return True
+        if sample.came_back:
+            sample.due = now + sample.within_s
+            sample.deadline_at = None if sample.deadline_at is None else sample.due
         load = LoadSnapshot(
             queued_jobs=len(self.queue),
-            queued_rows=self.queued_rows,
+            queued_rows=self.queued_rows + sum(worker.unreported_rows for worker in self.workers),
             oldest_age_s=now - self.queue[0].arrived if self.queue else 0.0,
             workers=tuple(worker.state for worker in self.workers),
             taken_at=now,
@@ -256,9 +287,15 @@ class SimulatedFleet:
             allow_degraded=self.strategy.degrade and sample.consents,
             min_steps=1,
         )
-        policy = Policy(recut=self.strategy.plan)
-        answer = admit(admission_request, load, ladder=self.cluster.ladder, now=now, policy=policy)
+        answer = self.gate.admit(admission_request, load, sender=sample.id, now=now)
         sample.rejected = not answer.accepted
+        sample.retry_at = None
+        sample.taken_on_return |= sample.came_back == 1 and answer.accepted
+        if answer.accepted:
+            heapq.heappush(self._promised, (sample.due, sample.id, sample))
+        elif self.cluster.returning and answer.retry_after_s is not None and sample.came_back < RETURNS:
+            sample.came_back += 1
+            sample.retry_at = now + answer.retry_after_s
         sample.change_rung(answer.rung)
         return answer.accepted
 
@@ -276,6 +313,7 @@ class SimulatedFleet:
         for _ in range(min(room, len(self.queue))):
             sample = self.queue.popleft()
             self.queued_rows -= sample.remaining
+            worker.unreported_rows += sample.remaining
             if not self.strategy.expire or sample.due > now:
                 worker.samples.append(sample)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+from ditserve.bench.simulate.host import STEADY, Regime
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
 
@@ -44,6 +45,8 @@ CURVES: Mapping[str, StepTimeCurve] = {
         "gpu", ((1, 0.167), (2, 0.183), (3, 0.186), (4, 0.240), (8, 0.425), (16, 0.832)), 16
     ),
     # A row of 256 tokens keeps two AVX2 cores busy by itself: t = .08 + .92 rows, in units of one step.
+    # The tiny bundle on one core: a pass of 1 ms and a third of that for every further row.
+    "tiny": StepTimeCurve("tiny", ((1, 0.0030), (2, 0.0034), (4, 0.0042), (16, 0.009), (64, 0.028)), 64),
     "cpu": StepTimeCurve("cpu", ((1, 1.0), (16, 0.08 + 0.92 * 16)), 16),
 }
 
@@ -62,12 +65,18 @@ LADDERS: Mapping[str, Ladder] = {"ddim": Ladder(_DDIM), "dpmpp": Ladder((*_DDIM,
 
 @dataclass(frozen=True, slots=True)
 class SimulatedCluster:
-    """Equal workers, which promise a deadline of `slo` times the seconds of a request alone."""
+    """Equal workers, which promise a deadline of `slo` times the seconds of a request alone.
+
+    Two workers share a host, whose pace follows `regimes`. With `returning` the refused come back when they
+    are told to.
+    """
 
     curve: StepTimeCurve
     ladder: Ladder
     workers: int = 1
     slo: float = 3.0
+    regimes: tuple[Regime, ...] = STEADY
+    returning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
