@@ -72,7 +72,7 @@ def markdown(outcomes: list[PromiseOutcome]) -> str:
         "# Promises in the simulator",
         "",
         "Made by `python -m bench.simulate --promises`. Requests for 50 steps within 4 s that forbid fewer;",
-        f"up to {WORKERS_A_HOST} workers share a host. Simulated time: the machine it runs on does not matter.",
+        f"up to {WORKERS_A_HOST} workers share a host. Times are simulated: none depends on the machine.",
         "",
         "| workers | host | load | requests | refused | broken of the accepted | capacity used in time"
         " | taken on first return |",
