@@ -28,8 +28,7 @@ local function due_key(flow, due) return flow .. '\0' .. string.format('%015.0f'
 -- between two writes.
 local function emit(id, kind, data)
   local stream = PREFIX .. 'events:' .. id
-  local found = redis.call('TYPE', stream).ok
-  if found ~= 'stream' and found ~= 'none' then redis.call('DEL', stream) end
+  if type(redis.pcall('XLEN', stream)) ~= 'number' then redis.call('DEL', stream) end
   redis.call('XADD', stream, 'MAXLEN', '~', EVENTS_KEPT, '*', 'kind', kind, 'data', data)
   redis.call('PEXPIRE', stream, RECORD_TTL)
 end

@@ -143,10 +143,10 @@ async def test_a_rolling_upgrade_in_either_order_loses_no_job(
     """Jobs of this release and of the next, while workers of one follow those of the other."""
     jobs = [make_job(model="fake", seeds=(k,), steps=150) for k in range(6)]
     newer = make_job(model="fake", steps=20)
-    waiting = asyncio.create_task(answers(listener, jobs))
     client = Redis.from_url(redis_url)
     for job in [*jobs, newer]:
         await queue.submit(job)
+    waiting = asyncio.create_task(answers(listener, jobs))
     await client.hset(queue.keys.job(newer.id), "wire", newer.to_bytes(2))
     leaving = start("--drain-s=0.2", program=programs[0])
     await wait_until(lambda: step_of(queue, jobs[0]), timeout=30)
