@@ -203,6 +203,28 @@ def test_metrics_count_what_happened(service: Service) -> None:
     assert sum(float(line.split()[-1]) for line in images) >= 1
 
 
+def test_a_short_request_does_not_wait_for_the_long_job_of_another_caller(service: Service) -> None:
+    def seconds() -> float:
+        began = time.monotonic()
+        service.generate(steps=5)
+        return time.monotonic() - began
+
+    seconds()
+    alone = min(seconds() for _ in range(3))
+    with httpx.Client(
+        base_url=service.url, transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=60
+    ) as another:
+        job = {**APPLE, "steps": 1000, "n": 4}
+        accepted = another.post("/generate", json=job, headers={"Prefer": "respond-async"})
+        place = accepted.headers["location"]
+        wait_until(lambda: another.get(place).json()["state"] == "running", "the job to run")
+        beside = min(seconds() for _ in range(3))
+        assert another.get(place).json()["state"] == "running"
+        assert another.delete(place).status_code == 200
+    # Half of the machine, and a pass that another caller has begun: tens of times as long without shares.
+    assert beside < 10 * alone
+
+
 def test_a_killed_worker_loses_nothing(service: Service) -> None:
     expected = pixels(service.generate(steps=100)["images"][0])
     accepted = service.client.post(

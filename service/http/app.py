@@ -64,6 +64,7 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
                 queue_client = await stack.enter_async_context(opener(served.settings(settings)))
                 by_name[served.name] = Model.of(served, settings, queue_client)
             context = app.state.context = Context(settings, by_name, draining)
+            stack.push_async_callback(context.aclose)
             canaries = [partial(_watch, context, name) for name in by_name] if settings.canary_s else []
             await stack.enter_async_context(_background(partial(_reload, context, reload), *canaries))
             yield

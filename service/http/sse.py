@@ -6,15 +6,19 @@ handlers; this stream ends on the application's own event.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
+import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ditserve.service.errors import ServiceError
 from ditserve.service.http.middleware import disconnected
+from ditserve.service.http.problems import as_service_error
 
 _KEEP_ALIVE = b": keep-alive\n\n"
+_log = structlog.get_logger("service.http")
 
 
 def encode(kind: str, data: Mapping[str, Any], *, event_id: str | None = None) -> bytes:
@@ -30,17 +34,23 @@ def encode(kind: str, data: Mapping[str, Any], *, event_id: str | None = None) -
 class EventStream(Response):
     """Sends encoded events until they end, the client goes, or `stop` is set; then closes their iterator.
 
-    After `keepalive_s` seconds of silence a comment is sent, so that proxies do not cut the connection.
+    After `keepalive_s` seconds of silence a comment is sent, so that proxies do not cut the connection. An
+    error ends the stream, and `on_error` gives the last event, which tells of it.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes], *, keepalive_s: float, stop: asyncio.Event | None = None
+        self,
+        events: AsyncGenerator[bytes],
+        *,
+        on_error: Callable[[ServiceError], bytes],
+        keepalive_s: float,
+        stop: asyncio.Event | None = None,
     ) -> None:
         super().__init__(None, 200, {"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._on_error = events, on_error
         self._keepalive_s = keepalive_s
         self._stop = stop or asyncio.Event()
 
@@ -75,4 +85,9 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _next(self) -> bytes | None:
-        return await anext(self._events, None)
+        try:
+            return await anext(self._events, None)
+        except Exception as error:
+            if not isinstance(error, ServiceError):
+                _log.exception("event stream crashed")
+            return self._on_error(as_service_error(error))

@@ -8,8 +8,9 @@ or runs a model.
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -55,6 +56,8 @@ KEEPS_ALL = "noeviction"  # the `maxmemory-policy` that the service needs
 
 LOST = pack(to_wire(JobLost()), OLDEST)  # what the waiters of a job are told whose record is gone
 
+ACCEPTED_KEPT = 16384  # jobs remembered that this process has queued
+
 log = structlog.get_logger()
 
 
@@ -81,6 +84,7 @@ class Broker(Reads):
         self._scripts = Scripts(self._client, self.keys.permanent, timeout_s=timeout_s)
         self._claim_nonces: dict[str, str] = {}  # by owner, of claims without an answer so far
         self._given_rows: dict[str, int] = {}  # by owner
+        self._accepted: dict[str, float] = {}  # job → when its record may expire; in order
         self._unreadable_workers: set[bytes] = set()
 
     @classmethod
@@ -172,7 +176,18 @@ class Broker(Reads):
             raise QueueFull(f"The queue holds its limit of {self.limits.queue_limit} jobs.")
         if verdict == TOO_MUCH_WORK:
             raise QueueFull("The queue holds as much predicted work as it may.")
+        self._remember(job.id)
         return bool(verdict)
+
+    def _remember(self, job_id: str) -> None:
+        self._accepted.pop(job_id, None)
+        self._accepted[job_id] = time.monotonic() + self.limits.record_ttl_s
+        if len(self._accepted) > ACCEPTED_KEPT:
+            del self._accepted[next(iter(self._accepted))]
+
+    def accepted(self, job_id: str) -> bool:
+        """Return whether this process queued the job so recently that its record cannot have expired."""
+        return time.monotonic() < self._accepted.get(job_id, 0.0)
 
     async def cancel(self, job_id: str) -> bool:
         """End a waiting or running job; its worker drops it at the next step.
@@ -219,14 +234,22 @@ class Broker(Reads):
     # A worker's verbs.
 
     async def claim(
-        self, owner: str, *, models: Sequence[str], max_samples: int, idle: bool = True
+        self,
+        owner: str,
+        *,
+        models: Sequence[str],
+        max_samples: int,
+        idle: bool = True,
+        reserved: int = 0,
+        crowded: Collection[str] = (),
     ) -> list[Claim]:
         """Lease the next jobs in fair order, of at most `max_samples` samples together.
 
-        An `idle` owner runs nothing else. Only an idle owner is given a single job that exceeds
-        `max_samples`, or a poison candidate to run alone.
+        Beyond these, one job of each flow (`Job.flow`) that is not `crowded` may have some of `reserved`
+        samples more. An `idle` owner runs nothing else. Only an idle owner is given a single job
+        that exceeds `max_samples`, or a poison candidate to run alone.
         """
-        if max_samples <= 0:
+        if max_samples <= 0 and reserved <= 0:
             return []
         # One nonce until a claim is answered, so that a repeated claim is given the same jobs.
         nonce = self._claim_nonces.setdefault(owner, uuid.uuid4().hex)
@@ -243,7 +266,10 @@ class Broker(Reads):
             patience,
             OLDEST,
             NEWEST,
+            reserved,
+            len(models),
             *models,
+            *crowded,
         )
         claims = [await self._read_claim(owner, entry) for entry in entries]
         # Forgotten only now: should Redis fail meanwhile, a repeated claim is given the same jobs.

@@ -21,6 +21,7 @@ from ditserve.service.engine.samples import Failed, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
 from ditserve.service.jobs import Claim, Lease, Network, Renewal, WorkerState
 from ditserve.service.limits import WorkerPolicy
+from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first
@@ -32,6 +33,7 @@ from ditserve.service.worker.handoff import Handoff
 from ditserve.service.worker.heartbeat import Leases, Reporting
 from ditserve.service.worker.postprocess import Decoder, FinishedSample, Postprocessor
 from ditserve.service.worker.progress_events import ProgressEvents
+from ditserve.service.worker.room import Room, claim_room
 from ditserve.service.worker.running_job import RunningJob, RunningJobs
 
 _REPLACED = "The model was replaced by a version with other classes; send the request again."
@@ -106,6 +108,7 @@ class Worker:
         self._busy_since = 0.0
         self._report: EngineReport | None = None  # the engine's last; None: not ready yet
         self._leaving = False
+        self._may_claim_later = False  # another worker was idler at the last claim
         self._job_ended = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
 
@@ -136,10 +139,15 @@ class Worker:
 
     async def _claim_jobs(self) -> None:
         while not self._leaving:
-            room = self._samples_to_claim()
+            room = self._room()
             try:
                 claims = await self._broker.claim(
-                    self.identity.name, models=[self.identity.model], max_samples=room, idle=not self._jobs
+                    self.identity.name,
+                    models=[self.identity.model],
+                    max_samples=room.samples,
+                    idle=not self._jobs,
+                    reserved=room.reserved,
+                    crowded=room.crowded,
                 )
             except QueueUnavailable as error:
                 log.warning("claim failed", detail=error.detail)
@@ -150,25 +158,29 @@ class Worker:
                 self._reporting.changed()
             # Fewer samples than there is room for: the queue has no more to give, and notifies of what comes
             # later.
-            if sum(len(claim.job.seeds) for claim in claims) < max(1, room) and not self._leaving:
+            if sum(len(claim.job.seeds) for claim in claims) < max(1, room.samples) and not self._leaving:
                 await self._broker.work.wait(self.policy.idle_s)
 
-    def _samples_to_claim(self) -> int:
-        """Return how many samples to claim now.
+    def _room(self) -> Room:
+        """Return how much to claim now.
 
-        They fill an efficient batch, and this worker's share of the look-ahead. Return 0 before the engine is
-        ready and while a poison candidate runs alone.
-
-        Example: an efficient batch of 16 rows and a look-ahead of 64 rows among 2 workers make 48 rows
-        wanted. With 40 rows held, 8 rows are missing, which are 4 samples of 2 rows each, if so many slots
-        are free.
+        The rows wanted fill an efficient batch, and this worker's share of the look-ahead unless another
+        worker is idler: what is claimed does not move. There is no room before the engine is ready.
         """
-        if self._report is None or any(job.run_isolated for job in self._jobs):
-            return 0
-        held_samples = sum(job.missing for job in self._jobs)
-        held_rows = sum(job.rows for job in self._jobs)
-        wanted = self._report.costs.saturation_rows + self.policy.lookahead_rows // self._reporting.peers
-        return max(0, min(self._slots - held_samples, (wanted - held_rows + 1) // 2))
+        if self._report is None:
+            return Room()
+        held = sum(job.missing for job in self._jobs)
+        wanted = self._report.costs.saturation_rows
+        if self._claims_ahead():
+            wanted += self.policy.lookahead_rows // self._reporting.peers
+        return claim_room(self._jobs, wanted_rows=wanted, free_slots=self._slots - held)
+
+    def _claims_ahead(self) -> bool:
+        """Return whether no other worker is clearly idler than this one."""
+        state = self._worker_state()
+        idlest_s = self._reporting.idlest_peer_s
+        self._may_claim_later = state is not None and backlog_time(state) > idlest_s + self.policy.balance_s
+        return not self._may_claim_later
 
     def _start_job(self, claim: Claim) -> None:
         if claim.job.vocabulary not in ("", self.identity.vocabulary):
@@ -205,6 +217,8 @@ class Worker:
             self._broker.work.notify()
         self._report, step = report, report.step
         self._reporting.changed()
+        if self._may_claim_later:
+            self._broker.work.notify()
         for change in step.changes:
             if job := self._jobs.of_sample(change.sample_id):
                 self._events.degraded(job, change)

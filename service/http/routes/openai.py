@@ -159,8 +159,12 @@ async def generations(body: ImagesRequest, request: Request, intake: RequestInta
     # A new stream tells of its job as that runs; a repeated one is refused unless the first job has ended.
     result = None if body.stream and submission.new else await intake.result(model, submission)
     if result is None or body.stream:
-        events = _stream(job, body, model, request.state.request_id, keep=intake.keeps)
-        stream = EventStream(events, keepalive_s=intake.api.settings.keepalive_s)
+        request_id = request.state.request_id
+        stream = EventStream(
+            _stream(job, body, model, keep=intake.keeps),
+            on_error=lambda error: _event("error", openai_error(error, request_id)),
+            keepalive_s=intake.api.settings.keepalive_s,
+        )
         stream.headers.update(replay_headers(submission))
         return stream
     data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
@@ -236,9 +240,7 @@ def _metadata(job: Job, body: ImagesRequest, manifest: Manifest) -> dict[str, An
     }
 
 
-async def _stream(
-    job: Job, body: ImagesRequest, model: Model, request_id: str, *, keep: bool
-) -> AsyncGenerator[bytes]:
+async def _stream(job: Job, body: ImagesRequest, model: Model, *, keep: bool) -> AsyncGenerator[bytes]:
     """Yield partial images as they come, then the image.
 
     A client that leaves before the end cancels the job, unless `keep`.
@@ -267,9 +269,9 @@ async def _stream(
             **metadata,
         }
         yield _event("image_generation.completed", data)
-    except ServiceError as error:
+    except ServiceError:
         ended = True
-        yield _event("error", openai_error(error, request_id))
+        raise
     finally:
         if not ended and not keep:
             await cancel(model, job.id)

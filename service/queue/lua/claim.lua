@@ -9,13 +9,19 @@
 --   of another version      look further: a worker of the release that wrote it will take it
 --   a poison candidate      (its worker crashed) only an idle worker takes it, as the only job; others look
 --                           further, but stop at one that has waited too long, so that they become idle
---   larger than the room    stop, so that small jobs cannot starve it; an idle worker takes it all the same
+--   larger than the room    it ends the room, so that small jobs cannot starve it; an idle worker takes it all
+--                           the same
+--   no room                 a job of a flow that is not crowded, and was given none in this claim, may have of
+--                           the reserved samples; only the first jobs are looked at, a newcomer's among them
 -- The Python model in tests/service/queue/test_broker_model.py says the same in other words.
 local owner, nonce, started, expired = unpack(ARGS, 1, 4)
 local room, idle, lease, patience = tonumber(ARGS[5]), ARGS[6] == '1', tonumber(ARGS[7]), tonumber(ARGS[8])
 local oldest, newest = tonumber(ARGS[9]), tonumber(ARGS[10])
-local models = {}
-for i = 11, #ARGS do models[ARGS[i]] = true end
+local reserved, last_model = tonumber(ARGS[11]), 12 + tonumber(ARGS[12])
+local models, crowded = {}, {}
+for i = 13, last_model do models[ARGS[i]] = true end
+for i = last_model + 1, #ARGS do crowded[ARGS[i]] = true end
+local LOOK_FOR_NEWCOMERS = 128
 -- The last claim: a hash of job → attempt, and under the empty name the nonce.
 local last_claim, given_key = PREFIX .. 'claim:' .. owner, PREFIX .. 'given:' .. owner
 
@@ -75,25 +81,32 @@ local function consider(id, finish)
   if job.suspect and not takes_anything then
     return NOW - job.returned_at > patience and 'stop' or 'stays'
   end
-  if job.samples > room and not takes_anything then return 'stop' end
+  if job.samples <= room or takes_anything then
+    room = room - job.samples
+  elseif job.samples <= reserved and not crowded[job.flow] then
+    reserved = reserved - job.samples
+  else
+    room = 0
+    return 'stays'
+  end
+  crowded[job.flow] = true
   take(job, finish)
-  room = room - job.samples
-  return (job.suspect or room <= 0) and 'stop' or 'left'
+  return job.suspect and 'stop' or 'left'
 end
 
 local function walk()
   local passed = 0
-  while true do
+  while room > 0 or (reserved > 0 and passed < LOOK_FOR_NEWCOMERS) do
     local page = redis.call('ZRANGE', QUEUE, passed, passed + 31, 'WITHSCORES')
     if #page == 0 then return end
     for i = 1, #page, 2 do
       local verdict = consider(page[i], tonumber(page[i + 1]))
-      if verdict == 'stop' then return end
+      if verdict == 'stop' or (room <= 0 and reserved <= 0) then return end
       if verdict == 'stays' then passed = passed + 1 end
     end
   end
 end
-if room > 0 then walk() end
+walk()
 
 if #taken > 0 then
   redis.call('HSET', last_claim, '', nonce)
