@@ -3,6 +3,8 @@
 import base64
 import re
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
@@ -16,11 +18,13 @@ from ditserve.service.errors import (
     JobUnfinished,
     MalformedRequest,
     QueueUnavailable,
+    QuotaExceeded,
     ServiceError,
     from_wire,
 )
 from ditserve.service.http.answers import FORMATS, image_response, result_headers
 from ditserve.service.http.context import Api, Context, JobLookup, PathJob
+from ditserve.service.http.feeds import END, EncodedEvent, Position
 from ditserve.service.http.openapi import problem_responses
 from ditserve.service.http.problems import problem
 from ditserve.service.http.schemas import JobOut, JobOutcome, Links, Problem
@@ -101,7 +105,7 @@ async def get_image(lookup: PathJob, k: str) -> Response:
             "description": "Server-sent events until the job has ended.",
         },
         204: {"description": "The job has ended, and `Last-Event-ID` is its last event: come no more."},
-        **problem_responses(MalformedRequest, InvalidRequest, JobNotFound, QueueUnavailable),
+        **problem_responses(MalformedRequest, InvalidRequest, JobNotFound, QuotaExceeded, QueueUnavailable),
     },
 )
 async def get_events(
@@ -118,8 +122,9 @@ async def get_events(
         raise MalformedRequest("Last-Event-ID is not an id of this stream.")
     if await _is_past_end(lookup, after):
         return Response(status_code=204)
-    events = _events(lookup, after, api, request.state.request_id)
-    return EventStream(events, keepalive_s=api.settings.keepalive_s, stop=api.draining)
+    stream = api.open_stream(request)
+    events = _events(lookup, _order(after), api, request.state.request_id)
+    return EventStream(events, keepalive_s=api.settings.keepalive_s, stream=stream)
 
 
 async def _is_past_end(lookup: JobLookup, after: str) -> bool:
@@ -130,28 +135,40 @@ async def _is_past_end(lookup: JobLookup, after: str) -> bool:
     return last is not None and _order(after) >= _order(last)
 
 
-def _order(event_id: str) -> tuple[int, ...]:
-    return tuple(map(int, event_id.split("-")))
+def _order(event_id: str) -> Position:
+    milliseconds, _, number = event_id.partition("-")
+    return int(milliseconds), int(number)
 
 
-async def _events(lookup: JobLookup, after: str, api: Context, request_id: str) -> AsyncGenerator[bytes]:
+async def _events(lookup: JobLookup, after: Position, api: Context, request_id: str) -> AsyncGenerator[bytes]:
+    """Yield the job's encoded events, several in one piece, and an error that ends them."""
+    job_id = lookup.status.id
+    try:
+        async with aclosing(api.feeds.follow(job_id, after, partial(_encoded_events, lookup, api))) as pieces:
+            async for piece in pieces:
+                yield piece
+    except ServiceError as error:
+        yield encode("error", problem(error, api.address(f"/jobs/{job_id}"), request_id))
+
+
+async def _encoded_events(lookup: JobLookup, api: Context, after: Position) -> AsyncGenerator[EncodedEvent]:
     """Yield the job's encoded events.
 
     The last one tells how the job ended, even when its stream has expired.
     """
     job_id = lookup.status.id
     path = api.address(f"/jobs/{job_id}")
-    try:
-        async for event in lookup.model.queue_client.queue.events(job_id, after):
-            yield encode(event.kind, _event_data(event, path), event_id=event.id)
-            if event.terminal:
-                return
-        status = (await api.job(job_id)).status
-        last_event = _LAST_EVENTS.get(status.state)
-        if last_event:
-            yield encode(last_event, problem(from_wire(status.error), path) if status.error else {})
-    except ServiceError as error:
-        yield encode("error", problem(error, path, request_id))
+    async for event in lookup.model.queue_client.queue.events(job_id, "{}-{}".format(*after)):
+        data = encode(event.kind, _event_data(event, path), event_id=event.id)
+        yield EncodedEvent(_order(event.id), data)
+        if event.terminal:
+            return
+    status = (await api.job(job_id)).status
+    last_event = _LAST_EVENTS.get(status.state)
+    if last_event:
+        yield EncodedEvent(
+            END, encode(last_event, problem(from_wire(status.error), path) if status.error else {})
+        )
 
 
 def _event_data(event: JobEvent, path: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ OpenAI's own monitoring. Shapes: openai-python `types/image_generate_params.py`,
 import base64
 import time
 from collections.abc import AsyncGenerator
+from contextlib import ExitStack
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -18,10 +19,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.service.errors import ModelNotFound, ServiceError, from_wire
+from ditserve.service.errors import ModelNotFound, QuotaExceeded, ServiceError, from_wire
 from ditserve.service.http.answers import result_headers
 from ditserve.service.http.context import Api, cancel
-from ditserve.service.http.intake import RequestIntake, replay_headers
+from ditserve.service.http.intake import Intake, RequestIntake, replay_headers
 from ditserve.service.http.models import Model
 from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, openai_error_responses
 from ditserve.service.http.problems import openai_error
@@ -37,7 +38,7 @@ from ditserve.service.http.schemas import (
 )
 from ditserve.service.http.sizes import size_text
 from ditserve.service.http.sse import EventStream, encode
-from ditserve.service.http.submission import Submissions, field_error
+from ditserve.service.http.submission import Submission, Submissions, field_error
 from ditserve.service.jobs import Job, JobResult
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
@@ -139,7 +140,7 @@ class OpenAIError(BaseModel):
     responses={
         200: {"content": {"text/event-stream": {}}, "description": "The images, or events with `stream`."},
         "default": {"model": OpenAIError, "description": "Any error."},
-        **openai_error_responses(*BODY, *SUBMIT, *ENDED),
+        **openai_error_responses(*BODY, *SUBMIT, *ENDED, QuotaExceeded),
     },
 )
 async def generations(body: ImagesRequest, request: Request, intake: RequestIntake) -> Response:
@@ -151,22 +152,39 @@ async def generations(body: ImagesRequest, request: Request, intake: RequestInta
         raise field_error("n", "One image at a time can be streamed.")
     if body.partial_images and not body.stream:
         raise field_error("partial_images", "Partial images need stream=true.")
+    if body.stream:
+        return await _streamed(body, request, intake)
     model = intake.api.model(body.model)
-    submission = await intake.submit(
-        model, translate(body, model.submissions), body=body, image_format=body.output_format or "png"
-    )
+    submission = await _submitted(body, model, intake)
+    result = await intake.result(model, submission)
     job = submission.job
-    # A new stream tells of its job as that runs; a repeated one is refused unless the first job has ended.
-    result = None if body.stream and submission.new else await intake.result(model, submission)
-    if result is None or body.stream:
-        events = _stream(job, body, model, request.state.request_id, keep=intake.keeps)
-        stream = EventStream(events, keepalive_s=intake.api.settings.keepalive_s)
-        stream.headers.update(replay_headers(submission))
-        return stream
     data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
     response = ImagesResponse(created=int(job.created_at), data=data, **_metadata(job, body, model.manifest))
     return JSONResponse(
         response.model_dump(), headers=result_headers(job, result) | replay_headers(submission)
+    )
+
+
+async def _streamed(body: ImagesRequest, request: Request, intake: Intake) -> Response:
+    """Return the stream of a request that asks for one."""
+    model = intake.api.model(body.model)
+    with ExitStack() as closing:
+        stream = closing.enter_context(intake.api.open_stream(request, lasting=True))
+        submission = await _submitted(body, model, intake)
+        # A new stream tells of its job as that runs; a repeated one is refused unless the first has ended.
+        if not submission.new:
+            await intake.result(model, submission)
+        events = _stream(submission.job, body, model, request.state.request_id, keep=intake.keeps)
+        response = EventStream(events, keepalive_s=intake.api.settings.keepalive_s, stream=stream)
+        response.headers.update(replay_headers(submission))
+        # From here on the response closes the stream.
+        closing.pop_all()
+        return response
+
+
+async def _submitted(body: ImagesRequest, model: Model, intake: Intake) -> Submission:
+    return await intake.submit(
+        model, translate(body, model.submissions), body=body, image_format=body.output_format or "png"
     )
 
 
