@@ -6,6 +6,7 @@ It starts with neither torch nor onnxruntime: of a bundle it reads only the mani
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +30,7 @@ from ditserve.service.http.streams import Streams
 from ditserve.service.queue.queue_client import QueueClient, open_queue_client
 from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
+from ditserve.service.telemetry.faults import kept_running
 from ditserve.service.telemetry.tracing import Tracing, open_tracing
 
 Opener = Callable[[Settings], AbstractAsyncContextManager[QueueClient]]
@@ -64,8 +66,10 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
                 by_name[served.name] = Model.of(served, settings, queue_client)
             streams = Streams(limit=settings.max_streams, keyring=keyring, draining=draining)
             context = app.state.context = Context(settings, by_name, draining, streams)
-            canaries = [_watch(context, name) for name in by_name] if settings.canary_s else []
-            await stack.enter_async_context(_background(_reload(context, reload), streams.watch(), *canaries))
+            stack.push_async_callback(context.aclose)
+            canaries = [partial(_watch, context, name) for name in by_name] if settings.canary_s else []
+            endless = [partial(_reload, context, reload), partial(streams.watch), *canaries]
+            await stack.enter_async_context(_background(*endless))
             yield
         tracing.close()
 
@@ -143,9 +147,9 @@ def _allowed_hosts(settings: Settings) -> list[str]:
 
 
 @asynccontextmanager
-async def _background(*endless: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    """Run these coroutines until the block ends."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in endless]
+async def _background(*loops: partial[Coroutine[None, None, None]]) -> AsyncIterator[None]:
+    """Run these loops until the block ends."""
+    tasks = [asyncio.create_task(kept_running(loop.func.__name__.strip("_"), loop)) for loop in loops]
     try:
         yield
     finally:

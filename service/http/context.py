@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -69,6 +69,11 @@ class Context:
             raise ModelNotFound(f"There is no model {name!r}; this service runs {', '.join(self.models)}.")
         return model
 
+    async def aclose(self) -> None:
+        """End what the models ask of their queues at this moment."""
+        for model in self.models.values():
+            await model.submissions.load.aclose()
+
     def address(self, path: str) -> str:
         """Return the address of a path as clients reach it, through a proxy or not."""
         return self.settings.root_path + path
@@ -105,15 +110,18 @@ class Context:
         drained = asyncio.create_task(self._drained())
         timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
         try:
-            await asyncio.wait((result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if result.done():
-                return result.result()
-            if gone.done():
-                raise Cancelled("The client went away.")
-            if drained.done():
-                raise Draining("The images were not ready when this process had to stop.", retry_after=1)
-            keep = False
-            raise DeadlineExceeded("The images were not ready by the deadline.")
+            with model.submissions.promises.observed(job) if submission.new else nullcontext():
+                await asyncio.wait(
+                    (result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                )
+                if result.done():
+                    return result.result()
+                if gone.done():
+                    raise Cancelled("The client went away.")
+                if drained.done():
+                    raise Draining("The images were not ready when this process had to stop.", retry_after=1)
+                keep = False
+                raise DeadlineExceeded("The images were not ready by the deadline.")
         finally:
             ended = result.done()
             result.cancel()

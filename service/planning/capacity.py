@@ -94,6 +94,10 @@ class Capacity:
         backlogs = [backlog_s for backlog_s, _ in self._backlogs(inf)]
         return max([self.queue_drain_time(extra_rows), *backlogs])
 
+    def fleet_time(self, rows: int) -> float:
+        """Return the seconds that `rows` take all workers together. There must be one."""
+        return rows / sum(speed.rows_per_s for _, speed in self._workers)
+
     def breaks_later_deadline(self, extra_rows: int, due: float, *, now: float, margin: float) -> bool:
         """Return whether `extra_rows` due at `due` would break a later deadline of claimed work.
 

@@ -14,6 +14,7 @@ from ditserve.service.jobs import Lease, Renewal, Starting, WorkerState
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first
 from ditserve.service.telemetry import metrics
+from ditserve.service.telemetry.faults import kept_running
 from ditserve.service.worker.engine_thread import EngineThread
 
 RETRY_S = 0.2
@@ -164,7 +165,7 @@ async def starting(broker: Broker, worker: str, model: str) -> AsyncIterator[Cal
                 await broker.report(Starting(worker, model, activity))
             await first(changed, timeout_s=STARTING_EVERY_S)
 
-    publishing = asyncio.create_task(publish())
+    publishing = asyncio.create_task(kept_running("reporting", publish))
     try:
         yield report
     finally:

@@ -3,7 +3,6 @@
 import base64
 import re
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any
 
@@ -19,7 +18,6 @@ from ditserve.service.errors import (
     MalformedRequest,
     QueueUnavailable,
     QuotaExceeded,
-    ServiceError,
     from_wire,
 )
 from ditserve.service.http.answers import FORMATS, image_response, result_headers
@@ -122,9 +120,14 @@ async def get_events(
         raise MalformedRequest("Last-Event-ID is not an id of this stream.")
     if await _is_past_end(lookup, after):
         return Response(status_code=204)
-    stream = api.open_stream(request)
-    events = _events(lookup, _order(after), api, request.state.request_id)
-    return EventStream(events, keepalive_s=api.settings.keepalive_s, stream=stream)
+    path, request_id = api.address(f"/jobs/{lookup.status.id}"), request.state.request_id
+    source = partial(_events, lookup, api, path)
+    return EventStream(
+        api.feeds.follow(lookup.status.id, _order(after), source),
+        on_error=lambda error: encode("error", problem(error, path, request_id)),
+        keepalive_s=api.settings.keepalive_s,
+        stream=api.open_stream(request),
+    )
 
 
 async def _is_past_end(lookup: JobLookup, after: str) -> bool:
@@ -140,24 +143,14 @@ def _order(event_id: str) -> Position:
     return int(milliseconds), int(number)
 
 
-async def _events(lookup: JobLookup, after: Position, api: Context, request_id: str) -> AsyncGenerator[bytes]:
-    """Yield the job's encoded events, several in one piece, and an error that ends them."""
-    job_id = lookup.status.id
-    try:
-        async with aclosing(api.feeds.follow(job_id, after, partial(_encoded_events, lookup, api))) as pieces:
-            async for piece in pieces:
-                yield piece
-    except ServiceError as error:
-        yield encode("error", problem(error, api.address(f"/jobs/{job_id}"), request_id))
-
-
-async def _encoded_events(lookup: JobLookup, api: Context, after: Position) -> AsyncGenerator[EncodedEvent]:
+async def _events(
+    lookup: JobLookup, api: Context, path: str, after: Position
+) -> AsyncGenerator[EncodedEvent]:
     """Yield the job's encoded events.
 
     The last one tells how the job ended, even when its stream has expired.
     """
     job_id = lookup.status.id
-    path = api.address(f"/jobs/{job_id}")
     async for event in lookup.model.queue_client.queue.events(job_id, "{}-{}".format(*after)):
         data = encode(event.kind, _event_data(event, path), event_id=event.id)
         yield EncodedEvent(_order(event.id), data)
@@ -166,9 +159,8 @@ async def _encoded_events(lookup: JobLookup, api: Context, after: Position) -> A
     status = (await api.job(job_id)).status
     last_event = _LAST_EVENTS.get(status.state)
     if last_event:
-        yield EncodedEvent(
-            END, encode(last_event, problem(from_wire(status.error), path) if status.error else {})
-        )
+        data = encode(last_event, problem(from_wire(status.error), path) if status.error else {})
+        yield EncodedEvent(END, data)
 
 
 def _event_data(event: JobEvent, path: str) -> dict[str, Any]:

@@ -174,8 +174,13 @@ async def _streamed(body: ImagesRequest, request: Request, intake: Intake) -> Re
         # A new stream tells of its job as that runs; a repeated one is refused unless the first has ended.
         if not submission.new:
             await intake.result(model, submission)
-        events = _stream(submission.job, body, model, request.state.request_id, keep=intake.keeps)
-        response = EventStream(events, keepalive_s=intake.api.settings.keepalive_s, stream=stream)
+        request_id = request.state.request_id
+        response = EventStream(
+            _stream(submission.job, body, model, keep=intake.keeps),
+            on_error=lambda error: _event("error", openai_error(error, request_id)),
+            keepalive_s=intake.api.settings.keepalive_s,
+            stream=stream,
+        )
         response.headers.update(replay_headers(submission))
         # From here on the response closes the stream.
         closing.pop_all()
@@ -254,9 +259,7 @@ def _metadata(job: Job, body: ImagesRequest, manifest: Manifest) -> dict[str, An
     }
 
 
-async def _stream(
-    job: Job, body: ImagesRequest, model: Model, request_id: str, *, keep: bool
-) -> AsyncGenerator[bytes]:
+async def _stream(job: Job, body: ImagesRequest, model: Model, *, keep: bool) -> AsyncGenerator[bytes]:
     """Yield partial images as they come, then the image.
 
     A client that leaves before the end cancels the job, unless `keep`.
@@ -285,9 +288,9 @@ async def _stream(
             **metadata,
         }
         yield _event("image_generation.completed", data)
-    except ServiceError as error:
+    except ServiceError:
         ended = True
-        yield _event("error", openai_error(error, request_id))
+        raise
     finally:
         if not ended and not keep:
             await cancel(model, job.id)

@@ -11,7 +11,6 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from ditserve.service.errors import Cancelled, DeadlineExceeded, NumericalError, QueueFull, to_wire
 from ditserve.service.jobs import Job, JobEvent, JobResult, Lease
 from ditserve.service.queue.broker import Broker
-from ditserve.service.wire import pack, unpack
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]
@@ -186,19 +185,6 @@ async def test_a_job_past_its_deadline_is_not_started(
     assert await claim_ids(broker) == [fine.id]
     with pytest.raises(DeadlineExceeded):
         await broker.outcome(late.id)
-
-
-async def test_a_job_of_another_schema_version_fails_alone(
-    broker: Broker, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    newer, fine = make_job(), make_job()
-    wire = pack(unpack(newer.to_bytes()))
-    with monkeypatch.context() as patch:
-        patch.setattr(Job, "to_bytes", lambda self: wire.replace(b"\xa1v\x01", b"\xa1v\x02"))
-        await broker.submit(newer)
-    await broker.submit(fine)
-    assert await claim_ids(broker) == [fine.id]
-    assert [event.kind for event in await read_events(broker, newer.id)] == ["queued", "started", "failed"]
 
 
 async def test_only_the_holder_of_the_lease_may_write(

@@ -292,6 +292,24 @@ async def test_a_worker_claims_no_more_than_it_has_room_for(
             await wait(job)
 
 
+async def test_a_newcomer_finds_a_place_in_a_worker_full_of_anothers_long_jobs(
+    broker: Broker, make_worker: Make, make_fake_job: Make, wait_until: WaitUntil, wait: Make
+) -> None:
+    long = [make_fake_job(caller="flood", steps=1000, cost_rows=2000) for _ in range(12)]
+    async with working(make_worker(broker, slots=24, lookahead_rows=4)):
+        for job in long:
+            await broker.submit(job)
+        await wait_until(lambda: queued(broker, 6))
+        short = [make_fake_job(caller=f"caller-{k}", steps=5, cost_rows=10) for k in range(3)]
+        for job in short:
+            await broker.submit(job)
+        for job in short:
+            await wait(job)
+        assert await queued(broker, 6), "the flood has as many samples in the engine as before"
+        for job in long:
+            await broker.cancel(job.id)
+
+
 async def queued(broker: Broker, count: int) -> bool:
     return (await broker.load()).queued_jobs == count
 
