@@ -17,6 +17,7 @@ from ditserve.service.errors import (
     Cancelled,
     DeadlineExceeded,
     Draining,
+    JobLost,
     JobNotFound,
     ModelNotFound,
     QueueUnavailable,
@@ -88,12 +89,14 @@ class Context:
 
         A key sees its own jobs; a key of the scope admin sees everybody's.
 
-        Raises `JobNotFound`, `QueueUnavailable`.
+        Raises `JobNotFound`, `JobLost` (this process had queued it), `QueueUnavailable`.
         """
         for model in self.models.values() if _JOB_ID.fullmatch(job_id) else ():
             status = await model.queue_client.queue.status(job_id)
             if status is not None and (key is None or key.may_see(status.job.caller)):
                 return JobLookup(status, model)
+            if status is None and model.queue_client.queue.accepted(job_id):
+                raise JobLost()
         raise JobNotFound(f"There is no job {job_id[:64]!r}.")
 
     async def result(

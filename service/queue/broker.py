@@ -8,6 +8,7 @@ or runs a model.
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,8 @@ TOO_MANY_JOBS, TOO_MUCH_WORK, TOO_MANY_OF_CALLER = -1, -2, -3
 
 CANCELLED = 2  # one of the answers of renew.lua
 
+ACCEPTED_KEPT = 16384  # jobs remembered that this process has queued
+
 log = structlog.get_logger()
 
 
@@ -75,6 +78,7 @@ class Broker(Reads):
         self._scripts = Scripts(self._client, self.keys.permanent, timeout_s=timeout_s)
         self._claim_nonces: dict[str, str] = {}  # by owner, of claims without an answer so far
         self._given_rows: dict[str, int] = {}  # by owner
+        self._accepted: dict[str, float] = {}  # job → when its record may expire; in order
         self._unreadable_workers: set[bytes] = set()
 
     @classmethod
@@ -151,7 +155,18 @@ class Broker(Reads):
             raise QueueFull(f"The queue holds its limit of {self.limits.queue_limit} jobs.")
         if verdict == TOO_MUCH_WORK:
             raise QueueFull("The queue holds as much predicted work as it may.")
+        self._remember(job.id)
         return bool(verdict)
+
+    def _remember(self, job_id: str) -> None:
+        self._accepted.pop(job_id, None)
+        self._accepted[job_id] = time.monotonic() + self.limits.record_ttl_s
+        if len(self._accepted) > ACCEPTED_KEPT:
+            del self._accepted[next(iter(self._accepted))]
+
+    def accepted(self, job_id: str) -> bool:
+        """Return whether this process queued the job so recently that its record cannot have expired."""
+        return time.monotonic() < self._accepted.get(job_id, 0.0)
 
     async def cancel(self, job_id: str) -> bool:
         """End a waiting or running job; its worker drops it at the next step.

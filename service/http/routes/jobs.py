@@ -13,6 +13,7 @@ from ditserve.service.errors import (
     ImageNotFound,
     InvalidRequest,
     JobExpired,
+    JobLost,
     JobNotFound,
     JobUnfinished,
     MalformedRequest,
@@ -51,7 +52,7 @@ def links(job: Job, api: Context) -> Links:
     "/{job_id}",
     summary="Where a job stands",
     response_model=JobOut,
-    responses=problem_responses(JobNotFound, JobExpired, QueueUnavailable),
+    responses=problem_responses(JobNotFound, JobExpired, JobLost, QueueUnavailable),
 )
 async def get_job(lookup: PathJob, api: Api) -> JobOut:
     """State, place in the queue, step, predicted time left; once done, how the images were made."""
@@ -62,7 +63,7 @@ async def get_job(lookup: PathJob, api: Api) -> JobOut:
     "/{job_id}",
     summary="Cancel a job",
     response_model=JobOut,
-    responses=problem_responses(JobNotFound, JobExpired, QueueUnavailable),
+    responses=problem_responses(JobNotFound, JobExpired, JobLost, QueueUnavailable),
 )
 async def delete_job(lookup: PathJob, api: Api) -> JobOut:
     """Stop a waiting job at once and a running one at its next step. A job that has ended stays as it is."""
@@ -76,7 +77,7 @@ async def delete_job(lookup: PathJob, api: Api) -> JobOut:
     response_class=Response,
     responses={
         200: {"content": {f"image/{name}": {} for name in FORMATS}, "description": "The image file."},
-        **problem_responses(JobNotFound, ImageNotFound, JobUnfinished, JobExpired, QueueUnavailable),
+        **problem_responses(JobNotFound, ImageNotFound, JobUnfinished, JobExpired, JobLost, QueueUnavailable),
     },
 )
 async def get_image(lookup: PathJob, k: str) -> Response:
@@ -103,7 +104,9 @@ async def get_image(lookup: PathJob, k: str) -> Response:
             "description": "Server-sent events until the job has ended.",
         },
         204: {"description": "The job has ended, and `Last-Event-ID` is its last event: come no more."},
-        **problem_responses(MalformedRequest, InvalidRequest, JobNotFound, QuotaExceeded, QueueUnavailable),
+        **problem_responses(
+            MalformedRequest, InvalidRequest, JobNotFound, QuotaExceeded, JobLost, QueueUnavailable
+        ),
     },
 )
 async def get_events(

@@ -70,6 +70,10 @@ async def test_a_lost_job_is_told_on_every_way_within_seconds(
         await admin.flushall()
         await stage.worker.report()
         *whole, openai_stream, stream = await answers
+        for method in ("GET", "DELETE"):
+            whole.append(await client.request(method, watched["links"]["self"]))
+        unknown = await client.get(f"/jobs/{'0' * 32}")
+        assert (unknown.status_code, unknown.json()["code"]) == (404, "job-not-found")
         for answer in whole:
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
             body = answer.json()

@@ -276,3 +276,13 @@ async def test_the_cancellation_of_a_running_job_is_notified(
     await claim_one(broker)
     await broker.cancel(job.id)
     await wait_until(lambda: cancelled == [job.id])
+
+
+async def test_what_cannot_have_expired_is_remembered(connect: Connect, make_job: MakeJob) -> None:
+    broker, other = await connect(), await connect(record_ttl_s=0.0)
+    job = make_job()
+    await broker.submit(job)
+    assert broker.accepted(job.id)
+    assert not broker.accepted(make_job().id)
+    await other.submit(job)
+    assert not other.accepted(job.id), "its record may have expired"
