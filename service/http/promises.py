@@ -9,11 +9,9 @@ from contextlib import contextmanager
 
 from ditserve.service.errors import DeadlineExceeded, Overloaded
 from ditserve.service.jobs import Job, LoadSnapshot
-from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest, admit
-from ditserve.service.planning.caution import Caution
+from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest
+from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.ladder import Ladder
-from ditserve.service.planning.planner import Policy
-from ditserve.service.planning.returns import Returns
 from ditserve.service.telemetry import metrics
 
 
@@ -21,12 +19,8 @@ class Promises:
     """The promises for one model."""
 
     def __init__(self, model: str, ladder: Ladder) -> None:
-        self._ladder = ladder
-        self._policy = Policy()
-        self._caution = Caution(self._policy.admission_margin)
-        self._returns = Returns()
+        self.gate = Gate(ladder)
         self._margin = metrics.ADMISSION_MARGIN.labels(model)
-        self._margin.set(self._policy.admission_margin)
 
     def admit(
         self, request: AdmissionRequest, load: LoadSnapshot, *, sender: Hashable, now: float
@@ -35,35 +29,20 @@ class Promises:
 
         Equal requests of one caller have an equal `sender`, by which one that comes back is known.
         """
-        clock = time.monotonic()
-        margin = self._caution.margin(clock)
-        self._margin.set(margin)
-        reserved_s = 0.0 if self._returns.came_back(sender, clock) else self._returns.reserved_s(clock)
-        admission = admit(
-            request,
-            load,
-            ladder=self._ladder,
-            now=now,
-            policy=self._policy,
-            margin=margin,
-            reserved_s=reserved_s,
-        )
+        admission = self.gate.admit(request, load, sender=sender, now=now)
+        self._margin.set(self.gate.margin(now))
         if admission.accepted:
             return admission
         if admission.reason == NO_WORKER:
             raise Overloaded(
                 "No worker is running, so no deadline can be kept.", retry_after=admission.retry_after_s
             )
-        retry_s = None
-        if admission.retry_after_s is not None:
-            retry_s = self._returns.tell(
-                sender, clock, free_s=admission.retry_after_s, service_s=admission.service_s
-            )
         ways = "even in fewer steps" if request.allow_degraded else "and the request rules out fewer steps"
+        when = "now" if admission.retry_after_s else "even on idle workers"
         raise Overloaded(
             f"The images would take about {admission.predicted_s:.1f} s, "
-            f"too long for the deadline {'now' if retry_s else 'even on idle workers'}, {ways}.",
-            retry_after=retry_s,
+            f"too long for the deadline {when}, {ways}.",
+            retry_after=admission.retry_after_s,
             extra={"predicted_s": round(admission.predicted_s, 3)},
         )
 
@@ -76,10 +55,11 @@ class Promises:
         try:
             yield
         except DeadlineExceeded:
-            self._observe(kept=False)
+            self._observe(False, time.time())
             raise
-        self._observe(kept=time.time() <= job.deadline_at)
+        now = time.time()
+        self._observe(now <= job.deadline_at, now)
 
-    def _observe(self, *, kept: bool) -> None:
+    def _observe(self, kept: bool, now: float) -> None:
         metrics.PROMISES.labels("kept" if kept else "broken").inc()
-        self._caution.observe(kept, time.monotonic())
+        self.gate.observe(kept, now)

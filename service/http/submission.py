@@ -15,6 +15,7 @@ from ditserve.model.spec.diffusion import GRIDS
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import IdempotencyMismatch, InvalidRequest, JobLost, Overloaded, QueueFull
 from ditserve.service.http.load_cache import LoadCache
+from ditserve.service.http.loop_lag import LoopLag
 from ditserve.service.http.promises import Promises
 from ditserve.service.http.schemas import MAX_SEED, TEXT, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
@@ -95,6 +96,7 @@ class Submissions:
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue, manifest.name)
         self.promises = Promises(manifest.name, self.ladder)
+        self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
         self._settings = settings
         self._queue = queue
@@ -210,7 +212,11 @@ class Submissions:
         )
 
     def _deadline_at(self, request: GenerateRequest, now: float) -> float | None:
-        """Return the deadline in seconds since the epoch, None without one. Raises `InvalidRequest`."""
+        """Return the deadline in seconds since the epoch, None without one. Raises `InvalidRequest`.
+
+        It counts from when the request came, which on a busy host is earlier than now.
+        """
+        now -= self._lag.waited_s()
         limit = self._settings.max_deadline_s
         if request.deadline_ms is None:
             default = self._settings.default_deadline_s

@@ -139,3 +139,8 @@ class Capacity:
 def drain_time(load: LoadSnapshot, extra_rows: int = 0) -> float:
     """Return the seconds until backlogs, queue and `extra_rows` are done; infinite without workers."""
     return Capacity(load).drain_time(extra_rows)
+
+
+def backlog_time(worker: WorkerState) -> float:
+    """Return the seconds of the work that a worker has claimed."""
+    return worker.backlog_rows / _speed_of(worker, inf).rows_per_s

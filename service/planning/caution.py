@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import exp, inf
 
 TARGET = 0.02  # share of the accepted that may miss their deadline
-RATE = 0.05  # by which a broken promise raises the margin
+RATE = 0.1  # by which a broken promise raises the margin
 MOST = 3.0  # the largest margin
 CALM_S = 60.0  # in which a raised margin falls to 1/e of its rise, whatever is observed
 
@@ -24,8 +24,8 @@ class Caution:
     rests where a share `TARGET` is broken. It also falls with time: a margin at which nothing is accepted
     could learn nothing.
 
-    Example: the margin is 1.1. Two broken promises make it 1.198. After 49 kept ones it is 1.149, and a
-    minute later, with nothing observed, 1.118.
+    Example: the margin is 1.1. Two broken promises make it 1.296. After 49 kept ones it is 1.198, and a
+    minute later, with nothing observed, 1.136.
     """
 
     least: float

@@ -11,6 +11,7 @@ import structlog
 
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.jobs import Lease, Renewal, Starting, WorkerState
+from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first
 from ditserve.service.telemetry import metrics
@@ -72,11 +73,13 @@ class Reporting:
     """The reports of a worker's state, on which admission rests.
 
     A report follows a change within `busy_s` seconds. Without a change one report in `every_s` seconds says
-    that the worker lives. `peers` counts the workers of this queue, this one included.
+    that the worker lives. `peers` counts the workers of this queue, this one included. The idlest of
+    the others has work for `idlest_peer_s` seconds, infinite without others.
     """
 
     def __init__(self, broker: Broker, *, every_s: float, busy_s: float) -> None:
         self.peers = 1
+        self.idlest_peer_s = inf
         self._broker, self._every_s, self._busy_s = broker, every_s, min(busy_s, every_s)
         self._changed = asyncio.Event()
 
@@ -96,7 +99,7 @@ class Reporting:
                 if current is not None:
                     await self._broker.report(current)
                 if current is None or clock() - load_read_at >= self._every_s:
-                    await self._read_load(engine)
+                    await self._read_load(engine, current)
                     load_read_at = clock()
             except QueueUnavailable as error:
                 log.warning("report failed", detail=error.detail)
@@ -105,10 +108,13 @@ class Reporting:
             await asyncio.sleep(pause_s)
             await first(self._changed, timeout_s=self._every_s - self._busy_s)
 
-    async def _read_load(self, engine: EngineThread) -> None:
+    async def _read_load(self, engine: EngineThread, current: WorkerState | None) -> None:
         metrics.observe_memory("worker")
         load = await self._broker.load()
         self.peers = max(1, len(load.workers))
+        own = current.worker if current is not None else None
+        others = (worker for worker in load.workers if worker.worker != own)
+        self.idlest_peer_s = min(map(backlog_time, others), default=inf)
         engine.queued_rows = load.queued_rows // self.peers
 
     async def retire(self, worker: str) -> None:

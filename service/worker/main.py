@@ -43,7 +43,7 @@ from ditserve.service.worker.room import RESERVED_SAMPLES
 from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
 
 CONFIG_ERROR, BROKEN = 2, 1
-WARM_UP_S = 0.5
+WARM_UP_S = 0.8
 
 # Backend → the settings it takes, besides threads.
 OPTIONS: Final = {

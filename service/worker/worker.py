@@ -21,6 +21,7 @@ from ditserve.service.engine.samples import Failed, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
 from ditserve.service.jobs import Claim, Lease, Network, Renewal, WorkerState
 from ditserve.service.limits import WorkerPolicy
+from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first
@@ -107,6 +108,7 @@ class Worker:
         self._busy_since = 0.0
         self._report: EngineReport | None = None  # the engine's last; None: not ready yet
         self._leaving = False
+        self._may_claim_later = False  # another worker was idler at the last claim
         self._job_ended = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
 
@@ -162,14 +164,23 @@ class Worker:
     def _room(self) -> Room:
         """Return how much to claim now.
 
-        The rows wanted fill an efficient batch, and this worker's share of the look-ahead. There is no room
-        before the engine is ready.
+        The rows wanted fill an efficient batch, and this worker's share of the look-ahead unless another
+        worker is idler: what is claimed does not move. There is no room before the engine is ready.
         """
         if self._report is None:
             return Room()
         held = sum(job.missing for job in self._jobs)
-        wanted = self._report.costs.saturation_rows + self.policy.lookahead_rows // self._reporting.peers
+        wanted = self._report.costs.saturation_rows
+        if self._claims_ahead():
+            wanted += self.policy.lookahead_rows // self._reporting.peers
         return claim_room(self._jobs, wanted_rows=wanted, free_slots=self._slots - held)
+
+    def _claims_ahead(self) -> bool:
+        """Return whether no other worker is clearly idler than this one."""
+        state = self._worker_state()
+        idlest_s = self._reporting.idlest_peer_s
+        self._may_claim_later = state is not None and backlog_time(state) > idlest_s + self.policy.balance_s
+        return not self._may_claim_later
 
     def _start_job(self, claim: Claim) -> None:
         if claim.job.vocabulary not in ("", self.identity.vocabulary):
@@ -206,6 +217,8 @@ class Worker:
             self._broker.work.notify()
         self._report, step = report, report.step
         self._reporting.changed()
+        if self._may_claim_later:
+            self._broker.work.notify()
         for change in step.changes:
             if job := self._jobs.of_sample(change.sample_id):
                 self._events.degraded(job, change)

@@ -72,7 +72,7 @@ def test_the_refused_are_told_when_there_is_room_and_not_all_the_same() -> None:
             ask(promises, 600, sender=str(k))  # 6 s of work are before it
         told.append(refused.value.retry_after or 0.0)
     assert min(told) >= 5
-    promises._returns.share = 1.0
+    promises.gate.returns.share = 1.0
     for k in range(30, 90):
         with pytest.raises(Overloaded) as refused:
             ask(promises, 600, sender=str(k))

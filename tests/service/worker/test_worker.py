@@ -24,7 +24,7 @@ from ditserve.service.errors import (
     QueueUnavailable,
     ServiceError,
 )
-from ditserve.service.jobs import ConditionTerm, Job, JobResult
+from ditserve.service.jobs import ConditionTerm, Job, JobResult, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
@@ -287,6 +287,28 @@ async def test_a_worker_claims_no_more_than_it_has_room_for(
         await wait_until(lambda: queued(broker, 6))
         load = await wait_until(lambda: one_worker(broker, 6))
         assert load.queued_jobs == 6
+        gate.open.set()
+        for job in jobs:
+            await wait(job)
+
+
+async def test_work_is_claimed_ahead_only_while_no_other_worker_is_idler(
+    broker: Broker, make_worker: Make, make_fake_job: Make, gate: Gate, wait_until: WaitUntil, wait: Make
+) -> None:
+    """Claimed work does not move: a worker that stalls would break the promises of all that it holds."""
+    idle = WorkerState("idle", ("fake",), 8, 0.0, 0.01, 0.0, 0, 0, 0.0, 0.0)
+    await broker.report(idle)
+    jobs = [make_fake_job() for _ in range(12)]
+    gate.open.clear()
+    worker = make_worker(broker, lookahead_rows=8, balance_s=0.0)
+    async with working(worker):
+        await wait_until(lambda: worker._reporting.peers == 2)
+        for job in jobs:
+            await broker.submit(job)
+        await wait_until(gate.waiting.is_set)
+        # 8 rows of a worthwhile batch, in samples of 2 rows, and none of the 4 rows ahead.
+        await wait_until(lambda: queued(broker, 8))
+        await broker.retire("idle")
         gate.open.set()
         for job in jobs:
             await wait(job)
