@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -151,8 +153,17 @@ def _no_classifier(folder: Path, loaded: LoadedModel, options: argparse.Namespac
 
 
 def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPlan:
-    """Return the plan of the command line; what it leaves out is the default of the model."""
-    defaults = loaded.manifest.defaults
+    """Return the plan of the command line; what it leaves out is the default of the model.
+
+    Raises:
+        EvaluationError: more pictures than the memory holds, or than `--limit` for one combination.
+    """
+    defaults, config = loaded.manifest.defaults, loaded.network.config
+    needed = options.limit * 4 * math.prod((config.in_channels, *config.image_size))
+    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise EvaluationError(f"--limit {options.limit} pictures take {needed / 2**30:,.0f} GiB: lower it")
+    if options.per_pair is not None and options.per_pair > options.limit:
+        raise EvaluationError(f"--per-pair {options.per_pair} is above --limit {options.limit}: lower it")
     return EvaluationPlan(
         limit=options.limit,
         per_pair=options.per_pair,

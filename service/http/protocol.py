@@ -148,11 +148,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._fault = MalformedRequest(f"Send at most {MAX_PIPELINED} requests ahead.")
         if self._fault is not None:
             raise ValueError(self._fault.detail)
+        # An address that is none raises here, and is refused as a part of the head.
+        super().on_headers_complete()
         self._reading, self._bytes = _Reading.BODY, 0
         self._expect(self.limits.head_s + BODY_GRACE_S)
         if not self.flow.write_paused:
             self._stop_watching()
-        super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._reading = _Reading.NOTHING
