@@ -94,7 +94,7 @@ def export_bundle(source: LoadedModel, out: Path, options: ExportOptions = Expor
 
 def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict[str, Any]:
     """Write the bundle into `folder`, which is empty; return the parity report."""
-    _check_decoder(source.manifest, options)
+    check_decoder(source.manifest, options)
     conditional_rows = calibration_rows(source, options.trajectories)
     rows = conditional_rows.with_null(source.network.config)
     stored_as, rounding, rounded = _storage_precision(source, rows, options.weights)
@@ -174,11 +174,11 @@ def write_decoder(manifest: Manifest, folder: Path, options: ExportOptions) -> d
     return {}
 
 
-def _check_decoder(manifest: Manifest, options: ExportOptions) -> None:
+def check_decoder(manifest: Manifest, options: ExportOptions) -> None:
     """Refuse a model on latents without a decoder, before anything is computed.
 
     Raises:
-        ExportError: neither an autoencoder nor a graph of its decoder is given, or one too many.
+        ExportError: neither an autoencoder nor a graph of its decoder is given.
         AutoencoderError: the autoencoder cannot be opened.
     """
     channels = manifest.config.in_channels
