@@ -27,8 +27,8 @@ from ditserve.model.nets.factory import Network
 from ditserve.model.nets.layers import Attention
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import SampleError, embed_terms, parse_condition
-from ditserve.model.sampling.sheet import picture_grid, to_pixels
-from ditserve.model.spec.command_line import guarded, positive
+from ditserve.model.sampling.sheet import check_sheet, picture_grid, to_pixels
+from ditserve.model.spec.command_line import count, guarded, named_path, picture_file, positive, share
 from ditserve.model.spec.diffusion import grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
@@ -123,12 +123,11 @@ def paint(options: argparse.Namespace) -> Image.Image:
     if loaded.manifest.decoder != "identity":
         raise SampleError("attention is painted over pixels: this model works on latents")
     y, x = options.query or (height // 2, width // 2)
+    check_sheet(1, height * options.zoom, width * options.zoom)
     if not (0 <= y < height and 0 <= x < width):
         raise SampleError(
             f"--query is a pixel in rows 0..{height - 1} and columns 0..{width - 1}, not {y} {x}"
         )
-    if not 0 <= options.at <= 1:
-        raise SampleError(f"--at is a fraction of the noise range in 0..1, not {options.at}")
     term = parse_condition(options.condition, loaded.manifest.factors)
     embedding = embed_terms(model, [term], options.encoder)[0][None]
     x0 = draw_sample(loaded, embedding, options.seed)
@@ -176,21 +175,27 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m model.attention", description="Paint where a network looks over the picture it makes."
     )
     add = parser.add_argument
-    add("model", type=Path, help="a bundle, or a training run")
-    add("-o", "--out", type=Path, default=Path("attention.png"), help="the picture to write (attention.png)")
+    add("model", type=named_path, help="a bundle, or a training run")
+    add(
+        "-o",
+        "--out",
+        type=picture_file,
+        default=Path("attention.png"),
+        help="the picture to write",
+    )
     add("-c", "--condition", default="", metavar="FACTOR=CLASS,…", help="such as label=cat,style=noto")
-    add("--seed", type=int, default=0, help="of the picture (0)")
+    add("--seed", type=count, default=0, help="of the picture (0)")
     add(
         "--query",
-        type=int,
+        type=count,
         nargs=2,
         metavar=("ROW", "COLUMN"),
         help="a pixel whose patch looks; the middle one unless given",
     )
-    add("--at", type=float, default=0.4, help="how noisy the picture shown to the network is, 0..1 (0.4)")
+    add("--at", type=share, default=0.4, help="how noisy the picture shown to the network is, 0..1 (0.4)")
     add("--zoom", type=positive, default=4, help="pixels of the output per pixel (4)")
     add("--encoder", default="minilm", help="of text: a name or module:Class (minilm)")
-    add("--data", type=Path, help="the training pictures of a run, if they moved")
+    add("--data", type=named_path, help="the training pictures of a run, if they moved")
     return parser
 
 

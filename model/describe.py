@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ditserve.model.nets.cost import Cost, cost
 from ditserve.model.spec.bundle import MANIFEST, Bundle
-from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.command_line import guarded, positive
 from ditserve.model.spec.dit_config import BLOCK_KINDS, PATCHES, SIZES, published_config
 from ditserve.model.spec.network_config import NetworkConfig, network_config
 from ditserve.model.train.load import run_config
@@ -107,7 +107,11 @@ def _parser() -> argparse.ArgumentParser:
         "none: the paper's tables",
     )
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="in latent pixels; the trained one unless given"
+        "--size",
+        type=positive,
+        nargs=2,
+        metavar=("H", "W"),
+        help="in latent pixels (the trained one)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in plain numbers")
     return parser

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -44,6 +46,7 @@ from ditserve.model.evaluation.measures import (
     markdown_table,
     measure,
     notes,
+    shortfalls,
 )
 from ditserve.model.evaluation.picture_sets import (
     GENERATED,
@@ -52,13 +55,14 @@ from ditserve.model.evaluation.picture_sets import (
     UNSEEN,
     EvaluationPlan,
     PictureSet,
+    choose_rows,
     collect_sets,
     open_data,
 )
 from ditserve.model.nets.autoencoder import open_autoencoder
 from ditserve.model.sampling.sheet import picture_grid, to_pixels
 from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
-from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.output_folder import BUNDLE, EVALUATION, RUN, claim
 from ditserve.model.train.load import load_model
@@ -115,13 +119,8 @@ def open_metric_networks(
     if options.features == "classifier" or options.classifier:
         folder = options.classifier or CLASSIFIER
         classifier = open_classifier(folder)
-        known = {(factor.name, name) for factor in classifier.card.factors for name in factor.classes}
-        wanted = {(factor.name, name) for factor in loaded.manifest.factors for name in factor.classes}
-        if not known & wanted:
-            raise EvaluationError(
-                f"the classifier in {folder} knows none of the model's classes: "
-                "train one with python -m model.evaluation.classifier"
-            )
+        if not _known_classes(classifier, loaded)[0]:
+            raise EvaluationError(_no_classifier(folder, loaded, options))
     if options.features == "inception":
         if options.weights is None:
             raise EvaluationError("--features inception needs the network's file: pass it with --weights")
@@ -130,15 +129,41 @@ def open_metric_networks(
     return classifier_features(classifier), classifier
 
 
+def _known_classes(classifier: Classifier, loaded: LoadedModel) -> tuple[int, int]:
+    """Return how many of the model's classes the classifier knows, and how many there are."""
+    known, wanted = (
+        {(factor.name, name) for factor in factors for name in factor.classes}
+        for factors in (classifier.card.factors, loaded.manifest.factors)
+    )
+    return len(known & wanted), len(wanted)
+
+
+def _no_classifier(folder: Path, loaded: LoadedModel, options: argparse.Namespace) -> str:
+    """Return the sentence on a classifier that knows none of the classes; it has the command to train one."""
+    if not loaded.manifest.factors:
+        return "the model has no classes, by which a classifier could judge: use --features inception"
+    config = next(
+        (model / "config.json" for model in options.models if (model / "config.json").is_file()), None
+    )
+    return (
+        f"the classifier in {folder} knows none of the model's classes: train one by python -m "
+        f"model.evaluation.classifier --config {config or 'RUN.json'} --data {options.data} --out judge, "
+        "and pass --classifier judge"
+    )
+
+
 def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPlan:
     """Return the plan of the command line; what it leaves out is the default of the model.
 
     Raises:
-        EvaluationError: a count below 1.
+        EvaluationError: more pictures than the memory holds, or than `--limit` for one combination.
     """
-    defaults = loaded.manifest.defaults
-    if min(options.limit, options.per_pair, options.reference) < 1:
-        raise EvaluationError("--limit, --per-pair and --reference must be at least 1")
+    defaults, config = loaded.manifest.defaults, loaded.network.config
+    needed = options.limit * 4 * math.prod((config.in_channels, *config.image_size))
+    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise EvaluationError(f"--limit {options.limit} pictures take {needed / 2**30:,.0f} GiB: lower it")
+    if options.per_pair is not None and options.per_pair > options.limit:
+        raise EvaluationError(f"--per-pair {options.per_pair} is above --limit {options.limit}: lower it")
     return EvaluationPlan(
         limit=options.limit,
         per_pair=options.per_pair,
@@ -189,7 +214,17 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
     network, classifier = open_metric_networks(options, loaded)
     plan = make_plan(loaded, options)
     decoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
-    sets = collect_sets(loaded, decoder, open_data(loaded, options.data), network, plan)
+    dataset = open_data(loaded, options.data)
+    rows = choose_rows(dataset, plan)
+    # What cannot be told is said before hours of sampling.
+    missing = shortfalls({name: len(index) for name, index in rows.items()}, network.width)
+    if classifier is not None:
+        known, wanted = _known_classes(classifier, loaded)
+        if known < wanted:
+            missing.append(f"the classifier knows {known} of {wanted} classes, which its figures are of")
+    for sentence in missing:
+        print(f"model.evaluate: {sentence}", file=sys.stderr)
+    sets = collect_sets(loaded, decoder, dataset, network, plan, rows)
     measured = measure(sets, classifier, manifest.factors, plan.seed)
     write_pictures(sets, measured.nearest, folder)
     record = {
@@ -199,7 +234,8 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
         "sampling": asdict(plan),
         "pictures": {name: len(pictures) for name, pictures in sets.items()},
         "figures": measured.figures,
-        "notes": notes(sets, network),
+        "deviations": measured.deviations,
+        "notes": [*notes(sets, network), *missing],
         "classifier_accuracy": classifier.card.accuracy if classifier else {},
         "seconds": round(time.monotonic() - began),
     }
@@ -222,7 +258,7 @@ def report(record: Mapping[str, Any]) -> str:
         f"{sampling['solver']}, {sampling['steps']} steps ({sampling['grid']}), "
         f"guidance {sampling['guidance_scale']:g} in {low:g}–{high:g}, "
         f"seed {sampling['seed']}; {record['data']}. Pictures: {counts}.",
-        markdown_table(record["figures"]),
+        markdown_table(record["figures"], record["deviations"]),
         *record["notes"],
     ]
     return "\n\n".join(lines) + "\n"
@@ -255,35 +291,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "models",
-        type=Path,
+        type=named_path,
         nargs="+",
         metavar="MODEL",
         help="a bundle, or a training run; several: to compare",
     )
-    parser.add_argument("--data", type=Path, required=True, help="the data it was trained on")
-    parser.add_argument("--out", type=Path, help="folder for the report and pictures (default: the model's)")
+    parser.add_argument("--data", type=named_path, required=True, help="the data it was trained on")
+    parser.add_argument(
+        "--out", type=named_path, help="folder for the report and pictures (default: the model's)"
+    )
     parser.add_argument("--write", action="store_true", help="put the figures into the bundle's manifest")
     parser.add_argument("--features", choices=("classifier", "inception"), default="classifier")
-    parser.add_argument("--weights", type=Path, help="NVIDIA's inception-2015-12-05.pt")
+    parser.add_argument("--weights", type=named_path, help="NVIDIA's inception-2015-12-05.pt")
     parser.add_argument(
         "--classifier",
-        type=Path,
+        type=named_path,
         help="folder of python -m model.evaluation.classifier (default: the emoji's)",
     )
-    parser.add_argument("--limit", type=int, default=200, help="pictures for labels of the training set")
-    parser.add_argument("--per-pair", type=int, default=1, help="pictures of each combination of labels")
+    parser.add_argument("--limit", type=positive, default=200, help="pictures for labels of the training set")
     parser.add_argument(
-        "--reference", type=int, default=10_000, help="training pictures compared with, at most"
+        "--per-pair",
+        type=positive,
+        help="pictures of each combination of labels, at most (as often as in training)",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument(
+        "--reference", type=positive, default=10_000, help="training pictures compared with, at most"
+    )
+    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument("--steps", type=positive)
     parser.add_argument("--solver")
     parser.add_argument("--grid")
-    parser.add_argument("--scale", type=float, help="guidance scale; 1 is none")
+    parser.add_argument("--scale", type=finite, help="guidance scale; 1 is none")
     parser.add_argument(
-        "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1"
+        "--interval", type=share, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1"
     )
-    parser.add_argument("--vae", type=Path, help="diffusers AutoencoderKL folder, for latent models")
+    parser.add_argument("--vae", type=named_path, help="diffusers AutoencoderKL folder, for latent models")
     return parser
 
 

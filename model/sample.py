@@ -30,12 +30,13 @@ from ditserve.model.sampling.prompt import (
 from ditserve.model.sampling.sheet import (
     CHUNK,
     captioned_grid,
+    check_sheet,
     picture_grid,
     sheet_captions,
     sheet_labels,
     to_pixels,
 )
-from ditserve.model.spec.command_line import guarded, positive
+from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
 from ditserve.model.spec.diffusion import GRIDS, grid
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.train.load import load_model
@@ -62,6 +63,8 @@ def sample(options: argparse.Namespace) -> Image.Image:
         sheet, columns = sheet_labels(model.config.classes, options.columns or 10)
         sheet_embeddings = model.embed(label_tensor(sheet, model.config.classes).to(device))
         samples = len(sheet)
+    columns = min(columns, samples)
+    check_sheet(samples, *size)
     pixels = []
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
         task = progress.add_task("sampling", total=samples * len(table))
@@ -131,8 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Sample a model to one picture. What is not said is as the model's bundle has it.",
     )
     add = parser.add_argument
-    add("model", type=Path, help="a bundle, or a training run")
-    add("-o", "--out", type=Path, default=Path("sample.png"), help="the picture to write (sample.png)")
+    add("model", type=named_path, help="a bundle, or a training run")
+    add("-o", "--out", type=picture_file, default=Path("sample.png"), help="picture to write (sample.png)")
     add(
         "-c",
         "--condition",
@@ -149,19 +152,25 @@ def _parser() -> argparse.ArgumentParser:
         "of what each would do (compose), or from shallow blocks to deep ones (layers); linear unless given",
     )
     add("--count", type=positive, default=4, help="samples of the condition (4)")
-    add("--seed", type=int, default=0, help="of the first sample; the others count up (0)")
+    add("--seed", type=count, default=0, help="of the first sample; the others count up (0)")
     add("--steps", type=positive, help="steps from noise to picture")
     add("--solver", help=f"what takes the steps: {', '.join(SOLVERS)}")
     add("--grid", help=f"where the steps are: {', '.join(GRIDS)}, or timesteps such as 999,500,100")
-    add("--eta", type=float, default=0.0, help="share of fresh noise in each step, 0..1 (0)")
-    add("--scale", type=float, help="guidance scale; 1 is none")
-    add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1")
-    add("--decay", type=float, default=0.0, help="how fast guidance falls with noise, exp(-DECAY·t/T) (0)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels, of a latent model in latent pixels")
+    add("--eta", type=share, default=0.0, help="share of fresh noise in each step, 0..1 (0)")
+    add("--scale", type=finite, help="guidance scale; 1 is none")
+    add("--interval", type=share, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1")
+    add("--decay", type=finite, default=0.0, help="how fast guidance falls with noise, exp(-DECAY·t/T) (0)")
+    add(
+        "--size",
+        type=positive,
+        nargs=2,
+        metavar=("H", "W"),
+        help="in pixels or latent pixels",
+    )
     add("--columns", type=positive, help="pictures side by side")
     add("--encoder", default="minilm", help="of text: a name or module:Class (minilm)")
-    add("--vae", type=Path, help="diffusers AutoencoderKL folder, for latent models")
-    add("--data", type=Path, help="the training pictures of a run, if they moved")
+    add("--vae", type=named_path, help="diffusers AutoencoderKL folder, for latent models")
+    add("--data", type=named_path, help="the training pictures of a run, if they moved")
     add("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1 (cpu)")
     add("--progress", action="store_true", help="show progress also where there is no terminal")
     return parser

@@ -6,6 +6,7 @@ as plain data (`to_wire` / `from_wire`) under its code, so the API raises the sa
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Any, ClassVar
 
 
@@ -147,6 +148,10 @@ class QuotaExceeded(ServiceError):
 # The service cannot take the request now.
 
 
+class TooManyConnections(ServiceError):
+    status, code, title = 503, "too-many-connections", "Too many connections"
+
+
 class QueueFull(ServiceError):
     status, code, title = 503, "queue-full", "The queue is full"
 
@@ -237,11 +242,14 @@ def to_wire(error: BaseException) -> dict[str, Any]:
 def from_wire(data: Mapping[str, Any]) -> ServiceError:
     """Return the error that `to_wire` wrote.
 
-    A code that this version does not know (a newer worker's) becomes an `InternalError` that names it.
+    A code that this version does not know (a newer worker's) becomes an `InternalError` that names it. Fields
+    of another form than `to_wire` writes are left out.
     """
     code = str(data.get("code", "missing"))
-    extra = dict(data.get("extra") or {})
+    extra, retry_after = data.get("extra"), data.get("retry_after")
+    extra = dict(extra) if isinstance(extra, Mapping) else {}
     kind = ERRORS.get(code)
     if kind is None:
         kind, extra = InternalError, {**extra, "unknown_code": code}
-    return kind(str(data.get("detail") or ""), retry_after=data.get("retry_after"), extra=extra)
+    seconds = retry_after if isinstance(retry_after, int | float) and isfinite(retry_after) else None
+    return kind(str(data.get("detail") or ""), retry_after=seconds, extra=extra)

@@ -13,7 +13,7 @@ from math import inf
 from typing import Any, Literal
 
 from ditserve.service.rung import Rung
-from ditserve.service.wire import Message, build, unpack
+from ditserve.service.wire import NEWEST, Message, WireError, build, unpack
 
 Priority = Literal["low", "normal", "high"]
 ImageFormat = Literal["png", "webp", "jpeg"]
@@ -21,6 +21,7 @@ Mix = Literal["linear", "spherical"]
 State = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
 EventKind = Literal["queued", "started", "step", "preview", "degraded", "done", "failed", "cancelled"]
 
+LONGEST_STEP_S = 86400.0  # a worker that reports a longer one is not believed
 # The weight of a priority: the share of the queue and of the machine beside that of others.
 WEIGHTS: Mapping[str, float] = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
@@ -118,11 +119,15 @@ class JobResult(Message):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to write to a job; (owner, attempt) is the fencing token."""
+    """The right to write to a job; (owner, attempt) is the fencing token.
+
+    `version` is the schema version in which whoever queued the job reads what is written about it.
+    """
 
     job_id: str
     owner: str
     attempt: int
+    version: int = NEWEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,9 +244,14 @@ class Starting(Message):
 
 
 def read_report(data: bytes) -> WorkerState | Starting:
-    """Return what a worker published. Raise `WireError` for anything but a report of this schema version."""
+    """Return what a worker published. Raise `WireError` for anything that is no report to reckon with."""
     fields = unpack(data)
-    return build(Starting, fields) if "doing" in fields else build(WorkerState, fields)
+    if "max_rows" not in fields:
+        return build(Starting, fields)
+    state = build(WorkerState, fields)
+    if max(state.step_fixed_s, state.step_per_row_s, state.decode_s) > LONGEST_STEP_S:
+        raise WireError(f"not a worker state: a step of more than {LONGEST_STEP_S:.0f} s")
+    return state
 
 
 @dataclass(frozen=True, slots=True)

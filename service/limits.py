@@ -30,6 +30,7 @@ class WorkerPolicy:
 
     max_rows: int = 64
     lookahead_rows: int = 64  # claimed beyond what can run, by all workers of the queue together
+    balance_s: float = 0.5  # of work more than the idlest other worker, with which it claims none ahead
     drain_s: float = 30.0
     export_s: float = 3.0  # in which the engine exports its samples when the worker leaves
     hang_s: float = 60.0  # without a step while samples run, after which the worker gives up

@@ -1,8 +1,13 @@
 """The wire form of frozen dataclasses: one msgpack map a message, with a schema version. Pure.
 
 A message is a map from field name to value; a dataclass inside it is such a map again, without a version.
-Plain data: a reader of another schema version refuses what it does not know instead of guessing, and nothing
-is executed on the way in.
+Plain data: nothing is executed on the way in.
+
+Releases share a queue while a fleet is upgraded. So a reader ignores fields that it does not know, a default
+stands for a field that is missing, and every value is checked to be of its field's type. A change that is not
+a new field with a default raises the version. The release that raises it still reads and writes the version
+before: what is written about a job has the version of the job, and what has readers of every release (a
+worker's report, an error that anybody writes) has the oldest version. Other versions are refused.
 """
 
 from __future__ import annotations
@@ -12,17 +17,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgpack
 
-WIRE_VERSION = 1
+READABLE: Final = (1,)  # schema versions that this release reads and can write, the oldest first
+NEWEST, OLDEST = READABLE[-1], READABLE[0]
+
+# A field's type → the types of its values in a message.
+_SCALARS: Final[Mapping[type, tuple[type, ...]]] = {
+    bool: (bool,),
+    bytes: (bytes,),
+    float: (float, int),
+    int: (int,),
+    str: (str,),
+}
 
 T = TypeVar("T")
 
 
 class WireError(ValueError):
-    """Bytes that are not a message of this schema version."""
+    """Bytes that are not a message of a schema version that this release reads."""
+
+
+class OtherVersion(WireError):
+    """A message of a schema version that another release reads."""
 
 
 class Message:
@@ -30,8 +49,8 @@ class Message:
 
     __slots__ = ()
 
-    def to_bytes(self) -> bytes:
-        return pack(fields_of(self))
+    def to_bytes(self, version: int = NEWEST) -> bytes:
+        return pack(fields_of(self), version)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -42,14 +61,21 @@ class Message:
         return build(cls, unpack(data))
 
 
-def pack(fields: Mapping[str, Any]) -> bytes:
-    """Return one message: the schema version and the fields, whose values may be dataclasses."""
-    packed: bytes = msgpack.packb({"v": WIRE_VERSION, **fields}, default=fields_of)
+def pack(fields: Mapping[str, Any], version: int = NEWEST) -> bytes:
+    """Return one message: the schema version and the fields, whose values may be dataclasses.
+
+    The version comes first, where the scripts of the queue look for it.
+    """
+    packed: bytes = msgpack.packb({"v": version, **fields}, default=fields_of)
     return packed
 
 
 def unpack(data: bytes) -> dict[str, Any]:
-    """Return the fields of one message. Raise `WireError` if it is malformed or of another schema version."""
+    """Return the fields of one message.
+
+    Raises:
+        WireError: it is malformed, or (`OtherVersion`) of a schema version that this release does not read.
+    """
     try:
         fields = msgpack.unpackb(data, raw=False)
     except (ValueError, msgpack.UnpackException) as error:
@@ -57,8 +83,10 @@ def unpack(data: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise WireError("malformed message: not a map")
     version = fields.pop("v", None)
-    if version != WIRE_VERSION:
-        raise WireError(f"message of schema version {version!r}, this release reads {WIRE_VERSION}")
+    if not isinstance(version, int):
+        raise WireError(f"malformed message: its schema version is {version!r}")
+    if version not in READABLE:
+        raise OtherVersion(f"message of schema version {version}, this release reads {READABLE}")
     return fields
 
 
@@ -71,10 +99,12 @@ def fields_of(value: Any) -> dict[str, Any]:
 
 
 def build(kind: type[T], fields: Mapping[str, Any]) -> T:
-    """Return the dataclass `kind` of these fields, as msgpack gives them; a default stands for a missing one.
+    """Return the dataclass `kind` of these fields, as msgpack gives them.
+
+    A default stands for a missing field, and a field that is not known is ignored.
 
     Raises:
-        WireError: a field is missing, unknown, or not of its form.
+        WireError: a field without a default is missing, or a value is not of its field's type.
     """
     read: Callable[[Any], T] = _reader(cast("Any", kind))
     try:
@@ -86,29 +116,74 @@ def build(kind: type[T], fields: Mapping[str, Any]) -> T:
 
 @cache
 def _reader(kind: Any) -> Callable[[Any], Any]:
-    """Return the function that makes a `kind` of what msgpack gives: tuples of lists, dataclasses of maps."""
+    """Return the function that makes a `kind` of what msgpack gives: tuples of lists, dataclasses of maps.
+
+    It raises for anything that is not of this kind.
+    """
+    args, origin = get_args(kind), get_origin(kind)
     if is_dataclass(kind):
         return _map_reader(kind)
-    args, origin = get_args(kind), get_origin(kind)
-    if origin is tuple and args[-1] is Ellipsis:
-        item = _reader(args[0])
-        return tuple if item is _as_it_is else lambda values: tuple(map(item, values))
+    if kind in _SCALARS:
+        return _scalar_reader(_SCALARS[kind])
+    if origin is Literal:
+        return _literal_reader(args)
     if origin is tuple:
-        items = tuple(map(_reader, args))
-        return lambda values: tuple(read(value) for read, value in zip(items, values, strict=True))
+        return _tuple_reader(args)
+    if origin is dict:
+        read_value = _reader(args[1])
+        return lambda values: {name: read_value(value) for name, value in values.items()}
     if origin in (Union, UnionType) and NoneType in args and len(args) == 2:
-        some = _reader(next(arg for arg in args if arg is not NoneType))
-        return some if some is _as_it_is else lambda value: None if value is None else some(value)
-    return _as_it_is
+        read_some = _reader(next(arg for arg in args if arg is not NoneType))
+        return lambda value: None if value is None else read_some(value)
+    return lambda value: value
 
 
 def _map_reader(kind: Any) -> Callable[[Any], Any]:
     hints = get_type_hints(kind)
-    readers = {name: read for name in kind.__slots__ if (read := _reader(hints[name])) is not _as_it_is}
-    return lambda fields: kind(
-        **{name: readers[name](value) if name in readers else value for name, value in fields.items()}
-    )
+    readers = {name: _reader(hints[name]) for name in kind.__slots__}
+
+    def read(fields: Any) -> Any:
+        known = {}
+        for name, read_field in readers.items():
+            if name in fields:
+                try:
+                    known[name] = read_field(fields[name])
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    raise ValueError(f"its {name}: {error}") from error
+        return kind(**known)
+
+    return read
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
+def _tuple_reader(args: tuple[Any, ...]) -> Callable[[Any], Any]:
+    if args[-1] is Ellipsis:
+        read_item = _reader(args[0])
+        return lambda values: tuple(map(read_item, _list(values)))
+    readers = tuple(map(_reader, args))
+    return lambda values: tuple(read(value) for read, value in zip(readers, _list(values), strict=True))
+
+
+def _list(values: Any) -> Any:
+    """Return a list as it is. A string or a map could be iterated over as well."""
+    if type(values) not in (list, tuple):
+        raise TypeError(f"{values!r:.60} is not a list")
+    return values
+
+
+def _scalar_reader(types: tuple[type, ...]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        # Not a number is not of its type: with it every comparison is false.
+        if type(value) not in types or value != value:
+            raise TypeError(f"{value!r:.60} is not of type {types[0].__name__}")
+        return value
+
+    return read
+
+
+def _literal_reader(words: tuple[Any, ...]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if value not in words:
+            raise ValueError(f"{value!r:.60} is none of {', '.join(map(repr, words))}")
+        return value
+
+    return read

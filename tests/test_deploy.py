@@ -79,7 +79,7 @@ def exposed() -> dict[str, set[str]]:
             for suffix in suffixes.get(family.type, [""]):
                 series[family.name + suffix] = set(instrument._labelnames)
     load = LoadSnapshot(queued_jobs=0, queued_rows=0, oldest_age_s=0.0, workers=(), taken_at=0.0)
-    read = metrics.LoadCollector({"emoji": load}).collect()
+    read = metrics.LoadCollector({"emoji": load}, redis_up=True).collect()
     return series | {sample.name: set(sample.labels) for family in read for sample in family.samples}
 
 

@@ -97,10 +97,17 @@ class Service:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     # Images are compared, and a worker that is started again could find the other precision faster.
-    running = Service(tmp_path_factory.mktemp("service") / "log.txt", "--precision=fp32")
+    log = tmp_path_factory.mktemp("service") / "log.txt"
+    running = Service(log, "--precision=fp32", "--trusted-proxies=127.0.0.1")
     yield running
-    if running.process.poll() is None:
-        running.stop()
+    # One interrupt ends the supervisor with 0 and leaves no child behind.
+    family = children_of(running.process.pid)
+    assert len(family) >= 3  # Valkey, worker, API
+    assert running.stop() == 0
+    wait_until(
+        lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), "the children to end", timeout_s=5
+    )
+    assert "Traceback" not in running.log.read_text()
 
 
 def pixels(image: dict[str, Any] | bytes) -> npt.NDArray[np.int16]:
@@ -197,6 +204,28 @@ def test_metrics_count_what_happened(service: Service) -> None:
     assert sum(float(line.split()[-1]) for line in images) >= 1
 
 
+def test_a_short_request_does_not_wait_for_the_long_job_of_another_caller(service: Service) -> None:
+    def seconds() -> float:
+        began = time.monotonic()
+        service.generate(steps=5)
+        return time.monotonic() - began
+
+    seconds()
+    alone = min(seconds() for _ in range(3))
+    with httpx.Client(
+        base_url=service.url, headers={"X-Forwarded-For": "198.51.100.7"}, timeout=60
+    ) as another:
+        job = {**APPLE, "steps": 1000, "n": 4}
+        accepted = another.post("/generate", json=job, headers={"Prefer": "respond-async"})
+        place = accepted.headers["location"]
+        wait_until(lambda: another.get(place).json()["state"] == "running", "the job to run")
+        beside = min(seconds() for _ in range(3))
+        assert another.get(place).json()["state"] == "running"
+        assert another.delete(place).status_code == 200
+    # Half of the machine, and a pass that another caller has begun: tens of times as long without shares.
+    assert beside < 10 * alone
+
+
 def test_a_killed_worker_loses_nothing(service: Service) -> None:
     expected = pixels(service.generate(steps=100)["images"][0])
     accepted = service.client.post(
@@ -212,18 +241,6 @@ def test_a_killed_worker_loses_nothing(service: Service) -> None:
     job = service.client.get(place).json()
     assert job["attempt"] == 2
     assert np.abs(pixels(service.client.get(f"{place}/images/0").content) - expected).max() <= 1
-
-
-def test_the_same_server_is_stopped_cleanly(service: Service) -> None:
-    """Last in the module: one interrupt ends the supervisor with 0 and leaves no child behind."""
-    family = children_of(service.process.pid)
-    assert len(family) >= 3  # Valkey, worker, API
-    assert service.stop() == 0
-    wait_until(
-        lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), "the children to end", timeout_s=5
-    )
-    log = service.log.read_text()
-    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from ditserve.model.data.labels import select_examples
 from ditserve.model.data.latents import INDEX
 from ditserve.model.data.sources import check_corrupt_limit, read_source
 from ditserve.model.data.summary import contact_sheet, summarise
-from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.command_line import count, guarded, named_path, picture_file, positive
 from ditserve.model.spec.output_folder import LATENTS, check_folder
 
 
@@ -39,10 +39,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _emoji_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=int, default=64, help="picture size in pixels")
-    parser.add_argument("--out", type=Path, help="target file (default data/emoji<size>.npz)")
+    parser.add_argument("--size", type=positive, default=64, help="picture size in pixels")
+    parser.add_argument("--out", type=named_path, help="target file (default data/emoji<size>.npz)")
     parser.add_argument(
-        "--tarballs", type=Path, default=Path("data/npm"), help="folder of npm tarballs, filled as needed"
+        "--tarballs",
+        type=named_path,
+        default=Path("data/npm"),
+        help="folder of npm tarballs, filled if needed",
     )
     parser.set_defaults(run=_emoji)
 
@@ -54,9 +57,9 @@ def _emoji(options: argparse.Namespace) -> None:
 
 
 def _describe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", type=named_path)
     parser.add_argument(
-        "--sheet", type=Path, metavar="PNG", help="also save some of the pictures, side by side"
+        "--sheet", type=picture_file, metavar="PNG", help="also save some of the pictures, side by side"
     )
     parser.set_defaults(run=_describe)
 
@@ -75,17 +78,20 @@ def _describe(options: argparse.Namespace) -> None:
 
 
 def _latents_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="any data set of pictures")
+    parser.add_argument("source", type=named_path, help="any data set of pictures")
     parser.add_argument(
-        "--autoencoder", type=Path, required=True, help="folder of an AutoencoderKL, as diffusers saves it"
+        "--autoencoder",
+        type=named_path,
+        required=True,
+        help="folder of an AutoencoderKL of diffusers",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the shards; finished ones in it are kept"
+        "--out", type=named_path, required=True, help="folder for the shards; finished ones in it are kept"
     )
     parser.add_argument(
         "--size", type=_size, help="crop pictures to N or HxW pixels; not needed if all have one size"
     )
-    parser.add_argument("--workers", type=_count, default=1, help="processes")
+    parser.add_argument("--workers", type=positive, default=1, help="processes")
     parser.add_argument(
         "--part",
         type=_part,
@@ -93,28 +99,22 @@ def _latents_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K/N",
         help="do the K-th of N parts, on the K-th of N machines",
     )
-    parser.add_argument("--shard", type=_count, default=256, help="pictures in a shard")
-    parser.add_argument("--batch", type=_count, default=16, help="pictures encoded at once")
+    parser.add_argument("--shard", type=positive, default=256, help="pictures in a shard")
+    parser.add_argument("--batch", type=positive, default=16, help="pictures encoded at once")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
-        "--corrupt-limit", type=int, default=0, help="how many unreadable pictures may be left out"
+        "--corrupt-limit", type=count, default=0, help="how many unreadable pictures may be left out"
     )
     parser.set_defaults(run=_latents)
 
 
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    return _count(height), _count(width or height)
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
-    return int(text)
+    return positive(height), positive(width or height)
 
 
 def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K in 1..N")
     return int(match[1]), int(match[2])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from ditserve.model.evaluation.classifier_network import (
     top_k_accuracy,
 )
 from ditserve.model.spec.bundle import Factor
-from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.command_line import count, guarded, named_path, positive
 from ditserve.model.spec.output_folder import CLASSIFIER, claim
 from ditserve.model.train.config import first_mistake, load_config
 
@@ -56,19 +55,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m model.evaluation.classifier", description="Train the judge of generated pictures."
     )
     parser.add_argument(
-        "--config", type=Path, required=True, help="a training run's file, which selects the pictures"
+        "--config", type=named_path, required=True, help="a training run's file, which selects the pictures"
     )
-    parser.add_argument("--data", type=Path, help="the pictures, if not where the file says")
-    parser.add_argument("--out", type=Path, required=True, help="a folder")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--data", type=named_path, help="the pictures, if not where the file says")
+    parser.add_argument("--out", type=named_path, required=True, help="a folder")
+    parser.add_argument("--epochs", type=positive, default=40)
     parser.add_argument(
         "--widths",
-        type=int,
+        type=positive,
         nargs="+",
         default=[48, 96, 128],
         help="channels at a quarter of the size, and of each halving",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=count, default=0)
     return parser
 
 

@@ -21,6 +21,7 @@ from ditserve.model.spec.errors import ModelError
 
 INCEPTION = "inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+INCEPTION_WIDTH = 2048
 CHUNK = 64  # pictures read by Inception at once
 
 
@@ -41,11 +42,13 @@ class Features:
 class FeatureNetwork:
     """A function from pictures (N, 3, H, W) in [−1, 1] to features.
 
-    `name` identifies the network in reports; `note` says with what its figures may be compared.
+    `name` identifies the network in reports; `note` says with what its figures may be compared. `width` is
+    the number of pooled features.
     """
 
     name: str
     note: str
+    width: int
     features: Callable[[Tensor], Features]
 
 
@@ -67,6 +70,7 @@ def classifier_features(classifier: Classifier) -> FeatureNetwork:
         "not comparable with published FID, KID or IS. "
         "It sees what is meant and forgives how it is drawn; "
         "the distance of details, of its first layer, does not.",
+        classifier.card.widths[-1],
         features,
     )
 
@@ -97,5 +101,6 @@ def inception_features(file: Path, sha256: str = INCEPTION_SHA256) -> FeatureNet
         "inception",
         "Distances are between features of the standard Inception network: "
         "comparable with published ones of equal counts, data and preprocessing.",
+        INCEPTION_WIDTH,
         features,
     )

@@ -6,7 +6,7 @@ Files are read and pictures are sampled elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,10 @@ from ditserve.model.spec.bundle import Factor
 SPLITS_FROM = 5000
 # A picture is a copy if its nearest training picture is closer than this share of the distance to the second.
 COPY_RATIO = 1 / 3
+# With fewer pictures, nearly every picture lies within the radius of some other one.
+PICTURES_WITH_NEIGHBOURS = 30
+# Splits in two halves that deviations are averaged over.
+HALVINGS = 5
 # With fewer pictures per feature than this, a note points out the bias of Fréchet distances.
 PICTURES_PER_FEATURE = 10
 
@@ -59,22 +63,69 @@ Figures = dict[str, float]
 
 
 def distances(generated: PictureSet, reference: PictureSet, seed: int) -> Figures:
-    """Return the Fréchet and kernel distances to a reference, precision, recall, and the Inception Score."""
+    """Return the Fréchet and kernel distances to a reference, precision, recall, and the Inception Score.
+
+    A figure that so few pictures cannot tell is left out; see `shortfalls`.
+    """
     ours, theirs = generated.features, reference.features
-    kernel = kernel_distance(theirs.pooled, ours.pooled, seed=seed)
+    fewest = min(len(generated), len(reference))
     score = inception_score(ours.probabilities, 10 if len(generated) >= SPLITS_FROM else 1)
-    precision, recall = precision_recall(theirs.pooled, ours.pooled)
-    figures = {
-        "frechet_distance": frechet_distance(theirs.pooled, ours.pooled),
-        "kernel_distance": kernel.mean,
-        "kernel_distance_std": kernel.std,
-        "inception_score": score.mean,
-        "precision": precision,
-        "recall": recall,
-    }
-    if theirs.detail is not None and ours.detail is not None:
+    figures = {"inception_score": score.mean}
+    if fewest > ours.pooled.shape[1]:
+        figures["frechet_distance"] = frechet_distance(theirs.pooled, ours.pooled)
+    if theirs.detail is not None and ours.detail is not None and fewest > ours.detail.shape[1]:
         figures["detail_frechet_distance"] = frechet_distance(theirs.detail, ours.detail)
+    if fewest > 1:
+        kernel = kernel_distance(theirs.pooled, ours.pooled, seed=seed)
+        figures |= {"kernel_distance": kernel.mean, "kernel_distance_std": kernel.std}
+    if fewest >= PICTURES_WITH_NEIGHBOURS:
+        figures["precision"], figures["recall"] = precision_recall(theirs.pooled, ours.pooled)
     return figures
+
+
+def shortfalls(counts: Mapping[str, int], width: int) -> list[str]:
+    """Return a sentence for each figure that cannot be told of `counts` pictures of each set.
+
+    A Gaussian of `width` features needs more pictures than that. With 200 generated pictures and 128 features
+    there is a Fréchet distance, with 2048 features there is none.
+
+    Raises:
+        ValueError: there are fewer than two training pictures, of which nothing can be told.
+    """
+    if counts[TRAINING] < 2:
+        raise ValueError("the data holds one training picture, and figures need at least two: add pictures")
+    needs = {"Fréchet distance": width + 1, "precision and recall": PICTURES_WITH_NEIGHBOURS}
+    remedies = {GENERATED: "raise --limit", TRAINING: "add pictures, or raise --reference"}
+    sentences = []
+    for figure, needed in needs.items():
+        few = [
+            f"{counts[name]} {name} ones ({remedy})"
+            for name, remedy in remedies.items()
+            if counts[name] < needed
+        ]
+        if few:
+            sentences.append(f"no {figure}, which needs {needed} pictures of each kind: {' and '.join(few)}")
+    return sentences
+
+
+def deviations(
+    generated: PictureSet, figures: Figures, measured: Callable[[PictureSet], Figures], seed: int
+) -> Figures:
+    """Return the standard deviations that `figures` have from one set of seeds to another.
+
+    The set is split in two halves, a few times. A mean over half as many pictures varies by √2 more, and the
+    difference of two such means by 2: half the difference, as a root mean square, is the deviation of the
+    whole. 0.60 and 0.70 for the halves are a deviation of 0.05. Figures that the halves are too few for have
+    none.
+    """
+    squares: dict[str, list[float]] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(HALVINGS):
+        order = torch.randperm(len(generated), generator=generator)
+        one, other = (measured(generated.part(half)) for half in order.tensor_split(2))
+        for key in figures.keys() & one.keys() & other.keys():
+            squares.setdefault(key, []).append(((one[key] - other[key]) / 2) ** 2)
+    return {key: math.sqrt(sum(values) / len(values)) for key, values in squares.items()}
 
 
 def split_in_two(real: PictureSet, count: int, seed: int) -> tuple[PictureSet, PictureSet]:
@@ -155,49 +206,59 @@ def memorisation(neighbours: NearestTraining, pictures: PictureSet, training: Pi
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """The figures of each column, and the nearest training pictures of each set but TRAINING."""
+    """The figures of each column, their deviations, and the nearest training pictures of all but TRAINING."""
 
     figures: dict[str, Figures]
+    deviations: dict[str, Figures]
     nearest: dict[str, NearestTraining]
 
 
 def measure(
     sets: Mapping[str, PictureSet], classifier: Classifier | None, factors: Sequence[Factor], seed: int
 ) -> EvaluationResult:
-    """Return the figures of all sets, a column each.
+    """Return the figures of all sets, a column each, and the deviations of the column GENERATED.
 
     `sets` has TRAINING and GENERATED, and UNSEEN and REAL_UNSEEN if labels were held out. The column
     REAL shows the distances that chance alone makes: as many training pictures as were generated,
     against the other ones.
 
     Raises:
-        ValueError: too few pictures.
+        ValueError: fewer than two training pictures.
         ClassifierError: pictures of a size the classifier does not read.
     """
     training, generated = sets[TRAINING], sets[GENERATED]
+
+    def accuracy(pictures: PictureSet) -> Figures:
+        return {} if classifier is None else label_accuracy(classifier, factors, pictures)
+
+    def compared(pictures: PictureSet) -> Figures:
+        return distances(pictures, training, seed) | accuracy(pictures)
+
     some, others = split_in_two(training, len(generated), seed)
     figures = {
-        GENERATED: distances(generated, training, seed),
+        GENERATED: compared(generated),
         UNSEEN: {},
-        REAL: distances(some, others, seed) | memorisation(nearest_training(some, others), some, others),
-        REAL_UNSEEN: {},
+        REAL: distances(some, others, seed) | accuracy(some),
     }
-    compared = [name for name in (GENERATED, UNSEEN, REAL_UNSEEN) if name in sets]
-    neighbours = {name: nearest_training(sets[name], training) for name in compared}
-    for name in compared:
-        figures[name] |= memorisation(neighbours[name], sets[name], training)
-    if classifier is not None:
-        pictures = {**sets, REAL: some}
-        for name in set(figures) & set(pictures):
-            figures[name] |= label_accuracy(classifier, factors, pictures[name])
-    return EvaluationResult({name: column for name, column in figures.items() if column}, neighbours)
+    spread = deviations(generated, figures[GENERATED], compared, seed) if len(generated) > 1 else {}
+    if len(others) > 1:
+        figures[REAL] |= memorisation(nearest_training(some, others), some, others)
+    neighbours = {}
+    for name in (GENERATED, UNSEEN, REAL_UNSEEN):
+        if name in sets:
+            neighbours[name] = nearest_training(sets[name], training)
+            column = figures.setdefault(name, {})
+            column |= memorisation(neighbours[name], sets[name], training)
+            column |= {} if name == GENERATED else accuracy(sets[name])
+    shown = {name: column for name, column in figures.items() if column}
+    return EvaluationResult(shown, {GENERATED: spread} if spread else {}, neighbours)
 
 
 def notes(sets: Mapping[str, PictureSet], network: FeatureNetwork) -> list[str]:
     """Return sentences that a reader of the figures must know."""
     count, width = len(sets[GENERATED]), sets[GENERATED].features.pooled.shape[1]
     sentences = [network.note]
-    if count < PICTURES_PER_FEATURE * width:
+    if width < count < PICTURES_PER_FEATURE * width:
         sentences.append(
             f"{count} pictures are few for {width} features: Fréchet distances come out too large, "
             "and every figure moves with the count. "
@@ -207,12 +268,21 @@ def notes(sets: Mapping[str, PictureSet], network: FeatureNetwork) -> list[str]:
     return sentences
 
 
-def markdown_table(columns: Mapping[str, Figures]) -> str:
-    """Return a table with a line per figure that any column has, and a dash where a column lacks it."""
+def markdown_table(columns: Mapping[str, Figures], spread: Mapping[str, Figures]) -> str:
+    """Return a table with a line per figure that any column has, and a dash where a column lacks it.
+
+    `spread` has the deviations of figures, by column, which stand behind them.
+    """
     keys = [key for key in TITLES if any(key in figures for figures in columns.values())]
     keys += sorted({key for figures in columns.values() for key in figures} - set(TITLES))
     lines = ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for key in keys:
-        cells = [f"{figures[key]:.4g}" if key in figures else "–" for figures in columns.values()]
+        cells = [_cell(figures.get(key), spread.get(name, {}).get(key)) for name, figures in columns.items()]
         lines.append(f"| {TITLES.get(key, key.replace('_top', ' top-'))} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(figure: float | None, deviation: float | None) -> str:
+    if figure is None:
+        return "–"
+    return f"{figure:.4g}" if deviation is None else f"{figure:.4g} ± {deviation:.2g}"

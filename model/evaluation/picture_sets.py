@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,12 @@ class PictureSet:
 class EvaluationPlan:
     """The number of pictures to generate and to compare with, and how to sample.
 
-    At most `limit` pictures are generated for labels of the training set, `per_pair` of each combination of
-    labels. At most `reference` real pictures of each kind are compared with.
+    `limit` pictures are generated for labels of the training set, but no more than `per_pair` of each
+    combination of labels, if it is given. At most `reference` real pictures of each kind are compared with.
     """
 
     limit: int
-    per_pair: int
+    per_pair: int | None
     reference: int
 
     steps: int
@@ -100,19 +100,36 @@ def open_data(model: LoadedModel, path: Path) -> Dataset:
 def choose_examples(dataset: Dataset, plan: EvaluationPlan) -> tuple[list[int], list[int]]:
     """Choose the examples whose labels pictures are generated for, as two lists of indices.
 
-    The first are training examples, drawn at random, one for each combination of labels, at most `limit`. The
-    second are held-out examples, one for each combination of labels that training never shows. Every index is
-    repeated `per_pair` times. Without label factors, at most `limit` training examples are chosen.
+    The first are training examples: one of each combination of labels, in a random order, then others at
+    random, so that combinations are as frequent as in training. If there are too few, they are repeated. With
+    `per_pair`, each combination is there so many times instead. The second list has, `per_pair` times or
+    once, a held-out example of each combination that training never shows.
     """
     training = [int(k) for k in dataset.training]
-    order = np.random.default_rng(plan.seed).permutation(training).tolist()
-    if not dataset.factors:
-        return order[: plan.limit], []
+    order: list[int] = np.random.default_rng(plan.seed).permutation(training).tolist()
     combinations = [tuple(row) for row in dataset.labels.tolist()]
+    if not dataset.factors:
+        return [order[k % len(order)] for k in range(plan.limit)], []
     trained = {combinations[k]: k for k in order}
     other = {combinations[k]: k for k in held_out_examples(dataset, plan) if combinations[k] not in trained}
-    seen, unseen = ([k for k in rows.values() for _ in range(plan.per_pair)] for rows in (trained, other))
-    return seen[: plan.limit], unseen
+    unseen = [k for k in other.values() for _ in range(plan.per_pair or 1)]
+    if plan.per_pair is not None:
+        return [k for k in trained.values() for _ in range(plan.per_pair)][: plan.limit], unseen
+    first = list(trained.values())[: plan.limit]
+    return first + [order[k % len(order)] for k in range(plan.limit - len(first))], unseen
+
+
+def choose_rows(dataset: Dataset, plan: EvaluationPlan) -> dict[str, list[int]]:
+    """Return the examples of every set, by its name; a set without any is left out."""
+    seen, unseen = choose_examples(dataset, plan)
+    training = np.random.default_rng(plan.seed).permutation(dataset.training)[: plan.reference].tolist()
+    rows = {
+        TRAINING: training,
+        REAL_UNSEEN: held_out_examples(dataset, plan),
+        GENERATED: seen,
+        UNSEEN: unseen,
+    }
+    return {name: index for name, index in rows.items() if index}
 
 
 def held_out_examples(dataset: Dataset, plan: EvaluationPlan) -> list[int]:
@@ -157,31 +174,27 @@ def real_pictures(dataset: Dataset, decoder: Autoencoder, rows: Sequence[int]) -
 
 
 def collect_sets(
-    model: LoadedModel, decoder: Autoencoder, dataset: Dataset, network: FeatureNetwork, plan: EvaluationPlan
+    model: LoadedModel,
+    decoder: Autoencoder,
+    dataset: Dataset,
+    network: FeatureNetwork,
+    plan: EvaluationPlan,
+    rows: Mapping[str, Sequence[int]],
 ) -> dict[str, PictureSet]:
-    """Return the sets to compare, each with its features by `network`.
-
-    TRAINING and GENERATED are always there; UNSEEN and REAL_UNSEEN if labels were held out.
-    """
-    seen, unseen = choose_examples(dataset, plan)
-    unseen_plan = replace(plan, seed=plan.seed + len(seen))
-    training = np.random.default_rng(plan.seed).permutation(dataset.training)[: plan.reference].tolist()
-    held_out = held_out_examples(dataset, plan)
-    sources = {
-        TRAINING: (training, real_pictures(dataset, decoder, training)),
-        REAL_UNSEEN: (held_out, real_pictures(dataset, decoder, held_out)),
-        GENERATED: (seen, generate(model, decoder, dataset, seen, plan)),
-        UNSEEN: (unseen, generate(model, decoder, dataset, unseen, unseen_plan)),
-    }
+    """Return the sets to compare, of the examples of `choose_rows`, each with its features by `network`."""
+    plans = {GENERATED: plan, UNSEEN: replace(plan, seed=plan.seed + len(rows[GENERATED]))}
     sets = {}
     with Progress(console=Console(stderr=True)) as progress:
-        for name, (rows, source) in sources.items():
-            task = progress.add_task(name, total=len(rows))
+        for name, index in rows.items():
+            if name in plans:
+                source = generate(model, decoder, dataset, index, plans[name])
+            else:
+                source = real_pictures(dataset, decoder, index)
+            task = progress.add_task(name, total=len(index))
             chunks = []
             for chunk in source:
                 chunks.append(chunk)
                 progress.advance(task, len(chunk))
-            if chunks:
-                images, labels = torch.cat(chunks), torch.from_numpy(dataset.labels[rows])
-                sets[name] = PictureSet(images, labels, network.features(images))
+            images, labels = torch.cat(chunks), torch.from_numpy(dataset.labels[np.array(index)])
+            sets[name] = PictureSet(images, labels, network.features(images))
     return sets

@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ditserve.model.prune.pruned_bundle import PruneOptions, write_pruned_bundle
-from ditserve.model.spec.command_line import guarded, positive
+from ditserve.model.spec.command_line import count, guarded, named_path, positive, share
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,17 +23,17 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m model.prune", description="Take away the heads and MLP channels that matter least."
     )
-    parser.add_argument("model", type=Path, help="a bundle of a DiT, or a training run")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the folder of the smaller bundle")
-    parser.add_argument("--data", type=Path, required=True, help="the data it was trained on")
+    parser.add_argument("model", type=named_path, help="a bundle of a DiT, or a training run")
+    parser.add_argument("-o", "--out", type=named_path, required=True, help="folder of the smaller bundle")
+    parser.add_argument("--data", type=named_path, required=True, help="the data it was trained on")
     parser.add_argument(
-        "--heads", type=float, default=0.0, help="share of every block's heads to take away (0)"
+        "--heads", type=share, default=0.0, help="share of every block's heads to take away (0)"
     )
     parser.add_argument(
-        "--mlp", type=float, default=0.0, help="share of every block's MLP channels to take away (0)"
+        "--mlp", type=share, default=0.0, help="share of every block's MLP channels to take away (0)"
     )
     parser.add_argument("--pictures", type=positive, default=256, help="to measure importance on (256)")
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures' choice and noise (0)")
+    parser.add_argument("--seed", type=count, default=0, help="of the pictures' choice and noise (0)")
     options = parser.parse_args(arguments)
     pruning = PruneOptions(options.heads, options.mlp, options.pictures, options.seed)
     return guarded(

@@ -19,6 +19,7 @@ from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.diffusion import Schedule, grid
 from ditserve.model.spec.solvers import step_table
 
+LARGEST = 1 << 30  # bytes of one picture
 STRIP = 14  # pixels of a caption's line
 WIDEST = 120
 CHUNK = 32  # samples denoised together
@@ -38,6 +39,18 @@ def picture_grid(pixels: npt.NDArray[np.uint8], columns: int) -> Image.Image:
     padded[:n] = pixels
     tiled = padded.reshape(rows, columns, height, width, 3).swapaxes(1, 2)  # (rows, H, columns, W, 3)
     return Image.fromarray(tiled.reshape(rows * height, columns * width, 3))
+
+
+def check_sheet(count: int, height: int, width: int) -> None:
+    """Refuse pictures that take more than `LARGEST` bytes side by side.
+
+    Raises:
+        ValueError: there are too many, or they are too large.
+    """
+    if count * height * width * 3 > LARGEST:
+        raise ValueError(
+            f"{count} pictures of {height}×{width} take more than {LARGEST >> 20} MiB in one: ask for less"
+        )
 
 
 def captioned_grid(pixels: npt.NDArray[np.uint8], columns: int, captions: Sequence[str]) -> Image.Image:

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import ValidationError
 
 from ditserve.model.scaling.family import Family, plan_runs
 from ditserve.model.scaling.measuring import measure_costs, measure_family
 from ditserve.model.scaling.report import write_report
-from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.command_line import guarded, named_path, positive
 from ditserve.model.spec.output_folder import SCALING, claim
 from ditserve.model.train.config import first_mistake
 
@@ -31,12 +30,12 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m model.scaling", description="Train a family and fit its scaling law."
     )
-    parser.add_argument("family", type=Path, help="a JSON file")
+    parser.add_argument("family", type=named_path, help="a JSON file")
     parser.add_argument(
-        "--data", type=Path, help="the pictures, if not where the training configuration says"
+        "--data", type=named_path, help="the pictures, if not where the training configuration says"
     )
-    parser.add_argument("--out", type=Path, required=True, help="a folder")
-    parser.add_argument("--draws", type=int, default=200, help="of runs, for the confidence of the fit")
+    parser.add_argument("--out", type=named_path, required=True, help="a folder")
+    parser.add_argument("--draws", type=positive, default=200, help="of runs, for the confidence of the fit")
     options = parser.parse_args(arguments)
     return guarded("model.scaling", lambda: _run(options))
 

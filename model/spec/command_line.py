@@ -28,11 +28,11 @@ def guarded(program: str, work: Callable[[], None]) -> int:
     except (ModelError, ValueError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return REFUSED
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, OverflowError, RuntimeError) as error:
         # PyTorch has no class of its own for a CPU that runs out of memory.
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+        if type(error) is RuntimeError and not re.search("allocate|overflow", str(error)):
             raise
-        print(f"{program}: this takes more memory than there is: ask for less at once", file=sys.stderr)
+        print(f"{program}: a number is too large for this machine: ask for less", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt as interrupt:
         print(f"{program}: {str(interrupt) or 'cancelled'}", file=sys.stderr)

@@ -11,14 +11,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from ditserve.model.distributed.processes import World, join_processes
-from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.command_line import guarded, named_path
 from ditserve.model.spec.output_folder import RUN, check_folder
 from ditserve.model.train.config import first_mistake, load_config
 from ditserve.model.train.dry_run import estimate_stages, format_estimate
@@ -84,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m model.train", description="Train a network.")
     parser.add_argument(
         "--config",
-        type=Path,
+        type=named_path,
         required=True,
         help="JSON with the fields of TrainConfig (model/train/config.py)",
     )

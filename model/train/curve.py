@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.command_line import guarded, named_path
 from ditserve.model.train.training_log import LOG, read_log
 
 PANELS = (
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m model.train.curve", description="Draw a training run's curve."
     )
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=named_path)
     options = parser.parse_args(arguments)
     return guarded("model.train.curve", lambda: print(f"wrote {draw_curve(options.run)}"))
 

@@ -4,6 +4,7 @@ It drains on SIGTERM and reads its bundles again on SIGHUP.
 """
 
 import asyncio
+import resource
 import signal
 import socket
 import sys
@@ -18,13 +19,14 @@ from ditserve.model.spec.bundle import BundleError
 from ditserve.service.api_keys import KeyringError
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.app import create_app
-from ditserve.service.http.protocol import bounded
+from ditserve.service.http.protocol import RESERVE, ConnectionLimits, bounded
 from ditserve.service.queue.queue_client import open_queue_client
 from ditserve.service.settings import Settings
 from ditserve.service.signals import on_hang_up
 from ditserve.service.telemetry import logs
 
 CONFIG_ERROR = 2
+_OTHER_FILES = 256  # files that a process has open besides its clients' connections
 _log = structlog.get_logger()
 
 
@@ -55,6 +57,7 @@ def run(settings: Settings) -> int:
     """
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
+        _allow_open_files(settings.max_connections + RESERVE + _OTHER_FILES)
         app = create_app(settings)
         asyncio.run(_check_queue(settings))
     except (BundleError, KeyringError, ServiceError, ValueError) as error:
@@ -71,11 +74,16 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
     Uvicorn's own access log is off, because ours has more.
     """
+    limits = ConnectionLimits(
+        head_s=settings.body_timeout_s,
+        body_bytes=settings.max_body_bytes,
+        connections=settings.max_connections,
+    )
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=bounded(settings.body_timeout_s),
+        http=bounded(limits),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -88,6 +96,21 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
         timeout_graceful_shutdown=round(settings.drain_s) + 2,
         backlog=1024,
     )
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files to `count`; accepting fails for everybody beyond it.
+
+    Raises `ValueError` where the machine allows fewer.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (soft, hard) and hard < count:
+        raise ValueError(
+            f"--max-connections needs {count} open files, and this process may have {hard}: "
+            "lower it, or raise ulimit -Hn"
+        )
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 async def _check_queue(settings: Settings) -> None:

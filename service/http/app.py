@@ -6,6 +6,7 @@ It starts with neither torch nor onnxruntime: of a bundle it reads only the mani
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,10 +26,12 @@ from ditserve.service.http.origin import ANY_HOST, Hosts, Origin
 from ditserve.service.http.problems import error_response
 from ditserve.service.http.routes import generate, jobs, models, openai, pages, probes
 from ditserve.service.http.routing import methods
+from ditserve.service.http.streams import Streams
 from ditserve.service.queue.queue_client import QueueClient, open_queue_client
 from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
-from ditserve.service.telemetry.tracing import open_tracing
+from ditserve.service.telemetry.faults import kept_running
+from ditserve.service.telemetry.tracing import Tracing, open_tracing
 
 Opener = Callable[[Settings], AbstractAsyncContextManager[QueueClient]]
 
@@ -61,9 +64,12 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
             for served in served_models:
                 queue_client = await stack.enter_async_context(opener(served.settings(settings)))
                 by_name[served.name] = Model.of(served, settings, queue_client)
-            context = app.state.context = Context(settings, by_name, draining)
-            canaries = [_watch(context, name) for name in by_name] if settings.canary_s else []
-            await stack.enter_async_context(_background(_reload(context, reload), *canaries))
+            streams = Streams(limit=settings.max_streams, keyring=keyring, draining=draining)
+            context = app.state.context = Context(settings, by_name, draining, streams)
+            stack.push_async_callback(context.aclose)
+            canaries = [partial(_watch, context, name) for name in by_name] if settings.canary_s else []
+            endless = [partial(_reload, context, reload), partial(streams.watch), *canaries]
+            await stack.enter_async_context(_background(*endless))
             yield
         tracing.close()
 
@@ -80,24 +86,8 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
         app.include_router(router)
     for kind in (ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _error_response)
-    app.add_middleware(Head)
-    app.add_middleware(
-        Body, routes=routes, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
-    )
-    app.add_middleware(Access, keyring=keyring, quota=lambda: app.state.context.default.queue_client.quota)
-    app.add_middleware(Hosts, allowed=_allowed_hosts(settings))
-    app.add_middleware(Crashes)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins.split(","),
-            allow_methods=["GET", "HEAD", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
     _check_root_path(settings.root_path, [getattr(route, "path", "") for route in routes])
-    app.add_middleware(RequestContext, tracing=tracing, routes=routes)
-    app.add_middleware(Origin, trusted_proxies=settings.trusted_proxies, root_path=settings.root_path)
+    _add_layers(app, settings, tracing)
     return app
 
 
@@ -113,6 +103,29 @@ def _fastapi(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
         redirect_slashes=False,
         generate_unique_id_function=lambda route: "-".join([*map(str, route.tags[:1]), route.name]),
     )
+
+
+def _add_layers(app: FastAPI, settings: Settings, tracing: Tracing) -> None:
+    """Add the middleware, innermost first."""
+    app.add_middleware(Head)
+    app.add_middleware(
+        Body, routes=app.state.routes, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+    )
+    app.add_middleware(
+        Access, keyring=app.state.keyring, quota=lambda: app.state.context.default.queue_client.quota
+    )
+    app.add_middleware(Hosts, allowed=_allowed_hosts(settings))
+    app.add_middleware(Crashes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(RequestContext, tracing=tracing, routes=app.state.routes)
+    app.add_middleware(Origin, trusted_proxies=settings.trusted_proxies, root_path=settings.root_path)
 
 
 def _routers(settings: Settings) -> list[APIRouter]:
@@ -134,9 +147,9 @@ def _allowed_hosts(settings: Settings) -> list[str]:
 
 
 @asynccontextmanager
-async def _background(*endless: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    """Run these coroutines until the block ends."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in endless]
+async def _background(*loops: partial[Coroutine[None, None, None]]) -> AsyncIterator[None]:
+    """Run these loops until the block ends."""
+    tasks = [asyncio.create_task(kept_running(loop.func.__name__.strip("_"), loop)) for loop in loops]
     try:
         yield
     finally:

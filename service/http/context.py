@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -17,12 +17,15 @@ from ditserve.service.errors import (
     Cancelled,
     DeadlineExceeded,
     Draining,
+    JobLost,
     JobNotFound,
     ModelNotFound,
     QueueUnavailable,
 )
+from ditserve.service.http.feeds import Feeds
 from ditserve.service.http.middleware import disconnected
 from ditserve.service.http.models import Model
+from ditserve.service.http.streams import Stream, Streams
 from ditserve.service.http.submission import Caller, Idempotency, Submission
 from ditserve.service.jobs import JobResult, JobStatus
 from ditserve.service.settings import Settings
@@ -49,6 +52,8 @@ class Context:
     settings: Settings
     models: Mapping[str, Model]
     draining: asyncio.Event
+    streams: Streams
+    feeds: Feeds = field(default_factory=Feeds)
     started: bool = field(default=False)
 
     @property
@@ -65,21 +70,33 @@ class Context:
             raise ModelNotFound(f"There is no model {name!r}; this service runs {', '.join(self.models)}.")
         return model
 
+    async def aclose(self) -> None:
+        """End what the models ask of their queues at this moment."""
+        for model in self.models.values():
+            await model.submissions.load.aclose()
+
     def address(self, path: str) -> str:
         """Return the address of a path as clients reach it, through a proxy or not."""
         return self.settings.root_path + path
+
+    def open_stream(self, request: Request, *, lasting: bool = False) -> Stream:
+        """Count an event stream of the sender of a request. Raises `QuotaExceeded`."""
+        key: ApiKey | None = getattr(request.state, "key", None)
+        return self.streams.open(caller(request).name, key, lasting=lasting)
 
     async def job(self, job_id: str, key: ApiKey | None = None) -> JobLookup:
         """Look a job up among all models. With `key`, only jobs that its holder may see are found.
 
         A key sees its own jobs; a key of the scope admin sees everybody's.
 
-        Raises `JobNotFound`, `QueueUnavailable`.
+        Raises `JobNotFound`, `JobLost` (this process had queued it), `QueueUnavailable`.
         """
         for model in self.models.values() if _JOB_ID.fullmatch(job_id) else ():
             status = await model.queue_client.queue.status(job_id)
             if status is not None and (key is None or key.may_see(status.job.caller)):
                 return JobLookup(status, model)
+            if status is None and model.queue_client.queue.accepted(job_id):
+                raise JobLost()
         raise JobNotFound(f"There is no job {job_id[:64]!r}.")
 
     async def result(
@@ -96,15 +113,18 @@ class Context:
         drained = asyncio.create_task(self._drained())
         timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
         try:
-            await asyncio.wait((result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if result.done():
-                return result.result()
-            if gone.done():
-                raise Cancelled("The client went away.")
-            if drained.done():
-                raise Draining("The images were not ready when this process had to stop.", retry_after=1)
-            keep = False
-            raise DeadlineExceeded("The images were not ready by the deadline.")
+            with model.submissions.promises.observed(job) if submission.new else nullcontext():
+                await asyncio.wait(
+                    (result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                )
+                if result.done():
+                    return result.result()
+                if gone.done():
+                    raise Cancelled("The client went away.")
+                if drained.done():
+                    raise Draining("The images were not ready when this process had to stop.", retry_after=1)
+                keep = False
+                raise DeadlineExceeded("The images were not ready by the deadline.")
         finally:
             ended = result.done()
             result.cancel()

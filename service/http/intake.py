@@ -11,6 +11,7 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Request
 from pydantic import BaseModel
+from starlette.types import Receive
 
 from ditserve.service.errors import IdempotencyConflict
 from ditserve.service.http.context import Api, Context, caller, note
@@ -41,8 +42,12 @@ class Intake:
         note(self.request, job=submission.job.id)
         return submission
 
-    async def result(self, model: Model, submission: Submission) -> JobResult:
+    async def result(
+        self, model: Model, submission: Submission, *, receive: Receive | None = None
+    ) -> JobResult:
         """Wait for the images. With an Idempotency-Key the job goes on when the client goes away.
+
+        `receive` tells when that is, in place of the request's own.
 
         Raises:
             IdempotencyConflict: an earlier request with this key is still running.
@@ -52,12 +57,8 @@ class Intake:
             raise IdempotencyConflict(
                 "The first request with this Idempotency-Key is still running.", retry_after=1
             )
-        return await self.api.result(model, submission, self.request.receive, keep=self.keeps)
-
-    @property
-    def keeps(self) -> bool:
-        """Return True if the job goes on when the client goes away."""
-        return self.key is not None
+        keep = self.key is not None
+        return await self.api.result(model, submission, receive or self.request.receive, keep=keep)
 
     def _fingerprint(self, body: BaseModel, image_format: ImageFormat) -> str:
         """Return a digest that is equal for equal requests to the same route.

@@ -17,7 +17,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ditserve.service.errors import Draining, MalformedRequest, PayloadTooLarge, RequestTimeout, ServiceError
+from ditserve.service.errors import (
+    Draining,
+    MalformedRequest,
+    PayloadTooLarge,
+    RequestTimeout,
+    ServiceError,
+    TooManyConnections,
+)
 from ditserve.service.http.problems import error_response, require_json
 from ditserve.service.http.routing import is_routed, pattern
 from ditserve.service.telemetry import metrics
@@ -72,7 +79,10 @@ class RequestContext:
         started = time.perf_counter()
         metrics.REQUESTS_IN_PROGRESS.inc()
         try:
-            await self._app(scope, receive, send_with_headers)
+            if scope["state"].get("crowded") and scope["path"] not in _QUIET:
+                await _refuse_crowded(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
         finally:
             metrics.REQUESTS_IN_PROGRESS.dec()
             self._end(scope, span, status or _CLIENT_GONE, time.perf_counter() - started)
@@ -108,6 +118,14 @@ class RequestContext:
             "dit.request_id": request_id,
         }
         span.end(f"{scope['method']} {route}", attributes)
+
+
+async def _refuse_crowded(scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuse a request of a connection beyond the limit, which `protocol` marks; probes are answered."""
+    error = TooManyConnections("This process serves as many connections as it may.", retry_after=1)
+    response = error_response(error, scope)
+    response.headers["connection"] = "close"
+    await response(scope, receive, send)
 
 
 def outcome(status: int) -> str:

@@ -35,6 +35,8 @@ _SHOWN_ERRORS = 20
 
 # The statuses that Starlette and FastAPI raise by themselves, as errors of the tree.
 _BY_STATUS: Mapping[int, type[ServiceError]] = {400: MalformedRequest, 404: NotFound, 405: MethodNotAllowed}
+# The messages of pydantic that a caller could not act on, by the type of error.
+_MESSAGES = {"extra_forbidden": "There is no such field; leave it out."}
 # The `type` of an error in OpenAI's shape, by its status.
 _OPENAI_TYPES = {
     401: "authentication_error",
@@ -145,7 +147,7 @@ def _field_errors(errors: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     for error in errors[:_SHOWN_ERRORS]:
         source, *path = error["loc"]
         pointer = "/".join(_escaped(str(part)) for part in path if not str(part).startswith("as-"))
-        message = re.sub(r"^Value error, ", "", str(error["msg"]))
+        message = _MESSAGES.get(error["type"]) or re.sub(r"^Value error, ", "", str(error["msg"]))
         fields.append(
             {"pointer": f"#/{pointer}" if source == "body" else f"{source}: {pointer}", "detail": message}
         )

@@ -1,103 +1,284 @@
-"""HTTP/1.1 as uvicorn speaks it, with two limits it lacks: the time and the size of the head of a request.
+"""HTTP/1.1 as uvicorn speaks it, with the limits it lacks: each message and each phase of a connection ends.
 
-Without them a client could hold a connection and memory for ever, with a head that it sends byte by byte or
-that never ends. A request that is refused here, before the application sees it, gets a problem with a request
-id, and is counted and logged like any other.
+| phase | limit |
+|---|---|
+| waiting for a request | `head_s`, later uvicorn's keep-alive time; empty lines do not count as a request |
+| the head of a request | `head_s`, and `MAX_HEAD_BYTES` |
+| its body | `head_s` and `BODY_GRACE_S`; `body_bytes`, and a head's for its chunks' sizes and trailers |
+| a body that goes on after the response | `LINGER_S` |
+| requests sent ahead | `MAX_PIPELINED` |
+| a response that its client does not read | `STALL_S` for every `STALL_BYTES` |
+| connections at once | `connections`: the one that has waited longest for a request makes room |
+
+Without them a client could hold a connection and memory for ever. A request that is refused here, before the
+application sees it, gets a problem with a request id, and is counted and logged like any other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+from dataclasses import dataclass
+from enum import Enum
 from http import HTTPStatus
 from typing import Any, ClassVar
 
 import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ditserve.service.errors import HeadTooLarge, MalformedRequest, RequestTimeout, ServiceError
+from ditserve.service.errors import (
+    HeadTooLarge,
+    MalformedRequest,
+    PayloadTooLarge,
+    RequestTimeout,
+    ServiceError,
+    TooManyConnections,
+)
 from ditserve.service.http.middleware import outcome
 from ditserve.service.http.problems import error_response
 from ditserve.service.http.routing import UNMATCHED
 from ditserve.service.telemetry import metrics
 
 MAX_HEAD_BYTES = 32 * 1024
+MAX_PIPELINED = 16
+BODY_GRACE_S = 1.0
+LINGER_S = 2.0  # for a client to read why it was refused, while the rest of what it sends is thrown away
+STALL_S, STALL_BYTES = 20.0, 16 * 1024
+RESERVE = 32  # connections beyond the limit, for probes
+_SLICE = 8 * 1024  # the parser is given so much at once, so that a limit is passed by no more than this
 _log = structlog.get_logger("service.http")
 
 
-def bounded(head_timeout_s: float) -> type[BoundedProtocol]:
-    """Return a protocol class for `uvicorn.Config(http=…)`.
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """The time a client has for the head of a request, and for its body; bytes of a body; connections."""
 
-    It gives a client `head_timeout_s` seconds to send the head of each request.
-    """
+    head_s: float
+    body_bytes: int
+    connections: int
+
+
+def bounded(connection_limits: ConnectionLimits) -> type[BoundedProtocol]:
+    """Return a protocol class for `uvicorn.Config(http=…)`."""
 
     class Protocol(BoundedProtocol):
-        timeout_s = head_timeout_s
+        limits = connection_limits
 
     return Protocol
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """One connection. A timer runs from when a head is expected until it is complete."""
+class _Reading(Enum):
+    """The part of a message that the parser is in the middle of."""
 
-    timeout_s: ClassVar[float]
-    _timer: asyncio.TimerHandle | None = None
-    _head_bytes = 0
+    NOTHING = "nothing"
+    HEAD = "head"
+    BODY = "body"
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    limits: ClassVar[ConnectionLimits]
+    _reading = _Reading.NOTHING
+    # Bytes of the head, or of the body, that is being read; and those of the names and values in the head.
+    _bytes = _field_bytes = 0
+    # Since when no request has come, in seconds of the event loop's clock.
+    waiting_since = 0.0
+    # True once the connection is to end: what still comes is thrown away.
+    _ending = False
+    # True if there were too many connections when this one came.
+    _crowded = False
+    _fault: ServiceError | None = None
+    _read_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_head()
+        self.waiting_since = self.loop.time()
+        self._expect(self.limits.head_s)
+        if len(self.connections) > self.limits.connections:
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._expect(None)
+        self._stop_watching()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        if self._reading is _Reading.NOTHING:
+            # Empty lines before a request mean nothing (RFC 9112 §2.2), and would stop the idle timer.
+            data = data.lstrip(b"\r\n")
+        for start in range(0, len(data), _SLICE):
+            if self._ending or self.transport.is_closing():
+                return
+            self._feed(data[start : start + _SLICE])
+
+    def _feed(self, data: bytes) -> None:
+        if self._reading is _Reading.NOTHING:
+            self._begin_head()
+        self._bytes += len(data)
+        super().data_received(data)
+        if self._reading is _Reading.HEAD and self._bytes > MAX_HEAD_BYTES:
+            self._refuse(_head_too_large())
+        if self._reading is _Reading.BODY and self._bytes > self.limits.body_bytes + MAX_HEAD_BYTES:
+            self._refuse(PayloadTooLarge(f"The body may be {self.limits.body_bytes} bytes."))
+
+    # What the parser calls. An exception here ends in `send_400_response`.
+
     def on_message_begin(self) -> None:
+        if self._reading is not _Reading.HEAD:
+            self._begin_head()
         super().on_message_begin()
-        # The timer already runs for the first request of a connection, not for those that follow.
-        if self._timer is None:
-            self._expect_head()
+        self.scope["state"]["crowded"] = self._crowded
+
+    def on_url(self, url: bytes) -> None:
+        self._field_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # A trailer must not become a header of a request that was let in without it (RFC 9110 §6.5.1).
+        if self._reading is _Reading.HEAD:
+            self._field_bytes += len(name) + len(value)
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._stop_timer()
+        if self._field_bytes > MAX_HEAD_BYTES:
+            self._fault = _head_too_large()
+        elif len(self.pipeline) >= MAX_PIPELINED:
+            self._fault = MalformedRequest(f"Send at most {MAX_PIPELINED} requests ahead.")
+        if self._fault is not None:
+            raise ValueError(self._fault.detail)
+        # An address that is none raises here, and is refused as a part of the head.
         super().on_headers_complete()
+        self._reading, self._bytes = _Reading.BODY, 0
+        self._expect(self.limits.head_s + BODY_GRACE_S)
+        if not self.flow.write_paused:
+            self._stop_watching()
 
-    def data_received(self, data: bytes) -> None:
-        if self._timer is not None:
-            self._head_bytes += len(data)
-        super().data_received(data)
-        if self._timer is not None and self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(HeadTooLarge(f"The head of a request may be {MAX_HEAD_BYTES} bytes."))
-
-    def _expect_head(self) -> None:
-        self._head_bytes = 0
-        self._timer = self.loop.call_later(self.timeout_s, self._timed_out)
-
-    def _timed_out(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            self._refuse(RequestTimeout(f"Send the head of a request within {self.timeout_s:g} s."))
-        else:
-            # The client would take an error sent now for the response to its previous request.
-            self._timer = self.loop.call_later(self.timeout_s, self._timed_out)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def on_message_complete(self) -> None:
+        self._reading = _Reading.NOTHING
+        self._expect(None)
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(MalformedRequest("This is not a request of HTTP/1.1."))
+        self._refuse(self._fault or MalformedRequest("This is not a request of HTTP/1.1."))
+
+    # What the transport and a response call.
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.waiting_since = self.loop.time()
+        self._watch_writing()
+        if self._reading is _Reading.BODY and self.cycle.response_complete:
+            self._end()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._end()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_watching()
+        if self.cycle is None or self.cycle.response_complete:
+            self._watch_writing()
+
+    # Ends.
+
+    def _begin_head(self) -> None:
+        self._reading, self._bytes, self._field_bytes = _Reading.HEAD, 0, 0
+        self._expect(self.limits.head_s)
+
+    def _expect(self, seconds: float | None) -> None:
+        """Give what is being read so many seconds; None stops the timer."""
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+        self._read_timer = None if seconds is None else self.loop.call_later(seconds, self._timed_out)
+
+    def _timed_out(self) -> None:
+        if self._owes_earlier():
+            self._expect(self.limits.head_s)
+        else:
+            self._refuse(RequestTimeout(f"Send a request within {self.limits.head_s:g} s."))
+
+    def waits(self) -> bool:
+        """Return True if the connection waits for a request, or for the rest of its head."""
+        return self._reading is not _Reading.BODY and not self._owes_earlier()
+
+    def _owes_earlier(self) -> bool:
+        """Return True if a request before the one that is being read has no whole response yet."""
+        if self._reading is _Reading.BODY:
+            return bool(self.pipeline)
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer with `error` and close the connection."""
-        self._stop_timer()
-        transport: Any = self.transport
-        if transport.is_closing():
+        """Answer with `error` and end the connection, once earlier requests are answered."""
+        if self._ending or self.transport.is_closing():
             return
-        # A client would take an error sent now for the rest of the response to its previous request.
-        if self.cycle is None or self.cycle.response_complete:
-            transport.write(_written(error))
-        transport.close()
+        if self._owes_earlier():
+            # The client would take an error sent now for the response to its previous request.
+            self._ending, self.cycle.keep_alive = True, False
+            self._expect(None)
+        elif self._reading is _Reading.BODY and self.cycle.response_started:
+            self.transport.abort()
+        else:
+            self.transport.write(_written(error))
+            self._end()
+
+    def _end(self) -> None:
+        """Send what was written, and close.
+
+        What the client still sends is read meanwhile: a socket that is closed on it would lose the response.
+        """
+        if self.transport.is_closing():
+            return
+        self._ending = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._watch_writing()
+        self._expect(None)
+        self._read_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _watch_writing(self) -> None:
+        """Cut the connection unless `STALL_BYTES` of what is written now have gone after `STALL_S`.
+
+        To be called when nothing more will be written for now: it looks at the length of the buffer alone.
+        """
+        if self._write_timer is None and (unsent := self.transport.get_write_buffer_size()):
+            self._write_timer = self.loop.call_later(STALL_S, self._check_writing, unsent)
+
+    def _check_writing(self, unsent_before: int) -> None:
+        self._write_timer = None
+        unsent = self.transport.get_write_buffer_size()
+        if unsent > max(0, unsent_before - STALL_BYTES):
+            self.transport.abort()
+        else:
+            self._watch_writing()
+
+    def _stop_watching(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _make_room(self) -> None:
+        """End the connection that has waited longest for a request, or serve on this one only probes."""
+        others: Any = self.connections - {self}
+        waiting = [other for other in others if other.waits()]
+        if waiting:
+            longest = min(waiting, key=lambda other: other.waiting_since)
+            longest.transport.abort()
+            self.connections.discard(longest)
+        elif len(self.connections) > self.limits.connections + RESERVE:
+            self.transport.write(_written(TooManyConnections(retry_after=1)))
+            self.transport.close()
+        else:
+            self._crowded = True
+
+
+def _head_too_large() -> HeadTooLarge:
+    return HeadTooLarge(f"The head of a request may be {MAX_HEAD_BYTES} bytes.")
 
 
 def _written(error: ServiceError) -> bytes:

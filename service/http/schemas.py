@@ -5,10 +5,11 @@ Unknown fields are refused.
 Rules that depend on the model served (its factors, classes, solvers, sizes) are in `submission`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
 Format = Literal["png", "webp", "jpeg"]
 Priority = Literal["low", "normal", "high"]
@@ -37,6 +38,18 @@ MIX_EXAMPLE: dict[str, Any] = {
     "n": 4,
     "deadline_ms": 8000,
 }
+
+
+def written_size(size: str) -> str:
+    """Return a size that is written as `SIZE`. Raises `ValueError` for any other text."""
+    if not re.fullmatch(SIZE, size):
+        raise ValueError("Write it as width x height, such as 128x64.")
+    return size
+
+
+Size = Annotated[
+    str, AfterValidator(written_size), WithJsonSchema({"type": "string", "pattern": f"^{SIZE}$"})
+]
 
 
 class WeightedTerm(BaseModel):
@@ -114,9 +127,12 @@ class GenerateRequest(DrawingOptions):
         Annotated[list[Annotated[float, Field(ge=0, le=1), UnsignedZero]], Field(min_length=2, max_length=2)]
         | None
     ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
-    size: str | None = Field(
-        None, pattern=f"^{SIZE}$", description="Width x height, where the model has a choice."
-    )
+    size: (
+        Annotated[
+            str, AfterValidator(written_size), WithJsonSchema({"type": "string", "pattern": f"^{SIZE}$"})
+        ]
+        | None
+    ) = Field(None, description="Width x height, where the model has a choice.")
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
     previews: int = Field(
         0,

@@ -15,11 +15,13 @@ from ditserve.model.spec.diffusion import GRIDS
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import IdempotencyMismatch, InvalidRequest, JobLost, Overloaded, QueueFull
 from ditserve.service.http.load_cache import LoadCache
+from ditserve.service.http.loop_lag import LoopLag
+from ditserve.service.http.promises import Promises
 from ditserve.service.http.schemas import MAX_SEED, TEXT, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
 from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus
-from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest, admit
+from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import finite
@@ -92,7 +94,9 @@ class Submissions:
         self.manifest = manifest
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
-        self.load = LoadCache(queue)
+        self.load = LoadCache(queue, manifest.name)
+        self.promises = Promises(manifest.name, self.ladder)
+        self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
         self._settings = settings
         self._queue = queue
@@ -120,7 +124,8 @@ class Submissions:
                 return _replayed(status, caller.idempotency)
         now = time.time()
         admission_request = self._admission_request(resolved, now)
-        admission = await self._admit(admission_request, now)
+        sender = caller.name, request.model_dump_json()
+        admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
         job = self._job(resolved, admission_request, admission, caller, now)
         # Nothing is awaited between admission and this reservation, so concurrent requests see each other.
         with self.load.reserved(job):
@@ -207,7 +212,11 @@ class Submissions:
         )
 
     def _deadline_at(self, request: GenerateRequest, now: float) -> float | None:
-        """Return the deadline in seconds since the epoch, None without one. Raises `InvalidRequest`."""
+        """Return the deadline in seconds since the epoch, None without one. Raises `InvalidRequest`.
+
+        It counts from when the request came, which on a busy host is earlier than now.
+        """
+        now -= self._lag.waited_s()
         limit = self._settings.max_deadline_s
         if request.deadline_ms is None:
             default = self._settings.default_deadline_s
@@ -215,25 +224,6 @@ class Submissions:
         if request.deadline_ms > limit * 1000:
             raise field_error("deadline_ms", f"At most {limit * 1000:.0f} ms.")
         return now + request.deadline_ms / 1000
-
-    async def _admit(self, admission_request: AdmissionRequest, now: float) -> Admission:
-        """Return how the request is admitted. Raises `Overloaded` where its deadline cannot be kept."""
-        admission = admit(admission_request, await self.load(), ladder=self.ladder, now=now)
-        if admission.accepted:
-            return admission
-        if admission.reason == NO_WORKER:
-            raise Overloaded(
-                "No worker is running, so no deadline can be kept.", retry_after=admission.retry_after_s
-            )
-        degradable = admission_request.allow_degraded
-        ways = "even in fewer steps" if degradable else "and the request rules out fewer steps"
-        when = "now" if admission.retry_after_s else "even on idle workers"
-        raise Overloaded(
-            f"The images would take about {admission.predicted_s:.1f} s, "
-            f"too long for the deadline {when}, {ways}.",
-            retry_after=admission.retry_after_s,
-            extra={"predicted_s": round(admission.predicted_s, 3)},
-        )
 
     def _job(
         self,

@@ -39,7 +39,8 @@ class AdmissionRequest:
 class Admission:
     """The answer to a request. `predicted_s` is the time to its last image.
 
-    `retry_after_s` is set when it is refused and coming back later would help.
+    `retry_after_s` is set when it is refused and coming back later would help: then there is room for it, if
+    nobody else comes. It would take the whole fleet `service_s` seconds.
     """
 
     accepted: bool
@@ -48,6 +49,7 @@ class Admission:
     reason: str | None
     retry_after_s: float | None
     predicted_s: float
+    service_s: float = 0.0
 
 
 def admit(
@@ -57,8 +59,13 @@ def admit(
     ladder: Ladder,
     now: float,
     policy: Policy | None = None,
+    margin: float | None = None,
+    reserved_s: float = 0.0,
 ) -> Admission:
     """Take a request at the best rung that keeps all deadlines, its own too, or say when to come back.
+
+    `margin` replaces that of the policy where more caution is called for. `reserved_s` seconds of the fleet
+    are left to others.
 
     A request without a deadline is taken as asked: the queue's bound is its only limit.
 
@@ -71,7 +78,7 @@ def admit(
     if not load.workers:
         reason, retry_s = (None, None) if deadline_at is None else (NO_WORKER, policy.retry_s)
         return Admission(deadline_at is None, rung, False, reason, retry_s, inf)
-    margin = policy.admission_margin
+    margin = policy.admission_margin if margin is None else margin
     due = inf if deadline_at is None else deadline_at
     limit_s = (due - now) / margin
     options = (rung, *(ladder.below(rung, request.min_steps) if request.allow_degraded else ()))
@@ -79,16 +86,17 @@ def admit(
         rows = _rows(request, ladder, option)
         capacity = Capacity(load, recut=policy.recut, pass_s=limit_s / option.steps)
         shortest_s = capacity.time_in_every_batch(rows=rows, steps=option.steps, samples=request.samples)
-        predicted_s = max(shortest_s, capacity.queue_drain_time(rows, due=due))
+        predicted_s = max(shortest_s, capacity.queue_drain_time(rows, due=due) + reserved_s)
         if predicted_s <= limit_s and not capacity.breaks_later_deadline(rows, due, now=now, margin=margin):
             degraded = option != rung
             return Admission(True, option, degraded, LOAD if degraded else None, None, predicted_s)
     idle_s = capacity.time_in_every_batch(
         rows=rows, steps=options[-1].steps, samples=request.samples, idle=True
     )
-    if idle_s > limit_s:
+    if idle_s * policy.admission_margin > due - now:
         return Admission(False, rung, False, DEADLINE, None, predicted_s)
-    return Admission(False, rung, False, LOAD, max(1.0, predicted_s - limit_s), predicted_s)
+    retry_s = max(1.0, predicted_s - limit_s)
+    return Admission(False, rung, False, LOAD, retry_s, predicted_s, capacity.fleet_time(rows))
 
 
 def _rows(request: AdmissionRequest, ladder: Ladder, rung: Rung) -> int:

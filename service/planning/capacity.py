@@ -94,6 +94,10 @@ class Capacity:
         backlogs = [backlog_s for backlog_s, _ in self._backlogs(inf)]
         return max([self.queue_drain_time(extra_rows), *backlogs])
 
+    def fleet_time(self, rows: int) -> float:
+        """Return the seconds that `rows` take all workers together. There must be one."""
+        return rows / sum(speed.rows_per_s for _, speed in self._workers)
+
     def breaks_later_deadline(self, extra_rows: int, due: float, *, now: float, margin: float) -> bool:
         """Return whether `extra_rows` due at `due` would break a later deadline of claimed work.
 
@@ -135,3 +139,8 @@ class Capacity:
 def drain_time(load: LoadSnapshot, extra_rows: int = 0) -> float:
     """Return the seconds until backlogs, queue and `extra_rows` are done; infinite without workers."""
     return Capacity(load).drain_time(extra_rows)
+
+
+def backlog_time(worker: WorkerState) -> float:
+    """Return the seconds of the work that a worker has claimed."""
+    return worker.backlog_rows / _speed_of(worker, inf).rows_per_s

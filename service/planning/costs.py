@@ -29,7 +29,7 @@ SATURATION = 0.95  # share of the best rows per second at which a batch counts a
 FOLLOW = 0.05  # share of a surprise that goes to the typical speed of all sizes
 LEARN = 0.01  # share of a surprise that goes to the one batch size
 HOST_SMOOTHING = 0.02
-FIRST_PASSES = 3  # of a batch size: the fastest of them is remembered, because the others may be stalls
+FIRST_PASSES = 5  # of a batch size: the fastest of them is remembered, because the others may be stalls
 DECODE_SMOOTHING = 0.1
 
 _MAX_SURPRISE = 4.0  # a step slower or faster than typical by more than this counts as this much

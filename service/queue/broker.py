@@ -8,9 +8,12 @@ or runs a model.
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
+
+import structlog
 
 from ditserve.service.errors import (
     Cancelled,
@@ -40,12 +43,16 @@ from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts
 from ditserve.service.queue.keys import Keys
 from ditserve.service.queue.notifications import Subscriber, WorkNotifications
 from ditserve.service.queue.reads import Reads
-from ditserve.service.wire import WireError, pack
+from ditserve.service.wire import NEWEST, OLDEST, WireError, pack
 
 # The answers of submit.lua, besides 1 (queued) and 0 (known).
 TOO_MANY_JOBS, TOO_MUCH_WORK, TOO_MANY_OF_CALLER = -1, -2, -3
 
 CANCELLED = 2  # one of the answers of renew.lua
+
+ACCEPTED_KEPT = 16384  # jobs remembered that this process has queued
+
+log = structlog.get_logger()
 
 
 class Broker(Reads):
@@ -71,6 +78,8 @@ class Broker(Reads):
         self._scripts = Scripts(self._client, self.keys.permanent, timeout_s=timeout_s)
         self._claim_nonces: dict[str, str] = {}  # by owner, of claims without an answer so far
         self._given_rows: dict[str, int] = {}  # by owner
+        self._accepted: dict[str, float] = {}  # job → when its record may expire; in order
+        self._unreadable_workers: set[bytes] = set()
 
     @classmethod
     async def connect(
@@ -136,7 +145,7 @@ class Broker(Reads):
             _ms(self.limits.patience_s),
             job.caller,
             "" if at_once is None else at_once,
-            pack({}),
+            _pack({}),
         )
         if verdict == TOO_MANY_OF_CALLER:
             raise QuotaExceeded(
@@ -146,19 +155,30 @@ class Broker(Reads):
             raise QueueFull(f"The queue holds its limit of {self.limits.queue_limit} jobs.")
         if verdict == TOO_MUCH_WORK:
             raise QueueFull("The queue holds as much predicted work as it may.")
+        self._remember(job.id)
         return bool(verdict)
+
+    def _remember(self, job_id: str) -> None:
+        self._accepted.pop(job_id, None)
+        self._accepted[job_id] = time.monotonic() + self.limits.record_ttl_s
+        if len(self._accepted) > ACCEPTED_KEPT:
+            del self._accepted[next(iter(self._accepted))]
+
+    def accepted(self, job_id: str) -> bool:
+        """Return whether this process queued the job so recently that its record cannot have expired."""
+        return time.monotonic() < self._accepted.get(job_id, 0.0)
 
     async def cancel(self, job_id: str) -> bool:
         """End a waiting or running job; its worker drops it at the next step.
 
         Return False if it had ended or is unknown.
         """
-        return bool(await self._run("cancel", job_id, pack(to_wire(Cancelled()))))
+        return bool(await self._run("cancel", job_id, _pack(to_wire(Cancelled()))))
 
     async def load(self) -> LoadSnapshot:
         """Return the load of the queue and of the workers alive."""
         jobs, rows, oldest, now, dead, *replies = await self._run("load")
-        reports = [(read_report(report), given) for report, given in replies]
+        reports = list(self._read_reports(replies))
         workers = tuple(report for report, _ in reports if isinstance(report, WorkerState))
         starting = tuple(report for report, _ in reports if isinstance(report, Starting))
         # Rows given to a worker since its report have left the queue, and are not in the worker's backlog
@@ -169,21 +189,46 @@ class Broker(Reads):
         age = (now - oldest) / 1000 if oldest else 0.0
         return LoadSnapshot(jobs, rows, age, workers, now / 1000, dead, starting)
 
+    def _read_reports(
+        self, replies: Sequence[tuple[bytes, bytes | None, int]]
+    ) -> Iterator[tuple[WorkerState | Starting, int]]:
+        """Yield each report, and the rows ever given to its worker.
+
+        A report that cannot be read is left out, and logged once for each worker.
+        """
+        unreadable = set()
+        for worker, data, given in replies:
+            try:
+                yield read_report(data or b""), given
+            except WireError as error:
+                unreadable.add(worker)
+                if worker not in self._unreadable_workers:
+                    log.warning("report left out", worker=worker.decode(errors="replace"), reason=str(error))
+        self._unreadable_workers = unreadable
+
     async def requeue(self, job_id: str) -> bool:
         """Queue a dead job again, with all its attempts. Return False if it is not dead."""
-        return bool(await self._run("requeue", job_id, pack({})))
+        return bool(await self._run("requeue", job_id, _pack({})))
 
     # A worker's verbs.
 
     async def claim(
-        self, owner: str, *, models: Sequence[str], max_samples: int, idle: bool = True
+        self,
+        owner: str,
+        *,
+        models: Sequence[str],
+        max_samples: int,
+        idle: bool = True,
+        reserved: int = 0,
+        crowded: Collection[str] = (),
     ) -> list[Claim]:
         """Lease the next jobs in fair order, of at most `max_samples` samples together.
 
-        An `idle` owner runs nothing else. Only an idle owner is given a single job that exceeds
-        `max_samples`, or a poison candidate to run alone.
+        Beyond these, one job of each flow (`Job.flow`) that is not `crowded` may have some of `reserved`
+        samples more. An `idle` owner runs nothing else. Only an idle owner is given a single job
+        that exceeds `max_samples`, or a poison candidate to run alone.
         """
-        if max_samples <= 0:
+        if max_samples <= 0 and reserved <= 0:
             return []
         # One nonce until a claim is answered, so that a repeated claim is given the same jobs.
         nonce = self._claim_nonces.setdefault(owner, uuid.uuid4().hex)
@@ -192,26 +237,33 @@ class Broker(Reads):
             "claim",
             owner,
             nonce,
-            pack({"worker": owner}),
-            pack(to_wire(DeadlineExceeded("The deadline passed before a worker was free."))),
+            _pack({"worker": owner}),
+            _pack(to_wire(DeadlineExceeded("The deadline passed before a worker was free."))),
             max_samples,
             int(idle),
             lease,
             patience,
+            OLDEST,
+            NEWEST,
+            reserved,
+            len(models),
             *models,
+            *crowded,
         )
+        claims = [await self._read_claim(owner, entry) for entry in entries]
+        # Forgotten only now: should Redis fail meanwhile, a repeated claim is given the same jobs.
         del self._claim_nonces[owner]
-        claims = [await self._read_claim(owner, *entry) for entry in entries]
         self._given_rows[owner] = given
         return [claim for claim in claims if claim is not None]
 
-    async def _read_claim(
-        self, owner: str, job_id: bytes, wire: bytes, attempt: int, suspect: int, checkpoint: bytes
-    ) -> Claim | None:
-        lease = Lease(job_id.decode(), owner, attempt)
+    async def _read_claim(self, owner: str, entry: Sequence[Any]) -> Claim | None:
+        """Return a claimed job, as claim.lua answers; fail one that no worker can read, and return None."""
+        job_id, wire, attempt, suspect, checkpoint, version = entry
+        lease = Lease(job_id.decode(), owner, attempt, version)
         try:
             return Claim(Job.from_bytes(wire), lease, run_isolated=bool(suspect), checkpoint=checkpoint)
         except WireError as error:
+            log.warning("job cannot be read", job=lease.job_id, reason=str(error))
             await self.fail(lease, to_wire(InternalError(f"The worker cannot read this job: {error}.")))
             return None
 
@@ -233,17 +285,19 @@ class Broker(Reads):
     async def progress(self, lease: Lease, kind: EventKind, data: dict[str, Any]) -> bool:
         """Append an event. Return False if the lease is lost.
 
-        `step` and `steps` in the data also go to the job's status. It is not repeated after a lost answer: an
-        event would come twice, and the next one makes up for one that is lost.
+        `step` and `steps` of a step event also go to the job's status; those of a preview are its sample's.
+        It is not repeated after a lost answer: an event would come twice, and the next one makes up for one
+        that is lost.
         """
-        step, steps = data.get("step", ""), data.get("steps", "")
-        args = (*_token(lease), kind, pack(data), step, steps)
+        step, steps = (data.get("step", ""), data.get("steps", "")) if kind == "step" else ("", "")
+        args = (*_token(lease), kind, pack(data, lease.version), step, steps)
         return bool(await self._run("progress", *args, repeatable=False))
 
     async def finish(self, lease: Lease, result: JobResult) -> bool:
         """Store the result and end the job. Return False if the lease is lost: the result is then dropped."""
-        summary = pack({"rung": result.rung, "degraded": result.degraded, "steps": result.steps_used})
-        args = (*_token(lease), result.to_bytes(), summary, result.steps_used)
+        how = {"rung": result.rung, "degraded": result.degraded, "steps": result.steps_used}
+        messages = result.to_bytes(lease.version), pack(how, lease.version)
+        args = (*_token(lease), *messages, result.steps_used)
         return bool(await self._run("finish", *args, _ms(self.limits.result_ttl_s), self.limits.result_bytes))
 
     async def fail(self, lease: Lease, error: Mapping[str, Any], *, retry: bool = False) -> bool:
@@ -251,7 +305,8 @@ class Broker(Reads):
 
         Return False if the lease is lost.
         """
-        return bool(await self._run("fail", *_token(lease), pack(error), int(retry), *self._attempt_limits()))
+        data = pack(error, lease.version)
+        return bool(await self._run("fail", *_token(lease), data, int(retry), *self._attempt_limits()))
 
     async def hand_back(self, lease: Lease, *, checkpoint: bytes = b"", step: int = 0) -> bool:
         """Return a job to the head of the queue without counting the attempt.
@@ -262,16 +317,16 @@ class Broker(Reads):
         if len(checkpoint) > self.limits.checkpoint_bytes:
             checkpoint, step = b"", 0
         ttl = _ms(self.limits.checkpoint_ttl_s)
-        return bool(await self._run("hand_back", *_token(lease), pack({}), checkpoint, step, ttl))
+        return bool(await self._run("hand_back", *_token(lease), _pack({}), checkpoint, step, ttl))
 
     async def sweep(self) -> int:
         """Take back the jobs whose lease has ended; return how many."""
-        fault = pack(to_wire(WorkerLost("The worker that ran this job stopped answering.")))
+        fault = _pack(to_wire(WorkerLost("The worker that ran this job stopped answering.")))
         return int(await self._run("sweep", *self._attempt_limits(), fault))
 
     async def report(self, report: WorkerState | Starting) -> None:
         """Publish a worker's report, until the next one or until it goes stale."""
-        await self._run("report", report.worker, report.to_bytes(), _ms(self.limits.report_ttl_s))
+        await self._run("report", report.worker, report.to_bytes(OLDEST), _ms(self.limits.report_ttl_s))
 
     async def retire(self, worker: str) -> None:
         """Withdraw a worker's report."""
@@ -290,6 +345,11 @@ class Broker(Reads):
         now = "" if self._clock is None else _ms(self._clock())
         common = (self.keys.prefix, now, _ms(self.limits.record_ttl_s), self.limits.events_kept)
         return await self._scripts.run(name, *common, *args, repeatable=repeatable)
+
+
+def _pack(fields: Mapping[str, Any]) -> bytes:
+    """Return a message that readers of every release understand."""
+    return pack(fields, OLDEST)
 
 
 def _ms(seconds: float) -> int:

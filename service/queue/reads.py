@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
+import structlog
 from redis.asyncio.client import Pipeline
 
-from ditserve.service.errors import InternalError, JobExpired, JobLost, ServiceError, from_wire
+from ditserve.service.errors import (
+    InternalError,
+    JobExpired,
+    JobLost,
+    QueueUnavailable,
+    ServiceError,
+    from_wire,
+    to_wire,
+)
 from ditserve.service.jobs import (
     TERMINAL_STATES,
     EventKind,
@@ -24,11 +33,16 @@ from ditserve.service.jobs import (
 )
 from ditserve.service.queue.connection import ask, open_client
 from ditserve.service.queue.keys import Keys
-from ditserve.service.wire import WireError, unpack
+from ditserve.service.wire import OtherVersion, WireError, unpack
 
 BLOCK_MS = 3000  # a read of events waits so long for the next one, and then looks whether the job is there
 GRACE_S = 5.0  # for the answer of a read of events, beyond the time it may wait
 EVENTS_AT_ONCE = 64
+OTHER_RELEASE_S = 5.0  # after which an upgrade may have gone on
+EVENT_KINDS: frozenset[str] = frozenset(get_args(EventKind))
+STATES: frozenset[str] = frozenset(get_args(State))
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -53,7 +67,12 @@ class Reads:
         await self._waiting_client.aclose()
 
     async def status(self, job_id: str) -> JobStatus | None:
-        """Return the job's status; None if the job is unknown or its record has expired."""
+        """Return the job's status; None if the job is unknown or its record has expired.
+
+        Raises:
+            QueueUnavailable: the job is of a release that writes another schema version.
+            InternalError: the job cannot be read at all.
+        """
 
         def read(pipeline: Pipeline) -> None:
             pipeline.zrank(self.keys.queue, job_id)
@@ -61,9 +80,14 @@ class Reads:
 
         position, fields = await self._ask_together(read)
         wire, state, attempt, step, steps, error, owner = fields
-        if wire is None:
+        if None in (wire, state, attempt, step):
             return None
-        job = Job.from_bytes(wire)
+        try:
+            job = Job.from_bytes(wire)
+            if state.decode() not in STATES:
+                raise OtherVersion(f"no state of a job is {state!r:.60}")
+        except WireError as fault:
+            raise _unreadable(fault) from fault
         return JobStatus(
             id=job_id,
             state=cast(State, state.decode()),
@@ -77,9 +101,12 @@ class Reads:
         )
 
     async def result(self, job_id: str) -> JobResult | None:
-        """Return the job's result; None if there is none, or no longer."""
+        """Return the job's result; None if there is none, or no longer. Raise what `status` raises."""
         data: Any = await self._ask(lambda: self._client.get(self.keys.result(job_id)))
-        return None if data is None else JobResult.from_bytes(data)
+        try:
+            return None if data is None else JobResult.from_bytes(data)
+        except WireError as fault:
+            raise _unreadable(fault) from fault
 
     async def outcome(self, job_id: str) -> JobResult | None:
         """Return the job's result, or None while it has not ended.
@@ -109,25 +136,39 @@ class Reads:
         ]
 
     async def dead(self) -> list[JobStatus]:
-        """Return the dead-lettered jobs, oldest first."""
+        """Return the dead-lettered jobs, oldest first; those that cannot be read are logged and left out."""
         ids: Any = await self._ask(lambda: self._client.zrange(self.keys.dead, 0, -1))
-        statuses = await asyncio.gather(*(self.status(job_id.decode()) for job_id in ids))
+        statuses = await asyncio.gather(*(self._readable_status(job_id.decode()) for job_id in ids))
         return [status for status in statuses if status is not None and status.state == "dead"]
+
+    async def _readable_status(self, job_id: str) -> JobStatus | None:
+        try:
+            return await self.status(job_id)
+        except ServiceError as error:
+            if not isinstance(error.__cause__, WireError):
+                raise
+            log.warning("dead job left out", job=job_id, reason=error.detail)
+            return None
 
     async def events(self, job_id: str, after: str = "0-0") -> AsyncIterator[JobEvent]:
         """Yield the job's events after the given id as they come.
 
         The last one is a terminal event, unless that was read before: then none is left to read of a job that
-        has ended.
+        has ended. An event that cannot be read is left out, and logged once for each reader.
 
         Raises:
             JobLost: the queue has no record of the job.
         """
-        block, ended = None, False
+        block, ended, complained = None, False, False
         while True:
             events = await self._read_events(job_id, after, block)
-            for event in events:
-                after = event.id
+            for event_id, event in events:
+                after = event_id
+                if isinstance(event, WireError):
+                    if not complained:
+                        log.warning("event left out", job=job_id, reason=str(event))
+                    complained = True
+                    continue
                 yield event
                 if event.terminal:
                     return
@@ -144,7 +185,9 @@ class Reads:
         entries: Any = await self._ask(lambda: self._client.xrevrange(stream, count=1))
         return entries[0][0].decode() if entries else None
 
-    async def _read_events(self, job_id: str, after: str, block: int | None) -> list[JobEvent]:
+    async def _read_events(
+        self, job_id: str, after: str, block: int | None
+    ) -> list[tuple[str, JobEvent | WireError]]:
         stream = self.keys.events(job_id)
         client = self._waiting_client
         reply: Any = await ask(
@@ -184,8 +227,18 @@ def _entries(reply: Any) -> list[tuple[bytes, Mapping[bytes, bytes]]]:
     return entries
 
 
-def _read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> JobEvent:
-    return JobEvent(entry_id.decode(), cast(EventKind, fields[b"kind"].decode()), unpack(fields[b"data"]))
+def _read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> tuple[str, JobEvent | WireError]:
+    """Return the id of an entry, and its event or the reason why that cannot be read."""
+    event_id, kind = entry_id.decode(), fields.get(b"kind", b"").decode(errors="replace")
+    try:
+        if kind not in EVENT_KINDS:
+            raise WireError(f"no kind of event is {kind!r:.60}")
+        data = unpack(fields.get(b"data", b""))
+        if kind == "preview" and not isinstance(data.get("image"), bytes):
+            raise WireError("a preview without an image")
+        return event_id, JobEvent(event_id, cast(EventKind, kind), data)
+    except WireError as fault:
+        return event_id, fault
 
 
 def _read_outcome(
@@ -197,7 +250,7 @@ def _read_outcome(
         if state in (b"failed", b"dead", b"cancelled"):
             return from_wire(_read_error(error or b"", owner))
     except WireError as fault:
-        return InternalError(f"The outcome of the job cannot be read: {fault}.")
+        return _unreadable(fault)
     if state is None:
         return JobLost()
     if state == b"done":
@@ -207,7 +260,20 @@ def _read_outcome(
 
 def _read_error(data: bytes, owner: bytes | None) -> dict[str, Any]:
     """Return the error of a job, with the worker that ran it last."""
-    error = unpack(data)
+    try:
+        error = from_wire(unpack(data))
+    except WireError as fault:
+        error = _unreadable(fault)
     if owner is not None:
-        error["extra"] = {**error.get("extra", {}), "worker": owner.decode()}
-    return error
+        error.extra["worker"] = owner.decode(errors="replace")
+    return to_wire(error)
+
+
+def _unreadable(fault: WireError) -> ServiceError:
+    """Return the error for what was written about a job and cannot be read here."""
+    if isinstance(fault, OtherVersion):
+        return QueueUnavailable(
+            "The job is of another release of the service; ask again once all of it is upgraded.",
+            retry_after=OTHER_RELEASE_S,
+        )
+    return InternalError(f"The queue's record of the job cannot be read: {fault}.")

@@ -56,6 +56,15 @@ CANARY_PSNR = Gauge(
 )
 REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
 ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
+PROMISES = Counter(
+    "dit_promises", "Accepted requests with a deadline that were waited for: kept, broken", ["outcome"]
+)
+ADMISSION_MARGIN = Gauge(
+    "dit_admission_margin",
+    "Predicted times are stretched by this before a deadline is promised; it follows broken promises",
+    ["model"],
+    multiprocess_mode="livemax",
+)
 
 # A worker's.
 JOBS = Counter("dit_jobs", "Jobs a worker ended, by outcome", ["outcome"])
@@ -92,6 +101,7 @@ CACHE_BYTES = Gauge(
 LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went back to the queue")
 
 # Every process's.
+FAULTS = Counter("dit_faults", "Unforeseen errors that a process went on after", ["activity"])
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
 # All workers of a host report the same GPUs.
 GPU_USED_BYTES = Gauge(
@@ -107,16 +117,15 @@ BUILD_INFO = Gauge(
 
 
 class LoadCollector(Collector):
-    """Reports the queue and the workers of each model from `loads`, None if Redis did not answer."""
+    """Reports the queue and the workers of each model from `loads`, and whether Redis answers."""
 
-    def __init__(self, loads: Mapping[str, LoadSnapshot] | None) -> None:
-        self._loads = loads
+    def __init__(self, loads: Mapping[str, LoadSnapshot], *, redis_up: bool) -> None:
+        self._loads, self._redis_up = loads, redis_up
 
     def collect(self) -> Iterator[Metric]:
-        up = float(self._loads is not None)
-        yield GaugeMetricFamily("dit_redis_up", "1 when Redis answers", value=up)
+        yield GaugeMetricFamily("dit_redis_up", "1 when Redis answers", value=float(self._redis_up))
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-        for model, load in (self._loads or {}).items():
+        for model, load in self._loads.items():
             for name, (help_text, value) in _figures(load).items():
                 kind = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
                 family = families.setdefault(name, kind(name, help_text, labels=["model"]))
@@ -150,14 +159,14 @@ def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
     }
 
 
-def exposition(loads: Mapping[str, LoadSnapshot] | None, *, shared: Path | None) -> bytes:
+def exposition(loads: Mapping[str, LoadSnapshot], *, redis_up: bool, shared: Path | None) -> bytes:
     """Return the metrics in Prometheus' text format.
 
     They are those of all processes that share the folder `shared` (of this process alone if None), and the
     load of each model.
     """
     registry = CollectorRegistry()
-    registry.register(LoadCollector(loads))
+    registry.register(LoadCollector(loads, redis_up=redis_up))
     if shared is None:
         return generate_latest(REGISTRY) + generate_latest(registry)
     multiprocess.MultiProcessCollector(registry, path=str(shared))  # type: ignore[no-untyped-call]

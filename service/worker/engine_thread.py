@@ -21,6 +21,7 @@ from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import InternalError, ServiceError
 from ditserve.service.jobs import DemandBucket
 from ditserve.service.planning.costs import CostModel
+from ditserve.service.telemetry.faults import surviving
 
 # A sample to run, and the snapshot to run it from if it has begun elsewhere.
 Start = tuple[SampleRequest, Snapshot | None]
@@ -154,7 +155,9 @@ class EngineThread:
             if command is _stop:
                 return
             if command is not None:
-                command()
+                # A command is about one job; the others need this thread.
+                with surviving("engine command"):
+                    command()
                 self._changed = True
             elif not self._step():
                 self._on_broken()
@@ -193,7 +196,8 @@ class EngineThread:
             return self._faults < FAULTS_ALLOWED
         self._faults = 0
         self._stepped_at = self._clock()
-        self._observe(report)
+        with surviving("observing a step"):
+            self._observe(report)
         news = report.finished or report.failed or report.previews or report.changes or self._refused
         if news or self._clock() - self._reported_at >= REPORT_EVERY_S:
             self._report(report)
@@ -205,7 +209,7 @@ class EngineThread:
             self._stepped_at = self._clock()
         for added, (request, snapshot) in enumerate(starts):
             try:
-                self._engine.add(request, snapshot)
+                self._join(request, snapshot)
             except Exception as error:
                 if not isinstance(error, ServiceError):
                     log.exception("sample refused", sample=request.id)
@@ -214,6 +218,16 @@ class EngineThread:
                 self._cancel(ids[:added])
                 self._refused += [Failed(sample_id, error) for sample_id in ids]
                 return
+
+    def _join(self, request: SampleRequest, snapshot: Snapshot | None) -> None:
+        """Let a sample join; one whose snapshot the engine cannot take starts anew."""
+        try:
+            self._engine.add(request, snapshot)
+        except ValueError as error:
+            if snapshot is None:
+                raise
+            log.info("snapshot dropped", sample=request.id, reason=str(error))
+            self._engine.add(request)
 
     def _export(self, ids: tuple[str, ...], exported: Future[dict[str, Snapshot]]) -> None:
         if not exported.set_running_or_notify_cancel():

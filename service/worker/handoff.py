@@ -48,7 +48,8 @@ class Handoff:
             return not_begun
         try:
             return read_checkpoint(claim.checkpoint, origin=self._origin, samples=len(not_begun))
-        except ValueError as error:
+        except Exception as error:
+            # Whatever a checkpoint holds, the job can still start anew.
             log.info("checkpoint dropped", job=claim.job.id, reason=str(error))
             return not_begun
 

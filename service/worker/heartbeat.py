@@ -11,13 +11,16 @@ import structlog
 
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.jobs import Lease, Renewal, Starting, WorkerState
+from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first
 from ditserve.service.telemetry import metrics
+from ditserve.service.telemetry.faults import kept_running
 from ditserve.service.worker.engine_thread import EngineThread
 
 RETRY_S = 0.2
 STARTING_EVERY_S = 1.0  # between two reports of a worker that is starting
+NAMESPACE_EVERY_S = 1.0  # between two looks whether workers of another model have left
 NO_STATE_S = 0.01  # between two looks whether a worker has a state to report
 
 log = structlog.get_logger()
@@ -70,11 +73,13 @@ class Reporting:
     """The reports of a worker's state, on which admission rests.
 
     A report follows a change within `busy_s` seconds. Without a change one report in `every_s` seconds says
-    that the worker lives. `peers` counts the workers of this queue, this one included.
+    that the worker lives. `peers` counts the workers of this queue, this one included. The idlest of
+    the others has work for `idlest_peer_s` seconds, infinite without others.
     """
 
     def __init__(self, broker: Broker, *, every_s: float, busy_s: float) -> None:
         self.peers = 1
+        self.idlest_peer_s = inf
         self._broker, self._every_s, self._busy_s = broker, every_s, min(busy_s, every_s)
         self._changed = asyncio.Event()
 
@@ -94,7 +99,7 @@ class Reporting:
                 if current is not None:
                     await self._broker.report(current)
                 if current is None or clock() - load_read_at >= self._every_s:
-                    await self._read_load(engine)
+                    await self._read_load(engine, current)
                     load_read_at = clock()
             except QueueUnavailable as error:
                 log.warning("report failed", detail=error.detail)
@@ -103,10 +108,13 @@ class Reporting:
             await asyncio.sleep(pause_s)
             await first(self._changed, timeout_s=self._every_s - self._busy_s)
 
-    async def _read_load(self, engine: EngineThread) -> None:
+    async def _read_load(self, engine: EngineThread, current: WorkerState | None) -> None:
         metrics.observe_memory("worker")
         load = await self._broker.load()
         self.peers = max(1, len(load.workers))
+        own = current.worker if current is not None else None
+        others = (worker for worker in load.workers if worker.worker != own)
+        self.idlest_peer_s = min(map(backlog_time, others), default=inf)
         engine.queued_rows = load.queued_rows // self.peers
 
     async def retire(self, worker: str) -> None:
@@ -115,6 +123,29 @@ class Reporting:
             await self._broker.retire(worker)
         except QueueUnavailable:
             log.warning("left without saying so")
+
+
+async def refuse_other_models(broker: Broker, model: str) -> None:
+    """Raise `ValueError` where workers of another model are alive in this namespace.
+
+    A queue counts its jobs, rows and workers as those of one model. The reports of workers that were killed
+    go stale within `report_ttl_s` seconds, so they are given that time.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + broker.limits.report_ttl_s + NAMESPACE_EVERY_S
+    while True:
+        load = await broker.load()
+        models = {name for worker in load.workers for name in worker.models}
+        others = sorted({*models, *(worker.model for worker in load.starting)} - {model})
+        if not others:
+            return
+        namespace = broker.keys.namespace
+        if clock() > deadline:
+            raise ValueError(
+                f"--namespace: {namespace} is in use by workers of {', '.join(others)}; give {model} another"
+            )
+        log.warning("namespace in use", namespace=namespace, models=others, waiting_for=model)
+        await asyncio.sleep(NAMESPACE_EVERY_S)
 
 
 @asynccontextmanager
@@ -140,7 +171,7 @@ async def starting(broker: Broker, worker: str, model: str) -> AsyncIterator[Cal
                 await broker.report(Starting(worker, model, activity))
             await first(changed, timeout_s=STARTING_EVERY_S)
 
-    publishing = asyncio.create_task(publish())
+    publishing = asyncio.create_task(kept_running("reporting", publish))
     try:
         yield report
     finally:

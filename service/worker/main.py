@@ -38,11 +38,12 @@ from ditserve.service.telemetry import logs, metrics
 from ditserve.service.telemetry.tracing import Tracing, open_tracing
 from ditserve.service.worker.engine_metrics import EngineMetrics
 from ditserve.service.worker.handoff import checkpoint_origin
-from ditserve.service.worker.heartbeat import starting
+from ditserve.service.worker.heartbeat import refuse_other_models, starting
+from ditserve.service.worker.room import RESERVED_SAMPLES
 from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
 
 CONFIG_ERROR, BROKEN = 2, 1
-WARM_UP_S = 0.5
+WARM_UP_S = 0.8
 
 # Backend → the settings it takes, besides threads.
 OPTIONS: Final = {
@@ -135,6 +136,7 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
     try:
         if settings.worker_metrics_port:
             metrics.serve(settings.worker_metrics_port)
+        await refuse_other_models(broker, model)
         async with starting(broker, name, model) as report:
             backend = await opener(report, stop)
             if backend is None:
@@ -206,7 +208,10 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
 
 
 def build_engine(backend: Backend, settings: Settings, shared: SharedCache | None = None) -> Engine:
-    """Build an engine for a bundle. Its slots hold what may run, what is claimed ahead, and one job more."""
+    """Build an engine for a bundle.
+
+    Its slots hold what may run, what is claimed ahead, what is reserved for newcomers, and one job more.
+    """
     ladder = Ladder.from_manifest(backend.manifest)
     return Engine(
         backend=backend,
@@ -226,7 +231,7 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
         costs=CostModel(),
         schedule=backend.manifest.diffusion.noise_schedule(),
         clock=time.time,
-        slots=settings.max_rows + settings.lookahead_rows + settings.max_images,
+        slots=settings.max_rows + settings.lookahead_rows + RESERVED_SAMPLES + settings.max_images,
     )
 
 

@@ -52,14 +52,18 @@ class ProgressEvents:
         self._publish(job, "preview", data)
 
     def steps(self, jobs: Iterable[RunningJob], progress: Mapping[str, tuple[int, int]], now: float) -> None:
-        """Publish a step event for every job that has advanced, unless the last ones are too recent."""
+        """Publish a step event for every job that has advanced, unless the last ones are too recent.
+
+        A job whose samples were given more steps is silent until it is further than clients were told.
+        """
         if now - self._stepped_at < self._step_event_s:
             return
         self._stepped_at = now
         for job in jobs:
             step, steps = job.step(progress)
-            if step > job.published_step:
-                job.published_step = step
+            told_step, told_steps = job.published
+            if step > told_step and step * told_steps >= told_step * steps:
+                job.published = step, steps
                 self._publish(job, "step", {"step": step, "steps": steps})
 
     async def run(self) -> None:

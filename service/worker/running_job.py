@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from ditserve.model.spec.bundle import Factor
@@ -53,7 +54,8 @@ class RunningJob:
         pairs = list(zip(self.requests, states, strict=True))
         self.starts = [(request, state) for request, state in pairs if not isinstance(state, Finished)]
         self.done = [replace(state, id=request.id) for request, state in pairs if isinstance(state, Finished)]
-        self.published_step = 0
+        # The last progress that clients were told, as `step` returns it.
+        self.published = (0, 1)
         self._finished: dict[str, Finished] = {}  # with or without their image
         self._images: dict[str, EncodedImage] = {}
 
@@ -90,12 +92,19 @@ class RunningJob:
         return not self.missing
 
     def step(self, progress: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-        """Return (steps taken, steps in all) of the sample furthest behind, (0, 0) if none is in the engine.
+        """Return how far the job is, as (steps taken, steps in all); (0, 0) if no sample is in the engine.
 
-        A sample without an entry in `progress` has left the engine, so it is finished.
+        It is the mean of its samples, in steps of the one furthest behind: the job moves while any of its
+        samples does. Example: of three samples one is finished, one at step 10 of 20, and one has not begun;
+        the job is at step 10 of 20.
         """
         running = [progress[request.id] for request in self.requests if request.id in progress]
-        return min(running, key=lambda steps: steps[0] / steps[1]) if running else (0, 0)
+        if not running:
+            return 0, 0
+        _, steps = min(running, key=lambda sample: sample[0] / sample[1])
+        finished = sum(request.id in self._finished for request in self.requests)
+        done = finished + sum(Fraction(*sample) for sample in running)
+        return int(steps * done / len(self.requests)), steps
 
     def result(self, worker: str) -> JobResult:
         """Return the result: all images in seed order.

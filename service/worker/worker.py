@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 
@@ -20,16 +21,19 @@ from ditserve.service.engine.samples import Failed, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
 from ditserve.service.jobs import Claim, Lease, Network, Renewal, WorkerState
 from ditserve.service.limits import WorkerPolicy
+from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first
 from ditserve.service.telemetry import metrics
+from ditserve.service.telemetry.faults import kept_running, surviving
 from ditserve.service.telemetry.tracing import Tracing
 from ditserve.service.worker.engine_thread import EngineReport, EngineThread, Stepper
 from ditserve.service.worker.handoff import Handoff
 from ditserve.service.worker.heartbeat import Leases, Reporting
 from ditserve.service.worker.postprocess import Decoder, FinishedSample, Postprocessor
 from ditserve.service.worker.progress_events import ProgressEvents
+from ditserve.service.worker.room import Room, claim_room
 from ditserve.service.worker.running_job import RunningJob, RunningJobs
 
 _REPLACED = "The model was replaced by a version with other classes; send the request again."
@@ -104,6 +108,7 @@ class Worker:
         self._busy_since = 0.0
         self._report: EngineReport | None = None  # the engine's last; None: not ready yet
         self._leaving = False
+        self._may_claim_later = False  # another worker was idler at the last claim
         self._job_ended = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
 
@@ -113,12 +118,12 @@ class Worker:
         self._engine.start()
         try:
             async with self._tasks as tasks:
-                claiming = tasks.create_task(self._claim_jobs())
-                reporting = tasks.create_task(self._reporting.run(self._worker_state, self._engine))
+                claiming = tasks.create_task(kept_running("claiming", self._claim_jobs))
+                reporting = tasks.create_task(kept_running("reporting", self._report_state))
                 until_drained = (
-                    tasks.create_task(self._leases.keep(self._held_leases, self._on_lost_leases)),
-                    tasks.create_task(self._events.run()),
-                    tasks.create_task(self._watch_for_hang()),
+                    tasks.create_task(kept_running("keeping leases", self._keep_leases)),
+                    tasks.create_task(kept_running("publishing events", self._events.run)),
+                    tasks.create_task(kept_running("watching the engine", self._watch_for_hang)),
                 )
                 await first(stop, self._broken)
                 reporting.cancel()
@@ -134,10 +139,15 @@ class Worker:
 
     async def _claim_jobs(self) -> None:
         while not self._leaving:
-            room = self._samples_to_claim()
+            room = self._room()
             try:
                 claims = await self._broker.claim(
-                    self.identity.name, models=[self.identity.model], max_samples=room, idle=not self._jobs
+                    self.identity.name,
+                    models=[self.identity.model],
+                    max_samples=room.samples,
+                    idle=not self._jobs,
+                    reserved=room.reserved,
+                    crowded=room.crowded,
                 )
             except QueueUnavailable as error:
                 log.warning("claim failed", detail=error.detail)
@@ -148,25 +158,29 @@ class Worker:
                 self._reporting.changed()
             # Fewer samples than there is room for: the queue has no more to give, and notifies of what comes
             # later.
-            if sum(len(claim.job.seeds) for claim in claims) < max(1, room) and not self._leaving:
+            if sum(len(claim.job.seeds) for claim in claims) < max(1, room.samples) and not self._leaving:
                 await self._broker.work.wait(self.policy.idle_s)
 
-    def _samples_to_claim(self) -> int:
-        """Return how many samples to claim now.
+    def _room(self) -> Room:
+        """Return how much to claim now.
 
-        They fill an efficient batch, and this worker's share of the look-ahead. Return 0 before the engine is
-        ready and while a poison candidate runs alone.
-
-        Example: an efficient batch of 16 rows and a look-ahead of 64 rows among 2 workers make 48 rows
-        wanted. With 40 rows held, 8 rows are missing, which are 4 samples of 2 rows each, if so many slots
-        are free.
+        The rows wanted fill an efficient batch, and this worker's share of the look-ahead unless another
+        worker is idler: what is claimed does not move. There is no room before the engine is ready.
         """
-        if self._report is None or any(job.run_isolated for job in self._jobs):
-            return 0
-        held_samples = sum(job.missing for job in self._jobs)
-        held_rows = sum(job.rows for job in self._jobs)
-        wanted = self._report.costs.saturation_rows + self.policy.lookahead_rows // self._reporting.peers
-        return max(0, min(self._slots - held_samples, (wanted - held_rows + 1) // 2))
+        if self._report is None:
+            return Room()
+        held = sum(job.missing for job in self._jobs)
+        wanted = self._report.costs.saturation_rows
+        if self._claims_ahead():
+            wanted += self.policy.lookahead_rows // self._reporting.peers
+        return claim_room(self._jobs, wanted_rows=wanted, free_slots=self._slots - held)
+
+    def _claims_ahead(self) -> bool:
+        """Return whether no other worker is clearly idler than this one."""
+        state = self._worker_state()
+        idlest_s = self._reporting.idlest_peer_s
+        self._may_claim_later = state is not None and backlog_time(state) > idlest_s + self.policy.balance_s
+        return not self._may_claim_later
 
     def _start_job(self, claim: Claim) -> None:
         if claim.job.vocabulary not in ("", self.identity.vocabulary):
@@ -182,6 +196,10 @@ class Worker:
         except ValueError as error:
             # The job names a solver, grid or interval that this release does not know.
             self._publish_error(claim.lease, InternalError(f"The worker cannot run this job: {error}."))
+            return
+        except Exception as error:
+            log.exception("job refused", job=claim.job.id)
+            self._publish_error(claim.lease, error)
             return
         if not self._jobs.samples_in_engine:
             self._busy_since = self._clock()
@@ -199,6 +217,8 @@ class Worker:
             self._broker.work.notify()
         self._report, step = report, report.step
         self._reporting.changed()
+        if self._may_claim_later:
+            self._broker.work.notify()
         for change in step.changes:
             if job := self._jobs.of_sample(change.sample_id):
                 self._events.degraded(job, change)
@@ -223,12 +243,12 @@ class Worker:
     def _on_finished(self, batch: Sequence[FinishedSample]) -> None:
         for job, finished in batch:
             job.finish(finished)
-        self._tasks.create_task(self._make_images(batch))
+        self._start_task(self._make_images(batch), [job for job, _ in batch])
 
     def _on_preview(self, preview: Preview) -> None:
         job = self._jobs.of_sample(preview.id)
         if job is not None and self._postprocessor.pending < self.policy.previews_pending:
-            self._tasks.create_task(self._make_preview(job, preview))
+            self._start_task(self._make_preview(job, preview), [])
 
     # Jobs end.
 
@@ -237,9 +257,14 @@ class Worker:
             images = await self._postprocessor.images(batch)
         except Exception:
             log.exception("decoding failed", samples=len(batch))
-            for job, _ in batch:
-                if job in self._jobs:
-                    self._fail(job, InternalError("The image could not be decoded."))
+            if len(batch) > 1:
+                # The fault of one sample is not the fault of those decoded with it.
+                for sample in batch:
+                    await self._make_images([sample])
+                return
+            job, _ = batch[0]
+            if job in self._jobs:
+                self._fail(job, InternalError("The image could not be decoded."))
             return
         for (job, _), image in zip(batch, images, strict=True):
             self._engine.observe_decode((image.decode_ms + image.encode_ms) / 1e3)
@@ -264,10 +289,23 @@ class Worker:
             metrics.QUEUE_WAIT_SECONDS.observe(result.timings_ms["queue"] / 1e3)
             metrics.STEPS_REQUESTED.inc(result.steps_requested * len(result.images))
 
-    def _publish_error(self, lease: Lease, error: ServiceError, *, retry: bool = False) -> None:
+    def _publish_error(self, lease: Lease, error: Exception, *, retry: bool = False) -> None:
         wire = to_wire(error)
         publishing = self._leases.retry_until_published(lambda: self._broker.fail(lease, wire, retry=retry))
-        self._tasks.create_task(publishing)
+        self._start_task(publishing, [])
+
+    def _start_task(self, work: Coroutine[Any, Any, Any], jobs: Sequence[RunningJob]) -> None:
+        """Let work on jobs go on by itself. An unforeseen error ends the attempts at them, and no more."""
+
+        async def attempt() -> None:
+            with surviving("working on jobs", jobs=[job.id for job in jobs]):
+                await work
+                return
+            for job in jobs:
+                if job in self._jobs:
+                    self._fail(job, InternalError("The worker failed at this job."), retry=True)
+
+        self._tasks.create_task(attempt())
 
     def _fail(self, job: RunningJob, error: ServiceError, *, retry: bool = False) -> None:
         self._drop(job, "failed")
@@ -341,6 +379,12 @@ class Worker:
                 await self._handoff.hand_back(job, states)
 
     # The worker reports.
+
+    async def _report_state(self) -> None:
+        await self._reporting.run(self._worker_state, self._engine)
+
+    async def _keep_leases(self) -> None:
+        await self._leases.keep(self._held_leases, self._on_lost_leases)
 
     def _held_leases(self) -> list[Lease]:
         return [job.lease for job in self._jobs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ NAMES, STYLES = ("cat", "dog", "fox", "owl", "bee"), ("flat", "shaded", "line")
 @pytest.fixture
 def command(bundle: Path, tmp_path: Path) -> list[str]:
     """The arguments that evaluate a bundle whose training left out some of the fifteen combinations."""
-    labels = np.array([[y, s] for y in range(5) for s in range(3)])
-    x = np.random.default_rng(0).integers(0, 256, (15, 8, 8, 3), np.uint8)
+    labels = np.array([[y, s] for y in range(5) for s in range(3) for _ in range(4)])
+    x = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
     data = tmp_path / "drawn.npz"
     np.savez(data, x=x, y=labels[:, 0], s=labels[:, 1], names=np.array(NAMES), styles=np.array(STYLES))
     manifest = Bundle.open(bundle).manifest
@@ -51,7 +52,7 @@ def opened(file: Path) -> npt.NDArray[np.float64]:
 def test_the_report_holds_all_figures_and_the_pictures(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*command, "--limit", "8", "--steps", "2", "--seed", "3"]) == 0
+    assert main([*command, "--limit", "40", "--steps", "2", "--seed", "3"]) == 0
     out = tmp_path / "out"
     written = record(out)
     assert set(written["figures"]) == {GENERATED, UNSEEN, REAL, REAL_UNSEEN}
@@ -66,16 +67,19 @@ def test_the_report_holds_all_figures_and_the_pictures(
         assert figure in written["figures"][GENERATED]
     assert {"label_top1", "style_top1", "nearest_feature_p50"} <= set(written["figures"][UNSEEN])
     assert (written["pictures"][GENERATED], written["pictures"][TRAINING]) == (
-        8,
-        15 - written["pictures"][UNSEEN],
+        40,
+        60 - 4 * written["pictures"][UNSEEN],
     )
     assert written["sampling"]["steps"] == 2
     assert written["classifier_accuracy"] == {"label_top1_unseen": 0.5}
     text = (out / "evaluation.md").read_text()
     assert capsys.readouterr().out == text + "\n"
+    assert written["deviations"][GENERATED]["frechet_distance"] > 0
+    assert re.search(r"Fréchet distance ↓ \| [\d.]+ ± [\d.]+ \|", text)
     assert "not comparable with published FID" in text
-    assert "8 pictures are few for 6 features" in text
-    assert opened(out / "closest.png").shape == opened(out / "held-out.png").shape == (2 * 8, COLUMNS * 8, 3)
+    assert "40 pictures are few for 6 features" in text
+    assert opened(out / "closest.png").shape == (3 * 2 * 8, COLUMNS * 8, 3)
+    assert opened(out / "held-out.png").shape == (2 * 8, COLUMNS * 8, 3)
 
 
 def test_the_same_seed_gives_the_same_figures(command: list[str], tmp_path: Path) -> None:
@@ -101,9 +105,9 @@ def test_closest_pictures_stand_above_their_training_picture(command: list[str],
 def test_figures_are_written_to_the_manifest_on_request_only(
     command: list[str], bundle: Path, tmp_path: Path
 ) -> None:
-    assert main([*command, "--limit", "6", "--steps", "1"]) == 0
+    assert main([*command, "--limit", "8", "--steps", "1"]) == 0
     assert Bundle.open(bundle).manifest.metrics == {"old": 1.0}
-    assert main([*command, "--limit", "6", "--steps", "1", "--write"]) == 0
+    assert main([*command, "--limit", "8", "--steps", "1", "--write"]) == 0
     metrics, figures = Bundle.open(bundle).manifest.metrics, record(tmp_path / "out")["figures"]
     assert metrics["old"] == 1
     assert metrics["frechet_distance_classifier"] == pytest.approx(
@@ -111,6 +115,16 @@ def test_figures_are_written_to_the_manifest_on_request_only(
     )
     assert metrics["label_top1"] == pytest.approx(figures[GENERATED]["label_top1"], abs=1e-5)
     assert metrics["held_out_style_top1"] == pytest.approx(figures[UNSEEN]["style_top1"], abs=1e-5)
+
+
+def test_what_too_few_pictures_cannot_tell_is_said_and_left_out(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--limit", "2", "--steps", "1"]) == 0
+    assert "model.evaluate: no Fréchet distance, which needs 7 pictures" in capsys.readouterr().err
+    written = record(tmp_path / "out")
+    assert not {"frechet_distance", "precision"} & set(written["figures"][GENERATED])
+    assert sum("no precision and recall" in note for note in written["notes"]) == 1
 
 
 def test_impossible_evaluations_are_refused_in_one_sentence(
@@ -130,8 +144,6 @@ def test_impossible_evaluations_are_refused_in_one_sentence(
         ("--data", str(tmp_path / "none.npz")): "none.npz",
         ("--features", "inception"): "--weights",
         ("--features", "inception", "--weights", str(tmp_path / "drawn.npz")): "its sha256 differs",
-        ("--limit", "0"): "must be at least 1",
-        ("--limit", "2"): "2 pictures are too few for 3 neighbours",
         ("--solver", "magic"): "magic",
         ("--steps", "5000"): "5000",
     }

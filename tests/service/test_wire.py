@@ -80,6 +80,14 @@ def test_fields_of_later_releases_have_defaults() -> None:
         {"condition": [3]},
         {"requested": {"name": "ddim-20"}},
         {"seeds": 7},
+        {"seeds": ["7"]},
+        {"seeds": "777"},
+        {"steps": "20"},
+        {"guidance_scale": float("nan")},
+        {"format": "gif"},
+        {"caller": None},
+        {"trace": {"traceparent": 1}},
+        {"trace": []},
     ],
 )
 def test_a_field_of_another_form_is_refused(change: dict[str, object]) -> None:

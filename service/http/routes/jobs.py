@@ -3,6 +3,7 @@
 import base64
 import re
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
@@ -12,15 +13,17 @@ from ditserve.service.errors import (
     ImageNotFound,
     InvalidRequest,
     JobExpired,
+    JobLost,
     JobNotFound,
     JobUnfinished,
     MalformedRequest,
     QueueUnavailable,
-    ServiceError,
+    QuotaExceeded,
     from_wire,
 )
 from ditserve.service.http.answers import FORMATS, image_response, result_headers
 from ditserve.service.http.context import Api, Context, JobLookup, PathJob
+from ditserve.service.http.feeds import END, EncodedEvent, Position
 from ditserve.service.http.openapi import problem_responses
 from ditserve.service.http.problems import problem
 from ditserve.service.http.schemas import JobOut, JobOutcome, Links, Problem
@@ -49,7 +52,7 @@ def links(job: Job, api: Context) -> Links:
     "/{job_id}",
     summary="Where a job stands",
     response_model=JobOut,
-    responses=problem_responses(JobNotFound, JobExpired, QueueUnavailable),
+    responses=problem_responses(JobNotFound, JobExpired, JobLost, QueueUnavailable),
 )
 async def get_job(lookup: PathJob, api: Api) -> JobOut:
     """State, place in the queue, step, predicted time left; once done, how the images were made."""
@@ -60,7 +63,7 @@ async def get_job(lookup: PathJob, api: Api) -> JobOut:
     "/{job_id}",
     summary="Cancel a job",
     response_model=JobOut,
-    responses=problem_responses(JobNotFound, JobExpired, QueueUnavailable),
+    responses=problem_responses(JobNotFound, JobExpired, JobLost, QueueUnavailable),
 )
 async def delete_job(lookup: PathJob, api: Api) -> JobOut:
     """Stop a waiting job at once and a running one at its next step. A job that has ended stays as it is."""
@@ -74,7 +77,7 @@ async def delete_job(lookup: PathJob, api: Api) -> JobOut:
     response_class=Response,
     responses={
         200: {"content": {f"image/{name}": {} for name in FORMATS}, "description": "The image file."},
-        **problem_responses(JobNotFound, ImageNotFound, JobUnfinished, JobExpired, QueueUnavailable),
+        **problem_responses(JobNotFound, ImageNotFound, JobUnfinished, JobExpired, JobLost, QueueUnavailable),
     },
 )
 async def get_image(lookup: PathJob, k: str) -> Response:
@@ -101,7 +104,9 @@ async def get_image(lookup: PathJob, k: str) -> Response:
             "description": "Server-sent events until the job has ended.",
         },
         204: {"description": "The job has ended, and `Last-Event-ID` is its last event: come no more."},
-        **problem_responses(MalformedRequest, InvalidRequest, JobNotFound, QueueUnavailable),
+        **problem_responses(
+            MalformedRequest, InvalidRequest, JobNotFound, QuotaExceeded, JobLost, QueueUnavailable
+        ),
     },
 )
 async def get_events(
@@ -118,8 +123,14 @@ async def get_events(
         raise MalformedRequest("Last-Event-ID is not an id of this stream.")
     if await _is_past_end(lookup, after):
         return Response(status_code=204)
-    events = _events(lookup, after, api, request.state.request_id)
-    return EventStream(events, keepalive_s=api.settings.keepalive_s, stop=api.draining)
+    path, request_id = api.address(f"/jobs/{lookup.status.id}"), request.state.request_id
+    source = partial(_events, lookup, api, path)
+    return EventStream(
+        api.feeds.follow(lookup.status.id, _order(after), source),
+        on_error=lambda error: encode("error", problem(error, path, request_id)),
+        keepalive_s=api.settings.keepalive_s,
+        stream=api.open_stream(request),
+    )
 
 
 async def _is_past_end(lookup: JobLookup, after: str) -> bool:
@@ -130,28 +141,29 @@ async def _is_past_end(lookup: JobLookup, after: str) -> bool:
     return last is not None and _order(after) >= _order(last)
 
 
-def _order(event_id: str) -> tuple[int, ...]:
-    return tuple(map(int, event_id.split("-")))
+def _order(event_id: str) -> Position:
+    milliseconds, _, number = event_id.partition("-")
+    return int(milliseconds), int(number)
 
 
-async def _events(lookup: JobLookup, after: str, api: Context, request_id: str) -> AsyncGenerator[bytes]:
+async def _events(
+    lookup: JobLookup, api: Context, path: str, after: Position
+) -> AsyncGenerator[EncodedEvent]:
     """Yield the job's encoded events.
 
     The last one tells how the job ended, even when its stream has expired.
     """
     job_id = lookup.status.id
-    path = api.address(f"/jobs/{job_id}")
-    try:
-        async for event in lookup.model.queue_client.queue.events(job_id, after):
-            yield encode(event.kind, _event_data(event, path), event_id=event.id)
-            if event.terminal:
-                return
-        status = (await api.job(job_id)).status
-        last_event = _LAST_EVENTS.get(status.state)
-        if last_event:
-            yield encode(last_event, problem(from_wire(status.error), path) if status.error else {})
-    except ServiceError as error:
-        yield encode("error", problem(error, path, request_id))
+    async for event in lookup.model.queue_client.queue.events(job_id, "{}-{}".format(*after)):
+        data = encode(event.kind, _event_data(event, path), event_id=event.id)
+        yield EncodedEvent(_order(event.id), data)
+        if event.terminal:
+            return
+    status = (await api.job(job_id)).status
+    last_event = _LAST_EVENTS.get(status.state)
+    if last_event:
+        data = encode(last_event, problem(from_wire(status.error), path) if status.error else {})
+        yield EncodedEvent(END, data)
 
 
 def _event_data(event: JobEvent, path: str) -> dict[str, Any]:

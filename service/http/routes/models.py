@@ -9,7 +9,6 @@ from starlette.responses import Response
 from ditserve.model.spec.bundle import Manifest, RungSpec
 from ditserve.model.spec.diffusion import GRIDS
 from ditserve.model.spec.solvers import SOLVERS
-from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.context import Api
 from ditserve.service.http.models import Model
 from ditserve.service.http.schemas import DefaultsOut, FactorOut, LimitsOut, ModelOut, ModelsOut, RungOut
@@ -35,10 +34,10 @@ async def models(api: Api) -> Response:
 
 
 async def _workers(model: Model) -> Sequence[WorkerState]:
-    try:
-        return (await model.submissions.load()).workers
-    except QueueUnavailable:
-        return ()
+    """Return the workers as they are known, without waiting long for Redis."""
+    await model.submissions.load.refresh()
+    load = model.submissions.load.last()
+    return () if load is None else load.workers
 
 
 def _describe(manifest: Manifest, workers: Sequence[WorkerState], settings: Settings) -> ModelOut:

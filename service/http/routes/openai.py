@@ -7,21 +7,24 @@ OpenAI's own monitoring. Shapes: openai-python `types/image_generate_params.py`,
 `types/image_gen_partial_image_event.py`, `types/image_gen_completed_event.py`.
 """
 
+import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import ExitStack
 from math import prod
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from fastapi import APIRouter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from starlette.responses import JSONResponse, Response
+from starlette.types import Message
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.service.errors import ModelNotFound, ServiceError, from_wire
+from ditserve.service.errors import ModelNotFound, QuotaExceeded
 from ditserve.service.http.answers import result_headers
-from ditserve.service.http.context import Api, cancel
-from ditserve.service.http.intake import RequestIntake, replay_headers
+from ditserve.service.http.context import Api
+from ditserve.service.http.intake import Intake, RequestIntake, replay_headers
 from ditserve.service.http.models import Model
 from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, openai_error_responses
 from ditserve.service.http.problems import openai_error
@@ -34,11 +37,12 @@ from ditserve.service.http.schemas import (
     DrawingOptions,
     Format,
     GenerateRequest,
+    written_size,
 )
 from ditserve.service.http.sizes import size_text
 from ditserve.service.http.sse import EventStream, encode
-from ditserve.service.http.submission import Submissions, field_error
-from ditserve.service.jobs import Job, JobResult
+from ditserve.service.http.submission import Submission, Submissions, field_error
+from ditserve.service.jobs import Job, JobEvent, JobResult
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
 
@@ -79,9 +83,14 @@ class ImagesRequest(DrawingOptions):
     )
     model: str | None = Field(None, max_length=100)
     n: int | None = Field(None, ge=1, le=10)
-    size: str | None = Field(
-        None, pattern=f"^(auto|{SIZE})$", description="Width x height, where the model has a choice, or auto."
-    )
+    size: (
+        Annotated[
+            str,
+            AfterValidator(lambda size: size if size == "auto" else written_size(size)),
+            WithJsonSchema({"type": "string", "pattern": f"^(auto|{SIZE})$"}),
+        ]
+        | None
+    ) = Field(None, description="Width x height, where the model has a choice, or auto.")
     quality: Quality | None = Field(
         None, description="high (xhigh, max), medium and low are the top, middle and end of the ladder."
     )
@@ -139,10 +148,10 @@ class OpenAIError(BaseModel):
     responses={
         200: {"content": {"text/event-stream": {}}, "description": "The images, or events with `stream`."},
         "default": {"model": OpenAIError, "description": "Any error."},
-        **openai_error_responses(*BODY, *SUBMIT, *ENDED),
+        **openai_error_responses(*BODY, *SUBMIT, *ENDED, QuotaExceeded),
     },
 )
-async def generations(body: ImagesRequest, request: Request, intake: RequestIntake) -> Response:
+async def generations(body: ImagesRequest, intake: RequestIntake) -> Response:
     """Draw the images that a prompt describes. The prompt must name a class of the model's first factor, and
     may name one of each other: "a strawberry in noto style". Names match by their words; the longest match
     wins. An unknown prompt is refused with the closest names. A model that reads text is given the prompt
@@ -151,22 +160,44 @@ async def generations(body: ImagesRequest, request: Request, intake: RequestInta
         raise field_error("n", "One image at a time can be streamed.")
     if body.partial_images and not body.stream:
         raise field_error("partial_images", "Partial images need stream=true.")
+    if body.stream:
+        return await _streamed(body, intake)
     model = intake.api.model(body.model)
-    submission = await intake.submit(
-        model, translate(body, model.submissions), body=body, image_format=body.output_format or "png"
-    )
+    submission = await _submitted(body, model, intake)
+    result = await intake.result(model, submission)
     job = submission.job
-    # A new stream tells of its job as that runs; a repeated one is refused unless the first job has ended.
-    result = None if body.stream and submission.new else await intake.result(model, submission)
-    if result is None or body.stream:
-        events = _stream(job, body, model, request.state.request_id, keep=intake.keeps)
-        stream = EventStream(events, keepalive_s=intake.api.settings.keepalive_s)
-        stream.headers.update(replay_headers(submission))
-        return stream
     data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
     response = ImagesResponse(created=int(job.created_at), data=data, **_metadata(job, body, model.manifest))
     return JSONResponse(
         response.model_dump(), headers=result_headers(job, result) | replay_headers(submission)
+    )
+
+
+async def _streamed(body: ImagesRequest, intake: Intake) -> Response:
+    """Return the stream of a request that asks for one."""
+    model = intake.api.model(body.model)
+    with ExitStack() as closing:
+        stream = closing.enter_context(intake.api.open_stream(intake.request, lasting=True))
+        submission = await _submitted(body, model, intake)
+        # A new stream tells of its job as that runs; a repeated one is refused unless the first has ended.
+        if not submission.new:
+            await intake.result(model, submission)
+        request_id = intake.request.state.request_id
+        response = EventStream(
+            _stream(intake, model, submission, body),
+            on_error=lambda error: _event("error", openai_error(error, request_id)),
+            keepalive_s=intake.api.settings.keepalive_s,
+            stream=stream,
+        )
+        response.headers.update(replay_headers(submission))
+        # From here on the response closes the stream.
+        closing.pop_all()
+        return response
+
+
+async def _submitted(body: ImagesRequest, model: Model, intake: Intake) -> Submission:
+    return await intake.submit(
+        model, translate(body, model.submissions), body=body, image_format=body.output_format or "png"
     )
 
 
@@ -237,42 +268,59 @@ def _metadata(job: Job, body: ImagesRequest, manifest: Manifest) -> dict[str, An
 
 
 async def _stream(
-    job: Job, body: ImagesRequest, model: Model, request_id: str, *, keep: bool
+    intake: Intake, model: Model, submission: Submission, body: ImagesRequest
 ) -> AsyncGenerator[bytes]:
     """Yield partial images as they come, then the image.
 
-    A client that leaves before the end cancels the job, unless `keep`.
+    The result is waited for as it is without a stream, so the same promises hold: its deadline, and the end
+    of its job when the client leaves.
     """
-    metadata = _metadata(job, body, model.manifest)
+    metadata = _metadata(submission.job, body, model.manifest)
     partial = {name: value for name, value in metadata.items() if name != "usage"}
-    shown, ended = 0, False
+    result = asyncio.create_task(intake.result(model, submission, receive=_stays))
+    events = _until_failed(result, model.queue_client.queue.events(submission.job.id))
+    shown = 0
     try:
-        async for event in model.queue_client.queue.events(job.id):
-            ended = event.terminal
+        async for event in events:
             if event.kind == "preview" and shown < (body.partial_images or 0):
-                data = {
-                    "b64_json": base64.b64encode(event.data["image"]).decode(),
-                    "partial_image_index": shown,
-                    "created_at": int(time.time()),
-                    **partial,
-                }
+                data = _image(event.data["image"]) | {"partial_image_index": shown} | partial
                 yield _event("image_generation.partial_image", data)
                 shown += 1
-            if event.kind in ("failed", "cancelled"):
-                raise from_wire(event.data)
-        result: JobResult = await model.queue_client.listener.wait(job.id)
-        data = {
-            "b64_json": base64.b64encode(result.images[0].data).decode(),
-            "created_at": int(time.time()),
-            **metadata,
-        }
-        yield _event("image_generation.completed", data)
-    except ServiceError as error:
-        ended = True
-        yield _event("error", openai_error(error, request_id))
+        yield _event("image_generation.completed", _image((await result).images[0].data) | metadata)
     finally:
-        if not ended and not keep:
-            await cancel(model, job.id)
+        await events.aclose()
+        result.cancel()
+        await asyncio.gather(result, return_exceptions=True)
+
+
+async def _stays() -> Message:
+    """Wait for ever: the stream itself notices that its client leaves, and is closed then."""
+    forever: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+    return await forever
+
+
+async def _until_failed(
+    result: asyncio.Task[JobResult], events: AsyncIterator[JobEvent]
+) -> AsyncGenerator[JobEvent]:
+    """Yield events to their end. Raises the error of `result` as soon as it has one."""
+    while True:
+        upcoming = asyncio.ensure_future(anext(events, None))
+        try:
+            # The images may be known before the last preview was read.
+            waiting = {upcoming} if result.done() else {upcoming, result}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if result.done():
+                result.result()
+            event = await upcoming
+        finally:
+            upcoming.cancel()
+        if event is None:
+            return
+        yield event
+
+
+def _image(data: bytes) -> dict[str, Any]:
+    return {"b64_json": base64.b64encode(data).decode(), "created_at": int(time.time())}
 
 
 def _event(kind: str, data: dict[str, Any]) -> bytes:

@@ -1,13 +1,15 @@
-"""Probes and metrics: is this process alive, may it be given work, has it started."""
+"""Probes and metrics: is this process alive, may it be given work, has it started.
+
+None waits for Redis longer than `load_cache.PATIENCE_S`, and `/livez` not at all: a Redis that hangs is no
+reason to restart an API.
+"""
 
 import asyncio
-from collections.abc import Mapping
 
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.context import Api, Context
 from ditserve.service.http.openapi import Responses
 from ditserve.service.http.schemas import Health, Startup
@@ -25,17 +27,17 @@ _NOT_STARTED: Responses = {503: {"model": Startup, "description": "Not enough wo
 @router.get("/livez", summary="Alive", response_model=Health, responses=_FAILING)
 async def livez(api: Api) -> Response:
     """Fails when samples are running and no worker has taken a step for `hang_s` seconds: something hangs."""
-    loads = await _loads(api) or {}
-    return _health({"engine_steps": not any(hung(load, api.settings.hang_s) for load in loads.values())})
+    loads = _last_loads(api).values()
+    return _health({"engine_steps": not any(hung(load, api.settings.hang_s) for load in loads)})
 
 
 @router.get("/readyz", summary="Ready for work", response_model=Health, responses=_FAILING)
 async def readyz(api: Api) -> Response:
     """Fails while this process drains, Redis does not answer, or a model lacks workers (`ready_workers`)."""
-    loads = await _loads(api)
-    staffed = _staffed(api, loads)
+    answered = await _refreshed(api)
+    staffed = _staffed(api)
     api.started = api.started or staffed
-    return _health({"accepting": not api.draining.is_set(), "queue": loads is not None, "workers": staffed})
+    return _health({"accepting": not api.draining.is_set(), "queue": answered, "workers": staffed})
 
 
 @router.get("/startupz", summary="Started", response_model=Startup, responses=_NOT_STARTED)
@@ -44,9 +46,10 @@ async def startupz(api: Api) -> Response:
 
     Lists what starting workers are doing.
     """
-    loads = await _loads(api)
-    api.started = api.started or _staffed(api, loads)
-    workers = (worker for load in (loads or {}).values() for worker in load.starting)
+    if not api.started:
+        await _refreshed(api)
+        api.started = _staffed(api)
+    workers = (worker for load in _last_loads(api).values() for worker in load.starting)
     return _health(
         {"started": api.started}, starting=[f"{worker.model}: {worker.doing}" for worker in workers]
     )
@@ -59,30 +62,33 @@ async def startupz(api: Api) -> Response:
     responses={200: {"content": {"text/plain": {}}}},
 )
 async def get_metrics(api: Api) -> Response:
-    """Metrics of all processes that share this one's metrics folder, and of the queue of each model."""
+    """Metrics of all processes that share this one's metrics folder, and of the queue of each model.
+
+    While Redis is away (`dit_redis_up` is 0), those of the queue are what was read of it last.
+    """
     metrics.observe_memory("api")
-    loads = await _loads(api)
-    shared = api.settings.prometheus_multiproc_dir
-    content = await run_in_threadpool(metrics.exposition, loads, shared=shared)
+    answered = await _refreshed(api)
+    loads, shared = _last_loads(api), api.settings.prometheus_multiproc_dir
+    content = await run_in_threadpool(metrics.exposition, loads, redis_up=answered, shared=shared)
     return Response(content, headers={"content-type": metrics.CONTENT_TYPE})
 
 
-async def _loads(api: Context) -> dict[str, LoadSnapshot] | None:
-    """Return the load by model, None when Redis does not answer."""
-    models = api.models
-    try:
-        loads = await asyncio.gather(*(model.submissions.load() for model in models.values()))
-    except QueueUnavailable:
-        return None
-    return dict(zip(models, loads, strict=True))
+async def _refreshed(api: Context) -> bool:
+    """Read the load of every model. Return False if Redis does not tell all of them soon."""
+    models = api.models.values()
+    return all(await asyncio.gather(*(model.submissions.load.refresh() for model in models)))
 
 
-def _staffed(api: Context, loads: Mapping[str, LoadSnapshot] | None) -> bool:
+def _last_loads(api: Context) -> dict[str, LoadSnapshot]:
+    """Return the load by model as it was read last, without the models of which it is not known."""
+    loads = {name: model.submissions.load.last() for name, model in api.models.items()}
+    return {name: load for name, load in loads.items() if load is not None}
+
+
+def _staffed(api: Context) -> bool:
     """Return True if every model has at least `ready_workers` workers."""
-    if loads is None:
-        return False
-    serving = (sum(model in worker.models for worker in load.workers) for model, load in loads.items())
-    return min(serving) >= api.settings.ready_workers
+    loads, needed = _last_loads(api), api.settings.ready_workers
+    return len(loads) == len(api.models) and all(len(load.workers) >= needed for load in loads.values())
 
 
 def _health(checks: dict[str, bool], **more: list[str]) -> Response:

@@ -1,25 +1,41 @@
 -- Lease the next jobs of the given models in fair order (see submit.lua), as far as they fit into the
 -- worker's room (samples). Returns the rows ever given to the owner, which its reports repeat, and {id, wire,
--- attempt, suspect, checkpoint} per job. The checkpoint is empty unless a worker left one. Repeating a claim
--- with the same nonce returns the same jobs, as far as still held.
+-- attempt, suspect, checkpoint, schema version} per job. The checkpoint is empty unless a worker left one.
+-- Repeating a claim with the same nonce returns the same jobs, as far as still held.
 --
 -- Rules, from the head of the queue on:
 --   past its deadline       the job fails here
 --   of another model        look further
+--   of another version      look further: a worker of the release that wrote it will take it
 --   a poison candidate      (its worker crashed) only an idle worker takes it, as the only job; others look
 --                           further, but stop at one that has waited too long, so that they become idle
---   larger than the room    stop, so that small jobs cannot starve it; an idle worker takes it all the same
+--   larger than the room    it ends the room, so that small jobs cannot starve it; an idle worker takes it all
+--                           the same
+--   no room                 a job of a flow that is not crowded, and was given none in this claim, may have of
+--                           the reserved samples; only the first jobs are looked at, a newcomer's among them
 -- The Python model in tests/service/queue/test_broker_model.py says the same in other words.
 local owner, nonce, started, expired = unpack(ARGS, 1, 4)
 local room, idle, lease, patience = tonumber(ARGS[5]), ARGS[6] == '1', tonumber(ARGS[7]), tonumber(ARGS[8])
-local models = {}
-for i = 9, #ARGS do models[ARGS[i]] = true end
+local oldest, newest = tonumber(ARGS[9]), tonumber(ARGS[10])
+local reserved, last_model = tonumber(ARGS[11]), 12 + tonumber(ARGS[12])
+local models, crowded = {}, {}
+for i = 13, last_model do models[ARGS[i]] = true end
+for i = last_model + 1, #ARGS do crowded[ARGS[i]] = true end
+local LOOK_FOR_NEWCOMERS = 128
 -- The last claim: a hash of job → attempt, and under the empty name the nonce.
 local last_claim, given_key = PREFIX .. 'claim:' .. owner, PREFIX .. 'given:' .. owner
 
+-- The schema version of a message, whose map (of fewer than 16 entries, or of more) begins with it. A message
+-- that begins with anything else counts as readable: the worker will say what is wrong with it.
+local function version_of(wire)
+  local version = string.match(wire, '^[\128-\143]\161v(.)') or string.match(wire, '^\222..\161v(.)')
+  return version and string.byte(version) or newest
+end
+
 local function entry(id, attempt)
   local job = redis.call('HMGET', job_key(id), 'wire', 'suspect')
-  return { id, job[1], attempt, job[2] and 1 or 0, redis.call('GET', checkpoint_key(id)) or '' }
+  local checkpoint = redis.call('GET', checkpoint_key(id)) or ''
+  return { id, job[1], attempt, job[2] and 1 or 0, checkpoint, version_of(job[1]) }
 end
 
 local function given_so_far() return tonumber(redis.call('GET', given_key) or 0) end
@@ -51,38 +67,47 @@ end
 
 -- Returns 'left' (the job is in the queue no longer), 'stays' (look further) or 'stop' (end the claim).
 local function consider(id, finish)
-  local job = redis.call('HMGET', job_key(id), 'model', 'samples', 'rows', 'deadline', 'suspect', 'returned_at')
+  local job = redis.call('HMGET', job_key(id), 'model', 'samples', 'rows', 'deadline', 'suspect', 'returned_at',
+    'wire', 'flow')
   local model, samples, rows = job[1], tonumber(job[2]), tonumber(job[3])
-  local deadline, suspect, returned_at = job[4], job[5], job[6]
+  local deadline, suspect, returned_at, flow = job[4], job[5], job[6], job[8]
+  local version = version_of(job[7])
   local takes_anything = idle and #taken == 0
   if deadline ~= '' and tonumber(deadline) < NOW then
     dequeue(id, rows)
     conclude(id, 'failed', 'failed', expired)
     return 'left'
   end
-  if not models[model] then return 'stays' end
+  if not models[model] or version < oldest or version > newest then return 'stays' end
   if suspect and not takes_anything then
     return NOW - tonumber(returned_at) > patience and 'stop' or 'stays'
   end
-  if samples > room and not takes_anything then return 'stop' end
+  if samples <= room or takes_anything then
+    room = room - samples
+  elseif samples <= reserved and not crowded[flow] then
+    reserved = reserved - samples
+  else
+    room = 0
+    return 'stays'
+  end
+  crowded[flow] = true
   take(id, finish, rows)
-  room = room - samples
-  return (suspect or room <= 0) and 'stop' or 'left'
+  return suspect and 'stop' or 'left'
 end
 
 local function walk()
   local passed = 0
-  while true do
+  while room > 0 or (reserved > 0 and passed < LOOK_FOR_NEWCOMERS) do
     local page = redis.call('ZRANGE', QUEUE, passed, passed + 31, 'WITHSCORES')
     if #page == 0 then return end
     for i = 1, #page, 2 do
       local verdict = consider(page[i], tonumber(page[i + 1]))
-      if verdict == 'stop' then return end
+      if verdict == 'stop' or (room <= 0 and reserved <= 0) then return end
       if verdict == 'stays' then passed = passed + 1 end
     end
   end
 end
-if room > 0 then walk() end
+walk()
 
 if #taken > 0 then
   redis.call('HSET', last_claim, '', nonce)

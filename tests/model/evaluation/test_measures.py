@@ -9,6 +9,7 @@ from ditserve.model.evaluation.classifier_network import Classifier, ClassifierC
 from ditserve.model.evaluation.features import FeatureNetwork, Features
 from ditserve.model.evaluation.measures import (
     REAL,
+    deviations,
     distances,
     label_accuracy,
     markdown_table,
@@ -16,6 +17,7 @@ from ditserve.model.evaluation.measures import (
     memorisation,
     nearest_training,
     notes,
+    shortfalls,
     split_in_two,
 )
 from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, PictureSet
@@ -127,15 +129,45 @@ def test_all_columns_are_measured_and_the_missing_left_out() -> None:
     assert fewer.figures[GENERATED] == measurement.figures[GENERATED]
 
 
+def test_too_few_pictures_for_a_figure_are_told_and_the_figure_left_out() -> None:
+    counts = {GENERATED: 6, TRAINING: 40}
+    frechet, neighbours = shortfalls(counts, width=6)
+    assert (
+        frechet
+        == "no Fréchet distance, which needs 7 pictures of each kind: 6 generated ones (raise --limit)"
+    )
+    assert "no precision and recall, which needs 30 pictures of each kind: 6 generated" in neighbours
+    assert shortfalls({GENERATED: 40, TRAINING: 40}, width=6) == []
+    assert "40 training ones (add pictures" in shortfalls({GENERATED: 50, TRAINING: 40}, width=40)[0]
+    figures = distances(pictures(6, 1), pictures(), 0)
+    assert not {"frechet_distance", "precision", "recall"} & set(figures)
+    assert "kernel_distance" in figures
+    with pytest.raises(ValueError, match="at least two"):
+        shortfalls({GENERATED: 9, TRAINING: 1}, width=2)
+
+
+def test_deviations_are_those_from_seed_to_seed() -> None:
+    """The mean of a feature has the deviation σ/√N, which many sets of other seeds show too."""
+
+    def mean(shown: PictureSet) -> dict[str, float]:
+        return {"mean": float(shown.features.pooled[:, 0].mean())}
+
+    sets = [pictures(100, seed) for seed in range(60)]
+    expected = float(torch.tensor([mean(shown)["mean"] for shown in sets]).std())
+    estimates = [deviations(shown, mean(shown), mean, 0)["mean"] for shown in sets]
+    assert sum(estimates) / len(estimates) == pytest.approx(expected, rel=0.25)
+
+
 def test_a_note_warns_of_few_pictures() -> None:
     def network(shown: torch.Tensor) -> Features:
         raise AssertionError("not read")
 
-    judge = FeatureNetwork("x", "of x", network)
+    judge = FeatureNetwork("x", "of x", 6, network)
     assert notes({GENERATED: pictures(60)}, judge) == ["of x"]
     assert notes({GENERATED: pictures(59)}, judge)[1].startswith("59 pictures are few for 6 features")
 
 
 def test_a_table_has_a_line_per_figure_and_a_dash_where_there_is_none() -> None:
-    text = markdown_table({"a": {"label_top1": 0.5, "precision": 0.25}, "b": {"precision": 1.0}})
-    assert text.splitlines()[2:] == ["| precision ↑ | 0.25 | 1 |", "| label top-1 | 0.5 | – |"]
+    columns = {"a": {"label_top1": 0.5, "precision": 0.25}, "b": {"precision": 1.0}}
+    text = markdown_table(columns, {"a": {"precision": 0.019}})
+    assert text.splitlines()[2:] == ["| precision ↑ | 0.25 ± 0.019 | 1 |", "| label top-1 | 0.5 | – |"]

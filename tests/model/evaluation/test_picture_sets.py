@@ -12,8 +12,11 @@ import torch
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError, Pictures
 from ditserve.model.evaluation.picture_sets import (
+    GENERATED,
+    TRAINING,
     EvaluationPlan,
     choose_examples,
+    choose_rows,
     generate,
     open_data,
     real_pictures,
@@ -87,6 +90,9 @@ def test_labels_of_training_and_unseen_labels_are_chosen_apart(bundle: Path, dat
     assert sorted(seen) == dataset.training.tolist()
     assert sorted(unseen) == np.flatnonzero(dataset.held_out).tolist()
     assert seen != sorted(seen)
+    more, _ = choose_examples(dataset, replace(PLAN, per_pair=None))
+    assert (len(more), more[: len(seen)]) == (PLAN.limit, seen)
+    assert {tuple(row) for row in dataset.labels[more]} == {tuple(row) for row in dataset.labels[seen]}
     assert choose_examples(dataset, replace(PLAN, limit=4))[0] == seen[:4]
     twice, unseen_twice = choose_examples(dataset, replace(PLAN, limit=4, per_pair=2))
     assert twice == [seen[0], seen[0], seen[1], seen[1]]
@@ -118,6 +124,8 @@ def test_unlabelled_pictures_are_as_many_as_the_limit() -> None:
     seen, unseen = choose_examples(dataset, replace(PLAN, limit=4))
     assert len(seen) == 4
     assert unseen == []
+    assert len(choose_examples(dataset, replace(PLAN, limit=20))[0]) == 20
+    assert choose_rows(dataset, PLAN).keys() == {TRAINING, GENERATED}
 
 
 def test_pictures_are_those_sampling_makes_of_the_same_seeds(bundle: Path, data: Path) -> None:

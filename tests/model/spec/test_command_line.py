@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ditserve.model.spec.command_line import guarded, positive
+from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
 from ditserve.model.spec.errors import ModelError
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -42,6 +42,35 @@ def test_positive_numbers() -> None:
     for text in ("0", "-1", "1.5", "many", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="must be at least 1"):
             positive(text)
+
+
+@pytest.mark.parametrize(
+    ("read", "good", "bad"),
+    [
+        (count, {"0": 0, "7": 7}, ["-1", "²", "9" * 400, ""]),
+        (finite, {"-1.5": -1.5, "1e3": 1000.0}, ["nan", "inf", "many", ""]),
+        (share, {"0": 0.0, "1": 1.0}, ["1.1", "-0.1", "nan"]),
+        (named_path, {"a b": Path("a b")}, ["", " ", "\0"]),
+        (
+            picture_file,
+            {"a/b.PNG": Path("a/b.PNG")},
+            ["a", "a.txt", ".png", "/dev/null/a.png"],
+        ),
+    ],
+)
+def test_argument_types(read: Callable[[str], object], good: dict[str, object], bad: list[str]) -> None:
+    assert {text: read(text) for text in good} == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError):
+            read(text)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("you tried to allocate 9 bytes")])
+def test_too_little_memory_is_a_sentence(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded("model.sample", raising(error)) == 2
+    assert capsys.readouterr().err.startswith("model.sample: a number is too large for this machine")
+    with pytest.raises(RuntimeError):
+        guarded("model.sample", raising(RuntimeError("a fault of ours")))
 
 
 @pytest.mark.parametrize(

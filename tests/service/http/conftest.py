@@ -209,16 +209,21 @@ async def _ended(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
-Serve = Callable[[Stage], Awaitable[int]]
+Serve = Callable[..., Awaitable[int]]
 
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Serve]:
-    """Serve a stage on a real socket of this machine, in this event loop; return the port."""
+    """Serve a stage on a real socket of this machine, in this event loop; return the port.
+
+    Keywords are options of uvicorn.
+    """
     async with AsyncExitStack() as stack:
 
-        async def serve_(stage: Stage) -> int:
+        async def serve_(stage: Stage, **options: Any) -> int:
             config = configured(stage.app, stage.settings)
+            for name, value in options.items():
+                setattr(config, name, value)
             config.lifespan = "off"
             server = uvicorn.Server(config)
             listening = socket.create_server(("127.0.0.1", 0))

@@ -139,6 +139,32 @@ class TestStreamWithAKey:
         assert await stage.broker.finish(claim.lease, stage.worker.result(claim)), "it was cancelled"
 
 
+def last_event(answer: httpx.Response) -> dict[str, Any]:
+    kind, data = answer.text.strip().split("\n")[-2:]
+    assert kind == "event: error"
+    error: dict[str, Any] = json.loads(data.removeprefix("data: "))
+    return error
+
+
+async def test_a_stream_keeps_its_deadline(stage: Stage) -> None:
+    stage.worker.hold = True
+    body = STREAM | {"deadline_ms": 600, "min_steps": 1}
+    answer = await asyncio.wait_for(stage.client.post(OPENAI, json=body), 10)
+    assert last_event(answer)["error"]["code"] == "deadline-exceeded"
+    status = await stage.broker.status(stage.worker.claimed[0].job.id)
+    assert status is not None
+    assert status.state == "cancelled"
+
+
+async def test_a_stream_ends_when_its_process_must_stop(open_stage: OpenStage) -> None:
+    stage = await open_stage(drain_s=0.05)
+    stage.worker.hold = True
+    streaming = asyncio.create_task(stage.client.post(OPENAI, json=STREAM))
+    await wait_until(lambda: len(stage.worker.claimed) == 1)
+    stage.app.state.draining.set()
+    assert last_event(await asyncio.wait_for(streaming, 10))["error"]["code"] == "draining"
+
+
 async def test_a_key_has_so_many_jobs_at_a_time(open_stage: OpenStage, door: Door, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     _, text = add(keys, "shop", concurrency=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -36,7 +37,7 @@ async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_loo
 ) -> None:
     monkeypatch.setattr("ditserve.service.http.load_cache.LOAD_FRESH_S", 60.0)
     queue = Queue(worker("busy", 100), worker("idle", 5))
-    cache = LoadCache(queue)  # type: ignore[arg-type]
+    cache = LoadCache(queue, "fake")  # type: ignore[arg-type]
     await asyncio.gather(*(cache() for _ in range(5)))
     with (
         cache.reserved(make_job(cost_rows=40, floor_rows=10, deadline_at=5.0)),
@@ -56,7 +57,7 @@ async def test_what_was_queued_counts_as_of_the_idlest_worker_until_the_next_loo
 
 
 async def test_of_a_crowd_that_waits_for_one_look_everyone_sees_those_before(make_job: Make) -> None:
-    cache = LoadCache(Queue(worker("idle", 5)))  # type: ignore[arg-type]
+    cache = LoadCache(Queue(worker("idle", 5)), "fake")  # type: ignore[arg-type]
 
     async def come() -> tuple[int, int]:
         (only,) = (await cache()).workers
@@ -68,7 +69,7 @@ async def test_of_a_crowd_that_waits_for_one_look_everyone_sees_those_before(mak
 
 
 async def test_without_workers_nothing_is_counted(make_job: Make) -> None:
-    cache = LoadCache(Queue())  # type: ignore[arg-type]
+    cache = LoadCache(Queue(), "fake")  # type: ignore[arg-type]
     with cache.reserved(make_job()):
         assert (await cache()).workers == ()
 
@@ -77,7 +78,13 @@ async def test_a_look_meanwhile_does_not_lose_what_is_not_queued_yet(
     make_job: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ditserve.service.http.load_cache.LOAD_FRESH_S", -1.0)
-    cache = LoadCache(Queue(worker("idle", 5)))  # type: ignore[arg-type]
+    cache = LoadCache(Queue(worker("idle", 5)), "fake")  # type: ignore[arg-type]
     with cache.reserved(make_job(cost_rows=40)):
         assert [worker.backlog_rows for worker in (await cache()).workers] == [45]
     assert [worker.backlog_rows for worker in (await cache()).workers] == [5]
+
+
+async def test_workers_of_another_model_are_not_counted() -> None:
+    other = replace(worker("other", 5), models=("other",))
+    cache = LoadCache(Queue(worker("own", 5), other), "fake")  # type: ignore[arg-type]
+    assert [worker.worker for worker in (await cache()).workers] == ["own"]

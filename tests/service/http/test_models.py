@@ -89,7 +89,7 @@ async def pair(tmp_path: Path, redis_url: str, namespace: str) -> AsyncIterator[
         await stack.enter_async_context(app.router.lifespan_context(app))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         client = await stack.enter_async_context(
-            httpx.AsyncClient(transport=transport, base_url="http://test")
+            httpx.AsyncClient(transport=transport, base_url="http://localhost")
         )
         pair = Pair(app, client, workers, tmp_path, settings)
         tasks = [asyncio.create_task(worker.run()) for worker in workers.values()]

@@ -58,6 +58,8 @@ async def test_a_fleet_scaled_to_zero_can_be_ready(open_stage: OpenStage) -> Non
 )
 async def test_livez_sees_a_hung_engine(stage: Stage, running: int, age: float, status: int) -> None:
     await stage.worker.report(running_samples=running, last_step_age_s=age)
+    # It judges by what was read last, and asks nobody itself.
+    await stage.client.get("/readyz")
     assert (await stage.client.get("/livez")).status_code == status
 
 
@@ -109,7 +111,7 @@ def test_processes_share_their_metrics_through_a_folder(tmp_path: Path) -> None:
     count = "from ditserve.service.telemetry import metrics; "
     count += "metrics.STEP_SECONDS.labels('onnx').observe(0.02); metrics.LEASES_EXPIRED.inc()"
     show = "from ditserve.service.telemetry import metrics; from pathlib import Path; import sys; "
-    show += "sys.stdout.buffer.write(metrics.exposition(None, shared=Path(sys.argv[1])))"
+    show += "sys.stdout.buffer.write(metrics.exposition({}, redis_up=True, shared=Path(sys.argv[1])))"
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for _ in range(2):
         subprocess.run([sys.executable, "-c", count], check=True, env=environment)

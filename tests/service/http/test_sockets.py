@@ -142,8 +142,11 @@ async def test_a_body_that_is_cut_off_leaves_nothing(stage: Stage, serve: Serve)
         b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n",
         b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 5\r\n\r\n{}",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"CONNECT other:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET http:// HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
     ],
-    ids=["no-request", "no-version", "no-length", "two-lengths", "tls"],
+    ids=["no-request", "no-version", "no-length", "two-lengths", "tls", "tunnel", "no-address", "no-ascii"],
 )
 async def test_what_is_not_http_is_400_and_the_server_lives(stage: Stage, serve: Serve, raw: bytes) -> None:
     port, before = await serve(stage), unmatched()

@@ -11,7 +11,6 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from ditserve.service.errors import Cancelled, DeadlineExceeded, NumericalError, QueueFull, to_wire
 from ditserve.service.jobs import Job, JobEvent, JobResult, Lease
 from ditserve.service.queue.broker import Broker
-from ditserve.service.wire import pack, unpack
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]
@@ -42,6 +41,7 @@ async def test_a_job_goes_through(broker: Broker, make_job: MakeJob, make_result
     assert claim.lease == Lease(job.id, "w1", 1)
     assert not claim.run_isolated
     assert await broker.progress(claim.lease, "step", {"step": 4, "steps": 8})
+    assert await broker.progress(claim.lease, "preview", {"step": 6, "steps": 8, "image": b""})
     status = await broker.status(job.id)
     assert status is not None
     assert (status.state, status.step, status.steps, status.attempt) == ("running", 4, 8, 1)
@@ -56,6 +56,7 @@ async def test_a_job_goes_through(broker: Broker, make_job: MakeJob, make_result
         "queued",
         "started",
         "step",
+        "preview",
         "done",
     ]
 
@@ -186,19 +187,6 @@ async def test_a_job_past_its_deadline_is_not_started(
         await broker.outcome(late.id)
 
 
-async def test_a_job_of_another_schema_version_fails_alone(
-    broker: Broker, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    newer, fine = make_job(), make_job()
-    wire = pack(unpack(newer.to_bytes()))
-    with monkeypatch.context() as patch:
-        patch.setattr(Job, "to_bytes", lambda self: wire.replace(b"\xa1v\x01", b"\xa1v\x02"))
-        await broker.submit(newer)
-    await broker.submit(fine)
-    assert await claim_ids(broker) == [fine.id]
-    assert [event.kind for event in await read_events(broker, newer.id)] == ["queued", "started", "failed"]
-
-
 async def test_only_the_holder_of_the_lease_may_write(
     broker: Broker, make_job: MakeJob, make_result: MakeResult
 ) -> None:
@@ -288,3 +276,13 @@ async def test_the_cancellation_of_a_running_job_is_notified(
     await claim_one(broker)
     await broker.cancel(job.id)
     await wait_until(lambda: cancelled == [job.id])
+
+
+async def test_what_cannot_have_expired_is_remembered(connect: Connect, make_job: MakeJob) -> None:
+    broker, other = await connect(), await connect(record_ttl_s=0.0)
+    job = make_job()
+    await broker.submit(job)
+    assert broker.accepted(job.id)
+    assert not broker.accepted(make_job().id)
+    await other.submit(job)
+    assert not other.accepted(job.id), "its record may have expired"

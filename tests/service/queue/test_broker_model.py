@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -94,11 +94,14 @@ class Model:
         self.entries[job.id] = entry
         return True
 
-    def claim(self, owner: str, room: int, idle: bool) -> list[Entry]:
+    def claim(
+        self, owner: str, room: int, idle: bool, reserved: int = 0, crowded: Collection[str] = ()
+    ) -> list[Entry]:
         taken: list[Entry] = []
+        crowded = set(crowded)
         for entry in self.waiting():
             fresh = idle and not taken
-            if room <= 0:
+            if room <= 0 and reserved <= 0:
                 break
             if entry.job.deadline_at is not None and entry.job.deadline_at < self.now:
                 entry.state = "failed"
@@ -107,14 +110,20 @@ class Model:
                 if self.now - entry.returned > LEASE_S:
                     break
                 continue
-            if len(entry.job.seeds) > room and not fresh:
-                break
+            samples = len(entry.job.seeds)
+            if samples <= room or fresh:
+                room -= samples
+            elif samples <= reserved and entry.flow not in crowded:
+                reserved -= samples
+            else:
+                room = 0
+                continue
+            crowded.add(entry.flow)
             entry.attempt += 1
             entry.state, entry.expires = "running", self.now + LEASE_S
             entry.lease = Lease(entry.job.id, owner, entry.attempt)
             self.clock = max(self.clock, entry.score)
             taken.append(entry)
-            room -= len(entry.job.seeds)
             if entry.suspect:
                 break
         self.flows = (
@@ -226,13 +235,23 @@ class QueueHistory(RuleBasedStateMachine):
         else:
             assert self.run(self.broker.submit(job)) is expected
 
-    @rule(owner=OWNERS, room=st.integers(1, 4), idle=st.booleans())
-    def claim(self, owner: str, room: int, idle: bool) -> None:
-        self.run(self.claim_both(owner, room, idle))
+    @rule(
+        owner=OWNERS,
+        room=st.integers(0, 4),
+        idle=st.booleans(),
+        reserved=st.integers(0, 3),
+        crowded=st.sets(st.sampled_from(["normal:a", "normal:b", "high:a"])),
+    )
+    def claim(self, owner: str, room: int, idle: bool, reserved: int, crowded: set[str]) -> None:
+        self.run(self.claim_both(owner, room, idle, reserved, crowded))
 
-    async def claim_both(self, owner: str, room: int, idle: bool) -> list[Entry]:
-        claims = await self.broker.claim(owner, models=["emoji"], max_samples=room, idle=idle)
-        expected = self.model.claim(owner, room, idle)
+    async def claim_both(
+        self, owner: str, room: int, idle: bool, reserved: int = 0, crowded: Collection[str] = ()
+    ) -> list[Entry]:
+        claims = await self.broker.claim(
+            owner, models=["emoji"], max_samples=room, idle=idle, reserved=reserved, crowded=crowded
+        )
+        expected = self.model.claim(owner, room, idle, reserved, crowded) if room or reserved else []
         assert claims == [
             Claim(entry.job, entry.lease, entry.suspect, entry.checkpoint)
             for entry in expected

@@ -10,9 +10,11 @@ from typing import Any, cast
 
 from ditserve.model.spec.bundle import Factor
 from ditserve.service.engine.samples import Finished
-from ditserve.service.jobs import Claim, ConditionTerm, Job, Lease
+from ditserve.service.jobs import Claim, ConditionTerm, EventKind, Job, Lease
 from ditserve.service.planning.ladder import Ladder
+from ditserve.service.queue.broker import Broker
 from ditserve.service.rung import Rung
+from ditserve.service.worker.progress_events import ProgressEvents
 from ditserve.service.worker.running_job import RunningJob, describe
 
 FACTORS = (
@@ -78,3 +80,42 @@ def test_samples_have_the_weight_of_their_jobs_priority(make_job: Callable[..., 
     claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
     running = RunningJob(claim, Ladder(()), claimed_at=0.0, states=[None])
     assert [(request.caller, request.weight) for request in running.requests] == [("alice", 4.0)]
+
+
+def of_samples(make_job: Callable[..., Job], samples: int) -> RunningJob:
+    claim = Claim(make_job(seeds=tuple(range(samples))), Lease("job", "w1", 1), run_isolated=False)
+    return RunningJob(claim, Ladder(()), claimed_at=0.0, states=[None] * samples)
+
+
+def test_a_job_of_several_samples_moves_while_any_of_them_does(make_job: Callable[..., Job]) -> None:
+    job = of_samples(make_job, 4)
+    names = [request.id for request in job.requests]
+    engine = dict.fromkeys(names, (0, 20))
+    told = [job.step(engine)]
+    for name in names[:3]:
+        for step in range(1, 21):
+            engine[name] = (step, 20)
+            told.append(job.step(engine))
+        del engine[name]
+        job.finish(cast(Finished, SimpleNamespace(id=name)))
+        assert job.step(engine) == told[-1]
+    assert told == sorted(told)
+    assert {step for step, _ in told} == set(range(16))
+    assert job.step({names[3]: (10, 20)}) == (17, 20)
+    assert job.step({}) == (0, 0)
+
+
+def test_progress_never_goes_back(make_job: Callable[..., Job]) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Listening(ProgressEvents):
+        def _publish(self, job: RunningJob, kind: EventKind, data: dict[str, Any]) -> None:
+            told.append((data["step"], data["steps"]))
+
+    job = of_samples(make_job, 1)
+    (request,) = job.requests
+    events = Listening(cast(Broker, None), step_event_s=0.0)
+    # Degraded from 20 to 10 steps, and given 20 again at step 7.
+    for number, sample in enumerate([(4, 20), (5, 10), (7, 10), (8, 20), (12, 20), (14, 20), (15, 20)], 1):
+        events.steps([job], {request.id: sample}, float(number))
+    assert told == [(4, 20), (5, 10), (7, 10), (14, 20), (15, 20)]

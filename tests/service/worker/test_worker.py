@@ -24,7 +24,7 @@ from ditserve.service.errors import (
     QueueUnavailable,
     ServiceError,
 )
-from ditserve.service.jobs import ConditionTerm, Job, JobResult
+from ditserve.service.jobs import ConditionTerm, Job, JobResult, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
@@ -292,8 +292,54 @@ async def test_a_worker_claims_no_more_than_it_has_room_for(
             await wait(job)
 
 
+async def test_work_is_claimed_ahead_only_while_no_other_worker_is_idler(
+    broker: Broker, make_worker: Make, make_fake_job: Make, gate: Gate, wait_until: WaitUntil, wait: Make
+) -> None:
+    """Claimed work does not move: a worker that stalls would break the promises of all that it holds."""
+    idle = WorkerState("idle", ("fake",), 8, 0.0, 0.01, 0.0, 0, 0, 0.0, 0.0)
+    await broker.report(idle)
+    jobs = [make_fake_job() for _ in range(12)]
+    gate.open.clear()
+    worker = make_worker(broker, lookahead_rows=16, balance_s=-0.1)
+    async with working(worker):
+        await wait_until(lambda: worker._reporting.peers == 2)
+        for job in jobs:
+            await broker.submit(job)
+        await wait_until(gate.waiting.is_set)
+        # 8 rows of a worthwhile batch, in samples of 2 rows, a reserved place, and none of the 8 rows ahead.
+        load = await wait_until(lambda: running(broker, 4))
+        assert load.queued_jobs in (7, 8)
+        await broker.retire("idle")
+        gate.open.set()
+        for job in jobs:
+            await wait(job)
+
+
+async def test_a_newcomer_finds_a_place_in_a_worker_full_of_anothers_long_jobs(
+    broker: Broker, make_worker: Make, make_fake_job: Make, wait_until: WaitUntil, wait: Make
+) -> None:
+    long = [make_fake_job(caller="flood", steps=1000, cost_rows=2000) for _ in range(12)]
+    async with working(make_worker(broker, slots=24, lookahead_rows=4)):
+        for job in long:
+            await broker.submit(job)
+        await wait_until(lambda: queued(broker, 6))
+        short = [make_fake_job(caller=f"caller-{k}", steps=5, cost_rows=10) for k in range(3)]
+        for job in short:
+            await broker.submit(job)
+        for job in short:
+            await wait(job)
+        assert await queued(broker, 6), "the flood has as many samples in the engine as before"
+        for job in long:
+            await broker.cancel(job.id)
+
+
 async def queued(broker: Broker, count: int) -> bool:
     return (await broker.load()).queued_jobs == count
+
+
+async def running(broker: Broker, least: int) -> Any:
+    load = await broker.load()
+    return load if sum(state.running_samples for state in load.workers) >= least else None
 
 
 async def one_worker(broker: Broker, running: int) -> Any:

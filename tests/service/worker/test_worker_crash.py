@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from ditserve.service.errors import WorkerLost
 from ditserve.service.jobs import ConditionTerm, Job, JobResult
@@ -43,8 +44,8 @@ async def start(redis_url: str, namespace: str) -> AsyncIterator[Start]:
     """Give a function that starts worker processes; none outlives the test."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start_worker(*flags: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.service.worker.lone_worker", f"--namespace={namespace}"]
+    def start_worker(*flags: str, program: str = "lone_worker") -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"tests.service.worker.{program}", f"--namespace={namespace}"]
         environment = {**os.environ, "REDIS_URL": redis_url, "OMP_NUM_THREADS": "1"}
         started.append(subprocess.Popen([*command, f"--lease-s={LEASE_S}", *flags], env=environment))
         return started[-1]
@@ -127,3 +128,33 @@ async def test_a_worker_that_is_told_to_stop_hands_over(
     ] * 3
     for job in jobs:
         await queue.cancel(job.id)
+
+
+@pytest.mark.parametrize("programs", [("lone_worker", "next_release"), ("next_release", "lone_worker")])
+async def test_a_rolling_upgrade_in_either_order_loses_no_job(
+    programs: tuple[str, str],
+    queue: Broker,
+    listener: Listener,
+    start: Start,
+    make_job: MakeJob,
+    wait_until: WaitUntil,
+    redis_url: str,
+) -> None:
+    """Jobs of this release and of the next, while workers of one follow those of the other."""
+    jobs = [make_job(model="fake", seeds=(k,), steps=150) for k in range(6)]
+    newer = make_job(model="fake", steps=20)
+    waiting = asyncio.create_task(answers(listener, jobs))
+    client = Redis.from_url(redis_url)
+    for job in [*jobs, newer]:
+        await queue.submit(job)
+    await client.hset(queue.keys.job(newer.id), "wire", newer.to_bytes(2))
+    leaving = start("--drain-s=0.2", program=programs[0])
+    await wait_until(lambda: step_of(queue, jobs[0]), timeout=30)
+    start(program=programs[1])
+    leaving.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(leaving.wait, 20) == 0
+    assert all(isinstance(result, JobResult) for result in await waiting)
+    assert all(worker.backlog_rows >= 0 for worker in (await queue.load()).workers)
+    start(program="next_release")
+    await wait_until(lambda: client.exists(queue.keys.result(newer.id)), timeout=30)
+    await client.aclose()

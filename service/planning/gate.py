@@ -1,0 +1,55 @@
+"""The gate: admission as one process runs it, learning from every answer and every refusal.
+
+The margin follows the promises that were broken (`caution`), and the refused are told when to come back and
+find room when they do (`returns`). Pure: time and load are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+
+from ditserve.service.jobs import LoadSnapshot
+from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest, admit
+from ditserve.service.planning.caution import Caution
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.planner import Policy
+from ditserve.service.planning.returns import Returns
+
+
+class Gate:
+    """The admission of one model. All times of one gate are of one clock."""
+
+    def __init__(self, ladder: Ladder, policy: Policy | None = None) -> None:
+        self._ladder, self._policy = ladder, policy or Policy()
+        self._caution = Caution(self._policy.admission_margin)
+        self.returns = Returns()
+
+    def margin(self, now: float) -> float:
+        return self._caution.margin(now)
+
+    def observe(self, kept: bool, now: float) -> None:
+        """Learn whether a promise was kept."""
+        self._caution.observe(kept, now)
+
+    def admit(
+        self, request: AdmissionRequest, load: LoadSnapshot, *, sender: Hashable, now: float
+    ) -> Admission:
+        """Take a request at the best rung that keeps all deadlines, or say when to come back.
+
+        Equal requests of one caller have an equal `sender`, by which one that comes back is known.
+        """
+        reserved_s = 0.0 if self.returns.came_back(sender, now) else self.returns.reserved_s(now)
+        admission = admit(
+            request,
+            load,
+            ladder=self._ladder,
+            now=now,
+            policy=self._policy,
+            margin=self.margin(now),
+            reserved_s=reserved_s,
+        )
+        if admission.accepted or admission.reason == NO_WORKER or admission.retry_after_s is None:
+            return admission
+        told_s = self.returns.tell(sender, now, free_s=admission.retry_after_s, service_s=admission.service_s)
+        return replace(admission, retry_after_s=float(told_s))
