@@ -173,7 +173,7 @@ async def generations(body: ImagesRequest, intake: RequestIntake) -> Response:
             on_error=lambda error: _event("error", openai_error(error, request_id)),
             keepalive_s=intake.api.settings.keepalive_s,
         )
-        stream.headers.update(replay_headers(submission))
+        stream.headers.update({"x-job-id": job.id} | replay_headers(submission))
         return stream
     data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
     response = ImagesResponse(created=int(job.created_at), data=data, **_metadata(job, body, model.manifest))
