@@ -128,8 +128,6 @@ def paint(options: argparse.Namespace) -> Image.Image:
         raise SampleError(
             f"--query is a pixel in rows 0..{height - 1} and columns 0..{width - 1}, not {y} {x}"
         )
-    if not 0 <= options.at <= 1:
-        raise SampleError(f"--at is a fraction of the noise range in 0..1, not {options.at}")
     term = parse_condition(options.condition, loaded.manifest.factors)
     embedding = embed_terms(model, [term], options.encoder)[0][None]
     x0 = draw_sample(loaded, embedding, options.seed)

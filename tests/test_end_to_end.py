@@ -97,7 +97,8 @@ class Service:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     # Images are compared, and a worker that is started again could find the other precision faster.
-    running = Service(tmp_path_factory.mktemp("service") / "log.txt", "--precision=fp32")
+    log = tmp_path_factory.mktemp("service") / "log.txt"
+    running = Service(log, "--precision=fp32", "--trusted-proxies=127.0.0.1")
     yield running
     # One interrupt ends the supervisor with 0 and leaves no child behind.
     family = children_of(running.process.pid)
@@ -212,7 +213,7 @@ def test_a_short_request_does_not_wait_for_the_long_job_of_another_caller(servic
     seconds()
     alone = min(seconds() for _ in range(3))
     with httpx.Client(
-        base_url=service.url, transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=60
+        base_url=service.url, headers={"X-Forwarded-For": "198.51.100.7"}, timeout=60
     ) as another:
         job = {**APPLE, "steps": 1000, "n": 4}
         accepted = another.post("/generate", json=job, headers={"Prefer": "respond-async"})

@@ -1,10 +1,12 @@
 """Fair shares of the machine: which flow is ahead of the others, and which sample therefore has its turn.
 
 A flow is a caller at one priority, as in the queue, and the priority gives its weight. Start-time fair
-queueing (Goyal et al. 1996): every pass charges its seconds to the flows whose rows it ran, divided by their
-weights, and the flow that was charged least is next. A flow starts level with the one furthest behind, so
-nobody saves up a share that he did not use. The sizes of one flow share its part in the same way, weighted by
-the rows that wait, so that samples of small and of large sizes advance equally fast.
+queueing (Goyal et al. 1996): every pass is charged to the flows whose rows it ran, divided by their weights,
+and the flow that was charged least is next. The unit is a row of the bundle's own size in a full pass, and
+not a second: a machine that is ten times as slow for a while leaves no debts ten times as large. A flow
+starts level with the one furthest behind, so nobody saves up a share that he did not use. The sizes of one
+flow share its part in the same way, weighted by the rows that wait, so that samples of small and of large
+sizes advance equally fast.
 
 Deadlines come before shares, but not at any price. A sample without laxity goes first, until its flow is
 ahead by so many passes as the shortest sample of another flow has steps, and by `LONGEST_LEAD` at most, or by
@@ -55,9 +57,9 @@ K = TypeVar("K", bound=Hashable)
 class Turn(NamedTuple, Generic[S_co]):
     """A sample that could step next.
 
-    `size` names the size of its rows, of which one takes `row_s` seconds in a full pass of `pass_s` seconds.
-    `due` orders the samples of a flow. `urgent`: it has no laxity. `waits`: it loses by waiting, which is not
-    so for one that will be in time all the same.
+    `size` names the size of its rows. `cost` is that of its next step, and `full_cost` that of a full pass of
+    its size. `due` orders the samples of a flow. `urgent`: it has no laxity. `waits`: it loses by waiting,
+    which is not so for one that will be in time all the same.
     """
 
     sample: S_co
@@ -65,12 +67,12 @@ class Turn(NamedTuple, Generic[S_co]):
     due: float
     urgent: bool
     waits: bool
-    row_s: float
-    pass_s: float
+    cost: float
+    full_cost: float
 
 
 class Leads(Generic[K]):
-    """The seconds by which each key is ahead of the one furthest behind, per unit of its weight."""
+    """The cost by which each key is ahead of the one furthest behind, per unit of its weight."""
 
     def __init__(self) -> None:
         self._leads: dict[K, float] = {}  # without those that are level with the one furthest behind
@@ -78,8 +80,8 @@ class Leads(Generic[K]):
     def __getitem__(self, key: K) -> float:
         return self._leads.get(key, 0.0)
 
-    def charge(self, key: K, seconds: float) -> None:
-        self._leads[key] = self[key] + seconds
+    def charge(self, key: K, cost: float) -> None:
+        self._leads[key] = self[key] + cost
 
     def level(self, present: Iterable[K]) -> None:
         """Measure all leads from that of the one furthest behind among those present."""
@@ -97,15 +99,15 @@ class FairShares:
     def first(self, turns: Collection[Turn[S]]) -> set[Flow]:
         """Return the flows whose samples without laxity go before all others.
 
-        Example: caller A has had 3 s more than B, and a full pass takes 0.5 s: it is ahead by 6 passes. The
+        Example: caller A has had 48 rows more than B, and a full pass has 8: it is ahead by 6 passes. The
         shortest sample of B has 5 steps, so A's deadlines no longer go first. They would if it had 50.
         """
         patience = self._patience(turns)
         shortest = sorted(patience, key=patience.__getitem__)[:2]
         first = set()
-        for flow, pass_s in {turn.sample.flow: turn.pass_s for turn in turns if turn.urgent}.items():
+        for flow, full_cost in {turn.sample.flow: turn.full_cost for turn in turns if turn.urgent}.items():
             passes = next((patience[other] for other in shortest if other != flow), inf)
-            if self._flows[flow] * flow.weight <= passes * pass_s:
+            if self._flows[flow] * flow.weight <= passes * full_cost:
                 first.add(flow)
         return first
 
@@ -132,7 +134,7 @@ class FairShares:
             flow = turn.sample.flow
             leads.setdefault(flow, self._flows[flow])
             if turn.urgent and flow in first:
-                leads[flow] += _cost(turn) / flow.weight
+                leads[flow] += turn.cost / flow.weight
                 yield turn
             else:
                 queues.setdefault(flow, []).append(turn)
@@ -146,21 +148,21 @@ class FairShares:
             turn, after = queue[at], at + 1
             yield turn
             if after < len(queue):
-                ahead = lead + _cost(turn) / turn.sample.flow.weight
+                ahead = lead + turn.cost / turn.sample.flow.weight
                 heapreplace(heads, (ahead, queue[after].due, number, after, queue))
             else:
                 heappop(heads)
 
-    def charge(self, turns: Sequence[Turn[S]], chosen: Sequence[Turn[S]], seconds: float) -> None:
-        """Charge a pass of `seconds` to the turns chosen, by their cost.
+    def charge(self, turns: Sequence[Turn[S]], chosen: Sequence[Turn[S]], cost: float) -> None:
+        """Charge a pass to the turns chosen, in proportion to their own cost.
 
         A flow that lost nothing in this pass is charged no less than those that did, on average: it had all
         it could use, and saves nothing up.
 
-        Example: a pass of 8 rows takes 8 s. Flow A has one sample of 2 rows, B and C have many. A is charged
-        3 s like B and C, so B and C will not have to wait when A brings more.
+        Example: a pass has 8 rows. Flow A has one sample of 2 rows, B and C have many, and 3 rows each of the
+        pass. A is charged 3 rows as well, so B and C will not have to wait when A brings more.
         """
-        rate = seconds / sum(map(_cost, chosen))
+        rate = cost / sum(turn.cost for turn in chosen)
         taken = set(map(id, chosen))
         begun = _begun(turns)
         charges = {turn.sample.flow: 0.0 for turn in turns}
@@ -168,7 +170,7 @@ class FairShares:
         for turn in turns:
             flow = turn.sample.flow
             if id(turn) in taken:
-                charges[flow] += rate * _cost(turn)
+                charges[flow] += rate * turn.cost
             elif turn.waits or flow not in begun:
                 losing.add(flow)
         self._charge_sizes(turns, chosen[0].size, charges)
@@ -176,24 +178,24 @@ class FairShares:
             self._flows = Leads()
             return
         least = sum(charges[flow] for flow in losing) / sum(flow.weight for flow in losing)
-        for flow, charge_s in charges.items():
-            share_s = charge_s / flow.weight
-            self._flows.charge(flow, share_s if flow in losing else max(share_s, least))
+        for flow, charge in charges.items():
+            share = charge / flow.weight
+            self._flows.charge(flow, share if flow in losing else max(share, least))
         self._flows.level(charges)
 
     def _charge_sizes(self, turns: Sequence[Turn[S]], size: Hashable, charges: Mapping[Flow, float]) -> None:
         """Charge a pass of one size to that size in every flow, by what a step of all its samples costs."""
-        step_s: dict[Flow, dict[Hashable, float]] = {}
+        step_cost: dict[Flow, dict[Hashable, float]] = {}
         for turn in turns:
-            of_flow = step_s.setdefault(turn.sample.flow, {})
-            of_flow[turn.size] = of_flow.get(turn.size, 0.0) + _cost(turn)
+            of_flow = step_cost.setdefault(turn.sample.flow, {})
+            of_flow[turn.size] = of_flow.get(turn.size, 0.0) + turn.cost
         self._sizes = {
-            flow: self._sizes.get(flow) or Leads() for flow, sizes in step_s.items() if len(sizes) > 1
+            flow: self._sizes.get(flow) or Leads() for flow, sizes in step_cost.items() if len(sizes) > 1
         }
         for flow, leads in self._sizes.items():
-            if size in step_s[flow]:
-                leads.charge(size, charges[flow] / step_s[flow][size])
-            leads.level(step_s[flow])
+            if size in step_cost[flow]:
+                leads.charge(size, charges[flow] / step_cost[flow][size])
+            leads.level(step_cost[flow])
 
     def _patience(self, turns: Collection[Turn[S]]) -> dict[Flow, float]:
         """Return the passes for which deadlines may hold up each flow that loses by waiting."""
@@ -210,8 +212,3 @@ class FairShares:
 
 def _begun(turns: Iterable[Turn[S]]) -> set[Flow]:
     return {turn.sample.flow for turn in turns if turn.sample.taken}
-
-
-def _cost(turn: Turn[S]) -> float:
-    """Return the seconds that the step of a sample takes of a full pass."""
-    return turn.sample.rows * turn.row_s

@@ -27,8 +27,6 @@ SAFETY_MARGIN: Final = 1.1
 PATIENCE_S: Final = 60.0
 PATIENCE_LENGTHS: Final = 10.0
 
-_LEAST_S: Final = 1e-12  # no row takes less
-
 
 class Schedulable(Shared, Protocol):
     """A sample that could take a step.
@@ -114,8 +112,7 @@ class Scheduler:
         group = next(group for group in candidates if group.size == size)
         order = self._shares.order([turn for turn in turns if turn.size == size], first)
         chosen = self._fill(group, order, first, now)
-        rows = sum(turn.sample.rows for turn in chosen)
-        self._shares.charge(turns, chosen, self._seconds(group, rows))
+        self._shares.charge(turns, chosen, self._cost(group, sum(turn.sample.rows for turn in chosen)))
         return Batch(
             tuple(turn.sample for turn in chosen), "cap" if len(chosen) < len(group.samples) else "idle"
         )
@@ -124,7 +121,7 @@ class Scheduler:
         self, group: Candidates[S], order: Iterator[Turn[S]], first: Collection[Hashable], now: float
     ) -> list[Turn[S]]:
         """Return the turns, in their order, that fit into the next pass."""
-        room = self._room(group)
+        room, full_pass_s = self._room(group), self._seconds(group, self._full_rows(group))
         chosen: list[Turn[S]] = []
         taken = 0
         for turn in order:
@@ -137,7 +134,7 @@ class Scheduler:
             if deadline is None or not turn.urgent or sample.flow not in first:
                 continue
             limit_s = (deadline - now) / (SAFETY_MARGIN * sample.least_steps)
-            if limit_s < turn.pass_s:
+            if limit_s < full_pass_s:
                 # A sample without laxity caps how long this pass may take. If it cannot meet its deadline
                 # even alone, no other sample waits for it.
                 largest = bisect_right(
@@ -169,8 +166,12 @@ class Scheduler:
         return True
 
     def _room(self, group: Candidates[S]) -> int:
-        """Return the rows of a full pass."""
+        """Return the most rows of the next pass."""
         return self.size(min(group.saturation_rows, self.cap(group.row_cost)), group.row_cost)
+
+    def _full_rows(self, group: Candidates[S]) -> int:
+        """Return the rows of a pass that takes in all samples, as far as they fit."""
+        return min(self._room(group), sum(sample.rows for sample in group.samples))
 
     def _seconds(self, group: Candidates[S], rows: int) -> float:
         """Return the seconds that `rows` rows take, in several passes if they exceed the cap."""
@@ -179,21 +180,32 @@ class Scheduler:
             return group.seconds(cap) * rows / cap
         return group.seconds(self.size(rows, group.row_cost))
 
+    def _cost(self, group: Candidates[S], rows: int) -> float:
+        """Return the cost of a pass: the time it takes, in rows of the bundle's own size in full passes."""
+        room = self._room(group)
+        full_pass_s = self._seconds(group, room)
+        full_passes = self._seconds(group, rows) / full_pass_s if full_pass_s else rows / room
+        return group.row_cost * room * full_passes
+
     def _turns(self, group: Candidates[S], now: float) -> Iterator[Turn[S]]:
         """Yield the turns of a group.
 
         A sample has laxity if it could still be done in time after it waited one full pass.
         """
-        rows = min(self._room(group), sum(sample.rows for sample in group.samples))
-        if not rows:
-            return
-        pass_s = self._seconds(group, rows)
-        row_s = max(_LEAST_S, pass_s / rows)
+        full = self._full_rows(group)
+        full_pass_s, full_cost = self._seconds(group, full), full * group.row_cost
         for sample in group.samples:
-            due = sample.deadline_at
+            due, urgent = sample.deadline_at, False
             if due is None:
-                due = sample.added_at + PATIENCE_S + PATIENCE_LENGTHS * sample.steps * pass_s
-                yield Turn(sample, group.size, due, urgent=False, waits=True, row_s=row_s, pass_s=pass_s)
+                due = sample.added_at + PATIENCE_S + PATIENCE_LENGTHS * sample.steps * full_pass_s
             else:
-                urgent = due - now <= (SAFETY_MARGIN * sample.least_steps + 1) * pass_s
-                yield Turn(sample, group.size, due, urgent=urgent, waits=urgent, row_s=row_s, pass_s=pass_s)
+                urgent = due - now <= (SAFETY_MARGIN * sample.least_steps + 1) * full_pass_s
+            yield Turn(
+                sample,
+                group.size,
+                due,
+                urgent=urgent,
+                waits=urgent or sample.deadline_at is None,
+                cost=sample.rows * group.row_cost,
+                full_cost=full_cost,
+            )

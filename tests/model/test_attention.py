@@ -94,7 +94,6 @@ def test_command_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     ("arguments", "message"),
     [
         (["--query", "8", "0"], "a pixel in rows 0..7 and columns 0..7, not 8 0"),
-        (["--at", "2"], "in 0..1, not 2"),
         (["-c", "label=q"], "no class 'q'"),
     ],
 )

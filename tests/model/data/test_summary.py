@@ -69,5 +69,6 @@ def test_a_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert data.main(["describe", str(FORMS["npz"](tmp_path)), "--sheet", str(sheet)]) == 0
     with Image.open(sheet) as image:
         assert image.size == (12 * 64, 64)
-    assert data.main(["describe", str(tmp_path / "set.npz"), "--sheet", str(tmp_path / "sheet")]) == 2
-    assert "unknown file extension" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        data.main(["describe", str(tmp_path / "set.npz"), "--sheet", str(tmp_path / "sheet")])
+    assert "--sheet: must end in .png" in capsys.readouterr().err

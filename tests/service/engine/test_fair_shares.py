@@ -42,12 +42,12 @@ class Running:
 
 
 class Machine:
-    """Runs passes of at most `room` rows, each of which takes as many seconds as it has rows."""
+    """Runs passes of at most `room` rows, of which each takes `row_s` seconds."""
 
     def __init__(self, room: int) -> None:
         self.scheduler, self.room = Scheduler(max_rows=64), room
         self.samples: list[Running] = []
-        self.passes, self.now = 0, 0.0
+        self.passes, self.now, self.row_s = 0, 0.0, 1.0
         self.rows = Counter[str]()  # that each caller has had
 
     def add(self, *samples: Running) -> None:
@@ -58,10 +58,12 @@ class Machine:
     def run(self, passes: int = 1) -> None:
         for _ in range(passes):
             by_size = groupby(sorted(self.samples, key=lambda s: str(s.size)), key=lambda s: s.size)
-            candidates = [Candidates(list(group), self.room, float, size=size) for size, group in by_size]
+            candidates = [
+                Candidates(list(group), self.room, self._seconds, size=size) for size, group in by_size
+            ]
             batch = self.scheduler.next_batch(candidates, now=self.now).samples
             self.passes += 1
-            self.now += sum(sample.rows for sample in batch)
+            self.now += self._seconds(sum(sample.rows for sample in batch))
             for sample in batch:
                 self._step(sample)
 
@@ -71,6 +73,9 @@ class Machine:
         while not all(sample.ended for sample in samples):
             self.run()
         return self.passes - before
+
+    def _seconds(self, rows: int) -> float:
+        return self.row_s * rows
 
     def _step(self, sample: Running) -> None:
         sample.taken += 1
@@ -151,6 +156,15 @@ def test_a_caller_of_many_requests_in_turn_has_the_share_of_one() -> None:
             machine.add(Running("quick", 1))
         machine.run(1)
     assert machine.rows["steady"] == pytest.approx(1000, abs=4)
+
+
+def test_a_stall_of_the_machine_leaves_no_debt() -> None:
+    machine = Machine(2)
+    machine.add(*(Running(name, 1000) for name in "ab"))
+    for k in range(200):
+        machine.row_s = 1000.0 if k == 100 else 1.0
+        machine.run(1)
+    assert machine.rows["a"] == pytest.approx(machine.rows["b"], abs=4)
 
 
 def test_sizes_of_one_caller_advance_at_one_pace_and_have_one_share() -> None:

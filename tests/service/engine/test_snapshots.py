@@ -92,7 +92,6 @@ def test_a_snapshot_of_another_size_is_refused_and_costs_no_slot(
         {"noise": (1, 2)},
         {"rung": {}},
         {"timesteps": None},
-        {"more": 1},
     ],
 )
 def test_what_is_not_a_snapshot_is_refused(
