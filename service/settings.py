@@ -166,6 +166,9 @@ class Settings(BaseSettings):
     max_connections: int = Field(
         1000, ge=1, le=100_000, description="connections of clients that one API process keeps"
     )
+    max_streams: Count = Field(
+        128, description="event streams that one caller may have open in one API process"
+    )
     ready_workers: int = Field(1, ge=0, description="workers that must be alive for /readyz")
     hang_s: Seconds = Field(
         60.0, description="time without a step, while work is running, after which /livez fails"
