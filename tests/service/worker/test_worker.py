@@ -300,14 +300,15 @@ async def test_work_is_claimed_ahead_only_while_no_other_worker_is_idler(
     await broker.report(idle)
     jobs = [make_fake_job() for _ in range(12)]
     gate.open.clear()
-    worker = make_worker(broker, lookahead_rows=8, balance_s=0.0)
+    worker = make_worker(broker, lookahead_rows=16, balance_s=-0.1)
     async with working(worker):
         await wait_until(lambda: worker._reporting.peers == 2)
         for job in jobs:
             await broker.submit(job)
         await wait_until(gate.waiting.is_set)
-        # 8 rows of a worthwhile batch, in samples of 2 rows, and none of the 4 rows ahead.
-        await wait_until(lambda: queued(broker, 8))
+        # 8 rows of a worthwhile batch, in samples of 2 rows, a reserved place, and none of the 8 rows ahead.
+        load = await wait_until(lambda: running(broker, 4))
+        assert load.queued_jobs in (7, 8)
         await broker.retire("idle")
         gate.open.set()
         for job in jobs:
@@ -334,6 +335,11 @@ async def test_a_newcomer_finds_a_place_in_a_worker_full_of_anothers_long_jobs(
 
 async def queued(broker: Broker, count: int) -> bool:
     return (await broker.load()).queued_jobs == count
+
+
+async def running(broker: Broker, least: int) -> Any:
+    load = await broker.load()
+    return load if sum(state.running_samples for state in load.workers) >= least else None
 
 
 async def one_worker(broker: Broker, running: int) -> Any:
