@@ -189,7 +189,7 @@ async def _streamed(body: ImagesRequest, intake: Intake) -> Response:
             keepalive_s=intake.api.settings.keepalive_s,
             stream=stream,
         )
-        response.headers.update(replay_headers(submission))
+        response.headers.update({"x-job-id": submission.job.id} | replay_headers(submission))
         # From here on the response closes the stream.
         closing.pop_all()
         return response
