@@ -8,7 +8,6 @@ activations on real trajectories come near the largest number of fp16.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -28,10 +27,10 @@ from ditserve.export.parity import CHUNK, compare_rows, graph_backbone
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph, save_graph
 from ditserve.export.verify import LIMITS, Band, check, worst
-from ditserve.model.nets.factory import Network
+from ditserve.model.nets.factory import Network, network_of
 from ditserve.model.nets.layers import Attention
 from ditserve.model.spec.bundle import CALIBRATION, write_manifest
-from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.command_line import guarded, named_path, thread_count
 from ditserve.model.spec.output_folder import revision
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -108,7 +107,9 @@ def half_graph(network: Network, precision: str) -> onnx.ModelProto:
 
 def half_network(network: Network, precision: str) -> Network:
     """Return a copy of `network` in `precision`."""
-    return copy.deepcopy(network).to(DTYPES[precision])
+    weights = {name: weight.detach().to(DTYPES[precision]) for name, weight in network.named_parameters()}
+    # What is left to convert are the tables that are no weights.
+    return network_of(network.config, weights).to(DTYPES[precision])
 
 
 def write_half(
@@ -149,9 +150,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m export.half", description="Add a half-precision backbone to a bundle."
     )
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=named_path)
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=thread_count, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     return guarded("export.half", lambda: _run(options.bundle, options.precision))

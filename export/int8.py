@@ -31,14 +31,14 @@ from ditserve.export.errors import ExportError
 from ditserve.export.half import DTYPES, half_file
 from ditserve.export.onnx import PARITY, ExportOptions, decoder_of, export_bundle
 from ditserve.export.parity import compare_rows, graph_backbone
-from ditserve.export.quality import FrechetSettings, frechet_report, picture_psnr
+from ditserve.export.quality import FrechetSettings, frechet_report, open_references, picture_psnr
 from ditserve.export.quantize import FILES, Target, backbone_inputs, local_processor, write_int8
 from ditserve.export.smooth import input_peaks, search_alpha, smooth
 from ditserve.export.source import open_source
 from ditserve.export.verify import LIMITS, check, open_session, report
 from ditserve.model.evaluation.classifier_network import CLASSIFIER
 from ditserve.model.spec.bundle import BACKBONE, CALIBRATION, write_atomic, write_manifest
-from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
 from ditserve.model.spec.output_folder import revision
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -87,8 +87,10 @@ def add_int8(
     """
     with revision(path) as scratch:
         source = open_source(path)
-        # Refused now, if it is no DiT or has no rows.
+        # Refused now, rather than after the work: no DiT, no rows, or nothing to compare pictures with.
         _ = source.dit, CalibrationRows.load(path / CALIBRATION)
+        if settings.frechet:
+            open_references(source, settings.frechet)
         return _quantize(source, scratch, target, settings)
 
 
@@ -233,7 +235,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m export.int8", description="Add a verified INT8 backbone to a bundle."
     )
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=named_path)
     parser.add_argument("--target", choices=tuple(FILES), default="cpu")
     parser.add_argument(
         "--weights", choices=("auto", "fp16", "fp32"), default="auto", help="precision of the weights on disk"
@@ -245,12 +247,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="7- or 8-bit weights; auto: by this CPU",
     )
     parser.add_argument("--keep", action="store_true", help="keep the graph though it is not faster")
-    parser.add_argument("--data", type=Path, help="the training pictures, to measure Fréchet distances with")
-    parser.add_argument("--pictures", type=int, default=300, help="pictures to measure them on")
     parser.add_argument(
-        "--classifier", type=Path, default=CLASSIFIER, help="folder of python -m model.evaluation.classifier"
+        "--data", type=named_path, help="the training pictures, to measure Fréchet distances with"
     )
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pictures", type=positive, default=300, help="pictures to measure them on")
+    parser.add_argument(
+        "--classifier",
+        type=named_path,
+        default=CLASSIFIER,
+        help="folder of python -m model.evaluation.classifier",
+    )
+    parser.add_argument("--threads", type=thread_count, default=1)
     return parser.parse_args(arguments)
 
 

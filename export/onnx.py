@@ -48,10 +48,10 @@ from ditserve.model.spec.bundle import (
     Manifest,
     write_manifest,
 )
-from ditserve.model.spec.command_line import guarded
+from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.output_folder import BUNDLE, replacement
-from ditserve.model.train.loaded_model import LoadedModel, build
+from ditserve.model.train.loaded_model import LoadedModel
 
 PARITY = "parity.json"
 # The error that storing weights in half precision may cause.
@@ -69,6 +69,7 @@ class ExportOptions:
         trajectories: the rows to verify and calibrate on.
         vae: folder of the autoencoder of a model on latents.
         decoder: in place of `vae`, a graph of the decoder from another export.
+        golden: draw the golden image.
     """
 
     weights: str = "auto"
@@ -76,6 +77,7 @@ class ExportOptions:
     trajectories: TrajectorySettings = DEFAULT_TRAJECTORIES
     vae: Path | None = None
     decoder: Path | None = None
+    golden: bool = True
 
 
 def export_bundle(source: LoadedModel, out: Path, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
@@ -92,12 +94,15 @@ def export_bundle(source: LoadedModel, out: Path, options: ExportOptions = Expor
 
 def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict[str, Any]:
     """Write the bundle into `folder`, which is empty; return the parity report."""
+    check_decoder(source.manifest, options)
     conditional_rows = calibration_rows(source, options.trajectories)
     rows = conditional_rows.with_null(source.network.config)
-    stored_as, rounding = _storage_precision(source, rows, options.weights)
+    stored_as, rounding, rounded = _storage_precision(source, rows, options.weights)
+    model = LoadedModel(rounded, source.manifest)
+    # The weights as given are freed now, if nobody else holds them.
+    del source
     conditional_rows.save(folder / CALIBRATION)
-    stored = save_weights(folder / WEIGHTS, parameters(source.network), DTYPES[stored_as])
-    model = LoadedModel(build(source.network.config, stored, folder / WEIGHTS), source.manifest)
+    save_weights(folder / WEIGHTS, parameters(model.network), DTYPES[stored_as])
     graphs = _write_and_verify(model, folder, rows, options)
     summary = {
         "rows": len(rows),
@@ -106,8 +111,10 @@ def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict
         "graphs": {name: report(bands) for name, bands in graphs.items()},
     }
     (folder / PARITY).write_text(json.dumps(summary, indent=1) + "\n")
-    golden = write_golden(model, folder, options.vae) or _copy_golden(source.manifest, folder, options)
-    manifest = _manifest(source.manifest, stored_as, rounding, graphs)
+    golden = None
+    if options.golden:
+        golden = write_golden(model, folder, options.vae) or _copy_golden(model.manifest, folder, options)
+    manifest = _manifest(model.manifest, stored_as, rounding, graphs)
     write_manifest(folder, manifest.model_copy(update={"golden": golden}))
     return summary
 
@@ -147,16 +154,11 @@ def write_decoder(manifest: Manifest, folder: Path, options: ExportOptions) -> d
     again.
 
     Raises:
-        ExportError: there is none to write, or its graph differs from torch.
+        ExportError: its graph differs from torch.
         AutoencoderError: the autoencoder cannot be opened.
     """
     channels = manifest.config.in_channels
     if manifest.decoder == "identity":
-        if channels != 3:
-            raise ExportError(
-                f"the model makes {channels} channels, not red, green and blue: "
-                "name the folder of its SD-VAE with --vae"
-            )
         return {}
     if options.vae is not None:
         autoencoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
@@ -165,12 +167,30 @@ def write_decoder(manifest: Manifest, folder: Path, options: ExportOptions) -> d
             autoencoder.vae.disable_tiling()
         save_whole(decoder_graph(autoencoder, channels), folder / DECODER)
         return {DECODER: verify_decoder(autoencoder, folder / DECODER, channels)}
-    if options.decoder is None:
-        raise ExportError("the model works on latents: name the folder of its SD-VAE with --vae")
+    assert options.decoder is not None
     for file in (options.decoder, data_file(options.decoder)):
         if file.is_file():
             shutil.copy(file, folder)
     return {}
+
+
+def check_decoder(manifest: Manifest, options: ExportOptions) -> None:
+    """Refuse a model on latents without a decoder, before anything is computed.
+
+    Raises:
+        ExportError: neither an autoencoder nor a graph of its decoder is given.
+        AutoencoderError: the autoencoder cannot be opened.
+    """
+    channels = manifest.config.in_channels
+    if manifest.decoder == "identity" and channels != 3:
+        raise ExportError(
+            f"the model makes {channels} channels, not red, green and blue: "
+            "name the folder of its SD-VAE with --vae"
+        )
+    if manifest.decoder != "identity" and options.vae is None and options.decoder is None:
+        raise ExportError("the model works on latents: name the folder of its SD-VAE with --vae")
+    if manifest.decoder != "identity" and options.vae is not None:
+        open_autoencoder(manifest.decoder, options.vae, manifest.latents)
 
 
 def _copy_golden(manifest: Manifest, folder: Path, options: ExportOptions) -> Golden | None:
@@ -192,22 +212,24 @@ def decoder_of(bundle: Path) -> Path | None:
 
 def _storage_precision(
     source: LoadedModel, rows: CalibrationRows, wanted: str
-) -> tuple[str, tuple[Band, ...]]:
-    """Return the precision to store weights in, and the errors that it causes."""
+) -> tuple[str, tuple[Band, ...], Network]:
+    """Return the precision to store weights in, the errors that it causes, and the network with them."""
 
-    def rounding(precision: str) -> tuple[Band, ...]:
-        return compare_rows(source, rows, round_weights(source.network, DTYPES[precision]).backbone)
+    def rounding(precision: str) -> tuple[tuple[Band, ...], Network]:
+        rounded = round_weights(source.network, DTYPES[precision])
+        return compare_rows(source, rows, rounded.backbone), rounded
 
     if wanted == "fp32":
-        return wanted, rounding(wanted)
-    bands = rounding("fp16")
+        return wanted, *rounding(wanted)
+    bands, rounded = rounding("fp16")
     try:
         check("the model with fp16 weights", bands, ROUNDING)
     except ExportError:
         if wanted == "fp16":
             raise
-        return "fp32", rounding("fp32")
-    return "fp16", bands
+        del rounded
+        return "fp32", *rounding("fp32")
+    return "fp16", bands, rounded
 
 
 def _manifest(
@@ -233,21 +255,22 @@ def main(arguments: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     started = time.monotonic()
+    card = _card_fields(options)
     inputs = [path for path in (options.data, options.vae) if path]
     # A bundle may be exported again in its own place.
     if not ((options.source / MANIFEST).is_file() and options.out.resolve() == options.source.resolve()):
         inputs.append(options.source)
     with replacement(options.out, BUNDLE, apart=tuple(inputs)) as scratch:
-        model = open_source(options.source, data=options.data)
-        source = LoadedModel(model.network, _with_card(model.manifest, options))
         export = ExportOptions(
             weights=options.weights,
             half=options.half,
             trajectories=TrajectorySettings(options.samples, options.steps),
             vae=options.vae,
             decoder=decoder_of(options.source),
+            golden=options.golden == "auto",
         )
-        summary = _assemble(source, scratch, export)
+        # No name here holds the model, so that its weights are freed when they are rounded.
+        summary = _assemble(_open_with_card(options, card), scratch, export)
     size = sum(file.stat().st_size for file in options.out.iterdir() if file.is_file())
     bands = summary["graphs"][BACKBONE]
     print(
@@ -257,8 +280,16 @@ def _run(options: argparse.Namespace) -> None:
     )
 
 
-def _with_card(manifest: Manifest, options: argparse.Namespace) -> Manifest:
-    """Return the manifest with the fields of `--card`, and over them those given as flags.
+def _open_with_card(options: argparse.Namespace, card: Mapping[str, Any]) -> LoadedModel:
+    """Open the source, with the fields of `card` in its manifest, and tell what its import has assumed."""
+    model = open_source(options.source, data=options.data)
+    for note in model.manifest.provenance.get("import", {}).get("notes", ()):
+        print(f"{options.source}: {note}", file=sys.stderr)
+    return LoadedModel(model.network, Manifest.model_validate({**model.manifest.model_dump(), **card}))
+
+
+def _card_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `--card`, and over them those given as flags.
 
     Raises:
         ExportError: the card or a field is not valid.
@@ -268,8 +299,7 @@ def _with_card(manifest: Manifest, options: argparse.Namespace) -> Manifest:
     try:
         if options.card:
             fields |= ModelCard.model_validate_json(options.card.read_bytes()).given()
-        fields |= ModelCard(**{flag: getattr(options, flag) for flag in flags}).given()
-        return Manifest.model_validate({**manifest.model_dump(), **fields})
+        return fields | ModelCard(**{flag: getattr(options, flag) for flag in flags}).given()
     except ValidationError as error:
         first = error.errors()[0]
         raise ExportError(f"{'.'.join(map(str, first['loc'])) or options.card}: {first['msg']}") from None
@@ -279,16 +309,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m export.onnx", description="Write a bundle from a training run or a bundle."
     )
-    parser.add_argument("source", type=Path, help="training run folder, or a bundle to export again")
-    parser.add_argument("--out", type=Path, required=True, help="bundle folder to write")
+    parser.add_argument("source", type=named_path, help="training run folder, or a bundle to export again")
+    parser.add_argument("--out", type=named_path, required=True, help="bundle folder to write")
     parser.add_argument(
-        "--card", type=Path, help="JSON file with name, version, description, licence, attribution, defaults"
+        "--card",
+        type=named_path,
+        help="JSON file with name, version, description, licence, attribution, defaults",
     )
     for field in ("name", "version", "description", "licence"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--attribution", action="append", help="one credit line; repeat for more")
-    parser.add_argument("--data", type=Path, help="the training pictures, if not where the run says")
-    parser.add_argument("--vae", type=Path, help="diffusers AutoencoderKL folder, for models on latents")
+    parser.add_argument("--data", type=named_path, help="the training pictures, if not where the run says")
+    parser.add_argument(
+        "--vae", type=named_path, help="diffusers AutoencoderKL folder, for models on latents"
+    )
     parser.add_argument("--weights", choices=("auto", *DTYPES), default="auto", help="precision on disk")
     parser.add_argument(
         "--half",
@@ -296,9 +330,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="auto",
         help="half-precision backbone, for GPUs",
     )
-    parser.add_argument("--samples", type=int, default=6, help="trajectories to verify and calibrate on")
-    parser.add_argument("--steps", type=int, default=20, help="steps of each trajectory")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--samples", type=positive, default=6, help="trajectories to verify and calibrate on")
+    parser.add_argument("--steps", type=positive, default=20, help="steps of each trajectory")
+    parser.add_argument(
+        "--golden",
+        choices=("auto", "none"),
+        default="auto",
+        help="an image for the service to compare its own with; auto: in fewer steps if they are costly",
+    )
+    parser.add_argument("--threads", type=thread_count, default=1)
     return parser.parse_args(arguments)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from ditserve.export.calibrate import Backbone, TrajectorySettings, sample_pictures, with_backbone
 from ditserve.export.errors import ExportError
 from ditserve.export.verify import open_session, run
+from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.evaluation.classifier_network import ClassifierError, open_classifier
-from ditserve.model.evaluation.features import classifier_features
+from ditserve.model.evaluation.features import FeatureNetwork, classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
 from ditserve.model.evaluation.picture_sets import (
     EvaluationPlan,
@@ -61,6 +62,18 @@ def picture_psnr(source: LoadedModel, backbone: Backbone) -> float:
     return 10 * math.log10(4 / max(float(error), 1e-12))
 
 
+def open_references(source: LoadedModel, settings: FrechetSettings) -> tuple[Dataset, FeatureNetwork]:
+    """Open the pictures to compare with, and the network whose features are compared.
+
+    Raises:
+        ExportError: either cannot be opened, or does not fit the model.
+    """
+    try:
+        return open_data(source, settings.data), classifier_features(open_classifier(settings.classifier))
+    except (DataError, ClassifierError) as error:
+        raise ExportError(str(error)) from None
+
+
 def frechet_report(source: LoadedModel, backbone: Backbone, settings: FrechetSettings) -> dict[str, float]:
     """Return Fréchet distances of pictures by fp32 and by `backbone`: to real ones, and to each other.
 
@@ -70,11 +83,7 @@ def frechet_report(source: LoadedModel, backbone: Backbone, settings: FrechetSet
     Raises:
         ExportError: the data or the classifier cannot be opened, or the model was trained on other data.
     """
-    try:
-        dataset = open_data(source, settings.data)
-        network = classifier_features(open_classifier(settings.classifier))
-    except (DataError, ClassifierError) as error:
-        raise ExportError(str(error)) from None
+    dataset, network = open_references(source, settings)
     decoder = Identity() if settings.decoder is None else _GraphDecoder(settings.decoder)
     plan = _plan(source, settings)
     rows, _ = choose_examples(dataset, plan)

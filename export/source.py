@@ -10,18 +10,18 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ditserve.export.errors import ExportError
-from ditserve.model.nets.factory import Network
-from ditserve.model.spec.bundle import Defaults
+from ditserve.model.nets.factory import Network, network_of
+from ditserve.model.spec.bundle import Defaults, Name
 from ditserve.model.train.load import load_model
-from ditserve.model.train.loaded_model import LoadedModel, LoadError, build
+from ditserve.model.train.loaded_model import LoadedModel, LoadError
 
 
 class ModelCard(BaseModel):
     """The texts and defaults of a bundle; a field that is None keeps what the source says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str | None = None
-    version: str | None = None
+    name: Name | None = None
+    version: Name | None = None
     description: str | None = None
     licence: str | None = None
     attribution: tuple[str, ...] | None = None
@@ -53,5 +53,5 @@ def parameters(network: Network) -> dict[str, Tensor]:
 
 def round_weights(network: Network, dtype: torch.dtype) -> Network:
     """Return a copy of `network` in fp32 whose weights were rounded to `dtype`."""
-    weights = {name: tensor.to(dtype) for name, tensor in parameters(network).items()}
-    return build(network.config, weights, Path("weights"))
+    # One weight after the other: a second copy of all would be alive for a moment.
+    return network_of(network.config, {name: t.to(dtype).float() for name, t in parameters(network).items()})

@@ -47,8 +47,8 @@ class _StoredTensor:
     length: int
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Write `weights` as `dtype`; return them as a reader of the file sees them, in fp32.
+def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write `weights` as `dtype`.
 
     Raises:
         ExportError: a weight does not fit in `dtype`.
@@ -62,7 +62,6 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) 
             )
     save_file(stored, path)
     path.chmod(0o644)
-    return {name: tensor.float() for name, tensor in stored.items()}
 
 
 def share_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:

@@ -49,6 +49,7 @@ from ditserve.export.tensorrt.progress import (
 )
 from ditserve.export.tensorrt.trial import FASTER, TrialReference, speedup, trial_reference, try_engine
 from ditserve.model.spec.bundle import CALIBRATION, Bundle
+from ditserve.model.spec.command_line import named_path, positive
 from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, EngineOrigin, engine_origin
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.output_folder import BUNDLE, ENGINES, claim
@@ -194,7 +195,7 @@ def main(arguments: list[str]) -> int:
             return _run(options, reporter)
         except BuildCancelled as error:
             status, message = CANCELLED, str(error)
-        except (ModelError, OSError) as error:
+        except (ModelError, ValueError, OSError) as error:
             status, message = REFUSED, str(error)
             if isinstance(error, BuildError) and options.verbose:
                 log = error.log
@@ -299,16 +300,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         prog="python -m export.trt", description="Build TensorRT engines of a bundle's backbone."
     )
     add = parser.add_argument
-    add("bundle", type=Path)
+    add("bundle", type=named_path)
     add("--precision", action="append", choices=tuple(GRAPHS), help="repeat for more; default: half")
     add("--all", action="store_true", help="every precision the bundle has a graph for")
-    add("--engines", type=Path, help="folder of the engines; default: the bundle's own")
+    add("--engines", type=named_path, help="folder of the engines; default: the bundle's own")
     add("--backend", choices=("auto", *FLAVOURS), default="auto")
     add("--target", action="append", default=[], metavar="SM", help="compile for sm89, … (tensorrt_rtx)")
     add("--buckets", type=_sizes, default=BUCKETS, metavar="1,2,4", help="batch sizes that will be served")
-    add("--profiles", type=int, default=1, help="optimisation profiles to spread the buckets over")
+    add("--profiles", type=positive, default=1, help="optimisation profiles to spread the buckets over")
     add("--level", type=int, choices=range(6), help="optimisation level")
-    add("--workspace-mib", type=int)
+    add("--workspace-mib", type=positive)
     add("--tf32", action="store_true", help="allow TF32 in fp32 parts")
     add("--force", action="store_true", help="build even if the engine is fresh")
     add("--keep-int8", action="store_true", help="keep INT8 though it is no faster than half precision")
@@ -325,8 +326,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _sizes(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
+        return tuple(positive(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of batch sizes such as 1,2,4") from None
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle
-from ditserve.model.spec.command_line import guarded, positive
+from ditserve.model.spec.command_line import guarded, named_path, positive
 from ditserve.model.spec.output_folder import BUNDLE, check_folder
 from ditserve.model.weights.diffusers import Function
 from ditserve.model.weights.files import export_weights, write_bundle
@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands: Any = parser.add_subparsers(dest="command", required=True)
     bring = commands.add_parser("import", help="published or diffusers weights → a bundle")
-    bring.add_argument("source", type=Path, help="a .pt or .safetensors file, or a diffusers folder")
-    bring.add_argument("bundle", type=Path, help="the folder to write")
+    bring.add_argument("source", type=named_path, help="a .pt or .safetensors file, or a diffusers folder")
+    bring.add_argument("bundle", type=named_path, help="the folder to write")
     bring.add_argument(
         "--licence", required=True, help="of the weights; the service shows it (published: CC-BY-NC-4.0)"
     )
@@ -113,10 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument(
         "--size", type=positive, nargs=2, metavar=("H", "W"), help="latent size, if the file has no positions"
     )
-    bring.add_argument("--classes", type=Path, help="a text file of class names, one a line")
+    bring.add_argument("--classes", type=named_path, help="a text file of class names, one a line")
     out = commands.add_parser("export", help="a bundle's weights → a published or diffusers file")
-    out.add_argument("bundle", type=Path, help="the folder to read")
-    out.add_argument("target", type=Path, help="a .pt file (official) or a folder (diffusers)")
+    out.add_argument("bundle", type=named_path, help="the folder to read")
+    out.add_argument("target", type=named_path, help="a .pt file (official) or a folder (diffusers)")
     out.add_argument("--to", choices=("official", "diffusers"), required=True, help="the layout to write")
     return parser
 

@@ -89,16 +89,24 @@ class Keyring:
 
     def find(self, text: str) -> ApiKey | None:
         """Return the key of that text, None if there is none. The secret is compared in constant time."""
-        try:
-            self._refresh()
-        except KeyringError as error:
-            # A mistake in the file while the API is serving must not lock everybody out.
-            print(f"error: {error}", file=sys.stderr)
+        self._refresh_if_readable()
         match = _KEY.fullmatch(text)
         key = self._keys.get(match[1]) if match else None
         expected = key.sha256 if key else "0" * 64
         digest = hashlib.sha256(match[2].encode() if match else b"").hexdigest()
         return key if hmac.compare_digest(expected, digest) else None
+
+    def holds(self, key_id: str) -> bool:
+        """Return True if the key of that id is valid still."""
+        self._refresh_if_readable()
+        return key_id in self._keys
+
+    def _refresh_if_readable(self) -> None:
+        try:
+            self._refresh()
+        except KeyringError as error:
+            # A mistake in the file while the API is serving must not lock everybody out.
+            print(f"error: {error}", file=sys.stderr)
 
     def _refresh(self) -> None:
         try:

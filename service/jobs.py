@@ -265,3 +265,4 @@ class LoadSnapshot:
     taken_at: float
     dead_jobs: int = 0  # put aside since the queue began, whether requeued later or not
     starting: tuple[Starting, ...] = ()  # workers that cannot take jobs yet
+    orphans: int = 0  # jobs ever lost: their record was gone while they waited or ran

@@ -15,7 +15,16 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
@@ -92,7 +101,9 @@ class Settings(BaseSettings):
     backend: Literal["onnx", "torch", "tensorrt"] = Field("onnx", description="what runs the network")
     threads: int = Field(0, ge=0, description="compute threads of a worker; 0 uses every core")
     precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = Field(
-        "auto", description="numbers the network computes in; auto is the backend's choice"
+        "auto",
+        description="numbers the network computes in; auto is the backend's choice; "
+        "bf16 is for tensorrt only, and torch has fp32 alone",
     )
     providers: str = Field(
         "",
@@ -155,6 +166,9 @@ class Settings(BaseSettings):
     max_connections: int = Field(
         1000, ge=1, le=100_000, description="connections of clients that one API process keeps"
     )
+    max_streams: Count = Field(
+        128, description="event streams that one caller may have open in one API process"
+    )
     ready_workers: int = Field(1, ge=0, description="workers that must be alive for /readyz")
     hang_s: Seconds = Field(
         60.0, description="time without a step, while work is running, after which /livez fails"
@@ -211,6 +225,16 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe event logged"
     )
+
+    @field_validator("precision")
+    @classmethod
+    def _precision_of_backend(cls, precision: str, info: ValidationInfo) -> str:
+        backend = info.data.get("backend")
+        lacking = {"onnx": ("bf16",), "torch": ("fp16", "bf16", "int8")}.get(str(backend), ())
+        if precision in lacking:
+            reason = {"reason": f"{precision} is not there with --backend {backend}"}
+            raise PydanticCustomError("precision", "{reason}", reason)
+        return precision
 
     @classmethod
     def load(cls, argv: Sequence[str] = (), *, program: str = "python -m service") -> Self:

@@ -143,6 +143,8 @@ async def audit(client: Redis, keys: Keys) -> None:
 
     assert await members(keys.queue) == await members(keys.ages) == of_state(b"queued")
     assert await members(keys.leases) == of_state(b"running")
+    # A member of `dues` is a flow, a zero byte, fifteen digits, and the job.
+    assert {member.partition("\0")[2][15:] for member in await members(keys.dues)} <= of_state(b"queued")
     totals = await client.hgetall(keys.totals)
     assert int(totals.get(b"rows", 0)) == sum(int(records[job_id][b"rows"]) for job_id in of_state(b"queued"))
     unfinished: Any = await client.hgetall(keys.unfinished)

@@ -26,6 +26,7 @@ PEERS = ROOT / "bench/peers"  # runs in an environment of its own
 # Module, or its beginning → distribution, where the names differ; the longest counts.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "pydantic_core": "pydantic",  # comes with it
     "httpx_sse": "httpx-sse",
     "opentelemetry": "opentelemetry-api",
     "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",

@@ -224,9 +224,16 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(
                 f"{self.path / name} is not part of this bundle: "
-                f"its manifest lists {', '.join(sorted(self.manifest.files))}"
+                f"its manifest lists {', '.join(sorted(self.manifest.files))}; {self._command_for(name)}"
             )
         return self.path / name
+
+    def _command_for(self, name: str) -> str:
+        if ".int8" in name:
+            return f"python -m export.int8 {self.path} adds it"
+        if name.startswith("backbone.") and name != BACKBONE:
+            return f"python -m export.half {self.path} adds it"
+        return f"python -m export.onnx {self.path} --out {self.path} writes all graphs"
 
 
 def bundle_name(folder: Path) -> str:

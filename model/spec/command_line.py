@@ -58,6 +58,18 @@ def count(text: str) -> int:
     return _whole(text, 0)
 
 
+def thread_count(text: str) -> int:
+    """Return the number of compute threads that a command-line argument says, 1 to 1,024.
+
+    Raises:
+        argparse.ArgumentTypeError: `text` is anything else.
+    """
+    number = _whole(text, 1)
+    if number > 1024:
+        raise argparse.ArgumentTypeError(f"must be at most 1024, not {text}")
+    return number
+
+
 def _whole(text: str, least: int) -> int:
     if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")

@@ -81,6 +81,7 @@ def write_bundle(
         raise WeightsError(f"{target} cannot be a bundle: {error.errors()[0]['msg']}") from None
     with replacement(target, BUNDLE) as scratch:
         save_file({name: _storable(tensor) for name, tensor in weights.items()}, scratch / WEIGHTS)
+        (scratch / WEIGHTS).chmod(0o644)
         write_manifest(scratch, manifest)
     return manifest
 
@@ -112,4 +113,5 @@ def export_weights(bundle: Bundle, target: Path, layout: str) -> None:
     with replacement(target, DIFFUSERS, apart=(bundle.path,)) as scratch:
         state, fields = to_diffusers(weights, config)
         save_file(state, scratch / f"{DIFFUSERS_NAME}.safetensors")
+        (scratch / f"{DIFFUSERS_NAME}.safetensors").chmod(0o644)
         write_atomic(scratch / DIFFUSERS_CONFIG, (json.dumps(fields, indent=2) + "\n").encode())

@@ -30,6 +30,7 @@ from ditserve.service.client.messages import (
     Requests,
     StreamEvent,
 )
+from ditserve.service.errors import QueueUnavailable
 
 
 class Client:
@@ -92,11 +93,12 @@ class Client:
                         source.response.read()
                         raise messages.refusal(source.response)
                     for received in source.iter_sse():
+                        event = messages.stream_event(received)
                         last_event_id, failures = received.id or last_event_id, 0
-                        yield (event := messages.stream_event(received))
+                        yield event
                         if event.kind in TERMINAL:
                             return
-            except httpx.TransportError as error:
+            except (httpx.TransportError, QueueUnavailable) as error:
                 failures += 1
                 if failures == self._attempts:
                     raise messages.refusal(error) from error
@@ -176,11 +178,12 @@ class AsyncClient:
                         await source.response.aread()
                         raise messages.refusal(source.response)
                     async for received in source.aiter_sse():
+                        event = messages.stream_event(received)
                         last_event_id, failures = received.id or last_event_id, 0
-                        yield (event := messages.stream_event(received))
+                        yield event
                         if event.kind in TERMINAL:
                             return
-            except httpx.TransportError as error:
+            except (httpx.TransportError, QueueUnavailable) as error:
                 failures += 1
                 if failures == self._attempts:
                     raise messages.refusal(error) from error

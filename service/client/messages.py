@@ -108,7 +108,11 @@ def generated_image(response: httpx.Response) -> GeneratedImage:
 
 
 def stream_event(event: ServerSentEvent) -> StreamEvent:
-    return StreamEvent(event.event, event.json() if event.data else {})
+    """Return an event of a job. Raise the error that ended its stream, though not the job."""
+    data = event.json() if event.data else {}
+    if event.event == "error":
+        raise _from_problem({"code": "error", **data}, retry_after=data.get("retry_after_s"))
+    return StreamEvent(event.event, data)
 
 
 def wait_before_retry(answer: httpx.Response | httpx.TransportError, attempt: int, attempts: int) -> float:
@@ -126,20 +130,27 @@ def wait_before_retry(answer: httpx.Response | httpx.TransportError, attempt: in
     return wait_s * random.uniform(1.0, 1.2)
 
 
-def refusal(answer: httpx.Response | httpx.TransportError) -> ServiceError:
+def refusal(answer: httpx.Response | httpx.TransportError | ServiceError) -> ServiceError:
     """Return what went wrong as an error of the tree."""
+    if isinstance(answer, ServiceError):
+        return answer
     if not isinstance(answer, httpx.Response):
         return Unreachable(f"The service cannot be reached: {str(answer) or type(answer).__name__}.")
     try:
         problem = answer.json()
     except ValueError:
         problem = {}
+    problem = {"code": f"http-{answer.status_code}", "title": answer.reason_phrase, **problem}
     retry_after = answer.headers.get("retry-after", "")
+    return _from_problem(problem, retry_after=float(retry_after) if _SECONDS.fullmatch(retry_after) else None)
+
+
+def _from_problem(problem: Mapping[str, Any], *, retry_after: float | None) -> ServiceError:
     return from_wire(
         {
-            "code": problem.get("code", f"http-{answer.status_code}"),
-            "detail": problem.get("detail") or problem.get("title") or answer.reason_phrase,
-            "retry_after": float(retry_after) if _SECONDS.fullmatch(retry_after) else None,
+            "code": problem["code"],
+            "detail": problem.get("detail") or problem.get("title"),
+            "retry_after": retry_after,
             "extra": {name: value for name, value in problem.items() if name not in _MEMBERS},
         }
     )

@@ -19,10 +19,13 @@ Pure: no clock, no arrays.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heapreplace
+from itertools import chain
 from math import inf
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from operator import attrgetter
+from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 # The passes by which deadlines may bring a flow ahead of another, and of one that has not begun.
 LONGEST_LEAD: Final = 64
@@ -71,6 +74,9 @@ class Turn(NamedTuple, Generic[S_co]):
     full_cost: float
 
 
+TurnsByFlow: TypeAlias = Mapping[Flow, Sequence[Turn[S]]]
+
+
 class Leads(Generic[K]):
     """The cost by which each key is ahead of the one furthest behind, per unit of its weight."""
 
@@ -90,29 +96,31 @@ class Leads(Generic[K]):
 
 
 class FairShares:
-    """The leads of all flows, and of the sizes of each flow."""
+    """The leads of all flows, and of the sizes of each flow. Its methods take all turns by their flow."""
 
     def __init__(self) -> None:
         self._flows: Leads[Flow] = Leads()
         self._sizes: dict[Flow, Leads[Hashable]] = {}  # of flows that have several sizes
 
-    def first(self, turns: Collection[Turn[S]]) -> set[Flow]:
+    def first(self, flows: TurnsByFlow[S]) -> set[Flow]:
         """Return the flows whose samples without laxity go before all others.
 
         Example: caller A has had 48 rows more than B, and a full pass has 8: it is ahead by 6 passes. The
         shortest sample of B has 5 steps, so A's deadlines no longer go first. They would if it had 50.
         """
-        patience = self._patience(turns)
+        if len(flows) == 1:
+            return set(flows)
+        patience = {flow: _patience(turns) for flow, turns in flows.items()}
         shortest = sorted(patience, key=patience.__getitem__)[:2]
         first = set()
-        for flow, full_cost in {turn.sample.flow: turn.full_cost for turn in turns if turn.urgent}.items():
-            passes = next((patience[other] for other in shortest if other != flow), inf)
-            if self._flows[flow] * flow.weight <= passes * full_cost:
+        for flow, turns in flows.items():
+            passes = next(patience[other] for other in shortest if other != flow)
+            if self._flows[flow] * flow.weight <= passes * turns[0].full_cost:
                 first.add(flow)
         return first
 
-    def leader(self, turns: Iterable[Turn[S]], first: Collection[Flow]) -> Turn[S]:
-        """Return the turn that comes next of all; its size is that of the next pass. There must be one."""
+    def next_size(self, flows: TurnsByFlow[S], first: Collection[Flow]) -> Hashable:
+        """Return the size of the turn that comes before all others."""
 
         def key(turn: Turn[S]) -> tuple[float, ...]:
             flow = turn.sample.flow
@@ -121,39 +129,35 @@ class FairShares:
             ahead = self._sizes[flow][turn.size] if flow in self._sizes else 0.0
             return 1, self._flows[flow], ahead, not turn.urgent, turn.due
 
-        return min(turns, key=key)
+        return min(chain.from_iterable(flows.values()), key=key).size
 
-    def order(self, turns: Iterable[Turn[S]], first: Collection[Flow]) -> Iterator[Turn[S]]:
+    def order(self, flows: TurnsByFlow[S], first: Collection[Flow], size: Hashable) -> Iterator[Turn[S]]:
         """Yield the turns of one size in the order in which a pass takes them in.
 
         Those that go first come by deadline, then the flows by what each would have had.
         """
-        leads: dict[Flow, float] = {}
-        queues: dict[Flow, list[Turn[S]]] = {}
-        for turn in sorted(turns, key=lambda turn: (not turn.urgent, turn.due)):
-            flow = turn.sample.flow
-            leads.setdefault(flow, self._flows[flow])
-            if turn.urgent and flow in first:
-                leads[flow] += turn.cost / flow.weight
-                yield turn
-            else:
-                queues.setdefault(flow, []).append(turn)
-        heads = [
-            (leads[flow], queue[0].due, number, 0, queue)
-            for number, (flow, queue) in enumerate(queues.items())
-        ]
+        going_first: list[Turn[S]] = []
+        heads: list[tuple[float, float, int, int, Sequence[Turn[S]]]] = []
+        for number, (flow, turns) in enumerate(flows.items()):
+            queue = sorted((turn for turn in turns if turn.size == size), key=_in_flow)
+            urgent = bisect_left(queue, True, key=lambda turn: not turn.urgent) if flow in first else 0
+            going_first += queue[:urgent]
+            if len(queue) > urgent:
+                lead = self._flows[flow] + sum(turn.cost for turn in queue[:urgent]) / flow.weight
+                heads.append((lead, queue[urgent].due, number, urgent, queue))
+        yield from sorted(going_first, key=attrgetter("due"))
         heapify(heads)
         while heads:
-            lead, _, number, at, queue = heads[0]
-            turn, after = queue[at], at + 1
+            lead, _, number, at, waiting = heads[0]
+            turn, after = waiting[at], at + 1
             yield turn
-            if after < len(queue):
+            if after < len(waiting):
                 ahead = lead + turn.cost / turn.sample.flow.weight
-                heapreplace(heads, (ahead, queue[after].due, number, after, queue))
+                heapreplace(heads, (ahead, waiting[after].due, number, after, waiting))
             else:
                 heappop(heads)
 
-    def charge(self, turns: Sequence[Turn[S]], chosen: Sequence[Turn[S]], cost: float) -> None:
+    def charge(self, flows: TurnsByFlow[S], chosen: Sequence[Turn[S]], cost: float) -> None:
         """Charge a pass to the turns chosen, in proportion to their own cost.
 
         A flow that lost nothing in this pass is charged no less than those that did, on average: it had all
@@ -163,18 +167,13 @@ class FairShares:
         pass. A is charged 3 rows as well, so B and C will not have to wait when A brings more.
         """
         rate = cost / sum(turn.cost for turn in chosen)
+        charges = dict.fromkeys(flows, 0.0)
+        for turn in chosen:
+            charges[turn.sample.flow] += rate * turn.cost
+        self._charge_sizes(flows, chosen[0].size, charges)
         taken = set(map(id, chosen))
-        begun = _begun(turns)
-        charges = {turn.sample.flow: 0.0 for turn in turns}
-        losing = set()
-        for turn in turns:
-            flow = turn.sample.flow
-            if id(turn) in taken:
-                charges[flow] += rate * turn.cost
-            elif turn.waits or flow not in begun:
-                losing.add(flow)
-        self._charge_sizes(turns, chosen[0].size, charges)
-        if not losing:
+        losing = {flow for flow, turns in flows.items() if _loses(turns, taken)}
+        if not losing or len(flows) == 1:
             self._flows = Leads()
             return
         least = sum(charges[flow] for flow in losing) / sum(flow.weight for flow in losing)
@@ -183,32 +182,38 @@ class FairShares:
             self._flows.charge(flow, share if flow in losing else max(share, least))
         self._flows.level(charges)
 
-    def _charge_sizes(self, turns: Sequence[Turn[S]], size: Hashable, charges: Mapping[Flow, float]) -> None:
+    def _charge_sizes(self, flows: TurnsByFlow[S], size: Hashable, charges: Mapping[Flow, float]) -> None:
         """Charge a pass of one size to that size in every flow, by what a step of all its samples costs."""
-        step_cost: dict[Flow, dict[Hashable, float]] = {}
-        for turn in turns:
-            of_flow = step_cost.setdefault(turn.sample.flow, {})
-            of_flow[turn.size] = of_flow.get(turn.size, 0.0) + turn.cost
-        self._sizes = {
-            flow: self._sizes.get(flow) or Leads() for flow, sizes in step_cost.items() if len(sizes) > 1
-        }
-        for flow, leads in self._sizes.items():
-            if size in step_cost[flow]:
-                leads.charge(size, charges[flow] / step_cost[flow][size])
-            leads.level(step_cost[flow])
-
-    def _patience(self, turns: Collection[Turn[S]]) -> dict[Flow, float]:
-        """Return the passes for which deadlines may hold up each flow that loses by waiting."""
-        begun = _begun(turns)
-        patience: dict[Flow, float] = {}
-        for turn in turns:
-            flow = turn.sample.flow
-            if flow not in begun:
-                patience[flow] = FIRST_STEP_LEAD
-            elif turn.waits:
-                patience[flow] = min(patience.get(flow, LONGEST_LEAD), turn.sample.steps)
-        return patience
+        several: dict[Flow, Leads[Hashable]] = {}
+        for flow, turns in flows.items():
+            sizes = {turn.size for turn in turns}
+            if len(sizes) == 1:
+                continue
+            leads = several[flow] = self._sizes.get(flow) or Leads()
+            if size in sizes:
+                leads.charge(size, charges[flow] / sum(turn.cost for turn in turns if turn.size == size))
+            leads.level(sizes)
+        self._sizes = several
 
 
-def _begun(turns: Iterable[Turn[S]]) -> set[Flow]:
-    return {turn.sample.flow for turn in turns if turn.sample.taken}
+def _in_flow(turn: Turn[S]) -> tuple[bool, float]:
+    """Return the sort key of the turns of one flow."""
+    return not turn.urgent, turn.due
+
+
+def _begun(turns: Iterable[Turn[S]]) -> bool:
+    return any(turn.sample.taken for turn in turns)
+
+
+def _patience(turns: Sequence[Turn[S]]) -> float:
+    """Return the passes for which the deadlines of others may hold up a flow."""
+    if not _begun(turns):
+        return FIRST_STEP_LEAD
+    shortest = min((turn.sample.steps for turn in turns if turn.waits), default=inf)
+    return inf if shortest == inf else min(LONGEST_LEAD, shortest)
+
+
+def _loses(turns: Sequence[Turn[S]], taken: Collection[int]) -> bool:
+    """Return whether a flow loses by the turns that are not `taken`."""
+    left_out = [turn for turn in turns if id(turn) not in taken]
+    return any(turn.waits for turn in left_out) or (bool(left_out) and not _begun(turns))

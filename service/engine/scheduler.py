@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass
 from typing import Final, Generic, Literal, Protocol, TypeVar
 
-from ditserve.service.engine.fair_shares import FairShares, Shared, Turn
+from ditserve.service.engine.fair_shares import FairShares, Flow, Shared, Turn
 
 # The time that the steps of a sample need is taken to be so many times as long as predicted.
 SAFETY_MARGIN: Final = 1.1
@@ -104,15 +104,17 @@ class Scheduler:
         2.6 / (1.1 · 2) = 1.18 s each. A full pass of 8 takes 1.7 s, so A has no laxity: it goes first and
         caps this pass at 2 rows (1.1 s), because 3 take 1.2 s. The most urgent one of the others joins it.
         """
-        turns = [turn for group in candidates for turn in self._turns(group, now)]
-        if not turns:
+        flows: dict[Flow, list[Turn[S]]] = {}
+        for group in candidates:
+            for turn in self._turns(group, now):
+                flows.setdefault(turn.sample.flow, []).append(turn)
+        if not flows:
             return Batch((), "idle")
-        first = self._shares.first(turns)
-        size = turns[0].size if len(candidates) == 1 else self._shares.leader(turns, first).size
+        first = self._shares.first(flows)
+        size = candidates[0].size if len(candidates) == 1 else self._shares.next_size(flows, first)
         group = next(group for group in candidates if group.size == size)
-        order = self._shares.order([turn for turn in turns if turn.size == size], first)
-        chosen = self._fill(group, order, first, now)
-        self._shares.charge(turns, chosen, self._cost(group, sum(turn.sample.rows for turn in chosen)))
+        chosen = self._fill(group, self._shares.order(flows, first, size), first, now)
+        self._shares.charge(flows, chosen, self._cost(group, sum(turn.sample.rows for turn in chosen)))
         return Batch(
             tuple(turn.sample for turn in chosen), "cap" if len(chosen) < len(group.samples) else "idle"
         )

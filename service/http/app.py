@@ -26,6 +26,7 @@ from ditserve.service.http.origin import ANY_HOST, Hosts, Origin
 from ditserve.service.http.problems import error_response
 from ditserve.service.http.routes import generate, jobs, models, openai, pages, probes
 from ditserve.service.http.routing import methods
+from ditserve.service.http.streams import Streams
 from ditserve.service.queue.queue_client import QueueClient, open_queue_client
 from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
@@ -63,10 +64,12 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
             for served in served_models:
                 queue_client = await stack.enter_async_context(opener(served.settings(settings)))
                 by_name[served.name] = Model.of(served, settings, queue_client)
-            context = app.state.context = Context(settings, by_name, draining)
+            streams = Streams(limit=settings.max_streams, keyring=keyring, draining=draining)
+            context = app.state.context = Context(settings, by_name, draining, streams)
             stack.push_async_callback(context.aclose)
             canaries = [partial(_watch, context, name) for name in by_name] if settings.canary_s else []
-            await stack.enter_async_context(_background(partial(_reload, context, reload), *canaries))
+            endless = [partial(_reload, context, reload), partial(streams.watch), *canaries]
+            await stack.enter_async_context(_background(*endless))
             yield
         tracing.close()
 

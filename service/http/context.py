@@ -22,8 +22,10 @@ from ditserve.service.errors import (
     ModelNotFound,
     QueueUnavailable,
 )
+from ditserve.service.http.feeds import Feeds
 from ditserve.service.http.middleware import disconnected
 from ditserve.service.http.models import Model
+from ditserve.service.http.streams import Stream, Streams
 from ditserve.service.http.submission import Caller, Idempotency, Submission
 from ditserve.service.jobs import JobResult, JobStatus
 from ditserve.service.settings import Settings
@@ -50,6 +52,8 @@ class Context:
     settings: Settings
     models: Mapping[str, Model]
     draining: asyncio.Event
+    streams: Streams
+    feeds: Feeds = field(default_factory=Feeds)
     started: bool = field(default=False)
 
     @property
@@ -74,6 +78,11 @@ class Context:
     def address(self, path: str) -> str:
         """Return the address of a path as clients reach it, through a proxy or not."""
         return self.settings.root_path + path
+
+    def open_stream(self, request: Request, *, lasting: bool = False) -> Stream:
+        """Count an event stream of the sender of a request. Raises `QuotaExceeded`."""
+        key: ApiKey | None = getattr(request.state, "key", None)
+        return self.streams.open(caller(request).name, key, lasting=lasting)
 
     async def job(self, job_id: str, key: ApiKey | None = None) -> JobLookup:
         """Look a job up among all models. With `key`, only jobs that its holder may see are found.

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.middleware import disconnected
 from ditserve.service.http.problems import as_service_error
+from ditserve.service.http.streams import Stream
 
 _KEEP_ALIVE = b": keep-alive\n\n"
 _log = structlog.get_logger("service.http")
@@ -32,7 +33,7 @@ def encode(kind: str, data: Mapping[str, Any], *, event_id: str | None = None) -
 
 
 class EventStream(Response):
-    """Sends encoded events until they end, the client goes, or `stop` is set; then closes their iterator.
+    """Sends encoded events until they end, the client goes, or the stream has to end; then closes both.
 
     After `keepalive_s` seconds of silence a comment is sent, so that proxies do not cut the connection. An
     error ends the stream, and `on_error` gives the last event, which tells of it.
@@ -46,48 +47,54 @@ class EventStream(Response):
         *,
         on_error: Callable[[ServiceError], bytes],
         keepalive_s: float,
-        stop: asyncio.Event | None = None,
+        stream: Stream,
     ) -> None:
         super().__init__(None, 200, {"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._on_error = events, on_error
         self._keepalive_s = keepalive_s
-        self._stop = stop or asyncio.Event()
+        self._stream = stream
+        # True while nothing was sent since the last look, and while something is being sent.
+        self._silent, self._sending = True, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        upcoming = asyncio.create_task(self._next())
+        sending = asyncio.create_task(self._send_events(send))
         gone = asyncio.create_task(disconnected(receive))
-        stopped = asyncio.create_task(self._stop.wait())
+        stopped = asyncio.create_task(self._stream.ended.wait())
+        tasks = (sending, gone, stopped)
         try:
-            while True:
-                waiting = {upcoming, gone, stopped}
+            done: set[asyncio.Task[Any]] = set()
+            while not done:
+                self._silent = True
                 done, _ = await asyncio.wait(
-                    waiting, timeout=self._keepalive_s, return_when=asyncio.FIRST_COMPLETED
+                    tasks, timeout=self._keepalive_s, return_when=asyncio.FIRST_COMPLETED
                 )
-                if gone in done:
-                    return
-                if upcoming in done:
-                    event = upcoming.result()
-                    if event is None:
-                        break
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-                    upcoming = asyncio.create_task(self._next())
-                elif stopped in done:
-                    break
-                else:
+                if not done and self._silent and not self._sending:
                     await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+            if gone in done:
+                return
+            if sending in done:
+                sending.result()
             await send({"type": "http.response.body", "body": b""})
         finally:
-            for task in (upcoming, gone, stopped):
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait((upcoming, gone, stopped))
+            await asyncio.wait(tasks)
             await self._events.aclose()
+            self._stream.close()
 
-    async def _next(self) -> bytes | None:
+    async def _send_events(self, send: Send) -> None:
+        async for events in self._with_error():
+            self._silent, self._sending = False, True
+            await send({"type": "http.response.body", "body": events, "more_body": True})
+            self._sending = False
+
+    async def _with_error(self) -> AsyncGenerator[bytes]:
         try:
-            return await anext(self._events, None)
+            async for events in self._events:
+                yield events
         except Exception as error:
             if not isinstance(error, ServiceError):
                 _log.exception("event stream crashed")
-            return self._on_error(as_service_error(error))
+            yield self._on_error(as_service_error(error))

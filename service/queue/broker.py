@@ -19,6 +19,7 @@ from ditserve.service.errors import (
     Cancelled,
     DeadlineExceeded,
     InternalError,
+    JobLost,
     QueueFull,
     QueueUnavailable,
     QuotaExceeded,
@@ -43,12 +44,17 @@ from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts
 from ditserve.service.queue.keys import Keys
 from ditserve.service.queue.notifications import Subscriber, WorkNotifications
 from ditserve.service.queue.reads import Reads
+from ditserve.service.telemetry import metrics
 from ditserve.service.wire import NEWEST, OLDEST, WireError, pack
 
 # The answers of submit.lua, besides 1 (queued) and 0 (known).
 TOO_MANY_JOBS, TOO_MUCH_WORK, TOO_MANY_OF_CALLER = -1, -2, -3
 
 CANCELLED = 2  # one of the answers of renew.lua
+
+KEEPS_ALL = "noeviction"  # the `maxmemory-policy` that the service needs
+
+LOST = pack(to_wire(JobLost()), OLDEST)  # what the waiters of a job are told whose record is gone
 
 ACCEPTED_KEPT = 16384  # jobs remembered that this process has queued
 
@@ -102,6 +108,7 @@ class Broker(Reads):
         broker = cls(url, namespace=namespace, limits=Limits(**limits), timeout_s=timeout_s, clock=clock)
         try:
             await broker._scripts.load()
+            await broker._warn_of_eviction()
         except QueueUnavailable:
             await broker.aclose()
             raise
@@ -110,6 +117,20 @@ class Broker(Reads):
     async def aclose(self) -> None:
         await self.work.aclose()
         await super().aclose()
+
+    async def _warn_of_eviction(self) -> None:
+        """Warn if Redis may evict what it was given; say nothing if it does not tell."""
+        try:
+            memory = await self._ask(lambda: self._client.info("memory"))
+        except QueueUnavailable:
+            return
+        policy = memory.get("maxmemory_policy", KEEPS_ALL)
+        metrics.REDIS_EVICTS.set(policy != KEEPS_ALL)
+        if policy != KEEPS_ALL:
+            log.warning(
+                "Redis may evict accepted jobs when its memory is full: set maxmemory-policy noeviction",
+                policy=policy,
+            )
 
     async def ping(self) -> bool:
         """Return whether Redis answers."""
@@ -177,7 +198,7 @@ class Broker(Reads):
 
     async def load(self) -> LoadSnapshot:
         """Return the load of the queue and of the workers alive."""
-        jobs, rows, oldest, now, dead, *replies = await self._run("load")
+        jobs, rows, oldest, now, dead, orphans, *replies = await self._run("load")
         reports = list(self._read_reports(replies))
         workers = tuple(report for report, _ in reports if isinstance(report, WorkerState))
         starting = tuple(report for report, _ in reports if isinstance(report, Starting))
@@ -187,7 +208,7 @@ class Broker(Reads):
             max(0, given - report.given_rows) for report, given in reports if isinstance(report, WorkerState)
         )
         age = (now - oldest) / 1000 if oldest else 0.0
-        return LoadSnapshot(jobs, rows, age, workers, now / 1000, dead, starting)
+        return LoadSnapshot(jobs, rows, age, workers, now / 1000, dead, starting, orphans)
 
     def _read_reports(
         self, replies: Sequence[tuple[bytes, bytes | None, int]]
@@ -343,7 +364,7 @@ class Broker(Reads):
 
     async def _run(self, name: str, *args: bytes | str | float, repeatable: bool = True) -> Any:
         now = "" if self._clock is None else _ms(self._clock())
-        common = (self.keys.prefix, now, _ms(self.limits.record_ttl_s), self.limits.events_kept)
+        common = (self.keys.prefix, now, _ms(self.limits.record_ttl_s), self.limits.events_kept, LOST)
         return await self._scripts.run(name, *common, *args, repeatable=repeatable)
 
 

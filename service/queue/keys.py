@@ -50,7 +50,8 @@ class Keys:
 
     @property
     def totals(self) -> str:
-        """Hash: `rows` waiting, virtual `clock`, `bytes` of stored results, `dead` jobs ever. Four fields."""
+        """Hash: `rows` waiting, virtual `clock`, `bytes` of stored results, `dead` and lost (`orphans`) jobs
+        ever, and when all this was last `reconciled` (ms). Six fields."""
         return self.prefix + "totals"
 
     @property

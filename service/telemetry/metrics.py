@@ -101,6 +101,9 @@ CACHE_BYTES = Gauge(
 LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went back to the queue")
 
 # Every process's.
+REDIS_EVICTS = Gauge(
+    "dit_redis_evicts", "1 when Redis may evict accepted jobs (maxmemory-policy)", multiprocess_mode="livemax"
+)
 FAULTS = Counter("dit_faults", "Unforeseen errors that a process went on after", ["activity"])
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
 # All workers of a host report the same GPUs.
@@ -134,7 +137,7 @@ class LoadCollector(Collector):
 
 
 # The figures that only grow, and so are counters.
-_COUNTED = {"dit_jobs_dead"}
+_COUNTED = {"dit_jobs_dead", "dit_orphans"}
 
 
 def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
@@ -156,6 +159,7 @@ def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
             saturation(load),
         ),
         "dit_jobs_dead": ("Jobs put aside after too many attempts", load.dead_jobs),
+        "dit_orphans": ("Jobs lost because Redis no longer held their record", load.orphans),
     }
 
 

@@ -3,6 +3,7 @@
 import base64
 import re
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
@@ -17,10 +18,12 @@ from ditserve.service.errors import (
     JobUnfinished,
     MalformedRequest,
     QueueUnavailable,
+    QuotaExceeded,
     from_wire,
 )
 from ditserve.service.http.answers import FORMATS, image_response, result_headers
 from ditserve.service.http.context import Api, Context, JobLookup, PathJob
+from ditserve.service.http.feeds import END, EncodedEvent, Position
 from ditserve.service.http.openapi import problem_responses
 from ditserve.service.http.problems import problem
 from ditserve.service.http.schemas import JobOut, JobOutcome, Links, Problem
@@ -101,7 +104,9 @@ async def get_image(lookup: PathJob, k: str) -> Response:
             "description": "Server-sent events until the job has ended.",
         },
         204: {"description": "The job has ended, and `Last-Event-ID` is its last event: come no more."},
-        **problem_responses(MalformedRequest, InvalidRequest, JobNotFound, JobLost, QueueUnavailable),
+        **problem_responses(
+            MalformedRequest, InvalidRequest, JobNotFound, QuotaExceeded, JobLost, QueueUnavailable
+        ),
     },
 )
 async def get_events(
@@ -119,11 +124,12 @@ async def get_events(
     if await _is_past_end(lookup, after):
         return Response(status_code=204)
     path, request_id = api.address(f"/jobs/{lookup.status.id}"), request.state.request_id
+    source = partial(_events, lookup, api, path)
     return EventStream(
-        _events(lookup, after, api, path),
+        api.feeds.follow(lookup.status.id, _order(after), source),
         on_error=lambda error: encode("error", problem(error, path, request_id)),
         keepalive_s=api.settings.keepalive_s,
-        stop=api.draining,
+        stream=api.open_stream(request),
     )
 
 
@@ -135,24 +141,29 @@ async def _is_past_end(lookup: JobLookup, after: str) -> bool:
     return last is not None and _order(after) >= _order(last)
 
 
-def _order(event_id: str) -> tuple[int, ...]:
-    return tuple(map(int, event_id.split("-")))
+def _order(event_id: str) -> Position:
+    milliseconds, _, number = event_id.partition("-")
+    return int(milliseconds), int(number)
 
 
-async def _events(lookup: JobLookup, after: str, api: Context, path: str) -> AsyncGenerator[bytes]:
+async def _events(
+    lookup: JobLookup, api: Context, path: str, after: Position
+) -> AsyncGenerator[EncodedEvent]:
     """Yield the job's encoded events.
 
     The last one tells how the job ended, even when its stream has expired.
     """
     job_id = lookup.status.id
-    async for event in lookup.model.queue_client.queue.events(job_id, after):
-        yield encode(event.kind, _event_data(event, path), event_id=event.id)
+    async for event in lookup.model.queue_client.queue.events(job_id, "{}-{}".format(*after)):
+        data = encode(event.kind, _event_data(event, path), event_id=event.id)
+        yield EncodedEvent(_order(event.id), data)
         if event.terminal:
             return
     status = (await api.job(job_id)).status
     last_event = _LAST_EVENTS.get(status.state)
     if last_event:
-        yield encode(last_event, problem(from_wire(status.error), path) if status.error else {})
+        data = encode(last_event, problem(from_wire(status.error), path) if status.error else {})
+        yield EncodedEvent(END, data)
 
 
 def _event_data(event: JobEvent, path: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import ExitStack
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.service.errors import ModelNotFound
+from ditserve.service.errors import ModelNotFound, QuotaExceeded
 from ditserve.service.http.answers import result_headers
 from ditserve.service.http.context import Api
 from ditserve.service.http.intake import Intake, RequestIntake, replay_headers
@@ -147,7 +148,7 @@ class OpenAIError(BaseModel):
     responses={
         200: {"content": {"text/event-stream": {}}, "description": "The images, or events with `stream`."},
         "default": {"model": OpenAIError, "description": "Any error."},
-        **openai_error_responses(*BODY, *SUBMIT, *ENDED),
+        **openai_error_responses(*BODY, *SUBMIT, *ENDED, QuotaExceeded),
     },
 )
 async def generations(body: ImagesRequest, intake: RequestIntake) -> Response:
@@ -159,26 +160,44 @@ async def generations(body: ImagesRequest, intake: RequestIntake) -> Response:
         raise field_error("n", "One image at a time can be streamed.")
     if body.partial_images and not body.stream:
         raise field_error("partial_images", "Partial images need stream=true.")
+    if body.stream:
+        return await _streamed(body, intake)
     model = intake.api.model(body.model)
-    submission = await intake.submit(
-        model, translate(body, model.submissions), body=body, image_format=body.output_format or "png"
-    )
+    submission = await _submitted(body, model, intake)
+    result = await intake.result(model, submission)
     job = submission.job
-    # A new stream tells of its job as that runs; a repeated one is refused unless the first job has ended.
-    result = None if body.stream and submission.new else await intake.result(model, submission)
-    if result is None or body.stream:
-        request_id = intake.request.state.request_id
-        stream = EventStream(
-            _stream(intake, model, submission, body),
-            on_error=lambda error: _event("error", openai_error(error, request_id)),
-            keepalive_s=intake.api.settings.keepalive_s,
-        )
-        stream.headers.update(replay_headers(submission))
-        return stream
     data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
     response = ImagesResponse(created=int(job.created_at), data=data, **_metadata(job, body, model.manifest))
     return JSONResponse(
         response.model_dump(), headers=result_headers(job, result) | replay_headers(submission)
+    )
+
+
+async def _streamed(body: ImagesRequest, intake: Intake) -> Response:
+    """Return the stream of a request that asks for one."""
+    model = intake.api.model(body.model)
+    with ExitStack() as closing:
+        stream = closing.enter_context(intake.api.open_stream(intake.request, lasting=True))
+        submission = await _submitted(body, model, intake)
+        # A new stream tells of its job as that runs; a repeated one is refused unless the first has ended.
+        if not submission.new:
+            await intake.result(model, submission)
+        request_id = intake.request.state.request_id
+        response = EventStream(
+            _stream(intake, model, submission, body),
+            on_error=lambda error: _event("error", openai_error(error, request_id)),
+            keepalive_s=intake.api.settings.keepalive_s,
+            stream=stream,
+        )
+        response.headers.update({"x-job-id": submission.job.id} | replay_headers(submission))
+        # From here on the response closes the stream.
+        closing.pop_all()
+        return response
+
+
+async def _submitted(body: ImagesRequest, model: Model, intake: Intake) -> Submission:
+    return await intake.submit(
+        model, translate(body, model.submissions), body=body, image_format=body.output_format or "png"
     )
 
 

@@ -32,10 +32,10 @@ local function version_of(wire)
   return version and string.byte(version) or newest
 end
 
-local function entry(id, attempt)
-  local job = redis.call('HMGET', job_key(id), 'wire', 'suspect')
-  local checkpoint = redis.call('GET', checkpoint_key(id)) or ''
-  return { id, job[1], attempt, job[2] and 1 or 0, checkpoint, version_of(job[1]) }
+local function entry(job, attempt)
+  local checkpoint = redis.pcall('GET', checkpoint_key(job.id))
+  if type(checkpoint) ~= 'string' then checkpoint = '' end
+  return { job.id, job.wire, attempt, job.suspect and 1 or 0, checkpoint, version_of(job.wire) }
 end
 
 local function given_so_far() return tonumber(redis.call('GET', given_key) or 0) end
@@ -44,7 +44,8 @@ local function same_answer()
   local answer = { given_so_far() }
   for _, id in ipairs(redis.call('HKEYS', last_claim)) do
     local attempt = redis.call('HGET', last_claim, id)
-    if id ~= '' and holds(id, owner, attempt) then answer[#answer + 1] = entry(id, tonumber(attempt)) end
+    local job = id ~= '' and intact(id)
+    if holds(job, owner, attempt) then answer[#answer + 1] = entry(job, tonumber(attempt)) end
   end
   return answer
 end
@@ -53,46 +54,44 @@ redis.call('DEL', last_claim)
 
 local taken, clock, rows_taken = {}, 0, 0
 
-local function take(id, finish, rows)
-  dequeue(id, rows)
-  local job = job_key(id)
-  local attempt = redis.call('HINCRBY', job, 'attempt', 1)
-  redis.call('HSET', job, 'state', 'running', 'owner', owner, 'claimed_at', NOW)
+local function take(job, finish)
+  local id, key = job.id, job_key(job.id)
+  dequeue(job)
+  local attempt = redis.call('HINCRBY', key, 'attempt', 1)
+  redis.call('HSET', key, 'state', 'running', 'owner', owner, 'claimed_at', NOW)
   redis.call('ZADD', LEASES, NOW + lease, id)
   emit(id, 'started', started)
   redis.call('HSET', last_claim, id, attempt)
-  taken[#taken + 1] = entry(id, attempt)
-  clock, rows_taken = math.max(clock, finish), rows_taken + rows
+  taken[#taken + 1] = entry(job, attempt)
+  clock, rows_taken = math.max(clock, finish), rows_taken + job.rows
 end
 
 -- Returns 'left' (the job is in the queue no longer), 'stays' (look further) or 'stop' (end the claim).
 local function consider(id, finish)
-  local job = redis.call('HMGET', job_key(id), 'model', 'samples', 'rows', 'deadline', 'suspect', 'returned_at',
-    'wire', 'flow')
-  local model, samples, rows = job[1], tonumber(job[2]), tonumber(job[3])
-  local deadline, suspect, returned_at, flow = job[4], job[5], job[6], job[8]
-  local version = version_of(job[7])
+  local job = intact(id)
+  if not job then return 'left' end
+  local version = version_of(job.wire)
   local takes_anything = idle and #taken == 0
-  if deadline ~= '' and tonumber(deadline) < NOW then
-    dequeue(id, rows)
-    conclude(id, 'failed', 'failed', expired)
+  if (tonumber(job.deadline) or math.huge) < NOW then
+    dequeue(job)
+    conclude(job, 'failed', 'failed', expired)
     return 'left'
   end
-  if not models[model] or version < oldest or version > newest then return 'stays' end
-  if suspect and not takes_anything then
-    return NOW - tonumber(returned_at) > patience and 'stop' or 'stays'
+  if not models[job.model] or version < oldest or version > newest then return 'stays' end
+  if job.suspect and not takes_anything then
+    return NOW - job.returned_at > patience and 'stop' or 'stays'
   end
-  if samples <= room or takes_anything then
-    room = room - samples
-  elseif samples <= reserved and not crowded[flow] then
-    reserved = reserved - samples
+  if job.samples <= room or takes_anything then
+    room = room - job.samples
+  elseif job.samples <= reserved and not crowded[job.flow] then
+    reserved = reserved - job.samples
   else
     room = 0
     return 'stays'
   end
-  crowded[flow] = true
-  take(id, finish, rows)
-  return suspect and 'stop' or 'left'
+  crowded[job.flow] = true
+  take(job, finish)
+  return job.suspect and 'stop' or 'left'
 end
 
 local function walk()

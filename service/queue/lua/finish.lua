@@ -3,10 +3,8 @@
 -- was lost.
 local id, owner, attempt, result, summary, steps = unpack(ARGS, 1, 6)
 local ttl, budget = tonumber(ARGS[7]), tonumber(ARGS[8])
-if not holds(id, owner, attempt) then
-  local job = redis.call('HMGET', job_key(id), 'state', 'owner', 'attempt')
-  return (job[1] == 'done' and job[2] == owner and job[3] == attempt) and 1 or 0
-end
+local job = intact(id)
+if not holds(job, owner, attempt) then return ended_by(job, 'done', owner, attempt) and 1 or 0 end
 
 -- First of all a write that memory pressure cannot refuse. After it Redis lets all other writes of the script
 -- pass, so that accepted work still ends when memory is full.
@@ -34,5 +32,5 @@ redis.call('ZADD', RESULTS, NOW + ttl, id)
 redis.call('HSET', SIZES, id, #result)
 redis.call('HINCRBY', TOTALS, 'bytes', #result)
 redis.call('HSET', job_key(id), 'step', steps, 'steps', steps)
-conclude(id, 'done', 'done', summary)
+conclude(job, 'done', 'done', summary)
 return 1

@@ -2,8 +2,9 @@
 -- checkpoint holds what is done of the job; without one (empty) it starts anew. Returns 1 if applied, 0 if
 -- the lease was lost.
 local id, owner, attempt, data, checkpoint, step, ttl = unpack(ARGS)
-if not holds(id, owner, attempt) then return 0 end
-put_back(id)
+local job = intact(id)
+if not holds(job, owner, attempt) then return 0 end
+put_back(job)
 if checkpoint == '' then
   redis.call('DEL', checkpoint_key(id))
 else

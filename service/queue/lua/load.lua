@@ -1,9 +1,9 @@
 -- Read the load, for admission. Returns {jobs waiting, rows waiting, when the oldest was queued (ms; 0:
--- none), now (ms), jobs ever dead-lettered, {worker, report, rows ever given to it}...}.
+-- none), now (ms), jobs ever dead-lettered, jobs ever lost, {worker, report, rows ever given to it}...}.
 local oldest = redis.call('ZRANGE', AGES, 0, 0, 'WITHSCORES')[2] or 0
-local totals = redis.call('HMGET', TOTALS, 'rows', 'dead')
-local rows, dead = tonumber(totals[1] or 0), tonumber(totals[2] or 0)
-local answer = { redis.call('ZCARD', QUEUE), rows, tonumber(oldest), NOW, dead }
+local totals = redis.call('HMGET', TOTALS, 'rows', 'dead', 'orphans')
+local rows, dead, orphans = tonumber(totals[1] or 0), tonumber(totals[2] or 0), tonumber(totals[3] or 0)
+local answer = { redis.call('ZCARD', QUEUE), math.max(0, rows), tonumber(oldest), NOW, dead, orphans }
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, '(' .. NOW, '+inf')) do
   local given = tonumber(redis.call('GET', PREFIX .. 'given:' .. worker) or 0)
   answer[#answer + 1] = { worker, redis.call('HGET', REPORTS, worker), given }

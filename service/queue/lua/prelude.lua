@@ -1,11 +1,15 @@
 -- Prepended to every script: the keys, the clock, and the moves that a job can make. Running it changes
 -- nothing.
 -- KEYS: `Keys.permanent`, in order. ARGV: prefix, now (ms; empty: this server's clock), record TTL (ms),
--- events kept per job, and then the script's own arguments (ARGS).
+-- events kept per job, the error of a job that was lost, and then the script's own arguments (ARGS).
+--
+-- Redis does not roll a failed script back. So a script reads a job's record first (`intact`), writes only if
+-- that is whole, and never makes a record but in submit.lua. A record that is gone or lacks a field (Redis
+-- evicted it, somebody deleted it) takes its entries in the indexes with it.
 local QUEUE, AGES, LEASES, FLOWS, DUES, TOTALS = unpack(KEYS, 1, 6)
 local DEAD, RESULTS, SIZES, WORKERS, REPORTS, UNFINISHED = unpack(KEYS, 7, 12)
-local PREFIX, RECORD_TTL, EVENTS_KEPT = ARGV[1], tonumber(ARGV[3]), ARGV[4]
-local ARGS = { unpack(ARGV, 5) }
+local PREFIX, RECORD_TTL, EVENTS_KEPT, LOST = ARGV[1], tonumber(ARGV[3]), ARGV[4], ARGV[5]
+local ARGS = { unpack(ARGV, 6) }
 
 local function read_clock()
   if ARGV[2] ~= '' then return tonumber(ARGV[2]) end
@@ -20,17 +24,163 @@ local function checkpoint_key(id) return PREFIX .. 'checkpoint:' .. id end
 -- Members of DUES sort by flow, and within a flow by when a job is due (ms).
 local function due_key(flow, due) return flow .. '\0' .. string.format('%015.0f', due) end
 
--- Append an event to the job's stream.
+-- Append an event to the job's stream. A key of another kind in its place is removed: it would end the script
+-- between two writes.
 local function emit(id, kind, data)
   local stream = PREFIX .. 'events:' .. id
+  if type(redis.pcall('XLEN', stream)) ~= 'number' then redis.call('DEL', stream) end
   redis.call('XADD', stream, 'MAXLEN', '~', EVENTS_KEPT, '*', 'kind', kind, 'data', data)
   redis.call('PEXPIRE', stream, RECORD_TTL)
 end
 
+-- The fields that submit.lua writes, of every release that may share this queue, and those of later moves.
+local TEXTS = { 'wire', 'nonce', 'state', 'model', 'flow', 'caller', 'deadline' }
+local NUMBERS = { 'samples', 'rows', 'due', 'attempt', 'spent', 'step' }
+local LATER = { 'owner', 'claimed_at', 'suspect', 'returned_at' }
+local FIELDS = {}
+for _, fields in ipairs({ TEXTS, NUMBERS, LATER }) do
+  for _, field in ipairs(fields) do FIELDS[#FIELDS + 1] = field end
+end
+
+-- Returns a job's record by field, or nil if it is not whole. A field that is not set is false.
+local function read_record(id)
+  local values = redis.pcall('HMGET', job_key(id), unpack(FIELDS))
+  if values.err then return nil end
+  local job = { id = id }
+  for i, field in ipairs(FIELDS) do job[field] = values[i] end
+  for _, field in ipairs(TEXTS) do
+    if not job[field] then return nil end
+  end
+  for _, field in ipairs(NUMBERS) do
+    job[field] = tonumber(job[field])
+    if not job[field] then return nil end
+  end
+  job.claimed_at, job.returned_at = tonumber(job.claimed_at), tonumber(job.returned_at)
+  if job.state == 'running' and not (job.owner and job.claimed_at) then return nil end
+  if job.state == 'queued' and job.suspect and not job.returned_at then return nil end
+  return job
+end
+
+-- Remove a job without a whole record from the indexes, and tell those that wait for it and the worker that
+-- runs it. Returns whether there was anything of it; if not, nothing is written.
+local function forget(id)
+  local known = redis.call('EXISTS', job_key(id)) == 1
+  for _, index in ipairs({ QUEUE, AGES, LEASES, DEAD }) do
+    known = known or redis.call('ZSCORE', index, id)
+  end
+  if not known then return false end
+  for _, index in ipairs({ QUEUE, AGES, LEASES, DEAD }) do redis.call('ZREM', index, id) end
+  redis.call('DEL', job_key(id), checkpoint_key(id))
+  redis.call('HINCRBY', TOTALS, 'orphans', 1)
+  emit(id, 'failed', LOST)
+  redis.call('PUBLISH', PREFIX .. 'cancelled', id)
+  redis.call('PUBLISH', PREFIX .. 'ended', id)
+  return true
+end
+
+local function members(index)
+  local set = {}
+  for _, id in ipairs(redis.call('ZRANGE', index, 0, -1)) do set[id] = true end
+  return set
+end
+
+-- Put a job into the indexes of its state, and out of the others. `queued`, `aged` and `leased` are the
+-- members of the indexes.
+local function place(job, queued, aged, leased)
+  local id, waits, runs = job.id, job.state == 'queued', job.state == 'running'
+  if queued[id] and not waits then redis.call('ZREM', QUEUE, id) end
+  if aged[id] and not waits then redis.call('ZREM', AGES, id) end
+  if leased[id] and not runs then redis.call('ZREM', LEASES, id) end
+  if waits and not queued[id] then redis.call('ZADD', QUEUE, 0, id) end
+  if waits and not aged[id] then redis.call('ZADD', AGES, NOW, id) end
+  if runs and not leased[id] then redis.call('ZADD', LEASES, NOW, id) end
+end
+
+-- Rewrite the number of unfinished jobs of each caller, unless it is as counted.
+local function write_unfinished(counts)
+  local same, fields, stored = true, {}, redis.call('HGETALL', UNFINISHED)
+  for i = 1, #stored, 2 do same = same and tonumber(stored[i + 1]) == counts[stored[i]] end
+  for caller, count in pairs(counts) do
+    fields[#fields + 1] = caller
+    fields[#fields + 1] = count
+  end
+  if same and #fields == #stored then return end
+  redis.call('DEL', UNFINISHED)
+  for i = 1, #fields, 2 do redis.call('HSET', UNFINISHED, fields[i], fields[i + 1]) end
+end
+
+-- Count the bytes of the results anew, after one of the three keys that tell of them was lost.
+local function recount_results()
+  local bytes = 0
+  for id in pairs(members(RESULTS)) do
+    local size = redis.pcall('STRLEN', PREFIX .. 'result:' .. id)
+    if type(size) == 'number' and size > 0 then
+      redis.call('HSET', SIZES, id, size)
+      bytes = bytes + size
+    else
+      redis.call('ZREM', RESULTS, id)
+    end
+  end
+  for _, id in ipairs(redis.call('HKEYS', SIZES)) do
+    if not redis.call('ZSCORE', RESULTS, id) then redis.call('HDEL', SIZES, id) end
+  end
+  redis.call('HSET', TOTALS, 'bytes', bytes)
+end
+
+-- Make the indexes and the counts agree with the records, whichever of their keys was lost. One that is lost
+-- with all its companions cannot be made up for.
+local function reconcile()
+  local queued, aged, leased = members(QUEUE), members(AGES), members(LEASES)
+  local jobs, rows, unfinished = {}, 0, {}
+  for _, index in ipairs({ queued, aged, leased }) do
+    for id in pairs(index) do
+      local job = jobs[id] or read_record(id)
+      if not job then
+        forget(id)
+      elseif not jobs[id] then
+        jobs[id] = job
+        place(job, queued, aged, leased)
+        if job.state == 'queued' then rows = rows + job.rows end
+        if job.state == 'queued' or job.state == 'running' then
+          unfinished[job.caller] = (unfinished[job.caller] or 0) + 1
+        end
+      end
+    end
+  end
+  for _, member in ipairs(redis.call('ZRANGE', DUES, 0, -1)) do
+    local job = jobs[string.match(member, '%z' .. string.rep('%d', 15) .. '(.+)$')]
+    if not (job and job.state == 'queued' and due_key(job.flow, job.due) .. job.id == member) then
+      redis.call('ZREM', DUES, member)
+    end
+  end
+  write_unfinished(unfinished)
+  if redis.call('EXISTS', QUEUE) == 0 then
+    redis.call('DEL', FLOWS)
+    redis.call('HDEL', TOTALS, 'rows', 'clock')
+  elseif tonumber(redis.call('HGET', TOTALS, 'rows') or 0) ~= rows then
+    redis.call('HSET', TOTALS, 'rows', rows)
+  end
+  local results = redis.call('ZCARD', RESULTS)
+  if redis.call('HLEN', SIZES) ~= results or (results > 0 and not redis.call('HGET', TOTALS, 'bytes')) then
+    recount_results()
+  end
+end
+
+-- Returns a job's record. If it is not whole, removes what is left of the job and returns nil.
+local function intact(id)
+  local job = read_record(id)
+  if not job and forget(id) then reconcile() end
+  return job
+end
+
 -- The fencing token: true while this owner's attempt is the one that runs the job.
-local function holds(id, owner, attempt)
-  local job = redis.call('HMGET', job_key(id), 'state', 'owner', 'attempt')
-  return job[1] == 'running' and job[2] == owner and job[3] == attempt
+local function holds(job, owner, attempt)
+  return job and job.state == 'running' and job.owner == owner and job.attempt == tonumber(attempt)
+end
+
+-- True if this owner's attempt ended the job in this state.
+local function ended_by(job, state, owner, attempt)
+  return job and job.state == state and job.owner == owner and job.attempt == tonumber(attempt)
 end
 
 local function enqueue(id, finish, rows)
@@ -41,12 +191,10 @@ local function enqueue(id, finish, rows)
 end
 
 -- When the last job leaves, no flow is ahead or behind any more: the virtual clock starts anew.
-local function dequeue(id, rows)
-  redis.call('ZREM', QUEUE, id)
-  redis.call('ZREM', AGES, id)
-  local job = redis.call('HMGET', job_key(id), 'flow', 'due')
-  redis.call('ZREM', DUES, due_key(job[1], job[2]) .. id)
-  redis.call('HINCRBY', TOTALS, 'rows', -rows)
+local function dequeue(job)
+  redis.call('ZREM', AGES, job.id)
+  redis.call('ZREM', DUES, due_key(job.flow, job.due) .. job.id)
+  if redis.call('ZREM', QUEUE, job.id) == 1 then redis.call('HINCRBY', TOTALS, 'rows', -job.rows) end
   if redis.call('EXISTS', QUEUE) == 0 then
     redis.call('DEL', FLOWS)
     redis.call('HDEL', TOTALS, 'rows', 'clock')
@@ -54,11 +202,10 @@ local function dequeue(id, rows)
 end
 
 -- A job that had its turn goes back to the head: 0 is before every virtual finish time.
-local function put_back(id)
-  local job = job_key(id)
-  redis.call('ZREM', LEASES, id)
-  redis.call('HSET', job, 'state', 'queued', 'returned_at', NOW)
-  enqueue(id, 0, tonumber(redis.call('HGET', job, 'rows')))
+local function put_back(job)
+  redis.call('ZREM', LEASES, job.id)
+  redis.call('HSET', job_key(job.id), 'state', 'queued', 'returned_at', NOW)
+  enqueue(job.id, 0, job.rows)
 end
 
 -- Add `change` to the number of the caller's jobs that have not ended.
@@ -67,33 +214,34 @@ local function count_unfinished(caller, change)
 end
 
 -- End a job in a terminal state, with its last event.
-local function conclude(id, state, kind, data)
-  local job = job_key(id)
-  count_unfinished(redis.call('HGET', job, 'caller'), -1)
-  redis.call('ZREM', LEASES, id)
-  redis.call('HSET', job, 'state', state)
-  if kind ~= 'done' then redis.call('HSET', job, 'error', data) end
-  redis.call('PEXPIRE', job, RECORD_TTL)
-  redis.call('DEL', checkpoint_key(id))
-  emit(id, kind, data)
-  redis.call('PUBLISH', PREFIX .. 'ended', id)
+local function conclude(job, state, kind, data)
+  local key = job_key(job.id)
+  count_unfinished(job.caller, -1)
+  redis.call('ZREM', LEASES, job.id)
+  redis.call('HSET', key, 'state', state)
+  if kind ~= 'done' then redis.call('HSET', key, 'error', data) end
+  redis.call('PEXPIRE', key, RECORD_TTL)
+  redis.call('DEL', checkpoint_key(job.id))
+  emit(job.id, kind, data)
+  redis.call('PUBLISH', PREFIX .. 'ended', job.id)
 end
 
 -- Count an attempt that ended with the loss of the worker or in a transient fault. The job is a poison
 -- candidate from now on (field `suspect`): it runs alone and from its beginning, because any job that ran
 -- beside it may be innocent. Returns 1 if that was the last attempt allowed, and the job is dead; else 0.
-local function consume_attempt(id, attempts, dead_ttl, dead_kept, fault)
-  local job = job_key(id)
-  redis.call('HSET', job, 'suspect', 1, 'step', 0)
-  redis.call('DEL', checkpoint_key(id))
-  if redis.call('HINCRBY', job, 'spent', 1) < attempts then
-    put_back(id)
-    emit(id, 'queued', fault)
+local function consume_attempt(job, attempts, dead_ttl, dead_kept, fault)
+  local key = job_key(job.id)
+  redis.call('ZREM', LEASES, job.id)
+  redis.call('HSET', key, 'suspect', 1, 'step', 0)
+  redis.call('DEL', checkpoint_key(job.id))
+  if redis.call('HINCRBY', key, 'spent', 1) < attempts then
+    put_back(job)
+    emit(job.id, 'queued', fault)
     return 0
   end
-  conclude(id, 'dead', 'failed', fault)
-  redis.call('PEXPIRE', job, dead_ttl)
-  redis.call('ZADD', DEAD, NOW, id)
+  conclude(job, 'dead', 'failed', fault)
+  redis.call('PEXPIRE', key, dead_ttl)
+  redis.call('ZADD', DEAD, NOW, job.id)
   redis.call('HINCRBY', TOTALS, 'dead', 1)
   redis.call('ZREMRANGEBYSCORE', DEAD, '-inf', NOW - dead_ttl)
   redis.call('ZREMRANGEBYRANK', DEAD, 0, -dead_kept - 1)

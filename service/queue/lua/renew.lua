@@ -6,13 +6,12 @@ local lease, cap = tonumber(ARGS[1]), tonumber(ARGS[2])
 local verdicts = {}
 for i = 3, #ARGS, 3 do
   local id = ARGS[i]
-  local job = redis.call('HMGET', job_key(id), 'state', 'owner', 'attempt', 'claimed_at')
-  local mine = job[2] == ARGS[i + 1] and job[3] == ARGS[i + 2]
+  local job, owner, attempt = intact(id), ARGS[i + 1], ARGS[i + 2]
   local verdict = 1
-  if mine and job[1] == 'running' and NOW - tonumber(job[4]) <= cap then
-    redis.call('ZADD', LEASES, 'XX', NOW + lease, id)
+  if holds(job, owner, attempt) and NOW - job.claimed_at <= cap then
+    redis.call('ZADD', LEASES, NOW + lease, id)
     verdict = 0
-  elseif mine and job[1] == 'cancelled' then
+  elseif ended_by(job, 'cancelled', owner, attempt) then
     verdict = 2
   end
   verdicts[#verdicts + 1] = verdict

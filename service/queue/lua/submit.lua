@@ -26,38 +26,45 @@ local job_limit, row_limit = tonumber(ARGS[10]), tonumber(ARGS[11])
 local patience, caller, caller_limit = tonumber(ARGS[12]), ARGS[13], tonumber(ARGS[14])
 local job = job_key(id)
 
-local known = redis.call('HGET', job, 'nonce')
-if known then return known == nonce and 1 or 0 end
+local known = intact(id)
+if known then return known.nonce == nonce and 1 or 0 end
 
 if redis.call('ZCARD', QUEUE) >= job_limit then return -1 end
 if caller_limit and (tonumber(redis.call('HGET', UNFINISHED, caller)) or 0) >= caller_limit then return -3 end
 local waiting = tonumber(redis.call('HGET', TOTALS, 'rows')) or 0
 if waiting > 0 and waiting + rows > row_limit then return -2 end
 
--- Moves every job of this flow that is due after `due` back by `work`. Returns where the first of them would
--- have started, or nil if there is none. The jobs of a flow follow one another, so the first to finish is the
--- first to start.
-local function overtake(due, work)
-  local first, first_finish
+-- Returns the jobs of this flow that are due after `due`, and where the first of them would have started, or nil
+-- if there is none. The jobs of a flow follow one another, so the first to finish is the first to start.
+local function due_later(due)
+  local others, start, first_finish = {}, nil, math.huge
   local from, to = '[' .. due_key(flow, due + 1), '(' .. flow .. '\1'
   for _, member in ipairs(redis.call('ZRANGEBYLEX', DUES, from, to)) do
     local other = string.sub(member, #due_key(flow, due) + 1)
-    local finish = tonumber(redis.call('ZINCRBY', QUEUE, work, other)) - work
-    if not first_finish or finish < first_finish then first, first_finish = other, finish end
+    local finish, record = redis.call('ZSCORE', QUEUE, other), intact(other)
+    if finish and record then
+      others[#others + 1] = other
+      finish = tonumber(finish)
+      if finish < first_finish then start, first_finish = finish - record.rows / weight, finish end
+    end
   end
-  return first_finish and first_finish - tonumber(redis.call('HGET', job_key(first), 'rows')) / weight
+  return others, start
 end
 
 local due, work = tonumber(deadline) or NOW + patience, rows / weight
+local others, start = due_later(due)
 redis.call('HSET', job, 'nonce', nonce, 'wire', wire, 'state', 'queued', 'model', model, 'samples', samples,
   'rows', rows, 'deadline', deadline, 'flow', flow, 'caller', caller, 'due', due, 'attempt', 0, 'spent', 0,
   'step', 0)
 local clock = tonumber(redis.call('HGET', TOTALS, 'clock')) or 0
 local last = math.max(clock, tonumber(redis.call('ZSCORE', FLOWS, flow)) or 0)
-local start = overtake(due, work)
+-- The new job overtakes those: they finish later by its work.
+for _, other in ipairs(others) do redis.call('ZINCRBY', QUEUE, work, other) end
 redis.call('ZADD', FLOWS, last + work, flow)
 redis.call('ZADD', DUES, 0, due_key(flow, due) .. id)
 enqueue(id, (start or last) + work, rows)
 count_unfinished(caller, 1)
+-- Events of a job of this id that was lost would end those who follow this one.
+redis.call('DEL', PREFIX .. 'events:' .. id)
 emit(id, 'queued', ARGS[15])
 return 1

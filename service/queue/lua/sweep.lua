@@ -1,10 +1,22 @@
--- Take jobs back from workers whose lease has ended; each such loss counts as an attempt. Returns how many
--- leases ended.
+-- Take jobs back from workers whose lease has ended; each such loss counts as an attempt. Then, at most once in
+-- `RECONCILE_EVERY` ms however many workers sweep, look for jobs whose records or indexes were lost. Returns how
+-- many leases ended.
 -- ARGS: attempts allowed, dead TTL (ms), dead kept, error.
+local RECONCILE_EVERY = 1000
 local attempts, dead_ttl, dead_kept, fault = tonumber(ARGS[1]), tonumber(ARGS[2]), tonumber(ARGS[3]), ARGS[4]
 local ended = redis.call('ZRANGEBYSCORE', LEASES, '-inf', NOW, 'LIMIT', 0, 256)
 for _, id in ipairs(ended) do
-  redis.call('ZREM', LEASES, id)
-  consume_attempt(id, attempts, dead_ttl, dead_kept, fault)
+  local job = intact(id)
+  if job and job.state == 'running' then
+    consume_attempt(job, attempts, dead_ttl, dead_kept, fault)
+  else
+    redis.call('ZREM', LEASES, id)
+  end
+end
+if math.abs(NOW - (tonumber(redis.call('HGET', TOTALS, 'reconciled')) or 0)) >= RECONCILE_EVERY then
+  reconcile()
+  -- A write that memory pressure cannot refuse comes before one that it can.
+  redis.call('ZREM', LEASES, '')
+  redis.call('HSET', TOTALS, 'reconciled', NOW)
 end
 return #ended

@@ -33,7 +33,9 @@ RICH: dict[str, Any] = {
 
 def interrupted(config: TrainConfig, step: int) -> None:
     """Train and stop after the checkpoint of `step`."""
+    config.output.mkdir()
     trainer = Trainer(config)
+    training.start(trainer)
     for _ in range(step):
         trainer.step()
     trainer.save()

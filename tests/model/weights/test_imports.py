@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ditserve.model.convert import main
 from ditserve.model.nets.dit import DiT
-from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.bundle import Bundle, BundleError
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.load import load_model
 from ditserve.model.weights.diffusers import to_diffusers
 from ditserve.model.weights.imports import ImportOptions, noise_cosine, read_weights
 from ditserve.model.weights.official import WeightsError, from_official, to_official
+from ditserve.service.backends import load_backend
 from tests.model.weights.reference import official_dit, sit_velocity
 
 Make = Callable[..., DiT]
@@ -299,3 +300,11 @@ def test_an_import_in_bf16_or_of_views_can_be_loaded(state: State, tmp_path: Pat
     assert main([*command, "--num-classes", "5", "--predicts-noise"]) == 0
     assert load_model(tmp_path / "über 1").manifest.name == "ber-1"
     assert (tmp_path / "über 1/weights.safetensors").stat().st_size < 200_000
+
+
+def test_serving_an_import_that_was_never_exported_names_the_command(state: State, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["import", str(saved(tmp_path, state)), str(out), "--licence", "MIT", "--heads", "2"]
+    assert main([*command, "--num-classes", "5", "--predicts-noise"]) == 0
+    with pytest.raises(BundleError, match=f"python -m export.onnx {out} --out {out} writes all graphs"):
+        load_backend("onnx", Bundle.open(out))

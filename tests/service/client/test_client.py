@@ -16,6 +16,7 @@ from ditserve.service.client.client import AsyncClient, Client
 from ditserve.service.client.messages import Unreachable
 from ditserve.service.errors import (
     Cancelled,
+    JobLost,
     NumericalError,
     Overloaded,
     QueueFull,
@@ -182,9 +183,14 @@ def test_takes_a_broken_event_stream_up_where_it_broke(waits: Waits) -> None:
         "id: 2-0\nevent: step\ndata: {}\n\n",
         "event: done\ndata: {}\n\n",
     )
-    client, seen = served(stream(started), cut, stream(step), stream(done))
+    away = 'event: error\ndata: {"code": "queue-unavailable", "detail": "Redis is away."}\n\n'
+    client, seen = served(stream(started), cut, stream(step, away), stream(done))
     assert [event.kind for event in client.events("1")] == ["started", "step", "done"]
     assert [request.headers.get("last-event-id") for request in seen] == [None, "1-0", "1-0", "2-0"]
+    lost = 'event: error\ndata: {"code": "job-lost", "retry_after_s": 1}\n\n'
+    client, _ = served(stream(started, lost))
+    with pytest.raises(JobLost):
+        list(client.events("1"))
 
 
 def contents(path: Path) -> bytes:

@@ -124,6 +124,7 @@ class TestStreamWithAKey:
         assert kinds == ["event: image_generation.partial_image", "event: image_generation.completed"]
         assert kinds == [line for line in again.text.splitlines() if line.startswith("event")]
         assert again.headers["idempotency-replayed"] == "true"
+        assert again.headers["x-job-id"] == first.headers["x-job-id"]
         assert len(stage.worker.claimed) == 1
 
     async def test_while_the_first_runs_it_is_409(self, stage: Stage, serve: Serve) -> None:

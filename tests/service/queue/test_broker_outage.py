@@ -17,6 +17,7 @@ from ditserve.service.jobs import Job, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from ditserve.service.queue.quota import Quota
+from tests.service.queue.servers import Server, serving
 
 pytestmark = pytest.mark.anyio
 MakeJob = Callable[..., Job]
@@ -255,6 +256,36 @@ async def test_a_server_that_becomes_the_primary_soon_is_waited_for(
         await asyncio.sleep(0)
         await client.replicaof("NO", "ONE")
         assert await submitted
+
+
+async def test_an_address_that_moves_to_the_new_primary_is_followed(
+    tmp_path: Path, make_job: MakeJob, wait_until: WaitUntil
+) -> None:
+    """The connections to the old primary stay open: it answers them, as a replica."""
+    old, new = Server(tmp_path), Server(tmp_path)
+    primary = old
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+        writer.close()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner, outer = await asyncio.open_connection("127.0.0.1", primary.port)
+        await asyncio.gather(copy(reader, outer), copy(inner, writer), return_exceptions=True)
+
+    with serving(old, new):
+        await wait_until(lambda: old.answers() and new.answers())
+        address = await asyncio.start_server(pass_on, "127.0.0.1", 0)
+        broker = await Broker.connect(f"redis://127.0.0.1:{address.sockets[0].getsockname()[1]}")
+        await crowd(broker)
+        async with Redis.from_url(old.url) as client:
+            await client.replicaof("127.0.0.1", new.port)
+        primary = new
+        assert await broker.submit(make_job())
+        await broker.aclose()
+        address.close()
+        await address.wait_closed()
 
 
 async def test_waiters_learn_that_their_job_is_lost(

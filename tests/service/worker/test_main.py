@@ -47,7 +47,6 @@ def test_what_is_not_set_is_the_backends_choice(make_backend: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"backend": "torch", "precision": "int8"}, "--precision is for the onnx and tensorrt backend"),
         ({"device": "cuda"}, "--device is for the torch backend, not for onnx"),
         ({"backend": "tensorrt", "providers": "CPUExecutionProvider"}, "--providers is for the onnx backend"),
     ],

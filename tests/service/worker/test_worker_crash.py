@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from ditserve.service.errors import WorkerLost
+from ditserve.service.errors import InternalError, JobLost, WorkerLost
 from ditserve.service.jobs import ConditionTerm, Job, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
@@ -143,10 +143,10 @@ async def test_a_rolling_upgrade_in_either_order_loses_no_job(
     """Jobs of this release and of the next, while workers of one follow those of the other."""
     jobs = [make_job(model="fake", seeds=(k,), steps=150) for k in range(6)]
     newer = make_job(model="fake", steps=20)
-    waiting = asyncio.create_task(answers(listener, jobs))
     client = Redis.from_url(redis_url)
     for job in [*jobs, newer]:
         await queue.submit(job)
+    waiting = asyncio.create_task(answers(listener, jobs))
     await client.hset(queue.keys.job(newer.id), "wire", newer.to_bytes(2))
     leaving = start("--drain-s=0.2", program=programs[0])
     await wait_until(lambda: step_of(queue, jobs[0]), timeout=30)
@@ -157,4 +157,37 @@ async def test_a_rolling_upgrade_in_either_order_loses_no_job(
     assert all(worker.backlog_rows >= 0 for worker in (await queue.load()).workers)
     start(program="next_release")
     await wait_until(lambda: client.exists(queue.keys.result(newer.id)), timeout=30)
+    await client.aclose()
+
+
+async def test_lost_records_and_unreadable_bytes_end_no_worker(
+    queue: Broker, listener: Listener, start: Start, make_job: MakeJob, wait_until: WaitUntil, redis_url: str
+) -> None:
+    client = Redis.from_url(redis_url)
+    lost, broken, waiting_lost, fine = (make_job(model="fake", steps=900) for _ in range(4))
+    worker = start()
+    await queue.submit(lost)
+    waiting = asyncio.create_task(listener.wait(lost.id))
+    await wait_until(lambda: step_of(queue, lost), timeout=30)
+    await client.hset(queue.keys.reports, "stranger", b"garbage")
+    await client.zadd(queue.keys.workers, {"stranger": 2e12})
+    await client.publish(queue.keys.cancelled_channel, b"\xff")
+    await client.delete(queue.keys.job(lost.id))
+    with pytest.raises(JobLost):
+        async with asyncio.timeout(5):
+            await waiting
+    worker.send_signal(signal.SIGSTOP)
+    for job in (waiting_lost, broken, fine):
+        await queue.submit(job)
+    await client.hset(queue.keys.job(broken.id), "wire", b"garbage")
+    await client.hdel(queue.keys.job(waiting_lost.id), "rows")
+    worker.send_signal(signal.SIGCONT)
+    second = start()
+    outcomes = await answers(listener, [waiting_lost, broken, fine])
+    assert [type(outcome) for outcome in outcomes] == [JobLost, InternalError, JobResult]
+    assert worker.poll() is None
+    assert second.poll() is None
+    assert (await queue.load()).orphans == 2
+    await client.zrem(queue.keys.workers, "stranger")
+    await client.hdel(queue.keys.reports, "stranger")
     await client.aclose()

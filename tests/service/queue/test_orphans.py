@@ -1,0 +1,304 @@
+"""Records that Redis has lost: their entries leave every index, and everything else goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
+
+from ditserve.service.errors import JobLost, NumericalError, to_wire
+from ditserve.service.jobs import Claim, Job, JobEvent, JobResult, Lease
+from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.listener import Listener
+from tests.conftest import ManualClock, audit, close_books
+from tests.service.queue.servers import Server, serving
+
+pytestmark = pytest.mark.anyio
+MakeJob = Callable[..., Job]
+MakeResult = Callable[..., JobResult]
+Connect = Callable[..., Awaitable[Broker]]
+Damage = Callable[[Redis, str], Awaitable[Any]]
+
+TEXTS = ("wire", "nonce", "state", "model", "flow", "caller", "deadline")
+NUMBERS = ("samples", "rows", "due", "attempt", "spent", "step")
+
+
+async def replaced(client: Redis, key: str) -> None:
+    await client.delete(key)
+    await client.set(key, "something else")
+
+
+async def half_recreated(client: Redis, key: str) -> None:
+    await client.delete(key)
+    await client.hset(key, mapping={"suspect": 1, "step": 0})
+
+
+def without(field: str) -> Damage:
+    return lambda client, key: client.hdel(key, field)
+
+
+DAMAGES: dict[str, Damage] = {
+    "deleted": lambda client, key: client.delete(key),
+    "replaced": replaced,
+    "half re-created": half_recreated,
+    "not a number": lambda client, key: client.hset(key, "rows", "many"),
+    **{f"without {field}": without(field) for field in TEXTS + NUMBERS},
+}
+STATES = ("queued", "running", "returned", "suspect")
+VERBS = ("claim", "finish", "fail", "retry", "hand_back", "renew", "progress", "cancel", "submit", "sweep")
+
+
+@pytest.fixture
+async def client(redis_url: str) -> AsyncIterator[Redis]:
+    client = Redis.from_url(redis_url)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def timed(connect: Connect, clock: Any) -> Broker:
+    return await connect(clock=clock, lease_s=10, max_attempts=3)
+
+
+async def claim(broker: Broker, owner: str = "w1", room: int = 100, **options: Any) -> list[Claim]:
+    return await broker.claim(owner, models=["emoji"], max_samples=room, **options)
+
+
+async def read_events(broker: Broker, job_id: str) -> list[JobEvent]:
+    return [event async for event in broker.events(job_id)]
+
+
+async def bring(broker: Broker, job: Job, state: str, clock: Any) -> None:
+    """Bring the only job of the queue into a state."""
+    await broker.submit(job)
+    if state == "queued":
+        return
+    (entry,) = await claim(broker)
+    if state == "returned":
+        await broker.hand_back(entry.lease, checkpoint=b"half")
+    elif state == "suspect":
+        clock.advance(11)
+        await broker.sweep()
+
+
+async def act(verb: str, broker: Broker, job: Job, make_result: MakeResult) -> None:
+    lease = Lease(job.id, "w1", 1)
+    error = to_wire(NumericalError())
+    actions: dict[str, Callable[[], Awaitable[Any]]] = {
+        "claim": lambda: claim(broker),
+        "finish": lambda: broker.finish(lease, make_result()),
+        "fail": lambda: broker.fail(lease, error),
+        "retry": lambda: broker.fail(lease, error, retry=True),
+        "hand_back": lambda: broker.hand_back(lease),
+        "renew": lambda: broker.renew([lease]),
+        "progress": lambda: broker.progress(lease, "step", {"step": 1}),
+        "cancel": lambda: broker.cancel(job.id),
+        "submit": lambda: broker.submit(job),
+        "sweep": broker.sweep,
+    }
+    await actions[verb]()
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_what_is_left_of_a_broken_record_goes_with_the_first_script_that_meets_it(
+    damage: str,
+    state: str,
+    timed: Broker,
+    client: Redis,
+    make_job: MakeJob,
+    make_result: MakeResult,
+    clock: Any,
+) -> None:
+    for number, verb in enumerate(VERBS):
+        job, other = make_job(), make_job(caller="bob")
+        await bring(timed, job, state, clock)
+        await timed.submit(other)
+        await DAMAGES[damage](client, timed.keys.job(job.id))
+        await act(verb, timed, job, make_result)
+        clock.advance(1)
+        await timed.sweep()
+        await audit(client, timed.keys)
+        assert (await timed.load()).orphans == number + 1
+        if verb == "submit":
+            assert await timed.cancel(job.id), "it is a new job now"
+        else:
+            assert await timed.status(job.id) is None
+            with pytest.raises(JobLost):
+                await timed.outcome(job.id)
+            assert [event.kind for event in await read_events(timed, job.id)][-1] == "failed"
+        for entry in await claim(timed, "w2"):
+            await timed.finish(entry.lease, make_result())
+        assert await timed.cancel(other.id) is (verb == "claim"), "the other job was served as ever"
+
+
+async def test_a_job_lost_while_it_runs_is_told_to_its_waiter_and_its_worker_at_once(
+    timed: Broker, client: Redis, make_job: MakeJob, wait_until: Any
+) -> None:
+    job = make_job()
+    listener = Listener(timed)
+    dropped: list[str] = []
+    timed.work.watch(dropped.append)
+    await wait_until(lambda: listener.live)
+    await timed.work.wait(0.5)
+    await timed.submit(job)
+    (entry,) = await claim(timed)
+    waiting = asyncio.create_task(listener.wait(job.id, new=True))
+    await client.delete(timed.keys.job(job.id))
+    assert not await timed.progress(entry.lease, "step", {"step": 1})
+    async with asyncio.timeout(1.5):
+        with pytest.raises(JobLost):
+            await waiting
+    await wait_until(lambda: dropped == [job.id])
+    await listener.aclose()
+
+
+@pytest.mark.parametrize("index", range(12))
+async def test_an_index_that_is_lost_is_made_again(
+    index: int, timed: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult, clock: Any
+) -> None:
+    jobs = [make_job(caller=f"caller {k % 3}", cost_rows=3 + k) for k in range(9)]
+    for job in jobs:
+        await timed.submit(job)
+    first, second, third = await claim(timed, room=3)
+    await timed.finish(first.lease, make_result())
+    await timed.hand_back(second.lease)
+    key = timed.keys.permanent[index]
+    await client.delete(key)
+    assert not (await timed.renew([third.lease])).lost, "a held lease is renewed, and is in the index again"
+    clock.advance(1)
+    await timed.sweep()
+    await audit(client, timed.keys)
+    assert await timed.finish(third.lease, make_result())
+    for _ in range(9):
+        for entry in await claim(timed, "w2", room=1):
+            assert await timed.finish(entry.lease, make_result())
+    statuses = [await timed.status(job.id) for job in jobs]
+    assert [status and status.state for status in statuses] == ["done"] * 9
+    clock.advance(1)
+    await timed.sweep()
+    await audit(client, timed.keys)
+    assert (await timed.load()).orphans == 0
+
+
+async def test_many_orphans_are_removed_at_once(
+    timed: Broker, client: Redis, make_job: MakeJob, clock: Any
+) -> None:
+    jobs = [make_job(caller=f"caller {k % 5}") for k in range(60)]
+    for job in jobs:
+        await timed.submit(job)
+    await client.delete(*(timed.keys.job(job.id) for job in jobs[::2]))
+    entries = await claim(timed, room=4)
+    assert len(entries) == 4
+    assert {entry.job.id for entry in entries} <= {job.id for job in jobs[1::2]}
+    await audit(client, timed.keys)
+    load = await timed.load()
+    assert (load.orphans, load.queued_jobs) == (30, 26)
+
+
+async def test_a_lost_result_counts_no_longer(
+    timed: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult, clock: Any
+) -> None:
+    for _ in range(3):
+        await timed.submit(make_job())
+    entries = await claim(timed)
+    for entry in entries:
+        await timed.finish(entry.lease, make_result(bytes(1000)))
+    await client.delete(timed.keys.result(entries[0].job.id), timed.keys.sizes)
+    clock.advance(1)
+    await timed.sweep()
+    stored: Any = await client.hget(timed.keys.totals, "bytes")
+    assert 2000 < int(stored) < 2500
+    await audit(client, timed.keys)
+
+
+async def test_keys_of_another_kind_beside_a_job_do_no_harm(
+    timed: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    job = make_job()
+    await timed.submit(job)
+    await client.delete(timed.keys.events(job.id))
+    await client.set(timed.keys.events(job.id), "a string", px=60_000)
+    await client.hset(timed.keys.checkpoint(job.id), "a", "hash")
+    (entry,) = await claim(timed)
+    assert entry.checkpoint == b""
+    assert await timed.finish(entry.lease, make_result())
+    assert [event.kind for event in await read_events(timed, job.id)] == ["started", "done"]
+
+
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from((*VERBS, "requeue", "evict", "evict", "corrupt", "evict an index", "time")),
+        st.integers(0, 30),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(operations=OPERATIONS)
+def test_random_histories_with_eviction(
+    operations: list[tuple[str, int]], redis_url: str, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    """Whatever is evicted in between, no script fails, the audit holds, and what is left is served."""
+
+    async def history() -> None:
+        clock = ManualClock()
+        broker = await Broker.connect(
+            redis_url, namespace=f"evict-{uuid.uuid4().hex[:8]}", clock=clock, lease_s=10, max_attempts=2
+        )
+        client = Redis.from_url(redis_url)
+        jobs = [make_job(caller=f"caller {k}", cost_rows=1 + k, seeds=(1,) * (1 + k % 2)) for k in range(4)]
+        for operation, pick in operations:
+            job = jobs[pick % 4]
+            key = broker.keys.job(job.id)
+            if operation == "evict":
+                await client.delete(key)
+            elif operation == "corrupt":
+                await DAMAGES[sorted(DAMAGES)[pick % len(DAMAGES)]](client, key)
+            elif operation == "evict an index":
+                evicted = broker.keys.permanent[pick % 12]
+                # The leases alone tell which jobs run, should no worker renew them.
+                if evicted != broker.keys.leases:
+                    await client.delete(evicted)
+            elif operation == "time":
+                clock.advance(1 + pick % 12)
+            elif operation == "requeue":
+                await broker.requeue(job.id)
+            else:
+                await act(operation, broker, job, make_result)
+        for job in jobs:
+            # Half a record that no index knows goes when somebody touches it.
+            await act("renew", broker, job, make_result)
+        clock.advance(11)
+        await broker.sweep()
+        await audit(client, broker.keys)
+        for _ in range(10):
+            for entry in await claim(broker, "last", idle=True):
+                assert await broker.finish(entry.lease, make_result())
+        assert (await broker.load()).queued_jobs == 0
+        clock.advance(11)
+        await broker.sweep()
+        await client.aclose()
+        await broker.aclose()
+        await close_books(redis_url, broker.keys.namespace)
+
+    asyncio.run(history())
+
+
+@pytest.mark.parametrize("policy", ["noeviction", "allkeys-lru"])
+async def test_a_redis_that_may_evict_is_warned_of(policy: str, tmp_path: Path, wait_until: Any) -> None:
+    server = Server(tmp_path, f"maxmemory-policy {policy}", "maxmemory 64mb")
+    with serving(server), capture_logs() as lines:
+        await wait_until(server.answers)
+        broker = await Broker.connect(server.url)
+        await broker.aclose()
+    assert [line.get("policy") for line in lines] == ["allkeys-lru"] * (policy != "noeviction")
