@@ -10,6 +10,7 @@ from ditserve.service.jobs import DemandBucket, WorkerState
 
 BUCKETS_PER_OCTAVE = 2  # how finely the published demand tells dates apart
 _NEAREST_S = 0.1  # all dates nearer than this share one bucket
+_NEAREST = floor(BUCKETS_PER_OCTAVE * log2(_NEAREST_S))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def demand_buckets(deadline: float, steps: int, now: float, pass_s: float) -> It
     while left:
         interval = floor(BUCKETS_PER_OCTAVE * log2(max(distance, _NEAREST_S)))
         width = distance - 2.0 ** (interval / BUCKETS_PER_OCTAVE)
-        count = left if distance <= _NEAREST_S else min(left, 1 + floor(max(0.0, width) / pass_s))
+        count = left if interval == _NEAREST else min(left, 1 + floor(max(0.0, width) / pass_s))
         yield StepBucket(interval, now + distance - (count - 1) * pass_s, count / steps)
         left -= count
         distance -= count * pass_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ditserve.service.jobs import DemandBucket, WorkerState
@@ -25,6 +25,7 @@ def test_without_a_deadline_all_steps_are_due_at_no_time() -> None:
 
 @quick
 @given(st.floats(-10.0, 1e4), st.integers(1, 200), st.floats(1e-3, 10.0))
+@example(2.0, 3, 1.890625)
 def test_shares_are_of_all_steps_and_nearer_buckets_come_later(
     deadline: float, steps: int, pass_s: float
 ) -> None:
