@@ -43,8 +43,9 @@ async def test_what_cannot_be_made_is_refused_with_what_can(stage: Stage) -> Non
     other = f"{2 * width}x{height}"
     assert "images only" in detail(await stage.generate(condition={}, size=other))
     await stage.worker.report(network=Network("stub", "fp32", patch))
-    for wrong in (f"{width + 1}x{height}", f"0x{height}"):
-        assert f"multiples of {patch}" in detail(await stage.generate(condition={}, size=wrong))
+    uneven = f"{width + 1}x{height}"
+    assert f"multiples of {patch}" in detail(await stage.generate(condition={}, size=uneven))
+    assert "Write it as width x height" in detail(await stage.generate(condition={}, size=f"0x{height}"))
     huge = f"{patch * 1000}x{patch * 1000}"
     assert "pixels in all" in detail(await stage.generate(condition={}, size=huge))
 
@@ -66,7 +67,7 @@ async def test_in_windows_any_model_makes_what_is_larger_at_the_price_of_their_r
 
 async def test_what_has_no_windows_is_refused(stage: Stage) -> None:
     height, width = MANIFEST["config"]["image_size"]
-    for smaller in (f"{width}x{height}", f"{4 * width}x{height - 1}", f"{width - 1}x{4 * height}", "0x0"):
+    for smaller in (f"{width}x{height}", f"{4 * width}x{height - 1}", f"{width - 1}x{4 * height}", "1x1"):
         text = detail(await stage.generate(condition={}, size=smaller, windows=True))
         assert f"larger than the model's own, {width}x{height}" in text
     large = detail(await stage.generate(condition={}, size=f"{4 * width + 1}x{height}", windows=True))
