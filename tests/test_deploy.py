@@ -100,6 +100,7 @@ OUTCOMES = {
     "dit_requests_total": {outcome(status) for status in range(200, 600)},
     "dit_canary_total": {"same", "drifted", "skipped"},
     "dit_jobs_total": {"cancelled", "done", "failed", "handed-back", "lost"},
+    "dit_promises_total": {"kept", "broken"},
 }
 
 
