@@ -37,6 +37,8 @@ KINDS: dict[str, tuple[str, frozenset[str]]] = {
     ENGINES: ("*/report.json", frozenset({"engines"})),
     EVALUATION: ("evaluation.json", frozenset({"model", "figures"})),
 }
+# A run whose configuration was moved away is told by its checkpoints.
+CHECKPOINT = ("checkpoints/step-*/state.json", frozenset({"step", "skipped", "index"}))
 # The report of an export is not listed in the manifest. A bundle that takes the place of another has its own.
 REPLACED = BUNDLE_FILES | {"parity.json"}
 
@@ -167,7 +169,7 @@ def kind_of(folder: Path) -> str | None:
 
 
 def _described_kind(folder: Path) -> str | None:
-    for kind, (pattern, fields) in KINDS.items():
+    for kind, (pattern, fields) in [*KINDS.items(), (RUN, CHECKPOINT)]:
         if any(fields <= _fields(file).keys() for file in folder.glob(pattern)):
             return kind
     return None

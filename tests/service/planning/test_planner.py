@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -278,7 +279,8 @@ def test_planning_64_samples_takes_less_than_a_millisecond() -> None:
         began = time.thread_time()
         planner.plan(crowd, 0.0, costs, max_rows=16)
         took.append(time.thread_time() - began)
-    assert min(took) < 1e-3
+    # A tracer, such as that of coverage, is called at every line.
+    assert min(took) < (1e-3 if sys.gettrace() is None else 3e-3)
 
 
 class TestDemand:
