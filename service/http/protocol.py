@@ -235,6 +235,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._ending = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            # The application has not answered yet: its response would be written behind the end.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._watch_writing()

@@ -123,6 +123,17 @@ async def test_what_surrounds_the_chunks_of_a_body_is_counted(port: int, dial: D
     assert (await connection.until_closed()).startswith(b"HTTP/1.1 413")
 
 
+async def test_a_body_refused_before_the_application_runs_is_answered_once(
+    port: int, dial: Dial, capsys: pytest.CaptureFixture[str]
+) -> None:
+    connection = await dial(port)
+    connection.writer.write(POST + b"Content-Length: 10000000\r\n\r\n" + b"x" * 300_000)
+    response = await connection.until_closed()
+    assert response.count(b"HTTP/1.1 ") == 1
+    assert response.startswith(b"HTTP/1.1 413")
+    assert "request crashed" not in capsys.readouterr().out
+
+
 async def test_a_trailer_is_no_header(stage: Stage, serve: Serve, dial: Dial) -> None:
     connection = await dial(await serve(stage))
     connection.writer.write(CHUNKED + b"2\r\n{}\r\n0\r\nPrefer: respond-async\r\nX-Request-ID: mine\r\n\r\n")
