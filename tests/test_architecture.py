@@ -256,7 +256,7 @@ def owned(tree: Tree) -> Iterator[str]:
 
 
 def brokered(tree: Tree) -> Iterator[str]:
-    """What speaks to Redis is reached through the broker."""
+    """Modules that speak to Redis are reached through the broker."""
     inner = {f"service.queue.{name}" for name in BROKER - DOORS}
     for module in tree.values():
         for each in module.imports:

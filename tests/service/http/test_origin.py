@@ -1,4 +1,4 @@
-"""Who asked and for which host: what proxies tell is believed of the trusted ones, and of nobody else."""
+"""The caller and the host of a request: only trusted proxies are believed about them."""
 
 from typing import Any
 
