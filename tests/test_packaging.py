@@ -188,7 +188,9 @@ class Checkout:
         """Exit status, lines on stderr, and the calls of the interpreter."""
         calls = self.folder / "calls"
         calls.write_text("")
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        # A make that runs these tests hands its own flags and variables on.
+        own = ("MAKE", "MFLAGS", "ARGS", "BENCH", "PYTHON", "TORCH_INDEX")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         done = subprocess.run(
             ["make", f"PYTHON={self.python}", *arguments],
             cwd=self.folder,
