@@ -13,7 +13,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.sheet import to_pixels
 from ditserve.model.spec.bundle import GOLDEN, Golden
 from ditserve.model.spec.class_names import class_reference
-from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.grids import grid
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel

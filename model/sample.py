@@ -37,7 +37,7 @@ from ditserve.model.sampling.sheet import (
     to_pixels,
 )
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
-from ditserve.model.spec.diffusion import GRIDS, grid
+from ditserve.model.spec.grids import GRIDS, grid
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
