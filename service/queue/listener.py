@@ -27,9 +27,9 @@ import structlog
 
 from ditserve.service.errors import InternalError, QueueUnavailable, ServiceError
 from ditserve.service.jobs import JobResult
-from ditserve.service.queue import reads
 from ditserve.service.queue.broker import Broker
 
+RETRY_S = 0.2
 REREAD_S = 2.0  # between two reads of all that is waited for, on average
 EARLY_ENDS_KEPT = 1024  # jobs remembered that ended before anybody waited for them
 READ_AT_ONCE = 64  # jobs, whose images all come into memory
@@ -103,7 +103,7 @@ class Listener:
     async def wait(self, job_id: str, *, new: bool = False) -> JobResult:
         """Return the job's result once it has one. `new`: the job was queued this moment.
 
-        Waits through outages of Redis of up to `reads.OUTAGE_S`; the caller sets the limit
+        Waits through outages of Redis of up to `outage_s` of the broker; the caller sets the limit
         (`asyncio.timeout`).
 
         Raises:
@@ -159,12 +159,12 @@ class Listener:
                     outcomes = await self._broker.outcomes(list(batch))
                     answered_at = clock()
                 except QueueUnavailable as error:
-                    if clock() - answered_at > reads.OUTAGE_S:
+                    if clock() - answered_at > self._broker.outage_s:
                         outcomes = [error] * len(batch)
                     else:
                         unread = [job_id for job_id, awaited in batch.items() if awaited.move("unread")]
                         self._due.extendleft(reversed(unread))
-                        await asyncio.sleep(reads.RETRY_S)
+                        await asyncio.sleep(RETRY_S)
                         continue
                 except Exception:
                     # A waiter must not hang because of a fault of this code.

@@ -32,15 +32,13 @@ from ditserve.service.jobs import (
     JobStatus,
     State,
 )
-from ditserve.service.queue.connection import ask, open_client
+from ditserve.service.queue.connection import ask, open_client, patiently
 from ditserve.service.queue.keys import Keys
 from ditserve.service.wire import OtherVersion, WireError, unpack
 
 BLOCK_MS = 3000  # a read of events waits so long for the next one, and then looks whether the job is there
 GRACE_S = 5.0  # for the answer of a read of events, beyond the time it may wait
 EVENTS_AT_ONCE = 64
-OUTAGE_S = 30.0  # for which those who wait for a job wait for a Redis that cannot be used
-RETRY_S = 0.2
 OTHER_RELEASE_S = 5.0  # after which an upgrade may have gone on
 EVENT_KINDS: frozenset[str] = frozenset(get_args(EventKind))
 STATES: frozenset[str] = frozenset(get_args(State))
@@ -58,6 +56,9 @@ class Reads:
     It has two clients: one for commands that are answered at once, and one for those that wait, each of which
     keeps a connection for as long as it waits.
     """
+
+    # Whoever waits for a job waits so long for a Redis that cannot be used.
+    outage_s = 30.0
 
     def __init__(self, url: str, keys: Keys, *, timeout_s: float) -> None:
         self.keys = keys
@@ -159,14 +160,14 @@ class Reads:
         The last one is a terminal event, unless that was read before: then none is left to read of a job that
         has ended. An event that cannot be read is left out, and logged once for each reader.
 
-        Waits through outages of Redis of up to `OUTAGE_S`.
+        Waits through outages of Redis of up to `outage_s` seconds.
 
         Raises:
             JobLost: the queue has no record of the job.
         """
         block, ended, complained = None, False, False
         while True:
-            events = await _patiently(partial(self._read_events, job_id, after, block))
+            events = await patiently(partial(self._read_events, job_id, after, block), outage_s=self.outage_s)
             for event_id, event in events:
                 after = event_id
                 if isinstance(event, WireError):
@@ -180,7 +181,7 @@ class Reads:
             if not events:
                 if ended:
                     return
-                ended = await _patiently(partial(self._has_ended, job_id))
+                ended = await patiently(partial(self._has_ended, job_id), outage_s=self.outage_s)
             # Once the job has ended, one read without waiting gets what was written in between.
             block = None if events or ended else BLOCK_MS
 
@@ -221,19 +222,6 @@ class Reads:
             return await pipeline.execute()
 
         return self._ask(call)
-
-
-async def _patiently(read: Callable[[], Awaitable[T]]) -> T:
-    """Return what `read` returns, which is called again for `OUTAGE_S` seconds while Redis cannot be used."""
-    clock = asyncio.get_running_loop().time
-    until = clock() + OUTAGE_S
-    while True:
-        try:
-            return await read()
-        except QueueUnavailable:
-            if clock() > until:
-                raise
-        await asyncio.sleep(RETRY_S)
 
 
 def _entries(reply: Any) -> list[tuple[bytes, Mapping[bytes, bytes]]]:

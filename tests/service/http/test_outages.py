@@ -187,8 +187,9 @@ async def test_a_stream_rides_out_an_outage(
 async def test_a_stream_ends_with_a_long_outage_and_a_job_of_nobody_is_cancelled(
     door: str, stage: Stage, serve: Serve, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"GRACE_S": 0.1, "BLOCK_MS": 100, "OUTAGE_S": 0.5}.items():
-        monkeypatch.setattr(reads, name, value)
+    monkeypatch.setattr(reads, "GRACE_S", 0.1)
+    monkeypatch.setattr(reads, "BLOCK_MS", 100)
+    monkeypatch.setattr(reads.Reads, "outage_s", 0.5)
     stage.worker.hold = True
     base = f"http://127.0.0.1:{await serve(stage)}"
     async with httpx.AsyncClient(base_url=base, timeout=20) as client, watched(client, door) as chunks:
@@ -239,7 +240,7 @@ async def test_a_request_that_redis_took_after_its_answer_was_lost_does_not_run(
 async def test_a_stream_ends_with_an_error_when_redis_lets_nobody_in(
     open_stage: OpenStage, serve: Serve, admin: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reads, "OUTAGE_S", 0.5)
+    monkeypatch.setattr(reads.Reads, "outage_s", 0.5)
     stage = await open_stage(worker=False)
     await stage.worker.report()
     job = (await stage.client.post("/generate", json=GENERATE, headers={"prefer": "respond-async"})).json()
