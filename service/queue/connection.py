@@ -47,6 +47,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from ditserve.service.errors import QueueUnavailable
 
 RETRY_AFTER_S = 2.0
+RETRY_S = 0.2  # between two tries of who waits for a Redis that cannot be used
 CONNECT_S = 5.0
 SENTINEL_S = 1.0  # for one Sentinel to answer, before the next is asked
 # The pauses before a call is repeated. The first repetition is for a connection that was lost while it waited
@@ -230,6 +231,19 @@ async def _drop_idle(client: Redis) -> None:
     """
     for connection in tuple(client.connection_pool._available_connections):
         await connection.disconnect(nowait=True)
+
+
+async def patiently(read: Callable[[], Awaitable[T]], *, outage_s: float) -> T:
+    """Return what `read` returns, which is called again for `outage_s` seconds while Redis cannot be used."""
+    clock = asyncio.get_running_loop().time
+    until = clock() + outage_s
+    while True:
+        try:
+            return await read()
+        except QueueUnavailable:
+            if clock() > until:
+                raise
+        await asyncio.sleep(RETRY_S)
 
 
 @contextmanager
