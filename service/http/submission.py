@@ -13,7 +13,15 @@ from math import ceil
 from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.grids import GRIDS, choose_grid
 from ditserve.model.spec.solvers import SOLVERS
-from ditserve.service.errors import IdempotencyMismatch, InvalidRequest, JobLost, Overloaded, QueueFull
+from ditserve.service.errors import (
+    IdempotencyMismatch,
+    InvalidRequest,
+    JobLost,
+    Overloaded,
+    QueueFull,
+    QueueUnavailable,
+)
+from ditserve.service.http.abandoned import Abandoned
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
 from ditserve.service.http.promises import Promises
@@ -95,11 +103,16 @@ class Submissions:
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue, manifest.name)
+        self.abandoned = Abandoned(queue)
         self.promises = Promises(manifest.name, self.ladder)
         self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
         self._settings = settings
         self._queue = queue
+
+    async def aclose(self) -> None:
+        await self.load.aclose()
+        await self.abandoned.aclose()
 
     async def submit(
         self, request: GenerateRequest, caller: Caller, *, image_format: ImageFormat = "png"
@@ -294,6 +307,11 @@ class Submissions:
         """Queue a job; return False if one of its id is there. Raises `QueueFull`, `QueueUnavailable`."""
         try:
             return await self._queue.submit(job, at_once=caller.concurrency)
+        except QueueUnavailable:
+            # Redis may have taken the job before its answer was lost, or take it once it runs again.
+            if caller.idempotency is None:
+                self.abandoned.add(job.id, denials=2)
+            raise
         except QueueFull as error:
             wait = finite(drain_time(await self.load()) * _DRAINED_SHARE)
             raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
