@@ -286,12 +286,12 @@ class Scripts:
 
     def __init__(self, client: Redis, keys: Sequence[str], *, timeout_s: float) -> None:
         folder = files("ditserve.service.queue") / "lua"
-        prelude = (folder / "prelude.lua").read_text()
+        prelude = (folder / "prelude.lua").read_text(encoding="utf-8")
         self._client = client
         self._keys = tuple(key.encode() for key in keys)
         self._timeout_s = timeout_s
         self._sources = {
-            entry.name.removesuffix(".lua"): prelude + entry.read_text()
+            entry.name.removesuffix(".lua"): prelude + entry.read_text(encoding="utf-8")
             for entry in folder.iterdir()
             if entry.name.endswith(".lua") and entry.name != "prelude.lua"
         }
