@@ -22,7 +22,7 @@ from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, initial_noise
 from ditserve.model.sampling.prompt import random_conditions
-from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.model.train.loaded_model import LoadedModel
 

@@ -10,7 +10,7 @@ from ditserve.export.graph import decoder_graph
 from ditserve.export.parity import verify_decoder
 from ditserve.export.storage import data_file, save_whole
 from ditserve.export.verify import Band
-from ditserve.model.nets.autoencoder import SdVae, open_autoencoder
+from ditserve.model.nets.autoencoder import SdVae, open_decoder
 from ditserve.model.spec.bundle import DECODER, GOLDEN, Golden, Manifest
 
 
@@ -31,7 +31,7 @@ def write_decoder(
     if manifest.decoder == "identity":
         return {}
     if vae is not None:
-        autoencoder = open_autoencoder(manifest.decoder, vae, manifest.latents)
+        autoencoder = open_decoder(manifest, vae)
         if isinstance(autoencoder, SdVae):
             # Tiling is chosen by the size, and a graph of any size cannot branch on it.
             autoencoder.vae.disable_tiling()
@@ -60,7 +60,7 @@ def check_decoder(manifest: Manifest, *, vae: Path | None = None, graph: Path | 
     if manifest.decoder != "identity" and vae is None and graph is None:
         raise ExportError("the model works on latents: name the folder of its SD-VAE with --vae")
     if manifest.decoder != "identity" and vae is not None:
-        open_autoencoder(manifest.decoder, vae, manifest.latents)
+        open_decoder(manifest, vae)
 
 
 def copy_golden(manifest: Manifest, folder: Path, graph: Path | None) -> Golden | None:

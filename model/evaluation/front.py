@@ -12,7 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec
-from ditserve.model.spec.diffusion import forward_rows, grid
+from ditserve.model.spec.diffusion import forward_rows
+from ditserve.model.spec.grids import grid
 
 Distance = Literal["own", "real"]
 # A rung costs at most this share of the next dearer one.

@@ -32,7 +32,7 @@ from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import random_conditions
 from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec
-from ditserve.model.spec.diffusion import GRIDS, grid
+from ditserve.model.spec.grids import fits, grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -261,13 +261,13 @@ def candidates(manifest: Manifest, plan: LadderPlan) -> tuple[OperatingPoint, ..
         return tuple(
             OperatingPoint(defaults.solver, steps, defaults.grid, defaults.guidance_interval)
             for steps in sorted(counts, reverse=True)
+            if fits(defaults.grid, steps, manifest.diffusion.timesteps)
         )
     points: dict[OperatingPoint, None] = {}
     for solver, (grids, counts_of_solver) in plan.candidates.items():
-        own = (defaults.grid,) if solver == "ddim" and defaults.grid in GRIDS else ()
-        for kind in (*grids, *own):
+        for kind in (*grids, defaults.grid) if solver == "ddim" else grids:
             for steps in counts_of_solver:
-                if steps <= manifest.diffusion.timesteps:
+                if fits(kind, steps, manifest.diffusion.timesteps):
                     points[OperatingPoint(solver, steps, kind, defaults.guidance_interval)] = None
     points.pop(reference, None)
     return tuple(points)
