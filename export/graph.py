@@ -3,7 +3,7 @@
 The batch is free. The size of the picture is free too, except with a layout path, which has weights for every
 token of one size. A node is named after its module ("blocks.0.attn.qkv/MatMul"): quantisation chooses its
 layers by these names, and TensorRT has them in its errors. Nothing of the exporting machine (paths, stack
-traces) stays in a graph.
+traces) stays in a graph. Given a file of `weights`, a graph refers to it instead of holding copies.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from onnx import TensorProto, numpy_helper
 from onnxscript import opset20 as op
 from torch import Tensor, nn
 
 from ditserve.export.errors import ExportError
+from ditserve.export.storage import put_tensors, share_weights, take_tensors
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
+from ditserve.model.spec.heap import compact_heap
 from ditserve.model.spec.network_config import size_multiple
 
 OPSET = 20
@@ -104,7 +108,9 @@ class _GraphSpec:
     strict: bool = True
 
 
-def embedder_graph(network: Network, factors: Sequence[str]) -> onnx.ModelProto | None:
+def embedder_graph(
+    network: Network, factors: Sequence[str], weights: Path | None = None
+) -> onnx.ModelProto | None:
     """Export the embedder: the conditions → `embedding` (B, E).
 
     Its inputs are one int64 (B,) per factor, named as the factor, and `text` (B, text_size) for a text model.
@@ -113,17 +119,19 @@ def embedder_graph(network: Network, factors: Sequence[str]) -> onnx.ModelProto 
     inputs = {name: torch.zeros(2, dtype=torch.int64) for name in factors}
     if network.config.text_size:
         inputs[TEXT] = torch.ones(2, network.config.text_size)
-    return _export(_GraphSpec(_Embedder(network), inputs, ("embedding",), len(inputs))) if inputs else None
+    if not inputs:
+        return None
+    return _export(_GraphSpec(_Embedder(network), inputs, ("embedding",), len(inputs)), weights)
 
 
-def conditioner_graph(network: Network) -> onnx.ModelProto:
+def conditioner_graph(network: Network, weights: Path | None = None) -> onnx.ModelProto:
     """Export the conditioner: `timestep` (B,), `embedding` (B, E) → (B, *shape) per tensor of the state."""
     inputs = {"timestep": torch.tensor([1.0, 999.0]), "embedding": torch.randn(2, network.config.hidden_size)}
     names = tuple(name for name, _ in network.config.state())
-    return _export(_GraphSpec(_Conditioner(network), inputs, names))
+    return _export(_GraphSpec(_Conditioner(network), inputs, names), weights)
 
 
-def backbone_graph(network: Network) -> onnx.ModelProto:
+def backbone_graph(network: Network, weights: Path | None = None) -> onnx.ModelProto:
     """Export the backbone: `x` (B, C, H, W) and each state tensor (B, *shape) → `output` (B, C_out, H, W).
 
     Inputs and output are float32. The graph computes in the dtype of the weights; a graph in fp32 is arranged
@@ -135,7 +143,8 @@ def backbone_graph(network: Network) -> onnx.ModelProto:
     sides = size_multiple(config) or 0
     dit = isinstance(network, DiT)
     module = _Backbone(network.with_symbolic_positions() if isinstance(network, DiT) and sides else network)
-    proto = _export(_GraphSpec(module, inputs, ("output",), len(inputs) - 1, sides, strict=not dit))
+    spec = _GraphSpec(module, inputs, ("output",), len(inputs) - 1, sides, strict=not dit)
+    proto = _export(spec, weights)
     if next(network.parameters()).dtype == torch.float32:
         _transpose_narrow_convolutions(proto.graph)
     return proto
@@ -149,7 +158,16 @@ def decoder_graph(autoencoder: Autoencoder, channels: int) -> onnx.ModelProto:
     return _export(_GraphSpec(_Decoder(autoencoder), inputs, ("image",), sides=1, batch=63, strict=False))
 
 
-def _export(spec: _GraphSpec) -> onnx.ModelProto:
+def _export(spec: _GraphSpec, weights: Path | None = None) -> onnx.ModelProto:
+    """Export a module; with `weights`, its tensors are not copied but refer to that file where they can."""
+    with compact_heap():
+        model = _traced(spec)
+        taken = {_weight_name(name): tensor for name, tensor in take_tensors(model).items()}
+        proto = _clean(ir.to_proto(model))
+        return put_tensors(proto, taken) if weights is None else share_weights(proto, weights, taken)
+
+
+def _traced(spec: _GraphSpec) -> ir.Model:
     shapes = _shapes(spec)
     example = tuple(spec.inputs.values())
     with _silence_exporter(), torch.no_grad():
@@ -165,9 +183,11 @@ def _export(spec: _GraphSpec) -> onnx.ModelProto:
             custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
             verbose=False,
         )
+    # The tracer remembers the modules that it has seen, with their weights.
+    torch._dynamo.reset()
     if program is None:
         raise ExportError("torch.onnx.export returned no program: use torch 2.9 or later")
-    return _clean(program.model_proto)
+    return program.model
 
 
 def _attention(q: Any, k: Any, v: Any) -> Any:
@@ -200,8 +220,7 @@ def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
         for value in (*graph.input, *graph.output)
     }
     for tensor in graph.initializer:
-        known = tensor.name.startswith(NETWORK)
-        names[tensor.name] = tensor.name.removeprefix(NETWORK) if known else f"constant/{tensor.name}"
+        names[tensor.name] = _weight_name(tensor.name)
     counts: Counter[str] = Counter()
     for node in graph.node:
         name = f"{_scope(node)}/{node.op_type}".lstrip("/")
@@ -221,6 +240,11 @@ def _clean(proto: onnx.ModelProto) -> onnx.ModelProto:
     del proto.metadata_props[:]
     graph.name, graph.doc_string, proto.doc_string = "dit", "", ""
     return proto
+
+
+def _weight_name(name: str) -> str:
+    """Return the model's name of a weight, from the exporter's."""
+    return name.removeprefix(NETWORK) if name.startswith(NETWORK) else f"constant/{name}"
 
 
 def _replace_float64(graph: onnx.GraphProto) -> None:

@@ -20,16 +20,23 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ditserve.export.calibrate import Backbone, CalibrationRows
+from ditserve.export.calibrate import CalibrationRows
 from ditserve.export.errors import ExportError
 from ditserve.export.graph import backbone_graph
-from ditserve.export.parity import CHUNK, compare_rows, graph_backbone
+from ditserve.export.parity import (
+    CHUNK,
+    ExpectedOutputs,
+    compare_backbone,
+    compare_outputs,
+    expected_outputs,
+    forward,
+)
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph, save_graph
-from ditserve.export.verify import LIMITS, Band, check, worst
+from ditserve.export.verify import LIMITS, Band, check, open_session, worst
 from ditserve.model.nets.factory import Network, network_of
 from ditserve.model.nets.layers import Attention
-from ditserve.model.spec.bundle import CALIBRATION, write_manifest
+from ditserve.model.spec.bundle import CALIBRATION, WEIGHTS, Manifest, write_manifest
 from ditserve.model.spec.command_line import guarded, named_path, thread_count
 from ditserve.model.spec.output_folder import revision
 from ditserve.model.train.loaded_model import LoadedModel
@@ -100,9 +107,9 @@ def _recorded_peaks(network: Network, peaks: dict[str, float]) -> Iterator[None]
             handle.remove()
 
 
-def half_graph(network: Network, precision: str) -> onnx.ModelProto:
+def half_graph(network: Network, precision: str, weights: Path | None = None) -> onnx.ModelProto:
     """Return the graph of the backbone with weights in `precision`; its inputs and output stay float32."""
-    return backbone_graph(half_network(network, precision))
+    return backbone_graph(half_network(network, precision), weights)
 
 
 def half_network(network: Network, precision: str) -> Network:
@@ -112,37 +119,68 @@ def half_network(network: Network, precision: str) -> Network:
     return network_of(network.config, weights).to(DTYPES[precision])
 
 
+@dataclass(frozen=True, slots=True)
+class SavedHalf:
+    """A backbone in half precision that was written, and the peak of the activations.
+
+    `output` is that of bf16 in torch on the verification rows: ONNX Runtime cannot run bf16 on a CPU.
+    """
+
+    precision: str
+    peak: ActivationPeak
+    output: Tensor | None = None
+
+
 def write_half(
     source: LoadedModel, folder: Path, rows: CalibrationRows, precision: str = "auto"
 ) -> tuple[str, ActivationPeak, tuple[Band, ...]]:
-    """Write the half-precision backbone into `folder`, which holds the weights.
+    """Write the half-precision backbone into `folder`, which holds the weights, and verify it.
 
     Return its precision, the peak of the activations, and its errors by band of noise.
-    fp16 is verified in ONNX Runtime. ONNX Runtime cannot run bf16 on a CPU, so bf16 is verified in torch.
 
     Raises:
         ExportError: the graph is beyond the limit of its precision; it is then removed.
     """
-    peak = probe_activations(source.network, rows)
+    expected = expected_outputs(source.network, rows)
+    saved = save_half(source.network, folder, rows, precision)
+    return saved.precision, saved.peak, verify_half(saved, source.manifest, folder, rows, expected)
+
+
+def save_half(network: Network, folder: Path, rows: CalibrationRows, precision: str = "auto") -> SavedHalf:
+    """Write the half-precision backbone into `folder`, which holds the weights."""
+    peak = probe_activations(network, rows)
     chosen = peak.precision if precision == "auto" else precision
-    path = folder / half_file(chosen)
-    save_graph(half_graph(source.network, chosen), path)
+    half = half_network(network, chosen)
+    save_graph(backbone_graph(half, folder / WEIGHTS), folder / half_file(chosen))
     if chosen == "fp16":
-        backbone = graph_backbone(source.network, path)
+        return SavedHalf(chosen, peak)
+    dtype = DTYPES[chosen]
+
+    def backbone(x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        return half.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
+
+    return SavedHalf(chosen, peak, forward(network, rows, backbone))
+
+
+def verify_half(
+    saved: SavedHalf, manifest: Manifest, folder: Path, rows: CalibrationRows, expected: ExpectedOutputs
+) -> tuple[Band, ...]:
+    """Return the errors of a backbone that `save_half` wrote, by band of noise.
+
+    Raises:
+        ExportError: the graph is beyond the limit of its precision; it is then removed.
+    """
+    path, peak = folder / half_file(saved.precision), saved.peak
+    if saved.output is None:
+        bands = compare_backbone(open_session(path), manifest, rows, expected)
     else:
-        backbone = _torch_backbone(source.network, chosen)
-    bands = compare_rows(source, rows, backbone)
+        bands = compare_outputs(manifest, rows, torch.from_numpy(expected.output), saved.output)
     try:
-        check(path.name, bands, LIMITS[chosen])
+        check(path.name, bands, LIMITS[saved.precision])
     except ExportError as error:
         remove_graph(path)
         raise ExportError(f"{error}; the largest activation is {peak.value:.3g} in {peak.module}") from None
-    return chosen, peak, bands
-
-
-def _torch_backbone(network: Network, precision: str) -> Backbone:
-    half, dtype = half_network(network, precision), DTYPES[precision]
-    return lambda x, state: half.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
+    return bands
 
 
 def main(arguments: list[str]) -> int:

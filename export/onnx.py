@@ -28,11 +28,18 @@ from ditserve.export.decoder import check_decoder, copy_golden, decoder_of, writ
 from ditserve.export.errors import ExportError
 from ditserve.export.golden import write_golden
 from ditserve.export.graph import OPSET, backbone_graph, conditioner_graph, embedder_graph
-from ditserve.export.half import half_file, write_half
+from ditserve.export.half import half_file, save_half, verify_half
 from ditserve.export.ladder import MEASURE_IF_MISSING, LadderOptions, PlanName, measured_manifest, plan_ladder
-from ditserve.export.parity import compare_rows, verify_graphs
-from ditserve.export.plan import ExportPlan, verification_rows
-from ditserve.export.source import ModelCard, open_source, parameters, round_weights, training_pictures
+from ditserve.export.parity import compare_outputs, expected_outputs, forward, verify_graphs
+from ditserve.export.plan import ExportPlan, peak_bytes, verification_rows
+from ditserve.export.source import (
+    ModelCard,
+    open_source,
+    parameters,
+    restore_weights,
+    round_weights,
+    training_pictures,
+)
 from ditserve.export.storage import save_graph, save_weights
 from ditserve.export.verify import Band, ParityLimits, check, report, worst
 from ditserve.model.evaluation.ladder import seconds_per_row
@@ -48,6 +55,7 @@ from ditserve.model.spec.bundle import (
     write_manifest,
 )
 from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
+from ditserve.model.spec.heap import release_memory
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.train.loaded_model import LoadedModel
@@ -84,6 +92,8 @@ class ExportOptions:
 def export_bundle(source: LoadedModel, out: Path, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
     """Write `source` as a bundle into `out`; return the parity report, which is also written there.
 
+    The weights of `source` become those that are stored: they may be rounded.
+
     Raises:
         ExportError: a graph is beyond its limit, or there is no decoder; `out` is then unchanged.
         OutputError: `out` must not be written.
@@ -98,15 +108,21 @@ def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict
     check_decoder(source.manifest, vae=options.vae, graph=options.decoder)
     plan = _plan(source, options)
     print(plan, file=sys.stderr)
-    conditional_rows = calibration_rows(source, options.trajectories)
-    rows = conditional_rows.with_null(source.network.config)
-    stored_as, rounding, rounded = _storage_precision(source, rows, options.weights)
-    model = LoadedModel(rounded, source.manifest)
-    # The weights as given are freed now, if nobody else holds them.
+    rows = calibration_rows(source, options.trajectories)
+    rows.save(folder / CALIBRATION)
+    rows = rows.with_null(source.network.config)
+    stored_as, rounding = _store_weights(source, rows, folder / WEIGHTS, options.weights)
+    write_graphs(source.network, source.manifest, folder)
+    graphs = write_decoder(source.manifest, folder, vae=options.vae, graph=options.decoder)
+    half = None if options.half == "none" else save_half(source.network, folder, rows, options.half)
+    expected = expected_outputs(source.network, rows)
+    manifest = _draw(source, folder, plan, options)
+    # Graphs are opened when the weights in torch are freed, if nobody else holds them.
     del source
-    conditional_rows.save(folder / CALIBRATION)
-    save_weights(folder / WEIGHTS, parameters(model.network), DTYPES[stored_as])
-    graphs = _write_and_verify(model, folder, rows, options)
+    release_memory()
+    graphs = verify_graphs(manifest, folder, rows, expected) | graphs
+    if half is not None:
+        graphs[half_file(half.precision)] = verify_half(half, manifest, folder, rows, expected)
     summary = {
         "rows": len(rows),
         "rows_sha256": rows.digest(),
@@ -114,37 +130,27 @@ def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict
         "graphs": {name: report(bands) for name, bands in graphs.items()},
     }
     (folder / PARITY).write_text(json.dumps(summary, indent=1) + "\n")
-    manifest = _manifest(model.manifest, stored_as, rounding, graphs)
+    write_manifest(folder, _manifest(manifest, stored_as, rounding, graphs))
+    return summary
+
+
+def _draw(model: LoadedModel, folder: Path, plan: ExportPlan, options: ExportOptions) -> Manifest:
+    """Measure the ladder and draw the golden image, as planned; return the manifest with both."""
+    manifest = model.manifest
     if plan.ladder is not None:
         manifest = measured_manifest(plan.ladder, model.network, manifest)
     golden = None
     if options.golden:
-        described = LoadedModel(model.network, manifest)
-        golden = write_golden(described, folder, options.vae) or copy_golden(
-            manifest, folder, options.decoder
-        )
-    write_manifest(folder, manifest.model_copy(update={"golden": golden}))
-    return summary
+        golden = write_golden(LoadedModel(model.network, manifest), folder, options.vae)
+        golden = golden or copy_golden(manifest, folder, options.decoder)
+    return manifest.model_copy(update={"golden": golden})
 
 
 def _plan(model: LoadedModel, options: ExportOptions) -> ExportPlan:
-    rows = verification_rows(model, options.trajectories, half=options.half != "none")
-    speed = seconds_per_row(model)
+    half = options.half != "none"
+    rows, speed = verification_rows(model, options.trajectories, half=half), seconds_per_row(model)
     ladder = plan_ladder(model, options.ladder, seconds_per_row=speed, other_rows=rows)
-    return ExportPlan(rows, speed, ladder)
-
-
-def _write_and_verify(
-    model: LoadedModel, folder: Path, rows: CalibrationRows, options: ExportOptions
-) -> dict[str, tuple[Band, ...]]:
-    """Write all graphs of `model` into `folder`, which holds its weights; return their errors by name."""
-    write_graphs(model.network, model.manifest, folder)
-    graphs = verify_graphs(model, folder, rows)
-    graphs |= write_decoder(model.manifest, folder, vae=options.vae, graph=options.decoder)
-    if options.half != "none":
-        precision, _, bands = write_half(model, folder, rows, options.half)
-        graphs[half_file(precision)] = bands
-    return graphs
+    return ExportPlan(rows, speed, peak_bytes(model, half=half), ladder)
 
 
 def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
@@ -152,36 +158,37 @@ def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
 
     A model without conditions has no embedder.
     """
-    graphs = {
-        EMBEDDER: embedder_graph(network, [factor.name for factor in manifest.factors]),
-        CONDITIONER: conditioner_graph(network),
-        BACKBONE: backbone_graph(network),
-    }
-    for name, proto in graphs.items():
-        if proto is not None:
-            save_graph(proto, folder / name)
+    weights = folder / WEIGHTS
+    embedder = embedder_graph(network, [factor.name for factor in manifest.factors], weights)
+    if embedder is not None:
+        save_graph(embedder, folder / EMBEDDER)
+    save_graph(conditioner_graph(network, weights), folder / CONDITIONER)
+    save_graph(backbone_graph(network, weights), folder / BACKBONE)
 
 
-def _storage_precision(
-    source: LoadedModel, rows: CalibrationRows, wanted: str
-) -> tuple[str, tuple[Band, ...], Network]:
-    """Return the precision to store weights in, the errors that it causes, and the network with them."""
+def _store_weights(
+    model: LoadedModel, rows: CalibrationRows, file: Path, wanted: str
+) -> tuple[str, tuple[Band, ...]]:
+    """Write the weights to `file`, and round those of `model` to what is stored.
 
-    def rounding(precision: str) -> tuple[tuple[Band, ...], Network]:
-        rounded = round_weights(source.network, DTYPES[precision])
-        return compare_rows(source, rows, rounded.backbone), rounded
-
+    Return the precision, and the errors that it causes. They are rounded in place: a second copy would double
+    the memory. The file holds the exact ones until the rounded ones have proved good enough.
+    """
+    network, exact = model.network, forward(model.network, rows)
+    save_weights(file, parameters(network), DTYPES["fp32"])
     if wanted == "fp32":
-        return wanted, *rounding(wanted)
-    bands, rounded = rounding("fp16")
+        return wanted, compare_outputs(model.manifest, rows, exact, exact)
+    round_weights(network, DTYPES["fp16"])
+    bands = compare_outputs(model.manifest, rows, exact, forward(network, rows))
     try:
         check("the model with fp16 weights", bands, ROUNDING)
     except ExportError:
         if wanted == "fp16":
             raise
-        del rounded
-        return "fp32", *rounding("fp32")
-    return "fp16", bands, rounded
+        restore_weights(network, file)
+        return "fp32", compare_outputs(model.manifest, rows, exact, exact)
+    save_weights(file, parameters(network), DTYPES["fp16"])
+    return "fp16", bands
 
 
 def _manifest(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 import torch
 from torch import Tensor
 
@@ -51,36 +53,79 @@ def compare_rows(source: LoadedModel, rows: CalibrationRows, backbone: Backbone)
     return _bands(source.manifest, rows, expected, forward(source.network, rows, backbone).numpy())
 
 
-def verify_graphs(source: LoadedModel, folder: Path, rows: CalibrationRows) -> dict[str, tuple[Band, ...]]:
+@dataclass(frozen=True, slots=True)
+class ExpectedOutputs:
+    """The outputs of a model in torch on verification rows: by graph, and for rows of another size if it may.
+
+    `state` has the condition state by name, which is an output of the conditioner and an input of the
+    backbone. With these the weights in torch can be freed before a graph is opened.
+    """
+
+    embedding: Array
+    state: Mapping[str, Array]
+    output: Array
+    other: tuple[CalibrationRows, Mapping[str, Array], Array] | None
+
+
+@torch.no_grad()
+def expected_outputs(network: Network, rows: CalibrationRows) -> ExpectedOutputs:
+    """Compute the outputs that graphs are compared with."""
+    multiple, other = size_multiple(network.config), None
+    if multiple is not None:
+        others = _rows_of_another_size(rows, network.config.image_size, multiple)
+        other = others, _state(network, others), forward(network, others).numpy()
+    return ExpectedOutputs(
+        network.embed(rows.labels, rows.text).numpy(),
+        _state(network, rows),
+        forward(network, rows).numpy(),
+        other,
+    )
+
+
+def verify_graphs(
+    manifest: Manifest, folder: Path, rows: CalibrationRows, expected: ExpectedOutputs
+) -> dict[str, tuple[Band, ...]]:
     """Return the errors of each graph in `folder` by name, the graphs of a bundle that is being written.
 
-    A backbone that takes other sizes than the trained one is also verified at another size.
+    A backbone that takes other sizes than the trained one is also verified at another size. One graph is open
+    at a time.
 
     Raises:
         ExportError: a graph is beyond the fp32 limit.
     """
-    network, manifest = source.network, source.manifest
-    with torch.no_grad():
-        embedding = network.embed(rows.labels, rows.text).numpy()
-        state = dict(zip((name for name, _ in network.config.state()), rows.state(network), strict=True))
     bands = {}
     if conditions := _embedder_inputs(manifest, rows):
         actual = run(open_session(folder / EMBEDDER), conditions)["embedding"]
-        bands[EMBEDDER] = _bands(manifest, rows, embedding, actual)
-    expected_state = {name: tensor.numpy() for name, tensor in state.items()}
-    conditioner_inputs = {"timestep": rows.timestep.numpy(), "embedding": embedding}
+        bands[EMBEDDER] = _bands(manifest, rows, expected.embedding, actual)
+    conditioner_inputs = {"timestep": rows.timestep.numpy(), "embedding": expected.embedding}
     actual_state = run(open_session(folder / CONDITIONER), conditioner_inputs)
-    bands[CONDITIONER] = _bands(manifest, rows, _flat(expected_state), _flat(actual_state))
-    backbone = graph_backbone(network, folder / BACKBONE)
-    bands[BACKBONE] = compare_rows(source, rows, backbone)
-    multiple = size_multiple(network.config)
-    if multiple is not None:
-        other = _rows_of_another_size(rows, network.config.image_size, multiple)
-        height, width = other.x.shape[2:]
-        bands[f"{BACKBONE} at {height}x{width}"] = compare_rows(source, other, backbone)
+    bands[CONDITIONER] = _bands(manifest, rows, _flat(expected.state), _flat(actual_state))
+    del actual_state
+    backbone = open_session(folder / BACKBONE)
+    bands[BACKBONE] = compare_backbone(backbone, manifest, rows, expected)
+    if expected.other is not None:
+        others, state, output = expected.other
+        height, width = others.x.shape[2:]
+        actual = run(backbone, {"x": others.x.numpy(), **state})["output"]
+        bands[f"{BACKBONE} at {height}x{width}"] = _bands(manifest, others, output, actual)
     for name, graph_bands in bands.items():
         check(name, graph_bands, LIMITS["fp32"])
     return bands
+
+
+def compare_backbone(
+    session: ort.InferenceSession, manifest: Manifest, rows: CalibrationRows, expected: ExpectedOutputs
+) -> tuple[Band, ...]:
+    """Return the errors of a backbone's graph on `rows`, by band of noise."""
+    actual = run(session, {"x": rows.x.numpy(), **expected.state})["output"]
+    return _bands(manifest, rows, expected.output, actual)
+
+
+def compare_outputs(
+    manifest: Manifest, rows: CalibrationRows, expected: Tensor, actual: Tensor
+) -> tuple[Band, ...]:
+    """Return the errors of outputs on `rows`, by band of noise."""
+    return _bands(manifest, rows, expected.numpy(), actual.numpy())
 
 
 def verify_decoder(autoencoder: Autoencoder, path: Path, channels: int) -> tuple[Band, ...]:
@@ -109,6 +154,11 @@ def _rows_of_another_size(
     four = rows.at(torch.linspace(0, len(rows) - 1, 4).long())
     x = torch.randn(4, rows.x.shape[1], height, width, generator=torch.Generator().manual_seed(0))
     return CalibrationRows(x, four.timestep, four.labels, four.text)
+
+
+def _state(network: Network, rows: CalibrationRows) -> dict[str, Array]:
+    names = (name for name, _ in network.config.state())
+    return {name: tensor.numpy() for name, tensor in zip(names, rows.state(network), strict=True)}
 
 
 def _embedder_inputs(manifest: Manifest, rows: CalibrationRows) -> dict[str, Array]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
 from torch import Tensor
 
 from ditserve.export.errors import ExportError
-from ditserve.model.nets.factory import Network, network_of
+from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import Defaults, Name
 from ditserve.model.train.config import load_config
 from ditserve.model.train.load import load_model, opens_run
@@ -57,7 +58,16 @@ def parameters(network: Network) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
-def round_weights(network: Network, dtype: torch.dtype) -> Network:
-    """Return a copy of `network` in fp32 whose weights were rounded to `dtype`."""
-    # One weight after the other: a second copy of all would be alive for a moment.
-    return network_of(network.config, {name: t.to(dtype).float() for name, t in parameters(network).items()})
+@torch.no_grad()
+def round_weights(network: Network, dtype: torch.dtype) -> None:
+    """Round the weights of `network` to `dtype`, in place."""
+    for parameter in network.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+@torch.no_grad()
+def restore_weights(network: Network, file: Path) -> None:
+    """Give the weights of `network` the values in `file`, in place."""
+    with safe_open(file, "pt") as stored:
+        for name, parameter in network.named_parameters():
+            parameter.copy_(stored.get_tensor(name))

@@ -15,20 +15,23 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ditserve.export.errors import ExportError
 from ditserve.model.spec.bundle import WEIGHTS
 
 MIN_BYTES = 1024  # smaller tensors stay in the graph
+# The tensors of a traced model that are worth not to be copied. Those of narrow convolutions are smaller.
+INLINE_TENSOR_BYTES = 1 << 16
 # The most bytes of a graph's own tensors that stay in it: 1.5 GiB leaves room for its nodes below 2 GiB.
 INLINE_BYTES = 3 << 29
 STORED = {"F32": (TensorProto.FLOAT, np.float32), "F16": (TensorProto.FLOAT16, np.float16)}
@@ -53,34 +56,81 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) 
     Raises:
         ExportError: a weight does not fit in `dtype`.
     """
-    stored = {name: tensor.detach().to(dtype).contiguous() for name, tensor in weights.items()}
-    for name, tensor in stored.items():
-        if not torch.isfinite(tensor).all():
-            kind = str(dtype).removeprefix("torch.")
-            raise ExportError(
-                f"weight {name} is not finite in {kind}: train again, or export with --weights fp32"
-            )
-    save_file(stored, path)
+    kind = next(
+        name for name, (_, numpy_type) in STORED.items() if np.dtype(numpy_type).itemsize == dtype.itemsize
+    )
+    entries, end = {}, 0
+    for name, tensor in weights.items():
+        begin, end = end, end + tensor.numel() * dtype.itemsize
+        entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    # One tensor after the other: a second copy of all would be alive for a moment.
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for name, tensor in weights.items():
+            stored = tensor.detach().to(dtype).contiguous()
+            if not torch.isfinite(stored).all():
+                raise ExportError(
+                    f"weight {name} is not finite in {str(dtype).removeprefix('torch.')}: "
+                    "train again, or export with --weights fp32"
+                )
+            file.write(stored.numpy().data)
     path.chmod(0o644)
 
 
-def share_weights(proto: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
+def take_tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Replace the weights of a traced model, in place, by placeholders; return them by name, not copied.
+
+    Narrow convolutions keep theirs, which are small and still rearranged.
+    """
+    taken = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype.value not in FLOATS or tensor.nbytes < INLINE_TENSOR_BYTES:
+            continue
+        taken[name] = tensor
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS, None, None, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+        )
+    return taken
+
+
+def put_tensors(proto: onnx.ModelProto, taken: Mapping[str, ir.TensorProtocol]) -> onnx.ModelProto:
+    """Copy the weights that were taken into `proto`, in place; return it."""
+    for tensor in proto.graph.initializer:
+        if tensor.name in taken:
+            tensor.CopyFrom(_whole(tensor.name, taken[tensor.name]))
+    return proto
+
+
+def _whole(name: str, taken: ir.TensorProtocol) -> TensorProto:
+    tensor: TensorProto = ir.to_proto(taken)
+    tensor.name = name
+    return tensor
+
+
+def share_weights(
+    proto: onnx.ModelProto, weights: Path, taken: Mapping[str, ir.TensorProtocol] = MappingProxyType({})
+) -> onnx.ModelProto:
     """Replace initializers of `proto`, in place, by references into the file `weights`; return `proto`.
 
     An initializer is replaced if it equals a tensor of the file or its transpose. The graph must then be
-    saved in the folder of that file.
+    saved in the folder of that file. `taken` has the values of placeholders.
     """
     tables: dict[int, dict[Key, tuple[_StoredTensor, bool]]] = {}
     initializers: list[TensorProto] = []
     nodes: list[onnx.NodeProto] = []
     for tensor in proto.graph.initializer:
-        match = None
-        if tensor.data_type in FLOATS and np.prod(tensor.dims) * 4 >= MIN_BYTES:
+        held, match = taken.get(tensor.name), None
+        shared_before = held is None and tensor.data_location == TensorProto.EXTERNAL
+        if tensor.data_type in FLOATS and np.prod(tensor.dims) * 4 >= MIN_BYTES and not shared_before:
             if tensor.data_type not in tables:
                 tables[tensor.data_type] = _table(weights, tensor.data_type)
-            match = tables[tensor.data_type].get(_key(numpy_helper.to_array(tensor)))
+            value = numpy_helper.to_array(tensor) if held is None else held.numpy()
+            match = tables[tensor.data_type].get(_key(value))
         if match is None:
-            initializers.append(tensor)
+            initializers.append(tensor if held is None else _whole(tensor.name, held))
             continue
         restoring = list(_restoring_nodes(tensor, *match))
         name = tensor.name + ".stored" if restoring else tensor.name
@@ -127,15 +177,19 @@ def data_file(path: Path) -> Path:
 def _restoring_nodes(
     tensor: TensorProto, stored: _StoredTensor, transposed: bool
 ) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes that make `tensor` of what is stored: Cast, Transpose, both or none."""
+    """Yield the nodes that make `tensor` of what is stored: Transpose, Cast, both or none.
+
+    Where both are there, the smaller tensor is transposed: a runtime that folds them holds both results.
+    """
     source = tensor.name + ".stored"
-    if stored.type != tensor.data_type:
-        target = tensor.name + ".cast" if transposed else tensor.name
-        yield helper.make_node("Cast", [source], [target], name=f"{tensor.name}/Cast", to=tensor.data_type)
-        source = target
+    cast = stored.type != tensor.data_type
     if transposed:
+        target = tensor.name + ".transposed" if cast else tensor.name
+        yield helper.make_node("Transpose", [source], [target], name=f"{tensor.name}/Transpose", perm=[1, 0])
+        source = target
+    if cast:
         yield helper.make_node(
-            "Transpose", [source], [tensor.name], name=f"{tensor.name}/Transpose", perm=[1, 0]
+            "Cast", [source], [tensor.name], name=f"{tensor.name}/Cast", to=tensor.data_type
         )
 
 
@@ -157,7 +211,7 @@ def _table(weights: Path, data_type: int) -> dict[Key, tuple[_StoredTensor, bool
         raw: npt.NDArray[Any] = np.memmap(
             weights, dtype=numpy_type, mode="r", offset=stored.offset, shape=stored.shape
         )
-        value = np.asarray(raw).astype(dtype)
+        value = np.asarray(raw).astype(dtype, copy=False)
         if value.ndim == 2:
             table.setdefault(_key(value.T), (stored, True))
         table[_key(value)] = (stored, False)
@@ -178,4 +232,5 @@ def _layout(weights: Path) -> Iterator[_StoredTensor]:
 
 
 def _key(value: npt.NDArray[Any]) -> Key:
-    return hashlib.sha256(np.ascontiguousarray(value).tobytes()).digest(), value.shape
+    contents = np.ascontiguousarray(value).view(np.uint8).data if value.ndim else value.tobytes()
+    return hashlib.sha256(contents).digest(), value.shape

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ditserve.export.errors import ExportError
+from ditserve.model.spec.heap import compact_heap
 
 BANDS = 10
 
@@ -60,7 +61,8 @@ def open_session(
     settings.log_severity_level = 3
     for key, value in (options or {}).items():
         settings.add_session_config_entry(key, value)
-    return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    with compact_heap():
+        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
 
 def run(session: ort.InferenceSession, inputs: Arrays, *, batch: int = 16) -> dict[str, npt.NDArray[Any]]:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.engine_cache import FOLDER, NoGpuError, engine_origin, first_gpu
+from ditserve.model.spec.heap import compact_heap
 from ditserve.service.backends import BackendUnavailable, Floats, OutOfMemory
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -67,7 +68,8 @@ def open_session(
         # CUDA's libraries may be installed as packages, where the system's loader does not find them.
         ort.preload_dlls()
     try:
-        session = ort.InferenceSession(path, options, providers=list(providers))
+        with compact_heap():
+            session = ort.InferenceSession(path, options, providers=list(providers))
     # The runtime's exceptions share no base class of their own.
     except Exception as error:
         raise BackendUnavailable(

@@ -20,7 +20,7 @@ from ditserve.export.errors import ExportError
 from ditserve.export.graph import _transpose_narrow_convolutions, backbone_graph
 from ditserve.export.half import half_network
 from ditserve.export.onnx import write_graphs
-from ditserve.export.parity import verify_graphs
+from ditserve.export.parity import expected_outputs, verify_graphs
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_weights
 from ditserve.model.nets.factory import NetworkConfig
@@ -64,7 +64,8 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
     save_weights(tmp_path / "weights.safetensors", parameters(source.network), torch.float32)
     write_graphs(source.network, source.manifest, tmp_path)
     rows = calibration_rows(source, TrajectorySettings(samples=3, steps=3)).with_null(config)
-    bands = verify_graphs(source, tmp_path, rows)
+    expected = expected_outputs(source.network, rows)
+    bands = verify_graphs(source.manifest, tmp_path, rows, expected)
     conditional = bool(config.classes or config.text_size)
     free = not (isinstance(config, DiTConfig) and config.layout_rank)
     assert ("embedder.onnx" in bands) is conditional

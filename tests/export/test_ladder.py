@@ -30,7 +30,7 @@ CHEAPLY = ["--half", "none", "--golden", "none", "--samples", "1", "--steps", "2
 def planned(
     model: LoadedModel, options: LadderOptions, seconds_per_row: float = 1e-3
 ) -> LadderMeasurement | None:
-    return plan_ladder(model, options, seconds_per_row=seconds_per_row, other_rows=1920)
+    return plan_ladder(model, options, seconds_per_row=seconds_per_row, other_rows=1680)
 
 
 def without_ladder() -> LoadedModel:
@@ -88,14 +88,14 @@ def test_the_quick_ladder_takes_a_small_part_of_the_export() -> None:
     for seconds_per_row in (1e-4, 1e-2, 0.1):
         measurement = planned(model, LadderOptions(), seconds_per_row)
         assert measurement is not None
-        assert measurement.rows * seconds_per_row <= max(ladder.SECONDS, 0.2 * 1920 * seconds_per_row)
+        assert measurement.rows * seconds_per_row <= max(ladder.SECONDS, 0.2 * 1680 * seconds_per_row)
     large = planned(model, LadderOptions(), 3.0)
     assert large is not None
     assert large.rows <= 320
 
 
 def test_the_rows_of_an_export_are_those_of_its_passes() -> None:
-    assert verification_rows(tiny_source(), TrajectorySettings(), half=True) == 8 * 240
+    assert verification_rows(tiny_source(), TrajectorySettings(), half=True) == 7 * 240
     assert verification_rows(tiny_source(), TrajectorySettings(), half=False) == 5 * 240
 
 
