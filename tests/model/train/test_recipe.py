@@ -59,7 +59,7 @@ def chosen(data: Path, *overrides: str, config: Path | None = None) -> dict[str,
 
 
 def test_a_recipe_fits_the_pictures(tmp_path: Path, speed: dict[int, float]) -> None:
-    fields = chosen(write_folder(tmp_path / "six pets", ("a", "b", "c", "d", "e", "f")))
+    fields = chosen(write_folder(tmp_path / "six pets", tuple("abcdef")), "data.hold_out=0")
     assert fields["output"] == "runs/six-pets"
     assert fields["data"]["size"] == 16  # most have 20 pixels
     assert fields["model"]["patch_size"] == 2
@@ -96,8 +96,8 @@ def test_what_is_given_stays_and_the_rest_follows_from_it(tmp_path: Path, speed:
     assert fields["model"]["patch_size"] == 3
     named = chosen(data, "network=DiT-S/4", "network.depth=2")
     assert named["model"] == {"name": "DiT-S/4", "depth": 2}
-    unet = chosen(data, 'network={"network": "unet", "base_channels": 8, "multipliers": [1], "head_size": 8}')
-    assert unet["lr"] > 0
+    unet = '{"network": "unet", "base_channels": 8, "multipliers": [1, 2], "attention": [], "head_size": 8}'
+    assert chosen(data, f"network={unet}")["lr"] > 0
     latent_like = chosen(data, "diffusion.schedule=linear", "diffusion.prediction=epsilon")
     assert latent_like["diffusion"] == {"schedule": "linear", "prediction": "epsilon"}
 
