@@ -73,7 +73,7 @@ def label_tensor(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -
 
 
 def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> list[Tensor]:
-    """Return one embedding (D,) per term. Sentences are encoded by the named text encoder.
+    """Return one embedding (E,) per term. Sentences are encoded by the named text encoder.
 
     Raises:
         SampleError: a sentence for a model that takes none, or an encoder of another width.
@@ -83,12 +83,12 @@ def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> li
     if any(term.text for term in terms):
         if not model.config.text_size:
             raise SampleError("this model takes no text: it was trained on labels alone")
-        opened = open_encoder(encoder)
+        opened = open_encoder(encoder, model.config.text_tokens)
         if opened.size != model.config.text_size:
             raise SampleError(
                 f"encoder {encoder} gives {opened.size} numbers, the model takes {model.config.text_size}"
             )
-        text = torch.from_numpy(opened.encode([term.text or "" for term in terms]))  # (N, text_size)
+        text = torch.from_numpy(opened.encode([term.text or "" for term in terms]))  # (N, text_width)
         text[[not term.text for term in terms]] = 0
     device = next(model.parameters()).device
     labels = label_tensor([term.labels for term in terms], model.config.classes)
@@ -98,7 +98,7 @@ def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> li
 def combine_conditions(
     embeddings: Sequence[Tensor], weights: Sequence[float], how: Combine, rows: int
 ) -> Conditions:
-    """Return the conditions of `rows` samples from one or more embeddings (D,) and their weights.
+    """Return the conditions of `rows` samples from one or more embeddings (E,) and their weights.
 
     "linear" and "spherical" mix the embeddings into one; "compose" and "layers" keep them apart, see
     `Conditions`.

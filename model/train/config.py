@@ -214,7 +214,8 @@ class TrainConfig(BaseModel):
         fields = {
             "learn_sigma": self.diffusion.learn_sigma,
             "in_channels": dataset.channels,
-            **({} if dataset.text is None else {"text_size": dataset.text.shape[1]}),
+            **({} if dataset.texts is None else {"text_size": dataset.texts.size}),
+            **({"text_tokens": self.data.text_tokens} if self.data.text_tokens else {}),
         }
         for field, value in fields.items():
             if self.model.get(field, value) != value:

@@ -176,7 +176,7 @@ def describe_run(
         factors=dataset.factors,
         decoder="sd-vae" if latents else "identity",
         latents=latents,
-        embedding_size=shape.hidden_size,
+        embedding_size=shape.embedding_size,
         state=tuple(StateTensor(name=tensor, shape=dims) for tensor, dims in shape.state()),
         defaults=run_defaults(config, dataset, step),
         licence=dataset.licence or "unspecified",

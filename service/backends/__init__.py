@@ -51,7 +51,7 @@ class Backend(Protocol):
     size_multiple: int | None
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
-        """Return condition embeddings (B, E) of class indices (B, F) and sentence encodings (B, text_size).
+        """Return condition embeddings (B, E) of class indices (B, F) and sentence encodings (B, text_width).
 
         The null class of a factor is the number of its classes. A row of zeros stands for no text,
         and so does None.
