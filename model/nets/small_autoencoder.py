@@ -5,13 +5,20 @@ Its folder holds autoencoder.json (`SmallAutoencoderConfig`) and weights.safeten
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from ditserve.model.spec.bundle import WEIGHTS, write_atomic
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,18 @@ class SmallAutoencoderConfig:
             raise ValueError(f"noise must be a standard deviation, not {self.noise}")
 
     @property
+    def log_variance(self) -> float:
+        """The logarithm of the variance of a latent's draws."""
+        return 2 * math.log(max(self.noise, 1e-10))
+
+    @property
     def factor(self) -> int:
         """How many times smaller the sides of a latent are than those of its picture."""
         return 2 ** len(self.widths)
+
+
+# The file that describes a small autoencoder, beside its weights.
+DESCRIPTION = "autoencoder.json"
 
 
 class PixelNorm(nn.Module):
@@ -148,3 +164,24 @@ def _decoder(widths: Sequence[int], blocks: Sequence[int], channels: int) -> nn.
         layers += [*(ConvBlock(width) for _ in range(count)), Doubling(width, outputs)]
     # Two thin convolutions at the full size, where fine lines are drawn.
     return nn.Sequential(*layers, ConvBlock(16), nn.Conv2d(16, 3, 3, padding=1))
+
+
+def load_small_autoencoder(folder: Path) -> SmallAutoencoder:
+    """Load the autoencoder of a folder, in evaluation mode.
+
+    Raises:
+        OSError, ValueError, RuntimeError: a file is missing, damaged, or does not fit the other.
+    """
+    fields = json.loads((folder / DESCRIPTION).read_text())
+    config = TypeAdapter(SmallAutoencoderConfig).validate_python(fields["config"])
+    network = SmallAutoencoder(config)
+    network.load_state_dict(load_file(folder / WEIGHTS))
+    return network.eval().requires_grad_(False)
+
+
+def save_small_autoencoder(folder: Path, network: SmallAutoencoder, card: Mapping[str, Any]) -> None:
+    """Write an autoencoder to a folder, with the fields of a card: figures, licence, training."""
+    weights = {name: tensor.detach().float().contiguous() for name, tensor in network.state_dict().items()}
+    write_atomic(folder / WEIGHTS, save(weights))
+    description = {"schema_version": 1, "config": asdict(network.config), **card}
+    write_atomic(folder / DESCRIPTION, (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())

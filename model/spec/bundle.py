@@ -49,6 +49,9 @@ BUNDLE_FILES = frozenset([WEIGHTS, CALIBRATION, GOLDEN, *_GRAPHS, *(f"{name}.dat
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
+DecoderKind = Literal["identity", "sd-vae", "small"]
+
+
 class BundleError(ModelError):
     """A bundle that cannot be used; the message is one sentence that names the file."""
 
@@ -150,7 +153,7 @@ class Manifest(_Strict):
     config: NetworkConfig
     diffusion: DiffusionSpec
     factors: tuple[Factor, ...]
-    decoder: Literal["identity", "sd-vae", "small"] = "identity"
+    decoder: DecoderKind = "identity"
     # None: latents are multiplied by 0.18215, as for the published models.
     latents: LatentSpec | None = None
     embedding_size: int

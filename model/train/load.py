@@ -174,7 +174,7 @@ def describe_run(
         config=shape,
         diffusion=config.diffusion,
         factors=dataset.factors,
-        decoder="sd-vae" if latents else "identity",
+        decoder=dataset.moments.index.decoder if isinstance(dataset, Latents) else "identity",
         latents=latents,
         embedding_size=shape.embedding_size,
         state=tuple(StateTensor(name=tensor, shape=dims) for tensor, dims in shape.state()),
@@ -198,7 +198,7 @@ def open_decoder(dataset: Dataset, vae: Path | None, device: str = "cpu") -> Aut
         return open_autoencoder("identity")
     if vae is None:
         return None
-    decoder = open_autoencoder("sd-vae", vae, _latent_spec(dataset), device)
+    decoder = open_autoencoder(dataset.moments.index.decoder, vae, _latent_spec(dataset), device)
     if fingerprint(vae) != dataset.moments.index.autoencoder:
         raise AutoencoderError(
             f"{vae} is not what made the latents in {dataset.moments.folder}: take that one"
