@@ -21,7 +21,7 @@ from ditserve.export.errors import ExportError
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, initial_noise
-from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.model.train.loaded_model import LoadedModel
 

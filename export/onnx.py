@@ -33,7 +33,7 @@ from ditserve.export.parity import compare_rows, verify_decoder, verify_graphs
 from ditserve.export.source import ModelCard, open_source, parameters, round_weights
 from ditserve.export.storage import data_file, save_graph, save_weights, save_whole
 from ditserve.export.verify import Band, ParityLimits, check, report, worst
-from ditserve.model.nets.autoencoder import SdVae, open_autoencoder
+from ditserve.model.nets.autoencoder import SdVae, open_decoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import (
     BACKBONE,
@@ -161,7 +161,7 @@ def write_decoder(manifest: Manifest, folder: Path, options: ExportOptions) -> d
     if manifest.decoder == "identity":
         return {}
     if options.vae is not None:
-        autoencoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
+        autoencoder = open_decoder(manifest, options.vae)
         if isinstance(autoencoder, SdVae):
             # Tiling is chosen by the size, and a graph of any size cannot branch on it.
             autoencoder.vae.disable_tiling()
@@ -190,7 +190,7 @@ def check_decoder(manifest: Manifest, options: ExportOptions) -> None:
     if manifest.decoder != "identity" and options.vae is None and options.decoder is None:
         raise ExportError("the model works on latents: name the folder of its SD-VAE with --vae")
     if manifest.decoder != "identity" and options.vae is not None:
-        open_autoencoder(manifest.decoder, options.vae, manifest.latents)
+        open_decoder(manifest, options.vae)
 
 
 def _copy_golden(manifest: Manifest, folder: Path, options: ExportOptions) -> Golden | None:

@@ -59,7 +59,7 @@ from ditserve.model.evaluation.picture_sets import (
     collect_sets,
     open_data,
 )
-from ditserve.model.nets.autoencoder import open_autoencoder
+from ditserve.model.nets.autoencoder import open_decoder
 from ditserve.model.sampling.sheet import picture_grid, to_pixels
 from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
@@ -213,7 +213,7 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
         raise EvaluationError(f"{model} is no bundle: only a bundle has a manifest to write to")
     network, classifier = open_metric_networks(options, loaded)
     plan = make_plan(loaded, options)
-    decoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
+    decoder = open_decoder(manifest, options.vae)
     dataset = open_data(loaded, options.data)
     rows = choose_rows(dataset, plan)
     # What cannot be told is said before hours of sampling.

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from ditserve.bench.ladder.training_pictures import TrainingPictures
 from ditserve.model.spec.bundle import Manifest, RungSpec
-from ditserve.model.spec.diffusion import grid, guidance_weight, guided
+from ditserve.model.spec.diffusion import guidance_weight, guided
+from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.service.backends import Backend
 from ditserve.service.planning.ladder import Ladder

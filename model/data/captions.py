@@ -30,7 +30,9 @@ class Wordings:
 
     def __init__(self, names: Mapping[str, str], keywords: Mapping[str, Sequence[str]]) -> None:
         self.names = {key: clean(name) for key, name in names.items()}
-        cleaned = {key: list(dict.fromkeys(filter(None, map(clean, words)))) for key, words in keywords.items()}
+        cleaned = {
+            key: list(dict.fromkeys(filter(None, map(clean, words)))) for key, words in keywords.items()
+        }
         users = Counter(word for words in cleaned.values() for word in words)
         taken = set(self.names.values())
         self.keywords = {
@@ -55,7 +57,11 @@ class Wordings:
 
     def _all(self, key: str, style: str) -> list[str]:
         spoken = clean(style)
-        return [form.format(subject=subject, style=spoken) for subject in self.subjects(key) for form in STYLE_FORMS]
+        return [
+            form.format(subject=subject, style=spoken)
+            for subject in self.subjects(key)
+            for form in STYLE_FORMS
+        ]
 
     def _unseen(self, key: str, line: str) -> bool:
         bare = line == self.names[key]

@@ -164,7 +164,9 @@ def _read_json(tarball: Path, name: str) -> dict[str, Any]:
 
 def _wordings(emoji: dict[str, Any], tarballs: Path) -> Wordings:
     keywords = _read_json(_tarball(KEYWORDS, tarballs), "dist/emoji-en-US.json")
-    named = {entry["slug"].replace("_", "-"): (character, entry["name"]) for character, entry in emoji.items()}
+    named = {
+        entry["slug"].replace("_", "-"): (character, entry["name"]) for character, entry in emoji.items()
+    }
     return Wordings(
         {name: spoken for name, (_, spoken) in named.items()},
         {name: keywords.get(character, []) for name, (character, _) in named.items()},

@@ -16,7 +16,8 @@ import torch
 from ditserve.model.evaluation.picture_sets import GENERATED, UNSEEN
 from ditserve.model.nets.cost import cost
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.diffusion import grid, guidance_weight
+from ditserve.model.spec.diffusion import guidance_weight
+from ditserve.model.spec.grids import grid
 from ditserve.model.train.loaded_model import LoadedModel
 
 PROBES = 20  # passes of each network, timed in turns

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ditserve.model.nets.small_autoencoder import DESCRIPTION, SmallAutoencoder, load_small_autoencoder
-from ditserve.model.spec.bundle import DecoderKind, LatentSpec, digest
+from ditserve.model.spec.bundle import DecoderKind, LatentSpec, Manifest, digest
 from ditserve.model.spec.errors import ModelError
 
 # Latents of the SD-VAE are multiplied by this, so that their variance is about 1.
 SD_SCALE = 0.18215
+# The field of a manifest's provenance that holds the `fingerprint` of what made the model's latents.
+AUTOENCODER = "autoencoder"
 
 
 class AutoencoderError(ModelError):
@@ -147,12 +151,11 @@ def autoencoder_kind(folder: Path) -> DecoderKind:
     """Return the kind of autoencoder that a folder holds, by the file that describes it.
 
     Raises:
-        AutoencoderError: it holds neither.
+        AutoencoderError: it holds neither a small one nor an AutoencoderKL.
     """
     if (folder / DESCRIPTION).is_file():
         return "small"
-    if not (folder / "config.json").is_file():
-        raise AutoencoderError(f"{folder} is not an autoencoder's folder: it has no config.json")
+    _check_class(folder)
     return "sd-vae"
 
 
@@ -164,19 +167,22 @@ def open_latent_autoencoder(
     `latents` is the latent spec of the bundle. Latents and pictures must be on `device`.
 
     Raises:
-        AutoencoderError: an unreadable folder, channels other than the model's, or no diffusers.
+        AutoencoderError: an unreadable folder, channels other than those of `latents`, or no diffusers.
     """
     if autoencoder_kind(folder) == "small":
         try:
             return SmallVae(load_small_autoencoder(folder).to(device), latents)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise AutoencoderError(
                 f"{folder} cannot be read as a small autoencoder: {str(error).splitlines()[0]}"
             ) from None
     try:
         network = importlib.import_module("diffusers").AutoencoderKL
         # low_cpu_mem_usage would need the package accelerate.
-        vae = network.from_pretrained(folder, low_cpu_mem_usage=False)
+        vae, loading = network.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
+        if loading["missing_keys"]:
+            # diffusers fills them with random numbers.
+            raise ValueError(f"its weights lack {loading['missing_keys'][0]}")
         return SdVae(vae.to(device), latents)
     except ModuleNotFoundError:
         raise AutoencoderError("the SD-VAE needs diffusers: pip install diffusers") from None
@@ -195,15 +201,61 @@ def open_autoencoder(
     """Open the autoencoder that a bundle names as its decoder, from `folder` unless it is the identity.
 
     Raises:
-        AutoencoderError: no folder, one of another kind, or as `open_latent_autoencoder`.
+        AutoencoderError: no folder, one too many, one of another kind, or as `open_latent_autoencoder`.
     """
     if kind == "identity":
+        if folder is not None:
+            raise AutoencoderError(f"this model works on pixels and needs no {folder}: leave --vae out")
         return Identity()
     if folder is None:
         raise AutoencoderError("this model works on latents: pass the folder of its autoencoder with --vae")
     if autoencoder_kind(folder) != kind:
-        raise AutoencoderError(f"{folder} holds an autoencoder of another kind than the model's ({kind})")
+        raise AutoencoderError(
+            f"{folder} is not of the kind of the model's autoencoder ({kind}): pass its own"
+        )
     return open_latent_autoencoder(folder, latents, device)
+
+
+def _check_class(folder: Path) -> None:
+    """Refuse a folder that is not that of an AutoencoderKL, by its config.json.
+
+    Raises:
+        AutoencoderError: as said; it names the sub-folder of a pipeline.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        inner = folder / "vae"
+        remedy = f"pass {inner}" if (inner / "config.json").is_file() else "pass the folder of its SD-VAE"
+        raise AutoencoderError(f"{folder} is not an autoencoder's folder: it has no config.json; {remedy}")
+    try:
+        fields = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise AutoencoderError(f"{file} is not valid JSON: pass the folder of an AutoencoderKL") from None
+    name = fields.get("_class_name", "AutoencoderKL") if isinstance(fields, dict) else "no object"
+    if name != "AutoencoderKL":
+        raise AutoencoderError(f"{folder} holds {name}: pass the folder of an AutoencoderKL")
+
+
+def open_decoder(manifest: Manifest, folder: Path | None, device: torch.device | str = "cpu") -> Autoencoder:
+    """Open the autoencoder that decodes a model's samples, and check that it is the model's.
+
+    Raises:
+        AutoencoderError: as `open_autoencoder`; or it has other channels than the model, or is not the one
+            that made the latents of the model's training.
+    """
+    decoder = open_autoencoder(manifest.decoder, folder, manifest.latents, device)
+    if isinstance(decoder, SdVae) and folder is not None:
+        channels, own = len(decoder.spec.shift), manifest.config.in_channels
+        if channels != own:
+            raise AutoencoderError(
+                f"{folder} has {channels} latent channels, and the model {own}: pass its own"
+            )
+        maker = manifest.provenance.get(AUTOENCODER)
+        if maker is not None and fingerprint(folder) != maker:
+            raise AutoencoderError(
+                f"{folder} is not what made the latents that the model learned: pass that one"
+            )
+    return decoder
 
 
 def fingerprint(folder: Path) -> str:

@@ -184,4 +184,6 @@ def save_small_autoencoder(folder: Path, network: SmallAutoencoder, card: Mappin
     weights = {name: tensor.detach().float().contiguous() for name, tensor in network.state_dict().items()}
     write_atomic(folder / WEIGHTS, save(weights))
     description = {"schema_version": 1, "config": asdict(network.config), **card}
-    write_atomic(folder / DESCRIPTION, (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(
+        folder / DESCRIPTION, (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode()
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from ditserve.model.nets.factory import Network
 from ditserve.model.nets.text import open_encoder
 from ditserve.model.sampling.denoise import Conditions
 from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.class_names import ClassNames, UnknownClassError
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.mixing import mix_embeddings
 
@@ -37,10 +37,10 @@ class PromptTerm:
 def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
     """Parse `label=cat,style=noto` or `text=a red fox`, with an optional `weight=0.5`.
 
-    Every part may be left out.
+    Every part may be left out. Classes are named as in the service, or by their numbers.
 
     Raises:
-        SampleError: an unknown factor or class, or a weight that is no number.
+        SampleError: an unknown factor or class, a name of several classes, or a weight that is no number.
     """
     given = dict(part.partition("=")[::2] for part in re.split(r",(?=\w+=)", text) if part)
     try:
@@ -59,11 +59,11 @@ def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
 def _class(factor: Factor, name: str | None) -> int | None:
     if name is None:
         return None
-    if name in factor.classes:
-        return factor.classes.index(name)
-    near = difflib.get_close_matches(name, factor.classes, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}?" if near else f"for example {', '.join(factor.classes[:3])}"
-    raise SampleError(f"{factor.name} has no class {name!r}; {hint}")
+    try:
+        return ClassNames(factor).index(name)
+    except UnknownClassError as error:
+        near = ", ".join(error.suggestions)
+        raise SampleError(f"{error} Did you mean {near}?" if near else str(error)) from None
 
 
 def label_tensor(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -> Tensor:

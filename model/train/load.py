@@ -14,7 +14,7 @@ from torch import Tensor
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.latents import Latents
-from ditserve.model.nets.autoencoder import Autoencoder, AutoencoderError, fingerprint, open_autoencoder
+from ditserve.model.nets.autoencoder import AUTOENCODER, Autoencoder, open_decoder
 from ditserve.model.spec.bundle import (
     MANIFEST,
     Bundle,
@@ -162,6 +162,7 @@ def describe_run(
     """Return the manifest that the bundle of a run at `step` starts from."""
     kind = "Diffusion Transformer" if isinstance(shape, DiTConfig) else "U-Net"
     latents = _latent_spec(dataset) if isinstance(dataset, Latents) else None
+    maker = {AUTOENCODER: dataset.moments.index.autoencoder} if isinstance(dataset, Latents) else {}
     values = "latents" if latents else "pixels"
     training = config.model_dump(mode="json", exclude={"output", "init"})
     training["data"]["path"] = config.data.path.name
@@ -181,29 +182,17 @@ def describe_run(
         defaults=run_defaults(config, dataset, step),
         licence=dataset.licence or "unspecified",
         attribution=dataset.attribution,
-        provenance={"training": training, "step": step, "pictures": len(dataset.training)},
+        provenance={"training": training, "step": step, "pictures": len(dataset.training), **maker},
     )
 
 
-def open_decoder(dataset: Dataset, vae: Path | None, device: str = "cpu") -> Autoencoder | None:
-    """Open the autoencoder that decodes a run's samples. Return None for a run on latents if `vae` is None.
+def open_sheet_decoder(manifest: Manifest, vae: Path | None, device: str = "cpu") -> Autoencoder | None:
+    """Open the autoencoder that decodes a run's sample sheets. None: it is on latents, without `vae`.
 
     Raises:
-        ValueError: `vae` is given for a run on pixels, which needs none.
-        AutoencoderError: it cannot be opened, or did not make these latents.
+        AutoencoderError: `vae` is given for a run on pixels, cannot be opened, or did not make these latents.
     """
-    if not isinstance(dataset, Latents):
-        if vae is not None:
-            raise ValueError("vae is for runs on latents, and this one is on pictures: leave it out")
-        return open_autoencoder("identity")
-    if vae is None:
-        return None
-    decoder = open_autoencoder(dataset.moments.index.decoder, vae, _latent_spec(dataset), device)
-    if fingerprint(vae) != dataset.moments.index.autoencoder:
-        raise AutoencoderError(
-            f"{vae} is not what made the latents in {dataset.moments.folder}: take that one"
-        )
-    return decoder
+    return None if manifest.latents and vae is None else open_decoder(manifest, vae, device)
 
 
 def _latent_spec(dataset: Latents) -> LatentSpec:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.diffusion import Schedule, grid, guidance_weight, regrid
+from ditserve.model.spec.diffusion import Schedule, guidance_weight
+from ditserve.model.spec.grids import grid, regrid
 from ditserve.model.spec.solvers import step_table
 from ditserve.service.rung import Rung
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.model.spec.diffusion import GRIDS
+from ditserve.model.spec.grids import GRIDS
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import IdempotencyMismatch, InvalidRequest, JobLost, Overloaded, QueueFull
 from ditserve.service.http.load_cache import LoadCache

@@ -24,6 +24,7 @@ import structlog
 from pydantic import SecretStr
 
 from ditserve.model.spec.bundle import BundleError, Manifest
+from ditserve.model.spec.class_names import class_reference
 from ditserve.service.api_keys import KeyringError, open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.launch.child_process import Child
@@ -216,7 +217,7 @@ def greeting(manifests: Sequence[Manifest], settings: Settings) -> str:
     """Return one line: the models, the address, and a command to try."""
     manifest, several = manifests[0], len(manifests) > 1
     base = f"http://{_reachable(settings.host)}:{settings.port}"
-    condition = {factor.name: factor.classes[0] for factor in manifest.factors[:1]}
+    condition = {factor.name: class_reference(factor, 0) for factor in manifest.factors[:1]}
     body = shlex.quote(json.dumps({"condition": condition}, ensure_ascii=False))
     headers = "-H 'content-type: application/json' -H 'accept: image/png'"
     curl = f"curl -s {base}/generate {headers} -d {body} -o image.png"

@@ -14,8 +14,8 @@ from functools import lru_cache, partial
 from math import log
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.model.spec.diffusion import grid as timestep_grid
 from ditserve.model.spec.diffusion import guidance_weight
+from ditserve.model.spec.grids import grid as timestep_grid
 from ditserve.service.rung import Interval, Rung
 
 _CACHED = 4096  # bounded, because requests choose steps and intervals freely

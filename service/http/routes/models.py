@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from ditserve.model.spec.bundle import Manifest, RungSpec
-from ditserve.model.spec.diffusion import GRIDS
+from ditserve.model.spec.grids import GRIDS
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.http.context import Api
 from ditserve.service.http.models import Model

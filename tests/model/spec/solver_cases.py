@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from ditserve.model.spec.diffusion import GRIDS, PREDICTIONS, Schedule, grid, make_schedule, training_target
+from ditserve.model.spec.diffusion import PREDICTIONS, Schedule, make_schedule, training_target
+from ditserve.model.spec.grids import GRIDS, grid
 from ditserve.model.spec.solvers import SOLVERS, StepTable, trajectory
 
 Samples = npt.NDArray[np.float64]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.spec.diffusion import GRIDS, grid, regrid
+from ditserve.model.spec.grids import GRIDS, grid, regrid
 
 reference: Any = diffusers  # untyped
 kinds = st.sampled_from(sorted(GRIDS))

@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 
 from ditserve.model.spec.diffusion import (
     CLEAN,
-    GRIDS,
     PREDICTIONS,
     Prediction,
     Schedule,
     add_noise,
-    grid,
     make_schedule,
     training_target,
 )
+from ditserve.model.spec.grids import GRIDS, grid
 from ditserve.model.spec.solvers import SOLVERS, learned_log_variance, step_table, trajectory, variance_bounds
 from tests.model.spec.solver_cases import (
     COLUMNS,
