@@ -46,7 +46,7 @@ class _Embedder(nn.Module):
         self.network = network
 
     def forward(self, *conditions: Tensor) -> Tensor:
-        """Return the embedding (N, E) of F tensors (N,), and of text (N, text_width) if the model takes it."""
+        """Return the embedding (N, E) of F tensors (N,), and of text (N, text_width) if there is any."""
         factors = len(self.network.config.classes)
         empty = torch.zeros(conditions[0].shape[0], 0, dtype=torch.int64)
         labels = torch.stack(conditions[:factors], dim=1) if factors else empty
@@ -107,7 +107,7 @@ class _GraphSpec:
 def embedder_graph(network: Network, factors: Sequence[str]) -> onnx.ModelProto | None:
     """Export the embedder: the conditions → `embedding` (B, E).
 
-    Its inputs are one int64 (B,) per factor, named as the factor, and `text` (B, text_width) for a text model.
+    Its inputs are one int64 (B,) per factor, named as the factor, and `text` (B, text_width).
     Return None for a model without conditions: its embedding is zero.
     """
     inputs = {name: torch.zeros(2, dtype=torch.int64) for name in factors}

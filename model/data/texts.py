@@ -53,7 +53,7 @@ class Texts:
                 self._cache.move_to_end(wording)
                 return self._cache[wording]
         # Alone: beside longer ones its last bits would differ.
-        encoded = self.encoder.encode([wording])[0]
+        encoded: Floats = self.encoder.encode([wording])[0]
         with self._lock:
             self._cache[wording] = encoded
             while self.tokens and len(self._cache) * encoded.nbytes > CACHE_BYTES:

@@ -74,9 +74,6 @@ class LatentAutoencoder(ABC):
     def pixels(self, latents: Tensor) -> Tensor:
         """Return the images of latents that are not normalised."""
 
-    def untiled(self) -> None:
-        """Decode latents of every size whole, from now on."""
-
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return latents (N, C, H/f, W/f): a draw, or without a generator the mean."""
@@ -124,9 +121,6 @@ class SdVae(LatentAutoencoder):
     def pixels(self, latents: Tensor) -> Tensor:
         pixels: Tensor = self.vae.decode(latents, return_dict=False)[0]
         return pixels
-
-    def untiled(self) -> None:
-        self.vae.disable_tiling()
 
 
 class SmallVae(LatentAutoencoder):

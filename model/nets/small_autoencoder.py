@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class SmallAutoencoderConfig:
     @property
     def factor(self) -> int:
         """How many times smaller the sides of a latent are than those of its picture."""
-        return 2 ** len(self.widths)
+        return 1 << len(self.widths)
 
 
 # The file that describes a small autoencoder, beside its weights.
@@ -77,7 +77,8 @@ class PixelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)  # (N, 1, H, W)
-        return x * scale * self.weight[:, None, None]
+        scaled: Tensor = x * scale * self.weight[:, None, None]
+        return scaled
 
 
 class ConvBlock(nn.Module):
@@ -92,7 +93,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        return cast(Tensor, x + self.conv2(F.silu(self.norm2(h))))
 
 
 class Halving(nn.Module):
@@ -109,7 +110,7 @@ class Halving(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         unshuffled = F.pixel_unshuffle(x, 2)  # (N, 4C, H/2, W/2)
         means = unshuffled.unflatten(1, (self.group, -1)).mean(2)  # (N, group, H/2, W/2)
-        return self.conv(unshuffled) + means.repeat_interleave(self.outputs // self.group, 1)
+        return cast(Tensor, self.conv(unshuffled) + means.repeat_interleave(self.outputs // self.group, 1))
 
 
 class Doubling(nn.Module):

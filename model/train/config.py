@@ -211,7 +211,7 @@ class TrainConfig(BaseModel):
             ValueError: a configuration that cannot work.
         """
         sizes = [size for _, size in self.stage_sizes(dataset)]
-        fields = {
+        fields: dict[str, Any] = {
             "learn_sigma": self.diffusion.learn_sigma,
             "in_channels": dataset.channels,
             **({} if dataset.texts is None else {"text_size": dataset.texts.size}),

@@ -1,154 +1,171 @@
-"""The optimiser steps of an autoencoder's run."""
+"""The optimiser steps of an autoencoder's run, and the measures of what it has learned."""
 
 from __future__ import annotations
 
-import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ditserve.model.data.dataset import Dataset
-from ditserve.model.data.examples import batch_indices
+from ditserve.model.data.examples import DataError, batch_indices
 from ditserve.model.distributed.parallel import single_process
 from ditserve.model.nets.small_autoencoder import SmallAutoencoder
 from ditserve.model.train.autoencoder.config import AutoencoderTrainConfig
+from ditserve.model.train.autoencoder.measures import edge_error, grain, psnr
 from ditserve.model.train.checkpoint import TrainingState, restore, save
 from ditserve.model.train.ema import Ema
-from ditserve.model.train.optimizer import autocast, learning_rate, loss_scaler, make_optimizer
+from ditserve.model.train.optimizer import loss_scaler, make_optimizer, scheduled_rate
 
-# Held-out pictures whose reconstruction is measured and shown.
-SHOWN = 16
+# Held-out pictures that are measured, and that are shown.
+MEASURED, SHOWN = 64, 12
+# Fields that may change when a run is continued.
+CHANGEABLE = frozenset(
+    [
+        *("output", "steps", "lr", "schedule", "warmup", "decay", "clip", "threads", "device", "data"),
+        *("checkpoint_every", "keep", "sheet_every", "log_every", "tensorboard"),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """Pictures encoded and decoded: `figures` of them by name, and a sheet with the real ones above."""
+
+    figures: dict[str, float]
+    sheet: Image.Image
 
 
 class AutoencoderTrainer:
     """The owner of an autoencoder in training; `step()` is one optimiser step.
 
     Every random number is a function of (seed, step), so a stopped run goes on as if it had not stopped.
+
+    Raises:
+        DataError: the data cannot be opened, holds latents, or has a size that does not suit.
     """
 
     def __init__(self, config: AutoencoderTrainConfig) -> None:
         self.config = config
         self.dataset: Dataset = config.data.open()
+        self._check_size()
         torch.manual_seed(config.seed)
-        network = SmallAutoencoder(config.network)
+        network = SmallAutoencoder(config.autoencoder).to(config.device)
         self.state = TrainingState(
             single_process(network),
             make_optimizer(network, config),
             Ema(network, config.ema),
-            loss_scaler(config.precision, config.device),
+            loss_scaler("fp32", config.device),
         )
         self.checkpoints = config.output / "checkpoints"
+        fixed = {key: value for key, value in config.model_dump(mode="json").items() if key not in CHANGEABLE}
+        self.identity: dict[str, Any] = {**fixed, "content": self.dataset.fingerprint()}
+
+    def _check_size(self) -> None:
+        factor, crop, path = self.config.autoencoder.factor, self.config.crop, self.config.data.path
+        if self.dataset.channels != 3:
+            raise DataError(f"{path} holds latents: an autoencoder learns from pictures")
+        if any(side % factor for side in self.dataset.size):
+            raise DataError(f"{path}: sides of {self.dataset.size} do not divide by {factor}: set data.size")
+        if crop is not None and crop > min(self.dataset.size):
+            raise DataError(f"crop {crop} is larger than the pictures of {path}, {self.dataset.size}")
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """The values that must be equal for a checkpoint to be continued."""
-        fields = ("autoencoder", "crop", "batch", "edge_weight", "latent_weight", "seed", "ema", "precision")
-        dumped = self.config.model_dump(mode="json")
-        return {**{key: dumped[key] for key in fields}, "content": self.dataset.fingerprint()}
+    def network(self) -> SmallAutoencoder:
+        """The autoencoder in training."""
+        return cast(SmallAutoencoder, self.state.model)
 
     def resume(self) -> Path | None:
-        """Restore the newest checkpoint; return its path, or None."""
+        """Restore the newest checkpoint that can be read. Return its path; None if there is none.
+
+        Raises:
+            CheckpointError: it is of another run, or none of several can be read.
+        """
         return restore(self.checkpoints, self.state, self.identity)
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         save(self.checkpoints, self.state, self.identity, keep=self.config.keep)
 
     def step(self) -> dict[str, float]:
-        """Train on one batch. Return the loss and its terms, the gradient's norm and the learning rate."""
+        """Train on one batch. Return the loss and its terms, the gradient's norm and the learning rate.
+
+        A gradient that is not finite is skipped.
+        """
         config, state = self.config, self.state
-        images = self.batch(state.step)
-        generator = torch.Generator().manual_seed(1_000_003 * config.seed + state.step)
-        factor = config.network.factor
-        shape = (
-            len(images),
-            config.network.latent_channels,
-            images.shape[2] // factor,
-            images.shape[3] // factor,
-        )
-        noise = torch.randn(shape, generator=generator)
-        with autocast(config.precision, config.device):
-            latents = state.model.encode(images)
-            decoded = state.model.decode(latents + config.network.noise * noise)
-        terms = {
-            "pixels": (decoded - images).abs().mean(),
-            "edges": edge_error(decoded, images),
-            "latents": latents.square().mean(),
-        }
-        loss = terms["pixels"] + config.edge_weight * terms["edges"] + config.latent_weight * terms["latents"]
+        losses = self.losses(self.batch(state.step))
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf)
-        rate = learning_rate(config, state.step)
+        cast(Any, losses["loss"]).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip))
+        rate = scheduled_rate(config, state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        if torch.isfinite(norm):
+        if np.isfinite(norm):
             state.optimizer.step()
-            state.ema.update(state.model.parameters())
+            state.ema.update(self.network.parameters())
         else:
             state.skipped += 1
         state.step += 1
-        return {
-            "loss": loss.item(),
-            **{k: v.item() for k, v in terms.items()},
-            "grad_norm": float(norm),
-            "lr": rate,
-        }
+        return {**{name: loss.item() for name, loss in losses.items()}, "grad_norm": norm, "lr": rate}
+
+    def losses(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the loss of pictures (N, 3, H, W), and the terms that it is the weighted sum of."""
+        config, spec = self.config, self.config.autoencoder
+        generator = torch.Generator().manual_seed(1_000_003 * config.seed + self.state.step)
+        height, width = (side // spec.factor for side in images.shape[2:])
+        noise = torch.randn((len(images), spec.latent_channels, height, width), generator=generator)
+        images = images.to(config.device)
+        latents = self.network.encode(images)
+        decoded = self.network.decode(latents + spec.noise * noise.to(config.device))
+        pixels, edges = (decoded - images).abs().mean(), edge_error(decoded, images)
+        size = latents.square().mean()
+        loss = pixels + config.edge_weight * edges + config.latent_weight * size
+        return {"loss": loss, "pixels": pixels, "edges": edges, "latents": size}
 
     def batch(self, step: int) -> Tensor:
         """Return the pictures of a step, (n, 3, H, W) in [−1, 1], cropped as the configuration says."""
         config, dataset = self.config, self.dataset
         rng = np.random.default_rng([config.seed, step])
         index = dataset.training[batch_indices(len(dataset.training), config.batch, step, config.seed)]
-        images = torch.from_numpy(dataset.batch(index, rng))
-        if config.crop is None:
+        images, crop = torch.from_numpy(dataset.batch(index, rng)), config.crop
+        if crop is None:
             return images
-        height, width = images.shape[2:]
-        tops, lefts = (rng.integers(0, side - config.crop + 1, len(images)) for side in (height, width))
-        return torch.stack(
-            [
-                image[:, t : t + config.crop, l : l + config.crop]
-                for image, t, l in zip(images, tops, lefts, strict=True)
-            ]
-        )
+        tops, lefts = (rng.integers(0, side - crop + 1, len(images)) for side in images.shape[2:])
+        corners = zip(images, tops, lefts, strict=True)
+        return torch.stack([image[:, top : top + crop, left : left + crop] for image, top, left in corners])
 
-    @torch.no_grad()
-    def measure(self) -> tuple[dict[str, float], Image.Image]:
-        """Return reconstruction figures of the averaged weights on held-out pictures, and a sheet of them."""
-        network = SmallAutoencoder(self.config.network)
+    def averaged_network(self) -> SmallAutoencoder:
+        """Return the autoencoder with averaged weights, in evaluation mode, on the CPU."""
+        network = SmallAutoencoder(self.config.autoencoder)
         self.state.ema.copy_to(network)
-        index = np.flatnonzero(self.dataset.held_out)[:64]
-        images = torch.from_numpy(self.dataset.batch(index, np.random.default_rng(0)))
-        decoded = torch.cat([network.decode(network.encode(part)) for part in images.split(16)]).clamp(-1, 1)
+        return network.eval().requires_grad_(False)
+
+    def measure(self) -> Reconstruction:
+        """Return how well the averaged weights reconstruct held-out pictures; without any, trained ones.
+
+        `psnr` is in dB, `grain` of 255, `decode_ms` of one picture with the threads of this process.
+        """
+        network, dataset = self.averaged_network(), self.dataset
+        index = np.flatnonzero(dataset.held_out)[:MEASURED]
+        index = index if len(index) else dataset.training[:MEASURED]
+        images = torch.from_numpy(dataset.batch(index, np.random.default_rng(0)))
+        latents = torch.cat([network.encode(part) for part in images.split(16)])
+        began = time.perf_counter()
+        decoded = torch.cat([network.decode(latent) for latent in latents.split(1)]).clamp(-1, 1)
+        decode_ms = 1e3 * (time.perf_counter() - began) / len(images)
         rows = torch.stack([images[:SHOWN], decoded[:SHOWN]])  # (2, n, 3, H, W)
         sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2H, n·W, 3)
-        picture = Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy())
-        return {"psnr": psnr(decoded, images), "grain": grain(decoded, images)}, picture
-
-
-def edge_error(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return the mean absolute error of differences between neighbours, of pictures (N, 3, H, W); scalar."""
-    difference = ours - theirs
-    return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
-
-
-def psnr(ours: Tensor, theirs: Tensor) -> float:
-    """Return the mean peak signal-to-noise ratio in dB of pictures (N, 3, H, W) in [−1, 1]."""
-    errors = (ours - theirs).square().mean((1, 2, 3))
-    return float((10 * torch.log10(4 / errors.clamp(min=1e-10))).mean())
-
-
-def grain(ours: Tensor, theirs: Tensor) -> float:
-    """Return the mean difference of neighbours, of 255, where `theirs` (N, 3, H, W) is flat.
-
-    Flat is a position whose 3×3 surroundings differ by less than one of 255 in each channel.
-    """
-    highest, lowest = F.max_pool2d(theirs, 3, 1, 1), -F.max_pool2d(-theirs, 3, 1, 1)
-    flat = ((highest - lowest).amax(1) < 1 / 127.5)[:, :, 1:]  # (N, H, W − 1)
-    differences = ours.diff(dim=-1).abs().mean(1) * 127.5
-    return float(differences[flat].mean())
+        figures = {"psnr": psnr(decoded, images), "grain": grain(decoded, images), "decode_ms": decode_ms}
+        return Reconstruction(
+            {name: round(value, 3) for name, value in figures.items()},
+            Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy()),
+        )
