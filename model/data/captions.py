@@ -19,7 +19,8 @@ KEYWORDS = 8
 UNSEEN = 12
 
 STYLE_FORMS = ("{subject}", "{subject} in {style} style", "{subject}, {style}", "{style} {subject}")
-ARTICLE = re.compile(r"^[aeiou]")
+VOWELS = "aeiou"
+ARTICLE = re.compile(r"an? ")
 
 
 class Wordings:
@@ -29,7 +30,7 @@ class Wordings:
     """
 
     def __init__(self, names: Mapping[str, str], keywords: Mapping[str, Sequence[str]]) -> None:
-        self.names = {key: clean(name) for key, name in names.items()}
+        self.names = {key: clean(name) or clean(key) or key for key, name in names.items()}
         cleaned = {
             key: list(dict.fromkeys(filter(None, map(clean, words)))) for key, words in keywords.items()
         }
@@ -43,7 +44,7 @@ class Wordings:
     def subjects(self, key: str) -> list[str]:
         """Return the ways to say what a name shows; its short name is there several times, as it is asked."""
         name, words = self.names[key], self.keywords.get(key, [])
-        article = "an" if ARTICLE.match(name) else "a"
+        article = "an" if name[0] in VOWELS else "a"
         both = [f"{name}, {word}" for word in words[:3]]
         return [name, name, f"{article} {name}", f"{name} emoji", *both, *words]
 
@@ -61,6 +62,7 @@ class Wordings:
             form.format(subject=subject, style=spoken)
             for subject in self.subjects(key)
             for form in STYLE_FORMS
+            if not (ARTICLE.match(subject) and form.startswith("{style}"))
         ]
 
     def _unseen(self, key: str, line: str) -> bool:
@@ -70,5 +72,5 @@ class Wordings:
 
 def clean(words: str) -> str:
     """Return words in lower case with single spaces; "" for what is no word, such as ":D"."""
-    text = re.sub(r"[_\-\s]+", " ", words.replace("’", "'").lower()).strip()
-    return text if re.search(r"[a-z]{2}|\d", text) and not re.search(r"[:;<>(){}=]", text) else ""
+    text = re.sub(r"[_\-\s()]+", " ", words.replace("’", "'").lower()).strip()
+    return text if re.search(r"[a-z]{2}|\d", text) and not re.search(r"[:;<>{}=]", text) else ""

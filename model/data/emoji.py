@@ -2,8 +2,8 @@
 
 The set has six drawings ("styles") of each emoji, all under free licences; names and groups are from
 unicode-emoji-json. It is one .npz file (`x` uint8 (N, H, W, 3) on white, `y` index into `names`, `s` index
-into `styles`, `names`, `groups` per name, `styles`) with a data card beside it. Bundles trained on the set
-take their licence and attribution from the card.
+into `styles`, `names`, `groups` per name, `styles`, and `captions` with a wording a line) with a data card
+beside it. Bundles trained on the set take their licence and attribution from the card.
 """
 
 from __future__ import annotations
@@ -201,6 +201,7 @@ def _card_text(file: str, size: int, pictures: int, names: int) -> str:
     return (
         f"# {file}\n\n{pictures:,} emoji pictures, {size}×{size} RGB on white: "
         f"{names:,} names, {len(ICON_SETS)} styles.\n"
-        "Flags and skin-tone variants are left out. Names and groups: unicode-emoji-json (MIT).\n\n"
+        "Flags and skin-tone variants are left out. Names and groups: unicode-emoji-json (MIT). "
+        "Captions: those names and the keywords of emojilib (MIT).\n\n"
         f"| style | package | licence | credit |\n|---|---|---|---|\n{rows}\n"
     )
