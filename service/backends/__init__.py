@@ -116,14 +116,14 @@ class SentenceEncoder(Protocol):
         ...
 
 
-def load_text_encoder(name: str) -> SentenceEncoder:
-    """Open the encoder `name`: one that comes as a package, or a folder.
+def load_text_encoder(name: str, tokens: int = 0) -> SentenceEncoder:
+    """Open the encoder `name`: one that comes as a package, or a folder; it gives so many token states.
 
     Raises:
         BackendUnavailable: a package it needs is not installed, or this service cannot run the encoder.
     """
     try:
-        return cast(SentenceEncoder, import_module(TEXT).open_encoder(name))
+        return cast(SentenceEncoder, import_module(TEXT).open_encoder(name, tokens))
     except ImportError as error:
         raise BackendUnavailable(
             f"text encoder {name!r} needs the package {error.name}, which is not installed"

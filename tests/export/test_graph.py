@@ -53,6 +53,7 @@ OPTIONS: dict[str, NetworkConfig] = {
     ),
     "a plan of all kinds, layout path": replace(PLAIN, depth=4, blocks=BLOCK_KINDS, layout_rank=2),
     "text alone, cross-attention": replace(PLAIN, classes=(), text_size=5, blocks=("cross_attention",)),
+    "text tokens beside labels": replace(PLAIN, text_size=5, text_tokens=3, qk_norm=True),
     "U-Net": UNET,
 }
 
