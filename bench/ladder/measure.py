@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ditserve.bench.ladder.training_pictures import TrainingPictures
 from ditserve.model.spec.bundle import Manifest, RungSpec
 from ditserve.model.spec.diffusion import guidance_weight, guided
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import fits, grid
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.service.backends import Backend
 from ditserve.service.planning.ladder import Ladder
@@ -57,7 +57,7 @@ def candidates(intervals: Iterable[Interval], ddim_grid: str, timesteps: int) ->
         for solver, (grids, counts) in CANDIDATES.items():
             for kind in dict.fromkeys((*grids, ddim_grid) if solver == "ddim" else grids):
                 for steps in counts:
-                    if steps <= timesteps:
+                    if fits(kind, steps, timesteps):
                         yield Rung(f"{solver}-{steps}", solver, steps, kind, interval, 0.0)
 
 
