@@ -83,7 +83,7 @@ class _Decoder(nn.Module):
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
         # A submodule, so that its weights become part of the graph.
-        self.network = getattr(autoencoder, "vae", None)
+        self.network = getattr(autoencoder, "network", None)
         self.autoencoder = autoencoder
 
     def forward(self, latent: Tensor) -> Tensor:

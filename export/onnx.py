@@ -33,7 +33,7 @@ from ditserve.export.parity import compare_rows, verify_decoder, verify_graphs
 from ditserve.export.source import ModelCard, open_source, parameters, round_weights
 from ditserve.export.storage import data_file, save_graph, save_weights, save_whole
 from ditserve.export.verify import Band, ParityLimits, check, report, worst
-from ditserve.model.nets.autoencoder import SdVae, open_decoder
+from ditserve.model.nets.autoencoder import SdVae, autoencoder_kind, open_decoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import (
     BACKBONE,
@@ -185,10 +185,10 @@ def check_decoder(manifest: Manifest, options: ExportOptions) -> None:
     if manifest.decoder == "identity" and channels != 3:
         raise ExportError(
             f"the model makes {channels} channels, not red, green and blue: "
-            "name the folder of its SD-VAE with --vae"
+            "name the folder of its autoencoder with --vae"
         )
     if manifest.decoder != "identity" and options.vae is None and options.decoder is None:
-        raise ExportError("the model works on latents: name the folder of its SD-VAE with --vae")
+        raise ExportError("the model works on latents: name the folder of its autoencoder with --vae")
     if manifest.decoder != "identity" and options.vae is not None:
         open_decoder(manifest, options.vae)
 
@@ -295,7 +295,7 @@ def _card_fields(options: argparse.Namespace) -> dict[str, Any]:
         ExportError: the card or a field is not valid.
     """
     flags = ("name", "version", "description", "licence", "attribution")
-    fields: dict[str, Any] = {} if options.vae is None else {"decoder": "sd-vae"}
+    fields: dict[str, Any] = {} if options.vae is None else {"decoder": autoencoder_kind(options.vae)}
     try:
         if options.card:
             fields |= ModelCard.model_validate_json(options.card.read_bytes()).given()
@@ -320,9 +320,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{field}")
     parser.add_argument("--attribution", action="append", help="one credit line; repeat for more")
     parser.add_argument("--data", type=named_path, help="the training pictures, if not where the run says")
-    parser.add_argument(
-        "--vae", type=named_path, help="diffusers AutoencoderKL folder, for models on latents"
-    )
+    parser.add_argument("--vae", type=named_path, help="folder of the autoencoder, for models on latents")
     parser.add_argument("--weights", choices=("auto", *DTYPES), default="auto", help="precision on disk")
     parser.add_argument(
         "--half",

@@ -57,7 +57,7 @@ class SmallAutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """How many times smaller the sides of a latent are than those of its picture."""
+        """The pixels that a latent covers on a side."""
         return 1 << len(self.widths)
 
 

@@ -129,7 +129,7 @@ class TrainConfig(BaseModel):
     """Number of checkpoints to keep."""
     sheet_every: Count = 400
     vae: NamedPath | None = None
-    """Folder of the SD-VAE that decodes the sample sheets of a run on latents; None: no sheets."""
+    """Folder of the autoencoder that decodes the sample sheets of a run on latents; None: no sheets."""
     log_every: Count = 20
     tensorboard: bool = False
 

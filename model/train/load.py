@@ -197,5 +197,7 @@ def open_sheet_decoder(manifest: Manifest, vae: Path | None, device: str = "cpu"
 
 def _latent_spec(dataset: Latents) -> LatentSpec:
     return LatentSpec(
-        shift=tuple(dataset.shift.flatten().tolist()), scale=tuple(dataset.scale.flatten().tolist())
+        shift=tuple(dataset.shift.flatten().tolist()),
+        scale=tuple(dataset.scale.flatten().tolist()),
+        factor=dataset.moments.index.picture_size[0] // dataset.moments.index.size[0],
     )

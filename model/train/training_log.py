@@ -39,7 +39,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 class LoggedRun(Protocol):
-    """What a log needs to know of a run; see `TrainConfig`."""
+    """The fields of a run that its log needs; see `TrainConfig`."""
 
     @property
     def output(self) -> Path: ...

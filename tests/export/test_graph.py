@@ -143,7 +143,7 @@ def test_the_decoder_of_a_model_on_latents_is_a_graph_of_any_size(tmp_path: Path
     (tmp_path / "other").mkdir()
     write_decoder(latent, tmp_path / "other", ExportOptions(decoder=tmp_path / DECODER))
     assert (tmp_path / "other" / DECODER).read_bytes() == (tmp_path / DECODER).read_bytes()
-    with pytest.raises(ExportError, match="works on latents: name the folder of its SD-VAE with --vae"):
+    with pytest.raises(ExportError, match="works on latents: name the folder of its autoencoder with --vae"):
         check_decoder(latent, ExportOptions())
 
 

@@ -1,4 +1,4 @@
-"""Measures of pictures beside those that they should be. Pictures are (N, 3, H, W) in [−1, 1]. Pure."""
+"""Measures of pictures beside those that they should be. Pictures are (N, 3, H, W) in [−1, 1]."""
 
 from __future__ import annotations
 
