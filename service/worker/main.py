@@ -211,7 +211,19 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
     """Build an engine for a bundle.
 
     Its slots hold what may run, what is claimed ahead, what is reserved for newcomers, and one job more.
+
+    Raises:
+        BackendUnavailable: the memory of this machine is too small.
     """
+    try:
+        return _engine(backend, settings, shared)
+    except MemoryError as error:
+        raise BackendUnavailable(
+            f"too little memory ({error}): lower --modulation-cache-bytes, --max-rows or --lookahead-rows"
+        ) from None
+
+
+def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) -> Engine:
     ladder = Ladder.from_manifest(backend.manifest)
     return Engine(
         backend=backend,
