@@ -16,7 +16,7 @@ from ditserve.model.spec.bundle import Bundle, DiffusionSpec
 from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
-from ditserve.service.backends import load_backend
+from ditserve.service.backends import Floats, load_backend
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
@@ -64,7 +64,7 @@ def test_the_engine_draws_what_the_model_samples(name: str, learned: Path) -> No
     )
     for rung in RUNGS:
         engine.add(_request(rung))
-    made = {}
+    made: dict[str, Floats] = {}
     while not engine.idle:
         made |= {sample.id: sample.latent for sample in engine.step().finished}
     with torch.no_grad():
