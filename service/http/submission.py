@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.model.spec.grids import GRIDS
+from ditserve.model.spec.grids import GRIDS, choose_grid
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import (
     IdempotencyMismatch,
@@ -180,9 +180,14 @@ class Submissions:
         low, high = request.guidance_interval or defaults.guidance_interval
         if low > high:
             raise field_error("guidance_interval", "Its low end is above its high end.")
+        if request.grid is not None:
+            _one_of("grid", request.grid, GRIDS)
         # The best rung of a solver tells which grid suits it.
-        grids = {rung.solver: rung.grid for rung in reversed(self.ladder.rungs)}
-        grid = _one_of("grid", request.grid or grids.get(solver, defaults.grid), GRIDS)
+        stated = {rung.solver: rung.grid for rung in reversed(self.ladder.rungs)}.get(solver, defaults.grid)
+        try:
+            grid = choose_grid(request.grid, stated=stated, solver=solver, steps=steps, timesteps=timesteps)
+        except ValueError as error:
+            raise field_error("grid", _sentence(error)) from None
         return self.ladder.requested(solver, steps, grid, (low, high), self._guidance_scale(request) != 1.0)
 
     def _guidance_scale(self, request: GenerateRequest) -> float:
@@ -334,6 +339,12 @@ def field_error(field: str, detail: str) -> InvalidRequest:
     return InvalidRequest(
         f"{field}: {detail}", extra={"errors": [{"pointer": f"#/{field}", "detail": detail}]}
     )
+
+
+def _sentence(error: ValueError) -> str:
+    """Return the message of an error as a sentence: with a capital letter and a full stop."""
+    message = str(error)
+    return f"{message[:1].upper()}{message[1:]}."
 
 
 def _one_of(field: str, name: str, known: Collection[str]) -> str:
