@@ -13,7 +13,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.sheet import to_pixels
 from ditserve.model.spec.bundle import GOLDEN, Golden
 from ditserve.model.spec.class_names import class_reference
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import choose_grid, grid
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
@@ -40,7 +40,9 @@ def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> G
     # A few-step model is drawn with its own number of steps: with more it would not draw what it was trained
     # to.
     steps = min(STEPS, defaults.steps, affordable_steps(network.config, defaults.guidance_scale))
-    table = step_table(defaults.solver, grid(defaults.grid, steps, model.schedule.timesteps), model.schedule)
+    solver, total = defaults.solver, model.schedule.timesteps
+    kind = choose_grid(None, stated=defaults.grid, solver=solver, steps=steps, timesteps=total)
+    table = step_table(solver, grid(kind, steps, total), model.schedule)
     guidance = Guidance(
         defaults.guidance_scale, defaults.guidance_interval, manifest.diffusion.guidance_channels
     )
@@ -54,8 +56,8 @@ def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> G
         condition={factor.name: str(class_reference(factor, 0)) for factor in manifest.factors},
         seed=SEED,
         steps=steps,
-        solver=defaults.solver,
-        grid=defaults.grid,
+        solver=solver,
+        grid=kind,
         guidance_scale=defaults.guidance_scale,
     )
 

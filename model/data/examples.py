@@ -5,14 +5,15 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.data.fingerprint import fingerprint
+from ditserve.model.data.texts import Texts
 from ditserve.model.data.transforms import centre_crop
-from ditserve.model.nets.text import TextError, open_encoder
+from ditserve.model.nets.text import TextError
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.errors import ModelError
 
@@ -54,6 +55,7 @@ class Examples:
     held_out: npt.NDArray[np.bool_]
     captions: tuple[str, ...] = ()
     encoder: str | None = None
+    text_tokens: int = 0
     flip: bool = False
     licence: str | None = None
     attribution: tuple[str, ...] = ()
@@ -65,20 +67,27 @@ class Examples:
         """Indices of the examples that may be trained on."""
         return np.flatnonzero(~self.held_out)
 
-    @cached_property
-    def text(self) -> npt.NDArray[np.float32] | None:
-        """Embeddings of the captions, (N, text_size), or None without an encoder.
+    def part(self, index: npt.NDArray[np.int64]) -> Self:
+        """Return the examples at `index` (n,)."""
+        return replace(
+            self,
+            rows=self.rows[index],
+            labels=self.labels[index],
+            held_out=self.held_out[index],
+            captions=tuple(self.captions[k] for k in index) if self.captions else (),
+        )
 
-        Each distinct caption is encoded once, when this is first read.
+    @cached_property
+    def texts(self) -> Texts | None:
+        """The captions, encoded; None without an encoder. It is opened when this is first read.
 
         Raises:
             DataError: the encoder cannot be opened.
         """
         if self.encoder is None:
             return None
-        distinct, inverse = np.unique(np.array(self.captions), return_inverse=True)
         try:
-            return open_encoder(self.encoder).encode([str(caption) for caption in distinct])[inverse]
+            return Texts(self.captions, self.encoder, self.text_tokens)
         except TextError as error:
             raise DataError(f"field text: {error}") from None
 

@@ -49,6 +49,11 @@ BUNDLE_FILES = frozenset([WEIGHTS, CALIBRATION, GOLDEN, *_GRAPHS, *(f"{name}.dat
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
+# The pixels that a latent of the SD-VAE covers on a side.
+SD_FACTOR = 8
+DecoderKind = Literal["identity", "sd-vae", "small"]
+
+
 class BundleError(ModelError):
     """A bundle that cannot be used; the message is one sentence that names the file."""
 
@@ -94,12 +99,16 @@ class LatentSpec(_Strict):
 
     shift: tuple[float, ...]
     scale: tuple[Annotated[float, Field(gt=0)], ...]
+    factor: Annotated[int, Field(ge=1, le=64)] = SD_FACTOR
+    """The pixels that a latent covers on a side."""
 
 
 class RungSpec(_Strict):
     """One measured operating point.
 
-    `rows` is the cost in forward rows per image, `quality` the distance to the reference: lower is better.
+    `rows` is the cost in forward rows per image. `own` is the distance of its pictures to those that the
+    model's own long run draws of the same noise, `real` that to real pictures; None: not measured. `quality`
+    is the one of the two that orders the ladder (`Manifest.ladder_order`): lower is better.
     """
 
     name: str
@@ -109,6 +118,8 @@ class RungSpec(_Strict):
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     rows: float
     quality: float
+    own: float | None = None
+    real: float | None = None
 
 
 class Defaults(_Strict):
@@ -150,19 +161,27 @@ class Manifest(_Strict):
     config: NetworkConfig
     diffusion: DiffusionSpec
     factors: tuple[Factor, ...]
-    decoder: Literal["identity", "sd-vae", "small"] = "identity"
+    decoder: DecoderKind = "identity"
     # None: latents are multiplied by 0.18215, as for the published models.
     latents: LatentSpec | None = None
     embedding_size: int
     state: tuple[StateTensor, ...]
     defaults: Defaults
     ladder: tuple[RungSpec, ...] = ()
+    ladder_order: Literal["own", "real"] = "own"
     golden: Golden | None = None
     licence: str
     attribution: tuple[str, ...] = ()
     provenance: dict[str, Any] = {}
     metrics: dict[str, float] = {}
     files: dict[Name, FileEntry] = {}
+
+    @property
+    def upscale(self) -> int:
+        """The pixels along a side of the picture for each of what the network denoises."""
+        if self.decoder == "identity":
+            return 1
+        return SD_FACTOR if self.latents is None else self.latents.factor
 
     @field_validator("config", mode="plain")
     @classmethod

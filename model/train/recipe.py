@@ -112,6 +112,7 @@ class Recipe:
             data.path,
             groups=data.groups,
             names=data.names,
+            crossed=data.crossed,
             hold_out=data.hold_out,
         )
         self.count = int((~self.examples.held_out).sum())
@@ -236,7 +237,7 @@ def images_per_s(config: NetworkConfig, batch: int, device: str) -> float:
     x = torch.randn(batch, config.in_channels, *config.image_size, device=device)
     t = torch.full((batch,), 500.0, device=device)
     labels = torch.zeros((batch, len(config.classes)), dtype=torch.int64, device=device)
-    text = torch.zeros((batch, config.text_size), device=device) if config.text_size else None
+    text = torch.zeros((batch, config.text_width), device=device) if config.text_size else None
     began, done = time.perf_counter(), -1
     while done < 1 or time.perf_counter() - began < PROBE_S:
         network(x, t, labels, text).square().mean().backward()
