@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ditserve.model.nets.attention_weights import observed_attention
 from ditserve.model.nets.factory import Network
-from ditserve.model.nets.layers import Attention
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import SampleError, embed_terms, parse_condition
 from ditserve.model.sampling.sheet import check_sheet, picture_grid, to_pixels
@@ -63,18 +62,13 @@ def attention_maps(model: Network, x: Tensor, state: Sequence[Tensor]) -> list[A
     maps: list[AttentionMap] = []
     front = 2 if "in_context" in getattr(model.config, "plan", ()) else 0
 
-    def record(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        weights = cast(Attention, module).weights(*arguments)[:, :, front:, front:]
+    def record(_: int, whole: Tensor) -> None:
+        weights = whole[:, :, front:, front:]
         rows = round((weights.shape[-1] * x.shape[2] / x.shape[3]) ** 0.5)
         maps.append(AttentionMap(weights, rows, weights.shape[-1] // rows))
 
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
+    with observed_attention(model, record):
         model.backbone(x, state)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return maps
 
 
