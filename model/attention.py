@@ -25,7 +25,7 @@ from torch import Tensor
 from ditserve.model.nets.attention_weights import observed_attention
 from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
-from ditserve.model.sampling.prompt import SampleError, embed_terms, parse_condition
+from ditserve.model.sampling.prompt import SampleError, embed_terms, encoder_of, parse_condition
 from ditserve.model.sampling.sheet import check_sheet, picture_grid, to_pixels
 from ditserve.model.spec.command_line import count, guarded, named_path, picture_file, positive, share
 from ditserve.model.spec.grids import grid
@@ -123,7 +123,7 @@ def paint(options: argparse.Namespace) -> Image.Image:
             f"--query is a pixel in rows 0..{height - 1} and columns 0..{width - 1}, not {y} {x}"
         )
     term = parse_condition(options.condition, loaded.manifest.factors)
-    embedding = embed_terms(model, [term], options.encoder)[0][None]
+    embedding = embed_terms(model, [term], encoder_of(loaded.manifest, [term], options.encoder))[0][None]
     x0 = draw_sample(loaded, embedding, options.seed)
     maps = _maps_of_noised(loaded, x0, embedding, options)
     chosen = [maps[k] for k in sorted({0, len(maps) // 2, len(maps) - 1})]
@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--at", type=share, default=0.4, help="how noisy the picture shown to the network is, 0..1 (0.4)")
     add("--zoom", type=positive, default=4, help="pixels of the output per pixel (4)")
-    add("--encoder", default="minilm", help="of text: a name or module:Class (minilm)")
+    add("--encoder", help="of text: a name or module:Class (the one it was trained with)")
     add("--data", type=named_path, help="the training pictures of a run, if they moved")
     return parser
 
