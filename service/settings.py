@@ -147,6 +147,11 @@ class Settings(BaseSettings):
 
     queue_limit: Count = Field(1000, description="jobs that may wait before new ones are refused")
     lease_s: Seconds = Field(15.0, description="how long a worker may hold a job without renewing its lease")
+    max_run_s: Seconds = Field(
+        1800.0,
+        description="least time for which a worker may hold a job; "
+        "ten times its predicted time if that is more",
+    )
     max_attempts: Count = Field(3, description="workers a job may lose before it is put aside as dead")
     result_ttl_s: Seconds = Field(3600.0, description="how long results and events are kept")
     drain_s: Seconds = Field(30.0, description="time to finish work after SIGTERM")
@@ -171,7 +176,9 @@ class Settings(BaseSettings):
     )
     ready_workers: int = Field(1, ge=0, description="workers that must be alive for /readyz")
     hang_s: Seconds = Field(
-        60.0, description="time without a step, while work is running, after which /livez fails"
+        60.0,
+        description="least time without a step, while work is running, after which a worker gives up and "
+        "/livez fails; 20 times the predicted time of the step if that is more",
     )
     keepalive_s: Seconds = Field(15.0, description="silence on an event stream before a keep-alive comment")
 
@@ -205,7 +212,8 @@ class Settings(BaseSettings):
     canary_s: float = Field(
         300.0,
         ge=0,
-        description="time between drawings of the bundle's golden image, to see drift; 0 is never",
+        description="least time between drawings of the bundle's golden image, to see drift; they take at "
+        "most 1 % of a worker's time, however large the model; 0 is never",
     )
     metrics: bool = Field(True, description="serve /metrics")
     worker_metrics_port: Port = Field(

@@ -104,6 +104,7 @@ STATE = WorkerState(
     dues=(DemandBucket(1_700_000_010.25, 80, 32), DemandBucket(inf, 40, 40)),
     bundle="fedcba9876543210",
     given_rows=500,
+    hang_s=200.0,
 )
 STARTING = Starting("w2", "emoji", "warming up")
 SNAPSHOT = Snapshot(
