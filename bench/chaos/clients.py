@@ -269,12 +269,4 @@ WAYS = {
     "cancelling": LoadClient._cancel,
     "hurrying": LoadClient._hurry,
 }
-FURTHER_def _is_transient(answer: httpx.Response, content: bytes) -> bool:
-    """Return True if asking again may give another answer: a failure that passes, or one without a reason."""
-    if answer.is_success:
-        return False
-    explained = answer.headers.get("content-type") == "application/problem+json"
-    return not explained or json.loads(content)["code"] in TRANSIENT_PROBLEMS
-
-
-WAYS = {"promised": LoadClient._promise}
+FURTHER_WAYS = {"promised": LoadClient._promise}
