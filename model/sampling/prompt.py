@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ditserve.model.nets.factory import Network
+from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.nets.text import open_encoder
 from ditserve.model.sampling.denoise import Conditions
 from ditserve.model.spec.bundle import Factor
@@ -106,3 +107,20 @@ def combine_conditions(
     if how == "linear" or how == "spherical":
         return Conditions((mix_embeddings(embeddings, weights, how).expand(rows, -1),))
     return Conditions(tuple(embedding.expand(rows, -1) for embedding in embeddings), tuple(weights), how)
+
+
+def random_conditions(
+    config: NetworkConfig, count: int, random: np.random.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Draw labels (count, F), and text embeddings (count, text_size) of length 1 as encoders give them.
+
+    A model that takes no text has None.
+    """
+    columns = [random.integers(0, size, count) for size in config.classes]
+    labels = torch.zeros(count, 0, dtype=torch.int64)
+    if columns:
+        labels = torch.from_numpy(np.stack(columns, axis=1))
+    if not config.text_size:
+        return labels, None
+    text = torch.from_numpy(random.standard_normal((count, config.text_size), dtype=np.float32))
+    return labels, text / text.norm(dim=1, keepdim=True)

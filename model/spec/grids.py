@@ -145,10 +145,11 @@ def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, tim
 
 
 def fits(kind: str, steps: int, timesteps: int) -> bool:
-    """Return whether `kind` has a good grid of so many steps: it starts at the noisy end.
+    """Return whether `kind` has a good grid of so many steps: one that starts near the noisy end.
 
-    Few steps must not be spent on both ends: with 4 steps the error of "linspace" is a third above that of
-    "trailing", with 12 it is the same.
+    Near is two strides: "leading" of 100 steps starts at 990, of 101 steps at 900, with an error half as
+    large again. Few steps must not be spent on both ends: with 4 steps the error of "linspace" is a third
+    above that of "trailing", with 12 it is the same.
     """
     if kind in _BOTH_ENDS and steps < _FEW:
         return False
@@ -156,7 +157,8 @@ def fits(kind: str, steps: int, timesteps: int) -> bool:
         first = grid(kind, steps, timesteps)[0]
     except ValueError:
         return False
-    return _starts_noisy(first, steps, timesteps)
+    two_strides = 2 * timesteps / steps
+    return _starts_noisy(first, steps, timesteps) and timesteps - 1 - first <= two_strides
 
 
 def regrid(remaining_from: int, steps: int, kind: str, timesteps: int) -> tuple[int, ...]:

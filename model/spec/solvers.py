@@ -110,6 +110,9 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
     }
 )
 
+# The solver of which a network may have learned the variance of the steps.
+LEARNED = "ddpm"
+
 
 def step_table(
     solver: str, grid: Sequence[int], schedule: Schedule, *, eta: float = 0.0, previous: int | None = None

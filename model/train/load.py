@@ -52,20 +52,34 @@ def load_model(path: Path, *, data: Path | None = None) -> LoadedModel:
         LoadError: `path` is neither of the two, has no readable checkpoint, or has weights that do not fit.
         BundleError: a bundle that is damaged.
     """
-    has_run = (path / "config.json").is_file()
-    if not (path / MANIFEST).is_file():
-        if has_run:
-            return _load_run(path, data)
+    has_run, has_bundle = (path / "config.json").is_file(), (path / MANIFEST).is_file()
+    if not (has_run or has_bundle):
         raise LoadError(
             f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
         )
-    trained = _newest_step(path) if has_run else -1
-    if trained < 0:
-        return load_bundle(Bundle.open(path))
-    made = Bundle.open(path, verify=False).manifest.provenance.get("step", -1)
-    opened = f"the training run, at step {trained}" if trained > made else f"the bundle, of step {made}"
-    print(f"{path} holds a bundle and a training run; opened {opened}", file=sys.stderr)
-    return _load_run(path, data) if trained > made else load_bundle(Bundle.open(path))
+    is_run = opens_run(path)
+    if has_run and has_bundle and (trained := _newest_step(path)) >= 0:
+        opened = (
+            f"the training run, at step {trained}" if is_run else f"the bundle, of step {_step_made(path)}"
+        )
+        print(f"{path} holds a bundle and a training run; opened {opened}", file=sys.stderr)
+    return _load_run(path, data) if is_run else load_bundle(Bundle.open(path))
+
+
+def opens_run(path: Path) -> bool:
+    """Return True if `load_model` opens the training run in `path`, not a bundle.
+
+    Raises:
+        BundleError: a bundle that is damaged.
+    """
+    if not (path / "config.json").is_file():
+        return False
+    return not (path / MANIFEST).is_file() or _newest_step(path) > _step_made(path)
+
+
+def _step_made(bundle: Path) -> int:
+    """Return the training step that a bundle was made of, −1 if it does not tell."""
+    return int(Bundle.open(bundle, verify=False).manifest.provenance.get("step", -1))
 
 
 def _newest_step(run: Path) -> int:

@@ -132,7 +132,9 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
         lease_s=settings.lease_s,
         max_attempts=settings.max_attempts,
     )
-    embeddings = Embeddings(url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes)
+    embeddings = Embeddings(
+        url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes, clock=broker.clock
+    )
     backend: Backend | None = None
     try:
         if settings.worker_metrics_port:
@@ -236,7 +238,7 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
         ladder=ladder,
         costs=CostModel(),
         schedule=backend.manifest.diffusion.noise_schedule(),
-        clock=time.time,
+        clock=time.monotonic,
         slots=settings.max_rows + settings.lookahead_rows + RESERVED_SAMPLES + settings.max_images,
     )
 
