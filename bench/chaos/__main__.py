@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     log = asyncio.run(run(name, options, requests, progress))
                     summaries[name] = log.summary()
         text = markdown(summaries, options)
-        print(text)
+        print(text, end="")
         if options.report:
             options.report.write_text(text)
         if options.out:
