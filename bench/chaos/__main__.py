@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from ditserve.bench.load.cluster import TestCluster, running_cluster
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.errors import ModelError
 from ditserve.service.errors import QueueUnavailable, ServiceError
+from ditserve.service.launch.valkey import scratch_folder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings
 
@@ -90,7 +90,7 @@ async def run(
     """Run one scenario. `requests` without images get them first, from the undisturbed service."""
     scenario = SCENARIOS[name]
     log, rng = ChaosLog(redis_loses=scenario.redis_loses), random.Random(f"{options.seed} {name}")
-    with tempfile.TemporaryDirectory(prefix="dit-") as temporary:
+    with scratch_folder() as temporary:
         folder = Path(temporary)
         unlike = scenario.unlike(options, folder)
         async with (

@@ -97,11 +97,15 @@ class TestCluster:
             return
         words = [sys.executable, "-m", *self._modules[name.partition("-")[0]]]
         unlike = self._unlike.get(name, Circumstances())
-        log = unlike.log or self._folder / f"{name}.log"
-        script = 'cd "$1" && log=$2 && shift 2 && exec "$@" >>"$log" 2>&1'
-        shell = ["/bin/sh", "-c", script, name, str(unlike.checkout or Path.cwd()), str(log), *words]
-        environment = self._environment(name, new=unlike.checkout is None) | dict(unlike.variables)
-        self._children[name] = await Child.start(name, shell, environment)
+        # A pipe that nobody reads any more could not be opened again.
+        plain = unlike.log is None or name in self._children
+        self._children[name] = await Child.start(
+            name,
+            words,
+            self._environment(name, new=unlike.checkout is None) | dict(unlike.variables),
+            folder=unlike.checkout,
+            log=self._folder / f"{name}.log" if plain else unlike.log,
+        )
 
     def _environment(self, name: str, *, new: bool) -> dict[str, str]:
         """Return the environment of a process; one that is not `new` may lack settings at their default."""
