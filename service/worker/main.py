@@ -202,11 +202,13 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
     Raises:
         BackendUnavailable: there is no such encoder here, or it is not the model's.
     """
-    wanted = manifest.config.text_size
+    wanted = manifest.config.text_width
     if not wanted:
         return None
     data = manifest.provenance.get("training", {}).get("data", {})
-    encoder = load_text_encoder(settings.text_encoder or data.get("text") or "minilm")
+    encoder = load_text_encoder(
+        settings.text_encoder or data.get("text") or "minilm", manifest.config.text_tokens
+    )
     if encoder.size != wanted:
         raise BackendUnavailable(
             f"the text encoder gives {encoder.size} numbers and the model takes {wanted}: "
