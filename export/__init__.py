@@ -3,6 +3,5 @@
 This package imports `model` and never `service`: the two meet in the bundle.
 """
 
-# `python -m export.int8` begins here and imports ONNX Runtime first. By then `ditserve` must have set a variable
-# for it.
+# `python -m export.int8` begins here, and imports ONNX Runtime before other parts of `ditserve`.
 import ditserve  # noqa: F401
