@@ -79,6 +79,18 @@ async def test_a_seed_is_picked_when_none_is_given(stage: Stage) -> None:
     assert seeds[0] != seeds[1]
 
 
+async def test_listed_noise_levels_are_the_steps_and_are_given_up_only_by_consent(stage: Stage) -> None:
+    answer = await stage.generate(noise_levels=[99, 60.0, 20], sampler="dpmpp-2m")
+    assert answer.status_code == 200, answer.text
+    job = submitted(stage)
+    assert (job.steps, job.solver, job.grid) == (3, "dpmpp-2m", "99,60,20")
+    assert (job.allow_degraded, job.min_steps) == (False, 3)
+    assert job.requested == job.admitted
+    await stage.generate(noise_levels=[99, 60, 20], steps=3, allow_degraded=True)
+    job = submitted(stage)
+    assert (job.steps, job.grid, job.allow_degraded, job.min_steps) == (3, "99,60,20", True, 1)
+
+
 async def test_without_degrading_the_floor_is_the_steps_asked_for(stage: Stage) -> None:
     await stage.generate(steps=9, allow_degraded=False)
     assert submitted(stage).min_steps == 9
