@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import random
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from ditserve.bench.load.cluster import TestCluster, running_cluster
 from ditserve.bench.load.processes import resident_bytes
 from ditserve.bench.report import MIB
 from ditserve.model.spec.bundle import Bundle
+from ditserve.service.launch.valkey import scratch_folder
 from ditserve.service.settings import Settings
 
 SAMPLE_S = 0.25
@@ -74,7 +74,7 @@ async def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]
     flags = [f"--bundle={options.bundle}", "--threads=1", "--log-level=warning", "--result-ttl-s=20"]
     factor = Bundle.open(options.bundle).manifest.factors[0]
     requests = reference_requests(factor.classes, factor.name, steps=options.steps)
-    with tempfile.TemporaryDirectory(prefix="dit-") as folder:
+    with scratch_folder() as folder:
         async with (
             running_cluster(Path(folder), Settings.parse(flags), workers=1) as cluster,
             connected(cluster.url) as http,

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from ditserve.bench.chaos.clients import LoadClient, connected, reference_reques
 from ditserve.bench.chaos.faults import LEASE_S, ChaosLog, cause_faults
 from ditserve.bench.load.cluster import TestCluster, running_cluster
 from ditserve.model.spec.bundle import Bundle
+from ditserve.service.launch.valkey import scratch_folder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings
 
@@ -69,7 +69,7 @@ async def run(options: argparse.Namespace, progress: Progress) -> ChaosLog:
     log, rng = ChaosLog(), random.Random(options.seed)
     factor = Bundle.open(options.bundle).manifest.factors[0]
     requests = reference_requests(factor.classes, factor.name, steps=options.steps)
-    with tempfile.TemporaryDirectory(prefix="dit-") as folder:
+    with scratch_folder() as folder:
         async with (
             running_cluster(Path(folder), Settings.parse(flags), workers=options.workers) as cluster,
             connected(cluster.url) as http,

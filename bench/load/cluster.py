@@ -66,9 +66,9 @@ class TestCluster:
             self._settings = self._settings.model_copy(update={"redis_url": SecretStr(url)})
             return
         words = [sys.executable, "-m", *self._modules[name.partition("-")[0]]]
-        log = self._folder / f"{name}.log"
-        shell = ["/bin/sh", "-c", f'exec "$@" >>{log} 2>&1', name, *words]
-        self._children[name] = await Child.start(name, shell, self._settings.child_environment())
+        self._children[name] = await Child.start(
+            name, words, self._settings.child_environment(), log=self._folder / f"{name}.log"
+        )
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self._children[name].signal(number)

@@ -107,7 +107,7 @@ def macs(network: Network, inputs: Inputs) -> tuple[int, int]:
 
 def _example(config: NetworkConfig, size: tuple[int, int]) -> Inputs:
     labels = torch.empty(1, len(config.classes), dtype=torch.int64)
-    text = torch.empty(1, config.text_size) if config.text_size else None
+    text = torch.empty(1, config.text_width) if config.text_size else None
     return torch.empty(1, config.in_channels, *size), torch.empty(1), labels, text
 
 

@@ -129,7 +129,7 @@ class TrainConfig(BaseModel):
     """Number of checkpoints to keep."""
     sheet_every: Count = 400
     vae: NamedPath | None = None
-    """Folder of the SD-VAE that decodes the sample sheets of a run on latents; None: no sheets."""
+    """Folder of the autoencoder that decodes the sample sheets of a run on latents; None: no sheets."""
     log_every: Count = 20
     tensorboard: bool = False
 
@@ -211,10 +211,11 @@ class TrainConfig(BaseModel):
             ValueError: a configuration that cannot work.
         """
         sizes = [size for _, size in self.stage_sizes(dataset)]
-        fields = {
+        fields: dict[str, Any] = {
             "learn_sigma": self.diffusion.learn_sigma,
             "in_channels": dataset.channels,
-            **({} if dataset.text is None else {"text_size": dataset.text.shape[1]}),
+            **({} if dataset.texts is None else {"text_size": dataset.texts.size}),
+            **({"text_tokens": self.data.text_tokens} if self.data.text_tokens else {}),
         }
         for field, value in fields.items():
             if self.model.get(field, value) != value:

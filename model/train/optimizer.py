@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,7 +18,26 @@ from ditserve.model.train.distillation.config import ProgressiveDistillationConf
 HALF_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+class Course(Protocol):
+    """The course of a run: its length, its learning rate, and AdamW's constants. See `TrainConfig`."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def decay(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, ...]: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def make_optimizer(network: nn.Module, config: Course) -> torch.optim.AdamW:
     """Make fused AdamW (Loshchilov & Hutter, arXiv:1711.05101) with two groups of parameters.
 
     Matrices decay. The rest does not: biases, norms, and embeddings of labels, of positions and of "no text".
@@ -31,7 +51,7 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -46,23 +66,28 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if isinstance(config.distillation, ProgressiveDistillationConfig):
         step, steps = config.distillation.position(step, config.steps)
         config = config.model_copy(update={"steps": steps})
+    return scheduled_rate(config, step)
+
+
+def scheduled_rate(config: Course, step: int) -> float:
+    """Return the rate of step 0..steps−1 of a run without rounds, see `learning_rate`."""
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup), SCHEDULES[config.schedule](config, step))
 
 
-def _constant(config: TrainConfig, step: int) -> float:
+def _constant(config: Course, step: int) -> float:
     return 1.0
 
 
-def _cosine(config: TrainConfig, step: int) -> float:
+def _cosine(config: Course, step: int) -> float:
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return 0.5 * (1.0 + math.cos(math.pi * max(0.0, progress)))
 
 
-def _wsd(config: TrainConfig, step: int) -> float:
+def _wsd(config: Course, step: int) -> float:
     return (config.steps - step) / max(1.0, config.decay * config.steps)
 
 
-SCHEDULES: dict[str, Callable[[TrainConfig, int], float]] = {
+SCHEDULES: dict[str, Callable[[Course, int], float]] = {
     "constant": _constant,
     "cosine": _cosine,
     "wsd": _wsd,
