@@ -29,7 +29,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.prompt import SampleError, embed_terms, parse_condition
 from ditserve.model.sampling.sheet import check_sheet, picture_grid, to_pixels
 from ditserve.model.spec.command_line import count, guarded, named_path, picture_file, positive, share
-from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel

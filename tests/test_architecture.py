@@ -95,7 +95,7 @@ PURE = {
     "service.engine.fair_shares",
 }
 PURE |= {f"service.planning.{name}" for name in ("costs", "ladder", "planner")}
-PURE |= {"model.spec.diffusion", "model.spec.solvers"}
+PURE |= {"model.spec.diffusion", "model.spec.grids", "model.spec.solvers"}
 # A bundle's manifest is a value, although its module can also read one from a folder.
 VALUES = {"model.spec.bundle"}
 # fmt: off

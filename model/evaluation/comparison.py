@@ -16,7 +16,8 @@ import torch
 from ditserve.model.evaluation.picture_sets import GENERATED, UNSEEN
 from ditserve.model.nets.cost import cost
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.diffusion import grid, guidance_weight
+from ditserve.model.spec.diffusion import forward_rows
+from ditserve.model.spec.grids import grid
 from ditserve.model.train.loaded_model import LoadedModel
 
 PROBES = 20  # passes of each network, timed in turns
@@ -39,15 +40,10 @@ class EvaluatedModel:
 
 
 def rows_per_image(record: Mapping[str, Any], timesteps: int) -> int:
-    """Return the forward rows of one image, sampled as in the record.
-
-    A step has two rows where guidance acts, else one. 20 steps with guidance in an interval that holds 12 of
-    them: 12 · 2 + 8 · 1 = 32 rows.
-    """
+    """Return the forward rows of one image, sampled as in the record."""
     sampling = record["sampling"]
-    scale, interval = sampling["guidance_scale"], tuple(sampling["guidance_interval"])
     steps = grid(sampling["grid"], sampling["steps"], timesteps)
-    return sum(1 + (guidance_weight(scale, t, timesteps, interval) != 1.0) for t in steps)
+    return forward_rows(steps, timesteps, sampling["guidance_scale"], tuple(sampling["guidance_interval"]))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ditserve.model.data.examples import DataError
 from ditserve.model.evaluation.features import FeatureNetwork, Features
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
-from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
 

@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.diffusion import Array, FloatTable, Schedule, check_grid, x0_coefficients
+from ditserve.model.spec.diffusion import Array, FloatTable, Schedule, x0_coefficients
+from ditserve.model.spec.grids import check_grid
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,13 +110,16 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
     }
 )
 
+# The solver of which a network may have learned the variance of the steps.
+LEARNED = "ddpm"
+
 
 def step_table(
     solver: str, grid: Sequence[int], schedule: Schedule, *, eta: float = 0.0, previous: int | None = None
 ) -> StepTable:
     """Return the coefficients of every step of `solver` along `grid`; the last step leads to the clean image.
 
-    `grid` is strictly decreasing timesteps in 0..T-1, as `model.spec.diffusion.grid` makes them. `eta` in
+    `grid` is strictly decreasing timesteps in 0..T-1, as `model.spec.grids.grid` makes them. `eta` in
     0..1 is the share of ancestral noise, if the solver leaves it open; 0 is deterministic.
 
     Example: with alpha_bar (0.64, 0.36), alpha and sigma are 0.8, 0.6 at timestep 0 and 0.6, 0.8 at timestep

@@ -17,7 +17,7 @@ from ditserve.model.nets.cost import cost
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import label_tensor
 from ditserve.model.sampling.sheet import sheet_labels, to_pixels
-from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.load import SHEET_STEPS, run_defaults

@@ -11,9 +11,17 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.model.spec.diffusion import GRIDS
+from ditserve.model.spec.grids import GRIDS, choose_grid
 from ditserve.model.spec.solvers import SOLVERS
-from ditserve.service.errors import IdempotencyMismatch, InvalidRequest, JobLost, Overloaded, QueueFull
+from ditserve.service.errors import (
+    IdempotencyMismatch,
+    InvalidRequest,
+    JobLost,
+    Overloaded,
+    QueueFull,
+    QueueUnavailable,
+)
+from ditserve.service.http.abandoned import Abandoned
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
 from ditserve.service.http.promises import Promises
@@ -95,11 +103,16 @@ class Submissions:
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue, manifest.name)
+        self.abandoned = Abandoned(queue)
         self.promises = Promises(manifest.name, self.ladder)
         self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
         self._settings = settings
         self._queue = queue
+
+    async def aclose(self) -> None:
+        await self.load.aclose()
+        await self.abandoned.aclose()
 
     async def submit(
         self, request: GenerateRequest, caller: Caller, *, image_format: ImageFormat = "png"
@@ -167,9 +180,14 @@ class Submissions:
         low, high = request.guidance_interval or defaults.guidance_interval
         if low > high:
             raise field_error("guidance_interval", "Its low end is above its high end.")
+        if request.grid is not None:
+            _one_of("grid", request.grid, GRIDS)
         # The best rung of a solver tells which grid suits it.
-        grids = {rung.solver: rung.grid for rung in reversed(self.ladder.rungs)}
-        grid = _one_of("grid", request.grid or grids.get(solver, defaults.grid), GRIDS)
+        stated = {rung.solver: rung.grid for rung in reversed(self.ladder.rungs)}.get(solver, defaults.grid)
+        try:
+            grid = choose_grid(request.grid, stated=stated, solver=solver, steps=steps, timesteps=timesteps)
+        except ValueError as error:
+            raise field_error("grid", _sentence(error)) from None
         return self.ladder.requested(solver, steps, grid, (low, high), self._guidance_scale(request) != 1.0)
 
     def _guidance_scale(self, request: GenerateRequest) -> float:
@@ -289,6 +307,11 @@ class Submissions:
         """Queue a job; return False if one of its id is there. Raises `QueueFull`, `QueueUnavailable`."""
         try:
             return await self._queue.submit(job, at_once=caller.concurrency)
+        except QueueUnavailable:
+            # Redis may have taken the job before its answer was lost, or take it once it runs again.
+            if caller.idempotency is None:
+                self.abandoned.add(job.id, denials=2)
+            raise
         except QueueFull as error:
             wait = finite(drain_time(await self.load()) * _DRAINED_SHARE)
             raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
@@ -316,6 +339,12 @@ def field_error(field: str, detail: str) -> InvalidRequest:
     return InvalidRequest(
         f"{field}: {detail}", extra={"errors": [{"pointer": f"#/{field}", "detail": detail}]}
     )
+
+
+def _sentence(error: ValueError) -> str:
+    """Return the message of an error as a sentence: with a capital letter and a full stop."""
+    message = str(error)
+    return f"{message[:1].upper()}{message[1:]}."
 
 
 def _one_of(field: str, name: str, known: Collection[str]) -> str:

@@ -86,6 +86,7 @@ class Broker(Reads):
         self._given_rows: dict[str, int] = {}  # by owner
         self._accepted: dict[str, float] = {}  # job → when its record may expire; in order
         self._unreadable_workers: set[bytes] = set()
+        self._policy = KEEPS_ALL
 
     @classmethod
     async def connect(
@@ -108,7 +109,7 @@ class Broker(Reads):
         broker = cls(url, namespace=namespace, limits=Limits(**limits), timeout_s=timeout_s, clock=clock)
         try:
             await broker._scripts.load()
-            await broker._warn_of_eviction()
+            await broker.check_eviction()
         except QueueUnavailable:
             await broker.aclose()
             raise
@@ -118,15 +119,16 @@ class Broker(Reads):
         await self.work.aclose()
         await super().aclose()
 
-    async def _warn_of_eviction(self) -> None:
-        """Warn if Redis may evict what it was given; say nothing if it does not tell."""
+    async def check_eviction(self) -> None:
+        """Warn once if Redis may evict what it was given; say nothing if it does not tell."""
         try:
             memory = await self._ask(lambda: self._client.info("memory"))
         except QueueUnavailable:
             return
         policy = memory.get("maxmemory_policy", KEEPS_ALL)
         metrics.REDIS_EVICTS.set(policy != KEEPS_ALL)
-        if policy != KEEPS_ALL:
+        changed, self._policy = policy != self._policy, policy
+        if changed and policy != KEEPS_ALL:
             log.warning(
                 "Redis may evict accepted jobs when its memory is full: set maxmemory-policy noeviction",
                 policy=policy,
@@ -253,7 +255,7 @@ class Broker(Reads):
             return []
         # One nonce until a claim is answered, so that a repeated claim is given the same jobs.
         nonce = self._claim_nonces.setdefault(owner, uuid.uuid4().hex)
-        lease = patience = _ms(self.limits.lease_s)
+        patience = _ms(self.limits.lease_s)
         given, *entries = await self._run(
             "claim",
             owner,
@@ -262,7 +264,6 @@ class Broker(Reads):
             _pack(to_wire(DeadlineExceeded("The deadline passed before a worker was free."))),
             max_samples,
             int(idle),
-            lease,
             patience,
             OLDEST,
             NEWEST,
@@ -295,8 +296,7 @@ class Broker(Reads):
     async def renew(self, leases: Sequence[Lease]) -> Renewal:
         """Extend leases that are still held, and return which are not."""
         tokens = [part for lease in leases for part in _token(lease)]
-        lease_ms, longest_ms = _ms(self.limits.lease_s), _ms(self.limits.max_run_s)
-        verdicts = await self._run("renew", lease_ms, longest_ms, *tokens)
+        verdicts = await self._run("renew", _ms(self.limits.max_run_s), *tokens)
         pairs = list(zip(leases, verdicts, strict=True))
         return Renewal(
             lost=frozenset(lease.job_id for lease, verdict in pairs if verdict),
@@ -364,7 +364,8 @@ class Broker(Reads):
 
     async def _run(self, name: str, *args: bytes | str | float, repeatable: bool = True) -> Any:
         now = "" if self._clock is None else _ms(self._clock())
-        common = (self.keys.prefix, now, _ms(self.limits.record_ttl_s), self.limits.events_kept, LOST)
+        times = _ms(self.limits.record_ttl_s), _ms(self.limits.lease_s)
+        common = (self.keys.prefix, now, *times, self.limits.events_kept, LOST)
         return await self._scripts.run(name, *common, *args, repeatable=repeatable)
 
 

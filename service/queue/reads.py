@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast, get_args
 
 import structlog
@@ -31,7 +32,7 @@ from ditserve.service.jobs import (
     JobStatus,
     State,
 )
-from ditserve.service.queue.connection import ask, open_client
+from ditserve.service.queue.connection import ask, open_client, patiently
 from ditserve.service.queue.keys import Keys
 from ditserve.service.wire import OtherVersion, WireError, unpack
 
@@ -55,6 +56,9 @@ class Reads:
     It has two clients: one for commands that are answered at once, and one for those that wait, each of which
     keeps a connection for as long as it waits.
     """
+
+    # Whoever waits for a job waits so long for a Redis that cannot be used.
+    outage_s = 30.0
 
     def __init__(self, url: str, keys: Keys, *, timeout_s: float) -> None:
         self.keys = keys
@@ -156,12 +160,14 @@ class Reads:
         The last one is a terminal event, unless that was read before: then none is left to read of a job that
         has ended. An event that cannot be read is left out, and logged once for each reader.
 
+        Waits through outages of Redis of up to `outage_s` seconds.
+
         Raises:
             JobLost: the queue has no record of the job.
         """
         block, ended, complained = None, False, False
         while True:
-            events = await self._read_events(job_id, after, block)
+            events = await patiently(partial(self._read_events, job_id, after, block), outage_s=self.outage_s)
             for event_id, event in events:
                 after = event_id
                 if isinstance(event, WireError):
@@ -175,7 +181,7 @@ class Reads:
             if not events:
                 if ended:
                     return
-                ended = await self._has_ended(job_id)
+                ended = await patiently(partial(self._has_ended, job_id), outage_s=self.outage_s)
             # Once the job has ended, one read without waiting gets what was written in between.
             block = None if events or ended else BLOCK_MS
 

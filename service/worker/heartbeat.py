@@ -20,7 +20,6 @@ from ditserve.service.worker.engine_thread import EngineThread
 
 RETRY_S = 0.2
 STARTING_EVERY_S = 1.0  # between two reports of a worker that is starting
-NAMESPACE_EVERY_S = 1.0  # between two looks whether workers of another model have left
 NO_STATE_S = 0.01  # between two looks whether a worker has a state to report
 
 log = structlog.get_logger()
@@ -123,29 +122,6 @@ class Reporting:
             await self._broker.retire(worker)
         except QueueUnavailable:
             log.warning("left without saying so")
-
-
-async def refuse_other_models(broker: Broker, model: str) -> None:
-    """Raise `ValueError` where workers of another model are alive in this namespace.
-
-    A queue counts its jobs, rows and workers as those of one model. The reports of workers that were killed
-    go stale within `report_ttl_s` seconds, so they are given that time.
-    """
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + broker.limits.report_ttl_s + NAMESPACE_EVERY_S
-    while True:
-        load = await broker.load()
-        models = {name for worker in load.workers for name in worker.models}
-        others = sorted({*models, *(worker.model for worker in load.starting)} - {model})
-        if not others:
-            return
-        namespace = broker.keys.namespace
-        if clock() > deadline:
-            raise ValueError(
-                f"--namespace: {namespace} is in use by workers of {', '.join(others)}; give {model} another"
-            )
-        log.warning("namespace in use", namespace=namespace, models=others, waiting_for=model)
-        await asyncio.sleep(NAMESPACE_EVERY_S)
 
 
 @asynccontextmanager

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditserve.model.spec.diffusion import Schedule, grid
+from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.config import TrainConfig

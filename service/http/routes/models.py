@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from ditserve.model.spec.bundle import Manifest, RungSpec
-from ditserve.model.spec.diffusion import GRIDS
+from ditserve.model.spec.grids import GRIDS
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.http.context import Api
 from ditserve.service.http.models import Model
@@ -55,6 +55,7 @@ def _describe(manifest: Manifest, workers: Sequence[WorkerState], settings: Sett
         grids=list(GRIDS),
         defaults=_defaults(manifest),
         ladder=[_rung(rung) for rung in manifest.ladder],
+        ladder_order=manifest.ladder_order if manifest.ladder else None,
         limits=LimitsOut(
             n=settings.max_images,
             steps=manifest.diffusion.timesteps,
@@ -87,4 +88,6 @@ def _rung(rung: RungSpec) -> RungOut:
         guidance_interval=rung.guidance_interval,
         rows=rung.rows,
         quality=rung.quality,
+        own=rung.own,
+        real=rung.real,
     )

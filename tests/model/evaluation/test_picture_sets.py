@@ -25,7 +25,7 @@ from ditserve.model.evaluation.picture_sets import (
 from ditserve.model.nets.autoencoder import Identity
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.spec.bundle import Bundle, Factor, write_manifest
-from ditserve.model.spec.diffusion import grid
+from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from ditserve.model.nets.dit import DiT
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise, initial_noise
 from ditserve.model.sampling.prompt import combine_conditions
-from ditserve.model.spec.diffusion import Schedule, grid, make_schedule
+from ditserve.model.spec.diffusion import Schedule, make_schedule
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import learned_log_variance, step_table, variance_bounds
 
 Tiny = Callable[..., DiTConfig]

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.spec.diffusion import CLEAN, GRIDS, PREDICTIONS, Prediction, Schedule, grid, make_schedule
+from ditserve.model.spec.diffusion import CLEAN, PREDICTIONS, Prediction, Schedule, make_schedule
+from ditserve.model.spec.grids import GRIDS, grid
 from ditserve.model.spec.solvers import step_table
 from tests.model.spec.solver_cases import (
     START,

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.spec.diffusion import GRIDS, Schedule, make_schedule, regrid
+from ditserve.model.spec.diffusion import Schedule, make_schedule
+from ditserve.model.spec.grids import GRIDS, regrid
 from ditserve.model.spec.solvers import step_table, trajectory
 from tests.model.spec.solver_cases import (
     COLUMNS,

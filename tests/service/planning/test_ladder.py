@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.spec.diffusion import grid, guidance_weight
+from ditserve.model.spec.diffusion import guidance_weight
+from ditserve.model.spec.grids import grid
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.rung import Rung
 

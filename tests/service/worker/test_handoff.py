@@ -232,7 +232,7 @@ def _left(worker: Worker, claim: Any, *, taken: tuple[int, ...]) -> bytes:
         finished = [sample for _ in range(steps) for sample in engine.step().finished]
         states.append(finished[0] if finished else engine.export(request.id))
         engine.cancel(request.id)
-    return write_checkpoint(states, origin="here")
+    return write_checkpoint(states, origin="here", version=1)
 
 
 async def test_a_hung_engine_ends_the_worker_and_its_jobs_are_tried_again(

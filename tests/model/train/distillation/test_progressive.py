@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance
-from ditserve.model.spec.diffusion import CLEAN, grid
+from ditserve.model.spec.diffusion import CLEAN
+from ditserve.model.spec.grids import grid
 from ditserve.model.train import training
 from ditserve.model.train.__main__ import main
 from ditserve.model.train.config import TrainConfig
