@@ -10,13 +10,13 @@ import numpy as np
 from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import (
-    SlowSpell,
     ConditionTerm,
     DemandBucket,
     Image,
     Job,
     JobResult,
     Network,
+    SlowSpell,
     Starting,
     WorkerState,
 )

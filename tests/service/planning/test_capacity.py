@@ -57,7 +57,9 @@ def test_a_stall_lasts_as_long_again_as_in_the_worked_example() -> None:
 
 def test_the_queue_flows_past_a_worker_that_stalls() -> None:
     stalling = replace(worker("A", 10.0), last_step_age_s=100.0)
-    assert Capacity(load(stalling, worker("B", 10.0), queued_rows=100)).queue_drain_time() == pytest.approx(10.0)
+    assert Capacity(load(stalling, worker("B", 10.0), queued_rows=100)).queue_drain_time() == pytest.approx(
+        10.0
+    )
 
 
 def test_a_tight_deadline_counts_on_small_batches_as_in_the_worked_example() -> None:
