@@ -5,7 +5,6 @@
 
 import hashlib
 import secrets
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -104,7 +103,7 @@ class Submissions:
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue, manifest.name)
         self.abandoned = Abandoned(queue)
-        self.promises = Promises(manifest.name, self.ladder)
+        self.promises = Promises(manifest.name, self.ladder, clock=queue.clock)
         self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
         self._settings = settings
@@ -135,7 +134,7 @@ class Submissions:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
                 return _replayed(status, caller.idempotency)
-        now = time.time()
+        now = self._queue.clock()
         admission_request = self._admission_request(resolved, now)
         sender = caller.name, request.model_dump_json()
         admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
@@ -230,7 +229,7 @@ class Submissions:
         )
 
     def _deadline_at(self, request: GenerateRequest, now: float) -> float | None:
-        """Return the deadline in seconds since the epoch, None without one. Raises `InvalidRequest`.
+        """Return the deadline by the queue's clock, None without one. Raises `InvalidRequest`.
 
         It counts from when the request came, which on a busy host is earlier than now.
         """

@@ -132,7 +132,9 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
         lease_s=settings.lease_s,
         max_attempts=settings.max_attempts,
     )
-    embeddings = Embeddings(url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes)
+    embeddings = Embeddings(
+        url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes, clock=broker.clock
+    )
     backend: Backend | None = None
     try:
         if settings.worker_metrics_port:
@@ -200,11 +202,13 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
     Raises:
         BackendUnavailable: there is no such encoder here, or it is not the model's.
     """
-    wanted = manifest.config.text_size
+    wanted = manifest.config.text_width
     if not wanted:
         return None
     data = manifest.provenance.get("training", {}).get("data", {})
-    encoder = load_text_encoder(settings.text_encoder or data.get("text") or "minilm")
+    encoder = load_text_encoder(
+        settings.text_encoder or data.get("text") or "minilm", manifest.config.text_tokens
+    )
     if encoder.size != wanted:
         raise BackendUnavailable(
             f"the text encoder gives {encoder.size} numbers and the model takes {wanted}: "
@@ -217,7 +221,19 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
     """Build an engine for a bundle.
 
     Its slots hold what may run, what is claimed ahead, what is reserved for newcomers, and one job more.
+
+    Raises:
+        BackendUnavailable: the memory of this machine is too small.
     """
+    try:
+        return _engine(backend, settings, shared)
+    except MemoryError as error:
+        raise BackendUnavailable(
+            f"too little memory ({error}): lower --modulation-cache-bytes, --max-rows or --lookahead-rows"
+        ) from None
+
+
+def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) -> Engine:
     ladder = Ladder.from_manifest(backend.manifest)
     return Engine(
         backend=backend,
@@ -236,7 +252,7 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
         ladder=ladder,
         costs=CostModel(),
         schedule=backend.manifest.diffusion.noise_schedule(),
-        clock=time.time,
+        clock=time.monotonic,
         slots=settings.max_rows + settings.lookahead_rows + RESERVED_SAMPLES + settings.max_images,
     )
 

@@ -39,7 +39,7 @@ class Teacher:
     def estimate_x0(self, x: Tensor, t: Tensor, labels: Tensor, text: Tensor | None) -> Tensor:
         """Return the estimate of the image (N, C, H, W), not clipped.
 
-        `x` is (N, C, H, W) at timesteps `t` (N,), with labels (N, F) and text (N, text_size).
+        `x` is (N, C, H, W) at timesteps `t` (N,), with labels (N, F) and text (N, text_width).
         """
         null = null_labels(self.network.config, len(x), x.device)
         with autocast(self.config.precision, self.config.device):
@@ -71,6 +71,7 @@ def open_teacher(source: Path, config: TrainConfig, dataset: Dataset, student: N
         "image size": (teacher.image_size, student.image_size),
         "number of channels": (teacher.in_channels, student.in_channels),
         "text_size": (teacher.text_size, student.text_size),
+        "text_tokens": (teacher.text_tokens, student.text_tokens),
     }
     pairs |= {
         field: (getattr(manifest.diffusion, field), getattr(config.diffusion, field))

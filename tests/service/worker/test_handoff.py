@@ -65,7 +65,7 @@ def turnstile(make_backend: Make) -> Turnstile:
 @pytest.fixture
 def make_worker(make_engine: Make, turnstile: Turnstile) -> Make:
     def make(broker: Broker, name: str, *, origin: str = "here", **policy: Any) -> Worker:
-        engine = make_engine(turnstile, clock=time.time)
+        engine = make_engine(turnstile, clock=time.monotonic)
         quick = {"max_rows": 8, "report_s": 0.05, "step_event_s": 0.0, "retry_s": 0.01, **policy}
         return Worker(
             WorkerParts(broker, engine, turnstile, engine.ladder),
