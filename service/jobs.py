@@ -211,7 +211,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class SlowSpell:
-    """A worker may be slow: over `over_s` seconds its passes may take `factor` times as long as it reports."""
+    """A slowness to reckon with: over `over_s` seconds passes may take `factor` times the reported time."""
 
     over_s: float
     factor: float

@@ -10,6 +10,7 @@ import pytest
 
 from ditserve.service.http import load_cache
 from ditserve.service.jobs import ConditionTerm, Job
+from ditserve.service.planning import caution
 from tests.service.http.conftest import PNG, OpenStage, Stage
 
 pytestmark = pytest.mark.anyio
