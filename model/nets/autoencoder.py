@@ -238,8 +238,8 @@ def open_decoder(manifest: Manifest, folder: Path | None, device: torch.device |
             that made the latents of the model's training.
     """
     decoder = open_autoencoder(manifest.decoder, folder, manifest.latents, device)
-    if isinstance(decoder, SdVae) and folder is not None:
-        channels, own = len(decoder.spec.shift), manifest.config.in_channels
+    if isinstance(decoder, LatentAutoencoder) and folder is not None:
+        channels, own = decoder.channels, manifest.config.in_channels
         if channels != own:
             raise AutoencoderError(
                 f"{folder} has {channels} latent channels, and the model {own}: pass its own"

@@ -26,6 +26,8 @@ class Course(Protocol):
     @property
     def lr(self) -> float: ...
     @property
+    def min_lr(self) -> float: ...
+    @property
     def schedule(self) -> str: ...
     @property
     def warmup(self) -> int: ...
@@ -57,11 +59,11 @@ def make_optimizer(network: nn.Module, config: Course) -> torch.optim.AdamW:
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Return the rate of step 0..steps−1: linear warm-up to `lr`, then as `schedule` says.
 
-    "constant" stays; "cosine" falls to zero at the end (Loshchilov & Hutter, arXiv:1608.03983); "wsd" stays,
-    then falls linearly to zero over the last `decay` of the steps (warm-up, stable, decay: Hu et al.,
-    arXiv:2404.06395). With "wsd", 100 steps, `warmup` 10 and `decay` 0.2, the rate is 0.1·lr at step 0, lr
-    from step 9 to 80, and 0.5·lr at step 90. Each round of a progressive distillation has this course of its
-    own.
+    "constant" stays; "cosine" falls to `min_lr` at the end (Loshchilov & Hutter, arXiv:1608.03983); "wsd"
+    stays, then falls linearly to `min_lr` over the last `decay` of the steps (warm-up, stable, decay: Hu et
+    al., arXiv:2404.06395). With "wsd", 100 steps, `warmup` 10, `decay` 0.2 and `min_lr` 0, the rate is 0.1·lr
+    at step 0, lr from step 9 to 80, and 0.5·lr at step 90. Each round of a progressive distillation has this
+    course of its own.
     """
     if isinstance(config.distillation, ProgressiveDistillationConfig):
         step, steps = config.distillation.position(step, config.steps)
@@ -71,7 +73,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def scheduled_rate(config: Course, step: int) -> float:
     """Return the rate of step 0..steps−1 of a run without rounds, see `learning_rate`."""
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup), SCHEDULES[config.schedule](config, step))
+    share = min(1.0, SCHEDULES[config.schedule](config, step))
+    warm = config.lr * ((step + 1) / max(1, config.warmup))
+    return min(warm, config.min_lr + (config.lr - config.min_lr) * share)
 
 
 def _constant(config: Course, step: int) -> float:

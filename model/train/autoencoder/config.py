@@ -31,6 +31,8 @@ class AutoencoderTrainConfig(BaseModel):
     """Weight of the mean squared latent."""
 
     lr: Positive = 2e-3
+    min_lr: Weight = 0.0
+    """The rate that a falling `schedule` ends at."""
     betas: tuple[Rate, Rate] = (0.9, 0.99)
     weight_decay: Weight = 0.0
     schedule: Literal["constant", "cosine", "wsd"] = "wsd"
