@@ -153,16 +153,15 @@ class Settings(BaseSettings):
     )
 
     queue_limit: Count = Field(1000, description="jobs that may wait before new ones are refused")
-<<<<<<< HEAD
-    lease_s: Seconds = Field(15.0, description="how long a worker may hold a job without renewing its lease")
-    max_run_s: Seconds = Field(
-        1800.0,
-        description="least time for which a worker may hold a job; "
-        "ten times its predicted time if that is more",
-=======
     lease_s: float = Field(
         15.0, ge=1, le=3600, description="how long a worker may hold a job without renewing its lease"
->>>>>>> main
+    )
+    max_run_s: float = Field(
+        1800.0,
+        ge=1,
+        le=30 * 86400,
+        description="least time for which a worker may hold a job; "
+        "ten times its predicted time if that is more",
     )
     max_attempts: Count = Field(3, description="workers a job may lose before it is put aside as dead")
     result_ttl_s: float = Field(
@@ -188,20 +187,13 @@ class Settings(BaseSettings):
     max_streams: Count = Field(
         128, description="event streams that one caller may have open in one API process"
     )
-<<<<<<< HEAD
-    ready_workers: int = Field(1, ge=0, description="workers that must be alive for /readyz")
-    hang_s: Seconds = Field(
-        60.0,
-        description="least time without a step, while work is running, after which a worker gives up and "
-        "/livez fails; 20 times the predicted time of the step if that is more",
-=======
     ready_workers: int = Field(1, ge=0, le=1_000_000, description="workers that must be alive for /readyz")
     hang_s: float = Field(
         60.0,
         ge=1,
         le=86400,
-        description="time without a step, while work is running, after which /livez fails",
->>>>>>> main
+        description="least time without a step, while work is running, after which a worker gives up and "
+        "/livez fails; 20 times the predicted time of the step if that is more",
     )
     keepalive_s: Seconds = Field(15.0, description="silence on an event stream before a keep-alive comment")
 
@@ -235,13 +227,9 @@ class Settings(BaseSettings):
     canary_s: float = Field(
         300.0,
         ge=0,
-<<<<<<< HEAD
+        le=7 * 86400,
         description="least time between drawings of the bundle's golden image, to see drift; they take at "
         "most 1 % of a worker's time, however large the model; 0 is never",
-=======
-        le=7 * 86400,
-        description="time between drawings of the bundle's golden image, to see drift; 0 is never",
->>>>>>> main
     )
     metrics: bool = Field(True, description="serve /metrics")
     worker_metrics_port: Port = Field(
