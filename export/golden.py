@@ -12,7 +12,7 @@ from ditserve.model.nets.cost import cost
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.sheet import to_pixels
 from ditserve.model.spec.bundle import GOLDEN, Golden
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
@@ -39,7 +39,8 @@ def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> G
     # A few-step model is drawn with its own number of steps: with more it would not draw what it was trained
     # to.
     steps = min(STEPS, defaults.steps, affordable_steps(network.config, defaults.guidance_scale))
-    table = step_table(defaults.solver, grid(defaults.grid, steps, model.schedule.timesteps), model.schedule)
+    levels = noise_levels(defaults.grid, steps, model.schedule)
+    table = step_table(defaults.solver, levels, model.schedule)
     guidance = Guidance(
         defaults.guidance_scale, defaults.guidance_interval, manifest.diffusion.guidance_channels
     )

@@ -37,7 +37,7 @@ from ditserve.model.sampling.sheet import (
     to_pixels,
 )
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
-from ditserve.model.spec.grids import GRIDS, grid
+from ditserve.model.spec.grids import FLOW_GRIDS, GRIDS, noise_levels
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
@@ -99,12 +99,8 @@ def _device(name: str) -> torch.device:
 def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
     """Return the steps and the guidance: as the command line says, or else the defaults of the model."""
     defaults = loaded.manifest.defaults
-    timesteps = grid(
-        options.grid or defaults.grid,
-        options.steps or defaults.steps,
-        loaded.manifest.diffusion.timesteps,
-    )
-    table = step_table(options.solver or defaults.solver, timesteps, loaded.schedule, eta=options.eta)
+    levels = noise_levels(options.grid or defaults.grid, options.steps or defaults.steps, loaded.schedule)
+    table = step_table(options.solver or defaults.solver, levels, loaded.schedule, eta=options.eta)
     guidance = Guidance(
         scale=defaults.guidance_scale if options.scale is None else options.scale,
         interval=tuple(options.interval or defaults.guidance_interval),
@@ -155,7 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=count, default=0, help="of the first sample; the others count up (0)")
     add("--steps", type=positive, help="steps from noise to picture")
     add("--solver", help=f"what takes the steps: {', '.join(SOLVERS)}")
-    add("--grid", help=f"where the steps are: {', '.join(GRIDS)}, or timesteps such as 999,500,100")
+    add(
+        "--grid",
+        help=f"where the steps are: {', '.join(GRIDS)}, or timesteps such as 999,500,100; of a flow: "
+        f"{', '.join(FLOW_GRIDS)}, or sigmas such as 1,0.5,0.2",
+    )
     add("--eta", type=share, default=0.0, help="share of fresh noise in each step, 0..1 (0)")
     add("--scale", type=finite, help="guidance scale; 1 is none")
     add("--interval", type=share, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1")

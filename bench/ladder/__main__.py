@@ -52,13 +52,13 @@ def measure_ladder(
     """Measure all candidates with a progress bar that counts rows."""
     manifest = bundle.manifest
     narrow = tuple(options.narrow) if options.narrow else None
-    timesteps = manifest.diffusion.timesteps
+    schedule = manifest.diffusion.noise_schedule()
     intervals = ladders.intervals(manifest, narrow)
-    rungs = list(ladders.candidates(intervals, manifest.defaults.grid, timesteps))
+    rungs = list(ladders.candidates(intervals, manifest.defaults.grid, schedule))
     pictures = None
     if options.data:
         pictures = TrainingPictures(bundle.path, options.data, options.classifier, pictures=options.pictures)
-    scale, costs = manifest.defaults.guidance_scale, Ladder((), timesteps=timesteps)
+    scale, costs = manifest.defaults.guidance_scale, Ladder((), schedule)
     rows = sum(costs.row_steps(rung, scale) for rung in (ladders.reference_rung(manifest), *rungs))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

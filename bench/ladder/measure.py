@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from ditserve.bench.ladder.training_pictures import TrainingPictures
 from ditserve.model.spec.bundle import Manifest, RungSpec
-from ditserve.model.spec.diffusion import guidance_weight, guided
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.grids import even_grid, grid_names, noise_levels
+from ditserve.model.spec.guidance import guidance_weight, guided
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.service.backends import Backend
 from ditserve.service.planning.ladder import Ladder
@@ -51,13 +52,18 @@ def _ignore(rows: int) -> None:
     pass
 
 
-def candidates(intervals: Iterable[Interval], ddim_grid: str, timesteps: int) -> Iterator[Rung]:
-    """Yield every combination of solver, grid, steps and interval; DDIM also gets the grid `ddim_grid`."""
+def candidates(intervals: Iterable[Interval], ddim_grid: str, schedule: Schedule) -> Iterator[Rung]:
+    """Yield every combination of solver, grid, steps and interval; DDIM also gets the grid `ddim_grid`.
+
+    Grids that the schedule does not have are left out, for its even grid.
+    """
+    names = grid_names(schedule)
     for interval in intervals:
         for solver, (grids, counts) in CANDIDATES.items():
-            for kind in dict.fromkeys((*grids, ddim_grid) if solver == "ddim" else grids):
+            known = [kind for kind in grids if kind in names] or [even_grid(schedule)]
+            for kind in dict.fromkeys((*known, ddim_grid) if solver == "ddim" else known):
                 for steps in counts:
-                    if steps <= timesteps:
+                    if steps <= schedule.max_steps:
                         yield Rung(f"{solver}-{steps}", solver, steps, kind, interval, 0.0)
 
 
@@ -104,20 +110,20 @@ def generate(
     manifest = backend.manifest
     spec = manifest.diffusion
     schedule = spec.noise_schedule()
-    table = step_table(rung.solver, grid(rung.grid, rung.steps, spec.timesteps), schedule)
+    table = step_table(rung.solver, noise_levels(rung.grid, rung.steps, schedule), schedule)
     channels = manifest.config.in_channels
     images = []
     for start in range(0, len(inputs.noise), rows):
         part = slice(start, start + rows)
 
-        def network(x: Floats, t: int, part: slice = part) -> Floats:
+        def network(x: Floats, level: float, part: slice = part) -> Floats:
             def predict(embeddings: Floats) -> Floats:
-                state = backend.modulate(np.full(len(x), t, np.float32), embeddings)
+                state = backend.modulate(np.full(len(x), schedule.told(level)), embeddings)
                 on_pass(len(x))
                 return backend.denoise(np.ascontiguousarray(x, np.float32), state)[:, :channels]
 
             output = predict(inputs.embeddings[part])
-            weight = guidance_weight(inputs.guidance_scale, t, spec.timesteps, rung.guidance_interval)
+            weight = guidance_weight(inputs.guidance_scale, level, schedule, rung.guidance_interval)
             if weight == 1.0:
                 return output
             return guided(output, predict(inputs.null[part]), weight, spec.guidance_channels)
@@ -128,8 +134,9 @@ def generate(
 
 
 def reference_rung(manifest: Manifest) -> Rung:
-    steps = min(REFERENCE_STEPS, manifest.diffusion.timesteps)
-    return Rung("reference", "ddim", steps, "trailing", manifest.defaults.guidance_interval, 0.0)
+    schedule = manifest.diffusion.noise_schedule()
+    steps = min(REFERENCE_STEPS, schedule.max_steps)
+    return Rung("reference", "ddim", steps, even_grid(schedule), manifest.defaults.guidance_interval, 0.0)
 
 
 def measure(
@@ -137,7 +144,7 @@ def measure(
 ) -> Iterator[RungSpec]:
     """Yield each rung with its rows an image and its RMS distance to the reference images."""
     manifest = backend.manifest
-    costs = Ladder((), timesteps=manifest.diffusion.timesteps)
+    costs = Ladder((), manifest.diffusion.noise_schedule())
     usual = manifest.defaults.guidance_interval
     reference = generate(backend, inputs, reference_rung(manifest), rows=rows, on_pass=on_pass)
     for rung in rungs:

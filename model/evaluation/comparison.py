@@ -16,8 +16,9 @@ import torch
 from ditserve.model.evaluation.picture_sets import GENERATED, UNSEEN
 from ditserve.model.nets.cost import cost
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.diffusion import guidance_weight
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.guidance import guidance_weight
 from ditserve.model.train.loaded_model import LoadedModel
 
 PROBES = 20  # passes of each network, timed in turns
@@ -39,7 +40,7 @@ class EvaluatedModel:
     record: Mapping[str, Any]
 
 
-def rows_per_image(record: Mapping[str, Any], timesteps: int) -> int:
+def rows_per_image(record: Mapping[str, Any], schedule: Schedule) -> int:
     """Return the forward rows of one image, sampled as in the record.
 
     A step has two rows where guidance acts, else one. 20 steps with guidance in an interval that holds 12 of
@@ -47,8 +48,8 @@ def rows_per_image(record: Mapping[str, Any], timesteps: int) -> int:
     """
     sampling = record["sampling"]
     scale, interval = sampling["guidance_scale"], tuple(sampling["guidance_interval"])
-    steps = grid(sampling["grid"], sampling["steps"], timesteps)
-    return sum(1 + (guidance_weight(scale, t, timesteps, interval) != 1.0) for t in steps)
+    levels = noise_levels(sampling["grid"], sampling["steps"], schedule)
+    return sum(1 + (guidance_weight(scale, level, schedule, interval) != 1.0) for level in levels)
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def comparison_table(models: Sequence[EvaluatedModel]) -> str:
 def _cost_cells(model: EvaluatedModel, ms: float) -> list[str]:
     """Return the cells of `COST_COLUMNS`; `ms` is the time of a row."""
     network, sampling = cost(model.loaded.network.config), model.record["sampling"]
-    rows = rows_per_image(model.record, model.loaded.schedule.timesteps)
+    rows = rows_per_image(model.record, model.loaded.schedule)
     return [
         f"{network.parameters / 1e6:.2f} M",
         f"{network.flops / 1e9:.3f}",

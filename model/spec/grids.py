@@ -1,4 +1,7 @@
-"""Grids: the decreasing timesteps that a sample visits on its way from noise to image.
+"""Grids: the decreasing noise levels that a sample visits on its way from noise to image.
+
+A table of timesteps has grids of whole timesteps (`grid`), a flow has grids of sigma (`flow_grid`).
+`noise_levels` chooses by the process.
 
 Pure: numpy only; no torch, no I/O, no randomness.
 """
@@ -11,7 +14,125 @@ from itertools import pairwise
 
 import numpy as np
 
-from ditserve.model.spec.diffusion import CLEAN, FloatTable
+from ditserve.model.spec.diffusion import (
+    CLEAN,
+    FloatTable,
+    NoiseProcess,
+    RectifiedFlow,
+    Schedule,
+    VariancePreserving,
+)
+
+
+def noise_levels(kind: str, steps: int, schedule: Schedule) -> tuple[float, ...]:
+    """Return the N = `steps` decreasing levels that a sample visits before the image.
+
+    Raises:
+        ValueError: the process of the schedule has no such grid, or not so many steps.
+    """
+    process = schedule.process
+    if isinstance(process, VariancePreserving):
+        return tuple(map(float, grid(kind, steps, process.timesteps)))
+    return flow_grid(kind, steps, process.max_steps)
+
+
+def noise_levels_from(level: float, steps: int, kind: str, schedule: Schedule) -> tuple[float, ...]:
+    """Return `steps` levels, spaced as `kind` says, for a sample whose next one is `level`.
+
+    They are fewer where there are not so many timesteps left. See `regrid` and `flow_regrid`.
+
+    Raises:
+        ValueError: a level that is not noisy, less than one step, or a bad kind.
+    """
+    process = schedule.process
+    if isinstance(process, VariancePreserving):
+        t = round(level)
+        return tuple(map(float, regrid(t, min(steps, t + 1), kind, process.timesteps)))
+    return flow_regrid(level, steps, kind)
+
+
+def grid_names(schedule: Schedule) -> tuple[str, ...]:
+    """Return the names of the grids that a schedule has."""
+    return tuple(GRIDS if isinstance(schedule.process, VariancePreserving) else FLOW_GRIDS)
+
+
+def even_grid(schedule: Schedule) -> str:
+    """Return the name of the grid that starts at the noisiest level and is spaced evenly."""
+    return "trailing" if isinstance(schedule.process, VariancePreserving) else "uniform"
+
+
+def check_levels(levels: Sequence[float], process: NoiseProcess) -> FloatTable:
+    """Return `levels` as float64 (N,).
+
+    Raises:
+        ValueError: there are none, or they do not decrease strictly down from the noisiest to the clean one.
+    """
+    values = np.array(levels, dtype=np.float64)
+    if (
+        values.ndim != 1
+        or not values.size
+        or not process.clean < values[-1] <= values[0] <= process.noisiest
+        or not np.all(np.diff(values) < 0.0)
+    ):
+        raise ValueError(
+            "a grid must be one or more noise levels that decrease strictly, "
+            f"above {process.clean:g} and at most {process.noisiest:g}"
+        )
+    return values
+
+
+def _uniform(steps: int) -> FloatTable:
+    return np.linspace(1.0, 0.0, steps + 1)[:-1]
+
+
+FLOW_GRIDS: dict[str, Callable[[int], FloatTable]] = {"uniform": _uniform}
+
+
+def flow_grid(kind: str, steps: int, max_steps: int = 1000) -> tuple[float, ...]:
+    """Return the N = `steps` decreasing sigmas that a sample of a flow visits before 0.
+
+    "uniform" in 4 steps is 1, 0.75, 0.5, 0.25. `kind` may also be a list of N sigmas, such as "1,0.8,0.4".
+
+    Raises:
+        ValueError: an unknown kind, `steps` outside 1..`max_steps`, or a list that is not as stated.
+    """
+    if not 1 <= steps <= max_steps:
+        raise ValueError(f"steps must be in 1..{max_steps}, not {steps}")
+    if kind in FLOW_GRIDS:
+        return tuple(FLOW_GRIDS[kind](steps).tolist())
+    values = _explicit_sigmas(kind)
+    if len(values) != steps:
+        raise ValueError(f"the explicit grid has {len(values)} sigmas, but {steps} steps were asked for")
+    return values
+
+
+def flow_regrid(level: float, steps: int, kind: str) -> tuple[float, ...]:
+    """Return `steps` sigmas, spaced as `kind` says, for a sample of a flow whose next one is `level`.
+
+    The first is always `level`. From 0.6 on, 3 steps of "uniform" are 0.6, 0.4, 0.2. The grid is read as a
+    curve from 1 to 0, and the part of it below `level` is sampled evenly.
+
+    Raises:
+        ValueError: a level outside 0..1, or 0; `steps` < 1; or an unknown kind.
+    """
+    if not 0.0 < level <= 1.0:
+        raise ValueError(f"sigma must be above 0 and at most 1, not {level}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    curve = np.append(FLOW_GRIDS[kind](FINE) if kind in FLOW_GRIDS else _explicit_sigmas(kind), 0.0)
+    index = np.arange(curve.size, dtype=np.float64)
+    reached = np.interp(-level, -curve, index)
+    resampled = np.interp(np.linspace(reached, index[-1], steps + 1)[:-1], index, curve)
+    return (float(level), *resampled[1:].tolist())
+
+
+def _explicit_sigmas(text: str) -> tuple[float, ...]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        names = ", ".join(FLOW_GRIDS)
+        raise ValueError(f"grid of a flow must be {names} or comma-separated sigmas, not {text!r}") from None
+    return tuple(check_levels(values, RectifiedFlow()).tolist())
 
 
 def _leading(steps: int, timesteps: int) -> FloatTable:
@@ -28,6 +149,10 @@ def _uniform_t(steps: int, timesteps: int) -> FloatTable:
 
 GRIDS: dict[str, Callable[[int, int], FloatTable]]
 GRIDS = {"leading": _leading, "trailing": _trailing, "uniform-t": _uniform_t}
+
+
+# The points by which the curve of a named grid of sigma is interpolated.
+FINE = 1000
 
 
 def grid(kind: str, steps: int, timesteps: int = 1000) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.model.spec.grids import GRIDS
+from ditserve.model.spec.grids import grid_names
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import IdempotencyMismatch, InvalidRequest, JobLost, Overloaded, QueueFull
 from ditserve.service.http.load_cache import LoadCache
@@ -94,6 +94,7 @@ class Submissions:
         self.manifest = manifest
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
+        self.grids = grid_names(self.ladder.schedule)
         self.load = LoadCache(queue, manifest.name)
         self.promises = Promises(manifest.name, self.ladder)
         self._lag = LoopLag()
@@ -151,13 +152,11 @@ class Submissions:
 
     def _rung(self, request: GenerateRequest) -> Rung:
         """Return the operating point that the request asks for. Raises `InvalidRequest`."""
-        defaults, timesteps = self.manifest.defaults, self.manifest.diffusion.timesteps
+        defaults, most = self.manifest.defaults, self.manifest.diffusion.timesteps
         solver = _one_of("sampler", request.sampler or defaults.solver, SOLVERS)
         steps = request.steps or defaults.steps
-        if steps > timesteps:
-            raise field_error(
-                "steps", f"This model has {timesteps} noise levels, so at most {timesteps} steps."
-            )
+        if steps > most:
+            raise field_error("steps", f"This model takes at most {most} steps.")
         if (request.min_steps or 1) > steps:
             raise field_error("min_steps", f"It cannot be more than the {steps} steps asked for.")
         if request.n > self._settings.max_images:
@@ -169,7 +168,7 @@ class Submissions:
             raise field_error("guidance_interval", "Its low end is above its high end.")
         # The best rung of a solver tells which grid suits it.
         grids = {rung.solver: rung.grid for rung in reversed(self.ladder.rungs)}
-        grid = _one_of("grid", request.grid or grids.get(solver, defaults.grid), GRIDS)
+        grid = _one_of("grid", request.grid or grids.get(solver, defaults.grid), self.grids)
         return self.ladder.requested(solver, steps, grid, (low, high), self._guidance_scale(request) != 1.0)
 
     def _guidance_scale(self, request: GenerateRequest) -> float:

@@ -126,7 +126,7 @@ class ScriptedPlanner(Planner):
         queued_rows: int = 0,
     ) -> list[Change]:
         self.seen.append(samples)
-        at = {sample.id: sample.timestep for sample in samples}
+        at = {sample.id: sample.noise for sample in samples}
         due = [move for move in self.moves if move[0] in at and at[move[0]] <= move[1]]
         self.moves = [move for move in self.moves if move not in due]
         return [Change(name, rung, reason) for name, _, rung, reason in due]

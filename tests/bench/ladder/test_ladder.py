@@ -15,6 +15,7 @@ from ditserve.bench import report
 from ditserve.bench.ladder import __main__ as command
 from ditserve.bench.ladder import measure as ladder
 from ditserve.model.spec.bundle import Bundle, RungSpec
+from ditserve.model.spec.diffusion import make_schedule
 from ditserve.service.backends import Backend, load_backend
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
@@ -68,14 +69,16 @@ def test_every_candidate_is_matched_by_the_front_for_little_more(measured: list[
 
 
 def test_candidates_are_legal_rungs_and_all_different() -> None:
-    rungs = list(ladder.candidates([WHOLE, (0.1, 0.8)], "leading", 1000))
+    rungs = list(ladder.candidates([WHOLE, (0.1, 0.8)], "leading", make_schedule("linear")))
     assert len(set(rungs)) == len(rungs)
-    assert all(Ladder((), timesteps=1000).row_steps(rung, 2.0) >= rung.steps for rung in rungs)
+    assert all(Ladder(()).row_steps(rung, 2.0) >= rung.steps for rung in rungs)
     assert {rung.grid for rung in rungs} == {"leading", "trailing", "uniform-t"}
 
 
 def test_no_candidate_has_more_steps_than_there_are_timesteps() -> None:
-    assert max(rung.steps for rung in ladder.candidates([WHOLE], "trailing", 20)) == 20
+    assert (
+        max(rung.steps for rung in ladder.candidates([WHOLE], "trailing", make_schedule("linear", 20))) == 20
+    )
 
 
 def test_the_reference_is_at_no_distance_from_itself_and_fewer_steps_are_farther(backend: Backend) -> None:

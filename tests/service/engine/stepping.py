@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.diffusion import guidance_weight, guided
 from ditserve.model.spec.grids import grid as timestep_grid
+from ditserve.model.spec.guidance import guidance_weight, guided
 from ditserve.model.spec.solvers import step_table
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import Failed, Finished, Preview, SampleRequest, StepReport
