@@ -108,10 +108,10 @@ class VariancePreserving:
         return np.minimum(np.floor(np.asarray(share, dtype=np.float64) * self.timesteps), self.noisiest)
 
     def alpha(self, levels: Levels) -> FloatTable:
-        return np.asarray(np.sqrt(self._alpha_bar_at(levels)))
+        return np.sqrt(self._alpha_bar_at(levels))
 
     def sigma(self, levels: Levels) -> FloatTable:
-        return np.asarray(np.sqrt(1.0 - self._alpha_bar_at(levels)))
+        return np.sqrt(1.0 - self._alpha_bar_at(levels))
 
     def _alpha_bar_at(self, levels: Levels) -> FloatTable:
         t = np.asarray(levels, dtype=np.float64)
@@ -120,10 +120,10 @@ class VariancePreserving:
         # CLEAN is the index of the last entry.
         at_timesteps = np.append(self.alpha_bar, 1.0)[np.floor(t).astype(np.int64)]
         if np.all(t == np.floor(t)):
-            return at_timesteps
+            return at_timesteps[()]
         log_snr = np.log(self.alpha_bar) - np.log1p(-self.alpha_bar)
         between = 1.0 / (1.0 + np.exp(-np.interp(t, np.arange(self.timesteps), log_snr)))
-        return np.where(t == np.floor(t), at_timesteps, between)
+        return np.where(t == np.floor(t), at_timesteps, between)[()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +142,14 @@ class RectifiedFlow:
         return np.maximum(np.asarray(share, dtype=np.float64), MIN_SIGMA)
 
     def alpha(self, levels: Levels) -> FloatTable:
-        return np.asarray(1.0 - self.sigma(levels))
+        return 1.0 - self.sigma(levels)
 
     def sigma(self, levels: Levels) -> FloatTable:
         sigma = np.asarray(levels, dtype=np.float64)
         if not np.all((sigma >= 0.0) & (sigma <= 1.0)):
             raise ValueError(f"sigma must be in 0..1, not {levels}")
-        return sigma
+        # A scalar of a scalar: torch does not multiply with an array of no dimensions.
+        return sigma[()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -169,7 +169,7 @@ class Sample:
 
     @property
     def told(self) -> int:
-        """What the network is told of that level: the bits of a float32."""
+        """The bits of the float32 that the network is told of that level."""
         return self.trajectory.told[self.cursor]
 
     @property
