@@ -42,30 +42,22 @@ def draw_panels(
     figure.savefig(target, dpi=dpi)
 
 
-def draw_ladder(
-    candidates: Sequence[RungSpec], ladder: Sequence[RungSpec], frechet: Mapping[str, float], target: Path
-) -> None:
-    """Draw quality over cost: the candidates by solver, and the ladder.
-
-    Beside it, the ladder's Fréchet distances.
-    """
-    figure = Figure(figsize=(12 if frechet else 7, 4.5), layout="constrained")
-    axis, *beside = figure.subplots(1, 2 if frechet else 1, squeeze=False)[0]
-    for other in beside:
-        other.plot([rung.rows for rung in ladder], [frechet[rung.name] for rung in ladder], "ko-")
-        other.set(xscale="log", xlabel="rows an image", ylabel="Fréchet distance to real pictures")
-        other.grid(alpha=0.3, which="both")
-    for solver in dict.fromkeys(rung.solver for rung in candidates):
-        points = sorted((rung.rows, rung.quality) for rung in candidates if rung.solver == solver)
-        axis.plot([x for x, _ in points], [y for _, y in points], "o", alpha=0.5, label=solver)
-    costs, qualities = [rung.rows for rung in ladder], [rung.quality for rung in ladder]
-    axis.step(costs, qualities, "k-", where="post", label="ladder")
-    for rung in ladder:
-        at = (rung.rows, rung.quality)
-        axis.annotate(rung.name, at, fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axis.set(xscale="log", yscale="log", xlabel="rows an image", ylabel="RMS distance to 250 steps")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+def draw_ladder(candidates: Sequence[RungSpec], ladder: Sequence[RungSpec], target: Path) -> None:
+    """Draw the distances over the cost: candidates by solver, and the names of the ladder's rungs."""
+    is_real = any(rung.real is not None for rung in candidates)
+    panels = ["distance to the model's own long run", *(["distance to real pictures"] if is_real else [])]
+    figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, title, distance in zip(axes, panels, ("own", "real"), strict=False):
+        for solver in dict.fromkeys(rung.solver for rung in candidates):
+            points = [(r.rows, getattr(r, distance)) for r in candidates if r.solver == solver]
+            axis.plot(*zip(*points, strict=True), "o", alpha=0.5, label=solver)
+        for rung in ladder:
+            at = (rung.rows, getattr(rung, distance))
+            axis.annotate(rung.name, at, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(xscale="log", xlabel="rows an image", ylabel=title)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
     figure.savefig(target, dpi=110)
 
 

@@ -21,6 +21,7 @@ from ditserve.export.errors import ExportError
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, initial_noise
+from ditserve.model.sampling.prompt import random_conditions
 from ditserve.model.spec.grids import even_grid, noise_levels
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.model.train.loaded_model import LoadedModel
@@ -137,17 +138,8 @@ def with_backbone(source: LoadedModel, backbone: Backbone) -> LoadedModel:
 
 
 def _conditions(source: LoadedModel, settings: TrajectorySettings) -> tuple[Tensor, Tensor | None]:
-    """Draw labels (S, F), and text embeddings (S, text_size) of length 1 as encoders give them."""
-    config, count = source.network.config, settings.samples
     random = np.random.Generator(np.random.Philox(key=[settings.seed, 1]))
-    columns = [random.integers(0, size, count) for size in config.classes]
-    labels = torch.zeros(count, 0, dtype=torch.int64)
-    if columns:
-        labels = torch.from_numpy(np.stack(columns, axis=1))
-    if not config.text_size:
-        return labels, None
-    text = torch.from_numpy(random.standard_normal((count, config.text_size), dtype=np.float32))
-    return labels, text / text.norm(dim=1, keepdim=True)
+    return random_conditions(source.network.config, settings.samples, random)
 
 
 def _denoiser(source: LoadedModel, labels: Tensor, text: Tensor | None) -> Denoiser:

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ditserve.model.nets.autoencoder import open_autoencoder
+from ditserve.model.nets.autoencoder import open_decoder
 from ditserve.model.nets.cost import cost
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.sheet import to_pixels
 from ditserve.model.spec.bundle import GOLDEN, Golden
-from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.class_names import class_reference
+from ditserve.model.spec.grids import choose_grid, noise_levels
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
@@ -39,8 +40,9 @@ def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> G
     # A few-step model is drawn with its own number of steps: with more it would not draw what it was trained
     # to.
     steps = min(STEPS, defaults.steps, affordable_steps(network.config, defaults.guidance_scale))
-    levels = noise_levels(defaults.grid, steps, model.schedule)
-    table = step_table(defaults.solver, levels, model.schedule)
+    solver, schedule = defaults.solver, model.schedule
+    kind = choose_grid(None, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule)
+    table = step_table(solver, noise_levels(kind, steps, schedule), schedule)
     guidance = Guidance(
         defaults.guidance_scale, defaults.guidance_interval, manifest.diffusion.guidance_channels
     )
@@ -48,14 +50,14 @@ def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> G
         conditions = Conditions((network.embed(labels),))
         denoiser = Denoiser(network, model.schedule, conditions, guidance)
         *_, latent = denoise(denoiser, table, [SEED], clip_x0=manifest.diffusion.clip_x0)
-        image = open_autoencoder(manifest.decoder, vae, manifest.latents).decode(latent)
+        image = open_decoder(manifest, vae).decode(latent)
     Image.fromarray(to_pixels(image)[0]).save(folder / GOLDEN)
     return Golden(
-        condition={factor.name: factor.classes[0] for factor in manifest.factors},
+        condition={factor.name: str(class_reference(factor, 0)) for factor in manifest.factors},
         seed=SEED,
         steps=steps,
-        solver=defaults.solver,
-        grid=defaults.grid,
+        solver=solver,
+        grid=kind,
         guidance_scale=defaults.guidance_scale,
     )
 

@@ -27,9 +27,10 @@ from ditserve.export.calibrate import (
     TrajectorySettings,
     calibration_rows,
 )
+from ditserve.export.decoder import decoder_of
 from ditserve.export.errors import ExportError
 from ditserve.export.half import DTYPES, half_file
-from ditserve.export.onnx import PARITY, ExportOptions, decoder_of, export_bundle
+from ditserve.export.onnx import PARITY, ExportOptions, export_bundle
 from ditserve.export.parity import compare_rows, graph_backbone
 from ditserve.export.quality import FrechetSettings, frechet_report, open_references, picture_psnr
 from ditserve.export.quantize import FILES, Target, backbone_inputs, local_processor, write_int8

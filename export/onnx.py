@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 import torch
@@ -25,26 +24,26 @@ from ditserve.export.calibrate import (
     TrajectorySettings,
     calibration_rows,
 )
+from ditserve.export.decoder import check_decoder, copy_golden, decoder_of, write_decoder
 from ditserve.export.errors import ExportError
 from ditserve.export.golden import write_golden
-from ditserve.export.graph import OPSET, backbone_graph, conditioner_graph, decoder_graph, embedder_graph
+from ditserve.export.graph import OPSET, backbone_graph, conditioner_graph, embedder_graph
 from ditserve.export.half import half_file, write_half
-from ditserve.export.parity import compare_rows, verify_decoder, verify_graphs
-from ditserve.export.source import ModelCard, open_source, parameters, round_weights
-from ditserve.export.storage import data_file, save_graph, save_weights, save_whole
+from ditserve.export.ladder import MEASURE_IF_MISSING, LadderOptions, PlanName, measured_manifest, plan_ladder
+from ditserve.export.parity import compare_rows, verify_graphs
+from ditserve.export.plan import ExportPlan, verification_rows
+from ditserve.export.source import ModelCard, open_source, parameters, round_weights, training_pictures
+from ditserve.export.storage import save_graph, save_weights
 from ditserve.export.verify import Band, ParityLimits, check, report, worst
-from ditserve.model.nets.autoencoder import SdVae, open_autoencoder
+from ditserve.model.evaluation.ladder import seconds_per_row
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import (
     BACKBONE,
     CALIBRATION,
     CONDITIONER,
-    DECODER,
     EMBEDDER,
-    GOLDEN,
     MANIFEST,
     WEIGHTS,
-    Golden,
     Manifest,
     write_manifest,
 )
@@ -70,6 +69,7 @@ class ExportOptions:
         vae: folder of the autoencoder of a model on latents.
         decoder: in place of `vae`, a graph of the decoder from another export.
         golden: draw the golden image.
+        ladder: the measurement of the ladder.
     """
 
     weights: str = "auto"
@@ -78,6 +78,7 @@ class ExportOptions:
     vae: Path | None = None
     decoder: Path | None = None
     golden: bool = True
+    ladder: LadderOptions = MEASURE_IF_MISSING
 
 
 def export_bundle(source: LoadedModel, out: Path, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
@@ -94,7 +95,9 @@ def export_bundle(source: LoadedModel, out: Path, options: ExportOptions = Expor
 
 def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict[str, Any]:
     """Write the bundle into `folder`, which is empty; return the parity report."""
-    check_decoder(source.manifest, options)
+    check_decoder(source.manifest, vae=options.vae, graph=options.decoder)
+    plan = _plan(source, options)
+    print(plan, file=sys.stderr)
     conditional_rows = calibration_rows(source, options.trajectories)
     rows = conditional_rows.with_null(source.network.config)
     stored_as, rounding, rounded = _storage_precision(source, rows, options.weights)
@@ -111,12 +114,24 @@ def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict
         "graphs": {name: report(bands) for name, bands in graphs.items()},
     }
     (folder / PARITY).write_text(json.dumps(summary, indent=1) + "\n")
+    manifest = _manifest(model.manifest, stored_as, rounding, graphs)
+    if plan.ladder is not None:
+        manifest = measured_manifest(plan.ladder, model.network, manifest)
     golden = None
     if options.golden:
-        golden = write_golden(model, folder, options.vae) or _copy_golden(model.manifest, folder, options)
-    manifest = _manifest(model.manifest, stored_as, rounding, graphs)
+        described = LoadedModel(model.network, manifest)
+        golden = write_golden(described, folder, options.vae) or copy_golden(
+            manifest, folder, options.decoder
+        )
     write_manifest(folder, manifest.model_copy(update={"golden": golden}))
     return summary
+
+
+def _plan(model: LoadedModel, options: ExportOptions) -> ExportPlan:
+    rows = verification_rows(model, options.trajectories, half=options.half != "none")
+    speed = seconds_per_row(model)
+    ladder = plan_ladder(model, options.ladder, seconds_per_row=speed, other_rows=rows)
+    return ExportPlan(rows, speed, ladder)
 
 
 def _write_and_verify(
@@ -125,7 +140,7 @@ def _write_and_verify(
     """Write all graphs of `model` into `folder`, which holds its weights; return their errors by name."""
     write_graphs(model.network, model.manifest, folder)
     graphs = verify_graphs(model, folder, rows)
-    graphs |= write_decoder(model.manifest, folder, options)
+    graphs |= write_decoder(model.manifest, folder, vae=options.vae, graph=options.decoder)
     if options.half != "none":
         precision, _, bands = write_half(model, folder, rows, options.half)
         graphs[half_file(precision)] = bands
@@ -145,69 +160,6 @@ def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
     for name, proto in graphs.items():
         if proto is not None:
             save_graph(proto, folder / name)
-
-
-def write_decoder(manifest: Manifest, folder: Path, options: ExportOptions) -> dict[str, tuple[Band, ...]]:
-    """Write the decoder of a model on latents; return its errors.
-
-    Nothing is written for a model on pixels. A decoder that is copied from another export is not verified
-    again.
-
-    Raises:
-        ExportError: its graph differs from torch.
-        AutoencoderError: the autoencoder cannot be opened.
-    """
-    channels = manifest.config.in_channels
-    if manifest.decoder == "identity":
-        return {}
-    if options.vae is not None:
-        autoencoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
-        if isinstance(autoencoder, SdVae):
-            # Tiling is chosen by the size, and a graph of any size cannot branch on it.
-            autoencoder.vae.disable_tiling()
-        save_whole(decoder_graph(autoencoder, channels), folder / DECODER)
-        return {DECODER: verify_decoder(autoencoder, folder / DECODER, channels)}
-    assert options.decoder is not None
-    for file in (options.decoder, data_file(options.decoder)):
-        if file.is_file():
-            shutil.copy(file, folder)
-    return {}
-
-
-def check_decoder(manifest: Manifest, options: ExportOptions) -> None:
-    """Refuse a model on latents without a decoder, before anything is computed.
-
-    Raises:
-        ExportError: neither an autoencoder nor a graph of its decoder is given.
-        AutoencoderError: the autoencoder cannot be opened.
-    """
-    channels = manifest.config.in_channels
-    if manifest.decoder == "identity" and channels != 3:
-        raise ExportError(
-            f"the model makes {channels} channels, not red, green and blue: "
-            "name the folder of its SD-VAE with --vae"
-        )
-    if manifest.decoder != "identity" and options.vae is None and options.decoder is None:
-        raise ExportError("the model works on latents: name the folder of its SD-VAE with --vae")
-    if manifest.decoder != "identity" and options.vae is not None:
-        open_autoencoder(manifest.decoder, options.vae, manifest.latents)
-
-
-def _copy_golden(manifest: Manifest, folder: Path, options: ExportOptions) -> Golden | None:
-    """Copy the golden image that lies beside a copied decoder; return its record, or None if there is none.
-
-    A model on latents cannot draw it again without its autoencoder.
-    """
-    file = None if options.decoder is None else options.decoder.with_name(GOLDEN)
-    if manifest.golden is None or file is None or not file.is_file():
-        return None
-    shutil.copy(file, folder)
-    return manifest.golden
-
-
-def decoder_of(bundle: Path) -> Path | None:
-    """Return the decoder's graph in a bundle, if it has one."""
-    return bundle / DECODER if (bundle / DECODER).is_file() else None
 
 
 def _storage_precision(
@@ -268,6 +220,7 @@ def _run(options: argparse.Namespace) -> None:
             vae=options.vae,
             decoder=decoder_of(options.source),
             golden=options.golden == "auto",
+            ladder=_ladder_options(options, card),
         )
         # No name here holds the model, so that its weights are freed when they are rounded.
         summary = _assemble(_open_with_card(options, card), scratch, export)
@@ -278,6 +231,13 @@ def _run(options: argparse.Namespace) -> None:
         f"backbone within {max(band['relative_l2'] for band in bands):.1e} of torch "
         f"(relative L2, worst of {len(bands)} noise bands), {time.monotonic() - started:.0f} s"
     )
+
+
+def _ladder_options(options: argparse.Namespace, card: Mapping[str, Any]) -> LadderOptions:
+    """Return how to measure the ladder: defaults that a card or a bundle states stay."""
+    pictures = training_pictures(options.source)
+    settled = pictures is None or "defaults" in card
+    return LadderOptions(options.ladder, options.data or pictures, settled)
 
 
 def _open_with_card(options: argparse.Namespace, card: Mapping[str, Any]) -> LoadedModel:
@@ -319,7 +279,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for field in ("name", "version", "description", "licence"):
         parser.add_argument(f"--{field}")
     parser.add_argument("--attribution", action="append", help="one credit line; repeat for more")
-    parser.add_argument("--data", type=named_path, help="the training pictures, if not where the run says")
+    parser.add_argument(
+        "--data", type=named_path, help="the training pictures, of a bundle or if not where the run says"
+    )
+    parser.add_argument(
+        "--ladder",
+        choices=get_args(PlanName),
+        default="auto",
+        help="measurement of the quality ladder; auto: quick if the model has none",
+    )
     parser.add_argument(
         "--vae", type=named_path, help="diffusers AutoencoderKL folder, for models on latents"
     )

@@ -27,6 +27,7 @@ from ditserve.model.evaluation.picture_sets import (
     real_pictures,
 )
 from ditserve.model.nets.autoencoder import Autoencoder, Identity
+from ditserve.model.spec.grids import choose_grid
 from ditserve.model.train.loaded_model import LoadedModel
 
 # The pictures that are compared pixel by pixel.
@@ -107,14 +108,15 @@ def frechet_report(source: LoadedModel, backbone: Backbone, settings: FrechetSet
 
 
 def _plan(source: LoadedModel, settings: FrechetSettings) -> EvaluationPlan:
-    defaults = source.manifest.defaults
+    defaults, schedule = source.manifest.defaults, source.schedule
+    solver, steps = defaults.solver, settings.steps
     return EvaluationPlan(
         limit=settings.pictures,
         per_pair=1,
         reference=0,
-        steps=settings.steps,
-        solver=defaults.solver,
-        grid=defaults.grid,
+        steps=steps,
+        solver=solver,
+        grid=choose_grid(None, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule),
         guidance_scale=defaults.guidance_scale,
         guidance_interval=defaults.guidance_interval,
         seed=0,

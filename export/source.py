@@ -12,7 +12,8 @@ from torch import Tensor
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.factory import Network, network_of
 from ditserve.model.spec.bundle import Defaults, Name
-from ditserve.model.train.load import load_model
+from ditserve.model.train.config import load_config
+from ditserve.model.train.load import load_model, opens_run
 from ditserve.model.train.loaded_model import LoadedModel, LoadError
 
 
@@ -44,6 +45,11 @@ def open_source(path: Path, *, data: Path | None = None) -> LoadedModel:
     except LoadError as error:
         hint = "; say where they are with --data" if "training pictures" in str(error) else ""
         raise ExportError(f"{error}{hint}") from None
+
+
+def training_pictures(path: Path) -> Path | None:
+    """Return where the training run in `path` has its pictures; None for a bundle."""
+    return load_config(path / "config.json").data.path if opens_run(path) else None
 
 
 def parameters(network: Network) -> dict[str, Tensor]:

@@ -59,11 +59,12 @@ from ditserve.model.evaluation.picture_sets import (
     collect_sets,
     open_data,
 )
-from ditserve.model.nets.autoencoder import open_autoencoder
+from ditserve.model.nets.autoencoder import open_decoder
 from ditserve.model.sampling.sheet import picture_grid, to_pixels
 from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.grids import choose_grid
 from ditserve.model.spec.output_folder import BUNDLE, EVALUATION, RUN, claim
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
@@ -164,13 +165,15 @@ def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPla
         raise EvaluationError(f"--limit {options.limit} pictures take {needed / 2**30:,.0f} GiB: lower it")
     if options.per_pair is not None and options.per_pair > options.limit:
         raise EvaluationError(f"--per-pair {options.per_pair} is above --limit {options.limit}: lower it")
+    solver, steps = options.solver or defaults.solver, options.steps or defaults.steps
+    schedule = loaded.schedule
     return EvaluationPlan(
         limit=options.limit,
         per_pair=options.per_pair,
         reference=options.reference,
-        steps=options.steps or defaults.steps,
-        solver=options.solver or defaults.solver,
-        grid=options.grid or defaults.grid,
+        steps=steps,
+        solver=solver,
+        grid=choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule),
         guidance_scale=defaults.guidance_scale if options.scale is None else options.scale,
         guidance_interval=tuple(options.interval or defaults.guidance_interval),
         seed=options.seed,
@@ -213,7 +216,7 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
         raise EvaluationError(f"{model} is no bundle: only a bundle has a manifest to write to")
     network, classifier = open_metric_networks(options, loaded)
     plan = make_plan(loaded, options)
-    decoder = open_autoencoder(manifest.decoder, options.vae, manifest.latents)
+    decoder = open_decoder(manifest, options.vae)
     dataset = open_data(loaded, options.data)
     rows = choose_rows(dataset, plan)
     # What cannot be told is said before hours of sampling.

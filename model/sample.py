@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from ditserve.model.nets.autoencoder import open_autoencoder
+from ditserve.model.nets.autoencoder import open_decoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import (
     Combine,
@@ -37,7 +37,7 @@ from ditserve.model.sampling.sheet import (
     to_pixels,
 )
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
-from ditserve.model.spec.grids import FLOW_GRIDS, GRIDS, noise_levels
+from ditserve.model.spec.grids import GRIDS, choose_grid, noise_levels
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
@@ -52,7 +52,7 @@ def sample(options: argparse.Namespace) -> Image.Image:
     loaded = load_model(options.model, data=options.data)
     device = _device(options.device)
     model = loaded.network.to(device)
-    decoder = open_autoencoder(loaded.manifest.decoder, options.vae, loaded.manifest.latents, device)
+    decoder = open_decoder(loaded.manifest, options.vae, device)
     table, guidance = _sampling(loaded, options)
     size = tuple(options.size) if options.size else model.config.image_size
     terms = [parse_condition(text, loaded.manifest.factors) for text in options.condition]
@@ -98,9 +98,10 @@ def _device(name: str) -> torch.device:
 
 def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
     """Return the steps and the guidance: as the command line says, or else the defaults of the model."""
-    defaults = loaded.manifest.defaults
-    levels = noise_levels(options.grid or defaults.grid, options.steps or defaults.steps, loaded.schedule)
-    table = step_table(options.solver or defaults.solver, levels, loaded.schedule, eta=options.eta)
+    defaults, schedule = loaded.manifest.defaults, loaded.schedule
+    solver, steps = options.solver or defaults.solver, options.steps or defaults.steps
+    kind = choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule)
+    table = step_table(solver, noise_levels(kind, steps, schedule), schedule, eta=options.eta)
     guidance = Guidance(
         scale=defaults.guidance_scale if options.scale is None else options.scale,
         interval=tuple(options.interval or defaults.guidance_interval),
@@ -151,11 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=count, default=0, help="of the first sample; the others count up (0)")
     add("--steps", type=positive, help="steps from noise to picture")
     add("--solver", help=f"what takes the steps: {', '.join(SOLVERS)}")
-    add(
-        "--grid",
-        help=f"where the steps are: {', '.join(GRIDS)}, or timesteps such as 999,500,100; of a flow: "
-        f"{', '.join(FLOW_GRIDS)}, or sigmas such as 1,0.5,0.2",
-    )
+    add("--grid", help=f"where the steps are: {', '.join(GRIDS)}, or timesteps such as 999,500,100")
     add("--eta", type=share, default=0.0, help="share of fresh noise in each step, 0..1 (0)")
     add("--scale", type=finite, help="guidance scale; 1 is none")
     add("--interval", type=share, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from ditserve.service.settings import Settings
+from ditserve.service.telemetry import output
 
 # Commands that take settings, and those that take arguments of their own.
 COMMANDS = {"api": "ditserve.service.http.api:run", "worker": "ditserve.service.worker.main:run"}
@@ -44,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     run: Callable[[Settings], int] = _implementation(
         COMMANDS.get(command, "ditserve.service.launch.supervisor:run")
     )
+    output.make_lossy("stdout")
     return run(settings)
 
 
@@ -54,4 +56,4 @@ def _implementation(name: str) -> Callable[..., int]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(output.run_command(lambda: main(sys.argv[1:])))

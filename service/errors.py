@@ -5,7 +5,8 @@ as plain data (`to_wire` / `from_wire`) under its code, so the API raises the sa
 `http.problems` renders errors as RFC 9457 bodies and in OpenAI's shape. Pure: imports nothing of the service.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any, ClassVar
 
@@ -246,10 +247,58 @@ def from_wire(data: Mapping[str, Any]) -> ServiceError:
     of another form than `to_wire` writes are left out.
     """
     code = str(data.get("code", "missing"))
-    extra, retry_after = data.get("extra"), data.get("retry_after")
-    extra = dict(extra) if isinstance(extra, Mapping) else {}
+    retry_after = data.get("retry_after")
+    extra = _shown(data.get("extra"))
     kind = ERRORS.get(code)
     if kind is None:
         kind, extra = InternalError, {**extra, "unknown_code": code}
     seconds = retry_after if isinstance(retry_after, int | float) and isfinite(retry_after) else None
     return kind(str(data.get("detail") or ""), retry_after=seconds, extra=extra)
+
+
+def _shown(extra: object) -> dict[str, Any]:
+    """Return the fields of `extra` that can be shown with an error."""
+    if not isinstance(extra, Mapping):
+        return {}
+    return {
+        name: value
+        for name, value in extra.items()
+        if isinstance(name, str) and name not in _RENDERED and _FORMS.get(name, _is_plain)(value)
+    }
+
+
+def _is_plain(value: object) -> bool:
+    """Return True for what JSON can hold."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_field_errors(value: object) -> bool:
+    """Return True for a list of at least one field's place and what is wrong there."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(error, Mapping) and {"pointer", "detail"} <= {*error} and _are_names([*error.values()])
+            for error in value
+        )
+    )
+
+
+# Names that a rendered error gives to fields of its own (`http.problems`).
+_RENDERED = frozenset(
+    {"type", "title", "status", "detail", "instance", "code", "request_id", "retry_after_s"}
+)
+_RENDERED |= {"message", "param"}
+# Fields that readers of an error rely on, and their forms.
+_FORMS: Mapping[str, Callable[[object], bool]] = {
+    "errors": _are_field_errors,
+    "suggestions": _are_names,
+}

@@ -44,7 +44,7 @@ class ConditionTerm:
 
 @dataclass(frozen=True, slots=True)
 class Job(Message):
-    """An admitted request: one sample per seed. Times are seconds since the epoch.
+    """An admitted request: one sample per seed. Times are seconds since the epoch, by the clock of the queue.
 
     `cost_rows` is the work of the whole job as admitted, in row-steps: predicted steps times the rows of
     each, in rows of the model's own size. `floor_rows` is the same at the lowest rung that the request

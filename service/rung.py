@@ -11,8 +11,8 @@ Interval = tuple[float, float]
 class Rung:
     """One operating point: a solver, its steps, their grid, and the noise levels at which guidance acts.
 
-    `guidance_interval` is in 0..1 of the noise range. `quality` is the measured distance to the reference
-    sampler: 0 is as good, lower is better.
+    `guidance_interval` is in 0..1 of the noise range. `quality` is the measured distance that orders the
+    ladder, see `RungSpec`: lower is better.
     """
 
     name: str

@@ -1,15 +1,14 @@
 """Measure a bundle's quality ladder: what fewer steps or another solver cost and save.
 
-    python -m bench.ladder BUNDLE [--write] [--data data/emoji64.npz] [--samples 12] [--threads 1] [--rows 8]
-        [--narrow .1 .8]
+    python -m bench.ladder BUNDLE [--write] [--data data/emoji64.npz] [--samples 32] [--threads 1]
 
-Every candidate makes the same images (same noise, same labels) as DDIM in 250 steps on the bundle itself. Its
-quality is the RMS distance to those, its cost the forward rows of one image. The candidates that nothing
-cheaper matches are the ladder: it is printed, saved and drawn to bench/results/ladder-<name>.{json,png} and,
-with --write, put into the manifest. With --data, the rungs of the ladder also get the Fréchet distance of
---pictures images to the training pictures, which says whether a distance can be seen. A narrower guidance
-interval is tried on demand only: it aims at other images than the reference's, and the RMS distance counts
-that as loss.
+Every candidate makes the same images (same noise, same labels) as DDIM in 250 steps. Its cost are the forward
+rows of one image. Its distance to the long run is the RMS of the differences; with --data, the training
+pictures, its distance to real pictures is their energy score. The candidates that no other beats in cost and
+in both distances are the ladder. It is printed, saved and drawn to bench/results/ladder-<name>.{json,png}
+and, with --write, put into the manifest; the bundle's defaults stay. With --classifier, the rungs also get
+the Fréchet distance of --pictures images to the training pictures. The quick measurement is a part of
+`python -m export.onnx`.
 """
 
 from __future__ import annotations
@@ -18,96 +17,78 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ditserve.bench import report
-from ditserve.bench.ladder import measure as ladders
 from ditserve.bench.ladder.training_pictures import TrainingPictures
 from ditserve.bench.plots import draw_ladder
-from ditserve.model.spec.bundle import Bundle, RungSpec, write_manifest
+from ditserve.export.calibrate import with_backbone
+from ditserve.export.parity import graph_backbone
+from ditserve.model.evaluation.ladder import THOROUGH, LadderMeasurement, MeasuredLadder, draw_inputs
+from ditserve.model.evaluation.picture_sets import open_data
+from ditserve.model.spec.bundle import BACKBONE, Bundle, write_manifest
+from ditserve.model.spec.command_line import named_path, positive, thread_count
+from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.output_folder import BUNDLE, claim
-from ditserve.service.backends import Backend, load_backend
-from ditserve.service.planning.ladder import Ladder
+from ditserve.model.train.loaded_model import LoadedModel, load_bundle
 
-COLUMNS = ("", "rung", "grid", "guidance", "rows", "quality", "Fréchet")
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredLadder:
-    """The measured candidates, the ladder, and its Fréchet distances if there are training pictures."""
-
-    candidates: Sequence[RungSpec]
-    ladder: Sequence[RungSpec]
-    frechet: Mapping[str, float] = field(default_factory=dict)
+COLUMNS = ("", "rung", "grid", "rows", "to its long run", "to real pictures", "Fréchet")
 
 
 def measure_ladder(
-    bundle: Bundle, backend: Backend, options: argparse.Namespace, console: Console
-) -> MeasuredLadder:
-    """Measure all candidates with a progress bar that counts rows."""
-    manifest = bundle.manifest
-    narrow = tuple(options.narrow) if options.narrow else None
-    schedule = manifest.diffusion.noise_schedule()
-    intervals = ladders.intervals(manifest, narrow)
-    rungs = list(ladders.candidates(intervals, manifest.defaults.grid, schedule))
-    pictures = None
-    if options.data:
-        pictures = TrainingPictures(bundle.path, options.data, options.classifier, pictures=options.pictures)
-    scale, costs = manifest.defaults.guidance_scale, Ladder((), schedule)
-    rows = sum(costs.row_steps(rung, scale) for rung in (ladders.reference_rung(manifest), *rungs))
+    model: LoadedModel, options: argparse.Namespace, console: Console
+) -> tuple[MeasuredLadder, dict[str, float]]:
+    """Measure all candidates, and the Fréchet distances of the ladder, with progress bars that count rows."""
+    dataset = None if options.data is None else open_data(model, options.data)
+    training = None
+    if dataset is not None and options.classifier is not None:
+        training = TrainingPictures(model, dataset, options.classifier, pictures=options.pictures)
+    inputs = draw_inputs(model, options.samples, dataset)
+    data = "" if options.data is None else options.data.name
+    measurement = LadderMeasurement(model.manifest, THOROUGH, inputs, settled=True, data=data)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("rows, candidates", total=rows * options.samples)
-        inputs = ladders.image_inputs(backend, options.samples, options.seed)
-        candidates = list(
-            ladders.measure(
-                backend, inputs, rungs, rows=options.rows, on_pass=lambda n: progress.advance(task, n)
-            )
-        )
-        ladder = ladders.best_rungs(candidates)
-        if pictures is None:
-            return MeasuredLadder(candidates, ladder)
-        total = int(sum(rung.rows for rung in ladder)) * len(pictures.labels)
+        first = progress.add_task("rows, candidates", total=measurement.rows)
+        measured = measurement.run(model.network, lambda rows: progress.advance(first, rows))
+        if training is None:
+            return measured, {}
+        total = int(sum(rung.rows for rung in measured.ladder)) * len(training.inputs)
         second = progress.add_task("rows, Fréchet distance", total=total)
-        frechet = ladders.frechet_distances(
-            backend, ladder, pictures, rows=options.rows, on_pass=lambda n: progress.advance(second, n)
-        )
-    return MeasuredLadder(candidates, ladder, frechet)
+        frechet = training.distances(measured.ladder, lambda rows: progress.advance(second, rows))
+    return measured, frechet
 
 
-def ladder_table(measured: MeasuredLadder) -> Table:
+def ladder_table(measured: MeasuredLadder, frechet: Mapping[str, float]) -> Table:
     rows = []
-    for rung in sorted(measured.candidates, key=lambda spec: (-spec.rows, spec.quality)):
-        low, high = rung.guidance_interval
+    for rung in sorted(measured.measured, key=lambda spec: (-spec.rows, spec.quality)):
         kept = rung in measured.ladder
-        distance = f"{measured.frechet[rung.name]:.3f}" if kept and measured.frechet else ""
-        interval, quality = f"{low:g}–{high:g}", f"{rung.quality:.4f}"
-        rows.append(
-            ("●" if kept else "", rung.name, rung.grid, interval, f"{rung.rows:g}", quality, distance)
-        )
-    text = {"", "rung", "grid", "guidance"}
-    return report.table("rungs, dearest first; the ladder is marked", COLUMNS, rows, text=text)
+        distances = [f"{value:.4f}" if value is not None else "" for value in (rung.own, rung.real)]
+        fidelity = f"{frechet[rung.name]:.3f}" if kept and frechet else ""
+        rows.append(("●" if kept else "", rung.name, rung.grid, f"{rung.rows:g}", *distances, fidelity))
+    return report.table(
+        "rungs, dearest first; the ladder is marked", COLUMNS, rows, text={"", "rung", "grid"}
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser("ladder", __doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=named_path)
     parser.add_argument("--write", action="store_true", help="put the ladder into the bundle's manifest")
-    parser.add_argument("--samples", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=8, help="images at a time")
-    parser.add_argument("--threads", type=int, default=1, help="0: one per core")
-    parser.add_argument("--narrow", type=float, nargs=2, help="a guidance interval to try as well")
     parser.add_argument(
-        "--data", type=Path, help="the pictures the model was trained on, for Fréchet distances"
+        "--samples", type=positive, default=THOROUGH.conditions, help="conditions, each drawn twice"
     )
-    parser.add_argument("--classifier", type=Path, default=Path("model/zoo/emoji-classifier"))
-    parser.add_argument("--pictures", type=int, default=64, help="images of each rung to compare with them")
+    parser.add_argument("--threads", type=thread_count, default=1)
+    parser.add_argument(
+        "--data", type=named_path, help="the pictures the model was trained on, to compare with"
+    )
+    parser.add_argument("--classifier", type=named_path, help="a classifier of them, for Fréchet distances")
+    parser.add_argument(
+        "--pictures", type=positive, default=64, help="images of each rung for Fréchet distances"
+    )
     return parser.parse_args(arguments)
 
 
@@ -115,29 +96,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, console = parse(arguments), Console()
 
     def work() -> None:
+        if options.classifier is not None and options.data is None:
+            raise ModelError("--classifier compares with the training pictures: name them with --data")
         with claim(options.bundle, BUNDLE) if options.write else nullcontext():
-            measure_and_report()
+            measure_and_report(Bundle.open(options.bundle))
 
-    def measure_and_report() -> None:
-        bundle = Bundle.open(options.bundle)
-        backend = load_backend("onnx", bundle, threads=options.threads, precision="fp32")
-        measured = measure_ladder(bundle, backend, options, console)
-        backend.close()
-        console.print(ladder_table(measured))
+    def measure_and_report(bundle: Bundle) -> None:
+        torch.set_num_threads(options.threads)
+        loaded = load_bundle(bundle)
+        # The graph is what is served, and computes faster.
+        model = with_backbone(loaded, graph_backbone(loaded.network, bundle.file(BACKBONE)))
+        measured, frechet = measure_ladder(model, options, console)
+        console.print(ladder_table(measured, frechet))
         name = f"ladder-{bundle.manifest.name}"
-        figure = report.result_path(f"{name}.png")
-        draw_ladder(measured.candidates, measured.ladder, measured.frechet, figure)
+        draw_ladder(measured.measured, measured.ladder, report.result_path(f"{name}.png"))
         record = {
             "bundle": f"{bundle.manifest.name} {bundle.manifest.version}",
-            "samples": options.samples,
-            "pictures": options.pictures if measured.frechet else 0,
+            **measured.record,
+            "order": measured.order,
             "ladder": [rung.name for rung in measured.ladder],
-            "frechet": measured.frechet,
-            "measured": [rung.model_dump(mode="json") for rung in measured.candidates],
+            "frechet": frechet,
+            "measured": [rung.model_dump(mode="json") for rung in measured.measured],
         }
         report.write_json(report.result_path(f"{name}.json"), record)
         if options.write:
-            write_manifest(bundle.path, bundle.manifest.model_copy(update={"ladder": measured.ladder}))
+            write_manifest(bundle.path, measured.added_to(bundle.manifest))
 
     return report.run_command("ladder", work)
 

@@ -6,55 +6,67 @@ bundle with each other and with nothing published.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.evaluation.classifier_network import open_classifier
 from ditserve.model.evaluation.features import classifier_features
 from ditserve.model.evaluation.fidelity import frechet_distance
-from ditserve.model.evaluation.picture_sets import open_data, real_pictures
+from ditserve.model.evaluation.front import OperatingPoint
+from ditserve.model.evaluation.ladder import LadderInputs, OnRows, draw_pictures
+from ditserve.model.evaluation.picture_sets import real_pictures, round_to_8_bits
 from ditserve.model.nets.autoencoder import Identity
-from ditserve.model.train.load import load_model
+from ditserve.model.spec.bundle import RungSpec
+from ditserve.model.train.loaded_model import LoadedModel
 
 CHUNK = 64  # pictures whose features are computed at once
 
 
 class TrainingPictures:
-    """The features of all training pictures, and the labels (N, F) of `pictures` of them, drawn at random.
+    """The features of all training pictures, and the labels of `pictures` of them, drawn at random.
 
     Pictures to compare are generated for those labels.
 
     Raises:
-        DataError: these are not the data that the model was trained on, or the model does not draw pixels.
+        DataError: the model does not draw pixels.
         ClassifierError: there is no classifier.
     """
 
-    def __init__(self, bundle: Path, data: Path, classifier: Path, *, pictures: int, seed: int = 0) -> None:
-        model = load_model(bundle)
+    def __init__(self, model: LoadedModel, dataset: Dataset, classifier: Path, *, pictures: int) -> None:
         if model.manifest.decoder != "identity":
             raise DataError(
-                "a Fréchet distance is measured for models that draw pixels only: leave --data out"
+                "a Fréchet distance is measured for models that draw pixels only: leave --classifier out"
             )
-        dataset = open_data(model, data)
+        self._model = model
         self._network = classifier_features(open_classifier(classifier))
         rows = [int(row) for row in dataset.training]
-        drawn = np.random.default_rng(seed).permutation(rows)[:pictures]
-        self.labels: npt.NDArray[np.int64] = np.asarray(dataset.labels)[drawn]
+        drawn = np.random.default_rng(0).permutation(rows)[:pictures]
+        self.inputs = LadderInputs(torch.from_numpy(np.asarray(dataset.labels)[drawn]), None)
         chunks = [
             self._network.features(images).pooled for images in real_pictures(dataset, Identity(), rows)
         ]
         self._features = torch.cat(chunks)
 
-    @torch.no_grad()
-    def distance(self, pixels: npt.NDArray[np.uint8]) -> float:
-        """Return the squared Fréchet distance of pictures (N, H, W, 3).
+    def distances(self, ladder: Sequence[RungSpec], on_rows: OnRows) -> dict[str, float]:
+        """Return the squared Fréchet distance by rung, each for the same labels and noise.
 
-        It shrinks with N: compare equal counts.
+        It shrinks with the number of pictures: compare equal counts.
         """
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (N, 3, H, W)
-        features = [self._network.features(part).pooled for part in images.split(CHUNK)]
-        return frechet_distance(self._features, torch.cat(features))
+        distances = {}
+        for rung in ladder:
+            point = OperatingPoint(rung.solver, rung.steps, rung.grid, rung.guidance_interval)
+            distances[rung.name] = self._distance(draw_pictures(self._model, self.inputs, point, on_rows))
+        return distances
+
+    @torch.no_grad()
+    def _distance(self, pictures: Tensor) -> float:
+        chunks = round_to_8_bits(pictures).split(CHUNK)
+        return frechet_distance(
+            self._features, torch.cat([self._network.features(chunk).pooled for chunk in chunks])
+        )

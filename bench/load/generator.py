@@ -138,4 +138,5 @@ def rung_qualities(manifest: Manifest, ladder: str) -> RungQualities:
     """Return the qualities of the bundle's rungs, with Fréchet distances if `bench.ladder` has any."""
     file = report.RESULTS / f"ladder-{ladder}.json"
     frechet: dict[str, float] = json.loads(file.read_text())["frechet"] if file.is_file() else {}
-    return RungQualities({rung.name: rung.quality for rung in manifest.ladder}, frechet)
+    distance = {rung.name: rung.quality if rung.own is None else rung.own for rung in manifest.ladder}
+    return RungQualities(distance, frechet)

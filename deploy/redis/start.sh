@@ -7,6 +7,6 @@ run=${RUN_DIR:-/tmp}
 digest=$(printf %s "$REDIS_PASSWORD" | sha256sum | cut -d ' ' -f 1)
 cat >"$run/users.acl" <<ACL
 user default off
-user dit on #$digest resetkeys ~{dit}:* ~{dit-*}:* resetchannels &{dit}:* &{dit-*}:* -@all +@connection +@hash +@pubsub +@scripting +@sortedset +@stream +@string +@transaction +del +exists +pexpire +persist +time -@dangerous
+user dit on #$digest resetkeys ~{dit}:* ~{dit-*}:* resetchannels &{dit}:* &{dit-*}:* -@all +@connection +@hash +@pubsub +@scripting +@sortedset +@stream +@string +@transaction +del +exists +pexpire +persist +scan +time -@dangerous +info
 ACL
 exec valkey-server "$(dirname "$0")/redis.conf" --dir "${DATA_DIR:-/data}" --aclfile "$run/users.acl" "$@"

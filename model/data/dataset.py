@@ -98,6 +98,10 @@ class Dataset(Protocol):
         """
         ...
 
+    def part(self, index: npt.NDArray[np.int64]) -> Dataset:
+        """Return the examples at `index` (n,) as a data set."""
+        ...
+
     def fingerprint(self) -> dict[str, str]:
         """Return checksums of what the pictures show, by "first–last" number.
 

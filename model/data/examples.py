@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,16 @@ class Examples:
     def training(self) -> npt.NDArray[np.int64]:
         """Indices of the examples that may be trained on."""
         return np.flatnonzero(~self.held_out)
+
+    def part(self, index: npt.NDArray[np.int64]) -> Self:
+        """Return the examples at `index` (n,)."""
+        return replace(
+            self,
+            rows=self.rows[index],
+            labels=self.labels[index],
+            held_out=self.held_out[index],
+            captions=tuple(self.captions[k] for k in index) if self.captions else (),
+        )
 
     @cached_property
     def text(self) -> npt.NDArray[np.float32] | None:

@@ -18,7 +18,7 @@ from ditserve.model.nets.cost import cost
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import noise_levels
-from ditserve.model.spec.guidance import guidance_weight
+from ditserve.model.spec.guidance import forward_rows
 from ditserve.model.train.loaded_model import LoadedModel
 
 PROBES = 20  # passes of each network, timed in turns
@@ -41,15 +41,10 @@ class EvaluatedModel:
 
 
 def rows_per_image(record: Mapping[str, Any], schedule: Schedule) -> int:
-    """Return the forward rows of one image, sampled as in the record.
-
-    A step has two rows where guidance acts, else one. 20 steps with guidance in an interval that holds 12 of
-    them: 12 · 2 + 8 · 1 = 32 rows.
-    """
+    """Return the forward rows of one image, sampled as in the record."""
     sampling = record["sampling"]
-    scale, interval = sampling["guidance_scale"], tuple(sampling["guidance_interval"])
     levels = noise_levels(sampling["grid"], sampling["steps"], schedule)
-    return sum(1 + (guidance_weight(scale, level, schedule, interval) != 1.0) for level in levels)
+    return forward_rows(levels, schedule, sampling["guidance_scale"], tuple(sampling["guidance_interval"]))
 
 
 @torch.no_grad()

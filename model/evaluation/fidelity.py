@@ -53,6 +53,26 @@ def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.T @ centred / (len(exact) - 1)
 
 
+def energy_scores(pictures: Tensor, real: Tensor) -> Tensor:
+    """Return the energy scores (n,) of n conditions, from two pictures and a real one of each.
+
+        (|X − y| + |X' − y|) / 2 − |X − X'| / 2        Gneiting & Raftery, JASA 102 (2007), eq. 22
+
+    X and X' are pictures k and k + n of `pictures` (2n, C, H, W), y is picture k of `real` (n, C, H, W), and
+    a distance is a root mean square. The mean is least for a model that draws as reality does: pictures that
+    are only blurred, or all alike, gain in the first term and lose in the second. No feature network is
+    needed, so it works for any pictures and latents.
+    """
+    one, other = pictures.flatten(1).chunk(2)
+    truth = real.flatten(1)
+    to_real = (_rms(one - truth) + _rms(other - truth)) / 2
+    return to_real - _rms(one - other) / 2
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.double().square().mean(1).sqrt()
+
+
 def kernel_distance(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> Estimate:
     """Return the squared maximum mean discrepancy of features (N, D) and (M, D).
 

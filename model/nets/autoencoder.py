@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ditserve.model.spec.bundle import LatentSpec, digest
+from ditserve.model.spec.bundle import LatentSpec, Manifest, digest
 from ditserve.model.spec.errors import ModelError
 
 # Latents of the SD-VAE are multiplied by this, so that their variance is about 1.
 SD_SCALE = 0.18215
+# The field of a manifest's provenance that holds the `fingerprint` of what made the model's latents.
+AUTOENCODER = "autoencoder"
 
 
 class AutoencoderError(ModelError):
@@ -99,21 +102,25 @@ def open_autoencoder(
     Latents and pictures must be on `device`.
 
     Raises:
-        AutoencoderError: an unknown kind, no folder or an unreadable one, channels other than the model's, or
-            no diffusers.
+        AutoencoderError: an unknown kind, no folder or one too many, an unreadable one, channels other than
+            those of `latents`, or no diffusers.
     """
     if kind == "identity":
+        if folder is not None:
+            raise AutoencoderError(f"this model works on pixels and needs no {folder}: leave --vae out")
         return Identity()
     if kind != "sd-vae":
         raise AutoencoderError(f"there is no decoder {kind!r} here: choose identity or sd-vae")
     if folder is None:
         raise AutoencoderError("this model works on latents: pass the folder of its SD-VAE with --vae")
-    if not (folder / "config.json").is_file():
-        raise AutoencoderError(f"{folder} is not an autoencoder's folder: it has no config.json")
+    _check_class(folder)
     try:
         network = importlib.import_module("diffusers").AutoencoderKL
         # low_cpu_mem_usage would need the package accelerate.
-        vae = network.from_pretrained(folder, low_cpu_mem_usage=False)
+        vae, loading = network.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
+        if loading["missing_keys"]:
+            # diffusers fills them with random numbers.
+            raise ValueError(f"its weights lack {loading['missing_keys'][0]}")
         return SdVae(vae.to(device), latents)
     except ModuleNotFoundError:
         raise AutoencoderError("the SD-VAE needs diffusers: pip install diffusers") from None
@@ -121,6 +128,48 @@ def open_autoencoder(
         raise AutoencoderError(
             f"{folder} cannot be read as an AutoencoderKL: {str(error).splitlines()[0]}"
         ) from None
+
+
+def _check_class(folder: Path) -> None:
+    """Refuse a folder that is not that of an AutoencoderKL, by its config.json.
+
+    Raises:
+        AutoencoderError: as said; it names the sub-folder of a pipeline.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        inner = folder / "vae"
+        remedy = f"pass {inner}" if (inner / "config.json").is_file() else "pass the folder of its SD-VAE"
+        raise AutoencoderError(f"{folder} is not an autoencoder's folder: it has no config.json; {remedy}")
+    try:
+        fields = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise AutoencoderError(f"{file} is not valid JSON: pass the folder of an AutoencoderKL") from None
+    name = fields.get("_class_name", "AutoencoderKL") if isinstance(fields, dict) else "no object"
+    if name != "AutoencoderKL":
+        raise AutoencoderError(f"{folder} holds {name}: pass the folder of an AutoencoderKL")
+
+
+def open_decoder(manifest: Manifest, folder: Path | None, device: torch.device | str = "cpu") -> Autoencoder:
+    """Open the autoencoder that decodes a model's samples, and check that it is the model's.
+
+    Raises:
+        AutoencoderError: as `open_autoencoder`; or it has other channels than the model, or is not the one
+            that made the latents of the model's training.
+    """
+    decoder = open_autoencoder(manifest.decoder, folder, manifest.latents, device)
+    if isinstance(decoder, SdVae) and folder is not None:
+        channels, own = len(decoder.spec.shift), manifest.config.in_channels
+        if channels != own:
+            raise AutoencoderError(
+                f"{folder} has {channels} latent channels, and the model {own}: pass its own"
+            )
+        maker = manifest.provenance.get(AUTOENCODER)
+        if maker is not None and fingerprint(folder) != maker:
+            raise AutoencoderError(
+                f"{folder} is not what made the latents that the model learned: pass that one"
+            )
+    return decoder
 
 
 def fingerprint(folder: Path) -> str:

@@ -21,7 +21,7 @@ from ditserve.model.nets.factory import Network
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.guidance import check_guidance, guidance_weight, guided
 from ditserve.model.spec.mixing import assign_blocks, compose_outputs, normalised_weights, splice_states
-from ditserve.model.spec.solvers import StepTable, learned_log_variance, trajectory, variance_bounds
+from ditserve.model.spec.solvers import LEARNED, StepTable, learned_log_variance, trajectory, variance_bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def denoise(
     def draw() -> Tensor:
         return torch.from_numpy(np.stack([draw_noise(rng, shape) for rng in generators])).to(device)
 
-    if table.solver == "ddpm" and config.learn_sigma:
+    if table.solver == LEARNED and config.learn_sigma:
         network, step_noise = _with_learned_variance(denoiser, table, draw)
     else:
         network, step_noise = _without_variance(denoiser), draw

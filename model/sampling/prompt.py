@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ditserve.model.nets.factory import Network
+from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.nets.text import open_encoder
 from ditserve.model.sampling.denoise import Conditions
 from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.class_names import ClassNames, UnknownClassError
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.mixing import mix_embeddings
 
@@ -37,10 +38,10 @@ class PromptTerm:
 def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
     """Parse `label=cat,style=noto` or `text=a red fox`, with an optional `weight=0.5`.
 
-    Every part may be left out.
+    Every part may be left out. Classes are named as in the service, or by their numbers.
 
     Raises:
-        SampleError: an unknown factor or class, or a weight that is no number.
+        SampleError: an unknown factor or class, a name of several classes, or a weight that is no number.
     """
     given = dict(part.partition("=")[::2] for part in re.split(r",(?=\w+=)", text) if part)
     try:
@@ -59,11 +60,11 @@ def parse_condition(text: str, factors: Sequence[Factor]) -> PromptTerm:
 def _class(factor: Factor, name: str | None) -> int | None:
     if name is None:
         return None
-    if name in factor.classes:
-        return factor.classes.index(name)
-    near = difflib.get_close_matches(name, factor.classes, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}?" if near else f"for example {', '.join(factor.classes[:3])}"
-    raise SampleError(f"{factor.name} has no class {name!r}; {hint}")
+    try:
+        return ClassNames(factor).index(name)
+    except UnknownClassError as error:
+        near = ", ".join(error.suggestions)
+        raise SampleError(f"{error} Did you mean {near}?" if near else str(error)) from None
 
 
 def label_tensor(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -> Tensor:
@@ -106,3 +107,20 @@ def combine_conditions(
     if how == "linear" or how == "spherical":
         return Conditions((mix_embeddings(embeddings, weights, how).expand(rows, -1),))
     return Conditions(tuple(embedding.expand(rows, -1) for embedding in embeddings), tuple(weights), how)
+
+
+def random_conditions(
+    config: NetworkConfig, count: int, random: np.random.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Draw labels (count, F), and text embeddings (count, text_size) of length 1 as encoders give them.
+
+    A model that takes no text has None.
+    """
+    columns = [random.integers(0, size, count) for size in config.classes]
+    labels = torch.zeros(count, 0, dtype=torch.int64)
+    if columns:
+        labels = torch.from_numpy(np.stack(columns, axis=1))
+    if not config.text_size:
+        return labels, None
+    text = torch.from_numpy(random.standard_normal((count, config.text_size), dtype=np.float32))
+    return labels, text / text.norm(dim=1, keepdim=True)

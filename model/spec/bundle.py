@@ -138,7 +138,9 @@ class LatentSpec(_Strict):
 class RungSpec(_Strict):
     """One measured operating point.
 
-    `rows` is the cost in forward rows per image, `quality` the distance to the reference: lower is better.
+    `rows` is the cost in forward rows per image. `own` is the distance of its pictures to those that the
+    model's own long run draws of the same noise, `real` that to real pictures; None: not measured. `quality`
+    is the one of the two that orders the ladder (`Manifest.ladder_order`): lower is better.
     """
 
     name: str
@@ -148,6 +150,8 @@ class RungSpec(_Strict):
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     rows: float
     quality: float
+    own: float | None = None
+    real: float | None = None
 
 
 class Defaults(_Strict):
@@ -196,6 +200,7 @@ class Manifest(_Strict):
     state: tuple[StateTensor, ...]
     defaults: Defaults
     ladder: tuple[RungSpec, ...] = ()
+    ladder_order: Literal["own", "real"] = "own"
     golden: Golden | None = None
     licence: str
     attribution: tuple[str, ...] = ()

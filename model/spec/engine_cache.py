@@ -142,7 +142,7 @@ class CachedEngine:
         if not self.engine.is_file() or not self.record.is_file():
             return "not built"
         try:
-            record = json.loads(self.record.read_text())
+            record = json.loads(self.record.read_text(encoding="utf-8"))
             built, sha256 = {**record["origin"], "options": record["options"]}, record["sha256"]
         except (ValueError, KeyError, TypeError):
             return f"{self.record.name} is damaged"

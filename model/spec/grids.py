@@ -1,27 +1,23 @@
 """Grids: the decreasing noise levels that a sample visits on its way from noise to image.
 
-A table of timesteps has grids of whole timesteps (`grid`), a flow has grids of sigma (`flow_grid`).
+A table of timesteps has grids of whole timesteps (`grid`), a flow those of `sigma_grids.flow_grid`.
 `noise_levels` chooses by the process.
 
-Pure: numpy only; no torch, no I/O, no randomness.
+A grid has a name, or is a list. Which one suits a request follows from the solver and the number of steps.
+Pure: numpy only; no torch, no I/O, no randomness. `model.spec.sigma_grids` has the grids of flow models.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 
-from ditserve.model.spec.diffusion import (
-    CLEAN,
-    FloatTable,
-    NoiseProcess,
-    RectifiedFlow,
-    Schedule,
-    VariancePreserving,
-)
+from ditserve.model.spec.diffusion import CLEAN, FloatTable, Schedule, VariancePreserving
+from ditserve.model.spec.sigma_grids import FLOW_GRIDS, flow_grid, flow_regrid
 
 
 def noise_levels(kind: str, steps: int, schedule: Schedule) -> tuple[float, ...]:
@@ -61,82 +57,20 @@ def even_grid(schedule: Schedule) -> str:
     return "trailing" if isinstance(schedule.process, VariancePreserving) else "uniform"
 
 
-def check_levels(levels: Sequence[float], process: NoiseProcess) -> FloatTable:
-    """Return `levels` as float64 (N,).
-
-    Raises:
-        ValueError: there are none, or they do not decrease strictly down from the noisiest to the clean one.
-    """
-    values = np.array(levels, dtype=np.float64)
-    if (
-        values.ndim != 1
-        or not values.size
-        or not process.clean < values[-1] <= values[0] <= process.noisiest
-        or not np.all(np.diff(values) < 0.0)
-    ):
-        raise ValueError(
-            "a grid must be one or more noise levels that decrease strictly, "
-            f"above {process.clean:g} and at most {process.noisiest:g}"
-        )
-    return values
-
-
-def _uniform(steps: int) -> FloatTable:
-    return np.linspace(1.0, 0.0, steps + 1)[:-1]
-
-
-FLOW_GRIDS: dict[str, Callable[[int], FloatTable]] = {"uniform": _uniform}
-
-
-def flow_grid(kind: str, steps: int, max_steps: int = 1000) -> tuple[float, ...]:
-    """Return the N = `steps` decreasing sigmas that a sample of a flow visits before 0.
-
-    "uniform" in 4 steps is 1, 0.75, 0.5, 0.25. `kind` may also be a list of N sigmas, such as "1,0.8,0.4".
-
-    Raises:
-        ValueError: an unknown kind, `steps` outside 1..`max_steps`, or a list that is not as stated.
-    """
-    if not 1 <= steps <= max_steps:
-        raise ValueError(f"steps must be in 1..{max_steps}, not {steps}")
-    if kind in FLOW_GRIDS:
-        return tuple(FLOW_GRIDS[kind](steps).tolist())
-    values = _explicit_sigmas(kind)
-    if len(values) != steps:
-        raise ValueError(f"the explicit grid has {len(values)} sigmas, but {steps} steps were asked for")
-    return values
-
-
-def flow_regrid(level: float, steps: int, kind: str) -> tuple[float, ...]:
-    """Return `steps` sigmas, spaced as `kind` says, for a sample of a flow whose next one is `level`.
-
-    The first is always `level`. From 0.6 on, 3 steps of "uniform" are 0.6, 0.4, 0.2. The grid is read as a
-    curve from 1 to 0, and the part of it below `level` is sampled evenly.
-
-    Raises:
-        ValueError: a level outside 0..1, or 0; `steps` < 1; or an unknown kind.
-    """
-    if not 0.0 < level <= 1.0:
-        raise ValueError(f"sigma must be above 0 and at most 1, not {level}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
-    curve = np.append(FLOW_GRIDS[kind](FINE) if kind in FLOW_GRIDS else _explicit_sigmas(kind), 0.0)
-    index = np.arange(curve.size, dtype=np.float64)
-    reached = np.interp(-level, -curve, index)
-    resampled = np.interp(np.linspace(reached, index[-1], steps + 1)[:-1], index, curve)
-    return (float(level), *resampled[1:].tolist())
-
-
-def _explicit_sigmas(text: str) -> tuple[float, ...]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        names = ", ".join(FLOW_GRIDS)
-        raise ValueError(f"grid of a flow must be {names} or comma-separated sigmas, not {text!r}") from None
-    return tuple(check_levels(values, RectifiedFlow()).tolist())
-
-
 def _leading(steps: int, timesteps: int) -> FloatTable:
     return np.arange(steps - 1, -1, -1, dtype=np.float64) * (timesteps // steps)
+
+
+def _ddim_stride(steps: int, timesteps: int) -> FloatTable:
+    stride = -(-timesteps // steps)
+    if -(-timesteps // stride) != steps:
+        fewer = -(-timesteps // stride)
+        more = -(-timesteps // (stride - 1))
+        raise ValueError(
+            f"grid ddim-stride has no whole stride that visits {steps} of {timesteps} timesteps: "
+            f"take {fewer} or {more} steps, or another grid"
+        )
+    return np.arange(steps - 1, -1, -1, dtype=np.float64) * stride
 
 
 def _trailing(steps: int, timesteps: int) -> FloatTable:
@@ -147,12 +81,43 @@ def _uniform_t(steps: int, timesteps: int) -> FloatTable:
     return np.round(np.linspace(0.0, timesteps - 1.0, steps + 1))[:0:-1]
 
 
-GRIDS: dict[str, Callable[[int, int], FloatTable]]
-GRIDS = {"leading": _leading, "trailing": _trailing, "uniform-t": _uniform_t}
+def _linspace(steps: int, timesteps: int) -> FloatTable:
+    # A single step would stand at timestep 0, where there is no noise to remove.
+    if steps == 1:
+        return np.array([timesteps - 1.0])
+    return np.round(np.linspace(0.0, timesteps - 1.0, steps))[::-1]
 
 
-# The points by which the curve of a named grid of sigma is interpolated.
-FINE = 1000
+def _respaced(steps: int, timesteps: int) -> FloatTable:
+    if steps == 1:
+        return _linspace(1, timesteps)
+    # The published code adds the strides up, which decides how some halves are rounded.
+    strides = np.full(steps - 1, (timesteps - 1) / (steps - 1))
+    return np.round(np.cumsum(np.append(0.0, strides)))[::-1]
+
+
+GRIDS: Mapping[str, Callable[[int, int], FloatTable]] = MappingProxyType(
+    {
+        "leading": _leading,
+        "trailing": _trailing,
+        "uniform-t": _uniform_t,
+        "linspace": _linspace,
+        "respaced": _respaced,
+        "ddim-stride": _ddim_stride,
+    }
+)
+# The grids whose last timestep is 0. The step to it is long in log(alpha / sigma) beside those before.
+_TO_ZERO = frozenset({"leading", "linspace", "respaced", "ddim-stride"})
+# The grids that spend two of their steps on the two ends of the noise range.
+_BOTH_ENDS = frozenset({"linspace", "respaced"})
+# The grid that a solver was published with; "trailing" for the others.
+_PUBLISHED = MappingProxyType({"ddpm": "respaced", "dpmpp-2m": "uniform-t", "unipc-1": "uniform-t"})
+# The grids that a solver is clearly worse on. Extrapolation over the long step to timestep 0 makes
+# DPM-Solver++(2M) worse than DDIM below some 20 steps.
+_UNSUITED = MappingProxyType({"ddpm": frozenset({"leading", "ddim-stride"}), "dpmpp-2m": _TO_ZERO})
+# A grid from pure noise starts in the noisiest tenth; with few steps, which are longer, in the noisiest
+# quarter.
+_NOISY, _NOISY_OF_FEW, _FEW = 0.1, 0.25, 10
 
 
 def grid(kind: str, steps: int, timesteps: int = 1000) -> tuple[int, ...]:
@@ -160,15 +125,21 @@ def grid(kind: str, steps: int, timesteps: int = 1000) -> tuple[int, ...]:
 
     For 4 steps of T = 1000 timesteps the kinds give:
 
-        "leading"    750, 500, 250, 0      k · (T // N), the grid of the published DiT
-        "trailing"   999, 749, 499, 249    round(T - k · T / N) - 1, which starts at T - 1
-        "uniform-t"  999, 749, 500, 250    round(linspace(0, T - 1, N + 1)) without its 0
+        "leading"      750, 500, 250, 0      k · (T // N)
+        "trailing"     999, 749, 499, 249    round(T - k · T / N) - 1, which starts at T - 1
+        "uniform-t"    999, 749, 500, 250    round(linspace(0, T - 1, N + 1)) without its 0
+        "linspace"     999, 666, 333, 0      round(linspace(0, T - 1, N))
+        "respaced"     999, 666, 333, 0      the same as the published DDPM sampling rounds it
+        "ddim-stride"  750, 500, 250, 0      k · ceil(T / N), the published DDIM sampling
 
-    With N = T each of them gives all timesteps. `kind` may also be a list of N decreasing timesteps, such as
-    "999,700,300". The names are those of Lin et al., arXiv:2305.08891, Table 2.
+    With N = T each of them gives all timesteps. A stride of ceil(T / N) visits exactly N timesteps for some N
+    only, such as 36 and 38 but not 37 of 1000. `kind` may also be a list of N decreasing timesteps, such as
+    "999,700,300". The first three names are those of Lin et al., arXiv:2305.08891, Table 2, of diffusers, and
+    of DPM-Solver.
 
     Raises:
-        ValueError: an unknown kind, `steps` outside 1..`timesteps`, or a list that is not as stated.
+        ValueError: an unknown kind, `steps` outside 1..`timesteps`, a list that is not as stated, or steps
+            that "ddim-stride" does not have.
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps must be in 1..{timesteps}, not {steps}")
@@ -180,13 +151,75 @@ def grid(kind: str, steps: int, timesteps: int = 1000) -> tuple[int, ...]:
     return values
 
 
+def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, schedule: Schedule) -> str:
+    """Return the kind of grid for a sample from noise: the one `wanted`, or one that suits solver and steps.
+
+    `stated` is the grid that the model's bundle states. It is kept where it suits. Otherwise the solver's own
+    grid is taken, in a flow the even one. For a bundle that states "leading" the choice is
+
+        ddim       50 steps     leading
+        ddim       501 steps    respaced     leading would start at timestep 500
+        ddpm       50 steps     respaced     as published
+        dpmpp-2m   10 steps     uniform-t    with leading the error would be four times as large
+
+    Raises:
+        ValueError: `wanted` is no grid of so many steps, or it starts below the noise that a sample begins
+            with; `stated` is no grid.
+    """
+    if not isinstance(schedule.process, VariancePreserving):
+        if wanted is None:
+            return stated if fits(stated, steps, schedule) else even_grid(schedule)
+        noise_levels(wanted, steps, schedule)
+        return wanted
+    timesteps = schedule.process.timesteps
+    if wanted is not None:
+        first = grid(wanted, steps, timesteps)[0]
+        if not _starts_noisy(first, steps, timesteps):
+            count = f" in {steps} step{'s' if steps > 1 else ''}"
+            name = f"grid {wanted}{count}" if wanted in GRIDS else "the grid"
+            raise ValueError(
+                f"{name} starts at timestep {first} of 0..{timesteps - 1}, below the noise that a sample "
+                f"begins with: start at {timesteps - 1}, as the grid trailing does"
+            )
+        return wanted
+    if stated not in GRIDS:
+        _explicit(stated, timesteps)
+    candidates = [] if stated in _UNSUITED.get(solver, ()) else [stated]
+    if stated in candidates and stated in _TO_ZERO:
+        candidates.append("respaced")  # the nearest to it that every number of steps has
+    candidates.append(_PUBLISHED.get(solver, "trailing"))
+    return next((kind for kind in candidates if fits(kind, steps, schedule)), "trailing")
+
+
+def fits(kind: str, steps: int, schedule: Schedule) -> bool:
+    """Return whether `kind` has a good grid of so many steps: one that starts near the noisy end.
+
+    In a flow every grid of so many steps is good.
+
+    Near is two strides: "leading" of 100 steps starts at 990, of 101 steps at 900, with an error half as
+    large again. Few steps must not be spent on both ends: with 4 steps the error of "linspace" is a third
+    above that of "trailing", with 12 it is the same.
+    """
+    if kind in _BOTH_ENDS and steps < _FEW:
+        return False
+    try:
+        first = noise_levels(kind, steps, schedule)[0]
+    except ValueError:
+        return False
+    if not isinstance(schedule.process, VariancePreserving):
+        return True
+    timesteps = schedule.process.timesteps
+    two_strides = 2 * timesteps / steps
+    return _starts_noisy(first, steps, timesteps) and timesteps - 1 - first <= two_strides
+
+
 def regrid(remaining_from: int, steps: int, kind: str, timesteps: int) -> tuple[int, ...]:
     """Return `steps` timesteps, spaced as `kind` says, for a sample whose next one is `remaining_from`.
 
     The first of them is always `remaining_from`. From 600 on, 3 steps are 600, 300, 0 for "leading" and 600,
     400, 199 for "trailing". Asking for as many steps as the old grid had left gives these steps again:
-    exactly for "leading" and for an explicit list, within one timestep (rounding) for the others. Asked for
-    another number of steps, an explicit list is interpolated as a curve and sampled evenly.
+    exactly for "leading", "ddim-stride" and an explicit list, within one timestep (rounding) for the others.
+    Asked for another number of steps, an explicit list is interpolated as a curve and sampled evenly.
 
     Raises:
         ValueError: `remaining_from` outside 0..T-1, `steps` outside 1..`remaining_from` + 1, or a bad kind.
@@ -195,8 +228,8 @@ def regrid(remaining_from: int, steps: int, kind: str, timesteps: int) -> tuple[
         raise ValueError(f"remaining_from must be in 0..{timesteps - 1}, not {remaining_from}")
     if not 1 <= steps <= remaining_from + 1:
         raise ValueError(f"steps must be in 1..{remaining_from + 1} from {remaining_from} on, not {steps}")
-    # `grid` gives a "leading" grid that ends at timestep 0, so this one does too.
-    if kind == "leading":
+    # `grid` gives grids of these kinds that end at timestep 0, so these do too.
+    if kind in _TO_ZERO:
         return _distinct(np.round(np.linspace(remaining_from, 0.0, steps)))
     if kind in GRIDS:
         return grid(kind, steps, remaining_from + 1)
@@ -217,6 +250,11 @@ def check_grid(timesteps: Sequence[int], total: int) -> tuple[int, ...]:
     if not values or values[0] >= total or values[-1] < 0 or any(a <= b for a, b in pairwise(values)):
         raise ValueError(f"a grid must be one or more strictly decreasing timesteps in 0..{total - 1}")
     return values
+
+
+def _starts_noisy(first: float, steps: int, timesteps: int) -> bool:
+    share = _NOISY_OF_FEW if steps < _FEW else _NOISY
+    return timesteps - 1 - first <= share * (timesteps - 1)
 
 
 def _explicit(text: str, timesteps: int) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from ditserve.model.spec.diffusion import Array, FloatTable, Schedule
-from ditserve.model.spec.grids import check_levels
+from ditserve.model.spec.sigma_grids import check_levels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +110,9 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "unipc-1": Solver(eta=0.0, history=_unipc_1),
     }
 )
+
+# The solver of which a network may have learned the variance of the steps.
+LEARNED = "ddpm"
 
 
 def step_table(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.latents import Latents
-from ditserve.model.nets.autoencoder import Autoencoder, AutoencoderError, fingerprint, open_autoencoder
+from ditserve.model.nets.autoencoder import AUTOENCODER, Autoencoder, open_decoder
 from ditserve.model.spec.bundle import (
     MANIFEST,
     Bundle,
@@ -53,20 +53,34 @@ def load_model(path: Path, *, data: Path | None = None) -> LoadedModel:
         LoadError: `path` is neither of the two, has no readable checkpoint, or has weights that do not fit.
         BundleError: a bundle that is damaged.
     """
-    has_run = (path / "config.json").is_file()
-    if not (path / MANIFEST).is_file():
-        if has_run:
-            return _load_run(path, data)
+    has_run, has_bundle = (path / "config.json").is_file(), (path / MANIFEST).is_file()
+    if not (has_run or has_bundle):
         raise LoadError(
             f"{path} is neither a bundle (manifest.json) nor a training run (config.json and checkpoints/)"
         )
-    trained = _newest_step(path) if has_run else -1
-    if trained < 0:
-        return load_bundle(Bundle.open(path))
-    made = Bundle.open(path, verify=False).manifest.provenance.get("step", -1)
-    opened = f"the training run, at step {trained}" if trained > made else f"the bundle, of step {made}"
-    print(f"{path} holds a bundle and a training run; opened {opened}", file=sys.stderr)
-    return _load_run(path, data) if trained > made else load_bundle(Bundle.open(path))
+    is_run = opens_run(path)
+    if has_run and has_bundle and (trained := _newest_step(path)) >= 0:
+        opened = (
+            f"the training run, at step {trained}" if is_run else f"the bundle, of step {_step_made(path)}"
+        )
+        print(f"{path} holds a bundle and a training run; opened {opened}", file=sys.stderr)
+    return _load_run(path, data) if is_run else load_bundle(Bundle.open(path))
+
+
+def opens_run(path: Path) -> bool:
+    """Return True if `load_model` opens the training run in `path`, not a bundle.
+
+    Raises:
+        BundleError: a bundle that is damaged.
+    """
+    if not (path / "config.json").is_file():
+        return False
+    return not (path / MANIFEST).is_file() or _newest_step(path) > _step_made(path)
+
+
+def _step_made(bundle: Path) -> int:
+    """Return the training step that a bundle was made of, −1 if it does not tell."""
+    return int(Bundle.open(bundle, verify=False).manifest.provenance.get("step", -1))
 
 
 def _newest_step(run: Path) -> int:
@@ -166,6 +180,7 @@ def describe_run(
     """Return the manifest that the bundle of a run at `step` starts from."""
     kind = "Diffusion Transformer" if isinstance(shape, DiTConfig) else "U-Net"
     latents = _latent_spec(dataset) if isinstance(dataset, Latents) else None
+    maker = {AUTOENCODER: dataset.moments.index.autoencoder} if isinstance(dataset, Latents) else {}
     values = "latents" if latents else "pixels"
     training = config.model_dump(mode="json", exclude={"output", "init"})
     training["data"]["path"] = config.data.path.name
@@ -185,29 +200,17 @@ def describe_run(
         defaults=run_defaults(config, dataset, step),
         licence=dataset.licence or "unspecified",
         attribution=dataset.attribution,
-        provenance={"training": training, "step": step, "pictures": len(dataset.training)},
+        provenance={"training": training, "step": step, "pictures": len(dataset.training), **maker},
     )
 
 
-def open_decoder(dataset: Dataset, vae: Path | None, device: str = "cpu") -> Autoencoder | None:
-    """Open the autoencoder that decodes a run's samples. Return None for a run on latents if `vae` is None.
+def open_sheet_decoder(manifest: Manifest, vae: Path | None, device: str = "cpu") -> Autoencoder | None:
+    """Open the autoencoder that decodes a run's sample sheets. None: it is on latents, without `vae`.
 
     Raises:
-        ValueError: `vae` is given for a run on pixels, which needs none.
-        AutoencoderError: it cannot be opened, or did not make these latents.
+        AutoencoderError: `vae` is given for a run on pixels, cannot be opened, or did not make these latents.
     """
-    if not isinstance(dataset, Latents):
-        if vae is not None:
-            raise ValueError("vae is for runs on latents, and this one is on pictures: leave it out")
-        return open_autoencoder("identity")
-    if vae is None:
-        return None
-    decoder = open_autoencoder("sd-vae", vae, _latent_spec(dataset), device)
-    if fingerprint(vae) != dataset.moments.index.autoencoder:
-        raise AutoencoderError(
-            f"{vae} is not what made the latents in {dataset.moments.folder}: take that one"
-        )
-    return decoder
+    return None if manifest.latents and vae is None else open_decoder(manifest, vae, device)
 
 
 def _latent_spec(dataset: Latents) -> LatentSpec:

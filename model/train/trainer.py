@@ -28,7 +28,7 @@ from ditserve.model.train.distillation.config import ProgressiveDistillationConf
 from ditserve.model.train.distillation.objective import distillation_loss, make_objective
 from ditserve.model.train.ema import Ema
 from ditserve.model.train.identity import run_identity
-from ditserve.model.train.load import describe_run, model_name, open_decoder
+from ditserve.model.train.load import describe_run, model_name, open_sheet_decoder
 from ditserve.model.train.loaded_model import LoadedModel, save_model
 from ditserve.model.train.loss import PosteriorTables, squared_error, variational_term
 from ditserve.model.train.optimizer import (
@@ -75,8 +75,8 @@ class Trainer:
         self.checkpoints = config.output / "checkpoints"
         self.batches: Prefetch[TrainingBatch] | None = None
         # The bundle of the run is described before hours are spent on its weights.
-        describe_run(model_name(config.output), config, self.dataset, self.network_config, 0)
-        self.decoder = open_decoder(self.dataset, config.vae, config.device)
+        manifest = describe_run(model_name(config.output), config, self.dataset, self.network_config, 0)
+        self.decoder = open_sheet_decoder(manifest, config.vae, config.device)
         torch.manual_seed(config.seed)
         model = make_network(self.network_config)
         for table in model.y_embedder.tables:

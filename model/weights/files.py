@@ -31,7 +31,10 @@ from ditserve.model.weights.imports import DIFFUSERS_CONFIG, DIFFUSERS_NAME
 from ditserve.model.weights.official import WeightsError, to_official
 
 # The published results at 256 px use 250 steps of DDPM at guidance 1.5; 50 of DDIM are as good (FID 2.26).
-DEFAULTS = Defaults(steps=50, solver="ddim", grid="leading", guidance_scale=1.5, guidance_interval=(0.0, 1.0))
+# `choose_grid` finds the grids of the other solvers and counts of steps.
+DEFAULTS = Defaults(
+    steps=50, solver="ddim", grid="ddim-stride", guidance_scale=1.5, guidance_interval=(0.0, 1.0)
+)
 
 
 def write_bundle(

@@ -38,7 +38,7 @@ class Bert:
                 raise BackendUnavailable(
                     f"{folder / name} is missing: name the folder of a BERT sentence encoder"
                 )
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
             raise BackendUnavailable(f"{folder} holds no BERT encoder: this service runs no other kind")
         self.size = int(config["hidden_size"])

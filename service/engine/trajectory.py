@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import noise_levels, noise_levels_from
 from ditserve.model.spec.guidance import guidance_weight
-from ditserve.model.spec.solvers import step_table
+from ditserve.model.spec.solvers import LEARNED, step_table, variance_bounds
 from ditserve.service.rung import Rung
 
 Floats = npt.NDArray[np.float32]
@@ -27,6 +27,8 @@ class StepCoefficients(NamedTuple):
 
     A step is D = x0_x·x + x0_out·output, then x' = a·x + b·D + c·D_previous + s·z (see `model.spec.solvers`).
     `guidance_weight` is w of classifier-free guidance at this step; at 1 no unconditional row is needed.
+    `log_low` and `log_high` bound the log variance of a network that learned it, which takes the place of s
+    in a step of DDPM; they are -inf in the steps of other solvers.
     """
 
     x0_x: Floats
@@ -36,18 +38,25 @@ class StepCoefficients(NamedTuple):
     c: Floats
     s: Floats
     guidance_weight: Floats
+    log_low: Floats
+    log_high: Floats
+
+    @property
+    def learned(self) -> npt.NDArray[np.bool_]:
+        """True in the steps for which a network may have learned the variance."""
+        return np.isfinite(self.log_high)
 
     @classmethod
     def of_samples(cls, rows: Sequence[Floats]) -> StepCoefficients:
-        """Return the columns (n, 1, 1, 1) for n samples, from the row (7,) of each one's next step."""
-        columns = np.stack(rows, axis=1)  # (7, n)
+        """Return the columns (n, 1, 1, 1) for n samples, from the row (9,) of each one's next step."""
+        columns = np.stack(rows, axis=1)  # (9, n)
         return cls(*columns.reshape(len(columns), -1, 1, 1, 1))
 
 
 class Trajectory:
     """The steps of one sample, immutable and shared by samples that walk alike.
 
-    `rows` is (N, 7) float32: the coefficients of step i, in the order of `StepCoefficients`. `guided[i]` is
+    `rows` is (N, 9) float32: the coefficients of step i, in the order of `StepCoefficients`. `guided[i]` is
     true where step i needs an unconditional row as well. `noise[i]` is its level's share of the noise range,
     and `told[i]` the bits of the float32 that the network is told of it. `previous` is the level before the
     first step, where this trajectory continues another one.
@@ -105,6 +114,10 @@ def trajectory_from_levels(
     """Return the trajectory through `levels`, high to low; `previous` as in `regrid_trajectory`."""
     table = step_table(rung.solver, levels, schedule, previous=previous)
     weights = [guidance_weight(scale, level, schedule, rung.guidance_interval) for level in levels]
-    columns = (table.x0_x, table.x0_out, table.a, table.b, table.c, table.s, weights)
+    if rung.solver == LEARNED:
+        bounds = variance_bounds(levels, schedule)
+    else:
+        bounds = (np.full(len(table), -np.inf),) * 2
+    columns = (table.x0_x, table.x0_out, table.a, table.b, table.c, table.s, weights, *bounds)
     coefficients = StepCoefficients(*(np.asarray(column, np.float32) for column in columns))
     return Trajectory(levels, schedule, coefficients, scale=scale, previous=previous)

@@ -3,6 +3,7 @@
 Without a key file the service is open, and everybody may do everything.
 """
 
+import asyncio
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +25,9 @@ OPEN = frozenset({"/", "/session", "/docs", "/openapi.json", "/livez", "/readyz"
 COOKIE = "dit_key"
 # Paths that need the scope `generate` and count towards a key's rate.
 DRAWING = frozenset({"/generate", "/v1/images/generations"})
+# Statuses of requests that do not count.
+_UNCOUNTED = frozenset({QuotaExceeded.status, QueueUnavailable.status})
+GIVE_BACK_S = 0.5
 CHALLENGE = {"www-authenticate": 'Bearer realm="dit"'}
 
 
@@ -65,7 +69,8 @@ class Access:
     def _counted(self, key: ApiKey, allowance: Allowance | None, send: Send) -> Send:
         """Return a `send` that tells the rest of the rate.
 
-        A request that is refused because the key has too many unfinished jobs does not count.
+        A request does not count that is refused because its key has too many unfinished jobs, or because the
+        service cannot take it. While Redis is slow the answer does not wait for the count.
         """
         if allowance is None or key.rate is None:
             return send
@@ -73,9 +78,10 @@ class Access:
 
         async def send_counted(message: Message) -> None:
             rest = allowance
-            if message["type"] == "http.response.start" and message["status"] == QuotaExceeded.status:
-                with suppress(QueueUnavailable):
-                    await self._quota().give_back(key.id, rate)
+            if message["type"] == "http.response.start" and message["status"] in _UNCOUNTED:
+                with suppress(QueueUnavailable, TimeoutError):
+                    async with asyncio.timeout(GIVE_BACK_S):
+                        await self._quota().give_back(key.id, rate)
                     rest = replace(allowance, remaining=allowance.remaining + 1)
             await _with_rate_limit(rest, send)(message)
 

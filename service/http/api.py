@@ -20,7 +20,10 @@ from ditserve.service.api_keys import KeyringError
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.app import create_app
 from ditserve.service.http.protocol import RESERVE, ConnectionLimits, bounded
+from ditserve.service.limits import Limits
+from ditserve.service.queue.namespace import refuse_other_models
 from ditserve.service.queue.queue_client import open_queue_client
+from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.signals import on_hang_up
 from ditserve.service.telemetry import logs
@@ -59,7 +62,7 @@ def run(settings: Settings) -> int:
     try:
         _allow_open_files(settings.max_connections + RESERVE + _OTHER_FILES)
         app = create_app(settings)
-        asyncio.run(_check_queue(settings))
+        asyncio.run(_check_queues(settings))
     except (BundleError, KeyringError, ServiceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR
@@ -113,7 +116,16 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-async def _check_queue(settings: Settings) -> None:
-    """Raise what opening the queue raises, because uvicorn would print it as a traceback."""
-    async with open_queue_client(settings):
-        pass
+async def _check_queues(settings: Settings) -> None:
+    """Raise what opening a model's queue raises, because uvicorn would print it as a traceback.
+
+    Raises `ValueError` where workers of another model serve the namespace: they would never take its jobs.
+    """
+    for model in open_served_models(settings, verify=False):
+        async with open_queue_client(model.settings(settings)) as client:
+            await refuse_other_models(
+                client.queue.load,
+                namespace=model.namespace,
+                model=model.name,
+                patience_s=Limits().report_ttl_s,
+            )

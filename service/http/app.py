@@ -33,6 +33,8 @@ from ditserve.service.settings import Settings
 from ditserve.service.telemetry.faults import kept_running
 from ditserve.service.telemetry.tracing import Tracing, open_tracing
 
+EVICTION_EVERY_S = 10.0  # between two looks at the `maxmemory-policy` of Redis
+
 Opener = Callable[[Settings], AbstractAsyncContextManager[QueueClient]]
 
 _DESCRIPTION = """Images from a Diffusion Transformer, scheduled step by step.
@@ -68,7 +70,8 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
             context = app.state.context = Context(settings, by_name, draining, streams)
             stack.push_async_callback(context.aclose)
             canaries = [partial(_watch, context, name) for name in by_name] if settings.canary_s else []
-            endless = [partial(_reload, context, reload), partial(streams.watch), *canaries]
+            endless = [partial(_reload, context, reload), partial(streams.watch)]
+            endless += [partial(_check_eviction, context), *canaries]
             await stack.enter_async_context(_background(*endless))
             yield
         tracing.close()
@@ -164,6 +167,13 @@ async def _reload(context: Context, reload: asyncio.Event) -> None:
         await reload.wait()
         reload.clear()
         context.models = await reloaded(context.models, context.settings)
+
+
+async def _check_eviction(context: Context) -> None:
+    """Look again and again whether Redis keeps what it is given, because its policy may be changed."""
+    while True:
+        await asyncio.sleep(EVICTION_EVERY_S)
+        await context.default.queue_client.queue.check_eviction()
 
 
 async def _watch(context: Context, name: str) -> None:

@@ -2,9 +2,8 @@
 
 import asyncio
 import re
-import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -73,7 +72,7 @@ class Context:
     async def aclose(self) -> None:
         """End what the models ask of their queues at this moment."""
         for model in self.models.values():
-            await model.submissions.load.aclose()
+            await model.submissions.aclose()
 
     def address(self, path: str) -> str:
         """Return the address of a path as clients reach it, through a proxy or not."""
@@ -104,14 +103,17 @@ class Context:
     ) -> JobResult:
         """Wait for the result of a queued job until its deadline.
 
-        If the client goes away first the job is cancelled, unless `keep`. A job that misses its deadline is
-        cancelled in any case. Raises `Cancelled`, `DeadlineExceeded`, `Draining`, or the job's own error.
+        If the client goes away first, or Redis for long, the job is cancelled, unless `keep`. A job that
+        misses its deadline is cancelled in any case.
+
+        Raises `Cancelled`, `DeadlineExceeded`, `Draining`, `QueueUnavailable`, or the job's own error.
         """
         job = submission.job
         result = asyncio.create_task(model.queue_client.listener.wait(job.id, new=submission.new))
         gone = asyncio.create_task(disconnected(receive))
         drained = asyncio.create_task(self._drained())
-        timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
+        now = model.queue_client.queue.clock()
+        timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - now)
         try:
             with model.submissions.promises.observed(job) if submission.new else nullcontext():
                 await asyncio.wait(
@@ -126,13 +128,13 @@ class Context:
                 keep = False
                 raise DeadlineExceeded("The images were not ready by the deadline.")
         finally:
-            ended = result.done()
+            ended = result.done() and not _says_nothing(result)
             result.cancel()
             gone.cancel()
             drained.cancel()
             await asyncio.wait((result, gone, drained))
             if not ended and not keep:
-                await cancel(model, job.id)
+                await model.submissions.abandoned.cancel(job.id)
 
     async def _drained(self) -> None:
         """Return once this process is to stop and has waited for its requests as long as it may."""
@@ -140,13 +142,9 @@ class Context:
         await asyncio.sleep(self.settings.drain_s)
 
 
-async def cancel(model: Model, job_id: str) -> None:
-    """Cancel a job nobody waits for.
-
-    If Redis does not answer the job runs on, which costs time but does no harm.
-    """
-    with suppress(QueueUnavailable):
-        await model.queue_client.queue.cancel(job_id)
+def _says_nothing(result: asyncio.Task[JobResult]) -> bool:
+    """Return True if waiting ended because Redis could not be asked, so that the job may still run."""
+    return not result.cancelled() and isinstance(result.exception(), QueueUnavailable)
 
 
 # A coroutine, because FastAPI would run a plain function in another thread.

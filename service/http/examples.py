@@ -73,9 +73,12 @@ _MODEL: Final = {
         {"name": "style", "classes": ["noto", "twemoji"]},
     ],
     "samplers": ["ddim", "dpmpp-2m"],
-    "grids": ["leading", "trailing", "uniform-t"],
+    "grids": ["leading", "trailing", "uniform-t", "linspace", "respaced", "ddim-stride"],
     "defaults": {**_OPERATING_POINT, "guidance_scale": 2.0},
-    "ladder": [{"name": "ddim-50", **_OPERATING_POINT, "rows": 100.0, "quality": 0.02}],
+    "ladder": [
+        {"name": "ddim-50", **_OPERATING_POINT, "rows": 100.0, "quality": 0.096, "own": 0.013, "real": 0.096}
+    ],
+    "ladder_order": "real",
     "limits": {"n": 16, "steps": 1000, "deadline_ms": 600000, "body_bytes": 65536},
     "metrics": {"label_top1": 0.97},
     "licence": "Apache-2.0",

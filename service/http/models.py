@@ -33,6 +33,12 @@ class Model:
     def of(cls, served: ServedModel, settings: Settings, queue_client: QueueClient) -> Model:
         """Build a model of its opened bundle. Raises `OSError` where the golden image cannot be read."""
         bundle, manifest = served.bundle, served.bundle.manifest
+        if not manifest.ladder:
+            _log.warning(
+                "no quality ladder: under load requests are refused, never drawn in fewer steps",
+                model=manifest.name,
+                remedy=f"python -m bench.ladder {served.folder} --write",
+            )
         submissions = Submissions(manifest, settings, queue_client.queue)
         golden = manifest.golden
         canary = Canary(bundle.path, golden, submissions, queue_client.listener) if golden else None

@@ -5,13 +5,15 @@
 | waiting for a request | `head_s`, later uvicorn's keep-alive time; empty lines do not count as a request |
 | the head of a request | `head_s`, and `MAX_HEAD_BYTES` |
 | its body | `head_s` and `BODY_GRACE_S`; `body_bytes`, and a head's for its chunks' sizes and trailers |
-| a body that goes on after the response | `LINGER_S` |
+| what a client still sends after the last response | ends at `LINGER_S` of silence, or `LONGEST_LINGER_S` |
 | requests sent ahead | `MAX_PIPELINED` |
 | a response that its client does not read | `STALL_S` for every `STALL_BYTES` |
 | connections at once | `connections`: the one that has waited longest for a request makes room |
 
 Without them a client could hold a connection and memory for ever. A request that is refused here, before the
 application sees it, gets a problem with a request id, and is counted and logged like any other.
+
+A request that asks for another protocol (`Upgrade`) is served in this one, as RFC 9110 §7.8 allows.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import secrets
 from dataclasses import dataclass
 from enum import Enum
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import httptools
 import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -42,7 +45,8 @@ from ditserve.service.telemetry import metrics
 MAX_HEAD_BYTES = 32 * 1024
 MAX_PIPELINED = 16
 BODY_GRACE_S = 1.0
-LINGER_S = 2.0  # for a client to read why it was refused, while the rest of what it sends is thrown away
+# For a client to read its last response: a socket that is closed on what it still sends would lose that.
+LINGER_S, LONGEST_LINGER_S = 2.0, 20.0
 STALL_S, STALL_BYTES = 20.0, 16 * 1024
 RESERVE = 32  # connections beyond the limit, for probes
 _SLICE = 8 * 1024  # the parser is given so much at once, so that a limit is passed by no more than this
@@ -86,6 +90,9 @@ class BoundedProtocol(HttpToolsProtocol):
     waiting_since = 0.0
     # True once the connection is to end: what still comes is thrown away.
     _ending = False
+    # When it ends at the latest, once its last response is written; and when something came last.
+    _lingers_until: float | None = None
+    _received_at = 0.0
     # True if there were too many connections when this one came.
     _crowded = False
     _fault: ServiceError | None = None
@@ -105,6 +112,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._received_at = self.loop.time()
         if self._reading is _Reading.NOTHING:
             # Empty lines before a request mean nothing (RFC 9112 §2.2), and would stop the idle timer.
             data = data.lstrip(b"\r\n")
@@ -117,11 +125,32 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._reading is _Reading.NOTHING:
             self._begin_head()
         self._bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self._reading is _Reading.HEAD and self._bytes > MAX_HEAD_BYTES:
             self._refuse(_head_too_large())
         if self._reading is _Reading.BODY and self._bytes > self.limits.body_bytes + MAX_HEAD_BYTES:
             self._refuse(PayloadTooLarge(f"The body may be {self.limits.body_bytes} bytes."))
+
+    def _parse(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser takes all behind the head for another protocol. It is given the head without that.
+            (position,) = upgrade.args
+            self._feed(self._head_without_upgrade() + data[position:])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b" ".join([self.parser.get_method(), self.url, b"HTTP/" + version])]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
+
+    def _should_upgrade(self) -> bool:
+        # Then the base class does not begin a request that is read once more. A tunnel has no other reading.
+        return self.parser.get_method() != b"CONNECT"
 
     # What the parser calls. An exception here ends in `send_400_response`.
 
@@ -150,6 +179,8 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError(self._fault.detail)
         # An address that is none raises here, and is refused as a part of the head.
         super().on_headers_complete()
+        if self.cycle is not None:
+            self.cycle.transport = cast(asyncio.Transport, _ResponseTransport(self))
         self._reading, self._bytes = _Reading.BODY, 0
         self._expect(self.limits.head_s + BODY_GRACE_S)
         if not self.flow.write_paused:
@@ -170,10 +201,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self.waiting_since = self.loop.time()
         self._watch_writing()
         if self._reading is _Reading.BODY and self.cycle.response_complete:
-            self._end()
+            self.end()
 
     def timeout_keep_alive_handler(self) -> None:
-        self._end()
+        self.end()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -204,7 +235,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(RequestTimeout(f"Send a request within {self.limits.head_s:g} s."))
 
     def waits(self) -> bool:
-        """Return True if the connection waits for a request, or for the rest of its head."""
+        """Return True if the connection waits for a request, for the rest of its head, or for its end."""
+        if self._lingers_until is not None:
+            return True
         return self._reading is not _Reading.BODY and not self._owes_earlier()
 
     def _owes_earlier(self) -> bool:
@@ -225,16 +258,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self.transport.write(_written(error))
-            self._end()
+            self.end()
 
-    def _end(self) -> None:
-        """Send what was written, and close.
-
-        What the client still sends is read meanwhile: a socket that is closed on it would lose the response.
-        """
-        if self.transport.is_closing():
+    def end(self) -> None:
+        """Send what was written, and close once the client has nothing more to send."""
+        if self._lingers_until is not None or self.transport.is_closing():
             return
-        self._ending = True
+        self._ending, self._lingers_until = True, self.loop.time() + LONGEST_LINGER_S
+        self.pipeline.clear()
+        self.flow.resume_reading()
         if self.cycle is not None and not self.cycle.response_complete:
             # The application has not answered yet: its response would be written behind the end.
             self.cycle.disconnected = True
@@ -243,7 +275,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.write_eof()
         self._watch_writing()
         self._expect(None)
-        self._read_timer = self.loop.call_later(LINGER_S, self.transport.close)
+        self._read_timer = self.loop.call_later(LINGER_S, self._linger)
+
+    def _linger(self) -> None:
+        """Close the connection, unless its client has sent something lately and may go on."""
+        now = self.loop.time()
+        if self._received_at + LINGER_S <= now or now >= (self._lingers_until or now):
+            self.transport.close()
+        else:
+            self._read_timer = self.loop.call_later(LINGER_S, self._linger)
 
     def _watch_writing(self) -> None:
         """Cut the connection unless `STALL_BYTES` of what is written now have gone after `STALL_S`.
@@ -279,6 +319,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             self._crowded = True
+
+
+class _ResponseTransport:
+    """The transport as responses see it: the connection chooses when to close it, so that none is lost."""
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        self.write, self.is_closing = protocol.transport.write, protocol.transport.is_closing
+        self.close = protocol.end
 
 
 def _head_too_large() -> HeadTooLarge:

@@ -233,7 +233,13 @@ class RungOut(BaseModel):
     grid: str
     guidance_interval: tuple[float, float]
     rows: float = Field(description="Cost of one image, in rows of a forward pass.")
-    quality: float = Field(description="Measured distance to the reference; lower is better.")
+    quality: float = Field(description="The distance that orders the ladder; lower is better.")
+    own: float | None = Field(
+        description="RMS distance to the picture of the model's own long run; null: not measured."
+    )
+    real: float | None = Field(
+        description="Energy score against training pictures; lower is nearer, null: not measured."
+    )
 
 
 class DefaultsOut(BaseModel):
@@ -269,7 +275,12 @@ class ModelOut(BaseModel):
     samplers: list[str]
     grids: list[str]
     defaults: DefaultsOut
-    ladder: list[RungOut] = Field(description="Operating points, best first.")
+    ladder: list[RungOut] = Field(
+        description="Operating points, best first. None: no request is ever drawn in fewer steps than asked."
+    )
+    ladder_order: Literal["own", "real"] | None = Field(
+        description="The distance that orders the ladder, which `quality` repeats; null: no ladder."
+    )
     limits: LimitsOut
     metrics: dict[str, float]
     licence: str

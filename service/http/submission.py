@@ -5,15 +5,22 @@
 
 import hashlib
 import secrets
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.model.spec.grids import grid_names
+from ditserve.model.spec.grids import choose_grid, grid_names
 from ditserve.model.spec.solvers import SOLVERS
-from ditserve.service.errors import IdempotencyMismatch, InvalidRequest, JobLost, Overloaded, QueueFull
+from ditserve.service.errors import (
+    IdempotencyMismatch,
+    InvalidRequest,
+    JobLost,
+    Overloaded,
+    QueueFull,
+    QueueUnavailable,
+)
+from ditserve.service.http.abandoned import Abandoned
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
 from ditserve.service.http.promises import Promises
@@ -96,11 +103,16 @@ class Submissions:
         self.ladder = Ladder.from_manifest(manifest)
         self.grids = grid_names(self.ladder.schedule)
         self.load = LoadCache(queue, manifest.name)
-        self.promises = Promises(manifest.name, self.ladder)
+        self.abandoned = Abandoned(queue)
+        self.promises = Promises(manifest.name, self.ladder, clock=queue.clock)
         self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
         self._settings = settings
         self._queue = queue
+
+    async def aclose(self) -> None:
+        await self.load.aclose()
+        await self.abandoned.aclose()
 
     async def submit(
         self, request: GenerateRequest, caller: Caller, *, image_format: ImageFormat = "png"
@@ -123,7 +135,7 @@ class Submissions:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
                 return _replayed(status, caller.idempotency)
-        now = time.time()
+        now = self._queue.clock()
         admission_request = self._admission_request(resolved, now)
         sender = caller.name, request.model_dump_json()
         admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
@@ -152,11 +164,13 @@ class Submissions:
 
     def _rung(self, request: GenerateRequest) -> Rung:
         """Return the operating point that the request asks for. Raises `InvalidRequest`."""
-        defaults, most = self.manifest.defaults, self.manifest.diffusion.timesteps
+        defaults, timesteps = self.manifest.defaults, self.manifest.diffusion.timesteps
         solver = _one_of("sampler", request.sampler or defaults.solver, SOLVERS)
         steps = request.steps or defaults.steps
-        if steps > most:
-            raise field_error("steps", f"This model takes at most {most} steps.")
+        if steps > timesteps:
+            raise field_error(
+                "steps", f"This model has {timesteps} noise levels, so at most {timesteps} steps."
+            )
         if (request.min_steps or 1) > steps:
             raise field_error("min_steps", f"It cannot be more than the {steps} steps asked for.")
         if request.n > self._settings.max_images:
@@ -166,9 +180,16 @@ class Submissions:
         low, high = request.guidance_interval or defaults.guidance_interval
         if low > high:
             raise field_error("guidance_interval", "Its low end is above its high end.")
+        if request.grid is not None:
+            _one_of("grid", request.grid, self.grids)
         # The best rung of a solver tells which grid suits it.
-        grids = {rung.solver: rung.grid for rung in reversed(self.ladder.rungs)}
-        grid = _one_of("grid", request.grid or grids.get(solver, defaults.grid), self.grids)
+        stated = {rung.solver: rung.grid for rung in reversed(self.ladder.rungs)}.get(solver, defaults.grid)
+        try:
+            grid = choose_grid(
+                request.grid, stated=stated, solver=solver, steps=steps, schedule=self.ladder.schedule
+            )
+        except ValueError as error:
+            raise field_error("grid", _sentence(error)) from None
         return self.ladder.requested(solver, steps, grid, (low, high), self._guidance_scale(request) != 1.0)
 
     def _guidance_scale(self, request: GenerateRequest) -> float:
@@ -211,7 +232,7 @@ class Submissions:
         )
 
     def _deadline_at(self, request: GenerateRequest, now: float) -> float | None:
-        """Return the deadline in seconds since the epoch, None without one. Raises `InvalidRequest`.
+        """Return the deadline by the queue's clock, None without one. Raises `InvalidRequest`.
 
         It counts from when the request came, which on a busy host is earlier than now.
         """
@@ -288,6 +309,11 @@ class Submissions:
         """Queue a job; return False if one of its id is there. Raises `QueueFull`, `QueueUnavailable`."""
         try:
             return await self._queue.submit(job, at_once=caller.concurrency)
+        except QueueUnavailable:
+            # Redis may have taken the job before its answer was lost, or take it once it runs again.
+            if caller.idempotency is None:
+                self.abandoned.add(job.id, denials=2)
+            raise
         except QueueFull as error:
             wait = finite(drain_time(await self.load()) * _DRAINED_SHARE)
             raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
@@ -315,6 +341,12 @@ def field_error(field: str, detail: str) -> InvalidRequest:
     return InvalidRequest(
         f"{field}: {detail}", extra={"errors": [{"pointer": f"#/{field}", "detail": detail}]}
     )
+
+
+def _sentence(error: ValueError) -> str:
+    """Return the message of an error as a sentence: with a capital letter and a full stop."""
+    message = str(error)
+    return f"{message[:1].upper()}{message[1:]}."
 
 
 def _one_of(field: str, name: str, known: Collection[str]) -> str:

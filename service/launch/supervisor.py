@@ -18,12 +18,14 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
 from pydantic import SecretStr
 
 from ditserve.model.spec.bundle import BundleError, Manifest
+from ditserve.model.spec.class_names import class_reference
 from ditserve.service.api_keys import KeyringError, open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.launch.child_process import Child
@@ -34,6 +36,7 @@ from ditserve.service.served_models import ServedModel, open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.signals import first, on_hang_up, stop_signals
 from ditserve.service.telemetry import logs
+from ditserve.service.telemetry.faults import kept_running
 
 LAST_GRACE_S = 5.0  # beyond the drain time, before a child is killed
 
@@ -135,9 +138,15 @@ class Supervisor:
 
     async def _announce_and_reload(self, reload: asyncio.Event, api: Child) -> None:
         """Print the greeting once all is ready; then replace changed bundles whenever `reload` is set."""
+        await kept_running("announcing", self._announce)
+        await kept_running("reloading", partial(self._reload, reload, api))
+
+    async def _announce(self) -> None:
         while not await ready(self._settings.host, self._settings.port):  # noqa: ASYNC110 (another process)
             await asyncio.sleep(0.05)
         print(greeting([model.bundle.manifest for model in self._models], self._settings), flush=True)
+
+    async def _reload(self, reload: asyncio.Event, api: Child) -> None:
         while True:
             await reload.wait()
             reload.clear()
@@ -216,7 +225,7 @@ def greeting(manifests: Sequence[Manifest], settings: Settings) -> str:
     """Return one line: the models, the address, and a command to try."""
     manifest, several = manifests[0], len(manifests) > 1
     base = f"http://{_reachable(settings.host)}:{settings.port}"
-    condition = {factor.name: factor.classes[0] for factor in manifest.factors[:1]}
+    condition = {factor.name: class_reference(factor, 0) for factor in manifest.factors[:1]}
     body = shlex.quote(json.dumps({"condition": condition}, ensure_ascii=False))
     headers = "-H 'content-type: application/json' -H 'accept: image/png'"
     curl = f"curl -s {base}/generate {headers} -d {body} -o image.png"

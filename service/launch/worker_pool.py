@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -20,6 +21,7 @@ from ditserve.service.queue.broker import Broker
 from ditserve.service.served_models import ServedModel
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
+from ditserve.service.telemetry.faults import kept_running
 
 CONFIG_ERROR, FAILED = 2, 1  # exit statuses: no restart can help, or another start may
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # between starts of a worker
@@ -54,7 +56,8 @@ class WorkerPool:
 
     def start(self) -> None:
         """Start the workers, and keep them running until `stop`."""
-        self._tasks = [asyncio.create_task(self._keep_running(k)) for k in range(self._settings.workers)]
+        keepers = [partial(self._keep_running, k) for k in range(self._settings.workers)]
+        self._tasks = [asyncio.create_task(kept_running("keeping a worker", keep)) for keep in keepers]
 
     async def wait_ready(self, broker: Broker) -> bool:
         """Return True once all workers report that they serve this bundle, False if one ends before."""

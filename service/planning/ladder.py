@@ -1,7 +1,8 @@
 """The ladder: the operating points of a model, in the order in which quality is spent.
 
 A rung is one way to make an image (solver, steps, grid, guidance interval) with its measured quality. A
-ladder is a model's rungs, best first. This module also holds the arithmetic of moving a sample between rungs:
+ladder is a model's rungs, best first. The best need not be the dearest: a long run may lie farther from real
+pictures than a short one. This module also holds the arithmetic of moving a sample between rungs:
 how many steps remain, and how many rows they take. Pure: tables and arithmetic, no I/O, no clock.
 """
 
@@ -17,7 +18,7 @@ from typing import Final
 from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.diffusion import Schedule, make_schedule
 from ditserve.model.spec.grids import noise_levels
-from ditserve.model.spec.guidance import guidance_weight
+from ditserve.model.spec.guidance import forward_rows
 from ditserve.service.rung import Interval, Rung
 
 _CACHED = 4096  # bounded, because requests choose steps and intervals freely
@@ -53,6 +54,11 @@ class Ladder:
             if same and (not guided or rung.guidance_interval == interval):
                 return rung
         return Rung(f"{solver}-{steps}", solver, steps, grid, interval, self._quality(solver, steps))
+
+    @property
+    def descent(self) -> tuple[Rung, ...]:
+        """The best rung, and those below it: each cheaper and worse than the one before."""
+        return (self.rungs[0], *self.below(self.rungs[0], 1)) if self.rungs else ()
 
     def lowest(self, rung: Rung, min_steps: int) -> Rung:
         """Return the cheapest rung that `rung` can be cut to with `min_steps` steps or more, or itself."""
@@ -132,6 +138,4 @@ def _narrowed(rung: Rung, *, to: Rung) -> Rung:
 
 @lru_cache(_CACHED)
 def _row_steps(kind: str, steps: int, schedule: Schedule, interval: Interval, guidance_scale: float) -> int:
-    levels = noise_levels(kind, steps, schedule)
-    weights = (guidance_weight(guidance_scale, level, schedule, interval) for level in levels)
-    return sum(2 if weight != 1.0 else 1 for weight in weights)
+    return forward_rows(noise_levels(kind, steps, schedule), schedule, guidance_scale, interval)

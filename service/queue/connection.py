@@ -47,6 +47,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from ditserve.service.errors import QueueUnavailable
 
 RETRY_AFTER_S = 2.0
+RETRY_S = 0.2  # between two tries of who waits for a Redis that cannot be used
 CONNECT_S = 5.0
 SENTINEL_S = 1.0  # for one Sentinel to answer, before the next is asked
 # The pauses before a call is repeated. The first repetition is for a connection that was lost while it waited
@@ -232,6 +233,19 @@ async def _drop_idle(client: Redis) -> None:
         await connection.disconnect(nowait=True)
 
 
+async def patiently(read: Callable[[], Awaitable[T]], *, outage_s: float) -> T:
+    """Return what `read` returns, which is called again for `outage_s` seconds while Redis cannot be used."""
+    clock = asyncio.get_running_loop().time
+    until = clock() + outage_s
+    while True:
+        try:
+            return await read()
+        except QueueUnavailable:
+            if clock() > until:
+                raise
+        await asyncio.sleep(RETRY_S)
+
+
 @contextmanager
 def _known_errors() -> Iterator[None]:
     """Turn the errors of a failing server into `QueueUnavailable`."""
@@ -272,12 +286,12 @@ class Scripts:
 
     def __init__(self, client: Redis, keys: Sequence[str], *, timeout_s: float) -> None:
         folder = files("ditserve.service.queue") / "lua"
-        prelude = (folder / "prelude.lua").read_text()
+        prelude = (folder / "prelude.lua").read_text(encoding="utf-8")
         self._client = client
         self._keys = tuple(key.encode() for key in keys)
         self._timeout_s = timeout_s
         self._sources = {
-            entry.name.removesuffix(".lua"): prelude + entry.read_text()
+            entry.name.removesuffix(".lua"): prelude + entry.read_text(encoding="utf-8")
             for entry in folder.iterdir()
             if entry.name.endswith(".lua") and entry.name != "prelude.lua"
         }

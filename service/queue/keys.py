@@ -51,7 +51,7 @@ class Keys:
     @property
     def totals(self) -> str:
         """Hash: `rows` waiting, virtual `clock`, `bytes` of stored results, `dead` and lost (`orphans`) jobs
-        ever, and when all this was last `reconciled` (ms). Six fields."""
+        ever, when all this was last `reconciled` (ms), and how far all keys were `scanned`. Seven fields."""
         return self.prefix + "totals"
 
     @property

@@ -31,7 +31,6 @@ from ditserve.service.queue.broker import Broker
 
 RETRY_S = 0.2
 REREAD_S = 2.0  # between two reads of all that is waited for, on average
-OUTAGE_S = 30.0  # for which waiters wait for a Redis that does not answer
 EARLY_ENDS_KEPT = 1024  # jobs remembered that ended before anybody waited for them
 READ_AT_ONCE = 64  # jobs, whose images all come into memory
 
@@ -104,7 +103,8 @@ class Listener:
     async def wait(self, job_id: str, *, new: bool = False) -> JobResult:
         """Return the job's result once it has one. `new`: the job was queued this moment.
 
-        Waits through outages of Redis of up to `OUTAGE_S`; the caller sets the limit (`asyncio.timeout`).
+        Waits through outages of Redis of up to `outage_s` of the broker; the caller sets the limit
+        (`asyncio.timeout`).
 
         Raises:
             ServiceError: the job's own error, `JobLost`, `JobExpired` or `QueueUnavailable`.
@@ -159,7 +159,7 @@ class Listener:
                     outcomes = await self._broker.outcomes(list(batch))
                     answered_at = clock()
                 except QueueUnavailable as error:
-                    if clock() - answered_at > OUTAGE_S:
+                    if clock() - answered_at > self._broker.outage_s:
                         outcomes = [error] * len(batch)
                     else:
                         unread = [job_id for job_id, awaited in batch.items() if awaited.move("unread")]

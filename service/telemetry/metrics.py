@@ -104,6 +104,11 @@ LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went bac
 REDIS_EVICTS = Gauge(
     "dit_redis_evicts", "1 when Redis may evict accepted jobs (maxmemory-policy)", multiprocess_mode="livemax"
 )
+CLOCK_OFFSET_SECONDS = Gauge(
+    "dit_clock_offset_seconds",
+    "The clock of this host ahead of that of Redis, which counts",
+    multiprocess_mode="livemostrecent",
+)
 FAULTS = Counter("dit_faults", "Unforeseen errors that a process went on after", ["activity"])
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
 # All workers of a host report the same GPUs.

@@ -67,7 +67,7 @@ class Handoff:
 
     async def hand_back(self, job: RunningJob, states: Sequence[SampleState]) -> None:
         """Return a job to the queue, with a checkpoint of its samples."""
-        checkpoint = write_checkpoint(states, origin=self._origin)
+        checkpoint = write_checkpoint(states, origin=self._origin, version=job.lease.version)
         taken = [state.taken if state else 0 for state in states if not isinstance(state, Finished)]
         step = min(taken, default=job.job.steps)
         try:
@@ -82,11 +82,14 @@ def checkpoint_origin(manifest: Manifest, backend: str) -> str:
     return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
 
-def write_checkpoint(states: Sequence[SampleState], *, origin: str) -> bytes:
-    """Return the checkpoint of a job, its samples in seed order; empty if none of them has begun."""
+def write_checkpoint(states: Sequence[SampleState], *, origin: str, version: int) -> bytes:
+    """Return the checkpoint of a job, its samples in seed order; empty if none of them has begun.
+
+    `version` is that of the job, which whoever claims it reads.
+    """
     if not any(states):
         return b""
-    return pack({"origin": origin, "samples": [_to_wire(state) for state in states]})
+    return pack({"origin": origin, "samples": [_to_wire(state) for state in states]}, version)
 
 
 def read_checkpoint(data: bytes, *, origin: str, samples: int) -> tuple[SampleState, ...]:

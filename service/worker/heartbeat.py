@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from math import inf
@@ -20,7 +21,6 @@ from ditserve.service.worker.engine_thread import EngineThread
 
 RETRY_S = 0.2
 STARTING_EVERY_S = 1.0  # between two reports of a worker that is starting
-NAMESPACE_EVERY_S = 1.0  # between two looks whether workers of another model have left
 NO_STATE_S = 0.01  # between two looks whether a worker has a state to report
 
 log = structlog.get_logger()
@@ -29,16 +29,17 @@ log = structlog.get_logger()
 class Leases:
     """The leases of a worker: renewed while it works, and taken from workers that no longer renew theirs."""
 
-    def __init__(self, broker: Broker, *, clock: Callable[[], float]) -> None:
-        self._broker, self._clock = broker, clock
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
         self._outage_at = -inf
 
     async def keep(self, held: Callable[[], list[Lease]], on_lost: Callable[[Renewal], None]) -> None:
         """Renew the leases that `held` returns three times per lease time, call `on_lost`, and sweep.
 
-        After an outage of Redis no lease is swept until every worker has had the time to renew its own.
+        After an outage of Redis, and after its clock was set, no lease is swept until every worker has had
+        the time to renew its own.
         """
-        lease_s = self._broker.limits.lease_s
+        lease_s, clock = self._broker.limits.lease_s, self._broker.clock
         while True:
             leases = held()
             try:
@@ -47,7 +48,7 @@ class Leases:
                 current = set(held())
                 ended = {lease.job_id for lease in leases if lease not in current}
                 on_lost(Renewal(renewal.lost - ended, renewal.cancelled - ended))
-                if self._clock() - self._outage_at > lease_s:
+                if time.monotonic() - max(self._outage_at, clock.moved_at) > lease_s:
                     metrics.LEASES_EXPIRED.inc(await self._broker.sweep())
             except QueueUnavailable as error:
                 self._note_outage(error)
@@ -66,7 +67,7 @@ class Leases:
 
     def _note_outage(self, error: QueueUnavailable) -> None:
         log.warning("queue away", detail=error.detail)
-        self._outage_at = self._clock()
+        self._outage_at = time.monotonic()
 
 
 class Reporting:
@@ -123,29 +124,6 @@ class Reporting:
             await self._broker.retire(worker)
         except QueueUnavailable:
             log.warning("left without saying so")
-
-
-async def refuse_other_models(broker: Broker, model: str) -> None:
-    """Raise `ValueError` where workers of another model are alive in this namespace.
-
-    A queue counts its jobs, rows and workers as those of one model. The reports of workers that were killed
-    go stale within `report_ttl_s` seconds, so they are given that time.
-    """
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + broker.limits.report_ttl_s + NAMESPACE_EVERY_S
-    while True:
-        load = await broker.load()
-        models = {name for worker in load.workers for name in worker.models}
-        others = sorted({*models, *(worker.model for worker in load.starting)} - {model})
-        if not others:
-            return
-        namespace = broker.keys.namespace
-        if clock() > deadline:
-            raise ValueError(
-                f"--namespace: {namespace} is in use by workers of {', '.join(others)}; give {model} another"
-            )
-        log.warning("namespace in use", namespace=namespace, models=others, waiting_for=model)
-        await asyncio.sleep(NAMESPACE_EVERY_S)
 
 
 @asynccontextmanager

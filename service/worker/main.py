@@ -31,6 +31,7 @@ from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import Planner
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.embeddings import Embeddings
+from ditserve.service.queue.namespace import refuse_other_models
 from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.signals import stop_signals
@@ -38,7 +39,7 @@ from ditserve.service.telemetry import logs, metrics
 from ditserve.service.telemetry.tracing import Tracing, open_tracing
 from ditserve.service.worker.engine_metrics import EngineMetrics
 from ditserve.service.worker.handoff import checkpoint_origin
-from ditserve.service.worker.heartbeat import refuse_other_models, starting
+from ditserve.service.worker.heartbeat import starting
 from ditserve.service.worker.room import RESERVED_SAMPLES
 from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
 
@@ -131,12 +132,19 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
         lease_s=settings.lease_s,
         max_attempts=settings.max_attempts,
     )
-    embeddings = Embeddings(url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes)
+    embeddings = Embeddings(
+        url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes, clock=broker.clock
+    )
     backend: Backend | None = None
     try:
         if settings.worker_metrics_port:
             metrics.serve(settings.worker_metrics_port)
-        await refuse_other_models(broker, model)
+        await refuse_other_models(
+            broker.load,
+            namespace=settings.namespace,
+            model=model,
+            patience_s=broker.limits.report_ttl_s,
+        )
         async with starting(broker, name, model) as report:
             backend = await opener(report, stop)
             if backend is None:
@@ -230,7 +238,7 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
         ladder=ladder,
         costs=CostModel(),
         schedule=backend.manifest.diffusion.noise_schedule(),
-        clock=time.time,
+        clock=time.monotonic,
         slots=settings.max_rows + settings.lookahead_rows + RESERVED_SAMPLES + settings.max_images,
     )
 

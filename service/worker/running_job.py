@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.class_names import class_reference
 from ditserve.service.engine.samples import Finished, SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import WEIGHTS, Claim, ConditionTerm, Image, Job, JobResult
@@ -219,7 +220,7 @@ def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor])
 def _term_fields(term: ConditionTerm, factors: Sequence[Factor]) -> dict[str, Any]:
     """Return a condition as a request writes it; text and weight only where they are not the default."""
     classes = {
-        factor.name: factor.classes[label]
+        factor.name: class_reference(factor, label)
         for factor, label in zip(factors, term.labels, strict=False)
         if label is not None
     }

@@ -64,7 +64,7 @@ class WorkerParts:
     """The parts that a worker is built from.
 
     `factors` name the classes in the metadata of image files. `observe` is called with the report of every
-    step, in the engine's thread. `clock` gives seconds since the epoch.
+    step, in the engine's thread.
     """
 
     broker: Broker
@@ -74,7 +74,6 @@ class WorkerParts:
     factors: Sequence[Factor] = ()
     observe: Callable[[StepReport], None] = lambda report: None
     tracing: Tracing = field(default_factory=Tracing)
-    clock: Callable[[], float] = time.time
 
 
 class Worker:
@@ -85,13 +84,13 @@ class Worker:
     """
 
     def __init__(self, parts: WorkerParts, identity: WorkerIdentity, policy: WorkerPolicy) -> None:
-        broker, clock = parts.broker, parts.clock
+        broker = parts.broker
         self.identity, self.policy = identity, policy
-        self._broker, self._ladder, self._tracing, self._clock = broker, parts.ladder, parts.tracing, clock
+        self._broker, self._ladder, self._tracing = broker, parts.ladder, parts.tracing
         self._slots = parts.engine.free_samples
         self._postprocessor = Postprocessor(parts.decoder, parts.factors)
         self._events = ProgressEvents(broker, step_event_s=policy.step_event_s)
-        self._leases = Leases(broker, clock=clock)
+        self._leases = Leases(broker)
         self._reporting = Reporting(broker, every_s=policy.report_s, busy_s=policy.busy_report_s)
         self._broken = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -100,7 +99,7 @@ class Worker:
             deliver=lambda report: loop.call_soon_threadsafe(self._on_engine_report, report),
             observe=parts.observe,
             on_broken=lambda: loop.call_soon_threadsafe(self._broken.set),
-            clock=clock,
+            clock=broker.clock,
             max_rows=policy.max_rows,
         )
         self._handoff = Handoff(broker, self._engine, origin=identity.origin, export_s=policy.export_s)
@@ -192,7 +191,7 @@ class Worker:
             self._drop(earlier, "lost")
         states = self._handoff.sample_states(claim)
         try:
-            job = RunningJob(claim, self._ladder, claimed_at=self._clock(), states=states)
+            job = RunningJob(claim, self._ladder, claimed_at=self._broker.clock(), states=states)
         except ValueError as error:
             # The job names a solver, grid or interval that this release does not know.
             self._publish_error(claim.lease, InternalError(f"The worker cannot run this job: {error}."))
@@ -202,7 +201,7 @@ class Worker:
             self._publish_error(claim.lease, error)
             return
         if not self._jobs.samples_in_engine:
-            self._busy_since = self._clock()
+            self._busy_since = time.monotonic()
         self._jobs.add(job)
         self._engine.add(job.starts)
         if job.done:
@@ -231,7 +230,7 @@ class Worker:
             self._on_finished(batch)
         for preview in step.previews:
             self._on_preview(preview)
-        self._events.steps(self._jobs, report.progress, self._clock())
+        self._events.steps(self._jobs, report.progress, time.monotonic())
 
     def _on_failed(self, failures: Iterable[Failed], *, retry: bool) -> None:
         for failure in failures:
@@ -285,7 +284,7 @@ class Worker:
         if job in self._jobs:
             self._drop(job, "done" if stored else "lost")
         if stored:
-            self._tracing.job(job.job, result, self._clock())
+            self._tracing.job(job.job, result, self._broker.clock())
             metrics.QUEUE_WAIT_SECONDS.observe(result.timings_ms["queue"] / 1e3)
             metrics.STEPS_REQUESTED.inc(result.steps_requested * len(result.images))
 
@@ -410,11 +409,11 @@ class Worker:
             bundle=self.identity.bundle,
             given_rows=self._broker.given_rows(self.identity.name),
             last_step_age_s=self._step_age_s(),
-            updated_at=self._clock(),
+            updated_at=self._broker.clock(),
         )
 
     def _step_age_s(self) -> float:
         """Return the seconds since the last step, 0 while there is nothing to step."""
         if self._report is None or not self._jobs.samples_in_engine:
             return 0.0
-        return self._clock() - max(self._report.stepped_at, self._busy_since)
+        return time.monotonic() - max(self._report.stepped_at, self._busy_since)

@@ -15,10 +15,11 @@ from diffusers import AutoencoderKL
 from onnx import TensorProto, helper, numpy_helper
 
 from ditserve.export.calibrate import TrajectorySettings, calibration_rows
+from ditserve.export.decoder import check_decoder, write_decoder
 from ditserve.export.errors import ExportError
 from ditserve.export.graph import _transpose_narrow_convolutions, backbone_graph
 from ditserve.export.half import half_network
-from ditserve.export.onnx import ExportOptions, check_decoder, write_decoder, write_graphs
+from ditserve.export.onnx import write_graphs
 from ditserve.export.parity import verify_graphs
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_weights
@@ -131,7 +132,7 @@ def test_the_decoder_of_a_model_on_latents_is_a_graph_of_any_size(tmp_path: Path
     manifest = tiny_source(replace(PLAIN, in_channels=4)).manifest
     spec = LatentSpec(shift=(0.1,) * 4, scale=(2.0,) * 4)
     latent = manifest.model_copy(update={"decoder": "sd-vae", "latents": spec})
-    bands = write_decoder(latent, tmp_path, ExportOptions(vae=vae))
+    bands = write_decoder(latent, tmp_path, vae=vae)
     assert bands[DECODER][0].relative_l2 < 1e-4
     graph = onnx.load(tmp_path / DECODER).graph
     shapes = [
@@ -140,13 +141,13 @@ def test_the_decoder_of_a_model_on_latents_is_a_graph_of_any_size(tmp_path: Path
     ]
     assert shapes == [["batch", 4, "rows", "columns"], ["batch", 3, "2*rows", "2*columns"]]
     (tmp_path / "other").mkdir()
-    write_decoder(latent, tmp_path / "other", ExportOptions(decoder=tmp_path / DECODER))
+    write_decoder(latent, tmp_path / "other", graph=tmp_path / DECODER)
     assert (tmp_path / "other" / DECODER).read_bytes() == (tmp_path / DECODER).read_bytes()
     with pytest.raises(ExportError, match="works on latents: name the folder of its SD-VAE with --vae"):
-        check_decoder(latent, ExportOptions())
+        check_decoder(latent)
 
 
 def test_a_model_of_four_channels_cannot_go_without_a_decoder() -> None:
     source = tiny_source(replace(PLAIN, in_channels=4))
     with pytest.raises(ExportError, match=r"makes 4 channels, not red, green and blue: .* --vae"):
-        check_decoder(source.manifest, ExportOptions())
+        check_decoder(source.manifest)

@@ -49,3 +49,33 @@ def test_suggestions_survive() -> None:
     error = from_wire(to_wire(UnknownCondition("no such label", suggestions=["lemon"])))
     assert isinstance(error, UnknownCondition)
     assert error.suggestions == ("lemon",)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "none",
+        {"errors": "all of them"},
+        {"errors": []},
+        {"errors": [{"pointer": "#/steps"}]},
+        {"errors": [{"pointer": "#/steps", "detail": 5}]},
+        {"suggestions": 5},
+        {"suggestions": ["lemon", 5]},
+        {"retry_after_s": "soon"},
+        {"status": 200, "code": "fine", "message": 5},
+        {5: "five"},
+        {"image": b"\xff"},
+        {"predicted_s": float("nan")},
+        {"deep": {"image": [b""]}},
+    ],
+    ids=str,
+)
+def test_fields_of_another_form_are_left_out(extra: object) -> None:
+    error = from_wire({"code": "invalid-request", "detail": "x", "extra": extra})
+    assert (error.code, error.detail, error.extra) == ("invalid-request", "x", {})
+
+
+def test_fields_that_a_later_release_adds_are_shown() -> None:
+    errors = [{"pointer": "#/steps", "detail": "Too many.", "hint": "Ask for fewer."}]
+    extra = {"errors": errors, "suggestions": ["lemon"], "tried": [{"rung": "full"}]}
+    assert from_wire({"code": "invalid-request", "extra": extra}).extra == extra

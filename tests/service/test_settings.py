@@ -46,6 +46,11 @@ def test_redis_url_has_its_conventional_name(monkeypatch: pytest.MonkeyPatch) ->
         (["--port", "many"], "--port: input should be a valid integer"),
         (["--port", "70000"], "--port: input should be less than or equal to 65535"),
         (["--log-format", "xml"], "--log-format: input should be 'auto', 'json' or 'text'"),
+        (
+            ["--backend", "torch", "--precision", "int8"],
+            "--precision: int8 is not there with --backend torch",
+        ),
+        (["--precision", "bf16"], "--precision: bf16 is not there with --backend onnx"),
         (["--backend", "jax"], "--backend: input should be 'onnx', 'torch' or 'tensorrt'"),
         (["--precision", "int4"], "--precision: input should be 'auto', 'fp32'"),
         (["--providers", "CUDA;CPU"], "--providers: string should match pattern"),

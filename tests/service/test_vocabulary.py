@@ -67,9 +67,23 @@ def test_a_very_long_name_is_not_echoed() -> None:
     assert len(caught.value.detail) < 200
 
 
-def test_the_first_of_two_classes_with_the_same_words_is_meant() -> None:
-    twice = Vocabulary([Factor(name="label", classes=("ice-cream", "Ice Cream"))])
-    assert twice.term({"label": "ice cream"}).labels == (0,)
+def test_two_classes_with_the_same_words_are_told_apart_as_written_or_by_number() -> None:
+    twice = Vocabulary([Factor(name="label", classes=("ice-cream", "Ice Cream", "crane", "crane"))])
+    assert twice.term({"label": "Ice Cream"}).labels == (1,)
+    assert twice.term({"label": 3}).labels == twice.match("3").labels == (3,)
+    with pytest.raises(UnknownCondition, match=r"2 \('crane'\), 3 \('crane'\)"):
+        twice.term({"label": "crane"})
+    with pytest.raises(UnknownCondition, match=r"2 \('crane'\), 3 \('crane'\)"):
+        twice.match("a crane")
+
+
+def test_a_number_is_a_class_of_the_first_factor_only_as_the_whole_prompt() -> None:
+    numbered = Vocabulary(
+        [Factor(name="label", classes=("0", "1", "2", "3")), Factor(name="style", classes=("3", "oil"))]
+    )
+    assert numbered.match("3").labels == (3, None)
+    with pytest.raises(UnknownCondition, match="names no label"):
+        numbered.match("3 dogs in oil")
 
 
 def test_a_model_without_factors_matches_every_prompt() -> None:

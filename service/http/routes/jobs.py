@@ -3,6 +3,7 @@
 import base64
 import re
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
@@ -192,7 +193,9 @@ async def describe(lookup: JobLookup, api: Context) -> JobOut:
     elif status.error is not None:
         error = Problem(**problem(from_wire(status.error), api.address(f"/jobs/{status.id}")))
     else:
-        eta = eta_s(status, await lookup.model.submissions.load())
+        # Without the load nothing can be predicted; the job's state is known all the same.
+        with suppress(QueueUnavailable):
+            eta = eta_s(status, await lookup.model.submissions.load())
     return JobOut(
         id=status.id,
         model=job.model,

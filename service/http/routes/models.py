@@ -55,6 +55,7 @@ def _describe(manifest: Manifest, workers: Sequence[WorkerState], settings: Sett
         grids=list(grid_names(manifest.diffusion.noise_schedule())),
         defaults=_defaults(manifest),
         ladder=[_rung(rung) for rung in manifest.ladder],
+        ladder_order=manifest.ladder_order if manifest.ladder else None,
         limits=LimitsOut(
             n=settings.max_images,
             steps=manifest.diffusion.timesteps,
@@ -87,4 +88,6 @@ def _rung(rung: RungSpec) -> RungOut:
         guidance_interval=rung.guidance_interval,
         rows=rung.rows,
         quality=rung.quality,
+        own=rung.own,
+        real=rung.real,
     )

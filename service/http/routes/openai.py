@@ -239,9 +239,8 @@ def rung_for(quality: str | None, ladder: Ladder) -> Rung | None:
     Of 5 rungs "high" is the first, "medium" the third and "low" the last.
     """
     position = _POSITIONS.get(quality or "auto")
-    if position is None or not ladder.rungs:
-        return None
-    return ladder.rungs[round(position * (len(ladder.rungs) - 1))]
+    rungs = ladder.descent
+    return rungs[round(position * (len(rungs) - 1))] if rungs and position is not None else None
 
 
 def _metadata(job: Job, body: ImagesRequest, manifest: Manifest) -> dict[str, Any]:

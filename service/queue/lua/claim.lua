@@ -15,11 +15,11 @@
 --                           the reserved samples; only the first jobs are looked at, a newcomer's among them
 -- The Python model in tests/service/queue/test_broker_model.py says the same in other words.
 local owner, nonce, started, expired = unpack(ARGS, 1, 4)
-local room, idle, lease, patience = tonumber(ARGS[5]), ARGS[6] == '1', tonumber(ARGS[7]), tonumber(ARGS[8])
-local oldest, newest = tonumber(ARGS[9]), tonumber(ARGS[10])
-local reserved, last_model = tonumber(ARGS[11]), 12 + tonumber(ARGS[12])
+local room, idle, patience = tonumber(ARGS[5]), ARGS[6] == '1', tonumber(ARGS[7])
+local oldest, newest = tonumber(ARGS[8]), tonumber(ARGS[9])
+local reserved, last_model = tonumber(ARGS[10]), 11 + tonumber(ARGS[11])
 local models, crowded = {}, {}
-for i = 13, last_model do models[ARGS[i]] = true end
+for i = 12, last_model do models[ARGS[i]] = true end
 for i = last_model + 1, #ARGS do crowded[ARGS[i]] = true end
 local LOOK_FOR_NEWCOMERS = 128
 -- The last claim: a hash of job → attempt, and under the empty name the nonce.
@@ -59,7 +59,7 @@ local function take(job, finish)
   dequeue(job)
   local attempt = redis.call('HINCRBY', key, 'attempt', 1)
   redis.call('HSET', key, 'state', 'running', 'owner', owner, 'claimed_at', NOW)
-  redis.call('ZADD', LEASES, NOW + lease, id)
+  redis.call('ZADD', LEASES, NOW + LEASE, id)
   emit(id, 'started', started)
   redis.call('HSET', last_claim, id, attempt)
   taken[#taken + 1] = entry(job, attempt)
@@ -110,14 +110,14 @@ walk()
 
 if #taken > 0 then
   redis.call('HSET', last_claim, '', nonce)
-  redis.call('PEXPIRE', last_claim, lease)
+  redis.call('PEXPIRE', last_claim, LEASE)
   if redis.call('EXISTS', QUEUE) == 1 then
     clock = math.max(clock, tonumber(redis.call('HGET', TOTALS, 'clock')) or 0)
     redis.call('HSET', TOTALS, 'clock', string.format('%.17g', clock))
     redis.call('ZREMRANGEBYSCORE', FLOWS, '-inf', clock)
   end
   redis.call('INCRBY', given_key, rows_taken)
-  redis.call('PEXPIRE', given_key, lease)
+  redis.call('PEXPIRE', given_key, LEASE)
 end
 table.insert(taken, 1, given_so_far())
 return taken

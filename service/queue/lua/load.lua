@@ -1,5 +1,7 @@
 -- Read the load, for admission. Returns {jobs waiting, rows waiting, when the oldest was queued (ms; 0:
 -- none), now (ms), jobs ever dead-lettered, jobs ever lost, {worker, report, rows ever given to it}...}.
+-- Changes nothing, and fails where Redis takes no writes: then there is no load to be admitted to.
+redis.call('ZREM', LEASES, '')
 local oldest = redis.call('ZRANGE', AGES, 0, 0, 'WITHSCORES')[2] or 0
 local totals = redis.call('HMGET', TOTALS, 'rows', 'dead', 'orphans')
 local rows, dead, orphans = tonumber(totals[1] or 0), tonumber(totals[2] or 0), tonumber(totals[3] or 0)

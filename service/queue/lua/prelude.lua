@@ -1,15 +1,16 @@
 -- Prepended to every script: the keys, the clock, and the moves that a job can make. Running it changes
 -- nothing.
--- KEYS: `Keys.permanent`, in order. ARGV: prefix, now (ms; empty: this server's clock), record TTL (ms),
--- events kept per job, the error of a job that was lost, and then the script's own arguments (ARGS).
+-- KEYS: `Keys.permanent`, in order. ARGV: prefix, now (ms; empty: this server's clock), record TTL (ms), lease
+-- (ms), events kept per job, the error of a job that was lost, and then the script's own arguments (ARGS).
 --
 -- Redis does not roll a failed script back. So a script reads a job's record first (`intact`), writes only if
 -- that is whole, and never makes a record but in submit.lua. A record that is gone or lacks a field (Redis
 -- evicted it, somebody deleted it) takes its entries in the indexes with it.
 local QUEUE, AGES, LEASES, FLOWS, DUES, TOTALS = unpack(KEYS, 1, 6)
 local DEAD, RESULTS, SIZES, WORKERS, REPORTS, UNFINISHED = unpack(KEYS, 7, 12)
-local PREFIX, RECORD_TTL, EVENTS_KEPT, LOST = ARGV[1], tonumber(ARGV[3]), ARGV[4], ARGV[5]
-local ARGS = { unpack(ARGV, 6) }
+local PREFIX, RECORD_TTL, LEASE = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4])
+local EVENTS_KEPT, LOST = ARGV[5], ARGV[6]
+local ARGS = { unpack(ARGV, 7) }
 
 local function read_clock()
   if ARGV[2] ~= '' then return tonumber(ARGV[2]) end
@@ -85,7 +86,7 @@ local function members(index)
 end
 
 -- Put a job into the indexes of its state, and out of the others. `queued`, `aged` and `leased` are the
--- members of the indexes.
+-- members of the indexes. A job that runs without a lease is given one, which its worker renews if it lives.
 local function place(job, queued, aged, leased)
   local id, waits, runs = job.id, job.state == 'queued', job.state == 'running'
   if queued[id] and not waits then redis.call('ZREM', QUEUE, id) end
@@ -93,7 +94,7 @@ local function place(job, queued, aged, leased)
   if leased[id] and not runs then redis.call('ZREM', LEASES, id) end
   if waits and not queued[id] then redis.call('ZADD', QUEUE, 0, id) end
   if waits and not aged[id] then redis.call('ZADD', AGES, NOW, id) end
-  if runs and not leased[id] then redis.call('ZADD', LEASES, NOW, id) end
+  if runs and not leased[id] then redis.call('ZADD', LEASES, NOW + LEASE, id) end
 end
 
 -- Rewrite the number of unfinished jobs of each caller, unless it is as counted.
@@ -127,8 +128,7 @@ local function recount_results()
   redis.call('HSET', TOTALS, 'bytes', bytes)
 end
 
--- Make the indexes and the counts agree with the records, whichever of their keys was lost. One that is lost
--- with all its companions cannot be made up for.
+-- Make the indexes and the counts agree with the records of the jobs in them, whichever of their keys was lost.
 local function reconcile()
   local queued, aged, leased = members(QUEUE), members(AGES), members(LEASES)
   local jobs, rows, unfinished = {}, 0, {}

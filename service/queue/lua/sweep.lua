@@ -1,9 +1,31 @@
 -- Take jobs back from workers whose lease has ended; each such loss counts as an attempt. Then, at most once in
--- `RECONCILE_EVERY` ms however many workers sweep, look for jobs whose records or indexes were lost. Returns how
--- many leases ended.
--- ARGS: attempts allowed, dead TTL (ms), dead kept, error.
-local RECONCILE_EVERY = 1000
+-- `RECONCILE_EVERY` ms however many workers sweep, look for jobs whose records or indexes were lost: all that
+-- some index holds, and of all keys the next few. Returns how many leases ended; -1, and nothing is done, if
+-- this server's clock is not what the worker knows it to be: it was set, so that leases that are kept may seem to
+-- have ended.
+-- ARGS: attempts allowed, dead TTL (ms), dead kept, error, now as the worker knows it (ms), tolerance (ms).
+local RECONCILE_EVERY, KEYS_AT_ONCE = 1000, 1000
 local attempts, dead_ttl, dead_kept, fault = tonumber(ARGS[1]), tonumber(ARGS[2]), tonumber(ARGS[3]), ARGS[4]
+
+-- Put unfinished jobs that no index holds, among the next keys, into the indexes of their state again. Where this
+-- user may not SCAN, only what some index holds is found.
+local function find_unindexed()
+  local cursor = redis.call('HGET', TOTALS, 'scanned') or '0'
+  local page = redis.pcall('SCAN', cursor, 'MATCH', job_key('*'), 'COUNT', KEYS_AT_ONCE)
+  if page.err then return end
+  redis.call('HSET', TOTALS, 'scanned', page[1])
+  for _, key in ipairs(page[2]) do
+    local state = redis.pcall('HGET', key, 'state')
+    if type(state) ~= 'string' or state == 'queued' or state == 'running' then
+      local id = string.sub(key, #job_key('') + 1)
+      local job = read_record(id)
+      local function has(index) return { [id] = redis.call('ZSCORE', index, id) and true or nil } end
+      if job then place(job, has(QUEUE), has(AGES), has(LEASES)) else forget(id) end
+    end
+  end
+end
+
+if math.abs(NOW - tonumber(ARGS[5])) > tonumber(ARGS[6]) then return -1 end
 local ended = redis.call('ZRANGEBYSCORE', LEASES, '-inf', NOW, 'LIMIT', 0, 256)
 for _, id in ipairs(ended) do
   local job = intact(id)
@@ -14,9 +36,10 @@ for _, id in ipairs(ended) do
   end
 end
 if math.abs(NOW - (tonumber(redis.call('HGET', TOTALS, 'reconciled')) or 0)) >= RECONCILE_EVERY then
-  reconcile()
-  -- A write that memory pressure cannot refuse comes before one that it can.
+  -- A write that memory pressure cannot refuse comes before those that it can.
   redis.call('ZREM', LEASES, '')
+  find_unindexed()
+  reconcile()
   redis.call('HSET', TOTALS, 'reconciled', NOW)
 end
 return #ended

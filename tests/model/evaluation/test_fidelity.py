@@ -18,6 +18,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ditserve.model.evaluation.fidelity import (
+    energy_scores,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -182,3 +183,23 @@ def test_too_few_pictures_are_refused_in_a_sentence() -> None:
         precision_recall(REAL[:3], FAKE)
     with pytest.raises(ValueError, match="have no 5 nearest"):
         nearest(REAL, REAL[:4], 5)
+
+
+def test_the_energy_score_is_least_for_the_distribution_itself() -> None:
+    # A reality of two colours, and models that are right, blurred, or always of one colour.
+    generator = torch.Generator().manual_seed(0)
+
+    def colours(n: int) -> Tensor:
+        return torch.randint(2, (n, 1, 1, 1), generator=generator).float().expand(n, 3, 4, 4) * 2 - 1
+
+    n = 2000
+    real, right, blurred, one = (
+        colours(n),
+        colours(2 * n),
+        torch.zeros(2 * n, 3, 4, 4),
+        torch.ones(2 * n, 3, 4, 4),
+    )
+    scores = [float(energy_scores(pictures, real).mean()) for pictures in (right, blurred, one)]
+    assert scores[0] == pytest.approx(0.5, abs=0.05)  # E|X − y| = 1, E|X − X'| = 1
+    assert scores[1:] == pytest.approx([1.0, 1.0], abs=0.05)
+    assert energy_scores(real.repeat(2, 1, 1, 1), real).abs().max() == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -9,8 +11,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ditserve.model.nets.autoencoder import AutoencoderError, Identity, SdVae, open_autoencoder
-from ditserve.model.spec.bundle import LatentSpec
+from ditserve.model.nets.autoencoder import (
+    AUTOENCODER,
+    AutoencoderError,
+    Identity,
+    SdVae,
+    fingerprint,
+    open_autoencoder,
+    open_decoder,
+)
+from ditserve.model.spec.bundle import LatentSpec, parse_manifest
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -94,3 +106,34 @@ def test_autoencoders_that_cannot_be_opened_are_refused(
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(AutoencoderError, match="pip install diffusers"):
         open_autoencoder("sd-vae", tmp_path)
+
+
+def test_a_wrong_autoencoder_is_refused_before_anything_is_sampled(
+    vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    """Other channels, another maker, a pixel model, a pipeline, another class, weights that are not whole."""
+    folder, other = tmp_path / "pipeline" / "vae", tmp_path / "other"
+    vae.save_pretrained(folder)
+    manifest = parse_manifest((ROOT / "model/zoo/tiny/manifest.json").read_bytes(), ROOT)
+    with pytest.raises(AutoencoderError, match=r"works on pixels.*leave --vae out"):
+        open_decoder(manifest, folder)
+    latent = manifest.model_copy(update={"decoder": "sd-vae"})
+    with pytest.raises(AutoencoderError, match="has 4 latent channels, and the model 3"):
+        open_decoder(latent, folder)
+    config = replace(manifest.config, in_channels=4)
+    made = {AUTOENCODER: fingerprint(folder)}
+    fitting = latent.model_copy(update={"config": config, "provenance": made})
+    assert isinstance(open_decoder(fitting, folder), SdVae)
+    torch.nn.init.ones_(vae.quant_conv.weight)
+    vae.save_pretrained(other)
+    with pytest.raises(AutoencoderError, match="not what made the latents"):
+        open_decoder(fitting, other)
+    with pytest.raises(AutoencoderError, match=f"pass {folder}"):
+        open_decoder(fitting, tmp_path / "pipeline")
+    fields = json.loads((other / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "layers_per_block": 2}))
+    with pytest.raises(AutoencoderError, match="its weights lack"):
+        open_decoder(fitting, folder)
+    (other / "config.json").write_text(json.dumps({**fields, "_class_name": "AutoencoderTiny"}))
+    with pytest.raises(AutoencoderError, match="holds AutoencoderTiny"):
+        open_decoder(fitting, other)

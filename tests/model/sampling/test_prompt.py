@@ -37,10 +37,17 @@ def test_conditions_are_parsed() -> None:
     assert parse_condition("text=a fox, in snow,label=fox", FACTORS) == PromptTerm(
         (2, None), "a fox, in snow"
     )
+    synonyms = (Factor(name="label", classes=("goldfish, Carassius auratus", "crane", "crane")),)
+    assert parse_condition("label=goldfish", synonyms).labels == (0,)
+    assert parse_condition("label=goldfish, Carassius auratus,weight=2", synonyms).labels == (0,)
+    assert parse_condition("label=2", synonyms).labels == (2,)
+    with pytest.raises(SampleError, match=r"1 .*, 2 .*by its number"):
+        parse_condition("label=crane", synonyms)
     for text, message in (
         ("colour=red", "no factor 'colour'; it has label, style"),
-        ("label=caat", r"no class 'caat'; did you mean cat"),
-        ("label=zzzzz", "for example cat, dog, fox"),
+        ("label=caat", r"no label 'caat'\. Did you mean cat"),
+        ("label=zzzzz", "no label 'zzzzz'\\.$"),
+        ("label=5", "label 0 to 4"),
         ("label=cat,weight=much", "not a number"),
     ):
         with pytest.raises(SampleError, match=message):

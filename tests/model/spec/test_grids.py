@@ -6,14 +6,22 @@ from itertools import pairwise
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.spec.grids import GRIDS, grid, regrid
+from ditserve.model.spec.diffusion import Schedule, make_schedule
+from ditserve.model.spec.grids import GRIDS, choose_grid, fits, grid, regrid
+from ditserve.model.spec.solvers import step_table
+from tests.model.spec.solver_cases import Network, run
 
 reference: Any = diffusers  # untyped
-kinds = st.sampled_from(sorted(GRIDS))
+# The grids of every number of steps; "ddim-stride" has some only.
+EVERY = sorted(GRIDS.keys() - {"ddim-stride"})
+kinds = st.sampled_from(EVERY)
+
+LINEAR = make_schedule("linear")
 
 
 @st.composite
@@ -34,7 +42,7 @@ def test_every_number_of_steps_gives_a_legal_grid(kind: str, size: tuple[int, in
     assert all(type(value) is int for value in values)
 
 
-@pytest.mark.parametrize("kind", sorted(GRIDS))
+@pytest.mark.parametrize("kind", EVERY)
 def test_every_step_count_of_a_thousand_is_legal_and_all_of_them_is_every_timestep(kind: str) -> None:
     for steps in range(1, 1001):
         values = grid(kind, steps)
@@ -56,6 +64,10 @@ def test_every_step_count_of_a_thousand_is_legal_and_all_of_them_is_every_timest
         ("trailing", 10, (999, 899, 199, 99)),
         ("uniform-t", 50, (999, 979, 40, 20)),
         ("uniform-t", 10, (999, 899, 200, 100)),
+        ("linspace", 50, (999, 979, 20, 0)),
+        ("respaced", 50, (999, 979, 20, 0)),
+        ("ddim-stride", 50, (980, 960, 20, 0)),
+        ("ddim-stride", 16, (945, 882, 63, 0)),
     ],
 )
 def test_grids_are_the_ones_in_use(kind: str, steps: int, ends: tuple[int, ...]) -> None:
@@ -75,6 +87,54 @@ def test_grids_agree_with_diffusers(steps: int) -> None:
     assert grid("uniform-t", steps) == tuple(multistep.timesteps.tolist())
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs, of numpy 2
+@pytest.mark.parametrize("steps", [2, 3, 21, 50, 333, 999])
+def test_linspace_is_that_of_diffusers(steps: int) -> None:
+    scheduler = reference.DDPMScheduler(timestep_spacing="linspace")
+    scheduler.set_timesteps(steps)
+    assert grid("linspace", steps) == tuple(scheduler.timesteps.tolist())
+
+
+def published_respacing(steps: int, total: int) -> list[int]:
+    """Return the timesteps of the published DDPM sampling: one section, and a stride that need not be whole.
+
+    Rebuilt from its description: the strides are added up, and each sum is rounded.
+    """
+    stride, position, timesteps = (total - 1) / (steps - 1), 0.0, []
+    for _ in range(steps):
+        timesteps.append(round(position))
+        position += stride
+    return timesteps
+
+
+def test_respaced_is_the_published_ddpm_sampling() -> None:
+    for steps in range(2, 1001):
+        assert grid("respaced", steps) == tuple(reversed(published_respacing(steps, 1000)))
+    assert grid("respaced", 1) == grid("linspace", 1) == (999,)
+
+
+def published_strides(total: int) -> dict[int, tuple[int, ...]]:
+    """Return the timesteps of the published DDIM sampling for each count that a whole stride gives."""
+    grids: dict[int, tuple[int, ...]] = {}
+    for stride in range(1, total + 1):
+        timesteps = range(0, total, stride)
+        grids.setdefault(len(timesteps), tuple(reversed(timesteps)))
+    return grids
+
+
+@pytest.mark.parametrize("total", [7, 300, 1000])
+def test_ddim_stride_is_the_published_ddim_sampling_and_has_its_counts(total: int) -> None:
+    published = published_strides(total)
+    for steps in range(1, total + 1):
+        if steps in published:
+            assert grid("ddim-stride", steps, total) == published[steps]
+        else:
+            with pytest.raises(ValueError, match=f"visits {steps} of {total} timesteps: take") as refusal:
+                grid("ddim-stride", steps, total)
+            counts = [int(word) for word in str(refusal.value).split() if word.isdecimal()]
+            assert all(count in published for count in counts[2:])
+
+
 def test_an_explicit_grid_is_taken_as_written() -> None:
     assert grid("999,700,300", 3) == (999, 700, 300)
     assert grid("12", 1) == (12,)
@@ -83,7 +143,7 @@ def test_an_explicit_grid_is_taken_as_written() -> None:
 @pytest.mark.parametrize(
     ("kind", "steps", "message"),
     [
-        ("cosine", 10, "grid must be one of leading, trailing, uniform-t or comma-separated"),
+        ("cosine", 10, "grid must be one of leading, .*, ddim-stride or comma-separated"),
         ("", 1, "grid must be one of"),
         ("leading", 0, r"in 1\.\.1000"),
         ("leading", 1001, r"in 1\.\.1000"),
@@ -122,6 +182,107 @@ def test_regridding_a_tail_with_as_many_steps_changes_nothing(
     again = regrid(timesteps[done], len(timesteps) - done, kind, size[1])
     tolerance = 0 if kind == "leading" else 1
     assert max(abs(a - b) for a, b in zip(again, timesteps[done:], strict=True)) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("stated", "solver", "steps", "kind"),
+    [
+        ("leading", "ddim", 50, "leading"),
+        ("leading", "ddim", 501, "respaced"),
+        ("leading", "ddim", 112, "respaced"),
+        ("leading", "ddim", 101, "respaced"),
+        ("leading", "ddim", 1, "trailing"),
+        ("leading", "ddpm", 50, "respaced"),
+        ("leading", "dpmpp-2m", 10, "uniform-t"),
+        ("leading", "unipc-1", 2, "uniform-t"),
+        ("ddim-stride", "ddim", 50, "ddim-stride"),
+        ("ddim-stride", "ddim", 37, "respaced"),
+        ("trailing", "dpmpp-2m", 10, "trailing"),
+        ("trailing", "ddpm", 250, "trailing"),
+        ("999,500", "ddim", 2, "999,500"),
+        ("999,500", "ddim", 20, "trailing"),
+        ("leading", "ddpm", 4, "trailing"),
+        ("respaced", "ddim", 4, "trailing"),
+    ],
+)
+def test_the_grid_follows_from_solver_and_steps_unless_the_stated_one_suits(
+    stated: str, solver: str, steps: int, kind: str
+) -> None:
+    assert choose_grid(None, stated=stated, solver=solver, steps=steps, schedule=LINEAR) == kind
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpmpp-2m", "unipc-1"])
+def test_every_count_of_steps_has_a_grid_that_starts_at_the_noisy_end(solver: str) -> None:
+    for total in (1, 2, 10, 1000):
+        schedule = make_schedule("linear", total)
+        for steps in range(1, total + 1):
+            kind = choose_grid(None, stated="leading", solver=solver, steps=steps, schedule=schedule)
+            first = grid(kind, steps, total)[0]
+            assert total - 1 - first <= min(2 * total / steps, 0.25 * (total - 1))
+            assert fits(kind, steps, schedule)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "steps", "message"),
+    [
+        ("leading", 1, r"grid leading in 1 step starts at timestep 0 of 0\.\.999, below the noise"),
+        ("leading", 501, "grid leading in 501 steps starts at timestep 500"),
+        ("ddim-stride", 2, "grid ddim-stride in 2 steps starts at timestep 500"),
+        ("500,250", 2, "the grid starts at timestep 500"),
+        ("ddim-stride", 37, "take 36 or 38 steps"),
+        ("spiral", 10, "grid must be one of"),
+    ],
+)
+def test_a_wanted_grid_that_starts_below_the_noisy_end_is_refused(
+    wanted: str, steps: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_grid(wanted, stated="trailing", solver="ddim", steps=steps, schedule=LINEAR)
+
+
+def mixture(schedule: Schedule) -> Network:
+    """Return the exact noise prediction for data of 12 narrow normal distributions."""
+    means = np.random.default_rng(0).uniform(-1.0, 1.0, (12, 8))
+
+    def network(x: Any, t: float) -> Any:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        variance = sigma**2 + 0.02 * alpha**2
+        distance = x[:, None] - alpha * means  # (N, 12, 8)
+        share = np.exp(-0.5 * np.square(distance).sum(2) / variance)
+        image = means + 0.02 * alpha / variance * distance
+        x0 = (share[:, :, None] * image).sum(1) / share.sum(1, keepdims=True)
+        return (x - alpha * x0) / sigma
+
+    return network
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "unipc-1"])
+def test_more_steps_on_the_chosen_grid_are_no_cliff(solver: str) -> None:
+    """Hold the error against all timesteps, for the published schedule, as the bundle of an import states."""
+    schedule = make_schedule("linear")
+    noise = np.random.default_rng(1).standard_normal((16, 8))
+    truth = run(step_table("ddim", grid("trailing", 1000), schedule), noise, mixture(schedule))[-1]
+
+    def error(steps: int) -> float:
+        kind = choose_grid(None, stated="leading", solver=solver, steps=steps, schedule=LINEAR)
+        image = run(step_table(solver, grid(kind, steps), schedule), noise, mixture(schedule))[-1]
+        return float(np.sqrt(np.mean((image - truth) ** 2)))
+
+    counts = [*range(1, 61), 75, 100, 101, 112, 150, 250, 251, 333, 500, 501]
+    errors = [error(steps) for steps in counts]
+    for fewer, more, before, after in zip(counts, counts[1:], errors, errors[1:], strict=False):
+        assert after < 1.35 * before, (fewer, more)
+    assert errors[counts.index(501)] < 0.003
+    assert errors[0] < 0.7
+    # The old default, "leading" for every solver, is worse where the choice differs from it.
+    for steps in (1, 10, 16, 501) if solver == "dpmpp-2m" else (1, 501):
+        old = run(step_table(solver, grid("leading", steps), schedule), noise, mixture(schedule))[-1]
+        assert np.sqrt(np.mean((old - truth) ** 2)) > 1.1 * errors[counts.index(steps)], steps
+
+
+def test_a_stated_grid_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="grid must be one of"):
+        choose_grid(None, stated="spiral", solver="ddim", steps=10, schedule=LINEAR)
 
 
 def test_an_explicit_grid_is_followed_as_a_curve() -> None:

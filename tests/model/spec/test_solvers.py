@@ -92,7 +92,7 @@ def test_an_oracle_keeps_the_sample_on_the_line_from_noise_to_image(
         np.testing.assert_allclose(state, expected, atol=rounding)
 
 
-@pytest.mark.parametrize("kind", sorted(GRIDS))
+@pytest.mark.parametrize("kind", sorted(GRIDS.keys() - {"ddim-stride"}))
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_an_oracle_recovers_the_image_for_any_number_of_steps(solver: str, kind: str) -> None:
     rng = np.random.default_rng(0)

@@ -51,7 +51,8 @@ class PointNetwork(nn.Module):
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
         angles = told[:, None] * torch.arange(1.0, 9.0)
         features = torch.cat([x.flatten(1), angles.sin(), angles.cos()], dim=1)
-        return self.layers(features)[:, :, None, None]
+        velocity: Tensor = self.layers(features)
+        return velocity[:, :, None, None]
 
 
 def toy_network(schedule: Schedule, law: tuple[float, float] | None, shift: float) -> PointNetwork:
@@ -94,7 +95,8 @@ def test_a_trained_flow_samples_the_distribution_of_the_data(
 
     def output(x: Tensor, level: float) -> Tensor:
         with torch.no_grad():
-            return network(x, torch.full((len(x),), float(schedule.told(level))))
+            velocity: Tensor = network(x, torch.full((len(x),), float(schedule.told(level))))
+        return velocity
 
     table = step_table(solver, noise_levels("uniform", steps, schedule), schedule)
     noise = lambda: torch.randn(start.shape, generator=generator)  # noqa: E731

@@ -63,9 +63,9 @@ def test_a_decoder_that_cannot_be_right_is_refused_at_once(
     other = autoencoder(tmp_path / "other", 1)
     on_pictures = {**run["data"], "path": str(tmp_path / "pictures.npz")}
     for change, message in (
-        ({"vae": str(other)}, "other is not what made the latents in"),
+        ({"vae": str(other)}, "other is not what made the latents"),
         ({"vae": str(tmp_path)}, "is not an autoencoder's folder"),
-        ({"vae": str(tmp_path / "vae"), "data": on_pictures}, "vae is for runs on latents"),
+        ({"vae": str(tmp_path / "vae"), "data": on_pictures}, "works on pixels"),
     ):
         for mode in ([], ["--dry-run"]):
             assert main(["--config", config_file({**run, **change}, tmp_path), *mode]) == 2

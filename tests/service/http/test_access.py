@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from prometheus_client import REGISTRY
 
@@ -123,6 +125,19 @@ async def test_a_refusal_for_too_many_jobs_does_not_use_up_the_rate(stage: Stage
         assert refused.headers["ratelimit"].startswith('"requests";r=2;')
     await stage.client.delete(address, headers=bearer(text))
     assert (await stage.generate(later, **APPLE)).status_code == 202
+
+
+async def test_a_refusal_of_a_full_service_does_not_use_up_the_rate(stage: Stage, keys: Path) -> None:
+    _, text = add(keys, "shop", rate=100)
+
+    async def send(**body: Any) -> httpx.Response:
+        return await stage.generate(bearer(text), **APPLE, **body)
+
+    for _ in range(2):
+        refused = await send(deadline_ms=1, allow_degraded=False, steps=100)
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert refused.headers["ratelimit"].startswith('"requests";r=100;')
+    assert (await send()).headers["ratelimit"].startswith('"requests";r=99;')
 
 
 async def test_quotas_are_each_keys_own_and_shared_by_processes(open_stage: OpenStage, keys: Path) -> None:

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.anyio
         ({"seed": 2**60}, "#/seed"),
         ({"sampler": "magic"}, "#/sampler"),
         ({"grid": "magic"}, "#/grid"),
+        ({"grid": "leading", "steps": 1}, "#/grid"),
+        ({"grid": "ddim-stride", "steps": 37}, "#/grid"),
         ({"format": "bmp"}, "#/format"),
         ({"size": "32x32"}, "#/size"),
         ({"size": "large"}, "#/size"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -261,3 +262,73 @@ async def test_a_flood_of_connections_is_bounded(open_stage: OpenStage, serve: S
     assert time.monotonic() - began < 5
     cut = [connection for connection in flood if connection.reader.at_eof() or connection.reader.exception()]
     assert len(cut) >= len(flood) - 20
+
+
+@pytest.mark.parametrize("protocol_name", [b"h2c", b"websocket", b"TLS/1.0, IRC/6.9"])
+@pytest.mark.parametrize(
+    "body",
+    [b'Content-Length: 8\r\n\r\n{"n": 2}', b'Transfer-Encoding: chunked\r\n\r\n8\r\n{"n": 2}\r\n0\r\n\r\n'],
+)
+async def test_a_request_to_upgrade_is_served_as_it_is(
+    stage: Stage, serve: Serve, dial: Dial, protocol_name: bytes, body: bytes
+) -> None:
+    connection = await dial(await serve(stage))
+    upgrade = (
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %s\r\nHTTP2-Settings: AAMA\r\n" % protocol_name
+    )
+    connection.writer.write(POST + upgrade + body + GET + upgrade + b"\r\n")
+    connection.writer.write(POST + upgrade + body[:-1])
+    assert [(await connection.answer())[0] for _ in range(2)] == [200, 200]
+    connection.writer.write(body[-1:] + GET + b"\r\n")
+    assert [(await connection.answer())[0] for _ in range(2)] == [200, 200]
+    assert [len(claim.job.seeds) for claim in stage.worker.claimed] == [2, 2]
+
+
+async def test_requests_to_upgrade_are_bounded_like_others(port: int, dial: Dial) -> None:
+    connection = await dial(port)
+    connection.writer.write((GET + b"Connection: upgrade\r\nUpgrade: h2c\r\n\r\n") * 1000)
+    received = await connection.until_closed(10)
+    assert received.count(b"HTTP/1.1 200") == received.count(b"HTTP/1.1 ") == protocol.MAX_PIPELINED + 1
+
+
+@pytest.mark.parametrize(
+    "announced", [b"Content-Length: 30000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"]
+)
+async def test_a_client_that_is_still_sending_reads_why_it_was_refused(
+    stage: Stage, serve: Serve, announced: bytes
+) -> None:
+    # A blocking socket, as simple clients have: it reads nothing before it has sent all.
+    port, chunk = await serve(stage), b"10000\r\n" + b"x" * 65536 + b"\r\n"
+
+    def upload() -> bytes:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.settimeout(10)
+            client.sendall(POST + announced)
+            for _ in range(400):
+                client.sendall(chunk)
+            received = b""
+            while data := client.recv(65536):
+                received += data
+            return received
+
+    received = await asyncio.to_thread(upload)
+    assert received.startswith(b"HTTP/1.1 413")
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["code"] == "payload-too-large"
+
+
+async def test_a_client_that_sends_for_ever_after_its_last_response_is_cut(
+    stage: Stage, serve: Serve, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "LINGER_S", 0.1)
+    monkeypatch.setattr(protocol, "LONGEST_LINGER_S", 0.5)
+    connection = await dial(await serve(stage))
+    connection.writer.write(POST + b"Content-Length: 1000000000\r\n\r\n")
+
+    async def keep_sending() -> None:
+        while True:
+            connection.writer.write(b"x" * 1000)
+            await connection.writer.drain()
+            await asyncio.sleep(0.01)
+
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(keep_sending(), 10)

@@ -210,6 +210,7 @@ async def test_models_describes_the_bundle(stage: Stage) -> None:
     assert model["factors"][1] == {"name": "style", "classes": ["noto", "twemoji"]}
     assert "ddim" in model["samplers"]
     assert [rung["name"] for rung in model["ladder"]] == ["full", "half", "floor"]
+    assert model["ladder_order"] == "own"
     assert model["limits"]["steps"] == 100
 
 

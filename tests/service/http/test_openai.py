@@ -58,6 +58,13 @@ def test_without_a_ladder_every_quality_is_the_default() -> None:
     assert rung_for("low", Ladder([only])) == rung_for("high", Ladder([only])) == only
 
 
+def test_low_quality_is_never_a_rung_that_costs_more_than_a_better_one() -> None:
+    steps = {100: 0.14, 20: 0.12, 4: 0.13}  # the long run lies farther from real pictures than the others
+    ladder = Ladder([Rung(f"ddim-{n}", "ddim", n, "trailing", (0.0, 1.0), q) for n, q in steps.items()])
+    chosen = [rung_for(quality, ladder) for quality in ("high", "low")]
+    assert [rung and rung.steps for rung in chosen] == [20, 4]
+
+
 async def test_partial_images_are_streamed(stage: Stage, client: openai.AsyncOpenAI) -> None:
     stream = await client.images.generate(prompt="lemon", stream=True, partial_images=2)
     events = [event async for event in stream]

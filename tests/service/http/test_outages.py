@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
+from ditserve.service.http import load_cache
+from ditserve.service.queue import reads
 from tests.conftest import wait_until
 from tests.service.http.conftest import OpenStage, Serve, Stage
 from tests.service.queue.servers import Server, serving
@@ -131,9 +134,113 @@ async def test_with_full_memory_what_there_is_can_be_had_and_stopped(stage: Stag
     await admin.config_set("maxmemory", "0")
 
 
-async def test_a_stream_ends_with_an_error_when_redis_lets_nobody_in(
-    open_stage: OpenStage, serve: Serve, admin: Redis
+async def test_a_replica_is_not_ready_for_work_and_tells_where_jobs_stand(stage: Stage, admin: Redis) -> None:
+    stage.worker.hold = True
+    address = await stage.queued()
+    assert (await stage.client.get("/readyz")).status_code == 200
+    await admin.execute_command("REPLICAOF", "127.0.0.1", "1")
+    refused = await stage.client.get("/readyz")
+    assert (refused.status_code, refused.json()["checks"]["queue"]) == (503, False)
+    status = await stage.client.get(address)
+    assert (status.status_code, status.json()["eta_s"]) == (200, None)
+    await admin.execute_command("REPLICAOF", "NO", "ONE")
+    assert (await stage.client.get("/readyz")).status_code == 200
+
+
+@asynccontextmanager
+async def watched(client: httpx.AsyncClient, door: str) -> AsyncIterator[AsyncIterator[str]]:
+    """Give the chunks of a stream that follows a new job, from either door."""
+    if door == "/generate":
+        job = await client.post(door, json=GENERATE, headers={"prefer": "respond-async"})
+        stream = client.stream("GET", job.json()["links"]["events"])
+    else:
+        stream = client.stream("POST", door, json={"prompt": "apple", "stream": True})
+    async with stream as response:
+        yield response.aiter_text()
+
+
+DOORS = ["/generate", "/v1/images/generations"]
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_a_stream_rides_out_an_outage(
+    door: str, stage: Stage, serve: Serve, server: Server, admin: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The outage is longer than one read of events waits for Redis.
+    monkeypatch.setattr(reads, "GRACE_S", 0.1)
+    monkeypatch.setattr(reads, "BLOCK_MS", 100)
+    stage.worker.hold = True
+    base = f"http://127.0.0.1:{await serve(stage)}"
+    async with httpx.AsyncClient(base_url=base, timeout=20) as client, watched(client, door) as chunks:
+        (claim,) = await wait_until(lambda: stage.worker.claimed)
+        os.kill(server.process.pid, signal.SIGSTOP)
+        await asyncio.sleep(1.5)
+        os.kill(server.process.pid, signal.SIGCONT)
+        await admin.client_kill_filter(_type="normal", skipme=True)
+        await stage.broker.finish(claim.lease, stage.worker.result(claim))
+        text = "".join([chunk async for chunk in chunks])
+    assert "event: error" not in text
+    assert ("event: done" in text) or ("image_generation.completed" in text)
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_a_stream_ends_with_a_long_outage_and_a_job_of_nobody_is_cancelled(
+    door: str, stage: Stage, serve: Serve, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "GRACE_S", 0.1)
+    monkeypatch.setattr(reads, "BLOCK_MS", 100)
+    monkeypatch.setattr(reads.Reads, "outage_s", 0.5)
+    stage.worker.hold = True
+    base = f"http://127.0.0.1:{await serve(stage)}"
+    async with httpx.AsyncClient(base_url=base, timeout=20) as client, watched(client, door) as chunks:
+        (claim,) = await wait_until(lambda: stage.worker.claimed)
+        os.kill(server.process.pid, signal.SIGSTOP)
+        text = "".join([chunk async for chunk in chunks])
+        os.kill(server.process.pid, signal.SIGCONT)
+    assert '"code":"queue-unavailable"' in text
+
+    async def state() -> str:
+        status = await stage.broker.status(claim.job.id)
+        assert status is not None
+        return status.state
+
+    if door == "/generate":
+        assert await state() == "running", "leaving its events does not cancel a job"
+        return
+
+    async def cancelled() -> bool:
+        return await state() == "cancelled"
+
+    await wait_until(cancelled)
+
+
+async def test_a_request_that_redis_took_after_its_answer_was_lost_does_not_run(
+    stage: Stage, server: Server, admin: Redis
+) -> None:
+    stage.worker.hold = True
+    await stage.generate({"prefer": "respond-async"}, **GENERATE)
+    await wait_until(lambda: stage.worker.claimed)
+    load = stage.app.state.context.default.submissions.load
+    os.kill(server.process.pid, signal.SIGSTOP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_cache, "LOAD_FRESH_S", 60.0)
+        refused = await stage.generate({"prefer": "respond-async"}, **GENERATE)
+    assert load.last() is not None
+    os.kill(server.process.pid, signal.SIGCONT)
+    assert (refused.status_code, refused.json()["code"]) == (503, "queue-unavailable")
+
+    async def one_unfinished() -> bool:
+        counts: Any = await admin.hvals(stage.broker.keys.unfinished)
+        return [int(count) for count in counts] == [1]
+
+    await wait_until(lambda: len(stage.worker.claimed) == 2)
+    await wait_until(one_unfinished)
+
+
+async def test_a_stream_ends_with_an_error_when_redis_lets_nobody_in(
+    open_stage: OpenStage, serve: Serve, admin: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads.Reads, "outage_s", 0.5)
     stage = await open_stage(worker=False)
     await stage.worker.report()
     job = (await stage.client.post("/generate", json=GENERATE, headers={"prefer": "respond-async"})).json()

@@ -317,7 +317,7 @@ async def test_waiters_learn_that_their_job_is_lost(
 async def test_waiters_do_not_wait_for_ever_for_a_server_that_does_not_answer(
     server: ValkeyServer, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditserve.service.queue.listener.OUTAGE_S", 0.5)
+    monkeypatch.setattr("ditserve.service.queue.reads.Reads.outage_s", 0.5)
     monkeypatch.setattr("ditserve.service.queue.listener.REREAD_S", 0.1)
     impatient = await Broker.connect(server.connection_url, timeout_s=0.2)
     listener = Listener(impatient)

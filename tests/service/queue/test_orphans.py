@@ -234,6 +234,53 @@ async def test_keys_of_another_kind_beside_a_job_do_no_harm(
     assert [event.kind for event in await read_events(timed, job.id)] == ["started", "done"]
 
 
+async def swept(client: Redis, broker: Broker) -> None:
+    """Sweep until all keys of the server were looked at, a second apart."""
+    await client.hdel(broker.keys.totals, "scanned")
+    while True:
+        await client.hdel(broker.keys.totals, "reconciled")
+        await broker.sweep()
+        if await client.hget(broker.keys.totals, "scanned") in (None, b"0"):
+            return
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("lost", ["leases", "all indexes"])
+async def test_a_job_that_no_index_holds_is_found_by_the_sweep(
+    lost: str,
+    state: str,
+    timed: Broker,
+    client: Redis,
+    make_job: MakeJob,
+    make_result: MakeResult,
+    clock: Any,
+) -> None:
+    job = make_job()
+    await bring(timed, job, state, clock)
+    await client.delete(timed.keys.leases, *(timed.keys.permanent if lost == "all indexes" else ()))
+    await swept(client, timed)
+    await audit(client, timed.keys)
+    # Should its worker be dead, another takes it once the lease that it was given has ended.
+    clock.advance(11)
+    await timed.sweep()
+    (entry,) = await claim(timed, "w2")
+    assert (entry.job, await timed.finish(entry.lease, make_result())) == (job, True)
+
+
+async def test_a_worker_that_lives_keeps_a_job_whose_lease_was_lost(
+    timed: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult, clock: Any
+) -> None:
+    await timed.submit(make_job())
+    (entry,) = await claim(timed)
+    await client.delete(timed.keys.leases)
+    await swept(client, timed)
+    clock.advance(5)
+    assert not (await timed.renew([entry.lease])).lost
+    clock.advance(9)
+    assert await timed.sweep() == 0
+    assert await timed.finish(entry.lease, make_result())
+
+
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from((*VERBS, "requeue", "evict", "evict", "corrupt", "evict an index", "time")),
@@ -265,22 +312,18 @@ def test_random_histories_with_eviction(
             elif operation == "corrupt":
                 await DAMAGES[sorted(DAMAGES)[pick % len(DAMAGES)]](client, key)
             elif operation == "evict an index":
-                evicted = broker.keys.permanent[pick % 12]
-                # The leases alone tell which jobs run, should no worker renew them.
-                if evicted != broker.keys.leases:
-                    await client.delete(evicted)
+                await client.delete(broker.keys.permanent[pick % 12])
             elif operation == "time":
                 clock.advance(1 + pick % 12)
             elif operation == "requeue":
                 await broker.requeue(job.id)
             else:
                 await act(operation, broker, job, make_result)
-        for job in jobs:
-            # Half a record that no index knows goes when somebody touches it.
-            await act("renew", broker, job, make_result)
+        clock.advance(11)
+        await swept(client, broker)
+        await audit(client, broker.keys)
         clock.advance(11)
         await broker.sweep()
-        await audit(client, broker.keys)
         for _ in range(10):
             for entry in await claim(broker, "last", idle=True):
                 assert await broker.finish(entry.lease, make_result())
@@ -302,3 +345,17 @@ async def test_a_redis_that_may_evict_is_warned_of(policy: str, tmp_path: Path, 
         broker = await Broker.connect(server.url)
         await broker.aclose()
     assert [line.get("policy") for line in lines] == ["allkeys-lru"] * (policy != "noeviction")
+
+
+async def test_a_policy_that_changes_is_noticed_once(tmp_path: Path, wait_until: Any) -> None:
+    server = Server(tmp_path)
+    with serving(server), capture_logs() as lines:
+        await wait_until(server.answers)
+        broker = await Broker.connect(server.url)
+        async with Redis.from_url(server.url) as admin:
+            for policy in ("volatile-lru", "noeviction", "allkeys-random"):
+                await admin.config_set("maxmemory-policy", policy)
+                for _ in range(2):
+                    await broker.check_eviction()
+        await broker.aclose()
+    assert [line["policy"] for line in lines] == ["volatile-lru", "allkeys-random"]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ditserve.service import wire
 from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.worker.handoff import checkpoint_origin, read_checkpoint, write_checkpoint
@@ -29,7 +30,7 @@ def states(make_engine: Make, make_request: Make) -> list[Any]:
 
 
 def test_a_checkpoint_says_where_every_sample_stands(states: list[Any]) -> None:
-    data = write_checkpoint(states, origin="here")
+    data = write_checkpoint(states, origin="here", version=1)
     under_way, done, not_begun = read_checkpoint(data, origin="here", samples=3)
     assert isinstance(under_way, Snapshot)
     assert isinstance(done, Finished)
@@ -41,11 +42,22 @@ def test_a_checkpoint_says_where_every_sample_stands(states: list[Any]) -> None:
 
 
 def test_nothing_done_is_nothing_to_keep() -> None:
-    assert write_checkpoint([None, None], origin="here") == b""
+    assert write_checkpoint([None, None], origin="here", version=1) == b""
+
+
+def test_a_checkpoint_is_of_the_version_of_its_job(
+    states: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "READABLE", (1, 2))
+    older, newer = (write_checkpoint(states, origin="here", version=version) for version in (1, 2))
+    monkeypatch.undo()
+    assert len(read_checkpoint(older, origin="here", samples=3)) == 3
+    with pytest.raises(ValueError, match="schema version 2"):
+        read_checkpoint(newer, origin="here", samples=3)
 
 
 def test_a_strangers_checkpoint_is_refused(states: list[Any]) -> None:
-    data = write_checkpoint(states, origin="here")
+    data = write_checkpoint(states, origin="here", version=1)
     with pytest.raises(ValueError, match="another bundle"):
         read_checkpoint(data, origin="there", samples=3)
     with pytest.raises(ValueError, match="3 samples"):
@@ -54,7 +66,7 @@ def test_a_strangers_checkpoint_is_refused(states: list[Any]) -> None:
 
 @pytest.mark.parametrize("cut", [1, 20, 200, 900])
 def test_a_damaged_checkpoint_is_refused(states: list[Any], cut: int) -> None:
-    data = write_checkpoint(states, origin="here")
+    data = write_checkpoint(states, origin="here", version=1)
     for damaged in (data[:-cut], data.replace(b"latent", b"talent"), b"\x80", b""):
         with pytest.raises(ValueError, match=r"."):
             read_checkpoint(damaged, origin="here", samples=3)

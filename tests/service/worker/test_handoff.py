@@ -65,7 +65,7 @@ def turnstile(make_backend: Make) -> Turnstile:
 @pytest.fixture
 def make_worker(make_engine: Make, turnstile: Turnstile) -> Make:
     def make(broker: Broker, name: str, *, origin: str = "here", **policy: Any) -> Worker:
-        engine = make_engine(turnstile, clock=time.time)
+        engine = make_engine(turnstile, clock=time.monotonic)
         quick = {"max_rows": 8, "report_s": 0.05, "step_event_s": 0.0, "retry_s": 0.01, **policy}
         return Worker(
             WorkerParts(broker, engine, turnstile, engine.ladder),
@@ -232,7 +232,7 @@ def _left(worker: Worker, claim: Any, *, taken: tuple[int, ...]) -> bytes:
         finished = [sample for _ in range(steps) for sample in engine.step().finished]
         states.append(finished[0] if finished else engine.export(request.id))
         engine.cancel(request.id)
-    return write_checkpoint(states, origin="here")
+    return write_checkpoint(states, origin="here", version=1)
 
 
 async def test_a_hung_engine_ends_the_worker_and_its_jobs_are_tried_again(

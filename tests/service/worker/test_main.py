@@ -16,8 +16,8 @@ from ditserve.service.jobs import Starting
 from ditserve.service.launch.engine_build import BuildProgress
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings
-from ditserve.service.worker import heartbeat, main
-from ditserve.service.worker.heartbeat import refuse_other_models, starting
+from ditserve.service.worker import main
+from ditserve.service.worker.heartbeat import starting
 from ditserve.service.worker.main import backend_options, build_engine, open_texts
 from tests.conftest import wait_until
 
@@ -170,20 +170,3 @@ async def test_what_a_worker_to_come_is_doing_is_known(broker: Broker) -> None:
 
 async def starting_is(broker: Broker, expected: tuple[Starting, ...]) -> bool:
     return (await broker.load()).starting == expected
-
-
-@pytest.mark.anyio
-async def test_a_namespace_is_of_one_model(
-    connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(heartbeat, "NAMESPACE_EVERY_S", 0.05)
-    other, broker = await connect(), await connect(report_ttl_s=0.2)
-    await other.report(Starting("w1", "other", "warming up"))
-    await refuse_other_models(other, "other")
-    with pytest.raises(ValueError, match="is in use by workers of other; give fake another"):
-        await refuse_other_models(broker, "fake")
-    # The workers of the model that was served before may still be leaving.
-    waiting = asyncio.create_task(refuse_other_models(other, "fake"))
-    await asyncio.sleep(0)
-    await other.retire("w1")
-    await asyncio.wait_for(waiting, 5)

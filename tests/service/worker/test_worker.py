@@ -76,7 +76,7 @@ def gate(make_backend: Make) -> Gate:
 @pytest.fixture
 def make_worker(make_engine: Make, gate: Gate) -> Make:
     def make(broker: Broker, name: str = "w1", *, slots: int = 16, origin: str = "", **policy: Any) -> Worker:
-        engine = make_engine(gate, clock=time.time, slots=slots)
+        engine = make_engine(gate, clock=time.monotonic, slots=slots)
         quick = {"max_rows": 8, "report_s": 0.05, "export_s": 0.2, "step_event_s": 0.0, "retry_s": 0.01}
         return Worker(
             WorkerParts(broker, engine, gate, engine.ladder),

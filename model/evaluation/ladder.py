@@ -1,0 +1,310 @@
+"""The quality ladder of a model: ways to draw a picture, with what each costs and how good it is.
+
+Two distances are measured, both as root mean squares in the range of 2 that networks work in. `own` is that
+of a picture to the one that the model's own long run draws of the same noise: it tells what fewer steps
+change. `real` is the energy score against real pictures, `fidelity.energy_scores`: it tells whether that
+makes the pictures worse. A ladder that knows only the first calls better what is only more alike to itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditserve.model.data.dataset import Dataset
+from ditserve.model.evaluation.fidelity import energy_scores
+from ditserve.model.evaluation.front import (
+    Distance,
+    MeasuredPoint,
+    OperatingPoint,
+    best_defaults,
+    front,
+    nearer,
+)
+from ditserve.model.nets.factory import Network
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.sampling.prompt import random_conditions
+from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec
+from ditserve.model.spec.grids import even_grid, fits, grid_names, noise_levels
+from ditserve.model.spec.solvers import step_table
+from ditserve.model.train.loaded_model import LoadedModel
+
+OnRows = Callable[[int], object]  # called with the rows that were computed
+Interval = tuple[float, float]
+
+AT_ONCE = 8  # pictures of one forward pass
+# Pictures of the condition of each real picture: the distance subtracts how far apart they are.
+DRAWS = 2
+# With fewer real pictures, the sampling defaults do not follow from their distances.
+ENOUGH_PICTURES = 6
+# The narrower guidance interval to try (arXiv:2404.07724), at this point.
+NARROW: Interval = (0.1, 0.8)
+PROBE = ("dpmpp-2m", 20, "trailing")
+
+
+@dataclass(frozen=True, slots=True)
+class LadderPlan:
+    """The points to measure.
+
+    Args:
+        reference: steps of DDIM in the model's own long run.
+        candidates: solver → the grids and the counts of steps to try.
+        conditions: conditions to draw; each is drawn `DRAWS` times.
+    """
+
+    name: str
+    reference: int
+    candidates: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]
+    conditions: int
+
+
+THOROUGH = LadderPlan(
+    "thorough",
+    250,
+    {
+        "ddim": (("trailing",), (100, 50, 30, 20, 16, 12, 8)),
+        "dpmpp-2m": (("trailing", "uniform-t"), (50, 40, 30, 25, 20, 16, 14, 12, 10, 8, 6, 5, 4)),
+        "unipc-1": (("trailing", "uniform-t"), (30, 25, 20, 16, 14, 12, 10, 8, 6, 5, 4)),
+    },
+    32,
+)
+QUICK = LadderPlan(
+    "quick",
+    100,
+    {
+        "ddim": (("trailing",), (50, 20)),
+        "dpmpp-2m": (("trailing",), (30, 20, 14, 10, 8)),
+        "unipc-1": (("uniform-t",), (8, 6, 4)),
+    },
+    16,
+)
+# For a network so large that the quick plan would take longer than all the rest of an export.
+COARSE = LadderPlan("coarse", 40, {"dpmpp-2m": (("trailing",), (20, 10, 5))}, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class LadderInputs:
+    """The conditions of N pictures, labels (N, F) and text (N, text_size) or None; picture k has seed k.
+
+    With `real` (N / 2, C, H, W), pictures k and k + N / 2 are of the condition of real picture k.
+    """
+
+    labels: Tensor
+    text: Tensor | None
+    real: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredLadder:
+    """A measured ladder, all points that were measured, and the defaults that follow.
+
+    `order` is the distance that `RungSpec.quality` repeats. `record` says what was measured, for provenance.
+    """
+
+    ladder: tuple[RungSpec, ...]
+    measured: tuple[RungSpec, ...]
+    order: Distance
+    defaults: Defaults
+    record: Mapping[str, Any]
+
+    def added_to(self, manifest: Manifest) -> Manifest:
+        """Return `manifest` with the ladder, not with the defaults."""
+        provenance = {**manifest.provenance, "ladder": dict(self.record)}
+        return manifest.model_copy(
+            update={"ladder": self.ladder, "ladder_order": self.order, "provenance": provenance}
+        )
+
+
+def draw_inputs(model: LoadedModel, conditions: int, dataset: Dataset | None) -> LadderInputs:
+    """Return inputs for so many conditions, those of training pictures if there is a data set.
+
+    Raises:
+        DataError: a picture or the encoder of its caption cannot be read.
+    """
+    random = np.random.Generator(np.random.Philox(key=[0, 2]))
+    if dataset is None:
+        labels, text = random_conditions(model.network.config, conditions * DRAWS, random)
+        return LadderInputs(labels, text)
+    chosen = dataset.part(random.permutation(dataset.training)[:conditions])
+    real = torch.from_numpy(chosen.batch(np.arange(len(chosen.labels)), random))
+    text = None if chosen.text is None else torch.from_numpy(chosen.text).repeat(DRAWS, 1)
+    return LadderInputs(torch.from_numpy(chosen.labels).repeat(DRAWS, 1), text, real)
+
+
+class LadderMeasurement:
+    """The measurement of a ladder of the model of `manifest` on `inputs`.
+
+    With `settled`, the sampling defaults of the model stay, and with them the guidance interval. `data` names
+    the real pictures in the record. The network is handed in to `run`: its weights may not be ready before.
+    """
+
+    def __init__(
+        self, manifest: Manifest, plan: LadderPlan, inputs: LadderInputs, *, settled: bool, data: str = ""
+    ) -> None:
+        self._manifest, self._plan, self._inputs, self._data = manifest, plan, inputs, data
+        self._settled = settled or inputs.real is None or len(inputs.real) < ENOUGH_PICTURES
+
+    @property
+    def name(self) -> str:
+        """The name of the plan, and the pictures that it draws."""
+        real = self._inputs.real
+        compared = "" if real is None else f", compared with {len(real)} real ones"
+        return f"{self._plan.name}: {len(self._inputs)} pictures of each point{compared}"
+
+    @property
+    def rows(self) -> int:
+        """The forward rows that the measurement takes, at most."""
+        manifest = self._manifest
+        points = [reference_point(manifest, self._plan), *candidates(manifest, self._plan)]
+        points += self._interval_probes()
+        return len(self._inputs) * sum(point.rows(manifest) for point in points)
+
+    def run(self, network: Network, on_rows: OnRows = lambda rows: None) -> MeasuredLadder:
+        """Measure all points; `on_rows` is told of the rows that were computed."""
+        model = LoadedModel(network, self._manifest)
+        draw = partial(draw_pictures, model, self._inputs, on_rows=on_rows)
+        defaults = self._with_best_interval(draw)
+        manifest = self._manifest.model_copy(update={"defaults": defaults})
+        reference = reference_point(manifest, self._plan)
+        target = draw(reference)
+        measured = [self._measured(point, draw(point), target) for point in candidates(manifest, self._plan)]
+        # A longer run is there to compare with, not to be served.
+        if reference.steps <= QUICK.reference:
+            measured.append(self._measured(reference, target, target))
+        real = self._inputs.real
+        order: Distance = "own" if real is None else "real"
+        record: dict[str, Any] = {
+            "plan": self._plan.name,
+            "pictures": len(self._inputs),
+            "reference": reference.name,
+        }
+        if real is not None:
+            record |= {"real": len(real), "data": self._data}
+        specs = tuple(point.spec(order) for point in measured)
+        best = defaults if self._settled else best_defaults(measured, defaults)
+        return MeasuredLadder(front(specs), specs, order, best, record)
+
+    def _measured(self, point: OperatingPoint, pictures: Tensor, target: Tensor) -> MeasuredPoint:
+        real = self._inputs.real
+        scores = None if real is None else energy_scores(pictures, real)
+        own = float((pictures - target).square().mean().sqrt())
+        return MeasuredPoint(point, point.rows(self._manifest), own, scores)
+
+    def _interval_probes(self) -> tuple[OperatingPoint, ...]:
+        """Return a point with the model's guidance interval and one with a narrower one, if it may change."""
+        defaults = self._manifest.defaults
+        low, high = defaults.guidance_interval
+        inside = max(low, NARROW[0]), min(high, NARROW[1])
+        guided = defaults.guidance_scale != 1.0 and inside[0] < inside[1] and inside != (low, high)
+        if self._settled or not guided or self._manifest.diffusion.timesteps < PROBE[1]:
+            return ()
+        return tuple(OperatingPoint(*PROBE, interval) for interval in ((low, high), inside))
+
+    def _with_best_interval(self, draw: Callable[[OperatingPoint], Tensor]) -> Defaults:
+        """Return the defaults with the narrower guidance interval, if it draws nearer to real pictures."""
+        defaults, probes, real = self._manifest.defaults, self._interval_probes(), self._inputs.real
+        if not probes or real is None:
+            return defaults
+        usual, narrow = (energy_scores(draw(probe), real) for probe in probes)
+        chosen = probes[1] if nearer(narrow, usual) else probes[0]
+        return defaults.model_copy(update={"guidance_interval": chosen.guidance_interval})
+
+
+@torch.no_grad()
+def draw_pictures(
+    model: LoadedModel, inputs: LadderInputs, point: OperatingPoint, on_rows: OnRows = lambda rows: None
+) -> Tensor:
+    """Return the pictures (N, C, H, W) of `inputs` at a point; `on_rows` is told of the rows computed."""
+    manifest, network, schedule = model.manifest, model.network, model.schedule
+    diffusion, defaults = manifest.diffusion, manifest.defaults
+    table = step_table(point.solver, noise_levels(point.grid, point.steps, schedule), schedule)
+    guidance = Guidance(defaults.guidance_scale, point.guidance_interval, diffusion.guidance_channels)
+    chunks = []
+    for index in torch.arange(len(inputs)).split(AT_ONCE):
+        text = None if inputs.text is None else inputs.text[index]
+        conditions = Conditions((network.embed(inputs.labels[index], text),))
+        denoiser = Denoiser(network, schedule, conditions, guidance)
+        *_, x0 = denoise(denoiser, table, index.tolist(), clip_x0=diffusion.clip_x0)
+        chunks.append(x0 if manifest.decoder != "identity" else x0.clamp(-1, 1))
+        on_rows(len(index) * point.rows(manifest))
+    return torch.cat(chunks)
+
+
+def reference_point(manifest: Manifest, plan: LadderPlan) -> OperatingPoint:
+    """Return the long run of a model; of a few-step model, the steps that it was trained to draw in."""
+    defaults = manifest.defaults
+    if is_distilled(manifest):
+        return OperatingPoint(defaults.solver, defaults.steps, defaults.grid, defaults.guidance_interval)
+    schedule = manifest.diffusion.noise_schedule()
+    steps = min(plan.reference, schedule.max_steps)
+    return OperatingPoint("ddim", steps, even_grid(schedule), defaults.guidance_interval)
+
+
+def candidates(manifest: Manifest, plan: LadderPlan) -> tuple[OperatingPoint, ...]:
+    """Return the points to measure beside the reference: all solvers, grids and counts of the plan.
+
+    DDIM also gets the grid of the model's defaults. A few-step model keeps its solver and grid, and has fewer
+    steps than it was trained to draw in.
+    """
+    defaults, reference = manifest.defaults, reference_point(manifest, plan)
+    schedule = manifest.diffusion.noise_schedule()
+    if is_distilled(manifest):
+        counts = {defaults.steps >> k for k in range(1, defaults.steps.bit_length())}
+        return tuple(
+            OperatingPoint(defaults.solver, steps, defaults.grid, defaults.guidance_interval)
+            for steps in sorted(counts, reverse=True)
+            if fits(defaults.grid, steps, schedule)
+        )
+    points: dict[OperatingPoint, None] = {}
+    for solver, (grids, counts_of_solver) in plan.candidates.items():
+        # A flow has other grids than those of the plan.
+        known = [kind for kind in grids if kind in grid_names(schedule)] or [even_grid(schedule)]
+        for kind in (*known, defaults.grid) if solver == "ddim" else known:
+            for steps in counts_of_solver:
+                if fits(kind, steps, schedule):
+                    points[OperatingPoint(solver, steps, kind, defaults.guidance_interval)] = None
+    points.pop(reference, None)
+    return tuple(points)
+
+
+def is_distilled(manifest: Manifest) -> bool:
+    """Return True for a model that was distilled to few steps: with more it does not draw better."""
+    return bool(manifest.provenance.get("training", {}).get("distillation"))
+
+
+def affordable_plan(manifest: Manifest, rows: float) -> tuple[LadderPlan, int]:
+    """Return the plan that `rows` forward rows afford, and its conditions: quick, or else coarse.
+
+    For 10,000 rows and 460 rows for a picture the quick plan has 10,000 / 460 / 2 = 10 conditions.
+    """
+    for plan, fewest in ((QUICK, 2), (COARSE, 1)):
+        points = (reference_point(manifest, plan), *candidates(manifest, plan))
+        conditions = int(rows / DRAWS / sum(point.rows(manifest) for point in points))
+        if conditions >= fewest or plan is COARSE:
+            return plan, max(fewest, min(plan.conditions, conditions))
+    raise AssertionError
+
+
+@torch.no_grad()
+def seconds_per_row(model: LoadedModel) -> float:
+    """Return the seconds that a forward row takes here, in passes as a measurement makes them."""
+    network, config = model.network, model.network.config
+    x = torch.zeros(AT_ONCE, config.in_channels, *config.image_size)
+    labels, text = random_conditions(config, AT_ONCE, np.random.default_rng(0))
+    state = network.modulate(torch.zeros(AT_ONCE), network.embed(labels, text))
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        network.backbone(x, state)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds) / AT_ONCE
