@@ -191,6 +191,16 @@ def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, sch
     return next((kind for kind in candidates if fits(kind, steps, schedule)), "trailing")
 
 
+def explicit_grid(levels: Sequence[float]) -> str:
+    """Return the kind of grid that visits `levels`, such as "999,700,300" for 999.0, 700.0 and 300.0."""
+    return ",".join(str(int(level)) if level == int(level) else repr(level) for level in levels)
+
+
+def is_explicit(kind: str) -> bool:
+    """Return whether a kind of grid is a list of levels, and not a name."""
+    return kind[:1].isdigit()
+
+
 def fits(kind: str, steps: int, schedule: Schedule) -> bool:
     """Return whether `kind` has a good grid of so many steps: one that starts near the noisy end.
 
@@ -258,11 +268,14 @@ def _starts_noisy(first: float, steps: int, timesteps: int) -> bool:
 
 
 def _explicit(text: str, timesteps: int) -> tuple[int, ...]:
+    parts = text.split(",")
     try:
-        values = tuple(int(part) for part in text.split(","))
+        values = tuple(int(part) for part in parts)
     except ValueError:
         names = ", ".join(GRIDS)
-        raise ValueError(f"grid must be one of {names} or comma-separated timesteps, not {text!r}") from None
+        alone = f"grid must be one of {names} or comma-separated timesteps, not {text!r}"
+        whole = f"timesteps are whole numbers, not {text[:80]!r}"
+        raise ValueError(whole if is_explicit(text) else alone) from None
     return check_grid(values, timesteps)
 
 
