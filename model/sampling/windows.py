@@ -13,12 +13,12 @@ from ditserve.model.spec.windows import windows_over
 
 @dataclass(frozen=True, slots=True)
 class WindowDenoiser(Denoiser):
-    """The guided network over overlapping windows of its own size, as a function of (x, timestep).
+    """The guided network over overlapping windows of its own size, as a function of (x, noise level).
 
     Windows are predicted one after the other, so that many take no more memory than one.
     """
 
-    def __call__(self, x: Tensor, timestep: int) -> Tensor:
+    def __call__(self, x: Tensor, level: float) -> Tensor:
         """Return the blended output (N, C_out, H, W) at x (N, C, H, W).
 
         Raises:
@@ -29,7 +29,7 @@ class WindowDenoiser(Denoiser):
         blended: Tensor | None = None
         for (top, left), weight in zip(windows.corners, torch.from_numpy(windows.weights), strict=True):
             rows, columns = slice(top, top + weight.shape[0]), slice(left, left + weight.shape[1])
-            output = Denoiser.__call__(self, x[..., rows, columns], timestep)
+            output = Denoiser.__call__(self, x[..., rows, columns], level)
             if blended is None:
                 blended = output.new_zeros((*output.shape[:2], height, width))
             blended[..., rows, columns] += weight.to(output.device) * output
