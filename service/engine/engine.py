@@ -252,9 +252,9 @@ class Engine:
         scale = sample.trajectory.scale
         if not sample.taken:
             return self._make_trajectory(rung, scale)
-        steps = min(steps_left(sample.remaining_steps, sample.rung, rung), sample.timestep + 1)
+        steps = steps_left(sample.remaining_steps, sample.rung, rung)
         return regrid_trajectory(
-            rung, scale, self.schedule, timestep=sample.timestep, steps=steps, previous=sample.previous
+            rung, scale, self.schedule, level=sample.level, steps=steps, previous=sample.previous
         )
 
     def _floor(self, request: SampleRequest) -> Rung:
