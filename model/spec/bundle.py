@@ -24,6 +24,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     field_serializer,
     field_validator,
@@ -40,6 +41,8 @@ from ditserve.model.spec.diffusion import (
 )
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig, network_config, network_fields
+from ditserve.model.spec.scheduler_config import Reading, SchedulerConfigError, read_scheduler_config
+from ditserve.model.spec.sigma_grids import SigmaGrid
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -86,6 +89,8 @@ class DiffusionSpec(_Strict):
     timesteps    the noise levels of a table; of a flow the most steps of a run
     noise_input  what the network is told, times noise_scale: "timestep" of a table; of a flow "sigma" or
                  "1-sigma", by default 1000 · sigma
+    sigma_grid   the rule of the grids of a flow: its fields, or {"scheduler": a `scheduler_config.json` of
+                 diffusers} with what that leaves open (`Reading`)
     output_sign  -1 if the network's output is the negative of its prediction
     """
 
@@ -94,6 +99,7 @@ class DiffusionSpec(_Strict):
     log_snr_shift: float = 0.0
     prediction: Prediction
     noise_input: NoiseInput = "timestep"
+    sigma_grid: SigmaGrid | None = None
     noise_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     output_sign: Literal[1, -1] = 1
     learn_sigma: bool = False
@@ -107,8 +113,24 @@ class DiffusionSpec(_Strict):
         flow = isinstance(data, dict) and data.get("schedule") == "flow"
         return {"noise_input": "sigma", "noise_scale": 1000.0, **data} if flow else data
 
+    @field_validator("sigma_grid", mode="before")
+    @classmethod
+    def _read_scheduler(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "scheduler" not in value:
+            return value
+        known = dict(value)
+        config = known.pop("scheduler")
+        if not isinstance(config, Mapping):
+            raise ValueError("scheduler must be the object of a scheduler_config.json")
+        try:
+            return read_scheduler_config(config, TypeAdapter(Reading).validate_python(known))
+        except SchedulerConfigError as error:
+            raise ValueError(str(error)) from None
+
     @model_validator(mode="after")
     def _check_fields_agree(self) -> DiffusionSpec:
+        if self.schedule != "flow" and self.sigma_grid is not None:
+            raise ValueError("sigma_grid is for flows: leave it out of a table of timesteps")
         if self.schedule == "flow":
             for field, value in (("log_snr_shift", self.log_snr_shift), ("learn_sigma", self.learn_sigma)):
                 if value:
@@ -122,7 +144,7 @@ class DiffusionSpec(_Strict):
         return self._schedule_on(self.timesteps)
 
     def _schedule_on(self, timesteps: int) -> Schedule:
-        process: RectifiedFlow | VariancePreserving = RectifiedFlow(timesteps)
+        process: RectifiedFlow | VariancePreserving = RectifiedFlow(timesteps, self.sigma_grid or SigmaGrid())
         if self.schedule != "flow":
             process = variance_preserving(self.schedule, timesteps, self.log_snr_shift)
         return Schedule(process, self.prediction, self.noise_input, self.noise_scale, self.output_sign)
