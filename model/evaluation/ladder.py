@@ -136,8 +136,9 @@ def draw_inputs(model: LoadedModel, conditions: int, dataset: Dataset | None) ->
         labels, text = random_conditions(model.network.config, conditions * DRAWS, random)
         return LadderInputs(labels, text)
     chosen = dataset.part(random.permutation(dataset.training)[:conditions])
-    real = torch.from_numpy(chosen.batch(np.arange(len(chosen.labels)), random))
-    text = None if chosen.text is None else torch.from_numpy(chosen.text).repeat(DRAWS, 1)
+    every = np.arange(len(chosen.labels))
+    real = torch.from_numpy(chosen.batch(every, random))
+    text = None if chosen.texts is None else torch.from_numpy(chosen.texts.draw(every)).repeat(DRAWS, 1)
     return LadderInputs(torch.from_numpy(chosen.labels).repeat(DRAWS, 1), text, real)
 
 

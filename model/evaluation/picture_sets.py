@@ -153,7 +153,7 @@ def generate(
     )
     for start in range(0, len(rows), CHUNK):
         index = np.array(rows[start : start + CHUNK])
-        text = None if dataset.text is None else torch.from_numpy(dataset.text[index])
+        text = None if dataset.texts is None else torch.from_numpy(dataset.texts.draw(index))
         embedding = network.embed(torch.from_numpy(dataset.labels[index]), text)
         denoiser = Denoiser(network, model.schedule, Conditions((embedding,)), guidance)
         seeds = [plan.seed + start + k for k in range(len(index))]

@@ -89,7 +89,7 @@ def training_batches(model: LoadedModel, dataset: Dataset, count: int, seed: int
     for start in range(0, len(order), BATCH):
         index = order[start : start + BATCH]
         x0 = torch.from_numpy(dataset.batch(index, np.random.default_rng([seed, start])))
-        text = None if dataset.text is None else torch.from_numpy(dataset.text[index])
+        text = None if dataset.texts is None else torch.from_numpy(dataset.texts.draw(index))
         noise = torch.randn(x0.shape, generator=generator)
         labels = torch.from_numpy(dataset.labels[index])
         yield TrainingBatch(x0, labels, levels[start : start + BATCH], noise, text)

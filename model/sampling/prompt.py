@@ -74,7 +74,7 @@ def label_tensor(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -
 
 
 def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> list[Tensor]:
-    """Return one embedding (D,) per term. Sentences are encoded by the named text encoder.
+    """Return one embedding (E,) per term. Sentences are encoded by the named text encoder.
 
     Raises:
         SampleError: a sentence for a model that takes none, or an encoder of another width.
@@ -84,12 +84,12 @@ def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> li
     if any(term.text for term in terms):
         if not model.config.text_size:
             raise SampleError("this model takes no text: it was trained on labels alone")
-        opened = open_encoder(encoder)
+        opened = open_encoder(encoder, model.config.text_tokens)
         if opened.size != model.config.text_size:
             raise SampleError(
                 f"encoder {encoder} gives {opened.size} numbers, the model takes {model.config.text_size}"
             )
-        text = torch.from_numpy(opened.encode([term.text or "" for term in terms]))  # (N, text_size)
+        text = torch.from_numpy(opened.encode([term.text or "" for term in terms]))  # (N, text_width)
         text[[not term.text for term in terms]] = 0
     device = next(model.parameters()).device
     labels = label_tensor([term.labels for term in terms], model.config.classes)
@@ -99,7 +99,7 @@ def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> li
 def combine_conditions(
     embeddings: Sequence[Tensor], weights: Sequence[float], how: Combine, rows: int
 ) -> Conditions:
-    """Return the conditions of `rows` samples from one or more embeddings (D,) and their weights.
+    """Return the conditions of `rows` samples from one or more embeddings (E,) and their weights.
 
     "linear" and "spherical" mix the embeddings into one; "compose" and "layers" keep them apart, see
     `Conditions`.
@@ -112,9 +112,9 @@ def combine_conditions(
 def random_conditions(
     config: NetworkConfig, count: int, random: np.random.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw labels (count, F), and text embeddings (count, text_size) of length 1 as encoders give them.
+    """Draw labels (count, F), and texts (count, text_width); a model that takes no text has None.
 
-    A model that takes no text has None.
+    Their embeddings have length 1, as encoders give them, and their tokens a variance of 1.
     """
     columns = [random.integers(0, size, count) for size in config.classes]
     labels = torch.zeros(count, 0, dtype=torch.int64)
@@ -122,5 +122,6 @@ def random_conditions(
         labels = torch.from_numpy(np.stack(columns, axis=1))
     if not config.text_size:
         return labels, None
-    text = torch.from_numpy(random.standard_normal((count, config.text_size), dtype=np.float32))
-    return labels, text / text.norm(dim=1, keepdim=True)
+    text = torch.from_numpy(random.standard_normal((count, config.text_width), dtype=np.float32))
+    embedding, tokens = text[:, : config.text_size], text[:, config.text_size :]
+    return labels, torch.cat([embedding / embedding.norm(dim=1, keepdim=True), tokens], dim=1)

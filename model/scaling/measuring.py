@@ -97,7 +97,7 @@ def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
     index = np.flatnonzero(dataset.held_out)
     x0 = torch.from_numpy(dataset.batch(index, np.random.default_rng(0)))
     labels = torch.from_numpy(dataset.labels[index])
-    text = None if dataset.text is None else torch.from_numpy(dataset.text[index])
+    text = None if dataset.texts is None else torch.from_numpy(dataset.texts.draw(index))
     network, process = trainer.averaged_network(), trainer.schedule.process
     generator = torch.Generator().manual_seed(0)
     losses = []

@@ -60,6 +60,11 @@ BUNDLE_FILES = frozenset([WEIGHTS, CALIBRATION, GOLDEN, *_GRAPHS, *(f"{name}.dat
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
+# The pixels that a latent of the SD-VAE covers on a side.
+SD_FACTOR = 8
+DecoderKind = Literal["identity", "sd-vae", "small"]
+
+
 class BundleError(ModelError):
     """A bundle that cannot be used; the message is one sentence that names the file."""
 
@@ -155,6 +160,8 @@ class LatentSpec(_Strict):
 
     shift: tuple[float, ...]
     scale: tuple[Annotated[float, Field(gt=0)], ...]
+    factor: Annotated[int, Field(ge=1, le=64)] = SD_FACTOR
+    """The pixels that a latent covers on a side."""
 
 
 class RungSpec(_Strict):
@@ -215,7 +222,7 @@ class Manifest(_Strict):
     config: NetworkConfig
     diffusion: DiffusionSpec
     factors: tuple[Factor, ...]
-    decoder: Literal["identity", "sd-vae", "small"] = "identity"
+    decoder: DecoderKind = "identity"
     # None: latents are multiplied by 0.18215, as for the published models.
     latents: LatentSpec | None = None
     embedding_size: int
@@ -229,6 +236,13 @@ class Manifest(_Strict):
     provenance: dict[str, Any] = {}
     metrics: dict[str, float] = {}
     files: dict[Name, FileEntry] = {}
+
+    @property
+    def upscale(self) -> int:
+        """The pixels along a side of the picture for each of what the network denoises."""
+        if self.decoder == "identity":
+            return 1
+        return SD_FACTOR if self.latents is None else self.latents.factor
 
     @field_validator("config", mode="plain")
     @classmethod

@@ -265,11 +265,14 @@ def _starts_noisy(first: float, steps: int, schedule: Schedule) -> bool:
 
 
 def _explicit(text: str, timesteps: int) -> tuple[int, ...]:
+    parts = text.split(",")
     try:
-        values = tuple(int(part) for part in text.split(","))
+        values = tuple(int(part) for part in parts)
     except ValueError:
         names = ", ".join(GRIDS)
-        raise ValueError(f"grid must be one of {names} or comma-separated timesteps, not {text!r}") from None
+        alone = f"grid must be one of {names} or comma-separated timesteps, not {text!r}"
+        whole = f"timesteps are whole numbers, not {text[:80]!r}"
+        raise ValueError(whole if is_explicit(text) else alone) from None
     return check_grid(values, timesteps)
 
 

@@ -35,7 +35,7 @@ ROLLBACK_SEED_STRIDE = 1 << 32
 class TrainingBatch:
     """The rows of a batch: pictures x0 (N, C, H, W) in model space, noise levels t (N,), and noise like x0.
 
-    Levels are float64. The conditions are labels (N, F) and text (N, text_size), after dropout.
+    Levels are float64. The conditions are labels (N, F) and text (N, text_width), after dropout.
     """
 
     x0: Tensor
@@ -83,7 +83,6 @@ class BatchSource:
         self.schedule = config.diffusion.noise_schedule()
         self.dropout = condition_dropout(config, dataset)
         self._check_memory()
-        self.text = None if dataset.text is None else torch.from_numpy(dataset.text)
         self.training = dataset.training
 
     def _check_memory(self) -> None:
@@ -107,7 +106,9 @@ class BatchSource:
         seed = config.seed + rollbacks * ROLLBACK_SEED_STRIDE
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = self.training[batch_indices(len(self.training), config.batch, step, seed)]
-        text = None if self.text is None else self.text[index]
+        text = None
+        if data.texts is not None:
+            text = torch.from_numpy(data.texts.draw(index, np.random.default_rng([seed, step])))
         labels, text = self.dropout.apply(torch.from_numpy(data.labels[index]), text, self.network, generator)
         law = None if config.timesteps == "uniform" else (config.logit_mean, config.logit_std)
         t = draw_levels(config.batch, self.schedule, generator, law=law, shift=config.noise_shift)

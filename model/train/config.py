@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,10 @@ def _tuple(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else (value,)
 
 
+def _named_network(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
 def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
@@ -35,6 +40,8 @@ Decays = Annotated[
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Precision = Literal["fp32", "bf16", "fp16"]
+# The fields of a network as `network_config` reads them, or the name of a published size such as "DiT-S/2".
+NetworkFields = Annotated[dict[str, Any], BeforeValidator(_named_network)]
 # A batch draws from 1,000,003 · (seed + 2³² · roll-backs) + step, which must stay below 2⁶³.
 MAX_SEED = 2**40
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -55,7 +62,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     data: DataConfig
     output: NamedPath
-    model: dict[str, Any]
+    model: NetworkFields
     diffusion: DiffusionSpec
     init: NamedPath | None = None
     """A bundle or a run to start from: weights where they fit, classes by name."""
@@ -70,6 +77,8 @@ class TrainConfig(BaseModel):
     """Micro-batches that a batch is split into to save memory; the gradient is that of the whole."""
 
     lr: Positive = 1e-3
+    min_lr: Weight = 0.0
+    """The rate that a falling `schedule` ends at."""
     betas: tuple[Rate, Rate] = (0.9, 0.99)
     weight_decay: Weight = 0.0
     schedule: Literal["constant", "cosine", "wsd"] = "wsd"
@@ -135,7 +144,7 @@ class TrainConfig(BaseModel):
     """Number of checkpoints to keep."""
     sheet_every: Count = 400
     vae: NamedPath | None = None
-    """Folder of the SD-VAE that decodes the sample sheets of a run on latents; None: no sheets."""
+    """Folder of the autoencoder that decodes the sample sheets of a run on latents; None: no sheets."""
     log_every: Count = 20
     tensorboard: bool = False
 
@@ -154,6 +163,8 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"accumulate {self.accumulate} cuts a batch of {self.batch} into more pieces than pictures"
             )
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: lower it")
         if self.loss_cap is not None and self.loss_floor > self.loss_cap:
             raise ValueError(f"loss_floor {self.loss_floor:g} is above loss_cap {self.loss_cap:g}: lower it")
         if self.stages and self.distillation:
@@ -228,10 +239,11 @@ class TrainConfig(BaseModel):
             ValueError: a configuration that cannot work.
         """
         sizes = [size for _, size in self.stage_sizes(dataset)]
-        fields = {
+        fields: dict[str, Any] = {
             "learn_sigma": self.diffusion.learn_sigma,
             "in_channels": dataset.channels,
-            **({} if dataset.text is None else {"text_size": dataset.text.shape[1]}),
+            **({} if dataset.texts is None else {"text_size": dataset.texts.size}),
+            **({"text_tokens": self.data.text_tokens} if self.data.text_tokens else {}),
         }
         for field, value in fields.items():
             if self.model.get(field, value) != value:
@@ -257,18 +269,39 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ValueError: it is not JSON, or an override has no "=".
         ValidationError: a wrong or unknown field.
     """
+    return TrainConfig.model_validate(set_fields(read_fields(file), overrides))
+
+
+def read_fields(file: Path) -> dict[str, Any]:
+    """Return the fields in a JSON file of a run, unchecked.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not hold a JSON object.
+    """
     try:
         data = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold a JSON object")
+    return data
+
+
+def set_fields(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return `data` with `key=value` overrides set in it; "network" is another name of the field `model`.
+
+    Raises:
+        ValueError: an override has no "=", or names a field of a value that has none.
+    """
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"--set {override}: write KEY=VALUE")
-        *parents, last = key.split(".")
+        *parents, last = re.sub(r"^network\b", "model", key).split(".")
         section = data
+        if parents == ["model"]:
+            data["model"] = _named_network(data.get("model", {}))
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
@@ -277,7 +310,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             section[last] = json.loads(value)
         except ValueError:
             section[last] = value
-    return TrainConfig.model_validate(data)
+    return data
 
 
 def first_mistake(error: ValidationError) -> str:

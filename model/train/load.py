@@ -193,9 +193,9 @@ def describe_run(
         config=shape,
         diffusion=config.diffusion,
         factors=dataset.factors,
-        decoder="sd-vae" if latents else "identity",
+        decoder=dataset.moments.index.decoder if isinstance(dataset, Latents) else "identity",
         latents=latents,
-        embedding_size=shape.hidden_size,
+        embedding_size=shape.embedding_size,
         state=tuple(StateTensor(name=tensor, shape=dims) for tensor, dims in shape.state()),
         defaults=run_defaults(config, dataset, step),
         licence=dataset.licence or "unspecified",
@@ -215,5 +215,7 @@ def open_sheet_decoder(manifest: Manifest, vae: Path | None, device: str = "cpu"
 
 def _latent_spec(dataset: Latents) -> LatentSpec:
     return LatentSpec(
-        shift=tuple(dataset.shift.flatten().tolist()), scale=tuple(dataset.scale.flatten().tolist())
+        shift=tuple(dataset.shift.flatten().tolist()),
+        scale=tuple(dataset.scale.flatten().tolist()),
+        factor=dataset.moments.index.picture_size[0] // dataset.moments.index.size[0],
     )

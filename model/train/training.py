@@ -72,7 +72,7 @@ def start(trainer: Trainer) -> None:
     for line in trainer.dataset.left_out:
         print(f"{config.data.path}: {line}")
     if trainer.decoder is None:
-        print("no sample sheets: vae does not name the folder of the SD-VAE that made these latents")
+        print("no sample sheets: vae does not name the folder of the autoencoder that made these latents")
     check_room(config.output, state, keep=config.keep)
     if state.parallel.world.is_first:
         write_atomic(config.output / "config.json", (config.model_dump_json(indent=1) + "\n").encode())

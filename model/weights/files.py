@@ -74,7 +74,7 @@ def write_bundle(
             ),
             factors=(Factor(name="label", classes=names),),
             decoder="sd-vae" if config.in_channels == 4 else "identity",
-            embedding_size=config.hidden_size,
+            embedding_size=config.embedding_size,
             state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
             defaults=DEFAULTS,
             licence=licence,

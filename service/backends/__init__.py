@@ -51,7 +51,7 @@ class Backend(Protocol):
     size_multiple: int | None
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
-        """Return condition embeddings (B, E) of class indices (B, F) and sentence encodings (B, text_size).
+        """Return condition embeddings (B, E) of class indices (B, F) and sentence encodings (B, text_width).
 
         The null class of a factor is the number of its classes. A row of zeros stands for no text,
         and so does None.
@@ -116,14 +116,14 @@ class SentenceEncoder(Protocol):
         ...
 
 
-def load_text_encoder(name: str) -> SentenceEncoder:
-    """Open the encoder `name`: one that comes as a package, or a folder.
+def load_text_encoder(name: str, tokens: int = 0) -> SentenceEncoder:
+    """Open the encoder `name`: one that comes as a package, or a folder; it gives so many token states.
 
     Raises:
         BackendUnavailable: a package it needs is not installed, or this service cannot run the encoder.
     """
     try:
-        return cast(SentenceEncoder, import_module(TEXT).open_encoder(name))
+        return cast(SentenceEncoder, import_module(TEXT).open_encoder(name, tokens))
     except ImportError as error:
         raise BackendUnavailable(
             f"text encoder {name!r} needs the package {error.name}, which is not installed"

@@ -20,7 +20,7 @@ import structlog
 from ditserve.service.engine.samples import Failed, SampleRequest, StepReport
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import InternalError, ServiceError
-from ditserve.service.jobs import DemandBucket
+from ditserve.service.jobs import DemandBucket, SlowSpell
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.queue.clock import QueueClock
 from ditserve.service.telemetry.faults import surviving
@@ -65,13 +65,15 @@ class Stepper(Protocol):
 class StepCosts:
     """The cost model at one moment: seconds of a step and of a decode.
 
-    `saturation_rows` is the batch size beyond which a further row gains nothing.
+    `saturation_rows` is the batch size beyond which a further row gains nothing. `slow` says how much slower
+    it may be for a while.
     """
 
     fixed_s: float
     per_row_s: float
     decode_s: float
     saturation_rows: int
+    slow: tuple[SlowSpell, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,11 @@ class EngineThread:
             demand=tuple(replace(bucket, at=self._clock.shared(bucket.at)) for bucket in engine.demand()),
             stepped_at=self._stepped_at,
             costs=StepCosts(
-                costs.fixed_s, costs.per_row_s, costs.decode_s, costs.saturation_rows(self._max_rows)
+                costs.fixed_s,
+                costs.per_row_s,
+                costs.decode_s,
+                costs.saturation_rows(self._max_rows),
+                costs.slow_spells(),
             ),
         )
         self._refused.clear()

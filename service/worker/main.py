@@ -202,11 +202,13 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
     Raises:
         BackendUnavailable: there is no such encoder here, or it is not the model's.
     """
-    wanted = manifest.config.text_size
+    wanted = manifest.config.text_width
     if not wanted:
         return None
     data = manifest.provenance.get("training", {}).get("data", {})
-    encoder = load_text_encoder(settings.text_encoder or data.get("text") or "minilm")
+    encoder = load_text_encoder(
+        settings.text_encoder or data.get("text") or "minilm", manifest.config.text_tokens
+    )
     if encoder.size != wanted:
         raise BackendUnavailable(
             f"the text encoder gives {encoder.size} numbers and the model takes {wanted}: "
@@ -219,7 +221,19 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
     """Build an engine for a bundle.
 
     Its slots hold what may run, what is claimed ahead, what is reserved for newcomers, and one job more.
+
+    Raises:
+        BackendUnavailable: the memory of this machine is too small.
     """
+    try:
+        return _engine(backend, settings, shared)
+    except MemoryError as error:
+        raise BackendUnavailable(
+            f"too little memory ({error}): lower --modulation-cache-bytes, --max-rows or --lookahead-rows"
+        ) from None
+
+
+def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) -> Engine:
     ladder = Ladder.from_manifest(backend.manifest)
     return Engine(
         backend=backend,

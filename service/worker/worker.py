@@ -33,7 +33,7 @@ from ditserve.service.worker.handoff import Handoff
 from ditserve.service.worker.heartbeat import Leases, Reporting
 from ditserve.service.worker.postprocess import Decoder, FinishedSample, Postprocessor
 from ditserve.service.worker.progress_events import ProgressEvents
-from ditserve.service.worker.room import Room, claim_room
+from ditserve.service.worker.room import Room, claim_room, wanted_rows
 from ditserve.service.worker.running_job import RunningJob, RunningJobs
 
 _REPLACED = "The model was replaced by a version with other classes; send the request again."
@@ -163,23 +163,22 @@ class Worker:
     def _room(self) -> Room:
         """Return how much to claim now.
 
-        The rows wanted fill an efficient batch, and this worker's share of the look-ahead unless another
-        worker is idler: what is claimed does not move. There is no room before the engine is ready.
+        There is no room before the engine is ready.
         """
         if self._report is None:
             return Room()
         held = sum(job.missing for job in self._jobs)
-        wanted = self._report.costs.saturation_rows
-        if self._claims_ahead():
-            wanted += self.policy.lookahead_rows // self._reporting.peers
-        return claim_room(self._jobs, wanted_rows=wanted, free_slots=self._slots - held)
-
-    def _claims_ahead(self) -> bool:
-        """Return whether no other worker is clearly idler than this one."""
         state = self._worker_state()
-        idlest_s = self._reporting.idlest_peer_s
-        self._may_claim_later = state is not None and backlog_time(state) > idlest_s + self.policy.balance_s
-        return not self._may_claim_later
+        ahead_s = (backlog_time(state) if state else 0.0) - self._reporting.idlest_peer_s
+        self._may_claim_later = ahead_s > self.policy.balance_s
+        wanted = wanted_rows(
+            self._report.costs.saturation_rows,
+            lookahead_rows=self.policy.lookahead_rows,
+            peers=self._reporting.peers,
+            ahead_s=ahead_s,
+            balance_s=self.policy.balance_s,
+        )
+        return claim_room(self._jobs, wanted_rows=wanted, free_slots=self._slots - held)
 
     def _start_job(self, claim: Claim) -> None:
         if claim.job.vocabulary not in ("", self.identity.vocabulary):
@@ -405,6 +404,7 @@ class Worker:
             running_samples=self._jobs.samples_in_engine,
             backlog_rows=report.backlog_rows + sum(bucket.rows for bucket in unreported),
             dues=report.demand + unreported,
+            slow=costs.slow,
             network=self.identity.network,
             bundle=self.identity.bundle,
             given_rows=self._broker.given_rows(self.identity.name),

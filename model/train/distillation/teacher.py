@@ -41,7 +41,7 @@ class Teacher:
     def estimate_x0(self, x: Tensor, t: Tensor, labels: Tensor, text: Tensor | None) -> Tensor:
         """Return the estimate of the image (N, C, H, W), not clipped.
 
-        `x` is (N, C, H, W) at noise levels `t` (N,), with labels (N, F) and text (N, text_size).
+        `x` is (N, C, H, W) at noise levels `t` (N,), with labels (N, F) and text (N, text_width).
         """
         null, row = null_labels(self.network.config, len(x), x.device), self.noise.at(t)
         with autocast(self.config.precision, self.config.device):
@@ -76,6 +76,7 @@ def open_teacher(source: Path, config: TrainConfig, dataset: Dataset, student: N
         "image size": (teacher.image_size, student.image_size),
         "number of channels": (teacher.in_channels, student.in_channels),
         "text_size": (teacher.text_size, student.text_size),
+        "text_tokens": (teacher.text_tokens, student.text_tokens),
     }
     pairs |= {
         field: (getattr(manifest.diffusion, field), getattr(config.diffusion, field))

@@ -107,7 +107,9 @@ async def test_metrics_can_be_turned_off(open_stage: OpenStage) -> None:
     assert (await (await open_stage(metrics=False)).client.get("/metrics")).status_code == 404
 
 
-def test_processes_share_their_metrics_through_a_folder(tmp_path: Path) -> None:
+def test_processes_share_their_metrics_through_a_folder_of_any_name(tmp_path: Path) -> None:
+    tmp_path = tmp_path / "a [b]* #?"
+    tmp_path.mkdir()
     count = "from ditserve.service.telemetry import metrics; "
     count += "metrics.STEP_SECONDS.labels('onnx').observe(0.02); metrics.LEASES_EXPIRED.inc()"
     show = "from ditserve.service.telemetry import metrics; from pathlib import Path; import sys; "

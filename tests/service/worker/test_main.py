@@ -68,6 +68,11 @@ def test_strict_rows_are_the_one_size_of_every_pass(make_backend: Make, make_req
     assert free.step().rows == 2
 
 
+def test_more_memory_than_the_machine_has_is_one_sentence(make_backend: Make) -> None:
+    with pytest.raises(BackendUnavailable, match=r"too little memory .*: lower --modulation-cache-bytes"):
+        build_engine(make_backend(), settings(modulation_cache_bytes=2**44))
+
+
 def test_caches_are_as_large_as_the_settings_say(make_backend: Make, make_request: Make) -> None:
     engine = build_engine(make_backend(), settings(modulation_cache_bytes=0))
     engine.add(make_request())
