@@ -161,7 +161,8 @@ class Schedule:
     """A noise process, and how a network speaks of it: what it is told, and what it predicts.
 
     A network is told its noise level times `noise_scale`: a timestep, sigma, or 1 - sigma. `output_sign` is
-    -1 for a network whose output is the negative of its prediction.
+    -1 for a network whose output is the negative of its prediction. `step_counts` are the numbers of steps
+    that a distilled network was trained for; empty: any.
 
     Raises:
         ValueError: a prediction, input, scale or sign that is unknown, or that the process does not have.
@@ -172,6 +173,7 @@ class Schedule:
     noise_input: NoiseInput = "timestep"
     noise_scale: float = 1.0
     output_sign: Literal[1, -1] = 1
+    step_counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -191,6 +193,14 @@ class Schedule:
     def max_steps(self) -> int:
         """The most steps of a sampling run."""
         return self.process.max_steps
+
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError unless a run from noise may have so many steps."""
+        if self.step_counts and steps not in self.step_counts:
+            counts = ", ".join(map(str, sorted(self.step_counts)))
+            raise ValueError(f"this model was trained for runs of {counts} steps, not {steps}")
+        if not 1 <= steps <= self.max_steps:
+            raise ValueError(f"steps must be in 1..{self.max_steps}, not {steps}")
 
     def for_area(self, share: float) -> Schedule:
         """Return the schedule of images of `share` times the model's own area, whose grids may be others."""

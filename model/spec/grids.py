@@ -167,9 +167,10 @@ def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, sch
         dpmpp-2m   10 steps     uniform-t    with leading the error would be four times as large
 
     Raises:
-        ValueError: `wanted` is no grid of so many steps, or it starts below the noise that a sample begins
-            with; `stated` is no grid.
+        ValueError: the model takes no such number of steps; `wanted` is no grid of so many, or it starts
+            below the noise that a sample begins with; `stated` is no grid.
     """
+    schedule.check_steps(steps)
     if wanted is not None:
         first = noise_levels(wanted, steps, schedule)[0]
         if not _starts_noisy(first, steps, schedule):
@@ -212,6 +213,7 @@ def fits(kind: str, steps: int, schedule: Schedule) -> bool:
     if kind in _BOTH_ENDS and steps < _FEW:
         return False
     try:
+        schedule.check_steps(steps)
         first = noise_levels(kind, steps, schedule)[0]
     except ValueError:
         return False

@@ -25,7 +25,7 @@ class SchedulerConfigError(ModelError):
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class GridReading:
     """The facts that a scheduler's configuration leaves open.
 
     `tokens` is the number of tokens of an image of the model's own size, which a dynamic shift asks for.
@@ -41,7 +41,7 @@ class Reading:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
 
-AS_SCHEDULER = Reading()
+AS_SCHEDULER = GridReading()
 
 
 class _Fields(BaseModel):
@@ -105,7 +105,7 @@ class _Euler(_Spaced):
     invert_sigmas: Literal[False] = False
     stochastic_sampling: Literal[False] = False
 
-    def grid(self, reading: Reading) -> SigmaGrid:
+    def grid(self, reading: GridReading) -> SigmaGrid:
         # A static shift is applied twice to the last sigma: to the table of the training, and to the grid.
         training_end = 1.0 / self.num_train_timesteps
         if not self.use_dynamic_shifting:
@@ -126,7 +126,7 @@ class _Heun(_Fields):
 
     shift: Shift = 1.0
 
-    def grid(self, reading: Reading) -> SigmaGrid:
+    def grid(self, reading: GridReading) -> SigmaGrid:
         return _Euler(num_train_timesteps=self.num_train_timesteps, shift=self.shift).grid(reading)
 
 
@@ -167,7 +167,7 @@ class _UniPC(_Multistep):
     sigma_min: None = None
     sigma_max: None = None
 
-    def grid(self, reading: Reading) -> SigmaGrid:
+    def grid(self, reading: GridReading) -> SigmaGrid:
         return SigmaGrid(
             shift=self.flow_shift,
             dynamic=self.dynamic(reading.mu),
@@ -189,7 +189,7 @@ class _DPMSolver(_Multistep):
     lambda_min_clipped: float = -float("inf")
     variance_type: str | None = None
 
-    def grid(self, reading: Reading) -> SigmaGrid:
+    def grid(self, reading: GridReading) -> SigmaGrid:
         # Its line starts one timestep of the training below 1.
         first = 1.0 - 1.0 / self.num_train_timesteps if reading.ends == "scheduler" else 1.0
         return SigmaGrid(
@@ -205,7 +205,7 @@ _CLASSES: Mapping[str, type[_Euler | _Heun | _UniPC | _DPMSolver]] = {
 }
 
 
-def read_scheduler_config(config: Mapping[str, Any], reading: Reading = AS_SCHEDULER) -> SigmaGrid:
+def read_scheduler_config(config: Mapping[str, Any], reading: GridReading = AS_SCHEDULER) -> SigmaGrid:
     """Return the grid of the flow that a `scheduler_config.json` describes.
 
     Raises:

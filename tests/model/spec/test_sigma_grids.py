@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ditserve.model.spec.bundle import DiffusionSpec
 from ditserve.model.spec.diffusion import RectifiedFlow
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.flow_grids import flow_grid, flow_regrid
-from ditserve.model.spec.scheduler_config import Reading, SchedulerConfigError, read_scheduler_config
+from ditserve.model.spec.scheduler_config import GridReading, SchedulerConfigError, read_scheduler_config
 from ditserve.model.spec.sigma_grids import SPACINGS, DynamicShift, SigmaGrid, beta_quantile
 
 reference: Any = diffusers  # untyped
@@ -98,8 +98,8 @@ def test_dynamic_shifts_are_those_of_diffusers_for_every_number_of_tokens(
     own = fields(EULER, **config)
     slope = (own["max_shift"] - own["base_shift"]) / (own["max_image_seq_len"] - own["base_image_seq_len"])
     mu = own["base_shift"] + slope * (tokens - own["base_image_seq_len"])
-    scheduler = read_scheduler_config(own, Reading(tokens))
-    pipeline = read_scheduler_config(own, Reading(tokens, ends="pipeline"))
+    scheduler = read_scheduler_config(own, GridReading(tokens))
+    pipeline = read_scheduler_config(own, GridReading(tokens, ends="pipeline"))
     for steps in COUNTS:
         if steps == 1 and "shift_terminal" in config:
             continue
@@ -114,7 +114,7 @@ def test_dynamic_shifts_are_those_of_diffusers_for_every_number_of_tokens(
 @pytest.mark.parametrize("name", [UNIPC, DPM])
 def test_dynamic_shifts_of_multistep_schedulers_are_those_of_diffusers(name: str) -> None:
     config = {**FLOW, "use_dynamic_shifting": True}
-    grid = read_scheduler_config(fields(name, **config), Reading(4096))
+    grid = read_scheduler_config(fields(name, **config), GridReading(4096))
     for steps in COUNTS:
         expected = theirs(name, steps, mu=1.15, **config)
         np.testing.assert_allclose(grid.sigmas(steps), expected, rtol=0, atol=TOLERANCE)
@@ -123,7 +123,7 @@ def test_dynamic_shifts_of_multistep_schedulers_are_those_of_diffusers(name: str
 @pytest.mark.parametrize("tokens", [256, 4096, 4300, 4301, 16384])
 def test_the_shift_of_flux2_is_that_of_its_pipeline(tokens: int) -> None:
     own = fields(EULER, use_dynamic_shifting=True)
-    grid = read_scheduler_config(own, Reading(tokens, ends="pipeline", mu="flux2"))
+    grid = read_scheduler_config(own, GridReading(tokens, ends="pipeline", mu="flux2"))
     for steps in COUNTS:
         line, mu = np.linspace(1.0, 1.0 / steps, steps), compute_empirical_mu(tokens, steps)
         expected = theirs(EULER, steps, mu=mu, sigmas=line, use_dynamic_shifting=True)
