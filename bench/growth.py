@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -48,7 +47,7 @@ from ditserve.service.jobs import (
     LoadSnapshot,
     WorkerState,
 )
-from ditserve.service.launch.valkey import start_valkey
+from ditserve.service.launch.valkey import scratch_folder, start_valkey
 from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.queue.broker import Broker
 
@@ -190,7 +189,7 @@ async def overtaking(broker: Broker, depth: int, calls: int) -> list[EventTime]:
 async def queue_times(depths: Sequence[int], calls: int) -> list[EventTime]:
     """Time the queue's operations at every depth, each in a namespace of its own."""
     times: list[EventTime] = []
-    with tempfile.TemporaryDirectory(prefix="dit-") as folder:
+    with scratch_folder() as folder:
         valkey, url = await start_valkey(Path(folder))
         try:
             for depth in depths:

@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import random
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from ditserve.bench.load.wire import Wire, exchange, post
 from ditserve.bench.plots import draw_bars
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.launch.child_process import Child
+from ditserve.service.launch.valkey import scratch_folder
 from ditserve.service.settings import Settings
 
 NOOP, ECHO = "no-op service", "plain ASGI echo"
@@ -118,7 +118,7 @@ async def running_noop_service(bundle: Path, *, workers: int = 1) -> AsyncIterat
     """Run the service with workers whose network computes nothing."""
     settings = Settings.parse([f"--bundle={bundle}", "--log-level=warning", "--no-verify"])
     worker = ("ditserve.bench.load.noop_worker",)
-    with tempfile.TemporaryDirectory(prefix="dit-") as name:
+    with scratch_folder() as name:
         folder = Path(name)
         async with running_cluster(
             folder, settings, workers=workers, durable=False, worker=worker

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import random
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +27,15 @@ from ditserve.bench import report
 from ditserve.bench.chaos.clients import (
     LoadClient,
     RequestOutcome,
-    connected,
     reference_requests,
     with_images,
 )
+from ditserve.bench.chaos.doors import opened
 from ditserve.bench.load.cluster import TestCluster, running_cluster
 from ditserve.bench.load.processes import resident_bytes
 from ditserve.bench.report import MIB
 from ditserve.model.spec.bundle import Bundle
+from ditserve.service.launch.valkey import scratch_folder
 from ditserve.service.settings import Settings
 
 SAMPLE_S = 0.25
@@ -74,17 +74,17 @@ async def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]
     flags = [f"--bundle={options.bundle}", "--threads=1", "--log-level=warning", "--result-ttl-s=20"]
     factor = Bundle.open(options.bundle).manifest.factors[0]
     requests = reference_requests(factor.classes, factor.name, steps=options.steps)
-    with tempfile.TemporaryDirectory(prefix="dit-") as folder:
+    with scratch_folder() as folder:
         async with (
             running_cluster(Path(folder), Settings.parse(flags), workers=1) as cluster,
-            connected(cluster.url) as http,
+            opened(cluster.urls) as doors,
         ):
-            requests = await with_images(http, requests)
+            requests = await with_images(doors, requests)
             outcomes: list[RequestOutcome] = []
             rng = random.Random(1)
             stop = asyncio.Event()
             clients = [
-                LoadClient(http, requests, random.Random(rng.random()), outcomes)
+                LoadClient(doors, requests, random.Random(rng.random()), outcomes)
                 for _ in range(options.clients)
             ]
             running = [asyncio.create_task(client.run(stop)) for client in clients]
@@ -94,7 +94,7 @@ async def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]
     return {
         "images": memory["api"].images[-1],
         "requests": len(outcomes),
-        "wrong": sum(outcome.match == "wrong" or outcome.unexplained > 0 for outcome in outcomes),
+        "wrong": sum(outcome.match == "wrong" or outcome.undocumented > 0 for outcome in outcomes),
         **{name: series.summary() for name, series in memory.items()},
     }
 

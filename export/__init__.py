@@ -2,3 +2,6 @@
 
 This package imports `model` and never `service`: the two meet in the bundle.
 """
+
+# `python -m export.int8` begins here, and imports ONNX Runtime before other parts of `ditserve`.
+import ditserve  # noqa: F401

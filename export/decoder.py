@@ -55,10 +55,10 @@ def check_decoder(manifest: Manifest, *, vae: Path | None = None, graph: Path | 
     if manifest.decoder == "identity" and channels != 3:
         raise ExportError(
             f"the model makes {channels} channels, not red, green and blue: "
-            "name the folder of its SD-VAE with --vae"
+            "name the folder of its autoencoder with --vae"
         )
     if manifest.decoder != "identity" and vae is None and graph is None:
-        raise ExportError("the model works on latents: name the folder of its SD-VAE with --vae")
+        raise ExportError("the model works on latents: name the folder of its autoencoder with --vae")
     if manifest.decoder != "identity" and vae is not None:
         open_decoder(manifest, vae)
 

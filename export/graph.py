@@ -39,6 +39,8 @@ OPSET = 20
 TEXT = "text"
 # A convolution with at most this many output channels is narrow.
 NARROW_CHANNELS = 4
+# The score of a key that attention must not see.
+MASKED: Any = -30000.0
 SCOPES = "pkg.torch.onnx.name_scopes"
 # Prefixes that the exporter's names of weights, inputs and outputs get here.
 NETWORK, INPUT, OUTPUT = "network.", "in.", "out."
@@ -50,7 +52,7 @@ class _Embedder(nn.Module):
         self.network = network
 
     def forward(self, *conditions: Tensor) -> Tensor:
-        """Return the embedding (N, E) of F tensors (N,), and of text (N, text_size) if the model takes it."""
+        """Return the embedding (N, E) of F tensors (N,), and of text (N, text_width) if there is any."""
         factors = len(self.network.config.classes)
         empty = torch.zeros(conditions[0].shape[0], 0, dtype=torch.int64)
         labels = torch.stack(conditions[:factors], dim=1) if factors else empty
@@ -85,7 +87,7 @@ class _Decoder(nn.Module):
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
         # A submodule, so that its weights become part of the graph.
-        self.network = getattr(autoencoder, "vae", None)
+        self.network = getattr(autoencoder, "network", None)
         self.autoencoder = autoencoder
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -113,12 +115,12 @@ def embedder_graph(
 ) -> onnx.ModelProto | None:
     """Export the embedder: the conditions → `embedding` (B, E).
 
-    Its inputs are one int64 (B,) per factor, named as the factor, and `text` (B, text_size) for a text model.
+    Its inputs are one int64 (B,) per factor, named as the factor, and `text` (B, text_width).
     Return None for a model without conditions: its embedding is zero.
     """
     inputs = {name: torch.zeros(2, dtype=torch.int64) for name in factors}
     if network.config.text_size:
-        inputs[TEXT] = torch.ones(2, network.config.text_size)
+        inputs[TEXT] = torch.ones(2, network.config.text_width)
     if not inputs:
         return None
     return _export(_GraphSpec(_Embedder(network), inputs, ("embedding",), len(inputs)), weights)
@@ -126,7 +128,8 @@ def embedder_graph(
 
 def conditioner_graph(network: Network, weights: Path | None = None) -> onnx.ModelProto:
     """Export the conditioner: `timestep` (B,), `embedding` (B, E) → (B, *shape) per tensor of the state."""
-    inputs = {"timestep": torch.tensor([1.0, 999.0]), "embedding": torch.randn(2, network.config.hidden_size)}
+    embedding = torch.randn(2, network.config.embedding_size)
+    inputs = {"timestep": torch.tensor([1.0, 999.0]), "embedding": embedding}
     names = tuple(name for name, _ in network.config.state())
     return _export(_GraphSpec(_Conditioner(network), inputs, names), weights)
 
@@ -190,12 +193,15 @@ def _traced(spec: _GraphSpec) -> ir.Model:
     return program.model
 
 
-def _attention(q: Any, k: Any, v: Any) -> Any:
-    """Return the nodes of softmax(q·kᵀ/√d)·v for (B, H, T, d).
+def _attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+    """Return the nodes of softmax(q·kᵀ/√d)·v for (B, H, T, d), over the keys that a boolean mask keeps.
 
     The exporter's own translation has ten more nodes for the transpose of the keys, and copies them twice.
     """
     scores = op.MatMul(op.Mul(q, op.CastLike(q.shape[3] ** -0.5, q)), op.Transpose(k, perm=[0, 1, 3, 2]))
+    if mask is not None:
+        # Far below any score, and representable in fp16; its exponential is zero.
+        scores = op.Where(mask, scores, op.CastLike(MASKED, scores))
     return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 

@@ -43,6 +43,7 @@ from ditserve.export.source import (
 from ditserve.export.storage import save_graph, save_weights
 from ditserve.export.verify import Band, ParityLimits, check, report, worst
 from ditserve.model.evaluation.ladder import seconds_per_row
+from ditserve.model.nets.autoencoder import autoencoder_kind
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import (
     BACKBONE,
@@ -262,7 +263,7 @@ def _card_fields(options: argparse.Namespace) -> dict[str, Any]:
         ExportError: the card or a field is not valid.
     """
     flags = ("name", "version", "description", "licence", "attribution")
-    fields: dict[str, Any] = {} if options.vae is None else {"decoder": "sd-vae"}
+    fields: dict[str, Any] = {} if options.vae is None else {"decoder": autoencoder_kind(options.vae)}
     try:
         if options.card:
             fields |= ModelCard.model_validate_json(options.card.read_bytes()).given()
@@ -295,9 +296,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="auto",
         help="measurement of the quality ladder; auto: quick if the model has none",
     )
-    parser.add_argument(
-        "--vae", type=named_path, help="diffusers AutoencoderKL folder, for models on latents"
-    )
+    parser.add_argument("--vae", type=named_path, help="folder of the autoencoder, for models on latents")
     parser.add_argument("--weights", choices=("auto", *DTYPES), default="auto", help="precision on disk")
     parser.add_argument(
         "--half",

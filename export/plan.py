@@ -45,7 +45,7 @@ def verification_rows(model: LoadedModel, settings: TrajectorySettings, *, half:
     Six trajectories of 20 steps are 120 rows, and as many under the null condition: 240. With five passes,
     and two for half precision, they are 1,680.
     """
-    steps = min(settings.steps, model.manifest.diffusion.timesteps)
+    steps = min(settings.steps, model.schedule.max_steps)
     return 2 * settings.samples * steps * (PASSES + HALF_PASSES * half)
 
 

@@ -1,7 +1,7 @@
 """Print what networks cost: `python -m model.describe [NAME | CONFIG.json | BUNDLE …]`.
 
-Without arguments it prints the models of the paper. Costs are those of one row: parameters, multiply-adds,
-FLOPs and activation memory, as `model.nets.cost` defines them.
+Without arguments it prints the models of the paper. Costs are those of one row: parameters, tokens,
+multiply-adds by part and by kind of operation, FLOPs and activation memory. `model.nets.cost` defines them.
 """
 
 from __future__ import annotations
@@ -61,16 +61,20 @@ def format_table(costs: Mapping[str, Cost]) -> str:
     """Return a table with one line per network."""
     width = max(len("network"), *(len(name) for name in costs))
     head = (
-        f"{'network':{width}}  parameters  conditioner G  backbone G      GMACs    GFLOPs"
-        "  inference MiB  training MiB"
+        f"{'network':{width}}  parameters  tokens  conditioner G  backbone G      GMACs"
+        "   linear G  attention G  convolution G    GFLOPs  inference MiB  training MiB"
     )
     lines = [
-        f"{name:{width}}  {c.parameters / 1e6:8.2f} M  {c.conditioner_macs / 1e9:13.4f}"
-        f"  {c.backbone_macs / 1e9:10.2f}  {c.macs / 1e9:9.2f} {c.flops / 1e9:9.2f}"
+        f"{name:{width}}  {c.parameters / 1e6:8.2f} M  {c.tokens:6}  {c.conditioner_macs / 1e9:13.4f}"
+        f"  {c.backbone_macs / 1e9:10.2f}  {c.macs / 1e9:9.2f}  {c.linear_macs / 1e9:9.3f}"
+        f"  {c.attention_macs / 1e9:11.3f}  {c.convolution_macs / 1e9:13.4f}  {c.flops / 1e9:8.2f}"
         f"  {c.inference_bytes / 2**20:13.1f}  {c.training_bytes / 2**20:12.1f}"
         for name, c in costs.items()
     ]
-    return "\n".join([head, *lines, "per row, fp32; the paper's Gflops are these GMACs"])
+    notes = (
+        "per row, fp32; the paper's Gflops are these GMACs, which linear, attention and convolution add up to"
+    )
+    return "\n".join([head, *lines, notes])
 
 
 def run(options: argparse.Namespace) -> None:
@@ -83,7 +87,11 @@ def run(options: argparse.Namespace) -> None:
     size = (options.size[0], options.size[1]) if options.size else None
     costs = {name: cost(config, size) for name, config in configs.items()}
     if options.json:
-        fields = {name: {**asdict(c), "macs": c.macs, "flops": c.flops} for name, c in costs.items()}
+        derived = ("linear_macs", "macs", "flops")
+        fields = {
+            name: {**asdict(c), **{field: getattr(c, field) for field in derived}}
+            for name, c in costs.items()
+        }
         print(json.dumps(fields, indent=1))
     else:
         print(format_table(costs))

@@ -113,15 +113,22 @@ def open_metric_networks(
     Beside Inception there is a classifier only if `--classifier` names one.
 
     Raises:
-        EvaluationError: a classifier that knows none of the model's classes, or no file for Inception.
+        EvaluationError: a classifier of other classes or another size, or no file for Inception.
         ClassifierError, FeatureError: one of the two cannot be opened.
     """
     classifier = None
     if options.features == "classifier" or options.classifier:
         folder = options.classifier or CLASSIFIER
         classifier = open_classifier(folder)
-        if not _known_classes(classifier, loaded)[0]:
-            raise EvaluationError(_no_classifier(folder, loaded, options))
+        known, wanted = _known_classes(classifier, loaded)
+        # The shipped one may know a few of anybody's classes, such as "fox", which judges nothing.
+        if not known or (known < wanted and options.classifier is None):
+            reason = f"knows {known or 'none'} of the model's {wanted} classes"
+            raise EvaluationError(_no_classifier(folder, reason, loaded, options))
+        size = loaded.network.config.image_size
+        if loaded.manifest.decoder == "identity" and classifier.card.image_size != size:
+            reason = f"reads pictures of {_sides(classifier.card.image_size)}, not {_sides(size)}"
+            raise EvaluationError(_no_classifier(folder, reason, loaded, options))
     if options.features == "inception":
         if options.weights is None:
             raise EvaluationError("--features inception needs the network's file: pass it with --weights")
@@ -139,15 +146,19 @@ def _known_classes(classifier: Classifier, loaded: LoadedModel) -> tuple[int, in
     return len(known & wanted), len(wanted)
 
 
-def _no_classifier(folder: Path, loaded: LoadedModel, options: argparse.Namespace) -> str:
-    """Return the sentence on a classifier that knows none of the classes; it has the command to train one."""
+def _sides(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _no_classifier(folder: Path, reason: str, loaded: LoadedModel, options: argparse.Namespace) -> str:
+    """Return the sentence on a classifier that cannot judge the model; it has the command to train one."""
     if not loaded.manifest.factors:
         return "the model has no classes, by which a classifier could judge: use --features inception"
     config = next(
         (model / "config.json" for model in options.models if (model / "config.json").is_file()), None
     )
     return (
-        f"the classifier in {folder} knows none of the model's classes: train one by python -m "
+        f"the classifier in {folder} {reason}: train one by python -m "
         f"model.evaluation.classifier --config {config or 'RUN.json'} --data {options.data} --out judge, "
         "and pass --classifier judge"
     )
@@ -166,14 +177,14 @@ def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPla
     if options.per_pair is not None and options.per_pair > options.limit:
         raise EvaluationError(f"--per-pair {options.per_pair} is above --limit {options.limit}: lower it")
     solver, steps = options.solver or defaults.solver, options.steps or defaults.steps
-    total = loaded.manifest.diffusion.timesteps
+    schedule = loaded.schedule
     return EvaluationPlan(
         limit=options.limit,
         per_pair=options.per_pair,
         reference=options.reference,
         steps=steps,
         solver=solver,
-        grid=choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, timesteps=total),
+        grid=choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule),
         guidance_scale=defaults.guidance_scale if options.scale is None else options.scale,
         guidance_interval=tuple(options.interval or defaults.guidance_interval),
         seed=options.seed,

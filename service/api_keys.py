@@ -19,12 +19,13 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Annotated, Literal
 
+import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ditserve.model.spec.bundle import write_atomic
@@ -33,6 +34,7 @@ from ditserve.service.settings import Settings
 
 Scope = Literal["generate", "admin"]
 SCOPES: tuple[Scope, ...] = ("generate", "admin")
+log = structlog.get_logger()
 _KEY = re.compile(r"dit_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 
 
@@ -76,20 +78,23 @@ class _File(BaseModel):
 class Keyring:
     """The keys of a file, read again when it changes.
 
-    A file that does not exist holds no keys. While a file cannot be read, the keys read last stay valid.
+    A file that does not exist when this begins holds no keys. While a file is gone later, or cannot be read,
+    the keys read last stay valid.
     """
 
     def __init__(self, path: Path) -> None:
         """Read the file. Raises `KeyringError` if it exists and cannot be read."""
         self._path = path
-        # Modification time (ns) and size (bytes) of the file that was read, None if there was none.
-        self._stamp: tuple[int, int] | None = None
+        # Inode, modification time (ns) and size (bytes) of the file that was read, None if there was none.
+        self._stamp: tuple[int, int, int] | None = None
         self._keys: Mapping[str, ApiKey] = {}
-        self._refresh()
+        self._complaint = ""
+        with suppress(FileNotFoundError):
+            self._read_changes()
 
     def find(self, text: str) -> ApiKey | None:
         """Return the key of that text, None if there is none. The secret is compared in constant time."""
-        self._refresh_if_readable()
+        self._refresh()
         match = _KEY.fullmatch(text)
         key = self._keys.get(match[1]) if match else None
         expected = key.sha256 if key else "0" * 64
@@ -98,34 +103,55 @@ class Keyring:
 
     def holds(self, key_id: str) -> bool:
         """Return True if the key of that id is valid still."""
-        self._refresh_if_readable()
+        self._refresh()
         return key_id in self._keys
 
-    def _refresh_if_readable(self) -> None:
-        try:
-            self._refresh()
-        except KeyringError as error:
-            # A mistake in the file while the API is serving must not lock everybody out.
-            print(f"error: {error}", file=sys.stderr)
-
     def _refresh(self) -> None:
+        """Read the file if it changed. An error is logged once, and must not lock everybody out."""
+        complaint = ""
         try:
-            status = self._path.stat()
+            self._read_changes()
         except FileNotFoundError:
-            stamp = None
-        else:
-            stamp = (status.st_mtime_ns, status.st_size)
+            complaint = f"{self._path} is gone" if self._stamp else ""
+        except KeyringError as error:
+            complaint = str(error)
+        if complaint and complaint != self._complaint:
+            log.error("the key file cannot be read, the known keys stay valid", reason=complaint)
+        self._complaint = complaint
+
+    def _read_changes(self) -> None:
+        """Raise `FileNotFoundError`, and `KeyringError` for a file that cannot be read."""
+        with _sentences(self._path):
+            status = self._path.stat()
+        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
         if stamp != self._stamp:
+            self._keys = {key.id: key for key in _read_file(self._path)}
             self._stamp = stamp
-            self._keys = {key.id: key for key in read(self._path)}
 
 
 def read(path: Path) -> tuple[ApiKey, ...]:
     """Return the keys in `path`, none if there is no such file. Raises `KeyringError`."""
     try:
-        return _File.model_validate_json(path.read_bytes()).keys
+        return _read_file(path)
     except FileNotFoundError:
         return ()
+
+
+def _read_file(path: Path) -> tuple[ApiKey, ...]:
+    with _sentences(path):
+        if not path.is_file() and path.exists():
+            # Reading a pipe would wait for its writer.
+            raise KeyringError(f"{path} is not a key file: it is no regular file")
+        return _File.model_validate_json(path.read_bytes()).keys
+
+
+@contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Raise `KeyringError` for what goes wrong with a file, except that there is none."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise KeyringError(f"{path} cannot be read: {error.strerror}") from None
     except ValidationError as error:

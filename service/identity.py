@@ -18,7 +18,7 @@ def vocabulary_digest(manifest: Manifest) -> str:
     It covers the class names of each factor, in order, and the size of the text encoding.
     """
     factors = "\0".join(factor.model_dump_json() for factor in manifest.factors)
-    return _digest(f"{manifest.config.text_size}\0{factors}")
+    return _digest(f"{manifest.config.text_width}\0{factors}")
 
 
 def _digest(text: str) -> str:

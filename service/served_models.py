@@ -64,7 +64,7 @@ def open_served_models(settings: Settings, *, verify: bool) -> tuple[ServedModel
         BundleError: a bundle cannot be used, or two are of the same name.
     """
     models: dict[str, ServedModel] = {}
-    for folder in map(Path, settings.bundle.split(",")):
+    for folder in _folders(settings.bundle):
         bundle = _open(folder, verify=verify)
         name = bundle.manifest.name
         if name in models:
@@ -85,6 +85,11 @@ def namespace_of(first: str, name: str) -> str:
         return allowed
     digest = hashlib.blake2b(plain.encode(), digest_size=4).hexdigest()
     return f"{allowed[: _LONGEST - len(digest) - 1]}-{digest}"
+
+
+def _folders(text: str) -> list[Path]:
+    """Return the folders of a list with commas. A folder that has a comma in its path is one itself."""
+    return [Path(text)] if Path(text).is_dir() else [Path(part) for part in text.split(",")]
 
 
 def _open(folder: Path, *, verify: bool) -> Bundle:

@@ -19,11 +19,13 @@ from pydantic import (
     AfterValidator,
     AliasChoices,
     BeforeValidator,
+    DirectoryPath,
     Field,
     SecretStr,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
@@ -34,8 +36,13 @@ _PREFIX = "DIT_"
 _HOST_PATTERN = r"(\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Seconds = Annotated[float, Field(ge=0.01, le=7 * 86400)]
+Bytes = Annotated[int, Field(ge=0, le=2**44)]
+
+
+def _contradiction(sentence: str) -> PydanticCustomError:
+    return PydanticCustomError("contradiction", "{sentence}: change one of them", {"sentence": sentence})
 
 
 def _networks(text: str) -> str:
@@ -99,7 +106,7 @@ class Settings(BaseSettings):
     )
 
     backend: Literal["onnx", "torch", "tensorrt"] = Field("onnx", description="what runs the network")
-    threads: int = Field(0, ge=0, description="compute threads of a worker; 0 uses every core")
+    threads: int = Field(0, ge=0, le=1024, description="compute threads of a worker; 0 uses every core")
     precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = Field(
         "auto",
         description="numbers the network computes in; auto is the backend's choice; "
@@ -115,7 +122,8 @@ class Settings(BaseSettings):
     compile: bool = Field(False, description="compile the network of the torch backend")
     text_encoder: str = Field(
         "",
-        description="encoder of a model that takes text: minilm or a folder; empty is the model's own",
+        description="encoder of a model that takes text: minilm, a folder (BERT; CLIP, T5 and others need "
+        "torch and transformers) or package.module:Class; empty is the model's own",
     )
     engines: Path | None = Field(
         None,
@@ -133,22 +141,33 @@ class Settings(BaseSettings):
         description="run every forward pass at exactly this many rows, so that an image is the same to the "
         "last bit whatever else is in the batch; 0 runs as many as there are",
     )
-    modulation_cache_bytes: int = Field(
-        256 * 2**20, ge=0, description="bytes of a worker for the network's modulations; 0 keeps none"
+    modulation_cache_bytes: Bytes = Field(
+        256 * 2**20, description="bytes of a worker for the network's modulations; 0 keeps none"
     )
-    embedding_cache_bytes: int = Field(
-        64 * 2**20, ge=0, description="bytes of a worker, and of Redis, for embeddings of conditions"
+    embedding_cache_bytes: Bytes = Field(
+        64 * 2**20, description="bytes of a worker, and of Redis, for embeddings of conditions"
     )
-    workers: Count = Field(1, description="worker processes the all-in-one starts")
-    max_rows: Count = Field(64, description="rows a worker may put into one forward pass")
+    workers: int = Field(1, ge=1, le=1024, description="worker processes the all-in-one starts")
+    max_rows: int = Field(64, ge=1, le=4096, description="rows a worker may put into one forward pass")
     lookahead_rows: int = Field(
-        64, ge=0, description="rows a worker claims beyond those it can run, for the planner to see"
+        64, ge=0, le=4096, description="rows a worker claims beyond those it can run, for the planner to see"
     )
 
     queue_limit: Count = Field(1000, description="jobs that may wait before new ones are refused")
-    lease_s: Seconds = Field(15.0, description="how long a worker may hold a job without renewing its lease")
+    lease_s: float = Field(
+        15.0, ge=1, le=3600, description="how long a worker may hold a job without renewing its lease"
+    )
+    max_run_s: float = Field(
+        1800.0,
+        ge=1,
+        le=30 * 86400,
+        description="least time for which a worker may hold a job; "
+        "ten times its predicted time if that is more",
+    )
     max_attempts: Count = Field(3, description="workers a job may lose before it is put aside as dead")
-    result_ttl_s: Seconds = Field(3600.0, description="how long results and events are kept")
+    result_ttl_s: float = Field(
+        3600.0, ge=1, le=30 * 86400, description="how long results and events are kept"
+    )
     drain_s: Seconds = Field(30.0, description="time to finish work after SIGTERM")
 
     default_deadline_s: Seconds | None = Field(
@@ -159,7 +178,7 @@ class Settings(BaseSettings):
         4.0, ge=1, le=64, description="largest image a request may ask for, in areas of the model's own size"
     )
     max_images: int = Field(16, ge=1, le=256, description="images one request may ask for")
-    max_body_bytes: Count = Field(65536, description="largest request body, in bytes")
+    max_body_bytes: int = Field(65536, ge=256, le=2**26, description="largest request body, in bytes")
     body_timeout_s: Seconds = Field(
         10.0, description="time a client has to send the head of a request, and its body"
     )
@@ -169,9 +188,13 @@ class Settings(BaseSettings):
     max_streams: Count = Field(
         128, description="event streams that one caller may have open in one API process"
     )
-    ready_workers: int = Field(1, ge=0, description="workers that must be alive for /readyz")
-    hang_s: Seconds = Field(
-        60.0, description="time without a step, while work is running, after which /livez fails"
+    ready_workers: int = Field(1, ge=0, le=1_000_000, description="workers that must be alive for /readyz")
+    hang_s: float = Field(
+        60.0,
+        ge=1,
+        le=86400,
+        description="least time without a step, while work is running, after which a worker gives up and "
+        "/livez fails; 20 times the predicted time of the step if that is more",
     )
     keepalive_s: Seconds = Field(15.0, description="silence on an event stream before a keep-alive comment")
 
@@ -205,13 +228,15 @@ class Settings(BaseSettings):
     canary_s: float = Field(
         300.0,
         ge=0,
-        description="time between drawings of the bundle's golden image, to see drift; 0 is never",
+        le=7 * 86400,
+        description="least time between drawings of the bundle's golden image, to see drift; they take at "
+        "most 1 % of a worker's time, however large the model; 0 is never",
     )
     metrics: bool = Field(True, description="serve /metrics")
     worker_metrics_port: Port = Field(
         0, description="port a stand-alone worker serves its own /metrics on; 0 serves none"
     )
-    prometheus_multiproc_dir: Path | None = Field(
+    prometheus_multiproc_dir: DirectoryPath | None = Field(
         None,
         validation_alias=AliasChoices("prometheus_multiproc_dir"),
         description="folder where processes of one host share their metrics (the all-in-one makes one)",
@@ -236,6 +261,16 @@ class Settings(BaseSettings):
             raise PydanticCustomError("precision", "{reason}", reason)
         return precision
 
+    @model_validator(mode="after")
+    def _related(self) -> Self:
+        """Refuse settings that cannot work together, defaults included."""
+        least, most = self.default_deadline_s, self.max_deadline_s
+        if least is not None and least > most:
+            raise _contradiction(f"--default-deadline-s {least:g} is above --max-deadline-s {most:g}")
+        if self.strict_rows > self.max_rows:
+            raise _contradiction(f"--strict-rows {self.strict_rows} is above --max-rows {self.max_rows}")
+        return self
+
     @classmethod
     def load(cls, argv: Sequence[str] = (), *, program: str = "python -m service") -> Self:
         """Read settings from the environment and `argv` (flags only, without the program's name).
@@ -251,6 +286,9 @@ class Settings(BaseSettings):
             settings = cls.parse(rest, program=program)
         except SettingsError as error:
             _refuse(str(error))
+        if settings.prometheus_multiproc_dir is not None:
+            # Its library reads the variable alone.
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(settings.prometheus_multiproc_dir)
         if len(rest) != len(argv):
             print(settings.render())
             raise SystemExit(0)
@@ -354,8 +392,9 @@ def _refuse_unknown_variables(environment: Mapping[str, str], known: Sequence[st
 def _sentence(error: ValidationError) -> str:
     """Return one sentence about the first error, without the value, which may be secret."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else "settings"
-    return f"--{name.replace('_', '-')}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    if not first["loc"]:
+        return first["msg"]
+    return f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 # The reference: the field that each of its sections begins with → the title.
@@ -400,8 +439,10 @@ def _values(name: str, schema: Mapping[str, Any]) -> str:
     words = {"boolean": "switch", "integer": "whole number", "number": "number", "string": "text"}
     kind = "seconds" if name.endswith("_s") else schema.get("format", words[schema["type"]])
     limits = {"exclusiveMinimum": ">", "minimum": "≥", "maximum": "≤"}
-    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema]
-    return " ".join([{"password": "URL"}.get(kind, kind), ", ".join(bounds)]).strip()
+    bounds = [f"{sign} {schema[key]:.15g}" for key, sign in limits.items() if key in schema]
+    return " ".join(
+        [{"password": "URL", "directory-path": "path"}.get(kind, kind), ", ".join(bounds)]
+    ).strip()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from ditserve.model.data.sources import read_source
 from tests.test_end_to_end import ROOT, Service
 
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -80,6 +82,21 @@ def test_bring_your_own_dit(tmp_path: Path) -> None:
     lines = example("bring_your_own_dit.py", "--steps", "10", folder=tmp_path)
     assert lines[-1] == 'wrote shapes: make serve ARGS="--bundle shapes"'
     assert (tmp_path / "shapes/backbone.onnx").is_file()
+
+
+def test_emoji_folder(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "set.npz",
+        x=np.zeros((3, 8, 8, 3), np.uint8),
+        y=[0, 0, 1],
+        s=[0, 1, 0],
+        names=["fox", "flag"],
+        groups=["Animals & Nature", "Flags"],
+        styles=["fluent", "fluent-flat"],
+    )
+    assert example("emoji_folder.py", "set.npz", "out", folder=tmp_path) == ["2 pictures are in out"]
+    source = read_source(tmp_path / "out")
+    assert (source.catalogue.names, len(source.data), source.card.licence) == (("nature",), 2, "MIT")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

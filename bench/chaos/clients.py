@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -17,8 +18,11 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from ditserve.bench.chaos.doors import Door
+
 RETRY_S = 0.2
-EXCHANGE_TIMEOUT_S = 20.0  # after it the client asks again
+PROMISE_MS = 4000
+REFUSED = {"overloaded"}  # ends of requests that were never accepted
 # Problems that pass by themselves: the client asks again.
 TRANSIENT_PROBLEMS = {"queue-unavailable", "queue-full", "draining", "idempotency-conflict"}
 
@@ -38,18 +42,20 @@ class RequestOutcome:
     Attributes:
         request: index of the reference request.
         way: the way it was sent, one of `WAYS`.
-        end: "done", the code of a problem, or "lost".
+        end: "done", the code of a problem, or "waiting" for as long as it has no end.
+        due: True if it has a deadline that was accepted.
         match: of its images with the right ones: "equal", "close" (one level of 255), "wrong".
-        unexplained: answers that failed without a problem document.
+        undocumented: answers that the API's document does not list.
         asked_at, ended_at: seconds since the epoch.
     """
 
     request: int
     way: str
     job: str | None = None
-    end: str = "lost"
+    end: str = "waiting"
+    due: bool = False
     match: str = ""
-    unexplained: int = 0
+    undocumented: int = 0
     asked_at: float = 0.0
     ended_at: float = 0.0
 
@@ -77,16 +83,10 @@ def reference_requests(classes: tuple[str, ...], factor: str, *, steps: int) -> 
     ]
 
 
-async def with_images(http: httpx.AsyncClient, requests: list[ReferenceRequest]) -> list[ReferenceRequest]:
+async def with_images(doors: Sequence[Door], requests: list[ReferenceRequest]) -> list[ReferenceRequest]:
     """Return the requests with their images, each made alone now."""
-    client = LoadClient(http, requests, random.Random(0), [])
+    client = LoadClient(doors, requests, random.Random(0), [])
     return [await client.with_images(request) for request in requests]
-
-
-def connected(url: str) -> httpx.AsyncClient:
-    """Return a client without kept connections: the API may be another process at the next request."""
-    limits = httpx.Limits(max_keepalive_connections=0)
-    return httpx.AsyncClient(base_url=url, timeout=EXCHANGE_TIMEOUT_S, trust_env=False, limits=limits)
 
 
 def compare(images: Sequence[bytes], expected: Sequence[bytes]) -> str:
@@ -105,16 +105,19 @@ def _pixels(data: bytes) -> Any:
 
 @dataclass(slots=True)
 class LoadClient:
-    """A client that sends random requests, one after another, each in a random way of `WAYS`."""
+    """A client that sends random requests, one after another, each in a random way of `WAYS`.
 
-    http: httpx.AsyncClient
+    Each exchange goes to any of the doors, as behind a load balancer.
+    """
+
+    doors: Sequence[Door]
     requests: list[ReferenceRequest]
     rng: random.Random
     outcomes: list[RequestOutcome]
 
     async def run(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            await self._send_one()
+            await self.send_one(self.rng.choice(tuple(WAYS)))
 
     async def with_images(self, request: ReferenceRequest) -> ReferenceRequest:
         """Return the request with its images, made now."""
@@ -122,12 +125,12 @@ class LoadClient:
         images = await self._images(outcome, await self._post(request.body, outcome, {}))
         return ReferenceRequest(request.body, images)
 
-    async def _send_one(self) -> None:
-        way = self.rng.choice(tuple(WAYS))
+    async def send_one(self, way: str) -> None:
+        """Send a random request, and pursue it to its end."""
         outcome = RequestOutcome(self.rng.randrange(len(self.requests)), way, asked_at=time.time())
         self.outcomes.append(outcome)
         key = f"{self.rng.getrandbits(64):016x}"
-        await WAYS[way](self, outcome, key)
+        await {**WAYS, **FURTHER_WAYS}[way](self, outcome, key)
         outcome.ended_at = time.time()
 
     async def _wait(self, outcome: RequestOutcome, key: str) -> None:
@@ -151,8 +154,16 @@ class LoadClient:
 
     async def _hurry(self, outcome: RequestOutcome, key: str) -> None:
         """Wait for the images, with a deadline that may not be kept."""
-        body = {**self.requests[outcome.request].body, "deadline_ms": self.rng.randrange(300, 3000)}
+        await self._wait_until(self.rng.randrange(300, 3000), outcome, key)
+
+    async def _promise(self, outcome: RequestOutcome, key: str) -> None:
+        """Wait for the images, with a deadline that a service with little to do keeps."""
+        await self._wait_until(PROMISE_MS, outcome, key)
+
+    async def _wait_until(self, deadline_ms: int, outcome: RequestOutcome, key: str) -> None:
+        body = {**self.requests[outcome.request].body, "deadline_ms": deadline_ms}
         answer = await self._post(body, outcome, {"idempotency-key": key})
+        outcome.due = answer is not None or outcome.end not in REFUSED
         self._judge(outcome, await self._images(outcome, answer))
 
     async def _queue(self, outcome: RequestOutcome, key: str) -> bool:
@@ -174,10 +185,12 @@ class LoadClient:
         """Read the job's events to the last, across as many connections as it takes."""
         last = "0-0"
         while True:
+            door = self.rng.choice(self.doors)
             try:
                 path, headers = f"/jobs/{outcome.job}/events", {"last-event-id": last}
-                async with self.http.stream("GET", path, headers=headers) as stream:
-                    if stream.status_code == 404:
+                async with door.http.stream("GET", path, headers=headers) as stream:
+                    outcome.undocumented += not door.documents("GET", path, stream)
+                    if stream.status_code != 200 and not _is_transient(stream, await stream.aread()):
                         return
                     async for line in stream.aiter_lines():
                         name, _, value = line.partition(": ")
@@ -195,8 +208,8 @@ class LoadClient:
             answer = await self._request_until_answered(outcome, "GET", f"/jobs/{outcome.job}")
             job = answer.json()
             if not answer.is_success:
-                # The job was accepted, and the service does not know it any more.
-                outcome.end = "lost"
+                # The job was accepted, and the service has lost it.
+                outcome.end = job["code"]
                 return
             if job["state"] not in ("queued", "running"):
                 break
@@ -214,6 +227,10 @@ class LoadClient:
 
     async def _files(self, outcome: RequestOutcome, links: list[str]) -> tuple[bytes, ...]:
         answers = [await self._request_until_answered(outcome, "GET", link) for link in links]
+        for answer in answers:
+            if not answer.is_success:
+                outcome.end = answer.json()["code"]
+                return ()
         return tuple(answer.content for answer in answers)
 
     def _judge(self, outcome: RequestOutcome, images: tuple[bytes, ...]) -> None:
@@ -226,16 +243,24 @@ class LoadClient:
     ) -> httpx.Response:
         """Repeat a request until its answer is about the request itself, and not about a passing failure."""
         while True:
+            door = self.rng.choice(self.doors)
             try:
-                answer = await self.http.request(method, path, **content)
+                answer = await door.http.request(method, path, **content)
             except httpx.TransportError:
                 await asyncio.sleep(RETRY_S)
                 continue
-            explained = answer.is_success or answer.headers["content-type"] == "application/problem+json"
-            outcome.unexplained += not explained
-            if answer.is_success or (explained and answer.json()["code"] not in TRANSIENT_PROBLEMS):
+            outcome.undocumented += not door.documents(method, path, answer)
+            if not _is_transient(answer, answer.content):
                 return answer
             await asyncio.sleep(RETRY_S)
+
+
+def _is_transient(answer: httpx.Response, content: bytes) -> bool:
+    """Return True if asking again may give another answer: a failure that passes, or one without a reason."""
+    if answer.is_success:
+        return False
+    explained = answer.headers.get("content-type") == "application/problem+json"
+    return not explained or json.loads(content)["code"] in TRANSIENT_PROBLEMS
 
 
 WAYS = {
@@ -244,3 +269,4 @@ WAYS = {
     "cancelling": LoadClient._cancel,
     "hurrying": LoadClient._hurry,
 }
+FURTHER_WAYS = {"promised": LoadClient._promise}

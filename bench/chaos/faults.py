@@ -1,4 +1,4 @@
-"""The faults, and the log of a run in which they happen."""
+"""The faults of processes, and how faults of any kind are caused one after another."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import asyncio
 import random
 import signal
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
-import numpy as np
-
-from ditserve.bench.chaos.clients import RequestOutcome
+from ditserve.bench.chaos.log import ChaosLog
 from ditserve.bench.load.cluster import TestCluster
 
 LEASE_S = 2.0
 RECOVERED_SHARE = 0.8  # of the faults are recovered from before the next one
-REFUSED = {"overloaded"}  # ends of requests that were never accepted
 
 
 async def _kill_worker(cluster: TestCluster, rng: random.Random) -> None:
@@ -61,7 +56,8 @@ async def _freeze(cluster: TestCluster, name: str, seconds: float) -> None:
 
 Fault = Callable[[TestCluster, random.Random], Awaitable[None]]
 # Faults by name, each with its frequency relative to the others.
-FAULTS: dict[str, tuple[Fault, int]] = {
+Faults = Mapping[str, tuple[Fault, int]]
+CRASHES: Faults = {
     "worker killed": (_kill_worker, 4),
     "worker drained": (_drain_worker, 3),
     "worker frozen": (_freeze_worker, 2),
@@ -72,59 +68,30 @@ FAULTS: dict[str, tuple[Fault, int]] = {
 }
 
 
-@dataclass(slots=True)
-class ChaosLog:
-    """Everything that happened: the faults by time, every request, and what the audit of the jobs found."""
+@dataclass(frozen=True, slots=True)
+class FaultPlan:
+    """The faults of a scenario, and the longest pause between two of them."""
 
-    faults: list[tuple[float, str]] = field(default_factory=list)
-    outcomes: list[RequestOutcome] = field(default_factory=list)
-    duplicated: int = 0
-    attempts: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def accepted(self) -> list[RequestOutcome]:
-        return [outcome for outcome in self.outcomes if outcome.end not in REFUSED]
-
-    def recovery_seconds(self) -> list[float]:
-        """Return, for every fault, the seconds until all requests open at that moment had their answer."""
-        waits = []
-        for at, _ in self.faults:
-            ends = [o.ended_at for o in self.outcomes if o.asked_at < at < o.ended_at]
-            waits.append(max(ends, default=at) - at)
-        return waits
-
-    def summary(self) -> dict[str, Any]:
-        matches = Counter(outcome.match for outcome in self.outcomes if outcome.end == "done")
-        recovery = self.recovery_seconds() or [0.0]
-        percentiles = {f"p{q}": round(float(np.percentile(recovery, q)), 2) for q in (50, 90, 99)}
-        return {
-            "requests": len(self.outcomes),
-            "accepted": len(self.accepted),
-            "lost": sum(outcome.end == "lost" for outcome in self.accepted),
-            "duplicated": self.duplicated,
-            "wrong_images": matches["wrong"],
-            "unexplained_answers": sum(outcome.unexplained for outcome in self.outcomes),
-            "ends": dict(Counter(outcome.end for outcome in self.outcomes).most_common()),
-            "images": dict(matches),
-            "ways": dict(Counter(outcome.way for outcome in self.outcomes)),
-            "attempts": {str(n): count for n, count in sorted(self.attempts.items())},
-            "faults": dict(Counter(name for _, name in self.faults).most_common()),
-            "recovery_s": {**percentiles, "max": round(max(recovery), 2)},
-        }
+    faults: Faults
+    pause_s: float = 3.5
 
 
-async def cause_faults(cluster: TestCluster, log: ChaosLog, rng: random.Random, seconds: float) -> None:
-    """Cause one fault after another, one of each kind first.
+async def cause_faults(
+    cluster: TestCluster, log: ChaosLog, rng: random.Random, seconds: float, plan: FaultPlan
+) -> None:
+    """Cause one fault after another, one of each kind first; without any just wait.
 
     Mostly the next fault waits until all processes are up and have worked a little; now and then it does not.
     """
+    faults = plan.faults
     until = time.monotonic() + seconds
-    weights = [weight for _, weight in FAULTS.values()]
-    first = rng.sample(list(FAULTS), len(FAULTS))
-    while time.monotonic() < until:
-        name = first.pop() if first else rng.choices(list(FAULTS), weights)[0]
+    weights = [weight for _, weight in faults.values()]
+    first = rng.sample(list(faults), len(faults))
+    while faults and time.monotonic() < until:
+        name = first.pop() if first else rng.choices(list(faults), weights)[0]
         log.faults.append((time.time(), name))
-        await FAULTS[name][0](cluster, rng)
+        await faults[name][0](cluster, rng)
         if rng.random() < RECOVERED_SHARE:
             await cluster.wait_ready()
-        await asyncio.sleep(0.5 + 3 * rng.random())
+        await asyncio.sleep(plan.pause_s * rng.uniform(0.15, 1.0))
+    await asyncio.sleep(max(0.0, until - time.monotonic()))

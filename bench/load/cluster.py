@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 from pydantic import SecretStr
@@ -26,17 +28,45 @@ POLL_S = 0.02
 RESTART_S = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """The circumstances of one process, where they are not those of all.
+
+    `variables` are of its environment, `checkout` is the folder of another version of the code, and `log` is
+    the file that it writes its log to.
+    """
+
+    variables: Mapping[str, str] = field(default_factory=dict)
+    checkout: Path | None = None
+    log: Path | None = None
+
+
+COMMON: Mapping[str, Circumstances] = MappingProxyType({})
+
+
 class TestCluster:
-    """Processes by name: `valkey`, `api`, `worker-0`, …; their logs go to `folder`."""
+    """Processes by name: `valkey`, `api`, `worker-0`, …; their logs go to `folder`.
+
+    `unlike` holds the circumstances of processes that are unlike the others, and of further APIs (`api-1`).
+    """
 
     def __init__(
-        self, folder: Path, settings: Settings, *, workers: int, durable: bool, worker: Sequence[str]
+        self,
+        folder: Path,
+        settings: Settings,
+        *,
+        workers: int,
+        durable: bool,
+        worker: Sequence[str],
+        unlike: Mapping[str, Circumstances] = COMMON,
     ) -> None:
         self.workers = tuple(f"worker-{index}" for index in range(workers))
-        self.url = f"http://127.0.0.1:{settings.port}"
-        self.port = settings.port
+        further = sorted(name for name in unlike if name.startswith("api-"))
+        self.ports = {"api": settings.port} | {name: free_port() for name in further}
+        self.urls = tuple(f"http://127.0.0.1:{port}" for port in self.ports.values())
+        self.url, self.port = self.urls[0], settings.port
         self._folder, self._settings = folder, settings
-        self._durable = durable
+        self._durable, self._unlike = durable, unlike
         self._modules = {"api": ("service", "api"), "worker": worker}
         self._children: dict[str, Child] = {}
         self._restarts: list[asyncio.Task[None]] = []
@@ -66,20 +96,41 @@ class TestCluster:
             self._settings = self._settings.model_copy(update={"redis_url": SecretStr(url)})
             return
         words = [sys.executable, "-m", *self._modules[name.partition("-")[0]]]
-        log = self._folder / f"{name}.log"
-        shell = ["/bin/sh", "-c", f'exec "$@" >>{log} 2>&1', name, *words]
-        self._children[name] = await Child.start(name, shell, self._settings.child_environment())
+        unlike = self._unlike.get(name, Circumstances())
+        # A pipe that nobody reads any more could not be opened again.
+        plain = unlike.log is None or name in self._children
+        self._children[name] = await Child.start(
+            name,
+            words,
+            self._environment(name, new=unlike.checkout is None) | dict(unlike.variables),
+            folder=unlike.checkout,
+            log=self._folder / f"{name}.log" if plain else unlike.log,
+        )
+
+    def _environment(self, name: str, *, new: bool) -> dict[str, str]:
+        """Return the environment of a process; one that is not `new` may lack settings at their default."""
+        settings = self._settings.model_copy(update={"port": self.ports.get(name, self.port)})
+        environment = settings.child_environment()
+        default = Settings.parse().child_environment()
+        return {
+            variable: value
+            for variable, value in environment.items()
+            if new or not variable.startswith("DIT_") or default.get(variable) != value
+        }
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self._children[name].signal(number)
 
     async def wait_ready(self) -> None:
-        """Wait until the API says that it can take work.
+        """Wait until every API says that it can take work.
 
         Raises:
-            RuntimeError: it does not become ready; the message holds the logs.
+            RuntimeError: one does not become ready; the message holds the logs.
         """
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False) as client:
+        await asyncio.gather(*map(self._wait_ready, self.urls))
+
+    async def _wait_ready(self, url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
             for _ in range(round(READY_TIMEOUT_S / POLL_S)):
                 try:
                     if (await client.get("/readyz")).status_code == 200:
@@ -113,17 +164,19 @@ async def running_cluster(
     workers: int,
     durable: bool = True,
     worker: Sequence[str] = ("service", "worker"),
+    unlike: Mapping[str, Circumstances] = COMMON,
 ) -> AsyncIterator[TestCluster]:
     """Run a cluster that is ready, with `settings` except for the port and the queue, which are its own.
 
     Args:
         durable: the queue writes everything to disk before it answers; otherwise it only keeps it in memory.
         worker: the module that is run as each worker, and its arguments.
+        unlike: see `TestCluster`.
     """
     settings = settings.model_copy(update={"port": free_port(), "log_format": "json"})
-    cluster = TestCluster(folder, settings, workers=workers, durable=durable, worker=worker)
+    cluster = TestCluster(folder, settings, workers=workers, durable=durable, worker=worker, unlike=unlike)
     try:
-        for name in ("valkey", *cluster.workers, "api"):
+        for name in ("valkey", *cluster.workers, *cluster.ports):
             await cluster.start(name)
         await cluster.wait_ready()
         yield cluster

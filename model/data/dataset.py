@@ -21,6 +21,7 @@ from ditserve.model.data.image_files import Check
 from ditserve.model.data.labels import select_examples
 from ditserve.model.data.latents import Latents, Moments
 from ditserve.model.data.sources import Source, check_corrupt_limit, common_size, read_source
+from ditserve.model.data.texts import Texts
 from ditserve.model.spec.bundle import Factor
 
 __all__ = ["DataConfig", "DataError", "Dataset"]
@@ -60,8 +61,8 @@ class Dataset(Protocol):
         ...
 
     @property
-    def text(self) -> npt.NDArray[np.float32] | None:
-        """Embeddings of the captions, (N, text_size), or None without an encoder. Computed when first read.
+    def texts(self) -> Texts | None:
+        """The captions, encoded, or None without an encoder. It is opened when this is first read.
 
         Raises:
             DataError: the encoder cannot be opened.
@@ -138,6 +139,8 @@ class DataConfig(BaseModel):
     groups: tuple[str, ...] = ()
     """Train on the names of these groups; with `names`, on the union. If both are empty, on everything."""
     names: tuple[str, ...] = ()
+    crossed: bool = True
+    """Train only on names that are drawn in every style, so that names and styles cross."""
     hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the (name, style) pairs kept from training; without styles, of the pictures of each name."""
     size: Side | tuple[Side, Side] | None = None
@@ -145,7 +148,10 @@ class DataConfig(BaseModel):
     flip: bool = False
     """Mirror half of the pictures. Good for photographs; wrong where left and right differ in meaning."""
     text: str | None = None
-    """The text encoder of the captions (a name of `model.nets.text`); None leaves captions out."""
+    """The text encoder of the captions (a name of `model.nets.text`); None leaves captions out.
+    Each line of a caption is a wording of it; one is drawn for each step."""
+    text_tokens: Annotated[int, Field(ge=0, le=512)] = 0
+    """The tokens of a caption that the network attends to; 0: it takes the caption's embedding alone."""
     corrupt_limit: Annotated[int, Field(ge=0)] = 0
     """The number of unreadable pictures that are left out; with more, the data is refused."""
     check: Check = "decode"
@@ -169,6 +175,7 @@ class DataConfig(BaseModel):
             source.path,
             groups=self.groups,
             names=self.names,
+            crossed=self.crossed,
             hold_out=self.hold_out,
             captioned=self.text is not None,
             left_out=source.left_out,
@@ -176,6 +183,7 @@ class DataConfig(BaseModel):
         shared: dict[str, Any] = {
             **vars(examples),
             "encoder": self.text,
+            "text_tokens": self.text_tokens,
             "flip": self.flip,
             "licence": source.card.licence,
             "attribution": source.card.attribution,

@@ -2,8 +2,8 @@
 
 The set has six drawings ("styles") of each emoji, all under free licences; names and groups are from
 unicode-emoji-json. It is one .npz file (`x` uint8 (N, H, W, 3) on white, `y` index into `names`, `s` index
-into `styles`, `names`, `groups` per name, `styles`) with a data card beside it. Bundles trained on the set
-take their licence and attribution from the card.
+into `styles`, `names`, `groups` per name, `styles`, and `captions` with a wording a line) with a data card
+beside it. Bundles trained on the set take their licence and attribution from the card.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 from rich.progress import track
 
+from ditserve.model.data.captions import Wordings
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.sources import DataCard, card_file, read_card
 from ditserve.model.spec.bundle import write_atomic
@@ -56,6 +57,7 @@ ICON_SETS = (
     IconSet("emojione", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "EmojiOne 2, © JoyPixels"),
 )
 NAMES = IconSet("", "unicode-emoji-json", "0.9.0", "MIT", "unicode-emoji-json, © Mu-An Chiou")
+KEYWORDS = IconSet("", "emojilib", "4.0.2", "MIT", "emojilib, © Mu-An Chiou")
 OVERSAMPLE = 3
 CARD = DataCard(
     licence=" AND ".join(sorted({icons.licence for icons in ICON_SETS})),
@@ -86,7 +88,8 @@ def build(target: Path, size: int, tarballs: Path) -> None:
             f"{target}, {text.name} or its card is there and not of this set: choose another name"
         )
     tarballs.mkdir(parents=True, exist_ok=True)
-    groups = _groups_by_name(_read_json(_tarball(NAMES, tarballs), "data-by-emoji.json"))
+    emoji = _read_json(_tarball(NAMES, tarballs), "data-by-emoji.json")
+    groups, wordings = _groups_by_name(emoji), _wordings(emoji, tarballs)
     images, drawn_names, styles = [], [], []
     for style, icon_set in enumerate(ICON_SETS):
         icons = _read_json(_tarball(icon_set, tarballs), "icons.json")
@@ -107,6 +110,12 @@ def build(target: Path, size: int, tarballs: Path) -> None:
         names=np.array(names),
         groups=np.array([groups[name] for name in names]),
         styles=np.array([icon_set.style for icon_set in ICON_SETS]),
+        captions=np.array(
+            [
+                "\n".join(wordings(name, ICON_SETS[style].style))
+                for name, style in zip(drawn_names, styles, strict=True)
+            ]
+        ),
     )
     write_atomic(card_file(target), (CARD.model_dump_json(indent=1) + "\n").encode())
     write_atomic(text, _card_text(target.name, size, len(images), len(names)).encode())
@@ -153,6 +162,17 @@ def _read_json(tarball: Path, name: str) -> dict[str, Any]:
         raise DataError(f"{tarball} is damaged or lacks {name}: delete it and run again") from None
 
 
+def _wordings(emoji: dict[str, Any], tarballs: Path) -> Wordings:
+    keywords = _read_json(_tarball(KEYWORDS, tarballs), "dist/emoji-en-US.json")
+    named = {
+        entry["slug"].replace("_", "-"): (character, entry["name"]) for character, entry in emoji.items()
+    }
+    return Wordings(
+        {name: spoken for name, (_, spoken) in named.items()},
+        {name: keywords.get(character, []) for name, (character, _) in named.items()},
+    )
+
+
 def _groups_by_name(emoji: dict[str, Any]) -> dict[str, str]:
     pairs: Iterator[tuple[str, str]] = (
         (entry["slug"].replace("_", "-"), entry["group"]) for entry in emoji.values()
@@ -181,6 +201,7 @@ def _card_text(file: str, size: int, pictures: int, names: int) -> str:
     return (
         f"# {file}\n\n{pictures:,} emoji pictures, {size}×{size} RGB on white: "
         f"{names:,} names, {len(ICON_SETS)} styles.\n"
-        "Flags and skin-tone variants are left out. Names and groups: unicode-emoji-json (MIT).\n\n"
+        "Flags and skin-tone variants are left out. Names and groups: unicode-emoji-json (MIT). "
+        "Captions: those names and the keywords of emojilib (MIT).\n\n"
         f"| style | package | licence | credit |\n|---|---|---|---|\n{rows}\n"
     )

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.data.fingerprint import fingerprint
+from ditserve.model.data.texts import Texts
 from ditserve.model.data.transforms import centre_crop
-from ditserve.model.nets.text import TextError, open_encoder
+from ditserve.model.nets.text import TextError
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.errors import ModelError
 
@@ -54,6 +55,7 @@ class Examples:
     held_out: npt.NDArray[np.bool_]
     captions: tuple[str, ...] = ()
     encoder: str | None = None
+    text_tokens: int = 0
     flip: bool = False
     licence: str | None = None
     attribution: tuple[str, ...] = ()
@@ -76,19 +78,16 @@ class Examples:
         )
 
     @cached_property
-    def text(self) -> npt.NDArray[np.float32] | None:
-        """Embeddings of the captions, (N, text_size), or None without an encoder.
-
-        Each distinct caption is encoded once, when this is first read.
+    def texts(self) -> Texts | None:
+        """The captions, encoded; None without an encoder. It is opened when this is first read.
 
         Raises:
             DataError: the encoder cannot be opened.
         """
         if self.encoder is None:
             return None
-        distinct, inverse = np.unique(np.array(self.captions), return_inverse=True)
         try:
-            return open_encoder(self.encoder).encode([str(caption) for caption in distinct])[inverse]
+            return Texts(self.captions, self.encoder, self.text_tokens)
         except TextError as error:
             raise DataError(f"field text: {error}") from None
 

@@ -14,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ from ditserve.model.data.labels import check_labels
 from ditserve.model.data.latents import INDEX, LatentIndex, LatentShard, Moments
 from ditserve.model.data.sources import card_file, common_size, read_source
 from ditserve.model.data.transforms import centre_crop
-from ditserve.model.nets.autoencoder import AutoencoderError, SdVae, fingerprint, open_autoencoder
+from ditserve.model.nets.autoencoder import autoencoder_kind, fingerprint, open_latent_autoencoder
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.output_folder import LATENTS, claim
 
@@ -105,7 +104,7 @@ def plan_extraction(
         raise DataError(f"{source} holds latents already")
     check_labels(pictures.catalogue, source)
     height, width = size or common_size(pictures)
-    factor = _downsampling(_open_vae(autoencoder))
+    factor = open_latent_autoencoder(autoencoder).factor
     if height % factor or width % factor:
         raise DataError(
             f"{source}: {height}×{width} does not divide by {factor}, as {autoencoder} needs: choose a size"
@@ -198,7 +197,7 @@ class EncoderWorker:
         if isinstance(source.data, Moments):
             raise DataError(f"{job.source} holds latents already")
         self.images, self.catalogue = source.data, source.catalogue
-        self.vae = _open_vae(job.autoencoder).to(job.settings.device)
+        self.vae = open_latent_autoencoder(job.autoencoder, device=job.settings.device)
 
     def make(self, number: int) -> FinishedShard:
         """Encode and write shard `number`."""
@@ -233,31 +232,18 @@ class EncoderWorker:
         self, pixels: list[npt.NDArray[np.uint8]]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Return mean and log-variance, float32 (n, 2, C, h, w) each: pictures and their mirror images."""
-        factor, settings = _downsampling(self.vae), self.job.settings
-        shape = 2, self.vae.config.latent_channels, self.job.size[0] // factor, self.job.size[1] // factor
+        settings, (height, width) = self.job.settings, self.job.size
+        shape = 2, self.vae.channels, height // self.vae.factor, width // self.vae.factor
         moments = np.zeros((2, len(pixels), *shape), np.float32)
         for start in range(0, len(pixels), settings.batch):
             planes = to_model_space(np.stack(pixels[start : start + settings.batch]))
             x = torch.from_numpy(planes).to(settings.device)  # (b, 3, H, W)
             for mirrored, view in enumerate((x, x.flip(-1))):
                 with torch.inference_mode():
-                    posterior = self.vae.encode(view).latent_dist
-                for target, moment in zip(moments, (posterior.mean, posterior.logvar), strict=True):
+                    encoded = self.vae.moments(view)
+                for target, moment in zip(moments, encoded, strict=True):
                     target[start : start + len(x), mirrored] = moment.float().cpu().numpy()
         return moments[0], moments[1]
-
-
-# Any: a diffusers AutoencoderKL has no types.
-def _open_vae(folder: Path) -> Any:
-    autoencoder = open_autoencoder("sd-vae", folder)
-    if not isinstance(autoencoder, SdVae):
-        raise AutoencoderError(f"{folder} is not an SD-VAE")
-    return autoencoder.vae
-
-
-def _downsampling(vae: Any) -> int:
-    """Return how many pixels a latent covers on a side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def write_index(job: Extraction) -> LatentIndex | None:
@@ -283,6 +269,7 @@ def write_index(job: Extraction) -> LatentIndex | None:
     source = read_source(job.source, check=None)
     index = LatentIndex(
         autoencoder=fingerprint(job.autoencoder),
+        decoder=autoencoder_kind(job.autoencoder),
         picture_size=job.size,
         size=(height, width),
         channels=channels,

@@ -70,12 +70,13 @@ def select_examples(
     groups: Sequence[str] = (),
     names: Sequence[str] = (),
     hold_out: float = 0.0,
+    crossed: bool = True,
     captioned: bool = False,
     left_out: LeftOut = LeftOut(),
 ) -> Examples:
     """Return the pictures of some groups and names, with classes numbered anew.
 
-    `groups` and `names` select their union; if both are empty, everything. If there are styles, only
+    `groups` and `names` select their union; if both are empty, everything. With `crossed`, only
     names drawn in every style are kept, so that the two factors cross. `hold_out` is the share kept
     from training, see `_held_out`. With `captioned`, every picture needs a caption. A single class is no
     factor: there is nothing to choose. Errors name `source`.
@@ -89,7 +90,7 @@ def select_examples(
         unknown = sorted(set(wanted) - set(known))
         if unknown:
             raise DataError(f"{source} has no {kind} {unknown[0]!r}")
-    classes = _select_classes(catalogue, groups, names)
+    classes = _select_classes(catalogue, groups, names, crossed=crossed)
     if catalogue.names and not classes:
         raise DataError(f"{source}: no class remains: none of those selected is there in every style")
     # Old class → new class, −1 for classes left out. A source without names has one class, 0.
@@ -149,7 +150,9 @@ def check_labels(catalogue: Catalogue, source: Path) -> None:
             )
 
 
-def _select_classes(catalogue: Catalogue, groups: Sequence[str], names: Sequence[str]) -> list[int]:
+def _select_classes(
+    catalogue: Catalogue, groups: Sequence[str], names: Sequence[str], *, crossed: bool
+) -> list[int]:
     drawn = np.zeros((len(catalogue.names), max(1, len(catalogue.styles))), bool)
     if catalogue.names:
         drawn[catalogue.y, catalogue.s] = True
@@ -158,7 +161,8 @@ def _select_classes(catalogue: Catalogue, groups: Sequence[str], names: Sequence
     return [
         k
         for k, (name, group) in enumerate(zip(catalogue.names, group_of, strict=True))
-        if drawn[k].all() and (everything or group in groups or name in names)
+        if (drawn[k].all() if crossed else drawn[k].any())
+        and (everything or group in groups or name in names)
     ]
 
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from ditserve.model.data.examples import DataError, Examples
 from ditserve.model.data.fingerprint import fingerprint
 from ditserve.model.data.labels import Catalogue, LeftOut
+from ditserve.model.spec.bundle import DecoderKind
 
 INDEX = "latents.json"
 
@@ -49,6 +50,8 @@ class LatentIndex(BaseModel):
     schema_version: Literal[1] = 1
     autoencoder: str
     """sha256 of its weights."""
+    decoder: DecoderKind = "sd-vae"
+    """The kind of autoencoder."""
     picture_size: tuple[int, int]
     size: tuple[int, int]
     channels: int

@@ -19,7 +19,7 @@ from ditserve.model.data.examples import DataError
 from ditserve.model.evaluation.features import FeatureNetwork, Features
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -146,14 +146,14 @@ def generate(
     Pixels are in [−1, 1], rounded to eight bits. Picture k has the seed `plan.seed` + k.
     """
     manifest, network = model.manifest, model.network
-    steps = grid(plan.grid, plan.steps, manifest.diffusion.timesteps)
-    table = step_table(plan.solver, steps, model.schedule)
+    levels = noise_levels(plan.grid, plan.steps, model.schedule)
+    table = step_table(plan.solver, levels, model.schedule)
     guidance = Guidance(
         plan.guidance_scale, plan.guidance_interval, channels=manifest.diffusion.guidance_channels
     )
     for start in range(0, len(rows), CHUNK):
         index = np.array(rows[start : start + CHUNK])
-        text = None if dataset.text is None else torch.from_numpy(dataset.text[index])
+        text = None if dataset.texts is None else torch.from_numpy(dataset.texts.draw(index))
         embedding = network.embed(torch.from_numpy(dataset.labels[index]), text)
         denoiser = Denoiser(network, model.schedule, Conditions((embedding,)), guidance)
         seeds = [plan.seed + start + k for k in range(len(index))]

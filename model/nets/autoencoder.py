@@ -1,6 +1,6 @@
 """Autoencoders, from pixels to what the network denoises and back.
 
-A pixel model has the identity, a latent model the SD-VAE.
+A pixel model has the identity. A latent model has an SD-VAE, or the small autoencoder of this project.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ditserve.model.spec.bundle import LatentSpec, Manifest, digest
+from ditserve.model.nets.small_autoencoder import DESCRIPTION, SmallAutoencoder, load_small_autoencoder
+from ditserve.model.spec.bundle import DecoderKind, LatentSpec, Manifest, digest
 from ditserve.model.spec.errors import ModelError
 
 # Latents of the SD-VAE are multiplied by this, so that their variance is about 1.
@@ -45,7 +48,55 @@ class Identity:
         return latents
 
 
-class SdVae:
+class LatentAutoencoder(ABC):
+    """An autoencoder whose latents have a mean and a variance, normalised as `spec` says.
+
+    `network` is the module, `channels` those of a latent, and `factor` the pixels that a latent covers on a
+    side.
+
+    Raises:
+        AutoencoderError: `spec` is for other channels.
+    """
+
+    def __init__(self, network: torch.nn.Module, channels: int, factor: int, spec: LatentSpec) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.channels, self.factor, self.spec = channels, factor, spec
+        if len(spec.shift) != channels or len(spec.scale) != channels:
+            raise AutoencoderError(
+                f"the autoencoder has {channels} latent channels, the model's latents {len(spec.shift)}"
+            )
+
+    @abstractmethod
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance (N, C, H/f, W/f) each of the latents of images, not normalised."""
+
+    @abstractmethod
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Return the images of latents that are not normalised."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return latents (N, C, H/f, W/f): a draw, or without a generator the mean."""
+        mean, log_variance = self.moments(images)
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            mean = mean + torch.exp(0.5 * log_variance) * noise
+        shift, scale = self._normalisation(mean)
+        return (mean - shift) / scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images (N, 3, f·h, f·w) of latents (N, C, h, w)."""
+        shift, scale = self._normalisation(latents)
+        return self.pixels(latents * scale + shift)
+
+    def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shift and the scale, each (C, 1, 1), with the dtype and on the device of `like`."""
+        shift, scale = like.new_tensor([self.spec.shift, self.spec.scale])[..., None, None]
+        return shift, scale
+
+
+class SdVae(LatentAutoencoder):
     """The autoencoder of Stable Diffusion (diffusers' AutoencoderKL): 4 channels, sides 8 times smaller.
 
     Latents are scaled by 0.18215, or shifted and scaled as `latents` says.
@@ -55,65 +106,70 @@ class SdVae:
     """
 
     def __init__(self, vae: Any, latents: LatentSpec | None = None, *, tile: int = 96) -> None:
-        self.vae = vae.eval().requires_grad_(False)
-        channels = vae.config.latent_channels
-        self.spec = latents or LatentSpec(shift=(0.0,) * channels, scale=(1 / SD_SCALE,) * channels)
-        if len(self.spec.shift) != channels or len(self.spec.scale) != channels:
-            raise AutoencoderError(
-                f"the autoencoder has {channels} latent channels, the model's latents {len(self.spec.shift)}"
-            )
+        channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+        spec = latents or LatentSpec(shift=(0.0,) * channels, scale=(1 / SD_SCALE,) * channels)
+        super().__init__(vae, channels, factor, spec)
+        self.vae = vae
         if tile:
-            factor = 2 ** (len(vae.config.block_out_channels) - 1)
             vae.enable_tiling()
             vae.tile_latent_min_size, vae.tile_sample_min_size = tile, tile * factor
 
-    @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return latents (N, 4, H/8, W/8): a draw from the posterior, or without a generator its mean."""
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(images).latent_dist
-        latents: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
-        shift, scale = self._normalisation(latents)
-        return (latents - shift) / scale
+        return posterior.mean, posterior.logvar
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the images (N, 3, 8h, 8w) of latents (N, 4, h, w)."""
-        shift, scale = self._normalisation(latents)
-        pixels: Tensor = self.vae.decode(latents * scale + shift, return_dict=False)[0]
+    def pixels(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self.vae.decode(latents, return_dict=False)[0]
         return pixels
 
-    def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the shift and the scale, each (C, 1, 1), with the dtype and on the device of `like`."""
-        shift, scale = like.new_tensor([self.spec.shift, self.spec.scale])[..., None, None]
-        return shift, scale
+
+class SmallVae(LatentAutoencoder):
+    """The small autoencoder of this project."""
+
+    def __init__(self, autoencoder: SmallAutoencoder, latents: LatentSpec | None = None) -> None:
+        config = autoencoder.config
+        channels = config.latent_channels
+        spec = latents or LatentSpec(shift=(0.0,) * channels, scale=(1.0,) * channels)
+        super().__init__(autoencoder, channels, config.factor, spec)
+        self.autoencoder = autoencoder
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.autoencoder.encode(images)
+        return mean, torch.full_like(mean, self.autoencoder.config.log_variance)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents)
 
 
-def open_autoencoder(
-    kind: str,
-    folder: Path | None = None,
-    latents: LatentSpec | None = None,
-    device: torch.device | str = "cpu",
-) -> Autoencoder:
-    """Open the autoencoder that a bundle names as its decoder.
-
-    `kind` is "identity", or "sd-vae", which is read from `folder` in diffusers' layout. `latents` is the
-    latent spec of the bundle.
-
-    Latents and pictures must be on `device`.
+def autoencoder_kind(folder: Path) -> DecoderKind:
+    """Return the kind of autoencoder that a folder holds, by the file that describes it.
 
     Raises:
-        AutoencoderError: an unknown kind, no folder or one too many, an unreadable one, channels other than
-            those of `latents`, or no diffusers.
+        AutoencoderError: it holds neither a small one nor an AutoencoderKL.
     """
-    if kind == "identity":
-        if folder is not None:
-            raise AutoencoderError(f"this model works on pixels and needs no {folder}: leave --vae out")
-        return Identity()
-    if kind != "sd-vae":
-        raise AutoencoderError(f"there is no decoder {kind!r} here: choose identity or sd-vae")
-    if folder is None:
-        raise AutoencoderError("this model works on latents: pass the folder of its SD-VAE with --vae")
+    if (folder / DESCRIPTION).is_file():
+        return "small"
     _check_class(folder)
+    return "sd-vae"
+
+
+def open_latent_autoencoder(
+    folder: Path, latents: LatentSpec | None = None, device: torch.device | str = "cpu"
+) -> LatentAutoencoder:
+    """Open the autoencoder in a folder: of diffusers' layout, or a small one.
+
+    `latents` is the latent spec of the bundle. Latents and pictures must be on `device`.
+
+    Raises:
+        AutoencoderError: an unreadable folder, channels other than those of `latents`, or no diffusers.
+    """
+    if autoencoder_kind(folder) == "small":
+        try:
+            return SmallVae(load_small_autoencoder(folder).to(device), latents)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise AutoencoderError(
+                f"{folder} cannot be read as a small autoencoder: {str(error).splitlines()[0]}"
+            ) from None
     try:
         network = importlib.import_module("diffusers").AutoencoderKL
         # low_cpu_mem_usage would need the package accelerate.
@@ -128,6 +184,30 @@ def open_autoencoder(
         raise AutoencoderError(
             f"{folder} cannot be read as an AutoencoderKL: {str(error).splitlines()[0]}"
         ) from None
+
+
+def open_autoencoder(
+    kind: DecoderKind,
+    folder: Path | None = None,
+    latents: LatentSpec | None = None,
+    device: torch.device | str = "cpu",
+) -> Autoencoder:
+    """Open the autoencoder that a bundle names as its decoder, from `folder` unless it is the identity.
+
+    Raises:
+        AutoencoderError: no folder, one too many, one of another kind, or as `open_latent_autoencoder`.
+    """
+    if kind == "identity":
+        if folder is not None:
+            raise AutoencoderError(f"this model works on pixels and needs no {folder}: leave --vae out")
+        return Identity()
+    if folder is None:
+        raise AutoencoderError("this model works on latents: pass the folder of its autoencoder with --vae")
+    if autoencoder_kind(folder) != kind:
+        raise AutoencoderError(
+            f"{folder} is not of the kind of the model's autoencoder ({kind}): pass its own"
+        )
+    return open_latent_autoencoder(folder, latents, device)
 
 
 def _check_class(folder: Path) -> None:
@@ -158,8 +238,8 @@ def open_decoder(manifest: Manifest, folder: Path | None, device: torch.device |
             that made the latents of the model's training.
     """
     decoder = open_autoencoder(manifest.decoder, folder, manifest.latents, device)
-    if isinstance(decoder, SdVae) and folder is not None:
-        channels, own = len(decoder.spec.shift), manifest.config.in_channels
+    if isinstance(decoder, LatentAutoencoder) and folder is not None:
+        channels, own = decoder.channels, manifest.config.in_channels
         if channels != own:
             raise AutoencoderError(
                 f"{folder} has {channels} latent channels, and the model {own}: pass its own"

@@ -19,22 +19,32 @@ Config = TypeVar("Config", bound=NetworkConfig)
 
 
 class ConditionEmbedder(nn.Module):
-    """The embedder of conditions: labels (N, F) int64 and text embeddings (N, text_size) → (N, D).
+    """The embedder of conditions: labels (N, F) int64 and texts (N, text_width) → (N, D) or (N, (1 + S)·D).
 
     Each label factor has a table whose last row is the null class. Text has a linear map, and a learned
     vector stands for no text. The parts are summed; `fusion` "mlp" adds a residual MLP over the sum.
+
+    A text is its embedding, of `text_size` numbers, and then as many for each of its S = `text_tokens`
+    tokens. Tokens that are not there are zeros. Their maps follow the embedding, and are zeros again.
     """
 
     def __init__(
-        self, classes: Sequence[int], hidden_size: int, *, text_size: int = 0, fusion: str = "sum"
+        self,
+        classes: Sequence[int],
+        hidden_size: int,
+        *,
+        text_size: int = 0,
+        text_tokens: int = 0,
+        fusion: str = "sum",
     ) -> None:
         super().__init__()
-        self.hidden_size, self.text_size = hidden_size, text_size
+        self.hidden_size, self.text_size, self.text_tokens = hidden_size, text_size, text_tokens
         self.tables = nn.ModuleList(nn.Embedding(count + 1, hidden_size) for count in classes)
         self.text: nn.Linear | None = None
         if text_size:
             self.text = nn.Linear(text_size, hidden_size)
             self.no_text = nn.Parameter(torch.zeros(hidden_size))
+        self.token = nn.Linear(text_size, hidden_size) if text_tokens else None
         self.fusion = (
             nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
             if fusion == "mlp"
@@ -42,12 +52,28 @@ class ConditionEmbedder(nn.Module):
         )
 
     def forward(self, labels: Tensor, text: Tensor | None = None) -> Tensor:
-        """Return the embeddings (N, D) of labels (N, F) and text (N, text_size); None means no text.
+        """Return the embeddings of labels (N, F) and text (N, text_width); None means no text.
 
         Raises:
-            ValueError: labels are not (N, F) whole numbers in 0..classes, or text is not (N, text_size).
+            ValueError: labels are not (N, F) whole numbers in 0..classes, or text is not (N, text_width).
         """
         self._check_labels(labels)
+        if self.token is None:
+            return self._sum(labels, text)
+        if text is None:
+            text = torch.zeros(len(labels), self.text_width, device=labels.device)
+        self._check_text(len(labels), text)
+        tokens = text[:, self.text_size :].unflatten(1, (self.text_tokens, self.text_size))  # (N, S, size)
+        given = (tokens != 0).any(dim=2, keepdim=True)  # (N, S, 1)
+        mapped = self.token(tokens.to(self.token.weight.dtype)) * given  # (N, S, D)
+        return torch.cat([self._sum(labels, text[:, : self.text_size]), mapped.flatten(1)], dim=1)
+
+    @property
+    def text_width(self) -> int:
+        """The numbers of a text: its embedding's and its tokens'."""
+        return self.text_size * (1 + self.text_tokens)
+
+    def _sum(self, labels: Tensor, text: Tensor | None) -> Tensor:
         parts = [table(labels[:, k]) for k, table in enumerate(self.tables)]  # F × (N, D)
         if self.text is not None:
             parts.append(self._text(len(labels), text))
@@ -78,12 +104,16 @@ class ConditionEmbedder(nn.Module):
                     f"{null} standing for none"
                 )
 
+    def _check_text(self, rows: int, text: Tensor) -> None:
+        if text.shape != (rows, self.text_width):
+            raise ValueError(f"text must be ({rows}, {self.text_width}), not {tuple(text.shape)}")
+
     def _text(self, rows: int, text: Tensor | None) -> Tensor:
         assert self.text is not None
         if text is None:
             return self.no_text.expand(rows, -1)
-        if text.shape != (rows, self.text_size):
-            raise ValueError(f"text must be ({rows}, {self.text_size}), not {tuple(text.shape)}")
+        if self.token is None:
+            self._check_text(rows, text)
         given = (text != 0).any(dim=1, keepdim=True)  # (N, 1)
         return torch.where(given, self.text(text.to(self.text.weight.dtype)), self.no_text)  # (N, D)
 

@@ -9,15 +9,17 @@ the backward pass. The network runs on torch's meta device, so nothing is comput
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditserve.model.nets.factory import Network, make_network
+from ditserve.model.nets.layers import Attention, CrossAttention
 from ditserve.model.spec.network_config import NetworkConfig
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, text
@@ -25,17 +27,29 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, te
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The cost of one row of a forward pass; bytes are those of fp32 activations."""
+    """The cost of one row of a forward pass; bytes are those of fp32 activations.
+
+    `attention_macs` are the products of queries, keys and values, and `convolution_macs` those of
+    convolutions, the patch embedding included. `tokens` is the longest sequence that attends; 0: none does.
+    """
 
     parameters: int
+    tokens: int
     conditioner_macs: int
     backbone_macs: int
+    attention_macs: int
+    convolution_macs: int
     inference_bytes: int
     training_bytes: int
 
     @property
     def macs(self) -> int:
         return self.conditioner_macs + self.backbone_macs
+
+    @property
+    def linear_macs(self) -> int:
+        """The multiply-adds of linear layers: all that are neither attention's nor of convolutions."""
+        return self.macs - self.attention_macs - self.convolution_macs
 
     @property
     def flops(self) -> int:
@@ -80,7 +94,9 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
     with torch.device("meta"):
         network = make_network(config)
         inputs = _example(config, size or config.image_size)
-        conditioner, backbone = macs(network, inputs)
+        sequences, remove = _record_sequences(network)
+        conditioner, backbone, convolution = _macs_by_part(network, inputs)
+        remove()
         given = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
         with _LiveBytes(given) as live, torch.no_grad():
             network(*inputs)
@@ -88,8 +104,11 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
     positions = getattr(network, "pos_embed", torch.empty(0)).numel()
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()) + positions,
+        tokens=max((queries for queries, _, _ in sequences), default=0),
         conditioner_macs=conditioner,
         backbone_macs=backbone,
+        attention_macs=sum(2 * queries * keys * width for queries, keys, width in sequences),
+        convolution_macs=convolution,
         inference_bytes=live.peak,
         training_bytes=training,
     )
@@ -97,17 +116,49 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
 
 def macs(network: Network, inputs: Inputs) -> tuple[int, int]:
     """Return the multiply-adds of the conditioner and the backbone for `inputs`, also on the meta device."""
+    conditioner, backbone, _ = _macs_by_part(network, inputs)
+    return conditioner, backbone
+
+
+def _macs_by_part(network: Network, inputs: Inputs) -> tuple[int, int, int]:
+    """Return the multiply-adds of the conditioner, of the backbone, and of the convolutions in both."""
     x, t, labels, text = inputs
     with FlopCounterMode(display=False) as conditioner, torch.no_grad():
         state = network.modulate(t, network.embed(labels, text))
     with FlopCounterMode(display=False) as backbone, torch.no_grad():
         network.backbone(x, state)
-    return conditioner.get_total_flops() // 2, backbone.get_total_flops() // 2
+    convolution = sum(
+        flops
+        for counter in (conditioner, backbone)
+        for operation, flops in counter.get_flop_counts()["Global"].items()
+        if "convolution" in str(operation)
+    )
+    return conditioner.get_total_flops() // 2, backbone.get_total_flops() // 2, convolution // 2
+
+
+def _record_sequences(network: Network) -> tuple[list[tuple[int, int, int]], Callable[[], None]]:
+    """Record (queries, keys, width) of every attention from now on. Return the list, and a way to end it."""
+    sequences: list[tuple[int, int, int]] = []
+
+    def record(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        # Cross-attention is given its keys' tokens as the second argument.
+        keys = arguments[1] if isinstance(module, CrossAttention) else arguments[0]
+        layer = cast(Attention | CrossAttention, module)
+        sequences.append((arguments[0].shape[1], keys.shape[1], layer.num_heads * layer.head_size))
+
+    layers = [layer for layer in network.modules() if isinstance(layer, Attention | CrossAttention)]
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return sequences, remove
 
 
 def _example(config: NetworkConfig, size: tuple[int, int]) -> Inputs:
     labels = torch.empty(1, len(config.classes), dtype=torch.int64)
-    text = torch.empty(1, config.text_size) if config.text_size else None
+    text = torch.empty(1, config.text_width) if config.text_size else None
     return torch.empty(1, config.in_channels, *size), torch.empty(1), labels, text
 
 

@@ -41,6 +41,8 @@ from ditserve.model.nets.layers import (
 from ditserve.model.spec.dit_config import MODULATIONS, BlockKind, DiTConfig
 
 Rotary = tuple[Tensor, Tensor] | None
+# Tokens (N, 1 + S, D) and the mask (N, 1, 1, 1 + S) of those that are there.
+Text = tuple[Tensor, Tensor]
 
 
 class Block(nn.Module):
@@ -52,21 +54,28 @@ class Block(nn.Module):
         d, width = config.hidden_size, config.heads_width
         self.attn = Attention(d, config.num_heads, width=width, qk_norm=config.qk_norm)
         self.mlp: nn.Module = (SwiGlu if config.swiglu else Mlp)(d, config.mlp_size)
-        if kind == "cross_attention":
-            self.cross = CrossAttention(d, config.num_heads, width=width)
+        if kind == "cross_attention" or config.text_tokens:
+            self.cross = CrossAttention(
+                d, config.num_heads, width=width, qk_norm=config.qk_norm and bool(config.text_tokens)
+            )
         if MODULATIONS[kind]:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, MODULATIONS[kind] * d))
 
-    def forward(self, h: Tensor, state: Tensor | None, rotary: Rotary = None) -> Tensor:
+    def forward(
+        self, h: Tensor, state: Tensor | None, rotary: Rotary = None, text: Text | None = None
+    ) -> Tensor:
         """Return the block's output: (N, T, D) → (N, T, D).
 
         `state` is the modulation (N, 6, D) of adaLN-Zero or (N, 4, D) of adaLN, or the condition tokens
         (N, 2, D) for cross-attention. An in-context block has None: its condition tokens are part of `h`.
+        A block of adaLN-Zero attends to `text`, if there is one, between its two halves.
         """
         if self.kind == "adaln_zero":
             parts = torch.split(cast(Tensor, state), 1, dim=1)
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts  # 6 × (N, 1, D)
             h = h + gate_a * self.attn(shift_and_scale(layer_norm(h), shift_a, scale_a), rotary)
+            if text is not None:
+                h = h + self.cross(layer_norm(h), *text)
             h = h + gate_m * self.mlp(shift_and_scale(layer_norm(h, self.mlp_norm_eps), shift_m, scale_m))
             return h
         if self.kind == "adaln":
@@ -135,8 +144,14 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, d)
         self.t_embedder = TimestepEmbedder(d, shift=config.frequency_shift)
         self.y_embedder = ConditionEmbedder(
-            config.classes, d, text_size=config.text_size, fusion=config.fusion
+            config.classes,
+            d,
+            text_size=config.text_size,
+            text_tokens=config.text_tokens,
+            fusion=config.fusion,
         )
+        # A token that every text has, so that no text leaves attention something to attend to.
+        self.first_token = nn.Parameter(torch.zeros(1, d)) if config.text_tokens else None
         self.layout = LayoutPath(config.tokens, config.layout_rank, d) if config.layout_rank else None
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.plan)
         self.final_layer = FinalLayer(config)
@@ -165,6 +180,8 @@ class DiT(nn.Module):
             nn.init.normal_(cast(nn.Embedding, table).weight, std=0.02)
         if self.y_embedder.text is not None:
             nn.init.normal_(self.y_embedder.no_text, std=0.02)
+        if self.first_token is not None:
+            nn.init.normal_(self.first_token, std=0.02)
         for index in (0, 2):
             nn.init.normal_(cast(nn.Linear, self.t_embedder.mlp[index]).weight, std=0.02)
         for layer in self._zeroed():
@@ -172,7 +189,7 @@ class DiT(nn.Module):
             nn.init.zeros_(cast(Tensor, layer.bias))
 
     def _zeroed(self) -> Iterator[nn.Linear | nn.Conv2d]:
-        """Yield the layers that start at zero: modulation, output, layout path, convolutional head."""
+        """Yield the layers that start at zero: modulation, output, layout path, convolutional head, text."""
         yield self.final_layer.linear
         modulated = [block for block in self.blocks if MODULATIONS[cast(Block, block).kind]]
         for module in (*modulated, *([self.final_layer] if self.config.adaptive_final else [])):
@@ -181,12 +198,15 @@ class DiT(nn.Module):
             yield self.layout.coefficients
         if self.head is not None:
             yield self.head.conv2
+        if self.config.text_tokens:
+            yield from (cast(Block, block).cross.proj for block in self.blocks)
 
     def embed(self, labels: Tensor, text: Tensor | None = None) -> Tensor:
-        """Return the condition embedding (N, D) of labels (N, F) int64, column k in 0..classes[k].
+        """Return the condition embedding (N, E) of labels (N, F) int64, column k in 0..classes[k].
 
-        Label classes[k] is that factor's null class: "not given". `text` (N, text_size) holds sentence
-        embeddings; a row of zeros, or None for the whole batch, means no text.
+        Label classes[k] is that factor's null class: "not given". `text` (N, text_width) holds sentence
+        embeddings, and then the tokens of the sentences if the model has `text_tokens`; a row of zeros, or
+        None for the whole batch, means no text.
 
         Raises:
             ValueError: labels or text of another shape, a label out of range, or text for a model that takes
@@ -195,7 +215,7 @@ class DiT(nn.Module):
         return cast(Tensor, self.y_embedder(labels, text))
 
     def modulate(self, timestep: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
-        """Return the condition state of timesteps (N,) and condition embeddings (N, D).
+        """Return the condition state of timesteps (N,) and condition embeddings (N, E).
 
         It has one tensor (N, *shape) for each entry of `config.state()`, in that order. It depends on nothing
         else, so rows with the same timestep and condition can share it.
@@ -204,6 +224,8 @@ class DiT(nn.Module):
             ValueError: not one timestep per embedding.
         """
         check_rows(timestep, embedding)
+        d = self.config.hidden_size
+        embedding, tokens = embedding[:, :d], embedding[:, d:]
         t = self.t_embedder(timestep)  # (N, D)
         c = t + embedding  # (N, D)
         state: list[Tensor] = []
@@ -219,6 +241,8 @@ class DiT(nn.Module):
             state.append(cast(Tensor, vectors).reshape(c.shape[0], 2, -1))  # (N, 2, D)
         if self.layout is not None:
             state.append(self.layout(F.silu(c)))  # (N, T, D)
+        if self.config.text_tokens:
+            state.append(tokens.unflatten(1, (self.config.text_tokens, d)))  # (N, S, D)
         return tuple(state)
 
     def backbone(self, x: Tensor, state: Sequence[Tensor]) -> Tensor:
@@ -237,12 +261,19 @@ class DiT(nn.Module):
         if "in_context" in self.config.plan:
             h = torch.cat([named["tokens"], h], dim=1)  # (N, 2 + T, D)
         rotary = self.rotary(rows, columns, h)
+        text = self._text(named["text"]) if self.config.text_tokens else None
         for index, block in enumerate(self.blocks):
-            h = block(h, named.get(f"block_{index}", named.get("tokens")), rotary)
+            h = block(h, named.get(f"block_{index}", named.get("tokens")), rotary, text)
         h = h[:, -rows * columns :] if "in_context" in self.config.plan else h  # (N, T, D)
         out = unpatchify(self.final_layer(h, named.get("final")), rows, columns, self.config.patch_size)
         # `out` is (N, C_out, H, W), or (N, head_channels, H, W) before the convolutional head.
         return out if self.head is None else cast(Tensor, self.head(x, out))
+
+    def _text(self, tokens: Tensor) -> Text:
+        """Return the tokens that blocks attend to, and the mask of those that are not padding."""
+        first = cast(Tensor, self.first_token).to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+        tokens = torch.cat([first, tokens], dim=1)  # (N, 1 + S, D)
+        return tokens, (tokens != 0).any(dim=2)[:, None, None, :]
 
     def forward(self, x: Tensor, timestep: Tensor, labels: Tensor, text: Tensor | None = None) -> Tensor:
         """Return the output (N, C_out, H, W) for `x` (N, C, H, W), timesteps (N,) and labels (N, F)."""

@@ -174,21 +174,26 @@ class CrossAttention(nn.Module):
     `width` W is the width of all heads together; it is D unless given.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, *, width: int | None = None) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, *, width: int | None = None, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         width = width or hidden_size
         self.num_heads, self.head_size = num_heads, width // num_heads
         self.q = nn.Linear(hidden_size, width)
         self.kv = nn.Linear(hidden_size, 2 * width)
         self.proj = nn.Linear(width, hidden_size)
+        self.q_norm = nn.LayerNorm(self.head_size, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_size, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, h: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend to the tokens that the mask (N, 1, 1, S) bool keeps; None: to all."""
         n, t, _ = h.shape
         q = self.q(h).reshape(n, t, self.num_heads, self.head_size).transpose(1, 2)  # (N, H, T, W/H)
         kv = self.kv(tokens).reshape(n, tokens.shape[1], 2, self.num_heads, self.head_size)
         kv = kv.permute(2, 0, 3, 1, 4)  # (2, N, H, S, W/H)
         k, v = (part.squeeze(0) for part in torch.split(kv, 1, dim=0))
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask)
         return cast(Tensor, self.proj(out.transpose(1, 2).flatten(2)))  # (N, T, D)
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.nets.text import open_encoder
 from ditserve.model.sampling.denoise import Conditions
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.bundle import Factor, Manifest
 from ditserve.model.spec.class_names import ClassNames, UnknownClassError
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.mixing import mix_embeddings
+from ditserve.model.spec.text_encoder import text_encoder_name
 
 Combine = Literal["linear", "spherical", "compose", "layers"]
 
@@ -64,7 +65,8 @@ def _class(factor: Factor, name: str | None) -> int | None:
         return ClassNames(factor).index(name)
     except UnknownClassError as error:
         near = ", ".join(error.suggestions)
-        raise SampleError(f"{error} Did you mean {near}?" if near else str(error)) from None
+        hint = f"; did you mean {near}?" if near else ""
+        raise SampleError(str(error).removesuffix(".") + hint) from None
 
 
 def label_tensor(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -> Tensor:
@@ -73,8 +75,19 @@ def label_tensor(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -
     return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), len(classes))
 
 
+def encoder_of(manifest: Manifest, terms: Sequence[PromptTerm], given: str | None) -> str:
+    """Return the name of the encoder of the terms' texts, `given` or the model's; "" if there is no text.
+
+    Raises:
+        BundleError: the model's is a class, which must be given.
+    """
+    if not any(term.text for term in terms):
+        return ""
+    return text_encoder_name(manifest, given, "--encoder")
+
+
 def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> list[Tensor]:
-    """Return one embedding (D,) per term. Sentences are encoded by the named text encoder.
+    """Return one embedding (E,) per term. Sentences are encoded by the named text encoder.
 
     Raises:
         SampleError: a sentence for a model that takes none, or an encoder of another width.
@@ -84,12 +97,12 @@ def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> li
     if any(term.text for term in terms):
         if not model.config.text_size:
             raise SampleError("this model takes no text: it was trained on labels alone")
-        opened = open_encoder(encoder)
+        opened = open_encoder(encoder, model.config.text_tokens)
         if opened.size != model.config.text_size:
             raise SampleError(
                 f"encoder {encoder} gives {opened.size} numbers, the model takes {model.config.text_size}"
             )
-        text = torch.from_numpy(opened.encode([term.text or "" for term in terms]))  # (N, text_size)
+        text = torch.from_numpy(opened.encode([term.text or "" for term in terms]))  # (N, text_width)
         text[[not term.text for term in terms]] = 0
     device = next(model.parameters()).device
     labels = label_tensor([term.labels for term in terms], model.config.classes)
@@ -99,7 +112,7 @@ def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> li
 def combine_conditions(
     embeddings: Sequence[Tensor], weights: Sequence[float], how: Combine, rows: int
 ) -> Conditions:
-    """Return the conditions of `rows` samples from one or more embeddings (D,) and their weights.
+    """Return the conditions of `rows` samples from one or more embeddings (E,) and their weights.
 
     "linear" and "spherical" mix the embeddings into one; "compose" and "layers" keep them apart, see
     `Conditions`.
@@ -112,9 +125,9 @@ def combine_conditions(
 def random_conditions(
     config: NetworkConfig, count: int, random: np.random.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw labels (count, F), and text embeddings (count, text_size) of length 1 as encoders give them.
+    """Draw labels (count, F), and texts (count, text_width); a model that takes no text has None.
 
-    A model that takes no text has None.
+    Their embeddings have length 1, as encoders give them, and their tokens a variance of 1.
     """
     columns = [random.integers(0, size, count) for size in config.classes]
     labels = torch.zeros(count, 0, dtype=torch.int64)
@@ -122,5 +135,6 @@ def random_conditions(
         labels = torch.from_numpy(np.stack(columns, axis=1))
     if not config.text_size:
         return labels, None
-    text = torch.from_numpy(random.standard_normal((count, config.text_size), dtype=np.float32))
-    return labels, text / text.norm(dim=1, keepdim=True)
+    text = torch.from_numpy(random.standard_normal((count, config.text_width), dtype=np.float32))
+    embedding, tokens = text[:, : config.text_size], text[:, config.text_size :]
+    return labels, torch.cat([embedding / embedding.norm(dim=1, keepdim=True), tokens], dim=1)

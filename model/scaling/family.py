@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ditserve.model.data.examples import DataError
 from ditserve.model.nets.cost import cost
-from ditserve.model.train.config import TrainConfig, load_config
+from ditserve.model.train.config import NetworkFields, TrainConfig, load_config
 from ditserve.model.train.dry_run import PASSES
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -26,16 +27,22 @@ class Family(BaseModel):
      "models": {"DiT-96": {"patch_size": 8, "hidden_size": 96, "depth": 4, "num_heads": 3},
                 "U-Net": {"network": "unet", "base_channels": 32, "multipliers": [1, 2, 2]}},
      "hold_outs": [0.03, 0.5],                shares of pairs kept from training: less data to learn from
-     "looks": 4}                              losses measured along a run: at flops, flops/2, flops/4, …
+     "looks": 4,                              losses measured along a run: at flops, flops/2, flops/4, …
+     "scale_lr": true}                        rates fall with the square root of the parameters
+
+    A network is given by its fields, or by the name of a published size such as "DiT-S/2". With `scale_lr`
+    the first network has the rate of the training configuration, and one with four times its parameters half
+    of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     train: Path
     set: tuple[str, ...] = ()
-    models: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    models: Annotated[dict[str, NetworkFields], Field(min_length=1)]
     flops: Positive
     looks: Annotated[int, Field(ge=1, le=12)] = 4
     hold_outs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    scale_lr: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,7 @@ def plan_runs(family: Family, data: Path | None, out: Path) -> Iterator[FamilyRu
     """
     base = load_config(family.train, family.set)
     hold_outs = family.hold_outs or (base.data.hold_out,)
+    first = 0  # parameters of the first network
     for hold_out in hold_outs:
         fields = {**base.data.model_dump(), "hold_out": hold_out, **({"path": data} if data else {})}
         for name, network in family.models.items():
@@ -83,10 +91,13 @@ def plan_runs(family: Family, data: Path | None, out: Path) -> Iterator[FamilyRu
                 raise DataError(
                     "hold_out keeps no pair from training, and the loss is measured on those: raise it"
                 )
-            run = FamilyRun(title, name, config, cost(config.network_config(dataset)).macs)
+            network_cost = cost(config.network_config(dataset))
+            first = first or network_cost.parameters
+            run = FamilyRun(title, name, config, network_cost.macs)
             steps = round(family.flops / run.step_flops)
             if steps < 2 ** (family.looks - 1):
                 raise ValueError(
                     f"{family.flops:g} flops are {steps} steps of {name}: raise flops or lower looks"
                 )
-            yield replace(run, config=config.model_copy(update={"steps": steps}))
+            rate = base.lr * (math.sqrt(first / network_cost.parameters) if family.scale_lr else 1.0)
+            yield replace(run, config=config.model_copy(update={"steps": steps, "lr": rate}))

@@ -39,6 +39,7 @@ class DiTConfig:
         blocks           one kind for all blocks, or one kind per block
         classes          the number of classes of each label factor k; index classes[k] is its null class
         text_size        the width of text embeddings; 0: the model takes no text
+        text_tokens      the tokens of a text that every block attends to; 0: its embedding alone
         layout_rank      the rank of a bias that the condition gives to every token; 0: none
         head_channels    the channels handed to a small convolution at the end; 0: none
         frequency_shift  1 for diffusers' timestep frequencies (k/127), 0 for the published ones (k/128)
@@ -66,6 +67,7 @@ class DiTConfig:
     blocks: tuple[BlockKind, ...] = ("adaln_zero",)
     classes: tuple[int, ...] = (1000,)
     text_size: int = 0
+    text_tokens: int = 0
     fusion: Fusion = "sum"
     learn_sigma: bool = True
     qk_norm: bool = False
@@ -126,6 +128,12 @@ class DiTConfig:
 
     def _check_conditions(self) -> None:
         check_conditions(self.classes, self.text_size, self.fusion)
+        if not isinstance(self.text_tokens, int) or self.text_tokens < 0:
+            raise ValueError(f"text_tokens must be 0 or positive, not {self.text_tokens!r}")
+        if self.text_tokens and not self.text_size:
+            raise ValueError("text_tokens needs text_size, the width of a token")
+        if self.text_tokens and set(self.plan) != {"adaln_zero"}:
+            raise ValueError("text_tokens is for blocks of the kind adaln_zero alone: change blocks")
         if not isinstance(self.layout_rank, int) or self.layout_rank < 0:
             raise ValueError(f"layout_rank must be 0 (no layout path) or positive, not {self.layout_rank}")
 
@@ -192,6 +200,16 @@ class DiTConfig:
         """True if the final layer is modulated: with adaLN. The other kinds take the condition as tokens."""
         return MODULATIONS[self.plan[-1]] > 0
 
+    @property
+    def text_width(self) -> int:
+        """The numbers that encode a text: its embedding and then its tokens, `text_size` each."""
+        return self.text_size * (1 + self.text_tokens)
+
+    @property
+    def embedding_size(self) -> int:
+        """The numbers of a condition embedding: the condition's own, and then those of its text tokens."""
+        return self.hidden_size * (1 + self.text_tokens)
+
     def state(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Return the condition state: (name, shape without batch) of every tensor handed to the backbone."""
         tensors: list[tuple[str, tuple[int, ...]]] = []
@@ -204,6 +222,8 @@ class DiTConfig:
             tensors.append(("final", (2, self.hidden_size)))
         if self.layout_rank:
             tensors.append(("layout", (self.tokens, self.hidden_size)))
+        if self.text_tokens:
+            tensors.append(("text", (self.text_tokens, self.hidden_size)))
         return tuple(tensors)
 
 

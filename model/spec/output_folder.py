@@ -25,9 +25,11 @@ MARKER = ".ditserve"
 BUNDLE, RUN, EVALUATION = "bundle", "training run", "report of an evaluation"
 LATENTS, SCALING, CLASSIFIER = "set of latents", "scaling study", "classifier"
 DIFFUSERS, ENGINES = "diffusers model", "set of engines"
+AUTOENCODER_RUN = "autoencoder's training run"
 # Kind of folder → the file that describes it, and fields that tell this file from others of its name. A
 # folder is of the first kind that fits.
 KINDS: dict[str, tuple[str, frozenset[str]]] = {
+    AUTOENCODER_RUN: ("config.json", frozenset({"data", "output", "steps", "autoencoder"})),
     RUN: ("config.json", frozenset({"data", "output", "steps"})),
     BUNDLE: (MANIFEST, frozenset({"schema_version", "config", "diffusion"})),
     LATENTS: ("latents.json", frozenset({"schema_version", "autoencoder", "shards"})),

@@ -92,6 +92,21 @@ class UNetConfig:
         return 4 * self.base_channels
 
     @property
+    def embedding_size(self) -> int:
+        """The numbers of a condition embedding."""
+        return self.hidden_size
+
+    @property
+    def text_tokens(self) -> int:
+        """The tokens of a text that the network attends to: none, it takes the text's embedding."""
+        return 0
+
+    @property
+    def text_width(self) -> int:
+        """The numbers that encode a text."""
+        return self.text_size
+
+    @property
     def out_channels(self) -> int:
         """The channels of the output: twice those of the input if the variance is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)

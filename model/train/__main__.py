@@ -1,6 +1,7 @@
-"""`python -m model.train --config run.json`: train a network, with exact resume.
+"""`python -m model.train --data FOLDER` or `--config run.json`: train a network, with exact resume.
 
-On several GPUs or machines, as `parallel` of the configuration says: torchrun --nproc-per-node 8 -m
+With `--data` alone the recipe follows from the pictures and this machine (`model.train.recipe`). On several
+GPUs or machines, as `parallel` of the configuration says: torchrun --nproc-per-node 8 -m
 model.train --config run.json
 """
 
@@ -9,18 +10,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
+from rich.console import Console
 
 from ditserve.model.distributed.processes import World, join_processes
 from ditserve.model.spec.command_line import guarded, named_path
 from ditserve.model.spec.output_folder import RUN, check_folder
-from ditserve.model.train.config import first_mistake, load_config
+from ditserve.model.train.config import TrainConfig, first_mistake
 from ditserve.model.train.dry_run import estimate_stages, format_estimate
+from ditserve.model.train.recipe import recipe_table, run_fields
 from ditserve.model.train.trainer import Trainer
 from ditserve.model.train.training import train
 
@@ -51,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     """
     flags = [f"{field}={value}" for field in FLAGS if (value := getattr(options, field)) is not None]
     try:
-        config = load_config(options.config, [*options.set, *flags])
+        config = _configuration(options, [*options.set, *flags])
         torch.set_num_threads(config.threads or torch.get_num_threads())
         with join_processes(config.device) as world, _first_prints(world):
             if not options.dry_run:
@@ -66,10 +71,29 @@ def run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from the last checkpoint") from None
     except ValidationError as error:
-        raise ValueError(f"{options.config}: {first_mistake(error)}") from None
+        raise ValueError(f"{options.config or options.data}: {first_mistake(error)}") from None
     except OSError as error:
         place = error.filename or "the output folder"
         raise ValueError(f"{place} cannot be used: {error.strerror or error}") from None
+
+
+def _configuration(options: argparse.Namespace, overrides: Sequence[str]) -> TrainConfig:
+    """Return the run that the command line describes; print what was chosen for it."""
+    if options.config is None and options.data is None:
+        raise ValueError("say what to train on: --data FOLDER, or a run's --config FILE")
+    fields, choices = run_fields(options.config, options.data, overrides)
+    if choices:
+        if dist.is_torchelastic_launched():
+            raise ValueError(
+                "a recipe is chosen by one process: start the run without torchrun, stop it, and go on with "
+                f"--config {Path(fields['output']) / 'config.json'}"
+            )
+        Console().print(recipe_table(choices))
+    elif "data" not in fields:
+        raise ValueError(f"{options.config} names no data: say what to train on with --data")
+    elif options.config is None:
+        print(f"{fields['output']} is there already: it goes on with its own recipe, its config.json")
+    return TrainConfig.model_validate(fields)
 
 
 @contextmanager
@@ -84,8 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         type=named_path,
-        required=True,
         help="JSON with the fields of TrainConfig (model/train/config.py)",
+    )
+    parser.add_argument(
+        "--data",
+        type=named_path,
+        help="pictures to train on: a folder, .npz, .tar or latents; what --config leaves open is chosen",
     )
     for field, keywords in FLAGS.items():
         parser.add_argument(f"--{field}", **keywords)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,15 +13,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ditserve.model.data.dataset import DataConfig, Dataset, NamedPath
 from ditserve.model.distributed.processes import ParallelSpec
-from ditserve.model.spec.bundle import DiffusionSpec
 from ditserve.model.spec.diffusion import Prediction
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.network_config import NetworkConfig, network_config
 from ditserve.model.train.distillation.config import DistillationConfig, ProgressiveDistillationConfig
-from ditserve.model.train.loss import TimestepSampling
+from ditserve.model.train.loss import LevelSampling, TrainingNoise, training_noise
 
 
 def _tuple(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else (value,)
+
+
+def _named_network(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
 
 
 def _pair(value: Any) -> Any:
@@ -35,6 +40,8 @@ Decays = Annotated[
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Precision = Literal["fp32", "bf16", "fp16"]
+# The fields of a network as `network_config` reads them, or the name of a published size such as "DiT-S/2".
+NetworkFields = Annotated[dict[str, Any], BeforeValidator(_named_network)]
 # A batch draws from 1,000,003 · (seed + 2³² · roll-backs) + step, which must stay below 2⁶³.
 MAX_SEED = 2**40
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -55,7 +62,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     data: DataConfig
     output: NamedPath
-    model: dict[str, Any]
+    model: NetworkFields
     diffusion: DiffusionSpec
     init: NamedPath | None = None
     """A bundle or a run to start from: weights where they fit, classes by name."""
@@ -70,6 +77,8 @@ class TrainConfig(BaseModel):
     """Micro-batches that a batch is split into to save memory; the gradient is that of the whole."""
 
     lr: Positive = 1e-3
+    min_lr: Weight = 0.0
+    """The rate that a falling `schedule` ends at."""
     betas: tuple[Rate, Rate] = (0.9, 0.99)
     weight_decay: Weight = 0.0
     schedule: Literal["constant", "cosine", "wsd"] = "wsd"
@@ -95,9 +104,12 @@ class TrainConfig(BaseModel):
     loss_space: Prediction | None = None
     """The quantity whose squared error is the loss, whatever the network predicts.
 
-    None: epsilon if the network predicts epsilon, else v."""
+    None: epsilon if the network predicts epsilon, flow if the noise is that of a flow, else v."""
     loss_cap: Positive | None = None
-    """Largest weight of the squared x_0 error; in the space of epsilon, this is the gamma of Min-SNR."""
+    """Largest weight of the squared x_0 error; in the space of epsilon, this is the gamma of Min-SNR.
+
+    None: no limit, but 400 where a flow's network predicts x0: the velocity loss divides by sigma², here by
+    at least 0.05² (arXiv:2511.13720, §4)."""
     loss_floor: Weight = 0.0
     """Least weight of the squared x_0 error; 1 in the space of epsilon is truncated SNR (see loss.py)."""
     distillation: DistillationConfig | None = None
@@ -106,9 +118,12 @@ class TrainConfig(BaseModel):
     """Weight of the bound that trains a learned variance; the default is of arXiv:2102.09672, eq. 16."""
     embedding_l2: Weight = 0.0
     """Weight of the squared condition embedding."""
-    timesteps: TimestepSampling = "uniform"
+    timesteps: LevelSampling = "uniform"
+    """The law by which the noise levels of a batch are drawn, of a flow too."""
     logit_mean: float = 0.0
     logit_std: Positive = 1.0
+    noise_shift: Positive = 1.0
+    """Shift s of the drawn levels, u to s · u / (1 + (s − 1) · u): above 1 to the noisy side."""
 
     precision: Precision = "fp32"
     checkpoint_blocks: bool = False
@@ -129,7 +144,7 @@ class TrainConfig(BaseModel):
     """Number of checkpoints to keep."""
     sheet_every: Count = 400
     vae: NamedPath | None = None
-    """Folder of the SD-VAE that decodes the sample sheets of a run on latents; None: no sheets."""
+    """Folder of the autoencoder that decodes the sample sheets of a run on latents; None: no sheets."""
     log_every: Count = 20
     tensorboard: bool = False
 
@@ -148,6 +163,8 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"accumulate {self.accumulate} cuts a batch of {self.batch} into more pieces than pictures"
             )
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: lower it")
         if self.loss_cap is not None and self.loss_floor > self.loss_cap:
             raise ValueError(f"loss_floor {self.loss_floor:g} is above loss_cap {self.loss_cap:g}: lower it")
         if self.stages and self.distillation:
@@ -181,7 +198,18 @@ class TrainConfig(BaseModel):
     @property
     def space(self) -> Prediction:
         """The quantity whose squared error is the loss: `loss_space`, or its default."""
-        return self.loss_space or ("epsilon" if self.diffusion.prediction == "epsilon" else "v")
+        return self.training_noise.space
+
+    @property
+    def training_noise(self) -> TrainingNoise:
+        """The noise that is trained on, with the weight of the error at each level."""
+        return training_noise(
+            self.diffusion.noise_schedule(),
+            space=self.loss_space,
+            cap=self.loss_cap,
+            floor=self.loss_floor,
+            device=self.device,
+        )
 
     def open_dataset(self, path: Path | None = None) -> Dataset:
         """Open the data, at `path` if it has moved.
@@ -211,10 +239,11 @@ class TrainConfig(BaseModel):
             ValueError: a configuration that cannot work.
         """
         sizes = [size for _, size in self.stage_sizes(dataset)]
-        fields = {
+        fields: dict[str, Any] = {
             "learn_sigma": self.diffusion.learn_sigma,
             "in_channels": dataset.channels,
-            **({} if dataset.text is None else {"text_size": dataset.text.shape[1]}),
+            **({} if dataset.texts is None else {"text_size": dataset.texts.size}),
+            **({"text_tokens": self.data.text_tokens} if self.data.text_tokens else {}),
         }
         for field, value in fields.items():
             if self.model.get(field, value) != value:
@@ -240,18 +269,39 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ValueError: it is not JSON, or an override has no "=".
         ValidationError: a wrong or unknown field.
     """
+    return TrainConfig.model_validate(set_fields(read_fields(file), overrides))
+
+
+def read_fields(file: Path) -> dict[str, Any]:
+    """Return the fields in a JSON file of a run, unchecked.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not hold a JSON object.
+    """
     try:
         data = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold a JSON object")
+    return data
+
+
+def set_fields(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return `data` with `key=value` overrides set in it; "network" is another name of the field `model`.
+
+    Raises:
+        ValueError: an override has no "=", or names a field of a value that has none.
+    """
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"--set {override}: write KEY=VALUE")
-        *parents, last = key.split(".")
+        *parents, last = re.sub(r"^network\b", "model", key).split(".")
         section = data
+        if parents == ["model"]:
+            data["model"] = _named_network(data.get("model", {}))
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
@@ -260,7 +310,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             section[last] = json.loads(value)
         except ValueError:
             section[last] = value
-    return TrainConfig.model_validate(data)
+    return data
 
 
 def first_mistake(error: ValidationError) -> str:

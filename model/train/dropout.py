@@ -40,7 +40,7 @@ class ConditionDropout:
     def apply(
         self, labels: Tensor, text: Tensor | None, network: NetworkConfig, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """Return labels (N, F) and text (N, text_size) after dropout.
+        """Return labels (N, F) and text (N, text_width) after dropout.
 
         With a joint rate of 0 the generator draws no more than it did before there was one.
         """
@@ -71,7 +71,7 @@ def condition_dropout(config: TrainConfig, dataset: Dataset) -> ConditionDropout
             f"label_dropout has {len(labels)} rates, but the data has {count} factors ({names}): "
             "give one, or one each"
         )
-    text = None if dataset.text is None else config.text_dropout
+    text = None if dataset.texts is None else config.text_dropout
     joint = config.joint_dropout
     return ConditionDropout(labels, text, _joint(_rates(labels, text)) if joint is None else joint)
 

@@ -17,12 +17,14 @@ from ditserve.model.nets.cost import cost
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import label_tensor
 from ditserve.model.sampling.sheet import sheet_labels, to_pixels
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.load import SHEET_STEPS, run_defaults
 from ditserve.model.train.trainer import Trainer
 
+# Operations of a step that is timed, at most: of a large batch, some rows are.
+PROBE_FLOPS = {"cpu": 3e11, "cuda": 1e14}
 # Cost of a training step in forward passes: a backward pass costs two. Recomputed blocks cost one more.
 PASSES = 3
 
@@ -64,7 +66,8 @@ class StageCost:
 def estimate_stages(trainer: Trainer, probe: int = 3) -> Iterator[StageCost]:
     """Train `probe` steps of every stage, after one to warm up. Yield the cost of each stage.
 
-    The trainer cannot be used afterwards.
+    Of a batch that costs more than `PROBE_FLOPS` some rows are trained on. The trainer cannot be used
+    afterwards.
 
     Raises:
         ValueError: a configuration that cannot work.
@@ -72,25 +75,28 @@ def estimate_stages(trainer: Trainer, probe: int = 3) -> Iterator[StageCost]:
     config, state = trainer.config, trainer.state
     begin = 0
     for end, data in trainer.source.stages:
+        macs, objective = cost(trainer.network_config, data.size).macs, trainer.objective
+        teacher_macs = 0
+        if objective is not None:
+            passes = objective.teacher_calls * (2 if objective.teacher.guided else 1)
+            teacher_macs = passes * cost(objective.teacher.network.config, data.size).macs
+        row_flops = 2 * (macs * (PASSES + config.checkpoint_blocks) + teacher_macs)
+        rows = max(1, min(config.batch, int(PROBE_FLOPS[config.device] // row_flops)))
+        trainer.source.rows = range(rows)
         state.step = begin
         trainer.close()
         trainer.step()
         start = time.perf_counter()
         for _ in range(probe):
             trainer.step()
-        rate = probe * config.batch / (time.perf_counter() - start)
+        rate = probe * rows / (time.perf_counter() - start)
         state.step = begin
         trainer.close()
-        macs, objective = cost(trainer.network_config, data.size).macs, trainer.objective
-        teacher_macs = 0
-        if objective is not None:
-            passes = objective.teacher_calls * (2 if objective.teacher.guided else 1)
-            teacher_macs = passes * cost(objective.teacher.network.config, data.size).macs
         yield StageCost(
             size=data.size,
             steps=end - begin,
             macs=macs,
-            step_flops=2 * config.batch * (macs * (PASSES + config.checkpoint_blocks) + teacher_macs),
+            step_flops=config.batch * row_flops,
             images_per_s=rate,
             seconds=(end - begin) * config.batch / rate,
             memory=estimate_memory(trainer),
@@ -100,10 +106,11 @@ def estimate_stages(trainer: Trainer, probe: int = 3) -> Iterator[StageCost]:
 
 
 def estimate_memory(trainer: Trainer) -> MemoryEstimate:
-    """Return the memory of the current stage; activations are measured on the first micro-batch."""
+    """Return the memory of the current stage; activations are measured on rows of the first micro-batch."""
     state, config = trainer.state, trainer.config
     weights = byte_count(state.model.parameters())
-    piece = next(trainer.next_batch().split(config.accumulate)).to(config.device)
+    whole = -(-config.batch // config.accumulate)
+    piece = trainer.next_batch()[:whole].to(config.device)
     return MemoryEstimate(
         weights=weights,
         teacher=byte_count(trainer.objective.teacher.network.parameters()) if trainer.objective else 0,
@@ -112,7 +119,7 @@ def estimate_memory(trainer: Trainer) -> MemoryEstimate:
             tensor for tensors in state.optimizer.state.values() for tensor in tensors.values()
         ),
         averages=sum(byte_count(average.values()) for average in state.ema.averages.values()),
-        activations=_activation_bytes(trainer, piece),
+        activations=_activation_bytes(trainer, piece) * whole // len(piece),
     )
 
 
@@ -157,7 +164,8 @@ def rehearse_sampling(trainer: Trainer) -> None:
     )
     denoiser = Denoiser(network, trainer.schedule, conditions, guidance)
     for solver, steps in (("ddim", min(SHEET_STEPS, defaults.steps)), (defaults.solver, defaults.steps)):
-        table = step_table(solver, grid(defaults.grid, steps, trainer.schedule.timesteps), trainer.schedule)
+        levels = noise_levels(defaults.grid, steps, trainer.schedule)
+        table = step_table(solver, levels, trainer.schedule)
         x0 = next(denoise(denoiser, table, [config.seed], clip_x0=config.diffusion.clip_x0))
         if trainer.decoder is not None:
             to_pixels(trainer.decoder.decode(x0))

@@ -23,6 +23,7 @@ CHANGEABLE = frozenset(
         "init",
         "steps",
         "lr",
+        "min_lr",
         "schedule",
         "warmup",
         "decay",

@@ -25,6 +25,7 @@ from ditserve.model.spec.bundle import (
     StateTensor,
 )
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.grids import even_grid
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.checkpoint import checkpoints, step_of
 from ditserve.model.train.config import TrainConfig, first_mistake, load_config
@@ -146,7 +147,10 @@ def run_defaults(config: TrainConfig, dataset: Dataset, step: int) -> Defaults:
     They have no more steps than the model has timesteps, and no guidance where no row trains the
     unconditional prediction.
     """
-    changes: dict[str, Any] = {"steps": min(DEFAULTS.steps, config.diffusion.timesteps)}
+    changes: dict[str, Any] = {
+        "steps": min(DEFAULTS.steps, config.diffusion.timesteps),
+        "grid": even_grid(config.diffusion.noise_schedule()),
+    }
     if not condition_dropout(config, dataset).unconditional:
         changes["guidance_scale"] = 1.0
     if config.distillation:
@@ -189,9 +193,9 @@ def describe_run(
         config=shape,
         diffusion=config.diffusion,
         factors=dataset.factors,
-        decoder="sd-vae" if latents else "identity",
+        decoder=dataset.moments.index.decoder if isinstance(dataset, Latents) else "identity",
         latents=latents,
-        embedding_size=shape.hidden_size,
+        embedding_size=shape.embedding_size,
         state=tuple(StateTensor(name=tensor, shape=dims) for tensor, dims in shape.state()),
         defaults=run_defaults(config, dataset, step),
         licence=dataset.licence or "unspecified",
@@ -211,5 +215,7 @@ def open_sheet_decoder(manifest: Manifest, vae: Path | None, device: str = "cpu"
 
 def _latent_spec(dataset: Latents) -> LatentSpec:
     return LatentSpec(
-        shift=tuple(dataset.shift.flatten().tolist()), scale=tuple(dataset.scale.flatten().tolist())
+        shift=tuple(dataset.shift.flatten().tolist()),
+        scale=tuple(dataset.scale.flatten().tolist()),
+        factor=dataset.moments.index.picture_size[0] // dataset.moments.index.size[0],
     )

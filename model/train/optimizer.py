@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,7 +18,28 @@ from ditserve.model.train.distillation.config import ProgressiveDistillationConf
 HALF_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+class Course(Protocol):
+    """The course of a run: its length, its learning rate, and AdamW's constants. See `TrainConfig`."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def min_lr(self) -> float: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def decay(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, ...]: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def make_optimizer(network: nn.Module, config: Course) -> torch.optim.AdamW:
     """Make fused AdamW (Loshchilov & Hutter, arXiv:1711.05101) with two groups of parameters.
 
     Matrices decay. The rest does not: biases, norms, and embeddings of labels, of positions and of "no text".
@@ -31,38 +53,45 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Return the rate of step 0..steps−1: linear warm-up to `lr`, then as `schedule` says.
 
-    "constant" stays; "cosine" falls to zero at the end (Loshchilov & Hutter, arXiv:1608.03983); "wsd" stays,
-    then falls linearly to zero over the last `decay` of the steps (warm-up, stable, decay: Hu et al.,
-    arXiv:2404.06395). With "wsd", 100 steps, `warmup` 10 and `decay` 0.2, the rate is 0.1·lr at step 0, lr
-    from step 9 to 80, and 0.5·lr at step 90. Each round of a progressive distillation has this course of its
-    own.
+    "constant" stays; "cosine" falls to `min_lr` at the end (Loshchilov & Hutter, arXiv:1608.03983); "wsd"
+    stays, then falls linearly to `min_lr` over the last `decay` of the steps (warm-up, stable, decay: Hu et
+    al., arXiv:2404.06395). With "wsd", 100 steps, `warmup` 10, `decay` 0.2 and `min_lr` 0, the rate is 0.1·lr
+    at step 0, lr from step 9 to 80, and 0.5·lr at step 90. Each round of a progressive distillation has this
+    course of its own.
     """
     if isinstance(config.distillation, ProgressiveDistillationConfig):
         step, steps = config.distillation.position(step, config.steps)
         config = config.model_copy(update={"steps": steps})
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup), SCHEDULES[config.schedule](config, step))
+    return scheduled_rate(config, step)
 
 
-def _constant(config: TrainConfig, step: int) -> float:
+def scheduled_rate(config: Course, step: int) -> float:
+    """Return the rate of step 0..steps−1 of a run without rounds, see `learning_rate`."""
+    share = min(1.0, SCHEDULES[config.schedule](config, step))
+    warm = config.lr * ((step + 1) / max(1, config.warmup))
+    return min(warm, config.min_lr + (config.lr - config.min_lr) * share)
+
+
+def _constant(config: Course, step: int) -> float:
     return 1.0
 
 
-def _cosine(config: TrainConfig, step: int) -> float:
+def _cosine(config: Course, step: int) -> float:
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return 0.5 * (1.0 + math.cos(math.pi * max(0.0, progress)))
 
 
-def _wsd(config: TrainConfig, step: int) -> float:
+def _wsd(config: Course, step: int) -> float:
     return (config.steps - step) / max(1.0, config.decay * config.steps)
 
 
-SCHEDULES: dict[str, Callable[[TrainConfig, int], float]] = {
+SCHEDULES: dict[str, Callable[[Course, int], float]] = {
     "constant": _constant,
     "cosine": _cosine,
     "wsd": _wsd,

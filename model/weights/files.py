@@ -16,7 +16,6 @@ from ditserve.model.spec.bundle import (
     WEIGHTS,
     Bundle,
     Defaults,
-    DiffusionSpec,
     Factor,
     Manifest,
     StateTensor,
@@ -24,6 +23,7 @@ from ditserve.model.spec.bundle import (
     write_atomic,
     write_manifest,
 )
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.output_folder import BUNDLE, DIFFUSERS, check_new_file, replacement
 from ditserve.model.weights.diffusers import to_diffusers
@@ -74,7 +74,7 @@ def write_bundle(
             ),
             factors=(Factor(name="label", classes=names),),
             decoder="sd-vae" if config.in_channels == 4 else "identity",
-            embedding_size=config.hidden_size,
+            embedding_size=config.embedding_size,
             state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
             defaults=DEFAULTS,
             licence=licence,

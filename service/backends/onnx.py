@@ -50,8 +50,8 @@ class AuxiliaryGraphs:
     ) -> None:
         manifest = bundle.manifest
         self._factors = [factor.name for factor in manifest.factors]
-        self._embedding_size, self._text_size = manifest.embedding_size, manifest.config.text_size
-        conditional = bool(self._factors or self._text_size)
+        self._embedding_size, self._text_width = manifest.embedding_size, manifest.config.text_width
+        conditional = bool(self._factors or self._text_width)
         self._embedder = open_session(bundle, "embedder.onnx", options) if conditional else None
         self._conditioner = open_session(
             bundle, "conditioner.onnx", options, provider_entries(bundle, "fp32", providers)
@@ -64,7 +64,7 @@ class AuxiliaryGraphs:
         self.capture_lock = Lock()
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
-        """Return embeddings (B, E) of class indices (B, F) and of sentence encodings (B, text_size).
+        """Return embeddings (B, E) of class indices (B, F) and of sentence encodings (B, text_width).
 
         A row of zeros stands for no text, and so does None.
         """
@@ -73,8 +73,8 @@ class AuxiliaryGraphs:
         inputs: dict[str, npt.NDArray[Any]] = {
             name: np.ascontiguousarray(labels[:, k]) for k, name in enumerate(self._factors)
         }
-        if self._text_size:
-            inputs["text"] = np.zeros((len(labels), self._text_size), np.float32) if text is None else text
+        if self._text_width:
+            inputs["text"] = np.zeros((len(labels), self._text_width), np.float32) if text is None else text
         return run_session(self._embedder, ["embedding"], inputs)[0]
 
     def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:

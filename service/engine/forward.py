@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ditserve.model.spec.diffusion import guided
+from ditserve.model.spec.guidance import guided
+from ditserve.model.spec.solvers import learned_log_variance
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput
 from ditserve.service.engine.groups import Group
@@ -32,18 +33,23 @@ class Stepped(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The guided network output (n, C, H, W) for n samples whose latents were gathered from one pool."""
+    """The guided network output (n, C, H, W) for n samples whose latents were gathered from one pool.
+
+    `deviation` is that of the noise in their steps, (n, 1, 1, 1) or (n, C, H, W).
+    """
 
     gathered: Gathered
     samples: Sequence[Sample]
     coefficients: StepCoefficients
     output: Floats
+    deviation: Floats
 
     def advance(self) -> Iterator[Stepped]:
         """Take the solver step of these samples."""
         generators = [sample.generator for sample in self.samples]
-        pool, coefficients = self.gathered.pool, self.coefficients
-        estimates, finite = pool.advance(self.gathered, self.output, coefficients, generators)
+        estimates, finite = self.gathered.pool.advance(
+            self.gathered, self.output, self.coefficients, self.deviation, generators
+        )
         return map(Stepped, self.samples, estimates, finite.tolist())
 
 
@@ -56,7 +62,8 @@ class ForwardPass:
         self._backend, self._conditions, self._scheduler = backend, conditions, scheduler
         self._rows, self._state = rows, self._buffers(rows)
         self._channels = backend.manifest.config.in_channels
-        self._guided_channels = backend.manifest.diffusion.guidance_channels
+        # A learned variance is not guided.
+        self._guided_channels = backend.manifest.diffusion.guidance_channels or self._channels
 
     def reserve(self, group: Group, rows: int) -> None:
         """Make room for a sample of `rows` rows, which may be more than the network runs at once."""
@@ -135,16 +142,14 @@ class ForwardPass:
             for sample in samples:
                 trajectory, step = sample.trajectory, sample.cursor + ahead
                 if step < len(trajectory):
-                    yield trajectory.timesteps[step], sample.condition
+                    yield trajectory.told[step], sample.condition
                     if trajectory.guided[step]:
-                        yield trajectory.timesteps[step], self._conditions.null
+                        yield trajectory.told[step], self._conditions.null
 
     def _guide(
         self, layout: RowLayout, latents: Gathered, window_latents: Sequence[Gathered], output: Floats
     ) -> list[Prediction]:
         """Return the guided predictions: one of all whole samples, and one of each sample in windows."""
-        # A learned variance is dropped: the solvers use that of the schedule.
-        output = output[:, : self._channels]
         predictions = [self._guide_whole(layout, latents, output)] if layout.whole else []
         for rows, gathered in zip(layout.windowed, window_latents, strict=True):
             predictions.append(self._guide_windows(rows, gathered, output))
@@ -152,6 +157,7 @@ class ForwardPass:
 
     def _guide_whole(self, layout: RowLayout, latents: Gathered, output: Floats) -> Prediction:
         coefficients = StepCoefficients.of_samples([sample.coefficients for sample in layout.whole])
+        output = self._used(output, coefficients)
         if layout.guided:
             weight = coefficients.guidance_weight[layout.guided]
             # A number that is not finite passes through here: the solver's step finds it.
@@ -159,15 +165,33 @@ class ForwardPass:
                 output[layout.guided] = guided(
                     output[layout.guided], output[layout.unconditional], weight, self._guided_channels
                 )
-        return Prediction(latents, layout.whole, coefficients, output[layout.conditional])
+        return self._prediction(latents, layout.whole, coefficients, output[layout.conditional])
 
     def _guide_windows(self, rows: WindowRows, latents: Gathered, output: Floats) -> Prediction:
         """Guide the output of each window, then blend them to one prediction."""
         coefficients = StepCoefficients.of_samples([rows.sample.coefficients])
         with np.errstate(all="ignore"):
+            output = self._used(output, coefficients)
             conditional = output[rows.conditional]
             if rows.sample.guided:
                 weight = coefficients.guidance_weight
                 conditional = guided(conditional, output[rows.unconditional], weight, self._guided_channels)
             blended = rows.windows.blend(conditional)
-        return Prediction(latents, (rows.sample,), coefficients, blended[None])
+        return self._prediction(latents, (rows.sample,), coefficients, blended[None])
+
+    def _used(self, output: Floats, coefficients: StepCoefficients) -> Floats:
+        """Return the channels of an output that the steps use: the mean, and a variance where one is used."""
+        return output if coefficients.learned.any() else output[:, : self._channels]
+
+    def _prediction(
+        self, latents: Gathered, samples: Sequence[Sample], coefficients: StepCoefficients, output: Floats
+    ) -> Prediction:
+        """Return the prediction of these samples; channels beyond the latent's are a learned variance."""
+        mean, variance = output[:, : self._channels], output[:, self._channels :]
+        deviation = coefficients.s
+        if variance.size:
+            # Rows of other solvers have no bounds. A number that is not finite is found at the next step.
+            with np.errstate(all="ignore"):
+                log_variance = learned_log_variance(variance, coefficients.log_low, coefficients.log_high)
+                deviation = np.where(coefficients.learned, np.exp(0.5 * log_variance), deviation)
+        return Prediction(latents, samples, coefficients, mean, deviation)

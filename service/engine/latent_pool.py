@@ -90,6 +90,7 @@ class LatentPool:
         gathered: Gathered,
         output: Floats,
         coefficients: StepCoefficients,
+        deviation: Floats,
         generators: Sequence[np.random.Generator],
     ) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """Take one solver step: x' = a·x + b·D + c·D_previous + s·z with D = x0_x·x + x0_out·output.
@@ -98,6 +99,8 @@ class LatentPool:
             gathered: the latents as `gather` returned them; its first n rows of `x` are overwritten.
             output: the guided network output (n, C, H, W).
             coefficients: columns (n, 1, 1, 1).
+            deviation: what multiplies the noise, s or a learned one in its place, (n, 1, 1, 1) or (n, C, H,
+                W).
             generators: one a slot; noise z is drawn only where s is not zero.
 
         Returns:
@@ -119,7 +122,7 @@ class LatentPool:
                 x += np.multiply(scratch, c, out=scratch)
             for i in np.flatnonzero(s).tolist():
                 generators[i].standard_normal(out=scratch[i], dtype=np.float32)
-                x[i] += s[i] * scratch[i]
+                x[i] += deviation[i] * scratch[i]
         self._latents[slots] = x
         self._history[slots] = d
         return d, finite

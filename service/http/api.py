@@ -21,6 +21,7 @@ from ditserve.service.errors import ServiceError
 from ditserve.service.http.app import create_app
 from ditserve.service.http.protocol import RESERVE, ConnectionLimits, bounded
 from ditserve.service.limits import Limits
+from ditserve.service.listening import listen
 from ditserve.service.queue.namespace import refuse_other_models
 from ditserve.service.queue.queue_client import open_queue_client
 from ditserve.service.served_models import open_served_models
@@ -63,12 +64,14 @@ def run(settings: Settings) -> int:
         _allow_open_files(settings.max_connections + RESERVE + _OTHER_FILES)
         app = create_app(settings)
         asyncio.run(_check_queues(settings))
+        listeners = listen(settings.host, settings.port)
+        settings = settings.model_copy(update={"port": listeners[0].getsockname()[1]})
     except (BundleError, KeyringError, ServiceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR
     keys = str(settings.keys_file) if settings.keys_file else "none asked: everybody may draw"
     server = _Server(configured(app, settings), app.state.draining.set, app.state.reload.set, keys=keys)
-    server.run()
+    server.run(listeners)
     return 0 if server.started else CONFIG_ERROR
 
 

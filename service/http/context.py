@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -113,7 +112,8 @@ class Context:
         result = asyncio.create_task(model.queue_client.listener.wait(job.id, new=submission.new))
         gone = asyncio.create_task(disconnected(receive))
         drained = asyncio.create_task(self._drained())
-        timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - time.time())
+        now = model.queue_client.queue.clock()
+        timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - now)
         try:
             with model.submissions.promises.observed(job) if submission.new else nullcontext():
                 await asyncio.wait(

@@ -3,8 +3,7 @@
 Every answer teaches it how cautious to be, every refusal when the next should come back. Knows no HTTP.
 """
 
-import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 from ditserve.service.errors import DeadlineExceeded, Overloaded
@@ -16,10 +15,10 @@ from ditserve.service.telemetry import metrics
 
 
 class Promises:
-    """The promises for one model."""
+    """The promises for one model. `clock` is that of the jobs' deadlines."""
 
-    def __init__(self, model: str, ladder: Ladder) -> None:
-        self.gate = Gate(ladder)
+    def __init__(self, model: str, ladder: Ladder, *, clock: Callable[[], float]) -> None:
+        self.gate, self._clock = Gate(ladder), clock
         self._margin = metrics.ADMISSION_MARGIN.labels(model)
 
     def admit(
@@ -55,9 +54,9 @@ class Promises:
         try:
             yield
         except DeadlineExceeded:
-            self._observe(False, time.time())
+            self._observe(False, self._clock())
             raise
-        now = time.time()
+        now = self._clock()
         self._observe(now <= job.deadline_at, now)
 
     def _observe(self, kept: bool, now: float) -> None:

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from math import lcm, prod
 
 from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.windows import Size, window_count
 from ditserve.service.jobs import WorkerState
-from ditserve.service.windows import Size, window_count
-
-# Pixels along one side of a latent pixel, by decoder.
-UPSCALE = {"identity": 1, "sd-vae": 8, "small": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +28,7 @@ class OutputSize:
 def size_text(manifest: Manifest, size: Size | None = None) -> str:
     """Return width x height in pixels of images of a latent size; None is the model's own."""
     height, width = size or manifest.config.image_size
-    factor = UPSCALE[manifest.decoder]
+    factor = manifest.upscale
     return f"{width * factor}x{height * factor}"
 
 
@@ -45,7 +42,7 @@ def size_step(manifest: Manifest, workers: Sequence[WorkerState]) -> int | None:
     ]
     if len(multiples) < len(workers) or not workers:
         return None
-    return lcm(*multiples) * UPSCALE[manifest.decoder]
+    return lcm(*multiples) * manifest.upscale
 
 
 def as_a_whole(
@@ -72,7 +69,7 @@ def in_windows(size: str, manifest: Manifest, *, max_area: float) -> OutputSize:
     own, sides = size_text(manifest), _sides(size)
     if sides == _sides(own) or any(side < least for side, least in zip(sides, _sides(own), strict=True)):
         raise ValueError(f"Windows are for sizes larger than the model's own, {own}.")
-    latent = _latent(size, manifest, step=UPSCALE[manifest.decoder], max_area=max_area)
+    latent = _latent(size, manifest, step=manifest.upscale, max_area=max_area)
     windows = window_count(latent, manifest.config.image_size)
     return OutputSize(latent, windows, float(windows))
 
@@ -81,7 +78,7 @@ def _latent(size: str, manifest: Manifest, *, step: int, max_area: float) -> Siz
     width, height = _sides(size)
     if not width or not height or width % step or height % step:
         raise ValueError(f"Width and height must be multiples of {step}.")
-    factor = UPSCALE[manifest.decoder]
+    factor = manifest.upscale
     latent = height // factor, width // factor
     if prod(latent) > max_area * prod(manifest.config.image_size):
         pixels = int(max_area * prod(manifest.config.image_size)) * factor**2

@@ -14,7 +14,9 @@ import asyncio
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 GRACE_S = 5  # from SIGTERM to SIGKILL for an orphan
 _GUARD = f"""
@@ -40,19 +42,34 @@ class Child:
 
     @classmethod
     async def start(
-        cls, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+        cls,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        folder: Path | None = None,
+        log: Path | None = None,
     ) -> Child:
-        """Start a command. Raise `OSError` if it cannot be started."""
+        """Start a command in `folder`; what it prints is appended to `log`, or goes where ours goes.
+
+        Raise `OSError` if it cannot be started.
+        """
         read, write = os.pipe()
-        try:
+        with ExitStack() as stack:
+            stack.callback(os.close, read)
+            on_failure = stack.enter_context(ExitStack())
+            on_failure.callback(os.close, write)
+            output = stack.enter_context(log.open("ab")) if log else None
             process = await asyncio.create_subprocess_exec(
-                "/bin/sh", "-c", _GUARD, name, *command, stdin=read, env=environment, start_new_session=True
+                *("/bin/sh", "-c", _GUARD, name, *command),
+                stdin=read,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                cwd=folder,
+                start_new_session=True,
             )
-        except OSError:
-            os.close(write)
-            raise
-        finally:
-            os.close(read)
+            on_failure.pop_all()
         return cls(name, process, write)
 
     @property

@@ -14,10 +14,9 @@ import asyncio
 import json
 import shlex
 import signal
-import socket
 import sys
-import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +28,9 @@ from ditserve.model.spec.class_names import class_reference
 from ditserve.service.api_keys import KeyringError, open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.launch.child_process import Child
-from ditserve.service.launch.valkey import ValkeyFailed, start_valkey
+from ditserve.service.launch.valkey import ValkeyFailed, scratch_folder, start_valkey
 from ditserve.service.launch.worker_pool import CONFIG_ERROR, FAILED, WorkerPool, start_child
+from ditserve.service.listening import listen
 from ditserve.service.queue.broker import Broker
 from ditserve.service.served_models import ServedModel, open_served_models
 from ditserve.service.settings import Settings
@@ -53,8 +53,9 @@ def run(settings: Settings) -> int:
         # Checked before anything is started, so that a damaged file is one sentence.
         models = open_served_models(settings, verify=settings.verify)
         open_keyring(settings)
+        _check_ready_workers(settings)
         port = free_port(settings.host, settings.port)
-        with tempfile.TemporaryDirectory(prefix="dit-") as folder:
+        with scratch_folder() as folder:
             here = settings.model_copy(update={"port": port})
             return asyncio.run(Supervisor(here, models, Path(folder)).run())
     except (BundleError, KeyringError, ServiceError, ValkeyFailed, ValueError, OSError) as error:
@@ -116,9 +117,10 @@ class Supervisor:
     def _start_pool(self, model: ServedModel) -> WorkerPool:
         """Start the workers of a model.
 
-        Its bundle was verified when it was opened, so they need not do it again.
+        Its bundle was verified when it was opened, so they need not do it again. Their metrics are on the
+        API's page, and one port would not do for several.
         """
-        settings = self._settings.model_copy(update={"verify": False})
+        settings = self._settings.model_copy(update={"verify": False, "worker_metrics_port": 0})
         pool = WorkerPool(model, settings, metrics_folder=self._folder / "metrics")
         self._pools.append(pool)
         pool.start()
@@ -127,7 +129,8 @@ class Supervisor:
     async def _watch(self, child: Child) -> None:
         """End the service when a child ends that it cannot do without."""
         status = await child.wait()
-        if not self._stopping:
+        # One that cannot work has said why.
+        if not self._stopping and status != CONFIG_ERROR:
             log.error("ended unexpectedly", process=child.name, status=status)
         self._end(status if status > 0 else FAILED)
 
@@ -202,23 +205,24 @@ class Supervisor:
             self._ended.set()
 
 
+def _check_ready_workers(settings: Settings) -> None:
+    """Raise `ValueError` where the API would wait for ever for workers of other machines."""
+    if settings.redis_url is None and settings.ready_workers > settings.workers:
+        raise ValueError(
+            f"--ready-workers {settings.ready_workers} is above --workers {settings.workers}, "
+            "and no other machine reaches the private queue: change one of them, or set REDIS_URL"
+        )
+
+
 def free_port(host: str, port: int) -> int:
     """Return the port if the API can listen there, or a free one for 0.
 
     Raise `ValueError` with the remedy.
     """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            bound: int = probe.getsockname()[1]
-            return bound
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(
-            f"cannot listen on {host}:{port} ({reason}); choose another with --host or --port"
-        ) from None
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(listener) for listener in listen(host, port)]
+        bound: int = listeners[0].getsockname()[1]
+        return bound
 
 
 def greeting(manifests: Sequence[Manifest], settings: Settings) -> str:

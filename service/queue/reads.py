@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast, get_args
 
@@ -32,8 +33,10 @@ from ditserve.service.jobs import (
     JobStatus,
     State,
 )
+from ditserve.service.queue.clock import FIRST_READINGS, READ_EVERY_S, QueueClock
 from ditserve.service.queue.connection import ask, open_client, patiently
 from ditserve.service.queue.keys import Keys
+from ditserve.service.telemetry.faults import kept_running
 from ditserve.service.wire import OtherVersion, WireError, unpack
 
 BLOCK_MS = 3000  # a read of events waits so long for the next one, and then looks whether the job is there
@@ -54,21 +57,41 @@ class Reads:
     """The half of the broker that reads. Every verb raises `QueueUnavailable` when Redis cannot be used.
 
     It has two clients: one for commands that are answered at once, and one for those that wait, each of which
-    keeps a connection for as long as it waits.
+    keeps a connection for as long as it waits. `clock` is that of the queue, once `start_clock` was called.
     """
 
     # Whoever waits for a job waits so long for a Redis that cannot be used.
     outage_s = 30.0
 
     def __init__(self, url: str, keys: Keys, *, timeout_s: float) -> None:
-        self.keys = keys
+        self.keys, self.clock = keys, QueueClock()
+        self._following: asyncio.Task[None] | None = None
         self._timeout_s = timeout_s
         self._client = open_client(url, connections=32)
         self._waiting_client = open_client(url, connections=4096)
 
     async def aclose(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
         await self._client.aclose()
         await self._waiting_client.aclose()
+
+    async def start_clock(self) -> None:
+        """Read Redis' clock a few times, of which the surest counts, and follow it from then on."""
+        for _ in range(FIRST_READINGS):
+            await self._read_clock()
+        self._following = asyncio.create_task(kept_running("following the clock", self._follow_clock))
+
+    async def _read_clock(self) -> None:
+        await self._ask(lambda: self.clock.read(self._client.time))
+
+    async def _follow_clock(self) -> None:
+        """Read the clock again and again: it may be set, and Redis may become another server."""
+        while True:
+            await asyncio.sleep(READ_EVERY_S)
+            with suppress(QueueUnavailable):
+                await self._read_clock()
 
     async def status(self, job_id: str) -> JobStatus | None:
         """Return the job's status; None if the job is unknown or its record has expired.

@@ -104,6 +104,11 @@ LEASES_EXPIRED = Counter("dit_leases_expired", "Leases that ran out and went bac
 REDIS_EVICTS = Gauge(
     "dit_redis_evicts", "1 when Redis may evict accepted jobs (maxmemory-policy)", multiprocess_mode="livemax"
 )
+CLOCK_OFFSET_SECONDS = Gauge(
+    "dit_clock_offset_seconds",
+    "The clock of this host ahead of that of Redis, which counts",
+    multiprocess_mode="livemostrecent",
+)
 FAULTS = Counter("dit_faults", "Unforeseen errors that a process went on after", ["activity"])
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
 # All workers of a host report the same GPUs.
@@ -134,6 +139,20 @@ class LoadCollector(Collector):
                 family = families.setdefault(name, kind(name, help_text, labels=["model"]))
                 family.add_metric([model], float(value))
         yield from families.values()
+
+
+class _SharedCollector(Collector):
+    """Reports the metrics of all processes that share a folder.
+
+    The library's own takes the folder's path for a pattern, in which "[" and "*" mean something.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        files = [str(file) for file in self._folder.glob("*.db")]
+        yield from multiprocess.MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
 
 
 # The figures that only grow, and so are counters.
@@ -173,13 +192,14 @@ def exposition(loads: Mapping[str, LoadSnapshot], *, redis_up: bool, shared: Pat
     registry.register(LoadCollector(loads, redis_up=redis_up))
     if shared is None:
         return generate_latest(REGISTRY) + generate_latest(registry)
-    multiprocess.MultiProcessCollector(registry, path=str(shared))  # type: ignore[no-untyped-call]
+    registry.register(_SharedCollector(shared))
     return generate_latest(registry)
 
 
 def forget(pid: int, *, shared: Path) -> None:
     """Drop the live gauges of a process that ended. Its counters and histograms stay."""
-    multiprocess.mark_process_dead(pid, path=str(shared))  # type: ignore[no-untyped-call]
+    for file in shared.glob(f"gauge_live*_{pid}.db"):
+        file.unlink(missing_ok=True)
 
 
 def observe_memory(role: str) -> None:
@@ -196,5 +216,15 @@ def observe_memory(role: str) -> None:
 
 
 def serve(port: int, *, address: str = "0.0.0.0") -> None:
-    """Serve this process's own metrics from a thread, for a worker on its own host."""
-    start_http_server(port, addr=address)
+    """Serve this process's own metrics from a thread, for a worker on its own host.
+
+    Raises:
+        ValueError: the port is taken; the message names the remedy.
+    """
+    try:
+        start_http_server(port, addr=address)
+    except OSError as error:
+        raise ValueError(
+            f"cannot serve metrics on {address}:{port} ({error.strerror}); "
+            "choose another with --worker-metrics-port"
+        ) from None

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -19,8 +20,9 @@ import structlog
 from ditserve.service.engine.samples import Failed, SampleRequest, StepReport
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import InternalError, ServiceError
-from ditserve.service.jobs import DemandBucket
+from ditserve.service.jobs import DemandBucket, SlowSpell
 from ditserve.service.planning.costs import CostModel
+from ditserve.service.queue.clock import QueueClock
 from ditserve.service.telemetry.faults import surviving
 
 # A sample to run, and the snapshot to run it from if it has begun elsewhere.
@@ -42,6 +44,7 @@ class Stepper(Protocol):
     """The part of the engine that is used here."""
 
     costs: CostModel
+    step_s: float
 
     @property
     def idle(self) -> bool: ...
@@ -63,13 +66,15 @@ class Stepper(Protocol):
 class StepCosts:
     """The cost model at one moment: seconds of a step and of a decode.
 
-    `saturation_rows` is the batch size beyond which a further row gains nothing.
+    `saturation_rows` is the batch size beyond which a further row gains nothing. `slow` says how much slower
+    it may be for a while.
     """
 
     fixed_s: float
     per_row_s: float
     decode_s: float
     saturation_rows: int
+    slow: tuple[SlowSpell, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ class EngineReport:
     progress: Mapping[str, tuple[int, int]]  # sample id → steps taken, steps in all
     backlog_rows: int
     demand: tuple[DemandBucket, ...]  # the backlog by deadline
-    stepped_at: float
+    stepped_at: float  # by the monotonic clock
     costs: StepCosts
 
 
@@ -93,7 +98,8 @@ class EngineThread:
         deliver: called in the engine's thread with every report; must return at once.
         observe: called in the engine's thread with the report of every step.
         on_broken: called once, in the engine's thread, when the engine keeps raising; the thread then ends.
-        clock: seconds since the epoch.
+        clock: that of the deadlines of jobs. The engine's own is the monotonic one, to which deadlines are
+            turned here: the time that a sample has left does not change when a clock is set.
     """
 
     def __init__(
@@ -103,7 +109,7 @@ class EngineThread:
         deliver: Callable[[EngineReport], object],
         observe: Callable[[StepReport], None],
         on_broken: Callable[[], object],
-        clock: Callable[[], float],
+        clock: QueueClock,
         max_rows: int,
     ) -> None:
         self.queued_rows = 0  # this worker's share of the rows that wait in the queue
@@ -114,10 +120,15 @@ class EngineThread:
         self._refused: list[Failed] = []
         self._crashed: list[Failed] = []
         self._reported_at = 0.0
-        self._stepped_at = clock()
+        self._stepped_at = time.monotonic()
         self._faults = 0
         self._changed = True  # since the last report
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def step_s(self) -> float:
+        """Return the predicted seconds of the step under way, or else of the last."""
+        return self._engine.step_s
 
     def start(self) -> None:
         self._thread.start()
@@ -130,7 +141,8 @@ class EngineThread:
 
     def add(self, starts: Sequence[Start]) -> None:
         """Let all samples of a job join, or none of them: then the next report lists each as refused."""
-        self._commands.put(lambda: self._add(starts))
+        local = [(self._in_local_time(request), snapshot) for request, snapshot in starts]
+        self._commands.put(lambda: self._add(local))
 
     def export(self, sample_ids: Iterable[str]) -> Future[dict[str, Snapshot]]:
         """Return, in time, snapshots of samples as they are between two steps.
@@ -148,6 +160,11 @@ class EngineThread:
     def observe_decode(self, seconds: float) -> None:
         """Teach the cost model how long the decoding of an image took."""
         self._commands.put(lambda: self._engine.costs.observe_decode(seconds))
+
+    def _in_local_time(self, request: SampleRequest) -> SampleRequest:
+        if request.deadline_at is None:
+            return request
+        return replace(request, deadline_at=self._clock.local(request.deadline_at))
 
     def _run(self) -> None:
         while True:
@@ -195,18 +212,18 @@ class EngineThread:
             log.exception("step failed", faults=self._faults)
             return self._faults < FAULTS_ALLOWED
         self._faults = 0
-        self._stepped_at = self._clock()
+        self._stepped_at = time.monotonic()
         with surviving("observing a step"):
             self._observe(report)
         news = report.finished or report.failed or report.previews or report.changes or self._refused
-        if news or self._clock() - self._reported_at >= REPORT_EVERY_S:
+        if news or time.monotonic() - self._reported_at >= REPORT_EVERY_S:
             self._report(report)
         return True
 
     def _add(self, starts: Sequence[Start]) -> None:
         if self._engine.idle:
             # An idle engine takes no steps; that must not look as if it hung.
-            self._stepped_at = self._clock()
+            self._stepped_at = time.monotonic()
         for added, (request, snapshot) in enumerate(starts):
             try:
                 self._join(request, snapshot)
@@ -247,13 +264,17 @@ class EngineThread:
             crashed=tuple(self._crashed),
             progress=engine.progress(),
             backlog_rows=engine.backlog_rows,
-            demand=engine.demand(),
+            demand=tuple(replace(bucket, at=self._clock.shared(bucket.at)) for bucket in engine.demand()),
             stepped_at=self._stepped_at,
             costs=StepCosts(
-                costs.fixed_s, costs.per_row_s, costs.decode_s, costs.saturation_rows(self._max_rows)
+                costs.fixed_s,
+                costs.per_row_s,
+                costs.decode_s,
+                costs.saturation_rows(self._max_rows),
+                costs.slow_spells(),
             ),
         )
         self._refused.clear()
         self._crashed.clear()
-        self._changed, self._reported_at = False, self._clock()
+        self._changed, self._reported_at = False, time.monotonic()
         self._deliver(report)

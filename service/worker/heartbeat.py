@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from math import inf
@@ -28,25 +29,34 @@ log = structlog.get_logger()
 class Leases:
     """The leases of a worker: renewed while it works, and taken from workers that no longer renew theirs."""
 
-    def __init__(self, broker: Broker, *, clock: Callable[[], float]) -> None:
-        self._broker, self._clock = broker, clock
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
         self._outage_at = -inf
 
-    async def keep(self, held: Callable[[], list[Lease]], on_lost: Callable[[Renewal], None]) -> None:
+    async def keep(
+        self,
+        held: Callable[[], list[Lease]],
+        on_lost: Callable[[Renewal], None],
+        *,
+        predicted_s: Callable[[], float],
+    ) -> None:
         """Renew the leases that `held` returns three times per lease time, call `on_lost`, and sweep.
 
-        After an outage of Redis no lease is swept until every worker has had the time to renew its own.
+        The longest of their jobs is predicted to run for `predicted_s` seconds.
+
+        After an outage of Redis, and after its clock was set, no lease is swept until every worker has had
+        the time to renew its own.
         """
-        lease_s = self._broker.limits.lease_s
+        lease_s, clock = self._broker.limits.lease_s, self._broker.clock
         while True:
             leases = held()
             try:
-                renewal = await self._broker.renew(leases)
+                renewal = await self._broker.renew(leases, predicted_s=predicted_s())
                 # A job may have ended during the renewal, and may even have been claimed again.
                 current = set(held())
                 ended = {lease.job_id for lease in leases if lease not in current}
                 on_lost(Renewal(renewal.lost - ended, renewal.cancelled - ended))
-                if self._clock() - self._outage_at > lease_s:
+                if time.monotonic() - max(self._outage_at, clock.moved_at) > lease_s:
                     metrics.LEASES_EXPIRED.inc(await self._broker.sweep())
             except QueueUnavailable as error:
                 self._note_outage(error)
@@ -65,7 +75,7 @@ class Leases:
 
     def _note_outage(self, error: QueueUnavailable) -> None:
         log.warning("queue away", detail=error.detail)
-        self._outage_at = self._clock()
+        self._outage_at = time.monotonic()
 
 
 class Reporting:

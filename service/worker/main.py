@@ -16,7 +16,13 @@ import structlog
 import uvloop
 
 from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
-from ditserve.service.backends import Backend, BackendUnavailable, load_backend, load_text_encoder
+from ditserve.model.spec.text_encoder import text_encoder_name
+from ditserve.service.backends import (
+    Backend,
+    BackendUnavailable,
+    load_backend,
+    load_text_encoder,
+)
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.scheduler import Scheduler
@@ -130,9 +136,12 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
         queue_limit=settings.queue_limit,
         result_ttl_s=settings.result_ttl_s,
         lease_s=settings.lease_s,
+        max_run_s=settings.max_run_s,
         max_attempts=settings.max_attempts,
     )
-    embeddings = Embeddings(url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes)
+    embeddings = Embeddings(
+        url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes, clock=broker.clock
+    )
     backend: Backend | None = None
     try:
         if settings.worker_metrics_port:
@@ -199,12 +208,13 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
 
     Raises:
         BackendUnavailable: there is no such encoder here, or it is not the model's.
+        BundleError: the model's is a class, which must be named in the settings.
     """
-    wanted = manifest.config.text_size
+    wanted = manifest.config.text_width
     if not wanted:
         return None
-    data = manifest.provenance.get("training", {}).get("data", {})
-    encoder = load_text_encoder(settings.text_encoder or data.get("text") or "minilm")
+    name = text_encoder_name(manifest, settings.text_encoder, "--text-encoder")
+    encoder = load_text_encoder(name, manifest.config.text_tokens)
     if encoder.size != wanted:
         raise BackendUnavailable(
             f"the text encoder gives {encoder.size} numbers and the model takes {wanted}: "
@@ -217,7 +227,19 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
     """Build an engine for a bundle.
 
     Its slots hold what may run, what is claimed ahead, what is reserved for newcomers, and one job more.
+
+    Raises:
+        BackendUnavailable: the memory of this machine is too small.
     """
+    try:
+        return _engine(backend, settings, shared)
+    except MemoryError as error:
+        raise BackendUnavailable(
+            f"too little memory ({error}): lower --modulation-cache-bytes, --max-rows or --lookahead-rows"
+        ) from None
+
+
+def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) -> Engine:
     ladder = Ladder.from_manifest(backend.manifest)
     return Engine(
         backend=backend,
@@ -236,7 +258,7 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
         ladder=ladder,
         costs=CostModel(),
         schedule=backend.manifest.diffusion.noise_schedule(),
-        clock=time.time,
+        clock=time.monotonic,
         slots=settings.max_rows + settings.lookahead_rows + RESERVED_SAMPLES + settings.max_images,
     )
 

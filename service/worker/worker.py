@@ -33,7 +33,7 @@ from ditserve.service.worker.handoff import Handoff
 from ditserve.service.worker.heartbeat import Leases, Reporting
 from ditserve.service.worker.postprocess import Decoder, FinishedSample, Postprocessor
 from ditserve.service.worker.progress_events import ProgressEvents
-from ditserve.service.worker.room import Room, claim_room
+from ditserve.service.worker.room import Room, claim_room, wanted_rows
 from ditserve.service.worker.running_job import RunningJob, RunningJobs
 
 _REPLACED = "The model was replaced by a version with other classes; send the request again."
@@ -64,7 +64,7 @@ class WorkerParts:
     """The parts that a worker is built from.
 
     `factors` name the classes in the metadata of image files. `observe` is called with the report of every
-    step, in the engine's thread. `clock` gives seconds since the epoch.
+    step, in the engine's thread.
     """
 
     broker: Broker
@@ -74,7 +74,6 @@ class WorkerParts:
     factors: Sequence[Factor] = ()
     observe: Callable[[StepReport], None] = lambda report: None
     tracing: Tracing = field(default_factory=Tracing)
-    clock: Callable[[], float] = time.time
 
 
 class Worker:
@@ -85,13 +84,13 @@ class Worker:
     """
 
     def __init__(self, parts: WorkerParts, identity: WorkerIdentity, policy: WorkerPolicy) -> None:
-        broker, clock = parts.broker, parts.clock
+        broker = parts.broker
         self.identity, self.policy = identity, policy
-        self._broker, self._ladder, self._tracing, self._clock = broker, parts.ladder, parts.tracing, clock
+        self._broker, self._ladder, self._tracing = broker, parts.ladder, parts.tracing
         self._slots = parts.engine.free_samples
         self._postprocessor = Postprocessor(parts.decoder, parts.factors)
         self._events = ProgressEvents(broker, step_event_s=policy.step_event_s)
-        self._leases = Leases(broker, clock=clock)
+        self._leases = Leases(broker)
         self._reporting = Reporting(broker, every_s=policy.report_s, busy_s=policy.busy_report_s)
         self._broken = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -100,12 +99,13 @@ class Worker:
             deliver=lambda report: loop.call_soon_threadsafe(self._on_engine_report, report),
             observe=parts.observe,
             on_broken=lambda: loop.call_soon_threadsafe(self._broken.set),
-            clock=clock,
+            clock=broker.clock,
             max_rows=policy.max_rows,
         )
-        self._handoff = Handoff(broker, self._engine, origin=identity.origin, export_s=policy.export_s)
+        self._handoff = Handoff(broker, self._engine, origin=identity.origin)
         self._jobs = RunningJobs()
         self._busy_since = 0.0
+        self._peak_s = 0.0  # the most work since it had none, in seconds
         self._report: EngineReport | None = None  # the engine's last; None: not ready yet
         self._leaving = False
         self._may_claim_later = False  # another worker was idler at the last claim
@@ -164,23 +164,22 @@ class Worker:
     def _room(self) -> Room:
         """Return how much to claim now.
 
-        The rows wanted fill an efficient batch, and this worker's share of the look-ahead unless another
-        worker is idler: what is claimed does not move. There is no room before the engine is ready.
+        There is no room before the engine is ready.
         """
         if self._report is None:
             return Room()
         held = sum(job.missing for job in self._jobs)
-        wanted = self._report.costs.saturation_rows
-        if self._claims_ahead():
-            wanted += self.policy.lookahead_rows // self._reporting.peers
-        return claim_room(self._jobs, wanted_rows=wanted, free_slots=self._slots - held)
-
-    def _claims_ahead(self) -> bool:
-        """Return whether no other worker is clearly idler than this one."""
         state = self._worker_state()
-        idlest_s = self._reporting.idlest_peer_s
-        self._may_claim_later = state is not None and backlog_time(state) > idlest_s + self.policy.balance_s
-        return not self._may_claim_later
+        ahead_s = (backlog_time(state) if state else 0.0) - self._reporting.idlest_peer_s
+        self._may_claim_later = ahead_s > self.policy.balance_s
+        wanted = wanted_rows(
+            self._report.costs.saturation_rows,
+            lookahead_rows=self.policy.lookahead_rows,
+            peers=self._reporting.peers,
+            ahead_s=ahead_s,
+            balance_s=self.policy.balance_s,
+        )
+        return claim_room(self._jobs, wanted_rows=wanted, free_slots=self._slots - held)
 
     def _start_job(self, claim: Claim) -> None:
         if claim.job.vocabulary not in ("", self.identity.vocabulary):
@@ -192,7 +191,7 @@ class Worker:
             self._drop(earlier, "lost")
         states = self._handoff.sample_states(claim)
         try:
-            job = RunningJob(claim, self._ladder, claimed_at=self._clock(), states=states)
+            job = RunningJob(claim, self._ladder, claimed_at=self._broker.clock(), states=states)
         except ValueError as error:
             # The job names a solver, grid or interval that this release does not know.
             self._publish_error(claim.lease, InternalError(f"The worker cannot run this job: {error}."))
@@ -202,7 +201,7 @@ class Worker:
             self._publish_error(claim.lease, error)
             return
         if not self._jobs.samples_in_engine:
-            self._busy_since = self._clock()
+            self._busy_since = time.monotonic()
         self._jobs.add(job)
         self._engine.add(job.starts)
         if job.done:
@@ -231,7 +230,7 @@ class Worker:
             self._on_finished(batch)
         for preview in step.previews:
             self._on_preview(preview)
-        self._events.steps(self._jobs, report.progress, self._clock())
+        self._events.steps(self._jobs, report.progress, time.monotonic())
 
     def _on_failed(self, failures: Iterable[Failed], *, retry: bool) -> None:
         for failure in failures:
@@ -285,7 +284,7 @@ class Worker:
         if job in self._jobs:
             self._drop(job, "done" if stored else "lost")
         if stored:
-            self._tracing.job(job.job, result, self._clock())
+            self._tracing.job(job.job, result, self._broker.clock())
             metrics.QUEUE_WAIT_SECONDS.observe(result.timings_ms["queue"] / 1e3)
             metrics.STEPS_REQUESTED.inc(result.steps_requested * len(result.images))
 
@@ -345,7 +344,7 @@ class Worker:
         # It must be late twice in a row, because this process may itself have been stopped for a while.
         while late < 2:
             await asyncio.sleep(self.policy.hang_s / 10)
-            late = late + 1 if self._step_age_s() > self.policy.hang_s else 0
+            late = late + 1 if self._step_age_s() > self._hang_limit_s() else 0
         log.error("the engine hangs", seconds=round(self._step_age_s(), 1))
         for job in self._jobs:
             self._fail(job, InternalError("The engine of the worker hung."), retry=True)
@@ -354,24 +353,31 @@ class Worker:
     # The worker leaves.
 
     async def _drain(self, claiming: asyncio.Task[None], force_stop: asyncio.Event) -> None:
-        """Finish the jobs that have begun, as far as the time allows, and hand back the rest."""
+        """Finish the jobs that have begun, as far as the time allows, and hand back the rest.
+
+        The engine can only say where its samples stand between two steps, so the last steps of the time are
+        kept for that.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.policy.drain_s
         log.info("draining", jobs=len(self._jobs))
         self._leaving = True
         self._broker.work.notify()
         await self._reporting.retire(self.identity.name)
         await claiming
         progress = self._report.progress if self._report else {}
-        await self._hand_back([job for job in self._jobs if not self._jobs.has_begun(job, progress)])
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self.policy.drain_s
+        not_begun = [job for job in self._jobs if not self._jobs.has_begun(job, progress)]
+        await self._hand_back(not_begun, self.policy.export_s)
         while self._jobs and not force_stop.is_set() and not self._broken.is_set():
             self._job_ended.clear()
-            if not await first(self._job_ended, force_stop, self._broken, timeout_s=deadline - clock()):
+            left_s = deadline - clock() - self.policy.export_steps * self._engine.step_s
+            if not await first(self._job_ended, force_stop, self._broken, timeout_s=left_s):
                 break
-        await self._hand_back(list(self._jobs))
+        await self._hand_back(list(self._jobs), 0.0 if force_stop.is_set() else deadline - clock())
 
-    async def _hand_back(self, jobs: Sequence[RunningJob]) -> None:
-        snapshots = {} if self._broken.is_set() else await self._handoff.export(jobs)
+    async def _hand_back(self, jobs: Sequence[RunningJob], limit_s: float) -> None:
+        limit_s = max(limit_s, self.policy.export_s)
+        snapshots = {} if self._broken.is_set() else await self._handoff.export(jobs, limit_s=limit_s)
         for job in jobs:
             if job in self._jobs:
                 states = job.sample_states(snapshots)
@@ -384,10 +390,16 @@ class Worker:
         await self._reporting.run(self._worker_state, self._engine)
 
     async def _keep_leases(self) -> None:
-        await self._leases.keep(self._held_leases, self._on_lost_leases)
+        await self._leases.keep(self._held_leases, self._on_lost_leases, predicted_s=self._longest_run_s)
 
     def _held_leases(self) -> list[Lease]:
         return [job.lease for job in self._jobs]
+
+    def _longest_run_s(self) -> float:
+        """Return the predicted seconds of the slowest job: in every batch, or beside all that was claimed."""
+        state = self._worker_state() if self._jobs else None
+        self._peak_s = max(self._peak_s, backlog_time(state)) if state else 0.0
+        return max(self._peak_s, max((job.job.steps for job in self._jobs), default=0) * self._engine.step_s)
 
     def _worker_state(self) -> WorkerState | None:
         """Return what to publish about this worker; None before the engine is ready."""
@@ -406,15 +418,20 @@ class Worker:
             running_samples=self._jobs.samples_in_engine,
             backlog_rows=report.backlog_rows + sum(bucket.rows for bucket in unreported),
             dues=report.demand + unreported,
+            slow=costs.slow,
             network=self.identity.network,
             bundle=self.identity.bundle,
             given_rows=self._broker.given_rows(self.identity.name),
             last_step_age_s=self._step_age_s(),
-            updated_at=self._clock(),
+            hang_s=self._hang_limit_s(),
+            updated_at=self._broker.clock(),
         )
+
+    def _hang_limit_s(self) -> float:
+        return self.policy.hang_limit_s(self._engine.step_s)
 
     def _step_age_s(self) -> float:
         """Return the seconds since the last step, 0 while there is nothing to step."""
         if self._report is None or not self._jobs.samples_in_engine:
             return 0.0
-        return self._clock() - max(self._report.stepped_at, self._busy_since)
+        return time.monotonic() - max(self._report.stepped_at, self._busy_since)

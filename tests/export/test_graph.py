@@ -54,6 +54,7 @@ OPTIONS: dict[str, NetworkConfig] = {
     ),
     "a plan of all kinds, layout path": replace(PLAIN, depth=4, blocks=BLOCK_KINDS, layout_rank=2),
     "text alone, cross-attention": replace(PLAIN, classes=(), text_size=5, blocks=("cross_attention",)),
+    "text tokens beside labels": replace(PLAIN, text_size=5, text_tokens=3, qk_norm=True),
     "U-Net": UNET,
 }
 
@@ -144,7 +145,7 @@ def test_the_decoder_of_a_model_on_latents_is_a_graph_of_any_size(tmp_path: Path
     (tmp_path / "other").mkdir()
     write_decoder(latent, tmp_path / "other", graph=tmp_path / DECODER)
     assert (tmp_path / "other" / DECODER).read_bytes() == (tmp_path / DECODER).read_bytes()
-    with pytest.raises(ExportError, match="works on latents: name the folder of its SD-VAE with --vae"):
+    with pytest.raises(ExportError, match="works on latents: name the folder of its autoencoder with --vae"):
         check_decoder(latent)
 
 

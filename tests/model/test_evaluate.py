@@ -138,8 +138,8 @@ def test_impossible_evaluations_are_refused_in_one_sentence(
     larger = ClassifierCard(image_size=(16, 16), widths=(4, 6), factors=manifest.factors)
     save_classifier(Classifier(larger), tmp_path / "larger", larger)
     cases = {
-        ("--classifier", str(tmp_path / "stranger")): "knows none of the model's classes",
-        ("--classifier", str(tmp_path / "larger")): "reads pictures of 16×16, these are 8×8",
+        ("--classifier", str(tmp_path / "stranger")): "knows none of the model's",
+        ("--classifier", str(tmp_path / "larger")): "reads pictures of 16×16, not 8×8",
         ("--classifier", str(tmp_path)): "holds no classifier",
         ("--data", str(tmp_path / "none.npz")): "none.npz",
         ("--features", "inception"): "--weights",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
+from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from ditserve.service.api_keys import ApiKey, Keyring, KeyringError, add, open_keyring, read, revoke, run
 from ditserve.service.settings import Settings
@@ -60,14 +65,87 @@ def test_a_revoked_key_is_gone_and_a_new_one_comes_while_running(path: Path) -> 
     assert ring.find(other_text) == other
 
 
-def test_a_file_broken_while_running_keeps_the_last_good_keys(
-    path: Path, capsys: pytest.CaptureFixture[str]
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def lose_parent(path: Path) -> None:
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("a file where a folder was")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink,
+        truncate,
+        lambda path: path.write_text(""),
+        lambda path: path.write_bytes(b"\0" * 99),
+        replace_by_folder,
+        replace_by_pipe,
+        loop,
+        lose_parent,
+    ],
+)
+def test_a_file_damaged_while_running_keeps_the_known_keys(
+    damage: Callable[[Path], object], path: Path
 ) -> None:
+    key, text = add(path, "shop")
+    ring = Keyring(path)
+    path.with_name(f".{path.name}.lock").unlink()
+    damage(path)
+    with capture_logs() as events:
+        for _ in range(3):
+            assert ring.find(text) == key
+            assert ring.holds(key.id)
+    assert [str(path) in event["reason"] for event in events] == [True], "logged once"
+    if path.parent.is_dir():
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        add(path, "other")
+        assert ring.find(text) is None, "it is read again once it can be"
+
+
+def test_a_file_that_its_reader_may_not_open_keeps_the_known_keys(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read everything, so the refusal is played; so is the process that has no descriptor left."""
     _, text = add(path, "shop")
     ring = Keyring(path)
-    path.write_text("{")
+    revoke(path, ring.find(text).id)  # type: ignore[union-attr]
+    for number in (errno.EACCES, errno.EMFILE, errno.EIO):
+        with monkeypatch.context() as refusing:
+            refusing.setattr(Path, "read_bytes", partialmethod(_fail, number))
+            assert ring.find(text)
+    assert ring.find(text) is None, "a passing fault is not remembered"
+
+
+def _fail(path: Path, number: int) -> bytes:
+    raise OSError(number, os.strerror(number))
+
+
+def test_a_file_that_is_made_after_the_start_is_read(path: Path) -> None:
+    ring = Keyring(path)
+    with capture_logs() as events:
+        assert ring.find("dit_") is None
+    assert events == []
+    _, text = add(path, "shop")
     assert ring.find(text)
-    assert str(path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

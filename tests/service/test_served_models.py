@@ -28,6 +28,16 @@ def made(**options: Any) -> Settings:
     return Settings(**options)
 
 
+def test_a_folder_may_have_a_comma(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a, b", name="one")
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder, tmp_path / "link"):
+        (model,) = open_served_models(made(bundle=path), verify=True)
+        own = model.settings(made(bundle=path))
+        assert own.bundle == str(folder), "where the link leads"
+        assert open_served_models(own, verify=True)[0].name == "one", "as the worker opens it"
+
+
 def test_each_bundle_has_its_own_part_of_redis(tmp_path: Path) -> None:
     folders = [write(tmp_path / name, name=name) for name in ("one", "two", "Two")]
     settings = made(bundle=",".join(map(str, folders)), namespace="fleet")

@@ -63,7 +63,17 @@ def test_redis_url_has_its_conventional_name(monkeypatch: pytest.MonkeyPatch) ->
         (["--allowed-hosts", "https://example.org"], "--allowed-hosts: string should match pattern"),
         (["stray"], "stray"),
         (["--port"], "expected one argument"),
-        (["--lease-s", "nan"], "--lease-s: input should be"),
+        (["--lease-s", "nan"], "--lease-s: input should be less than or equal to 3600"),
+        (["--lease-s", "1e300"], "--lease-s: input should be less than or equal to 3600"),
+        (["--lease-s", "0.001"], "--lease-s: input should be greater than or equal to 1"),
+        (["--canary-s", "inf"], "--canary-s: input should be less than or equal to 604800"),
+        (["--max-rows", "1000000000000"], "--max-rows: input should be less than or equal to 4096"),
+        (
+            ["--default-deadline-s", "700"],
+            "--default-deadline-s 700 is above --max-deadline-s 600: change one",
+        ),
+        (["--strict-rows", "65"], "--strict-rows 65 is above --max-rows 64: change one of them"),
+        (["--prometheus-multiproc-dir", "/nowhere"], "--prometheus-multiproc-dir: path does not point to a"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(argv: list[str], sentence: str) -> None:
@@ -88,6 +98,14 @@ def test_a_wrong_variable_is_one_sentence(
     with pytest.raises(SettingsError) as caught:
         Settings.parse()
     assert sentence in str(caught.value)
+
+
+def test_every_number_has_a_range() -> None:
+    schemas = Settings.model_json_schema()["properties"]
+    options = {name: schema.get("anyOf", [schema])[0] for name, schema in schemas.items()}
+    numbers = {name: option for name, option in options.items() if option["type"] in ("integer", "number")}
+    assert {"lease_s", "port", "default_deadline_s", "max_area"} < set(numbers)
+    assert [name for name, option in numbers.items() if not {"minimum", "maximum"} <= set(option)] == []
 
 
 def test_a_mistake_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,9 @@
 -- Take jobs back from workers whose lease has ended; each such loss counts as an attempt. Then, at most once in
 -- `RECONCILE_EVERY` ms however many workers sweep, look for jobs whose records or indexes were lost: all that
--- some index holds, and of all keys the next few. Returns how many leases ended.
--- ARGS: attempts allowed, dead TTL (ms), dead kept, error.
+-- some index holds, and of all keys the next few. Returns how many leases ended; -1, and nothing is done, if
+-- this server's clock is not what the worker knows it to be: it was set, so that leases that are kept may seem to
+-- have ended.
+-- ARGS: attempts allowed, dead TTL (ms), dead kept, error, now as the worker knows it (ms), tolerance (ms).
 local RECONCILE_EVERY, KEYS_AT_ONCE = 1000, 1000
 local attempts, dead_ttl, dead_kept, fault = tonumber(ARGS[1]), tonumber(ARGS[2]), tonumber(ARGS[3]), ARGS[4]
 
@@ -23,6 +25,7 @@ local function find_unindexed()
   end
 end
 
+if math.abs(NOW - tonumber(ARGS[5])) > tonumber(ARGS[6]) then return -1 end
 local ended = redis.call('ZRANGEBYSCORE', LEASES, '-inf', NOW, 'LIMIT', 0, 256)
 for _, id in ipairs(ended) do
   local job = intact(id)

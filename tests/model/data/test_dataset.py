@@ -53,8 +53,8 @@ def test_every_form_gives_the_same_data(path: Path, encoder: str) -> None:
     assert dataset.training.tolist() == ALL.tolist()
     assert (dataset.licence, list(dataset.attribution)) == (CARD["licence"], CARD["attribution"])
     assert dataset.skipped == ()
-    assert dataset.text is not None
-    assert np.array_equal(dataset.text, Letters().encode(CAPTIONS))
+    assert dataset.texts is not None
+    assert np.array_equal(dataset.texts.draw(ALL), Letters().encode(CAPTIONS))
     expected = pictures().astype(np.float32).transpose(0, 3, 1, 2) / np.float32(127.5) - 1
     batch = dataset.batch(ALL, rng())
     assert batch.dtype == np.float32
@@ -63,7 +63,7 @@ def test_every_form_gives_the_same_data(path: Path, encoder: str) -> None:
 
 def test_a_batch_is_in_the_order_asked_for(path: Path) -> None:
     dataset = DataConfig(path=path, hold_out=0).open()
-    assert dataset.text is None
+    assert dataset.texts is None
     index = np.array([7, 0, 7, 3])
     assert np.array_equal(dataset.batch(index, rng()), dataset.batch(ALL, rng())[index])
 
@@ -138,8 +138,8 @@ def test_captions_need_no_classes(tmp_path: Path, encoder: str) -> None:
     dataset = DataConfig(path=flat, text=encoder, hold_out=0).open()
     assert dataset.factors == ()
     assert dataset.labels.shape == (2, 0)
-    assert dataset.text is not None
-    assert dataset.text.shape == (2, 3)
+    assert dataset.texts is not None
+    assert dataset.texts.draw(np.arange(2)).shape == (2, 3)
 
 
 def test_without_styles_no_class_loses_all_its_pictures(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_faulty_data_is_refused(tmp_path: Path, make: Callable[[Path], Path], me
 def test_a_choice_that_leaves_nothing(tmp_path: Path, fields: dict[str, object], message: str) -> None:
     config = DataConfig.model_validate({"path": FORMS["npz"](tmp_path), **fields})
     with pytest.raises(DataError, match=message):
-        assert config.open().text is None
+        assert config.open().texts is None
 
 
 def test_missing_captions_are_named(tmp_path: Path) -> None:

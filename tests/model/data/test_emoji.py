@@ -13,12 +13,12 @@ import pytest
 
 from ditserve.model.data import __main__ as data
 from ditserve.model.data.dataset import DataConfig
-from ditserve.model.data.emoji import ICON_SETS, NAMES, IconSet, render
+from ditserve.model.data.emoji import ICON_SETS, KEYWORDS, NAMES, IconSet, render
 
 EMOJI = {
-    "🍎": {"slug": "red_apple", "group": "Food & Drink"},
-    "🐝": {"slug": "honeybee", "group": "Animals & Nature"},
-    "🇫🇷": {"slug": "france", "group": "Flags"},
+    "🍎": {"name": "red apple", "slug": "red_apple", "group": "Food & Drink"},
+    "🐝": {"name": "honeybee", "slug": "honeybee", "group": "Animals & Nature"},
+    "🇫🇷": {"name": "flag France", "slug": "france", "group": "Flags"},
 }
 
 
@@ -39,6 +39,7 @@ def pack(folder: Path, icons: IconSet, name: str, content: dict[str, Any]) -> No
 def tarballs(tmp_path: Path) -> Path:
     """Tarballs in which every style draws the apple red; only the first has the bee, by an alias."""
     pack(tmp_path, NAMES, "data-by-emoji.json", EMOJI)
+    pack(tmp_path, KEYWORDS, "dist/emoji-en-US.json", {"🍎": ["red_apple", "fruit", ":)"], "🐝": ["insect"]})
     for k, icon_set in enumerate(ICON_SETS):
         icons = {
             "red-apple": icon("red"),
@@ -61,6 +62,9 @@ def test_every_style_is_rendered_with_its_names_and_groups(tarballs: Path) -> No
         assert list(arrays["groups"]) == ["Animals & Nature", "Food & Drink"]
         assert list(arrays["styles"]) == [icon_set.style for icon_set in ICON_SETS]
         apple = arrays["x"][arrays["y"] == 1]
+        captions = [caption.splitlines() for caption in arrays["captions"]]
+    assert all("red apple" in lines or "honeybee" in lines for lines in captions)
+    assert any("fruit" in line for lines in captions for line in lines)
     assert (apple[:, 0, 0] == 255).all()  # white around
     assert (apple[:, 8, 8] == [255, 0, 0]).all()
     card = target.with_suffix(".md").read_text()

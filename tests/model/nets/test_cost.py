@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ditserve.model.nets.cost import cost
+from ditserve.model.nets.cost import Cost, cost
 from ditserve.model.nets.dit import DiT
-from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.dit_config import BlockKind, DiTConfig
+from ditserve.model.spec.unet_config import UNetConfig
 
 Tiny = Callable[..., DiTConfig]
 
@@ -30,8 +31,29 @@ def test_cost_by_hand() -> None:
     assert actual.conditioner_macs == 256 * d + d * d + 6 * d * d + 2 * d * d
     block = tokens * (3 + 1 + 4 + 4) * d * d + 2 * tokens * tokens * d
     assert actual.backbone_macs == tokens * 12 * d + block + tokens * d * 12
+    assert (actual.tokens, actual.attention_macs) == (tokens, 2 * tokens * tokens * d)
+    assert actual.convolution_macs == tokens * 12 * d
+    assert actual.linear_macs + actual.attention_macs + actual.convolution_macs == actual.macs
     assert actual.flops == 2 * (actual.conditioner_macs + actual.backbone_macs)
     assert actual.parameters == sum(p.numel() for p in DiT(config).parameters()) + tokens * d
+
+
+def test_operations_by_kind() -> None:
+    """Cross-attention reads its own keys, condition tokens attend too, and a U-Net is mostly convolutions."""
+
+    def dit(kind: BlockKind) -> Cost:
+        shape = DiTConfig(hidden_size=8, depth=1, num_heads=2, image_size=(8, 8), blocks=(kind,))
+        return cost(shape)
+
+    plain, in_context = dit("adaln_zero"), dit("in_context")
+    assert dit("cross_attention").attention_macs == plain.attention_macs + 2 * 16 * 2 * 8
+    assert (in_context.tokens, in_context.attention_macs) == (18, 2 * 18 * 18 * 8)
+    unet = cost(
+        UNetConfig(image_size=(8, 8), base_channels=8, multipliers=(1, 2), attention=(0,), head_size=8)
+    )
+    assert unet.tokens == 64
+    assert unet.convolution_macs > 0.5 * unet.macs
+    assert unet.linear_macs > 0
 
 
 def test_activation_memory_of_a_row(tiny: Tiny) -> None:

@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fusion": {"fusion": "mlp"},
     "text": {"text_size": 6, "fusion": "mlp"},
     "text alone": {"text_size": 6, "classes": ()},
+    "text tokens": {"text_size": 6, "text_tokens": 3, "qk_norm": True},
     "unconditional": {"classes": ()},
     "layout": {"layout_rank": 2},
     "layout with tokens": {"layout_rank": 2, "blocks": "cross_attention"},
@@ -50,7 +51,7 @@ def inputs(config: DiTConfig, rows: int = 4, seed: int = 0) -> tuple[Tensor, Ten
     t = torch.randint(1000, (rows,), generator=generator)
     columns = [torch.randint(count + 1, (rows, 1), generator=generator) for count in config.classes]
     labels = torch.cat([torch.zeros(rows, 0, dtype=torch.int64), *columns], dim=1)
-    text = torch.randn(rows, config.text_size, generator=generator) if config.text_size else None
+    text = torch.randn(rows, config.text_width, generator=generator) if config.text_size else None
     return x, t, labels, text
 
 
@@ -103,6 +104,19 @@ def test_every_input_matters(variant: DiTConfig, network: Make) -> None:
         changed += [] if text is None else [dit(x, t, labels, -text), dit(x, t, labels)]
     for out in changed:
         assert (out - base).abs().max() > 1e-4
+
+
+def test_padding_of_a_text_is_not_seen(tiny: Tiny, network: Make) -> None:
+    """A text of two tokens gives the same picture in a network that has room for two and for five."""
+    long = network(tiny(text_size=6, text_tokens=5))
+    short = DiT(tiny(text_size=6, text_tokens=2)).eval()
+    short.load_state_dict(long.state_dict())
+    x, t, labels, text = inputs(short.config)
+    assert text is not None
+    with torch.no_grad():
+        padded = long(x, t, labels, F.pad(text, (0, 3 * 6)))
+        assert torch.allclose(padded, short(x, t, labels, text), atol=1e-5)
+        assert not torch.allclose(padded, long(x, t, labels, F.pad(text[:, :12], (0, 4 * 6))), atol=1e-4)
 
 
 def test_rows_are_independent(variant: DiTConfig, network: Make) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ditserve.model.nets.cost import cost
 from ditserve.model.scaling.__main__ import main
-from ditserve.model.scaling.family import Family
+from ditserve.model.scaling.family import Family, plan_runs
 from ditserve.model.scaling.law import Law, LawTerm
 from ditserve.model.scaling.record import Measurement, ScalingRecord
 from ditserve.model.scaling.report import interval, network_table, write_report
@@ -97,6 +98,20 @@ def test_less_data_is_what_more_pairs_held_out_leave(family: dict[str, Any], tmp
     more, less = looks(tmp_path)
     assert more.pictures > less.pictures
     assert (more.run, less.run) == ("DiT-16, 0.3 held out", "DiT-16, 0.6 held out")
+
+
+def test_rates_fall_with_the_square_root_of_the_parameters_if_asked(
+    family: dict[str, Any], tmp_path: Path
+) -> None:
+    family |= {"models": {**MODELS, "named": "DiT-S/4"}, "flops": 1e12, "looks": 1}
+    for scaled in (False, True):
+        given = Family.model_validate({**family, "scale_lr": scaled})
+        runs = list(plan_runs(given, None, tmp_path / "out"))
+        sizes = [cost(run.config.network_config(run.config.open_dataset())).parameters for run in runs]
+        rates = [run.config.lr * (size**0.5 if scaled else 1) for run, size in zip(runs, sizes, strict=True)]
+        assert rates == pytest.approx([rates[0]] * 4)
+        assert runs[0].config.lr == 1e-3
+    assert sizes[3] > 30e6
 
 
 def test_a_family_that_follows_a_law_is_fitted_and_drawn(tmp_path: Path) -> None:

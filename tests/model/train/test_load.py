@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ditserve.model.data.latents import INDEX
+from ditserve.model.nets.autoencoder import fingerprint
 from ditserve.model.nets.factory import make_network
 from ditserve.model.sample import main
 from ditserve.model.spec.bundle import LatentSpec
@@ -70,7 +71,7 @@ def test_a_second_average_is_not_the_model(latent_run: Path) -> None:
 def test_a_run_on_latents_knows_its_normalisation(latent_run: Path) -> None:
     manifest = load_model(latent_run).manifest
     assert manifest.decoder == "sd-vae"
-    assert manifest.latents == LatentSpec(shift=(1.0, 2.0, 3.0, 4.0), scale=(0.5, 1.0, 1.5, 2.0))
+    assert manifest.latents == LatentSpec(shift=(1.0, 2.0, 3.0, 4.0), scale=(0.5, 1.0, 1.5, 2.0), factor=2)
     assert "latents" in manifest.description
     (config := json.loads((latent_run / "config.json").read_text()))["data"]["latent_scale"] = 0.18215
     (latent_run / "config.json").write_text(json.dumps(config))
@@ -81,7 +82,7 @@ def test_a_run_on_latents_knows_its_normalisation(latent_run: Path) -> None:
 
 
 def test_its_samples_are_decoded(
-    latent_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    latents: Path, latent_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -90,6 +91,8 @@ def test_its_samples_are_decoded(
         norm_num_groups=4,
         latent_channels=4,
     ).save_pretrained(tmp_path / "vae")
+    index = json.loads((latents / INDEX).read_text())
+    (latents / INDEX).write_text(json.dumps(index | {"autoencoder": fingerprint(tmp_path / "vae")}))
     command = [
         str(latent_run),
         "-c",
@@ -105,7 +108,7 @@ def test_its_samples_are_decoded(
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.size == (32, 16)
     assert main(command) == 2
-    assert "pass the folder of its SD-VAE with --vae" in capsys.readouterr().err
+    assert "pass the folder of its autoencoder with --vae" in capsys.readouterr().err
 
 
 def test_of_a_bundle_in_the_folder_of_a_run_the_newer_state_is_opened_and_told(

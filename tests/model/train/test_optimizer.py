@@ -66,3 +66,13 @@ def test_a_cosine_falls_to_zero(tmp_path: Path) -> None:
     assert values[55] == pytest.approx(0.5)
     assert values[99] == pytest.approx(0.0, abs=1e-3)
     assert all(a >= b for a, b in pairwise(values[10:]))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_falling_rate_ends_at_the_least_one(tmp_path: Path, schedule: str) -> None:
+    values = rates(tmp_path, schedule=schedule, min_lr=0.25)
+    assert values[0] == pytest.approx(0.1)
+    assert values[10] == 1.0
+    assert 0.25 <= min(values[10:]) == values[99] < 0.29
+    with pytest.raises(ValueError, match=r"min_lr 2 is above lr 1"):
+        tiny_config(tmp_path, lr=1.0, min_lr=2.0)

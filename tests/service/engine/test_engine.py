@@ -30,7 +30,7 @@ def test_a_sample_is_what_a_plain_loop_makes(
     assert not made.degraded
 
 
-def test_a_learned_variance_is_dropped_and_guidance_keeps_to_its_channels(
+def test_guidance_keeps_to_its_channels_and_a_learned_variance_is_none_of_them(
     make_backend: Make, make_engine: Make, make_request: Make
 ) -> None:
     plain = make_backend()
@@ -42,6 +42,32 @@ def test_a_learned_variance_is_dropped_and_guidance_keeps_to_its_channels(
     everywhere = finished(run(make_engine(plain), [request]))["a/0"]
     np.testing.assert_array_equal(made.latent[:2], everywhere.latent[:2])
     assert not np.array_equal(made.latent[2], everywhere.latent[2])
+
+
+def test_a_sample_walks_the_noise_levels_that_are_listed(
+    make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    backend = make_backend()
+    request = make_request(rung=make_rung("dpmpp-2m", 4, "999,720,400,60"))
+    made = finished(run(make_engine(backend), [request]))["a/0"]
+    pieces = [(request.rung, (999, 720, 400, 60))]
+    np.testing.assert_allclose(made.latent, reference(backend, request, pieces)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_ddpm_takes_the_learned_variance_of_a_model_that_has_one(
+    prediction: str, make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    config = replace(make_backend().manifest.config, learn_sigma=True)
+    backend = make_backend(config=config, learn_sigma=True, prediction=prediction)
+    learned = make_request("learned/0", rung=make_rung("ddpm", 12, "respaced", (0.2, 0.7)))
+    plain = make_request("plain/0", rung=make_rung("dpmpp-2m", 12, "trailing"))
+    made = finished(run(make_engine(backend), [learned, plain]))
+    for request in (learned, plain):
+        expected = reference(backend, request)[0]
+        np.testing.assert_allclose(made[request.id].latent, expected, atol=1e-4 * np.abs(expected).max())
+    alone = finished(run(make_engine(backend), [learned]))["learned/0"]
+    np.testing.assert_array_equal(alone.latent, made["learned/0"].latent)
 
 
 def test_guided_samples_have_two_rows_inside_their_interval_only(

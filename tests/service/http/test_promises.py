@@ -36,7 +36,7 @@ def counted(outcome: str) -> float:
 
 
 def test_a_broken_promise_makes_the_next_admission_more_careful(make_job: Make) -> None:
-    promises = Promises("m", LADDER)
+    promises = Promises("m", LADDER, clock=time.time)
     assert ask(promises, within_s=0.8).accepted  # 50 rows take 0.5 s
     before = counted("broken"), counted("kept")
     job = make_job(deadline_at=time.time() + 60.0)
@@ -59,13 +59,13 @@ def test_a_broken_promise_makes_the_next_admission_more_careful(make_job: Make) 
 
 def test_an_answer_after_the_deadline_is_a_broken_promise(make_job: Make) -> None:
     before = counted("broken")
-    with Promises("m", LADDER).observed(make_job(deadline_at=time.time() - 1.0)):
+    with Promises("m", LADDER, clock=time.time).observed(make_job(deadline_at=time.time() - 1.0)):
         pass
     assert counted("broken") == before + 1
 
 
 def test_the_refused_are_told_when_there_is_room_and_not_all_the_same() -> None:
-    promises = Promises("m", LADDER)
+    promises = Promises("m", LADDER, clock=time.time)
     told: list[float] = []
     for k in range(30):
         with pytest.raises(Overloaded) as refused:

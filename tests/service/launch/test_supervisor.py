@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -26,12 +27,17 @@ ROOT = Path(__file__).resolve().parents[3]
 WaitUntil = Callable[..., Awaitable[Any]]
 
 
-def service(*arguments: str, log: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+def service(
+    *arguments: str,
+    log: Path | None = None,
+    command: Sequence[str] = ("-m", "service"),
+    **environment: str,
+) -> subprocess.Popen[str]:
     """Start `python -m service` in a clean environment; its stderr is appended to `log`, or can be read."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("REDIS_URL",)}
     with ExitStack() as stack:
         return subprocess.Popen(
-            [sys.executable, "-m", "service", *arguments],
+            [sys.executable, *command, *arguments],
             cwd=ROOT,
             env={**inherited, "DIT_LOG_LEVEL": "warning", "DIT_THREADS": "1", **environment},
             stdout=subprocess.PIPE,
@@ -180,6 +186,7 @@ async def test_what_cannot_work_is_one_sentence(tmp_path: Path, taken_port: int)
         ),
         (service("--port=0", REDIS_URL="redis://:secret@127.0.0.1:1"), "cannot be reached"),
         (service("--port=0", REDIS_URL="http://127.0.0.1:1"), "must specify one of the following schemes"),
+        (service("--port=0", "--ready-workers=2"), "--ready-workers 2 is above --workers 1"),
         (service("worker"), "REDIS_URL is not set"),
         (service("sing"), "unknown command 'sing'"),
         (service("dead", "list"), "REDIS_URL is not set"),
@@ -192,6 +199,43 @@ async def test_what_cannot_work_is_one_sentence(tmp_path: Path, taken_port: int)
         assert errors.count("\n") == 1
         assert "secret" not in errors
         assert output == ""
+
+
+async def test_a_port_that_another_took_is_one_sentence(taken_port: int, redis_url: str) -> None:
+    """Also when it is taken after the supervisor has looked, which `race` plays."""
+    race = "import sys; from ditserve.service.launch import supervisor as s; "
+    race += "s.free_port = lambda host, port: port; "
+    race += "sys.exit(s.run(s.Settings.load(sys.argv[1:])))"
+    attempts = [
+        (service(f"--port={taken_port}", command=("-c", race)), f"cannot listen on 127.0.0.1:{taken_port}"),
+        (
+            service("api", f"--port={taken_port}", REDIS_URL=redis_url),
+            f"cannot listen on 127.0.0.1:{taken_port}",
+        ),
+        (
+            service("worker", f"--worker-metrics-port={taken_port}", REDIS_URL=redis_url),
+            f"cannot serve metrics on 0.0.0.0:{taken_port}",
+        ),
+    ]
+    for process, sentence in attempts:
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, errors
+        assert errors.startswith(f"error: {sentence} (Address already in use); choose another with --")
+        assert errors.count("\n") == 1
+        assert output == ""
+
+
+async def test_paths_may_hold_any_letter_and_workers_share_no_port(tmp_path: Path, taken_port: int) -> None:
+    """TMPDIR holds the socket of Valkey and the metrics. The port is for the metrics of a lone worker."""
+    folder = tmp_path / "a, b #%41 [x]*'\"ü"
+    folder.mkdir()
+    bundle = shutil.copytree(ROOT / "model/zoo/tiny", folder / "tiny")
+    variables = {"TMPDIR": str(folder), "DIT_WORKER_METRICS_PORT": str(taken_port)}
+    async with serving(f"--bundle={bundle}", "--workers=2", log=None, **variables) as running:
+        assert running.generate().status_code == 200
+        async with httpx.AsyncClient(trust_env=False) as client:
+            page = (await client.get(running.url.replace("/generate", "/metrics"))).text
+        assert 'dit_step_seconds_count{backend="onnx"}' in page, "the workers'"
 
 
 async def test_dead_jobs_can_be_listed_and_requeued(

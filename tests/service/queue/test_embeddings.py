@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ async def shelf(redis_url: str, namespace: str) -> AsyncIterator[Open]:
     caches: list[Embeddings] = []
 
     def open_cache(url: str = redis_url, max_bytes: int = 1 << 20) -> Embeddings:
-        caches.append(Embeddings(url, namespace=namespace, max_bytes=max_bytes))
+        caches.append(Embeddings(url, namespace=namespace, max_bytes=max_bytes, clock=time.time))
         return caches[-1]
 
     yield open_cache

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
+from ditserve.service.queue.clock import QueueClock
 from ditserve.service.worker import engine_thread
 from ditserve.service.worker.engine_thread import EngineReport, EngineThread
 
@@ -33,7 +33,7 @@ async def test_an_idle_engine_that_was_slow_reports_its_pace_again(
         deliver=reports.append,
         observe=lambda report: None,
         on_broken=lambda: None,
-        clock=time.time,
+        clock=QueueClock(),
         max_rows=8,
     )
     # Every look stands for a long time, so that the test need not take as long.

@@ -76,7 +76,7 @@ def gate(make_backend: Make) -> Gate:
 @pytest.fixture
 def make_worker(make_engine: Make, gate: Gate) -> Make:
     def make(broker: Broker, name: str = "w1", *, slots: int = 16, origin: str = "", **policy: Any) -> Worker:
-        engine = make_engine(gate, clock=time.time, slots=slots)
+        engine = make_engine(gate, clock=time.monotonic, slots=slots)
         quick = {"max_rows": 8, "report_s": 0.05, "export_s": 0.2, "step_event_s": 0.0, "retry_s": 0.01}
         return Worker(
             WorkerParts(broker, engine, gate, engine.ladder),
@@ -417,7 +417,8 @@ async def under(value: Callable[[], Awaitable[float]], bound: float) -> bool:
 async def test_leases_are_kept_while_the_engine_computes(
     connect: Connect, make_worker: Make, make_fake_job: Make, gate: Gate, wait_until: WaitUntil
 ) -> None:
-    broker = await connect(lease_s=0.3)
+    # By the steps of 10 s that the engine predicts, the job may run for longer than the least time.
+    broker = await connect(lease_s=0.3, max_run_s=0.3)
     job = make_fake_job()
     gate.open.clear()
     async with working(make_worker(broker)):

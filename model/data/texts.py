@@ -1,0 +1,65 @@
+"""The captions of examples as a network takes them: a wording is drawn for each step, and encoded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
+
+from ditserve.model.nets.text import open_encoder
+
+Floats = npt.NDArray[np.float32]
+
+# Encoded wordings with tokens that are kept in memory, in bytes.
+CACHE_BYTES = 1 << 29
+
+
+class Texts:
+    """The captions of N examples, encoded. Each line of a caption is a wording of it.
+
+    A text is `width` numbers: its embedding, of `size` numbers, and then as many for each of its `tokens`
+    tokens, with zeros for tokens that it does not have. Several threads may call this at once.
+
+    Raises:
+        TextError: the encoder cannot be opened, or has no tokens of that size.
+    """
+
+    def __init__(self, captions: Sequence[str], encoder: str, tokens: int = 0) -> None:
+        self.wordings = [caption.splitlines() or [""] for caption in captions]
+        self.encoder, self.tokens = open_encoder(encoder, tokens), tokens
+        self.size = self.encoder.size
+        self.width = self.size * (1 + tokens)
+        self._lock = Lock()
+        self._cache: OrderedDict[str, Floats] = OrderedDict()
+        if not tokens:
+            # Without tokens all fit in memory, and are encoded together.
+            distinct = sorted({wording for lines in self.wordings for wording in lines})
+            self._cache.update(zip(distinct, self.encoder.encode(distinct), strict=True))
+
+    def draw(self, index: npt.NDArray[np.int64], rng: np.random.Generator | None = None) -> Floats:
+        """Return texts of the examples `index` (n,), float32 (n, width).
+
+        `rng` draws among the wordings of those that have several; without it the first is taken.
+        """
+        return np.stack([self.encode(self._wording(int(row), rng)) for row in index])
+
+    def encode(self, wording: str) -> Floats:
+        """Return the text (width,) of a wording; it does not depend on others that are encoded."""
+        with self._lock:
+            if wording in self._cache:
+                self._cache.move_to_end(wording)
+                return self._cache[wording]
+        # Alone: beside longer ones its last bits would differ.
+        encoded: Floats = self.encoder.encode([wording])[0]
+        with self._lock:
+            self._cache[wording] = encoded
+            while self.tokens and len(self._cache) * encoded.nbytes > CACHE_BYTES:
+                self._cache.popitem(last=False)
+        return encoded
+
+    def _wording(self, row: int, rng: np.random.Generator | None) -> str:
+        lines = self.wordings[row]
+        return lines[0] if rng is None or len(lines) == 1 else lines[rng.integers(len(lines))]

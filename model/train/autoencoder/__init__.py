@@ -1,0 +1,1 @@
+"""Training of the small autoencoder, `python -m model.train.autoencoder`."""

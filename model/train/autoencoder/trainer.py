@@ -1,0 +1,171 @@
+"""The optimiser steps of an autoencoder's run, and the measures of what it has learned."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ditserve.model.data.dataset import Dataset
+from ditserve.model.data.examples import DataError, batch_indices
+from ditserve.model.distributed.parallel import single_process
+from ditserve.model.nets.small_autoencoder import SmallAutoencoder
+from ditserve.model.train.autoencoder.config import AutoencoderTrainConfig
+from ditserve.model.train.autoencoder.measures import edge_error, grain, psnr
+from ditserve.model.train.checkpoint import TrainingState, restore, save
+from ditserve.model.train.ema import Ema
+from ditserve.model.train.optimizer import loss_scaler, make_optimizer, scheduled_rate
+
+# Held-out pictures that are measured, and that are shown.
+MEASURED, SHOWN = 64, 12
+# Fields that may change when a run is continued.
+CHANGEABLE = frozenset(
+    [
+        *("output", "steps", "lr", "schedule", "warmup", "decay", "clip", "threads", "device", "data"),
+        *("checkpoint_every", "keep", "sheet_every", "log_every", "tensorboard"),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """Pictures encoded and decoded: `figures` of them by name, and a sheet with the real ones above."""
+
+    figures: dict[str, float]
+    sheet: Image.Image
+
+
+class AutoencoderTrainer:
+    """The owner of an autoencoder in training; `step()` is one optimiser step.
+
+    Every random number is a function of (seed, step), so a stopped run goes on as if it had not stopped.
+
+    Raises:
+        DataError: the data cannot be opened, holds latents, or has a size that does not suit.
+    """
+
+    def __init__(self, config: AutoencoderTrainConfig) -> None:
+        self.config = config
+        self.dataset: Dataset = config.data.open()
+        self._check_size()
+        torch.manual_seed(config.seed)
+        network = SmallAutoencoder(config.autoencoder).to(config.device)
+        self.state = TrainingState(
+            single_process(network),
+            make_optimizer(network, config),
+            Ema(network, config.ema),
+            loss_scaler("fp32", config.device),
+        )
+        self.checkpoints = config.output / "checkpoints"
+        fixed = {key: value for key, value in config.model_dump(mode="json").items() if key not in CHANGEABLE}
+        self.identity: dict[str, Any] = {**fixed, "content": self.dataset.fingerprint()}
+
+    def _check_size(self) -> None:
+        factor, crop, path = self.config.autoencoder.factor, self.config.crop, self.config.data.path
+        if self.dataset.channels != 3:
+            raise DataError(f"{path} holds latents: an autoencoder learns from pictures")
+        if any(side % factor for side in self.dataset.size):
+            raise DataError(f"{path}: sides of {self.dataset.size} do not divide by {factor}: set data.size")
+        if crop is not None and crop > min(self.dataset.size):
+            raise DataError(f"crop {crop} is larger than the pictures of {path}, {self.dataset.size}")
+
+    @property
+    def network(self) -> SmallAutoencoder:
+        """The autoencoder in training."""
+        return cast(SmallAutoencoder, self.state.model)
+
+    def resume(self) -> Path | None:
+        """Restore the newest checkpoint that can be read. Return its path; None if there is none.
+
+        Raises:
+            CheckpointError: it is of another run, or none of several can be read.
+        """
+        return restore(self.checkpoints, self.state, self.identity)
+
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        save(self.checkpoints, self.state, self.identity, keep=self.config.keep)
+
+    def step(self) -> dict[str, float]:
+        """Train on one batch. Return the loss and its terms, the gradient's norm and the learning rate.
+
+        A gradient that is not finite is skipped.
+        """
+        config, state = self.config, self.state
+        losses = self.losses(self.batch(state.step))
+        state.optimizer.zero_grad(set_to_none=True)
+        cast(Any, losses["loss"]).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip))
+        rate = scheduled_rate(config, state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        if np.isfinite(norm):
+            state.optimizer.step()
+            state.ema.update(self.network.parameters())
+        else:
+            state.skipped += 1
+        state.step += 1
+        return {**{name: loss.item() for name, loss in losses.items()}, "grad_norm": norm, "lr": rate}
+
+    def losses(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the loss of pictures (N, 3, H, W), and the terms that it is the weighted sum of."""
+        config, spec = self.config, self.config.autoencoder
+        generator = torch.Generator().manual_seed(1_000_003 * config.seed + self.state.step)
+        height, width = (side // spec.factor for side in images.shape[2:])
+        noise = torch.randn((len(images), spec.latent_channels, height, width), generator=generator)
+        images = images.to(config.device)
+        latents = self.network.encode(images)
+        decoded = self.network.decode(latents + spec.noise * noise.to(config.device))
+        pixels, edges = (decoded - images).abs().mean(), edge_error(decoded, images)
+        size = latents.square().mean()
+        loss = pixels + config.edge_weight * edges + config.latent_weight * size
+        return {"loss": loss, "pixels": pixels, "edges": edges, "latents": size}
+
+    def batch(self, step: int) -> Tensor:
+        """Return the pictures of a step, (n, 3, H, W) in [−1, 1], cropped as the configuration says."""
+        config, dataset = self.config, self.dataset
+        rng = np.random.default_rng([config.seed, step])
+        index = dataset.training[batch_indices(len(dataset.training), config.batch, step, config.seed)]
+        images, crop = torch.from_numpy(dataset.batch(index, rng)), config.crop
+        if crop is None:
+            return images
+        tops, lefts = (rng.integers(0, side - crop + 1, len(images)) for side in images.shape[2:])
+        corners = zip(images, tops, lefts, strict=True)
+        return torch.stack([image[:, top : top + crop, left : left + crop] for image, top, left in corners])
+
+    def averaged_network(self) -> SmallAutoencoder:
+        """Return the autoencoder with averaged weights, in evaluation mode, on the CPU."""
+        network = SmallAutoencoder(self.config.autoencoder)
+        self.state.ema.copy_to(network)
+        return network.eval().requires_grad_(False)
+
+    def measure(self) -> Reconstruction:
+        """Return how well the averaged weights reconstruct held-out pictures; without any, trained ones.
+
+        `psnr` is in dB, `grain` of 255, `decode_ms` of one picture with the threads of this process.
+        """
+        network, dataset = self.averaged_network(), self.dataset
+        index = np.flatnonzero(dataset.held_out)[:MEASURED]
+        index = index if len(index) else dataset.training[:MEASURED]
+        images = torch.from_numpy(dataset.batch(index, np.random.default_rng(0)))
+        latents = torch.cat([network.encode(part) for part in images.split(16)])
+        began = time.perf_counter()
+        decoded = torch.cat([network.decode(latent) for latent in latents.split(1)]).clamp(-1, 1)
+        decode_ms = 1e3 * (time.perf_counter() - began) / len(images)
+        rows = torch.stack([images[:SHOWN], decoded[:SHOWN]])  # (2, n, 3, H, W)
+        sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2H, n·W, 3)
+        figures = {"psnr": psnr(decoded, images), "grain": grain(decoded, images), "decode_ms": decode_ms}
+        return Reconstruction(
+            {name: round(value, 3) for name, value in figures.items()},
+            Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy()),
+        )
