@@ -11,8 +11,8 @@ from ditserve.model.train.loaded_model import LoadedModel
 # Passes over the verification rows: to make them, with the weights as given and as stored, twice to expect
 # and verify; to probe half precision and to verify it.
 PASSES, HALF_PASSES = 5, 2
-# Bytes of the libraries that an export loads.
-LIBRARIES = 0.5e9
+# Bytes of the libraries that an export loads, and of what they hold while they trace a graph.
+LIBRARIES = 0.75e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class ExportPlan:
         ladder = "no ladder is measured"
         if self.ladder is not None:
             ladder = f"to measure the ladder ({self.ladder.name}) {price(self.ladder.rows)}"
-        memory = f"about {self.peak_bytes / 1e9:.1f} GB of memory"
+        memory = f"at most about {self.peak_bytes / 1e9:.1f} GB of memory"
         return f"to verify the graphs {price(self.rows)}; {ladder}; {memory}"
 
 
@@ -50,10 +50,10 @@ def verification_rows(model: LoadedModel, settings: TrajectorySettings, *, half:
 
 
 def peak_bytes(model: LoadedModel, *, half: bool) -> float:
-    """Return the most memory that an export takes, about.
+    """Return the most memory that an export takes, an upper bound.
 
     It is that of the libraries, of the weights in fp32, and of a copy in half precision, or of the copies
-    that the runtime makes while it opens a graph. A DiT-XL/2 has 2.7 GB of weights: 0.5 + 1.6 · 2.7 = 4.8 GB.
+    that the runtime makes while it opens a graph. A DiT-XL/2 has 2.7 GB of weights: 0.75 + 1.6 · 2.7 = 5.1 GB.
     """
     weights = sum(parameter.numel() * 4 for parameter in model.network.parameters())
     return LIBRARIES + (1.6 if half else 1.4) * weights
