@@ -7,6 +7,7 @@ python -m model.sample runs/emoji -c label=cat -c label=dog --combine layers
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +99,9 @@ def _device(name: str) -> torch.device:
 
 def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
     """Return the steps and the guidance: as the command line says, or else the defaults of the model."""
-    defaults, schedule = loaded.manifest.defaults, loaded.schedule
+    own = loaded.network.config.image_size
+    area = math.prod(options.size or own) / math.prod(own)
+    defaults, schedule = loaded.manifest.defaults, loaded.schedule.for_area(area)
     solver, steps = options.solver or defaults.solver, options.steps or defaults.steps
     kind = choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule)
     table = step_table(solver, noise_levels(kind, steps, schedule), schedule, eta=options.eta)

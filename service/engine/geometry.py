@@ -27,6 +27,11 @@ class Geometry:
         """Rows of one prediction without guidance."""
         return 1 if self.windows is None else len(self.windows)
 
+    @property
+    def row_area(self) -> float:
+        """The tokens of a row, in rows of the bundle's own size."""
+        return self.cost / self.rows
+
 
 def geometry_of(size: Size | None, *, own: Size, windows: bool, multiple: int | None) -> Geometry:
     """Return the geometry of a request for latents of `size`; None is the bundle's `own`.
