@@ -20,7 +20,7 @@ from ditserve.bench.chaos.losses import EVICTION, LOST_RECORDS, OTHER_RELEASES
 from ditserve.bench.load.cluster import Circumstances, TestCluster
 
 PATIENCE_S = 120.0  # for all requests to end after the last fault
-MEASURED_S = 5.0  # for which the capacity is measured before it is exceeded
+MEASURED_S, AT_ONCE = 5.0, 48  # for which, and by how many requests at a time, the capacity is measured
 OVERLOAD = 2.0  # times the capacity
 LINES_READ = 3  # of a log, before its reader goes away
 FAKETIME = sorted(glob("/usr/lib/*/faketime/libfaketime.so.1"))
@@ -85,7 +85,7 @@ async def _exceed_capacity(run: ScenarioRun, stop: asyncio.Event) -> None:
 
 
 async def _measured_rate(run: ScenarioRun) -> float:
-    """Return how many requests a second the clients get answered, one after another."""
+    """Return how many requests a second are answered while there are always enough for full batches."""
     began, made = time.monotonic(), 0
 
     async def work(client: LoadClient) -> None:
@@ -94,7 +94,7 @@ async def _measured_rate(run: ScenarioRun) -> float:
             await client.send_one("waiting")
             made += 1
 
-    await asyncio.gather(*map(work, run.clients))
+    await asyncio.gather(*(work(run.clients[k % len(run.clients)]) for k in range(AT_ONCE)))
     return made / (time.monotonic() - began)
 
 
