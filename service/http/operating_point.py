@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.model.spec.grids import GRIDS, choose_grid, explicit_grid
+from ditserve.model.spec.grids import choose_grid, explicit_grid, grid_names
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.http.schemas import GenerateRequest
@@ -28,10 +28,9 @@ def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder)
         raise field_error("guidance_interval", "Its low end is above its high end.")
     # The best rung of a solver tells which grid suits it.
     stated = {rung.solver: rung.grid for rung in reversed(ladder.rungs)}.get(solver, defaults.grid)
-    field, wanted = _wanted_grid(request)
-    total = manifest.diffusion.timesteps
+    field, wanted = _wanted_grid(request, ladder)
     try:
-        grid = choose_grid(wanted, stated=stated, solver=solver, steps=steps, timesteps=total)
+        grid = choose_grid(wanted, stated=stated, solver=solver, steps=steps, schedule=ladder.schedule)
     except ValueError as error:
         message = str(error)
         raise field_error(field, f"{message[:1].upper()}{message[1:]}.") from None
@@ -58,14 +57,14 @@ def _steps(request: GenerateRequest, manifest: Manifest) -> int:
         raise field_error("steps", f"The noise_levels listed are {len(levels)} steps: leave steps out.")
     steps = request.steps or (len(levels) if levels else manifest.defaults.steps)
     if steps > most:
-        raise field_error("steps", f"This model has {most} noise levels, so at most {most} steps.")
+        raise field_error("steps", f"This model takes at most {most} steps.")
     return steps
 
 
-def _wanted_grid(request: GenerateRequest) -> tuple[str, str | None]:
+def _wanted_grid(request: GenerateRequest, ladder: Ladder) -> tuple[str, str | None]:
     """Return the field that says where the steps are, and the grid that it means; None: neither says so."""
     if request.noise_levels is None:
-        return "grid", request.grid and _one_of("grid", request.grid, GRIDS)
+        return "grid", request.grid and _one_of("grid", request.grid, grid_names(ladder.schedule))
     if request.grid is not None:
         raise field_error("grid", "The noise_levels listed are the grid: leave grid out.")
     return "noise_levels", explicit_grid(request.noise_levels)
