@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_serializer,
@@ -30,14 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from ditserve.model.spec.diffusion import (
-    NoiseInput,
-    Prediction,
-    RectifiedFlow,
-    Schedule,
-    VariancePreserving,
-    variance_preserving,
-)
+from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig, network_config, network_fields
 
@@ -66,74 +57,21 @@ class BundleError(ModelError):
     """A bundle that cannot be used; the message is one sentence that names the file."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class Factor(_Strict):
+class Factor(StrictModel):
     """One label factor of the condition. Its null class, "not given", has the index len(classes)."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-class StateTensor(_Strict):
+class StateTensor(StrictModel):
     """One tensor of the condition state; `shape` is without the batch dimension."""
 
     name: str
     shape: tuple[int, ...]
 
 
-class DiffusionSpec(_Strict):
-    """The noise that a model was trained on, what its network is told of it, and the meaning of its output.
-
-    schedule     "linear" and "cosine" are tables of timesteps, "flow" a rectified flow, in sigma 0..1
-    timesteps    the noise levels of a table; of a flow the most steps of a run
-    noise_input  what the network is told, times noise_scale: "timestep" of a table; of a flow "sigma" or
-                 "1-sigma", by default 1000 · sigma
-    output_sign  -1 if the network's output is the negative of its prediction
-    """
-
-    schedule: Literal["linear", "cosine", "flow"]
-    timesteps: Annotated[int, Field(ge=1)] = 1000
-    log_snr_shift: float = 0.0
-    prediction: Prediction
-    noise_input: NoiseInput = "timestep"
-    noise_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    output_sign: Literal[1, -1] = 1
-    learn_sigma: bool = False
-    clip_x0: bool = True
-    guidance_channels: int | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _flow_is_told_sigma(cls, data: Any) -> Any:
-        """Set what the network of a flow is told to 1000 · sigma where that is left out."""
-        flow = isinstance(data, dict) and data.get("schedule") == "flow"
-        return {"noise_input": "sigma", "noise_scale": 1000.0, **data} if flow else data
-
-    @model_validator(mode="after")
-    def _check_fields_agree(self) -> DiffusionSpec:
-        if self.schedule == "flow":
-            for field, value in (("log_snr_shift", self.log_snr_shift), ("learn_sigma", self.learn_sigma)):
-                if value:
-                    raise ValueError(f"{field} is for tables of timesteps: leave it out of a flow")
-        # A table of one timestep, because a long one takes time and memory.
-        self._schedule_on(min(self.timesteps, 1))
-        return self
-
-    def noise_schedule(self) -> Schedule:
-        """Return the schedule that the model was trained on."""
-        return self._schedule_on(self.timesteps)
-
-    def _schedule_on(self, timesteps: int) -> Schedule:
-        process: RectifiedFlow | VariancePreserving = RectifiedFlow(timesteps)
-        if self.schedule != "flow":
-            process = variance_preserving(self.schedule, timesteps, self.log_snr_shift)
-        return Schedule(process, self.prediction, self.noise_input, self.noise_scale, self.output_sign)
-
-
-class LatentSpec(_Strict):
+class LatentSpec(StrictModel):
     """The normalisation of latents, (latents − shift) / scale, with one shift and one scale per channel."""
 
     shift: tuple[float, ...]
@@ -142,7 +80,7 @@ class LatentSpec(_Strict):
     """The pixels that a latent covers on a side."""
 
 
-class RungSpec(_Strict):
+class RungSpec(StrictModel):
     """One measured operating point.
 
     `rows` is the cost in forward rows per image. `own` is the distance of its pictures to those that the
@@ -161,7 +99,7 @@ class RungSpec(_Strict):
     real: float | None = None
 
 
-class Defaults(_Strict):
+class Defaults(StrictModel):
     """The values that a request gets for what it leaves out."""
 
     steps: Annotated[int, Field(ge=1)]
@@ -171,7 +109,7 @@ class Defaults(_Strict):
     guidance_interval: tuple[float, float]
 
 
-class Golden(_Strict):
+class Golden(StrictModel):
     """One image that PyTorch drew with the model, kept in `golden.png`.
 
     A service draws it again and compares, to notice a fault of its machine or its libraries (a canary).
@@ -185,12 +123,12 @@ class Golden(_Strict):
     guidance_scale: float
 
 
-class FileEntry(_Strict):
+class FileEntry(StrictModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: int
 
 
-class Manifest(_Strict):
+class Manifest(StrictModel):
     """The content of manifest.json. Unknown fields and unknown schema versions are refused."""
 
     schema_version: Literal[1] = 1
@@ -211,9 +149,9 @@ class Manifest(_Strict):
     golden: Golden | None = None
     licence: str
     attribution: tuple[str, ...] = ()
-    provenance: dict[str, Any] = {}
-    metrics: dict[str, float] = {}
-    files: dict[Name, FileEntry] = {}
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    files: dict[Name, FileEntry] = Field(default_factory=dict)
 
     @property
     def upscale(self) -> int:
@@ -230,6 +168,13 @@ class Manifest(_Strict):
         if not isinstance(value, Mapping):
             raise ValueError("the network's configuration must be an object")
         return network_config(value)
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Manifest:
+        counts = self.diffusion.step_counts
+        if counts and self.defaults.steps not in counts:
+            raise ValueError(f"defaults.steps must be one of step_counts, not {self.defaults.steps}")
+        return self
 
     @field_serializer("config")
     def _dump_config(self, config: NetworkConfig) -> dict[str, Any]:
