@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.windows import Size
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.forward import ForwardPass, Stepped
@@ -33,7 +34,6 @@ from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.planning.planner import Change, Planner
 from ditserve.service.rung import Rung
-from ditserve.service.windows import Size
 
 TRAJECTORIES_KEPT: Final = 256  # from noise: most requests ask for the same few
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from ditserve.model.spec.windows import Size, Windows, windows_over
 from ditserve.service.errors import InvalidRequest
-from ditserve.service.windows import Size, Windows, windows_over
 
 
 @dataclass(frozen=True, slots=True)
