@@ -86,7 +86,7 @@ def test_deterministic_solvers_converge_to_the_exact_flow_at_their_order(solver:
     scale = [math.sqrt(((1 - sigma) * std) ** 2 + sigma**2) for sigma in (start, end)]
     errors = []
     for steps in (20, 40, 80, 160):
-        levels = np.linspace(start, end, steps + 1)
+        levels = np.linspace(start, end, steps + 1).tolist()
         states = run(step_table(solver, levels, FLOW), 1.0, gaussian_velocity(std))
         errors.append(abs(states[-2] - scale[1] / scale[0]))  # on arrival at `end`
     rates = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
@@ -97,7 +97,7 @@ def test_deterministic_solvers_converge_to_the_exact_flow_at_their_order(solver:
 @pytest.mark.parametrize("steps", [*range(1, 12), 50, 250])
 def test_from_pure_noise_every_number_of_steps_ends_in_the_image(solver: str, steps: int) -> None:
     """At sigma 1 there is no image, and at 0 no noise: both ends are exact."""
-    levels = np.linspace(1.0, 0.0, steps + 1)[:-1]
+    levels = np.linspace(1.0, 0.0, steps + 1)[:-1].tolist()
     x0, noise = np.random.default_rng(0).standard_normal((2, 16))
     states = run(step_table(solver, levels, FLOW), noise, lambda x, sigma: noise - x0)
     for sigma, state in zip([*levels[1:], 0.0], states, strict=True):
@@ -108,7 +108,7 @@ def test_from_pure_noise_every_number_of_steps_ends_in_the_image(solver: str, st
 def test_stochastic_solvers_keep_the_variance_of_the_flow(solver: str, eta: float) -> None:
     """Every step of a linear network is linear in x and z, so its variance is known without sampling."""
     std, steps = 0.5, 400
-    levels = np.linspace(1.0, 0.0, steps + 1)[:-1]
+    levels = np.linspace(1.0, 0.0, steps + 1)[:-1].tolist()
     table, network = step_table(solver, levels, FLOW, eta=eta), gaussian_velocity(std)
     rng = np.random.default_rng(0)
     states = run(table, rng.standard_normal(20_000), network, noise=lambda: rng.standard_normal(20_000))
