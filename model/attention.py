@@ -29,7 +29,8 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.prompt import SampleError, embed_terms, parse_condition
 from ditserve.model.sampling.sheet import check_sheet, picture_grid, to_pixels
 from ditserve.model.spec.command_line import count, guarded, named_path, picture_file, positive, share
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.diffusion import add_noise
+from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
@@ -103,8 +104,8 @@ def overlay(
 def draw_sample(loaded: LoadedModel, embedding: Tensor, seed: int) -> Tensor:
     """Return the sample (1, C, H, W) of an embedding (1, D) and a seed, with the model's defaults."""
     defaults, diffusion = loaded.manifest.defaults, loaded.manifest.diffusion
-    steps = grid(defaults.grid, defaults.steps, diffusion.timesteps)
-    table = step_table(defaults.solver, steps, loaded.schedule)
+    levels = noise_levels(defaults.grid, defaults.steps, loaded.schedule)
+    table = step_table(defaults.solver, levels, loaded.schedule)
     guidance = Guidance(defaults.guidance_scale, defaults.guidance_interval, diffusion.guidance_channels)
     denoiser = Denoiser(loaded.network, loaded.schedule, Conditions((embedding,)), guidance)
     *_, x0 = denoise(denoiser, table, [seed], clip_x0=diffusion.clip_x0)
@@ -149,10 +150,11 @@ def _maps_of_noised(
     loaded: LoadedModel, x0: Tensor, embedding: Tensor, options: argparse.Namespace
 ) -> list[AttentionMap]:
     """Return the attention maps of the picture `x0` (1, C, H, W), noised as far as `--at` says."""
-    t = round(options.at * (loaded.manifest.diffusion.timesteps - 1))
+    schedule = loaded.schedule
+    level = float(schedule.process.trained_levels(options.at))
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(options.seed))
-    noisy = loaded.schedule.alpha(t) * x0 + loaded.schedule.sigma(t) * noise
-    state = loaded.network.modulate(torch.tensor([float(t)]), embedding)
+    noisy = add_noise(float(schedule.alpha(level)), float(schedule.sigma(level)), x0, noise)
+    state = loaded.network.modulate(torch.from_numpy(schedule.told([level])), embedding)
     return attention_maps(loaded.network, noisy, state)
 
 

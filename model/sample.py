@@ -37,7 +37,7 @@ from ditserve.model.sampling.sheet import (
     to_pixels,
 )
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
-from ditserve.model.spec.grids import GRIDS, choose_grid, grid
+from ditserve.model.spec.grids import GRIDS, choose_grid, noise_levels
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
@@ -98,10 +98,10 @@ def _device(name: str) -> torch.device:
 
 def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
     """Return the steps and the guidance: as the command line says, or else the defaults of the model."""
-    defaults, total = loaded.manifest.defaults, loaded.manifest.diffusion.timesteps
+    defaults, schedule = loaded.manifest.defaults, loaded.schedule
     solver, steps = options.solver or defaults.solver, options.steps or defaults.steps
-    kind = choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, timesteps=total)
-    table = step_table(solver, grid(kind, steps, total), loaded.schedule, eta=options.eta)
+    kind = choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule)
+    table = step_table(solver, noise_levels(kind, steps, schedule), schedule, eta=options.eta)
     guidance = Guidance(
         scale=defaults.guidance_scale if options.scale is None else options.scale,
         interval=tuple(options.interval or defaults.guidance_interval),

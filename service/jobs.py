@@ -210,12 +210,20 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
+class SlowSpell:
+    """A slowness to reckon with: over `over_s` seconds passes may take `factor` times the reported time."""
+
+    over_s: float
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerState(Message):
     """A worker's report: its cost model, where a step takes `fixed + per_row·rows` seconds, and its backlog.
 
     `dues` is the backlog by deadline; it is empty where there is none, or where the worker does not report
     it. `given_rows` are the rows that the queue ever gave to this worker, as its last claim said: rows given
-    later are not in the backlog yet.
+    later are not in the backlog yet. Without a step for `hang_s` seconds it hangs; 0: it does not say.
     """
 
     worker: str
@@ -232,6 +240,8 @@ class WorkerState(Message):
     dues: tuple[DemandBucket, ...] = ()
     bundle: str = ""  # digest of the manifest it serves
     given_rows: int = 0
+    slow: tuple[SlowSpell, ...] = ()  # the shortest first
+    hang_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ def test_what_is_imported_is_required() -> None:
 
 
 def test_the_base_is_what_serving_imports() -> None:
-    serving = (ROOT / "service").rglob("*.py")
+    serving = [*(ROOT / "service").rglob("*.py"), *(ROOT / "model" / "spec").rglob("*.py")]
     assert set(requirements()) - PLUGINS <= {name for path in serving for name in third_party(path)}
 
 

@@ -17,7 +17,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from math import ceil
+from math import inf
 from time import thread_time
 
 import numpy as np
@@ -28,13 +28,18 @@ from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.scheduler import Candidates, Scheduler
 from ditserve.service.jobs import LoadSnapshot, WorkerState
+from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.admission import AdmissionRequest
+from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
 from ditserve.service.rung import Rung
+from ditserve.service.worker.room import wanted_rows
 
+SLOTS = 64  # samples that a worker can hold
+BALANCE_S = WorkerPolicy().balance_s
 WORKERS_A_HOST = 2
 RETURNS = 10  # how often a client comes back
 PUBLISH_S = 0.5  # the greatest age of a worker's published state
@@ -92,7 +97,7 @@ class SimulatedSample:
         self.remaining -= 1
         self.taken += 1
 
-    def for_planner(self, last_timestep: int) -> PlannedSample:
+    def for_planner(self) -> PlannedSample:
         return PlannedSample(
             id=self.id,
             deadline_at=self.deadline_at,
@@ -102,7 +107,7 @@ class SimulatedSample:
             floor_steps=1,
             allow_degraded=self.consents,
             started=self.taken > 0,
-            timestep=ceil(self.noise * last_timestep),
+            noise=self.noise,
             requested=self.requested,
         )
 
@@ -128,9 +133,16 @@ class SimulatedWorker:
     def max_batch(self) -> int:
         return self.strategy.cap or self.costs.saturation_rows(self.cluster.curve.max_rows)
 
+    def report(self, now: float) -> WorkerState:
+        """Return its last report, which is a new one where it is idle."""
+        if not self.samples:
+            self.state = self._published_state(now)
+        return self.state
+
     @property
-    def room(self) -> int:
-        return max(0, self.strategy.holds - len(self.samples))
+    def backlog_s(self) -> float:
+        """The seconds of its work, by its last report."""
+        return backlog_time(self.state)
 
     def start_step(self, now: float, queued_rows: int, random: np.random.Generator) -> float | None:
         """Choose the next batch; return the time at which its step ends, None if there is nothing to do."""
@@ -188,11 +200,11 @@ class SimulatedWorker:
             last_step_age_s=0.0,
             updated_at=now,
             dues=self.planner.demand(self._planned_samples(), now, self.costs, max_rows=max_rows),
+            slow=self.costs.slow_spells(),
         )
 
     def _planned_samples(self) -> list[PlannedSample]:
-        last_timestep = self.cluster.ladder.timesteps - 1
-        return [sample.for_planner(last_timestep) for sample in self.samples]
+        return [sample.for_planner() for sample in self.samples]
 
 
 class SimulatedFleet:
@@ -276,7 +288,7 @@ class SimulatedFleet:
             queued_jobs=len(self.queue),
             queued_rows=self.queued_rows + sum(worker.unreported_rows for worker in self.workers),
             oldest_age_s=now - self.queue[0].arrived if self.queue else 0.0,
-            workers=tuple(worker.state for worker in self.workers),
+            workers=tuple(worker.report(now) for worker in self.workers),
             taken_at=now,
         )
         admission_request = AdmissionRequest(
@@ -309,13 +321,25 @@ class SimulatedFleet:
 
     def _claim(self, worker: SimulatedWorker, now: float) -> None:
         """Give the worker the samples it has room for, in the order of the queue."""
-        room = self._request_batch(worker) if self.strategy.unit == "request" else worker.room
+        room = self._request_batch(worker) if self.strategy.unit == "request" else self._room(worker)
         for _ in range(min(room, len(self.queue))):
             sample = self.queue.popleft()
             self.queued_rows -= sample.remaining
             worker.unreported_rows += sample.remaining
             if not self.strategy.expire or sample.due > now:
                 worker.samples.append(sample)
+
+    def _room(self, worker: SimulatedWorker) -> int:
+        """Return how many samples a worker claims, by the rule of the real one."""
+        others = [other.backlog_s for other in self.workers if other is not worker]
+        wanted = wanted_rows(
+            worker.max_batch,
+            lookahead_rows=self.strategy.lookahead,
+            peers=len(self.workers),
+            ahead_s=worker.backlog_s - min(others, default=inf),
+            balance_s=BALANCE_S,
+        )
+        return max(0, min(SLOTS, wanted) - len(worker.samples))
 
     def _request_batch(self, worker: SimulatedWorker) -> int:
         """Bring requests with as many steps as the first to the front; return how many fit a batch."""

@@ -90,7 +90,7 @@ class Strategy:
         admission: refuse a request whose deadline cannot be met.
         degrade: admission may accept a request at a lower rung.
         plan: plan all claimed samples anew at every step.
-        holds: samples that a worker claims, running or not.
+        lookahead: samples that all workers together claim beyond what can run.
         claims: the order of the queue.
         expire: drop a sample whose deadline has passed.
     """
@@ -102,7 +102,7 @@ class Strategy:
     admission: bool = True
     degrade: bool = True
     plan: bool = True
-    holds: int = 64
+    lookahead: int = 64
     claims: ClaimOrder = "deadline"
     expire: bool = True
 
@@ -126,17 +126,17 @@ STRATEGIES = (
         cap=8,
         admission=False,
         plan=False,
-        holds=8,
+        lookahead=0,
         claims="arrival",
         expire=False,
     ),
-    Strategy("FIFO + admission", "step", "fifo", degrade=False, plan=False, holds=8, claims="arrival"),
+    Strategy("FIFO + admission", "step", "fifo", degrade=False, plan=False, lookahead=0, claims="arrival"),
     Strategy("EDF + admission", degrade=False, plan=False),
     Strategy("planned at admission", plan=False),
     PLANNED_EVERY_STEP,
 )
 CLAIM_STRATEGIES = tuple(
-    Strategy(f"{holds} by {order}", holds=holds, claims=order)
-    for holds in (16, 28, 64)
+    Strategy(f"{lookahead} by {order}", lookahead=lookahead, claims=order)
+    for lookahead in (0, 16, 64)
     for order in CLAIM_ORDERS
 )

@@ -32,7 +32,14 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError
 
 from ditserve.model.spec import bundle_bounds as bounds
-from ditserve.model.spec.diffusion import Schedule, make_schedule
+from ditserve.model.spec.diffusion import (
+    NoiseInput,
+    Prediction,
+    RectifiedFlow,
+    Schedule,
+    VariancePreserving,
+    variance_preserving,
+)
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig, network_config, network_fields
 
@@ -90,21 +97,52 @@ class StateTensor(_Strict):
 
 
 class DiffusionSpec(_Strict):
-    """The noise that a model was trained on, and the meaning of its output."""
+    """The noise that a model was trained on, what its network is told of it, and the meaning of its output.
 
-    schedule: Literal["linear", "cosine"]
+    schedule     "linear" and "cosine" are tables of timesteps, "flow" a rectified flow, in sigma 0..1
+    timesteps    the noise levels of a table; of a flow the most steps of a run
+    noise_input  what the network is told, times noise_scale: "timestep" of a table; of a flow "sigma" or
+                 "1-sigma", by default 1000 · sigma
+    output_sign  -1 if the network's output is the negative of its prediction
+    """
+
+    schedule: Literal["linear", "cosine", "flow"]
     timesteps: Steps = 1000
     log_snr_shift: Annotated[float, Field(ge=-20, le=20)] = 0.0
-    prediction: Literal["epsilon", "v", "x0"]
+    prediction: Prediction
+    noise_input: NoiseInput = "timestep"
+    noise_scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    output_sign: Literal[1, -1] = 1
     learn_sigma: bool = False
     clip_x0: bool = True
     guidance_channels: Size | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _flow_is_told_sigma(cls, data: Any) -> Any:
+        """Set what the network of a flow is told to 1000 · sigma where that is left out."""
+        flow = isinstance(data, dict) and data.get("schedule") == "flow"
+        return {"noise_input": "sigma", "noise_scale": 1000.0, **data} if flow else data
+
+    @model_validator(mode="after")
+    def _check_fields_agree(self) -> DiffusionSpec:
+        if self.schedule == "flow":
+            for field, value in (("log_snr_shift", self.log_snr_shift), ("learn_sigma", self.learn_sigma)):
+                if value:
+                    raise ValueError(f"{field} is for tables of timesteps: leave it out of a flow")
+        # A table of one timestep, because a long one takes time and memory.
+        self._schedule_on(min(self.timesteps, 1))
+        return self
+
     def noise_schedule(self) -> Schedule:
         """Return the schedule that the model was trained on."""
-        return make_schedule(
-            self.schedule, self.timesteps, prediction=self.prediction, log_snr_shift=self.log_snr_shift
-        )
+        return self._schedule_on(self.timesteps)
+
+    def _schedule_on(self, timesteps: int) -> Schedule:
+        process: RectifiedFlow | VariancePreserving = RectifiedFlow(timesteps)
+        if self.schedule != "flow":
+            process = variance_preserving(self.schedule, timesteps, self.log_snr_shift)
+        return Schedule(process, self.prediction, self.noise_input, self.noise_scale, self.output_sign)
 
 
 class LatentSpec(_Strict):

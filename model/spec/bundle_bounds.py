@@ -16,7 +16,7 @@ import numpy as np
 
 from ditserve.model.spec.class_names import ClassNames, NamedFactor, UnknownClassError
 from ditserve.model.spec.diffusion import Schedule
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.spec.solvers import step_table
 
@@ -54,7 +54,7 @@ class NamedTensor(Protocol):
 def check_run(field: str, run: Run, schedule: Schedule) -> None:
     """Refuse a run whose steps a worker cannot compute: every coefficient is finite in float32."""
     try:
-        table = step_table(run.solver, grid(run.grid, run.steps, schedule.timesteps), schedule)
+        table = step_table(run.solver, noise_levels(run.grid, run.steps, schedule), schedule)
     except ValueError as error:
         raise ValueError(f"field {field}: {error}") from None
     with np.errstate(over="ignore"):

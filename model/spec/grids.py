@@ -1,4 +1,7 @@
-"""Grids: the decreasing timesteps that a sample visits on its way from noise to image.
+"""Grids: the decreasing noise levels that a sample visits on its way from noise to image.
+
+A table of timesteps has grids of whole timesteps (`grid`), a flow those of `sigma_grids.flow_grid`.
+`noise_levels` chooses by the process.
 
 A grid has a name, or is a list. Which one suits a request follows from the solver and the number of steps.
 Pure: numpy only; no torch, no I/O, no randomness. `model.spec.sigma_grids` has the grids of flow models.
@@ -13,7 +16,45 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ditserve.model.spec.diffusion import CLEAN, FloatTable
+from ditserve.model.spec.diffusion import CLEAN, FloatTable, Schedule, VariancePreserving
+from ditserve.model.spec.sigma_grids import FLOW_GRIDS, flow_grid, flow_regrid
+
+
+def noise_levels(kind: str, steps: int, schedule: Schedule) -> tuple[float, ...]:
+    """Return the N = `steps` decreasing levels that a sample visits before the image.
+
+    Raises:
+        ValueError: the process of the schedule has no such grid, or not so many steps.
+    """
+    process = schedule.process
+    if isinstance(process, VariancePreserving):
+        return tuple(map(float, grid(kind, steps, process.timesteps)))
+    return flow_grid(kind, steps, process.max_steps)
+
+
+def noise_levels_from(level: float, steps: int, kind: str, schedule: Schedule) -> tuple[float, ...]:
+    """Return `steps` levels, spaced as `kind` says, for a sample whose next one is `level`.
+
+    They are fewer where there are not so many timesteps left. See `regrid` and `flow_regrid`.
+
+    Raises:
+        ValueError: a level that is not noisy, less than one step, or a bad kind.
+    """
+    process = schedule.process
+    if isinstance(process, VariancePreserving):
+        t = round(level)
+        return tuple(map(float, regrid(t, min(steps, t + 1), kind, process.timesteps)))
+    return flow_regrid(level, steps, kind)
+
+
+def grid_names(schedule: Schedule) -> tuple[str, ...]:
+    """Return the names of the grids that a schedule has."""
+    return tuple(GRIDS if isinstance(schedule.process, VariancePreserving) else FLOW_GRIDS)
+
+
+def even_grid(schedule: Schedule) -> str:
+    """Return the name of the grid that starts at the noisiest level and is spaced evenly."""
+    return "trailing" if isinstance(schedule.process, VariancePreserving) else "uniform"
 
 
 def _leading(steps: int, timesteps: int) -> FloatTable:
@@ -110,11 +151,11 @@ def grid(kind: str, steps: int, timesteps: int = 1000) -> tuple[int, ...]:
     return values
 
 
-def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, timesteps: int = 1000) -> str:
+def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, schedule: Schedule) -> str:
     """Return the kind of grid for a sample from noise: the one `wanted`, or one that suits solver and steps.
 
     `stated` is the grid that the model's bundle states. It is kept where it suits. Otherwise the solver's own
-    grid is taken. For a bundle that states "leading" the choice is
+    grid is taken, in a flow the even one. For a bundle that states "leading" the choice is
 
         ddim       50 steps     leading
         ddim       501 steps    respaced     leading would start at timestep 500
@@ -125,6 +166,12 @@ def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, tim
         ValueError: `wanted` is no grid of so many steps, or it starts below the noise that a sample begins
             with; `stated` is no grid.
     """
+    if not isinstance(schedule.process, VariancePreserving):
+        if wanted is None:
+            return stated if fits(stated, steps, schedule) else even_grid(schedule)
+        noise_levels(wanted, steps, schedule)
+        return wanted
+    timesteps = schedule.process.timesteps
     if wanted is not None:
         first = grid(wanted, steps, timesteps)[0]
         if not _starts_noisy(first, steps, timesteps):
@@ -141,11 +188,23 @@ def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, tim
     if stated in candidates and stated in _TO_ZERO:
         candidates.append("respaced")  # the nearest to it that every number of steps has
     candidates.append(_PUBLISHED.get(solver, "trailing"))
-    return next((kind for kind in candidates if fits(kind, steps, timesteps)), "trailing")
+    return next((kind for kind in candidates if fits(kind, steps, schedule)), "trailing")
 
 
-def fits(kind: str, steps: int, timesteps: int) -> bool:
+def explicit_grid(levels: Sequence[float]) -> str:
+    """Return the kind of grid that visits `levels`, such as "999,700,300" for 999.0, 700.0 and 300.0."""
+    return ",".join(str(int(level)) if level == int(level) else repr(level) for level in levels)
+
+
+def is_explicit(kind: str) -> bool:
+    """Return whether a kind of grid is a list of levels, and not a name."""
+    return kind[:1].isdigit()
+
+
+def fits(kind: str, steps: int, schedule: Schedule) -> bool:
     """Return whether `kind` has a good grid of so many steps: one that starts near the noisy end.
+
+    In a flow every grid of so many steps is good.
 
     Near is two strides: "leading" of 100 steps starts at 990, of 101 steps at 900, with an error half as
     large again. Few steps must not be spent on both ends: with 4 steps the error of "linspace" is a third
@@ -154,9 +213,12 @@ def fits(kind: str, steps: int, timesteps: int) -> bool:
     if kind in _BOTH_ENDS and steps < _FEW:
         return False
     try:
-        first = grid(kind, steps, timesteps)[0]
+        first = noise_levels(kind, steps, schedule)[0]
     except ValueError:
         return False
+    if not isinstance(schedule.process, VariancePreserving):
+        return True
+    timesteps = schedule.process.timesteps
     two_strides = 2 * timesteps / steps
     return _starts_noisy(first, steps, timesteps) and timesteps - 1 - first <= two_strides
 
@@ -200,17 +262,20 @@ def check_grid(timesteps: Sequence[int], total: int) -> tuple[int, ...]:
     return values
 
 
-def _starts_noisy(first: int, steps: int, timesteps: int) -> bool:
+def _starts_noisy(first: float, steps: int, timesteps: int) -> bool:
     share = _NOISY_OF_FEW if steps < _FEW else _NOISY
     return timesteps - 1 - first <= share * (timesteps - 1)
 
 
 def _explicit(text: str, timesteps: int) -> tuple[int, ...]:
+    parts = text.split(",")
     try:
-        values = tuple(int(part) for part in text.split(","))
+        values = tuple(int(part) for part in parts)
     except ValueError:
         names = ", ".join(GRIDS)
-        raise ValueError(f"grid must be one of {names} or comma-separated timesteps, not {text!r}") from None
+        alone = f"grid must be one of {names} or comma-separated timesteps, not {text!r}"
+        whole = f"timesteps are whole numbers, not {text[:80]!r}"
+        raise ValueError(whole if is_explicit(text) else alone) from None
     return check_grid(values, timesteps)
 
 

@@ -8,14 +8,14 @@ numpy only; no torch, no I/O, no randomness.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ditserve.model.spec.diffusion import FloatTable
+from ditserve.model.spec.diffusion import FloatTable, NoiseProcess, RectifiedFlow
 
 Spacing = Literal["uniform", "karras", "exponential", "beta"]
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
@@ -161,3 +161,76 @@ def beta_quantile(share: FloatTable, a: float) -> FloatTable:
         low, high = np.where(below, x, low), np.where(below, high, x)
     x = 0.5 * (low + high)
     return np.where(share <= 0.5, x, 1.0 - x)
+
+
+def check_levels(levels: Sequence[float], process: NoiseProcess) -> FloatTable:
+    """Return `levels` as float64 (N,).
+
+    Raises:
+        ValueError: there are none, or they do not decrease strictly down from the noisiest to the clean one.
+    """
+    values = np.array(levels, dtype=np.float64)
+    if (
+        values.ndim != 1
+        or not values.size
+        or not process.clean < values[-1] <= values[0] <= process.noisiest
+        or not np.all(np.diff(values) < 0.0)
+    ):
+        raise ValueError(
+            "a grid must be one or more noise levels that decrease strictly, "
+            f"above {process.clean:g} and at most {process.noisiest:g}"
+        )
+    return values
+
+
+# The grids of a flow that have a name.
+FLOW_GRIDS: Mapping[str, SigmaGrid] = MappingProxyType({"uniform": SigmaGrid()})
+# The points by which the curve of a named grid is interpolated.
+FINE = 1000
+
+
+def flow_grid(kind: str, steps: int, max_steps: int = 1000) -> tuple[float, ...]:
+    """Return the N = `steps` decreasing sigmas that a sample of a flow visits before 0.
+
+    "uniform" in 4 steps is 1, 0.75, 0.5, 0.25. `kind` may also be a list of N sigmas, such as "1,0.8,0.4".
+
+    Raises:
+        ValueError: an unknown kind, `steps` outside 1..`max_steps`, or a list that is not as stated.
+    """
+    if not 1 <= steps <= max_steps:
+        raise ValueError(f"steps must be in 1..{max_steps}, not {steps}")
+    if kind in FLOW_GRIDS:
+        return FLOW_GRIDS[kind].sigmas(steps)
+    values = _explicit_sigmas(kind)
+    if len(values) != steps:
+        raise ValueError(f"the explicit grid has {len(values)} sigmas, but {steps} steps were asked for")
+    return values
+
+
+def flow_regrid(level: float, steps: int, kind: str) -> tuple[float, ...]:
+    """Return `steps` sigmas, spaced as `kind` says, for a sample of a flow whose next one is `level`.
+
+    The first is always `level`. From 0.6 on, 3 steps of "uniform" are 0.6, 0.4, 0.2. The grid is read as a
+    curve from 1 to 0, and the part of it below `level` is sampled evenly.
+
+    Raises:
+        ValueError: a level outside 0..1, or 0; `steps` < 1; or an unknown kind.
+    """
+    if not 0.0 < level <= 1.0:
+        raise ValueError(f"sigma must be above 0 and at most 1, not {level}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    curve = np.append(FLOW_GRIDS[kind].sigmas(FINE) if kind in FLOW_GRIDS else _explicit_sigmas(kind), 0.0)
+    index = np.arange(curve.size, dtype=np.float64)
+    reached = np.interp(-level, -curve, index)
+    resampled = np.interp(np.linspace(reached, index[-1], steps + 1)[:-1], index, curve)
+    return (float(level), *resampled[1:].tolist())
+
+
+def _explicit_sigmas(text: str) -> tuple[float, ...]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        names = ", ".join(FLOW_GRIDS)
+        raise ValueError(f"grid of a flow must be {names} or comma-separated sigmas, not {text!r}") from None
+    return tuple(check_levels(values, RectifiedFlow()).tolist())

@@ -69,6 +69,7 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         "steps": options.steps,
         "seed": options.seed,
         "sampler": options.sampler,
+        "noise_levels": options.noise_levels,
         "guidance_scale": options.guidance,
         "size": options.size,
         "windows": options.windows,
@@ -130,6 +131,13 @@ def _parser(url: str) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="denoising steps; the model's default if not given")
     parser.add_argument("--seed", type=int, help="image k is drawn from seed + k")
     parser.add_argument("--sampler", help="a sampler that GET /models lists")
+    parser.add_argument(
+        "--noise-levels",
+        type=float,
+        nargs="+",
+        metavar="LEVEL",
+        help="the noise level of each step in place of --steps, such as 999 700 400 150",
+    )
     parser.add_argument("--guidance", type=float, help="strength of classifier-free guidance")
     parser.add_argument("--size", help="width x height in pixels, where the model has a choice")
     parser.add_argument(

@@ -67,6 +67,7 @@ class Engine:
         self._samples: dict[str, Sample] = {}
         self._turn_began: float | None = None  # the end of the last step; None: it was idle since
         self._slots = slots
+        self.step_s = 0.0  # predicted, of the step under way or else the last; other threads may read it
         # Twice the cap: a guided sample alone may exceed a cap of one row, and a batch may be padded.
         self._rows = 2 * scheduler.max_rows
         self._forward = ForwardPass(backend, conditions, scheduler, rows=self._rows)
@@ -94,6 +95,7 @@ class Engine:
 
         # Schedule: the image size whose turn it is, and its samples that step now.
         group, batch = self._groups.next_batch(decoded_at)
+        self.step_s = group.costs.predict(sum(sample.rows for sample in batch.samples))
         # Predict: one forward pass over their rows, guided.
         pass_began = self.clock()
         try:
@@ -186,6 +188,7 @@ class Engine:
             every_bucket=self.backend.buckets is not None,
             budget_s=budget_s,
         )
+        self.step_s = self.costs.predict(1)
 
     def measure_idle(self, idle_s: float) -> None:
         """Look at the pace of a machine that ran nothing for `idle_s` seconds, by a pass of one row."""
@@ -249,9 +252,9 @@ class Engine:
         scale = sample.trajectory.scale
         if not sample.taken:
             return self._make_trajectory(rung, scale)
-        steps = min(steps_left(sample.remaining_steps, sample.rung, rung), sample.timestep + 1)
+        steps = steps_left(sample.remaining_steps, sample.rung, rung)
         return regrid_trajectory(
-            rung, scale, self.schedule, timestep=sample.timestep, steps=steps, previous=sample.previous
+            rung, scale, self.schedule, level=sample.level, steps=steps, previous=sample.previous
         )
 
     def _floor(self, request: SampleRequest) -> Rung:

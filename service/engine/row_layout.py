@@ -63,11 +63,11 @@ class RowLayout:
 
     def conditioner_inputs(self, null: Condition) -> list[ConditionerInput]:
         """Return what each row is conditioned on; unconditional rows have the condition `null`."""
-        inputs = [(sample.timestep, sample.condition) for sample in self.whole]
-        inputs += [(self.whole[index].timestep, null) for index in self.guided]
+        inputs = [(sample.told, sample.condition) for sample in self.whole]
+        inputs += [(self.whole[index].told, null) for index in self.guided]
         for rows in self.windowed:
-            timestep, n = rows.sample.timestep, len(rows.windows)
-            inputs += n * [(timestep, rows.sample.condition)]
+            told, n = rows.sample.told, len(rows.windows)
+            inputs += n * [(told, rows.sample.condition)]
             if rows.sample.guided:
-                inputs += n * [(timestep, null)]
+                inputs += n * [(told, null)]
         return inputs

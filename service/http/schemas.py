@@ -24,10 +24,13 @@ SIZE = "[1-9][0-9]{0,4}x[1-9][0-9]{0,4}"
 # A number without the sign of -0.0, which equals 0.0 and would be written differently.
 UnsignedZero = AfterValidator(lambda value: value + 0.0)
 
+NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False), UnsignedZero]
+
 # The largest integer that every JSON reader keeps exact.
 MAX_SEED = 2**53 - 1
 MAX_TERMS = 8
 MAX_PREVIEWS = 1000
+MAX_LEVELS = 256
 # The key of a condition that holds a text and is no factor.
 TEXT = "text"
 
@@ -123,6 +126,12 @@ class GenerateRequest(DrawingOptions):
     grid: str | None = Field(
         None, max_length=40, description="How the steps are spread over the noise levels."
     )
+    noise_levels: Annotated[list[NoiseLevel], Field(min_length=1, max_length=MAX_LEVELS)] | None = Field(
+        None,
+        description="The noise levels of the steps in place of `grid` and `steps`: the model's timesteps, "
+        "decreasing from the noisiest. Such a request is degraded only if it says `allow_degraded`.",
+        examples=[[999, 700, 400, 150]],
+    )
     guidance_interval: (
         Annotated[list[Annotated[float, Field(ge=0, le=1), UnsignedZero]], Field(min_length=2, max_length=2)]
         | None
@@ -140,6 +149,12 @@ class GenerateRequest(DrawingOptions):
         le=MAX_PREVIEWS,
         description="On the event stream, a preview after every so many steps; 0 is none.",
     )
+
+    @property
+    def may_degrade(self) -> bool:
+        """True if the service may leave the steps asked for; it needs to be said where levels are listed."""
+        said = "allow_degraded" in self.model_fields_set
+        return self.allow_degraded and (said or self.noise_levels is None)
 
 
 class ImageOut(BaseModel):

@@ -5,16 +5,13 @@
 
 import hashlib
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.model.spec.grids import GRIDS, choose_grid
-from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import (
     IdempotencyMismatch,
-    InvalidRequest,
     JobLost,
     Overloaded,
     QueueFull,
@@ -23,6 +20,7 @@ from ditserve.service.errors import (
 from ditserve.service.http.abandoned import Abandoned
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
+from ditserve.service.http.operating_point import field_error, guidance_scale, requested_rung
 from ditserve.service.http.promises import Promises
 from ditserve.service.http.schemas import MAX_SEED, TEXT, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
@@ -163,35 +161,11 @@ class Submissions:
 
     def _rung(self, request: GenerateRequest) -> Rung:
         """Return the operating point that the request asks for. Raises `InvalidRequest`."""
-        defaults, timesteps = self.manifest.defaults, self.manifest.diffusion.timesteps
-        solver = _one_of("sampler", request.sampler or defaults.solver, SOLVERS)
-        steps = request.steps or defaults.steps
-        if steps > timesteps:
-            raise field_error(
-                "steps", f"This model has {timesteps} noise levels, so at most {timesteps} steps."
-            )
-        if (request.min_steps or 1) > steps:
-            raise field_error("min_steps", f"It cannot be more than the {steps} steps asked for.")
         if request.n > self._settings.max_images:
             raise field_error("n", f"At most {self._settings.max_images} images a request.")
         if (request.seed or 0) + request.n - 1 > MAX_SEED:
             raise field_error("seed", f"The seed of the last image, seed + n - 1, may be at most {MAX_SEED}.")
-        low, high = request.guidance_interval or defaults.guidance_interval
-        if low > high:
-            raise field_error("guidance_interval", "Its low end is above its high end.")
-        if request.grid is not None:
-            _one_of("grid", request.grid, GRIDS)
-        # The best rung of a solver tells which grid suits it.
-        stated = {rung.solver: rung.grid for rung in reversed(self.ladder.rungs)}.get(solver, defaults.grid)
-        try:
-            grid = choose_grid(request.grid, stated=stated, solver=solver, steps=steps, timesteps=timesteps)
-        except ValueError as error:
-            raise field_error("grid", _sentence(error)) from None
-        return self.ladder.requested(solver, steps, grid, (low, high), self._guidance_scale(request) != 1.0)
-
-    def _guidance_scale(self, request: GenerateRequest) -> float:
-        scale = request.guidance_scale
-        return self.manifest.defaults.guidance_scale if scale is None else scale
+        return requested_rung(request, self.manifest, self.ladder)
 
     async def _size(self, request: GenerateRequest) -> OutputSize:
         """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
@@ -220,11 +194,11 @@ class Submissions:
         request = resolved.request
         return AdmissionRequest(
             rung=resolved.rung,
-            guidance_scale=self._guidance_scale(request),
+            guidance_scale=guidance_scale(request, self.manifest),
             samples=request.n,
             deadline_at=self._deadline_at(request, now),
-            allow_degraded=request.allow_degraded,
-            min_steps=request.min_steps or 1 if request.allow_degraded else resolved.rung.steps,
+            allow_degraded=request.may_degrade,
+            min_steps=request.min_steps or 1 if request.may_degrade else resolved.rung.steps,
             row_cost=resolved.output.row_cost,
         )
 
@@ -252,7 +226,7 @@ class Submissions:
     ) -> Job:
         request, rung = resolved.request, resolved.rung
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        below = self.ladder.below(rung, admission_request.min_steps) if request.allow_degraded else ()
+        below = self.ladder.below(rung, admission_request.min_steps) if request.may_degrade else ()
         lowest = (admission.rung, *below)[-1]
         job_id, trace = secrets.token_hex(16), dict(caller.trace)
         if caller.idempotency is not None:
@@ -275,7 +249,7 @@ class Submissions:
             priority=request.priority,
             created_at=now,
             deadline_at=admission_request.deadline_at,
-            allow_degraded=request.allow_degraded,
+            allow_degraded=request.may_degrade,
             min_steps=admission_request.min_steps,
             rung=admission.rung.name if admission.degraded else None,
             reason=admission.reason,
@@ -331,22 +305,3 @@ def _replayed(status: JobStatus, idempotency: Idempotency | None) -> Submission:
         raise IdempotencyMismatch("This Idempotency-Key was sent before with another request.")
     pending = status.state not in TERMINAL_STATES
     return Submission(status.job, new=False, pending=pending, predicted_s=None)
-
-
-def field_error(field: str, detail: str) -> InvalidRequest:
-    """Return the error of one field of the request that this model or service cannot take."""
-    return InvalidRequest(
-        f"{field}: {detail}", extra={"errors": [{"pointer": f"#/{field}", "detail": detail}]}
-    )
-
-
-def _sentence(error: ValueError) -> str:
-    """Return the message of an error as a sentence: with a capital letter and a full stop."""
-    message = str(error)
-    return f"{message[:1].upper()}{message[1:]}."
-
-
-def _one_of(field: str, name: str, known: Collection[str]) -> str:
-    if name not in known:
-        raise field_error(field, f"There is no {name!r}; choose among {', '.join(known)}.")
-    return name

@@ -60,12 +60,13 @@ def admit(
     now: float,
     policy: Policy | None = None,
     margin: float | None = None,
+    queue_margin: float | None = None,
     reserved_s: float = 0.0,
 ) -> Admission:
     """Take a request at the best rung that keeps all deadlines, its own too, or say when to come back.
 
-    `margin` replaces that of the policy where more caution is called for. `reserved_s` seconds of the fleet
-    are left to others.
+    `margin` replaces that of the policy where more caution is called for, and `queue_margin` is that of work
+    that is done before, where that is larger. `reserved_s` seconds of the fleet are left to others.
 
     A request without a deadline is taken as asked: the queue's bound is its only limit.
 
@@ -79,15 +80,19 @@ def admit(
         reason, retry_s = (None, None) if deadline_at is None else (NO_WORKER, policy.retry_s)
         return Admission(deadline_at is None, rung, False, reason, retry_s, inf)
     margin = policy.admission_margin if margin is None else margin
+    stretch = max(1.0, (queue_margin or margin) / margin)
     due = inf if deadline_at is None else deadline_at
     limit_s = (due - now) / margin
     options = (rung, *(ladder.below(rung, request.min_steps) if request.allow_degraded else ()))
     for option in options:
         rows = _rows(request, ladder, option)
-        capacity = Capacity(load, recut=policy.recut, pass_s=limit_s / option.steps)
+        capacity = Capacity(load, recut=policy.recut, pass_s=limit_s / option.steps, within_s=due - now)
         shortest_s = capacity.time_in_every_batch(rows=rows, steps=option.steps, samples=request.samples)
-        predicted_s = max(shortest_s, capacity.queue_drain_time(rows, due=due) + reserved_s)
-        if predicted_s <= limit_s and not capacity.breaks_later_deadline(rows, due, now=now, margin=margin):
+        ahead_s = (stretch - 1.0) * capacity.queue_drain_time(due=due)
+        predicted_s = max(shortest_s, capacity.queue_drain_time(rows, due=due) + ahead_s + reserved_s)
+        if predicted_s <= limit_s and not capacity.breaks_later_deadline(
+            rows, due, now=now, margin=margin * stretch
+        ):
             degraded = option != rung
             return Admission(True, option, degraded, LOAD if degraded else None, None, predicted_s)
     idle_s = capacity.time_in_every_batch(

@@ -15,6 +15,8 @@ from ditserve.service.jobs import LoadSnapshot, WorkerState
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.demand import demand_of
 
+REPORTED_S = 0.5  # seconds within which a worker that is well reports again
+
 _ROUNDING = 1e-9  # a batch that fits but for the rounding of floats fits
 
 
@@ -34,9 +36,12 @@ def _saturated(fixed_s: float, per_row_s: float, max_rows: int) -> _Speed:
     return _Speed(costs, batch, batch / costs.predict(batch))
 
 
-def _speed_of(worker: WorkerState, pass_s: float) -> _Speed:
-    """Return the speed of a worker at its best batch, or at the largest whose passes take up to `pass_s`."""
-    best = _saturated(worker.step_fixed_s, worker.step_per_row_s, worker.max_rows)
+def _speed_of(worker: WorkerState, pass_s: float = inf, slowness: float = 1.0) -> _Speed:
+    """Return the speed of a worker at its best batch, or at the largest whose passes take up to `pass_s`.
+
+    Its steps take `slowness` times as long as it reports.
+    """
+    best = _saturated(worker.step_fixed_s * slowness, worker.step_per_row_s * slowness, worker.max_rows)
     if best.costs.predict(best.batch) <= pass_s:
         return best
     costs = best.costs
@@ -44,20 +49,47 @@ def _speed_of(worker: WorkerState, pass_s: float) -> _Speed:
     return _Speed(costs, batch, batch / costs.predict(batch))
 
 
+def _stalled_s(worker: WorkerState, speed: _Speed, now: float) -> float:
+    """Return the seconds for which a worker is taken to go on standing still.
+
+    Stalls are heavy-tailed: one lasts, on average, as long again as it has lasted. A worker stalls once its
+    step takes longer than predicted, or its report is late.
+
+    Example: a step of the best batch takes 0.2 s, and reports come every 0.5 s. The last report is 0.6 s old
+    and says that the last step had ended 0.9 s before. The worker is late by 0.6 + 0.9 - 0.2 - 0.5 = 0.8 s,
+    and is taken to go on in 0.8 s.
+    """
+    unheard_s = now - worker.updated_at + worker.last_step_age_s
+    return max(0.0, unheard_s - speed.costs.predict(speed.batch) - REPORTED_S)
+
+
+def _slowness(worker: WorkerState, within_s: float) -> float:
+    """Return how many times as long as reported the steps of a worker may take over `within_s` seconds."""
+    told = [spell.factor for spell in worker.slow if spell.over_s <= within_s]
+    return told[-1] if told else max((spell.factor for spell in worker.slow), default=1.0)
+
+
 class Capacity:
     """A load snapshot made ready for several questions.
 
     With `recut` accepted work counts at the lowest rung it consents to, because it may still be cut. Passes
     take up to `pass_s` seconds: an engine full of work without laxity runs no longer ones, whatever batch is
-    its best.
+    its best. Where it must hold for `within_s` seconds, workers are as slow as they may be over such a time;
+    without it they are as they are now.
 
     Example: passes take 20 ms and 5 ms a row, and the best batch of 64 rows takes 340 ms: 188 rows a second.
     50 steps that are due in 4 s leave 80 ms a pass. That is enough for 12 rows, so the worker counts for 150
     rows a second.
     """
 
-    def __init__(self, load: LoadSnapshot, *, recut: bool = False, pass_s: float = inf) -> None:
-        self._workers = [(worker, _speed_of(worker, pass_s)) for worker in load.workers]
+    def __init__(
+        self, load: LoadSnapshot, *, recut: bool = False, pass_s: float = inf, within_s: float | None = None
+    ) -> None:
+        self._workers = [
+            (worker, _speed_of(worker, pass_s, 1.0 if within_s is None else _slowness(worker, within_s)))
+            for worker in load.workers
+        ]
+        self._stalls = [_stalled_s(worker, speed, load.taken_at) for worker, speed in self._workers]
         demands = [demand_of(worker) for worker in load.workers]
         self._demands: list[list[tuple[float, int]]] = [
             sorted((bucket.at, bucket.floor_rows if recut else bucket.rows) for bucket in demand)
@@ -124,16 +156,17 @@ class Capacity:
         """
         rows_a_step = ceil(rows / steps)
         soonest = inf
-        for worker, speed in self._workers:
+        for (worker, speed), stalled_s in zip(self._workers, self._stalls, strict=True):
             batch = min(speed.batch, rows_a_step if idle else rows_a_step + worker.running_samples)
             denoise_s = max(steps * speed.costs.predict(batch), rows / speed.rows_per_s)
-            soonest = min(soonest, denoise_s + samples * worker.decode_s)
+            soonest = min(soonest, stalled_s + denoise_s + samples * worker.decode_s)
         return soonest
 
     def _backlogs(self, due: float) -> Iterator[tuple[float, float]]:
         """Yield for each worker the seconds of its work that is due by `due`, and its rows a second."""
-        for (_, speed), demand in zip(self._workers, self._demands, strict=True):
-            yield sum(rows for at, rows in demand if at <= due) / speed.rows_per_s, speed.rows_per_s
+        for (_, speed), stalled_s, demand in zip(self._workers, self._stalls, self._demands, strict=True):
+            backlog_s = sum(rows for at, rows in demand if at <= due) / speed.rows_per_s
+            yield stalled_s + backlog_s, speed.rows_per_s
 
 
 def drain_time(load: LoadSnapshot, extra_rows: int = 0) -> float:
@@ -143,4 +176,4 @@ def drain_time(load: LoadSnapshot, extra_rows: int = 0) -> float:
 
 def backlog_time(worker: WorkerState) -> float:
     """Return the seconds of the work that a worker has claimed."""
-    return worker.backlog_rows / _speed_of(worker, inf).rows_per_s
+    return worker.backlog_rows / _speed_of(worker).rows_per_s

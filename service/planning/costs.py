@@ -22,8 +22,9 @@ Pure: observations come in as arguments.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
-from math import exp
+
+from ditserve.service.jobs import SlowSpell
+from ditserve.service.planning.pace import PaceRecord, PaceWindow
 
 SATURATION = 0.95  # share of the best rows per second at which a batch counts as worthwhile
 FOLLOW = 0.05  # share of a surprise that goes to the typical speed of all sizes
@@ -40,28 +41,6 @@ _SLOWED = 0.9  # the pace below which an idle machine should be looked at again
 _LEAST_S = 1e-9  # no step and no row takes less
 
 
-@dataclass(slots=True)
-class PaceWindow:
-    """The work done per second of wall time, averaged over the last `window_s` seconds or `passes` passes.
-
-    Work is counted in the seconds that it takes at speed 1.
-
-    Example: in a window of 2 s at pace 1 a pass of 0.1 s takes 1 s. It weighs 1 - exp(-1 / 2) = 0.39 and its
-    own pace is 0.1, so the pace becomes 0.61 + 0.39 · 0.1 = 0.65: a second of work is predicted to take
-    1.5 s.
-    """
-
-    window_s: float
-    passes: int
-    pace: float = 1.0
-
-    def observe(self, work_s: float, seconds: float, *, idle_s: float = 0.0) -> None:
-        """Take in a pass of `work_s` seconds at speed 1 that took `seconds`, `idle_s` after the last."""
-        window_s = max(self.window_s, self.passes * work_s / self.pace)
-        weight = 1.0 - exp(-(seconds + idle_s) / window_s)
-        self.pace += weight * (work_s / seconds - self.pace)
-
-
 class CostModel:
     """The seconds of one step by its rows, and the seconds of one decode.
 
@@ -75,6 +54,7 @@ class CostModel:
         self._line = fixed_s, per_row_s  # at speed 1
         self._typical = 1.0  # how many times as long as at speed 1 most passes take now
         self._windows = PaceWindow(2.0, passes=10), PaceWindow(20.0, passes=40)
+        self._record = PaceRecord()
         self._sizes: list[int] = []  # observed, ascending
         self._seconds: dict[int, float] = {}  # by observed size, at speed 1
         self._passes: dict[int, int] = {}  # by observed size, up to `FIRST_PASSES`
@@ -103,6 +83,11 @@ class CostModel:
     def slowed(self) -> bool:
         """Return whether the machine is predicted clearly slower than its steps at speed 1."""
         return self._pace < _SLOWED
+
+    def slow_spells(self) -> tuple[SlowSpell, ...]:
+        """Return how many times as long as predicted passes may take, over short and over long times."""
+        pace = self._pace
+        return tuple(SlowSpell(over_s, max(1.0, pace / slow)) for over_s, slow in self._record.slow())
 
     def saturation_rows(self, max_rows: int) -> int:
         """Return B*: the smallest batch within 5 % of the best rows per second of any up to `max_rows`.
@@ -142,8 +127,10 @@ class CostModel:
             self._observe_host(host_s / self._typical)
         self._line = self._fit()
         seconds = min(pass_s + host_s, max(_LONGEST_STALL_S, _MAX_SURPRISE * self.predict(rows)))
+        work_s = self._seconds[rows] + self._host_s
         for window in self._windows:
-            window.observe(self._seconds[rows] + self._host_s, seconds)
+            window.observe(work_s, seconds)
+        self._record.observe(work_s, pass_s + host_s)
 
     def observe_idle(self, rows: int, seconds: float, idle_s: float) -> None:
         """Learn the pace from one pass of `rows` rows after `idle_s` seconds in which none ran.

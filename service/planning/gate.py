@@ -26,7 +26,7 @@ class Gate:
         self.returns = Returns()
 
     def margin(self, now: float) -> float:
-        return self._caution.margin(now)
+        return self._caution.queue_margin(now)
 
     def observe(self, kept: bool, now: float) -> None:
         """Learn whether a promise was kept."""
@@ -46,7 +46,8 @@ class Gate:
             ladder=self._ladder,
             now=now,
             policy=self._policy,
-            margin=self.margin(now),
+            margin=self._caution.margin(now),
+            queue_margin=self._caution.queue_margin(now),
             reserved_s=reserved_s,
         )
         if admission.accepted or admission.reason == NO_WORKER or admission.retry_after_s is None:

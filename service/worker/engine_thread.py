@@ -20,7 +20,7 @@ import structlog
 from ditserve.service.engine.samples import Failed, SampleRequest, StepReport
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import InternalError, ServiceError
-from ditserve.service.jobs import DemandBucket
+from ditserve.service.jobs import DemandBucket, SlowSpell
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.queue.clock import QueueClock
 from ditserve.service.telemetry.faults import surviving
@@ -44,6 +44,7 @@ class Stepper(Protocol):
     """The part of the engine that is used here."""
 
     costs: CostModel
+    step_s: float
 
     @property
     def idle(self) -> bool: ...
@@ -65,13 +66,15 @@ class Stepper(Protocol):
 class StepCosts:
     """The cost model at one moment: seconds of a step and of a decode.
 
-    `saturation_rows` is the batch size beyond which a further row gains nothing.
+    `saturation_rows` is the batch size beyond which a further row gains nothing. `slow` says how much slower
+    it may be for a while.
     """
 
     fixed_s: float
     per_row_s: float
     decode_s: float
     saturation_rows: int
+    slow: tuple[SlowSpell, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,11 @@ class EngineThread:
         self._faults = 0
         self._changed = True  # since the last report
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def step_s(self) -> float:
+        """Return the predicted seconds of the step under way, or else of the last."""
+        return self._engine.step_s
 
     def start(self) -> None:
         self._thread.start()
@@ -259,7 +267,11 @@ class EngineThread:
             demand=tuple(replace(bucket, at=self._clock.shared(bucket.at)) for bucket in engine.demand()),
             stepped_at=self._stepped_at,
             costs=StepCosts(
-                costs.fixed_s, costs.per_row_s, costs.decode_s, costs.saturation_rows(self._max_rows)
+                costs.fixed_s,
+                costs.per_row_s,
+                costs.decode_s,
+                costs.saturation_rows(self._max_rows),
+                costs.slow_spells(),
             ),
         )
         self._refused.clear()

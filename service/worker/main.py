@@ -130,6 +130,7 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
         queue_limit=settings.queue_limit,
         result_ttl_s=settings.result_ttl_s,
         lease_s=settings.lease_s,
+        max_run_s=settings.max_run_s,
         max_attempts=settings.max_attempts,
     )
     embeddings = Embeddings(

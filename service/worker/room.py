@@ -22,6 +22,17 @@ class Room:
     crowded: frozenset[str] = frozenset()
 
 
+def wanted_rows(
+    saturation_rows: int, *, lookahead_rows: int, peers: int, ahead_s: float, balance_s: float
+) -> int:
+    """Return the rows that a worker wants to hold: an efficient batch, and its share of the look-ahead.
+
+    What is claimed does not move. So a worker whose work takes `ahead_s` seconds more than that of the idlest
+    of its `peers`, and that is more than `balance_s`, claims nothing ahead.
+    """
+    return saturation_rows + (lookahead_rows // peers if ahead_s <= balance_s else 0)
+
+
 def claim_room(jobs: Iterable[RunningJob], *, wanted_rows: int, free_slots: int) -> Room:
     """Return the room of a worker that holds `jobs`.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.class_names import class_reference
+from ditserve.model.spec.grids import is_explicit
 from ditserve.service.engine.samples import Finished, SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import WEIGHTS, Claim, ConditionTerm, Image, Job, JobResult
@@ -209,7 +210,7 @@ def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor])
         "seed": seed,
         "steps": finished.steps_used,
         "sampler": rung.solver,
-        "grid": rung.grid,
+        **({"noise_levels": f"[{rung.grid}]"} if is_explicit(rung.grid) else {"grid": rung.grid}),
         "guidance_scale": job.guidance_scale,
         "guidance_interval": list(rung.guidance_interval),
         **({"windows": job.windows} if job.windows else {}),

@@ -16,6 +16,7 @@ from ditserve.service.jobs import (
     Job,
     JobResult,
     Network,
+    SlowSpell,
     Starting,
     WorkerState,
 )
@@ -104,6 +105,8 @@ STATE = WorkerState(
     dues=(DemandBucket(1_700_000_010.25, 80, 32), DemandBucket(inf, 40, 40)),
     bundle="fedcba9876543210",
     given_rows=500,
+    slow=(SlowSpell(1.0, 2.5), SlowSpell(4.0, 1.25)),
+    hang_s=200.0,
 )
 STARTING = Starting("w2", "emoji", "warming up")
 SNAPSHOT = Snapshot(

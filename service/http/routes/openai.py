@@ -27,6 +27,7 @@ from ditserve.service.http.context import Api
 from ditserve.service.http.intake import Intake, RequestIntake, replay_headers
 from ditserve.service.http.models import Model
 from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, openai_error_responses
+from ditserve.service.http.operating_point import field_error
 from ditserve.service.http.problems import openai_error
 from ditserve.service.http.schemas import (
     MAX_PREVIEWS,
@@ -41,7 +42,7 @@ from ditserve.service.http.schemas import (
 )
 from ditserve.service.http.sizes import size_text
 from ditserve.service.http.sse import EventStream, encode
-from ditserve.service.http.submission import Submission, Submissions, field_error
+from ditserve.service.http.submission import Submission, Submissions
 from ditserve.service.jobs import Job, JobEvent, JobResult
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung

@@ -44,6 +44,16 @@ def test_guidance_keeps_to_its_channels_and_a_learned_variance_is_none_of_them(
     assert not np.array_equal(made.latent[2], everywhere.latent[2])
 
 
+def test_a_sample_walks_the_noise_levels_that_are_listed(
+    make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    backend = make_backend()
+    request = make_request(rung=make_rung("dpmpp-2m", 4, "999,720,400,60"))
+    made = finished(run(make_engine(backend), [request]))["a/0"]
+    pieces = [(request.rung, (999, 720, 400, 60))]
+    np.testing.assert_allclose(made.latent, reference(backend, request, pieces)[0], atol=1e-4)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_ddpm_takes_the_learned_variance_of_a_model_that_has_one(
     prediction: str, make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make

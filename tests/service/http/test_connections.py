@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,9 +295,13 @@ async def test_requests_to_upgrade_are_bounded_like_others(port: int, dial: Dial
 @pytest.mark.parametrize(
     "announced", [b"Content-Length: 30000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"]
 )
+@pytest.mark.parametrize(
+    ("keyed", "status", "code"), [(False, 413, "payload-too-large"), (True, 401, "unauthorized")]
+)
 async def test_a_client_that_is_still_sending_reads_why_it_was_refused(
-    stage: Stage, serve: Serve, announced: bytes
+    open_stage: OpenStage, serve: Serve, tmp_path: Path, announced: bytes, keyed: bool, status: int, code: str
 ) -> None:
+    stage = await open_stage(keys_file=tmp_path / "keys.json" if keyed else None)
     # A blocking socket, as simple clients have: it reads nothing before it has sent all.
     port, chunk = await serve(stage), b"10000\r\n" + b"x" * 65536 + b"\r\n"
 
@@ -312,8 +317,8 @@ async def test_a_client_that_is_still_sending_reads_why_it_was_refused(
             return received
 
     received = await asyncio.to_thread(upload)
-    assert received.startswith(b"HTTP/1.1 413")
-    assert json.loads(received.partition(b"\r\n\r\n")[2])["code"] == "payload-too-large"
+    assert received.startswith(b"HTTP/1.1 %d" % status)
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["code"] == code
 
 
 async def test_a_client_that_sends_for_ever_after_its_last_response_is_cut(

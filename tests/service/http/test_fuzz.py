@@ -186,6 +186,8 @@ HEADERS = {
     "prefer": st.sampled_from(["respond-async", "wait=10", "respond-async, wait=0", ";;,", "x" * 300]),
     "accept": st.sampled_from(["image/png", "*/*", "text/html", "multipart/mixed", "image/*;q=nan", ",;"]),
     "content-type": st.sampled_from(["application/json", "application/json; charset=x", "text/x"]),
+    "connection": st.sampled_from(["upgrade", "close", "keep-alive, Upgrade", "content-length"]),
+    "upgrade": st.sampled_from(["h2c", "websocket", "TLS/1.0"]),
     "x-request-id": st.sampled_from(["a b", "\u00e9", "r" * 129, "fine"]),
     "traceparent": st.sampled_from(["00-" + "0" * 32 + "-" + "0" * 16 + "-00", "zz", ""]),
 }

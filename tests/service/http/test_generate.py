@@ -10,6 +10,7 @@ import pytest
 
 from ditserve.service.http import load_cache
 from ditserve.service.jobs import ConditionTerm, Job
+from ditserve.service.planning import caution
 from tests.service.http.conftest import PNG, OpenStage, Stage
 
 pytestmark = pytest.mark.anyio
@@ -77,6 +78,18 @@ async def test_conditions_are_mixed(stage: Stage) -> None:
 async def test_a_seed_is_picked_when_none_is_given(stage: Stage) -> None:
     seeds = [(await stage.generate()).json()["images"][0]["seed"] for _ in range(2)]
     assert seeds[0] != seeds[1]
+
+
+async def test_listed_noise_levels_are_the_steps_and_are_given_up_only_by_consent(stage: Stage) -> None:
+    answer = await stage.generate(noise_levels=[99, 60.0, 20], sampler="dpmpp-2m")
+    assert answer.status_code == 200, answer.text
+    job = submitted(stage)
+    assert (job.steps, job.solver, job.grid) == (3, "dpmpp-2m", "99,60,20")
+    assert (job.allow_degraded, job.min_steps) == (False, 3)
+    assert job.requested == job.admitted
+    await stage.generate(noise_levels=[99, 60, 20], steps=3, allow_degraded=True)
+    job = submitted(stage)
+    assert (job.steps, job.grid, job.allow_degraded, job.min_steps) == (3, "99,60,20", True, 1)
 
 
 async def test_without_degrading_the_floor_is_the_steps_asked_for(stage: Stage) -> None:
@@ -164,6 +177,8 @@ async def test_of_a_crowd_at_once_as_many_are_taken_as_can_be_cut_to_fit(
     """The worker runs 200 rows until the deadline, less a margin. A request needs 40, or 10 if degraded."""
     # The load is read once, so only the cache knows of the jobs queued before.
     monkeypatch.setattr(load_cache, "LOAD_FRESH_S", 60.0)
+    # The machine counts as known, so that its queue may be as long as the deadline allows.
+    monkeypatch.setattr(caution, "FIRST_QUEUE_MARGIN", 1.0)
     stage.worker.hold = True
     await stage.worker.report(step_per_row_s=0.01, max_rows=1)
     ask = {"deadline_ms": 2000, "allow_degraded": allow_degraded}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 import pytest
 
-from ditserve.service.jobs import DemandBucket, LoadSnapshot, WorkerState
+from ditserve.service.jobs import DemandBucket, LoadSnapshot, SlowSpell, WorkerState
 from ditserve.service.planning.capacity import Capacity
 
 
@@ -33,6 +34,32 @@ def test_a_later_deadline_breaks_as_in_the_worked_example(claimed: int, broken: 
     capacity = Capacity(load(worker("A", 10.0, DemandBucket(10.0, claimed, claimed))))
     assert capacity.breaks_later_deadline(30, 5.0, now=0.0, margin=1.0) is broken
     assert not capacity.breaks_later_deadline(30, 10.0, now=0.0, margin=1.0)  # it is not later
+
+
+def test_a_worker_is_as_slow_as_it_may_be_over_the_time_that_counts() -> None:
+    spells = (SlowSpell(1.0, 4.0), SlowSpell(8.0, 2.0))
+    a = replace(worker("A", 10.0, DemandBucket(inf, 100, 100)), slow=spells)
+    assert Capacity(load(a)).drain_time() == pytest.approx(10.0)
+    for within_s, expected_s in ((0.1, 40.0), (1.0, 40.0), (7.0, 40.0), (8.0, 20.0), (inf, 20.0)):
+        assert Capacity(load(a), within_s=within_s).drain_time() == pytest.approx(expected_s)
+
+
+def test_a_stall_lasts_as_long_again_as_in_the_worked_example() -> None:
+    step_s = 0.2
+    stalling = WorkerState("w", ("m",), 1, 0.0, step_s, 0.0, 1, 10, last_step_age_s=0.9, updated_at=100.0)
+    late = LoadSnapshot(0, 0, 0.0, (stalling,), taken_at=100.6)
+    assert Capacity(late).drain_time() == pytest.approx(10 * step_s + 0.8)
+    alone_s = Capacity(late).time_in_every_batch(rows=1, steps=1, samples=1)
+    assert alone_s == pytest.approx(step_s + 0.8)
+    soon = replace(late, workers=(replace(stalling, last_step_age_s=0.05),))
+    assert Capacity(soon).drain_time() == pytest.approx(10 * step_s)
+
+
+def test_the_queue_flows_past_a_worker_that_stalls() -> None:
+    stalling = replace(worker("A", 10.0), last_step_age_s=100.0)
+    assert Capacity(load(stalling, worker("B", 10.0), queued_rows=100)).queue_drain_time() == pytest.approx(
+        10.0
+    )
 
 
 def test_a_tight_deadline_counts_on_small_batches_as_in_the_worked_example() -> None:

@@ -1,4 +1,4 @@
-"""Caution: the margin rises with broken promises, rests at the target, and falls when nothing is seen."""
+"""Caution: the margins rise with broken promises, and fall when nothing is seen."""
 
 from __future__ import annotations
 
@@ -8,33 +8,56 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.planning.caution import MOST, TARGET, Caution
+from ditserve.service.planning.caution import FIRST_QUEUE_MARGIN, MOST, Caution
 from tests.service.planning.machine import quick
 
 
-def test_it_is_as_in_the_worked_example() -> None:
+def watched(kept: int, broken: int, at: float = 0.0) -> Caution:
     caution = Caution(1.1)
-    assert caution.margin(0.0) == 1.1
-    for _ in range(2):
-        caution.observe(False, 0.0)
-    assert caution.margin(0.0) == pytest.approx(1.296)
-    for _ in range(49):
-        caution.observe(True, 0.0)
-    assert caution.margin(0.0) == pytest.approx(1.198)
-    assert caution.margin(60.0) == pytest.approx(1.136, abs=0.001)
+    for number in range(kept + broken):
+        caution.observe(number >= broken, at)
+    return caution
 
 
-def test_the_target_is_met_on_a_machine_that_is_slower_than_predicted() -> None:
+def test_it_is_as_in_the_worked_example() -> None:
+    caution = watched(960, 20)
+    assert caution.margin(0.0) == pytest.approx(2.0)
+    assert caution.margin(60.0) == pytest.approx(1.97, abs=0.01)
+    assert caution.margin(360.0) == 1.1
+
+
+def test_the_margin_depends_on_the_share_and_not_on_the_number_of_promises() -> None:
+    """Two processes that each hear of half of the promises are as careful as one that hears of all."""
+    assert watched(9800, 200).margin(0.0) == pytest.approx(watched(4900, 100).margin(0.0), abs=0.01)
+
+
+def test_a_hundred_kept_promises_a_second_do_not_make_it_forget() -> None:
+    caution = watched(120, 40)
+    for number in range(1000):
+        caution.observe(True, 1.0 + number / 100)
+    assert caution.margin(11.0) > 2.0
+
+
+def test_on_a_machine_slower_than_predicted_few_promises_are_broken() -> None:
     """A promise is broken if the machine is slower than its prediction by more than the margin."""
     caution, noise = Caution(1.1), random.Random(3)
     broken = []
-    for k in range(20_000):
-        now = 0.01 * k
+    for number in range(20_000):
+        now = 0.01 * number
         kept = noise.lognormvariate(0.0, 0.3) < caution.margin(now)
         broken.append(not kept)
         caution.observe(kept, now)
-    assert sum(broken[2000:]) / len(broken[2000:]) < 1.5 * TARGET
+    assert sum(broken[2000:]) / len(broken[2000:]) < 0.03
     assert caution.margin(200.0) < 2.2
+
+
+def test_a_queue_is_kept_short_until_the_machine_is_known() -> None:
+    caution = Caution(1.1)
+    assert caution.queue_margin(50.0) == FIRST_QUEUE_MARGIN
+    caution.observe(True, 50.0)
+    assert 1.4 < caution.queue_margin(110.0) < 1.5
+    assert caution.queue_margin(500.0) == pytest.approx(1.1, abs=0.001)
+    assert caution.margin(50.0) == 1.1
 
 
 @quick
@@ -43,4 +66,4 @@ def test_it_stays_within_its_bounds(observed: list[tuple[bool, float]], now: flo
     caution = Caution(1.1)
     for kept, at in observed:
         caution.observe(kept, at)
-    assert 1.1 <= caution.margin(now) <= MOST
+    assert 1.1 <= caution.margin(now) <= caution.queue_margin(now) <= MOST

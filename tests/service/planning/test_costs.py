@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ditserve.service.planning.costs import CostModel, PaceWindow
+from ditserve.service.planning.costs import CostModel
 
 quick = settings(max_examples=60, deadline=None)  # wall time says nothing on a shared machine
 
@@ -153,10 +153,15 @@ def test_an_idle_machine_is_found_fast_again() -> None:
     assert costs.predict(1) == pytest.approx(0.01, rel=0.1)
 
 
-def test_the_pace_is_as_in_the_worked_example() -> None:
-    window = PaceWindow(2.0, passes=10)
-    window.observe(0.1, 1.0)
-    assert window.pace == pytest.approx(0.65, abs=0.005)
+def test_a_machine_with_slow_spells_says_how_slow_it_may_be_and_for_how_long() -> None:
+    costs = taught({1: 0.1})
+    for second in range(60):
+        for _ in range(10 if second % 10 else 2):
+            costs.observe(1, 0.1 if second % 10 else 0.5)
+    short, *_, long = costs.slow_spells()
+    assert short.over_s < long.over_s
+    assert short.factor > 2.5
+    assert 1.0 <= long.factor < 1.5
 
 
 def test_decoding_is_learned_apart() -> None:

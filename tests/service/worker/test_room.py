@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from ditserve.service.jobs import Claim, Job, Lease
 from ditserve.service.planning.ladder import Ladder
-from ditserve.service.worker.room import RESERVED_SAMPLES, Room, claim_room
+from ditserve.service.worker.room import RESERVED_SAMPLES, Room, claim_room, wanted_rows
 from ditserve.service.worker.running_job import RunningJob
 
 MakeJob = Callable[..., Job]
@@ -34,6 +35,11 @@ def test_the_room_is_as_in_the_worked_example(held: Callable[..., RunningJob]) -
     jobs = [*(held("many") for _ in range(40)), held("few", 2)]
     room = claim_room(jobs, wanted_rows=80, free_slots=MANY)
     assert room == Room(samples=0, reserved=14, crowded=frozenset({"normal:many"}))
+
+
+@pytest.mark.parametrize(("ahead_s", "rows"), [(-inf, 24), (0.5, 24), (0.6, 8), (inf, 8)])
+def test_only_a_worker_that_is_not_clearly_ahead_claims_more_than_a_batch(ahead_s: float, rows: int) -> None:
+    assert wanted_rows(8, lookahead_rows=64, peers=4, ahead_s=ahead_s, balance_s=0.5) == rows
 
 
 def test_an_idle_worker_claims_what_it_wants(held: Callable[..., RunningJob]) -> None:

@@ -43,6 +43,14 @@ def test_a_file_says_how_to_draw_it_again(make_job: Callable[..., Job]) -> None:
     assert "mix" not in metadata
 
 
+def test_a_file_names_listed_noise_levels_as_a_request_does(make_job: Callable[..., Job]) -> None:
+    rung = Rung("ddim-3", "ddim", 3, "999,700,300", (0.0, 1.0), 0.0)
+    finished = cast(Finished, SimpleNamespace(steps_used=3, rung=rung))
+    metadata = describe(make_job(), finished, 7, FACTORS)
+    assert json.loads(metadata["noise_levels"]) == [999, 700, 300]
+    assert "grid" not in metadata
+
+
 def test_a_mix_is_written_as_it_is_asked_for(make_job: Callable[..., Job]) -> None:
     mixed = (ConditionTerm((1, None), 0.25), ConditionTerm((None, 1), 1.0, "on a table"))
     metadata = described(make_job(), condition=mixed, mix="spherical")

@@ -1,0 +1,76 @@
+"""The operating point that a request asks for: solver, steps, grid or noise levels, guidance interval. Pure.
+
+A fault is the error of the field that it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.grids import choose_grid, explicit_grid, grid_names
+from ditserve.model.spec.solvers import SOLVERS
+from ditserve.service.errors import InvalidRequest
+from ditserve.service.http.schemas import GenerateRequest
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
+
+
+def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder) -> Rung:
+    """Return the operating point that the request asks for. Raises `InvalidRequest`."""
+    defaults = manifest.defaults
+    solver = _one_of("sampler", request.sampler or defaults.solver, SOLVERS)
+    steps = _steps(request, manifest)
+    if (request.min_steps or 1) > steps:
+        raise field_error("min_steps", f"It cannot be more than the {steps} steps asked for.")
+    low, high = request.guidance_interval or defaults.guidance_interval
+    if low > high:
+        raise field_error("guidance_interval", "Its low end is above its high end.")
+    # The best rung of a solver tells which grid suits it.
+    stated = {rung.solver: rung.grid for rung in reversed(ladder.rungs)}.get(solver, defaults.grid)
+    field, wanted = _wanted_grid(request, ladder)
+    try:
+        grid = choose_grid(wanted, stated=stated, solver=solver, steps=steps, schedule=ladder.schedule)
+    except ValueError as error:
+        message = str(error)
+        raise field_error(field, f"{message[:1].upper()}{message[1:]}.") from None
+    return ladder.requested(solver, steps, grid, (low, high), guidance_scale(request, manifest) != 1.0)
+
+
+def guidance_scale(request: GenerateRequest, manifest: Manifest) -> float:
+    """Return the guidance scale of the request, or the model's."""
+    scale = request.guidance_scale
+    return manifest.defaults.guidance_scale if scale is None else scale
+
+
+def field_error(field: str, detail: str) -> InvalidRequest:
+    """Return the error of one field of the request that this model or service cannot take."""
+    return InvalidRequest(
+        f"{field}: {detail}", extra={"errors": [{"pointer": f"#/{field}", "detail": detail}]}
+    )
+
+
+def _steps(request: GenerateRequest, manifest: Manifest) -> int:
+    """Return the number of steps: one for each noise level that the request lists, or as it says."""
+    most, levels = manifest.diffusion.timesteps, request.noise_levels
+    if levels is not None and request.steps not in (None, len(levels)):
+        raise field_error("steps", f"The noise_levels listed are {len(levels)} steps: leave steps out.")
+    steps = request.steps or (len(levels) if levels else manifest.defaults.steps)
+    if steps > most:
+        raise field_error("steps", f"This model takes at most {most} steps.")
+    return steps
+
+
+def _wanted_grid(request: GenerateRequest, ladder: Ladder) -> tuple[str, str | None]:
+    """Return the field that says where the steps are, and the grid that it means; None: neither says so."""
+    if request.noise_levels is None:
+        return "grid", request.grid and _one_of("grid", request.grid, grid_names(ladder.schedule))
+    if request.grid is not None:
+        raise field_error("grid", "The noise_levels listed are the grid: leave grid out.")
+    return "noise_levels", explicit_grid(request.noise_levels)
+
+
+def _one_of(field: str, name: str, known: Collection[str]) -> str:
+    if name not in known:
+        raise field_error(field, f"There is no {name!r}; choose among {', '.join(known)}.")
+    return name
