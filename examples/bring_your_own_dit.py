@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ditserve.export.onnx import ExportOptions, export_bundle
 from ditserve.model.nets.dit import DiT
-from ditserve.model.spec.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
+from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor
 from ditserve.model.spec.diffusion import add_noise
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.loaded_model import LoadedModel
 

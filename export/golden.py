@@ -37,10 +37,12 @@ def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> G
         return None
     defaults = manifest.defaults
     labels = torch.zeros((1, len(manifest.factors)), dtype=torch.int64)
+    solver, schedule = defaults.solver, model.schedule
     # A few-step model is drawn with its own number of steps: with more it would not draw what it was trained
     # to.
     steps = min(STEPS, defaults.steps, affordable_steps(network.config, defaults.guidance_scale))
-    solver, schedule = defaults.solver, model.schedule
+    if schedule.step_counts:
+        steps = max((count for count in schedule.step_counts if count <= steps), default=defaults.steps)
     kind = choose_grid(None, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule)
     table = step_table(solver, noise_levels(kind, steps, schedule), schedule)
     guidance = Guidance(

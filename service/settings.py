@@ -122,7 +122,8 @@ class Settings(BaseSettings):
     compile: bool = Field(False, description="compile the network of the torch backend")
     text_encoder: str = Field(
         "",
-        description="encoder of a model that takes text: minilm or a folder; empty is the model's own",
+        description="encoder of a model that takes text: minilm, a folder (BERT; CLIP, T5 and others need "
+        "torch and transformers) or package.module:Class; empty is the model's own",
     )
     engines: Path | None = Field(
         None,

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_serializer,
@@ -32,14 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError
 
 from ditserve.model.spec import bundle_bounds as bounds
-from ditserve.model.spec.diffusion import (
-    NoiseInput,
-    Prediction,
-    RectifiedFlow,
-    Schedule,
-    VariancePreserving,
-    variance_preserving,
-)
+from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig, network_config, network_fields
 
@@ -60,10 +51,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=256)]
 ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
 Text = Annotated[str, Field(max_length=10_000)]
-Steps = Annotated[int, Field(ge=1, le=bounds.MAX_TIMESTEPS)]
 GuidanceScale = Annotated[float, Field(ge=0, le=bounds.MAX_GUIDANCE)]
 Moment = Annotated[float, Field(ge=-1e6, le=1e6)]
-Size = Annotated[int, Field(ge=1, le=bounds.LARGEST_COUNT)]
 
 
 # The pixels that a latent of the SD-VAE covers on a side.
@@ -78,74 +67,21 @@ class BundleError(ModelError):
     """A bundle that cannot be used; the message is one sentence that names the file."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-
-
-class Factor(_Strict):
+class Factor(StrictModel):
     """One label factor of the condition. Its null class, "not given", has the index len(classes)."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
     classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=bounds.LARGEST_COUNT)]
 
 
-class StateTensor(_Strict):
+class StateTensor(StrictModel):
     """One tensor of the condition state; `shape` is without the batch dimension."""
 
     name: Label
-    shape: Annotated[tuple[Size, ...], Field(max_length=8)]
+    shape: Annotated[tuple[bounds.Size, ...], Field(max_length=8)]
 
 
-class DiffusionSpec(_Strict):
-    """The noise that a model was trained on, what its network is told of it, and the meaning of its output.
-
-    schedule     "linear" and "cosine" are tables of timesteps, "flow" a rectified flow, in sigma 0..1
-    timesteps    the noise levels of a table; of a flow the most steps of a run
-    noise_input  what the network is told, times noise_scale: "timestep" of a table; of a flow "sigma" or
-                 "1-sigma", by default 1000 · sigma
-    output_sign  -1 if the network's output is the negative of its prediction
-    """
-
-    schedule: Literal["linear", "cosine", "flow"]
-    timesteps: Steps = 1000
-    log_snr_shift: Annotated[float, Field(ge=-20, le=20)] = 0.0
-    prediction: Prediction
-    noise_input: NoiseInput = "timestep"
-    noise_scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    output_sign: Literal[1, -1] = 1
-    learn_sigma: bool = False
-    clip_x0: bool = True
-    guidance_channels: Size | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _flow_is_told_sigma(cls, data: Any) -> Any:
-        """Set what the network of a flow is told to 1000 · sigma where that is left out."""
-        flow = isinstance(data, dict) and data.get("schedule") == "flow"
-        return {"noise_input": "sigma", "noise_scale": 1000.0, **data} if flow else data
-
-    @model_validator(mode="after")
-    def _check_fields_agree(self) -> DiffusionSpec:
-        if self.schedule == "flow":
-            for field, value in (("log_snr_shift", self.log_snr_shift), ("learn_sigma", self.learn_sigma)):
-                if value:
-                    raise ValueError(f"{field} is for tables of timesteps: leave it out of a flow")
-        # A table of one timestep, because a long one takes time and memory.
-        self._schedule_on(min(self.timesteps, 1))
-        return self
-
-    def noise_schedule(self) -> Schedule:
-        """Return the schedule that the model was trained on."""
-        return self._schedule_on(self.timesteps)
-
-    def _schedule_on(self, timesteps: int) -> Schedule:
-        process: RectifiedFlow | VariancePreserving = RectifiedFlow(timesteps)
-        if self.schedule != "flow":
-            process = variance_preserving(self.schedule, timesteps, self.log_snr_shift)
-        return Schedule(process, self.prediction, self.noise_input, self.noise_scale, self.output_sign)
-
-
-class LatentSpec(_Strict):
+class LatentSpec(StrictModel):
     """The normalisation of latents, (latents − shift) / scale, with one shift and one scale per channel."""
 
     shift: tuple[Moment, ...]
@@ -154,7 +90,7 @@ class LatentSpec(_Strict):
     """The pixels that a latent covers on a side."""
 
 
-class RungSpec(_Strict):
+class RungSpec(StrictModel):
     """One measured operating point.
 
     `rows` is the cost in forward rows per image. `own` is the distance of its pictures to those that the
@@ -164,7 +100,7 @@ class RungSpec(_Strict):
 
     name: Label
     solver: Label
-    steps: Steps
+    steps: bounds.Steps
     grid: Text
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     rows: Annotated[float, Field(ge=0)]
@@ -173,17 +109,17 @@ class RungSpec(_Strict):
     real: float | None = None
 
 
-class Defaults(_Strict):
+class Defaults(StrictModel):
     """The values that a request gets for what it leaves out."""
 
-    steps: Steps
+    steps: bounds.Steps
     solver: Label
     grid: Text
     guidance_scale: GuidanceScale
     guidance_interval: tuple[float, float]
 
 
-class Golden(_Strict):
+class Golden(StrictModel):
     """One image that PyTorch drew with the model, kept in `golden.png`.
 
     A service draws it again and compares, to notice a fault of its machine or its libraries (a canary).
@@ -191,18 +127,18 @@ class Golden(_Strict):
 
     condition: dict[str, str]
     seed: Annotated[int, Field(ge=0, le=bounds.MAX_SEED)]
-    steps: Steps
+    steps: bounds.Steps
     solver: Label
     grid: Text
     guidance_scale: GuidanceScale
 
 
-class FileEntry(_Strict):
+class FileEntry(StrictModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Annotated[int, Field(ge=0, le=2**50)]
 
 
-class Manifest(_Strict):
+class Manifest(StrictModel):
     """The content of manifest.json. Unknown fields and unknown schema versions are refused, and so is a model
     that could not be served: see `bundle_bounds`."""
 
@@ -216,7 +152,7 @@ class Manifest(_Strict):
     decoder: DecoderKind = "identity"
     # None: latents are multiplied by 0.18215, as for the published models.
     latents: LatentSpec | None = None
-    embedding_size: Size
+    embedding_size: bounds.Size
     state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
     defaults: Defaults
     ladder: Annotated[tuple[RungSpec, ...], Field(max_length=256)] = ()
@@ -224,9 +160,9 @@ class Manifest(_Strict):
     golden: Golden | None = None
     licence: Text
     attribution: tuple[Text, ...] = ()
-    provenance: dict[str, Any] = {}
-    metrics: dict[str, float] = {}
-    files: dict[Name, FileEntry] = {}
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    files: dict[Name, FileEntry] = Field(default_factory=dict)
 
     @property
     def upscale(self) -> int:
@@ -264,6 +200,13 @@ class Manifest(_Strict):
         if self.golden is not None:
             bounds.check_run("golden", self.golden, schedule)
             bounds.check_condition("golden.condition", self.golden.condition, self.factors, self.config)
+        return self
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Manifest:
+        counts = self.diffusion.step_counts
+        if counts and self.defaults.steps not in counts:
+            raise ValueError(f"defaults.steps must be one of step_counts, not {self.defaults.steps}")
         return self
 
     @field_serializer("config")

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import prod
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from pydantic import Field
 
 from ditserve.model.spec.class_names import ClassNames, NamedFactor, UnknownClassError
 from ditserve.model.spec.diffusion import Schedule
@@ -25,13 +26,15 @@ MAX_TIMESTEPS = 100_000
 MAX_SEED = 2**53 - 1
 MAX_GUIDANCE = 100.0
 LARGEST_COUNT = 2**20  # of any whole number of a network's configuration
+Steps = Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)]
+Size = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 LARGEST_DEPTH = 1000  # blocks of a DiT, residual blocks of a U-Net's level
 LARGEST_LEVELS = 16  # of a U-Net
 LARGEST_LATENT = 2**26  # numbers of a latent; also pixels of a picture
 LARGEST_STATE = 2**26  # numbers of a row's condition state
 
 
-class Run(Protocol):
+class StatedRun(Protocol):
     """A sampling run as a bundle describes it: a rung, the defaults, or that of the golden image."""
 
     @property
@@ -51,7 +54,7 @@ class NamedTensor(Protocol):
     def shape(self) -> Sequence[int]: ...
 
 
-def check_run(field: str, run: Run, schedule: Schedule) -> None:
+def check_run(field: str, run: StatedRun, schedule: Schedule) -> None:
     """Refuse a run whose steps a worker cannot compute: every coefficient is finite in float32."""
     try:
         table = step_table(run.solver, noise_levels(run.grid, run.steps, schedule), schedule)

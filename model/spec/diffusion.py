@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from ditserve.model.spec.sigma_grids import UNSHIFTED, SigmaGrid
 
 Prediction = Literal["epsilon", "v", "x0", "flow"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
@@ -130,10 +132,12 @@ class VariancePreserving:
 class RectifiedFlow:
     """The straight line from image to noise: the level is sigma in 0..1, and alpha is 1 - sigma.
 
+    `grid` is the model's own rule of its grids, on which a sample takes at most `max_steps` steps.
     Source: Liu et al., arXiv:2209.03003; Lipman et al., arXiv:2210.02747.
     """
 
     max_steps: int = 1000
+    grid: SigmaGrid = UNSHIFTED
     clean: ClassVar[float] = 0.0
     noisiest: ClassVar[float] = 1.0
     span: ClassVar[float] = 1.0
@@ -157,7 +161,8 @@ class Schedule:
     """A noise process, and how a network speaks of it: what it is told, and what it predicts.
 
     A network is told its noise level times `noise_scale`: a timestep, sigma, or 1 - sigma. `output_sign` is
-    -1 for a network whose output is the negative of its prediction.
+    -1 for a network whose output is the negative of its prediction. `step_counts` are the numbers of steps
+    that a distilled network was trained for; empty: any.
 
     Raises:
         ValueError: a prediction, input, scale or sign that is unknown, or that the process does not have.
@@ -168,6 +173,7 @@ class Schedule:
     noise_input: NoiseInput = "timestep"
     noise_scale: float = 1.0
     output_sign: Literal[1, -1] = 1
+    step_counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -187,6 +193,21 @@ class Schedule:
     def max_steps(self) -> int:
         """The most steps of a sampling run."""
         return self.process.max_steps
+
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError unless a run from noise may have so many steps."""
+        if self.step_counts and steps not in self.step_counts:
+            counts = ", ".join(map(str, sorted(self.step_counts)))
+            raise ValueError(f"this model was trained for runs of {counts} steps, not {steps}")
+        if not 1 <= steps <= self.max_steps:
+            raise ValueError(f"steps must be in 1..{self.max_steps}, not {steps}")
+
+    def for_area(self, share: float) -> Schedule:
+        """Return the schedule of images of `share` times the model's own area, whose grids may be others."""
+        flow = self.process
+        if not isinstance(flow, RectifiedFlow) or flow.grid.dynamic is None or share == 1.0:
+            return self
+        return replace(self, process=replace(flow, grid=flow.grid.for_area(share)))
 
     def alpha(self, levels: Levels) -> FloatTable:
         """Return the signal scale at levels of any shape, 1 at the image itself."""

@@ -8,15 +8,15 @@ numpy only; no torch, no I/O, no randomness.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
-from ditserve.model.spec.diffusion import FloatTable, NoiseProcess, RectifiedFlow
-
+_Floats = npt.NDArray[np.float64]
 Spacing = Literal["uniform", "karras", "exponential", "beta"]
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
@@ -35,6 +35,8 @@ class DynamicShift:
     max_tokens: int = 4096
     base_shift: float = 0.5
     max_shift: float = 1.15
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def shift(self, tokens: int, steps: int) -> float:
         """Return the shift of an image of `tokens` tokens in `steps` steps.
@@ -74,7 +76,14 @@ class SigmaGrid:
         `highest` in place of a sigma above it
 
     In 4 steps the default gives 1, 0.75, 0.5, 0.25, and with a shift of 3 it gives 1, 0.9, 0.75, 0.5.
+    `tokens` is the number of tokens of an image of the model's own size, which a dynamic shift asks for.
+
+    Raises:
+        ValueError: a field is not as stated, or there are no tokens for a dynamic shift.
     """
+
+    # For manifests and recipes: a field that is spelled wrongly is refused.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     spacing: Spacing = "uniform"
     shift: float = 1.0
@@ -84,6 +93,7 @@ class SigmaGrid:
     last: float = 0.0
     reaches_last: bool = False
     highest: float = 1.0
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.spacing not in SPACINGS:
@@ -91,19 +101,29 @@ class SigmaGrid:
         if not 0.0 < self.shift < math.inf:
             raise ValueError(f"shift must be above 0, not {self.shift:g}")
         if self.terminal is not None and not 0.0 < self.terminal < 1.0:
-            raise ValueError(f"shift_terminal must be between 0 and 1, not {self.terminal:g}")
+            raise ValueError(f"terminal must be between 0 and 1, not {self.terminal:g}")
+        if not 0.0 <= self.last < self.first <= 1.0 or (self.reaches_last and self.last == 0.0):
+            raise ValueError(
+                f"first and last must decrease inside 0..1, not {self.first:g} and {self.last:g}"
+            )
+        if not 0.0 < self.highest <= 1.0:
+            raise ValueError(f"highest must be above 0 and at most 1, not {self.highest:g}")
+        if self.dynamic is not None and self.tokens < 1:
+            raise ValueError(f"tokens of an image must be at least 1 for a dynamic shift, not {self.tokens}")
 
-    def sigmas(self, steps: int, tokens: int = 0) -> tuple[float, ...]:
-        """Return the N = `steps` sigmas that a sample visits before 0, for an image of `tokens` tokens.
+    def for_area(self, share: float) -> SigmaGrid:
+        """Return the rule for images of `share` times the tokens of the model's own size."""
+        return replace(self, tokens=round(self.tokens * share)) if self.dynamic else self
+
+    def sigmas(self, steps: int) -> tuple[float, ...]:
+        """Return the N = `steps` sigmas that a sample visits before 0.
 
         Raises:
-            ValueError: fewer steps than 1, or no tokens where the shift depends on them.
+            ValueError: fewer steps than 1, or a dynamic shift that is not positive.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
-        if self.dynamic is not None and tokens < 1:
-            raise ValueError("the shift of this grid depends on the image: say its number of tokens")
-        shift = self.shift if self.dynamic is None else self.dynamic.shift(tokens, steps)
+        shift = self.shift if self.dynamic is None else self.dynamic.shift(self.tokens, steps)
         line = np.linspace(self.first, self.last, steps + (not self.reaches_last))[:steps]
         sigmas = shifted(line, shift)
         # A single step starts from noise, so it cannot end at `terminal` as well.
@@ -117,6 +137,9 @@ class SigmaGrid:
         return tuple(np.minimum(sigmas, self.highest).tolist())
 
 
+UNSHIFTED = SigmaGrid()
+
+
 def shifted(sigma: Any, shift: float) -> Any:
     """Return one or more sigmas moved by `shift`, above 1 towards noise: s · sigma / (1 + (s - 1) · sigma).
 
@@ -125,26 +148,26 @@ def shifted(sigma: Any, shift: float) -> Any:
     return shift * sigma / (shift * sigma + (1.0 - sigma))
 
 
-def _karras(first: float, last: float, u: FloatTable) -> FloatTable:
+def _karras(first: float, last: float, u: _Floats) -> _Floats:
     # Karras et al., arXiv:2206.00364, eq. 5, rho = 7.
     return np.asarray((first ** (1 / 7) + u * (last ** (1 / 7) - first ** (1 / 7))) ** 7)
 
 
-def _exponential(first: float, last: float, u: FloatTable) -> FloatTable:
+def _exponential(first: float, last: float, u: _Floats) -> _Floats:
     return np.exp(math.log(first) + u * (math.log(last) - math.log(first)))
 
 
-def _beta(first: float, last: float, u: FloatTable) -> FloatTable:
+def _beta(first: float, last: float, u: _Floats) -> _Floats:
     # Lee et al., arXiv:2407.12173: quantiles of the beta distribution with both parameters 0.6.
     return last + (first - last) * beta_quantile(1.0 - u, 0.6)
 
 
-_SPACED: Mapping[str, Callable[[float, float, FloatTable], FloatTable]] = MappingProxyType(
+_SPACED: Mapping[str, Callable[[float, float, _Floats], _Floats]] = MappingProxyType(
     {"karras": _karras, "exponential": _exponential, "beta": _beta}
 )
 
 
-def beta_quantile(share: FloatTable, a: float) -> FloatTable:
+def beta_quantile(share: _Floats, a: float) -> _Floats:
     """Return the quantiles of the beta distribution with both parameters `a`, for shares in 0..1.
 
     It is symmetric, so the lower half is enough. There the distribution function is x^a · sum of
@@ -161,76 +184,3 @@ def beta_quantile(share: FloatTable, a: float) -> FloatTable:
         low, high = np.where(below, x, low), np.where(below, high, x)
     x = 0.5 * (low + high)
     return np.where(share <= 0.5, x, 1.0 - x)
-
-
-def check_levels(levels: Sequence[float], process: NoiseProcess) -> FloatTable:
-    """Return `levels` as float64 (N,).
-
-    Raises:
-        ValueError: there are none, or they do not decrease strictly down from the noisiest to the clean one.
-    """
-    values = np.array(levels, dtype=np.float64)
-    if (
-        values.ndim != 1
-        or not values.size
-        or not process.clean < values[-1] <= values[0] <= process.noisiest
-        or not np.all(np.diff(values) < 0.0)
-    ):
-        raise ValueError(
-            "a grid must be one or more noise levels that decrease strictly, "
-            f"above {process.clean:g} and at most {process.noisiest:g}"
-        )
-    return values
-
-
-# The grids of a flow that have a name.
-FLOW_GRIDS: Mapping[str, SigmaGrid] = MappingProxyType({"uniform": SigmaGrid()})
-# The points by which the curve of a named grid is interpolated.
-FINE = 1000
-
-
-def flow_grid(kind: str, steps: int, max_steps: int = 1000) -> tuple[float, ...]:
-    """Return the N = `steps` decreasing sigmas that a sample of a flow visits before 0.
-
-    "uniform" in 4 steps is 1, 0.75, 0.5, 0.25. `kind` may also be a list of N sigmas, such as "1,0.8,0.4".
-
-    Raises:
-        ValueError: an unknown kind, `steps` outside 1..`max_steps`, or a list that is not as stated.
-    """
-    if not 1 <= steps <= max_steps:
-        raise ValueError(f"steps must be in 1..{max_steps}, not {steps}")
-    if kind in FLOW_GRIDS:
-        return FLOW_GRIDS[kind].sigmas(steps)
-    values = _explicit_sigmas(kind)
-    if len(values) != steps:
-        raise ValueError(f"the explicit grid has {len(values)} sigmas, but {steps} steps were asked for")
-    return values
-
-
-def flow_regrid(level: float, steps: int, kind: str) -> tuple[float, ...]:
-    """Return `steps` sigmas, spaced as `kind` says, for a sample of a flow whose next one is `level`.
-
-    The first is always `level`. From 0.6 on, 3 steps of "uniform" are 0.6, 0.4, 0.2. The grid is read as a
-    curve from 1 to 0, and the part of it below `level` is sampled evenly.
-
-    Raises:
-        ValueError: a level outside 0..1, or 0; `steps` < 1; or an unknown kind.
-    """
-    if not 0.0 < level <= 1.0:
-        raise ValueError(f"sigma must be above 0 and at most 1, not {level}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
-    curve = np.append(FLOW_GRIDS[kind].sigmas(FINE) if kind in FLOW_GRIDS else _explicit_sigmas(kind), 0.0)
-    index = np.arange(curve.size, dtype=np.float64)
-    reached = np.interp(-level, -curve, index)
-    resampled = np.interp(np.linspace(reached, index[-1], steps + 1)[:-1], index, curve)
-    return (float(level), *resampled[1:].tolist())
-
-
-def _explicit_sigmas(text: str) -> tuple[float, ...]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        names = ", ".join(FLOW_GRIDS)
-        raise ValueError(f"grid of a flow must be {names} or comma-separated sigmas, not {text!r}") from None
-    return tuple(check_levels(values, RectifiedFlow()).tolist())

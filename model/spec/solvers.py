@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from ditserve.model.spec.diffusion import Array, FloatTable, Schedule
-from ditserve.model.spec.sigma_grids import check_levels
+from ditserve.model.spec.flow_grids import check_levels
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,8 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ditserve.model.data.dataset import DataConfig, Dataset, NamedPath
 from ditserve.model.distributed.processes import ParallelSpec
-from ditserve.model.spec.bundle import DiffusionSpec
 from ditserve.model.spec.diffusion import Prediction
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.network_config import NetworkConfig, network_config
 from ditserve.model.train.distillation.config import DistillationConfig, ProgressiveDistillationConfig
 from ditserve.model.train.loss import LevelSampling, TrainingNoise, training_noise

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.windows import Size
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.forward import ForwardPass, Stepped
@@ -33,7 +34,6 @@ from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.planning.planner import Change, Planner
 from ditserve.service.rung import Rung
-from ditserve.service.windows import Size
 
 TRAJECTORIES_KEPT: Final = 256  # from noise: most requests ask for the same few
 
@@ -137,7 +137,8 @@ class Engine:
         if snapshot is None:
             # Guiding the unconditional condition would change nothing.
             unconditional = condition.key == self.conditions.null.key
-            trajectory = self._make_trajectory(request.rung, 1.0 if unconditional else request.guidance_scale)
+            scale = 1.0 if unconditional else request.guidance_scale
+            trajectory = self._make_trajectory(request.rung, scale, area=geometry.row_area)
         else:
             trajectory = snapshot.trajectory(self.schedule)
         floor = self._floor(request)
@@ -249,12 +250,12 @@ class Engine:
 
     def _trajectory_on(self, sample: Sample, rung: Rung) -> Trajectory:
         """Return the way on from where the sample stands; steps already taken are never redone."""
-        scale = sample.trajectory.scale
+        scale, area = sample.trajectory.scale, sample.geometry.row_area
         if not sample.taken:
-            return self._make_trajectory(rung, scale)
-        steps = steps_left(sample.remaining_steps, sample.rung, rung)
+            return self._make_trajectory(rung, scale, area=area)
+        steps, schedule = steps_left(sample.remaining_steps, sample.rung, rung), self.schedule.for_area(area)
         return regrid_trajectory(
-            rung, scale, self.schedule, level=sample.level, steps=steps, previous=sample.previous
+            rung, scale, schedule, level=sample.level, steps=steps, previous=sample.previous
         )
 
     def _floor(self, request: SampleRequest) -> Rung:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ditserve.model.spec.windows import Windows
 from ditserve.service.engine.conditions import Condition, ConditionerInput
 from ditserve.service.engine.samples import Sample
-from ditserve.service.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.spec.mixing import Mix
+from ditserve.model.spec.windows import Size
 from ditserve.service.engine.conditions import Condition
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.geometry import Geometry
@@ -22,7 +23,6 @@ from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import ROOM, Change, PlannedSample
 from ditserve.service.rung import Rung
-from ditserve.service.windows import Size
 
 Latent = npt.NDArray[np.float32]
 

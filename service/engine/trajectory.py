@@ -90,9 +90,12 @@ class Trajectory:
         return len(self) - cursor + sum(self.guided[cursor:])
 
 
-def make_trajectory(rung: Rung, scale: float, schedule: Schedule) -> Trajectory:
-    """Return the whole trajectory of a sample that starts from noise; `scale` is its guidance scale."""
-    levels = noise_levels(rung.grid, rung.steps, schedule)
+def make_trajectory(rung: Rung, scale: float, schedule: Schedule, *, area: float = 1.0) -> Trajectory:
+    """Return the whole trajectory of a sample that starts from noise.
+
+    `scale` is its guidance scale, and `area` that of its rows, in rows of the model's own size.
+    """
+    levels = noise_levels(rung.grid, rung.steps, schedule.for_area(area))
     return trajectory_from_levels(rung, scale, schedule, levels, previous=None)
 
 
@@ -104,7 +107,7 @@ def regrid_trajectory(
     They are fewer where there are not so many timesteps left. `previous` is the level of the estimate in the
     sample's solver history. With it a multistep solver keeps its order.
     """
-    levels = noise_levels_from(level, steps, rung.grid, schedule)
+    levels = noise_levels_from(level, steps, rung.grid, schedule, whole=rung.steps)
     return trajectory_from_levels(rung, scale, schedule, levels, previous=previous)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import choose_grid, explicit_grid, grid_names
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import InvalidRequest
@@ -20,7 +21,7 @@ def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder)
     """Return the operating point that the request asks for. Raises `InvalidRequest`."""
     defaults = manifest.defaults
     solver = _one_of("sampler", request.sampler or defaults.solver, SOLVERS)
-    steps = _steps(request, manifest)
+    steps = _steps(request, manifest, ladder.schedule)
     if (request.min_steps or 1) > steps:
         raise field_error("min_steps", f"It cannot be more than the {steps} steps asked for.")
     low, high = request.guidance_interval or defaults.guidance_interval
@@ -32,8 +33,7 @@ def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder)
     try:
         grid = choose_grid(wanted, stated=stated, solver=solver, steps=steps, schedule=ladder.schedule)
     except ValueError as error:
-        message = str(error)
-        raise field_error(field, f"{message[:1].upper()}{message[1:]}.") from None
+        raise field_error(field, _sentence(error)) from None
     return ladder.requested(solver, steps, grid, (low, high), guidance_scale(request, manifest) != 1.0)
 
 
@@ -50,14 +50,16 @@ def field_error(field: str, detail: str) -> InvalidRequest:
     )
 
 
-def _steps(request: GenerateRequest, manifest: Manifest) -> int:
+def _steps(request: GenerateRequest, manifest: Manifest, schedule: Schedule) -> int:
     """Return the number of steps: one for each noise level that the request lists, or as it says."""
-    most, levels = manifest.diffusion.timesteps, request.noise_levels
+    levels = request.noise_levels
     if levels is not None and request.steps not in (None, len(levels)):
         raise field_error("steps", f"The noise_levels listed are {len(levels)} steps: leave steps out.")
     steps = request.steps or (len(levels) if levels else manifest.defaults.steps)
-    if steps > most:
-        raise field_error("steps", f"This model takes at most {most} steps.")
+    try:
+        schedule.check_steps(steps)
+    except ValueError as error:
+        raise field_error("steps", _sentence(error)) from None
     return steps
 
 
@@ -68,6 +70,12 @@ def _wanted_grid(request: GenerateRequest, ladder: Ladder) -> tuple[str, str | N
     if request.grid is not None:
         raise field_error("grid", "The noise_levels listed are the grid: leave grid out.")
     return "noise_levels", explicit_grid(request.noise_levels)
+
+
+def _sentence(error: ValueError) -> str:
+    """Return the message of an error as a sentence: with a capital letter and a full stop."""
+    message = str(error)
+    return f"{message[:1].upper()}{message[1:]}."
 
 
 def _one_of(field: str, name: str, known: Collection[str]) -> str:

@@ -105,6 +105,7 @@ class Worker:
         self._handoff = Handoff(broker, self._engine, origin=identity.origin)
         self._jobs = RunningJobs()
         self._busy_since = 0.0
+        self._peak_s = 0.0  # the most work since it had none, in seconds
         self._report: EngineReport | None = None  # the engine's last; None: not ready yet
         self._leaving = False
         self._may_claim_later = False  # another worker was idler at the last claim
@@ -395,8 +396,10 @@ class Worker:
         return [job.lease for job in self._jobs]
 
     def _longest_run_s(self) -> float:
-        """Return the predicted seconds of the longest job, if it were in every batch."""
-        return max((job.job.steps for job in self._jobs), default=0) * self._engine.step_s
+        """Return the predicted seconds of the slowest job: in every batch, or beside all that was claimed."""
+        state = self._worker_state() if self._jobs else None
+        self._peak_s = max(self._peak_s, backlog_time(state)) if state else 0.0
+        return max(self._peak_s, max((job.job.steps for job in self._jobs), default=0) * self._engine.step_s)
 
     def _worker_state(self) -> WorkerState | None:
         """Return what to publish about this worker; None before the engine is ready."""

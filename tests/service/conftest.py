@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ditserve.model.spec.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
+from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory
 from ditserve.service.engine.conditions import ConditionCaches

@@ -41,8 +41,9 @@ WHOLE: dict[str, Any] = {
 HOSTILE: tuple[Any, ...] = (
     None, True, 0, -1, 1, 2, 3, 7, 999, 1000, 1001, 2**16, 2**31, 2**53, 2**63, 10**30, 10**400,
     0.0, -0.0, 0.5, 1.5, -3.5, 21.0, 1e-300, 5e-324, 1e20, 1e300, float("nan"), float("inf"), -float("inf"),
-    "", " ", "a", "\ud800", "\0", "new\nline", "x" * 20_000, "٣", "ddpm", "dpmpp-2m", "unipc-1", "cosine", "flow",
-    "linear", "sigma", "uniform", "0.9,0.5", "leading", "ddim-stride", "999,998", "3,3", "1e9", "9" * 5000, "sd-vae", "identity", "text",
+    "", " ", "a", "\ud800", "\0", "new\nline", "x" * 20_000, "٣", "ddpm", "dpmpp-2m", "unipc-1", "cosine",
+    "flow", "linear", "sigma", "uniform", "0.9,0.5", "leading", "ddim-stride", "999,998", "3,3", "1e9",
+    "9" * 5000, "sd-vae", "identity", "text",
     [], [1], [0, 0], [1, 0], [0.5, 0.5], [2**31, 2**31], [8, 8], [[]], ["a", "a"], [None], [1e999, 1.0],
     {}, {"a": 1}, {"training": 3}, {"training": {"data": {"text": 3}}}, {"training": {"data": []}},
     {"\ud800": 1.0}, {"label": "nobody"}, {"deep": json.loads("[" * 300 + "]" * 300)},

@@ -52,6 +52,7 @@ def _describe(manifest: Manifest, workers: Sequence[WorkerState], settings: Sett
         networks=sorted(networks),
         factors=[FactorOut(name=factor.name, classes=list(factor.classes)) for factor in manifest.factors],
         samplers=list(SOLVERS),
+        step_counts=sorted(manifest.diffusion.step_counts),
         grids=list(grid_names(manifest.diffusion.noise_schedule())),
         defaults=_defaults(manifest),
         ladder=[_rung(rung) for rung in manifest.ladder],

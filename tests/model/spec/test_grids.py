@@ -225,10 +225,10 @@ def test_every_count_of_steps_has_a_grid_that_starts_at_the_noisy_end(solver: st
 @pytest.mark.parametrize(
     ("wanted", "steps", "message"),
     [
-        ("leading", 1, r"grid leading in 1 step starts at timestep 0 of 0\.\.999, below the noise"),
-        ("leading", 501, "grid leading in 501 steps starts at timestep 500"),
-        ("ddim-stride", 2, "grid ddim-stride in 2 steps starts at timestep 500"),
-        ("500,250", 2, "the grid starts at timestep 500"),
+        ("leading", 1, r"grid leading in 1 step starts at noise level 0 of 999, below the noise"),
+        ("leading", 501, "grid leading in 501 steps starts at noise level 500"),
+        ("ddim-stride", 2, "grid ddim-stride in 2 steps starts at noise level 500"),
+        ("500,250", 2, "the grid starts at noise level 500"),
         ("ddim-stride", 37, "take 36 or 38 steps"),
         ("spiral", 10, "grid must be one of"),
     ],

@@ -9,6 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from ditserve.model.spec.sigma_grids import DynamicShift, SigmaGrid
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.planning.planner import LOAD
 from tests.service.engine.stepping import finished, previews, reference, run
@@ -85,3 +86,28 @@ def test_a_snapshot_of_a_flow_goes_on_to_the_same_image(
     wire = msgpack.unpackb(msgpack.packb(first.export("a/0").to_wire()))
     second.add(request, Snapshot.from_wire(wire))
     np.testing.assert_array_equal(finished(run(second))["a/0"].latent, whole.latent)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "karras", "1,0.8,0.5,0.2"])
+def test_a_sample_walks_the_grid_that_the_model_states(
+    kind: str, make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    backend = make_backend(**SD3, sigma_grid={"shift": 3.0})
+    request = make_request(rung=make_rung("dpmpp-2m", 4, kind))
+    made = finished(run(make_engine(backend), [request]))["a/0"]
+    np.testing.assert_allclose(made.latent, reference(backend, request)[0], atol=1e-4)
+
+
+def test_a_larger_image_is_shifted_more_where_the_shift_is_dynamic(
+    make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    """A row of another size walks the grid of its tokens, a row that is a window that of the model's own."""
+    dynamic = SigmaGrid(dynamic=DynamicShift(), tokens=256)
+    engine = make_engine(make_backend(**SD3, sigma_grid=dynamic, size_multiple=2))
+    rung = make_rung("ddim", 4, "uniform")
+    engine.add(make_request("own/0", rung=rung))
+    engine.add(make_request("large/0", rung=rung, size=(8, 12)))
+    engine.add(make_request("windows/0", rung=rung, size=(8, 12), windows=True))
+    levels = {name: sample.trajectory.levels for name, sample in engine._samples.items()}
+    assert levels["own/0"] == levels["windows/0"] == dynamic.sigmas(4)
+    assert levels["large/0"] == SigmaGrid(dynamic=DynamicShift(), tokens=1024).sigmas(4)
