@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ditserve.export.onnx import ExportOptions, export_bundle
 from ditserve.model.nets.dit import DiT
-from ditserve.model.spec.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
+from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor
 from ditserve.model.spec.diffusion import add_noise
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -44,12 +45,14 @@ def draw_shapes(labels: Tensor) -> Tensor:
 def train(network: DiT, diffusion: DiffusionSpec, steps: int) -> None:
     """Teach the network to predict the clean picture (x0), one label in ten being dropped for guidance."""
     schedule = diffusion.noise_schedule()
-    alphas, sigmas = torch.from_numpy(schedule.alphas).float(), torch.from_numpy(schedule.sigmas).float()
+    timesteps = range(diffusion.timesteps)
+    alphas = torch.from_numpy(schedule.alpha(timesteps)).float()
+    sigmas = torch.from_numpy(schedule.sigma(timesteps)).float()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(1, steps + 1):
         labels = torch.randint(0, len(SHAPES), (32,))
         x0 = draw_shapes(labels)
-        t = torch.randint(0, schedule.timesteps, (32,))
+        t = torch.randint(0, diffusion.timesteps, (32,))
         alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
         x_t = add_noise(alpha, sigma, x0, torch.randn_like(x0))
         null = torch.tensor(len(SHAPES))  # the class that stands for "no condition"

@@ -22,7 +22,7 @@ from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, initial_noise
 from ditserve.model.sampling.prompt import random_conditions
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import even_grid, noise_levels
 from ditserve.model.spec.solvers import step_table, trajectory
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -33,7 +33,7 @@ Backbone = Callable[[Tensor, tuple[Tensor, ...]], Tensor]  # (x, state) → outp
 class CalibrationRows:
     """Inputs of the network: x (N, C, H, W), timestep (N,), labels (N, F), and text (N, text_width) or None.
 
-    A model that takes no text has None.
+    `timestep` is what the network is told of the noise level. A model that takes no text has None.
     """
 
     x: Tensor
@@ -109,9 +109,10 @@ def calibration_rows(source: LoadedModel, settings: TrajectorySettings) -> Calib
     denoiser = _denoiser(source, labels, text)
     steps: list[CalibrationRows] = []
 
-    def network(x: Tensor, t: int) -> Tensor:
-        steps.append(CalibrationRows(x.half().float(), torch.full((len(x),), float(t)), labels, text))
-        return denoiser(x, t)[:, : x.shape[1]]
+    def network(x: Tensor, level: float) -> Tensor:
+        told = torch.full((len(x),), float(source.schedule.told(level)))
+        steps.append(CalibrationRows(x.half().float(), told, labels, text))
+        return denoiser(x, level)[:, : x.shape[1]]
 
     _sample(source, settings, network)
     return CalibrationRows(
@@ -126,7 +127,7 @@ def calibration_rows(source: LoadedModel, settings: TrajectorySettings) -> Calib
 def sample_pictures(source: LoadedModel, settings: TrajectorySettings) -> Tensor:
     """Return the finished samples (S, C, H, W) of the trajectories."""
     denoiser = _denoiser(source, *_conditions(source, settings))
-    return _sample(source, settings, lambda x, t: denoiser(x, t)[:, : x.shape[1]])
+    return _sample(source, settings, lambda x, level: denoiser(x, level)[:, : x.shape[1]])
 
 
 def with_backbone(source: LoadedModel, backbone: Backbone) -> LoadedModel:
@@ -149,12 +150,13 @@ def _denoiser(source: LoadedModel, labels: Tensor, text: Tensor | None) -> Denoi
 
 
 def _sample(
-    source: LoadedModel, settings: TrajectorySettings, network: Callable[[Tensor, int], Tensor]
+    source: LoadedModel, settings: TrajectorySettings, network: Callable[[Tensor, float], Tensor]
 ) -> Tensor:
     config, schedule = source.network.config, source.schedule
-    steps = grid("trailing", min(settings.steps, schedule.timesteps), schedule.timesteps)
+    steps = min(settings.steps, schedule.max_steps)
+    levels = noise_levels(even_grid(schedule), steps, schedule)
     shape = (config.in_channels, *config.image_size)
     start = np.stack([initial_noise(settings.seed + k, shape) for k in range(settings.samples)])
-    table, clip = step_table("ddim", steps, schedule), source.manifest.diffusion.clip_x0
+    table, clip = step_table("ddim", levels, schedule), source.manifest.diffusion.clip_x0
     *_, (_, x0) = trajectory(table, torch.from_numpy(start), network, clip_x0=clip)
     return x0

@@ -13,7 +13,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.sheet import to_pixels
 from ditserve.model.spec.bundle import GOLDEN, Golden
 from ditserve.model.spec.class_names import class_reference
-from ditserve.model.spec.grids import choose_grid, grid
+from ditserve.model.spec.grids import choose_grid, noise_levels
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
@@ -37,12 +37,14 @@ def write_golden(model: LoadedModel, folder: Path, vae: Path | None = None) -> G
         return None
     defaults = manifest.defaults
     labels = torch.zeros((1, len(manifest.factors)), dtype=torch.int64)
+    solver, schedule = defaults.solver, model.schedule
     # A few-step model is drawn with its own number of steps: with more it would not draw what it was trained
     # to.
     steps = min(STEPS, defaults.steps, affordable_steps(network.config, defaults.guidance_scale))
-    solver, total = defaults.solver, model.schedule.timesteps
-    kind = choose_grid(None, stated=defaults.grid, solver=solver, steps=steps, timesteps=total)
-    table = step_table(solver, grid(kind, steps, total), model.schedule)
+    if schedule.step_counts:
+        steps = max((count for count in schedule.step_counts if count <= steps), default=defaults.steps)
+    kind = choose_grid(None, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule)
+    table = step_table(solver, noise_levels(kind, steps, schedule), schedule)
     guidance = Guidance(
         defaults.guidance_scale, defaults.guidance_interval, manifest.diffusion.guidance_channels
     )

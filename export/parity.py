@@ -96,7 +96,7 @@ def verify_decoder(autoencoder: Autoencoder, path: Path, channels: int) -> tuple
         with torch.no_grad():
             expected = autoencoder.decode(latent).numpy()
         actual = run(session, {"latent": latent.numpy()})["image"]
-        bands += compare(expected, actual, np.zeros(len(latent), np.float32), 1)
+        bands += compare(expected, actual, np.zeros(len(latent)))
     check(path.name, bands, DECODER_LIMITS)
     return tuple(bands)
 
@@ -119,7 +119,8 @@ def _embedder_inputs(manifest: Manifest, rows: CalibrationRows) -> dict[str, Arr
 
 
 def _bands(manifest: Manifest, rows: CalibrationRows, expected: Array, actual: Array) -> tuple[Band, ...]:
-    return compare(expected, actual, rows.timestep.numpy(), manifest.diffusion.timesteps)
+    noise = manifest.diffusion.noise_schedule().share_told(rows.timestep.numpy())
+    return compare(expected, actual, noise)
 
 
 def _flat(arrays: Mapping[str, Array]) -> Array:

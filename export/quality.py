@@ -108,7 +108,7 @@ def frechet_report(source: LoadedModel, backbone: Backbone, settings: FrechetSet
 
 
 def _plan(source: LoadedModel, settings: FrechetSettings) -> EvaluationPlan:
-    defaults, total = source.manifest.defaults, source.manifest.diffusion.timesteps
+    defaults, schedule = source.manifest.defaults, source.schedule
     solver, steps = defaults.solver, settings.steps
     return EvaluationPlan(
         limit=settings.pictures,
@@ -116,7 +116,7 @@ def _plan(source: LoadedModel, settings: FrechetSettings) -> EvaluationPlan:
         reference=0,
         steps=steps,
         solver=solver,
-        grid=choose_grid(None, stated=defaults.grid, solver=solver, steps=steps, timesteps=total),
+        grid=choose_grid(None, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule),
         guidance_scale=defaults.guidance_scale,
         guidance_interval=defaults.guidance_interval,
         seed=0,

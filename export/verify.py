@@ -24,10 +24,10 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Errors of the rows with timesteps in [low, high]: relative L2, maximal absolute difference, cosine."""
+    """Errors of the rows with noise in [low, high) of the range: relative L2, largest difference, cosine."""
 
-    low: int
-    high: int
+    low: float
+    high: float
     rows: int
     relative_l2: float
     max_abs: float
@@ -73,15 +73,15 @@ def run(session: ort.InferenceSession, inputs: Arrays, *, batch: int = 16) -> di
     return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(names)}
 
 
-def compare(reference: Floats, candidate: Floats, timesteps: Floats, total: int) -> tuple[Band, ...]:
-    """Return the errors of `candidate` against `reference`, both (N, …), by band of their timesteps (N,).
+def compare(reference: Floats, candidate: Floats, noise: Floats) -> tuple[Band, ...]:
+    """Return the errors of `candidate` against `reference`, both (N, …), by band of their noise (N,), 0..1.
 
-    The timesteps 0..`total`-1 are cut into `BANDS` equal bands; a band without rows is left out.
-    With `total` = 1000, a row at timestep 550 counts in the band 500..599.
+    The noise range is cut into `BANDS` equal bands; a band without rows is left out. With 10 bands, a row
+    at 0.55 counts in the band from 0.5 to 0.6.
     """
     expected_rows = reference.reshape(len(reference), -1).astype(np.float64)
     actual_rows = candidate.reshape(len(candidate), -1).astype(np.float64)
-    band_of_row = np.minimum(timesteps.astype(np.int64) * BANDS // total, BANDS - 1)
+    band_of_row = np.minimum((noise * BANDS).astype(np.int64), BANDS - 1)
     bands = []
     for k in range(BANDS):
         rows = band_of_row == k
@@ -91,8 +91,8 @@ def compare(reference: Floats, candidate: Floats, timesteps: Floats, total: int)
         norm = max(float(np.linalg.norm(expected)), 1e-30)
         bands.append(
             Band(
-                low=-(-k * total // BANDS),
-                high=-(-(k + 1) * total // BANDS) - 1,
+                low=k / BANDS,
+                high=(k + 1) / BANDS,
                 rows=int(rows.sum()),
                 relative_l2=float(np.linalg.norm(expected - actual)) / norm,
                 max_abs=float(np.abs(expected - actual).max()),
@@ -109,7 +109,7 @@ def check(subject: str, bands: Sequence[Band], limits: ParityLimits) -> None:
         ExportError: one sentence that names `subject`, the band and the number.
     """
     for band in bands:
-        where = f"at timesteps {band.low}..{band.high}"
+        where = f"at noise {band.low:g}..{band.high:g} of its range"
         if not np.isfinite([band.relative_l2, band.max_abs, band.cosine]).all():
             raise ExportError(f"{subject} gives numbers that are not finite {where}")
         if band.relative_l2 > limits.relative_l2:

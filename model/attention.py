@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +22,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ditserve.model.nets.attention_weights import observed_attention
 from ditserve.model.nets.factory import Network
-from ditserve.model.nets.layers import Attention
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
-from ditserve.model.sampling.prompt import SampleError, embed_terms, parse_condition
+from ditserve.model.sampling.prompt import SampleError, embed_terms, encoder_of, parse_condition
 from ditserve.model.sampling.sheet import check_sheet, picture_grid, to_pixels
 from ditserve.model.spec.command_line import count, guarded, named_path, picture_file, positive, share
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.diffusion import add_noise
+from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
@@ -63,18 +63,13 @@ def attention_maps(model: Network, x: Tensor, state: Sequence[Tensor]) -> list[A
     maps: list[AttentionMap] = []
     front = 2 if "in_context" in getattr(model.config, "plan", ()) else 0
 
-    def record(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        weights = cast(Attention, module).weights(*arguments)[:, :, front:, front:]
+    def record(_: int, whole: Tensor) -> None:
+        weights = whole[:, :, front:, front:]
         rows = round((weights.shape[-1] * x.shape[2] / x.shape[3]) ** 0.5)
         maps.append(AttentionMap(weights, rows, weights.shape[-1] // rows))
 
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
+    with observed_attention(model, record):
         model.backbone(x, state)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return maps
 
 
@@ -103,8 +98,8 @@ def overlay(
 def draw_sample(loaded: LoadedModel, embedding: Tensor, seed: int) -> Tensor:
     """Return the sample (1, C, H, W) of an embedding (1, D) and a seed, with the model's defaults."""
     defaults, diffusion = loaded.manifest.defaults, loaded.manifest.diffusion
-    steps = grid(defaults.grid, defaults.steps, diffusion.timesteps)
-    table = step_table(defaults.solver, steps, loaded.schedule)
+    levels = noise_levels(defaults.grid, defaults.steps, loaded.schedule)
+    table = step_table(defaults.solver, levels, loaded.schedule)
     guidance = Guidance(defaults.guidance_scale, defaults.guidance_interval, diffusion.guidance_channels)
     denoiser = Denoiser(loaded.network, loaded.schedule, Conditions((embedding,)), guidance)
     *_, x0 = denoise(denoiser, table, [seed], clip_x0=diffusion.clip_x0)
@@ -129,7 +124,7 @@ def paint(options: argparse.Namespace) -> Image.Image:
             f"--query is a pixel in rows 0..{height - 1} and columns 0..{width - 1}, not {y} {x}"
         )
     term = parse_condition(options.condition, loaded.manifest.factors)
-    embedding = embed_terms(model, [term], options.encoder)[0][None]
+    embedding = embed_terms(model, [term], encoder_of(loaded.manifest, [term], options.encoder))[0][None]
     x0 = draw_sample(loaded, embedding, options.seed)
     maps = _maps_of_noised(loaded, x0, embedding, options)
     chosen = [maps[k] for k in sorted({0, len(maps) // 2, len(maps) - 1})]
@@ -149,10 +144,11 @@ def _maps_of_noised(
     loaded: LoadedModel, x0: Tensor, embedding: Tensor, options: argparse.Namespace
 ) -> list[AttentionMap]:
     """Return the attention maps of the picture `x0` (1, C, H, W), noised as far as `--at` says."""
-    t = round(options.at * (loaded.manifest.diffusion.timesteps - 1))
+    schedule = loaded.schedule
+    level = float(schedule.process.trained_levels(options.at))
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(options.seed))
-    noisy = loaded.schedule.alpha(t) * x0 + loaded.schedule.sigma(t) * noise
-    state = loaded.network.modulate(torch.tensor([float(t)]), embedding)
+    noisy = add_noise(float(schedule.alpha(level)), float(schedule.sigma(level)), x0, noise)
+    state = loaded.network.modulate(torch.from_numpy(schedule.told([level])), embedding)
     return attention_maps(loaded.network, noisy, state)
 
 
@@ -194,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--at", type=share, default=0.4, help="how noisy the picture shown to the network is, 0..1 (0.4)")
     add("--zoom", type=positive, default=4, help="pixels of the output per pixel (4)")
-    add("--encoder", default="minilm", help="of text: a name or module:Class (minilm)")
+    add("--encoder", help="of text: a name or module:Class (the one it was trained with)")
     add("--data", type=named_path, help="the training pictures of a run, if they moved")
     return parser
 

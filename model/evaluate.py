@@ -177,14 +177,14 @@ def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPla
     if options.per_pair is not None and options.per_pair > options.limit:
         raise EvaluationError(f"--per-pair {options.per_pair} is above --limit {options.limit}: lower it")
     solver, steps = options.solver or defaults.solver, options.steps or defaults.steps
-    total = loaded.manifest.diffusion.timesteps
+    schedule = loaded.schedule
     return EvaluationPlan(
         limit=options.limit,
         per_pair=options.per_pair,
         reference=options.reference,
         steps=steps,
         solver=solver,
-        grid=choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, timesteps=total),
+        grid=choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule),
         guidance_scale=defaults.guidance_scale if options.scale is None else options.scale,
         guidance_interval=tuple(options.interval or defaults.guidance_interval),
         seed=options.seed,

@@ -7,6 +7,7 @@ python -m model.sample runs/emoji -c label=cat -c label=dog --combine layers
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from ditserve.model.sampling.prompt import (
     SampleError,
     combine_conditions,
     embed_terms,
+    encoder_of,
     label_tensor,
     parse_condition,
 )
@@ -36,9 +38,11 @@ from ditserve.model.sampling.sheet import (
     sheet_labels,
     to_pixels,
 )
+from ditserve.model.sampling.windows import WindowDenoiser
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
-from ditserve.model.spec.grids import GRIDS, choose_grid, grid
+from ditserve.model.spec.grids import GRIDS, choose_grid, noise_levels
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
+from ditserve.model.spec.windows import windows_over
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -57,7 +61,7 @@ def sample(options: argparse.Namespace) -> Image.Image:
     size = tuple(options.size) if options.size else model.config.image_size
     terms = [parse_condition(text, loaded.manifest.factors) for text in options.condition]
     if terms:
-        parts = embed_terms(model, terms, options.encoder)
+        parts = embed_terms(model, terms, encoder_of(loaded.manifest, terms, options.encoder))
         samples, columns = options.count, options.columns or min(options.count, 8)
     else:
         sheet, columns = sheet_labels(model.config.classes, options.columns or 10)
@@ -65,6 +69,10 @@ def sample(options: argparse.Namespace) -> Image.Image:
         samples = len(sheet)
     columns = min(columns, samples)
     check_sheet(samples, *size)
+    if options.windows:
+        # A size that no window fits is refused here.
+        windows_over((size[0], size[1]), model.config.image_size)
+    kind = WindowDenoiser if options.windows else Denoiser
     pixels = []
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
         task = progress.add_task("sampling", total=samples * len(table))
@@ -76,7 +84,7 @@ def sample(options: argparse.Namespace) -> Image.Image:
                 )
             else:
                 conditions = Conditions((sheet_embeddings[start : start + count],))
-            denoiser = Denoiser(model, loaded.schedule, conditions, guidance)
+            denoiser = kind(model, loaded.schedule, conditions, guidance)
             seeds = [options.seed + start + k for k in range(count)]
             estimates = denoise(denoiser, table, seeds, size, clip_x0=loaded.manifest.diffusion.clip_x0)
             for step, x0 in enumerate(estimates, 1):
@@ -98,10 +106,12 @@ def _device(name: str) -> torch.device:
 
 def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
     """Return the steps and the guidance: as the command line says, or else the defaults of the model."""
-    defaults, total = loaded.manifest.defaults, loaded.manifest.diffusion.timesteps
+    own = loaded.network.config.image_size
+    area = math.prod(options.size or own) / math.prod(own)
+    defaults, schedule = loaded.manifest.defaults, loaded.schedule.for_area(area)
     solver, steps = options.solver or defaults.solver, options.steps or defaults.steps
-    kind = choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, timesteps=total)
-    table = step_table(solver, grid(kind, steps, total), loaded.schedule, eta=options.eta)
+    kind = choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule)
+    table = step_table(solver, noise_levels(kind, steps, schedule), schedule, eta=options.eta)
     guidance = Guidance(
         scale=defaults.guidance_scale if options.scale is None else options.scale,
         interval=tuple(options.interval or defaults.guidance_interval),
@@ -164,8 +174,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("H", "W"),
         help="in pixels or latent pixels",
     )
+    add("--windows", action="store_true", help="draw --size in overlapping windows of the model's own size")
     add("--columns", type=positive, help="pictures side by side")
-    add("--encoder", default="minilm", help="of text: a name or module:Class (minilm)")
+    add("--encoder", help="of text: a name or module:Class (the one it was trained with)")
     add("--vae", type=named_path, help="diffusers AutoencoderKL folder, for latent models")
     add("--data", type=named_path, help="the training pictures of a run, if they moved")
     add("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1 (cpu)")

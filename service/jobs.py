@@ -223,7 +223,7 @@ class WorkerState(Message):
 
     `dues` is the backlog by deadline; it is empty where there is none, or where the worker does not report
     it. `given_rows` are the rows that the queue ever gave to this worker, as its last claim said: rows given
-    later are not in the backlog yet.
+    later are not in the backlog yet. Without a step for `hang_s` seconds it hangs; 0: it does not say.
     """
 
     worker: str
@@ -241,6 +241,7 @@ class WorkerState(Message):
     bundle: str = ""  # digest of the manifest it serves
     given_rows: int = 0
     slow: tuple[SlowSpell, ...] = ()  # the shortest first
+    hang_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,8 @@ class Settings(BaseSettings):
     compile: bool = Field(False, description="compile the network of the torch backend")
     text_encoder: str = Field(
         "",
-        description="encoder of a model that takes text: minilm or a folder; empty is the model's own",
+        description="encoder of a model that takes text: minilm, a folder (BERT; CLIP, T5 and others need "
+        "torch and transformers) or package.module:Class; empty is the model's own",
     )
     engines: Path | None = Field(
         None,
@@ -156,6 +157,13 @@ class Settings(BaseSettings):
     lease_s: float = Field(
         15.0, ge=1, le=3600, description="how long a worker may hold a job without renewing its lease"
     )
+    max_run_s: float = Field(
+        1800.0,
+        ge=1,
+        le=30 * 86400,
+        description="least time for which a worker may hold a job; "
+        "ten times its predicted time if that is more",
+    )
     max_attempts: Count = Field(3, description="workers a job may lose before it is put aside as dead")
     result_ttl_s: float = Field(
         3600.0, ge=1, le=30 * 86400, description="how long results and events are kept"
@@ -185,7 +193,8 @@ class Settings(BaseSettings):
         60.0,
         ge=1,
         le=86400,
-        description="time without a step, while work is running, after which /livez fails",
+        description="least time without a step, while work is running, after which a worker gives up and "
+        "/livez fails; 20 times the predicted time of the step if that is more",
     )
     keepalive_s: Seconds = Field(15.0, description="silence on an event stream before a keep-alive comment")
 
@@ -220,7 +229,8 @@ class Settings(BaseSettings):
         300.0,
         ge=0,
         le=7 * 86400,
-        description="time between drawings of the bundle's golden image, to see drift; 0 is never",
+        description="least time between drawings of the bundle's golden image, to see drift; they take at "
+        "most 1 % of a worker's time, however large the model; 0 is never",
     )
     metrics: bool = Field(True, description="serve /metrics")
     worker_metrics_port: Port = Field(

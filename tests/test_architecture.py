@@ -109,8 +109,13 @@ IMPURE = {
 
 # Who may import by name: tables of implementations, and packages that few need.
 LATE = {"service.__main__", "service.backends", "service.telemetry.tracing", "export.tensorrt.module"}
-LATE |= {"service.backends.cuda", "service.backends.tensorrt", "service.telemetry.gpus"}
-LATE |= {"model.nets.autoencoder", "model.nets.text"}
+LATE |= {
+    "service.backends.cuda",
+    "service.backends.other_texts",
+    "service.backends.tensorrt",
+    "service.telemetry.gpus",
+}
+LATE |= {"model.nets.autoencoder", "model.nets.text", "service.backends.other_texts"}
 
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
 HEADLESS = {"By", "How", "Of", "What", "Where", "Whether", "Which", "Who", "Whose", "Whom", "Why"}

@@ -37,6 +37,7 @@ def write_pictures(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.timeout(300)
 def test_from_a_folder_of_pictures_to_a_picture_over_http(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,15 +52,16 @@ def test_from_a_folder_of_pictures_to_a_picture_over_http(
     capsys.readouterr()
 
     # The evaluation names the command that makes the judge it lacks.
-    judged = [str(run), "--data", str(pictures), "--limit", "30", "--steps", "2"]
+    judged = [str(run), "--data", str(pictures), "--limit", "12", "--steps", "1"]
     assert evaluate.main(judged) == 2
     assert "python -m model.evaluation.classifier --config" in capsys.readouterr().err
     judge = ["--config", str(run / "config.json"), "--out", str(tmp_path / "judge"), "--epochs", "1"]
     assert classifier.main([*judge, "--widths", "4", "8"]) == 0
     assert evaluate.main([*judged, "--classifier", str(tmp_path / "judge")]) == 0
-    assert json.loads((run / "evaluation.json").read_text())["pictures"]["generated"] == 30
+    assert json.loads((run / "evaluation.json").read_text())["pictures"]["generated"] == 12
 
-    assert onnx.main([str(run), "--out", str(bundle), "--samples", "1", "--steps", "2"]) == 0
+    quick = ["--samples", "1", "--steps", "2", "--ladder", "none", "--half", "none"]
+    assert onnx.main([str(run), "--out", str(bundle), *quick]) == 0
     service = Service(tmp_path / "log.txt", "--bundle", str(bundle), "--precision=fp32")
     try:
         for condition in ({"label": "honey bee"}, {"label": 1}):

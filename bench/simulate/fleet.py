@@ -17,7 +17,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from math import ceil, inf
+from math import inf
 from time import thread_time
 
 import numpy as np
@@ -97,7 +97,7 @@ class SimulatedSample:
         self.remaining -= 1
         self.taken += 1
 
-    def for_planner(self, last_timestep: int) -> PlannedSample:
+    def for_planner(self) -> PlannedSample:
         return PlannedSample(
             id=self.id,
             deadline_at=self.deadline_at,
@@ -107,7 +107,7 @@ class SimulatedSample:
             floor_steps=1,
             allow_degraded=self.consents,
             started=self.taken > 0,
-            timestep=ceil(self.noise * last_timestep),
+            noise=self.noise,
             requested=self.requested,
         )
 
@@ -204,8 +204,7 @@ class SimulatedWorker:
         )
 
     def _planned_samples(self) -> list[PlannedSample]:
-        last_timestep = self.cluster.ladder.timesteps - 1
-        return [sample.for_planner(last_timestep) for sample in self.samples]
+        return [sample.for_planner() for sample in self.samples]
 
 
 class SimulatedFleet:

@@ -37,15 +37,11 @@ class LoadedEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrialReference:
-    """Inputs of the backbone (N, …) by name, the output of fp32 (N, C_out, H, W), and the timesteps (N,).
-
-    `total` is the number of timesteps of the model.
-    """
+    """Inputs of the backbone (N, …) by name, the output of fp32 (N, C_out, H, W), and noise (N,), 0..1."""
 
     inputs: Mapping[str, Array]
     output: Array
-    timestep: Array
-    total: int
+    noise: Array
 
 
 def trial_reference(bundle: Bundle, threads: int = 0) -> TrialReference:
@@ -72,7 +68,7 @@ def trial_reference(bundle: Bundle, threads: int = 0) -> TrialReference:
     x = np.tile(rows["x"][chosen].astype(np.float32), (2, 1, 1, 1))
     inputs = {"x": x, **run(conditioner, {"timestep": timestep, "embedding": embedding})}
     output = run(open_session(bundle.file(BACKBONE), threads=threads), inputs)["output"]
-    return TrialReference(inputs, output, timestep, manifest.diffusion.timesteps)
+    return TrialReference(inputs, output, manifest.diffusion.noise_schedule().share_told(timestep))
 
 
 def try_engine(
@@ -88,7 +84,7 @@ def try_engine(
         engine(*_batch(reference, np.arange(start, min(start + largest, count))))
         for start in range(0, count, largest)
     ]
-    bands = compare(reference.output, np.concatenate(outputs), reference.timestep, reference.total)
+    bands = compare(reference.output, np.concatenate(outputs), reference.noise)
     check(f"the {precision} engine", bands, LIMITS[precision])
     milliseconds = {
         str(size): round(1e3 * engine.seconds(*_batch(reference, np.arange(size) % count)), 4)

@@ -16,8 +16,9 @@ import torch
 from ditserve.model.evaluation.picture_sets import GENERATED, UNSEEN
 from ditserve.model.nets.cost import cost
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.diffusion import forward_rows
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.guidance import forward_rows
 from ditserve.model.train.loaded_model import LoadedModel
 
 PROBES = 20  # passes of each network, timed in turns
@@ -39,11 +40,11 @@ class EvaluatedModel:
     record: Mapping[str, Any]
 
 
-def rows_per_image(record: Mapping[str, Any], timesteps: int) -> int:
+def rows_per_image(record: Mapping[str, Any], schedule: Schedule) -> int:
     """Return the forward rows of one image, sampled as in the record."""
     sampling = record["sampling"]
-    steps = grid(sampling["grid"], sampling["steps"], timesteps)
-    return forward_rows(steps, timesteps, sampling["guidance_scale"], tuple(sampling["guidance_interval"]))
+    levels = noise_levels(sampling["grid"], sampling["steps"], schedule)
+    return forward_rows(levels, schedule, sampling["guidance_scale"], tuple(sampling["guidance_interval"]))
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def comparison_table(models: Sequence[EvaluatedModel]) -> str:
 def _cost_cells(model: EvaluatedModel, ms: float) -> list[str]:
     """Return the cells of `COST_COLUMNS`; `ms` is the time of a row."""
     network, sampling = cost(model.loaded.network.config), model.record["sampling"]
-    rows = rows_per_image(model.record, model.loaded.schedule.timesteps)
+    rows = rows_per_image(model.record, model.loaded.schedule)
     return [
         f"{network.parameters / 1e6:.2f} M",
         f"{network.flops / 1e9:.3f}",

@@ -12,8 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec
-from ditserve.model.spec.diffusion import forward_rows
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.guidance import forward_rows
 
 Distance = Literal["own", "real"]
 # A rung costs at most this share of the next dearer one.
@@ -35,9 +35,9 @@ class OperatingPoint:
 
     def rows(self, manifest: Manifest) -> int:
         """Return the forward rows of a picture of a model at its default guidance scale."""
-        timesteps = manifest.diffusion.timesteps
-        levels = grid(self.grid, self.steps, timesteps)
-        return forward_rows(levels, timesteps, manifest.defaults.guidance_scale, self.guidance_interval)
+        schedule = manifest.diffusion.noise_schedule()
+        levels = noise_levels(self.grid, self.steps, schedule)
+        return forward_rows(levels, schedule, manifest.defaults.guidance_scale, self.guidance_interval)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

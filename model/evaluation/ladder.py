@@ -32,7 +32,7 @@ from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import random_conditions
 from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec
-from ditserve.model.spec.grids import fits, grid
+from ditserve.model.spec.grids import even_grid, fits, grid_names, noise_levels
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -228,7 +228,7 @@ def draw_pictures(
     """Return the pictures (N, C, H, W) of `inputs` at a point; `on_rows` is told of the rows computed."""
     manifest, network, schedule = model.manifest, model.network, model.schedule
     diffusion, defaults = manifest.diffusion, manifest.defaults
-    table = step_table(point.solver, grid(point.grid, point.steps, schedule.timesteps), schedule)
+    table = step_table(point.solver, noise_levels(point.grid, point.steps, schedule), schedule)
     guidance = Guidance(defaults.guidance_scale, point.guidance_interval, diffusion.guidance_channels)
     chunks = []
     for index in torch.arange(len(inputs)).split(AT_ONCE):
@@ -246,8 +246,9 @@ def reference_point(manifest: Manifest, plan: LadderPlan) -> OperatingPoint:
     defaults = manifest.defaults
     if is_distilled(manifest):
         return OperatingPoint(defaults.solver, defaults.steps, defaults.grid, defaults.guidance_interval)
-    steps = min(plan.reference, manifest.diffusion.timesteps)
-    return OperatingPoint("ddim", steps, "trailing", defaults.guidance_interval)
+    schedule = manifest.diffusion.noise_schedule()
+    steps = min(plan.reference, schedule.max_steps)
+    return OperatingPoint("ddim", steps, even_grid(schedule), defaults.guidance_interval)
 
 
 def candidates(manifest: Manifest, plan: LadderPlan) -> tuple[OperatingPoint, ...]:
@@ -257,18 +258,21 @@ def candidates(manifest: Manifest, plan: LadderPlan) -> tuple[OperatingPoint, ..
     steps than it was trained to draw in.
     """
     defaults, reference = manifest.defaults, reference_point(manifest, plan)
+    schedule = manifest.diffusion.noise_schedule()
     if is_distilled(manifest):
         counts = {defaults.steps >> k for k in range(1, defaults.steps.bit_length())}
         return tuple(
             OperatingPoint(defaults.solver, steps, defaults.grid, defaults.guidance_interval)
             for steps in sorted(counts, reverse=True)
-            if fits(defaults.grid, steps, manifest.diffusion.timesteps)
+            if fits(defaults.grid, steps, schedule)
         )
     points: dict[OperatingPoint, None] = {}
     for solver, (grids, counts_of_solver) in plan.candidates.items():
-        for kind in (*grids, defaults.grid) if solver == "ddim" else grids:
+        # A flow has other grids than those of the plan.
+        known = [kind for kind in grids if kind in grid_names(schedule)] or [even_grid(schedule)]
+        for kind in (*known, defaults.grid) if solver == "ddim" else known:
             for steps in counts_of_solver:
-                if fits(kind, steps, manifest.diffusion.timesteps):
+                if fits(kind, steps, schedule):
                     points[OperatingPoint(solver, steps, kind, defaults.guidance_interval)] = None
     points.pop(reference, None)
     return tuple(points)

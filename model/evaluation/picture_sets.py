@@ -19,7 +19,7 @@ from ditserve.model.data.examples import DataError
 from ditserve.model.evaluation.features import FeatureNetwork, Features
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -146,8 +146,8 @@ def generate(
     Pixels are in [−1, 1], rounded to eight bits. Picture k has the seed `plan.seed` + k.
     """
     manifest, network = model.manifest, model.network
-    steps = grid(plan.grid, plan.steps, manifest.diffusion.timesteps)
-    table = step_table(plan.solver, steps, model.schedule)
+    levels = noise_levels(plan.grid, plan.steps, model.schedule)
+    table = step_table(plan.solver, levels, model.schedule)
     guidance = Guidance(
         plan.guidance_scale, plan.guidance_interval, channels=manifest.diffusion.guidance_channels
     )

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.nets.dit import DiT
-from ditserve.model.spec.diffusion import Prediction, add_noise
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.loaded_model import LoadedModel
-from ditserve.model.train.loss import NoiseTables, noise_tables, per_row, squared_error
+from ditserve.model.train.loss import TrainingNoise, squared_error, training_noise
 
 # Pictures of one backward pass.
 BATCH = 16
@@ -39,7 +38,7 @@ def group_counts(dit: DiT) -> dict[str, int]:
     return {name: count for name, count in possible.items() if name in names}
 
 
-def importance(dit: DiT, tables: NoiseTables, batches: Iterable[TrainingBatch]) -> Importance:
+def importance(dit: DiT, noise: TrainingNoise, batches: Iterable[TrainingBatch]) -> Importance:
     """Return the importance (groups,) fp32 of every group, by the training loss on `batches`.
 
     Raises:
@@ -57,14 +56,13 @@ def importance(dit: DiT, tables: NoiseTables, batches: Iterable[TrainingBatch]) 
             for name, gate in gates.items()
         ]
         try:
-            alpha, sigma = per_row(tables.alpha, batch.t), per_row(tables.sigma, batch.t)
-            x_t = add_noise(alpha, sigma, batch.x0, batch.noise)
-            output = dit(x_t, batch.t, batch.labels, batch.text)
+            row = noise.at(batch.t)
+            output = dit(row.noisy(batch.x0, batch.noise), row.told, batch.labels, batch.text)
         finally:
             for hook in hooks:
                 hook.remove()
         # Rows do not mix, so the derivative of the sum by a row's gate is that of the row's own loss.
-        loss = squared_error(tables, output, batch.x0, batch.noise, batch.t).sum()
+        loss = squared_error(row, output, batch.x0, batch.noise).sum()
         for name, slope in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
             sums[name] += slope.square().sum((0, 1))
     if not pictures:
@@ -86,8 +84,8 @@ def training_batches(model: LoadedModel, dataset: Dataset, count: int, seed: int
     """Yield `count` training pictures with their conditions, at noise levels spread evenly."""
     generator = torch.Generator().manual_seed(seed)
     order = np.random.default_rng(seed).permutation(dataset.training)[:count]
-    total = model.schedule.timesteps
-    levels = torch.randperm(len(order), generator=generator) * total // len(order)
+    shares = (torch.randperm(len(order), generator=generator) + 0.5) / max(1, len(order))
+    levels = torch.from_numpy(model.schedule.process.trained_levels(shares.numpy()))
     for start in range(0, len(order), BATCH):
         index = order[start : start + BATCH]
         x0 = torch.from_numpy(dataset.batch(index, np.random.default_rng([seed, start])))
@@ -97,8 +95,7 @@ def training_batches(model: LoadedModel, dataset: Dataset, count: int, seed: int
         yield TrainingBatch(x0, labels, levels[start : start + BATCH], noise, text)
 
 
-def loss_tables(model: LoadedModel) -> NoiseTables:
-    """Return the tables of the loss that the model was trained by, as far as its provenance tells."""
+def noise_of(model: LoadedModel) -> TrainingNoise:
+    """Return the noise, with its loss, that the model was trained by, as far as its provenance tells."""
     training = model.manifest.provenance.get("training", {})
-    default: Prediction = "epsilon" if model.schedule.prediction == "epsilon" else "v"
-    return noise_tables(model.schedule, training.get("loss_space") or default, training.get("loss_cap"))
+    return training_noise(model.schedule, space=training.get("loss_space"), cap=training.get("loss_cap"))

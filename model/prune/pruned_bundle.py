@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ditserve.model.evaluation.picture_sets import open_data
-from ditserve.model.prune.importance import importance, loss_tables, training_batches
+from ditserve.model.prune.importance import importance, noise_of, training_batches
 from ditserve.model.prune.pruning import PruneError, mlp_channels, prune, pruned_config
 from ditserve.model.spec.bundle import Manifest, bundle_name, write_atomic
 from ditserve.model.spec.dit_config import DiTConfig
@@ -52,7 +52,7 @@ def write_pruned_bundle(source: Path, data: Path, out: Path, options: PruneOptio
             raise PruneError("nothing is to be taken away: give --heads or --mlp")
         dataset = open_data(model, data)
         batches = training_batches(model, dataset, options.pictures, options.seed)
-        pruned = prune(dit, importance(dit, loss_tables(model), batches), config)
+        pruned = prune(dit, importance(dit, noise_of(model), batches), config)
         save_model(scratch, LoadedModel(pruned, pruned_manifest(model.manifest, config, out, options)))
         fields = recovery_fields(model, config, source, data, out)
         write_atomic(scratch / RECOVER, (json.dumps(fields, indent=1) + "\n").encode())

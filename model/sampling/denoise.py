@@ -1,7 +1,8 @@
 """Sampling in torch with a loaded model: the offline twin of the service's engine, on the same solver tables.
 
 denoiser = Denoiser(model, schedule, Conditions((embedding,)), Guidance(2.0))
-*_, x0 = denoise(denoiser, step_table("ddim", grid("trailing", 20), schedule), seeds=[5, 6])  # (2, C, H, W)
+table = step_table("ddim", noise_levels("trailing", 20, schedule), schedule)
+*_, x0 = denoise(denoiser, table, seeds=[5, 6])  # (2, C, H, W)
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.diffusion import Schedule, guidance_weight, guided
+from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.guidance import check_guidance, guidance_weight, guided
 from ditserve.model.spec.mixing import assign_blocks, compose_outputs, normalised_weights, splice_states
 from ditserve.model.spec.solvers import LEARNED, StepTable, learned_log_variance, trajectory, variance_bounds
 
@@ -26,8 +28,8 @@ from ditserve.model.spec.solvers import LEARNED, StepTable, learned_log_variance
 class Guidance:
     """Classifier-free guidance.
 
-    `scale` is its strength, and `decay` lowers it with noise. It acts where t / (T − 1) lies in `interval`,
-    on the first `channels` channels (None: all). See `guidance_weight`.
+    `scale` is its strength, and `decay` lowers it with noise. It acts where t / (T − 1), or sigma of a flow,
+    lies in `interval`, on the first `channels` channels (None: all). See `guidance_weight`.
 
     Raises:
         ValueError: an interval or a decay that `guidance_weight` refuses, or no channel.
@@ -39,7 +41,7 @@ class Guidance:
     decay: float = 0.0
 
     def __post_init__(self) -> None:
-        guidance_weight(self.scale, 0, 1, self.interval, self.decay)
+        check_guidance(self.interval, self.decay)
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"guidance channels must be 1 or more, or None for all, not {self.channels}")
 
@@ -72,24 +74,22 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True)
 class Denoiser:
-    """The guided network as a function of (x, timestep)."""
+    """The guided network as a function of (x, noise level)."""
 
     model: Network
     schedule: Schedule
     conditions: Conditions
     guidance: Guidance = Guidance()
 
-    def __call__(self, x: Tensor, timestep: int) -> Tensor:
+    def __call__(self, x: Tensor, level: float) -> Tensor:
         """Return the raw output (N, C_out, H, W) at x (N, C, H, W).
 
         Channels beyond C, which predict a learned variance, are not guided.
         """
-        t = torch.full((len(x),), float(timestep), device=x.device)
+        t = torch.full((len(x),), float(self.schedule.told(level)), device=x.device)
         output = self._conditional(x, t)
         guidance = self.guidance
-        weight = guidance_weight(
-            guidance.scale, timestep, self.schedule.timesteps, guidance.interval, guidance.decay
-        )
+        weight = guidance_weight(guidance.scale, level, self.schedule, guidance.interval, guidance.decay)
         if weight == 1.0:
             return output
         labels = null_labels(self.model.config, len(x), x.device)
@@ -164,12 +164,12 @@ def denoise(
         yield x0
 
 
-Output = Callable[[Tensor, int], Tensor]
+Output = Callable[[Tensor, float], Tensor]
 Noise = Callable[[], Tensor]
 
 
 def _without_variance(denoiser: Denoiser) -> Output:
-    return lambda x, t: denoiser(x, t)[:, : x.shape[1]]
+    return lambda x, level: denoiser(x, level)[:, : x.shape[1]]
 
 
 def _with_learned_variance(denoiser: Denoiser, table: StepTable, draw: Noise) -> tuple[Output, Noise]:
@@ -177,13 +177,13 @@ def _with_learned_variance(denoiser: Denoiser, table: StepTable, draw: Noise) ->
 
     The solver multiplies noise by the table's deviation, so the noise is divided by it here.
     """
-    low, high = variance_bounds(table.timestep.tolist(), denoiser.schedule)
-    step_of = {int(t): step for step, t in enumerate(table.timestep)}
+    levels = table.level.tolist()
+    low, high = variance_bounds(levels, denoiser.schedule)
     scale: list[Tensor] = []
 
-    def network(x: Tensor, t: int) -> Tensor:
-        mean, v = denoiser(x, t).chunk(2, dim=1)
-        step = step_of[t]
+    def network(x: Tensor, level: float) -> Tensor:
+        mean, v = denoiser(x, level).chunk(2, dim=1)
+        step = levels.index(level)
         log_variance = learned_log_variance(v, float(low[step]), float(high[step]))
         scale[:] = [torch.exp(0.5 * log_variance) / float(table.s[step] or 1.0)]
         return mean

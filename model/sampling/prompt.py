@@ -14,10 +14,11 @@ from torch import Tensor
 from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.nets.text import open_encoder
 from ditserve.model.sampling.denoise import Conditions
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.bundle import Factor, Manifest
 from ditserve.model.spec.class_names import ClassNames, UnknownClassError
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.mixing import mix_embeddings
+from ditserve.model.spec.text_encoder import text_encoder_name
 
 Combine = Literal["linear", "spherical", "compose", "layers"]
 
@@ -64,13 +65,25 @@ def _class(factor: Factor, name: str | None) -> int | None:
         return ClassNames(factor).index(name)
     except UnknownClassError as error:
         near = ", ".join(error.suggestions)
-        raise SampleError(f"{error} Did you mean {near}?" if near else str(error)) from None
+        hint = f"; did you mean {near}?" if near else ""
+        raise SampleError(str(error).removesuffix(".") + hint) from None
 
 
 def label_tensor(rows: Sequence[Sequence[int | None]], classes: Sequence[int]) -> Tensor:
     """Return labels int64 (N, F). None becomes the null class of its factor, its number of `classes`."""
     filled = [[null if k is None else k for k, null in zip(row, classes, strict=True)] for row in rows]
     return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), len(classes))
+
+
+def encoder_of(manifest: Manifest, terms: Sequence[PromptTerm], given: str | None) -> str:
+    """Return the name of the encoder of the terms' texts, `given` or the model's; "" if there is no text.
+
+    Raises:
+        BundleError: the model's is a class, which must be given.
+    """
+    if not any(term.text for term in terms):
+        return ""
+    return text_encoder_name(manifest, given, "--encoder")
 
 
 def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.prompt import label_tensor
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.diffusion import Schedule
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import even_grid, noise_levels
 from ditserve.model.spec.solvers import step_table
 
 LARGEST = 1 << 30  # bytes of one picture
@@ -114,7 +114,7 @@ def sample_sheet(
     the solver is DDIM.
     """
     rows, width = sheet_labels(model.config.classes)
-    table = step_table("ddim", grid("trailing", steps, schedule.timesteps), schedule)
+    table = step_table("ddim", noise_levels(even_grid(schedule), steps, schedule), schedule)
     device = next(model.parameters()).device
     pictures = []
     for start in range(0, len(rows), CHUNK):

@@ -18,10 +18,9 @@ from ditserve.model.data.dataset import Dataset
 from ditserve.model.scaling.family import Family, FamilyRun
 from ditserve.model.scaling.record import RECORD, Measurement, ScalingRecord, write_record
 from ditserve.model.spec.bundle import write_atomic
-from ditserve.model.spec.diffusion import add_noise
 from ditserve.model.train.config import first_mistake
 from ditserve.model.train.dry_run import StageCost, estimate_stages
-from ditserve.model.train.loss import per_row, squared_error
+from ditserve.model.train.loss import squared_error
 from ditserve.model.train.trainer import Trainer
 
 # Noise levels at which each held-out picture's loss is measured, spread evenly.
@@ -99,15 +98,15 @@ def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
     x0 = torch.from_numpy(dataset.batch(index, np.random.default_rng(0)))
     labels = torch.from_numpy(dataset.labels[index])
     text = None if dataset.texts is None else torch.from_numpy(dataset.texts.draw(index))
-    network, tables = trainer.averaged_network(), trainer.tables
+    network, process = trainer.averaged_network(), trainer.schedule.process
     generator = torch.Generator().manual_seed(0)
     losses = []
     for k in range(NOISE_LEVELS):
-        t = ((torch.rand(len(index), generator=generator) + k) / NOISE_LEVELS * tables.timesteps).long()
+        shares = (torch.rand(len(index), generator=generator) + k) / NOISE_LEVELS
+        row = trainer.noise.at(torch.from_numpy(process.trained_levels(shares.numpy())))
         noise = torch.randn(x0.shape, generator=generator)
-        x_t = add_noise(per_row(tables.alpha, t), per_row(tables.sigma, t), x0, noise)
-        output = network(x_t, t, labels, text)
-        losses.append(squared_error(tables, output.float(), x0, noise, t).mean())
+        output = network(row.noisy(x0, noise), row.told, labels, text)
+        losses.append(squared_error(row, output.float(), x0, noise).mean())
     return float(torch.stack(losses).mean())
 
 

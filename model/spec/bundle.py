@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_serializer,
     field_validator,
+    model_validator,
 )
 
-from ditserve.model.spec.diffusion import Schedule, make_schedule
+from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig, network_config, network_fields
 
@@ -58,43 +57,21 @@ class BundleError(ModelError):
     """A bundle that cannot be used; the message is one sentence that names the file."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class Factor(_Strict):
+class Factor(StrictModel):
     """One label factor of the condition. Its null class, "not given", has the index len(classes)."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-class StateTensor(_Strict):
+class StateTensor(StrictModel):
     """One tensor of the condition state; `shape` is without the batch dimension."""
 
     name: str
     shape: tuple[int, ...]
 
 
-class DiffusionSpec(_Strict):
-    """The noise that a model was trained on, and the meaning of its output."""
-
-    schedule: Literal["linear", "cosine"]
-    timesteps: Annotated[int, Field(ge=1)] = 1000
-    log_snr_shift: float = 0.0
-    prediction: Literal["epsilon", "v", "x0"]
-    learn_sigma: bool = False
-    clip_x0: bool = True
-    guidance_channels: int | None = None
-
-    def noise_schedule(self) -> Schedule:
-        """Return the schedule that the model was trained on."""
-        return make_schedule(
-            self.schedule, self.timesteps, prediction=self.prediction, log_snr_shift=self.log_snr_shift
-        )
-
-
-class LatentSpec(_Strict):
+class LatentSpec(StrictModel):
     """The normalisation of latents, (latents − shift) / scale, with one shift and one scale per channel."""
 
     shift: tuple[float, ...]
@@ -103,7 +80,7 @@ class LatentSpec(_Strict):
     """The pixels that a latent covers on a side."""
 
 
-class RungSpec(_Strict):
+class RungSpec(StrictModel):
     """One measured operating point.
 
     `rows` is the cost in forward rows per image. `own` is the distance of its pictures to those that the
@@ -122,7 +99,7 @@ class RungSpec(_Strict):
     real: float | None = None
 
 
-class Defaults(_Strict):
+class Defaults(StrictModel):
     """The values that a request gets for what it leaves out."""
 
     steps: Annotated[int, Field(ge=1)]
@@ -132,7 +109,7 @@ class Defaults(_Strict):
     guidance_interval: tuple[float, float]
 
 
-class Golden(_Strict):
+class Golden(StrictModel):
     """One image that PyTorch drew with the model, kept in `golden.png`.
 
     A service draws it again and compares, to notice a fault of its machine or its libraries (a canary).
@@ -146,12 +123,12 @@ class Golden(_Strict):
     guidance_scale: float
 
 
-class FileEntry(_Strict):
+class FileEntry(StrictModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: int
 
 
-class Manifest(_Strict):
+class Manifest(StrictModel):
     """The content of manifest.json. Unknown fields and unknown schema versions are refused."""
 
     schema_version: Literal[1] = 1
@@ -172,9 +149,9 @@ class Manifest(_Strict):
     golden: Golden | None = None
     licence: str
     attribution: tuple[str, ...] = ()
-    provenance: dict[str, Any] = {}
-    metrics: dict[str, float] = {}
-    files: dict[Name, FileEntry] = {}
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    files: dict[Name, FileEntry] = Field(default_factory=dict)
 
     @property
     def upscale(self) -> int:
@@ -191,6 +168,13 @@ class Manifest(_Strict):
         if not isinstance(value, Mapping):
             raise ValueError("the network's configuration must be an object")
         return network_config(value)
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Manifest:
+        counts = self.diffusion.step_counts
+        if counts and self.defaults.steps not in counts:
+            raise ValueError(f"defaults.steps must be one of step_counts, not {self.defaults.steps}")
+        return self
 
     @field_serializer("config")
     def _dump_config(self, config: NetworkConfig) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Grids: the decreasing timesteps that a sample visits on its way from noise to image.
+"""Grids: the decreasing noise levels that a sample visits on its way from noise to image.
+
+A table of timesteps has grids of whole timesteps (`grid`), a flow those of `flow_grids.flow_grid`.
+`noise_levels` chooses by the process.
 
 A grid has a name, or is a list. Which one suits a request follows from the solver and the number of steps.
 Pure: numpy only; no torch, no I/O, no randomness. `model.spec.sigma_grids` has the grids of flow models.
@@ -13,7 +16,49 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ditserve.model.spec.diffusion import CLEAN, FloatTable
+from ditserve.model.spec.diffusion import CLEAN, FloatTable, RectifiedFlow, Schedule
+from ditserve.model.spec.flow_grids import FINE, flow_grid, flow_regrid
+from ditserve.model.spec.sigma_grids import SPACINGS
+
+
+def noise_levels(kind: str, steps: int, schedule: Schedule) -> tuple[float, ...]:
+    """Return the N = `steps` decreasing levels that a sample visits before the image.
+
+    Raises:
+        ValueError: the process of the schedule has no such grid, or not so many steps.
+    """
+    process = schedule.process
+    if isinstance(process, RectifiedFlow):
+        return flow_grid(kind, steps, process)
+    return tuple(map(float, grid(kind, steps, process.max_steps)))
+
+
+def noise_levels_from(
+    level: float, steps: int, kind: str, schedule: Schedule, *, whole: int = FINE
+) -> tuple[float, ...]:
+    """Return `steps` levels, spaced as `kind` says, for a sample whose next one is `level`.
+
+    They are fewer where there are not so many timesteps left. `whole` is the number of steps of the whole
+    grid. See `regrid` and `flow_regrid`.
+
+    Raises:
+        ValueError: a level that is not noisy, less than one step, or a bad kind.
+    """
+    process = schedule.process
+    if isinstance(process, RectifiedFlow):
+        return flow_regrid(level, steps, kind, process, whole)
+    t = round(level)
+    return tuple(map(float, regrid(t, min(steps, t + 1), kind, process.max_steps)))
+
+
+def grid_names(schedule: Schedule) -> tuple[str, ...]:
+    """Return the names of the grids that a schedule has."""
+    return tuple(SPACINGS if isinstance(schedule.process, RectifiedFlow) else GRIDS)
+
+
+def even_grid(schedule: Schedule) -> str:
+    """Return the name of the grid that starts at the noisiest level and is spaced evenly."""
+    return "uniform" if isinstance(schedule.process, RectifiedFlow) else "trailing"
 
 
 def _leading(steps: int, timesteps: int) -> FloatTable:
@@ -110,11 +155,11 @@ def grid(kind: str, steps: int, timesteps: int = 1000) -> tuple[int, ...]:
     return values
 
 
-def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, timesteps: int = 1000) -> str:
+def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, schedule: Schedule) -> str:
     """Return the kind of grid for a sample from noise: the one `wanted`, or one that suits solver and steps.
 
     `stated` is the grid that the model's bundle states. It is kept where it suits. Otherwise the solver's own
-    grid is taken. For a bundle that states "leading" the choice is
+    grid is taken, in a flow the even one. For a bundle that states "leading" the choice is
 
         ddim       50 steps     leading
         ddim       501 steps    respaced     leading would start at timestep 500
@@ -122,26 +167,30 @@ def choose_grid(wanted: str | None, *, stated: str, solver: str, steps: int, tim
         dpmpp-2m   10 steps     uniform-t    with leading the error would be four times as large
 
     Raises:
-        ValueError: `wanted` is no grid of so many steps, or it starts below the noise that a sample begins
-            with; `stated` is no grid.
+        ValueError: the model takes no such number of steps; `wanted` is no grid of so many, or it starts
+            below the noise that a sample begins with; `stated` is no grid.
     """
+    schedule.check_steps(steps)
     if wanted is not None:
-        first = grid(wanted, steps, timesteps)[0]
-        if not _starts_noisy(first, steps, timesteps):
+        first = noise_levels(wanted, steps, schedule)[0]
+        if not _starts_noisy(first, steps, schedule):
             count = f" in {steps} step{'s' if steps > 1 else ''}"
-            name = f"grid {wanted}{count}" if wanted in GRIDS else "the grid"
+            name = "the grid" if is_explicit(wanted) else f"grid {wanted}{count}"
+            noisiest = f"{schedule.process.noisiest:g}"
             raise ValueError(
-                f"{name} starts at timestep {first} of 0..{timesteps - 1}, below the noise that a sample "
-                f"begins with: start at {timesteps - 1}, as the grid trailing does"
+                f"{name} starts at noise level {first:g} of {noisiest}, below the noise that a sample begins "
+                f"with: start at {noisiest}, as the grid {even_grid(schedule)} does"
             )
         return wanted
-    if stated not in GRIDS:
-        _explicit(stated, timesteps)
+    if stated not in grid_names(schedule) and not is_explicit(stated):
+        noise_levels(stated, steps, schedule)
+    if isinstance(schedule.process, RectifiedFlow):
+        return stated if fits(stated, steps, schedule) else even_grid(schedule)
     candidates = [] if stated in _UNSUITED.get(solver, ()) else [stated]
     if stated in candidates and stated in _TO_ZERO:
         candidates.append("respaced")  # the nearest to it that every number of steps has
     candidates.append(_PUBLISHED.get(solver, "trailing"))
-    return next((kind for kind in candidates if fits(kind, steps, timesteps)), "trailing")
+    return next((kind for kind in candidates if fits(kind, steps, schedule)), "trailing")
 
 
 def explicit_grid(levels: Sequence[float]) -> str:
@@ -154,7 +203,7 @@ def is_explicit(kind: str) -> bool:
     return kind[:1].isdigit()
 
 
-def fits(kind: str, steps: int, timesteps: int) -> bool:
+def fits(kind: str, steps: int, schedule: Schedule) -> bool:
     """Return whether `kind` has a good grid of so many steps: one that starts near the noisy end.
 
     Near is two strides: "leading" of 100 steps starts at 990, of 101 steps at 900, with an error half as
@@ -164,11 +213,13 @@ def fits(kind: str, steps: int, timesteps: int) -> bool:
     if kind in _BOTH_ENDS and steps < _FEW:
         return False
     try:
-        first = grid(kind, steps, timesteps)[0]
+        schedule.check_steps(steps)
+        first = noise_levels(kind, steps, schedule)[0]
     except ValueError:
         return False
-    two_strides = 2 * timesteps / steps
-    return _starts_noisy(first, steps, timesteps) and timesteps - 1 - first <= two_strides
+    two_strides = 2 * schedule.max_steps / steps
+    near = schedule.process.noisiest - first <= two_strides
+    return _starts_noisy(first, steps, schedule) and near
 
 
 def regrid(remaining_from: int, steps: int, kind: str, timesteps: int) -> tuple[int, ...]:
@@ -210,9 +261,9 @@ def check_grid(timesteps: Sequence[int], total: int) -> tuple[int, ...]:
     return values
 
 
-def _starts_noisy(first: int, steps: int, timesteps: int) -> bool:
-    share = _NOISY_OF_FEW if steps < _FEW else _NOISY
-    return timesteps - 1 - first <= share * (timesteps - 1)
+def _starts_noisy(first: float, steps: int, schedule: Schedule) -> bool:
+    share, noisiest = _NOISY_OF_FEW if steps < _FEW else _NOISY, schedule.process.noisiest
+    return noisiest - first <= share * noisiest
 
 
 def _explicit(text: str, timesteps: int) -> tuple[int, ...]:

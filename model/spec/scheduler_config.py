@@ -7,7 +7,8 @@ grid than ours, is refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +22,26 @@ Count = Annotated[int, Field(ge=1)]
 
 class SchedulerConfigError(ModelError):
     """A scheduler configuration that gives no grid; the message is one sentence that names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class GridReading:
+    """The facts that a scheduler's configuration leaves open.
+
+    `tokens` is the number of tokens of an image of the model's own size, which a dynamic shift asks for.
+    `ends` says who places the line before the shift: "scheduler", as `set_timesteps(steps)` does, or
+    "pipeline", which hands in 1, 1 - 1/N … 1/N, as those of FLUX, Qwen-Image and Lumina-2 do. `mu` is the
+    rule of a dynamic shift: "tokens" by the fields of the configuration, "flux2" as the pipeline of FLUX.2.
+    """
+
+    tokens: int = 0
+    ends: Literal["scheduler", "pipeline"] = "scheduler"
+    mu: Literal["tokens", "flux2"] = "tokens"
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+
+AS_SCHEDULER = GridReading()
 
 
 class _Fields(BaseModel):
@@ -61,7 +82,7 @@ class _Spaced(_Fields):
             return "exponential"
         return "beta" if self.use_beta_sigmas else "uniform"
 
-    def dynamic(self, mu: Literal["tokens", "flux2"]) -> DynamicShift | None:
+    def dynamic(self, mu: str) -> DynamicShift | None:
         if not self.use_dynamic_shifting:
             return None
         if mu == "flux2":
@@ -84,7 +105,7 @@ class _Euler(_Spaced):
     invert_sigmas: Literal[False] = False
     stochastic_sampling: Literal[False] = False
 
-    def grid(self, ends: Literal["scheduler", "pipeline"], mu: Literal["tokens", "flux2"]) -> SigmaGrid:
+    def grid(self, reading: GridReading) -> SigmaGrid:
         # A static shift is applied twice to the last sigma: to the table of the training, and to the grid.
         training_end = 1.0 / self.num_train_timesteps
         if not self.use_dynamic_shifting:
@@ -92,10 +113,11 @@ class _Euler(_Spaced):
         return SigmaGrid(
             spacing=self.spacing,
             shift=self.shift,
-            dynamic=self.dynamic(mu),
+            dynamic=self.dynamic(reading.mu),
             terminal=self.shift_terminal or None,
-            last=training_end if ends == "scheduler" else 0.0,
-            reaches_last=ends == "scheduler",
+            last=training_end if reading.ends == "scheduler" else 0.0,
+            reaches_last=reading.ends == "scheduler",
+            tokens=reading.tokens,
         )
 
 
@@ -104,8 +126,8 @@ class _Heun(_Fields):
 
     shift: Shift = 1.0
 
-    def grid(self, ends: Literal["scheduler", "pipeline"], mu: Literal["tokens", "flux2"]) -> SigmaGrid:
-        return _Euler(num_train_timesteps=self.num_train_timesteps, shift=self.shift).grid(ends, mu)
+    def grid(self, reading: GridReading) -> SigmaGrid:
+        return _Euler(num_train_timesteps=self.num_train_timesteps, shift=self.shift).grid(reading)
 
 
 class _Multistep(_Spaced):
@@ -145,14 +167,15 @@ class _UniPC(_Multistep):
     sigma_min: None = None
     sigma_max: None = None
 
-    def grid(self, ends: Literal["scheduler", "pipeline"], mu: Literal["tokens", "flux2"]) -> SigmaGrid:
+    def grid(self, reading: GridReading) -> SigmaGrid:
         return SigmaGrid(
             shift=self.flow_shift,
-            dynamic=self.dynamic(mu),
+            dynamic=self.dynamic(reading.mu),
             terminal=self.shift_terminal or None,
-            last=1.0 / self.num_train_timesteps if ends == "scheduler" else 0.0,
+            last=1.0 / self.num_train_timesteps if reading.ends == "scheduler" else 0.0,
             # As there, log(alpha) of the first step stays finite.
             highest=1.0 - 1e-6,
+            tokens=reading.tokens,
         )
 
 
@@ -166,10 +189,12 @@ class _DPMSolver(_Multistep):
     lambda_min_clipped: float = -float("inf")
     variance_type: str | None = None
 
-    def grid(self, ends: Literal["scheduler", "pipeline"], mu: Literal["tokens", "flux2"]) -> SigmaGrid:
+    def grid(self, reading: GridReading) -> SigmaGrid:
         # Its line starts one timestep of the training below 1.
-        first = 1.0 - 1.0 / self.num_train_timesteps if ends == "scheduler" else 1.0
-        return SigmaGrid(shift=self.flow_shift, dynamic=self.dynamic(mu), first=first)
+        first = 1.0 - 1.0 / self.num_train_timesteps if reading.ends == "scheduler" else 1.0
+        return SigmaGrid(
+            shift=self.flow_shift, dynamic=self.dynamic(reading.mu), first=first, tokens=reading.tokens
+        )
 
 
 _CLASSES: Mapping[str, type[_Euler | _Heun | _UniPC | _DPMSolver]] = {
@@ -180,17 +205,8 @@ _CLASSES: Mapping[str, type[_Euler | _Heun | _UniPC | _DPMSolver]] = {
 }
 
 
-def read_scheduler_config(
-    config: Mapping[str, Any],
-    *,
-    ends: Literal["scheduler", "pipeline"] = "scheduler",
-    mu: Literal["tokens", "flux2"] = "tokens",
-) -> SigmaGrid:
+def read_scheduler_config(config: Mapping[str, Any], reading: GridReading = AS_SCHEDULER) -> SigmaGrid:
     """Return the grid of the flow that a `scheduler_config.json` describes.
-
-    `ends` says who places the line before the shift: "scheduler", as `set_timesteps(steps)` does, or
-    "pipeline", which hands in 1, 1 - 1/N … 1/N, as those of FLUX, Qwen-Image and Lumina-2 do. `mu` is the
-    rule of a dynamic shift: "tokens" by the fields of the configuration, "flux2" as the pipeline of FLUX.2.
 
     Raises:
         SchedulerConfigError: the class is none of a flow, a field is unknown, or a value gives another grid.
@@ -203,7 +219,7 @@ def read_scheduler_config(
         )
     fields = {key: value for key, value in config.items() if not key.startswith("_")}
     try:
-        return _CLASSES[name].model_validate(fields).grid(ends, mu)
+        return _CLASSES[name].model_validate(fields).grid(reading)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
-from ditserve.model.spec.diffusion import FloatTable
-
+_Floats = npt.NDArray[np.float64]
 Spacing = Literal["uniform", "karras", "exponential", "beta"]
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
@@ -35,6 +35,8 @@ class DynamicShift:
     max_tokens: int = 4096
     base_shift: float = 0.5
     max_shift: float = 1.15
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def shift(self, tokens: int, steps: int) -> float:
         """Return the shift of an image of `tokens` tokens in `steps` steps.
@@ -74,7 +76,14 @@ class SigmaGrid:
         `highest` in place of a sigma above it
 
     In 4 steps the default gives 1, 0.75, 0.5, 0.25, and with a shift of 3 it gives 1, 0.9, 0.75, 0.5.
+    `tokens` is the number of tokens of an image of the model's own size, which a dynamic shift asks for.
+
+    Raises:
+        ValueError: a field is not as stated, or there are no tokens for a dynamic shift.
     """
+
+    # For manifests and recipes: a field that is spelled wrongly is refused.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     spacing: Spacing = "uniform"
     shift: float = 1.0
@@ -84,6 +93,7 @@ class SigmaGrid:
     last: float = 0.0
     reaches_last: bool = False
     highest: float = 1.0
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.spacing not in SPACINGS:
@@ -91,19 +101,29 @@ class SigmaGrid:
         if not 0.0 < self.shift < math.inf:
             raise ValueError(f"shift must be above 0, not {self.shift:g}")
         if self.terminal is not None and not 0.0 < self.terminal < 1.0:
-            raise ValueError(f"shift_terminal must be between 0 and 1, not {self.terminal:g}")
+            raise ValueError(f"terminal must be between 0 and 1, not {self.terminal:g}")
+        if not 0.0 <= self.last < self.first <= 1.0 or (self.reaches_last and self.last == 0.0):
+            raise ValueError(
+                f"first and last must decrease inside 0..1, not {self.first:g} and {self.last:g}"
+            )
+        if not 0.0 < self.highest <= 1.0:
+            raise ValueError(f"highest must be above 0 and at most 1, not {self.highest:g}")
+        if self.dynamic is not None and self.tokens < 1:
+            raise ValueError(f"tokens of an image must be at least 1 for a dynamic shift, not {self.tokens}")
 
-    def sigmas(self, steps: int, tokens: int = 0) -> tuple[float, ...]:
-        """Return the N = `steps` sigmas that a sample visits before 0, for an image of `tokens` tokens.
+    def for_area(self, share: float) -> SigmaGrid:
+        """Return the rule for images of `share` times the tokens of the model's own size."""
+        return replace(self, tokens=round(self.tokens * share)) if self.dynamic else self
+
+    def sigmas(self, steps: int) -> tuple[float, ...]:
+        """Return the N = `steps` sigmas that a sample visits before 0.
 
         Raises:
-            ValueError: fewer steps than 1, or no tokens where the shift depends on them.
+            ValueError: fewer steps than 1, or a dynamic shift that is not positive.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
-        if self.dynamic is not None and tokens < 1:
-            raise ValueError("the shift of this grid depends on the image: say its number of tokens")
-        shift = self.shift if self.dynamic is None else self.dynamic.shift(tokens, steps)
+        shift = self.shift if self.dynamic is None else self.dynamic.shift(self.tokens, steps)
         line = np.linspace(self.first, self.last, steps + (not self.reaches_last))[:steps]
         sigmas = shifted(line, shift)
         # A single step starts from noise, so it cannot end at `terminal` as well.
@@ -117,6 +137,9 @@ class SigmaGrid:
         return tuple(np.minimum(sigmas, self.highest).tolist())
 
 
+UNSHIFTED = SigmaGrid()
+
+
 def shifted(sigma: Any, shift: float) -> Any:
     """Return one or more sigmas moved by `shift`, above 1 towards noise: s · sigma / (1 + (s - 1) · sigma).
 
@@ -125,26 +148,26 @@ def shifted(sigma: Any, shift: float) -> Any:
     return shift * sigma / (shift * sigma + (1.0 - sigma))
 
 
-def _karras(first: float, last: float, u: FloatTable) -> FloatTable:
+def _karras(first: float, last: float, u: _Floats) -> _Floats:
     # Karras et al., arXiv:2206.00364, eq. 5, rho = 7.
     return np.asarray((first ** (1 / 7) + u * (last ** (1 / 7) - first ** (1 / 7))) ** 7)
 
 
-def _exponential(first: float, last: float, u: FloatTable) -> FloatTable:
+def _exponential(first: float, last: float, u: _Floats) -> _Floats:
     return np.exp(math.log(first) + u * (math.log(last) - math.log(first)))
 
 
-def _beta(first: float, last: float, u: FloatTable) -> FloatTable:
+def _beta(first: float, last: float, u: _Floats) -> _Floats:
     # Lee et al., arXiv:2407.12173: quantiles of the beta distribution with both parameters 0.6.
     return last + (first - last) * beta_quantile(1.0 - u, 0.6)
 
 
-_SPACED: Mapping[str, Callable[[float, float, FloatTable], FloatTable]] = MappingProxyType(
+_SPACED: Mapping[str, Callable[[float, float, _Floats], _Floats]] = MappingProxyType(
     {"karras": _karras, "exponential": _exponential, "beta": _beta}
 )
 
 
-def beta_quantile(share: FloatTable, a: float) -> FloatTable:
+def beta_quantile(share: _Floats, a: float) -> _Floats:
     """Return the quantiles of the beta distribution with both parameters `a`, for shares in 0..1.
 
     It is symmetric, so the lower half is enough. There the distribution function is x^a · sum of

@@ -27,24 +27,23 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ditserve.model.spec.diffusion import Array, FloatTable, Schedule, x0_coefficients
-from ditserve.model.spec.grids import check_grid
+from ditserve.model.spec.diffusion import Array, FloatTable, Schedule
+from ditserve.model.spec.flow_grids import check_levels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepTable:
-    """The coefficients of N steps: `timestep` int64 (N,), the others float64 (N,), all read-only.
+    """The coefficients of N steps, float64 (N,), read-only.
 
-    Step i calls the network at `timestep[i]`, estimates D, and moves x to x' by the expression of this
-    module. It needs no previous D where c[i] is 0, and no noise where s[i] is 0. In the last step b is 1 and
-    a, c, s are 0: the sample ends as D. Cast the coefficients to the dtype of the samples, because a numpy
+    Step i calls the network at the noise level `level[i]`, estimates D, and moves x to x' by the expression
+    of this module. It needs no previous D where c[i] is 0, and no noise where s[i] is 0. In the last step b
+    is 1 and a, c, s are 0: the sample ends as D. Cast the coefficients to the dtype of the samples: a numpy
     float64 scalar would promote them.
     """
 
     solver: str
-    timestep: npt.NDArray[np.int64]
+    level: FloatTable
     x0_x: FloatTable
     x0_out: FloatTable
     a: FloatTable
@@ -53,11 +52,11 @@ class StepTable:
     s: FloatTable
 
     def __post_init__(self) -> None:
-        for column in (self.timestep, self.x0_x, self.x0_out, self.a, self.b, self.c, self.s):
+        for column in (self.level, self.x0_x, self.x0_out, self.a, self.b, self.c, self.s):
             column.flags.writeable = False
 
     def __len__(self) -> int:
-        return int(self.timestep.size)
+        return int(self.level.size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,8 +86,10 @@ def _no_history(step: _FirstOrder) -> FloatTable:
 
 
 def _dpmpp_2m(step: _FirstOrder) -> FloatTable:
-    # The last step, to sigma 0, is infinitely long in log(alpha / sigma): it stays of first order.
-    h = -np.log(step.shrink[:-1])
+    # The last step, to sigma 0, is infinitely long in log(alpha / sigma): it stays of first order. So is the
+    # first one from alpha 0, after which D has nothing to be compared with.
+    with np.errstate(divide="ignore"):
+        h = -np.log(step.shrink[:-1])
     c = _no_history(step)
     c[1:-1] = -step.b[1:-1] * h[1:] / (2.0 * h[:-1])
     return c
@@ -115,28 +116,28 @@ LEARNED = "ddpm"
 
 
 def step_table(
-    solver: str, grid: Sequence[int], schedule: Schedule, *, eta: float = 0.0, previous: int | None = None
+    solver: str, grid: Sequence[float], schedule: Schedule, *, eta: float = 0.0, previous: float | None = None
 ) -> StepTable:
     """Return the coefficients of every step of `solver` along `grid`; the last step leads to the clean image.
 
-    `grid` is strictly decreasing timesteps in 0..T-1, as `model.spec.grids.grid` makes them. `eta` in
-    0..1 is the share of ancestral noise, if the solver leaves it open; 0 is deterministic.
+    `grid` is strictly decreasing noise levels, as `model.spec.grids.noise_levels` makes them. `eta` in 0..1
+    is the share of ancestral noise, if the solver leaves it open; 0 is deterministic.
 
     Example: with alpha_bar (0.64, 0.36), alpha and sigma are 0.8, 0.6 at timestep 0 and 0.6, 0.8 at timestep
     1. "ddim" along (1, 0) is
 
-        timestep  a     b
+        level     a     b
         1         0.75  0.35    a = 0.6 / 0.8, b = 0.8 - 0.75 · 0.6
         0         0     1       the sample ends as D
 
     and with D = x_0 its first step is exact: 0.75 · (0.6 · x_0 + 0.8 · z) + 0.35 · x_0 = 0.8 · x_0 + 0.6 · z.
 
-    `previous` is for a running sample that goes on along a new grid: the timestep of its last D. "dpmpp-2m"
+    `previous` is for a running sample that goes on along a new grid: the level of its last D. "dpmpp-2m"
     uses that D in its first new step, whichever solver made it; for the other solvers `previous` changes
     nothing. After a step at timestep 2, its table along (1, 0) with previous=2 is the last two lines of its
     table along (2, 1, 0). Where both steps are equally long in log(alpha / sigma), it is
 
-        timestep  b         c           where b' is the b of "ddim"
+        level     b         c           where b' is the b of "ddim"
         1         1.5 · b'  -0.5 · b'   b · D + c · D_previous extrapolates D by half a step
         0         1         0
 
@@ -144,26 +145,26 @@ def step_table(
 
     Raises:
         ValueError: an unknown solver, a grid not as stated, `eta` outside 0..1 or given to a solver that
-            fixes another, or `previous` not a timestep above the first of the grid.
+            fixes another, or `previous` not a level above the first of the grid.
     """
     share = _share(solver, eta)
-    timesteps = check_grid(grid, schedule.timesteps)
+    level = check_levels(grid, schedule.process)
     if previous is not None:
-        if not timesteps[0] < previous < schedule.timesteps:
+        noisiest = schedule.process.noisiest
+        if not level[0] < previous <= noisiest:
             raise ValueError(
-                f"previous must be above the first timestep of the grid, {timesteps[0]}, and below "
-                f"{schedule.timesteps}, not {previous}"
+                f"previous must be above the first level of the grid, {level[0]:g}, and at most "
+                f"{noisiest:g}, not {previous}"
             )
-        timesteps = (previous, *timesteps) if SOLVERS[solver].uses_previous else timesteps
+        level = np.append(previous, level) if SOLVERS[solver].uses_previous else level
     # The line of `previous`, a step already taken, is left out of the table.
-    new = slice(len(timesteps) - len(grid), None)
-    timestep = np.array(timesteps, dtype=np.int64)
-    x0_x, x0_out = x0_coefficients(schedule.prediction, schedule.alphas[timestep], schedule.sigmas[timestep])
-    step = _first_order(timestep, schedule, share)
+    new = slice(len(level) - len(grid), None)
+    x0_x, x0_out = schedule.x0_coefficients(level)
+    step = _first_order(level, schedule, share)
     c = SOLVERS[solver].history(step)
     return StepTable(
         solver=solver,
-        timestep=timestep[new],
+        level=level[new],
         x0_x=x0_x[new],
         x0_out=x0_out[new],
         a=step.a[new],
@@ -176,7 +177,7 @@ def step_table(
 def trajectory(
     table: StepTable,
     x: Array,
-    network: Callable[[Array, int], Array],
+    network: Callable[[Array, float], Array],
     *,
     noise: Callable[[], Array] | None = None,
     clip_x0: bool = False,
@@ -184,7 +185,7 @@ def trajectory(
 ) -> Iterator[tuple[Array, Array]]:
     """Take the steps of a table from `x`, yielding (x', D) after each; the last x' is the image.
 
-    `x` has any shape, in numpy or torch. `network(x, timestep)` returns the (guided) output, shaped as `x`.
+    `x` has any shape, in numpy or torch. `network(x, level)` returns the (guided) output, shaped as `x`.
     `noise()` draws standard normal z, shaped as `x`, for the steps that need it. `clip_x0` clips D to [-1,
     1]. `previous` is the D from before the first step.
 
@@ -195,9 +196,9 @@ def trajectory(
         raise ValueError(f"this {table.solver} table is stochastic: pass noise, or build it with eta 0")
     if previous is None and table.c[0]:
         raise ValueError("this table continues a trajectory: pass the previous estimate of the image")
-    columns = (table.timestep, table.x0_x, table.x0_out, table.a, table.b, table.c, table.s)
-    for t, x0_x, x0_out, a, b, c, s in zip(*(column.tolist() for column in columns), strict=True):
-        denoised = x0_x * x + x0_out * network(x, t)
+    columns = (table.level, table.x0_x, table.x0_out, table.a, table.b, table.c, table.s)
+    for level, x0_x, x0_out, a, b, c, s in zip(*(column.tolist() for column in columns), strict=True):
+        denoised = x0_x * x + x0_out * network(x, level)
         if clip_x0:
             denoised = denoised.clip(-1.0, 1.0)
         x = a * x + b * denoised
@@ -209,7 +210,7 @@ def trajectory(
         yield x, denoised
 
 
-def variance_bounds(grid: Sequence[int], schedule: Schedule) -> tuple[FloatTable, FloatTable]:
+def variance_bounds(grid: Sequence[float], schedule: Schedule) -> tuple[FloatTable, FloatTable]:
     """Return (log beta~, log beta) of every step of a grid, float64 (N,): the range of a learned variance.
 
     They are the logarithms of the posterior and of the forward variance of a step (arXiv:2006.11239, §3.2),
@@ -217,11 +218,12 @@ def variance_bounds(grid: Sequence[int], schedule: Schedule) -> tuple[FloatTable
     of the step before, as in the published code, and in a grid of one step by log beta.
 
     Raises:
-        ValueError: the grid is not strictly decreasing timesteps in 0..T-1.
+        ValueError: the grid is not strictly decreasing noise levels.
     """
-    timestep = np.array(check_grid(grid, schedule.timesteps), dtype=np.int64)
-    step = _first_order(timestep, schedule, share=1.0)
-    high = np.log1p(-((schedule.alphas[timestep] / np.append(schedule.alphas[timestep[1:]], 1.0)) ** 2))
+    level = check_levels(grid, schedule.process)
+    step = _first_order(level, schedule, share=1.0)
+    alpha = schedule.alpha(level)
+    high = np.log1p(-((alpha / np.append(alpha[1:], 1.0)) ** 2))
     low = 2.0 * np.log(step.s[:-1])
     return np.append(low, low[-1:] if low.size else high), high
 
@@ -249,8 +251,8 @@ def _share(solver: str, eta: float) -> float:
     return float(eta if fixed is None else fixed)
 
 
-def _first_order(timestep: npt.NDArray[np.int64], schedule: Schedule, share: float) -> _FirstOrder:
-    alpha, sigma = schedule.alphas[timestep], schedule.sigmas[timestep]
+def _first_order(level: FloatTable, schedule: Schedule, share: float) -> _FirstOrder:
+    alpha, sigma = schedule.alpha(level), schedule.sigma(level)
     next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     shrink = (alpha * next_sigma) / (next_alpha * sigma)
     # The part of the noise in x that stays; s · z replaces the rest.

@@ -23,7 +23,7 @@ from ditserve.model.data.examples import batch_indices
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.dropout import condition_dropout
-from ditserve.model.train.loss import logit_normal_timesteps, uniform_timesteps
+from ditserve.model.train.loss import draw_levels
 
 T = TypeVar("T")
 
@@ -33,9 +33,9 @@ ROLLBACK_SEED_STRIDE = 1 << 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingBatch:
-    """The rows of a batch: pictures x0 (N, C, H, W) in model space, timesteps t (N,), and noise like x0.
+    """The rows of a batch: pictures x0 (N, C, H, W) in model space, noise levels t (N,), and noise like x0.
 
-    The conditions are labels (N, F) and text (N, text_width), after dropout.
+    Levels are float64. The conditions are labels (N, F) and text (N, text_width), after dropout.
     """
 
     x0: Tensor
@@ -80,6 +80,7 @@ class BatchSource:
             (end, dataset if size == dataset.size else dataset.resized(size))
             for end, size in config.stage_sizes(dataset)
         ]
+        self.schedule = config.diffusion.noise_schedule()
         self.dropout = condition_dropout(config, dataset)
         self._check_memory()
         self.training = dataset.training
@@ -109,11 +110,8 @@ class BatchSource:
         if data.texts is not None:
             text = torch.from_numpy(data.texts.draw(index, np.random.default_rng([seed, step])))
         labels, text = self.dropout.apply(torch.from_numpy(data.labels[index]), text, self.network, generator)
-        if config.timesteps == "uniform":
-            t = uniform_timesteps(config.batch, config.diffusion.timesteps, generator)
-        else:
-            law = config.logit_mean, config.logit_std
-            t = logit_normal_timesteps(config.batch, config.diffusion.timesteps, generator, *law)
+        law = None if config.timesteps == "uniform" else (config.logit_mean, config.logit_std)
+        t = draw_levels(config.batch, self.schedule, generator, law=law, shift=config.noise_shift)
         noise = torch.randn((config.batch, data.channels, *data.size), generator=generator)
         pictures = [
             data.batch(index[row : row + 1], np.random.default_rng([seed, step, row])) for row in self.rows

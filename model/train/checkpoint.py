@@ -240,7 +240,12 @@ def check_identity(path: Path, saved: Mapping[str, Any], identity: Mapping[str, 
     Raises:
         CheckpointError: a field differs; the message names the first.
     """
-    for field, was, now in differences(saved, {key: identity[key] for key in identity if key in saved}):
+    known = {key: identity[key] for key in identity if key in saved}
+    if "diffusion" in known:
+        known["diffusion"] = {
+            key: value for key, value in known["diffusion"].items() if key in saved["diffusion"]
+        }
+    for field, was, now in differences(saved, known):
         if field.startswith("content"):
             numbers = field.partition(".")[2]
             raise CheckpointError(

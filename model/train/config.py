@@ -13,11 +13,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ditserve.model.data.dataset import DataConfig, Dataset, NamedPath
 from ditserve.model.distributed.processes import ParallelSpec
-from ditserve.model.spec.bundle import DiffusionSpec
 from ditserve.model.spec.diffusion import Prediction
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.network_config import NetworkConfig, network_config
 from ditserve.model.train.distillation.config import DistillationConfig, ProgressiveDistillationConfig
-from ditserve.model.train.loss import TimestepSampling
+from ditserve.model.train.loss import LevelSampling, TrainingNoise, training_noise
 
 
 def _tuple(value: Any) -> Any:
@@ -104,9 +104,12 @@ class TrainConfig(BaseModel):
     loss_space: Prediction | None = None
     """The quantity whose squared error is the loss, whatever the network predicts.
 
-    None: epsilon if the network predicts epsilon, else v."""
+    None: epsilon if the network predicts epsilon, flow if the noise is that of a flow, else v."""
     loss_cap: Positive | None = None
-    """Largest weight of the squared x_0 error; in the space of epsilon, this is the gamma of Min-SNR."""
+    """Largest weight of the squared x_0 error; in the space of epsilon, this is the gamma of Min-SNR.
+
+    None: no limit, but 400 where a flow's network predicts x0: the velocity loss divides by sigma², here by
+    at least 0.05² (arXiv:2511.13720, §4)."""
     loss_floor: Weight = 0.0
     """Least weight of the squared x_0 error; 1 in the space of epsilon is truncated SNR (see loss.py)."""
     distillation: DistillationConfig | None = None
@@ -115,9 +118,12 @@ class TrainConfig(BaseModel):
     """Weight of the bound that trains a learned variance; the default is of arXiv:2102.09672, eq. 16."""
     embedding_l2: Weight = 0.0
     """Weight of the squared condition embedding."""
-    timesteps: TimestepSampling = "uniform"
+    timesteps: LevelSampling = "uniform"
+    """The law by which the noise levels of a batch are drawn, of a flow too."""
     logit_mean: float = 0.0
     logit_std: Positive = 1.0
+    noise_shift: Positive = 1.0
+    """Shift s of the drawn levels, u to s · u / (1 + (s − 1) · u): above 1 to the noisy side."""
 
     precision: Precision = "fp32"
     checkpoint_blocks: bool = False
@@ -192,7 +198,18 @@ class TrainConfig(BaseModel):
     @property
     def space(self) -> Prediction:
         """The quantity whose squared error is the loss: `loss_space`, or its default."""
-        return self.loss_space or ("epsilon" if self.diffusion.prediction == "epsilon" else "v")
+        return self.training_noise.space
+
+    @property
+    def training_noise(self) -> TrainingNoise:
+        """The noise that is trained on, with the weight of the error at each level."""
+        return training_noise(
+            self.diffusion.noise_schedule(),
+            space=self.loss_space,
+            cap=self.loss_cap,
+            floor=self.loss_floor,
+            device=self.device,
+        )
 
     def open_dataset(self, path: Path | None = None) -> Dataset:
         """Open the data, at `path` if it has moved.

@@ -17,7 +17,7 @@ from ditserve.model.nets.cost import cost
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import label_tensor
 from ditserve.model.sampling.sheet import sheet_labels, to_pixels
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.load import SHEET_STEPS, run_defaults
@@ -164,7 +164,8 @@ def rehearse_sampling(trainer: Trainer) -> None:
     )
     denoiser = Denoiser(network, trainer.schedule, conditions, guidance)
     for solver, steps in (("ddim", min(SHEET_STEPS, defaults.steps)), (defaults.solver, defaults.steps)):
-        table = step_table(solver, grid(defaults.grid, steps, trainer.schedule.timesteps), trainer.schedule)
+        levels = noise_levels(defaults.grid, steps, trainer.schedule)
+        table = step_table(solver, levels, trainer.schedule)
         x0 = next(denoise(denoiser, table, [config.seed], clip_x0=config.diffusion.clip_x0))
         if trainer.decoder is not None:
             to_pixels(trainer.decoder.decode(x0))

@@ -25,6 +25,7 @@ from ditserve.model.spec.bundle import (
     StateTensor,
 )
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.grids import even_grid
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.checkpoint import checkpoints, step_of
 from ditserve.model.train.config import TrainConfig, first_mistake, load_config
@@ -146,7 +147,10 @@ def run_defaults(config: TrainConfig, dataset: Dataset, step: int) -> Defaults:
     They have no more steps than the model has timesteps, and no guidance where no row trains the
     unconditional prediction.
     """
-    changes: dict[str, Any] = {"steps": min(DEFAULTS.steps, config.diffusion.timesteps)}
+    changes: dict[str, Any] = {
+        "steps": min(DEFAULTS.steps, config.diffusion.timesteps),
+        "grid": even_grid(config.diffusion.noise_schedule()),
+    }
     if not condition_dropout(config, dataset).unconditional:
         changes["guidance_scale"] = 1.0
     if config.distillation:

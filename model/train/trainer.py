@@ -20,7 +20,6 @@ from ditserve.model.distributed.parallel import ParallelNetwork
 from ditserve.model.distributed.processes import World
 from ditserve.model.nets.conditioner import embedding_penalty
 from ditserve.model.nets.factory import Network, make_network
-from ditserve.model.spec.diffusion import add_noise
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.batch import BatchSource, Prefetch, TrainingBatch
 from ditserve.model.train.checkpoint import TrainingState, checkpoints, restore, save, saved_identity
@@ -31,7 +30,7 @@ from ditserve.model.train.ema import Ema
 from ditserve.model.train.identity import run_identity
 from ditserve.model.train.load import describe_run, model_name, open_sheet_decoder
 from ditserve.model.train.loaded_model import LoadedModel, save_model
-from ditserve.model.train.loss import noise_tables, per_row, squared_error, variational_term
+from ditserve.model.train.loss import PosteriorTables, squared_error, variational_term
 from ditserve.model.train.optimizer import (
     HALF_DTYPES,
     autocast,
@@ -65,12 +64,13 @@ class Trainer:
         self.config, world = config, world or World(device=config.device)
         self.dataset = config.open_dataset()
         self.network_config = config.network_config(self.dataset)
-        self.schedule = config.diffusion.noise_schedule()
+        self.noise = config.training_noise
+        self.schedule = self.noise.schedule
+        self.posterior: PosteriorTables | None = None
+        if config.diffusion.learn_sigma:
+            self.posterior = PosteriorTables.of(self.schedule, config.device)
         rows = config.parallel.rows(world, config.batch)
         self.source = BatchSource(config, self.dataset, self.network_config, rows)
-        self.tables = noise_tables(
-            self.schedule, config.space, config.loss_cap, config.device, floor=config.loss_floor
-        )
         self.identity = run_identity(config, self.dataset)
         self.checkpoints = config.output / "checkpoints"
         self.batches: Prefetch[TrainingBatch] | None = None
@@ -128,19 +128,20 @@ class Trainer:
         """Return the loss to descend, () fp32, and its unweighted terms by name ("loss": squared error)."""
         if self.objective is not None:
             batch = self.objective.prepare_batch(batch)
-        config, tables, t = self.config, self.tables, batch.t
-        x_t = add_noise(per_row(tables.alpha, t), per_row(tables.sigma, t), batch.x0, batch.noise)
+        config, noise = self.config, self.noise.at(batch.t)
+        x_t = noise.noisy(batch.x0, batch.noise)
         with autocast(config.precision, config.device):
-            output = self.parallel.forward(x_t, t, batch.labels, batch.text)
+            output = self.parallel.forward(x_t, noise.told, batch.labels, batch.text)
         output = output.float()
-        total = loss = squared_error(tables, output, batch.x0, batch.noise, t).mean()
+        total = loss = squared_error(noise, output, batch.x0, batch.noise).mean()
         terms = {"loss": loss}
         if self.objective is not None:
-            total, of_teacher = distillation_loss(self.objective, tables, output, batch, x_t, loss)
+            total, of_teacher = distillation_loss(self.objective, noise, output, batch, x_t, loss)
             terms |= of_teacher
-        if config.diffusion.learn_sigma:
-            terms["variational"] = variational_term(tables, output, batch.x0, x_t, t).mean()
-            total = total + config.variational * tables.timesteps * terms["variational"]
+        if self.posterior is not None:
+            bound = variational_term(self.posterior, noise, output, batch.x0, x_t, batch.t).mean()
+            terms["variational"] = bound
+            total = total + config.variational * self.posterior.timesteps * bound
         if config.embedding_l2:
             embedding = cast(Network, self.state.model).embed(batch.labels, batch.text)
             terms["embedding_l2"] = embedding_penalty(embedding)

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from ditserve.model.data.sources import NAMED
 from ditserve.model.distributed.processes import World
+from ditserve.model.nets.attention_weights import AttentionEntropy
 from ditserve.model.nets.autoencoder import Autoencoder
 from ditserve.model.sampling.sheet import sample_sheet
 from ditserve.model.spec.bundle import write_atomic
@@ -101,7 +102,7 @@ def run_steps(trainer: Trainer) -> None:
             if stopping and not last:
                 raise KeyboardInterrupt
             if trainer.decoder is not None and (last or state.step % config.sheet_every == 0):
-                draw_sample_sheet(trainer, trainer.decoder)
+                log.add(state.step, draw_sample_sheet(trainer, trainer.decoder))
 
 
 class StopSignals:
@@ -139,19 +140,25 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def draw_sample_sheet(trainer: Trainer, decoder: Autoencoder) -> None:
-    """Sample from the averaged weights at this step, and write sheet-<step>.png. All processes must call."""
+def draw_sample_sheet(trainer: Trainer, decoder: Autoencoder) -> dict[str, float]:
+    """Sample from the averaged weights at this step, and write sheet-<step>.png. All processes must call.
+
+    Return the entropy of attention while it was sampled, for the log.
+    """
     config, step = trainer.config, trainer.state.step
     network, defaults = trainer.averaged_network(), run_defaults(config, trainer.dataset, step)
+    entropy = AttentionEntropy(network)
     if trainer.parallel.world.is_first:
-        sheet = sample_sheet(
-            network,
-            trainer.schedule,
-            decoder,
-            trainer.dataset.factors,
-            steps=min(SHEET_STEPS, defaults.steps),
-            guidance_scale=defaults.guidance_scale,
-            seed=config.seed,
-            clip_x0=config.diffusion.clip_x0,
-        )
+        with entropy.measured():
+            sheet = sample_sheet(
+                network,
+                trainer.schedule,
+                decoder,
+                trainer.dataset.factors,
+                steps=min(SHEET_STEPS, defaults.steps),
+                guidance_scale=defaults.guidance_scale,
+                seed=config.seed,
+                clip_x0=config.diffusion.clip_x0,
+            )
         sheet.save(config.output / f"sheet-{step:07d}.png")
+    return entropy.figures()

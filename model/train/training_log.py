@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Mapping
@@ -92,6 +93,7 @@ class TrainingLog:
         if self.writes:
             write_atomic(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.smooth: float | None = kept[-1].get("smooth_loss") if kept else None
+        self.last_step, self.last_line, self.last_place = -1, dict[str, float | None](), 0
         self.since, self.images = time.monotonic(), 0
 
     def __enter__(self) -> Self:
@@ -123,7 +125,6 @@ class TrainingLog:
         self.since, self.images = time.monotonic(), 0
         self.progress.update(self.task, completed=state.step, note=_note(self.smooth, metrics, rate, state))
         line = {
-            "step": state.step,
             **metrics,
             "smooth_loss": self.smooth,
             "images_per_s": round(rate, 1),
@@ -132,15 +133,30 @@ class TrainingLog:
             "scale": state.scaler.get_scale(),
             "peak_memory_mib": round(peak_memory(self.config.device) / 2**20),
         }
+        self._write(state.step, line)
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add figures that are not measured at every step to the line of `step`, or make it one."""
+        if not (self.writes and figures):
+            return
+        self._write(step, figures if step == self.last_step else {**figures, "smooth_loss": self.smooth})
+
+    def _write(self, step: int, figures: Mapping[str, float | None]) -> None:
+        """Write a line, or the last one again with more figures if it is of this step."""
         finite = {
-            key: value if value is not None and math.isfinite(value) else None for key, value in line.items()
+            key: value if value is not None and math.isfinite(value) else None
+            for key, value in figures.items()
         }
-        with (self.folder / LOG).open("a") as log:
-            log.write(json.dumps(finite) + "\n")
+        again = step == self.last_step
+        line = {**(self.last_line if again else {}), **finite}
+        with (self.folder / LOG).open("r+") as log:
+            self.last_place = log.seek(self.last_place if again else 0, os.SEEK_SET if again else os.SEEK_END)
+            log.write(json.dumps({"step": step, **line}) + "\n")
+        self.last_step, self.last_line = step, line
         if self.board is not None:
             for key, value in finite.items():
-                if value is not None and key != "step":
-                    self.board.add_scalar(key, value, state.step)
+                if value is not None:
+                    self.board.add_scalar(key, value, step)
 
 
 def _note(smooth: float | None, metrics: Mapping[str, float], rate: float, state: TrainingState) -> str:

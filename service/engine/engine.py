@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.windows import Size
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.forward import ForwardPass, Stepped
@@ -33,7 +34,6 @@ from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.planning.planner import Change, Planner
 from ditserve.service.rung import Rung
-from ditserve.service.windows import Size
 
 TRAJECTORIES_KEPT: Final = 256  # from noise: most requests ask for the same few
 
@@ -67,6 +67,7 @@ class Engine:
         self._samples: dict[str, Sample] = {}
         self._turn_began: float | None = None  # the end of the last step; None: it was idle since
         self._slots = slots
+        self.step_s = 0.0  # predicted, of the step under way or else the last; other threads may read it
         # Twice the cap: a guided sample alone may exceed a cap of one row, and a batch may be padded.
         self._rows = 2 * scheduler.max_rows
         self._forward = ForwardPass(backend, conditions, scheduler, rows=self._rows)
@@ -94,6 +95,7 @@ class Engine:
 
         # Schedule: the image size whose turn it is, and its samples that step now.
         group, batch = self._groups.next_batch(decoded_at)
+        self.step_s = group.costs.predict(sum(sample.rows for sample in batch.samples))
         # Predict: one forward pass over their rows, guided.
         pass_began = self.clock()
         try:
@@ -135,7 +137,8 @@ class Engine:
         if snapshot is None:
             # Guiding the unconditional condition would change nothing.
             unconditional = condition.key == self.conditions.null.key
-            trajectory = self._make_trajectory(request.rung, 1.0 if unconditional else request.guidance_scale)
+            scale = 1.0 if unconditional else request.guidance_scale
+            trajectory = self._make_trajectory(request.rung, scale, area=geometry.row_area)
         else:
             trajectory = snapshot.trajectory(self.schedule)
         floor = self._floor(request)
@@ -186,6 +189,7 @@ class Engine:
             every_bucket=self.backend.buckets is not None,
             budget_s=budget_s,
         )
+        self.step_s = self.costs.predict(1)
 
     def measure_idle(self, idle_s: float) -> None:
         """Look at the pace of a machine that ran nothing for `idle_s` seconds, by a pass of one row."""
@@ -246,12 +250,12 @@ class Engine:
 
     def _trajectory_on(self, sample: Sample, rung: Rung) -> Trajectory:
         """Return the way on from where the sample stands; steps already taken are never redone."""
-        scale = sample.trajectory.scale
+        scale, area = sample.trajectory.scale, sample.geometry.row_area
         if not sample.taken:
-            return self._make_trajectory(rung, scale)
-        steps = min(steps_left(sample.remaining_steps, sample.rung, rung), sample.timestep + 1)
+            return self._make_trajectory(rung, scale, area=area)
+        steps, schedule = steps_left(sample.remaining_steps, sample.rung, rung), self.schedule.for_area(area)
         return regrid_trajectory(
-            rung, scale, self.schedule, timestep=sample.timestep, steps=steps, previous=sample.previous
+            rung, scale, schedule, level=sample.level, steps=steps, previous=sample.previous
         )
 
     def _floor(self, request: SampleRequest) -> Rung:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ditserve.model.spec.diffusion import guided
+from ditserve.model.spec.guidance import guided
 from ditserve.model.spec.solvers import learned_log_variance
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput
@@ -142,9 +142,9 @@ class ForwardPass:
             for sample in samples:
                 trajectory, step = sample.trajectory, sample.cursor + ahead
                 if step < len(trajectory):
-                    yield trajectory.timesteps[step], sample.condition
+                    yield trajectory.told[step], sample.condition
                     if trajectory.guided[step]:
-                        yield trajectory.timesteps[step], self._conditions.null
+                        yield trajectory.told[step], self._conditions.null
 
     def _guide(
         self, layout: RowLayout, latents: Gathered, window_latents: Sequence[Gathered], output: Floats

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from ditserve.model.spec.windows import Size, Windows, windows_over
 from ditserve.service.errors import InvalidRequest
-from ditserve.service.windows import Size, Windows, windows_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,11 @@ class Geometry:
     def rows(self) -> int:
         """Rows of one prediction without guidance."""
         return 1 if self.windows is None else len(self.windows)
+
+    @property
+    def row_area(self) -> float:
+        """The tokens of a row, in rows of the bundle's own size."""
+        return self.cost / self.rows
 
 
 def geometry_of(size: Size | None, *, own: Size, windows: bool, multiple: int | None) -> Geometry:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ditserve.model.spec.windows import Size
 from ditserve.service.engine.latent_pool import Floats, LatentPool
 from ditserve.service.engine.samples import Sample
 from ditserve.service.engine.scheduler import Batch, Candidates, Scheduler
 from ditserve.service.planning.costs import CostModel
-from ditserve.service.windows import Size
 
 
 class Place(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ditserve.model.spec.windows import Windows
 from ditserve.service.engine.conditions import Condition, ConditionerInput
 from ditserve.service.engine.samples import Sample
-from ditserve.service.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +63,11 @@ class RowLayout:
 
     def conditioner_inputs(self, null: Condition) -> list[ConditionerInput]:
         """Return what each row is conditioned on; unconditional rows have the condition `null`."""
-        inputs = [(sample.timestep, sample.condition) for sample in self.whole]
-        inputs += [(self.whole[index].timestep, null) for index in self.guided]
+        inputs = [(sample.told, sample.condition) for sample in self.whole]
+        inputs += [(self.whole[index].told, null) for index in self.guided]
         for rows in self.windowed:
-            timestep, n = rows.sample.timestep, len(rows.windows)
-            inputs += n * [(timestep, rows.sample.condition)]
+            told, n = rows.sample.told, len(rows.windows)
+            inputs += n * [(told, rows.sample.condition)]
             if rows.sample.guided:
-                inputs += n * [(timestep, null)]
+                inputs += n * [(told, null)]
         return inputs

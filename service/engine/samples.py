@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.spec.mixing import Mix
+from ditserve.model.spec.windows import Size
 from ditserve.service.engine.conditions import Condition
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.geometry import Geometry
@@ -22,7 +23,6 @@ from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import ROOM, Change, PlannedSample
 from ditserve.service.rung import Rung
-from ditserve.service.windows import Size
 
 Latent = npt.NDArray[np.float32]
 
@@ -163,9 +163,14 @@ class Sample:
         return self.geometry.rows * (2 if self.guided else 1)
 
     @property
-    def timestep(self) -> int:
-        """The timestep of the next step: the noise level at which the sample stands."""
-        return self.trajectory.timesteps[self.cursor]
+    def level(self) -> float:
+        """The noise level of the next step, at which the sample stands."""
+        return self.trajectory.levels[self.cursor]
+
+    @property
+    def told(self) -> int:
+        """The bits of the float32 that the network is told of that level."""
+        return self.trajectory.told[self.cursor]
 
     @property
     def coefficients(self) -> npt.NDArray[np.float32]:
@@ -174,9 +179,9 @@ class Sample:
         return row
 
     @property
-    def previous(self) -> int | None:
-        """The timestep of the estimate in the solver's history; None before the first step."""
-        return self.trajectory.timesteps[self.cursor - 1] if self.cursor else self.trajectory.previous
+    def previous(self) -> float | None:
+        """The noise level of the estimate in the solver's history; None before the first step."""
+        return self.trajectory.levels[self.cursor - 1] if self.cursor else self.trajectory.previous
 
     @property
     def remaining_steps(self) -> int:
@@ -208,7 +213,7 @@ class Sample:
             floor_steps=self.request.min_steps,
             allow_degraded=self.request.allow_degraded,
             started=self.taken > 0,
-            timestep=self.timestep,
+            noise=self.trajectory.noise[self.cursor],
             requested=self.request.requested,
             row_cost=self.geometry.cost,
         )

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.service.engine.samples import Sample
-from ditserve.service.engine.trajectory import Trajectory, trajectory_from_timesteps
+from ditserve.service.engine.trajectory import Trajectory, trajectory_from_levels
 from ditserve.service.rung import Rung
 from ditserve.service.wire import build
 
@@ -25,15 +25,16 @@ Floats = npt.NDArray[np.float32]
 class Snapshot:
     """A sample between two steps: its trajectory, its position on it, and the arrays of its next step.
 
-    The names of the fields are those on the wire. `timesteps` and `previous` are of the trajectory, `scale`
-    is its guidance scale. `latent` is x and `history` the estimate D of the last step, each (C, H, W).
-    `noise` is the state of the sample's Philox generator: counter, key, buffer, and the rest of a draw.
+    The names of the fields are those on the wire. `timesteps` are the noise levels of the trajectory and
+    `previous` the one before them, `scale` is its guidance scale. `latent` is x and `history` the estimate D
+    of the last step, each (C, H, W). `noise` is the state of the sample's Philox generator: counter, key,
+    buffer, and the rest of a draw.
     """
 
     rung: Rung
     scale: float
-    timesteps: tuple[int, ...]
-    previous: int | None
+    timesteps: tuple[float, ...]
+    previous: float | None
     cursor: int
     taken: int
     degraded: bool
@@ -49,7 +50,7 @@ class Snapshot:
         return cls(
             rung=sample.rung,
             scale=trajectory.scale,
-            timesteps=trajectory.timesteps,
+            timesteps=trajectory.levels,
             previous=trajectory.previous,
             cursor=sample.cursor,
             taken=sample.taken,
@@ -62,9 +63,7 @@ class Snapshot:
 
     def trajectory(self, schedule: Schedule) -> Trajectory:
         """Return the trajectory that the sample is on."""
-        return trajectory_from_timesteps(
-            self.rung, self.scale, schedule, self.timesteps, previous=self.previous
-        )
+        return trajectory_from_levels(self.rung, self.scale, schedule, self.timesteps, previous=self.previous)
 
     def resume(self, sample: Sample) -> None:
         """Bring a new sample, on this snapshot's trajectory, to the state of the old one."""

@@ -1,4 +1,4 @@
-"""The trajectory of one sample: the timesteps it walks, and the coefficients of the solver step at each.
+"""The trajectory of one sample: the noise levels it walks, and the coefficients of the solver step at each.
 
 A rung, a guidance scale and the noise level at which a sample stands give its trajectory. A step needs only
 the coefficients, so samples with different solvers, grids and step counts advance together. Pure: no I/O, no
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.diffusion import Schedule, guidance_weight
-from ditserve.model.spec.grids import grid, regrid
+from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.grids import noise_levels, noise_levels_from
+from ditserve.model.spec.guidance import guidance_weight
 from ditserve.model.spec.solvers import LEARNED, step_table, variance_bounds
 from ditserve.service.rung import Rung
 
@@ -56,16 +57,25 @@ class Trajectory:
     """The steps of one sample, immutable and shared by samples that walk alike.
 
     `rows` is (N, 9) float32: the coefficients of step i, in the order of `StepCoefficients`. `guided[i]` is
-    true where step i needs an unconditional row as well. `previous` is the timestep before the first step,
-    where this trajectory continues another one.
+    true where step i needs an unconditional row as well. `noise[i]` is its level's share of the noise range,
+    and `told[i]` the bits of the float32 that the network is told of it. `previous` is the level before the
+    first step, where this trajectory continues another one.
     """
 
-    __slots__ = ("guided", "previous", "rows", "scale", "timesteps")
+    __slots__ = ("guided", "levels", "noise", "previous", "rows", "scale", "told")
 
     def __init__(
-        self, timesteps: Sequence[int], columns: StepCoefficients, *, scale: float, previous: int | None
+        self,
+        levels: Sequence[float],
+        schedule: Schedule,
+        columns: StepCoefficients,
+        *,
+        scale: float,
+        previous: float | None,
     ) -> None:
-        self.timesteps = tuple(timesteps)
+        self.levels = tuple(levels)
+        self.noise = tuple(map(schedule.share, self.levels))
+        self.told: tuple[int, ...] = tuple(schedule.told(self.levels).view(np.uint32).tolist())
         self.guided: tuple[bool, ...] = tuple((columns.guidance_weight != 1.0).tolist())
         self.rows: Floats = np.stack(columns, axis=1)
         self.rows.setflags(write=False)
@@ -73,41 +83,44 @@ class Trajectory:
         self.previous = previous
 
     def __len__(self) -> int:
-        return len(self.timesteps)
+        return len(self.levels)
 
     def rows_from(self, cursor: int) -> int:
         """Return how many rows of forward passes the steps from `cursor` to the end take."""
         return len(self) - cursor + sum(self.guided[cursor:])
 
 
-def make_trajectory(rung: Rung, scale: float, schedule: Schedule) -> Trajectory:
-    """Return the whole trajectory of a sample that starts from noise; `scale` is its guidance scale."""
-    timesteps = grid(rung.grid, rung.steps, schedule.timesteps)
-    return trajectory_from_timesteps(rung, scale, schedule, timesteps, previous=None)
+def make_trajectory(rung: Rung, scale: float, schedule: Schedule, *, area: float = 1.0) -> Trajectory:
+    """Return the whole trajectory of a sample that starts from noise.
+
+    `scale` is its guidance scale, and `area` that of its rows, in rows of the model's own size.
+    """
+    levels = noise_levels(rung.grid, rung.steps, schedule.for_area(area))
+    return trajectory_from_levels(rung, scale, schedule, levels, previous=None)
 
 
 def regrid_trajectory(
-    rung: Rung, scale: float, schedule: Schedule, *, timestep: int, steps: int, previous: int | None
+    rung: Rung, scale: float, schedule: Schedule, *, level: float, steps: int, previous: float | None
 ) -> Trajectory:
-    """Return the rest of the way in `steps` steps on `rung`, for a sample at noise level `timestep`.
+    """Return the rest of the way in `steps` steps on `rung`, for a sample at a noise level.
 
-    `previous` is the timestep of the estimate in the sample's solver history. With it a multistep solver
-    keeps its order.
+    They are fewer where there are not so many timesteps left. `previous` is the level of the estimate in the
+    sample's solver history. With it a multistep solver keeps its order.
     """
-    timesteps = regrid(timestep, steps, rung.grid, schedule.timesteps)
-    return trajectory_from_timesteps(rung, scale, schedule, timesteps, previous=previous)
+    levels = noise_levels_from(level, steps, rung.grid, schedule, whole=rung.steps)
+    return trajectory_from_levels(rung, scale, schedule, levels, previous=previous)
 
 
-def trajectory_from_timesteps(
-    rung: Rung, scale: float, schedule: Schedule, timesteps: Sequence[int], *, previous: int | None
+def trajectory_from_levels(
+    rung: Rung, scale: float, schedule: Schedule, levels: Sequence[float], *, previous: float | None
 ) -> Trajectory:
-    """Return the trajectory through `timesteps`, high to low; `previous` as in `regrid_trajectory`."""
-    table = step_table(rung.solver, timesteps, schedule, previous=previous)
-    weights = [guidance_weight(scale, t, schedule.timesteps, rung.guidance_interval) for t in timesteps]
+    """Return the trajectory through `levels`, high to low; `previous` as in `regrid_trajectory`."""
+    table = step_table(rung.solver, levels, schedule, previous=previous)
+    weights = [guidance_weight(scale, level, schedule, rung.guidance_interval) for level in levels]
     if rung.solver == LEARNED:
-        bounds = variance_bounds(timesteps, schedule)
+        bounds = variance_bounds(levels, schedule)
     else:
         bounds = (np.full(len(table), -np.inf),) * 2
     columns = (table.x0_x, table.x0_out, table.a, table.b, table.c, table.s, weights, *bounds)
     coefficients = StepCoefficients(*(np.asarray(column, np.float32) for column in columns))
-    return Trajectory(timesteps, coefficients, scale=scale, previous=previous)
+    return Trajectory(levels, schedule, coefficients, scale=scale, previous=previous)

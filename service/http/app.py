@@ -18,6 +18,7 @@ from ditserve.service.addresses import is_loopback
 from ditserve.service.api_keys import open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.access import Access
+from ditserve.service.http.canary import next_tick
 from ditserve.service.http.context import Context
 from ditserve.service.http.middleware import Body, Crashes, Head, RequestContext
 from ditserve.service.http.models import VERSION, Model, reloaded
@@ -177,12 +178,13 @@ async def _check_eviction(context: Context) -> None:
 
 
 async def _watch(context: Context, name: str) -> None:
-    """Have the golden image of a model drawn every `canary_s` seconds, if its bundle has one."""
+    """Have the golden image of a model drawn about every `canary_s` seconds, if its bundle has one."""
+    every_s, clock = context.settings.canary_s, context.models[name].queue_client.queue.clock
     while True:
-        await asyncio.sleep(context.settings.canary_s)
+        tick = await next_tick(clock, every_s)
         canary = context.models[name].canary
         if canary is not None:
-            await canary.watch()
+            await canary.watch(tick, every_s)
 
 
 async def _error_response(request: Request, error: Exception) -> Response:

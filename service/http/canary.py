@@ -2,11 +2,18 @@
 
 After a new driver, engine or runtime the images should still be those that the model was verified with. The
 canary is where a drift shows first.
+
+All API processes of a queue draw at the same ticks of its clock, under one key, and so share each drawing.
+Where a drawing takes more than `SHARE` of the time between two ticks, only every second, fourth or eighth
+tick has one.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from io import BytesIO
+from math import ceil, isfinite, log2
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +22,11 @@ import structlog
 from PIL import Image
 
 from ditserve.model.spec.bundle import GOLDEN, Golden
-from ditserve.service.errors import ServiceError
+from ditserve.service.errors import Overloaded, ServiceError
 from ditserve.service.http.schemas import GenerateRequest
-from ditserve.service.http.submission import Caller, Submissions
+from ditserve.service.http.submission import Caller, Idempotency, Submissions
+from ditserve.service.identity import bundle_digest
+from ditserve.service.planning.capacity import Capacity
 from ditserve.service.queue.queue_client import Waiter
 from ditserve.service.telemetry import metrics
 
@@ -25,6 +34,8 @@ from ditserve.service.telemetry import metrics
 SAME_DB = 99.0
 # Below this PSNR a difference can be seen.
 DRIFT_DB = 30.0
+# The drawings take at most this share of a worker's time.
+SHARE = 0.01
 _log = structlog.get_logger("service.canary")
 
 
@@ -34,20 +45,8 @@ class Canary:
     def __init__(self, folder: Path, golden: Golden, submissions: Submissions, listener: Waiter) -> None:
         self._expected = pixels((folder / GOLDEN).read_bytes())
         self._golden, self._submissions, self._listener = golden, submissions, listener
-        self._model = submissions.manifest.name
-
-    async def watch(self) -> None:
-        """Draw once. A service that is too busy, or has no worker, is skipped."""
-        try:
-            await self.draw()
-        except ServiceError as error:
-            metrics.CANARY.labels(self._model, "skipped").inc()
-            _log.info("canary skipped", model=self._model, code=error.code)
-
-    async def draw(self) -> float:
-        """Draw once and return the PSNR in dB against the golden image. Raises `ServiceError`."""
-        golden = self._golden
-        request = GenerateRequest.model_validate(
+        self._model, self._bundle = submissions.manifest.name, bundle_digest(submissions.manifest)
+        self._request = GenerateRequest.model_validate(
             {
                 "condition": golden.condition,
                 "seed": golden.seed,
@@ -59,7 +58,33 @@ class Canary:
                 "priority": "low",
             }
         )
-        submission = await self._submissions.submit(request, Caller("canary"))
+
+    async def watch(self, tick: int, every_s: float) -> None:
+        """Draw at this tick, one in `every_s` seconds, if it is one of those that have a drawing.
+
+        A service that is too busy, or has no worker, is skipped.
+        """
+        try:
+            seconds = await self._drawing_s()
+            if not isfinite(seconds):
+                raise Overloaded("No worker is running.")
+            if tick % ticks_between(seconds, every_s) == 0:
+                await self.draw(f"{self._bundle} {tick}")
+        except ServiceError as error:
+            metrics.CANARY.labels(self._model, "skipped").inc()
+            _log.info("canary skipped", model=self._model, code=error.code)
+
+    async def _drawing_s(self) -> float:
+        """Return the predicted seconds of a drawing on an idle worker, infinite without workers."""
+        steps = self._golden.steps
+        rows = steps if self._golden.guidance_scale == 1.0 else 2 * steps
+        capacity = Capacity(await self._submissions.load())
+        return capacity.time_in_every_batch(rows=rows, steps=steps, samples=1, idle=True)
+
+    async def draw(self, key: str) -> float:
+        """Draw once under a key and return the PSNR in dB against the golden image. Raises `ServiceError`."""
+        caller = Caller("canary", Idempotency(key, fingerprint=""))
+        submission = await self._submissions.submit(self._request, caller)
         result = await self._listener.wait(submission.job.id, new=submission.new)
         psnr_db = psnr(pixels(result.images[0].data), self._expected)
         outcome = "drifted" if psnr_db < DRIFT_DB else "same"
@@ -74,6 +99,21 @@ class Canary:
             worker=result.worker,
         )
         return psnr_db
+
+
+async def next_tick(clock: Callable[[], float], every_s: float) -> int:
+    """Return the number of the next tick by `clock`, one in `every_s` seconds, when it has come."""
+    await asyncio.sleep(every_s - clock() % every_s)
+    return round(clock() / every_s)
+
+
+def ticks_between(drawing_s: float, every_s: float) -> int:
+    """Return after how many ticks there is a drawing that takes `drawing_s` seconds: a power of two.
+
+    Example: a drawing takes 20 s, and ticks are 300 s apart, of which 1 % are 3 s. Every seventh tick would
+    do; every eighth has a drawing. A process that predicts 10 s draws at every fourth: it shares these.
+    """
+    return 1 << max(0, ceil(log2(max(drawing_s, 1e-9) / (SHARE * every_s))))
 
 
 def pixels(file: bytes) -> npt.NDArray[np.uint8]:

@@ -74,6 +74,7 @@ _MODEL: Final = {
     ],
     "samplers": ["ddim", "dpmpp-2m"],
     "grids": ["leading", "trailing", "uniform-t", "linspace", "respaced", "ddim-stride"],
+    "step_counts": [],
     "defaults": {**_OPERATING_POINT, "guidance_scale": 2.0},
     "ladder": [
         {"name": "ddim-50", **_OPERATING_POINT, "rows": 100.0, "quality": 0.096, "own": 0.013, "real": 0.096}

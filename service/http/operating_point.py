@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.model.spec.grids import GRIDS, choose_grid, explicit_grid
+from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.grids import choose_grid, explicit_grid, grid_names
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.http.schemas import GenerateRequest
@@ -20,7 +21,7 @@ def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder)
     """Return the operating point that the request asks for. Raises `InvalidRequest`."""
     defaults = manifest.defaults
     solver = _one_of("sampler", request.sampler or defaults.solver, SOLVERS)
-    steps = _steps(request, manifest)
+    steps = _steps(request, manifest, ladder.schedule)
     if (request.min_steps or 1) > steps:
         raise field_error("min_steps", f"It cannot be more than the {steps} steps asked for.")
     low, high = request.guidance_interval or defaults.guidance_interval
@@ -28,13 +29,11 @@ def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder)
         raise field_error("guidance_interval", "Its low end is above its high end.")
     # The best rung of a solver tells which grid suits it.
     stated = {rung.solver: rung.grid for rung in reversed(ladder.rungs)}.get(solver, defaults.grid)
-    field, wanted = _wanted_grid(request)
-    total = manifest.diffusion.timesteps
+    field, wanted = _wanted_grid(request, ladder)
     try:
-        grid = choose_grid(wanted, stated=stated, solver=solver, steps=steps, timesteps=total)
+        grid = choose_grid(wanted, stated=stated, solver=solver, steps=steps, schedule=ladder.schedule)
     except ValueError as error:
-        message = str(error)
-        raise field_error(field, f"{message[:1].upper()}{message[1:]}.") from None
+        raise field_error(field, _sentence(error)) from None
     return ladder.requested(solver, steps, grid, (low, high), guidance_scale(request, manifest) != 1.0)
 
 
@@ -51,24 +50,32 @@ def field_error(field: str, detail: str) -> InvalidRequest:
     )
 
 
-def _steps(request: GenerateRequest, manifest: Manifest) -> int:
+def _steps(request: GenerateRequest, manifest: Manifest, schedule: Schedule) -> int:
     """Return the number of steps: one for each noise level that the request lists, or as it says."""
-    most, levels = manifest.diffusion.timesteps, request.noise_levels
+    levels = request.noise_levels
     if levels is not None and request.steps not in (None, len(levels)):
         raise field_error("steps", f"The noise_levels listed are {len(levels)} steps: leave steps out.")
     steps = request.steps or (len(levels) if levels else manifest.defaults.steps)
-    if steps > most:
-        raise field_error("steps", f"This model has {most} noise levels, so at most {most} steps.")
+    try:
+        schedule.check_steps(steps)
+    except ValueError as error:
+        raise field_error("steps", _sentence(error)) from None
     return steps
 
 
-def _wanted_grid(request: GenerateRequest) -> tuple[str, str | None]:
+def _wanted_grid(request: GenerateRequest, ladder: Ladder) -> tuple[str, str | None]:
     """Return the field that says where the steps are, and the grid that it means; None: neither says so."""
     if request.noise_levels is None:
-        return "grid", request.grid and _one_of("grid", request.grid, GRIDS)
+        return "grid", request.grid and _one_of("grid", request.grid, grid_names(ladder.schedule))
     if request.grid is not None:
         raise field_error("grid", "The noise_levels listed are the grid: leave grid out.")
     return "noise_levels", explicit_grid(request.noise_levels)
+
+
+def _sentence(error: ValueError) -> str:
+    """Return the message of an error as a sentence: with a capital letter and a full stop."""
+    message = str(error)
+    return f"{message[:1].upper()}{message[1:]}."
 
 
 def _one_of(field: str, name: str, known: Collection[str]) -> str:

@@ -129,7 +129,8 @@ class GenerateRequest(DrawingOptions):
     noise_levels: Annotated[list[NoiseLevel], Field(min_length=1, max_length=MAX_LEVELS)] | None = Field(
         None,
         description="The noise levels of the steps in place of `grid` and `steps`: the model's timesteps, "
-        "decreasing from the noisiest. Such a request is degraded only if it says `allow_degraded`.",
+        "or the sigmas of a flow, decreasing from the noisiest. Such a request is degraded only if it says "
+        "`allow_degraded`.",
         examples=[[999, 700, 400, 150]],
     )
     guidance_interval: (
@@ -289,6 +290,9 @@ class ModelOut(BaseModel):
     factors: list[FactorOut]
     samplers: list[str]
     grids: list[str]
+    step_counts: list[int] = Field(
+        description="The only numbers of steps that a distilled model takes; empty: any up to the limit."
+    )
     defaults: DefaultsOut
     ladder: list[RungOut] = Field(
         description="Operating points, best first. None: no request is ever drawn in fewer steps than asked."

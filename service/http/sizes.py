@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import lcm, prod
 
 from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.windows import Size, window_count
 from ditserve.service.jobs import WorkerState
-from ditserve.service.windows import Size, window_count
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ DEADLINE = "deadline"  # too close for the rung asked for, even on an idle machi
 class PlannedSample:
     """A sample as the planner sees it.
 
-    `rung` is where it is, `requested` is how high it may climb (None: no higher). `row_cost` is the tokens of
-    one of its rows, in rows of the bundle's own size.
+    `noise` is where it stands in the noise range, 0..1. `rung` is where it is, `requested` is how high it may
+    climb (None: no higher). `row_cost` is the tokens of one of its rows, in rows of the bundle's own size.
     """
 
     id: str
@@ -31,7 +31,7 @@ class PlannedSample:
     floor_steps: int
     allow_degraded: bool
     started: bool
-    timestep: int
+    noise: float
     requested: Rung | None = None
     row_cost: float = 1.0
 
@@ -63,7 +63,7 @@ class Task:
             if sample.rung not in options:
                 options = (sample.rung, *ladder.below(sample.rung, sample.floor_steps))
         deadline = inf if sample.deadline_at is None else sample.deadline_at
-        rows = ladder.rows_left(sample.rung, sample.remaining_steps, sample.timestep, sample.guided)
+        rows = ladder.rows_left(sample.rung, sample.remaining_steps, sample.noise, sample.guided)
         at = options.index(sample.rung)
         return cls(sample, ladder, deadline, options, at, sample.remaining_steps, sample.row_cost * rows)
 
@@ -71,7 +71,7 @@ class Task:
         """Return the steps and rows left on an option, from where the sample is now."""
         sample, rung = self.sample, self.options[option]
         steps = steps_left(sample.remaining_steps, sample.rung, rung)
-        rows = self.ladder.rows_left(rung, steps, sample.timestep, sample.guided)
+        rows = self.ladder.rows_left(rung, steps, sample.noise, sample.guided)
         return steps, sample.row_cost * rows
 
     def floor(self) -> tuple[int, float]:

@@ -13,20 +13,25 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
 from math import log
+from typing import Final
 
 from ditserve.model.spec.bundle import Manifest
-from ditserve.model.spec.diffusion import forward_rows
-from ditserve.model.spec.grids import grid as timestep_grid
+from ditserve.model.spec.diffusion import Schedule, make_schedule
+from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.guidance import forward_rows
 from ditserve.service.rung import Interval, Rung
 
 _CACHED = 4096  # bounded, because requests choose steps and intervals freely
 
 
+THOUSAND_TIMESTEPS: Final = make_schedule("linear")
+
+
 class Ladder:
     """The rungs of a model, best first. An empty ladder is legal: nothing is ever degraded on it."""
 
-    def __init__(self, rungs: Iterable[Rung], *, timesteps: int = 1000) -> None:
-        self.timesteps = timesteps
+    def __init__(self, rungs: Iterable[Rung], schedule: Schedule = THOUSAND_TIMESTEPS) -> None:
+        self.schedule = schedule
         ordered = sorted(rungs, key=lambda rung: (rung.quality, -self._guided_rows(rung)))
         self.rungs: tuple[Rung, ...] = tuple(ordered)
         self.below = lru_cache(_CACHED)(self._below)
@@ -37,7 +42,7 @@ class Ladder:
             Rung(spec.name, spec.solver, spec.steps, spec.grid, spec.guidance_interval, spec.quality)
             for spec in manifest.ladder
         )
-        return cls(rungs, timesteps=manifest.diffusion.timesteps)
+        return cls(rungs, manifest.diffusion.noise_schedule())
 
     def requested(self, solver: str, steps: int, grid: str, interval: Interval, guided: bool) -> Rung:
         """Return the rung a request names: one of the ladder, or a new one of interpolated quality.
@@ -61,20 +66,19 @@ class Ladder:
 
     def row_steps(self, rung: Rung, guidance_scale: float) -> int:
         """Return the rows of one whole image: two for a step at which guidance acts, one for any other."""
-        return _row_steps(rung.grid, rung.steps, self.timesteps, rung.guidance_interval, guidance_scale)
+        return _row_steps(rung.grid, rung.steps, self.schedule, rung.guidance_interval, guidance_scale)
 
-    def rows_left(self, rung: Rung, steps: int, timestep: int, guided: bool) -> int:
-        """Return the rows of the last `steps` steps of a sample that stands at noise level `timestep`.
+    def rows_left(self, rung: Rung, steps: int, noise: float, guided: bool) -> int:
+        """Return the rows of the last `steps` steps of a sample with the share `noise` of the range ahead.
 
         Exact but for one row where the guidance interval does not cover all noise levels.
         """
         if not guided:
             return steps
         low, high = rung.guidance_interval
-        level = timestep / max(1, self.timesteps - 1)
-        if low <= 0.0 and high >= level:
+        if low <= 0.0 and high >= noise:
             return 2 * steps
-        share = max(0.0, min(high, level) - low) / level if level > 0.0 else 0.0
+        share = max(0.0, min(high, noise) - low) / noise if noise > 0.0 else 0.0
         return steps + min(steps, int(share * steps) + 1)
 
     def _below(self, rung: Rung, min_steps: int) -> tuple[Rung, ...]:
@@ -133,5 +137,5 @@ def _narrowed(rung: Rung, *, to: Rung) -> Rung:
 
 
 @lru_cache(_CACHED)
-def _row_steps(kind: str, steps: int, timesteps: int, interval: Interval, guidance_scale: float) -> int:
-    return forward_rows(timestep_grid(kind, steps, timesteps), timesteps, guidance_scale, interval)
+def _row_steps(kind: str, steps: int, schedule: Schedule, interval: Interval, guidance_scale: float) -> int:
+    return forward_rows(noise_levels(kind, steps, schedule), schedule, guidance_scale, interval)

@@ -22,9 +22,12 @@ def saturation(load: LoadSnapshot) -> float:
 
 
 def hung(load: LoadSnapshot, after_s: float) -> bool:
-    """Return whether samples are running and no worker that has any took a step within `after_s` seconds."""
+    """Return whether samples are running and all workers that have any hang.
+
+    A worker hangs that takes no step within `after_s` seconds, or within its own limit if that is longer.
+    """
     busy = [worker for worker in load.workers if worker.running_samples > 0]
-    return bool(busy) and all(worker.last_step_age_s > after_s for worker in busy)
+    return bool(busy) and all(worker.last_step_age_s > max(after_s, worker.hang_s) for worker in busy)
 
 
 def eta_s(status: JobStatus, load: LoadSnapshot) -> float | None:

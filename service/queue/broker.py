@@ -299,10 +299,13 @@ class Broker(Reads):
         """Return the rows that `owner` was ever given, as its last claim said; its reports repeat them."""
         return self._given_rows.get(owner, 0)
 
-    async def renew(self, leases: Sequence[Lease]) -> Renewal:
-        """Extend leases that are still held, and return which are not."""
+    async def renew(self, leases: Sequence[Lease], *, predicted_s: float = 0.0) -> Renewal:
+        """Extend leases that are still held, and return which are not.
+
+        None is extended for longer than `Limits.longest_run_s` of jobs predicted to run for `predicted_s`.
+        """
         tokens = [part for lease in leases for part in _token(lease)]
-        verdicts = await self._run("renew", _ms(self.limits.max_run_s), *tokens)
+        verdicts = await self._run("renew", _ms(self.limits.longest_run_s(predicted_s)), *tokens)
         pairs = list(zip(leases, verdicts, strict=True))
         return Renewal(
             lost=frozenset(lease.job_id for lease, verdict in pairs if verdict),

@@ -44,6 +44,7 @@ class Stepper(Protocol):
     """The part of the engine that is used here."""
 
     costs: CostModel
+    step_s: float
 
     @property
     def idle(self) -> bool: ...
@@ -123,6 +124,11 @@ class EngineThread:
         self._faults = 0
         self._changed = True  # since the last report
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def step_s(self) -> float:
+        """Return the predicted seconds of the step under way, or else of the last."""
+        return self._engine.step_s
 
     def start(self) -> None:
         self._thread.start()

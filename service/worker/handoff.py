@@ -34,12 +34,10 @@ class Handoff:
 
     Args:
         origin: `checkpoint_origin` of this worker.
-        export_s: seconds that the engine has to export its samples when the worker leaves.
     """
 
-    def __init__(self, broker: Broker, engine: EngineThread, *, origin: str, export_s: float) -> None:
-        self._broker, self._engine = broker, engine
-        self._origin, self._export_s = origin, export_s
+    def __init__(self, broker: Broker, engine: EngineThread, *, origin: str) -> None:
+        self._broker, self._engine, self._origin = broker, engine, origin
 
     def sample_states(self, claim: Claim) -> Sequence[SampleState]:
         """Return the states in which an earlier worker left the samples of a job, in seed order."""
@@ -53,13 +51,16 @@ class Handoff:
             log.info("checkpoint dropped", job=claim.job.id, reason=str(error))
             return not_begun
 
-    async def export(self, jobs: Sequence[RunningJob]) -> dict[str, Snapshot]:
-        """Return snapshots of the jobs' samples by sample id; none if the engine does not answer in time."""
+    async def export(self, jobs: Sequence[RunningJob], *, limit_s: float) -> dict[str, Snapshot]:
+        """Return snapshots of the jobs' samples by sample id; none if the engine does not answer in time.
+
+        It answers when the step under way has ended.
+        """
         ids = [request.id for job in jobs for request in job.requests]
         if not ids:
             return {}
         try:
-            async with asyncio.timeout(self._export_s):
+            async with asyncio.timeout(limit_s):
                 return await asyncio.wrap_future(self._engine.export(ids))
         except TimeoutError:
             log.warning("the engine does not say where its samples stand", samples=len(ids))

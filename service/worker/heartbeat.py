@@ -33,8 +33,16 @@ class Leases:
         self._broker = broker
         self._outage_at = -inf
 
-    async def keep(self, held: Callable[[], list[Lease]], on_lost: Callable[[Renewal], None]) -> None:
+    async def keep(
+        self,
+        held: Callable[[], list[Lease]],
+        on_lost: Callable[[Renewal], None],
+        *,
+        predicted_s: Callable[[], float],
+    ) -> None:
         """Renew the leases that `held` returns three times per lease time, call `on_lost`, and sweep.
+
+        The longest of their jobs is predicted to run for `predicted_s` seconds.
 
         After an outage of Redis, and after its clock was set, no lease is swept until every worker has had
         the time to renew its own.
@@ -43,7 +51,7 @@ class Leases:
         while True:
             leases = held()
             try:
-                renewal = await self._broker.renew(leases)
+                renewal = await self._broker.renew(leases, predicted_s=predicted_s())
                 # A job may have ended during the renewal, and may even have been claimed again.
                 current = set(held())
                 ended = {lease.job_id for lease in leases if lease not in current}

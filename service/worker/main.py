@@ -16,7 +16,13 @@ import structlog
 import uvloop
 
 from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
-from ditserve.service.backends import Backend, BackendUnavailable, load_backend, load_text_encoder
+from ditserve.model.spec.text_encoder import text_encoder_name
+from ditserve.service.backends import (
+    Backend,
+    BackendUnavailable,
+    load_backend,
+    load_text_encoder,
+)
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.scheduler import Scheduler
@@ -130,6 +136,7 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
         queue_limit=settings.queue_limit,
         result_ttl_s=settings.result_ttl_s,
         lease_s=settings.lease_s,
+        max_run_s=settings.max_run_s,
         max_attempts=settings.max_attempts,
     )
     embeddings = Embeddings(
@@ -201,14 +208,13 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
 
     Raises:
         BackendUnavailable: there is no such encoder here, or it is not the model's.
+        BundleError: the model's is a class, which must be named in the settings.
     """
     wanted = manifest.config.text_width
     if not wanted:
         return None
-    data = manifest.provenance.get("training", {}).get("data", {})
-    encoder = load_text_encoder(
-        settings.text_encoder or data.get("text") or "minilm", manifest.config.text_tokens
-    )
+    name = text_encoder_name(manifest, settings.text_encoder, "--text-encoder")
+    encoder = load_text_encoder(name, manifest.config.text_tokens)
     if encoder.size != wanted:
         raise BackendUnavailable(
             f"the text encoder gives {encoder.size} numbers and the model takes {wanted}: "

@@ -102,9 +102,10 @@ class Worker:
             clock=broker.clock,
             max_rows=policy.max_rows,
         )
-        self._handoff = Handoff(broker, self._engine, origin=identity.origin, export_s=policy.export_s)
+        self._handoff = Handoff(broker, self._engine, origin=identity.origin)
         self._jobs = RunningJobs()
         self._busy_since = 0.0
+        self._peak_s = 0.0  # the most work since it had none, in seconds
         self._report: EngineReport | None = None  # the engine's last; None: not ready yet
         self._leaving = False
         self._may_claim_later = False  # another worker was idler at the last claim
@@ -343,7 +344,7 @@ class Worker:
         # It must be late twice in a row, because this process may itself have been stopped for a while.
         while late < 2:
             await asyncio.sleep(self.policy.hang_s / 10)
-            late = late + 1 if self._step_age_s() > self.policy.hang_s else 0
+            late = late + 1 if self._step_age_s() > self._hang_limit_s() else 0
         log.error("the engine hangs", seconds=round(self._step_age_s(), 1))
         for job in self._jobs:
             self._fail(job, InternalError("The engine of the worker hung."), retry=True)
@@ -352,24 +353,31 @@ class Worker:
     # The worker leaves.
 
     async def _drain(self, claiming: asyncio.Task[None], force_stop: asyncio.Event) -> None:
-        """Finish the jobs that have begun, as far as the time allows, and hand back the rest."""
+        """Finish the jobs that have begun, as far as the time allows, and hand back the rest.
+
+        The engine can only say where its samples stand between two steps, so the last steps of the time are
+        kept for that.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.policy.drain_s
         log.info("draining", jobs=len(self._jobs))
         self._leaving = True
         self._broker.work.notify()
         await self._reporting.retire(self.identity.name)
         await claiming
         progress = self._report.progress if self._report else {}
-        await self._hand_back([job for job in self._jobs if not self._jobs.has_begun(job, progress)])
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self.policy.drain_s
+        not_begun = [job for job in self._jobs if not self._jobs.has_begun(job, progress)]
+        await self._hand_back(not_begun, self.policy.export_s)
         while self._jobs and not force_stop.is_set() and not self._broken.is_set():
             self._job_ended.clear()
-            if not await first(self._job_ended, force_stop, self._broken, timeout_s=deadline - clock()):
+            left_s = deadline - clock() - self.policy.export_steps * self._engine.step_s
+            if not await first(self._job_ended, force_stop, self._broken, timeout_s=left_s):
                 break
-        await self._hand_back(list(self._jobs))
+        await self._hand_back(list(self._jobs), 0.0 if force_stop.is_set() else deadline - clock())
 
-    async def _hand_back(self, jobs: Sequence[RunningJob]) -> None:
-        snapshots = {} if self._broken.is_set() else await self._handoff.export(jobs)
+    async def _hand_back(self, jobs: Sequence[RunningJob], limit_s: float) -> None:
+        limit_s = max(limit_s, self.policy.export_s)
+        snapshots = {} if self._broken.is_set() else await self._handoff.export(jobs, limit_s=limit_s)
         for job in jobs:
             if job in self._jobs:
                 states = job.sample_states(snapshots)
@@ -382,10 +390,16 @@ class Worker:
         await self._reporting.run(self._worker_state, self._engine)
 
     async def _keep_leases(self) -> None:
-        await self._leases.keep(self._held_leases, self._on_lost_leases)
+        await self._leases.keep(self._held_leases, self._on_lost_leases, predicted_s=self._longest_run_s)
 
     def _held_leases(self) -> list[Lease]:
         return [job.lease for job in self._jobs]
+
+    def _longest_run_s(self) -> float:
+        """Return the predicted seconds of the slowest job: in every batch, or beside all that was claimed."""
+        state = self._worker_state() if self._jobs else None
+        self._peak_s = max(self._peak_s, backlog_time(state)) if state else 0.0
+        return max(self._peak_s, max((job.job.steps for job in self._jobs), default=0) * self._engine.step_s)
 
     def _worker_state(self) -> WorkerState | None:
         """Return what to publish about this worker; None before the engine is ready."""
@@ -409,8 +423,12 @@ class Worker:
             bundle=self.identity.bundle,
             given_rows=self._broker.given_rows(self.identity.name),
             last_step_age_s=self._step_age_s(),
+            hang_s=self._hang_limit_s(),
             updated_at=self._broker.clock(),
         )
+
+    def _hang_limit_s(self) -> float:
+        return self.policy.hang_limit_s(self._engine.step_s)
 
     def _step_age_s(self) -> float:
         """Return the seconds since the last step, 0 while there is nothing to step."""

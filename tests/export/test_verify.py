@@ -11,25 +11,25 @@ from ditserve.export.verify import BANDS, ParityLimits, check, compare, report, 
 LIMITS = ParityLimits(relative_l2=0.01, cosine=0.999)
 
 
-def test_each_row_counts_in_the_band_of_its_timestep() -> None:
+def test_each_row_counts_in_the_band_of_its_noise() -> None:
     reference = np.ones((4, 3), np.float32)
     candidate = reference.copy()
     candidate[3] += 0.5
-    bands = compare(reference, candidate, np.array([0.0, 99.0, 100.0, 999.0]), 1000)
-    assert [(band.low, band.high, band.rows) for band in bands] == [(0, 99, 2), (100, 199, 1), (900, 999, 1)]
+    bands = compare(reference, candidate, np.array([0.0, 0.09, 0.1, 1.0]))
+    assert [(band.low, band.high, band.rows) for band in bands] == [(0, 0.1, 2), (0.1, 0.2, 1), (0.9, 1, 1)]
     assert [band.relative_l2 for band in bands] == [0.0, 0.0, pytest.approx(0.5)]
-    assert worst(bands).low == 900
+    assert worst(bands).low == 0.9
     assert worst(bands).max_abs == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("total", [1, 7, 10, 999, 1000])
-def test_bands_cover_every_timestep_once(total: int) -> None:
+def test_bands_cover_the_whole_noise_once(total: int) -> None:
     rows = np.zeros((total, 1), np.float32)
-    bands = compare(rows, rows, np.arange(total, dtype=np.float32), total)
+    bands = compare(rows, rows, np.linspace(0, 1, total))
     assert sum(band.rows for band in bands) == total
     assert len(bands) <= BANDS
-    covered = [t for band in bands for t in range(band.low, band.high + 1)]
-    assert covered == list(range(total))
+    assert [band.low for band in bands] == sorted({band.low for band in bands})
+    assert all(band.high == pytest.approx(band.low + 0.1) for band in bands)
 
 
 @pytest.mark.parametrize(
@@ -39,24 +39,26 @@ def test_a_bad_band_is_refused_in_one_sentence_that_says_where(spoil: float, wor
     reference = np.ones((2, 8), np.float32)
     candidate = reference.copy()
     candidate[1, 0] = spoil + 1
-    with pytest.raises(ExportError, match=rf"^backbone\.onnx .*{words}.* 500\.\.599") as refused:
-        check("backbone.onnx", compare(reference, candidate, np.array([0.0, 550.0]), 1000), LIMITS)
+    with pytest.raises(
+        ExportError, match=rf"^backbone\.onnx .*{words}.* 0\.5\.\.0\.6 of its range"
+    ) as refused:
+        check("backbone.onnx", compare(reference, candidate, np.array([0.0, 0.55])), LIMITS)
     assert "\n" not in str(refused.value)
 
 
 def test_a_sign_flip_is_refused_by_cosine_even_where_size_would_pass() -> None:
     reference = np.ones((1, 8), np.float32)
-    bands = compare(reference, -reference, np.array([0.0]), 1000)
+    bands = compare(reference, -reference, np.array([0.0]))
     with pytest.raises(ExportError, match="cosine"):
         check("graph", bands, ParityLimits(relative_l2=10.0, cosine=0.9))
 
 
 def test_report_is_plain_data() -> None:
     rows = np.ones((1, 2), np.float32)
-    (entry,) = report(compare(rows, rows, np.array([5.0]), 1000))
+    (entry,) = report(compare(rows, rows, np.array([0.005])))
     assert entry == {
         "low": 0,
-        "high": 99,
+        "high": 0.1,
         "rows": 1,
         "relative_l2": 0.0,
         "max_abs": 0.0,

@@ -23,13 +23,13 @@ from ditserve.model.nets.factory import Network, NetworkConfig, make_network
 from ditserve.model.spec.bundle import (
     CALIBRATION,
     Bundle,
-    DiffusionSpec,
     Factor,
     Manifest,
     RungSpec,
     StateTensor,
     write_manifest,
 )
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.load import DEFAULTS
 from ditserve.model.train.loaded_model import LoadedModel

@@ -94,7 +94,7 @@ def test_command_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     ("arguments", "message"),
     [
         (["--query", "8", "0"], "a pixel in rows 0..7 and columns 0..7, not 8 0"),
-        (["-c", "label=q"], "no class 'q'"),
+        (["-c", "label=q"], "no label 'q'"),
     ],
 )
 def test_errors_are_one_sentence(

@@ -95,6 +95,24 @@ def test_command_line_without_condition_makes_a_sheet(bundle: Path, tmp_path: Pa
     assert width > 5 * 8
 
 
+def test_a_larger_picture_in_windows(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "wide.png"
+    command = [str(bundle), "-c", "label=fox", "--count", "1", "--steps", "2", "-o", str(out)]
+    pictures = []
+    # A size that is no multiple of the patch is possible in windows only.
+    for size, windows in (("20", ["--windows"]), ("21", ["--windows"]), ("20", [])):
+        assert main([*command, "--size", "11" if windows else "12", size, *windows]) == 0
+        pictures.append(out.read_bytes())
+        assert size_of(out) == (int(size), 11 if windows else 12)
+    assert len(set(pictures)) == 3
+    # At the model's own size there is one window, the picture.
+    own = []
+    for windows in ([], ["--windows"]):
+        assert main([*command, "--size", "8", "8", *windows]) == 0
+        own.append(out.read_bytes())
+    assert own[0] == own[1]
+
+
 def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
     assert main([str(finished_run), "-c", "label=owl", "--steps", "2", "-o", str(tmp_path / "out.png")]) == 0
     opened = load_model(finished_run)
@@ -116,6 +134,7 @@ def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
         (["BUNDLE", "--size", "7", "8"], "not a multiple of the patch"),
         (["BUNDLE", "--interval", "0.5", "0.2"], "interval"),
         (["BUNDLE", "-c", "text=a fox"], "takes no text"),
+        (["BUNDLE", "--windows", "--size", "6", "8"], "has no window"),
         (["RUN", "--data", "absent.npz"], "absent.npz does not exist"),
         (["BROKEN"], "not the configuration of a training run"),
     ],

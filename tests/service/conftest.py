@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ditserve.model.spec.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor
+from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory
 from ditserve.service.engine.conditions import ConditionCaches
@@ -109,7 +110,7 @@ class FakeBackend:
 
 
 class ScriptedPlanner(Planner):
-    """A planner that makes the given moves, each once its sample is at or below a timestep."""
+    """A planner that makes the given moves, each once its sample is at or below a noise, in 999 parts."""
 
     def __init__(self, moves: Sequence[tuple[str, int, Rung, str]] = ()) -> None:
         super().__init__(Ladder(()))
@@ -126,7 +127,7 @@ class ScriptedPlanner(Planner):
         queued_rows: int = 0,
     ) -> list[Change]:
         self.seen.append(samples)
-        at = {sample.id: sample.timestep for sample in samples}
+        at = {sample.id: round(999 * sample.noise) for sample in samples}
         due = [move for move in self.moves if move[0] in at and at[move[0]] <= move[1]]
         self.moves = [move for move in self.moves if move not in due]
         return [Change(name, rung, reason) for name, _, rung, reason in due]
@@ -207,7 +208,7 @@ def make_engine() -> Callable[..., Engine]:
     ) -> Engine:
         backend = backend or FakeBackend()
         spec = backend.manifest.diffusion
-        ladder = Ladder(())
+        ladder = Ladder((), spec.noise_schedule())
         return Engine(
             backend=backend,
             conditions=ConditionCaches(backend, modulation_bytes=modulation_bytes),

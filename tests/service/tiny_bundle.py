@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ditserve.model.spec.bundle import Defaults, DiffusionSpec, Factor, Manifest, StateTensor, write_manifest
+from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor, write_manifest
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 
 CONFIG = DiTConfig(

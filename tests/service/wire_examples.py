@@ -106,6 +106,7 @@ STATE = WorkerState(
     bundle="fedcba9876543210",
     given_rows=500,
     slow=(SlowSpell(1.0, 2.5), SlowSpell(4.0, 1.25)),
+    hang_s=200.0,
 )
 STARTING = Starting("w2", "emoji", "warming up")
 SNAPSHOT = Snapshot(

@@ -94,7 +94,7 @@ class ProgressiveDistillationConfig(_TeacherConfig):
     def defaults(self, step: int) -> dict[str, Any]:
         """Return the sampling defaults of the student after `step` optimiser steps."""
         steps = self.sampling_steps[self.round_of(max(0, step - 1))]
-        return {**super().defaults(step), "steps": steps, "solver": "ddim", "grid": "trailing"}
+        return {**super().defaults(step), "steps": steps, "solver": "ddim"}
 
 
 DistillationConfig = Annotated[

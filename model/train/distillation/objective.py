@@ -21,7 +21,7 @@ from ditserve.model.train.distillation.config import OutputDistillationConfig
 from ditserve.model.train.distillation.features import FeatureMatch
 from ditserve.model.train.distillation.progressive import ProgressiveDistillation
 from ditserve.model.train.distillation.teacher import Teacher, fingerprint, open_teacher
-from ditserve.model.train.loss import NoiseTables, per_row, squared_error
+from ditserve.model.train.loss import RowNoise, squared_error
 
 
 class DistillationObjective(Protocol):
@@ -96,7 +96,7 @@ def make_objective(config: TrainConfig, dataset: Dataset, student: Network) -> D
 
 def distillation_loss(
     objective: DistillationObjective,
-    tables: NoiseTables,
+    row: RowNoise,
     output: Tensor,
     batch: TrainingBatch,
     x_t: Tensor,
@@ -109,8 +109,8 @@ def distillation_loss(
     auxiliary losses.
     """
     image = objective.target(batch, x_t)
-    noise = (x_t - per_row(tables.alpha, batch.t) * image) / per_row(tables.sigma, batch.t)
-    error = squared_error(tables, output, image, noise, batch.t).mean()
+    noise = (x_t - row.alpha * image) / row.sigma
+    error = squared_error(row, output, image, noise).mean()
     total, terms = objective.weight * error + (1.0 - objective.weight) * data_loss, {"teacher": error}
     for name, (weight, value) in objective.auxiliary_losses().items():
         total, terms[name] = total + weight * value, value

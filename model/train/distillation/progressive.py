@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ditserve.model.spec.diffusion import Schedule
-from ditserve.model.spec.grids import grid
+from ditserve.model.spec.grids import even_grid, noise_levels
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.config import TrainConfig
@@ -25,21 +25,25 @@ from ditserve.model.train.distillation.teacher import Teacher, fingerprint
 from ditserve.model.train.loaded_model import LoadedModel
 from ditserve.model.train.loss import per_row
 
-# With half as many steps, this grid has every second timestep.
-GRID = "trailing"
-
 
 class DdimSteps:
-    """The DDIM steps of a grid: x' = a · x + b · D for an image estimate D; a and b are float32 (steps,)."""
+    """The DDIM steps of an even grid: x' = a · x + b · D for an image estimate D; a, b are float32 (steps,).
+
+    With half as many steps, the grid has every second level.
+    """
 
     def __init__(self, steps: int, schedule: Schedule, device: str) -> None:
-        table = step_table("ddim", grid(GRID, steps, schedule.timesteps), schedule)
-        self.timestep = torch.from_numpy(table.timestep.copy()).to(device)
+        table = step_table("ddim", noise_levels(even_grid(schedule), steps, schedule), schedule)
+        self.level = torch.from_numpy(table.level.copy()).to(device)
         self.a, self.b = (torch.from_numpy(column.copy()).float().to(device) for column in (table.a, table.b))
 
     def advance(self, x: Tensor, image: Tensor, number: Tensor) -> Tensor:
         """Return x after the steps `number` (N,), with the image D estimated in it; both are (N, C, H, W)."""
         return per_row(self.a, number) * x + per_row(self.b, number) * image
+
+    def number_at(self, levels: Tensor) -> Tensor:
+        """Return the number (N,) of the step that each of the levels (N,) lies in: its start or below it."""
+        return len(self.level) - 1 - torch.searchsorted(self.level.flip(0), levels.contiguous())
 
     def image_between(self, x: Tensor, after: Tensor, number: Tensor) -> Tensor:
         """Return the image with which one step leads from `x` to `after` (arXiv:2202.00512, algorithm 2)."""
@@ -70,10 +74,10 @@ class ProgressiveDistillation:
                 f"not {of_teacher} and {of_student}: train a teacher that does"
             )
         self.schedule = config.diffusion.noise_schedule()
-        if 2 * spec.sampling_steps[0] > self.schedule.timesteps:
+        if 2 * spec.sampling_steps[0] > self.schedule.max_steps:
             raise ValueError(
                 f"distillation.sampling_steps: the first teacher takes {2 * spec.sampling_steps[0]} steps, "
-                f"and there are {self.schedule.timesteps} timesteps: begin with fewer"
+                f"and there may be {self.schedule.max_steps}: begin with fewer"
             )
         self.identity: dict[str, Any] = {"teacher": fingerprint(first.network)}
         self._enter_round(0, first)
@@ -90,19 +94,18 @@ class ProgressiveDistillation:
             self._enter_round(current, self.load_teacher(previous if current else self.spec.teacher))
 
     def prepare_batch(self, batch: TrainingBatch) -> TrainingBatch:
-        """Move the timesteps onto the student's grid.
+        """Move the noise levels up to the student's grid.
 
-        With 6 steps over 1000 timesteps, t = 0–166 becomes the grid's lowest timestep and t = 834–999 its
+        With 6 steps over 1000 timesteps, t = 0–166 becomes the grid's lowest timestep and t = 833–999 its
         highest.
         """
-        steps, total = len(self.student_steps.timestep), self.schedule.timesteps
-        return replace(batch, t=self.student_steps.timestep[steps - 1 - batch.t * steps // total])
+        return replace(batch, t=self.student_steps.level[self.student_steps.number_at(batch.t)])
 
     def target(self, batch: TrainingBatch, x_t: Tensor) -> Tensor:
         """Return the image that leads the student in one step to where its teacher arrives in two."""
-        number, x = self.step_numbers[batch.t], x_t
+        number, x = self.student_steps.number_at(batch.t), x_t
         for teacher_number in (2 * number, 2 * number + 1):
-            t = self.teacher_steps.timestep[teacher_number]
+            t = self.teacher_steps.level[teacher_number]
             image = self.teacher.estimate_x0(x, t, batch.labels, batch.text)
             image = image.clip(-1, 1) if self.teacher.clip_x0 else image
             x = self.teacher_steps.advance(x, image, teacher_number)
@@ -119,6 +122,3 @@ class ProgressiveDistillation:
         steps = self.spec.sampling_steps[number]
         self.student_steps = DdimSteps(steps, self.schedule, device)
         self.teacher_steps = DdimSteps(2 * steps, self.schedule, device)
-        # Timestep → number of the student's step that begins there.
-        self.step_numbers = torch.full((self.schedule.timesteps,), -1, device=device)
-        self.step_numbers[self.student_steps.timestep] = torch.arange(steps, device=device)

@@ -13,12 +13,12 @@ from ditserve.model.data.dataset import Dataset
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import Factor
-from ditserve.model.spec.diffusion import guidance_weight, guided
+from ditserve.model.spec.guidance import guidance_weight, guided
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
-from ditserve.model.train.loss import noise_tables, per_row
+from ditserve.model.train.loss import TrainingNoise
 from ditserve.model.train.optimizer import autocast
 
 
@@ -29,27 +29,32 @@ class Teacher:
         manifest, self.config = model.manifest, config
         self.network: Network = model.network.to(config.device)
         self.clip_x0, self.channels = manifest.diffusion.clip_x0, manifest.diffusion.guidance_channels
-        self.tables = noise_tables(model.schedule, "x0", device=config.device)
-        self.guided = scale not in (None, 1.0)
-        total, interval = model.schedule.timesteps, manifest.defaults.guidance_interval
-        weights = [guidance_weight(scale or 1.0, t, total, interval) for t in range(total)]
-        self.guidance = torch.tensor(weights, device=config.device)
+        self.noise = TrainingNoise(model.schedule, "x0", device=config.device)
+        self.scale, self.interval = scale or 1.0, manifest.defaults.guidance_interval
+
+    @property
+    def guided(self) -> bool:
+        """True if the estimates are guided."""
+        return self.scale != 1.0
 
     @torch.no_grad()
     def estimate_x0(self, x: Tensor, t: Tensor, labels: Tensor, text: Tensor | None) -> Tensor:
         """Return the estimate of the image (N, C, H, W), not clipped.
 
-        `x` is (N, C, H, W) at timesteps `t` (N,), with labels (N, F) and text (N, text_width).
+        `x` is (N, C, H, W) at noise levels `t` (N,), with labels (N, F) and text (N, text_width).
         """
-        null = null_labels(self.network.config, len(x), x.device)
+        null, row = null_labels(self.network.config, len(x), x.device), self.noise.at(t)
         with autocast(self.config.precision, self.config.device):
-            unconditional = self.network(x, t, null) if self.guided else None
-            output = self.network(x, t, labels, text)
+            unconditional = self.network(x, row.told, null) if self.guided else None
+            output = self.network(x, row.told, labels, text)
         if unconditional is not None:
-            weight = per_row(self.guidance, t)
-            output = guided(output, unconditional, weight, self.channels or x.shape[1])
+            weight = [
+                guidance_weight(self.scale, level, self.noise.schedule, self.interval) for level in t.tolist()
+            ]
+            weights = torch.tensor(weight, device=x.device).view(-1, 1, 1, 1)
+            output = guided(output, unconditional, weights, self.channels or x.shape[1])
         prediction: Tensor = output[:, : x.shape[1]].float()
-        return per_row(self.tables.x0_x, t) * x + per_row(self.tables.x0_out, t) * prediction
+        return row.image(x, prediction)
 
 
 def open_teacher(source: Path, config: TrainConfig, dataset: Dataset, student: NetworkConfig) -> LoadedModel:

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from ditserve.model.spec.bundle import Manifest, RungSpec
-from ditserve.model.spec.grids import GRIDS
+from ditserve.model.spec.grids import grid_names
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.http.context import Api
 from ditserve.service.http.models import Model
@@ -52,7 +52,8 @@ def _describe(manifest: Manifest, workers: Sequence[WorkerState], settings: Sett
         networks=sorted(networks),
         factors=[FactorOut(name=factor.name, classes=list(factor.classes)) for factor in manifest.factors],
         samplers=list(SOLVERS),
-        grids=list(GRIDS),
+        step_counts=sorted(manifest.diffusion.step_counts),
+        grids=list(grid_names(manifest.diffusion.noise_schedule())),
         defaults=_defaults(manifest),
         ladder=[_rung(rung) for rung in manifest.ladder],
         ladder_order=manifest.ladder_order if manifest.ladder else None,

@@ -13,6 +13,7 @@ from ditserve.model.evaluation.classifier_network import Classifier, ClassifierC
 from ditserve.model.evaluation.comparison import rows_per_image
 from ditserve.model.nets.cost import cost
 from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.diffusion import make_schedule
 from ditserve.model.train.load import load_model
 from tests.model.train.distillation.distillation_cases import write_teacher
 from tests.model.train.training_cases import write_pictures
@@ -61,10 +62,11 @@ def test_models_are_set_side_by_side(
 
 
 def test_rows_count_where_guidance_acts() -> None:
+    schedule = make_schedule("linear")
     sampling = {"steps": 10, "grid": "trailing", "guidance_scale": 2.0, "guidance_interval": [0, 1]}
-    assert rows_per_image({"sampling": sampling}, 1000) == 20
-    assert rows_per_image({"sampling": {**sampling, "guidance_scale": 1.0}}, 1000) == 10
-    assert rows_per_image({"sampling": {**sampling, "guidance_interval": [0.35, 0.65]}}, 1000) == 13
+    assert rows_per_image({"sampling": sampling}, schedule) == 20
+    assert rows_per_image({"sampling": {**sampling, "guidance_scale": 1.0}}, schedule) == 10
+    assert rows_per_image({"sampling": {**sampling, "guidance_interval": [0.35, 0.65]}}, schedule) == 13
 
 
 def test_a_comparison_needs_an_output_folder_and_different_names(

@@ -27,13 +27,13 @@ from ditserve.model.spec.network_config import network_config, network_fields
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.config import load_config
 from ditserve.model.train.load import load_model
-from ditserve.model.train.loss import noise_tables, per_row, squared_error
+from ditserve.model.train.loss import TrainingNoise, squared_error
 from ditserve.model.train.trainer import Trainer
 from ditserve.model.weights.official import WeightsError, to_official
 from tests.model.train.distillation.distillation_cases import write_teacher
 from tests.model.train.training_cases import write_pictures
 
-TABLES = noise_tables(make_schedule("cosine", prediction="x0"), "v", 5.0)
+NOISE = TrainingNoise(make_schedule("cosine", prediction="x0"), "v", 5.0)
 KINDS: dict[str, dict[str, Any]] = {
     "adaln_zero": {"qk_norm": True, "mlp_ratio": 1.9},
     "swiglu": {"swiglu": True, "rope": True, "blocks": ("adaln",)},
@@ -64,7 +64,7 @@ def dit(request: pytest.FixtureRequest, network: Callable[..., DiT], tiny: Calla
 
 
 def measured(dit: DiT) -> dict[str, Tensor]:
-    return importance(dit, TABLES, [some(dit)])
+    return importance(dit, NOISE, [some(dit)])
 
 
 def test_taking_nothing_away_changes_nothing(dit: DiT) -> None:
@@ -96,9 +96,9 @@ def test_what_does_nothing_goes_first_and_is_not_missed(dit: DiT) -> None:
 def test_importance_is_the_squared_first_order_change_of_each_pictures_loss(
     network: Callable[..., DiT], tiny: Callable[..., DiTConfig]
 ) -> None:
-    dit, tables = network(tiny(depth=2)), TABLES
+    dit = network(tiny(depth=2))
     batch = some(dit)
-    importances = importance(dit, tables, [batch[0:4], batch[4:6]])
+    importances = importance(dit, NOISE, [batch[0:4], batch[4:6]])
     assert importances.keys() == group_counts(dit).keys()
     for name, values in importances.items():
         weight = dit.get_submodule(name).get_parameter("weight")
@@ -106,8 +106,9 @@ def test_importance_is_the_squared_first_order_change_of_each_pictures_loss(
         total = torch.zeros(len(values))
         for k in range(len(batch)):
             row = batch[k : k + 1]
-            x_t = add_noise(per_row(tables.alpha, row.t), per_row(tables.sigma, row.t), row.x0, row.noise)
-            loss = squared_error(tables, dit(x_t, row.t, row.labels), row.x0, row.noise, row.t).sum()
+            at = NOISE.at(row.t)
+            x_t = add_noise(at.alpha, at.sigma, row.x0, row.noise)
+            loss = squared_error(at, dit(x_t, row.t, row.labels), row.x0, row.noise).sum()
             (slope,) = torch.autograd.grad(loss, weight)
             total += (slope * weight).detach().unflatten(1, (len(values), -1)).sum((0, 2)).square()
         torch.testing.assert_close(values, total / len(batch), rtol=1e-3, atol=1e-6)

@@ -15,13 +15,13 @@ from ditserve.model.spec.bundle import (
     Bundle,
     BundleError,
     Defaults,
-    DiffusionSpec,
     Factor,
     Manifest,
     StateTensor,
     write_atomic,
     write_manifest,
 )
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import network_fields
 from tests.model.nets.unet_cases import TINY_UNET

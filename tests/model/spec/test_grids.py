@@ -21,6 +21,8 @@ reference: Any = diffusers  # untyped
 EVERY = sorted(GRIDS.keys() - {"ddim-stride"})
 kinds = st.sampled_from(EVERY)
 
+LINEAR = make_schedule("linear")
+
 
 @st.composite
 def grid_sizes(draw: st.DrawFn) -> tuple[int, int]:
@@ -206,26 +208,27 @@ def test_regridding_a_tail_with_as_many_steps_changes_nothing(
 def test_the_grid_follows_from_solver_and_steps_unless_the_stated_one_suits(
     stated: str, solver: str, steps: int, kind: str
 ) -> None:
-    assert choose_grid(None, stated=stated, solver=solver, steps=steps) == kind
+    assert choose_grid(None, stated=stated, solver=solver, steps=steps, schedule=LINEAR) == kind
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpmpp-2m", "unipc-1"])
 def test_every_count_of_steps_has_a_grid_that_starts_at_the_noisy_end(solver: str) -> None:
     for total in (1, 2, 10, 1000):
+        schedule = make_schedule("linear", total)
         for steps in range(1, total + 1):
-            kind = choose_grid(None, stated="leading", solver=solver, steps=steps, timesteps=total)
+            kind = choose_grid(None, stated="leading", solver=solver, steps=steps, schedule=schedule)
             first = grid(kind, steps, total)[0]
             assert total - 1 - first <= min(2 * total / steps, 0.25 * (total - 1))
-            assert fits(kind, steps, total)
+            assert fits(kind, steps, schedule)
 
 
 @pytest.mark.parametrize(
     ("wanted", "steps", "message"),
     [
-        ("leading", 1, r"grid leading in 1 step starts at timestep 0 of 0\.\.999, below the noise"),
-        ("leading", 501, "grid leading in 501 steps starts at timestep 500"),
-        ("ddim-stride", 2, "grid ddim-stride in 2 steps starts at timestep 500"),
-        ("500,250", 2, "the grid starts at timestep 500"),
+        ("leading", 1, r"grid leading in 1 step starts at noise level 0 of 999, below the noise"),
+        ("leading", 501, "grid leading in 501 steps starts at noise level 500"),
+        ("ddim-stride", 2, "grid ddim-stride in 2 steps starts at noise level 500"),
+        ("500,250", 2, "the grid starts at noise level 500"),
         ("ddim-stride", 37, "take 36 or 38 steps"),
         ("spiral", 10, "grid must be one of"),
     ],
@@ -234,14 +237,14 @@ def test_a_wanted_grid_that_starts_below_the_noisy_end_is_refused(
     wanted: str, steps: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        choose_grid(wanted, stated="trailing", solver="ddim", steps=steps)
+        choose_grid(wanted, stated="trailing", solver="ddim", steps=steps, schedule=LINEAR)
 
 
 def mixture(schedule: Schedule) -> Network:
     """Return the exact noise prediction for data of 12 narrow normal distributions."""
     means = np.random.default_rng(0).uniform(-1.0, 1.0, (12, 8))
 
-    def network(x: Any, t: int) -> Any:
+    def network(x: Any, t: float) -> Any:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         variance = sigma**2 + 0.02 * alpha**2
         distance = x[:, None] - alpha * means  # (N, 12, 8)
@@ -261,7 +264,7 @@ def test_more_steps_on_the_chosen_grid_are_no_cliff(solver: str) -> None:
     truth = run(step_table("ddim", grid("trailing", 1000), schedule), noise, mixture(schedule))[-1]
 
     def error(steps: int) -> float:
-        kind = choose_grid(None, stated="leading", solver=solver, steps=steps)
+        kind = choose_grid(None, stated="leading", solver=solver, steps=steps, schedule=LINEAR)
         image = run(step_table(solver, grid(kind, steps), schedule), noise, mixture(schedule))[-1]
         return float(np.sqrt(np.mean((image - truth) ** 2)))
 
@@ -279,7 +282,7 @@ def test_more_steps_on_the_chosen_grid_are_no_cliff(solver: str) -> None:
 
 def test_a_stated_grid_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="grid must be one of"):
-        choose_grid(None, stated="spiral", solver="ddim", steps=10)
+        choose_grid(None, stated="spiral", solver="ddim", steps=10, schedule=LINEAR)
 
 
 def test_an_explicit_grid_is_followed_as_a_curve() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.unet import UNet
-from ditserve.model.spec.diffusion import guided
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.guidance import guided
 from ditserve.model.spec.mixing import (
     Mix,
     assign_blocks,

@@ -12,8 +12,12 @@ import scipy.stats  # type: ignore[import-untyped]
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from ditserve.model.spec.scheduler_config import SchedulerConfigError, read_scheduler_config
+from ditserve.model.spec.diffusion import RectifiedFlow
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
+from ditserve.model.spec.flow_grids import flow_grid, flow_regrid
+from ditserve.model.spec.scheduler_config import GridReading, SchedulerConfigError, read_scheduler_config
 from ditserve.model.spec.sigma_grids import SPACINGS, DynamicShift, SigmaGrid, beta_quantile
 
 reference: Any = diffusers  # untyped
@@ -94,37 +98,38 @@ def test_dynamic_shifts_are_those_of_diffusers_for_every_number_of_tokens(
     own = fields(EULER, **config)
     slope = (own["max_shift"] - own["base_shift"]) / (own["max_image_seq_len"] - own["base_image_seq_len"])
     mu = own["base_shift"] + slope * (tokens - own["base_image_seq_len"])
-    scheduler, pipeline = read_scheduler_config(own), read_scheduler_config(own, ends="pipeline")
+    scheduler = read_scheduler_config(own, GridReading(tokens))
+    pipeline = read_scheduler_config(own, GridReading(tokens, ends="pipeline"))
     for steps in COUNTS:
         if steps == 1 and "shift_terminal" in config:
             continue
         expected = theirs(EULER, steps, mu=mu, **config)
-        np.testing.assert_allclose(scheduler.sigmas(steps, tokens), expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(scheduler.sigmas(steps), expected, rtol=0, atol=TOLERANCE)
         # As the pipelines of FLUX and Qwen-Image call it.
         line = np.linspace(1.0, 1.0 / steps, steps)
         expected = theirs(EULER, steps, mu=mu, sigmas=line, **config)
-        np.testing.assert_allclose(pipeline.sigmas(steps, tokens), expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(pipeline.sigmas(steps), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", [UNIPC, DPM])
 def test_dynamic_shifts_of_multistep_schedulers_are_those_of_diffusers(name: str) -> None:
     config = {**FLOW, "use_dynamic_shifting": True}
-    grid = read_scheduler_config(fields(name, **config))
+    grid = read_scheduler_config(fields(name, **config), GridReading(4096))
     for steps in COUNTS:
         expected = theirs(name, steps, mu=1.15, **config)
-        np.testing.assert_allclose(grid.sigmas(steps, 4096), expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(grid.sigmas(steps), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("tokens", [256, 4096, 4300, 4301, 16384])
 def test_the_shift_of_flux2_is_that_of_its_pipeline(tokens: int) -> None:
     own = fields(EULER, use_dynamic_shifting=True)
-    grid = read_scheduler_config(own, ends="pipeline", mu="flux2")
+    grid = read_scheduler_config(own, GridReading(tokens, ends="pipeline", mu="flux2"))
     for steps in COUNTS:
         line, mu = np.linspace(1.0, 1.0 / steps, steps), compute_empirical_mu(tokens, steps)
         expected = theirs(EULER, steps, mu=mu, sigmas=line, use_dynamic_shifting=True)
         # The line is rounded to float32 there, which a large shift makes visible.
         atol = max(TOLERANCE, 1.5e-8 * steps)
-        np.testing.assert_allclose(grid.sigmas(steps, tokens), expected, rtol=0, atol=atol)
+        np.testing.assert_allclose(grid.sigmas(steps), expected, rtol=0, atol=atol)
 
 
 @settings(max_examples=60, deadline=None)
@@ -205,10 +210,13 @@ def test_a_configuration_that_gives_another_grid_is_refused_by_field(
     ("build", "message"),
     [
         (lambda: SigmaGrid(shift=0.0), "shift must be above 0"),
-        (lambda: SigmaGrid(terminal=1.0), "shift_terminal must be between 0 and 1"),
+        (lambda: SigmaGrid(terminal=1.0), "terminal must be between 0 and 1"),
         (lambda: SigmaGrid(spacing="cosine"), "spacing must be one of uniform"),  # type: ignore[arg-type]
+        (lambda: SigmaGrid(first=0.2, last=0.5), "first and last must decrease inside 0..1"),
+        (lambda: SigmaGrid(reaches_last=True), "first and last must decrease"),
+        (lambda: SigmaGrid(highest=0.0), "highest must be above 0"),
         (lambda: SigmaGrid().sigmas(0), "steps must be at least 1"),
-        (lambda: SigmaGrid(dynamic=DynamicShift()).sigmas(4), "say its number of tokens"),
+        (lambda: SigmaGrid(dynamic=DynamicShift()), "tokens of an image must be at least 1"),
         (
             lambda: DynamicShift("linear", base_shift=-1.0).shift(256, 4),
             "tokens the shift -1, not",
@@ -218,3 +226,90 @@ def test_a_configuration_that_gives_another_grid_is_refused_by_field(
 def test_an_impossible_grid_is_refused_in_one_sentence(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_dynamic_shift_grows_with_the_area_of_the_image() -> None:
+    grid = SigmaGrid(dynamic=DynamicShift(), tokens=256)
+    assert grid.for_area(16.0).sigmas(8) == SigmaGrid(dynamic=DynamicShift(), tokens=4096).sigmas(8)
+    assert SigmaGrid(shift=3.0).for_area(16.0) == SigmaGrid(shift=3.0)
+
+
+FLOWS = [
+    RectifiedFlow(),
+    RectifiedFlow(grid=SigmaGrid(shift=3.0)),
+    RectifiedFlow(grid=SigmaGrid(dynamic=DynamicShift("flux2"), tokens=1024)),
+    RectifiedFlow(grid=SigmaGrid(shift=5.0, terminal=0.1, last=0.001, reaches_last=True)),
+]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_grid_of_as_many_steps_as_are_left_is_the_old_one(flow: RectifiedFlow, spacing: str) -> None:
+    whole = flow_grid(spacing, 20, flow)
+    for done in (1, 7, 19):
+        again = flow_regrid(whole[done], 20 - done, spacing, flow, whole=20)
+        assert again[0] == whole[done]
+        np.testing.assert_allclose(again, whole[done:], atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(FLOWS),
+    st.sampled_from([*SPACINGS, "1,0.9,0.3"]),
+    st.floats(0.01, 1.0),
+    st.integers(1, 60),
+    st.integers(1, 100),
+)
+def test_a_regrid_starts_where_the_sample_is_and_decreases(
+    flow: RectifiedFlow, kind: str, level: float, steps: int, whole: int
+) -> None:
+    sigmas = np.array(flow_regrid(level, steps, kind, flow, whole=whole))
+    assert sigmas.shape == (steps,)
+    assert sigmas[0] == level
+    assert np.all(np.diff(sigmas) < 0.0)
+    assert sigmas[-1] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "grid"),
+    [
+        (None, SigmaGrid()),
+        ({"shift": 3.0}, SigmaGrid(shift=3.0)),
+        ({"scheduler": {"_class_name": DPM, **FLOW, "flow_shift": 5.0}}, SigmaGrid(shift=5.0, first=0.999)),
+        (
+            {
+                "scheduler": {"_class_name": EULER, "use_dynamic_shifting": True},
+                "ends": "pipeline",
+                "tokens": 64,
+            },
+            SigmaGrid(dynamic=DynamicShift(), tokens=64),
+        ),
+    ],
+)
+def test_a_bundle_states_the_grid_of_its_flow(given: Any, grid: SigmaGrid) -> None:
+    spec = DiffusionSpec(schedule="flow", prediction="flow", sigma_grid=given)
+    assert spec.noise_schedule().process.grid == grid  # type: ignore[attr-defined]
+    assert DiffusionSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shfit": 3.0}, "shfit"),
+        ({"shift": -1.0}, "shift must be above 0"),
+        ({"shift": "three"}, "shift"),
+        ({"dynamic": {"kind": "cubic"}, "tokens": 4}, "kind"),
+        ({"dynamic": {}}, "tokens of an image must be at least 1"),
+        ({"scheduler": {"_class_name": EULER, "shfit": 3.0}}, "field shfit: a FlowMatchEuler"),
+        ({"scheduler": {"_class_name": EULER}, "end": "pipeline"}, "end"),
+        ({"scheduler": 3}, "scheduler must be the object"),
+    ],
+)
+def test_a_bundle_with_an_impossible_grid_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DiffusionSpec(schedule="flow", prediction="flow", sigma_grid=given)
+
+
+def test_a_table_of_timesteps_has_no_sigma_grid() -> None:
+    with pytest.raises(ValidationError, match="sigma_grid is for flows"):
+        DiffusionSpec(schedule="linear", prediction="epsilon", sigma_grid=SigmaGrid())

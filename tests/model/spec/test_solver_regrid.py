@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditserve.model.spec.diffusion import Schedule, make_schedule
-from ditserve.model.spec.grids import GRIDS, regrid
+from ditserve.model.spec.grids import grid_names, noise_levels_from
 from ditserve.model.spec.solvers import step_table, trajectory
 from tests.model.spec.solver_cases import (
     COLUMNS,
@@ -29,16 +29,12 @@ from tests.model.spec.solver_cases import (
 )
 
 
-def spliced(data: st.DataObject, schedule: Schedule) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+def spliced(data: st.DataObject, schedule: Schedule) -> tuple[tuple[float, ...], int, tuple[float, ...]]:
     """Draw a grid, the number of its steps that are done, and a new grid for the rest."""
-    timesteps = data.draw(grids(schedule).filter(lambda values: len(values) > 1))
-    done = data.draw(st.integers(1, len(timesteps) - 1))
-    steps = data.draw(st.integers(1, min(timesteps[done] + 1, 40)))
-    return (
-        timesteps,
-        done,
-        regrid(timesteps[done], steps, data.draw(st.sampled_from(sorted(GRIDS))), schedule.timesteps),
-    )
+    levels = data.draw(grids(schedule).filter(lambda values: len(values) > 1))
+    done = data.draw(st.integers(1, len(levels) - 1))
+    steps, kind = data.draw(st.integers(1, 40)), data.draw(st.sampled_from(grid_names(schedule)))
+    return levels, done, noise_levels_from(levels[done], steps, kind, schedule)
 
 
 @settings(max_examples=40, deadline=None)
@@ -100,7 +96,7 @@ def test_a_sample_may_change_its_solver_on_the_way(order: tuple[str, ...]) -> No
     exact = std / marginal_std(schedule, 999, std)
     x: Any = 1.0
     denoised: Any = None
-    previous: int | None = None
+    previous: float | None = None
     grids = [tuple(range(999, 700, -10)), tuple(range(699, 400, -10)), tuple(range(399, 0, -10))]
     for solver, timesteps in zip(order, grids, strict=True):
         rest = (*timesteps, *((timesteps[-1] - 10,) if timesteps[-1] >= 10 else ()))

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditserve.model.spec.diffusion import (
-    CLEAN,
     PREDICTIONS,
     Prediction,
     Schedule,
+    VariancePreserving,
     add_noise,
     make_schedule,
     training_target,
+    variance_preserving,
 )
 from ditserve.model.spec.grids import GRIDS, grid
 from ditserve.model.spec.solvers import SOLVERS, learned_log_variance, step_table, trajectory, variance_bounds
@@ -37,7 +38,7 @@ from tests.model.spec.solver_cases import (
 
 
 def test_the_worked_example_of_a_table() -> None:
-    table = step_table("ddim", (1, 0), Schedule(np.array([0.64, 0.36])))
+    table = step_table("ddim", (1, 0), Schedule(VariancePreserving(np.array([0.64, 0.36]))))
     np.testing.assert_allclose(table.a, [0.75, 0.0], atol=1e-12)
     np.testing.assert_allclose(table.b, [0.35, 1.0], atol=1e-12)
 
@@ -47,11 +48,11 @@ def test_the_worked_example_of_a_table() -> None:
 def test_every_step_keeps_the_signal_and_the_noise_at_the_levels_of_its_timestep(
     data: st.DataObject, schedule: Schedule, solver: str, eta: float
 ) -> None:
-    timesteps = data.draw(grids(schedule))
-    table = step_table(solver, timesteps, schedule, eta=legal_eta(solver, eta))
-    assert len(table) == len(timesteps)
-    assert tuple(table.timestep) == timesteps
-    alpha, sigma = schedule.alphas[table.timestep], schedule.sigmas[table.timestep]
+    levels = data.draw(grids(schedule))
+    table = step_table(solver, levels, schedule, eta=legal_eta(solver, eta))
+    assert len(table) == len(levels)
+    assert tuple(table.level) == levels
+    alpha, sigma = schedule.alpha(levels), schedule.sigma(levels)
     next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     np.testing.assert_allclose(table.a * alpha + table.b + table.c, next_alpha, atol=1e-13)
     np.testing.assert_allclose(table.a**2 * sigma**2 + table.s**2, next_sigma**2, atol=1e-13)
@@ -67,7 +68,7 @@ def test_the_last_step_gives_the_clean_image_and_the_first_needs_no_history(
     assert table.c[0] == 0.0
     for column in COLUMNS:
         values = getattr(table, column)
-        assert values.dtype == (np.int64 if column == "timestep" else np.float64)
+        assert values.dtype == np.float64
         assert np.all(np.isfinite(values))
         with pytest.raises(ValueError, match="read-only"):
             values[0] = 0
@@ -78,12 +79,15 @@ def test_the_last_step_gives_the_clean_image_and_the_first_needs_no_history(
 def test_an_oracle_keeps_the_sample_on_the_line_from_noise_to_image(
     data: st.DataObject, schedule: Schedule, solver: str
 ) -> None:
-    timesteps = data.draw(grids(schedule))
+    levels = data.draw(grids(schedule))
     x0, noise = np.random.default_rng(0).standard_normal((2, 16))
-    x = add_noise(schedule.alpha(timesteps[0]), schedule.sigma(timesteps[0]), x0, noise)
-    states = run(step_table(solver, timesteps, schedule), x, oracle(schedule, x0, noise))
-    rounding = 1e-13 / schedule.alpha(timesteps[0])  # of x, as the first estimate of the image sees it
-    for t, state in zip((*timesteps[1:], CLEAN), states, strict=True):
+    x = add_noise(schedule.alpha(levels[0]), schedule.sigma(levels[0]), x0, noise)
+    states = run(step_table(solver, levels, schedule), x, oracle(schedule, x0, noise))
+    rounding = 1e-13
+    if schedule.prediction == "epsilon":
+        # The first estimate of the image divides the rounding of x by alpha.
+        rounding /= float(schedule.alpha(levels[0]))
+    for t, state in zip((*levels[1:], schedule.process.clean), states, strict=True):
         expected = add_noise(schedule.alpha(t), schedule.sigma(t), x0, noise)
         np.testing.assert_allclose(state, expected, atol=rounding)
 
@@ -95,7 +99,7 @@ def test_an_oracle_recovers_the_image_for_any_number_of_steps(solver: str, kind:
     x0 = rng.standard_normal(4)
     for schedule in (make_schedule(k, prediction=p) for k in ("linear", "cosine") for p in PREDICTIONS):
 
-        def network(x: Any, t: int, schedule: Schedule = schedule) -> Any:
+        def network(x: Any, t: float, schedule: Schedule = schedule) -> Any:
             noise = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
             return training_target(schedule.prediction, schedule.alpha(t), schedule.sigma(t), x0, noise)
 
@@ -109,7 +113,7 @@ def test_an_oracle_recovers_the_image_for_any_number_of_steps(solver: str, kind:
 def test_variance_bounds_are_those_of_the_respaced_process(steps: int) -> None:
     schedule = make_schedule("linear")
     timesteps = grid("leading", steps)
-    kept = schedule.alpha_bar[list(reversed(timesteps))]
+    kept = variance_preserving("linear").alpha_bar[list(reversed(timesteps))]
     before = np.append(1.0, kept[:-1])
     betas = 1.0 - kept / before
     posterior = betas * (1.0 - before) / (1.0 - kept)
@@ -175,17 +179,17 @@ def test_clipping_holds_every_estimate_of_the_image_inside_its_range() -> None:
     ("arguments", "message"),
     [
         ({"solver": "heun"}, "solver must be one of ddim, ddpm, euler, dpmpp-2m, unipc-1, not 'heun'"),
-        ({"grid": ()}, "one or more strictly decreasing"),
-        ({"grid": (5, 5)}, "strictly decreasing"),
-        ({"grid": (5, 9)}, "strictly decreasing"),
-        ({"grid": (1000, 5)}, r"0\.\.999"),
-        ({"grid": (5, -1)}, r"0\.\.999"),
+        ({"grid": ()}, "one or more noise levels"),
+        ({"grid": (5, 5)}, "decrease strictly"),
+        ({"grid": (5, 9)}, "decrease strictly"),
+        ({"grid": (1000, 5)}, "above -1 and at most 999"),
+        ({"grid": (5, -1)}, "above -1 and at most 999"),
         ({"eta": 1.5}, r"eta must be in 0\.\.1"),
         ({"eta": float("nan")}, r"eta must be in 0\.\.1"),
         ({"solver": "euler", "eta": 0.5}, "fixes eta at 0"),
         ({"solver": "ddpm", "eta": 0.5}, "fixes eta at 1"),
-        ({"previous": 500}, "above the first timestep of the grid, 500"),
-        ({"previous": 1000}, "below 1000, not 1000"),
+        ({"previous": 500}, "above the first level of the grid, 500"),
+        ({"previous": 1000}, "at most 999, not 1000"),
     ],
 )
 def test_an_impossible_table_is_refused_in_one_sentence(arguments: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,17 @@ def plain(config: TrainConfig, steps: int) -> tuple[list[float], DiT]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.betas, weight_decay=0, fused=True
     )
-    weight = torch.from_numpy(loss_weights(schedule, "v", config.loss_cap)).float()
-    alphas, sigmas = (torch.from_numpy(table).float() for table in (schedule.alphas, schedule.sigmas))
+    weight = torch.from_numpy(loss_weights(schedule, range(1000), "v", config.loss_cap)).float()
+    alphas = torch.from_numpy(schedule.alpha(range(1000))).float()
+    sigmas = torch.from_numpy(schedule.sigma(range(1000))).float()
     losses = []
     for step in range(steps):
         batch = trainer.source.make(step)
-        alpha, sigma = alphas[batch.t].view(-1, 1, 1, 1), sigmas[batch.t].view(-1, 1, 1, 1)
-        output = model(add_noise(alpha, sigma, batch.x0, batch.noise), batch.t, batch.labels)
+        t = batch.t.long()
+        alpha, sigma = alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
+        output = model(add_noise(alpha, sigma, batch.x0, batch.noise), t, batch.labels)
         target = training_target("x0", alpha, sigma, batch.x0, batch.noise)
-        loss = ((output - target).square().flatten(1).mean(1) * weight[batch.t]).mean()
+        loss = ((output - target).square().flatten(1).mean(1) * weight[t]).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -193,12 +196,12 @@ def test_a_step_without_a_finite_loss_changes_no_weight(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path))
     trainer.step()
     before = weights(trainer)
-    trainer.tables.weight.fill_(float("nan"))
+    usual, trainer.noise = trainer.noise, replace(trainer.noise, floor=float("nan"))
     assert math.isnan(trainer.step()["loss"])
     assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
     state = trainer.state
     assert (state.step, state.skipped, state.failures, state.ema.updates) == (2, 1, 1, 1)
-    trainer.tables.weight.fill_(1.0)
+    trainer.noise = usual
     trainer.step()
     assert (state.skipped, state.failures) == (1, 0)
 

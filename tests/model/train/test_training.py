@@ -72,6 +72,7 @@ def test_a_run_that_loses_its_way_goes_back_and_on(tmp_path: Path, monkeypatch: 
     lines = [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert (lines[-1]["skipped"], lines[-1]["rollbacks"]) == (3, 1)
+    assert 0 < lines[-1]["attention_entropy_least"] <= lines[-1]["attention_entropy"] <= 1
     assert all(line["loss"] is not None for line in lines)
     assert all(torch.isfinite(tensor).all() for tensor in newest_state(config.output).values())
 

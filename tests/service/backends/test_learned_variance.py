@@ -12,7 +12,8 @@ import torch
 from ditserve.export.calibrate import TrajectorySettings
 from ditserve.export.onnx import ExportOptions, export_bundle
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
-from ditserve.model.spec.bundle import Bundle, DiffusionSpec
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.grids import grid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from math import erf
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ditserve.model.nets.text import open_encoder as open_reference
 from ditserve.service.backends import BackendUnavailable, load_text_encoder
+from tests.model.nets.test_text import clip_text, t5
 
 text = pytest.importorskip(
     "ditserve.service.backends.text", reason="tokenizers is not installed: pip install tokenizers safetensors"
@@ -52,5 +55,51 @@ def test_what_is_no_encoder_is_refused_in_a_sentence(tmp_path: Path) -> None:
     for name in ("model.safetensors", "tokenizer.json"):
         (tmp_path / name).touch()
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(BackendUnavailable, match="holds no BERT encoder"):
-        load_text_encoder(f"transformers:{tmp_path}")
+    for name, message in (
+        (f"transformers:{tmp_path}", "cannot be opened"),
+        ("absent_package:Encoder", "needs the package absent_package"),
+        ("json:Encoder", "cannot be opened"),
+        (f"{__name__}:Crooked", r"gives \(1, 2\) numbers for a sentence, not \(1, 3\)"),
+        (f"{__name__}:Broken", "cannot encode a sentence: .*by zero"),
+    ):
+        with pytest.raises(BackendUnavailable, match=message):
+            load_text_encoder(name)
+
+
+class Counting:
+    """An encoder of one's own: letters, words and one, and their sum as every token."""
+
+    size = 3
+
+    def __init__(self, tokens: int = 0) -> None:
+        self.tokens = tokens
+
+    def encode(self, sentences: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        rows = [[len(sentence), sentence.count(" ") + 1, 1] for sentence in sentences]
+        return np.array([row + [sum(row)] * (3 * self.tokens) for row in rows], np.float32)
+
+
+class Crooked(Counting):
+    def encode(self, sentences: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return super().encode(sentences)[:, :2]
+
+
+class Broken(Counting):
+    def encode(self, sentences: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return np.full((1, 3), 1 // 0, np.float32)
+
+
+def test_a_class_of_ones_own_is_served_and_its_encodings_are_not_shared() -> None:
+    first, second = load_text_encoder(f"{__name__}:Counting"), load_text_encoder(f"{__name__}:Counting", 2)
+    np.testing.assert_array_equal(first.encode("a red fox"), np.array([9, 3, 1], np.float32))
+    assert (first.size, second.size, len(second.encode("a"))) == (3, 9, 9)
+    assert first.key != second.key
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [t5, clip_text])
+def test_other_text_models_are_served_with_torch(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path)
+    encoder, reference = load_text_encoder(str(tmp_path)), open_reference(f"transformers:{tmp_path}")
+    np.testing.assert_allclose(encoder.encode("a red fox"), reference.encode(["a red fox"])[0], atol=1e-6)
+    assert load_text_encoder(f"transformers:{tmp_path}").key == encoder.key

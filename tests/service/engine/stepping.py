@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.diffusion import guidance_weight, guided
-from ditserve.model.spec.grids import grid as timestep_grid
+from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.guidance import guidance_weight, guided
 from ditserve.model.spec.solvers import learned_log_variance, step_table, variance_bounds
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import Failed, Finished, Preview, SampleRequest, StepReport
@@ -42,16 +42,16 @@ def previews(reports: Iterable[StepReport]) -> list[Preview]:
 
 
 def reference(
-    backend: Any, request: SampleRequest, pieces: Iterable[tuple[Rung, tuple[int, ...]]] | None = None
+    backend: Any, request: SampleRequest, pieces: Iterable[tuple[Rung, tuple[float, ...]]] | None = None
 ) -> tuple[Floats, list[Floats]]:
     """Return the same image by a plain loop in float64 tables: the latent, and every step's estimate.
 
-    `pieces` are (rung, timesteps) that follow one another; by default the request's rung alone.
+    `pieces` are (rung, noise levels) that follow one another; by default the request's rung alone.
     """
     spec, config = backend.manifest.diffusion, backend.manifest.config
     schedule = spec.noise_schedule()
     rung = request.rung
-    pieces = list(pieces or [(rung, timestep_grid(rung.grid, rung.steps, spec.timesteps))])
+    pieces = list(pieces or [(rung, noise_levels(rung.grid, rung.steps, schedule))])
     walked = [t for _, steps in pieces for t in steps]
     generator = np.random.Generator(np.random.Philox(request.seed))
     x = generator.standard_normal((1, config.in_channels, *config.image_size), dtype=np.float32)
@@ -65,10 +65,10 @@ def reference(
         table = step_table(rung.solver, walked[lead:], schedule, previous=walked[lead - 1] if lead else None)
         low, high = variance_bounds(walked[lead:], schedule)
         for i, t in enumerate(steps):
-            state = backend.modulate(np.full(2, t, np.float32), embeddings)
+            state = backend.modulate(np.full(2, schedule.told(t)), embeddings)
             whole = backend.denoise(np.repeat(x, 2, axis=0), state)
             output, variance = whole[:, : config.in_channels], whole[:1, config.in_channels :]
-            scale = guidance_weight(request.guidance_scale, t, spec.timesteps, rung.guidance_interval)
+            scale = guidance_weight(request.guidance_scale, t, schedule, rung.guidance_interval)
             mixed = (
                 output[:1] if scale == 1.0 else guided(output[:1], output[1:], scale, spec.guidance_channels)
             )

@@ -37,10 +37,15 @@ def gather(
     return out
 
 
+def at(told: float) -> int:
+    """Return the bits of the float32 that a network is told."""
+    return int(np.float32(told).view(np.uint32))
+
+
 def direct(backend: Any, wanted: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
-    timesteps = np.array([timestep for timestep, _ in wanted], np.float32)
+    told = np.array([bits for bits, _ in wanted], np.uint32).view(np.float32)
     state: tuple[Floats, ...] = backend.modulate(
-        timesteps, np.stack([condition.embedding for _, condition in wanted])
+        told, np.stack([condition.embedding for _, condition in wanted])
     )
     return state
 
@@ -56,8 +61,10 @@ def test_a_state_is_what_the_backend_says_with_the_cache_on_off_or_small(backend
     rng = np.random.default_rng(0)
     for _ in range(30):
         picks = rng.integers(0, [50, 4], (10, 2))
-        wanted = [(20 * int(t), colour(conditions, int(c) if c < 3 else None)) for t, c in picks]
-        upcoming = [(timestep - 20, condition) for timestep, condition in wanted if timestep >= 20]
+        wanted = [(at(20.0 * t), colour(conditions, int(c) if c < 3 else None)) for t, c in picks]
+        upcoming = [
+            (at(20.0 * t - 20), condition) for (t, _), (_, condition) in zip(picks, wanted, strict=True) if t
+        ]
         assert_same(gather(conditions, wanted, upcoming), direct(backend, wanted))
         assert conditions.modulations.bytes <= capacity
 
@@ -65,7 +72,7 @@ def test_a_state_is_what_the_backend_says_with_the_cache_on_off_or_small(backend
 def test_what_a_batch_misses_is_computed_in_one_call_and_only_once(backend: Any) -> None:
     conditions = ConditionCaches(backend)
     red, null = colour(conditions, 0), conditions.null
-    wanted = [(999, red), (500, red), (999, null), (500, null), (999, null)]
+    wanted = [(at(999), red), (at(500), red), (at(999), null), (at(500), null), (at(999), null)]
     gather(conditions, wanted)
     gather(conditions, wanted)
     assert backend.conditioned == [CHUNK]
@@ -77,8 +84,8 @@ def test_what_a_batch_misses_is_computed_in_one_call_and_only_once(backend: Any)
 def test_rows_left_over_in_a_call_fetch_what_comes_next(backend: Any) -> None:
     conditions = ConditionCaches(backend)
     red = colour(conditions, 0)
-    ahead = [(t, red) for t in range(900, 0, -100)]
-    gather(conditions, [(1000 - 1, red)], ahead)
+    ahead = [(at(t), red) for t in range(900, 0, -100)]
+    gather(conditions, [(at(1000 - 1), red)], ahead)
     assert conditions.modulations.prefetches == CHUNK - 1
     for want in ahead[: CHUNK - 1]:
         gather(conditions, [want], ahead)
@@ -89,22 +96,22 @@ def test_rows_left_over_in_a_call_fetch_what_comes_next(backend: Any) -> None:
 def test_the_null_class_stays_and_the_least_recently_used_leaves(backend: Any) -> None:
     conditions = ConditionCaches(backend, modulation_bytes=40 * ENTRY)
     red = colour(conditions, 0)
-    gather(conditions, [(t, conditions.null) for t in range(10)])
+    gather(conditions, [(at(t), conditions.null) for t in range(10)])
     for t in range(50):
-        gather(conditions, [(7, red), (100 + t, red)])
+        gather(conditions, [(at(7), red), (at(100 + t), red)])
     assert conditions.modulations.evictions > 0
     assert conditions.modulations.bytes <= 40 * ENTRY
     before = conditions.modulations.misses
-    gather(conditions, [(t, conditions.null) for t in range(10)])
-    gather(conditions, [(7, red), (149, red)])
+    gather(conditions, [(at(t), conditions.null) for t in range(10)])
+    gather(conditions, [(at(7), red), (at(149), red)])
     assert conditions.modulations.misses == before
 
 
 def test_pinned_entries_leave_room_for_others(backend: Any) -> None:
     conditions = ConditionCaches(backend, modulation_bytes=40 * ENTRY)
     for t in range(200):
-        gather(conditions, [(t, conditions.null)])
-    wanted = [(t, colour(conditions, 0)) for t in range(10)]
+        gather(conditions, [(at(t), conditions.null)])
+    wanted = [(at(t), colour(conditions, 0)) for t in range(10)]
     assert_same(gather(conditions, wanted), direct(backend, wanted))
     before = conditions.modulations.misses
     gather(conditions, wanted)
@@ -113,7 +120,7 @@ def test_pinned_entries_leave_room_for_others(backend: Any) -> None:
 
 def test_a_batch_larger_than_the_cache_goes_past_it(backend: Any) -> None:
     conditions = ConditionCaches(backend, modulation_bytes=20 * ENTRY)
-    wanted = [(t, colour(conditions, 0)) for t in range(15)]
+    wanted = [(at(t), colour(conditions, 0)) for t in range(15)]
     assert_same(gather(conditions, wanted), direct(backend, wanted))
     assert conditions.modulations.bypasses == 15
     assert conditions.modulations.bytes == 0
@@ -177,3 +184,14 @@ def test_slots_go_from_the_least_recently_used_key_to_the_next_and_pinned_keys_k
     assert not lru.touch("s")
     assert [lru.slot(key) for key in ("p", "q", "r", "t")] == [0, 1, 2, 3]
     assert (len(lru), lru.evictable, lru.evictions) == (4, 2, 1)
+
+
+def test_two_levels_of_one_float32_share_a_state_and_neighbouring_floats_do_not(backend: Any) -> None:
+    conditions = ConditionCaches(backend)
+    red = colour(conditions, 0)
+    gather(conditions, [(at(0.7), red), (at(0.7 + 1e-12), red)])
+    assert conditions.modulations.misses == 1
+    beside = float(np.nextafter(np.float32(0.7), np.float32(1)))
+    wanted = [(at(0.7), red), (at(beside), red)]
+    assert_same(gather(conditions, wanted), direct(backend, wanted))
+    assert conditions.modulations.misses == 2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
 from io import BytesIO
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,8 @@ from prometheus_client import REGISTRY
 
 from ditserve.model.spec.bundle import GOLDEN
 from ditserve.service.errors import Overloaded
-from ditserve.service.http.canary import SAME_DB, Canary, psnr
-from tests.conftest import wait_until
+from ditserve.service.http.canary import SAME_DB, SHARE, Canary, next_tick, psnr, ticks_between
+from tests.conftest import ManualClock, wait_until
 from tests.service.http.conftest import MANIFEST, PNG, OpenStage, Stage
 
 GOLD = {
@@ -64,7 +66,7 @@ async def test_the_golden_image_is_asked_for_as_it_was_drawn(
 ) -> None:
     stage = await open_stage(bundle=bundle(PNG))
     before = metric("dit_canary_total", model="fruits", outcome="same")
-    assert await canary(stage).draw() == SAME_DB
+    assert await canary(stage).draw("now") == SAME_DB
     job = stage.worker.claimed[0].job
     assert (job.condition[0].labels, job.seeds, job.steps, job.solver) == ((3, 0), (3,), 12, "ddim")
     assert (job.allow_degraded, job.priority, job.caller) == (False, "low", "canary")
@@ -77,7 +79,7 @@ async def test_the_golden_image_is_asked_for_as_it_was_drawn(
 async def test_drift_is_seen(open_stage: OpenStage, bundle: Callable[[bytes], Path], golden: bytes) -> None:
     stage = await open_stage(bundle=bundle(golden))
     before = metric("dit_canary_total", model="fruits", outcome="drifted")
-    assert await canary(stage).draw() < 10
+    assert await canary(stage).draw("now") < 10
     assert metric("dit_canary_total", model="fruits", outcome="drifted") == before + 1
 
 
@@ -88,16 +90,59 @@ async def test_draws_by_itself_and_survives_refusals(
     draw, refused = Canary.draw, metric("dit_canary_total", model="fruits", outcome="skipped")
     tried: list[int] = []
 
-    async def first_refused(self: Canary) -> float:
+    async def first_refused(self: Canary, key: str) -> float:
         tried.append(1)
         if len(tried) == 1:
             raise Overloaded()
-        return await draw(self)
+        return await draw(self, key)
 
     monkeypatch.setattr(Canary, "draw", first_refused)
     stage = await open_stage(bundle=bundle(PNG), canary_s=0.01)
     await wait_until(lambda: stage.worker.claimed)
     assert metric("dit_canary_total", model="fruits", outcome="skipped") == refused + 1
+
+
+@pytest.mark.anyio
+async def test_processes_share_a_drawing(open_stage: OpenStage, bundle: Callable[[bytes], Path]) -> None:
+    stage = await open_stage(bundle=bundle(PNG))
+    for _ in range(3):
+        await canary(stage).watch(tick=64, every_s=300.0)
+    await canary(stage).watch(tick=65, every_s=300.0)
+    assert len(stage.worker.claimed) == 2
+
+
+@pytest.mark.anyio
+async def test_drawings_of_a_slow_model_are_rare(
+    open_stage: OpenStage, bundle: Callable[[bytes], Path]
+) -> None:
+    stage = await open_stage(bundle=bundle(PNG))
+    # A guided step takes 6 s, so the 12 of the golden image take 72 s: every 32nd of 300 s is below 1 %.
+    await stage.worker.report(step_per_row_s=3.0)
+    for tick in range(64, 128):
+        await canary(stage).watch(tick, every_s=300.0)
+    assert len(stage.worker.claimed) == 2
+    skipped = metric("dit_canary_total", model="fruits", outcome="skipped")
+    await stage.broker.retire("stub")
+    await canary(stage).watch(128, every_s=300.0)
+    assert metric("dit_canary_total", model="fruits", outcome="skipped") == skipped + 1
+    assert len(stage.worker.claimed) == 2
+
+
+@pytest.mark.parametrize(("drawing_s", "ticks"), [(0.0, 1), (3.0, 1), (3.1, 2), (10.0, 4), (20.0, 8)])
+def test_a_drawing_takes_at_most_its_share(drawing_s: float, ticks: int) -> None:
+    assert ticks_between(drawing_s, every_s=300.0) == ticks
+    assert drawing_s <= SHARE * 300.0 * ticks
+
+
+@pytest.mark.anyio
+async def test_ticks_are_those_of_the_clock_of_the_queue(clock: ManualClock) -> None:
+    async def ticking() -> int:
+        waiting = asyncio.create_task(next_tick(clock, 0.05))
+        await asyncio.sleep(0)
+        clock.now = ceil(clock.now / 0.05 + 0.01) * 0.05
+        return await waiting
+
+    assert await ticking() == await ticking() - 1
 
 
 def test_likeness() -> None:

@@ -52,12 +52,20 @@ async def test_a_fleet_scaled_to_zero_can_be_ready(open_stage: OpenStage) -> Non
 
 
 @pytest.mark.parametrize(
-    ("running", "age", "status"),
-    [(0, 999.0, 200), (3, 1.0, 200), (3, 61.0, 503)],
-    ids=["idle", "busy", "hung"],
+    ("running", "age", "limit", "status"),
+    [
+        (0, 999.0, 0.0, 200),
+        (3, 1.0, 0.0, 200),
+        (3, 61.0, 0.0, 503),
+        (3, 61.0, 120.0, 200),
+        (3, 121.0, 120.0, 503),
+    ],
+    ids=["idle", "busy", "hung", "slow", "slow-and-hung"],
 )
-async def test_livez_sees_a_hung_engine(stage: Stage, running: int, age: float, status: int) -> None:
-    await stage.worker.report(running_samples=running, last_step_age_s=age)
+async def test_livez_sees_a_hung_engine(
+    stage: Stage, running: int, age: float, limit: float, status: int
+) -> None:
+    await stage.worker.report(running_samples=running, last_step_age_s=age, hang_s=limit)
     # It judges by what was read last, and asks nobody itself.
     await stage.client.get("/readyz")
     assert (await stage.client.get("/livez")).status_code == status

@@ -26,7 +26,7 @@ def sample(name: str, steps: int, due: float, *, cut: bool = True) -> PlannedSam
         floor_steps=1,
         allow_degraded=cut,
         started=steps > 10,
-        timestep=round(999 * 10 / steps),
+        noise=10 / steps,
     )
 
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.spec.diffusion import guidance_weight
+from ditserve.model.spec.diffusion import make_schedule
 from ditserve.model.spec.grids import grid
+from ditserve.model.spec.guidance import guidance_weight
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.rung import Rung
 
@@ -23,6 +24,7 @@ def rung(
     return Rung(f"{solver}-{steps}", solver, steps, kind, interval, quality)
 
 
+SCHEDULE = make_schedule("linear")
 LADDER = Ladder(
     [rung("dpmpp-2m", 10, 0.3), rung("ddim", 50, 0.0), rung("ddim", 20, 0.2), rung("dpmpp-2m", 6, 0.9)]
 )
@@ -95,7 +97,8 @@ def test_below_gets_cheaper_and_worse(ladder_rungs: list[Rung], asked: Rung, flo
 @given(rungs, st.sampled_from([0.0, 1.0, 2.5]))
 def test_rows_are_counted_along_the_grid(asked: Rung, scale: float) -> None:
     walked = grid(asked.grid, asked.steps, 1000)
-    twice = sum(guidance_weight(scale, t, 1000, asked.guidance_interval) != 1.0 for t in walked)
+    weights = [guidance_weight(scale, t, SCHEDULE, asked.guidance_interval) for t in walked]
+    twice = sum(weight != 1.0 for weight in weights)
     assert LADDER.row_steps(asked, scale) == asked.steps + twice
 
 
@@ -105,10 +108,11 @@ def test_rows_left_are_those_of_the_rest_of_the_grid(asked: Rung, data: st.DataO
     walked = grid("uniform-t", asked.steps, 1000)
     done = data.draw(st.integers(0, asked.steps - 1))
     rest = walked[done:]
-    exact = sum(2 if guidance_weight(2.0, t, 1000, asked.guidance_interval) != 1.0 else 1 for t in rest)
-    left = LADDER.rows_left(asked, len(rest), rest[0], True)
+    weights = [guidance_weight(2.0, t, SCHEDULE, asked.guidance_interval) for t in rest]
+    exact = sum(2 if weight != 1.0 else 1 for weight in weights)
+    left = LADDER.rows_left(asked, len(rest), rest[0] / 999, True)
     assert abs(left - exact) <= (0 if asked.guidance_interval == WHOLE else 2)
-    assert LADDER.rows_left(asked, len(rest), rest[0], False) == len(rest)
+    assert LADDER.rows_left(asked, len(rest), rest[0] / 999, False) == len(rest)
 
 
 @quick

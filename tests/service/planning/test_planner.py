@@ -37,7 +37,7 @@ def sample(
         floor_steps=1,
         allow_degraded=True,
         started=left < steps,
-        timestep=round(999 * left / steps),
+        noise=left / steps,
         requested=BY_STEPS[steps],
     )
     return replace(base, **other)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def holds(samples: Sequence[PlannedSample], now: float = 0.0, margin: float = Po
     dated = sorted((s for s in samples if s.deadline_at is not None), key=lambda s: s.deadline_at or inf)
     demand = 0
     for planned in dated:
-        demand += LADDER.rows_left(planned.rung, planned.remaining_steps, planned.timestep, planned.guided)
+        demand += LADDER.rows_left(planned.rung, planned.remaining_steps, planned.noise, planned.guided)
         ticks = max(0.0, (planned.deadline_at or inf) - now) / tick
         if demand * margin > ticks * batch or planned.remaining_steps * margin > ticks:
             return False
@@ -320,7 +320,7 @@ class TestDemand:
     @given(crowds())
     def test_no_row_is_left_out_and_the_buckets_are_few(self, crowd: list[PlannedSample]) -> None:
         buckets = self.demand(crowd)
-        rows = sum(LADDER.rows_left(s.rung, s.remaining_steps, s.timestep, s.guided) for s in crowd)
+        rows = sum(LADDER.rows_left(s.rung, s.remaining_steps, s.noise, s.guided) for s in crowd)
         assert rows <= sum(bucket.rows for bucket in buckets) <= rows + len(buckets)
         assert sum(bucket.floor_rows for bucket in buckets) <= sum(bucket.rows for bucket in buckets) + len(
             buckets

@@ -170,6 +170,8 @@ async def test_no_lease_is_renewed_for_ever(timed: Broker, make_job: MakeJob, cl
     while clock.now < 1_700_000_000 + timed.limits.max_run_s:
         assert (await timed.renew([entry.lease])).lost == frozenset()
         clock.advance(9)
+    # A job of a slow model is given ten times as long as predicted.
+    assert (await timed.renew([entry.lease], predicted_s=20.0)).lost == frozenset()
     assert (await timed.renew([entry.lease])).lost == {entry.job.id}
     assert await crash(timed, clock) == 1
 

@@ -16,6 +16,7 @@ import pytest
 from ditserve.service.errors import InternalError
 from ditserve.service.jobs import Job, JobResult
 from ditserve.service.limits import WorkerPolicy
+from ditserve.service.planning.load import hung
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from ditserve.service.worker.handoff import write_checkpoint
@@ -117,13 +118,18 @@ async def leave_after(
     monkeypatch: pytest.MonkeyPatch,
     *,
     steps: int,
+    ends_after_s: float = 0.0,
 ) -> None:
-    """Let a worker take so many steps of a job, and one more during which it is told to leave."""
+    """Let a worker take so many steps of a job, and one more during which it is told to leave.
+
+    That one ends `ends_after_s` seconds after the engine was asked where its samples stand.
+    """
     export, stop_thread = worker._engine.export, worker._engine.stop
 
     def exporting(sample_ids: Any) -> Any:
         exported = export(sample_ids)
-        turnstile.let(1)  # the engine answers between two steps
+        # The engine answers between two steps.
+        asyncio.get_running_loop().call_later(ends_after_s, turnstile.let, 1)
         return exported
 
     def stopping(timeout_s: float) -> bool:
@@ -241,7 +247,7 @@ async def test_a_hung_engine_ends_the_worker_and_its_jobs_are_tried_again(
     job = make_job(model="fake", steps=9, previews=2)
     await broker.submit(job)
     stop, force_stop = asyncio.Event(), asyncio.Event()
-    worker = make_worker(broker, "w1", hang_s=0.3)
+    worker = make_worker(broker, "w1", hang_s=0.3, hang_steps=0.0)
     monkeypatch.setattr(worker._engine, "stop", lambda timeout_s: turnstile.let(1000))
     async with asyncio.timeout(15):
         assert not await worker.run(stop, force_stop), "for its supervisor to start another"
@@ -249,6 +255,49 @@ async def test_a_hung_engine_ends_the_worker_and_its_jobs_are_tried_again(
     assert (claim.job.id, claim.run_isolated) == (job.id, True)
     kinds = [event async for event in _until(broker, job, "queued")]
     assert kinds[-1].data["code"] == InternalError.code
+    assert await broker.cancel(job.id)
+
+
+async def test_a_step_that_is_predicted_to_be_long_is_no_hang(
+    broker: Broker,
+    make_worker: Make,
+    make_job: Make,
+    turnstile: Turnstile,
+    answer: Make,
+    wait_until: WaitUntil,
+) -> None:
+    job = make_job(model="fake", steps=3)
+    await broker.submit(job)
+    # The engine predicts 10 s for a step.
+    async with working(make_worker(broker, "w1", hang_s=0.05, hang_steps=20.0)):
+
+        async def late() -> bool:
+            return any(state.last_step_age_s > 0.5 for state in (await broker.load()).workers)
+
+        await wait_until(late)
+        load = await broker.load()
+        assert load.workers[0].hang_s == pytest.approx(200.0, rel=0.01)
+        assert not hung(load, 0.05), "an API judges a worker by the worker's own limit"
+        turnstile.let(1000)
+        assert (await answer(job)).attempt == 1
+
+
+async def test_a_leaving_worker_waits_for_the_end_of_a_long_step(
+    broker: Broker,
+    make_worker: Make,
+    make_job: Make,
+    turnstile: Turnstile,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = make_job(model="fake", steps=9, previews=2)
+    # By the predicted steps all of the time is kept for the hand-over.
+    leaving = make_worker(broker, "w1", drain_s=8.0, export_s=0.01)
+    monkeypatch.setattr(leaving._engine._engine.costs, "predict", lambda rows: 10.0)
+    await leave_after(broker, leaving, job, turnstile, wait_until, monkeypatch, steps=4, ends_after_s=0.3)
+    status = await broker.status(job.id)
+    assert status is not None
+    assert (status.state, status.step) == ("queued", 5)
     assert await broker.cancel(job.id)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.jobs import Starting
 from ditserve.service.launch.engine_build import BuildProgress
@@ -115,6 +115,18 @@ def test_an_encoder_of_another_width_is_refused(make_backend: Make) -> None:
     texts = open_texts(manifest(make_backend, text_size=384), settings(), None)
     assert texts is not None
     assert np.linalg.norm(texts.get_many(["a red fox", ""]), axis=1).tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_a_bundle_does_not_choose_what_is_imported(make_backend: Make) -> None:
+    name = "tests.service.backends.test_text_encoder:Counting"
+    named = manifest(make_backend, text_size=3).model_copy(
+        update={"provenance": {"training": {"data": {"text": name}}}}
+    )
+    with pytest.raises(BundleError, match=f"name it with --text-encoder {name}"):
+        open_texts(named, settings(), None)
+    texts = open_texts(named, settings(text_encoder=name), None)
+    assert texts is not None
+    assert texts.get_many(["a red fox"]).tolist() == [[9, 3, 1]]
 
 
 def tensorrt(**options: Any) -> Settings:

@@ -19,7 +19,7 @@ from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 
 pytestmark = pytest.mark.anyio
-LEASE_S = 0.6
+LEASE_S = 1.0
 BLUE = ConditionTerm((2,))  # kills the worker
 Start = Callable[..., subprocess.Popen[bytes]]
 Connect = Callable[..., Awaitable[Broker]]

@@ -20,7 +20,7 @@ from ditserve.model.train.distillation.objective import OutputDistillation, dist
 from ditserve.model.train.distillation.teacher import Teacher
 from ditserve.model.train.dry_run import PASSES, estimate_stages
 from ditserve.model.train.load import FEATURE_MAPS, load_model
-from ditserve.model.train.loss import noise_tables
+from ditserve.model.train.loss import TrainingNoise
 from ditserve.model.train.trainer import Trainer
 from tests.model.train.distillation.distillation_cases import write_teacher
 from tests.model.train.training_cases import (
@@ -58,8 +58,8 @@ def batch_of(trainer: Trainer) -> TrainingBatch:
 
 
 def noisy(trainer: Trainer, batch: TrainingBatch) -> Tensor:
-    alpha, sigma = (trainer.tables.alpha[batch.t], trainer.tables.sigma[batch.t])
-    return alpha.view(-1, 1, 1, 1) * batch.x0 + sigma.view(-1, 1, 1, 1) * batch.noise
+    row = trainer.noise.at(batch.t)
+    return row.alpha * batch.x0 + row.sigma * batch.noise
 
 
 def test_the_student_comes_nearer_to_its_teacher(tmp_path: Path, teacher: Path) -> None:
@@ -84,16 +84,16 @@ def test_the_target_is_the_teachers_estimate_in_the_students_terms(
     batch = batch[:3]
     x_t, model = noisy(trainer, batch), load_model(tmp_path / "teacher")
     alpha, sigma = (
-        torch.from_numpy(table[batch.t.numpy()]).float().view(-1, 1, 1, 1)
-        for table in (model.schedule.alphas, model.schedule.sigmas)
+        torch.from_numpy(of(batch.t.numpy())).float().view(-1, 1, 1, 1)
+        for of in (model.schedule.alpha, model.schedule.sigma)
     )
     raw = model.network(x_t, batch.t, batch.labels)
     image = {"epsilon": (x_t - sigma * raw) / alpha, "v": alpha * x_t - sigma * raw, "x0": raw}[theirs]
     perfect = {"epsilon": (x_t - alpha * image) / sigma, "v": (alpha * x_t - image) / sigma, "x0": image}
     assert trainer.objective is not None
-    tables = noise_tables(trainer.schedule, "x0")
+    row = TrainingNoise(trainer.schedule, "x0").at(batch.t)
     for output, far in ((perfect[prediction], False), (perfect[prediction] + 1, True)):
-        total, parts = distillation_loss(trainer.objective, tables, output, batch, x_t, torch.tensor(7.0))
+        total, parts = distillation_loss(trainer.objective, row, output, batch, x_t, torch.tensor(7.0))
         assert (parts["teacher"] > 1e-2) if far else (parts["teacher"] < 1e-8)
         assert total == parts["teacher"]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.service.windows import Windows, window_count, window_starts, windows_over
+from ditserve.model.spec.windows import Windows, window_count, window_starts, windows_over
 
 
 @st.composite

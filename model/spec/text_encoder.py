@@ -1,0 +1,39 @@
+"""The name of a model's text encoder: what the user says, or else what the model was trained with. Pure.
+
+A name is one of `model.nets.text`, a folder, or `package.module:Class`. A class is imported only if the user
+names it: a bundle, which may come from anywhere, does not choose the code that runs.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ditserve.model.spec.bundle import BundleError, Manifest
+
+DEFAULT = "minilm"
+
+
+def is_encoder_class(name: str) -> bool:
+    """Return True for `package.module:Class`, a text encoder that is imported by name."""
+    return re.fullmatch(r"(?!transformers:)[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
+
+
+def text_encoder_name(manifest: Manifest, given: str | None, option: str) -> str:
+    """Return `given`, the value of a command's `option`, or else the encoder that the model was trained with.
+
+    Raises:
+        BundleError: nothing is given, and the model was trained with a class.
+    """
+    if given:
+        return given
+    training = manifest.provenance.get("training")
+    data = training.get("data") if isinstance(training, dict) else None
+    name = data.get("text") if isinstance(data, dict) else None
+    if not isinstance(name, str) or not name:
+        return DEFAULT
+    if is_encoder_class(name):
+        raise BundleError(
+            f"the texts of {manifest.name} are encoded by the class {name}, and a bundle does not choose "
+            f"what is imported: name it with {option} {name}"
+        )
+    return name

@@ -1,0 +1,41 @@
+"""The name of a model's text encoder: given, or the one of its training, but never a class by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ditserve.model.spec.bundle import BundleError, Manifest, parse_manifest
+from ditserve.model.spec.text_encoder import is_encoder_class, text_encoder_name
+
+TINY = Path(__file__).parents[3] / "model/zoo/tiny/manifest.json"
+
+
+def trained_with(text: object) -> Manifest:
+    manifest = parse_manifest(TINY.read_bytes(), TINY)
+    return manifest.model_copy(update={"provenance": {"training": {"data": {"text": text}}}})
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "name"),
+    [
+        (None, None, "minilm"),
+        (7, "", "minilm"),
+        ("transformers:/models/clip", None, "transformers:/models/clip"),
+        ("transformers:clip", None, "transformers:clip"),
+        ("minilm", "mine:Encoder", "mine:Encoder"),
+        ("mine:Encoder", "mine:Encoder", "mine:Encoder"),
+    ],
+)
+def test_the_encoder_is_the_one_given_or_the_one_of_the_training(
+    trained: object, given: str | None, name: str
+) -> None:
+    assert text_encoder_name(trained_with(trained), given, "--encoder") == name
+
+
+def test_a_bundle_does_not_choose_what_is_imported() -> None:
+    with pytest.raises(BundleError, match=r"the class os:system, .*name it with --encoder os:system"):
+        text_encoder_name(trained_with("os:system"), None, "--encoder")
+    assert not is_encoder_class("C:\\models")
+    assert not is_encoder_class("/models/a:b")
