@@ -57,9 +57,6 @@ CANARY_PSNR = Gauge(
 )
 REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
 ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
-PROMISES = Counter(
-    "dit_promises", "Accepted requests with a deadline that were waited for: kept, broken", ["outcome"]
-)
 ADMISSION_MARGIN = Gauge(
     "dit_admission_margin",
     "Predicted times are stretched by this before a deadline is promised; it follows broken promises",
@@ -145,6 +142,13 @@ class LoadCollector(Collector):
                 family = families.setdefault(name, kind(name, help_text, labels=["model"]))
                 family.add_metric([model], float(value))
         yield from families.values()
+        promises = CounterMetricFamily(
+            "dit_promises", "Accepted deadlines: kept, broken", labels=["model", "outcome"]
+        )
+        for model, load in self._loads.items():
+            promises.add_metric([model, "kept"], float(load.kept))
+            promises.add_metric([model, "broken"], float(load.broken))
+        yield promises
 
 
 class _SharedCollector(Collector):
