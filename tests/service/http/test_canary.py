@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from io import BytesIO
 from math import ceil
 from pathlib import Path
@@ -37,7 +38,8 @@ def bundle(bundle_path: Path, tmp_path: Path) -> Callable[[bytes], Path]:
 
     def make(image: bytes) -> Path:
         folder = Path(shutil.copytree(bundle_path, tmp_path / "golden"))
-        (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "golden": GOLD}))
+        files = {GOLDEN: {"sha256": sha256(image).hexdigest(), "bytes": len(image)}}
+        (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "golden": GOLD, "files": files}))
         (folder / GOLDEN).write_bytes(image)
         return folder
 
