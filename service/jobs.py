@@ -276,3 +276,5 @@ class LoadSnapshot:
     dead_jobs: int = 0  # put aside since the queue began, whether requeued later or not
     starting: tuple[Starting, ...] = ()  # workers that cannot take jobs yet
     orphans: int = 0  # jobs ever lost: their record was gone while they waited or ran
+    kept: int = 0  # deadlines ever kept …
+    broken: int = 0  # … and not kept; neither where the job ended before for another reason

@@ -36,6 +36,7 @@ from ditserve.bench.simulate.scenario import (
     SimulatedCluster,
 )
 
+BRIEF_S = 8.0  # of the runs with 64 workers
 FILE_WIDTH = 140  # columns of a table that is written to a file
 COLUMNS = (
     *("load", "arm", "attained", "p50", "p95", "p99", "goodput/s", "refused", "dropped"),
@@ -103,6 +104,8 @@ def promises() -> str:
         for host in HOSTS
         for load, returning in ((0.5, False), (1.5, False), (3.0, False), (3.0, True))
     ]
+    outcomes += [study_promises(4, host, 3.0, apis=apis) for host in HOSTS for apis in (2, 4)]
+    outcomes += [study_promises(64, host, 1.5, seconds=BRIEF_S) for host in HOSTS]
     return markdown(outcomes)
 
 

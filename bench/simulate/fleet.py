@@ -23,6 +23,7 @@ from time import thread_time
 import numpy as np
 
 from ditserve.bench.load.workload import Arrival
+from ditserve.bench.simulate.api import SimulatedApi
 from ditserve.bench.simulate.host import SimulatedHost
 from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
 from ditserve.service.engine.fair_shares import Flow
@@ -32,7 +33,6 @@ from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.costs import CostModel
-from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
 from ditserve.service.rung import Rung
@@ -221,7 +221,9 @@ class SimulatedFleet:
             SimulatedWorker(f"worker-{index}", strategy, cluster, self.hosts[index // WORKERS_A_HOST])
             for index in range(cluster.workers)
         ]
-        self.gate = Gate(cluster.ladder, Policy(recut=strategy.plan))
+        policy = Policy(recut=strategy.plan)
+        self.apis = [SimulatedApi(cluster.ladder, policy, self._load) for _ in range(cluster.apis)]
+        self.kept = self.broken = 0  # promises
         self.queue: deque[SimulatedSample] = deque()  # in the order of claims
         self.queued_rows = self.queue_peak = 0
         self._step_ends: list[tuple[float, int]] = []  # a heap of (time, index of the busy worker)
@@ -261,10 +263,11 @@ class SimulatedFleet:
                 yield heapq.heappop(self._step_ends)
 
     def _observe_ends(self, now: float) -> None:
-        """Tell the gate which promises were kept and which were broken since the last step."""
+        """Count the promises that were kept and those that were broken since the last step."""
         while self._promised and (self._promised[0][0] <= now or self._promised[0][2].finished is not None):
             *_, sample = heapq.heappop(self._promised)
-            self.gate.observe(sample.in_time, now)
+            self.kept += sample.in_time
+            self.broken += not sample.in_time
 
     def _sample(self, index: int, arrival: Arrival) -> SimulatedSample:
         ladder = self.cluster.ladder
@@ -284,13 +287,6 @@ class SimulatedFleet:
         if sample.came_back:
             sample.due = now + sample.within_s
             sample.deadline_at = None if sample.deadline_at is None else sample.due
-        load = LoadSnapshot(
-            queued_jobs=len(self.queue),
-            queued_rows=self.queued_rows + sum(worker.unreported_rows for worker in self.workers),
-            oldest_age_s=now - self.queue[0].arrived if self.queue else 0.0,
-            workers=tuple(worker.report(now) for worker in self.workers),
-            taken_at=now,
-        )
         admission_request = AdmissionRequest(
             rung=sample.requested,
             guidance_scale=1.0,
@@ -299,7 +295,9 @@ class SimulatedFleet:
             allow_degraded=self.strategy.degrade and sample.consents,
             min_steps=1,
         )
-        answer = self.gate.admit(admission_request, load, sender=sample.id, now=now)
+        # Each client stays with one process.
+        api = self.apis[int(sample.id) % len(self.apis)]
+        answer = api.admit(admission_request, sender=sample.id, now=now)
         sample.rejected = not answer.accepted
         sample.retry_at = None
         sample.taken_on_return |= sample.came_back == 1 and answer.accepted
@@ -310,6 +308,17 @@ class SimulatedFleet:
             sample.retry_at = now + answer.retry_after_s
         sample.change_rung(answer.rung)
         return answer.accepted
+
+    def _load(self, now: float) -> LoadSnapshot:
+        return LoadSnapshot(
+            queued_jobs=len(self.queue),
+            queued_rows=self.queued_rows + sum(worker.unreported_rows for worker in self.workers),
+            oldest_age_s=now - self.queue[0].arrived if self.queue else 0.0,
+            workers=tuple(worker.report(now) for worker in self.workers),
+            taken_at=now,
+            kept=self.kept,
+            broken=self.broken,
+        )
 
     def _enqueue(self, sample: SimulatedSample) -> None:
         self.queued_rows += sample.remaining

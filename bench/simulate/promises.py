@@ -27,6 +27,7 @@ class PromiseOutcome:
     """
 
     workers: int
+    apis: int
     host: str
     load: float
     requests: int
@@ -37,12 +38,21 @@ class PromiseOutcome:
 
 
 def study_promises(
-    workers: int, host: str, load: float, *, returning: bool = False, seconds: float = 20.0, seed: int = 1
+    workers: int,
+    host: str,
+    load: float,
+    *,
+    apis: int = 1,
+    returning: bool = False,
+    seconds: float = 20.0,
+    seed: int = 1,
 ) -> PromiseOutcome:
     """Offer `load` times the mean capacity for so many simulated seconds."""
     curve, regimes = CURVES["tiny"], HOSTS[host]
     slo = WITHIN_S / (STEPS * curve.seconds(1))
-    cluster = SimulatedCluster(curve, Ladder([]), workers, slo, regimes=regimes, returning=returning)
+    cluster = SimulatedCluster(
+        curve, Ladder([]), workers, slo, regimes=regimes, returning=returning, apis=apis
+    )
     rate = load * curve.peak * workers * mean_pace(regimes) / STEPS
     traffic = Traffic(mix=((STEPS, 1.0),), refusing=1.0)
     fleet = SimulatedFleet(PLANNED_EVERY_STEP, cluster, seed=seed)
@@ -54,6 +64,7 @@ def study_promises(
     returned = [sample for sample in samples if sample.came_back]
     return PromiseOutcome(
         workers=workers,
+        apis=apis,
         host=host,
         load=load,
         requests=len(samples),
@@ -74,14 +85,12 @@ def markdown(outcomes: list[PromiseOutcome]) -> str:
         "Made by `python -m bench.simulate --promises`. Requests for 50 steps within 4 s that forbid fewer;",
         f"up to {WORKERS_A_HOST} workers share a host. Times are simulated: none depends on the machine.",
         "",
-        "| workers | host | load | requests | refused | broken of the accepted | capacity used in time"
+        "| workers | APIs | host | load | requests | refused | broken of the accepted | capacity used in time"
         " | taken on first return |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for o in outcomes:
         returned = "" if o.taken_on_return is None else f"{o.taken_on_return:.0%}"
-        lines.append(
-            f"| {o.workers} | {o.host} | {o.load:g} | {o.requests} | {o.refused:.0%} | {o.broken:.1%} "
-            f"| {o.used:.0%} | {returned} |"
-        )
+        shares = f"{o.refused:.0%} | {o.broken:.1%} | {o.used:.0%} | {returned}"
+        lines.append(f"| {o.workers} | {o.apis} | {o.host} | {o.load:g} | {o.requests} | {shares} |")
     return "\n".join(lines) + "\n"

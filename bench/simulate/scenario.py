@@ -68,7 +68,7 @@ class SimulatedCluster:
     """Equal workers, which promise a deadline of `slo` times the seconds of a request alone.
 
     Two workers share a host, whose pace follows `regimes`. With `returning` the refused come back when they
-    are told to.
+    are told to. Requests are spread over `apis` processes that admit them.
     """
 
     curve: StepTimeCurve
@@ -77,6 +77,7 @@ class SimulatedCluster:
     slo: float = 3.0
     regimes: tuple[Regime, ...] = STEADY
     returning: bool = False
+    apis: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 import asyncio
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -115,18 +114,15 @@ class Context:
         now = model.queue_client.queue.clock()
         timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - now)
         try:
-            with model.submissions.promises.observed(job) if submission.new else nullcontext():
-                await asyncio.wait(
-                    (result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-                )
-                if result.done():
-                    return result.result()
-                if gone.done():
-                    raise Cancelled("The client went away.")
-                if drained.done():
-                    raise Draining("The images were not ready when this process had to stop.", retry_after=1)
-                keep = False
-                raise DeadlineExceeded("The images were not ready by the deadline.")
+            await asyncio.wait((result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if result.done():
+                return result.result()
+            if gone.done():
+                raise Cancelled("The client went away.")
+            if drained.done():
+                raise Draining("The images were not ready when this process had to stop.", retry_after=1)
+            keep = False
+            raise DeadlineExceeded("The images were not ready by the deadline.")
         finally:
             ended = result.done() and not _says_nothing(result)
             result.cancel()

@@ -1,13 +1,12 @@
-"""The promises of one API process: which deadlines it accepts, and whether they were kept.
+"""The promises of one API process: which deadlines it accepts, and what it says to the refused.
 
-Every answer teaches it how cautious to be, every refusal when the next should come back. Knows no HTTP.
+Knows no HTTP.
 """
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 
-from ditserve.service.errors import DeadlineExceeded, Overloaded
-from ditserve.service.jobs import Job, LoadSnapshot
+from ditserve.service.errors import Overloaded
+from ditserve.service.jobs import LoadSnapshot
 from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest
 from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.ladder import Ladder
@@ -15,10 +14,10 @@ from ditserve.service.telemetry import metrics
 
 
 class Promises:
-    """The promises for one model. `clock` is that of the jobs' deadlines."""
+    """The promises for one model."""
 
-    def __init__(self, model: str, ladder: Ladder, *, clock: Callable[[], float]) -> None:
-        self.gate, self._clock = Gate(ladder), clock
+    def __init__(self, model: str, ladder: Ladder) -> None:
+        self.gate = Gate(ladder)
         self._margin = metrics.ADMISSION_MARGIN.labels(model)
 
     def admit(
@@ -44,21 +43,3 @@ class Promises:
             retry_after=admission.retry_after_s,
             extra={"predicted_s": round(admission.predicted_s, 3)},
         )
-
-    @contextmanager
-    def observed(self, job: Job) -> Iterator[None]:
-        """Note whether the deadline of a new job is kept by the block that waits for it."""
-        if job.deadline_at is None:
-            yield
-            return
-        try:
-            yield
-        except DeadlineExceeded:
-            self._observe(False, self._clock())
-            raise
-        now = self._clock()
-        self._observe(now <= job.deadline_at, now)
-
-    def _observe(self, kept: bool, now: float) -> None:
-        metrics.PROMISES.labels("kept" if kept else "broken").inc()
-        self.gate.observe(kept, now)

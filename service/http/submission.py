@@ -101,7 +101,7 @@ class Submissions:
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue, manifest.name)
         self.abandoned = Abandoned(queue)
-        self.promises = Promises(manifest.name, self.ladder, clock=queue.clock)
+        self.promises = Promises(manifest.name, self.ladder)
         self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
         self._settings = settings

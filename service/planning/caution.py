@@ -56,12 +56,12 @@ class Caution:
         unknown = exp(-max(0.0, now - self._began_at) / CALM_S)
         return max(self.margin(now), self.least + (FIRST_QUEUE_MARGIN - self.least) * unknown)
 
-    def observe(self, kept: bool, now: float) -> None:
-        """Learn whether a promise was kept."""
+    def observe(self, kept: int, broken: int, now: float) -> None:
+        """Learn how many promises were kept and broken since the last time."""
         self._began_at = min(self._began_at, now)
         weight = self._weight(now)
         self._kept = self._kept * weight + kept
-        self._broken = self._broken * weight + (not kept)
+        self._broken = self._broken * weight + broken
         self._at = now
 
     def _weight(self, now: float) -> float:

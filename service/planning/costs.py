@@ -81,8 +81,8 @@ class CostModel:
 
     @property
     def slowed(self) -> bool:
-        """Return whether the machine is predicted clearly slower than its steps at speed 1."""
-        return self._pace < _SLOWED
+        """Return whether the machine is, or may be, clearly slower than its steps at speed 1."""
+        return min(self._pace, self._record.slowest) < _SLOWED
 
     def slow_spells(self) -> tuple[SlowSpell, ...]:
         """Return how many times as long as predicted passes may take, over short and over long times."""
@@ -138,8 +138,12 @@ class CostModel:
         Without it a machine once found too slow for any promise would never be found fast again.
         """
         if rows in self._seconds and seconds > 0:
+            work_s = self._seconds[rows]
             for window in self._windows:
-                window.observe(self._seconds[rows], seconds, idle_s=idle_s)
+                window.observe(work_s, seconds, idle_s=idle_s)
+            # The time without passes is taken to have been like this one.
+            passed_s = seconds + idle_s
+            self._record.observe(work_s / seconds * passed_s, passed_s)
 
     def observe_decode(self, seconds: float) -> None:
         """Learn from the decoding and encoding of one image."""

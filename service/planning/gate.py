@@ -23,14 +23,11 @@ class Gate:
     def __init__(self, ladder: Ladder, policy: Policy | None = None) -> None:
         self._ladder, self._policy = ladder, policy or Policy()
         self._caution = Caution(self._policy.admission_margin)
+        self._totals: tuple[int, int] | None = None  # of promises kept and broken; None: not read yet
         self.returns = Returns()
 
     def margin(self, now: float) -> float:
         return self._caution.queue_margin(now)
-
-    def observe(self, kept: bool, now: float) -> None:
-        """Learn whether a promise was kept."""
-        self._caution.observe(kept, now)
 
     def admit(
         self, request: AdmissionRequest, load: LoadSnapshot, *, sender: Hashable, now: float
@@ -39,6 +36,7 @@ class Gate:
 
         Equal requests of one caller have an equal `sender`, by which one that comes back is known.
         """
+        self._learn(load, now)
         reserved_s = 0.0 if self.returns.came_back(sender, now) else self.returns.reserved_s(now)
         admission = admit(
             request,
@@ -54,3 +52,12 @@ class Gate:
             return admission
         told_s = self.returns.tell(sender, now, free_s=admission.retry_after_s, service_s=admission.service_s)
         return replace(admission, retry_after_s=float(told_s))
+
+    def _learn(self, load: LoadSnapshot, now: float) -> None:
+        """Learn how many promises of the whole fleet were kept and broken since the last snapshot."""
+        totals = load.kept, load.broken
+        kept, broken = (new - old for new, old in zip(totals, self._totals or totals, strict=True))
+        self._totals = totals
+        # Totals that fall are those of a queue that lost its data.
+        if kept >= 0 <= broken and kept + broken:
+            self._caution.observe(kept, broken, now)

@@ -13,7 +13,7 @@ from itertools import accumulate
 from math import exp
 
 STRETCH_S = 0.5  # the pace of every such stretch of work is remembered
-KEPT = 512  # stretches
+KEPT = 120  # stretches: one minute
 RARE = 0.05  # share of the times whose slowness counts as too rare to reckon with
 SPELLS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # over which slowness is told
 LEAST = 1e-3  # no machine is believed slower
@@ -67,6 +67,11 @@ class PaceRecord:
         if ended:
             sums = list(accumulate(self._stretches, initial=0.0))
             self._slow = tuple((over_s, _slow_pace(sums, over_s)) for over_s in SPELLS_S)
+
+    @property
+    def slowest(self) -> float:
+        """The lowest of the slow paces, 1 before any is known."""
+        return min((pace for _, pace in self._slow), default=1.0)
 
     def slow(self) -> tuple[tuple[float, float], ...]:
         """Return for each of `SPELLS_S` the pace over so many seconds that was rarely undercut.

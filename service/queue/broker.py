@@ -206,7 +206,7 @@ class Broker(Reads):
 
     async def load(self) -> LoadSnapshot:
         """Return the load of the queue and of the workers alive."""
-        jobs, rows, oldest, now, dead, orphans, *replies = await self._run("load")
+        jobs, rows, oldest, now, dead, orphans, kept, broken, *replies = await self._run("load")
         reports = list(self._read_reports(replies))
         workers = tuple(report for report, _ in reports if isinstance(report, WorkerState))
         starting = tuple(report for report, _ in reports if isinstance(report, Starting))
@@ -216,7 +216,7 @@ class Broker(Reads):
             max(0, given - report.given_rows) for report, given in reports if isinstance(report, WorkerState)
         )
         age = (now - oldest) / 1000 if oldest else 0.0
-        return LoadSnapshot(jobs, rows, age, workers, now / 1000, dead, starting, orphans)
+        return LoadSnapshot(jobs, rows, age, workers, now / 1000, dead, starting, orphans, kept, broken)
 
     def _read_reports(
         self, replies: Sequence[tuple[bytes, bytes | None, int]]

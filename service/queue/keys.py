@@ -50,8 +50,12 @@ class Keys:
 
     @property
     def totals(self) -> str:
-        """Hash: `rows` waiting, virtual `clock`, `bytes` of stored results, `dead` and lost (`orphans`) jobs
-        ever, when all this was last `reconciled` (ms), and how far all keys were `scanned`. Seven fields."""
+        """Hash of nine fields.
+
+        They are `rows` waiting, virtual `clock`, `bytes` of stored results, `dead` and lost (`orphans`) jobs
+        ever, deadlines ever `kept` and `broken`, when all this was last `reconciled` (ms), and how far all
+        keys were `scanned`.
+        """
         return self.prefix + "totals"
 
     @property

@@ -18,6 +18,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Summary,
     disable_created_metrics,
     generate_latest,
     multiprocess,
@@ -56,9 +57,6 @@ CANARY_PSNR = Gauge(
 )
 REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
 ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
-PROMISES = Counter(
-    "dit_promises", "Accepted requests with a deadline that were waited for: kept, broken", ["outcome"]
-)
 ADMISSION_MARGIN = Gauge(
     "dit_admission_margin",
     "Predicted times are stretched by this before a deadline is promised; it follows broken promises",
@@ -81,6 +79,11 @@ DECODE_SECONDS = Histogram("dit_decode_seconds", "Time to decode latents into pi
 ENCODE_SECONDS = Histogram("dit_encode_seconds", "Time to encode an image file", ["format"], buckets=_STEPS)
 STEPS_REQUESTED = Counter("dit_steps_requested", "Steps that finished samples asked for")
 STEPS_EXECUTED = Counter("dit_steps_executed", "Steps that finished samples ran")
+DELIVERED_QUALITY = Summary(
+    "dit_delivered_quality",
+    "Measured distance of the rungs that images were asked for on, and drawn on; lower is better",
+    ["kind"],
+)
 DEGRADED = Counter("dit_degraded", "Samples finished on a lower rung than asked for", ["rung"])
 NUMERICAL_ERRORS = Counter(
     "dit_numerical_errors", "Samples that failed because their numbers were not finite"
@@ -139,6 +142,13 @@ class LoadCollector(Collector):
                 family = families.setdefault(name, kind(name, help_text, labels=["model"]))
                 family.add_metric([model], float(value))
         yield from families.values()
+        promises = CounterMetricFamily(
+            "dit_promises", "Accepted deadlines: kept, broken", labels=["model", "outcome"]
+        )
+        for model, load in self._loads.items():
+            promises.add_metric([model, "kept"], float(load.kept))
+            promises.add_metric([model, "broken"], float(load.broken))
+        yield promises
 
 
 class _SharedCollector(Collector):

@@ -213,9 +213,24 @@ local function count_unfinished(caller, change)
   if redis.call('HINCRBY', UNFINISHED, caller, change) <= 0 then redis.call('HDEL', UNFINISHED, caller) end
 end
 
+-- Count whether a job with a deadline was done by then. One that ended before, for another reason, counts as
+-- neither.
+local function count_promise(job, state, data)
+  local deadline = tonumber(job.deadline)
+  if not deadline then return end
+  local late = NOW > deadline
+  if state ~= 'done' then
+    -- Those who give it up at its deadline may be early by what their clocks differ from this one.
+    late = NOW + 100 > deadline or string.find(data, 'deadline-exceeded', 1, true)
+    if not late then return end
+  end
+  redis.call('HINCRBY', TOTALS, late and 'broken' or 'kept', 1)
+end
+
 -- End a job in a terminal state, with its last event.
 local function conclude(job, state, kind, data)
   local key = job_key(job.id)
+  count_promise(job, state, data)
   count_unfinished(job.caller, -1)
   redis.call('ZREM', LEASES, job.id)
   redis.call('HSET', key, 'state', state)

@@ -48,4 +48,4 @@ def test_on_a_noisy_host_few_promises_are_broken_and_the_machine_is_used() -> No
     outcome = study_promises(1, "noisy", 3.0, seconds=20.0)
     assert outcome.broken <= 0.05
     assert outcome.used >= 0.6
-    assert "| 1 | noisy | 3 |" in markdown([outcome])
+    assert "| 1 | 1 | noisy | 3 |" in markdown([outcome])

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from ditserve.service.planning.caution import FIRST_QUEUE_MARGIN, MOST, Caution
 from tests.service.planning.machine import quick
 
+counts = st.integers(0, 99)
+
 
 def watched(kept: int, broken: int, at: float = 0.0) -> Caution:
     caution = Caution(1.1)
-    for number in range(kept + broken):
-        caution.observe(number >= broken, at)
+    caution.observe(kept, broken, at)
     return caution
 
 
@@ -34,7 +35,7 @@ def test_the_margin_depends_on_the_share_and_not_on_the_number_of_promises() -> 
 def test_a_hundred_kept_promises_a_second_do_not_make_it_forget() -> None:
     caution = watched(120, 40)
     for number in range(1000):
-        caution.observe(True, 1.0 + number / 100)
+        caution.observe(1, 0, 1.0 + number / 100)
     assert caution.margin(11.0) > 2.0
 
 
@@ -46,7 +47,7 @@ def test_on_a_machine_slower_than_predicted_few_promises_are_broken() -> None:
         now = 0.01 * number
         kept = noise.lognormvariate(0.0, 0.3) < caution.margin(now)
         broken.append(not kept)
-        caution.observe(kept, now)
+        caution.observe(kept, not kept, now)
     assert sum(broken[2000:]) / len(broken[2000:]) < 0.03
     assert caution.margin(200.0) < 2.2
 
@@ -54,16 +55,19 @@ def test_on_a_machine_slower_than_predicted_few_promises_are_broken() -> None:
 def test_a_queue_is_kept_short_until_the_machine_is_known() -> None:
     caution = Caution(1.1)
     assert caution.queue_margin(50.0) == FIRST_QUEUE_MARGIN
-    caution.observe(True, 50.0)
+    caution.observe(1, 0, 50.0)
     assert 1.4 < caution.queue_margin(110.0) < 1.5
     assert caution.queue_margin(500.0) == pytest.approx(1.1, abs=0.001)
     assert caution.margin(50.0) == 1.1
 
 
 @quick
-@given(st.lists(st.tuples(st.booleans(), st.floats(0.0, 1e6)), max_size=100), st.floats(0.0, 1e9))
-def test_it_stays_within_its_bounds(observed: list[tuple[bool, float]], now: float) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99), st.floats(0.0, 1e6)), max_size=50),
+    st.floats(0.0, 1e9),
+)
+def test_it_stays_within_its_bounds(observed: list[tuple[int, int, float]], now: float) -> None:
     caution = Caution(1.1)
-    for kept, at in observed:
-        caution.observe(kept, at)
+    for kept, broken, at in observed:
+        caution.observe(kept, broken, at)
     assert 1.1 <= caution.margin(now) <= caution.queue_margin(now) <= MOST

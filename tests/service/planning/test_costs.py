@@ -153,6 +153,19 @@ def test_an_idle_machine_is_found_fast_again() -> None:
     assert costs.predict(1) == pytest.approx(0.01, rel=0.1)
 
 
+def test_slow_spells_are_forgotten_on_a_machine_that_idles() -> None:
+    """Else one found too slow for any promise would never be asked again."""
+    costs = taught({1: 0.1})
+    costs.observe(1, 20.0)
+    for _ in range(400):
+        costs.observe(1, 0.1)
+    assert costs.predict(1) < 0.11
+    assert costs.slowed
+    for _ in range(60):
+        costs.observe_idle(1, 0.1, 1.0)
+    assert not costs.slowed
+
+
 def test_a_machine_with_slow_spells_says_how_slow_it_may_be_and_for_how_long() -> None:
     costs = taught({1: 0.1})
     for second in range(60):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ditserve.service.errors import NumericalError, WorkerLost, to_wire
+from ditserve.service.errors import DeadlineExceeded, InternalError, NumericalError, WorkerLost, to_wire
 from ditserve.service.jobs import Claim, Job, JobResult
 from ditserve.service.queue.broker import Broker
 
@@ -27,6 +27,39 @@ async def crash(broker: Broker, clock: Any) -> int:
     """Let the time of all leases pass, as if every worker had crashed, and sweep."""
     clock.advance(broker.limits.lease_s + 1)
     return await broker.sweep()
+
+
+async def test_every_deadline_is_counted_as_kept_or_broken_once(
+    timed: Broker, make_job: MakeJob, make_result: MakeResult, clock: Any
+) -> None:
+    async def running(**fields: Any) -> Claim:
+        await timed.submit(make_job(**fields))
+        (claimed,) = await claim(timed)
+        return claimed
+
+    async def counts() -> tuple[int, int]:
+        load = await timed.load()
+        return load.kept, load.broken
+
+    due = clock.now + 5
+    done, undated = await running(deadline_at=due), await running(deadline_at=None)
+    late, failed = await running(deadline_at=due), await running(deadline_at=due)
+    unlucky, gone, given_up = [await running(deadline_at=due) for _ in range(3)]
+    await timed.submit(make_job(deadline_at=due))
+    await timed.finish(undated.lease, make_result())
+    await timed.fail(unlucky.lease, to_wire(InternalError("The step failed.")))
+    await timed.cancel(gone.job.id)
+    assert await counts() == (0, 0)
+    await timed.finish(done.lease, make_result())
+    await timed.finish(done.lease, make_result())
+    assert await counts() == (1, 0)
+    await timed.fail(failed.lease, to_wire(DeadlineExceeded("The deadline passed after 3 of 9 steps.")))
+    assert await counts() == (1, 1)
+    clock.advance(5.001)
+    await timed.cancel(given_up.job.id)
+    await timed.finish(late.lease, make_result())
+    assert await claim(timed) == []
+    assert await counts() == (1, 4)
 
 
 async def test_leases_that_are_renewed_stay(timed: Broker, make_job: MakeJob, clock: Any) -> None:
