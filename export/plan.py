@@ -50,10 +50,10 @@ def verification_rows(model: LoadedModel, settings: TrajectorySettings, *, half:
 
 
 def peak_bytes(model: LoadedModel, *, half: bool) -> float:
-    """Return the most memory that an export takes, an upper bound.
+    """Return an upper bound of the memory that an export takes.
 
     It is that of the libraries, of the weights in fp32, and of a copy in half precision, or of the copies
-    that the runtime makes while it opens a graph. A DiT-XL/2 has 2.7 GB of weights: 0.75 + 1.6 · 2.7 = 5.1 GB.
+    that the runtime makes while it opens a graph. For the 2.7 GB of a DiT-XL/2: 0.75 + 1.6 · 2.7 = 5.1 GB.
     """
     weights = sum(parameter.numel() * 4 for parameter in model.network.parameters())
     return LIBRARIES + (1.6 if half else 1.4) * weights
