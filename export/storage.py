@@ -15,7 +15,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,6 @@ from ditserve.export.errors import ExportError
 from ditserve.model.spec.bundle import WEIGHTS
 
 MIN_BYTES = 1024  # smaller tensors stay in the graph
-# The tensors of a traced model that are worth not to be copied. Those of narrow convolutions are smaller.
-INLINE_TENSOR_BYTES = 1 << 16
 # The most bytes of a graph's own tensors that stay in it: 1.5 GiB leaves room for its nodes below 2 GiB.
 INLINE_BYTES = 3 << 29
 STORED = {"F32": (TensorProto.FLOAT, np.float32), "F16": (TensorProto.FLOAT16, np.float16)}
@@ -82,12 +79,12 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) 
 def take_tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """Replace the weights of a traced model, in place, by placeholders; return them by name, not copied.
 
-    Narrow convolutions keep theirs, which are small and still rearranged.
+    Convolutions keep theirs, since those of narrow ones are still rearranged.
     """
     taken = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.dtype.value not in FLOATS or tensor.nbytes < INLINE_TENSOR_BYTES:
+        if tensor is None or tensor.dtype.value not in FLOATS or len(tensor.shape) != 2:
             continue
         taken[name] = tensor
         value.const_value = ir.ExternalTensor(
@@ -111,20 +108,20 @@ def _whole(name: str, taken: ir.TensorProtocol) -> TensorProto:
 
 
 def share_weights(
-    proto: onnx.ModelProto, weights: Path, taken: Mapping[str, ir.TensorProtocol] = MappingProxyType({})
+    proto: onnx.ModelProto, weights: Path, taken: Mapping[str, ir.TensorProtocol] | None = None
 ) -> onnx.ModelProto:
     """Replace initializers of `proto`, in place, by references into the file `weights`; return `proto`.
 
     An initializer is replaced if it equals a tensor of the file or its transpose. The graph must then be
-    saved in the folder of that file. `taken` has the values of placeholders.
+    saved in the folder of that file. `taken` has the values of placeholders; given, only these are replaced.
     """
     tables: dict[int, dict[Key, tuple[_StoredTensor, bool]]] = {}
     initializers: list[TensorProto] = []
     nodes: list[onnx.NodeProto] = []
     for tensor in proto.graph.initializer:
-        held, match = taken.get(tensor.name), None
-        shared_before = held is None and tensor.data_location == TensorProto.EXTERNAL
-        if tensor.data_type in FLOATS and np.prod(tensor.dims) * 4 >= MIN_BYTES and not shared_before:
+        held, match = (taken or {}).get(tensor.name), None
+        left = tensor.data_location == TensorProto.EXTERNAL if taken is None else held is None
+        if tensor.data_type in FLOATS and np.prod(tensor.dims) * 4 >= MIN_BYTES and not left:
             if tensor.data_type not in tables:
                 tables[tensor.data_type] = _table(weights, tensor.data_type)
             value = numpy_helper.to_array(tensor) if held is None else held.numpy()
