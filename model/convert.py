@@ -19,9 +19,8 @@ from typing import Any, cast, get_args
 from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle
 from ditserve.model.spec.command_line import guarded, named_path, positive
 from ditserve.model.spec.output_folder import BUNDLE, check_folder
-from ditserve.model.weights.diffusers import Function
 from ditserve.model.weights.files import export_weights, write_bundle
-from ditserve.model.weights.imports import ImportOptions, read_weights
+from ditserve.model.weights.imports import ImportFunction, ImportOptions, read_weights
 from ditserve.model.weights.official import WeightsError
 
 
@@ -64,6 +63,7 @@ def _import(options: argparse.Namespace) -> None:
         licence=options.licence,
         classes=names or found.classes,
         notes=found.notes,
+        flow=found.flow,
     )
     parameters = sum(tensor.numel() for tensor in found.weights.values())
     for note in found.notes:
@@ -98,8 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     bring.add_argument(
         "--function",
-        choices=get_args(Function),
-        help="what diffusers weights were trained as: its k/127 frequencies and epsilon, or the published",
+        choices=get_args(ImportFunction),
+        help="what weights were trained as: of diffusers with its k/127 frequencies and epsilon, or as "
+        "published; in the official layout a flow as SiT or REPA trains it",
     )
     bring.add_argument("--heads", type=positive, help="number of heads, for a width that is not published")
     bring.add_argument(

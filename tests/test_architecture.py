@@ -117,6 +117,10 @@ LATE |= {
 }
 LATE |= {"model.nets.autoencoder", "model.nets.text", "service.backends.other_texts"}
 
+# Readers of the host's clock: for people (when a key or an image was made), to compare it with that of Redis,
+# and where a library gives times of it.
+WALL_CLOCK = {"service.api_keys", "service.http.routes.openai", "service.queue.clock", "service.queue.quota"}
+
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
 HEADLESS = {"By", "How", "Of", "What", "Where", "Whether", "Which", "Who", "Whose", "Whom", "Why"}
 NOT_NOUNS = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
@@ -285,6 +289,24 @@ def settled(tree: Tree) -> Iterator[str]:
                 yield module.at(node.lineno, f"os.{name} belongs to service.settings")
 
 
+def one_clock(tree: Tree) -> Iterator[str]:
+    """The service compares times by the clock of its queue and measures by a monotonic one."""
+    for module in tree.values():
+        if module.package != "service" or module.name in WALL_CLOCK:
+            continue
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute):
+                names = {ast.unparse(node)}
+            elif isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                continue
+            for name in names & {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow"}:
+                yield module.at(
+                    node.lineno, f"{name} is the host's clock: take the queue's, or time.monotonic"
+                )
+
+
 def pure(tree: Tree) -> Iterator[str]:
     """Pure modules, and what they import of ours, do no I/O, read no clock and hold no state."""
     for name in pure_closure(tree):
@@ -410,6 +432,7 @@ BREACHES: dict[Rule, dict[str, str]] = {
         "service/queue/reads.py": "",
     },
     settled: {"service/http/app.py": "import os\nHOME = os.environ['HOME']"},
+    one_clock: {"service/worker/a.py": "import time\nNOW = time.time()"},
     pure: {
         "service/planning/planner.py": "from ditserve.service import clocks",
         "service/clocks.py": "import time",
@@ -436,6 +459,7 @@ MORE_BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (torchless, {"model/spec/bundle.py": "import torch.nn"}),
     (owned, {"service/engine/engine.py": "import onnxruntime"}),
     (settled, {"service/http/app.py": "from os import getenv"}),
+    (one_clock, {"service/http/a.py": "from time import time"}),
     (pure, {"service/a.py": '"""Sums. Pure."""\nopen("x")'}),
     (pure, {"service/planning/costs.py": "total = 0\ndef f():\n    global total"}),
     (early, {"service/a.py": "import importlib\nimportlib.import_module('json')"}),
@@ -469,7 +493,7 @@ def test_the_rule_can_be_broken(rule: Rule, files: dict[str, str], tmp_path: Pat
 
 def test_the_rules_speak_of_modules_that_exist() -> None:
     owners = set().union(*OWNERS.values(), *SERVICE_OWNERS.values())
-    assert owners | PURE | COMMANDS | VALUES | LATE <= set(repository())
+    assert owners | PURE | COMMANDS | VALUES | LATE | WALL_CLOCK <= set(repository())
     folders = {(module.package, module.room) for module in repository().values() if module.package in ROOMS}
     assert folders == {(package, room) for package, places in ROOMS.items() for room in places}
 

@@ -76,6 +76,7 @@ def exposed() -> dict[str, set[str]]:
         if isinstance(instrument, MetricWrapperBase):
             (family,) = instrument.describe()
             suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
+            suffixes["summary"] = ["_sum", "_count"]
             for suffix in suffixes.get(family.type, [""]):
                 series[family.name + suffix] = set(instrument._labelnames)
     load = LoadSnapshot(queued_jobs=0, queued_rows=0, oldest_age_s=0.0, workers=(), taken_at=0.0)

@@ -22,6 +22,7 @@ from ditserve.model.evaluation.fidelity import (
     precision_recall,
 )
 from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, PictureSet
+from ditserve.model.evaluation.texture import grain, sharpness
 from ditserve.model.spec.bundle import Factor
 
 # From so many pictures on, the Inception Score is the average of ten splits, as is customary.
@@ -42,6 +43,8 @@ TITLES = {
     "kernel_distance": "kernel distance ↓",
     "kernel_distance_std": "… its deviation over subsets",
     "inception_score": "Inception Score ↑",
+    "grain": "grain in flat areas, of 255 ↓",
+    "sharpness": "energy of fine detail, as a share of the real ones'",
     "precision": "precision ↑",
     "recall": "recall ↑",
     "nearest_pixel_p5": "pixel distance to the nearest training picture, 5 % are below",
@@ -57,20 +60,24 @@ TITLES = {
 }
 
 # The figures that depend on the feature network.
-FEATURE_FIGURES = tuple(key for key in TITLES if "pixel" not in key)
+FEATURE_FIGURES = tuple(key for key in TITLES if "pixel" not in key and key not in ("grain", "sharpness"))
 
 Figures = dict[str, float]
 
 
 def distances(generated: PictureSet, reference: PictureSet, seed: int) -> Figures:
-    """Return the Fréchet and kernel distances to a reference, precision, recall, and the Inception Score.
+    """Return the Fréchet and kernel distances to a reference, precision, recall, Inception Score and texture.
 
     A figure that so few pictures cannot tell is left out; see `shortfalls`.
     """
     ours, theirs = generated.features, reference.features
     fewest = min(len(generated), len(reference))
     score = inception_score(ours.probabilities, 10 if len(generated) >= SPLITS_FROM else 1)
-    figures = {"inception_score": score.mean}
+    figures = {
+        "inception_score": score.mean,
+        "grain": grain(generated.images),
+        "sharpness": sharpness(generated.images, reference.images),
+    }
     if fewest > ours.pooled.shape[1]:
         figures["frechet_distance"] = frechet_distance(theirs.pooled, ours.pooled)
     if theirs.detail is not None and ours.detail is not None and fewest > ours.detail.shape[1]:

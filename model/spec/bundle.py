@@ -27,7 +27,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticSerializationError
 
+from ditserve.model.spec import bundle_bounds as bounds
 from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig, network_config, network_fields
@@ -46,11 +48,19 @@ _GRAPHS += [f"backbone.{precision}.onnx" for precision in ("fp16", "bf16", "int8
 BUNDLE_FILES = frozenset([WEIGHTS, CALIBRATION, GOLDEN, *_GRAPHS, *(f"{name}.data" for name in _GRAPHS)])
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=256)]
+ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
+Text = Annotated[str, Field(max_length=10_000)]
+GuidanceScale = Annotated[float, Field(ge=0, le=bounds.MAX_GUIDANCE)]
+Moment = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 # The pixels that a latent of the SD-VAE covers on a side.
 SD_FACTOR = 8
 DecoderKind = Literal["identity", "sd-vae", "small"]
+
+
+LARGEST_MANIFEST = 64 * 2**20  # bytes
 
 
 class BundleError(ModelError):
@@ -61,21 +71,21 @@ class Factor(StrictModel):
     """One label factor of the condition. Its null class, "not given", has the index len(classes)."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
-    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=bounds.LARGEST_COUNT)]
 
 
 class StateTensor(StrictModel):
     """One tensor of the condition state; `shape` is without the batch dimension."""
 
-    name: str
-    shape: tuple[int, ...]
+    name: Label
+    shape: Annotated[tuple[bounds.Size, ...], Field(max_length=8)]
 
 
 class LatentSpec(StrictModel):
     """The normalisation of latents, (latents − shift) / scale, with one shift and one scale per channel."""
 
-    shift: tuple[float, ...]
-    scale: tuple[Annotated[float, Field(gt=0)], ...]
+    shift: tuple[Moment, ...]
+    scale: tuple[Annotated[Moment, Field(ge=1e-6)], ...]
     factor: Annotated[int, Field(ge=1, le=64)] = SD_FACTOR
     """The pixels that a latent covers on a side."""
 
@@ -88,12 +98,12 @@ class RungSpec(StrictModel):
     is the one of the two that orders the ladder (`Manifest.ladder_order`): lower is better.
     """
 
-    name: str
-    solver: str
-    steps: Annotated[int, Field(ge=1)]
-    grid: str
+    name: Label
+    solver: Label
+    steps: bounds.Steps
+    grid: Text
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    rows: float
+    rows: Annotated[float, Field(ge=0)]
     quality: float
     own: float | None = None
     real: float | None = None
@@ -102,10 +112,10 @@ class RungSpec(StrictModel):
 class Defaults(StrictModel):
     """The values that a request gets for what it leaves out."""
 
-    steps: Annotated[int, Field(ge=1)]
-    solver: str
-    grid: str
-    guidance_scale: float
+    steps: bounds.Steps
+    solver: Label
+    grid: Text
+    guidance_scale: GuidanceScale
     guidance_interval: tuple[float, float]
 
 
@@ -116,39 +126,40 @@ class Golden(StrictModel):
     """
 
     condition: dict[str, str]
-    seed: int
-    steps: Annotated[int, Field(ge=1)]
-    solver: str
-    grid: str
-    guidance_scale: float
+    seed: Annotated[int, Field(ge=0, le=bounds.MAX_SEED)]
+    steps: bounds.Steps
+    solver: Label
+    grid: Text
+    guidance_scale: GuidanceScale
 
 
 class FileEntry(StrictModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    bytes: int
+    bytes: Annotated[int, Field(ge=0, le=2**50)]
 
 
 class Manifest(StrictModel):
-    """The content of manifest.json. Unknown fields and unknown schema versions are refused."""
+    """The content of manifest.json. Unknown fields and unknown schema versions are refused, and so is a model
+    that could not be served: see `bundle_bounds`."""
 
     schema_version: Literal[1] = 1
     name: Name
     version: Name
-    description: str
+    description: Text
     config: NetworkConfig
     diffusion: DiffusionSpec
-    factors: tuple[Factor, ...]
+    factors: Annotated[tuple[Factor, ...], Field(max_length=16)]
     decoder: DecoderKind = "identity"
     # None: latents are multiplied by 0.18215, as for the published models.
     latents: LatentSpec | None = None
-    embedding_size: int
-    state: tuple[StateTensor, ...]
+    embedding_size: bounds.Size
+    state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
     defaults: Defaults
-    ladder: tuple[RungSpec, ...] = ()
+    ladder: Annotated[tuple[RungSpec, ...], Field(max_length=256)] = ()
     ladder_order: Literal["own", "real"] = "own"
     golden: Golden | None = None
-    licence: str
-    attribution: tuple[str, ...] = ()
+    licence: Text
+    attribution: tuple[Text, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
     files: dict[Name, FileEntry] = Field(default_factory=dict)
@@ -168,6 +179,28 @@ class Manifest(StrictModel):
         if not isinstance(value, Mapping):
             raise ValueError("the network's configuration must be an object")
         return network_config(value)
+
+    @model_validator(mode="after")
+    def _servable(self) -> Manifest:
+        bounds.check_network(self.config)
+        bounds.check_factors(self.factors, self.config)
+        bounds.check_state(self.state)
+        bounds.check_pictures(self.config, self.upscale, pixels=self.decoder == "identity")
+        bounds.check_provenance(self.provenance)
+        channels = {"diffusion.guidance_channels": self.diffusion.guidance_channels}
+        if self.latents is not None:
+            channels |= {"latents.shift": len(self.latents.shift), "latents.scale": len(self.latents.scale)}
+        bounds.check_channels(channels, self.config)
+        runs: dict[str, RungSpec | Defaults] = {"defaults": self.defaults}
+        runs |= {f"ladder.{k}": rung for k, rung in enumerate(self.ladder)}
+        schedule = self.diffusion.noise_schedule()
+        for field, run in runs.items():
+            bounds.check_run(field, run, schedule)
+            bounds.check_interval(field, run.guidance_interval)
+        if self.golden is not None:
+            bounds.check_run("golden", self.golden, schedule)
+            bounds.check_condition("golden.condition", self.golden.condition, self.factors, self.config)
+        return self
 
     @model_validator(mode="after")
     def _check_steps(self) -> Manifest:
@@ -205,7 +238,9 @@ class Bundle:
                 f"{root} is not a bundle: {MANIFEST} is missing; "
                 "pass a folder written by python -m export.onnx"
             )
-        manifest = parse_manifest(source.read_bytes(), source)
+        manifest = _read_manifest(source)
+        if manifest.golden is not None and GOLDEN not in manifest.files:
+            raise BundleError(f"{source}: field files: {GOLDEN} is missing, though golden describes it")
         for name, entry in manifest.files.items():
             file = root / name
             if not file.is_file():
@@ -244,6 +279,15 @@ def bundle_name(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:100] or "model"
 
 
+def _read_manifest(source: Path) -> Manifest:
+    try:
+        if source.stat().st_size > LARGEST_MANIFEST:
+            raise BundleError(f"{source} is larger than {LARGEST_MANIFEST} bytes: it is no manifest")
+        return parse_manifest(source.read_bytes(), source)
+    except OSError as error:
+        raise BundleError(f"{source} cannot be read: {error.strerror}") from None
+
+
 def parse_manifest(raw: bytes, source: Path) -> Manifest:
     """Return the manifest in `raw`; error messages name `source`.
 
@@ -251,21 +295,39 @@ def parse_manifest(raw: bytes, source: Path) -> Manifest:
         BundleError: not JSON, not an object, or a field is wrong.
     """
     try:
-        data = json.loads(raw)
-    except ValueError as error:
+        data = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{source} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise BundleError(f"{source} must hold a JSON object")
     version = data.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise BundleError(f"{source} has schema_version {version!r}; this release reads {SCHEMA_VERSION}")
+        raise BundleError(
+            f"{source} has schema_version {_short(repr(version))}; this release reads {SCHEMA_VERSION}"
+        )
     try:
-        return Manifest.model_validate(data)
+        manifest = Manifest.model_validate(data)
+        # Its digest is that of its JSON.
+        manifest.model_dump_json()
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{source}: field {field}: {message}") from None
+        # A sentence about several fields names them.
+        raise BundleError(f"{source}: {_short(f'field {field}: {message}' if field else message)}") from None
+    except (PydanticSerializationError, RecursionError) as error:
+        raise BundleError(f"{source}: field provenance: cannot be written as JSON: {error}") from None
+    return manifest
+
+
+def _short(text: str) -> str:
+    """Return text from a manifest as a message holds it: on one line, and cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:300]}…"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

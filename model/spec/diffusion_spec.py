@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
+from ditserve.model.spec.bundle_bounds import Size, Steps
 from ditserve.model.spec.diffusion import (
     NoiseInput,
     Prediction,
@@ -22,7 +23,7 @@ from ditserve.model.spec.sigma_grids import SigmaGrid
 class StrictModel(BaseModel):
     """A value of a manifest: frozen, without unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 class DiffusionSpec(StrictModel):
@@ -39,17 +40,17 @@ class DiffusionSpec(StrictModel):
     """
 
     schedule: Literal["linear", "cosine", "flow"]
-    timesteps: Annotated[int, Field(ge=1)] = 1000
-    log_snr_shift: float = 0.0
+    timesteps: Steps = 1000
+    log_snr_shift: Annotated[float, Field(ge=-20, le=20)] = 0.0
     prediction: Prediction
     noise_input: NoiseInput = "timestep"
     sigma_grid: SigmaGrid | None = None
-    noise_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    noise_scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     output_sign: Literal[1, -1] = 1
-    step_counts: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    step_counts: tuple[Steps, ...] = ()
     learn_sigma: bool = False
     clip_x0: bool = True
-    guidance_channels: int | None = None
+    guidance_channels: Size | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -27,7 +27,7 @@ from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.output_folder import BUNDLE, DIFFUSERS, check_new_file, replacement
 from ditserve.model.weights.diffusers import to_diffusers
-from ditserve.model.weights.imports import DIFFUSERS_CONFIG, DIFFUSERS_NAME
+from ditserve.model.weights.imports import DIFFUSERS_CONFIG, DIFFUSERS_NAME, FLOWS, FlowKind
 from ditserve.model.weights.official import WeightsError, to_official
 
 # The published results at 256 px use 250 steps of DDPM at guidance 1.5; 50 of DDIM are as good (FID 2.26).
@@ -35,6 +35,8 @@ from ditserve.model.weights.official import WeightsError, to_official
 DEFAULTS = Defaults(
     steps=50, solver="ddim", grid="ddim-stride", guidance_scale=1.5, guidance_interval=(0.0, 1.0)
 )
+# SiT and REPA publish 250 steps of an SDE; 50 steps of Euler's method are near it.
+FLOW_DEFAULTS = DEFAULTS.model_copy(update={"solver": "euler", "grid": "uniform"})
 
 
 def write_bundle(
@@ -45,11 +47,13 @@ def write_bundle(
     licence: str,
     classes: Sequence[str] = (),
     notes: Sequence[str] = (),
+    flow: FlowKind | None = None,
 ) -> Manifest:
     """Write a bundle of weights alone, for a latent model trained as published.
 
-    The schedule is linear, the network predicts noise. `classes` names the classes; unless given, their
-    numbers do. `notes` tell what was read and assumed at the import; the manifest keeps them.
+    The schedule is linear and the network predicts noise, unless it is of a kind of `flow`. `classes` names
+    the classes; unless given, their numbers do. `notes` tell what was read and assumed at the import; the
+    manifest keeps them.
 
     Raises:
         WeightsError: the number of `classes` is not the model's, or the folder has no legal name for a
@@ -65,18 +69,12 @@ def write_bundle(
             version="1",
             description=f"Diffusion Transformer over {height}×{width} latents, imported",
             config=config,
-            diffusion=DiffusionSpec(
-                schedule="linear",
-                prediction="epsilon",
-                learn_sigma=config.learn_sigma,
-                clip_x0=False,
-                guidance_channels=3 if config.in_channels > 3 else None,
-            ),
+            diffusion=_diffusion(config, flow),
             factors=(Factor(name="label", classes=names),),
             decoder="sd-vae" if config.in_channels == 4 else "identity",
             embedding_size=config.embedding_size,
             state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
-            defaults=DEFAULTS,
+            defaults=DEFAULTS if flow is None else FLOW_DEFAULTS,
             licence=licence,
             provenance={"import": {"notes": list(notes)}} if notes else {},
         )
@@ -87,6 +85,20 @@ def write_bundle(
         (scratch / WEIGHTS).chmod(0o644)
         write_manifest(scratch, manifest)
     return manifest
+
+
+def _diffusion(config: DiTConfig, flow: FlowKind | None) -> DiffusionSpec:
+    """Return the diffusion of imported weights."""
+    if flow is not None:
+        told = {"noise_scale": 1.0, "clip_x0": False, **FLOWS[flow]}
+        return DiffusionSpec(schedule="flow", prediction="flow", **told)
+    return DiffusionSpec(
+        schedule="linear",
+        prediction="epsilon",
+        learn_sigma=config.learn_sigma,
+        clip_x0=False,
+        guidance_channels=3 if config.in_channels > 3 else None,
+    )
 
 
 def _storable(tensor: Tensor) -> Tensor:

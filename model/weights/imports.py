@@ -1,18 +1,21 @@
 """Weights of other projects, read into ours: what a file tells is taken, what it leaves open is asked for.
 
-Two questions stay open in a bare file of weights. The published DiT, which predicts the noise, and SiT, which
-predicts a velocity, have the same names and shapes. So the network is tried: told that its input is pure
-noise, one that predicts the noise gives its input back. And a table of N rows holds N classes, or N − 1 and
-the null class. `model.weights.official` and `model.weights.diffusers` convert the tensors.
+Two questions stay open in a bare file of weights. The published DiT, which predicts the noise, and SiT and
+REPA, which predict a velocity, have the same names and shapes. So the network is tried: told that its input
+is pure noise, one that predicts the noise gives its input back; of a flow it must be said which. And a table
+of N rows holds N classes, or N − 1 and the null class. `model.weights.official` and `model.weights.diffusers`
+convert the tensors.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,7 @@ from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import network_of
 from ditserve.model.spec.dit_config import SIZES, DiTConfig
 from ditserve.model.weights.diffusers import CLASS_NAMES, Function, from_diffusers
-from ditserve.model.weights.official import TABLE, Weights, WeightsError, from_official
+from ditserve.model.weights.official import TABLE, Weights, WeightsError, from_official, without_variance
 from ditserve.model.weights.state_files import is_index, read_state
 
 DIFFUSERS_CONFIG = "config.json"
@@ -33,17 +36,33 @@ PUBLISHED = "published: timestep frequencies k/128 and epsilon 1e-6, as the offi
 AS_DIFFUSERS = "diffusers: timestep frequencies k/127 and epsilon 1e-5, as diffusers computes"
 
 
+FlowKind = Literal["sit", "repa"]
+ImportFunction = Literal["published", "diffusers", "sit", "repa"]
+# What a flow's network is told, and the sign of its output. SiT's time runs from noise, 0, to image, 1, and
+# its velocity to the image (Ma et al., arXiv:2401.08740); REPA's run the other way (arXiv:2410.06940).
+FLOWS: Mapping[FlowKind, Mapping[str, Any]] = MappingProxyType(
+    {
+        "sit": {"noise_input": "1-sigma", "output_sign": -1, "guidance_channels": 3},
+        "repa": {"noise_input": "sigma", "output_sign": 1, "guidance_channels": None},
+    }
+)
+# How the trainers name a linear path with a velocity: (path_type, prediction).
+_LINEAR: Mapping[tuple[str, str], FlowKind]
+_LINEAR = MappingProxyType({("Linear", "velocity"): "sit", ("linear", "v"): "repa"})
+
+
 @dataclass(frozen=True, slots=True)
 class ImportOptions:
     """The facts that a file of weights may not hold; None leaves them to the file.
 
-    `num_heads` and `image_size` are for shapes that are not published, `function` for diffusers' layout,
-    `num_classes` for a class table, `predicts_noise` for weights that do not look as if they did.
+    `num_heads` and `image_size` are for shapes that are not published, `num_classes` for a class table,
+    `predicts_noise` for weights that do not look as if they did. `function` is "published" or "diffusers" for
+    diffusers' layout, and in the official layout "sit" or "repa" for a flow.
     """
 
     num_heads: int | None = None
     image_size: tuple[int, int] | None = None
-    function: Function | None = None
+    function: ImportFunction | None = None
     num_classes: int | None = None
     predicts_noise: bool = False
 
@@ -52,13 +71,15 @@ class ImportOptions:
 class ImportedWeights:
     """Weights in our layout, their configuration, and names of the classes if the source has them.
 
-    `notes` are sentences that tell what was read and what was assumed.
+    `flow` is the kind of flow, None for the published diffusion. `notes` are sentences that tell what was
+    read and what was assumed.
     """
 
     weights: Weights
     config: DiTConfig
     notes: tuple[str, ...]
     classes: tuple[str, ...] = ()
+    flow: FlowKind | None = None
 
 
 def read_weights(path: Path, options: ImportOptions) -> ImportedWeights:
@@ -81,44 +102,66 @@ def read_weights(path: Path, options: ImportOptions) -> ImportedWeights:
 
 
 def _read_official(path: Path, options: ImportOptions) -> ImportedWeights:
-    stored = read_state(path)
-    notes = _notes_of_arguments(path, stored.arguments)
-    state = {name: tensor for name, tensor in stored.tensors.items() if not name.startswith("projectors.")}
-    if len(state) < len(stored.tensors) and not notes and not options.predicts_noise:
+    if options.function == "diffusers":
         raise WeightsError(
-            f"{path} carries the projectors of REPA, which trains SiT: a SiT predicts a velocity by flow "
-            "matching, which is not supported yet; --predicts-noise imports a DiT that was trained with REPA"
+            f"{path} is in the official layout: --function diffusers is for a diffusers folder"
+        )
+    stored = read_state(path)
+    flow, notes = _told_function(path, stored.arguments, options)
+    state = {name: tensor for name, tensor in stored.tensors.items() if not name.startswith("projectors.")}
+    if len(state) < len(stored.tensors) and not (notes or flow or options.predicts_noise):
+        raise WeightsError(
+            f"{path} carries the projectors of REPA, which trains SiT by flow matching: --function repa "
+            "imports that, --predicts-noise a DiT that was trained with REPA"
         )
     weights, config = from_official(state, num_heads=options.num_heads, image_size=options.image_size)
     _check_arguments(path, stored.arguments, config)
     told = stored.arguments.get("num_classes")
     _check_null_row(path, config, options.num_classes or (told if isinstance(told, int) else None))
-    return ImportedWeights(weights, config, notes)
+    if flow is not None and config.learn_sigma:
+        weights, config = without_variance(weights, config)
+        notes += ("the second half of its outputs, which SiT never uses, is left out",)
+    return ImportedWeights(weights, config, notes, flow=flow)
 
 
-def _notes_of_arguments(path: Path, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what a trainer's arguments tell of the function.
+def _told_function(
+    path: Path, arguments: Mapping[str, Any], options: ImportOptions
+) -> tuple[FlowKind | None, tuple[str, ...]]:
+    """Return the kind of flow that options or a trainer's arguments tell, and notes; no notes: neither does.
 
     Raises:
-        WeightsError: they tell that it is no DiT's.
+        WeightsError: the arguments tell a flow that is not in FLOWS, or not which, or the option differs.
     """
-    prediction, kind = arguments.get("prediction"), arguments.get("path_type")
+    wanted = next((kind for kind in get_args(FlowKind) if kind == options.function), None)
+    prediction, path_type = arguments.get("prediction"), arguments.get("path_type")
     model = str(arguments.get("model", ""))
-    if kind is not None or prediction not in (None, "epsilon", "eps", "noise") or model.startswith("SiT"):
-        told = {"model": model or None, "prediction": prediction, "path_type": kind}
-        words = ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
+    if path_type is None and prediction in (None, "epsilon", "eps", "noise") and not model.startswith("SiT"):
+        if prediction is not None or model.startswith("DiT"):
+            if wanted is not None:
+                raise WeightsError(f"{path} says that it predicts the noise: leave out --function {wanted}")
+            return None, (f"the file's own arguments say that it predicts the noise ({model or prediction})",)
+        return wanted, () if wanted is None else (f"it is a flow as {wanted} trains, as --function says",)
+    told = {"model": model or None, "prediction": prediction, "path_type": path_type}
+    words = ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
+    kind = _LINEAR.get((str(path_type), str(prediction)), wanted)
+    if path_type not in (None, "Linear", "linear") or prediction not in (None, "velocity", "v"):
         raise WeightsError(
-            f"{path} was trained as an SiT or another flow ({words} in its own arguments): it predicts a "
-            "velocity, and flow matching is not supported yet; as a DiT it would draw noise"
+            f"{path} was trained on another flow ({words} in its own arguments): only a linear path with a "
+            "velocity can be imported"
         )
-    if prediction is not None or model.startswith("DiT"):
-        return (f"the file's own arguments say that it predicts the noise ({model or prediction})",)
-    return ()
+    if kind is None:
+        raise WeightsError(
+            f"{path} was trained as a flow ({words} in its own arguments), which does not tell its time: "
+            "--function sit if the time is 0 for noise, --function repa if it is 1"
+        )
+    if wanted not in (None, kind):
+        raise WeightsError(f"{path} is a flow as {kind} trains ({words} in its own arguments), not {wanted}")
+    return kind, (f"it is a flow as {kind} trains ({words} in its own arguments)",)
 
 
 def _check_arguments(path: Path, arguments: Mapping[str, Any], config: DiTConfig) -> None:
     """Refuse weights that are not of the size that the trainer's `model`, such as "DiT-XL/2", names."""
-    name, _, patch = str(arguments.get("model", "")).removeprefix("DiT-").partition("/")
+    name, _, patch = re.sub("^[DS]iT-", "", str(arguments.get("model", ""))).partition("/")
     if name not in SIZES or not patch.isdecimal():
         return
     named, found = (
@@ -165,7 +208,7 @@ def _check_finite(path: Path, weights: Weights) -> None:
 
 def _with_prediction(path: Path, imported: ImportedWeights, options: ImportOptions) -> ImportedWeights:
     """Return `imported` with a note that tells why the network is taken to predict the noise."""
-    if any("predicts the noise" in note for note in imported.notes):
+    if imported.flow is not None or any("predicts the noise" in note for note in imported.notes):
         return imported
     if options.predicts_noise:
         note = "it predicts the noise, as --predicts-noise says"
@@ -174,11 +217,11 @@ def _with_prediction(path: Path, imported: ImportedWeights, options: ImportOptio
         if cosine < NOISE_COSINE:
             raise WeightsError(
                 f"{path} does not tell what it predicts, and given pure noise its output is not that noise "
-                f"(cosine {cosine:.2f}, {NOISE_COSINE} is asked for): it is an SiT or another flow, which is "
-                "not supported yet, or it is hardly trained; --predicts-noise imports it all the same"
+                f"(cosine {cosine:.2f}, {NOISE_COSINE} is asked for): say --function sit or --function repa "
+                "for a flow; --predicts-noise imports a DiT that is hardly trained all the same"
             )
         note = f"it predicts the noise: given pure noise, its output is that noise (cosine {cosine:.3f})"
-    return ImportedWeights(imported.weights, imported.config, (*imported.notes, note), imported.classes)
+    return replace(imported, notes=(*imported.notes, note))
 
 
 @torch.no_grad()
@@ -208,13 +251,15 @@ def _read_diffusers(folder: Path, path: Path, options: ImportOptions) -> Importe
     return ImportedWeights(weights, config, (*notes, note), _class_names(folder.parent, rows - 1))
 
 
-def _function(folder: Path, fields: Mapping[str, Any], wanted: Function | None) -> tuple[Function, str]:
+def _function(folder: Path, fields: Mapping[str, Any], wanted: ImportFunction | None) -> tuple[Function, str]:
     """Return the function that weights in diffusers' layout were trained as, and a note that tells it.
 
     Raises:
         WeightsError: it is not given, and the model is not the one that was converted from the release.
     """
-    if wanted is not None:
+    if wanted in ("sit", "repa"):
+        raise WeightsError(f"{folder} is in diffusers' layout: --function {wanted} is for a file of {wanted}")
+    if wanted == "published" or wanted == "diffusers":
         return wanted, f"the function is that of {PUBLISHED if wanted == 'published' else AS_DIFFUSERS}"
     published = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
     published |= {"patch_size": 2, "num_embeds_ada_norm": IMAGENET}

@@ -84,6 +84,16 @@ def from_official(
     return weights, config
 
 
+def without_variance(weights: Weights, config: DiTConfig) -> tuple[Weights, DiTConfig]:
+    """Return the weights of the same prediction without the second half of the output channels."""
+    kept, rows = dict(weights), config.patch_size**2
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        # Rows are laid out (P, P, C_out).
+        by_channel = weights[name].unflatten(0, (rows, 2 * config.in_channels))
+        kept[name] = by_channel[:, : config.in_channels].flatten(0, 1).contiguous()
+    return kept, replace(config, learn_sigma=False)
+
+
 def to_official(weights: Mapping[str, Tensor], config: DiTConfig) -> Weights:
     """Return our weights in the official layout, with the position table.
 

@@ -18,7 +18,7 @@ from ditserve.service.addresses import is_loopback
 from ditserve.service.api_keys import open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.access import Access
-from ditserve.service.http.canary import next_tick
+from ditserve.service.http.canary import golden_image, next_tick
 from ditserve.service.http.context import Context
 from ditserve.service.http.middleware import Body, Crashes, Head, RequestContext
 from ditserve.service.http.models import VERSION, Model, reloaded
@@ -56,6 +56,10 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
         ValueError: the root path is one of the API's own, or the extra that sends traces is not installed.
     """
     served_models = open_served_models(settings, verify=False)
+    for served in served_models:
+        if served.bundle.manifest.golden is not None:
+            # Here a damaged one is a sentence; when the application starts it would be a traceback.
+            golden_image(served.bundle.path)
     keyring = open_keyring(settings)
     tracing = open_tracing(settings.otlp_endpoint, "dit-api")
     draining, reload = asyncio.Event(), asyncio.Event()

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import structlog
 from PIL import Image
 
-from ditserve.model.spec.bundle import GOLDEN, Golden
+from ditserve.model.spec.bundle import GOLDEN, BundleError, Golden
 from ditserve.service.errors import Overloaded, ServiceError
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Caller, Idempotency, Submissions
@@ -43,7 +43,7 @@ class Canary:
     """Draws the golden image of the bundle in `folder` and measures how alike the two are."""
 
     def __init__(self, folder: Path, golden: Golden, submissions: Submissions, listener: Waiter) -> None:
-        self._expected = pixels((folder / GOLDEN).read_bytes())
+        self._expected = golden_image(folder)
         self._golden, self._submissions, self._listener = golden, submissions, listener
         self._model, self._bundle = submissions.manifest.name, bundle_digest(submissions.manifest)
         self._request = GenerateRequest.model_validate(
@@ -114,6 +114,15 @@ def ticks_between(drawing_s: float, every_s: float) -> int:
     do; every eighth has a drawing. A process that predicts 10 s draws at every fourth: it shares these.
     """
     return 1 << max(0, ceil(log2(max(drawing_s, 1e-9) / (SHARE * every_s))))
+
+
+def golden_image(folder: Path) -> npt.NDArray[np.uint8]:
+    """Return the RGB pixels (H, W, 3) of a bundle's golden image. Raises `BundleError` if it is none."""
+    file = folder / GOLDEN
+    try:
+        return pixels(file.read_bytes())
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise BundleError(f"{file} is no image that can be read: export the bundle again") from None
 
 
 def pixels(file: bytes) -> npt.NDArray[np.uint8]:

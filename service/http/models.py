@@ -31,7 +31,7 @@ class Model:
 
     @classmethod
     def of(cls, served: ServedModel, settings: Settings, queue_client: QueueClient) -> Model:
-        """Build a model of its opened bundle. Raises `OSError` where the golden image cannot be read."""
+        """Build a model of its opened bundle. Raises `BundleError` where the golden image is none."""
         bundle, manifest = served.bundle, served.bundle.manifest
         if not manifest.ladder:
             _log.warning(

@@ -18,6 +18,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Summary,
     disable_created_metrics,
     generate_latest,
     multiprocess,
@@ -78,6 +79,11 @@ DECODE_SECONDS = Histogram("dit_decode_seconds", "Time to decode latents into pi
 ENCODE_SECONDS = Histogram("dit_encode_seconds", "Time to encode an image file", ["format"], buckets=_STEPS)
 STEPS_REQUESTED = Counter("dit_steps_requested", "Steps that finished samples asked for")
 STEPS_EXECUTED = Counter("dit_steps_executed", "Steps that finished samples ran")
+DELIVERED_QUALITY = Summary(
+    "dit_delivered_quality",
+    "Measured distance of the rungs that images were asked for on, and drawn on; lower is better",
+    ["kind"],
+)
 DEGRADED = Counter("dit_degraded", "Samples finished on a lower rung than asked for", ["rung"])
 NUMERICAL_ERRORS = Counter(
     "dit_numerical_errors", "Samples that failed because their numbers were not finite"

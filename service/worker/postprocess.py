@@ -87,6 +87,11 @@ class Postprocessor:
         encode_s = time.perf_counter() - began
         metrics.ENCODE_SECONDS.labels(job.format).observe(encode_s)
         metrics.IMAGES.labels(job.format).inc()
+        requested = running.requests[running.index(finished.id)].requested
+        # Without a measured ladder both are zero.
+        if requested.quality or finished.rung.quality:
+            metrics.DELIVERED_QUALITY.labels("asked").observe(requested.quality)
+            metrics.DELIVERED_QUALITY.labels("drawn").observe(finished.rung.quality)
         image = Image(data, seed, CONTENT_TYPES[job.format])
         return EncodedImage(finished, image, decode_ms=1e3 * decode_s, encode_ms=1e3 * encode_s)
 

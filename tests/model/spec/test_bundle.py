@@ -40,7 +40,10 @@ def folder(tiny: Tiny, tmp_path: Path) -> Path:
         description="a test",
         config=tiny(blocks=("adaln", "adaln", "cross_attention")),
         diffusion=DiffusionSpec(schedule="cosine", prediction="v"),
-        factors=(Factor(name="label", classes=("cat", "dog")), Factor(name="style", classes=("flat",))),
+        factors=(
+            Factor(name="label", classes=("cat", "dog", "hen", "cow", "pig")),
+            Factor(name="style", classes=("flat", "round", "line")),
+        ),
         embedding_size=32,
         state=(StateTensor(name="tokens", shape=(2, 32)),),
         defaults=Defaults(
@@ -62,7 +65,7 @@ def test_round_trip(folder: Path, tiny: Tiny) -> None:
     manifest = bundle.manifest
     assert manifest.config == tiny(blocks=("adaln", "adaln", "cross_attention"))
     assert set(manifest.files) == {"weights.safetensors", "backbone.onnx"}
-    assert [(factor.name, len(factor.classes)) for factor in manifest.factors] == [("label", 2), ("style", 1)]
+    assert [(factor.name, len(factor.classes)) for factor in manifest.factors] == [("label", 5), ("style", 3)]
     assert bundle.file("backbone.onnx").read_bytes() == b"graph"
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from io import BytesIO
 from math import ceil
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
-from ditserve.model.spec.bundle import GOLDEN
+from ditserve.model.spec.bundle import GOLDEN, BundleError
 from ditserve.service.errors import Overloaded
+from ditserve.service.http.app import create_app
 from ditserve.service.http.canary import SAME_DB, SHARE, Canary, next_tick, psnr, ticks_between
+from ditserve.service.settings import Settings
 from tests.conftest import ManualClock, wait_until
 from tests.service.http.conftest import MANIFEST, PNG, OpenStage, Stage
 
@@ -37,7 +40,8 @@ def bundle(bundle_path: Path, tmp_path: Path) -> Callable[[bytes], Path]:
 
     def make(image: bytes) -> Path:
         folder = Path(shutil.copytree(bundle_path, tmp_path / "golden"))
-        (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "golden": GOLD}))
+        files = {GOLDEN: {"sha256": sha256(image).hexdigest(), "bytes": len(image)}}
+        (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "golden": GOLD, "files": files}))
         (folder / GOLDEN).write_bytes(image)
         return folder
 
@@ -151,3 +155,11 @@ def test_likeness() -> None:
     # 10·log10(255²)
     assert psnr(black, almost) == pytest.approx(48.13, abs=0.01)
     assert psnr(black, np.full((4, 4, 3), 255, np.uint8)) == 0
+
+
+@pytest.mark.parametrize("image", [b"", b"no image", PNG[:20]], ids=range(3))
+def test_a_golden_image_that_is_none_is_refused_at_the_start(
+    bundle: Callable[[bytes], Path], image: bytes
+) -> None:
+    with pytest.raises(BundleError, match=r"golden\.png is no image .*: export the bundle again"):
+        create_app(Settings.parse([f"--bundle={bundle(image)}"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from prometheus_client import REGISTRY
 
 from ditserve.service.engine.samples import Finished
 from ditserve.service.jobs import Claim, Lease
 from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Rung
 from ditserve.service.worker.postprocess import DECODED_AT_ONCE, Postprocessor
 from ditserve.service.worker.running_job import RunningJob
 
@@ -73,6 +76,29 @@ async def test_images_of_one_size_are_decoded_together_and_the_order_is_kept(mak
     assert [picture.getpixel((0, 0)) for picture in pictures] == [(k, k, k) for k in (*range(many), 100, 101)]
     assert pictures[-1].info["windows"] == "3"
     assert "windows" not in pictures[0].info
+
+
+def delivered(kind: str) -> tuple[float, float]:
+    """Return the sum of the measured distances so far, and their number."""
+    sample = REGISTRY.get_sample_value
+    total, count = (sample(f"dit_delivered_quality_{part}", {"kind": kind}) for part in ("sum", "count"))
+    return total or 0.0, count or 0.0
+
+
+async def test_the_distance_that_was_asked_for_and_drawn_is_counted(make_running: Make) -> None:
+    postprocessor = Postprocessor(Decoder())
+    before = {kind: delivered(kind) for kind in ("asked", "drawn")}
+    unmeasured = make_running(seeds=(1,))
+    await postprocessor.images(done(unmeasured, (4, 4)))
+    assert {kind: delivered(kind) for kind in before} == before
+    best = Rung("ddim-50", "ddim", 50, "trailing", (0.0, 1.0), 0.5)
+    worse = Rung("ddim-5", "ddim", 5, "trailing", (0.0, 1.0), 2.0)
+    running = make_running(seeds=(1, 2), requested=best, admitted=best)
+    first, (_, second) = done(running, (4, 4))
+    await postprocessor.images([first, (running, replace(second, rung=worse, degraded=True))])
+    postprocessor.close()
+    grown = {kind: np.subtract(delivered(kind), before[kind]).tolist() for kind in before}
+    assert grown == {"asked": [1.0, 2.0], "drawn": [2.5, 2.0]}
 
 
 async def test_a_job_counts_the_rows_of_all_its_windows(make_running: Make) -> None:

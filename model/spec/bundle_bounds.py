@@ -1,0 +1,165 @@
+"""The bounds of what a bundle may say: a manifest within them can be served, as far as arithmetic goes.
+
+They are far from what anybody trains, and near enough that a mistyped number is refused where the bundle is
+opened, not where a worker runs out of memory. Every function raises ValueError with one sentence that names
+the field. Pure: no torch, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from math import prod
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from pydantic import Field
+
+from ditserve.model.spec.class_names import ClassNames, NamedFactor, UnknownClassError
+from ditserve.model.spec.diffusion import Schedule
+from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.solvers import step_table
+
+TEXT = "text"  # the key of a condition's text, beside those of the factors
+MAX_TIMESTEPS = 100_000
+MAX_SEED = 2**53 - 1
+MAX_GUIDANCE = 100.0
+LARGEST_COUNT = 2**20  # of any whole number of a network's configuration
+Steps = Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)]
+Size = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+LARGEST_DEPTH = 1000  # blocks of a DiT, residual blocks of a U-Net's level
+LARGEST_LEVELS = 16  # of a U-Net
+LARGEST_LATENT = 2**26  # numbers of a latent; also pixels of a picture
+LARGEST_STATE = 2**26  # numbers of a row's condition state
+
+
+class StatedRun(Protocol):
+    """A sampling run as a bundle describes it: a rung, the defaults, or that of the golden image."""
+
+    @property
+    def solver(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def grid(self) -> str: ...
+
+
+class NamedTensor(Protocol):
+    """A tensor of the condition state."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def check_run(field: str, run: StatedRun, schedule: Schedule) -> None:
+    """Refuse a run whose steps a worker cannot compute: every coefficient is finite in float32."""
+    try:
+        table = step_table(run.solver, noise_levels(run.grid, run.steps, schedule), schedule)
+    except ValueError as error:
+        raise ValueError(f"field {field}: {error}") from None
+    with np.errstate(over="ignore"):
+        columns = [np.float32(column) for column in (table.x0_x, table.x0_out, table.a, table.b, table.c)]
+    if not all(np.isfinite(column).all() for column in columns):
+        raise ValueError(f"field {field}: the steps leave the range of float32; choose a milder schedule")
+
+
+def check_interval(field: str, interval: tuple[float, float]) -> None:
+    """Refuse a guidance interval other than 0 <= low <= high <= 1."""
+    low, high = interval
+    if not 0.0 <= low <= high <= 1.0:
+        raise ValueError(
+            f"field {field}.guidance_interval: must satisfy 0 <= low <= high <= 1, not {list(interval)}"
+        )
+
+
+def check_network(config: NetworkConfig) -> None:
+    """Refuse a network whose numbers no machine holds, before anything is computed of them."""
+    fields = asdict(config)
+    longest = {"depth": LARGEST_DEPTH, "res_blocks": LARGEST_DEPTH}
+    for name, value in fields.items():
+        values = value if isinstance(value, tuple) else (value,)
+        limit = longest.get(name, LARGEST_COUNT)
+        if any(isinstance(number, int | float) and number > limit for number in values):
+            raise ValueError(f"field config: {name} may be at most {limit}, not {value!r}")
+    if len(fields.get("multipliers", ())) > LARGEST_LEVELS:
+        raise ValueError(f"field config: multipliers names more than {LARGEST_LEVELS} levels")
+    height, width = config.image_size
+    if config.in_channels * height * width > LARGEST_LATENT:
+        raise ValueError(
+            f"field config: image_size {height}x{width} of {config.in_channels} channels has more than "
+            f"{LARGEST_LATENT} numbers"
+        )
+
+
+def check_pictures(config: NetworkConfig, upscale: int, *, pixels: bool) -> None:
+    """Refuse pictures that cannot be made: of other than 1 or 3 channels, or with too many pixels."""
+    if pixels and config.in_channels not in (1, 3):
+        raise ValueError(
+            "field decoder: identity makes pictures of 1 or 3 channels, "
+            f"and config.in_channels is {config.in_channels}"
+        )
+    height, width = (side * upscale for side in config.image_size)
+    if height * width > LARGEST_LATENT:
+        raise ValueError(
+            f"field latents.factor: pictures of {height}x{width} have more than {LARGEST_LATENT} pixels"
+        )
+
+
+def check_channels(channels: Mapping[str, int | None], config: NetworkConfig) -> None:
+    """Refuse numbers of channels other than the network's; fewer may be guided, and None is all."""
+    own = config.in_channels
+    for field, count in channels.items():
+        if count is not None and (count > own or (count < own and not field.endswith("guidance_channels"))):
+            raise ValueError(f"field {field}: {count} channels do not fit config.in_channels, {own}")
+
+
+def check_factors(factors: Sequence[NamedFactor], config: NetworkConfig) -> None:
+    """Refuse factors that are not those of the network, or of one name."""
+    names = [factor.name for factor in factors]
+    if len(set(names)) < len(names):
+        raise ValueError(f"field factors: two have one name among {', '.join(names)}")
+    if config.text_size and TEXT in names:
+        raise ValueError(f"field factors: {TEXT} is the name of the model's text; rename the factor")
+    counts = tuple(len(factor.classes) for factor in factors)
+    if counts != tuple(config.classes):
+        raise ValueError(
+            f"field factors: they have {list(counts)} classes, and config.classes says {list(config.classes)}"
+        )
+
+
+def check_state(state: Sequence[NamedTensor]) -> None:
+    """Refuse a condition state of one name twice, or that no row of a batch can hold."""
+    names = [tensor.name for tensor in state]
+    if len(set(names)) < len(names):
+        raise ValueError("field state: two tensors have one name")
+    if any(size < 1 for tensor in state for size in tensor.shape):
+        raise ValueError("field state: every size of a shape must be at least 1")
+    if sum(prod(tensor.shape) for tensor in state) > LARGEST_STATE:
+        raise ValueError(f"field state: a row has more than {LARGEST_STATE} numbers")
+
+
+def check_condition(
+    field: str, condition: Mapping[str, str], factors: Sequence[NamedFactor], config: NetworkConfig
+) -> None:
+    """Refuse a condition of a factor or a class that the model does not have."""
+    known = {factor.name: factor for factor in factors}
+    for name, value in condition.items():
+        if name == TEXT and config.text_size:
+            continue
+        if name not in known:
+            raise ValueError(f"field {field}: the model has no factor {name!r}")
+        try:
+            ClassNames(known[name]).index(value)
+        except UnknownClassError as error:
+            raise ValueError(f"field {field}: {error}") from None
+
+
+def check_provenance(provenance: Mapping[str, Any]) -> None:
+    """Refuse a provenance whose training data, which name the text encoder, have another form."""
+    training = provenance.get("training", {})
+    data = training.get("data", {}) if isinstance(training, Mapping) else None
+    if not isinstance(data, Mapping) or not isinstance(data.get("text"), str | None):
+        raise ValueError("field provenance: training.data must be an object, and its text a name or null")

@@ -1,0 +1,35 @@
+"""Grain and sharpness of pictures whose texture is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ditserve.model.evaluation.texture import grain, sharpness
+
+
+def drawing() -> torch.Tensor:
+    """A black square on white, 32×32."""
+    image = torch.ones(2, 3, 32, 32)
+    image[:, :, 8:20, 8:20] = -1.0
+    return image
+
+
+def test_a_drawing_has_no_grain_whatever_its_edges() -> None:
+    assert grain(drawing()) == 0.0
+
+
+def test_noise_in_flat_areas_is_grain() -> None:
+    """Neighbours that differ by a uniform number of ±a differ by 2a/3 on average."""
+    noise = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = [grain(drawing() + noise * levels / 127.5) for levels in (3.0, 6.0)]
+    assert 0.7 * 2 < found[0] < 2
+    assert found[1] == pytest.approx(2 * found[0], rel=0.05)
+
+
+def test_a_blurred_picture_is_less_sharp() -> None:
+    blurred = torch.nn.functional.avg_pool2d(drawing(), 3, 1, 1, count_include_pad=False)
+    assert sharpness(drawing(), drawing()) == 1.0
+    assert 0.05 < sharpness(blurred, drawing()) < 0.6
+    flat = torch.zeros(1, 3, 8, 8)
+    assert sharpness(flat, flat) == 1.0
