@@ -4,6 +4,7 @@
         [--loads .5 .7 .9 1.1 1.4 2] [--workers 1] [--requests 500] [--seeds 11 12 13]
         [--slo 3] [--ladder ddim] [--refusing 0]
     python -m bench.simulate --promises      how many accepted deadlines are broken, on noisy hosts too
+    python -m bench.simulate --fairness      how long short requests take beside what others do
     python -m bench.simulate --claims        how far ahead a worker must claim, and in which order
 
 It runs the service's own scheduler, planner and admission, and prints by strategy and load: attainment
@@ -25,6 +26,12 @@ from rich.table import Table
 from ditserve.bench import report
 from ditserve.bench.load.workload import PROCESSES, Traffic
 from ditserve.bench.plots import Panel, draw_panels
+from ditserve.bench.simulate.fairness import (
+    SCENARIOS,
+    fairness_table,
+    shares_by_priority,
+    study_fairness,
+)
 from ditserve.bench.simulate.outcome import SimulationOutcome, simulate
 from ditserve.bench.simulate.promises import HOSTS, markdown, study_promises
 from ditserve.bench.simulate.scenario import (
@@ -109,6 +116,12 @@ def promises() -> str:
     return markdown(outcomes)
 
 
+def fairness() -> str:
+    """Simulate short requests beside other work; return the table."""
+    outcomes = [study_fairness(scenario, curve) for scenario in SCENARIOS for curve in CURVES]
+    return fairness_table(outcomes, shares_by_priority("tiny"))
+
+
 def outcome_table(title: str, points: Iterable[SweepPoint]) -> Table:
     table = report.table(title, COLUMNS, [], text={"arm"})
     last = None
@@ -163,6 +176,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--promises", action="store_true", help="instead: how many accepted deadlines are broken"
     )
+    parser.add_argument(
+        "--fairness", action="store_true", help="instead: how long short requests take beside others"
+    )
     return parser.parse_args(arguments)
 
 
@@ -173,6 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         if options.promises:
             report.result_path("promises.md").write_text(promises())
+            return
+        if options.fairness:
+            report.result_path("fairness.md").write_text(fairness())
             return
         name, study = ("claims", claims) if options.claims else ("simulate", sweep)
         points = study(options, console)

@@ -3,11 +3,10 @@
 Time passes from event to event, with the step times of a `StepTimeCurve`, and a seed decides everything.
 Strategies differ in nothing but their `Strategy`.
 
-What this decided for the real service: the planner sees the queue through claims ahead of need, 64 samples a
-worker, and not through a summary. A summary that gives rows alone cannot tell urgent work from patient work,
-and degrading samples for the latter is waste; with 64 samples at hand it changes nothing any more. Claiming
-in the order of deadlines instead of arrival, as the broker does among the jobs of one caller, keeps a deep
-queue safe as well.
+What this decided for the real service: the planner sees the queue through claims ahead of need and not
+through a summary. A summary that gives rows alone cannot tell urgent work from patient work, and degrading
+samples for the latter is waste. Claiming in the order of deadlines instead of arrival, as the broker does
+among the jobs of one caller, keeps a deep queue safe as well.
 """
 
 from __future__ import annotations
@@ -25,17 +24,15 @@ import numpy as np
 from ditserve.bench.load.workload import Arrival
 from ditserve.bench.simulate.api import SimulatedApi
 from ditserve.bench.simulate.host import SimulatedHost
+from ditserve.bench.simulate.sample import SimulatedSample
 from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
-from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.scheduler import Candidates, Scheduler
 from ditserve.service.jobs import LoadSnapshot, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.costs import CostModel
-from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
-from ditserve.service.rung import Rung
 from ditserve.service.worker.room import wanted_rows
 
 SLOTS = 64  # samples that a worker can hold
@@ -45,71 +42,6 @@ RETURNS = 10  # how often a client comes back
 PUBLISH_S = 0.5  # the greatest age of a worker's published state
 JITTER = 0.03  # relative spread of the seconds of a step
 WARM_UP_ROWS = (1, 2, 4, 8, 16)  # batch sizes that a worker times before it takes work
-
-
-class SimulatedSample:
-    """One request in progress; satisfies the scheduler's protocol for samples that wait for steps.
-
-    `noise` is the share of the trajectory still ahead. `quality` weighs each rung's with the share that was
-    walked on it.
-    """
-
-    def __init__(self, index: int, arrival: Arrival, requested: Rung, floor: Rung, due: float) -> None:
-        self.id = str(index)
-        self.arrived = self.added_at = arrival.at
-        self.requested = self.rung = requested
-        self.floor = floor
-        self.due, self.within_s = due, due - arrival.at
-        self.retry_at: float | None = None  # when it was told to come back
-        self.deadline_at: float | None = due
-        self.remaining = requested.steps
-        self.rows = 1
-        self.flow = Flow("", 1.0)
-        self.taken = 0
-        self.noise = 1.0
-        self.quality = 0.0
-        self.finished: float | None = None
-        self.rejected = False
-        self.came_back = 0  # how often, after a refusal
-        self.taken_on_return = False  # when it came back for the first time
-        self.consents = arrival.consents
-
-    @property
-    def steps(self) -> int:
-        return self.taken + self.remaining
-
-    @property
-    def least_steps(self) -> int:
-        return min(self.remaining, steps_left(self.remaining, self.rung, self.floor))
-
-    @property
-    def in_time(self) -> bool:
-        return self.finished is not None and self.finished <= self.due
-
-    def change_rung(self, rung: Rung) -> None:
-        self.remaining = steps_left(self.remaining, self.rung, rung)
-        self.rung = rung
-
-    def take_step(self) -> None:
-        share = self.noise / self.remaining
-        self.quality += share * self.rung.quality
-        self.noise -= share
-        self.remaining -= 1
-        self.taken += 1
-
-    def for_planner(self) -> PlannedSample:
-        return PlannedSample(
-            id=self.id,
-            deadline_at=self.deadline_at,
-            rung=self.rung,
-            remaining_steps=self.remaining,
-            guided=False,
-            floor_steps=1,
-            allow_degraded=self.consents,
-            started=self.taken > 0,
-            noise=self.noise,
-            requested=self.requested,
-        )
 
 
 class SimulatedWorker:

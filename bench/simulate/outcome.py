@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ditserve.bench.load.workload import Traffic
-from ditserve.bench.simulate.fleet import SimulatedFleet, SimulatedSample
+from ditserve.bench.simulate.fleet import SimulatedFleet
+from ditserve.bench.simulate.sample import SimulatedSample
 from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
 
 

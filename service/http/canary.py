@@ -121,8 +121,8 @@ def golden_image(folder: Path) -> npt.NDArray[np.uint8]:
     file = folder / GOLDEN
     try:
         return pixels(file.read_bytes())
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BundleError(f"{file} is no image ({error}): export the bundle again") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise BundleError(f"{file} is no image that can be read: export the bundle again") from None
 
 
 def pixels(file: bytes) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,74 @@
+"""The simulated sample: one request in progress."""
+
+from __future__ import annotations
+
+from ditserve.bench.load.workload import Arrival
+from ditserve.service.engine.fair_shares import Flow
+from ditserve.service.planning.ladder import steps_left
+from ditserve.service.planning.planner import PlannedSample
+from ditserve.service.rung import Rung
+
+
+class SimulatedSample:
+    """One request in progress; satisfies the scheduler's protocol for samples that wait for steps.
+
+    `noise` is the share of the trajectory still ahead. `quality` weighs each rung's with the share that was
+    walked on it.
+    """
+
+    def __init__(self, index: int, arrival: Arrival, requested: Rung, floor: Rung, due: float) -> None:
+        self.id = str(index)
+        self.arrived = self.added_at = arrival.at
+        self.requested = self.rung = requested
+        self.floor = floor
+        self.due, self.within_s = due, due - arrival.at
+        self.retry_at: float | None = None  # when it was told to come back
+        self.deadline_at: float | None = due
+        self.remaining = requested.steps
+        self.rows = 1
+        self.flow = Flow("", 1.0)
+        self.taken = 0
+        self.noise = 1.0
+        self.quality = 0.0
+        self.finished: float | None = None
+        self.rejected = False
+        self.came_back = 0  # how often, after a refusal
+        self.taken_on_return = False  # when it came back for the first time
+        self.consents = arrival.consents
+
+    @property
+    def steps(self) -> int:
+        return self.taken + self.remaining
+
+    @property
+    def least_steps(self) -> int:
+        return min(self.remaining, steps_left(self.remaining, self.rung, self.floor))
+
+    @property
+    def in_time(self) -> bool:
+        return self.finished is not None and self.finished <= self.due
+
+    def change_rung(self, rung: Rung) -> None:
+        self.remaining = steps_left(self.remaining, self.rung, rung)
+        self.rung = rung
+
+    def take_step(self) -> None:
+        share = self.noise / self.remaining
+        self.quality += share * self.rung.quality
+        self.noise -= share
+        self.remaining -= 1
+        self.taken += 1
+
+    def for_planner(self) -> PlannedSample:
+        return PlannedSample(
+            id=self.id,
+            deadline_at=self.deadline_at,
+            rung=self.rung,
+            remaining_steps=self.remaining,
+            guided=False,
+            floor_steps=1,
+            allow_degraded=self.consents,
+            started=self.taken > 0,
+            noise=self.noise,
+            requested=self.requested,
+        )
