@@ -127,7 +127,7 @@ def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["absent"], "neither a bundle"),
-        (["BUNDLE", "-c", "label=dgo"], "Did you mean dog"),
+        (["BUNDLE", "-c", "label=dgo"], "did you mean dog"),
         (["BUNDLE", "-c", "label=cat", "-c", "label=fox,weight=-1"], "sum to more than 0"),
         (["BUNDLE", "--steps", "2000"], r"steps must be in 1..1000"),
         (["BUNDLE", "--solver", "magic"], "solver must be one of"),
