@@ -157,6 +157,7 @@ def markdown(summaries: Mapping[str, Mapping[str, Any]], options: argparse.Names
 
 def _command(options: argparse.Namespace) -> str:
     words = ["python -m bench.chaos", f"--seconds {options.seconds:g}", f"--seed {options.seed}"]
+    words += [f"--bundle {options.bundle}"] if options.bundle != report.DEFAULT_BUNDLE else []
     words += ["--other-api FOLDER"] if options.other_api else []
     return " ".join(words)
 
