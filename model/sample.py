@@ -21,7 +21,6 @@ from rich.progress import Progress
 from ditserve.model.nets.autoencoder import open_decoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import (
-    Combine,
     SampleError,
     combine_conditions,
     embed_terms,
@@ -41,6 +40,7 @@ from ditserve.model.sampling.sheet import (
 from ditserve.model.sampling.windows import WindowDenoiser
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
 from ditserve.model.spec.grids import GRIDS, choose_grid, noise_levels
+from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.spec.windows import windows_over
 from ditserve.model.train.load import load_model

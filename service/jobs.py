@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
 
+from ditserve.model.spec.mixing import Combine
 from ditserve.service.rung import Rung
-from ditserve.service.wire import NEWEST, Message, WireError, build, unpack
+from ditserve.service.wire import OLDEST, Message, WireError, build, unpack
 
 Priority = Literal["low", "normal", "high"]
 ImageFormat = Literal["png", "webp", "jpeg"]
-Mix = Literal["linear", "spherical"]
 State = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
 EventKind = Literal["queued", "started", "step", "preview", "degraded", "done", "failed", "cancelled"]
 
@@ -31,7 +31,7 @@ TERMINAL_EVENTS: frozenset[EventKind] = frozenset({"done", "failed", "cancelled"
 
 @dataclass(frozen=True, slots=True)
 class ConditionTerm:
-    """One condition of a mix.
+    """One condition of several, or the only one.
 
     `labels` holds a class index per factor of the bundle, in the bundle's order; None is the null class. The
     `text` "" is no text.
@@ -54,7 +54,7 @@ class Job(Message):
     id: str
     model: str
     condition: tuple[ConditionTerm, ...]
-    mix: Mix
+    mix: Combine
     seeds: tuple[int, ...]
     steps: int
     solver: str
@@ -79,6 +79,17 @@ class Job(Message):
     floor_rows: int = 0  # 0: not known
     requested: Rung | None = None  # the operating point it asks for; None: not known
     admitted: Rung | None = None  # the one it was admitted on, `requested` or below; None: not known
+    negative_prompt: str = ""  # the text that guidance subtracts; "": none
+
+    @property
+    def oldest_version(self) -> int:
+        decays = self.requested is not None and self.requested.guidance_decay != 0.0
+        return 2 if decays or self.negative_prompt or self.mix in ("compose", "layers") else OLDEST
+
+    @property
+    def composed(self) -> int:
+        """Return how many conditions its outputs are composed of, each a row of a forward pass."""
+        return len(self.condition) if self.mix == "compose" else 1
 
     @property
     def flow(self) -> str:
@@ -127,7 +138,7 @@ class Lease:
     job_id: str
     owner: str
     attempt: int
-    version: int = NEWEST
+    version: int = OLDEST
 
 
 @dataclass(frozen=True, slots=True)

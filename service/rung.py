@@ -11,8 +11,9 @@ Interval = tuple[float, float]
 class Rung:
     """One operating point: a solver, its steps, their grid, and the noise levels at which guidance acts.
 
-    `guidance_interval` is in 0..1 of the noise range. `quality` is the measured distance that orders the
-    ladder, see `RungSpec`: lower is better.
+    `guidance_interval` is in 0..1 of the noise range. `guidance_decay` lowers guidance with noise, see
+    `guidance_weight`; it is that of the request, whatever rung of a ladder it is on. `quality` is the
+    measured distance that orders the ladder, see `RungSpec`: lower is better.
     """
 
     name: str
@@ -21,3 +22,4 @@ class Rung:
     grid: str
     guidance_interval: Interval
     quality: float
+    guidance_decay: float = 0.0

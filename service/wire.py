@@ -6,8 +6,11 @@ Plain data: nothing is executed on the way in.
 Releases share a queue while a fleet is upgraded. So a reader ignores fields that it does not know, a default
 stands for a field that is missing, and every value is checked to be of its field's type. A change that is not
 a new field with a default raises the version. The release that raises it still reads and writes the version
-before: what is written about a job has the version of the job, and what has readers of every release (a
-worker's report, an error that anybody writes) has the oldest version. Other versions are refused.
+before: a message has the oldest version that says all of it, what is written about a job has the version of
+the job, and what has readers of every release (a worker's report, an error that anybody writes) has the
+oldest version. Other versions are refused.
+
+Version 2: a job may compose conditions or layer them, decay its guidance, or have a negative prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any, Final, Literal, Self, TypeVar, Union, cast, get_args, ge
 
 import msgpack
 
-READABLE: Final = (1,)  # schema versions that this release reads and can write, the oldest first
+READABLE: Final = (1, 2)  # schema versions that this release reads and can write, the oldest first
 NEWEST, OLDEST = READABLE[-1], READABLE[0]
 
 # A field's type → the types of its values in a message.
@@ -49,8 +52,14 @@ class Message:
 
     __slots__ = ()
 
-    def to_bytes(self, version: int = NEWEST) -> bytes:
-        return pack(fields_of(self), version)
+    @property
+    def oldest_version(self) -> int:
+        """Return the oldest schema version that says all of this message."""
+        return OLDEST
+
+    def to_bytes(self, version: int | None = None) -> bytes:
+        """Return the message in a schema version, by default the oldest that says all of it."""
+        return pack(fields_of(self), version or self.oldest_version)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -61,7 +70,7 @@ class Message:
         return build(cls, unpack(data))
 
 
-def pack(fields: Mapping[str, Any], version: int = NEWEST) -> bytes:
+def pack(fields: Mapping[str, Any], version: int = OLDEST) -> bytes:
     """Return one message: the schema version and the fields, whose values may be dataclasses.
 
     The version comes first, where the scripts of the queue look for it.

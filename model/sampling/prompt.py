@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,10 +16,8 @@ from ditserve.model.sampling.denoise import Conditions
 from ditserve.model.spec.bundle import Factor, Manifest
 from ditserve.model.spec.class_names import ClassNames, UnknownClassError
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.mixing import mix_embeddings
+from ditserve.model.spec.mixing import Combine, mix_embeddings
 from ditserve.model.spec.text_encoder import text_encoder_name
-
-Combine = Literal["linear", "spherical", "compose", "layers"]
 
 
 class SampleError(ModelError):

@@ -155,6 +155,8 @@ class Manifest(StrictModel):
     embedding_size: bounds.Size
     state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
     defaults: Defaults
+    # "none": the network was never trained without a condition, so nothing can be subtracted.
+    guidance: Literal["classifier-free", "none"] = "classifier-free"
     ladder: Annotated[tuple[RungSpec, ...], Field(max_length=256)] = ()
     ladder_order: Literal["own", "real"] = "own"
     golden: Golden | None = None
@@ -200,6 +202,18 @@ class Manifest(StrictModel):
         if self.golden is not None:
             bounds.check_run("golden", self.golden, schedule)
             bounds.check_condition("golden.condition", self.golden.condition, self.factors, self.config)
+        return self
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> Manifest:
+        scales = {"defaults": self.defaults.guidance_scale}
+        if self.golden is not None:
+            scales["golden"] = self.golden.guidance_scale
+        for field, scale in scales.items():
+            if self.guidance == "none" and scale != 1.0:
+                raise ValueError(
+                    f"field {field}.guidance_scale: must be 1 where guidance is none, not {scale}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ditserve.model.spec.diffusion import Array, Schedule
 
 
@@ -44,9 +46,10 @@ def guidance_weight(
     """Return the guidance scale at a level: scale · exp(-decay · level / span), or 1.0 outside `interval`.
 
     `interval` is [low, high], inclusive, in shares of the noise range: t / (T - 1), or sigma of a flow
-    (Kynkäänniemi et al., arXiv:2404.07724). At weight 1.0 a sample needs no unconditional row. With a
-    positive `decay` noisier samples are guided less, with a negative one more. For scale 4, T = 1000,
-    interval (0.2, 0.8) and no decay, the weight is 4 at timestep 500 and 1 at timesteps 100 and 900.
+    (Kynkäänniemi et al., arXiv:2404.07724). At weight 1.0 a sample needs no unconditional row. A scale of 1
+    is no guidance, whatever the decay. With a positive `decay` noisier samples are guided less, with a
+    negative one more. For scale 4, T = 1000, interval (0.2, 0.8) and no decay, the weight is 4 at timestep
+    500 and 1 at timesteps 100 and 900.
 
     Raises:
         ValueError: an interval or decay that `check_guidance` refuses, or a level that is not noisy.
@@ -57,16 +60,26 @@ def guidance_weight(
         raise ValueError(
             f"a noise level must be above {process.clean:g} and at most {process.noisiest:g}, not {level}"
         )
-    if not interval[0] <= schedule.share(level) <= interval[1]:
+    if scale == 1.0 or not interval[0] <= schedule.share(level) <= interval[1]:
         return 1.0
     return float(scale) * math.exp(-decay * level / process.span)
 
 
 def forward_rows(
-    levels: Sequence[float], schedule: Schedule, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+    levels: Sequence[float],
+    schedule: Schedule,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    decay: float = 0.0,
+    *,
+    conditions: int = 1,
 ) -> int:
-    """Return the rows of one picture: two for a step at which guidance acts, one for any other.
+    """Return the rows of one picture: at every step one for each condition whose outputs are composed, and
+    one more where guidance acts.
 
-    20 steps with guidance in an interval that holds 12 of them are 12 · 2 + 8 · 1 = 32 rows.
+    20 steps with guidance in an interval that holds 12 of them are 20 · 1 + 12 = 32 rows of one condition,
+    and 20 · 3 + 12 = 72 of three.
     """
-    return sum(1 + (guidance_weight(scale, level, schedule, interval) != 1.0) for level in levels)
+    weights = [guidance_weight(scale, level, schedule, interval, decay) for level in levels]
+    # As the engine counts, which holds the weights in float32.
+    return conditions * len(weights) + int(np.count_nonzero(np.array(weights, np.float32) != 1.0))

@@ -13,6 +13,7 @@ from ditserve.model.spec.network_config import NetworkConfig
 
 Array = TypeVar("Array")  # a numpy array or a torch tensor
 Mix = Literal["linear", "spherical"]
+Combine = Literal[Mix, "compose", "layers"]
 
 
 def normalised_weights(weights: Sequence[float], count: int) -> list[float]:
@@ -97,22 +98,37 @@ def assign_blocks(depth: int, conditions: int) -> list[int]:
     return [block * conditions // depth for block in range(depth)]
 
 
+def state_sources(config: NetworkConfig, choice: Sequence[int]) -> tuple[int, ...]:
+    """Return for each tensor of the condition state the condition that it follows; block i follows choice[i].
+
+    The layout bias is that of the first block's condition, the final modulation that of the last block's.
+
+    Raises:
+        ValueError: not one choice per block, or several conditions for blocks that share tokens.
+    """
+    if len(choice) != config.depth:
+        raise ValueError(f"choose a condition for each of the {config.depth} blocks, not for {len(choice)}")
+    names = [name for name, _ in config.state()]
+    modulated = {int(name.removeprefix("block_")) for name in names if name.startswith("block_")}
+    by_tokens = set(choice if "text" in names else ())
+    by_tokens |= {choice[block] for block in range(config.depth) if block not in modulated}
+    if len(by_tokens) > 1:
+        raise ValueError(
+            "blocks that read the condition as tokens (cross-attention, in-context, text tokens) share one "
+            "condition: choose the same for all"
+        )
+    shared = next(iter(by_tokens), 0)
+    source = {f"block_{block}": choice[block] for block in modulated}
+    source |= {"tokens": shared, "text": shared, "final": choice[-1], "layout": choice[0]}
+    return tuple(source[name] for name in names)
+
+
 def splice_states(
     config: NetworkConfig, states: Sequence[Sequence[Array]], choice: Sequence[int]
 ) -> tuple[Array, ...]:
     """Return a condition state in which block i follows `states[choice[i]]`; all states are of one timestep.
 
-    The layout bias is that of the first block's condition, the final modulation that of the last block's.
-
     Raises:
-        ValueError: not one choice per block, or several conditions for blocks that share condition tokens.
+        ValueError: as `state_sources`.
     """
-    if len(choice) != config.depth:
-        raise ValueError(f"choose a condition for each of the {config.depth} blocks, not for {len(choice)}")
-    modulated = {int(name.removeprefix("block_")) for name, _ in config.state() if name.startswith("block_")}
-    by_tokens = {choice[block] for block in range(config.depth) if block not in modulated}
-    if len(by_tokens) > 1:
-        raise ValueError("cross-attention and in-context blocks share one condition: choose the same for all")
-    source = {f"block_{block}": choice[block] for block in modulated}
-    source |= {"tokens": next(iter(by_tokens), 0), "final": choice[-1], "layout": choice[0]}
-    return tuple(states[source[name]][k] for k, (name, _) in enumerate(config.state()))
+    return tuple(states[source][k] for k, source in enumerate(state_sources(config, choice)))

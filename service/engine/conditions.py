@@ -10,14 +10,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.mixing import Mix, mix_embeddings
+from ditserve.model.spec.mixing import (
+    Combine,
+    Mix,
+    assign_blocks,
+    mix_embeddings,
+    normalised_weights,
+    state_sources,
+)
 from ditserve.service.backends import Backend
 from ditserve.service.engine.text_cache import TextCache
 from ditserve.service.errors import InvalidRequest
@@ -34,10 +41,29 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Condition:
-    """A condition ready for the conditioner. Equal conditions have equal keys, in every process."""
+    """A condition ready for the conditioner. Equal conditions have equal keys, in every process.
+
+    `embeddings` are those of its layers, shallow to deep: one, unless each depth has a condition of its own.
+    """
 
     key: bytes
-    embedding: Floats  # (E,)
+    embeddings: Floats  # (layers, E)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditioning:
+    """The conditions of one sample: those whose outputs are composed by `weights`, which sum to 1, and the
+    one that guidance subtracts from them.
+    """
+
+    conditions: tuple[Condition, ...]
+    weights: tuple[float, ...]
+    unconditional: Condition
+
+    @property
+    def can_be_guided(self) -> bool:
+        """False where guidance would subtract from a condition the same one."""
+        return any(condition.key != self.unconditional.key for condition in self.conditions)
 
 
 # What the network is told of a noise level, as the bits of a float32, and a condition.
@@ -80,11 +106,27 @@ class EmbeddingCache(CacheCounters):
         embeddings = self._get_many([key for key, _ in parts])
         digest = blake2b(repr((parts, mix if len(parts) > 1 else "")).encode(), digest_size=16).digest()
         embedding = mix_embeddings(embeddings, [weight for _, weight in parts], mix)
-        return Condition(digest, np.asarray(embedding, np.float32))
+        return Condition(digest, np.asarray(embedding, np.float32)[None])
 
-    def null(self) -> Condition:
-        """Return the unconditional condition: every factor at its null class."""
-        return self.get([ConditionTerm(labels=(None,) * len(self._null_labels))])
+    def null(self, text: str = "") -> Condition:
+        """Return the unconditional condition, every factor at its null class, with a text if one is given."""
+        return self.get([ConditionTerm((None,) * len(self._null_labels), text=text)])
+
+    def alone(self, term: ConditionTerm) -> Condition:
+        """Return the condition of one term, whatever its weight is. Raises as `get`."""
+        return self.get([replace(term, weight=1.0)])
+
+    def layered(self, terms: Sequence[ConditionTerm]) -> Condition:
+        """Return the condition in which each of `terms` steers the blocks of one depth, shallow to deep.
+
+        Raises:
+            InvalidRequest: there is text and the model takes none.
+        """
+        layers = list(map(self.alone, terms))
+        if len(layers) == 1:
+            return layers[0]
+        digest = blake2b(b"".join(layer.key for layer in layers), digest_size=16, person=b"layers").digest()
+        return Condition(digest, np.concatenate([layer.embeddings for layer in layers]))
 
     def _get_many(self, terms: Sequence[Term]) -> list[Floats]:
         """Return the embeddings (E,) of distinct terms; embed the missing ones."""
@@ -179,6 +221,7 @@ class ModulationCache(CacheCounters):
         super().__init__()
         self._backend, self._call_rows = backend, backend.conditioner_rows
         self._pinned_key = pinned
+        self._config = backend.manifest.config
         shapes = [entry.shape for entry in backend.manifest.state]
         self.entry_bytes = 4 * sum(int(np.prod(shape)) for shape in shapes)
         slots = capacity // self.entry_bytes
@@ -249,10 +292,33 @@ class ModulationCache(CacheCounters):
         self.bytes = len(self._lru) * self.entry_bytes
 
     def _compute(self, inputs: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
-        """Return the states of at most one call's inputs; the other rows of the call repeat the first."""
+        """Return the states of at most one call's inputs."""
+        if all(len(condition.embeddings) == 1 for _, condition in inputs):
+            return self._modulate([(told, condition.embeddings[0]) for told, condition in inputs])
+        states = tuple(np.empty((len(inputs), *block.shape[1:]), np.float32) for block in self._blocks)
+        for row, (told, condition) in enumerate(inputs):
+            for state, value in zip(states, self._spliced(told, condition.embeddings), strict=True):
+                state[row] = value
+        return states
+
+    def _spliced(self, told: int, layers: Floats) -> list[Floats]:
+        """Return the state of one row in which every block follows the layer of its depth."""
+        values: list[tuple[Floats, ...]] = []  # of each layer
+        for start in range(0, len(layers), self._call_rows):
+            chunk = layers[start : start + self._call_rows]
+            state = self._modulate([(told, embedding) for embedding in chunk])
+            values += zip(*(tensor[: len(chunk)] for tensor in state), strict=True)
+        sources = state_sources(self._config, assign_blocks(self._config.depth, len(layers)))
+        return [values[layer][k] for k, layer in enumerate(sources)]
+
+    def _modulate(self, inputs: Sequence[tuple[int, Floats]]) -> tuple[Floats, ...]:
+        """Return the states of noise levels and embeddings (E,), from one call of the backend.
+
+        The rows that are left over repeat the first.
+        """
         padded = [*inputs, *[inputs[0]] * (self._call_rows - len(inputs))]
         told = np.array([bits for bits, _ in padded], np.uint32).view(np.float32)
-        return self._backend.modulate(told, np.stack([condition.embedding for _, condition in padded]))
+        return self._backend.modulate(told, np.stack([embedding for _, embedding in padded]))
 
 
 class ConditionCaches:
@@ -276,3 +342,25 @@ class ConditionCaches:
         self.embeddings = EmbeddingCache(backend, texts, capacity=embedding_bytes)
         self.null = self.embeddings.null()
         self.modulations = ModulationCache(backend, capacity=modulation_bytes, pinned=self.null.key)
+
+    def conditioning(
+        self, terms: Sequence[ConditionTerm], how: Combine = "linear", *, negative_prompt: str = ""
+    ) -> Conditioning:
+        """Return the conditions of a sample of these terms, combined as `how` says.
+
+        Raises:
+            InvalidRequest: as `EmbeddingCache.get`.
+        """
+        unconditional = self.embeddings.null(negative_prompt) if negative_prompt else self.null
+        if how == "compose":
+            conditions = tuple(map(self.embeddings.alone, terms))
+            return Conditioning(conditions, _composition_weights(terms), unconditional)
+        one = self.embeddings.layered(terms) if how == "layers" else self.embeddings.get(terms, how)
+        return Conditioning((one,), (1.0,), unconditional)
+
+
+def _composition_weights(terms: Sequence[ConditionTerm]) -> tuple[float, ...]:
+    try:
+        return tuple(normalised_weights([term.weight for term in terms], len(terms)))
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None

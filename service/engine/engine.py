@@ -129,28 +129,30 @@ class Engine:
         if not self.free_samples:
             raise ValueError(f"no free slot for sample {request.id}")
         multiple = self.backend.size_multiple
-        own = self._groups.own
-        geometry = geometry_of(request.size, own=own.size, windows=request.windows, multiple=multiple)
+        own = self._groups.own.size
+        geometry = geometry_of(request.size, own=own, windows=request.windows, multiple=multiple)
         if snapshot is not None and snapshot.latent.shape[1:] != geometry.size:
             raise ValueError(f"the snapshot of sample {request.id} is of another size")
-        condition = self.conditions.embeddings.get(request.condition, request.mix)
+        conditioning = self.conditions.conditioning(
+            request.condition, request.mix, negative_prompt=request.negative_prompt
+        )
         if snapshot is None:
-            # Guiding the unconditional condition would change nothing.
-            unconditional = condition.key == self.conditions.null.key
-            scale = 1.0 if unconditional else request.guidance_scale
+            scale = request.guidance_scale if conditioning.can_be_guided else 1.0
             trajectory = self._make_trajectory(request.rung, scale, area=geometry.row_area)
         else:
             trajectory = snapshot.trajectory(self.schedule)
         floor = self._floor(request)
-        sample = Sample(request, condition, trajectory, geometry=geometry, floor=floor, added_at=self.clock())
-        if geometry.windows is not None:
-            self._forward.reserve(own, 2 * geometry.rows)
+        sample = Sample(
+            request, conditioning, trajectory, geometry=geometry, floor=floor, added_at=self.clock()
+        )
         if snapshot is None:
             shape = (self.backend.manifest.config.in_channels, *geometry.size)
-            self._groups.admit(sample, sample.generator.standard_normal(shape, np.float32))
+            group = self._groups.admit(sample, sample.generator.standard_normal(shape, np.float32))
         else:
             snapshot.resume(sample)
-            self._groups.admit(sample, snapshot.latent, snapshot.history)
+            group = self._groups.admit(sample, snapshot.latent, snapshot.history)
+        if not sample.one_row:
+            self._forward.reserve(group, sample.most_rows)
         if self.idle:
             self._turn_began = None
         self._samples[request.id] = sample

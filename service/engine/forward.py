@@ -12,12 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ditserve.model.spec.guidance import guided
+from ditserve.model.spec.mixing import compose_outputs
 from ditserve.model.spec.solvers import learned_log_variance
 from ditserve.service.backends import Backend
 from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput
 from ditserve.service.engine.groups import Group
 from ditserve.service.engine.latent_pool import Floats, Gathered
-from ditserve.service.engine.row_layout import RowLayout, WindowRows
+from ditserve.service.engine.row_layout import RowLayout, SampleRows
 from ditserve.service.engine.samples import Sample
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.trajectory import StepCoefficients
@@ -79,10 +80,10 @@ class ForwardPass:
             MemoryError: not even the smallest batch fits.
         """
         layout = RowLayout.of(samples)
-        latents, window_latents = self._gather(layout, group)
+        latents, own_latents = self._gather(layout, group)
         self._condition(layout, samples)
         output, rows = self._denoise(latents.x, layout.rows, group.row_cost)
-        return self._guide(layout, latents, window_latents, output), rows
+        return self._guide(layout, latents, own_latents, output), rows
 
     def run_blank(self, x: Floats) -> None:
         """Run the network on latents (B, C, H, W) with any condition state, to time it."""
@@ -94,25 +95,31 @@ class ForwardPass:
     def _gather(self, layout: RowLayout, group: Group) -> tuple[Gathered, list[Gathered]]:
         """Fill the rows of the group's pool with the latents of the batch.
 
-        Return the latents of the whole samples, whose `x` has all rows, and those of each sample in windows.
+        Return the latents of the whole samples, whose `x` has all rows, and those of each sample of several.
         """
         latents = group.pool.gather([group.places[sample.id].slot for sample in layout.whole])
         x = latents.x
         if layout.guided:
             x[layout.unconditional] = x[layout.guided]
-        window_latents = []
-        for rows in layout.windowed:
+        own_latents = []
+        for rows in layout.several:
             pool, slot = group.places[rows.sample.id]
             gathered = pool.gather([slot])
-            rows.windows.crop(gathered.x[0], x[rows.conditional])
-            if rows.sample.guided:
-                x[rows.unconditional] = x[rows.conditional]
-            window_latents.append(gathered)
-        return latents, window_latents
+            # All conditions, and what guidance subtracts, see the same windows.
+            geometry, start = rows.sample.geometry, rows.conditional.start
+            windows = x[start : start + geometry.rows]
+            if geometry.windows is None:
+                windows[0] = gathered.x[0]
+            else:
+                geometry.windows.crop(gathered.x[0], windows)
+            copies = x[start + geometry.rows : rows.unconditional.stop]
+            copies.reshape(-1, *windows.shape)[:] = windows
+            own_latents.append(gathered)
+        return latents, own_latents
 
     def _condition(self, layout: RowLayout, samples: Sequence[Sample]) -> None:
         """Fill the condition state of the rows."""
-        inputs = layout.conditioner_inputs(self._conditions.null)
+        inputs = layout.conditioner_inputs()
         self._conditions.modulations.gather(inputs, self._upcoming(samples), self._state)
 
     def _denoise(self, x: Floats, wanted: int, row_cost: float) -> tuple[Floats, int]:
@@ -142,17 +149,18 @@ class ForwardPass:
             for sample in samples:
                 trajectory, step = sample.trajectory, sample.cursor + ahead
                 if step < len(trajectory):
-                    yield trajectory.told[step], sample.condition
+                    for condition in sample.conditioning.conditions:
+                        yield trajectory.told[step], condition
                     if trajectory.guided[step]:
-                        yield trajectory.told[step], self._conditions.null
+                        yield trajectory.told[step], sample.conditioning.unconditional
 
     def _guide(
-        self, layout: RowLayout, latents: Gathered, window_latents: Sequence[Gathered], output: Floats
+        self, layout: RowLayout, latents: Gathered, own_latents: Sequence[Gathered], output: Floats
     ) -> list[Prediction]:
-        """Return the guided predictions: one of all whole samples, and one of each sample in windows."""
+        """Return the guided predictions: one of all whole samples, and one of each sample of several rows."""
         predictions = [self._guide_whole(layout, latents, output)] if layout.whole else []
-        for rows, gathered in zip(layout.windowed, window_latents, strict=True):
-            predictions.append(self._guide_windows(rows, gathered, output))
+        for rows, gathered in zip(layout.several, own_latents, strict=True):
+            predictions.append(self._guide_several(rows, gathered, output))
         return predictions
 
     def _guide_whole(self, layout: RowLayout, latents: Gathered, output: Floats) -> Prediction:
@@ -167,17 +175,22 @@ class ForwardPass:
                 )
         return self._prediction(latents, layout.whole, coefficients, output[layout.conditional])
 
-    def _guide_windows(self, rows: WindowRows, latents: Gathered, output: Floats) -> Prediction:
-        """Guide the output of each window, then blend them to one prediction."""
-        coefficients = StepCoefficients.of_samples([rows.sample.coefficients])
+    def _guide_several(self, rows: SampleRows, latents: Gathered, output: Floats) -> Prediction:
+        """Compose the outputs of the conditions, guide those of each window, then blend them to one."""
+        sample = rows.sample
+        windows, conditioning = sample.geometry.windows, sample.conditioning
+        coefficients = StepCoefficients.of_samples([sample.coefficients])
         with np.errstate(all="ignore"):
             output = self._used(output, coefficients)
             conditional = output[rows.conditional]
-            if rows.sample.guided:
+            if sample.composed > 1:
+                outputs = np.split(conditional, sample.composed)
+                conditional = compose_outputs(outputs, conditioning.weights)
+            if sample.guided:
                 weight = coefficients.guidance_weight
                 conditional = guided(conditional, output[rows.unconditional], weight, self._guided_channels)
-            blended = rows.windows.blend(conditional)
-        return self._prediction(latents, (rows.sample,), coefficients, blended[None])
+            prediction = conditional[0] if windows is None else windows.blend(conditional)
+        return self._prediction(latents, (sample,), coefficients, prediction[None])
 
     def _used(self, output: Floats, coefficients: StepCoefficients) -> Floats:
         """Return the channels of an output that the steps use: the mean, and a variance where one is used."""

@@ -61,15 +61,17 @@ class Groups:
         self._groups = {own: self.own}
         self._run_before: set[tuple[Size, int]] = set()
 
-    def admit(self, sample: Sample, latent: Floats, history: Floats | None = None) -> None:
-        """Let a sample take steps from now on.
+    def admit(self, sample: Sample, latent: Floats, history: Floats | None = None) -> Group:
+        """Let a sample take steps from now on, in the group that is returned.
 
-        It starts at `latent` (C, H, W), with the solver history (C, H, W) of its last step if it took one.
+        It starts at `latent` (C, H, W), with the solver history (C, H, W) of its last step if it took one. A
+        sample of several rows advances by itself, so its latent is in a pool of its own.
         """
-        group, geometry = self._group_for(sample), sample.geometry
-        pool = group.pool if geometry.windows is None else group.pool.single(geometry.size)
+        group = self._group_for(sample)
+        pool = group.pool if sample.one_row else group.pool.single(sample.geometry.size)
         group.places[sample.id] = Place(pool, pool.take(latent, history))
         group.samples[sample.id] = sample
+        return group
 
     def remove(self, sample: Sample) -> None:
         """Drop a sample and free its slot; drop its group too if it was the last sample of another size."""

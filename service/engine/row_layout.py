@@ -5,53 +5,55 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ditserve.model.spec.windows import Windows
 from ditserve.service.engine.conditions import Condition, ConditionerInput
 from ditserve.service.engine.samples import Sample
 
 
 @dataclass(frozen=True, slots=True)
-class WindowRows:
-    """The rows of one sample in windows: one a window, and as many unconditional ones if it is guided."""
+class SampleRows:
+    """The rows of one sample that has several, because it is in windows or composed of conditions.
+
+    They are the rows of its windows for each condition after the other. A latent as a whole is one window.
+    """
 
     sample: Sample
-    windows: Windows
     conditional: slice
-    unconditional: slice  # empty where guidance does not act
+    unconditional: slice  # a row a window; empty where guidance does not act
 
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
     """The rows of one forward pass, by the samples they belong to, in this order:
 
-        one row for each sample of `whole`, denoised as a whole
+        one row for each sample of `whole`, of one condition and denoised as a whole
         one unconditional row for each of them that is guided; `guided` has their indices in `whole`
-        for each sample of `windowed` the rows of its windows, then as many unconditional ones if it is guided
+        for each other sample, in `several`, its rows, and then one unconditional row a window if it is guided
 
-    For example, three samples of which the first and the third are guided, and an unguided one in four
-    windows, have guided = [0, 2], conditional = 0..3, unconditional = 3..5 and the windows in rows 5..9: nine
+    For example, three samples of which the first and the third are guided, an unguided one in four windows,
+    and a guided one composed of two conditions, have guided = [0, 2], conditional = 0..3, unconditional =
+    3..5, the windows in rows 5..9, the two conditions in 9..11 and what guidance subtracts in row 11: twelve
     rows.
     """
 
     whole: tuple[Sample, ...]
     guided: list[int]
-    windowed: tuple[WindowRows, ...]
+    several: tuple[SampleRows, ...]
     rows: int
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> RowLayout:
         """Return the layout of a batch."""
-        whole = tuple(sample for sample in samples if sample.geometry.windows is None)
+        whole = tuple(sample for sample in samples if sample.one_row)
         guided = [index for index, sample in enumerate(whole) if sample.guided]
-        windowed: list[WindowRows] = []
+        several: list[SampleRows] = []
         rows = len(whole) + len(guided)
-        for sample in samples:
-            windows = sample.geometry.windows
-            if windows is not None:
-                middle, end = rows + len(windows), rows + sample.rows
-                windowed.append(WindowRows(sample, windows, slice(rows, middle), slice(middle, end)))
-                rows = end
-        return cls(whole, guided, tuple(windowed), rows)
+        if len(whole) < len(samples):
+            for sample in samples:
+                if not sample.one_row:
+                    middle, end = rows + sample.composed * sample.geometry.rows, rows + sample.rows
+                    several.append(SampleRows(sample, slice(rows, middle), slice(middle, end)))
+                    rows = end
+        return cls(whole, guided, tuple(several), rows)
 
     @property
     def conditional(self) -> slice:
@@ -61,13 +63,20 @@ class RowLayout:
     def unconditional(self) -> slice:
         return slice(len(self.whole), len(self.whole) + len(self.guided))
 
-    def conditioner_inputs(self, null: Condition) -> list[ConditionerInput]:
-        """Return what each row is conditioned on; unconditional rows have the condition `null`."""
-        inputs = [(sample.told, sample.condition) for sample in self.whole]
-        inputs += [(self.whole[index].told, null) for index in self.guided]
-        for rows in self.windowed:
-            told, n = rows.sample.told, len(rows.windows)
-            inputs += n * [(told, rows.sample.condition)]
-            if rows.sample.guided:
-                inputs += n * [(told, null)]
+    def conditioner_inputs(self) -> list[ConditionerInput]:
+        """Return what each row is conditioned on."""
+        inputs = [(sample.told, sample.conditioning.conditions[0]) for sample in self.whole]
+        for index in self.guided:
+            sample = self.whole[index]
+            inputs.append((sample.told, sample.conditioning.unconditional))
+        for rows in self.several:
+            inputs += _inputs_of(rows.sample)
         return inputs
+
+
+def _inputs_of(sample: Sample) -> list[ConditionerInput]:
+    """Return the inputs of a sample of several rows, in the order of its rows."""
+    conditions: tuple[Condition, ...] = sample.conditioning.conditions
+    if sample.guided:
+        conditions += (sample.conditioning.unconditional,)
+    return [(sample.told, condition) for condition in conditions for _ in range(sample.geometry.rows)]

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.mixing import Mix
+from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.windows import Size
-from ditserve.service.engine.conditions import Condition
+from ditserve.service.engine.conditions import Conditioning
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.geometry import Geometry
 from ditserve.service.engine.trajectory import Trajectory
@@ -36,7 +36,7 @@ class SampleRequest:
 
     id: str
     condition: tuple[ConditionTerm, ...]
-    mix: Mix
+    mix: Combine
     seed: int
     rung: Rung
     requested: Rung
@@ -50,6 +50,7 @@ class SampleRequest:
     windows: bool = False  # denoise a larger size in overlapping windows of the bundle's own
     caller: str = ""
     weight: float = 1.0  # of its caller's share of the machine
+    negative_prompt: str = ""  # the text that guidance subtracts; "": none
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class Sample:
 
     __slots__ = (
         "added_at",
-        "condition",
+        "conditioning",
         "cursor",
         "degraded",
         "floor",
@@ -124,7 +125,7 @@ class Sample:
     def __init__(
         self,
         request: SampleRequest,
-        condition: Condition,
+        conditioning: Conditioning,
         trajectory: Trajectory,
         *,
         geometry: Geometry,
@@ -133,7 +134,7 @@ class Sample:
     ) -> None:
         self.request, self.geometry, self.floor = request, geometry, floor
         self.flow = Flow(request.caller, request.weight)
-        self.condition = condition
+        self.conditioning = conditioning
         self.trajectory = trajectory
         self.cursor = 0  # index of the next step of the trajectory
         self.taken = 0  # steps done, over all trajectories
@@ -158,9 +159,24 @@ class Sample:
         return self.trajectory.guided[self.cursor]
 
     @property
+    def composed(self) -> int:
+        """The number of conditions that a prediction is composed of."""
+        return len(self.conditioning.conditions)
+
+    @property
+    def one_row(self) -> bool:
+        """True if one row makes a prediction, beside the one that guidance subtracts."""
+        return self.geometry.windows is None and self.composed == 1
+
+    @property
     def rows(self) -> int:
-        """Rows of the next step: those of one prediction, and as many again where guidance acts."""
-        return self.geometry.rows * (2 if self.guided else 1)
+        """Rows of the next step: one for each window and condition, and one a window where guidance acts."""
+        return self.geometry.rows * (self.composed + self.guided)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a step at which guidance acts."""
+        return self.geometry.rows * (self.composed + 1)
 
     @property
     def level(self) -> float:
@@ -195,7 +211,7 @@ class Sample:
     @property
     def remaining_rows(self) -> int:
         """Rows of the steps left, as if the latent were one row; `geometry.cost` tokens each."""
-        return self.trajectory.rows_from(self.cursor)
+        return self.trajectory.rows_from(self.cursor, self.composed)
 
     @property
     def steps(self) -> int:
@@ -216,6 +232,7 @@ class Sample:
             noise=self.trajectory.noise[self.cursor],
             requested=self.request.requested,
             row_cost=self.geometry.cost,
+            conditions=self.composed,
         )
 
     def advance(self, started_at: float) -> None:

@@ -85,9 +85,9 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.levels)
 
-    def rows_from(self, cursor: int) -> int:
-        """Return how many rows of forward passes the steps from `cursor` to the end take."""
-        return len(self) - cursor + sum(self.guided[cursor:])
+    def rows_from(self, cursor: int, conditions: int = 1) -> int:
+        """Return the rows of the steps from `cursor` to the end, at which `conditions` are composed."""
+        return conditions * (len(self) - cursor) + sum(self.guided[cursor:])
 
 
 def make_trajectory(rung: Rung, scale: float, schedule: Schedule, *, area: float = 1.0) -> Trajectory:
@@ -116,7 +116,8 @@ def trajectory_from_levels(
 ) -> Trajectory:
     """Return the trajectory through `levels`, high to low; `previous` as in `regrid_trajectory`."""
     table = step_table(rung.solver, levels, schedule, previous=previous)
-    weights = [guidance_weight(scale, level, schedule, rung.guidance_interval) for level in levels]
+    interval, decay = rung.guidance_interval, rung.guidance_decay
+    weights = [guidance_weight(scale, level, schedule, interval, decay) for level in levels]
     if rung.solver == LEARNED:
         bounds = variance_bounds(levels, schedule)
     else:

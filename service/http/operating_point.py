@@ -33,13 +33,24 @@ def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder)
     try:
         grid = choose_grid(wanted, stated=stated, solver=solver, steps=steps, schedule=ladder.schedule)
     except ValueError as error:
-        raise field_error(field, _sentence(error)) from None
-    return ladder.requested(solver, steps, grid, (low, high), guidance_scale(request, manifest) != 1.0)
+        raise field_error(field, sentence(error)) from None
+    guided = guidance_scale(request, manifest) != 1.0
+    decay = request.guidance_decay if guided else 0.0
+    return ladder.requested(solver, steps, grid, (low, high), guided, decay=decay)
 
 
 def guidance_scale(request: GenerateRequest, manifest: Manifest) -> float:
-    """Return the guidance scale of the request, or the model's."""
+    """Return the guidance scale of the request, or the model's.
+
+    Raises:
+        InvalidRequest: guidance is asked of a model that has none.
+    """
     scale = request.guidance_scale
+    if scale not in (None, 1.0) and manifest.guidance == "none":
+        raise field_error(
+            "guidance_scale",
+            "This model was never trained without a condition, so it cannot be guided: leave it out.",
+        )
     return manifest.defaults.guidance_scale if scale is None else scale
 
 
@@ -48,6 +59,12 @@ def field_error(field: str, detail: str) -> InvalidRequest:
     return InvalidRequest(
         f"{field}: {detail}", extra={"errors": [{"pointer": f"#/{field}", "detail": detail}]}
     )
+
+
+def sentence(error: ValueError) -> str:
+    """Return the message of an error as a sentence: with a capital letter and a full stop."""
+    message = str(error)
+    return f"{message[:1].upper()}{message[1:]}."
 
 
 def _steps(request: GenerateRequest, manifest: Manifest, schedule: Schedule) -> int:
@@ -59,7 +76,7 @@ def _steps(request: GenerateRequest, manifest: Manifest, schedule: Schedule) -> 
     try:
         schedule.check_steps(steps)
     except ValueError as error:
-        raise field_error("steps", _sentence(error)) from None
+        raise field_error("steps", sentence(error)) from None
     return steps
 
 
@@ -70,12 +87,6 @@ def _wanted_grid(request: GenerateRequest, ladder: Ladder) -> tuple[str, str | N
     if request.grid is not None:
         raise field_error("grid", "The noise_levels listed are the grid: leave grid out.")
     return "noise_levels", explicit_grid(request.noise_levels)
-
-
-def _sentence(error: ValueError) -> str:
-    """Return the message of an error as a sentence: with a capital letter and a full stop."""
-    message = str(error)
-    return f"{message[:1].upper()}{message[1:]}."
 
 
 def _one_of(field: str, name: str, known: Collection[str]) -> str:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
+from ditserve.model.spec.mixing import Combine
+
 Format = Literal["png", "webp", "jpeg"]
 Priority = Literal["low", "normal", "high"]
 # The longest class name, and the longest text or prompt, in characters.
@@ -50,20 +52,33 @@ def written_size(size: str) -> str:
     return size
 
 
+def not_zero(weight: float) -> float:
+    """Return a weight other than 0. Raises `ValueError` for 0."""
+    if not weight:
+        raise ValueError("A condition of weight 0 has no effect: leave it out.")
+    return weight
+
+
 Size = Annotated[
     str, AfterValidator(written_size), WithJsonSchema({"type": "string", "pattern": f"^{SIZE}$"})
 ]
 
 
 class WeightedTerm(BaseModel):
-    """One condition of a mix: a class per factor, and its weight."""
+    """One condition of several: a class per factor, and its weight."""
 
     model_config = ConfigDict(
         extra="allow", strict=True, json_schema_extra={"examples": [{"label": "lemon", "weight": 0.4}]}
     )
     __pydantic_extra__: dict[str, ClassRef] = Field(init=False)
 
-    weight: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
+    weight: Annotated[float, AfterValidator(not_zero)] = Field(
+        1.0,
+        ge=-1000,
+        le=1000,
+        allow_inf_nan=False,
+        description="Relative to the sum of all; below 0 only in a composition.",
+    )
 
     @property
     def condition(self) -> Mapping[str, ClassRef]:
@@ -82,6 +97,15 @@ class DrawingOptions(BaseModel):
 
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), UnsignedZero] | None = Field(
         None, description="Strength of classifier-free guidance; 1 turns it off."
+    )
+    guidance_decay: Annotated[float, Field(ge=-20, le=20, allow_inf_nan=False), UnsignedZero] = Field(
+        0.0,
+        description="Lowers guidance with noise: scale · exp(-decay · t / T), of a flow sigma for t / T.",
+    )
+    negative_prompt: str | None = Field(
+        None,
+        max_length=MAX_TEXT,
+        description="A text that guidance subtracts in place of no text, where the model takes text.",
     )
     seed: int | None = Field(
         None,
@@ -115,9 +139,13 @@ class GenerateRequest(DrawingOptions):
         default_factory=dict,
         description="A class per factor of the model, by name or number, and a `text` where the model "
         "takes one; a factor that is left out or null is unconditioned. "
-        "A list of weighted conditions is mixed.",
+        "A list of weighted conditions is combined as `mix` says.",
     )
-    mix: Literal["linear", "spherical"] = Field("linear", description="How a list of conditions is mixed.")
+    mix: Combine = Field(
+        "linear",
+        description="How a list of conditions is combined: mixed to one on a line or an arc, as the weighted "
+        "sum of what each would do (compose), or from shallow blocks of the network to deep ones (layers).",
+    )
     n: int = Field(1, ge=1, le=256, description="Number of images.")
     steps: int | None = Field(None, ge=1, description="Denoising steps; null is the model's default.")
     sampler: str | None = Field(

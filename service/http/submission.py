@@ -6,8 +6,7 @@
 import hashlib
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from math import ceil
+from dataclasses import dataclass, field
 
 from ditserve.model.spec.bundle import Manifest
 from ditserve.service.errors import (
@@ -18,14 +17,15 @@ from ditserve.service.errors import (
     QueueUnavailable,
 )
 from ditserve.service.http.abandoned import Abandoned
+from ditserve.service.http.conditions import RequestedConditions, requested_conditions
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
 from ditserve.service.http.operating_point import field_error, guidance_scale, requested_rung
 from ditserve.service.http.promises import Promises
-from ditserve.service.http.schemas import MAX_SEED, TEXT, GenerateRequest
+from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
 from ditserve.service.identity import vocabulary_digest
-from ditserve.service.jobs import TERMINAL_STATES, ConditionTerm, ImageFormat, Job, JobStatus
+from ditserve.service.jobs import TERMINAL_STATES, ImageFormat, Job, JobStatus
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.ladder import Ladder
@@ -34,7 +34,7 @@ from ditserve.service.queue.queue_client import Queue
 from ditserve.service.rung import Rung
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
-from ditserve.service.vocabulary import ClassRef, Vocabulary
+from ditserve.service.vocabulary import Vocabulary
 
 # A client of a full queue is asked to come back once this share of it should have drained …
 _DRAINED_SHARE = 0.1
@@ -87,7 +87,7 @@ class _ResolvedRequest:
 
     request: GenerateRequest
     image_format: ImageFormat
-    condition: tuple[ConditionTerm, ...]
+    conditions: RequestedConditions
     rung: Rung
     output: OutputSize
 
@@ -124,7 +124,7 @@ class Submissions:
         resolved = _ResolvedRequest(
             request,
             image_format,
-            self._condition(request),
+            requested_conditions(request, self.manifest, self.vocabulary),
             self._rung(request),
             await self._size(request),
         )
@@ -145,19 +145,6 @@ class Submissions:
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
         return Submission(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))
-
-    def _condition(self, request: GenerateRequest) -> tuple[ConditionTerm, ...]:
-        if isinstance(request.condition, dict):
-            return (self._term(request.condition, 1.0),)
-        return tuple(self._term(term.condition, term.weight) for term in request.condition)
-
-    def _term(self, condition: Mapping[str, ClassRef], weight: float) -> ConditionTerm:
-        """Return one weighted condition. Its `text` is no factor where the model takes text."""
-        classes = dict(condition)
-        text = classes.pop(TEXT, None) if self.manifest.config.text_size else None
-        if not isinstance(text, str | None):
-            raise field_error("condition", "The text must be a string.")
-        return replace(self.vocabulary.term(classes, weight), text=(text or "").strip())
 
     def _rung(self, request: GenerateRequest) -> Rung:
         """Return the operating point that the request asks for. Raises `InvalidRequest`."""
@@ -200,6 +187,7 @@ class Submissions:
             allow_degraded=request.may_degrade,
             min_steps=request.min_steps or 1 if request.may_degrade else resolved.rung.steps,
             row_cost=resolved.output.row_cost,
+            conditions=resolved.conditions.composed,
         )
 
     def _deadline_at(self, request: GenerateRequest, now: float) -> float | None:
@@ -235,8 +223,8 @@ class Submissions:
         return Job(
             id=job_id,
             model=self.manifest.name,
-            condition=resolved.condition,
-            mix=request.mix,
+            condition=resolved.conditions.terms,
+            mix=resolved.conditions.how,
             seeds=tuple(range(seed, seed + request.n)),
             steps=rung.steps,
             solver=rung.solver,
@@ -253,20 +241,16 @@ class Submissions:
             min_steps=admission_request.min_steps,
             rung=admission.rung.name if admission.degraded else None,
             reason=admission.reason,
-            cost_rows=self._cost_rows(admission_request, admission.rung),
-            floor_rows=self._cost_rows(admission_request, lowest),
+            cost_rows=admission_request.rows(self.ladder, admission.rung),
+            floor_rows=admission_request.rows(self.ladder, lowest),
             trace=trace,
             size=resolved.output.size,
             windows=resolved.output.windows,
             vocabulary=self._digest,
             requested=rung,
             admitted=admission.rung,
+            negative_prompt=resolved.conditions.negative_prompt,
         )
-
-    def _cost_rows(self, admission_request: AdmissionRequest, rung: Rung) -> int:
-        """Return the work of all images at `rung`, in rows of the model's own size."""
-        row_steps = self.ladder.row_steps(rung, admission_request.guidance_scale)
-        return ceil(admission_request.samples * admission_request.row_cost * row_steps)
 
     def _job_id(self, caller: str, key: str) -> str:
         """Return the id of the job that a caller's Idempotency-Key stands for.

@@ -21,7 +21,7 @@ NO_WORKER = "no-worker"
 
 @dataclass(frozen=True, slots=True)
 class AdmissionRequest:
-    """A request for `samples` images at `rung`.
+    """A request for `samples` images at `rung`, each composed of `conditions`.
 
     `row_cost` is the tokens of one row, in rows of the bundle's own size.
     """
@@ -33,6 +33,12 @@ class AdmissionRequest:
     allow_degraded: bool
     min_steps: int
     row_cost: float = 1.0
+    conditions: int = 1
+
+    def rows(self, ladder: Ladder, rung: Rung) -> int:
+        """Return the work of all images at a rung, in rows of the bundle's own size."""
+        row_steps = ladder.row_steps(rung, self.guidance_scale, self.conditions)
+        return ceil(self.samples * self.row_cost * row_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,7 @@ def admit(
     limit_s = (due - now) / margin
     options = (rung, *(ladder.below(rung, request.min_steps) if request.allow_degraded else ()))
     for option in options:
-        rows = _rows(request, ladder, option)
+        rows = request.rows(ladder, option)
         capacity = Capacity(load, recut=policy.recut, pass_s=limit_s / option.steps, within_s=due - now)
         shortest_s = capacity.time_in_every_batch(rows=rows, steps=option.steps, samples=request.samples)
         ahead_s = (stretch - 1.0) * capacity.queue_drain_time(due=due)
@@ -102,7 +108,3 @@ def admit(
         return Admission(False, rung, False, DEADLINE, None, predicted_s)
     retry_s = max(1.0, predicted_s - limit_s)
     return Admission(False, rung, False, LOAD, retry_s, predicted_s, capacity.fleet_time(rows))
-
-
-def _rows(request: AdmissionRequest, ladder: Ladder, rung: Rung) -> int:
-    return ceil(request.samples * request.row_cost * ladder.row_steps(rung, request.guidance_scale))

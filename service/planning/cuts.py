@@ -21,6 +21,7 @@ class PlannedSample:
 
     `noise` is where it stands in the noise range, 0..1. `rung` is where it is, `requested` is how high it may
     climb (None: no higher). `row_cost` is the tokens of one of its rows, in rows of the bundle's own size.
+    Its predictions are composed of `conditions`, a row each.
     """
 
     id: str
@@ -34,6 +35,11 @@ class PlannedSample:
     noise: float
     requested: Rung | None = None
     row_cost: float = 1.0
+    conditions: int = 1
+
+    def rows_left(self, ladder: Ladder, rung: Rung, steps: int) -> float:
+        """Return the rows of so many last steps on a rung, in rows of the bundle's own size."""
+        return self.row_cost * ladder.rows_left(rung, steps, self.noise, self.guided, self.conditions)
 
 
 @dataclass(slots=True)
@@ -63,16 +69,15 @@ class Task:
             if sample.rung not in options:
                 options = (sample.rung, *ladder.below(sample.rung, sample.floor_steps))
         deadline = inf if sample.deadline_at is None else sample.deadline_at
-        rows = ladder.rows_left(sample.rung, sample.remaining_steps, sample.noise, sample.guided)
+        rows = sample.rows_left(ladder, sample.rung, sample.remaining_steps)
         at = options.index(sample.rung)
-        return cls(sample, ladder, deadline, options, at, sample.remaining_steps, sample.row_cost * rows)
+        return cls(sample, ladder, deadline, options, at, sample.remaining_steps, rows)
 
     def left(self, option: int) -> tuple[int, float]:
         """Return the steps and rows left on an option, from where the sample is now."""
         sample, rung = self.sample, self.options[option]
         steps = steps_left(sample.remaining_steps, sample.rung, rung)
-        rows = self.ladder.rows_left(rung, steps, sample.noise, sample.guided)
-        return steps, sample.row_cost * rows
+        return steps, sample.rows_left(self.ladder, rung, steps)
 
     def floor(self) -> tuple[int, float]:
         """Return the steps and rows left on the lowest option."""

@@ -44,7 +44,9 @@ class Ladder:
         )
         return cls(rungs, manifest.diffusion.noise_schedule())
 
-    def requested(self, solver: str, steps: int, grid: str, interval: Interval, guided: bool) -> Rung:
+    def requested(
+        self, solver: str, steps: int, grid: str, interval: Interval, guided: bool, *, decay: float = 0.0
+    ) -> Rung:
         """Return the rung a request names: one of the ladder, or a new one of interpolated quality.
 
         An unguided request has no guidance interval, so any interval matches.
@@ -52,8 +54,8 @@ class Ladder:
         for rung in self.rungs:
             same = (rung.solver, rung.steps, rung.grid) == (solver, steps, grid)
             if same and (not guided or rung.guidance_interval == interval):
-                return rung
-        return Rung(f"{solver}-{steps}", solver, steps, grid, interval, self._quality(solver, steps))
+                return replace(rung, guidance_decay=decay) if decay else rung
+        return Rung(f"{solver}-{steps}", solver, steps, grid, interval, self._quality(solver, steps), decay)
 
     @property
     def descent(self) -> tuple[Rung, ...]:
@@ -64,22 +66,23 @@ class Ladder:
         """Return the cheapest rung that `rung` can be cut to with `min_steps` steps or more, or itself."""
         return next(iter(self.below(rung, min_steps)[-1:]), rung)
 
-    def row_steps(self, rung: Rung, guidance_scale: float) -> int:
-        """Return the rows of one whole image: two for a step at which guidance acts, one for any other."""
-        return _row_steps(rung.grid, rung.steps, self.schedule, rung.guidance_interval, guidance_scale)
+    def row_steps(self, rung: Rung, guidance_scale: float, conditions: int = 1) -> int:
+        """Return the rows of one whole image whose `conditions` are composed, as `forward_rows` counts."""
+        return _row_steps(rung, self.schedule, guidance_scale, conditions)
 
-    def rows_left(self, rung: Rung, steps: int, noise: float, guided: bool) -> int:
+    def rows_left(self, rung: Rung, steps: int, noise: float, guided: bool, conditions: int = 1) -> int:
         """Return the rows of the last `steps` steps of a sample with the share `noise` of the range ahead.
 
         Exact but for one row where the guidance interval does not cover all noise levels.
         """
+        rows = conditions * steps
         if not guided:
-            return steps
+            return rows
         low, high = rung.guidance_interval
         if low <= 0.0 and high >= noise:
-            return 2 * steps
+            return rows + steps
         share = max(0.0, min(high, noise) - low) / noise if noise > 0.0 else 0.0
-        return steps + min(steps, int(share * steps) + 1)
+        return rows + min(steps, int(share * steps) + 1)
 
     def _below(self, rung: Rung, min_steps: int) -> tuple[Rung, ...]:
         """Return the rungs of at least `min_steps` steps that are cheaper than `rung`, dearest first.
@@ -130,12 +133,18 @@ def steps_left(remaining: int, current: Rung, target: Rung) -> int:
 
 
 def _narrowed(rung: Rung, *, to: Rung) -> Rung:
-    """Return `rung` with its guidance interval cut to that of `to`, or replaced where they do not meet."""
+    """Return `rung` with the guidance decay of `to`, and its interval cut to that of `to`.
+
+    The interval is replaced where the two do not meet.
+    """
     low, high = to.guidance_interval
     start, stop = max(low, rung.guidance_interval[0]), min(high, rung.guidance_interval[1])
-    return replace(rung, guidance_interval=(start, stop) if start <= stop else (low, high))
+    interval = (start, stop) if start <= stop else (low, high)
+    return replace(rung, guidance_interval=interval, guidance_decay=to.guidance_decay)
 
 
 @lru_cache(_CACHED)
-def _row_steps(kind: str, steps: int, schedule: Schedule, interval: Interval, guidance_scale: float) -> int:
-    return forward_rows(noise_levels(kind, steps, schedule), schedule, guidance_scale, interval)
+def _row_steps(rung: Rung, schedule: Schedule, guidance_scale: float, conditions: int) -> int:
+    levels = noise_levels(rung.grid, rung.steps, schedule)
+    interval, decay = rung.guidance_interval, rung.guidance_decay
+    return forward_rows(levels, schedule, guidance_scale, interval, decay, conditions=conditions)

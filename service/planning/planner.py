@@ -156,6 +156,6 @@ class Planner:
 
 def _pass(samples: Sequence[PlannedSample], costs: CostModel, max_rows: int) -> tuple[int, float]:
     """Return the rows of a pass while all samples are there, and its seconds."""
-    at_once = ceil(sum(sample.row_cost * (2 if sample.guided else 1) for sample in samples))
+    at_once = ceil(sum(sample.row_cost * (sample.conditions + sample.guided) for sample in samples))
     batch = max(1, min(costs.saturation_rows(max_rows), at_once))
     return batch, costs.predict(batch)

@@ -73,8 +73,8 @@ class RunningJob:
     @property
     def rows(self) -> int:
         """Return how many rows its missing images would take of one batch."""
-        rows = max(1, self.job.windows) * self.missing
-        return rows if self.job.guidance_scale == 1.0 else 2 * rows
+        guided = self.job.guidance_scale != 1.0
+        return max(1, self.job.windows) * self.missing * (self.job.composed + guided)
 
     def index(self, sample_id: str) -> int:
         """Return which of the job's images a sample is, from 0."""
@@ -213,6 +213,8 @@ def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor])
         **({"noise_levels": f"[{rung.grid}]"} if is_explicit(rung.grid) else {"grid": rung.grid}),
         "guidance_scale": job.guidance_scale,
         "guidance_interval": list(rung.guidance_interval),
+        **({"guidance_decay": rung.guidance_decay} if rung.guidance_decay else {}),
+        **({"negative_prompt": job.negative_prompt} if job.negative_prompt else {}),
         **({"windows": job.windows} if job.windows else {}),
     }
     return {name: str(value) for name, value in facts.items()}
@@ -250,6 +252,7 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
             windows=job.windows > 0,
             caller=job.caller,
             weight=WEIGHTS.get(job.priority, 1.0),
+            negative_prompt=job.negative_prompt,
         )
         for k, seed in enumerate(job.seeds)
     )

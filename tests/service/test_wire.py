@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -23,6 +25,7 @@ RECORDED = {
 MESSAGES: dict[str, Message] = {
     "plain job": examples.PLAIN_JOB,
     "full job": examples.FULL_JOB,
+    "composed job": examples.COMPOSED_JOB,
     "result": examples.RESULT,
     "worker state": examples.STATE,
     "starting": examples.STARTING,
@@ -34,6 +37,22 @@ def test_a_message_has_the_bytes_of_earlier_releases(name: str) -> None:
     message = MESSAGES[name]
     assert message.to_bytes() == RECORDED[name]
     assert type(message).from_bytes(RECORDED[name]) == message
+
+
+def test_a_job_has_the_oldest_version_that_says_all_of_it() -> None:
+    """A worker of the release before claims version 1 only, and would draw another picture of the others."""
+    plain = examples.FULL_JOB
+    assert (examples.PLAIN_JOB.oldest_version, plain.oldest_version) == (1, 1)
+    newer: list[dict[str, Any]] = [
+        {"mix": "compose"},
+        {"mix": "layers"},
+        {"negative_prompt": "fog"},
+        {"requested": replace(examples.FULL, guidance_decay=-1.0)},
+    ]
+    for change in newer:
+        job = replace(plain, **change)
+        assert msgpack.unpackb(job.to_bytes())["v"] == job.oldest_version == 2
+        assert Job.from_bytes(job.to_bytes()) == job
 
 
 def test_a_report_is_of_either_kind() -> None:
@@ -63,6 +82,7 @@ def test_fields_of_later_releases_have_defaults() -> None:
     job, state = unpack(RECORDED["plain job"]), unpack(RECORDED["worker state"])
     for name in ("trace", "size", "vocabulary", "windows", "floor_rows", "requested", "admitted"):
         del job[name]
+    del job["negative_prompt"]
     del job["condition"][0]["text"]
     for name in ("network", "dues", "bundle", "given_rows"):
         del state[name]

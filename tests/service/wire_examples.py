@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -77,6 +78,14 @@ FULL_JOB = Job(
     floor_rows=64,
     requested=FULL,
     admitted=HALF,
+)
+COMPOSED_JOB = replace(
+    FULL_JOB,
+    condition=(ConditionTerm((1, None), 1.5), ConditionTerm((None, 3), -0.5)),
+    mix="compose",
+    requested=replace(FULL, guidance_decay=0.75),
+    admitted=replace(HALF, guidance_decay=0.75),
+    negative_prompt="a blürred picture",
 )
 RESULT = JobResult(
     images=(Image(b"\x89PNG", 7, "image/png"), Image(b"\x00\xff", 8, "image/png")),

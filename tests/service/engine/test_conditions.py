@@ -45,7 +45,7 @@ def at(told: float) -> int:
 def direct(backend: Any, wanted: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
     told = np.array([bits for bits, _ in wanted], np.uint32).view(np.float32)
     state: tuple[Floats, ...] = backend.modulate(
-        told, np.stack([condition.embedding for _, condition in wanted])
+        told, np.stack([condition.embeddings[0] for _, condition in wanted])
     )
     return state
 
@@ -132,14 +132,14 @@ def test_a_single_condition_has_no_weight(backend: Any) -> None:
     heavy = conditions.embeddings.get([ConditionTerm((1,), 5.0)], "spherical")
     beside_nothing = conditions.embeddings.get([ConditionTerm((1,), 1.0), ConditionTerm((2,), 0.0)])
     assert plain.key == heavy.key == beside_nothing.key
-    np.testing.assert_array_equal(plain.embedding, heavy.embedding)
+    np.testing.assert_array_equal(plain.embeddings[0], heavy.embeddings[0])
 
 
 def test_a_mix_is_weighted_and_knows_no_order(backend: Any) -> None:
     conditions = ConditionCaches(backend)
-    red, blue = colour(conditions, 0).embedding, colour(conditions, 2).embedding
+    red, blue = colour(conditions, 0).embeddings[0], colour(conditions, 2).embeddings[0]
     mixed = conditions.embeddings.get([ConditionTerm((0,), 3.0), ConditionTerm((2,), 1.0)])
-    np.testing.assert_allclose(mixed.embedding, 0.75 * red + 0.25 * blue, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mixed.embeddings[0], 0.75 * red + 0.25 * blue, rtol=1e-5, atol=1e-6)
     assert mixed.key == conditions.embeddings.get([ConditionTerm((2,), 0.25), ConditionTerm((0,), 0.75)]).key
     assert mixed.key != conditions.embeddings.get([ConditionTerm((2,), 0.75), ConditionTerm((0,), 0.25)]).key
     assert (
@@ -151,10 +151,10 @@ def test_a_mix_is_weighted_and_knows_no_order(backend: Any) -> None:
 def test_a_spherical_mix_turns_from_one_direction_to_the_other(backend: Any) -> None:
     backend.table /= np.linalg.norm(backend.table, axis=1, keepdims=True)
     conditions = ConditionCaches(backend)
-    red, blue = (colour(conditions, k).embedding for k in (0, 2))
+    red, blue = (colour(conditions, k).embeddings[0] for k in (0, 2))
     mixed = conditions.embeddings.get(
         [ConditionTerm((0,), 0.7), ConditionTerm((2,), 0.3)], "spherical"
-    ).embedding
+    ).embeddings[0]
     assert np.linalg.norm(mixed) == pytest.approx(1.0, abs=1e-5)
     assert np.arccos(np.dot(red, mixed)) == pytest.approx(0.3 * np.arccos(np.dot(red, blue)), abs=1e-3)
 

@@ -85,11 +85,13 @@ def test_text_and_classes_make_one_condition_and_mix(make_backend: Make) -> None
     conditions = ConditionCaches(make_backend(), texts=TextCache(Letters(), None, capacity=1 << 20))
     plain = conditions.embeddings.get([ConditionTerm((0,))])
     worded = conditions.embeddings.get([ConditionTerm((0,), text="abc")])
-    np.testing.assert_allclose(worded.embedding - plain.embedding, [2, 2, 2, 1, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(worded.embeddings[0] - plain.embeddings[0], [2, 2, 2, 1, 1, 1], atol=1e-6)
     assert worded.key != plain.key
     assert worded.key == conditions.embeddings.get([ConditionTerm((0,), 3.0, "abc")]).key
     mixed = conditions.embeddings.get([ConditionTerm((0,), 1.0, "abc"), ConditionTerm((0,), 1.0)])
-    np.testing.assert_allclose(mixed.embedding, (worded.embedding + plain.embedding) / 2, atol=1e-6)
+    np.testing.assert_allclose(
+        mixed.embeddings[0], (worded.embeddings[0] + plain.embeddings[0]) / 2, atol=1e-6
+    )
     assert conditions.null.key == conditions.embeddings.get([ConditionTerm((None,))]).key
 
 

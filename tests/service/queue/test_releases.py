@@ -14,7 +14,7 @@ from ditserve.service import wire
 from ditserve.service.errors import InternalError, NumericalError, QueueUnavailable, to_wire
 from ditserve.service.jobs import Claim, Job, JobEvent, JobResult, Starting
 from ditserve.service.queue.broker import Broker
-from ditserve.service.wire import pack, unpack
+from ditserve.service.wire import NEWEST, pack, unpack
 from tests.service import wire_examples as examples
 
 pytestmark = pytest.mark.anyio
@@ -22,6 +22,7 @@ MakeJob = Callable[..., Job]
 MakeResult = Callable[..., JobResult]
 Connect = Callable[..., Awaitable[Broker]]
 
+LATEST = NEWEST + 1  # the version of an imaginary release
 LATER = {"surprise": {"of": ["a later release", b"\xff"]}}
 # What may stand where a report is expected: (bytes, whether a worker is counted all the same).
 REPORTS = {
@@ -31,7 +32,7 @@ REPORTS = {
         True,
     ),
     "with a field of another report": (pack({**unpack(examples.STATE.to_bytes()), "doing": "well"}), True),
-    "of a later version": (examples.STATE.to_bytes(2), False),
+    "of a later version": (examples.STATE.to_bytes(LATEST), False),
     "of no kind": (pack(LATER), False),
     "without a number": (pack({**unpack(examples.STATE.to_bytes()), "max_rows": None}), False),
     "not a number": (pack({**unpack(examples.STATE.to_bytes()), "step_per_row_s": float("nan")}), False),
@@ -114,7 +115,7 @@ async def test_a_job_of_a_later_version_waits_for_a_worker_that_reads_it(
     newer, fine = make_job(), make_job()
     for job in (newer, fine):
         await broker.submit(job)
-    await client.hset(broker.keys.job(newer.id), "wire", newer.to_bytes(2))
+    await client.hset(broker.keys.job(newer.id), "wire", newer.to_bytes(LATEST))
     assert [entry.job.id for entry in await claim(broker)] == [fine.id]
     assert await claim(broker) == []
     assert (await broker.load()).queued_jobs == 1
@@ -122,8 +123,8 @@ async def test_a_job_of_a_later_version_waits_for_a_worker_that_reads_it(
         await broker.status(newer.id)
     assert caught.value.retry_after
     assert await broker.outcome(newer.id) is None, "its waiter waits on"
-    monkeypatch.setattr(wire, "READABLE", (1, 2))
-    monkeypatch.setattr("ditserve.service.queue.broker.NEWEST", 2)
+    monkeypatch.setattr(wire, "READABLE", (*wire.READABLE, LATEST))
+    monkeypatch.setattr("ditserve.service.queue.broker.NEWEST", LATEST)
     (upgraded,) = await claim(broker, "w2")
     assert (upgraded.job, upgraded.lease.attempt) == (newer, 1), "no attempt was wasted on it"
 
@@ -134,9 +135,9 @@ async def test_what_is_written_about_a_job_has_the_version_of_the_job(
     older, newer = make_job(), make_job()
     for job in (older, newer):
         await broker.submit(job)
-    await client.hset(broker.keys.job(newer.id), "wire", newer.to_bytes(2))
-    monkeypatch.setattr(wire, "READABLE", (1, 2))
-    monkeypatch.setattr("ditserve.service.queue.broker.NEWEST", 2)
+    await client.hset(broker.keys.job(newer.id), "wire", newer.to_bytes(LATEST))
+    monkeypatch.setattr(wire, "READABLE", (*wire.READABLE, LATEST))
+    monkeypatch.setattr("ditserve.service.queue.broker.NEWEST", LATEST)
     for entry in await claim(broker):
         await broker.progress(entry.lease, "step", {"step": 1})
         await broker.finish(entry.lease, make_result())
@@ -201,7 +202,7 @@ async def test_unreadable_dead_letters_are_left_out(
     for entry in await claim(broker):
         await broker.fail(entry.lease, to_wire(NumericalError()), retry=True)
     await client.hset(broker.keys.job(jobs[0].id), "wire", b"garbage")
-    await client.hset(broker.keys.job(jobs[1].id), "wire", jobs[1].to_bytes(2))
+    await client.hset(broker.keys.job(jobs[1].id), "wire", jobs[1].to_bytes(LATEST))
     await client.hset(broker.keys.job(jobs[2].id), "error", b"garbage")
     with capture_logs() as lines:
         dead = await broker.dead()

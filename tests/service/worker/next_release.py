@@ -1,6 +1,7 @@
 """A worker process of an imaginary next release: `lone_worker` with another codec.
 
-It reads and writes schema version 2 beside 1, and adds a field to every message and to every dataclass in it.
+It reads and writes schema version 3 beside 1 and 2, and adds a field to every message and to every dataclass
+in it.
 """
 
 import runpy
@@ -9,7 +10,7 @@ from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
 CHANGES = {
-    "READABLE: Final = (1,)": "READABLE: Final = (1, 2)",
+    "READABLE: Final = (1, 2)": "READABLE: Final = (1, 2, 3)",
     "return {name: getattr(value, name)": 'return {"surprise": b"\\xff"} | {name: getattr(value, name)',
 }
 

@@ -17,6 +17,7 @@ from ditserve.service.errors import InternalError, JobLost, WorkerLost
 from ditserve.service.jobs import ConditionTerm, Job, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
+from ditserve.service.wire import NEWEST
 
 pytestmark = pytest.mark.anyio
 LEASE_S = 1.0
@@ -147,7 +148,7 @@ async def test_a_rolling_upgrade_in_either_order_loses_no_job(
     for job in [*jobs, newer]:
         await queue.submit(job)
     waiting = asyncio.create_task(answers(listener, jobs))
-    await client.hset(queue.keys.job(newer.id), "wire", newer.to_bytes(2))
+    await client.hset(queue.keys.job(newer.id), "wire", newer.to_bytes(NEWEST + 1))
     leaving = start("--drain-s=0.2", program=programs[0])
     await wait_until(lambda: step_of(queue, jobs[0]), timeout=30)
     start(program=programs[1])

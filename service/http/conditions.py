@@ -1,0 +1,103 @@
+"""The conditions that a request names, and how they are combined, as far as this model can follow. Pure.
+
+A fault is the error of the field that it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.mixing import Combine, assign_blocks, normalised_weights, state_sources
+from ditserve.service.http.operating_point import field_error, guidance_scale, sentence
+from ditserve.service.http.schemas import TEXT, GenerateRequest
+from ditserve.service.jobs import ConditionTerm
+from ditserve.service.vocabulary import ClassRef, Vocabulary
+
+# The largest share, of either sign, that one condition of a composition may have. Weights that nearly cancel
+# would multiply what the network says by thousands.
+LARGEST_SHARE: Final = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedConditions:
+    """The conditions of a request, how they are combined, and the text that guidance subtracts ("": none)."""
+
+    terms: tuple[ConditionTerm, ...]
+    how: Combine
+    negative_prompt: str
+
+    @property
+    def composed(self) -> int:
+        """The number of conditions whose outputs are composed, each a row of a forward pass."""
+        return len(self.terms) if self.how == "compose" else 1
+
+
+def requested_conditions(
+    request: GenerateRequest, manifest: Manifest, vocabulary: Vocabulary
+) -> RequestedConditions:
+    """Return the conditions of a request.
+
+    Raises:
+        UnknownCondition: a factor or class that the model does not have.
+        InvalidRequest: weights, a combination or a negative prompt that cannot be.
+    """
+    if isinstance(request.condition, dict):
+        pairs: list[tuple[Mapping[str, ClassRef], float]] = [(request.condition, 1.0)]
+    else:
+        pairs = [(term.condition, term.weight) for term in request.condition]
+    terms = tuple(_term(condition, weight, manifest, vocabulary) for condition, weight in pairs)
+    if len(terms) > 1:
+        _check_weights([term.weight for term in terms], request.mix)
+    if request.mix == "layers":
+        try:
+            state_sources(manifest.config, assign_blocks(manifest.config.depth, len(terms)))
+        except ValueError as error:
+            raise field_error("mix", sentence(error)) from None
+    # One condition is the same, however it is combined.
+    return RequestedConditions(
+        terms, request.mix if len(terms) > 1 else "linear", _negative_prompt(request, manifest)
+    )
+
+
+def _term(
+    condition: Mapping[str, ClassRef], weight: float, manifest: Manifest, vocabulary: Vocabulary
+) -> ConditionTerm:
+    """Return one weighted condition. Its `text` is no factor where the model takes text."""
+    classes = dict(condition)
+    text = classes.pop(TEXT, None) if manifest.config.text_size else None
+    if not isinstance(text, str | None):
+        raise field_error("condition", "The text must be a string.")
+    return replace(vocabulary.term(classes, weight), text=(text or "").strip())
+
+
+def _check_weights(weights: list[float], how: Combine) -> None:
+    if how == "layers" and any(weight != 1.0 for weight in weights):
+        raise field_error("condition", "Conditions in layers have no weights: leave weight out.")
+    if how != "compose" and min(weights) < 0.0:
+        raise field_error("condition", 'A negative weight needs "mix": "compose".')
+    try:
+        shares = normalised_weights(weights, len(weights))
+    except ValueError as error:
+        raise field_error("condition", sentence(error)) from None
+    if max(map(abs, shares)) > LARGEST_SHARE:
+        raise field_error(
+            "condition",
+            f"The weights nearly cancel: none may be more than {LARGEST_SHARE:g} times their sum.",
+        )
+
+
+def _negative_prompt(request: GenerateRequest, manifest: Manifest) -> str:
+    text = (request.negative_prompt or "").strip()
+    if text and not manifest.config.text_size:
+        raise field_error(
+            "negative_prompt",
+            'This model takes no text: give a condition of negative weight with "mix": "compose".',
+        )
+    if text and guidance_scale(request, manifest) == 1.0:
+        raise field_error(
+            "negative_prompt", "Only guidance subtracts it: choose a guidance_scale other than 1."
+        )
+    return text
