@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.progress import Progress
+from torch import Tensor
 
 from ditserve.model.nets.autoencoder import open_decoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import (
+    PromptTerm,
     SampleError,
     combine_conditions,
     embed_terms,
@@ -60,8 +62,8 @@ def sample(options: argparse.Namespace) -> Image.Image:
     table, guidance = _sampling(loaded, options)
     size = tuple(options.size) if options.size else model.config.image_size
     terms = [parse_condition(text, loaded.manifest.factors) for text in options.condition]
+    parts, negative = _embeddings(loaded, terms, options)
     if terms:
-        parts = embed_terms(model, terms, encoder_of(loaded.manifest, terms, options.encoder))
         samples, columns = options.count, options.columns or min(options.count, 8)
     else:
         sheet, columns = sheet_labels(model.config.classes, options.columns or 10)
@@ -79,11 +81,11 @@ def sample(options: argparse.Namespace) -> Image.Image:
         for start in range(0, samples, CHUNK):
             count = min(CHUNK, samples - start)
             if terms:
-                conditions = combine_conditions(
-                    parts, [term.weight for term in terms], options.combine, count
-                )
+                weights = [term.weight for term in terms]
+                conditions = combine_conditions(parts, weights, options.combine, count, negative=negative)
             else:
-                conditions = Conditions((sheet_embeddings[start : start + count],))
+                subtracted = None if negative is None else negative.expand(count, -1)
+                conditions = Conditions((sheet_embeddings[start : start + count],), negative=subtracted)
             denoiser = kind(model, loaded.schedule, conditions, guidance)
             seeds = [options.seed + start + k for k in range(count)]
             estimates = denoise(denoiser, table, seeds, size, clip_x0=loaded.manifest.diffusion.clip_x0)
@@ -94,6 +96,20 @@ def sample(options: argparse.Namespace) -> Image.Image:
     if not terms:
         return captioned_grid(np.concatenate(pixels), columns, sheet_captions(sheet, loaded.manifest.factors))
     return picture_grid(np.concatenate(pixels), columns)
+
+
+def _embeddings(
+    loaded: LoadedModel, terms: Sequence[PromptTerm], options: argparse.Namespace
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return the embedding (E,) of each term, and that of the negative prompt; None: there is none."""
+    nothing = (None,) * len(loaded.manifest.factors)
+    negatives = [PromptTerm(nothing, options.negative_prompt)] if options.negative_prompt else []
+    wanted = [*terms, *negatives]
+    if not wanted:
+        return [], None
+    encoder = encoder_of(loaded.manifest, wanted, options.encoder)
+    embeddings = embed_terms(loaded.network, wanted, encoder)
+    return embeddings[: len(terms)], embeddings[-1] if negatives else None
 
 
 def _device(name: str) -> torch.device:
@@ -109,6 +125,10 @@ def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTab
     own = loaded.network.config.image_size
     area = math.prod(options.size or own) / math.prod(own)
     defaults, schedule = loaded.manifest.defaults, loaded.schedule.for_area(area)
+    if options.scale not in (None, 1.0) and loaded.manifest.guidance == "none":
+        raise SampleError(
+            "no unconditional prediction of this model was trained, so it has no guidance: leave --scale out"
+        )
     solver, steps = options.solver or defaults.solver, options.steps or defaults.steps
     kind = choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule)
     table = step_table(solver, noise_levels(kind, steps, schedule), schedule, eta=options.eta)
@@ -165,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--grid", help=f"where the steps are: {', '.join(GRIDS)}, or timesteps such as 999,500,100")
     add("--eta", type=share, default=0.0, help="share of fresh noise in each step, 0..1 (0)")
     add("--scale", type=finite, help="guidance scale; 1 is none")
+    add(
+        "--negative-prompt",
+        default="",
+        metavar="TEXT",
+        help="a text that guidance subtracts, instead of none",
+    )
     add("--interval", type=share, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts, in 0..1")
     add("--decay", type=finite, default=0.0, help="how fast guidance falls with noise, exp(-DECAY·t/T) (0)")
     add(

@@ -52,7 +52,8 @@ class Conditions:
 
     "compose": the network runs under each condition, and the outputs are summed by `weights` (relative, one
     for each condition; a negative one steers away). "layers": the network runs once; the first condition
-    steers the shallow blocks, the last the deep ones.
+    steers the shallow blocks, the last the deep ones. Guidance subtracts `negative` (N, D); None: the null
+    classes and no text.
 
     Raises:
         ValueError: no condition, embeddings of different shapes, or for "compose" not one weight each.
@@ -61,9 +62,11 @@ class Conditions:
     embeddings: tuple[Tensor, ...]
     weights: tuple[float, ...] = (1.0,)
     how: Literal["compose", "layers"] = "compose"
+    negative: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shapes = {tuple(embedding.shape) for embedding in self.embeddings}
+        given = self.embeddings if self.negative is None else (*self.embeddings, self.negative)
+        shapes = {tuple(embedding.shape) for embedding in given}
         if len(shapes) != 1:
             raise ValueError(
                 f"give one or more condition embeddings (N, D) of one shape, not {sorted(shapes)}"
@@ -92,8 +95,10 @@ class Denoiser:
         weight = guidance_weight(guidance.scale, level, self.schedule, guidance.interval, guidance.decay)
         if weight == 1.0:
             return output
-        labels = null_labels(self.model.config, len(x), x.device)
-        unconditional = self.model.backbone(x, self.model.modulate(t, self.model.embed(labels)))
+        negative = self.conditions.negative
+        if negative is None:
+            negative = self.model.embed(null_labels(self.model.config, len(x), x.device))
+        unconditional = self.model.backbone(x, self.model.modulate(t, negative))
         return guided(output, unconditional, weight, guidance.channels or x.shape[1])
 
     def _conditional(self, x: Tensor, t: Tensor) -> Tensor:

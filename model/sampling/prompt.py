@@ -107,16 +107,24 @@ def embed_terms(model: Network, terms: Sequence[PromptTerm], encoder: str) -> li
 
 
 def combine_conditions(
-    embeddings: Sequence[Tensor], weights: Sequence[float], how: Combine, rows: int
+    embeddings: Sequence[Tensor],
+    weights: Sequence[float],
+    how: Combine,
+    rows: int,
+    *,
+    negative: Tensor | None = None,
 ) -> Conditions:
     """Return the conditions of `rows` samples from one or more embeddings (E,) and their weights.
 
     "linear" and "spherical" mix the embeddings into one; "compose" and "layers" keep them apart, see
-    `Conditions`.
+    `Conditions`. `negative` (E,) is what guidance subtracts.
     """
+    subtracted = None if negative is None else negative.expand(rows, -1)
     if how == "linear" or how == "spherical":
-        return Conditions((mix_embeddings(embeddings, weights, how).expand(rows, -1),))
-    return Conditions(tuple(embedding.expand(rows, -1) for embedding in embeddings), tuple(weights), how)
+        mixed = mix_embeddings(embeddings, weights, how).expand(rows, -1)
+        return Conditions((mixed,), negative=subtracted)
+    parts = tuple(embedding.expand(rows, -1) for embedding in embeddings)
+    return Conditions(parts, tuple(weights), how, subtracted)
 
 
 def random_conditions(

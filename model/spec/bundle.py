@@ -155,7 +155,7 @@ class Manifest(StrictModel):
     embedding_size: bounds.Size
     state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
     defaults: Defaults
-    # "none": the network was never trained without a condition, so nothing can be subtracted.
+    # "none": no unconditional prediction was trained that guidance could subtract.
     guidance: Literal["classifier-free", "none"] = "classifier-free"
     ladder: Annotated[tuple[RungSpec, ...], Field(max_length=256)] = ()
     ladder_order: Literal["own", "real"] = "own"

@@ -198,6 +198,7 @@ def describe_run(
         embedding_size=shape.embedding_size,
         state=tuple(StateTensor(name=tensor, shape=dims) for tensor, dims in shape.state()),
         defaults=run_defaults(config, dataset, step),
+        guidance="classifier-free" if condition_dropout(config, dataset).unconditional else "none",
         licence=dataset.licence or "unspecified",
         attribution=dataset.attribution,
         provenance={"training": training, "step": step, "pictures": len(dataset.training), **maker},

@@ -123,7 +123,7 @@ class EmbeddingCache(CacheCounters):
             InvalidRequest: there is text and the model takes none.
         """
         layers = list(map(self.alone, terms))
-        if len(layers) == 1:
+        if len({layer.key for layer in layers}) == 1:
             return layers[0]
         digest = blake2b(b"".join(layer.key for layer in layers), digest_size=16, person=b"layers").digest()
         return Condition(digest, np.concatenate([layer.embeddings for layer in layers]))

@@ -34,6 +34,13 @@ class RequestedConditions:
         """The number of conditions whose outputs are composed, each a row of a forward pass."""
         return len(self.terms) if self.how == "compose" else 1
 
+    @property
+    def can_be_guided(self) -> bool:
+        """False where guidance would subtract from a condition the same one."""
+        classes = (label for term in self.terms for label in term.labels)
+        texts = {term.text for term in self.terms}
+        return any(label is not None for label in classes) or texts != {self.negative_prompt}
+
 
 def requested_conditions(
     request: GenerateRequest, manifest: Manifest, vocabulary: Vocabulary

@@ -49,7 +49,7 @@ def guidance_scale(request: GenerateRequest, manifest: Manifest) -> float:
     if scale not in (None, 1.0) and manifest.guidance == "none":
         raise field_error(
             "guidance_scale",
-            "This model was never trained without a condition, so it cannot be guided: leave it out.",
+            "No unconditional prediction of this model was trained, so it has no guidance: leave it out.",
         )
     return manifest.defaults.guidance_scale if scale is None else scale
 

@@ -178,16 +178,16 @@ class Submissions:
             raise field_error("size", str(error)) from None
 
     def _admission_request(self, resolved: _ResolvedRequest, now: float) -> AdmissionRequest:
-        request = resolved.request
+        request, conditions = resolved.request, resolved.conditions
         return AdmissionRequest(
             rung=resolved.rung,
-            guidance_scale=guidance_scale(request, self.manifest),
+            guidance_scale=guidance_scale(request, self.manifest) if conditions.can_be_guided else 1.0,
             samples=request.n,
             deadline_at=self._deadline_at(request, now),
             allow_degraded=request.may_degrade,
             min_steps=request.min_steps or 1 if request.may_degrade else resolved.rung.steps,
             row_cost=resolved.output.row_cost,
-            conditions=resolved.conditions.composed,
+            conditions=conditions.composed,
         )
 
     def _deadline_at(self, request: GenerateRequest, now: float) -> float | None:

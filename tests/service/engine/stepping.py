@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.guidance import guidance_weight, guided
+from ditserve.model.spec.mixing import compose_outputs
 from ditserve.model.spec.solvers import learned_log_variance, step_table, variance_bounds
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import Failed, Finished, Preview, SampleRequest, StepReport
@@ -55,23 +56,24 @@ def reference(
     walked = [t for _, steps in pieces for t in steps]
     generator = np.random.Generator(np.random.Philox(request.seed))
     x = generator.standard_normal((1, config.in_channels, *config.image_size), dtype=np.float32)
-    (colour,) = request.condition[0].labels
     classes = len(backend.manifest.factors[0].classes)
-    labels = np.array([[classes if colour is None else colour], [classes]])
-    embeddings = backend.embed(labels)
+    colours = [classes if colour is None else colour for term in request.condition for colour in term.labels]
+    embeddings = backend.embed(np.array([*colours, classes])[:, None])
+    weights, n = [term.weight for term in request.condition], len(colours)
     estimates: list[Floats] = []
     for rung, steps in pieces:
         lead = len(estimates)
         table = step_table(rung.solver, walked[lead:], schedule, previous=walked[lead - 1] if lead else None)
         low, high = variance_bounds(walked[lead:], schedule)
         for i, t in enumerate(steps):
-            state = backend.modulate(np.full(2, schedule.told(t)), embeddings)
-            whole = backend.denoise(np.repeat(x, 2, axis=0), state)
-            output, variance = whole[:, : config.in_channels], whole[:1, config.in_channels :]
-            scale = guidance_weight(request.guidance_scale, t, schedule, rung.guidance_interval)
-            mixed = (
-                output[:1] if scale == 1.0 else guided(output[:1], output[1:], scale, spec.guidance_channels)
-            )
+            state = backend.modulate(np.full(n + 1, schedule.told(t)), embeddings)
+            whole = backend.denoise(np.repeat(x, n + 1, axis=0), state)
+            composed = compose_outputs(list(whole[:n, None]), weights)
+            output, variance = composed[:, : config.in_channels], composed[:, config.in_channels :]
+            interval, decay = rung.guidance_interval, rung.guidance_decay
+            scale = guidance_weight(request.guidance_scale, t, schedule, interval, decay)
+            subtracted = whole[n:, : config.in_channels]
+            mixed = output if scale == 1.0 else guided(output, subtracted, scale, spec.guidance_channels)
             estimate = table.x0_x[i] * x + table.x0_out[i] * mixed
             estimate = np.clip(estimate, -1.0, 1.0) if spec.clip_x0 else estimate
             x = table.a[i] * x + table.b[i] * estimate + (table.c[i] * estimates[-1] if table.c[i] else 0.0)

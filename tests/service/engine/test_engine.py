@@ -44,6 +44,36 @@ def test_guidance_keeps_to_its_channels_and_a_learned_variance_is_none_of_them(
     assert not np.array_equal(made.latent[2], everywhere.latent[2])
 
 
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp-2m"])
+def test_composed_conditions_and_decaying_guidance_are_those_of_a_plain_loop(
+    solver: str, make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    config = replace(make_backend().manifest.config, learn_sigma=True)
+    backend = make_backend(config=config, learn_sigma=True, guidance_channels=2, prediction="v")
+    rung = replace(make_rung(solver, 10, "uniform-t", (0.15, 0.7)), guidance_decay=0.75)
+    terms = (ConditionTerm((0,), 1.5), ConditionTerm((1,)), ConditionTerm((2,), -0.5))
+    request = make_request(condition=terms, mix="compose", rung=rung, guidance_scale=3.0)
+    reports = run(make_engine(backend), [request])
+    np.testing.assert_allclose(
+        finished(reports)["a/0"].latent, reference(backend, request)[0], rtol=1e-4, atol=1e-4
+    )
+    # A row for each condition, and one more at the steps inside the interval.
+    assert [report.rows for report in reports] == [3] * 3 + [4] * 6 + [3]
+
+
+def test_composed_conditions_of_a_larger_image_find_their_rows(
+    make_backend: Make, make_engine: Make, make_request: Make
+) -> None:
+    """A single sample may have more rows than a pass, at the bundle's own size and at another."""
+    terms = tuple(ConditionTerm((colour,)) for colour in (0, 1, 2, None, 0, 1, 2, 0))
+    engine = make_engine(make_backend(size_multiple=2), max_rows=2)
+    own = make_request("own/0", condition=terms, mix="compose")
+    larger = replace(own, id="larger/0", size=(8, 6))
+    made = finished(run(engine, [own, larger]))
+    assert made["own/0"].latent.shape == (3, 4, 6)
+    assert made["larger/0"].latent.shape == (3, 8, 6)
+
+
 def test_a_sample_walks_the_noise_levels_that_are_listed(
     make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
 ) -> None:

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ditserve.model.spec.windows import window_count
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest, StepReport
+from ditserve.service.jobs import ConditionTerm
+from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.rung import Rung
 
 Make = Callable[..., Any]
@@ -27,6 +30,7 @@ class Visit:
     request: dict[str, Any]
 
 
+OWN = (4, 6)
 SHAPES: list[dict[str, Any]] = [
     {},
     {},
@@ -43,10 +47,16 @@ _rungs = st.builds(
     grid=st.sampled_from(["leading", "trailing", "uniform-t"]),
     guidance_interval=st.sampled_from([(0.0, 1.0), (0.2, 0.7), (0.5, 0.5), (0.0, 0.3)]),
     quality=st.just(0.0),
+    guidance_decay=st.sampled_from([0.0, 0.0, 1.5, -0.5]),
 )
+CONDITIONS: list[dict[str, Any]] = [
+    *({"condition": (ConditionTerm((colour,)),)} for colour in (0, 1, 2, None)),
+    {"condition": (ConditionTerm((0,), 2.0), ConditionTerm((1,), -0.5)), "mix": "compose"},
+    {"condition": tuple(ConditionTerm((colour,)) for colour in (2, None, 0, 1)), "mix": "compose"},
+]
 _requests = st.fixed_dictionaries(
     {
-        "colour": st.sampled_from([0, 1, 2, None]),
+        "conditions": st.sampled_from(CONDITIONS),
         "seed": st.integers(0, 3),
         "rung": _rungs,
         "guidance_scale": st.sampled_from([0.0, 1.0, 2.5]),
@@ -64,10 +74,28 @@ _buckets = st.sampled_from([None, (1, 2, 4, 8), (3, 5), (8,)])
 
 
 def asked(visit: Visit) -> dict[str, Any]:
-    """The fields of a request, those of its shape among them."""
+    """The fields of a request, those of its shape and its conditions among them."""
     fields = dict(visit.request)
-    shape = fields.pop("shape")
-    return {**fields, **shape}
+    shape, conditions = fields.pop("shape"), fields.pop("conditions")
+    return {**fields, **shape, **conditions}
+
+
+def planned_rows(request: SampleRequest, engine: Engine) -> float:
+    """Return the rows of the whole image as admission and the planner count them."""
+    unconditional = [term.labels for term in request.condition] == [(None,)]
+    composed = len(request.condition) if request.mix == "compose" else 1
+    windows = window_count(request.size or OWN, OWN) if request.windows else 1
+    admission = AdmissionRequest(
+        rung=request.rung,
+        guidance_scale=1.0 if unconditional else request.guidance_scale,
+        samples=1,
+        deadline_at=None,
+        allow_degraded=True,
+        min_steps=1,
+        row_cost=windows,
+        conditions=composed,
+    )
+    return admission.rows(engine.ladder, request.rung)
 
 
 def follow(engine: Engine, visits: list[Visit], make_request: Make) -> list[StepReport]:
@@ -123,6 +151,7 @@ def test_a_sample_equals_its_solo_run(
         solo = make_engine(make_backend(size_multiple=2))
         solo.add(request)
         alone = [solo.step() for _ in range(request.rung.steps)]
+        assert sum(report.rows for report in alone) == planned_rows(request, solo)
         np.testing.assert_array_equal(made[f"{k}/0"], alone[-1].finished[0].latent)
         expected = [preview for report in alone for preview in report.previews]
         own = [preview for preview in shown if preview.id == f"{k}/0"]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ditserve.service.engine.samples import SampleRequest
+from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.planner import LOAD, ROOM
-from tests.service.engine.stepping import Floats, finished, reference, run
+from tests.service.engine.stepping import Floats, finished, previews, reference, run
 
 Make = Callable[..., Any]
 
@@ -38,6 +39,25 @@ def test_a_trajectory_changed_under_way_continues_from_where_the_sample_stands(
     assert (made.steps_used, made.rung, made.degraded, made.reason) == (7, after, True, LOAD)
     assert [change.sample_id for report in reports for change in report.changes] == ["a/0"]
     assert planner.seen[1][0].remaining_steps == 9
+
+
+def test_a_composed_sample_keeps_its_conditions_on_a_lower_rung(
+    make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make, make_planner: Make
+) -> None:
+    backend = make_backend()
+    before, after = (
+        replace(make_rung("dpmpp-2m", steps, "trailing"), guidance_decay=0.5) for steps in (10, 5)
+    )
+    terms = (ConditionTerm((0,), 2.0), ConditionTerm((1,), -0.5))
+    request = make_request("a/0", rung=before, condition=terms, mix="compose", previews=3)
+    engine = make_engine(backend, planner=make_planner([("a/0", 599, after, LOAD)]))
+    reports = run(engine, [request, make_request("other/0")])
+    pieces = [(before, (999, 899, 799, 699)), (after, (599, 399, 199))]
+    expected, estimates = reference(backend, request, pieces)
+    np.testing.assert_allclose(finished(reports)["a/0"].latent, expected, atol=1e-4)
+    (early, late) = previews(reports)
+    for preview in (early, late):
+        np.testing.assert_allclose(preview.latent, estimates[preview.step - 1], atol=1e-4)
 
 
 def test_a_trajectory_changed_before_the_first_step_is_a_fresh_one(

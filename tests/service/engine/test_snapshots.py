@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -11,6 +12,7 @@ import pytest
 
 from ditserve.service.engine.samples import Finished, SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.planner import LOAD
 from tests.service.engine.stepping import finished, run
 
@@ -38,6 +40,17 @@ def test_the_image_is_the_same(
     made = moved(make_engine(), make_engine(), request, after)
     np.testing.assert_array_equal(made.latent, whole.latent)
     assert (made.steps_used, made.rung, made.degraded) == (8, whole.rung, False)
+
+
+def test_a_composed_sample_goes_on_with_its_conditions_and_its_decay(
+    make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    rung = replace(make_rung("dpmpp-2m", 8, interval=(0.1, 0.8)), guidance_decay=1.5)
+    terms = (ConditionTerm((0,), 2.0), ConditionTerm((1,), -0.5))
+    request = make_request(rung=rung, condition=terms, mix="compose")
+    whole = finished(run(make_engine(), [request]))["a/0"]
+    made = moved(make_engine(), make_engine(), request, 3)
+    np.testing.assert_array_equal(made.latent, whole.latent)
 
 
 def test_a_sample_on_another_trajectory_stays_on_it(
