@@ -171,12 +171,13 @@ FOREIGN = ("prompt", "sampler", "image", "mask", "input_fidelity", "metadata", "
 WORDS = ("auto", "png", "jpeg", "high", "low", "ddim", "dpmpp-2m", "trailing", "b64_json", "null", "0", "")
 SIZES = ("16x16", "32x16", "32X32", "032x032", "0x0", "\u0663\u0662x\u0663\u0662", "16x16\n", " 16x16", "big")
 TEXTS = ("\x00", "\ud800", "\u202e", "\u0663", "x" * 3000)
+COMPOSED = [{"label": "lemon", "weight": 1.5}, {"label": "apple", "weight": -0.5}, {}]
 EDGES: dict[str, tuple[Any, ...]] = {
     "str": (*WORDS, *SIZES, *TEXTS),
     "int": (0, 1, 2, -1, 2**31, 2**53 - 1, 2**53, 2**63, 10**30),
     "float": (-0.0, 0.5, 1.0, 2.0, 1e-320, 1e308, float("nan"), float("inf")),
     "bool": (True, False),
-    "list": ([], [None], [0, 1], [1.0, 0.0], [-0.0, 0.5], [{"label": "lemon", "weight": -0.0}]),
+    "list": ([], [None], [0, 1], [1.0, 0.0], [-0.0, 0.5], [{"label": "lemon", "weight": -0.0}], COMPOSED),
     "None": (None, {}, {"": 0}),
 }
 ANYTHING = st.sampled_from([value for values in EDGES.values() for value in values])

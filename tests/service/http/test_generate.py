@@ -63,6 +63,10 @@ async def test_defaults_are_the_models(stage: Stage) -> None:
     await stage.generate()
     job = submitted(stage)
     assert job.condition == (ConditionTerm((None, None)),)
+    # Guiding no condition would change nothing.
+    assert (job.guidance_scale, job.cost_rows) == (1.0, 20)
+    await stage.generate(condition={"label": "lemon"})
+    job = submitted(stage)
     assert (job.steps, job.solver, job.grid, job.guidance_scale) == (20, "ddim", "trailing", 2.0)
     assert (job.deadline_at, job.rung, job.cost_rows) == (None, None, 40)
 
@@ -181,7 +185,7 @@ async def test_of_a_crowd_at_once_as_many_are_taken_as_can_be_cut_to_fit(
     monkeypatch.setattr(caution, "FIRST_QUEUE_MARGIN", 1.0)
     stage.worker.hold = True
     await stage.worker.report(step_per_row_s=0.01, max_rows=1)
-    ask = {"deadline_ms": 2000, "allow_degraded": allow_degraded}
+    ask = {"condition": {"label": "lemon"}, "deadline_ms": 2000, "allow_degraded": allow_degraded}
     answers = [await stage.generate({"prefer": "respond-async"}, **ask) for _ in range(14)]
     assert sorted(answer.status_code for answer in answers) == [202] * taken + [503] * (14 - taken)
 

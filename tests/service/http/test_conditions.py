@@ -1,0 +1,181 @@
+"""Several conditions, decaying guidance and negative prompts, by either door."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ditserve.service.jobs import ConditionTerm, Job
+from tests.service.http.conftest import MANIFEST, OpenStage, Stage
+
+pytestmark = pytest.mark.anyio
+OPENAI = "/v1/images/generations"
+LEMON, APPLE = {"label": "lemon"}, {"label": "apple"}
+COMPOSED: dict[str, Any] = {
+    "condition": [{**LEMON, "weight": 1.5}, {**APPLE, "weight": -0.5}],
+    "mix": "compose",
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({**MANIFEST, **changes}))
+    return folder
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return {"config": {**MANIFEST["config"], **changes}}
+
+
+@pytest.fixture(scope="module")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model of three blocks that takes text."""
+    return write(tmp_path_factory.mktemp("conditions") / "text", **config(text_size=8, depth=3))
+
+
+def submitted(stage: Stage) -> Job:
+    return stage.worker.claimed[-1].job
+
+
+async def test_composed_conditions_cost_a_row_each(stage: Stage) -> None:
+    await stage.generate(condition=LEMON, guidance_interval=[0.0, 0.5])
+    one = submitted(stage)
+    answer = await stage.generate(**COMPOSED, guidance_interval=[0.0, 0.5], n=2)
+    assert answer.status_code == 200, answer.text
+    job = submitted(stage)
+    assert job.condition == (ConditionTerm((3, None), 1.5), ConditionTerm((0, None), -0.5))
+    assert (job.mix, job.composed, job.oldest_version) == ("compose", 2, 2)
+    # One more row at each of 20 steps, guidance as before, and two images.
+    assert (job.cost_rows, job.floor_rows) == (2 * (one.cost_rows + 20), 2 * (one.floor_rows + 5))
+
+
+async def test_one_condition_is_the_same_however_it_is_combined(stage: Stage) -> None:
+    for mix in ("compose", "layers", "spherical"):
+        assert (await stage.generate(condition=[{**LEMON, "weight": 0.5}], mix=mix)).status_code == 200
+        job = submitted(stage)
+        assert (job.mix, job.composed, job.oldest_version) == ("linear", 1, 1)
+
+
+async def test_layers_follow_the_blocks(stage: Stage) -> None:
+    assert (await stage.generate(condition=[LEMON, {"style": "noto"}], mix="layers")).status_code == 200
+    job = submitted(stage)
+    assert (job.mix, job.cost_rows, job.oldest_version) == ("layers", 40, 2)
+
+
+@pytest.mark.parametrize("path", ["/generate", OPENAI])
+async def test_decay_and_negative_prompt_reach_the_job_by_either_door(stage: Stage, path: str) -> None:
+    options = {"guidance_decay": 0.75, "negative_prompt": " a blurred picture ", "guidance_scale": 3}
+    body = {"condition": LEMON} if path == "/generate" else {"prompt": "a lemon"}
+    answer = await stage.client.post(path, json={**body, **options})
+    assert answer.status_code == 200, answer.text
+    job = submitted(stage)
+    assert job.requested is not None
+    assert job.admitted is not None
+    assert job.requested.guidance_decay == job.admitted.guidance_decay == 0.75
+    assert (job.negative_prompt, job.cost_rows, job.oldest_version) == ("a blurred picture", 40, 2)
+
+
+async def test_a_degraded_job_keeps_its_decay_and_its_conditions(stage: Stage) -> None:
+    """20 steps are 60 rows, which take 3 s; 5 steps are 15 rows and fit."""
+    await stage.worker.report(step_per_row_s=0.05, max_rows=1)
+    answer = await stage.generate(**COMPOSED, guidance_decay=1.5, deadline_ms=1500)
+    assert answer.status_code == 200, answer.text
+    job = submitted(stage)
+    assert job.admitted is not None
+    assert (job.rung, job.admitted.steps, job.admitted.guidance_decay) == ("floor", 5, 1.5)
+    assert (job.composed, job.cost_rows) == (2, 15)
+
+
+async def test_what_says_nothing_new_is_a_job_for_every_release(stage: Stage) -> None:
+    # Without guidance nothing decays.
+    await stage.generate(condition=LEMON, guidance_decay=2.0, guidance_scale=1.0)
+    assert submitted(stage).oldest_version == 1
+    await stage.generate(condition=LEMON, negative_prompt="  ", guidance_decay=-0.0)
+    assert submitted(stage).oldest_version == 1
+
+
+async def test_guiding_nothing_costs_nothing(stage: Stage) -> None:
+    for unguided in ({}, {"condition": [{}, {}], "mix": "layers"}, {"condition": {"text": "fog"}}):
+        more = {"negative_prompt": "fog"} if "fog" in str(unguided) else {}
+        await stage.generate(**unguided, **more)
+        assert (submitted(stage).guidance_scale, submitted(stage).cost_rows) == (1.0, 20)
+    await stage.generate(negative_prompt="fog")
+    assert (submitted(stage).guidance_scale, submitted(stage).cost_rows) == (2.0, 40)
+
+
+def detail(answer: httpx.Response) -> str:
+    assert answer.status_code == 422, answer.text
+    problem = answer.json()
+    assert problem["code"] == "invalid-request"
+    return str(problem["detail"])
+
+
+TWO = [LEMON, APPLE]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"condition": COMPOSED["condition"]}, 'condition: A negative weight needs "mix": "compose"'),
+    ({"condition": [LEMON, {**APPLE, "weight": -1}], "mix": "compose"}, "must sum to more than 0, not 0"),
+    ({"condition": [LEMON, {**APPLE, "weight": -2}], "mix": "compose"}, "must sum to more than 0, not -1"),
+    (
+        {"condition": [{**LEMON, "weight": 1000}, {**APPLE, "weight": -999.9}], "mix": "compose"},
+        "condition: The weights nearly cancel: none may be more than 100 times their sum.",
+    ),
+    (
+        {"condition": [{**LEMON, "weight": 2}, APPLE], "mix": "layers"},
+        "Conditions in layers have no weights",
+    ),
+    ({"condition": [LEMON] * 4, "mix": "layers"}, "mix: 3 blocks can follow 1 to 3 conditions, not 4."),
+    (
+        {"negative_prompt": "fog", "guidance_scale": 1},
+        "negative_prompt: Only guidance subtracts it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), REFUSED)
+async def test_what_cannot_be_combined_is_refused(stage: Stage, body: dict[str, Any], message: str) -> None:
+    assert message in detail(await stage.generate(**{"condition": LEMON, **body}))
+    assert not stage.worker.claimed
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({"mix": "stir"}, "#/mix"),
+        ({"condition": [{**LEMON, "weight": -0.0}, APPLE], "mix": "compose"}, "#/condition/0/weight"),
+        ({"condition": [{**LEMON, "weight": -1001}, APPLE], "mix": "compose"}, "#/condition/0/weight"),
+        ({"condition": [LEMON] * 9, "mix": "compose"}, "#/condition"),
+        ({"guidance_decay": 20.5}, "#/guidance_decay"),
+        ({"guidance_decay": None}, "#/guidance_decay"),
+        ({"negative_prompt": 7}, "#/negative_prompt"),
+        ({"negative_prompt": "x" * 2001}, "#/negative_prompt"),
+    ],
+)
+async def test_a_wrong_field_is_named(stage: Stage, body: dict[str, Any], pointer: str) -> None:
+    answer = await stage.generate(**{"condition": LEMON, **body})
+    assert detail(answer)
+    assert answer.json()["errors"][0]["pointer"].startswith(pointer)
+
+
+async def test_a_model_refuses_what_it_cannot_do(open_stage: OpenStage, tmp_path: Path) -> None:
+    tokens = await open_stage(
+        bundle=write(tmp_path / "tokens", **config(depth=3, blocks=["cross_attention"]))
+    )
+    assert "mix: Blocks that read the condition as tokens" in detail(
+        await tokens.generate(condition=TWO, mix="layers")
+    )
+    assert "negative_prompt: This model takes no text" in detail(
+        await tokens.generate(condition=LEMON, negative_prompt="fog")
+    )
+    refused = await tokens.client.post(OPENAI, json={"prompt": "a lemon", "negative_prompt": "fog"})
+    assert (refused.status_code, "takes no text" in refused.text) == (400, True)
+    defaults = {**MANIFEST["defaults"], "guidance_scale": 1.0}
+    unguided = await open_stage(bundle=write(tmp_path / "none", guidance="none", defaults=defaults))
+    assert "guidance_scale: No unconditional prediction of this model was trained" in detail(
+        await unguided.generate(condition=LEMON, guidance_scale=2)
+    )
+    assert (await unguided.generate(**COMPOSED)).status_code == 200
+    assert (await unguided.generate(condition=LEMON, guidance_scale=1)).status_code == 200
