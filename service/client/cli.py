@@ -9,12 +9,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.command_line import finite
+from ditserve.model.spec.mixing import Combine
 from ditserve.service.client.client import Client
 from ditserve.service.errors import ServiceError, from_wire
 from ditserve.service.settings import ClientSettings
@@ -30,8 +32,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     settings = ClientSettings()
     options = _parser(settings.url).parse_args(arguments)
-    if options.output.suffix.lower() not in FORMATS:
-        print(f"error: -o {options.output}: end it in {', '.join(FORMATS)}", file=sys.stderr)
+    if wrong := _wrong_flag(options):
+        print(f"error: {wrong}", file=sys.stderr)
         return 2
     key = settings.api_key.get_secret_value() if settings.api_key else None
     try:
@@ -52,6 +54,17 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _wrong_flag(options: argparse.Namespace) -> str:
+    """Return what is wrong with the flags, "" if nothing is."""
+    if options.output.suffix.lower() not in FORMATS:
+        return f"-o {options.output}: end it in {', '.join(FORMATS)}"
+    if options.weights and len(options.weights) != len(options.prompt):
+        return (
+            f"--weights: give one for each of the {len(options.prompt)} prompts, not {len(options.weights)}"
+        )
+    return ""
+
+
 def draw(client: Client, options: argparse.Namespace) -> list[Path]:
     """Submit a job, show its steps as they are taken, write the images, and return their paths.
 
@@ -60,21 +73,25 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         OSError: an image cannot be written.
     """
     (model, *_) = client.models()["models"]
-    factors = [Factor(**factor) for factor in model["factors"]]
-    term = Vocabulary(factors).match(options.prompt)
-    condition = {
-        factor.name: label for factor, label in zip(factors, term.labels, strict=True) if label is not None
-    }
+    conditions = [_condition(model, prompt) for prompt in options.prompt]
+    if options.weights:
+        pairs = zip(conditions, options.weights, strict=True)
+        conditions = [{**condition, "weight": weight} for condition, weight in pairs]
     fields = {
+        "mix": options.mix,
         "steps": options.steps,
         "seed": options.seed,
         "sampler": options.sampler,
         "noise_levels": options.noise_levels,
         "guidance_scale": options.guidance,
+        "guidance_interval": options.guidance_interval,
+        "guidance_decay": options.guidance_decay,
+        "negative_prompt": options.negative_prompt,
         "size": options.size,
         "windows": options.windows,
     }
     body: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    condition = conditions if len(conditions) > 1 else conditions[0]
     job_id = client.submit(condition, n=options.n, format=FORMATS[options.output.suffix.lower()], **body)
     try:
         _follow(client, job_id)
@@ -90,6 +107,20 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         path.write_bytes(image.data)
         paths.append(path)
     return paths
+
+
+def _condition(model: dict[str, Any], prompt: str) -> dict[str, Any]:
+    """Return the condition that a prompt names; a model that reads text is given the prompt itself.
+
+    Raises:
+        UnknownCondition: the prompt names no class of the model's first factor.
+    """
+    if model["text"]:
+        return {"text": prompt}
+    factors = [Factor(**factor) for factor in model["factors"]]
+    labels = Vocabulary(factors).match(prompt).labels
+    named = zip(factors, labels, strict=True)
+    return {factor.name: label for factor, label in named if label is not None}
 
 
 def _follow(client: Client, job_id: str) -> None:
@@ -122,7 +153,18 @@ def _parser(url: str) -> argparse.ArgumentParser:
         prog="python -m service generate", description="Ask a running service for images."
     )
     parser.add_argument(
-        "prompt", help="what to draw, in the model's words: a class of each factor it should follow"
+        "prompt",
+        nargs="+",
+        help="what to draw: a class of each factor it should follow, or a text where the model reads text; "
+        "several are combined",
+    )
+    parser.add_argument(
+        "--mix",
+        choices=get_args(Combine),
+        help="how several prompts are combined: mixed (linear unless given), composed, or in layers",
+    )
+    parser.add_argument(
+        "--weights", type=finite, nargs="+", metavar="W", help="of several prompts; negative in a composition"
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("image.png"), help="file to write; several get their seed"
@@ -133,12 +175,25 @@ def _parser(url: str) -> argparse.ArgumentParser:
     parser.add_argument("--sampler", help="a sampler that GET /models lists")
     parser.add_argument(
         "--noise-levels",
-        type=float,
+        type=finite,
         nargs="+",
         metavar="LEVEL",
         help="the noise level of each step in place of --steps, such as 999 700 400 150",
     )
-    parser.add_argument("--guidance", type=float, help="strength of classifier-free guidance")
+    parser.add_argument("--guidance", type=finite, help="strength of classifier-free guidance")
+    parser.add_argument(
+        "--guidance-interval",
+        type=finite,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="the part of the noise range, 0 to 1, in which guidance acts",
+    )
+    parser.add_argument(
+        "--guidance-decay", type=finite, help="how fast guidance falls with noise, exp(-DECAY · t / T)"
+    )
+    parser.add_argument(
+        "--negative-prompt", help="a text that guidance subtracts, where the model reads text"
+    )
     parser.add_argument("--size", help="width x height in pixels, where the model has a choice")
     parser.add_argument(
         "--windows", action="store_true", default=None, help="denoise a larger --size in overlapping windows"

@@ -56,8 +56,7 @@ def requested_conditions(
     else:
         pairs = [(term.condition, term.weight) for term in request.condition]
     terms = tuple(_term(condition, weight, manifest, vocabulary) for condition, weight in pairs)
-    if len(terms) > 1:
-        _check_weights([term.weight for term in terms], request.mix)
+    _check_weights([term.weight for term in terms], request.mix)
     if request.mix == "layers":
         try:
             state_sources(manifest.config, assign_blocks(manifest.config.depth, len(terms)))

@@ -43,6 +43,12 @@ MIX_EXAMPLE: dict[str, Any] = {
     "n": 4,
     "deadline_ms": 8000,
 }
+COMPOSITION_EXAMPLE: dict[str, Any] = {
+    "condition": [{"label": "strawberry", "weight": 1.5}, {"label": "lemon", "weight": -0.5}],
+    "mix": "compose",
+    "guidance_scale": 3.0,
+    "guidance_decay": 0.75,
+}
 
 
 def written_size(size: str) -> str:
@@ -126,7 +132,7 @@ class DrawingOptions(BaseModel):
 class GenerateRequest(DrawingOptions):
     """A request for images: the condition, how to draw it, and within which limits."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE, MIX_EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE, MIX_EXAMPLE, COMPOSITION_EXAMPLE]})
 
     model: str | None = Field(
         None, max_length=100, description="A name from `/models`; null is the first there."
@@ -312,6 +318,9 @@ class ModelOut(BaseModel):
         description="Other sizes whose sides are multiples of this many pixels can be had; null: none."
     )
     text: bool = Field(description="Whether a condition may hold a `text`.")
+    guidance: Literal["classifier-free", "none"] = Field(
+        description="None: no unconditional prediction was trained that guidance could subtract."
+    )
     networks: list[str] = Field(
         description="The runtimes and number formats that the workers run the model in."
     )

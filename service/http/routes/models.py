@@ -49,6 +49,7 @@ def _describe(manifest: Manifest, workers: Sequence[WorkerState], settings: Sett
         size=size_text(manifest),
         size_step=size_step(manifest, workers),
         text=manifest.config.text_size > 0,
+        guidance=manifest.guidance,
         networks=sorted(networks),
         factors=[FactorOut(name=factor.name, classes=list(factor.classes)) for factor in manifest.factors],
         samplers=list(SOLVERS),

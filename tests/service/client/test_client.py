@@ -24,6 +24,7 @@ from ditserve.service.errors import (
     Unauthorized,
     UnknownCondition,
 )
+from ditserve.service.jobs import ConditionTerm
 from tests.conftest import wait_until
 from tests.service.http.conftest import PNG, OpenStage, Serve, Stage
 
@@ -212,9 +213,21 @@ class TestCommand:
         assert capsys.readouterr().out.split()[-2:] == [str(path) for path in paths]
         assert [contents(path) for path in paths] == [PNG, PNG]
 
+    async def test_combines_prompts(self, stage: Stage, url: str, tmp_path: Path) -> None:
+        words = "an apple|a lemon|--mix|compose|--weights|1.5|-0.5|--guidance-decay|-0.75|-o"
+        line = [*words.split("|"), str(tmp_path / "fruit.png"), "--guidance-interval", "0.1", "0.8"]
+        assert await asyncio.to_thread(generate.run, [*line, "--url", url]) == 0
+        job = stage.worker.claimed[-1].job
+        assert job.condition == (ConditionTerm((0, None), 1.5), ConditionTerm((3, None), -0.5))
+        assert (job.mix, job.guidance_interval) == ("compose", (0.1, 0.8))
+        assert job.requested is not None
+        assert job.requested.guidance_decay == -0.75
+
     @pytest.mark.parametrize(
         ("line", "words", "status"),
         [
+            (["an apple", "--negative-prompt", "fog"], "takes no text", 1),
+            (["an apple", "a lemon", "--weights", "1"], "--weights: give one for each of the 2 prompts", 2),
             (["an apple", "-o", "x.gif"], "x.gif", 2),
             (["a lemn"], "Closest: lemon", 1),
             (["an apple", "-n", "999"], "n: ", 1),
@@ -239,3 +252,9 @@ class TestCommand:
         assert await task == 1
         assert "error:" in capsys.readouterr().err
         assert not exists(tmp_path / "a.png")
+
+    def test_a_prompt_is_the_text_of_a_model_that_reads_text(self) -> None:
+        factors = [{"name": "label", "classes": ["apple"]}]
+        model = {"text": True, "factors": factors}
+        assert generate._condition(model, "a lemon in the snow") == {"text": "a lemon in the snow"}
+        assert generate._condition({**model, "text": False}, "an apple") == {"label": 0}

@@ -54,8 +54,8 @@ async def test_composed_conditions_cost_a_row_each(stage: Stage) -> None:
 
 
 async def test_one_condition_is_the_same_however_it_is_combined(stage: Stage) -> None:
-    for mix in ("compose", "layers", "spherical"):
-        assert (await stage.generate(condition=[{**LEMON, "weight": 0.5}], mix=mix)).status_code == 200
+    for mix, weight in (("compose", 0.5), ("layers", 1), ("spherical", 3)):
+        assert (await stage.generate(condition=[{**LEMON, "weight": weight}], mix=mix)).status_code == 200
         job = submitted(stage)
         assert (job.mix, job.composed, job.oldest_version) == ("linear", 1, 1)
 
@@ -99,9 +99,13 @@ async def test_what_says_nothing_new_is_a_job_for_every_release(stage: Stage) ->
 
 
 async def test_guiding_nothing_costs_nothing(stage: Stage) -> None:
-    for unguided in ({}, {"condition": [{}, {}], "mix": "layers"}, {"condition": {"text": "fog"}}):
-        more = {"negative_prompt": "fog"} if "fog" in str(unguided) else {}
-        await stage.generate(**unguided, **more)
+    bodies: list[dict[str, Any]] = [
+        {},
+        {"condition": [{}, {}], "mix": "layers"},
+        {"condition": {"text": "fog"}, "negative_prompt": "fog"},
+    ]
+    for unguided in bodies:
+        await stage.generate(**unguided)
         assert (submitted(stage).guidance_scale, submitted(stage).cost_rows) == (1.0, 20)
     await stage.generate(negative_prompt="fog")
     assert (submitted(stage).guidance_scale, submitted(stage).cost_rows) == (2.0, 40)
@@ -116,6 +120,8 @@ def detail(answer: httpx.Response) -> str:
 
 TWO = [LEMON, APPLE]
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"condition": [{**LEMON, "weight": -1}]}, 'condition: A negative weight needs "mix": "compose"'),
+    ({"condition": [{**LEMON, "weight": -1}], "mix": "compose"}, "must sum to more than 0, not -1"),
     ({"condition": COMPOSED["condition"]}, 'condition: A negative weight needs "mix": "compose"'),
     ({"condition": [LEMON, {**APPLE, "weight": -1}], "mix": "compose"}, "must sum to more than 0, not 0"),
     ({"condition": [LEMON, {**APPLE, "weight": -2}], "mix": "compose"}, "must sum to more than 0, not -1"),

@@ -166,10 +166,10 @@ async def test_a_deadline_too_short_for_idle_workers_is_refused_for_good(stage: 
 
 async def test_a_deadline_is_kept_by_a_lower_rung_and_said_so(stage: Stage) -> None:
     await stage.worker.report(step_per_row_s=0.01, max_rows=1)
-    answer = (await stage.generate(deadline_ms=300)).json()
+    answer = (await stage.generate(condition={"label": "lemon"}, deadline_ms=300)).json()
     assert answer["degraded"] is True
     assert answer["rung"] in ("half", "floor")
-    refused = await stage.generate(deadline_ms=300, allow_degraded=False)
+    refused = await stage.generate(condition={"label": "lemon"}, deadline_ms=300, allow_degraded=False)
     assert refused.status_code == 503
     assert "rules out" in refused.json()["detail"]
 

@@ -53,7 +53,7 @@ async def test_respond_async_answers_with_the_jobs_address(open_stage: OpenStage
 async def test_a_queued_job_tells_when_it_will_be_done(open_stage: OpenStage) -> None:
     stage = await open_stage(worker=False)
     await stage.worker.report(step_per_row_s=0.01, max_rows=10)
-    address = await stage.queued()
+    address = await stage.queued(condition={"label": "lemon"})
     eta = (await stage.client.get(address)).json()["eta_s"]
     assert 0.3 < eta < 3
 

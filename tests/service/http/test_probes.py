@@ -74,8 +74,8 @@ async def test_livez_sees_a_hung_engine(
 async def test_metrics_are_well_formed_and_true(open_stage: OpenStage) -> None:
     stage = await open_stage(worker=False)
     await stage.worker.report(running_samples=3, max_rows=4, backlog_rows=30)
-    await stage.queued()
-    await stage.queued()
+    await stage.queued(condition={"label": "lemon"})
+    await stage.queued(condition={"label": "lemon"})
     await stage.client.get("/nope")
     text = (await stage.client.get("/metrics")).text
     families = {family.name: family for family in text_string_to_metric_families(text)}
