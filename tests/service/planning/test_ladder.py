@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import log
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from ditserve.model.spec.diffusion import make_schedule
 from ditserve.model.spec.grids import grid
 from ditserve.model.spec.guidance import guidance_weight
+from ditserve.service.engine.trajectory import make_trajectory
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.rung import Rung
 
@@ -74,6 +78,13 @@ def test_below_respects_the_floor() -> None:
     assert LADDER.below(LADDER.rungs[0], 51) == ()
 
 
+def test_below_has_the_decay_of_the_request() -> None:
+    asked = LADDER.requested("ddim", 20, "trailing", WHOLE, True, decay=0.75)
+    assert (asked.name, asked.quality, asked.guidance_decay) == ("ddim-20", 0.2, 0.75)
+    assert LADDER.below(asked, 1)
+    assert {rung.guidance_decay for rung in LADDER.below(asked, 1)} == {0.75}
+
+
 def test_below_never_guides_where_the_request_does_not() -> None:
     ladder = Ladder([rung("ddim", 50, 0.0), rung("ddim", 20, 0.2, (0.1, 0.9))])
     asked = ladder.requested("ddim", 50, "trailing", (0.3, 1.0), True)
@@ -94,12 +105,19 @@ def test_below_gets_cheaper_and_worse(ladder_rungs: list[Rung], asked: Rung, flo
 
 
 @quick
-@given(rungs, st.sampled_from([0.0, 1.0, 2.5]))
-def test_rows_are_counted_along_the_grid(asked: Rung, scale: float) -> None:
-    walked = grid(asked.grid, asked.steps, 1000)
-    weights = [guidance_weight(scale, t, SCHEDULE, asked.guidance_interval) for t in walked]
-    twice = sum(weight != 1.0 for weight in weights)
-    assert LADDER.row_steps(asked, scale) == asked.steps + twice
+@given(rungs, st.sampled_from([0.0, 1.0, 2.5]), st.integers(1, 8), st.floats(-20, 20))
+def test_rows_are_counted_along_the_grid(asked: Rung, scale: float, conditions: int, decay: float) -> None:
+    asked = replace(asked, guidance_decay=decay)
+    trajectory = make_trajectory(asked, scale, SCHEDULE)
+    assert LADDER.row_steps(asked, scale, conditions) == trajectory.rows_from(0, conditions)
+
+
+def test_a_weight_that_decays_to_one_needs_no_row() -> None:
+    """The engine holds the weight in float32, where this one is 1 at the step at timestep 500."""
+    decaying = Rung("ddim-2", "ddim", 2, "999,500", WHOLE, 0.0, guidance_decay=2 * log(2.0))
+    trajectory = make_trajectory(decaying, 2.0, SCHEDULE)
+    assert trajectory.guided == (True, False)
+    assert LADDER.row_steps(decaying, 2.0) == trajectory.rows_from(0) == 3
 
 
 @quick
@@ -113,6 +131,8 @@ def test_rows_left_are_those_of_the_rest_of_the_grid(asked: Rung, data: st.DataO
     left = LADDER.rows_left(asked, len(rest), rest[0] / 999, True)
     assert abs(left - exact) <= (0 if asked.guidance_interval == WHOLE else 2)
     assert LADDER.rows_left(asked, len(rest), rest[0] / 999, False) == len(rest)
+    composed = LADDER.rows_left(asked, len(rest), rest[0] / 999, True, 3)
+    assert composed == left + 2 * len(rest)
 
 
 @quick

@@ -316,6 +316,14 @@ class TestDemand:
         buckets = self.demand([sample(row_cost=2.5)])
         assert sum(bucket.rows for bucket in buckets) == pytest.approx(125, abs=len(buckets))
 
+    def test_composed_conditions_count_for_a_row_each(self) -> None:
+        """50 steps of three conditions and of what guidance subtracts, all due in passes of 4 rows."""
+        deadline = 50 * line().predict(4)
+        buckets = self.demand([sample(deadline=deadline, guided=True, conditions=3, allow_degraded=False)])
+        assert sum(bucket.rows for bucket in buckets) == pytest.approx(200, abs=len(buckets))
+        assert plan([sample(deadline=1.1 * deadline, guided=True, conditions=3)]) == []
+        assert plan([sample(deadline=0.9 * deadline, guided=True, conditions=3)])
+
     @quick
     @given(crowds())
     def test_no_row_is_left_out_and_the_buckets_are_few(self, crowd: list[PlannedSample]) -> None:

@@ -83,6 +83,31 @@ def test_a_job_of_an_earlier_release_is_looked_up_on_the_ladder(make_job: Callab
     assert rungs(make_job(rung=None), ladder) == {(BETTER, BETTER)}
 
 
+def test_a_file_says_how_guidance_decayed_and_what_it_subtracted(make_job: Callable[..., Job]) -> None:
+    rung = replace(FINISHED.rung, guidance_decay=0.75)
+    finished = cast(Finished, SimpleNamespace(steps_used=8, rung=rung))
+    terms = (ConditionTerm((1, None), 1.5), ConditionTerm((0, None), -0.5))
+    job = make_job(condition=terms, mix="compose", negative_prompt="fog")
+    metadata = describe(job, finished, 7, FACTORS)
+    assert [term["weight"] for term in json.loads(metadata["condition"])] == [1.5, -0.5]
+    assert (metadata["mix"], metadata["guidance_decay"], metadata["negative_prompt"]) == (
+        "compose",
+        "0.75",
+        "fog",
+    )
+    assert not {"guidance_decay", "negative_prompt"} & described(make_job()).keys()
+
+
+def test_a_composed_job_takes_a_row_for_each_condition(make_job: Callable[..., Job]) -> None:
+    terms = tuple(ConditionTerm((k,)) for k in (0, 1, 0))
+    for scale, mix, rows in ((2.0, "compose", 8), (1.0, "compose", 6), (2.0, "layers", 4)):
+        job = make_job(condition=terms, mix=mix, guidance_scale=scale, seeds=(1, 2), negative_prompt="fog")
+        claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
+        running = RunningJob(claim, Ladder(()), claimed_at=0.0, states=[None, None])
+        assert running.rows == rows
+        assert {(request.mix, request.negative_prompt) for request in running.requests} == {(mix, "fog")}
+
+
 def test_samples_have_the_weight_of_their_jobs_priority(make_job: Callable[..., Job]) -> None:
     job = make_job(caller="alice", priority="high")
     claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
