@@ -1,4 +1,7 @@
-"""A flow from its export to a picture over HTTP, by either backend, as `model.sample` draws it."""
+"""A flow from its export to a picture over HTTP, by either backend, as `model.sample` draws it.
+
+Of one condition, of several that are composed or layered, and with decaying guidance.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ import torch
 from ditserve.export.calibrate import TrajectorySettings
 from ditserve.export.ladder import LadderOptions
 from ditserve.export.onnx import ExportOptions, export_bundle
-from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.sampling.denoise import Denoiser, Guidance, denoise
+from ditserve.model.sampling.prompt import combine_conditions
 from ditserve.model.sampling.sheet import to_pixels
 from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
 from tests.model.train.distillation.distillation_cases import write_teacher
@@ -39,11 +44,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
-def expected(bundle: Path, levels: tuple[float, ...]) -> Any:
-    """Return the pixels of the picture that torch draws offline."""
+@torch.no_grad()
+def expected(bundle: Path, levels: tuple[float, ...], *, mix: Combine = "linear", decay: float = 0.0) -> Any:
+    """Return the pixels of the picture that torch draws offline, of label b alone or combined with a."""
     model = load_model(bundle)
-    labels = torch.tensor([[1, len(model.manifest.factors[1].classes)]])
-    conditions, guidance = Conditions((model.network.embed(labels),)), Guidance(3.0, INTERVAL)
+    null = len(model.manifest.factors[1].classes)
+    b, a = model.network.embed(torch.tensor([[1, null], [0, null]]))
+    parts, weights = ([b], [1.0]) if mix == "linear" else ([b, a], [1.5, -0.5])
+    conditions = combine_conditions(parts, weights, mix, 1)
+    guidance = Guidance(3.0, INTERVAL, decay=decay)
     denoiser = Denoiser(model.network, model.schedule, conditions, guidance)
     *_, image = denoise(denoiser, step_table("dpmpp-2m", levels, model.schedule), [5])
     return to_pixels(image)[0].astype(np.int16)
@@ -62,6 +71,15 @@ def test_a_flow_is_served_as_it_is_sampled_offline(backend: str, bundle: Path, t
         answer = service.client.post("/generate", json={**body, "noise_levels": listed}).json()
         assert answer["steps_used"] == 4
         assert np.abs(pixels(answer["images"][0]) - expected(bundle, listed)).max() <= 1
+        several = [{"label": "b"}, {"label": "a"}]
+        weighted = [{**term, "weight": weight} for term, weight in zip(several, (1.5, -0.5), strict=True)]
+        combined: list[tuple[Combine, list[dict[str, Any]]]] = [("layers", several), ("compose", weighted)]
+        for mix, condition in combined:
+            more = {"condition": condition, "mix": mix, "guidance_decay": 0.75, "steps": 6}
+            answer = service.client.post("/generate", json={**body, **more}).json()
+            drawn = pixels(answer["images"][0])
+            assert np.abs(drawn - expected(bundle, even, mix=mix, decay=0.75)).max() <= 1
+            assert np.abs(drawn - expected(bundle, even)).max() > 8
         for wrong in ({"noise_levels": [1.2, 0.5]}, {"noise_levels": [0.5, 0.9]}, {"grid": "trailing"}):
             refused = service.client.post("/generate", json={**body, **wrong})
             assert refused.status_code in (400, 422)
