@@ -292,24 +292,33 @@ class ModulationCache(CacheCounters):
         self.bytes = len(self._lru) * self.entry_bytes
 
     def _compute(self, inputs: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
-        """Return the states of at most one call's inputs."""
-        if all(len(condition.embeddings) == 1 for _, condition in inputs):
-            return self._modulate([(told, condition.embeddings[0]) for told, condition in inputs])
-        states = tuple(np.empty((len(inputs), *block.shape[1:]), np.float32) for block in self._blocks)
-        for row, (told, condition) in enumerate(inputs):
-            for state, value in zip(states, self._spliced(told, condition.embeddings), strict=True):
-                state[row] = value
-        return states
+        """Return the states of inputs, as many as one call has rows; a layer of one takes a row as well."""
+        flat = [(told, embedding) for told, condition in inputs for embedding in condition.embeddings]
+        starts = range(0, len(flat), self._call_rows)
+        calls = [self._modulate(flat[start : start + self._call_rows]) for start in starts]
+        if len(flat) == len(inputs):
+            return calls[0]
+        # The row that each tensor of each state is taken from.
+        picks: list[list[int]] = []
+        first = 0
+        for _, condition in inputs:
+            picks.append([first + layer for layer in self.sources(len(condition.embeddings))])
+            first += len(condition.embeddings)
+        tensors = map(np.concatenate, zip(*calls, strict=True))
+        return tuple(
+            tensor[list(rows)] for tensor, rows in zip(tensors, zip(*picks, strict=True), strict=True)
+        )
 
-    def _spliced(self, told: int, layers: Floats) -> list[Floats]:
-        """Return the state of one row in which every block follows the layer of its depth."""
-        values: list[tuple[Floats, ...]] = []  # of each layer
-        for start in range(0, len(layers), self._call_rows):
-            chunk = layers[start : start + self._call_rows]
-            state = self._modulate([(told, embedding) for embedding in chunk])
-            values += zip(*(tensor[: len(chunk)] for tensor in state), strict=True)
-        sources = state_sources(self._config, assign_blocks(self._config.depth, len(layers)))
-        return [values[layer][k] for k, layer in enumerate(sources)]
+    def sources(self, layers: int) -> tuple[int, ...]:
+        """Return for each tensor of the state which of so many layers it follows.
+
+        Raises:
+            InvalidRequest: the network cannot follow so many.
+        """
+        try:
+            return state_sources(self._config, assign_blocks(self._config.depth, layers))
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
 
     def _modulate(self, inputs: Sequence[tuple[int, Floats]]) -> tuple[Floats, ...]:
         """Return the states of noise levels and embeddings (E,), from one call of the backend.
@@ -349,13 +358,17 @@ class ConditionCaches:
         """Return the conditions of a sample of these terms, combined as `how` says.
 
         Raises:
-            InvalidRequest: as `EmbeddingCache.get`.
+            InvalidRequest: as `EmbeddingCache.get`, or the network cannot follow so many layers.
         """
         unconditional = self.embeddings.null(negative_prompt) if negative_prompt else self.null
         if how == "compose":
             conditions = tuple(map(self.embeddings.alone, terms))
             return Conditioning(conditions, _composition_weights(terms), unconditional)
-        one = self.embeddings.layered(terms) if how == "layers" else self.embeddings.get(terms, how)
+        if how == "layers":
+            one = self.embeddings.layered(terms)
+            self.modulations.sources(len(one.embeddings))  # a network that cannot is refused here
+        else:
+            one = self.embeddings.get(terms, how)
         return Conditioning((one,), (1.0,), unconditional)
 
 

@@ -22,6 +22,7 @@ from ditserve.model.spec.mixing import (
     normalised_weights,
     slerp,
     splice_states,
+    state_sources,
 )
 from tests.model.nets.unet_cases import TINY_UNET
 
@@ -107,6 +108,13 @@ def test_splice_gives_each_block_its_condition(tiny: Tiny, network: Make) -> Non
     x = torch.randn(1, 3, 8, 8)
     outputs = [dit.backbone(x, state) for state in (*states, spliced)]
     assert all(not torch.allclose(outputs[3], output) for output in outputs[:3])
+
+
+def test_text_tokens_are_of_one_condition(tiny: Tiny) -> None:
+    config = tiny(text_size=4, text_tokens=2)
+    assert state_sources(config, [1] * config.depth) == (1,) * config.depth + (1, 1)  # final, text
+    with pytest.raises(ValueError, match="text tokens"):
+        state_sources(config, assign_blocks(config.depth, 2))
 
 
 def test_splice_of_a_hybrid(tiny: Tiny, network: Make) -> None:

@@ -126,6 +126,21 @@ def test_a_batch_larger_than_the_cache_goes_past_it(backend: Any) -> None:
     assert conditions.modulations.bytes == 0
 
 
+def test_composition_keeps_conditions_apart_and_layers_must_fit_the_network(backend: Any) -> None:
+    caches = ConditionCaches(backend)
+    terms = [ConditionTerm((1,), 2.0), ConditionTerm((0,), -0.5)]
+    made = caches.conditioning(terms, "compose")
+    assert made.conditions[0].key == caches.embeddings.get([ConditionTerm((1,))]).key
+    assert made.weights == pytest.approx((4 / 3, -1 / 3))
+    with pytest.raises(InvalidRequest, match="must sum to more than 0"):
+        caches.conditioning([ConditionTerm((1,), -1.0), ConditionTerm((0,), 1.0)], "compose")
+    # The network of the tests has one block.
+    with pytest.raises(InvalidRequest, match="1 blocks can follow 1 to 1 conditions, not 2"):
+        caches.conditioning(terms, "layers")
+    alike = caches.conditioning([ConditionTerm((None,))] * 3, "layers")
+    assert (alike.conditions[0].key, alike.can_be_guided) == (caches.null.key, False)
+
+
 def test_a_single_condition_has_no_weight(backend: Any) -> None:
     conditions = ConditionCaches(backend)
     plain = colour(conditions, 1)
