@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -15,10 +16,11 @@ from safetensors.torch import save_file
 from ditserve.model.nets.dit import DiT
 from ditserve.model.sample import main
 from ditserve.model.sampling.sheet import STRIP
-from ditserve.model.spec.bundle import Factor, Manifest, write_manifest
+from ditserve.model.spec.bundle import Bundle, Factor, Manifest, write_manifest
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadError
+from tests.model.conftest import write_bundle
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]
@@ -134,6 +136,7 @@ def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
         (["BUNDLE", "--size", "7", "8"], "not a multiple of the patch"),
         (["BUNDLE", "--interval", "0.5", "0.2"], "interval"),
         (["BUNDLE", "-c", "text=a fox"], "takes no text"),
+        (["BUNDLE", "--negative-prompt", "fog"], "takes no text"),
         (["BUNDLE", "--windows", "--size", "6", "8"], "has no window"),
         (["RUN", "--data", "absent.npz"], "absent.npz does not exist"),
         (["BROKEN"], "not the configuration of a training run"),
@@ -156,6 +159,39 @@ def test_errors_are_one_sentence(
     assert message.replace("\\", "") in captured
     assert captured.strip().count("\n") == 0
     assert captured.startswith("model.sample: ")
+
+
+class Counting:
+    """A text encoder of three numbers a sentence."""
+
+    size = 3
+
+    def encode(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        return np.array([[len(text), text.count("o"), 1.0] for text in sentences], np.float32)
+
+
+def test_a_negative_prompt_is_what_guidance_subtracts(network: Make, tiny: Tiny, tmp_path: Path) -> None:
+    bundle, out = write_bundle(network(tiny(text_size=3)), tmp_path / "words"), tmp_path / "out.png"
+    encoder = f"{__name__}:Counting"
+    pictures = []
+    for more in ([], ["--negative-prompt", "fog"], ["--negative-prompt", "fog", "--scale", "1"]):
+        for condition in (["-c", "text=a fox", "--count", "1"], ["--columns", "5"]):
+            command = [str(bundle), "--encoder", encoder, "-o", str(out), "--steps", "2", *condition, *more]
+            assert main(command) == 0
+            pictures.append(out.read_bytes())
+    one, sheet, one_against, sheet_against, one_unguided, _ = pictures
+    assert one != one_against != one_unguided
+    assert sheet != sheet_against
+
+
+def test_a_model_without_guidance_is_not_guided(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = Bundle.open(bundle).manifest
+    defaults = manifest.defaults.model_copy(update={"guidance_scale": 1.0})
+    write_manifest(bundle, manifest.model_copy(update={"guidance": "none", "defaults": defaults}))
+    command = [str(bundle), "-c", "label=fox", "-o", str(bundle.parent / "out.png"), "--scale"]
+    assert main([*command, "2"]) == 2
+    assert "it has no guidance: leave --scale out" in capsys.readouterr().err
+    assert main([*command, "1"]) == 0
 
 
 def test_weights_that_do_not_fit_are_listed(bundle: Path, network: Make) -> None:

@@ -11,7 +11,7 @@ import torch
 from ditserve.model.nets.conditioner import drop_labels, null_labels
 from ditserve.model.train.batch import BatchSource
 from ditserve.model.train.dropout import ConditionDropout, condition_dropout
-from ditserve.model.train.load import run_defaults
+from ditserve.model.train.load import describe_run, run_defaults
 from tests.model.train.training_cases import tiny_config
 
 
@@ -41,6 +41,8 @@ def test_the_rate_of_rows_without_any_condition(
     assert float(null) == pytest.approx(unconditional, abs=0.02)
     guided = run_defaults(config, dataset, 1).guidance_scale != 1
     assert guided == (unconditional > 0)
+    manifest = describe_run("run", config, dataset, network, 1)
+    assert manifest.guidance == ("classifier-free" if guided else "none")
 
 
 def test_text_counts_as_a_condition_and_is_dropped_with_the_others(tmp_path: Path) -> None:
