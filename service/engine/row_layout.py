@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ditserve.service.engine.conditions import Condition, ConditionerInput
+from ditserve.service.engine.conditions import ConditionerInput
+from ditserve.service.engine.embedding_cache import Condition
 from ditserve.service.engine.samples import Sample
 
 

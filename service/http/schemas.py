@@ -171,12 +171,7 @@ class GenerateRequest(DrawingOptions):
         Annotated[list[Annotated[float, Field(ge=0, le=1), UnsignedZero]], Field(min_length=2, max_length=2)]
         | None
     ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
-    size: (
-        Annotated[
-            str, AfterValidator(written_size), WithJsonSchema({"type": "string", "pattern": f"^{SIZE}$"})
-        ]
-        | None
-    ) = Field(None, description="Width x height, where the model has a choice.")
+    size: Size | None = Field(None, description="Width x height, where the model has a choice.")
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
     previews: int = Field(
         0,

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from ditserve.service.backends import CONDITIONER_ROWS as CHUNK
-from ditserve.service.engine.conditions import Condition, ConditionCaches, ConditionerInput, SlotLru
+from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput, SlotLru
+from ditserve.service.engine.embedding_cache import Condition
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.jobs import ConditionTerm
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ditserve.model.spec.diffusion import Schedule
-from ditserve.service.engine.conditions import Condition, ConditionCaches
+from ditserve.service.engine.conditions import ConditionCaches
+from ditserve.service.engine.embedding_cache import Condition
 from ditserve.service.engine.geometry import geometry_of
 from ditserve.service.engine.row_layout import RowLayout
 from ditserve.service.engine.samples import Sample
