@@ -31,7 +31,7 @@ from ditserve.export.parity import (
     expected_outputs,
     forward,
 )
-from ditserve.export.source import open_source
+from ditserve.export.source import free_weights, open_source
 from ditserve.export.storage import remove_graph, save_graph
 from ditserve.export.verify import LIMITS, Band, check, open_session, worst
 from ditserve.model.nets.factory import Network, network_of
@@ -153,13 +153,16 @@ def save_half(network: Network, folder: Path, rows: CalibrationRows, precision: 
     half = half_network(network, chosen)
     save_graph(backbone_graph(half, folder / WEIGHTS), folder / half_file(chosen))
     if chosen == "fp16":
+        free_weights(half)
         return SavedHalf(chosen, peak)
     dtype = DTYPES[chosen]
 
     def backbone(x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         return half.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
 
-    return SavedHalf(chosen, peak, forward(network, rows, backbone))
+    output = forward(network, rows, backbone)
+    free_weights(half)
+    return SavedHalf(chosen, peak, output)
 
 
 def verify_half(

@@ -34,6 +34,7 @@ from ditserve.export.parity import compare_outputs, expected_outputs, forward, v
 from ditserve.export.plan import ExportPlan, peak_bytes, verification_rows
 from ditserve.export.source import (
     ModelCard,
+    free_weights,
     open_source,
     parameters,
     restore_weights,
@@ -93,7 +94,7 @@ class ExportOptions:
 def export_bundle(source: LoadedModel, out: Path, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
     """Write `source` as a bundle into `out`; return the parity report, which is also written there.
 
-    The weights of `source` become those that are stored: they may be rounded.
+    `source` cannot be used afterwards: its weights are rounded in place, and freed before graphs are opened.
 
     Raises:
         ExportError: a graph is beyond its limit, or there is no decoder; `out` is then unchanged.
@@ -118,8 +119,8 @@ def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict
     half = None if options.half == "none" else save_half(source.network, folder, rows, options.half)
     expected = expected_outputs(source.network, rows)
     manifest = _draw(source, folder, plan, options)
-    # Graphs are opened when the weights in torch are freed, if nobody else holds them.
-    del source
+    # Graphs are opened when the weights in torch are freed.
+    free_weights(source.network)
     release_memory()
     graphs = verify_graphs(manifest, folder, rows, expected) | graphs
     if half is not None:

@@ -12,7 +12,7 @@ from ditserve.model.train.loaded_model import LoadedModel
 # and verify; to probe half precision and to verify it.
 PASSES, HALF_PASSES = 5, 2
 # Bytes of the libraries that an export loads, and of what they hold while they trace a graph.
-LIBRARIES = 0.75e9
+LIBRARIES = 0.65e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def peak_bytes(model: LoadedModel, *, half: bool) -> float:
     """Return an upper bound of the memory that an export takes.
 
     It is that of the libraries, of the weights in fp32, and of a copy in half precision, or of the copies
-    that the runtime makes while it opens a graph. For the 2.7 GB of a DiT-XL/2: 0.75 + 1.6 · 2.7 = 5.1 GB.
+    that the runtime makes while it opens a graph. For the 2.7 GB of a DiT-XL/2: 0.65 + 1.6 · 2.7 = 5.0 GB.
     """
     weights = sum(parameter.numel() * 4 for parameter in model.network.parameters())
     return LIBRARIES + (1.6 if half else 1.4) * weights

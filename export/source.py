@@ -65,6 +65,16 @@ def round_weights(network: Network, dtype: torch.dtype) -> None:
         parameter.copy_(parameter.to(dtype))
 
 
+def free_weights(network: Network) -> None:
+    """Free the weights of `network`, which cannot be used afterwards.
+
+    Forgetting the network is not enough: the exporter's rewrite rules remember the last graph, and its
+    tensors.
+    """
+    for parameter in network.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
 @torch.no_grad()
 def restore_weights(network: Network, file: Path) -> None:
     """Give the weights of `network` the values in `file`, in place."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,14 @@ def share_weights(
     tables: dict[int, dict[Key, tuple[_StoredTensor, bool]]] = {}
     initializers: list[TensorProto] = []
     nodes: list[onnx.NodeProto] = []
+    sought = [tensor for tensor in proto.graph.initializer if _is_sought(tensor, taken)]
+    shapes = {tuple(sorted(tensor.dims)) for tensor in sought}
+    names = {tensor.name for tensor in sought}
     for tensor in proto.graph.initializer:
         held, match = (taken or {}).get(tensor.name), None
-        left = tensor.data_location == TensorProto.EXTERNAL if taken is None else held is None
-        if tensor.data_type in FLOATS and np.prod(tensor.dims) * 4 >= MIN_BYTES and not left:
+        if tensor.name in names:
             if tensor.data_type not in tables:
-                tables[tensor.data_type] = _table(weights, tensor.data_type)
+                tables[tensor.data_type] = _table(weights, tensor.data_type, shapes)
             value = numpy_helper.to_array(tensor) if held is None else held.numpy()
             match = tables[tensor.data_type].get(_key(value))
         if match is None:
@@ -199,11 +201,25 @@ def _reference(name: str, stored: _StoredTensor, location: str) -> TensorProto:
     return tensor
 
 
-def _table(weights: Path, data_type: int) -> dict[Key, tuple[_StoredTensor, bool]]:
-    """Return stored tensors by content as `data_type`, and whether that content is their transpose."""
+def _is_sought(tensor: TensorProto, taken: Mapping[str, ir.TensorProtocol] | None) -> bool:
+    """Return True for a tensor that is worth sharing: one of those taken, else one that is not shared yet."""
+    if tensor.data_type not in FLOATS or np.prod(tensor.dims) * 4 < MIN_BYTES:
+        return False
+    return tensor.data_location != TensorProto.EXTERNAL if taken is None else tensor.name in taken
+
+
+def _table(
+    weights: Path, data_type: int, shapes: Collection[tuple[int, ...]]
+) -> dict[Key, tuple[_StoredTensor, bool]]:
+    """Return stored tensors by content as `data_type`, and whether that content is their transpose.
+
+    Only those with the sorted dimensions of one of `shapes` are read.
+    """
     dtype: Any = helper.tensor_dtype_to_np_dtype(data_type)
     table: dict[Key, tuple[_StoredTensor, bool]] = {}
     for stored in _layout(weights):
+        if tuple(sorted(stored.shape)) not in shapes:
+            continue
         numpy_type = next(kind for onnx_type, kind in STORED.values() if onnx_type == stored.type)
         raw: npt.NDArray[Any] = np.memmap(
             weights, dtype=numpy_type, mode="r", offset=stored.offset, shape=stored.shape
