@@ -1,4 +1,4 @@
-"""Conditions and the cache of their embeddings: of classes and a text, of mixes, of a layer for each depth."""
+"""Conditions and the cache of their embeddings: classes and a text, mixes or a layer for each depth."""
 
 from __future__ import annotations
 
