@@ -102,11 +102,14 @@ class StepReport:
 class Sample:
     """A running sample and the step of its trajectory that comes next.
 
-    `floor` is the lowest rung it may be moved to. Its latent lives in `groups`, at the sample's place.
+    `floor` is the lowest rung it may be moved to. A prediction is `composed` of so many conditions; it is
+    `one_row` if that is one and the latent is not in windows. The latent lives in `groups`, at the sample's
+    place.
     """
 
     __slots__ = (
         "added_at",
+        "composed",
         "conditioning",
         "cursor",
         "degraded",
@@ -114,6 +117,7 @@ class Sample:
         "flow",
         "generator",
         "geometry",
+        "one_row",
         "reason",
         "request",
         "rung",
@@ -135,6 +139,8 @@ class Sample:
         self.request, self.geometry, self.floor = request, geometry, floor
         self.flow = Flow(request.caller, request.weight)
         self.conditioning = conditioning
+        self.composed = len(conditioning.conditions)
+        self.one_row = geometry.windows is None and self.composed == 1
         self.trajectory = trajectory
         self.cursor = 0  # index of the next step of the trajectory
         self.taken = 0  # steps done, over all trajectories
@@ -157,16 +163,6 @@ class Sample:
     def guided(self) -> bool:
         """True if guidance acts on the next step."""
         return self.trajectory.guided[self.cursor]
-
-    @property
-    def composed(self) -> int:
-        """The number of conditions that a prediction is composed of."""
-        return len(self.conditioning.conditions)
-
-    @property
-    def one_row(self) -> bool:
-        """True if one row makes a prediction, beside the one that guidance subtracts."""
-        return self.geometry.windows is None and self.composed == 1
 
     @property
     def rows(self) -> int:
