@@ -203,6 +203,8 @@ def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor])
     """
     terms = [_term_fields(term, factors) for term in job.condition]
     rung = finished.rung
+    # In JSON no character of a user's text disturbs the file.
+    subtracted = json.dumps(job.negative_prompt, ensure_ascii=False) if job.negative_prompt else None
     facts: dict[str, Any] = {
         "model": job.model,
         "condition": json.dumps(terms if len(terms) > 1 else terms[0], ensure_ascii=False),
@@ -214,7 +216,7 @@ def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor])
         "guidance_scale": job.guidance_scale,
         "guidance_interval": list(rung.guidance_interval),
         **({"guidance_decay": rung.guidance_decay} if rung.guidance_decay else {}),
-        **({"negative_prompt": job.negative_prompt} if job.negative_prompt else {}),
+        **({"negative_prompt": subtracted} if subtracted else {}),
         **({"windows": job.windows} if job.windows else {}),
     }
     return {name: str(value) for name, value in facts.items()}

@@ -87,13 +87,13 @@ def test_a_file_says_how_guidance_decayed_and_what_it_subtracted(make_job: Calla
     rung = replace(FINISHED.rung, guidance_decay=0.75)
     finished = cast(Finished, SimpleNamespace(steps_used=8, rung=rung))
     terms = (ConditionTerm((1, None), 1.5), ConditionTerm((0, None), -0.5))
-    job = make_job(condition=terms, mix="compose", negative_prompt="fog")
+    job = make_job(condition=terms, mix="compose", negative_prompt="fog\0")
     metadata = describe(job, finished, 7, FACTORS)
     assert [term["weight"] for term in json.loads(metadata["condition"])] == [1.5, -0.5]
     assert (metadata["mix"], metadata["guidance_decay"], metadata["negative_prompt"]) == (
         "compose",
         "0.75",
-        "fog",
+        '"fog\\u0000"',
     )
     assert not {"guidance_decay", "negative_prompt"} & described(make_job()).keys()
 
