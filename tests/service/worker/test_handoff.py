@@ -14,11 +14,12 @@ import numpy.typing as npt
 import pytest
 
 from ditserve.service.errors import InternalError
-from ditserve.service.jobs import Job, JobResult
+from ditserve.service.jobs import ConditionTerm, Job, JobResult
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.load import hung
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
+from ditserve.service.rung import Rung
 from ditserve.service.worker.handoff import write_checkpoint
 from ditserve.service.worker.running_job import RunningJob
 from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
@@ -145,6 +146,10 @@ async def leave_after(
         stop.set()
 
 
+COMPOSED = (ConditionTerm((0,), 2.0), ConditionTerm((1,), -0.5))
+DECAYING = Rung("ddim-12", "ddim", 12, "leading", (0.0, 0.8), 0.0, guidance_decay=0.75)
+
+
 @pytest.mark.parametrize(
     "asked",
     [
@@ -152,6 +157,7 @@ async def leave_after(
         {"solver": "dpmpp-2m"},
         {"solver": "ddpm"},
         {"solver": "ddpm", "size": (4, 12), "windows": 3, "guidance_scale": 1.0},
+        {"condition": COMPOSED, "mix": "compose", "requested": DECAYING, "admitted": DECAYING, "seeds": (3,)},
     ],
 )
 async def test_the_next_worker_goes_on_to_the_same_image(
