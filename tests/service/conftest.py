@@ -72,7 +72,11 @@ class FakeBackend:
             embedding_size=EMBEDDING,
             state=(StateTensor(name="scale", shape=(3,)), StateTensor(name="shift", shape=(2, 3))),
             defaults=Defaults(
-                steps=10, solver="ddim", grid="leading", guidance_scale=2.0, guidance_interval=(0.0, 1.0)
+                steps=10,
+                solver="ddim",
+                grid="uniform" if diffusion.get("schedule") == "flow" else "leading",
+                guidance_scale=2.0,
+                guidance_interval=(0.0, 1.0),
             ),
             licence="Apache-2.0",
         )
