@@ -93,7 +93,7 @@ def test_a_number_in_a_prompt_is_a_class_only_if_it_is_all_of_it() -> None:
     assert (SORTED.index("10"), SORTED.index("2"), SORTED.index("3"), SORTED.index(2)) == (2, 3, 3, 2)
 
 
-@given(st.lists(st.text(max_size=12), min_size=1, max_size=8), st.integers(0, 7))
+@given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=8), st.integers(0, 7))
 def test_a_class_reference_leads_back_to_its_class(classes: list[str], number: int) -> None:
     factor, index = Factor(name="label", classes=tuple(classes)), number % len(classes)
     assert ClassNames(factor).index(class_reference(factor, index)) == index
