@@ -22,8 +22,8 @@ def test_above_capacity_beside_neighbours_promises_are_kept(
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 1 ")]
     open_loop, returning = (dict(zip(promises.COLUMNS, row, strict=False)) for row in rows)
     assert int(open_loop["refused"].rstrip("%")) > 20
-    # The goal, 3 %, is measured on a machine that does nothing else: docs/measurements.md. Other tests run beside
-    # this one. What it tells apart: where promises did not follow the machine's pace, 52 to 64 % were broken.
+    # The goal, 3 %, is measured on a machine that does nothing else (docs/benchmarks.md): other tests run
+    # beside this one. Where promises did not follow the machine's pace, 52 to 64 % were broken.
     assert float(open_loop["broken of the accepted"].rstrip("%")) <= 30.0
     assert int(returning["refused"].rstrip("%")) < 100
 
