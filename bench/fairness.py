@@ -23,12 +23,9 @@ from typing import Any
 import httpx
 
 from ditserve.bench import report
-from ditserve.bench.load.cluster import running_cluster
-from ditserve.bench.load.generator import connect
+from ditserve.bench.load.cluster import served
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.command_line import positive
-from ditserve.service.launch.valkey import scratch_folder
-from ditserve.service.settings import Settings
 
 # What the other caller has running: number of requests, and the fields of each.
 LOADS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -85,21 +82,15 @@ async def occupy(http: httpx.AsyncClient, count: int, fields: dict[str, Any]) ->
 
 async def measure(options: argparse.Namespace) -> list[Times]:
     """Return the times of the first caller alone, and beside each load."""
-    flags = [f"--bundle={options.bundle}", "--threads=1", "--precision=fp32", "--ready-workers=1"]
-    settings = Settings.parse([*flags, "--trusted-proxies=127.0.0.1", "--log-level=warning"])
-    with scratch_folder() as folder:
-        async with (
-            running_cluster(Path(folder), settings, workers=1, durable=False) as cluster,
-            connect(cluster.url) as http,
-        ):
-            await ask_in_turn(http, "", options.steps, 3)
-            measured = [await ask_in_turn(http, "nothing", options.steps, options.requests)]
-            for load, (count, fields) in LOADS.items():
-                jobs = await occupy(http, count, fields)
-                measured.append(await ask_in_turn(http, load, options.steps, options.requests))
-                for job in jobs:
-                    await http.delete(job, headers={"x-forwarded-for": "10.0.0.2"})
-            return measured
+    async with served(options.bundle, "--trusted-proxies=127.0.0.1", workers=1) as http:
+        await ask_in_turn(http, "", options.steps, 3)
+        measured = [await ask_in_turn(http, "nothing", options.steps, options.requests)]
+        for load, (count, fields) in LOADS.items():
+            jobs = await occupy(http, count, fields)
+            measured.append(await ask_in_turn(http, load, options.steps, options.requests))
+            for job in jobs:
+                await http.delete(job, headers={"x-forwarded-for": "10.0.0.2"})
+        return measured
 
 
 def markdown(measured: Sequence[Times], options: argparse.Namespace, load_average: float) -> str:

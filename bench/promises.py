@@ -18,8 +18,8 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import Popen
@@ -29,12 +29,9 @@ import numpy as np
 from rich.console import Console
 
 from ditserve.bench import report
-from ditserve.bench.load.cluster import running_cluster
-from ditserve.bench.load.generator import connect
+from ditserve.bench.load.cluster import served
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.errors import ModelError
-from ditserve.service.launch.valkey import scratch_folder
-from ditserve.service.settings import Settings
 
 CLIENTS = 16  # closed-loop clients a worker: enough for full batches
 PATIENT_S = 60.0  # their deadline
@@ -223,23 +220,12 @@ def neighbours(count: int) -> Iterator[None]:
             process.wait()
 
 
-@asynccontextmanager
-async def service(options: argparse.Namespace, workers: int) -> AsyncIterator[HastyClient]:
-    flags = [f"--bundle={options.bundle}", "--threads=1", "--precision=fp32", f"--ready-workers={workers}"]
-    settings = Settings.parse([*flags, "--log-level=warning"])
-    with scratch_folder() as folder:
-        async with (
-            running_cluster(Path(folder), settings, workers=workers, durable=False) as cluster,
-            connect(cluster.url) as http,
-        ):
-            yield HastyClient(http, options.steps)
-
-
 async def measure(options: argparse.Namespace, console: Console) -> list[Cell]:
     """Return the cells of the table, and print each as it comes."""
     cells: list[Cell] = []
     for workers, burning in itertools.product(options.workers, options.neighbours):
-        async with service(options, workers) as client:
+        async with served(options.bundle, workers=workers) as http:
+            client = HastyClient(http, options.steps)
             with neighbours(burning):
                 loads = [(load, False) for load in options.loads] + [(max(options.loads), True)]
                 closed_per_s = await client.closed_loop(CLIENTS * workers, options.seconds / 2)

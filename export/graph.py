@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ditserve.export.errors import ExportError
 from ditserve.export.storage import put_tensors, share_weights, take_tensors
-from ditserve.model.nets.autoencoder import Autoencoder
+from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.heap import compact_heap
@@ -84,7 +84,7 @@ class _Backbone(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, autoencoder: Autoencoder) -> None:
+    def __init__(self, autoencoder: PictureDecoder) -> None:
         super().__init__()
         # A submodule, so that its weights become part of the graph.
         self.network = getattr(autoencoder, "network", None)
@@ -153,7 +153,7 @@ def backbone_graph(network: Network, weights: Path | None = None) -> onnx.ModelP
     return proto
 
 
-def decoder_graph(autoencoder: Autoencoder, channels: int) -> onnx.ModelProto:
+def decoder_graph(autoencoder: PictureDecoder, channels: int) -> onnx.ModelProto:
     """Export the decoder: `latent` (B, `channels`, h, w) → `image` (B, 3, H, W), any batch and size."""
     inputs = {"latent": torch.randn(2, channels, 8, 8)}
     # From batch 64 on diffusers changes the memory layout: the numbers are the same, but it would be a branch

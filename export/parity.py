@@ -16,7 +16,7 @@ from torch import Tensor
 from ditserve.export.calibrate import Backbone, CalibrationRows
 from ditserve.export.graph import TEXT
 from ditserve.export.verify import LIMITS, Band, ParityLimits, check, compare, open_session, run
-from ditserve.model.nets.autoencoder import Autoencoder
+from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER, Manifest
 from ditserve.model.spec.network_config import size_multiple
@@ -128,7 +128,7 @@ def compare_outputs(
     return _bands(manifest, rows, expected.numpy(), actual.numpy())
 
 
-def verify_decoder(autoencoder: Autoencoder, path: Path, channels: int) -> tuple[Band, ...]:
+def verify_decoder(autoencoder: PictureDecoder, path: Path, channels: int) -> tuple[Band, ...]:
     """Return the errors of the decoder's graph on random latents of two sizes, one band for each size.
 
     Raises:

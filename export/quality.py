@@ -26,7 +26,7 @@ from ditserve.model.evaluation.picture_sets import (
     open_data,
     real_pictures,
 )
-from ditserve.model.nets.autoencoder import Autoencoder, Identity
+from ditserve.model.nets.autoencoder import Identity, PictureDecoder
 from ditserve.model.spec.grids import choose_grid
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -123,14 +123,11 @@ def _plan(source: LoadedModel, settings: FrechetSettings) -> EvaluationPlan:
     )
 
 
-class _GraphDecoder(Autoencoder):
-    """The decoder of a bundle as an autoencoder that only decodes."""
+class _GraphDecoder(PictureDecoder):
+    """The decoder's graph of a bundle."""
 
     def __init__(self, path: Path) -> None:
         self.session = open_session(path)
-
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        raise NotImplementedError("a bundle holds no encoder")
 
     def decode(self, latents: Tensor) -> Tensor:
         images = run(self.session, {"latent": latents.numpy()}, batch=1)["image"]

@@ -57,9 +57,13 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def plain_logs() -> None:
-    """Log tracebacks without the values of locals, which take seconds to render."""
+    """Log tracebacks without the values of locals, which take seconds to render.
+
+    Every test starts so: what an earlier one set up may write to a stream that is closed by now.
+    """
+    structlog.reset_defaults()
     processors = structlog.processors
     structlog.configure(processors=[processors.format_exc_info, processors.KeyValueRenderer()])
 

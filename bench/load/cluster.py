@@ -18,9 +18,10 @@ from types import MappingProxyType
 import httpx
 from pydantic import SecretStr
 
+from ditserve.bench.load.generator import connect
 from ditserve.bench.load.processes import free_port
 from ditserve.service.launch.child_process import Child
-from ditserve.service.launch.valkey import start_valkey
+from ditserve.service.launch.valkey import scratch_folder, start_valkey
 from ditserve.service.settings import Settings
 
 READY_TIMEOUT_S = 120.0
@@ -182,3 +183,16 @@ async def running_cluster(
         yield cluster
     finally:
         await cluster.stop()
+
+
+@asynccontextmanager
+async def served(bundle: Path, *flags: str, workers: int) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve a bundle by workers of one thread each, in fp32, and yield a client of the service."""
+    fixed = ["--threads=1", "--precision=fp32", f"--ready-workers={workers}", "--log-level=warning"]
+    settings = Settings.parse([f"--bundle={bundle}", *fixed, *flags])
+    with scratch_folder() as folder:
+        async with (
+            running_cluster(Path(folder), settings, workers=workers, durable=False) as cluster,
+            connect(cluster.url) as http,
+        ):
+            yield http

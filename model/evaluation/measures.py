@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ditserve.model.data.texture import grain, sharpness
 from ditserve.model.evaluation.classifier_network import Classifier, classify, top_k_accuracy
 from ditserve.model.evaluation.features import FeatureNetwork
 from ditserve.model.evaluation.fidelity import (
@@ -22,7 +23,6 @@ from ditserve.model.evaluation.fidelity import (
     precision_recall,
 )
 from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, PictureSet
-from ditserve.model.evaluation.texture import grain, sharpness
 from ditserve.model.spec.bundle import Factor
 
 # From so many pictures on, the Inception Score is the average of ten splits, as is customary.

@@ -17,7 +17,7 @@ from torch import Tensor
 from ditserve.model.data.dataset import DataConfig, Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.evaluation.features import FeatureNetwork, Features
-from ditserve.model.nets.autoencoder import Autoencoder
+from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.solvers import step_table
@@ -139,7 +139,7 @@ def held_out_examples(dataset: Dataset, plan: EvaluationPlan) -> list[int]:
 
 @torch.no_grad()
 def generate(
-    model: LoadedModel, decoder: Autoencoder, dataset: Dataset, rows: Sequence[int], plan: EvaluationPlan
+    model: LoadedModel, decoder: PictureDecoder, dataset: Dataset, rows: Sequence[int], plan: EvaluationPlan
 ) -> Iterator[Tensor]:
     """Generate a picture for the labels and the caption of each example, in chunks (n, 3, H, W).
 
@@ -166,7 +166,7 @@ def round_to_8_bits(images: Tensor) -> Tensor:
     return (images * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
 
 
-def real_pictures(dataset: Dataset, decoder: Autoencoder, rows: Sequence[int]) -> Iterator[Tensor]:
+def real_pictures(dataset: Dataset, decoder: PictureDecoder, rows: Sequence[int]) -> Iterator[Tensor]:
     """Yield examples of the data as pictures, in chunks (n, 3, H, W), rounded to eight bits."""
     for start in range(0, len(rows), CHUNK):
         batch = dataset.batch(np.array(rows[start : start + CHUNK]), np.random.default_rng(start))
@@ -175,7 +175,7 @@ def real_pictures(dataset: Dataset, decoder: Autoencoder, rows: Sequence[int]) -
 
 def collect_sets(
     model: LoadedModel,
-    decoder: Autoencoder,
+    decoder: PictureDecoder,
     dataset: Dataset,
     network: FeatureNetwork,
     plan: EvaluationPlan,

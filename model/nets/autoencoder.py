@@ -30,19 +30,14 @@ class AutoencoderError(ModelError):
     """An autoencoder that cannot be used; the message is one sentence."""
 
 
-class Autoencoder(Protocol):
-    """A map between images (N, 3, H, W) in [−1, 1] and what the network denoises (N, C, h, w)."""
-
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+class PictureDecoder(Protocol):
+    """A map from what the network denoises (N, C, h, w) to images (N, 3, H, W) in [−1, 1]."""
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
 
 class Identity:
-    """The autoencoder of pixel models: latents are the image itself."""
-
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return images
+    """The decoder of pixel models: what they denoise is the image itself."""
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents
@@ -191,7 +186,7 @@ def open_autoencoder(
     folder: Path | None = None,
     latents: LatentSpec | None = None,
     device: torch.device | str = "cpu",
-) -> Autoencoder:
+) -> PictureDecoder:
     """Open the autoencoder that a bundle names as its decoder, from `folder` unless it is the identity.
 
     Raises:
@@ -230,7 +225,9 @@ def _check_class(folder: Path) -> None:
         raise AutoencoderError(f"{folder} holds {name}: pass the folder of an AutoencoderKL")
 
 
-def open_decoder(manifest: Manifest, folder: Path | None, device: torch.device | str = "cpu") -> Autoencoder:
+def open_decoder(
+    manifest: Manifest, folder: Path | None, device: torch.device | str = "cpu"
+) -> PictureDecoder:
     """Open the autoencoder that decodes a model's samples, and check that it is the model's.
 
     Raises:

@@ -63,6 +63,7 @@ class SmallAutoencoderConfig:
 
 # The file that describes a small autoencoder, beside its weights.
 DESCRIPTION = "autoencoder.json"
+SCHEMA_VERSION = 1
 
 
 class PixelNorm(nn.Module):
@@ -171,9 +172,12 @@ def load_small_autoencoder(folder: Path) -> SmallAutoencoder:
     """Load the autoencoder of a folder, in evaluation mode.
 
     Raises:
-        OSError, ValueError, RuntimeError: a file is missing, damaged, or does not fit the other.
+        OSError, KeyError, ValueError, RuntimeError, SafetensorError: a file is missing, damaged, of another
+            release, or does not fit the other.
     """
     fields = json.loads((folder / DESCRIPTION).read_text())
+    if fields["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"{DESCRIPTION} has another schema_version than {SCHEMA_VERSION}")
     config = TypeAdapter(SmallAutoencoderConfig).validate_python(fields["config"])
     network = SmallAutoencoder(config)
     network.load_state_dict(load_file(folder / WEIGHTS))
@@ -184,7 +188,7 @@ def save_small_autoencoder(folder: Path, network: SmallAutoencoder, card: Mappin
     """Write an autoencoder to a folder, with the fields of a card: figures, licence, training."""
     weights = {name: tensor.detach().float().contiguous() for name, tensor in network.state_dict().items()}
     write_atomic(folder / WEIGHTS, save(weights))
-    description = {"schema_version": 1, "config": asdict(network.config), **card}
+    description = {"schema_version": SCHEMA_VERSION, "config": asdict(network.config), **card}
     write_atomic(
         folder / DESCRIPTION, (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode()
     )

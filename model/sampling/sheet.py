@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ditserve.model.nets.autoencoder import Autoencoder
+from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import label_tensor
@@ -100,7 +100,7 @@ def sheet_labels(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[
 def sample_sheet(
     model: Network,
     schedule: Schedule,
-    decoder: Autoencoder,
+    decoder: PictureDecoder,
     factors: Sequence[Factor],
     *,
     steps: int = 20,

@@ -71,7 +71,7 @@ class VariancePreserving:
     """A table of timesteps with alpha² + sigma² = 1: 0 is the least noisy, T - 1 the noisiest.
 
     `alpha_bar` = alpha² is float64 (T,), strictly decreasing inside (0, 1); it is copied and made read-only.
-    Between two timesteps log(alpha / sigma) is interpolated linearly. CLEAN is the image. CLEAN is the image.
+    Between two timesteps log(alpha / sigma) is interpolated linearly. CLEAN is the image.
 
     Raises:
         ValueError: `alpha_bar` is not as stated.

@@ -7,21 +7,27 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ditserve.model.data.dataset import DataConfig, Dataset, NamedPath
+from ditserve.model.data.dataset import Dataset, NamedPath
 from ditserve.model.distributed.processes import ParallelSpec
 from ditserve.model.spec.diffusion import Prediction
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.network_config import NetworkConfig, network_config
 from ditserve.model.train.distillation.config import DistillationConfig, ProgressiveDistillationConfig
 from ditserve.model.train.loss import LevelSampling, TrainingNoise, training_noise
-
-
-def _tuple(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else (value,)
+from ditserve.model.train.run_config import (
+    Count,
+    Positive,
+    Precision,
+    Rate,
+    Rates,
+    RunConfig,
+    Weight,
+    read_fields,
+)
 
 
 def _named_network(value: Any) -> Any:
@@ -32,19 +38,8 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0, le=1)]
-Rates = Annotated[tuple[Rate, ...], BeforeValidator(_tuple)]
-Decays = Annotated[
-    tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1), BeforeValidator(_tuple)
-]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Precision = Literal["fp32", "bf16", "fp16"]
 # The fields of a network as `network_config` reads them, or the name of a published size such as "DiT-S/2".
 NetworkFields = Annotated[dict[str, Any], BeforeValidator(_named_network)]
-# A batch draws from 1,000,003 · (seed + 2³² · roll-backs) + step, which must stay below 2⁶³.
-MAX_SEED = 2**40
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class TrainingStage(BaseModel):
@@ -56,39 +51,21 @@ class TrainingStage(BaseModel):
     """None, in the last stage: to the end of the run."""
 
 
-class TrainConfig(BaseModel):
-    """The configuration of one training run."""
+class TrainConfig(RunConfig):
+    """The configuration of one training run of a network.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    data: DataConfig
-    output: NamedPath
+    `steps` may be left out if every stage has its own; `batch` is over all devices.
+    """
+
     model: NetworkFields
     diffusion: DiffusionSpec
     init: NamedPath | None = None
     """A bundle or a run to start from: weights where they fit, classes by name."""
 
-    steps: Count
-    """Optimiser steps; may be left out if every stage has its own."""
     stages: tuple[TrainingStage, ...] = ()
     """Picture sizes, small to large; none: the size of the data throughout."""
-    batch: Count = 32
-    """Pictures of one optimiser step, over all devices."""
     accumulate: Count = 1
     """Micro-batches that a batch is split into to save memory; the gradient is that of the whole."""
-
-    lr: Positive = 1e-3
-    min_lr: Weight = 0.0
-    """The rate that a falling `schedule` ends at."""
-    betas: tuple[Rate, Rate] = (0.9, 0.99)
-    weight_decay: Weight = 0.0
-    schedule: Literal["constant", "cosine", "wsd"] = "wsd"
-    """The course of the learning rate after `warmup` steps; see `model.train.optimizer.learning_rate`."""
-    warmup: Annotated[int, Field(ge=0)] = 100
-    decay: Rate = 0.3
-    clip: Positive | None = 1.0
-    """Largest norm of the gradient; None: no limit."""
-    ema: Decays = (0.999,)
-    """Decays of the averaged weights; the first is sampled and exported, others are kept in checkpoints."""
 
     label_dropout: Rates = (0.1,)
     """Probability that a label is dropped: one rate, or one per factor."""
@@ -129,9 +106,6 @@ class TrainConfig(BaseModel):
     checkpoint_blocks: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
     compile: bool = False
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    device: Literal["cpu", "cuda"] = "cpu"
     parallel: ParallelSpec = ParallelSpec()
     """The division of the work if `torchrun` starts several processes."""
 
@@ -139,14 +113,8 @@ class TrainConfig(BaseModel):
     """Steps in a row without a finite gradient after which the run is rolled back to its last checkpoint."""
     rollback_limit: Annotated[int, Field(ge=0, le=1000)] = 3
     """Number of roll-backs before the run stops."""
-    checkpoint_every: Count = 200
-    keep: Count = 2
-    """Number of checkpoints to keep."""
-    sheet_every: Count = 400
     vae: NamedPath | None = None
     """Folder of the autoencoder that decodes the sample sheets of a run on latents; None: no sheets."""
-    log_every: Count = 20
-    tensorboard: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -163,8 +131,6 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"accumulate {self.accumulate} cuts a batch of {self.batch} into more pieces than pictures"
             )
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: lower it")
         if self.loss_cap is not None and self.loss_floor > self.loss_cap:
             raise ValueError(f"loss_floor {self.loss_floor:g} is above loss_cap {self.loss_cap:g}: lower it")
         if self.stages and self.distillation:
@@ -270,22 +236,6 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ValidationError: a wrong or unknown field.
     """
     return TrainConfig.model_validate(set_fields(read_fields(file), overrides))
-
-
-def read_fields(file: Path) -> dict[str, Any]:
-    """Return the fields in a JSON file of a run, unchecked.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it does not hold a JSON object.
-    """
-    try:
-        data = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return data
 
 
 def set_fields(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.latents import Latents
-from ditserve.model.nets.autoencoder import AUTOENCODER, Autoencoder, open_decoder
+from ditserve.model.nets.autoencoder import AUTOENCODER, PictureDecoder, open_decoder
 from ditserve.model.spec.bundle import (
     MANIFEST,
     Bundle,
@@ -205,7 +205,7 @@ def describe_run(
     )
 
 
-def open_sheet_decoder(manifest: Manifest, vae: Path | None, device: str = "cpu") -> Autoencoder | None:
+def open_sheet_decoder(manifest: Manifest, vae: Path | None, device: str = "cpu") -> PictureDecoder | None:
     """Open the autoencoder that decodes a run's sample sheets. None: it is on latents, without `vae`.
 
     Raises:

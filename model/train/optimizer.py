@@ -7,39 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import nn
 
-from ditserve.model.train.config import Precision, TrainConfig
+from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
+from ditserve.model.train.run_config import Precision, RunConfig
 
 HALF_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Course(Protocol):
-    """The course of a run: its length, its learning rate, and AdamW's constants. See `TrainConfig`."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def min_lr(self) -> float: ...
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def warmup(self) -> int: ...
-    @property
-    def decay(self) -> float: ...
-    @property
-    def betas(self) -> tuple[float, ...]: ...
-    @property
-    def weight_decay(self) -> float: ...
-
-
-def make_optimizer(network: nn.Module, config: Course) -> torch.optim.AdamW:
+def make_optimizer(network: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """Make fused AdamW (Loshchilov & Hutter, arXiv:1711.05101) with two groups of parameters.
 
     Matrices decay. The rest does not: biases, norms, and embeddings of labels, of positions and of "no text".
@@ -53,7 +32,7 @@ def make_optimizer(network: nn.Module, config: Course) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -71,27 +50,27 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return scheduled_rate(config, step)
 
 
-def scheduled_rate(config: Course, step: int) -> float:
+def scheduled_rate(config: RunConfig, step: int) -> float:
     """Return the rate of step 0..steps−1 of a run without rounds, see `learning_rate`."""
     share = min(1.0, SCHEDULES[config.schedule](config, step))
     warm = config.lr * ((step + 1) / max(1, config.warmup))
     return min(warm, config.min_lr + (config.lr - config.min_lr) * share)
 
 
-def _constant(config: Course, step: int) -> float:
+def _constant(config: RunConfig, step: int) -> float:
     return 1.0
 
 
-def _cosine(config: Course, step: int) -> float:
+def _cosine(config: RunConfig, step: int) -> float:
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return 0.5 * (1.0 + math.cos(math.pi * max(0.0, progress)))
 
 
-def _wsd(config: Course, step: int) -> float:
+def _wsd(config: RunConfig, step: int) -> float:
     return (config.steps - step) / max(1.0, config.decay * config.steps)
 
 
-SCHEDULES: dict[str, Callable[[Course, int], float]] = {
+SCHEDULES: dict[str, Callable[[RunConfig, int], float]] = {
     "constant": _constant,
     "cosine": _cosine,
     "wsd": _wsd,

@@ -32,7 +32,8 @@ from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.bundle import bundle_name
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig, network_config
-from ditserve.model.train.config import read_fields, set_fields
+from ditserve.model.train.config import set_fields
+from ditserve.model.train.run_config import read_fields
 
 BUDGET_S = 40 * 60
 PROBE_S = 0.5

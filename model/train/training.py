@@ -16,7 +16,7 @@ from typing import Any, Self
 from ditserve.model.data.sources import NAMED
 from ditserve.model.distributed.processes import World
 from ditserve.model.nets.attention_weights import AttentionEntropy
-from ditserve.model.nets.autoencoder import Autoencoder
+from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.sampling.sheet import sample_sheet
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.output_folder import RUN, claim
@@ -140,7 +140,7 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def draw_sample_sheet(trainer: Trainer, decoder: Autoencoder) -> dict[str, float]:
+def draw_sample_sheet(trainer: Trainer, decoder: PictureDecoder) -> dict[str, float]:
     """Sample from the averaged weights at this step, and write sheet-<step>.png. All processes must call.
 
     Return the entropy of attention while it was sampled, for the log.

@@ -10,13 +10,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.train.checkpoint import TrainingState
+from ditserve.model.train.run_config import RunConfig
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -39,23 +40,6 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class LoggedRun(Protocol):
-    """The fields of a run that its log needs; see `TrainConfig`."""
-
-    @property
-    def output(self) -> Path: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def tensorboard(self) -> bool: ...
-
-
 class TrainingLog:
     """The log of one run, from `state.step` on.
 
@@ -67,7 +51,7 @@ class TrainingLog:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, config: LoggedRun, state: TrainingState) -> None:
+    def __init__(self, config: RunConfig, state: TrainingState) -> None:
         if config.tensorboard and SummaryWriter is None:
             raise ValueError(
                 "tensorboard is not installed: pip install tensorboard, or leave tensorboard out"

@@ -59,9 +59,8 @@ class QueueClock:
         self._offset_s = wall() - local()
         self._readings: deque[Reading] = deque(maxlen=READINGS)
         self._told_s = 0.0  # the skew that was warned of last
-        self.moved_at = (
-            -inf
-        )  # by the monotonic clock, when Redis' clock was last found set by more than `SKEW_S`
+        # By the monotonic clock, when Redis' clock was last found set by more than `SKEW_S`.
+        self.moved_at = -inf
 
     def __call__(self) -> float:
         return self.shared(self._local())

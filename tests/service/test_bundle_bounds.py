@@ -69,7 +69,7 @@ def changed(changes: list[tuple[tuple[str | int, ...], Any]]) -> dict[str, Any]:
         try:
             for key in parents:
                 target = target[key]
-            target[last] = value
+            target[last] = copy.deepcopy(value)
         except (LookupError, TypeError):
             continue
     return data

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError, batch_indices
+from ditserve.model.data.texture import edge_error, grain, psnr
 from ditserve.model.distributed.parallel import single_process
 from ditserve.model.nets.small_autoencoder import SmallAutoencoder
 from ditserve.model.train.autoencoder.config import AutoencoderTrainConfig
-from ditserve.model.train.autoencoder.measures import edge_error, grain, psnr
 from ditserve.model.train.checkpoint import TrainingState, restore, save
 from ditserve.model.train.ema import Ema
 from ditserve.model.train.optimizer import loss_scaler, make_optimizer, scheduled_rate
@@ -105,7 +105,7 @@ class AutoencoderTrainer:
         losses = self.losses(self.batch(state.step))
         state.optimizer.zero_grad(set_to_none=True)
         cast(Any, losses["loss"]).backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip))
+        norm = self.state.parallel.clip_gradients(config.clip)
         rate = scheduled_rate(config, state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -164,7 +164,7 @@ class AutoencoderTrainer:
         decode_ms = 1e3 * (time.perf_counter() - began) / len(images)
         rows = torch.stack([images[:SHOWN], decoded[:SHOWN]])  # (2, n, 3, H, W)
         sheet = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2H, n·W, 3)
-        figures = {"psnr": psnr(decoded, images), "grain": grain(decoded, images), "decode_ms": decode_ms}
+        figures = {"psnr": psnr(decoded, images), "grain": grain(decoded), "decode_ms": decode_ms}
         return Reconstruction(
             {name: round(value, 3) for name, value in figures.items()},
             Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy()),

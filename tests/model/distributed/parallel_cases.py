@@ -19,9 +19,9 @@ from ditserve.model.distributed.parallel import ParallelNetwork, single_process
 from ditserve.model.distributed.processes import ParallelSpec, World, join_processes
 from ditserve.model.nets.factory import Network, NetworkConfig, make_network
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.train.config import Precision
 from ditserve.model.train.ema import Ema
 from ditserve.model.train.optimizer import HALF_DTYPES, autocast
+from ditserve.model.train.run_config import Precision
 from ditserve.model.train.tensor_shards import make_index, read_shards, write_shards
 from ditserve.model.train.trainer import checkpoint_blocks
 from tests.model.nets.unet_cases import TINY_UNET

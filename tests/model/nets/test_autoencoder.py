@@ -40,7 +40,7 @@ def vae() -> AutoencoderKL:
 
 def test_identity_changes_nothing() -> None:
     x = torch.randn(1, 3, 4, 4)
-    assert torch.equal(Identity().decode(Identity().encode(x)), x)
+    assert torch.equal(Identity().decode(x), x)
 
 
 def test_scale_is_the_published(vae: AutoencoderKL) -> None:

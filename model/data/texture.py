@@ -1,4 +1,7 @@
-"""The texture of pictures, which features forgive: grain in flat areas, and the sharpness of edges."""
+"""The texture of pictures: grain in flat areas, the sharpness of edges, and errors between two pictures.
+
+Pictures are (N, 3, H, W) in [−1, 1].
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ LEVELS = 127.5
 def grain(images: Tensor) -> float:
     """Return the mean difference between neighbours, of 255, in the flatter half of each picture's blocks.
 
-    Pictures are (N, 3, H, W) in [−1, 1]. Drawings and plain backgrounds have nearly 0; noise that a network
+    Drawings and plain backgrounds have nearly 0; noise that a network
     leaves in flat areas is counted, edges are not.
     """
     across = images.diff(dim=-1).abs().mean(1, keepdim=True)[:, :, 1:]  # (N, 1, H − 1, W − 1)
@@ -36,3 +39,15 @@ def sharpness(images: Tensor, reference: Tensor) -> float:
     """Return the edge energy of pictures as a share of that of others: below 1 they are softer. 0/0 is 1."""
     ours, theirs = edge_energy(images), edge_energy(reference)
     return ours / theirs if theirs else torch.inf if ours else 1.0
+
+
+def edge_error(images: Tensor, reference: Tensor) -> Tensor:
+    """Return the mean absolute error of the differences between neighbours, both ways; a scalar."""
+    error = images - reference
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB, the mean over pictures; 100 at most."""
+    errors = (images - reference).square().mean((1, 2, 3))
+    return float((10 * torch.log10(4 / errors.clamp(min=4e-10))).mean())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from ditserve.model.evaluation.texture import grain, sharpness
+from ditserve.model.data.texture import edge_error, grain, psnr, sharpness
 
 
 def drawing() -> torch.Tensor:
@@ -33,3 +35,12 @@ def test_a_blurred_picture_is_less_sharp() -> None:
     assert 0.05 < sharpness(blurred, drawing()) < 0.6
     flat = torch.zeros(1, 3, 8, 8)
     assert sharpness(flat, flat) == 1.0
+
+
+def test_errors_between_two_pictures() -> None:
+    """A step of 10 grey levels in every second column: half the positions differ, every neighbour does."""
+    striped = drawing()
+    striped[..., ::2] += 10 / 127.5
+    assert psnr(striped, drawing()) == pytest.approx(10 * math.log10(4 / (0.5 * (10 / 127.5) ** 2)), rel=1e-3)
+    assert float(edge_error(striped, drawing())) == pytest.approx(10 / 127.5, rel=1e-3)
+    assert psnr(drawing(), drawing()) == pytest.approx(100)
