@@ -51,6 +51,8 @@ def requested_conditions(
         UnknownCondition: a factor or class that the model does not have.
         InvalidRequest: weights, a combination or a negative prompt that cannot be.
     """
+    if request.prompt is not None:
+        return _prompted(request, request.prompt, manifest, vocabulary)
     if isinstance(request.condition, dict):
         pairs: list[tuple[Mapping[str, ClassRef], float]] = [(request.condition, 1.0)]
     else:
@@ -66,6 +68,19 @@ def requested_conditions(
     return RequestedConditions(
         terms, request.mix if len(terms) > 1 else "linear", _negative_prompt(request, manifest)
     )
+
+
+def _prompted(
+    request: GenerateRequest, prompt: str, manifest: Manifest, vocabulary: Vocabulary
+) -> RequestedConditions:
+    """Return the condition of a prompt: its text, or the classes that it names."""
+    if request.condition:
+        raise field_error("prompt", "Give a prompt or a condition, not both.")
+    if manifest.config.text_size:
+        term = replace(vocabulary.term({}), text=prompt.strip())
+    else:
+        term = vocabulary.match(prompt)
+    return RequestedConditions((term,), "linear", _negative_prompt(request, manifest))
 
 
 def _term(

@@ -20,6 +20,7 @@ from ditserve.model.spec.text_encoder import text_encoder_name
 from ditserve.service.backends import (
     Backend,
     BackendUnavailable,
+    SentenceEncoder,
     load_backend,
     load_text_encoder,
 )
@@ -55,7 +56,7 @@ WARM_UP_S = 0.8
 # Backend → the settings it takes, besides threads.
 OPTIONS: Final = {
     "onnx": ("precision", "providers"),
-    "torch": ("device", "compile"),
+    "torch": ("device", "compile", "precision"),
     "tensorrt": ("precision", "engines"),
 }
 
@@ -203,8 +204,15 @@ def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
     return options
 
 
-def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | None) -> TextCache | None:
+def open_texts(
+    manifest: Manifest,
+    settings: Settings,
+    shared: SharedCache | None,
+    encoder: SentenceEncoder | None = None,
+) -> TextCache | None:
     """Return the text encodings of a model that takes text; None for one that does not.
+
+    `encoder` is the model's own, which an imported pipeline has.
 
     Raises:
         BackendUnavailable: there is no such encoder here, or it is not the model's.
@@ -213,6 +221,13 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
     wanted = manifest.config.text_width
     if not wanted:
         return None
+    if encoder is not None:
+        if settings.text_encoder:
+            raise BackendUnavailable(
+                f"{manifest.name} brings its own text encoders: leave out --text-encoder"
+            )
+        capacity = settings.embedding_cache_bytes
+        return TextCache(encoder, shared, capacity=capacity, encodes_nothing=True)
     name = text_encoder_name(manifest, settings.text_encoder, "--text-encoder")
     encoder = load_text_encoder(name, manifest.config.text_tokens)
     if encoder.size != wanted:
@@ -247,7 +262,7 @@ def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) ->
             backend,
             modulation_bytes=settings.modulation_cache_bytes,
             embedding_bytes=settings.embedding_cache_bytes,
-            texts=open_texts(backend.manifest, settings, shared),
+            texts=open_texts(backend.manifest, settings, shared, backend.text_encoder),
         ),
         scheduler=Scheduler(
             max_rows=settings.strict_rows or settings.max_rows,
