@@ -10,6 +10,7 @@ part that cannot be used is refused with one sentence that names the file; pickl
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,11 +23,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from ditserve.model.spec.bundle import (
+    MANIFEST,
     PIPELINE,
+    Bundle,
     Defaults,
     LatentSpec,
     Manifest,
     StateTensor,
+    bundle_name,
     write_manifest,
 )
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
@@ -135,6 +139,8 @@ FEW_STEPS = 4  # of a model that was distilled: it has no guidance
 def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
     """Write the bundle of a pipeline: its files are linked where that is possible, else copied.
 
+    Return its manifest, with the files.
+
     Raises:
         OutputError, OSError: the target cannot be written.
     """
@@ -147,7 +153,43 @@ def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
             for file in _files(found.folder / part):
                 _take(file, inner / part / file.name)
         write_manifest(scratch, found.manifest)
-    return found.manifest
+    return Bundle.open(target, verify=False).manifest
+
+
+def cached_bundle(folder: Path) -> Path:
+    """Return the bundle of a pipeline's folder among those that this user has served; make it if need be.
+
+    It lies in the cache folder of the user, and is made anew where a file of the pipeline has changed.
+
+    Raises:
+        PipelineFolderError, OutputError, OSError: as `read_pipeline` and `write_pipeline_bundle`.
+    """
+    real = folder.resolve()
+    files = [real / INDEX, *(file for part in real.iterdir() if part.is_dir() for file in _files(part))]
+    stats = [(str(file.relative_to(real)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.blake2b(repr((str(real), stats)).encode(), digest_size=6).hexdigest()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = home / "ditserve" / f"{bundle_name(real)[:80]}-{digest}"
+    if not (target / MANIFEST).is_file():
+        found = read_pipeline(real, name=bundle_name(real), licence=stated_licence(real))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_pipeline_bundle(found, target)
+    return target
+
+
+def stated_licence(folder: Path) -> str:
+    """Return the licence that the head of a pipeline's README.md states, "unspecified" without one."""
+    try:
+        head = (folder / "README.md").read_text(encoding="utf-8")[:10_000]
+    except (OSError, UnicodeDecodeError):
+        return "unspecified"
+    found = re.search(r"^license(?:_name)?:\s*([\w.-]+)\s*$", head, re.MULTILINE)
+    return found[1] if found else "unspecified"
+
+
+def is_class_conditional(folder: Path) -> bool:
+    """Return True for a pipeline of the published DiT, whose weights become a network of this project."""
+    return _optional_json(folder / INDEX).get("_class_name") == "DiTPipeline"
 
 
 def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, Family]:

@@ -15,7 +15,8 @@ from typing import Any, Final
 import structlog
 import uvloop
 
-from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
+from ditserve.model.spec.bundle import BACKBONE, Bundle, BundleError, Manifest
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.text_encoder import text_encoder_name
 from ditserve.service.backends import (
     Backend,
@@ -91,6 +92,14 @@ def run(settings: Settings) -> int:
     return 0 if orderly else BROKEN
 
 
+def with_backend(settings: Settings, manifest: Manifest) -> Settings:
+    """Return the settings with the backend that "auto" stands for."""
+    if settings.backend != "auto":
+        return settings
+    pipeline = isinstance(manifest.config, PipelineConfig) and BACKBONE not in manifest.files
+    return settings.model_copy(update={"backend": "torch" if pipeline else "onnx"})
+
+
 def only_bundle(settings: Settings) -> Bundle:
     """Return the bundle of the settings. Raise `BundleError`, and `ValueError` if they name several."""
     models = open_served_models(settings, verify=settings.verify)
@@ -121,7 +130,8 @@ async def open_backend(
         ):
             return None
     report("loading the network")
-    return await asyncio.to_thread(load_backend, settings.backend, bundle, **options)
+    backend = with_backend(settings, bundle.manifest).backend
+    return await asyncio.to_thread(load_backend, backend, bundle, **options)
 
 
 async def serve(settings: Settings, model: str, opener: Opener) -> bool:
@@ -186,6 +196,7 @@ def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
     Raises:
         BackendUnavailable: one is set that this backend does not take.
     """
+    settings = with_backend(settings, manifest)
     options: dict[str, Any] = {"threads": settings.threads}
     for name in dict.fromkeys(option for names in OPTIONS.values() for option in names):
         value = getattr(settings, name)
