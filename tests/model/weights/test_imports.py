@@ -20,7 +20,8 @@ from ditserve.model.spec.bundle import Bundle, BundleError
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.load import load_model
 from ditserve.model.weights.diffusers import to_diffusers
-from ditserve.model.weights.imports import ImportOptions, noise_cosine, read_weights
+from ditserve.model.weights.imported import ImportOptions
+from ditserve.model.weights.imports import noise_cosine, read_weights
 from ditserve.model.weights.official import WeightsError, from_official, to_official
 from ditserve.service.backends import load_backend
 from tests.model.weights.reference import official_dit, sit_velocity
