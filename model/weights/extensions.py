@@ -130,13 +130,17 @@ class _Folding:
 
     def _fold_norms(self) -> None:
         """Multiply the scales by the weights of the norms: w · (1 + scale) = 1 + (w · scale + w − 1)."""
-        places = [(block, name, vector) for block in self.blocks for name, vector in _BLOCK_NORMS.items()]
-        for owner, name, vector in (*places, ("final_layer", "norm_final", 1)):
+        places = [(block, name, 6, vector) for block in self.blocks for name, vector in _BLOCK_NORMS.items()]
+        for owner, name, vectors, vector in (*places, ("final_layer", "norm_final", 2, 1)):
             norm = f"{owner}.{name}.weight"
             if norm not in self.state:
                 raise WeightsError(f"{norm} is missing, and other norms have a weight")
             factor = self.state.pop(norm).float()
             weight, bias = (tensor.clone() for tensor in self._modulation(owner))
+            if len(bias) != vectors * len(factor):
+                raise WeightsError(
+                    f"{norm} has {len(factor)} numbers, which do not fit a modulation of {len(bias)}"
+                )
             rows = slice(vector * len(factor), (vector + 1) * len(factor))
             weight[rows] *= factor[:, None]
             bias[rows] = factor * bias[rows] + factor - 1

@@ -82,7 +82,8 @@ def from_official(
             ours = DiT(replace(config, depth=1)).pos_embed
         if pos_embed.numel() != ours.numel():
             raise WeightsError(
-                f"pos_embed has {pos_embed.shape[-2]} tokens, but image_size {config.image_size} has {len(ours)}"
+                f"pos_embed has {pos_embed.numel() // config.hidden_size} tokens, but image_size "
+                f"{config.image_size} has {len(ours)}"
             )
         rounding = max(1e-4, torch.finfo(pos_embed.dtype).eps) if pos_embed.is_floating_point() else 0.0
         if not torch.allclose(pos_embed.reshape(ours.shape).float().cpu(), ours, atol=rounding):

@@ -20,6 +20,7 @@ from ditserve.model.sampling.windows import WindowDenoiser
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.sigma_grids import DynamicShift, SigmaGrid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import save_model
@@ -43,7 +44,12 @@ MODELS: dict[str, tuple[NetworkConfig, DiffusionSpec]] = {
         replace(CONFIG, text_size=6),
         DiffusionSpec(schedule="cosine", prediction="x0", log_snr_shift=-1.0, guidance_channels=2),
     ),
-    "flow": (CONFIG, DiffusionSpec(schedule="flow", prediction="flow")),
+    "flow": (
+        CONFIG,
+        DiffusionSpec(
+            schedule="flow", prediction="flow", sigma_grid=SigmaGrid(dynamic=DynamicShift(), tokens=256)
+        ),
+    ),
     "unet": (
         replace(TINY_UNET, classes=(4, 2), learn_sigma=False),
         DiffusionSpec(schedule="cosine", prediction="v"),
@@ -51,6 +57,7 @@ MODELS: dict[str, tuple[NetworkConfig, DiffusionSpec]] = {
 }
 EXPORTED = "texts"  # the torch backend needs no graphs
 TERMS = (ConditionTerm((0, 1), 2.0), ConditionTerm((1, None), 1.0), ConditionTerm((3, 0), -0.5))
+LABELS = (ConditionTerm((0, 1)),)
 LAYERS = (ConditionTerm((0, 1)), ConditionTerm((3, None)))
 WORDS = (ConditionTerm((0, 1), 1.5, "a fox"), ConditionTerm((None, None), -0.5, "snow"))
 # Name → (model, fields of a request).
@@ -64,6 +71,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "layered": ("texts", {"condition": LAYERS, "mix": "layers"}),
     "layers of a U-Net": ("unet", {"condition": LAYERS, "mix": "layers"}),
     "composed by a flow": ("flow", {"condition": TERMS, "mix": "compose"}),
+    "windows of a flow": ("flow", {"condition": LABELS, "size": (16, 28), "windows": True}),
     "layered by a flow": ("flow", {"condition": LAYERS, "mix": "layers"}),
     "negative prompt": ("texts", {"condition": WORDS[:1], "negative_prompt": "fog"}),
     "composed with a negative prompt": (
