@@ -61,7 +61,7 @@ class _Vae(_Section):
 
 
 class _Sample(_Section):
-    """How LightningDiT samples: N times 0 … 1, both ends included, are N − 1 steps."""
+    """The sampling: N times 0 … 1, both ends included, are N − 1 steps."""
 
     sampling_method: str = "euler"
     num_sampling_steps: Annotated[int, Field(ge=2, le=1001)]
