@@ -25,8 +25,7 @@ from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle, bundle_name
 from ditserve.model.spec.command_line import guarded, named_path, positive
 from ditserve.model.spec.output_folder import BUNDLE, check_folder
 from ditserve.model.spec.pipeline_folder import (
-    INDEX,
-    is_class_conditional,
+    holds_pipeline,
     read_pipeline,
     stated_licence,
     write_pipeline_bundle,
@@ -56,7 +55,7 @@ def _import(options: argparse.Namespace) -> None:
         raise WeightsError(
             f"{options.source} does not exist: pass a .pt or .safetensors file, or a diffusers folder"
         )
-    if (options.source / INDEX).is_file() and not is_class_conditional(options.source):
+    if holds_pipeline(options.source):
         _import_pipeline(options)
         return
     if options.licence is None:

@@ -92,6 +92,8 @@ def guidance(served: Served, scale: float) -> dict[str, Any]:
     return {"guidance_embedded": scale} if served.family == "flux" else {"guidance_scale": scale}
 
 
+# DPMSolverMultistepScheduler makes an array of a tensor.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.timeout(300)
 def test_rows_of_a_mixed_batch_equal_the_pipeline_alone(served: Served) -> None:
     negative = {} if served.family == "flux" else {"negative_prompt": "blurry photo of a moon"}

@@ -28,6 +28,7 @@ class PipelineConfig:
         patch_size         divides the sides of a latent, of at most `largest_side`
         factor             the pixels that a latent covers on a side
         text_tokens        the tokens of a text, padding included, of `text_size` numbers each
+        text_limit         the most tokens of a prompt, as the tokenizer in the folder `tokenizer` counts them
         pooled_size        the numbers of a whole text; 0: the network is given none
         text_mask          True if the network does not look at the padding
         embedded_guidance  True if the network is told the guidance scale
@@ -44,6 +45,8 @@ class PipelineConfig:
     in_channels: int
     text_tokens: int
     text_size: int
+    text_limit: int
+    tokenizer: str
     patch_size: int = 2
     factor: int = 8
     largest_side: int | None = None
@@ -59,7 +62,7 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"unknown family {self.family!r}: choose among {', '.join(FAMILIES)}")
-        for name in ("in_channels", "text_tokens", "text_size", "patch_size", "factor"):
+        for name in ("in_channels", "text_tokens", "text_size", "text_limit", "patch_size", "factor"):
             value = getattr(self, name)
             if not isinstance(value, int) or value <= 0:
                 raise ValueError(f"{name} must be positive and whole, not {value!r}")
@@ -67,6 +70,12 @@ class PipelineConfig:
             raise ValueError(
                 f"image_size {self.image_size[0]}x{self.image_size[1]} is not divisible by patch_size "
                 f"{self.patch_size}: change one of them"
+            )
+
+        if self.largest_side is not None and max(self.image_size) > self.largest_side:
+            raise ValueError(
+                f"image_size {self.image_size[0]}x{self.image_size[1]} is beyond largest_side "
+                f"{self.largest_side}, up to which the network has places"
             )
 
     @property

@@ -39,6 +39,7 @@ from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.spec.pipeline_config import FAMILIES, Family, GuidanceKind, PipelineConfig
 
 INDEX = "model_index.json"
+TOKENIZER = "tokenizer.json"  # counts the tokens of a prompt
 SHARDS = ".safetensors.index.json"
 # The files of a part that are taken along: configurations, vocabularies, weights.
 TAKEN = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
@@ -93,6 +94,12 @@ def read_pipeline(
     needed = _needed_parts(index)
     for part in needed:
         _check_part(folder / part)
+    counting = folder / _counting(family, index) / TOKENIZER
+    if not counting.is_file():
+        raise PipelineFolderError(
+            f"{counting} is missing: save it with transformers, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     transformer = _json(folder / "transformer" / "config.json")
     vae, scheduler = _json(folder / "vae" / "config.json"), _scheduler(folder)
     _check_class(folder / "transformer" / "config.json", transformer, family.transformer)
@@ -187,9 +194,15 @@ def stated_licence(folder: Path) -> str:
     return found[1] if found else "unspecified"
 
 
-def is_class_conditional(folder: Path) -> bool:
-    """Return True for a pipeline of the published DiT, whose weights become a network of this project."""
-    return _optional_json(folder / INDEX).get("_class_name") == "DiTPipeline"
+def holds_pipeline(folder: Path) -> bool:
+    """Return True for a folder that is to be brought in as a pipeline, whether or not that is possible.
+
+    That of the published DiT is not: its weights become a network of this project.
+    """
+    if (folder / INDEX).is_file():
+        return _optional_json(folder / INDEX).get("_class_name") != "DiTPipeline"
+    name = _optional_json(folder / "transformer" / "config.json").get("_class_name")
+    return any(name == family.transformer for family in FAMILIES.values())
 
 
 def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, Family]:
@@ -251,10 +264,11 @@ def _config(
     side = transformer.get("sample_size") or 128
     height, width = size or (side, side)
     patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
-    known = tokens or family.text_tokens
-    if family.tokenizer != "tokenizer" and not any(index.get(family.tokenizer) or ()):
-        # Without its largest encoder, a pipeline hands over zeros for it.
-        known = family.text_tokens
+    known = limit = tokens or family.text_tokens
+    tokenizer = _counting(family, index)
+    if tokenizer != family.tokenizer:
+        # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
+        known, limit = family.text_tokens, family.more_tokens
     largest = transformer.get("pos_embed_max_size")
     return PipelineConfig(
         family=name,
@@ -263,6 +277,8 @@ def _config(
         in_channels=channels,
         text_tokens=known + family.more_tokens,
         text_size=transformer[family.text_size],
+        text_limit=limit,
+        tokenizer=tokenizer,
         patch_size=patch,
         factor=latents.factor,
         largest_side=largest * patch if largest else None,
@@ -271,6 +287,11 @@ def _config(
         text_mask=family.text_mask,
         embedded_guidance=bool(transformer.get("guidance_embeds")),
     )
+
+
+def _counting(family: Family, index: Mapping[str, Any]) -> str:
+    """Return the folder of the tokenizer that counts a prompt: that of the largest encoder there is."""
+    return family.tokenizer if any(index.get(family.tokenizer) or ()) else "tokenizer"
 
 
 def _guidance(family: Family, transformer: Mapping[str, Any]) -> GuidanceKind:

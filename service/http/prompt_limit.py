@@ -6,6 +6,7 @@ from typing import Any
 
 from ditserve.model.spec.bundle import PIPELINE, Bundle, BundleError
 from ditserve.model.spec.pipeline_config import FAMILIES, PipelineConfig
+from ditserve.model.spec.pipeline_folder import TOKENIZER
 from ditserve.service.http.operating_point import field_error
 
 
@@ -24,10 +25,8 @@ class PromptLimit:
         config = bundle.manifest.config
         if not isinstance(config, PipelineConfig):
             return
-        family = FAMILIES[config.family]
-        self.tokens = config.text_tokens - family.more_tokens
-        self._lowers = family.lowers
-        file = bundle.path / PIPELINE / family.tokenizer / "tokenizer.json"
+        self.tokens, self._lowers = config.text_limit, FAMILIES[config.family].lowers
+        file = bundle.path / PIPELINE / config.tokenizer / TOKENIZER
         try:
             # Only here: most models count no tokens.
             from tokenizers import Tokenizer
