@@ -108,7 +108,14 @@ IMPURE = {
 # fmt: on
 
 # Who may import by name: tables of implementations, and packages that few need.
-LATE = {"service.__main__", "service.backends", "service.telemetry.tracing", "export.tensorrt.module"}
+LATE = {
+    "service.__main__",
+    "service.backends",
+    "service.backends.torch",
+    "service.http.prompt_limit",
+    "service.telemetry.tracing",
+    "export.tensorrt.module",
+}
 LATE |= {
     "service.backends.cuda",
     "service.backends.other_texts",

@@ -14,6 +14,8 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
 FamilyName = Literal["pixart", "sd3", "flux"]
+INDEX = "model_index.json"  # of a pipeline's folder
+TOKENIZER = "tokenizer.json"  # of a tokenizer's folder, which counts the tokens of a prompt
 GuidanceKind = Literal["classifier-free", "embedded", "none"]
 
 
@@ -110,7 +112,7 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
+class PipelineFamily:
     """The facts about a family that its folders do not state; they are those of its pipelines in diffusers.
 
     pipelines      the pipelines' classes, and the transformer's
@@ -143,9 +145,9 @@ class Family:
     guidance_scale: float
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
     {
-        "pixart": Family(
+        "pixart": PipelineFamily(
             pipelines=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
             transformer="PixArtTransformer2DModel",
             text_size="caption_channels",
@@ -155,7 +157,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             steps=20,
             guidance_scale=4.5,
         ),
-        "sd3": Family(
+        "sd3": PipelineFamily(
             pipelines=("StableDiffusion3Pipeline",),
             transformer="SD3Transformer2DModel",
             text_size="joint_attention_dim",
@@ -166,7 +168,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             steps=28,
             guidance_scale=7.0,
         ),
-        "flux": Family(
+        "flux": PipelineFamily(
             pipelines=("FluxPipeline",),
             transformer="FluxTransformer2DModel",
             text_size="joint_attention_dim",

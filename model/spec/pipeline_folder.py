@@ -36,10 +36,15 @@ from ditserve.model.spec.bundle import (
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.output_folder import BUNDLE, replacement
-from ditserve.model.spec.pipeline_config import FAMILIES, Family, GuidanceKind, PipelineConfig
+from ditserve.model.spec.pipeline_config import (
+    FAMILIES,
+    INDEX,
+    TOKENIZER,
+    GuidanceKind,
+    PipelineConfig,
+    PipelineFamily,
+)
 
-INDEX = "model_index.json"
-TOKENIZER = "tokenizer.json"  # counts the tokens of a prompt
 SHARDS = ".safetensors.index.json"
 # The files of a part that are taken along: configurations, vocabularies, weights.
 TAKEN = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
@@ -205,7 +210,7 @@ def holds_pipeline(folder: Path) -> bool:
     return any(name == family.transformer for family in FAMILIES.values())
 
 
-def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, Family]:
+def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, PipelineFamily]:
     name = index.get("_class_name")
     for found, family in FAMILIES.items():
         if name in family.pipelines:
@@ -250,7 +255,7 @@ def _check_class(file: Path, fields: Mapping[str, Any], wanted: str) -> None:
 
 def _config(
     name: Any,
-    family: Family,
+    family: PipelineFamily,
     index: Mapping[str, Any],
     transformer: Mapping[str, Any],
     latents: LatentSpec,
@@ -289,12 +294,12 @@ def _config(
     )
 
 
-def _counting(family: Family, index: Mapping[str, Any]) -> str:
+def _counting(family: PipelineFamily, index: Mapping[str, Any]) -> str:
     """Return the folder of the tokenizer that counts a prompt: that of the largest encoder there is."""
     return family.tokenizer if any(index.get(family.tokenizer) or ()) else "tokenizer"
 
 
-def _guidance(family: Family, transformer: Mapping[str, Any]) -> GuidanceKind:
+def _guidance(family: PipelineFamily, transformer: Mapping[str, Any]) -> GuidanceKind:
     if "guidance_embeds" not in transformer:
         return "classifier-free"
     return "embedded" if transformer["guidance_embeds"] else "none"
@@ -317,7 +322,7 @@ def _latents(file: Path, vae: Mapping[str, Any]) -> LatentSpec:
 
 
 def _diffusion(
-    scheduler: Mapping[str, Any], family: Family, config: PipelineConfig
+    scheduler: Mapping[str, Any], family: PipelineFamily, config: PipelineConfig
 ) -> tuple[DiffusionSpec, str, str]:
     """Return the noise that the model was trained on, and the solver and grid of its scheduler.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from ditserve.model.spec.bundle import PIPELINE, Bundle, BundleError
-from ditserve.model.spec.pipeline_config import FAMILIES, PipelineConfig
-from ditserve.model.spec.pipeline_folder import TOKENIZER
+from ditserve.model.spec.pipeline_config import FAMILIES, TOKENIZER, PipelineConfig
 from ditserve.service.http.operating_point import field_error
 
 
@@ -29,12 +29,12 @@ class PromptLimit:
         file = bundle.path / PIPELINE / config.tokenizer / TOKENIZER
         try:
             # Only here: most models count no tokens.
-            from tokenizers import Tokenizer
-
-            self._tokenizer: Any = Tokenizer.from_file(str(file))
+            tokenizers = import_module("tokenizers")
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except ImportError:
             raise BundleError(
-                f"{bundle.path} needs the package tokenizers, which counts a prompt: pip install tokenizers"
+                f"{bundle.path} needs the package tokenizers, which counts the tokens of prompts, and which is "
+                "not installed: pip install 'ditserve[serve-text]'"
             ) from None
         # Its errors are of no class of their own.
         except Exception as error:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ditserve.model.nets.pipelines.network import PipelineError
+from ditserve.model.nets.pipelines.network import PipelineError, quiet
 from ditserve.model.spec.pipeline_config import FAMILIES, PipelineConfig
 
 Floats = npt.NDArray[np.float32]
@@ -70,6 +70,7 @@ class PipelineTexts:
         self.size, self.key = config.text_width, key
         self._tokens, self._encode = config.text_tokens, ENCODERS[config.family]
         try:
+            quiet()
             name = diffusers.DiffusionPipeline.load_config(str(folder))["_class_name"]
             with warnings.catch_warnings():
                 # It is told nothing of the parts that texts do not need.
