@@ -84,7 +84,8 @@ class Job(Message):
     @property
     def oldest_version(self) -> int:
         decays = self.requested is not None and self.requested.guidance_decay != 0.0
-        return 2 if decays or self.negative_prompt or self.mix in ("compose", "layers") else OLDEST
+        combined = self.negative_prompt or self.mix in ("compose", "layers")
+        return 2 if decays or combined or self.solver == "unipc-2" else OLDEST
 
     @property
     def composed(self) -> int:
