@@ -100,6 +100,10 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, marks, *rows)) + "\n"
 
 
+def score_text(error: PictureError) -> str:
+    return "" if error.real is None else f"{error.real:.4f} ± {error.error:.4f}"
+
+
 def document(runs: Mapping[str, Errors], pictured: Mapping[str, Sequence[PictureError]], command: str) -> str:
     """Return the text of convergence.md."""
     parts = [
@@ -114,16 +118,13 @@ def document(runs: Mapping[str, Errors], pictured: Mapping[str, Sequence[Picture
         parts += [f"## Whole runs: {process}\n\n{told}.\n"]
         parts += [markdown(["solver", *map(str, TOLD)], error_rows(errors, TOLD))]
     if pictured:
+        columns = ["solver", *map(str, PICTURE_CALLS)]
         own = {name: {error.calls: error.own for error in errors} for name, errors in pictured.items()}
-        real = {
-            name: {e.calls: e.real for e in errors if e.real is not None} for name, errors in pictured.items()
-        }
         told = f"Distance to the model's own run of {REFERENCE} steps of DDIM, by calls of the network"
-        parts += [f"## Pictures of a model\n\n{told}.\n"]
-        parts += [markdown(["solver", *map(str, PICTURE_CALLS)], error_rows(own, PICTURE_CALLS))]
-        if all(real.values()):
-            parts += ["Energy score against real pictures (`real` of a ladder).\n"]
-            parts += [markdown(["solver", *map(str, PICTURE_CALLS)], error_rows(real, PICTURE_CALLS))]
+        parts += [f"## Pictures of a model\n\n{told}.\n", markdown(columns, error_rows(own, PICTURE_CALLS))]
+        scores = [[name, *map(score_text, errors)] for name, errors in pictured.items()]
+        told = "Energy score against real pictures, ± the standard error of its difference from the first row"
+        parts += [f"{told}.\n", markdown(columns, scores)]
     return "\n".join(parts)
 
 

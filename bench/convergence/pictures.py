@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ditserve.bench.convergence.trials import Trial
 from ditserve.export.calibrate import with_backbone
 from ditserve.export.parity import graph_backbone
@@ -22,11 +24,15 @@ REFERENCE = 150  # steps of DDIM in the long run
 
 @dataclass(frozen=True, slots=True)
 class PictureError:
-    """The root mean square to the long run, and the energy score to real pictures if there are any."""
+    """The root mean square to the long run, and the energy score to real pictures if there are any.
+
+    `error` is the standard error of that score's difference from the first trial's with as many calls.
+    """
 
     calls: int
     own: float
-    real: float | None
+    real: float | None = None
+    error: float | None = None
 
 
 def picture_errors(
@@ -49,10 +55,16 @@ def picture_errors(
     even = even_grid(schedule)
     longest = step_table("ddim", noise_levels(even, REFERENCE, schedule), schedule)
     target = draw_along(longest, model, inputs, interval)
+    first: dict[int, Tensor] = {}
     for trial in trials:
         for count in calls:
             table = trial.table(noise_levels(even, trial.grid_steps(count), schedule), schedule)
             pictures = draw_along(table, model, inputs, interval)
             own = float((pictures - target).square().mean().sqrt())
-            real = None if inputs.real is None else float(energy_scores(pictures, inputs.real).mean())
-            yield trial.name, PictureError(len(table), own, real)
+            if inputs.real is None:
+                yield trial.name, PictureError(len(table), own)
+                continue
+            scores = energy_scores(pictures, inputs.real)
+            change = scores - first.setdefault(len(table), scores)
+            error = float(change.std() / len(change) ** 0.5)
+            yield trial.name, PictureError(len(table), own, float(scores.mean()), error)

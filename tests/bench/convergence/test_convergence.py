@@ -103,6 +103,7 @@ def test_the_command_writes_the_table_the_figure_and_the_record(
     assert "Whole runs: variance-preserving" in capsys.readouterr().out
     assert "## Pictures of a model" in text
     kept = json.loads((tmp_path / "results" / "convergence.json").read_text())
+    assert "| ddim |  |  |" in text
     assert [len(kept["pictures"][trial.name]) for trial in command.PICTURED] == [2] * 5
     assert kept["runs"]["flow"]["unipc-2"]["5"] == pytest.approx(0.296, abs=0.001)
     assert (tmp_path / "results" / "convergence.png").read_bytes().startswith(b"\x89PNG")
