@@ -20,7 +20,8 @@ from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle
 from ditserve.model.spec.command_line import guarded, named_path, positive
 from ditserve.model.spec.output_folder import BUNDLE, check_folder
 from ditserve.model.weights.files import export_weights, write_bundle
-from ditserve.model.weights.imports import ImportFunction, ImportOptions, read_weights
+from ditserve.model.weights.imported import ImportFunction, ImportOptions
+from ditserve.model.weights.imports import read_weights
 from ditserve.model.weights.official import WeightsError
 
 
@@ -56,15 +57,7 @@ def _import(options: argparse.Namespace) -> None:
         predicts_noise=options.predicts_noise,
     )
     found = read_weights(options.source, wanted)
-    write_bundle(
-        options.bundle,
-        found.weights,
-        found.config,
-        licence=options.licence,
-        classes=names or found.classes,
-        notes=found.notes,
-        flow=found.flow,
-    )
+    write_bundle(options.bundle, found, licence=options.licence, classes=names)
     parameters = sum(tensor.numel() for tensor in found.weights.values())
     for note in found.notes:
         print(note)
@@ -100,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--function",
         choices=get_args(ImportFunction),
         help="what weights were trained as: of diffusers with its k/127 frequencies and epsilon, or as "
-        "published; in the official layout a flow as SiT or REPA trains it",
+        "published; in the official layout a flow as SiT, REPA or LightningDiT trains it",
     )
     bring.add_argument("--heads", type=positive, help="number of heads, for a width that is not published")
     bring.add_argument(
