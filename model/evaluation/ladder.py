@@ -83,7 +83,7 @@ QUICK = LadderPlan(
         "ddim": (("trailing",), (50, 20)),
         "dpmpp-2m": (("trailing",), (30, 20, 10)),
         "unipc-1": (("uniform-t",), (8, 6, 4)),
-        "unipc-2": (("trailing",), (20, 14, 8)),
+        "unipc-2": (("trailing",), (20, 14, 8, 6, 4)),
     },
     16,
 )
