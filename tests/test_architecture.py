@@ -122,6 +122,7 @@ LATE |= {
     "service.backends.tensorrt",
     "service.telemetry.gpus",
 }
+LATE |= {"service.backends.torch", "service.http.prompt_limit"}
 LATE |= {"model.nets.autoencoder", "model.nets.text", "service.backends.other_texts"}
 
 # Readers of the host's clock: for people (when a key or an image was made), to compare it with that of Redis,

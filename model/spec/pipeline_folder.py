@@ -171,7 +171,7 @@ def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
 def cached_bundle(folder: Path) -> Path:
     """Return the bundle of a pipeline's folder among those that this user has served; make it if need be.
 
-    It lies in the cache folder of the user, and is made anew where a file of the pipeline has changed.
+    It lies in `~/.cache/ditserve`, and is made anew where a file of the pipeline has changed.
 
     Raises:
         PipelineFolderError, OutputError, OSError: as `read_pipeline` and `write_pipeline_bundle`.
@@ -180,8 +180,7 @@ def cached_bundle(folder: Path) -> Path:
     files = [real / INDEX, *(file for part in real.iterdir() if part.is_dir() for file in _files(part))]
     stats = [(str(file.relative_to(real)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.blake2b(repr((str(real), stats)).encode(), digest_size=6).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = home / "ditserve" / f"{bundle_name(real)[:80]}-{digest}"
+    target = Path.home() / ".cache" / "ditserve" / f"{bundle_name(real)[:80]}-{digest}"
     if not (target / MANIFEST).is_file():
         found = read_pipeline(real, name=bundle_name(real), licence=stated_licence(real))
         target.parent.mkdir(parents=True, exist_ok=True)

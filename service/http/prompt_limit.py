@@ -33,8 +33,8 @@ class PromptLimit:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except ImportError:
             raise BundleError(
-                f"{bundle.path} needs the package tokenizers, which counts the tokens of prompts, and which is "
-                "not installed: pip install 'ditserve[serve-text]'"
+                f"{bundle.path} needs the package tokenizers, to count the tokens of prompts: "
+                "pip install 'ditserve[serve-text]'"
             ) from None
         # Its errors are of no class of their own.
         except Exception as error:

@@ -146,7 +146,7 @@ def test_a_damaged_file_is_found_when_the_bundle_is_opened(folder: Path, tmp_pat
 def test_a_pipeline_served_by_its_folder_is_brought_in_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     first = cached_bundle(folder)
     made = (first / "manifest.json").stat().st_mtime_ns
     assert cached_bundle(folder) == first
