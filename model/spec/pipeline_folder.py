@@ -58,7 +58,7 @@ SOLVERS = {
 FLOW_SOLVERS = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "DPMSolverMultistepScheduler": "dpmpp-2m",
-    "UniPCMultistepScheduler": "unipc-1",
+    "UniPCMultistepScheduler": "unipc-2",
 }
 
 

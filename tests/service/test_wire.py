@@ -47,11 +47,8 @@ def test_a_job_has_the_oldest_version_that_says_all_of_it() -> None:
         {"mix": "compose"},
         {"mix": "layers"},
         {"negative_prompt": "fog"},
-<<<<<<< HEAD
         {"guidance_embedded": 3.5},
-=======
         {"solver": "unipc-2"},
->>>>>>> main
         {"requested": replace(examples.FULL, guidance_decay=-1.0)},
     ]
     for change in newer:
