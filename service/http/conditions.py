@@ -118,7 +118,8 @@ def _negative_prompt(request: GenerateRequest, manifest: Manifest) -> str:
             'This model takes no text: give a condition of negative weight with "mix": "compose".',
         )
     if text and guidance_scale(request, manifest) == 1.0:
+        off = manifest.diffusion.unguided_scale
         raise field_error(
-            "negative_prompt", "Only guidance subtracts it: choose a guidance_scale other than 1."
+            "negative_prompt", f"Only guidance subtracts it: choose a guidance_scale other than {off}."
         )
     return text
