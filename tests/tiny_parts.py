@@ -100,7 +100,8 @@ def qwen_vl() -> Any:
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24}
     return transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(
-            text_config={**text, "rope_parameters": rope}, vision_config={**vision, "fullatt_block_indexes": [0]}
+            text_config={**text, "rope_parameters": rope},
+            vision_config={**vision, "fullatt_block_indexes": [0]},
         )
     )
 

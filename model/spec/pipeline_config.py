@@ -18,6 +18,8 @@ from ditserve.model.spec.guidance import GuidanceNorm
 FamilyName = Literal[
     "pixart", "sd3", "flux", "sana", "lumina2", "auraflow", "chroma", "qwen_image", "z_image"
 ]
+INDEX = "model_index.json"  # of a pipeline's folder
+TOKENIZER = "tokenizer.json"  # of a tokenizer's folder, which counts the tokens of a prompt
 # The first character of a text that guidance subtracts, where `plain_negatives` makes a difference of it.
 NEGATIVE = "\0"
 GuidanceKind = Literal["classifier-free", "embedded", "none"]
@@ -34,6 +36,7 @@ class PipelineConfig:
         patch_size         divides the sides of a latent, of at most `largest_side`
         factor             the pixels that a latent covers on a side
         text_tokens        the tokens of a text, padding included, of `text_size` numbers each
+        text_limit         the most tokens of a prompt, as the tokenizer in the folder `tokenizer` counts them
         pooled_size        the numbers of a whole text; 0: the network is given none
         text_mask          True if the network does not look at the padding
         embedded_guidance  True if the network is told the guidance scale
@@ -50,6 +53,8 @@ class PipelineConfig:
     in_channels: int
     text_tokens: int
     text_size: int
+    text_limit: int
+    tokenizer: str
     patch_size: int = 2
     factor: int = 8
     largest_side: int | None = None
@@ -65,7 +70,7 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"unknown family {self.family!r}: choose among {', '.join(FAMILIES)}")
-        for name in ("in_channels", "text_tokens", "text_size", "patch_size", "factor"):
+        for name in ("in_channels", "text_tokens", "text_size", "text_limit", "patch_size", "factor"):
             value = getattr(self, name)
             if not isinstance(value, int) or value <= 0:
                 raise ValueError(f"{name} must be positive and whole, not {value!r}")
@@ -73,6 +78,12 @@ class PipelineConfig:
             raise ValueError(
                 f"image_size {self.image_size[0]}x{self.image_size[1]} is not divisible by patch_size "
                 f"{self.patch_size}: change one of them"
+            )
+
+        if self.largest_side is not None and max(self.image_size) > self.largest_side:
+            raise ValueError(
+                f"image_size {self.image_size[0]}x{self.image_size[1]} is beyond largest_side "
+                f"{self.largest_side}, up to which the network has places"
             )
 
     @property
@@ -107,7 +118,7 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
+class PipelineFamily:
     """The facts about a family that its folders do not state; they are those of its pipelines in diffusers.
 
     pipelines      the pipelines' classes, and the transformer's
@@ -124,6 +135,7 @@ class Family:
     counts_positions  True if the transformer's pos_embed_max_size is that of a whole image, not of a side
     noise_scale    the network of a flow is told sigma times this
     ends           who places the line of a flow's grid: see `GridReading`
+    tells_tokens   True if the pipeline tells its scheduler how many tokens an image has, for a dynamic shift
     distilled      True if guidance is embedded, or there is none
     guidance_norm, unguided_scale  of guidance: see `DiffusionSpec`
     steps, guidance_scale  the defaults
@@ -148,6 +160,7 @@ class Family:
     noise_input: Literal["sigma", "1-sigma"] = "sigma"
     output_sign: Literal[1, -1] = 1
     ends: Literal["scheduler", "pipeline"] = "scheduler"
+    tells_tokens: bool = True
     distilled: bool = False
     guidance_norm: GuidanceNorm | None = None
     unguided_scale: Literal[0, 1] = 1
@@ -155,9 +168,9 @@ class Family:
     guidance_scale: float
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
     {
-        "pixart": Family(
+        "pixart": PipelineFamily(
             pipelines=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
             transformer="PixArtTransformer2DModel",
             text_size="caption_channels",
@@ -167,7 +180,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             steps=20,
             guidance_scale=4.5,
         ),
-        "sd3": Family(
+        "sd3": PipelineFamily(
             pipelines=("StableDiffusion3Pipeline",),
             transformer="SD3Transformer2DModel",
             text_size="joint_attention_dim",
@@ -178,7 +191,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             steps=28,
             guidance_scale=7.0,
         ),
-        "flux": Family(
+        "flux": PipelineFamily(
             pipelines=("FluxPipeline",),
             transformer="FluxTransformer2DModel",
             text_size="joint_attention_dim",
@@ -192,7 +205,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             steps=28,
             guidance_scale=3.5,
         ),
-        "sana": Family(
+        "sana": PipelineFamily(
             pipelines=("SanaPipeline",),
             transformer="SanaTransformer2DModel",
             text_size="caption_channels",
@@ -202,10 +215,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             lowers=True,
             plain_negatives=True,
             text_mask=True,
+            tells_tokens=False,
             steps=20,
             guidance_scale=4.5,
         ),
-        "lumina2": Family(
+        "lumina2": PipelineFamily(
             pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
             transformer="Lumina2Transformer2DModel",
             text_size="cap_feat_dim",
@@ -219,21 +233,23 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             output_sign=-1,
             ends="pipeline",
             guidance_norm="line",
+            tells_tokens=False,
             steps=30,
             guidance_scale=4.0,
         ),
-        "auraflow": Family(
+        "auraflow": PipelineFamily(
             pipelines=("AuraFlowPipeline",),
             transformer="AuraFlowTransformer2DModel",
             text_size="joint_attention_dim",
             text_tokens=256,
             sample_size=128,
             counts_positions=True,
+            tells_tokens=False,
             noise_scale=1.0,
             steps=50,
             guidance_scale=3.5,
         ),
-        "chroma": Family(
+        "chroma": PipelineFamily(
             pipelines=("ChromaPipeline",),
             transformer="ChromaTransformer2DModel",
             text_size="joint_attention_dim",
@@ -245,7 +261,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             steps=35,
             guidance_scale=5.0,
         ),
-        "qwen_image": Family(
+        "qwen_image": PipelineFamily(
             pipelines=("QwenImagePipeline",),
             transformer="QwenImageTransformer2DModel",
             text_size="joint_attention_dim",
@@ -259,7 +275,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             steps=50,
             guidance_scale=4.0,
         ),
-        "z_image": Family(
+        "z_image": PipelineFamily(
             pipelines=("ZImagePipeline",),
             transformer="ZImageTransformer2DModel",
             text_size="cap_feat_dim",

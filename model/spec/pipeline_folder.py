@@ -37,9 +37,15 @@ from ditserve.model.spec.bundle import (
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.output_folder import BUNDLE, replacement
-from ditserve.model.spec.pipeline_config import FAMILIES, Family, GuidanceKind, PipelineConfig
+from ditserve.model.spec.pipeline_config import (
+    FAMILIES,
+    INDEX,
+    TOKENIZER,
+    GuidanceKind,
+    PipelineConfig,
+    PipelineFamily,
+)
 
-INDEX = "model_index.json"
 SHARDS = ".safetensors.index.json"
 # The files of a part that are taken along: configurations, vocabularies, weights.
 TAKEN = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
@@ -53,7 +59,7 @@ SOLVERS = {
 FLOW_SOLVERS = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "DPMSolverMultistepScheduler": "dpmpp-2m",
-    "UniPCMultistepScheduler": "unipc-1",
+    "UniPCMultistepScheduler": "unipc-2",
 }
 
 
@@ -94,6 +100,12 @@ def read_pipeline(
     needed = _needed_parts(index)
     for part in needed:
         _check_part(folder / part)
+    counting = folder / _counting(family, index) / TOKENIZER
+    if not counting.is_file():
+        raise PipelineFolderError(
+            f"{counting} is missing: save it with transformers, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     transformer = _json(folder / "transformer" / "config.json")
     vae, scheduler = _json(folder / "vae" / "config.json"), _scheduler(folder)
     _check_class(folder / "transformer" / "config.json", transformer, family.transformer)
@@ -160,7 +172,7 @@ def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
 def cached_bundle(folder: Path) -> Path:
     """Return the bundle of a pipeline's folder among those that this user has served; make it if need be.
 
-    It lies in the cache folder of the user, and is made anew where a file of the pipeline has changed.
+    It lies in `~/.cache/ditserve`, and is made anew where a file of the pipeline has changed.
 
     Raises:
         PipelineFolderError, OutputError, OSError: as `read_pipeline` and `write_pipeline_bundle`.
@@ -169,8 +181,7 @@ def cached_bundle(folder: Path) -> Path:
     files = [real / INDEX, *(file for part in real.iterdir() if part.is_dir() for file in _files(part))]
     stats = [(str(file.relative_to(real)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.blake2b(repr((str(real), stats)).encode(), digest_size=6).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = home / "ditserve" / f"{bundle_name(real)[:80]}-{digest}"
+    target = Path.home() / ".cache" / "ditserve" / f"{bundle_name(real)[:80]}-{digest}"
     if not (target / MANIFEST).is_file():
         found = read_pipeline(real, name=bundle_name(real), licence=stated_licence(real))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -188,12 +199,18 @@ def stated_licence(folder: Path) -> str:
     return found[1] if found else "unspecified"
 
 
-def is_class_conditional(folder: Path) -> bool:
-    """Return True for a pipeline of the published DiT, whose weights become a network of this project."""
-    return _optional_json(folder / INDEX).get("_class_name") == "DiTPipeline"
+def holds_pipeline(folder: Path) -> bool:
+    """Return True for a folder that is to be brought in as a pipeline, whether or not that is possible.
+
+    That of the published DiT is not: its weights become a network of this project.
+    """
+    if (folder / INDEX).is_file():
+        return _optional_json(folder / INDEX).get("_class_name") != "DiTPipeline"
+    name = _optional_json(folder / "transformer" / "config.json").get("_class_name")
+    return any(name == family.transformer for family in FAMILIES.values())
 
 
-def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, Family]:
+def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, PipelineFamily]:
     name = index.get("_class_name")
     for found, family in FAMILIES.items():
         if name in family.pipelines:
@@ -238,7 +255,7 @@ def _check_class(file: Path, fields: Mapping[str, Any], wanted: str) -> None:
 
 def _config(
     name: Any,
-    family: Family,
+    family: PipelineFamily,
     index: Mapping[str, Any],
     transformer: Mapping[str, Any],
     latents: LatentSpec,
@@ -252,10 +269,11 @@ def _config(
     side = family.sample_size or transformer.get("sample_size") or 128
     height, width = size or (side, side)
     patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
-    known = tokens or family.text_tokens
-    if family.tokenizer != "tokenizer" and not any(index.get(family.tokenizer) or ()):
-        # Without its largest encoder, a pipeline hands over zeros for it.
-        known = family.text_tokens
+    known = limit = tokens or family.text_tokens
+    tokenizer = _counting(family, index)
+    if tokenizer != family.tokenizer:
+        # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
+        known, limit = family.text_tokens, family.more_tokens
     largest = _largest_grid(family, transformer, known + family.more_tokens)
     return PipelineConfig(
         family=name,
@@ -264,6 +282,8 @@ def _config(
         in_channels=channels,
         text_tokens=known + family.more_tokens,
         text_size=transformer[family.text_size],
+        text_limit=limit,
+        tokenizer=tokenizer,
         patch_size=patch,
         factor=latents.factor,
         largest_side=largest * patch if largest else None,
@@ -274,7 +294,12 @@ def _config(
     )
 
 
-def _largest_grid(family: Family, transformer: Mapping[str, Any], tokens: int) -> int | None:
+def _counting(family: PipelineFamily, index: Mapping[str, Any]) -> str:
+    """Return the folder of the tokenizer that counts a prompt: that of the largest encoder there is."""
+    return family.tokenizer if any(index.get(family.tokenizer) or ()) else "tokenizer"
+
+
+def _largest_grid(family: PipelineFamily, transformer: Mapping[str, Any], tokens: int) -> int | None:
     """Return the most tokens along a side that the network has positions for; None: any number.
 
     Raises:
@@ -290,7 +315,7 @@ def _largest_grid(family: Family, transformer: Mapping[str, Any], tokens: int) -
     return math.isqrt(largest) if largest and family.counts_positions else largest
 
 
-def _guidance(family: Family, transformer: Mapping[str, Any]) -> GuidanceKind:
+def _guidance(family: PipelineFamily, transformer: Mapping[str, Any]) -> GuidanceKind:
     """Return the kind of a model's guidance. Raises `ValueError` for one that its pipeline does not have."""
     embedded = bool(transformer.get("guidance_embeds"))
     if family.distilled:
@@ -320,7 +345,7 @@ def _latents(file: Path, vae: Mapping[str, Any]) -> LatentSpec:
 
 
 def _diffusion(
-    scheduler: Mapping[str, Any], family: Family, config: PipelineConfig
+    scheduler: Mapping[str, Any], family: PipelineFamily, config: PipelineConfig
 ) -> tuple[DiffusionSpec, str, str]:
     """Return the noise that the model was trained on, and the solver and grid of its scheduler.
 
@@ -333,6 +358,8 @@ def _diffusion(
             raise ValueError(
                 f"scheduler: _class_name {name} has no solver here: {', '.join(FLOW_SOLVERS)} do"
             )
+        if scheduler.get("use_dynamic_shifting") and not family.tells_tokens:
+            raise ValueError("scheduler: use_dynamic_shifting true is not known for this pipeline")
         timesteps = scheduler.get("num_train_timesteps", 1000)
         spec = DiffusionSpec.model_validate(
             {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from ditserve.model.spec.bundle import PIPELINE, Bundle, BundleError
-from ditserve.model.spec.pipeline_config import FAMILIES, PipelineConfig
+from ditserve.model.spec.pipeline_config import FAMILIES, TOKENIZER, PipelineConfig
 from ditserve.service.http.operating_point import field_error
 
 
@@ -25,24 +26,23 @@ class PromptLimit:
         config = bundle.manifest.config
         if not isinstance(config, PipelineConfig):
             return
-        family = FAMILIES[config.family]
-        self._family = family
-        file = bundle.path / PIPELINE / family.tokenizer / "tokenizer.json"
+        self._family = family = FAMILIES[config.family]
+        file = bundle.path / PIPELINE / config.tokenizer / TOKENIZER
         try:
             # Only here: most models count no tokens.
-            from tokenizers import Tokenizer
-
-            self._tokenizer: Any = Tokenizer.from_file(str(file))
+            tokenizers = import_module("tokenizers")
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except ImportError:
             raise BundleError(
-                f"{bundle.path} needs the package tokenizers, which counts a prompt: pip install tokenizers"
+                f"{bundle.path} needs the package tokenizers, to count the tokens of prompts: "
+                "pip install 'ditserve[serve-text]'"
             ) from None
         # Its errors are of no class of their own.
         except Exception as error:
             raise BundleError(f"{file} cannot be read: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._most = config.text_tokens - family.more_tokens
+        self._most = config.text_limit
         self._own = self._count(family.head + family.tail) - self._count("")
         self.tokens = self._most - self._own
         if self.tokens < 1:

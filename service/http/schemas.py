@@ -309,6 +309,7 @@ class DefaultsOut(BaseModel):
     sampler: str
     grid: str
     guidance_scale: float
+    guidance_embedded: float | None = Field(None, description="The scale that the network is told, if any.")
     guidance_interval: tuple[float, float]
 
 

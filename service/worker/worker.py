@@ -89,9 +89,7 @@ class Worker:
         self.identity, self.policy = identity, policy
         self._broker, self._ladder, self._tracing = broker, parts.ladder, parts.tracing
         self._slots = parts.engine.free_samples
-        self._postprocessor = Postprocessor(
-            parts.decoder, parts.factors, unguided_scale=parts.unguided_scale
-        )
+        self._postprocessor = Postprocessor(parts.decoder, parts.factors, unguided_scale=parts.unguided_scale)
         self._events = ProgressEvents(broker, step_event_s=policy.step_event_s)
         self._leases = Leases(broker)
         self._reporting = Reporting(broker, every_s=policy.report_s, busy_s=policy.busy_report_s)

@@ -79,7 +79,7 @@ def _flux(module: nn.Module, rows: Rows) -> Tensor:
     return unpack(_output(output), height, width)
 
 
-def _sana(module: nn.Module, rows: Rows) -> Tensor:
+def _sana(module: Any, rows: Rows) -> Tensor:
     return _output(
         module(
             rows.x,
@@ -105,9 +105,7 @@ def _lumina2(module: nn.Module, rows: Rows) -> Tensor:
 
 
 def _auraflow(module: nn.Module, rows: Rows) -> Tensor:
-    return _output(
-        module(rows.x, encoder_hidden_states=rows.text, timestep=rows.noise, return_dict=False)
-    )
+    return _output(module(rows.x, encoder_hidden_states=rows.text, timestep=rows.noise, return_dict=False))
 
 
 def _chroma(module: nn.Module, rows: Rows) -> Tensor:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ditserve.model.nets.pipelines.network import PipelineError
+from ditserve.model.nets.pipelines.network import PipelineError, quiet
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 
 Floats = npt.NDArray[np.float32]
@@ -71,9 +71,7 @@ def _lumina2_negative(pipeline: Any, prompt: str, tokens: int) -> Encoded:
 
 
 def _auraflow(pipeline: Any, prompt: str, tokens: int) -> Encoded:
-    text, *_ = pipeline.encode_prompt(
-        prompt, do_classifier_free_guidance=False, max_sequence_length=tokens
-    )
+    text, *_ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=tokens)
     return text, None, None
 
 
@@ -90,9 +88,7 @@ def _qwen_image(pipeline: Any, prompt: str, tokens: int) -> Encoded:
 
 
 def _z_image(pipeline: Any, prompt: str, tokens: int) -> Encoded:
-    (text,), _ = pipeline.encode_prompt(
-        prompt, do_classifier_free_guidance=False, max_sequence_length=tokens
-    )
+    (text,), _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=tokens)
     return _padded(text[None], tokens)
 
 
@@ -137,6 +133,7 @@ class PipelineTexts:
         self.size, self.key = config.text_width, key
         self._tokens, self._family = config.text_tokens, config.family
         try:
+            quiet()
             index = diffusers.DiffusionPipeline.load_config(str(folder))
             unneeded = [part for part, value in index.items() if isinstance(value, list)]
             unneeded = [part for part in unneeded if not part.startswith(("text_encoder", "tokenizer"))]

@@ -5,7 +5,6 @@ masked, and prompts are encoded as the pipeline encodes them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from ditserve.model.nets.pipelines.network import PipelineNetwork, open_network
 from ditserve.model.nets.pipelines.texts import PipelineTexts
-from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import read_pipeline
 from tests.tiny_pipelines import BUILDERS, save_pipeline, tokens
 
