@@ -330,14 +330,11 @@ def latent_spec(folder: Path) -> LatentSpec:
     Raises:
         PipelineFolderError: it does not state it.
     """
-<<<<<<< HEAD
     file = folder / "config.json"
     vae = _json(file)
-=======
     if "latents_mean" in vae and "latents_std" in vae and "temperal_downsample" in vae:
         mean, deviation = (tuple(map(float, vae[name])) for name in ("latents_mean", "latents_std"))
         return LatentSpec(shift=mean, scale=deviation, factor=2 ** len(vae["temperal_downsample"]))
->>>>>>> fam
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     channels, scale = vae.get("latent_channels"), vae.get("scaling_factor")
     if not isinstance(levels, list) or not isinstance(channels, int) or not isinstance(scale, float | int):
