@@ -29,6 +29,7 @@ import numpy.typing as npt
 from ditserve.bench import report
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.backends import CONDITIONER_ROWS, Backend, SentenceEncoder, load_backend
+from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
@@ -62,6 +63,7 @@ class NoopBackend:
     conditioner_rows = CONDITIONER_ROWS
     size_multiple: int | None = None
     text_encoder: SentenceEncoder | None = None
+    state_memory: StateMemory = HostMemory()
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest

@@ -145,7 +145,8 @@ class Settings(BaseSettings):
         "last bit whatever else is in the batch; 0 runs as many as there are",
     )
     modulation_cache_bytes: Bytes = Field(
-        256 * 2**20, description="bytes of a worker for the network's modulations; 0 keeps none"
+        256 * 2**20,
+        description="bytes of a worker, of its GPU with torch, for the network's modulations; 0 keeps none",
     )
     embedding_cache_bytes: Bytes = Field(
         64 * 2**20, description="bytes of a worker, and of Redis, for embeddings of conditions"

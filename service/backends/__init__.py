@@ -17,6 +17,7 @@ from ditserve.model.spec.bundle import PIPELINE, Bundle, Manifest
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.pipeline_config import INDEX
 from ditserve.model.spec.text_encoder import is_encoder_class
+from ditserve.service.backends.state import StateArray, StateMemory
 
 Floats = npt.NDArray[np.float32]
 
@@ -46,6 +47,7 @@ class Backend(Protocol):
         precision: of the backbone: fp32, fp16, bf16 or int8.
         size_multiple: H and W may be any multiples of it; None for the manifest's own size only.
         text_encoder: that of an imported pipeline, which is part of its bundle; None for other models.
+        state_memory: the memory that `denoise` reads the condition state from.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Backend(Protocol):
     precision: str
     size_multiple: int | None
     text_encoder: SentenceEncoder | None
+    state_memory: StateMemory
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         """Return condition embeddings (B, E) of class indices (B, F) and sentence encodings (B, text_width).
@@ -71,8 +74,11 @@ class Backend(Protocol):
         """
         ...
 
-    def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
-        """Return the network's output (B, C_out, H, W) for latents (B, C, H, W) and their condition state."""
+    def denoise(self, x: Floats, state: tuple[StateArray, ...]) -> Floats:
+        """Return the network's output (B, C_out, H, W) for latents (B, C, H, W) and their condition state.
+
+        The state is as `modulate` gives it, or rows of arrays of `state_memory`.
+        """
         ...
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:

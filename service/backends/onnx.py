@@ -40,6 +40,7 @@ from ditserve.service.backends.sessions import (
     run_session,
     session_options,
 )
+from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.images import to_pixels
 
 log = structlog.get_logger()
@@ -112,6 +113,7 @@ class OnnxBackend:
 
     name = "onnx"
     text_encoder: SentenceEncoder | None = None
+    state_memory: StateMemory = HostMemory()
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ from ditserve.service.backends.cuda import Cuda
 from ditserve.service.backends.onnx import AuxiliaryGraphs
 from ditserve.service.backends.precision import OUTDATED
 from ditserve.service.backends.sessions import CPU, CUDA, session_options
+from ditserve.service.backends.state import HostMemory, StateMemory
 
 PRECISIONS = ("fp16", "bf16", "fp32", "int8")
 
@@ -65,6 +66,7 @@ class TensorRtBackend:
 
     name = "tensorrt"
     text_encoder: SentenceEncoder | None = None
+    state_memory: StateMemory = HostMemory()
     size_multiple: int | None = None  # an engine has one size
 
     def __init__(

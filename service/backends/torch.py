@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,7 @@ from ditserve.service.backends import (
     SentenceEncoder,
     text_parts_key,
 )
+from ditserve.service.backends.state import StateArray, StateMemory
 from ditserve.service.images import to_pixels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,6 +75,7 @@ class TorchBackend:
         config = bundle.manifest.config
         self.size_multiple = size_multiple(config)
         self._device = torch.device(device)
+        self.state_memory: StateMemory = TorchMemory(self._device)
         if self._device.type != "cpu":
             self.conditioner_rows = CONDITIONER_ROWS_GPU
         self.text_encoder: SentenceEncoder | None = None
@@ -128,9 +130,10 @@ class TorchBackend:
             state = self._model.modulate(self._tensor(timesteps), self._tensor(embeddings))
             return tuple(_array(tensor) for tensor in state)
 
-    def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
+    def denoise(self, x: Floats, state: tuple[StateArray, ...]) -> Floats:
         with _computing():
-            return _array(self._backbone(self._tensor(x), [self._tensor(tensor) for tensor in state]))
+            tensors = [torch.as_tensor(tensor, device=self._device) for tensor in state]
+            return _array(self._backbone(self._tensor(x), tensors))
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         if self._decoder is None:
@@ -144,6 +147,27 @@ class TorchBackend:
 
     def _tensor(self, array: Floats) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+class TorchMemory:
+    """A `StateMemory` of tensors on a device of torch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def zeros(self, rows: int, shape: tuple[int, ...]) -> torch.Tensor:
+        with _computing():
+            # Unlike those of torch, numpy's zeros take no memory of the host before they are written to.
+            return torch.from_numpy(np.zeros((rows, *shape), np.float32)).to(self._device)
+
+    def write(self, array: torch.Tensor, places: Sequence[int] | slice, values: Floats) -> None:
+        with _computing():
+            array[places] = torch.from_numpy(values).to(self._device)
+
+    def take(self, array: torch.Tensor, places: Sequence[int], out: torch.Tensor) -> None:
+        with _computing():
+            rows = torch.tensor(places, device=self._device)
+            torch.index_select(array, 0, rows, out=out[: len(places)])
 
 
 def _array(tensor: torch.Tensor) -> Floats:

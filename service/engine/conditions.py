@@ -16,7 +16,6 @@ from math import prod
 from typing import Generic, TypeVar, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from ditserve.model.spec.bundle import Follows, StateTensor
 from ditserve.model.spec.mixing import (
@@ -26,13 +25,13 @@ from ditserve.model.spec.mixing import (
     state_sources,
 )
 from ditserve.service.backends import Backend
+from ditserve.service.backends.state import Floats, StateArray, StateMemory
 from ditserve.service.engine.embedding_cache import Condition, EmbeddingCache
 from ditserve.service.engine.text_cache import TextCache
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.telemetry.counters import CacheCounters
 
-Floats = npt.NDArray[np.float32]
 K = TypeVar("K", bound=Hashable)
 
 
@@ -114,12 +113,14 @@ class _Table:
     `positions` are those of its tensors in the state.
     """
 
-    def __init__(self, follows: Follows, state: Sequence[StateTensor], slots: int) -> None:
+    def __init__(
+        self, follows: Follows, state: Sequence[StateTensor], slots: int, memory: StateMemory
+    ) -> None:
         self.follows = follows
         self.positions = [k for k, entry in enumerate(state) if entry.follows == follows]
         shapes = [state[k].shape for k in self.positions]
         self.entry_bytes = _bytes(state, follows)
-        self.blocks = [np.empty((slots, *shape), np.float32) for shape in shapes]
+        self.blocks = [memory.zeros(slots, shape) for shape in shapes]
         # There is one condition to pin, at many levels.
         self.lru: SlotLru[StateKey] = SlotLru(slots, {"condition": 1, "level": 0}.get(follows))
 
@@ -150,6 +151,7 @@ class ModulationCache(CacheCounters):
     def __init__(self, backend: Backend, *, capacity: int, pinned: bytes) -> None:
         super().__init__()
         self._backend, self._call_rows = backend, backend.conditioner_rows
+        self._memory = backend.state_memory
         self._pinned_key = pinned
         self._config = backend.manifest.config
         state = backend.manifest.state
@@ -158,7 +160,12 @@ class ModulationCache(CacheCounters):
         # What is small beside the rest gets many slots for a share of the capacity that is not missed.
         shares = {kind: max(_bytes(state, kind) / self.entry_bytes, SMALLEST_SHARE) for kind in kinds}
         self._tables = [
-            _Table(kind, state, int(capacity * share / sum(shares.values())) // _bytes(state, kind))
+            _Table(
+                kind,
+                state,
+                int(capacity * share / sum(shares.values())) // _bytes(state, kind),
+                self._memory,
+            )
             for kind, share in shares.items()
         ]
         # A batch and the prefetch of one call must fit beside each other in the evictable slots. Then
@@ -169,11 +176,11 @@ class ModulationCache(CacheCounters):
         self,
         inputs: Sequence[ConditionerInput],
         upcoming: Iterable[ConditionerInput],
-        out: tuple[Floats, ...],
+        out: tuple[StateArray, ...],
     ) -> None:
         """Write the states of `inputs` to the first rows of `out`.
 
-        `out` has one array a state tensor, in the manifest's order.
+        `out` has one array of the backend's state memory a state tensor, in the manifest's order.
 
         `upcoming` is what these samples need next, soonest first. It is read only as far as a call has rows
         to spare.
@@ -188,9 +195,9 @@ class ModulationCache(CacheCounters):
         if missing:
             self._load(missing | self._prefetch(missing, upcoming))
         for table in self._tables:
-            slots = np.array([table.lru.slot(table.key(key)) for key in keys], np.intp)
+            slots = [table.lru.slot(table.key(key)) for key in keys]
             for position, block in zip(table.positions, table.blocks, strict=True):
-                np.take(block, slots, axis=0, out=out[position][: len(keys)], mode="clip")
+                self._memory.take(block, slots, out[position])
 
     def _touch(self, key: StateKey) -> bool:
         """Mark the state of a key as used now; return whether all of it is cached."""
@@ -200,12 +207,12 @@ class ModulationCache(CacheCounters):
     def _has(self, key: StateKey) -> bool:
         return all(table.key(key) in table.lru for table in self._tables)
 
-    def _bypass(self, inputs: Sequence[ConditionerInput], out: tuple[Floats, ...]) -> None:
+    def _bypass(self, inputs: Sequence[ConditionerInput], out: tuple[StateArray, ...]) -> None:
         self.bypasses += len(inputs)
         for start in range(0, len(inputs), self._call_rows):
             chunk = inputs[start : start + self._call_rows]
-            for rows, values in zip(out, self._compute(chunk), strict=True):
-                rows[start : start + len(chunk)] = values[: len(chunk)]
+            for array, values in zip(out, self._compute(chunk), strict=True):
+                self._memory.write(array, slice(start, start + len(chunk)), values[: len(chunk)])
 
     def _prefetch(
         self, missing: dict[StateKey, ConditionerInput], upcoming: Iterable[ConditionerInput]
@@ -241,7 +248,7 @@ class ModulationCache(CacheCounters):
                 rows.setdefault(table.key(key), row)
         slots = [table.lru.reserve(key, pin=key[1] == self._pinned_key) for key in rows]
         for position, block in zip(table.positions, table.blocks, strict=True):
-            block[slots] = values[position][list(rows.values())]
+            self._memory.write(block, slots, values[position][list(rows.values())])
 
     def _compute(self, inputs: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
         """Return the states of inputs, as many as one call has rows; a layer of one takes a row as well."""

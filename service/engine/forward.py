@@ -15,6 +15,7 @@ from ditserve.model.spec.guidance import guided
 from ditserve.model.spec.mixing import compose_outputs
 from ditserve.model.spec.solvers import learned_log_variance
 from ditserve.service.backends import Backend
+from ditserve.service.backends.state import StateArray
 from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput
 from ditserve.service.engine.groups import Group
 from ditserve.service.engine.latent_pool import Floats, Gathered
@@ -90,8 +91,9 @@ class ForwardPass:
         """Run the network on latents (B, C, H, W) with any condition state, to time it."""
         self._backend.denoise(x, tuple(tensor[: len(x)] for tensor in self._state))
 
-    def _buffers(self, rows: int) -> tuple[Floats, ...]:
-        return tuple(np.zeros((rows, *entry.shape), np.float32) for entry in self._backend.manifest.state)
+    def _buffers(self, rows: int) -> tuple[StateArray, ...]:
+        backend = self._backend
+        return tuple(backend.state_memory.zeros(rows, entry.shape) for entry in backend.manifest.state)
 
     def _gather(self, layout: RowLayout, group: Group) -> tuple[Gathered, list[Gathered]]:
         """Fill the rows of the group's pool with the latents of the batch.

@@ -13,6 +13,7 @@ from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory, SentenceEncoder
+from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
@@ -36,6 +37,7 @@ class FakeBackend:
     name = "fake"
     precision = "fp32"
     text_encoder: SentenceEncoder | None = None
+    state_memory: StateMemory = HostMemory()
     conditioner_rows = CONDITIONER_ROWS
 
     def __init__(

@@ -11,6 +11,7 @@ import pytest
 
 from ditserve.model.spec.bundle import StateTensor
 from ditserve.service.backends import CONDITIONER_ROWS as CHUNK
+from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput, SlotLru
 from ditserve.service.engine.embedding_cache import Condition
 from ditserve.service.errors import InvalidRequest
@@ -218,6 +219,7 @@ class Apart:
     """A backend whose state is what it is given: the noise level, the condition, and both."""
 
     conditioner_rows = CHUNK
+    state_memory: StateMemory = HostMemory()
 
     def __init__(self, whole: Any) -> None:
         parts = (("noise", (), "level"), ("text", (6,), "condition"), ("both", (2,), "both"))
