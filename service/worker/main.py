@@ -48,6 +48,7 @@ from ditserve.service.telemetry.tracing import Tracing, open_tracing
 from ditserve.service.worker.engine_metrics import EngineMetrics
 from ditserve.service.worker.handoff import checkpoint_origin
 from ditserve.service.worker.heartbeat import starting
+from ditserve.service.worker.previews import LARGE_DECODERS, PreviewDecoder
 from ditserve.service.worker.room import RESERVED_SAMPLES
 from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
 
@@ -296,13 +297,17 @@ def worker_parts(
     backend: Backend, engine: Engine, broker: Broker, embeddings: Embeddings, tracing: Tracing
 ) -> WorkerParts:
     """Return the parts of a worker whose engine is warm."""
+    manifest, previews = backend.manifest, None
+    if manifest.decoder in LARGE_DECODERS:
+        previews = PreviewDecoder(backend, channels=manifest.config.in_channels, factor=manifest.upscale)
     return WorkerParts(
         broker=broker,
         engine=engine,
         decoder=backend,
         ladder=engine.ladder,
-        factors=backend.manifest.factors,
-        unguided_scale=backend.manifest.diffusion.unguided_scale,
+        factors=manifest.factors,
+        unguided_scale=manifest.diffusion.unguided_scale,
+        previews=previews,
         observe=EngineMetrics(engine, embeddings),
         tracing=tracing,
     )

@@ -38,14 +38,21 @@ class Postprocessor:
     """The thread that decodes and encodes, one batch after the other.
 
     `pending` counts the batches and previews that wait or are worked on. `factors` name the classes in the
-    metadata of the files, and `unguided_scale` is that of the model's `DiffusionSpec`.
+    metadata of the files, and `unguided_scale` is that of the model's `DiffusionSpec`. `previews` decodes
+    previews; None: `decoder` does.
     """
 
     def __init__(
-        self, decoder: Decoder, factors: Sequence[Factor] = (), *, unguided_scale: float = 1.0
+        self,
+        decoder: Decoder,
+        factors: Sequence[Factor] = (),
+        *,
+        unguided_scale: float = 1.0,
+        previews: Decoder | None = None,
     ) -> None:
         self.pending = 0
         self._decoder, self._factors, self._unguided_scale = decoder, factors, unguided_scale
+        self._previews = previews or decoder
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
 
     async def images(self, batch: Sequence[FinishedSample]) -> list[EncodedImage]:
@@ -99,7 +106,7 @@ class Postprocessor:
         return EncodedImage(finished, image, decode_ms=1e3 * decode_s, encode_ms=1e3 * encode_s)
 
     def _preview(self, job: RunningJob, preview: Preview) -> bytes:
-        return encode(self._decoder.decode(preview.latent[None])[0], job.job.format, metadata={})
+        return encode(self._previews.decode(preview.latent[None])[0], job.job.format, metadata={})
 
 
 def _decode_batches(batch: Sequence[FinishedSample]) -> Iterator[Sequence[FinishedSample]]:

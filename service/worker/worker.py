@@ -64,7 +64,8 @@ class WorkerParts:
     """The parts that a worker is built from.
 
     `factors` name the classes in the metadata of image files, which count guidance from `unguided_scale`.
-    `observe` is called with the report of every step, in the engine's thread.
+    `observe` is called with the report of every step, in the engine's thread. `previews` decodes previews in
+    place of `decoder`.
     """
 
     broker: Broker
@@ -73,6 +74,7 @@ class WorkerParts:
     ladder: Ladder
     factors: Sequence[Factor] = ()
     unguided_scale: float = 1.0
+    previews: Decoder | None = None
     observe: Callable[[StepReport], None] = lambda report: None
     tracing: Tracing = field(default_factory=Tracing)
 
@@ -89,7 +91,9 @@ class Worker:
         self.identity, self.policy = identity, policy
         self._broker, self._ladder, self._tracing = broker, parts.ladder, parts.tracing
         self._slots = parts.engine.free_samples
-        self._postprocessor = Postprocessor(parts.decoder, parts.factors, unguided_scale=parts.unguided_scale)
+        self._postprocessor = Postprocessor(
+            parts.decoder, parts.factors, unguided_scale=parts.unguided_scale, previews=parts.previews
+        )
         self._events = ProgressEvents(broker, step_event_s=policy.step_event_s)
         self._leases = Leases(broker)
         self._reporting = Reporting(broker, every_s=policy.report_s, busy_s=policy.busy_report_s)
