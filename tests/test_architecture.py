@@ -109,6 +109,7 @@ IMPURE = {
 
 # Who may import by name: tables of implementations, and packages that few need.
 LATE = {
+    "bench.ladder.prompts",
     "service.__main__",
     "service.backends",
     "service.backends.torch",

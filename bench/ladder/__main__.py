@@ -9,6 +9,11 @@ in both distances are the ladder. It is printed, saved and drawn to bench/result
 and, with --write, put into the manifest; the bundle's defaults stay. With --classifier, the rungs also get
 the Fréchet distance of --pictures images to the training pictures. The quick measurement is a part of
 `python -m export.onnx`.
+
+    python -m bench.ladder BUNDLE [--write] [--prompts prompts.txt] [--device cuda]
+
+An imported pipeline draws each prompt twice, with its own guidance: in 100 steps, and by its own solver,
+DPM-Solver++ and UniPC in fewer.
 """
 
 from __future__ import annotations
@@ -24,32 +29,62 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ditserve.bench import report
+from ditserve.bench.ladder.prompts import open_pipeline, prompt_inputs, read_prompts
 from ditserve.bench.ladder.training_pictures import TrainingPictures
 from ditserve.bench.plots import draw_ladder
 from ditserve.export.calibrate import with_backbone
 from ditserve.export.parity import graph_backbone
-from ditserve.model.evaluation.ladder import THOROUGH, LadderMeasurement, MeasuredLadder, draw_inputs
+from ditserve.model.evaluation.ladder import (
+    THOROUGH,
+    LadderMeasurement,
+    MeasuredLadder,
+    draw_inputs,
+    pipeline_plan,
+)
 from ditserve.model.evaluation.picture_sets import open_data
 from ditserve.model.spec.bundle import BACKBONE, Bundle, write_manifest
 from ditserve.model.spec.command_line import named_path, positive, thread_count
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.output_folder import BUNDLE, claim
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.train.loaded_model import LoadedModel, load_bundle
 
 COLUMNS = ("", "rung", "grid", "rows", "to its long run", "to real pictures", "Fréchet")
 
 
-def measure_ladder(
-    model: LoadedModel, options: argparse.Namespace, console: Console
-) -> tuple[MeasuredLadder, dict[str, float]]:
-    """Measure all candidates, and the Fréchet distances of the ladder, with progress bars that count rows."""
+Opened = tuple[LoadedModel, LadderMeasurement, TrainingPictures | None]
+
+
+def open_own(bundle: Bundle, options: argparse.Namespace) -> Opened:
+    """Open a model of ours, whose graph is what is served and computes faster."""
+    for name in ("prompts", "device"):
+        if getattr(options, name) is not None:
+            raise ModelError(f"--{name} is for imported pipelines: leave it out")
+    loaded = load_bundle(bundle)
+    model = with_backbone(loaded, graph_backbone(loaded.network, bundle.file(BACKBONE)))
     dataset = None if options.data is None else open_data(model, options.data)
     training = None
     if dataset is not None and options.classifier is not None:
         training = TrainingPictures(model, dataset, options.classifier, pictures=options.pictures)
-    inputs = draw_inputs(model, options.samples, dataset)
+    inputs = draw_inputs(model, options.samples or THOROUGH.conditions, dataset)
     data = "" if options.data is None else options.data.name
-    measurement = LadderMeasurement(model.manifest, THOROUGH, inputs, settled=True, data=data)
+    return model, LadderMeasurement(model.manifest, THOROUGH, inputs, settled=True, data=data), training
+
+
+def open_prompted(bundle: Bundle, config: PipelineConfig, options: argparse.Namespace) -> Opened:
+    """Open an imported pipeline, whose pictures are those of prompts."""
+    for name in ("data", "samples"):
+        if getattr(options, name) is not None:
+            raise ModelError(f"--{name} is not for imported pipelines: name prompts with --prompts")
+    prompts, device = read_prompts(options.prompts), options.device or "cpu"
+    inputs = prompt_inputs(bundle, config, prompts, device)
+    measurement = LadderMeasurement(bundle.manifest, pipeline_plan(bundle.manifest), inputs, settled=True)
+    return open_pipeline(bundle, config, device), measurement, None
+
+
+def measure_ladder(opened: Opened, console: Console) -> tuple[MeasuredLadder, dict[str, float]]:
+    """Measure all candidates, and the Fréchet distances of the ladder, with progress bars that count rows."""
+    model, measurement, training = opened
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         first = progress.add_task("rows, candidates", total=measurement.rows)
@@ -79,12 +114,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("bundle", type=named_path)
     parser.add_argument("--write", action="store_true", help="put the ladder into the bundle's manifest")
     parser.add_argument(
-        "--samples", type=positive, default=THOROUGH.conditions, help="conditions, each drawn twice"
+        "--samples", type=positive, help=f"conditions, each drawn twice ({THOROUGH.conditions})"
     )
     parser.add_argument("--threads", type=thread_count, default=1)
     parser.add_argument(
         "--data", type=named_path, help="the pictures the model was trained on, to compare with"
     )
+    parser.add_argument("--prompts", type=named_path, help="of an imported pipeline: a file with one a line")
+    parser.add_argument("--device", help="of an imported pipeline: cpu, cuda, cuda:1 (cpu)")
     parser.add_argument("--classifier", type=named_path, help="a classifier of them, for Fréchet distances")
     parser.add_argument(
         "--pictures", type=positive, default=64, help="images of each rung for Fréchet distances"
@@ -103,10 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def measure_and_report(bundle: Bundle) -> None:
         torch.set_num_threads(options.threads)
-        loaded = load_bundle(bundle)
-        # The graph is what is served, and computes faster.
-        model = with_backbone(loaded, graph_backbone(loaded.network, bundle.file(BACKBONE)))
-        measured, frechet = measure_ladder(model, options, console)
+        config = bundle.manifest.config
+        if isinstance(config, PipelineConfig):
+            opened = open_prompted(bundle, config, options)
+        else:
+            opened = open_own(bundle, options)
+        measured, frechet = measure_ladder(opened, console)
         console.print(ladder_table(measured, frechet))
         name = f"ladder-{bundle.manifest.name}"
         draw_ladder(measured.measured, measured.ladder, report.result_path(f"{name}.png"))

@@ -33,6 +33,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.prompt import random_conditions
 from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec
 from ditserve.model.spec.grids import even_grid, fits, grid_names, noise_levels
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.solvers import StepTable, step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
@@ -91,16 +92,22 @@ QUICK = LadderPlan(
 COARSE = LadderPlan("coarse", 40, {"dpmpp-2m": (("trailing",), (20, 10, 5))}, 2)
 
 
+# For an imported pipeline: its own solver and two of order 2, all on its own grid.
+PIPELINE_STEPS = (50, 40, 28, 20, 16, 12, 10, 8, 6, 5, 4)
+
+
 @dataclass(frozen=True, slots=True)
 class LadderInputs:
-    """The conditions of N pictures, labels (N, F) and text (N, text_size) or None; picture k has seed k.
+    """The conditions of N pictures, labels (N, F) and text (N, text_width) or None; picture k has seed k.
 
-    With `real` (N / 2, C, H, W), pictures k and k + N / 2 are of the condition of real picture k.
+    With `real` (N / 2, C, H, W), pictures k and k + N / 2 are of the condition of real picture k. Guidance
+    subtracts the text `negative` (1, text_width); None: that of no text.
     """
 
     labels: Tensor
     text: Tensor | None
     real: Tensor | None = None
+    negative: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -245,11 +252,18 @@ def draw_along(
     """Return the pictures (N, C, H, W) of `inputs` along a table; `on_pictures` is told of those drawn."""
     manifest, network, schedule = model.manifest, model.network, model.schedule
     diffusion = manifest.diffusion
-    guidance = Guidance(manifest.defaults.guidance_scale, interval, diffusion.guidance_channels)
+    scale = manifest.defaults.guidance_scale + (1.0 - diffusion.unguided_scale)
+    guidance = Guidance(scale, interval, diffusion.guidance_channels, norm=diffusion.guidance_norm)
     chunks = []
     for index in torch.arange(len(inputs)).split(AT_ONCE):
         text = None if inputs.text is None else inputs.text[index]
-        conditions = Conditions((network.embed(inputs.labels[index], text),))
+        embeddings = network.embed(inputs.labels[index], text)
+        if manifest.guidance_embedded is not None:
+            embeddings[:, -1] = manifest.guidance_embedded
+        negative = None
+        if inputs.negative is not None:
+            negative = network.embed(inputs.labels[index], inputs.negative.expand(len(index), -1))
+        conditions = Conditions((embeddings,), negative=negative)
         denoiser = Denoiser(network, schedule, conditions, guidance)
         *_, x0 = denoise(denoiser, table, index.tolist(), clip_x0=diffusion.clip_x0)
         chunks.append(x0 if manifest.decoder != "identity" else x0.clamp(-1, 1))
@@ -296,9 +310,21 @@ def candidates(manifest: Manifest, plan: LadderPlan) -> tuple[OperatingPoint, ..
     return tuple(points)
 
 
+def pipeline_plan(manifest: Manifest) -> LadderPlan:
+    """Return the plan for an imported pipeline; the caller gives the prompts."""
+    defaults = manifest.defaults
+    grids, counts = (defaults.grid,), tuple(sorted({*PIPELINE_STEPS, defaults.steps}, reverse=True))
+    solvers = dict.fromkeys((defaults.solver, "dpmpp-2m", "unipc-2"), (grids, counts))
+    return LadderPlan("pipeline", QUICK.reference, solvers, 0)
+
+
 def is_distilled(manifest: Manifest) -> bool:
-    """Return True for a model that was distilled to few steps: with more it does not draw better."""
+    """Return True for a model that was distilled to few steps: with more it does not draw better.
+
+    A pipeline without guidance was.
+    """
     stated = bool(manifest.diffusion.step_counts)
+    stated |= isinstance(manifest.config, PipelineConfig) and manifest.guidance == "none"
     return stated or bool(manifest.provenance.get("training", {}).get("distillation"))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.diffusion import Schedule
-from ditserve.model.spec.guidance import check_guidance, guidance_weight, guided
+from ditserve.model.spec.guidance import GuidanceNorm, check_guidance, guidance_weight, guided
 from ditserve.model.spec.mixing import assign_blocks, compose_outputs, normalised_weights, splice_states
 from ditserve.model.spec.solvers import LEARNED, StepTable, learned_log_variance, trajectory, variance_bounds
 
@@ -29,7 +29,8 @@ class Guidance:
     """Classifier-free guidance.
 
     `scale` is its strength, and `decay` lowers it with noise. It acts where t / (T − 1), or sigma of a flow,
-    lies in `interval`, on the first `channels` channels (None: all). See `guidance_weight`.
+    lies in `interval`, on the first `channels` channels (None: all). See `guidance_weight`. `norm` is that of
+    `guided`.
 
     Raises:
         ValueError: an interval or a decay that `guidance_weight` refuses, or no channel.
@@ -39,6 +40,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     channels: int | None = None
     decay: float = 0.0
+    norm: GuidanceNorm | None = None
 
     def __post_init__(self) -> None:
         check_guidance(self.interval, self.decay)
@@ -99,7 +101,7 @@ class Denoiser:
         if negative is None:
             negative = self.model.embed(null_labels(self.model.config, len(x), x.device))
         unconditional = self.model.backbone(x, self.model.modulate(t, negative))
-        return guided(output, unconditional, weight, guidance.channels or x.shape[1])
+        return guided(output, unconditional, weight, guidance.channels or x.shape[1], guidance.norm)
 
     def _conditional(self, x: Tensor, t: Tensor) -> Tensor:
         model, conditions = self.model, self.conditions

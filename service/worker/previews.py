@@ -51,8 +51,9 @@ class PreviewDecoder:
         latents = fitted_latents(self._channels)
         colours = mean_colours(self._decoder.decode(latents), self._factor)
         given = _with_intercept(latents).reshape(-1, self._channels + 1)
-        projection, *_ = np.linalg.lstsq(given, colours.reshape(-1, 3), rcond=None)
-        return projection.astype(np.float32)
+        solution, *_ = np.linalg.lstsq(given, colours.reshape(-1, 3), rcond=None)
+        projection: Floats = solution.astype(np.float32)
+        return projection
 
 
 def fitted_latents(channels: int, seed: int = 0) -> Floats:

@@ -105,3 +105,11 @@ def test_data_that_is_not_there_is_refused_in_a_sentence(
     assert error.startswith("bench.ladder: ")
     assert error.count("\n") == 1
     assert command.main([str(bundle / "nothing")]) == 2
+
+
+@pytest.mark.parametrize("option", [["--prompts", "prompts.txt"], ["--device", "cpu"]])
+def test_options_of_pipelines_are_refused_for_other_models(
+    bundle: Path, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([str(bundle), *option]) == 2
+    assert f"{option[0]} is for imported pipelines: leave it out" in capsys.readouterr().err

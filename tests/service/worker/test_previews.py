@@ -29,7 +29,7 @@ class BentDecoder:
         mixes = np.random.default_rng(0).standard_normal((3, CHANNELS)).astype(np.float32)
         images = np.tanh(0.4 * np.einsum("kc,nchw->nkhw", mixes, latents) + 0.2)
         large = images.repeat(FACTOR, axis=2).repeat(FACTOR, axis=3)
-        return to_pixels(large + np.resize(np.float32([0.1, -0.1]), large.shape[-1]))
+        return to_pixels(large + np.resize(np.array([0.1, -0.1], np.float32), large.shape[-1]))
 
 
 def test_previews_are_near_to_what_the_decoder_makes_and_of_its_size() -> None:
@@ -70,9 +70,9 @@ def test_a_projection_of_an_autoencoder_explains_a_part_of_its_pictures() -> Non
     module = vae(4).eval()
 
     class Autoencoder:
-        @torch.no_grad()
         def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-            return to_pixels(module.decode(torch.from_numpy(latents)).sample.numpy())
+            with torch.no_grad():
+                return to_pixels(module.decode(torch.from_numpy(latents)).sample.numpy())
 
     autoencoder = Autoencoder()
     previews = PreviewDecoder(autoencoder, channels=4, factor=2)
