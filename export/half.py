@@ -36,7 +36,7 @@ from ditserve.export.storage import remove_graph, save_graph
 from ditserve.export.verify import LIMITS, Band, check, open_session, worst
 from ditserve.model.nets.factory import Network, network_of
 from ditserve.model.nets.layers import Attention
-from ditserve.model.spec.bundle import CALIBRATION, WEIGHTS, Manifest, write_manifest
+from ditserve.model.spec.bundle import CALIBRATION, Manifest, write_manifest
 from ditserve.model.spec.command_line import guarded, named_path, thread_count
 from ditserve.model.spec.output_folder import revision
 from ditserve.model.train.loaded_model import LoadedModel
@@ -107,9 +107,9 @@ def _recorded_peaks(network: Network, peaks: dict[str, float]) -> Iterator[None]
             handle.remove()
 
 
-def half_graph(network: Network, precision: str, weights: Path | None = None) -> onnx.ModelProto:
+def half_graph(network: Network, precision: str, bundle: Path | None = None) -> onnx.ModelProto:
     """Return the graph of the backbone with weights in `precision`; its inputs and output stay float32."""
-    return backbone_graph(half_network(network, precision), weights)
+    return backbone_graph(half_network(network, precision), bundle)
 
 
 def half_network(network: Network, precision: str) -> Network:
@@ -151,7 +151,7 @@ def save_half(network: Network, folder: Path, rows: CalibrationRows, precision: 
     peak = probe_activations(network, rows)
     chosen = peak.precision if precision == "auto" else precision
     half = half_network(network, chosen)
-    save_graph(backbone_graph(half, folder / WEIGHTS), folder / half_file(chosen))
+    save_graph(backbone_graph(half, folder), folder / half_file(chosen))
     if chosen == "fp16":
         free_weights(half)
         return SavedHalf(chosen, peak)

@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
-import onnx
 import torch
 from pydantic import ValidationError
 
@@ -27,7 +27,7 @@ from ditserve.export.calibrate import (
 from ditserve.export.decoder import check_decoder, copy_golden, decoder_of, write_decoder
 from ditserve.export.errors import ExportError
 from ditserve.export.golden import write_golden
-from ditserve.export.graph import OPSET, backbone_graph, conditioner_graph, embedder_graph
+from ditserve.export.graph_files import export_record, write_graphs
 from ditserve.export.half import half_file, save_half, verify_half
 from ditserve.export.ladder import MEASURE_IF_MISSING, LadderOptions, PlanName, measured_manifest, plan_ladder
 from ditserve.export.parity import compare_outputs, expected_outputs, forward, verify_graphs
@@ -35,22 +35,20 @@ from ditserve.export.plan import ExportPlan, peak_bytes, verification_rows
 from ditserve.export.source import (
     ModelCard,
     free_weights,
+    imported_pipeline,
     open_source,
     parameters,
     restore_weights,
     round_weights,
     training_pictures,
 )
-from ditserve.export.storage import save_graph, save_weights
-from ditserve.export.verify import Band, ParityLimits, check, report, worst
+from ditserve.export.storage import save_weights
+from ditserve.export.verify import PARITY, Band, ParityLimits, check, report, worst
 from ditserve.model.evaluation.ladder import seconds_per_row
 from ditserve.model.nets.autoencoder import autoencoder_kind
-from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import (
     BACKBONE,
     CALIBRATION,
-    CONDITIONER,
-    EMBEDDER,
     MANIFEST,
     WEIGHTS,
     Manifest,
@@ -58,11 +56,11 @@ from ditserve.model.spec.bundle import (
 )
 from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
 from ditserve.model.spec.heap import release_memory
-from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.train.loaded_model import LoadedModel
 
-PARITY = "parity.json"
+PIPELINES = "ditserve.export.pipeline"  # loads diffusers and transformers
+PIPELINE_TRAJECTORIES = TrajectorySettings(samples=2, steps=5)
 # The error that storing weights in half precision may cause.
 ROUNDING = ParityLimits(relative_l2=3e-3, cosine=0.99999)
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -155,19 +153,6 @@ def _plan(model: LoadedModel, options: ExportOptions) -> ExportPlan:
     return ExportPlan(rows, speed, peak_bytes(model, half=half), ladder)
 
 
-def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
-    """Write embedder, conditioner and backbone into `folder`, which holds the weights.
-
-    A model without conditions has no embedder.
-    """
-    weights = folder / WEIGHTS
-    embedder = embedder_graph(network, [factor.name for factor in manifest.factors], weights)
-    if embedder is not None:
-        save_graph(embedder, folder / EMBEDDER)
-    save_graph(conditioner_graph(network, weights), folder / CONDITIONER)
-    save_graph(backbone_graph(network, weights), folder / BACKBONE)
-
-
 def _store_weights(
     model: LoadedModel, rows: CalibrationRows, file: Path, wanted: str
 ) -> tuple[str, tuple[Band, ...]]:
@@ -196,9 +181,8 @@ def _store_weights(
 def _manifest(
     manifest: Manifest, stored_as: str, rounding: tuple[Band, ...], graphs: Mapping[str, tuple[Band, ...]]
 ) -> Manifest:
-    tools = {"torch": str(torch.__version__).partition("+")[0], "onnx": onnx.__version__, "opset": OPSET}
-    sizes = "any" if size_multiple(manifest.config) else "trained"
-    provenance = {**manifest.provenance, "export": {**tools, "weights": stored_as, "sizes": sizes}}
+    record = {**export_record(manifest.config), "weights": stored_as}
+    provenance = {**manifest.provenance, "export": record}
     kept = {name: value for name, value in manifest.metrics.items() if not name.startswith("int8")}
     metrics = {
         "weights_relative_l2": float(f"{worst(rounding).relative_l2:.4g}"),
@@ -216,30 +200,44 @@ def main(arguments: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     started = time.monotonic()
+    pipeline = imported_pipeline(options.source)
+    if pipeline is not None:
+        import_module(PIPELINES).refuse_options(vars(options))
     card = _card_fields(options)
     inputs = [path for path in (options.data, options.vae) if path]
     # A bundle may be exported again in its own place.
     if not ((options.source / MANIFEST).is_file() and options.out.resolve() == options.source.resolve()):
         inputs.append(options.source)
     with replacement(options.out, BUNDLE, apart=tuple(inputs)) as scratch:
-        export = ExportOptions(
-            weights=options.weights,
-            half=options.half,
-            trajectories=TrajectorySettings(options.samples, options.steps),
-            vae=options.vae,
-            decoder=decoder_of(options.source),
-            golden=options.golden == "auto",
-            ladder=_ladder_options(options, card),
-        )
-        # No name here holds the model, so that its weights are freed when they are rounded.
-        summary = _assemble(_open_with_card(options, card), scratch, export)
-    size = sum(file.stat().st_size for file in options.out.iterdir() if file.is_file())
+        if pipeline is not None:
+            settings = _trajectories(options, PIPELINE_TRAJECTORIES)
+            summary = import_module(PIPELINES).export_pipeline(pipeline, scratch, card, settings)
+        else:
+            # No name here holds the model, so that its weights are freed when they are rounded.
+            summary = _assemble(_open_with_card(options, card), scratch, _export_options(options, card))
+    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
     bands = summary["graphs"][BACKBONE]
     print(
         f"{options.out}: {size / 1e6:.1f} MB, weights {summary['weights']['stored']}, "
         f"backbone within {max(band['relative_l2'] for band in bands):.1e} of torch "
         f"(relative L2, worst of {len(bands)} noise bands), {time.monotonic() - started:.0f} s"
     )
+
+
+def _export_options(options: argparse.Namespace, card: Mapping[str, Any]) -> ExportOptions:
+    return ExportOptions(
+        weights=options.weights,
+        half=options.half,
+        trajectories=_trajectories(options, DEFAULT_TRAJECTORIES),
+        vae=options.vae,
+        decoder=decoder_of(options.source),
+        golden=options.golden == "auto",
+        ladder=_ladder_options(options, card),
+    )
+
+
+def _trajectories(options: argparse.Namespace, default: TrajectorySettings) -> TrajectorySettings:
+    return TrajectorySettings(options.samples or default.samples, options.steps or default.steps)
 
 
 def _ladder_options(options: argparse.Namespace, card: Mapping[str, Any]) -> LadderOptions:
@@ -278,7 +276,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m export.onnx", description="Write a bundle from a training run or a bundle."
     )
-    parser.add_argument("source", type=named_path, help="training run folder, or a bundle to export again")
+    parser.add_argument(
+        "source", type=named_path, help="training run, a bundle, or a folder of a diffusers pipeline"
+    )
     parser.add_argument("--out", type=named_path, required=True, help="bundle folder to write")
     parser.add_argument(
         "--card",
@@ -305,8 +305,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="auto",
         help="half-precision backbone, for GPUs",
     )
-    parser.add_argument("--samples", type=positive, default=6, help="trajectories to verify and calibrate on")
-    parser.add_argument("--steps", type=positive, default=20, help="steps of each trajectory")
+    parser.add_argument(
+        "--samples", type=positive, help="trajectories to verify and calibrate on: 6, and 2 of a pipeline"
+    )
+    parser.add_argument("--steps", type=positive, help="steps of each trajectory: 20, and 5 of a pipeline")
     parser.add_argument(
         "--golden",
         choices=("auto", "none"),

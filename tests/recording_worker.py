@@ -12,7 +12,7 @@ import numpy.typing as npt
 import uvloop
 
 from ditserve.model.spec.bundle import Bundle
-from ditserve.service.backends.torch import TorchBackend
+from ditserve.service.backends import Backend, load_backend
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
@@ -20,22 +20,22 @@ from ditserve.service.worker import main
 Floats = npt.NDArray[np.float32]
 
 
-class RecordingBackend(TorchBackend):
-    folder = Path(sys.argv[1])
-    count = itertools.count()
+async def opened(settings: Settings, bundle: Bundle, folder: Path, *_: object) -> Backend:
+    """Return the backend that the settings choose; it writes what it decodes to files in `folder`."""
+    backend = load_backend(main.with_backend(settings, bundle.manifest).backend, bundle, threads=1)
+    count, decode = itertools.count(), backend.decode
 
-    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        np.save(self.folder / f"{next(self.count)}.npy", latents)
-        return super().decode(latents)
+    def recorded(latents: Floats) -> npt.NDArray[np.uint8]:
+        np.save(folder / f"{next(count)}.npy", latents)
+        return decode(latents)
 
-
-async def opened(bundle: Bundle, *_: object) -> RecordingBackend:
-    return RecordingBackend(bundle, threads=1)
+    vars(backend)["decode"] = recorded
+    return backend
 
 
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[2:])
     logs.configure(style="json", level="info")
     bundle = main.only_bundle(settings)
-    served = main.serve(settings, bundle.manifest.name, partial(opened, bundle))
-    sys.exit(0 if uvloop.run(served) else 1)
+    opener = partial(opened, settings, bundle, Path(sys.argv[1]))
+    sys.exit(0 if uvloop.run(main.serve(settings, bundle.manifest.name, opener)) else 1)

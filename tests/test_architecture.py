@@ -109,6 +109,7 @@ IMPURE = {
 
 # Who may import by name: tables of implementations, and packages that few need.
 LATE = {"service.__main__", "service.backends", "service.telemetry.tracing", "export.tensorrt.module"}
+LATE |= {"export.onnx"}
 LATE |= {
     "service.backends.cuda",
     "service.backends.other_texts",

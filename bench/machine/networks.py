@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ditserve.export.graph_files import write_graphs
 from ditserve.export.half import half_file, half_graph
-from ditserve.export.onnx import write_graphs
 from ditserve.export.storage import save_graph
 from ditserve.model.nets.cost import cost
 from ditserve.model.nets.factory import make_network

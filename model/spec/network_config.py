@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.pipeline_config import FAMILIES, PipelineConfig
 from ditserve.model.spec.unet_config import UNetConfig
 
 NetworkConfig = DiTConfig | UNetConfig  # of the networks that this project builds and trains
@@ -31,6 +31,12 @@ def size_multiple(config: BundleConfig) -> int | None:
         # A layout path has a bias for every token of one size.
         return None if config.layout_rank else config.patch_size
     return 1 << (len(config.multipliers) - 1)
+
+
+def graph_multiple(config: BundleConfig) -> int | None:
+    """Return the same of the network's graph, which may hold the positions of one size."""
+    fixed = isinstance(config, PipelineConfig) and FAMILIES[config.family].positions_of_one_size
+    return None if fixed else size_multiple(config)
 
 
 def network_config(given: Mapping[str, Any]) -> NetworkConfig:

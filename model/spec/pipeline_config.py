@@ -111,6 +111,7 @@ class Family:
                    tokenizer that counts them
     more_tokens    tokens that other encoders put before these
     packs          pixels of a latent along a side that the pipeline hands over as one token
+    positions_of_one_size  True if the positions of another size are computed outside of torch
     noise_scale    the network of a flow is told sigma times this
     ends           who places the line of a flow's grid: see `GridReading`
     steps, guidance_scale  the defaults
@@ -126,6 +127,7 @@ class Family:
     pooled_size: str | None = None
     text_mask: bool = False
     packs: int = 1
+    positions_of_one_size: bool = False
     noise_scale: float = 1000.0
     noise_input: Literal["sigma", "1-sigma"] = "sigma"
     output_sign: Literal[1, -1] = 1
@@ -143,6 +145,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             text_tokens=300,
             lowers=True,
             text_mask=True,
+            positions_of_one_size=True,
             steps=20,
             guidance_scale=4.5,
         ),

@@ -156,6 +156,14 @@ def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
     return Bundle.open(target, verify=False).manifest
 
 
+def take_pipeline(bundle: Bundle, target: Path) -> None:
+    """Take the files of the pipeline in a bundle along to the folder of another one."""
+    for name in bundle.manifest.files:
+        if name.startswith(f"{PIPELINE}/"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            _take(bundle.path / name, target / name)
+
+
 def cached_bundle(folder: Path) -> Path:
     """Return the bundle of a pipeline's folder among those that this user has served; make it if need be.
 

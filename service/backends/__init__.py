@@ -27,6 +27,7 @@ BACKENDS: Final[dict[str, str]] = {
 }
 TEXT: Final = "ditserve.service.backends.text"
 OTHER_TEXTS: Final = "ditserve.service.backends.other_texts"
+PIPELINE_TEXTS: Final = "ditserve.model.nets.pipelines.texts"
 CONDITIONER_ROWS: Final = 8
 # A call for few rows would be mostly the launching of kernels.
 CONDITIONER_ROWS_GPU: Final = 32
@@ -127,6 +128,26 @@ def text_parts_key(manifest: Manifest) -> str:
     parts = (f"{PIPELINE}/text_encoder", f"{PIPELINE}/tokenizer", f"{PIPELINE}/{INDEX}")
     hashes = [entry.sha256 for name, entry in sorted(manifest.files.items()) if name.startswith(parts)]
     return sha256("".join([*hashes, str(manifest.config.text_width)]).encode()).hexdigest()
+
+
+def load_pipeline_texts(bundle: Bundle) -> SentenceEncoder:
+    """Open the text encoders of an imported pipeline, which run in torch.
+
+    Raises:
+        BackendUnavailable: a package they need is not installed, or one of them cannot be read.
+    """
+    manifest, folder = bundle.manifest, bundle.path / PIPELINE
+    try:
+        texts = import_module(PIPELINE_TEXTS)
+        encoder = texts.PipelineTexts(folder, manifest.config, text_parts_key(manifest))
+    except ImportError as error:
+        package = error.name or str(error)
+        raise BackendUnavailable(
+            f"the text encoders of {manifest.name} need the package {package}, which is not installed"
+        ) from error
+    except ModelError as error:
+        raise BackendUnavailable(str(error)) from error
+    return cast(SentenceEncoder, encoder)
 
 
 class NoBert(BackendUnavailable):

@@ -19,12 +19,14 @@ import structlog
 
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.model.spec.network_config import size_multiple
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
     BackendUnavailable,
     Floats,
     SentenceEncoder,
+    load_pipeline_texts,
 )
 from ditserve.service.backends.precision import open_backbone
 from ditserve.service.backends.runners import GRAPH_SIZES, CudaGraphRunner, DataParallelRunner, RowRunner
@@ -108,10 +110,10 @@ class OnnxBackend:
         cuda_graph: the backbone for the bundle's own size if its kernels are captured, else None.
         size_multiple: see `Backend`.
         conditioner_rows: see `Backend`.
+        text_encoder: see `Backend`.
     """
 
     name = "onnx"
-    text_encoder: SentenceEncoder | None = None
 
     def __init__(
         self,
@@ -123,8 +125,10 @@ class OnnxBackend:
         cuda_graph: CudaGraphRunner | None,
         size_multiple: int | None,
         conditioner_rows: int,
+        text_encoder: SentenceEncoder | None = None,
     ) -> None:
         self.manifest, self.precision = manifest, precision
+        self.text_encoder = text_encoder
         self.size_multiple, self.conditioner_rows = size_multiple, conditioner_rows
         self.buckets: tuple[int, ...] | None = GRAPH_SIZES if cuda_graph else None
         self._graphs, self._backbone = graphs, backbone
@@ -183,6 +187,12 @@ def open_onnx(
             f"precision of the onnx backend must be one of {', '.join(known)}, not {precision!r}"
         )
     require_providers(providers)
+    pipeline = isinstance(bundle.manifest.config, PipelineConfig)
+    if pipeline and precision not in ("auto", "fp32"):
+        raise BackendUnavailable(
+            f"{bundle.manifest.name} is an imported pipeline, whose graphs are in fp32: "
+            "--backend torch computes it in half precision"
+        )
     threads = threads or len(os.sched_getaffinity(0))
     options = session_options(threads, spin=spin)
     # Conditioner and decoder do not run on TensorRT, but on the next provider.
@@ -201,6 +211,7 @@ def open_onnx(
         cuda_graph=cuda_graph,
         size_multiple=graph_size_multiple(session.get_inputs()[0].shape),
         conditioner_rows=CONDITIONER_ROWS if auxiliary_providers[0] == CPU else CONDITIONER_ROWS_GPU,
+        text_encoder=load_pipeline_texts(bundle) if pipeline else None,
     )
 
 

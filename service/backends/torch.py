@@ -25,14 +25,15 @@ from ditserve.service.backends import (
     Floats,
     OutOfMemory,
     SentenceEncoder,
-    text_parts_key,
+    load_pipeline_texts,
 )
+from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.images import to_pixels
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Imported: they load diffusers and transformers.
 PIPELINES = "ditserve.model.nets.pipelines"
-_PARTS = ("network", "texts", "decoder")
+_PARTS = ("network", "decoder")
 
 
 class TorchBackend:
@@ -44,6 +45,9 @@ class TorchBackend:
         compile: compile the backbone; the first batch of each size then takes much longer.
         precision: of an imported pipeline's network: fp32, bf16 or fp16; "auto" is fp32. A network of ours
             runs in fp32.
+
+    Raises:
+        BackendUnavailable: the bundle cannot be run so, or its network overflows in this precision.
     """
 
     name = "torch"
@@ -60,6 +64,11 @@ class TorchBackend:
         precision: str = "auto",
     ) -> None:
         self.precision = "fp32" if precision == "auto" else precision
+        if self.precision not in PRECISIONS:
+            known = ", ".join(("auto", *PRECISIONS))
+            raise BackendUnavailable(
+                f"precision of the torch backend must be one of {known}, not {precision!r}"
+            )
         if bundle.manifest.decoder not in ("identity", "pipeline"):
             decoder = bundle.manifest.decoder
             raise BackendUnavailable(f"the torch backend has no decoder {decoder!r}: choose the onnx backend")
@@ -84,6 +93,8 @@ class TorchBackend:
         self._backbone = (
             torch.compile(self._model.backbone, dynamic=True) if compile else self._model.backbone
         )
+        if self.precision != "fp32":
+            refuse_overflow(self)
 
     def _own_network(self, bundle: Bundle, config: NetworkConfig) -> Network:
         if self.precision != "fp32":
@@ -102,12 +113,12 @@ class TorchBackend:
         folder, manifest = bundle.path / PIPELINE, bundle.manifest
         dtype = PRECISIONS[self.precision]
         try:
-            network, texts, decoder = (import_module(f"{PIPELINES}.{part}") for part in _PARTS)
+            network, decoder = (import_module(f"{PIPELINES}.{part}") for part in _PARTS)
             model = network.open_network(folder, config, dtype=dtype, device=self._device)
-            self.text_encoder = texts.PipelineTexts(folder, config, text_parts_key(manifest))
             self._decoder = decoder.PipelineDecoder(folder / "vae", manifest.latents, device=self._device)
         except ModelError as error:
             raise BackendUnavailable(str(error)) from error
+        self.text_encoder = load_pipeline_texts(bundle)
         return model
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:

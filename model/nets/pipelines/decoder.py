@@ -13,11 +13,13 @@ from torch import Tensor
 from ditserve.model.nets.pipelines.network import PipelineError, open_module
 from ditserve.model.spec.bundle import LatentSpec
 
-TILE = 128  # a side of a latent from which it is decoded in overlapping tiles
+TILE = 1024  # pixels of a side from which a picture is decoded in overlapping tiles
 
 
 class PipelineDecoder:
     """The decoding half of a pipeline's autoencoder: latents as the network denoises them → images.
+
+    `network` is the module. A latent with a side longer than `tile` is decoded in tiles.
 
     Args:
         folder: that of the autoencoder.
@@ -34,8 +36,9 @@ class PipelineDecoder:
             module_type = getattr(diffusers, name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PipelineError(f"{folder} holds no autoencoder that diffusers knows: {error}") from None
-        self._module: Any = open_module(module_type, folder).to(device)
+        self.network: Any = open_module(module_type, folder).to(device)
         self._device = torch.device(device)
+        self.tile = TILE // latents.factor
         self._shift, self._scale = (
             torch.tensor(values, device=device)[:, None, None] for values in (latents.shift, latents.scale)
         )
@@ -43,8 +46,8 @@ class PipelineDecoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (N, 3, H, W) in [−1, 1] of latents (N, C, h, w)."""
-        module, z = self._module, latents.to(self._device) * self._scale + self._shift
-        if max(z.shape[2:]) > TILE and hasattr(module, "enable_tiling"):
-            module.enable_tiling()
+        module, z = self.network, latents.to(self._device) * self._scale + self._shift
+        # What is decoded before or after has no say in it.
+        module.use_tiling = max(z.shape[2:]) > self.tile
         images: Tensor = module.decode(z, return_dict=False)[0]
         return images
