@@ -50,6 +50,7 @@ from ditserve.model.spec.bundle import (
     BACKBONE,
     CALIBRATION,
     MANIFEST,
+    PIPELINE,
     WEIGHTS,
     Manifest,
     write_manifest,
@@ -57,6 +58,7 @@ from ditserve.model.spec.bundle import (
 from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
 from ditserve.model.spec.heap import release_memory
 from ditserve.model.spec.output_folder import BUNDLE, replacement
+from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.model.train.loaded_model import LoadedModel
 
 PIPELINES = "ditserve.export.pipeline"  # loads diffusers and transformers
@@ -229,7 +231,7 @@ def _export_options(options: argparse.Namespace, card: Mapping[str, Any]) -> Exp
         weights=options.weights,
         half=options.half,
         trajectories=_trajectories(options, DEFAULT_TRAJECTORIES),
-        vae=options.vae,
+        vae=options.vae or imported_vae(options.source),
         decoder=decoder_of(options.source),
         golden=options.golden == "auto",
         ladder=_ladder_options(options, card),
@@ -238,6 +240,12 @@ def _export_options(options: argparse.Namespace, card: Mapping[str, Any]) -> Exp
 
 def _trajectories(options: argparse.Namespace, default: TrajectorySettings) -> TrajectorySettings:
     return TrajectorySettings(options.samples or default.samples, options.steps or default.steps)
+
+
+def imported_vae(bundle: Path) -> Path | None:
+    """Return the folder of the autoencoder that a pipeline brought; None: there is none."""
+    folder = bundle / PIPELINE / VAE
+    return folder if folder.is_dir() else None
 
 
 def _ladder_options(options: argparse.Namespace, card: Mapping[str, Any]) -> LadderOptions:

@@ -25,14 +25,14 @@ from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle, bundle_name
 from ditserve.model.spec.command_line import guarded, named_path, positive
 from ditserve.model.spec.output_folder import BUNDLE, check_folder
 from ditserve.model.spec.pipeline_folder import (
-    INDEX,
-    is_class_conditional,
+    holds_pipeline,
     read_pipeline,
     stated_licence,
     write_pipeline_bundle,
 )
 from ditserve.model.weights.files import export_weights, write_bundle
-from ditserve.model.weights.imports import ImportFunction, ImportOptions, read_weights
+from ditserve.model.weights.imported import ImportFunction, ImportOptions
+from ditserve.model.weights.imports import read_weights
 from ditserve.model.weights.official import WeightsError
 
 
@@ -55,7 +55,7 @@ def _import(options: argparse.Namespace) -> None:
         raise WeightsError(
             f"{options.source} does not exist: pass a .pt or .safetensors file, or a diffusers folder"
         )
-    if (options.source / INDEX).is_file() and not is_class_conditional(options.source):
+    if holds_pipeline(options.source):
         _import_pipeline(options)
         return
     if options.licence is None:
@@ -75,15 +75,7 @@ def _import(options: argparse.Namespace) -> None:
         predicts_noise=options.predicts_noise,
     )
     found = read_weights(options.source, wanted)
-    write_bundle(
-        options.bundle,
-        found.weights,
-        found.config,
-        licence=options.licence,
-        classes=names or found.classes,
-        notes=found.notes,
-        flow=found.flow,
-    )
+    write_bundle(options.bundle, found, licence=options.licence, classes=names)
     parameters = sum(tensor.numel() for tensor in found.weights.values())
     for note in found.notes:
         print(note)
@@ -146,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "--function",
         choices=get_args(ImportFunction),
         help="what weights were trained as: of diffusers with its k/127 frequencies and epsilon, or as "
-        "published; in the official layout a flow as SiT or REPA trains it",
+        "published; in the official layout a flow as SiT, REPA or LightningDiT trains it",
     )
     bring.add_argument("--heads", type=positive, help="number of heads, for a width that is not published")
     bring.add_argument(

@@ -85,8 +85,9 @@ class Job(Message):
     @property
     def oldest_version(self) -> int:
         decays = self.requested is not None and self.requested.guidance_decay != 0.0
-        new = decays or self.negative_prompt or self.mix in ("compose", "layers")
-        return 2 if new or self.guidance_embedded is not None else OLDEST
+        combined = self.negative_prompt or self.mix in ("compose", "layers")
+        new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
+        return 2 if new else OLDEST
 
     @property
     def composed(self) -> int:

@@ -1,7 +1,10 @@
-"""A worker that keeps the latents that it decodes: `python -m tests.recording_worker FOLDER [flags]`."""
+"""Workers of every bundle of the settings, in one process, that keep the latents that they decode in
+FOLDER/MODEL: `python -m tests.recording_worker FOLDER [flags]`. It works until it is killed.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import sys
 from functools import partial
@@ -13,6 +16,7 @@ import uvloop
 
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import Backend, load_backend
+from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
@@ -20,10 +24,11 @@ from ditserve.service.worker import main
 Floats = npt.NDArray[np.float32]
 
 
-async def opened(settings: Settings, bundle: Bundle, folder: Path, *_: object) -> Backend:
-    """Return the backend that the settings choose; it writes what it decodes to files in `folder`."""
+def open_recording(settings: Settings, bundle: Bundle, folder: Path) -> Backend:
+    """Return the backend that serves a bundle by default; it writes what it decodes to files in `folder`."""
     backend = load_backend(main.with_backend(settings, bundle.manifest).backend, bundle, threads=1)
     count, decode = itertools.count(), backend.decode
+    folder.mkdir()
 
     def recorded(latents: Floats) -> npt.NDArray[np.uint8]:
         np.save(folder / f"{next(count)}.npy", latents)
@@ -33,9 +38,22 @@ async def opened(settings: Settings, bundle: Bundle, folder: Path, *_: object) -
     return backend
 
 
+async def opened(settings: Settings, bundle: Bundle, folder: Path, *_: object) -> Backend:
+    return await asyncio.to_thread(open_recording, settings, bundle, folder)
+
+
+async def serve(settings: Settings, folder: Path) -> None:
+    models = open_served_models(settings, verify=False)
+    workers = (
+        main.serve(
+            model.settings(settings), model.name, partial(opened, settings, model.bundle, folder / model.name)
+        )
+        for model in models
+    )
+    await asyncio.gather(*workers)
+
+
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[2:])
     logs.configure(style="json", level="info")
-    bundle = main.only_bundle(settings)
-    opener = partial(opened, settings, bundle, Path(sys.argv[1]))
-    sys.exit(0 if uvloop.run(main.serve(settings, bundle.manifest.name, opener)) else 1)
+    uvloop.run(serve(settings, Path(sys.argv[1])))

@@ -20,6 +20,7 @@ from ditserve.model.spec.bundle import MANIFEST, Bundle, Manifest, write_manifes
 from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.network_config import own_config
 from ditserve.model.weights.files import write_bundle
+from ditserve.model.weights.imported import ImportedWeights
 
 Floats = npt.NDArray[np.float32]
 
@@ -38,7 +39,7 @@ def random_bundle(config: DiTConfig, folder: Path, *, seed: int = 0, half: bool 
     with torch.no_grad():
         for tensor in network.parameters():
             tensor.add_(torch.randn_like(tensor), alpha=SPREAD)
-    manifest = write_bundle(folder, network.state_dict(), config, licence="none")
+    manifest = write_bundle(folder, ImportedWeights(network.state_dict(), config), licence="none")
     manifest = manifest.model_copy(update={"decoder": "identity"})
     write_graphs(network, manifest, folder)
     if half:

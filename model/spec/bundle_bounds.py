@@ -55,13 +55,14 @@ class NamedTensor(Protocol):
 
 
 def check_run(field: str, run: StatedRun, schedule: Schedule) -> None:
-    """Refuse a run whose steps a worker cannot compute: every coefficient is finite in float32."""
+    """Refuse a run of steps that the model does not take, or whose coefficients no float32 holds."""
     try:
+        schedule.check_steps(run.steps)
         table = step_table(run.solver, noise_levels(run.grid, run.steps, schedule), schedule)
     except ValueError as error:
         raise ValueError(f"field {field}: {error}") from None
     with np.errstate(over="ignore"):
-        columns = [np.float32(column) for column in (table.x0_x, table.x0_out, table.a, table.b, table.c)]
+        columns = [np.float32(column) for column in table.columns]
     if not all(np.isfinite(column).all() for column in columns):
         raise ValueError(f"field {field}: the steps leave the range of float32; choose a milder schedule")
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
-FamilyName = Literal["pixart", "sd3", "flux"]
+from ditserve.model.spec.guidance import GuidanceNorm
+
+FamilyName = Literal[
+    "pixart", "sd3", "flux", "sana", "lumina2", "auraflow", "chroma", "qwen_image", "z_image"
+]
+INDEX = "model_index.json"  # of a pipeline's folder
+TOKENIZER = "tokenizer.json"  # of a tokenizer's folder, which counts the tokens of a prompt
+# The first character of a text that guidance subtracts, where `plain_negatives` makes a difference of it.
+NEGATIVE = "\0"
 GuidanceKind = Literal["classifier-free", "embedded", "none"]
 
 
@@ -28,6 +36,7 @@ class PipelineConfig:
         patch_size         divides the sides of a latent, of at most `largest_side`
         factor             the pixels that a latent covers on a side
         text_tokens        the tokens of a text, padding included, of `text_size` numbers each
+        text_limit         the most tokens of a prompt, as the tokenizer in the folder `tokenizer` counts them
         pooled_size        the numbers of a whole text; 0: the network is given none
         text_mask          True if the network does not look at the padding
         embedded_guidance  True if the network is told the guidance scale
@@ -44,6 +53,8 @@ class PipelineConfig:
     in_channels: int
     text_tokens: int
     text_size: int
+    text_limit: int
+    tokenizer: str
     patch_size: int = 2
     factor: int = 8
     largest_side: int | None = None
@@ -59,7 +70,7 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"unknown family {self.family!r}: choose among {', '.join(FAMILIES)}")
-        for name in ("in_channels", "text_tokens", "text_size", "patch_size", "factor"):
+        for name in ("in_channels", "text_tokens", "text_size", "text_limit", "patch_size", "factor"):
             value = getattr(self, name)
             if not isinstance(value, int) or value <= 0:
                 raise ValueError(f"{name} must be positive and whole, not {value!r}")
@@ -67,6 +78,12 @@ class PipelineConfig:
             raise ValueError(
                 f"image_size {self.image_size[0]}x{self.image_size[1]} is not divisible by patch_size "
                 f"{self.patch_size}: change one of them"
+            )
+
+        if self.largest_side is not None and max(self.image_size) > self.largest_side:
+            raise ValueError(
+                f"image_size {self.image_size[0]}x{self.image_size[1]} is beyond largest_side "
+                f"{self.largest_side}, up to which the network has places"
             )
 
     @property
@@ -101,7 +118,7 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
+class PipelineFamily:
     """The facts about a family that its folders do not state; they are those of its pipelines in diffusers.
 
     pipelines      the pipelines' classes, and the transformer's
@@ -109,11 +126,19 @@ class Family:
                    that with the width of the pooled text
     text_tokens    the most tokens of a text, all of which the network is given, and the folder of the
                    tokenizer that counts them
-    more_tokens    tokens that other encoders put before these
+    more_tokens    tokens that the pipeline or other encoders put before these
+    lowers         True if the pipeline makes letters small
+    head, tail     the pipeline's own words before and after a prompt, whose tokens count as the text's
+    plain_negatives  True if the pipeline puts its own words around a prompt and not around a negative one
     packs          pixels of a latent along a side that the pipeline hands over as one token
     positions_of_one_size  True if the positions of another size are computed outside of torch
+    sample_size    the side of a latent, where it is not that of the transformer's configuration, else 128
+    counts_positions  True if the transformer's pos_embed_max_size is that of a whole image, not of a side
     noise_scale    the network of a flow is told sigma times this
     ends           who places the line of a flow's grid: see `GridReading`
+    tells_tokens   True if the pipeline tells its scheduler how many tokens an image has, for a dynamic shift
+    distilled      True if guidance is embedded, or there is none
+    guidance_norm, unguided_scale  of guidance: see `DiffusionSpec`
     steps, guidance_scale  the defaults
     """
 
@@ -123,22 +148,31 @@ class Family:
     text_tokens: int
     tokenizer: str = "tokenizer"
     lowers: bool = False
+    head: str = ""
+    tail: str = ""
+    plain_negatives: bool = False
     more_tokens: int = 0
     pooled_size: str | None = None
     text_mask: bool = False
     packs: int = 1
     positions_of_one_size: bool = False
+    sample_size: int | None = None
+    counts_positions: bool = False
     noise_scale: float = 1000.0
     noise_input: Literal["sigma", "1-sigma"] = "sigma"
     output_sign: Literal[1, -1] = 1
     ends: Literal["scheduler", "pipeline"] = "scheduler"
+    tells_tokens: bool = True
+    distilled: bool = False
+    guidance_norm: GuidanceNorm | None = None
+    unguided_scale: Literal[0, 1] = 1
     steps: int
     guidance_scale: float
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
     {
-        "pixart": Family(
+        "pixart": PipelineFamily(
             pipelines=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
             transformer="PixArtTransformer2DModel",
             text_size="caption_channels",
@@ -149,7 +183,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             steps=20,
             guidance_scale=4.5,
         ),
-        "sd3": Family(
+        "sd3": PipelineFamily(
             pipelines=("StableDiffusion3Pipeline",),
             transformer="SD3Transformer2DModel",
             text_size="joint_attention_dim",
@@ -160,7 +194,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             steps=28,
             guidance_scale=7.0,
         ),
-        "flux": Family(
+        "flux": PipelineFamily(
             pipelines=("FluxPipeline",),
             transformer="FluxTransformer2DModel",
             text_size="joint_attention_dim",
@@ -170,8 +204,95 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             packs=2,
             noise_scale=1.0,
             ends="pipeline",
+            distilled=True,
             steps=28,
             guidance_scale=3.5,
+        ),
+        "sana": PipelineFamily(
+            pipelines=("SanaPipeline",),
+            transformer="SanaTransformer2DModel",
+            text_size="caption_channels",
+            # The last token of the pipeline's instruction is one of the 300.
+            text_tokens=299,
+            more_tokens=1,
+            lowers=True,
+            plain_negatives=True,
+            text_mask=True,
+            tells_tokens=False,
+            steps=20,
+            guidance_scale=4.5,
+        ),
+        "lumina2": PipelineFamily(
+            pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
+            transformer="Lumina2Transformer2DModel",
+            text_size="cap_feat_dim",
+            text_tokens=256,
+            head="You are an assistant designed to generate superior images with the superior degree of "
+            "image-text alignment based on textual prompts or user prompts. <Prompt Start> ",
+            plain_negatives=True,
+            text_mask=True,
+            noise_scale=1.0,
+            noise_input="1-sigma",
+            output_sign=-1,
+            ends="pipeline",
+            guidance_norm="line",
+            tells_tokens=False,
+            steps=30,
+            guidance_scale=4.0,
+        ),
+        "auraflow": PipelineFamily(
+            pipelines=("AuraFlowPipeline",),
+            transformer="AuraFlowTransformer2DModel",
+            text_size="joint_attention_dim",
+            text_tokens=256,
+            sample_size=128,
+            counts_positions=True,
+            tells_tokens=False,
+            noise_scale=1.0,
+            steps=50,
+            guidance_scale=3.5,
+        ),
+        "chroma": PipelineFamily(
+            pipelines=("ChromaPipeline",),
+            transformer="ChromaTransformer2DModel",
+            text_size="joint_attention_dim",
+            text_tokens=512,
+            text_mask=True,
+            packs=2,
+            noise_scale=1.0,
+            ends="pipeline",
+            steps=35,
+            guidance_scale=5.0,
+        ),
+        "qwen_image": PipelineFamily(
+            pipelines=("QwenImagePipeline",),
+            transformer="QwenImageTransformer2DModel",
+            text_size="joint_attention_dim",
+            text_tokens=512,
+            tail="<|im_end|>\n<|im_start|>assistant\n",
+            text_mask=True,
+            packs=2,
+            noise_scale=1.0,
+            ends="pipeline",
+            guidance_norm="token",
+            steps=50,
+            guidance_scale=4.0,
+        ),
+        "z_image": PipelineFamily(
+            pipelines=("ZImagePipeline",),
+            transformer="ZImageTransformer2DModel",
+            text_size="cap_feat_dim",
+            text_tokens=512,
+            head="<|im_start|>user\n",
+            tail="<|im_end|>\n<|im_start|>assistant\n",
+            text_mask=True,
+            noise_scale=1.0,
+            noise_input="1-sigma",
+            output_sign=-1,
+            ends="pipeline",
+            unguided_scale=0,
+            steps=50,
+            guidance_scale=5.0,
         ),
     }
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -36,9 +37,16 @@ from ditserve.model.spec.bundle import (
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.output_folder import BUNDLE, replacement
-from ditserve.model.spec.pipeline_config import FAMILIES, Family, GuidanceKind, PipelineConfig
+from ditserve.model.spec.pipeline_config import (
+    FAMILIES,
+    INDEX,
+    TOKENIZER,
+    GuidanceKind,
+    PipelineConfig,
+    PipelineFamily,
+)
 
-INDEX = "model_index.json"
+VAE = "vae"  # the folder of a pipeline's autoencoder
 SHARDS = ".safetensors.index.json"
 # The files of a part that are taken along: configurations, vocabularies, weights.
 TAKEN = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
@@ -52,7 +60,7 @@ SOLVERS = {
 FLOW_SOLVERS = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "DPMSolverMultistepScheduler": "dpmpp-2m",
-    "UniPCMultistepScheduler": "unipc-1",
+    "UniPCMultistepScheduler": "unipc-2",
 }
 
 
@@ -93,10 +101,16 @@ def read_pipeline(
     needed = _needed_parts(index)
     for part in needed:
         _check_part(folder / part)
+    counting = folder / _counting(family, index) / TOKENIZER
+    if not counting.is_file():
+        raise PipelineFolderError(
+            f"{counting} is missing: save it with transformers, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     transformer = _json(folder / "transformer" / "config.json")
-    vae, scheduler = _json(folder / "vae" / "config.json"), _scheduler(folder)
+    scheduler = _scheduler(folder)
     _check_class(folder / "transformer" / "config.json", transformer, family.transformer)
-    latents = _latents(folder / "vae" / "config.json", vae)
+    latents = latent_spec(folder / VAE)
     try:
         config = _config(found, family, index, transformer, latents, size=size, tokens=tokens)
         guidance = _guidance(family, transformer)
@@ -149,9 +163,7 @@ def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
         inner.mkdir()
         _take(found.folder / INDEX, inner / INDEX)
         for part in found.parts:
-            (inner / part).mkdir()
-            for file in _files(found.folder / part):
-                _take(file, inner / part / file.name)
+            take_part(found.folder / part, inner / part)
         write_manifest(scratch, found.manifest)
     return Bundle.open(target, verify=False).manifest
 
@@ -167,7 +179,7 @@ def take_pipeline(bundle: Bundle, target: Path) -> None:
 def cached_bundle(folder: Path) -> Path:
     """Return the bundle of a pipeline's folder among those that this user has served; make it if need be.
 
-    It lies in the cache folder of the user, and is made anew where a file of the pipeline has changed.
+    It lies in `~/.cache/ditserve`, and is made anew where a file of the pipeline has changed.
 
     Raises:
         PipelineFolderError, OutputError, OSError: as `read_pipeline` and `write_pipeline_bundle`.
@@ -176,8 +188,7 @@ def cached_bundle(folder: Path) -> Path:
     files = [real / INDEX, *(file for part in real.iterdir() if part.is_dir() for file in _files(part))]
     stats = [(str(file.relative_to(real)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.blake2b(repr((str(real), stats)).encode(), digest_size=6).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = home / "ditserve" / f"{bundle_name(real)[:80]}-{digest}"
+    target = Path.home() / ".cache" / "ditserve" / f"{bundle_name(real)[:80]}-{digest}"
     if not (target / MANIFEST).is_file():
         found = read_pipeline(real, name=bundle_name(real), licence=stated_licence(real))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,12 +206,18 @@ def stated_licence(folder: Path) -> str:
     return found[1] if found else "unspecified"
 
 
-def is_class_conditional(folder: Path) -> bool:
-    """Return True for a pipeline of the published DiT, whose weights become a network of this project."""
-    return _optional_json(folder / INDEX).get("_class_name") == "DiTPipeline"
+def holds_pipeline(folder: Path) -> bool:
+    """Return True for a folder that is to be brought in as a pipeline, whether or not that is possible.
+
+    That of the published DiT is not: its weights become a network of this project.
+    """
+    if (folder / INDEX).is_file():
+        return _optional_json(folder / INDEX).get("_class_name") != "DiTPipeline"
+    name = _optional_json(folder / "transformer" / "config.json").get("_class_name")
+    return any(name == family.transformer for family in FAMILIES.values())
 
 
-def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, Family]:
+def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, PipelineFamily]:
     name = index.get("_class_name")
     for found, family in FAMILIES.items():
         if name in family.pipelines:
@@ -245,7 +262,7 @@ def _check_class(file: Path, fields: Mapping[str, Any], wanted: str) -> None:
 
 def _config(
     name: Any,
-    family: Family,
+    family: PipelineFamily,
     index: Mapping[str, Any],
     transformer: Mapping[str, Any],
     latents: LatentSpec,
@@ -256,14 +273,15 @@ def _config(
     """Return the configuration of the network. Raises `ValueError` or `KeyError` naming the field."""
     channels = transformer["in_channels"] // family.packs**2
     # Of a pipeline whose transformer states no size it is 128, as there.
-    side = transformer.get("sample_size") or 128
+    side = family.sample_size or transformer.get("sample_size") or 128
     height, width = size or (side, side)
     patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
-    known = tokens or family.text_tokens
-    if family.tokenizer != "tokenizer" and not any(index.get(family.tokenizer) or ()):
-        # Without its largest encoder, a pipeline hands over zeros for it.
-        known = family.text_tokens
-    largest = transformer.get("pos_embed_max_size")
+    known = limit = tokens or family.text_tokens
+    tokenizer = _counting(family, index)
+    if tokenizer != family.tokenizer:
+        # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
+        known, limit = family.text_tokens, family.more_tokens
+    largest = _largest_grid(family, transformer, known + family.more_tokens)
     return PipelineConfig(
         family=name,
         transformer={key: value for key, value in transformer.items() if not key.startswith("_")},
@@ -271,6 +289,8 @@ def _config(
         in_channels=channels,
         text_tokens=known + family.more_tokens,
         text_size=transformer[family.text_size],
+        text_limit=limit,
+        tokenizer=tokenizer,
         patch_size=patch,
         factor=latents.factor,
         largest_side=largest * patch if largest else None,
@@ -281,18 +301,48 @@ def _config(
     )
 
 
-def _guidance(family: Family, transformer: Mapping[str, Any]) -> GuidanceKind:
-    if "guidance_embeds" not in transformer:
-        return "classifier-free"
-    return "embedded" if transformer["guidance_embeds"] else "none"
+def _counting(family: PipelineFamily, index: Mapping[str, Any]) -> str:
+    """Return the folder of the tokenizer that counts a prompt: that of the largest encoder there is."""
+    return family.tokenizer if any(index.get(family.tokenizer) or ()) else "tokenizer"
 
 
-def _latents(file: Path, vae: Mapping[str, Any]) -> LatentSpec:
-    """Return the normalisation of the latents of an autoencoder, (z − shift) / scale, from its config.json.
+def _largest_grid(family: PipelineFamily, transformer: Mapping[str, Any], tokens: int) -> int | None:
+    """Return the most tokens along a side that the network has positions for; None: any number.
+
+    Raises:
+        ValueError: there are none for so many tokens of a text.
+    """
+    if "axes_lens" in transformer:
+        # Those of a text, the image after it, and its rows and columns.
+        longest, *sides = transformer["axes_lens"]
+        if tokens >= longest:
+            raise ValueError(f"a text may have {longest - 1} tokens at most, not {tokens}")
+        return int(min(sides))
+    largest = transformer.get("pos_embed_max_size")
+    return math.isqrt(largest) if largest and family.counts_positions else largest
+
+
+def _guidance(family: PipelineFamily, transformer: Mapping[str, Any]) -> GuidanceKind:
+    """Return the kind of a model's guidance. Raises `ValueError` for one that its pipeline does not have."""
+    embedded = bool(transformer.get("guidance_embeds"))
+    if family.distilled:
+        return "embedded" if embedded else "none"
+    if embedded:
+        raise ValueError("transformer: guidance_embeds true is not known for this pipeline")
+    return "classifier-free"
+
+
+def latent_spec(folder: Path) -> LatentSpec:
+    """Return the normalisation of an autoencoder's latents, (z − shift) / scale, from its config.json.
 
     Raises:
         PipelineFolderError: it does not state it.
     """
+    file = folder / "config.json"
+    vae = _json(file)
+    if "latents_mean" in vae and "latents_std" in vae and "temperal_downsample" in vae:
+        mean, deviation = (tuple(map(float, vae[name])) for name in ("latents_mean", "latents_std"))
+        return LatentSpec(shift=mean, scale=deviation, factor=2 ** len(vae["temperal_downsample"]))
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     channels, scale = vae.get("latent_channels"), vae.get("scaling_factor")
     if not isinstance(levels, list) or not isinstance(channels, int) or not isinstance(scale, float | int):
@@ -304,7 +354,7 @@ def _latents(file: Path, vae: Mapping[str, Any]) -> LatentSpec:
 
 
 def _diffusion(
-    scheduler: Mapping[str, Any], family: Family, config: PipelineConfig
+    scheduler: Mapping[str, Any], family: PipelineFamily, config: PipelineConfig
 ) -> tuple[DiffusionSpec, str, str]:
     """Return the noise that the model was trained on, and the solver and grid of its scheduler.
 
@@ -317,6 +367,9 @@ def _diffusion(
             raise ValueError(
                 f"scheduler: _class_name {name} has no solver here: {', '.join(FLOW_SOLVERS)} do"
             )
+        if scheduler.get("use_dynamic_shifting") and not family.tells_tokens:
+            raise ValueError("scheduler: use_dynamic_shifting true is not known for this pipeline")
+        timesteps = scheduler.get("num_train_timesteps", 1000)
         spec = DiffusionSpec.model_validate(
             {
                 "schedule": "flow",
@@ -324,6 +377,10 @@ def _diffusion(
                 "noise_input": family.noise_input,
                 "noise_scale": family.noise_scale,
                 "output_sign": family.output_sign,
+                # The timesteps of other schedulers are whole.
+                "noise_timesteps": None if name.startswith("FlowMatch") else timesteps,
+                "guidance_norm": family.guidance_norm,
+                "unguided_scale": family.unguided_scale,
                 "clip_x0": False,
                 "sigma_grid": {"scheduler": scheduler, "tokens": config.tokens, "ends": family.ends},
             }
@@ -410,6 +467,19 @@ def _files(folder: Path) -> Iterator[Path]:
         variant = full != file.name and full in names
         if file.is_file() and file.suffix in TAKEN and not file.name.startswith(".") and not variant:
             yield file
+
+
+def take_part(folder: Path, target: Path) -> None:
+    """Link the files of a part of a pipeline into a new folder, or copy them.
+
+    Raises:
+        PipelineFolderError: its weights are missing or pickled.
+        OSError: they cannot be read or written.
+    """
+    _check_part(folder)
+    target.mkdir(parents=True)
+    for file in _files(folder):
+        _take(file, target / file.name)
 
 
 def _take(source: Path, target: Path) -> None:

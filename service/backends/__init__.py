@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ditserve.model.spec.bundle import PIPELINE, Bundle, Manifest
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.pipeline_folder import INDEX
+from ditserve.model.spec.pipeline_config import INDEX
 from ditserve.model.spec.text_encoder import is_encoder_class
 
 Floats = npt.NDArray[np.float32]

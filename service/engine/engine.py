@@ -153,7 +153,7 @@ class Engine:
             group = self._groups.admit(sample, sample.generator.standard_normal(shape, np.float32))
         else:
             snapshot.resume(sample)
-            group = self._groups.admit(sample, snapshot.latent, snapshot.history)
+            group = self._groups.admit(sample, snapshot.latent, snapshot.estimates)
         if not sample.one_row:
             self._forward.reserve(group, sample.most_rows)
         if self.idle:

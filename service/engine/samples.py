@@ -187,7 +187,7 @@ class Sample:
 
     @property
     def coefficients(self) -> npt.NDArray[np.float32]:
-        """The numbers of the next step, (9,), in the order of `StepCoefficients`."""
+        """The numbers of the next step, (10,), in the order of `StepCoefficients`."""
         row: npt.NDArray[np.float32] = self.trajectory.rows[self.cursor]
         return row
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.mixing import Combine, assign_blocks, normalised_weights, state_sources
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.http.operating_point import field_error, guidance_scale, sentence
 from ditserve.service.http.schemas import TEXT, GenerateRequest
 from ditserve.service.jobs import ConditionTerm
@@ -59,6 +60,9 @@ def requested_conditions(
         pairs = [(term.condition, term.weight) for term in request.condition]
     terms = tuple(_term(condition, weight, manifest, vocabulary) for condition, weight in pairs)
     _check_weights([term.weight for term in terms], request.mix)
+    config = manifest.config
+    if len(terms) > 1 and isinstance(config, PipelineConfig) and not _combines(request.mix, config):
+        raise field_error("mix", 'The conditions of this model can only be composed: choose "compose".')
     if request.mix == "layers":
         try:
             state_sources(manifest.config, assign_blocks(manifest.config.depth, len(terms)))
@@ -81,6 +85,11 @@ def _prompted(
     else:
         term = vocabulary.match(prompt)
     return RequestedConditions((term,), "linear", _negative_prompt(request, manifest))
+
+
+def _combines(how: Combine, config: PipelineConfig) -> bool:
+    """Return whether an imported pipeline can follow several conditions: masks of texts cannot be mixed."""
+    return how == "compose" or (how != "layers" and not config.text_mask)
 
 
 def _term(
@@ -117,8 +126,13 @@ def _negative_prompt(request: GenerateRequest, manifest: Manifest) -> str:
             "negative_prompt",
             'This model takes no text: give a condition of negative weight with "mix": "compose".',
         )
-    if text and guidance_scale(request, manifest) == 1.0:
+    if text and manifest.guidance != "classifier-free":
         raise field_error(
-            "negative_prompt", "Only guidance subtracts it: choose a guidance_scale other than 1."
+            "negative_prompt", "This model has no guidance that could subtract it: leave it out."
+        )
+    if text and guidance_scale(request, manifest) == 1.0:
+        off = manifest.diffusion.unguided_scale
+        raise field_error(
+            "negative_prompt", f"Only guidance subtracts it: choose a guidance_scale other than {off}."
         )
     return text

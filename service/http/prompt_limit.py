@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from ditserve.model.spec.bundle import PIPELINE, Bundle, BundleError
-from ditserve.model.spec.pipeline_config import FAMILIES, PipelineConfig
+from ditserve.model.spec.pipeline_config import FAMILIES, TOKENIZER, PipelineConfig
 from ditserve.service.http.operating_point import field_error
 
 
@@ -16,7 +17,8 @@ class PromptLimit:
         bundle: that of the model. Only an imported pipeline brings its tokenizer.
 
     Raises:
-        BundleError: the tokenizer cannot be read, or the package that reads it is not installed.
+        BundleError: the tokenizer cannot be read, the package that reads it is not installed, or a prompt
+            may have no tokens.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -24,24 +26,33 @@ class PromptLimit:
         config = bundle.manifest.config
         if not isinstance(config, PipelineConfig):
             return
-        family = FAMILIES[config.family]
-        self.tokens = config.text_tokens - family.more_tokens
-        self._lowers = family.lowers
-        file = bundle.path / PIPELINE / family.tokenizer / "tokenizer.json"
+        self._family = family = FAMILIES[config.family]
+        file = bundle.path / PIPELINE / config.tokenizer / TOKENIZER
         try:
             # Only here: most models count no tokens.
-            from tokenizers import Tokenizer
-
-            self._tokenizer: Any = Tokenizer.from_file(str(file))
+            tokenizers = import_module("tokenizers")
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except ImportError:
             raise BundleError(
-                f"{bundle.path} needs the package tokenizers, which counts a prompt: pip install tokenizers"
+                f"{bundle.path} needs the package tokenizers, to count the tokens of prompts: "
+                "pip install 'ditserve[serve-text]'"
             ) from None
         # Its errors are of no class of their own.
         except Exception as error:
             raise BundleError(f"{file} cannot be read: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._most = config.text_limit
+        self._own = self._count(family.head + family.tail) - self._count("")
+        self.tokens = self._most - self._own
+        if self.tokens < 1:
+            raise BundleError(
+                f"{bundle.path} takes texts of {self._most} tokens, and the pipeline's own words are "
+                f"{self._own} of them: import it with more tokens"
+            )
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text).ids)
 
     def check(self, field: str, text: str, *, truncate: bool) -> None:
         """Refuse a text that is too long, unless it may be cut.
@@ -51,10 +62,13 @@ class PromptLimit:
         """
         if self.tokens is None or truncate or not text:
             return
-        count = len(self._tokenizer.encode(text.lower() if self._lowers else text).ids)
-        if count > self.tokens:
+        family, text = self._family, text.lower() if self._family.lowers else text
+        plain = family.plain_negatives and field == "negative_prompt"
+        own, most = (0, self._most) if plain else (self._own, self.tokens)
+        count = self._count(text if plain else family.head + text + family.tail) - own
+        if count > most:
             raise field_error(
                 field,
-                f"The text has {count} tokens, and this model takes {self.tokens}: shorten it, or say "
+                f"The text has {count} tokens, and this model takes {most}: shorten it, or say "
                 '"truncate_prompt": true to have the end cut off.',
             )

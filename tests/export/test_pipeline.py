@@ -17,7 +17,7 @@ from ditserve.export.onnx import main
 from ditserve.model.spec.bundle import BACKBONE, PIPELINE, Bundle
 from ditserve.model.spec.pipeline_folder import read_pipeline, write_pipeline_bundle
 from ditserve.service.backends import BackendUnavailable, load_backend
-from tests.tiny_pipelines import TOKENS, save_pipeline
+from tests.tiny_pipelines import save_pipeline, tokens
 
 FEW = TrajectorySettings(samples=2, steps=2)
 
@@ -25,7 +25,9 @@ FEW = TrajectorySettings(samples=2, steps=2)
 def bundle_of(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
     pipeline = save_pipeline(family, folder / "pipeline")
     pipeline.transformer.to(dtype).save_pretrained(folder / "pipeline" / "transformer")
-    found = read_pipeline(folder / "pipeline", name="tiny", licence="CC0-1.0", size=(8, 8), tokens=TOKENS)
+    found = read_pipeline(
+        folder / "pipeline", name="tiny", licence="CC0-1.0", size=(8, 8), tokens=tokens(family)
+    )
     write_pipeline_bundle(found, folder / "bundle")
     return Bundle.open(folder / "bundle")
 

@@ -49,5 +49,7 @@ class PipelineDecoder:
         module, z = self.network, latents.to(self._device) * self._scale + self._shift
         # What is decoded before or after has no say in it.
         module.use_tiling = max(z.shape[2:]) > self.tile
-        images: Tensor = module.decode(z, return_dict=False)[0]
-        return images
+        # Those of videos take and give one frame.
+        frames = "temperal_downsample" in module.config
+        images: Tensor = module.decode(z[:, :, None] if frames else z, return_dict=False)[0]
+        return images[:, :, 0] if frames else images

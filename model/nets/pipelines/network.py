@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ditserve.model.nets.pipelines.adapters import ADAPTERS, Rows
@@ -83,6 +84,13 @@ def open_network(
     return PipelineNetwork(module.to(device), config)
 
 
+def quiet() -> None:
+    """Keep bars and warnings of diffusers and transformers, which hold prompts, out of a service's log."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def open_module(module_type: Any, folder: Path, **options: Any) -> nn.Module:
     """Open a module of diffusers from its folder, in evaluation mode; nothing is downloaded or unpickled.
 
@@ -91,6 +99,7 @@ def open_module(module_type: Any, folder: Path, **options: Any) -> nn.Module:
     """
     known: Mapping[str, Any] = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": True}
     dtype = options.pop("dtype", torch.float32)
+    quiet()
     try:
         module = module_type.from_pretrained(str(folder), torch_dtype=dtype, **known, **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

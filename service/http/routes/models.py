@@ -87,6 +87,7 @@ def _defaults(manifest: Manifest) -> DefaultsOut:
         sampler=defaults.solver,
         grid=defaults.grid,
         guidance_scale=defaults.guidance_scale,
+        guidance_embedded=manifest.guidance_embedded,
         guidance_interval=defaults.guidance_interval,
     )
 

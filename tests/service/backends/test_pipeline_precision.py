@@ -12,7 +12,7 @@ from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.pipeline_folder import read_pipeline, write_pipeline_bundle
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.backends.torch import TorchBackend
-from tests.tiny_pipelines import TOKENS, save_pipeline
+from tests.tiny_pipelines import save_pipeline
 
 
 def bundle_of(folder: Path, *, gain: float = 1.0) -> Bundle:
@@ -21,7 +21,7 @@ def bundle_of(folder: Path, *, gain: float = 1.0) -> Bundle:
     with torch.no_grad():
         pipeline.transformer.context_embedder.weight.mul_(gain)
     pipeline.save_pretrained(str(folder / "pipeline"), safe_serialization=True)
-    found = read_pipeline(folder / "pipeline", name="tiny", licence="CC0-1.0", size=(8, 8), tokens=TOKENS)
+    found = read_pipeline(folder / "pipeline", name="tiny", licence="CC0-1.0", size=(8, 8), tokens=12)
     write_pipeline_bundle(found, folder / "bundle")
     return Bundle.open(folder / "bundle")
 
