@@ -165,7 +165,8 @@ class Manifest(StrictModel):
     decoder: DecoderKind = "identity"
     # None: latents are multiplied by 0.18215, as for the published models.
     latents: LatentSpec | None = None
-    embedding_size: bounds.Size
+    # Of an imported pipeline it is all its tokens: 2.1 million numbers of FLUX.
+    embedding_size: Annotated[int, Field(ge=1, le=bounds.LARGEST_STATE)]
     state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
     defaults: Defaults
     guidance: GuidanceKind = "classifier-free"

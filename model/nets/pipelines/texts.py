@@ -135,8 +135,13 @@ class PipelineTexts:
         try:
             quiet()
             index = diffusers.DiffusionPipeline.load_config(str(folder))
-            unneeded = [part for part, value in index.items() if isinstance(value, list)]
-            unneeded = [part for part in unneeded if not part.startswith(("text_encoder", "tokenizer"))]
+            # What a pipeline has not, such as its largest encoder, must be left out by name as well.
+            unneeded = [
+                part
+                for part, value in index.items()
+                if isinstance(value, list)
+                and not (any(value) and part.startswith(("text_encoder", "tokenizer")))
+            ]
             with warnings.catch_warnings():
                 # It is told nothing of the parts that texts do not need.
                 warnings.simplefilter("ignore")
