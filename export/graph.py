@@ -24,11 +24,11 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx import TensorProto, numpy_helper
-from onnxscript import opset20 as op
 from torch import Tensor, nn
 
 from ditserve.export.errors import ExportError
 from ditserve.export.storage import put_tensors, share_weights, take_tensors
+from ditserve.export.translations import TRANSLATIONS
 from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
@@ -41,8 +41,6 @@ OPSET = 20
 TEXT = "text"
 # A convolution with at most this many output channels is narrow.
 NARROW_CHANNELS = 4
-# The score of a key that attention must not see.
-MASKED: Any = -30000.0
 SCOPES = "pkg.torch.onnx.name_scopes"
 # Prefixes that the exporter's names of weights, inputs and outputs get here.
 NETWORK, INPUT, OUTPUT = "network.", "in.", "out."
@@ -192,37 +190,6 @@ def _traced(spec: _GraphSpec) -> ir.Model:
     if program is None:
         raise ExportError("torch.onnx.export returned no program: use torch 2.9 or later")
     return program.model
-
-
-def _attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-    """Return the nodes of softmax(q·kᵀ/√d)·v for (B, H, T, d).
-
-    A boolean mask says which keys count; one of numbers is added to the scores.
-
-    The exporter's own translation has ten more nodes for the transpose of the keys, and copies them twice.
-    """
-    scores = op.MatMul(op.Mul(q, op.CastLike(q.shape[3] ** -0.5, q)), op.Transpose(k, perm=[0, 1, 3, 2]))
-    if mask is not None and mask.dtype != ir.DataType.BOOL:
-        scores = op.Add(scores, mask)
-    elif mask is not None:
-        # Far below any score, and representable in fp16; its exponential is zero.
-        scores = op.Where(mask, scores, op.CastLike(MASKED, scores))
-    return op.MatMul(op.Softmax(scores, axis=-1), v)
-
-
-def _squeezed(x: Any, axis: int) -> Any:
-    """Return the nodes of `x.squeeze(axis)`, which leaves alone a dimension that is free or larger than 1.
-
-    The exporter's own translation takes a free dimension away, and the graph is then not valid.
-    """
-    axes: Any = op.Constant(value_ints=[axis])
-    return op.Squeeze(x, axes) if x.shape[axis] == 1 else op.Identity(x)
-
-
-TRANSLATIONS: dict[Any, Any] = {
-    torch.ops.aten.scaled_dot_product_attention.default: _attention,
-    torch.ops.aten.squeeze.dim: _squeezed,
-}
 
 
 def _shapes(spec: _GraphSpec) -> tuple[Any, ...]:

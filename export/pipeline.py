@@ -83,8 +83,7 @@ def export_pipeline(
         raise
     # The errors of the exporter, of what it calls and of the runtime share no base class.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ExportError(f"{manifest.name} has no graph, serve it in torch: {reason}") from error
+        raise ExportError(f"{manifest.name} has no graph, serve it in torch: {_cause(error)}") from error
     summary = {
         "rows": len(rows),
         "rows_sha256": rows.digest(),
@@ -107,6 +106,13 @@ def refuse_options(given: Mapping[str, Any]) -> None:
     for option, reason in NOT_FOR_PIPELINES.items():
         if given[option] not in (None, "auto", "none"):
             raise ExportError(f"--{option} is not for an imported pipeline: {reason}; leave it out")
+
+
+def _cause(error: BaseException) -> str:
+    """Return the message that an error began with, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300]
 
 
 def _encoded_prompts(folder: Path, manifest: Manifest, samples: int) -> Tensor:

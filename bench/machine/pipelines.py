@@ -46,13 +46,14 @@ def write_sd3(folder: Path, *, layers: int = 24, dtype: torch.dtype = torch.floa
     inner.mkdir(parents=True)
     transformer.save_config(inner)
     shards = {name: number for number, names in enumerate(_shards(transformer, dtype)) for name in names}
-    index = {}
+    index: dict[str, str] = {}
     for number in range(max(shards.values()) + 1):
         file = f"{WEIGHTS}-{number:05}.safetensors"
         names = [name for name, shard in shards.items() if shard == number]
         save_file({name: _random(transformer.state_dict()[name], dtype) for name in names}, inner / file)
         index |= dict.fromkeys(names, file)
-    (inner / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    listed = {"metadata": {}, "weight_map": index}
+    (inner / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(listed))
     _write_other_parts(folder)
     return sum(file.stat().st_size for file in inner.glob("*.safetensors"))
 
