@@ -29,7 +29,7 @@ def _attention(
     """
     if dropout_p or is_causal:
         raise NotImplementedError("attention with dropout or a causal mask has no translation")
-    factor = q.shape[3] ** -0.5 if scale is None else scale
+    factor: Any = q.shape[3] ** -0.5 if scale is None else scale
     scores = op.MatMul(op.Mul(q, op.CastLike(factor, q)), op.Transpose(k, perm=[0, 1, 3, 2]))
     if mask is not None and mask.dtype != ir.DataType.BOOL:
         scores = op.Add(scores, mask)
