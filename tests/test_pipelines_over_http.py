@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     # ChromaTransformer2DModel has it from where it was.
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 
 
@@ -97,7 +97,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ser
         ]
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
         try:
-            wait_until(lambda: client.get("/readyz").status_code == 200, "/readyz", timeout_s=200)
+            wait_until(lambda: client.get("/readyz").status_code == 200, "/readyz", timeout_s=400)
             yield {
                 family: Served(family, pipeline, client, root / "latents" / family)
                 for family, pipeline in pipelines.items()
