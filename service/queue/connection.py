@@ -73,9 +73,10 @@ _CODES = {
     "UNKILLABLE": _Fault("is busy"),
     "BUSY": _Fault("is busy"),
     "UNBLOCKED": _CHANGED_ROLE,
+    "WRONGTYPE": _Fault("holds a key of another kind than this service writes"),
 }
-# Errors that no state of a server explains: keys of another kind than this code writes.
-_OWN_CODES = {"WRONGTYPE", "CROSSSLOT", "EXECABORT"}
+# Errors that no state of a server explains.
+_OWN_CODES = {"CROSSSLOT", "EXECABORT"}
 # The class of an error → the fault; the first that fits.
 _FAULTS: tuple[tuple[type[Exception], _Fault], ...] = (
     (MaxConnectionsError, _Fault("has no connection free")),
@@ -276,6 +277,11 @@ def _untrusted(error: BaseException | None) -> bool:
     return error is not None and (
         isinstance(error, SSLError) or _untrusted(error.__cause__ or error.__context__)
     )
+
+
+def of_another_kind(error: BaseException | None) -> bool:
+    """Return whether an error tells of a key of another kind than this code writes."""
+    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 class Scripts:

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from ditserve.service.http import load_cache
 from ditserve.service.http.api import configured
 from ditserve.service.http.app import create_app
+from ditserve.service.images import CONTENT_TYPES
 from ditserve.service.jobs import Claim, Image, JobResult, WorkerState
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
@@ -128,7 +129,7 @@ class StubWorker:
     def result(claim: Claim) -> JobResult:
         job = claim.job
         return JobResult(
-            images=tuple(Image(PNG, seed, f"image/{job.format}") for seed in job.seeds),
+            images=tuple(Image(PNG, seed, CONTENT_TYPES[job.format]) for seed in job.seeds),
             steps_requested=job.steps,
             steps_used=job.steps,
             solver=job.solver,
