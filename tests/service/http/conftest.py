@@ -8,7 +8,6 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ class StubWorker:
         """Publish the state of a fast and idle worker, with `changes`."""
         figures: dict[str, Any] = {"max_rows": 8, "step_fixed_s": 0.0, "step_per_row_s": 0.0001}
         figures |= {"decode_s": 0.0, "running_samples": 0, "backlog_rows": 0}
-        figures |= {"last_step_age_s": 0.0, "updated_at": inf}  # it is never late
+        figures |= {"last_step_age_s": 0.0, "updated_at": 2.0**40}  # it is never late
         await self.broker.report(WorkerState(worker="stub", models=(self.model,), **{**figures, **changes}))
 
     async def _work(self, claim: Claim) -> None:
