@@ -319,7 +319,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.connections.discard(longest)
         elif len(self.connections) > self.limits.connections + RESERVE:
             self.transport.write(_written(TooManyConnections(retry_after=1)))
-            # Closed on a request that is not read, the connection would be reset before its client reads this.
+            # Closed on a request that is not read, it would be reset before its client reads this.
             self.end()
         else:
             self._crowded = True
