@@ -140,7 +140,9 @@ def _device(name: str) -> torch.device:
 def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
     """Return the steps and the guidance: as the command line says, or else the defaults of the model."""
     own = loaded.network.config.image_size
-    area = math.prod(options.size or own) / math.prod(own)
+    # A window has the model's own size, whatever the picture's.
+    size = own if options.windows else options.size or own
+    area = math.prod(size) / math.prod(own)
     defaults, schedule = loaded.manifest.defaults, loaded.schedule.for_area(area)
     if options.scale not in (None, 1.0) and loaded.manifest.guidance == "none":
         raise SampleError(

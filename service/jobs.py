@@ -80,11 +80,14 @@ class Job(Message):
     requested: Rung | None = None  # the operating point it asks for; None: not known
     admitted: Rung | None = None  # the one it was admitted on, `requested` or below; None: not known
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
+    guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
 
     @property
     def oldest_version(self) -> int:
         decays = self.requested is not None and self.requested.guidance_decay != 0.0
-        return 2 if decays or self.negative_prompt or self.mix in ("compose", "layers") else OLDEST
+        combined = self.negative_prompt or self.mix in ("compose", "layers")
+        new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
+        return 2 if new else OLDEST
 
     @property
     def composed(self) -> int:

@@ -19,7 +19,9 @@ from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.bundle import MANIFEST, Bundle, Manifest, write_manifest
 from ditserve.model.spec.dit_config import DiTConfig, published_config
+from ditserve.model.spec.network_config import own_config
 from ditserve.model.weights.files import write_bundle
+from ditserve.model.weights.imported import ImportedWeights
 
 Floats = npt.NDArray[np.float32]
 
@@ -43,7 +45,7 @@ def random_bundle(config: DiTConfig, folder: Path, *, seed: int = 0, half: bool 
     decoder.
     """
     network = random_network(config, seed=seed)
-    manifest = write_bundle(folder, network.state_dict(), config, licence="none")
+    manifest = write_bundle(folder, ImportedWeights(network.state_dict(), config), licence="none")
     manifest = manifest.model_copy(update={"decoder": "identity"})
     write_graphs(network, manifest, folder)
     if half:
@@ -81,4 +83,5 @@ def inputs(manifest: Manifest, rows: int, *, seed: int = 0) -> tuple[Floats, tup
 
 def row_flops(bundle: Bundle) -> int:
     """Return the operations of the backbone for one row; the conditioner's results are cached in service."""
-    return 2 * cost(bundle.manifest.config).backbone_macs
+    config = own_config(bundle.manifest.name, bundle.manifest.config)
+    return 2 * cost(config).backbone_macs

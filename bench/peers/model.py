@@ -30,7 +30,8 @@ from ditserve.model.spec.bundle import Bundle, Defaults, Manifest, write_manifes
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.weights.files import write_bundle
-from ditserve.model.weights.imports import ImportOptions, read_weights
+from ditserve.model.weights.imported import ImportOptions
+from ditserve.model.weights.imports import read_weights
 from ditserve.service.backends import Backend, load_backend
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.jobs import ConditionTerm
@@ -86,8 +87,7 @@ def write_weights(folder: Path, like: Manifest) -> None:
     found = read_weights(folder, ImportOptions(function="diffusers", predicts_noise=True))
     manifest = write_bundle(
         folder / "imported",
-        found.weights,
-        found.config,
+        found,
         licence=like.licence,
         classes=like.factors[0].classes,
     )

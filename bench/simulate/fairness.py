@@ -40,7 +40,8 @@ class FairSample:
 class FairnessOutcome:
     """The seconds of a short request alone and beside others, and of the longest wait for its first step.
 
-    `fair_s` is what it would take on an equal share of the machine.
+    `fair_s` is what it would take on its share of the machine. `others_keep` is the part of their rows a
+    second that the others still have beside it, and `others_fair` their share of the machine.
     """
 
     scenario: str
@@ -50,6 +51,8 @@ class FairnessOutcome:
     mean_s: float
     worst_s: float
     first_step_s: float
+    others_keep: float
+    others_fair: float
 
     @property
     def of_fair(self) -> float:
@@ -112,11 +115,15 @@ def study_fairness(scenario: str, curve: str) -> FairnessOutcome:
     _, alone_s = alone.answer(FairSample(own, SHORT_STEPS))
     engine = FairEngine(CURVES[curve])
     engine.samples = [FairSample(sample.flow, sample.steps) for sample in SCENARIOS[scenario]]
-    weight = engine.samples[0].flow.weight
+    others = engine.samples[0].flow
+    weight = others.weight
     for _ in range(ROUNDS):
         # The others have been alone for a while.
         engine.step()
+    alone_rate = engine.rows[others] / engine.now
+    began_s, began_rows = engine.now, engine.rows[others]
     times = [engine.answer(FairSample(own, SHORT_STEPS)) for _ in range(ROUNDS)]
+    rate = (engine.rows[others] - began_rows) / (engine.now - began_s)
     return FairnessOutcome(
         scenario=scenario,
         curve=curve,
@@ -125,6 +132,8 @@ def study_fairness(scenario: str, curve: str) -> FairnessOutcome:
         mean_s=sum(total for _, total in times) / ROUNDS,
         worst_s=max(total for _, total in times),
         first_step_s=max(first for first, _ in times),
+        others_keep=rate / alone_rate,
+        others_fair=weight / (own.weight + weight),
     )
 
 
@@ -144,16 +153,17 @@ def fairness_table(outcomes: Iterable[FairnessOutcome], shares: Mapping[str, flo
         "# Fairness in the simulator",
         "",
         f"Made by `python -m bench.simulate --fairness`. A caller asks for {SHORT_STEPS} steps again and",
-        "again beside what another caller has running. The fair time is that of a share by weight.",
-        "Seconds are simulated.",
+        "again beside what another caller has running. The fair time is that of a share by weight; the worst",
+        "is told as a multiple of it.",
+        "Seconds are simulated. The last column is the part of their rows a second that the others keep.",
         "",
-        "| beside | machine | alone s | fair s | mean s | worst s | worst of fair | first step within s |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| beside | machine | alone s | fair s | mean s | worst s | of fair | first step s | they keep |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for o in outcomes:
         times = f"{o.alone_s:.3g} | {o.fair_s:.3g} | {o.mean_s:.3g} | {o.worst_s:.3g}"
-        lines.append(f"| {o.scenario} | {o.curve} | {times} | {o.of_fair:.1f}× | {o.first_step_s:.3g} |")
-    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    return (
-        "\n".join([*lines, "", f"Callers of each priority with much to do share a machine: {parts}."]) + "\n"
-    )
+        parts = f"{o.of_fair:.1f}× | {o.first_step_s:.3g} | {o.others_keep:.0%}"
+        lines.append(f"| {o.scenario} | {o.curve} | {times} | {parts} |")
+    by_priority = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    lines += ["", f"Callers of each priority with much to do share a machine: {by_priority}."]
+    return "\n".join(lines) + "\n"

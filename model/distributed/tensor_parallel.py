@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from ditserve.model.nets.dit import DiT
-from ditserve.model.nets.layers import Attention, CrossAttention, SwiGlu
+from ditserve.model.nets.layers import Attention, CrossAttention, RmsNorm, SwiGlu, rms_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ def _plan(block: nn.Module) -> dict[str, ParallelStyle]:
             "cross.proj": RowwiseParallel(),
             "cross": HeadParallel(),
         }
-    norms = [name for name in ("q_norm", "k_norm") if isinstance(getattr(block.attn, name), nn.LayerNorm)]
+    kinds = (nn.LayerNorm, RmsNorm)
+    norms = [name for name in ("q_norm", "k_norm") if isinstance(getattr(block.attn, name), kinds)]
     return plan | {f"attn.{name}": HeadNormParallel() for name in norms}
 
 
@@ -127,7 +128,7 @@ class HeadNormParallel(ParallelStyle):
     """A norm within each head; heads share its parameters, so gradients are summed over the processes."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.forward = partial(_head_norm, cast(nn.LayerNorm, module), device_mesh)
+        module.forward = partial(_head_norm, cast(nn.LayerNorm | RmsNorm, module), device_mesh)
         return module
 
 
@@ -152,9 +153,11 @@ def _rowwise_linear(linear: nn.Linear, mesh: DeviceMesh, h: Tensor) -> Tensor:
     return out + linear.bias.to(out.dtype)
 
 
-def _head_norm(norm: nn.LayerNorm, mesh: DeviceMesh, h: Tensor) -> Tensor:
-    weight, bias = (_copy_to_processes(parameter, mesh) for parameter in (norm.weight, norm.bias))
-    return F.layer_norm(h, norm.normalized_shape, weight, bias, norm.eps)
+def _head_norm(norm: nn.LayerNorm | RmsNorm, mesh: DeviceMesh, h: Tensor) -> Tensor:
+    weight = _copy_to_processes(norm.weight, mesh)
+    if isinstance(norm, RmsNorm):
+        return rms_norm(h) * weight
+    return F.layer_norm(h, norm.normalized_shape, weight, _copy_to_processes(norm.bias, mesh), norm.eps)
 
 
 def _copy_to_processes(h: Tensor, mesh: DeviceMesh) -> Tensor:

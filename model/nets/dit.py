@@ -26,6 +26,7 @@ from ditserve.model.nets.layers import (
     CrossAttention,
     Mlp,
     PatchEmbed,
+    QkNorm,
     Spacing,
     SwiGlu,
     TimestepEmbedder,
@@ -33,6 +34,7 @@ from ditserve.model.nets.layers import (
     check_rows,
     check_state,
     layer_norm,
+    rms_norm,
     rotary_tables,
     shift_and_scale,
     sincos_positions,
@@ -51,13 +53,14 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, kind: BlockKind) -> None:
         super().__init__()
         self.kind, self.mlp_norm_eps = kind, config.mlp_norm_eps
+        self.norm = rms_norm if config.rms_norm else layer_norm
         d, width = config.hidden_size, config.heads_width
-        self.attn = Attention(d, config.num_heads, width=width, qk_norm=config.qk_norm)
+        qk_norm: QkNorm | None = ("rms" if config.rms_norm else "layer") if config.qk_norm else None
+        self.attn = Attention(d, config.num_heads, width=width, qk_norm=qk_norm)
         self.mlp: nn.Module = (SwiGlu if config.swiglu else Mlp)(d, config.mlp_size)
         if kind == "cross_attention" or config.text_tokens:
-            self.cross = CrossAttention(
-                d, config.num_heads, width=width, qk_norm=config.qk_norm and bool(config.text_tokens)
-            )
+            cross_norm = qk_norm if config.text_tokens else None
+            self.cross = CrossAttention(d, config.num_heads, width=width, qk_norm=cross_norm)
         if MODULATIONS[kind]:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, MODULATIONS[kind] * d))
 
@@ -73,24 +76,24 @@ class Block(nn.Module):
         if self.kind == "adaln_zero":
             parts = torch.split(cast(Tensor, state), 1, dim=1)
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts  # 6 × (N, 1, D)
-            h = h + gate_a * self.attn(shift_and_scale(layer_norm(h), shift_a, scale_a), rotary)
+            h = h + gate_a * self.attn(shift_and_scale(self.norm(h), shift_a, scale_a), rotary)
             if text is not None:
-                h = h + self.cross(layer_norm(h), *text)
-            h = h + gate_m * self.mlp(shift_and_scale(layer_norm(h, self.mlp_norm_eps), shift_m, scale_m))
+                h = h + self.cross(self.norm(h), *text)
+            h = h + gate_m * self.mlp(shift_and_scale(self.norm(h, self.mlp_norm_eps), shift_m, scale_m))
             return h
         if self.kind == "adaln":
             shift_a, scale_a, shift_m, scale_m = torch.split(cast(Tensor, state), 1, dim=1)  # 4 × (N, 1, D)
-            h = h + self.attn(shift_and_scale(layer_norm(h), shift_a, scale_a), rotary)
-            h = h + self.mlp(shift_and_scale(layer_norm(h, self.mlp_norm_eps), shift_m, scale_m))
+            h = h + self.attn(shift_and_scale(self.norm(h), shift_a, scale_a), rotary)
+            h = h + self.mlp(shift_and_scale(self.norm(h, self.mlp_norm_eps), shift_m, scale_m))
             return h
-        h = h + self.attn(layer_norm(h), rotary)
+        h = h + self.attn(self.norm(h), rotary)
         if self.kind == "cross_attention":
-            h = h + self.cross(layer_norm(h), cast(Tensor, state))
-        return cast(Tensor, h + self.mlp(layer_norm(h, self.mlp_norm_eps)))
+            h = h + self.cross(self.norm(h), cast(Tensor, state))
+        return cast(Tensor, h + self.mlp(self.norm(h, self.mlp_norm_eps)))
 
 
 class FinalLayer(nn.Module):
-    """The final layer, (N, T, D) → (N, T, C·P·P): LayerNorm, modulation if the blocks have it, linear map.
+    """The final layer, (N, T, D) → (N, T, C·P·P): norm, modulation if the blocks have it, linear map.
 
     The published weights lay a patch out as (P, P, C). The weights are transposed to (C, P, P) here, because
     transposing the pixels instead would move far more data.
@@ -99,13 +102,14 @@ class FinalLayer(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.channels = config.head_channels or config.out_channels
+        self.norm = rms_norm if config.rms_norm else layer_norm
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * self.channels)
         if config.adaptive_final:
             d = config.hidden_size
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
 
     def forward(self, h: Tensor, state: Tensor | None) -> Tensor:
-        h = layer_norm(h)
+        h = self.norm(h)
         if state is not None:
             shift, scale = torch.split(state, 1, dim=1)  # 2 × (N, 1, D)
             h = shift_and_scale(h, shift, scale)

@@ -1,18 +1,20 @@
 """The layers of a Diffusion Transformer: each is one formula with its source.
 
 Letters in shapes: N batch, T tokens, D hidden size, H heads, P patch size, C channels. The timestep
-embedding, LayerNorm statistics and softmax are computed in fp32, whatever the weights are.
+embedding, the statistics of norms and softmax are computed in fp32, whatever the weights are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ditserve.model.spec.dit_config import SWIGLU_MULTIPLE
 
 # Distance between neighbouring tokens along rows and along columns; tensors where a traced graph computes it.
 Spacing = tuple[float | Tensor, float | Tensor]
@@ -51,6 +53,12 @@ def shift_and_scale(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def layer_norm(h: Tensor, eps: float = 1e-6) -> Tensor:
     """Return LayerNorm over D, without affine parameters; the statistics are computed in fp32."""
     return F.layer_norm(h.float(), h.shape[-1:], eps=eps).to(h.dtype)
+
+
+def rms_norm(h: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return h / sqrt(mean of h² over D + eps), arXiv:1910.07467; the mean is computed in fp32."""
+    wide = h.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(h.dtype)
 
 
 def apply_rotary(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -128,6 +136,27 @@ class TimestepEmbedder(nn.Module):
         return cast(Tensor, self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype)))  # (N, D)
 
 
+class RmsNorm(nn.Module):
+    """`rms_norm` times a weight, (…, D) → (…, D)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return rms_norm(h) * self.weight
+
+
+QkNorm = Literal["layer", "rms"]
+
+
+def _head_norm(kind: QkNorm | None, head_size: int) -> nn.Module:
+    """Return the norm of the queries or the keys of every head; None: no norm."""
+    if kind is None:
+        return nn.Identity()
+    return RmsNorm(head_size) if kind == "rms" else nn.LayerNorm(head_size, eps=1e-6)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (N, T, D) → (N, T, D), by torch's scaled_dot_product_attention.
 
@@ -135,7 +164,7 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, *, width: int | None = None, qk_norm: bool = False
+        self, hidden_size: int, num_heads: int, *, width: int | None = None, qk_norm: QkNorm | None = None
     ) -> None:
         super().__init__()
         width = width or hidden_size
@@ -143,8 +172,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * width)
         self.proj = nn.Linear(width, hidden_size)
         self.head_size = head = width // num_heads
-        self.q_norm = nn.LayerNorm(head, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (_head_norm(qk_norm, head) for _ in range(2))
 
     def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         q, k, v = self.heads(h, rotary)
@@ -175,7 +203,7 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, *, width: int | None = None, qk_norm: bool = False
+        self, hidden_size: int, num_heads: int, *, width: int | None = None, qk_norm: QkNorm | None = None
     ) -> None:
         super().__init__()
         width = width or hidden_size
@@ -183,8 +211,7 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(hidden_size, width)
         self.kv = nn.Linear(hidden_size, 2 * width)
         self.proj = nn.Linear(width, hidden_size)
-        self.q_norm = nn.LayerNorm(self.head_size, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_size, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (_head_norm(qk_norm, self.head_size) for _ in range(2))
 
     def forward(self, h: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend to the tokens that the mask (N, 1, 1, S) bool keeps; None: to all."""
@@ -217,7 +244,7 @@ class SwiGlu(nn.Module):
 
     def __init__(self, hidden_size: int, mlp_size: int) -> None:
         super().__init__()
-        inner = (2 * mlp_size // 3 + 7) // 8 * 8
+        inner = math.ceil(2 * mlp_size // 3 / SWIGLU_MULTIPLE) * SWIGLU_MULTIPLE
         self.fc1 = nn.Linear(hidden_size, 2 * inner)
         self.fc2 = nn.Linear(inner, hidden_size)
 

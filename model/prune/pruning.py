@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from ditserve.model.nets.dit import DiT
 from ditserve.model.prune.importance import Importance, group_counts
-from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.dit_config import SWIGLU_MULTIPLE, DiTConfig, mlp_ratio
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.loaded_model import build
 
@@ -30,8 +29,7 @@ def pruned_config(dit: DiT, heads: float, mlp: float) -> DiTConfig:
     config = dit.config
     counts = group_counts(dit)
     kept_heads = _kept("heads", counts["blocks.0.attn.proj"], heads, 1)
-    # The width of SwiGLU is a multiple of eight.
-    multiple = 8 if config.swiglu else 1
+    multiple = SWIGLU_MULTIPLE if config.swiglu else 1
     channels = _kept("mlp", counts["blocks.0.mlp.fc2"], mlp, multiple)
     width = kept_heads * config.head_size
     changes: dict[str, Any] = {}
@@ -41,10 +39,7 @@ def pruned_config(dit: DiT, heads: float, mlp: float) -> DiTConfig:
             "attention_width": None if width == config.hidden_size else width,
         }
     if channels != counts["blocks.0.mlp.fc2"]:
-        size = 3 * channels // 2 if config.swiglu else channels
-        ratio = size / config.hidden_size
-        exact = int(config.hidden_size * ratio) == size
-        changes |= {"mlp_ratio": ratio if exact else math.nextafter(ratio, math.inf)}
+        changes["mlp_ratio"] = mlp_ratio(channels, config.hidden_size, swiglu=config.swiglu)
     return replace(config, **changes)
 
 

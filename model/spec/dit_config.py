@@ -29,6 +29,10 @@ PATCHES = (2, 4, 8)
 MODULATIONS: dict[BlockKind, int] = {"adaln_zero": 6, "adaln": 4, "cross_attention": 0, "in_context": 0}
 
 
+# The width of a SwiGLU is a multiple of it.
+SWIGLU_MULTIPLE = 8
+
+
 @dataclass(frozen=True, slots=True)
 class DiTConfig:
     """The configuration that fixes the parameters and the function of a DiT.
@@ -41,6 +45,7 @@ class DiTConfig:
         text_size        the width of text embeddings; 0: the model takes no text
         text_tokens      the tokens of a text that every block attends to; 0: its embedding alone
         layout_rank      the rank of a bias that the condition gives to every token; 0: none
+        rms_norm         norms by the root mean square, without the mean, those of qk_norm too
         head_channels    the channels handed to a small convolution at the end; 0: none
         frequency_shift  1 for diffusers' timestep frequencies (k/127), 0 for the published ones (k/128)
         mlp_norm_eps     the epsilon of the norm before the MLP: published 1e-6, in diffusers 1e-5
@@ -71,6 +76,7 @@ class DiTConfig:
     fusion: Fusion = "sum"
     learn_sigma: bool = True
     qk_norm: bool = False
+    rms_norm: bool = False
     rope: bool = False
     swiglu: bool = False
     layout_rank: int = 0
@@ -225,6 +231,14 @@ class DiTConfig:
         if self.text_tokens:
             tensors.append(("text", (self.text_tokens, self.hidden_size)))
         return tuple(tensors)
+
+
+def mlp_ratio(channels: int, hidden_size: int, *, swiglu: bool) -> float:
+    """Return the `mlp_ratio` of an MLP of so many channels; those of a SwiGLU are a multiple of 8."""
+    size = 3 * channels // 2 if swiglu else channels
+    ratio = size / hidden_size
+    # Rounding may leave the product one below.
+    return ratio if int(hidden_size * ratio) == size else math.nextafter(ratio, math.inf)
 
 
 def check_counts(config: object, *fields: str) -> None:

@@ -246,7 +246,7 @@ def set_fields(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     """
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals:
+        if not equals or not all(key.split(".")):
             raise ValueError(f"--set {override}: write KEY=VALUE")
         *parents, last = re.sub(r"^network\b", "model", key).split(".")
         section = data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from ditserve.model.spec.bundle import (
     WEIGHTS,
     Bundle,
-    Defaults,
     Factor,
     Manifest,
     StateTensor,
@@ -27,71 +26,56 @@ from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.output_folder import BUNDLE, DIFFUSERS, check_new_file, replacement
 from ditserve.model.weights.diffusers import to_diffusers
-from ditserve.model.weights.imports import DIFFUSERS_CONFIG, DIFFUSERS_NAME, FLOWS, FlowKind
+from ditserve.model.weights.folders import DIFFUSERS_CONFIG, DIFFUSERS_NAME
+from ditserve.model.weights.imported import ImportedWeights
 from ditserve.model.weights.official import WeightsError, to_official
-
-# The published results at 256 px use 250 steps of DDPM at guidance 1.5; 50 of DDIM are as good (FID 2.26).
-# `choose_grid` finds the grids of the other solvers and counts of steps.
-DEFAULTS = Defaults(
-    steps=50, solver="ddim", grid="ddim-stride", guidance_scale=1.5, guidance_interval=(0.0, 1.0)
-)
-# SiT and REPA publish 250 steps of an SDE; 50 steps of Euler's method are near it.
-FLOW_DEFAULTS = DEFAULTS.model_copy(update={"solver": "euler", "grid": "uniform"})
 
 
 def write_bundle(
-    target: Path,
-    weights: Mapping[str, Tensor],
-    config: DiTConfig,
-    *,
-    licence: str,
-    classes: Sequence[str] = (),
-    notes: Sequence[str] = (),
-    flow: FlowKind | None = None,
+    target: Path, imported: ImportedWeights, *, licence: str, classes: Sequence[str] = ()
 ) -> Manifest:
-    """Write a bundle of weights alone, for a latent model trained as published.
+    """Write a bundle of weights alone; the manifest keeps the notes of the import.
 
-    The schedule is linear and the network predicts noise, unless it is of a kind of `flow`. `classes` names
-    the classes; unless given, their numbers do. `notes` tell what was read and assumed at the import; the
-    manifest keeps them.
+    `classes` names the classes; unless given, the names of the source do, or else their numbers.
 
     Raises:
         WeightsError: the number of `classes` is not the model's, or the folder has no legal name for a
             bundle.
     """
-    names = tuple(classes) or tuple(str(k) for k in range(config.classes[0]))
+    config = imported.config
+    names = tuple(classes) or imported.classes or tuple(str(k) for k in range(config.classes[0]))
     if len(names) != config.classes[0]:
         raise WeightsError(f"{len(names)} class names for a model of {config.classes[0]} classes")
     height, width = config.image_size
+    latent = imported.latents is not None or config.in_channels == 4
     try:
         manifest = Manifest(
             name=bundle_name(target),
             version="1",
             description=f"Diffusion Transformer over {height}×{width} latents, imported",
             config=config,
-            diffusion=_diffusion(config, flow),
+            diffusion=imported.diffusion or _published_diffusion(config),
             factors=(Factor(name="label", classes=names),),
-            decoder="sd-vae" if config.in_channels == 4 else "identity",
+            decoder="sd-vae" if latent else "identity",
+            latents=imported.latents,
             embedding_size=config.embedding_size,
             state=tuple(StateTensor(name=name, shape=shape) for name, shape in config.state()),
-            defaults=DEFAULTS if flow is None else FLOW_DEFAULTS,
+            defaults=imported.defaults,
             licence=licence,
-            provenance={"import": {"notes": list(notes)}} if notes else {},
+            provenance={"import": {"notes": list(imported.notes)}} if imported.notes else {},
         )
     except ValidationError as error:
         raise WeightsError(f"{target} cannot be a bundle: {error.errors()[0]['msg']}") from None
     with replacement(target, BUNDLE) as scratch:
-        save_file({name: _storable(tensor) for name, tensor in weights.items()}, scratch / WEIGHTS)
+        weights = {name: _storable(tensor) for name, tensor in imported.weights.items()}
+        save_file(weights, scratch / WEIGHTS)
         (scratch / WEIGHTS).chmod(0o644)
         write_manifest(scratch, manifest)
     return manifest
 
 
-def _diffusion(config: DiTConfig, flow: FlowKind | None) -> DiffusionSpec:
-    """Return the diffusion of imported weights."""
-    if flow is not None:
-        told = {"noise_scale": 1.0, "clip_x0": False, **FLOWS[flow]}
-        return DiffusionSpec(schedule="flow", prediction="flow", **told)
+def _published_diffusion(config: DiTConfig) -> DiffusionSpec:
+    """Return the diffusion of the published models: linear, and the network predicts the noise."""
     return DiffusionSpec(
         schedule="linear",
         prediction="epsilon",

@@ -7,21 +7,24 @@ Weights that do not fit are refused with a list of what does not. Files are read
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import make_network
-from ditserve.model.spec.dit_config import SIZES, DiTConfig
+from ditserve.model.spec.dit_config import SIZES, DiTConfig, mlp_ratio
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig
 
 Weights = dict[str, Tensor]
 
+PATCHES = "x_embedder.proj.weight"
 TABLE, OFFICIAL_TABLE = "y_embedder.tables.0.weight", "y_embedder.embedding_table.weight"
 _HEADS = {hidden: heads for _, hidden, heads in SIZES.values()}
 
@@ -52,12 +55,17 @@ def check_weights(weights: Mapping[str, Tensor], config: NetworkConfig) -> None:
 
 
 def from_official(
-    state: Mapping[str, Tensor], *, num_heads: int | None = None, image_size: tuple[int, int] | None = None
+    state: Mapping[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    extensions: Mapping[str, Any] | None = None,
 ) -> tuple[Weights, DiTConfig]:
     """Return weights and configuration from a state dict in the official layout.
 
-    The shapes say everything except the number of heads, which is known for the published widths only, and
-    the sides of the image in latent pixels, which are taken as equal unless given.
+    `extensions` are fields of the configuration that `fold_extensions` found. The shapes say everything
+    except the number of heads, which is known for the published widths only, and the sides of the image in
+    latent pixels, which are taken as equal unless given.
 
     Raises:
         WeightsError: names or shapes that are not a DiT's, an unknown number of heads or size, or trained
@@ -66,15 +74,16 @@ def from_official(
     state = dict(state)
     pos_embed = state.pop("pos_embed", None)
     weights = {TABLE if name == OFFICIAL_TABLE else name: tensor for name, tensor in state.items()}
-    tokens = None if pos_embed is None else pos_embed.shape[-2]
-    config = _infer_config(weights, num_heads, tokens, image_size)
+    size = image_size or _square_size(weights, pos_embed)
+    config = _infer_config(weights, size, num_heads, extensions or {})
     check_weights(weights, config)
     if pos_embed is not None:
         with torch.device("cpu"):
             ours = DiT(replace(config, depth=1)).pos_embed
         if pos_embed.numel() != ours.numel():
             raise WeightsError(
-                f"pos_embed has {tokens} tokens, but image_size {config.image_size} has {len(ours)}"
+                f"pos_embed has {pos_embed.numel() // config.hidden_size} tokens, but image_size "
+                f"{config.image_size} has {len(ours)}"
             )
         rounding = max(1e-4, torch.finfo(pos_embed.dtype).eps) if pos_embed.is_floating_point() else 0.0
         if not torch.allclose(pos_embed.reshape(ours.shape).float().cpu(), ours, atol=rounding):
@@ -112,10 +121,21 @@ def to_official(weights: Mapping[str, Tensor], config: DiTConfig) -> Weights:
     return {"pos_embed": DiT(replace(config, depth=1)).pos_embed[None], **out}
 
 
+def _square_size(weights: Mapping[str, Tensor], pos_embed: Tensor | None) -> tuple[int, int] | None:
+    """Return the size of a square image in latent pixels; None: no positions, or not those of a square."""
+    tokens = 0 if pos_embed is None else pos_embed.shape[-2]
+    side = math.isqrt(tokens)
+    patch = weights[PATCHES].shape[-1] if PATCHES in weights else 0
+    return (side * patch, side * patch) if tokens and side**2 == tokens else None
+
+
 def _infer_config(
-    weights: Mapping[str, Tensor], heads: int | None, tokens: int | None, size: tuple[int, int] | None
+    weights: Mapping[str, Tensor],
+    size: tuple[int, int] | None,
+    heads: int | None,
+    extensions: Mapping[str, Any],
 ) -> DiTConfig:
-    needed = ("x_embedder.proj.weight", "final_layer.linear.weight", TABLE, "blocks.0.mlp.fc1.weight")
+    needed = (PATCHES, "final_layer.linear.weight", TABLE, "blocks.0.mlp.fc1.weight")
     refuse("the weights are not a published DiT's", missing=[name for name in needed if name not in weights])
     patch_weight, out_weight, table, fc1 = (weights[name] for name in needed)
     if patch_weight.ndim != 4 or table.ndim != 2:
@@ -123,20 +143,11 @@ def _infer_config(
             "the weights are not a published DiT's: its patches or its class table have other axes"
         )
     hidden, channels, patch = patch_weight.shape[0], patch_weight.shape[1], patch_weight.shape[-1]
-    published = _HEADS.get(hidden)
-    if heads and published and heads != published:
-        raise WeightsError(f"a DiT of width {hidden} has {published} heads, not {heads}: leave out --heads")
-    heads = heads or published
-    if heads is None:
-        raise WeightsError(
-            f"hidden size {hidden} is no published one, so its number of heads must be given: --heads"
-        )
     if size is None:
-        side = round((tokens or 0) ** 0.5) * patch
-        if not tokens or (side // patch) ** 2 != tokens:
-            raise WeightsError("the image size cannot be read off the positions, so it must be given: --size")
-        size = (side, side)
+        raise WeightsError("the image size cannot be read off the positions, so it must be given: --size")
     blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name))}
+    swiglu = bool(extensions.get("swiglu"))
+    told = {**extensions, "num_heads": _heads(hidden, heads, extensions.get("num_heads"))}
     try:
         return DiTConfig(
             image_size=size,
@@ -144,13 +155,25 @@ def _infer_config(
             in_channels=channels,
             hidden_size=hidden,
             depth=max(blocks) + 1,
-            num_heads=heads,
-            mlp_ratio=fc1.shape[0] / hidden,
+            mlp_ratio=mlp_ratio(fc1.shape[0] // (2 if swiglu else 1), hidden, swiglu=swiglu),
             classes=(table.shape[0] - 1,),
             learn_sigma=out_weight.shape[0] == 2 * channels * patch * patch,
+            **told,
         )
     except ValueError as error:
         raise WeightsError(f"the weights' shapes make no DiT: {error}") from None
+
+
+def _heads(hidden: int, given: int | None, told: int | None) -> int:
+    """Return the number of heads: as the weights tell, as published for the width, or as the user gives."""
+    known = told or _HEADS.get(hidden)
+    if given and known and given != known:
+        raise WeightsError(f"this DiT of width {hidden} has {known} heads, not {given}: leave out --heads")
+    if not (given or known):
+        raise WeightsError(
+            f"hidden size {hidden} is no published one, so its number of heads must be given: --heads"
+        )
+    return given or known or 0
 
 
 def check_plain(config: DiTConfig) -> None:
@@ -163,6 +186,7 @@ def check_plain(config: DiTConfig) -> None:
         text_size=0,
         fusion="sum",
         qk_norm=False,
+        rms_norm=False,
         rope=False,
         swiglu=False,
         layout_rank=0,

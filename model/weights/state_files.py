@@ -45,8 +45,9 @@ def read_state(path: Path) -> StoredState:
     """
     if is_index(path):
         return StoredState(_plain(path, _read_shards(path)))
-    stored = _read_file(path)
-    arguments = stored.get("args") if isinstance(stored, dict) else None
+    stored = read_stored(path)
+    # The trainers of DiT, SiT and REPA name their arguments so, and that of LightningDiT its configuration.
+    arguments = stored.get("args", stored.get("config")) if isinstance(stored, dict) else None
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)
     return StoredState(_plain(path, stored), arguments if isinstance(arguments, dict) else {})
@@ -57,7 +58,12 @@ def is_index(path: Path) -> bool:
     return re.search(r"\.index(\.\w+)?\.json$", path.name) is not None
 
 
-def _read_file(path: Path) -> Any:
+def read_stored(path: Path) -> Any:
+    """Return what a file stores, as it is, without running pickled code.
+
+    Raises:
+        WeightsError: it is unreadable, or holds pickled code.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -79,7 +85,7 @@ def _read_shards(index: Path) -> Weights:
     for name in sorted(map(str, files)):
         if Path(name).name != name:
             raise WeightsError(f"{index} names a shard outside of its folder: {name}")
-        tensors |= _plain(index.parent / name, _read_file(index.parent / name))
+        tensors |= _plain(index.parent / name, read_stored(index.parent / name))
     return tensors
 
 
@@ -104,3 +110,12 @@ def _plain(path: Path, stored: Any) -> Weights:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     # Lightning and torch.compile also leave a prefix in the middle of a name.
     return {re.sub(r"(^|\.)_orig_mod\.", r"\1", name): tensor for name, tensor in state.items()}
+
+
+def check_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError unless all tensors of a file are floating point and finite."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise WeightsError(f"{path}: {name} is of {tensor.dtype}: take weights in floating point")
+        if not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(f"{path}: {name} holds NaN or infinite numbers: take an intact checkpoint")

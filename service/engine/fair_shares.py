@@ -157,11 +157,14 @@ class FairShares:
             else:
                 heappop(heads)
 
-    def charge(self, flows: TurnsByFlow[S], chosen: Sequence[Turn[S]], cost: float) -> None:
+    def charge(
+        self, flows: TurnsByFlow[S], chosen: Sequence[Turn[S]], cost: float, slowed: Collection[Flow] = ()
+    ) -> None:
         """Charge a pass to the turns chosen, in proportion to their own cost.
 
-        A flow that lost nothing in this pass is charged no less than those that did, on average: it had all
-        it could use, and saves nothing up.
+        A flow loses by turns that were not chosen, and it loses if it is `slowed`: the pass takes longer than
+        its share of the machine allows. One that lost nothing in this pass is charged no less than those that
+        did, on average: it had all it could use, and saves nothing up.
 
         Example: a pass has 8 rows. Flow A has one sample of 2 rows, B and C have many, and 3 rows each of the
         pass. A is charged 3 rows as well, so B and C will not have to wait when A brings more.
@@ -172,7 +175,7 @@ class FairShares:
             charges[turn.sample.flow] += rate * turn.cost
         self._charge_sizes(flows, chosen[0].size, charges)
         taken = set(map(id, chosen))
-        losing = {flow for flow, turns in flows.items() if _loses(turns, taken)}
+        losing = {flow for flow, turns in flows.items() if flow in slowed or _loses(turns, taken)}
         if not losing or len(flows) == 1:
             self._flows = Leads()
             return

@@ -17,7 +17,9 @@ from ditserve.model.nets.dit import DiT
 from ditserve.model.sample import main
 from ditserve.model.sampling.sheet import STRIP
 from ditserve.model.spec.bundle import Bundle, Factor, Manifest, write_manifest
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.sigma_grids import DynamicShift, SigmaGrid
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadError
 from tests.model.conftest import write_bundle
@@ -115,6 +117,26 @@ def test_a_larger_picture_in_windows(bundle: Path, tmp_path: Path) -> None:
     assert own[0] == own[1]
 
 
+def test_windows_of_a_flow_walk_the_grid_of_the_models_own_size(bundle: Path, tmp_path: Path) -> None:
+    """A shift that follows from the size is that of a window, as in the service, not that of the picture."""
+    manifest = Bundle.open(bundle).manifest
+    defaults = manifest.defaults.model_copy(update={"solver": "euler", "grid": "uniform"})
+    dynamic = DynamicShift()
+    pictures = {}
+    for name, grid in {
+        "dynamic": SigmaGrid(dynamic=dynamic, tokens=256),
+        "static": SigmaGrid(shift=dynamic.shift(256, 3)),
+    }.items():
+        flow = DiffusionSpec(schedule="flow", prediction="flow", sigma_grid=grid)
+        write_manifest(bundle, manifest.model_copy(update={"diffusion": flow, "defaults": defaults}))
+        command = [str(bundle), "-c", "label=fox", "--count", "1", "--steps", "3", "--size", "8", "24"]
+        for windows in ([], ["--windows"]):
+            assert main([*command, *windows, "-o", str(tmp_path / "out.png")]) == 0
+            pictures[name, bool(windows)] = (tmp_path / "out.png").read_bytes()
+    assert pictures["dynamic", True] == pictures["static", True]
+    assert pictures["dynamic", False] != pictures["static", False]
+
+
 def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
     assert main([str(finished_run), "-c", "label=owl", "--steps", "2", "-o", str(tmp_path / "out.png")]) == 0
     opened = load_model(finished_run)
@@ -131,6 +153,7 @@ def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
         (["absent"], "neither a bundle"),
         (["BUNDLE", "-c", "label=dgo"], "did you mean dog"),
         (["BUNDLE", "-c", "label=cat", "-c", "label=fox,weight=-1"], "sum to more than 0"),
+        (["BUNDLE", "--count", "3"], "--count is of a condition"),
         (["BUNDLE", "--steps", "2000"], r"steps must be in 1..1000"),
         (["BUNDLE", "--solver", "magic"], "solver must be one of"),
         (["BUNDLE", "--size", "7", "8"], "not a multiple of the patch"),

@@ -56,6 +56,7 @@ PAIR = {
     "tensor with condition tokens": Case(TOKENS, spec=TENSOR, pieces=2),
 }
 FOUR = {
+    "tensor with norms by the mean square": Case(replace(ALL_OPTIONS, rms_norm=True), spec={**DDP, **TENSOR}),
     "ddp over tensor": Case(ALL_OPTIONS, spec={**DDP, **TENSOR}),
     "fsdp over tensor": Case(ALL_OPTIONS, spec={**FSDP, **TENSOR}, pieces=2),
 }

@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hybrid": {"blocks": ("adaln_zero", "adaln", "cross_attention")},
     "hybrid with tokens in context": {"blocks": ("in_context", "adaln", "adaln_zero")},
     "qk-norm": {"qk_norm": True},
+    "norms by the mean square": {"qk_norm": True, "rms_norm": True},
     "rope": {"rope": True},
     "rope in context": {"rope": True, "blocks": "in_context"},
     "swiglu": {"swiglu": True},

@@ -15,10 +15,12 @@ from torch import nn
 from ditserve.model.nets.layers import (
     Attention,
     CrossAttention,
+    QkNorm,
     SwiGlu,
     TimestepEmbedder,
     apply_rotary,
     layer_norm,
+    rms_norm,
     rotary_tables,
     sincos_positions,
     timestep_features,
@@ -97,6 +99,14 @@ def test_layer_norm_statistics_are_fp32() -> None:
     assert layer_norm(h.half()).dtype == torch.float16
 
 
+def test_rms_norm_is_its_formula_and_its_mean_is_fp32() -> None:
+    h = torch.randn(4, 64, dtype=torch.float64) * 500 + 3000  # the squares overflow fp16
+    expected = h / (h.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    np.testing.assert_allclose(rms_norm(h), expected, atol=1e-6)
+    np.testing.assert_allclose(rms_norm(h.half()).double(), expected, atol=2e-3)
+    assert rms_norm(h.half()).dtype == torch.float16
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_softmax_is_fp32(dtype: torch.dtype) -> None:
     """A score near 100, rounded to half precision before the softmax, would be off by a part of 1."""
@@ -129,8 +139,8 @@ def test_rotation_by_relative_position() -> None:
     assert torch.allclose(turned_q.norm(dim=1), q.norm().expand(12), atol=1e-5)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_attention_is_softmax_of_scores(qk_norm: bool) -> None:
+@pytest.mark.parametrize("qk_norm", [None, "layer", "rms"])
+def test_attention_is_softmax_of_scores(qk_norm: QkNorm | None) -> None:
     attention = Attention(12, 3, qk_norm=qk_norm).eval()
     h = torch.randn(2, 5, 12)
     _, _, v = attention.heads(h)  # (N, H, T, D/H)

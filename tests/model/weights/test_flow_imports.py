@@ -100,7 +100,7 @@ def test_a_repa_runs_from_noise_at_time_1_to_the_image_at_0(
 @pytest.mark.parametrize(
     ("arguments", "options", "sentence"),
     [
-        ({}, (), "say --function sit or --function repa for a flow"),
+        ({}, (), "say --function sit, repa or lightningdit for a flow"),
         ({}, ("--function", "diffusers"), "is in the official layout"),
         (SIT_ARGUMENTS, ("--function", "repa"), "is a flow as sit trains"),
         ({"prediction": "epsilon"}, ("--function", "sit"), "it predicts the noise: leave out --function sit"),

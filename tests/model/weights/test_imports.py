@@ -20,7 +20,8 @@ from ditserve.model.spec.bundle import Bundle, BundleError
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.load import load_model
 from ditserve.model.weights.diffusers import to_diffusers
-from ditserve.model.weights.imports import ImportOptions, noise_cosine, read_weights
+from ditserve.model.weights.imported import ImportOptions
+from ditserve.model.weights.imports import noise_cosine, read_weights
 from ditserve.model.weights.official import WeightsError, from_official, to_official
 from ditserve.service.backends import load_backend
 from tests.model.weights.reference import official_dit, sit_velocity
@@ -276,8 +277,11 @@ def test_the_function_of_a_diffusers_folder_is_asked_for_told_and_kept(
             {"prediction_type": "v_prediction"},
             "prediction_type v_prediction",
         ),
-        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch"),
         ("scheduler/scheduler_config.json", {"beta_end": 0.012}, "beta_end 0.012"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
+        ("scheduler/scheduler_config.json", {"predction_type": "v_prediction"}, "field predction_type: no"),
+        ("scheduler/scheduler_config.json", {"sigma_data": 0.5}, "field sigma_data: no scheduler of the"),
     ],
 )
 def test_other_models_and_processes_are_refused(

@@ -17,7 +17,8 @@ from ditserve.model.convert import main
 from ditserve.model.nets.dit import DiT
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.weights.imports import ImportOptions, read_weights
+from ditserve.model.weights.imported import ImportOptions
+from ditserve.model.weights.imports import read_weights
 from ditserve.model.weights.official import WeightsError, to_official
 from ditserve.model.weights.state_files import read_state
 

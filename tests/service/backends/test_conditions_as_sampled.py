@@ -20,22 +20,17 @@ from ditserve.model.sampling.windows import WindowDenoiser
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.grids import noise_levels
+from ditserve.model.spec.sigma_grids import DynamicShift, SigmaGrid
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import save_model
-from ditserve.service.backends import Backend, Floats, load_backend
-from ditserve.service.engine.conditions import ConditionCaches
-from ditserve.service.engine.engine import Engine
+from ditserve.service.backends import Floats, load_backend
 from ditserve.service.engine.samples import SampleRequest
-from ditserve.service.engine.scheduler import Scheduler
-from ditserve.service.engine.text_cache import TextCache
 from ditserve.service.jobs import ConditionTerm
-from ditserve.service.planning.costs import CostModel
-from ditserve.service.planning.ladder import Ladder
-from ditserve.service.planning.planner import Planner
 from ditserve.service.rung import Rung
 from tests.export.tiny import CONFIG, tiny_source
 from tests.model.nets.unet_cases import TINY_UNET
+from tests.service.backends.drawing import Letters, drawn
 
 # Model → its network, and its diffusion.
 MODELS: dict[str, tuple[NetworkConfig, DiffusionSpec]] = {
@@ -43,7 +38,12 @@ MODELS: dict[str, tuple[NetworkConfig, DiffusionSpec]] = {
         replace(CONFIG, text_size=6),
         DiffusionSpec(schedule="cosine", prediction="x0", log_snr_shift=-1.0, guidance_channels=2),
     ),
-    "flow": (CONFIG, DiffusionSpec(schedule="flow", prediction="flow")),
+    "flow": (
+        CONFIG,
+        DiffusionSpec(
+            schedule="flow", prediction="flow", sigma_grid=SigmaGrid(dynamic=DynamicShift(), tokens=256)
+        ),
+    ),
     "unet": (
         replace(TINY_UNET, classes=(4, 2), learn_sigma=False),
         DiffusionSpec(schedule="cosine", prediction="v"),
@@ -51,6 +51,7 @@ MODELS: dict[str, tuple[NetworkConfig, DiffusionSpec]] = {
 }
 EXPORTED = "texts"  # the torch backend needs no graphs
 TERMS = (ConditionTerm((0, 1), 2.0), ConditionTerm((1, None), 1.0), ConditionTerm((3, 0), -0.5))
+LABELS = (ConditionTerm((0, 1)),)
 LAYERS = (ConditionTerm((0, 1)), ConditionTerm((3, None)))
 WORDS = (ConditionTerm((0, 1), 1.5, "a fox"), ConditionTerm((None, None), -0.5, "snow"))
 # Name → (model, fields of a request).
@@ -64,6 +65,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "layered": ("texts", {"condition": LAYERS, "mix": "layers"}),
     "layers of a U-Net": ("unet", {"condition": LAYERS, "mix": "layers"}),
     "composed by a flow": ("flow", {"condition": TERMS, "mix": "compose"}),
+    "windows of a flow": ("flow", {"condition": LABELS, "size": (16, 28), "windows": True}),
     "layered by a flow": ("flow", {"condition": LAYERS, "mix": "layers"}),
     "negative prompt": ("texts", {"condition": WORDS[:1], "negative_prompt": "fog"}),
     "composed with a negative prompt": (
@@ -73,15 +75,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "layered texts": ("texts", {"condition": (replace(WORDS[0], weight=1.0), LAYERS[1]), "mix": "layers"}),
     "mixed": ("texts", {"condition": (WORDS[0], LAYERS[1]), "mix": "spherical", "negative_prompt": "fog"}),
 }
-
-
-class Letters:
-    """An encoder that counts letters."""
-
-    size, key = 6, "letters"
-
-    def encode(self, sentence: str) -> Floats:
-        return np.array([sentence.count(letter) for letter in "aefgox"], np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +101,6 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def engine_of(backend: Backend, modulation_bytes: int) -> Engine:
-    manifest, ladder = backend.manifest, Ladder(())
-    texts = TextCache(Letters(), None, capacity=1 << 20) if manifest.config.text_size else None
-    return Engine(
-        backend=backend,
-        conditions=ConditionCaches(backend, modulation_bytes=modulation_bytes, texts=texts),
-        scheduler=Scheduler(max_rows=8),
-        planner=Planner(ladder),
-        ladder=ladder,
-        costs=CostModel(),
-        schedule=manifest.diffusion.noise_schedule(),
-        clock=lambda: 0.0,
-    )
-
-
 def request_of(name: str, case: str, grid: str, **changes: Any) -> SampleRequest:
     rung = Rung("dpmpp-2m-5", "dpmpp-2m", 5, grid, (0.1, 0.9), 0.0, guidance_decay=0.75)
     fields: dict[str, Any] = {"mix": "linear", "guidance_scale": 2.5, **CASES[case][1], **changes}
@@ -137,16 +115,6 @@ def request_of(name: str, case: str, grid: str, **changes: Any) -> SampleRequest
         min_steps=1,
         **fields,
     )
-
-
-def drawn(backend: Backend, requests: list[SampleRequest], modulation_bytes: int) -> dict[str, Floats]:
-    engine = engine_of(backend, modulation_bytes)
-    for request in requests:
-        engine.add(request)
-    made: dict[str, Floats] = {}
-    while not engine.idle:
-        made |= {sample.id: sample.latent for sample in engine.step().finished}
-    return made
 
 
 @torch.no_grad()

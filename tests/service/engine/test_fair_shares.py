@@ -42,10 +42,10 @@ class Running:
 
 
 class Machine:
-    """Runs passes of at most `room` rows, of which each takes `row_s` seconds."""
+    """Runs passes of at most `room` rows, which take `fixed_s` seconds and `row_s` for each row."""
 
-    def __init__(self, room: int) -> None:
-        self.scheduler, self.room = Scheduler(max_rows=64), room
+    def __init__(self, room: int, fixed_s: float = 0.0) -> None:
+        self.scheduler, self.room, self.fixed_s = Scheduler(max_rows=64), room, fixed_s
         self.samples: list[Running] = []
         self.passes, self.now, self.row_s = 0, 0.0, 1.0
         self.rows = Counter[str]()  # that each caller has had
@@ -75,7 +75,7 @@ class Machine:
         return self.passes - before
 
     def _seconds(self, rows: int) -> float:
-        return self.row_s * rows
+        return self.fixed_s + self.row_s * rows
 
     def _step(self, sample: Running) -> None:
         sample.taken += 1
@@ -117,14 +117,29 @@ def test_a_long_request_is_not_overtaken_for_ever_by_short_ones_of_the_same_call
         assert machine.passes < 1000
 
 
-def test_requests_beside_a_flood_take_no_longer_than_their_share() -> None:
-    machine = Machine(ROWS)
+@pytest.mark.parametrize("fixed_s", [0.0, 2.0, 50.0])
+def test_singles_beside_a_flood_take_twice_their_time_and_leave_it_half_of_the_machine(
+    fixed_s: float,
+) -> None:
+    machine = Machine(64, fixed_s)
     machine.add(*(Running("flood", 50) for _ in range(250)))
+    machine.run(10)
+    flood_alone = machine.rows["flood"] / machine.now
+    began, before = machine.now, machine.rows["flood"]
     for _ in range(5):
         single = Running("single", 10)
         machine.add(single)
-        assert machine.run_until(single) <= 10 + 1  # its two rows of eight are less than its share
-    assert machine.rows["flood"] / machine.passes > 5
+        machine.run_until(single)
+        assert machine.now - single.added_at <= 2 * 10 * (fixed_s + 2)
+    assert (machine.rows["flood"] - before) / (machine.now - began) >= flood_alone / 2
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_a_sample_of_many_rows_and_one_of_few_share_the_time(weight: float) -> None:
+    machine = Machine(64)
+    machine.add(Running("many rows", 1000, rows=32), Running("few rows", 1000, weight=weight))
+    machine.run(400)
+    assert machine.rows["few rows"] == pytest.approx(weight * machine.rows["many rows"], abs=32 * weight + 2)
 
 
 @pytest.mark.parametrize("room", [2, ROWS])
