@@ -51,6 +51,7 @@ class SampleRequest:
     caller: str = ""
     weight: float = 1.0  # of its caller's share of the machine
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
+    guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
 
 
 @dataclass(frozen=True, slots=True)
