@@ -216,13 +216,6 @@ class Manifest(StrictModel):
                 )
         return self
 
-    @model_validator(mode="after")
-    def _check_steps(self) -> Manifest:
-        counts = self.diffusion.step_counts
-        if counts and self.defaults.steps not in counts:
-            raise ValueError(f"defaults.steps must be one of step_counts, not {self.defaults.steps}")
-        return self
-
     @field_serializer("config")
     def _dump_config(self, config: NetworkConfig) -> dict[str, Any]:
         return network_fields(config)

@@ -55,8 +55,9 @@ class NamedTensor(Protocol):
 
 
 def check_run(field: str, run: StatedRun, schedule: Schedule) -> None:
-    """Refuse a run whose steps a worker cannot compute: every coefficient is finite in float32."""
+    """Refuse a run of steps that the model does not take, or whose coefficients are not finite in float32."""
     try:
+        schedule.check_steps(run.steps)
         table = step_table(run.solver, noise_levels(run.grid, run.steps, schedule), schedule)
     except ValueError as error:
         raise ValueError(f"field {field}: {error}") from None
