@@ -31,7 +31,7 @@ from pydantic_core import PydanticSerializationError
 
 from ditserve.model.spec import bundle_bounds as bounds
 from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
-from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.network_config import NetworkConfig, network_config, network_fields
 
 MANIFEST = "manifest.json"
@@ -317,9 +317,7 @@ def parse_manifest(raw: bytes, source: Path) -> Manifest:
         # Its digest is that of its JSON.
         manifest.model_dump_json()
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        field, message = wrong_field(error)
         # A sentence about several fields names them.
         raise BundleError(f"{source}: {_short(f'field {field}: {message}' if field else message)}") from None
     except (PydanticSerializationError, RecursionError) as error:

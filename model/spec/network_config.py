@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ditserve.model.spec.dit_config import DiTConfig, published_config
+from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.unet_config import UNetConfig
 
 NetworkConfig = DiTConfig | UNetConfig
@@ -49,9 +50,8 @@ def network_config(given: Mapping[str, Any]) -> NetworkConfig:
     try:
         return TypeAdapter(CONFIGS[kind]).validate_python(rest)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = "".join(f"{part}: " for part in first["loc"][:1])
-        raise ValueError(field + first["msg"].removeprefix("Value error, ")) from None
+        field, message = wrong_field(error)
+        raise ValueError(f"{field.partition('.')[0]}: {message}" if field else message) from None
 
 
 def network_fields(config: NetworkConfig) -> dict[str, Any]:
