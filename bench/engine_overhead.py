@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from ditserve.bench import report
 from ditserve.model.spec.bundle import Bundle, Manifest
-from ditserve.service.backends import CONDITIONER_ROWS, Backend, load_backend
+from ditserve.service.backends import CONDITIONER_ROWS, Backend, SentenceEncoder, load_backend
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
@@ -61,6 +61,7 @@ class NoopBackend:
     buckets: tuple[int, ...] | None = None
     conditioner_rows = CONDITIONER_ROWS
     size_multiple: int | None = None
+    text_encoder: SentenceEncoder | None = None
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest

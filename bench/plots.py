@@ -15,16 +15,23 @@ Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One diagram over the offered load: by name, the points (load, value) of a line."""
+    """One diagram: by name, the points (x, value) of a line."""
 
     title: str
     lines: Lines
 
 
 def draw_panels(
-    rows: Sequence[Sequence[Panel]], target: Path, *, size: tuple[float, float], legend_columns: int, dpi: int
+    rows: Sequence[Sequence[Panel]],
+    target: Path,
+    *,
+    size: tuple[float, float],
+    legend_columns: int,
+    dpi: int,
+    x: str = "offered load",
+    log: bool = False,
 ) -> None:
-    """Draw a grid of panels over the offered load, with one legend for all.
+    """Draw a grid of panels over the quantity `x`, with one legend for all; `log` makes all axes logarithmic.
 
     `size` is width and height in inches.
     """
@@ -35,7 +42,9 @@ def draw_panels(
             for name, points in panel.lines.items():
                 axis.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
             axis.set_title(panel.title, fontsize=9)
-            axis.set_xlabel("offered load")
+            axis.set_xlabel(x)
+            if log:
+                axis.set(xscale="log", yscale="log")
             axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns, fontsize=8)

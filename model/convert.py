@@ -2,9 +2,11 @@
 
     python -m model.convert import DiT-XL-2-256x256.pt models/dit-xl-2-256 --licence CC-BY-NC-4.0
     python -m model.convert import facebook-dit/ models/dit-xl-2-256 --licence CC-BY-NC-4.0
+    python -m model.convert import stable-diffusion-3.5-medium/ models/sd3.5
     python -m model.convert export models/dit-xl-2-256 dit.pt --to official
 
-An imported bundle has weights and a manifest; `python -m export.onnx` adds the graphs. Code that is pickled
+Of a pipeline with texts the whole folder is taken, and its own modules are run. Any other imported bundle has
+weights and a manifest; `python -m export.onnx` adds the graphs. Code that is pickled
 in a file of weights is never run.
 """
 
@@ -16,9 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle
+from rich.console import Console
+from rich.table import Table
+
+from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle, bundle_name
 from ditserve.model.spec.command_line import guarded, named_path, positive
 from ditserve.model.spec.output_folder import BUNDLE, check_folder
+from ditserve.model.spec.pipeline_folder import (
+    holds_pipeline,
+    read_pipeline,
+    stated_licence,
+    write_pipeline_bundle,
+)
 from ditserve.model.weights.files import export_weights, write_bundle
 from ditserve.model.weights.imported import ImportFunction, ImportOptions
 from ditserve.model.weights.imports import read_weights
@@ -44,6 +55,13 @@ def _import(options: argparse.Namespace) -> None:
         raise WeightsError(
             f"{options.source} does not exist: pass a .pt or .safetensors file, or a diffusers folder"
         )
+    if holds_pipeline(options.source):
+        _import_pipeline(options)
+        return
+    if options.licence is None:
+        raise WeightsError(f"{options.source} states no licence: give --licence (published: CC-BY-NC-4.0)")
+    if options.tokens:
+        raise WeightsError(f"{options.source} takes no texts: leave out --tokens")
     names = _class_names(options.classes) if options.classes else ()
     if names and options.num_classes not in (None, len(names)):
         raise WeightsError(
@@ -62,6 +80,31 @@ def _import(options: argparse.Namespace) -> None:
     for note in found.notes:
         print(note)
     print(f"wrote {options.bundle / MANIFEST} and {WEIGHTS}: {parameters / 1e6:.2f} M parameters")
+
+
+def _import_pipeline(options: argparse.Namespace) -> None:
+    """Bring in a whole pipeline, whose own modules are the network, and tell what was found."""
+    ours = ("heads", "num_classes", "function", "classes", "predicts_noise")
+    given = next((name for name in ours if getattr(options, name)), None)
+    if given is not None:
+        raise WeightsError(
+            f"{options.source} is a pipeline, which says that itself: leave out --{given.replace('_', '-')}"
+        )
+    size = cast("tuple[int, int] | None", tuple(options.size) if options.size else None)
+    found = read_pipeline(
+        options.source,
+        name=bundle_name(options.bundle),
+        licence=options.licence or stated_licence(options.source),
+        size=size,
+        tokens=options.tokens,
+    )
+    table = Table(show_header=False, box=None)
+    for part, what in found.notes:
+        table.add_row(part, what)
+    Console().print(table)
+    manifest = write_pipeline_bundle(found, options.bundle)
+    total = sum(entry.bytes for entry in manifest.files.values())
+    print(f"wrote {options.bundle / MANIFEST} and {len(manifest.files)} files, {total / 1e6:,.0f} MB")
 
 
 def _class_names(file: Path) -> tuple[str, ...]:
@@ -84,11 +127,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands: Any = parser.add_subparsers(dest="command", required=True)
     bring = commands.add_parser("import", help="published or diffusers weights → a bundle")
-    bring.add_argument("source", type=named_path, help="a .pt or .safetensors file, or a diffusers folder")
+    bring.add_argument("source", type=named_path, help="a .pt or .safetensors file, or a folder of diffusers")
     bring.add_argument("bundle", type=named_path, help="the folder to write")
     bring.add_argument(
-        "--licence", required=True, help="of the weights; the service shows it (published: CC-BY-NC-4.0)"
+        "--licence",
+        help="of the weights; the service shows it (published: CC-BY-NC-4.0). Of a pipeline its README's",
     )
+    bring.add_argument("--tokens", type=positive, help="the most tokens of a prompt for a pipeline")
     bring.add_argument(
         "--function",
         choices=get_args(ImportFunction),

@@ -17,7 +17,7 @@ from ditserve.model.nets.cost import Cost, cost
 from ditserve.model.spec.bundle import MANIFEST, Bundle
 from ditserve.model.spec.command_line import guarded, positive
 from ditserve.model.spec.dit_config import BLOCK_KINDS, PATCHES, SIZES, published_config
-from ditserve.model.spec.network_config import NetworkConfig, network_config
+from ditserve.model.spec.network_config import NetworkConfig, network_config, own_config
 from ditserve.model.train.load import run_config
 
 
@@ -43,7 +43,8 @@ def read_config(text: str) -> NetworkConfig:
     """
     path = Path(text)
     if (path / MANIFEST).is_file():
-        return Bundle.open(path, verify=False).manifest.config
+        manifest = Bundle.open(path, verify=False).manifest
+        return own_config(manifest.name, manifest.config)
     if not path.is_file():
         if path.suffix == ".json" or path.exists():
             raise ValueError(f"{path} is neither a bundle nor a JSON file")

@@ -11,7 +11,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ditserve.model.spec.bundle import Bundle, BundleError
+from ditserve.model.spec.bundle import MANIFEST, Bundle, BundleError
+from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.pipeline_folder import cached_bundle, is_pipeline
 from ditserve.service.identity import bundle_digest
 from ditserve.service.settings import Settings
 
@@ -93,8 +95,13 @@ def _folders(text: str) -> list[Path]:
 
 
 def _open(folder: Path, *, verify: bool) -> Bundle:
-    """Open a bundle at the path where the folder's links lead now.
+    """Open a bundle at the path where the folder's links lead now; that of a pipeline's folder is made.
 
     A process started later with that path finds the same bundle, even if a link leads elsewhere by then.
     """
+    if is_pipeline(folder) and not (folder / MANIFEST).is_file():
+        try:
+            folder = cached_bundle(folder)
+        except (ModelError, OSError) as error:
+            raise BundleError(f"{folder} cannot be served: {error}") from error
     return Bundle.open(folder.resolve(), verify=verify)

@@ -105,12 +105,15 @@ class Settings(BaseSettings):
         description="prefix of every Redis key; a further bundle has NAMESPACE-NAME, after its model's name",
     )
 
-    backend: Literal["onnx", "torch", "tensorrt"] = Field("onnx", description="what runs the network")
+    backend: Literal["auto", "onnx", "torch", "tensorrt"] = Field(
+        "auto",
+        description="what runs the network; auto is onnx, and torch for an imported pipeline without graphs",
+    )
     threads: int = Field(0, ge=0, le=1024, description="compute threads of a worker; 0 uses every core")
     precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = Field(
         "auto",
         description="numbers the network computes in; auto is the backend's choice; "
-        "bf16 is for tensorrt only, and torch has fp32 alone",
+        "bf16 is for tensorrt and for imported pipelines, and a network of ours has fp32 alone in torch",
     )
     providers: str = Field(
         "",
@@ -255,7 +258,7 @@ class Settings(BaseSettings):
     @classmethod
     def _precision_of_backend(cls, precision: str, info: ValidationInfo) -> str:
         backend = info.data.get("backend")
-        lacking = {"onnx": ("bf16",), "torch": ("fp16", "bf16", "int8")}.get(str(backend), ())
+        lacking = {"onnx": ("bf16",), "torch": ("int8",)}.get(str(backend), ())
         if precision in lacking:
             reason = {"reason": f"{precision} is not there with --backend {backend}"}
             raise PydanticCustomError("precision", "{reason}", reason)

@@ -108,13 +108,21 @@ IMPURE = {
 # fmt: on
 
 # Who may import by name: tables of implementations, and packages that few need.
-LATE = {"service.__main__", "service.backends", "service.telemetry.tracing", "export.tensorrt.module"}
+LATE = {
+    "service.__main__",
+    "service.backends",
+    "service.backends.torch",
+    "service.http.prompt_limit",
+    "service.telemetry.tracing",
+    "export.tensorrt.module",
+}
 LATE |= {
     "service.backends.cuda",
     "service.backends.other_texts",
     "service.backends.tensorrt",
     "service.telemetry.gpus",
 }
+LATE |= {"service.backends.torch", "service.http.prompt_limit"}
 LATE |= {"model.nets.autoencoder", "model.nets.text", "service.backends.other_texts"}
 
 # Readers of the host's clock: for people (when a key or an image was made), to compare it with that of Redis,

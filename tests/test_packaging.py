@@ -52,7 +52,7 @@ NEEDS = {
     "service/backends/sessions.py": {"cpu"},
     "service/backends/torch.py": {"torch"},
     "service/backends/tensorrt.py": {"gpu"},
-    "model": {"train", "latent", "text"},
+    "model": {"train", "latent", "pipelines", "text"},
     "export": {"cpu", "export", "train"},
     "bench": {"cpu", "dev"},
     "tests": {"dev"},

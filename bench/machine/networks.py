@@ -18,6 +18,7 @@ from ditserve.model.nets.cost import cost
 from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.bundle import MANIFEST, Bundle, Manifest, write_manifest
 from ditserve.model.spec.dit_config import DiTConfig, published_config
+from ditserve.model.spec.network_config import own_config
 from ditserve.model.weights.files import write_bundle
 from ditserve.model.weights.imported import ImportedWeights
 
@@ -76,4 +77,5 @@ def inputs(manifest: Manifest, rows: int, *, seed: int = 0) -> tuple[Floats, tup
 
 def row_flops(bundle: Bundle) -> int:
     """Return the operations of the backbone for one row; the conditioner's results are cached in service."""
-    return 2 * cost(bundle.manifest.config).backbone_macs
+    config = own_config(bundle.manifest.name, bundle.manifest.config)
+    return 2 * cost(config).backbone_macs

@@ -33,7 +33,7 @@ from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, deno
 from ditserve.model.sampling.prompt import random_conditions
 from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec
 from ditserve.model.spec.grids import even_grid, fits, grid_names, noise_levels
-from ditserve.model.spec.solvers import step_table
+from ditserve.model.spec.solvers import StepTable, step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
 OnRows = Callable[[int], object]  # called with the rows that were computed
@@ -46,7 +46,7 @@ DRAWS = 2
 ENOUGH_PICTURES = 6
 # The narrower guidance interval to try (arXiv:2404.07724), at this point.
 NARROW: Interval = (0.1, 0.8)
-PROBE = ("dpmpp-2m", 20, "trailing")
+PROBE = ("dpmpp-2m", 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,7 @@ THOROUGH = LadderPlan(
         "ddim": (("trailing",), (100, 50, 30, 20, 16, 12, 8)),
         "dpmpp-2m": (("trailing", "uniform-t"), (50, 40, 30, 25, 20, 16, 14, 12, 10, 8, 6, 5, 4)),
         "unipc-1": (("trailing", "uniform-t"), (30, 25, 20, 16, 14, 12, 10, 8, 6, 5, 4)),
+        "unipc-2": (("trailing", "uniform-t"), (30, 25, 20, 16, 14, 12, 10, 8, 6, 5, 4)),
     },
     32,
 )
@@ -80,8 +81,9 @@ QUICK = LadderPlan(
     100,
     {
         "ddim": (("trailing",), (50, 20)),
-        "dpmpp-2m": (("trailing",), (30, 20, 14, 10, 8)),
+        "dpmpp-2m": (("trailing",), (30, 20, 10)),
         "unipc-1": (("uniform-t",), (8, 6, 4)),
+        "unipc-2": (("trailing",), (20, 14, 8, 6, 4)),
     },
     16,
 )
@@ -207,9 +209,11 @@ class LadderMeasurement:
         low, high = defaults.guidance_interval
         inside = max(low, NARROW[0]), min(high, NARROW[1])
         guided = defaults.guidance_scale != 1.0 and inside[0] < inside[1] and inside != (low, high)
-        if self._settled or not guided or self._manifest.diffusion.timesteps < PROBE[1]:
+        schedule = self._manifest.diffusion.noise_schedule()
+        grid = even_grid(schedule)
+        if self._settled or not guided or not fits(grid, PROBE[1], schedule):
             return ()
-        return tuple(OperatingPoint(*PROBE, interval) for interval in ((low, high), inside))
+        return tuple(OperatingPoint(*PROBE, grid, interval) for interval in ((low, high), inside))
 
     def _with_best_interval(self, draw: Callable[[OperatingPoint], Tensor]) -> Defaults:
         """Return the defaults with the narrower guidance interval, if it draws nearer to real pictures."""
@@ -221,15 +225,27 @@ class LadderMeasurement:
         return defaults.model_copy(update={"guidance_interval": chosen.guidance_interval})
 
 
-@torch.no_grad()
 def draw_pictures(
     model: LoadedModel, inputs: LadderInputs, point: OperatingPoint, on_rows: OnRows = lambda rows: None
 ) -> Tensor:
     """Return the pictures (N, C, H, W) of `inputs` at a point; `on_rows` is told of the rows computed."""
+    table = step_table(point.solver, noise_levels(point.grid, point.steps, model.schedule), model.schedule)
+    rows = point.rows(model.manifest)
+    return draw_along(table, model, inputs, point.guidance_interval, lambda count: on_rows(count * rows))
+
+
+@torch.no_grad()
+def draw_along(
+    table: StepTable,
+    model: LoadedModel,
+    inputs: LadderInputs,
+    interval: Interval,
+    on_pictures: Callable[[int], object] = lambda count: None,
+) -> Tensor:
+    """Return the pictures (N, C, H, W) of `inputs` along a table; `on_pictures` is told of those drawn."""
     manifest, network, schedule = model.manifest, model.network, model.schedule
-    diffusion, defaults = manifest.diffusion, manifest.defaults
-    table = step_table(point.solver, noise_levels(point.grid, point.steps, schedule), schedule)
-    guidance = Guidance(defaults.guidance_scale, point.guidance_interval, diffusion.guidance_channels)
+    diffusion = manifest.diffusion
+    guidance = Guidance(manifest.defaults.guidance_scale, interval, diffusion.guidance_channels)
     chunks = []
     for index in torch.arange(len(inputs)).split(AT_ONCE):
         text = None if inputs.text is None else inputs.text[index]
@@ -237,16 +253,17 @@ def draw_pictures(
         denoiser = Denoiser(network, schedule, conditions, guidance)
         *_, x0 = denoise(denoiser, table, index.tolist(), clip_x0=diffusion.clip_x0)
         chunks.append(x0 if manifest.decoder != "identity" else x0.clamp(-1, 1))
-        on_rows(len(index) * point.rows(manifest))
+        on_pictures(len(index))
     return torch.cat(chunks)
 
 
 def reference_point(manifest: Manifest, plan: LadderPlan) -> OperatingPoint:
-    """Return the long run of a model; of a few-step model, the steps that it was trained to draw in."""
+    """Return the long run of a model; of a few-step model, the most steps that it was trained to draw in."""
     defaults = manifest.defaults
-    if is_distilled(manifest):
-        return OperatingPoint(defaults.solver, defaults.steps, defaults.grid, defaults.guidance_interval)
     schedule = manifest.diffusion.noise_schedule()
+    if is_distilled(manifest):
+        steps = max(schedule.step_counts, default=defaults.steps)
+        return OperatingPoint(defaults.solver, steps, defaults.grid, defaults.guidance_interval)
     steps = min(plan.reference, schedule.max_steps)
     return OperatingPoint("ddim", steps, even_grid(schedule), defaults.guidance_interval)
 
@@ -254,13 +271,14 @@ def reference_point(manifest: Manifest, plan: LadderPlan) -> OperatingPoint:
 def candidates(manifest: Manifest, plan: LadderPlan) -> tuple[OperatingPoint, ...]:
     """Return the points to measure beside the reference: all solvers, grids and counts of the plan.
 
-    DDIM also gets the grid of the model's defaults. A few-step model keeps its solver and grid, and has fewer
-    steps than it was trained to draw in.
+    DDIM also gets the grid of the model's defaults. A few-step model keeps its solver and grid. It has the
+    other numbers of steps that it states, or else halves of the steps that it was trained to draw in.
     """
     defaults, reference = manifest.defaults, reference_point(manifest, plan)
     schedule = manifest.diffusion.noise_schedule()
     if is_distilled(manifest):
-        counts = {defaults.steps >> k for k in range(1, defaults.steps.bit_length())}
+        halves = {defaults.steps >> k for k in range(1, defaults.steps.bit_length())}
+        counts = set(schedule.step_counts or halves) - {reference.steps}
         return tuple(
             OperatingPoint(defaults.solver, steps, defaults.grid, defaults.guidance_interval)
             for steps in sorted(counts, reverse=True)
@@ -280,7 +298,8 @@ def candidates(manifest: Manifest, plan: LadderPlan) -> tuple[OperatingPoint, ..
 
 def is_distilled(manifest: Manifest) -> bool:
     """Return True for a model that was distilled to few steps: with more it does not draw better."""
-    return bool(manifest.provenance.get("training", {}).get("distillation"))
+    stated = bool(manifest.diffusion.step_counts)
+    return stated or bool(manifest.provenance.get("training", {}).get("distillation"))
 
 
 def affordable_plan(manifest: Manifest, rows: float) -> tuple[LadderPlan, int]:

@@ -5,6 +5,7 @@
              embedder.onnx        labels and text → condition embedding
              conditioner.onnx     timestep and condition embedding → condition state
              backbone.onnx        x and condition state → output; also backbone.int8.onnx and others
+             pipeline/            an imported diffusers pipeline, whose transformer is the network
 
 Nothing is ever unpickled. A file that is missing, altered or named with a path is refused with one sentence
 that names it.
@@ -32,7 +33,8 @@ from pydantic_core import PydanticSerializationError
 from ditserve.model.spec import bundle_bounds as bounds
 from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.errors import ModelError, wrong_field
-from ditserve.model.spec.network_config import NetworkConfig, network_config, network_fields
+from ditserve.model.spec.network_config import BundleConfig, bundle_config, network_fields
+from ditserve.model.spec.pipeline_config import GuidanceKind
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -45,9 +47,14 @@ CALIBRATION = "calibration.safetensors"
 _GRAPHS = [EMBEDDER, CONDITIONER, BACKBONE, DECODER]
 _GRAPHS += [f"backbone.{precision}.onnx" for precision in ("fp16", "bf16", "int8", "int8.fp16")]
 # The files that a manifest lists, where a bundle has them. No command touches others.
+PIPELINE = "pipeline"
 BUNDLE_FILES = frozenset([WEIGHTS, CALIBRATION, GOLDEN, *_GRAPHS, *(f"{name}.data" for name in _GRAPHS)])
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+# Of a file in a bundle, which may lie in folders of it.
+FilePath = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,3}$", max_length=300)
+]
 Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=256)]
 ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
 Text = Annotated[str, Field(max_length=10_000)]
@@ -57,9 +64,11 @@ Moment = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 # The pixels that a latent of the SD-VAE covers on a side.
 SD_FACTOR = 8
-DecoderKind = Literal["identity", "sd-vae", "small"]
+# "pipeline": the autoencoder in the folder of an imported pipeline.
+DecoderKind = Literal["identity", "sd-vae", "small", "pipeline"]
 
 
+Follows = Literal["both", "condition", "level"]
 LARGEST_MANIFEST = 64 * 2**20  # bytes
 
 
@@ -75,10 +84,14 @@ class Factor(StrictModel):
 
 
 class StateTensor(StrictModel):
-    """One tensor of the condition state; `shape` is without the batch dimension."""
+    """One tensor of the condition state; `shape` is without the batch dimension.
+
+    `follows` says what it depends on: the condition, the noise level, or both.
+    """
 
     name: Label
     shape: Annotated[tuple[bounds.Size, ...], Field(max_length=8)]
+    follows: Follows = "both"
 
 
 class LatentSpec(StrictModel):
@@ -146,7 +159,7 @@ class Manifest(StrictModel):
     name: Name
     version: Name
     description: Text
-    config: NetworkConfig
+    config: BundleConfig
     diffusion: DiffusionSpec
     factors: Annotated[tuple[Factor, ...], Field(max_length=16)]
     decoder: DecoderKind = "identity"
@@ -155,8 +168,11 @@ class Manifest(StrictModel):
     embedding_size: bounds.Size
     state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
     defaults: Defaults
-    # "none": no unconditional prediction was trained that guidance could subtract.
-    guidance: Literal["classifier-free", "none"] = "classifier-free"
+    guidance: GuidanceKind = "classifier-free"
+    """"embedded": the network is told the guidance scale. "none": no unconditional prediction was trained
+    that guidance could subtract."""
+    guidance_embedded: GuidanceScale | None = None
+    """The scale that a network with embedded guidance is told by default."""
     ladder: Annotated[tuple[RungSpec, ...], Field(max_length=256)] = ()
     ladder_order: Literal["own", "real"] = "own"
     golden: Golden | None = None
@@ -164,7 +180,7 @@ class Manifest(StrictModel):
     attribution: tuple[Text, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
-    files: dict[Name, FileEntry] = Field(default_factory=dict)
+    files: dict[FilePath, FileEntry] = Field(default_factory=dict)
 
     @property
     def upscale(self) -> int:
@@ -175,12 +191,12 @@ class Manifest(StrictModel):
 
     @field_validator("config", mode="plain")
     @classmethod
-    def _config(cls, value: Any) -> NetworkConfig:
-        if isinstance(value, NetworkConfig):
+    def _config(cls, value: Any) -> BundleConfig:
+        if isinstance(value, BundleConfig):
             return value
         if not isinstance(value, Mapping):
             raise ValueError("the network's configuration must be an object")
-        return network_config(value)
+        return bundle_config(value)
 
     @model_validator(mode="after")
     def _servable(self) -> Manifest:
@@ -210,14 +226,14 @@ class Manifest(StrictModel):
         if self.golden is not None:
             scales["golden"] = self.golden.guidance_scale
         for field, scale in scales.items():
-            if self.guidance == "none" and scale != 1.0:
+            if self.guidance != "classifier-free" and scale != 1.0:
                 raise ValueError(
-                    f"field {field}.guidance_scale: must be 1 where guidance is none, not {scale}"
+                    f"field {field}.guidance_scale: must be 1 where guidance is {self.guidance}, not {scale}"
                 )
         return self
 
     @field_serializer("config")
-    def _dump_config(self, config: NetworkConfig) -> dict[str, Any]:
+    def _dump_config(self, config: BundleConfig) -> dict[str, Any]:
         return network_fields(config)
 
 
@@ -338,6 +354,8 @@ def _refuse_constant(name: str) -> None:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write manifest.json in the folder `path` atomically, with `files` taken from its contents now."""
     names = sorted(name for name in BUNDLE_FILES if (path / name).is_file())
+    inner = (file for file in (path / PIPELINE).rglob("*") if file.is_file())
+    names += sorted(str(file.relative_to(path)) for file in inner)
     files = {
         name: FileEntry(sha256=digest(path / name), bytes=(path / name).stat().st_size) for name in names
     }

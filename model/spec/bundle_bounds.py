@@ -18,7 +18,7 @@ from pydantic import Field
 from ditserve.model.spec.class_names import ClassNames, NamedFactor, UnknownClassError
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import noise_levels
-from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.network_config import BundleConfig
 from ditserve.model.spec.solvers import step_table
 
 TEXT = "text"  # the key of a condition's text, beside those of the factors
@@ -55,14 +55,14 @@ class NamedTensor(Protocol):
 
 
 def check_run(field: str, run: StatedRun, schedule: Schedule) -> None:
-    """Refuse a run of steps that the model does not take, or whose coefficients are not finite in float32."""
+    """Refuse a run of steps that the model does not take, or whose coefficients no float32 holds."""
     try:
         schedule.check_steps(run.steps)
         table = step_table(run.solver, noise_levels(run.grid, run.steps, schedule), schedule)
     except ValueError as error:
         raise ValueError(f"field {field}: {error}") from None
     with np.errstate(over="ignore"):
-        columns = [np.float32(column) for column in (table.x0_x, table.x0_out, table.a, table.b, table.c)]
+        columns = [np.float32(column) for column in table.columns]
     if not all(np.isfinite(column).all() for column in columns):
         raise ValueError(f"field {field}: the steps leave the range of float32; choose a milder schedule")
 
@@ -76,7 +76,7 @@ def check_interval(field: str, interval: tuple[float, float]) -> None:
         )
 
 
-def check_network(config: NetworkConfig) -> None:
+def check_network(config: BundleConfig) -> None:
     """Refuse a network whose numbers no machine holds, before anything is computed of them."""
     fields = asdict(config)
     longest = {"depth": LARGEST_DEPTH, "res_blocks": LARGEST_DEPTH}
@@ -95,7 +95,7 @@ def check_network(config: NetworkConfig) -> None:
         )
 
 
-def check_pictures(config: NetworkConfig, upscale: int, *, pixels: bool) -> None:
+def check_pictures(config: BundleConfig, upscale: int, *, pixels: bool) -> None:
     """Refuse pictures that cannot be made: of other than 1 or 3 channels, or with too many pixels."""
     if pixels and config.in_channels not in (1, 3):
         raise ValueError(
@@ -109,7 +109,7 @@ def check_pictures(config: NetworkConfig, upscale: int, *, pixels: bool) -> None
         )
 
 
-def check_channels(channels: Mapping[str, int | None], config: NetworkConfig) -> None:
+def check_channels(channels: Mapping[str, int | None], config: BundleConfig) -> None:
     """Refuse numbers of channels other than the network's; fewer may be guided, and None is all."""
     own = config.in_channels
     for field, count in channels.items():
@@ -117,7 +117,7 @@ def check_channels(channels: Mapping[str, int | None], config: NetworkConfig) ->
             raise ValueError(f"field {field}: {count} channels do not fit config.in_channels, {own}")
 
 
-def check_factors(factors: Sequence[NamedFactor], config: NetworkConfig) -> None:
+def check_factors(factors: Sequence[NamedFactor], config: BundleConfig) -> None:
     """Refuse factors that are not those of the network, or of one name."""
     names = [factor.name for factor in factors]
     if len(set(names)) < len(names):
@@ -143,7 +143,7 @@ def check_state(state: Sequence[NamedTensor]) -> None:
 
 
 def check_condition(
-    field: str, condition: Mapping[str, str], factors: Sequence[NamedFactor], config: NetworkConfig
+    field: str, condition: Mapping[str, str], factors: Sequence[NamedFactor], config: BundleConfig
 ) -> None:
     """Refuse a condition of a factor or a class that the model does not have."""
     known = {factor.name: factor for factor in factors}

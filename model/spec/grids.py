@@ -115,10 +115,14 @@ _TO_ZERO = frozenset({"leading", "linspace", "respaced", "ddim-stride"})
 # The grids that spend two of their steps on the two ends of the noise range.
 _BOTH_ENDS = frozenset({"linspace", "respaced"})
 # The grid that a solver was published with; "trailing" for the others.
-_PUBLISHED = MappingProxyType({"ddpm": "respaced", "dpmpp-2m": "uniform-t", "unipc-1": "uniform-t"})
+_PUBLISHED = MappingProxyType(
+    {"ddpm": "respaced", "dpmpp-2m": "uniform-t", "unipc-1": "uniform-t", "unipc-2": "uniform-t"}
+)
 # The grids that a solver is clearly worse on. Extrapolation over the long step to timestep 0 makes
-# DPM-Solver++(2M) worse than DDIM below some 20 steps.
-_UNSUITED = MappingProxyType({"ddpm": frozenset({"leading", "ddim-stride"}), "dpmpp-2m": _TO_ZERO})
+# DPM-Solver++(2M), and so UniPC-2, worse than DDIM below some 20 steps.
+_UNSUITED = MappingProxyType(
+    {"ddpm": frozenset({"leading", "ddim-stride"}), "dpmpp-2m": _TO_ZERO, "unipc-2": _TO_ZERO}
+)
 # A grid from pure noise starts in the noisiest tenth; with few steps, which are longer, in the noisiest
 # quarter.
 _NOISY, _NOISY_OF_FEW, _FEW = 0.1, 0.25, 10

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.network_config import BundleConfig
 
 Array = TypeVar("Array")  # a numpy array or a torch tensor
 Mix = Literal["linear", "spherical"]
@@ -98,7 +98,7 @@ def assign_blocks(depth: int, conditions: int) -> list[int]:
     return [block * conditions // depth for block in range(depth)]
 
 
-def state_sources(config: NetworkConfig, choice: Sequence[int]) -> tuple[int, ...]:
+def state_sources(config: BundleConfig, choice: Sequence[int]) -> tuple[int, ...]:
     """Return for each tensor of the condition state the condition that it follows; block i follows choice[i].
 
     The layout bias is that of the first block's condition, the final modulation that of the last block's.
@@ -124,7 +124,7 @@ def state_sources(config: NetworkConfig, choice: Sequence[int]) -> tuple[int, ..
 
 
 def splice_states(
-    config: NetworkConfig, states: Sequence[Sequence[Array]], choice: Sequence[int]
+    config: BundleConfig, states: Sequence[Sequence[Array]], choice: Sequence[int]
 ) -> tuple[Array, ...]:
     """Return a condition state in which block i follows `states[choice[i]]`; all states are of one timestep.
 

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from ditserve.model.spec.dit_config import DiTConfig, published_config
-from ditserve.model.spec.errors import wrong_field
+from ditserve.model.spec.errors import ModelError, wrong_field
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.unet_config import UNetConfig
 
-NetworkConfig = DiTConfig | UNetConfig
+NetworkConfig = DiTConfig | UNetConfig  # of the networks that this project builds and trains
+BundleConfig = NetworkConfig | PipelineConfig
 CONFIGS: dict[str, type[DiTConfig] | type[UNetConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
+PIPELINE_KIND = "pipeline"
+Config = TypeVar("Config", DiTConfig, UNetConfig, PipelineConfig)
 
 
-def size_multiple(config: NetworkConfig) -> int | None:
+def size_multiple(config: BundleConfig) -> int | None:
     """Return the number that must divide height and width, or None if only the trained size works."""
+    if isinstance(config, PipelineConfig):
+        return config.patch_size
     if isinstance(config, DiTConfig):
         # A layout path has a bias for every token of one size.
         return None if config.layout_rank else config.patch_size
@@ -37,24 +43,52 @@ def network_config(given: Mapping[str, Any]) -> NetworkConfig:
     kind, name = rest.pop("network", "dit"), rest.pop("name", None)
     if str(kind) not in CONFIGS:
         raise ValueError(f"unknown network {kind!r}: choose among {', '.join(CONFIGS)}")
-    known = [field.name for field in fields(CONFIGS[kind])]
-    unknown = sorted(rest.keys() - set(known))
-    if unknown:
-        raise ValueError(f"a {kind} has no field {unknown[0]!r}: it has {', '.join(known)}")
     if name is not None:
         if kind != "dit":
             raise ValueError(f"name is for published sizes of the DiT, not for a {kind}")
         rest = {**asdict(published_config(str(name))), **rest}
     if isinstance(rest.get("blocks"), str):
         rest["blocks"] = [rest["blocks"]]
+    return _validated(kind, UNetConfig, rest) if kind == "unet" else _validated(kind, DiTConfig, rest)
+
+
+def bundle_config(given: Mapping[str, Any]) -> BundleConfig:
+    """Return the configuration in a manifest, which may be that of an imported pipeline.
+
+    Raises:
+        ValueError: as `network_config`.
+    """
+    if given.get("network") != PIPELINE_KIND:
+        return network_config(given)
+    rest = {name: value for name, value in given.items() if name != "network"}
+    return _validated(PIPELINE_KIND, PipelineConfig, rest)
+
+
+def network_fields(config: BundleConfig) -> dict[str, Any]:
+    """Return the fields that `bundle_config` reads, in JSON's types: the kind, then all others."""
+    kinds = (kind for kind, config_type in CONFIGS.items() if isinstance(config, config_type))
+    fields = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return {"network": next(kinds, PIPELINE_KIND), **fields}
+
+
+def own_config(name: str, config: BundleConfig) -> NetworkConfig:
+    """Return the configuration of the model `name`, if the network is one of this project.
+
+    Raises:
+        ModelError: it is an imported pipeline.
+    """
+    if isinstance(config, PipelineConfig):
+        raise ModelError(f"{name} is an imported pipeline, and this is for models of ditserve's own networks")
+    return config
+
+
+def _validated(kind: str, config_type: type[Config], given: Mapping[str, Any]) -> Config:
+    known = [field.name for field in fields(config_type)]
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        raise ValueError(f"a {kind} has no field {unknown[0]!r}: it has {', '.join(known)}")
     try:
-        return TypeAdapter(CONFIGS[kind]).validate_python(rest)
+        return TypeAdapter(config_type).validate_python(given)
     except ValidationError as error:
         field, message = wrong_field(error)
         raise ValueError(f"{field.partition('.')[0]}: {message}" if field else message) from None
-
-
-def network_fields(config: NetworkConfig) -> dict[str, Any]:
-    """Return the fields that `network_config` reads, in JSON's types: the kind, then all others."""
-    kind = next(kind for kind, config_type in CONFIGS.items() if isinstance(config, config_type))
-    return {"network": kind, **TypeAdapter(type(config)).dump_python(config, mode="json")}

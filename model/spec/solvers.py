@@ -3,7 +3,8 @@
 Pure: numpy only; no torch, no I/O, no randomness. Every solver advances a sample x by one expression,
 
     D  = x0_x · x + x0_out · output                    the network's estimate of the image
-    x' = a · x + b · D + c · D_previous + s · z        z standard normal, drawn anew for every step
+    x' = a · x + b · D + c · D' + d · D'' + s · z      of which D' and D'' are D one and two steps before,
+                                                       and z is standard normal, drawn anew for every step
 
 so rows with different solvers, grids and positions advance together, on numpy arrays and torch tensors alike.
 A running sample changes its grid or its solver by taking its next coefficients from another table.
@@ -13,10 +14,11 @@ of the ancestral noise. That step alone is DDIM (Song et al., arXiv:2010.02502, 
 (Ho et al., arXiv:2006.11239, eq. 7); with eta 0 it is Euler's method on the probability-flow ODE in sigma /
 alpha (Karras et al., arXiv:2206.00364, §4).
 
-A solver of second order adds the change of D since the step before. DPM-Solver++(2M) (Lu et al.,
+A solver of higher order adds the change of D since the step before. DPM-Solver++(2M) (Lu et al.,
 arXiv:2211.01095, algorithm 2; with eta 1 its SDE form, midpoint) extrapolates that change. It needs only the
-previous D, whatever solver made it. UniPC-1 (Zhao et al., arXiv:2302.04867, B(h) = exp(h) - 1) corrects the
-step just taken, so it corrects only steps of its own table. Thus every solver may follow any other.
+previous D, whatever solver made it. UniPC (Zhao et al., arXiv:2302.04867, B(h) = exp(h) - 1) corrects the
+step just taken, so it corrects only steps of its own table. UniPC-1 corrects a step of DDIM and has order 2,
+UniPC-2 one of DPM-Solver++(2M) and has order 3. Thus every solver may follow any other.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ class StepTable:
     """The coefficients of N steps, float64 (N,), read-only.
 
     Step i calls the network at the noise level `level[i]`, estimates D, and moves x to x' by the expression
-    of this module. It needs no previous D where c[i] is 0, and no noise where s[i] is 0. In the last step b
-    is 1 and a, c, s are 0: the sample ends as D. Cast the coefficients to the dtype of the samples: a numpy
-    float64 scalar would promote them.
+    of this module. It needs no D of earlier steps where c[i] and d[i] are 0, and no noise where s[i] is 0. In
+    the last step b is 1 and a, c, d, s are 0: the sample ends as D. Cast the coefficients to the dtype of the
+    samples: a numpy float64 scalar would promote them.
     """
 
     solver: str
@@ -49,11 +51,17 @@ class StepTable:
     a: FloatTable
     b: FloatTable
     c: FloatTable
+    d: FloatTable
     s: FloatTable
 
     def __post_init__(self) -> None:
-        for column in (self.level, self.x0_x, self.x0_out, self.a, self.b, self.c, self.s):
+        for column in self.columns:
             column.flags.writeable = False
+
+    @property
+    def columns(self) -> tuple[FloatTable, ...]:
+        """The columns, in the order of the fields."""
+        return (self.level, self.x0_x, self.x0_out, self.a, self.b, self.c, self.d, self.s)
 
     def __len__(self) -> int:
         return int(self.level.size)
@@ -61,44 +69,101 @@ class StepTable:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _FirstOrder:
-    """The steps x' = a · x + b · D + s · z of a grid, and the factor exp(-h) of sigma / alpha in each."""
+    """The steps x' = a · x + b · D + s · z of a grid, and the factor exp(-h) of sigma / alpha in each.
+
+    With `continued` step 0 was taken by another table.
+    """
 
     a: FloatTable
     b: FloatTable
     s: FloatTable
     shrink: FloatTable
+    continued: bool
+
+    @property
+    def h(self) -> FloatTable:
+        """The length of every step in log(alpha / sigma); infinite from alpha 0, and to sigma 0."""
+        with np.errstate(divide="ignore"):
+            return -np.log(self.shrink)
+
+
+Weights = tuple[FloatTable, FloatTable]
+# A change of D is extrapolated over a step of less than so many times its length.
+_MOST_EXTRAPOLATED = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """A solver: the eta that it fixes, None if the caller chooses, and its weights c of the previous D.
+    """A solver: the eta that it fixes, None if the caller chooses, and its weights (c, d) of earlier D.
 
     With `uses_previous` its first step uses the D from before its table, if there is one.
     """
 
     eta: float | None
-    history: Callable[[_FirstOrder], FloatTable]
+    history: Callable[[_FirstOrder], Weights]
     uses_previous: bool = False
 
 
-def _no_history(step: _FirstOrder) -> FloatTable:
-    return np.zeros_like(step.a)
+def _no_history(step: _FirstOrder) -> Weights:
+    return np.zeros_like(step.a), np.zeros_like(step.a)
 
 
-def _dpmpp_2m(step: _FirstOrder) -> FloatTable:
-    # The last step, to sigma 0, is infinitely long in log(alpha / sigma): it stays of first order. So is the
-    # first one from alpha 0, after which D has nothing to be compared with.
-    with np.errstate(divide="ignore"):
-        h = -np.log(step.shrink[:-1])
-    c = _no_history(step)
-    c[1:-1] = -step.b[1:-1] * h[1:] / (2.0 * h[:-1])
-    return c
+def _dpmpp_2m(step: _FirstOrder) -> Weights:
+    # The last step, to sigma 0, is infinitely long in log(alpha / sigma): it stays of first order.
+    c, d = _no_history(step)
+    c[1:-1] = -step.b[1:-1] * _ratios(step.h[:-1]) / 2.0
+    return c, d
 
 
-def _unipc_1(step: _FirstOrder) -> FloatTable:
-    c = _no_history(step)
+def _unipc_1(step: _FirstOrder) -> Weights:
+    c, d = _no_history(step)
     c[1:] = -step.a[1:] * step.b[:-1] / 2.0
-    return c
+    return c, d
+
+
+def _unipc_2(step: _FirstOrder) -> Weights:
+    """Return the weights of DPM-Solver++(2M) whose steps are corrected once the next D is known.
+
+    A step of length h, r times that of the step before, went along a line through its D and the one before.
+    Corrected, it goes along the parabola through these and the next D, at -1 / r, 0 and 1 of the step. The
+    first step has no D before it: its line is level, and instead of the parabola a line corrects it.
+    """
+    c, d = _dpmpp_2m(step)
+    h = step.h
+    ratio = _ratios(h[:-1])
+    mean, square = _moments(h[1:-1])
+    # The weights of the change to the next D, and, less the half that was extrapolated, of that before.
+    after, before = np.full(h.size - 1, 0.5), np.zeros(h.size - 1)
+    after[1:] = (mean + ratio * square) / (1.0 + ratio)
+    before[1:] = ratio**2 * (mean - square) / (1.0 + ratio) - ratio / 2.0
+    after[: int(step.continued)] = 0.0
+    scale = step.a[1:] * step.b[:-1]
+    c[1:] += scale * (before - after)
+    d[1:] -= scale * before
+    return c, d
+
+
+def _ratios(h: FloatTable) -> FloatTable:
+    """Return h[i + 1] / h[i], or 0 where the change of D over step i tells nothing of the next step.
+
+    That is after a first step from alpha 0, which is infinitely long, and after one so short beside the next
+    that the change is mostly rounding.
+    """
+    with np.errstate(divide="ignore"):
+        ratio = h[1:] / h[:-1]
+    return np.where(ratio < _MOST_EXTRAPOLATED, ratio, 0.0)
+
+
+def _moments(h: FloatTable) -> Weights:
+    """Return the means of u and of u² over 0..1 with the weight exp(h · u), for any h above 0."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        whole = -1.0 / np.expm1(-h)
+        mean = whole - 1.0 / h
+        square = whole - 2.0 * mean / h
+    # Series where the differences would cancel.
+    short = h < 0.01
+    mean = np.where(short, 1 / 2 + h / 12, mean)
+    return mean, np.where(short, 1 / 3 + h / 12 + h**2 / 360, square)
 
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
@@ -108,6 +173,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "euler": Solver(eta=0.0, history=_no_history),
         "dpmpp-2m": Solver(eta=None, history=_dpmpp_2m, uses_previous=True),
         "unipc-1": Solver(eta=0.0, history=_unipc_1),
+        "unipc-2": Solver(eta=0.0, history=_unipc_2, uses_previous=True),
     }
 )
 
@@ -132,10 +198,10 @@ def step_table(
 
     and with D = x_0 its first step is exact: 0.75 · (0.6 · x_0 + 0.8 · z) + 0.35 · x_0 = 0.8 · x_0 + 0.6 · z.
 
-    `previous` is for a running sample that goes on along a new grid: the level of its last D. "dpmpp-2m"
-    uses that D in its first new step, whichever solver made it; for the other solvers `previous` changes
-    nothing. After a step at timestep 2, its table along (1, 0) with previous=2 is the last two lines of its
-    table along (2, 1, 0). Where both steps are equally long in log(alpha / sigma), it is
+    `previous` is for a running sample that goes on along a new grid: the level of its last D. "dpmpp-2m" and
+    "unipc-2" use that D in the first new step, whichever solver made it; for the others `previous` changes
+    nothing. After a step of "dpmpp-2m" at timestep 2, its table along (1, 0) with previous=2 is the last two
+    lines of its table along (2, 1, 0). Where both steps are equally long in log(alpha / sigma), it is
 
         level     b         c           where b' is the b of "ddim"
         1         1.5 · b'  -0.5 · b'   b · D + c · D_previous extrapolates D by half a step
@@ -149,6 +215,7 @@ def step_table(
     """
     share = _share(solver, eta)
     level = check_levels(grid, schedule.process)
+    continued = previous is not None and SOLVERS[solver].uses_previous
     if previous is not None:
         noisiest = schedule.process.noisiest
         if not level[0] < previous <= noisiest:
@@ -156,20 +223,21 @@ def step_table(
                 f"previous must be above the first level of the grid, {level[0]:g}, and at most "
                 f"{noisiest:g}, not {previous}"
             )
-        level = np.append(previous, level) if SOLVERS[solver].uses_previous else level
+        level = np.append(previous, level) if continued else level
     # The line of `previous`, a step already taken, is left out of the table.
     new = slice(len(level) - len(grid), None)
     x0_x, x0_out = schedule.x0_coefficients(level)
-    step = _first_order(level, schedule, share)
-    c = SOLVERS[solver].history(step)
+    step = _first_order(level, schedule, share, continued=continued)
+    c, d = SOLVERS[solver].history(step)
     return StepTable(
         solver=solver,
         level=level[new],
         x0_x=x0_x[new],
         x0_out=x0_out[new],
         a=step.a[new],
-        b=(step.b - c)[new],
+        b=(step.b - c - d)[new],
         c=c[new],
+        d=d[new],
         s=step.s[new],
     )
 
@@ -196,17 +264,19 @@ def trajectory(
         raise ValueError(f"this {table.solver} table is stochastic: pass noise, or build it with eta 0")
     if previous is None and table.c[0]:
         raise ValueError("this table continues a trajectory: pass the previous estimate of the image")
-    columns = (table.level, table.x0_x, table.x0_out, table.a, table.b, table.c, table.s)
-    for level, x0_x, x0_out, a, b, c, s in zip(*(column.tolist() for column in columns), strict=True):
+    earlier = None
+    for level, x0_x, x0_out, a, b, c, d, s in zip(*map(np.ndarray.tolist, table.columns), strict=True):
         denoised = x0_x * x + x0_out * network(x, level)
         if clip_x0:
             denoised = denoised.clip(-1.0, 1.0)
         x = a * x + b * denoised
         if c:
             x = x + c * previous
+        if d:
+            x = x + d * earlier
         if s and noise is not None:
             x = x + s * noise()
-        previous = denoised
+        previous, earlier = denoised, previous
         yield x, denoised
 
 
@@ -221,7 +291,7 @@ def variance_bounds(grid: Sequence[float], schedule: Schedule) -> tuple[FloatTab
         ValueError: the grid is not strictly decreasing noise levels.
     """
     level = check_levels(grid, schedule.process)
-    step = _first_order(level, schedule, share=1.0)
+    step = _first_order(level, schedule, 1.0)
     alpha = schedule.alpha(level)
     high = np.log1p(-((alpha / np.append(alpha[1:], 1.0)) ** 2))
     low = 2.0 * np.log(step.s[:-1])
@@ -251,7 +321,9 @@ def _share(solver: str, eta: float) -> float:
     return float(eta if fixed is None else fixed)
 
 
-def _first_order(level: FloatTable, schedule: Schedule, share: float) -> _FirstOrder:
+def _first_order(
+    level: FloatTable, schedule: Schedule, share: float, *, continued: bool = False
+) -> _FirstOrder:
     alpha, sigma = schedule.alpha(level), schedule.sigma(level)
     next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
     shrink = (alpha * next_sigma) / (next_alpha * sigma)
@@ -262,4 +334,5 @@ def _first_order(level: FloatTable, schedule: Schedule, share: float) -> _FirstO
         b=next_alpha * (1.0 - shrink * kept),
         s=share * next_sigma * np.sqrt(1.0 - shrink**2),
         shrink=shrink,
+        continued=continued,
     )

@@ -23,7 +23,7 @@ from ditserve.model.spec.bundle import WEIGHTS, Bundle, Manifest, write_atomic, 
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.network_config import NetworkConfig, own_config
 from ditserve.model.spec.unet_config import UNetConfig
 from ditserve.model.weights.official import WeightsError, check_weights
 
@@ -84,9 +84,10 @@ def load_bundle(bundle: Bundle) -> LoadedModel:
     Raises:
         LoadError: the weights cannot be read or do not fit the manifest.
     """
+    config = own_config(bundle.manifest.name, bundle.manifest.config)
     file = bundle.file(WEIGHTS)
     try:
-        return LoadedModel(build(bundle.manifest.config, load_file(file), file), bundle.manifest)
+        return LoadedModel(build(config, load_file(file), file), bundle.manifest)
     except SafetensorError as error:
         raise LoadError(f"{file} is not a readable safetensors file: {error}") from None
 

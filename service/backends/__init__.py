@@ -6,14 +6,16 @@ only to use it.
 
 from __future__ import annotations
 
+from hashlib import sha256
 from importlib import import_module
 from typing import Any, Final, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import PIPELINE, Bundle, Manifest
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.pipeline_config import INDEX
 from ditserve.model.spec.text_encoder import is_encoder_class
 
 Floats = npt.NDArray[np.float32]
@@ -43,6 +45,7 @@ class Backend(Protocol):
             on how many rows are needed.
         precision: of the backbone: fp32, fp16, bf16 or int8.
         size_multiple: H and W may be any multiples of it; None for the manifest's own size only.
+        text_encoder: that of an imported pipeline, which is part of its bundle; None for other models.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Backend(Protocol):
     conditioner_rows: int
     precision: str
     size_multiple: int | None
+    text_encoder: SentenceEncoder | None
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         """Return condition embeddings (B, E) of class indices (B, F) and sentence encodings (B, text_width).
@@ -116,6 +120,13 @@ class SentenceEncoder(Protocol):
     def encode(self, sentence: str) -> Floats:
         """Return the encoding (size,) of a sentence."""
         ...
+
+
+def text_parts_key(manifest: Manifest) -> str:
+    """Return a key that is equal for equal text encoders and tokenizers of an imported pipeline."""
+    parts = (f"{PIPELINE}/text_encoder", f"{PIPELINE}/tokenizer", f"{PIPELINE}/{INDEX}")
+    hashes = [entry.sha256 for name, entry in sorted(manifest.files.items()) if name.startswith(parts)]
+    return sha256("".join([*hashes, str(manifest.config.text_width)]).encode()).hexdigest()
 
 
 class NoBert(BackendUnavailable):

@@ -19,7 +19,13 @@ import structlog
 
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.model.spec.network_config import size_multiple
-from ditserve.service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
+from ditserve.service.backends import (
+    CONDITIONER_ROWS,
+    CONDITIONER_ROWS_GPU,
+    BackendUnavailable,
+    Floats,
+    SentenceEncoder,
+)
 from ditserve.service.backends.precision import open_backbone
 from ditserve.service.backends.runners import GRAPH_SIZES, CudaGraphRunner, DataParallelRunner, RowRunner
 from ditserve.service.backends.sessions import (
@@ -105,6 +111,7 @@ class OnnxBackend:
     """
 
     name = "onnx"
+    text_encoder: SentenceEncoder | None = None
 
     def __init__(
         self,

@@ -20,7 +20,13 @@ import onnxruntime as ort
 
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, Device, engine_origin
-from ditserve.service.backends import CONDITIONER_ROWS, CONDITIONER_ROWS_GPU, BackendUnavailable, Floats
+from ditserve.service.backends import (
+    CONDITIONER_ROWS,
+    CONDITIONER_ROWS_GPU,
+    BackendUnavailable,
+    Floats,
+    SentenceEncoder,
+)
 from ditserve.service.backends.cuda import Cuda
 from ditserve.service.backends.onnx import AuxiliaryGraphs
 from ditserve.service.backends.precision import OUTDATED
@@ -58,6 +64,7 @@ class TensorRtBackend:
     """
 
     name = "tensorrt"
+    text_encoder: SentenceEncoder | None = None
     size_multiple: int | None = None  # an engine has one size
 
     def __init__(

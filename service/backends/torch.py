@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from importlib import import_module
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,17 +13,26 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ditserve.model.nets.factory import make_network
-from ditserve.model.spec.bundle import Bundle
-from ditserve.model.spec.network_config import size_multiple
+from ditserve.model.nets.factory import Network, make_network
+from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
+from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.network_config import NetworkConfig, size_multiple
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
     BackendUnavailable,
     Floats,
     OutOfMemory,
+    SentenceEncoder,
+    text_parts_key,
 )
 from ditserve.service.images import to_pixels
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Imported: they load diffusers and transformers.
+PIPELINES = "ditserve.model.nets.pipelines"
+_PARTS = ("network", "texts", "decoder")
 
 
 class TorchBackend:
@@ -32,17 +42,25 @@ class TorchBackend:
         threads: compute threads on the CPU, 0 for torch's own choice. Applies to the whole process.
         device: of torch, such as "cpu" or "cuda".
         compile: compile the backbone; the first batch of each size then takes much longer.
+        precision: of an imported pipeline's network: fp32, bf16 or fp16; "auto" is fp32. A network of ours
+            runs in fp32.
     """
 
     name = "torch"
-    precision = "fp32"
     buckets: tuple[int, ...] | None = None
     conditioner_rows = CONDITIONER_ROWS
 
     def __init__(
-        self, bundle: Bundle, *, threads: int = 0, device: str = "cpu", compile: bool = False
+        self,
+        bundle: Bundle,
+        *,
+        threads: int = 0,
+        device: str = "cpu",
+        compile: bool = False,
+        precision: str = "auto",
     ) -> None:
-        if bundle.manifest.decoder != "identity":
+        self.precision = "fp32" if precision == "auto" else precision
+        if bundle.manifest.decoder not in ("identity", "pipeline"):
             decoder = bundle.manifest.decoder
             raise BackendUnavailable(f"the torch backend has no decoder {decoder!r}: choose the onnx backend")
         if device.startswith("cuda") and not torch.cuda.is_available():
@@ -57,16 +75,40 @@ class TorchBackend:
         self._device = torch.device(device)
         if self._device.type != "cpu":
             self.conditioner_rows = CONDITIONER_ROWS_GPU
-        self._model = make_network(config)
-        weights = bundle.file("weights.safetensors")
-        try:
-            self._model.load_state_dict(load_file(weights))
-        except SafetensorError as error:
-            raise BackendUnavailable(f"{weights} cannot be read: {error}") from None
-        self._model.eval().to(self._device)
+        self.text_encoder: SentenceEncoder | None = None
+        self._decoder: Any = None
+        if isinstance(config, PipelineConfig):
+            self._model: Any = self._open_pipeline(bundle, config)
+        else:
+            self._model = self._own_network(bundle, config)
         self._backbone = (
             torch.compile(self._model.backbone, dynamic=True) if compile else self._model.backbone
         )
+
+    def _own_network(self, bundle: Bundle, config: NetworkConfig) -> Network:
+        if self.precision != "fp32":
+            raise BackendUnavailable(
+                f"--precision {self.precision} of the torch backend is for imported pipelines: leave it out"
+            )
+        network, weights = make_network(config), bundle.file(WEIGHTS)
+        try:
+            network.load_state_dict(load_file(weights))
+        except SafetensorError as error:
+            raise BackendUnavailable(f"{weights} cannot be read: {error}") from None
+        return network.eval().to(self._device)
+
+    def _open_pipeline(self, bundle: Bundle, config: PipelineConfig) -> Any:
+        """Open the transformer, the text encoders and the autoencoder of an imported pipeline."""
+        folder, manifest = bundle.path / PIPELINE, bundle.manifest
+        dtype = PRECISIONS[self.precision]
+        try:
+            network, texts, decoder = (import_module(f"{PIPELINES}.{part}") for part in _PARTS)
+            model = network.open_network(folder, config, dtype=dtype, device=self._device)
+            self.text_encoder = texts.PipelineTexts(folder, config, text_parts_key(manifest))
+            self._decoder = decoder.PipelineDecoder(folder / "vae", manifest.latents, device=self._device)
+        except ModelError as error:
+            raise BackendUnavailable(str(error)) from error
+        return model
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         with _computing():
@@ -83,7 +125,10 @@ class TorchBackend:
             return _array(self._backbone(self._tensor(x), [self._tensor(tensor) for tensor in state]))
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        return to_pixels(latents)
+        if self._decoder is None:
+            return to_pixels(latents)
+        with _computing():
+            return to_pixels(_array(self._decoder.decode(torch.from_numpy(latents))))
 
     def close(self) -> None:
         """Free the weights; the backend cannot be used afterwards."""

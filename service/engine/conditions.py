@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from hashlib import blake2b
+from math import prod
+from typing import Generic, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from ditserve.model.spec.bundle import Follows, StateTensor
 from ditserve.model.spec.mixing import (
     Combine,
     assign_blocks,
@@ -51,19 +54,20 @@ class Conditioning:
 
 # What the network is told of a noise level, as the bits of a float32, and a condition.
 ConditionerInput = tuple[int, Condition]
+SMALLEST_SHARE = 1 / 64  # of the memory of the cache, for the tensors that follow the same
 StateKey = tuple[int, bytes]  # the same, with the condition's key
 
 
 class SlotLru(Generic[K]):
     """The assignment of keys to `slots` numbered slots; the least recently used key leaves first.
 
-    A pinned key never leaves. Pinned keys take at most half of the slots, so `evictable` slots stay for
-    the others.
+    A pinned key never leaves. Pinned keys take at most half of the slots, and at most `pinned`, so
+    `evictable` slots stay for the others.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, pinned: int | None = None) -> None:
         self._slots = slots
-        self._max_pinned = slots // 2
+        self._max_pinned = slots // 2 if pinned is None else min(pinned, slots // 2)
         self.evictable = slots - self._max_pinned
         self.evictions = 0
         self._recent: OrderedDict[K, int] = OrderedDict()  # the least recently used key first
@@ -104,13 +108,43 @@ class SlotLru(Generic[K]):
         return slot
 
 
-class ModulationCache(CacheCounters):
-    """(noise level, condition) → condition state, exact, in one block of at most `capacity` bytes.
+class _Table:
+    """The tensors of the state that follow the same, in `slots` slots: noise level, condition, or both.
 
-    The states of the condition with the key `pinned` stay, within half of the block: it is the null class,
-    which every guided request needs. The states that a batch misses are computed together, and the rows left
-    over in a conditioner call are spent on what its samples need next. A batch too large for the block, or
-    any with a capacity of 0, bypasses the cache: its states are computed and not kept.
+    `positions` are those of its tensors in the state.
+    """
+
+    def __init__(self, follows: Follows, state: Sequence[StateTensor], slots: int) -> None:
+        self.follows = follows
+        self.positions = [k for k, entry in enumerate(state) if entry.follows == follows]
+        shapes = [state[k].shape for k in self.positions]
+        self.entry_bytes = _bytes(state, follows)
+        self.blocks = [np.empty((slots, *shape), np.float32) for shape in shapes]
+        # There is one condition to pin, at many levels.
+        self.lru: SlotLru[StateKey] = SlotLru(slots, {"condition": 1, "level": 0}.get(follows))
+
+    def key(self, key: StateKey) -> StateKey:
+        """Return the part of a key that these tensors follow."""
+        told, condition = key
+        if self.follows == "level":
+            return told, b""
+        return (0, condition) if self.follows == "condition" else key
+
+
+def _bytes(state: Sequence[StateTensor], follows: Follows | None = None) -> int:
+    """Return the bytes of the tensors of a state, of all or of those that follow the same."""
+    shapes = [entry.shape for entry in state if follows in (None, entry.follows)]
+    return 4 * sum(prod(shape) for shape in shapes)
+
+
+class ModulationCache(CacheCounters):
+    """(noise level, condition) → condition state, exact, in at most `capacity` bytes.
+
+    A tensor that follows only the condition is held once a condition, and one that follows only the noise
+    level once a level. The states of the condition with the key `pinned` stay, within half of the slots: it
+    is the null class, which every guided request needs. The states that a batch misses are computed together,
+    and the rows left over in a conditioner call are spent on what its samples need next. A batch too large
+    for the slots, or any with a capacity of 0, bypasses the cache: its states are computed and not kept.
     """
 
     def __init__(self, backend: Backend, *, capacity: int, pinned: bytes) -> None:
@@ -118,14 +152,18 @@ class ModulationCache(CacheCounters):
         self._backend, self._call_rows = backend, backend.conditioner_rows
         self._pinned_key = pinned
         self._config = backend.manifest.config
-        shapes = [entry.shape for entry in backend.manifest.state]
-        self.entry_bytes = 4 * sum(int(np.prod(shape)) for shape in shapes)
-        slots = capacity // self.entry_bytes
-        self._blocks: tuple[Floats, ...] = tuple(np.empty((slots, *shape), np.float32) for shape in shapes)
-        self._lru: SlotLru[StateKey] = SlotLru(slots)
+        state = backend.manifest.state
+        self.entry_bytes = _bytes(state)
+        kinds = [kind for kind in get_args(Follows) if _bytes(state, kind)]
+        # What is small beside the rest gets many slots for a share of the capacity that is not missed.
+        shares = {kind: max(_bytes(state, kind) / self.entry_bytes, SMALLEST_SHARE) for kind in kinds}
+        self._tables = [
+            _Table(kind, state, int(capacity * share / sum(shares.values())) // _bytes(state, kind))
+            for kind, share in shares.items()
+        ]
         # A batch and the prefetch of one call must fit beside each other in the evictable slots. Then
         # loading the states of a batch never evicts one that the same batch needs.
-        self._max_batch_states = self._lru.evictable - self._call_rows
+        self._max_batch_states = min(table.lru.evictable for table in self._tables) - self._call_rows
 
     def gather(
         self,
@@ -144,14 +182,23 @@ class ModulationCache(CacheCounters):
         if len(set(keys)) > self._max_batch_states:
             self._bypass(inputs, out)
             return
-        missing = {key: state for key, state in zip(keys, inputs, strict=True) if not self._lru.touch(key)}
+        missing = {key: state for key, state in zip(keys, inputs, strict=True) if not self._touch(key)}
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if missing:
             self._load(missing | self._prefetch(missing, upcoming))
-        slots = np.array([self._lru.slot(key) for key in keys], np.intp)
-        for block, rows in zip(self._blocks, out, strict=True):
-            np.take(block, slots, axis=0, out=rows[: len(keys)], mode="clip")
+        for table in self._tables:
+            slots = np.array([table.lru.slot(table.key(key)) for key in keys], np.intp)
+            for position, block in zip(table.positions, table.blocks, strict=True):
+                np.take(block, slots, axis=0, out=out[position][: len(keys)], mode="clip")
+
+    def _touch(self, key: StateKey) -> bool:
+        """Mark the state of a key as used now; return whether all of it is cached."""
+        cached = [table.lru.touch(table.key(key)) for table in self._tables]
+        return all(cached)
+
+    def _has(self, key: StateKey) -> bool:
+        return all(table.key(key) in table.lru for table in self._tables)
 
     def _bypass(self, inputs: Sequence[ConditionerInput], out: tuple[Floats, ...]) -> None:
         self.bypasses += len(inputs)
@@ -168,7 +215,7 @@ class ModulationCache(CacheCounters):
         spare = -len(missing) % self._call_rows
         for told, condition in upcoming if spare else ():
             key = (told, condition.key)
-            if key not in missing and key not in self._lru:
+            if key not in missing and not self._has(key):
                 prefetched[key] = (told, condition)
             if len(prefetched) == spare:
                 break
@@ -180,12 +227,21 @@ class ModulationCache(CacheCounters):
         items = list(inputs.items())
         for start in range(0, len(items), self._call_rows):
             chunk = items[start : start + self._call_rows]
-            slots = [self._lru.reserve(key, pin=key[1] == self._pinned_key) for key, _ in chunk]
             values = self._compute([conditioner_input for _, conditioner_input in chunk])
-            for block, rows in zip(self._blocks, values, strict=True):
-                block[slots] = rows[: len(chunk)]
-        self.evictions = self._lru.evictions
-        self.bytes = len(self._lru) * self.entry_bytes
+            for table in self._tables:
+                self._keep(table, [key for key, _ in chunk], values)
+        self.evictions = sum(table.lru.evictions for table in self._tables)
+        self.bytes = sum(len(table.lru) * table.entry_bytes for table in self._tables)
+
+    def _keep(self, table: _Table, keys: Sequence[StateKey], values: tuple[Floats, ...]) -> None:
+        """Keep the tensors of a table, from the rows of `values` for `keys`, that it does not hold yet."""
+        rows: dict[StateKey, int] = {}
+        for row, key in enumerate(keys):
+            if table.key(key) not in table.lru:
+                rows.setdefault(table.key(key), row)
+        slots = [table.lru.reserve(key, pin=key[1] == self._pinned_key) for key in rows]
+        for position, block in zip(table.positions, table.blocks, strict=True):
+            block[slots] = values[position][list(rows.values())]
 
     def _compute(self, inputs: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
         """Return the states of inputs, as many as one call has rows; a layer of one takes a row as well."""
@@ -249,9 +305,16 @@ class ConditionCaches:
         self.modulations = ModulationCache(backend, capacity=modulation_bytes, pinned=self.null.key)
 
     def conditioning(
-        self, terms: Sequence[ConditionTerm], how: Combine = "linear", *, negative_prompt: str = ""
+        self,
+        terms: Sequence[ConditionTerm],
+        how: Combine = "linear",
+        *,
+        negative_prompt: str = "",
+        guidance_embedded: float | None = None,
     ) -> Conditioning:
         """Return the conditions of a sample of these terms, combined as `how` says.
+
+        `guidance_embedded` is the scale that the network is told, the last number of each condition.
 
         Raises:
             InvalidRequest: as `EmbeddingCache.get`, or the network cannot follow so many layers.
@@ -259,13 +322,26 @@ class ConditionCaches:
         unconditional = self.embeddings.null(negative_prompt) if negative_prompt else self.null
         if how == "compose":
             conditions = tuple(map(self.embeddings.alone, terms))
+            if guidance_embedded is not None:
+                conditions = tuple(told_guidance(one, guidance_embedded) for one in conditions)
             return Conditioning(conditions, _composition_weights(terms), unconditional)
         if how == "layers":
             one = self.embeddings.layered(terms)
             self.modulations.sources(len(one.embeddings))  # a network that cannot is refused here
         else:
             one = self.embeddings.get(terms, how)
+        if guidance_embedded is not None:
+            one = told_guidance(one, guidance_embedded)
         return Conditioning((one,), (1.0,), unconditional)
+
+
+def told_guidance(condition: Condition, scale: float) -> Condition:
+    """Return a condition in which the network is told a guidance scale, the last number of its embeddings."""
+    embeddings = condition.embeddings.copy()
+    embeddings[:, -1] = scale
+    told = np.float32(scale).tobytes()
+    key = blake2b(condition.key + told, digest_size=16, person=b"guidance").digest()
+    return Condition(key, embeddings)
 
 
 def _composition_weights(terms: Sequence[ConditionTerm]) -> tuple[float, ...]:

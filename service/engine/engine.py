@@ -134,7 +134,10 @@ class Engine:
         if snapshot is not None and snapshot.latent.shape[1:] != geometry.size:
             raise ValueError(f"the snapshot of sample {request.id} is of another size")
         conditioning = self.conditions.conditioning(
-            request.condition, request.mix, negative_prompt=request.negative_prompt
+            request.condition,
+            request.mix,
+            negative_prompt=request.negative_prompt,
+            guidance_embedded=request.guidance_embedded,
         )
         if snapshot is None:
             scale = request.guidance_scale if conditioning.can_be_guided else 1.0
@@ -150,7 +153,7 @@ class Engine:
             group = self._groups.admit(sample, sample.generator.standard_normal(shape, np.float32))
         else:
             snapshot.resume(sample)
-            group = self._groups.admit(sample, snapshot.latent, snapshot.history)
+            group = self._groups.admit(sample, snapshot.latent, snapshot.estimates)
         if not sample.one_row:
             self._forward.reserve(group, sample.most_rows)
         if self.idle:

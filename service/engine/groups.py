@@ -6,7 +6,7 @@ the group of the bundle's own size. Which group has its turn is up to the `sched
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ditserve.model.spec.windows import Size
@@ -61,11 +61,11 @@ class Groups:
         self._groups = {own: self.own}
         self._run_before: set[tuple[Size, int]] = set()
 
-    def admit(self, sample: Sample, latent: Floats, history: Floats | None = None) -> Group:
+    def admit(self, sample: Sample, latent: Floats, history: Sequence[Floats] = ()) -> Group:
         """Let a sample take steps from now on, in the group that is returned.
 
-        It starts at `latent` (C, H, W), with the solver history (C, H, W) of its last step if it took one. A
-        sample of several rows advances by itself, so its latent is in a pool of its own.
+        It starts at `latent` (C, H, W), with the solver history that `LatentPool.take` describes. A sample of
+        several rows advances by itself, so its latent is in a pool of its own.
         """
         group = self._group_for(sample)
         pool = group.pool if sample.one_row else group.pool.single(sample.geometry.size)

@@ -42,7 +42,9 @@ class LatentPool:
         self.shape = shape
         self._clip = clip
         self._latents: Floats = np.zeros((slots, *shape), np.float32)  # x of every slot
-        self._history: Floats = np.zeros((slots, *shape), np.float32)  # D of its last step
+        # D of its last two steps, of slot k at 2k and 2k + 1, and where the last one is.
+        self._history: Floats = np.zeros((2 * slots, *shape), np.float32)
+        self._newest = 2 * np.arange(slots)
         self._free = list(range(slots))[::-1]
         self._x: Floats = np.zeros((rows, *shape), np.float32)
         self._estimate: Floats = np.empty((rows, *shape), np.float32)
@@ -57,12 +59,18 @@ class LatentPool:
         if rows > len(self._x):
             self._x = np.zeros((rows, *self.shape), np.float32)
 
-    def take(self, latent: Floats, history: Floats | None = None) -> int:
-        """Put a latent (C, H, W) into a free slot, with its solver history if it has one; return the slot."""
+    def take(self, latent: Floats, history: Sequence[Floats] = ()) -> int:
+        """Put a latent (C, H, W) into a free slot; return the slot.
+
+        `history` is the D (C, H, W) of its last steps, of none to two, the newest first.
+        """
         slot = self._free[-1]
         self._latents[slot] = latent
         # Cleared even for a new sample: a history weight of 0 must not meet a NaN of the slot's last owner.
-        self._history[slot] = 0.0 if history is None else history
+        self._history[2 * slot : 2 * slot + 2] = 0.0
+        for place, estimate in enumerate(history, start=2 * slot):
+            self._history[place] = estimate
+        self._newest[slot] = 2 * slot
         return self._free.pop()
 
     def release(self, slot: int) -> None:
@@ -75,9 +83,13 @@ class LatentPool:
         return latent.copy()
 
     def history(self, slot: int) -> Floats:
-        """Return a copy of a slot's solver history (C, H, W): the estimate D of its last step."""
-        history: Floats = self._history[slot]
-        return history.copy()
+        """Return a copy of a slot's solver history (2, C, H, W): the D of its last step, and the one before.
+
+        They are 0 of steps that it has not taken.
+        """
+        newest = self._newest[slot]
+        history: Floats = self._history[[newest, newest ^ 1]]
+        return history
 
     def gather(self, slots: Sequence[int]) -> Gathered:
         """Copy the latents of `slots` into the first rows of the pool's block."""
@@ -93,7 +105,7 @@ class LatentPool:
         deviation: Floats,
         generators: Sequence[np.random.Generator],
     ) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """Take one solver step: x' = a·x + b·D + c·D_previous + s·z with D = x0_x·x + x0_out·output.
+        """Take one solver step: x' = a·x + b·D + c·D' + d·D'' + s·z with D = x0_x·x + x0_out·output.
 
         Args:
             gathered: the latents as `gather` returned them; its first n rows of `x` are overwritten.
@@ -107,22 +119,26 @@ class LatentPool:
             The estimates D (n, C, H, W), valid until the next call, and whether each is finite (n,).
         """
         slots, n = gathered.slots, len(gathered.slots)
-        c, s = coefficients.c, coefficients.s
-        x, d, scratch = gathered.x[:n], self._estimate[:n], self._scratch[:n]
+        s = coefficients.s
+        newest = self._newest[slots]
+        oldest = newest ^ 1
+        x, estimate, scratch = gathered.x[:n], self._estimate[:n], self._scratch[:n]
         with np.errstate(all="ignore"):
-            np.multiply(x, coefficients.x0_x, out=d)
-            d += np.multiply(output, coefficients.x0_out, out=scratch)
-            finite: npt.NDArray[np.bool_] = np.all(np.isfinite(d), axis=(1, 2, 3))
+            np.multiply(x, coefficients.x0_x, out=estimate)
+            estimate += np.multiply(output, coefficients.x0_out, out=scratch)
+            finite: npt.NDArray[np.bool_] = np.all(np.isfinite(estimate), axis=(1, 2, 3))
             if self._clip:
-                np.clip(d, -1.0, 1.0, out=d)
+                np.clip(estimate, -1.0, 1.0, out=estimate)
             x *= coefficients.a
-            x += np.multiply(d, coefficients.b, out=scratch)
-            if c.any():
-                np.take(self._history, slots, axis=0, out=scratch, mode="clip")
-                x += np.multiply(scratch, c, out=scratch)
+            x += np.multiply(estimate, coefficients.b, out=scratch)
+            for weight, places in ((coefficients.c, newest), (coefficients.d, oldest)):
+                if weight.any():
+                    np.take(self._history, places, axis=0, out=scratch, mode="clip")
+                    x += np.multiply(scratch, weight, out=scratch)
             for i in np.flatnonzero(s).tolist():
                 generators[i].standard_normal(out=scratch[i], dtype=np.float32)
                 x[i] += deviation[i] * scratch[i]
         self._latents[slots] = x
-        self._history[slots] = d
-        return d, finite
+        self._history[oldest] = estimate
+        self._newest[slots] = oldest
+        return estimate, finite

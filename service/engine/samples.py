@@ -51,6 +51,7 @@ class SampleRequest:
     caller: str = ""
     weight: float = 1.0  # of its caller's share of the machine
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
+    guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ class Sample:
 
     @property
     def coefficients(self) -> npt.NDArray[np.float32]:
-        """The numbers of the next step, (9,), in the order of `StepCoefficients`."""
+        """The numbers of the next step, (10,), in the order of `StepCoefficients`."""
         row: npt.NDArray[np.float32] = self.trajectory.rows[self.cursor]
         return row
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.service.engine.samples import Sample
-from ditserve.service.engine.trajectory import Trajectory, trajectory_from_levels
+from ditserve.service.engine.trajectory import StepCoefficients, Trajectory, trajectory_from_levels
 from ditserve.service.rung import Rung
 from ditserve.service.wire import build
 
@@ -26,8 +26,9 @@ class Snapshot:
     """A sample between two steps: its trajectory, its position on it, and the arrays of its next step.
 
     The names of the fields are those on the wire. `timesteps` are the noise levels of the trajectory and
-    `previous` the one before them, `scale` is its guidance scale. `latent` is x and `history` the estimate D
-    of the last step, each (C, H, W). `noise` is the state of the sample's Philox generator: counter, key,
+    `previous` the one before them, `scale` is its guidance scale. `latent` is x, `history` the estimate D
+    of the last step, and `earlier` that of the one before, each (C, H, W); `earlier` is None where the next
+    step does not need it. `noise` is the state of the sample's Philox generator: counter, key,
     buffer, and the rest of a draw.
     """
 
@@ -42,11 +43,13 @@ class Snapshot:
     latent: Floats
     history: Floats
     noise: tuple[int, ...]
+    earlier: Floats | None = None
 
     @classmethod
     def of(cls, sample: Sample, latent: Floats, history: Floats) -> Snapshot:
-        """Return the snapshot of a sample with these arrays."""
+        """Return the snapshot of a sample with this latent (C, H, W) and solver history (2, C, H, W)."""
         trajectory = sample.trajectory
+        last, earlier = history
         return cls(
             rung=sample.rung,
             scale=trajectory.scale,
@@ -57,13 +60,19 @@ class Snapshot:
             degraded=sample.degraded,
             reason=sample.reason,
             latent=latent,
-            history=history,
+            history=last,
             noise=_noise_state(sample.generator),
+            earlier=earlier if StepCoefficients(*sample.coefficients).d else None,
         )
 
     def trajectory(self, schedule: Schedule) -> Trajectory:
         """Return the trajectory that the sample is on."""
         return trajectory_from_levels(self.rung, self.scale, schedule, self.timesteps, previous=self.previous)
+
+    @property
+    def estimates(self) -> tuple[Floats, ...]:
+        """The solver history (C, H, W), the newest first."""
+        return (self.history,) if self.earlier is None else (self.history, self.earlier)
 
     def resume(self, sample: Sample) -> None:
         """Bring a new sample, on this snapshot's trajectory, to the state of the old one."""
@@ -74,7 +83,9 @@ class Snapshot:
     def to_wire(self) -> dict[str, Any]:
         """Return the fields as plain data, the arrays as bytes of little-endian float32."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        arrays = {name: fields[name].astype("<f4").tobytes() for name in ("latent", "history")}
+        if self.earlier is None:
+            del fields["earlier"]
+        arrays = {name: fields[name].astype("<f4").tobytes() for name in _ARRAYS if name in fields}
         return {**fields, **arrays, "rung": asdict(self.rung), "shape": self.latent.shape}
 
     @classmethod
@@ -83,7 +94,7 @@ class Snapshot:
         try:
             fields = dict(data)
             shape = tuple(fields.pop("shape"))
-            for name in ("latent", "history"):
+            for name in _ARRAYS if "earlier" in fields else _ARRAYS[:2]:
                 fields[name] = np.frombuffer(fields[name], "<f4").astype(np.float32).reshape(shape)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a snapshot: {error}") from error
@@ -93,6 +104,7 @@ class Snapshot:
         return snapshot
 
 
+_ARRAYS = ("latent", "history", "earlier")
 _NOISE_NUMBERS = 4 + 2 + 4 + 3  # counter, key, buffer, rest of a draw
 
 

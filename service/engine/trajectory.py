@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float32]
 class StepCoefficients(NamedTuple):
     """The numbers of solver steps, a column of float32 for each name.
 
-    A step is D = x0_x·x + x0_out·output, then x' = a·x + b·D + c·D_previous + s·z (see `model.spec.solvers`).
+    A step is D = x0_x·x + x0_out·output, then x' = a·x + b·D + c·D' + d·D'' + s·z (see `model.spec.solvers`).
     `guidance_weight` is w of classifier-free guidance at this step; at 1 no unconditional row is needed.
     `log_low` and `log_high` bound the log variance of a network that learned it, which takes the place of s
     in a step of DDPM; they are -inf in the steps of other solvers.
@@ -36,6 +36,7 @@ class StepCoefficients(NamedTuple):
     a: Floats
     b: Floats
     c: Floats
+    d: Floats
     s: Floats
     guidance_weight: Floats
     log_low: Floats
@@ -48,15 +49,15 @@ class StepCoefficients(NamedTuple):
 
     @classmethod
     def of_samples(cls, rows: Sequence[Floats]) -> StepCoefficients:
-        """Return the columns (n, 1, 1, 1) for n samples, from the row (9,) of each one's next step."""
-        columns = np.stack(rows, axis=1)  # (9, n)
+        """Return the columns (n, 1, 1, 1) for n samples, from the row (10,) of each one's next step."""
+        columns = np.stack(rows, axis=1)  # (10, n)
         return cls(*columns.reshape(len(columns), -1, 1, 1, 1))
 
 
 class Trajectory:
     """The steps of one sample, immutable and shared by samples that walk alike.
 
-    `rows` is (N, 9) float32: the coefficients of step i, in the order of `StepCoefficients`. `guided[i]` is
+    `rows` is (N, 10) float32: the coefficients of step i, in the order of `StepCoefficients`. `guided[i]` is
     true where step i needs an unconditional row as well. `noise[i]` is its level's share of the noise range,
     and `told[i]` the bits of the float32 that the network is told of it. `previous` is the level before the
     first step, where this trajectory continues another one.
@@ -122,6 +123,7 @@ def trajectory_from_levels(
         bounds = variance_bounds(levels, schedule)
     else:
         bounds = (np.full(len(table), -np.inf),) * 2
-    columns = (table.x0_x, table.x0_out, table.a, table.b, table.c, table.s, weights, *bounds)
+    _, *solver = table.columns
+    columns = (*solver, weights, *bounds)
     coefficients = StepCoefficients(*(np.asarray(column, np.float32) for column in columns))
     return Trajectory(levels, schedule, coefficients, scale=scale, previous=previous)

@@ -11,6 +11,7 @@ from typing import Final
 
 from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.mixing import Combine, assign_blocks, normalised_weights, state_sources
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.http.operating_point import field_error, guidance_scale, sentence
 from ditserve.service.http.schemas import TEXT, GenerateRequest
 from ditserve.service.jobs import ConditionTerm
@@ -51,12 +52,17 @@ def requested_conditions(
         UnknownCondition: a factor or class that the model does not have.
         InvalidRequest: weights, a combination or a negative prompt that cannot be.
     """
+    if request.prompt is not None:
+        return _prompted(request, request.prompt, manifest, vocabulary)
     if isinstance(request.condition, dict):
         pairs: list[tuple[Mapping[str, ClassRef], float]] = [(request.condition, 1.0)]
     else:
         pairs = [(term.condition, term.weight) for term in request.condition]
     terms = tuple(_term(condition, weight, manifest, vocabulary) for condition, weight in pairs)
     _check_weights([term.weight for term in terms], request.mix)
+    config = manifest.config
+    if len(terms) > 1 and isinstance(config, PipelineConfig) and not _combines(request.mix, config):
+        raise field_error("mix", 'The conditions of this model can only be composed: choose "compose".')
     if request.mix == "layers":
         try:
             state_sources(manifest.config, assign_blocks(manifest.config.depth, len(terms)))
@@ -66,6 +72,24 @@ def requested_conditions(
     return RequestedConditions(
         terms, request.mix if len(terms) > 1 else "linear", _negative_prompt(request, manifest)
     )
+
+
+def _prompted(
+    request: GenerateRequest, prompt: str, manifest: Manifest, vocabulary: Vocabulary
+) -> RequestedConditions:
+    """Return the condition of a prompt: its text, or the classes that it names."""
+    if request.condition:
+        raise field_error("prompt", "Give a prompt or a condition, not both.")
+    if manifest.config.text_size:
+        term = replace(vocabulary.term({}), text=prompt.strip())
+    else:
+        term = vocabulary.match(prompt)
+    return RequestedConditions((term,), "linear", _negative_prompt(request, manifest))
+
+
+def _combines(how: Combine, config: PipelineConfig) -> bool:
+    """Return whether an imported pipeline can follow several conditions: masks of texts cannot be mixed."""
+    return how == "compose" or (how != "layers" and not config.text_mask)
 
 
 def _term(
@@ -101,6 +125,10 @@ def _negative_prompt(request: GenerateRequest, manifest: Manifest) -> str:
         raise field_error(
             "negative_prompt",
             'This model takes no text: give a condition of negative weight with "mix": "compose".',
+        )
+    if text and manifest.guidance != "classifier-free":
+        raise field_error(
+            "negative_prompt", "This model has no guidance that could subtract it: leave it out."
         )
     if text and guidance_scale(request, manifest) == 1.0:
         raise field_error(

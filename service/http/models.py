@@ -10,6 +10,7 @@ import structlog
 from ditserve.model.spec.bundle import BundleError, Manifest
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.canary import Canary
+from ditserve.service.http.prompt_limit import PromptLimit
 from ditserve.service.http.submission import Submissions
 from ditserve.service.queue.queue_client import QueueClient
 from ditserve.service.served_models import ServedModel
@@ -31,7 +32,7 @@ class Model:
 
     @classmethod
     def of(cls, served: ServedModel, settings: Settings, queue_client: QueueClient) -> Model:
-        """Build a model of its opened bundle. Raises `BundleError` where the golden image is none."""
+        """Build a model of its opened bundle. Raises `BundleError` for a part that cannot be read."""
         bundle, manifest = served.bundle, served.bundle.manifest
         if not manifest.ladder:
             _log.warning(
@@ -39,7 +40,7 @@ class Model:
                 model=manifest.name,
                 remedy=f"python -m bench.ladder {served.folder} --write",
             )
-        submissions = Submissions(manifest, settings, queue_client.queue)
+        submissions = Submissions(manifest, settings, queue_client.queue, PromptLimit(bundle))
         golden = manifest.golden
         canary = Canary(bundle.path, golden, submissions, queue_client.listener) if golden else None
         metrics.BUILD_INFO.labels(VERSION, manifest.name, manifest.version).set(1)

@@ -46,12 +46,30 @@ def guidance_scale(request: GenerateRequest, manifest: Manifest) -> float:
         InvalidRequest: guidance is asked of a model that has none.
     """
     scale = request.guidance_scale
+    if scale not in (None, 1.0) and manifest.guidance == "embedded":
+        raise field_error(
+            "guidance_scale", "The network of this model is told its guidance: choose guidance_embedded."
+        )
     if scale not in (None, 1.0) and manifest.guidance == "none":
         raise field_error(
             "guidance_scale",
             "No unconditional prediction of this model was trained, so it has no guidance: leave it out.",
         )
     return manifest.defaults.guidance_scale if scale is None else scale
+
+
+def guidance_embedded(request: GenerateRequest, manifest: Manifest) -> float | None:
+    """Return the guidance scale that the network is told, of the request or the model; None: it is told none.
+
+    Raises:
+        InvalidRequest: it is asked of a model that is told none.
+    """
+    if request.guidance_embedded is not None and manifest.guidance != "embedded":
+        raise field_error(
+            "guidance_embedded", "The network of this model is told no guidance: choose guidance_scale."
+        )
+    given = request.guidance_embedded
+    return manifest.guidance_embedded if given is None else given
 
 
 def field_error(field: str, detail: str) -> InvalidRequest:

@@ -113,6 +113,15 @@ class DrawingOptions(BaseModel):
         max_length=MAX_TEXT,
         description="A text that guidance subtracts in place of no text, where the model takes text.",
     )
+    guidance_embedded: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), UnsignedZero] | None = (
+        Field(
+            None,
+            description="The guidance scale that the network is told, where the model is one that is told.",
+        )
+    )
+    truncate_prompt: bool = Field(
+        False, description="Cut off what a text has beyond the model's last token, instead of refusing it."
+    )
     seed: int | None = Field(
         None,
         ge=0,
@@ -136,6 +145,12 @@ class GenerateRequest(DrawingOptions):
 
     model: str | None = Field(
         None, max_length=100, description="A name from `/models`; null is the first there."
+    )
+    prompt: str | None = Field(
+        None,
+        max_length=MAX_TEXT,
+        description="The picture in words, in place of a condition: a text where the model takes one, else "
+        "the names of classes.",
     )
     condition: Annotated[
         Annotated[Condition, Field(max_length=16), Tag("as-one")]
@@ -292,6 +307,7 @@ class DefaultsOut(BaseModel):
     sampler: str
     grid: str
     guidance_scale: float
+    guidance_embedded: float | None = Field(None, description="The scale that the network is told, if any.")
     guidance_interval: tuple[float, float]
 
 
@@ -313,8 +329,12 @@ class ModelOut(BaseModel):
         description="Other sizes whose sides are multiples of this many pixels can be had; null: none."
     )
     text: bool = Field(description="Whether a condition may hold a `text`.")
-    guidance: Literal["classifier-free", "none"] = Field(
-        description="None: no unconditional prediction was trained that guidance could subtract."
+    guidance: Literal["classifier-free", "embedded", "none"] = Field(
+        description="Embedded: the network is told `guidance_embedded`. None: no unconditional prediction "
+        "was trained that guidance could subtract."
+    )
+    text_tokens: int | None = Field(
+        None, description="The most tokens of a text, which are counted; null: texts are cut where they end."
     )
     networks: list[str] = Field(
         description="The runtimes and number formats that the workers run the model in."

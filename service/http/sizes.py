@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import lcm, prod
 
 from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.windows import Size, window_count
 from ditserve.service.jobs import WorkerState
 
@@ -45,6 +46,14 @@ def size_step(manifest: Manifest, workers: Sequence[WorkerState]) -> int | None:
     return lcm(*multiples) * manifest.upscale
 
 
+def largest_side(manifest: Manifest) -> int | None:
+    """Return the most pixels of a side that the network has places for; None for any number."""
+    config = manifest.config
+    if not isinstance(config, PipelineConfig) or config.largest_side is None:
+        return None
+    return config.largest_side * manifest.upscale
+
+
 def as_a_whole(
     size: str, manifest: Manifest, workers: Sequence[WorkerState], *, max_area: float
 ) -> OutputSize:
@@ -53,6 +62,9 @@ def as_a_whole(
     Raises:
         ValueError: the workers cannot make it; the message is one sentence for the caller.
     """
+    largest = largest_side(manifest)
+    if largest is not None and max(_sides(size)) > largest:
+        raise ValueError(f"The sides of a picture of this model are at most {largest}.")
     step = size_step(manifest, workers)
     if step is None:
         raise ValueError(f"This model makes {size_text(manifest)} images only, or larger ones with windows.")

@@ -20,8 +20,14 @@ from ditserve.service.http.abandoned import Abandoned
 from ditserve.service.http.conditions import RequestedConditions, requested_conditions
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
-from ditserve.service.http.operating_point import field_error, guidance_scale, requested_rung
+from ditserve.service.http.operating_point import (
+    field_error,
+    guidance_embedded,
+    guidance_scale,
+    requested_rung,
+)
 from ditserve.service.http.promises import Promises
+from ditserve.service.http.prompt_limit import PromptLimit
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
 from ditserve.service.identity import vocabulary_digest
@@ -95,8 +101,11 @@ class _ResolvedRequest:
 class Submissions:
     """Turns requests for one model into jobs in the queue."""
 
-    def __init__(self, manifest: Manifest, settings: Settings, queue: Queue) -> None:
+    def __init__(
+        self, manifest: Manifest, settings: Settings, queue: Queue, prompts: PromptLimit | None = None
+    ) -> None:
         self.manifest = manifest
+        self.prompts = prompts
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue, manifest.name)
@@ -121,10 +130,12 @@ class Submissions:
             Overloaded, QueueFull, QueueUnavailable: the service cannot take the request now.
             IdempotencyMismatch: the caller's key was used for another request.
         """
+        conditions = requested_conditions(request, self.manifest, self.vocabulary)
+        self._check_length(request, conditions)
         resolved = _ResolvedRequest(
             request,
             image_format,
-            requested_conditions(request, self.manifest, self.vocabulary),
+            conditions,
             self._rung(request),
             await self._size(request),
         )
@@ -145,6 +156,16 @@ class Submissions:
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
         return Submission(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))
+
+    def _check_length(self, request: GenerateRequest, conditions: RequestedConditions) -> None:
+        """Refuse texts of more tokens than the model takes. Raises `InvalidRequest`."""
+        if self.prompts is not None:
+            field = "condition" if request.prompt is None else "prompt"
+            for term in conditions.terms:
+                self.prompts.check(field, term.text, truncate=request.truncate_prompt)
+            self.prompts.check(
+                "negative_prompt", conditions.negative_prompt, truncate=request.truncate_prompt
+            )
 
     def _rung(self, request: GenerateRequest) -> Rung:
         """Return the operating point that the request asks for. Raises `InvalidRequest`."""
@@ -250,6 +271,7 @@ class Submissions:
             requested=rung,
             admitted=admission.rung,
             negative_prompt=resolved.conditions.negative_prompt,
+            guidance_embedded=guidance_embedded(request, self.manifest),
         )
 
     def _job_id(self, caller: str, key: str) -> str:

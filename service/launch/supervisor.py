@@ -230,7 +230,8 @@ def greeting(manifests: Sequence[Manifest], settings: Settings) -> str:
     manifest, several = manifests[0], len(manifests) > 1
     base = f"http://{_reachable(settings.host)}:{settings.port}"
     condition = {factor.name: class_reference(factor, 0) for factor in manifest.factors[:1]}
-    body = shlex.quote(json.dumps({"condition": condition}, ensure_ascii=False))
+    asked = {"prompt": "a red fox"} if manifest.config.text_size else {"condition": condition}
+    body = shlex.quote(json.dumps(asked, ensure_ascii=False))
     headers = "-H 'content-type: application/json' -H 'accept: image/png'"
     curl = f"curl -s {base}/generate {headers} -d {body} -o image.png"
     names = ", ".join(f"{served.name} {served.version}" for served in manifests)

@@ -41,7 +41,7 @@ from ditserve.service.jobs import (
 )
 from ditserve.service.limits import Limits
 from ditserve.service.queue.clock import SKEW_S, QueueClock
-from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts
+from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts, of_another_kind
 from ditserve.service.queue.keys import Keys
 from ditserve.service.queue.notifications import Subscriber, WorkNotifications
 from ditserve.service.queue.reads import Reads
@@ -232,6 +232,7 @@ class Broker(Reads):
             except WireError as error:
                 unreadable.add(worker)
                 if worker not in self._unreadable_workers:
+                    metrics.UNREADABLE.labels("report").inc()
                     log.warning("report left out", worker=worker.decode(errors="replace"), reason=str(error))
         self._unreadable_workers = unreadable
 
@@ -291,6 +292,7 @@ class Broker(Reads):
         try:
             return Claim(Job.from_bytes(wire), lease, run_isolated=bool(suspect), checkpoint=checkpoint)
         except WireError as error:
+            metrics.UNREADABLE.labels("job").inc()
             log.warning("job cannot be read", job=lease.job_id, reason=str(error))
             await self.fail(lease, to_wire(InternalError(f"The worker cannot read this job: {error}.")))
             return None
@@ -382,7 +384,14 @@ class Broker(Reads):
         now = "" if self._given_clock is None else _ms(self._given_clock())
         times = _ms(self.limits.record_ttl_s), _ms(self.limits.lease_s)
         common = (self.keys.prefix, now, *times, self.limits.events_kept, LOST)
-        return await self._scripts.run(name, *common, *args, repeatable=repeatable)
+        try:
+            return await self._scripts.run(name, *common, *args, repeatable=repeatable)
+        except QueueUnavailable as error:
+            if not of_another_kind(error.__cause__):
+                raise
+            removed = await self._scripts.run("repair", *common)
+            log.error("indexes of another kind were removed", script=name, indexes=removed)
+            return await self._scripts.run(name, *common, *args, repeatable=repeatable)
 
 
 def _pack(fields: Mapping[str, Any]) -> bytes:

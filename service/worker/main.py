@@ -15,11 +15,13 @@ from typing import Any, Final
 import structlog
 import uvloop
 
-from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
+from ditserve.model.spec.bundle import BACKBONE, Bundle, BundleError, Manifest
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.text_encoder import text_encoder_name
 from ditserve.service.backends import (
     Backend,
     BackendUnavailable,
+    SentenceEncoder,
     load_backend,
     load_text_encoder,
 )
@@ -55,7 +57,7 @@ WARM_UP_S = 0.8
 # Backend → the settings it takes, besides threads.
 OPTIONS: Final = {
     "onnx": ("precision", "providers"),
-    "torch": ("device", "compile"),
+    "torch": ("device", "compile", "precision"),
     "tensorrt": ("precision", "engines"),
 }
 
@@ -90,6 +92,14 @@ def run(settings: Settings) -> int:
     return 0 if orderly else BROKEN
 
 
+def with_backend(settings: Settings, manifest: Manifest) -> Settings:
+    """Return the settings with the backend that "auto" stands for."""
+    if settings.backend != "auto":
+        return settings
+    pipeline = isinstance(manifest.config, PipelineConfig) and BACKBONE not in manifest.files
+    return settings.model_copy(update={"backend": "torch" if pipeline else "onnx"})
+
+
 def only_bundle(settings: Settings) -> Bundle:
     """Return the bundle of the settings. Raise `BundleError`, and `ValueError` if they name several."""
     models = open_served_models(settings, verify=settings.verify)
@@ -120,7 +130,8 @@ async def open_backend(
         ):
             return None
     report("loading the network")
-    return await asyncio.to_thread(load_backend, settings.backend, bundle, **options)
+    backend = with_backend(settings, bundle.manifest).backend
+    return await asyncio.to_thread(load_backend, backend, bundle, **options)
 
 
 async def serve(settings: Settings, model: str, opener: Opener) -> bool:
@@ -185,6 +196,7 @@ def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
     Raises:
         BackendUnavailable: one is set that this backend does not take.
     """
+    settings = with_backend(settings, manifest)
     options: dict[str, Any] = {"threads": settings.threads}
     for name in dict.fromkeys(option for names in OPTIONS.values() for option in names):
         value = getattr(settings, name)
@@ -203,8 +215,15 @@ def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
     return options
 
 
-def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | None) -> TextCache | None:
+def open_texts(
+    manifest: Manifest,
+    settings: Settings,
+    shared: SharedCache | None,
+    encoder: SentenceEncoder | None = None,
+) -> TextCache | None:
     """Return the text encodings of a model that takes text; None for one that does not.
+
+    `encoder` is the model's own, which an imported pipeline has.
 
     Raises:
         BackendUnavailable: there is no such encoder here, or it is not the model's.
@@ -213,6 +232,13 @@ def open_texts(manifest: Manifest, settings: Settings, shared: SharedCache | Non
     wanted = manifest.config.text_width
     if not wanted:
         return None
+    if encoder is not None:
+        if settings.text_encoder:
+            raise BackendUnavailable(
+                f"{manifest.name} brings its own text encoders: leave out --text-encoder"
+            )
+        capacity = settings.embedding_cache_bytes
+        return TextCache(encoder, shared, capacity=capacity, encodes_nothing=True)
     name = text_encoder_name(manifest, settings.text_encoder, "--text-encoder")
     encoder = load_text_encoder(name, manifest.config.text_tokens)
     if encoder.size != wanted:
@@ -247,7 +273,7 @@ def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) ->
             backend,
             modulation_bytes=settings.modulation_cache_bytes,
             embedding_bytes=settings.embedding_cache_bytes,
-            texts=open_texts(backend.manifest, settings, shared),
+            texts=open_texts(backend.manifest, settings, shared, backend.text_encoder),
         ),
         scheduler=Scheduler(
             max_rows=settings.strict_rows or settings.max_rows,

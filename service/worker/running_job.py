@@ -217,6 +217,7 @@ def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor])
         "guidance_interval": list(rung.guidance_interval),
         **({"guidance_decay": rung.guidance_decay} if rung.guidance_decay else {}),
         **({"negative_prompt": subtracted} if subtracted else {}),
+        **({} if job.guidance_embedded is None else {"guidance_embedded": job.guidance_embedded}),
         **({"windows": job.windows} if job.windows else {}),
     }
     return {name: str(value) for name, value in facts.items()}
@@ -255,6 +256,7 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
             caller=job.caller,
             weight=WEIGHTS.get(job.priority, 1.0),
             negative_prompt=job.negative_prompt,
+            guidance_embedded=job.guidance_embedded,
         )
         for k, seed in enumerate(job.seeds)
     )

@@ -12,7 +12,7 @@ import pytest
 from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory
+from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory, SentenceEncoder
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
@@ -35,6 +35,7 @@ class FakeBackend:
 
     name = "fake"
     precision = "fp32"
+    text_encoder: SentenceEncoder | None = None
     conditioner_rows = CONDITIONER_ROWS
 
     def __init__(

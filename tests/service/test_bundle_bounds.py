@@ -41,7 +41,7 @@ WHOLE: dict[str, Any] = {
 HOSTILE: tuple[Any, ...] = (
     None, True, 0, -1, 1, 2, 3, 7, 999, 1000, 1001, 2**16, 2**31, 2**53, 2**63, 10**30, 10**400,
     0.0, -0.0, 0.5, 1.5, -3.5, 21.0, 1e-300, 5e-324, 1e20, 1e300, float("nan"), float("inf"), -float("inf"),
-    "", " ", "a", "\ud800", "\0", "new\nline", "x" * 20_000, "٣", "ddpm", "dpmpp-2m", "unipc-1", "cosine",
+    "", " ", "a", "\ud800", "\0", "new\nline", "x" * 20_000, "٣", "ddpm", "dpmpp-2m", "unipc-2", "cosine",
     "flow", "linear", "sigma", "uniform", "0.9,0.5", "leading", "ddim-stride", "999,998", "3,3", "1e9",
     "9" * 5000, "sd-vae", "identity", "text",
     [], [1], [0, 0], [1, 0], [0.5, 0.5], [2**31, 2**31], [8, 8], [[]], ["a", "a"], [None], [1e999, 1.0],
@@ -134,6 +134,11 @@ def test_the_whole_manifest_works() -> None:
     [
         (("defaults", "steps"), 1001, "field defaults: steps must be in 1..1000, not 1001"),
         (("ladder", 1, "steps"), 3, "field ladder.1: the explicit grid has 2 timesteps, but 3 steps"),
+        (
+            ("diffusion", "step_counts"),
+            [10],
+            "field ladder.1: this model was trained for runs of 10 steps, not 2",
+        ),
         (("ladder", 0, "solver"), "heun", "field ladder.0: solver must be one of ddim"),
         (("golden", "grid"), "spiral", "field golden: grid must be one of"),
         (("defaults", "guidance_scale"), float("nan"), "is not valid JSON: NaN is no number of JSON"),

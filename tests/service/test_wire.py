@@ -47,6 +47,8 @@ def test_a_job_has_the_oldest_version_that_says_all_of_it() -> None:
         {"mix": "compose"},
         {"mix": "layers"},
         {"negative_prompt": "fog"},
+        {"guidance_embedded": 3.5},
+        {"solver": "unipc-2"},
         {"requested": replace(examples.FULL, guidance_decay=-1.0)},
     ]
     for change in newer:
@@ -83,6 +85,7 @@ def test_fields_of_later_releases_have_defaults() -> None:
     for name in ("trace", "size", "vocabulary", "windows", "floor_rows", "requested", "admitted"):
         del job[name]
     del job["negative_prompt"]
+    del job["guidance_embedded"]
     del job["condition"][0]["text"]
     for name in ("network", "dues", "bundle", "given_rows"):
         del state[name]

@@ -33,8 +33,6 @@ from ditserve.service.http.schemas import (
     MAX_PREVIEWS,
     MAX_TEXT,
     SIZE,
-    TEXT,
-    Condition,
     DrawingOptions,
     Format,
     GenerateRequest,
@@ -80,7 +78,7 @@ class ImagesRequest(DrawingOptions):
     prompt: str = Field(
         min_length=1,
         max_length=MAX_TEXT,
-        description="Names a class of each factor; other words are ignored.",
+        description="Names a class of each factor, where the model reads no text; other words are ignored.",
     )
     model: str | None = Field(None, max_length=100)
     n: int | None = Field(None, ge=1, le=10)
@@ -203,14 +201,8 @@ async def _submitted(body: ImagesRequest, model: Model, intake: Intake) -> Submi
 
 
 def translate(body: ImagesRequest, submissions: Submissions) -> GenerateRequest:
-    """Return the request of `POST /generate` that asks for the same. Raises `UnknownCondition`."""
+    """Return the request of `POST /generate` that asks for the same."""
     manifest = submissions.manifest
-    condition: Condition
-    if manifest.config.text_size:
-        condition = {TEXT: body.prompt}
-    else:
-        labels = submissions.vocabulary.match(body.prompt).labels
-        condition = {factor.name: label for factor, label in zip(manifest.factors, labels, strict=True)}
     rung = rung_for(body.quality, submissions.ladder)
     steps = rung.steps if rung else manifest.defaults.steps
     operating_point: dict[str, Any] = {"steps": steps}
@@ -224,7 +216,7 @@ def translate(body: ImagesRequest, submissions: Submissions) -> GenerateRequest:
     # Every value was checked as a field of the body, under the bounds that it has here.
     return GenerateRequest(
         model=body.model,
-        condition=condition,
+        prompt=body.prompt,
         n=body.n or 1,
         size=None if body.size == "auto" else body.size,
         format=body.output_format,

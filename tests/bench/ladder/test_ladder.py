@@ -12,9 +12,11 @@ from ditserve.bench import report
 from ditserve.bench.ladder import __main__ as command
 from ditserve.bench.ladder.training_pictures import TrainingPictures
 from ditserve.model.evaluation.ladder import LadderPlan
-from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.bundle import Bundle, write_manifest
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
+from ditserve.model.spec.sigma_grids import SigmaGrid
 from ditserve.service.planning.ladder import Ladder
-from tests.service.tiny_bundle import write_bundle
+from tests.service.tiny_bundle import MANIFEST, write_bundle
 
 SMALL = LadderPlan("small", 250, {"ddim": (("trailing",), (20, 5)), "dpmpp-2m": (("uniform-t",), (8,))}, 2)
 
@@ -55,6 +57,19 @@ def test_the_command_writes_a_ladder_the_service_can_use(
     saved = json.loads((results / "ladder-tiny.json").read_text())
     assert saved["ladder"] == [rung.name for rung in opened.ladder]
     assert (saved["order"], len(saved["measured"])) == ("own", 5)  # DDIM has the bundle's own grid too
+
+
+def test_the_ladder_of_a_flow_is_on_the_grid_of_a_flow(
+    bundle: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flow = DiffusionSpec(schedule="flow", prediction="flow", sigma_grid=SigmaGrid(shift=3.0))
+    defaults = MANIFEST.defaults.model_copy(update={"grid": "uniform"})
+    opened = Bundle.open(bundle).manifest
+    write_manifest(bundle, opened.model_copy(update={"diffusion": flow, "defaults": defaults}))
+    assert command.main([str(bundle), "--samples", "6", "--data", str(pictures), "--write"]) == 0
+    assert "dpmpp-2m-8" in capsys.readouterr().out
+    ladder = Ladder.from_manifest(Bundle.open(bundle).manifest)
+    assert {rung.grid for rung in ladder.rungs} == {"uniform"}
 
 
 def test_training_pictures_order_the_ladder_and_leave_the_defaults(

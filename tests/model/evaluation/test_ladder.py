@@ -25,6 +25,7 @@ from ditserve.model.evaluation.ladder import (
     reference_point,
 )
 from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from tests.export.tiny import tiny_source
 
 SMALL = LadderPlan("small", 24, {"ddim": (("trailing",), (4,)), "dpmpp-2m": (("trailing",), (6,))}, 4)
@@ -148,6 +149,37 @@ def test_a_few_step_model_is_compared_with_the_steps_it_was_trained_to_draw_in()
     )
     assert reference_point(student, THOROUGH).name == "ddpm-4"
     assert [point.name for point in candidates(student, THOROUGH)] == ["ddpm-2", "ddpm-1"]
+
+
+def test_a_model_that_states_its_step_counts_is_measured_at_these() -> None:
+    source = tiny_source()
+    stated = source.manifest.diffusion.model_copy(update={"step_counts": (1, 3, 8, 20)})
+    defaults = source.manifest.defaults.model_copy(update={"steps": 3})
+    manifest = source.manifest.model_copy(update={"diffusion": stated, "defaults": defaults})
+    points = [reference_point(manifest, THOROUGH), *candidates(manifest, THOROUGH)]
+    assert [point.steps for point in points] == [20, 8, 3, 1]
+
+
+@pytest.mark.parametrize("counts", [(), (2, 4)])
+def test_a_guided_flow_is_measured_on_its_own_grids(counts: tuple[int, ...]) -> None:
+    """An export with pictures tries a narrower guidance interval too, on a grid that a flow has."""
+    source = tiny_source()
+    diffusion = DiffusionSpec(schedule="flow", prediction="flow", step_counts=counts)
+    defaults = source.manifest.defaults.model_copy(update={"grid": "karras", "steps": 4})
+    manifest = source.manifest.model_copy(update={"diffusion": diffusion, "defaults": defaults})
+    assert defaults.guidance_scale != 1.0
+    labels = torch.zeros(2 * ENOUGH_PICTURES, 2, dtype=torch.int64)
+    real = torch.zeros(ENOUGH_PICTURES, 3, 16, 16)
+    plan = LadderPlan("small", 24, {"ddim": (("trailing",), (4,)), "unipc-2": (("trailing",), (6,))}, 4)
+    measurement = LadderMeasurement(manifest, plan, LadderInputs(labels, None, real), settled=False)
+    result = measurement.run(source.network)
+    grids = {(rung.solver, rung.steps, rung.grid) for rung in result.measured}
+    if counts:
+        assert grids == {("ddim", 4, "karras"), ("ddim", 2, "karras")}
+    else:
+        even = {("ddim", 24, "uniform"), ("ddim", 4, "uniform"), ("unipc-2", 6, "uniform")}
+        assert grids == {*even, ("ddim", 4, "karras")}
+    assert all(rung.own is not None and np.isfinite(rung.own) for rung in result.measured)
 
 
 def test_the_plan_is_what_the_rows_afford() -> None:

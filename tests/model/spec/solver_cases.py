@@ -16,9 +16,10 @@ from ditserve.model.spec.solvers import SOLVERS, StepTable, trajectory
 
 Samples = npt.NDArray[np.float64]
 Network = Callable[[Any, float], Any]
-COLUMNS = ("level", "x0_x", "x0_out", "a", "b", "c", "s")
+COLUMNS = ("level", "x0_x", "x0_out", "a", "b", "c", "d", "s")
 START: Samples = np.random.default_rng(7).standard_normal((2, 4))
-DETERMINISTIC = ("ddim", "euler", "dpmpp-2m", "unipc-1")
+DETERMINISTIC = ("ddim", "euler", "dpmpp-2m", "unipc-1", "unipc-2")
+ORDERS = (("ddim", 1), ("euler", 1), ("dpmpp-2m", 2), ("unipc-1", 2), ("unipc-2", 3))
 
 flows = st.builds(
     Schedule,
@@ -36,8 +37,8 @@ tables = st.builds(
 )
 schedules = tables | flows
 solvers = st.sampled_from(sorted(SOLVERS))
-# "unipc-1" corrects only steps of its own table, so its tables cannot be spliced.
-splicing = st.sampled_from(sorted(SOLVERS.keys() - {"unipc-1"}))
+# UniPC corrects only steps of its own table, so its tables cannot be spliced.
+splicing = st.sampled_from(sorted(SOLVERS.keys() - {"unipc-1", "unipc-2"}))
 
 
 def legal_eta(solver: str, eta: float) -> float:
@@ -94,7 +95,7 @@ def marginal_std(schedule: Schedule, t: float, std: float) -> float:
     return math.sqrt(schedule.alpha(t) ** 2 * std**2 + schedule.sigma(t) ** 2)
 
 
-def draws(seed: int) -> Callable[[], Samples]:
-    """Return a source of standard normal noise, shaped as START."""
+def draws(seed: int, shape: tuple[int, ...] = START.shape) -> Callable[[], Samples]:
+    """Return a source of standard normal noise, float64 that float32 holds: diffusers casts it to that."""
     rng = np.random.default_rng(seed)
-    return lambda: rng.standard_normal((2, 4))
+    return lambda: rng.standard_normal(shape).astype(np.float32).astype(np.float64)

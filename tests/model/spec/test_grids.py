@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ditserve.model.spec.diffusion import Schedule, make_schedule
 from ditserve.model.spec.grids import GRIDS, choose_grid, fits, grid, regrid
-from ditserve.model.spec.solvers import step_table
+from ditserve.model.spec.solvers import SOLVERS, step_table
 from tests.model.spec.solver_cases import Network, run
 
 reference: Any = diffusers  # untyped
@@ -195,6 +195,7 @@ def test_regridding_a_tail_with_as_many_steps_changes_nothing(
         ("leading", "ddpm", 50, "respaced"),
         ("leading", "dpmpp-2m", 10, "uniform-t"),
         ("leading", "unipc-1", 2, "uniform-t"),
+        ("leading", "unipc-2", 10, "uniform-t"),
         ("ddim-stride", "ddim", 50, "ddim-stride"),
         ("ddim-stride", "ddim", 37, "respaced"),
         ("trailing", "dpmpp-2m", 10, "trailing"),
@@ -211,7 +212,7 @@ def test_the_grid_follows_from_solver_and_steps_unless_the_stated_one_suits(
     assert choose_grid(None, stated=stated, solver=solver, steps=steps, schedule=LINEAR) == kind
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpmpp-2m", "unipc-1"])
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_every_count_of_steps_has_a_grid_that_starts_at_the_noisy_end(solver: str) -> None:
     for total in (1, 2, 10, 1000):
         schedule = make_schedule("linear", total)
@@ -256,7 +257,7 @@ def mixture(schedule: Schedule) -> Network:
     return network
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "unipc-1"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "unipc-1", "unipc-2"])
 def test_more_steps_on_the_chosen_grid_are_no_cliff(solver: str) -> None:
     """Hold the error against all timesteps, for the published schedule, as the bundle of an import states."""
     schedule = make_schedule("linear")
@@ -275,7 +276,7 @@ def test_more_steps_on_the_chosen_grid_are_no_cliff(solver: str) -> None:
     assert errors[counts.index(501)] < 0.003
     assert errors[0] < 0.7
     # The old default, "leading" for every solver, is worse where the choice differs from it.
-    for steps in (1, 10, 16, 501) if solver == "dpmpp-2m" else (1, 501):
+    for steps in (1, 10, 16, 501) if solver in ("dpmpp-2m", "unipc-2") else (1, 501):
         old = run(step_table(solver, grid("leading", steps), schedule), noise, mixture(schedule))[-1]
         assert np.sqrt(np.mean((old - truth) ** 2)) > 1.1 * errors[counts.index(steps)], steps
 

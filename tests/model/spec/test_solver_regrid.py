@@ -67,6 +67,22 @@ def test_a_regridded_sample_is_a_fresh_run_of_the_spliced_grid(
     np.testing.assert_allclose(again, fresh[done:], rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.data(), schedules)
+def test_unipc_2_goes_on_as_dpm_solver_and_corrects_from_its_own_second_step(
+    data: st.DataObject, schedule: Schedule
+) -> None:
+    levels, done, rest = spliced(data, schedule)
+    again, predictor = (
+        step_table(solver, rest, schedule, previous=levels[done - 1]) for solver in ("unipc-2", "dpmpp-2m")
+    )
+    fresh = step_table("unipc-2", (*levels[:done], *rest), schedule)
+    for column in COLUMNS:
+        ours = getattr(again, column)
+        assert ours[0] == getattr(predictor, column)[0]
+        np.testing.assert_allclose(ours[1:], getattr(fresh, column)[done + 1 :], rtol=1e-9, atol=1e-12)
+
+
 def test_unipc_never_corrects_a_step_that_another_table_took() -> None:
     """Not even a step of its own kind: the table cannot know it, and a second correction would spoil it."""
     schedule = make_schedule("cosine")

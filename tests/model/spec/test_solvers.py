@@ -54,7 +54,7 @@ def test_every_step_keeps_the_signal_and_the_noise_at_the_levels_of_its_timestep
     assert tuple(table.level) == levels
     alpha, sigma = schedule.alpha(levels), schedule.sigma(levels)
     next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
-    np.testing.assert_allclose(table.a * alpha + table.b + table.c, next_alpha, atol=1e-13)
+    np.testing.assert_allclose(table.a * alpha + table.b + table.c + table.d, next_alpha, atol=1e-13)
     np.testing.assert_allclose(table.a**2 * sigma**2 + table.s**2, next_sigma**2, atol=1e-13)
 
 
@@ -64,8 +64,8 @@ def test_the_last_step_gives_the_clean_image_and_the_first_needs_no_history(
     data: st.DataObject, schedule: Schedule, solver: str, eta: float
 ) -> None:
     table = step_table(solver, data.draw(grids(schedule)), schedule, eta=legal_eta(solver, eta))
-    assert (table.a[-1], table.b[-1], table.c[-1], table.s[-1]) == (0.0, 1.0, 0.0, 0.0)
-    assert table.c[0] == 0.0
+    assert (table.a[-1], table.b[-1], table.c[-1], table.d[-1], table.s[-1]) == (0.0, 1.0, 0.0, 0.0, 0.0)
+    assert table.c[0] == table.d[0] == 0.0
     for column in COLUMNS:
         values = getattr(table, column)
         assert values.dtype == np.float64
@@ -178,7 +178,10 @@ def test_clipping_holds_every_estimate_of_the_image_inside_its_range() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"solver": "heun"}, "solver must be one of ddim, ddpm, euler, dpmpp-2m, unipc-1, not 'heun'"),
+        (
+            {"solver": "heun"},
+            "solver must be one of ddim, ddpm, euler, dpmpp-2m, unipc-1, unipc-2, not 'heun'",
+        ),
         ({"grid": ()}, "one or more noise levels"),
         ({"grid": (5, 5)}, "decrease strictly"),
         ({"grid": (5, 9)}, "decrease strictly"),

@@ -76,7 +76,9 @@ def reference(
             mixed = output if scale == 1.0 else guided(output, subtracted, scale, spec.guidance_channels)
             estimate = table.x0_x[i] * x + table.x0_out[i] * mixed
             estimate = np.clip(estimate, -1.0, 1.0) if spec.clip_x0 else estimate
-            x = table.a[i] * x + table.b[i] * estimate + (table.c[i] * estimates[-1] if table.c[i] else 0.0)
+            x = table.a[i] * x + table.b[i] * estimate
+            x += table.c[i] * estimates[-1] if table.c[i] else 0.0
+            x += table.d[i] * estimates[-2] if table.d[i] else 0.0
             if table.s[i]:
                 learned = np.exp(0.5 * learned_log_variance(variance, low[i], high[i]))
                 deviation = learned if variance.size and rung.solver == "ddpm" else table.s[i]

@@ -18,7 +18,7 @@ Make = Callable[..., Any]
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpmpp-2m"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpmpp-2m", "unipc-2"])
 def test_a_sample_is_what_a_plain_loop_makes(
     solver: str, prediction: str, make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
 ) -> None:

@@ -23,7 +23,7 @@ IMAGE = {"schedule": "flow", "prediction": "x0", "clip_x0": True}
 
 
 @pytest.mark.parametrize("diffusion", [SD3, SIT, IMAGE])
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp-2m", "unipc-1"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp-2m", "unipc-1", "unipc-2"])
 def test_a_sample_is_what_a_plain_loop_makes(
     solver: str,
     diffusion: dict[str, Any],
@@ -53,7 +53,7 @@ def test_guidance_acts_at_the_sigmas_of_its_interval(
     assert [report.rows for report in reports] == [1, 1, 1, 2, 2, 2, 2, 2, 1, 1]
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "unipc-2"])
 def test_a_trajectory_changed_under_way_goes_on_from_the_sigma_where_the_sample_stands(
     solver: str,
     make_backend: Make,

@@ -17,7 +17,7 @@ from tests.service.engine.stepping import Floats, finished, previews, reference,
 Make = Callable[..., Any]
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "unipc-2"])
 def test_a_trajectory_changed_under_way_continues_from_where_the_sample_stands(
     solver: str,
     make_backend: Make,

@@ -110,7 +110,7 @@ def test_a_device_without_memory_for_all_windows_runs_them_in_parts(
     np.testing.assert_array_equal(made.latent, expected.latent)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpmpp-2m"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "dpmpp-2m", "unipc-2"])
 def test_a_sample_in_windows_that_changes_engines_ends_in_the_same_picture(
     solver: str, make_local: Make, make_engine: Make, make_request: Make, make_rung: Make
 ) -> None:

@@ -30,7 +30,7 @@ def moved(first: Any, second: Any, request: SampleRequest, after: int) -> Finish
     return finished(run(second))[request.id]
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "ddpm", "euler"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m", "ddpm", "euler", "unipc-1", "unipc-2"])
 @pytest.mark.parametrize("after", [1, 4, 7])
 def test_the_image_is_the_same(
     solver: str, after: int, make_engine: Make, make_request: Make, make_rung: Make
@@ -100,6 +100,10 @@ def test_a_snapshot_of_another_size_is_refused_and_costs_no_slot(
     "damage",
     [
         {"latent": b"123"},
+        {"latent": None},
+        {"history": None},
+        {"earlier": b"123"},
+        {"earlier": None},
         {"shape": (1, 2)},
         {"cursor": 99},
         {"noise": (1, 2)},

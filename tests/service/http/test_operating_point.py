@@ -56,7 +56,7 @@ def test_a_distilled_model_takes_its_own_numbers_of_steps_only() -> None:
             InvalidRequest, match=f"{field}: This model was trained for runs of 1, 4, 8 steps"
         ):
             requested({field: value}, **counts)
-    with pytest.raises(ValueError, match="field defaults: this model was trained for runs of 2 steps"):
+    with pytest.raises(ValueError, match="field defaults: this model was trained for runs of 2 steps, not 8"):
         requested({}, step_counts=[2])
     with pytest.raises(ValueError, match="step_counts must be at most"):
         requested({}, step_counts=[8, 2000])

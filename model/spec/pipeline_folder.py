@@ -1,0 +1,456 @@
+"""A folder of a diffusers pipeline, read and brought in as a bundle; nothing here imports torch.
+
+    <folder>/model_index.json       the pipeline's class, and the class of each part
+             transformer/           config.json and weights in safetensors, whole or in shards
+             vae/  scheduler/  text_encoder*/  tokenizer*/
+
+Every number is read from these files. What they do not state is that of the family (`pipeline_config`). A
+part that cannot be used is refused with one sentence that names the file; pickled weights are never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ditserve.model.spec.bundle import (
+    MANIFEST,
+    PIPELINE,
+    Bundle,
+    Defaults,
+    LatentSpec,
+    Manifest,
+    StateTensor,
+    bundle_name,
+    write_manifest,
+)
+from ditserve.model.spec.diffusion_spec import DiffusionSpec
+from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.output_folder import BUNDLE, replacement
+from ditserve.model.spec.pipeline_config import (
+    FAMILIES,
+    INDEX,
+    TOKENIZER,
+    GuidanceKind,
+    PipelineConfig,
+    PipelineFamily,
+)
+
+SHARDS = ".safetensors.index.json"
+# The files of a part that are taken along: configurations, vocabularies, weights.
+TAKEN = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
+PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5"})
+# The solver of a scheduler's class, and the grid of its timestep_spacing.
+SOLVERS = {
+    "DPMSolverMultistepScheduler": ("dpmpp-2m", {"linspace": "uniform-t", "trailing": "trailing"}),
+    "DDIMScheduler": ("ddim", {"leading": "leading", "linspace": "linspace", "trailing": "trailing"}),
+    "EulerDiscreteScheduler": ("ddim", {"leading": "leading", "trailing": "trailing"}),
+}
+FLOW_SOLVERS = {
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpmpp-2m",
+    "UniPCMultistepScheduler": "unipc-2",
+}
+
+
+class PipelineFolderError(ModelError):
+    """A folder that cannot be brought in; the message is one sentence that names the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPipeline:
+    """A pipeline that can be served: the manifest of its bundle, without files, and what there is to tell.
+
+    `parts` are the folders that are needed; `notes` has a line for each part and each choice, what and how.
+    """
+
+    folder: Path
+    manifest: Manifest
+    parts: tuple[str, ...]
+    notes: tuple[tuple[str, str], ...]
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Return True for the folder of a diffusers pipeline of a family that is served by its own module."""
+    name = _optional_json(folder / INDEX).get("_class_name")
+    return any(name in family.pipelines for family in FAMILIES.values())
+
+
+def read_pipeline(
+    folder: Path, *, name: str, licence: str, size: tuple[int, int] | None = None, tokens: int | None = None
+) -> FoundPipeline:
+    """Read the folder of a pipeline. `size` is the latent (height, width) of its pictures, `tokens` the most
+    tokens of a prompt, where they are not to be those of the folder and its family.
+
+    Raises:
+        PipelineFolderError: a part is missing, unknown, pickled, or says what cannot be.
+    """
+    index = _json(folder / INDEX)
+    found, family = _family(folder, index)
+    needed = _needed_parts(index)
+    for part in needed:
+        _check_part(folder / part)
+    counting = folder / _counting(family, index) / TOKENIZER
+    if not counting.is_file():
+        raise PipelineFolderError(
+            f"{counting} is missing: save it with transformers, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    transformer = _json(folder / "transformer" / "config.json")
+    vae, scheduler = _json(folder / "vae" / "config.json"), _scheduler(folder)
+    _check_class(folder / "transformer" / "config.json", transformer, family.transformer)
+    latents = _latents(folder / "vae" / "config.json", vae)
+    try:
+        config = _config(found, family, index, transformer, latents, size=size, tokens=tokens)
+        guidance = _guidance(family, transformer)
+        diffusion, solver, grid = _diffusion(scheduler, family, config)
+        manifest = Manifest(
+            name=name,
+            version="1",
+            description=f"{index['_class_name']}, imported",
+            config=config,
+            diffusion=diffusion,
+            factors=(),
+            decoder="pipeline",
+            latents=latents,
+            embedding_size=config.embedding_size,
+            state=_state(config),
+            defaults=Defaults(
+                steps=family.steps if guidance != "none" else FEW_STEPS,
+                solver=solver,
+                grid=grid,
+                guidance_scale=family.guidance_scale if guidance == "classifier-free" else 1.0,
+                guidance_interval=(0.0, 1.0),
+            ),
+            guidance=guidance,
+            guidance_embedded=family.guidance_scale if guidance == "embedded" else None,
+            licence=licence,
+            provenance={"import": {"pipeline": index["_class_name"]}},
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PipelineFolderError(f"{folder}: {where} {first['msg'].removeprefix('Value error, ')}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise PipelineFolderError(f"{folder}: {error}") from None
+    return FoundPipeline(folder, manifest, needed, _notes(folder, index, needed, manifest, scheduler))
+
+
+FEW_STEPS = 4  # of a model that was distilled: it has no guidance
+
+
+def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
+    """Write the bundle of a pipeline: its files are linked where that is possible, else copied.
+
+    Return its manifest, with the files.
+
+    Raises:
+        OutputError, OSError: the target cannot be written.
+    """
+    with replacement(target, BUNDLE, apart=(found.folder,)) as scratch:
+        inner = scratch / PIPELINE
+        inner.mkdir()
+        _take(found.folder / INDEX, inner / INDEX)
+        for part in found.parts:
+            (inner / part).mkdir()
+            for file in _files(found.folder / part):
+                _take(file, inner / part / file.name)
+        write_manifest(scratch, found.manifest)
+    return Bundle.open(target, verify=False).manifest
+
+
+def cached_bundle(folder: Path) -> Path:
+    """Return the bundle of a pipeline's folder among those that this user has served; make it if need be.
+
+    It lies in `~/.cache/ditserve`, and is made anew where a file of the pipeline has changed.
+
+    Raises:
+        PipelineFolderError, OutputError, OSError: as `read_pipeline` and `write_pipeline_bundle`.
+    """
+    real = folder.resolve()
+    files = [real / INDEX, *(file for part in real.iterdir() if part.is_dir() for file in _files(part))]
+    stats = [(str(file.relative_to(real)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.blake2b(repr((str(real), stats)).encode(), digest_size=6).hexdigest()
+    target = Path.home() / ".cache" / "ditserve" / f"{bundle_name(real)[:80]}-{digest}"
+    if not (target / MANIFEST).is_file():
+        found = read_pipeline(real, name=bundle_name(real), licence=stated_licence(real))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_pipeline_bundle(found, target)
+    return target
+
+
+def stated_licence(folder: Path) -> str:
+    """Return the licence that the head of a pipeline's README.md states, "unspecified" without one."""
+    try:
+        head = (folder / "README.md").read_text(encoding="utf-8")[:10_000]
+    except (OSError, UnicodeDecodeError):
+        return "unspecified"
+    found = re.search(r"^license(?:_name)?:\s*([\w.-]+)\s*$", head, re.MULTILINE)
+    return found[1] if found else "unspecified"
+
+
+def holds_pipeline(folder: Path) -> bool:
+    """Return True for a folder that is to be brought in as a pipeline, whether or not that is possible.
+
+    That of the published DiT is not: its weights become a network of this project.
+    """
+    if (folder / INDEX).is_file():
+        return _optional_json(folder / INDEX).get("_class_name") != "DiTPipeline"
+    name = _optional_json(folder / "transformer" / "config.json").get("_class_name")
+    return any(name == family.transformer for family in FAMILIES.values())
+
+
+def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, PipelineFamily]:
+    name = index.get("_class_name")
+    for found, family in FAMILIES.items():
+        if name in family.pipelines:
+            return found, family
+    known = ", ".join(pipeline for family in FAMILIES.values() for pipeline in family.pipelines)
+    raise PipelineFolderError(
+        f"{folder / INDEX} is of a {name}, which cannot be served: known pipelines are {known}"
+    )
+
+
+def _needed_parts(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the folders of the parts that the pipeline has and that drawing from a prompt needs."""
+    kinds = re.compile(r"transformer|vae|scheduler|(text_encoder|tokenizer)(_\d+)?")
+    present = (name for name, value in index.items() if isinstance(value, list) and any(value))
+    return tuple(sorted(name for name in present if kinds.fullmatch(name)))
+
+
+def _check_part(folder: Path) -> None:
+    """Refuse a part that is missing, or whose weights are pickled, missing or in shards of two kinds."""
+    if not folder.is_dir():
+        raise PipelineFolderError(f"{folder} is missing, though {folder.parent / INDEX} names it")
+    if folder.name.startswith(("scheduler", "tokenizer")):
+        return
+    weights = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
+    if not weights:
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+        reason = f"only {pickled[0]}, and pickled weights are never read: save" if pickled else "none: get"
+        raise PipelineFolderError(f"{folder} needs weights in safetensors and has {reason} them as that")
+    for file in folder.glob(f"*{SHARDS}"):
+        shards = _json(file).get("weight_map")
+        if not isinstance(shards, dict):
+            raise PipelineFolderError(f"{file} must have an object weight_map")
+        missing = sorted({str(name) for name in shards.values()} - {shard.name for shard in weights})
+        if missing:
+            raise PipelineFolderError(f"{folder / missing[0]} is missing, though {file.name} lists it")
+
+
+def _check_class(file: Path, fields: Mapping[str, Any], wanted: str) -> None:
+    if fields.get("_class_name") != wanted:
+        raise PipelineFolderError(f"{file}: _class_name is {fields.get('_class_name')}, not {wanted}")
+
+
+def _config(
+    name: Any,
+    family: PipelineFamily,
+    index: Mapping[str, Any],
+    transformer: Mapping[str, Any],
+    latents: LatentSpec,
+    *,
+    size: tuple[int, int] | None,
+    tokens: int | None,
+) -> PipelineConfig:
+    """Return the configuration of the network. Raises `ValueError` or `KeyError` naming the field."""
+    channels = transformer["in_channels"] // family.packs**2
+    # Of a pipeline whose transformer states no size it is 128, as there.
+    side = transformer.get("sample_size") or 128
+    height, width = size or (side, side)
+    patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
+    known = limit = tokens or family.text_tokens
+    tokenizer = _counting(family, index)
+    if tokenizer != family.tokenizer:
+        # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
+        known, limit = family.text_tokens, family.more_tokens
+    largest = transformer.get("pos_embed_max_size")
+    return PipelineConfig(
+        family=name,
+        transformer={key: value for key, value in transformer.items() if not key.startswith("_")},
+        image_size=(height, width),
+        in_channels=channels,
+        text_tokens=known + family.more_tokens,
+        text_size=transformer[family.text_size],
+        text_limit=limit,
+        tokenizer=tokenizer,
+        patch_size=patch,
+        factor=latents.factor,
+        largest_side=largest * patch if largest else None,
+        learn_sigma=(transformer.get("out_channels") or channels) == 2 * channels and family.packs == 1,
+        pooled_size=transformer[family.pooled_size] if family.pooled_size else 0,
+        text_mask=family.text_mask,
+        embedded_guidance=bool(transformer.get("guidance_embeds")),
+    )
+
+
+def _counting(family: PipelineFamily, index: Mapping[str, Any]) -> str:
+    """Return the folder of the tokenizer that counts a prompt: that of the largest encoder there is."""
+    return family.tokenizer if any(index.get(family.tokenizer) or ()) else "tokenizer"
+
+
+def _guidance(family: PipelineFamily, transformer: Mapping[str, Any]) -> GuidanceKind:
+    if "guidance_embeds" not in transformer:
+        return "classifier-free"
+    return "embedded" if transformer["guidance_embeds"] else "none"
+
+
+def _latents(file: Path, vae: Mapping[str, Any]) -> LatentSpec:
+    """Return the normalisation of the latents of an autoencoder, (z − shift) / scale, from its config.json.
+
+    Raises:
+        PipelineFolderError: it does not state it.
+    """
+    levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+    channels, scale = vae.get("latent_channels"), vae.get("scaling_factor")
+    if not isinstance(levels, list) or not isinstance(channels, int) or not isinstance(scale, float | int):
+        raise PipelineFolderError(f"{file} must state block_out_channels, latent_channels and scaling_factor")
+    shift = vae.get("shift_factor") or 0.0
+    return LatentSpec(
+        shift=(float(shift),) * channels, scale=(1.0 / scale,) * channels, factor=2 ** (len(levels) - 1)
+    )
+
+
+def _diffusion(
+    scheduler: Mapping[str, Any], family: PipelineFamily, config: PipelineConfig
+) -> tuple[DiffusionSpec, str, str]:
+    """Return the noise that the model was trained on, and the solver and grid of its scheduler.
+
+    Raises:
+        ValueError: the scheduler is of a class or has a value that is not known.
+    """
+    name = str(scheduler.get("_class_name"))
+    if name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas"):
+        if name not in FLOW_SOLVERS:
+            raise ValueError(
+                f"scheduler: _class_name {name} has no solver here: {', '.join(FLOW_SOLVERS)} do"
+            )
+        spec = DiffusionSpec.model_validate(
+            {
+                "schedule": "flow",
+                "prediction": "flow",
+                "noise_input": family.noise_input,
+                "noise_scale": family.noise_scale,
+                "output_sign": family.output_sign,
+                "clip_x0": False,
+                "sigma_grid": {"scheduler": scheduler, "tokens": config.tokens, "ends": family.ends},
+            }
+        )
+        return spec, FLOW_SOLVERS[name], "uniform"
+    if name not in SOLVERS:
+        raise ValueError(f"scheduler: _class_name {name} has no solver here; known are {', '.join(SOLVERS)}")
+    needed = {
+        "prediction_type": "epsilon",
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "num_train_timesteps": 1000,
+        "rescale_betas_zero_snr": False,
+        "use_karras_sigmas": False,
+        "thresholding": False,
+        "clip_sample": False,
+    }
+    wrong = [f"{key} {scheduler[key]}" for key, value in needed.items() if scheduler.get(key, value) != value]
+    if wrong:
+        raise ValueError(f"scheduler: {', '.join(wrong)} is not known here")
+    solver, grids = SOLVERS[name]
+    spacing = scheduler.get("timestep_spacing", "linspace" if solver == "dpmpp-2m" else "leading")
+    if spacing not in grids:
+        raise ValueError(f"scheduler: timestep_spacing {spacing} of a {name} is not known here")
+    spec = DiffusionSpec(
+        schedule="linear", prediction="epsilon", learn_sigma=config.learn_sigma, clip_x0=False
+    )
+    return spec, solver, grids[spacing]
+
+
+def _state(config: PipelineConfig) -> tuple[StateTensor, ...]:
+    """Return the condition state: what the network is told of the noise, and what of the condition."""
+    return tuple(
+        StateTensor(name=name, shape=shape, follows="level" if name == "noise" else "condition")
+        for name, shape in config.state()
+    )
+
+
+def _scheduler(folder: Path) -> dict[str, Any]:
+    return _json(folder / "scheduler" / "scheduler_config.json")
+
+
+def _notes(
+    folder: Path,
+    index: Mapping[str, Any],
+    parts: tuple[str, ...],
+    manifest: Manifest,
+    scheduler: Mapping[str, Any],
+) -> tuple[tuple[str, str], ...]:
+    """Return the table of an import: what was found, what will be done with it, and what is left out."""
+    config = manifest.config
+    assert isinstance(config, PipelineConfig)
+    assert manifest.latents is not None
+    defaults = manifest.defaults
+    height, width = (side * config.factor for side in config.image_size)
+    encoders = [part for part in parts if part.startswith("text_encoder")]
+    left = sorted(
+        name for name, value in index.items() if isinstance(value, list) and any(value) and name not in parts
+    )
+    told = {
+        "classifier-free": f"classifier-free, scale {defaults.guidance_scale:g}",
+        "embedded": f"embedded: the network is told guidance_embedded, {manifest.guidance_embedded or 0:g}",
+        "none": "none: it was distilled",
+    }
+    notes = [
+        ("pipeline", str(index["_class_name"])),
+        ("network", f"{FAMILIES[config.family].transformer}, run unmodified"),
+        ("picture", f"{width}x{height}, sides in multiples of {config.patch_size * config.factor}"),
+        ("text", f"{config.text_tokens} tokens, {'masked' if config.text_mask else 'padded'}; {encoders}"),
+        ("noise", f"{manifest.diffusion.schedule}, predicts {manifest.diffusion.prediction}"),
+        ("scheduler", f"{scheduler.get('_class_name')} → {defaults.solver}, grid {defaults.grid}"),
+        ("steps", f"{defaults.steps} by default"),
+        ("guidance", told[manifest.guidance]),
+    ]
+    return (*notes, *((name, "is left out: drawing from a prompt does not need it") for name in left))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a part that a bundle takes along; weights in half precision beside full are not."""
+    names = {file.name for file in folder.iterdir()}
+    for file in sorted(folder.iterdir()):
+        full = re.sub(r"\.(fp16|bf16|non_ema)(?=[.-])", "", file.name)
+        variant = full != file.name and full in names
+        if file.is_file() and file.suffix in TAKEN and not file.name.startswith(".") and not variant:
+            yield file
+
+
+def _take(source: Path, target: Path) -> None:
+    real = source.resolve()
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copyfile(real, target)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise PipelineFolderError(f"{file} is missing: name the folder of a diffusers pipeline") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PipelineFolderError(f"{file} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise PipelineFolderError(f"{file} must hold a JSON object")
+    return content
+
+
+def _optional_json(file: Path) -> dict[str, Any]:
+    try:
+        return _json(file)
+    except PipelineFolderError:
+        return {}

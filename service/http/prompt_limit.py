@@ -1,0 +1,59 @@
+"""The length of prompts: the tokens of a text are counted by the model's own tokenizer, without PyTorch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from ditserve.model.spec.bundle import PIPELINE, Bundle, BundleError
+from ditserve.model.spec.pipeline_config import FAMILIES, TOKENIZER, PipelineConfig
+from ditserve.service.http.operating_point import field_error
+
+
+class PromptLimit:
+    """The most tokens of a text that a model takes; `tokens` is None for one that does not count them.
+
+    Args:
+        bundle: that of the model. Only an imported pipeline brings its tokenizer.
+
+    Raises:
+        BundleError: the tokenizer cannot be read, or the package that reads it is not installed.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.tokens: int | None = None
+        config = bundle.manifest.config
+        if not isinstance(config, PipelineConfig):
+            return
+        self.tokens, self._lowers = config.text_limit, FAMILIES[config.family].lowers
+        file = bundle.path / PIPELINE / config.tokenizer / TOKENIZER
+        try:
+            # Only here: most models count no tokens.
+            tokenizers = import_module("tokenizers")
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
+        except ImportError:
+            raise BundleError(
+                f"{bundle.path} needs the package tokenizers, to count the tokens of prompts: "
+                "pip install 'ditserve[serve-text]'"
+            ) from None
+        # Its errors are of no class of their own.
+        except Exception as error:
+            raise BundleError(f"{file} cannot be read: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def check(self, field: str, text: str, *, truncate: bool) -> None:
+        """Refuse a text that is too long, unless it may be cut.
+
+        Raises:
+            InvalidRequest: it has more tokens than the model takes.
+        """
+        if self.tokens is None or truncate or not text:
+            return
+        count = len(self._tokenizer.encode(text.lower() if self._lowers else text).ids)
+        if count > self.tokens:
+            raise field_error(
+                field,
+                f"The text has {count} tokens, and this model takes {self.tokens}: shorten it, or say "
+                '"truncate_prompt": true to have the end cut off.',
+            )
