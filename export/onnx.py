@@ -57,6 +57,7 @@ from ditserve.model.spec.bundle import (
     write_manifest,
 )
 from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
+from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.heap import release_memory
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.output_folder import BUNDLE, replacement
@@ -268,8 +269,8 @@ def _card_fields(options: argparse.Namespace) -> dict[str, Any]:
             fields |= ModelCard.model_validate_json(options.card.read_bytes()).given()
         return fields | ModelCard(**{flag: getattr(options, flag) for flag in flags}).given()
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ExportError(f"{'.'.join(map(str, first['loc'])) or options.card}: {first['msg']}") from None
+        field, message = wrong_field(error)
+        raise ExportError(f"{field or options.card}: {message}") from None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

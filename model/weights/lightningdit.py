@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ditserve.model.spec.bundle import Defaults, LatentSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.sigma_grids import SigmaGrid
 from ditserve.model.weights.flows import TrainerArguments
 from ditserve.model.weights.official import WeightsError
@@ -142,9 +143,8 @@ def lightning_config(path: Path, stored: Mapping[str, Any]) -> LightningConfig |
     try:
         return LightningConfig.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise WeightsError(f"the configuration in {source}: field {field}: {first['msg']}") from None
+        field, message = wrong_field(error)
+        raise WeightsError(f"the configuration in {source}: field {field}: {message}") from None
 
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:
@@ -183,8 +183,7 @@ def latent_spec(path: Path, told: LightningConfig | None, channels: int) -> tupl
     try:
         return LatentSpec(shift=shift, scale=scale, factor=factor), note + words
     except ValidationError as error:
-        first = error.errors()[0]
-        raise WeightsError(f"the latents of {path}: {first['loc'][0]}: {first['msg']}") from None
+        raise WeightsError(f"the latents of {path}: {': '.join(wrong_field(error))}") from None
 
 
 def _statistics(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -209,6 +209,7 @@ class Broker(LeaseVerbs):
             except WireError as error:
                 unreadable.add(worker)
                 if worker not in self._unreadable_workers:
+                    metrics.UNREADABLE.labels("report").inc()
                     log.warning("report left out", worker=worker.decode(errors="replace"), reason=str(error))
         self._unreadable_workers = unreadable
 

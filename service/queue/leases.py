@@ -22,9 +22,10 @@ from ditserve.service.errors import (
 from ditserve.service.jobs import Claim, EventKind, Job, JobResult, Lease, Renewal
 from ditserve.service.limits import Limits
 from ditserve.service.queue.clock import SKEW_S, QueueClock
-from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts
+from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts, of_another_kind
 from ditserve.service.queue.keys import Keys
 from ditserve.service.queue.reads import Reads
+from ditserve.service.telemetry import metrics
 from ditserve.service.wire import NEWEST, OLDEST, WireError, pack
 
 CANCELLED = 2  # one of the answers of renew.lua
@@ -109,6 +110,7 @@ class LeaseVerbs(Reads):
         try:
             return Claim(Job.from_bytes(wire), lease, run_isolated=bool(suspect), checkpoint=checkpoint)
         except WireError as error:
+            metrics.UNREADABLE.labels("job").inc()
             log.warning("job cannot be read", job=lease.job_id, reason=str(error))
             await self.fail(lease, to_wire(InternalError(f"The worker cannot read this job: {error}.")))
             return None
@@ -186,7 +188,14 @@ class LeaseVerbs(Reads):
         now = "" if self._given_clock is None else ms(self._given_clock())
         times = ms(self.limits.record_ttl_s), ms(self.limits.lease_s)
         common = (self.keys.prefix, now, *times, self.limits.events_kept, LOST)
-        return await self._scripts.run(name, *common, *args, repeatable=repeatable)
+        try:
+            return await self._scripts.run(name, *common, *args, repeatable=repeatable)
+        except QueueUnavailable as error:
+            if not of_another_kind(error.__cause__):
+                raise
+            removed = await self._scripts.run("repair", *common)
+            log.error("indexes of another kind were removed", script=name, indexes=removed)
+            return await self._scripts.run(name, *common, *args, repeatable=repeatable)
 
 
 def packed(fields: Mapping[str, Any]) -> bytes:
