@@ -64,7 +64,9 @@ class _Vae(_Section):
 class _Sample(_Section):
     """The sampling: N times 0 … 1, both ends included, are N − 1 steps."""
 
+    mode: str = "ODE"
     sampling_method: str = "euler"
+    reverse: bool = False
     num_sampling_steps: Annotated[int, Field(ge=2, le=1001)]
     cfg_scale: Annotated[float, Field(ge=0, le=100)] = 1.0
     cfg_interval_start: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -113,7 +115,7 @@ class LightningConfig(_Section):
         Its shift a of the time t is a shift 1 / a of sigma = 1 - t, and it guides from t on.
         """
         sample = self.sample
-        if sample is None or sample.sampling_method != "euler":
+        if sample is None or (sample.mode, sample.sampling_method, sample.reverse) != ("ODE", "euler", False):
             return otherwise, None
         defaults = Defaults(
             steps=sample.num_sampling_steps - 1,
