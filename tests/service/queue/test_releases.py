@@ -127,7 +127,7 @@ async def test_a_job_of_a_later_version_waits_for_a_worker_that_reads_it(
     assert caught.value.retry_after
     assert await broker.outcome(newer.id) is None, "its waiter waits on"
     monkeypatch.setattr(wire, "READABLE", (*wire.READABLE, LATEST))
-    monkeypatch.setattr("ditserve.service.queue.broker.NEWEST", LATEST)
+    monkeypatch.setattr("ditserve.service.queue.leases.NEWEST", LATEST)
     (upgraded,) = await claim(broker, "w2")
     assert (upgraded.job, upgraded.lease.attempt) == (newer, 1), "no attempt was wasted on it"
 
@@ -140,7 +140,7 @@ async def test_what_is_written_about_a_job_has_the_version_of_the_job(
         await broker.submit(job)
     await client.hset(broker.keys.job(newer.id), "wire", newer.to_bytes(LATEST))
     monkeypatch.setattr(wire, "READABLE", (*wire.READABLE, LATEST))
-    monkeypatch.setattr("ditserve.service.queue.broker.NEWEST", LATEST)
+    monkeypatch.setattr("ditserve.service.queue.leases.NEWEST", LATEST)
     for entry in await claim(broker):
         await broker.progress(entry.lease, "step", {"step": 1})
         await broker.finish(entry.lease, make_result())
