@@ -201,12 +201,13 @@ def stated_licence(folder: Path) -> str:
 def holds_pipeline(folder: Path) -> bool:
     """Return True for a folder that is to be brought in as a pipeline, whether or not that is possible.
 
-    That of the published DiT is not: its weights become a network of this project.
+    That of a DiT is not, whatever pipeline is around it: its weights become a network of this project.
     """
-    if (folder / INDEX).is_file():
-        return _optional_json(folder / INDEX).get("_class_name") != "DiTPipeline"
-    name = _optional_json(folder / "transformer" / "config.json").get("_class_name")
-    return any(name == family.transformer for family in FAMILIES.values())
+    network = _optional_json(folder / "transformer" / "config.json").get("_class_name")
+    if network == "DiTTransformer2DModel":
+        return False
+    known = any(network == family.transformer for family in FAMILIES.values())
+    return known or _optional_json(folder / INDEX).get("_class_name") not in (None, "DiTPipeline")
 
 
 def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, PipelineFamily]:
