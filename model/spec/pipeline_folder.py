@@ -269,11 +269,12 @@ def _config(
     side = family.sample_size or transformer.get("sample_size") or 128
     height, width = size or (side, side)
     patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
-    known = limit = tokens or family.text_tokens
+    most = family.pipelines[index["_class_name"]]
+    known = limit = tokens or most
     tokenizer = _counting(family, index)
     if tokenizer != family.tokenizer:
         # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
-        known, limit = family.text_tokens, family.more_tokens
+        known, limit = most, family.more_tokens
     largest = _largest_grid(family, transformer, known + family.more_tokens)
     return PipelineConfig(
         family=name,
