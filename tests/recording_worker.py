@@ -35,8 +35,13 @@ class RecordingBackend(TorchBackend):
         return super().decode(latents)
 
 
+# While diffusers builds a module, every new parameter of the process is an empty one.
+opening = asyncio.Lock()
+
+
 async def opened(bundle: Bundle, folder: Path, *_: object) -> RecordingBackend:
-    return await asyncio.to_thread(RecordingBackend, bundle, folder)
+    async with opening:
+        return await asyncio.to_thread(RecordingBackend, bundle, folder)
 
 
 async def serve(settings: Settings, folder: Path) -> None:
