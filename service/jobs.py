@@ -85,6 +85,10 @@ class Job(Message):
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
 
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("it has no seed")
+
     @property
     def oldest_version(self) -> int:
         decays = self.requested is not None and self.requested.guidance_decay != 0.0

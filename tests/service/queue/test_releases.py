@@ -161,7 +161,10 @@ async def test_what_is_written_about_a_job_has_the_version_of_the_job(
     assert [line["event"] for line in lines] == ["event left out"], "once for each reader"
 
 
-@pytest.mark.parametrize("data", [b"", b"garbage", pack({"id": "half"}), msgpack.packb([1])])
+NO_SEEDS = pack({**unpack(examples.PLAIN_JOB.to_bytes()), "seeds": []})
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", pack({"id": "half"}), msgpack.packb([1]), NO_SEEDS])
 async def test_a_job_that_nobody_can_read_fails_alone(
     data: bytes, broker: Broker, client: Redis, make_job: MakeJob
 ) -> None:
