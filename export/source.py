@@ -15,8 +15,7 @@ from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import MANIFEST, Bundle, Defaults, Name
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import cached_bundle, is_pipeline
-from ditserve.model.train.config import load_config
-from ditserve.model.train.load import load_model, opens_run
+from ditserve.model.train.load import load_model, opens_run, read_run_config
 from ditserve.model.train.loaded_model import LoadedModel, LoadError
 
 
@@ -65,8 +64,12 @@ def imported_pipeline(path: Path) -> Bundle | None:
 
 
 def training_pictures(path: Path) -> Path | None:
-    """Return where the training run in `path` has its pictures; None for a bundle."""
-    return load_config(path / "config.json").data.path if opens_run(path) else None
+    """Return where the training run in `path` has its pictures; None for a bundle.
+
+    Raises:
+        LoadError: the run's configuration cannot be read.
+    """
+    return read_run_config(path / "config.json").data.path if opens_run(path) else None
 
 
 def parameters(network: Network) -> dict[str, Tensor]:

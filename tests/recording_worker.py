@@ -38,8 +38,13 @@ def open_recording(settings: Settings, bundle: Bundle, folder: Path) -> Backend:
     return backend
 
 
+# While diffusers builds a module, every new parameter of the process is an empty one.
+opening = asyncio.Lock()
+
+
 async def opened(settings: Settings, bundle: Bundle, folder: Path, *_: object) -> Backend:
-    return await asyncio.to_thread(open_recording, settings, bundle, folder)
+    async with opening:
+        return await asyncio.to_thread(open_recording, settings, bundle, folder)
 
 
 async def serve(settings: Settings, folder: Path) -> None:

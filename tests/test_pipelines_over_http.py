@@ -107,7 +107,7 @@ def serving(root: Path, pipelines: Mapping[str, Any]) -> Iterator[dict[str, Serv
         ]
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
         try:
-            wait_until(lambda: client.get("/readyz").status_code == 200, "/readyz", timeout_s=200)
+            wait_until(lambda: client.get("/readyz").status_code == 200, "/readyz", timeout_s=400)
             yield {
                 name: Served(name, pipeline, client, root / "latents" / name)
                 for name, pipeline in pipelines.items()

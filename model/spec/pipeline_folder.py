@@ -209,12 +209,13 @@ def stated_licence(folder: Path) -> str:
 def holds_pipeline(folder: Path) -> bool:
     """Return True for a folder that is to be brought in as a pipeline, whether or not that is possible.
 
-    That of the published DiT is not: its weights become a network of this project.
+    That of a DiT is not, whatever pipeline is around it: its weights become a network of this project.
     """
-    if (folder / INDEX).is_file():
-        return _optional_json(folder / INDEX).get("_class_name") != "DiTPipeline"
-    name = _optional_json(folder / "transformer" / "config.json").get("_class_name")
-    return any(name == family.transformer for family in FAMILIES.values())
+    network = _optional_json(folder / "transformer" / "config.json").get("_class_name")
+    if network == "DiTTransformer2DModel":
+        return False
+    known = any(network == family.transformer for family in FAMILIES.values())
+    return known or _optional_json(folder / INDEX).get("_class_name") not in (None, "DiTPipeline")
 
 
 def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, PipelineFamily]:
@@ -276,11 +277,12 @@ def _config(
     side = family.sample_size or transformer.get("sample_size") or 128
     height, width = size or (side, side)
     patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
-    known = limit = tokens or family.text_tokens
+    most = family.pipelines[index["_class_name"]]
+    known = limit = tokens or most
     tokenizer = _counting(family, index)
     if tokenizer != family.tokenizer:
         # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
-        known, limit = family.text_tokens, family.more_tokens
+        known, limit = most, family.more_tokens
     largest = _largest_grid(family, transformer, known + family.more_tokens)
     return PipelineConfig(
         family=name,
