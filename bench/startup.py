@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -51,22 +52,25 @@ class StartTimes:
 
 
 def image_request(manifest: Manifest, *, steps: int, seed: int = 0) -> bytes:
-    """Return a request for one image of the first class."""
-    factor = manifest.factors[0]
-    body = {"condition": {factor.name: factor.classes[0]}, "seed": seed, "steps": steps}
+    """Return a request for one image of the first class, or of a prompt for a model without classes."""
+    body: dict[str, Any] = {"prompt": "a red fox", "seed": seed, "steps": steps}
+    if manifest.factors:
+        factor = manifest.factors[0]
+        body = {"condition": {factor.name: factor.classes[0]}, "seed": seed, "steps": steps}
     return post("/generate", body, accept="image/png")
 
 
 @asynccontextmanager
 async def started_service(
-    bundle: Path, port: int, *, patience_s: float = PATIENCE_S
+    bundle: Path, port: int, *flags: str, patience_s: float = PATIENCE_S
 ) -> AsyncIterator[tuple[Child, float]]:
-    """Run the service, and yield its supervisor and the seconds until it was ready.
+    """Run the service with more `flags`, and yield its supervisor and the seconds until it was ready.
 
     Raises:
         RuntimeError: the service does not come up.
     """
     words = [sys.executable, "-m", "service", f"--port={port}", f"--bundle={bundle}", "--log-level=warning"]
+    words += flags
     began = time.perf_counter()
     child = await Child.start("service", ["/bin/sh", "-c", 'exec "$@" >/dev/null', "service", *words])
     try:
