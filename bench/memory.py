@@ -8,9 +8,9 @@ autoencoder takes part. Every command is a process of its own, whose peak of res
 of files that it maps too. The export verifies few rows, and leaves out the ladder and the golden image, which
 take hours and no more memory. Writes bench/results/memory.json.
 
-With `--pipeline` it is a pipeline of diffusers with so many layers of Stable Diffusion 3 medium, in fp16, with
-small text encoders, for pictures of 128×128; 24 are the whole model of two billion parameters. It is also
-served in fp16, by torch. Writes bench/results/memory-pipeline.json.
+With `--pipeline` it is a pipeline of diffusers with so many layers of Stable Diffusion 3 medium, in fp16 and
+with small text encoders, for pictures of 128×128; 24 are the whole model of two billion parameters. It is
+also served in fp16, by torch. Writes bench/results/memory-pipeline.json.
 """
 
 from __future__ import annotations
