@@ -33,7 +33,7 @@ def bundle_of(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("family", "size"), [("pixart", (8, 8)), ("flux", (12, 10))])
+@pytest.mark.parametrize(("family", "size"), [("pixart", (8, 8)), ("flux", (12, 10)), ("auraflow", (12, 10))])
 def test_graphs_agree_with_torch_and_refer_to_the_imported_weights(
     family: str, size: tuple[int, int], tmp_path: Path
 ) -> None:
