@@ -229,7 +229,9 @@ def qwen_image(scratch: Path) -> Any:
 
 
 CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -339,3 +341,16 @@ def expected_latents(
     if packed:
         latents = unpack(latents, side, side)
     return latents[0].numpy()
+
+
+def expected_pictures(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Return the pictures (N, 3, H, W) in [-1, 1] of latents, by the formula of the pipelines."""
+    vae, config = pipeline.vae, pipeline.vae.config
+    with torch.no_grad():
+        if config.get("latents_mean"):
+            mean, deviation = (torch.tensor(config[name]) for name in ("latents_mean", "latents_std"))
+            frames = latents[:, :, None] * deviation.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
+            pictures: torch.Tensor = vae.decode(frames).sample[:, :, 0]
+            return pictures
+        pictures = vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).sample
+        return pictures
