@@ -12,7 +12,11 @@ from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import FoundPipeline, PipelineFolderError, read_pipeline
 from tests.tiny_pipelines import save_pipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    # Two parts of diffusers say so of themselves.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+]
 
 
 def read(folder: Path, family: str, tokens: int = 40, **changes: dict[str, Any]) -> FoundPipeline:
