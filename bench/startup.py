@@ -14,7 +14,8 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,33 +57,45 @@ def image_request(manifest: Manifest, *, steps: int, seed: int = 0) -> bytes:
     return post("/generate", body, accept="image/png")
 
 
+@asynccontextmanager
+async def started_service(
+    bundle: Path, port: int, *, patience_s: float = PATIENCE_S
+) -> AsyncIterator[tuple[Child, float]]:
+    """Run the service, and yield its supervisor and the seconds until it was ready.
+
+    Raises:
+        RuntimeError: the service does not come up.
+    """
+    words = [sys.executable, "-m", "service", f"--port={port}", f"--bundle={bundle}", "--log-level=warning"]
+    began = time.perf_counter()
+    child = await Child.start("service", ["/bin/sh", "-c", 'exec "$@" >/dev/null', "service", *words])
+    try:
+        yield child, await _seconds_until_ready(port, child, began, patience_s)
+    finally:
+        await child.stop(20.0)
+
+
 async def cold_start(bundle: Path, request: bytes, *, images: int = 0) -> tuple[StartTimes, Memory]:
     """Start the service once; with `images`, also measure the memory when idle and after that many images.
 
     Raises:
         RuntimeError: the service does not come up.
     """
-    port = free_port()
-    words = [sys.executable, "-m", "service", f"--port={port}", f"--bundle={bundle}", "--log-level=warning"]
-    began = time.perf_counter()
-    child = await Child.start("service", ["/bin/sh", "-c", 'exec "$@" >/dev/null', "service", *words])
-    try:
-        ready_s = await _seconds_until_ready(port, child, began)
+    port, memory = free_port(), Memory()
+    async with started_service(bundle, port) as (child, ready_s):
+        ready = time.perf_counter()
         async with asyncio.timeout(PATIENCE_S):
             await exchange(port, iter([request]), connections=1, n=1)
-        times = StartTimes(ready_s, time.perf_counter() - began)
-        memory: Memory = {}
+        times = StartTimes(ready_s, ready_s + time.perf_counter() - ready)
         if images:
             memory["idle"] = resident_mib(child.pid)
             await exchange(port, iter([request] * images), connections=4, n=images)
             memory[f"after {images} images"] = resident_mib(child.pid)
-        return times, memory
-    finally:
-        await child.stop(20.0)
+    return times, memory
 
 
-async def _seconds_until_ready(port: int, child: Child, began: float) -> float:
-    while time.perf_counter() - began < PATIENCE_S and child.running:
+async def _seconds_until_ready(port: int, child: Child, began: float, patience_s: float) -> float:
+    while time.perf_counter() - began < patience_s and child.running:
         try:
             wire = await Wire.open(port)
             try:

@@ -31,7 +31,7 @@ from ditserve.export.graph import OPSET, backbone_graph, conditioner_graph, embe
 from ditserve.export.half import half_file, save_half, verify_half
 from ditserve.export.ladder import MEASURE_IF_MISSING, LadderOptions, PlanName, measured_manifest, plan_ladder
 from ditserve.export.parity import compare_outputs, expected_outputs, forward, verify_graphs
-from ditserve.export.plan import ExportPlan, peak_bytes, verification_rows
+from ditserve.export.plan import ExportPlan, forward_rows, peak_bytes
 from ditserve.export.source import (
     ModelCard,
     free_weights,
@@ -52,14 +52,17 @@ from ditserve.model.spec.bundle import (
     CONDITIONER,
     EMBEDDER,
     MANIFEST,
+    PIPELINE,
     WEIGHTS,
     Manifest,
     write_manifest,
 )
 from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
+from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.heap import release_memory
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.output_folder import BUNDLE, replacement
+from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.model.train.loaded_model import LoadedModel
 
 PARITY = "parity.json"
@@ -116,9 +119,11 @@ def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict
     stored_as, rounding = _store_weights(source, rows, folder / WEIGHTS, options.weights)
     write_graphs(source.network, source.manifest, folder)
     graphs = write_decoder(source.manifest, folder, vae=options.vae, graph=options.decoder)
-    half = None if options.half == "none" else save_half(source.network, folder, rows, options.half)
     expected = expected_outputs(source.network, rows)
     manifest = _draw(source, folder, plan, options)
+    half = None
+    if options.half != "none":
+        half = save_half(source.network, folder, rows, expected, options.half)
     # Graphs are opened when the weights in torch are freed.
     free_weights(source.network)
     release_memory()
@@ -150,9 +155,9 @@ def _draw(model: LoadedModel, folder: Path, plan: ExportPlan, options: ExportOpt
 
 def _plan(model: LoadedModel, options: ExportOptions) -> ExportPlan:
     half = options.half != "none"
-    rows, speed = verification_rows(model, options.trajectories, half=half), seconds_per_row(model)
+    rows, speed = forward_rows(model, options.trajectories, half=half), seconds_per_row(model)
     ladder = plan_ladder(model, options.ladder, seconds_per_row=speed, other_rows=rows)
-    return ExportPlan(rows, speed, peak_bytes(model, half=half), ladder)
+    return ExportPlan(rows, speed, peak_bytes(model, options.trajectories), ladder)
 
 
 def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
@@ -216,8 +221,8 @@ def main(arguments: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     started = time.monotonic()
-    card = _card_fields(options)
-    inputs = [path for path in (options.data, options.vae) if path]
+    card, pictures = _card_fields(options), training_pictures(options.source)
+    inputs = [path for path in (options.data or pictures, options.vae) if path]
     # A bundle may be exported again in its own place.
     if not ((options.source / MANIFEST).is_file() and options.out.resolve() == options.source.resolve()):
         inputs.append(options.source)
@@ -226,10 +231,13 @@ def _run(options: argparse.Namespace) -> None:
             weights=options.weights,
             half=options.half,
             trajectories=TrajectorySettings(options.samples, options.steps),
-            vae=options.vae,
+            vae=options.vae or imported_vae(options.source),
             decoder=decoder_of(options.source),
             golden=options.golden == "auto",
-            ladder=_ladder_options(options, card),
+            # Defaults that a card or a bundle states stay.
+            ladder=LadderOptions(
+                options.ladder, options.data or pictures, settled=pictures is None or "defaults" in card
+            ),
         )
         # No name here holds the model, so that its weights are freed when they are rounded.
         summary = _assemble(_open_with_card(options, card), scratch, export)
@@ -242,11 +250,10 @@ def _run(options: argparse.Namespace) -> None:
     )
 
 
-def _ladder_options(options: argparse.Namespace, card: Mapping[str, Any]) -> LadderOptions:
-    """Return how to measure the ladder: defaults that a card or a bundle states stay."""
-    pictures = training_pictures(options.source)
-    settled = pictures is None or "defaults" in card
-    return LadderOptions(options.ladder, options.data or pictures, settled)
+def imported_vae(bundle: Path) -> Path | None:
+    """Return the folder of the autoencoder that a pipeline brought; None: there is none."""
+    folder = bundle / PIPELINE / VAE
+    return folder if folder.is_dir() else None
 
 
 def _open_with_card(options: argparse.Namespace, card: Mapping[str, Any]) -> LoadedModel:
@@ -270,8 +277,8 @@ def _card_fields(options: argparse.Namespace) -> dict[str, Any]:
             fields |= ModelCard.model_validate_json(options.card.read_bytes()).given()
         return fields | ModelCard(**{flag: getattr(options, flag) for flag in flags}).given()
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ExportError(f"{'.'.join(map(str, first['loc'])) or options.card}: {first['msg']}") from None
+        field, message = wrong_field(error)
+        raise ExportError(f"{field or options.card}: {message}") from None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

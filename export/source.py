@@ -13,8 +13,7 @@ from torch import Tensor
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import Defaults, Name
-from ditserve.model.train.config import load_config
-from ditserve.model.train.load import load_model, opens_run
+from ditserve.model.train.load import load_model, opens_run, read_run_config
 from ditserve.model.train.loaded_model import LoadedModel, LoadError
 
 
@@ -49,8 +48,12 @@ def open_source(path: Path, *, data: Path | None = None) -> LoadedModel:
 
 
 def training_pictures(path: Path) -> Path | None:
-    """Return where the training run in `path` has its pictures; None for a bundle."""
-    return load_config(path / "config.json").data.path if opens_run(path) else None
+    """Return where the training run in `path` has its pictures; None for a bundle.
+
+    Raises:
+        LoadError: the run's configuration cannot be read.
+    """
+    return read_run_config(path / "config.json").data.path if opens_run(path) else None
 
 
 def parameters(network: Network) -> dict[str, Tensor]:

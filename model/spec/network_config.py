@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from ditserve.model.spec.dit_config import DiTConfig, published_config
-from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.unet_config import UNetConfig
 
@@ -90,6 +90,5 @@ def _validated(kind: str, config_type: type[Config], given: Mapping[str, Any]) -
     try:
         return TypeAdapter(config_type).validate_python(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = "".join(f"{part}: " for part in first["loc"][:1])
-        raise ValueError(field + first["msg"].removeprefix("Value error, ")) from None
+        field, message = wrong_field(error)
+        raise ValueError(f"{field.partition('.')[0]}: {message}" if field else message) from None

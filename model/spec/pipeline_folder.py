@@ -46,6 +46,7 @@ from ditserve.model.spec.pipeline_config import (
     PipelineFamily,
 )
 
+VAE = "vae"  # the folder of a pipeline's autoencoder
 SHARDS = ".safetensors.index.json"
 # The files of a part that are taken along: configurations, vocabularies, weights.
 TAKEN = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
@@ -107,9 +108,9 @@ def read_pipeline(
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     transformer = _json(folder / "transformer" / "config.json")
-    vae, scheduler = _json(folder / "vae" / "config.json"), _scheduler(folder)
+    scheduler = _scheduler(folder)
     _check_class(folder / "transformer" / "config.json", transformer, family.transformer)
-    latents = _latents(folder / "vae" / "config.json", vae)
+    latents = latent_spec(folder / VAE)
     try:
         config = _config(found, family, index, transformer, latents, size=size, tokens=tokens)
         guidance = _guidance(family, transformer)
@@ -162,9 +163,7 @@ def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
         inner.mkdir()
         _take(found.folder / INDEX, inner / INDEX)
         for part in found.parts:
-            (inner / part).mkdir()
-            for file in _files(found.folder / part):
-                _take(file, inner / part / file.name)
+            take_part(found.folder / part, inner / part)
         write_manifest(scratch, found.manifest)
     return Bundle.open(target, verify=False).manifest
 
@@ -202,12 +201,13 @@ def stated_licence(folder: Path) -> str:
 def holds_pipeline(folder: Path) -> bool:
     """Return True for a folder that is to be brought in as a pipeline, whether or not that is possible.
 
-    That of the published DiT is not: its weights become a network of this project.
+    That of a DiT is not, whatever pipeline is around it: its weights become a network of this project.
     """
-    if (folder / INDEX).is_file():
-        return _optional_json(folder / INDEX).get("_class_name") != "DiTPipeline"
-    name = _optional_json(folder / "transformer" / "config.json").get("_class_name")
-    return any(name == family.transformer for family in FAMILIES.values())
+    network = _optional_json(folder / "transformer" / "config.json").get("_class_name")
+    if network == "DiTTransformer2DModel":
+        return False
+    known = any(network == family.transformer for family in FAMILIES.values())
+    return known or _optional_json(folder / INDEX).get("_class_name") not in (None, "DiTPipeline")
 
 
 def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, PipelineFamily]:
@@ -326,12 +326,14 @@ def _guidance(family: PipelineFamily, transformer: Mapping[str, Any]) -> Guidanc
     return "classifier-free"
 
 
-def _latents(file: Path, vae: Mapping[str, Any]) -> LatentSpec:
-    """Return the normalisation of the latents of an autoencoder, (z − shift) / scale, from its config.json.
+def latent_spec(folder: Path) -> LatentSpec:
+    """Return the normalisation of an autoencoder's latents, (z − shift) / scale, from its config.json.
 
     Raises:
         PipelineFolderError: it does not state it.
     """
+    file = folder / "config.json"
+    vae = _json(file)
     if "latents_mean" in vae and "latents_std" in vae and "temperal_downsample" in vae:
         mean, deviation = (tuple(map(float, vae[name])) for name in ("latents_mean", "latents_std"))
         return LatentSpec(shift=mean, scale=deviation, factor=2 ** len(vae["temperal_downsample"]))
@@ -459,6 +461,19 @@ def _files(folder: Path) -> Iterator[Path]:
         variant = full != file.name and full in names
         if file.is_file() and file.suffix in TAKEN and not file.name.startswith(".") and not variant:
             yield file
+
+
+def take_part(folder: Path, target: Path) -> None:
+    """Link the files of a part of a pipeline into a new folder, or copy them.
+
+    Raises:
+        PipelineFolderError: its weights are missing or pickled.
+        OSError: they cannot be read or written.
+    """
+    _check_part(folder)
+    target.mkdir(parents=True)
+    for file in _files(folder):
+        _take(file, target / file.name)
 
 
 def _take(source: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ditserve.export.calibrate import TrajectorySettings
 from ditserve.export.plan import LIBRARIES, peak_bytes
 from ditserve.model.train.loaded_model import save_model
 from tests.export.tiny import CONFIG, ROOT, tiny_source
@@ -28,7 +29,7 @@ sys.exit(status)
 @pytest.mark.timeout(900)
 def test_an_export_takes_no_more_memory_than_it_says(tmp_path: Path) -> None:
     model = tiny_source(WIDE)
-    expected = peak_bytes(model, half=True)
+    expected = peak_bytes(model, TrajectorySettings(samples=1, steps=2))
     save_model(tmp_path / "model", model)
     command = [sys.executable, "-m", "export.onnx", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
     options = ["--samples", "1", "--steps", "2", "--golden", "none"]

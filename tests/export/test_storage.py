@@ -116,7 +116,7 @@ def test_a_large_graph_keeps_its_tensors_beside_it_all_the_way(
     folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     source = open_source(folder)
     rows = CalibrationRows.load(folder / CALIBRATION).with_null(source.network.config)
-    write_half(source, folder, rows, "fp16")
+    write_half(open_source(folder), folder, rows, "fp16")
     file = write_int8(source.dit, folder, rows, "cpu", reduce_range=True)
     write_manifest(folder, source.manifest)
     bundle = Bundle.open(folder)
