@@ -19,13 +19,13 @@ pytestmark = [
 ]
 
 
-def read(folder: Path, family: str, tokens: int = 40, **changes: dict[str, Any]) -> FoundPipeline:
+def read(folder: Path, family: str, **changes: dict[str, Any]) -> FoundPipeline:
     """Return a tiny pipeline, read with other fields in the configurations of its parts."""
     save_pipeline(family, folder)
     for part, fields in changes.items():
         (file,) = (folder / part).glob("*config.json")
         file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    return read_pipeline(folder, name="tiny", licence="x", tokens=tokens)
+    return read_pipeline(folder, name="tiny", licence="x", tokens=40)
 
 
 @pytest.mark.parametrize(
