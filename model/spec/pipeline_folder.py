@@ -266,11 +266,12 @@ def _config(
     """Return the configuration of the network. Raises `ValueError` or `KeyError` naming the field."""
     channels = transformer["in_channels"] // family.packs**2
     patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
-    known = limit = tokens or family.text_tokens
+    most = family.pipelines[index["_class_name"]]
+    known = limit = tokens or most
     tokenizer = _counting(family, index)
     if tokenizer != family.tokenizer:
         # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
-        known, limit = family.text_tokens, family.more_tokens
+        known, limit = most, family.more_tokens
     largest = _largest_grid(family, transformer, known + family.more_tokens)
     largest_side = largest * patch if largest else None
     # Of a pipeline whose transformer states no size it is 128, as there.

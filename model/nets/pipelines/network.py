@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import diffusers
@@ -15,9 +14,6 @@ from torch import Tensor, nn
 from ditserve.model.nets.pipelines.adapters import ADAPTERS, Rows
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.pipeline_config import FAMILIES, PipelineConfig
-
-# While a module is built, its library turns every new parameter of this process into an empty one.
-LOADING = Lock()
 
 
 class PipelineError(ModelError):
@@ -103,8 +99,7 @@ def open_module(module_type: Any, folder: Path, **options: Any) -> nn.Module:
     dtype = options.pop("dtype", torch.float32)
     quiet()
     try:
-        with LOADING:
-            module = module_type.from_pretrained(str(folder), torch_dtype=dtype, **known, **options)
+        module = module_type.from_pretrained(str(folder), torch_dtype=dtype, **known, **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise PipelineError(f"{folder} cannot be opened: {' '.join(str(error).split())}") from error
     network: nn.Module = module

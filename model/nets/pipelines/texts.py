@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ditserve.model.nets.pipelines.network import LOADING, PipelineError, quiet
+from ditserve.model.nets.pipelines.network import PipelineError, quiet
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 
 Floats = npt.NDArray[np.float32]
@@ -137,7 +137,7 @@ class PipelineTexts:
             index = diffusers.DiffusionPipeline.load_config(str(folder))
             unneeded = [part for part, value in index.items() if isinstance(value, list)]
             unneeded = [part for part in unneeded if not part.startswith(("text_encoder", "tokenizer"))]
-            with LOADING, warnings.catch_warnings():
+            with warnings.catch_warnings():
                 # It is told nothing of the parts that texts do not need.
                 warnings.simplefilter("ignore")
                 self._pipeline: Any = getattr(diffusers, index["_class_name"]).from_pretrained(
