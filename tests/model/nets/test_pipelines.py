@@ -18,7 +18,7 @@ from ditserve.model.nets.pipelines.network import PipelineNetwork, open_network
 from ditserve.model.nets.pipelines.texts import PipelineTexts
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 from ditserve.model.spec.pipeline_folder import read_pipeline
-from tests.tiny_pipelines import BUILDERS, expected_pictures, save_pipeline, tokens
+from tests.tiny_pipelines import expected_pictures, save_pipeline, tokens
 
 pytestmark = [
     # DPMSolverMultistepScheduler makes an array of a tensor.
@@ -53,7 +53,7 @@ class Opened:
             return self.network.backbone(x, self.network.modulate(told, embeddings))
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     return Opened(request.param, tmp_path_factory.mktemp(request.param) / "pipeline")
 
