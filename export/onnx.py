@@ -52,6 +52,7 @@ from ditserve.model.spec.bundle import (
     CONDITIONER,
     EMBEDDER,
     MANIFEST,
+    PIPELINE,
     WEIGHTS,
     Manifest,
     write_manifest,
@@ -61,6 +62,7 @@ from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.heap import release_memory
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.output_folder import BUNDLE, replacement
+from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.model.train.loaded_model import LoadedModel
 
 PARITY = "parity.json"
@@ -229,7 +231,7 @@ def _run(options: argparse.Namespace) -> None:
             weights=options.weights,
             half=options.half,
             trajectories=TrajectorySettings(options.samples, options.steps),
-            vae=options.vae,
+            vae=options.vae or imported_vae(options.source),
             decoder=decoder_of(options.source),
             golden=options.golden == "auto",
             # Defaults that a card or a bundle states stay.
@@ -246,6 +248,12 @@ def _run(options: argparse.Namespace) -> None:
         f"backbone within {max(band['relative_l2'] for band in bands):.1e} of torch "
         f"(relative L2, worst of {len(bands)} noise bands), {time.monotonic() - started:.0f} s"
     )
+
+
+def imported_vae(bundle: Path) -> Path | None:
+    """Return the folder of the autoencoder that a pipeline brought; None: there is none."""
+    folder = bundle / PIPELINE / VAE
+    return folder if folder.is_dir() else None
 
 
 def _open_with_card(options: argparse.Namespace, card: Mapping[str, Any]) -> LoadedModel:

@@ -1,7 +1,10 @@
-"""A worker that keeps the latents that it decodes: `python -m tests.recording_worker FOLDER [flags]`."""
+"""Workers of every bundle of the settings, in one process, that keep the latents that they decode in
+FOLDER/MODEL: `python -m tests.recording_worker FOLDER [flags]`. It works until it is killed.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import sys
 from functools import partial
@@ -13,6 +16,7 @@ import uvloop
 
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends.torch import TorchBackend
+from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
@@ -21,21 +25,35 @@ Floats = npt.NDArray[np.float32]
 
 
 class RecordingBackend(TorchBackend):
-    folder = Path(sys.argv[1])
-    count = itertools.count()
+    def __init__(self, bundle: Bundle, folder: Path) -> None:
+        super().__init__(bundle, threads=1)
+        self._folder, self._count = folder, itertools.count()
+        folder.mkdir()
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        np.save(self.folder / f"{next(self.count)}.npy", latents)
+        np.save(self._folder / f"{next(self._count)}.npy", latents)
         return super().decode(latents)
 
 
-async def opened(bundle: Bundle, *_: object) -> RecordingBackend:
-    return RecordingBackend(bundle, threads=1)
+# While diffusers builds a module, every new parameter of the process is an empty one.
+opening = asyncio.Lock()
+
+
+async def opened(bundle: Bundle, folder: Path, *_: object) -> RecordingBackend:
+    async with opening:
+        return await asyncio.to_thread(RecordingBackend, bundle, folder)
+
+
+async def serve(settings: Settings, folder: Path) -> None:
+    models = open_served_models(settings, verify=False)
+    workers = (
+        main.serve(model.settings(settings), model.name, partial(opened, model.bundle, folder / model.name))
+        for model in models
+    )
+    await asyncio.gather(*workers)
 
 
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[2:])
     logs.configure(style="json", level="info")
-    bundle = main.only_bundle(settings)
-    served = main.serve(settings, bundle.manifest.name, partial(opened, bundle))
-    sys.exit(0 if uvloop.run(served) else 1)
+    uvloop.run(serve(settings, Path(sys.argv[1])))

@@ -1,99 +1,58 @@
-"""Tiny pipelines of diffusers with random weights, of its own classes, as folders on disk.
-
-Tokenizers are made of a small vocabulary. Weights are drawn wider than they are initialised, so that
-conditions and noise levels make a difference.
-"""
+"""Tiny pipelines of diffusers with random weights, of its own classes, as folders on disk."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ditserve.model.nets.pipelines.adapters import pack, unpack
+from ditserve.model.spec.pipeline_config import FAMILIES
+from tests.tiny_parts import (
+    clip,
+    clip_tokenizer,
+    deep_vae,
+    gemma,
+    lively,
+    qwen3,
+    qwen_vl,
+    t5,
+    t5_tokenizer,
+    vae,
+    video_vae,
+    word_tokenizer,
+)
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = ("a", "red", "fox", "in", "the", "snow", "blue", "cat", "blurry", "photo", "of", "moon")
-TOKENS = 12  # of a prompt, in the tests
 
-
-def clip_tokenizer(folder: Path) -> Any:
-    """Return a tokenizer of CLIP's kind, of single letters, with 77 tokens a text."""
-    pieces = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    vocabulary = {piece: k for k, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer.from_pretrained(str(folder), model_max_length=77)
-
-
-def t5_tokenizer() -> Any:
-    """Return a tokenizer of T5's kind, of letters and a few words, that pads with 0 and ends with 1."""
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in WORDS if len(word) > 1), *LETTERS]
-    tokenizer = Tokenizer(models.Unigram([(piece, -float(k)) for k, piece in enumerate(pieces)], unk_id=2))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+def dit(scratch: Path) -> Any:
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
     )
-
-
-def clip(kind: Any, *, width: int, projection: int) -> Any:
-    return kind(
-        transformers.CLIPTextConfig(
-            vocab_size=54,
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            projection_dim=projection,
-            bos_token_id=52,
-            eos_token_id=53,
-            pad_token_id=53,
-        )
+    lively(transformer)
+    first, *others = transformer.transformer_blocks
+    for block in others:
+        # The weights of the release have one embedder, of which every block has a copy.
+        block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    return diffusers.DiTPipeline(
+        transformer=transformer,
+        vae=lively(vae(4)),
+        scheduler=diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False),
+        id2label={k: f"creature {k}, Animal {k}" for k in range(1000)},
     )
-
-
-def t5(width: int) -> Any:
-    return transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=64, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2, dropout_rate=0.0
-        )
-    )
-
-
-def vae(channels: int, *, shift: float | None = None, scale: float = 0.4) -> Any:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=scale,
-        shift_factor=shift,
-    )
-
-
-def lively(module: torch.nn.Module) -> torch.nn.Module:
-    """Return a module whose small parameters were drawn anew, so that no path is near zero."""
-    for parameter in module.parameters():
-        with torch.no_grad():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 1.2 / parameter.shape[-1] ** 0.5)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return module.eval()
 
 
 def pixart(scratch: Path) -> Any:
@@ -173,7 +132,172 @@ def flux(scratch: Path, *, guidance: bool = True) -> Any:
     )
 
 
-BUILDERS: dict[str, Callable[[Path], Any]] = {"pixart": pixart, "sd3": sd3, "flux": flux}
+def sana(scratch: Path) -> Any:
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=24,
+        sample_size=8,
+        timestep_scale=0.5,
+    )
+    call = inspect.signature(diffusers.SanaPipeline.__call__)
+    instruction = "\n".join(call.parameters["complex_human_instruction"].default)
+    return diffusers.SanaPipeline(
+        tokenizer=word_tokenizer(instruction.lower(), bos=True),
+        text_encoder=lively(gemma()),
+        vae=lively(deep_vae(4)),
+        transformer=lively(transformer),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
+        ),
+    )
+
+
+def lumina2(scratch: Path) -> Any:
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=48,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(64, 16, 16),
+        cap_feat_dim=24,
+    )
+    return diffusers.Lumina2Pipeline(
+        transformer=lively(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=lively(vae(4, shift=0.1)),
+        text_encoder=lively(gemma()),
+        tokenizer=word_tokenizer(FAMILIES["lumina2"].head, bos=True),
+    )
+
+
+def auraflow(scratch: Path) -> Any:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pos_embed_max_size=36,
+    )
+    encoder = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=64, d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=2, dropout_rate=0.0
+        )
+    )
+    return diffusers.AuraFlowPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=lively(encoder),
+        vae=lively(vae(4)),
+        transformer=lively(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+def chroma(scratch: Path) -> Any:
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return diffusers.ChromaPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=lively(vae(4, shift=0.1)),
+        text_encoder=lively(t5(24)),
+        tokenizer=t5_tokenizer(),
+        transformer=lively(transformer),
+    )
+
+
+def qwen_image(scratch: Path) -> Any:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipeline = diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift_terminal=0.02, base_shift=0.5, max_shift=0.9
+        ),
+        vae=lively(video_vae(4)),
+        text_encoder=lively(qwen_vl()),
+        tokenizer=None,
+        transformer=lively(transformer),
+    )
+    pipeline.register_modules(tokenizer=word_tokenizer(pipeline.prompt_template_encode, bos=False))
+    return pipeline
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def z_image(scratch: Path) -> Any:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=24,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 4, 4],
+        axes_lens=[128, 16, 16],
+        # By 1000, the pipeline's rounding of 1 - sigma to float32 alone would move latents by 1e-4.
+        t_scale=200.0,
+    )
+    family = FAMILIES["z_image"]
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=lively(vae(4, shift=0.1)),
+        text_encoder=lively(qwen3()),
+        tokenizer=word_tokenizer(family.head + family.tail, bos=False, template=CHAT),
+        transformer=lively(transformer),
+    )
+
+
+BUILDERS: dict[str, Callable[[Path], Any]] = {
+    "dit": dit,
+    "pixart": pixart,
+    "sd3": sd3,
+    "flux": flux,
+    "sana": sana,
+    "lumina2": lumina2,
+    "auraflow": auraflow,
+    "chroma": chroma,
+    "qwen_image": qwen_image,
+    "z_image": z_image,
+}
+# The most tokens of a prompt in the tests, and those of the pipeline's own words that count.
+TOKENS = {"lumina2": 12 + 31, "qwen_image": 12 + 5, "z_image": 12 + 8}
 
 
 def save_pipeline(family: str, folder: Path) -> Any:
@@ -181,13 +305,30 @@ def save_pipeline(family: str, folder: Path) -> Any:
     torch.manual_seed(0)
     pipeline = BUILDERS[family](folder.parent / f"{folder.name}-scratch")
     pipeline.save_pretrained(str(folder), safe_serialization=True)
+    if family == "dit":
+        # As the published folder, which diffusers does not write again.
+        names: dict[int, str] = {}
+        for name, k in pipeline.labels.items():
+            names[k] = f"{names[k]}, {name}" if k in names else name
+        index = json.loads((folder / "model_index.json").read_text())
+        index["id2label"] = {str(k): names[k] for k in sorted(names)}
+        (folder / "model_index.json").write_text(json.dumps(index))
     return pipeline
+
+
+def tokens(family: str) -> int:
+    """Return the most tokens of a prompt, as `read_pipeline` takes it."""
+    return TOKENS.get(family, 12)
 
 
 def noise_of(seed: int, channels: int, side: int) -> torch.Tensor:
     """Return the noise (1, C, side, side) that the service draws of a seed."""
     generator = np.random.Generator(np.random.Philox(seed))
     return torch.from_numpy(generator.standard_normal((1, channels, side, side), np.float32))
+
+
+def _with_bool_mask(text: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return text, mask.bool()
 
 
 def expected_latents(
@@ -204,26 +345,51 @@ def expected_latents(
 ) -> Any:
     """Return the latent (C, side, side) that a pipeline itself makes of a request."""
     noise = noise_of(seed, 4, side)
+    if family == "dit":
+        return _dit_latents(pipeline, prompt, noise, steps, guidance_scale)
     scale = guidance_scale if guidance_embedded is None else guidance_embedded
-    more: dict[str, Any] = {"negative_prompt": negative_prompt or None}
-    tokens = TOKENS
-    if family == "pixart":
-        more = {"negative_prompt": negative_prompt, "use_resolution_binning": False}
-    elif family == "flux":
-        noise = pack(noise)
-        more = {}
+    more: dict[str, Any] = {"guidance_scale": scale}
+    if family == "qwen_image":
+        more = {"true_cfg_scale": scale}
+    if family != "flux":
+        more["negative_prompt"] = negative_prompt
+    if family in ("pixart", "sana"):
+        more["use_resolution_binning"] = False
+    if family == "chroma":
+        # It hands over numbers, which the attention adds instead of leaving the padding out.
+        encode = type(pipeline)._get_t5_prompt_embeds
+        pipeline._get_t5_prompt_embeds = lambda *given, **named: _with_bool_mask(
+            *encode(pipeline, *given, **named)
+        )
+    packed = FAMILIES[family].packs == 2
     pixels = side * pipeline.vae_scale_factor
     latents = pipeline(
         prompt,
         num_inference_steps=steps,
-        guidance_scale=scale,
-        latents=noise,
+        latents=pack(noise) if packed else noise,
         output_type="latent",
         height=pixels,
         width=pixels,
-        max_sequence_length=tokens,
+        max_sequence_length=tokens(family) + (family == "sana"),
         **more,
     ).images
-    if family == "flux":
+    if packed:
         latents = unpack(latents, side, side)
     return latents[0].numpy()
+
+
+def _dit_latents(pipeline: Any, name: str, noise: torch.Tensor, steps: int, scale: float | None) -> Any:
+    """Return the latent of a class. The pipeline takes no noise and gives no latents, so both are patched."""
+    decoded: list[torch.Tensor] = []
+
+    def decode(latents: torch.Tensor) -> Any:
+        decoded.append(latents)
+        return SimpleNamespace(sample=latents)
+
+    with (
+        patch("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **_: noise),
+        patch.object(pipeline.vae, "decode", decode),
+    ):
+        labels = [pipeline.labels[name]]
+        pipeline(class_labels=labels, guidance_scale=scale, num_inference_steps=steps, output_type="pt")
+    return (decoded[0] * pipeline.vae.config.scaling_factor)[0].numpy()

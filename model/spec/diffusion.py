@@ -160,7 +160,8 @@ class RectifiedFlow:
 class Schedule:
     """A noise process, and how a network speaks of it: what it is told, and what it predicts.
 
-    A network is told its noise level times `noise_scale`: a timestep, sigma, or 1 - sigma. `output_sign` is
+    A network is told its noise level times `noise_scale`: a timestep, sigma, or 1 - sigma. Sigma is rounded
+    down to one of `noise_timesteps` if these are given, as some schedulers of diffusers do. `output_sign` is
     -1 for a network whose output is the negative of its prediction. `step_counts` are the numbers of steps
     that a distilled network was trained for; empty: any.
 
@@ -174,6 +175,7 @@ class Schedule:
     noise_scale: float = 1.0
     output_sign: Literal[1, -1] = 1
     step_counts: tuple[int, ...] = ()
+    noise_timesteps: int | None = None
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -224,6 +226,8 @@ class Schedule:
     def told(self, levels: Levels) -> npt.NDArray[np.float32]:
         """Return what the network is told of levels, float32."""
         level = np.asarray(levels, dtype=np.float64)
+        if self.noise_timesteps is not None:
+            level = np.floor(level * self.noise_timesteps) / self.noise_timesteps
         level = 1.0 - level if self.noise_input == "1-sigma" else level
         return np.asarray(self.noise_scale * level, dtype=np.float32)
 

@@ -16,6 +16,7 @@ from ditserve.model.spec.diffusion import (
     VariancePreserving,
     variance_preserving,
 )
+from ditserve.model.spec.guidance import GuidanceNorm
 from ditserve.model.spec.scheduler_config import GridReading, SchedulerConfigError, read_scheduler_config
 from ditserve.model.spec.sigma_grids import SigmaGrid
 
@@ -36,7 +37,12 @@ class DiffusionSpec(StrictModel):
     sigma_grid   the rule of the grids of a flow: its fields, or {"scheduler": a `scheduler_config.json` of
                  diffusers} with what that leaves open (`GridReading`)
     output_sign  -1 if the network's output is the negative of its prediction
+    noise_timesteps  the network is told sigma rounded down to one of so many timesteps; None: as it is
     step_counts  the numbers of steps that a distilled model was trained for; empty: any
+    guidance_channels  the first channels, which guidance acts on; None: all
+    guidance_norm      what guidance leaves the norm of as it was; None: nothing (see `guided`)
+    unguided_scale     the guidance scale at which there is no guidance: 1, or 0 where a request's scale is
+                       1 less than the weight of the difference, as that of Z-Image is
     """
 
     schedule: Literal["linear", "cosine", "flow"]
@@ -46,11 +52,14 @@ class DiffusionSpec(StrictModel):
     noise_input: NoiseInput = "timestep"
     sigma_grid: SigmaGrid | None = None
     noise_scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    noise_timesteps: Steps | None = None
     output_sign: Literal[1, -1] = 1
     step_counts: tuple[Steps, ...] = ()
     learn_sigma: bool = False
     clip_x0: bool = True
     guidance_channels: Size | None = None
+    guidance_norm: GuidanceNorm | None = None
+    unguided_scale: Literal[0, 1] = 1
 
     @model_validator(mode="before")
     @classmethod
@@ -102,4 +111,5 @@ class DiffusionSpec(StrictModel):
             self.noise_scale,
             self.output_sign,
             self.step_counts,
+            self.noise_timesteps,
         )

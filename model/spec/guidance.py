@@ -7,24 +7,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ditserve.model.spec.diffusion import Array, Schedule
 
+# The numbers whose norm guidance leaves as it is in the conditional output: a line of pixels of one channel
+# (Lumina-Image 2.0), or the squares of 2 x 2 pixels of all channels that are a token (Qwen-Image).
+GuidanceNorm = Literal["line", "token"]
 
-def guided(cond: Array, uncond: Array, scale: Any, channels: int | None = None) -> Array:
+
+def guided(
+    cond: Array, uncond: Array, scale: Any, channels: int | None = None, norm: GuidanceNorm | None = None
+) -> Array:
     """Return the output of classifier-free guidance, uncond + scale · (cond - uncond), as a new array.
 
     `cond` and `uncond` are outputs (..., C, H, W) of one shape; `scale` is a number or broadcasts against
     them, such as (B, 1, 1, 1). With `channels` = k in 0..C only the first k channels are guided and the
-    others are those of `cond`: the published DiT guides 3 of 4. Source: Ho & Salimans, arXiv:2207.12598.
+    others are those of `cond`: the published DiT guides 3 of 4. With `norm` the result is scaled to the norm
+    of `cond`. Source: Ho & Salimans, arXiv:2207.12598.
     """
     mixed: Array = uncond + scale * (cond - uncond)
+    if norm is not None:
+        mixed = _with_norms_of(cond, mixed, norm)
     if channels is not None:
         mixed[..., channels:, :, :] = cond[..., channels:, :, :]
     return mixed
+
+
+def _with_norms_of(cond: Array, x: Array, over: GuidanceNorm) -> Array:
+    """Return `x` (..., C, H, W), scaled to the norms of `cond`."""
+    *front, height, width = x.shape
+    squares = (*front, height // 2, 2, width // 2, 2)
+    shape, axes = (tuple(x.shape), (-1,)) if over == "line" else (squares, (-5, -3, -1))
+    parts, wanted = x.reshape(shape), cond.reshape(shape)
+    ratio = (wanted**2).sum(axis=axes, keepdims=True) / (parts**2).sum(axis=axes, keepdims=True)
+    scaled: Array = (parts * ratio**0.5).reshape(x.shape)
+    return scaled
 
 
 def check_guidance(interval: tuple[float, float], decay: float) -> None:

@@ -13,9 +13,15 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
-FamilyName = Literal["pixart", "sd3", "flux"]
+from ditserve.model.spec.guidance import GuidanceNorm
+
+FamilyName = Literal[
+    "pixart", "sd3", "flux", "sana", "lumina2", "auraflow", "chroma", "qwen_image", "z_image"
+]
 INDEX = "model_index.json"  # of a pipeline's folder
 TOKENIZER = "tokenizer.json"  # of a tokenizer's folder, which counts the tokens of a prompt
+# The first character of a text that guidance subtracts, where `plain_negatives` makes a difference of it.
+NEGATIVE = "\0"
 GuidanceKind = Literal["classifier-free", "embedded", "none"]
 
 
@@ -115,32 +121,49 @@ class PipelineConfig:
 class PipelineFamily:
     """The facts about a family that its folders do not state; they are those of its pipelines in diffusers.
 
-    pipelines      the pipelines' classes, and the transformer's
+    pipelines      the pipelines' classes, and the most tokens of a text of each, all of which the network
+                   is given
+    transformer    the class of the transformer
+    tokenizer      the folder of the tokenizer that counts the tokens of a text
     text_size      the field of the transformer's configuration with the width of a token; pooled_size
                    that with the width of the pooled text
-    text_tokens    the most tokens of a text, all of which the network is given, and the folder of the
-                   tokenizer that counts them
-    more_tokens    tokens that other encoders put before these
+    more_tokens    tokens that the pipeline or other encoders put before these
+    lowers         True if the pipeline makes letters small
+    head, tail     the pipeline's own words before and after a prompt, whose tokens count as the text's
+    plain_negatives  True if the pipeline puts its own words around a prompt and not around a negative one
     packs          pixels of a latent along a side that the pipeline hands over as one token
+    sample_size    the side of a latent, where it is not that of the transformer's configuration, else 128
+    counts_positions  True if the transformer's pos_embed_max_size is that of a whole image, not of a side
     noise_scale    the network of a flow is told sigma times this
     ends           who places the line of a flow's grid: see `GridReading`
+    tells_tokens   True if the pipeline tells its scheduler how many tokens an image has, for a dynamic shift
+    distilled      True if guidance is embedded, or there is none
+    guidance_norm, unguided_scale  of guidance: see `DiffusionSpec`
     steps, guidance_scale  the defaults
     """
 
-    pipelines: tuple[str, ...]
+    pipelines: Mapping[str, int]
     transformer: str
     text_size: str
-    text_tokens: int
     tokenizer: str = "tokenizer"
     lowers: bool = False
+    head: str = ""
+    tail: str = ""
+    plain_negatives: bool = False
     more_tokens: int = 0
     pooled_size: str | None = None
     text_mask: bool = False
     packs: int = 1
+    sample_size: int | None = None
+    counts_positions: bool = False
     noise_scale: float = 1000.0
     noise_input: Literal["sigma", "1-sigma"] = "sigma"
     output_sign: Literal[1, -1] = 1
     ends: Literal["scheduler", "pipeline"] = "scheduler"
+    tells_tokens: bool = True
+    distilled: bool = False
+    guidance_norm: GuidanceNorm | None = None
+    unguided_scale: Literal[0, 1] = 1
     steps: int
     guidance_scale: float
 
@@ -148,20 +171,18 @@ class PipelineFamily:
 FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
     {
         "pixart": PipelineFamily(
-            pipelines=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
+            pipelines={"PixArtSigmaPipeline": 300, "PixArtAlphaPipeline": 120},
             transformer="PixArtTransformer2DModel",
             text_size="caption_channels",
-            text_tokens=300,
             lowers=True,
             text_mask=True,
             steps=20,
             guidance_scale=4.5,
         ),
         "sd3": PipelineFamily(
-            pipelines=("StableDiffusion3Pipeline",),
+            pipelines={"StableDiffusion3Pipeline": 256},
             transformer="SD3Transformer2DModel",
             text_size="joint_attention_dim",
-            text_tokens=256,
             tokenizer="tokenizer_3",
             more_tokens=77,
             pooled_size="pooled_projection_dim",
@@ -169,17 +190,97 @@ FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
             guidance_scale=7.0,
         ),
         "flux": PipelineFamily(
-            pipelines=("FluxPipeline",),
+            pipelines={"FluxPipeline": 512},
             transformer="FluxTransformer2DModel",
             text_size="joint_attention_dim",
-            text_tokens=512,
             tokenizer="tokenizer_2",
             pooled_size="pooled_projection_dim",
             packs=2,
             noise_scale=1.0,
             ends="pipeline",
+            distilled=True,
             steps=28,
             guidance_scale=3.5,
+        ),
+        "sana": PipelineFamily(
+            pipelines={"SanaPipeline": 299},
+            transformer="SanaTransformer2DModel",
+            text_size="caption_channels",
+            # The last token of the pipeline's instruction is one of the 300.
+            more_tokens=1,
+            lowers=True,
+            plain_negatives=True,
+            text_mask=True,
+            tells_tokens=False,
+            steps=20,
+            guidance_scale=4.5,
+        ),
+        "lumina2": PipelineFamily(
+            pipelines={"Lumina2Pipeline": 256, "Lumina2Text2ImgPipeline": 256},
+            transformer="Lumina2Transformer2DModel",
+            text_size="cap_feat_dim",
+            head="You are an assistant designed to generate superior images with the superior degree of "
+            "image-text alignment based on textual prompts or user prompts. <Prompt Start> ",
+            plain_negatives=True,
+            text_mask=True,
+            noise_scale=1.0,
+            noise_input="1-sigma",
+            output_sign=-1,
+            ends="pipeline",
+            guidance_norm="line",
+            tells_tokens=False,
+            steps=30,
+            guidance_scale=4.0,
+        ),
+        "auraflow": PipelineFamily(
+            pipelines={"AuraFlowPipeline": 256},
+            transformer="AuraFlowTransformer2DModel",
+            text_size="joint_attention_dim",
+            sample_size=128,
+            counts_positions=True,
+            tells_tokens=False,
+            noise_scale=1.0,
+            steps=50,
+            guidance_scale=3.5,
+        ),
+        "chroma": PipelineFamily(
+            pipelines={"ChromaPipeline": 512},
+            transformer="ChromaTransformer2DModel",
+            text_size="joint_attention_dim",
+            text_mask=True,
+            packs=2,
+            noise_scale=1.0,
+            ends="pipeline",
+            steps=35,
+            guidance_scale=5.0,
+        ),
+        "qwen_image": PipelineFamily(
+            pipelines={"QwenImagePipeline": 512},
+            transformer="QwenImageTransformer2DModel",
+            text_size="joint_attention_dim",
+            tail="<|im_end|>\n<|im_start|>assistant\n",
+            text_mask=True,
+            packs=2,
+            noise_scale=1.0,
+            ends="pipeline",
+            guidance_norm="token",
+            steps=50,
+            guidance_scale=4.0,
+        ),
+        "z_image": PipelineFamily(
+            pipelines={"ZImagePipeline": 512},
+            transformer="ZImageTransformer2DModel",
+            text_size="cap_feat_dim",
+            head="<|im_start|>user\n",
+            tail="<|im_end|>\n<|im_start|>assistant\n",
+            text_mask=True,
+            noise_scale=1.0,
+            noise_input="1-sigma",
+            output_sign=-1,
+            ends="pipeline",
+            unguided_scale=0,
+            steps=50,
+            guidance_scale=5.0,
         ),
     }
 )

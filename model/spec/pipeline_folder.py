@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -45,6 +46,7 @@ from ditserve.model.spec.pipeline_config import (
     PipelineFamily,
 )
 
+VAE = "vae"  # the folder of a pipeline's autoencoder
 SHARDS = ".safetensors.index.json"
 # The files of a part that are taken along: configurations, vocabularies, weights.
 TAKEN = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
@@ -106,9 +108,9 @@ def read_pipeline(
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     transformer = _json(folder / "transformer" / "config.json")
-    vae, scheduler = _json(folder / "vae" / "config.json"), _scheduler(folder)
+    scheduler = _scheduler(folder)
     _check_class(folder / "transformer" / "config.json", transformer, family.transformer)
-    latents = _latents(folder / "vae" / "config.json", vae)
+    latents = latent_spec(folder / VAE)
     try:
         config = _config(found, family, index, transformer, latents, size=size, tokens=tokens)
         guidance = _guidance(family, transformer)
@@ -161,9 +163,7 @@ def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
         inner.mkdir()
         _take(found.folder / INDEX, inner / INDEX)
         for part in found.parts:
-            (inner / part).mkdir()
-            for file in _files(found.folder / part):
-                _take(file, inner / part / file.name)
+            take_part(found.folder / part, inner / part)
         write_manifest(scratch, found.manifest)
     return Bundle.open(target, verify=False).manifest
 
@@ -266,15 +266,16 @@ def _config(
     """Return the configuration of the network. Raises `ValueError` or `KeyError` naming the field."""
     channels = transformer["in_channels"] // family.packs**2
     # Of a pipeline whose transformer states no size it is 128, as there.
-    side = transformer.get("sample_size") or 128
+    side = family.sample_size or transformer.get("sample_size") or 128
     height, width = size or (side, side)
     patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
-    known = limit = tokens or family.text_tokens
+    most = family.pipelines[index["_class_name"]]
+    known = limit = tokens or most
     tokenizer = _counting(family, index)
     if tokenizer != family.tokenizer:
         # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
-        known, limit = family.text_tokens, family.more_tokens
-    largest = transformer.get("pos_embed_max_size")
+        known, limit = most, family.more_tokens
+    largest = _largest_grid(family, transformer, known + family.more_tokens)
     return PipelineConfig(
         family=name,
         transformer={key: value for key, value in transformer.items() if not key.startswith("_")},
@@ -299,18 +300,43 @@ def _counting(family: PipelineFamily, index: Mapping[str, Any]) -> str:
     return family.tokenizer if any(index.get(family.tokenizer) or ()) else "tokenizer"
 
 
+def _largest_grid(family: PipelineFamily, transformer: Mapping[str, Any], tokens: int) -> int | None:
+    """Return the most tokens along a side that the network has positions for; None: any number.
+
+    Raises:
+        ValueError: there are none for so many tokens of a text.
+    """
+    if "axes_lens" in transformer:
+        # Those of a text, the image after it, and its rows and columns.
+        longest, *sides = transformer["axes_lens"]
+        if tokens >= longest:
+            raise ValueError(f"a text may have {longest - 1} tokens at most, not {tokens}")
+        return int(min(sides))
+    largest = transformer.get("pos_embed_max_size")
+    return math.isqrt(largest) if largest and family.counts_positions else largest
+
+
 def _guidance(family: PipelineFamily, transformer: Mapping[str, Any]) -> GuidanceKind:
-    if "guidance_embeds" not in transformer:
-        return "classifier-free"
-    return "embedded" if transformer["guidance_embeds"] else "none"
+    """Return the kind of a model's guidance. Raises `ValueError` for one that its pipeline does not have."""
+    embedded = bool(transformer.get("guidance_embeds"))
+    if family.distilled:
+        return "embedded" if embedded else "none"
+    if embedded:
+        raise ValueError("transformer: guidance_embeds true is not known for this pipeline")
+    return "classifier-free"
 
 
-def _latents(file: Path, vae: Mapping[str, Any]) -> LatentSpec:
-    """Return the normalisation of the latents of an autoencoder, (z − shift) / scale, from its config.json.
+def latent_spec(folder: Path) -> LatentSpec:
+    """Return the normalisation of an autoencoder's latents, (z − shift) / scale, from its config.json.
 
     Raises:
         PipelineFolderError: it does not state it.
     """
+    file = folder / "config.json"
+    vae = _json(file)
+    if "latents_mean" in vae and "latents_std" in vae and "temperal_downsample" in vae:
+        mean, deviation = (tuple(map(float, vae[name])) for name in ("latents_mean", "latents_std"))
+        return LatentSpec(shift=mean, scale=deviation, factor=2 ** len(vae["temperal_downsample"]))
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     channels, scale = vae.get("latent_channels"), vae.get("scaling_factor")
     if not isinstance(levels, list) or not isinstance(channels, int) or not isinstance(scale, float | int):
@@ -335,6 +361,9 @@ def _diffusion(
             raise ValueError(
                 f"scheduler: _class_name {name} has no solver here: {', '.join(FLOW_SOLVERS)} do"
             )
+        if scheduler.get("use_dynamic_shifting") and not family.tells_tokens:
+            raise ValueError("scheduler: use_dynamic_shifting true is not known for this pipeline")
+        timesteps = scheduler.get("num_train_timesteps", 1000)
         spec = DiffusionSpec.model_validate(
             {
                 "schedule": "flow",
@@ -342,6 +371,10 @@ def _diffusion(
                 "noise_input": family.noise_input,
                 "noise_scale": family.noise_scale,
                 "output_sign": family.output_sign,
+                # The timesteps of other schedulers are whole.
+                "noise_timesteps": None if name.startswith("FlowMatch") else timesteps,
+                "guidance_norm": family.guidance_norm,
+                "unguided_scale": family.unguided_scale,
                 "clip_x0": False,
                 "sigma_grid": {"scheduler": scheduler, "tokens": config.tokens, "ends": family.ends},
             }
@@ -428,6 +461,19 @@ def _files(folder: Path) -> Iterator[Path]:
         variant = full != file.name and full in names
         if file.is_file() and file.suffix in TAKEN and not file.name.startswith(".") and not variant:
             yield file
+
+
+def take_part(folder: Path, target: Path) -> None:
+    """Link the files of a part of a pipeline into a new folder, or copy them.
+
+    Raises:
+        PipelineFolderError: its weights are missing or pickled.
+        OSError: they cannot be read or written.
+    """
+    _check_part(folder)
+    target.mkdir(parents=True)
+    for file in _files(folder):
+        _take(file, target / file.name)
 
 
 def _take(source: Path, target: Path) -> None:

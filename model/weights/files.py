@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ditserve.model.spec.bundle import (
+    PIPELINE,
     WEIGHTS,
     Bundle,
     Factor,
@@ -26,6 +27,7 @@ from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.output_folder import BUNDLE, DIFFUSERS, check_new_file, replacement
+from ditserve.model.spec.pipeline_folder import VAE, take_part
 from ditserve.model.weights.diffusers import to_diffusers
 from ditserve.model.weights.folders import DIFFUSERS_CONFIG, DIFFUSERS_NAME
 from ditserve.model.weights.imported import ImportedWeights
@@ -35,7 +37,7 @@ from ditserve.model.weights.official import WeightsError, to_official
 def write_bundle(
     target: Path, imported: ImportedWeights, *, licence: str, classes: Sequence[str] = ()
 ) -> Manifest:
-    """Write a bundle of weights alone; the manifest keeps the notes of the import.
+    """Write a bundle of weights, and of the autoencoder of a pipeline; the manifest keeps the import's notes.
 
     `classes` names the classes; unless given, the names of the source do, or else their numbers.
 
@@ -55,7 +57,7 @@ def write_bundle(
             version="1",
             description=f"Diffusion Transformer over {height}×{width} latents, imported",
             config=config,
-            diffusion=imported.diffusion or _published_diffusion(config),
+            diffusion=imported.diffusion or _published_diffusion(config, imported.guided_channels),
             factors=(Factor(name="label", classes=names),),
             decoder="sd-vae" if latent else "identity",
             latents=imported.latents,
@@ -71,18 +73,20 @@ def write_bundle(
         weights = {name: _storable(tensor) for name, tensor in imported.weights.items()}
         save_file(weights, scratch / WEIGHTS)
         (scratch / WEIGHTS).chmod(0o644)
+        if imported.vae is not None:
+            take_part(imported.vae, scratch / PIPELINE / VAE)
         write_manifest(scratch, manifest)
     return manifest
 
 
-def _published_diffusion(config: DiTConfig) -> DiffusionSpec:
+def _published_diffusion(config: DiTConfig, guided: int | None) -> DiffusionSpec:
     """Return the diffusion of the published models: linear, and the network predicts the noise."""
     return DiffusionSpec(
         schedule="linear",
         prediction="epsilon",
         learn_sigma=config.learn_sigma,
         clip_x0=False,
-        guidance_channels=3 if config.in_channels > 3 else None,
+        guidance_channels=guided if guided and config.in_channels > guided else None,
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ditserve.model.spec.pipeline_config import INDEX
+from ditserve.model.spec.pipeline_folder import VAE, latent_spec
 from ditserve.model.weights.diffusers import CLASS_NAMES, Function, from_diffusers
 from ditserve.model.weights.flows import FLOW_KINDS
 from ditserve.model.weights.imported import (
@@ -55,6 +57,12 @@ def read_folder(folder: Path, path: Path, options: ImportOptions) -> ImportedWei
     if options.num_classes not in (None, rows - 1):
         raise WeightsError(f"{folder} has {rows - 1} classes and the null class, not {options.num_classes}")
     imported = ImportedWeights(weights, config, (*notes, note), _class_names(folder.parent, rows - 1))
+    vae = folder.parent / VAE
+    if (folder.parent / INDEX).is_file() and vae.is_dir():
+        imported = replace(imported, vae=vae, latents=latent_spec(vae))
+    if function == "diffusers":
+        # diffusers' pipeline guides all channels.
+        imported = replace(imported, guided_channels=None)
     if not flow:
         return imported
     diffusion, told = scheduler_flow(file, scheduler, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from ditserve.model.spec.bundle import Defaults, LatentSpec
@@ -42,7 +43,8 @@ class ImportedWeights:
 
     `notes` are sentences that tell what was read and what was assumed; `classes` are names of the classes.
     `diffusion` is that of a flow, None: the published one. `latents` is the normalisation of latents other
-    than the published models'.
+    than the published models'. `vae` is the folder of the autoencoder of a pipeline. `guided_channels` are
+    those of a latent that guidance acts on: the published code guides 3 of 4. None: all.
     """
 
     weights: Weights
@@ -52,6 +54,8 @@ class ImportedWeights:
     diffusion: DiffusionSpec | None = None
     defaults: Defaults = DEFAULTS
     latents: LatentSpec | None = None
+    vae: Path | None = None
+    guided_channels: int | None = 3
 
     def without_variance(self) -> ImportedWeights:
         """Return the weights of a flow without the outputs of a learned variance, which a flow never uses."""

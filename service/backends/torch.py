@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ditserve.model.nets.factory import Network, make_network
-from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
+from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle, Manifest
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig, size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
@@ -32,7 +34,6 @@ from ditserve.service.images import to_pixels
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Imported: they load diffusers and transformers.
 PIPELINES = "ditserve.model.nets.pipelines"
-_PARTS = ("network", "texts", "decoder")
 
 
 class TorchBackend:
@@ -60,8 +61,8 @@ class TorchBackend:
         precision: str = "auto",
     ) -> None:
         self.precision = "fp32" if precision == "auto" else precision
-        if bundle.manifest.decoder not in ("identity", "pipeline"):
-            decoder = bundle.manifest.decoder
+        folder, decoder = bundle.path / PIPELINE / VAE, bundle.manifest.decoder
+        if decoder != "identity" and not folder.is_dir():
             raise BackendUnavailable(f"the torch backend has no decoder {decoder!r}: choose the onnx backend")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise BackendUnavailable(f"device {device!r} is not there: torch sees no CUDA device")
@@ -76,7 +77,7 @@ class TorchBackend:
         if self._device.type != "cpu":
             self.conditioner_rows = CONDITIONER_ROWS_GPU
         self.text_encoder: SentenceEncoder | None = None
-        self._decoder: Any = None
+        self._decoder = None if decoder == "identity" else self._open_decoder(folder, bundle.manifest)
         if isinstance(config, PipelineConfig):
             self._model: Any = self._open_pipeline(bundle, config)
         else:
@@ -98,17 +99,24 @@ class TorchBackend:
         return network.eval().to(self._device)
 
     def _open_pipeline(self, bundle: Bundle, config: PipelineConfig) -> Any:
-        """Open the transformer, the text encoders and the autoencoder of an imported pipeline."""
+        """Open the transformer and the text encoders of an imported pipeline."""
         folder, manifest = bundle.path / PIPELINE, bundle.manifest
         dtype = PRECISIONS[self.precision]
         try:
-            network, texts, decoder = (import_module(f"{PIPELINES}.{part}") for part in _PARTS)
+            network, texts = (import_module(f"{PIPELINES}.{part}") for part in ("network", "texts"))
             model = network.open_network(folder, config, dtype=dtype, device=self._device)
             self.text_encoder = texts.PipelineTexts(folder, config, text_parts_key(manifest))
-            self._decoder = decoder.PipelineDecoder(folder / "vae", manifest.latents, device=self._device)
         except ModelError as error:
             raise BackendUnavailable(str(error)) from error
         return model
+
+    def _open_decoder(self, folder: Path, manifest: Manifest) -> Any:
+        """Open the autoencoder of an imported pipeline."""
+        try:
+            decoder = import_module(f"{PIPELINES}.decoder")
+            return decoder.PipelineDecoder(folder, manifest.latents, device=self._device)
+        except ModelError as error:
+            raise BackendUnavailable(str(error)) from error
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         with _computing():

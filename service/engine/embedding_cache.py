@@ -75,7 +75,8 @@ class EmbeddingCache(CacheCounters):
 
     def null(self, text: str = "") -> Condition:
         """Return the unconditional condition, every factor at its null class, with a text if one is given."""
-        return self.get([ConditionTerm((None,) * len(self._null_labels), text=text)])
+        marked = text if self._texts is None else self._texts.negative + text
+        return self.get([ConditionTerm((None,) * len(self._null_labels), text=marked)])
 
     def alone(self, term: ConditionTerm) -> Condition:
         """Return the condition of one term, whatever its weight is. Raises as `get`."""

@@ -65,6 +65,7 @@ class ForwardPass:
         self._channels = backend.manifest.config.in_channels
         # A learned variance is not guided.
         self._guided_channels = backend.manifest.diffusion.guidance_channels or self._channels
+        self._guidance_norm = backend.manifest.diffusion.guidance_norm
 
     def reserve(self, group: Group, rows: int) -> None:
         """Make room for a sample of `rows` rows, which may be more than the network runs at once."""
@@ -170,8 +171,8 @@ class ForwardPass:
             weight = coefficients.guidance_weight[layout.guided]
             # A number that is not finite passes through here: the solver's step finds it.
             with np.errstate(all="ignore"):
-                output[layout.guided] = guided(
-                    output[layout.guided], output[layout.unconditional], weight, self._guided_channels
+                output[layout.guided] = self._guided(
+                    output[layout.guided], output[layout.unconditional], weight
                 )
         return self._prediction(latents, layout.whole, coefficients, output[layout.conditional])
 
@@ -188,9 +189,13 @@ class ForwardPass:
                 conditional = compose_outputs(outputs, conditioning.weights)
             if sample.guided:
                 weight = coefficients.guidance_weight
-                conditional = guided(conditional, output[rows.unconditional], weight, self._guided_channels)
+                conditional = self._guided(conditional, output[rows.unconditional], weight)
             prediction = conditional[0] if windows is None else windows.blend(conditional)
         return self._prediction(latents, (sample,), coefficients, prediction[None])
+
+    def _guided(self, cond: Floats, uncond: Floats, weight: Floats) -> Floats:
+        """Return the output (n, C, H, W) of guidance, as this model's acts."""
+        return guided(cond, uncond, weight, self._guided_channels, self._guidance_norm)
 
     def _used(self, output: Floats, coefficients: StepCoefficients) -> Floats:
         """Return the channels of an output that the steps use: the mean, and a variance where one is used."""

@@ -32,6 +32,7 @@ class TextCache(CacheCounters):
     """Sentence → encoding, at most `capacity` bytes in process; the least recently used leaves first.
 
     With `encodes_nothing` the empty sentence has an encoding, as of an imported pipeline. Else it is zeros.
+    `negative` is put before the sentences that guidance subtracts, for an encoder that tells them apart.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class TextCache(CacheCounters):
         *,
         capacity: int,
         encodes_nothing: bool = False,
+        negative: str = "",
     ) -> None:
         super().__init__()
-        self._encodes_nothing = encodes_nothing
+        self._encodes_nothing, self.negative = encodes_nothing, negative
         self.size = encoder.size
         self._encoder, self._shared = encoder, shared
         self._max_entries = max(1, capacity // (4 * encoder.size))

@@ -131,7 +131,8 @@ def _negative_prompt(request: GenerateRequest, manifest: Manifest) -> str:
             "negative_prompt", "This model has no guidance that could subtract it: leave it out."
         )
     if text and guidance_scale(request, manifest) == 1.0:
+        off = manifest.diffusion.unguided_scale
         raise field_error(
-            "negative_prompt", "Only guidance subtracts it: choose a guidance_scale other than 1."
+            "negative_prompt", f"Only guidance subtracts it: choose a guidance_scale other than {off}."
         )
     return text

@@ -40,7 +40,7 @@ def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder)
 
 
 def guidance_scale(request: GenerateRequest, manifest: Manifest) -> float:
-    """Return the guidance scale of the request, or the model's.
+    """Return the guidance scale of the request, or the model's, as the weight of the difference; 1: none.
 
     Raises:
         InvalidRequest: guidance is asked of a model that has none.
@@ -55,7 +55,8 @@ def guidance_scale(request: GenerateRequest, manifest: Manifest) -> float:
             "guidance_scale",
             "No unconditional prediction of this model was trained, so it has no guidance: leave it out.",
         )
-    return manifest.defaults.guidance_scale if scale is None else scale
+    asked = manifest.defaults.guidance_scale if scale is None else scale
+    return asked + (1.0 - manifest.diffusion.unguided_scale)
 
 
 def guidance_embedded(request: GenerateRequest, manifest: Manifest) -> float | None:

@@ -17,7 +17,8 @@ class PromptLimit:
         bundle: that of the model. Only an imported pipeline brings its tokenizer.
 
     Raises:
-        BundleError: the tokenizer cannot be read, or the package that reads it is not installed.
+        BundleError: the tokenizer cannot be read, the package that reads it is not installed, or a prompt
+            may have no tokens.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -25,7 +26,7 @@ class PromptLimit:
         config = bundle.manifest.config
         if not isinstance(config, PipelineConfig):
             return
-        self.tokens, self._lowers = config.text_limit, FAMILIES[config.family].lowers
+        self._family = family = FAMILIES[config.family]
         file = bundle.path / PIPELINE / config.tokenizer / TOKENIZER
         try:
             # Only here: most models count no tokens.
@@ -41,6 +42,17 @@ class PromptLimit:
             raise BundleError(f"{file} cannot be read: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._most = config.text_limit
+        self._own = self._count(family.head + family.tail) - self._count("")
+        self.tokens = self._most - self._own
+        if self.tokens < 1:
+            raise BundleError(
+                f"{bundle.path} takes texts of {self._most} tokens, and the pipeline's own words are "
+                f"{self._own} of them: import it with more tokens"
+            )
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text).ids)
 
     def check(self, field: str, text: str, *, truncate: bool) -> None:
         """Refuse a text that is too long, unless it may be cut.
@@ -50,10 +62,13 @@ class PromptLimit:
         """
         if self.tokens is None or truncate or not text:
             return
-        count = len(self._tokenizer.encode(text.lower() if self._lowers else text).ids)
-        if count > self.tokens:
+        family, text = self._family, text.lower() if self._family.lowers else text
+        plain = family.plain_negatives and field == "negative_prompt"
+        own, most = (0, self._most) if plain else (self._own, self.tokens)
+        count = self._count(text if plain else family.head + text + family.tail) - own
+        if count > most:
             raise field_error(
                 field,
-                f"The text has {count} tokens, and this model takes {self.tokens}: shorten it, or say "
+                f"The text has {count} tokens, and this model takes {most}: shorten it, or say "
                 '"truncate_prompt": true to have the end cut off.',
             )

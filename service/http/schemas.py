@@ -102,7 +102,9 @@ class DrawingOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), UnsignedZero] | None = Field(
-        None, description="Strength of classifier-free guidance; 1 turns it off."
+        None,
+        description="Strength of classifier-free guidance, as the model's authors count it; 1 turns it off, "
+        "for Z-Image 0.",
     )
     guidance_decay: Annotated[float, Field(ge=-20, le=20, allow_inf_nan=False), UnsignedZero] = Field(
         0.0,

@@ -16,7 +16,7 @@ import structlog
 import uvloop
 
 from ditserve.model.spec.bundle import BACKBONE, Bundle, BundleError, Manifest
-from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 from ditserve.model.spec.text_encoder import text_encoder_name
 from ditserve.service.backends import (
     Backend,
@@ -239,7 +239,10 @@ def open_texts(
                 f"{manifest.name} brings its own text encoders: leave out --text-encoder"
             )
         capacity = settings.embedding_cache_bytes
-        return TextCache(encoder, shared, capacity=capacity, encodes_nothing=True)
+        config = manifest.config
+        plain = isinstance(config, PipelineConfig) and FAMILIES[config.family].plain_negatives
+        negative = NEGATIVE if plain else ""
+        return TextCache(encoder, shared, capacity=capacity, encodes_nothing=True, negative=negative)
     name = text_encoder_name(manifest, settings.text_encoder, "--text-encoder")
     encoder = load_text_encoder(name, manifest.config.text_tokens)
     if encoder.size != wanted:
@@ -300,6 +303,7 @@ def worker_parts(
         decoder=backend,
         ladder=engine.ladder,
         factors=backend.manifest.factors,
+        unguided_scale=backend.manifest.diffusion.unguided_scale,
         observe=EngineMetrics(engine, embeddings),
         tracing=tracing,
     )

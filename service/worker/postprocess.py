@@ -38,12 +38,14 @@ class Postprocessor:
     """The thread that decodes and encodes, one batch after the other.
 
     `pending` counts the batches and previews that wait or are worked on. `factors` name the classes in the
-    metadata of the files.
+    metadata of the files, and `unguided_scale` is that of the model's `DiffusionSpec`.
     """
 
-    def __init__(self, decoder: Decoder, factors: Sequence[Factor] = ()) -> None:
+    def __init__(
+        self, decoder: Decoder, factors: Sequence[Factor] = (), *, unguided_scale: float = 1.0
+    ) -> None:
         self.pending = 0
-        self._decoder, self._factors = decoder, factors
+        self._decoder, self._factors, self._unguided_scale = decoder, factors, unguided_scale
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
 
     async def images(self, batch: Sequence[FinishedSample]) -> list[EncodedImage]:
@@ -83,7 +85,8 @@ class Postprocessor:
         job = running.job
         seed = job.seeds[running.index(finished.id)]
         began = time.perf_counter()
-        data = encode(pixels, job.format, metadata=describe(job, finished, seed, self._factors))
+        metadata = describe(job, finished, seed, self._factors, unguided_scale=self._unguided_scale)
+        data = encode(pixels, job.format, metadata=metadata)
         encode_s = time.perf_counter() - began
         metrics.ENCODE_SECONDS.labels(job.format).observe(encode_s)
         metrics.IMAGES.labels(job.format).inc()

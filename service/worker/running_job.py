@@ -196,8 +196,12 @@ class RunningJobs:
         ]
 
 
-def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor]) -> dict[str, str]:
+def describe(
+    job: Job, finished: Finished, seed: int, factors: Sequence[Factor], *, unguided_scale: float = 1.0
+) -> dict[str, str]:
     """Return the metadata of an image file: enough to draw the image again.
+
+    Its guidance scale is as a request says it, which counts from `unguided_scale`.
 
     Nothing in it tells one run of a request from another, so that equal requests give equal files.
     """
@@ -213,7 +217,7 @@ def describe(job: Job, finished: Finished, seed: int, factors: Sequence[Factor])
         "steps": finished.steps_used,
         "sampler": rung.solver,
         **({"noise_levels": f"[{rung.grid}]"} if is_explicit(rung.grid) else {"grid": rung.grid}),
-        "guidance_scale": job.guidance_scale,
+        "guidance_scale": round(job.guidance_scale + (unguided_scale - 1.0), 9),
         "guidance_interval": list(rung.guidance_interval),
         **({"guidance_decay": rung.guidance_decay} if rung.guidance_decay else {}),
         **({"negative_prompt": subtracted} if subtracted else {}),

@@ -47,8 +47,8 @@ log = structlog.get_logger()
 class WorkerParts:
     """The parts that a worker is built from.
 
-    `factors` name the classes in the metadata of image files. `observe` is called with the report of every
-    step, in the engine's thread.
+    `factors` name the classes in the metadata of image files, which count guidance from `unguided_scale`.
+    `observe` is called with the report of every step, in the engine's thread.
     """
 
     broker: Broker
@@ -56,6 +56,7 @@ class WorkerParts:
     decoder: Decoder
     ladder: Ladder
     factors: Sequence[Factor] = ()
+    unguided_scale: float = 1.0
     observe: Callable[[StepReport], None] = lambda report: None
     tracing: Tracing = field(default_factory=Tracing)
 
@@ -72,7 +73,7 @@ class Worker:
         self.identity, self.policy = identity, policy
         self._broker, self._ladder, self._tracing = broker, parts.ladder, parts.tracing
         self._slots = parts.engine.free_samples
-        self._postprocessor = Postprocessor(parts.decoder, parts.factors)
+        self._postprocessor = Postprocessor(parts.decoder, parts.factors, unguided_scale=parts.unguided_scale)
         self._events = ProgressEvents(broker, step_event_s=policy.step_event_s)
         self._leases = Leases(broker)
         self._reporting = Reporting(broker, every_s=policy.report_s, busy_s=policy.busy_report_s)

@@ -79,11 +79,89 @@ def _flux(module: nn.Module, rows: Rows) -> Tensor:
     return unpack(_output(output), height, width)
 
 
+def _sana(module: Any, rows: Rows) -> Tensor:
+    return _output(
+        module(
+            rows.x,
+            encoder_hidden_states=rows.text,
+            encoder_attention_mask=rows.mask,
+            timestep=rows.noise * module.config.timestep_scale,
+            return_dict=False,
+        )
+    )
+
+
+def _lumina2(module: nn.Module, rows: Rows) -> Tensor:
+    return _output(
+        module(
+            hidden_states=rows.x,
+            timestep=rows.noise,
+            encoder_hidden_states=rows.text,
+            # It counts the tokens.
+            encoder_attention_mask=_seen(rows).long(),
+            return_dict=False,
+        )
+    )
+
+
+def _auraflow(module: nn.Module, rows: Rows) -> Tensor:
+    return _output(module(rows.x, encoder_hidden_states=rows.text, timestep=rows.noise, return_dict=False))
+
+
+def _chroma(module: nn.Module, rows: Rows) -> Tensor:
+    height, width = rows.x.shape[2:]
+    tokens = pack(rows.x)
+    output = module(
+        hidden_states=tokens,
+        timestep=rows.noise,
+        encoder_hidden_states=rows.text,
+        txt_ids=rows.x.new_zeros(rows.text.shape[1], 3),
+        img_ids=_places(height // 2, width // 2, rows.x),
+        # As numbers it would be added to the products of the attention.
+        attention_mask=nn.functional.pad(_seen(rows), (0, tokens.shape[1]), value=True),
+        return_dict=False,
+    )
+    return unpack(_output(output), height, width)
+
+
+def _qwen_image(module: nn.Module, rows: Rows) -> Tensor:
+    height, width = rows.x.shape[2:]
+    output = module(
+        hidden_states=pack(rows.x),
+        timestep=rows.noise,
+        encoder_hidden_states=rows.text,
+        encoder_hidden_states_mask=_seen(rows),
+        img_shapes=[[(1, height // 2, width // 2)]] * len(rows.x),
+        return_dict=False,
+    )
+    return unpack(_output(output), height, width)
+
+
+def _z_image(module: nn.Module, rows: Rows) -> Tensor:
+    texts = [text[seen] for text, seen in zip(rows.text, _seen(rows), strict=True)]
+    images = module(list(rows.x.unsqueeze(2)), rows.noise, texts, return_dict=False)[0]
+    return torch.stack(images).squeeze(2)
+
+
 ADAPTERS: Mapping[str, Callable[[nn.Module, Rows], Tensor]] = {
     "pixart": _pixart,
     "sd3": _sd3,
     "flux": _flux,
+    "sana": _sana,
+    "lumina2": _lumina2,
+    "auraflow": _auraflow,
+    "chroma": _chroma,
+    "qwen_image": _qwen_image,
+    "z_image": _z_image,
 }
+
+
+def _seen(rows: Rows) -> Tensor:
+    """Return a mask of bool (B, L). The first token is seen even of a row without a text."""
+    assert rows.mask is not None
+    seen = rows.mask > 0
+    seen[:, 0] = True
+    return seen
 
 
 def _output(returned: Any) -> Tensor:

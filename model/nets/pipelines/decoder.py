@@ -13,7 +13,7 @@ from torch import Tensor
 from ditserve.model.nets.pipelines.network import PipelineError, open_module
 from ditserve.model.spec.bundle import LatentSpec
 
-TILE = 128  # a side of a latent from which it is decoded in overlapping tiles
+TILE = 1024  # pixels of a side from which a picture is decoded in overlapping tiles
 
 
 class PipelineDecoder:
@@ -36,6 +36,7 @@ class PipelineDecoder:
             raise PipelineError(f"{folder} holds no autoencoder that diffusers knows: {error}") from None
         self._module: Any = open_module(module_type, folder).to(device)
         self._device = torch.device(device)
+        self._tile = TILE // latents.factor
         self._shift, self._scale = (
             torch.tensor(values, device=device)[:, None, None] for values in (latents.shift, latents.scale)
         )
@@ -44,7 +45,9 @@ class PipelineDecoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (N, 3, H, W) in [−1, 1] of latents (N, C, h, w)."""
         module, z = self._module, latents.to(self._device) * self._scale + self._shift
-        if max(z.shape[2:]) > TILE and hasattr(module, "enable_tiling"):
-            module.enable_tiling()
-        images: Tensor = module.decode(z, return_dict=False)[0]
-        return images
+        # What is decoded before or after has no say in it.
+        module.use_tiling = max(z.shape[2:]) > self._tile
+        # Those of videos take and give one frame.
+        frames = "temperal_downsample" in module.config
+        images: Tensor = module.decode(z[:, :, None] if frames else z, return_dict=False)[0]
+        return images[:, :, 0] if frames else images

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,10 @@ import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditserve.model.nets.pipelines.network import PipelineError, quiet
-from ditserve.model.spec.pipeline_config import FAMILIES, PipelineConfig
+from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 
 Floats = npt.NDArray[np.float32]
 # Tokens (1, L, D), and what there is of mask (1, L) and pooled text (1, P).
@@ -45,11 +46,73 @@ def _flux(pipeline: Any, prompt: str, tokens: int) -> Encoded:
     return text, None, pooled
 
 
-ENCODERS: Mapping[str, Callable[[Any, str, int], Encoded]] = {
+def _sana(pipeline: Any, prompt: str, tokens: int) -> Encoded:
+    # Without a call that has it as its default, nothing would be put before the prompt.
+    instruction = signature(pipeline.__call__).parameters["complex_human_instruction"].default
+    text, mask, *_ = pipeline.encode_prompt(
+        prompt, False, max_sequence_length=tokens, complex_human_instruction=instruction
+    )
+    return text, mask, None
+
+
+def _sana_negative(pipeline: Any, prompt: str, tokens: int) -> Encoded:
+    text, mask, *_ = pipeline.encode_prompt(prompt, False, max_sequence_length=tokens)
+    return text, mask, None
+
+
+def _lumina2(pipeline: Any, prompt: str, tokens: int) -> Encoded:
+    text, mask, *_ = pipeline.encode_prompt(prompt, False, max_sequence_length=tokens)
+    return text, mask, None
+
+
+def _lumina2_negative(pipeline: Any, prompt: str, tokens: int) -> Encoded:
+    *_, text, mask = pipeline.encode_prompt("", True, prompt, max_sequence_length=tokens)
+    return text, mask, None
+
+
+def _auraflow(pipeline: Any, prompt: str, tokens: int) -> Encoded:
+    text, *_ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=tokens)
+    return text, None, None
+
+
+def _chroma(pipeline: Any, prompt: str, tokens: int) -> Encoded:
+    text, _, mask, *_ = pipeline.encode_prompt(
+        prompt, do_classifier_free_guidance=False, max_sequence_length=tokens
+    )
+    return text, mask, None
+
+
+def _qwen_image(pipeline: Any, prompt: str, tokens: int) -> Encoded:
+    text, _ = pipeline.encode_prompt(prompt, max_sequence_length=tokens)
+    return _padded(text, tokens)
+
+
+def _z_image(pipeline: Any, prompt: str, tokens: int) -> Encoded:
+    (text,), _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=tokens)
+    return _padded(text[None], tokens)
+
+
+def _padded(text: Tensor, tokens: int) -> Encoded:
+    """Return a text (1, L, D) with padding of zeros to so many tokens, and the mask of it."""
+    missing = tokens - text.shape[1]
+    mask = nn.functional.pad(torch.ones(text.shape[:2]), (0, missing))
+    return nn.functional.pad(text, (0, 0, 0, missing)), mask, None
+
+
+Encoder = Callable[[Any, str, int], Encoded]
+ENCODERS: Mapping[str, Encoder] = {
     "pixart": _pixart,
     "sd3": _sd3,
     "flux": _flux,
+    "sana": _sana,
+    "lumina2": _lumina2,
+    "auraflow": _auraflow,
+    "chroma": _chroma,
+    "qwen_image": _qwen_image,
+    "z_image": _z_image,
 }
+# Of families whose pipelines put words of their own around a prompt and not around a negative one.
+NEGATIVES: Mapping[str, Encoder] = {"sana": _sana_negative, "lumina2": _lumina2_negative}
 
 
 class PipelineTexts:
@@ -68,18 +131,18 @@ class PipelineTexts:
 
     def __init__(self, folder: Path, config: PipelineConfig, key: str) -> None:
         self.size, self.key = config.text_width, key
-        self._tokens, self._encode = config.text_tokens, ENCODERS[config.family]
+        self._tokens, self._family = config.text_tokens, config.family
         try:
             quiet()
-            name = diffusers.DiffusionPipeline.load_config(str(folder))["_class_name"]
+            index = diffusers.DiffusionPipeline.load_config(str(folder))
+            unneeded = [part for part, value in index.items() if isinstance(value, list)]
+            unneeded = [part for part in unneeded if not part.startswith(("text_encoder", "tokenizer"))]
             with warnings.catch_warnings():
                 # It is told nothing of the parts that texts do not need.
                 warnings.simplefilter("ignore")
-                self._pipeline: Any = getattr(diffusers, name).from_pretrained(
+                self._pipeline: Any = getattr(diffusers, index["_class_name"]).from_pretrained(
                     str(folder),
-                    transformer=None,
-                    vae=None,
-                    scheduler=None,
+                    **dict.fromkeys(unneeded),
                     local_files_only=True,
                     use_safetensors=True,
                     torch_dtype=torch.float32,
@@ -96,8 +159,13 @@ class PipelineTexts:
 
     @torch.no_grad()
     def encode(self, sentence: str) -> Floats:
-        """Return the encoding (size,) of a prompt; what is beyond the last token is cut off."""
-        text, mask, pooled = self._encode(self._pipeline, sentence, self._tokens)
+        """Return the encoding (size,) of a prompt; what is beyond the last token is cut off.
+
+        A negative prompt may begin with the mark `NEGATIVE`.
+        """
+        encoders = NEGATIVES if sentence.startswith(NEGATIVE) else ENCODERS
+        encode = encoders.get(self._family, ENCODERS[self._family])
+        text, mask, pooled = encode(self._pipeline, sentence.removeprefix(NEGATIVE), self._tokens)
         parts = [part.float().flatten() for part in (text, mask, pooled) if part is not None]
         encoding: Floats = torch.cat(parts).numpy()
         return encoding

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from ditserve.model.spec.bundle import StateTensor
 from ditserve.service.backends import CONDITIONER_ROWS as CHUNK
 from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput, SlotLru
 from ditserve.service.engine.embedding_cache import Condition
@@ -211,3 +212,52 @@ def test_two_levels_of_one_float32_share_a_state_and_neighbouring_floats_do_not(
     wanted = [(at(0.7), red), (at(beside), red)]
     assert_same(gather(conditions, wanted), direct(backend, wanted))
     assert conditions.modulations.misses == 2
+
+
+class Apart:
+    """A backend whose state is what it is given: the noise level, the condition, and both."""
+
+    conditioner_rows = CHUNK
+
+    def __init__(self, whole: Any) -> None:
+        parts = (("noise", (), "level"), ("text", (6,), "condition"), ("both", (2,), "both"))
+        named = ({"name": name, "shape": shape, "follows": follows} for name, shape, follows in parts)
+        state = tuple(map(StateTensor.model_validate, named))
+        self.manifest = whole.manifest.model_copy(update={"state": state})
+        self.embed = whole.embed
+        self.calls = 0
+
+    def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
+        self.calls += 1
+        return timesteps, embeddings, np.stack([timesteps, embeddings[:, 0]], axis=1)
+
+
+@pytest.mark.parametrize("capacity", [0, 3000, 1 << 20])
+def test_what_follows_the_condition_alone_is_held_once_a_condition(backend: Any, capacity: int) -> None:
+    apart: Any = Apart(backend)
+    conditions = ConditionCaches(apart, modulation_bytes=capacity)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        picks = rng.integers(0, [40, 4], (10, 2))
+        wanted = [(at(20.0 * t), colour(conditions, int(c) if c < 3 else None)) for t, c in picks]
+        out = tuple(np.empty((10, *entry.shape), np.float32) for entry in apart.manifest.state)
+        conditions.modulations.gather(wanted, (), out)
+        assert_same(out, direct(apart, wanted))
+        assert conditions.modulations.bytes <= capacity
+    if capacity == 1 << 20:
+        states = {(bits, condition.key) for bits, condition in wanted}
+        assert conditions.modulations.bytes <= 4 * (40 + 4 * 6 + 40 * 4 * 2)
+        assert conditions.modulations.bytes < len(states) * 40 * conditions.modulations.entry_bytes
+
+
+def test_a_guidance_scale_that_the_network_is_told_is_part_of_the_condition(backend: Any) -> None:
+    conditions = ConditionCaches(backend)
+    terms = [ConditionTerm((0,))]
+    plain, weak, strong = (
+        conditions.conditioning(terms, guidance_embedded=scale).conditions[0] for scale in (None, 1.0, 3.5)
+    )
+    assert len({plain.key, weak.key, strong.key}) == 3
+    assert (weak.embeddings[0, -1], strong.embeddings[0, -1]) == (1.0, 3.5)
+    np.testing.assert_array_equal(weak.embeddings[:, :-1], plain.embeddings[:, :-1])
+    again = conditions.conditioning(terms, guidance_embedded=3.5).conditions[0]
+    assert again.key == strong.key

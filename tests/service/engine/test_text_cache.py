@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from ditserve.service.engine.conditions import ConditionCaches
-from ditserve.service.engine.text_cache import TextCache
+from ditserve.service.engine.text_cache import TextCache, packed, unpacked
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.jobs import ConditionTerm
 
@@ -98,3 +98,31 @@ def test_text_and_classes_make_one_condition_and_mix(make_backend: Make) -> None
 def test_a_model_without_text_refuses_one(make_backend: Make) -> None:
     with pytest.raises(InvalidRequest, match="takes no text"):
         ConditionCaches(make_backend()).embeddings.get([ConditionTerm((0,), text="abc")])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "bytes_each"),
+    [
+        ([1.0, -2.5, 0.0, 65504.0], 2),  # half precision
+        ([1e30, -1e-30, 3.0, 0.0], 2),  # bfloat16, made so below
+        ([0.1, 1e30, 3.0, 0.0], 4),
+    ],
+)
+def test_a_shared_encoding_loses_nothing_and_takes_two_bytes_where_it_can(
+    numbers: list[float], bytes_each: int
+) -> None:
+    encoding = np.array(numbers, np.float32)
+    if bytes_each == 2:
+        encoding = (encoding.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    value = packed(encoding)
+    assert len(value) == 1 + bytes_each * len(encoding)
+    np.testing.assert_array_equal(unpacked(value, len(encoding)), encoding)
+    for damaged in (b"", value[:-1], b"x" + value[1:], value + b"0"):
+        assert unpacked(damaged, len(encoding)) is None
+
+
+def test_the_empty_sentence_has_an_encoding_where_the_encoder_gives_one() -> None:
+    encoder = Letters()
+    cache = TextCache(encoder, None, capacity=1 << 20, encodes_nothing=True)
+    np.testing.assert_array_equal(cache.get_many(["", "a"])[0], np.ones(SIZE))
+    assert encoder.asked == ["", "a"]

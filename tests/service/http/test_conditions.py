@@ -185,3 +185,38 @@ async def test_a_model_refuses_what_it_cannot_do(open_stage: OpenStage, tmp_path
     )
     assert (await unguided.generate(**COMPOSED)).status_code == 200
     assert (await unguided.generate(condition=LEMON, guidance_scale=1)).status_code == 200
+
+
+async def test_a_prompt_is_the_text(stage: Stage) -> None:
+    assert (await stage.generate(condition={}, prompt=" a red fox ")).status_code == 200
+    assert submitted(stage).condition == (ConditionTerm((None, None), text="a red fox"),)
+    refused = await stage.generate(condition=LEMON, prompt="a fox")
+    assert refused.status_code == 422
+    assert refused.json()["errors"][0]["pointer"] == "#/prompt"
+
+
+async def test_a_prompt_names_classes_where_there_is_no_text(open_stage: OpenStage, tmp_path: Path) -> None:
+    labels = await open_stage(bundle=write(tmp_path / "labels"))
+    assert (await labels.generate(condition={}, prompt="two lemons")).status_code == 200
+    assert submitted(labels).condition == (ConditionTerm((3, None)),)
+
+
+async def test_guidance_that_the_network_is_told(open_stage: OpenStage, tmp_path: Path) -> None:
+    defaults = {**MANIFEST["defaults"], "guidance_scale": 1.0}
+    told: dict[str, Any] = {"guidance": "embedded", "guidance_embedded": 3.5, "defaults": defaults}
+    stage = await open_stage(bundle=write(tmp_path / "told", **config(text_size=8), **told))
+    assert (await stage.generate(condition={}, prompt="a fox")).status_code == 200
+    assert submitted(stage).guidance_embedded == 3.5
+    assert submitted(stage).guidance_scale == 1.0
+    assert (await stage.generate(condition={}, prompt="a fox", guidance_embedded=2.0)).status_code == 200
+    assert submitted(stage).guidance_embedded == 2.0
+    for wrong in ({"guidance_scale": 3.0}, {"negative_prompt": "fog"}):
+        refused = await stage.generate(condition={}, prompt="a fox", **wrong)
+        assert refused.status_code == 422
+        assert refused.json()["errors"][0]["pointer"] == f"#/{next(iter(wrong))}"
+
+
+async def test_guidance_that_a_network_is_not_told_is_refused(stage: Stage) -> None:
+    refused = await stage.generate(condition={}, prompt="a fox", guidance_embedded=2.0)
+    assert refused.status_code == 422
+    assert refused.json()["errors"][0]["pointer"] == "#/guidance_embedded"
