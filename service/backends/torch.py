@@ -102,21 +102,16 @@ class TorchBackend:
         """Open the transformer and the text encoders of an imported pipeline."""
         folder, manifest = bundle.path / PIPELINE, bundle.manifest
         dtype = PRECISIONS[self.precision]
-        try:
+        with _opening(manifest):
             network, texts = (import_module(f"{PIPELINES}.{part}") for part in ("network", "texts"))
-            model = network.open_network(folder, config, dtype=dtype, device=self._device)
             self.text_encoder = texts.PipelineTexts(folder, config, text_parts_key(manifest))
-        except ModelError as error:
-            raise BackendUnavailable(str(error)) from error
-        return model
+            return network.open_network(folder, config, dtype=dtype, device=self._device)
 
     def _open_decoder(self, folder: Path, manifest: Manifest) -> Any:
         """Open the autoencoder of an imported pipeline."""
-        try:
+        with _opening(manifest):
             decoder = import_module(f"{PIPELINES}.decoder")
             return decoder.PipelineDecoder(folder, manifest.latents, device=self._device)
-        except ModelError as error:
-            raise BackendUnavailable(str(error)) from error
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         with _computing():
@@ -148,6 +143,20 @@ class TorchBackend:
 
 def _array(tensor: torch.Tensor) -> Floats:
     return cast(Floats, tensor.cpu().numpy())
+
+
+@contextmanager
+def _opening(manifest: Manifest) -> Iterator[None]:
+    """Raise `BackendUnavailable` for a part of an imported pipeline that cannot be opened here."""
+    try:
+        yield
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"{manifest.name} is an imported pipeline and needs the package {error.name}: "
+            "pip install 'ditserve[pipelines]'"
+        ) from error
+    except ModelError as error:
+        raise BackendUnavailable(str(error)) from error
 
 
 @contextmanager
