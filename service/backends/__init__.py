@@ -6,6 +6,8 @@ only to use it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from importlib import import_module
 from typing import Any, Final, Protocol, cast
@@ -136,18 +138,25 @@ def load_pipeline_texts(bundle: Bundle) -> SentenceEncoder:
     Raises:
         BackendUnavailable: a package they need is not installed, or one of them cannot be read.
     """
-    manifest, folder = bundle.manifest, bundle.path / PIPELINE
-    try:
+    manifest = bundle.manifest
+    with opening_pipeline(manifest):
         texts = import_module(PIPELINE_TEXTS)
-        encoder = texts.PipelineTexts(folder, manifest.config, text_parts_key(manifest))
+        encoder = texts.PipelineTexts(bundle.path / PIPELINE, manifest.config, text_parts_key(manifest))
+    return cast(SentenceEncoder, encoder)
+
+
+@contextmanager
+def opening_pipeline(manifest: Manifest) -> Iterator[None]:
+    """Raise `BackendUnavailable` for a part of an imported pipeline that cannot be opened here."""
+    try:
+        yield
     except ImportError as error:
-        package = error.name or str(error)
         raise BackendUnavailable(
-            f"the text encoders of {manifest.name} need the package {package}, which is not installed"
+            f"{manifest.name} is an imported pipeline and needs the package {error.name}: "
+            "pip install 'ditserve[pipelines]'"
         ) from error
     except ModelError as error:
         raise BackendUnavailable(str(error)) from error
-    return cast(SentenceEncoder, encoder)
 
 
 class NoBert(BackendUnavailable):

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle, Manifest
-from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig, size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import VAE
@@ -28,6 +27,7 @@ from ditserve.service.backends import (
     OutOfMemory,
     SentenceEncoder,
     load_pipeline_texts,
+    opening_pipeline,
 )
 from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.images import to_pixels
@@ -113,21 +113,16 @@ class TorchBackend:
         """Open the transformer and the text encoders of an imported pipeline."""
         folder = bundle.path / PIPELINE
         dtype = PRECISIONS[self.precision]
-        try:
-            network = import_module(f"{PIPELINES}.network")
-            model = network.open_network(folder, config, dtype=dtype, device=self._device)
-        except ModelError as error:
-            raise BackendUnavailable(str(error)) from error
         self.text_encoder = load_pipeline_texts(bundle)
-        return model
+        with opening_pipeline(bundle.manifest):
+            network = import_module(f"{PIPELINES}.network")
+            return network.open_network(folder, config, dtype=dtype, device=self._device)
 
     def _open_decoder(self, folder: Path, manifest: Manifest) -> Any:
         """Open the autoencoder of an imported pipeline."""
-        try:
+        with opening_pipeline(manifest):
             decoder = import_module(f"{PIPELINES}.decoder")
             return decoder.PipelineDecoder(folder, manifest.latents, device=self._device)
-        except ModelError as error:
-            raise BackendUnavailable(str(error)) from error
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         with _computing():

@@ -47,7 +47,7 @@ def _flux(pipeline: Any, prompt: str, tokens: int) -> Encoded:
 
 
 def _sana(pipeline: Any, prompt: str, tokens: int) -> Encoded:
-    # Without a call that has it as its default, nothing would be put before the prompt.
+    # The instruction before a prompt is a default of the pipeline's call, and not of its encoding.
     instruction = signature(pipeline.__call__).parameters["complex_human_instruction"].default
     text, mask, *_ = pipeline.encode_prompt(
         prompt, False, max_sequence_length=tokens, complex_human_instruction=instruction
