@@ -132,8 +132,8 @@ def text_parts_key(manifest: Manifest) -> str:
     return sha256("".join([*hashes, str(manifest.config.text_width)]).encode()).hexdigest()
 
 
-def load_pipeline_texts(bundle: Bundle) -> SentenceEncoder:
-    """Open the text encoders of an imported pipeline, which run in torch.
+def load_pipeline_texts(bundle: Bundle, precision: str = "fp32") -> SentenceEncoder:
+    """Open the text encoders of an imported pipeline, which run in torch, in fp32, bf16 or fp16.
 
     Raises:
         BackendUnavailable: a package they need is not installed, or one of them cannot be read.
@@ -141,7 +141,8 @@ def load_pipeline_texts(bundle: Bundle) -> SentenceEncoder:
     manifest = bundle.manifest
     with opening_pipeline(manifest):
         texts = import_module(PIPELINE_TEXTS)
-        encoder = texts.PipelineTexts(bundle.path / PIPELINE, manifest.config, text_parts_key(manifest))
+        folder, key = bundle.path / PIPELINE, f"{text_parts_key(manifest)}{precision}"
+        encoder = texts.PipelineTexts(folder, manifest.config, key, precision)
     return cast(SentenceEncoder, encoder)
 
 

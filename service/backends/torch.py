@@ -113,7 +113,7 @@ class TorchBackend:
         """Open the transformer and the text encoders of an imported pipeline."""
         folder = bundle.path / PIPELINE
         dtype = PRECISIONS[self.precision]
-        self.text_encoder = load_pipeline_texts(bundle)
+        self.text_encoder = load_pipeline_texts(bundle, self.precision)
         with opening_pipeline(bundle.manifest):
             network = import_module(f"{PIPELINES}.network")
             return network.open_network(folder, config, dtype=dtype, device=self._device)

@@ -115,6 +115,9 @@ ENCODERS: Mapping[str, Encoder] = {
 NEGATIVES: Mapping[str, Encoder] = {"sana": _sana_negative, "lumina2": _lumina2_negative}
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class PipelineTexts:
     """The encoder of prompts: `size` numbers each, tokens first, then their mask and the pooled text.
 
@@ -123,14 +126,16 @@ class PipelineTexts:
     Args:
         folder: that of the pipeline.
         config: the network that the texts are for.
-        key: equal for equal text encoders and tokenizers.
+        key: equal for equal text encoders and tokenizers of one precision.
+        precision: what the encoders compute in, fp32, bf16 or fp16.
 
     Raises:
         PipelineError: a text encoder or tokenizer is missing or cannot be read.
     """
 
-    def __init__(self, folder: Path, config: PipelineConfig, key: str) -> None:
+    def __init__(self, folder: Path, config: PipelineConfig, key: str, precision: str = "fp32") -> None:
         self.size, self.key = config.text_width, key
+        dtype = PRECISIONS[precision]
         self._tokens, self._family = config.text_tokens, config.family
         try:
             quiet()
@@ -150,7 +155,7 @@ class PipelineTexts:
                     **dict.fromkeys(unneeded),
                     local_files_only=True,
                     use_safetensors=True,
-                    torch_dtype=torch.float32,
+                    torch_dtype=dtype,
                 )
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise PipelineError(
@@ -159,7 +164,7 @@ class PipelineTexts:
         # A pipeline without its largest encoder asks the transformer for the width of a token.
         self._pipeline.transformer = SimpleNamespace(
             config=SimpleNamespace(**{FAMILIES[config.family].text_size: config.text_size}),
-            dtype=torch.float32,
+            dtype=dtype,
         )
 
     @torch.no_grad()

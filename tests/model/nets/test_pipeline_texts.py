@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ditserve.model.nets.pipelines.texts import PipelineTexts
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import read_pipeline
+from ditserve.service.engine.text_cache import packed
 from tests.tiny_pipelines import save_pipeline
 
 
@@ -25,3 +27,15 @@ def test_a_pipeline_without_its_largest_encoder_has_zeros_for_its_tokens(tmp_pat
     np.testing.assert_allclose(less[:77], whole[:77], atol=1e-6)
     assert whole[77:].any()
     assert not less[77:].any()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_encoders_in_half_precision_give_numbers_that_two_bytes_hold(precision: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    save_pipeline("pixart", folder)
+    config = read_pipeline(folder, name="tiny", licence="x").manifest.config
+    assert isinstance(config, PipelineConfig)
+    full = PipelineTexts(folder, config, "key").encode("a red fox")
+    half = PipelineTexts(folder, config, "key", precision).encode("a red fox")
+    assert 0 < np.abs(half - full).max() <= 0.1 * np.abs(full).max()
+    assert len(packed(half)) == 1 + 2 * len(half)
