@@ -21,6 +21,7 @@ from rich.table import Table
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.command_line import guarded
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.heap import memory_bytes
 from ditserve.service.backends import BackendUnavailable
 
 RESULTS = Path(__file__).parent / "results"
@@ -101,12 +102,11 @@ class BackgroundLoad:
 
 def machine() -> dict[str, Any]:
     """Return the facts about this machine that figures depend on and that a reader cannot guess."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": _processor(),
         "vectors": _vectors(),
         "cores": os.cpu_count(),
-        "memory_gib": round(memory / 2**30, 1),
+        "memory_gib": round(memory_bytes() / 2**30, 1),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": versions(PACKAGES),

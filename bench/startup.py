@@ -14,9 +14,11 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -50,10 +52,31 @@ class StartTimes:
 
 
 def image_request(manifest: Manifest, *, steps: int, seed: int = 0) -> bytes:
-    """Return a request for one image of the first class."""
-    factor = manifest.factors[0]
-    body = {"condition": {factor.name: factor.classes[0]}, "seed": seed, "steps": steps}
+    """Return a request for one image of the first class, or of a prompt for a model without classes."""
+    body: dict[str, Any] = {"prompt": "a red fox", "seed": seed, "steps": steps}
+    if manifest.factors:
+        factor = manifest.factors[0]
+        body = {"condition": {factor.name: factor.classes[0]}, "seed": seed, "steps": steps}
     return post("/generate", body, accept="image/png")
+
+
+@asynccontextmanager
+async def started_service(
+    bundle: Path, port: int, *flags: str, patience_s: float = PATIENCE_S
+) -> AsyncIterator[tuple[Child, float]]:
+    """Run the service with more `flags`, and yield its supervisor and the seconds until it was ready.
+
+    Raises:
+        RuntimeError: the service does not come up.
+    """
+    words = [sys.executable, "-m", "service", f"--port={port}", f"--bundle={bundle}", "--log-level=warning"]
+    words += flags
+    began = time.perf_counter()
+    child = await Child.start("service", ["/bin/sh", "-c", 'exec "$@" >/dev/null', "service", *words])
+    try:
+        yield child, await _seconds_until_ready(port, child, began, patience_s)
+    finally:
+        await child.stop(20.0)
 
 
 async def cold_start(bundle: Path, request: bytes, *, images: int = 0) -> tuple[StartTimes, Memory]:
@@ -62,27 +85,21 @@ async def cold_start(bundle: Path, request: bytes, *, images: int = 0) -> tuple[
     Raises:
         RuntimeError: the service does not come up.
     """
-    port = free_port()
-    words = [sys.executable, "-m", "service", f"--port={port}", f"--bundle={bundle}", "--log-level=warning"]
-    began = time.perf_counter()
-    child = await Child.start("service", ["/bin/sh", "-c", 'exec "$@" >/dev/null', "service", *words])
-    try:
-        ready_s = await _seconds_until_ready(port, child, began)
+    port, memory = free_port(), Memory()
+    async with started_service(bundle, port) as (child, ready_s):
+        ready = time.perf_counter()
         async with asyncio.timeout(PATIENCE_S):
             await exchange(port, iter([request]), connections=1, n=1)
-        times = StartTimes(ready_s, time.perf_counter() - began)
-        memory: Memory = {}
+        times = StartTimes(ready_s, ready_s + time.perf_counter() - ready)
         if images:
             memory["idle"] = resident_mib(child.pid)
             await exchange(port, iter([request] * images), connections=4, n=images)
             memory[f"after {images} images"] = resident_mib(child.pid)
-        return times, memory
-    finally:
-        await child.stop(20.0)
+    return times, memory
 
 
-async def _seconds_until_ready(port: int, child: Child, began: float) -> float:
-    while time.perf_counter() - began < PATIENCE_S and child.running:
+async def _seconds_until_ready(port: int, child: Child, began: float, patience_s: float) -> float:
+    while time.perf_counter() - began < patience_s and child.running:
         try:
             wire = await Wire.open(port)
             try:

@@ -3,7 +3,8 @@
 The batch is free. The size of the picture is free too, except with a layout path, which has weights for every
 token of one size. A node is named after its module ("blocks.0.attn.qkv/MatMul"): quantisation chooses its
 layers by these names, and TensorRT has them in its errors. Nothing of the exporting machine (paths, stack
-traces) stays in a graph. Given a file of `weights`, a graph refers to it instead of holding copies.
+traces) stays in a graph. Given a `bundle` that holds the weights, a graph refers to them instead of holding
+copies.
 """
 
 from __future__ import annotations
@@ -23,24 +24,23 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx import TensorProto, numpy_helper
-from onnxscript import opset20 as op
 from torch import Tensor, nn
 
 from ditserve.export.errors import ExportError
 from ditserve.export.storage import put_tensors, share_weights, take_tensors
+from ditserve.export.translations import TRANSLATIONS
 from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
+from ditserve.model.nets.unet import UNet
 from ditserve.model.spec.heap import compact_heap
-from ditserve.model.spec.network_config import size_multiple
+from ditserve.model.spec.network_config import graph_multiple
 
 OPSET = 20
 # The embedder's input for sentence embeddings.
 TEXT = "text"
 # A convolution with at most this many output channels is narrow.
 NARROW_CHANNELS = 4
-# The score of a key that attention must not see.
-MASKED: Any = -30000.0
 SCOPES = "pkg.torch.onnx.name_scopes"
 # Prefixes that the exporter's names of weights, inputs and outputs get here.
 NETWORK, INPUT, OUTPUT = "network.", "in.", "out."
@@ -65,7 +65,7 @@ class _Conditioner(nn.Module):
         self.network = network
 
     def forward(self, timestep: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
-        return self.network.modulate(timestep, embedding)
+        return tuple(self.network.modulate(timestep, embedding))
 
 
 class _Backbone(nn.Module):
@@ -111,7 +111,7 @@ class _GraphSpec:
 
 
 def embedder_graph(
-    network: Network, factors: Sequence[str], weights: Path | None = None
+    network: Network, factors: Sequence[str], bundle: Path | None = None
 ) -> onnx.ModelProto | None:
     """Export the embedder: the conditions → `embedding` (B, E).
 
@@ -123,31 +123,30 @@ def embedder_graph(
         inputs[TEXT] = torch.ones(2, network.config.text_width)
     if not inputs:
         return None
-    return _export(_GraphSpec(_Embedder(network), inputs, ("embedding",), len(inputs)), weights)
+    return _export(_GraphSpec(_Embedder(network), inputs, ("embedding",), len(inputs)), bundle)
 
 
-def conditioner_graph(network: Network, weights: Path | None = None) -> onnx.ModelProto:
+def conditioner_graph(network: Network, bundle: Path | None = None) -> onnx.ModelProto:
     """Export the conditioner: `timestep` (B,), `embedding` (B, E) → (B, *shape) per tensor of the state."""
     embedding = torch.randn(2, network.config.embedding_size)
     inputs = {"timestep": torch.tensor([1.0, 999.0]), "embedding": embedding}
     names = tuple(name for name, _ in network.config.state())
-    return _export(_GraphSpec(_Conditioner(network), inputs, names), weights)
+    return _export(_GraphSpec(_Conditioner(network), inputs, names), bundle)
 
 
-def backbone_graph(network: Network, weights: Path | None = None) -> onnx.ModelProto:
+def backbone_graph(network: Network, bundle: Path | None = None) -> onnx.ModelProto:
     """Export the backbone: `x` (B, C, H, W) and each state tensor (B, *shape) → `output` (B, C_out, H, W).
 
     Inputs and output are float32. The graph computes in the dtype of the weights; a graph in fp32 is arranged
-    for the kernels of CPUs. H and W are free in multiples of `size_multiple`, if the network has one.
+    for the kernels of CPUs. H and W are free in multiples of `graph_multiple`, if there is one.
     """
     config = network.config
     inputs = {"x": torch.randn(2, config.in_channels, *config.image_size)}
     inputs |= {name: torch.randn(2, *shape) for name, shape in config.state()}
-    sides = size_multiple(config) or 0
-    dit = isinstance(network, DiT)
+    sides = graph_multiple(config) or 0
     module = _Backbone(network.with_symbolic_positions() if isinstance(network, DiT) and sides else network)
-    spec = _GraphSpec(module, inputs, ("output",), len(inputs) - 1, sides, strict=not dit)
-    proto = _export(spec, weights)
+    spec = _GraphSpec(module, inputs, ("output",), len(inputs) - 1, sides, strict=isinstance(network, UNet))
+    proto = _export(spec, bundle)
     if next(network.parameters()).dtype == torch.float32:
         _transpose_narrow_convolutions(proto.graph)
     return proto
@@ -161,13 +160,13 @@ def decoder_graph(autoencoder: PictureDecoder, channels: int) -> onnx.ModelProto
     return _export(_GraphSpec(_Decoder(autoencoder), inputs, ("image",), sides=1, batch=63, strict=False))
 
 
-def _export(spec: _GraphSpec, weights: Path | None = None) -> onnx.ModelProto:
-    """Export a module; with `weights`, its tensors are not copied but refer to that file where they can."""
+def _export(spec: _GraphSpec, bundle: Path | None = None) -> onnx.ModelProto:
+    """Export a module; with `bundle`, its tensors are not copied but refer to the weights there."""
     with compact_heap():
         model = _traced(spec)
         taken = {_weight_name(name): tensor for name, tensor in take_tensors(model).items()}
         proto = _clean(ir.to_proto(model))
-        return put_tensors(proto, taken) if weights is None else share_weights(proto, weights, taken)
+        return put_tensors(proto, taken) if bundle is None else share_weights(proto, bundle, taken)
 
 
 def _traced(spec: _GraphSpec) -> ir.Model:
@@ -183,7 +182,7 @@ def _traced(spec: _GraphSpec) -> ir.Model:
             opset_version=OPSET,
             dynamo=True,
             dynamic_shapes=shapes,
-            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
     # The tracer remembers the modules that it has seen, with their weights.
@@ -191,18 +190,6 @@ def _traced(spec: _GraphSpec) -> ir.Model:
     if program is None:
         raise ExportError("torch.onnx.export returned no program: use torch 2.9 or later")
     return program.model
-
-
-def _attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-    """Return the nodes of softmax(q·kᵀ/√d)·v for (B, H, T, d), over the keys that a boolean mask keeps.
-
-    The exporter's own translation has ten more nodes for the transpose of the keys, and copies them twice.
-    """
-    scores = op.MatMul(op.Mul(q, op.CastLike(q.shape[3] ** -0.5, q)), op.Transpose(k, perm=[0, 1, 3, 2]))
-    if mask is not None:
-        # Far below any score, and representable in fp16; its exponential is zero.
-        scores = op.Where(mask, scores, op.CastLike(MASKED, scores))
-    return op.MatMul(op.Softmax(scores, axis=-1), v)
 
 
 def _shapes(spec: _GraphSpec) -> tuple[Any, ...]:

@@ -29,14 +29,13 @@ from ditserve.export.parity import (
     compare_backbone,
     compare_outputs,
     expected_outputs,
-    forward,
 )
 from ditserve.export.source import free_weights, open_source
 from ditserve.export.storage import remove_graph, save_graph
 from ditserve.export.verify import LIMITS, Band, check, open_session, worst
 from ditserve.model.nets.factory import Network, network_of
 from ditserve.model.nets.layers import Attention
-from ditserve.model.spec.bundle import CALIBRATION, WEIGHTS, Manifest, write_manifest
+from ditserve.model.spec.bundle import CALIBRATION, Manifest, write_manifest
 from ditserve.model.spec.command_line import guarded, named_path, thread_count
 from ditserve.model.spec.output_folder import revision
 from ditserve.model.train.loaded_model import LoadedModel
@@ -107,9 +106,9 @@ def _recorded_peaks(network: Network, peaks: dict[str, float]) -> Iterator[None]
             handle.remove()
 
 
-def half_graph(network: Network, precision: str, weights: Path | None = None) -> onnx.ModelProto:
+def half_graph(network: Network, precision: str, bundle: Path | None = None) -> onnx.ModelProto:
     """Return the graph of the backbone with weights in `precision`; its inputs and output stay float32."""
-    return backbone_graph(half_network(network, precision), weights)
+    return backbone_graph(half_network(network, precision), bundle)
 
 
 def half_network(network: Network, precision: str) -> Network:
@@ -136,33 +135,43 @@ def write_half(
 ) -> tuple[str, ActivationPeak, tuple[Band, ...]]:
     """Write the half-precision backbone into `folder`, which holds the weights, and verify it.
 
-    Return its precision, the peak of the activations, and its errors by band of noise.
+    Return its precision, the peak of the activations, and its errors by band of noise. `source` cannot be
+    used afterwards.
 
     Raises:
         ExportError: the graph is beyond the limit of its precision; it is then removed.
     """
     expected = expected_outputs(source.network, rows)
-    saved = save_half(source.network, folder, rows, precision)
+    saved = save_half(source.network, folder, rows, expected, precision)
     return saved.precision, saved.peak, verify_half(saved, source.manifest, folder, rows, expected)
 
 
-def save_half(network: Network, folder: Path, rows: CalibrationRows, precision: str = "auto") -> SavedHalf:
-    """Write the half-precision backbone into `folder`, which holds the weights."""
+def save_half(
+    network: Network, folder: Path, rows: CalibrationRows, expected: ExpectedOutputs, precision: str = "auto"
+) -> SavedHalf:
+    """Write the half-precision backbone into `folder`, which holds the weights.
+
+    `network` is converted in place, which a copy beside it would take half as much memory again, and its
+    weights are freed in the end. `expected` has the condition state of `rows`.
+    """
     peak = probe_activations(network, rows)
     chosen = peak.precision if precision == "auto" else precision
-    half = half_network(network, chosen)
-    save_graph(backbone_graph(half, folder / WEIGHTS), folder / half_file(chosen))
-    if chosen == "fp16":
-        free_weights(half)
-        return SavedHalf(chosen, peak)
-    dtype = DTYPES[chosen]
-
-    def backbone(x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-        return half.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
-
-    output = forward(network, rows, backbone)
+    half = network.to(DTYPES[chosen])
+    save_graph(backbone_graph(half, folder), folder / half_file(chosen))
+    output = backbone_outputs(half, rows, expected) if chosen == "bf16" else None
     free_weights(half)
     return SavedHalf(chosen, peak, output)
+
+
+@torch.no_grad()
+def backbone_outputs(network: Network, rows: CalibrationRows, expected: ExpectedOutputs) -> Tensor:
+    """Return the output (N, C_out, H, W) in fp32 of a backbone in half precision on `rows`."""
+    dtype = next(network.parameters()).dtype
+    parts = []
+    for index in torch.arange(len(rows)).split(CHUNK):
+        state = [torch.from_numpy(array[index.numpy()]).to(dtype) for array in expected.state.values()]
+        parts.append(network.backbone(rows.x[index].to(dtype), state).float())
+    return torch.cat(parts)
 
 
 def verify_half(

@@ -30,13 +30,13 @@ from ditserve.export.calibrate import (
 from ditserve.export.decoder import decoder_of
 from ditserve.export.errors import ExportError
 from ditserve.export.half import DTYPES, half_file
-from ditserve.export.onnx import PARITY, ExportOptions, export_bundle
+from ditserve.export.onnx import ExportOptions, export_bundle
 from ditserve.export.parity import compare_rows, graph_backbone
 from ditserve.export.quality import FrechetSettings, frechet_report, open_references, picture_psnr
 from ditserve.export.quantize import FILES, Target, backbone_inputs, local_processor, write_int8
 from ditserve.export.smooth import input_peaks, search_alpha, smooth
 from ditserve.export.source import open_source
-from ditserve.export.verify import LIMITS, check, open_session, report
+from ditserve.export.verify import LIMITS, PARITY, check, open_session, report
 from ditserve.model.evaluation.classifier_network import CLASSIFIER
 from ditserve.model.spec.bundle import BACKBONE, CALIBRATION, write_atomic, write_manifest
 from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count

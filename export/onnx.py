@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
-import onnx
 import torch
 from pydantic import ValidationError
 
@@ -27,30 +27,28 @@ from ditserve.export.calibrate import (
 from ditserve.export.decoder import check_decoder, copy_golden, decoder_of, write_decoder
 from ditserve.export.errors import ExportError
 from ditserve.export.golden import write_golden
-from ditserve.export.graph import OPSET, backbone_graph, conditioner_graph, embedder_graph
+from ditserve.export.graph_files import export_record, write_graphs
 from ditserve.export.half import half_file, save_half, verify_half
 from ditserve.export.ladder import MEASURE_IF_MISSING, LadderOptions, PlanName, measured_manifest, plan_ladder
 from ditserve.export.parity import compare_outputs, expected_outputs, forward, verify_graphs
-from ditserve.export.plan import ExportPlan, peak_bytes, verification_rows
+from ditserve.export.plan import ExportPlan, forward_rows, peak_bytes
 from ditserve.export.source import (
     ModelCard,
     free_weights,
+    imported_pipeline,
     open_source,
     parameters,
     restore_weights,
     round_weights,
     training_pictures,
 )
-from ditserve.export.storage import save_graph, save_weights
-from ditserve.export.verify import Band, ParityLimits, check, report, worst
+from ditserve.export.storage import save_weights
+from ditserve.export.verify import PARITY, Band, ParityLimits, check, report, worst
 from ditserve.model.evaluation.ladder import seconds_per_row
 from ditserve.model.nets.autoencoder import autoencoder_kind
-from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import (
     BACKBONE,
     CALIBRATION,
-    CONDITIONER,
-    EMBEDDER,
     MANIFEST,
     PIPELINE,
     WEIGHTS,
@@ -58,13 +56,14 @@ from ditserve.model.spec.bundle import (
     write_manifest,
 )
 from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
+from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.heap import release_memory
-from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.model.train.loaded_model import LoadedModel
 
-PARITY = "parity.json"
+PIPELINES = "ditserve.export.pipeline"  # loads diffusers and transformers
+PIPELINE_TRAJECTORIES = TrajectorySettings(samples=2, steps=5)
 # The error that storing weights in half precision may cause.
 ROUNDING = ParityLimits(relative_l2=3e-3, cosine=0.99999)
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -118,9 +117,11 @@ def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict
     stored_as, rounding = _store_weights(source, rows, folder / WEIGHTS, options.weights)
     write_graphs(source.network, source.manifest, folder)
     graphs = write_decoder(source.manifest, folder, vae=options.vae, graph=options.decoder)
-    half = None if options.half == "none" else save_half(source.network, folder, rows, options.half)
     expected = expected_outputs(source.network, rows)
     manifest = _draw(source, folder, plan, options)
+    half = None
+    if options.half != "none":
+        half = save_half(source.network, folder, rows, expected, options.half)
     # Graphs are opened when the weights in torch are freed.
     free_weights(source.network)
     release_memory()
@@ -152,22 +153,9 @@ def _draw(model: LoadedModel, folder: Path, plan: ExportPlan, options: ExportOpt
 
 def _plan(model: LoadedModel, options: ExportOptions) -> ExportPlan:
     half = options.half != "none"
-    rows, speed = verification_rows(model, options.trajectories, half=half), seconds_per_row(model)
+    rows, speed = forward_rows(model, options.trajectories, half=half), seconds_per_row(model)
     ladder = plan_ladder(model, options.ladder, seconds_per_row=speed, other_rows=rows)
-    return ExportPlan(rows, speed, peak_bytes(model, half=half), ladder)
-
-
-def write_graphs(network: Network, manifest: Manifest, folder: Path) -> None:
-    """Write embedder, conditioner and backbone into `folder`, which holds the weights.
-
-    A model without conditions has no embedder.
-    """
-    weights = folder / WEIGHTS
-    embedder = embedder_graph(network, [factor.name for factor in manifest.factors], weights)
-    if embedder is not None:
-        save_graph(embedder, folder / EMBEDDER)
-    save_graph(conditioner_graph(network, weights), folder / CONDITIONER)
-    save_graph(backbone_graph(network, weights), folder / BACKBONE)
+    return ExportPlan(rows, speed, peak_bytes(model, options.trajectories), ladder)
 
 
 def _store_weights(
@@ -198,9 +186,8 @@ def _store_weights(
 def _manifest(
     manifest: Manifest, stored_as: str, rounding: tuple[Band, ...], graphs: Mapping[str, tuple[Band, ...]]
 ) -> Manifest:
-    tools = {"torch": str(torch.__version__).partition("+")[0], "onnx": onnx.__version__, "opset": OPSET}
-    sizes = "any" if size_multiple(manifest.config) else "trained"
-    provenance = {**manifest.provenance, "export": {**tools, "weights": stored_as, "sizes": sizes}}
+    record = {**export_record(manifest.config), "weights": stored_as}
+    provenance = {**manifest.provenance, "export": record}
     kept = {name: value for name, value in manifest.metrics.items() if not name.startswith("int8")}
     metrics = {
         "weights_relative_l2": float(f"{worst(rounding).relative_l2:.4g}"),
@@ -218,24 +205,23 @@ def main(arguments: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     started = time.monotonic()
-    card = _card_fields(options)
-    inputs = [path for path in (options.data, options.vae) if path]
+    pipeline = imported_pipeline(options.source)
+    if pipeline is not None:
+        import_module(PIPELINES).refuse_options(vars(options))
+    card, pictures = _card_fields(options), training_pictures(options.source)
+    inputs = [path for path in (options.data or pictures, options.vae) if path]
     # A bundle may be exported again in its own place.
     if not ((options.source / MANIFEST).is_file() and options.out.resolve() == options.source.resolve()):
         inputs.append(options.source)
     with replacement(options.out, BUNDLE, apart=tuple(inputs)) as scratch:
-        export = ExportOptions(
-            weights=options.weights,
-            half=options.half,
-            trajectories=TrajectorySettings(options.samples, options.steps),
-            vae=options.vae or imported_vae(options.source),
-            decoder=decoder_of(options.source),
-            golden=options.golden == "auto",
-            ladder=_ladder_options(options, card),
-        )
-        # No name here holds the model, so that its weights are freed when they are rounded.
-        summary = _assemble(_open_with_card(options, card), scratch, export)
-    size = sum(file.stat().st_size for file in options.out.iterdir() if file.is_file())
+        if pipeline is not None:
+            settings = _trajectories(options, PIPELINE_TRAJECTORIES)
+            summary = import_module(PIPELINES).export_pipeline(pipeline, scratch, card, settings)
+        else:
+            # No name here holds the model, so that its weights are freed when they are rounded.
+            export = _export_options(options, card, pictures)
+            summary = _assemble(_open_with_card(options, card), scratch, export)
+    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
     bands = summary["graphs"][BACKBONE]
     print(
         f"{options.out}: {size / 1e6:.1f} MB, weights {summary['weights']['stored']}, "
@@ -244,17 +230,32 @@ def _run(options: argparse.Namespace) -> None:
     )
 
 
+def _export_options(
+    options: argparse.Namespace, card: Mapping[str, Any], pictures: Path | None
+) -> ExportOptions:
+    """Return the options of an export; `pictures` are those of a training run."""
+    return ExportOptions(
+        weights=options.weights,
+        half=options.half,
+        trajectories=_trajectories(options, DEFAULT_TRAJECTORIES),
+        vae=options.vae or imported_vae(options.source),
+        decoder=decoder_of(options.source),
+        golden=options.golden == "auto",
+        # Defaults that a card or a bundle states stay.
+        ladder=LadderOptions(
+            options.ladder, options.data or pictures, settled=pictures is None or "defaults" in card
+        ),
+    )
+
+
+def _trajectories(options: argparse.Namespace, default: TrajectorySettings) -> TrajectorySettings:
+    return TrajectorySettings(options.samples or default.samples, options.steps or default.steps)
+
+
 def imported_vae(bundle: Path) -> Path | None:
     """Return the folder of the autoencoder that a pipeline brought; None: there is none."""
     folder = bundle / PIPELINE / VAE
     return folder if folder.is_dir() else None
-
-
-def _ladder_options(options: argparse.Namespace, card: Mapping[str, Any]) -> LadderOptions:
-    """Return how to measure the ladder: defaults that a card or a bundle states stay."""
-    pictures = training_pictures(options.source)
-    settled = pictures is None or "defaults" in card
-    return LadderOptions(options.ladder, options.data or pictures, settled)
 
 
 def _open_with_card(options: argparse.Namespace, card: Mapping[str, Any]) -> LoadedModel:
@@ -278,15 +279,17 @@ def _card_fields(options: argparse.Namespace) -> dict[str, Any]:
             fields |= ModelCard.model_validate_json(options.card.read_bytes()).given()
         return fields | ModelCard(**{flag: getattr(options, flag) for flag in flags}).given()
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ExportError(f"{'.'.join(map(str, first['loc'])) or options.card}: {first['msg']}") from None
+        field, message = wrong_field(error)
+        raise ExportError(f"{field or options.card}: {message}") from None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m export.onnx", description="Write a bundle from a training run or a bundle."
     )
-    parser.add_argument("source", type=named_path, help="training run folder, or a bundle to export again")
+    parser.add_argument(
+        "source", type=named_path, help="training run, a bundle, or a folder of a diffusers pipeline"
+    )
     parser.add_argument("--out", type=named_path, required=True, help="bundle folder to write")
     parser.add_argument(
         "--card",
@@ -313,8 +316,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default="auto",
         help="half-precision backbone, for GPUs",
     )
-    parser.add_argument("--samples", type=positive, default=6, help="trajectories to verify and calibrate on")
-    parser.add_argument("--steps", type=positive, default=20, help="steps of each trajectory")
+    parser.add_argument(
+        "--samples", type=positive, help="trajectories to verify and calibrate on: 6, and 2 of a pipeline"
+    )
+    parser.add_argument("--steps", type=positive, help="steps of each trajectory: 20, and 5 of a pipeline")
     parser.add_argument(
         "--golden",
         choices=("auto", "none"),

@@ -19,18 +19,31 @@ from ditserve.export.verify import LIMITS, Band, ParityLimits, check, compare, o
 from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER, Manifest
-from ditserve.model.spec.network_config import size_multiple
+from ditserve.model.spec.network_config import BundleConfig, graph_multiple
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.train.loaded_model import LoadedModel
 
 CHUNK = 32  # rows of one forward pass
+# The most numbers of the attention of one pass over a pipeline's tokens, in one head: 67 MB.
+ATTENTION = 1 << 24
 DECODER_LIMITS = ParityLimits(relative_l2=1e-3, cosine=0.999999)
 Array = npt.NDArray[Any]
+
+
+def rows_at_once(config: BundleConfig) -> int:
+    """Return the rows of one forward pass. A graph holds the attention of all its rows at once.
+
+    SD3 at 1024 px has 4096 tokens and 333 of text, which is 2e7 numbers a head: one row.
+    """
+    if not isinstance(config, PipelineConfig):
+        return CHUNK
+    return max(1, min(CHUNK, ATTENTION // (config.tokens + config.text_tokens) ** 2))
 
 
 @torch.no_grad()
 def forward(network: Network, rows: CalibrationRows, backbone: Backbone | None = None) -> Tensor:
     """Return the output (N, C_out, H, W) on `rows`; `backbone` replaces that of the network if given."""
-    parts = (rows.at(index) for index in torch.arange(len(rows)).split(CHUNK))
+    parts = (rows.at(index) for index in torch.arange(len(rows)).split(rows_at_once(network.config)))
     run_backbone = backbone or network.backbone
     return torch.cat([run_backbone(part.x, part.state(network)) for part in parts])
 
@@ -70,7 +83,7 @@ class ExpectedOutputs:
 @torch.no_grad()
 def expected_outputs(network: Network, rows: CalibrationRows) -> ExpectedOutputs:
     """Compute the outputs that graphs are compared with."""
-    multiple, other = size_multiple(network.config), None
+    multiple, other = graph_multiple(network.config), None
     if multiple is not None:
         others = _rows_of_another_size(rows, network.config.image_size, multiple)
         other = others, _state(network, others), forward(network, others).numpy()
@@ -106,7 +119,8 @@ def verify_graphs(
     if expected.other is not None:
         others, state, output = expected.other
         height, width = others.x.shape[2:]
-        actual = run(backbone, {"x": others.x.numpy(), **state})["output"]
+        inputs = {"x": others.x.numpy(), **state}
+        actual = run(backbone, inputs, batch=rows_at_once(manifest.config))["output"]
         bands[f"{BACKBONE} at {height}x{width}"] = _bands(manifest, others, output, actual)
     for name, graph_bands in bands.items():
         check(name, graph_bands, LIMITS["fp32"])
@@ -117,7 +131,8 @@ def compare_backbone(
     session: ort.InferenceSession, manifest: Manifest, rows: CalibrationRows, expected: ExpectedOutputs
 ) -> tuple[Band, ...]:
     """Return the errors of a backbone's graph on `rows`, by band of noise."""
-    actual = run(session, {"x": rows.x.numpy(), **expected.state})["output"]
+    inputs = {"x": rows.x.numpy(), **expected.state}
+    actual = run(session, inputs, batch=rows_at_once(manifest.config))["output"]
     return _bands(manifest, rows, expected.output, actual)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ditserve.export.calibrate import TrajectorySettings
+from ditserve.export.errors import ExportError
 from ditserve.model.evaluation.ladder import LadderMeasurement
+from ditserve.model.spec.heap import memory_bytes
+from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.loaded_model import LoadedModel
 
 # Passes over the verification rows: to make them, with the weights as given and as stored, twice to expect
 # and verify; to probe half precision and to verify it.
 PASSES, HALF_PASSES = 5, 2
+# A row is expected and computed, and both are laid side by side to be compared.
+COPIES = 4
 # Bytes of the libraries that an export loads, and of what they hold while they trace a graph.
 LIBRARIES = 0.65e9
 
@@ -39,24 +45,51 @@ class ExportPlan:
         return f"to verify the graphs {price(self.rows)}; {ladder}; {memory}"
 
 
-def verification_rows(model: LoadedModel, settings: TrajectorySettings, *, half: bool) -> int:
-    """Return the forward rows that an export verifies its graphs with.
+def verification_rows(model: LoadedModel, settings: TrajectorySettings) -> int:
+    """Return the rows that an export verifies its graphs with.
 
-    Six trajectories of 20 steps are 120 rows, and as many under the null condition: 240. With five passes,
-    and two for half precision, they are 1,680.
+    Six trajectories of 20 steps are 120 rows, and as many under the null condition: 240.
+
+    Raises:
+        ExportError: this machine has not the memory for them.
     """
-    steps = min(settings.steps, model.schedule.max_steps)
-    return 2 * settings.samples * steps * (PASSES + HALF_PASSES * half)
+    rows = 2 * settings.samples * min(settings.steps, model.schedule.max_steps)
+    needed, memory = rows * row_bytes(model.network.config), memory_bytes()
+    if needed > memory:
+        raise ExportError(
+            f"{rows:,} rows to verify take {needed / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f}: lower --samples or --steps"
+        )
+    return rows
 
 
-def peak_bytes(model: LoadedModel, *, half: bool) -> float:
+def forward_rows(model: LoadedModel, settings: TrajectorySettings, *, half: bool) -> int:
+    """Return the forward rows of an export: all passes over the verification rows.
+
+    240 rows are passed five times, and seven times with half precision: 1,680.
+    """
+    return verification_rows(model, settings) * (PASSES + HALF_PASSES * half)
+
+
+def row_bytes(config: NetworkConfig) -> int:
+    """Return the bytes of a verification row, which has a condition state, beside the copies that compare it.
+
+    A DiT-XL/2 of 256 px has a state of 774 kB and latents of 49 kB, of which four copies are 3.3 MB.
+    """
+    height, width = config.image_size
+    numbers = (config.in_channels + config.out_channels) * height * width
+    return 4 * COPIES * (numbers + sum(math.prod(shape) for _, shape in config.state()))
+
+
+def peak_bytes(model: LoadedModel, settings: TrajectorySettings) -> float:
     """Return an upper bound of the memory that an export takes.
 
-    It is that of the libraries, of the weights in fp32, and of a copy in half precision, or of the copies
-    that the runtime makes while it opens a graph. For the 2.7 GB of a DiT-XL/2: 0.65 + 1.6 · 2.7 = 5.0 GB.
+    It is that of the libraries, of the weights in fp32 with the copies that the runtime makes while it opens
+    a graph, and of the rows. For the 2.7 GB of a DiT-XL/2 and 240 rows: 0.65 + 1.5 · 2.7 + 0.8 = 5.5 GB.
     """
     weights = sum(parameter.numel() * 4 for parameter in model.network.parameters())
-    return LIBRARIES + (1.6 if half else 1.4) * weights
+    rows = verification_rows(model, settings) * row_bytes(model.network.config)
+    return LIBRARIES + 1.5 * weights + rows
 
 
 def _duration(seconds: float) -> str:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.bundle import Defaults, Name
-from ditserve.model.train.config import load_config
-from ditserve.model.train.load import load_model, opens_run
+from ditserve.model.spec.bundle import MANIFEST, Bundle, Defaults, Name
+from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.pipeline_folder import cached_bundle, is_pipeline
+from ditserve.model.train.load import load_model, opens_run, read_run_config
 from ditserve.model.train.loaded_model import LoadedModel, LoadError
 
 
@@ -48,9 +49,27 @@ def open_source(path: Path, *, data: Path | None = None) -> LoadedModel:
         raise ExportError(f"{error}{hint}") from None
 
 
+def imported_pipeline(path: Path) -> Bundle | None:
+    """Open the bundle of an imported pipeline, or of the folder of one; None for any other source.
+
+    Raises:
+        BundleError, PipelineFolderError: it is damaged, or cannot be brought in.
+    """
+    if is_pipeline(path) and not (path / MANIFEST).is_file():
+        path = cached_bundle(path)
+    if not (path / MANIFEST).is_file():
+        return None
+    found = Bundle.open(path, verify=False)
+    return Bundle.open(path) if isinstance(found.manifest.config, PipelineConfig) else None
+
+
 def training_pictures(path: Path) -> Path | None:
-    """Return where the training run in `path` has its pictures; None for a bundle."""
-    return load_config(path / "config.json").data.path if opens_run(path) else None
+    """Return where the training run in `path` has its pictures; None for a bundle.
+
+    Raises:
+        LoadError: the run's configuration cannot be read.
+    """
+    return read_run_config(path / "config.json").data.path if opens_run(path) else None
 
 
 def parameters(network: Network) -> dict[str, Tensor]:

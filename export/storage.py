@@ -1,10 +1,10 @@
-"""Storage of graphs with one copy of the weights: they refer to tensors in weights.safetensors by offset.
+"""Storage of graphs with one copy of the weights: they refer to tensors in safetensors files by offset.
 
-safetensors lays tensors out raw and contiguous, which ONNX calls external data. If the file has another
-precision, or the graph wants the transpose, a Cast or Transpose follows the reference. Every runtime folds
-both when it loads the graph, so the arithmetic stays that of the graph. The other tensors of a graph stay in
-it, or go into a file beside it, `<graph>.data`, where the two together would pass the 2 GiB limit of a
-protocol buffer.
+The files are a bundle's weights.safetensors, or those of an imported pipeline's transformer. safetensors lays
+tensors out raw and contiguous, which ONNX calls external data. If the file has another precision, or the
+graph wants the transpose, a Cast or Transpose follows the reference. Every runtime folds both when it loads
+the graph, so the arithmetic stays that of the graph. The other tensors of a graph stay in it, or go into a
+file beside it, `<graph>.data`, where the two together would pass the 2 GiB limit of a protocol buffer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from ditserve.export.errors import ExportError
-from ditserve.model.spec.bundle import WEIGHTS
+from ditserve.model.spec.bundle import PIPELINE, WEIGHTS
 
 MIN_BYTES = 1024  # smaller tensors stay in the graph
 # The most bytes of a graph's own tensors that stay in it: 1.5 GiB leaves room for its nodes below 2 GiB.
 INLINE_BYTES = 3 << 29
-STORED = {"F32": (TensorProto.FLOAT, np.float32), "F16": (TensorProto.FLOAT16, np.float16)}
+STORED = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 Key = tuple[bytes, tuple[int, ...]]  # digest and shape of a tensor
@@ -39,8 +39,9 @@ Key = tuple[bytes, tuple[int, ...]]  # digest and shape of a tensor
 
 @dataclass(frozen=True, slots=True)
 class _StoredTensor:
-    """A tensor in the file of weights: ONNX type, shape, and its range of bytes."""
+    """A tensor in a file of weights: that file, ONNX type, shape, and its range of bytes."""
 
+    file: Path
     type: int
     shape: tuple[int, ...]
     offset: int
@@ -53,9 +54,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype) 
     Raises:
         ExportError: a weight does not fit in `dtype`.
     """
-    kind = next(
-        name for name, (_, numpy_type) in STORED.items() if np.dtype(numpy_type).itemsize == dtype.itemsize
-    )
+    kind = {torch.float32: "F32", torch.float16: "F16"}[dtype]
     entries, end = {}, 0
     for name, tensor in weights.items():
         begin, end = end, end + tensor.numel() * dtype.itemsize
@@ -107,13 +106,19 @@ def _whole(name: str, taken: ir.TensorProtocol) -> TensorProto:
     return tensor
 
 
-def share_weights(
-    proto: onnx.ModelProto, weights: Path, taken: Mapping[str, ir.TensorProtocol] | None = None
-) -> onnx.ModelProto:
-    """Replace initializers of `proto`, in place, by references into the file `weights`; return `proto`.
+def weight_files(bundle: Path) -> list[Path]:
+    """Return the files of the weights in the folder of a bundle."""
+    own = bundle / WEIGHTS
+    return [own] if own.is_file() else sorted((bundle / PIPELINE / "transformer").glob("*.safetensors"))
 
-    An initializer is replaced if it equals a tensor of the file or its transpose. The graph must then be
-    saved in the folder of that file. `taken` has the values of placeholders; given, only these are replaced.
+
+def share_weights(
+    proto: onnx.ModelProto, bundle: Path, taken: Mapping[str, ir.TensorProtocol] | None = None
+) -> onnx.ModelProto:
+    """Replace initializers of `proto`, in place, by references into the weights of a bundle; return `proto`.
+
+    An initializer is replaced if it equals a stored tensor or its transpose. The graph must then be saved in
+    the folder of the bundle. `taken` has the values of placeholders; given, only these are replaced.
     """
     tables: dict[int, dict[Key, tuple[_StoredTensor, bool]]] = {}
     initializers: list[TensorProto] = []
@@ -125,7 +130,7 @@ def share_weights(
         held, match = (taken or {}).get(tensor.name), None
         if tensor.name in names:
             if tensor.data_type not in tables:
-                tables[tensor.data_type] = _table(weights, tensor.data_type, shapes)
+                tables[tensor.data_type] = _table(weight_files(bundle), tensor.data_type, shapes)
             value = numpy_helper.to_array(tensor) if held is None else held.numpy()
             match = tables[tensor.data_type].get(_key(value))
         if match is None:
@@ -133,7 +138,7 @@ def share_weights(
             continue
         restoring = list(_restoring_nodes(tensor, *match))
         name = tensor.name + ".stored" if restoring else tensor.name
-        initializers.append(_reference(name, match[0], weights.name))
+        initializers.append(_reference(name, match[0], bundle))
         nodes += restoring
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(initializers)
@@ -145,8 +150,11 @@ def share_weights(
 
 def save_graph(proto: onnx.ModelProto, path: Path) -> None:
     """Write a graph that shares the weights in the same folder."""
-    save_whole(share_weights(proto, path.parent / WEIGHTS), path)
-    onnx.checker.check_model(str(path))
+    save_whole(share_weights(proto, path.parent), path)
+    # ONNX Runtime opens every graph before it is kept. The checker alone refuses weights with a second name
+    # on disk, as those of a pipeline have that was linked.
+    if all(file.stat().st_nlink == 1 for file in weight_files(path.parent)):
+        onnx.checker.check_model(str(path))
 
 
 def save_whole(proto: onnx.ModelProto, path: Path) -> None:
@@ -192,7 +200,8 @@ def _restoring_nodes(
         )
 
 
-def _reference(name: str, stored: _StoredTensor, location: str) -> TensorProto:
+def _reference(name: str, stored: _StoredTensor, bundle: Path) -> TensorProto:
+    location = stored.file.relative_to(bundle)
     tensor = TensorProto(
         name=name, data_type=stored.type, dims=stored.shape, data_location=TensorProto.EXTERNAL
     )
@@ -209,7 +218,7 @@ def _is_sought(tensor: TensorProto, taken: Mapping[str, ir.TensorProtocol] | Non
 
 
 def _table(
-    weights: Path, data_type: int, shapes: Collection[tuple[int, ...]]
+    files: Iterable[Path], data_type: int, shapes: Collection[tuple[int, ...]]
 ) -> dict[Key, tuple[_StoredTensor, bool]]:
     """Return stored tensors by content as `data_type`, and whether that content is their transpose.
 
@@ -217,12 +226,12 @@ def _table(
     """
     dtype: Any = helper.tensor_dtype_to_np_dtype(data_type)
     table: dict[Key, tuple[_StoredTensor, bool]] = {}
-    for stored in _layout(weights):
+    for stored in (tensor for file in files for tensor in _layout(file)):
         if tuple(sorted(stored.shape)) not in shapes:
             continue
-        numpy_type = next(kind for onnx_type, kind in STORED.values() if onnx_type == stored.type)
+        stored_type: Any = helper.tensor_dtype_to_np_dtype(stored.type)
         raw: npt.NDArray[Any] = np.memmap(
-            weights, dtype=numpy_type, mode="r", offset=stored.offset, shape=stored.shape
+            stored.file, dtype=stored_type, mode="r", offset=stored.offset, shape=stored.shape
         )
         value = np.asarray(raw).astype(dtype, copy=False)
         if value.ndim == 2:
@@ -239,9 +248,8 @@ def _layout(weights: Path) -> Iterator[_StoredTensor]:
     for name, entry in header.items():
         if name != "__metadata__" and entry["dtype"] in STORED and entry["shape"]:
             begin, end = entry["data_offsets"]
-            yield _StoredTensor(
-                STORED[entry["dtype"]][0], tuple(entry["shape"]), 8 + size + begin, end - begin
-            )
+            kind, shape = STORED[entry["dtype"]], tuple(entry["shape"])
+            yield _StoredTensor(weights, kind, shape, 8 + size + begin, end - begin)
 
 
 def _key(value: npt.NDArray[Any]) -> Key:

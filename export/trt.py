@@ -52,6 +52,7 @@ from ditserve.model.spec.bundle import CALIBRATION, Bundle
 from ditserve.model.spec.command_line import named_path, positive
 from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, EngineOrigin, engine_origin
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.network_config import own_config
 from ditserve.model.spec.output_folder import BUNDLE, ENGINES, claim
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -206,6 +207,7 @@ def main(arguments: list[str]) -> int:
 
 def _run(options: argparse.Namespace, reporter: ProgressReporter) -> int:
     bundle = Bundle.open(options.bundle)
+    own_config(bundle.manifest.name, bundle.manifest.config)
     trt = load_trt(options.backend)
     build = BuildOptions(
         profiles=profiles_for(options.buckets, options.profiles),

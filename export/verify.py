@@ -18,6 +18,8 @@ from ditserve.export.errors import ExportError
 from ditserve.model.spec.heap import compact_heap
 
 BANDS = 10
+# The report, in the folder of the bundle.
+PARITY = "parity.json"
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.floating[Any]]

@@ -2,6 +2,7 @@
 
 Without arguments it prints the models of the paper. Costs are those of one row: parameters, tokens,
 multiply-adds by part and by kind of operation, FLOPs and activation memory. `model.nets.cost` defines them.
+Of an imported pipeline it prints its weights, and how many of them compute modulations alone.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ditserve.model.nets.cost import Cost, cost
-from ditserve.model.spec.bundle import MANIFEST, Bundle
+from ditserve.model.spec.bundle import MANIFEST, PIPELINE, Bundle
 from ditserve.model.spec.command_line import guarded, positive
 from ditserve.model.spec.dit_config import BLOCK_KINDS, PATCHES, SIZES, published_config
 from ditserve.model.spec.network_config import NetworkConfig, network_config, own_config
+from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.pipeline_weights import WeightSizes, weight_sizes
 from ditserve.model.train.load import run_config
 
 
@@ -78,12 +81,43 @@ def format_table(costs: Mapping[str, Cost]) -> str:
     return "\n".join([head, *lines, notes])
 
 
+def pipeline_weights(text: str) -> WeightSizes | None:
+    """Return the sizes of the weights of the imported pipeline that `text` names; None for another network.
+
+    Raises:
+        ModelError: the bundle cannot be opened.
+    """
+    path = Path(text)
+    if not (path / MANIFEST).is_file():
+        return None
+    bundle = Bundle.open(path, verify=False)
+    imported = isinstance(bundle.manifest.config, PipelineConfig)
+    return weight_sizes(bundle.path / PIPELINE / "transformer") if imported else None
+
+
+def describe_weights(name: str, sizes: WeightSizes) -> str:
+    """Return one line about the weights of an imported pipeline."""
+    share = sizes.modulation_bytes / max(sizes.bytes, 1)
+    return (
+        f"{name}: {sizes.parameters / 1e6:.2f} M parameters, {sizes.bytes / 1e6:,.1f} MB; modulations alone "
+        f"{sizes.modulation_bytes / 1e6:,.1f} MB ({share:.1%}): they follow the noise level and pooled text"
+    )
+
+
 def run(options: argparse.Namespace) -> None:
     """Print the costs that the command line asks for, as a table or as JSON.
 
     Raises:
         ModelError, ValueError: a configuration cannot be read, or cannot take the size.
     """
+    weights = {text: sizes for text in options.network if (sizes := pipeline_weights(text)) is not None}
+    if weights and len(weights) < len(options.network):
+        raise ValueError("name imported pipelines and networks of ditserve's own apart from each other")
+    if weights:
+        fields = {name: asdict(sizes) for name, sizes in weights.items()}
+        lines = [describe_weights(name, sizes) for name, sizes in weights.items()]
+        print(json.dumps(fields, indent=1) if options.json else "\n".join(lines))
+        return
     configs = {text: read_config(text) for text in options.network} or paper()
     size = (options.size[0], options.size[1]) if options.size else None
     costs = {name: cost(config, size) for name, config in configs.items()}

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -65,6 +64,7 @@ from ditserve.model.spec.bundle import MANIFEST, write_atomic, write_manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, positive, share
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.grids import choose_grid
+from ditserve.model.spec.heap import memory_bytes
 from ditserve.model.spec.output_folder import BUNDLE, EVALUATION, RUN, claim
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
@@ -172,7 +172,7 @@ def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPla
     """
     defaults, config = loaded.manifest.defaults, loaded.network.config
     needed = options.limit * 4 * math.prod((config.in_channels, *config.image_size))
-    if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    if needed > memory_bytes():
         raise EvaluationError(f"--limit {options.limit} pictures take {needed / 2**30:,.0f} GiB: lower it")
     if options.per_pair is not None and options.per_pair > options.limit:
         raise EvaluationError(f"--per-pair {options.per_pair} is above --limit {options.limit}: lower it")

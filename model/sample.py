@@ -48,6 +48,9 @@ from ditserve.model.spec.windows import windows_over
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
 
+# Samples of a condition, unless the command line says how many.
+COUNT = 4
+
 
 def sample(options: argparse.Namespace) -> Image.Image:
     """Return the picture that the command line asks for: samples of conditions, or a sheet of classes.
@@ -63,10 +66,9 @@ def sample(options: argparse.Namespace) -> Image.Image:
     size = tuple(options.size) if options.size else model.config.image_size
     terms = [parse_condition(text, loaded.manifest.factors) for text in options.condition]
     parts, negative = _embeddings(loaded, terms, options)
-    if terms:
-        samples, columns = options.count, options.columns or min(options.count, 8)
-    else:
-        sheet, columns = sheet_labels(model.config.classes, options.columns or 10)
+    samples, columns = options.count or COUNT, options.columns or 8
+    if not terms:
+        sheet, columns = _sheet(model.config.classes, options)
         sheet_embeddings = model.embed(label_tensor(sheet, model.config.classes).to(device))
         samples = len(sheet)
     columns = min(columns, samples)
@@ -79,23 +81,38 @@ def sample(options: argparse.Namespace) -> Image.Image:
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
         task = progress.add_task("sampling", total=samples * len(table))
         for start in range(0, samples, CHUNK):
-            count = min(CHUNK, samples - start)
+            part = min(CHUNK, samples - start)
             if terms:
                 weights = [term.weight for term in terms]
-                conditions = combine_conditions(parts, weights, options.combine, count, negative=negative)
+                conditions = combine_conditions(parts, weights, options.combine, part, negative=negative)
             else:
-                subtracted = None if negative is None else negative.expand(count, -1)
-                conditions = Conditions((sheet_embeddings[start : start + count],), negative=subtracted)
+                subtracted = None if negative is None else negative.expand(part, -1)
+                conditions = Conditions((sheet_embeddings[start : start + part],), negative=subtracted)
             denoiser = kind(model, loaded.schedule, conditions, guidance)
-            seeds = [options.seed + start + k for k in range(count)]
+            seeds = [options.seed + start + k for k in range(part)]
             estimates = denoise(denoiser, table, seeds, size, clip_x0=loaded.manifest.diffusion.clip_x0)
             for step, x0 in enumerate(estimates, 1):
-                progress.advance(task, count)
+                progress.advance(task, part)
                 if step == len(table):
                     pixels.append(to_pixels(decoder.decode(x0)))
     if not terms:
         return captioned_grid(np.concatenate(pixels), columns, sheet_captions(sheet, loaded.manifest.factors))
     return picture_grid(np.concatenate(pixels), columns)
+
+
+def _sheet(
+    classes: Sequence[int], options: argparse.Namespace
+) -> tuple[Sequence[tuple[int | None, ...]], int]:
+    """Return the labels of samples of each class, or of `--count` samples without, and the number of columns.
+
+    Raises:
+        ValueError: `--count` is given where it would change nothing.
+    """
+    if not classes:
+        return [()] * (options.count or COUNT), options.columns or 8
+    if options.count:
+        raise ValueError("--count is of a condition: name one with -c, or leave it out for one of each class")
+    return sheet_labels(classes, options.columns or 10)
 
 
 def _embeddings(
@@ -180,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how several conditions meet: mixed on a line or an arc (linear, spherical), as a weighted sum "
         "of what each would do (compose), or from shallow blocks to deep ones (layers); linear unless given",
     )
-    add("--count", type=positive, default=4, help="samples of the condition (4)")
+    add("--count", type=positive, help=f"samples of the condition, or of a model without ({COUNT})")
     add("--seed", type=count, default=0, help="of the first sample; the others count up (0)")
     add("--steps", type=positive, help="steps from noise to picture")
     add("--solver", help=f"what takes the steps: {', '.join(SOLVERS)}")

@@ -34,6 +34,7 @@ from ditserve.service.settings import Settings
 
 Scope = Literal["generate", "admin"]
 SCOPES: tuple[Scope, ...] = ("generate", "admin")
+LAST_SECOND = 253402300800.0  # of the year 9999, since the epoch: a date beyond cannot be shown
 log = structlog.get_logger()
 _KEY = re.compile(r"dit_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 
@@ -56,7 +57,7 @@ class ApiKey(BaseModel):
     scopes: frozenset[Scope] = Field(strict=False)
     rate: Annotated[int, Field(ge=1)] | None = None
     concurrency: Annotated[int, Field(ge=1)] | None = None
-    created_at: float
+    created_at: Annotated[float, Field(ge=0, lt=LAST_SECOND, allow_inf_nan=False)]
 
     @property
     def caller(self) -> str:

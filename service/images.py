@@ -11,7 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, PngImagePlugin
 
-CONTENT_TYPES: Final = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+from ditserve.service.jobs import ContentType
+
+CONTENT_TYPES: Final[Mapping[str, ContentType]] = {
+    "png": "image/png",
+    "webp": "image/webp",
+    "jpeg": "image/jpeg",
+}
 
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "png": {"compress_level": 6},

@@ -14,14 +14,17 @@ from typing import Any, Literal
 
 from ditserve.model.spec.mixing import Combine
 from ditserve.service.rung import Rung
-from ditserve.service.wire import OLDEST, Message, WireError, build, unpack
+from ditserve.service.wire import OLDEST, Endless, Message, WireError, build, unpack
 
 Priority = Literal["low", "normal", "high"]
 ImageFormat = Literal["png", "webp", "jpeg"]
+ContentType = Literal["image/png", "image/webp", "image/jpeg"]
 State = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
 EventKind = Literal["queued", "started", "step", "preview", "degraded", "done", "failed", "cancelled"]
 
-LONGEST_STEP_S = 86400.0  # a worker that reports a longer one is not believed
+# A worker that reports a longer step, or a larger pass, is not believed.
+LONGEST_STEP_S = 86400.0
+MOST_ROWS = 65536
 # The weight of a priority: the share of the queue and of the machine beside that of others.
 WEIGHTS: Mapping[str, float] = {"low": 0.25, "normal": 1.0, "high": 4.0}
 
@@ -82,6 +85,10 @@ class Job(Message):
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
 
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("it has no seed")
+
     @property
     def oldest_version(self) -> int:
         decays = self.requested is not None and self.requested.guidance_decay != 0.0
@@ -112,7 +119,7 @@ class Image:
 
     data: bytes
     seed: int
-    content_type: str
+    content_type: ContentType
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +136,10 @@ class JobResult(Message):
     timings_ms: dict[str, float]
     attempt: int
     worker: str
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError("it has no image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +216,7 @@ class DemandBucket:
     `rows` counts them as planned, `floor_rows` at the lowest rungs that their requests consent to.
     """
 
-    at: float
+    at: Endless
     rows: int
     floor_rows: int
 
@@ -273,8 +284,11 @@ def read_report(data: bytes) -> WorkerState | Starting:
     if "max_rows" not in fields:
         return build(Starting, fields)
     state = build(WorkerState, fields)
-    if max(state.step_fixed_s, state.step_per_row_s, state.decode_s) > LONGEST_STEP_S:
-        raise WireError(f"not a worker state: a step of more than {LONGEST_STEP_S:.0f} s")
+    times = (state.step_fixed_s, state.step_per_row_s, state.decode_s)
+    if not all(0.0 <= seconds <= LONGEST_STEP_S for seconds in times):
+        raise WireError(f"not a worker state: a step of less than 0 or more than {LONGEST_STEP_S:.0f} s")
+    if not 1 <= state.max_rows <= MOST_ROWS:
+        raise WireError(f"not a worker state: passes of {state.max_rows} rows")
     return state
 
 

@@ -20,14 +20,30 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from functools import cache
+from math import isfinite
 from types import NoneType, UnionType
-from typing import Any, Final, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    Self,
+    TypeAlias,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgpack
 
 READABLE: Final = (1, 2)  # schema versions that this release reads and can write, the oldest first
 NEWEST, OLDEST = READABLE[-1], READABLE[0]
 
+# A number that may be infinite; all others are finite, because JSON and most arithmetic have no such numbers.
+Endless: TypeAlias = Annotated[float, "may be infinite"]
 # A field's type → the types of its values in a message.
 _SCALARS: Final[Mapping[type, tuple[type, ...]]] = {
     bool: (bool,),
@@ -100,6 +116,13 @@ def unpack(data: bytes) -> dict[str, Any]:
     return fields
 
 
+def read_number(text: bytes) -> int:
+    """Return a whole number of a hash. Raise `WireError` for any other text."""
+    if not re.fullmatch(rb"-?[0-9]{1,15}", text):
+        raise WireError(f"{text!r:.60} is no whole number")
+    return int(text)
+
+
 def fields_of(value: Any) -> dict[str, Any]:
     """Return a slotted dataclass as a map.
 
@@ -134,7 +157,9 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
     if is_dataclass(kind):
         return _map_reader(kind)
     if kind in _SCALARS:
-        return _scalar_reader(_SCALARS[kind])
+        return _scalar_reader(_SCALARS[kind], lambda value: not isinstance(value, float) or isfinite(value))
+    if kind == Endless:
+        return _scalar_reader(_SCALARS[float], lambda value: value == value)
     if origin is Literal:
         return _literal_reader(args)
     if origin is tuple:
@@ -149,7 +174,7 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
 
 
 def _map_reader(kind: Any) -> Callable[[Any], Any]:
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     readers = {name: _reader(hints[name]) for name in kind.__slots__}
 
     def read(fields: Any) -> Any:
@@ -180,10 +205,9 @@ def _list(values: Any) -> Any:
     return values
 
 
-def _scalar_reader(types: tuple[type, ...]) -> Callable[[Any], Any]:
+def _scalar_reader(types: tuple[type, ...], holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
-        # Not a number is not of its type: with it every comparison is false.
-        if type(value) not in types or value != value:
+        if type(value) not in types or not holds(value):
             raise TypeError(f"{value!r:.60} is not of type {types[0].__name__}")
         return value
 

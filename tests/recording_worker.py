@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import numpy.typing as npt
 import uvloop
 
 from ditserve.model.spec.bundle import Bundle
-from ditserve.service.backends.torch import TorchBackend
-from ditserve.service.served_models import open_served_models
+from ditserve.service.backends import Backend, load_backend
+from ditserve.service.served_models import ServedModel, open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
@@ -24,26 +25,28 @@ from ditserve.service.worker import main
 Floats = npt.NDArray[np.float32]
 
 
-class RecordingBackend(TorchBackend):
-    def __init__(self, bundle: Bundle, folder: Path) -> None:
-        super().__init__(bundle, threads=1)
-        self._folder, self._count = folder, itertools.count()
-        folder.mkdir()
+def open_recording(settings: Settings, bundle: Bundle, folder: Path) -> Backend:
+    """Return the backend that serves a bundle by default; it writes what it decodes to files in `folder`."""
+    backend = load_backend(main.with_backend(settings, bundle.manifest).backend, bundle, threads=1)
+    count, decode = itertools.count(), backend.decode
+    folder.mkdir()
 
-    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
-        np.save(self._folder / f"{next(self._count)}.npy", latents)
-        return super().decode(latents)
+    def recorded(latents: Floats) -> npt.NDArray[np.uint8]:
+        np.save(folder / f"{next(count)}.npy", latents)
+        return decode(latents)
+
+    vars(backend)["decode"] = recorded
+    return backend
 
 
-async def opened(bundle: Bundle, folder: Path, *_: object) -> RecordingBackend:
-    return await asyncio.to_thread(RecordingBackend, bundle, folder)
+async def opened(backend: Backend, *_: object) -> Backend:
+    return backend
 
 
-async def serve(settings: Settings, folder: Path) -> None:
-    models = open_served_models(settings, verify=False)
+async def serve(settings: Settings, backends: Mapping[ServedModel, Backend]) -> None:
     workers = (
-        main.serve(model.settings(settings), model.name, partial(opened, model.bundle, folder / model.name))
-        for model in models
+        main.serve(model.settings(settings), model.name, partial(opened, backend))
+        for model, backend in backends.items()
     )
     await asyncio.gather(*workers)
 
@@ -51,4 +54,9 @@ async def serve(settings: Settings, folder: Path) -> None:
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[2:])
     logs.configure(style="json", level="info")
-    uvloop.run(serve(settings, Path(sys.argv[1])))
+    # Before the loop runs: diffusers cannot be imported by two threads, nor for long while others wait.
+    opened_first = {
+        model: open_recording(settings, model.bundle, Path(sys.argv[1]) / model.name)
+        for model in open_served_models(settings, verify=False)
+    }
+    uvloop.run(serve(settings, opened_first))

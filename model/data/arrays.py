@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ditserve.model.data.examples import DataError, Images
 from ditserve.model.data.folder import check_splits, count_pictures, is_hidden, visible
 from ditserve.model.data.labels import Catalogue, LeftOut
+from ditserve.model.spec.heap import memory_bytes
 
 LOCAL_HEADER = 30  # bytes before the name in a zip file, APPNOTE 4.3.7
 OPTIONAL = ("groups", "captions")
@@ -96,7 +97,7 @@ def _check_memory(files: Sequence[Path]) -> None:
                 for member in archive.infolist()
                 if member.compress_type != zipfile.ZIP_STORED
             )
-    if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+    if size > memory_bytes() // 2:
         raise DataError(
             f"{files[0]}: these compressed arrays take {size / 2**30:.0f} GiB of memory: "
             "write them with numpy.savez, which is mapped"

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from ditserve.model.data.examples import DataError, Examples
 from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.errors import wrong_field
 
 REASONS = 12  # that are listed
 
@@ -99,10 +101,10 @@ def select_examples(
     rows = np.flatnonzero(renumbered[catalogue.y] >= 0)
     factors, columns = [], []
     if len(classes) >= 2:
-        factors.append(Factor(name="label", classes=tuple(catalogue.names[k] for k in classes)))
+        factors.append(_factor(source, "label", [catalogue.names[k] for k in classes]))
         columns.append(renumbered[catalogue.y[rows]])
     if catalogue.styles:
-        factors.append(Factor(name="style", classes=catalogue.styles))
+        factors.append(_factor(source, "style", catalogue.styles))
         columns.append(catalogue.s[rows])
     held_out = _held_out(catalogue, rows, hold_out)
     if held_out.all():
@@ -148,6 +150,23 @@ def check_labels(catalogue: Catalogue, source: Path) -> None:
                 f"{source}: picture {wrong[0]} has {kind} {column[wrong[0]]}, "
                 f"but there are only {len(classes)} {kind}s"
             )
+
+
+def _factor(source: Path, name: str, classes: Sequence[str]) -> Factor:
+    """Return a factor of the names in a data set, any of which a bundle must be able to hold.
+
+    Raises:
+        DataError: a name is empty, too long, or no Unicode, as a folder's may be.
+    """
+    try:
+        return Factor(name=name, classes=tuple(classes))
+    except ValidationError as error:
+        field, _ = wrong_field(error)
+        number = field.rpartition(".")[2]
+        wrong = f"{name} {classes[int(number)]!a}" if number.isdigit() else name
+        raise DataError(
+            f"{source}: {wrong} cannot be the name of a class: take 1 to 1,000 characters of Unicode"
+        ) from None
 
 
 def _select_classes(

@@ -27,6 +27,7 @@ from ditserve.model.data.examples import DataError, Examples
 from ditserve.model.data.fingerprint import fingerprint
 from ditserve.model.data.labels import Catalogue, LeftOut
 from ditserve.model.spec.bundle import DecoderKind
+from ditserve.model.spec.errors import wrong_field
 
 INDEX = "latents.json"
 
@@ -181,8 +182,8 @@ def read_latents(path: Path, *, captions: bool) -> tuple[Moments, Catalogue, Lef
     try:
         index = LatentIndex.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"{file}: {'.'.join(map(str, first['loc'])) or 'index'}: {first['msg']}") from None
+        field, message = wrong_field(error)
+        raise DataError(f"{file}: {field or 'index'}: {message}") from None
     if any(Path(shard.file).name != shard.file for shard in index.shards):
         raise DataError(f"{file} names a shard outside of its folder")
     moments = Moments(path, index)

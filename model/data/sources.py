@@ -18,6 +18,7 @@ from ditserve.model.data.image_files import Check, ImageFiles, examine
 from ditserve.model.data.labels import Catalogue, LeftOut
 from ditserve.model.data.latents import INDEX, Moments, read_latents
 from ditserve.model.data.tar import read_tar
+from ditserve.model.spec.errors import wrong_field
 
 KNOWN = (
     "an .npz or a folder of them, a folder of pictures in a sub-folder per class, tar files, or latent shards"
@@ -52,8 +53,8 @@ def read_card(source: Path) -> DataCard:
     try:
         return DataCard.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"{file}: {'.'.join(map(str, first['loc'])) or 'card'}: {first['msg']}") from None
+        field, message = wrong_field(error)
+        raise DataError(f"{file}: {field or 'card'}: {message}") from None
 
 
 class Reader(Protocol):

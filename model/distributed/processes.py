@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from datetime import timedelta
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+# The time that the other processes wait for the first, which may count millions of pictures.
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,22 @@ def join_processes(device: Literal["cpu", "cuda"]) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
     finally:
         dist.destroy_process_group()
+
+
+def made_by_first(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what the first of the processes that `torchrun` started makes, a JSON object, in all of them.
+
+    Without `torchrun` this process makes it. If making it fails in the first process, `torchrun` ends the
+    others.
+    """
+    if not dist.is_torchelastic_launched():
+        return make()
+    store, rank, _ = next(rendezvous("env://", timeout=PATIENCE))
+    shared = PrefixStore("made_by_first", store)
+    if rank == 0:
+        shared.set("object", json.dumps(make()))
+    made: dict[str, Any] = json.loads(shared.get("object"))
+    return made
 
 
 class ParallelSpec(BaseModel):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ditserve.model.spec.bundle import WEIGHTS, Factor, digest, write_atomic
-from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.errors import ModelError, wrong_field
 
 CLASSIFIER = Path(__file__).parents[1] / "zoo" / "emoji-classifier"  # the one that ships
 CARD = "classifier.json"
@@ -122,8 +122,7 @@ def open_classifier(folder: Path) -> Classifier:
             "python -m model.evaluation.classifier writes one"
         ) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ClassifierError(f"{card_path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ClassifierError(f"{card_path}: {': '.join(wrong_field(error))}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ClassifierError(f"{weights_path} cannot be read: {str(error).splitlines()[0]}") from None
     return network.eval().requires_grad_(False)

@@ -19,6 +19,7 @@ from ditserve.model.data.examples import DataError
 from ditserve.model.evaluation.features import FeatureNetwork, Features
 from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
@@ -89,7 +90,7 @@ def open_data(model: LoadedModel, path: Path) -> Dataset:
         dataset = DataConfig.model_validate({**config, "path": path, "flip": False}).open()
     except ValidationError as error:
         raise DataError(
-            f"the model does not tell which data it was trained on: {error.errors()[0]['msg']}"
+            f"the model does not tell which data it was trained on: {wrong_field(error)[1]}"
         ) from None
     if tuple(dataset.factors) != tuple(manifest.factors):
         raise DataError(f"{path} has other classes than the model: pass the data that it was trained on")

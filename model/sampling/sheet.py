@@ -97,31 +97,40 @@ def sheet_labels(classes: Sequence[int], columns: int = 20) -> tuple[list[tuple[
     return [(first, *second, *rest) for second in seconds for first in chosen], len(chosen)
 
 
-def sample_sheet(
+@torch.no_grad()
+def sheet_samples(
     model: Network,
     schedule: Schedule,
-    decoder: PictureDecoder,
-    factors: Sequence[Factor],
     *,
     steps: int = 20,
     guidance_scale: float = 2.0,
     seed: int = 0,
     clip_x0: bool = True,
-) -> Image.Image:
-    """Sample a sheet: classes of the first factor side by side, classes of the second below each other.
+) -> Tensor:
+    """Return the samples (N, C, H, W) of a sheet: one for each row of `sheet_labels`.
 
-    `factors` name the classes, which stand below the pictures. Picture k has the seed `seed` + k;
-    the solver is DDIM.
+    Sample k has the seed `seed` + k; the solver is DDIM.
     """
-    rows, width = sheet_labels(model.config.classes)
+    rows, _ = sheet_labels(model.config.classes)
     table = step_table("ddim", noise_levels(even_grid(schedule), steps, schedule), schedule)
     device = next(model.parameters()).device
-    pictures = []
+    samples = []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         embedding = model.embed(label_tensor(chunk, model.config.classes).to(device))
         denoiser = Denoiser(model, schedule, Conditions((embedding,)), Guidance(guidance_scale))
         seeds = [seed + start + k for k in range(len(chunk))]
         *_, x0 = denoise(denoiser, table, seeds, clip_x0=clip_x0)
-        pictures.append(to_pixels(decoder.decode(x0)))
+        samples.append(x0)
+    return torch.cat(samples)
+
+
+@torch.no_grad()
+def draw_sheet(samples: Tensor, decoder: PictureDecoder, factors: Sequence[Factor]) -> Image.Image:
+    """Draw `sheet_samples`: classes of the first factor side by side, of the second below each other.
+
+    `factors` name the classes, which stand below the pictures.
+    """
+    rows, width = sheet_labels([len(factor.classes) for factor in factors])
+    pictures = [to_pixels(decoder.decode(chunk)) for chunk in samples.split(CHUNK)]
     return captioned_grid(np.concatenate(pictures), width, sheet_captions(rows, factors))

@@ -32,7 +32,7 @@ from pydantic_core import PydanticSerializationError
 
 from ditserve.model.spec import bundle_bounds as bounds
 from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
-from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.network_config import BundleConfig, bundle_config, network_fields
 from ditserve.model.spec.pipeline_config import GuidanceKind
 
@@ -165,7 +165,8 @@ class Manifest(StrictModel):
     decoder: DecoderKind = "identity"
     # None: latents are multiplied by 0.18215, as for the published models.
     latents: LatentSpec | None = None
-    embedding_size: bounds.Size
+    # Of an imported pipeline it is all its tokens: 2.1 million numbers of FLUX.
+    embedding_size: Annotated[int, Field(ge=1, le=bounds.LARGEST_STATE)]
     state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
     defaults: Defaults
     guidance: GuidanceKind = "classifier-free"
@@ -333,9 +334,7 @@ def parse_manifest(raw: bytes, source: Path) -> Manifest:
         # Its digest is that of its JSON.
         manifest.model_dump_json()
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        field, message = wrong_field(error)
         # A sentence about several fields names them.
         raise BundleError(f"{source}: {_short(f'field {field}: {message}' if field else message)}") from None
     except (PydanticSerializationError, RecursionError) as error:

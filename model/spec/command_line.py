@@ -26,7 +26,10 @@ def guarded(program: str, work: Callable[[], None]) -> int:
     try:
         work()
     except (ModelError, ValueError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        sentence = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            sentence = f"{error.filename} cannot be used: {error.strerror}"
+        print(f"{program}: {sentence}", file=sys.stderr)
         return REFUSED
     except (MemoryError, OverflowError, RuntimeError) as error:
         # PyTorch has no class of its own for a CPU that runs out of memory.

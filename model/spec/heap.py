@@ -1,4 +1,4 @@
-"""The heap of the C library, made to give memory back to the system.
+"""The memory of the machine, and the heap of the C library, made to give memory back to the system.
 
 Opening a graph of 300 MB leaves as much again in the heap of glibc, free but held, and so does tracing one.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -33,6 +34,11 @@ def release_memory() -> None:
     """Collect objects that refer to each other, and give the free heap back."""
     gc.collect()
     _call("malloc_trim", 0)
+
+
+def memory_bytes() -> int:
+    """Return the memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _call(function: str, *arguments: int) -> None:

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from ditserve.model.spec.dit_config import DiTConfig, published_config
-from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.spec.errors import ModelError, wrong_field
+from ditserve.model.spec.pipeline_config import FAMILIES, PipelineConfig
 from ditserve.model.spec.unet_config import UNetConfig
 
 NetworkConfig = DiTConfig | UNetConfig  # of the networks that this project builds and trains
@@ -31,6 +31,12 @@ def size_multiple(config: BundleConfig) -> int | None:
         # A layout path has a bias for every token of one size.
         return None if config.layout_rank else config.patch_size
     return 1 << (len(config.multipliers) - 1)
+
+
+def graph_multiple(config: BundleConfig) -> int | None:
+    """Return the same of the network's graph, which may hold the positions of one size."""
+    fixed = isinstance(config, PipelineConfig) and FAMILIES[config.family].positions_of_one_size
+    return None if fixed else size_multiple(config)
 
 
 def network_config(given: Mapping[str, Any]) -> NetworkConfig:
@@ -90,6 +96,5 @@ def _validated(kind: str, config_type: type[Config], given: Mapping[str, Any]) -
     try:
         return TypeAdapter(config_type).validate_python(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = "".join(f"{part}: " for part in first["loc"][:1])
-        raise ValueError(field + first["msg"].removeprefix("Value error, ")) from None
+        field, message = wrong_field(error)
+        raise ValueError(f"{field.partition('.')[0]}: {message}" if field else message) from None

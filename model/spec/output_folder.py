@@ -62,6 +62,8 @@ def claim(path: Path, *kinds: str, apart: tuple[Path, ...] = (), shared: bool = 
         OSError: it cannot be made or written.
     """
     folder = Path(os.path.realpath(path))
+    if folder == folder.parent:
+        raise OutputError(f"{path} is the root of all folders: choose another folder")
     _recover(folder)
     check_folder(path, *kinds, apart=apart)
     made = [path for path in (folder, *folder.parents) if not path.exists()]

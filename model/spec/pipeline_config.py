@@ -121,16 +121,18 @@ class PipelineConfig:
 class PipelineFamily:
     """The facts about a family that its folders do not state; they are those of its pipelines in diffusers.
 
-    pipelines      the pipelines' classes, and the transformer's
+    pipelines      the pipelines' classes, and the most tokens of a text of each, all of which the network
+                   is given
+    transformer    the class of the transformer
+    tokenizer      the folder of the tokenizer that counts the tokens of a text
     text_size      the field of the transformer's configuration with the width of a token; pooled_size
                    that with the width of the pooled text
-    text_tokens    the most tokens of a text, all of which the network is given, and the folder of the
-                   tokenizer that counts them
     more_tokens    tokens that the pipeline or other encoders put before these
     lowers         True if the pipeline makes letters small
     head, tail     the pipeline's own words before and after a prompt, whose tokens count as the text's
     plain_negatives  True if the pipeline puts its own words around a prompt and not around a negative one
     packs          pixels of a latent along a side that the pipeline hands over as one token
+    positions_of_one_size  True if the positions of another size are computed outside of torch
     sample_size    the side of a latent, where it is not that of the transformer's configuration, else 128
     counts_positions  True if the transformer's pos_embed_max_size is that of a whole image, not of a side
     noise_scale    the network of a flow is told sigma times this
@@ -141,10 +143,9 @@ class PipelineFamily:
     steps, guidance_scale  the defaults
     """
 
-    pipelines: tuple[str, ...]
+    pipelines: Mapping[str, int]
     transformer: str
     text_size: str
-    text_tokens: int
     tokenizer: str = "tokenizer"
     lowers: bool = False
     head: str = ""
@@ -154,6 +155,7 @@ class PipelineFamily:
     pooled_size: str | None = None
     text_mask: bool = False
     packs: int = 1
+    positions_of_one_size: bool = False
     sample_size: int | None = None
     counts_positions: bool = False
     noise_scale: float = 1000.0
@@ -171,20 +173,19 @@ class PipelineFamily:
 FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
     {
         "pixart": PipelineFamily(
-            pipelines=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
+            pipelines={"PixArtSigmaPipeline": 300, "PixArtAlphaPipeline": 120},
             transformer="PixArtTransformer2DModel",
             text_size="caption_channels",
-            text_tokens=300,
             lowers=True,
             text_mask=True,
+            positions_of_one_size=True,
             steps=20,
             guidance_scale=4.5,
         ),
         "sd3": PipelineFamily(
-            pipelines=("StableDiffusion3Pipeline",),
+            pipelines={"StableDiffusion3Pipeline": 256},
             transformer="SD3Transformer2DModel",
             text_size="joint_attention_dim",
-            text_tokens=256,
             tokenizer="tokenizer_3",
             more_tokens=77,
             pooled_size="pooled_projection_dim",
@@ -192,10 +193,9 @@ FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
             guidance_scale=7.0,
         ),
         "flux": PipelineFamily(
-            pipelines=("FluxPipeline",),
+            pipelines={"FluxPipeline": 512},
             transformer="FluxTransformer2DModel",
             text_size="joint_attention_dim",
-            text_tokens=512,
             tokenizer="tokenizer_2",
             pooled_size="pooled_projection_dim",
             packs=2,
@@ -206,11 +206,10 @@ FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
             guidance_scale=3.5,
         ),
         "sana": PipelineFamily(
-            pipelines=("SanaPipeline",),
+            pipelines={"SanaPipeline": 299},
             transformer="SanaTransformer2DModel",
             text_size="caption_channels",
             # The last token of the pipeline's instruction is one of the 300.
-            text_tokens=299,
             more_tokens=1,
             lowers=True,
             plain_negatives=True,
@@ -220,10 +219,9 @@ FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
             guidance_scale=4.5,
         ),
         "lumina2": PipelineFamily(
-            pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
+            pipelines={"Lumina2Pipeline": 256, "Lumina2Text2ImgPipeline": 256},
             transformer="Lumina2Transformer2DModel",
             text_size="cap_feat_dim",
-            text_tokens=256,
             head="You are an assistant designed to generate superior images with the superior degree of "
             "image-text alignment based on textual prompts or user prompts. <Prompt Start> ",
             plain_negatives=True,
@@ -238,10 +236,9 @@ FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
             guidance_scale=4.0,
         ),
         "auraflow": PipelineFamily(
-            pipelines=("AuraFlowPipeline",),
+            pipelines={"AuraFlowPipeline": 256},
             transformer="AuraFlowTransformer2DModel",
             text_size="joint_attention_dim",
-            text_tokens=256,
             sample_size=128,
             counts_positions=True,
             tells_tokens=False,
@@ -250,10 +247,9 @@ FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
             guidance_scale=3.5,
         ),
         "chroma": PipelineFamily(
-            pipelines=("ChromaPipeline",),
+            pipelines={"ChromaPipeline": 512},
             transformer="ChromaTransformer2DModel",
             text_size="joint_attention_dim",
-            text_tokens=512,
             text_mask=True,
             packs=2,
             noise_scale=1.0,
@@ -262,10 +258,9 @@ FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
             guidance_scale=5.0,
         ),
         "qwen_image": PipelineFamily(
-            pipelines=("QwenImagePipeline",),
+            pipelines={"QwenImagePipeline": 512},
             transformer="QwenImageTransformer2DModel",
             text_size="joint_attention_dim",
-            text_tokens=512,
             tail="<|im_end|>\n<|im_start|>assistant\n",
             text_mask=True,
             packs=2,
@@ -276,10 +271,9 @@ FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
             guidance_scale=4.0,
         ),
         "z_image": PipelineFamily(
-            pipelines=("ZImagePipeline",),
+            pipelines={"ZImagePipeline": 512},
             transformer="ZImageTransformer2DModel",
             text_size="cap_feat_dim",
-            text_tokens=512,
             head="<|im_start|>user\n",
             tail="<|im_end|>\n<|im_start|>assistant\n",
             text_mask=True,

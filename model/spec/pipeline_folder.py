@@ -168,6 +168,14 @@ def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
     return Bundle.open(target, verify=False).manifest
 
 
+def take_pipeline(bundle: Bundle, target: Path) -> None:
+    """Take the files of the pipeline in a bundle along to the folder of another one."""
+    for name in bundle.manifest.files:
+        if name.startswith(f"{PIPELINE}/"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            _take(bundle.path / name, target / name)
+
+
 def cached_bundle(folder: Path) -> Path:
     """Return the bundle of a pipeline's folder among those that this user has served; make it if need be.
 
@@ -201,12 +209,13 @@ def stated_licence(folder: Path) -> str:
 def holds_pipeline(folder: Path) -> bool:
     """Return True for a folder that is to be brought in as a pipeline, whether or not that is possible.
 
-    That of the published DiT is not: its weights become a network of this project.
+    That of a DiT is not, whatever pipeline is around it: its weights become a network of this project.
     """
-    if (folder / INDEX).is_file():
-        return _optional_json(folder / INDEX).get("_class_name") != "DiTPipeline"
-    name = _optional_json(folder / "transformer" / "config.json").get("_class_name")
-    return any(name == family.transformer for family in FAMILIES.values())
+    network = _optional_json(folder / "transformer" / "config.json").get("_class_name")
+    if network == "DiTTransformer2DModel":
+        return False
+    known = any(network == family.transformer for family in FAMILIES.values())
+    return known or _optional_json(folder / INDEX).get("_class_name") not in (None, "DiTPipeline")
 
 
 def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, PipelineFamily]:
@@ -264,20 +273,22 @@ def _config(
 ) -> PipelineConfig:
     """Return the configuration of the network. Raises `ValueError` or `KeyError` naming the field."""
     channels = transformer["in_channels"] // family.packs**2
-    # Of a pipeline whose transformer states no size it is 128, as there.
-    side = family.sample_size or transformer.get("sample_size") or 128
-    height, width = size or (side, side)
     patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
-    known = limit = tokens or family.text_tokens
+    most = family.pipelines[index["_class_name"]]
+    known = limit = tokens or most
     tokenizer = _counting(family, index)
     if tokenizer != family.tokenizer:
         # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
-        known, limit = family.text_tokens, family.more_tokens
+        known, limit = most, family.more_tokens
     largest = _largest_grid(family, transformer, known + family.more_tokens)
+    largest_side = largest * patch if largest else None
+    # Of a pipeline whose transformer states no size it is 128, as there.
+    side = family.sample_size or transformer.get("sample_size") or 128
+    side = min(side, largest_side or side)
     return PipelineConfig(
         family=name,
         transformer={key: value for key, value in transformer.items() if not key.startswith("_")},
-        image_size=(height, width),
+        image_size=size or (side, side),
         in_channels=channels,
         text_tokens=known + family.more_tokens,
         text_size=transformer[family.text_size],
@@ -285,7 +296,7 @@ def _config(
         tokenizer=tokenizer,
         patch_size=patch,
         factor=latents.factor,
-        largest_side=largest * patch if largest else None,
+        largest_side=largest_side,
         learn_sigma=(transformer.get("out_channels") or channels) == 2 * channels and family.packs == 1,
         pooled_size=transformer[family.pooled_size] if family.pooled_size else 0,
         text_mask=family.text_mask,

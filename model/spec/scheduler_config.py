@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.sigma_grids import DynamicShift, SigmaGrid, Spacing, shifted
 
 Shift = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -221,12 +221,11 @@ def read_scheduler_config(config: Mapping[str, Any], reading: GridReading = AS_S
     try:
         return _CLASSES[name].model_validate(fields).grid(reading)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
+        field, message = wrong_field(error)
+        kind = error.errors()[0]["type"]
+        if kind == "extra_forbidden":
             message = f"a {name} has no such field: remove it, or check how it is spelled"
-        if first["type"] == "missing":
+        if kind == "missing":
             message = "it must be true: without it the scheduler is none of a flow"
         where = f"field {field}: " if field else ""
         raise SchedulerConfigError(f"scheduler configuration: {where}{message}") from None

@@ -12,15 +12,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from rich.console import Console
 
-from ditserve.model.distributed.processes import World, join_processes
+from ditserve.model.distributed.processes import World, join_processes, made_by_first
 from ditserve.model.spec.command_line import guarded, named_path
 from ditserve.model.spec.output_folder import RUN, check_folder
 from ditserve.model.train.config import TrainConfig, first_mistake
@@ -78,22 +76,23 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _configuration(options: argparse.Namespace, overrides: Sequence[str]) -> TrainConfig:
-    """Return the run that the command line describes; print what was chosen for it."""
+    """Return the run that the command line describes."""
     if options.config is None and options.data is None:
         raise ValueError("say what to train on: --data FOLDER, or a run's --config FILE")
+    fields = made_by_first(lambda: _fields(options, overrides))
+    if "data" not in fields:
+        raise ValueError(f"{options.config} names no data: say what to train on with --data")
+    return TrainConfig.model_validate(fields)
+
+
+def _fields(options: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of the run; print what was chosen for it."""
     fields, choices = run_fields(options.config, options.data, overrides)
     if choices:
-        if dist.is_torchelastic_launched():
-            raise ValueError(
-                "a recipe is chosen by one process: start the run without torchrun, stop it, and go on with "
-                f"--config {Path(fields['output']) / 'config.json'}"
-            )
         Console().print(recipe_table(choices))
-    elif "data" not in fields:
-        raise ValueError(f"{options.config} names no data: say what to train on with --data")
     elif options.config is None:
         print(f"{fields['output']} is there already: it goes on with its own recipe, its config.json")
-    return TrainConfig.model_validate(fields)
+    return fields
 
 
 @contextmanager

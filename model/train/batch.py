@@ -6,7 +6,6 @@ micro-batches.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import batch_indices
+from ditserve.model.spec.heap import memory_bytes
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.dropout import condition_dropout
@@ -89,7 +89,7 @@ class BatchSource:
         """Refuse a batch whose pictures and noise, as float32, exceed the memory of this machine."""
         height, width = (max(side) for side in zip(*(data.size for _, data in self.stages), strict=True))
         needed = 2 * 4 * self.config.batch * self.dataset.channels * height * width
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = memory_bytes()
         if needed > memory:
             raise ValueError(
                 f"batch {self.config.batch} takes {needed / 2**30:,.0f} GiB for pictures and noise alone, "

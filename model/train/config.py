@@ -15,6 +15,7 @@ from ditserve.model.data.dataset import Dataset, NamedPath
 from ditserve.model.distributed.processes import ParallelSpec
 from ditserve.model.spec.diffusion import Prediction
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
+from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.network_config import NetworkConfig, network_config
 from ditserve.model.train.distillation.config import DistillationConfig, ProgressiveDistillationConfig
 from ditserve.model.train.loss import LevelSampling, TrainingNoise, training_noise
@@ -246,7 +247,7 @@ def set_fields(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     """
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals:
+        if not equals or not all(key.split(".")):
             raise ValueError(f"--set {override}: write KEY=VALUE")
         *parents, last = re.sub(r"^network\b", "model", key).split(".")
         section = data
@@ -265,12 +266,11 @@ def set_fields(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 def first_mistake(error: ValidationError) -> str:
     """Return the first mistake in one sentence; an unknown field is named with the most similar known one."""
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
+    field, message = wrong_field(error)
+    if error.errors()[0]["type"] == "extra_forbidden":
         near = difflib.get_close_matches(field, list(_fields(TrainConfig)), n=1, cutoff=0.6)
         return f"there is no field {field}" + (f": did you mean {near[0]}?" if near else "")
-    return f"field {field}: {first['msg']}" if field else first["msg"].removeprefix("Value error, ")
+    return f"field {field}: {message}" if field else message
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -94,19 +94,24 @@ def run_config(source: Path) -> NetworkConfig:
     Raises:
         LoadError: `source` is not a run's configuration, or its pictures are not where it says.
     """
-    config = _read_config(source)
+    config = read_run_config(source)
     return config.network_config(_open_dataset(config, None))
 
 
 def _load_run(path: Path, data: Path | None) -> LoadedModel:
-    config = _read_config(path / "config.json")
+    config = read_run_config(path / "config.json")
     dataset = _open_dataset(config, data)
     checkpoint, step, weights = _newest_checkpoint(path / "checkpoints")
     network = build(config.network_config(dataset), weights, checkpoint)
     return LoadedModel(network, describe_run(model_name(path), config, dataset, network.config, step))
 
 
-def _read_config(source: Path) -> TrainConfig:
+def read_run_config(source: Path) -> TrainConfig:
+    """Return the configuration in a training run's JSON file.
+
+    Raises:
+        LoadError: it cannot be read, or is none.
+    """
     try:
         return load_config(source)
     except ValidationError as error:

@@ -16,8 +16,7 @@ from typing import Any, Self
 from ditserve.model.data.sources import NAMED
 from ditserve.model.distributed.processes import World
 from ditserve.model.nets.attention_weights import AttentionEntropy
-from ditserve.model.nets.autoencoder import PictureDecoder
-from ditserve.model.sampling.sheet import sample_sheet
+from ditserve.model.sampling.sheet import draw_sheet, sheet_samples
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.output_folder import RUN, claim
 from ditserve.model.train.checkpoint import check_room
@@ -101,8 +100,8 @@ def run_steps(trainer: Trainer) -> None:
                 trainer.save()
             if stopping and not last:
                 raise KeyboardInterrupt
-            if trainer.decoder is not None and (last or state.step % config.sheet_every == 0):
-                log.add(state.step, draw_sample_sheet(trainer, trainer.decoder))
+            if last or state.step % config.sheet_every == 0:
+                log.add(state.step, draw_sample_sheet(trainer))
 
 
 class StopSignals:
@@ -140,25 +139,25 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def draw_sample_sheet(trainer: Trainer, decoder: PictureDecoder) -> dict[str, float]:
+def draw_sample_sheet(trainer: Trainer) -> dict[str, float]:
     """Sample from the averaged weights at this step, and write sheet-<step>.png. All processes must call.
 
-    Return the entropy of attention while it was sampled, for the log.
+    Without a decoder of the latents nothing is written. Return the entropy of attention in these samples.
     """
     config, step = trainer.config, trainer.state.step
     network, defaults = trainer.averaged_network(), run_defaults(config, trainer.dataset, step)
     entropy = AttentionEntropy(network)
     if trainer.parallel.world.is_first:
         with entropy.measured():
-            sheet = sample_sheet(
+            samples = sheet_samples(
                 network,
                 trainer.schedule,
-                decoder,
-                trainer.dataset.factors,
                 steps=min(SHEET_STEPS, defaults.steps),
                 guidance_scale=defaults.guidance_scale,
                 seed=config.seed,
                 clip_x0=config.diffusion.clip_x0,
             )
-        sheet.save(config.output / f"sheet-{step:07d}.png")
+        if trainer.decoder is not None:
+            sheet = draw_sheet(samples, trainer.decoder, trainer.dataset.factors)
+            sheet.save(config.output / f"sheet-{step:07d}.png")
     return entropy.figures()

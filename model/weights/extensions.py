@@ -44,7 +44,9 @@ def fold_extensions(state: Mapping[str, Tensor]) -> tuple[Weights, dict[str, Any
     folding = _Folding(state)
     try:
         return folding.state, folding.run()
-    except (RuntimeError, IndexError, KeyError) as error:
+    except KeyError as error:
+        raise WeightsError(f"{error.args[0]} is missing") from None
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"the shapes of the weights do not fit together: {reason}") from None
 
@@ -60,6 +62,8 @@ class _Folding:
     def run(self) -> dict[str, Any]:
         """Fold what is there, in an order in which no fold undoes another, and return the options."""
         options: dict[str, Any] = {}
+        if not self.blocks:
+            return options
         head_size = 0
         for block in self.blocks:
             self._add_shifts(block)
@@ -88,7 +92,7 @@ class _Folding:
         lacking = [block for block in self.blocks if f"{block}.{name}" not in self.state]
         if lacking and len(lacking) < len(self.blocks):
             raise WeightsError(f"{lacking[0]} has no {name}, and other blocks have one")
-        return bool(self.blocks) and not lacking
+        return not lacking
 
     def _modulation(self, owner: str) -> tuple[Tensor, Tensor]:
         name = f"{owner}.adaLN_modulation.1"

@@ -25,6 +25,7 @@ from ditserve.model.spec.bundle import (
 )
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.output_folder import BUNDLE, DIFFUSERS, check_new_file, replacement
 from ditserve.model.spec.pipeline_folder import VAE, take_part
 from ditserve.model.weights.diffusers import to_diffusers
@@ -67,7 +68,7 @@ def write_bundle(
             provenance={"import": {"notes": list(imported.notes)}} if imported.notes else {},
         )
     except ValidationError as error:
-        raise WeightsError(f"{target} cannot be a bundle: {error.errors()[0]['msg']}") from None
+        raise WeightsError(f"{target} cannot be a bundle: {wrong_field(error)[1]}") from None
     with replacement(target, BUNDLE) as scratch:
         weights = {name: _storable(tensor) for name, tensor in imported.weights.items()}
         save_file(weights, scratch / WEIGHTS)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ditserve.model.spec.bundle import Defaults, LatentSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.sigma_grids import SigmaGrid
 from ditserve.model.weights.flows import TrainerArguments
 from ditserve.model.weights.official import WeightsError
@@ -63,7 +64,9 @@ class _Vae(_Section):
 class _Sample(_Section):
     """The sampling: N times 0 … 1, both ends included, are N − 1 steps."""
 
+    mode: str = "ODE"
     sampling_method: str = "euler"
+    reverse: bool = False
     num_sampling_steps: Annotated[int, Field(ge=2, le=1001)]
     cfg_scale: Annotated[float, Field(ge=0, le=100)] = 1.0
     cfg_interval_start: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -112,7 +115,7 @@ class LightningConfig(_Section):
         Its shift a of the time t is a shift 1 / a of sigma = 1 - t, and it guides from t on.
         """
         sample = self.sample
-        if sample is None or sample.sampling_method != "euler":
+        if sample is None or (sample.mode, sample.sampling_method, sample.reverse) != ("ODE", "euler", False):
             return otherwise, None
         defaults = Defaults(
             steps=sample.num_sampling_steps - 1,
@@ -142,9 +145,8 @@ def lightning_config(path: Path, stored: Mapping[str, Any]) -> LightningConfig |
     try:
         return LightningConfig.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise WeightsError(f"the configuration in {source}: field {field}: {first['msg']}") from None
+        field, message = wrong_field(error)
+        raise WeightsError(f"the configuration in {source}: field {field}: {message}") from None
 
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:
@@ -183,8 +185,7 @@ def latent_spec(path: Path, told: LightningConfig | None, channels: int) -> tupl
     try:
         return LatentSpec(shift=shift, scale=scale, factor=factor), note + words
     except ValidationError as error:
-        first = error.errors()[0]
-        raise WeightsError(f"the latents of {path}: {first['loc'][0]}: {first['msg']}") from None
+        raise WeightsError(f"the latents of {path}: {': '.join(wrong_field(error))}") from None
 
 
 def _statistics(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

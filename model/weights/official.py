@@ -123,9 +123,9 @@ def to_official(weights: Mapping[str, Tensor], config: DiTConfig) -> Weights:
 
 def _square_size(weights: Mapping[str, Tensor], pos_embed: Tensor | None) -> tuple[int, int] | None:
     """Return the size of a square image in latent pixels; None: no positions, or not those of a square."""
-    tokens = 0 if pos_embed is None else pos_embed.shape[-2]
+    tokens = 0 if pos_embed is None or pos_embed.ndim < 2 else pos_embed.shape[-2]
     side = math.isqrt(tokens)
-    patch = weights[PATCHES].shape[-1] if PATCHES in weights else 0
+    patch = weights[PATCHES].shape[-1] if PATCHES in weights and weights[PATCHES].ndim else 0
     return (side * patch, side * patch) if tokens and side**2 == tokens else None
 
 
@@ -138,9 +138,10 @@ def _infer_config(
     needed = (PATCHES, "final_layer.linear.weight", TABLE, "blocks.0.mlp.fc1.weight")
     refuse("the weights are not a published DiT's", missing=[name for name in needed if name not in weights])
     patch_weight, out_weight, table, fc1 = (weights[name] for name in needed)
-    if patch_weight.ndim != 4 or table.ndim != 2:
+    if patch_weight.ndim != 4 or any(tensor.ndim != 2 for tensor in (out_weight, table, fc1)):
         raise WeightsError(
-            "the weights are not a published DiT's: its patches or its class table have other axes"
+            "the weights are not a published DiT's: its patches, its class table or a linear map have other "
+            "axes"
         )
     hidden, channels, patch = patch_weight.shape[0], patch_weight.shape[1], patch_weight.shape[-1]
     if size is None:

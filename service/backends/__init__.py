@@ -6,6 +6,8 @@ only to use it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from importlib import import_module
 from typing import Any, Final, Protocol, cast
@@ -28,6 +30,7 @@ BACKENDS: Final[dict[str, str]] = {
 }
 TEXT: Final = "ditserve.service.backends.text"
 OTHER_TEXTS: Final = "ditserve.service.backends.other_texts"
+PIPELINE_TEXTS: Final = "ditserve.model.nets.pipelines.texts"
 CONDITIONER_ROWS: Final = 8
 # A call for few rows would be mostly the launching of kernels.
 CONDITIONER_ROWS_GPU: Final = 32
@@ -133,6 +136,34 @@ def text_parts_key(manifest: Manifest) -> str:
     parts = (f"{PIPELINE}/text_encoder", f"{PIPELINE}/tokenizer", f"{PIPELINE}/{INDEX}")
     hashes = [entry.sha256 for name, entry in sorted(manifest.files.items()) if name.startswith(parts)]
     return sha256("".join([*hashes, str(manifest.config.text_width)]).encode()).hexdigest()
+
+
+def load_pipeline_texts(bundle: Bundle, precision: str = "fp32") -> SentenceEncoder:
+    """Open the text encoders of an imported pipeline, which run in torch, in fp32, bf16 or fp16.
+
+    Raises:
+        BackendUnavailable: a package they need is not installed, or one of them cannot be read.
+    """
+    manifest = bundle.manifest
+    with opening_pipeline(manifest):
+        texts = import_module(PIPELINE_TEXTS)
+        folder, key = bundle.path / PIPELINE, f"{text_parts_key(manifest)}{precision}"
+        encoder = texts.PipelineTexts(folder, manifest.config, key, precision)
+    return cast(SentenceEncoder, encoder)
+
+
+@contextmanager
+def opening_pipeline(manifest: Manifest) -> Iterator[None]:
+    """Raise `BackendUnavailable` for a part of an imported pipeline that cannot be opened here."""
+    try:
+        yield
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"{manifest.name} is an imported pipeline and needs the package {error.name}: "
+            "pip install 'ditserve[pipelines]'"
+        ) from error
+    except ModelError as error:
+        raise BackendUnavailable(str(error)) from error
 
 
 class NoBert(BackendUnavailable):

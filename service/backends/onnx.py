@@ -17,14 +17,16 @@ import numpy.typing as npt
 import onnxruntime as ort
 import structlog
 
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import WEIGHTS, Bundle, Manifest
 from ditserve.model.spec.network_config import size_multiple
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
     BackendUnavailable,
     Floats,
     SentenceEncoder,
+    load_pipeline_texts,
 )
 from ditserve.service.backends.precision import open_backbone
 from ditserve.service.backends.runners import GRAPH_SIZES, CudaGraphRunner, DataParallelRunner, RowRunner
@@ -42,6 +44,10 @@ from ditserve.service.backends.sessions import (
 )
 from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.images import to_pixels
+
+# The bytes of the stored weights above which one copy of the backbone must do. A DiT-L/2 has 916 MB in half
+# precision, a DiT-B/2 260.
+LARGE_BYTES = 600_000_000
 
 log = structlog.get_logger()
 
@@ -109,10 +115,10 @@ class OnnxBackend:
         cuda_graph: the backbone for the bundle's own size if its kernels are captured, else None.
         size_multiple: see `Backend`.
         conditioner_rows: see `Backend`.
+        text_encoder: see `Backend`.
     """
 
     name = "onnx"
-    text_encoder: SentenceEncoder | None = None
     state_memory: StateMemory = HostMemory()
 
     def __init__(
@@ -125,8 +131,10 @@ class OnnxBackend:
         cuda_graph: CudaGraphRunner | None,
         size_multiple: int | None,
         conditioner_rows: int,
+        text_encoder: SentenceEncoder | None = None,
     ) -> None:
         self.manifest, self.precision = manifest, precision
+        self.text_encoder = text_encoder
         self.size_multiple, self.conditioner_rows = size_multiple, conditioner_rows
         self.buckets: tuple[int, ...] | None = GRAPH_SIZES if cuda_graph else None
         self._graphs, self._backbone = graphs, backbone
@@ -185,6 +193,12 @@ def open_onnx(
             f"precision of the onnx backend must be one of {', '.join(known)}, not {precision!r}"
         )
     require_providers(providers)
+    pipeline = isinstance(bundle.manifest.config, PipelineConfig)
+    if pipeline and precision not in ("auto", "fp32"):
+        raise BackendUnavailable(
+            f"{bundle.manifest.name} is an imported pipeline, whose graphs are in fp32: "
+            "--backend torch computes it in half precision"
+        )
     threads = threads or len(os.sched_getaffinity(0))
     options = session_options(threads, spin=spin)
     # Conditioner and decoder do not run on TensorRT, but on the next provider.
@@ -203,6 +217,7 @@ def open_onnx(
         cuda_graph=cuda_graph,
         size_multiple=graph_size_multiple(session.get_inputs()[0].shape),
         conditioner_rows=CONDITIONER_ROWS if auxiliary_providers[0] == CPU else CONDITIONER_ROWS_GPU,
+        text_encoder=load_pipeline_texts(bundle) if pipeline else None,
     )
 
 
@@ -233,8 +248,13 @@ def open_cuda_graph(
 def _data_parallel(
     bundle: Bundle, precision: str, session: ort.InferenceSession, options: ort.SessionOptions, threads: int
 ) -> DataParallelRunner:
-    """Return the backbone on this many threads; on several its weights are in memory twice."""
-    if threads == 1:
+    """Return the backbone on this many threads.
+
+    On several its weights are in memory twice, except for a large model. The operators of that are so large
+    that threads which share them hardly wait: 8 rows of a DiT-B/2 took 1.05 times as long on two cores.
+    """
+    weights = bundle.manifest.files.get(WEIGHTS)
+    if threads == 1 or (weights is not None and weights.bytes > LARGE_BYTES):
         return DataParallelRunner(session, session, threads=1)
     options.intra_op_num_threads = 1
     single = open_session(bundle, BACKBONES[precision], options)

@@ -20,6 +20,7 @@ import onnxruntime as ort
 
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, Device, engine_origin
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
@@ -84,6 +85,11 @@ class TensorRtBackend:
             known = ", ".join(("auto", *PRECISIONS))
             raise BackendUnavailable(
                 f"precision of the tensorrt backend must be one of {known}, not {precision!r}"
+            )
+        if isinstance(bundle.manifest.config, PipelineConfig):
+            raise BackendUnavailable(
+                f"{bundle.manifest.name} is an imported pipeline, of which no engines are built: "
+                "choose the torch or the onnx backend"
             )
         self.manifest = bundle.manifest
         self.precision = _half(bundle) if precision == "auto" else precision

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle, Manifest
-from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import NetworkConfig, size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import VAE
@@ -27,8 +26,10 @@ from ditserve.service.backends import (
     Floats,
     OutOfMemory,
     SentenceEncoder,
-    text_parts_key,
+    load_pipeline_texts,
+    opening_pipeline,
 )
+from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.state import StateArray, StateMemory
 from ditserve.service.images import to_pixels
 
@@ -46,6 +47,9 @@ class TorchBackend:
         compile: compile the backbone; the first batch of each size then takes much longer.
         precision: of an imported pipeline's network: fp32, bf16 or fp16; "auto" is fp32. A network of ours
             runs in fp32.
+
+    Raises:
+        BackendUnavailable: the bundle cannot be run so, or its network overflows in this precision.
     """
 
     name = "torch"
@@ -62,6 +66,11 @@ class TorchBackend:
         precision: str = "auto",
     ) -> None:
         self.precision = "fp32" if precision == "auto" else precision
+        if self.precision not in PRECISIONS:
+            known = ", ".join(("auto", *PRECISIONS))
+            raise BackendUnavailable(
+                f"precision of the torch backend must be one of {known}, not {precision!r}"
+            )
         folder, decoder = bundle.path / PIPELINE / VAE, bundle.manifest.decoder
         if decoder != "identity" and not folder.is_dir():
             raise BackendUnavailable(f"the torch backend has no decoder {decoder!r}: choose the onnx backend")
@@ -87,6 +96,8 @@ class TorchBackend:
         self._backbone = (
             torch.compile(self._model.backbone, dynamic=True) if compile else self._model.backbone
         )
+        if self.precision != "fp32":
+            refuse_overflow(self)
 
     def _own_network(self, bundle: Bundle, config: NetworkConfig) -> Network:
         if self.precision != "fp32":
@@ -102,23 +113,18 @@ class TorchBackend:
 
     def _open_pipeline(self, bundle: Bundle, config: PipelineConfig) -> Any:
         """Open the transformer and the text encoders of an imported pipeline."""
-        folder, manifest = bundle.path / PIPELINE, bundle.manifest
+        folder = bundle.path / PIPELINE
         dtype = PRECISIONS[self.precision]
-        try:
-            network, texts = (import_module(f"{PIPELINES}.{part}") for part in ("network", "texts"))
-            model = network.open_network(folder, config, dtype=dtype, device=self._device)
-            self.text_encoder = texts.PipelineTexts(folder, config, text_parts_key(manifest))
-        except ModelError as error:
-            raise BackendUnavailable(str(error)) from error
-        return model
+        self.text_encoder = load_pipeline_texts(bundle, self.precision)
+        with opening_pipeline(bundle.manifest):
+            network = import_module(f"{PIPELINES}.network")
+            return network.open_network(folder, config, dtype=dtype, device=self._device)
 
     def _open_decoder(self, folder: Path, manifest: Manifest) -> Any:
         """Open the autoencoder of an imported pipeline."""
-        try:
+        with opening_pipeline(manifest):
             decoder = import_module(f"{PIPELINES}.decoder")
             return decoder.PipelineDecoder(folder, manifest.latents, device=self._device)
-        except ModelError as error:
-            raise BackendUnavailable(str(error)) from error
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         with _computing():

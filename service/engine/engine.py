@@ -144,6 +144,8 @@ class Engine:
             trajectory = self._make_trajectory(request.rung, scale, area=geometry.row_area)
         else:
             trajectory = snapshot.trajectory(self.schedule)
+        # The planner may move it up to the rung that it asks for, so that must be one as well.
+        self._make_trajectory(request.requested, trajectory.scale, area=geometry.row_area)
         floor = self._floor(request)
         sample = Sample(
             request, conditioning, trajectory, geometry=geometry, floor=floor, added_at=self.clock()

@@ -95,7 +95,7 @@ def _steps(request: GenerateRequest, manifest: Manifest, schedule: Schedule) -> 
     try:
         schedule.check_steps(steps)
     except ValueError as error:
-        raise field_error("steps", sentence(error)) from None
+        raise field_error("steps" if levels is None else "noise_levels", sentence(error)) from None
     return steps
 
 

@@ -136,9 +136,12 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # The parser takes all behind the head for another protocol. It is given the head without that.
+            # The parser takes all behind the head for another protocol, or for nothing if the head also says
+            # `Connection: close`. A new one is given the head without the upgrade.
             (position,) = upgrade.args
-            self._feed(self._head_without_upgrade() + data[position:])
+            head, self.parser = self._head_without_upgrade(), httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self._feed(head + data[position:])
         except httptools.HttpParserError:
             self.send_400_response("")
 
@@ -316,7 +319,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.connections.discard(longest)
         elif len(self.connections) > self.limits.connections + RESERVE:
             self.transport.write(_written(TooManyConnections(retry_after=1)))
-            self.transport.close()
+            # Closed on a request that is not read, it would be reset before its client reads this.
+            self.end()
         else:
             self._crowded = True
 

@@ -73,9 +73,10 @@ _CODES = {
     "UNKILLABLE": _Fault("is busy"),
     "BUSY": _Fault("is busy"),
     "UNBLOCKED": _CHANGED_ROLE,
+    "WRONGTYPE": _Fault("holds a key of another kind than this service writes"),
 }
-# Errors that no state of a server explains: keys of another kind than this code writes.
-_OWN_CODES = {"WRONGTYPE", "CROSSSLOT", "EXECABORT"}
+# What the error of a script says that fails by itself, which no state of a server explains.
+_OWN = "user_script"
 # The class of an error → the fault; the first that fits.
 _FAULTS: tuple[tuple[type[Exception], _Fault], ...] = (
     (MaxConnectionsError, _Fault("has no connection free")),
@@ -201,8 +202,8 @@ async def ask(
     soon passes: a connection that was cut, a server that loads its data or hands over to its replica.
 
     Raises:
-        QueueUnavailable: the server fails. An error that is this code's own fault, such as a wrong command,
-        is raised as it is.
+        QueueUnavailable: the server fails, or answers with an error. The error of a script that fails by
+        itself is this code's own, and is raised as it is.
     """
     told: Exception | None = None
     with _known_errors():
@@ -265,10 +266,11 @@ def _fault(error: Exception) -> _Fault | None:
     for kind, fault in _FAULTS:
         if isinstance(error, kind):
             return fault
-    code = str(error).partition(" ")[0]
-    if not isinstance(error, ResponseError) or not code.isupper() or code in _OWN_CODES:
+    text = str(error)
+    code = text.partition(" ")[0]
+    if not isinstance(error, ResponseError) or (_OWN in text and not code.isupper()):
         return None
-    return _CODES.get(code, _Fault(f"answers {code}"))
+    return _CODES.get(code, _Fault(f"answers {code}" if code.isupper() else f"answers {text[:80]!r}"))
 
 
 def _untrusted(error: BaseException | None) -> bool:
@@ -276,6 +278,11 @@ def _untrusted(error: BaseException | None) -> bool:
     return error is not None and (
         isinstance(error, SSLError) or _untrusted(error.__cause__ or error.__context__)
     )
+
+
+def of_another_kind(error: BaseException | None) -> bool:
+    """Return whether an error tells of a key of another kind than this code writes."""
+    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 class Scripts:

@@ -1,12 +1,13 @@
 """Reads of what the scripts wrote about a job: status, result, outcome, events, dead letters.
 
 Nothing here writes, so every read may be repeated. None is a transaction: Redis refuses those when its memory
-is full.
+is full. A key of another kind than this service writes is read as if it were not there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -34,10 +35,11 @@ from ditserve.service.jobs import (
     State,
 )
 from ditserve.service.queue.clock import FIRST_READINGS, READ_EVERY_S, QueueClock
-from ditserve.service.queue.connection import ask, open_client, patiently
+from ditserve.service.queue.connection import ask, of_another_kind, open_client, patiently
 from ditserve.service.queue.keys import Keys
+from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.faults import kept_running
-from ditserve.service.wire import OtherVersion, WireError, unpack
+from ditserve.service.wire import OtherVersion, WireError, read_number, unpack
 
 BLOCK_MS = 3000  # a read of events waits so long for the next one, and then looks whether the job is there
 GRACE_S = 5.0  # for the answer of a read of events, beyond the time it may wait
@@ -106,22 +108,24 @@ class Reads:
             pipeline.hmget(self.keys.job(job_id), _FIELDS)
 
         position, fields = await self._ask_together(read)
-        wire, state, attempt, step, steps, error, owner = fields
+        values: Sequence[Any] = fields or (None,) * len(_FIELDS)
+        wire, state, attempt, step, steps, error, owner = values
         if None in (wire, state, attempt, step):
             return None
         try:
             job = Job.from_bytes(wire)
-            if state.decode() not in STATES:
-                raise OtherVersion(f"no state of a job is {state!r:.60}")
+            numbers = [read_number(text) for text in (attempt, step, steps or b"%d" % job.steps)]
+            if (name := state.decode(errors="replace")) not in STATES:
+                raise OtherVersion(f"no state of a job is {name!r:.60}")
         except WireError as fault:
-            raise _unreadable(fault) from fault
+            raise _unreadable("job", fault) from fault
         return JobStatus(
             id=job_id,
-            state=cast(State, state.decode()),
+            state=cast(State, name),
             position=position if state == b"queued" else None,
-            attempt=int(attempt),
-            step=int(step),
-            steps=job.steps if steps is None else int(steps),
+            attempt=numbers[0],
+            step=numbers[1],
+            steps=numbers[2],
             created_at=job.created_at,
             error=None if error is None else _read_error(error, owner),
             job=job,
@@ -129,11 +133,11 @@ class Reads:
 
     async def result(self, job_id: str) -> JobResult | None:
         """Return the job's result; None if there is none, or no longer. Raise what `status` raises."""
-        data: Any = await self._ask(lambda: self._client.get(self.keys.result(job_id)))
+        data = await self._read(lambda: self._client.get(self.keys.result(job_id)))
         try:
             return None if data is None else JobResult.from_bytes(data)
         except WireError as fault:
-            raise _unreadable(fault) from fault
+            raise _unreadable("result", fault) from fault
 
     async def outcome(self, job_id: str) -> JobResult | None:
         """Return the job's result, or None while it has not ended.
@@ -158,14 +162,15 @@ class Reads:
 
         replies = await self._ask_together(read)
         return [
-            _read_outcome(job_id, data, *fields)
+            _read_outcome(job_id, data, *(fields or (None,) * 3))
             for job_id, fields, data in zip(job_ids, replies[::2], replies[1::2], strict=True)
         ]
 
     async def dead(self) -> list[JobStatus]:
         """Return the dead-lettered jobs, oldest first; those that cannot be read are logged and left out."""
-        ids: Any = await self._ask(lambda: self._client.zrange(self.keys.dead, 0, -1))
-        statuses = await asyncio.gather(*(self._readable_status(job_id.decode()) for job_id in ids))
+        ids = await self._read(lambda: self._client.zrange(self.keys.dead, 0, -1))
+        names = [job_id.decode(errors="replace") for job_id in ids or ()]
+        statuses = await asyncio.gather(*map(self._readable_status, names))
         return [status for status in statuses if status is not None and status.state == "dead"]
 
     async def _readable_status(self, job_id: str) -> JobStatus | None:
@@ -194,6 +199,7 @@ class Reads:
             for event_id, event in events:
                 after = event_id
                 if isinstance(event, WireError):
+                    metrics.UNREADABLE.labels("event").inc()
                     if not complained:
                         log.warning("event left out", job=job_id, reason=str(event))
                     complained = True
@@ -211,7 +217,7 @@ class Reads:
     async def last_event_id(self, job_id: str) -> str | None:
         """Return the id of the job's last event; None if there is no stream, or no longer."""
         stream = self.keys.events(job_id)
-        entries: Any = await self._ask(lambda: self._client.xrevrange(stream, count=1))
+        entries = await self._read(lambda: self._client.xrevrange(stream, count=1))
         return entries[0][0].decode() if entries else None
 
     async def _read_events(
@@ -219,30 +225,55 @@ class Reads:
     ) -> list[tuple[str, JobEvent | WireError]]:
         stream = self.keys.events(job_id)
         client = self._waiting_client
-        reply: Any = await ask(
-            client,
-            lambda: client.xread({stream: after}, count=EVENTS_AT_ONCE, block=block),
-            timeout_s=GRACE_S + BLOCK_MS / 1000,
-        )
+        try:
+            reply: Any = await ask(
+                client,
+                lambda: client.xread({stream: after}, count=EVENTS_AT_ONCE, block=block),
+                timeout_s=GRACE_S + BLOCK_MS / 1000,
+            )
+        except QueueUnavailable as error:
+            if not of_another_kind(error.__cause__):
+                raise
+            # The next event will make it a stream again.
+            await asyncio.sleep((block or 0) / 1000)
+            return []
         return [_read_event(entry_id, fields) for entry_id, fields in _entries(reply)]
 
     async def _has_ended(self, job_id: str) -> bool:
-        state: Any = await self._ask(lambda: self._client.hget(self.keys.job(job_id), "state"))
+        state = await self._read(lambda: self._client.hget(self.keys.job(job_id), "state"))
         if state is None:
             raise JobLost()
-        return state.decode() in TERMINAL_STATES
+        return state.decode(errors="replace") in TERMINAL_STATES
 
     def _ask(self, call: Callable[[], Awaitable[T]]) -> Awaitable[T]:
         return ask(self._client, call, timeout_s=self._timeout_s)
 
+    async def _read(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Return the answer to a read of one key, None if that is of another kind."""
+        try:
+            return await self._ask(call)
+        except QueueUnavailable as error:
+            if of_another_kind(error.__cause__):
+                return None
+            raise
+
     def _ask_together(self, fill: Callable[[Pipeline], None]) -> Awaitable[list[Any]]:
-        """Return the answers to the commands that `fill` puts into a pipeline, in one exchange with Redis."""
+        """Return the answers to the reads that `fill` puts into a pipeline, in one exchange with Redis.
+
+        The answer about a key of another kind is None.
+        """
 
         async def call() -> list[Any]:
             # A new one for every repetition, because a pipeline is empty once it was executed.
             pipeline = self._client.pipeline(transaction=False)
             fill(pipeline)
-            return await pipeline.execute()
+            # An error that the pipeline raises itself does not begin with its code.
+            replies = await pipeline.execute(raise_on_error=False)
+            replies = [None if of_another_kind(reply) else reply for reply in replies]
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+            return replies
 
         return self._ask(call)
 
@@ -263,11 +294,22 @@ def _read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> tuple[str, Jo
         if kind not in EVENT_KINDS:
             raise WireError(f"no kind of event is {kind!r:.60}")
         data = unpack(fields.get(b"data", b""))
+        if not _is_json(data):
+            raise WireError("an event that JSON cannot hold")
         if kind == "preview" and not isinstance(data.get("image"), bytes):
             raise WireError("a preview without an image")
         return event_id, JobEvent(event_id, cast(EventKind, kind), data)
     except WireError as fault:
         return event_id, fault
+
+
+def _is_json(data: Mapping[str, Any]) -> bool:
+    """Return whether JSON can hold an event, but for values that are left out, such as an image."""
+    try:
+        json.dumps(data, allow_nan=False, skipkeys=True, default=lambda value: None)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _read_outcome(
@@ -279,7 +321,7 @@ def _read_outcome(
         if state in (b"failed", b"dead", b"cancelled"):
             return from_wire(_read_error(error or b"", owner))
     except WireError as fault:
-        return _unreadable(fault)
+        return _unreadable("result", fault)
     if state is None:
         return JobLost()
     if state == b"done":
@@ -292,14 +334,15 @@ def _read_error(data: bytes, owner: bytes | None) -> dict[str, Any]:
     try:
         error = from_wire(unpack(data))
     except WireError as fault:
-        error = _unreadable(fault)
+        error = _unreadable("error", fault)
     if owner is not None:
         error.extra["worker"] = owner.decode(errors="replace")
     return to_wire(error)
 
 
-def _unreadable(fault: WireError) -> ServiceError:
-    """Return the error for what was written about a job and cannot be read here."""
+def _unreadable(message: str, fault: WireError) -> ServiceError:
+    """Return the error for what was written about a job and cannot be read here; count it."""
+    metrics.UNREADABLE.labels(message).inc()
     if isinstance(fault, OtherVersion):
         return QueueUnavailable(
             "The job is of another release of the service; ask again once all of it is upgraded.",

@@ -112,6 +112,9 @@ CLOCK_OFFSET_SECONDS = Gauge(
     "The clock of this host ahead of that of Redis, which counts",
     multiprocess_mode="livemostrecent",
 )
+UNREADABLE = Counter(
+    "dit_unreadable", "Messages of the queue that could not be read, by what they are", ["message"]
+)
 FAULTS = Counter("dit_faults", "Unforeseen errors that a process went on after", ["activity"])
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
 # All workers of a host report the same GPUs.

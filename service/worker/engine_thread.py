@@ -123,7 +123,7 @@ class EngineThread:
         self._stepped_at = time.monotonic()
         self._faults = 0
         self._changed = True  # since the last report
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run_watched, name="engine", daemon=True)
 
     @property
     def step_s(self) -> float:
@@ -165,6 +165,12 @@ class EngineThread:
         if request.deadline_at is None:
             return request
         return replace(request, deadline_at=self._clock.local(request.deadline_at))
+
+    def _run_watched(self) -> None:
+        """Run until told to stop. Without this thread a worker would hold its jobs for ever, idly."""
+        with surviving("engine thread"):
+            return self._run()
+        self._on_broken()
 
     def _run(self) -> None:
         while True:

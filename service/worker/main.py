@@ -46,11 +46,12 @@ from ditserve.service.signals import stop_signals
 from ditserve.service.telemetry import logs, metrics
 from ditserve.service.telemetry.tracing import Tracing, open_tracing
 from ditserve.service.worker.engine_metrics import EngineMetrics
+from ditserve.service.worker.engine_monitor import WorkerIdentity
 from ditserve.service.worker.handoff import checkpoint_origin
 from ditserve.service.worker.heartbeat import starting
 from ditserve.service.worker.previews import LARGE_DECODERS, PreviewDecoder
 from ditserve.service.worker.room import RESERVED_SAMPLES
-from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
+from ditserve.service.worker.worker import Worker, WorkerParts
 
 CONFIG_ERROR, BROKEN = 2, 1
 WARM_UP_S = 0.8

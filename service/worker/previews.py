@@ -75,7 +75,8 @@ def mean_colours(pixels: Pixels, factor: int) -> Floats:
     """Return the mean colours (B, h, w, 3) of the squares of pixels (B, H, W, 3) that a latent covers."""
     count, height, width, _ = pixels.shape
     squares = pixels.reshape(count, height // factor, factor, width // factor, factor, 3)
-    return squares.mean(axis=(2, 4), dtype=np.float32)
+    means: Floats = squares.mean(axis=(2, 4), dtype=np.float32)
+    return means
 
 
 def _with_intercept(latents: Floats) -> Floats:

@@ -19,7 +19,7 @@ import structlog
 from ditserve.model.spec.bundle import Factor
 from ditserve.service.engine.samples import Failed, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
-from ditserve.service.jobs import Claim, Lease, Network, Renewal, WorkerState
+from ditserve.service.jobs import Claim, Lease, Renewal
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.ladder import Ladder
@@ -28,6 +28,7 @@ from ditserve.service.signals import first
 from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.faults import kept_running, surviving
 from ditserve.service.telemetry.tracing import Tracing
+from ditserve.service.worker.engine_monitor import EngineMonitor, WorkerIdentity
 from ditserve.service.worker.engine_thread import EngineReport, EngineThread, Stepper
 from ditserve.service.worker.handoff import Handoff
 from ditserve.service.worker.heartbeat import Leases, Reporting
@@ -40,23 +41,6 @@ _REPLACED = "The model was replaced by a version with other classes; send the re
 STOP_THREAD_S = 5.0
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerIdentity:
-    """The names by which others know a worker and what it serves.
-
-    `name` is unique among all workers, ever: a restarted worker has a new one. `bundle` and `vocabulary` are
-    digests of what it serves (`identity`); jobs of another vocabulary are refused. `origin` is that of the
-    checkpoints it writes and goes on from (`handoff.checkpoint_origin`).
-    """
-
-    name: str
-    model: str
-    bundle: str = ""
-    vocabulary: str = ""
-    origin: str = ""
-    network: Network = field(default_factory=Network)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +93,7 @@ class Worker:
         )
         self._handoff = Handoff(broker, self._engine, origin=identity.origin)
         self._jobs = RunningJobs()
-        self._busy_since = 0.0
-        self._peak_s = 0.0  # the most work since it had none, in seconds
-        self._report: EngineReport | None = None  # the engine's last; None: not ready yet
+        self._monitor = EngineMonitor(self._engine, self._jobs, broker, identity=identity, policy=policy)
         self._leaving = False
         self._may_claim_later = False  # another worker was idler at the last claim
         self._job_ended = asyncio.Event()
@@ -171,14 +153,14 @@ class Worker:
 
         There is no room before the engine is ready.
         """
-        if self._report is None:
+        report, state = self._monitor.report, self._monitor.worker_state()
+        if report is None:
             return Room()
         held = sum(job.missing for job in self._jobs)
-        state = self._worker_state()
         ahead_s = (backlog_time(state) if state else 0.0) - self._reporting.idlest_peer_s
         self._may_claim_later = ahead_s > self.policy.balance_s
         wanted = wanted_rows(
-            self._report.costs.saturation_rows,
+            report.costs.saturation_rows,
             lookahead_rows=self.policy.lookahead_rows,
             peers=self._reporting.peers,
             ahead_s=ahead_s,
@@ -206,7 +188,7 @@ class Worker:
             self._publish_error(claim.lease, error)
             return
         if not self._jobs.samples_in_engine:
-            self._busy_since = time.monotonic()
+            self._monitor.became_busy()
         self._jobs.add(job)
         self._engine.add(job.starts)
         if job.done:
@@ -216,10 +198,10 @@ class Worker:
     # The engine reports.
 
     def _on_engine_report(self, report: EngineReport) -> None:
-        if self._report is None:
+        if self._monitor.report is None:
             # The first report: the engine is ready, so the loop that claims may begin.
             self._broker.work.notify()
-        self._report, step = report, report.step
+        self._monitor.report, step = report, report.step
         self._reporting.changed()
         if self._may_claim_later:
             self._broker.work.notify()
@@ -345,12 +327,8 @@ class Worker:
 
     async def _watch_for_hang(self) -> None:
         """Give up when the engine hangs: its jobs are retried, and a new process replaces this one."""
-        late = 0
-        # It must be late twice in a row, because this process may itself have been stopped for a while.
-        while late < 2:
-            await asyncio.sleep(self.policy.hang_s / 10)
-            late = late + 1 if self._step_age_s() > self._hang_limit_s() else 0
-        log.error("the engine hangs", seconds=round(self._step_age_s(), 1))
+        await self._monitor.until_hung()
+        log.error("the engine hangs", seconds=round(self._monitor.step_age_s(), 1))
         for job in self._jobs:
             self._fail(job, InternalError("The engine of the worker hung."), retry=True)
         self._broken.set()
@@ -370,7 +348,8 @@ class Worker:
         self._broker.work.notify()
         await self._reporting.retire(self.identity.name)
         await claiming
-        progress = self._report.progress if self._report else {}
+        report = self._monitor.report
+        progress = report.progress if report else {}
         not_begun = [job for job in self._jobs if not self._jobs.has_begun(job, progress)]
         await self._hand_back(not_begun, self.policy.export_s)
         while self._jobs and not force_stop.is_set() and not self._broken.is_set():
@@ -392,51 +371,12 @@ class Worker:
     # The worker reports.
 
     async def _report_state(self) -> None:
-        await self._reporting.run(self._worker_state, self._engine)
+        await self._reporting.run(self._monitor.worker_state, self._engine)
 
     async def _keep_leases(self) -> None:
-        await self._leases.keep(self._held_leases, self._on_lost_leases, predicted_s=self._longest_run_s)
+        await self._leases.keep(
+            self._held_leases, self._on_lost_leases, predicted_s=self._monitor.longest_run_s
+        )
 
     def _held_leases(self) -> list[Lease]:
         return [job.lease for job in self._jobs]
-
-    def _longest_run_s(self) -> float:
-        """Return the predicted seconds of the slowest job: in every batch, or beside all that was claimed."""
-        state = self._worker_state() if self._jobs else None
-        self._peak_s = max(self._peak_s, backlog_time(state)) if state else 0.0
-        return max(self._peak_s, max((job.job.steps for job in self._jobs), default=0) * self._engine.step_s)
-
-    def _worker_state(self) -> WorkerState | None:
-        """Return what to publish about this worker; None before the engine is ready."""
-        if self._report is None:
-            return None
-        report, costs = self._report, self._report.costs
-        # Jobs claimed since the engine's last report count too: a step may take seconds.
-        unreported = tuple(job.job.demand for job in self._jobs.not_joined(report.progress))
-        return WorkerState(
-            worker=self.identity.name,
-            models=(self.identity.model,),
-            max_rows=self.policy.max_rows,
-            step_fixed_s=costs.fixed_s,
-            step_per_row_s=costs.per_row_s,
-            decode_s=costs.decode_s,
-            running_samples=self._jobs.samples_in_engine,
-            backlog_rows=report.backlog_rows + sum(bucket.rows for bucket in unreported),
-            dues=report.demand + unreported,
-            slow=costs.slow,
-            network=self.identity.network,
-            bundle=self.identity.bundle,
-            given_rows=self._broker.given_rows(self.identity.name),
-            last_step_age_s=self._step_age_s(),
-            hang_s=self._hang_limit_s(),
-            updated_at=self._broker.clock(),
-        )
-
-    def _hang_limit_s(self) -> float:
-        return self.policy.hang_limit_s(self._engine.step_s)
-
-    def _step_age_s(self) -> float:
-        """Return the seconds since the last step, 0 while there is nothing to step."""
-        if self._report is None or not self._jobs.samples_in_engine:
-            return 0.0
-        return time.monotonic() - max(self._report.stepped_at, self._busy_since)

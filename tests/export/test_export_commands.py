@@ -77,6 +77,7 @@ def test_nothing_that_is_typed_ends_in_a_traceback(
         (["--out", "out", "--version", "a b"], "version"),
         (["--out", "out", "--vae", "nowhere"], "nowhere"),
         (["--out", "out", "--samples", "0"], "must be at least 1"),
+        (["--out", "out", "--samples", "1000000000"], "lower --samples or --steps"),
         (["--out", "out", "--steps", "-3"], "must be at least 1"),
         (["--out", "out", "--threads", "0"], "must be at least 1"),
     ],

@@ -18,8 +18,8 @@ from ditserve.export.calibrate import TrajectorySettings, calibration_rows
 from ditserve.export.decoder import check_decoder, write_decoder
 from ditserve.export.errors import ExportError
 from ditserve.export.graph import _transpose_narrow_convolutions, backbone_graph
+from ditserve.export.graph_files import write_graphs
 from ditserve.export.half import half_network
-from ditserve.export.onnx import write_graphs
 from ditserve.export.parity import expected_outputs, verify_graphs
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_weights

@@ -13,7 +13,7 @@ from ditserve.export.calibrate import TrajectorySettings
 from ditserve.export.errors import ExportError
 from ditserve.export.ladder import LadderOptions, PlanName, plan_ladder
 from ditserve.export.onnx import main
-from ditserve.export.plan import verification_rows
+from ditserve.export.plan import forward_rows
 from ditserve.export.source import training_pictures
 from ditserve.model.evaluation import ladder as ladders
 from ditserve.model.evaluation.ladder import LadderMeasurement
@@ -95,8 +95,8 @@ def test_the_quick_ladder_takes_a_small_part_of_the_export() -> None:
 
 
 def test_the_rows_of_an_export_are_those_of_its_passes() -> None:
-    assert verification_rows(tiny_source(), TrajectorySettings(), half=True) == 7 * 240
-    assert verification_rows(tiny_source(), TrajectorySettings(), half=False) == 5 * 240
+    assert forward_rows(tiny_source(), TrajectorySettings(), half=True) == 7 * 240
+    assert forward_rows(tiny_source(), TrajectorySettings(), half=False) == 5 * 240
 
 
 def test_pictures_that_cannot_be_compared_with_are_refused_before_anything_is_computed(
@@ -109,3 +109,19 @@ def test_pictures_that_cannot_be_compared_with_are_refused_before_anything_is_co
 def test_a_run_knows_its_pictures_and_a_bundle_does_not(tmp_path: Path, tiny_bundle: Path) -> None:
     assert training_pictures(training_run(tmp_path)) == tmp_path / "pictures.npz"
     assert training_pictures(tiny_bundle) is None
+
+
+def test_a_bundle_is_not_written_among_the_pictures_of_its_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = training_run(tmp_path)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    fields = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**fields, "data": {**fields["data"], "path": str(folder)}}))
+    assert main([str(run), "--out", str(folder / "bundle"), *CHEAPLY]) == 2
+    assert f"lies in the input {folder}" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+    (run / "config.json").write_text("{")
+    assert main([str(run), "--out", str(tmp_path / "bundle"), *CHEAPLY]) == 2
+    assert "config.json is not the configuration of a training run" in capsys.readouterr().err

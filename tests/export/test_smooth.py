@@ -35,7 +35,7 @@ def answer(source: LoadedModel, rows: CalibrationRows) -> torch.Tensor:
 )
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_a_smoothed_model_is_the_same_function(blocks: tuple[BlockKind, ...], swiglu: bool) -> None:
-    source = tiny_source(replace(CONFIG, blocks=blocks, swiglu=swiglu))
+    source = tiny_source(replace(CONFIG, blocks=blocks, swiglu=swiglu, rms_norm=swiglu))
     rows = rows_of(source)
     other = LoadedModel(smooth(source.dit, input_peaks(source.dit, rows), 0.5), source.manifest)
     before, after = parameters(source.dit), parameters(other.dit)

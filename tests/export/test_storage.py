@@ -20,7 +20,7 @@ from ditserve.export.quantize import write_int8
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph, save_weights, share_weights
 from ditserve.export.verify import LIMITS, check, open_session, run
-from ditserve.model.spec.bundle import CALIBRATION, Bundle, BundleError, write_manifest
+from ditserve.model.spec.bundle import CALIBRATION, WEIGHTS, Bundle, BundleError, write_manifest
 from ditserve.service.backends.onnx import open_onnx
 
 RNG = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def test_a_graph_that_shares_weights_computes_the_same(
         weights, {"a.odd": torch.ones(3), "m": torch.from_numpy(MATRIX), "b": torch.from_numpy(BIAS)}, dtype
     )
     before = answer(graph(transposed), tmp_path)
-    shared = share_weights(graph(transposed), weights)
+    shared = share_weights(graph(transposed), tmp_path)
     outside = [tensor for tensor in shared.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
     assert len(outside) == 2
     assert all(
@@ -84,7 +84,7 @@ def test_a_graph_that_shares_weights_computes_the_same(
 
 
 def test_a_graph_in_another_precision_than_the_file_shares_it_too(tmp_path: Path) -> None:
-    save_weights(tmp_path / "w.safetensors", {"m": torch.from_numpy(MATRIX)}, torch.float32)
+    save_weights(tmp_path / WEIGHTS, {"m": torch.from_numpy(MATRIX)}, torch.float32)
     half = helper.make_model(
         helper.make_graph(
             [helper.make_node("MatMul", ["x", "w"], ["y"])],
@@ -96,7 +96,7 @@ def test_a_graph_in_another_precision_than_the_file_shares_it_too(tmp_path: Path
         opset_imports=[helper.make_opsetid("", 20)],
         ir_version=10,
     )
-    shared = share_weights(half, tmp_path / "w.safetensors")
+    shared = share_weights(half, tmp_path)
     onnx.save(shared, tmp_path / "half.onnx")
     output = run(open_session(tmp_path / "half.onnx"), {"x": X.astype(np.float16)})["y"]
     np.testing.assert_allclose(output, X @ MATRIX.T, rtol=0.02, atol=0.05)
@@ -116,7 +116,7 @@ def test_a_large_graph_keeps_its_tensors_beside_it_all_the_way(
     folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     source = open_source(folder)
     rows = CalibrationRows.load(folder / CALIBRATION).with_null(source.network.config)
-    write_half(source, folder, rows, "fp16")
+    write_half(open_source(folder), folder, rows, "fp16")
     file = write_int8(source.dit, folder, rows, "cpu", reduce_range=True)
     write_manifest(folder, source.manifest)
     bundle = Bundle.open(folder)

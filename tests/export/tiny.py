@@ -116,9 +116,9 @@ def cached_full_bundle(cache: Path) -> Path:
         shutil.copytree(cached_tiny_bundle(cache), folder)
         source = open_source(folder)
         rows = CalibrationRows.load(folder / CALIBRATION).with_null(CONFIG)
-        write_half(source, folder, rows, "fp16")
         write_int8(source.dit, folder, rows, "cpu", reduce_range=True)
         write_int8(source.dit, folder, rows, "tensorrt", reduce_range=False)
+        write_half(source, folder, rows, "fp16")
         write_manifest(folder, source.manifest)
 
     return _cached(cache, "full", make)

@@ -153,6 +153,7 @@ def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
         (["absent"], "neither a bundle"),
         (["BUNDLE", "-c", "label=dgo"], "did you mean dog"),
         (["BUNDLE", "-c", "label=cat", "-c", "label=fox,weight=-1"], "sum to more than 0"),
+        (["BUNDLE", "--count", "3"], "--count is of a condition"),
         (["BUNDLE", "--steps", "2000"], r"steps must be in 1..1000"),
         (["BUNDLE", "--solver", "magic"], "solver must be one of"),
         (["BUNDLE", "--size", "7", "8"], "not a multiple of the patch"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable
 from functools import partialmethod
@@ -154,6 +155,14 @@ def test_a_file_that_is_made_after_the_start_is_read(path: Path) -> None:
 def test_a_broken_file_is_refused_by_name(path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(KeyringError, match=r"keys\.json is not a key file"):
+        Keyring(path)
+
+
+@pytest.mark.parametrize("time", ["NaN", "Infinity", "1e300", "-1e12"])
+def test_a_time_that_cannot_be_is_refused_by_name(path: Path, time: str) -> None:
+    add(path, "alice")
+    path.write_text(re.sub(r'("created_at": ?)[0-9.]+', rf"\g<1>{time}", path.read_text()))
+    with pytest.raises(KeyringError, match=r"keys\.json is not a key file: keys\.0\.created_at"):
         Keyring(path)
 
 

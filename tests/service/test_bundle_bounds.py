@@ -174,3 +174,41 @@ def test_each_refusal_names_its_field(path: tuple[str | int, ...], value: Any, s
     with pytest.raises(BundleError) as caught:
         parse_manifest(json.dumps(changed([(path, value)])).encode(), SOURCE)
     assert sentence in str(caught.value)
+
+
+EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+# The whole manifest, of a flow.
+FLOW: list[tuple[tuple[str | int, ...], Any]] = [
+    (("diffusion",), {"schedule": "flow", "prediction": "flow"}),
+    (("ladder",), [{**WHOLE["ladder"][0], "solver": "euler", "grid": "uniform", "steps": 4}]),
+    *(((run, "solver"), "euler") for run in ("defaults", "golden")),
+    *(((run, "grid"), "uniform") for run in ("defaults", "golden")),
+]
+
+
+def test_the_whole_manifest_of_a_flow_works() -> None:
+    work_with(parse_manifest(json.dumps(changed(FLOW)).encode(), SOURCE))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        (("diffusion", "sigma_grid"), {"shift": 0}, "field diffusion.sigma_grid: shift must be above 0"),
+        (("diffusion", "sigma_grid"), {"shfit": 2}, "field diffusion.sigma_grid.shfit"),
+        (("diffusion", "sigma_grid"), {"scheduler": {**EULER, "shift": -1.0}}, "field shift: Input"),
+        (("diffusion", "sigma_grid"), {"scheduler": {**EULER, "shfit": 1.0}}, "field shfit: a FlowMatch"),
+        (("diffusion", "sigma_grid"), {"scheduler": EULER, "tokns": 3}, "field diffusion.sigma_grid.tokns"),
+        (("diffusion", "step_counts"), [4], "field defaults: this model was trained for runs of 4 steps"),
+        (("diffusion", "step_counts"), [10], "field ladder.0: this model was trained for runs of 10 steps"),
+        (("diffusion", "noise_scale"), 0, "field diffusion.noise_scale"),
+        (("ladder", 0, "guidance_interval"), [0.9, 0.1], "field ladder.0.guidance_interval: must satisfy"),
+        (("ladder", 0, "grid"), "1.5,0.5,0.2,0.1", "field ladder.0: a grid must be one or more noise levels"),
+        (("ladder", 0, "grid"), "1,0.5,0.2,-0.1", "field ladder.0: a grid must be one or more noise levels"),
+    ],
+)
+def test_each_refusal_of_a_flow_names_its_field(
+    path: tuple[str | int, ...], value: Any, sentence: str
+) -> None:
+    with pytest.raises(BundleError) as caught:
+        parse_manifest(json.dumps(changed([*FLOW, (path, value)])).encode(), SOURCE)
+    assert sentence in str(caught.value)

@@ -38,7 +38,7 @@ jobs = st.builds(
 )
 results = st.builds(
     JobResult,
-    images=st.lists(st.builds(Image, seed=st.integers(0, 2**63 - 1)), max_size=3).map(tuple),
+    images=st.lists(st.builds(Image, seed=st.integers(0, 2**63 - 1)), min_size=1, max_size=3).map(tuple),
     steps_requested=st.integers(1, 1000),
     steps_used=st.integers(1, 1000),
     timings_ms=st.dictionaries(st.text(), finite, max_size=4),

@@ -186,6 +186,6 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def _places(rows: int, columns: int, like: Tensor) -> Tensor:
     """Return the places (rows · columns, 3) of an image's tokens: 0, row and column."""
-    row = torch.arange(rows, device=like.device, dtype=like.dtype).repeat_interleave(columns)
-    column = torch.arange(columns, device=like.device, dtype=like.dtype).repeat(rows)
-    return torch.stack([torch.zeros_like(row), row, column], dim=1)
+    row = torch.arange(rows, device=like.device, dtype=like.dtype)[:, None].expand(rows, columns)
+    column = torch.arange(columns, device=like.device, dtype=like.dtype).expand(rows, columns)
+    return torch.stack([torch.zeros_like(row), row, column], dim=2).reshape(rows * columns, 3)

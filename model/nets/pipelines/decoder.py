@@ -19,6 +19,8 @@ TILE = 1024  # pixels of a side from which a picture is decoded in overlapping t
 class PipelineDecoder:
     """The decoding half of a pipeline's autoencoder: latents as the network denoises them → images.
 
+    `network` is the module. A latent with a side longer than `tile` is decoded in tiles.
+
     Args:
         folder: that of the autoencoder.
         latents: how its latents are shifted and scaled.
@@ -34,9 +36,9 @@ class PipelineDecoder:
             module_type = getattr(diffusers, name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PipelineError(f"{folder} holds no autoencoder that diffusers knows: {error}") from None
-        self._module: Any = open_module(module_type, folder).to(device)
+        self.network: Any = open_module(module_type, folder).to(device)
         self._device = torch.device(device)
-        self._tile = TILE // latents.factor
+        self.tile = TILE // latents.factor
         self._shift, self._scale = (
             torch.tensor(values, device=device)[:, None, None] for values in (latents.shift, latents.scale)
         )
@@ -44,9 +46,9 @@ class PipelineDecoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (N, 3, H, W) in [−1, 1] of latents (N, C, h, w)."""
-        module, z = self._module, latents.to(self._device) * self._scale + self._shift
+        module, z = self.network, latents.to(self._device) * self._scale + self._shift
         # What is decoded before or after has no say in it.
-        module.use_tiling = max(z.shape[2:]) > self._tile
+        module.use_tiling = max(z.shape[2:]) > self.tile
         # Those of videos take and give one frame.
         frames = "temperal_downsample" in module.config
         images: Tensor = module.decode(z[:, :, None] if frames else z, return_dict=False)[0]

@@ -25,20 +25,22 @@ class PipelineNetwork(nn.Module):
 
     The condition state is the text itself and what the network is told of the noise: these transformers
     compute their modulations themselves. Inputs and outputs are fp32, whatever the module computes in.
+    `guidance` is the scale that conditions have which are told none.
     """
 
     def __init__(self, transformer: nn.Module, config: PipelineConfig) -> None:
         super().__init__()
         self.transformer, self.config = transformer, config
+        self.guidance = 0.0
         self._names = [name for name, _ in config.state()]
         self._ask = ADAPTERS[config.family]
 
     def embed(self, labels: Tensor, text: Tensor | None = None) -> Tensor:
-        """Return the conditions (N, E) of encoded texts (N, text_width); the guidance scale is left at 0."""
+        """Return the conditions (N, E) of encoded texts (N, text_width), and of the guidance scale."""
         config = self.config
         if text is None:
             text = torch.zeros(len(labels), config.text_width, device=labels.device)
-        return nn.functional.pad(text, (0, config.embedding_size - config.text_width))
+        return nn.functional.pad(text, (0, config.embedding_size - config.text_width), value=self.guidance)
 
     def modulate(self, timesteps: Tensor, embeddings: Tensor) -> list[Tensor]:
         """Return the condition state of noise levels (N,) as the network is told them, and conditions."""

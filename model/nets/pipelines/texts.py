@@ -47,7 +47,7 @@ def _flux(pipeline: Any, prompt: str, tokens: int) -> Encoded:
 
 
 def _sana(pipeline: Any, prompt: str, tokens: int) -> Encoded:
-    # Without a call that has it as its default, nothing would be put before the prompt.
+    # The instruction before a prompt is a default of the pipeline's call, and not of its encoding.
     instruction = signature(pipeline.__call__).parameters["complex_human_instruction"].default
     text, mask, *_ = pipeline.encode_prompt(
         prompt, False, max_sequence_length=tokens, complex_human_instruction=instruction
@@ -115,6 +115,9 @@ ENCODERS: Mapping[str, Encoder] = {
 NEGATIVES: Mapping[str, Encoder] = {"sana": _sana_negative, "lumina2": _lumina2_negative}
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class PipelineTexts:
     """The encoder of prompts: `size` numbers each, tokens first, then their mask and the pooled text.
 
@@ -123,20 +126,27 @@ class PipelineTexts:
     Args:
         folder: that of the pipeline.
         config: the network that the texts are for.
-        key: equal for equal text encoders and tokenizers.
+        key: equal for equal text encoders and tokenizers of one precision.
+        precision: what the encoders compute in, fp32, bf16 or fp16.
 
     Raises:
         PipelineError: a text encoder or tokenizer is missing or cannot be read.
     """
 
-    def __init__(self, folder: Path, config: PipelineConfig, key: str) -> None:
+    def __init__(self, folder: Path, config: PipelineConfig, key: str, precision: str = "fp32") -> None:
         self.size, self.key = config.text_width, key
+        dtype = PRECISIONS[precision]
         self._tokens, self._family = config.text_tokens, config.family
         try:
             quiet()
             index = diffusers.DiffusionPipeline.load_config(str(folder))
-            unneeded = [part for part, value in index.items() if isinstance(value, list)]
-            unneeded = [part for part in unneeded if not part.startswith(("text_encoder", "tokenizer"))]
+            # What a pipeline has not, such as its largest encoder, must be left out by name as well.
+            unneeded = [
+                part
+                for part, value in index.items()
+                if isinstance(value, list)
+                and not (any(value) and part.startswith(("text_encoder", "tokenizer")))
+            ]
             with warnings.catch_warnings():
                 # It is told nothing of the parts that texts do not need.
                 warnings.simplefilter("ignore")
@@ -145,7 +155,7 @@ class PipelineTexts:
                     **dict.fromkeys(unneeded),
                     local_files_only=True,
                     use_safetensors=True,
-                    torch_dtype=torch.float32,
+                    torch_dtype=dtype,
                 )
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise PipelineError(
@@ -154,7 +164,7 @@ class PipelineTexts:
         # A pipeline without its largest encoder asks the transformer for the width of a token.
         self._pipeline.transformer = SimpleNamespace(
             config=SimpleNamespace(**{FAMILIES[config.family].text_size: config.text_size}),
-            dtype=torch.float32,
+            dtype=dtype,
         )
 
     @torch.no_grad()

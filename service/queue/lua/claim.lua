@@ -38,7 +38,7 @@ local function entry(job, attempt)
   return { job.id, job.wire, attempt, job.suspect and 1 or 0, checkpoint, version_of(job.wire) }
 end
 
-local function given_so_far() return tonumber(redis.call('GET', given_key) or 0) end
+local function given_so_far() return whole(redis.pcall('GET', given_key)) or 0 end
 
 local function same_answer()
   local answer = { given_so_far() }
@@ -49,6 +49,7 @@ local function same_answer()
   end
   return answer
 end
+keep_kind(last_claim, 'HLEN')
 if redis.call('HGET', last_claim, '') == nonce then return same_answer() end
 redis.call('DEL', last_claim)
 
@@ -57,7 +58,7 @@ local taken, clock, rows_taken = {}, 0, 0
 local function take(job, finish)
   local id, key = job.id, job_key(job.id)
   dequeue(job)
-  local attempt = redis.call('HINCRBY', key, 'attempt', 1)
+  local attempt = add(key, 'attempt', 1)
   redis.call('HSET', key, 'state', 'running', 'owner', owner, 'claimed_at', NOW)
   redis.call('ZADD', LEASES, NOW + LEASE, id)
   emit(id, 'started', started)
@@ -112,12 +113,11 @@ if #taken > 0 then
   redis.call('HSET', last_claim, '', nonce)
   redis.call('PEXPIRE', last_claim, LEASE)
   if redis.call('EXISTS', QUEUE) == 1 then
-    clock = math.max(clock, tonumber(redis.call('HGET', TOTALS, 'clock')) or 0)
+    clock = math.max(clock, finite(redis.call('HGET', TOTALS, 'clock')))
     redis.call('HSET', TOTALS, 'clock', string.format('%.17g', clock))
     redis.call('ZREMRANGEBYSCORE', FLOWS, '-inf', clock)
   end
-  redis.call('INCRBY', given_key, rows_taken)
-  redis.call('PEXPIRE', given_key, LEASE)
+  redis.call('SET', given_key, string.format('%.0f', given_so_far() + rows_taken), 'PX', LEASE)
 end
 table.insert(taken, 1, given_so_far())
 return taken

@@ -10,27 +10,29 @@ if not holds(job, owner, attempt) then return ended_by(job, 'done', owner, attem
 -- pass, so that accepted work still ends when memory is full.
 redis.call('ZREM', LEASES, id)
 
+local function stored_bytes() return whole(redis.call('HGET', TOTALS, 'bytes')) or 0 end
+
 local function remove_result(old)
   redis.call('ZREM', RESULTS, old)
-  redis.call('HINCRBY', TOTALS, 'bytes', -(tonumber(redis.call('HGET', SIZES, old)) or 0))
+  add(TOTALS, 'bytes', -(whole(redis.call('HGET', SIZES, old)) or 0))
   redis.call('HDEL', SIZES, old)
   redis.call('DEL', PREFIX .. 'result:' .. old)
 end
 for _, old in ipairs(redis.call('ZRANGEBYSCORE', RESULTS, '-inf', NOW, 'LIMIT', 0, 64)) do
   remove_result(old)
 end
-local stored = (tonumber(redis.call('HGET', TOTALS, 'bytes')) or 0) + #result
-while stored > budget do
+-- A try that ended halfway may have stored it.
+remove_result(id)
+while stored_bytes() + #result > budget do
   local oldest = redis.call('ZRANGE', RESULTS, 0, 0)[1]
   if not oldest then break end
   remove_result(oldest)
-  stored = (tonumber(redis.call('HGET', TOTALS, 'bytes')) or 0) + #result
 end
 
 redis.call('SET', PREFIX .. 'result:' .. id, result, 'PX', ttl)
 redis.call('ZADD', RESULTS, NOW + ttl, id)
 redis.call('HSET', SIZES, id, #result)
-redis.call('HINCRBY', TOTALS, 'bytes', #result)
+add(TOTALS, 'bytes', #result)
 redis.call('HSET', job_key(id), 'step', steps, 'steps', steps)
 conclude(job, 'done', 'done', summary)
 return 1

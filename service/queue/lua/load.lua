@@ -5,10 +5,10 @@
 redis.call('ZREM', LEASES, '')
 local oldest = redis.call('ZRANGE', AGES, 0, 0, 'WITHSCORES')[2] or 0
 local totals = redis.call('HMGET', TOTALS, 'rows', 'dead', 'orphans', 'kept', 'broken')
-for i = 1, 5 do totals[i] = tonumber(totals[i] or 0) end
+for i = 1, 5 do totals[i] = whole(totals[i]) or 0 end
 local answer = { redis.call('ZCARD', QUEUE), math.max(0, totals[1]), tonumber(oldest), NOW, unpack(totals, 2) }
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, '(' .. NOW, '+inf')) do
-  local given = tonumber(redis.call('GET', PREFIX .. 'given:' .. worker) or 0)
+  local given = whole(redis.pcall('GET', PREFIX .. 'given:' .. worker)) or 0
   answer[#answer + 1] = { worker, redis.call('HGET', REPORTS, worker), given }
 end
 return answer

@@ -5,7 +5,8 @@
 --
 -- Redis does not roll a failed script back. So a script reads a job's record first (`intact`), writes only if
 -- that is whole, and never makes a record but in submit.lua. A record that is gone or lacks a field (Redis
--- evicted it, somebody deleted it) takes its entries in the indexes with it.
+-- evicted it, somebody deleted it) takes its entries in the indexes with it. A count that is no number is 0 until
+-- `reconcile` counts anew. An index of another kind ends a script; repair.lua then removes it.
 local QUEUE, AGES, LEASES, FLOWS, DUES, TOTALS = unpack(KEYS, 1, 6)
 local DEAD, RESULTS, SIZES, WORKERS, REPORTS, UNFINISHED = unpack(KEYS, 7, 12)
 local PREFIX, RECORD_TTL, LEASE = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -19,17 +20,41 @@ local function read_clock()
 end
 local NOW = read_clock()
 
+-- Returns the number in a text that holds a whole one, which Lua can count exactly; else nil.
+local function whole(text)
+  return type(text) == 'string' and #text < 16 and string.match(text, '^%-?%d+$') and tonumber(text) or nil
+end
+
+-- Returns the number in a text that holds a finite one; else 0.
+local function finite(text)
+  local number = tonumber(text or 0)
+  return number and math.abs(number) < math.huge and number or 0
+end
+
+-- Add to a whole number of a hash; returns the sum. HINCRBY would end the script at anything but such a number.
+local function add(key, field, change)
+  local sum = (whole(redis.call('HGET', key, field)) or 0) + change
+  redis.call('HSET', key, field, string.format('%.0f', sum))
+  return sum
+end
+
+-- Remove a key of another kind than it should be, which the command `size` would count. It would end a script
+-- between two writes. Returns how many were removed.
+local function keep_kind(key, size)
+  if type(redis.pcall(size, key)) == 'number' then return 0 end
+  return redis.call('DEL', key)
+end
+
 local function job_key(id) return PREFIX .. 'job:' .. id end
 local function checkpoint_key(id) return PREFIX .. 'checkpoint:' .. id end
 
 -- Members of DUES sort by flow, and within a flow by when a job is due (ms).
 local function due_key(flow, due) return flow .. '\0' .. string.format('%015.0f', due) end
 
--- Append an event to the job's stream. A key of another kind in its place is removed: it would end the script
--- between two writes.
+-- Append an event to the job's stream.
 local function emit(id, kind, data)
   local stream = PREFIX .. 'events:' .. id
-  if type(redis.pcall('XLEN', stream)) ~= 'number' then redis.call('DEL', stream) end
+  keep_kind(stream, 'XLEN')
   redis.call('XADD', stream, 'MAXLEN', '~', EVENTS_KEPT, '*', 'kind', kind, 'data', data)
   redis.call('PEXPIRE', stream, RECORD_TTL)
 end
@@ -53,10 +78,10 @@ local function read_record(id)
     if not job[field] then return nil end
   end
   for _, field in ipairs(NUMBERS) do
-    job[field] = tonumber(job[field])
+    job[field] = whole(job[field])
     if not job[field] then return nil end
   end
-  job.claimed_at, job.returned_at = tonumber(job.claimed_at), tonumber(job.returned_at)
+  job.claimed_at, job.returned_at = whole(job.claimed_at), whole(job.returned_at)
   if job.state == 'running' and not (job.owner and job.claimed_at) then return nil end
   if job.state == 'queued' and job.suspect and not job.returned_at then return nil end
   return job
@@ -72,7 +97,7 @@ local function forget(id)
   if not known then return false end
   for _, index in ipairs({ QUEUE, AGES, LEASES, DEAD }) do redis.call('ZREM', index, id) end
   redis.call('DEL', job_key(id), checkpoint_key(id))
-  redis.call('HINCRBY', TOTALS, 'orphans', 1)
+  add(TOTALS, 'orphans', 1)
   emit(id, 'failed', LOST)
   redis.call('PUBLISH', PREFIX .. 'cancelled', id)
   redis.call('PUBLISH', PREFIX .. 'ended', id)
@@ -100,7 +125,7 @@ end
 -- Rewrite the number of unfinished jobs of each caller, unless it is as counted.
 local function write_unfinished(counts)
   local same, fields, stored = true, {}, redis.call('HGETALL', UNFINISHED)
-  for i = 1, #stored, 2 do same = same and tonumber(stored[i + 1]) == counts[stored[i]] end
+  for i = 1, #stored, 2 do same = same and whole(stored[i + 1]) == counts[stored[i]] end
   for caller, count in pairs(counts) do
     fields[#fields + 1] = caller
     fields[#fields + 1] = count
@@ -128,8 +153,19 @@ local function recount_results()
   redis.call('HSET', TOTALS, 'bytes', bytes)
 end
 
--- Make the indexes and the counts agree with the records of the jobs in them, whichever of their keys was lost.
+local function keep_kinds()
+  local removed = 0
+  for _, key in ipairs({ QUEUE, AGES, LEASES, FLOWS, DUES, DEAD, RESULTS, WORKERS }) do
+    removed = removed + keep_kind(key, 'ZCARD')
+  end
+  for _, key in ipairs({ TOTALS, SIZES, REPORTS, UNFINISHED }) do removed = removed + keep_kind(key, 'HLEN') end
+  return removed
+end
+
+-- Make the indexes and the counts agree with the records of the jobs in them, whichever of their keys was lost, or
+-- replaced by one of another kind. Returns how many of those there were.
 local function reconcile()
+  local removed = keep_kinds()
   local queued, aged, leased = members(QUEUE), members(AGES), members(LEASES)
   local jobs, rows, unfinished = {}, 0, {}
   for _, index in ipairs({ queued, aged, leased }) do
@@ -157,13 +193,14 @@ local function reconcile()
   if redis.call('EXISTS', QUEUE) == 0 then
     redis.call('DEL', FLOWS)
     redis.call('HDEL', TOTALS, 'rows', 'clock')
-  elseif tonumber(redis.call('HGET', TOTALS, 'rows') or 0) ~= rows then
+  elseif (whole(redis.call('HGET', TOTALS, 'rows')) or 0) ~= rows then
     redis.call('HSET', TOTALS, 'rows', rows)
   end
   local results = redis.call('ZCARD', RESULTS)
-  if redis.call('HLEN', SIZES) ~= results or (results > 0 and not redis.call('HGET', TOTALS, 'bytes')) then
+  if redis.call('HLEN', SIZES) ~= results or (results > 0 and not whole(redis.call('HGET', TOTALS, 'bytes'))) then
     recount_results()
   end
+  return removed
 end
 
 -- Returns a job's record. If it is not whole, removes what is left of the job and returns nil.
@@ -186,7 +223,7 @@ end
 local function enqueue(id, finish, rows)
   redis.call('ZADD', QUEUE, finish, id)
   redis.call('ZADD', AGES, NOW, id)
-  redis.call('HINCRBY', TOTALS, 'rows', rows)
+  add(TOTALS, 'rows', rows)
   redis.call('PUBLISH', PREFIX .. 'work', '')
 end
 
@@ -194,7 +231,7 @@ end
 local function dequeue(job)
   redis.call('ZREM', AGES, job.id)
   redis.call('ZREM', DUES, due_key(job.flow, job.due) .. job.id)
-  if redis.call('ZREM', QUEUE, job.id) == 1 then redis.call('HINCRBY', TOTALS, 'rows', -job.rows) end
+  if redis.call('ZREM', QUEUE, job.id) == 1 then add(TOTALS, 'rows', -job.rows) end
   if redis.call('EXISTS', QUEUE) == 0 then
     redis.call('DEL', FLOWS)
     redis.call('HDEL', TOTALS, 'rows', 'clock')
@@ -210,7 +247,7 @@ end
 
 -- Add `change` to the number of the caller's jobs that have not ended.
 local function count_unfinished(caller, change)
-  if redis.call('HINCRBY', UNFINISHED, caller, change) <= 0 then redis.call('HDEL', UNFINISHED, caller) end
+  if add(UNFINISHED, caller, change) <= 0 then redis.call('HDEL', UNFINISHED, caller) end
 end
 
 -- Count whether a job with a deadline was done by then. One that ended before, for another reason, counts as
@@ -224,7 +261,7 @@ local function count_promise(job, state, data)
     late = NOW + 100 > deadline or string.find(data, 'deadline-exceeded', 1, true)
     if not late then return end
   end
-  redis.call('HINCRBY', TOTALS, late and 'broken' or 'kept', 1)
+  add(TOTALS, late and 'broken' or 'kept', 1)
 end
 
 -- End a job in a terminal state, with its last event.
@@ -249,7 +286,7 @@ local function consume_attempt(job, attempts, dead_ttl, dead_kept, fault)
   redis.call('ZREM', LEASES, job.id)
   redis.call('HSET', key, 'suspect', 1, 'step', 0)
   redis.call('DEL', checkpoint_key(job.id))
-  if redis.call('HINCRBY', key, 'spent', 1) < attempts then
+  if add(key, 'spent', 1) < attempts then
     put_back(job)
     emit(job.id, 'queued', fault)
     return 0
@@ -257,7 +294,7 @@ local function consume_attempt(job, attempts, dead_ttl, dead_kept, fault)
   conclude(job, 'dead', 'failed', fault)
   redis.call('PEXPIRE', key, dead_ttl)
   redis.call('ZADD', DEAD, NOW, job.id)
-  redis.call('HINCRBY', TOTALS, 'dead', 1)
+  add(TOTALS, 'dead', 1)
   redis.call('ZREMRANGEBYSCORE', DEAD, '-inf', NOW - dead_ttl)
   redis.call('ZREMRANGEBYRANK', DEAD, 0, -dead_kept - 1)
   return 1

@@ -30,8 +30,8 @@ local known = intact(id)
 if known then return known.nonce == nonce and 1 or 0 end
 
 if redis.call('ZCARD', QUEUE) >= job_limit then return -1 end
-if caller_limit and (tonumber(redis.call('HGET', UNFINISHED, caller)) or 0) >= caller_limit then return -3 end
-local waiting = tonumber(redis.call('HGET', TOTALS, 'rows')) or 0
+if caller_limit and (whole(redis.call('HGET', UNFINISHED, caller)) or 0) >= caller_limit then return -3 end
+local waiting = whole(redis.call('HGET', TOTALS, 'rows')) or 0
 if waiting > 0 and waiting + rows > row_limit then return -2 end
 
 -- Returns the jobs of this flow that are due after `due`, and where the first of them would have started, or nil
@@ -53,11 +53,10 @@ end
 
 local due, work = tonumber(deadline) or NOW + patience, rows / weight
 local others, start = due_later(due)
+local last = math.max(finite(redis.call('HGET', TOTALS, 'clock')), finite(redis.call('ZSCORE', FLOWS, flow)))
 redis.call('HSET', job, 'nonce', nonce, 'wire', wire, 'state', 'queued', 'model', model, 'samples', samples,
   'rows', rows, 'deadline', deadline, 'flow', flow, 'caller', caller, 'due', due, 'attempt', 0, 'spent', 0,
   'step', 0)
-local clock = tonumber(redis.call('HGET', TOTALS, 'clock')) or 0
-local last = math.max(clock, tonumber(redis.call('ZSCORE', FLOWS, flow)) or 0)
 -- The new job overtakes those: they finish later by its work.
 for _, other in ipairs(others) do redis.call('ZINCRBY', QUEUE, work, other) end
 redis.call('ZADD', FLOWS, last + work, flow)

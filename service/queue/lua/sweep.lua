@@ -12,8 +12,8 @@ local attempts, dead_ttl, dead_kept, fault = tonumber(ARGS[1]), tonumber(ARGS[2]
 local function find_unindexed()
   local cursor = redis.call('HGET', TOTALS, 'scanned') or '0'
   local page = redis.pcall('SCAN', cursor, 'MATCH', job_key('*'), 'COUNT', KEYS_AT_ONCE)
+  redis.call('HSET', TOTALS, 'scanned', page.err and '0' or page[1])
   if page.err then return end
-  redis.call('HSET', TOTALS, 'scanned', page[1])
   for _, key in ipairs(page[2]) do
     local state = redis.pcall('HGET', key, 'state')
     if type(state) ~= 'string' or state == 'queued' or state == 'running' then
@@ -35,7 +35,7 @@ for _, id in ipairs(ended) do
     redis.call('ZREM', LEASES, id)
   end
 end
-if math.abs(NOW - (tonumber(redis.call('HGET', TOTALS, 'reconciled')) or 0)) >= RECONCILE_EVERY then
+if math.abs(NOW - (whole(redis.call('HGET', TOTALS, 'reconciled')) or 0)) >= RECONCILE_EVERY then
   -- A write that memory pressure cannot refuse comes before those that it can.
   redis.call('ZREM', LEASES, '')
   find_unindexed()

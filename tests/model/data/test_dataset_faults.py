@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ditserve.model.data.dataset import DataConfig, DataError
+from ditserve.model.data.labels import Catalogue, select_examples
 from tests.model.data.data_forms import FORMS, add, encoded, pictures
 
 X = pictures()[:2]
@@ -271,3 +273,11 @@ def test_links_in_a_tar_lead_nowhere(tmp_path: Path) -> None:
             add(archive, f"{key}.cls", key.encode())
     with pytest.raises(DataError, match="has no picture"):
         DataConfig(path=tmp_path / "set.tar").open()
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"\xff\xfe"), "", "a" * 1001])
+def test_a_name_that_no_bundle_can_hold_is_refused(tmp_path: Path, name: str) -> None:
+    catalogue = Catalogue(np.arange(4) % 2, ("cat", name), np.zeros(4, np.int64))
+    with pytest.raises(DataError, match=r"pets: label .* cannot be the name of a class") as caught:
+        select_examples(catalogue, tmp_path / "pets", hold_out=0)
+    str(caught.value).encode()

@@ -12,10 +12,11 @@ from ditserve.model.nets.autoencoder import Identity
 from ditserve.model.nets.dit import DiT
 from ditserve.model.sampling.sheet import (
     STRIP,
+    draw_sheet,
     picture_grid,
-    sample_sheet,
     sheet_captions,
     sheet_labels,
+    sheet_samples,
     to_pixels,
 )
 from ditserve.model.spec.bundle import Factor
@@ -51,7 +52,7 @@ def test_sheet_of_a_model(network: Make, schedule: Schedule) -> None:
         Factor(name="label", classes=("cat", "dog", "a very long name", "owl", "ü")),
         Factor(name="style", classes=("flat", "shaded", "line")),
     )
-    sheet = sample_sheet(network(), schedule, Identity(), factors, steps=2)
+    sheet = draw_sheet(sheet_samples(network(), schedule, steps=2), Identity(), factors)
     width, height = sheet.size
     assert (width % 5, height) == (0, 3 * (8 + STRIP))
     captions = np.asarray(sheet).reshape(3, 8 + STRIP, width, 3)[:, 8:]

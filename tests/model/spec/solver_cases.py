@@ -96,6 +96,6 @@ def marginal_std(schedule: Schedule, t: float, std: float) -> float:
 
 
 def draws(seed: int, shape: tuple[int, ...] = START.shape) -> Callable[[], Samples]:
-    """Return a source of standard normal noise."""
+    """Return a source of standard normal noise, float64 that float32 holds: diffusers casts it to that."""
     rng = np.random.default_rng(seed)
-    return lambda: rng.standard_normal(shape)
+    return lambda: rng.standard_normal(shape).astype(np.float32).astype(np.float64)

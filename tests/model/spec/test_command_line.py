@@ -29,6 +29,11 @@ def test_an_error_of_the_user_is_one_sentence(error: Exception, capsys: pytest.C
     assert capsys.readouterr().err == "model.sample: a\n"
 
 
+def test_a_path_that_cannot_be_used_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded("model.sample", lambda: print(tmp_path.read_text())) == 2
+    assert capsys.readouterr().err == f"model.sample: {tmp_path} cannot be used: Is a directory\n"
+
+
 def test_other_ends_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert guarded("model.sample", lambda: None) == 0
     assert guarded("model.sample", raising(KeyboardInterrupt())) == 130

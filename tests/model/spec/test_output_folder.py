@@ -180,6 +180,11 @@ def test_an_output_apart_from_its_inputs(tmp_path: Path, output: str, words: str
     check_apart(tmp_path / "data2", tmp_path / "data")
 
 
+def test_the_root_of_all_folders_is_no_output() -> None:
+    with pytest.raises(OutputError, match="is the root"), claim(Path("/"), BUNDLE):
+        pass
+
+
 HOLDER = """
 import sys
 from pathlib import Path

@@ -162,6 +162,12 @@ def test_options_that_a_pipeline_states_itself_are_refused(
     assert "leave out --heads" in capsys.readouterr().err
 
 
+def test_a_text_may_have_as_many_numbers_as_those_of_flux(folder: Path) -> None:
+    fields("transformer/config.json", joint_attention_dim=4096, pooled_projection_dim=2048)(folder)
+    found = read_pipeline(folder, name="tiny", licence="x", tokens=512)
+    assert found.manifest.embedding_size == (512 + 77) * 4096 + 2048
+
+
 def test_a_size_beyond_the_places_of_the_network_is_refused(folder: Path) -> None:
     with pytest.raises(PipelineFolderError, match="largest_side"):
         read_pipeline(folder, name="tiny", licence="x", size=(64, 64))

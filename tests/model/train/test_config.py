@@ -34,8 +34,9 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     config = load_config(file, ["lr=0.5", "data.hold_out=0.5", "output=elsewhere", "model.depth=1"])
     assert (config.lr, config.data.hold_out, config.output) == (0.5, 0.5, Path("elsewhere"))
     assert config.model["depth"] == 1
-    with pytest.raises(ValueError, match="write KEY=VALUE"):
-        load_config(file, ["lr"])
+    for override in ("lr", "=1", "data.=1", "data..size=1"):
+        with pytest.raises(ValueError, match="write KEY=VALUE"):
+            load_config(file, [override])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tests.model.train.distillation.distillation_cases import write_teacher
 from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_config, tiny_run
 
 FLOW = {"schedule": "flow", "prediction": "flow"}
+EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 # As SiT is trained: told 1 - sigma, and the output points from noise to image.
 SIT = {**FLOW, "noise_input": "1-sigma", "noise_scale": 1.0, "output_sign": -1}
 IMAGE = {"schedule": "flow", "prediction": "x0"}
@@ -177,6 +178,11 @@ def test_a_student_of_a_flow_learns_from_its_teacher(kind: str, tmp_path: Path) 
         ({"diffusion": {**FLOW, "output_sign": 0}}, "diffusion.output_sign"),
         ({"diffusion": {**FLOW, "learn_sigma": True}}, "learn_sigma is for tables of timesteps"),
         ({"diffusion": {**FLOW, "log_snr_shift": 1}}, "log_snr_shift is for tables of timesteps"),
+        ({"diffusion": {**FLOW, "sigma_grid": {"shift": 0}}}, "diffusion.sigma_grid: shift must be above 0"),
+        (
+            {"diffusion": {**FLOW, "sigma_grid": {"scheduler": {**EULER, "shfit": 3.0}}}},
+            "diffusion.sigma_grid: scheduler configuration: field shfit: a FlowMatchEuler",
+        ),
         ({"diffusion": FLOW, "noise_shift": 0}, "noise_shift"),
     ],
 )

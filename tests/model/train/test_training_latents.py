@@ -13,6 +13,7 @@ from PIL import Image
 from ditserve.model.data import __main__ as data
 from ditserve.model.sampling.sheet import STRIP
 from ditserve.model.train.__main__ import main
+from ditserve.model.train.training_log import read_log
 from tests.model.train.training_cases import config_file, tiny_run, write_pictures
 
 
@@ -52,6 +53,7 @@ def test_without_a_decoder_it_is_said_that_there_are_no_sheets(
     assert main(["--config", config_file(run, tmp_path)]) == 0
     assert "no sample sheets: vae does not name" in capsys.readouterr().out
     assert not list((tmp_path / "run").glob("sheet-*"))
+    assert 0 < read_log(tmp_path / "run")[-1]["attention_entropy"] <= 1
     run |= {"steps": 3, "vae": str(tmp_path / "vae")}
     assert main(["--config", config_file(run, tmp_path)]) == 0
     assert (tmp_path / "run" / "sheet-0000003.png").is_file()

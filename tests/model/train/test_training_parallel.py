@@ -23,7 +23,7 @@ from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.load import load_model
 from ditserve.model.train.tensor_shards import read_full
 from ditserve.model.train.trainer import Trainer
-from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_run
+from tests.model.train.training_cases import assert_same, config_file, newest_state, tiny_run, write_pictures
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "model.train"]
 
@@ -31,7 +31,11 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def launch(raw: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, *TORCHRUN, "--config", config_file(raw, folder)]
+    return launch_command("--config", config_file(raw, folder))
+
+
+def launch_command(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *TORCHRUN, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -117,6 +121,22 @@ def test_a_run_in_tensor_parallel_is_the_run_of_one_process(tmp_path: Path) -> N
     assert losses(output) == pytest.approx(losses(alone.output), rel=1e-5)
     theirs, ours = (np.asarray(Image.open(folder / "sheet-0000004.png")) for folder in (output, alone.output))
     assert np.abs(theirs.astype(int) - ours).max() <= 2
+
+
+def test_the_first_process_chooses_the_recipe_of_all(tmp_path: Path) -> None:
+    data, output = write_pictures(tmp_path / "set.npz"), tmp_path / "run"
+    few = ("--set", "data.hold_out=0", "--batch", "4")
+    for steps, told in (("2", "the recipe;"), ("3", "goes on with its own recipe")):
+        process = launch_command("--data", str(data), "--output", str(output), *few, "--steps", steps)
+        text, _ = process.communicate()
+        assert process.returncode == 0, text
+        assert text.count(told) == 1
+    assert newest(output).name == "step-0000003"
+    # A mistake of the first process ends all, in its own sentence.
+    process = launch_command("--data", str(tmp_path / "missing"), "--output", str(tmp_path / "other"))
+    text, _ = process.communicate()
+    assert process.returncode
+    assert text.count(f"model.train: {tmp_path / 'missing'}") == 1
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:

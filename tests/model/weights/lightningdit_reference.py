@@ -81,6 +81,9 @@ def random_lightningdit(
         linear(f"{block}.attn.qkv", 3 * WIDTH, WIDTH)
         linear(f"{block}.attn.proj", WIDTH, WIDTH)
         if qk_norm:
+            # Small enough that the epsilon of the norm matters.
+            for part in ("weight", "bias"):
+                state[f"{block}.attn.qkv.{part}"][: 2 * WIDTH] *= 0.01
             norm(f"{block}.attn.q_norm", HEAD, bias=not rms)
             norm(f"{block}.attn.k_norm", HEAD, bias=not rms)
         if swiglu:

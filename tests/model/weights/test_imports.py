@@ -212,7 +212,9 @@ def pipeline(network: Make, tmp_path: Path) -> Path:
     (tmp_path / "pipe/transformer").mkdir(parents=True)
     (tmp_path / "pipe/transformer/config.json").write_text(json.dumps(fields))
     labels = {str(k): name for k, name in enumerate(("cat", "dog", "fox", "owl", "bee"))}
-    (tmp_path / "pipe/model_index.json").write_text(json.dumps({"id2label": labels}))
+    (tmp_path / "pipe/model_index.json").write_text(
+        json.dumps({"_class_name": "MyPipeline", "id2label": labels})
+    )
     return tmp_path / "pipe"
 
 

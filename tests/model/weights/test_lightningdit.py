@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,10 @@ def _short_swiglu(state: dict[str, Tensor]) -> None:
     state["blocks.0.mlp.w12.weight"] = state["blocks.0.mlp.w12.weight"][:9]
 
 
+def _no_axes(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda state: state.update({name: torch.tensor(1.0)})
+
+
 def _layer_norm_of_queries(state: dict[str, Tensor]) -> None:
     for k in range(2):
         for name in ("q_norm", "k_norm"):
@@ -229,11 +234,19 @@ def _layer_norm_of_queries(state: dict[str, Tensor]) -> None:
         (_no_final_norm, "final_layer.norm_final.weight is missing"),
         (_short_norm, "blocks.0.norm1.weight has 7 numbers"),
         (_short_swiglu, "the shapes of the weights do not fit together"),
+        (_no_axes("pos_embed"), "the image size cannot be read off the positions"),
+        (_no_axes("feat_rope.freqs_cos"), "the shapes of the weights do not fit together"),
+        (_no_axes("blocks.0.norm1.weight"), "the shapes of the weights do not fit together"),
+        (_no_axes("x_embedder.proj.weight"), "the weights are not a published DiT's"),
+        (_no_axes("final_layer.linear.weight"), "or a linear map have other"),
         (_layer_norm_of_queries, "the blocks have RMSNorm, and their queries LayerNorm"),
     ],
 )
 def test_weights_that_do_not_fit_together_are_told(
-    damage: Any, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: Callable[[dict[str, Tensor]], None],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     state = random_lightningdit()
     damage(state)

@@ -33,6 +33,13 @@ def test_threads_share_out_rows_and_share_operators_for_fewer_rows_than_threads(
     backend.denoise(*inputs[5])
     assert threads == [2, 1, 1]
     backend.close()
+    # A large model has one session, which all rows share.
+    threads.clear()
+    monkeypatch.setattr("ditserve.service.backends.onnx.LARGE_BYTES", 0)
+    backend = load_backend("onnx", bundle, threads=2)
+    backend.denoise(*inputs[5])
+    assert threads == [2]
+    backend.close()
 
 
 def test_after_a_part_failed_no_thread_computes_any_more() -> None:

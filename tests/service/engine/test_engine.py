@@ -260,3 +260,17 @@ def test_memory_does_not_grow_from_step_to_step(
         assert live(10) == before
     finally:
         tracemalloc.stop()
+
+
+UNKNOWN = ({"grid": "1,2,x"}, {"grid": "of-a-later-release"}, {"solver": "euler-9"})
+
+
+@pytest.mark.parametrize("unknown", UNKNOWN, ids=str)
+def test_a_rung_asked_for_that_is_none_is_refused_before_the_sample_joins(
+    unknown: dict[str, str], make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    engine = make_engine()
+    with pytest.raises(ValueError, match=r"of-a-later-release|1,2,x|euler-9"):
+        engine.add(make_request(requested=replace(make_rung(), **unknown)))
+    assert engine.idle
+    assert engine.demand() == ()

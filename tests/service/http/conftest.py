@@ -8,7 +8,6 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from fastapi import FastAPI
 from ditserve.service.http import load_cache
 from ditserve.service.http.api import configured
 from ditserve.service.http.app import create_app
+from ditserve.service.images import CONTENT_TYPES
 from ditserve.service.jobs import Claim, Image, JobResult, WorkerState
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
@@ -109,7 +109,7 @@ class StubWorker:
         """Publish the state of a fast and idle worker, with `changes`."""
         figures: dict[str, Any] = {"max_rows": 8, "step_fixed_s": 0.0, "step_per_row_s": 0.0001}
         figures |= {"decode_s": 0.0, "running_samples": 0, "backlog_rows": 0}
-        figures |= {"last_step_age_s": 0.0, "updated_at": inf}  # it is never late
+        figures |= {"last_step_age_s": 0.0, "updated_at": 2.0**40}  # it is never late
         await self.broker.report(WorkerState(worker="stub", models=(self.model,), **{**figures, **changes}))
 
     async def _work(self, claim: Claim) -> None:
@@ -128,7 +128,7 @@ class StubWorker:
     def result(claim: Claim) -> JobResult:
         job = claim.job
         return JobResult(
-            images=tuple(Image(PNG, seed, f"image/{job.format}") for seed in job.seeds),
+            images=tuple(Image(PNG, seed, CONTENT_TYPES[job.format]) for seed in job.seeds),
             steps_requested=job.steps,
             steps_used=job.steps,
             solver=job.solver,

@@ -285,6 +285,13 @@ async def test_a_request_to_upgrade_is_served_as_it_is(
     assert [len(claim.job.seeds) for claim in stage.worker.claimed] == [2, 2]
 
 
+async def test_a_request_to_upgrade_may_be_the_last_of_its_connection(port: int, dial: Dial) -> None:
+    connection = await dial(port)
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nConnection: close\r\n"
+    connection.writer.write(GET + upgrade + b"\r\n")
+    assert (await connection.until_closed(10)).startswith(b"HTTP/1.1 200")
+
+
 async def test_requests_to_upgrade_are_bounded_like_others(port: int, dial: Dial) -> None:
     connection = await dial(port)
     connection.writer.write((GET + b"Connection: upgrade\r\nUpgrade: h2c\r\n\r\n") * 1000)

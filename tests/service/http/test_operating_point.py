@@ -50,9 +50,12 @@ def test_what_a_flow_cannot_do_is_refused_by_field(body: dict[str, Any], message
 def test_a_distilled_model_takes_its_own_numbers_of_steps_only() -> None:
     counts = {"step_counts": [1, 4, 8]}
     assert requested({"steps": 4}, **counts).steps == 4
-    for body in ({"steps": 5}, {"noise_levels": [1, 0.5]}):
-        with pytest.raises(InvalidRequest, match="steps: This model was trained for runs of 1, 4, 8 steps"):
-            requested(body, **counts)
+    others: dict[str, Any] = {"steps": 5, "noise_levels": [1, 0.5]}
+    for field, value in others.items():
+        with pytest.raises(
+            InvalidRequest, match=f"{field}: This model was trained for runs of 1, 4, 8 steps"
+        ):
+            requested({field: value}, **counts)
     with pytest.raises(ValueError, match="field defaults: this model was trained for runs of 2 steps, not 8"):
         requested({}, step_counts=[2])
     with pytest.raises(ValueError, match="step_counts must be at most"):

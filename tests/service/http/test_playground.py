@@ -122,6 +122,24 @@ class TestInChromium:
         await page.get_by_text("Cancelled.", exact=True).wait_for()
         assert await page.is_enabled("#go")
 
+    async def test_classes_of_one_name_are_told_apart_by_number(
+        self, open_stage: OpenStage, serve: Serve, many_fruits: Path
+    ) -> None:
+        manifest = json.loads((many_fruits / "manifest.json").read_text())
+        manifest["factors"][0]["classes"][2:5] = ["crane", "lemon", "crane"]
+        (many_fruits / "manifest.json").write_text(json.dumps(manifest))
+        stage = await open_stage(bundle=many_fruits)
+        async with browsing(home(await serve(stage))) as page:
+            await page.wait_for_selector("#go:enabled")
+            await page.fill("#factor-label", "crane")
+            assert await page.locator("#factor-label-list li").all_inner_texts() == ["crane (2)", "crane (4)"]
+            await page.get_by_text("crane (4)", exact=True).click()
+            await page.click("#go")
+            await page.wait_for_selector("#facts:not([hidden])")
+            assert stage.worker.claimed[-1].job.condition[0].labels[0] == 4
+            await page.locator("#wall button").first.click()
+            assert await page.input_value("#factor-label") == "crane (4)"
+
     async def test_by_keyboard_alone(self, open_stage: OpenStage, serve: Serve, many_fruits: Path) -> None:
         stage = await open_stage(bundle=many_fruits)
         stage.worker.hold = True

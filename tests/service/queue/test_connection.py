@@ -128,6 +128,47 @@ async def test_a_mistake_in_the_url_is_one_sentence(url: str, sentence: str) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("BUSY Redis is busy running a script.", "Redis is busy."),
+        ("MISCONF Redis cannot save.", "Redis cannot persist writes."),
+        ("EXECABORT Transaction discarded.", "Redis answers"),
+        ("CROSSSLOT Keys do not hash to the same slot", "Redis answers"),
+        ("NOSCRIPT No matching script.", "Redis answers"),
+        ("NEWCODE of a later Redis", "Redis answers NEWCODE."),
+        ("ERR unknown command 'EVALSHA'", "Redis answers \"unknown command 'EVALSHA'\"."),
+        ("", "Redis answers"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["ping", "status", "outcomes", "load"])
+async def test_whatever_error_a_server_answers_with_is_the_known_one(
+    verb: str, text: str, sentence: str
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while commands := await reader.read(1 << 16):
+            greets = b"CLIENT" in commands or b"HELLO" in commands
+            line = b"+OK\r\n" if greets else f"-{text}\r\n".encode()
+            writer.write(line * commands.count(b"*"))
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    broker = Broker(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    calls: dict[str, Callable[[], Awaitable[Any]]] = {
+        "status": lambda: broker.status("job"),
+        "outcomes": lambda: broker.outcomes(["job", "other"]),
+        "load": broker.load,
+    }
+    if verb == "ping":
+        assert not await broker.ping()
+    else:
+        with pytest.raises(QueueUnavailable) as caught:
+            await calls[verb]()
+        assert caught.value.detail.startswith(sentence)
+    await broker.aclose()
+    server.close()
+
+
 ACL = (
     "user default off",
     "user dit on >secret resetkeys ~{dit}:* resetchannels &{dit}:* -@all +@connection +@hash +@pubsub "

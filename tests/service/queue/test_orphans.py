@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from ditserve.service.errors import JobLost, NumericalError, to_wire
+from ditserve.service.errors import JobExpired, JobLost, NumericalError, to_wire
 from ditserve.service.jobs import Claim, Job, JobEvent, JobResult, Lease
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
@@ -50,6 +50,9 @@ DAMAGES: dict[str, Damage] = {
     "replaced": replaced,
     "half re-created": half_recreated,
     "not a number": lambda client, key: client.hset(key, "rows", "many"),
+    "not a whole number": lambda client, key: client.hset(key, "attempt", "1.5"),
+    "no number that ends": lambda client, key: client.hset(key, "rows", "inf"),
+    "more than can be counted": lambda client, key: client.hset(key, "spent", "9223372036854775807"),
     **{f"without {field}": without(field) for field in TEXTS + NUMBERS},
 }
 STATES = ("queued", "running", "returned", "suspect")
@@ -232,6 +235,79 @@ async def test_keys_of_another_kind_beside_a_job_do_no_harm(
     assert entry.checkpoint == b""
     assert await timed.finish(entry.lease, make_result())
     assert [event.kind for event in await read_events(timed, job.id)] == ["started", "done"]
+
+
+async def write_another_kind(client: Redis, key: str) -> None:
+    """Put a list in the place of a key, whichever that is; there are no lists in the queue."""
+    await client.delete(key)
+    await client.rpush(key, "of another kind")
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "load"])
+async def test_an_index_of_another_kind_is_made_again_by_the_script_that_meets_it(
+    verb: str, timed: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult, clock: Any
+) -> None:
+    for index in timed.keys.permanent:
+        job, other = make_job(), make_job(caller="bob")
+        await bring(timed, job, "running", clock)
+        await timed.submit(other)
+        await write_another_kind(client, index)
+        await (timed.load() if verb == "load" else act(verb, timed, job, make_result))
+        # A claim that was cut short comes to its end when its lease does.
+        for _ in range(4):
+            clock.advance(11)
+            await timed.sweep()
+            await swept(client, timed)
+            for entry in await claim(timed, "w2"):
+                assert await timed.finish(entry.lease, make_result())
+        status = await timed.status(other.id)
+        assert (status and status.state) == "done"
+        await audit(client, timed.keys)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e20", "1.5", "many", "", "9223372036854775807"])
+async def test_a_count_that_is_no_number_is_counted_anew(
+    value: str, timed: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    keys = timed.keys
+    await timed.submit(make_job(caller="alice"))
+    for field in ("rows", "clock", "bytes", "dead", "orphans", "kept", "broken", "reconciled", "scanned"):
+        await client.hset(keys.totals, field, value)
+    await client.hset(keys.unfinished, "alice", value)
+    await client.hset(keys.sizes, "nobody", value)
+    await client.set(keys.given("w1"), value, px=60_000)
+    await timed.load()
+    await timed.submit(make_job(caller="alice"))
+    first, second = await claim(timed)
+    assert await timed.finish(first.lease, make_result())
+    assert await timed.fail(second.lease, to_wire(NumericalError()))
+    await swept(client, timed)
+    await audit(client, keys)
+    assert (await timed.load()).queued_rows == 0
+
+
+async def test_keys_of_another_kind_are_read_as_if_they_were_not_there(
+    timed: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    good, bad = make_job(), make_job()
+    for job in (good, bad):
+        await timed.submit(job)
+    for entry in await claim(timed):
+        await timed.finish(entry.lease, make_result())
+    keys = (timed.keys.result(bad.id), timed.keys.events(bad.id), timed.keys.job(bad.id), timed.keys.dead)
+    await write_another_kind(client, keys[0])
+    whole, expired = await timed.outcomes([good.id, bad.id])
+    assert isinstance(whole, JobResult)
+    assert isinstance(expired, JobExpired)
+    assert await timed.result(bad.id) is None
+    await write_another_kind(client, keys[1])
+    assert await timed.last_event_id(bad.id) is None
+    assert await read_events(timed, bad.id) == []
+    await write_another_kind(client, keys[2])
+    assert await timed.status(bad.id) is None
+    await write_another_kind(client, keys[3])
+    assert await timed.dead() == []
+    await client.delete(*keys)
 
 
 async def swept(client: Redis, broker: Broker) -> None:

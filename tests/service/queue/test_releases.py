@@ -14,6 +14,7 @@ from ditserve.service import wire
 from ditserve.service.errors import InternalError, NumericalError, QueueUnavailable, to_wire
 from ditserve.service.jobs import Claim, Job, JobEvent, JobResult, Starting
 from ditserve.service.queue.broker import Broker
+from ditserve.service.telemetry import metrics
 from ditserve.service.wire import NEWEST, pack, unpack
 from tests.service import wire_examples as examples
 
@@ -36,6 +37,8 @@ REPORTS = {
     "of no kind": (pack(LATER), False),
     "without a number": (pack({**unpack(examples.STATE.to_bytes()), "max_rows": None}), False),
     "not a number": (pack({**unpack(examples.STATE.to_bytes()), "step_per_row_s": float("nan")}), False),
+    "a pass without end": (pack({**unpack(examples.STATE.to_bytes()), "max_rows": 10**12}), False),
+    "less than no time": (pack({**unpack(examples.STATE.to_bytes()), "step_fixed_s": -1.0}), False),
     "endless steps": (pack({**unpack(examples.STATE.to_bytes()), "step_fixed_s": float("inf")}), False),
     "garbage": (b"\xc1\x00garbage", False),
     "nothing": (b"", False),
@@ -124,7 +127,7 @@ async def test_a_job_of_a_later_version_waits_for_a_worker_that_reads_it(
     assert caught.value.retry_after
     assert await broker.outcome(newer.id) is None, "its waiter waits on"
     monkeypatch.setattr(wire, "READABLE", (*wire.READABLE, LATEST))
-    monkeypatch.setattr("ditserve.service.queue.broker.NEWEST", LATEST)
+    monkeypatch.setattr("ditserve.service.queue.leases.NEWEST", LATEST)
     (upgraded,) = await claim(broker, "w2")
     assert (upgraded.job, upgraded.lease.attempt) == (newer, 1), "no attempt was wasted on it"
 
@@ -137,7 +140,7 @@ async def test_what_is_written_about_a_job_has_the_version_of_the_job(
         await broker.submit(job)
     await client.hset(broker.keys.job(newer.id), "wire", newer.to_bytes(LATEST))
     monkeypatch.setattr(wire, "READABLE", (*wire.READABLE, LATEST))
-    monkeypatch.setattr("ditserve.service.queue.broker.NEWEST", LATEST)
+    monkeypatch.setattr("ditserve.service.queue.leases.NEWEST", LATEST)
     for entry in await claim(broker):
         await broker.progress(entry.lease, "step", {"step": 1})
         await broker.finish(entry.lease, make_result())
@@ -158,7 +161,10 @@ async def test_what_is_written_about_a_job_has_the_version_of_the_job(
     assert [line["event"] for line in lines] == ["event left out"], "once for each reader"
 
 
-@pytest.mark.parametrize("data", [b"", b"garbage", pack({"id": "half"}), msgpack.packb([1])])
+NO_SEEDS = pack({**unpack(examples.PLAIN_JOB.to_bytes()), "seeds": []})
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", pack({"id": "half"}), msgpack.packb([1]), NO_SEEDS])
 async def test_a_job_that_nobody_can_read_fails_alone(
     data: bytes, broker: Broker, client: Redis, make_job: MakeJob
 ) -> None:
@@ -223,6 +229,37 @@ async def test_a_state_of_a_later_release_is_a_known_error(
     await client.hset(broker.keys.job(job.id), "state", "queued")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"timings_ms": {"queue": float("nan")}},
+        {"timings_ms": {"denoise": float("inf")}},
+        {"images": []},
+        {"images": [{"data": b"", "seed": 1, "content_type": "text/html"}]},
+        {"steps_used": "many"},
+    ],
+)
+async def test_a_result_that_cannot_be_read_is_counted_and_told_to_its_own_caller_alone(
+    fields: dict[str, Any], broker: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    broken, fine = make_job(), make_job()
+    for job in (broken, fine):
+        await broker.submit(job)
+    for entry in await claim(broker):
+        await broker.finish(entry.lease, make_result())
+    written = pack({**unpack(make_result().to_bytes()), **fields})
+    await client.set(broker.keys.result(broken.id), written, keepttl=True)
+    counted = metrics.UNREADABLE.labels("result")._value
+    before = counted.get()
+    unreadable, whole = await broker.outcomes([broken.id, fine.id])
+    assert isinstance(unreadable, InternalError)
+    assert "cannot be read" in unreadable.detail
+    assert isinstance(whole, JobResult)
+    assert counted.get() == before + 1
+    with pytest.raises(InternalError, match="cannot be read"):
+        await broker.result(broken.id)
+
+
 async def test_events_that_cannot_be_read_are_left_out(
     broker: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult
 ) -> None:
@@ -236,6 +273,9 @@ async def test_events_that_cannot_be_read_are_left_out(
         {"kind": "preview", "data": pack({"step": 1})},
         {"data": pack({})},
         {"kind": "step"},
+        {"kind": "step", "data": pack({"step": float("inf")})},
+        {"kind": "step", "data": pack({"step": float("nan"), "of": [1]})},
+        {"kind": "step", "data": b"\x82\xa1v\x01\xa1x" + b"\x91" * 1000 + b"\x01"},
     )
     for fields in entries:
         await client.xadd(stream, fields)

@@ -1,4 +1,4 @@
-"""The engine's thread: an idle engine that was slow looks whether the machine is fast again."""
+"""The engine's thread: its end is noticed; an idle engine that was slow looks whether it is fast again."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ from ditserve.service.worker.engine_thread import EngineReport, EngineThread
 pytestmark = pytest.mark.anyio
 Make = Callable[..., Any]
 WaitUntil = Callable[..., Awaitable[None]]
+
+
+async def test_the_end_of_the_thread_is_noticed(make_engine: Make, wait_until: WaitUntil) -> None:
+    def deliver(report: EngineReport) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    broken: list[bool] = []
+    thread = EngineThread(
+        make_engine(),
+        deliver=deliver,
+        observe=lambda report: None,
+        on_broken=lambda: broken.append(True),
+        clock=QueueClock(),
+        max_rows=8,
+    )
+    thread.start()
+    await wait_until(lambda: broken == [True])
+    assert thread.stop(10.0)
 
 
 async def test_an_idle_engine_that_was_slow_reports_its_pace_again(

@@ -20,9 +20,10 @@ from ditserve.service.planning.load import hung
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from ditserve.service.rung import Rung
+from ditserve.service.worker.engine_monitor import WorkerIdentity
 from ditserve.service.worker.handoff import write_checkpoint
 from ditserve.service.worker.running_job import RunningJob
-from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
+from ditserve.service.worker.worker import Worker, WorkerParts
 
 pytestmark = pytest.mark.anyio
 Floats = npt.NDArray[np.float32]

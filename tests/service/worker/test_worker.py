@@ -28,7 +28,8 @@ from ditserve.service.jobs import ConditionTerm, Job, JobResult, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
-from ditserve.service.worker.worker import Worker, WorkerIdentity, WorkerParts
+from ditserve.service.worker.engine_monitor import WorkerIdentity
+from ditserve.service.worker.worker import Worker, WorkerParts
 
 pytestmark = pytest.mark.anyio
 Floats = npt.NDArray[np.float32]

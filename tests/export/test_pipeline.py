@@ -1,0 +1,115 @@
+"""Graphs of imported diffusers pipelines; one served from its graphs is in test_pipelines_over_http."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from ditserve.export import pipeline as exported
+from ditserve.export.calibrate import TrajectorySettings
+from ditserve.export.errors import ExportError
+from ditserve.export.onnx import main
+from ditserve.model.spec.bundle import BACKBONE, PIPELINE, Bundle
+from ditserve.model.spec.pipeline_folder import read_pipeline, write_pipeline_bundle
+from ditserve.service.backends import BackendUnavailable, load_backend
+from tests.tiny_pipelines import save_pipeline, tokens
+
+FEW = TrajectorySettings(samples=2, steps=2)
+
+
+def bundle_of(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
+    pipeline = save_pipeline(family, folder / "pipeline")
+    pipeline.transformer.to(dtype).save_pretrained(folder / "pipeline" / "transformer")
+    found = read_pipeline(
+        folder / "pipeline", name="tiny", licence="CC0-1.0", size=(8, 8), tokens=tokens(family)
+    )
+    write_pipeline_bundle(found, folder / "bundle")
+    return Bundle.open(folder / "bundle")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("family", "size"), [("pixart", (8, 8)), ("flux", (12, 10)), ("auraflow", (12, 10))])
+def test_graphs_agree_with_torch_and_refer_to_the_imported_weights(
+    family: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    """Rows of one batch have noise levels and texts of their own; weights in bf16 are not stored again."""
+    source = bundle_of(family, tmp_path, torch.bfloat16)
+    (tmp_path / "out").mkdir()
+    report = exported.export_pipeline(source, tmp_path / "out", {"version": "2"}, FEW)
+    bundle = Bundle.open(tmp_path / "out")
+    assert bundle.manifest.version == "2"
+    assert set(report["graphs"]) >= {"embedder.onnx", "conditioner.onnx", "backbone.onnx", "decoder.onnx"}
+    graph = onnx.load(bundle.file(BACKBONE), load_external_data=False).graph
+    outside = {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert outside == {f"{PIPELINE}/transformer/diffusion_pytorch_model.safetensors"}
+    torched, onnxed = load_backend("torch", bundle, threads=1), load_backend("onnx", bundle, threads=1)
+    random = np.random.default_rng(0)
+    encoder = onnxed.text_encoder
+    assert encoder is not None
+    texts = np.stack([encoder.encode(text) for text in ("a cat", "the red moon", "")])
+    labels = np.zeros((3, 0), np.int64)
+    told = np.array([0.9, 0.2, 0.5], np.float32) * bundle.manifest.diffusion.noise_scale
+    x = random.standard_normal((3, 4, *size), np.float32)
+    answers = []
+    for backend in (torched, onnxed):
+        embeddings = backend.embed(labels, texts)
+        if bundle.manifest.guidance_embedded is not None:
+            embeddings[:, -1] = (1.0, 3.5, 6.0)
+        answers.append(backend.denoise(x, backend.modulate(told, embeddings)))
+        assert backend.size_multiple == (None if backend is onnxed and family == "pixart" else 2)
+    expected, actual = answers
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+    pictures = [backend.decode(x).astype(int) for backend in (torched, onnxed)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--half", "fp16"], "--half is not for an imported pipeline: torch computes it in half precision"),
+        (["--ladder", "quick"], "--ladder is not for an imported pipeline: no ladder is measured"),
+        (["--weights", "fp16"], "--weights is not for an imported pipeline: its weights stay"),
+        (["--vae", "somewhere"], "--vae is not for an imported pipeline: it brings its autoencoder"),
+        (["--data", "somewhere"], "--data is not for an imported pipeline: no training pictures"),
+    ],
+)
+def test_what_is_not_for_a_pipeline_is_refused_and_nothing_is_written(
+    sd3: Bundle, flags: list[str], reason: str, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "somewhere").mkdir()
+    words = [str(tmp_path / word) if word == "somewhere" else word for word in flags]
+    assert main([str(sd3.path), "--out", str(tmp_path / "out"), *words]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_family_that_does_not_export_is_told_in_one_sentence(
+    sd3: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: Any) -> None:
+        raise torch.onnx.errors.OnnxExporterError("no translation\nof aten.fold")
+
+    monkeypatch.setattr(exported, "write_graphs", unknown)
+    with pytest.raises(ExportError, match=r"^tiny has no graph, serve it in torch: no translation of aten"):
+        exported.export_pipeline(sd3, tmp_path, {}, FEW)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "tensorrt"])
+def test_a_precision_without_a_graph_is_refused(sd3: Bundle, backend: str) -> None:
+    with pytest.raises(BackendUnavailable, match="tiny is an imported pipeline"):
+        load_backend(backend, sd3, precision="fp16")
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return bundle_of("sd3", tmp_path_factory.mktemp("sd3"))
