@@ -51,7 +51,6 @@ from ditserve.model.train.loaded_model import LoadedModel, load_bundle
 
 COLUMNS = ("", "rung", "grid", "rows", "to its long run", "to real pictures", "Fréchet")
 
-
 Opened = tuple[LoadedModel, LadderMeasurement, TrainingPictures | None]
 
 
@@ -77,6 +76,8 @@ def open_prompted(bundle: Bundle, config: PipelineConfig, options: argparse.Name
         if getattr(options, name) is not None:
             raise ModelError(f"--{name} is not for imported pipelines: name prompts with --prompts")
     prompts, device = read_prompts(options.prompts), options.device or "cpu"
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ModelError(f"--device {device} is not there, torch sees no CUDA device: leave it out")
     inputs = prompt_inputs(bundle, config, prompts, device)
     measurement = LadderMeasurement(bundle.manifest, pipeline_plan(bundle.manifest), inputs, settled=True)
     return open_pipeline(bundle, config, device), measurement, None

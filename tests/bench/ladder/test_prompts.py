@@ -122,6 +122,23 @@ def test_a_pipeline_gets_a_ladder_along_which_the_service_degrades(
     assert np.isfinite(sample.latent).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--data", "pictures.npz"], "--data is not for imported pipelines: name prompts with --prompts"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
+    ],
+)
+def test_options_that_do_not_fit_a_pipeline_are_refused(
+    tmp_path: Path, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = imported("sd3", tmp_path)
+    assert command.main([str(bundle.path), *options]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert bundle.manifest == Bundle.open(bundle.path).manifest
+
+
 def test_a_pipeline_of_few_steps_is_measured_only_in_fewer(tmp_path: Path) -> None:
     bundle = imported("sd3", tmp_path)
     points = candidates(bundle.manifest, pipeline_plan(bundle.manifest))
