@@ -39,8 +39,8 @@ from ditserve.model.spec.bundle import BACKBONE, DECODER, PIPELINE, Bundle, Mani
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.grids import even_grid, noise_levels
 from ditserve.model.spec.heap import release_memory
+from ditserve.model.spec.pipeline_bundle import take_pipeline
 from ditserve.model.spec.pipeline_config import PipelineConfig
-from ditserve.model.spec.pipeline_folder import take_pipeline
 from ditserve.model.spec.solvers import step_table, trajectory
 
 # The empty one is that which guidance subtracts.

@@ -13,8 +13,9 @@ from torch import Tensor
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import MANIFEST, Bundle, Defaults, Name
+from ditserve.model.spec.pipeline_bundle import cached_bundle
 from ditserve.model.spec.pipeline_config import PipelineConfig
-from ditserve.model.spec.pipeline_folder import cached_bundle, is_pipeline
+from ditserve.model.spec.pipeline_folder import is_pipeline
 from ditserve.model.train.load import load_model, opens_run, read_run_config
 from ditserve.model.train.loaded_model import LoadedModel, LoadError
 

@@ -24,12 +24,8 @@ from rich.table import Table
 from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle, bundle_name
 from ditserve.model.spec.command_line import guarded, named_path, positive
 from ditserve.model.spec.output_folder import BUNDLE, check_folder
-from ditserve.model.spec.pipeline_folder import (
-    holds_pipeline,
-    read_pipeline,
-    stated_licence,
-    write_pipeline_bundle,
-)
+from ditserve.model.spec.pipeline_bundle import write_pipeline_bundle
+from ditserve.model.spec.pipeline_folder import holds_pipeline, read_pipeline, stated_licence
 from ditserve.model.weights.files import export_weights, write_bundle
 from ditserve.model.weights.imported import ImportFunction, ImportOptions
 from ditserve.model.weights.imports import read_weights

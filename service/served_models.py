@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ditserve.model.spec.bundle import MANIFEST, Bundle, BundleError
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.pipeline_folder import cached_bundle, is_pipeline
+from ditserve.model.spec.pipeline_bundle import cached_bundle
+from ditserve.model.spec.pipeline_folder import is_pipeline
 from ditserve.service.identity import bundle_digest
 from ditserve.service.settings import Settings
 

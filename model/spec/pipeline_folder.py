@@ -1,4 +1,4 @@
-"""A folder of a diffusers pipeline, read and brought in as a bundle; nothing here imports torch.
+"""A folder of a diffusers pipeline, read as the manifest of a bundle; nothing here imports torch.
 
     <folder>/model_index.json       the pipeline's class, and the class of each part
              transformer/           config.json and weights in safetensors, whole or in shards
@@ -10,13 +10,10 @@ part that cannot be used is refused with one sentence that names the file; pickl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +21,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from ditserve.model.spec.bundle import (
-    MANIFEST,
-    PIPELINE,
-    Bundle,
     Defaults,
     LatentSpec,
     Manifest,
     StateTensor,
-    bundle_name,
-    write_manifest,
 )
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.spec.pipeline_config import (
     FAMILIES,
     INDEX,
@@ -48,8 +39,6 @@ from ditserve.model.spec.pipeline_config import (
 
 VAE = "vae"  # the folder of a pipeline's autoencoder
 SHARDS = ".safetensors.index.json"
-# The files of a part that are taken along: configurations, vocabularies, weights.
-TAKEN = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
 PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5"})
 # The solver of a scheduler's class, and the grid of its timestep_spacing.
 SOLVERS = {
@@ -100,7 +89,7 @@ def read_pipeline(
     found, family = _family(folder, index)
     needed = _needed_parts(index)
     for part in needed:
-        _check_part(folder / part)
+        check_part(folder / part)
     counting = folder / _counting(family, index) / TOKENIZER
     if not counting.is_file():
         raise PipelineFolderError(
@@ -150,52 +139,6 @@ def read_pipeline(
 FEW_STEPS = 4  # of a model that was distilled: it has no guidance
 
 
-def write_pipeline_bundle(found: FoundPipeline, target: Path) -> Manifest:
-    """Write the bundle of a pipeline: its files are linked where that is possible, else copied.
-
-    Return its manifest, with the files.
-
-    Raises:
-        OutputError, OSError: the target cannot be written.
-    """
-    with replacement(target, BUNDLE, apart=(found.folder,)) as scratch:
-        inner = scratch / PIPELINE
-        inner.mkdir()
-        _take(found.folder / INDEX, inner / INDEX)
-        for part in found.parts:
-            take_part(found.folder / part, inner / part)
-        write_manifest(scratch, found.manifest)
-    return Bundle.open(target, verify=False).manifest
-
-
-def take_pipeline(bundle: Bundle, target: Path) -> None:
-    """Take the files of the pipeline in a bundle along to the folder of another one."""
-    for name in bundle.manifest.files:
-        if name.startswith(f"{PIPELINE}/"):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            _take(bundle.path / name, target / name)
-
-
-def cached_bundle(folder: Path) -> Path:
-    """Return the bundle of a pipeline's folder among those that this user has served; make it if need be.
-
-    It lies in `~/.cache/ditserve`, and is made anew where a file of the pipeline has changed.
-
-    Raises:
-        PipelineFolderError, OutputError, OSError: as `read_pipeline` and `write_pipeline_bundle`.
-    """
-    real = folder.resolve()
-    files = [real / INDEX, *(file for part in real.iterdir() if part.is_dir() for file in _files(part))]
-    stats = [(str(file.relative_to(real)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.blake2b(repr((str(real), stats)).encode(), digest_size=6).hexdigest()
-    target = Path.home() / ".cache" / "ditserve" / f"{bundle_name(real)[:80]}-{digest}"
-    if not (target / MANIFEST).is_file():
-        found = read_pipeline(real, name=bundle_name(real), licence=stated_licence(real))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_pipeline_bundle(found, target)
-    return target
-
-
 def stated_licence(folder: Path) -> str:
     """Return the licence that the head of a pipeline's README.md states, "unspecified" without one."""
     try:
@@ -236,7 +179,7 @@ def _needed_parts(index: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(name for name in present if kinds.fullmatch(name)))
 
 
-def _check_part(folder: Path) -> None:
+def check_part(folder: Path) -> None:
     """Refuse a part that is missing, or whose weights are pickled, missing or in shards of two kinds."""
     if not folder.is_dir():
         raise PipelineFolderError(f"{folder} is missing, though {folder.parent / INDEX} names it")
@@ -460,37 +403,6 @@ def _notes(
         ("guidance", told[manifest.guidance]),
     ]
     return (*notes, *((name, "is left out: drawing from a prompt does not need it") for name in left))
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a part that a bundle takes along; weights in half precision beside full are not."""
-    names = {file.name for file in folder.iterdir()}
-    for file in sorted(folder.iterdir()):
-        full = re.sub(r"\.(fp16|bf16|non_ema)(?=[.-])", "", file.name)
-        variant = full != file.name and full in names
-        if file.is_file() and file.suffix in TAKEN and not file.name.startswith(".") and not variant:
-            yield file
-
-
-def take_part(folder: Path, target: Path) -> None:
-    """Link the files of a part of a pipeline into a new folder, or copy them.
-
-    Raises:
-        PipelineFolderError: its weights are missing or pickled.
-        OSError: they cannot be read or written.
-    """
-    _check_part(folder)
-    target.mkdir(parents=True)
-    for file in _files(folder):
-        _take(file, target / file.name)
-
-
-def _take(source: Path, target: Path) -> None:
-    real = source.resolve()
-    try:
-        os.link(real, target)
-    except OSError:
-        shutil.copyfile(real, target)
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.output_folder import BUNDLE, DIFFUSERS, check_new_file, replacement
-from ditserve.model.spec.pipeline_folder import VAE, take_part
+from ditserve.model.spec.pipeline_bundle import take_part
+from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.model.weights.diffusers import to_diffusers
 from ditserve.model.weights.folders import DIFFUSERS_CONFIG, DIFFUSERS_NAME
 from ditserve.model.weights.imported import ImportedWeights

@@ -15,7 +15,8 @@ from ditserve.export.calibrate import TrajectorySettings
 from ditserve.export.errors import ExportError
 from ditserve.export.onnx import main
 from ditserve.model.spec.bundle import BACKBONE, PIPELINE, Bundle
-from ditserve.model.spec.pipeline_folder import read_pipeline, write_pipeline_bundle
+from ditserve.model.spec.pipeline_bundle import write_pipeline_bundle
+from ditserve.model.spec.pipeline_folder import read_pipeline
 from ditserve.service.backends import BackendUnavailable, load_backend
 from tests.tiny_pipelines import save_pipeline, tokens
 

@@ -11,7 +11,8 @@ import torch
 
 from ditserve.model import describe
 from ditserve.model.nets.pipelines.network import PipelineNetwork, open_network
-from ditserve.model.spec.pipeline_folder import read_pipeline, write_pipeline_bundle
+from ditserve.model.spec.pipeline_bundle import write_pipeline_bundle
+from ditserve.model.spec.pipeline_folder import read_pipeline
 from ditserve.model.spec.pipeline_weights import weight_sizes
 from tests.tiny_pipelines import BUILDERS, save_pipeline, tokens
 

@@ -12,8 +12,9 @@ import pytest
 
 from ditserve.model import convert
 from ditserve.model.spec.bundle import PIPELINE, Bundle
+from ditserve.model.spec.pipeline_bundle import cached_bundle
 from ditserve.model.spec.pipeline_config import PipelineConfig
-from ditserve.model.spec.pipeline_folder import PipelineFolderError, cached_bundle, read_pipeline
+from ditserve.model.spec.pipeline_folder import PipelineFolderError, read_pipeline
 from tests.tiny_pipelines import save_pipeline
 
 Change = Callable[[Path], Any]

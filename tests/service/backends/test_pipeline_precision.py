@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ditserve.model.spec.bundle import Bundle
-from ditserve.model.spec.pipeline_folder import read_pipeline, write_pipeline_bundle
+from ditserve.model.spec.pipeline_bundle import write_pipeline_bundle
+from ditserve.model.spec.pipeline_folder import read_pipeline
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.backends.torch import TorchBackend
 from tests.tiny_pipelines import save_pipeline
