@@ -15,7 +15,7 @@ from typing import Any, Final
 import structlog
 import uvloop
 
-from ditserve.model.spec.bundle import BACKBONE, Bundle, BundleError, Manifest
+from ditserve.model.spec.bundle import BACKBONE, PIPELINE, Bundle, BundleError, Manifest
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 from ditserve.model.spec.text_encoder import text_encoder_name
 from ditserve.service.backends import (
@@ -95,11 +95,15 @@ def run(settings: Settings) -> int:
 
 
 def with_backend(settings: Settings, manifest: Manifest) -> Settings:
-    """Return the settings with the backend that "auto" stands for."""
+    """Return the settings with the backend that "auto" stands for.
+
+    It is torch for an imported pipeline without graphs: its network, or its autoencoder, runs there.
+    """
     if settings.backend != "auto":
         return settings
-    pipeline = isinstance(manifest.config, PipelineConfig) and BACKBONE not in manifest.files
-    return settings.model_copy(update={"backend": "torch" if pipeline else "onnx"})
+    imported = any(name.startswith(f"{PIPELINE}/") for name in manifest.files)
+    torch = imported and BACKBONE not in manifest.files
+    return settings.model_copy(update={"backend": "torch" if torch else "onnx"})
 
 
 def only_bundle(settings: Settings) -> Bundle:
