@@ -83,10 +83,11 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         "seed": options.seed,
         "sampler": options.sampler,
         "noise_levels": options.noise_levels,
-        "guidance_scale": options.guidance,
+        "guidance_embedded" if model["guidance"] == "embedded" else "guidance_scale": options.guidance,
         "guidance_interval": options.guidance_interval,
         "guidance_decay": options.guidance_decay,
         "negative_prompt": options.negative_prompt,
+        "truncate_prompt": options.truncate_prompt,
         "size": options.size,
         "windows": options.windows,
     }
@@ -180,7 +181,9 @@ def _parser(url: str) -> argparse.ArgumentParser:
         metavar="LEVEL",
         help="the noise level of each step in place of --steps, such as 999 700 400 150",
     )
-    parser.add_argument("--guidance", type=finite, help="strength of classifier-free guidance")
+    parser.add_argument(
+        "--guidance", type=finite, help="strength of guidance, of the kind that the model has"
+    )
     parser.add_argument(
         "--guidance-interval",
         type=finite,
@@ -193,6 +196,12 @@ def _parser(url: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--negative-prompt", help="a text that guidance subtracts, where the model reads text"
+    )
+    parser.add_argument(
+        "--truncate-prompt",
+        action="store_true",
+        default=None,
+        help="cut off what a text has beyond the model's last token",
     )
     parser.add_argument("--size", help="width x height in pixels, where the model has a choice")
     parser.add_argument(

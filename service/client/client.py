@@ -58,11 +58,11 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def generate(self, /, condition: Condition, **options: Any) -> Generation:
-        """Draw images and wait for them; `options` are the fields of POST /generate."""
+    def generate(self, /, condition: Condition | None = None, **options: Any) -> Generation:
+        """Draw images and wait; `options` are the fields of POST /generate, such as `prompt`."""
         return messages.generation(self._send(self._requests.generate(condition, options)))
 
-    def submit(self, /, condition: Condition, **options: Any) -> str:
+    def submit(self, /, condition: Condition | None = None, **options: Any) -> str:
         """Queue a job and return its id at once; `options` are the fields of POST /generate."""
         return str(self._send(self._requests.generate(condition, options, wait=False)).json()["id"])
 
@@ -143,11 +143,11 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def generate(self, /, condition: Condition, **options: Any) -> Generation:
-        """Draw images and wait for them; `options` are the fields of POST /generate."""
+    async def generate(self, /, condition: Condition | None = None, **options: Any) -> Generation:
+        """Draw images and wait; `options` are the fields of POST /generate, such as `prompt`."""
         return messages.generation(await self._send(self._requests.generate(condition, options)))
 
-    async def submit(self, /, condition: Condition, **options: Any) -> str:
+    async def submit(self, /, condition: Condition | None = None, **options: Any) -> str:
         """Queue a job and return its id at once; `options` are the fields of POST /generate."""
         return str((await self._send(self._requests.generate(condition, options, wait=False))).json()["id"])
 

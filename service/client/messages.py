@@ -76,13 +76,13 @@ class Requests:
         return httpx.Request(method, self._base + path, headers=self._headers)
 
     def generate(
-        self, condition: Condition, options: Mapping[str, Any], *, wait: bool = True
+        self, condition: Condition | None, options: Mapping[str, Any], *, wait: bool = True
     ) -> httpx.Request:
         """Build POST /generate with an Idempotency-Key of its own, so that no further attempt draws again."""
         headers = {**self._headers, "idempotency-key": secrets.token_hex(16)}
         if not wait:
             headers["prefer"] = "respond-async"
-        body = {"condition": condition, **options}
+        body = options if condition is None else {"condition": condition, **options}
         return httpx.Request("POST", f"{self._base}/generate", headers=headers, json=body)
 
     def events(self, job_id: str, last_event_id: str) -> dict[str, Any]:

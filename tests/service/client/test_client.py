@@ -44,6 +44,12 @@ async def test_draws(url: str) -> None:
     assert generation.facts["steps_used"] == 3
 
 
+async def test_a_prompt_takes_the_place_of_a_condition(stage: Stage, url: str) -> None:
+    async with AsyncClient(url) as client:
+        await client.generate(prompt="an apple", steps=4)
+    assert stage.worker.claimed[-1].job.condition == (ConditionTerm((0, None)),)
+
+
 async def test_the_blocking_client_does_the_same(url: str) -> None:
     def blocking() -> None:
         with Client(url) as client:
