@@ -124,6 +124,6 @@ def test_a_picture_does_not_depend_on_those_decoded_before(
 ) -> None:
     latents = torch.ones(1, 4, SIDE, SIDE)
     before = opened.decoder.decode(latents)
-    monkeypatch.setattr(opened.decoder, "_tile", SIDE)
+    monkeypatch.setattr(opened.decoder, "tile", SIDE)
     opened.decoder.decode(torch.ones(1, 4, SIDE + 4, SIDE))
     assert torch.equal(opened.decoder.decode(latents), before)

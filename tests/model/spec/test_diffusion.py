@@ -84,7 +84,8 @@ def test_any_table_is_variance_preserving_and_loses_signal_at_every_level(
     between = data.draw(st.lists(st.floats(0.0, process.noisiest), max_size=5))
     levels = np.unique([-1.0, *range(process.timesteps), *between])
     alpha, sigma = process.alpha(levels), process.sigma(levels)
-    assert np.all(np.diff(alpha) <= 0)
+    # Levels may lie nearer to each other than what is computed of them.
+    assert np.all(np.diff(alpha) <= 1e-15)
     np.testing.assert_allclose(alpha**2 + sigma**2, 1.0, rtol=1e-14)
     np.testing.assert_array_equal(process.alpha(range(process.timesteps)), np.sqrt(process.alpha_bar))
 
