@@ -8,6 +8,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset20 as op
 
+from ditserve.export.errors import ExportError
+
 # The score of a key that attention must not see.
 MASKED: Any = -30000.0
 
@@ -26,9 +28,12 @@ def _attention(
 
     A boolean mask says which keys count; one of numbers is added to the scores.
     The exporter's own translation has ten more nodes for the transpose of the keys, and copies them twice.
+
+    Raises:
+        ExportError: the attention is of another kind.
     """
     if dropout_p or is_causal:
-        raise NotImplementedError("attention with dropout or a causal mask has no translation")
+        raise ExportError("attention with dropout or a causal mask has no translation")
     factor: Any = q.shape[3] ** -0.5 if scale is None else scale
     scores = op.MatMul(op.Mul(q, op.CastLike(factor, q)), op.Transpose(k, perm=[0, 1, 3, 2]))
     if mask is not None and mask.dtype != ir.DataType.BOOL:

@@ -26,7 +26,6 @@ from ditserve.model.spec.bundle import (
     Manifest,
     StateTensor,
 )
-from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.pipeline_config import (
     FAMILIES,
@@ -36,21 +35,12 @@ from ditserve.model.spec.pipeline_config import (
     PipelineConfig,
     PipelineFamily,
 )
+from ditserve.model.spec.pipeline_scheduler import pipeline_diffusion
 
 VAE = "vae"  # the folder of a pipeline's autoencoder
 SHARDS = ".safetensors.index.json"
 PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5"})
-# The solver of a scheduler's class, and the grid of its timestep_spacing.
-SOLVERS = {
-    "DPMSolverMultistepScheduler": ("dpmpp-2m", {"linspace": "uniform-t", "trailing": "trailing"}),
-    "DDIMScheduler": ("ddim", {"leading": "leading", "linspace": "linspace", "trailing": "trailing"}),
-    "EulerDiscreteScheduler": ("ddim", {"leading": "leading", "trailing": "trailing"}),
-}
-FLOW_SOLVERS = {
-    "FlowMatchEulerDiscreteScheduler": "euler",
-    "DPMSolverMultistepScheduler": "dpmpp-2m",
-    "UniPCMultistepScheduler": "unipc-2",
-}
+FEW_STEPS = 4  # of a model that was distilled: it has no guidance
 
 
 class PipelineFolderError(ModelError):
@@ -90,12 +80,7 @@ def read_pipeline(
     needed = _needed_parts(index)
     for part in needed:
         check_part(folder / part)
-    counting = folder / _counting(family, index) / TOKENIZER
-    if not counting.is_file():
-        raise PipelineFolderError(
-            f"{counting} is missing: save it with transformers, "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
+    _check_tokenizer(folder / _counting(family, index) / TOKENIZER)
     transformer = _json(folder / "transformer" / "config.json")
     scheduler = _scheduler(folder)
     _check_class(folder / "transformer" / "config.json", transformer, family.transformer)
@@ -103,7 +88,7 @@ def read_pipeline(
     try:
         config = _config(found, family, index, transformer, latents, size=size, tokens=tokens)
         guidance = _guidance(family, transformer)
-        diffusion, solver, grid = _diffusion(scheduler, family, config)
+        diffusion, solver, grid = pipeline_diffusion(scheduler, family, config)
         manifest = Manifest(
             name=name,
             version="1",
@@ -115,13 +100,7 @@ def read_pipeline(
             latents=latents,
             embedding_size=config.embedding_size,
             state=_state(config),
-            defaults=Defaults(
-                steps=family.steps if guidance != "none" else FEW_STEPS,
-                solver=solver,
-                grid=grid,
-                guidance_scale=family.guidance_scale if guidance == "classifier-free" else 1.0,
-                guidance_interval=(0.0, 1.0),
-            ),
+            defaults=_defaults(family, guidance, solver, grid),
             guidance=guidance,
             guidance_embedded=family.guidance_scale if guidance == "embedded" else None,
             licence=licence,
@@ -134,9 +113,6 @@ def read_pipeline(
     except (ValueError, KeyError, TypeError) as error:
         raise PipelineFolderError(f"{folder}: {error}") from None
     return FoundPipeline(folder, manifest, needed, _notes(folder, index, needed, manifest, scheduler))
-
-
-FEW_STEPS = 4  # of a model that was distilled: it has no guidance
 
 
 def stated_licence(folder: Path) -> str:
@@ -197,6 +173,14 @@ def check_part(folder: Path) -> None:
         missing = sorted({str(name) for name in shards.values()} - {shard.name for shard in weights})
         if missing:
             raise PipelineFolderError(f"{folder / missing[0]} is missing, though {file.name} lists it")
+
+
+def _check_tokenizer(file: Path) -> None:
+    if not file.is_file():
+        raise PipelineFolderError(
+            f"{file} is missing: save it with transformers, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
 
 
 def _check_class(file: Path, fields: Mapping[str, Any], wanted: str) -> None:
@@ -268,6 +252,16 @@ def _largest_grid(family: PipelineFamily, transformer: Mapping[str, Any], tokens
     return math.isqrt(largest) if largest and family.counts_positions else largest
 
 
+def _defaults(family: PipelineFamily, guidance: GuidanceKind, solver: str, grid: str) -> Defaults:
+    return Defaults(
+        steps=family.steps if guidance != "none" else FEW_STEPS,
+        solver=solver,
+        grid=grid,
+        guidance_scale=family.guidance_scale if guidance == "classifier-free" else 1.0,
+        guidance_interval=(0.0, 1.0),
+    )
+
+
 def _guidance(family: PipelineFamily, transformer: Mapping[str, Any]) -> GuidanceKind:
     """Return the kind of a model's guidance. Raises `ValueError` for one that its pipeline does not have."""
     embedded = bool(transformer.get("guidance_embeds"))
@@ -297,65 +291,6 @@ def latent_spec(folder: Path) -> LatentSpec:
     return LatentSpec(
         shift=(float(shift),) * channels, scale=(1.0 / scale,) * channels, factor=2 ** (len(levels) - 1)
     )
-
-
-def _diffusion(
-    scheduler: Mapping[str, Any], family: PipelineFamily, config: PipelineConfig
-) -> tuple[DiffusionSpec, str, str]:
-    """Return the noise that the model was trained on, and the solver and grid of its scheduler.
-
-    Raises:
-        ValueError: the scheduler is of a class or has a value that is not known.
-    """
-    name = str(scheduler.get("_class_name"))
-    if name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas"):
-        if name not in FLOW_SOLVERS:
-            raise ValueError(
-                f"scheduler: _class_name {name} has no solver here: {', '.join(FLOW_SOLVERS)} do"
-            )
-        if scheduler.get("use_dynamic_shifting") and not family.tells_tokens:
-            raise ValueError("scheduler: use_dynamic_shifting true is not known for this pipeline")
-        timesteps = scheduler.get("num_train_timesteps", 1000)
-        spec = DiffusionSpec.model_validate(
-            {
-                "schedule": "flow",
-                "prediction": "flow",
-                "noise_input": family.noise_input,
-                "noise_scale": family.noise_scale,
-                "output_sign": family.output_sign,
-                # The timesteps of other schedulers are whole.
-                "noise_timesteps": None if name.startswith("FlowMatch") else timesteps,
-                "guidance_norm": family.guidance_norm,
-                "unguided_scale": family.unguided_scale,
-                "clip_x0": False,
-                "sigma_grid": {"scheduler": scheduler, "tokens": config.tokens, "ends": family.ends},
-            }
-        )
-        return spec, FLOW_SOLVERS[name], "uniform"
-    if name not in SOLVERS:
-        raise ValueError(f"scheduler: _class_name {name} has no solver here; known are {', '.join(SOLVERS)}")
-    needed = {
-        "prediction_type": "epsilon",
-        "beta_schedule": "linear",
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "num_train_timesteps": 1000,
-        "rescale_betas_zero_snr": False,
-        "use_karras_sigmas": False,
-        "thresholding": False,
-        "clip_sample": False,
-    }
-    wrong = [f"{key} {scheduler[key]}" for key, value in needed.items() if scheduler.get(key, value) != value]
-    if wrong:
-        raise ValueError(f"scheduler: {', '.join(wrong)} is not known here")
-    solver, grids = SOLVERS[name]
-    spacing = scheduler.get("timestep_spacing", "linspace" if solver == "dpmpp-2m" else "leading")
-    if spacing not in grids:
-        raise ValueError(f"scheduler: timestep_spacing {spacing} of a {name} is not known here")
-    spec = DiffusionSpec(
-        schedule="linear", prediction="epsilon", learn_sigma=config.learn_sigma, clip_x0=False
-    )
-    return spec, solver, grids[spacing]
 
 
 def _state(config: PipelineConfig) -> tuple[StateTensor, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ditserve.model.spec.pipeline_config import INDEX
 from ditserve.model.spec.pipeline_folder import VAE, latent_spec
+from ditserve.model.spec.table_schedulers import is_flow
 from ditserve.model.weights.diffusers import CLASS_NAMES, Function, from_diffusers
 from ditserve.model.weights.flows import FLOW_KINDS
 from ditserve.model.weights.imported import (
@@ -19,7 +20,7 @@ from ditserve.model.weights.imported import (
     ImportOptions,
 )
 from ditserve.model.weights.official import TABLE, WeightsError
-from ditserve.model.weights.schedulers import check_published, is_flow, scheduler_flow
+from ditserve.model.weights.schedulers import note_of_published, scheduler_flow
 from ditserve.model.weights.state_files import check_numbers, is_index, read_state
 
 DIFFUSERS_CONFIG = "config.json"
@@ -41,7 +42,7 @@ def read_folder(folder: Path, path: Path, options: ImportOptions) -> ImportedWei
     file = folder.parent / "scheduler" / "scheduler_config.json"
     scheduler = _read_json(file) if file.is_file() else {}
     flow = is_flow(scheduler)
-    notes = () if flow or not scheduler else check_published(file, scheduler)
+    notes = () if flow or not scheduler else note_of_published(file, scheduler)
     stored = read_state(path if path.is_file() else _diffusers_weights(folder))
     if flow and options.predicts_noise:
         raise WeightsError(f"{file} is of a flow: leave out --predicts-noise")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 import structlog
 
-from ditserve.model.spec.bundle import WEIGHTS, Bundle, Manifest
+from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle, Manifest
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.backends import (
@@ -253,12 +253,17 @@ def _data_parallel(
     On several its weights are in memory twice, except for a large model. The operators of that are so large
     that threads which share them hardly wait: 8 rows of a DiT-B/2 took 1.05 times as long on two cores.
     """
-    weights = bundle.manifest.files.get(WEIGHTS)
-    if threads == 1 or (weights is not None and weights.bytes > LARGE_BYTES):
+    if threads == 1 or weights_bytes(bundle.manifest) > LARGE_BYTES:
         return DataParallelRunner(session, session, threads=1)
     options.intra_op_num_threads = 1
     single = open_session(bundle, BACKBONES[precision], options)
     return DataParallelRunner(single, session, threads=threads)
+
+
+def weights_bytes(manifest: Manifest) -> int:
+    """Return the bytes of the stored weights of the network, which are a pipeline's where it was imported."""
+    stored = (WEIGHTS, f"{PIPELINE}/transformer/")
+    return sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(stored))
 
 
 def graph_size_multiple(shape: Sequence[int | str]) -> int | None:

@@ -22,9 +22,9 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.sigma_grids import DynamicShift
 from ditserve.model.spec.solvers import step_table
+from ditserve.model.spec.table_schedulers import PUBLISHED, SAMPLING
 from ditserve.model.train.load import load_model
 from ditserve.model.weights.diffusers import to_diffusers
-from ditserve.model.weights.schedulers import _PUBLISHED, _SAMPLING
 
 Make = Callable[..., DiT]
 SMALL = DiTConfig(
@@ -144,4 +144,4 @@ def test_every_field_of_the_schedulers_of_a_table_is_known() -> None:
     names += "HeunDiscrete LMSDiscrete UniPCMultistep DEISMultistep"
     for name in names.split():
         fields = inspect.signature(getattr(diffusers, f"{name}Scheduler").__init__).parameters
-        assert fields.keys() - {"self"} <= _PUBLISHED.keys() | _SAMPLING
+        assert fields.keys() - {"self"} <= PUBLISHED.keys() | SAMPLING

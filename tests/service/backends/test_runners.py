@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.bundle import Bundle, FileEntry
 from ditserve.service.backends import Floats, load_backend
 from tests.service.backends.random_rows import random_rows
+from tests.service.tiny_bundle import MANIFEST
 
 
 def test_threads_share_out_rows_and_share_operators_for_fewer_rows_than_threads(
@@ -96,3 +97,16 @@ def test_every_number_of_rows_is_captured_once_and_replayed(monkeypatch: pytest.
         (output,) = runner.run(["output"], {"x": x})
         np.testing.assert_array_equal(output, 2.0 * x)
     assert session.runs == ["1"] * module.CAPTURE_RUNS + ["3"] * module.CAPTURE_RUNS + ["1", "3"]
+
+
+def test_the_weights_of_a_pipeline_count_as_those_of_the_network() -> None:
+    module = pytest.importorskip("ditserve.service.backends.onnx", reason="onnxruntime is not installed")
+    files = {
+        "weights.safetensors": 5,
+        "pipeline/transformer/a.safetensors": 7,
+        "pipeline/transformer/b.safetensors": 11,
+        "pipeline/text_encoder/model.safetensors": 100,
+        "backbone.onnx": 1000,
+    }
+    entries = {name: FileEntry(sha256="0" * 64, bytes=size) for name, size in files.items()}
+    assert module.weights_bytes(MANIFEST.model_copy(update={"files": entries})) == 5 + 7 + 11
