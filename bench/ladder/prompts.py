@@ -14,6 +14,9 @@ from ditserve.model.spec.bundle import PIPELINE, Bundle
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 from ditserve.model.train.loaded_model import LoadedModel
+from ditserve.service.backends import load_pipeline_texts, opening_pipeline
+
+PIPELINES = "ditserve.model.nets.pipelines"  # loads diffusers and transformers
 
 # Ordinary ones: a thing, a person, a place, and text in a picture.
 PROMPTS = (
@@ -42,25 +45,16 @@ def read_prompts(file: Path | None) -> tuple[str, ...]:
     return prompts
 
 
-def _part(name: str) -> Any:
-    """Import a module of pipelines, which loads diffusers and transformers."""
-    try:
-        return import_module(f"ditserve.model.nets.pipelines.{name}")
-    except ImportError as error:
-        raise ModelError(
-            f"an imported pipeline needs the package {error.name}: pip install 'ditserve[pipelines]'"
-        ) from error
-
-
 def open_pipeline(bundle: Bundle, config: PipelineConfig, device: str) -> LoadedModel:
     """Open the transformer of an imported pipeline in fp32.
 
     Raises:
         ModelError: it cannot be opened.
     """
-    opened: Any = _part("network").open_network(
-        bundle.path / PIPELINE, config, dtype=torch.float32, device=device
-    )
+    with opening_pipeline(bundle.manifest):
+        network = import_module(f"{PIPELINES}.network")
+        folder = bundle.path / PIPELINE
+        opened: Any = network.open_network(folder, config, dtype=torch.float32, device=device)
     # It has the methods of a network of ours that drawing calls.
     return LoadedModel(opened, bundle.manifest)
 
@@ -73,7 +67,7 @@ def prompt_inputs(
     Raises:
         ModelError: they cannot be opened.
     """
-    encoder = _part("texts").PipelineTexts(bundle.path / PIPELINE, config, key="")
+    encoder = load_pipeline_texts(bundle)
     nothing = NEGATIVE if FAMILIES[config.family].plain_negatives else ""
     text = torch.stack([torch.from_numpy(encoder.encode(prompt)) for prompt in prompts]).to(device)
     negative = torch.from_numpy(encoder.encode(nothing)).to(device)[None]

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ditserve.model.nets.factory import Network, make_network
+from ditserve.model.nets.pipelines import PRECISIONS
 from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle, Manifest
 from ditserve.model.spec.network_config import NetworkConfig, size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
@@ -33,7 +34,6 @@ from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.state import StateArray, StateMemory
 from ditserve.service.images import to_pixels
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Imported: they load diffusers and transformers.
 PIPELINES = "ditserve.model.nets.pipelines"
 

@@ -101,9 +101,7 @@ class _ResolvedRequest:
 class Submissions:
     """Turns requests for one model into jobs in the queue."""
 
-    def __init__(
-        self, manifest: Manifest, settings: Settings, queue: Queue, prompts: PromptLimit | None = None
-    ) -> None:
+    def __init__(self, manifest: Manifest, settings: Settings, queue: Queue, prompts: PromptLimit) -> None:
         self.manifest = manifest
         self.prompts = prompts
         self.vocabulary = Vocabulary(manifest.factors)
@@ -159,13 +157,10 @@ class Submissions:
 
     def _check_length(self, request: GenerateRequest, conditions: RequestedConditions) -> None:
         """Refuse texts of more tokens than the model takes. Raises `InvalidRequest`."""
-        if self.prompts is not None:
-            field = "condition" if request.prompt is None else "prompt"
-            for term in conditions.terms:
-                self.prompts.check(field, term.text, truncate=request.truncate_prompt)
-            self.prompts.check(
-                "negative_prompt", conditions.negative_prompt, truncate=request.truncate_prompt
-            )
+        field, truncate = "condition" if request.prompt is None else "prompt", request.truncate_prompt
+        for term in conditions.terms:
+            self.prompts.check(field, term.text, truncate=truncate)
+        self.prompts.check("negative_prompt", conditions.negative_prompt, truncate=truncate)
 
     def _rung(self, request: GenerateRequest) -> Rung:
         """Return the operating point that the request asks for. Raises `InvalidRequest`."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ditserve.model.nets.pipelines import PRECISIONS
 from ditserve.model.nets.pipelines.network import PipelineError, quiet
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 
@@ -113,9 +114,6 @@ ENCODERS: Mapping[str, Encoder] = {
 }
 # Of families whose pipelines put words of their own around a prompt and not around a negative one.
 NEGATIVES: Mapping[str, Encoder] = {"sana": _sana_negative, "lumina2": _lumina2_negative}
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PipelineTexts:

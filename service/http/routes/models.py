@@ -26,9 +26,7 @@ async def models(api: Api) -> Response:
     The default model comes first.
     """
     described = [
-        _describe(model.manifest, await _workers(model), api.settings, _text_tokens(model)).model_dump(
-            mode="json"
-        )
+        _describe(model, await _workers(model), api.settings).model_dump(mode="json")
         for model in api.models.values()
     ]
     content = json.dumps({"models": described}, ensure_ascii=False)
@@ -42,14 +40,8 @@ async def _workers(model: Model) -> Sequence[WorkerState]:
     return () if load is None else load.workers
 
 
-def _text_tokens(model: Model) -> int | None:
-    prompts = model.submissions.prompts
-    return None if prompts is None else prompts.tokens
-
-
-def _describe(
-    manifest: Manifest, workers: Sequence[WorkerState], settings: Settings, text_tokens: int | None
-) -> ModelOut:
+def _describe(model: Model, workers: Sequence[WorkerState], settings: Settings) -> ModelOut:
+    manifest = model.manifest
     networks = {f"{worker.network.backend} {worker.network.precision}".strip() for worker in workers}
     return ModelOut(
         name=manifest.name,
@@ -59,7 +51,7 @@ def _describe(
         size_step=size_step(manifest, workers),
         text=manifest.config.text_size > 0,
         guidance=manifest.guidance,
-        text_tokens=text_tokens,
+        text_tokens=model.submissions.prompts.tokens,
         networks=sorted(networks),
         factors=[FactorOut(name=factor.name, classes=list(factor.classes)) for factor in manifest.factors],
         samplers=list(SOLVERS),

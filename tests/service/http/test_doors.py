@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.api_keys import add
+from ditserve.service.http.prompt_limit import PromptLimit
 from ditserve.service.http.routes.openai import ImagesRequest, translate
 from ditserve.service.http.schemas import MAX_SEED, DrawingOptions
 from ditserve.service.http.submission import Submissions
@@ -244,6 +245,7 @@ def test_whatever_openais_route_takes_can_be_translated(text_size: int, fields: 
     config = {**MANIFEST["config"], "text_size": text_size}
     manifest = Manifest.model_validate_json(json.dumps({**MANIFEST, "config": config}))
     body = ImagesRequest(**fields)
-    drawing = translate(body, Submissions(manifest, Settings.parse(), cast(Queue, None)))
+    prompts = PromptLimit(Bundle(Path(), manifest))
+    drawing = translate(body, Submissions(manifest, Settings.parse(), cast(Queue, None), prompts))
     for name in DrawingOptions.model_fields:
         assert getattr(drawing, name) == getattr(body, name)
