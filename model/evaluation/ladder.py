@@ -252,8 +252,9 @@ def draw_along(
     """Return the pictures (N, C, H, W) of `inputs` along a table; `on_pictures` is told of those drawn."""
     manifest, network, schedule = model.manifest, model.network, model.schedule
     diffusion = manifest.diffusion
-    scale = manifest.defaults.guidance_scale + (1.0 - diffusion.unguided_scale)
-    guidance = Guidance(scale, interval, diffusion.guidance_channels, norm=diffusion.guidance_norm)
+    guidance = Guidance(
+        manifest.guidance_weight(), interval, diffusion.guidance_channels, norm=diffusion.guidance_norm
+    )
     chunks = []
     for index in torch.arange(len(inputs)).split(AT_ONCE):
         text = None if inputs.text is None else inputs.text[index]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import structlog
 
 from ditserve.model.spec.bundle import BundleError, Manifest
+from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.canary import Canary
-from ditserve.service.http.prompt_limit import PromptLimit
 from ditserve.service.http.submission import Submissions
 from ditserve.service.queue.queue_client import QueueClient
 from ditserve.service.served_models import ServedModel
