@@ -176,7 +176,7 @@ def halved(folder: Path, part: str, *, shards: bool) -> None:
     if not shards:
         save_file(tensors, folder / part / f"{stem}.fp16.safetensors", metadata={"format": "pt"})
         return
-    index = {}
+    index = dict[str, str]()
     for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
         shard = f"{stem}.fp16-{number:05}-of-00002.safetensors"
         chosen = {name: tensors[name] for name in names}
