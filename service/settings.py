@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -29,6 +28,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+from ditserve.service.addresses import parsed_network
 
 _PREFIX = "DIT_"
 
@@ -49,7 +50,7 @@ def _networks(text: str) -> str:
     """Return a list of networks as it is. Raises a validation error that names the one that is none."""
     for network in text.split(",") if text else ():
         try:
-            ip_network(network)
+            parsed_network(network)
         except ValueError as error:
             raise PydanticCustomError("network", "{reason}", {"reason": str(error)}) from None
     return text
