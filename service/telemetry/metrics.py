@@ -75,6 +75,11 @@ BATCH_ROWS = Histogram(
     "dit_batch_rows", "Rows of a forward pass, by why it grew no further", ["stop_reason"], buckets=_ROWS
 )
 PREDICTION_RATIO = Histogram("dit_step_prediction_ratio", "Actual over predicted step time", buckets=_RATIOS)
+DELIVERY_SECONDS = Histogram(
+    "dit_delivery_seconds",
+    "Time from the last step to the answer, for which promises leave room",
+    buckets=_WAITS,
+)
 DECODE_SECONDS = Histogram("dit_decode_seconds", "Time to decode latents into pixels", buckets=_STEPS)
 ENCODE_SECONDS = Histogram("dit_encode_seconds", "Time to encode an image file", ["format"], buckets=_STEPS)
 STEPS_REQUESTED = Counter("dit_steps_requested", "Steps that finished samples asked for")
