@@ -19,7 +19,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import Popen
@@ -146,6 +146,10 @@ class HastyClient:
         self._seeds = itertools.count()
         self._idle: list[StampedConnection] = []
 
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
+
     async def ask(self, request: Wish) -> tuple[Outcome, float | None]:
         """Send one request; return its end, and the seconds after which a refused one may come back."""
         body = {
@@ -232,9 +236,9 @@ async def measure(options: argparse.Namespace, console: Console) -> list[Cell]:
     cells: list[Cell] = []
     for workers, burning in itertools.product(options.workers, options.neighbours):
         async with served(options.bundle, workers=workers) as http:
-            assert http.base_url.port is not None
-            client = HastyClient(http.base_url.port, options.steps)
-            with neighbours(burning):
+            port = http.base_url.port
+            assert port is not None
+            with closing(HastyClient(port, options.steps)) as client, neighbours(burning):
                 loads = [(load, False) for load in options.loads] + [(max(options.loads), True)]
                 closed_per_s = await client.closed_loop(CLIENTS * workers, options.seconds / 2)
                 if not closed_per_s:
