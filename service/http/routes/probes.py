@@ -1,7 +1,7 @@
 """Probes and metrics: is this process alive, may it be given work, has it started.
 
-None waits for Redis longer than `load_cache.PATIENCE_S`, and `/livez` not at all: a Redis that hangs is no
-reason to restart an API.
+None waits for Redis longer than `load_cache.PATIENCE_S`. `/livez` asks nobody and judges nobody else: neither
+a Redis nor a worker that hangs is mended by another API process.
 """
 
 import asyncio
@@ -24,16 +24,18 @@ _FAILING: Responses = {503: {"model": Health, "description": "At least one check
 _NOT_STARTED: Responses = {503: {"model": Startup, "description": "Not enough workers were seen yet."}}
 
 
-@router.get("/livez", summary="Alive", response_model=Health, responses=_FAILING)
-async def livez(api: Api) -> Response:
-    """Fails when samples are running and no worker has taken a step for `hang_s` seconds: something hangs."""
-    loads = _last_loads(api).values()
-    return _health({"engine_steps": not any(hung(load, api.settings.hang_s) for load in loads)})
+@router.get("/livez", summary="Alive", response_model=Health)
+async def livez() -> Response:
+    """Answers as long as this process does."""
+    return _health({})
 
 
 @router.get("/readyz", summary="Ready for work", response_model=Health, responses=_FAILING)
 async def readyz(api: Api) -> Response:
-    """Fails while this process drains, Redis does not answer, or a model lacks workers (`ready_workers`)."""
+    """Fails while this process drains, Redis does not answer, or a model lacks workers (`ready_workers`).
+
+    Workers that run samples and have taken no step for `hang_s` seconds are as good as none.
+    """
     answered = await _refreshed(api)
     staffed = _staffed(api)
     api.started = api.started or staffed
@@ -86,8 +88,10 @@ def _last_loads(api: Context) -> dict[str, LoadSnapshot]:
 
 
 def _staffed(api: Context) -> bool:
-    """Return True if every model has at least `ready_workers` workers."""
+    """Return True if every model has at least `ready_workers` workers, and not all that are busy hang."""
     loads, needed = _last_loads(api), api.settings.ready_workers
+    if needed and any(hung(load, api.settings.hang_s) for load in loads.values()):
+        return False
     return len(loads) == len(api.models) and all(len(load.workers) >= needed for load in loads.values())
 
 
