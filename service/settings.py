@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from ditserve.service.addresses import is_readable_url, with_password
+from ditserve.service.queue_url import is_readable_url, with_password
 
 _PREFIX = "DIT_"
 

