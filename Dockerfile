@@ -66,7 +66,7 @@ RUN python -m compileall -q .
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=5s --timeout=3s --start-period=30s \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/livez', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['DIT_PORT'] + '/livez', timeout=2)"]
 ENTRYPOINT ["python", "-m", "service"]
 CMD ["api"]
 
@@ -83,7 +83,7 @@ RUN python -m compileall -q .
 USER 10001:10001
 EXPOSE 9100
 HEALTHCHECK --interval=5s --timeout=3s --start-period=30s \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9100/metrics', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['DIT_WORKER_METRICS_PORT'] + '/metrics', timeout=2)"]
 ENTRYPOINT ["python", "-m", "service"]
 CMD ["worker"]
 
@@ -102,6 +102,6 @@ RUN python -m compileall -q .
 USER 10001:10001
 EXPOSE 9100
 HEALTHCHECK --interval=5s --timeout=3s --start-period=30s \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9100/metrics', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['DIT_WORKER_METRICS_PORT'] + '/metrics', timeout=2)"]
 ENTRYPOINT ["python", "-m", "service"]
 CMD ["worker"]
