@@ -86,7 +86,10 @@ async def test_metrics_are_well_formed_and_true(open_stage: OpenStage) -> None:
     assert values["dit_queue_rows"] == 80
     assert values["dit_workers"] == 1
     assert values["dit_running_samples"] == 3
-    assert values["dit_saturation_ratio"] == (2 + 3) / 4
+    # 10,000 rows a second, and 30 + 80 rows that are due in a minute.
+    assert values["dit_backlog_workers"] == pytest.approx(110 / 10_000 / 60)
+    # Two requests of 40 rows.
+    assert values["dit_offered_worker_seconds"] >= 80 / 10_000
     assert values["dit_jobs_dead"] == 0
     requests = {
         (sample.labels["route"], sample.labels["outcome"]): sample.value
