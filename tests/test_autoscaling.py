@@ -1,4 +1,4 @@
-"""Autoscaling end to end: real overload on a real service, and the queries of KEDA and of the alert over it."""
+"""Autoscaling end to end: real overload of a real service, seen by the queries of KEDA and of the alert."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 
 from ditserve.bench.load.cluster import Circumstances, running_cluster
 from ditserve.bench.promises import HastyClient
@@ -28,9 +27,7 @@ SCRAPED_EVERY_S = 0.5
 
 # The queries as shipped, but over a shorter time, because the test is shorter.
 TRIGGERS = manifest("ScaledObject", "worker")["spec"]["triggers"]
-OFFERED, BACKLOG = (
-    trigger["metadata"]["query"].replace("[1m]", f"[{SECONDS:.0f}s]") for trigger in TRIGGERS
-)
+OFFERED, BACKLOG = (trigger["metadata"]["query"].replace("[1m]", f"[{SECONDS:.0f}s]") for trigger in TRIGGERS)
 THRESHOLD = float(TRIGGERS[0]["metadata"]["threshold"])
 (SATURATED,) = (
     rule["expr"].replace("[5m]", f"[{SECONDS:.0f}s]") for rule in ALERTS if rule["alert"] == "Saturated"
