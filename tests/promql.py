@@ -56,9 +56,14 @@ class Scrapes:
             groups: dict[Labels, list[float]] = defaultdict(list)
             for labels, value in self._evaluate(node.expr, at).items():
                 groups[frozenset(label for label in labels if label[0] in kept)].append(value)
-            reduce = {"sum": sum, "max": max}[str(node.op)]
-            return {labels: float(reduce(values)) for labels, values in groups.items()}
-        assert isinstance(node, promql.BinaryExpr), f"not known here: {node}"
+            assert str(node.op) in ("sum", "max"), f"not known here: {node}"
+            total = str(node.op) == "sum"
+            return {labels: sum(values) if total else max(values) for labels, values in groups.items()}
+        if isinstance(node, promql.BinaryExpr):
+            return self._compare_or_divide(node, at)
+        raise AssertionError(f"not known here: {node}")
+
+    def _compare_or_divide(self, node: Any, at: float) -> Vector:
         left = self._evaluate(node.lhs, at)
         if str(node.op) == ">":
             return {labels: value for labels, value in left.items() if value > node.rhs.val}

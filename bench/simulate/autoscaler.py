@@ -21,9 +21,9 @@ DOWN_AFTER_S = 300.0  # for which a smaller number must have been enough
 class Autoscaler:
     """The wanted number of workers, between 1 and `most`.
 
-    Example: there are 2 workers, and 3.5 are asked for, so 3.5 / 0.7 = 5 are wanted; in half a minute 2 may be
-    added, or as many as there are, so there are 4 now and 5 half a minute later. They stay for five minutes
-    after fewer would have done, and then go one a minute.
+    Example: there are 2 workers, and 3.5 are asked for, so 3.5 / 0.7 = 5 are wanted. In half a minute 2 may
+    be added, or as many as there are, so there are 4 now and 5 half a minute later. They stay for five
+    minutes after fewer would have done, and then go one a minute.
     """
 
     def __init__(self, *, most: int, first: int = 1) -> None:

@@ -55,6 +55,18 @@ def backlog_workers(load: LoadSnapshot) -> float:
     return most * worker_seconds(load, 1)
 
 
+def networks(load: LoadSnapshot) -> int:
+    """Return with how many networks, by backend and precision, the workers of one bundle compute.
+
+    It is the most of any bundle: two versions that are served side by side may differ.
+    """
+    by_bundle: dict[str, set[tuple[str, str]]] = {}
+    for worker in load.workers:
+        network = worker.network.backend, worker.network.precision
+        by_bundle.setdefault(worker.bundle, set()).add(network)
+    return max(map(len, by_bundle.values()), default=0)
+
+
 def hung(load: LoadSnapshot, after_s: float) -> bool:
     """Return whether samples are running and all workers that have any hang.
 

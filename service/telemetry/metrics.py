@@ -29,7 +29,7 @@ from prometheus_client.registry import Collector
 
 from ditserve.service.jobs import LoadSnapshot
 from ditserve.service.planning.capacity import drain_time
-from ditserve.service.planning.load import backlog_workers
+from ditserve.service.planning.load import backlog_workers, networks
 from ditserve.service.telemetry.gpus import gpus
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -185,6 +185,10 @@ def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
         "dit_queue_rows": ("Row-steps waiting", load.queued_rows),
         "dit_queue_oldest_age_seconds": ("Age of the oldest waiting job", load.oldest_age_s),
         "dit_workers": ("Workers alive", len(workers)),
+        "dit_networks": (
+            "Backends and precisions of the workers of one bundle; above 1 a seed is not one image",
+            networks(load),
+        ),
         "dit_running_samples": ("Samples being denoised", sum(worker.running_samples for worker in workers)),
         "dit_backlog_rows": (
             "Row-steps claimed and not yet run",
