@@ -71,6 +71,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._drain()
         super().handle_exit(sig, frame)
+        # Uvicorn would raise them again when it has drained, and this process end by one.
+        self._captured_signals.clear()
 
     async def _end_unless(self, check: Callable[[], Awaitable[None]]) -> None:
         try:

@@ -152,7 +152,6 @@ def test_the_api_starts_without_a_network_runtime() -> None:
     ("flags", "sentence"),
     [
         (["--bundle", "/nonexistent"], "is not a bundle"),
-        (["--redis-url", "redis://127.0.0.1:1"], "Redis cannot be reached"),
         (["--redis-url", "http://127.0.0.1"], "Redis URL"),
         ([], "REDIS_URL is not set"),
     ],
