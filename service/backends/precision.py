@@ -112,5 +112,4 @@ def _speedup(fp32: ort.InferenceSession, int8: ort.InferenceSession, manifest: M
     began, pairs = time.perf_counter(), list[tuple[float, float]]()
     while len(pairs) <= TIMED and (len(pairs) < 2 or time.perf_counter() - began < TIMING_S):
         pairs.append((seconds(fp32), seconds(int8)))
-    least_fp32, least_int8 = (min(times) for times in zip(*pairs[1:], strict=True))
-    return least_fp32 / least_int8
+    return min(one for one, _ in pairs[1:]) / min(other for _, other in pairs[1:])

@@ -28,7 +28,8 @@ _NOT_STARTED: Responses = {503: {"model": Startup, "description": "Not enough wo
 async def livez(api: Api) -> Response:
     """Fails when samples are running and no worker has taken a step for `hang_s` seconds: something hangs."""
     loads = _last_loads(api).values()
-    return _health({"engine_steps": not any(hung(load, api.settings.hang_s) for load in loads)})
+    hangs = any(hung(load, api.settings.hang_s) for load in loads)
+    return _health({"engine_steps": "No worker takes steps." if hangs else ""})
 
 
 @router.get("/readyz", summary="Ready for work", response_model=Health, responses=_FAILING)
@@ -43,9 +44,7 @@ async def readyz(api: Api) -> Response:
         "workers": _lacking(api),
     }
     api.started = api.started or not faults["workers"]
-    reasons = {check: reason for check, reason in faults.items() if reason}
-    more = {"reasons": reasons} if reasons else {}
-    return _health({check: not reason for check, reason in faults.items()}, **more)
+    return _health(faults)
 
 
 @router.get("/startupz", summary="Started", response_model=Startup, responses=_NOT_STARTED)
@@ -54,13 +53,13 @@ async def startupz(api: Api) -> Response:
 
     Lists what starting workers are doing.
     """
+    fault = ""
     if not api.started:
-        await _refreshed(api)
-        api.started = not _lacking(api)
+        away = await _refreshed(api)
+        lacking = _lacking(api)
+        api.started, fault = not lacking, lacking and (away or lacking)
     workers = (worker for load in _last_loads(api).values() for worker in load.starting)
-    return _health(
-        {"started": api.started}, starting=[f"{worker.model}: {worker.doing}" for worker in workers]
-    )
+    return _health({"started": fault}, starting=[f"{worker.model}: {worker.doing}" for worker in workers])
 
 
 @metrics_router.get(
@@ -105,7 +104,13 @@ def _lacking(api: Context) -> str:
     return ""
 
 
-def _health(checks: dict[str, bool], **more: object) -> Response:
-    ok = all(checks.values())
-    content = {"status": "ok" if ok else "failing", "checks": checks, **more}
-    return JSONResponse(content, 200 if ok else 503, {"cache-control": "no-store"})
+def _health(faults: dict[str, str], **more: list[str]) -> Response:
+    """Return the answer of checks, each of which fails if there is a fault."""
+    reasons = {check: fault for check, fault in faults.items() if fault}
+    content: dict[str, object] = {
+        "status": "failing" if reasons else "ok",
+        "checks": {check: not fault for check, fault in faults.items()},
+        **({"reasons": reasons} if reasons else {}),
+        **more,
+    }
+    return JSONResponse(content, 503 if reasons else 200, {"cache-control": "no-store"})

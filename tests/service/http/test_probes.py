@@ -20,6 +20,7 @@ async def test_ready_once_a_worker_is_alive(open_stage: OpenStage) -> None:
     for probe in ("/readyz", "/startupz"):
         response = await stage.client.get(probe)
         assert (response.status_code, response.json()["status"]) == (503, "failing")
+        assert "fruits has 0 of 1 workers." in response.json()["reasons"].values()
     assert (await stage.client.get("/livez")).status_code == 200
     await stage.worker.report()
     assert (await stage.client.get("/readyz")).json() == {

@@ -39,7 +39,7 @@ class Host:
         backend = FakeBackend()
         backend.precision = self.own if precision == "auto" else precision
         backend.close = self.close  # type: ignore[method-assign]
-        return backend  # type: ignore[return-value]
+        return backend
 
     def close(self) -> None:
         self.closed += 1
