@@ -482,6 +482,7 @@ async def test_the_deployed_redis_lets_the_service_work_and_nothing_else(
         assert [event.kind async for event in broker.events(done.id)][-1] == "done"
         await broker.report(WorkerState("w1", ("emoji",), 8, 0.001, 0.001, 0.001, 0, 0, 0.0, done.created_at))
         assert (await broker.load()).queued_jobs == 1
+        assert await broker.agree("emoji", "int8") == "int8"
         await broker.work.wait(0.01)
         await broker.sweep()
         assert await broker.dead() == []

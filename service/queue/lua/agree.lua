@@ -2,6 +2,9 @@
 -- Returns it; an empty proposal only asks, and the answer is empty while there is none.
 local name, proposal, ttl = unpack(ARGS, 1, 3)
 local key = PREFIX .. 'agreed:' .. name
+-- After a write that memory pressure cannot refuse, none of the script is refused: else no worker could start
+-- to drain a queue that fills Redis.
+redis.call('ZREM', LEASES, '')
 keep_kind(key, 'STRLEN')
 local agreed = redis.call('GET', key)
 if agreed then

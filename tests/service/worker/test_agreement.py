@@ -132,6 +132,19 @@ async def test_while_redis_is_away_nobody_chooses_alone(server: Server, bundle: 
         await broker.aclose()
 
 
+async def test_workers_agree_while_redis_is_full(tmp_path: Path, bundle: Bundle) -> None:
+    """They are the ones who drain it."""
+    server = Server(tmp_path, "maxmemory 1", "maxmemory-policy noeviction")
+    with serving(server):
+        await wait_until(server.answers)
+        broker = await Broker.connect(server.url)
+        try:
+            assert await Host("int8").start(broker, bundle) == "int8"
+            assert await Host("fp32").start(broker, bundle) == "int8"
+        finally:
+            await broker.aclose()
+
+
 def test_a_mixed_fleet_is_counted_version_by_version() -> None:
     def worker(bundle: str, precision: str) -> WorkerState:
         network = Network("onnx", precision)
