@@ -9,7 +9,6 @@ and passed on. Flags win over environment variables, which win over defaults.
 import difflib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_network
 from pathlib import Path
@@ -30,6 +29,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from ditserve.service.exit_statuses import refuse
 from ditserve.service.queue_url import is_readable_url, with_password
 
 _PREFIX = "DIT_"
@@ -393,8 +393,7 @@ class Settings(BaseSettings):
 
 
 def _refuse(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(refuse(sentence))
 
 
 def _closest(name: str, known: Sequence[str]) -> str:
