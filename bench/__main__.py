@@ -1,4 +1,4 @@
-"""`python -m bench`: list the benchmarks, or run one: `python -m bench NAME …` is `python -m bench.NAME …`."""
+"""`python -m bench`: list the benchmarks, or run one: `python -m bench NAME` is `python -m bench.NAME`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ditserve.bench.engine_overhead import NoopBackend
-from ditserve.commands import command_line
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import BACKENDS
 from ditserve.service.settings import Settings
@@ -27,7 +26,7 @@ def open_backend(bundle: Bundle, **options: Any) -> NoopBackend:
 
 def main(arguments: Sequence[str]) -> int:
     BACKENDS.update(dict.fromkeys(BACKENDS, "ditserve.bench.load.noop_worker:open_backend"))
-    return run(Settings.load(list(arguments), program=command_line("bench.load.noop_worker")))
+    return run(Settings.load(list(arguments), program="python -m ditserve.bench.load.noop_worker"))
 
 
 if __name__ == "__main__":
