@@ -18,36 +18,16 @@ from pathlib import Path
 
 import httpx
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from PIL import Image
 
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.zoo import FLAGSHIP, ZOO
 from tests.test_end_to_end import wait_until
-from tests.test_packaging import requirements
+from tests.test_packaging import closure
 
 ROOT = Path(__file__).parent.parent
 LARGEST_MB = 40
 DATA = {".json", ".html", ".lua", ".onnx", ".safetensors", ".txt"}  # besides code
-
-
-def closure(*extras: str) -> set[str]:
-    """Return the installed distributions that the wheel needs with `extras`."""
-    todo, found = list(requirements(*extras).values()), set[str]()
-    while todo:
-        requirement = todo.pop()
-        name = canonicalize_name(requirement.name)
-        if name not in found:
-            found.add(name)
-            lines = map(Requirement, metadata.distribution(name).requires or ())
-            wanted = requirement.extras or {""}
-            todo += [
-                line
-                for line in lines
-                if line.marker is None or any(line.marker.evaluate({"extra": extra}) for extra in wanted)
-            ]
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,8 @@ class Model:
         golden = manifest.golden
         canary = Canary(bundle.path, golden, submissions, queue_client.listener) if golden else None
         metrics.BUILD_INFO.labels(VERSION, manifest.name, manifest.version).set(1)
+        for rung in manifest.ladder:
+            metrics.ADMITTED_DEGRADED.labels(rung.name)
         return cls(served, submissions, queue_client, canary)
 
     @property

@@ -59,8 +59,8 @@ async def start_valkey(folder: Path, *, durable: bool = False) -> tuple[Child, s
     for program in server_programs(passed_over):
         try:
             child = await _start(program, socket, durable=durable)
-        except ValkeyFailed as reason:
-            passed_over[str(program.path)] = str(reason)
+        except ValkeyFailed as error:
+            passed_over[str(program.path)] = str(error)
             continue
         for path, reason in passed_over.items():
             log.warning("queue server passed over", program=path, reason=reason)
