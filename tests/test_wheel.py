@@ -22,6 +22,7 @@ from PIL import Image
 
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.zoo import FLAGSHIP, ZOO
+from tests.systemd_unit import exec_words
 from tests.test_end_to_end import wait_until
 from tests.test_packaging import closure
 
@@ -76,13 +77,13 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
 
 @pytest.fixture(scope="module")
 def url(installed: Installed) -> Iterator[str]:
-    """Run `ditserve serve` without arguments but a free port."""
-    log = installed.folder / "log.txt"
+    """Run the command line of the systemd unit, `ditserve serve`, with a free port from its environment."""
+    log, (program, *words) = installed.folder / "log.txt", exec_words()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [installed.bin / "ditserve", "serve", "--port=0", "--threads=1"],
+            [installed.bin / program, *words],
             cwd=installed.folder,
-            env=installed.environment,
+            env=installed.environment | {"DIT_PORT": "0", "DIT_THREADS": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -92,6 +93,9 @@ def url(installed: Installed) -> Iterator[str]:
         found = re.search(r"is ready on (http://\S+)", log.read_text())
         assert found is not None, log.read_text()
         yield found[1]
+        # As the unit reloads and stops it.
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "bundle unchanged" in log.read_text(), "the bundle to be opened anew")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0, log.read_text()
     finally:
