@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ditserve.model.spec.command_line import named_path
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import is_pipeline
 from ditserve.model.spec.zoo import ZOO
+from ditserve.service.exit_statuses import refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,7 @@ def run(arguments: Sequence[str]) -> int:
                 raise BundleError(f"{folder} holds no bundle: it has no {MANIFEST}, nor a folder with one")
             entries = {path.resolve(): bundle_entry(path, verify=options.verify) for path in found} | entries
     except BundleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     rows = list(entries.values())
     print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else bundle_table(rows))
     return 0

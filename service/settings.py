@@ -9,7 +9,6 @@ and passed on. Flags win over environment variables, which win over defaults.
 import difflib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_network
 from pathlib import Path
@@ -32,6 +31,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 
 from ditserve.commands import command_line
 from ditserve.model.spec.zoo import FLAGSHIP, ROOT
+from ditserve.service.exit_statuses import refuse
 
 _PREFIX = "DIT_"
 
@@ -365,8 +365,7 @@ class Settings(BaseSettings):
 
 
 def _refuse(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(refuse(sentence))
 
 
 def _closest(name: str, known: Sequence[str]) -> str:

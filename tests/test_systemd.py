@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ditserve.commands import COMMANDS
+from ditserve.service.exit_statuses import MISCONFIGURED
 from ditserve.service.launch.supervisor import LAST_GRACE_S
-from ditserve.service.launch.worker_pool import CONFIG_ERROR
 from ditserve.service.settings import Settings
 from tests.systemd_unit import PREFIX, UNIT, exec_words, unit_settings
 
@@ -48,5 +48,5 @@ def test_it_stops_and_restarts_as_the_service_means_it() -> None:
     assert float(unit["TimeoutStopSec"][0]) > longest
     # The main process alone is told: it stops its children in order.
     assert unit["KillMode"] == ["mixed"]
-    assert unit["RestartPreventExitStatus"] == [str(CONFIG_ERROR)]
+    assert unit["RestartPreventExitStatus"] == [str(MISCONFIGURED)]
     assert unit["ExecReload"] == ["/bin/kill -HUP $MAINPID"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import graph_multiple
 from ditserve.model.spec.pipeline_config import INDEX
 from ditserve.model.spec.pipeline_folder import holds_pipeline, read_pipeline, stated_licence
+from ditserve.service.exit_statuses import refuse
 from ditserve.service.http.description import describe
 from ditserve.service.http.prompt_limit import PromptLimit
 from ditserve.service.http.schemas import FactorOut, ModelOut
@@ -27,8 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         described = folder_schema(options.folder, settings)
     except ModelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print(described.model_dump_json(indent=1) if options.json else schema_text(described))
     return 0
 
