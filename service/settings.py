@@ -32,6 +32,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from ditserve.commands import command_line
 from ditserve.model.spec.zoo import FLAGSHIP, ROOT
 from ditserve.service.exit_statuses import refuse
+from ditserve.service.queue_url import is_readable_url, with_password
 
 _PREFIX = "DIT_"
 
@@ -101,6 +102,11 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("redis_url"),
         description="Redis or Valkey (redis://, rediss://, unix://, redis+sentinel://host:port,…/primary); "
         "unset starts a private one",
+    )
+    redis_password: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("redis_password"),
+        description="password of the user that REDIS_URL names, with any signs in it; unset is the URL's own",
     )
     namespace: str = Field(
         "dit",
@@ -201,7 +207,7 @@ class Settings(BaseSettings):
         ge=1,
         le=86400,
         description="least time without a step, while work is running, after which a worker gives up and "
-        "/livez fails; 20 times the predicted time of the step if that is more",
+        "/readyz fails; 20 times the predicted time of the step if that is more",
     )
     keepalive_s: Seconds = Field(15.0, description="silence on an event stream before a keep-alive comment")
 
@@ -257,6 +263,30 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe event logged"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _join_password(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Put the password into the URL, in which it is read from then on."""
+        url, password = given.get("redis_url"), given.get("redis_password")
+        if not url or not password:
+            return given
+        url, password = (
+            value if isinstance(value, str) else value.get_secret_value() for value in (url, password)
+        )
+        try:
+            return {**given, "redis_url": with_password(url, password), "redis_password": None}
+        except ValueError:
+            raise _contradiction("REDIS_URL has a password and REDIS_PASSWORD is set") from None
+
+    @field_validator("redis_url")
+    @classmethod
+    def _readable_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not is_readable_url(url.get_secret_value()):
+            raise PydanticCustomError(
+                "url", "not a URL; a password with / ? # @ or % in it is given as REDIS_PASSWORD"
+            )
+        return url
 
     @field_validator("precision")
     @classmethod
@@ -445,12 +475,11 @@ def _values(name: str, schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     words = {"boolean": "switch", "integer": "whole number", "number": "number", "string": "text"}
+    words |= {"password": "URL" if name == "redis_url" else "text", "directory-path": "path"}
     kind = "seconds" if name.endswith("_s") else schema.get("format", words[schema["type"]])
     limits = {"exclusiveMinimum": ">", "minimum": "≥", "maximum": "≤"}
     bounds = [f"{sign} {schema[key]:.15g}" for key, sign in limits.items() if key in schema]
-    return " ".join(
-        [{"password": "URL", "directory-path": "path"}.get(kind, kind), ", ".join(bounds)]
-    ).strip()
+    return " ".join([words.get(kind, kind), ", ".join(bounds)]).strip()
 
 
 if __name__ == "__main__":
