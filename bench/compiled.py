@@ -49,7 +49,7 @@ def compare(bundle: Bundle) -> Compared:
     eager = load_backend("torch", bundle, threads=1)
     encoder = eager.text_encoder
     if encoder is None:
-        raise ModelError(f"{bundle.path} takes no prompts: python -m bench.machine --compiled measures it")
+        raise ModelError(f"{bundle.path} takes no prompts, and this compares imported pipelines")
     texts = np.stack([encoder.encode(prompt) for prompt in PROMPTS])
     expected = _outputs(eager, texts)
     eager.close()

@@ -21,13 +21,14 @@ from ditserve.service.served_models import ServedModel, open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
+from ditserve.service.worker.backend_choice import with_backend
 
 Floats = npt.NDArray[np.float32]
 
 
 def open_recording(settings: Settings, bundle: Bundle, folder: Path) -> Backend:
     """Return the backend that serves a bundle by default; it writes what it decodes to files in `folder`."""
-    backend = load_backend(main.with_backend(settings, bundle.manifest).backend, bundle, threads=1)
+    backend = load_backend(with_backend(settings, bundle.manifest).backend, bundle, threads=1)
     count, decode = itertools.count(), backend.decode
     folder.mkdir()
 

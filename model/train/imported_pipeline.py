@@ -47,7 +47,7 @@ def encode_texts(bundle: Bundle, prompts: Sequence[str], negative: str = "") -> 
         LoadError: a text has more tokens than the model takes, or the text encoders cannot be opened.
         BundleError: the tokens of a text cannot be counted.
     """
-    manifest, limit = bundle.manifest, PromptLimit(bundle)
+    manifest, limit = bundle.manifest, PromptLimit(bundle.manifest.config, bundle.path / PIPELINE)
     counted = [limit.excess(prompt) for prompt in prompts] + [limit.excess(negative, negative=True)]
     for text, excess in zip([*prompts, negative], counted, strict=True):
         if excess:
