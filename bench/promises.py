@@ -274,7 +274,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 8])
     parser.add_argument("--loads", type=float, nargs="+", default=[1.5, 3.0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of each row")
-    parser.add_argument("--bundle", type=Path, default=Path("model/zoo/tiny"))
+    parser.add_argument("--bundle", type=Path, default=report.SMALL_BUNDLE)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--deadline-s", type=float, default=4.0)
     parser.add_argument("--report", type=Path, help="file for the table, as Markdown")

@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ditserve.commands import command_line
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.service.addresses import is_loopback
 from ditserve.service.settings import Settings
@@ -192,7 +193,7 @@ def revoke(path: Path, key_id: str) -> ApiKey:
             if key.id == key_id:
                 keys.remove(key)
                 return key
-        raise KeyringError(f"{path} has no key {key_id}; python -m service keys list shows them")
+        raise KeyringError(f"{path} has no key {key_id}; {command_line('service keys')} list shows them")
 
 
 @contextmanager
@@ -228,7 +229,7 @@ def open_keyring(settings: Settings) -> Keyring | None:
     if not settings.open and not is_loopback(settings.host):
         raise KeyringError(
             f"--host {settings.host} lets other machines in and no key is asked: "
-            "set --keys-file (python -m service keys add), or --open to let everybody in"
+            f"set --keys-file ({command_line('service keys')} add), or --open to let everybody in"
         )
     return None
 
@@ -236,7 +237,7 @@ def open_keyring(settings: Settings) -> Keyring | None:
 def run(arguments: Sequence[str]) -> int:
     """Run `keys add|list|revoke` on the file of the setting `keys_file`. Return the exit status."""
     options = _parser().parse_args(arguments)
-    path: Path | None = options.keys_file or Settings.load(program="python -m service keys").keys_file
+    path: Path | None = options.keys_file or Settings.load(program=command_line("service keys")).keys_file
     if path is None:
         print("error: --keys-file (or DIT_KEYS_FILE) names no file to keep keys in", file=sys.stderr)
         return 2
@@ -261,7 +262,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m service keys",
+        prog=command_line("service keys"),
         description="API keys: hashes in a file, which --keys-file of the API names too.",
     )
     parser.add_argument("--keys-file", type=Path, help="the file; by default DIT_KEYS_FILE")

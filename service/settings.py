@@ -29,6 +29,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from ditserve.commands import command_line
+from ditserve.model.spec.zoo import FLAGSHIP, ROOT
 from ditserve.service.exit_statuses import refuse
 from ditserve.service.queue_url import is_readable_url, with_password
 
@@ -90,7 +92,7 @@ class Settings(BaseSettings):
     bundle: Annotated[
         str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
     ] = Field(
-        "model/zoo/emoji",
+        str(FLAGSHIP),
         pattern=r"^[^,]+(,[^,]+)*$",
         description="folder of the model bundle to serve; of several (A,B) the first is the default model",
     )
@@ -210,7 +212,7 @@ class Settings(BaseSettings):
     keepalive_s: Seconds = Field(15.0, description="silence on an event stream before a keep-alive comment")
 
     keys_file: Path | None = Field(
-        None, description="file of API keys (python -m service keys); unset lets everybody in"
+        None, description=f"file of API keys ({command_line('service keys')}); unset lets everybody in"
     )
     open: bool = Field(False, description="let everybody in although --host is reachable from other machines")
     cors_origins: str = Field(
@@ -307,7 +309,7 @@ class Settings(BaseSettings):
         return self
 
     @classmethod
-    def load(cls, argv: Sequence[str] = (), *, program: str = "python -m service") -> Self:
+    def load(cls, argv: Sequence[str] = (), *, program: str = command_line("service")) -> Self:
         """Read settings from the environment and `argv` (flags only, without the program's name).
 
         Ends the process with status 0 after `--help` or `--print-config`, and after a wrong setting with
@@ -330,7 +332,7 @@ class Settings(BaseSettings):
         return settings
 
     @classmethod
-    def parse(cls, argv: Sequence[str] = (), *, program: str = "python -m service") -> Self:
+    def parse(cls, argv: Sequence[str] = (), *, program: str = command_line("service")) -> Self:
         """Read settings as `load` does. Raises `SettingsError`, with one sentence, for a wrong setting."""
         _refuse_unknown_flags(argv, cls._flags())
         _refuse_unknown_variables(os.environ, cls._variables())
@@ -459,7 +461,9 @@ def reference() -> str:
         if name in _SECTIONS:
             lines += ["", f"## {_SECTIONS[name]}", "", "| flag | variable | values | default | meaning |"]
             lines += ["|---|---|---|---|---|"]
-        default = "" if field.default in (None, "") else f"`{json.dumps(field.default).strip(chr(34))}`"
+        # The path of the shipped bundle is written as it is in a checkout.
+        plain = str(FLAGSHIP.relative_to(ROOT)) if field.default == str(FLAGSHIP) else field.default
+        default = "" if plain in (None, "") else f"`{json.dumps(plain).strip(chr(34))}`"
         cells = (f"`{flag}`", f"`{variable}`", _values(name, schemas[name]), default, field.description)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"

@@ -8,6 +8,14 @@ from ditserve.service.errors import NumericalError
 from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.counters import CacheCounters
 
+# As `CacheCounters` counts them.
+_CACHE_COUNTERS = (
+    metrics.CACHE_HITS,
+    metrics.CACHE_MISSES,
+    metrics.CACHE_BYPASS,
+    metrics.CACHE_EVICTIONS,
+)
+
 
 class EngineMetrics:
     """The observer of an engine, called with the report of every step, in the engine's thread.
@@ -26,6 +34,11 @@ class EngineMetrics:
         if conditions.texts is not None:
             self._caches |= {"text": conditions.texts, "shared-text": shared}
         self._counted = dict.fromkeys(self._caches, (0, 0, 0, 0))
+        for counter in _CACHE_COUNTERS:
+            for name in self._caches:
+                counter.labels(name)
+        for rung in engine.ladder.rungs:
+            metrics.DEGRADED.labels(rung.name)
 
     def __call__(self, report: StepReport) -> None:
         if report.rows:
@@ -44,13 +57,7 @@ class EngineMetrics:
 
     def _count_cache(self, name: str, cache: CacheCounters) -> None:
         totals = (cache.hits, cache.misses, cache.bypasses, cache.evictions)
-        counters = (
-            metrics.CACHE_HITS,
-            metrics.CACHE_MISSES,
-            metrics.CACHE_BYPASS,
-            metrics.CACHE_EVICTIONS,
-        )
-        for counter, total, counted in zip(counters, totals, self._counted[name], strict=True):
+        for counter, total, counted in zip(_CACHE_COUNTERS, totals, self._counted[name], strict=True):
             counter.labels(name).inc(total - counted)
         self._counted[name] = totals
         metrics.CACHE_BYTES.labels(name).set(cache.bytes)
