@@ -33,7 +33,7 @@ class OperatingPoint:
     def name(self) -> str:
         return f"{self.solver}-{self.steps}"
 
-    def rows(self, manifest: Manifest) -> int:
+    def rows(self, manifest: Manifest) -> float:
         """Return the forward rows of a picture of a model at its default guidance scale."""
         schedule = manifest.diffusion.noise_schedule()
         levels = noise_levels(self.grid, self.steps, schedule)
@@ -45,7 +45,7 @@ class MeasuredPoint:
     """An operating point with its distance to the model's own long run, and its energy scores (n,) if any."""
 
     point: OperatingPoint
-    rows: int
+    rows: float
     own: float
     scores: Tensor | None
 

@@ -37,7 +37,7 @@ from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.solvers import StepTable, step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
-OnRows = Callable[[int], object]  # called with the rows that were computed
+OnRows = Callable[[float], object]  # called with the rows that were computed
 Interval = tuple[float, float]
 
 AT_ONCE = 8  # pictures of one forward pass
@@ -172,7 +172,7 @@ class LadderMeasurement:
         return f"{self._plan.name}: {len(self._inputs)} pictures of each point{compared}"
 
     @property
-    def rows(self) -> int:
+    def rows(self) -> float:
         """The forward rows that the measurement takes, at most."""
         manifest = self._manifest
         points = [reference_point(manifest, self._plan), *candidates(manifest, self._plan)]

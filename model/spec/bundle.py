@@ -6,6 +6,7 @@
              conditioner.onnx     timestep and condition embedding → condition state
              backbone.onnx        x and condition state → output; also backbone.int8.onnx and others
              pipeline/            an imported diffusers pipeline, whose transformer is the network
+             backbones/<name>/    another network of the same latents: its weights and graphs
 
 Nothing is ever unpickled. A file that is missing, altered or named with a path is refused with one sentence
 that names it.
@@ -48,6 +49,7 @@ _GRAPHS = [EMBEDDER, CONDITIONER, BACKBONE, DECODER]
 _GRAPHS += [f"backbone.{precision}.onnx" for precision in ("fp16", "bf16", "int8", "int8.fp16")]
 # The files that a manifest lists, where a bundle has them. No command touches others.
 PIPELINE = "pipeline"
+BACKBONES = "backbones"
 BUNDLE_FILES = frozenset([WEIGHTS, CALIBRATION, GOLDEN, *_GRAPHS, *(f"{name}.data" for name in _GRAPHS)])
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -74,6 +76,15 @@ LARGEST_MANIFEST = 64 * 2**20  # bytes
 
 class BundleError(ModelError):
     """A bundle that cannot be used; the message is one sentence that names the file."""
+
+
+def read_config(value: Any) -> BundleConfig:
+    """Return the configuration of a network, from its fields if it is not one yet. Raises `ValueError`."""
+    if isinstance(value, BundleConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError("the network's configuration must be an object")
+    return bundle_config(value)
 
 
 class Factor(StrictModel):
@@ -103,10 +114,36 @@ class LatentSpec(StrictModel):
     """The pixels that a latent covers on a side."""
 
 
+class BackboneSpec(StrictModel):
+    """A further network of the bundle's latents, conditions and noise, such as a lighter one or a student.
+
+    `row_cost` is the time of one of its rows, in rows of the bundle's own network. With `guidance` "none" it
+    was distilled with guidance, and is never guided.
+    """
+
+    config: BundleConfig
+    embedding_size: Annotated[int, Field(ge=1, le=bounds.LARGEST_STATE)]
+    state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
+    row_cost: Annotated[float, Field(gt=0, le=1000)]
+    guidance: Literal["classifier-free", "none"] = "classifier-free"
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    _read_config = field_validator("config", mode="plain")(read_config)
+    _write_config = field_serializer("config")(network_fields)
+
+
+class StretchSpec(StrictModel):
+    """The noise levels from `above` on, in 0..1 of the range, and the name of the backbone for them."""
+
+    above: Annotated[float, Field(ge=0, le=1)]
+    backbone: Name
+
+
 class RungSpec(StrictModel):
     """One measured operating point.
 
-    `rows` is the cost in forward rows per image. `own` is the distance of its pictures to those that the
+    `rows` is the cost in forward rows per image, of the bundle's own network. `stretches` name the backbones
+    that take part, from noise to picture. `own` is the distance of its pictures to those that the
     model's own long run draws of the same noise, `real` that to real pictures; None: not measured. `quality`
     is the one of the two that orders the ladder (`Manifest.ladder_order`): lower is better.
     """
@@ -120,6 +157,7 @@ class RungSpec(StrictModel):
     quality: float
     own: float | None = None
     real: float | None = None
+    stretches: Annotated[tuple[StretchSpec, ...], Field(max_length=8)] = ()
 
 
 class Defaults(StrictModel):
@@ -174,6 +212,7 @@ class Manifest(StrictModel):
     that guidance could subtract."""
     guidance_embedded: GuidanceScale | None = None
     """The scale that a network with embedded guidance is told by default."""
+    backbones: Annotated[dict[Name, BackboneSpec], Field(max_length=8)] = Field(default_factory=dict)
     ladder: Annotated[tuple[RungSpec, ...], Field(max_length=256)] = ()
     ladder_order: Literal["own", "real"] = "own"
     golden: Golden | None = None
@@ -190,14 +229,8 @@ class Manifest(StrictModel):
             return 1
         return SD_FACTOR if self.latents is None else self.latents.factor
 
-    @field_validator("config", mode="plain")
-    @classmethod
-    def _config(cls, value: Any) -> BundleConfig:
-        if isinstance(value, BundleConfig):
-            return value
-        if not isinstance(value, Mapping):
-            raise ValueError("the network's configuration must be an object")
-        return bundle_config(value)
+    _read_config = field_validator("config", mode="plain")(read_config)
+    _write_config = field_serializer("config")(network_fields)
 
     @model_validator(mode="after")
     def _servable(self) -> Manifest:
@@ -216,6 +249,11 @@ class Manifest(StrictModel):
         for field, run in runs.items():
             bounds.check_run(field, run, schedule)
             bounds.check_interval(field, run.guidance_interval)
+        for name, backbone in self.backbones.items():
+            bounds.check_backbone(f"backbones.{name}", backbone.config, self.config)
+            bounds.check_state(backbone.state)
+        for k, rung in enumerate(self.ladder):
+            bounds.check_stretches(f"ladder.{k}.stretches", rung.stretches, self.backbones)
         if self.golden is not None:
             bounds.check_run("golden", self.golden, schedule)
             bounds.check_condition("golden.condition", self.golden.condition, self.factors, self.config)
@@ -232,10 +270,6 @@ class Manifest(StrictModel):
                     f"field {field}.guidance_scale: must be 1 where guidance is {self.guidance}, not {scale}"
                 )
         return self
-
-    @field_serializer("config")
-    def _dump_config(self, config: BundleConfig) -> dict[str, Any]:
-        return network_fields(config)
 
 
 class Bundle:
@@ -289,6 +323,22 @@ class Bundle:
                 f"its manifest lists {', '.join(sorted(self.manifest.files))}; {self._command_for(name)}"
             )
         return self.path / name
+
+    def backbone(self, name: str) -> Bundle:
+        """Return a further backbone as a bundle of its own, without a decoder. Raises `KeyError`."""
+        spec, folder = self.manifest.backbones[name], f"{BACKBONES}/{name}/"
+        files = self.manifest.files.items()
+        own = {
+            "name": f"{self.manifest.name}-{name}",
+            "config": spec.config,
+            "embedding_size": spec.embedding_size,
+            "state": spec.state,
+            "decoder": "identity",
+            "backbones": {},
+            "golden": None,
+            "files": {file[len(folder) :]: entry for file, entry in files if file.startswith(folder)},
+        }
+        return Bundle(self.path / folder, self.manifest.model_copy(update=own))
 
     def _command_for(self, name: str) -> str:
         if ".int8" in name:
@@ -355,8 +405,8 @@ def _refuse_constant(name: str) -> None:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write manifest.json in the folder `path` atomically, with `files` taken from its contents now."""
     names = sorted(name for name in BUNDLE_FILES if (path / name).is_file())
-    inner = (file for file in (path / PIPELINE).rglob("*") if file.is_file())
-    names += sorted(str(file.relative_to(path)) for file in inner)
+    inner = [file for folder in (PIPELINE, BACKBONES) for file in (path / folder).rglob("*")]
+    names += sorted(str(file.relative_to(path)) for file in inner if file.is_file())
     files = {
         name: FileEntry(sha256=digest(path / name), bytes=(path / name).stat().st_size) for name in names
     }

@@ -137,6 +137,10 @@ class DrawingOptions(BaseModel):
     deadline_ms: int | None = Field(None, ge=1, description="Answer within this time, or refuse at once.")
     allow_degraded: bool = Field(True, description="Under load, allow fewer steps or a cheaper sampler.")
     min_steps: int | None = Field(None, ge=1, description="Never fewer steps than this.")
+    min_quality: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Use no rung whose `quality` in `/models` is larger: it is a distance, less is better.",
+    )
     priority: Priority = "normal"
 
 

@@ -13,7 +13,7 @@ from ditserve.model.spec.diffusion import make_schedule
 from ditserve.model.spec.grids import grid
 from ditserve.model.spec.guidance import guidance_weight
 from ditserve.service.engine.trajectory import make_trajectory
-from ditserve.service.planning.ladder import Ladder, steps_left
+from ditserve.service.planning.ladder import Consent, Ladder, steps_left
 from ditserve.service.rung import Rung
 
 quick = settings(max_examples=60, deadline=None)  # wall time says nothing on a shared machine
@@ -70,25 +70,25 @@ def test_an_unmeasured_solver_is_judged_by_the_whole_ladder() -> None:
 def test_an_empty_ladder_takes_every_request_and_offers_nothing_below() -> None:
     empty = Ladder([])
     asked = empty.requested("ddim", 20, "trailing", WHOLE, True)
-    assert (asked.steps, asked.quality, empty.below(asked, 1)) == (20, 0.0, ())
+    assert (asked.steps, asked.quality, empty.below(asked, Consent(1))) == (20, 0.0, ())
 
 
 def test_below_respects_the_floor() -> None:
-    assert [rung.steps for rung in LADDER.below(LADDER.rungs[0], 10)] == [20, 10]
-    assert LADDER.below(LADDER.rungs[0], 51) == ()
+    assert [rung.steps for rung in LADDER.below(LADDER.rungs[0], Consent(10))] == [20, 10]
+    assert LADDER.below(LADDER.rungs[0], Consent(51)) == ()
 
 
 def test_below_has_the_decay_of_the_request() -> None:
     asked = LADDER.requested("ddim", 20, "trailing", WHOLE, True, decay=0.75)
     assert (asked.name, asked.quality, asked.guidance_decay) == ("ddim-20", 0.2, 0.75)
-    assert LADDER.below(asked, 1)
-    assert {rung.guidance_decay for rung in LADDER.below(asked, 1)} == {0.75}
+    assert LADDER.below(asked, Consent(1))
+    assert {rung.guidance_decay for rung in LADDER.below(asked, Consent(1))} == {0.75}
 
 
 def test_below_never_guides_where_the_request_does_not() -> None:
     ladder = Ladder([rung("ddim", 50, 0.0), rung("ddim", 20, 0.2, (0.1, 0.9))])
     asked = ladder.requested("ddim", 50, "trailing", (0.3, 1.0), True)
-    (lower,) = ladder.below(asked, 1)
+    (lower,) = ladder.below(asked, Consent(1))
     assert lower.guidance_interval == (0.3, 0.9)
 
 
@@ -96,7 +96,7 @@ def test_below_never_guides_where_the_request_does_not() -> None:
 @given(st.lists(rungs, max_size=8), rungs, st.integers(1, 60))
 def test_below_gets_cheaper_and_worse(ladder_rungs: list[Rung], asked: Rung, floor: int) -> None:
     ladder = Ladder(ladder_rungs)
-    chain = ladder.below(asked, floor)
+    chain = ladder.below(asked, Consent(floor))
     rows = [ladder.row_steps(rung, 2.0) for rung in (asked, *chain)]
     assert rows == sorted(rows, reverse=True)
     assert len(set(rows)) == len(rows)
