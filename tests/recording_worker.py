@@ -45,7 +45,7 @@ async def opened(backend: Backend, *_: object) -> Backend:
 
 async def serve(settings: Settings, backends: Mapping[ServedModel, Backend]) -> None:
     workers = (
-        main.serve(model.settings(settings), model.name, partial(opened, backend))
+        main.serve(model.settings(settings), model.bundle, partial(opened, backend))
         for model, backend in backends.items()
     )
     await asyncio.gather(*workers)

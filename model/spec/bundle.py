@@ -291,6 +291,9 @@ class Bundle:
         """
         root = Path(path)
         source = root / MANIFEST
+        whole = root.parent.parent
+        if root.parent.name == BACKBONES and not source.is_file() and (whole / MANIFEST).is_file():
+            return cls.open(whole, verify=verify).backbone(root.name)
         if not source.is_file():
             raise BundleError(
                 f"{root} is not a bundle: {MANIFEST} is missing; "
@@ -325,7 +328,14 @@ class Bundle:
         return self.path / name
 
     def backbone(self, name: str) -> Bundle:
-        """Return a further backbone as a bundle of its own, without a decoder. Raises `KeyError`."""
+        """Return a further backbone as a bundle of its own, without a decoder.
+
+        Raises:
+            BundleError: the bundle has none of this name.
+        """
+        if name not in self.manifest.backbones:
+            known = ", ".join(self.manifest.backbones) or "none"
+            raise BundleError(f"{self.path} has no backbone {name!r}: it has {known}")
         spec, folder = self.manifest.backbones[name], f"{BACKBONES}/{name}/"
         files = self.manifest.files.items()
         own = {

@@ -213,6 +213,11 @@ class Engine:
         self.costs.observe_idle(rows, self.clock() - began, idle_s)
 
     @property
+    def condition_caches(self) -> tuple[ConditionCaches, ...]:
+        """The caches of every backbone, the bundle's own first."""
+        return tuple(forward.conditions for forward in self._passes.values())
+
+    @property
     def idle(self) -> bool:
         return not self._samples
 

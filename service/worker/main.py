@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from ditserve.service.backends import (
 )
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
+from ditserve.service.engine.forward import Backbone
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.text_cache import SharedCache, TextCache
 from ditserve.service.errors import QueueUnavailable, ServiceError
@@ -70,7 +72,7 @@ READ: Final[dict[str, Callable[[Any, Manifest], Any]]] = {
 }
 
 Report = Callable[[str], None]  # takes the worker's current activity
-Opener = Callable[[Report, asyncio.Event], Awaitable[Backend | None]]
+Opener = Callable[[Bundle, Report, asyncio.Event], Awaitable[Backend | None]]
 
 log = structlog.get_logger()
 
@@ -86,8 +88,9 @@ def run(settings: Settings) -> int:
         if settings.redis_url is None:
             raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
         bundle = only_bundle(settings)
-        opener = partial(open_backend, settings, bundle, backend_options(settings, bundle.manifest))
-        orderly = uvloop.run(serve(settings, bundle.manifest.name, opener))
+        # A setting that does not fit is refused before Redis is asked.
+        backend_options(settings, bundle.manifest)
+        orderly = uvloop.run(serve(settings, bundle, partial(open_backend, settings)))
     except (BundleError, BackendUnavailable, ServiceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BROKEN if isinstance(error, QueueUnavailable) else CONFIG_ERROR
@@ -116,7 +119,7 @@ def only_bundle(settings: Settings) -> Bundle:
 
 
 async def open_backend(
-    settings: Settings, bundle: Bundle, options: Mapping[str, Any], report: Report, stop: asyncio.Event
+    settings: Settings, bundle: Bundle, report: Report, stop: asyncio.Event
 ) -> Backend | None:
     """Build the engines that are missing, if the settings say so, and open the backend.
 
@@ -125,6 +128,7 @@ async def open_backend(
     Raises:
         BackendUnavailable, BundleError: see `load_backend` and `build_engines`.
     """
+    options = backend_options(settings, bundle.manifest)
     if settings.export_on_start:
         report("looking for engines")
         if not await build_engines(
@@ -140,8 +144,28 @@ async def open_backend(
     return await asyncio.to_thread(load_backend, backend, bundle, **options)
 
 
-async def serve(settings: Settings, model: str, opener: Opener) -> bool:
-    """Work until told to stop, on the backend that `opener` opens. Return False if the engine is broken."""
+async def open_backends(
+    bundle: Bundle, opener: Opener, report: Report, stop: asyncio.Event
+) -> dict[str, Backend] | None:
+    """Open the networks of a bundle by name: "" is its own, the others are its further backbones.
+
+    Return None if stopped meanwhile. Raises as `opener`.
+    """
+    parts = {"": bundle, **{name: bundle.backbone(name) for name in bundle.manifest.backbones}}
+    opened: dict[str, Backend] = {}
+    with ExitStack() as stack:
+        for name, part in parts.items():
+            backend = await opener(part, report, stop)
+            if backend is None:
+                return None
+            stack.callback(backend.close)
+            opened[name] = backend
+        stack.pop_all()
+    return opened
+
+
+async def serve(settings: Settings, bundle: Bundle, opener: Opener) -> bool:
+    """Work until told to stop, on the backends that `opener` opens. Return False if the engine is broken."""
     assert settings.redis_url is not None
     stop, force_stop = stop_signals()
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
@@ -159,7 +183,7 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
     embeddings = Embeddings(
         url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes, clock=broker.clock
     )
-    backend: Backend | None = None
+    model, backends = bundle.manifest.name, None
     try:
         if settings.worker_metrics_port:
             metrics.serve(settings.worker_metrics_port)
@@ -170,14 +194,15 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
             patience_s=broker.limits.report_ttl_s,
         )
         async with starting(broker, name, model) as report:
-            backend = await opener(report, stop)
-            if backend is None:
+            backends = await open_backends(bundle, opener, report, stop)
+            if backends is None:
                 return True
             report("warming up")
-            engine = build_engine(backend, settings, embeddings)
+            engine = build_engine(backends, settings, embeddings)
             await asyncio.to_thread(engine.warm_up, WARM_UP_S)
+        backend = backends[""]
         parts = worker_parts(backend, engine, broker, embeddings, tracing)
-        identity = worker_identity(name, backend)
+        identity = worker_identity(name, backends)
         worker = Worker(parts, identity, worker_policy(settings, engine))
         metrics.NETWORK_INFO.labels(backend.name, backend.precision).set(1)
         log.info(
@@ -192,7 +217,7 @@ async def serve(settings: Settings, model: str, opener: Opener) -> bool:
         await embeddings.aclose()
         await broker.aclose()
         tracing.close()
-        if backend is not None:
+        for backend in (backends or {}).values():
             backend.close()
 
 
@@ -258,8 +283,10 @@ def open_texts(
     return TextCache(encoder, shared, capacity=settings.embedding_cache_bytes)
 
 
-def build_engine(backend: Backend, settings: Settings, shared: SharedCache | None = None) -> Engine:
-    """Build an engine for a bundle.
+def build_engine(
+    backends: Mapping[str, Backend], settings: Settings, shared: SharedCache | None = None
+) -> Engine:
+    """Build an engine for the networks of a bundle, as `open_backends` gives them.
 
     Its slots hold what may run, what is claimed ahead, what is reserved for newcomers, and one job more.
 
@@ -267,23 +294,30 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
         BackendUnavailable: the memory of this machine is too small.
     """
     try:
-        return _engine(backend, settings, shared)
+        return _engine(backends, settings, shared)
     except MemoryError as error:
         raise BackendUnavailable(
             f"too little memory ({error}): lower --modulation-cache-bytes, --max-rows or --lookahead-rows"
         ) from None
 
 
-def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) -> Engine:
-    ladder = Ladder.from_manifest(backend.manifest)
+def _engine(backends: Mapping[str, Backend], settings: Settings, shared: SharedCache | None) -> Engine:
+    backend = backends[""]
+    manifest = backend.manifest
+    ladder = Ladder.from_manifest(manifest)
+    texts = open_texts(manifest, settings, shared, backend.text_encoder)
+    caches = {
+        name: ConditionCaches(
+            each,
+            modulation_bytes=settings.modulation_cache_bytes // len(backends),
+            embedding_bytes=settings.embedding_cache_bytes // len(backends),
+            texts=texts,
+        )
+        for name, each in backends.items()
+    }
     return Engine(
         backend=backend,
-        conditions=ConditionCaches(
-            backend,
-            modulation_bytes=settings.modulation_cache_bytes,
-            embedding_bytes=settings.embedding_cache_bytes,
-            texts=open_texts(backend.manifest, settings, shared, backend.text_encoder),
-        ),
+        conditions=caches[""],
         scheduler=Scheduler(
             max_rows=settings.strict_rows or settings.max_rows,
             buckets=backend.buckets,
@@ -292,9 +326,14 @@ def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) ->
         planner=Planner(ladder),
         ladder=ladder,
         costs=CostModel(),
-        schedule=backend.manifest.diffusion.noise_schedule(),
+        schedule=manifest.diffusion.noise_schedule(),
         clock=time.monotonic,
         slots=settings.max_rows + settings.lookahead_rows + RESERVED_SAMPLES + settings.max_images,
+        backbones={
+            name: Backbone(backends[name], caches[name], spec.row_cost)
+            for name, spec in manifest.backbones.items()
+            if name in backends
+        },
     )
 
 
@@ -318,14 +357,16 @@ def worker_parts(
     )
 
 
-def worker_identity(name: str, backend: Backend) -> WorkerIdentity:
+def worker_identity(name: str, backends: Mapping[str, Backend]) -> WorkerIdentity:
+    backend = backends[""]
     manifest = backend.manifest
+    networks = "".join(f"{part} {each.name} {each.precision} " for part, each in backends.items())
     return WorkerIdentity(
         name=name,
         model=manifest.name,
         bundle=bundle_digest(manifest),
         vocabulary=vocabulary_digest(manifest),
-        origin=checkpoint_origin(manifest, f"{backend.name} {backend.precision}"),
+        origin=checkpoint_origin(manifest, networks.strip()),
         network=Network(backend.name, backend.precision, backend.size_multiple),
     )
 

@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from ditserve.model.spec.bundle import Bundle
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
@@ -42,4 +44,5 @@ async def opened(*_: object) -> MortalBackend:
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[1:])
     logs.configure(style="json", level="info")
-    sys.exit(0 if asyncio.run(main.serve(settings, "fake", opened)) else 1)
+    bundle = Bundle(Path("fake"), MortalBackend().manifest)
+    sys.exit(0 if asyncio.run(main.serve(settings, bundle, opened)) else 1)
