@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +36,7 @@ from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.network_config import BundleConfig, bundle_config, network_fields
 from ditserve.model.spec.pipeline_config import GuidanceKind
+from ditserve.model.spec.stretches import Stretch
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -50,6 +51,7 @@ _GRAPHS += [f"backbone.{precision}.onnx" for precision in ("fp16", "bf16", "int8
 # The files that a manifest lists, where a bundle has them. No command touches others.
 PIPELINE = "pipeline"
 BACKBONES = "backbones"
+PARTS = (PIPELINE, BACKBONES)  # folders in a bundle
 BUNDLE_FILES = frozenset([WEIGHTS, CALIBRATION, GOLDEN, *_GRAPHS, *(f"{name}.data" for name in _GRAPHS)])
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -114,29 +116,11 @@ class LatentSpec(StrictModel):
     """The pixels that a latent covers on a side."""
 
 
-class BackboneSpec(StrictModel):
-    """A further network of the bundle's latents, conditions and noise, such as a lighter one or a student.
-
-    `row_cost` is the time of one of its rows, in rows of the bundle's own network. With `guidance` "none" it
-    was distilled with guidance, and is never guided.
-    """
-
-    config: BundleConfig
-    embedding_size: Annotated[int, Field(ge=1, le=bounds.LARGEST_STATE)]
-    state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
-    row_cost: Annotated[float, Field(gt=0, le=1000)]
-    guidance: Literal["classifier-free", "none"] = "classifier-free"
-    provenance: dict[str, Any] = Field(default_factory=dict)
-
-    _read_config = field_validator("config", mode="plain")(read_config)
-    _write_config = field_serializer("config")(network_fields)
-
-
 class StretchSpec(StrictModel):
-    """The noise levels from `above` on, in 0..1 of the range, and the name of the backbone for them."""
+    """The noise levels from `above` on, in 0..1 of the range, and their backbone; "" is the bundle's own."""
 
     above: Annotated[float, Field(ge=0, le=1)]
-    backbone: Name
+    backbone: Name | Literal[""]
 
 
 class RungSpec(StrictModel):
@@ -168,6 +152,28 @@ class Defaults(StrictModel):
     grid: Text
     guidance_scale: GuidanceScale
     guidance_interval: tuple[float, float]
+
+
+class BackboneSpec(StrictModel):
+    """A further network of the bundle's latents, conditions and noise, such as a lighter one or a student.
+
+    `row_cost` is the time of one of its rows, in rows of the bundle's own network. With `guidance` "none" it
+    was distilled with guidance, and is never guided. `step_counts` are those that it was distilled for;
+    empty: any. `defaults` are how it draws by itself.
+    """
+
+    config: BundleConfig
+    embedding_size: Annotated[int, Field(ge=1, le=bounds.LARGEST_STATE)]
+    state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
+    row_cost: Annotated[float, Field(gt=0, le=1000)]
+    guidance: Literal["classifier-free", "none"] = "classifier-free"
+    step_counts: tuple[bounds.Steps, ...] = ()
+    defaults: Defaults
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+    _read_config = field_validator("config", mode="plain")(read_config)
+    _write_config = field_serializer("config")(network_fields)
 
 
 class Golden(StrictModel):
@@ -222,6 +228,21 @@ class Manifest(StrictModel):
     metrics: dict[str, float] = Field(default_factory=dict)
     files: dict[FilePath, FileEntry] = Field(default_factory=dict)
 
+    def with_backbones(self, backbones: Mapping[str, BackboneSpec]) -> Manifest:
+        """Return this manifest with these further backbones; only rungs of those it had before stay."""
+        kept = {"", *(name for name, spec in backbones.items() if self.backbones.get(name) == spec)}
+        ladder = [rung for rung in self.ladder if kept.issuperset(part.backbone for part in rung.stretches)]
+        return self.model_copy(update={"backbones": dict(backbones), "ladder": tuple(ladder)})
+
+    def stretches(self, specs: Sequence[StretchSpec]) -> tuple[Stretch, ...]:
+        """Return the stretches of a rung, with the costs of the bundle's backbones."""
+        stretches = []
+        for spec in specs:
+            other = self.backbones.get(spec.backbone)
+            cost, guided = (1.0, True) if other is None else (other.row_cost, other.guidance != "none")
+            stretches.append(Stretch(spec.above, spec.backbone, cost, guided))
+        return tuple(stretches)
+
     @property
     def upscale(self) -> int:
         """The pixels along a side of the picture for each of what the network denoises."""
@@ -252,6 +273,7 @@ class Manifest(StrictModel):
         for name, backbone in self.backbones.items():
             bounds.check_backbone(f"backbones.{name}", backbone.config, self.config)
             bounds.check_state(backbone.state)
+            bounds.check_run(f"backbones.{name}.defaults", backbone.defaults, schedule)
         for k, rung in enumerate(self.ladder):
             bounds.check_stretches(f"ladder.{k}.stretches", rung.stretches, self.backbones)
         if self.golden is not None:
@@ -343,8 +365,13 @@ class Bundle:
             "config": spec.config,
             "embedding_size": spec.embedding_size,
             "state": spec.state,
+            "provenance": spec.provenance,
+            "metrics": spec.metrics,
+            "defaults": spec.defaults,
+            "guidance": spec.guidance,
             "decoder": "identity",
             "backbones": {},
+            "ladder": (),
             "golden": None,
             "files": {file[len(folder) :]: entry for file, entry in files if file.startswith(folder)},
         }
@@ -413,9 +440,14 @@ def _refuse_constant(name: str) -> None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write manifest.json in the folder `path` atomically, with `files` taken from its contents now."""
+    """Write manifest.json in the folder `path` atomically, with `files` taken from its contents now.
+
+    Further backbones that are not there are left out.
+    """
+    there = {name: spec for name, spec in manifest.backbones.items() if (path / BACKBONES / name).is_dir()}
+    manifest = manifest.with_backbones(there)
     names = sorted(name for name in BUNDLE_FILES if (path / name).is_file())
-    inner = [file for folder in (PIPELINE, BACKBONES) for file in (path / folder).rglob("*")]
+    inner = [file for folder in PARTS for file in (path / folder).rglob("*")]
     names += sorted(str(file.relative_to(path)) for file in inner if file.is_file())
     files = {
         name: FileEntry(sha256=digest(path / name), bytes=(path / name).stat().st_size) for name in names

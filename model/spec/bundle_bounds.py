@@ -119,7 +119,7 @@ def check_stretches(field: str, stretches: Sequence[StatedStretch], backbones: M
     if starts != sorted(set(starts), reverse=True):
         raise ValueError(f"field {field}: above must fall from one stretch to the next, not {starts}")
     for stretch in stretches:
-        if stretch.backbone not in backbones:
+        if stretch.backbone and stretch.backbone not in backbones:
             known = ", ".join(backbones) or "none"
             raise ValueError(
                 f"field {field}: the bundle has no backbone {stretch.backbone!r} (it has {known})"

@@ -15,11 +15,11 @@ from functools import lru_cache, partial
 from math import inf, log
 from typing import Final
 
-from ditserve.model.spec.bundle import Manifest, RungSpec
+from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.diffusion import Schedule, make_schedule
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.guidance import forward_rows
-from ditserve.model.spec.stretches import Stretch, stretch_at
+from ditserve.model.spec.stretches import stretch_at
 from ditserve.service.rung import Interval, Rung
 
 _CACHED = 4096  # bounded, because requests choose steps and intervals freely
@@ -64,7 +64,7 @@ class Ladder:
                 spec.grid,
                 spec.guidance_interval,
                 spec.quality,
-                stretches=_stretches(spec, manifest),
+                stretches=manifest.stretches(spec.stretches),
             )
             for spec in manifest.ladder
         )
@@ -204,12 +204,3 @@ def _stretched_rows(rung: Rung, steps: int, noise: float, guided: bool, conditio
         per_step = conditions + (guided and stretch.guided and low <= middle <= high)
         rows += stretch.row_cost * per_step * steps * (stop - start) / ahead[-1]
     return rows
-
-
-def _stretches(spec: RungSpec, manifest: Manifest) -> tuple[Stretch, ...]:
-    """Return the stretches of a rung, with the costs of the bundle's backbones."""
-    return tuple(
-        Stretch(stretch.above, stretch.backbone, backbone.row_cost, backbone.guidance != "none")
-        for stretch in spec.stretches
-        for backbone in (manifest.backbones[stretch.backbone],)
-    )
