@@ -138,6 +138,7 @@ class JobResult(Message):
     timings_ms: dict[str, float]
     attempt: int
     worker: str
+    backbones: tuple[str, ...] = ()  # the bundle's further ones that took part
 
     def __post_init__(self) -> None:
         if not self.images:

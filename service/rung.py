@@ -27,3 +27,8 @@ class Rung:
     quality: float
     guidance_decay: float = 0.0
     stretches: tuple[Stretch, ...] = ()
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The further backbones of the bundle that it names."""
+        return tuple(stretch.backbone for stretch in self.stretches if stretch.backbone)

@@ -41,6 +41,7 @@ from ditserve.model.train.loaded_model import LoadedModel
 
 # The counts of steps at which backbones are combined, and the noise levels at which they change.
 STITCHED_STEPS = (20, 14, 10, 8, 6)
+STITCHED_SOLVER = "dpmpp-2m"  # beside that of the defaults
 CUTS = (0.7, 0.5, 0.3)
 
 OnRows = Callable[[float], object]  # called with the rows that were computed
@@ -324,16 +325,17 @@ def stitched_points(manifest: Manifest) -> tuple[OperatingPoint, ...]:
     """
     defaults, points = manifest.defaults, dict[OperatingPoint, None]()
 
-    def add(steps: int, *parts: tuple[float, str], run: Defaults = defaults) -> None:
+    def add(steps: int, *parts: tuple[float, str], run: Defaults | None = None) -> None:
         stretches = tuple(StretchSpec(above=above, backbone=name) for above, name in parts)
-        interval = defaults.guidance_interval
-        points[OperatingPoint(run.solver, steps, run.grid, interval, stretches)] = None
+        grid, interval = (run or defaults).grid, defaults.guidance_interval
+        for solver in (run.solver,) if run else dict.fromkeys((defaults.solver, STITCHED_SOLVER)):
+            points[OperatingPoint(solver, steps, grid, interval, stretches)] = None
 
     guided = {name: spec for name, spec in manifest.backbones.items() if spec.guidance != "none"}
     for name, spec in manifest.backbones.items():
         own = spec.defaults.steps
         if name not in guided:
-            for steps in spec.step_counts or {own >> k for k in range(own.bit_length())}:
+            for steps in spec.step_counts or [own >> k for k in range(own.bit_length())]:
                 add(steps, (0.0, name), run=spec.defaults)
         for steps in STITCHED_STEPS:
             if name in guided:

@@ -224,6 +224,7 @@ class GenerateResponse(BaseModel):
     steps_used: int
     sampler: str
     rung: str = Field(description="The operating point used.")
+    backbones: list[str] = Field([], description="The model's further networks that took part.")
     degraded: bool
     reason: str | None = Field(description="Why fewer or cheaper steps were run; null if they were not.")
     timings_ms: dict[str, float]
@@ -237,6 +238,7 @@ class JobOutcome(BaseModel):
     steps_used: int
     sampler: str
     rung: str
+    backbones: list[str] = []
     degraded: bool
     reason: str | None
     timings_ms: dict[str, float]
@@ -292,6 +294,11 @@ class FactorOut(BaseModel):
     classes: list[str]
 
 
+class StretchOut(BaseModel):
+    above: float = Field(description="The least noise of this stretch, in 0..1 of the range.")
+    backbone: str = Field(description='A further network of the model; "" is its own.')
+
+
 class RungOut(BaseModel):
     name: str
     sampler: str
@@ -305,6 +312,9 @@ class RungOut(BaseModel):
     )
     real: float | None = Field(
         description="Energy score against training pictures; lower is nearer, null: not measured."
+    )
+    stretches: list[StretchOut] = Field(
+        [], description="The backbones that take part, from noise to picture; the rest is the model's own."
     )
 
 

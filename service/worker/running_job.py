@@ -135,6 +135,7 @@ class RunningJob:
             },
             attempt=self.lease.attempt,
             worker=worker,
+            backbones=least.rung.backbones,
         )
 
 
@@ -221,6 +222,7 @@ def describe(
         "guidance_scale": round(job.guidance_scale + (unguided_scale - 1.0), 9),
         "guidance_interval": list(rung.guidance_interval),
         **({"guidance_decay": rung.guidance_decay} if rung.guidance_decay else {}),
+        **({"backbones": ", ".join(rung.backbones)} if rung.backbones else {}),
         **({"negative_prompt": subtracted} if subtracted else {}),
         **({} if job.guidance_embedded is None else {"guidance_embedded": job.guidance_embedded}),
         **({"windows": job.windows} if job.windows else {}),

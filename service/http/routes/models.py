@@ -11,7 +11,15 @@ from ditserve.model.spec.grids import grid_names
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.http.context import Api
 from ditserve.service.http.models import Model
-from ditserve.service.http.schemas import DefaultsOut, FactorOut, LimitsOut, ModelOut, ModelsOut, RungOut
+from ditserve.service.http.schemas import (
+    DefaultsOut,
+    FactorOut,
+    LimitsOut,
+    ModelOut,
+    ModelsOut,
+    RungOut,
+    StretchOut,
+)
 from ditserve.service.http.sizes import size_step, size_text
 from ditserve.service.jobs import WorkerState
 from ditserve.service.settings import Settings
@@ -95,4 +103,5 @@ def _rung(rung: RungSpec) -> RungOut:
         quality=rung.quality,
         own=rung.own,
         real=rung.real,
+        stretches=[StretchOut(above=part.above, backbone=part.backbone) for part in rung.stretches],
     )
