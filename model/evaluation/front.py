@@ -32,9 +32,16 @@ class OperatingPoint:
 
     @property
     def name(self) -> str:
-        """The solver and its steps, and the backbones from noise to picture: "euler-20 light>0.5"."""
-        parts = [f"{part.backbone or 'own'}>{part.above:g}" for part in self.stretches]
-        return " ".join([f"{self.solver}-{self.steps}", *parts]).replace(">0 ", " ").removesuffix(">0")
+        """The solver and its steps, where guidance acts if not everywhere, and the backbones.
+
+        For example "euler-20 guided 0.1-0.8" and, from noise to picture, "euler-20 light>0.5".
+        """
+        low, high = self.guidance_interval
+        words = [f"{self.solver}-{self.steps}"]
+        words += [f"guided {low:g}-{high:g}"] if (low, high) != (0.0, 1.0) else []
+        for part in self.stretches:
+            words.append((part.backbone or "own") + (f">{part.above:g}" if part.above else ""))
+        return " ".join(words)
 
     def rows(self, manifest: Manifest) -> float:
         """Return the forward rows of a picture of a model at its default guidance scale."""

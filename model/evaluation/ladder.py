@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -65,12 +65,14 @@ class LadderPlan:
         reference: steps of DDIM in the model's own long run.
         candidates: solver → the grids and the counts of steps to try.
         conditions: conditions to draw; each is drawn `DRAWS` times.
+        intervals: narrower guidance intervals to try at `STITCHED_STEPS` of each solver.
     """
 
     name: str
     reference: int
     candidates: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]
     conditions: int
+    intervals: tuple[Interval, ...] = ()
 
 
 THOROUGH = LadderPlan(
@@ -83,6 +85,7 @@ THOROUGH = LadderPlan(
         "unipc-2": (("trailing", "uniform-t"), (30, 25, 20, 16, 14, 12, 10, 8, 6, 5, 4)),
     },
     32,
+    ((0.1, 0.8), (0.2, 0.7), (0.0, 0.6), (0.3, 1.0)),
 )
 QUICK = LadderPlan(
     "quick",
@@ -387,6 +390,11 @@ def candidates(manifest: Manifest, plan: LadderPlan) -> tuple[OperatingPoint, ..
                 if fits(kind, steps, schedule):
                     points[OperatingPoint(solver, steps, kind, defaults.guidance_interval)] = None
     points.pop(reference, None)
+    if defaults.guidance_scale != 1.0:
+        few = [point for point in points if point.steps in STITCHED_STEPS and point.grid == defaults.grid]
+        low, high = defaults.guidance_interval
+        narrow = [interval for interval in plan.intervals if low <= interval[0] and interval[1] <= high]
+        points |= {replace(point, guidance_interval=each): None for point in few for each in narrow}
     return tuple(points)
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ditserve.model.spec.diffusion import make_schedule
 from ditserve.model.spec.grids import grid
-from ditserve.model.spec.guidance import guidance_weight
+from ditserve.model.spec.guidance import forward_rows, guidance_weight
+from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.trajectory import make_trajectory
 from ditserve.service.planning.ladder import Consent, Ladder, steps_left
 from ditserve.service.rung import Rung
@@ -41,6 +42,14 @@ rungs = st.builds(
     st.sampled_from([WHOLE, (0.1, 0.8), (0.3, 0.6)]),
     st.sampled_from(["leading", "trailing", "uniform-t"]),
 )
+# Costs are sums of powers of two, so that sums of them are exact.
+STRETCHES: list[tuple[Stretch, ...]] = [
+    (Stretch(0.0, "student", 0.25, guided=False),),
+    (Stretch(0.6, "light", 0.5),),
+    (Stretch(0.7, ""), Stretch(0.3, "middle", 0.75), Stretch(0.0, "light", 0.5)),
+    (Stretch(0.5, "student", 0.25, guided=False), Stretch(0.2, "light", 0.5)),
+]
+stitched = st.builds(replace, rungs, stretches=st.sampled_from([(), *STRETCHES]))
 
 
 def test_rungs_are_best_first() -> None:
@@ -93,7 +102,7 @@ def test_below_never_guides_where_the_request_does_not() -> None:
 
 
 @quick
-@given(st.lists(rungs, max_size=8), rungs, st.integers(1, 60))
+@given(st.lists(stitched, max_size=8), stitched, st.integers(1, 60))
 def test_below_gets_cheaper_and_worse(ladder_rungs: list[Rung], asked: Rung, floor: int) -> None:
     ladder = Ladder(ladder_rungs)
     chain = ladder.below(asked, Consent(floor))
@@ -105,7 +114,7 @@ def test_below_gets_cheaper_and_worse(ladder_rungs: list[Rung], asked: Rung, flo
 
 
 @quick
-@given(rungs, st.sampled_from([0.0, 1.0, 2.5]), st.integers(1, 8), st.floats(-20, 20))
+@given(stitched, st.sampled_from([0.0, 1.0, 2.5]), st.integers(1, 8), st.floats(-20, 20))
 def test_rows_are_counted_along_the_grid(asked: Rung, scale: float, conditions: int, decay: float) -> None:
     asked = replace(asked, guidance_decay=decay)
     trajectory = make_trajectory(asked, scale, SCHEDULE)
@@ -133,6 +142,30 @@ def test_rows_left_are_those_of_the_rest_of_the_grid(asked: Rung, data: st.DataO
     assert LADDER.rows_left(asked, len(rest), rest[0] / 999, False) == len(rest)
     composed = LADDER.rows_left(asked, len(rest), rest[0] / 999, True, 3)
     assert composed == left + 2 * len(rest)
+
+
+@quick
+@given(rungs, st.sampled_from(STRETCHES), st.booleans(), st.integers(1, 3), st.data())
+def test_rows_left_on_several_backbones_are_about_those_of_the_rest_of_the_grid(
+    asked: Rung, stretches: tuple[Stretch, ...], guided: bool, conditions: int, data: st.DataObject
+) -> None:
+    asked = replace(asked, stretches=stretches)
+    walked = grid("uniform-t", asked.steps, 1000)
+    rest = walked[data.draw(st.integers(0, asked.steps - 1)) :]
+    exact = forward_rows(
+        rest,
+        SCHEDULE,
+        2.0 if guided else 1.0,
+        asked.guidance_interval,
+        conditions=conditions,
+        stretches=stretches,
+    )
+    left = LADDER.rows_left(asked, len(rest), rest[0] / 999, guided, conditions)
+    # A step may be on the other side of each end of a stretch, and of the guidance interval.
+    assert abs(left - exact) <= (len(stretches) + 2) * (conditions + 1)
+    assert left <= LADDER.rows_left(
+        replace(asked, stretches=()), len(rest), rest[0] / 999, guided, conditions
+    )
 
 
 @quick
