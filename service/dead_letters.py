@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from ditserve.service.errors import ServiceError
+from ditserve.service.exit_statuses import FAILED, refuse
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings
 
@@ -15,7 +16,10 @@ USAGE = "usage: python -m service dead list | dead requeue ID"
 
 
 def run(words: Sequence[str], settings: Settings) -> int:
-    """Run the command; return the exit status: 0, 1 when there is nothing to requeue, 2 after a mistake."""
+    """Run the command; return the exit status.
+
+    It is 0, 1 when there is nothing to requeue or Redis cannot be used, 2 after a mistake.
+    """
     try:
         if settings.redis_url is None:
             raise ValueError("REDIS_URL is not set: name the Redis whose dead jobs are meant")
@@ -27,9 +31,11 @@ def run(words: Sequence[str], settings: Settings) -> int:
                 return asyncio.run(_requeue(url, settings.namespace, job_id))
             case _:
                 raise ValueError(USAGE)
-    except (ServiceError, ValueError) as error:
+    except ServiceError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return FAILED
+    except ValueError as error:
+        return refuse(error)
 
 
 async def _list(url: str, namespace: str) -> int:

@@ -24,6 +24,7 @@ class Limits:
     max_run_s: float = 1800.0  # at least, for which a lease is renewed
     run_lengths: float = 10.0  # of the predicted time of a job, for which its lease is renewed
     report_ttl_s: float = 15.0
+    agreed_ttl_s: float = 30 * 86400.0  # from when anybody asked what was agreed on
     events_kept: int = 512  # per job
     dead_kept: int = 1000
     dead_ttl_s: float = 7 * 86400.0

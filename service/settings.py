@@ -9,7 +9,6 @@ and passed on. Flags win over environment variables, which win over defaults.
 import difflib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_network
 from pathlib import Path
@@ -29,6 +28,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+from ditserve.service.exit_statuses import refuse
 
 _PREFIX = "DIT_"
 
@@ -362,8 +363,7 @@ class Settings(BaseSettings):
 
 
 def _refuse(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(refuse(sentence))
 
 
 def _closest(name: str, known: Sequence[str]) -> str:

@@ -3,7 +3,10 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
@@ -13,9 +16,15 @@ def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     def on_signal() -> None:
         (force_stop if stop.is_set() else stop).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     return stop, force_stop
+
+
+def hold_signals() -> None:
+    """Keep signals for the process that this one becomes by `execv`: it hears them once it listens."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*STOPPING, signal.SIGHUP})
 
 
 def on_hang_up(reload: Callable[[], None], *, stop: Callable[[], None]) -> None:
@@ -36,6 +45,7 @@ def on_hang_up(reload: Callable[[], None], *, stop: Callable[[], None]) -> None:
             stop()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def _has_terminal() -> bool:
@@ -44,6 +54,20 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
+
+
+async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
+    """Return True once the work is done, or False once `stop` is set: then the work is cancelled."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+        return working.done()
+    finally:
+        working.cancel()
+        stopping.cancel()
+        await asyncio.wait((working, stopping))
 
 
 async def first(*events: asyncio.Event, timeout_s: float | None = None) -> bool:

@@ -21,13 +21,14 @@ from ditserve.service.served_models import ServedModel, open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
+from ditserve.service.worker.backend_choice import with_backend
 
 Floats = npt.NDArray[np.float32]
 
 
 def open_recording(settings: Settings, bundle: Bundle, folder: Path) -> Backend:
     """Return the backend that serves a bundle by default; it writes what it decodes to files in `folder`."""
-    backend = load_backend(main.with_backend(settings, bundle.manifest).backend, bundle, threads=1)
+    backend = load_backend(with_backend(settings, bundle.manifest).backend, bundle, threads=1)
     count, decode = itertools.count(), backend.decode
     folder.mkdir()
 
@@ -39,13 +40,13 @@ def open_recording(settings: Settings, bundle: Bundle, folder: Path) -> Backend:
     return backend
 
 
-async def opened(backend: Backend, *_: object) -> Backend:
-    return backend
+async def opened(backend: Backend, *_: object) -> dict[str, Backend]:
+    return {"": backend}
 
 
 async def serve(settings: Settings, backends: Mapping[ServedModel, Backend]) -> None:
     workers = (
-        main.serve(model.settings(settings), model.bundle, partial(opened, backend))
+        main.serve(model.settings(settings), model.name, partial(opened, backend))
         for model, backend in backends.items()
     )
     await asyncio.gather(*workers)

@@ -371,13 +371,14 @@ def test_a_misspelt_manifest_is_noticed() -> None:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
-def test_workers_scale_on_saturation() -> None:
+def test_workers_scale_on_what_is_asked_for() -> None:
     scaled = manifest("ScaledObject", "worker")["spec"]
     assert scaled["scaleTargetRef"] == {"name": manifest("Deployment", "worker")["metadata"]["name"]}
     assert 1 <= scaled["minReplicaCount"] <= scaled["fallback"]["replicas"] <= scaled["maxReplicaCount"]
-    (trigger,) = scaled["triggers"]
-    assert trigger["metricType"] == "Value"
-    assert 0 < float(trigger["metadata"]["threshold"]) < 1
+    for trigger in scaled["triggers"]:
+        # The queries count workers, so the wanted number must not be multiplied by that of the present ones.
+        assert trigger["metricType"] == "AverageValue"
+        assert 0 < float(trigger["metadata"]["threshold"]) < 1
     autoscaled = manifest("HorizontalPodAutoscaler", "api")["spec"]["scaleTargetRef"]["name"]
     for name in ("worker", autoscaled):
         assert "replicas" not in manifest("Deployment", name)["spec"], "the autoscaler owns the number"
@@ -481,6 +482,7 @@ async def test_the_deployed_redis_lets_the_service_work_and_nothing_else(
         assert [event.kind async for event in broker.events(done.id)][-1] == "done"
         await broker.report(WorkerState("w1", ("emoji",), 8, 0.001, 0.001, 0.001, 0, 0, 0.0, done.created_at))
         assert (await broker.load()).queued_jobs == 1
+        assert await broker.agree("emoji", "int8") == "int8"
         await broker.work.wait(0.01)
         await broker.sweep()
         assert await broker.dead() == []

@@ -96,7 +96,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    # Images are compared, and a worker that is started again could find the other precision faster.
+    # Images are compared with those of a reference in the same precision.
     log = tmp_path_factory.mktemp("service") / "log.txt"
     running = Service(log, "--precision=fp32", "--trusted-proxies=127.0.0.1")
     yield running
@@ -274,17 +274,6 @@ def test_a_port_in_use_is_one_sentence() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode != 0
     assert port in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_an_unreachable_redis_is_one_sentence() -> None:
-    environment = {**os.environ, "REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"}
-    command = [sys.executable, "-m", "service", "--port", str(free_port())]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode != 0
-    assert "Redis" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

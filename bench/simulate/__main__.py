@@ -5,6 +5,7 @@
         [--slo 3] [--ladder ddim] [--refusing 0]
     python -m bench.simulate --promises      how many accepted deadlines are broken, on noisy hosts too
     python -m bench.simulate --fairness      how long short requests take beside what others do
+    python -m bench.simulate --autoscaling   workers that follow a daily curve; writes autoscaling.{md,png}
     python -m bench.simulate --claims        how far ahead a worker must claim, and in which order
 
 It runs the service's own scheduler, planner and admission, and prints by strategy and load: attainment
@@ -26,6 +27,7 @@ from rich.table import Table
 from ditserve.bench import report
 from ditserve.bench.load.workload import PROCESSES, Traffic
 from ditserve.bench.plots import Panel, draw_panels
+from ditserve.bench.simulate import autoscaling
 from ditserve.bench.simulate.fairness import (
     SCENARIOS,
     fairness_table,
@@ -122,6 +124,16 @@ def fairness() -> str:
     return fairness_table(outcomes, shares_by_priority("tiny"))
 
 
+def autoscale() -> str:
+    """Simulate a day under every signal; draw the workers over the hours, and return the table."""
+    outcomes = [autoscaling.study_autoscaling(signal) for signal in autoscaling.SIGNALS]
+    lines = {outcome.signal: outcome.steps_of_numbers() for outcome in outcomes}
+    panel = Panel("workers that serve", lines)
+    target = report.result_path("autoscaling.png")
+    draw_panels([[panel]], target, size=(8, 3.6), legend_columns=4, dpi=80, x="hours")
+    return autoscaling.markdown(outcomes)
+
+
 def outcome_table(title: str, points: Iterable[SweepPoint]) -> Table:
     table = report.table(title, COLUMNS, [], text={"arm"})
     last = None
@@ -179,6 +191,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fairness", action="store_true", help="instead: how long short requests take beside others"
     )
+    parser.add_argument(
+        "--autoscaling", action="store_true", help="instead: how workers follow a daily curve"
+    )
     return parser.parse_args(arguments)
 
 
@@ -189,6 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> None:
         if options.promises:
             report.result_path("promises.md").write_text(promises())
+            return
+        if options.autoscaling:
+            report.result_path("autoscaling.md").write_text(autoscale())
             return
         if options.fairness:
             report.result_path("fairness.md").write_text(fairness())

@@ -23,6 +23,7 @@ class SimulatedApi:
 
     def __init__(self, ladder: Ladder, policy: Policy, read_load: Callable[[float], LoadSnapshot]) -> None:
         self._gate, self._read_load = Gate(ladder, policy), read_load
+        self.offered_s = 0.0  # the counter that an autoscaler watches
         self._load: LoadSnapshot | None = None
         self._read_at = -inf
 
@@ -30,6 +31,7 @@ class SimulatedApi:
         if self._load is None or now - self._read_at > LOAD_FRESH_S:
             self._load, self._read_at = self._read_load(now), now
         answer = self._gate.admit(request, self._load, sender=sender, now=now)
+        self.offered_s += answer.offered_s
         if answer.accepted:
             rows = self._load.queued_rows + request.samples * answer.rung.steps
             self._load = replace(self._load, queued_rows=rows)

@@ -50,6 +50,7 @@ class SimulatedWorker:
 
     def __init__(self, name: str, strategy: Strategy, cluster: SimulatedCluster, host: SimulatedHost) -> None:
         self.name, self.strategy, self.cluster, self.host = name, strategy, cluster, host
+        self.serving = True  # until it is told to leave
         self.unreported_rows = 0  # claimed since the last report
         self._step_began = 0.0
         self.samples: list[SimulatedSample] = []
@@ -154,8 +155,9 @@ class SimulatedFleet:
             SimulatedWorker(f"worker-{index}", strategy, cluster, self.hosts[index // WORKERS_A_HOST])
             for index in range(cluster.workers)
         ]
+        self._idle = set(range(len(self.workers)))
         policy = Policy(recut=strategy.plan)
-        self.apis = [SimulatedApi(cluster.ladder, policy, self._load) for _ in range(cluster.apis)]
+        self.apis = [SimulatedApi(cluster.ladder, policy, self.load) for _ in range(cluster.apis)]
         self.kept = self.broken = 0  # promises
         self.queue: deque[SimulatedSample] = deque()  # in the order of claims
         self.queued_rows = self.queue_peak = 0
@@ -165,20 +167,25 @@ class SimulatedFleet:
     def run(self, arrivals: Sequence[Arrival]) -> list[SimulatedSample]:
         """Serve all arrivals; return their samples in order of arrival."""
         samples = [self._sample(index, arrival) for index, arrival in enumerate(arrivals)]
-        idle = set(range(len(self.workers)))
         for now, stepped in self._events(samples):
             if stepped is not None:
                 self.workers[stepped].finish_step(now)
-                idle.add(stepped)
+                self._idle.add(stepped)
                 self._observe_ends(now)
-            for index in sorted(idle, key=lambda worker: len(self.workers[worker].samples)):
+            for index in sorted(self._idle, key=lambda worker: len(self.workers[worker].samples)):
                 worker = self.workers[index]
-                self._claim(worker, now)
-                end = worker.start_step(now, self.queued_rows // len(self.workers), self.random)
+                if worker.serving:
+                    self._claim(worker, now)
+                end = worker.start_step(now, self.queued_rows // len(self.serving), self.random)
                 if end is not None:
                     heapq.heappush(self._step_ends, (end, index))
-                    idle.discard(index)
+                    self._idle.discard(index)
         return samples
+
+    @property
+    def serving(self) -> list[SimulatedWorker]:
+        """The workers that claim."""
+        return [worker for worker in self.workers if worker.serving]
 
     def _events(self, samples: list[SimulatedSample]) -> Iterator[tuple[float, int | None]]:
         """Yield the time of each event, and the worker whose step ended then, or None for an arrival."""
@@ -242,12 +249,12 @@ class SimulatedFleet:
         sample.change_rung(answer.rung)
         return answer.accepted
 
-    def _load(self, now: float) -> LoadSnapshot:
+    def load(self, now: float) -> LoadSnapshot:
         return LoadSnapshot(
             queued_jobs=len(self.queue),
             queued_rows=self.queued_rows + sum(worker.unreported_rows for worker in self.workers),
             oldest_age_s=now - self.queue[0].arrived if self.queue else 0.0,
-            workers=tuple(worker.report(now) for worker in self.workers),
+            workers=tuple(worker.report(now) for worker in self.serving),
             taken_at=now,
             kept=self.kept,
             broken=self.broken,
@@ -273,11 +280,11 @@ class SimulatedFleet:
 
     def _room(self, worker: SimulatedWorker) -> int:
         """Return how many samples a worker claims, by the rule of the real one."""
-        others = [other.backlog_s for other in self.workers if other is not worker]
+        others = [other.backlog_s for other in self.serving if other is not worker]
         wanted = wanted_rows(
             worker.max_batch,
             lookahead_rows=self.strategy.lookahead,
-            peers=len(self.workers),
+            peers=len(self.serving),
             ahead_s=worker.backlog_s - min(others, default=inf),
             balance_s=BALANCE_S,
         )

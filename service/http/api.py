@@ -7,8 +7,8 @@ import asyncio
 import resource
 import signal
 import socket
-import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from types import FrameType
 
 import structlog
@@ -17,62 +17,98 @@ from fastapi import FastAPI
 
 from ditserve.model.spec.bundle import BundleError
 from ditserve.service.api_keys import KeyringError
-from ditserve.service.errors import ServiceError
+from ditserve.service.errors import QueueUnavailable, ServiceError
+from ditserve.service.exit_statuses import DONE, MISCONFIGURED, refuse
 from ditserve.service.http.app import create_app
 from ditserve.service.http.protocol import RESERVE, ConnectionLimits, bounded
 from ditserve.service.limits import Limits
 from ditserve.service.listening import listen
 from ditserve.service.queue.namespace import refuse_other_models
+from ditserve.service.queue.patience import until_answered
 from ditserve.service.queue.queue_client import open_queue_client
 from ditserve.service.served_models import open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.signals import on_hang_up
 from ditserve.service.telemetry import logs
 
-CONFIG_ERROR = 2
 _OTHER_FILES = 256  # files that a process has open besides its clients' connections
 _log = structlog.get_logger()
 
 
 class _Server(uvicorn.Server):
-    """Calls `drain` before uvicorn waits for the requests in flight, and `reload` on SIGHUP."""
+    """Calls `drain` before uvicorn waits for the requests in flight, and `reload` on SIGHUP.
+
+    It ends if `check` raises `ValueError`, which is then the `refusal`.
+    """
 
     def __init__(
-        self, config: uvicorn.Config, drain: Callable[[], None], reload: Callable[[], None], *, keys: str
+        self,
+        config: uvicorn.Config,
+        drain: Callable[[], None],
+        reload: Callable[[], None],
+        *,
+        check: Callable[[], Awaitable[None]] | None,
+        keys: str,
     ) -> None:
         super().__init__(config)
-        self._drain, self._reload, self._keys = drain, reload, keys
+        self.refusal: Exception | None = None
+        self._drain, self._reload, self._check, self._keys = drain, reload, check, keys
+        self._checking: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             on_hang_up(self._reload, stop=lambda: self.handle_exit(signal.SIGTERM, None))
+            if self._check is not None:
+                self._checking = asyncio.create_task(self._end_unless(self._check))
             _log.info("api ready", host=self.config.host, port=self.config.port, keys=self._keys)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._checking is not None:
+            self._checking.cancel()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._drain()
         super().handle_exit(sig, frame)
+        # Uvicorn would raise them again when it has drained, and this process end by one.
+        self._captured_signals.clear()
+
+    async def _end_unless(self, check: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await check()
+        except ValueError as error:
+            self.refusal = error
+            self.handle_exit(signal.SIGTERM, None)
 
 
 def run(settings: Settings) -> int:
     """Serve until a signal stops the process; return the exit status.
 
-    A configuration that cannot work ends with one sentence on stderr and status 2.
+    A configuration that cannot work ends with one sentence on stderr and status 2. While Redis is away the
+    process waits for it, and says so when it is asked whether it is ready.
     """
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
         _allow_open_files(settings.max_connections + RESERVE + _OTHER_FILES)
         app = create_app(settings)
-        asyncio.run(_check_queues(settings))
+        checked = asyncio.run(_checked(settings))
         listeners = listen(settings.host, settings.port)
         settings = settings.model_copy(update={"port": listeners[0].getsockname()[1]})
     except (BundleError, KeyringError, ServiceError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return CONFIG_ERROR
+        return refuse(error)
     keys = str(settings.keys_file) if settings.keys_file else "none asked: everybody may draw"
-    server = _Server(configured(app, settings), app.state.draining.set, app.state.reload.set, keys=keys)
+    server = _Server(
+        configured(app, settings),
+        app.state.draining.set,
+        app.state.reload.set,
+        check=None if checked else partial(_check_queues, settings, wait=True),
+        keys=keys,
+    )
     server.run(listeners)
-    return 0 if server.started else CONFIG_ERROR
+    if server.refusal is not None:
+        return refuse(server.refusal)
+    return DONE if server.started else MISCONFIGURED
 
 
 def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -119,16 +155,30 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-async def _check_queues(settings: Settings) -> None:
-    """Raise what opening a model's queue raises, because uvicorn would print it as a traceback.
+async def _checked(settings: Settings) -> bool:
+    """Check the queues now, because uvicorn would print what is raised as a traceback.
 
-    Raises `ValueError` where workers of another model serve the namespace: they would never take its jobs.
+    Return False while Redis cannot be used.
+    """
+    try:
+        await _check_queues(settings)
+    except QueueUnavailable:
+        return False
+    return True
+
+
+async def _check_queues(settings: Settings, *, wait: bool = False) -> None:
+    """Raise `ValueError` where workers of another model serve the namespace: they would not take its jobs.
+
+    Where Redis cannot be used, wait for it, or raise `QueueUnavailable`.
     """
     for model in open_served_models(settings, verify=False):
         async with open_queue_client(model.settings(settings)) as client:
-            await refuse_other_models(
+            check = partial(
+                refuse_other_models,
                 client.queue.load,
                 namespace=model.namespace,
                 model=model.name,
                 patience_s=Limits().report_ttl_s,
             )
+            await (until_answered(check) if wait else check())

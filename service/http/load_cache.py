@@ -34,6 +34,7 @@ class LoadCache:
         self._load: LoadSnapshot | None = None
         self._read_at = -inf
         self._reading: asyncio.Task[LoadSnapshot] | None = None
+        self._reason = ""  # why the last read failed
         self._reserved: dict[str, Job] = {}
 
     async def __call__(self) -> LoadSnapshot:
@@ -44,14 +45,17 @@ class LoadCache:
         # Others that waited for the same read may have added their jobs to it by now.
         return self._load or self._own(load)
 
-    async def refresh(self) -> bool:
-        """Read the load. Return False if Redis does not tell it within `PATIENCE_S` seconds."""
+    async def refresh(self) -> str:
+        """Read the load. Return "", or why Redis does not tell it within `PATIENCE_S` seconds."""
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await self()
-        except (QueueUnavailable, TimeoutError):
-            return False
-        return True
+        except QueueUnavailable as error:
+            return error.detail
+        except TimeoutError:
+            # A connection that cannot be made may take longer than this, and is asked for again.
+            return self._reason or f"Redis did not answer within {PATIENCE_S:g} s."
+        return ""
 
     def last(self) -> LoadSnapshot | None:
         """Return the load that was read last, without waiting, and have it read for the next call.
@@ -110,6 +114,8 @@ class LoadCache:
 
     def _on_read(self, reading: asyncio.Task[LoadSnapshot]) -> None:
         self._reading = None
+        fault = None if reading.cancelled() else reading.exception()
+        self._reason = fault.detail if isinstance(fault, QueueUnavailable) else ""
         if not reading.cancelled() and reading.exception() is None:
             self._load, self._read_at = self._own(reading.result()), time.monotonic()
             for job in self._reserved.values():

@@ -19,6 +19,7 @@ class Promises:
     def __init__(self, model: str, ladder: Ladder) -> None:
         self.gate = Gate(ladder)
         self._margin = metrics.ADMISSION_MARGIN.labels(model)
+        self._offered = metrics.OFFERED.labels(model)
 
     def admit(
         self, request: AdmissionRequest, load: LoadSnapshot, *, sender: Hashable, now: float
@@ -29,6 +30,7 @@ class Promises:
         """
         admission = self.gate.admit(request, load, sender=sender, now=now)
         self._margin.set(self.gate.margin(now))
+        self._offered.inc(admission.offered_s)
         if admission.accepted:
             return admission
         if admission.reason == NO_WORKER:

@@ -381,6 +381,7 @@ class ModelsOut(BaseModel):
 class Health(BaseModel):
     status: Literal["ok", "failing"]
     checks: dict[str, bool]
+    reasons: dict[str, str] = Field({}, description="Why a check fails, by its name.")
 
 
 class Startup(Health):

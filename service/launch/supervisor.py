@@ -14,7 +14,6 @@ import asyncio
 import json
 import shlex
 import signal
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -27,9 +26,10 @@ from ditserve.model.spec.bundle import BundleError, Manifest
 from ditserve.model.spec.class_names import class_reference
 from ditserve.service.api_keys import KeyringError, open_keyring
 from ditserve.service.errors import ServiceError
+from ditserve.service.exit_statuses import DONE, FAILED, MISCONFIGURED, refuse
 from ditserve.service.launch.child_process import Child
 from ditserve.service.launch.valkey import ValkeyFailed, scratch_folder, start_valkey
-from ditserve.service.launch.worker_pool import CONFIG_ERROR, FAILED, WorkerPool, start_child
+from ditserve.service.launch.worker_pool import WorkerPool, start_child
 from ditserve.service.listening import listen
 from ditserve.service.queue.broker import Broker
 from ditserve.service.served_models import ServedModel, open_served_models
@@ -59,8 +59,7 @@ def run(settings: Settings) -> int:
             here = settings.model_copy(update={"port": port})
             return asyncio.run(Supervisor(here, models, Path(folder)).run())
     except (BundleError, KeyringError, ServiceError, ValkeyFailed, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return CONFIG_ERROR
+        return refuse(error)
 
 
 class Supervisor:
@@ -71,7 +70,7 @@ class Supervisor:
         self._pools: list[WorkerPool] = []
         self._stopping = False
         self._ended = asyncio.Event()
-        self._exit_status = 0
+        self._exit_status = DONE
 
     async def run(self) -> int:
         """Serve until told to stop; return the exit status of the service: 0 if it was told to stop."""
@@ -105,9 +104,12 @@ class Supervisor:
                 await valkey.stop(LAST_GRACE_S)
 
     async def _connect_queue(self) -> Child | None:
-        """Check that the Redis of the settings answers, or start a private Valkey and return it."""
+        """Start a private Valkey and return it, unless the settings name a Redis, for which all wait.
+
+        Raises `ValueError` where its URL is malformed.
+        """
         if self._settings.redis_url is not None:
-            broker = await Broker.connect(self._settings.redis_url.get_secret_value())
+            broker = Broker.open(self._settings.redis_url.get_secret_value())
             await broker.aclose()
             return None
         valkey, url = await start_valkey(self._folder)
@@ -130,14 +132,14 @@ class Supervisor:
         """End the service when a child ends that it cannot do without."""
         status = await child.wait()
         # One that cannot work has said why.
-        if not self._stopping and status != CONFIG_ERROR:
+        if not self._stopping and status != MISCONFIGURED:
             log.error("ended unexpectedly", process=child.name, status=status)
         self._end(status if status > 0 else FAILED)
 
     async def _watch_pool(self, pool: WorkerPool) -> None:
         """End the service when no restart can help its workers."""
         await pool.misconfigured.wait()
-        self._end(CONFIG_ERROR)
+        self._end(MISCONFIGURED)
 
     async def _announce_and_reload(self, reload: asyncio.Event, api: Child) -> None:
         """Print the greeting once all is ready; then replace changed bundles whenever `reload` is set."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from ditserve.service.errors import QueueUnavailable
+from ditserve.service.exit_statuses import FAILED, MISCONFIGURED
 from ditserve.service.launch.child_process import Child
 from ditserve.service.queue.broker import Broker
 from ditserve.service.served_models import ServedModel
@@ -23,7 +24,6 @@ from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.faults import kept_running
 
-CONFIG_ERROR, FAILED = 2, 1  # exit statuses: no restart can help, or another start may
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # between starts of a worker
 STABLE_S = 60.0  # after so long a run the next pause is the first again
 POLL_S = 0.1
@@ -89,9 +89,13 @@ class WorkerPool:
             began, starts = time.monotonic(), starts + 1
             status = await self._run_once(index)
             self.crashed.set()
-            if status == CONFIG_ERROR and starts == 1:
+            if status == MISCONFIGURED and starts == 1:
                 self.misconfigured.set()
                 return
+            if status == MISCONFIGURED:
+                log.error(
+                    "no start of a worker helps before its configuration is mended", model=self.model.name
+                )
             if time.monotonic() - began > STABLE_S:
                 pause = FIRST_PAUSE_S
             log.warning("worker ended, starting another", model=self.model.name, status=status, pause_s=pause)

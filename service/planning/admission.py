@@ -54,6 +54,9 @@ class Admission:
 
     `retry_after_s` is set when it is refused and coming back later would help: then there is room for it, if
     nobody else comes. It would take the whole fleet `service_s` seconds.
+
+    `offered_s` is the work that it brings, as asked for, in seconds of one worker: 0 if it was counted when
+    it was refused before, and if no number of workers would help.
     """
 
     accepted: bool
@@ -63,6 +66,7 @@ class Admission:
     retry_after_s: float | None
     predicted_s: float
     service_s: float = 0.0
+    offered_s: float = 0.0
 
 
 def admit(

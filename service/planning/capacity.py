@@ -174,6 +174,16 @@ def drain_time(load: LoadSnapshot, extra_rows: int = 0) -> float:
     return Capacity(load).drain_time(extra_rows)
 
 
+def fleet_rows_per_s(load: LoadSnapshot, pass_s: float = inf) -> float:
+    """Return the rows a second of all workers, in passes of up to `pass_s` seconds."""
+    return sum(_speed_of(worker, pass_s).rows_per_s for worker in load.workers)
+
+
+def idle_time(load: LoadSnapshot, rows: int, steps: int, samples: int) -> float:
+    """Return the seconds of `samples` samples of `steps` steps, `rows` rows in all, on idle workers."""
+    return Capacity(load).time_in_every_batch(rows=rows, steps=steps, samples=samples, idle=True)
+
+
 def backlog_time(worker: WorkerState) -> float:
     """Return the seconds of the work that a worker has claimed."""
     return worker.backlog_rows / _speed_of(worker).rows_per_s

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
+from math import inf
 
 from ditserve.service.jobs import LoadSnapshot
 from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest, admit
+from ditserve.service.planning.capacity import idle_time
 from ditserve.service.planning.caution import Caution
 from ditserve.service.planning.ladder import Ladder
-from ditserve.service.planning.planner import Policy
+from ditserve.service.planning.load import worker_seconds
+from ditserve.service.planning.planner import DEADLINE, Policy
 from ditserve.service.planning.returns import Returns
 
 
@@ -37,7 +40,8 @@ class Gate:
         Equal requests of one caller have an equal `sender`, by which one that comes back is known.
         """
         self._learn(load, now)
-        reserved_s = 0.0 if self.returns.came_back(sender, now) else self.returns.reserved_s(now)
+        came_back = self.returns.came_back(sender, now)
+        reserved_s = 0.0 if came_back else self.returns.reserved_s(now)
         admission = admit(
             request,
             load,
@@ -48,10 +52,29 @@ class Gate:
             queue_margin=self._caution.queue_margin(now),
             reserved_s=reserved_s,
         )
+        if not came_back and admission.reason != DEADLINE:
+            admission = replace(admission, offered_s=self._offered_s(request, admission, load, now))
         if admission.accepted or admission.reason == NO_WORKER or admission.retry_after_s is None:
             return admission
         told_s = self.returns.tell(sender, now, free_s=admission.retry_after_s, service_s=admission.service_s)
         return replace(admission, retry_after_s=float(told_s))
+
+    def _offered_s(
+        self, request: AdmissionRequest, admission: Admission, load: LoadSnapshot, now: float
+    ) -> float:
+        """Return the work of a request as asked for, in seconds of one worker.
+
+        Where an idle worker could not do that in time, it is the work at the best rung that it could do.
+        """
+        margin = self._caution.margin(now)
+        limit_s = (inf if request.deadline_at is None else request.deadline_at - now) / margin
+        cut = admission.degraded or not admission.accepted
+        below = self._ladder.below(request.rung, request.min_steps) if cut and request.allow_degraded else ()
+        for rung in (request.rung, *below):
+            rows, pass_s = request.rows(self._ladder, rung), limit_s / rung.steps
+            if not cut or idle_time(load, rows, rung.steps, request.samples) <= limit_s:
+                break
+        return worker_seconds(load, rows, pass_s)
 
     def _learn(self, load: LoadSnapshot, now: float) -> None:
         """Learn how many promises of the whole fleet were kept and broken since the last snapshot."""

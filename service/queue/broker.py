@@ -70,7 +70,7 @@ class Broker(LeaseVerbs):
         self._policy = KEEPS_ALL
 
     @classmethod
-    async def connect(
+    def open(
         cls,
         url: str,
         *,
@@ -79,24 +79,39 @@ class Broker(LeaseVerbs):
         clock: Callable[[], float] | None = None,
         **limits: Any,
     ) -> Broker:
-        """Return a broker whose server has answered; `limits` are the fields of `Limits`.
+        """Return a broker that has not asked its server yet; `limits` are the fields of `Limits`.
+
+        Raises `ValueError` for a malformed URL.
+        """
+        if "result_ttl_s" in limits:
+            limits.setdefault("record_ttl_s", 2 * limits["result_ttl_s"])
+        return cls(url, namespace=namespace, limits=Limits(**limits), timeout_s=timeout_s, clock=clock)
+
+    @classmethod
+    async def connect(cls, url: str, **options: Any) -> Broker:
+        """Return a broker whose server has answered; `options` are those of `open`.
 
         Raises:
             ValueError: the URL is malformed.
             QueueUnavailable: Redis cannot be used.
         """
-        if "result_ttl_s" in limits:
-            limits.setdefault("record_ttl_s", 2 * limits["result_ttl_s"])
-        broker = cls(url, namespace=namespace, limits=Limits(**limits), timeout_s=timeout_s, clock=clock)
+        broker = cls.open(url, **options)
         try:
-            await broker._scripts.load()
-            await broker.check_eviction()
-            if clock is None:
-                await broker.start_clock()
+            await broker.start()
         except QueueUnavailable:
             await broker.aclose()
             raise
         return broker
+
+    async def start(self) -> None:
+        """Send the scripts to the server and read its clock. Until then the clock is that of this host.
+
+        Raises `QueueUnavailable`.
+        """
+        await self._scripts.load()
+        await self.check_eviction()
+        if self._given_clock is None:
+            await self.start_clock()
 
     async def aclose(self) -> None:
         await self.work.aclose()
@@ -216,6 +231,14 @@ class Broker(LeaseVerbs):
     async def requeue(self, job_id: str) -> bool:
         """Queue a dead job again, with all its attempts. Return False if it is not dead."""
         return bool(await self._run("requeue", job_id, packed({})))
+
+    async def agree(self, name: str, proposal: str) -> str:
+        """Return the value of `name` that holds for all: the first proposed, kept long after its last use.
+
+        An empty proposal only asks; the answer is empty while there is none.
+        """
+        agreed: bytes = await self._run("agree", name, proposal, ms(self.limits.agreed_ttl_s))
+        return agreed.decode(errors="replace")
 
     async def report(self, report: WorkerState | Starting) -> None:
         """Publish a worker's report, until the next one or until it goes stale."""

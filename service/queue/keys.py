@@ -139,6 +139,10 @@ class Keys:
         """String: rows the worker was ever given. TTL of a lease, or of its last report."""
         return f"{self.prefix}given:{worker}"
 
+    def agreed(self, name: str) -> str:
+        """String: what the workers agreed on under this name. TTL from when one asked last."""
+        return f"{self.prefix}agreed:{name}"
+
     @property
     def work_channel(self) -> str:
         """Channel: a job became available."""

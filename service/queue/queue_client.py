@@ -1,13 +1,16 @@
 """The API's part of the queue, and how it is opened: the seam at which tests put something smaller."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from ditserve.service.errors import QueueUnavailable
 from ditserve.service.jobs import Job, JobEvent, JobResult, JobStatus, LoadSnapshot
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
+from ditserve.service.queue.patience import until_answered
 from ditserve.service.queue.quota import Allowance, Quota
 from ditserve.service.settings import Settings
 
@@ -54,14 +57,14 @@ class QueueClient:
 async def open_queue_client(settings: Settings) -> AsyncIterator[QueueClient]:
     """Connect to the Redis of the settings, until the block ends.
 
-    Raises:
-        ValueError: the URL is missing or malformed.
-        QueueUnavailable: Redis cannot be used.
+    While Redis cannot be used, every verb raises `QueueUnavailable`, from the start on if need be.
+
+    Raises `ValueError` where the URL is missing or malformed.
     """
     if settings.redis_url is None:
         raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
     url = settings.redis_url.get_secret_value()
-    broker = await Broker.connect(
+    broker = Broker.open(
         url,
         namespace=settings.namespace,
         queue_limit=settings.queue_limit,
@@ -69,11 +72,19 @@ async def open_queue_client(settings: Settings) -> AsyncIterator[QueueClient]:
         lease_s=settings.lease_s,
         max_attempts=settings.max_attempts,
     )
+    starting = None
+    try:
+        await broker.start()
+    except QueueUnavailable:
+        starting = asyncio.create_task(until_answered(broker.start))
     listener = Listener(broker)
     quota = Quota(url, namespace=settings.namespace)
     try:
         yield QueueClient(broker, listener, quota)
     finally:
+        if starting is not None:
+            starting.cancel()
+            await asyncio.wait([starting])
         await quota.aclose()
         await listener.aclose()
         await broker.aclose()

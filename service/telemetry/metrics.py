@@ -29,7 +29,7 @@ from prometheus_client.registry import Collector
 
 from ditserve.service.jobs import LoadSnapshot
 from ditserve.service.planning.capacity import drain_time
-from ditserve.service.planning.load import saturation
+from ditserve.service.planning.load import backlog_workers, networks
 from ditserve.service.telemetry.gpus import gpus
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -57,6 +57,11 @@ CANARY_PSNR = Gauge(
 )
 REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
 ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
+OFFERED = Counter(
+    "dit_offered_worker_seconds",
+    "Work asked for, in seconds of one worker: as asked, whether accepted, degraded or refused",
+    ["model"],
+)
 ADMISSION_MARGIN = Gauge(
     "dit_admission_margin",
     "Predicted times are stretched by this before a deadline is promised; it follows broken promises",
@@ -180,15 +185,19 @@ def _figures(load: LoadSnapshot) -> dict[str, tuple[str, float]]:
         "dit_queue_rows": ("Row-steps waiting", load.queued_rows),
         "dit_queue_oldest_age_seconds": ("Age of the oldest waiting job", load.oldest_age_s),
         "dit_workers": ("Workers alive", len(workers)),
+        "dit_networks": (
+            "Backends and precisions of the workers of one bundle; above 1 a seed is not one image",
+            networks(load),
+        ),
         "dit_running_samples": ("Samples being denoised", sum(worker.running_samples for worker in workers)),
         "dit_backlog_rows": (
             "Row-steps claimed and not yet run",
             sum(worker.backlog_rows for worker in workers),
         ),
         "dit_backlog_seconds": ("Predicted time to run all that is claimed and waiting", drain_time(load)),
-        "dit_saturation_ratio": (
-            "Demand over capacity: samples running and jobs waiting, by rows",
-            saturation(load),
+        "dit_backlog_workers": (
+            "Workers that would finish by its deadlines all that was accepted",
+            backlog_workers(load),
         ),
         "dit_jobs_dead": ("Jobs put aside after too many attempts", load.dead_jobs),
         "dit_orphans": ("Jobs lost because Redis no longer held their record", load.orphans),

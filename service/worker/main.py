@@ -11,12 +11,11 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Final
 
 import structlog
 import uvloop
 
-from ditserve.model.spec.bundle import BACKBONE, PIPELINE, Bundle, BundleError, Manifest
+from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 from ditserve.model.spec.text_encoder import text_encoder_name
 from ditserve.service.backends import (
@@ -32,6 +31,7 @@ from ditserve.service.engine.forward import Backbone
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.text_cache import SharedCache, TextCache
 from ditserve.service.errors import QueueUnavailable, ServiceError
+from ditserve.service.exit_statuses import DONE, FAILED, refuse
 from ditserve.service.identity import bundle_digest, vocabulary_digest
 from ditserve.service.jobs import Network
 from ditserve.service.launch.engine_build import build_engines
@@ -42,37 +42,27 @@ from ditserve.service.planning.planner import Planner
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.embeddings import Embeddings
 from ditserve.service.queue.namespace import refuse_other_models
-from ditserve.service.served_models import open_served_models
+from ditserve.service.queue.patience import until_answered
+from ditserve.service.served_models import ServedModel, open_served_models
 from ditserve.service.settings import Settings
-from ditserve.service.signals import stop_signals
+from ditserve.service.signals import hold_signals, stop_signals, unless
 from ditserve.service.telemetry import logs, metrics
 from ditserve.service.telemetry.tracing import Tracing, open_tracing
+from ditserve.service.worker.agreement import load_agreed
+from ditserve.service.worker.backend_choice import backend_options, with_backend
 from ditserve.service.worker.engine_metrics import EngineMetrics
 from ditserve.service.worker.engine_monitor import WorkerIdentity
 from ditserve.service.worker.handoff import checkpoint_origin
 from ditserve.service.worker.heartbeat import starting
 from ditserve.service.worker.previews import LARGE_DECODERS, PreviewDecoder
+from ditserve.service.worker.reload import Reload, begin_anew
 from ditserve.service.worker.room import RESERVED_SAMPLES
 from ditserve.service.worker.worker import Worker, WorkerParts
 
-CONFIG_ERROR, BROKEN = 2, 1
 WARM_UP_S = 0.8
 
-# Backend → the settings it takes, besides threads.
-OPTIONS: Final = {
-    "onnx": ("precision", "providers"),
-    "torch": ("device", "compile", "precision"),
-    "tensorrt": ("precision", "engines"),
-}
-
-# Setting → the backend option that it gives.
-READ: Final[dict[str, Callable[[Any, Manifest], Any]]] = {
-    "providers": lambda value, _: tuple(value.split(",")),
-    "engines": lambda value, manifest: value / manifest.name,
-}
-
 Report = Callable[[str], None]  # takes the worker's current activity
-Opener = Callable[[Bundle, Report, asyncio.Event], Awaitable[Backend | None]]
+Opener = Callable[[Report, asyncio.Event, Broker], Awaitable[dict[str, Backend] | None]]
 
 log = structlog.get_logger()
 
@@ -81,47 +71,45 @@ def run(settings: Settings) -> int:
     """Work until told to stop; return the exit status.
 
     An error that no restart can mend is one sentence on stderr and status 2. Status 1: another start may
-    help.
+    help. While Redis is away the worker waits for it.
     """
     logs.configure(style=settings.log_format, level=settings.log_level)
     try:
         if settings.redis_url is None:
             raise ValueError("REDIS_URL is not set: name the Redis that the API and its workers share")
-        bundle = only_bundle(settings)
+        model = only_model(settings)
+        if settings.worker_metrics_port:
+            metrics.serve(settings.worker_metrics_port)
         # A setting that does not fit is refused before Redis is asked.
-        backend_options(settings, bundle.manifest)
-        orderly = uvloop.run(serve(settings, bundle, partial(open_backend, settings)))
-    except (BundleError, BackendUnavailable, ServiceError, ValueError) as error:
+        backend_options(settings, model.bundle.manifest)
+        opener = partial(open_backends, settings, model.bundle)
+        reload = Reload(model, verify=settings.verify)
+        orderly = uvloop.run(serve(settings, model.name, opener, reload))
+    except QueueUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
-        return BROKEN if isinstance(error, QueueUnavailable) else CONFIG_ERROR
-    return 0 if orderly else BROKEN
+        return FAILED
+    except (BundleError, BackendUnavailable, ServiceError, ValueError) as error:
+        return refuse(error)
+    if orderly and reload.wanted:
+        begin_anew()
+    return DONE if orderly else FAILED
 
 
-def with_backend(settings: Settings, manifest: Manifest) -> Settings:
-    """Return the settings with the backend that "auto" stands for.
-
-    It is torch for an imported pipeline without graphs: its network, or its autoencoder, runs there.
-    """
-    if settings.backend != "auto":
-        return settings
-    imported = any(name.startswith(f"{PIPELINE}/") for name in manifest.files)
-    torch = imported and BACKBONE not in manifest.files
-    return settings.model_copy(update={"backend": "torch" if torch else "onnx"})
-
-
-def only_bundle(settings: Settings) -> Bundle:
-    """Return the bundle of the settings. Raise `BundleError`, and `ValueError` if they name several."""
+def only_model(settings: Settings) -> ServedModel:
+    """Return the model of the settings. Raise `BundleError`, and `ValueError` if they name several."""
     models = open_served_models(settings, verify=settings.verify)
     if len(models) > 1:
         flags = " and ".join(f"--bundle {model.folder} --namespace {model.namespace}" for model in models)
         raise ValueError(f"a worker serves one bundle: start workers with {flags}")
-    return models[0].bundle
+    return models[0]
 
 
 async def open_backend(
-    settings: Settings, bundle: Bundle, report: Report, stop: asyncio.Event
+    settings: Settings, bundle: Bundle, report: Report, stop: asyncio.Event, broker: Broker
 ) -> Backend | None:
     """Build the engines that are missing, if the settings say so, and open the backend.
+
+    It computes in the precision on which the workers of the bundle agree.
 
     Return None if stopped meanwhile.
 
@@ -141,21 +129,21 @@ async def open_backend(
             return None
     report("loading the network")
     backend = with_backend(settings, bundle.manifest).backend
-    return await asyncio.to_thread(load_backend, backend, bundle, **options)
+    return await load_agreed(backend, bundle, options, broker, load=load_backend)
 
 
 async def open_backends(
-    bundle: Bundle, opener: Opener, report: Report, stop: asyncio.Event
+    settings: Settings, bundle: Bundle, report: Report, stop: asyncio.Event, broker: Broker
 ) -> dict[str, Backend] | None:
     """Open the networks of a bundle by name: "" is its own, the others are its further backbones.
 
-    Return None if stopped meanwhile. Raises as `opener`.
+    Return None if stopped meanwhile. Raises as `open_backend`.
     """
     parts = {"": bundle, **{name: bundle.backbone(name) for name in bundle.manifest.backbones}}
     opened: dict[str, Backend] = {}
     with ExitStack() as stack:
         for name, part in parts.items():
-            backend = await opener(part, report, stop)
+            backend = await open_backend(settings, part, report, stop, broker)
             if backend is None:
                 return None
             stack.callback(backend.close)
@@ -164,14 +152,17 @@ async def open_backends(
     return opened
 
 
-async def serve(settings: Settings, bundle: Bundle, opener: Opener) -> bool:
-    """Work until told to stop, on the backends that `opener` opens. Return False if the engine is broken."""
+async def serve(settings: Settings, model: str, opener: Opener, reload: Reload | None = None) -> bool:
+    """Work until told to stop, on the backends that `opener` opens. Return False if the engine is broken.
+
+    With `reload` the worker also drains once there is a new bundle; whoever tells it to stop then means it.
+    """
     assert settings.redis_url is not None
     stop, force_stop = stop_signals()
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     url = settings.redis_url.get_secret_value()
     tracing = open_tracing(settings.otlp_endpoint, "dit-worker")
-    broker = await Broker.connect(
+    broker = Broker.open(
         url,
         namespace=settings.namespace,
         queue_limit=settings.queue_limit,
@@ -183,18 +174,13 @@ async def serve(settings: Settings, bundle: Bundle, opener: Opener) -> bool:
     embeddings = Embeddings(
         url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes, clock=broker.clock
     )
-    model, backends = bundle.manifest.name, None
+    backends: dict[str, Backend] | None = None
+    watching = asyncio.create_task(reload.watch(stop)) if reload is not None else None
     try:
-        if settings.worker_metrics_port:
-            metrics.serve(settings.worker_metrics_port)
-        await refuse_other_models(
-            broker.load,
-            namespace=settings.namespace,
-            model=model,
-            patience_s=broker.limits.report_ttl_s,
-        )
+        if not await unless(stop, _join_queue(broker, settings.namespace, model)):
+            return True
         async with starting(broker, name, model) as report:
-            backends = await open_backends(bundle, opener, report, stop)
+            backends = await opener(report, stop, broker)
             if backends is None:
                 return True
             report("warming up")
@@ -214,6 +200,11 @@ async def serve(settings: Settings, bundle: Bundle, opener: Opener) -> bool:
         )
         return await worker.run(stop, force_stop)
     finally:
+        if watching is not None:
+            watching.cancel()
+        if reload is not None and reload.wanted:
+            hold_signals()
+            reload.wanted = not force_stop.is_set()
         await embeddings.aclose()
         await broker.aclose()
         tracing.close()
@@ -221,29 +212,17 @@ async def serve(settings: Settings, bundle: Bundle, opener: Opener) -> bool:
             backend.close()
 
 
-def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
-    """Return the options of the chosen backend: the settings that were set. It chooses the others itself.
-
-    Raises:
-        BackendUnavailable: one is set that this backend does not take.
-    """
-    settings = with_backend(settings, manifest)
-    options: dict[str, Any] = {"threads": settings.threads}
-    for name in dict.fromkeys(option for names in OPTIONS.values() for option in names):
-        value = getattr(settings, name)
-        if value == Settings.model_fields[name].default:
-            continue
-        if name not in OPTIONS[settings.backend]:
-            takers = " and ".join(backend for backend, names in OPTIONS.items() if name in names)
-            raise BackendUnavailable(
-                f"--{name} is for the {takers} backend, not for {settings.backend}: leave it out"
-            )
-        options[name] = READ[name](value, manifest) if name in READ else value
-    if settings.export_on_start and settings.backend != "tensorrt":
-        raise BackendUnavailable(
-            f"--export-on-start is for the tensorrt backend, not for {settings.backend}: leave it out"
-        )
-    return options
+async def _join_queue(broker: Broker, namespace: str, model: str) -> None:
+    """Wait for Redis. Raise `ValueError` where workers of another model serve the namespace."""
+    await until_answered(broker.start)
+    check = partial(
+        refuse_other_models,
+        broker.load,
+        namespace=namespace,
+        model=model,
+        patience_s=broker.limits.report_ttl_s,
+    )
+    await until_answered(check)
 
 
 def open_texts(

@@ -112,7 +112,10 @@ def test_a_mistake_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         Settings.load(["--prot", "1"])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: unknown flag --prot; did you mean --port?\n"
+    assert capsys.readouterr().err == (
+        "error: unknown flag --prot; did you mean --port? "
+        "(exit status 2: starting this again does not help before it is mended)\n"
+    )
 
 
 def test_print_config_masks_secrets(capsys: pytest.CaptureFixture[str]) -> None:

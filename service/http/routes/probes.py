@@ -28,16 +28,23 @@ _NOT_STARTED: Responses = {503: {"model": Startup, "description": "Not enough wo
 async def livez(api: Api) -> Response:
     """Fails when samples are running and no worker has taken a step for `hang_s` seconds: something hangs."""
     loads = _last_loads(api).values()
-    return _health({"engine_steps": not any(hung(load, api.settings.hang_s) for load in loads)})
+    hangs = any(hung(load, api.settings.hang_s) for load in loads)
+    return _health({"engine_steps": "No worker takes steps." if hangs else ""})
 
 
 @router.get("/readyz", summary="Ready for work", response_model=Health, responses=_FAILING)
 async def readyz(api: Api) -> Response:
-    """Fails while this process drains, Redis does not answer, or a model lacks workers (`ready_workers`)."""
-    answered = await _refreshed(api)
-    staffed = _staffed(api)
-    api.started = api.started or staffed
-    return _health({"accepting": not api.draining.is_set(), "queue": answered, "workers": staffed})
+    """Fails while this process drains, Redis does not answer, or a model lacks workers (`ready_workers`).
+
+    The reasons are told by the name of the check.
+    """
+    faults = {
+        "accepting": "This process is told to stop." if api.draining.is_set() else "",
+        "queue": await _refreshed(api),
+        "workers": _lacking(api),
+    }
+    api.started = api.started or not faults["workers"]
+    return _health(faults)
 
 
 @router.get("/startupz", summary="Started", response_model=Startup, responses=_NOT_STARTED)
@@ -46,13 +53,13 @@ async def startupz(api: Api) -> Response:
 
     Lists what starting workers are doing.
     """
+    fault = ""
     if not api.started:
-        await _refreshed(api)
-        api.started = _staffed(api)
+        away = await _refreshed(api)
+        lacking = _lacking(api)
+        api.started, fault = not lacking, lacking and (away or lacking)
     workers = (worker for load in _last_loads(api).values() for worker in load.starting)
-    return _health(
-        {"started": api.started}, starting=[f"{worker.model}: {worker.doing}" for worker in workers]
-    )
+    return _health({"started": fault}, starting=[f"{worker.model}: {worker.doing}" for worker in workers])
 
 
 @metrics_router.get(
@@ -67,16 +74,17 @@ async def get_metrics(api: Api) -> Response:
     While Redis is away (`dit_redis_up` is 0), those of the queue are what was read of it last.
     """
     metrics.observe_memory("api")
-    answered = await _refreshed(api)
+    answered = not await _refreshed(api)
     loads, shared = _last_loads(api), api.settings.prometheus_multiproc_dir
     content = await run_in_threadpool(metrics.exposition, loads, redis_up=answered, shared=shared)
     return Response(content, headers={"content-type": metrics.CONTENT_TYPE})
 
 
-async def _refreshed(api: Context) -> bool:
-    """Read the load of every model. Return False if Redis does not tell all of them soon."""
+async def _refreshed(api: Context) -> str:
+    """Read the load of every model. Return "", or why Redis does not tell that of one soon."""
     models = api.models.values()
-    return all(await asyncio.gather(*(model.submissions.load.refresh() for model in models)))
+    reasons = await asyncio.gather(*(model.submissions.load.refresh() for model in models))
+    return next(filter(None, reasons), "")
 
 
 def _last_loads(api: Context) -> dict[str, LoadSnapshot]:
@@ -85,13 +93,24 @@ def _last_loads(api: Context) -> dict[str, LoadSnapshot]:
     return {name: load for name, load in loads.items() if load is not None}
 
 
-def _staffed(api: Context) -> bool:
-    """Return True if every model has at least `ready_workers` workers."""
+def _lacking(api: Context) -> str:
+    """Return "", or the model of which there are fewer than `ready_workers` workers."""
     loads, needed = _last_loads(api), api.settings.ready_workers
-    return len(loads) == len(api.models) and all(len(load.workers) >= needed for load in loads.values())
+    for name in api.models:
+        if name not in loads:
+            return f"The workers of {name} are not known."
+        if (there := len(loads[name].workers)) < needed:
+            return f"{name} has {there} of {needed} workers."
+    return ""
 
 
-def _health(checks: dict[str, bool], **more: list[str]) -> Response:
-    ok = all(checks.values())
-    content = {"status": "ok" if ok else "failing", "checks": checks, **more}
-    return JSONResponse(content, 200 if ok else 503, {"cache-control": "no-store"})
+def _health(faults: dict[str, str], **more: list[str]) -> Response:
+    """Return the answer of checks, each of which fails if there is a fault."""
+    reasons = {check: fault for check, fault in faults.items() if fault}
+    content: dict[str, object] = {
+        "status": "failing" if reasons else "ok",
+        "checks": {check: not fault for check, fault in faults.items()},
+        **({"reasons": reasons} if reasons else {}),
+        **more,
+    }
+    return JSONResponse(content, 503 if reasons else 200, {"cache-control": "no-store"})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ import pytest
 import structlog
 from onnx import TensorProto, numpy_helper
 
+from ditserve.bench.promises import neighbours
 from ditserve.model.spec.bundle import Bundle, BundleError, write_manifest
 from ditserve.service.backends import BackendUnavailable, load_backend
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def test_int8_is_chosen_where_it_is_within_budget_and_faster(
     backend.close()
 
 
-def test_speed_is_measured_in_pairs_of_steps_of_one_row(
+def test_speed_is_the_least_processor_time_of_steps_of_one_row_that_take_turns(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = pytest.importorskip("ditserve.service.backends.precision", reason="onnxruntime is not installed")
@@ -76,10 +81,11 @@ def test_speed_is_measured_in_pairs_of_steps_of_one_row(
             now += next(self.seconds)
             batches.append(len(inputs["x"]))
 
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now)
-    slow_at_first = chain([9.0], repeat(3e-3))
-    interrupted = chain(repeat(2e-3, 5), [1.0], repeat(2e-3))
-    assert module._speedup(Session(slow_at_first), Session(interrupted), bundle.manifest) == pytest.approx(
+    for clock in ("perf_counter", "process_time"):
+        monkeypatch.setattr(module.time, clock, lambda: now)
+    fast_at_first = chain([1e-3], repeat(3e-3))
+    mostly_slowed = cycle([2e-3, 9e-3, 8e-3, 7e-3])
+    assert module._speedup(Session(fast_at_first), Session(mostly_slowed), bundle.manifest) == pytest.approx(
         1.5
     )
     assert set(batches) == {1}
@@ -87,6 +93,32 @@ def test_speed_is_measured_in_pairs_of_steps_of_one_row(
     module._speedup(Session(repeat(30.0)), Session(repeat(20.0)), bundle.manifest)
     # One pair does not count, and one does.
     assert len(batches) == 4
+
+
+CHOOSE = """
+import sys
+from pathlib import Path
+from ditserve.model.spec.bundle import Bundle
+from ditserve.service.backends import load_backend
+print(load_backend("onnx", Bundle.open(Path(sys.argv[1]), verify=False), threads=int(sys.argv[2])).precision)
+"""
+
+
+def test_every_start_beside_a_noisy_neighbour_chooses_the_same() -> None:
+    """The shipped model, whose INT8 is 1.2 times as fast and more on every processor it was measured on."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    with neighbours(4):
+        starts = [
+            subprocess.run(
+                [sys.executable, "-c", CHOOSE, "model/zoo/emoji", threads],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            for threads in ("1", "2")
+        ]
+    assert {start.stdout.splitlines()[-1] for start in starts} == {"int8"}
 
 
 def test_a_precision_the_bundle_lacks_is_refused_by_its_file(bundle: Bundle) -> None:

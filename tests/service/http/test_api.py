@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from ditserve.service.exit_statuses import MISCONFIGURED
 from ditserve.service.http import api
 from ditserve.service.jobs import Starting
 from ditserve.service.limits import Limits
@@ -32,6 +33,6 @@ def test_a_namespace_of_another_model_is_refused(
 
     asyncio.run(announce())
     settings = Settings.parse([f"--bundle={bundle_path}", f"--namespace={namespace}", "--port=0"])
-    assert api.run(settings.model_copy(update={"redis_url": SecretStr(redis_url)})) == api.CONFIG_ERROR
+    assert api.run(settings.model_copy(update={"redis_url": SecretStr(redis_url)})) == MISCONFIGURED
     assert f"--namespace: {namespace} is in use by workers of vegetables" in capsys.readouterr().err
     asyncio.run(close_books(redis_url, namespace))

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from ditserve.model.spec.bundle import Manifest, write_manifest
+from ditserve.service.queue.broker import Broker
 from tests.service.launch.test_supervisor import Running, gone, service, serving
 from tests.service.tiny_bundle import MANIFEST, write_bundle
 
@@ -165,3 +166,45 @@ async def test_a_worker_is_told_which_of_several_bundles_is_whose(bundle: Callab
     assert process.returncode == 2
     assert f"--bundle {other} --namespace dit-other" in errors
     assert errors.count("\n") == 1
+
+
+async def test_a_worker_by_itself_begins_anew_on_a_signal_and_is_never_killed_by_it(
+    bundle: Callable[..., Path], tmp_path: Path, redis_url: str, namespace: str, wait_until: WaitUntil
+) -> None:
+    """Under the same process id; a bundle that did not change, or cannot be used, leaves it at work."""
+    folder, log = bundle("round", name="Round"), tmp_path / "log"
+    flags = ["worker", f"--bundle={folder}", f"--namespace={namespace}", "--backend=onnx", "--drain-s=5"]
+    process = service(*flags, log=log, REDIS_URL=redis_url, DIT_LOG_LEVEL="info", DIT_LOG_FORMAT="json")
+    broker = await Broker.connect(redis_url, namespace=namespace)
+    try:
+
+        async def served() -> str:
+            return "".join(worker.bundle for worker in (await broker.load()).workers)
+
+        old = await wait_until(served, timeout=60, every=0.05)
+        process.send_signal(signal.SIGHUP)
+        await wait_until(lambda: "bundle unchanged" in log.read_text(), timeout=30, every=0.05)
+        graph = folder / "backbone.onnx"
+        whole = graph.read_bytes()
+        graph.write_bytes(whole[:-1])
+        process.send_signal(signal.SIGHUP)
+        await wait_until(lambda: "the old one serves on" in log.read_text(), timeout=30, every=0.05)
+        assert await served() == old
+        graph.write_bytes(whole)
+        change(folder, name="Round", version="2")
+        process.send_signal(signal.SIGHUP)
+        # Signals while it begins anew neither kill it nor are they lost.
+        await wait_until(lambda: "draining" in log.read_text(), timeout=30, every=0.01)
+
+        async def anew() -> bool:
+            process.send_signal(signal.SIGHUP)
+            return await served() not in ("", old)
+
+        await wait_until(anew, timeout=60, every=0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+        process.communicate()
+        await broker.aclose()

@@ -27,8 +27,12 @@ class Server:
         defaults = ["bind 127.0.0.1", f"dir {folder}", "daemonize no", f"logfile {folder}/{self.port}.log"]
         stored = [] if sentinel else ['save ""', f"appendfilename {self.port}.aof"]
         config.write_text("\n".join([f"port {self.port}", *defaults, *stored, *lines]) + "\n")
-        words = [str(get_binary_path()), str(config), *(["--sentinel"] if sentinel else [])]
-        self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._words = [str(get_binary_path()), str(config), *(["--sentinel"] if sentinel else [])]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again on the same port."""
+        self.process = subprocess.Popen(self._words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     @property
     def url(self) -> str:

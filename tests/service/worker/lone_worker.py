@@ -9,12 +9,11 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.bundle import Bundle
+from ditserve.service.backends import Backend
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
@@ -37,12 +36,11 @@ class MortalBackend(FakeBackend):
         return super().embed(labels, text)
 
 
-async def opened(*_: object) -> MortalBackend:
-    return MortalBackend()
+async def opened(*_: object) -> dict[str, Backend]:
+    return {"": MortalBackend()}
 
 
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[1:])
     logs.configure(style="json", level="info")
-    bundle = Bundle(Path("fake"), MortalBackend().manifest)
-    sys.exit(0 if asyncio.run(main.serve(settings, bundle, opened)) else 1)
+    sys.exit(0 if asyncio.run(main.serve(settings, "fake", opened)) else 1)

@@ -17,8 +17,9 @@ from ditserve.service.launch.engine_build import BuildProgress
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings
 from ditserve.service.worker import main
+from ditserve.service.worker.backend_choice import backend_options
 from ditserve.service.worker.heartbeat import starting
-from ditserve.service.worker.main import backend_options, build_engine, open_texts
+from ditserve.service.worker.main import build_engine, open_texts
 from tests.conftest import wait_until
 
 Make = Callable[..., Any]
@@ -160,21 +161,26 @@ class Builder:
 @pytest.mark.anyio
 @pytest.mark.parametrize("built", [True, False])
 async def test_engines_are_built_before_they_are_loaded(
-    make_backend: Make, monkeypatch: pytest.MonkeyPatch, built: bool
+    make_backend: Make, monkeypatch: pytest.MonkeyPatch, broker: Broker, built: bool
 ) -> None:
     builder, reports, loaded = Builder(built=built), list[str](), list[dict[str, Any]]()
     monkeypatch.setattr(main, "build_engines", builder)
     monkeypatch.setattr(main, "load_backend", lambda *_, **options: loaded.append(options))
     here, bundle, stop = (
-        tensorrt(export_on_start=True, engines=Path("e")),
+        tensorrt(export_on_start=True, engines=Path("e"), precision="fp16"),
         Bundle(Path("b"), make_backend().manifest),
         asyncio.Event(),
     )
-    await main.open_backend(here, bundle, reports.append, stop)
-    engines = Path("e", bundle.manifest.name)
-    assert builder.asked == {"bundle": Path("b"), "precision": "auto", "engines": engines, "stop": stop}
+    await main.open_backend(here, bundle, reports.append, stop, broker)
+    options = {"threads": 0, "precision": "fp16", "engines": Path("e", bundle.manifest.name)}
+    assert builder.asked == {
+        "bundle": Path("b"),
+        "precision": "fp16",
+        "engines": options["engines"],
+        "stop": stop,
+    }
     assert reports[1] == "building the fp16 engine (1 of 1): 50%"
-    assert loaded == ([{"threads": 0, "engines": engines}] if built else [])
+    assert loaded == ([options] if built else [])
 
 
 @pytest.mark.anyio
