@@ -9,7 +9,7 @@ how many steps remain, and how many rows they take. Pure: tables and arithmetic,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import inf, log
@@ -52,7 +52,7 @@ class Ladder:
         ordered = sorted(rungs, key=lambda rung: (rung.quality, -self._guided_rows(rung)))
         self.rungs: tuple[Rung, ...] = tuple(ordered)
         self._own = [rung for rung in ordered if not rung.stretches]
-        self.below = lru_cache(_CACHED)(self._below)
+        self.below: Callable[[Rung, Consent], tuple[Rung, ...]] = lru_cache(_CACHED)(self._below)
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> Ladder:
