@@ -15,10 +15,15 @@ BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 TORCH_HINT := On Linux, TORCH_INDEX=<an index of CPU builds of torch> saves gigabytes.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+LOCKS := deploy/locks
+# The libraries of TensorRT have another index, and other files there.
+LOCK = $(BIN)/uv pip compile --quiet pyproject.toml $(addprefix --extra ,$(2)) --constraint constraints.txt --generate-hashes \
+    --universal --python-version 3.11 --no-header --no-annotate --output-file $(LOCKS)/$(1).txt
 SERVING := $(VENV)/.serve-$(KEY)
 TESTING := $(VENV)/.dev-$(KEY)
 
-.PHONY: help serve test lint format bench bench-check clean
+.PHONY: help serve test lint format bench bench-check lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
@@ -45,14 +50,23 @@ bench: $(TESTING) ## Run a benchmark: make bench BENCH=growth
 bench-check: $(TESTING) ## Compare cheap ratios with those on record.
 	@exec $(BIN)/python -m bench.check $(ARGS)
 
+lock: $(TESTING) ## Write deploy/locks: the packages of `make serve` and of the images, with the hashes of their files.
+	@mkdir -p $(LOCKS)
+	@$(call LOCK,serve,serve)
+	@$(call LOCK,api,otel serve-text)
+	@$(call LOCK,worker-cpu,cpu otel serve-text)
+	@$(call LOCK,worker,gpu otel serve-text) --no-emit-package tensorrt-cu13-libs
+
 clean: ## Remove the virtual environment and all caches.
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.%-$(KEY): | $(BIN)/python
 	@echo "Installing the $* packages into $(VENV) … $(if $(TORCH_INDEX),,$(if $(filter dev,$*),$(TORCH_HINT)))"
-	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[$*]' >>$(LOG) 2>&1 || { \
+	@{ $(if $(wildcard $(LOCKS)/$*.txt), \
+	    $(INSTALL) --require-hashes --requirement $(LOCKS)/$*.txt && $(INSTALL) --no-deps --editable ., \
+	    $(INSTALL) --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[$*]'); \
+	} >>$(LOG) 2>&1 || { \
 	    echo "error: the packages could not be installed (is a package index reachable?): see $(LOG)" >&2; exit 1; }
 	@rm -f $(VENV)/.$*-* && touch $@
 

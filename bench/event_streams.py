@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 
+from ditserve.commands import command_line
+
 ASK_EVERY_S = 0.005
 
 
@@ -77,7 +79,7 @@ def measure(url: str, *, clients: int, steps: int) -> dict[str, float]:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.event_streams",
+        prog=command_line("bench.event_streams"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

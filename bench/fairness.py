@@ -24,6 +24,7 @@ import httpx
 
 from ditserve.bench import report
 from ditserve.bench.load.cluster import served
+from ditserve.commands import command_line
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.command_line import positive
 
@@ -111,8 +112,8 @@ def markdown(measured: Sequence[Times], options: argparse.Namespace, load_averag
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write it to the report if one is asked for."""
-    parser = argparse.ArgumentParser(prog="python -m bench.fairness", description="Measure fairness.")
-    parser.add_argument("--bundle", type=Path, default=Path("model/zoo/emoji"))
+    parser = argparse.ArgumentParser(prog=command_line("bench.fairness"), description="Measure fairness.")
+    parser.add_argument("--bundle", type=Path, default=report.DEFAULT_BUNDLE)
     parser.add_argument("--steps", type=positive, default=5, help="of each request")
     parser.add_argument("--requests", type=positive, default=20, help="of each row")
     parser.add_argument("--report", type=Path, help="file for the table, as Markdown")

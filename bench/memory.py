@@ -89,10 +89,10 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[int, dict[str, i
     del network
     release_memory()
     peaks = {}
-    words = ("-m", "model.convert", "import", str(checkpoint), str(bundle))
+    words = ("-m", "ditserve.model.convert", "import", str(checkpoint), str(bundle))
     peaks["import"], _ = command_peak(*words, "--licence", "none", "--predicts-noise")
     checkpoint.unlink()
-    words = ("-m", "export.onnx", str(bundle), "--out", str(served))
+    words = ("-m", "ditserve.export.onnx", str(bundle), "--out", str(served))
     peaks["export"], told = command_peak(*words, *FEW_ROWS, "--half", options.half)
     print(told, file=sys.stderr, end="")
     peaks["worker"] = asyncio.run(worker_peak(served))
@@ -104,8 +104,12 @@ def measure_pipeline(layers: int, folder: Path) -> tuple[int, dict[str, int]]:
     source, bundle, served = folder / "pipeline", folder / "bundle", folder / "served"
     size = 2 * write_sd3(source, layers=layers)
     peaks, sizes = {}, ("--size", "16", "16", "--licence", "none")
-    peaks["import"], _ = command_peak("-m", "model.convert", "import", str(source), str(bundle), *sizes)
-    peaks["export"], _ = command_peak("-m", "export.onnx", str(bundle), "--out", str(served), *FEW_ROWS)
+    peaks["import"], _ = command_peak(
+        "-m", "ditserve.model.convert", "import", str(source), str(bundle), *sizes
+    )
+    peaks["export"], _ = command_peak(
+        "-m", "ditserve.export.onnx", str(bundle), "--out", str(served), *FEW_ROWS
+    )
     peaks["worker"] = asyncio.run(worker_peak(served))
     peaks["worker in fp16"] = asyncio.run(worker_peak(bundle, "--backend=torch", "--precision=fp16"))
     return size, peaks

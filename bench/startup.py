@@ -30,6 +30,7 @@ from ditserve.bench.load.processes import free_port, process_tree, resident_byte
 from ditserve.bench.load.wire import Wire, exchange, post
 from ditserve.bench.plots import draw_bars
 from ditserve.bench.report import MIB
+from ditserve.commands import command_line
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.launch.child_process import Child
 
@@ -69,7 +70,14 @@ async def started_service(
     Raises:
         RuntimeError: the service does not come up.
     """
-    words = [sys.executable, "-m", "service", f"--port={port}", f"--bundle={bundle}", "--log-level=warning"]
+    words = [
+        sys.executable,
+        "-m",
+        "ditserve.service",
+        f"--port={port}",
+        f"--bundle={bundle}",
+        "--log-level=warning",
+    ]
     words += flags
     began = time.perf_counter()
     child = await Child.start("service", ["/bin/sh", "-c", 'exec "$@" >/dev/null', "service", *words])
@@ -109,7 +117,7 @@ async def _seconds_until_ready(port: int, child: Child, began: float, patience_s
                 await wire.aclose()
         except (OSError, RuntimeError, asyncio.IncompleteReadError):
             await asyncio.sleep(POLL_S)
-    raise RuntimeError("the service did not come up: try `python -m service`")
+    raise RuntimeError(f"the service did not come up: try `{command_line('service')}`")
 
 
 def resident_mib(pid: int) -> dict[str, float]:

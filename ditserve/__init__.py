@@ -5,5 +5,6 @@ In a checkout they are links to the folders beside this one; in the wheel they a
 
 import os
 
-# ONNX Runtime writes to the user's cache and calls a telemetry host from its import on, unless this says no.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# ONNX Runtime, from its import on, and the libraries of Hugging Face would call telemetry hosts.
+for _switch in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_switch, "1")

@@ -3,5 +3,5 @@
 This package imports `model` and never `service`: the two meet in the bundle.
 """
 
-# `python -m export.int8` begins here, and imports ONNX Runtime before other parts of `ditserve`.
+# `python -m export.int8` begins here, and imports libraries before other parts of `ditserve`.
 import ditserve  # noqa: F401

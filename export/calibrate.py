@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ditserve.commands import command_line
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network, NetworkConfig
@@ -84,7 +85,7 @@ class CalibrationRows:
             folder = path.parent
             raise ExportError(
                 f"{path} is missing: export the bundle again "
-                f"with python -m export.onnx {folder} --out {folder}"
+                f"with {command_line('export.onnx')} {folder} --out {folder}"
             )
         tensors = load_file(path)
         return cls(tensors["x"].float(), tensors["timestep"], tensors["labels"], tensors.get("text"))

@@ -20,6 +20,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from ditserve.commands import command_line
 from ditserve.export.calibrate import CalibrationRows
 from ditserve.export.errors import ExportError
 from ditserve.export.graph import backbone_graph
@@ -198,7 +199,7 @@ def verify_half(
 def main(arguments: list[str]) -> int:
     """Run the command line; return 0 if done, 2 if refused with one sentence on stderr."""
     parser = argparse.ArgumentParser(
-        prog="python -m export.half", description="Add a half-precision backbone to a bundle."
+        prog=command_line("export.half"), description="Add a half-precision backbone to a bundle."
     )
     parser.add_argument("bundle", type=named_path)
     parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto")

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
+from ditserve.commands import command_line
 from ditserve.export.calibrate import (
     DEFAULT_TRAJECTORIES,
     CalibrationRows,
@@ -234,7 +235,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m export.int8", description="Add a verified INT8 backbone to a bundle."
+        prog=command_line("export.int8"), description="Add a verified INT8 backbone to a bundle."
     )
     parser.add_argument("bundle", type=named_path)
     parser.add_argument("--target", choices=tuple(FILES), default="cpu")
@@ -256,7 +257,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--classifier",
         type=named_path,
         default=CLASSIFIER,
-        help="folder of python -m model.evaluation.classifier",
+        help=f"folder of {command_line('model.evaluation.classifier')}",
     )
     parser.add_argument("--threads", type=thread_count, default=1)
     return parser.parse_args(arguments)

@@ -18,6 +18,7 @@ from typing import Any, get_args
 import torch
 from pydantic import ValidationError
 
+from ditserve.commands import command_line
 from ditserve.export.calibrate import (
     DEFAULT_TRAJECTORIES,
     CalibrationRows,
@@ -286,7 +287,7 @@ def _card_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m export.onnx", description="Write a bundle from a training run or a bundle."
+        prog=command_line("export.onnx"), description="Write a bundle from a training run or a bundle."
     )
     parser.add_argument(
         "source", type=named_path, help="training run, a bundle, or a folder of a diffusers pipeline"

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ditserve.commands import command_line
 from ditserve.export.errors import ExportError
 from ditserve.export.tensorrt.build import (
     BuildCancelled,
@@ -299,7 +300,7 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m export.trt", description="Build TensorRT engines of a bundle's backbone."
+        prog=command_line("export.trt"), description="Build TensorRT engines of a bundle's backbone."
     )
     add = parser.add_argument
     add("bundle", type=named_path)
@@ -322,7 +323,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     once = ("--check", "--force", "--compile-only", "--verbose")
     kept = [argument for argument in arguments if argument not in once]
-    options.command = shlex.join(["python", "-m", "export.trt", *kept])
+    options.command = f"{command_line('export.trt')} {shlex.join(kept)}"
     return options
 
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ditserve.commands import command_line
 from ditserve.model.nets.attention_weights import observed_attention
 from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
@@ -168,7 +169,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m model.attention", description="Paint where a network looks over the picture it makes."
+        prog=command_line("model.attention"),
+        description="Paint where a network looks over the picture it makes.",
     )
     add = parser.add_argument
     add("model", type=named_path, help="a bundle, or a training run")

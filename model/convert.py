@@ -21,6 +21,7 @@ from typing import Any, cast, get_args
 from rich.console import Console
 from rich.table import Table
 
+from ditserve.commands import command_line
 from ditserve.model.spec.bundle import MANIFEST, WEIGHTS, Bundle, bundle_name
 from ditserve.model.spec.command_line import guarded, named_path, positive
 from ditserve.model.spec.output_folder import BUNDLE, check_folder
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m model.convert",
+        prog=command_line("model.convert"),
         description="Bring published or diffusers weights in as a bundle, or take a bundle's weights out.",
     )
     commands: Any = parser.add_subparsers(dest="command", required=True)

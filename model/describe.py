@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ditserve.commands import command_line
 from ditserve.model.nets.cost import Cost, cost
 from ditserve.model.spec.bundle import MANIFEST, PIPELINE, Bundle
 from ditserve.model.spec.command_line import guarded, positive
@@ -140,7 +141,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m model.describe",
+        prog=command_line("model.describe"),
         description="What networks cost per row: parameters, multiply-adds, FLOPs, activation memory.",
     )
     parser.add_argument(

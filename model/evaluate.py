@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ditserve.commands import command_line
 from ditserve.model.evaluation.classifier_network import CLASSIFIER, Classifier, open_classifier
 from ditserve.model.evaluation.comparison import EvaluatedModel, comparison_table
 from ditserve.model.evaluation.features import (
@@ -158,9 +159,9 @@ def _no_classifier(folder: Path, reason: str, loaded: LoadedModel, options: argp
         (model / "config.json" for model in options.models if (model / "config.json").is_file()), None
     )
     return (
-        f"the classifier in {folder} {reason}: train one by python -m "
-        f"model.evaluation.classifier --config {config or 'RUN.json'} --data {options.data} --out judge, "
-        "and pass --classifier judge"
+        f"the classifier in {folder} {reason}: train one by "
+        f"{command_line('model.evaluation.classifier')} --config {config or 'RUN.json'} "
+        f"--data {options.data} --out judge, and pass --classifier judge"
     )
 
 
@@ -301,7 +302,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m model.evaluate", description="Measure what a model's pictures are worth."
+        prog=command_line("model.evaluate"), description="Measure what a model's pictures are worth."
     )
     parser.add_argument(
         "models",
@@ -320,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--classifier",
         type=named_path,
-        help="folder of python -m model.evaluation.classifier (default: the emoji's)",
+        help=f"folder of {command_line('model.evaluation.classifier')} (default: the emoji's)",
     )
     parser.add_argument("--limit", type=positive, default=200, help="pictures for labels of the training set")
     parser.add_argument(

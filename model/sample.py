@@ -19,6 +19,7 @@ from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 
+from ditserve.commands import command_line
 from ditserve.model.nets.autoencoder import open_decoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import (
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m model.sample",
+        prog=command_line("model.sample"),
         description="Sample a model to one picture. What is not said is as the model's bundle has it.",
     )
     add = parser.add_argument

@@ -7,6 +7,8 @@
     python -m service dead requeue ID [flags]
     python -m service keys add|list|revoke    API keys, in the file that --keys-file names
     python -m service generate "strawberry"   ask a running service for an image
+    python -m service models [FOLDER …]       bundles with their state and size
+    python -m service schema FOLDER           what a model takes
 
 Flags and environment variables: --help. Each command imports only what it needs.
 """
@@ -15,12 +17,18 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from ditserve.commands import command_line
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import output
 
 # Commands that take settings, and those that take arguments of their own.
 COMMANDS = {"api": "ditserve.service.http.api:run", "worker": "ditserve.service.worker.main:run"}
-TOOLS = {"generate": "ditserve.service.client.cli:run", "keys": "ditserve.service.api_keys:run"}
+TOOLS = {
+    "generate": "ditserve.service.client.cli:run",
+    "keys": "ditserve.service.api_keys:run",
+    "models": "ditserve.service.bundle_table:run",
+    "schema": "ditserve.service.http.model_schema:run",
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     command = words[0] if words and not words[0].startswith("-") else ""
     flags = list(argv[len(words) if command else 0 :])
     if command == "dead":
-        settings = Settings.load(flags, program="python -m service dead")
+        settings = Settings.load(flags, program=command_line("service dead"))
         dead: Callable[[Sequence[str], Settings], int] = _implementation("ditserve.service.dead_letters:run")
         return dead(words[1:], settings)
     if command in TOOLS:
@@ -41,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         known = ", ".join((*COMMANDS, "dead", *TOOLS))
         print(f"error: unknown command {command!r}; choose among {known}", file=sys.stderr)
         return 2
-    settings = Settings.load(flags, program=f"python -m service {command}".rstrip())
+    settings = Settings.load(flags, program=command_line(f"service {command}".rstrip()))
     run: Callable[[Settings], int] = _implementation(
         COMMANDS.get(command, "ditserve.service.launch.supervisor:run")
     )

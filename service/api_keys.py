@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fcntl import LOCK_EX, flock
 from pathlib import Path
@@ -28,12 +29,14 @@ from typing import Annotated, Literal
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ditserve.commands import command_line
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.service.addresses import is_loopback
 from ditserve.service.settings import Settings
 
 Scope = Literal["generate", "admin"]
 SCOPES: tuple[Scope, ...] = ("generate", "admin")
+RETRY_S = 1.0  # between two reads of a file that cannot be used and has not changed
 LAST_SECOND = 253402300800.0  # of the year 9999, since the epoch: a date beyond cannot be shown
 log = structlog.get_logger()
 _KEY = re.compile(r"dit_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
@@ -76,11 +79,21 @@ class _File(BaseModel):
     keys: tuple[ApiKey, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """A file of this stamp that could not be read, and is not read again before `retry_at` (monotonic)."""
+
+    stamp: tuple[int, int, int]
+    retry_at: float
+    sentence: str
+
+
 class Keyring:
     """The keys of a file, read again when it changes.
 
     A file that does not exist when this begins holds no keys. While a file is gone later, or cannot be read,
-    the keys read last stay valid.
+    the keys read last stay valid. Requests do not wait for a file that cannot be used to be read again: that
+    is tried when it has changed, and otherwise every `RETRY_S` seconds.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,6 +102,7 @@ class Keyring:
         # Inode, modification time (ns) and size (bytes) of the file that was read, None if there was none.
         self._stamp: tuple[int, int, int] | None = None
         self._keys: Mapping[str, ApiKey] = {}
+        self._unreadable: _Unreadable | None = None
         self._complaint = ""
         with suppress(FileNotFoundError):
             self._read_changes()
@@ -125,9 +139,17 @@ class Keyring:
         with _sentences(self._path):
             status = self._path.stat()
         stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if stamp != self._stamp:
+        if stamp == self._stamp:
+            return
+        known = self._unreadable
+        if known is not None and known.stamp == stamp and time.monotonic() < known.retry_at:
+            raise KeyringError(known.sentence)
+        try:
             self._keys = {key.id: key for key in _read_file(self._path)}
-            self._stamp = stamp
+        except KeyringError as error:
+            self._unreadable = _Unreadable(stamp, time.monotonic() + RETRY_S, str(error))
+            raise
+        self._stamp, self._unreadable = stamp, None
 
 
 def read(path: Path) -> tuple[ApiKey, ...]:
@@ -192,7 +214,7 @@ def revoke(path: Path, key_id: str) -> ApiKey:
             if key.id == key_id:
                 keys.remove(key)
                 return key
-        raise KeyringError(f"{path} has no key {key_id}; python -m service keys list shows them")
+        raise KeyringError(f"{path} has no key {key_id}; {command_line('service keys')} list shows them")
 
 
 @contextmanager
@@ -228,7 +250,7 @@ def open_keyring(settings: Settings) -> Keyring | None:
     if not settings.open and not is_loopback(settings.host):
         raise KeyringError(
             f"--host {settings.host} lets other machines in and no key is asked: "
-            "set --keys-file (python -m service keys add), or --open to let everybody in"
+            f"set --keys-file ({command_line('service keys')} add), or --open to let everybody in"
         )
     return None
 
@@ -236,7 +258,7 @@ def open_keyring(settings: Settings) -> Keyring | None:
 def run(arguments: Sequence[str]) -> int:
     """Run `keys add|list|revoke` on the file of the setting `keys_file`. Return the exit status."""
     options = _parser().parse_args(arguments)
-    path: Path | None = options.keys_file or Settings.load(program="python -m service keys").keys_file
+    path: Path | None = options.keys_file or Settings.load(program=command_line("service keys")).keys_file
     if path is None:
         print("error: --keys-file (or DIT_KEYS_FILE) names no file to keep keys in", file=sys.stderr)
         return 2
@@ -261,7 +283,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m service keys",
+        prog=command_line("service keys"),
         description="API keys: hashes in a file, which --keys-file of the API names too.",
     )
     parser.add_argument("--keys-file", type=Path, help="the file; by default DIT_KEYS_FILE")

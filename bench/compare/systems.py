@@ -48,7 +48,7 @@ class SystemUnderTest:
 
     @property
     def ours(self) -> bool:
-        return self.command[:2] == ("-m", "service")
+        return self.command[:2] == ("-m", "ditserve.service")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,8 @@ class ServerFailed(ModelError):
 
 
 OURS = (
-    *("-m", "service", "--port={port}", "--bundle={bundle}", "--threads={threads}", "--log-level=warning"),
+    *("-m", "ditserve.service", "--port={port}", "--bundle={bundle}"),
+    *("--threads={threads}", "--log-level=warning"),
     "--canary-s=0",
 )
 OURS_FP32 = (*OURS, "--precision=fp32")

@@ -68,7 +68,7 @@ class TestCluster:
         self.url, self.port = self.urls[0], settings.port
         self._folder, self._settings = folder, settings
         self._durable, self._unlike = durable, unlike
-        self._modules = {"api": ("service", "api"), "worker": worker}
+        self._modules = {"api": ("ditserve.service", "api"), "worker": worker}
         self._children: dict[str, Child] = {}
         self._restarts: list[asyncio.Task[None]] = []
 
@@ -96,8 +96,11 @@ class TestCluster:
             self._children[name], url = await start_valkey(self._folder, durable=self._durable)
             self._settings = self._settings.model_copy(update={"redis_url": SecretStr(url)})
             return
-        words = [sys.executable, "-m", *self._modules[name.partition("-")[0]]]
         unlike = self._unlike.get(name, Circumstances())
+        module, *words = self._modules[name.partition("-")[0]]
+        # An earlier release has its packages at the top of its checkout alone.
+        module = module if unlike.checkout is None else module.removeprefix("ditserve.")
+        words = [sys.executable, "-m", module, *words]
         # A pipe that nobody reads any more could not be opened again.
         plain = unlike.log is None or name in self._children
         self._children[name] = await Child.start(
@@ -164,7 +167,7 @@ async def running_cluster(
     *,
     workers: int,
     durable: bool = True,
-    worker: Sequence[str] = ("service", "worker"),
+    worker: Sequence[str] = ("ditserve.service", "worker"),
     unlike: Mapping[str, Circumstances] = COMMON,
 ) -> AsyncIterator[TestCluster]:
     """Run a cluster that is ready, with `settings` except for the port and the queue, which are its own.

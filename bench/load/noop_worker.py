@@ -26,7 +26,7 @@ def open_backend(bundle: Bundle, **options: Any) -> NoopBackend:
 
 def main(arguments: Sequence[str]) -> int:
     BACKENDS.update(dict.fromkeys(BACKENDS, "ditserve.bench.load.noop_worker:open_backend"))
-    return run(Settings.load(list(arguments), program="python -m bench.load.noop_worker"))
+    return run(Settings.load(list(arguments), program="python -m ditserve.bench.load.noop_worker"))
 
 
 if __name__ == "__main__":

@@ -122,4 +122,6 @@ def _write_tokenizer(folder: Path) -> None:
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps({piece: k for k, piece in enumerate(pieces)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77).save_pretrained(folder)
+    transformers.CLIPTokenizer.from_pretrained(
+        folder, local_files_only=True, model_max_length=77
+    ).save_pretrained(folder)

@@ -40,7 +40,9 @@ class PeerRequest:
 class Pipeline:
     def __init__(self, folder: Path, *, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
+        self.transformer = DiTTransformer2DModel.from_pretrained(
+            folder / "transformer", local_files_only=True
+        ).eval()
         self.scheduler: dict[str, Any] = json.loads((folder / "scheduler.json").read_text())
 
     def __call__(self, requests: Sequence[PeerRequest]) -> list[bytes]:

@@ -1,6 +1,6 @@
 """The autoscaler of Kubernetes as the manifests configure it: KEDA's queries, and the steps of its HPA.
 
-What `deploy/kubernetes/worker.yaml` says is repeated here, and a test compares. Pure: times and figures are
+What `deploy/kubernetes/autoscaling` says is repeated here, and a test compares. Pure: times and figures are
 arguments.
 """
 

@@ -200,7 +200,7 @@ def markdown(outcomes: Sequence[ScalingOutcome]) -> str:
         f"can do undegraded and back in {DAY_S / 3600:g} h; {APIS} APIs, up to {MOST} workers that take "
         f"{START_S:g} s to start,",
         "the published GPU's step times, deadlines of three times the unloaded duration. KEDA and its",
-        "HPA are as in deploy/kubernetes/worker.yaml. Times are simulated: none depends on the machine.",
+        "HPA are as in deploy/kubernetes/autoscaling. Times are simulated: none depends on the machine.",
         "A turn is a change of the wanted number the other way than the one before; one is the day's.",
         "",
         "| signal | requests | in time, of all | refused | all steps, of all | mean distance | worker-hours"

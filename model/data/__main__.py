@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ditserve.commands import command_line
 from ditserve.model.data import emoji
 from ditserve.model.data.extraction import EncoderSettings, extract, plan_extraction, progress_of, write_index
 from ditserve.model.data.labels import select_examples
@@ -25,7 +26,7 @@ from ditserve.model.spec.output_folder import LATENTS, check_folder
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command and return the exit status; a mistake is one sentence on stderr and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m model.data")
+    parser = argparse.ArgumentParser(prog=command_line("model.data"))
     commands = parser.add_subparsers(required=True)
     _emoji_arguments(
         commands.add_parser("emoji", help="render the emoji set from npm packages of SVG drawings")

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ditserve.commands import command_line
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.transforms import distort
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m model.evaluation.classifier", description="Train the judge of generated pictures."
+        prog=command_line("model.evaluation.classifier"), description="Train the judge of generated pictures."
     )
     parser.add_argument(
         "--config", type=named_path, required=True, help="a training run's file, which selects the pictures"

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ditserve.commands import command_line
 from ditserve.model.spec.bundle import WEIGHTS, Factor, digest, write_atomic
 from ditserve.model.spec.errors import ModelError, wrong_field
 
@@ -119,7 +120,7 @@ def open_classifier(folder: Path) -> Classifier:
     except FileNotFoundError as error:
         raise ClassifierError(
             f"{folder} holds no classifier: {error.filename} is missing; "
-            "python -m model.evaluation.classifier writes one"
+            f"{command_line('model.evaluation.classifier')} writes one"
         ) from None
     except ValidationError as error:
         raise ClassifierError(f"{card_path}: {': '.join(wrong_field(error))}") from None

@@ -168,7 +168,9 @@ def open_latent_autoencoder(
     try:
         network = importlib.import_module("diffusers").AutoencoderKL
         # low_cpu_mem_usage would need the package accelerate.
-        vae, loading = network.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
+        vae, loading = network.from_pretrained(
+            folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
         if loading["missing_keys"]:
             # diffusers fills them with random numbers.
             raise ValueError(f"its weights lack {loading['missing_keys'][0]}")

@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ditserve.commands import command_line
 from ditserve.model.prune.pruned_bundle import PruneOptions, write_pruned_bundle
 from ditserve.model.spec.command_line import count, guarded, named_path, positive, share
 
@@ -21,7 +22,8 @@ from ditserve.model.spec.command_line import count, guarded, named_path, positiv
 def main(arguments: Sequence[str]) -> int:
     """Run the command line. Return 0, or 2 after a mistake, which is reported in one sentence."""
     parser = argparse.ArgumentParser(
-        prog="python -m model.prune", description="Take away the heads and MLP channels that matter least."
+        prog=command_line("model.prune"),
+        description="Take away the heads and MLP channels that matter least.",
     )
     parser.add_argument("model", type=named_path, help="a bundle of a DiT, or a training run")
     parser.add_argument("-o", "--out", type=named_path, required=True, help="folder of the smaller bundle")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditserve.commands import command_line
 from ditserve.model.evaluation.picture_sets import open_data
 from ditserve.model.prune.importance import importance, noise_of, training_batches
 from ditserve.model.prune.pruning import PruneError, mlp_channels, prune, pruned_config
@@ -60,7 +61,7 @@ def write_pruned_bundle(source: Path, data: Path, out: Path, options: PruneOptio
     return (
         f"wrote {out}: {before:.2f} M parameters became {after:.2f} M, {dit.config.num_heads} heads "
         f"{config.num_heads}, {mlp_channels(dit.config)} MLP channels {mlp_channels(config)}\n"
-        f"python -m model.train --config {out / RECOVER}    makes up for the loss"
+        f"{command_line('model.train')} --config {out / RECOVER}    makes up for the loss"
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from ditserve.commands import command_line
 from ditserve.model.scaling.family import Family, plan_runs
 from ditserve.model.scaling.measuring import measure_costs, measure_family
 from ditserve.model.scaling.report import write_report
@@ -28,7 +29,7 @@ from ditserve.model.train.config import first_mistake
 def main(arguments: Sequence[str]) -> int:
     """Run the command line. Return 0, or 2 after a mistake, which is reported in one sentence."""
     parser = argparse.ArgumentParser(
-        prog="python -m model.scaling", description="Train a family and fit its scaling law."
+        prog=command_line("model.scaling"), description="Train a family and fit its scaling law."
     )
     parser.add_argument("family", type=named_path, help="a JSON file")
     parser.add_argument(

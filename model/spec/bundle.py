@@ -31,6 +31,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticSerializationError
 
+from ditserve.commands import command_line
 from ditserve.model.spec import bundle_bounds as bounds
 from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.errors import ModelError, wrong_field
@@ -319,7 +320,7 @@ class Bundle:
         if not source.is_file():
             raise BundleError(
                 f"{root} is not a bundle: {MANIFEST} is missing; "
-                "pass a folder written by python -m export.onnx"
+                f"pass a folder written by {command_line('export.onnx')}"
             )
         manifest = _read_manifest(source)
         if manifest.golden is not None and GOLDEN not in manifest.files:
@@ -379,10 +380,10 @@ class Bundle:
 
     def _command_for(self, name: str) -> str:
         if ".int8" in name:
-            return f"python -m export.int8 {self.path} adds it"
+            return f"{command_line('export.int8')} {self.path} adds it"
         if name.startswith("backbone.") and name != BACKBONE:
-            return f"python -m export.half {self.path} adds it"
-        return f"python -m export.onnx {self.path} --out {self.path} writes all graphs"
+            return f"{command_line('export.half')} {self.path} adds it"
+        return f"{command_line('export.onnx')} {self.path} --out {self.path} writes all graphs"
 
 
 def bundle_name(folder: Path) -> str:

@@ -22,16 +22,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ditserve.commands import command_line
 from ditserve.model.spec.bundle import BACKBONE, WEIGHTS, Bundle, BundleError, digest
 from ditserve.model.spec.errors import ModelError
 
 FOLDER = "engines"
 # Precision → graph file, and the command that writes it.
 GRAPHS = {
-    "fp32": (BACKBONE, "python -m export.onnx"),
-    "fp16": ("backbone.fp16.onnx", "python -m export.half --precision fp16"),
-    "bf16": ("backbone.bf16.onnx", "python -m export.half --precision bf16"),
-    "int8": ("backbone.int8.fp16.onnx", "python -m export.int8 --target tensorrt"),
+    "fp32": (BACKBONE, command_line("export.onnx")),
+    "fp16": ("backbone.fp16.onnx", command_line("export.half --precision fp16")),
+    "bf16": ("backbone.bf16.onnx", command_line("export.half --precision bf16")),
+    "int8": ("backbone.int8.fp16.onnx", command_line("export.int8 --target tensorrt")),
 }
 
 

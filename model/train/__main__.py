@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
+from ditserve.commands import command_line
 from ditserve.model.distributed.processes import World, join_processes, made_by_first
 from ditserve.model.spec.command_line import guarded, named_path
 from ditserve.model.spec.output_folder import RUN, check_folder
@@ -103,7 +104,7 @@ def _first_prints(world: World) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m model.train", description="Train a network.")
+    parser = argparse.ArgumentParser(prog=command_line("model.train"), description="Train a network.")
     parser.add_argument(
         "--config",
         type=named_path,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ditserve.commands import command_line
 from ditserve.model.spec.command_line import guarded, named_path
 from ditserve.model.train.training_log import LOG, read_log
 
@@ -53,7 +54,7 @@ def draw_curve(folder: Path) -> Path:
 def main(arguments: Sequence[str]) -> int:
     """Draw the curve of the run named on the command line. Return 0, or 2 after a mistake."""
     parser = argparse.ArgumentParser(
-        prog="python -m model.train.curve", description="Draw a training run's curve."
+        prog=command_line("model.train.curve"), description="Draw a training run's curve."
     )
     parser.add_argument("run", type=named_path)
     options = parser.parse_args(arguments)

@@ -28,6 +28,8 @@ BACKENDS: Final[dict[str, str]] = {
     "torch": "ditserve.service.backends.torch:TorchBackend",
     "tensorrt": "ditserve.service.backends.tensorrt:TensorRtBackend",
 }
+# The extra that brings what a backend imports.
+EXTRAS: Final[dict[str, str]] = {"onnx": "cpu", "torch": "torch", "tensorrt": "gpu"}
 TEXT: Final = "ditserve.service.backends.text"
 OTHER_TEXTS: Final = "ditserve.service.backends.other_texts"
 PIPELINE_TEXTS: Final = "ditserve.model.nets.pipelines.texts"
@@ -115,7 +117,8 @@ def load_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
     except ImportError as error:
         package = error.name or str(error)
         raise BackendUnavailable(
-            f"backend {name!r} needs the package {package}, which is not installed"
+            f"backend {name!r} needs the package {package}, which is not installed: "
+            f"pip install 'ditserve[{EXTRAS[name]}]'"
         ) from error
     return cast(Backend, implementation(bundle, **options))
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import structlog
 
+from ditserve.commands import command_line
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.backends.sessions import BACKBONES, CPU, open_session, provider_entries, run_session
@@ -21,7 +22,10 @@ TIMING_S, TIMED = 3.0, 25
 # INT8 is chosen if it is this many times as fast as fp32. Below that noise would decide, and pictures would
 # change from start to start.
 FASTER = 1.05
-OUTDATED: Final = "an older export wrote it; write it again with python -m export.half or export.int8"
+OUTDATED: Final = (
+    "an older export wrote it; write it again with "
+    f"{command_line('export.half')} or {command_line('export.int8')}"
+)
 
 log = structlog.get_logger()
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from ditserve.commands import command_line
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.engine_cache import FOLDER, GRAPHS, CachedEngine, Device, engine_origin
 from ditserve.model.spec.pipeline_config import PipelineConfig
@@ -143,7 +144,7 @@ class TensorRtBackend:
         engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
             raise BackendUnavailable(
-                f"TensorRT cannot load {file}: build it again with python -m export.trt --force"
+                f"TensorRT cannot load {file}: build it again with {command_line('export.trt')} --force"
             )
         if engine.get_tensor_dtype("x") != self._trt.DataType.FLOAT:
             raise BackendUnavailable(f"{file} takes half precision: {OUTDATED}")
@@ -219,7 +220,8 @@ def find_engine(bundle: Bundle, engines: Path, precision: str, version: str, dev
         where = "" if engines == bundle.path / FOLDER else f" --engines {engines}"
         raise BackendUnavailable(
             f"the {precision} engine for {device.name} ({device.capability}) and TensorRT {version} "
-            f"is {problem}: build it with python -m export.trt {bundle.path} --precision {precision}{where}"
+            f"is {problem}: build it with "
+            f"{command_line('export.trt')} {bundle.path} --precision {precision}{where}"
         )
     return cached.engine
 

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ditserve.commands import command_line
 from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.command_line import finite
 from ditserve.model.spec.mixing import Combine
@@ -151,7 +152,7 @@ def _follow(client: Client, job_id: str) -> None:
 
 def _parser(url: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m service generate", description="Ask a running service for images."
+        prog=command_line("service generate"), description="Ask a running service for images."
     )
     parser.add_argument(
         "prompt",

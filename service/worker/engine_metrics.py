@@ -10,6 +10,14 @@ from ditserve.service.errors import NumericalError
 from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.counters import CacheCounters
 
+# As `CacheCounters` counts them.
+_CACHE_COUNTERS = (
+    metrics.CACHE_HITS,
+    metrics.CACHE_MISSES,
+    metrics.CACHE_BYPASS,
+    metrics.CACHE_EVICTIONS,
+)
+
 
 class EngineMetrics:
     """The observer of an engine, called with the report of every step, in the engine's thread.
@@ -30,6 +38,11 @@ class EngineMetrics:
         if texts is not None:
             self._caches |= {"text": [texts], "shared-text": [shared]}
         self._counted = dict.fromkeys(self._caches, (0, 0, 0, 0))
+        for counter in _CACHE_COUNTERS:
+            for name in self._caches:
+                counter.labels(name)
+        for rung in engine.ladder.rungs:
+            metrics.DEGRADED.labels(rung.name)
 
     def __call__(self, report: StepReport) -> None:
         if report.rows:
@@ -53,13 +66,7 @@ class EngineMetrics:
             sum(cache.bypasses for cache in caches),
             sum(cache.evictions for cache in caches),
         )
-        counters = (
-            metrics.CACHE_HITS,
-            metrics.CACHE_MISSES,
-            metrics.CACHE_BYPASS,
-            metrics.CACHE_EVICTIONS,
-        )
-        for counter, total, counted in zip(counters, totals, self._counted[name], strict=True):
+        for counter, total, counted in zip(_CACHE_COUNTERS, totals, self._counted[name], strict=True):
             counter.labels(name).inc(total - counted)
         self._counted[name] = totals
         metrics.CACHE_BYTES.labels(name).set(sum(cache.bytes for cache in caches))

@@ -52,6 +52,7 @@ from ditserve.service.worker.agreement import load_agreed
 from ditserve.service.worker.backend_choice import backend_options, with_backend
 from ditserve.service.worker.engine_metrics import EngineMetrics
 from ditserve.service.worker.engine_monitor import WorkerIdentity
+from ditserve.service.worker.engine_thread import ProcessorWaits
 from ditserve.service.worker.handoff import checkpoint_origin
 from ditserve.service.worker.heartbeat import starting
 from ditserve.service.worker.previews import LARGE_DECODERS, PreviewDecoder
@@ -307,6 +308,7 @@ def _engine(backends: Mapping[str, Backend], settings: Settings, shared: SharedC
         costs=CostModel(),
         schedule=manifest.diffusion.noise_schedule(),
         clock=time.monotonic,
+        waited=ProcessorWaits(),
         slots=settings.max_rows + settings.lookahead_rows + RESERVED_SAMPLES + settings.max_images,
         backbones={
             name: Backbone(backends[name], caches[name], spec.row_cost)

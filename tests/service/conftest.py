@@ -216,6 +216,7 @@ def make_engine() -> Callable[..., Engine]:
         slots: int = 16,
         clock: Callable[[], float] | None = None,
         backbones: Mapping[str, tuple[Any, float]] | None = None,
+        waited: Callable[[], float] = lambda: 0.0,
     ) -> Engine:
         backend = backend or FakeBackend()
         spec = backend.manifest.diffusion
@@ -229,6 +230,7 @@ def make_engine() -> Callable[..., Engine]:
             costs=CostModel(fixed_s=10.0, per_row_s=0.001),
             schedule=spec.noise_schedule(),
             clock=clock or Clock(),
+            waited=waited,
             slots=slots,
             backbones={
                 name: Backbone(network, ConditionCaches(network, modulation_bytes=modulation_bytes), row_cost)

@@ -3,10 +3,12 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
+from redis.asyncio.connection import parse_url
 
 from ditserve.service.settings import Settings, reference
 
@@ -14,7 +16,7 @@ from ditserve.service.settings import Settings, reference
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith("DIT_") or name in ("REDIS_URL", "PROMETHEUS_MULTIPROC_DIR"):
+        if name.startswith("DIT_") or name in ("REDIS_URL", "REDIS_PASSWORD", "PROMETHEUS_MULTIPROC_DIR"):
             monkeypatch.delenv(name)
 
 
@@ -160,3 +162,38 @@ def test_a_child_process_loads_the_same_settings(monkeypatch: pytest.MonkeyPatch
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
         Settings.parse().port = 1
+
+
+@pytest.mark.parametrize("password", ["p@ss/w#rd? %41", "plain", "'\"$\\"])
+@pytest.mark.parametrize(
+    "url", ["redis://dit@queue:6379/0", "rediss://queue/1?ssl_cert_reqs=none", "unix://dit@/run/queue.sock"]
+)
+def test_a_password_of_any_signs_comes_to_redis_as_it_is(
+    url: str, password: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    monkeypatch.setenv("REDIS_PASSWORD", password)
+    settings = Settings.parse()
+    assert settings.redis_url is not None
+    told: dict[str, Any] = {**parse_url(settings.redis_url.get_secret_value())}
+    assert told == {**parse_url(url), "password": password}
+    # A child process reads the same, and the password once.
+    environment = settings.child_environment()
+    assert environment["REDIS_URL"] == settings.redis_url.get_secret_value()
+    assert "REDIS_PASSWORD" not in environment
+    assert password not in settings.render()
+
+
+@pytest.mark.parametrize("password", ["a/b", "1/2", "a#b", "a?b", "12?3", "a%b", "50%"])
+def test_a_url_that_its_password_breaks_is_refused(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", f"redis://dit:{password}@queue:6379/0")
+    with pytest.raises(SettingsError, match="REDIS_PASSWORD") as refused:
+        Settings.parse()
+    assert password not in str(refused.value).replace("/ ? # @ or %", "")
+
+
+def test_two_passwords_are_a_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://dit:one@queue:6379/0")
+    monkeypatch.setenv("REDIS_PASSWORD", "other")
+    with pytest.raises(SettingsError, match="REDIS_URL has a password and REDIS_PASSWORD is set"):
+        Settings.parse()

@@ -105,6 +105,7 @@ RESULT = JobResult(
     attempt=2,
     worker="w1",
     backbones=("student", "light"),
+    denoised_at=1_700_000_002.5,
 )
 STATE = WorkerState(
     worker="w1",
@@ -123,6 +124,7 @@ STATE = WorkerState(
     given_rows=500,
     slow=(SlowSpell(1.0, 2.5), SlowSpell(4.0, 1.25)),
     hang_s=200.0,
+    batch_rows=24,
 )
 STARTING = Starting("w2", "emoji", "warming up")
 SNAPSHOT = Snapshot(

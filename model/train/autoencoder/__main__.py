@@ -12,6 +12,7 @@ import sys
 import torch
 from pydantic import ValidationError
 
+from ditserve.commands import command_line
 from ditserve.model.nets.small_autoencoder import save_small_autoencoder
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.command_line import guarded, named_path
@@ -26,7 +27,7 @@ from ditserve.model.train.training_log import TrainingLog
 def main(arguments: list[str]) -> int:
     """Run the command line and return its exit status; an error is one sentence on stderr and status 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m model.train.autoencoder", description="Train the small autoencoder."
+        prog=command_line("model.train.autoencoder"), description="Train the small autoencoder."
     )
     parser.add_argument(
         "--config",

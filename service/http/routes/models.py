@@ -2,25 +2,16 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from ditserve.model.spec.bundle import Manifest, RungSpec
-from ditserve.model.spec.grids import grid_names
-from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.http.context import Api
+from ditserve.service.http.description import describe
 from ditserve.service.http.models import Model
-from ditserve.service.http.schemas import (
-    DefaultsOut,
-    FactorOut,
-    LimitsOut,
-    ModelOut,
-    ModelsOut,
-    RungOut,
-    StretchOut,
-)
-from ditserve.service.http.sizes import size_step, size_text
+from ditserve.service.http.schemas import ModelsOut
+from ditserve.service.http.sizes import size_step
 from ditserve.service.jobs import WorkerState
 from ditserve.service.settings import Settings
 
@@ -33,12 +24,22 @@ async def models(api: Api) -> Response:
 
     The default model comes first.
     """
-    described = [
-        _describe(model, await _workers(model), api.settings).model_dump(mode="json")
-        for model in api.models.values()
-    ]
+    described = [await _description(model, api.settings) for model in api.models.values()]
     content = json.dumps({"models": described}, ensure_ascii=False)
     return Response(content, media_type="application/json")
+
+
+async def _description(model: Model, settings: Settings) -> dict[str, Any]:
+    workers = await _workers(model)
+    networks = {f"{worker.network.backend} {worker.network.precision}".strip() for worker in workers}
+    described = describe(
+        model.manifest,
+        settings,
+        size_step=size_step(model.manifest, workers),
+        text_tokens=model.submissions.prompts.tokens,
+        networks=sorted(networks),
+    )
+    return described.model_dump(mode="json")
 
 
 async def _workers(model: Model) -> Sequence[WorkerState]:
@@ -46,62 +47,3 @@ async def _workers(model: Model) -> Sequence[WorkerState]:
     await model.submissions.load.refresh()
     load = model.submissions.load.last()
     return () if load is None else load.workers
-
-
-def _describe(model: Model, workers: Sequence[WorkerState], settings: Settings) -> ModelOut:
-    manifest = model.manifest
-    networks = {f"{worker.network.backend} {worker.network.precision}".strip() for worker in workers}
-    return ModelOut(
-        name=manifest.name,
-        version=manifest.version,
-        description=manifest.description,
-        size=size_text(manifest),
-        size_step=size_step(manifest, workers),
-        text=manifest.config.text_size > 0,
-        guidance=manifest.guidance,
-        text_tokens=model.submissions.prompts.tokens,
-        networks=sorted(networks),
-        factors=[FactorOut(name=factor.name, classes=list(factor.classes)) for factor in manifest.factors],
-        samplers=list(SOLVERS),
-        step_counts=sorted(manifest.diffusion.step_counts),
-        grids=list(grid_names(manifest.diffusion.noise_schedule())),
-        defaults=_defaults(manifest),
-        ladder=[_rung(rung) for rung in manifest.ladder],
-        ladder_order=manifest.ladder_order if manifest.ladder else None,
-        limits=LimitsOut(
-            n=settings.max_images,
-            steps=manifest.diffusion.timesteps,
-            deadline_ms=round(settings.max_deadline_s * 1000),
-            body_bytes=settings.max_body_bytes,
-        ),
-        metrics=manifest.metrics,
-        licence=manifest.licence,
-        attribution=list(manifest.attribution),
-    )
-
-
-def _defaults(manifest: Manifest) -> DefaultsOut:
-    defaults = manifest.defaults
-    return DefaultsOut(
-        steps=defaults.steps,
-        sampler=defaults.solver,
-        grid=defaults.grid,
-        guidance_scale=defaults.guidance_scale,
-        guidance_embedded=manifest.guidance_embedded,
-        guidance_interval=defaults.guidance_interval,
-    )
-
-
-def _rung(rung: RungSpec) -> RungOut:
-    return RungOut(
-        name=rung.name,
-        sampler=rung.solver,
-        steps=rung.steps,
-        grid=rung.grid,
-        guidance_interval=rung.guidance_interval,
-        rows=rung.rows,
-        quality=rung.quality,
-        own=rung.own,
-        real=rung.real,
-        stretches=[StretchOut(above=part.above, backbone=part.backbone) for part in rung.stretches],
-    )

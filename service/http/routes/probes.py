@@ -1,7 +1,7 @@
 """Probes and metrics: is this process alive, may it be given work, has it started.
 
-None waits for Redis longer than `load_cache.PATIENCE_S`, and `/livez` not at all: a Redis that hangs is no
-reason to restart an API.
+None waits for Redis longer than `load_cache.PATIENCE_S`. `/livez` asks nobody and judges nobody else: neither
+a Redis nor a worker that hangs is mended by another API process.
 """
 
 import asyncio
@@ -24,19 +24,18 @@ _FAILING: Responses = {503: {"model": Health, "description": "At least one check
 _NOT_STARTED: Responses = {503: {"model": Startup, "description": "Not enough workers were seen yet."}}
 
 
-@router.get("/livez", summary="Alive", response_model=Health, responses=_FAILING)
-async def livez(api: Api) -> Response:
-    """Fails when samples are running and no worker has taken a step for `hang_s` seconds: something hangs."""
-    loads = _last_loads(api).values()
-    hangs = any(hung(load, api.settings.hang_s) for load in loads)
-    return _health({"engine_steps": "No worker takes steps." if hangs else ""})
+@router.get("/livez", summary="Alive", response_model=Health)
+async def livez() -> Response:
+    """Answers as long as this process does."""
+    return _health({})
 
 
 @router.get("/readyz", summary="Ready for work", response_model=Health, responses=_FAILING)
 async def readyz(api: Api) -> Response:
     """Fails while this process drains, Redis does not answer, or a model lacks workers (`ready_workers`).
 
-    The reasons are told by the name of the check.
+    Workers that run samples and have taken no step for `hang_s` seconds are as good as none. The reasons are
+    told by the name of the check.
     """
     faults = {
         "accepting": "This process is told to stop." if api.draining.is_set() else "",
@@ -94,13 +93,15 @@ def _last_loads(api: Context) -> dict[str, LoadSnapshot]:
 
 
 def _lacking(api: Context) -> str:
-    """Return "", or the model of which there are fewer than `ready_workers` workers."""
+    """Return "", or what a model lacks: `ready_workers` workers, of which not all that work hang."""
     loads, needed = _last_loads(api), api.settings.ready_workers
     for name in api.models:
         if name not in loads:
             return f"The workers of {name} are not known."
         if (there := len(loads[name].workers)) < needed:
             return f"{name} has {there} of {needed} workers."
+        if needed and hung(loads[name], api.settings.hang_s):
+            return f"No worker of {name} takes steps."
     return ""
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import Manifest
 from ditserve.service.api_keys import add
 from ditserve.service.http.prompt_limit import PromptLimit
 from ditserve.service.http.routes.openai import ImagesRequest, translate
@@ -245,7 +245,7 @@ def test_whatever_openais_route_takes_can_be_translated(text_size: int, fields: 
     config = {**MANIFEST["config"], "text_size": text_size}
     manifest = Manifest.model_validate_json(json.dumps({**MANIFEST, "config": config}))
     body = ImagesRequest(**fields)
-    prompts = PromptLimit(Bundle(Path(), manifest))
+    prompts = PromptLimit(manifest.config, Path())
     drawing = translate(body, Submissions(manifest, Settings.parse(), cast(Queue, None), prompts))
     for name in DrawingOptions.model_fields:
         assert getattr(drawing, name) == getattr(body, name)

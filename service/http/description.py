@@ -1,0 +1,83 @@
+"""The description of a model, as `GET /models` and the command `schema` give it: all a client can choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ditserve.model.spec.bundle import Manifest, RungSpec
+from ditserve.model.spec.grids import grid_names
+from ditserve.model.spec.solvers import SOLVERS
+from ditserve.service.http.schemas import DefaultsOut, FactorOut, LimitsOut, ModelOut, RungOut, StretchOut
+from ditserve.service.http.sizes import size_text
+from ditserve.service.settings import Settings
+
+
+def describe(
+    manifest: Manifest,
+    settings: Settings,
+    *,
+    size_step: int | None,
+    text_tokens: int | None,
+    networks: Sequence[str] = (),
+) -> ModelOut:
+    """Return what the model of `manifest` takes within the limits of `settings`.
+
+    Args:
+        size_step: the pixels that the sides of other sizes are multiples of; None: there are no others.
+        text_tokens: the most tokens of a text; None: they are not counted.
+        networks: what the workers run it in.
+    """
+    return ModelOut(
+        name=manifest.name,
+        version=manifest.version,
+        description=manifest.description,
+        size=size_text(manifest),
+        size_step=size_step,
+        text=manifest.config.text_size > 0,
+        guidance=manifest.guidance,
+        text_tokens=text_tokens,
+        networks=sorted(networks),
+        factors=[FactorOut(name=factor.name, classes=list(factor.classes)) for factor in manifest.factors],
+        samplers=list(SOLVERS),
+        step_counts=sorted(manifest.diffusion.step_counts),
+        grids=list(grid_names(manifest.diffusion.noise_schedule())),
+        defaults=_defaults(manifest),
+        ladder=[_rung(rung) for rung in manifest.ladder],
+        ladder_order=manifest.ladder_order if manifest.ladder else None,
+        limits=LimitsOut(
+            n=settings.max_images,
+            steps=manifest.diffusion.timesteps,
+            deadline_ms=round(settings.max_deadline_s * 1000),
+            body_bytes=settings.max_body_bytes,
+        ),
+        metrics=manifest.metrics,
+        licence=manifest.licence,
+        attribution=list(manifest.attribution),
+    )
+
+
+def _defaults(manifest: Manifest) -> DefaultsOut:
+    defaults = manifest.defaults
+    return DefaultsOut(
+        steps=defaults.steps,
+        sampler=defaults.solver,
+        grid=defaults.grid,
+        guidance_scale=defaults.guidance_scale,
+        guidance_embedded=manifest.guidance_embedded,
+        guidance_interval=defaults.guidance_interval,
+    )
+
+
+def _rung(rung: RungSpec) -> RungOut:
+    return RungOut(
+        name=rung.name,
+        sampler=rung.solver,
+        steps=rung.steps,
+        grid=rung.grid,
+        guidance_interval=rung.guidance_interval,
+        rows=rung.rows,
+        quality=rung.quality,
+        own=rung.own,
+        real=rung.real,
+        stretches=[StretchOut(above=part.above, backbone=part.backbone) for part in rung.stretches],
+    )
