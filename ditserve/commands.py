@@ -32,6 +32,9 @@ COMMANDS = {
     "schema": Command("service schema", "print what a bundle or a pipeline's folder takes", "serve"),
     "convert": Command("model.convert", "import published weights and pipelines, or export weights", "train"),
     "export": Command("export.onnx", "make a complete bundle, with graphs, of a run or a bundle", "export"),
+    "backbone": Command(
+        "export.backbone", "add the network of another bundle to a bundle, for rungs of its ladder", "export"
+    ),
     "half": Command("export.half", "add a backbone in half precision to a bundle", "export"),
     "int8": Command("export.int8", "add an INT8 backbone to a bundle", "export"),
     "trt": Command("export.trt", "build TensorRT engines of a bundle", "gpu"),

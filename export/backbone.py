@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from pydantic import TypeAdapter, ValidationError
 
+from ditserve.commands import command_line
 from ditserve.export.errors import ExportError
 from ditserve.export.verify import open_session, run
 from ditserve.model.spec.bundle import (
@@ -146,7 +147,7 @@ def _name(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m export.backbone", description="Add the network of another bundle to a bundle."
+        prog=command_line("export.backbone"), description="Add the network of another bundle to a bundle."
     )
     parser.add_argument("bundle", type=named_path)
     parser.add_argument("name", type=_name, help="of the backbone in the bundle, such as student")
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.bundle}: has the backbone {options.name}, {guided}; "
             f"a row takes {spec.row_cost:.2f} of the time of its own"
         )
-        print(f"python -m bench.ladder {options.bundle} --write measures where it pays")
+        print(f"{command_line('bench.ladder')} {options.bundle} --write measures where it pays")
 
     return guarded("export.backbone", work)
 
