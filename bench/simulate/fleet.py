@@ -120,13 +120,14 @@ class SimulatedWorker:
 
     def _published_state(self, now: float) -> WorkerState:
         self.unreported_rows = 0
-        max_rows = self.cluster.curve.max_rows
+        max_rows, batch_rows = self.cluster.curve.max_rows, self.max_batch
+        fixed_s, per_row_s = self.costs.line(batch_rows)
         return WorkerState(
             worker=self.name,
             models=("simulated",),
             max_rows=max_rows,
-            step_fixed_s=self.costs.fixed_s,
-            step_per_row_s=self.costs.per_row_s,
+            step_fixed_s=fixed_s,
+            step_per_row_s=per_row_s,
             decode_s=0.0,
             running_samples=len(self.samples),
             backlog_rows=sum(sample.remaining for sample in self.samples),
@@ -134,6 +135,7 @@ class SimulatedWorker:
             updated_at=now,
             dues=self.planner.demand(self._planned_samples(), now, self.costs, max_rows=max_rows),
             slow=self.costs.slow_spells(),
+            batch_rows=batch_rows,
         )
 
     def _planned_samples(self) -> list[PlannedSample]:

@@ -30,7 +30,7 @@ from ditserve.service.engine.trajectory import Trajectory, make_trajectory, regr
 from ditserve.service.engine.warm_up import warm_up
 from ditserve.service.errors import DeadlineExceeded, InternalError, NumericalError, ServiceError
 from ditserve.service.jobs import DemandBucket
-from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.costs import CostModel, Waits
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.planning.planner import Change, Planner
 from ditserve.service.rung import Rung
@@ -45,6 +45,7 @@ class Engine:
         costs: the cost model of passes at the bundle's own size.
         schedule: the noise schedule the bundle was trained with.
         clock: returns seconds, on the clock of the requests' deadlines.
+        waited: returns the seconds for which the calling thread has ever waited for a processor.
     """
 
     def __init__(
@@ -58,19 +59,23 @@ class Engine:
         costs: CostModel,
         schedule: Schedule,
         clock: Callable[[], float],
+        waited: Callable[[], float] = lambda: 0.0,
         slots: int = 64,
     ) -> None:
         self.backend, self.conditions, self.scheduler = backend, conditions, scheduler
         self.planner, self.ladder, self.costs = planner, ladder, costs
-        self.schedule, self.clock = schedule, clock
+        self.schedule, self.clock, self.waited = schedule, clock, waited
         self._make_trajectory = lru_cache(TRAJECTORIES_KEPT)(partial(make_trajectory, schedule=schedule))
         self._samples: dict[str, Sample] = {}
         self._turn_began: float | None = None  # the end of the last step; None: it was idle since
+        self._turn_waited = 0.0  # how long the thread had ever waited by then
         self._slots = slots
         self.step_s = 0.0  # predicted, of the step under way or else the last; other threads may read it
         # Twice the cap: a guided sample alone may exceed a cap of one row, and a batch may be padded.
         self._rows = 2 * scheduler.max_rows
-        self._forward = ForwardPass(backend, conditions, scheduler, rows=self._rows)
+        self._forward = ForwardPass(
+            backend, conditions, scheduler, rows=self._rows, clock=clock, waited=waited
+        )
         height, width = backend.manifest.config.image_size
         self._groups = Groups((height, width), scheduler, costs, self._make_pool)
 
@@ -86,6 +91,8 @@ class Engine:
                 latent as it was before the step.
         """
         began = self.clock()
+        if self._turn_began is None:
+            self._turn_began, self._turn_waited = began, self.waited()
         decoded_at = began + self.costs.decode_s  # when the image of a sample that is done now would be there
         if expired := self._expire(decoded_at):
             return StepReport(failed=expired)  # in a report of their own, because what follows may raise
@@ -97,23 +104,23 @@ class Engine:
         group, batch = self._groups.next_batch(decoded_at)
         self.step_s = group.costs.predict(sum(sample.rows for sample in batch.samples))
         # Predict: one forward pass over their rows, guided.
-        pass_began = self.clock()
         try:
             predictions, rows = self._forward.run(group, batch.samples)
         except MemoryError:
             if group is self._groups.own:
                 raise
             return StepReport(failed=self._give_up(group), changes=changes)
-        pass_s = self.clock() - pass_began
         # Update: one solver step of each sample.
         stepped = [result for prediction in predictions for result in prediction.advance()]
         # Finish: samples that are done or broken leave, previews are shown, and the cost model learns.
-        now = self.clock()
+        now, waited = self.clock(), self.waited()
         finished, failed, previews = self._finish(stepped, began, now)
         # A step costs the whole turn: what the host does between two steps delays the samples as well.
-        seconds, predicted_s = now - (self._turn_began or began), group.costs.predict(rows)
-        self._turn_began = now
-        self._groups.observe(group, rows, seconds, host_s=seconds - pass_s)
+        seconds, predicted_s = now - self._turn_began, group.costs.predict(rows)
+        network = self._forward
+        waits = Waits(network.waited_s, waited - self._turn_waited - network.waited_s)
+        self._turn_began, self._turn_waited = now, waited
+        self._groups.observe(group, rows, seconds, seconds - network.network_s, waits=waits)
         return StepReport(finished, failed, previews, changes, batch.stop_reason, rows, seconds, predicted_s)
 
     def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None:
@@ -201,9 +208,8 @@ class Engine:
     def measure_idle(self, idle_s: float) -> None:
         """Look at the pace of a machine that ran nothing for `idle_s` seconds, by a pass of one row."""
         rows = self.scheduler.size(1)
-        began = self.clock()
         self._forward.run_blank(np.zeros((rows, *self._groups.own.pool.shape), np.float32))
-        self.costs.observe_idle(rows, self.clock() - began, idle_s)
+        self.costs.observe_idle(rows, self._forward.network_s, idle_s)
 
     @property
     def idle(self) -> bool:

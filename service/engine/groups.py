@@ -13,7 +13,7 @@ from ditserve.model.spec.windows import Size
 from ditserve.service.engine.latent_pool import Floats, LatentPool
 from ditserve.service.engine.samples import Sample
 from ditserve.service.engine.scheduler import Batch, Candidates, Scheduler
-from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.costs import NO_WAITS, CostModel, Waits
 
 
 class Place(NamedTuple):
@@ -92,13 +92,15 @@ class Groups:
         batch = self._scheduler.next_batch([self._candidates(group) for group in waiting], now=now)
         return self._groups[batch.samples[0].geometry.row_size], batch
 
-    def observe(self, group: Group, rows: int, seconds: float, host_s: float = 0.0) -> None:
-        """Teach the cost model of a group the seconds of a step of `rows` rows, `host_s` beside its pass.
+    def observe(
+        self, group: Group, rows: int, seconds: float, host_s: float = 0.0, *, waits: Waits = NO_WAITS
+    ) -> None:
+        """Teach the cost model of a group the seconds of a step, as `CostModel.observe` takes them.
 
         The first pass of a size is left out, because it also allocates memory or compiles.
         """
         if (group.size, rows) in self._run_before:
-            group.costs.observe(rows, seconds, host_s)
+            group.costs.observe(rows, seconds, host_s, waits=waits)
         self._run_before.add((group.size, rows))
 
     def _group_for(self, sample: Sample) -> Group:

@@ -51,6 +51,7 @@ from ditserve.service.worker.agreement import load_agreed
 from ditserve.service.worker.backend_choice import backend_options, with_backend
 from ditserve.service.worker.engine_metrics import EngineMetrics
 from ditserve.service.worker.engine_monitor import WorkerIdentity
+from ditserve.service.worker.engine_thread import ProcessorWaits
 from ditserve.service.worker.handoff import checkpoint_origin
 from ditserve.service.worker.heartbeat import starting
 from ditserve.service.worker.previews import LARGE_DECODERS, PreviewDecoder
@@ -279,6 +280,7 @@ def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) ->
         costs=CostModel(),
         schedule=backend.manifest.diffusion.noise_schedule(),
         clock=time.monotonic,
+        waited=ProcessorWaits(),
         slots=settings.max_rows + settings.lookahead_rows + RESERVED_SAMPLES + settings.max_images,
     )
 

@@ -60,6 +60,7 @@ class RunningJob:
         self.published = (0, 1)
         self._finished: dict[str, Finished] = {}  # with or without their image
         self._images: dict[str, EncodedImage] = {}
+        self._denoised_at = 0.0  # its last sample
 
     @property
     def id(self) -> str:
@@ -80,9 +81,10 @@ class RunningJob:
         """Return which of the job's images a sample is, from 0."""
         return next(k for k, request in enumerate(self.requests) if request.id == sample_id)
 
-    def finish(self, finished: Finished) -> None:
-        """Note that a sample is denoised; its image is still to be made."""
+    def finish(self, finished: Finished, *, at: float) -> None:
+        """Note that a sample is denoised since `at`; its image is still to be made."""
         self._finished[finished.id] = finished
+        self._denoised_at = max(self._denoised_at, at)
 
     def sample_states(self, snapshots: Mapping[str, Snapshot]) -> list[SampleState]:
         """Return the state of each sample, in seed order. `snapshots` are of the samples in the engine."""
@@ -134,6 +136,7 @@ class RunningJob:
             },
             attempt=self.lease.attempt,
             worker=worker,
+            denoised_at=self._denoised_at,
         )
 
 

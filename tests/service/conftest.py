@@ -212,6 +212,7 @@ def make_engine() -> Callable[..., Engine]:
         modulation_bytes: int = 1 << 20,
         slots: int = 16,
         clock: Callable[[], float] | None = None,
+        waited: Callable[[], float] = lambda: 0.0,
     ) -> Engine:
         backend = backend or FakeBackend()
         spec = backend.manifest.diffusion
@@ -225,6 +226,7 @@ def make_engine() -> Callable[..., Engine]:
             costs=CostModel(fixed_s=10.0, per_row_s=0.001),
             schedule=spec.noise_schedule(),
             clock=clock or Clock(),
+            waited=waited,
             slots=slots,
         )
 

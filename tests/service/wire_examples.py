@@ -98,6 +98,7 @@ RESULT = JobResult(
     timings_ms={"queue": 1.5, "denoise": 250.0, "decode": 3.0, "encode": 2.25},
     attempt=2,
     worker="w1",
+    denoised_at=1_700_000_002.5,
 )
 STATE = WorkerState(
     worker="w1",
@@ -116,6 +117,7 @@ STATE = WorkerState(
     given_rows=500,
     slow=(SlowSpell(1.0, 2.5), SlowSpell(4.0, 1.25)),
     hang_s=200.0,
+    batch_rows=24,
 )
 STARTING = Starting("w2", "emoji", "warming up")
 SNAPSHOT = Snapshot(

@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 import structlog
+import yaml
 
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import Backend, BackendUnavailable
 from ditserve.service.jobs import LoadSnapshot, Network, WorkerState
-from ditserve.service.planning.load import networks
 from ditserve.service.queue.broker import Broker
+from ditserve.service.telemetry import metrics
 from ditserve.service.worker.agreement import load_agreed
 from tests.conftest import wait_until
+from tests.promql import Scrapes
 from tests.service.conftest import FakeBackend
 from tests.service.queue.servers import Server, serving
 
 pytestmark = pytest.mark.anyio
+ROOT = Path(__file__).resolve().parents[3]
 Connect = Callable[..., Awaitable[Broker]]
 
 
@@ -145,15 +148,24 @@ async def test_workers_agree_while_redis_is_full(tmp_path: Path, bundle: Bundle)
             await broker.aclose()
 
 
-def test_a_mixed_fleet_is_counted_version_by_version() -> None:
+def test_a_mixed_fleet_is_counted_version_by_version_and_alerted() -> None:
     def worker(bundle: str, precision: str) -> WorkerState:
         network = Network("onnx", precision)
         return WorkerState("w", ("m",), 1, 0.0, 0.1, 0.0, 0, 0, 0.0, 0.0, network=network, bundle=bundle)
 
-    def mixed(*workers: WorkerState) -> int:
-        return networks(LoadSnapshot(0, 0, 0.0, workers, 0.0))
+    groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    (alert,) = (rule["expr"] for rule in rules if rule["alert"] == "FleetMixed")
 
-    assert mixed() == 0
-    assert mixed(worker("1", "int8"), worker("1", "int8")) == 1
-    assert mixed(worker("1", "int8"), worker("2", "fp32")) == 1
-    assert mixed(worker("1", "int8"), worker("1", "fp32")) == 2
+    def mixed(*workers: WorkerState) -> bool:
+        """Ask the alert, of two APIs that tell the same."""
+        loads, scrapes = {"m": LoadSnapshot(0, 0, 0.0, workers, 0.0)}, Scrapes()
+        text = metrics.exposition(loads, redis_up=True, shared=None).decode()
+        for api in ("1", "2"):
+            scrapes.add(text, 0.0, {"instance": api})
+        return bool(scrapes.query(alert, 0.0))
+
+    assert not mixed()
+    assert not mixed(worker("1", "int8"), worker("1", "int8"))
+    assert not mixed(worker("1", "int8"), worker("2", "fp32"))
+    assert mixed(worker("1", "int8"), worker("1", "fp32"))
