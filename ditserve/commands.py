@@ -5,6 +5,7 @@ A checkout runs a command as `python -m export.onnx`, an installed package as `d
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,14 @@ COMMANDS = {
     "scaling": Command("model.scaling", "train a family and fit its scaling law", "train"),
     "bench": Command("bench", "measure the service and its parts: ditserve bench NAME", "dev"),
 }
+
+
+def process_words(*words: str) -> list[str]:
+    """Return the command that starts a module of ours, such as "ditserve.service", in a process of its own.
+
+    An installed one must not import what lies in the current folder, as `-m` would; a checkout is run there.
+    """
+    return [sys.executable, *(() if IN_CHECKOUT else ("-P",)), "-m", *words]
 
 
 def command_line(words: str) -> str:
