@@ -35,7 +35,7 @@ from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.jobs import ConditionTerm
-from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.costs import NO_WAITS, CostModel, Waits
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import Planner
 from ditserve.service.rung import Rung
@@ -89,7 +89,7 @@ class NoopBackend:
 class FixedCostModel(CostModel):
     """A cost model that learns nothing from a network that takes no time, so that batches stay at the cap."""
 
-    def observe(self, rows: int, seconds: float, host_s: float = 0.0) -> None:
+    def observe(self, rows: int, seconds: float, host_s: float = 0.0, *, waits: Waits = NO_WAITS) -> None:
         super().observe(rows, self.fixed_s + self.per_row_s * rows)
 
 

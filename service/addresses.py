@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+_MAPPED = IPv6Network("::ffff:0:0/96")  # the IPv4 addresses in IPv6 notation
 
 
 def share(address: str) -> str:
@@ -27,6 +29,18 @@ def is_loopback(host: str) -> bool:
     if address is None:
         return host == "localhost" or host.endswith(".localhost")
     return address.is_loopback
+
+
+def parsed_network(text: str) -> Network:
+    """Return the network in "10.0.0.0/8", "10.0.0.1" or "2001:db8::/32". Raise `ValueError` for others.
+
+    IPv4 addresses in IPv6 notation (::ffff:10.0.0.0/104) are the IPv4 network, as in `parsed_address`.
+    """
+    network = ip_network(text)
+    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
+        first = int(network.network_address) - int(_MAPPED.network_address)
+        return IPv4Network((first, network.prefixlen - _MAPPED.prefixlen))
+    return network
 
 
 def parsed_address(text: str) -> Address | None:

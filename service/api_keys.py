@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fcntl import LOCK_EX, flock
 from pathlib import Path
@@ -35,6 +36,7 @@ from ditserve.service.settings import Settings
 
 Scope = Literal["generate", "admin"]
 SCOPES: tuple[Scope, ...] = ("generate", "admin")
+RETRY_S = 1.0  # between two reads of a file that cannot be used and has not changed
 LAST_SECOND = 253402300800.0  # of the year 9999, since the epoch: a date beyond cannot be shown
 log = structlog.get_logger()
 _KEY = re.compile(r"dit_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
@@ -77,11 +79,21 @@ class _File(BaseModel):
     keys: tuple[ApiKey, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """A file of this stamp that could not be read, and is not read again before `retry_at` (monotonic)."""
+
+    stamp: tuple[int, int, int]
+    retry_at: float
+    sentence: str
+
+
 class Keyring:
     """The keys of a file, read again when it changes.
 
     A file that does not exist when this begins holds no keys. While a file is gone later, or cannot be read,
-    the keys read last stay valid.
+    the keys read last stay valid. Requests do not wait for a file that cannot be used to be read again: that
+    is tried when it has changed, and otherwise every `RETRY_S` seconds.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,6 +102,7 @@ class Keyring:
         # Inode, modification time (ns) and size (bytes) of the file that was read, None if there was none.
         self._stamp: tuple[int, int, int] | None = None
         self._keys: Mapping[str, ApiKey] = {}
+        self._unreadable: _Unreadable | None = None
         self._complaint = ""
         with suppress(FileNotFoundError):
             self._read_changes()
@@ -126,9 +139,17 @@ class Keyring:
         with _sentences(self._path):
             status = self._path.stat()
         stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if stamp != self._stamp:
+        if stamp == self._stamp:
+            return
+        known = self._unreadable
+        if known is not None and known.stamp == stamp and time.monotonic() < known.retry_at:
+            raise KeyringError(known.sentence)
+        try:
             self._keys = {key.id: key for key in _read_file(self._path)}
-            self._stamp = stamp
+        except KeyringError as error:
+            self._unreadable = _Unreadable(stamp, time.monotonic() + RETRY_S, str(error))
+            raise
+        self._stamp, self._unreadable = stamp, None
 
 
 def read(path: Path) -> tuple[ApiKey, ...]:

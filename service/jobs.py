@@ -84,6 +84,7 @@ class Job(Message):
     admitted: Rung | None = None  # the one it was admitted on, `requested` or below; None: not known
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
+    min_quality: float | None = None  # the largest distance of a rung that it consents to; None: any
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -94,6 +95,7 @@ class Job(Message):
         decays = self.requested is not None and self.requested.guidance_decay != 0.0
         combined = self.negative_prompt or self.mix in ("compose", "layers")
         new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
+        new = new or self.min_quality is not None or bool(self.admitted and self.admitted.stretches)
         return 2 if new else OLDEST
 
     @property
@@ -124,7 +126,10 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class JobResult(Message):
-    """The answer of a finished job: its images in seed order, and how they were made."""
+    """The answer of a finished job: its images in seed order, and how they were made.
+
+    Its last step ended at `denoised_at`, by the queue's clock; 0: the worker does not say.
+    """
 
     images: tuple[Image, ...]
     steps_requested: int
@@ -136,6 +141,8 @@ class JobResult(Message):
     timings_ms: dict[str, float]
     attempt: int
     worker: str
+    backbones: tuple[str, ...] = ()  # the bundle's further ones that took part
+    denoised_at: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -249,6 +256,8 @@ class WorkerState(Message):
     `dues` is the backlog by deadline; it is empty where there is none, or where the worker does not report
     it. `given_rows` are the rows that the queue ever gave to this worker, as its last claim said: rows given
     later are not in the backlog yet. Without a step for `hang_s` seconds it hangs; 0: it does not say.
+    `batch_rows` are the rows of its batches while there is enough work, where its costs are exact; 0: it does
+    not say.
     """
 
     worker: str
@@ -267,6 +276,7 @@ class WorkerState(Message):
     given_rows: int = 0
     slow: tuple[SlowSpell, ...] = ()  # the shortest first
     hang_s: float = 0.0
+    batch_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,8 +297,8 @@ def read_report(data: bytes) -> WorkerState | Starting:
     times = (state.step_fixed_s, state.step_per_row_s, state.decode_s)
     if not all(0.0 <= seconds <= LONGEST_STEP_S for seconds in times):
         raise WireError(f"not a worker state: a step of less than 0 or more than {LONGEST_STEP_S:.0f} s")
-    if not 1 <= state.max_rows <= MOST_ROWS:
-        raise WireError(f"not a worker state: passes of {state.max_rows} rows")
+    if not (1 <= state.max_rows <= MOST_ROWS and 0 <= state.batch_rows <= MOST_ROWS):
+        raise WireError(f"not a worker state: passes of {state.batch_rows} to {state.max_rows} rows")
     return state
 
 

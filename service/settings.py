@@ -10,7 +10,6 @@ import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -31,6 +30,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 
 from ditserve.commands import command_line
 from ditserve.model.spec.zoo import FLAGSHIP, ROOT
+from ditserve.service.addresses import parsed_network
 from ditserve.service.exit_statuses import refuse
 from ditserve.service.queue_url import is_readable_url, with_password
 
@@ -53,7 +53,7 @@ def _networks(text: str) -> str:
     """Return a list of networks as it is. Raises a validation error that names the one that is none."""
     for network in text.split(",") if text else ():
         try:
-            ip_network(network)
+            parsed_network(network)
         except ValueError as error:
             raise PydanticCustomError("network", "{reason}", {"reason": str(error)}) from None
     return text

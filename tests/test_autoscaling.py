@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,16 @@ async def watched() -> AsyncIterator[Watched]:
                     await client.aclose()
 
 
+@asynccontextmanager
+async def hasty_clients(service: Watched) -> AsyncIterator[list[HastyClient]]:
+    """Give a client of each API."""
+    with ExitStack() as stack:
+        ports = [client.base_url.port or 80 for client in service.clients]
+        yield [stack.enter_context(closing(HastyClient(port, STEPS))) for port in ports]
+
+
 async def test_overload_is_seen_by_the_queries_and_so_is_its_end() -> None:
-    async with watched() as service:
-        hasty = [HastyClient(client, STEPS) for client in service.clients]
+    async with watched() as service, hasty_clients(service) as hasty:
         can_per_s = await hasty[0].closed_loop(8, SECONDS / 2)
         assert can_per_s > 0
         await below(service, lambda: service(OFFERED))

@@ -32,6 +32,7 @@ from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Consent
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
 from ditserve.service.worker.room import wanted_rows
 
@@ -120,13 +121,14 @@ class SimulatedWorker:
 
     def _published_state(self, now: float) -> WorkerState:
         self.unreported_rows = 0
-        max_rows = self.cluster.curve.max_rows
+        max_rows, batch_rows = self.cluster.curve.max_rows, self.max_batch
+        fixed_s, per_row_s = self.costs.line(batch_rows)
         return WorkerState(
             worker=self.name,
             models=("simulated",),
             max_rows=max_rows,
-            step_fixed_s=self.costs.fixed_s,
-            step_per_row_s=self.costs.per_row_s,
+            step_fixed_s=fixed_s,
+            step_per_row_s=per_row_s,
             decode_s=0.0,
             running_samples=len(self.samples),
             backlog_rows=sum(sample.remaining for sample in self.samples),
@@ -134,6 +136,7 @@ class SimulatedWorker:
             updated_at=now,
             dues=self.planner.demand(self._planned_samples(), now, self.costs, max_rows=max_rows),
             slow=self.costs.slow_spells(),
+            batch_rows=batch_rows,
         )
 
     def _planned_samples(self) -> list[PlannedSample]:
@@ -214,7 +217,7 @@ class SimulatedFleet:
         due = arrival.at + self.cluster.slo * arrival.steps * self.cluster.curve.seconds(1)
         # Only a strategy that plans at every step can lower a sample once it is accepted.
         can_be_lowered = self.strategy.plan and arrival.consents
-        floor = ladder.lowest(requested, 1) if can_be_lowered else requested
+        floor = ladder.lowest(requested, Consent()) if can_be_lowered else requested
         sample = SimulatedSample(index, arrival, requested, floor, due)
         if self.strategy.order == "fifo":
             sample.deadline_at = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -207,6 +208,7 @@ def is_explicit(kind: str) -> bool:
     return kind[:1].isdigit()
 
 
+@lru_cache(1024)
 def fits(kind: str, steps: int, schedule: Schedule) -> bool:
     """Return whether `kind` has a good grid of so many steps: one that starts near the noisy end.
 

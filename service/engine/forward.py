@@ -5,7 +5,7 @@ Rows do not depend on each other, so a batch that the device has no memory for r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,13 +55,34 @@ class Prediction:
         return map(Stepped, self.samples, estimates, finite.tolist())
 
 
+class Backbone(NamedTuple):
+    """A further network of a bundle, with its caches; `row_cost` is that of a row, in rows of the own one."""
+
+    backend: Backend
+    conditions: ConditionCaches
+    row_cost: float
+
+
 class ForwardPass:
-    """The network with its condition caches and guidance, in buffers for batches of at most `rows` rows."""
+    """The network with its condition caches and guidance, in buffers for batches of at most `rows` rows.
+
+    In its last run the network took `network_s` seconds, for `waited_s` of which no processor was free; see
+    `Engine` for `clock` and `waited`.
+    """
 
     def __init__(
-        self, backend: Backend, conditions: ConditionCaches, scheduler: Scheduler, *, rows: int
+        self,
+        backend: Backend,
+        conditions: ConditionCaches,
+        scheduler: Scheduler,
+        *,
+        rows: int,
+        clock: Callable[[], float],
+        waited: Callable[[], float],
     ) -> None:
-        self._backend, self._conditions, self._scheduler = backend, conditions, scheduler
+        self.network_s = self.waited_s = 0.0
+        self._clock, self._waited = clock, waited
+        self._backend, self.conditions, self._scheduler = backend, conditions, scheduler
         self._rows, self._state = rows, self._buffers(rows)
         self._channels = backend.manifest.config.in_channels
         # A learned variance is not guided.
@@ -89,7 +110,8 @@ class ForwardPass:
 
     def run_blank(self, x: Floats) -> None:
         """Run the network on latents (B, C, H, W) with any condition state, to time it."""
-        self._backend.denoise(x, tuple(tensor[: len(x)] for tensor in self._state))
+        self.network_s = self.waited_s = 0.0
+        self._network(x, slice(len(x)))
 
     def _buffers(self, rows: int) -> tuple[StateArray, ...]:
         backend = self._backend
@@ -123,7 +145,7 @@ class ForwardPass:
     def _condition(self, layout: RowLayout, samples: Sequence[Sample]) -> None:
         """Fill the condition state of the rows."""
         inputs = layout.conditioner_inputs()
-        self._conditions.modulations.gather(inputs, self._upcoming(samples), self._state)
+        self.conditions.modulations.gather(inputs, self._upcoming(samples), self._state)
 
     def _denoise(self, x: Floats, wanted: int, row_cost: float) -> tuple[Floats, int]:
         """Return the network's output for the first `wanted` rows of `x`, and how many rows were run for it.
@@ -132,12 +154,13 @@ class ForwardPass:
         """
         parts: list[Floats] = []
         done = run = 0
+        self.network_s = self.waited_s = 0.0
         while done < wanted:
             width = min(wanted - done, self._scheduler.cap(row_cost))
             size = self._scheduler.size(width, row_cost)
             part = slice(done, done + size)
             try:
-                output = self._backend.denoise(x[part], tuple(tensor[part] for tensor in self._state))
+                output = self._network(x[part], part)
             except MemoryError:
                 if not self._scheduler.shrink(size, row_cost):
                     raise
@@ -146,12 +169,20 @@ class ForwardPass:
             done, run = done + width, run + size
         return parts[0] if len(parts) == 1 else np.concatenate(parts), run
 
+    def _network(self, x: Floats, part: slice) -> Floats:
+        """Return the network's output for latents whose condition state is this part of the buffers."""
+        began, waited = self._clock(), self._waited()
+        output = self._backend.denoise(x, tuple(tensor[part] for tensor in self._state))
+        self.network_s += self._clock() - began
+        self.waited_s += self._waited() - waited
+        return output
+
     def _upcoming(self, samples: Sequence[Sample]) -> Iterator[ConditionerInput]:
         """Yield what the batch's samples need from the conditioner after this step, soonest first."""
         for ahead in range(1, self._backend.conditioner_rows + 1):
             for sample in samples:
                 trajectory, step = sample.trajectory, sample.cursor + ahead
-                if step < len(trajectory):
+                if step < len(trajectory) and trajectory.backbones[step] == sample.backbone:
                     for condition in sample.conditioning.conditions:
                         yield trajectory.told[step], condition
                     if trajectory.guided[step]:

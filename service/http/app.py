@@ -110,6 +110,8 @@ def _fastapi(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: "-".join([*map(str, route.tags[:1]), route.name]),
+        # The service has its own; to look at every request whether there are others is dear.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
 
 

@@ -27,6 +27,7 @@ from ditserve.service.http.streams import Stream, Streams
 from ditserve.service.http.submission import Caller, Idempotency, Submission
 from ditserve.service.jobs import JobResult, JobStatus
 from ditserve.service.settings import Settings
+from ditserve.service.telemetry import metrics
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -100,7 +101,7 @@ class Context:
     async def result(
         self, model: Model, submission: Submission, receive: Receive, *, keep: bool = False
     ) -> JobResult:
-        """Wait for the result of a queued job until its deadline.
+        """Wait for the result of a queued job until its answer is due.
 
         If the client goes away first, or Redis for long, the job is cancelled, unless `keep`. A job that
         misses its deadline is cancelled in any case.
@@ -111,12 +112,15 @@ class Context:
         result = asyncio.create_task(model.queue_client.listener.wait(job.id, new=submission.new))
         gone = asyncio.create_task(disconnected(receive))
         drained = asyncio.create_task(self._drained())
-        now = model.queue_client.queue.clock()
-        timeout = None if job.deadline_at is None else max(0.0, job.deadline_at - now)
+        clock = model.queue_client.queue.clock
+        timeout = None if submission.answer_by is None else max(0.0, submission.answer_by - clock())
         try:
             await asyncio.wait((result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if result.done():
-                return result.result()
+                made = result.result()
+                if submission.new:
+                    _observe_delivery(model, made)
+                return made
             if gone.done():
                 raise Cancelled("The client went away.")
             if drained.done():
@@ -136,6 +140,15 @@ class Context:
         """Return once this process is to stop and has waited for its requests as long as it may."""
         await self.draining.wait()
         await asyncio.sleep(self.settings.drain_s)
+
+
+def _observe_delivery(model: Model, made: JobResult) -> None:
+    """Learn how long an image was under way from its last step until now."""
+    if made.denoised_at:
+        delivery_s = max(0.0, model.queue_client.queue.clock() - made.denoised_at)
+        metrics.DELIVERY_SECONDS.observe(delivery_s)
+        decoding_ms = sum(made.timings_ms.get(phase, 0.0) for phase in ("decode", "encode"))
+        model.submissions.delivery.observe(delivery_s - decoding_ms / 1e3)
 
 
 def _says_nothing(result: asyncio.Task[JobResult]) -> bool:

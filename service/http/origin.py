@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from ipaddress import ip_network
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ditserve.service.addresses import Address, is_loopback, parsed_address
+from ditserve.service.addresses import Address, is_loopback, parsed_address, parsed_network
 from ditserve.service.errors import MalformedRequest, MisdirectedRequest, ServiceError
 from ditserve.service.http.problems import error_response
 
@@ -35,7 +34,7 @@ class Origin:
 
     def __init__(self, app: ASGIApp, *, trusted_proxies: str, root_path: str) -> None:
         self._app, self._root_path = app, root_path
-        self._trusted = [ip_network(network) for network in _parts(trusted_proxies)]
+        self._trusted = [parsed_network(network) for network in _parts(trusted_proxies)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -116,9 +115,15 @@ class Hosts:
 
 
 def _host_name(host: str) -> str | None:
-    """Return the name in a `Host` header without its port, None if the header is malformed."""
+    """Return the name in a `Host` header without its port, None if the header is malformed.
+
+    An address is written in the one way that `parsed_address` gives it.
+    """
     match = _HOST.fullmatch(host)
-    return match[1].lower().removesuffix(".") if match else None
+    if match is None:
+        return None
+    address = parsed_address(match[1])
+    return match[1].lower().removesuffix(".") if address is None else str(address)
 
 
 def _parents(name: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from ditserve.model.spec.bundle import Manifest
 from ditserve.service.errors import (
@@ -34,6 +35,7 @@ from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import TERMINAL_STATES, ImageFormat, Job, JobStatus
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.capacity import drain_time
+from ditserve.service.planning.delivery import Delivery
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import finite
 from ditserve.service.queue.queue_client import Queue
@@ -79,12 +81,14 @@ class Submission:
 
     `new` is False when an Idempotency-Key led to a job that was there already; `pending` is True until the
     job has ended; `predicted_s` is the predicted time to its last image, None where nothing can be predicted.
+    The answer is due at `answer_by`, later than the job by the room for its delivery.
     """
 
     job: Job
     new: bool
     pending: bool
     predicted_s: float | None
+    answer_by: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,7 @@ class Submissions:
         self.load = LoadCache(queue, manifest.name)
         self.abandoned = Abandoned(queue)
         self.promises = Promises(manifest.name, self.ladder)
+        self.delivery = Delivery()
         self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
         self._settings = settings
@@ -142,7 +147,8 @@ class Submissions:
             if status is not None:
                 return _replayed(status, caller.idempotency)
         now = self._queue.clock()
-        admission_request = self._admission_request(resolved, now)
+        answer_by = self._answer_by(request, now)
+        admission_request = self._admission_request(resolved, answer_by, now)
         sender = caller.name, request.model_dump_json()
         admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
         job = self._job(resolved, admission_request, admission, caller, now)
@@ -153,7 +159,7 @@ class Submissions:
             return _replayed(await self._existing(job), caller.idempotency)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
-        return Submission(job, new=True, pending=True, predicted_s=finite(admission.predicted_s))
+        return Submission(job, True, True, finite(admission.predicted_s), answer_by)
 
     def _check_length(self, request: GenerateRequest, conditions: RequestedConditions) -> None:
         """Refuse texts of more tokens than the model takes. Raises `InvalidRequest`."""
@@ -193,21 +199,26 @@ class Submissions:
         except ValueError as error:
             raise field_error("size", str(error)) from None
 
-    def _admission_request(self, resolved: _ResolvedRequest, now: float) -> AdmissionRequest:
+    def _admission_request(
+        self, resolved: _ResolvedRequest, answer_by: float | None, now: float
+    ) -> AdmissionRequest:
         request, conditions = resolved.request, resolved.conditions
+        deadline_at = None if answer_by is None else answer_by - self.delivery.room_s(answer_by - now)
         return AdmissionRequest(
             rung=resolved.rung,
             guidance_scale=guidance_scale(request, self.manifest) if conditions.can_be_guided else 1.0,
             samples=request.n,
-            deadline_at=self._deadline_at(request, now),
+            deadline_at=deadline_at,
             allow_degraded=request.may_degrade,
             min_steps=request.min_steps or 1 if request.may_degrade else resolved.rung.steps,
             row_cost=resolved.output.row_cost,
             conditions=conditions.composed,
+            worst=inf if request.min_quality is None else request.min_quality,
+            own_backbone=bool(conditions.negative_prompt) or conditions.how == "layers",
         )
 
-    def _deadline_at(self, request: GenerateRequest, now: float) -> float | None:
-        """Return the deadline by the queue's clock, None without one. Raises `InvalidRequest`.
+    def _answer_by(self, request: GenerateRequest, now: float) -> float | None:
+        """Return the deadline of the answer by the queue's clock, None without one. Raises `InvalidRequest`.
 
         It counts from when the request came, which on a busy host is earlier than now.
         """
@@ -230,7 +241,7 @@ class Submissions:
     ) -> Job:
         request, rung = resolved.request, resolved.rung
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        below = self.ladder.below(rung, admission_request.min_steps) if request.may_degrade else ()
+        below = self.ladder.below(rung, admission_request.consent) if request.may_degrade else ()
         lowest = (admission.rung, *below)[-1]
         job_id, trace = secrets.token_hex(16), dict(caller.trace)
         if caller.idempotency is not None:
@@ -267,6 +278,7 @@ class Submissions:
             admitted=admission.rung,
             negative_prompt=resolved.conditions.negative_prompt,
             guidance_embedded=guidance_embedded(request, self.manifest),
+            min_quality=request.min_quality,
         )
 
     def _job_id(self, caller: str, key: str) -> str:
@@ -305,4 +317,4 @@ def _replayed(status: JobStatus, idempotency: Idempotency | None) -> Submission:
     if idempotency is None or status.job.trace.get(_FINGERPRINT) != idempotency.fingerprint:
         raise IdempotencyMismatch("This Idempotency-Key was sent before with another request.")
     pending = status.state not in TERMINAL_STATES
-    return Submission(status.job, new=False, pending=pending, predicted_s=None)
+    return Submission(status.job, False, pending, predicted_s=None, answer_by=status.job.deadline_at)

@@ -30,9 +30,10 @@ class _Speed:
 
 
 @lru_cache(1024)
-def _saturated(fixed_s: float, per_row_s: float, max_rows: int) -> _Speed:
+def _saturated(fixed_s: float, per_row_s: float, max_rows: int, batch_rows: int) -> _Speed:
+    """Return the speed of a worker at the batch that it says it runs, or else at the best by its costs."""
     costs = CostModel(fixed_s=max(0.0, fixed_s), per_row_s=max(1e-9, per_row_s))
-    batch = costs.saturation_rows(max(1, max_rows))
+    batch = batch_rows or costs.saturation_rows(max(1, max_rows))
     return _Speed(costs, batch, batch / costs.predict(batch))
 
 
@@ -41,7 +42,8 @@ def _speed_of(worker: WorkerState, pass_s: float = inf, slowness: float = 1.0) -
 
     Its steps take `slowness` times as long as it reports.
     """
-    best = _saturated(worker.step_fixed_s * slowness, worker.step_per_row_s * slowness, worker.max_rows)
+    fixed_s, per_row_s = worker.step_fixed_s * slowness, worker.step_per_row_s * slowness
+    best = _saturated(fixed_s, per_row_s, worker.max_rows, worker.batch_rows)
     if best.costs.predict(best.batch) <= pass_s:
         return best
     costs = best.costs

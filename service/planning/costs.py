@@ -8,6 +8,9 @@ squares, clamped) serves the sizes never run.
 Beside its pass a step takes time of the host (solvers, reports, a contended interpreter), which does not grow
 with the rows. Charged to the pass it would make large batches seem as dear by the row as small ones.
 
+Beside neighbours a pass of many rows is always interrupted, one of few rows seldom. So the time in which the
+thread waited for a processor is no part of what a size takes; it slows the pace.
+
 All sizes share one pace that follows the machine (neighbours, clocks, heat). It is the work done in a second
 of wall time, so a stall counts for as long as it lasts, where a mean over passes would hardly see it. Two
 windows are kept, and the slower one counts: a neighbour that comes is believed within seconds, one that goes
@@ -22,6 +25,7 @@ Pure: observations come in as arguments.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 
 from ditserve.service.jobs import SlowSpell
 from ditserve.service.planning.pace import PaceRecord, PaceWindow
@@ -39,6 +43,20 @@ _LONGEST_STALL_S = (
 )
 _SLOWED = 0.9  # the pace below which an idle machine should be looked at again
 _LEAST_S = 1e-9  # no step and no row takes less
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """The seconds of a step for which its thread, ready to run, waited for a processor.
+
+    `pass_s` of them were in its forward pass, `host_s` beside it.
+    """
+
+    pass_s: float = 0.0
+    host_s: float = 0.0
+
+
+NO_WAITS = Waits()
 
 
 class CostModel:
@@ -70,6 +88,17 @@ class CostModel:
     @property
     def per_row_s(self) -> float:
         return self._line[1] / self._pace
+
+    def line(self, rows: int) -> tuple[float, float]:
+        """Return (fixed, per row) of the line through the steps of one row and of `rows` rows.
+
+        Where batches have that many rows it is exact, while `fixed_s` and `per_row_s` look at all sizes.
+        Example: steps of 1, 10 and 64 rows take 2, 5 and 50 ms. Through those of 1 and 10 rows a row costs
+        (5 - 2) / 9 = 0.33 ms, and the rest of 1.67 ms is fixed.
+        """
+        one, all_rows = self.predict(1), self.predict(rows)
+        per_row = min(max(_LEAST_S, (all_rows - one) / (rows - 1)), all_rows / rows) if rows > 1 else one
+        return max(0.0, all_rows - rows * per_row), per_row
 
     @property
     def decode_s(self) -> float:
@@ -105,11 +134,17 @@ class CostModel:
         """Return a cost model whose first guess is this one, for rows of `factor` times as much work."""
         return CostModel(fixed_s=self.fixed_s, per_row_s=self.per_row_s * factor, decode_s=self.decode_s)
 
-    def observe(self, rows: int, seconds: float, host_s: float = 0.0) -> None:
-        """Learn from a step of `rows` rows, of which `host_s` seconds were spent beside its forward pass."""
+    def observe(self, rows: int, seconds: float, host_s: float = 0.0, *, waits: Waits = NO_WAITS) -> None:
+        """Learn from a step of `rows` rows, of which `host_s` seconds were spent beside its forward pass.
+
+        Example: a step of 8 rows takes 30 ms, 8 of them beside its pass. In its pass it waited 16 ms for a
+        processor, and 6 beside. A pass of 8 rows takes 6 ms and the host 2 ms; the pace is 8 / 30.
+        """
         if rows < 1 or seconds <= 0:
             return
-        pass_s = max(seconds - host_s, _LEAST_S)
+        whole_s = max(seconds, host_s + _LEAST_S)
+        pass_s = max(seconds - host_s - waits.pass_s, _LEAST_S)
+        host_s = max(host_s - waits.host_s, 0.0)
         passes = self._passes[rows] = min(FIRST_PASSES, self._passes.get(rows, 0)) + 1
         if passes == 1:
             insort(self._sizes, rows)
@@ -126,11 +161,16 @@ class CostModel:
         if host_s > 0:
             self._observe_host(host_s / self._typical)
         self._line = self._fit()
-        seconds = min(pass_s + host_s, max(_LONGEST_STALL_S, _MAX_SURPRISE * self.predict(rows)))
+        seconds = min(whole_s, max(_LONGEST_STALL_S, _MAX_SURPRISE * self.predict(rows)))
         work_s = self._seconds[rows] + self._host_s
         for window in self._windows:
             window.observe(work_s, seconds)
-        self._record.observe(work_s, pass_s + host_s)
+        self._record.observe(work_s, whole_s)
+
+    def begin_at(self, pace: float) -> None:
+        """Take the pace of the warm-up for that of the machine, before the windows have been filled."""
+        for window in self._windows:
+            window.pace = pace
 
     def observe_idle(self, rows: int, seconds: float, idle_s: float) -> None:
         """Learn the pace from one pass of `rows` rows after `idle_s` seconds in which none ran.

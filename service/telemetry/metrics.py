@@ -100,6 +100,11 @@ BATCH_ROWS = _at_zero(
     *("cap", "idle"),
 )
 PREDICTION_RATIO = Histogram("dit_step_prediction_ratio", "Actual over predicted step time", buckets=_RATIOS)
+DELIVERY_SECONDS = Histogram(
+    "dit_delivery_seconds",
+    "Time from the last step to the answer, for which promises leave room",
+    buckets=_WAITS,
+)
 DECODE_SECONDS = Histogram("dit_decode_seconds", "Time to decode latents into pixels", buckets=_STEPS)
 ENCODE_SECONDS = _at_zero(
     Histogram("dit_encode_seconds", "Time to encode an image file", ["format"], buckets=_STEPS),

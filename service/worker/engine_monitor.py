@@ -76,6 +76,7 @@ class EngineMonitor:
             given_rows=self._broker.given_rows(self._identity.name),
             last_step_age_s=self.step_age_s(),
             hang_s=self._hang_limit_s(),
+            batch_rows=costs.saturation_rows,
             updated_at=self._broker.clock(),
         )
 

@@ -6,6 +6,7 @@ reports. It reports at once when a step ended or showed something, and otherwise
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -40,6 +41,27 @@ def _stop() -> None:
     """The command that ends the thread."""
 
 
+class ProcessorWaits(threading.local):
+    """The seconds for which a thread, ready to run, has ever waited for a processor, as Linux counts them.
+
+    Zero where it does not.
+    """
+
+    def __init__(self) -> None:
+        # Runs in each thread that asks, because the file is that of the thread which opens it. It stays open:
+        # the threads that ask live as long as the process.
+        try:
+            self._file: int | None = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._file = None
+
+    def __call__(self) -> float:
+        if self._file is None:
+            return 0.0
+        _, waited_ns, _ = os.pread(self._file, 100, 0).split()
+        return int(waited_ns) / 1e9
+
+
 class Stepper(Protocol):
     """The part of the engine that is used here."""
 
@@ -66,7 +88,8 @@ class Stepper(Protocol):
 class StepCosts:
     """The cost model at one moment: seconds of a step and of a decode.
 
-    `saturation_rows` is the batch size beyond which a further row gains nothing. `slow` says how much slower
+    `saturation_rows` is the batch size beyond which a further row gains nothing, and the step is as there.
+    `slow` says how much slower
     it may be for a while.
     """
 
@@ -264,6 +287,7 @@ class EngineThread:
 
     def _report(self, step: StepReport) -> None:
         engine, costs = self._engine, self._engine.costs
+        saturation_rows = costs.saturation_rows(self._max_rows)
         report = EngineReport(
             step=step,
             refused=tuple(self._refused),
@@ -273,10 +297,9 @@ class EngineThread:
             demand=tuple(replace(bucket, at=self._clock.shared(bucket.at)) for bucket in engine.demand()),
             stepped_at=self._stepped_at,
             costs=StepCosts(
-                costs.fixed_s,
-                costs.per_row_s,
+                *costs.line(saturation_rows),
                 costs.decode_s,
-                costs.saturation_rows(self._max_rows),
+                saturation_rows,
                 costs.slow_spells(),
             ),
         )

@@ -192,7 +192,7 @@ class Worker:
         self._jobs.add(job)
         self._engine.add(job.starts)
         if job.done:
-            self._on_finished([(job, finished) for finished in job.done])
+            self._on_finished([(job, finished) for finished in job.done], at=job.claimed_at)
         log.debug("claimed", job=job.id, attempt=job.lease.attempt, alone=job.run_isolated)
 
     # The engine reports.
@@ -214,7 +214,7 @@ class Worker:
             (job, finished) for finished in step.finished if (job := self._jobs.leave_engine(finished.id))
         ]
         if batch:
-            self._on_finished(batch)
+            self._on_finished(batch, at=self._broker.clock.shared(report.stepped_at))
         for preview in step.previews:
             self._on_preview(preview)
         self._events.steps(self._jobs, report.progress, time.monotonic())
@@ -226,9 +226,9 @@ class Worker:
             if job is not None:
                 self._fail(job, failure.error, retry=retry)
 
-    def _on_finished(self, batch: Sequence[FinishedSample]) -> None:
+    def _on_finished(self, batch: Sequence[FinishedSample], *, at: float) -> None:
         for job, finished in batch:
-            job.finish(finished)
+            job.finish(finished, at=at)
         self._start_task(self._make_images(batch), [job for job, _ in batch])
 
     def _on_preview(self, preview: Preview) -> None:

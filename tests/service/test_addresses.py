@@ -2,7 +2,7 @@
 
 import pytest
 
-from ditserve.service.addresses import is_loopback, parsed_address, share
+from ditserve.service.addresses import is_loopback, parsed_address, parsed_network, share
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,29 @@ from ditserve.service.addresses import is_loopback, parsed_address, share
 def test_notations(text: str, address: str | None) -> None:
     parsed = parsed_address(text)
     assert (None if parsed is None else str(parsed)) == address
+
+
+@pytest.mark.parametrize(
+    ("text", "network"),
+    [
+        ("10.0.0.0/8", "10.0.0.0/8"),
+        ("::ffff:127.0.0.1", "127.0.0.1/32"),
+        ("::ffff:7f00:1/128", "127.0.0.1/32"),
+        ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+        ("::ffff:0:0/96", "0.0.0.0/0"),
+        ("2001:db8::/32", "2001:db8::/32"),
+        ("::/0", "::/0"),
+        ("::fffe:0:0/96", "::fffe:0:0/96"),
+    ],
+)
+def test_notations_of_networks(text: str, network: str) -> None:
+    assert str(parsed_network(text)) == network
+
+
+@pytest.mark.parametrize("text", ["", "nginx", "10.0.0.1/8", "::ffff:10.0.0.1/104", "::ffff:10.0.0.0/129"])
+def test_what_is_no_network(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\S"):
+        parsed_network(text)
 
 
 @pytest.mark.parametrize("host", ["localhost", "dit.localhost", "127.0.0.1", "127.8.8.8", "::1", "[::1]"])

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+import time
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
@@ -13,7 +14,17 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from ditserve.service.api_keys import ApiKey, Keyring, KeyringError, add, open_keyring, read, revoke, run
+from ditserve.service.api_keys import (
+    RETRY_S,
+    ApiKey,
+    Keyring,
+    KeyringError,
+    add,
+    open_keyring,
+    read,
+    revoke,
+    run,
+)
 from ditserve.service.settings import Settings
 
 
@@ -133,7 +144,42 @@ def test_a_file_that_its_reader_may_not_open_keeps_the_known_keys(
         with monkeypatch.context() as refusing:
             refusing.setattr(Path, "read_bytes", partialmethod(_fail, number))
             assert ring.find(text)
+    later = time.monotonic() + RETRY_S
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     assert ring.find(text) is None, "a passing fault is not remembered"
+
+
+def test_a_damaged_file_is_read_again_when_it_changed_or_after_a_while(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, text = add(path, "shop")
+    ring = Keyring(path)
+    whole = path.read_text()
+    path.write_text("damaged")
+    now, reads = time.monotonic(), 0
+
+    def count(read: Path) -> bytes:
+        nonlocal reads
+        reads += read == path
+        return read.read_text().encode()
+
+    monkeypatch.setattr(Path, "read_bytes", count)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with capture_logs() as events:
+        for _ in range(20):
+            assert ring.find(text) == key
+        assert reads == 1
+        now += RETRY_S
+        assert ring.holds(key.id)
+        assert ring.holds(key.id)
+        assert (reads, len(events)) == (2, 1)
+        path.write_text("damaged in another way")
+        assert ring.find(text) == key
+        assert reads == 3
+        path.write_text(whole.replace(key.id, "00000000"))
+        assert ring.find(text) is None
+        assert reads == 4
+    assert len(events) == 1, "the reason is the same"
 
 
 def _fail(path: Path, number: int) -> bytes:

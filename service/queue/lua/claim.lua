@@ -1,7 +1,8 @@
 -- Lease the next jobs of the given models in fair order (see submit.lua), as far as they fit into the
 -- worker's room (samples). Returns the rows ever given to the owner, which its reports repeat, and {id, wire,
 -- attempt, suspect, checkpoint, schema version} per job. The checkpoint is empty unless a worker left one.
--- Repeating a claim with the same nonce returns the same jobs, as far as still held.
+-- Repeating a claim with the same nonce returns the same jobs, as far as still held. So a claim that is cut
+-- short by an index of another kind, and repeated once that is repaired, loses none of those that it took.
 --
 -- Rules, from the head of the queue on:
 --   past its deadline       the job fails here
@@ -55,14 +56,16 @@ redis.call('DEL', last_claim)
 
 local taken, clock, rows_taken = {}, 0, 0
 
+-- An index of another kind may end the script at each of these writes. The job is then in one index still, where
+-- it is found, and the claim remembers it already.
 local function take(job, finish)
-  local id, key = job.id, job_key(job.id)
-  dequeue(job)
-  local attempt = add(key, 'attempt', 1)
-  redis.call('HSET', key, 'state', 'running', 'owner', owner, 'claimed_at', NOW)
+  local id, attempt = job.id, job.attempt + 1
+  redis.call('HSET', last_claim, '', nonce, id, attempt)
+  redis.call('PEXPIRE', last_claim, LEASE)
+  redis.call('HSET', job_key(id), 'state', 'running', 'attempt', attempt, 'owner', owner, 'claimed_at', NOW)
   redis.call('ZADD', LEASES, NOW + LEASE, id)
+  dequeue(job)
   emit(id, 'started', started)
-  redis.call('HSET', last_claim, id, attempt)
   taken[#taken + 1] = entry(job, attempt)
   clock, rows_taken = math.max(clock, finish), rows_taken + job.rows
 end
@@ -110,8 +113,6 @@ end
 walk()
 
 if #taken > 0 then
-  redis.call('HSET', last_claim, '', nonce)
-  redis.call('PEXPIRE', last_claim, LEASE)
   if redis.call('EXISTS', QUEUE) == 1 then
     clock = math.max(clock, finite(redis.call('HGET', TOTALS, 'clock')))
     redis.call('HSET', TOTALS, 'clock', string.format('%.17g', clock))

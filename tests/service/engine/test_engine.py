@@ -12,6 +12,7 @@ import pytest
 from numpy.lib import tracemalloc_domain
 
 from ditserve.service.jobs import ConditionTerm
+from ditserve.service.planning.costs import Waits
 from tests.service.engine.stepping import finished, previews, reference, run
 
 Make = Callable[..., Any]
@@ -224,6 +225,42 @@ def test_the_first_pass_of_a_size_does_not_count(
         engine.step()
     assert 3 in backend.batches  # a size the warm-up left out
     assert engine.costs.predict(3) == pytest.approx(0.01)
+
+
+def test_waits_for_a_processor_are_told_to_the_cost_model(
+    make_backend: Make, make_engine: Make, make_request: Make
+) -> None:
+    """In the warm-up, in the pass of a step, and beside it."""
+    now, waited = [0.0], [0.0]
+    backend = make_backend()
+    plain = backend.denoise
+
+    def denoise(x: Any, state: Any) -> Any:
+        now[0] += 0.01 + 0.04
+        waited[0] += 0.04
+        return plain(x, state)
+
+    backend.denoise = denoise
+    engine = make_engine(backend, clock=lambda: now[0], waited=lambda: waited[0])
+    engine.warm_up(budget_s=100.0)
+    seconds = engine.costs.predict(1)
+    assert seconds == pytest.approx(0.05, rel=0.2), "the pace is a fifth"
+    observed: list[Any] = []
+    learn = engine.costs.observe
+
+    def observe(*step: float, waits: Waits) -> None:
+        observed.append((*step, waits))
+        learn(*step, waits=waits)
+
+    engine.costs.observe = observe
+    engine.add(make_request("a/0"))
+    while not engine.idle:
+        engine.step()
+        now[0] += 0.03
+        waited[0] += 0.02
+    rows, turn_s, host_s, waits = observed[-1]
+    assert (rows, turn_s, host_s) == (2, pytest.approx(0.08), pytest.approx(0.03))
+    assert (waits.pass_s, waits.host_s) == (pytest.approx(0.04), pytest.approx(0.02))
 
 
 def test_the_cost_of_a_step_is_the_whole_turn(make_engine: Make, make_request: Make) -> None:

@@ -16,8 +16,14 @@ pytestmark = pytest.mark.anyio
 PROXY, INNER, CLIENT = "10.0.0.1", "10.0.0.2", "192.0.2.7"
 
 
-async def seen(peer: str, *headers: tuple[str, str], path: str = "/generate", root_path: str = "") -> Scope:
-    """The scope that the application sees of a request of `peer`, where 10.0.0.0/8 and ::1 are trusted."""
+async def seen(
+    peer: str,
+    *headers: tuple[str, str],
+    path: str = "/generate",
+    root_path: str = "",
+    trusted: str = "10.0.0.0/8,::1/128",
+) -> Scope:
+    """The scope that the application sees of a request of `peer`."""
     scopes: list[Scope] = []
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -31,7 +37,7 @@ async def seen(peer: str, *headers: tuple[str, str], path: str = "/generate", ro
 
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
     scope = {"type": "http", "path": path, "scheme": "http", "client": (peer, 4711), "headers": raw}
-    origin = Origin(application, trusted_proxies="10.0.0.0/8,::1/128", root_path=root_path)
+    origin = Origin(application, trusted_proxies=trusted, root_path=root_path)
     await origin(scope, receive, send)
     return scopes[0]
 
@@ -65,6 +71,15 @@ async def test_the_caller_is_the_last_hop_that_no_trusted_proxy_vouches_for(
     peer: str, headers: list[tuple[str, str]], caller: str
 ) -> None:
     assert (await seen(peer, *headers))["client"][0] == caller
+
+
+@pytest.mark.parametrize("trusted", ["10.0.0.1", "::ffff:10.0.0.1", "::ffff:10.0.0.0/104", "::ffff:0:0/96"])
+@pytest.mark.parametrize("peer", ["10.0.0.1", "::ffff:10.0.0.1", "::ffff:a00:1"])
+async def test_an_ipv4_address_in_the_notation_of_ipv6_is_the_ipv4_address(peer: str, trusted: str) -> None:
+    passed_on = (FORWARDED_FOR, f"{CLIENT}, ::ffff:10.0.0.1")
+    assert (await seen(peer, passed_on, trusted=trusted))["client"][0] == CLIENT
+    other = await seen("::ffff:203.0.113.1", passed_on, trusted="::ffff:10.0.0.1")
+    assert other["client"][0] == "::ffff:203.0.113.1", "it is not trusted"
 
 
 async def test_the_scheme_is_that_of_the_client(open_stage: OpenStage) -> None:
@@ -113,6 +128,10 @@ def client(stage: Any, host: str, *, peer: str = "127.0.0.1") -> httpx.AsyncClie
         ({"allowed_hosts": "*.example.org"}, "a.b.example.org", 200),
         ({"allowed_hosts": "*.example.org"}, "example.org", 421),
         ({"allowed_hosts": "*.example.org"}, "localhost", 200),
+        ({"allowed_hosts": "10.0.0.5"}, "[::ffff:10.0.0.5]:8000", 200),
+        ({"allowed_hosts": "[::ffff:10.0.0.5]"}, "10.0.0.5", 200),
+        ({"allowed_hosts": "[2001:DB8::5]"}, "[2001:db8:0::5]", 200),
+        ({}, "[::ffff:127.0.0.1]:8000", 200),
         ({"allowed_hosts": "*"}, "evil.example", 200),
         ({"host": "0.0.0.0", "open": True}, "anything.example", 200),
         ({"host": "0.0.0.0", "open": True, "allowed_hosts": "example.org"}, "anything.example", 421),

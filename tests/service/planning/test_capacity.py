@@ -36,6 +36,16 @@ def test_a_later_deadline_breaks_as_in_the_worked_example(claimed: int, broken: 
     assert not capacity.breaks_later_deadline(30, 10.0, now=0.0, margin=1.0)  # it is not later
 
 
+def test_a_worker_counts_for_the_batches_that_it_runs() -> None:
+    """By its costs alone 64 rows a pass would be better, and twice as much would be promised as it does."""
+    a = WorkerState("A", ("m",), 64, 1.0, 0.1, 0.0, 0, 0, 0.0, 0.0, dues=(DemandBucket(inf, 100, 100),))
+    assert Capacity(load(a)).drain_time() < 13.0
+    assert Capacity(load(replace(a, batch_rows=10))).drain_time() == pytest.approx(
+        100 / 10 * (1.0 + 10 * 0.1)
+    )
+    assert Capacity(load(replace(a, batch_rows=10)), pass_s=1.5).drain_time() == pytest.approx(100 / 5 * 1.5)
+
+
 def test_a_worker_is_as_slow_as_it_may_be_over_the_time_that_counts() -> None:
     spells = (SlowSpell(1.0, 4.0), SlowSpell(8.0, 2.0))
     a = replace(worker("A", 10.0, DemandBucket(inf, 100, 100)), slow=spells)

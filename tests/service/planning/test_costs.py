@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.costs import CostModel, Waits
 
 quick = settings(max_examples=60, deadline=None)  # wall time says nothing on a shared machine
 
@@ -139,6 +139,45 @@ def test_the_time_of_the_host_does_not_grow_with_the_rows() -> None:
     assert costs.predict(1) == pytest.approx(0.011, rel=0.05)
     assert costs.predict(64) == pytest.approx(0.03, rel=0.05)
     assert costs.saturation_rows(64) > 32
+
+
+def test_a_wait_for_a_processor_slows_the_pace_as_in_the_worked_example() -> None:
+    costs = taught({8: 0.006})
+    for _ in range(500):
+        costs.observe(8, 0.03, 0.008, waits=Waits(0.016, 0.006))
+    assert costs.predict(8) == pytest.approx(0.03, rel=0.01)
+    assert costs.slow_spells()[0].factor == pytest.approx(1.0, rel=0.01)
+
+
+def test_neighbours_that_interrupt_long_passes_alone_do_not_make_large_batches_seem_dear() -> None:
+    curve = {1: 0.001, 4: 0.002, 16: 0.006, 64: 0.022}
+    alone, told, untold = taught(curve), CostModel(), CostModel()
+    for _ in range(20):
+        for rows, seconds in curve.items():
+            # The neighbour takes a processor once for every 4 ms that the pass has had it.
+            waited_s = 0.012 * (seconds // 0.004)
+            told.observe(rows, seconds + waited_s, waits=Waits(waited_s))
+            untold.observe(rows, seconds + waited_s)
+    assert told.saturation_rows(64) == alone.saturation_rows(64) == 24
+    assert untold.saturation_rows(64) < 10
+
+
+def test_the_line_to_a_batch_is_as_in_the_worked_example() -> None:
+    costs = taught({1: 0.002, 10: 0.005, 64: 0.05})
+    fixed_s, per_row_s = costs.line(10)
+    assert fixed_s == pytest.approx(0.00167, rel=0.01)
+    assert per_row_s == pytest.approx(0.00033, rel=0.02)
+    assert fixed_s + 10 * per_row_s == pytest.approx(costs.predict(10))
+    assert costs.fixed_s + 10 * costs.per_row_s > 1.3 * costs.predict(10)
+
+
+@quick
+@given(st.dictionaries(st.integers(1, 64), st.floats(1e-4, 10.0), min_size=1, max_size=6), st.integers(1, 64))
+def test_a_line_ends_where_the_batch_is(curve: dict[int, float], rows: int) -> None:
+    costs = taught(curve)
+    fixed_s, per_row_s = costs.line(rows)
+    assert fixed_s >= 0 < per_row_s
+    assert fixed_s + rows * per_row_s == pytest.approx(costs.predict(rows))
 
 
 def test_an_idle_machine_is_found_fast_again() -> None:

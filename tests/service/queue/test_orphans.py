@@ -253,7 +253,6 @@ async def test_an_index_of_another_kind_is_made_again_by_the_script_that_meets_i
         await timed.submit(other)
         await write_another_kind(client, index)
         await (timed.load() if verb == "load" else act(verb, timed, job, make_result))
-        # A claim that was cut short comes to its end when its lease does.
         for _ in range(4):
             clock.advance(11)
             await timed.sweep()
@@ -263,6 +262,21 @@ async def test_an_index_of_another_kind_is_made_again_by_the_script_that_meets_i
         status = await timed.status(other.id)
         assert (status and status.state) == "done"
         await audit(client, timed.keys)
+
+
+@pytest.mark.parametrize("index", ["queue", "leases", "ages", "flows", "dues", "totals"])
+async def test_a_claim_that_an_index_cut_short_is_given_all_that_it_took(
+    index: str, timed: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult
+) -> None:
+    jobs = [make_job(caller=caller) for caller in ("alice", "bob", "alice")]
+    for job in jobs:
+        await timed.submit(job)
+    await write_another_kind(client, getattr(timed.keys, index))
+    entries = [entry for _ in range(3) for entry in await claim(timed)]
+    assert {entry.job.id for entry in entries} == {job.id for job in jobs}, "no lease has ended meanwhile"
+    for entry in entries:
+        assert await timed.finish(entry.lease, make_result())
+    await audit(client, timed.keys)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e20", "1.5", "many", "", "9223372036854775807"])

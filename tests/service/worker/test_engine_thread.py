@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
 
 from ditserve.service.queue.clock import QueueClock
 from ditserve.service.worker import engine_thread
-from ditserve.service.worker.engine_thread import EngineReport, EngineThread
+from ditserve.service.worker.engine_thread import EngineReport, EngineThread, ProcessorWaits
 
 pytestmark = pytest.mark.anyio
 Make = Callable[..., Any]
@@ -63,4 +69,34 @@ async def test_an_idle_engine_that_was_slow_reports_its_pace_again(
     finally:
         assert thread.stop(10.0)
     assert engine.costs.predict(1) < slow / 10
-    assert reports[-1].costs.per_row_s < reports[0].costs.per_row_s
+    step_s = [report.costs.fixed_s + report.costs.per_row_s for report in (reports[0], reports[-1])]
+    assert step_s[1] < step_s[0] / 10
+
+
+@pytest.mark.skipif(
+    not Path("/proc/thread-self/schedstat").exists(),
+    reason="the kernel counts no waits for a processor: run it on Linux with scheduler statistics",
+)
+def test_a_thread_for_which_no_processor_is_free_has_waited() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    burn = f"import os; os.sched_setaffinity(0, [{cpu}])\nwhile True: pass"
+    waited: list[float] = []
+
+    def work() -> None:
+        # Of this thread alone.
+        os.sched_setaffinity(0, [cpu])
+        waits = ProcessorWaits()
+        until = time.monotonic() + 20.0
+        while waits() < 0.05 and time.monotonic() < until:
+            pass
+        waited.append(waits())
+
+    neighbour = Popen([sys.executable, "-c", burn])
+    try:
+        working = threading.Thread(target=work)
+        working.start()
+        working.join()
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+    assert 0.05 <= waited[0] < 20.0

@@ -130,7 +130,7 @@ def test_a_job_of_several_samples_moves_while_any_of_them_does(make_job: Callabl
             engine[name] = (step, 20)
             told.append(job.step(engine))
         del engine[name]
-        job.finish(cast(Finished, SimpleNamespace(id=name)))
+        job.finish(cast(Finished, SimpleNamespace(id=name)), at=0.0)
         assert job.step(engine) == told[-1]
     assert told == sorted(told)
     assert {step for step, _ in told} == set(range(16))
