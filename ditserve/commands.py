@@ -5,6 +5,7 @@ A checkout runs a command as `python -m export.onnx`, an installed package as `d
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,9 @@ COMMANDS = {
     "schema": Command("service schema", "print what a bundle or a pipeline's folder takes", "serve"),
     "convert": Command("model.convert", "import published weights and pipelines, or export weights", "train"),
     "export": Command("export.onnx", "make a complete bundle, with graphs, of a run or a bundle", "export"),
+    "backbone": Command(
+        "export.backbone", "add the network of another bundle to a bundle, for rungs of its ladder", "export"
+    ),
     "half": Command("export.half", "add a backbone in half precision to a bundle", "export"),
     "int8": Command("export.int8", "add an INT8 backbone to a bundle", "export"),
     "trt": Command("export.trt", "build TensorRT engines of a bundle", "gpu"),
@@ -48,6 +52,14 @@ COMMANDS = {
     "scaling": Command("model.scaling", "train a family and fit its scaling law", "train"),
     "bench": Command("bench", "measure the service and its parts: ditserve bench NAME", "dev"),
 }
+
+
+def process_words(*words: str) -> list[str]:
+    """Return the command that starts a module of ours, such as "ditserve.service", in a process of its own.
+
+    An installed one must not import what lies in the current folder, as `-m` would; a checkout is run there.
+    """
+    return [sys.executable, *(() if IN_CHECKOUT else ("-P",)), "-m", *words]
 
 
 def command_line(words: str) -> str:

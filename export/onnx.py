@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -108,7 +108,8 @@ def export_bundle(source: LoadedModel, out: Path, options: ExportOptions = Expor
 
 
 def _assemble(source: LoadedModel, folder: Path, options: ExportOptions) -> dict[str, Any]:
-    """Write the bundle into `folder`, which is empty; return the parity report."""
+    """Write the bundle of one network into `folder`, which is empty; return the parity report."""
+    source = replace(source, manifest=source.manifest.with_backbones({}))
     check_decoder(source.manifest, vae=options.vae, graph=options.decoder)
     plan = _plan(source, options)
     print(plan, file=sys.stderr)

@@ -40,7 +40,7 @@ class ExportPlan:
 
         ladder = "no ladder is measured"
         if self.ladder is not None:
-            ladder = f"to measure the ladder ({self.ladder.name}) {price(self.ladder.rows)}"
+            ladder = f"to measure the ladder ({self.ladder.name}) {price(round(self.ladder.rows))}"
         memory = f"at most about {self.peak_bytes / 1e9:.1f} GB of memory"
         return f"to verify the graphs {price(self.rows)}; {ladder}; {memory}"
 

@@ -18,7 +18,7 @@ from ditserve.model.spec.bundle import (
     BundleError,
     Manifest,
 )
-from ditserve.model.spec.command_line import named_path
+from ditserve.model.spec.command_line import named_path, printable
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import is_pipeline
 from ditserve.model.spec.zoo import ZOO
@@ -76,7 +76,7 @@ def bundle_entry(folder: Path, *, verify: bool) -> BundleEntry:
         return BundleEntry(str(folder), folder.resolve().name, size, state)
     try:
         manifest = Bundle.open(folder, verify=verify).manifest
-    except BundleError as error:
+    except (BundleError, OSError) as error:
         return BundleEntry(str(folder), folder.resolve().name, 0, f"damaged: {error}")
     size = sum(entry.bytes for entry in manifest.files.values())
     return BundleEntry(str(folder), f"{manifest.name} {manifest.version}", size, _state(folder, manifest))
@@ -100,7 +100,7 @@ def bundle_table(entries: Sequence[BundleEntry]) -> str:
     cells = [(entry.folder, entry.name, f"{entry.bytes / 1e6:.1f} MB", entry.state) for entry in entries]
     widths = [max(map(len, column)) for column in list(zip(*cells, strict=True))[:3]]
     return "\n".join(
-        f"{folder:{widths[0]}}  {name:{widths[1]}}  {size:>{widths[2]}}  {state}"
+        printable(f"{folder:{widths[0]}}  {name:{widths[1]}}  {size:>{widths[2]}}  {state}")
         for folder, name, size, state in cells
     )
 

@@ -84,6 +84,7 @@ class Job(Message):
     admitted: Rung | None = None  # the one it was admitted on, `requested` or below; None: not known
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
+    min_quality: float | None = None  # the largest distance of a rung that it consents to; None: any
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -94,6 +95,7 @@ class Job(Message):
         decays = self.requested is not None and self.requested.guidance_decay != 0.0
         combined = self.negative_prompt or self.mix in ("compose", "layers")
         new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
+        new = new or self.min_quality is not None or bool(self.admitted and self.admitted.stretches)
         return 2 if new else OLDEST
 
     @property
@@ -139,6 +141,7 @@ class JobResult(Message):
     timings_ms: dict[str, float]
     attempt: int
     worker: str
+    backbones: tuple[str, ...] = ()  # the bundle's further ones that took part
     denoised_at: float = 0.0
 
     def __post_init__(self) -> None:

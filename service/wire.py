@@ -10,8 +10,8 @@ before: a message has the oldest version that says all of it, what is written ab
 the job, and what has readers of every release (a worker's report, an error that anybody writes) has the
 oldest version. Other versions are refused.
 
-Version 2: a job may compose conditions or layer them, decay its guidance, have a negative prompt, or ask for
-the solver "unipc-2".
+Version 2: a job may compose conditions or layer them, decay its guidance, have a negative prompt or a least
+quality, ask for the solver "unipc-2", or run on several backbones.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def open_recording(settings: Settings, bundle: Bundle, folder: Path) -> Backend:
     return backend
 
 
-async def opened(backend: Backend, *_: object) -> Backend:
-    return backend
+async def opened(backend: Backend, *_: object) -> dict[str, Backend]:
+    return {"": backend}
 
 
 async def serve(settings: Settings, backends: Mapping[ServedModel, Backend]) -> None:

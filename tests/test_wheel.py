@@ -57,6 +57,9 @@ class Installed:
         pip = [sys.executable, "-m", "pip", f"--python={self.bin / 'python'}", "--quiet"]
         wanted = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
         subprocess.run([*pip, "install", "--no-index", "--isolated", wanted], check=True)
+        # Modules in the current folder that nothing of ours may import.
+        for name in ("ditserve", "numpy", "random"):
+            (self.folder / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
         self.environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -125,7 +128,7 @@ def test_the_wheel_holds_the_code_and_what_it_reads(wheel: Path) -> None:
 def test_nothing_of_the_checkout_is_imported(installed: Installed) -> None:
     program = "import sys, ditserve.service.settings as s; print(s.__file__, *sys.path, sep='\\n')"
     done = subprocess.run(
-        [installed.bin / "python", "-c", program],
+        [installed.bin / "python", "-P", "-c", program],
         cwd=installed.folder,
         env=installed.environment,
         capture_output=True,
@@ -169,7 +172,7 @@ def test_it_tells_of_the_bundles_that_came_with_it(installed: Installed) -> None
         (["export", "x"], "ditserve export needs the package torch, which the extra export brings: "),
         (
             ["schema", "."],
-            ". is not a bundle: manifest.json is missing; pass a folder written by ditserve export\n",
+            ". is not a bundle: manifest.json is missing; pass a folder written by ditserve export ",
         ),
     ],
 )

@@ -22,6 +22,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -55,15 +56,21 @@ COLUMNS = ("", "rung", "grid", "rows", "to its long run", "to real pictures", "F
 Opened = tuple[LoadedModel, LadderMeasurement, TrainingPictures | None]
 
 
+def _served(bundle: Bundle) -> LoadedModel:
+    """Return a network as its graph computes it, which is faster; one just imported has none."""
+    loaded = load_bundle(bundle)
+    if BACKBONE not in bundle.manifest.files:
+        return loaded
+    return with_backbone(loaded, graph_backbone(loaded.network, bundle.file(BACKBONE)))
+
+
 def open_own(bundle: Bundle, options: argparse.Namespace) -> Opened:
-    """Open a model of ours. Its graph is what is served and computes faster; one just imported has none."""
+    """Open a model of ours, as it is served."""
     for name in ("prompts", "device"):
         if getattr(options, name) is not None:
             raise ModelError(f"--{name} is for imported pipelines: leave it out")
-    loaded = load_bundle(bundle)
-    model = loaded
-    if BACKBONE in bundle.manifest.files:
-        model = with_backbone(loaded, graph_backbone(loaded.network, bundle.file(BACKBONE)))
+    others = {name: _served(bundle.backbone(name)).network for name in bundle.manifest.backbones}
+    model = replace(_served(bundle), backbones=others)
     dataset = None if options.data is None else open_data(model, options.data)
     training = None
     if dataset is not None and options.classifier is not None:
@@ -92,7 +99,7 @@ def measure_ladder(opened: Opened, console: Console) -> tuple[MeasuredLadder, di
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         first = progress.add_task("rows, candidates", total=measurement.rows)
-        measured = measurement.run(model.network, lambda rows: progress.advance(first, rows))
+        measured = measurement.run(model.network, lambda rows: progress.advance(first, rows), model.backbones)
         if training is None:
             return measured, {}
         total = int(sum(rung.rows for rung in measured.ladder)) * len(training.inputs)

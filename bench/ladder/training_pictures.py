@@ -60,7 +60,7 @@ class TrainingPictures:
         """
         distances = {}
         for rung in ladder:
-            point = OperatingPoint(rung.solver, rung.steps, rung.grid, rung.guidance_interval)
+            point = OperatingPoint(rung.solver, rung.steps, rung.grid, rung.guidance_interval, rung.stretches)
             distances[rung.name] = self._distance(draw_pictures(self._model, self.inputs, point, on_rows))
         return distances
 

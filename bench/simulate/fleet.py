@@ -32,6 +32,7 @@ from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.costs import CostModel
+from ditserve.service.planning.ladder import Consent
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
 from ditserve.service.worker.room import wanted_rows
 
@@ -216,7 +217,7 @@ class SimulatedFleet:
         due = arrival.at + self.cluster.slo * arrival.steps * self.cluster.curve.seconds(1)
         # Only a strategy that plans at every step can lower a sample once it is accepted.
         can_be_lowered = self.strategy.plan and arrival.consents
-        floor = ladder.lowest(requested, 1) if can_be_lowered else requested
+        floor = ladder.lowest(requested, Consent()) if can_be_lowered else requested
         sample = SimulatedSample(index, arrival, requested, floor, due)
         if self.strategy.order == "fifo":
             sample.deadline_at = None

@@ -40,7 +40,7 @@ class EvaluatedModel:
     record: Mapping[str, Any]
 
 
-def rows_per_image(record: Mapping[str, Any], schedule: Schedule) -> int:
+def rows_per_image(record: Mapping[str, Any], schedule: Schedule) -> float:
     """Return the forward rows of one image, sampled as in the record."""
     sampling = record["sampling"]
     levels = noise_levels(sampling["grid"], sampling["steps"], schedule)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec
+from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec, StretchSpec
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.guidance import forward_rows
 
@@ -28,16 +28,28 @@ class OperatingPoint:
     steps: int
     grid: str
     guidance_interval: tuple[float, float]
+    stretches: tuple[StretchSpec, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.solver}-{self.steps}"
+        """The solver and its steps, where guidance acts if not everywhere, and the backbones.
 
-    def rows(self, manifest: Manifest) -> int:
+        For example "euler-20 guided 0.1-0.8" and, from noise to picture, "euler-20 light>0.5".
+        """
+        low, high = self.guidance_interval
+        words = [f"{self.solver}-{self.steps}"]
+        words += [f"guided {low:g}-{high:g}"] if (low, high) != (0.0, 1.0) else []
+        for part in self.stretches:
+            words.append((part.backbone or "own") + (f">{part.above:g}" if part.above else ""))
+        return " ".join(words)
+
+    def rows(self, manifest: Manifest) -> float:
         """Return the forward rows of a picture of a model at its default guidance scale."""
         schedule = manifest.diffusion.noise_schedule()
         levels = noise_levels(self.grid, self.steps, schedule)
-        return forward_rows(levels, schedule, manifest.defaults.guidance_scale, self.guidance_interval)
+        scale, interval = manifest.defaults.guidance_scale, self.guidance_interval
+        stretches = manifest.stretches(self.stretches)
+        return round(forward_rows(levels, schedule, scale, interval, stretches=stretches), 3)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +57,7 @@ class MeasuredPoint:
     """An operating point with its distance to the model's own long run, and its energy scores (n,) if any."""
 
     point: OperatingPoint
-    rows: int
+    rows: float
     own: float
     scores: Tensor | None
 
@@ -63,6 +75,7 @@ class MeasuredPoint:
             grid=point.grid,
             guidance_interval=point.guidance_interval,
             rows=self.rows,
+            stretches=point.stretches,
             quality=self.own if order == "own" or real is None else real,
             own=self.own,
             real=real,
@@ -123,7 +136,9 @@ def best_defaults(measured: Sequence[MeasuredPoint], defaults: Defaults) -> Defa
     It may be farther than the nearest point by one standard error of the difference: for 0.1278 and 0.1276
     with an error of 0.0003, the cheaper of the two.
     """
-    scored = [(point, point.scores) for point in measured if point.scores is not None]
+    # A request for a solver and its steps means the model's own network.
+    own = [point for point in measured if not point.point.stretches]
+    scored = [(point, point.scores) for point in own if point.scores is not None]
     _, nearest = min(scored, key=lambda pair: float(pair[1].mean()))
     as_near = [
         point

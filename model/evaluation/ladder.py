@@ -8,9 +8,10 @@ makes the pictures worse. A ladder that knows only the first calls better what i
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,15 +30,21 @@ from ditserve.model.evaluation.front import (
     nearer,
 )
 from ditserve.model.nets.factory import Network
-from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
+from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, StitchedDenoiser, denoise
 from ditserve.model.sampling.prompt import random_conditions
-from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec
+from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec, StretchSpec
 from ditserve.model.spec.grids import even_grid, fits, grid_names, noise_levels
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.solvers import StepTable, step_table
+from ditserve.model.spec.stretches import Stretch
 from ditserve.model.train.loaded_model import LoadedModel
 
-OnRows = Callable[[int], object]  # called with the rows that were computed
+# The counts of steps at which backbones are combined, and the noise levels at which they change.
+STITCHED_STEPS = (20, 14, 10, 8, 6)
+STITCHED_SOLVER = "dpmpp-2m"  # beside that of the defaults
+CUTS = (0.7, 0.5, 0.3)
+
+OnRows = Callable[[float], object]  # called with the rows that were computed
 Interval = tuple[float, float]
 
 AT_ONCE = 8  # pictures of one forward pass
@@ -58,12 +65,14 @@ class LadderPlan:
         reference: steps of DDIM in the model's own long run.
         candidates: solver → the grids and the counts of steps to try.
         conditions: conditions to draw; each is drawn `DRAWS` times.
+        intervals: narrower guidance intervals to try at `STITCHED_STEPS` of each solver.
     """
 
     name: str
     reference: int
     candidates: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]
     conditions: int
+    intervals: tuple[Interval, ...] = ()
 
 
 THOROUGH = LadderPlan(
@@ -76,6 +85,7 @@ THOROUGH = LadderPlan(
         "unipc-2": (("trailing", "uniform-t"), (30, 25, 20, 16, 14, 12, 10, 8, 6, 5, 4)),
     },
     32,
+    ((0.1, 0.8), (0.2, 0.7), (0.0, 0.6), (0.3, 1.0)),
 )
 QUICK = LadderPlan(
     "quick",
@@ -172,22 +182,31 @@ class LadderMeasurement:
         return f"{self._plan.name}: {len(self._inputs)} pictures of each point{compared}"
 
     @property
-    def rows(self) -> int:
+    def rows(self) -> float:
         """The forward rows that the measurement takes, at most."""
         manifest = self._manifest
         points = [reference_point(manifest, self._plan), *candidates(manifest, self._plan)]
-        points += self._interval_probes()
+        points += [*self._interval_probes(), *stitched_points(manifest)]
         return len(self._inputs) * sum(point.rows(manifest) for point in points)
 
-    def run(self, network: Network, on_rows: OnRows = lambda rows: None) -> MeasuredLadder:
-        """Measure all points; `on_rows` is told of the rows that were computed."""
-        model = LoadedModel(network, self._manifest)
+    def run(
+        self,
+        network: Network,
+        on_rows: OnRows = lambda rows: None,
+        backbones: Mapping[str, Network] | None = None,
+    ) -> MeasuredLadder:
+        """Measure all points; `on_rows` is told of the rows that were computed.
+
+        `backbones` are the networks of the manifest's further backbones.
+        """
+        model = LoadedModel(network, self._manifest, backbones or {})
         draw = partial(draw_pictures, model, self._inputs, on_rows=on_rows)
         defaults = self._with_best_interval(draw)
         manifest = self._manifest.model_copy(update={"defaults": defaults})
         reference = reference_point(manifest, self._plan)
         target = draw(reference)
-        measured = [self._measured(point, draw(point), target) for point in candidates(manifest, self._plan)]
+        points = (*candidates(manifest, self._plan), *stitched_points(manifest))
+        measured = [self._measured(point, draw(point), target) for point in points]
         # A longer run is there to compare with, not to be served.
         if reference.steps <= QUICK.reference:
             measured.append(self._measured(reference, target, target))
@@ -238,7 +257,15 @@ def draw_pictures(
     """Return the pictures (N, C, H, W) of `inputs` at a point; `on_rows` is told of the rows computed."""
     table = step_table(point.solver, noise_levels(point.grid, point.steps, model.schedule), model.schedule)
     rows = point.rows(model.manifest)
-    return draw_along(table, model, inputs, point.guidance_interval, lambda count: on_rows(count * rows))
+    stretches = model.manifest.stretches(point.stretches)
+    return draw_along(
+        table,
+        model,
+        inputs,
+        point.guidance_interval,
+        lambda count: on_rows(count * rows),
+        stretches=stretches,
+    )
 
 
 @torch.no_grad()
@@ -248,28 +275,84 @@ def draw_along(
     inputs: LadderInputs,
     interval: Interval,
     on_pictures: Callable[[int], object] = lambda count: None,
+    *,
+    stretches: Sequence[Stretch] = (),
 ) -> Tensor:
-    """Return the pictures (N, C, H, W) of `inputs` along a table; `on_pictures` is told of those drawn."""
-    manifest, network, schedule = model.manifest, model.network, model.schedule
+    """Return the pictures (N, C, H, W) of `inputs` along a table; `on_pictures` is told of those drawn.
+
+    `stretches` name the further backbones of the model that take part.
+    """
+    manifest = model.manifest
     diffusion = manifest.diffusion
     guidance = Guidance(
         manifest.guidance_weight(), interval, diffusion.guidance_channels, norm=diffusion.guidance_norm
     )
     chunks = []
     for index in torch.arange(len(inputs)).split(AT_ONCE):
-        text = None if inputs.text is None else inputs.text[index]
-        embeddings = network.embed(inputs.labels[index], text)
-        if manifest.guidance_embedded is not None:
-            embeddings[:, -1] = manifest.guidance_embedded
-        negative = None
-        if inputs.negative is not None:
-            negative = network.embed(inputs.labels[index], inputs.negative.expand(len(index), -1))
-        conditions = Conditions((embeddings,), negative=negative)
-        denoiser = Denoiser(network, schedule, conditions, guidance)
+        others = {
+            part.backbone: _denoiser(
+                model, model.backbones[part.backbone], inputs, index, guidance if part.guided else Guidance()
+            )
+            for part in stretches
+            if part.backbone
+        }
+        own = _denoiser(model, model.network, inputs, index, guidance)
+        denoiser = StitchedDenoiser(
+            own.model, own.schedule, own.conditions, own.guidance, tuple(stretches), others
+        )
         *_, x0 = denoise(denoiser, table, index.tolist(), clip_x0=diffusion.clip_x0)
         chunks.append(x0 if manifest.decoder != "identity" else x0.clamp(-1, 1))
         on_pictures(len(index))
     return torch.cat(chunks)
+
+
+def _denoiser(
+    model: LoadedModel, network: Network, inputs: LadderInputs, index: Tensor, guidance: Guidance
+) -> Denoiser:
+    """Return a network of a model on the conditions at `index` of the inputs."""
+    text = None if inputs.text is None else inputs.text[index]
+    embeddings = network.embed(inputs.labels[index], text)
+    if model.manifest.guidance_embedded is not None:
+        embeddings[:, -1] = model.manifest.guidance_embedded
+    negative = None
+    if inputs.negative is not None:
+        negative = network.embed(inputs.labels[index], inputs.negative.expand(len(index), -1))
+    return Denoiser(network, model.schedule, Conditions((embeddings,), negative=negative), guidance)
+
+
+def stitched_points(manifest: Manifest) -> tuple[OperatingPoint, ...]:
+    """Return the points to measure of the further backbones of a bundle.
+
+    A lighter one draws all of the picture, its noisy part or its last part, and two of them share the end
+    (T-Stitch has the small network first). A student draws whole pictures in the steps that it was
+    distilled for, or begins one.
+    """
+    defaults, points = manifest.defaults, dict[OperatingPoint, None]()
+
+    def add(steps: int, *parts: tuple[float, str], run: Defaults | None = None) -> None:
+        stretches = tuple(StretchSpec(above=above, backbone=name) for above, name in parts)
+        grid, interval = (run or defaults).grid, defaults.guidance_interval
+        for solver in (run.solver,) if run else dict.fromkeys((defaults.solver, STITCHED_SOLVER)):
+            points[OperatingPoint(solver, steps, grid, interval, stretches)] = None
+
+    guided = {name: spec for name, spec in manifest.backbones.items() if spec.guidance != "none"}
+    for name, spec in manifest.backbones.items():
+        own = spec.defaults.steps
+        if name not in guided:
+            for steps in spec.step_counts or [own >> k for k in range(own.bit_length())]:
+                add(steps, (0.0, name), run=spec.defaults)
+        for steps in STITCHED_STEPS:
+            if name in guided:
+                add(steps, (0.0, name))
+            for above in CUTS:
+                add(steps, (above, name))
+                if name in guided:
+                    add(steps, (above, ""), (0.0, name))
+    for middle, light in itertools.permutations(guided, 2):
+        if guided[light].row_cost < guided[middle].row_cost:
+            for steps in STITCHED_STEPS:
+                add(steps, (0.7, ""), (0.3, middle), (0.0, light))
+    return tuple(points)
 
 
 def reference_point(manifest: Manifest, plan: LadderPlan) -> OperatingPoint:
@@ -308,6 +391,11 @@ def candidates(manifest: Manifest, plan: LadderPlan) -> tuple[OperatingPoint, ..
                 if fits(kind, steps, schedule):
                     points[OperatingPoint(solver, steps, kind, defaults.guidance_interval)] = None
     points.pop(reference, None)
+    if defaults.guidance_scale != 1.0:
+        few = [point for point in points if point.steps in STITCHED_STEPS and point.grid == defaults.grid]
+        low, high = defaults.guidance_interval
+        narrow = [interval for interval in plan.intervals if low <= interval[0] and interval[1] <= high]
+        points |= {replace(point, guidance_interval=each): None for point in few for each in narrow}
     return tuple(points)
 
 

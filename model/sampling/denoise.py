@@ -7,8 +7,8 @@ table = step_table("ddim", noise_levels("trailing", 20, schedule), schedule)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.guidance import GuidanceNorm, check_guidance, guidance_weight, guided
 from ditserve.model.spec.mixing import assign_blocks, compose_outputs, normalised_weights, splice_states
 from ditserve.model.spec.solvers import LEARNED, StepTable, learned_log_variance, trajectory, variance_bounds
+from ditserve.model.spec.stretches import Stretch, stretch_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,19 @@ class Denoiser:
             depth = model.config.depth
             return model.backbone(x, splice_states(model.config, states, assign_blocks(depth, len(states))))
         return compose_outputs([model.backbone(x, state) for state in states], conditions.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class StitchedDenoiser(Denoiser):
+    """A denoiser whose network depends on the noise level: `others` have those that `stretches` name."""
+
+    stretches: tuple[Stretch, ...] = ()
+    others: Mapping[str, Denoiser] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, level: float) -> Tensor:
+        """Return the raw output (N, C_out, H, W) at x (N, C, H, W) of the network for this level."""
+        name = stretch_at(self.stretches, self.schedule.share(level)).backbone
+        return self.others[name](x, level) if name else Denoiser.__call__(self, x, level)
 
 
 def noise_generator(seed: int) -> np.random.Generator:

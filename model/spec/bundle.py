@@ -6,6 +6,7 @@
              conditioner.onnx     timestep and condition embedding → condition state
              backbone.onnx        x and condition state → output; also backbone.int8.onnx and others
              pipeline/            an imported diffusers pipeline, whose transformer is the network
+             backbones/<name>/    another network of the same latents: its weights and graphs
 
 Nothing is ever unpickled. A file that is missing, altered or named with a path is refused with one sentence
 that names it.
@@ -17,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,7 @@ from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.network_config import BundleConfig, bundle_config, network_fields
 from ditserve.model.spec.pipeline_config import GuidanceKind, PipelineConfig
+from ditserve.model.spec.stretches import Stretch
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -49,6 +51,8 @@ _GRAPHS = [EMBEDDER, CONDITIONER, BACKBONE, DECODER]
 _GRAPHS += [f"backbone.{precision}.onnx" for precision in ("fp16", "bf16", "int8", "int8.fp16")]
 # The files that a manifest lists, where a bundle has them. No command touches others.
 PIPELINE = "pipeline"
+BACKBONES = "backbones"
+PARTS = (PIPELINE, BACKBONES)  # folders in a bundle
 BUNDLE_FILES = frozenset([WEIGHTS, CALIBRATION, GOLDEN, *_GRAPHS, *(f"{name}.data" for name in _GRAPHS)])
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -79,6 +83,15 @@ class BundleError(ModelError):
     """A bundle that cannot be used; the message is one sentence that names the file."""
 
 
+def read_config(value: Any) -> BundleConfig:
+    """Return the configuration of a network, from its fields if it is not one yet. Raises `ValueError`."""
+    if isinstance(value, BundleConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError("the network's configuration must be an object")
+    return bundle_config(value)
+
+
 class Factor(StrictModel):
     """One label factor of the condition. Its null class, "not given", has the index len(classes)."""
 
@@ -106,10 +119,18 @@ class LatentSpec(StrictModel):
     """The pixels that a latent covers on a side."""
 
 
+class StretchSpec(StrictModel):
+    """The noise levels from `above` on, in 0..1 of the range, and their backbone; "" is the bundle's own."""
+
+    above: Annotated[float, Field(ge=0, le=1)]
+    backbone: Name | Literal[""]
+
+
 class RungSpec(StrictModel):
     """One measured operating point.
 
-    `rows` is the cost in forward rows per image. `own` is the distance of its pictures to those that the
+    `rows` is the cost in forward rows per image, of the bundle's own network. `stretches` name the backbones
+    that take part, from noise to picture. `own` is the distance of its pictures to those that the
     model's own long run draws of the same noise, `real` that to real pictures; None: not measured. `quality`
     is the one of the two that orders the ladder (`Manifest.ladder_order`): lower is better.
     """
@@ -123,6 +144,7 @@ class RungSpec(StrictModel):
     quality: float
     own: float | None = None
     real: float | None = None
+    stretches: Annotated[tuple[StretchSpec, ...], Field(max_length=8)] = ()
 
 
 class Defaults(StrictModel):
@@ -133,6 +155,28 @@ class Defaults(StrictModel):
     grid: Text
     guidance_scale: GuidanceScale
     guidance_interval: tuple[float, float]
+
+
+class BackboneSpec(StrictModel):
+    """A further network of the bundle's latents, conditions and noise, such as a lighter one or a student.
+
+    `row_cost` is the time of one of its rows, in rows of the bundle's own network. With `guidance` "none" it
+    was distilled with guidance, and is never guided. `step_counts` are those that it was distilled for;
+    empty: any. `defaults` are how it draws by itself.
+    """
+
+    config: BundleConfig
+    embedding_size: Annotated[int, Field(ge=1, le=bounds.LARGEST_STATE)]
+    state: Annotated[tuple[StateTensor, ...], Field(max_length=10_000)]
+    row_cost: Annotated[float, Field(gt=0, le=1000)]
+    guidance: Literal["classifier-free", "none"] = "classifier-free"
+    step_counts: tuple[bounds.Steps, ...] = ()
+    defaults: Defaults
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+    _read_config = field_validator("config", mode="plain")(read_config)
+    _write_config = field_serializer("config")(network_fields)
 
 
 class Golden(StrictModel):
@@ -177,6 +221,7 @@ class Manifest(StrictModel):
     that guidance could subtract."""
     guidance_embedded: GuidanceScale | None = None
     """The scale that a network with embedded guidance is told by default."""
+    backbones: Annotated[dict[Name, BackboneSpec], Field(max_length=8)] = Field(default_factory=dict)
     ladder: Annotated[tuple[RungSpec, ...], Field(max_length=256)] = ()
     ladder_order: Literal["own", "real"] = "own"
     golden: Golden | None = None
@@ -185,6 +230,21 @@ class Manifest(StrictModel):
     provenance: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
     files: dict[FilePath, FileEntry] = Field(default_factory=dict)
+
+    def with_backbones(self, backbones: Mapping[str, BackboneSpec]) -> Manifest:
+        """Return this manifest with these further backbones; only rungs of those it had before stay."""
+        kept = {"", *(name for name, spec in backbones.items() if self.backbones.get(name) == spec)}
+        ladder = [rung for rung in self.ladder if kept.issuperset(part.backbone for part in rung.stretches)]
+        return self.model_copy(update={"backbones": dict(backbones), "ladder": tuple(ladder)})
+
+    def stretches(self, specs: Sequence[StretchSpec]) -> tuple[Stretch, ...]:
+        """Return the stretches of a rung, with the costs of the bundle's backbones."""
+        stretches = []
+        for spec in specs:
+            other = self.backbones.get(spec.backbone)
+            cost, guided = (1.0, True) if other is None else (other.row_cost, other.guidance != "none")
+            stretches.append(Stretch(spec.above, spec.backbone, cost, guided))
+        return tuple(stretches)
 
     @property
     def upscale(self) -> int:
@@ -203,14 +263,8 @@ class Manifest(StrictModel):
         weight = asked + (1.0 - self.diffusion.unguided_scale)
         return max(weight, 1.0) if isinstance(self.config, PipelineConfig) else weight
 
-    @field_validator("config", mode="plain")
-    @classmethod
-    def _config(cls, value: Any) -> BundleConfig:
-        if isinstance(value, BundleConfig):
-            return value
-        if not isinstance(value, Mapping):
-            raise ValueError("the network's configuration must be an object")
-        return bundle_config(value)
+    _read_config = field_validator("config", mode="plain")(read_config)
+    _write_config = field_serializer("config")(network_fields)
 
     @model_validator(mode="after")
     def _servable(self) -> Manifest:
@@ -229,6 +283,12 @@ class Manifest(StrictModel):
         for field, run in runs.items():
             bounds.check_run(field, run, schedule)
             bounds.check_interval(field, run.guidance_interval)
+        for name, backbone in self.backbones.items():
+            bounds.check_backbone(f"backbones.{name}", backbone.config, self.config)
+            bounds.check_state(backbone.state)
+            bounds.check_run(f"backbones.{name}.defaults", backbone.defaults, schedule)
+        for k, rung in enumerate(self.ladder):
+            bounds.check_stretches(f"ladder.{k}.stretches", rung.stretches, self.backbones)
         if self.golden is not None:
             bounds.check_run("golden", self.golden, schedule)
             bounds.check_condition("golden.condition", self.golden.condition, self.factors, self.config)
@@ -245,10 +305,6 @@ class Manifest(StrictModel):
                     f"field {field}.guidance_scale: must be 1 where guidance is {self.guidance}, not {scale}"
                 )
         return self
-
-    @field_serializer("config")
-    def _dump_config(self, config: BundleConfig) -> dict[str, Any]:
-        return network_fields(config)
 
 
 class Bundle:
@@ -270,6 +326,9 @@ class Bundle:
         """
         root = Path(path)
         source = root / MANIFEST
+        whole = root.parent.parent
+        if root.parent.name == BACKBONES and not source.is_file() and (whole / MANIFEST).is_file():
+            return cls.open(whole, verify=verify).backbone(root.name)
         if not source.is_file():
             raise BundleError(
                 f"{root} is not a bundle: {MANIFEST} is missing; "
@@ -302,6 +361,34 @@ class Bundle:
                 f"its manifest lists {', '.join(sorted(self.manifest.files))}; {self._command_for(name)}"
             )
         return self.path / name
+
+    def backbone(self, name: str) -> Bundle:
+        """Return a further backbone as a bundle of its own, without a decoder.
+
+        Raises:
+            BundleError: the bundle has none of this name.
+        """
+        if name not in self.manifest.backbones:
+            known = ", ".join(self.manifest.backbones) or "none"
+            raise BundleError(f"{self.path} has no backbone {name!r}: it has {known}")
+        spec, folder = self.manifest.backbones[name], f"{BACKBONES}/{name}/"
+        files = self.manifest.files.items()
+        own = {
+            "name": f"{self.manifest.name}-{name}",
+            "config": spec.config,
+            "embedding_size": spec.embedding_size,
+            "state": spec.state,
+            "provenance": spec.provenance,
+            "metrics": spec.metrics,
+            "defaults": spec.defaults,
+            "guidance": spec.guidance,
+            "decoder": "identity",
+            "backbones": {},
+            "ladder": (),
+            "golden": None,
+            "files": {file[len(folder) :]: entry for file, entry in files if file.startswith(folder)},
+        }
+        return Bundle(self.path / folder, self.manifest.model_copy(update=own))
 
     def _command_for(self, name: str) -> str:
         if ".int8" in name:
@@ -366,10 +453,15 @@ def _refuse_constant(name: str) -> None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write manifest.json in the folder `path` atomically, with `files` taken from its contents now."""
+    """Write manifest.json in the folder `path` atomically, with `files` taken from its contents now.
+
+    Further backbones that are not there are left out.
+    """
+    there = {name: spec for name, spec in manifest.backbones.items() if (path / BACKBONES / name).is_dir()}
+    manifest = manifest.with_backbones(there)
     names = sorted(name for name in BUNDLE_FILES if (path / name).is_file())
-    inner = (file for file in (path / PIPELINE).rglob("*") if file.is_file())
-    names += sorted(str(file.relative_to(path)) for file in inner)
+    inner = [file for folder in PARTS for file in (path / folder).rglob("*")]
+    names += sorted(str(file.relative_to(path)) for file in inner if file.is_file())
     files = {
         name: FileEntry(sha256=digest(path / name), bytes=(path / name).stat().st_size) for name in names
     }

@@ -45,6 +45,15 @@ class StatedRun(Protocol):
     def grid(self) -> str: ...
 
 
+class StatedStretch(Protocol):
+    """A stretch of the noise range as a bundle describes it."""
+
+    @property
+    def above(self) -> float: ...
+    @property
+    def backbone(self) -> str: ...
+
+
 class NamedTensor(Protocol):
     """A tensor of the condition state."""
 
@@ -93,6 +102,28 @@ def check_network(config: BundleConfig) -> None:
             f"field config: image_size {height}x{width} of {config.in_channels} channels has more than "
             f"{LARGEST_LATENT} numbers"
         )
+
+
+def check_backbone(field: str, config: BundleConfig, own: BundleConfig) -> None:
+    """Refuse a further backbone that does not denoise the latents of the bundle's own, as that does."""
+    check_network(config)
+    for name in ("in_channels", "out_channels", "image_size", "classes", "text_width", "text_tokens"):
+        theirs, ours = (getattr(each, name) for each in (config, own))
+        if theirs != ours:
+            raise ValueError(f"field {field}: {name} is {theirs}, and that of the bundle's own is {ours}")
+
+
+def check_stretches(field: str, stretches: Sequence[StatedStretch], backbones: Mapping[str, Any]) -> None:
+    """Refuse stretches that do not go from noise to picture, or of a backbone that the bundle has not."""
+    starts = [stretch.above for stretch in stretches]
+    if starts != sorted(set(starts), reverse=True):
+        raise ValueError(f"field {field}: above must fall from one stretch to the next, not {starts}")
+    for stretch in stretches:
+        if stretch.backbone and stretch.backbone not in backbones:
+            known = ", ".join(backbones) or "none"
+            raise ValueError(
+                f"field {field}: the bundle has no backbone {stretch.backbone!r} (it has {known})"
+            )
 
 
 def check_pictures(config: BundleConfig, upscale: int, *, pixels: bool) -> None:

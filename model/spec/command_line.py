@@ -43,6 +43,11 @@ def guarded(program: str, work: Callable[[], None]) -> int:
     return DONE
 
 
+def printable(text: str) -> str:
+    """Return text of others as a terminal may show it: escapes and other control characters become "?"."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def positive(text: str) -> int:
     """Return the whole number that a command-line argument says, which must be at least 1.
 

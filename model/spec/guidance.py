@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ditserve.model.spec.diffusion import Array, Schedule
+from ditserve.model.spec.stretches import Stretch, stretch_at
 
 # The numbers whose norm guidance leaves as it is in the conditional output: a line of pixels of one channel
 # (Lumina-Image 2.0), or the squares of 2 x 2 pixels of all channels that are a token (Qwen-Image).
@@ -93,13 +94,19 @@ def forward_rows(
     decay: float = 0.0,
     *,
     conditions: int = 1,
-) -> int:
+    stretches: Sequence[Stretch] = (),
+) -> float:
     """Return the rows of one picture: at every step one for each condition whose outputs are composed, and
     one more where guidance acts.
 
     20 steps with guidance in an interval that holds 12 of them are 20 · 1 + 12 = 32 rows of one condition,
-    and 20 · 3 + 12 = 72 of three.
+    and 20 · 3 + 12 = 72 of three. Rows of other backbones count by their cost, in rows of the model's own.
     """
-    weights = [guidance_weight(scale, level, schedule, interval, decay) for level in levels]
-    # As the engine counts, which holds the weights in float32.
-    return conditions * len(weights) + int(np.count_nonzero(np.array(weights, np.float32) != 1.0))
+    rows = 0.0
+    for level in levels:
+        stretch = stretch_at(stretches, schedule.share(level))
+        weight = guidance_weight(scale, level, schedule, interval, decay)
+        # As the engine counts, which holds the weights in float32.
+        guided = stretch.guided and np.float32(weight) != 1.0
+        rows += stretch.row_cost * (conditions + guided)
+    return rows

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ditserve.model.spec.bundle import BUNDLE_FILES, MANIFEST, PIPELINE, Bundle
+from ditserve.model.spec.bundle import BUNDLE_FILES, MANIFEST, PARTS, Bundle
 from ditserve.model.spec.errors import ModelError
 
 MARKER = ".ditserve"
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, frozenset[str]]] = {
 # A run whose configuration was moved away is told by its checkpoints.
 CHECKPOINT = ("checkpoints/step-*/state.json", frozenset({"step", "skipped", "index"}))
 # The report of an export is not listed in the manifest. A bundle that takes the place of another has its own.
-REPLACED = BUNDLE_FILES | {"parity.json", PIPELINE}
+REPLACED = BUNDLE_FILES | {"parity.json", *PARTS}
 
 
 class OutputError(ModelError):
@@ -246,7 +246,7 @@ def _sibling(folder: Path, purpose: str) -> Path:
 def _swap(scratch: Path, folder: Path) -> None:
     """Put `scratch` in the place of `folder`; what is not part of a bundle moves over."""
     for file in scratch.iterdir():
-        if (folder / file.name).is_dir() and file.name != PIPELINE:
+        if (folder / file.name).is_dir() and file.name not in PARTS:
             raise OutputError(f"{folder / file.name} is a folder where a file is to be written: move it away")
     shutil.copymode(folder, scratch)
     replaced = _sibling(folder, "replaced")
@@ -263,7 +263,7 @@ def _carry_over(replaced: Path, folder: Path) -> None:
     """Move what only `replaced` has into `folder`, unless it is part of a bundle; remove the rest."""
     for entry in list(replaced.iterdir()):
         known = entry.name in REPLACED | {MARKER} or (folder / entry.name).exists()
-        if entry.name == PIPELINE:
+        if entry.name in PARTS:
             shutil.rmtree(entry)
         elif known and not entry.is_dir():
             entry.unlink()

@@ -7,7 +7,7 @@ training run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
@@ -36,11 +36,13 @@ class LoadError(ModelError):
 class LoadedModel:
     """An fp32 network in evaluation mode, and its manifest.
 
-    The manifest is that of the bundle, or the one that the bundle of a training run starts from.
+    The manifest is that of the bundle, or the one that the bundle of a training run starts from. `backbones`
+    are the networks of further backbones by name, for those who draw with them.
     """
 
     network: Network
     manifest: Manifest
+    backbones: Mapping[str, Network] = field(default_factory=dict)
 
     @property
     def dit(self) -> DiT:

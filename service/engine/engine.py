@@ -1,14 +1,15 @@
 """The engine: many samples, each somewhere on its own trajectory, one forward pass at a time.
 
-Samples of one image size share each pass; the windows of larger images share those of the bundle's own size.
-The sizes take turns. Synchronous and single-threaded: one thread calls everything here. The engine knows no
-queue, no HTTP and no file: requests come in as values, results go out in the report of a step. The image of a
-sample depends on its request and its trajectory alone, not on the samples beside it.
+Samples of one image size and backbone share each pass; the windows of larger images share those of the
+bundle's own size. Sizes and backbones take turns. Synchronous and single-threaded: one thread calls
+everything here. The engine knows no queue, no HTTP and no file: requests come in as values, results go out in
+the report of a step. The image of a sample depends on its request and its trajectory alone, not on the
+samples beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from math import ceil
 from typing import Final
@@ -18,8 +19,8 @@ import numpy as np
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.windows import Size
 from ditserve.service.backends import Backend
-from ditserve.service.engine.conditions import ConditionCaches
-from ditserve.service.engine.forward import ForwardPass, Stepped
+from ditserve.service.engine.conditions import ConditionCaches, Conditioning
+from ditserve.service.engine.forward import Backbone, ForwardPass, Stepped
 from ditserve.service.engine.geometry import geometry_of
 from ditserve.service.engine.groups import Group, Groups
 from ditserve.service.engine.latent_pool import LatentPool
@@ -42,7 +43,8 @@ class Engine:
     """The engine of one bundle, for up to `slots` samples at a time.
 
     Args:
-        costs: the cost model of passes at the bundle's own size.
+        costs: the cost model of passes at the bundle's own size, on its own backbone.
+        backbones: the bundle's further backbones by name.
         schedule: the noise schedule the bundle was trained with.
         clock: returns seconds, on the clock of the requests' deadlines.
         waited: returns the seconds for which the calling thread has ever waited for a processor.
@@ -61,6 +63,7 @@ class Engine:
         clock: Callable[[], float],
         waited: Callable[[], float] = lambda: 0.0,
         slots: int = 64,
+        backbones: Mapping[str, Backbone] | None = None,
     ) -> None:
         self.backend, self.conditions, self.scheduler = backend, conditions, scheduler
         self.planner, self.ladder, self.costs = planner, ladder, costs
@@ -73,11 +76,14 @@ class Engine:
         self.step_s = 0.0  # predicted, of the step under way or else the last; other threads may read it
         # Twice the cap: a guided sample alone may exceed a cap of one row, and a batch may be padded.
         self._rows = 2 * scheduler.max_rows
-        self._forward = ForwardPass(
-            backend, conditions, scheduler, rows=self._rows, clock=clock, waited=waited
-        )
+        further = backbones or {}
+        self._passes = {
+            name: ForwardPass(network, caches, scheduler, rows=self._rows, clock=clock, waited=waited)
+            for name, (network, caches, _) in {"": (backend, conditions, 1.0), **further}.items()
+        }
         height, width = backend.manifest.config.image_size
-        self._groups = Groups((height, width), scheduler, costs, self._make_pool)
+        row_costs = {name: backbone.row_cost for name, backbone in further.items()}
+        self._groups = Groups((height, width), row_costs, scheduler, costs, self._make_pool)
 
     def step(self, queued_rows: int = 0) -> StepReport:
         """Take the next step of the most urgent samples.
@@ -100,12 +106,13 @@ class Engine:
         if not self._samples:
             return StepReport(changes=changes)
 
-        # Schedule: the image size whose turn it is, and its samples that step now.
+        # Schedule: the image size and backbone whose turn it is, and their samples that step now.
         group, batch = self._groups.next_batch(decoded_at)
         self.step_s = group.costs.predict(sum(sample.rows for sample in batch.samples))
         # Predict: one forward pass over their rows, guided.
+        network = self._passes[group.key.backbone]
         try:
-            predictions, rows = self._forward.run(group, batch.samples)
+            predictions, rows = network.run(group, batch.samples)
         except MemoryError:
             if group is self._groups.own:
                 raise
@@ -117,7 +124,6 @@ class Engine:
         finished, failed, previews = self._finish(stepped, began, now)
         # A step costs the whole turn: what the host does between two steps delays the samples as well.
         seconds, predicted_s = now - self._turn_began, group.costs.predict(rows)
-        network = self._forward
         waits = Waits(network.waited_s, waited - self._turn_waited - network.waited_s)
         self._turn_began, self._turn_waited = now, waited
         self._groups.observe(group, rows, seconds, seconds - network.network_s, waits=waits)
@@ -136,18 +142,13 @@ class Engine:
         if not self.free_samples:
             raise ValueError(f"no free slot for sample {request.id}")
         multiple = self.backend.size_multiple
-        own = self._groups.own.size
+        own = self._groups.own.key.size
         geometry = geometry_of(request.size, own=own, windows=request.windows, multiple=multiple)
         if snapshot is not None and snapshot.latent.shape[1:] != geometry.size:
             raise ValueError(f"the snapshot of sample {request.id} is of another size")
-        conditioning = self.conditions.conditioning(
-            request.condition,
-            request.mix,
-            negative_prompt=request.negative_prompt,
-            guidance_embedded=request.guidance_embedded,
-        )
+        conditionings = {"": self._conditioning(request, "")}
         if snapshot is None:
-            scale = request.guidance_scale if conditioning.can_be_guided else 1.0
+            scale = request.guidance_scale if conditionings[""].can_be_guided else 1.0
             trajectory = self._make_trajectory(request.rung, scale, area=geometry.row_area)
         else:
             trajectory = snapshot.trajectory(self.schedule)
@@ -155,8 +156,9 @@ class Engine:
         self._make_trajectory(request.requested, trajectory.scale, area=geometry.row_area)
         floor = self._floor(request)
         sample = Sample(
-            request, conditioning, trajectory, geometry=geometry, floor=floor, added_at=self.clock()
+            request, conditionings, trajectory, geometry=geometry, floor=floor, added_at=self.clock()
         )
+        self._add_conditionings(sample)
         if snapshot is None:
             shape = (self.backend.manifest.config.in_channels, *geometry.size)
             group = self._groups.admit(sample, sample.generator.standard_normal(shape, np.float32))
@@ -164,7 +166,8 @@ class Engine:
             snapshot.resume(sample)
             group = self._groups.admit(sample, snapshot.latent, snapshot.estimates)
         if not sample.one_row:
-            self._forward.reserve(group, sample.most_rows)
+            for forward in self._passes.values():
+                forward.reserve(group, sample.most_rows)
         if self.idle:
             self._turn_began = None
         self._samples[request.id] = sample
@@ -194,22 +197,30 @@ class Engine:
         return ids
 
     def warm_up(self, budget_s: float = 1.0) -> None:
-        """Teach the cost model by passes at growing batch sizes, for about `budget_s` seconds."""
-        warm_up(
-            self._forward,
-            self._groups,
-            self.scheduler,
-            clock=self.clock,
-            every_bucket=self.backend.buckets is not None,
-            budget_s=budget_s,
-        )
+        """Teach the cost models by passes at growing batch sizes, for about `budget_s` seconds a backbone."""
+        for group in self._groups.lasting:
+            warm_up(
+                self._passes[group.key.backbone],
+                self._groups,
+                group,
+                self.scheduler,
+                clock=self.clock,
+                every_bucket=self.backend.buckets is not None,
+                budget_s=budget_s,
+            )
         self.step_s = self.costs.predict(1)
 
     def measure_idle(self, idle_s: float) -> None:
         """Look at the pace of a machine that ran nothing for `idle_s` seconds, by a pass of one row."""
         rows = self.scheduler.size(1)
-        self._forward.run_blank(np.zeros((rows, *self._groups.own.pool.shape), np.float32))
-        self.costs.observe_idle(rows, self._forward.network_s, idle_s)
+        own = self._passes[""]
+        own.run_blank(np.zeros((rows, *self._groups.own.pool.shape), np.float32))
+        self.costs.observe_idle(rows, own.network_s, idle_s)
+
+    @property
+    def condition_caches(self) -> tuple[ConditionCaches, ...]:
+        """The caches of every backbone, the bundle's own first."""
+        return tuple(forward.conditions for forward in self._passes.values())
 
     @property
     def idle(self) -> bool:
@@ -259,7 +270,23 @@ class Engine:
         for change in changes:
             sample = self._samples[change.sample_id]
             sample.follow(change, self._trajectory_on(sample, change.rung))
+            self._add_conditionings(sample)
+            self._groups.regroup(sample)
         return tuple(changes)
+
+    def _conditioning(self, request: SampleRequest, backbone: str) -> Conditioning:
+        """Return the conditions of a request for a backbone. Raises `InvalidRequest`."""
+        return self._passes[backbone].conditions.conditioning(
+            request.condition,
+            request.mix,
+            negative_prompt=request.negative_prompt,
+            guidance_embedded=request.guidance_embedded,
+        )
+
+    def _add_conditionings(self, sample: Sample) -> None:
+        """Give a sample its conditions for the backbones that are new in its trajectory."""
+        for name in {*sample.trajectory.backbones} - sample.conditionings.keys():
+            sample.conditionings[name] = self._conditioning(sample.request, name)
 
     def _trajectory_on(self, sample: Sample, rung: Rung) -> Trajectory:
         """Return the way on from where the sample stands; steps already taken are never redone."""
@@ -273,7 +300,7 @@ class Engine:
 
     def _floor(self, request: SampleRequest) -> Rung:
         """Return the lowest rung that a request consents to."""
-        return self.ladder.lowest(request.rung, request.min_steps) if request.allow_degraded else request.rung
+        return self.ladder.lowest(request.rung, request.consent) if request.allow_degraded else request.rung
 
     def _make_pool(self, size: Size) -> LatentPool:
         manifest = self.backend.manifest
@@ -300,11 +327,13 @@ class Engine:
                 self.cancel(sample.id)
             elif sample.request.previews and sample.taken % sample.request.previews == 0:
                 previews.append(Preview(sample.id, sample.taken, sample.steps, estimate.copy()))
+            if sample.remaining_steps:
+                self._groups.regroup(sample)
         return tuple(finished), tuple(failed), tuple(previews)
 
     def _give_up(self, group: Group) -> tuple[Failed, ...]:
         """Fail all samples of a size of which not even one row fits in memory; other sizes go on."""
-        height, width = group.size
+        height, width = group.key.size
         error = f"An image of {height}x{width} latent pixels does not fit in this worker's memory."
         return tuple(self._fail(sample, InternalError(error)) for sample in tuple(group.samples.values()))
 

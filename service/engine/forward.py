@@ -55,6 +55,14 @@ class Prediction:
         return map(Stepped, self.samples, estimates, finite.tolist())
 
 
+class Backbone(NamedTuple):
+    """A further network of a bundle, with its caches; `row_cost` is that of a row, in rows of the own one."""
+
+    backend: Backend
+    conditions: ConditionCaches
+    row_cost: float
+
+
 class ForwardPass:
     """The network with its condition caches and guidance, in buffers for batches of at most `rows` rows.
 
@@ -74,7 +82,7 @@ class ForwardPass:
     ) -> None:
         self.network_s = self.waited_s = 0.0
         self._clock, self._waited = clock, waited
-        self._backend, self._conditions, self._scheduler = backend, conditions, scheduler
+        self._backend, self.conditions, self._scheduler = backend, conditions, scheduler
         self._rows, self._state = rows, self._buffers(rows)
         self._channels = backend.manifest.config.in_channels
         # A learned variance is not guided.
@@ -137,7 +145,7 @@ class ForwardPass:
     def _condition(self, layout: RowLayout, samples: Sequence[Sample]) -> None:
         """Fill the condition state of the rows."""
         inputs = layout.conditioner_inputs()
-        self._conditions.modulations.gather(inputs, self._upcoming(samples), self._state)
+        self.conditions.modulations.gather(inputs, self._upcoming(samples), self._state)
 
     def _denoise(self, x: Floats, wanted: int, row_cost: float) -> tuple[Floats, int]:
         """Return the network's output for the first `wanted` rows of `x`, and how many rows were run for it.
@@ -174,7 +182,7 @@ class ForwardPass:
         for ahead in range(1, self._backend.conditioner_rows + 1):
             for sample in samples:
                 trajectory, step = sample.trajectory, sample.cursor + ahead
-                if step < len(trajectory):
+                if step < len(trajectory) and trajectory.backbones[step] == sample.backbone:
                     for condition in sample.conditioning.conditions:
                         yield trajectory.told[step], condition
                     if trajectory.guided[step]:

@@ -1,12 +1,13 @@
-"""Groups of samples by the size of their rows: only rows of one size share a pass.
+"""Groups of samples by what shares a pass: rows of one size, on one backbone.
 
 A row is a latent as a whole, or a window of one. A sample that is denoised in windows therefore belongs to
-the group of the bundle's own size. Which group has its turn is up to the `scheduler`.
+a group of the bundle's own size. It changes its group where its next step is of another backbone. Which group
+has its turn is up to the `scheduler`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ditserve.model.spec.windows import Size
@@ -23,17 +24,24 @@ class Place(NamedTuple):
     slot: int
 
 
-class Group:
-    """The samples whose rows have one size, the places of their latents, and the cost of their passes.
+class GroupKey(NamedTuple):
+    """The height and width of the rows of a group, and the name of their backbone."""
 
-    `pool` holds the latents that are denoised as a whole. `row_cost` is the tokens of one row, in rows of the
-    bundle's own size.
+    size: Size
+    backbone: str = ""
+
+
+class Group:
+    """The samples whose rows share a pass, the places of their latents, and the cost of their passes.
+
+    `pool` holds the latents that are denoised as a whole; the groups of one size have the same. `row_cost` is
+    the work of one row, in rows of the bundle's own size on its own backbone.
     """
 
-    __slots__ = ("costs", "places", "pool", "row_cost", "samples", "size")
+    __slots__ = ("costs", "key", "places", "pool", "row_cost", "samples")
 
-    def __init__(self, size: Size, pool: LatentPool, costs: CostModel, *, row_cost: float) -> None:
-        self.size, self.pool, self.costs, self.row_cost = size, pool, costs, row_cost
+    def __init__(self, key: GroupKey, pool: LatentPool, costs: CostModel, *, row_cost: float) -> None:
+        self.key, self.pool, self.costs, self.row_cost = key, pool, costs, row_cost
         self.samples: dict[str, Sample] = {}
         self.places: dict[str, Place] = {}
 
@@ -44,22 +52,38 @@ class Group:
 
 
 class Groups:
-    """The groups of one engine: that of the bundle's own size, and one for every other row size in use.
+    """The groups of one engine: one a backbone of the bundle's own size, and those of other sizes in use.
 
     Args:
         own: the bundle's own size.
-        costs: the cost model of passes at that size. Another size starts from it, scaled by tokens, and
-            learns by itself.
+        backbones: the further backbones by name, with the cost of their rows.
+        costs: the cost model of passes at that size on the bundle's own backbone. Another group starts from
+            it, scaled by its rows' cost, and learns by itself.
         make_pool: returns a pool for latents of a size. Memory is touched only as slots are used.
     """
 
     def __init__(
-        self, own: Size, scheduler: Scheduler, costs: CostModel, make_pool: Callable[[Size], LatentPool]
+        self,
+        own: Size,
+        backbones: Mapping[str, float],
+        scheduler: Scheduler,
+        costs: CostModel,
+        make_pool: Callable[[Size], LatentPool],
     ) -> None:
         self._scheduler, self._make_pool = scheduler, make_pool
-        self.own = Group(own, make_pool(own), costs, row_cost=1.0)
-        self._groups = {own: self.own}
-        self._run_before: set[tuple[Size, int]] = set()
+        self._backbones = {"": 1.0, **backbones}
+        self.own = Group(GroupKey(own), make_pool(own), costs, row_cost=1.0)
+        self._groups = {self.own.key: self.own}
+        for name in backbones:
+            self._make(GroupKey(own, name), self.own.pool, 1.0)
+        self._lasting = frozenset(self._groups)
+        self._of: dict[str, Group] = {}  # by sample
+        self._run_before: set[tuple[GroupKey, int]] = set()
+
+    @property
+    def lasting(self) -> tuple[Group, ...]:
+        """The groups of the bundle's own size, that of its own backbone first."""
+        return tuple(self._groups[key] for key in self._groups if key in self._lasting)
 
     def admit(self, sample: Sample, latent: Floats, history: Sequence[Floats] = ()) -> Group:
         """Let a sample take steps from now on, in the group that is returned.
@@ -69,28 +93,30 @@ class Groups:
         """
         group = self._group_for(sample)
         pool = group.pool if sample.one_row else group.pool.single(sample.geometry.size)
-        group.places[sample.id] = Place(pool, pool.take(latent, history))
-        group.samples[sample.id] = sample
+        self._join(group, sample, Place(pool, pool.take(latent, history)))
         return group
 
     def remove(self, sample: Sample) -> None:
         """Drop a sample and free its slot; drop its group too if it was the last sample of another size."""
-        group = self._groups[sample.geometry.row_size]
-        del group.samples[sample.id]
-        pool, slot = group.places.pop(sample.id)
+        pool, slot = self._leave(sample)
         pool.release(slot)
-        if not group.samples and group is not self.own:
-            del self._groups[group.size]
 
     def place(self, sample: Sample) -> Place:
         """Return the place of a sample's latent."""
-        return self._groups[sample.geometry.row_size].places[sample.id]
+        return self._of[sample.id].places[sample.id]
+
+    def regroup(self, sample: Sample) -> None:
+        """Move a sample to the group of its next step. Its latent stays where it is."""
+        if self._of[sample.id].key.backbone != sample.backbone:
+            group = self._group_for(sample)
+            place = self._leave(sample)
+            self._join(group, sample, place)
 
     def next_batch(self, now: float) -> tuple[Group, Batch[Sample]]:
         """Return the group whose turn it is and its samples that step now. A sample must be running."""
         waiting = [group for group in self._groups.values() if group.samples]
         batch = self._scheduler.next_batch([self._candidates(group) for group in waiting], now=now)
-        return self._groups[batch.samples[0].geometry.row_size], batch
+        return self._of[batch.samples[0].id], batch
 
     def observe(
         self, group: Group, rows: int, seconds: float, host_s: float = 0.0, *, waits: Waits = NO_WAITS
@@ -99,20 +125,41 @@ class Groups:
 
         The first pass of a size is left out, because it also allocates memory or compiles.
         """
-        if (group.size, rows) in self._run_before:
+        if (group.key, rows) in self._run_before:
             group.costs.observe(rows, seconds, host_s, waits=waits)
-        self._run_before.add((group.size, rows))
+        self._run_before.add((group.key, rows))
 
     def _group_for(self, sample: Sample) -> Group:
-        """Return the group of a new sample; make it if there is none."""
-        size = sample.geometry.row_size
-        group = self._groups.get(size)
-        if group is None:
-            # Only whole latents have rows of another size, so the cost of the sample is that of one row.
-            row_cost = sample.geometry.cost
-            costs = self.own.costs.scaled(row_cost)
-            group = self._groups[size] = Group(size, self._make_pool(size), costs, row_cost=row_cost)
+        """Return the group of a sample's next step; make it if there is none."""
+        key = GroupKey(sample.geometry.row_size, sample.backbone)
+        if key in self._groups:
+            return self._groups[key]
+        # The latents of a size are in one pool, whatever backbone is next.
+        pools = (group.pool for group in self._groups.values() if group.key.size == key.size)
+        pool = next(pools, None) or self._make_pool(key.size)
+        # Only whole latents have rows of another size, so the cost of the sample is that of one row.
+        return self._make(key, pool, sample.geometry.cost)
+
+    def _make(self, key: GroupKey, pool: LatentPool, tokens: float) -> Group:
+        """Make a group whose rows have `tokens` times the tokens of the bundle's own size."""
+        row_cost = tokens * self._backbones[key.backbone]
+        lasting = self._groups.get(GroupKey(self.own.key.size, key.backbone))
+        costs = self.own.costs.scaled(row_cost) if lasting is None else lasting.costs.scaled(tokens)
+        group = self._groups[key] = Group(key, pool, costs, row_cost=row_cost)
         return group
+
+    def _join(self, group: Group, sample: Sample, place: Place) -> None:
+        group.samples[sample.id], group.places[sample.id] = sample, place
+        self._of[sample.id] = group
+
+    def _leave(self, sample: Sample) -> Place:
+        """Take a sample out of its group, and drop that if it is empty and of another size."""
+        group = self._of.pop(sample.id)
+        del group.samples[sample.id]
+        place = group.places.pop(sample.id)
+        if not group.samples and group.key not in self._lasting:
+            del self._groups[group.key]
+        return place
 
     def _candidates(self, group: Group) -> Candidates[Sample]:
         return Candidates(
@@ -120,5 +167,5 @@ class Groups:
             group.costs.saturation_rows(self._scheduler.cap(group.row_cost)),
             group.costs.predict,
             row_cost=group.row_cost,
-            size=group.size,
+            size=group.key,
         )

@@ -7,6 +7,7 @@ as arguments.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from ditserve.service.engine.geometry import Geometry
 from ditserve.service.engine.trajectory import Trajectory
 from ditserve.service.errors import ServiceError
 from ditserve.service.jobs import ConditionTerm
-from ditserve.service.planning.ladder import steps_left
+from ditserve.service.planning.ladder import Consent, steps_left
 from ditserve.service.planning.planner import ROOM, Change, PlannedSample
 from ditserve.service.rung import Rung
 
@@ -52,6 +53,17 @@ class SampleRequest:
     weight: float = 1.0  # of its caller's share of the machine
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
+    worst: float = inf  # the largest distance of a rung that it may be moved to
+
+    @property
+    def consent(self) -> Consent:
+        """The rungs that it may be moved to, if it may be degraded at all.
+
+        A further backbone may have too few blocks for a condition of layers. A student takes no negative
+        prompt.
+        """
+        own_backbone = bool(self.negative_prompt) or self.mix == "layers"
+        return Consent(self.min_steps, self.worst, own_backbone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +115,7 @@ class StepReport:
 class Sample:
     """A running sample and the step of its trajectory that comes next.
 
+    `conditionings` has its conditions as the embeddings of each backbone of its trajectory.
     `floor` is the lowest rung it may be moved to. A prediction is `composed` of so many conditions; it is
     `one_row` if that is one and the latent is not in windows. The latent lives in `groups`, at the sample's
     place.
@@ -111,7 +124,7 @@ class Sample:
     __slots__ = (
         "added_at",
         "composed",
-        "conditioning",
+        "conditionings",
         "cursor",
         "degraded",
         "floor",
@@ -130,7 +143,7 @@ class Sample:
     def __init__(
         self,
         request: SampleRequest,
-        conditioning: Conditioning,
+        conditionings: dict[str, Conditioning],
         trajectory: Trajectory,
         *,
         geometry: Geometry,
@@ -139,8 +152,8 @@ class Sample:
     ) -> None:
         self.request, self.geometry, self.floor = request, geometry, floor
         self.flow = Flow(request.caller, request.weight)
-        self.conditioning = conditioning
-        self.composed = len(conditioning.conditions)
+        self.conditionings = conditionings
+        self.composed = len(next(iter(conditionings.values())).conditions)
         self.one_row = geometry.windows is None and self.composed == 1
         self.trajectory = trajectory
         self.cursor = 0  # index of the next step of the trajectory
@@ -159,6 +172,16 @@ class Sample:
     @property
     def deadline_at(self) -> float | None:
         return self.request.deadline_at
+
+    @property
+    def backbone(self) -> str:
+        """The name of the backbone that the next step runs on; "" is the bundle's own."""
+        return self.trajectory.backbones[self.cursor]
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """The conditions of the next step."""
+        return self.conditionings[self.backbone]
 
     @property
     def guided(self) -> bool:
@@ -206,8 +229,11 @@ class Sample:
         return min(self.remaining_steps, steps_left(self.remaining_steps, self.rung, self.floor))
 
     @property
-    def remaining_rows(self) -> int:
-        """Rows of the steps left, as if the latent were one row; `geometry.cost` tokens each."""
+    def remaining_rows(self) -> float:
+        """Rows of the steps left, as if the latent were one row; `geometry.cost` tokens each.
+
+        They count by their cost, in rows of the bundle's own backbone.
+        """
         return self.trajectory.rows_from(self.cursor, self.composed)
 
     @property
@@ -230,6 +256,8 @@ class Sample:
             requested=self.request.requested,
             row_cost=self.geometry.cost,
             conditions=self.composed,
+            worst=self.request.worst,
+            own_backbone=self.request.consent.own_backbone,
         )
 
     def advance(self, started_at: float) -> None:

@@ -49,10 +49,11 @@ S = TypeVar("S", bound=Schedulable)
 
 @dataclass(frozen=True, slots=True)
 class Candidates(Generic[S]):
-    """The samples whose rows have one size, and what their passes cost.
+    """The samples whose rows can share a pass, and what their passes cost.
 
-    `saturation_rows` are worthwhile in one pass. A row has `row_cost` times the tokens of the bundle's own
-    size, and a pass of r rows takes `seconds(r)`.
+    `size` is what these rows have in common: their size, and their backbone where there are several.
+    `saturation_rows` are worthwhile in one pass. A row is `row_cost` times the work of one of the bundle's
+    own size and backbone, and a pass of r rows takes `seconds(r)`.
     """
 
     samples: Collection[S]

@@ -17,6 +17,7 @@ from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import noise_levels, noise_levels_from
 from ditserve.model.spec.guidance import guidance_weight
 from ditserve.model.spec.solvers import LEARNED, step_table, variance_bounds
+from ditserve.model.spec.stretches import Stretch, stretch_at
 from ditserve.service.rung import Rung
 
 Floats = npt.NDArray[np.float32]
@@ -58,12 +59,13 @@ class Trajectory:
     """The steps of one sample, immutable and shared by samples that walk alike.
 
     `rows` is (N, 10) float32: the coefficients of step i, in the order of `StepCoefficients`. `guided[i]` is
-    true where step i needs an unconditional row as well. `noise[i]` is its level's share of the noise range,
-    and `told[i]` the bits of the float32 that the network is told of it. `previous` is the level before the
-    first step, where this trajectory continues another one.
+    true where step i needs an unconditional row as well. `backbones[i]` names the network of step i, whose
+    rows cost `row_costs[i]`. `noise[i]` is its level's share of the noise range, and `told[i]` the bits of
+    the float32 that the network is told of it. `previous` is the level before the first step, where this
+    trajectory continues another one.
     """
 
-    __slots__ = ("guided", "levels", "noise", "previous", "rows", "scale", "told")
+    __slots__ = ("backbones", "guided", "levels", "noise", "previous", "row_costs", "rows", "scale", "told")
 
     def __init__(
         self,
@@ -71,12 +73,15 @@ class Trajectory:
         schedule: Schedule,
         columns: StepCoefficients,
         *,
+        stretches: Sequence[Stretch],
         scale: float,
         previous: float | None,
     ) -> None:
         self.levels = tuple(levels)
         self.noise = tuple(map(schedule.share, self.levels))
         self.told: tuple[int, ...] = tuple(schedule.told(self.levels).view(np.uint32).tolist())
+        self.backbones = tuple(stretch.backbone for stretch in stretches)
+        self.row_costs = tuple(stretch.row_cost for stretch in stretches)
         self.guided: tuple[bool, ...] = tuple((columns.guidance_weight != 1.0).tolist())
         self.rows: Floats = np.stack(columns, axis=1)
         self.rows.setflags(write=False)
@@ -86,9 +91,13 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.levels)
 
-    def rows_from(self, cursor: int, conditions: int = 1) -> int:
-        """Return the rows of the steps from `cursor` to the end, at which `conditions` are composed."""
-        return conditions * (len(self) - cursor) + sum(self.guided[cursor:])
+    def rows_from(self, cursor: int, conditions: int = 1) -> float:
+        """Return the rows of the steps from `cursor` to the end, at which `conditions` are composed.
+
+        They count by their cost, in rows of the bundle's own backbone.
+        """
+        steps = zip(self.guided[cursor:], self.row_costs[cursor:], strict=True)
+        return sum(row_cost * (conditions + guided) for guided, row_cost in steps)
 
 
 def make_trajectory(rung: Rung, scale: float, schedule: Schedule, *, area: float = 1.0) -> Trajectory:
@@ -118,7 +127,11 @@ def trajectory_from_levels(
     """Return the trajectory through `levels`, high to low; `previous` as in `regrid_trajectory`."""
     table = step_table(rung.solver, levels, schedule, previous=previous)
     interval, decay = rung.guidance_interval, rung.guidance_decay
-    weights = [guidance_weight(scale, level, schedule, interval, decay) for level in levels]
+    stretches = [stretch_at(rung.stretches, schedule.share(level)) for level in levels]
+    weights = [
+        guidance_weight(scale if stretch.guided else 1.0, level, schedule, interval, decay)
+        for stretch, level in zip(stretches, levels, strict=True)
+    ]
     if rung.solver == LEARNED:
         bounds = variance_bounds(levels, schedule)
     else:
@@ -126,4 +139,4 @@ def trajectory_from_levels(
     _, *solver = table.columns
     columns = (*solver, weights, *bounds)
     coefficients = StepCoefficients(*(np.asarray(column, np.float32) for column in columns))
-    return Trajectory(levels, schedule, coefficients, scale=scale, previous=previous)
+    return Trajectory(levels, schedule, coefficients, stretches=stretches, scale=scale, previous=previous)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ditserve.service.engine.forward import ForwardPass
-from ditserve.service.engine.groups import Groups
+from ditserve.service.engine.groups import Group, Groups
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.planning.costs import FIRST_PASSES, Waits
 
@@ -15,13 +15,14 @@ from ditserve.service.planning.costs import FIRST_PASSES, Waits
 def warm_up(
     forward: ForwardPass,
     groups: Groups,
+    group: Group,
     scheduler: Scheduler,
     *,
     clock: Callable[[], float],
     every_bucket: bool,
     budget_s: float,
 ) -> None:
-    """Run batch sizes 1, 2, 4, … up to the scheduler's cap, and observe the passes.
+    """Run batch sizes of a group, 1, 2, 4, … up to the scheduler's cap, and observe the passes.
 
     Every size runs twice in the first round, because the first pass of a size does not count. The sizes stop
     where the next would exceed `budget_s` seconds. With `every_bucket` every size that the backend has runs,
@@ -33,7 +34,6 @@ def warm_up(
     Raises:
         MemoryError: not even the smallest batch fits.
     """
-    group = groups.own
     began = clock()
     network_s = waited_s = 0.0
 

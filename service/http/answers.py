@@ -139,6 +139,7 @@ def _json(job: Job, result: JobResult) -> GenerateResponse:
         steps_used=result.steps_used,
         sampler=result.solver,
         rung=result.rung,
+        backbones=list(result.backbones),
         degraded=result.degraded,
         reason=result.reason,
         timings_ms=result.timings_ms,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ditserve.model.spec.bundle import Manifest, RungSpec
 from ditserve.model.spec.grids import grid_names
 from ditserve.model.spec.solvers import SOLVERS
-from ditserve.service.http.schemas import DefaultsOut, FactorOut, LimitsOut, ModelOut, RungOut
+from ditserve.service.http.schemas import DefaultsOut, FactorOut, LimitsOut, ModelOut, RungOut, StretchOut
 from ditserve.service.http.sizes import size_text
 from ditserve.service.settings import Settings
 
@@ -79,4 +79,5 @@ def _rung(rung: RungSpec) -> RungOut:
         quality=rung.quality,
         own=rung.own,
         real=rung.real,
+        stretches=[StretchOut(above=part.above, backbone=part.backbone) for part in rung.stretches],
     )

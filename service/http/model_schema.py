@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ditserve.commands import command_line
 from ditserve.model.spec.bundle import MANIFEST, PIPELINE, Bundle, BundleError, Manifest, bundle_name
-from ditserve.model.spec.command_line import named_path
+from ditserve.model.spec.command_line import named_path, printable
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import graph_multiple
 from ditserve.model.spec.pipeline_config import INDEX
@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     settings = Settings.load(program=command_line("service schema"))
     try:
         described = folder_schema(options.folder, settings)
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         return refuse(error)
     print(described.model_dump_json(indent=1) if options.json else schema_text(described))
     return 0
@@ -84,7 +84,7 @@ def schema_text(model: ModelOut) -> str:
         f"bodies to {limits.body_bytes} bytes"
     )
     width = max(map(len, rows))
-    return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in rows.items())
+    return "\n".join(printable(f"{name:{width}}  {value}".rstrip()) for name, value in rows.items())
 
 
 def _classes(factor: FactorOut) -> str:

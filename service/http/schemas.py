@@ -137,6 +137,10 @@ class DrawingOptions(BaseModel):
     deadline_ms: int | None = Field(None, ge=1, description="Answer within this time, or refuse at once.")
     allow_degraded: bool = Field(True, description="Under load, allow fewer steps or a cheaper sampler.")
     min_steps: int | None = Field(None, ge=1, description="Never fewer steps than this.")
+    min_quality: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Use no rung whose `quality` in `/models` is larger: it is a distance, less is better.",
+    )
     priority: Priority = "normal"
 
 
@@ -220,6 +224,7 @@ class GenerateResponse(BaseModel):
     steps_used: int
     sampler: str
     rung: str = Field(description="The operating point used.")
+    backbones: list[str] = Field([], description="The model's further networks that took part.")
     degraded: bool
     reason: str | None = Field(description="Why fewer or cheaper steps were run; null if they were not.")
     timings_ms: dict[str, float]
@@ -233,6 +238,7 @@ class JobOutcome(BaseModel):
     steps_used: int
     sampler: str
     rung: str
+    backbones: list[str] = []
     degraded: bool
     reason: str | None
     timings_ms: dict[str, float]
@@ -288,6 +294,11 @@ class FactorOut(BaseModel):
     classes: list[str]
 
 
+class StretchOut(BaseModel):
+    above: float = Field(description="The least noise of this stretch, in 0..1 of the range.")
+    backbone: str = Field(description='A further network of the model; "" is its own.')
+
+
 class RungOut(BaseModel):
     name: str
     sampler: str
@@ -301,6 +312,9 @@ class RungOut(BaseModel):
     )
     real: float | None = Field(
         description="Energy score against training pictures; lower is nearer, null: not measured."
+    )
+    stretches: list[StretchOut] = Field(
+        [], description="The backbones that take part, from noise to picture; the rest is the model's own."
     )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
@@ -219,6 +220,8 @@ class Submissions:
             min_steps=request.min_steps or 1 if request.may_degrade else resolved.rung.steps,
             row_cost=resolved.output.row_cost,
             conditions=conditions.composed,
+            worst=inf if request.min_quality is None else request.min_quality,
+            own_backbone=bool(conditions.negative_prompt) or conditions.how == "layers",
         )
 
     def _answer_by(self, request: GenerateRequest, now: float) -> float | None:
@@ -245,7 +248,7 @@ class Submissions:
     ) -> Job:
         request, rung = resolved.request, resolved.rung
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        below = self.ladder.below(rung, admission_request.min_steps) if request.may_degrade else ()
+        below = self.ladder.below(rung, admission_request.consent) if request.may_degrade else ()
         lowest = (admission.rung, *below)[-1]
         job_id, trace = secrets.token_hex(16), dict(caller.trace)
         if caller.idempotency is not None:
@@ -282,6 +285,7 @@ class Submissions:
             admitted=admission.rung,
             negative_prompt=resolved.conditions.negative_prompt,
             guidance_embedded=guidance_embedded(request, self.manifest),
+            min_quality=request.min_quality,
         )
 
     def _job_id(self, caller: str, key: str) -> str:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ditserve.commands import process_words
 from ditserve.service.backends import BackendUnavailable
 
-COMMAND = (sys.executable, "-m", "ditserve.export.trt")
+COMMAND = tuple(process_words("ditserve.export.trt"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from ditserve.commands import process_words
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.exit_statuses import FAILED, MISCONFIGURED
 from ditserve.service.launch.child_process import Child
@@ -36,8 +36,8 @@ async def start_child(command: str, settings: Settings) -> Child:
 
     Raise `OSError` if it cannot be started.
     """
-    arguments = [sys.executable, "-m", "ditserve.service", command]
-    return await Child.start(command, arguments, settings.child_environment())
+    words = process_words("ditserve.service", command)
+    return await Child.start(command, words, settings.child_environment())
 
 
 class WorkerPool:

@@ -12,7 +12,7 @@ from math import ceil, inf
 
 from ditserve.service.jobs import LoadSnapshot
 from ditserve.service.planning.capacity import Capacity
-from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.ladder import Consent, Ladder
 from ditserve.service.planning.planner import DEADLINE, LOAD, Policy
 from ditserve.service.rung import Rung
 
@@ -23,7 +23,8 @@ NO_WORKER = "no-worker"
 class AdmissionRequest:
     """A request for `samples` images at `rung`, each composed of `conditions`.
 
-    `row_cost` is the tokens of one row, in rows of the bundle's own size.
+    `row_cost` is the tokens of one row, in rows of the bundle's own size. For `min_steps`, `worst` and
+    `own_backbone` see `Consent`.
     """
 
     rung: Rung
@@ -34,6 +35,12 @@ class AdmissionRequest:
     min_steps: int
     row_cost: float = 1.0
     conditions: int = 1
+    worst: float = inf
+    own_backbone: bool = False
+
+    @property
+    def consent(self) -> Consent:
+        return Consent(self.min_steps, self.worst, self.own_backbone)
 
     def rows(self, ladder: Ladder, rung: Rung) -> int:
         """Return the work of all images at a rung, in rows of the bundle's own size."""
@@ -93,7 +100,7 @@ def admit(
     stretch = max(1.0, (queue_margin or margin) / margin)
     due = inf if deadline_at is None else deadline_at
     limit_s = (due - now) / margin
-    options = (rung, *(ladder.below(rung, request.min_steps) if request.allow_degraded else ()))
+    options = (rung, *(ladder.below(rung, request.consent) if request.allow_degraded else ()))
     for option in options:
         rows = request.rows(ladder, option)
         capacity = Capacity(load, recut=policy.recut, pass_s=limit_s / option.steps, within_s=due - now)

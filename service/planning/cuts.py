@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from ditserve.service.planning.ladder import Ladder, steps_left
+from ditserve.service.planning.ladder import Consent, Ladder, steps_left
 from ditserve.service.rung import Rung
 
 LOAD = "load"  # the machine is busy
@@ -21,7 +21,8 @@ class PlannedSample:
 
     `noise` is where it stands in the noise range, 0..1. `rung` is where it is, `requested` is how high it may
     climb (None: no higher). `row_cost` is the tokens of one of its rows, in rows of the bundle's own size.
-    Its predictions are composed of `conditions`, a row each.
+    Its predictions are composed of `conditions`, a row each. `floor_steps`, `worst` and `own_backbone` are
+    its `Consent`.
     """
 
     id: str
@@ -36,6 +37,12 @@ class PlannedSample:
     requested: Rung | None = None
     row_cost: float = 1.0
     conditions: int = 1
+    worst: float = inf
+    own_backbone: bool = False
+
+    @property
+    def consent(self) -> Consent:
+        return Consent(self.floor_steps, self.worst, self.own_backbone)
 
     def rows_left(self, ladder: Ladder, rung: Rung, steps: int) -> float:
         """Return the rows of so many last steps on a rung, in rows of the bundle's own size."""
@@ -65,9 +72,9 @@ class Task:
         options: tuple[Rung, ...] = (sample.rung,)
         if sample.allow_degraded:
             ceiling = sample.requested or sample.rung
-            options = (ceiling, *ladder.below(ceiling, sample.floor_steps))
+            options = (ceiling, *ladder.below(ceiling, sample.consent))
             if sample.rung not in options:
-                options = (sample.rung, *ladder.below(sample.rung, sample.floor_steps))
+                options = (sample.rung, *ladder.below(sample.rung, sample.consent))
         deadline = inf if sample.deadline_at is None else sample.deadline_at
         rows = sample.rows_left(ladder, sample.rung, sample.remaining_steps)
         at = options.index(sample.rung)

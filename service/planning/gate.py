@@ -69,7 +69,7 @@ class Gate:
         margin = self._caution.margin(now)
         limit_s = (inf if request.deadline_at is None else request.deadline_at - now) / margin
         cut = admission.degraded or not admission.accepted
-        below = self._ladder.below(request.rung, request.min_steps) if cut and request.allow_degraded else ()
+        below = self._ladder.below(request.rung, request.consent) if cut and request.allow_degraded else ()
         for rung in (request.rung, *below):
             rows, pass_s = request.rows(self._ladder, rung), limit_s / rung.steps
             if not cut or idle_time(load, rows, rung.steps, request.samples) <= limit_s:

@@ -9,22 +9,39 @@ how many steps remain, and how many rows they take. Pure: tables and arithmetic,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from math import log
+from math import inf, log
 from typing import Final
 
 from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.diffusion import Schedule, make_schedule
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.guidance import forward_rows
+from ditserve.model.spec.stretches import stretch_at
 from ditserve.service.rung import Interval, Rung
 
 _CACHED = 4096  # bounded, because requests choose steps and intervals freely
 
 
 THOUSAND_TIMESTEPS: Final = make_schedule("linear")
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """The rungs that a request may be degraded to: at least so many steps, and a distance that is no larger.
+
+    One that only the bundle's own backbone can draw consents to `own_backbone` alone.
+    """
+
+    min_steps: int = 1
+    worst: float = inf
+    own_backbone: bool = False
+
+    def allows(self, rung: Rung) -> bool:
+        own = not (self.own_backbone and rung.stretches)
+        return rung.steps >= self.min_steps and rung.quality <= self.worst and own
 
 
 class Ladder:
@@ -34,12 +51,21 @@ class Ladder:
         self.schedule = schedule
         ordered = sorted(rungs, key=lambda rung: (rung.quality, -self._guided_rows(rung)))
         self.rungs: tuple[Rung, ...] = tuple(ordered)
-        self.below = lru_cache(_CACHED)(self._below)
+        self._own = [rung for rung in ordered if not rung.stretches]
+        self.below: Callable[[Rung, Consent], tuple[Rung, ...]] = lru_cache(_CACHED)(self._below)
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> Ladder:
         rungs = (
-            Rung(spec.name, spec.solver, spec.steps, spec.grid, spec.guidance_interval, spec.quality)
+            Rung(
+                spec.name,
+                spec.solver,
+                spec.steps,
+                spec.grid,
+                spec.guidance_interval,
+                spec.quality,
+                stretches=manifest.stretches(spec.stretches),
+            )
             for spec in manifest.ladder
         )
         return cls(rungs, manifest.diffusion.noise_schedule())
@@ -49,9 +75,10 @@ class Ladder:
     ) -> Rung:
         """Return the rung a request names: one of the ladder, or a new one of interpolated quality.
 
-        An unguided request has no guidance interval, so any interval matches.
+        It is one of the bundle's own backbone. An unguided request has no guidance interval, so any interval
+        matches.
         """
-        for rung in self.rungs:
+        for rung in self._own:
             same = (rung.solver, rung.steps, rung.grid) == (solver, steps, grid)
             if same and (not guided or rung.guidance_interval == interval):
                 return replace(rung, guidance_decay=decay) if decay else rung
@@ -59,22 +86,26 @@ class Ladder:
 
     @property
     def descent(self) -> tuple[Rung, ...]:
-        """The best rung, and those below it: each cheaper and worse than the one before."""
-        return (self.rungs[0], *self.below(self.rungs[0], 1)) if self.rungs else ()
+        """The best rung of the bundle's own backbone, and those below it: each cheaper and worse."""
+        below = (rung for best in self._own[:1] for rung in self.below(best, Consent(own_backbone=True)))
+        return (*self._own[:1], *below)
 
-    def lowest(self, rung: Rung, min_steps: int) -> Rung:
-        """Return the cheapest rung that `rung` can be cut to with `min_steps` steps or more, or itself."""
-        return next(iter(self.below(rung, min_steps)[-1:]), rung)
+    def lowest(self, rung: Rung, consent: Consent) -> Rung:
+        """Return the cheapest rung that `rung` can be cut to with this consent, or itself."""
+        return next(iter(self.below(rung, consent)[-1:]), rung)
 
-    def row_steps(self, rung: Rung, guidance_scale: float, conditions: int = 1) -> int:
+    def row_steps(self, rung: Rung, guidance_scale: float, conditions: int = 1) -> float:
         """Return the rows of one whole image whose `conditions` are composed, as `forward_rows` counts."""
         return _row_steps(rung, self.schedule, guidance_scale, conditions)
 
-    def rows_left(self, rung: Rung, steps: int, noise: float, guided: bool, conditions: int = 1) -> int:
+    def rows_left(self, rung: Rung, steps: int, noise: float, guided: bool, conditions: int = 1) -> float:
         """Return the rows of the last `steps` steps of a sample with the share `noise` of the range ahead.
 
-        Exact but for one row where the guidance interval does not cover all noise levels.
+        They count by the cost of their backbone. Exact but for one row where the guidance interval, or a
+        backbone, does not cover all noise levels.
         """
+        if rung.stretches:
+            return _stretched_rows(rung, steps, noise, guided, conditions)
         rows = conditions * steps
         if not guided:
             return rows
@@ -84,24 +115,25 @@ class Ladder:
         share = max(0.0, min(high, noise) - low) / noise if noise > 0.0 else 0.0
         return rows + min(steps, int(share * steps) + 1)
 
-    def _below(self, rung: Rung, min_steps: int) -> tuple[Rung, ...]:
-        """Return the rungs of at least `min_steps` steps that are cheaper than `rung`, dearest first.
+    def _below(self, rung: Rung, consent: Consent) -> tuple[Rung, ...]:
+        """Return the rungs that `consent` allows and that are cheaper than `rung`, dearest first.
 
         Each is cheaper and worse than the one before it. Their guidance interval is narrowed to that of
         `rung`: guidance never acts where the request excluded it.
         """
         limit = self._guided_rows(rung)
-        others = [(self._guided_rows(other), other) for other in map(partial(_narrowed, to=rung), self.rungs)]
+        allowed = filter(consent.allows, self.rungs)
+        others = [(self._guided_rows(other), other) for other in map(partial(_narrowed, to=rung), allowed)]
         below: list[Rung] = []  # cheapest first
         for rows, other in sorted(others, key=lambda pair: (pair[0], pair[1].quality)):
-            if rows >= limit or other.steps < min_steps:
+            if rows >= limit:
                 continue
             # A rung that costs more than one already taken must be better.
             if not below or other.quality < below[-1].quality:
                 below.append(other)
         return tuple(reversed(below))
 
-    def _guided_rows(self, rung: Rung) -> int:
+    def _guided_rows(self, rung: Rung) -> float:
         return self.row_steps(rung, 2.0)
 
     def _quality(self, solver: str, steps: int) -> float:
@@ -109,7 +141,7 @@ class Ladder:
 
         It is linear in log(steps) between the measured counts and constant outside.
         """
-        measured = [rung for rung in self.rungs if rung.solver == solver] or list(self.rungs)
+        measured = [rung for rung in self._own if rung.solver == solver] or self._own
         points = sorted({rung.steps: rung.quality for rung in reversed(measured)}.items())
         if not points:
             return 0.0
@@ -144,7 +176,31 @@ def _narrowed(rung: Rung, *, to: Rung) -> Rung:
 
 
 @lru_cache(_CACHED)
-def _row_steps(rung: Rung, schedule: Schedule, guidance_scale: float, conditions: int) -> int:
+def _row_steps(rung: Rung, schedule: Schedule, guidance_scale: float, conditions: int) -> float:
     levels = noise_levels(rung.grid, rung.steps, schedule)
-    interval, decay = rung.guidance_interval, rung.guidance_decay
-    return forward_rows(levels, schedule, guidance_scale, interval, decay, conditions=conditions)
+    interval, decay, stretches = rung.guidance_interval, rung.guidance_decay, rung.stretches
+    return forward_rows(
+        levels, schedule, guidance_scale, interval, decay, conditions=conditions, stretches=stretches
+    )
+
+
+def _stretched_rows(rung: Rung, steps: int, noise: float, guided: bool, conditions: int) -> float:
+    """Return the rows of the last steps of a rung of several backbones, see `Ladder.rows_left`.
+
+    The steps are spread evenly over the range ahead, which falls into parts of one backbone, guided or not.
+
+    Example: 8 guided steps from noise 1.0, a backbone at half the cost above 0.5. Of the 4 steps in each half
+    the first cost 4 · 2 / 2 = 4 rows, the others 4 · 2 = 8.
+    """
+    low, high = rung.guidance_interval
+    edges = {0.0, noise, low, high, *(stretch.above for stretch in rung.stretches)}
+    ahead = sorted(edge for edge in edges if 0.0 <= edge <= noise)
+    if len(ahead) < 2:
+        ahead = [0.0, 1.0]
+    rows = 0.0
+    for start, stop in itertools.pairwise(ahead):
+        middle = (start + stop) / 2
+        stretch = stretch_at(rung.stretches, middle)
+        per_step = conditions + (guided and stretch.guided and low <= middle <= high)
+        rows += stretch.row_cost * per_step * steps * (stop - start) / ahead[-1]
+    return rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import Finished, StepReport
 from ditserve.service.errors import NumericalError
@@ -26,13 +28,15 @@ class EngineMetrics:
 
     def __init__(self, engine: Engine, shared: CacheCounters) -> None:
         self._seconds = metrics.STEP_SECONDS.labels(engine.backend.name)
-        conditions = engine.conditions
-        self._caches: dict[str, CacheCounters] = {
-            "embedding": conditions.embeddings,
-            "modulation": conditions.modulations,
+        backbones = engine.condition_caches
+        self._caches: dict[str, list[CacheCounters]] = {
+            "embedding": [conditions.embeddings for conditions in backbones],
+            "modulation": [conditions.modulations for conditions in backbones],
         }
-        if conditions.texts is not None:
-            self._caches |= {"text": conditions.texts, "shared-text": shared}
+        # All backbones share one cache of texts.
+        texts = engine.conditions.texts
+        if texts is not None:
+            self._caches |= {"text": [texts], "shared-text": [shared]}
         self._counted = dict.fromkeys(self._caches, (0, 0, 0, 0))
         for counter in _CACHE_COUNTERS:
             for name in self._caches:
@@ -52,15 +56,20 @@ class EngineMetrics:
         if numerical:
             metrics.NUMERICAL_ERRORS.inc(numerical)
         if report.finished:
-            for name, cache in self._caches.items():
-                self._count_cache(name, cache)
+            for name, caches in self._caches.items():
+                self._count_caches(name, caches)
 
-    def _count_cache(self, name: str, cache: CacheCounters) -> None:
-        totals = (cache.hits, cache.misses, cache.bypasses, cache.evictions)
+    def _count_caches(self, name: str, caches: Sequence[CacheCounters]) -> None:
+        totals = (
+            sum(cache.hits for cache in caches),
+            sum(cache.misses for cache in caches),
+            sum(cache.bypasses for cache in caches),
+            sum(cache.evictions for cache in caches),
+        )
         for counter, total, counted in zip(_CACHE_COUNTERS, totals, self._counted[name], strict=True):
             counter.labels(name).inc(total - counted)
         self._counted[name] = totals
-        metrics.CACHE_BYTES.labels(name).set(cache.bytes)
+        metrics.CACHE_BYTES.labels(name).set(sum(cache.bytes for cache in caches))
 
 
 def _count_steps(finished: Finished) -> None:

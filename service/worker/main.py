@@ -9,8 +9,8 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import structlog
 import uvloop
@@ -27,6 +27,7 @@ from ditserve.service.backends import (
 )
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
+from ditserve.service.engine.forward import Backbone
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.text_cache import SharedCache, TextCache
 from ditserve.service.errors import QueueUnavailable, ServiceError
@@ -62,7 +63,7 @@ from ditserve.service.worker.worker import Worker, WorkerParts
 WARM_UP_S = 0.8
 
 Report = Callable[[str], None]  # takes the worker's current activity
-Opener = Callable[[Report, asyncio.Event, Broker], Awaitable[Backend | None]]
+Opener = Callable[[Report, asyncio.Event, Broker], Awaitable[dict[str, Backend] | None]]
 
 log = structlog.get_logger()
 
@@ -80,8 +81,9 @@ def run(settings: Settings) -> int:
         model = only_model(settings)
         if settings.worker_metrics_port:
             metrics.serve(settings.worker_metrics_port)
-        options = backend_options(settings, model.bundle.manifest)
-        opener = partial(open_backend, settings, model.bundle, options)
+        # A setting that does not fit is refused before Redis is asked.
+        backend_options(settings, model.bundle.manifest)
+        opener = partial(open_backends, settings, model.bundle)
         reload = Reload(model, verify=settings.verify)
         orderly = uvloop.run(serve(settings, model.name, opener, reload))
     except QueueUnavailable as error:
@@ -104,12 +106,7 @@ def only_model(settings: Settings) -> ServedModel:
 
 
 async def open_backend(
-    settings: Settings,
-    bundle: Bundle,
-    options: Mapping[str, Any],
-    report: Report,
-    stop: asyncio.Event,
-    broker: Broker,
+    settings: Settings, bundle: Bundle, report: Report, stop: asyncio.Event, broker: Broker
 ) -> Backend | None:
     """Build the engines that are missing, if the settings say so, and open the backend.
 
@@ -120,6 +117,7 @@ async def open_backend(
     Raises:
         BackendUnavailable, BundleError: see `load_backend` and `build_engines`.
     """
+    options = backend_options(settings, bundle.manifest)
     if settings.export_on_start:
         report("looking for engines")
         if not await build_engines(
@@ -135,8 +133,28 @@ async def open_backend(
     return await load_agreed(backend, bundle, options, broker, load=load_backend)
 
 
+async def open_backends(
+    settings: Settings, bundle: Bundle, report: Report, stop: asyncio.Event, broker: Broker
+) -> dict[str, Backend] | None:
+    """Open the networks of a bundle by name: "" is its own, the others are its further backbones.
+
+    Return None if stopped meanwhile. Raises as `open_backend`.
+    """
+    parts = {"": bundle, **{name: bundle.backbone(name) for name in bundle.manifest.backbones}}
+    opened: dict[str, Backend] = {}
+    with ExitStack() as stack:
+        for name, part in parts.items():
+            backend = await open_backend(settings, part, report, stop, broker)
+            if backend is None:
+                return None
+            stack.callback(backend.close)
+            opened[name] = backend
+        stack.pop_all()
+    return opened
+
+
 async def serve(settings: Settings, model: str, opener: Opener, reload: Reload | None = None) -> bool:
-    """Work until told to stop, on the backend that `opener` opens. Return False if the engine is broken.
+    """Work until told to stop, on the backends that `opener` opens. Return False if the engine is broken.
 
     With `reload` the worker also drains once there is a new bundle; whoever tells it to stop then means it.
     """
@@ -157,20 +175,21 @@ async def serve(settings: Settings, model: str, opener: Opener, reload: Reload |
     embeddings = Embeddings(
         url, namespace=settings.namespace, max_bytes=settings.embedding_cache_bytes, clock=broker.clock
     )
-    backend: Backend | None = None
+    backends: dict[str, Backend] | None = None
     watching = asyncio.create_task(reload.watch(stop)) if reload is not None else None
     try:
         if not await unless(stop, _join_queue(broker, settings.namespace, model)):
             return True
         async with starting(broker, name, model) as report:
-            backend = await opener(report, stop, broker)
-            if backend is None:
+            backends = await opener(report, stop, broker)
+            if backends is None:
                 return True
             report("warming up")
-            engine = build_engine(backend, settings, embeddings)
+            engine = build_engine(backends, settings, embeddings)
             await asyncio.to_thread(engine.warm_up, WARM_UP_S)
+        backend = backends[""]
         parts = worker_parts(backend, engine, broker, embeddings, tracing)
-        identity = worker_identity(name, backend)
+        identity = worker_identity(name, backends)
         worker = Worker(parts, identity, worker_policy(settings, engine))
         metrics.NETWORK_INFO.labels(backend.name, backend.precision).set(1)
         log.info(
@@ -190,7 +209,7 @@ async def serve(settings: Settings, model: str, opener: Opener, reload: Reload |
         await embeddings.aclose()
         await broker.aclose()
         tracing.close()
-        if backend is not None:
+        for backend in (backends or {}).values():
             backend.close()
 
 
@@ -242,8 +261,10 @@ def open_texts(
     return TextCache(encoder, shared, capacity=settings.embedding_cache_bytes)
 
 
-def build_engine(backend: Backend, settings: Settings, shared: SharedCache | None = None) -> Engine:
-    """Build an engine for a bundle.
+def build_engine(
+    backends: Mapping[str, Backend], settings: Settings, shared: SharedCache | None = None
+) -> Engine:
+    """Build an engine for the networks of a bundle, as `open_backends` gives them.
 
     Its slots hold what may run, what is claimed ahead, what is reserved for newcomers, and one job more.
 
@@ -251,23 +272,30 @@ def build_engine(backend: Backend, settings: Settings, shared: SharedCache | Non
         BackendUnavailable: the memory of this machine is too small.
     """
     try:
-        return _engine(backend, settings, shared)
+        return _engine(backends, settings, shared)
     except MemoryError as error:
         raise BackendUnavailable(
             f"too little memory ({error}): lower --modulation-cache-bytes, --max-rows or --lookahead-rows"
         ) from None
 
 
-def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) -> Engine:
-    ladder = Ladder.from_manifest(backend.manifest)
+def _engine(backends: Mapping[str, Backend], settings: Settings, shared: SharedCache | None) -> Engine:
+    backend = backends[""]
+    manifest = backend.manifest
+    ladder = Ladder.from_manifest(manifest)
+    texts = open_texts(manifest, settings, shared, backend.text_encoder)
+    caches = {
+        name: ConditionCaches(
+            each,
+            modulation_bytes=settings.modulation_cache_bytes // len(backends),
+            embedding_bytes=settings.embedding_cache_bytes // len(backends),
+            texts=texts,
+        )
+        for name, each in backends.items()
+    }
     return Engine(
         backend=backend,
-        conditions=ConditionCaches(
-            backend,
-            modulation_bytes=settings.modulation_cache_bytes,
-            embedding_bytes=settings.embedding_cache_bytes,
-            texts=open_texts(backend.manifest, settings, shared, backend.text_encoder),
-        ),
+        conditions=caches[""],
         scheduler=Scheduler(
             max_rows=settings.strict_rows or settings.max_rows,
             buckets=backend.buckets,
@@ -276,10 +304,15 @@ def _engine(backend: Backend, settings: Settings, shared: SharedCache | None) ->
         planner=Planner(ladder),
         ladder=ladder,
         costs=CostModel(),
-        schedule=backend.manifest.diffusion.noise_schedule(),
+        schedule=manifest.diffusion.noise_schedule(),
         clock=time.monotonic,
         waited=ProcessorWaits(),
         slots=settings.max_rows + settings.lookahead_rows + RESERVED_SAMPLES + settings.max_images,
+        backbones={
+            name: Backbone(backends[name], caches[name], spec.row_cost)
+            for name, spec in manifest.backbones.items()
+            if name in backends
+        },
     )
 
 
@@ -303,14 +336,16 @@ def worker_parts(
     )
 
 
-def worker_identity(name: str, backend: Backend) -> WorkerIdentity:
+def worker_identity(name: str, backends: Mapping[str, Backend]) -> WorkerIdentity:
+    backend = backends[""]
     manifest = backend.manifest
+    networks = "".join(f"{part} {each.name} {each.precision} " for part, each in backends.items())
     return WorkerIdentity(
         name=name,
         model=manifest.name,
         bundle=bundle_digest(manifest),
         vocabulary=vocabulary_digest(manifest),
-        origin=checkpoint_origin(manifest, f"{backend.name} {backend.precision}"),
+        origin=checkpoint_origin(manifest, networks.strip()),
         network=Network(backend.name, backend.precision, backend.size_multiple),
     )
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import inf
 from typing import Any
 
 from ditserve.model.spec.bundle import Factor
@@ -18,7 +19,7 @@ from ditserve.model.spec.grids import is_explicit
 from ditserve.service.engine.samples import Finished, SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import WEIGHTS, Claim, ConditionTerm, Image, Job, JobResult
-from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.ladder import Consent, Ladder
 from ditserve.service.rung import Rung
 
 # The state of one sample: under way, finished (its image may still be missing), or not begun.
@@ -136,6 +137,7 @@ class RunningJob:
             },
             attempt=self.lease.attempt,
             worker=worker,
+            backbones=least.rung.backbones,
             denoised_at=self._denoised_at,
         )
 
@@ -223,6 +225,7 @@ def describe(
         "guidance_scale": round(job.guidance_scale + (unguided_scale - 1.0), 9),
         "guidance_interval": list(rung.guidance_interval),
         **({"guidance_decay": rung.guidance_decay} if rung.guidance_decay else {}),
+        **({"backbones": ", ".join(rung.backbones)} if rung.backbones else {}),
         **({"negative_prompt": subtracted} if subtracted else {}),
         **({} if job.guidance_embedded is None else {"guidance_embedded": job.guidance_embedded}),
         **({"windows": job.windows} if job.windows else {}),
@@ -264,6 +267,7 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
             weight=WEIGHTS.get(job.priority, 1.0),
             negative_prompt=job.negative_prompt,
             guidance_embedded=job.guidance_embedded,
+            worst=inf if job.min_quality is None else job.min_quality,
         )
         for k, seed in enumerate(job.seeds)
     )
@@ -278,5 +282,5 @@ def _rungs(job: Job, ladder: Ladder) -> tuple[Rung, Rung]:
         return job.requested, job.admitted
     guided = job.guidance_scale != 1.0
     requested = ladder.requested(job.solver, job.steps, job.grid, job.guidance_interval, guided)
-    below = ladder.below(requested, job.min_steps) if job.rung is not None else ()
+    below = ladder.below(requested, Consent(job.min_steps)) if job.rung is not None else ()
     return requested, next((rung for rung in below if rung.name == job.rung), requested)

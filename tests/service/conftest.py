@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory, SentenceEnc
 from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
+from ditserve.service.engine.forward import Backbone
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.jobs import ConditionTerm
@@ -47,6 +48,7 @@ class FakeBackend:
         memory_rows: int = 10**9,
         size_multiple: int | None = None,
         config: DiTConfig | None = None,
+        weights: int = 1,
         **diffusion: Any,
     ) -> None:
         self.buckets, self.size_multiple = buckets, size_multiple
@@ -83,7 +85,7 @@ class FakeBackend:
             ),
             licence="Apache-2.0",
         )
-        self.table = np.random.default_rng(1).standard_normal((len(CLASSES) + 1, EMBEDDING), np.float32)
+        self.table = np.random.default_rng(weights).standard_normal((len(CLASSES) + 1, EMBEDDING), np.float32)
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         embeddings = self.table[labels[:, 0]] + (0 if text is None else text)
@@ -168,8 +170,9 @@ def make_rung() -> Callable[..., Rung]:
         steps: int = 8,
         grid: str = "trailing",
         interval: tuple[float, float] = (0.0, 1.0),
+        **fields: Any,
     ) -> Rung:
-        return Rung(f"{solver}-{steps}", solver, steps, grid, interval, 0.0)
+        return Rung(f"{solver}-{steps}", solver, steps, grid, interval, 0.0, **fields)
 
     return make
 
@@ -212,6 +215,7 @@ def make_engine() -> Callable[..., Engine]:
         modulation_bytes: int = 1 << 20,
         slots: int = 16,
         clock: Callable[[], float] | None = None,
+        backbones: Mapping[str, tuple[Any, float]] | None = None,
         waited: Callable[[], float] = lambda: 0.0,
     ) -> Engine:
         backend = backend or FakeBackend()
@@ -228,6 +232,10 @@ def make_engine() -> Callable[..., Engine]:
             clock=clock or Clock(),
             waited=waited,
             slots=slots,
+            backbones={
+                name: Backbone(network, ConditionCaches(network, modulation_bytes=modulation_bytes), row_cost)
+                for name, (network, row_cost) in (backbones or {}).items()
+            },
         )
 
     return make

@@ -17,7 +17,7 @@ from ditserve.model.spec.class_names import class_reference
 from ditserve.service.engine.trajectory import make_trajectory
 from ditserve.service.http.sizes import in_windows, size_text
 from ditserve.service.identity import bundle_digest, vocabulary_digest
-from ditserve.service.planning.ladder import Ladder
+from ditserve.service.planning.ladder import Consent, Ladder
 from ditserve.service.rung import Rung
 from ditserve.service.vocabulary import Vocabulary
 from tests.service.tiny_bundle import MANIFEST
@@ -93,7 +93,7 @@ def work_with(manifest: Manifest) -> None:
         assert np.isfinite(coefficients).all()
         assert len(trajectory) == rung.steps
         assert ladder.row_steps(rung, scale) >= rung.steps
-        ladder.below(rung, 1)
+        ladder.below(rung, Consent())
     vocabulary = Vocabulary(manifest.factors)
     vocabulary.term({factor.name: class_reference(factor, 0) for factor in manifest.factors}, 1.0)
     vocabulary.term(dict(manifest.golden.condition) if manifest.golden else {}, 1.0)

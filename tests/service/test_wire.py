@@ -12,6 +12,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from ditserve.model.spec.stretches import Stretch
 from ditserve.service.jobs import Job, JobResult, WorkerState, read_report
 from ditserve.service.rung import Rung
 from ditserve.service.wire import Message, WireError, build, fields_of, pack, unpack
@@ -26,6 +27,7 @@ MESSAGES: dict[str, Message] = {
     "plain job": examples.PLAIN_JOB,
     "full job": examples.FULL_JOB,
     "composed job": examples.COMPOSED_JOB,
+    "stitched job": examples.STITCHED_JOB,
     "result": examples.RESULT,
     "worker state": examples.STATE,
     "starting": examples.STARTING,
@@ -50,6 +52,8 @@ def test_a_job_has_the_oldest_version_that_says_all_of_it() -> None:
         {"guidance_embedded": 3.5},
         {"solver": "unipc-2"},
         {"requested": replace(examples.FULL, guidance_decay=-1.0)},
+        {"admitted": replace(examples.HALF, stretches=(Stretch(0.0, "student"),))},
+        {"min_quality": 0.25},
     ]
     for change in newer:
         job = replace(plain, **change)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import (
@@ -86,6 +87,11 @@ COMPOSED_JOB = replace(
     requested=replace(FULL, guidance_decay=0.75),
     admitted=replace(HALF, guidance_decay=0.75),
     negative_prompt="a blürred picture",
+    min_quality=0.5,
+)
+STITCHED_JOB = replace(
+    FULL_JOB,
+    admitted=replace(HALF, stretches=(Stretch(0.5, "student", 0.25, guided=False), Stretch(0.25, "light"))),
 )
 RESULT = JobResult(
     images=(Image(b"\x89PNG", 7, "image/png"), Image(b"\x00\xff", 8, "image/png")),
@@ -98,6 +104,7 @@ RESULT = JobResult(
     timings_ms={"queue": 1.5, "denoise": 250.0, "decode": 3.0, "encode": 2.25},
     attempt=2,
     worker="w1",
+    backbones=("student", "light"),
     denoised_at=1_700_000_002.5,
 )
 STATE = WorkerState(

@@ -220,6 +220,7 @@ def _outcome(result: JobResult) -> JobOutcome:
         steps_used=result.steps_used,
         sampler=result.solver,
         rung=result.rung,
+        backbones=list(result.backbones),
         degraded=result.degraded,
         reason=result.reason,
         timings_ms=result.timings_ms,

@@ -82,7 +82,7 @@ def test_the_pictures_of_a_ladder_are_those_of_the_service(family: str, tmp_path
     backend = load_backend("torch", bundle, threads=1)
     requests = [asked(manifest, prompt, seed, rung) for seed, prompt in enumerate(prompts * 2)]
     for picture, sample in zip(
-        pictures, drawn(build_engine(backend, Settings.load([])), requests), strict=True
+        pictures, drawn(build_engine({"": backend}, Settings.load([])), requests), strict=True
     ):
         np.testing.assert_allclose(picture, sample.latent, atol=1e-4 * np.abs(picture).max())
 
@@ -104,7 +104,7 @@ def test_a_pipeline_gets_a_ladder_along_which_the_service_degrades(
     assert opened.manifest.provenance["ladder"]["pictures"] == 4
     assert opened.manifest.defaults == bundle.manifest.defaults
 
-    engine = build_engine(load_backend("torch", opened, threads=1), Settings.load([]))
+    engine = build_engine({"": load_backend("torch", opened, threads=1)}, Settings.load([]))
     # A pass takes a second, on a clock that stands still.
     engine.costs = CostModel(fixed_s=1.0, per_row_s=1e-6)
     engine.clock = lambda: 0.0

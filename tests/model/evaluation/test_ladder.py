@@ -42,9 +42,9 @@ def test_without_real_pictures_a_ladder_is_ordered_by_the_distance_to_its_own_lo
     measurement = LadderMeasurement(
         source.manifest, SMALL, draw_inputs(source, 2, None), settled=False, data="none"
     )
-    done = 0
+    done = 0.0
 
-    def count(rows: int) -> None:
+    def count(rows: float) -> None:
         nonlocal done
         done += rows
 

@@ -222,5 +222,7 @@ def test_an_unknown_backend_is_refused_by_name(bundle: Bundle) -> None:
 def test_a_backend_whose_package_is_missing_names_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.delitem(sys.modules, "ditserve.service.backends.onnx", raising=False)
-    with pytest.raises(BackendUnavailable, match="backend 'onnx' needs the package onnxruntime"):
+    with pytest.raises(
+        BackendUnavailable, match=r"needs the package onnxruntime.*: pip install 'ditserve\[cpu\]'"
+    ):
         load_backend("onnx", bundle)

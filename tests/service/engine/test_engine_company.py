@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ditserve.model.spec.stretches import Stretch
 from ditserve.model.spec.windows import window_count
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest, StepReport
@@ -48,6 +49,15 @@ _rungs = st.builds(
     guidance_interval=st.sampled_from([(0.0, 1.0), (0.2, 0.7), (0.5, 0.5), (0.0, 0.3)]),
     quality=st.just(0.0),
     guidance_decay=st.sampled_from([0.0, 0.0, 1.5, -0.5]),
+    stretches=st.sampled_from(
+        [
+            (),
+            (),
+            (Stretch(0.0, "student", guided=False),),
+            (Stretch(0.6, "light"),),
+            (Stretch(0.7, "student", guided=False), Stretch(0.3, "light")),
+        ]
+    ),
 )
 CONDITIONS: list[dict[str, Any]] = [
     *({"condition": (ConditionTerm((colour,)),)} for colour in (0, 1, 2, None)),
@@ -78,6 +88,13 @@ def asked(visit: Visit) -> dict[str, Any]:
     fields = dict(visit.request)
     shape, conditions = fields.pop("shape"), fields.pop("conditions")
     return {**fields, **shape, **conditions}
+
+
+def others(make_backend: Make, **options: Any) -> dict[str, tuple[Any, float]]:
+    return {
+        name: (make_backend(weights=seed, **options), 1.0)
+        for seed, name in enumerate(("light", "student"), 2)
+    }
 
 
 def planned_rows(request: SampleRequest, engine: Engine) -> float:
@@ -139,6 +156,7 @@ def test_a_sample_equals_its_solo_run(
         max_rows=max_rows,
         strict=strict,
         modulation_bytes=modulation_bytes,
+        backbones=others(make_backend, buckets=buckets, memory_rows=memory_rows, size_multiple=2),
     )
     reports = follow(engine, visits, make_request)
     made = {sample.id: sample.latent for report in reports for sample in report.finished}
@@ -148,7 +166,7 @@ def test_a_sample_equals_its_solo_run(
             assert visit.cancelled is not None
             continue
         request: SampleRequest = make_request(f"{k}/0", **asked(visit))
-        solo = make_engine(make_backend(size_multiple=2))
+        solo = make_engine(make_backend(size_multiple=2), backbones=others(make_backend, size_multiple=2))
         solo.add(request)
         alone = [solo.step() for _ in range(request.rung.steps)]
         assert sum(report.rows for report in alone) == planned_rows(request, solo)

@@ -29,7 +29,7 @@ def test_rows_lie_as_in_the_worked_example(make_backend: Make, make_request: Mak
         request = make_request(condition=tuple(ConditionTerm((colour,)) for colour in colours), **fields)
         conditioning = caches.conditioning(request.condition, "compose" if len(colours) > 1 else "linear")
         trajectory = make_trajectory(rung, scale, schedule)
-        return Sample(request, conditioning, trajectory, geometry=geometry, floor=rung, added_at=0.0)
+        return Sample(request, {"": conditioning}, trajectory, geometry=geometry, floor=rung, added_at=0.0)
 
     windowed, composed = sample(1.0, (6, 9)), sample(2.0, colours=(1, 2))
     layout = RowLayout.of([sample(2.0), windowed, sample(1.0), composed, sample(3.0)])
@@ -55,7 +55,9 @@ def test_windows_of_a_composed_sample_are_repeated_for_each_condition(
     conditioning = caches.conditioning(terms, "compose")
     geometry = geometry_of((6, 9), own=(4, 6), windows=True, multiple=None)
     trajectory = make_trajectory(rung, 2.0, backend.manifest.diffusion.noise_schedule())
-    sample = Sample(make_request(), conditioning, trajectory, geometry=geometry, floor=rung, added_at=0.0)
+    sample = Sample(
+        make_request(), {"": conditioning}, trajectory, geometry=geometry, floor=rung, added_at=0.0
+    )
     layout = RowLayout.of([sample])
     assert (sample.rows, sample.most_rows, layout.rows) == (12, 12, 12)
     red, green = conditioning.conditions

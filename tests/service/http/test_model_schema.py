@@ -42,6 +42,19 @@ def test_lines_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line for line in lines if line.startswith("condition label") and "24 classes: " in line]
 
 
+def test_what_others_wrote_cannot_steer_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((TINY / "manifest.json").read_text())
+    manifest |= {"description": "\x1b[2Jgone", "files": {}, "golden": None}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert run([str(tmp_path)]) == 0
+    assert run([str(tmp_path), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "?[2Jgone" in out
+    assert "\x1b" not in out
+
+
 def test_a_pipelines_folder_has_a_schema_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from ditserve.model.spec.diffusion import make_schedule
 from ditserve.model.spec.grids import grid
-from ditserve.model.spec.guidance import guidance_weight
+from ditserve.model.spec.guidance import forward_rows, guidance_weight
+from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.trajectory import make_trajectory
-from ditserve.service.planning.ladder import Ladder, steps_left
+from ditserve.service.planning.ladder import Consent, Ladder, steps_left
 from ditserve.service.rung import Rung
 
 quick = settings(max_examples=60, deadline=None)  # wall time says nothing on a shared machine
@@ -41,6 +42,14 @@ rungs = st.builds(
     st.sampled_from([WHOLE, (0.1, 0.8), (0.3, 0.6)]),
     st.sampled_from(["leading", "trailing", "uniform-t"]),
 )
+# Costs are sums of powers of two, so that sums of them are exact.
+STRETCHES: list[tuple[Stretch, ...]] = [
+    (Stretch(0.0, "student", 0.25, guided=False),),
+    (Stretch(0.6, "light", 0.5),),
+    (Stretch(0.7, ""), Stretch(0.3, "middle", 0.75), Stretch(0.0, "light", 0.5)),
+    (Stretch(0.5, "student", 0.25, guided=False), Stretch(0.2, "light", 0.5)),
+]
+stitched = st.builds(replace, rungs, stretches=st.sampled_from([(), *STRETCHES]))
 
 
 def test_rungs_are_best_first() -> None:
@@ -70,33 +79,33 @@ def test_an_unmeasured_solver_is_judged_by_the_whole_ladder() -> None:
 def test_an_empty_ladder_takes_every_request_and_offers_nothing_below() -> None:
     empty = Ladder([])
     asked = empty.requested("ddim", 20, "trailing", WHOLE, True)
-    assert (asked.steps, asked.quality, empty.below(asked, 1)) == (20, 0.0, ())
+    assert (asked.steps, asked.quality, empty.below(asked, Consent(1))) == (20, 0.0, ())
 
 
 def test_below_respects_the_floor() -> None:
-    assert [rung.steps for rung in LADDER.below(LADDER.rungs[0], 10)] == [20, 10]
-    assert LADDER.below(LADDER.rungs[0], 51) == ()
+    assert [rung.steps for rung in LADDER.below(LADDER.rungs[0], Consent(10))] == [20, 10]
+    assert LADDER.below(LADDER.rungs[0], Consent(51)) == ()
 
 
 def test_below_has_the_decay_of_the_request() -> None:
     asked = LADDER.requested("ddim", 20, "trailing", WHOLE, True, decay=0.75)
     assert (asked.name, asked.quality, asked.guidance_decay) == ("ddim-20", 0.2, 0.75)
-    assert LADDER.below(asked, 1)
-    assert {rung.guidance_decay for rung in LADDER.below(asked, 1)} == {0.75}
+    assert LADDER.below(asked, Consent(1))
+    assert {rung.guidance_decay for rung in LADDER.below(asked, Consent(1))} == {0.75}
 
 
 def test_below_never_guides_where_the_request_does_not() -> None:
     ladder = Ladder([rung("ddim", 50, 0.0), rung("ddim", 20, 0.2, (0.1, 0.9))])
     asked = ladder.requested("ddim", 50, "trailing", (0.3, 1.0), True)
-    (lower,) = ladder.below(asked, 1)
+    (lower,) = ladder.below(asked, Consent(1))
     assert lower.guidance_interval == (0.3, 0.9)
 
 
 @quick
-@given(st.lists(rungs, max_size=8), rungs, st.integers(1, 60))
+@given(st.lists(stitched, max_size=8), stitched, st.integers(1, 60))
 def test_below_gets_cheaper_and_worse(ladder_rungs: list[Rung], asked: Rung, floor: int) -> None:
     ladder = Ladder(ladder_rungs)
-    chain = ladder.below(asked, floor)
+    chain = ladder.below(asked, Consent(floor))
     rows = [ladder.row_steps(rung, 2.0) for rung in (asked, *chain)]
     assert rows == sorted(rows, reverse=True)
     assert len(set(rows)) == len(rows)
@@ -105,7 +114,7 @@ def test_below_gets_cheaper_and_worse(ladder_rungs: list[Rung], asked: Rung, flo
 
 
 @quick
-@given(rungs, st.sampled_from([0.0, 1.0, 2.5]), st.integers(1, 8), st.floats(-20, 20))
+@given(stitched, st.sampled_from([0.0, 1.0, 2.5]), st.integers(1, 8), st.floats(-20, 20))
 def test_rows_are_counted_along_the_grid(asked: Rung, scale: float, conditions: int, decay: float) -> None:
     asked = replace(asked, guidance_decay=decay)
     trajectory = make_trajectory(asked, scale, SCHEDULE)
@@ -133,6 +142,30 @@ def test_rows_left_are_those_of_the_rest_of_the_grid(asked: Rung, data: st.DataO
     assert LADDER.rows_left(asked, len(rest), rest[0] / 999, False) == len(rest)
     composed = LADDER.rows_left(asked, len(rest), rest[0] / 999, True, 3)
     assert composed == left + 2 * len(rest)
+
+
+@quick
+@given(rungs, st.sampled_from(STRETCHES), st.booleans(), st.integers(1, 3), st.data())
+def test_rows_left_on_several_backbones_are_about_those_of_the_rest_of_the_grid(
+    asked: Rung, stretches: tuple[Stretch, ...], guided: bool, conditions: int, data: st.DataObject
+) -> None:
+    asked = replace(asked, stretches=stretches)
+    walked = grid("uniform-t", asked.steps, 1000)
+    rest = walked[data.draw(st.integers(0, asked.steps - 1)) :]
+    exact = forward_rows(
+        rest,
+        SCHEDULE,
+        2.0 if guided else 1.0,
+        asked.guidance_interval,
+        conditions=conditions,
+        stretches=stretches,
+    )
+    left = LADDER.rows_left(asked, len(rest), rest[0] / 999, guided, conditions)
+    # A step may be on the other side of each end of a stretch, and of the guidance interval.
+    assert abs(left - exact) <= (len(stretches) + 2) * (conditions + 1)
+    assert left <= LADDER.rows_left(
+        replace(asked, stretches=()), len(rest), rest[0] / 999, guided, conditions
+    )
 
 
 @quick

@@ -67,7 +67,7 @@ def holds(samples: Sequence[PlannedSample], now: float = 0.0, margin: float = Po
     batch = min(line().saturation_rows(MAX_ROWS), rows)
     tick = line().predict(batch)
     dated = sorted((s for s in samples if s.deadline_at is not None), key=lambda s: s.deadline_at or inf)
-    demand = 0
+    demand = 0.0
     for planned in dated:
         demand += LADDER.rows_left(planned.rung, planned.remaining_steps, planned.noise, planned.guided)
         ticks = max(0.0, (planned.deadline_at or inf) - now) / tick
@@ -228,10 +228,8 @@ def _lowest(planned: PlannedSample) -> Rung:
     if not planned.allow_degraded or planned.deadline_at is None:
         return planned.rung
     ceiling = planned.requested or planned.rung
-    chain = (ceiling, *LADDER.below(ceiling, planned.floor_steps))
-    chain = (
-        chain if planned.rung in chain else (planned.rung, *LADDER.below(planned.rung, planned.floor_steps))
-    )
+    chain = (ceiling, *LADDER.below(ceiling, planned.consent))
+    chain = chain if planned.rung in chain else (planned.rung, *LADDER.below(planned.rung, planned.consent))
     return chain[-1]
 
 

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
+from ditserve.service.backends import Backend
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
@@ -35,8 +36,8 @@ class MortalBackend(FakeBackend):
         return super().embed(labels, text)
 
 
-async def opened(*_: object) -> MortalBackend:
-    return MortalBackend()
+async def opened(*_: object) -> dict[str, Backend]:
+    return {"": MortalBackend()}
 
 
 if __name__ == "__main__":

@@ -61,25 +61,25 @@ def test_what_the_backend_does_not_take_is_refused(
 
 
 def test_strict_rows_are_the_one_size_of_every_pass(make_backend: Make, make_request: Make) -> None:
-    engine = build_engine(make_backend(), settings(strict_rows=6))
+    engine = build_engine({"": make_backend()}, settings(strict_rows=6))
     engine.add(make_request())
     assert engine.step().rows == 6
-    free = build_engine(make_backend(), settings())
+    free = build_engine({"": make_backend()}, settings())
     free.add(make_request())
     assert free.step().rows == 2
 
 
 def test_more_memory_than_the_machine_has_is_one_sentence(make_backend: Make) -> None:
     with pytest.raises(BackendUnavailable, match=r"too little memory .*: lower --modulation-cache-bytes"):
-        build_engine(make_backend(), settings(modulation_cache_bytes=2**44))
+        build_engine({"": make_backend()}, settings(modulation_cache_bytes=2**44))
 
 
 def test_caches_are_as_large_as_the_settings_say(make_backend: Make, make_request: Make) -> None:
-    engine = build_engine(make_backend(), settings(modulation_cache_bytes=0))
+    engine = build_engine({"": make_backend()}, settings(modulation_cache_bytes=0))
     engine.add(make_request())
     engine.step()
     assert engine.conditions.modulations.bypasses == 2
-    kept = build_engine(make_backend(), settings())
+    kept = build_engine({"": make_backend()}, settings())
     kept.add(make_request())
     kept.step()
     assert kept.conditions.modulations.bypasses == 0
@@ -167,13 +167,18 @@ async def test_engines_are_built_before_they_are_loaded(
     monkeypatch.setattr(main, "build_engines", builder)
     monkeypatch.setattr(main, "load_backend", lambda *_, **options: loaded.append(options))
     here, bundle, stop = (
-        tensorrt(export_on_start=True),
+        tensorrt(export_on_start=True, engines=Path("e"), precision="fp16"),
         Bundle(Path("b"), make_backend().manifest),
         asyncio.Event(),
     )
-    options = {"engines": Path("e"), "precision": "fp16"}
-    await main.open_backend(here, bundle, options, reports.append, stop, broker)
-    assert builder.asked == {"bundle": Path("b"), "precision": "auto", "engines": Path("e"), "stop": stop}
+    await main.open_backend(here, bundle, reports.append, stop, broker)
+    options = {"threads": 0, "precision": "fp16", "engines": Path("e", bundle.manifest.name)}
+    assert builder.asked == {
+        "bundle": Path("b"),
+        "precision": "fp16",
+        "engines": options["engines"],
+        "stop": stop,
+    }
     assert reports[1] == "building the fp16 engine (1 of 1): 50%"
     assert loaded == ([options] if built else [])
 
