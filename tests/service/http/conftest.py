@@ -7,7 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,15 @@ def _load_always_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 class StubWorker:
     """Claims jobs and finishes them with one-pixel images.
 
-    `hold` keeps the jobs running; `fail_with` is the error that ends them instead.
+    `hold` keeps the jobs running; `fail_with` is the error that ends them instead. The last step of a job was
+    `delivery_s` seconds before its result; None: the worker does not say.
     """
 
     broker: Broker
     model: str = "fruits"
     hold: bool = False
     fail_with: dict[str, Any] | None = None
+    delivery_s: float | None = None
     claimed: list[Claim] = field(default_factory=list)
 
     async def run(self) -> None:
@@ -122,7 +124,10 @@ class StubWorker:
         if self.fail_with is not None:
             await self.broker.fail(lease, self.fail_with)
         elif not self.hold:
-            await self.broker.finish(lease, self.result(claim))
+            result = self.result(claim)
+            if self.delivery_s is not None:
+                result = replace(result, denoised_at=self.broker.clock() - self.delivery_s)
+            await self.broker.finish(lease, result)
 
     @staticmethod
     def result(claim: Claim) -> JobResult:

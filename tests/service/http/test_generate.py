@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import time
 from email import message_from_bytes
 from email.message import Message
 from typing import Any
@@ -188,6 +189,23 @@ async def test_of_a_crowd_at_once_as_many_are_taken_as_can_be_cut_to_fit(
     ask = {"condition": {"label": "lemon"}, "deadline_ms": 2000, "allow_degraded": allow_degraded}
     answers = [await stage.generate({"prefer": "respond-async"}, **ask) for _ in range(14)]
     assert sorted(answer.status_code for answer in answers) == [202] * taken + [503] * (14 - taken)
+
+
+async def test_a_job_is_due_earlier_than_its_answer_by_the_way_of_recent_answers(stage: Stage) -> None:
+    """A job that is denoised in the last moment would be late, and its answer is waited for to the end."""
+    stage.worker.delivery_s = 0.5
+    for _ in range(20):
+        assert (await stage.generate(deadline_ms=60_000)).is_success
+    jobs = [claim.job for claim in stage.worker.claimed]
+    times = [(job.deadline_at or 0.0) - job.created_at for job in jobs]
+    assert times[0] == pytest.approx(60.0, abs=0.1)
+    assert 56.0 < times[-1] < 59.5
+    stage.worker.hold = True
+    began = time.monotonic()
+    assert (await stage.generate(deadline_ms=1000)).status_code == 504
+    assert time.monotonic() - began > 0.9
+    job = stage.worker.claimed[-1].job
+    assert (job.deadline_at or 0.0) - job.created_at < 0.8
 
 
 async def test_images_not_ready_by_the_deadline_are_504_and_cancelled(stage: Stage) -> None:
