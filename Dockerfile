@@ -28,7 +28,7 @@ ARG EXTRAS=otel,serve-text
 RUN --mount=type=cache,target=/root/.cache/pip \
     if [ "${EXTRAS}" = otel,serve-text ]; \
     then set -- --require-hashes --requirement locks/api.txt; \
-    else set -- --constraint constraints.txt ".[${EXTRAS}]"; fi && \
+    else set -- --constraint constraints.txt ".${EXTRAS:+[${EXTRAS}]}"; fi && \
     /pip/bin/pip --python /venv/bin/python install "$@"
 
 FROM packages AS packages-worker-cpu

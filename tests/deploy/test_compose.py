@@ -138,6 +138,8 @@ def test_images_are_installed_from_the_lock_of_the_extras_that_are_the_default(t
     assert f"--require-hashes --requirement locks/{target}.txt" in install
     (default,) = {line.partition("=")[2] for line in lines if line.startswith("ARG EXTRAS=")}
     assert f'if [ "${{EXTRAS}}" = {default} ]' in install
+    # Without any, `.[]` would be no requirement.
+    assert re.search(r'constraints\.txt "\.(\$\{EXTRAS:\+\[|\[\w+\$\{EXTRAS:\+,)', install)
     extras = {"api": set[str](), "worker-cpu": {"cpu"}, "worker": {"gpu"}}[target] | set(default.split(","))
     (made,) = re.findall(rf"call LOCK,{target},([\w -]+)\)", (ROOT / "Makefile").read_text())
     assert set(made.split()) == extras
