@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.bench import report
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends import CONDITIONER_ROWS, Backend, SentenceEncoder, load_backend
 from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.engine.conditions import ConditionCaches

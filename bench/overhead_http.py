@@ -31,7 +31,8 @@ from ditserve.bench.load.cluster import TestCluster, running_cluster
 from ditserve.bench.load.processes import free_port, processor_seconds
 from ditserve.bench.load.wire import Wire, exchange, post
 from ditserve.bench.plots import draw_bars
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.launch.child_process import Child
 from ditserve.service.launch.valkey import scratch_folder
 from ditserve.service.settings import Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ditserve.model.spec.bundle import RungSpec
+from ditserve.model.spec.manifest import RungSpec
 
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 

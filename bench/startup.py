@@ -31,7 +31,8 @@ from ditserve.bench.load.wire import Wire, exchange, post
 from ditserve.bench.plots import draw_bars
 from ditserve.bench.report import MIB
 from ditserve.commands import command_line
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.launch.child_process import Child
 
 GOAL_S = 5.0

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ditserve.export.onnx import ExportOptions, export_bundle
 from ditserve.model.nets.dit import DiT
-from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor
 from ditserve.model.spec.diffusion import add_noise
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Defaults, Factor, Manifest, StateTensor
 from ditserve.model.train.loaded_model import LoadedModel
 
 SHAPES = ("disc", "square")

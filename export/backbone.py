@@ -29,13 +29,11 @@ from ditserve.model.spec.bundle import (
     CALIBRATION,
     DECODER,
     GOLDEN,
-    BackboneSpec,
     Bundle,
-    Manifest,
-    Name,
     write_manifest,
 )
 from ditserve.model.spec.command_line import guarded, named_path
+from ditserve.model.spec.manifest import BackboneSpec, Manifest, Name
 from ditserve.model.spec.output_folder import check_apart, revision
 
 # What a further backbone has of a bundle: not what decodes its latents, nor what verified it.

@@ -11,7 +11,8 @@ from ditserve.export.parity import verify_decoder
 from ditserve.export.storage import data_file, save_whole
 from ditserve.export.verify import Band
 from ditserve.model.nets.autoencoder import SdVae, open_decoder
-from ditserve.model.spec.bundle import DECODER, GOLDEN, Golden, Manifest
+from ditserve.model.spec.bundle import DECODER, GOLDEN
+from ditserve.model.spec.manifest import Golden, Manifest
 
 
 def write_decoder(

@@ -11,9 +11,10 @@ from ditserve.model.nets.autoencoder import open_decoder
 from ditserve.model.nets.cost import cost
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.sheet import to_pixels
-from ditserve.model.spec.bundle import GOLDEN, Golden
+from ditserve.model.spec.bundle import GOLDEN
 from ditserve.model.spec.class_names import class_reference
 from ditserve.model.spec.grids import choose_grid, noise_levels
+from ditserve.model.spec.manifest import Golden
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel

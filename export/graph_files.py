@@ -11,7 +11,8 @@ import torch
 from ditserve.export.graph import OPSET, backbone_graph, conditioner_graph, embedder_graph
 from ditserve.export.storage import save_graph
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER, Manifest
+from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import BundleConfig, graph_multiple
 
 

@@ -36,8 +36,9 @@ from ditserve.export.storage import remove_graph, save_graph
 from ditserve.export.verify import LIMITS, Band, check, open_session, worst
 from ditserve.model.nets.factory import Network, network_of
 from ditserve.model.nets.layers import Attention
-from ditserve.model.spec.bundle import CALIBRATION, Manifest, write_manifest
+from ditserve.model.spec.bundle import CALIBRATION, write_manifest
 from ditserve.model.spec.command_line import guarded, named_path, thread_count
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.output_folder import revision
 from ditserve.model.train.loaded_model import LoadedModel
 

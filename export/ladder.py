@@ -15,10 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditserve.export.errors import ExportError
 from ditserve.model.data.examples import DataError
-from ditserve.model.evaluation.ladder import THOROUGH, LadderMeasurement, affordable_plan, draw_inputs
+from ditserve.model.evaluation.ladder import LadderMeasurement, draw_inputs
+from ditserve.model.evaluation.ladder_plan import THOROUGH, affordable_plan
 from ditserve.model.evaluation.picture_sets import open_data
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.train.loaded_model import LoadedModel
 
 PlanName = Literal["auto", "none", "quick", "thorough"]

@@ -46,18 +46,11 @@ from ditserve.export.storage import save_weights
 from ditserve.export.verify import PARITY, Band, ParityLimits, check, report, worst
 from ditserve.model.evaluation.ladder import seconds_per_row
 from ditserve.model.nets.autoencoder import autoencoder_kind
-from ditserve.model.spec.bundle import (
-    BACKBONE,
-    CALIBRATION,
-    MANIFEST,
-    PIPELINE,
-    WEIGHTS,
-    Manifest,
-    write_manifest,
-)
+from ditserve.model.spec.bundle import BACKBONE, CALIBRATION, MANIFEST, PIPELINE, WEIGHTS, write_manifest
 from ditserve.model.spec.command_line import guarded, named_path, positive, thread_count
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.heap import release_memory
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.spec.pipeline_folder import VAE
 from ditserve.model.train.imported_pipeline import imported_pipeline

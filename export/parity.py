@@ -18,7 +18,8 @@ from ditserve.export.graph import TEXT
 from ditserve.export.verify import LIMITS, Band, ParityLimits, check, compare, open_session, run
 from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER, Manifest
+from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import BundleConfig, graph_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.train.loaded_model import LoadedModel

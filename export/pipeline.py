@@ -35,10 +35,11 @@ from ditserve.model.nets.pipelines.decoder import PipelineDecoder
 from ditserve.model.nets.pipelines.network import open_network
 from ditserve.model.nets.pipelines.texts import PipelineTexts
 from ditserve.model.sampling.denoise import initial_noise
-from ditserve.model.spec.bundle import BACKBONE, DECODER, PIPELINE, Bundle, Manifest, write_manifest
+from ditserve.model.spec.bundle import BACKBONE, DECODER, PIPELINE, Bundle, write_manifest
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.grids import even_grid, noise_levels
 from ditserve.model.spec.heap import release_memory
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.pipeline_bundle import take_pipeline
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.solvers import step_table, trajectory

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.bundle import Defaults, Name
+from ditserve.model.spec.manifest import Defaults, Name
 from ditserve.model.train.load import load_model, opens_run, read_run_config
 from ditserve.model.train.loaded_model import LoadedModel, LoadError
 

@@ -43,9 +43,10 @@ from ditserve.model.sampling.sheet import (
     to_pixels,
 )
 from ditserve.model.sampling.windows import WindowDenoiser
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
 from ditserve.model.spec.grids import GRIDS, choose_grid, noise_levels
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table

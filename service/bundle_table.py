@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ditserve.commands import command_line
-from ditserve.model.spec.bundle import (
-    BACKBONE,
-    CONDITIONER,
-    EMBEDDER,
-    MANIFEST,
-    Bundle,
-    BundleError,
-    Manifest,
-)
+from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER, MANIFEST, Bundle
 from ditserve.model.spec.command_line import named_path, printable
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import is_pipeline
 from ditserve.model.spec.zoo import ZOO
-from ditserve.service.exit_statuses import refuse
+from ditserve.service.exit_statuses import MISCONFIGURED
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +41,8 @@ def run(arguments: Sequence[str]) -> int:
                 raise BundleError(f"{folder} holds no bundle: it has no {MANIFEST}, nor a folder with one")
             entries = {path.resolve(): bundle_entry(path, verify=options.verify) for path in found} | entries
     except BundleError as error:
-        return refuse(error)
+        print(f"error: {error}", file=sys.stderr)
+        return MISCONFIGURED
     rows = list(entries.values())
     print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else bundle_table(rows))
     return 0

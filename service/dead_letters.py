@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from ditserve.commands import command_line
 from ditserve.service.errors import ServiceError
-from ditserve.service.exit_statuses import FAILED, refuse
+from ditserve.service.exit_statuses import FAILED, MISCONFIGURED
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings
 
@@ -36,7 +36,8 @@ def run(words: Sequence[str], settings: Settings) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except ValueError as error:
-        return refuse(error)
+        print(f"error: {error}", file=sys.stderr)
+        return MISCONFIGURED
 
 
 async def _list(url: str, namespace: str) -> int:

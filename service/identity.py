@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.manifest import Manifest
 
 
 def bundle_digest(manifest: Manifest) -> str:

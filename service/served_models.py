@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ditserve.model.spec.bundle import MANIFEST, Bundle, BundleError
-from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.bundle import MANIFEST, Bundle
+from ditserve.model.spec.errors import BundleError, ModelError
 from ditserve.model.spec.pipeline_bundle import cached_bundle
 from ditserve.model.spec.pipeline_folder import is_pipeline
 from ditserve.service.identity import bundle_digest

@@ -96,7 +96,7 @@ PURE = {
 }
 PURE |= {f"service.planning.{name}" for name in ("costs", "ladder", "planner")}
 PURE |= {"model.spec.diffusion", "model.spec.grids", "model.spec.solvers"}
-# A bundle's manifest is a value, although its module can also read one from a folder.
+# A bundle is a value to those who name its type, although its module can also read one from a folder.
 VALUES = {"model.spec.bundle"}
 # fmt: off
 IMPURE = {

@@ -35,13 +35,8 @@ from ditserve.bench.ladder.training_pictures import TrainingPictures
 from ditserve.bench.plots import draw_ladder
 from ditserve.export.calibrate import with_backbone
 from ditserve.export.parity import graph_backbone
-from ditserve.model.evaluation.ladder import (
-    THOROUGH,
-    LadderMeasurement,
-    MeasuredLadder,
-    draw_inputs,
-    pipeline_plan,
-)
+from ditserve.model.evaluation.ladder import LadderMeasurement, MeasuredLadder, draw_inputs
+from ditserve.model.evaluation.ladder_plan import THOROUGH, pipeline_plan
 from ditserve.model.evaluation.picture_sets import open_data
 from ditserve.model.spec.bundle import BACKBONE, Bundle, write_manifest
 from ditserve.model.spec.command_line import named_path, positive, thread_count

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ditserve.model.evaluation.ladder import DRAWS, LadderInputs
+from ditserve.model.evaluation.ladder import LadderInputs
+from ditserve.model.evaluation.ladder_plan import DRAWS
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.imported_pipeline import encode_texts

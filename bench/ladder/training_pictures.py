@@ -22,7 +22,7 @@ from ditserve.model.evaluation.front import OperatingPoint
 from ditserve.model.evaluation.ladder import LadderInputs, OnRows, draw_pictures
 from ditserve.model.evaluation.picture_sets import real_pictures, round_to_8_bits
 from ditserve.model.nets.autoencoder import Identity
-from ditserve.model.spec.bundle import RungSpec
+from ditserve.model.spec.manifest import RungSpec
 from ditserve.model.train.loaded_model import LoadedModel
 
 CHUNK = 64  # pictures whose features are computed at once

@@ -29,7 +29,8 @@ from ditserve.bench.load import generator
 from ditserve.bench.load.adapters import ADAPTERS
 from ditserve.bench.load.summary import LoadSummary, Promise
 from ditserve.bench.load.workload import PROCESSES, STEPS_MIX, Workload
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.manifest import Manifest
 
 MAX_LAG_MS = 5.0
 

@@ -14,8 +14,8 @@ from ditserve.bench.load.adapters import Adapter, DrawnWith
 from ditserve.bench.load.processes import Consumption, batch_counters
 from ditserve.bench.load.summary import Exchange, Promise, RungQualities
 from ditserve.bench.load.workload import OfferedRequest, RequestKind, Workload
-from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.manifest import Manifest
 
 ANSWER_TIMEOUT_S = 600.0
 LEAD_S = 0.2  # from the call of `offer` to time zero of the schedule

@@ -17,8 +17,9 @@ from ditserve.export.storage import save_graph
 from ditserve.model.nets.cost import cost
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import make_network
-from ditserve.model.spec.bundle import MANIFEST, Bundle, Manifest, write_manifest
+from ditserve.model.spec.bundle import MANIFEST, Bundle, write_manifest
 from ditserve.model.spec.dit_config import DiTConfig, published_config
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import own_config
 from ditserve.model.weights.files import write_bundle
 from ditserve.model.weights.imported import ImportedWeights

@@ -26,9 +26,10 @@ from ditserve.bench import report
 from ditserve.bench.engine_overhead import open_engine
 from ditserve.bench.peers.pipeline import PeerRequest, Pipeline
 from ditserve.export import onnx
-from ditserve.model.spec.bundle import Bundle, Defaults, Manifest, write_manifest
+from ditserve.model.spec.bundle import Bundle, write_manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Defaults, Manifest
 from ditserve.model.weights.files import write_bundle
 from ditserve.model.weights.imported import ImportOptions
 from ditserve.model.weights.imports import read_weights

@@ -22,7 +22,7 @@ from ditserve.model.data.labels import select_examples
 from ditserve.model.data.latents import Latents, Moments
 from ditserve.model.data.sources import Source, check_corrupt_limit, common_size, read_source
 from ditserve.model.data.texts import Texts
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.manifest import Factor
 
 __all__ = ["DataConfig", "DataError", "Dataset"]
 

@@ -14,8 +14,8 @@ from ditserve.model.data.fingerprint import fingerprint
 from ditserve.model.data.texts import Texts
 from ditserve.model.data.transforms import centre_crop
 from ditserve.model.nets.text import TextError
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.manifest import Factor
 
 
 class DataError(ModelError):

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from ditserve.model.data.examples import DataError, Examples
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.errors import wrong_field
+from ditserve.model.spec.manifest import Factor
 
 REASONS = 12  # that are listed
 

@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from ditserve.model.data.examples import DataError, Examples
 from ditserve.model.data.fingerprint import fingerprint
 from ditserve.model.data.labels import Catalogue, LeftOut
-from ditserve.model.spec.bundle import DecoderKind
 from ditserve.model.spec.errors import wrong_field
+from ditserve.model.spec.manifest import DecoderKind
 
 INDEX = "latents.json"
 

@@ -33,8 +33,8 @@ from ditserve.model.evaluation.classifier_network import (
     save_classifier,
     top_k_accuracy,
 )
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.command_line import count, guarded, named_path, positive
+from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.output_folder import CLASSIFIER, claim
 from ditserve.model.train.config import first_mistake, load_config
 

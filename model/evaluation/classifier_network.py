@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ditserve.commands import command_line
-from ditserve.model.spec.bundle import WEIGHTS, Factor, digest, write_atomic
+from ditserve.model.spec.bundle import WEIGHTS, digest, write_atomic
 from ditserve.model.spec.errors import ModelError, wrong_field
+from ditserve.model.spec.manifest import Factor
 
 CLASSIFIER = Path(__file__).parents[1] / "zoo" / "emoji-classifier"  # the one that ships
 CARD = "classifier.json"

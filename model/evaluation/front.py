@@ -11,9 +11,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ditserve.model.spec.bundle import Defaults, Manifest, RungSpec, StretchSpec
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.guidance import forward_rows
+from ditserve.model.spec.manifest import Defaults, Manifest, RungSpec, StretchSpec
 
 Distance = Literal["own", "real"]
 # A rung costs at most this share of the next dearer one.

@@ -23,7 +23,7 @@ from ditserve.model.evaluation.fidelity import (
     precision_recall,
 )
 from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, PictureSet
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.manifest import Factor
 
 # From so many pictures on, the Inception Score is the average of ten splits, as is customary.
 SPLITS_FROM = 5000

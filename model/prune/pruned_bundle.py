@@ -11,8 +11,9 @@ from ditserve.commands import command_line
 from ditserve.model.evaluation.picture_sets import open_data
 from ditserve.model.prune.importance import importance, noise_of, training_batches
 from ditserve.model.prune.pruning import PruneError, mlp_channels, prune, pruned_config
-from ditserve.model.spec.bundle import Manifest, bundle_name, write_atomic
+from ditserve.model.spec.bundle import bundle_name, write_atomic
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import network_fields
 from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.train.load import load_model

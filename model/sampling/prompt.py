@@ -13,9 +13,9 @@ from torch import Tensor
 from ditserve.model.nets.factory import Network, NetworkConfig
 from ditserve.model.nets.text import open_encoder
 from ditserve.model.sampling.denoise import Conditions
-from ditserve.model.spec.bundle import Factor, Manifest
 from ditserve.model.spec.class_names import ClassNames, UnknownClassError
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.manifest import Factor, Manifest
 from ditserve.model.spec.mixing import Combine, mix_embeddings
 from ditserve.model.spec.text_encoder import text_encoder_name
 

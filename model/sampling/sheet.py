@@ -15,9 +15,9 @@ from ditserve.model.nets.autoencoder import PictureDecoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import label_tensor
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import even_grid, noise_levels
+from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.solvers import step_table
 
 LARGEST = 1 << 30  # bytes of one picture

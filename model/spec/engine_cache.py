@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ditserve.commands import command_line
-from ditserve.model.spec.bundle import BACKBONE, WEIGHTS, Bundle, BundleError, digest
-from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.bundle import BACKBONE, WEIGHTS, Bundle, digest
+from ditserve.model.spec.errors import BundleError, ModelError
 
 FOLDER = "engines"
 # Precision → graph file, and the command that writes it.

@@ -9,6 +9,10 @@ class ModelError(Exception):
     """A request that cannot be met; the message is one sentence that names the fault and the remedy."""
 
 
+class BundleError(ModelError):
+    """A bundle that cannot be used; the message is one sentence that names the file."""
+
+
 def wrong_field(error: ValidationError) -> tuple[str, str]:
     """Return the first field that is wrong, such as "data.path", and a sentence that says why.
 

@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ditserve.model.spec.bundle import MANIFEST, PIPELINE, Bundle, Manifest, bundle_name, write_manifest
+from ditserve.model.spec.bundle import MANIFEST, PIPELINE, Bundle, bundle_name, write_manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.spec.pipeline_config import INDEX, TOKENIZER, PipelineConfig
 from ditserve.model.spec.pipeline_folder import FoundPipeline, read_pipeline, stated_licence

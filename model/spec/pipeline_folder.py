@@ -19,13 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ditserve.model.spec.bundle import (
-    SD_SCALE,
-    Defaults,
-    LatentSpec,
-    Manifest,
-    StateTensor,
-)
+from ditserve.model.spec.manifest import SD_SCALE, Defaults, LatentSpec, Manifest, StateTensor
 from ditserve.model.spec.pipeline_config import (
     FAMILIES,
     INDEX,

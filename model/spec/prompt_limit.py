@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ditserve.model.spec.bundle import BundleError
+from ditserve.model.spec.errors import BundleError
 from ditserve.model.spec.network_config import BundleConfig
 from ditserve.model.spec.pipeline_config import FAMILIES, TOKENIZER, PipelineConfig
 

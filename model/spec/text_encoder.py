@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-from ditserve.model.spec.bundle import BundleError, Manifest
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import Manifest
 
 DEFAULT = "minilm"
 

@@ -15,17 +15,10 @@ from ditserve.model.data.dataset import Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.data.latents import Latents
 from ditserve.model.nets.autoencoder import AUTOENCODER, PictureDecoder, open_decoder
-from ditserve.model.spec.bundle import (
-    MANIFEST,
-    Bundle,
-    Defaults,
-    LatentSpec,
-    Manifest,
-    Name,
-    StateTensor,
-)
+from ditserve.model.spec.bundle import MANIFEST, Bundle
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.grids import even_grid
+from ditserve.model.spec.manifest import Defaults, LatentSpec, Manifest, Name, StateTensor
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.checkpoint import checkpoints, step_of
 from ditserve.model.train.config import TrainConfig, first_mistake, load_config

@@ -19,10 +19,11 @@ from torch import Tensor
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network, network_of
 from ditserve.model.nets.unet import UNet
-from ditserve.model.spec.bundle import WEIGHTS, Bundle, Manifest, write_atomic, write_manifest
+from ditserve.model.spec.bundle import WEIGHTS, Bundle, write_atomic, write_manifest
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import NetworkConfig, own_config
 from ditserve.model.spec.unet_config import UNetConfig
 from ditserve.model.weights.official import WeightsError, check_weights

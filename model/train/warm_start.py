@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditserve.model.nets.conditioner import match_classes, resize_classes
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.manifest import Factor
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadError
 

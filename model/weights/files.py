@@ -12,20 +12,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ditserve.model.spec.bundle import (
-    PIPELINE,
-    WEIGHTS,
-    Bundle,
-    Factor,
-    Manifest,
-    StateTensor,
-    bundle_name,
-    write_atomic,
-    write_manifest,
-)
+from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle, bundle_name, write_atomic, write_manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import wrong_field
+from ditserve.model.spec.manifest import Factor, Manifest, StateTensor
 from ditserve.model.spec.output_folder import BUNDLE, DIFFUSERS, check_new_file, replacement
 from ditserve.model.spec.pipeline_bundle import take_part
 from ditserve.model.spec.pipeline_folder import VAE

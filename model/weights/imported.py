@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ditserve.model.spec.bundle import Defaults, LatentSpec
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Defaults, LatentSpec
 from ditserve.model.weights.official import Weights, without_variance
 
 ImportFunction = Literal["published", "diffusers", "sit", "repa", "lightningdit"]

@@ -16,9 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from ditserve.model.spec.bundle import Defaults, LatentSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import wrong_field
+from ditserve.model.spec.manifest import Defaults, LatentSpec
 from ditserve.model.spec.sigma_grids import SigmaGrid
 from ditserve.model.weights.flows import TrainerArguments
 from ditserve.model.weights.official import WeightsError

@@ -15,8 +15,9 @@ from typing import Any, Final, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.bundle import PIPELINE, Bundle, Manifest
+from ditserve.model.spec.bundle import PIPELINE, Bundle
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.pipeline_config import INDEX, missing_package
 from ditserve.model.spec.text_encoder import is_encoder_class
 from ditserve.service.backends.state import StateArray, StateMemory

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 import structlog
 
-from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle, Manifest
+from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.backends import (

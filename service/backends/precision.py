@@ -11,7 +11,8 @@ import onnxruntime as ort
 import structlog
 
 from ditserve.commands import command_line
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.backends.sessions import BACKBONES, CPU, open_session, provider_entries, run_session
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.nets.pipelines import PRECISIONS
-from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle, Manifest
+from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import NetworkConfig, size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import VAE

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ditserve.commands import command_line
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.command_line import finite
+from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.mixing import Combine
 from ditserve.service.client.client import Client
 from ditserve.service.errors import ServiceError, from_wire

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar, get_args
 
 import numpy as np
 
-from ditserve.model.spec.bundle import Follows, StateTensor
+from ditserve.model.spec.manifest import Follows, StateTensor
 from ditserve.model.spec.mixing import (
     Combine,
     assign_blocks,

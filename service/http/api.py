@@ -15,7 +15,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from ditserve.model.spec.bundle import BundleError
+from ditserve.model.spec.errors import BundleError
 from ditserve.service.api_keys import KeyringError
 from ditserve.service.errors import QueueUnavailable, ServiceError
 from ditserve.service.exit_statuses import DONE, MISCONFIGURED, refuse

@@ -21,7 +21,9 @@ import numpy.typing as npt
 import structlog
 from PIL import Image
 
-from ditserve.model.spec.bundle import GOLDEN, BundleError, Golden
+from ditserve.model.spec.bundle import GOLDEN
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import Golden
 from ditserve.service.errors import Overloaded, ServiceError
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Caller, Idempotency, Submissions

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.mixing import Combine, assign_blocks, normalised_weights, state_sources
 from ditserve.model.spec.network_config import negative_mark
 from ditserve.model.spec.pipeline_config import PipelineConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ditserve.model.spec.bundle import Manifest, RungSpec
 from ditserve.model.spec.grids import grid_names
+from ditserve.model.spec.manifest import Manifest, RungSpec
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.http.schemas import DefaultsOut, FactorOut, LimitsOut, ModelOut, RungOut, StretchOut
 from ditserve.service.http.sizes import size_text

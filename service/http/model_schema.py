@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ditserve.commands import command_line
-from ditserve.model.spec.bundle import MANIFEST, PIPELINE, Bundle, BundleError, Manifest, bundle_name
+from ditserve.model.spec.bundle import MANIFEST, PIPELINE, Bundle, bundle_name
 from ditserve.model.spec.command_line import named_path, printable
-from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.errors import BundleError, ModelError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import graph_multiple
 from ditserve.model.spec.pipeline_config import INDEX
 from ditserve.model.spec.pipeline_folder import holds_pipeline, read_pipeline, stated_licence
 from ditserve.model.spec.prompt_limit import PromptLimit
-from ditserve.service.exit_statuses import refuse
+from ditserve.service.exit_statuses import MISCONFIGURED
 from ditserve.service.http.description import describe
 from ditserve.service.http.schemas import FactorOut, ModelOut
 from ditserve.service.settings import Settings
@@ -27,7 +29,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         described = folder_schema(options.folder, settings)
     except (ModelError, OSError) as error:
-        return refuse(error)
+        print(f"error: {error}", file=sys.stderr)
+        return MISCONFIGURED
     print(described.model_dump_json(indent=1) if options.json else schema_text(described))
     return 0
 

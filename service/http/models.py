@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import structlog
 
 from ditserve.commands import command_line
-from ditserve.model.spec.bundle import PIPELINE, BundleError, Manifest
+from ditserve.model.spec.bundle import PIPELINE
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.canary import Canary

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.grids import choose_grid, explicit_grid, grid_names
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.solvers import SOLVERS
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.http.schemas import GenerateRequest

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm, prod
 
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.windows import Size, window_count
 from ditserve.service.jobs import WorkerState

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.errors import (
     IdempotencyMismatch,

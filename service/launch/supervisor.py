@@ -22,8 +22,9 @@ from pathlib import Path
 import structlog
 from pydantic import SecretStr
 
-from ditserve.model.spec.bundle import BundleError, Manifest
 from ditserve.model.spec.class_names import class_reference
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.api_keys import KeyringError, open_keyring
 from ditserve.service.errors import ServiceError
 from ditserve.service.exit_statuses import DONE, FAILED, MISCONFIGURED, refuse

@@ -15,10 +15,10 @@ from functools import lru_cache, partial
 from math import inf, log
 from typing import Final
 
-from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.diffusion import Schedule, make_schedule
 from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.guidance import forward_rows
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.stretches import stretch_at
 from ditserve.service.rung import Interval, Rung
 

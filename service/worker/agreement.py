@@ -12,7 +12,8 @@ from typing import Any
 
 import structlog
 
-from ditserve.model.spec.bundle import Bundle, BundleError
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.errors import BundleError
 from ditserve.service.backends import Backend, BackendUnavailable, load_backend
 from ditserve.service.identity import bundle_digest
 from ditserve.service.queue.broker import Broker

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from ditserve.model.spec.bundle import BACKBONE, PIPELINE, Manifest
+from ditserve.model.spec.bundle import BACKBONE, PIPELINE
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.settings import Settings
 

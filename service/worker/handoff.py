@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import structlog
 
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import QueueUnavailable

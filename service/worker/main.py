@@ -15,7 +15,9 @@ from functools import partial
 import structlog
 import uvloop
 
-from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import negative_mark
 from ditserve.model.spec.text_encoder import text_encoder_name
 from ditserve.service.backends import (

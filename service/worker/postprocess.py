@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.manifest import Factor
 from ditserve.service.engine.samples import Finished, Preview
 from ditserve.service.images import CONTENT_TYPES, encode
 from ditserve.service.jobs import Image

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ditserve.model.spec.bundle import DecoderKind
+from ditserve.model.spec.manifest import DecoderKind
 from ditserve.service.worker.postprocess import Decoder
 
 Floats = npt.NDArray[np.float32]

@@ -11,7 +11,7 @@ import sys
 
 import structlog
 
-from ditserve.model.spec.bundle import BundleError
+from ditserve.model.spec.errors import BundleError
 from ditserve.service.served_models import ServedModel
 from ditserve.service.signals import on_hang_up
 

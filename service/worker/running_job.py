@@ -13,9 +13,9 @@ from fractions import Fraction
 from math import inf
 from typing import Any
 
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.class_names import class_reference
 from ditserve.model.spec.grids import is_explicit
+from ditserve.model.spec.manifest import Factor
 from ditserve.service.engine.samples import Finished, SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import WEIGHTS, Claim, ConditionTerm, Image, Job, JobResult

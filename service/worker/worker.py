@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.manifest import Factor
 from ditserve.service.engine.samples import Failed, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
 from ditserve.service.jobs import Claim, Lease, Renewal

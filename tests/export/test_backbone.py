@@ -11,8 +11,11 @@ import pytest
 
 from ditserve.export.backbone import add_backbone, main
 from ditserve.model.evaluation.front import OperatingPoint
-from ditserve.model.evaluation.ladder import draw_inputs, draw_pictures, stitched_points
-from ditserve.model.spec.bundle import MANIFEST, Bundle, BundleError, StretchSpec, write_manifest
+from ditserve.model.evaluation.ladder import draw_inputs, draw_pictures
+from ditserve.model.evaluation.ladder_plan import stitched_points
+from ditserve.model.spec.bundle import MANIFEST, Bundle, write_manifest
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import StretchSpec
 from ditserve.model.train.loaded_model import LoadedModel, load_bundle, save_model
 
 ROOT = Path(__file__).parents[2]

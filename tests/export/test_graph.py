@@ -24,8 +24,9 @@ from ditserve.export.parity import expected_outputs, verify_graphs
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_weights
 from ditserve.model.nets.factory import NetworkConfig
-from ditserve.model.spec.bundle import DECODER, LatentSpec
+from ditserve.model.spec.bundle import DECODER
 from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig
+from ditserve.model.spec.manifest import LatentSpec
 from ditserve.model.spec.unet_config import UNetConfig
 from tests.export.tiny import tiny_source
 

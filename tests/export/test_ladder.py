@@ -15,8 +15,8 @@ from ditserve.export.ladder import LadderOptions, PlanName, plan_ladder
 from ditserve.export.onnx import main
 from ditserve.export.plan import forward_rows
 from ditserve.export.source import training_pictures
-from ditserve.model.evaluation import ladder as ladders
-from ditserve.model.evaluation.ladder import LadderMeasurement
+from ditserve.model.evaluation import ladder_plan
+from ditserve.model.evaluation.ladder import ENOUGH_PICTURES, LadderMeasurement
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.train.load import DEFAULTS
 from ditserve.model.train.loaded_model import LoadedModel
@@ -43,7 +43,7 @@ def test_a_run_is_exported_with_a_ladder_and_the_defaults_that_follow_from_its_p
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ladder, "SECONDS", 1e6)
-    monkeypatch.setattr(ladders, "QUICK", replace(ladders.QUICK, conditions=ladders.ENOUGH_PICTURES))
+    monkeypatch.setattr(ladder_plan, "QUICK", replace(ladder_plan.QUICK, conditions=ENOUGH_PICTURES))
     (tmp_path / "run").mkdir()
     run, out = training_run(tmp_path / "run"), tmp_path / "bundle"
     assert main([str(run), "--out", str(out), *CHEAPLY]) == 0

@@ -20,7 +20,8 @@ from ditserve.export.quantize import write_int8
 from ditserve.export.source import open_source
 from ditserve.export.storage import remove_graph, save_weights, share_weights
 from ditserve.export.verify import LIMITS, check, open_session, run
-from ditserve.model.spec.bundle import CALIBRATION, WEIGHTS, Bundle, BundleError, write_manifest
+from ditserve.model.spec.bundle import CALIBRATION, WEIGHTS, Bundle, write_manifest
+from ditserve.model.spec.errors import BundleError
 from ditserve.service.backends.onnx import open_onnx
 
 RNG = np.random.default_rng(0)

@@ -20,17 +20,10 @@ from ditserve.export.quantize import write_int8
 from ditserve.export.source import open_source
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network, NetworkConfig, make_network
-from ditserve.model.spec.bundle import (
-    CALIBRATION,
-    Bundle,
-    Factor,
-    Manifest,
-    RungSpec,
-    StateTensor,
-    write_manifest,
-)
+from ditserve.model.spec.bundle import CALIBRATION, Bundle, write_manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Factor, Manifest, RungSpec, StateTensor
 from ditserve.model.train.load import DEFAULTS
 from ditserve.model.train.loaded_model import LoadedModel
 

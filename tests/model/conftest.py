@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
 from ditserve.model.nets.unet import UNet
-from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor, write_manifest
+from ditserve.model.spec.bundle import write_manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Defaults, Factor, Manifest, StateTensor
 from tests.model.nets.unet_cases import TINY_UNET
 
 _TINY = DiTConfig(

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from ditserve.model.nets.dit import DiT
 from ditserve.model.sample import main
 from ditserve.model.sampling.sheet import STRIP
-from ditserve.model.spec.bundle import Bundle, Factor, Manifest, write_manifest
+from ditserve.model.spec.bundle import Bundle, write_manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Factor, Manifest
 from ditserve.model.spec.sigma_grids import DynamicShift, SigmaGrid
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadError

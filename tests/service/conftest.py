@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Defaults, Factor, Manifest, StateTensor
 from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory, SentenceEncoder
 from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.engine.conditions import ConditionCaches

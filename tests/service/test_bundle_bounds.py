@@ -12,8 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.spec.bundle import BundleError, Manifest, parse_manifest
+from ditserve.model.spec.bundle import parse_manifest
 from ditserve.model.spec.class_names import class_reference
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.engine.trajectory import make_trajectory
 from ditserve.service.http.sizes import in_windows, size_text
 from ditserve.service.identity import bundle_digest, vocabulary_digest

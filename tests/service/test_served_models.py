@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ditserve.model.spec.bundle import BundleError
+from ditserve.model.spec.errors import BundleError
 from ditserve.service.identity import bundle_digest, vocabulary_digest
 from ditserve.service.served_models import namespace_of, open_served_models
 from ditserve.service.settings import Settings

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.manifest import Factor
 from ditserve.service.errors import UnknownCondition
 from ditserve.service.vocabulary import Vocabulary
 

@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ditserve.model.spec.bundle import Defaults, Factor, Manifest, StateTensor, write_manifest
+from ditserve.model.spec.bundle import write_manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Defaults, Factor, Manifest, StateTensor
 
 CONFIG = DiTConfig(
     image_size=(8, 8),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditserve.model.nets.pipelines.network import PipelineError, open_module
-from ditserve.model.spec.bundle import LatentSpec
+from ditserve.model.spec.manifest import LatentSpec
 
 TILE = 1024  # pixels of a side from which a picture is decoded in overlapping tiles
 

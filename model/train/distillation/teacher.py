@@ -12,8 +12,8 @@ from torch import Tensor
 from ditserve.model.data.dataset import Dataset
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.guidance import guidance_weight, guided
+from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.network_config import NetworkConfig
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.load import load_model

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message
 
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.errors import ModelNotFound, QuotaExceeded
 from ditserve.service.http.answers import result_headers
 from ditserve.service.http.context import Api

@@ -11,7 +11,7 @@ import pytest
 from ditserve.bench import report
 from ditserve.bench.ladder import __main__ as command
 from ditserve.bench.ladder.training_pictures import TrainingPictures
-from ditserve.model.evaluation.ladder import LadderPlan
+from ditserve.model.evaluation.ladder_plan import LadderPlan
 from ditserve.model.spec.bundle import Bundle, write_manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.sigma_grids import SigmaGrid

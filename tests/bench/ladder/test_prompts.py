@@ -13,9 +13,11 @@ from ditserve.bench.ladder import __main__ as command
 from ditserve.bench.ladder.prompts import PROMPTS, prompt_inputs, read_prompts
 from ditserve.model import convert
 from ditserve.model.evaluation.front import OperatingPoint
-from ditserve.model.evaluation.ladder import LadderPlan, candidates, draw_pictures, pipeline_plan
-from ditserve.model.spec.bundle import Bundle, Manifest
+from ditserve.model.evaluation.ladder import draw_pictures
+from ditserve.model.evaluation.ladder_plan import LadderPlan, candidates, pipeline_plan
+from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.train.imported_pipeline import open_pipeline
 from ditserve.service.backends import load_backend
 from ditserve.service.engine.engine import Engine

@@ -14,7 +14,7 @@ import torch
 
 from ditserve.model.data.dataset import DataConfig, Dataset
 from ditserve.model.data.examples import Pictures, to_model_space
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.manifest import Factor
 from tests.model.data.data_forms import CAPTIONS, CARD, FORMS, NAMES, PAIRS, STYLES, pictures
 
 ALL = np.arange(len(PAIRS))

@@ -23,7 +23,8 @@ from ditserve.model.evaluation.classifier_network import (
     save_classifier,
     top_k_accuracy,
 )
-from ditserve.model.spec.bundle import WEIGHTS, Factor
+from ditserve.model.spec.bundle import WEIGHTS
+from ditserve.model.spec.manifest import Factor
 
 FACTORS = (
     Factor(name="label", classes=("red", "green", "blue")),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ditserve.model.evaluation.classifier_network import Classifier, ClassifierCard
 from ditserve.model.evaluation.features import FeatureError, classifier_features, inception_features
-from ditserve.model.spec.bundle import Factor, digest
+from ditserve.model.spec.bundle import digest
+from ditserve.model.spec.manifest import Factor
 
 # PyTorch wants nobody to write TorchScript any more; the file of the standard network is TorchScript.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -15,7 +15,7 @@ from ditserve.model.evaluation.front import (
     front,
     nearer,
 )
-from ditserve.model.spec.bundle import RungSpec
+from ditserve.model.spec.manifest import RungSpec
 from ditserve.model.train.load import DEFAULTS
 
 NOISE = torch.tensor([0.01, -0.01] * 4)

@@ -10,22 +10,24 @@ import torch
 
 from ditserve.model.data.dataset import DataConfig
 from ditserve.model.evaluation.ladder import (
-    COARSE,
     ENOUGH_PICTURES,
     NARROW,
-    QUICK,
-    THOROUGH,
     LadderInputs,
     LadderMeasurement,
+    draw_inputs,
+    draw_pictures,
+)
+from ditserve.model.evaluation.ladder_plan import (
+    COARSE,
+    QUICK,
+    THOROUGH,
     LadderPlan,
     affordable_plan,
     candidates,
-    draw_inputs,
-    draw_pictures,
     reference_point,
 )
-from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
+from ditserve.model.spec.manifest import Manifest
 from tests.export.tiny import tiny_source
 
 SMALL = LadderPlan("small", 24, {"ddim": (("trailing",), (4,)), "dpmpp-2m": (("trailing",), (6,))}, 4)

@@ -21,7 +21,7 @@ from ditserve.model.evaluation.measures import (
     split_in_two,
 )
 from ditserve.model.evaluation.picture_sets import GENERATED, REAL_UNSEEN, TRAINING, UNSEEN, PictureSet
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.manifest import Factor
 
 LABELS = Factor(name="label", classes=tuple(f"name{k}" for k in range(12)))
 

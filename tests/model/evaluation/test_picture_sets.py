@@ -24,8 +24,9 @@ from ditserve.model.evaluation.picture_sets import (
 )
 from ditserve.model.nets.autoencoder import Identity
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
-from ditserve.model.spec.bundle import Bundle, Factor, write_manifest
+from ditserve.model.spec.bundle import Bundle, write_manifest
 from ditserve.model.spec.grids import grid
+from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.load import load_model
 

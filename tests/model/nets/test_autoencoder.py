@@ -20,7 +20,8 @@ from ditserve.model.nets.autoencoder import (
     open_autoencoder,
     open_decoder,
 )
-from ditserve.model.spec.bundle import LatentSpec, parse_manifest
+from ditserve.model.spec.bundle import parse_manifest
+from ditserve.model.spec.manifest import LatentSpec
 
 ROOT = Path(__file__).parents[3]
 

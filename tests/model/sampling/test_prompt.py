@@ -11,8 +11,8 @@ import torch
 
 from ditserve.model.nets.dit import DiT
 from ditserve.model.sampling.prompt import PromptTerm, SampleError, embed_terms, parse_condition
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Factor
 
 Tiny = Callable[..., DiTConfig]
 Make = Callable[..., DiT]

@@ -19,8 +19,8 @@ from ditserve.model.sampling.sheet import (
     sheet_samples,
     to_pixels,
 )
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.diffusion import Schedule, make_schedule
+from ditserve.model.spec.manifest import Factor
 
 Make = Callable[..., DiT]
 

@@ -11,18 +11,11 @@ from typing import Any
 
 import pytest
 
-from ditserve.model.spec.bundle import (
-    Bundle,
-    BundleError,
-    Defaults,
-    Factor,
-    Manifest,
-    StateTensor,
-    write_atomic,
-    write_manifest,
-)
+from ditserve.model.spec.bundle import Bundle, write_atomic, write_manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import Defaults, Factor, Manifest, StateTensor
 from ditserve.model.spec.network_config import network_fields
 from tests.model.nets.unet_cases import TINY_UNET
 

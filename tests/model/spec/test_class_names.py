@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.class_names import ClassNames, UnknownClassError, class_reference
+from ditserve.model.spec.manifest import Factor
 
 IMAGENET = Factor(
     name="label",

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ditserve.model.spec.bundle import Bundle, BundleError
+from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.engine_cache import Device, NoGpuError, engine_origin, first_gpu
+from ditserve.model.spec.errors import BundleError
 from tests.export.tiny import tiny_source
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ditserve.model.spec.bundle import BundleError, Manifest, parse_manifest
+from ditserve.model.spec.bundle import parse_manifest
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.text_encoder import is_encoder_class, text_encoder_name
 
 TINY = Path(__file__).parents[3] / "model/zoo/tiny/manifest.json"

@@ -16,7 +16,7 @@ from ditserve.model.data.latents import INDEX
 from ditserve.model.nets.autoencoder import fingerprint
 from ditserve.model.nets.factory import make_network
 from ditserve.model.sample import main
-from ditserve.model.spec.bundle import LatentSpec
+from ditserve.model.spec.manifest import LatentSpec
 from ditserve.model.spec.network_config import network_config
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel, LoadError, save_model

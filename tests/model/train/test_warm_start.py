@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ditserve.model.nets.dit import DiT
-from ditserve.model.spec.bundle import Factor
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.manifest import Factor
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadError
 from ditserve.model.train.warm_start import warm_start

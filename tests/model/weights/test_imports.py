@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ditserve.model.convert import main
 from ditserve.model.nets.dit import DiT
-from ditserve.model.spec.bundle import Bundle, BundleError
+from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.dit_config import DiTConfig
+from ditserve.model.spec.errors import BundleError
 from ditserve.model.train.load import load_model
 from ditserve.model.weights.diffusers import to_diffusers
 from ditserve.model.weights.imported import ImportOptions

@@ -10,7 +10,8 @@ import onnx
 import pytest
 from safetensors import SafetensorError
 
-from ditserve.model.spec.bundle import Bundle, BundleError, write_manifest
+from ditserve.model.spec.bundle import Bundle, write_manifest
+from ditserve.model.spec.errors import BundleError
 from ditserve.service.backends import BackendUnavailable, load_backend
 from tests.service.tiny_bundle import MANIFEST, write_bundle
 

@@ -16,7 +16,8 @@ import structlog
 from onnx import TensorProto, numpy_helper
 
 from ditserve.bench.promises import neighbours
-from ditserve.model.spec.bundle import Bundle, BundleError, write_manifest
+from ditserve.model.spec.bundle import Bundle, write_manifest
+from ditserve.model.spec.errors import BundleError
 from ditserve.service.backends import BackendUnavailable, load_backend
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditserve.model.spec.bundle import Bundle, FileEntry
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.manifest import FileEntry
 from ditserve.service.backends import Floats, load_backend
 from tests.service.backends.random_rows import random_rows
 from tests.service.tiny_bundle import MANIFEST

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ditserve.model.spec.bundle import StateTensor
+from ditserve.model.spec.manifest import StateTensor
 from ditserve.service.backends import CONDITIONER_ROWS as CHUNK
 from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput, SlotLru

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
-from ditserve.model.spec.bundle import GOLDEN, BundleError
+from ditserve.model.spec.bundle import GOLDEN
+from ditserve.model.spec.errors import BundleError
 from ditserve.service.errors import Overloaded
 from ditserve.service.http.app import create_app
 from ditserve.service.http.canary import SAME_DB, SHARE, Canary, next_tick, psnr, ticks_between

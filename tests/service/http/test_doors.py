@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.api_keys import add
 from ditserve.service.http.routes.openai import ImagesRequest, translate

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.http.operating_point import requested_rung
 from ditserve.service.http.schemas import GenerateRequest

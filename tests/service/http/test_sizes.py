@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.http.sizes import OutputSize, in_windows
 from ditserve.service.jobs import Network
 from tests.service.http.conftest import MANIFEST, Stage

@@ -15,7 +15,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from ditserve.model.spec.bundle import Manifest, write_manifest
+from ditserve.model.spec.bundle import write_manifest
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.queue.broker import Broker
 from tests.service.launch.test_supervisor import Running, gone, service, serving
 from tests.service.tiny_bundle import MANIFEST, write_bundle

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.errors import BundleError
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.jobs import Starting
 from ditserve.service.launch.engine_build import BuildProgress

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
-from ditserve.model.spec.bundle import Factor
+from ditserve.model.spec.manifest import Factor
 from ditserve.service.engine.samples import Finished
 from ditserve.service.jobs import Claim, ConditionTerm, EventKind, Job, Lease
 from ditserve.service.planning.ladder import Ladder

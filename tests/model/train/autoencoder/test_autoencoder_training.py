@@ -22,7 +22,7 @@ from ditserve.model.nets.small_autoencoder import (
     SmallAutoencoderConfig,
     load_small_autoencoder,
 )
-from ditserve.model.spec.bundle import LatentSpec
+from ditserve.model.spec.manifest import LatentSpec
 from ditserve.model.train.autoencoder.__main__ import main
 from ditserve.model.train.checkpoint import checkpoints
 
