@@ -12,22 +12,32 @@ FROM ${CUDA_IMAGE} AS python-cuda
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends python3 && rm -rf /var/lib/apt/lists/*
 
-# The packages, in virtual environments without pip: the one that installs has an environment of its own.
-FROM ${PYTHON_IMAGE} AS packages-api
+# The packages, in virtual environments without pip: the one that installs has an environment of its own. The code itself comes with the
+# images below: what is installed here is its dependencies, at the versions of a lock and with its hashes. The locks have traces, and
+# what models need that take text; with other EXTRAS of pyproject.toml, or none, the versions are those of constraints.txt.
+FROM ${PYTHON_IMAGE} AS packages
 RUN python3 -m venv /pip && python3 -m venv --without-pip /venv
 WORKDIR /build
 COPY pyproject.toml constraints.txt LICENSE ./
 COPY ditserve/ ditserve/
-# The code itself comes with the images below: what is installed here is its dependencies.
+COPY deploy/locks/ locks/
 RUN mkdir bench export model service
-# Traces, and models that take text. Further extras of pyproject.toml may be named, or none.
+
+FROM packages AS packages-api
 ARG EXTRAS=otel,serve-text
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /pip/bin/pip --python /venv/bin/python install --constraint constraints.txt ".[${EXTRAS}]"
+    if [ "${EXTRAS}" = otel,serve-text ]; \
+    then set -- --require-hashes --requirement locks/api.txt; \
+    else set -- --constraint constraints.txt ".${EXTRAS:+[${EXTRAS}]}"; fi && \
+    /pip/bin/pip --python /venv/bin/python install "$@"
 
-FROM packages-api AS packages-worker-cpu
+FROM packages AS packages-worker-cpu
+ARG EXTRAS=otel,serve-text
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /pip/bin/pip --python /venv/bin/python install --constraint constraints.txt '.[cpu]'
+    if [ "${EXTRAS}" = otel,serve-text ]; \
+    then set -- --require-hashes --requirement locks/worker-cpu.txt; \
+    else set -- --constraint constraints.txt ".[cpu${EXTRAS:+,${EXTRAS}}]"; fi && \
+    /pip/bin/pip --python /venv/bin/python install "$@"
 
 FROM python-cuda AS packages-worker
 # hadolint ignore=DL3008
@@ -46,10 +56,14 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     exit 1; }
 COPY pyproject.toml LICENSE ./
 COPY ditserve/ ditserve/
+COPY deploy/locks/ locks/
 RUN mkdir bench export model service
 ARG EXTRAS=otel,serve-text
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /pip/bin/pip --python /venv/bin/python install --constraint constraints.txt ".[gpu${EXTRAS:+,${EXTRAS}}]"
+    if [ "${EXTRAS}" = otel,serve-text ]; \
+    then set -- --no-deps --require-hashes --requirement locks/worker.txt; \
+    else set -- --constraint constraints.txt ".[gpu${EXTRAS:+,${EXTRAS}}]"; fi && \
+    /pip/bin/pip --python /venv/bin/python install "$@"
 
 # The images. HEALTHCHECK asks whether the process lives, and nobody else: whether it can work is what /readyz and /startupz tell.
 FROM python AS api

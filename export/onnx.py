@@ -36,7 +36,6 @@ from ditserve.export.plan import ExportPlan, forward_rows, peak_bytes
 from ditserve.export.source import (
     ModelCard,
     free_weights,
-    imported_pipeline,
     open_source,
     parameters,
     restore_weights,
@@ -61,6 +60,7 @@ from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.heap import release_memory
 from ditserve.model.spec.output_folder import BUNDLE, replacement
 from ditserve.model.spec.pipeline_folder import VAE
+from ditserve.model.train.imported_pipeline import imported_pipeline
 from ditserve.model.train.loaded_model import LoadedModel
 
 PIPELINES = "ditserve.export.pipeline"  # loads diffusers and transformers

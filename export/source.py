@@ -12,10 +12,7 @@ from torch import Tensor
 
 from ditserve.export.errors import ExportError
 from ditserve.model.nets.factory import Network
-from ditserve.model.spec.bundle import MANIFEST, Bundle, Defaults, Name
-from ditserve.model.spec.pipeline_bundle import cached_bundle
-from ditserve.model.spec.pipeline_config import PipelineConfig
-from ditserve.model.spec.pipeline_folder import is_pipeline
+from ditserve.model.spec.bundle import Defaults, Name
 from ditserve.model.train.load import load_model, opens_run, read_run_config
 from ditserve.model.train.loaded_model import LoadedModel, LoadError
 
@@ -48,20 +45,6 @@ def open_source(path: Path, *, data: Path | None = None) -> LoadedModel:
     except LoadError as error:
         hint = "; say where they are with --data" if "training pictures" in str(error) else ""
         raise ExportError(f"{error}{hint}") from None
-
-
-def imported_pipeline(path: Path) -> Bundle | None:
-    """Open the bundle of an imported pipeline, or of the folder of one; None for any other source.
-
-    Raises:
-        BundleError, PipelineFolderError: it is damaged, or cannot be brought in.
-    """
-    if is_pipeline(path) and not (path / MANIFEST).is_file():
-        path = cached_bundle(path)
-    if not (path / MANIFEST).is_file():
-        return None
-    found = Bundle.open(path, verify=False)
-    return Bundle.open(path) if isinstance(found.manifest.config, PipelineConfig) else None
 
 
 def training_pictures(path: Path) -> Path | None:

@@ -53,7 +53,23 @@ def _squeezed(x: Any, axis: int) -> Any:
     return op.Squeeze(x, axes) if x.shape[axis] == 1 else op.Identity(x)
 
 
+def _added(x: Any, other: Any, alpha: float = 1.0) -> Any:
+    """Return the nodes of `x + alpha · other`, whatever the size of `other`.
+
+    The exporter takes a scalar below 1e-8 for zero and removes its addition. That is Sana's 1e-15, without
+    which its attention divides 0 by 0. A constant with a dimension is left alone.
+    """
+    number: Any = alpha
+    if isinstance(other, float):
+        constant: Any = ir.tensor([other], dtype=x.dtype)
+        other = op.Constant(value=constant)
+    if x.dtype == ir.DataType.BOOL:
+        return op.Or(x, other)
+    return op.Add(x, other if alpha == 1.0 else op.Mul(other, op.CastLike(number, other)))
+
+
 TRANSLATIONS: Final[dict[Any, Any]] = {
+    torch.ops.aten.add.Tensor: _added,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
     torch.ops.aten.squeeze.dim: _squeezed,
 }

@@ -2,6 +2,7 @@
 
 python -m model.sample model/zoo/emoji -c label=red-apple,style=noto --count 8 -o apples.png
 python -m model.sample runs/emoji -c label=cat -c label=dog --combine layers
+python -m model.sample my-sd3 --prompt "a red bicycle" --steps 8 -o bicycle.png
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +22,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ditserve.commands import command_line
-from ditserve.model.nets.autoencoder import open_decoder
+from ditserve.model.nets.autoencoder import PictureDecoder, open_decoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import (
     PromptTerm,
@@ -41,16 +43,38 @@ from ditserve.model.sampling.sheet import (
     to_pixels,
 )
 from ditserve.model.sampling.windows import WindowDenoiser
+from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
 from ditserve.model.spec.grids import GRIDS, choose_grid, noise_levels
 from ditserve.model.spec.mixing import Combine
+from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
 from ditserve.model.spec.windows import windows_over
+from ditserve.model.train.imported_pipeline import (
+    autoencoder_folder,
+    encode_texts,
+    imported_pipeline,
+    open_pipeline,
+    open_pipeline_decoder,
+)
 from ditserve.model.train.load import load_model
 from ditserve.model.train.loaded_model import LoadedModel
 
 # Samples of a condition, unless the command line says how many.
 COUNT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A model ready to be sampled: the terms of its pictures, an embedding (E,) of each, and the one that
+    guidance subtracts; None: that of nothing.
+    """
+
+    loaded: LoadedModel
+    decoder: PictureDecoder
+    terms: Sequence[PromptTerm]
+    parts: Sequence[Tensor]
+    negative: Tensor | None
 
 
 def sample(options: argparse.Namespace) -> Image.Image:
@@ -59,18 +83,17 @@ def sample(options: argparse.Namespace) -> Image.Image:
     Raises:
         ModelError, ValueError: the model cannot be loaded, or an option is not possible for it.
     """
-    loaded = load_model(options.model, data=options.data)
-    device = _device(options.device)
-    model = loaded.network.to(device)
-    decoder = open_decoder(loaded.manifest, options.vae, device)
+    bundle = imported_pipeline(options.model)
+    opened = _open_own(options) if bundle is None else _open_pipeline(bundle, options)
+    loaded, terms, negative = opened.loaded, opened.terms, opened.negative
+    model = loaded.network
     table, guidance = _sampling(loaded, options)
     size = tuple(options.size) if options.size else model.config.image_size
-    terms = [parse_condition(text, loaded.manifest.factors) for text in options.condition]
-    parts, negative = _embeddings(loaded, terms, options)
     samples, columns = options.count or COUNT, options.columns or 8
     if not terms:
         sheet, columns = _sheet(model.config.classes, options)
-        sheet_embeddings = model.embed(label_tensor(sheet, model.config.classes).to(device))
+        labels = label_tensor(sheet, model.config.classes)
+        sheet_embeddings = model.embed(labels.to(next(model.parameters()).device))
         samples = len(sheet)
     columns = min(columns, samples)
     check_sheet(samples, *size)
@@ -85,7 +108,9 @@ def sample(options: argparse.Namespace) -> Image.Image:
             part = min(CHUNK, samples - start)
             if terms:
                 weights = [term.weight for term in terms]
-                conditions = combine_conditions(parts, weights, options.combine, part, negative=negative)
+                conditions = combine_conditions(
+                    opened.parts, weights, options.combine, part, negative=negative
+                )
             else:
                 subtracted = None if negative is None else negative.expand(part, -1)
                 conditions = Conditions((sheet_embeddings[start : start + part],), negative=subtracted)
@@ -95,10 +120,65 @@ def sample(options: argparse.Namespace) -> Image.Image:
             for step, x0 in enumerate(estimates, 1):
                 progress.advance(task, part)
                 if step == len(table):
-                    pixels.append(to_pixels(decoder.decode(x0)))
+                    pixels.append(to_pixels(opened.decoder.decode(x0)))
     if not terms:
         return captioned_grid(np.concatenate(pixels), columns, sheet_captions(sheet, loaded.manifest.factors))
     return picture_grid(np.concatenate(pixels), columns)
+
+
+def _open_own(options: argparse.Namespace) -> _Opened:
+    """Open a model of this project's networks. `--prompt` is a condition with that text alone."""
+    loaded = load_model(options.model, data=options.data)
+    device = _device(options.device)
+    loaded.network.to(device)
+    decoder = open_decoder(loaded.manifest, autoencoder_folder(options.model, options.vae), device)
+    terms = _terms(loaded.manifest, options)
+    return _Opened(loaded, decoder, terms, *_embeddings(loaded, terms, options))
+
+
+def _open_pipeline(bundle: Bundle, options: argparse.Namespace) -> _Opened:
+    """Open an imported pipeline. Its texts are encoded first, so that their encoders are gone by then.
+
+    Raises:
+        SampleError: there is no prompt, or an option is not for this pipeline.
+    """
+    manifest, config = bundle.manifest, bundle.manifest.config
+    assert isinstance(config, PipelineConfig)
+    for option in ("vae", "encoder", "data"):
+        if getattr(options, option) is not None:
+            raise SampleError(
+                f"--{option} is not for an imported pipeline, which brings its own: leave it out"
+            )
+    terms = _terms(manifest, options)
+    if not terms:
+        raise SampleError(f"{manifest.name} draws from texts: say what with --prompt")
+    mixes = options.combine != "layers" and not config.text_mask
+    if len(terms) > 1 and options.combine != "compose" and not mixes:
+        raise SampleError("the conditions of this model can only be composed: choose --combine compose")
+    guided = manifest.guidance == "classifier-free"
+    if options.negative_prompt and not guided:
+        raise SampleError("this model has no guidance that could subtract it: leave --negative-prompt out")
+    # The network has places for its sizes alone.
+    replace(config, image_size=tuple(options.size or config.image_size))
+    device = _device(options.device)
+    texts, negative = encode_texts(bundle, [term.text or "" for term in terms], options.negative_prompt)
+    loaded = open_pipeline(bundle, device)
+    told = options.scale if options.scale is not None else manifest.guidance_embedded or 0.0
+
+    def embed(text: Tensor) -> Tensor:
+        embedding = loaded.network.embed(torch.zeros(len(text), 0, dtype=torch.int64), text).to(device)
+        if config.embedded_guidance:
+            embedding[:, -1] = told
+        return embedding
+
+    subtracted = embed(negative)[0] if guided else None
+    return _Opened(loaded, open_pipeline_decoder(bundle, device), terms, list(embed(texts)), subtracted)
+
+
+def _terms(manifest: Manifest, options: argparse.Namespace) -> list[PromptTerm]:
+    terms = [parse_condition(text, manifest.factors) for text in options.condition]
+    nothing = (None,) * len(manifest.factors)
+    return [*terms, *(PromptTerm(nothing, prompt) for prompt in options.prompt)]
 
 
 def _sheet(
@@ -145,6 +225,7 @@ def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTab
     size = own if options.windows else options.size or own
     area = math.prod(size) / math.prod(own)
     defaults, schedule = loaded.manifest.defaults, loaded.schedule.for_area(area)
+    told = loaded.manifest.guidance == "embedded"
     if options.scale not in (None, 1.0) and loaded.manifest.guidance == "none":
         raise SampleError(
             "no unconditional prediction of this model was trained, so it has no guidance: leave --scale out"
@@ -153,10 +234,11 @@ def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTab
     kind = choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule)
     table = step_table(solver, noise_levels(kind, steps, schedule), schedule, eta=options.eta)
     guidance = Guidance(
-        scale=defaults.guidance_scale if options.scale is None else options.scale,
+        scale=loaded.manifest.guidance_weight(None if told else options.scale),
         interval=tuple(options.interval or defaults.guidance_interval),
         channels=loaded.manifest.diffusion.guidance_channels,
         decay=options.decay,
+        norm=loaded.manifest.diffusion.guidance_norm,
     )
     return table, guidance
 
@@ -192,6 +274,14 @@ def _parser() -> argparse.ArgumentParser:
         help="such as label=cat,style=noto or text=…, with weight=W; several are combined; none: a sheet",
     )
     add(
+        "-p",
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a condition that is a text alone, the same as -c text=TEXT",
+    )
+    add(
         "--combine",
         choices=get_args(Combine),
         default="linear",
@@ -204,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--solver", help=f"what takes the steps: {', '.join(SOLVERS)}")
     add("--grid", help=f"where the steps are: {', '.join(GRIDS)}, or timesteps such as 999,500,100")
     add("--eta", type=share, default=0.0, help="share of fresh noise in each step, 0..1 (0)")
-    add("--scale", type=finite, help="guidance scale; 1 is none")
+    add("--scale", type=finite, help="guidance scale, or what the network is told of it; 1 is none")
     add(
         "--negative-prompt",
         default="",

@@ -109,11 +109,12 @@ IMPURE = {
 
 # Who may import by name: tables of implementations, and packages that few need.
 LATE = {
-    "bench.ladder.prompts",
+    "model.spec.pipeline_bundle",
+    "model.spec.prompt_limit",
+    "model.train.imported_pipeline",
     "service.__main__",
     "service.backends",
     "service.backends.torch",
-    "service.http.prompt_limit",
     "service.telemetry.tracing",
     "export.onnx",
     "export.tensorrt.module",
@@ -124,7 +125,6 @@ LATE |= {
     "service.backends.tensorrt",
     "service.telemetry.gpus",
 }
-LATE |= {"service.backends.torch", "service.http.prompt_limit"}
 LATE |= {"model.nets.autoencoder", "model.nets.text", "service.backends.other_texts"}
 
 # Readers of the host's clock: for people (when a key or an image was made), to compare it with that of Redis,

@@ -16,8 +16,8 @@ from ditserve.bench.promises import HastyClient
 from ditserve.service.launch.valkey import scratch_folder
 from ditserve.service.settings import Settings
 from tests.conftest import wait_until
+from tests.deploy.files import ALERTS, manifest
 from tests.promql import Scrapes
-from tests.test_deploy import ALERTS, manifest
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).parent.parent

@@ -234,7 +234,32 @@ def test_guidance_of_z_image_counts_from_0(services: dict[str, Served]) -> None:
         "/generate", json={"model": "z_image", **body, "guidance_scale": 0.0, "negative_prompt": "red"}
     )
     assert refused.status_code == 422
-    assert "choose a guidance_scale other than 0" in refused.text
+    assert "choose a guidance_scale above 0" in refused.text
+
+
+PLAIN_NEGATIVES = ("sana", "lumina2")
+
+
+@pytest.mark.parametrize("family", PLAIN_NEGATIVES)
+def test_a_prompt_like_its_negative_is_guided_where_the_pipeline_reads_them_otherwise(
+    services: dict[str, Served], family: str
+) -> None:
+    served = services[family]
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "a cat", "negative_prompt": "a cat", "steps": 3, "seed": 2, "guidance_scale": 4.0},
+        {"prompt": "", "steps": 4, "seed": 3, "guidance_scale": 4.0},
+    ]
+    compare(served, bodies)
+
+
+def test_texts_and_scales_mean_what_they_do_in_the_pipeline(services: dict[str, Served]) -> None:
+    """Spaces are tokens, and a scale below 1 is no guidance."""
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "a cat", "negative_prompt": " ", "steps": 3, "seed": 2, "guidance_scale": 4.0},
+        {"prompt": " a cat ", "steps": 4, "seed": 3, "guidance_scale": 4.0},
+        {"prompt": "a cat", "steps": 5, "seed": 4, "guidance_scale": 0.0},
+    ]
+    compare(services["sd3"], bodies)
 
 
 def test_previews_are_of_the_pictures_size_and_cost_no_decoding(services: dict[str, Served]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ import torch
 import transformers
 
 from ditserve.model.nets.pipelines.adapters import pack, unpack
+from ditserve.model.spec.pipeline_bundle import write_pipeline_bundle
 from ditserve.model.spec.pipeline_config import FAMILIES
+from ditserve.model.spec.pipeline_folder import read_pipeline
 from tests.tiny_parts import (
     clip,
     clip_tokenizer,
@@ -406,3 +409,18 @@ def _dit_latents(pipeline: Any, name: str, noise: torch.Tensor, steps: int, scal
         labels = [pipeline.labels[name]]
         pipeline(class_labels=labels, guidance_scale=scale, num_inference_steps=steps, output_type="pt")
     return (decoded[0] * pipeline.vae.config.scaling_factor)[0].numpy()
+
+
+def main(root: Path) -> None:
+    """Write the tiny pipeline of every family, and its bundle, to a new folder."""
+    for family in BUILDERS:
+        save_pipeline(family, root / "pipelines" / family)
+        if family != "dit":
+            found = read_pipeline(
+                root / "pipelines" / family, name=family, licence="x", size=(8, 8), tokens=tokens(family)
+            )
+            write_pipeline_bundle(found, root / family)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ditserve.bench import report
-from ditserve.bench.ladder.prompts import open_pipeline, prompt_inputs, read_prompts
+from ditserve.bench.ladder.prompts import prompt_inputs, read_prompts
 from ditserve.bench.ladder.training_pictures import TrainingPictures
 from ditserve.bench.plots import draw_ladder
 from ditserve.export.calibrate import with_backbone
@@ -48,6 +48,7 @@ from ditserve.model.spec.command_line import named_path, positive, thread_count
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.output_folder import BUNDLE, claim
 from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.train.imported_pipeline import open_pipeline
 from ditserve.model.train.loaded_model import LoadedModel, load_bundle
 
 COLUMNS = ("", "rung", "grid", "rows", "to its long run", "to real pictures", "Fréchet")
@@ -56,13 +57,15 @@ Opened = tuple[LoadedModel, LadderMeasurement, TrainingPictures | None]
 
 
 def _served(bundle: Bundle) -> LoadedModel:
-    """Return a network as its graph computes it."""
+    """Return a network as its graph computes it, which is faster; one just imported has none."""
     loaded = load_bundle(bundle)
+    if BACKBONE not in bundle.manifest.files:
+        return loaded
     return with_backbone(loaded, graph_backbone(loaded.network, bundle.file(BACKBONE)))
 
 
 def open_own(bundle: Bundle, options: argparse.Namespace) -> Opened:
-    """Open a model of ours, whose graph is what is served and computes faster."""
+    """Open a model of ours, as it is served."""
     for name in ("prompts", "device"):
         if getattr(options, name) is not None:
             raise ModelError(f"--{name} is for imported pipelines: leave it out")
@@ -77,7 +80,7 @@ def open_own(bundle: Bundle, options: argparse.Namespace) -> Opened:
     return model, LadderMeasurement(model.manifest, THOROUGH, inputs, settled=True, data=data), training
 
 
-def open_prompted(bundle: Bundle, config: PipelineConfig, options: argparse.Namespace) -> Opened:
+def open_prompted(bundle: Bundle, options: argparse.Namespace) -> Opened:
     """Open an imported pipeline, whose pictures are those of prompts."""
     for name in ("data", "samples"):
         if getattr(options, name) is not None:
@@ -85,9 +88,9 @@ def open_prompted(bundle: Bundle, config: PipelineConfig, options: argparse.Name
     prompts, device = read_prompts(options.prompts), options.device or "cpu"
     if device != "cpu" and not torch.cuda.is_available():
         raise ModelError(f"--device {device} is not there, torch sees no CUDA device: leave it out")
-    inputs = prompt_inputs(bundle, config, prompts, device)
+    inputs = prompt_inputs(bundle, prompts, device)
     measurement = LadderMeasurement(bundle.manifest, pipeline_plan(bundle.manifest), inputs, settled=True)
-    return open_pipeline(bundle, config, device), measurement, None
+    return open_pipeline(bundle, device), measurement, None
 
 
 def measure_ladder(opened: Opened, console: Console) -> tuple[MeasuredLadder, dict[str, float]]:
@@ -148,11 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def measure_and_report(bundle: Bundle) -> None:
         torch.set_num_threads(options.threads)
-        config = bundle.manifest.config
-        if isinstance(config, PipelineConfig):
-            opened = open_prompted(bundle, config, options)
-        else:
-            opened = open_own(bundle, options)
+        prompted = isinstance(bundle.manifest.config, PipelineConfig)
+        opened = (open_prompted if prompted else open_own)(bundle, options)
         measured, frechet = measure_ladder(opened, console)
         console.print(ladder_table(measured, frechet))
         name = f"ladder-{bundle.manifest.name}"

@@ -15,8 +15,9 @@ import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
-from math import inf
+from math import ceil, inf
 from time import thread_time
 
 import numpy as np
@@ -26,6 +27,7 @@ from ditserve.bench.simulate.api import SimulatedApi
 from ditserve.bench.simulate.host import SimulatedHost
 from ditserve.bench.simulate.sample import SimulatedSample
 from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
+from ditserve.model.spec.stretches import OWN, Stretch
 from ditserve.service.engine.scheduler import Candidates, Scheduler
 from ditserve.service.jobs import LoadSnapshot, WorkerState
 from ditserve.service.limits import WorkerPolicy
@@ -53,11 +55,16 @@ class SimulatedWorker:
         self.serving = True  # until it is told to leave
         self.unreported_rows = 0  # claimed since the last report
         self._step_began = 0.0
+        self._backbone = OWN  # of the step under way
         self.samples: list[SimulatedSample] = []
         self.batch: tuple[SimulatedSample, ...] = ()
         self.costs = CostModel()
         for rows in WARM_UP_ROWS:
             self.costs.observe(rows, cluster.curve.seconds(rows))
+        parts = {part for rung in cluster.ladder.rungs for part in rung.stretches if part.backbone}
+        self._costs_of = {part.backbone: self.costs.scaled(part.row_cost) for part in parts} | {
+            "": self.costs
+        }
         self.planner = Planner(cluster.ladder)
         self.scheduler = Scheduler(max_rows=cluster.curve.max_rows)
         self.plan_seconds: list[float] = []
@@ -89,15 +96,30 @@ class SimulatedWorker:
         if not self.samples:
             self.batch = ()
             return None
-        candidates = Candidates(self.samples, self.max_batch, self.costs.predict)
-        batch = self.scheduler.next_batch([candidates], now=now)
+        groups: dict[Stretch, list[SimulatedSample]] = {}
+        for sample in self.samples:
+            groups.setdefault(replace(sample.stretch, above=0.0), []).append(sample)
+        candidates = [
+            Candidates(
+                samples,
+                self.strategy.cap or costs.saturation_rows(self.cluster.curve.max_rows),
+                costs.predict,
+                row_cost=part.row_cost,
+                size=part.backbone,
+            )
+            for part, samples in groups.items()
+            for costs in (self._costs_of[part.backbone],)
+        ]
+        batch = self.scheduler.next_batch(candidates, now=now)
         self.batch = batch.samples
-        work_s = self.cluster.curve.seconds(len(self.batch)) * float(random.lognormal(0.0, JITTER))
+        self._backbone = self.batch[0].stretch
+        work_s = self._backbone.row_cost * self.cluster.curve.seconds(len(self.batch))
+        work_s *= float(random.lognormal(0.0, JITTER))
         self._step_began = now
         return self.host.end_of(now, work_s)
 
     def finish_step(self, now: float) -> None:
-        self.costs.observe(len(self.batch), now - self._step_began)
+        self._costs_of[self._backbone.backbone].observe(len(self.batch), now - self._step_began)
         for sample in self.batch:
             sample.take_step()
             if not sample.remaining:
@@ -131,7 +153,7 @@ class SimulatedWorker:
             step_per_row_s=per_row_s,
             decode_s=0.0,
             running_samples=len(self.samples),
-            backlog_rows=sum(sample.remaining for sample in self.samples),
+            backlog_rows=ceil(sum(sample.rows_left(self.cluster.ladder) for sample in self.samples)),
             last_step_age_s=0.0,
             updated_at=now,
             dues=self.planner.demand(self._planned_samples(), now, self.costs, max_rows=max_rows),
@@ -263,7 +285,8 @@ class SimulatedFleet:
         )
 
     def _enqueue(self, sample: SimulatedSample) -> None:
-        self.queued_rows += sample.remaining
+        sample.queued_rows = ceil(sample.rows_left(self.cluster.ladder))
+        self.queued_rows += sample.queued_rows
         self.queue_peak = max(self.queue_peak, len(self.queue) + 1)
         if self.strategy.claims == "arrival":
             self.queue.append(sample)
@@ -275,8 +298,8 @@ class SimulatedFleet:
         room = self._request_batch(worker) if self.strategy.unit == "request" else self._room(worker)
         for _ in range(min(room, len(self.queue))):
             sample = self.queue.popleft()
-            self.queued_rows -= sample.remaining
-            worker.unreported_rows += sample.remaining
+            self.queued_rows -= sample.queued_rows
+            worker.unreported_rows += sample.queued_rows
             if not self.strategy.expire or sample.due > now:
                 worker.samples.append(sample)
 

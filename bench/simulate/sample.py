@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ditserve.bench.load.workload import Arrival
+from ditserve.model.spec.stretches import Stretch, stretch_at
 from ditserve.service.engine.fair_shares import Flow
-from ditserve.service.planning.ladder import steps_left
+from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.planning.planner import PlannedSample
 from ditserve.service.rung import Rung
 
@@ -26,6 +27,7 @@ class SimulatedSample:
         self.deadline_at: float | None = due
         self.remaining = requested.steps
         self.rows = 1
+        self.queued_rows = 0  # while it is in the queue
         self.flow = Flow("", 1.0)
         self.taken = 0
         self.noise = 1.0
@@ -39,6 +41,15 @@ class SimulatedSample:
     @property
     def steps(self) -> int:
         return self.taken + self.remaining
+
+    @property
+    def stretch(self) -> Stretch:
+        """The backbone of the next step."""
+        return stretch_at(self.rung.stretches, self.noise)
+
+    def rows_left(self, ladder: Ladder) -> float:
+        """Return the rows of the steps left, by the cost of their backbones."""
+        return ladder.rows_left(self.rung, self.remaining, self.noise, guided=False)
 
     @property
     def least_steps(self) -> int:

@@ -6,11 +6,12 @@ Pure: tables and interpolation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
 from ditserve.bench.simulate.host import STEADY, Regime
+from ditserve.model.spec.stretches import Stretch
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
 
@@ -60,7 +61,20 @@ def _rungs(solver: str, grid: str, fid: Mapping[int, float]) -> tuple[Rung, ...]
 _DDIM = _rungs("ddim", "leading", {50: 2.26, 30: 2.66, 25: 2.75, 20: 3.48, 16: 4.68, 12: 7.07, 10: 12.38})
 _DPM = _rungs("dpmpp-2m", "uniform-t", {10: 3.23, 9: 3.77, 8: 4.93, 7: 7.62, 6: 14.4})
 
-LADDERS: Mapping[str, Ladder] = {"ddim": Ladder(_DDIM), "dpmpp": Ladder((*_DDIM, *_DPM))}
+# Assumed, not published: a network of a third of the cost for the noisy half of the way, which loses as much
+# as going from 50 to 30 steps does, and a student of 4 steps at the cost of the own network.
+_LIGHT = (Stretch(0.5, "light", 0.33),)
+_STITCHED = tuple(
+    replace(rung, name=f"{rung.name} light>0.5", quality=rung.quality + 0.4, stretches=_LIGHT)
+    for rung in (*_DDIM, *_DPM)
+)
+_STUDENT = Rung("student-4", "ddim", 4, "leading", (0.0, 1.0), 8.0, stretches=(Stretch(0.0, "student"),))
+
+LADDERS: Mapping[str, Ladder] = {
+    "ddim": Ladder(_DDIM),
+    "dpmpp": Ladder((*_DDIM, *_DPM)),
+    "backbones": Ladder((*_DDIM, *_DPM, *_STITCHED, _STUDENT)),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -284,8 +284,9 @@ def draw_along(
     """
     manifest = model.manifest
     diffusion = manifest.diffusion
-    scale = manifest.defaults.guidance_scale + (1.0 - diffusion.unguided_scale)
-    guidance = Guidance(scale, interval, diffusion.guidance_channels, norm=diffusion.guidance_norm)
+    guidance = Guidance(
+        manifest.guidance_weight(), interval, diffusion.guidance_channels, norm=diffusion.guidance_norm
+    )
     chunks = []
     for index in torch.arange(len(inputs)).split(AT_ONCE):
         others = {

@@ -17,11 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ditserve.model.nets.small_autoencoder import DESCRIPTION, SmallAutoencoder, load_small_autoencoder
-from ditserve.model.spec.bundle import DecoderKind, LatentSpec, Manifest, digest
+from ditserve.model.spec.bundle import SD_SCALE, DecoderKind, LatentSpec, Manifest, digest
 from ditserve.model.spec.errors import ModelError
 
-# Latents of the SD-VAE are multiplied by this, so that their variance is about 1.
-SD_SCALE = 0.18215
 # The field of a manifest's provenance that holds the `fingerprint` of what made the model's latents.
 AUTOENCODER = "autoencoder"
 

@@ -36,7 +36,7 @@ from ditserve.model.spec import bundle_bounds as bounds
 from ditserve.model.spec.diffusion_spec import DiffusionSpec, StrictModel
 from ditserve.model.spec.errors import ModelError, wrong_field
 from ditserve.model.spec.network_config import BundleConfig, bundle_config, network_fields
-from ditserve.model.spec.pipeline_config import GuidanceKind
+from ditserve.model.spec.pipeline_config import GuidanceKind, PipelineConfig
 from ditserve.model.spec.stretches import Stretch
 
 MANIFEST = "manifest.json"
@@ -69,6 +69,8 @@ Moment = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 # The pixels that a latent of the SD-VAE covers on a side.
 SD_FACTOR = 8
+# Latents of the SD-VAE are multiplied by this, so that their variance is about 1.
+SD_SCALE = 0.18215
 # "pipeline": the autoencoder in the folder of an imported pipeline.
 DecoderKind = Literal["identity", "sd-vae", "small", "pipeline"]
 
@@ -250,6 +252,16 @@ class Manifest(StrictModel):
         if self.decoder == "identity":
             return 1
         return SD_FACTOR if self.latents is None else self.latents.factor
+
+    def guidance_weight(self, scale: float | None = None) -> float:
+        """Return a guidance scale as the weight of the difference, 1 for none; None is the model's own.
+
+        Z-Image counts from 0: its scale of 4 is a weight of 5. As their pipelines do, imported models draw
+        without guidance where the weight would be below 1.
+        """
+        asked = self.defaults.guidance_scale if scale is None else scale
+        weight = asked + (1.0 - self.diffusion.unguided_scale)
+        return max(weight, 1.0) if isinstance(self.config, PipelineConfig) else weight
 
     _read_config = field_validator("config", mode="plain")(read_config)
     _write_config = field_serializer("config")(network_fields)

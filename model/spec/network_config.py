@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.errors import ModelError, wrong_field
-from ditserve.model.spec.pipeline_config import FAMILIES, PipelineConfig
+from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 from ditserve.model.spec.unet_config import UNetConfig
 
 NetworkConfig = DiTConfig | UNetConfig  # of the networks that this project builds and trains
@@ -37,6 +37,12 @@ def graph_multiple(config: BundleConfig) -> int | None:
     """Return the same of the network's graph, which may hold the positions of one size."""
     fixed = isinstance(config, PipelineConfig) and FAMILIES[config.family].positions_of_one_size
     return None if fixed else size_multiple(config)
+
+
+def negative_mark(config: BundleConfig) -> str:
+    """Return what is put before a text that guidance subtracts, for an encoder that tells these apart."""
+    plain = isinstance(config, PipelineConfig) and FAMILIES[config.family].plain_negatives
+    return NEGATIVE if plain else ""
 
 
 def network_config(given: Mapping[str, Any]) -> NetworkConfig:

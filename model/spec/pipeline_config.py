@@ -25,6 +25,14 @@ NEGATIVE = "\0"
 GuidanceKind = Literal["classifier-free", "embedded", "none"]
 
 
+def missing_package(name: str, error: ImportError) -> str:
+    """Return the sentence about what an imported pipeline cannot be run without."""
+    return (
+        f"{name} is an imported pipeline and needs the package {error.name}: "
+        "pip install 'ditserve[pipelines]'"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class PipelineConfig:
     """The configuration of a transformer of diffusers.
@@ -123,7 +131,7 @@ class PipelineFamily:
 
     pipelines      the pipelines' classes, and the most tokens of a text of each, all of which the network
                    is given
-    transformer    the class of the transformer
+    transformer    the class of the transformer, and what it was called by earlier releases of diffusers
     tokenizer      the folder of the tokenizer that counts the tokens of a text
     text_size      the field of the transformer's configuration with the width of a token; pooled_size
                    that with the width of the pooled text
@@ -145,6 +153,7 @@ class PipelineFamily:
 
     pipelines: Mapping[str, int]
     transformer: str
+    earlier_transformer: str | None = None
     text_size: str
     tokenizer: str = "tokenizer"
     lowers: bool = False
@@ -175,6 +184,7 @@ FAMILIES: Mapping[str, PipelineFamily] = MappingProxyType(
         "pixart": PipelineFamily(
             pipelines={"PixArtSigmaPipeline": 300, "PixArtAlphaPipeline": 120},
             transformer="PixArtTransformer2DModel",
+            earlier_transformer="Transformer2DModel",
             text_size="caption_channels",
             lowers=True,
             text_mask=True,

@@ -10,7 +10,6 @@ part that cannot be used is refused with one sentence that names the file; pickl
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,30 +20,31 @@ from typing import Any
 from pydantic import ValidationError
 
 from ditserve.model.spec.bundle import (
+    SD_SCALE,
     Defaults,
     LatentSpec,
     Manifest,
     StateTensor,
 )
-from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.pipeline_config import (
     FAMILIES,
     INDEX,
-    TOKENIZER,
     GuidanceKind,
     PipelineConfig,
     PipelineFamily,
 )
+from ditserve.model.spec.pipeline_parts import (
+    PipelineFolderError,
+    check_class,
+    check_index,
+    check_part,
+    needed_parts,
+    read_json,
+)
 from ditserve.model.spec.pipeline_scheduler import pipeline_diffusion
 
 VAE = "vae"  # the folder of a pipeline's autoencoder
-SHARDS = ".safetensors.index.json"
-PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5"})
 FEW_STEPS = 4  # of a model that was distilled: it has no guidance
-
-
-class PipelineFolderError(ModelError):
-    """A folder that cannot be brought in; the message is one sentence that names the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class FoundPipeline:
 
 def is_pipeline(folder: Path) -> bool:
     """Return True for the folder of a diffusers pipeline of a family that is served by its own module."""
-    name = _optional_json(folder / INDEX).get("_class_name")
+    name = _optionalread_json(folder / INDEX).get("_class_name")
     return any(name in family.pipelines for family in FAMILIES.values())
 
 
@@ -75,15 +75,15 @@ def read_pipeline(
     Raises:
         PipelineFolderError: a part is missing, unknown, pickled, or says what cannot be.
     """
-    index = _json(folder / INDEX)
+    index = read_json(folder / INDEX)
     found, family = _family(folder, index)
-    needed = _needed_parts(index)
+    check_index(folder / INDEX, index, family)
+    needed = needed_parts(index)
     for part in needed:
         check_part(folder / part)
-    _check_tokenizer(folder / _counting(family, index) / TOKENIZER)
-    transformer = _json(folder / "transformer" / "config.json")
+    transformer = read_json(folder / "transformer" / "config.json")
     scheduler = _scheduler(folder)
-    _check_class(folder / "transformer" / "config.json", transformer, family.transformer)
+    check_class(folder / "transformer" / "config.json", transformer, family)
     latents = latent_spec(folder / VAE)
     try:
         config = _config(found, family, index, transformer, latents, size=size, tokens=tokens)
@@ -109,8 +109,9 @@ def read_pipeline(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise PipelineFolderError(f"{folder}: {where} {first['msg'].removeprefix('Value error, ')}") from None
-    except (ValueError, KeyError, TypeError) as error:
+        message = f"{where} {first['msg'].removeprefix('Value error, ')}".lstrip()
+        raise PipelineFolderError(f"{folder}: {message}") from None
+    except (ValueError, TypeError) as error:
         raise PipelineFolderError(f"{folder}: {error}") from None
     return FoundPipeline(folder, manifest, needed, _notes(folder, index, needed, manifest, scheduler))
 
@@ -130,11 +131,11 @@ def holds_pipeline(folder: Path) -> bool:
 
     That of a DiT is not, whatever pipeline is around it: its weights become a network of this project.
     """
-    network = _optional_json(folder / "transformer" / "config.json").get("_class_name")
+    network = _optionalread_json(folder / "transformer" / "config.json").get("_class_name")
     if network == "DiTTransformer2DModel":
         return False
     known = any(network == family.transformer for family in FAMILIES.values())
-    return known or _optional_json(folder / INDEX).get("_class_name") not in (None, "DiTPipeline")
+    return known or _optionalread_json(folder / INDEX).get("_class_name") not in (None, "DiTPipeline")
 
 
 def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, PipelineFamily]:
@@ -148,44 +149,12 @@ def _family(folder: Path, index: Mapping[str, Any]) -> tuple[str, PipelineFamily
     )
 
 
-def _needed_parts(index: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the folders of the parts that the pipeline has and that drawing from a prompt needs."""
-    kinds = re.compile(r"transformer|vae|scheduler|(text_encoder|tokenizer)(_\d+)?")
-    present = (name for name, value in index.items() if isinstance(value, list) and any(value))
-    return tuple(sorted(name for name in present if kinds.fullmatch(name)))
-
-
-def check_part(folder: Path) -> None:
-    """Refuse a part that is missing, or whose weights are pickled, missing or in shards of two kinds."""
-    if not folder.is_dir():
-        raise PipelineFolderError(f"{folder} is missing, though {folder.parent / INDEX} names it")
-    if folder.name.startswith(("scheduler", "tokenizer")):
-        return
-    weights = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
-    if not weights:
-        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
-        reason = f"only {pickled[0]}, and pickled weights are never read: save" if pickled else "none: get"
-        raise PipelineFolderError(f"{folder} needs weights in safetensors and has {reason} them as that")
-    for file in folder.glob(f"*{SHARDS}"):
-        shards = _json(file).get("weight_map")
-        if not isinstance(shards, dict):
-            raise PipelineFolderError(f"{file} must have an object weight_map")
-        missing = sorted({str(name) for name in shards.values()} - {shard.name for shard in weights})
-        if missing:
-            raise PipelineFolderError(f"{folder / missing[0]} is missing, though {file.name} lists it")
-
-
-def _check_tokenizer(file: Path) -> None:
-    if not file.is_file():
-        raise PipelineFolderError(
-            f"{file} is missing: save it with transformers, "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-
-
-def _check_class(file: Path, fields: Mapping[str, Any], wanted: str) -> None:
-    if fields.get("_class_name") != wanted:
-        raise PipelineFolderError(f"{file}: _class_name is {fields.get('_class_name')}, not {wanted}")
+def _whole(transformer: Mapping[str, Any], field: str) -> int:
+    """Return a number of a transformer's configuration. Raises `ValueError` naming the field."""
+    value = transformer.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"transformer: {field} must be a whole number above 0, not {value!r}")
+    return value
 
 
 def _config(
@@ -198,12 +167,12 @@ def _config(
     size: tuple[int, int] | None,
     tokens: int | None,
 ) -> PipelineConfig:
-    """Return the configuration of the network. Raises `ValueError` or `KeyError` naming the field."""
-    channels = transformer["in_channels"] // family.packs**2
+    """Return the configuration of the network. Raises `ValueError` naming the field."""
+    channels = _whole(transformer, "in_channels") // family.packs**2
     patch = family.packs * (1 if family.packs > 1 else transformer.get("patch_size", 2))
     most = family.pipelines[index["_class_name"]]
     known = limit = tokens or most
-    tokenizer = _counting(family, index)
+    tokenizer = counting_tokenizer(family, index)
     if tokenizer != family.tokenizer:
         # Without its largest encoder, a pipeline hands over zeros for it, and the others read the text.
         known, limit = most, family.more_tokens
@@ -218,20 +187,20 @@ def _config(
         image_size=size or (side, side),
         in_channels=channels,
         text_tokens=known + family.more_tokens,
-        text_size=transformer[family.text_size],
+        text_size=_whole(transformer, family.text_size),
         text_limit=limit,
         tokenizer=tokenizer,
         patch_size=patch,
         factor=latents.factor,
         largest_side=largest_side,
         learn_sigma=(transformer.get("out_channels") or channels) == 2 * channels and family.packs == 1,
-        pooled_size=transformer[family.pooled_size] if family.pooled_size else 0,
+        pooled_size=_whole(transformer, family.pooled_size) if family.pooled_size else 0,
         text_mask=family.text_mask,
         embedded_guidance=bool(transformer.get("guidance_embeds")),
     )
 
 
-def _counting(family: PipelineFamily, index: Mapping[str, Any]) -> str:
+def counting_tokenizer(family: PipelineFamily, index: Mapping[str, Any]) -> str:
     """Return the folder of the tokenizer that counts a prompt: that of the largest encoder there is."""
     return family.tokenizer if any(index.get(family.tokenizer) or ()) else "tokenizer"
 
@@ -279,14 +248,18 @@ def latent_spec(folder: Path) -> LatentSpec:
         PipelineFolderError: it does not state it.
     """
     file = folder / "config.json"
-    vae = _json(file)
+    vae = read_json(file)
     if "latents_mean" in vae and "latents_std" in vae and "temperal_downsample" in vae:
         mean, deviation = (tuple(map(float, vae[name])) for name in ("latents_mean", "latents_std"))
         return LatentSpec(shift=mean, scale=deviation, factor=2 ** len(vae["temperal_downsample"]))
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
-    channels, scale = vae.get("latent_channels"), vae.get("scaling_factor")
+    channels = vae.get("latent_channels")
+    # Earlier releases of diffusers did not write it.
+    scale = vae.get("scaling_factor", SD_SCALE if vae.get("_class_name") == "AutoencoderKL" else None)
     if not isinstance(levels, list) or not isinstance(channels, int) or not isinstance(scale, float | int):
         raise PipelineFolderError(f"{file} must state block_out_channels, latent_channels and scaling_factor")
+    if not scale > 0:
+        raise PipelineFolderError(f"{file}: scaling_factor must be above 0, not {scale}")
     shift = vae.get("shift_factor") or 0.0
     return LatentSpec(
         shift=(float(shift),) * channels, scale=(1.0 / scale,) * channels, factor=2 ** (len(levels) - 1)
@@ -302,7 +275,7 @@ def _state(config: PipelineConfig) -> tuple[StateTensor, ...]:
 
 
 def _scheduler(folder: Path) -> dict[str, Any]:
-    return _json(folder / "scheduler" / "scheduler_config.json")
+    return read_json(folder / "scheduler" / "scheduler_config.json")
 
 
 def _notes(
@@ -340,20 +313,8 @@ def _notes(
     return (*notes, *((name, "is left out: drawing from a prompt does not need it") for name in left))
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _optionalread_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise PipelineFolderError(f"{file} is missing: name the folder of a diffusers pipeline") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PipelineFolderError(f"{file} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise PipelineFolderError(f"{file} must hold a JSON object")
-    return content
-
-
-def _optional_json(file: Path) -> dict[str, Any]:
-    try:
-        return _json(file)
+        return read_json(file)
     except PipelineFolderError:
         return {}

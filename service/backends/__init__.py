@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ditserve.model.spec.bundle import PIPELINE, Bundle, Manifest
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.pipeline_config import INDEX
+from ditserve.model.spec.pipeline_config import INDEX, missing_package
 from ditserve.model.spec.text_encoder import is_encoder_class
 from ditserve.service.backends.state import StateArray, StateMemory
 
@@ -161,10 +161,7 @@ def opening_pipeline(manifest: Manifest) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise BackendUnavailable(
-            f"{manifest.name} is an imported pipeline and needs the package {error.name}: "
-            "pip install 'ditserve[pipelines]'"
-        ) from error
+        raise BackendUnavailable(missing_package(manifest.name, error)) from error
     except ModelError as error:
         raise BackendUnavailable(str(error)) from error
 

@@ -93,9 +93,11 @@ class TorchBackend:
             self._model: Any = self._open_pipeline(bundle, config)
         else:
             self._model = self._own_network(bundle, config)
-        self._backbone = (
-            torch.compile(self._model.backbone, dynamic=True) if compile else self._model.backbone
-        )
+        self._backbone = self._model.backbone
+        if compile and isinstance(config, PipelineConfig):
+            self._model.compile_blocks()
+        elif compile:
+            self._backbone = torch.compile(self._backbone, dynamic=True)
         if self.precision != "fp32":
             refuse_overflow(self)
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from ditserve.model.spec.bundle import Manifest
 from ditserve.model.spec.mixing import Combine, assign_blocks, normalised_weights, state_sources
+from ditserve.model.spec.network_config import negative_mark
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.http.operating_point import field_error, guidance_scale, sentence
 from ditserve.service.http.schemas import TEXT, GenerateRequest
@@ -24,11 +25,15 @@ LARGEST_SHARE: Final = 100.0
 
 @dataclass(frozen=True, slots=True)
 class RequestedConditions:
-    """The conditions of a request, how they are combined, and the text that guidance subtracts ("": none)."""
+    """The conditions of a request, how they are combined, and the text that guidance subtracts ("": none).
+
+    `marks_negative` says that the model reads the same text otherwise where guidance subtracts it.
+    """
 
     terms: tuple[ConditionTerm, ...]
     how: Combine
     negative_prompt: str
+    marks_negative: bool = False
 
     @property
     def composed(self) -> int:
@@ -40,7 +45,8 @@ class RequestedConditions:
         """False where guidance would subtract from a condition the same one."""
         classes = (label for term in self.terms for label in term.labels)
         texts = {term.text for term in self.terms}
-        return any(label is not None for label in classes) or texts != {self.negative_prompt}
+        same = texts == {self.negative_prompt} and not self.marks_negative
+        return not same or any(label is not None for label in classes)
 
 
 def requested_conditions(
@@ -69,9 +75,7 @@ def requested_conditions(
         except ValueError as error:
             raise field_error("mix", sentence(error)) from None
     # One condition is the same, however it is combined.
-    return RequestedConditions(
-        terms, request.mix if len(terms) > 1 else "linear", _negative_prompt(request, manifest)
-    )
+    return _with_negative(terms, request.mix if len(terms) > 1 else "linear", request, manifest)
 
 
 def _prompted(
@@ -81,10 +85,17 @@ def _prompted(
     if request.condition:
         raise field_error("prompt", "Give a prompt or a condition, not both.")
     if manifest.config.text_size:
-        term = replace(vocabulary.term({}), text=prompt.strip())
+        term = replace(vocabulary.term({}), text=_text(prompt, manifest))
     else:
         term = vocabulary.match(prompt)
-    return RequestedConditions((term,), "linear", _negative_prompt(request, manifest))
+    return _with_negative((term,), "linear", request, manifest)
+
+
+def _with_negative(
+    terms: tuple[ConditionTerm, ...], how: Combine, request: GenerateRequest, manifest: Manifest
+) -> RequestedConditions:
+    marks = bool(negative_mark(manifest.config))
+    return RequestedConditions(terms, how, _negative_prompt(request, manifest), marks)
 
 
 def _combines(how: Combine, config: PipelineConfig) -> bool:
@@ -100,7 +111,13 @@ def _term(
     text = classes.pop(TEXT, None) if manifest.config.text_size else None
     if not isinstance(text, str | None):
         raise field_error("condition", "The text must be a string.")
-    return replace(vocabulary.term(classes, weight), text=(text or "").strip())
+    return replace(vocabulary.term(classes, weight), text=_text(text, manifest))
+
+
+def _text(given: str | None, manifest: Manifest) -> str:
+    """Return a text without spaces around it; the encoders of an imported pipeline may count these."""
+    text = given or ""
+    return text if isinstance(manifest.config, PipelineConfig) else text.strip()
 
 
 def _check_weights(weights: list[float], how: Combine) -> None:
@@ -120,7 +137,7 @@ def _check_weights(weights: list[float], how: Combine) -> None:
 
 
 def _negative_prompt(request: GenerateRequest, manifest: Manifest) -> str:
-    text = (request.negative_prompt or "").strip()
+    text = _text(request.negative_prompt, manifest)
     if text and not manifest.config.text_size:
         raise field_error(
             "negative_prompt",
@@ -133,6 +150,6 @@ def _negative_prompt(request: GenerateRequest, manifest: Manifest) -> str:
     if text and guidance_scale(request, manifest) == 1.0:
         off = manifest.diffusion.unguided_scale
         raise field_error(
-            "negative_prompt", f"Only guidance subtracts it: choose a guidance_scale other than {off}."
+            "negative_prompt", f"Only guidance subtracts it: choose a guidance_scale above {off}."
         )
     return text

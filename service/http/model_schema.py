@@ -13,9 +13,9 @@ from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.network_config import graph_multiple
 from ditserve.model.spec.pipeline_config import INDEX
 from ditserve.model.spec.pipeline_folder import holds_pipeline, read_pipeline, stated_licence
+from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.exit_statuses import refuse
 from ditserve.service.http.description import describe
-from ditserve.service.http.prompt_limit import PromptLimit
 from ditserve.service.http.schemas import FactorOut, ModelOut
 from ditserve.service.settings import Settings
 

@@ -9,9 +9,9 @@ import structlog
 
 from ditserve.commands import command_line
 from ditserve.model.spec.bundle import PIPELINE, BundleError, Manifest
+from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.canary import Canary
-from ditserve.service.http.prompt_limit import PromptLimit
 from ditserve.service.http.submission import Submissions
 from ditserve.service.queue.queue_client import QueueClient
 from ditserve.service.served_models import ServedModel

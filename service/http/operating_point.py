@@ -55,8 +55,7 @@ def guidance_scale(request: GenerateRequest, manifest: Manifest) -> float:
             "guidance_scale",
             "No unconditional prediction of this model was trained, so it has no guidance: leave it out.",
         )
-    asked = manifest.defaults.guidance_scale if scale is None else scale
-    return asked + (1.0 - manifest.diffusion.unguided_scale)
+    return manifest.guidance_weight(scale)
 
 
 def guidance_embedded(request: GenerateRequest, manifest: Manifest) -> float | None:

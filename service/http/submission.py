@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.errors import (
     IdempotencyMismatch,
     JobLost,
@@ -28,7 +29,6 @@ from ditserve.service.http.operating_point import (
     requested_rung,
 )
 from ditserve.service.http.promises import Promises
-from ditserve.service.http.prompt_limit import PromptLimit
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
 from ditserve.service.identity import vocabulary_digest
@@ -163,10 +163,17 @@ class Submissions:
 
     def _check_length(self, request: GenerateRequest, conditions: RequestedConditions) -> None:
         """Refuse texts of more tokens than the model takes. Raises `InvalidRequest`."""
-        field, truncate = "condition" if request.prompt is None else "prompt", request.truncate_prompt
-        for term in conditions.terms:
-            self.prompts.check(field, term.text, truncate=truncate)
-        self.prompts.check("negative_prompt", conditions.negative_prompt, truncate=truncate)
+        if request.truncate_prompt:
+            return
+        own, negative = "condition" if request.prompt is None else "prompt", "negative_prompt"
+        texts = [*((own, term.text) for term in conditions.terms), (negative, conditions.negative_prompt)]
+        for name, text in texts:
+            if excess := self.prompts.excess(text, negative=name == negative):
+                raise field_error(
+                    name,
+                    f"The text has {excess}: shorten it, or say "
+                    '"truncate_prompt": true to have the end cut off.',
+                )
 
     def _rung(self, request: GenerateRequest) -> Rung:
         """Return the operating point that the request asks for. Raises `InvalidRequest`."""

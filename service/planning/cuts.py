@@ -99,7 +99,7 @@ class Task:
 class Timeline:
     """The machine from now on: passes of `batch` rows, and how many of them each task has."""
 
-    batch: int
+    batch: float
     passes: list[float]
 
 

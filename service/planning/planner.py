@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 
+from ditserve.model.spec.stretches import stretch_at
 from ditserve.service.jobs import DemandBucket
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.cuts import DEADLINE, LOAD, CutSweep, PlannedSample, Task, Timeline
@@ -154,8 +155,21 @@ class Planner:
         return [best[1]] if best else []
 
 
-def _pass(samples: Sequence[PlannedSample], costs: CostModel, max_rows: int) -> tuple[int, float]:
-    """Return the rows of a pass while all samples are there, and its seconds."""
-    at_once = ceil(sum(sample.row_cost * (sample.conditions + sample.guided) for sample in samples))
-    batch = max(1, min(costs.saturation_rows(max_rows), at_once))
-    return batch, costs.predict(batch)
+def _pass(samples: Sequence[PlannedSample], costs: CostModel, max_rows: int) -> tuple[float, float]:
+    """Return the rows of a pass while all samples are there, and its seconds.
+
+    Rows of different backbones share no pass: where samples stand on several, it is one pass of each.
+    """
+    saturation = costs.saturation_rows(max_rows)
+    rows: dict[tuple[str, float], float] = {}
+    for sample in samples:
+        part = stretch_at(sample.rung.stretches, sample.noise)
+        own = sample.row_cost * (sample.conditions + (sample.guided and part.guided))
+        key = part.backbone, part.row_cost
+        rows[key] = rows.get(key, 0.0) + own
+    batch = seconds = 0.0
+    for (_, row_cost), at_once in rows.items():
+        together = max(1, min(saturation, ceil(at_once)))
+        batch += row_cost * together
+        seconds += row_cost * costs.predict(together)
+    return batch or 1.0, seconds or costs.predict(1)

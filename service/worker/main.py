@@ -16,7 +16,7 @@ import structlog
 import uvloop
 
 from ditserve.model.spec.bundle import Bundle, BundleError, Manifest
-from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
+from ditserve.model.spec.network_config import negative_mark
 from ditserve.model.spec.text_encoder import text_encoder_name
 from ditserve.service.backends import (
     Backend,
@@ -249,9 +249,7 @@ def open_texts(
                 f"{manifest.name} brings its own text encoders: leave out --text-encoder"
             )
         capacity = settings.embedding_cache_bytes
-        config = manifest.config
-        plain = isinstance(config, PipelineConfig) and FAMILIES[config.family].plain_negatives
-        negative = NEGATIVE if plain else ""
+        negative = negative_mark(manifest.config)
         return TextCache(encoder, shared, capacity=capacity, encodes_nothing=True, negative=negative)
     name = text_encoder_name(manifest, settings.text_encoder, "--text-encoder")
     encoder = load_text_encoder(name, manifest.config.text_tokens)

@@ -131,7 +131,8 @@ def _qwen_image(module: nn.Module, rows: Rows) -> Tensor:
         timestep=rows.noise,
         encoder_hidden_states=rows.text,
         encoder_hidden_states_mask=_seen(rows),
-        img_shapes=[[(1, height // 2, width // 2)]] * len(rows.x),
+        # One for all: they are of one size, and a list as long as the batch would make a graph of that alone.
+        img_shapes=[[(1, height // 2, width // 2)]],
         return_dict=False,
     )
     return unpack(_output(output), height, width)

@@ -64,6 +64,16 @@ class PipelineNetwork(nn.Module):
         )
         return self._ask(self.transformer, rows).float()
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks, which the transformers of all families hold in lists.
+
+        Blocks of a kind share their code. Between them some transformers count the tokens of each row in
+        Python, which compiled as a whole would be compiled again for every combination of lengths.
+        """
+        for part in self.transformer.children():
+            for block in part if isinstance(part, nn.ModuleList) else ():
+                block.compile(dynamic=True)
+
     def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor, text: Tensor | None = None) -> Tensor:
         """Return the output for latents, noise levels and encoded texts, without guidance."""
         return self.backbone(x, self.modulate(timesteps, self.embed(labels, text)))
@@ -105,4 +115,8 @@ def open_module(module_type: Any, folder: Path, **options: Any) -> nn.Module:
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise PipelineError(f"{folder} cannot be opened: {' '.join(str(error).split())}") from error
     network: nn.Module = module
+    # What the files do not hold stays without memory.
+    missing = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+    if missing:
+        raise PipelineError(f"{folder} lacks the weights of {len(missing)} tensors, such as {missing[0]}")
     return network.eval().requires_grad_(False)

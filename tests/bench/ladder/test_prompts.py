@@ -10,13 +10,13 @@ import pytest
 
 from ditserve.bench import report
 from ditserve.bench.ladder import __main__ as command
-from ditserve.bench.ladder.prompts import PROMPTS, open_pipeline, prompt_inputs, read_prompts
+from ditserve.bench.ladder.prompts import PROMPTS, prompt_inputs, read_prompts
 from ditserve.model import convert
 from ditserve.model.evaluation.front import OperatingPoint
 from ditserve.model.evaluation.ladder import LadderPlan, candidates, draw_pictures, pipeline_plan
 from ditserve.model.spec.bundle import Bundle, Manifest
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.pipeline_config import PipelineConfig
+from ditserve.model.train.imported_pipeline import open_pipeline
 from ditserve.service.backends import load_backend
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import Finished, SampleRequest
@@ -36,12 +36,6 @@ def imported(family: str, folder: Path) -> Bundle:
     options = [f"--tokens={tokens(family)}", "--size", "8", "8", "--licence=x"]
     assert convert.main(["import", str(folder / "pipeline"), str(folder / "bundle"), *options]) == 0
     return Bundle.open(folder / "bundle")
-
-
-def config_of(bundle: Bundle) -> PipelineConfig:
-    config = bundle.manifest.config
-    assert isinstance(config, PipelineConfig)
-    return config
 
 
 def own_rung(manifest: Manifest, steps: int) -> Rung:
@@ -78,10 +72,10 @@ def drawn(engine: Engine, requests: list[SampleRequest]) -> list[Finished]:
 @pytest.mark.parametrize("family", ["sd3", "flux", "lumina2", "z_image"])
 def test_the_pictures_of_a_ladder_are_those_of_the_service(family: str, tmp_path: Path) -> None:
     bundle = imported(family, tmp_path)
-    manifest, config = bundle.manifest, config_of(bundle)
+    manifest = bundle.manifest
     # Prompts of the pipeline's own vocabulary.
     prompts = ("a red fox", "the moon")
-    model, inputs = open_pipeline(bundle, config, "cpu"), prompt_inputs(bundle, config, prompts, "cpu")
+    model, inputs = open_pipeline(bundle), prompt_inputs(bundle, prompts, "cpu")
     rung = own_rung(manifest, 3)
     point = OperatingPoint(rung.solver, rung.steps, rung.grid, rung.guidance_interval)
     pictures = draw_pictures(model, inputs, point).numpy()
@@ -127,6 +121,7 @@ def test_a_pipeline_gets_a_ladder_along_which_the_service_degrades(
     [
         (["--data", "pictures.npz"], "--data is not for imported pipelines: name prompts with --prompts"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
+        ([], "the text that begins 'a red bicycle leaning against a brick wa' has"),
     ],
 )
 def test_options_that_do_not_fit_a_pipeline_are_refused(
@@ -137,6 +132,18 @@ def test_options_that_do_not_fit_a_pipeline_are_refused(
     error = capsys.readouterr().err
     assert sentence in error
     assert bundle.manifest == Bundle.open(bundle.path).manifest
+
+
+def test_an_imported_dit_is_measured_before_it_has_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pipeline("dit", tmp_path / "pipeline")
+    options = ["--function=diffusers", "--predicts-noise", "--licence=x"]
+    assert convert.main(["import", str(tmp_path / "pipeline"), str(tmp_path / "bundle"), *options]) == 0
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(command, "THOROUGH", LadderPlan("small", 8, {"ddim": (("trailing",), (4,))}, 2))
+    assert command.main([str(tmp_path / "bundle"), "--write"]) == 0
+    assert [rung.steps for rung in Bundle.open(tmp_path / "bundle").manifest.ladder] == [8, 4]
 
 
 def test_a_pipeline_of_few_steps_is_measured_only_in_fewer(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ditserve.bench.simulate import autoscaler
 from ditserve.bench.simulate.autoscaler import Autoscaler
 from ditserve.bench.simulate.autoscaling import markdown, study_autoscaling
-from tests.test_deploy import manifest
+from tests.deploy.files import manifest
 
 
 def test_the_autoscaler_is_configured_as_the_manifests_say() -> None:

@@ -60,9 +60,9 @@ def test_a_lone_request_gets_all_its_steps_in_time(strategy: Strategy) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
-@pytest.mark.parametrize("workers", [1, 3])
-def test_every_request_ends_one_way(strategy: Strategy, workers: int) -> None:
-    cluster = SimulatedCluster(CURVES["gpu"], LADDERS["ddim"], workers)
+@pytest.mark.parametrize(("workers", "ladder"), [(1, "ddim"), (3, "ddim"), (2, "backbones")])
+def test_every_request_ends_one_way(strategy: Strategy, workers: int, ladder: str) -> None:
+    cluster = SimulatedCluster(CURVES["gpu"], LADDERS[ladder], workers)
     samples = SimulatedFleet(strategy, cluster, seed=1).run(
         Traffic("bursts", refusing=0.5).draw(80, 0.9 * workers, 1)
     )

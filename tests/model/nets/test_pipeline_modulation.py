@@ -52,6 +52,18 @@ def inputs_of_modules(network: PipelineNetwork, seed: int) -> dict[str, list[tor
     return seen
 
 
+@pytest.mark.parametrize("width", [1536, 3072])
+def test_a_modulation_of_a_call_of_other_rows_differs_by_rounding_alone(width: int) -> None:
+    """The widths of SD3 and FLUX.1: docs/models.md says why their modulations are not split off."""
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(width, 6 * width)
+    rows = torch.nn.functional.silu(torch.randn(16, width, generator=generator))
+    with torch.no_grad():
+        whole = layer(rows)
+        differences = [torch.cat([layer(part) for part in rows.split(count)]) - whole for count in (1, 3, 8)]
+    assert max(float(part.abs().max()) for part in differences) < 2e-6 * float(whole.abs().max())
+
+
 @pytest.mark.parametrize("family", [name for name in BUILDERS if name != "dit"])
 def test_the_modulations_are_what_follows_neither_latents_nor_tokens(
     family: str, tmp_path: Path, capsys: Any

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ditserve.model.spec.pipeline_config import PipelineConfig
-from ditserve.model.spec.pipeline_folder import FoundPipeline, PipelineFolderError, read_pipeline
+from ditserve.model.spec.pipeline_folder import FoundPipeline, read_pipeline
+from ditserve.model.spec.pipeline_parts import PipelineFolderError
 from tests.tiny_pipelines import save_pipeline
 
 pytestmark = [

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditserve.model.spec.bundle import Manifest
+from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.api_keys import add
-from ditserve.service.http.prompt_limit import PromptLimit
 from ditserve.service.http.routes.openai import ImagesRequest, translate
 from ditserve.service.http.schemas import MAX_SEED, DrawingOptions
 from ditserve.service.http.submission import Submissions

@@ -9,7 +9,6 @@ from typing import Any
 from ditserve.model.spec.bundle import BundleError
 from ditserve.model.spec.network_config import BundleConfig
 from ditserve.model.spec.pipeline_config import FAMILIES, TOKENIZER, PipelineConfig
-from ditserve.service.http.operating_point import field_error
 
 
 class PromptLimit:
@@ -56,21 +55,15 @@ class PromptLimit:
     def _count(self, text: str) -> int:
         return len(self._tokenizer.encode(text).ids)
 
-    def check(self, field: str, text: str, *, truncate: bool) -> None:
-        """Refuse a text that is too long, unless it may be cut.
+    def excess(self, text: str, *, negative: bool = False) -> str | None:
+        """Return "N tokens, and this model takes M" of a text that is too long; None of one that is not.
 
-        Raises:
-            InvalidRequest: it has more tokens than the model takes.
+        `negative` says that guidance subtracts it.
         """
-        if self.tokens is None or truncate or not text:
-            return
+        if self.tokens is None or not text:
+            return None
         family, text = self._family, text.lower() if self._family.lowers else text
-        plain = family.plain_negatives and field == "negative_prompt"
+        plain = family.plain_negatives and negative
         own, most = (0, self._most) if plain else (self._own, self.tokens)
         count = self._count(text if plain else family.head + text + family.tail) - own
-        if count > most:
-            raise field_error(
-                field,
-                f"The text has {count} tokens, and this model takes {most}: shorten it, or say "
-                '"truncate_prompt": true to have the end cut off.',
-            )
+        return f"{count} tokens, and this model takes {most}" if count > most else None
