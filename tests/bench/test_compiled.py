@@ -13,6 +13,8 @@ from ditserve.model.spec.pipeline_folder import read_pipeline
 from tests.tiny_pipelines import save_pipeline, tokens
 
 
+# Compilation imports a module of torch that uses another deprecated one.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.timeout(600)
 def test_texts_of_other_lengths_are_not_compiled_again(tmp_path: Path) -> None:
     """This transformer takes its rows as lists, each of its own length."""

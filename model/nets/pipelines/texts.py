@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ditserve.model.nets.pipelines import PRECISIONS
@@ -116,6 +117,20 @@ ENCODERS: Mapping[str, Encoder] = {
 NEGATIVES: Mapping[str, Encoder] = {"sana": _sana_negative, "lumina2": _lumina2_negative}
 
 
+def _text_encoder(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """Open a text encoder of the class `name` of transformers.
+
+    Raises:
+        ValueError: it lacks weights, which transformers would make up.
+    """
+    encoder, loading = getattr(transformers, name).from_pretrained(
+        str(folder), local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{folder} lacks the weights {', '.join(missing[:3])}{', …' * (len(missing) > 3)}")
+    return encoder
+
+
 class PipelineTexts:
     """The encoder of prompts: `size` numbers each, tokens first, then their mask and the pooled text.
 
@@ -145,12 +160,18 @@ class PipelineTexts:
                 if isinstance(value, list)
                 and not (any(value) and part.startswith(("text_encoder", "tokenizer")))
             ]
+            encoders = {
+                part: _text_encoder(folder / part, value[1], dtype)
+                for part, value in index.items()
+                if part.startswith("text_encoder") and part not in unneeded and value[0] == "transformers"
+            }
             with warnings.catch_warnings():
                 # It is told nothing of the parts that texts do not need.
                 warnings.simplefilter("ignore")
                 self._pipeline: Any = getattr(diffusers, index["_class_name"]).from_pretrained(
                     str(folder),
                     **dict.fromkeys(unneeded),
+                    **encoders,
                     local_files_only=True,
                     use_safetensors=True,
                     torch_dtype=dtype,

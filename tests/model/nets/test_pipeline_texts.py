@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from ditserve.model.nets.pipelines.network import PipelineError
 from ditserve.model.nets.pipelines.texts import PipelineTexts
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import read_pipeline
@@ -39,3 +41,16 @@ def test_encoders_in_half_precision_give_numbers_that_two_bytes_hold(precision: 
     half = PipelineTexts(folder, config, "key", precision).encode("a red fox")
     assert 0 < np.abs(half - full).max() <= 0.1 * np.abs(full).max()
     assert len(packed(half)) == 1 + 2 * len(half)
+
+
+def test_weights_that_an_encoder_lacks_are_not_made_up(tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    save_pipeline("pixart", folder)
+    config = read_pipeline(folder, name="tiny", licence="x").manifest.config
+    assert isinstance(config, PipelineConfig)
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    lost = next(name for name in weights if "SelfAttention.q" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(PipelineError, match=f"lacks the weights {lost}"):
+        PipelineTexts(folder, config, "key")
