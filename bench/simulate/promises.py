@@ -6,21 +6,24 @@ average. A host's stalls can be longer than the deadline: then nothing keeps wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ditserve.bench.load.workload import Traffic
 from ditserve.bench.simulate.fleet import WORKERS_A_HOST, SimulatedFleet
 from ditserve.bench.simulate.host import NOISY, STEADY, mean_pace
+from ditserve.bench.simulate.sample import SimulatedSample
 from ditserve.bench.simulate.scenario import CURVES, PLANNED_EVERY_STEP, SimulatedCluster
 from ditserve.service.planning.ladder import Ladder
 
 STEPS, WITHIN_S = 50, 4.0
+SEEDS = (1, 2, 3)  # of arrivals and of stalls, whose tails are so heavy that one run says little
 HOSTS = {"quiet": STEADY, "noisy": NOISY}
 
 
 @dataclass(frozen=True, slots=True)
 class PromiseOutcome:
-    """One run: the shares of all refused, of the accepted broken, and of the capacity used in time.
+    """Some runs: the shares of all refused, of the accepted broken, and of the capacity used in time.
 
     `taken_on_return` is the share of the refused that were accepted when they first came back as told; None
     where nobody comes back.
@@ -45,9 +48,9 @@ def study_promises(
     apis: int = 1,
     returning: bool = False,
     seconds: float = 20.0,
-    seed: int = 1,
+    seeds: Sequence[int] = SEEDS,
 ) -> PromiseOutcome:
-    """Offer `load` times the mean capacity for so many simulated seconds."""
+    """Offer `load` times the mean capacity for so many simulated seconds, once a seed."""
     curve, regimes = CURVES["tiny"], HOSTS[host]
     slo = WITHIN_S / (STEPS * curve.seconds(1))
     cluster = SimulatedCluster(
@@ -55,12 +58,16 @@ def study_promises(
     )
     rate = load * curve.peak * workers * mean_pace(regimes) / STEPS
     traffic = Traffic(mix=((STEPS, 1.0),), refusing=1.0)
-    fleet = SimulatedFleet(PLANNED_EVERY_STEP, cluster, seed=seed)
-    samples = fleet.run(traffic.draw(max(1, int(rate * seconds)), rate, seed))
+    samples: list[SimulatedSample] = []
+    work_s = 0.0
+    for seed in seeds:
+        fleet = SimulatedFleet(PLANNED_EVERY_STEP, cluster, seed=seed)
+        run = fleet.run(traffic.draw(max(1, int(rate * seconds)), rate, seed))
+        ended = max(sample.finished or sample.arrived for sample in run)
+        work_s += sum(worker.host.work(ended) for worker in fleet.workers)
+        samples += run
     accepted = [sample for sample in samples if not sample.rejected]
     in_time = sum(sample.in_time for sample in accepted)
-    ended = max(sample.finished or sample.arrived for sample in samples)
-    work_s = sum(worker.host.work(ended) for worker in fleet.workers)
     returned = [sample for sample in samples if sample.came_back]
     return PromiseOutcome(
         workers=workers,
@@ -83,7 +90,8 @@ def markdown(outcomes: list[PromiseOutcome]) -> str:
         "# Promises in the simulator",
         "",
         "Made by `python -m bench.simulate --promises`. Requests for 50 steps within 4 s that forbid fewer;",
-        f"up to {WORKERS_A_HOST} workers share a host. Times are simulated: none depends on the machine.",
+        f"up to {WORKERS_A_HOST} workers share a host; {len(SEEDS)} runs a row. Times are simulated: none",
+        "depends on the machine.",
         "",
         "| workers | APIs | host | load | requests | refused | broken of the accepted | capacity used in time"
         " | taken on first return |",
