@@ -172,7 +172,7 @@ def test_it_tells_of_the_bundles_that_came_with_it(installed: Installed) -> None
         (["export", "x"], "ditserve export needs the package torch, which the extra export brings: "),
         (
             ["schema", "."],
-            ". is not a bundle: manifest.json is missing; pass a folder written by ditserve export ",
+            ". is not a bundle: manifest.json is missing; pass a folder written by ditserve export",
         ),
     ],
 )

@@ -107,7 +107,7 @@ def _cost_cells(model: EvaluatedModel, ms: float) -> list[str]:
         f"{network.flops / 1e9:.3f}",
         f"{ms:.1f}",
         f"{sampling['solver']}, {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}",
-        f"{rows}",
+        f"{rows:g}",
         f"{rows * ms:.0f}",
     ]
 
