@@ -153,8 +153,14 @@ def record(
 
 
 def plain(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as JSON values: paths become strings."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    """Return the options as JSON values: paths become strings, in lists too."""
+    return {key: _plain(value) for key, value in vars(options).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def save(
