@@ -39,7 +39,7 @@ from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.costs import NO_WAITS, CostModel, Waits
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import Planner
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 
 Floats = npt.NDArray[np.float32]
 Milliseconds = npt.NDArray[np.float64]
@@ -127,7 +127,7 @@ def sample_requests(factors: int, now: float) -> Iterator[SampleRequest]:
             previews=0,
             deadline_at=now + 1e6,
             allow_degraded=True,
-            min_steps=1,
+            consent=Consent(),
         )
 
 

@@ -50,6 +50,7 @@ from ditserve.service.jobs import (
 from ditserve.service.launch.valkey import scratch_folder, start_valkey
 from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.queue.broker import Broker
+from ditserve.service.rung import Consent
 
 CALLERS = 16
 # (workers, requests, arrival process); thousands of these requests wait.
@@ -212,7 +213,7 @@ def admission_time(workers: int, calls: int) -> EventTime:
     now = time.time()
     ladder = LADDERS["ddim"]
     load = LoadSnapshot(10_000, 200_000, 1.0, tuple(worker_state(k, now) for k in range(workers)), now)
-    admission_request = AdmissionRequest(ladder.rungs[0], 1.0, 1, now + 60.0, True, 1)
+    admission_request = AdmissionRequest(ladder.rungs[0], 1.0, 1, now + 60.0, True, Consent())
     spent = []
     for _ in range(calls):
         began = time.perf_counter()

@@ -13,7 +13,7 @@ from math import inf
 from typing import Any, Literal
 
 from ditserve.model.spec.mixing import Combine
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 from ditserve.service.wire import OLDEST, Endless, Message, WireError, build, unpack
 
 Priority = Literal["low", "normal", "high"]
@@ -97,6 +97,13 @@ class Job(Message):
         new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
         new = new or self.min_quality is not None or bool(self.admitted and self.admitted.stretches)
         return 2 if new else OLDEST
+
+    @property
+    def consent(self) -> Consent:
+        """The rungs that it may be moved to, if it may be degraded at all."""
+        return Consent.to(
+            self.min_steps, self.min_quality, negative_prompt=self.negative_prompt, mix=self.mix
+        )
 
     @property
     def composed(self) -> int:

@@ -1,9 +1,12 @@
-"""The rung: one operating point of a model. Pure."""
+"""The rung: one operating point of a model, and how far down a request consents to be moved. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
+from typing import Self
 
+from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.stretches import Stretch
 
 Interval = tuple[float, float]
@@ -32,3 +35,29 @@ class Rung:
     def backbones(self) -> tuple[str, ...]:
         """The further backbones of the bundle that it names."""
         return tuple(stretch.backbone for stretch in self.stretches if stretch.backbone)
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """The rungs that a request may be degraded to: at least so many steps, and a distance that is no larger.
+
+    One that only the bundle's own backbone can draw consents to `own_backbone` alone.
+    """
+
+    min_steps: int = 1
+    worst: float = inf
+    own_backbone: bool = False
+
+    @classmethod
+    def to(cls, min_steps: int, min_quality: float | None, *, negative_prompt: str, mix: Combine) -> Self:
+        """Return the consent of a request.
+
+        A further backbone may have too few blocks for a condition of layers. A student takes no negative
+        prompt.
+        """
+        own_backbone = bool(negative_prompt) or mix == "layers"
+        return cls(min_steps, inf if min_quality is None else min_quality, own_backbone)
+
+    def allows(self, rung: Rung) -> bool:
+        own = not (self.own_backbone and rung.stretches)
+        return rung.steps >= self.min_steps and rung.quality <= self.worst and own

@@ -16,7 +16,7 @@ from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import load_backend
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.jobs import ConditionTerm
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 from tests.model.weights.lightningdit_reference import (
     CHANNELS,
     SIDE,
@@ -73,7 +73,7 @@ def test_a_lightningdit_is_served_as_its_own_code_draws_it(vae: Path, tmp_path: 
         previews=0,
         deadline_at=None,
         allow_degraded=False,
-        min_steps=1,
+        consent=Consent(),
     )
     latent = drawn(backend, [request])["a/0"]
     assert np.abs(latent - expected.numpy()).max() <= 1e-5 * float(expected.abs().max())

@@ -38,6 +38,7 @@ from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Consent
 
 SOLVER, GRID = "dpmpp-2m", "trailing"
 DIFFUSION = DiffusionSpec(schedule="linear", prediction="x0", clip_x0=False)
@@ -144,7 +145,7 @@ def difference(folder: Path, backend: Backend) -> float:
                 previews=0,
                 deadline_at=None,
                 allow_degraded=False,
-                min_steps=1,
+                consent=Consent(),
             )
         )
     ours: dict[str, Any] = {}

@@ -34,8 +34,8 @@ from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.costs import CostModel
-from ditserve.service.planning.ladder import Consent
 from ditserve.service.planning.planner import PlannedSample, Planner, Policy
+from ditserve.service.rung import Consent
 from ditserve.service.worker.room import wanted_rows
 
 SLOTS = 64  # samples that a worker can hold
@@ -257,7 +257,7 @@ class SimulatedFleet:
             samples=1,
             deadline_at=sample.due,
             allow_degraded=self.strategy.degrade and sample.consents,
-            min_steps=1,
+            consent=Consent(),
         )
         # Each client stays with one process.
         api = self.apis[int(sample.id) % len(self.apis)]

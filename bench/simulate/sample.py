@@ -7,7 +7,7 @@ from ditserve.model.spec.stretches import Stretch, stretch_at
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.planning.planner import PlannedSample
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 
 
 class SimulatedSample:
@@ -77,7 +77,7 @@ class SimulatedSample:
             rung=self.rung,
             remaining_steps=self.remaining,
             guided=False,
-            floor_steps=1,
+            consent=Consent(),
             allow_degraded=self.consents,
             started=self.taken > 0,
             noise=self.noise,

@@ -7,7 +7,6 @@ as arguments.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Literal
 
 import numpy as np
@@ -21,9 +20,9 @@ from ditserve.service.engine.geometry import Geometry
 from ditserve.service.engine.trajectory import Trajectory
 from ditserve.service.errors import ServiceError
 from ditserve.service.jobs import ConditionTerm
-from ditserve.service.planning.ladder import Consent, steps_left
+from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import ROOM, Change, PlannedSample
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 
 Latent = npt.NDArray[np.float32]
 
@@ -45,7 +44,7 @@ class SampleRequest:
     previews: int  # one x0 preview every so many steps; 0: none
     deadline_at: float | None
     allow_degraded: bool
-    min_steps: int
+    consent: Consent
     reason: str | None = None  # why `rung` is not `requested`, if it is not
     size: Size | None = None  # None: the bundle's own
     windows: bool = False  # denoise a larger size in overlapping windows of the bundle's own
@@ -53,17 +52,6 @@ class SampleRequest:
     weight: float = 1.0  # of its caller's share of the machine
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
-    worst: float = inf  # the largest distance of a rung that it may be moved to
-
-    @property
-    def consent(self) -> Consent:
-        """The rungs that it may be moved to, if it may be degraded at all.
-
-        A further backbone may have too few blocks for a condition of layers. A student takes no negative
-        prompt.
-        """
-        own_backbone = bool(self.negative_prompt) or self.mix == "layers"
-        return Consent(self.min_steps, self.worst, own_backbone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,15 +237,13 @@ class Sample:
             rung=self.rung,
             remaining_steps=self.remaining_steps,
             guided=self.trajectory.scale != 1.0,
-            floor_steps=self.request.min_steps,
+            consent=self.request.consent,
             allow_degraded=self.request.allow_degraded,
             started=self.taken > 0,
             noise=self.trajectory.noise[self.cursor],
             requested=self.request.requested,
             row_cost=self.geometry.cost,
             conditions=self.composed,
-            worst=self.request.worst,
-            own_backbone=self.request.consent.own_backbone,
         )
 
     def advance(self, started_at: float) -> None:

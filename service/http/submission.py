@@ -7,7 +7,6 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
 
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
@@ -39,7 +38,7 @@ from ditserve.service.planning.delivery import Delivery
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import finite
 from ditserve.service.queue.queue_client import Queue
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
 from ditserve.service.vocabulary import Vocabulary
@@ -211,17 +210,21 @@ class Submissions:
     ) -> AdmissionRequest:
         request, conditions = resolved.request, resolved.conditions
         deadline_at = None if answer_by is None else answer_by - self.delivery.room_s(answer_by - now)
+        consent = Consent.to(
+            request.min_steps or 1 if request.may_degrade else resolved.rung.steps,
+            request.min_quality,
+            negative_prompt=conditions.negative_prompt,
+            mix=conditions.how,
+        )
         return AdmissionRequest(
             rung=resolved.rung,
             guidance_scale=guidance_scale(request, self.manifest) if conditions.can_be_guided else 1.0,
             samples=request.n,
             deadline_at=deadline_at,
             allow_degraded=request.may_degrade,
-            min_steps=request.min_steps or 1 if request.may_degrade else resolved.rung.steps,
+            consent=consent,
             row_cost=resolved.output.row_cost,
             conditions=conditions.composed,
-            worst=inf if request.min_quality is None else request.min_quality,
-            own_backbone=bool(conditions.negative_prompt) or conditions.how == "layers",
         )
 
     def _answer_by(self, request: GenerateRequest, now: float) -> float | None:
@@ -272,7 +275,7 @@ class Submissions:
             created_at=now,
             deadline_at=admission_request.deadline_at,
             allow_degraded=request.may_degrade,
-            min_steps=admission_request.min_steps,
+            min_steps=admission_request.consent.min_steps,
             rung=admission.rung.name if admission.degraded else None,
             reason=admission.reason,
             cost_rows=admission_request.rows(self.ladder, admission.rung),

@@ -12,9 +12,9 @@ from math import ceil, inf
 
 from ditserve.service.jobs import LoadSnapshot
 from ditserve.service.planning.capacity import Capacity
-from ditserve.service.planning.ladder import Consent, Ladder
+from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import DEADLINE, LOAD, Policy
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 
 NO_WORKER = "no-worker"
 
@@ -23,8 +23,8 @@ NO_WORKER = "no-worker"
 class AdmissionRequest:
     """A request for `samples` images at `rung`, each composed of `conditions`.
 
-    `row_cost` is the tokens of one row, in rows of the bundle's own size. For `min_steps`, `worst` and
-    `own_backbone` see `Consent`.
+    `row_cost` is the tokens of one row, in rows of the bundle's own size. `consent` matters if it
+    `allow_degraded`.
     """
 
     rung: Rung
@@ -32,15 +32,9 @@ class AdmissionRequest:
     samples: int
     deadline_at: float | None
     allow_degraded: bool
-    min_steps: int
+    consent: Consent
     row_cost: float = 1.0
     conditions: int = 1
-    worst: float = inf
-    own_backbone: bool = False
-
-    @property
-    def consent(self) -> Consent:
-        return Consent(self.min_steps, self.worst, self.own_backbone)
 
     def rows(self, ladder: Ladder, rung: Rung) -> int:
         """Return the work of all images at a rung, in rows of the bundle's own size."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from ditserve.service.planning.ladder import Consent, Ladder, steps_left
-from ditserve.service.rung import Rung
+from ditserve.service.planning.ladder import Ladder, steps_left
+from ditserve.service.rung import Consent, Rung
 
 LOAD = "load"  # the machine is busy
 DEADLINE = "deadline"  # too close for the rung asked for, even on an idle machine
@@ -21,8 +21,7 @@ class PlannedSample:
 
     `noise` is where it stands in the noise range, 0..1. `rung` is where it is, `requested` is how high it may
     climb (None: no higher). `row_cost` is the tokens of one of its rows, in rows of the bundle's own size.
-    Its predictions are composed of `conditions`, a row each. `floor_steps`, `worst` and `own_backbone` are
-    its `Consent`.
+    Its predictions are composed of `conditions`, a row each. `consent` matters if it `allow_degraded`.
     """
 
     id: str
@@ -30,19 +29,13 @@ class PlannedSample:
     rung: Rung
     remaining_steps: int
     guided: bool
-    floor_steps: int
+    consent: Consent
     allow_degraded: bool
     started: bool
     noise: float
     requested: Rung | None = None
     row_cost: float = 1.0
     conditions: int = 1
-    worst: float = inf
-    own_backbone: bool = False
-
-    @property
-    def consent(self) -> Consent:
-        return Consent(self.floor_steps, self.worst, self.own_backbone)
 
     def rows_left(self, ladder: Ladder, rung: Rung, steps: int) -> float:
         """Return the rows of so many last steps on a rung, in rows of the bundle's own size."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
-from math import inf, log
+from math import log
 from typing import Final
 
 from ditserve.model.spec.diffusion import Schedule, make_schedule
@@ -20,28 +20,12 @@ from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.guidance import forward_rows
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.stretches import stretch_at
-from ditserve.service.rung import Interval, Rung
+from ditserve.service.rung import Consent, Interval, Rung
 
 _CACHED = 4096  # bounded, because requests choose steps and intervals freely
 
 
 THOUSAND_TIMESTEPS: Final = make_schedule("linear")
-
-
-@dataclass(frozen=True, slots=True)
-class Consent:
-    """The rungs that a request may be degraded to: at least so many steps, and a distance that is no larger.
-
-    One that only the bundle's own backbone can draw consents to `own_backbone` alone.
-    """
-
-    min_steps: int = 1
-    worst: float = inf
-    own_backbone: bool = False
-
-    def allows(self, rung: Rung) -> bool:
-        own = not (self.own_backbone and rung.stretches)
-        return rung.steps >= self.min_steps and rung.quality <= self.worst and own
 
 
 class Ladder:

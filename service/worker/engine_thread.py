@@ -89,8 +89,7 @@ class StepCosts:
     """The cost model at one moment: seconds of a step and of a decode.
 
     `saturation_rows` is the batch size beyond which a further row gains nothing, and the step is as there.
-    `slow` says how much slower
-    it may be for a while.
+    `slow` says how much slower it may be for a while.
     """
 
     fixed_s: float

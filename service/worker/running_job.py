@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import inf
 from typing import Any
 
 from ditserve.model.spec.class_names import class_reference
@@ -19,7 +18,7 @@ from ditserve.model.spec.manifest import Factor
 from ditserve.service.engine.samples import Finished, SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import WEIGHTS, Claim, ConditionTerm, Image, Job, JobResult
-from ditserve.service.planning.ladder import Consent, Ladder
+from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
 
 # The state of one sample: under way, finished (its image may still be missing), or not begun.
@@ -259,7 +258,7 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
             previews=job.previews,
             deadline_at=job.deadline_at,
             allow_degraded=job.allow_degraded,
-            min_steps=job.min_steps,
+            consent=job.consent,
             reason=job.reason if job.rung is not None else None,
             size=job.size,
             windows=job.windows > 0,
@@ -267,7 +266,6 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
             weight=WEIGHTS.get(job.priority, 1.0),
             negative_prompt=job.negative_prompt,
             guidance_embedded=job.guidance_embedded,
-            worst=inf if job.min_quality is None else job.min_quality,
         )
         for k, seed in enumerate(job.seeds)
     )
@@ -282,5 +280,5 @@ def _rungs(job: Job, ladder: Ladder) -> tuple[Rung, Rung]:
         return job.requested, job.admitted
     guided = job.guidance_scale != 1.0
     requested = ladder.requested(job.solver, job.steps, job.grid, job.guidance_interval, guided)
-    below = ladder.below(requested, Consent(job.min_steps)) if job.rung is not None else ()
+    below = ladder.below(requested, job.consent) if job.rung is not None else ()
     return requested, next((rung for rung in below if rung.name == job.rung), requested)

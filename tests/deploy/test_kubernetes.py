@@ -134,7 +134,7 @@ def test_series_that_are_missing_are_an_alert() -> None:
 
 
 def kustomized(folder: Path) -> list[Document]:
-    """What `kubectl kustomize` makes of a folder."""
+    """The documents that `kubectl kustomize` makes of a folder."""
     if shutil.which("kubectl") is None:
         pytest.skip("needs kubectl 1.27 or newer: https://kubernetes.io/docs/tasks/tools")
     done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)

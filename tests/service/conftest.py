@@ -23,7 +23,7 @@ from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import Change, PlannedSample, Planner
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 
 Floats = npt.NDArray[np.float32]
 
@@ -195,7 +195,7 @@ def make_request(make_rung: Callable[..., Rung]) -> Callable[..., SampleRequest]
             "previews": 0,
             "deadline_at": None,
             "allow_degraded": True,
-            "min_steps": 1,
+            "consent": Consent(),
         }
         return SampleRequest(id=name, **{**defaults, **fields})
 

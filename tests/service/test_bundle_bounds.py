@@ -19,8 +19,8 @@ from ditserve.model.spec.manifest import Manifest
 from ditserve.service.engine.trajectory import make_trajectory
 from ditserve.service.http.sizes import in_windows, size_text
 from ditserve.service.identity import bundle_digest, vocabulary_digest
-from ditserve.service.planning.ladder import Consent, Ladder
-from ditserve.service.rung import Rung
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Consent, Rung
 from ditserve.service.vocabulary import Vocabulary
 from tests.service.tiny_bundle import MANIFEST
 

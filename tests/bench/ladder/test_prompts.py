@@ -24,9 +24,9 @@ from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import Finished, SampleRequest
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.costs import CostModel
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 from ditserve.service.settings import Settings
-from ditserve.service.worker.main import build_engine
+from ditserve.service.worker.parts import build_engine
 from tests.tiny_pipelines import save_pipeline, tokens
 
 # ChromaTransformer2DModel has it from where it was.
@@ -57,7 +57,7 @@ def asked(manifest: Manifest, prompt: str, seed: int, rung: Rung, **fields: Any)
         guidance_scale=manifest.defaults.guidance_scale + 1.0 - manifest.diffusion.unguided_scale,
         guidance_embedded=manifest.guidance_embedded,
         previews=0,
-        **{"deadline_at": None, "allow_degraded": True, "min_steps": 1, **fields},
+        **{"deadline_at": None, "allow_degraded": True, "consent": Consent(), **fields},
     )
 
 

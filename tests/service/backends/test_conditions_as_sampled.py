@@ -27,7 +27,7 @@ from ditserve.model.train.loaded_model import save_model
 from ditserve.service.backends import Floats, load_backend
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.jobs import ConditionTerm
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 from tests.export.tiny import CONFIG, tiny_source
 from tests.model.nets.unet_cases import TINY_UNET
 from tests.service.backends.drawing import Letters, drawn
@@ -112,7 +112,7 @@ def request_of(name: str, case: str, grid: str, **changes: Any) -> SampleRequest
         previews=0,
         deadline_at=None,
         allow_degraded=False,
-        min_steps=1,
+        consent=Consent(),
         **fields,
     )
 

@@ -26,7 +26,7 @@ from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import Planner
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 from tests.export.tiny import CONFIG, tiny_source
 
 RUNGS = [
@@ -90,5 +90,5 @@ def _request(rung: Rung) -> SampleRequest:
         previews=0,
         deadline_at=None,
         allow_degraded=False,
-        min_steps=1,
+        consent=Consent(),
     )

@@ -15,8 +15,8 @@ from ditserve.model.spec.solvers import step_table
 from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import Finished, StepReport
-from ditserve.service.planning.ladder import Consent, Ladder
-from ditserve.service.rung import Rung
+from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Consent, Rung
 
 Make = Callable[..., Any]
 Floats = npt.NDArray[np.float32]
@@ -113,6 +113,16 @@ def test_a_snapshot_between_two_backbones_is_continued_to_the_same_image(
         second.add(request, first.export(request.id))
         _, made = run(second)
         np.testing.assert_array_equal(made[request.id].latent, expected[request.id].latent)
+
+
+def test_a_backbone_without_memory_for_a_row_of_the_own_size_is_told_like_the_own_one(
+    make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    engine = make_engine(make_backend(), backbones={"student": (make_backend(memory_rows=0), 0.25)})
+    engine.add(make_request(rung=make_rung(steps=2, stretches=(STUDENT,))))
+    with pytest.raises(MemoryError):
+        engine.step()
+    assert engine.running == 1
 
 
 def test_warm_up_teaches_the_costs_of_every_backbone(engine_of: Make, make_request: Make) -> None:

@@ -17,7 +17,7 @@ from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest, StepReport
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.admission import AdmissionRequest
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 
 Make = Callable[..., Any]
 
@@ -108,7 +108,7 @@ def planned_rows(request: SampleRequest, engine: Engine) -> float:
         samples=1,
         deadline_at=None,
         allow_degraded=True,
-        min_steps=1,
+        consent=Consent(),
         row_cost=windows,
         conditions=composed,
     )

@@ -10,6 +10,7 @@ from ditserve.service.errors import Overloaded
 from ditserve.service.http.promises import Promises
 from ditserve.service.jobs import DemandBucket, LoadSnapshot, WorkerState
 from ditserve.service.planning.admission import Admission, AdmissionRequest
+from ditserve.service.rung import Consent
 from ditserve.service.telemetry import metrics
 from tests.service.planning.machine import BY_STEPS, LADDER
 
@@ -22,7 +23,9 @@ def load(rows: int = 0, *, kept: int = 0, broken: int = 0) -> LoadSnapshot:
 
 def ask(promises: Promises, snapshot: LoadSnapshot, *, within_s: float = 1.0, sender: str = "a") -> Admission:
     now = time.time()
-    request = AdmissionRequest(BY_STEPS[50], 1.0, 1, now + within_s, allow_degraded=False, min_steps=50)
+    request = AdmissionRequest(
+        BY_STEPS[50], 1.0, 1, now + within_s, allow_degraded=False, consent=Consent(50)
+    )
     return promises.admit(request, snapshot, sender=sender, now=now)
 
 

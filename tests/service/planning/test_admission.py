@@ -14,6 +14,7 @@ from ditserve.service.planning import admission
 from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest
 from ditserve.service.planning.capacity import Capacity, drain_time
 from ditserve.service.planning.planner import DEADLINE, LOAD, Policy
+from ditserve.service.rung import Consent
 from tests.service.planning.machine import BY_STEPS, LADDER, MAX_ROWS, line, quick
 
 
@@ -49,7 +50,7 @@ def admit(
         samples=samples,
         deadline_at=deadline,
         allow_degraded=allow,
-        min_steps=floor,
+        consent=Consent(floor),
         row_cost=row_cost,
     )
     return admission.admit(admission_request, snapshot, ladder=LADDER, now=0.0, policy=policy)

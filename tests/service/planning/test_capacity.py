@@ -37,7 +37,7 @@ def test_a_later_deadline_breaks_as_in_the_worked_example(claimed: int, broken: 
 
 
 def test_a_worker_counts_for_the_batches_that_it_runs() -> None:
-    """By its costs alone 64 rows a pass would be better, and twice as much would be promised as it does."""
+    """A pass of 64 rows would be better by its costs alone, which would promise twice as much as it does."""
     a = WorkerState("A", ("m",), 64, 1.0, 0.1, 0.0, 0, 0, 0.0, 0.0, dues=(DemandBucket(inf, 100, 100),))
     assert Capacity(load(a)).drain_time() < 13.0
     assert Capacity(load(replace(a, batch_rows=10))).drain_time() == pytest.approx(

@@ -8,7 +8,7 @@ from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.cuts import CutSweep, Task, Timeline
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import LOAD, ROOM, PlannedSample, Planner, Policy
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 
 QUALITY = {20: 0.0, 10: 1.0, 6: 3.0}
 LADDER = Ladder([Rung(f"ddim-{n}", "ddim", n, "trailing", (0.0, 1.0), q) for n, q in QUALITY.items()])
@@ -23,7 +23,7 @@ def sample(name: str, steps: int, due: float, *, cut: bool = True) -> PlannedSam
         rung=BY_STEPS[steps],
         remaining_steps=10,
         guided=False,
-        floor_steps=1,
+        consent=Consent(),
         allow_degraded=cut,
         started=steps > 10,
         noise=10 / steps,
@@ -61,7 +61,7 @@ def test_nothing_is_cut_for_a_deadline_that_the_floors_do_not_meet(passes: float
 def test_a_sample_climbs_as_in_the_worked_example(above: int, reasons: list[str]) -> None:
     ladder = Ladder([Rung(f"ddim-{n}", "ddim", n, "trailing", (0.0, 1.0), 1 / n) for n in (above, 20)])
     high, low = ladder.rungs
-    planned = PlannedSample("a", 40.0, low, 20, True, 1, True, False, 999, requested=high)
+    planned = PlannedSample("a", 40.0, low, 20, True, Consent(), True, False, 999, requested=high)
     costs = CostModel(fixed_s=0.8, per_row_s=0.1)  # a second for a pass of two rows
     changes = Planner(ladder, Policy(climb_margin=1.0)).plan([planned], 0.0, costs, max_rows=2)
     assert [change.reason for change in changes] == reasons

@@ -14,8 +14,8 @@ from ditserve.model.spec.grids import grid
 from ditserve.model.spec.guidance import forward_rows, guidance_weight
 from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.trajectory import make_trajectory
-from ditserve.service.planning.ladder import Consent, Ladder, steps_left
-from ditserve.service.rung import Rung
+from ditserve.service.planning.ladder import Ladder, steps_left
+from ditserve.service.rung import Consent, Rung
 
 quick = settings(max_examples=60, deadline=None)  # wall time says nothing on a shared machine
 

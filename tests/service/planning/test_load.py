@@ -11,6 +11,7 @@ from ditserve.service.jobs import DemandBucket, LoadSnapshot, WorkerState
 from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.load import HORIZON_S, UNKNOWN_S, backlog_workers, worker_seconds
+from ditserve.service.rung import Consent
 from tests.service.planning.machine import BY_STEPS, LADDER
 
 NOW = 1000.0
@@ -30,7 +31,7 @@ def due(in_s: float, rows: int) -> DemandBucket:
 
 
 def ask(gate: Gate, snapshot: LoadSnapshot, steps: int, within_s: float | None, **more: object) -> float:
-    fields = {"allow_degraded": True, "min_steps": 1, **more}
+    fields = {"allow_degraded": True, "consent": Consent(), **more}
     at = None if within_s is None else NOW + within_s
     request = AdmissionRequest(BY_STEPS[steps], 1.0, 1, at, **fields)  # type: ignore[arg-type]
     return gate.admit(request, snapshot, sender=object(), now=NOW).offered_s
@@ -74,7 +75,7 @@ def test_refused_and_degraded_requests_count_as_asked_for() -> None:
     gate = Gate(LADDER)
     assert ask(gate, idle, 50, within_s=20.0) == pytest.approx(5.0)
     assert ask(gate, load(worker(due(6.0, 30))), 50, within_s=8.0) == pytest.approx(5.0)  # degraded
-    assert ask(gate, full, 50, within_s=6.0, allow_degraded=False, min_steps=50) == pytest.approx(5.0)
+    assert ask(gate, full, 50, within_s=6.0, allow_degraded=False, consent=Consent(50)) == pytest.approx(5.0)
     assert ask(gate, full, 50, within_s=None) == pytest.approx(5.0)
 
 
@@ -82,12 +83,12 @@ def test_what_no_worker_could_do_in_time_is_not_asked_of_more() -> None:
     """50 steps take an idle worker 5 s. In 2.5 s it does 20, and nobody does 50 in 1 s without fewer."""
     gate, idle = Gate(LADDER), load(worker())
     assert ask(gate, idle, 50, within_s=2.5) == pytest.approx(2.0)
-    assert ask(gate, idle, 50, within_s=1.0, allow_degraded=False, min_steps=50) == 0.0
+    assert ask(gate, idle, 50, within_s=1.0, allow_degraded=False, consent=Consent(50)) == 0.0
 
 
 def test_who_comes_back_as_told_was_counted_before() -> None:
     gate, full = Gate(LADDER), load(worker(due(6.0, 60)))
-    request = AdmissionRequest(BY_STEPS[50], 1.0, 1, NOW + 6.0, allow_degraded=False, min_steps=50)
+    request = AdmissionRequest(BY_STEPS[50], 1.0, 1, NOW + 6.0, allow_degraded=False, consent=Consent(50))
     refused = gate.admit(request, full, sender="a", now=NOW)
     assert not refused.accepted
     assert refused.offered_s == pytest.approx(5.0)

@@ -16,7 +16,7 @@ from ditserve.service.jobs import DemandBucket
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import DEADLINE, LOAD, ROOM, Change, PlannedSample, Planner, Policy
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 from tests.service.planning.machine import BY_STEPS, FID, LADDER, MAX_ROWS, line, quick
 
 
@@ -34,7 +34,7 @@ def sample(
         rung=BY_STEPS[steps],
         remaining_steps=left,
         guided=False,
-        floor_steps=1,
+        consent=Consent(),
         allow_degraded=True,
         started=left < steps,
         noise=left / steps,
@@ -91,7 +91,7 @@ def crowds(draw: st.DrawFn) -> list[PlannedSample]:
                 now_on,
                 left,
                 guided=draw(st.booleans()),
-                floor_steps=draw(st.integers(1, asked)),
+                consent=Consent(draw(st.integers(1, asked))),
                 allow_degraded=draw(st.booleans()),
                 requested=BY_STEPS[asked],
             )
@@ -163,7 +163,7 @@ class TestCuttingAlways:
             moved = by_id[change.sample_id]
             assert moved.allow_degraded
             assert moved.deadline_at is not None
-            assert change.rung.steps >= moved.floor_steps
+            assert change.rung.steps >= moved.consent.min_steps
             assert moved.requested is not None
             assert change.rung.steps <= moved.requested.steps
 

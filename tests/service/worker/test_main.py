@@ -21,7 +21,7 @@ from ditserve.service.settings import Settings
 from ditserve.service.worker import main
 from ditserve.service.worker.backend_choice import backend_options
 from ditserve.service.worker.heartbeat import starting
-from ditserve.service.worker.main import build_engine, open_texts
+from ditserve.service.worker.parts import build_engine, open_texts
 from tests.conftest import wait_until
 
 Make = Callable[..., Any]

@@ -13,7 +13,7 @@ from ditserve.bench.previews import unexplained_share
 from ditserve.service.backends import Floats
 from ditserve.service.images import to_pixels
 from ditserve.service.settings import Settings
-from ditserve.service.worker.main import build_engine, worker_parts
+from ditserve.service.worker.parts import build_engine, worker_parts
 from ditserve.service.worker.previews import PreviewDecoder, fitted_latents
 
 CHANNELS, FACTOR = 5, 4
