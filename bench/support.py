@@ -34,8 +34,12 @@ def hardware(result: Mapping[str, Any]) -> str:
 
 
 def models(options: Mapping[str, Any]) -> set[str]:
-    """Return the names of the models that the options of a benchmark name."""
-    named = [options.get("bundle"), options.get("network"), *options.get("networks", ())]
+    """Return the names of the models that the options of a benchmark name.
+
+    Where it was given a pipeline, it did not use the network that it has by default.
+    """
+    network = None if options.get("pipeline") else options.get("network")
+    named = [options.get("bundle"), network, *options.get("networks", ())]
     texts = (text for text in named if isinstance(text, str))
     return {text.removeprefix("model/zoo/").removeprefix("/tmp/").replace("/", "-") for text in texts}
 

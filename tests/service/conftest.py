@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import Change, PlannedSample, Planner
 from ditserve.service.rung import Consent, Rung
+from tests.conftest import wait_until
+from tests.service.queue.servers import Server, serving
 
 Floats = npt.NDArray[np.float32]
 
@@ -239,3 +242,12 @@ def make_engine() -> Callable[..., Engine]:
         )
 
     return make
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    """Give a Valkey of the test's own, which answers."""
+    server = Server(tmp_path)
+    with serving(server):
+        await wait_until(server.answers)
+        yield server

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,19 +19,11 @@ from ditserve.service.http import load_cache
 from ditserve.service.queue import reads
 from tests.conftest import wait_until
 from tests.service.http.conftest import OpenStage, Serve, Stage
-from tests.service.queue.servers import Server, serving
+from tests.service.queue.servers import Server
 
 pytestmark = pytest.mark.anyio
 
 GENERATE = {"condition": {"label": "apple"}}
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Server]:
-    server = Server(tmp_path)
-    with serving(server):
-        await wait_until(server.answers)
-        yield server
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.launch.test_supervisor import ROOT, offspring, one
+from tests.service.launch.test_supervisor import ROOT, killed, offspring, one
 from tests.service.queue.servers import free_port
 
 pytestmark = pytest.mark.anyio
@@ -62,7 +62,7 @@ async def logging_to(
     """Run the service: it must come up, draw before and after the block, and end with status 0."""
     port = free_port()
     process = start(port, redirection, stderr, environment)
-    try:
+    with killed(process):
         async with httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False
         ) as http:
@@ -73,13 +73,6 @@ async def logging_to(
             assert await client.draws()
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=40) == 0
-    finally:
-        left = set(offspring(process.pid))
-        process.kill()
-        process.wait()
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")

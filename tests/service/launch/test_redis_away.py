@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,7 +14,7 @@ import pytest
 from ditserve.service.jobs import Starting
 from ditserve.service.queue.broker import Broker
 from tests.conftest import wait_until
-from tests.service.launch.test_supervisor import offspring, service
+from tests.service.launch.test_supervisor import killed, service
 from tests.service.queue.servers import Server, free_port, serving
 
 pytestmark = pytest.mark.anyio
@@ -37,15 +36,8 @@ def started(*words: str, log: Path, server: Server) -> Iterator[subprocess.Popen
     """Start a role against the server that is away."""
     log.touch()
     process = service(*words, TINY, log=log, REDIS_URL=server.url, DIT_CANARY_S="0")
-    try:
+    with killed(process):
         yield process
-    finally:
-        left = set(offspring(process.pid))
-        process.kill()
-        process.communicate()
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 async def asked(client: httpx.AsyncClient, path: str) -> httpx.Response | None:

@@ -9,8 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,20 @@ def offspring(pid: int) -> dict[int, str]:
     return descendants
 
 
+@contextmanager
+def killed(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Kill a process and all that it started when the block ends."""
+    try:
+        yield
+    finally:
+        left = set(offspring(process.pid))
+        process.kill()
+        process.communicate()
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 def one(family: dict[int, str], command: str) -> int:
     """Return the pid of the only child that runs a command; shells that guard it do not count."""
     (pid,) = (pid for pid, line in family.items() if line.endswith(command) and "/bin/sh" not in line)
@@ -98,17 +112,10 @@ class Running:
 async def serving(*arguments: str, log: Path | None = None, **environment: str) -> AsyncIterator[Running]:
     process = service("--port=0", *arguments, log=log, **environment)
     assert process.stdout is not None
-    try:
+    with killed(process):
         greeting = process.stdout.readline()
         assert " ready on http://127.0.0.1:" in greeting, process.stderr and process.stderr.read()
         yield Running(process, greeting)
-    finally:
-        left = set(offspring(process.pid))
-        process.kill()
-        process.communicate()
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 async def gone(wait_until: WaitUntil, pids: set[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,6 @@ async def test_a_choice_of_another_kind_in_redis_is_made_anew(connect: Connect) 
     assert await broker.agree("x", "") == ""
     assert await broker.agree("x", "fp32") == "fp32"
     assert await broker.agree("x", "int8") == "fp32"
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Server]:
-    server = Server(tmp_path)
-    with serving(server):
-        await wait_until(server.answers)
-        yield server
 
 
 async def test_while_redis_is_away_nobody_chooses_alone(server: Server, bundle: Bundle) -> None:
