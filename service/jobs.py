@@ -95,7 +95,8 @@ class Job(Message):
         decays = self.requested is not None and self.requested.guidance_decay != 0.0
         combined = self.negative_prompt or self.mix in ("compose", "layers")
         new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
-        new = new or self.min_quality is not None or bool(self.admitted and self.admitted.stretches)
+        new = new or self.min_quality is not None
+        new = new or any(rung.stretches for rung in (self.requested, self.admitted) if rung)
         return 2 if new else OLDEST
 
     @property

@@ -6,7 +6,7 @@
 import hashlib
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
@@ -123,9 +123,17 @@ class Submissions:
         await self.abandoned.aclose()
 
     async def submit(
-        self, request: GenerateRequest, caller: Caller, *, image_format: ImageFormat = "png"
+        self,
+        request: GenerateRequest,
+        caller: Caller,
+        *,
+        image_format: ImageFormat = "png",
+        rung: Rung | None = None,
     ) -> Submission:
         """Admit a request and queue it.
+
+        `rung` is one of the ladder that has the solver and steps of the request, and may have further
+        backbones, which the request itself cannot name.
 
         Raises:
             UnknownCondition, InvalidRequest: the model cannot do what the request asks for.
@@ -138,7 +146,7 @@ class Submissions:
             request,
             image_format,
             conditions,
-            self._rung(request),
+            self._rung(request, rung),
             await self._size(request),
         )
         if caller.idempotency is not None:
@@ -174,13 +182,14 @@ class Submissions:
                     '"truncate_prompt": true to have the end cut off.',
                 )
 
-    def _rung(self, request: GenerateRequest) -> Rung:
-        """Return the operating point that the request asks for. Raises `InvalidRequest`."""
+    def _rung(self, request: GenerateRequest, rung: Rung | None) -> Rung:
+        """Return the operating point that the request asks for, or `rung`. Raises `InvalidRequest`."""
         if request.n > self._settings.max_images:
             raise field_error("n", f"At most {self._settings.max_images} images a request.")
         if (request.seed or 0) + request.n - 1 > MAX_SEED:
             raise field_error("seed", f"The seed of the last image, seed + n - 1, may be at most {MAX_SEED}.")
-        return requested_rung(request, self.manifest, self.ladder)
+        asked = requested_rung(request, self.manifest, self.ladder)
+        return asked if rung is None else replace(rung, guidance_decay=asked.guidance_decay)
 
     async def _size(self, request: GenerateRequest) -> OutputSize:
         """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
