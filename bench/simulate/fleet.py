@@ -197,7 +197,7 @@ class SimulatedFleet:
                 self._idle.add(stepped)
                 self._observe_ends(now)
             # With nothing to claim, all others that are idle stay so.
-            woken = self._idle if self.queue else {stepped} & self._idle
+            woken = self._idle if self.queue or stepped is None else {stepped}
             for index in sorted(woken, key=lambda worker: (len(self.workers[worker].samples), worker)):
                 worker = self.workers[index]
                 if self.queue and worker.serving:
