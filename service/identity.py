@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
+from ditserve.model.spec.adapters import AdapterFile
 from ditserve.model.spec.manifest import Manifest
 
 
-def bundle_digest(manifest: Manifest) -> str:
-    """Return a digest that is equal for equal bundles: the manifest holds the hash of every file."""
-    return _digest(manifest.model_dump_json())
+def bundle_digest(manifest: Manifest, adapters: Sequence[AdapterFile] = ()) -> str:
+    """Return a digest that is equal for equal bundles, with the same adapters beside them.
+
+    The manifest holds the hash of every file of the bundle itself.
+    """
+    beside = "".join(f"\0{adapter.name} {adapter.version}" for adapter in adapters)
+    return _digest(manifest.model_dump_json() + beside)
 
 
 def vocabulary_digest(manifest: Manifest) -> str:

@@ -18,6 +18,7 @@ from ditserve.service.errors import (
     QueueUnavailable,
 )
 from ditserve.service.http.abandoned import Abandoned
+from ditserve.service.http.adapters import RETRY_S, requested_adapters
 from ditserve.service.http.conditions import RequestedConditions, requested_conditions
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
@@ -31,7 +32,7 @@ from ditserve.service.http.promises import Promises
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
 from ditserve.service.identity import vocabulary_digest
-from ditserve.service.jobs import TERMINAL_STATES, ImageFormat, Job, JobStatus
+from ditserve.service.jobs import TERMINAL_STATES, AdapterUse, ImageFormat, Job, JobStatus
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.delivery import Delivery
@@ -45,8 +46,7 @@ from ditserve.service.vocabulary import Vocabulary
 
 # A client of a full queue is asked to come back once this share of it should have drained …
 _DRAINED_SHARE = 0.1
-# … or after so many seconds where that cannot be predicted.
-_RETRY_S = 5.0
+# … or after `RETRY_S` where that cannot be predicted.
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
 # Idempotency-Key.
 _FINGERPRINT = "body"
@@ -99,6 +99,7 @@ class _ResolvedRequest:
     conditions: RequestedConditions
     rung: Rung
     output: OutputSize
+    adapters: tuple[AdapterUse, ...]
 
 
 class Submissions:
@@ -140,6 +141,7 @@ class Submissions:
             conditions,
             self._rung(request),
             await self._size(request),
+            requested_adapters(request, (await self.load()).workers if request.adapters else ()),
         )
         if caller.idempotency is not None:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
@@ -199,7 +201,7 @@ class Submissions:
             return OutputSize()
         workers = (await self.load()).workers
         if not workers:
-            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=_RETRY_S)
+            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=RETRY_S)
         try:
             return as_a_whole(request.size, self.manifest, workers, max_area=max_area)
         except ValueError as error:
@@ -215,6 +217,7 @@ class Submissions:
             request.min_quality,
             negative_prompt=conditions.negative_prompt,
             mix=conditions.how,
+            adapted=bool(resolved.adapters),
         )
         return AdmissionRequest(
             rung=resolved.rung,
@@ -289,6 +292,7 @@ class Submissions:
             negative_prompt=resolved.conditions.negative_prompt,
             guidance_embedded=guidance_embedded(request, self.manifest),
             min_quality=request.min_quality,
+            adapters=resolved.adapters,
         )
 
     def _job_id(self, caller: str, key: str) -> str:
@@ -310,7 +314,7 @@ class Submissions:
             raise
         except QueueFull as error:
             wait = finite(drain_time(await self.load()) * _DRAINED_SHARE)
-            raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
+            raise QueueFull(error.detail, retry_after=RETRY_S if wait is None else max(1.0, wait)) from None
 
     async def _existing(self, job: Job) -> JobStatus:
         status = await self._queue.status(job.id)

@@ -28,6 +28,7 @@ MESSAGES: dict[str, Message] = {
     "full job": examples.FULL_JOB,
     "composed job": examples.COMPOSED_JOB,
     "stitched job": examples.STITCHED_JOB,
+    "adapted job": examples.ADAPTED_JOB,
     "result": examples.RESULT,
     "worker state": examples.STATE,
     "starting": examples.STARTING,
@@ -54,6 +55,7 @@ def test_a_job_has_the_oldest_version_that_says_all_of_it() -> None:
         {"requested": replace(examples.FULL, guidance_decay=-1.0)},
         {"admitted": replace(examples.HALF, stretches=(Stretch(0.0, "student"),))},
         {"min_quality": 0.25},
+        {"adapters": examples.ADAPTED_JOB.adapters},
     ]
     for change in newer:
         job = replace(plain, **change)
