@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from ditserve.model.spec.adapters import AdapterFile
 from ditserve.model.spec.manifest import Manifest
 
+NO_ADAPTERS: Mapping[str, str] = {}
 
-def bundle_digest(manifest: Manifest, adapters: Sequence[AdapterFile] = ()) -> str:
-    """Return a digest that is equal for equal bundles, with the same adapters beside them.
+
+def bundle_digest(manifest: Manifest, adapters: Mapping[str, str] = NO_ADAPTERS) -> str:
+    """Return a digest that is equal for equal bundles, with the same versions of adapters beside them.
 
     The manifest holds the hash of every file of the bundle itself.
     """
-    beside = "".join(f"\0{adapter.name} {adapter.version}" for adapter in adapters)
+    beside = "".join(f"\0{name} {version}" for name, version in sorted(adapters.items()))
     return _digest(manifest.model_dump_json() + beside)
 
 

@@ -44,7 +44,8 @@ class ServedModel:
     @property
     def digest(self) -> str:
         """Return a digest that is equal for equal bundles with equal adapters."""
-        return bundle_digest(self.bundle.manifest, self.adapters)
+        versions = {adapter.name: adapter.version for adapter in self.adapters}
+        return bundle_digest(self.bundle.manifest, versions)
 
     def settings(self, settings: Settings) -> Settings:
         """Return the settings of a process that serves this model alone."""

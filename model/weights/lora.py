@@ -58,7 +58,7 @@ class AdapterError(ModelError):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Adapter:
+class LowRankTerms:
     """The terms of an adapter by the layer that each is added to, in fp32."""
 
     terms: Mapping[str, LowRank]
@@ -75,7 +75,7 @@ def read_adapter(
     *,
     base: Mapping[str, str],
     translate: Callable[[Tensors], Tensors] | None = None,
-) -> Adapter:
+) -> LowRankTerms:
     """Read an adapter of the network whose layers may be changed are `layers`.
 
     Args:
@@ -99,12 +99,12 @@ def read_adapter(
         terms = {layer: _term(layer, found, layers[layer], settings) for layer, found in parts.items()}
     except (ValueError, UnicodeDecodeError) as error:
         raise AdapterError(f"{file.path}: {error}") from None
-    return Adapter(terms)
+    return LowRankTerms(terms)
 
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """What PEFT's configuration says of the scale: alpha, with exceptions by layer, over r or its root."""
+    """The scale in PEFT's configuration: alpha, with exceptions by layer, over r or its root."""
 
     alpha: float | None = None
     alphas: Mapping[str, float] | None = None
@@ -126,10 +126,9 @@ class _Settings:
             if fields.get(name) not in (plain, None, []):
                 raise ValueError(f"its {name} is {fields[name]!r}: only plain LoRA is served")
         alphas = fields.get("alpha_pattern") or {}
-        for number in (
-            fields.get("lora_alpha", 1.0),
-            *(alphas.values() if isinstance(alphas, dict) else [""]),
-        ):
+        if not isinstance(alphas, dict):
+            raise ValueError("its alpha_pattern must be a JSON object")
+        for number in (fields.get("lora_alpha", 1.0), *alphas.values()):
             if not isinstance(number, int | float) or not isfinite(number):
                 raise ValueError(f"its lora_alpha is {number!r}, which is no number")
         return cls(fields.get("lora_alpha"), alphas, bool(fields.get("use_rslora")))

@@ -1,4 +1,4 @@
-"""Low-rank adapters: a pass of rows with different ones is each row alone, and the network with merged weights."""
+"""Low-rank adapters: a pass of rows with different ones is each row alone, and that with merged weights."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ def test_rows_without_an_adapter_are_not_touched(dit: DiT) -> None:
 def test_a_failed_pass_leaves_nothing_behind(dit: DiT) -> None:
     layers = layers_of(dit)
     bank = AdapterBank(layers, made_adapters(layers))
-    with torch.inference_mode(), pytest.raises(ValueError, match="is given 5 rows where the pass has 2"):
-        with bank.applied([[("a", 1.0)], []]):
-            dit(*inputs(5))
+    wrong = pytest.raises(ValueError, match="is given 5 rows where the pass has 2")
+    with torch.inference_mode(), wrong, bank.applied([[("a", 1.0)], []]):
+        dit(*inputs(5))
     assert not any(layer._forward_hooks for layer in layers.values())
 
 

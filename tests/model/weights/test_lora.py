@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ditserve.model.nets.lora import LowRank
 from ditserve.model.spec.adapters import adapter_files
 from ditserve.model.spec.errors import BundleError
-from ditserve.model.weights.lora import BASE, Adapter, AdapterError, read_adapter
+from ditserve.model.weights.lora import BASE, AdapterError, LowRankTerms, read_adapter
 
 LAYERS = {"blocks.0.attn.qkv": nn.Linear(6, 18), "blocks.1.mlp.fc1": nn.Linear(6, 12)}
 THIS = {"name": "emoji", "sha256": "ab"}
@@ -58,7 +58,7 @@ def earlier_diffusers() -> dict[str, Tensor]:
     return tensors
 
 
-def read(folder: Path, **options: Any) -> Adapter:
+def read(folder: Path, **options: Any) -> LowRankTerms:
     (file,) = adapter_files(folder)
     return read_adapter(file, LAYERS, base=THIS, **options)
 
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_one_sentence(change: dict[str, Tensor], sentence: 
 def test_a_file_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     tensors = peft()
     del tensors[f"{QKV}_B.weight"]
-    with pytest.raises(AdapterError, match="blocks.0.attn.qkv has no up matrix"):
+    with pytest.raises(AdapterError, match=r"blocks\.0\.attn\.qkv has no up matrix"):
         read(saved(tmp_path, tensors))
     for content in (b"", b"\x80\x04pickle", b"\xff" * 64, (tmp_path / "it.safetensors").read_bytes()[:-1]):
         (tmp_path / "it.safetensors").write_bytes(content)
@@ -181,7 +181,7 @@ def test_the_adapter_of_other_weights_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, peft(), {BASE: json.dumps({"name": "fruits", "sha256": "cd"})})
     with pytest.raises(AdapterError, match="it was trained on other weights, those of fruits"):
         read(tmp_path)
-    with pytest.raises(AdapterError, match="is no term .* it is an adapter of another one"):
+    with pytest.raises(AdapterError, match=r"is no term .* it is an adapter of another one"):
         read(saved(tmp_path, {"layers.0.lora_A.weight": torch.ones(2, 6)}))
 
 

@@ -1,4 +1,4 @@
-"""Samples with adapters in one engine: the picture of each is the one it has alone, whatever else is drawn."""
+"""Samples with adapters in one engine: the picture of each is the one it has alone, whatever else runs."""
 
 from __future__ import annotations
 
