@@ -35,6 +35,9 @@ MAX_PREVIEWS = 1000
 MAX_LEVELS = 256
 # The key of a condition that holds a text and is no factor.
 TEXT = "text"
+# One grey pixel, as PNG.
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+DEFAULT_STRENGTH = 0.8
 
 EXAMPLE: dict[str, Any] = {"condition": {"label": "strawberry", "style": "noto"}, "steps": 30, "seed": 7}
 MIX_EXAMPLE: dict[str, Any] = {
@@ -193,6 +196,24 @@ class GenerateRequest(DrawingOptions):
         | None
     ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
     size: Size | None = Field(None, description="Width x height, where the model has a choice.")
+    image: str | None = Field(
+        None,
+        description="The picture to start from, as a data URL; it is cut and scaled to `size`.",
+        examples=[f"data:image/png;base64,{PICTURE}"],
+    )
+    mask: str | None = Field(
+        None,
+        description="The part of `image` to repaint, as a data URL: what is transparent, or white in a grey "
+        "picture. The rest is kept.",
+        examples=[f"data:image/png;base64,{PICTURE}"],
+    )
+    strength: float = Field(
+        DEFAULT_STRENGTH,
+        gt=0,
+        le=1,
+        description="The share of the steps that are walked from `image`, the last ones. A little changes a "
+        "little; 1 starts from noise.",
+    )
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
     previews: int = Field(
         0,
@@ -345,6 +366,7 @@ class ModelOut(BaseModel):
         description="Other sizes whose sides are multiples of this many pixels can be had; null: none."
     )
     text: bool = Field(description="Whether a condition may hold a `text`.")
+    pictures: bool = Field(description="Whether a request may start from an `image`.")
     guidance: Literal["classifier-free", "embedded", "none"] = Field(
         description="Embedded: the network is told `guidance_embedded`. None: no unconditional prediction "
         "was trained that guidance could subtract."
