@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.grids import grid_names
 from ditserve.model.spec.manifest import Manifest, RungSpec
 from ditserve.model.spec.solvers import SOLVERS
@@ -46,6 +47,7 @@ def describe(
         size=size_text(manifest),
         size_step=size_step,
         text=manifest.config.text_size > 0,
+        pictures=encodes_pictures(manifest),
         guidance=manifest.guidance,
         text_tokens=text_tokens,
         networks=sorted(networks),

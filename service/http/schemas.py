@@ -36,6 +36,9 @@ MAX_LEVELS = 256
 MAX_ADAPTERS = 4
 # The key of a condition that holds a text and is no factor.
 TEXT = "text"
+# One grey pixel, as PNG.
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+DEFAULT_STRENGTH = 0.8
 
 EXAMPLE: dict[str, Any] = {"condition": {"label": "strawberry", "style": "noto"}, "steps": 30, "seed": 7}
 MIX_EXAMPLE: dict[str, Any] = {
@@ -115,6 +118,21 @@ class DrawingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    condition: Annotated[
+        Annotated[Condition, Field(max_length=16), Tag("as-one")]
+        | Annotated[list[WeightedTerm], Field(min_length=1, max_length=MAX_TERMS), Tag("as-mix")],
+        Discriminator(_condition_kind),
+    ] = Field(
+        default_factory=dict,
+        description="A class per factor of the model, by name or number, and a `text` where the model "
+        "takes one; a factor that is left out or null is unconditioned. "
+        "A list of weighted conditions is combined as `mix` says.",
+    )
+    mix: Combine = Field(
+        "linear",
+        description="How a list of conditions is combined: mixed to one on a line or an arc, as the weighted "
+        "sum of what each would do (compose), or from shallow blocks of the network to deep ones (layers).",
+    )
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), UnsignedZero] | None = Field(
         None,
         description="Strength of classifier-free guidance, as the model's authors count it; 1 turns it off, "
@@ -177,21 +195,6 @@ class GenerateRequest(DrawingOptions):
         description="The picture in words, in place of a condition: a text where the model takes one, else "
         "the names of classes.",
     )
-    condition: Annotated[
-        Annotated[Condition, Field(max_length=16), Tag("as-one")]
-        | Annotated[list[WeightedTerm], Field(min_length=1, max_length=MAX_TERMS), Tag("as-mix")],
-        Discriminator(_condition_kind),
-    ] = Field(
-        default_factory=dict,
-        description="A class per factor of the model, by name or number, and a `text` where the model "
-        "takes one; a factor that is left out or null is unconditioned. "
-        "A list of weighted conditions is combined as `mix` says.",
-    )
-    mix: Combine = Field(
-        "linear",
-        description="How a list of conditions is combined: mixed to one on a line or an arc, as the weighted "
-        "sum of what each would do (compose), or from shallow blocks of the network to deep ones (layers).",
-    )
     n: int = Field(1, ge=1, le=256, description="Number of images.")
     steps: int | None = Field(None, ge=1, description="Denoising steps; null is the model's default.")
     sampler: str | None = Field(
@@ -212,6 +215,24 @@ class GenerateRequest(DrawingOptions):
         | None
     ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
     size: Size | None = Field(None, description="Width x height, where the model has a choice.")
+    image: str | None = Field(
+        None,
+        description="The picture to start from, as a data URL; it is cut and scaled to `size`.",
+        examples=[f"data:image/png;base64,{PICTURE}"],
+    )
+    mask: str | None = Field(
+        None,
+        description="The part of `image` to repaint, as a data URL: what is transparent, or white in a grey "
+        "picture. The rest is kept.",
+        examples=[f"data:image/png;base64,{PICTURE}"],
+    )
+    strength: float = Field(
+        DEFAULT_STRENGTH,
+        gt=0,
+        le=1,
+        description="The share of the steps that are walked from `image`, the last ones. A little changes a "
+        "little; 1 starts from noise.",
+    )
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
     previews: int = Field(
         0,
@@ -370,6 +391,7 @@ class ModelOut(BaseModel):
         description="Other sizes whose sides are multiples of this many pixels can be had; null: none."
     )
     text: bool = Field(description="Whether a condition may hold a `text`.")
+    pictures: bool = Field(description="Whether a request may start from an `image`.")
     guidance: Literal["classifier-free", "embedded", "none"] = Field(
         description="Embedded: the network is told `guidance_embedded`. None: no unconditional prediction "
         "was trained that guidance could subtract."
