@@ -99,8 +99,8 @@ def admit(
 
     def outlook(option: Rung) -> tuple[float, bool]:
         """Return the predicted seconds on a rung, and whether all deadlines hold there."""
-        rows, capacity = request.rows(ladder, option), fleet.in_passes_of(limit_s / option.steps)
-        shortest_s = capacity.time_in_every_batch(rows=rows, steps=option.steps, samples=request.samples)
+        rows, capacity = request.rows(ladder, option), fleet.in_passes_of(limit_s / option.walked)
+        shortest_s = capacity.time_in_every_batch(rows=rows, steps=option.walked, samples=request.samples)
         ahead_s = (stretch - 1.0) * capacity.queue_drain_time(due=due)
         predicted_s = max(shortest_s, capacity.queue_drain_time(rows, due=due) + ahead_s + reserved_s)
         broken = capacity.breaks_later_deadline(rows, due, now=now, margin=margin * stretch)
@@ -110,14 +110,14 @@ def admit(
     lowest_s, _ = outlook(lowest)
     for option in options:
         # The others have more rows than the lowest: where that is too late, so is each of as many steps.
-        if lowest_s <= limit_s or option.steps < lowest.steps:
+        if lowest_s <= limit_s or option.walked < lowest.walked:
             predicted_s, holds = outlook(option)
             if holds:
                 degraded = option != rung
                 return Admission(True, option, degraded, LOAD if degraded else None, None, predicted_s)
     rows = request.rows(ladder, lowest)
-    capacity = fleet.in_passes_of(limit_s / lowest.steps)
-    idle_s = capacity.time_in_every_batch(rows=rows, steps=lowest.steps, samples=request.samples, idle=True)
+    capacity = fleet.in_passes_of(limit_s / lowest.walked)
+    idle_s = capacity.time_in_every_batch(rows=rows, steps=lowest.walked, samples=request.samples, idle=True)
     if idle_s * policy.admission_margin > due - now:
         return Admission(False, rung, False, DEADLINE, None, lowest_s)
     retry_s = max(1.0, lowest_s - limit_s)

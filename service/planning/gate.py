@@ -72,13 +72,13 @@ class Gate:
         below = self._ladder.below(request.rung, request.consent) if cut and request.allow_degraded else ()
         capacity = Capacity(load)
         for rung in (request.rung, *below):
-            rows, steps = request.rows(self._ladder, rung), rung.steps
+            rows, steps = request.rows(self._ladder, rung), rung.walked
             if not cut:
                 break
             idle_s = capacity.time_in_every_batch(rows=rows, steps=steps, samples=request.samples, idle=True)
             if idle_s <= limit_s:
                 break
-        return worker_seconds(load, rows, limit_s / rung.steps)
+        return worker_seconds(load, rows, limit_s / rung.walked)
 
     def _learn(self, load: LoadSnapshot, now: float) -> None:
         """Learn how many promises of the whole fleet were kept and broken since the last snapshot."""
