@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +10,6 @@ import numpy.typing as npt
 from ditserve.model.nets.text import open_encoder
 
 Floats = npt.NDArray[np.float32]
-
-# Encoded wordings with tokens that are kept in memory, in bytes.
-CACHE_BYTES = 1 << 29
 
 
 class Texts:
@@ -32,33 +27,22 @@ class Texts:
         self.encoder, self.tokens = open_encoder(encoder, tokens), tokens
         self.size = self.encoder.size
         self.width = self.size * (1 + tokens)
-        self._lock = Lock()
-        self._cache: OrderedDict[str, Floats] = OrderedDict()
+        self._encoded: dict[str, Floats] = {}
         if not tokens:
-            # Without tokens all fit in memory, and are encoded together.
+            # Without tokens all fit in memory.
             distinct = sorted({wording for lines in self.wordings for wording in lines})
-            self._cache.update(zip(distinct, self.encoder.encode(distinct), strict=True))
+            self._encoded.update(zip(distinct, self.encoder.encode(distinct), strict=True))
 
     def draw(self, index: npt.NDArray[np.int64], rng: np.random.Generator | None = None) -> Floats:
         """Return texts of the examples `index` (n,), float32 (n, width).
 
-        `rng` draws among the wordings of those that have several; without it the first is taken.
+        `rng` draws among the wordings of those that have several; without it the first is taken. Those with
+        tokens are encoded together, so their last bits are a function of all of `index`.
         """
-        return np.stack([self.encode(self._wording(int(row), rng)) for row in index])
-
-    def encode(self, wording: str) -> Floats:
-        """Return the text (width,) of a wording; it does not depend on others that are encoded."""
-        with self._lock:
-            if wording in self._cache:
-                self._cache.move_to_end(wording)
-                return self._cache[wording]
-        # Alone: beside longer ones its last bits would differ.
-        encoded: Floats = self.encoder.encode([wording])[0]
-        with self._lock:
-            self._cache[wording] = encoded
-            while self.tokens and len(self._cache) * encoded.nbytes > CACHE_BYTES:
-                self._cache.popitem(last=False)
-        return encoded
+        wordings = [self._wording(int(row), rng) for row in index]
+        if self._encoded:
+            return np.stack([self._encoded[wording] for wording in wordings])
+        return self.encoder.encode(wordings)
 
     def _wording(self, row: int, rng: np.random.Generator | None) -> str:
         lines = self.wordings[row]
