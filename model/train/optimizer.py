@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
@@ -67,19 +68,12 @@ def make_optimizer(
 
 
 def muon_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """Return the matrices of the linear layers inside blocks, which Muon is meant for.
-
-    Raises:
-        ValueError: the network has no blocks.
-    """
-    matrices = [
-        module.weight
+    """Return the matrices of the linear layers inside blocks, which Muon is meant for."""
+    return [
+        cast(nn.Parameter, module.weight)
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear) and name.startswith("blocks.")
     ]
-    if not matrices:
-        raise ValueError("optimizer muon is for the blocks of a DiT, and this network has none: leave it out")
-    return matrices
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
