@@ -30,6 +30,7 @@ from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, openai_error_resp
 from ditserve.service.http.operating_point import field_error
 from ditserve.service.http.problems import openai_error
 from ditserve.service.http.schemas import (
+    COMPOSITION_EXAMPLE,
     MAX_PREVIEWS,
     MAX_TEXT,
     SIZE,
@@ -73,12 +74,15 @@ def _refused(reason: str) -> BeforeValidator:
 class ImagesRequest(DrawingOptions):
     """OpenAI's parameters, and as extensions those of `POST /generate` that OpenAI has no name for."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "a strawberry, noto", "n": 2}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "a strawberry, noto", "n": 2}, COMPOSITION_EXAMPLE]}
+    )
 
     prompt: str = Field(
-        min_length=1,
+        "",
         max_length=MAX_TEXT,
-        description="Names a class of each factor, where the model reads no text; other words are ignored.",
+        description="Names a class of each factor, where the model reads no text; other words are ignored. "
+        "Empty where a `condition` says it.",
     )
     model: str | None = Field(None, max_length=100)
     n: int | None = Field(None, ge=1, le=10)
@@ -154,7 +158,10 @@ async def generations(body: ImagesRequest, intake: RequestIntake) -> Response:
     """Draw the images that a prompt describes. The prompt must name a class of the model's first factor, and
     may name one of each other: "a strawberry in noto style". Names match by their words; the longest match
     wins. An unknown prompt is refused with the closest names. A model that reads text is given the prompt
-    itself. An `Idempotency-Key` works as for `POST /generate`."""
+    itself. In place of a prompt a `condition` may say it, or several, as `POST /generate` takes them. An
+    `Idempotency-Key` works as for `POST /generate`."""
+    if not (body.prompt or body.condition):
+        raise field_error("prompt", "Give a prompt, or a condition in its place.")
     if body.stream and (body.n or 1) > 1:
         raise field_error("n", "One image at a time can be streamed.")
     if body.partial_images and not body.stream:
@@ -216,7 +223,7 @@ def translate(body: ImagesRequest, submissions: Submissions) -> GenerateRequest:
     # Every value was checked as a field of the body, under the bounds that it has here.
     return GenerateRequest(
         model=body.model,
-        prompt=body.prompt,
+        prompt=body.prompt or None,
         n=body.n or 1,
         size=None if body.size == "auto" else body.size,
         format=body.output_format,
