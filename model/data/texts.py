@@ -62,4 +62,4 @@ class Texts:
 
 
 def _wording(lines: Sequence[str], rng: np.random.Generator | None) -> str:
-    return lines[0] if rng is None or len(lines) == 1 else lines[rng.integers(len(lines))]
+    return lines[0] if rng is None or len(lines) == 1 else lines[int(rng.integers(len(lines)))]
