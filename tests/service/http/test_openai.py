@@ -54,7 +54,7 @@ async def test_quality_chooses_a_rung(
 
 
 def rung_of(quality: Any, ladder: Ladder) -> Rung | None:
-    return rung_for(ImagesRequest(prompt="lemon", quality=quality), ladder)
+    return rung_for(ImagesRequest.model_validate({"prompt": "lemon", "quality": quality}), ladder)
 
 
 def test_without_a_ladder_every_quality_is_the_default() -> None:
