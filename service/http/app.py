@@ -20,7 +20,7 @@ from ditserve.service.errors import ServiceError
 from ditserve.service.http.access import Access
 from ditserve.service.http.canary import golden_image, next_tick
 from ditserve.service.http.context import Context
-from ditserve.service.http.middleware import Body, Crashes, Head, RequestContext
+from ditserve.service.http.middleware import Body, BodyLimits, Crashes, Head, RequestContext
 from ditserve.service.http.models import VERSION, Model, reloaded
 from ditserve.service.http.openapi import openapi_document
 from ditserve.service.http.origin import ANY_HOST, Hosts, Origin
@@ -118,18 +118,23 @@ def _fastapi(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
 def _add_layers(app: FastAPI, settings: Settings, tracing: Tracing) -> None:
     """Add the middleware, innermost first."""
     app.add_middleware(Head)
-    app.add_middleware(
-        Body, routes=app.state.routes, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+    cors_origins = settings.cors_origins.split(",") if settings.cors_origins else []
+    limits = BodyLimits(
+        max_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        timeout_s=settings.body_timeout_s,
+        cors_origins=cors_origins,
     )
+    app.add_middleware(Body, routes=app.state.routes, limits=limits)
     app.add_middleware(
         Access, keyring=app.state.keyring, quota=lambda: app.state.context.default.queue_client.quota
     )
     app.add_middleware(Hosts, allowed=_allowed_hosts(settings))
     app.add_middleware(Crashes)
-    if settings.cors_origins:
+    if cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=settings.cors_origins.split(","),
+            allow_origins=cors_origins,
             allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["*"],
