@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ditserve.model.spec.mixing import Combine
 from ditserve.service.rung import Consent, Rung
+from ditserve.service.source_picture import SourcePicture
 from ditserve.service.wire import OLDEST, Endless, Message, WireError, build, unpack
 
 Priority = Literal["low", "normal", "high"]
@@ -85,6 +86,7 @@ class Job(Message):
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
     min_quality: float | None = None  # the largest distance of a rung that it consents to; None: any
+    source: SourcePicture | None = None  # the picture that it starts from; None: it starts from noise
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -95,7 +97,8 @@ class Job(Message):
         decays = self.requested is not None and self.requested.guidance_decay != 0.0
         combined = self.negative_prompt or self.mix in ("compose", "layers")
         new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
-        new = new or self.min_quality is not None or bool(self.admitted and self.admitted.stretches)
+        new = new or self.min_quality is not None or self.source is not None
+        new = new or bool(self.admitted and self.admitted.stretches)
         return 2 if new else OLDEST
 
     @property

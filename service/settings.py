@@ -196,7 +196,10 @@ class Settings(BaseSettings):
         65536, ge=256, le=2**26, description="largest request body, in bytes, besides the pictures in it"
     )
     max_picture_bytes: int = Field(
-        2**23, ge=256, le=2**26, description="largest file of a picture to start from, and of its mask, in bytes"
+        2**23,
+        ge=256,
+        le=2**26,
+        description="largest file of a picture to start from, and of its mask, in bytes",
     )
     body_timeout_s: Seconds = Field(
         10.0,

@@ -5,7 +5,7 @@ It starts with neither torch nor onnxruntime: of a bundle it reads only the mani
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
 from functools import partial
 
 from fastapi import APIRouter, FastAPI, Request
@@ -24,6 +24,7 @@ from ditserve.service.http.middleware import Body, BodyLimits, Crashes, Head, Re
 from ditserve.service.http.models import VERSION, Model, reloaded
 from ditserve.service.http.openapi import openapi_document
 from ditserve.service.http.origin import ANY_HOST, Hosts, Origin
+from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.problems import error_response
 from ditserve.service.http.routes import generate, jobs, models, openai, pages, probes
 from ditserve.service.http.routing import methods
@@ -68,9 +69,10 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             by_name = {}
+            pictures = stack.enter_context(closing(PictureReader(settings.max_picture_bytes)))
             for served in served_models:
                 queue_client = await stack.enter_async_context(opener(served.settings(settings)))
-                by_name[served.name] = Model.of(served, settings, queue_client)
+                by_name[served.name] = Model.of(served, settings, queue_client, pictures)
             streams = Streams(limit=settings.max_streams, keyring=keyring, draining=draining)
             context = app.state.context = Context(settings, by_name, draining, streams)
             stack.push_async_callback(context.aclose)

@@ -1,8 +1,7 @@
 """Bodies of requests that may hold pictures: JSON with data URLs, or a form whose files are the pictures.
 
-A part of a form (RFC 7578) is a field of the JSON object: a file is a picture, any other part a value as it is
-written in JSON, but texts without their quotes. `image[]` is `image`, as OpenAI's clients call a list of one.
-A file without a name and an empty text are left out, as browsers send the fields that nobody filled in.
+A part of a form (RFC 7578) is a field of the JSON object: a file is a picture, any other part a value as JSON
+writes it, but texts without their quotes. `image[]` is `image`, as OpenAI's clients call a list of one. A file without a name and an empty text are left out, as browsers send the fields that nobody filled in.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ async def _json(request: Request, settings: Settings) -> Any:
     """
     body = b"".join([chunk async for chunk in request.stream()])
     if not body:
-        raise InvalidRequest("A body is required.", extra={"errors": [{"pointer": "#/", "detail": "A body is required."}]})
+        raise InvalidRequest("A body is required.")
     if len(body) > settings.max_body_bytes:
         rest = len(body) - sum(len(picture[0]) for picture in _PICTURE.finditer(body))
         if rest > settings.max_body_bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.grids import grid_names
 from ditserve.model.spec.manifest import Manifest, RungSpec
 from ditserve.model.spec.solvers import SOLVERS
@@ -34,6 +35,7 @@ def describe(
         size=size_text(manifest),
         size_step=size_step,
         text=manifest.config.text_size > 0,
+        pictures=encodes_pictures(manifest),
         guidance=manifest.guidance,
         text_tokens=text_tokens,
         networks=sorted(networks),
@@ -49,6 +51,7 @@ def describe(
             steps=manifest.diffusion.timesteps,
             deadline_ms=round(settings.max_deadline_s * 1000),
             body_bytes=settings.max_body_bytes,
+            picture_bytes=settings.max_picture_bytes,
         ),
         metrics=manifest.metrics,
         licence=manifest.licence,

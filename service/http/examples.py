@@ -67,6 +67,7 @@ _MODEL: Final = {
     "size": "64x64",
     "size_step": None,
     "text": False,
+    "pictures": True,
     "guidance": "classifier-free",
     "networks": ["onnx fp32"],
     "factors": [
@@ -81,7 +82,7 @@ _MODEL: Final = {
         {"name": "ddim-50", **_OPERATING_POINT, "rows": 100.0, "quality": 0.096, "own": 0.013, "real": 0.096}
     ],
     "ladder_order": "real",
-    "limits": {"n": 16, "steps": 1000, "deadline_ms": 600000, "body_bytes": 65536},
+    "limits": {"n": 16, "steps": 1000, "deadline_ms": 600000, "body_bytes": 65536, "picture_bytes": 8388608},
     "metrics": {"label_top1": 0.97},
     "licence": "Apache-2.0",
     "attribution": ["Noto Emoji: Google LLC, Apache-2.0, https://github.com/googlefonts/noto-emoji"],

@@ -39,7 +39,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 # A body gets a second more for so many of its bytes: pictures come from telephones.
 BYTES_PER_S = 64 * 1024
-# The bytes of all bodies that a process holds, from when they come until they are answered; or one, if larger.
+# The bytes of all bodies that a process holds, from when they come until they are answered; at least of one.
 HELD_BYTES = 128 * 2**20
 _LENGTH = re.compile(r"[0-9]{1,19}")
 # Paths that are asked every few seconds: logged at debug level, and not traced.
@@ -282,9 +282,7 @@ class Body:
                 raise UnsupportedMediaType("A page of another origin sends application/json.")
         return complete
 
-    async def _read(
-        self, received: _Received, receive: Receive, limit: int, timer: asyncio.Timeout
-    ) -> bool:
+    async def _read(self, received: _Received, receive: Receive, limit: int, timer: asyncio.Timeout) -> bool:
         began = asyncio.get_running_loop().time()
         while True:
             message = await receive()

@@ -24,12 +24,10 @@ from math import ceil, prod
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from ditserve.model.spec.windows import Size
-
-Pixels = npt.NDArray[np.uint8]
+from ditserve.service.source_picture import Pixels
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS: Final = 2**24
@@ -64,7 +62,9 @@ def data_url_bytes(url: str) -> bytes:
     """Return the bytes in a data URL in base64. Raises `ValueError` for any other text."""
     head = _DATA_URL.match(url)
     if head is None:
-        raise ValueError("Send the picture itself as a data URL, data:image/png;base64,…: nothing is fetched.")
+        raise ValueError(
+            "Send the picture itself as a data URL, data:image/png;base64,…: nothing is fetched."
+        )
     try:
         return a2b_base64(url[head.end() :], strict_mode=True)
     except (Error, ValueError):
@@ -153,7 +153,9 @@ def _opened(data: bytes, size: Size) -> Image.Image:
     height, width = reversed(size) if orientation in _ON_ITS_SIDE else size
     scale = max(width / picture.width, height / picture.height)
     try:
-        picture.draft(picture.mode, (ceil(_MARGIN * scale * picture.width), ceil(_MARGIN * scale * picture.height)))
+        picture.draft(
+            picture.mode, (ceil(_MARGIN * scale * picture.width), ceil(_MARGIN * scale * picture.height))
+        )
         cut = _middle(_eight_bits(picture), width, height)
     except Exception:
         raise UnusablePicture("It is damaged or cut off: its pixels cannot be decoded.") from None

@@ -139,7 +139,7 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> ServiceError:
             f"The body is not valid JSON: {first['ctx']['error']} at position {first['loc'][-1]}."
         )
     if first["loc"] == ("body",) and first["type"] == "missing":
-        return InvalidRequest("A JSON body is required.", extra={"errors": _field_errors(errors)})
+        return InvalidRequest("A body is required.", extra={"errors": _field_errors(errors)})
     if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "model_type"):
         return InvalidRequest("The body must be a JSON object.", extra={"errors": _field_errors(errors)})
     fields = _field_errors(errors)

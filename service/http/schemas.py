@@ -7,11 +7,23 @@ Rules that depend on the model served (its factors, classes, solvers, sizes) are
 
 import re
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    WithJsonSchema,
+)
 
 from ditserve.model.spec.mixing import Combine
+from ditserve.service.http.pictures import data_url_bytes
 
 Format = Literal["png", "webp", "jpeg"]
 Priority = Literal["low", "normal", "high"]
@@ -35,6 +47,9 @@ MAX_PREVIEWS = 1000
 MAX_LEVELS = 256
 # The key of a condition that holds a text and is no factor.
 TEXT = "text"
+# One grey pixel, as PNG.
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+DEFAULT_STRENGTH = 0.8
 
 EXAMPLE: dict[str, Any] = {"condition": {"label": "strawberry", "style": "noto"}, "steps": 30, "seed": 7}
 MIX_EXAMPLE: dict[str, Any] = {
@@ -67,6 +82,30 @@ def not_zero(weight: float) -> float:
 
 Size = Annotated[
     str, AfterValidator(written_size), WithJsonSchema({"type": "string", "pattern": f"^{SIZE}$"})
+]
+
+
+def _file_bytes(value: object) -> object:
+    return data_url_bytes(value) if isinstance(value, str) else value
+
+
+# The bytes of a file, which JSON holds as a data URL. It is written as its digest, which tells it from others.
+PictureFile = Annotated[
+    bytes,
+    BeforeValidator(_file_bytes),
+    PlainSerializer(lambda data: sha256(data).hexdigest(), return_type=str),
+    WithJsonSchema({"type": "string", "pattern": "^data:[a-z0-9.+/-]{0,60};base64,[A-Za-z0-9+/]+={0,2}$"}),
+]
+
+
+Strength = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="The share of the steps that are walked from `image`, the last ones. A little changes a "
+        "little; 1 starts from noise.",
+    ),
 ]
 
 
@@ -193,6 +232,19 @@ class GenerateRequest(DrawingOptions):
         | None
     ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
     size: Size | None = Field(None, description="Width x height, where the model has a choice.")
+    image: PictureFile | None = Field(
+        None,
+        description="The picture to start from: PNG, JPEG or WebP, as a data URL. The largest part in its "
+        "middle that has the shape of `size` is used.",
+        examples=[f"data:image/png;base64,{PICTURE}"],
+    )
+    mask: PictureFile | None = Field(
+        None,
+        description="The part of `image` to repaint, as a picture of its shape: what is transparent, or "
+        "without transparency what is white. The rest is kept.",
+        examples=[f"data:image/png;base64,{PICTURE}"],
+    )
+    strength: Strength = DEFAULT_STRENGTH
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
     previews: int = Field(
         0,
@@ -332,6 +384,7 @@ class LimitsOut(BaseModel):
     steps: int
     deadline_ms: int
     body_bytes: int
+    picture_bytes: int = Field(description="Of a picture to start from, and of its mask.")
 
 
 class ModelOut(BaseModel):
@@ -345,6 +398,7 @@ class ModelOut(BaseModel):
         description="Other sizes whose sides are multiples of this many pixels can be had; null: none."
     )
     text: bool = Field(description="Whether a condition may hold a `text`.")
+    pictures: bool = Field(description="Whether a request may start from an `image`.")
     guidance: Literal["classifier-free", "embedded", "none"] = Field(
         description="Embedded: the network is told `guidance_embedded`. None: no unconditional prediction "
         "was trained that guidance could subtract."

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.errors import (
@@ -27,9 +28,10 @@ from ditserve.service.http.operating_point import (
     guidance_scale,
     requested_rung,
 )
+from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.promises import Promises
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
-from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
+from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, picture_size, size_text
 from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import TERMINAL_STATES, ImageFormat, Job, JobStatus
 from ditserve.service.planning.admission import Admission, AdmissionRequest
@@ -40,6 +42,7 @@ from ditserve.service.planning.load import finite
 from ditserve.service.queue.queue_client import Queue
 from ditserve.service.rung import Consent, Rung
 from ditserve.service.settings import Settings
+from ditserve.service.source_picture import SourcePicture
 from ditserve.service.telemetry import metrics
 from ditserve.service.vocabulary import Vocabulary
 
@@ -99,14 +102,24 @@ class _ResolvedRequest:
     conditions: RequestedConditions
     rung: Rung
     output: OutputSize
+    source: SourcePicture | None
 
 
 class Submissions:
     """Turns requests for one model into jobs in the queue."""
 
-    def __init__(self, manifest: Manifest, settings: Settings, queue: Queue, prompts: PromptLimit) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        settings: Settings,
+        queue: Queue,
+        *,
+        prompts: PromptLimit,
+        pictures: PictureReader,
+    ) -> None:
         self.manifest = manifest
         self.prompts = prompts
+        self.pictures = pictures
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue, manifest.name)
@@ -129,24 +142,22 @@ class Submissions:
 
         Raises:
             UnknownCondition, InvalidRequest: the model cannot do what the request asks for.
-            Overloaded, QueueFull, QueueUnavailable: the service cannot take the request now.
+            PayloadTooLarge: its picture is too large a file.
+            Overloaded, QueueFull, QueueUnavailable, TooManyUploads: the service cannot take the request now.
             IdempotencyMismatch: the caller's key was used for another request.
         """
         conditions = requested_conditions(request, self.manifest, self.vocabulary)
         self._check_length(request, conditions)
-        resolved = _ResolvedRequest(
-            request,
-            image_format,
-            conditions,
-            self._rung(request),
-            await self._size(request),
-        )
+        rung, output = self._rung(request), await self._size(request)
+        # What is to be done with a picture takes of the time that the request has.
+        answer_by = self._answer_by(request, self._queue.clock())
         if caller.idempotency is not None:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
                 return _replayed(status, caller.idempotency)
+        source = await self._source(request, output)
+        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source)
         now = self._queue.clock()
-        answer_by = self._answer_by(request, now)
         admission_request = self._admission_request(resolved, answer_by, now)
         sender = caller.name, request.model_dump_json()
         admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
@@ -205,13 +216,30 @@ class Submissions:
         except ValueError as error:
             raise field_error("size", str(error)) from None
 
+    async def _source(self, request: GenerateRequest, output: OutputSize) -> SourcePicture | None:
+        """Return the picture that the request starts from, if any.
+
+        Raises `InvalidRequest`, `PayloadTooLarge`, `TooManyUploads`.
+        """
+        if request.image is None:
+            for name in ("mask", "strength"):
+                if name in request.model_fields_set and getattr(request, name) is not None:
+                    raise field_error(name, "It needs an image to start from: send one, or leave it out.")
+            return None
+        if not encodes_pictures(self.manifest):
+            raise field_error(
+                "image", "This model has no encoder of pictures: leave image out, or export the model again."
+            )
+        size = picture_size(self.manifest, output.size)
+        return await self.pictures.read(request.image, request.mask, size=size, strength=request.strength)
+
     def _admission_request(
         self, resolved: _ResolvedRequest, answer_by: float | None, now: float
     ) -> AdmissionRequest:
         request, conditions = resolved.request, resolved.conditions
         deadline_at = None if answer_by is None else answer_by - self.delivery.room_s(answer_by - now)
         consent = Consent.to(
-            request.min_steps or 1 if request.may_degrade else resolved.rung.steps,
+            request.min_steps or 1 if request.may_degrade else resolved.rung.walked,
             request.min_quality,
             negative_prompt=conditions.negative_prompt,
             mix=conditions.how,
@@ -263,7 +291,7 @@ class Submissions:
             condition=resolved.conditions.terms,
             mix=resolved.conditions.how,
             seeds=tuple(range(seed, seed + request.n)),
-            steps=rung.steps,
+            steps=rung.walked,
             solver=rung.solver,
             grid=rung.grid,
             guidance_scale=admission_request.guidance_scale,
@@ -289,6 +317,7 @@ class Submissions:
             negative_prompt=resolved.conditions.negative_prompt,
             guidance_embedded=guidance_embedded(request, self.manifest),
             min_quality=request.min_quality,
+            source=resolved.source,
         )
 
     def _job_id(self, caller: str, key: str) -> str:

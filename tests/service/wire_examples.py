@@ -23,6 +23,7 @@ from ditserve.service.jobs import (
     WorkerState,
 )
 from ditserve.service.rung import Rung
+from ditserve.service.source_picture import SourcePicture
 
 FULL = Rung("ddim-20", "ddim", 20, "leading", (0.0, 1.0), 0.0)
 HALF = Rung("dpmpp-2m-8", "dpmpp-2m", 8, "uniform-t", (0.25, 0.75), 0.125)
@@ -92,6 +93,12 @@ COMPOSED_JOB = replace(
 STITCHED_JOB = replace(
     FULL_JOB,
     admitted=replace(HALF, stretches=(Stretch(0.5, "student", 0.25, guided=False), Stretch(0.25, "light"))),
+)
+PICTURE_JOB = replace(
+    FULL_JOB,
+    requested=replace(FULL, strength=0.25),
+    admitted=replace(HALF, strength=0.25),
+    source=SourcePicture(b"\x89PNG image", b"\x89PNG mask", 0.25),
 )
 RESULT = JobResult(
     images=(Image(b"\x89PNG", 7, "image/png"), Image(b"\x00\xff", 8, "image/png")),

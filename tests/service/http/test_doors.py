@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.api_keys import add
+from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.routes.openai import ImagesRequest, translate
 from ditserve.service.http.schemas import MAX_SEED, DrawingOptions
 from ditserve.service.http.submission import Submissions
@@ -246,6 +247,8 @@ def test_whatever_openais_route_takes_can_be_translated(text_size: int, fields: 
     manifest = Manifest.model_validate_json(json.dumps({**MANIFEST, "config": config}))
     body = ImagesRequest(**fields)
     prompts = PromptLimit(manifest.config, Path())
-    drawing = translate(body, Submissions(manifest, Settings.parse(), cast(Queue, None), prompts))
+    queue, pictures = cast(Queue, None), cast(PictureReader, None)
+    submissions = Submissions(manifest, Settings.parse(), queue, prompts=prompts, pictures=pictures)
+    drawing = translate(body, submissions)
     for name in DrawingOptions.model_fields:
         assert getattr(drawing, name) == getattr(body, name)
