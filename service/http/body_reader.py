@@ -1,7 +1,8 @@
 """Bodies of requests that may hold pictures: JSON with data URLs, or a form whose files are the pictures.
 
-A part of a form (RFC 7578) is a field of the JSON object: a file is a picture, any other part a value as JSON
-writes it, but texts without their quotes. `image[]` is `image`, as OpenAI's clients call a list of one. A file without a name and an empty text are left out, as browsers send the fields that nobody filled in.
+A part of a form (RFC 7578) is a field of the JSON object: a file is a picture, any other part a value as it
+is in JSON, but texts without their quotes. `image[]` is `image`, as OpenAI's clients call a list of one. A
+file without a name and an empty text are left out, as browsers send the fields that nobody filled in.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ async def _json(request: Request, settings: Settings) -> Any:
     if len(body) > settings.max_body_bytes:
         rest = len(body) - sum(len(picture[0]) for picture in _PICTURE.finditer(body))
         if rest > settings.max_body_bytes:
-            raise PayloadTooLarge(f"Besides its pictures the body may be {settings.max_body_bytes} bytes.")
+            raise _too_large(settings)
     try:
         return json.loads(body)
     except json.JSONDecodeError as error:
@@ -86,19 +87,24 @@ async def _form_fields(request: Request, kind: type[BaseModel], settings: Settin
     rest = 0
     for part, value in form.multi_items():
         name = part.removesuffix("[]")
-        file = isinstance(value, UploadFile)
-        content = await value.read() if isinstance(value, UploadFile) else value
-        if not content and not (file and value.filename):
-            continue
         if name in fields:
             raise field_error(name, "Send it once.")
-        if file and name not in PICTURES:
-            raise field_error(name, "Send it as a text: only pictures are files.")
-        rest += 0 if name in PICTURES else len(content)
+        if isinstance(value, UploadFile):
+            if name not in PICTURES:
+                raise field_error(name, "Send it as a text: only pictures are files.")
+            if value.filename or value.size:
+                fields[name] = await value.read()
+            continue
+        rest += 0 if name in PICTURES else len(value)
         if rest > settings.max_body_bytes:
-            raise PayloadTooLarge(f"Besides its pictures the body may be {settings.max_body_bytes} bytes.")
-        fields[name] = _parsed(name, content) if name in _nested(kind) else content
+            raise _too_large(settings)
+        if value:
+            fields[name] = _parsed(name, value) if name in _nested(kind) else value
     return fields
+
+
+def _too_large(settings: Settings) -> PayloadTooLarge:
+    return PayloadTooLarge(f"Besides its pictures the body may be {settings.max_body_bytes} bytes.")
 
 
 class _InMemory(MultiPartParser):

@@ -116,7 +116,7 @@ def translate(body: OpenAIOptions, submissions: Submissions) -> GenerateRequest:
     # Every value was checked as a field of the body, under the bounds that it has here.
     return GenerateRequest(
         model=body.model,
-        prompt=None if isinstance(body, VariationRequest) else body.prompt,
+        prompt=body.prompt if isinstance(body, ImagesRequest | EditRequest) else None,
         n=body.n or 1,
         size=None if body.size == "auto" else body.size,
         format=body.output_format,

@@ -6,7 +6,7 @@ Nobody vouches for these files, so each bound is checked before what it bounds i
 |---|---|
 | PNG, JPEG or WebP, by their first bytes | before a decoder is chosen |
 | one picture a file, of at most `MAX_PIXELS` | in the head of the file, before its pixels are decoded |
-| at most `MAX_SCANS` of a JPEG, each of which walks over all its pixels | by its markers, before it is decoded |
+| at most `MAX_SCANS` of a JPEG, each a walk over all its pixels | by its markers, before it is decoded |
 
 A JPEG far larger than the size that is drawn is decoded at a half, a quarter or an eighth of its size.
 
@@ -153,9 +153,8 @@ def _opened(data: bytes, size: Size) -> Image.Image:
     height, width = reversed(size) if orientation in _ON_ITS_SIDE else size
     scale = max(width / picture.width, height / picture.height)
     try:
-        picture.draft(
-            picture.mode, (ceil(_MARGIN * scale * picture.width), ceil(_MARGIN * scale * picture.height))
-        )
+        least_width, least_height = (ceil(_MARGIN * scale * side) for side in picture.size)
+        picture.draft(picture.mode, (least_width, least_height))
         cut = _middle(_eight_bits(picture), width, height)
     except Exception:
         raise UnusablePicture("It is damaged or cut off: its pixels cannot be decoded.") from None

@@ -4,7 +4,7 @@
 |---|---|
 | waiting for a request | `head_s`, later uvicorn's keep-alive time; empty lines do not count as a request |
 | the head of a request | `head_s`, and `MAX_HEAD_BYTES` |
-| its body | `head_s`, `BODY_GRACE_S` and a second for `BYTES_PER_S`; `body_bytes`, and a head's for what frames it |
+| its body | `head_s`, `BODY_GRACE_S`, a second for each `BYTES_PER_S`; `body_bytes`, and a head's around it |
 | what a client still sends after the last response | ends at `LINGER_S` of silence, or `LONGEST_LINGER_S` |
 | requests sent ahead | `MAX_PIPELINED` |
 | a response that its client does not read | `STALL_S` for every `STALL_BYTES` |
@@ -86,7 +86,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _reading = _Reading.NOTHING
     # Bytes of the head, or of the body, that is being read; and those of the names and values in the head.
     _bytes = _field_bytes = 0
-    # When the body is to be there at the latest, apart from the time that its bytes add; 0: no body is awaited.
+    # When the body is to be there at the latest, apart from the time that its bytes add; 0: none is awaited.
     _body_until = 0.0
     # Since when no request has come, in seconds of the event loop's clock.
     waiting_since = 0.0

@@ -89,7 +89,7 @@ def _file_bytes(value: object) -> object:
     return data_url_bytes(value) if isinstance(value, str) else value
 
 
-# The bytes of a file, which JSON holds as a data URL. It is written as its digest, which tells it from others.
+# The bytes of a file, which JSON holds as a data URL. It is written as a digest, which tells it from others.
 PictureFile = Annotated[
     bytes,
     BeforeValidator(_file_bytes),

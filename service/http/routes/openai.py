@@ -24,13 +24,11 @@ from ditserve.service.http.routing import FORM
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-_ERRORS = {
-    "default": {"model": OpenAIError, "description": "Any error."},
-    **openai_error_responses(*BODY, *SUBMIT, *ENDED, QuotaExceeded),
-}
+_ERRORS = {"default": {"model": OpenAIError, "description": "Any error."}}
 _IMAGES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "The images, or events with `stream`."},
     **_ERRORS,
+    **openai_error_responses(*BODY, *SUBMIT, *ENDED, QuotaExceeded),
 }
 
 
@@ -67,13 +65,13 @@ async def edits(
     "/images/variations",
     summary="Vary a picture, as OpenAI's clients ask",
     response_model=ImagesResponse,
-    responses=_ERRORS,
+    responses=_ERRORS | openai_error_responses(*BODY, *SUBMIT, *ENDED),
     openapi_extra=request_body(VariationRequest, FORM),
 )
 async def variations(
     body: Annotated[VariationRequest, Depends(body_of(VariationRequest))], intake: RequestIntake
 ) -> Response:
-    """Draw pictures like another one, without a prompt, with a model that was trained to draw unconditioned."""
+    """Draw pictures like another one, without a prompt. The model must draw without a condition, too."""
     return await drawn(body, intake)
 
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.api_keys import add
+from ditserve.service.http.openai_drawing import translate
+from ditserve.service.http.openai_schemas import ImagesRequest
 from ditserve.service.http.picture_reader import PictureReader
-from ditserve.service.http.routes.openai import ImagesRequest, translate
 from ditserve.service.http.schemas import MAX_SEED, DrawingOptions
 from ditserve.service.http.submission import Submissions
 from ditserve.service.queue.queue_client import Queue

@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from ditserve.service.http.routes.openai import rung_for
+from ditserve.service.http.openai_drawing import rung_for
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
