@@ -53,6 +53,8 @@ _POSITIONS: dict[str, float] = {
 
 async def drawn(body: OpenAIOptions, intake: Intake) -> Response:
     """Draw what a request asks for, and return the images, or their events with `stream`."""
+    if not (isinstance(body, VariationRequest) or _prompt(body) or body.condition):
+        raise field_error("prompt", "Give a prompt, or a condition in its place.")
     if body.stream and (body.n or 1) > 1:
         raise field_error("n", "One image at a time can be streamed.")
     if body.partial_images and not body.stream:
@@ -116,7 +118,7 @@ def translate(body: OpenAIOptions, submissions: Submissions) -> GenerateRequest:
     # Every value was checked as a field of the body, under the bounds that it has here.
     return GenerateRequest(
         model=body.model,
-        prompt=body.prompt if isinstance(body, ImagesRequest | EditRequest) else None,
+        prompt=_prompt(body),
         n=body.n or 1,
         size=None if body.size == "auto" else body.size,
         format=body.output_format,
@@ -125,6 +127,10 @@ def translate(body: OpenAIOptions, submissions: Submissions) -> GenerateRequest:
         **start,
         **body.model_dump(include=set(DrawingOptions.model_fields)),
     )
+
+
+def _prompt(body: OpenAIOptions) -> str | None:
+    return body.prompt or None if isinstance(body, ImagesRequest | EditRequest) else None
 
 
 def _start(body: OpenAIOptions, manifest: Manifest) -> dict[str, Any]:
@@ -137,11 +143,11 @@ def _start(body: OpenAIOptions, manifest: Manifest) -> dict[str, Any]:
         return {"image": body.image, "mask": body.mask, "strength": body.strength}
     if not isinstance(body, VariationRequest):
         return {}
-    if manifest.guidance == "none":
+    if manifest.guidance == "none" and not body.condition:
         raise field_error(
             "image",
-            "This model draws nothing without a condition, so it has no variations: "
-            "send the picture and a prompt to /v1/images/edits.",
+            "No unconditional prediction of this model was trained, so it varies nothing by itself: give a "
+            "condition, or send the picture and a prompt to /v1/images/edits.",
         )
     return {"image": body.image, "strength": body.strength}
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from ditserve.service.http.schemas import (
+    COMPOSITION_EXAMPLE,
     DEFAULT_STRENGTH,
     MAX_TEXT,
     SIZE,
@@ -24,9 +25,9 @@ Quality = Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "m
 Prompt = Annotated[
     str,
     Field(
-        min_length=1,
         max_length=MAX_TEXT,
-        description="Names a class of each factor, where the model reads no text; other words are ignored.",
+        description="Names a class of each factor, where the model reads no text; other words are ignored. "
+        "Empty where a `condition` says it.",
     ),
 ]
 
@@ -79,9 +80,11 @@ class OpenAIOptions(DrawingOptions):
 class ImagesRequest(OpenAIOptions):
     """A request for pictures of a prompt."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "a strawberry, noto", "n": 2}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "a strawberry, noto", "n": 2}, COMPOSITION_EXAMPLE]}
+    )
 
-    prompt: Prompt
+    prompt: Prompt = ""
 
 
 class EditRequest(OpenAIOptions):
@@ -91,7 +94,7 @@ class EditRequest(OpenAIOptions):
         json_schema_extra={"examples": [{"image": "(the file)", "prompt": "a strawberry, noto"}]}
     )
 
-    prompt: Prompt
+    prompt: Prompt = ""
     image: PictureFile = Field(description="One picture: PNG, JPEG or WebP. Its name may be `image[]`.")
     mask: PictureFile | None = Field(
         None, description="What is transparent in it is repainted, the rest of `image` is kept."

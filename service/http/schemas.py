@@ -140,6 +140,21 @@ class DrawingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    condition: Annotated[
+        Annotated[Condition, Field(max_length=16), Tag("as-one")]
+        | Annotated[list[WeightedTerm], Field(min_length=1, max_length=MAX_TERMS), Tag("as-mix")],
+        Discriminator(_condition_kind),
+    ] = Field(
+        default_factory=dict,
+        description="A class per factor of the model, by name or number, and a `text` where the model "
+        "takes one; a factor that is left out or null is unconditioned. "
+        "A list of weighted conditions is combined as `mix` says.",
+    )
+    mix: Combine = Field(
+        "linear",
+        description="How a list of conditions is combined: mixed to one on a line or an arc, as the weighted "
+        "sum of what each would do (compose), or from shallow blocks of the network to deep ones (layers).",
+    )
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), UnsignedZero] | None = Field(
         None,
         description="Strength of classifier-free guidance, as the model's authors count it; 1 turns it off, "
@@ -196,21 +211,6 @@ class GenerateRequest(DrawingOptions):
         max_length=MAX_TEXT,
         description="The picture in words, in place of a condition: a text where the model takes one, else "
         "the names of classes.",
-    )
-    condition: Annotated[
-        Annotated[Condition, Field(max_length=16), Tag("as-one")]
-        | Annotated[list[WeightedTerm], Field(min_length=1, max_length=MAX_TERMS), Tag("as-mix")],
-        Discriminator(_condition_kind),
-    ] = Field(
-        default_factory=dict,
-        description="A class per factor of the model, by name or number, and a `text` where the model "
-        "takes one; a factor that is left out or null is unconditioned. "
-        "A list of weighted conditions is combined as `mix` says.",
-    )
-    mix: Combine = Field(
-        "linear",
-        description="How a list of conditions is combined: mixed to one on a line or an arc, as the weighted "
-        "sum of what each would do (compose), or from shallow blocks of the network to deep ones (layers).",
     )
     n: int = Field(1, ge=1, le=256, description="Number of images.")
     steps: int | None = Field(None, ge=1, description="Denoising steps; null is the model's default.")

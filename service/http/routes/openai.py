@@ -42,7 +42,8 @@ async def generations(body: ImagesRequest, intake: RequestIntake) -> Response:
     """Draw the images that a prompt describes. The prompt must name a class of the model's first factor, and
     may name one of each other: "a strawberry in noto style". Names match by their words; the longest match
     wins. An unknown prompt is refused with the closest names. A model that reads text is given the prompt
-    itself. An `Idempotency-Key` works as for `POST /generate`."""
+    itself. In place of a prompt a `condition` may say it, or several, as `POST /generate` takes them. An
+    `Idempotency-Key` works as for `POST /generate`."""
     return await drawn(body, intake)
 
 

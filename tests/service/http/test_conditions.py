@@ -220,3 +220,29 @@ async def test_guidance_that_a_network_is_not_told_is_refused(stage: Stage) -> N
     refused = await stage.generate(condition={}, prompt="a fox", guidance_embedded=2.0)
     assert refused.status_code == 422
     assert refused.json()["errors"][0]["pointer"] == "#/guidance_embedded"
+
+
+async def test_conditions_are_composed_by_either_door(stage: Stage) -> None:
+    for path in ("/generate", OPENAI):
+        answer = await stage.client.post(path, json={**COMPOSED, "seed": 7, "guidance_decay": 0.75})
+        assert answer.status_code == 200, answer.text
+    ours, theirs = (claim.job for claim in stage.worker.claimed[-2:])
+    assert (theirs.mix, theirs.condition, theirs.requested) == (ours.mix, ours.condition, ours.requested)
+    assert theirs.composed == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({}, "prompt: Give a prompt, or a condition in its place."),
+        ({"prompt": ""}, "prompt: Give a prompt, or a condition in its place."),
+        ({"prompt": "a lemon", **COMPOSED}, "prompt: Give a prompt or a condition, not both."),
+        ({**COMPOSED, "mix": "linear"}, 'condition: A negative weight needs "mix": "compose"'),
+    ],
+)
+async def test_openai_refuses_conditions_in_a_sentence(
+    stage: Stage, body: dict[str, Any], sentence: str
+) -> None:
+    answer = await stage.client.post(OPENAI, json=body)
+    assert answer.status_code == 400
+    assert sentence in answer.json()["error"]["message"]
