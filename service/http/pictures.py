@@ -106,12 +106,12 @@ def _sides(data: bytes) -> tuple[int, int]:
 
 
 def _same_shape(own: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Return True if one is the other in another scale, rounded to whole pixels.
+    """Return True if one is the other in another scale, to less than a pixel of the smaller.
 
-    Example: 100x67 is 300x200 in another scale, 100x68 is not.
+    Example: 100x66 and 100x67 are 300x200 in another scale, 100x68 is not.
     """
     (least, small), (most, large) = sorted(((own[0], own[1]), (other[0], other[1])))
-    return abs(small * most - large * least) <= max(most, large) / 2
+    return abs(small * most - large * least) < max(most, large)
 
 
 def _with_head(data: bytes) -> Image.Image:

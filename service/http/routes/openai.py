@@ -24,7 +24,7 @@ from ditserve.service.http.routing import FORM
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-_ERRORS = {"default": {"model": OpenAIError, "description": "Any error."}}
+_ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": OpenAIError, "description": "Any error."}}
 _IMAGES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {}}, "description": "The images, or events with `stream`."},
     **_ERRORS,

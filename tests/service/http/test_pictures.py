@@ -1,4 +1,4 @@
-"""Pictures of strangers: upright, in the middle, on white, or refused in one sentence before memory is spent."""
+"""Pictures of strangers: upright, in the middle, on white, or refused before memory is spent."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ def test_every_kind_of_pixel_becomes_rgb(
     picture: Image.Image, expected: tuple[int, ...], size: tuple[int, int]
 ) -> None:
     pixels = read_picture(saved(picture), size)
-    assert (pixels.shape, pixels.dtype) == ((*size, 3), np.uint8)
+    assert pixels.shape == (*size, 3)
+    assert pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - expected).max() <= 1
 
 
@@ -165,17 +166,15 @@ class TestMask:
         read_mask(saved(Image.new("L", (7, 3), 255)), (20, 40), picture=saved(Image.new("L", (200, 100))))
         read_mask(saved(Image.new("L", (100, 67), 255)), (8, 8), picture=saved(Image.new("L", (300, 200))))
 
-    @pytest.mark.parametrize("sides", [(20, 40), (40, 40), (40, 21), (1, 1)])
+    @pytest.mark.parametrize("sides", [(20, 40), (40, 40), (40, 21), (10, 10)])
     def test_another_shape_is_refused(self, sides: tuple[int, int]) -> None:
         with pytest.raises(UnusablePicture, match=f"The mask is {sides[0]}x{sides[1]} and its picture 40x20"):
             read_mask(saved(Image.new("L", sides, 255)), (20, 40), picture=self.PICTURE)
 
-    @pytest.mark.parametrize(
-        "mask", [Image.new("L", (40, 20), 0), Image.new("RGBA", (40, 20), (0, 0, 0, 255))]
-    )
-    def test_a_mask_that_repaints_nothing_is_refused(self, mask: Image.Image) -> None:
+    @pytest.mark.parametrize("mode", ["L", "RGB", "1"])
+    def test_a_mask_that_repaints_nothing_is_refused(self, mode: str) -> None:
         with pytest.raises(UnusablePicture, match="It repaints nothing"):
-            read_mask(saved(mask), (20, 40), picture=self.PICTURE)
+            read_mask(saved(Image.new(mode, (40, 20))), (20, 40), picture=self.PICTURE)
 
 
 def animated(format: str) -> bytes:
@@ -199,7 +198,7 @@ BAD = {
     "a webp bomb": (saved(Image.new("L", (16383, 1100)), "WEBP", lossless=True, quality=0), "more than"),
     "scans": (saved(halves(), "JPEG").replace(b"\xff\xd9", SCAN * MAX_SCANS + b"\xff\xd9"), "scans"),
     "no pixels behind the head": (png_with(64, 64), "damaged"),
-    "wrong checksum": (saved(halves()).replace(b"IDAT", b"IDAS"), "damaged"),
+    "a wrong checksum": (saved(halves()).replace(b"IDAT", b"IDAS"), "no picture"),
 }
 
 
