@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
@@ -72,7 +72,7 @@ async def _json(request: Request, settings: Settings) -> Any:
 async def _form_fields(request: Request, kind: type[BaseModel], settings: Settings) -> dict[str, Any]:
     """Return the fields of a form by name."""
     # The parts stay in memory: the body is there already, and a disk may not be.
-    parser = _InMemory(
+    parser = _WholeForm(
         request.headers,
         request.stream(),
         max_files=MAX_FILES,
@@ -83,6 +83,13 @@ async def _form_fields(request: Request, kind: type[BaseModel], settings: Settin
         form = await parser.parse()
     except MultiPartException as error:
         raise MalformedRequest(f"The form cannot be read: {error.message}") from None
+    try:
+        return await _by_name(form, kind, settings)
+    finally:
+        await form.close()
+
+
+async def _by_name(form: FormData, kind: type[BaseModel], settings: Settings) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     rest = 0
     for part, value in form.multi_items():
@@ -107,10 +114,24 @@ def _too_large(settings: Settings) -> PayloadTooLarge:
     return PayloadTooLarge(f"Besides its pictures the body may be {settings.max_body_bytes} bytes.")
 
 
-class _InMemory(MultiPartParser):
-    """A parser that writes no file to the disk, however large it is."""
+class _WholeForm(MultiPartParser):
+    """A parser that writes no file to the disk, however large it is, and refuses a form that has no end."""
 
     spool_max_size = 0
+    _ended = False
+
+    async def parse(self) -> FormData:
+        self.stream = self._to_the_end(self.stream)
+        return await super().parse()
+
+    def on_end(self) -> None:
+        self._ended = True
+
+    async def _to_the_end(self, stream: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+        async for chunk in stream:
+            yield chunk
+        if not self._ended:
+            raise MultiPartException("It is cut off.")
 
 
 def _parsed(name: str, text: str) -> Any:
