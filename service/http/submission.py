@@ -19,6 +19,7 @@ from ditserve.service.errors import (
     QueueUnavailable,
 )
 from ditserve.service.http.abandoned import Abandoned
+from ditserve.service.http.adapters import RETRY_S, requested_adapters
 from ditserve.service.http.conditions import RequestedConditions, requested_conditions
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
@@ -33,7 +34,7 @@ from ditserve.service.http.promises import Promises
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, picture_size, size_text
 from ditserve.service.identity import vocabulary_digest
-from ditserve.service.jobs import TERMINAL_STATES, ImageFormat, Job, JobStatus
+from ditserve.service.jobs import TERMINAL_STATES, AdapterUse, ImageFormat, Job, JobStatus
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.delivery import Delivery
@@ -48,8 +49,7 @@ from ditserve.service.vocabulary import Vocabulary
 
 # A client of a full queue is asked to come back once this share of it should have drained …
 _DRAINED_SHARE = 0.1
-# … or after so many seconds where that cannot be predicted.
-_RETRY_S = 5.0
+# … or after `RETRY_S` where that cannot be predicted.
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
 # Idempotency-Key.
 _FINGERPRINT = "body"
@@ -103,6 +103,7 @@ class _ResolvedRequest:
     rung: Rung
     output: OutputSize
     source: SourcePicture | None
+    adapters: tuple[AdapterUse, ...]
 
 
 class Submissions:
@@ -156,7 +157,8 @@ class Submissions:
             if status is not None:
                 return _replayed(status, caller.idempotency)
         source = await self._source(request, output)
-        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source)
+        adapters = requested_adapters(request, (await self.load()).workers if request.adapters else ())
+        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source, adapters)
         now = self._queue.clock()
         admission_request = self._admission_request(resolved, answer_by, now)
         sender = caller.name, request.model_dump_json()
@@ -210,7 +212,7 @@ class Submissions:
             return OutputSize()
         workers = (await self.load()).workers
         if not workers:
-            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=_RETRY_S)
+            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=RETRY_S)
         try:
             return as_a_whole(request.size, self.manifest, workers, max_area=max_area)
         except ValueError as error:
@@ -243,6 +245,7 @@ class Submissions:
             request.min_quality,
             negative_prompt=conditions.negative_prompt,
             mix=conditions.how,
+            adapted=bool(resolved.adapters),
         )
         return AdmissionRequest(
             rung=resolved.rung,
@@ -318,6 +321,7 @@ class Submissions:
             guidance_embedded=guidance_embedded(request, self.manifest),
             min_quality=request.min_quality,
             source=resolved.source,
+            adapters=resolved.adapters,
         )
 
     def _job_id(self, caller: str, key: str) -> str:
@@ -339,7 +343,7 @@ class Submissions:
             raise
         except QueueFull as error:
             wait = finite(drain_time(await self.load()) * _DRAINED_SHARE)
-            raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
+            raise QueueFull(error.detail, retry_after=RETRY_S if wait is None else max(1.0, wait)) from None
 
     async def _existing(self, job: Job) -> JobStatus:
         status = await self._queue.status(job.id)
