@@ -14,8 +14,9 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
+from ditserve.model.nets.pipelines.adapters import unpack
 from ditserve.model.spec.pipeline_config import FAMILIES
-from tests.tiny_pipelines import noise_of, tokens, unpack
+from tests.tiny_pipelines import noise_of, tokens
 
 # A family → the name of its pipeline from picture to picture, and of that for inpainting. That of SD3 takes
 # transformers of 16 channels only.
