@@ -47,6 +47,15 @@ class ConditionTerm:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """A low-rank adapter that a job is drawn with, of the version that was loaded when it was admitted."""
+
+    name: str
+    scale: float
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
 class Job(Message):
     """An admitted request: one sample per seed. Times are seconds since the epoch, by the clock of the queue.
 
@@ -87,6 +96,7 @@ class Job(Message):
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
     min_quality: float | None = None  # the largest distance of a rung that it consents to; None: any
     source: SourcePicture | None = None  # the picture that it starts from; None: it starts from noise
+    adapters: tuple[AdapterUse, ...] = ()  # by name
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -99,13 +109,18 @@ class Job(Message):
         new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
         new = new or self.min_quality is not None or self.source is not None
         new = new or bool(self.admitted and self.admitted.stretches)
+        new = new or bool(self.adapters)
         return 2 if new else OLDEST
 
     @property
     def consent(self) -> Consent:
         """The rungs that it may be moved to, if it may be degraded at all."""
         return Consent.to(
-            self.min_steps, self.min_quality, negative_prompt=self.negative_prompt, mix=self.mix
+            self.min_steps,
+            self.min_quality,
+            negative_prompt=self.negative_prompt,
+            mix=self.mix,
+            adapted=bool(self.adapters),
         )
 
     @property
@@ -252,6 +267,15 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """A low-rank adapter that a worker has loaded."""
+
+    name: str
+    version: str
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SlowSpell:
     """A slowness to reckon with: over `over_s` seconds passes may take `factor` times the reported time."""
 
@@ -267,7 +291,7 @@ class WorkerState(Message):
     it. `given_rows` are the rows that the queue ever gave to this worker, as its last claim said: rows given
     later are not in the backlog yet. Without a step for `hang_s` seconds it hangs; 0: it does not say.
     `batch_rows` are the rows of its batches while there is enough work, where its costs are exact; 0: it does
-    not say.
+    not say. `adapters` are those that it has loaded; None: its backend takes none.
     """
 
     worker: str
@@ -287,6 +311,7 @@ class WorkerState(Message):
     slow: tuple[SlowSpell, ...] = ()  # the shortest first
     hang_s: float = 0.0
     batch_rows: int = 0
+    adapters: tuple[LoadedAdapter, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,13 +60,21 @@ class Consent:
     own_backbone: bool = False
 
     @classmethod
-    def to(cls, min_steps: int, min_quality: float | None, *, negative_prompt: str, mix: Combine) -> Self:
+    def to(
+        cls,
+        min_steps: int,
+        min_quality: float | None,
+        *,
+        negative_prompt: str,
+        mix: Combine,
+        adapted: bool = False,
+    ) -> Self:
         """Return the consent of a request.
 
-        A further backbone may have too few blocks for a condition of layers. A student takes no negative
-        prompt.
+        A further backbone may have too few blocks for a condition of layers, and adapters change the bundle's
+        own. A student takes no negative prompt.
         """
-        own_backbone = bool(negative_prompt) or mix == "layers"
+        own_backbone = bool(negative_prompt) or mix == "layers" or adapted
         return cls(min_steps, inf if min_quality is None else min_quality, own_backbone)
 
     def allows(self, rung: Rung) -> bool:

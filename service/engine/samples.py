@@ -21,7 +21,7 @@ from ditserve.service.engine.geometry import Geometry
 from ditserve.service.engine.sources import NoisySource, SourceLatent
 from ditserve.service.engine.trajectory import Trajectory
 from ditserve.service.errors import ServiceError
-from ditserve.service.jobs import ConditionTerm
+from ditserve.service.jobs import AdapterUse, ConditionTerm
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import ROOM, Change, PlannedSample
 from ditserve.service.rung import Consent, Rung
@@ -55,6 +55,7 @@ class SampleRequest:
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
     source: SourceLatent | None = None  # the picture that it starts from; None: it starts from noise
+    adapters: tuple[AdapterUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ MAX_SEED = 2**53 - 1
 MAX_TERMS = 8
 MAX_PREVIEWS = 1000
 MAX_LEVELS = 256
+MAX_ADAPTERS = 4
 # The key of a condition that holds a text and is no factor.
 TEXT = "text"
 # One grey pixel, as PNG.
@@ -94,6 +95,19 @@ class WeightedTerm(BaseModel):
         return self.__pydantic_extra__
 
 
+class AdapterWish(BaseModel):
+    """A low-rank adapter (LoRA) to draw with, and how strongly it acts."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"name": "pixel-art", "scale": 0.8}]}
+    )
+
+    name: str = Field(max_length=100, description="One of `adapters` in `/models`.")
+    scale: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False), UnsignedZero] = Field(
+        1.0, description="1 is as it was trained, 0 is without it."
+    )
+
+
 def _condition_kind(value: Any) -> str:
     """Return the tag of a condition: a list is a mix."""
     return "as-mix" if isinstance(value, list) else "as-one"
@@ -138,6 +152,11 @@ class DrawingOptions(BaseModel):
             None,
             description="The guidance scale that the network is told, where the model is one that is told.",
         )
+    )
+    adapters: list[AdapterWish] = Field(
+        [],
+        max_length=MAX_ADAPTERS,
+        description="Low-rank adapters of the model to draw with, whose effects add up.",
     )
     truncate_prompt: bool = Field(
         False, description="Cut off what a text has beyond the model's last token, instead of refusing it."
@@ -348,6 +367,12 @@ class DefaultsOut(BaseModel):
     guidance_interval: tuple[float, float]
 
 
+class AdapterOut(BaseModel):
+    name: str
+    version: str = Field(description="Equal for equal files.")
+    rank: int
+
+
 class LimitsOut(BaseModel):
     n: int
     steps: int
@@ -376,6 +401,11 @@ class ModelOut(BaseModel):
     )
     networks: list[str] = Field(
         description="The runtimes and number formats that the workers run the model in."
+    )
+    adapters: list[AdapterOut] | None = Field(
+        None,
+        description="The low-rank adapters that a request may name: those that every worker has loaded. "
+        "Null: no worker is there, or one of them runs another backend than torch, which takes none.",
     )
     factors: list[FactorOut]
     samplers: list[str]

@@ -21,6 +21,7 @@ from ditserve.service.errors import (
     QueueUnavailable,
 )
 from ditserve.service.http.abandoned import Abandoned
+from ditserve.service.http.adapters import RETRY_S, requested_adapters
 from ditserve.service.http.conditions import RequestedConditions, requested_conditions
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
@@ -35,7 +36,7 @@ from ditserve.service.http.promises import Promises
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, picture_size, size_text
 from ditserve.service.identity import vocabulary_digest
-from ditserve.service.jobs import TERMINAL_STATES, ImageFormat, Job, JobStatus
+from ditserve.service.jobs import TERMINAL_STATES, AdapterUse, ImageFormat, Job, JobStatus
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.delivery import Delivery
@@ -50,8 +51,7 @@ from ditserve.service.vocabulary import Vocabulary
 
 # A client of a full queue is asked to come back once this share of it should have drained …
 _DRAINED_SHARE = 0.1
-# … or after so many seconds where that cannot be predicted.
-_RETRY_S = 5.0
+# … or after `RETRY_S` where that cannot be predicted.
 # The most pixels of a picture that is decoded.
 _MOST_PIXELS = 2**26
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
@@ -107,6 +107,7 @@ class _ResolvedRequest:
     rung: Rung
     output: OutputSize
     source: SourcePicture | None
+    adapters: tuple[AdapterUse, ...]
 
 
 class Submissions:
@@ -144,7 +145,8 @@ class Submissions:
         self._check_length(request, conditions)
         rung, output = self._rung(request), await self._size(request)
         source = await self._source(request, output)
-        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source)
+        adapters = requested_adapters(request, (await self.load()).workers if request.adapters else ())
+        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source, adapters)
         if caller.idempotency is not None:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
@@ -203,7 +205,7 @@ class Submissions:
             return OutputSize()
         workers = (await self.load()).workers
         if not workers:
-            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=_RETRY_S)
+            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=RETRY_S)
         try:
             return as_a_whole(request.size, self.manifest, workers, max_area=max_area)
         except ValueError as error:
@@ -233,6 +235,7 @@ class Submissions:
             request.min_quality,
             negative_prompt=conditions.negative_prompt,
             mix=conditions.how,
+            adapted=bool(resolved.adapters),
         )
         return AdmissionRequest(
             rung=resolved.rung,
@@ -308,6 +311,7 @@ class Submissions:
             guidance_embedded=guidance_embedded(request, self.manifest),
             min_quality=request.min_quality,
             source=resolved.source,
+            adapters=resolved.adapters,
         )
 
     def _job_id(self, caller: str, key: str) -> str:
@@ -329,7 +333,7 @@ class Submissions:
             raise
         except QueueFull as error:
             wait = finite(drain_time(await self.load()) * _DRAINED_SHARE)
-            raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
+            raise QueueFull(error.detail, retry_after=RETRY_S if wait is None else max(1.0, wait)) from None
 
     async def _existing(self, job: Job) -> JobStatus:
         status = await self._queue.status(job.id)

@@ -30,6 +30,7 @@ MESSAGES: dict[str, Message] = {
     "composed job": examples.COMPOSED_JOB,
     "stitched job": examples.STITCHED_JOB,
     "picture job": examples.PICTURE_JOB,
+    "adapted job": examples.ADAPTED_JOB,
     "result": examples.RESULT,
     "worker state": examples.STATE,
     "starting": examples.STARTING,
@@ -57,6 +58,7 @@ def test_a_job_has_the_oldest_version_that_says_all_of_it() -> None:
         {"admitted": replace(examples.HALF, stretches=(Stretch(0.0, "student"),))},
         {"min_quality": 0.25},
         {"source": SourcePicture(b"image", None, 1.0)},
+        {"adapters": examples.ADAPTED_JOB.adapters},
     ]
     for change in newer:
         job = replace(plain, **change)

@@ -12,11 +12,13 @@ from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import (
+    AdapterUse,
     ConditionTerm,
     DemandBucket,
     Image,
     Job,
     JobResult,
+    LoadedAdapter,
     Network,
     SlowSpell,
     Starting,
@@ -100,6 +102,9 @@ PICTURE_JOB = replace(
     admitted=replace(HALF, strength=0.25),
     source=SourcePicture(b"\x89PNG image", b"\x89PNG mask", 0.25),
 )
+ADAPTED_JOB = replace(
+    FULL_JOB, adapters=(AdapterUse("noir", -0.5, "0123456789abcdef"), AdapterUse("pixel-art", 0.8, "feed"))
+)
 RESULT = JobResult(
     images=(Image(b"\x89PNG", 7, "image/png"), Image(b"\x00\xff", 8, "image/png")),
     steps_requested=20,
@@ -132,6 +137,7 @@ STATE = WorkerState(
     slow=(SlowSpell(1.0, 2.5), SlowSpell(4.0, 1.25)),
     hang_s=200.0,
     batch_rows=24,
+    adapters=(LoadedAdapter("noir", "0123456789abcdef", 8), LoadedAdapter("pixel-art", "feed", 4)),
 )
 STARTING = Starting("w2", "emoji", "warming up")
 SNAPSHOT = Snapshot(
