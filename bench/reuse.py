@@ -51,8 +51,10 @@ from ditserve.model.spec.manifest import RungSpec
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel, load_bundle
 
-SOLVERS = ("dpmpp-2m", "unipc-1")
-STEPS = (24, 20, 16, 12, 10, 8)
+# Plain solvers, at so many counts of steps that one is near every cost, and what reuses on which of them.
+SOLVERS = ("unipc-1", "dpmpp-2m")
+PLAIN_STEPS = (24, 22, 20, 18, 16, 14, 12, 10, 9, 8, 7, 6, 5, 4)
+SOLVER, STEPS = "unipc-1", (24, 20, 16, 12, 10, 8)
 LONG_RUN = ("ddim", 100)
 FEWEST_BLOCKS = 4
 TURNS = 10
@@ -194,20 +196,11 @@ def draw(
 
 
 def reuses(model: LoadedModel) -> tuple[Reuse, ...]:
-    """Return the kinds of reuse to try; the first is none.
-
-    Of seven blocks the middle is 1 to 5, or 0 to 5 with the first.
-    """
+    """Return the kinds of reuse to try. Of seven blocks the middle are all but the last."""
     depth = model.dit.config.depth
-    outer = max(1, depth // 6)
-    middles = ((outer, depth - outer), (0, depth - outer))
-    kept = [
-        Reuse(every, middle, cost)
-        for middle in middles
-        for cost in [skipped_cost(model, middle)]
-        for every in (2, 3)
-    ]
-    return (Reuse(), Reuse(2), Reuse(3), *kept)
+    middle = (0, depth - max(1, depth // 6))
+    cost = skipped_cost(model, middle)
+    return Reuse(2), Reuse(3), Reuse(2, middle, cost), Reuse(3, middle, cost)
 
 
 @torch.no_grad()
@@ -236,7 +229,8 @@ def measure(
     """Measure all solvers and step counts with each kind of reuse."""
     target, _ = draw(model, inputs, *LONG_RUN, Reuse())
     order: Distance = "own" if inputs.real is None else "real"
-    points = [(solver, steps, reuse) for steps in STEPS for reuse in kinds for solver in SOLVERS]
+    points = [(solver, steps, Reuse()) for steps in PLAIN_STEPS for solver in SOLVERS]
+    points += [(SOLVER, steps, reuse) for steps in STEPS for reuse in kinds]
     measured = []
     for solver, steps, reuse in progress.track(points, description="operating points"):
         pictures, rows = draw(model, inputs, solver, steps, reuse)
@@ -323,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(shown(measured, name))
         costs = {kind.name.strip(): kind.skipped_cost for kind in kinds if kind.middle}
         large, kept = large_row(options.threads), [rung.name for rung in front(measured)]
-        reused = [rung for rung in kept if any(rung.endswith(kind.name) for kind in kinds[1:])]
+        reused = [rung for rung in kept if any(rung.endswith(kind.name) for kind in kinds)]
         console.print(f"a row that skips, in rows: {', '.join(f'{k} {v:.2f}' for k, v in costs.items())}")
         console.print(
             f"DiT-XL/2 without all but {OUTER} blocks at each end: {large['share_of_a_row']:.2f} of a row; "

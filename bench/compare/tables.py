@@ -96,8 +96,8 @@ def _unloaded(headline: Headline) -> Table:
         ]
         tuned = results.tuned.get(system)
         tuning = f"batch {tuned[0]}, wait {tuned[1]:g} s, cap {tuned[2]}" if tuned else ""
-        alone = [_number(seconds.get(kind), 3) for kind in kinds]
-        rows.append([shown(headline, system), *alone, *map(_number, means), tuning])
+        by_kind = [_number(seconds.get(kind), 3) for kind in kinds]
+        rows.append([shown(headline, system), *by_kind, *map(_number, means), tuning])
     columns = ["arm", *names, "images/s", "CPU s/image", "MiB", "tuned"]
     return report.table("one image alone; saturated", columns, rows, text={"arm"})
 

@@ -64,12 +64,13 @@ def test_the_command_says_what_the_ladder_would_keep(
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(reuse, "STEPS", (3,))
+    monkeypatch.setattr(reuse, "PLAIN_STEPS", (3, 2))
     monkeypatch.setattr(reuse, "LONG_RUN", ("ddim", 4))
     monkeypatch.setattr(reuse, "_pass_seconds", lambda depth: 1.0 + depth)
     assert reuse.main([str(prompted_bundle), "--samples", "1"]) == 0
     assert "unipc-1-3 blocks 0-2 every 2" in capsys.readouterr().out
     record = json.loads((tmp_path / "reuse-prompted.json").read_text())
-    assert len(record["measured"]) == 2 * 7
+    assert len(record["measured"]) == 4 + 4
     assert set(record["kept"]) <= {rung["name"] for rung in record["measured"]}
     assert record["dit_xl_2"]["share_of_a_row"] == pytest.approx((1 + 8) / (1 + 28))
     assert reuse.main([str(tmp_path / "nowhere")]) == 2
