@@ -23,6 +23,7 @@ CHANGEABLE = frozenset(
     [
         "output",
         "init",
+        "condition_start",
         "steps",
         "lr",
         "min_lr",

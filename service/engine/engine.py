@@ -29,7 +29,13 @@ from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.engine.trajectory import Trajectory, make_trajectory, regrid_trajectory
 from ditserve.service.engine.warm_up import warm_up
-from ditserve.service.errors import DeadlineExceeded, InternalError, NumericalError, ServiceError
+from ditserve.service.errors import (
+    DeadlineExceeded,
+    InternalError,
+    ModelReplaced,
+    NumericalError,
+    ServiceError,
+)
 from ditserve.service.jobs import DemandBucket
 from ditserve.service.planning.costs import CostModel, Waits
 from ditserve.service.planning.ladder import Ladder, steps_left
@@ -134,6 +140,7 @@ class Engine:
 
         Raises:
             InvalidRequest: its condition cannot be mixed, or the backend does not run its size.
+            ModelReplaced: a rung names a network that this bundle has not.
             ValueError: its id is running already, there is no free slot, its rung is not one, or its snapshot
                 does not fit.
         """
@@ -141,6 +148,9 @@ class Engine:
             raise ValueError(f"sample {request.id} is running already")
         if not self.free_samples:
             raise ValueError(f"no free slot for sample {request.id}")
+        if unknown := {*request.rung.backbones, *request.requested.backbones} - self._passes.keys():
+            detail = f"The model has no network {min(unknown)} any more; send the request again."
+            raise ModelReplaced(detail, retry_after=1.0)
         multiple = self.backend.size_multiple
         own = self._groups.own.key.size
         geometry = geometry_of(request.size, own=own, windows=request.windows, multiple=multiple)
@@ -159,9 +169,12 @@ class Engine:
             request, conditionings, trajectory, geometry=geometry, floor=floor, added_at=self.clock()
         )
         self._add_conditionings(sample)
+        shape = (self.backend.manifest.config.in_channels, *geometry.size)
+        if request.source is not None and request.source.latent.shape != shape:
+            raise ValueError(f"the picture of sample {request.id} is of another size")
+        start = sample.begin(shape, self.schedule)
         if snapshot is None:
-            shape = (self.backend.manifest.config.in_channels, *geometry.size)
-            group = self._groups.admit(sample, sample.generator.standard_normal(shape, np.float32))
+            group = self._groups.admit(sample, start)
         else:
             snapshot.resume(sample)
             group = self._groups.admit(sample, snapshot.latent, snapshot.estimates)
@@ -272,6 +285,10 @@ class Engine:
             sample.follow(change, self._trajectory_on(sample, change.rung))
             self._add_conditionings(sample)
             self._groups.regroup(sample)
+            if sample.source is not None and not sample.taken:
+                # Its first step is at another level now.
+                pool, slot = self._groups.place(sample)
+                pool.put(slot, sample.start(sample.source))
         return tuple(changes)
 
     def _conditioning(self, request: SampleRequest, backbone: str) -> Conditioning:
@@ -322,12 +339,15 @@ class Engine:
                 failed.append(self._fail(sample, error))
                 continue
             sample.advance(began)
+            pool, slot = self._groups.place(sample)
+            if sample.source is not None:
+                pool.put(slot, sample.keep(pool.latent(slot)))
             if not sample.remaining_steps:
-                pool, slot = self._groups.place(sample)
                 finished.append(sample.finished(pool.latent(slot), now))
                 self.cancel(sample.id)
             elif sample.request.previews and sample.taken % sample.request.previews == 0:
-                previews.append(Preview(sample.id, sample.taken, sample.steps, estimate.copy()))
+                latent = sample.keep(estimate.copy(), clean=True)
+                previews.append(Preview(sample.id, sample.taken, sample.steps, latent))
             if sample.remaining_steps:
                 self._groups.regroup(sample)
         return tuple(finished), tuple(failed), tuple(previews)

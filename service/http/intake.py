@@ -19,6 +19,7 @@ from ditserve.service.http.models import Model
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Idempotency, Submission
 from ditserve.service.jobs import ImageFormat, JobResult
+from ditserve.service.rung import Rung
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +31,23 @@ class Intake:
     key: str | None
 
     async def submit(
-        self, model: Model, drawing: GenerateRequest, *, body: BaseModel, image_format: ImageFormat
+        self,
+        model: Model,
+        drawing: GenerateRequest,
+        *,
+        body: BaseModel,
+        image_format: ImageFormat,
+        rung: Rung | None = None,
     ) -> Submission:
-        """Queue `drawing`, which the route made of `body`. Raises as `Submissions.submit` does."""
+        """Queue `drawing`, which the route made of `body`.
+
+        Takes `rung`, and raises, as `Submissions.submit` does.
+        """
         idempotency = None
         if self.key is not None:
             idempotency = Idempotency(self.key, self._fingerprint(body, image_format))
         submission = await model.submissions.submit(
-            drawing, caller(self.request, idempotency=idempotency), image_format=image_format
+            drawing, caller(self.request, idempotency=idempotency), image_format=image_format, rung=rung
         )
         note(self.request, job=submission.job.id)
         return submission

@@ -5,14 +5,12 @@
 
 import hashlib
 import secrets
-from asyncio import to_thread
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
-from ditserve.model.spec.windows import Size
 from ditserve.service.errors import (
     IdempotencyMismatch,
     JobLost,
@@ -31,7 +29,7 @@ from ditserve.service.http.operating_point import (
     guidance_scale,
     requested_rung,
 )
-from ditserve.service.http.pictures import PictureLimits, data_url_bytes, read_mask, read_picture
+from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.promises import Promises
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, picture_size, size_text
@@ -45,15 +43,13 @@ from ditserve.service.planning.load import finite
 from ditserve.service.queue.queue_client import Queue
 from ditserve.service.rung import Consent, Rung
 from ditserve.service.settings import Settings
-from ditserve.service.source_picture import SourcePicture, encode
+from ditserve.service.source_picture import SourcePicture
 from ditserve.service.telemetry import metrics
 from ditserve.service.vocabulary import Vocabulary
 
 # A client of a full queue is asked to come back once this share of it should have drained …
 _DRAINED_SHARE = 0.1
 # … or after `RETRY_S` where that cannot be predicted.
-# The most pixels of a picture that is decoded.
-_MOST_PIXELS = 2**26
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
 # Idempotency-Key.
 _FINGERPRINT = "body"
@@ -113,9 +109,18 @@ class _ResolvedRequest:
 class Submissions:
     """Turns requests for one model into jobs in the queue."""
 
-    def __init__(self, manifest: Manifest, settings: Settings, queue: Queue, prompts: PromptLimit) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        settings: Settings,
+        queue: Queue,
+        *,
+        prompts: PromptLimit,
+        pictures: PictureReader,
+    ) -> None:
         self.manifest = manifest
         self.prompts = prompts
+        self.pictures = pictures
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue, manifest.name)
@@ -132,29 +137,39 @@ class Submissions:
         await self.abandoned.aclose()
 
     async def submit(
-        self, request: GenerateRequest, caller: Caller, *, image_format: ImageFormat = "png"
+        self,
+        request: GenerateRequest,
+        caller: Caller,
+        *,
+        image_format: ImageFormat = "png",
+        rung: Rung | None = None,
     ) -> Submission:
         """Admit a request and queue it.
 
+        `rung` is one of the ladder that has the solver and steps of the request, and may have further
+        backbones, which the request itself cannot name.
+
         Raises:
             UnknownCondition, InvalidRequest: the model cannot do what the request asks for.
-            Overloaded, QueueFull, QueueUnavailable: the service cannot take the request now.
+            PayloadTooLarge: its picture is too large a file.
+            Overloaded, QueueFull, QueueUnavailable, TooManyUploads: the service cannot take the request now.
             IdempotencyMismatch: the caller's key was used for another request.
         """
         conditions = requested_conditions(request, self.manifest, self.vocabulary)
         self._check_length(request, conditions)
-        rung, output = self._rung(request), await self._size(request)
-        source = await self._source(request, output)
-        adapters = requested_adapters(request, (await self.load()).workers if request.adapters else ())
-        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source, adapters)
+        asked, output = self._rung(request, rung), await self._size(request)
+        # What is to be done with a picture takes of the time that the request has.
+        answer_by = self._answer_by(request, self._queue.clock())
         if caller.idempotency is not None:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
                 return _replayed(status, caller.idempotency)
+        source = await self._source(request, output)
+        adapters = requested_adapters(request, (await self.load()).workers if request.adapters else ())
+        resolved = _ResolvedRequest(request, image_format, conditions, asked, output, source, adapters)
         now = self._queue.clock()
-        answer_by = self._answer_by(request, now)
         admission_request = self._admission_request(resolved, answer_by, now)
-        sender = caller.name, request.model_dump_json(exclude={"image", "mask"})
+        sender = caller.name, request.model_dump_json()
         admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
         job = self._job(resolved, admission_request, admission, caller, now)
         # Nothing is awaited between admission and this reservation, so concurrent requests see each other.
@@ -180,13 +195,16 @@ class Submissions:
                     '"truncate_prompt": true to have the end cut off.',
                 )
 
-    def _rung(self, request: GenerateRequest) -> Rung:
-        """Return the operating point that the request asks for. Raises `InvalidRequest`."""
+    def _rung(self, request: GenerateRequest, rung: Rung | None) -> Rung:
+        """Return the operating point that the request asks for, or `rung`. Raises `InvalidRequest`."""
         if request.n > self._settings.max_images:
             raise field_error("n", f"At most {self._settings.max_images} images a request.")
         if (request.seed or 0) + request.n - 1 > MAX_SEED:
             raise field_error("seed", f"The seed of the last image, seed + n - 1, may be at most {MAX_SEED}.")
-        return requested_rung(request, self.manifest, self.ladder)
+        asked = requested_rung(request, self.manifest, self.ladder)
+        if rung is None:
+            return asked
+        return replace(rung, guidance_decay=asked.guidance_decay, strength=asked.strength)
 
     async def _size(self, request: GenerateRequest) -> OutputSize:
         """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
@@ -212,7 +230,10 @@ class Submissions:
             raise field_error("size", str(error)) from None
 
     async def _source(self, request: GenerateRequest, output: OutputSize) -> SourcePicture | None:
-        """Return the picture that the request starts from, if any. Raises `InvalidRequest`."""
+        """Return the picture that the request starts from, if any.
+
+        Raises `InvalidRequest`, `PayloadTooLarge`, `TooManyUploads`.
+        """
         if request.image is None:
             for name in ("mask", "strength"):
                 if name in request.model_fields_set and getattr(request, name) is not None:
@@ -222,8 +243,8 @@ class Submissions:
             raise field_error(
                 "image", "This model has no encoder of pictures: leave image out, or export the model again."
             )
-        limits = PictureLimits(_MOST_PIXELS)
-        return await to_thread(_source_picture, request, picture_size(self.manifest, output.size), limits)
+        size = picture_size(self.manifest, output.size)
+        return await self.pictures.read(request.image, request.mask, size=size, strength=request.strength)
 
     def _admission_request(
         self, resolved: _ResolvedRequest, answer_by: float | None, now: float
@@ -340,18 +361,6 @@ class Submissions:
         if status is None:
             raise JobLost()
         return status
-
-
-def _source_picture(request: GenerateRequest, size: Size, limits: PictureLimits) -> SourcePicture:
-    """Return the picture of a request, and its mask, made to `size`. Raises `InvalidRequest`."""
-    encoded: dict[str, bytes] = {}
-    for name, url, read in (("image", request.image, read_picture), ("mask", request.mask, read_mask)):
-        if url is not None:
-            try:
-                encoded[name] = encode(read(data_url_bytes(url), size, limits))
-            except ValueError as error:
-                raise field_error(name, str(error)) from None
-    return SourcePicture(encoded["image"], encoded.get("mask"), request.strength)
 
 
 def _replayed(status: JobStatus, idempotency: Idempotency | None) -> Submission:
