@@ -116,7 +116,8 @@ def test_handheld_style(tmp_path: Path) -> None:
     assert example("handheld_style.py", "set.npz", "out", folder=tmp_path) == ["20 pictures are in out"]
     source = read_source(tmp_path / "out")
     assert (len(source.catalogue.names), len(source.data), source.card.licence) == (20, 20, "MIT")
-    assert len(np.unique(source.data[0].reshape(-1, 3), axis=0)) <= 4
+    picture = Image.open(next((tmp_path / "out").glob("*/picture.png")))
+    assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) <= 4
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
