@@ -35,6 +35,7 @@ _QUEUED: Final = {
     "deadline_at": 1790000008.25,
     "result": None,
     "error": None,
+    "callback": None,
     "links": _LINKS,
 }
 _ENDED: Final = {**_QUEUED, "position": None, "attempt": 1, "eta_s": None}
@@ -213,7 +214,12 @@ _RESULT_HEADERS: Final = {
         "Digest of the body (RFC 9530).",
     ),
 }
+# Only of answers to requests, and only where images are reused.
+_REUSE_HEADER: Final = {
+    "X-Cache": ("miss", "With `--reuse-s`: hit (stored), joined (drawn for an equal request), or miss."),
+}
 _ACCEPTED_HEADERS: Final = {
+    **_REUSE_HEADER,
     "Location": (f"/jobs/{_JOB}", "The job's address."),
     "Preference-Applied": ("respond-async", "The preference that was honoured (RFC 7240)."),
     "X-Job-ID": (_JOB, "The job."),
@@ -221,9 +227,10 @@ _ACCEPTED_HEADERS: Final = {
 
 # "METHOD /path" → status → header → (value, description).
 HEADERS: Final[Mapping[str, Mapping[str, Mapping[str, tuple[str, str]]]]] = {
-    "POST /generate": {"200": _RESULT_HEADERS, "202": _ACCEPTED_HEADERS},
+    "POST /generate": {"200": _RESULT_HEADERS | _REUSE_HEADER, "202": _ACCEPTED_HEADERS},
     "GET /jobs/{job_id}/images/{k}": {"200": _RESULT_HEADERS},
     "POST /v1/images/generations": {
-        "200": {name: header for name, header in _RESULT_HEADERS.items() if name != "Content-Digest"}
+        "200": _REUSE_HEADER
+        | {name: header for name, header in _RESULT_HEADERS.items() if name != "Content-Digest"}
     },
 }

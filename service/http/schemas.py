@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
 from ditserve.model.spec.mixing import Combine
+from ditserve.service.callback_url import MAX_URL
 
 Format = Literal["png", "webp", "jpeg"]
 Priority = Literal["low", "normal", "high"]
@@ -194,6 +195,12 @@ class GenerateRequest(DrawingOptions):
     ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
     size: Size | None = Field(None, description="Width x height, where the model has a choice.")
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
+    callback_url: str | None = Field(
+        None,
+        max_length=MAX_URL,
+        description="With `Prefer: respond-async`, where the job's state is sent once it has ended, if the "
+        "service allows that address.",
+    )
     previews: int = Field(
         0,
         ge=0,
@@ -269,6 +276,16 @@ class Problem(BaseModel):
     suggestions: list[str] | None = Field(None, description="The closest names that exist.")
 
 
+class CallbackOut(BaseModel):
+    """How far the sender of a job was called back."""
+
+    state: Literal["waiting", "pending", "delivered", "given-up"] = Field(
+        description="waiting: the job has not ended; pending: being tried, or to be tried again."
+    )
+    attempts: int
+    fault: str | None = Field(description="The fault of the last attempt; null if there was none.")
+
+
 class JobOut(BaseModel):
     """The state of a job."""
 
@@ -286,6 +303,7 @@ class JobOut(BaseModel):
     deadline_at: float | None
     result: JobOutcome | None = None
     error: Problem | None = None
+    callback: CallbackOut | None = Field(None, description="Null unless the request has a `callback_url`.")
     links: Links
 
 
