@@ -32,7 +32,7 @@ from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.faults import surviving
 
 AT_ONCE = 32  # callbacks that one process sends
-LEASE_S = 6 * POST_S
+LEASE_S = 3 * POST_S
 # Asked so often whether any is due: retries come due by themselves, and most jobs that end have none.
 LOOK_S = 0.5
 FIRST_DELAY_S, LONGEST_DELAY_S = 5.0, 600.0

@@ -129,13 +129,13 @@ async def test_callers_share_only_where_the_service_says_so(
 
 
 async def test_a_degraded_picture_answers_only_requests_that_are_degraded_as_far(stage: Stage) -> None:
-    """20 steps are 40 rows of 50 ms, 5 steps are 10: only those fit into a second."""
+    """20 steps are 40 rows of 50 ms, 10 steps are 20: only those fit into 1.2 s."""
     hurried = []
     for _ in range(2):
         given = stage.worker.broker.given_rows("stub")
         await stage.worker.report(step_per_row_s=0.05, max_rows=1, given_rows=given)
         hurried.append(await stage.generate(**LEMON, deadline_ms=1200))
-    assert [answer.json()["rung"] for answer in hurried] == ["floor", "floor"]
+    assert [answer.json()["rung"] for answer in hurried] == ["half", "half"]
     assert [answer.headers["x-cache"] for answer in hurried] == ["miss", "hit"]
     assert hurried[1].headers["x-degraded"] == "true"
     refused = await stage.generate(**LEMON, deadline_ms=1200, allow_degraded=False)
