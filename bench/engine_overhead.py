@@ -30,6 +30,7 @@ from ditserve.bench import report
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends import CONDITIONER_ROWS, Backend, SentenceEncoder, load_backend
+from ditserve.service.backends.adapters import BackendAdapters
 from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
@@ -65,6 +66,7 @@ class NoopBackend:
     size_multiple: int | None = None
     text_encoder: SentenceEncoder | None = None
     state_memory: StateMemory = HostMemory()
+    adapters: BackendAdapters | None = None
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 from ditserve.model.spec.manifest import Manifest
 
+NO_ADAPTERS: Mapping[str, str] = {}
 
-def bundle_digest(manifest: Manifest) -> str:
-    """Return a digest that is equal for equal bundles: the manifest holds the hash of every file."""
-    return _digest(manifest.model_dump_json())
+
+def bundle_digest(manifest: Manifest, adapters: Mapping[str, str] = NO_ADAPTERS) -> str:
+    """Return a digest that is equal for equal bundles, with the same versions of adapters beside them.
+
+    The manifest holds the hash of every file of the bundle itself.
+    """
+    beside = "".join(f"\0{name} {version}" for name, version in sorted(adapters.items()))
+    return _digest(manifest.model_dump_json() + beside)
 
 
 def vocabulary_digest(manifest: Manifest) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ditserve.model.spec.mixing import Combine
 from ditserve.service.rung import Consent, Rung
+from ditserve.service.source_picture import SourcePicture
 from ditserve.service.wire import OLDEST, Endless, Message, WireError, build, unpack
 
 Priority = Literal["low", "normal", "high"]
@@ -44,6 +45,15 @@ class ConditionTerm:
     labels: tuple[int | None, ...]
     weight: float = 1.0
     text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """A low-rank adapter that a job is drawn with, of the version that was loaded when it was admitted."""
+
+    name: str
+    scale: float
+    version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,8 @@ class Job(Message):
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
     min_quality: float | None = None  # the largest distance of a rung that it consents to; None: any
+    source: SourcePicture | None = None  # the picture that it starts from; None: it starts from noise
+    adapters: tuple[AdapterUse, ...] = ()  # by name
     callback_url: str = ""  # where its sender is told how it ended; "": nowhere
 
     def __post_init__(self) -> None:
@@ -97,14 +109,20 @@ class Job(Message):
         decays = self.requested is not None and self.requested.guidance_decay != 0.0
         combined = self.negative_prompt or self.mix in ("compose", "layers")
         new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
-        new = new or self.min_quality is not None or bool(self.admitted and self.admitted.stretches)
+        new = new or self.min_quality is not None or self.source is not None
+        new = new or bool(self.admitted and self.admitted.stretches)
+        new = new or bool(self.adapters)
         return 2 if new else OLDEST
 
     @property
     def consent(self) -> Consent:
         """The rungs that it may be moved to, if it may be degraded at all."""
         return Consent.to(
-            self.min_steps, self.min_quality, negative_prompt=self.negative_prompt, mix=self.mix
+            self.min_steps,
+            self.min_quality,
+            negative_prompt=self.negative_prompt,
+            mix=self.mix,
+            adapted=bool(self.adapters),
         )
 
     @property
@@ -197,7 +215,7 @@ class Renewal:
 
 @dataclass(frozen=True, slots=True)
 class CallbackStatus:
-    """How far a job's sender was called back, once it had ended: tries so far, and the fault of the last."""
+    """The state of a job's callback: how many tries there were, and the fault of the last one ("": none)."""
 
     state: CallbackState
     attempts: int
@@ -289,6 +307,15 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """A low-rank adapter that a worker has loaded."""
+
+    name: str
+    version: str
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SlowSpell:
     """A slowness to reckon with: over `over_s` seconds passes may take `factor` times the reported time."""
 
@@ -304,7 +331,7 @@ class WorkerState(Message):
     it. `given_rows` are the rows that the queue ever gave to this worker, as its last claim said: rows given
     later are not in the backlog yet. Without a step for `hang_s` seconds it hangs; 0: it does not say.
     `batch_rows` are the rows of its batches while there is enough work, where its costs are exact; 0: it does
-    not say.
+    not say. `adapters` are those that it has loaded; None: its backend takes none.
     """
 
     worker: str
@@ -324,6 +351,7 @@ class WorkerState(Message):
     slow: tuple[SlowSpell, ...] = ()  # the shortest first
     hang_s: float = 0.0
     batch_rows: int = 0
+    adapters: tuple[LoadedAdapter, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

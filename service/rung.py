@@ -20,6 +20,8 @@ class Rung:
     `guidance_weight`; it is that of the request, whatever rung of a ladder it is on. `quality` is the
     measured distance that orders the ladder, see `RungSpec`: lower is better.
     `stretches` name the bundle's backbones that take part, from noise to picture; its own has the rest.
+    `strength` is the share of the steps that are walked, the last ones; it too is that of the request. Below
+    1 they start from a picture.
     """
 
     name: str
@@ -30,6 +32,15 @@ class Rung:
     quality: float
     guidance_decay: float = 0.0
     stretches: tuple[Stretch, ...] = ()
+    strength: float = 1.0
+
+    @property
+    def walked(self) -> int:
+        """The steps that are walked: the share `strength` of all, rounded up.
+
+        diffusers' pipelines from picture to picture count in the same way: 10 steps at 0.55 are 6.
+        """
+        return max(1, self.steps - int(self.steps - self.steps * self.strength))
 
     @property
     def backbones(self) -> tuple[str, ...]:
@@ -49,15 +60,23 @@ class Consent:
     own_backbone: bool = False
 
     @classmethod
-    def to(cls, min_steps: int, min_quality: float | None, *, negative_prompt: str, mix: Combine) -> Self:
+    def to(
+        cls,
+        min_steps: int,
+        min_quality: float | None,
+        *,
+        negative_prompt: str,
+        mix: Combine,
+        adapted: bool = False,
+    ) -> Self:
         """Return the consent of a request.
 
-        A further backbone may have too few blocks for a condition of layers. A student takes no negative
-        prompt.
+        A further backbone may have too few blocks for a condition of layers, and adapters change the bundle's
+        own. A student takes no negative prompt.
         """
-        own_backbone = bool(negative_prompt) or mix == "layers"
+        own_backbone = bool(negative_prompt) or mix == "layers" or adapted
         return cls(min_steps, inf if min_quality is None else min_quality, own_backbone)
 
     def allows(self, rung: Rung) -> bool:
         own = not (self.own_backbone and rung.stretches)
-        return rung.steps >= self.min_steps and rung.quality <= self.worst and own
+        return rung.walked >= self.min_steps and rung.quality <= self.worst and own

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ditserve.model.spec.adapters import ADAPTERS, AdapterFile, adapter_files
 from ditserve.model.spec.bundle import MANIFEST, Bundle
 from ditserve.model.spec.errors import BundleError, ModelError
 from ditserve.model.spec.pipeline_bundle import cached_bundle
@@ -23,15 +24,18 @@ _LONGEST = 32  # letters of a namespace
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that is served: its bundle, and its namespace in Redis.
+    """A model that is served: its bundle with the adapters beside it, and its namespace in Redis.
 
     `folder` is the path of the settings. The path of the bundle is where the folder's links led when it was
-    opened.
+    opened. `adapters` are those that lay in `adapters_folder` then, which is `given_adapters` if that is set.
     """
 
     folder: Path
     bundle: Bundle
     namespace: str
+    adapters: tuple[AdapterFile, ...] = ()
+    adapters_folder: Path | None = None
+    given_adapters: Path | None = None
 
     @property
     def name(self) -> str:
@@ -39,12 +43,15 @@ class ServedModel:
 
     @property
     def digest(self) -> str:
-        """Return a digest that is equal for equal bundles."""
-        return bundle_digest(self.bundle.manifest)
+        """Return a digest that is equal for equal bundles with equal adapters."""
+        versions = {adapter.name: adapter.version for adapter in self.adapters}
+        return bundle_digest(self.bundle.manifest, versions)
 
     def settings(self, settings: Settings) -> Settings:
         """Return the settings of a process that serves this model alone."""
-        return settings.model_copy(update={"bundle": str(self.bundle.path), "namespace": self.namespace})
+        beside = self.adapters_folder if self.adapters else None
+        own = {"bundle": str(self.bundle.path), "namespace": self.namespace, "adapters": beside}
+        return settings.model_copy(update=own)
 
     def reopened(self, *, verify: bool) -> ServedModel:
         """Return the model that lies in the folder now.
@@ -57,17 +64,19 @@ class ServedModel:
                 f"{self.folder} holds {bundle.manifest.name} where {self.name} is served: "
                 "restart to serve another model"
             )
-        return replace(self, bundle=bundle)
+        beside = _adapters_folder(self.folder, self.given_adapters)
+        return replace(self, bundle=bundle, adapters=adapter_files(beside), adapters_folder=beside)
 
 
 def open_served_models(settings: Settings, *, verify: bool) -> tuple[ServedModel, ...]:
     """Open each bundle of the settings, the default model's first.
 
     Raises:
-        BundleError: a bundle cannot be used, or two are of the same name.
+        BundleError: a bundle or an adapter cannot be used, or two are of the same name.
     """
     models: dict[str, ServedModel] = {}
-    for folder in _folders(settings.bundle):
+    folders = _folders(settings.bundle)
+    for folder in folders:
         bundle = _open(folder, verify=verify)
         name = bundle.manifest.name
         if name in models:
@@ -76,7 +85,11 @@ def open_served_models(settings: Settings, *, verify: bool) -> tuple[ServedModel
                 "models served together need different names"
             )
         namespace = namespace_of(settings.namespace, name) if models else settings.namespace
-        models[name] = ServedModel(folder, bundle, namespace)
+        given = settings.adapters
+        if given is not None and len(folders) > 1:
+            given /= name
+        beside = _adapters_folder(folder, given)
+        models[name] = ServedModel(folder, bundle, namespace, adapter_files(beside), beside, given)
     return tuple(models.values())
 
 
@@ -93,6 +106,14 @@ def namespace_of(first: str, name: str) -> str:
 def _folders(text: str) -> list[Path]:
     """Return the folders of a list with commas. A folder that has a comma in its path is one itself."""
     return [Path(text)] if Path(text).is_dir() else [Path(part) for part in text.split(",")]
+
+
+def _adapters_folder(folder: Path, given: Path | None) -> Path:
+    """Return the folder of a model's adapters: the one given, or that in the folder that was named.
+
+    A pipeline's bundle lies elsewhere, in the user's cache.
+    """
+    return (folder / ADAPTERS if given is None else given).resolve()
 
 
 def _open(folder: Path, *, verify: bool) -> Bundle:

@@ -114,6 +114,11 @@ class Settings(BaseSettings):
         pattern=r"^[^,]+(,[^,]+)*$",
         description="folder of the model bundle to serve; of several (A,B) the first is the default model",
     )
+    adapters: DirectoryPath | None = Field(
+        None,
+        description="folder of the low-rank adapters that requests may name, for torch; of several bundles, "
+        "a sub-folder each; unset is adapters in the bundle",
+    )
     verify: bool = Field(True, description="check the files of the bundle against their hashes")
     redis_url: SecretStr | None = Field(
         None,

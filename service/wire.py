@@ -11,7 +11,8 @@ the job, and what has readers of every release (a worker's report, an error that
 oldest version. Other versions are refused.
 
 Version 2: a job may compose conditions or layer them, decay its guidance, have a negative prompt or a least
-quality, ask for the solver "unipc-2", or run on several backbones.
+quality, ask for the solver "unipc-2", run on several backbones, start from a picture, or be drawn with
+adapters.
 """
 
 from __future__ import annotations

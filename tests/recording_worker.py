@@ -46,7 +46,7 @@ async def opened(backend: Backend, *_: object) -> dict[str, Backend]:
 
 async def serve(settings: Settings, backends: Mapping[ServedModel, Backend]) -> None:
     workers = (
-        main.serve(model.settings(settings), model.name, partial(opened, backend))
+        main.serve(model.settings(settings), model, partial(opened, backend))
         for model, backend in backends.items()
     )
     await asyncio.gather(*workers)

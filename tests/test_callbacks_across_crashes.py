@@ -1,4 +1,4 @@
-"""Callbacks by real API processes, whose clocks are wrong: one is killed while it calls, another calls again."""
+"""Callbacks by real API processes with wrong clocks: one is killed while it calls, another calls again."""
 
 from __future__ import annotations
 

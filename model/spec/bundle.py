@@ -5,6 +5,8 @@
              embedder.onnx        labels and text → condition embedding
              conditioner.onnx     timestep and condition embedding → condition state
              backbone.onnx        x and condition state → output; also backbone.int8.onnx and others
+             decoder.onnx         latent → image, of a model on latents
+             encoder.onnx         image → latent, which edits of pictures need
              pipeline/            an imported diffusers pipeline, whose transformer is the network
              backbones/<name>/    another network of the same latents: its weights and graphs
 
@@ -34,10 +36,10 @@ SCHEMA_VERSION = 1
 GOLDEN = "golden.png"
 WEIGHTS = "weights.safetensors"
 EMBEDDER, CONDITIONER, BACKBONE = "embedder.onnx", "conditioner.onnx", "backbone.onnx"
-DECODER = "decoder.onnx"
+DECODER, ENCODER = "decoder.onnx", "encoder.onnx"
 # The rows that a bundle is verified and calibrated on.
 CALIBRATION = "calibration.safetensors"
-_GRAPHS = [EMBEDDER, CONDITIONER, BACKBONE, DECODER]
+_GRAPHS = [EMBEDDER, CONDITIONER, BACKBONE, DECODER, ENCODER]
 _GRAPHS += [f"backbone.{precision}.onnx" for precision in ("fp16", "bf16", "int8", "int8.fp16")]
 # The files that a manifest lists, where a bundle has them. No command touches others.
 PIPELINE = "pipeline"
@@ -137,6 +139,15 @@ class Bundle:
         if name.startswith("backbone.") and name != BACKBONE:
             return f"{command_line('export.half')} {self.path} adds it"
         return f"{command_line('export.onnx')} {self.path} --out {self.path} writes all graphs"
+
+
+def encodes_pictures(manifest: Manifest) -> bool:
+    """Return whether a model can start from a picture: on latents it needs an encoder.
+
+    An imported pipeline that has no graphs brings its autoencoder whole.
+    """
+    whole = manifest.decoder == "pipeline" and DECODER not in manifest.files
+    return manifest.decoder == "identity" or whole or ENCODER in manifest.files
 
 
 def bundle_name(folder: Path) -> str:

@@ -20,6 +20,7 @@ from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.pipeline_config import INDEX, missing_package
 from ditserve.model.spec.text_encoder import is_encoder_class
+from ditserve.service.backends.adapters import BackendAdapters
 from ditserve.service.backends.state import StateArray, StateMemory
 
 Floats = npt.NDArray[np.float32]
@@ -54,6 +55,7 @@ class Backend(Protocol):
         size_multiple: H and W may be any multiples of it; None for the manifest's own size only.
         text_encoder: that of an imported pipeline, which is part of its bundle; None for other models.
         state_memory: the memory that `denoise` reads the condition state from.
+        adapters: those that are loaded beside the bundle; None for a backend that takes none.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Backend(Protocol):
     size_multiple: int | None
     text_encoder: SentenceEncoder | None
     state_memory: StateMemory
+    adapters: BackendAdapters | None
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
         """Return condition embeddings (B, E) of class indices (B, F) and sentence encodings (B, text_width).

@@ -29,6 +29,7 @@ from ditserve.service.backends import (
     SentenceEncoder,
     load_pipeline_texts,
 )
+from ditserve.service.backends.adapters import BackendAdapters
 from ditserve.service.backends.precision import open_backbone
 from ditserve.service.backends.runners import GRAPH_SIZES, CudaGraphRunner, DataParallelRunner, RowRunner
 from ditserve.service.backends.sessions import (
@@ -121,6 +122,7 @@ class OnnxBackend:
 
     name = "onnx"
     state_memory: StateMemory = HostMemory()
+    adapters: BackendAdapters | None = None
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from ditserve.service.backends import (
     Floats,
     SentenceEncoder,
 )
+from ditserve.service.backends.adapters import BackendAdapters
 from ditserve.service.backends.cuda import Cuda
 from ditserve.service.backends.onnx import AuxiliaryGraphs
 from ditserve.service.backends.precision import OUTDATED
@@ -69,6 +70,7 @@ class TensorRtBackend:
     name = "tensorrt"
     text_encoder: SentenceEncoder | None = None
     state_memory: StateMemory = HostMemory()
+    adapters: BackendAdapters | None = None
     size_multiple: int | None = None  # an engine has one size
 
     def __init__(

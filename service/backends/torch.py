@@ -15,12 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ditserve.model.nets.factory import Network, make_network
+from ditserve.model.nets.lora import AdapterBank, Layers, row_layers
 from ditserve.model.nets.pipelines import PRECISIONS
+from ditserve.model.spec.adapters import AdapterFile
 from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import NetworkConfig, size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.pipeline_folder import VAE
+from ditserve.model.weights.lora import AdapterError, adapter_base, read_adapter
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
@@ -31,9 +34,11 @@ from ditserve.service.backends import (
     load_pipeline_texts,
     opening_pipeline,
 )
+from ditserve.service.backends.adapters import BackendAdapters, RowUses
 from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.state import StateArray, StateMemory
 from ditserve.service.images import to_pixels
+from ditserve.service.jobs import LoadedAdapter
 
 # Imported: they load diffusers and transformers.
 PIPELINES = "ditserve.model.nets.pipelines"
@@ -48,9 +53,11 @@ class TorchBackend:
         compile: compile the backbone; the first batch of each size then takes much longer.
         precision: of an imported pipeline's network: fp32, bf16 or fp16; "auto" is fp32. A network of ours
             runs in fp32.
+        adapters: the files of the low-rank adapters that rows may be drawn with.
 
     Raises:
-        BackendUnavailable: the bundle cannot be run so, or its network overflows in this precision.
+        BackendUnavailable: the bundle cannot be run so, its network overflows in this precision, or an
+            adapter does not fit it.
     """
 
     name = "torch"
@@ -65,6 +72,7 @@ class TorchBackend:
         device: str = "cpu",
         compile: bool = False,
         precision: str = "auto",
+        adapters: Sequence[AdapterFile] = (),
     ) -> None:
         self.precision = "fp32" if precision == "auto" else precision
         if self.precision not in PRECISIONS:
@@ -101,6 +109,7 @@ class TorchBackend:
             self._backbone = torch.compile(self._backbone, dynamic=True)
         if self.precision != "fp32":
             refuse_overflow(self)
+        self.adapters: BackendAdapters | None = TorchAdapters(self._model, bundle, adapters)
 
     def _own_network(self, bundle: Bundle, config: NetworkConfig) -> Network:
         if self.precision != "fp32":
@@ -156,6 +165,76 @@ class TorchBackend:
 
     def _tensor(self, array: Floats) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+class TorchAdapters:
+    """The low-rank adapters of a network of torch.
+
+    A pass with adapters runs eager where the network is compiled: it would be compiled again for every set of
+    layers that are changed.
+    """
+
+    ROWS = 3  # of the pass that tells which layers can be adapted
+
+    def __init__(self, network: Any, bundle: Bundle, files: Sequence[AdapterFile]) -> None:
+        self._bank, self._conditioner = AdapterBank({}, {}), frozenset[str]()
+        self.loaded: tuple[LoadedAdapter, ...] = ()
+        if not files:
+            return
+        layers = self._layers(network, bundle.manifest)
+        try:
+            read = {
+                file.name: read_adapter(
+                    file, layers, base=adapter_base(bundle), translate=_translation(bundle.manifest)
+                )
+                for file in files
+            }
+        except AdapterError as error:
+            raise BackendUnavailable(str(error)) from None
+        self._bank = AdapterBank(layers, {name: adapter.terms for name, adapter in read.items()})
+        self.loaded = tuple(LoadedAdapter(file.name, file.version, read[file.name].rank) for file in files)
+
+    def of_conditioner(self, uses: RowUses) -> RowUses:
+        return tuple(use for use in uses if self._bank.reached(use.name) & self._conditioner)
+
+    @contextmanager
+    def applied(self, rows: Sequence[RowUses]) -> Iterator[None]:
+        named = [[(use.name, use.scale) for use in uses] for uses in rows]
+        with torch.compiler.set_stance("force_eager"), self._bank.applied(named):
+            yield
+
+    def _layers(self, network: Any, manifest: Manifest) -> Layers:
+        """Return the layers that can be adapted, those of the conditioner noted."""
+        config = manifest.config
+        labels = torch.zeros((self.ROWS, len(config.classes)), dtype=torch.int64)
+        text = torch.zeros(self.ROWS, config.text_width) if config.text_width else None
+        x = torch.zeros(self.ROWS, config.in_channels, *config.image_size)
+        timesteps = torch.ones(self.ROWS)
+        device = next(network.parameters()).device
+        labels, x, timesteps = (tensor.to(device) for tensor in (labels, x, timesteps))
+        state: list[torch.Tensor] = []
+
+        def condition() -> None:
+            embedding = network.embed(labels, None if text is None else text.to(device))
+            state.extend(network.modulate(timesteps, embedding))
+
+        with _computing(), torch.compiler.set_stance("force_eager"):
+            conditioner = row_layers(network, condition, self.ROWS)
+            backbone = row_layers(network, lambda: network.backbone(x, state), self.ROWS)
+        self._conditioner = frozenset(_inner(conditioner))
+        return _inner(conditioner) | _inner(backbone)
+
+
+def _inner(layers: Layers) -> dict[str, torch.nn.Linear]:
+    """Return layers by their names in the module of diffusers, for that of an imported pipeline."""
+    return {name.removeprefix("transformer."): layer for name, layer in layers.items()}
+
+
+def _translation(manifest: Manifest) -> Any:
+    """Return what renames the layers of other projects, for a family that diffusers has names of."""
+    if not isinstance(manifest.config, PipelineConfig):
+        return None
+    return import_module(f"{PIPELINES}.lora").translation(manifest.config.family)
 
 
 class TorchMemory:

@@ -43,7 +43,7 @@ log = structlog.get_logger("service.callbacks")
 
 @dataclass(frozen=True, slots=True)
 class CallbackMessage:
-    """What a job's sender is sent, and where."""
+    """A message to the sender of a job, and its address."""
 
     url: str
     body: str

@@ -25,6 +25,7 @@ from ditserve.model.spec.mixing import (
     state_sources,
 )
 from ditserve.service.backends import Backend
+from ditserve.service.backends.adapters import RowUses, adapted
 from ditserve.service.backends.state import Floats, StateArray, StateMemory
 from ditserve.service.engine.embedding_cache import Condition, EmbeddingCache
 from ditserve.service.engine.text_cache import TextCache
@@ -252,7 +253,11 @@ class ModulationCache(CacheCounters):
 
     def _compute(self, inputs: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
         """Return the states of inputs, as many as one call has rows; a layer of one takes a row as well."""
-        flat = [(told, embedding) for told, condition in inputs for embedding in condition.embeddings]
+        flat = [
+            (told, embedding, condition.adapters)
+            for told, condition in inputs
+            for embedding in condition.embeddings
+        ]
         starts = range(0, len(flat), self._call_rows)
         calls = [self._modulate(flat[start : start + self._call_rows]) for start in starts]
         if len(flat) == len(inputs):
@@ -279,14 +284,15 @@ class ModulationCache(CacheCounters):
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
 
-    def _modulate(self, inputs: Sequence[tuple[int, Floats]]) -> tuple[Floats, ...]:
-        """Return the states of noise levels and embeddings (E,), from one call of the backend.
+    def _modulate(self, inputs: Sequence[tuple[int, Floats, RowUses]]) -> tuple[Floats, ...]:
+        """Return the states of noise levels, embeddings (E,) and adapters, from one call of the backend.
 
         The rows that are left over repeat the first.
         """
         padded = [*inputs, *[inputs[0]] * (self._call_rows - len(inputs))]
-        told = np.array([bits for bits, _ in padded], np.uint32).view(np.float32)
-        return self._backend.modulate(told, np.stack([embedding for _, embedding in padded]))
+        told = np.array([bits for bits, _, _ in padded], np.uint32).view(np.float32)
+        with adapted(self._backend, [adapters for _, _, adapters in padded]):
+            return self._backend.modulate(told, np.stack([embedding for _, embedding, _ in padded]))
 
 
 class ConditionCaches:
@@ -306,7 +312,7 @@ class ConditionCaches:
         embedding_bytes: int = 64 << 20,
         texts: TextCache | None = None,
     ) -> None:
-        self.texts = texts
+        self.texts, self._backend = texts, backend
         self.embeddings = EmbeddingCache(backend, texts, capacity=embedding_bytes)
         self.null = self.embeddings.null()
         self.modulations = ModulationCache(backend, capacity=modulation_bytes, pinned=self.null.key)
@@ -318,25 +324,30 @@ class ConditionCaches:
         *,
         negative_prompt: str = "",
         guidance_embedded: float | None = None,
+        adapters: RowUses = (),
     ) -> Conditioning:
         """Return the conditions of a sample of these terms, combined as `how` says.
 
-        `guidance_embedded` is the scale that the network is told, the last number of each condition.
+        `guidance_embedded` is the scale that the network is told, the last number of each condition. Of the
+        sample's `adapters` a condition holds those that change the conditioner.
 
         Raises:
             InvalidRequest: as `EmbeddingCache.get`, or the network cannot follow so many layers.
         """
-        unconditional = self.embeddings.null(negative_prompt) if negative_prompt else self.null
+        if adapters:
+            adapters = self._backend.adapters.of_conditioner(adapters) if self._backend.adapters else ()
+        special = negative_prompt or adapters
+        unconditional = self.embeddings.null(negative_prompt, adapters) if special else self.null
         if how == "compose":
-            conditions = tuple(map(self.embeddings.alone, terms))
+            conditions = tuple(self.embeddings.alone(term, adapters) for term in terms)
             if guidance_embedded is not None:
                 conditions = tuple(told_guidance(one, guidance_embedded) for one in conditions)
             return Conditioning(conditions, _composition_weights(terms), unconditional)
         if how == "layers":
-            one = self.embeddings.layered(terms)
+            one = self.embeddings.layered(terms, adapters)
             self.modulations.sources(len(one.embeddings))  # a network that cannot is refused here
         else:
-            one = self.embeddings.get(terms, how)
+            one = self.embeddings.get(terms, how, adapters)
         if guidance_embedded is not None:
             one = told_guidance(one, guidance_embedded)
         return Conditioning((one,), (1.0,), unconditional)
@@ -348,7 +359,7 @@ def told_guidance(condition: Condition, scale: float) -> Condition:
     embeddings[:, -1] = scale
     told = np.float32(scale).tobytes()
     key = blake2b(condition.key + told, digest_size=16, person=b"guidance").digest()
-    return Condition(key, embeddings)
+    return Condition(key, embeddings, condition.adapters)
 
 
 def _composition_weights(terms: Sequence[ConditionTerm]) -> tuple[float, ...]:

@@ -13,13 +13,15 @@ import numpy.typing as npt
 
 from ditserve.model.spec.mixing import Mix, mix_embeddings
 from ditserve.service.backends import Backend
+from ditserve.service.backends.adapters import RowUses, adapted
 from ditserve.service.engine.text_cache import TextCache
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.telemetry.counters import CacheCounters
 
 Floats = npt.NDArray[np.float32]
-Term = tuple[tuple[int | None, ...], str]  # classes and a text, "" for none
+# Classes, a text ("" for none), and the adapters that change the conditioner.
+Term = tuple[tuple[int | None, ...], str, RowUses]
 
 
 EMBED_ROWS: Final = 8  # of every call of the embedder
@@ -30,10 +32,12 @@ class Condition:
     """A condition ready for the conditioner. Equal conditions have equal keys, in every process.
 
     `embeddings` are those of its layers, shallow to deep: one, unless each depth has a condition of its own.
+    `adapters` are those of its rows that change the conditioner, which the key holds too.
     """
 
     key: bytes
     embeddings: Floats  # (layers, E)
+    adapters: RowUses = ()
 
 
 class EmbeddingCache(CacheCounters):
@@ -49,8 +53,10 @@ class EmbeddingCache(CacheCounters):
         self._max_entries = max(1, capacity // (4 * backend.manifest.embedding_size))
         self._embeddings: OrderedDict[Term, Floats] = OrderedDict()
 
-    def get(self, terms: Sequence[ConditionTerm], mix: Mix = "linear") -> Condition:
+    def get(self, terms: Sequence[ConditionTerm], mix: Mix = "linear", adapters: RowUses = ()) -> Condition:
         """Return the condition of `terms`; weights count relative to their sum, the order of terms does not.
+
+        `adapters` are those of its rows that change the conditioner.
 
         Raises:
             InvalidRequest: the weights do not sum to more than 0, or there is text and the model takes none.
@@ -59,7 +65,7 @@ class EmbeddingCache(CacheCounters):
         for term in terms:
             if term.text and self._texts is None:
                 raise InvalidRequest("This model takes no text.")
-            key = (term.labels, term.text)
+            key = (term.labels, term.text, adapters)
             weights[key] = weights.get(key, 0.0) + term.weight
         total = sum(weights.values())
         if not total > 0.0:
@@ -71,28 +77,29 @@ class EmbeddingCache(CacheCounters):
         embeddings = self._get_many([key for key, _ in parts])
         digest = blake2b(repr((parts, mix if len(parts) > 1 else "")).encode(), digest_size=16).digest()
         embedding = mix_embeddings(embeddings, [weight for _, weight in parts], mix)
-        return Condition(digest, np.asarray(embedding, np.float32)[None])
+        return Condition(digest, np.asarray(embedding, np.float32)[None], adapters)
 
-    def null(self, text: str = "") -> Condition:
+    def null(self, text: str = "", adapters: RowUses = ()) -> Condition:
         """Return the unconditional condition, every factor at its null class, with a text if one is given."""
         marked = text if self._texts is None else self._texts.negative + text
-        return self.get([ConditionTerm((None,) * len(self._null_labels), text=marked)])
+        terms = [ConditionTerm((None,) * len(self._null_labels), text=marked)]
+        return self.get(terms, adapters=adapters)
 
-    def alone(self, term: ConditionTerm) -> Condition:
+    def alone(self, term: ConditionTerm, adapters: RowUses = ()) -> Condition:
         """Return the condition of one term, whatever its weight is. Raises as `get`."""
-        return self.get([replace(term, weight=1.0)])
+        return self.get([replace(term, weight=1.0)], adapters=adapters)
 
-    def layered(self, terms: Sequence[ConditionTerm]) -> Condition:
+    def layered(self, terms: Sequence[ConditionTerm], adapters: RowUses = ()) -> Condition:
         """Return the condition in which each of `terms` steers the blocks of one depth, shallow to deep.
 
         Raises:
             InvalidRequest: there is text and the model takes none.
         """
-        layers = list(map(self.alone, terms))
+        layers = [self.alone(term, adapters) for term in terms]
         if len({layer.key for layer in layers}) == 1:
             return layers[0]
         digest = blake2b(b"".join(layer.key for layer in layers), digest_size=16, person=b"layers").digest()
-        return Condition(digest, np.concatenate([layer.embeddings for layer in layers]))
+        return Condition(digest, np.concatenate([layer.embeddings for layer in layers]), adapters)
 
     def _get_many(self, terms: Sequence[Term]) -> list[Floats]:
         """Return the embeddings (E,) of distinct terms; embed the missing ones."""
@@ -116,9 +123,11 @@ class EmbeddingCache(CacheCounters):
     def _embed(self, terms: Sequence[Term]) -> list[Floats]:
         """Return the embeddings of at most `EMBED_ROWS` terms, from one call of the backend."""
         labels = np.tile(np.array(self._null_labels, np.int64), (EMBED_ROWS, 1))  # (EMBED_ROWS, F)
-        for row, (classes, _) in zip(labels, terms, strict=False):
+        for row, (classes, _, _) in zip(labels, terms, strict=False):
             row[:] = [n if k is None else k for k, n in zip(classes, self._null_labels, strict=True)]
-        texts = [text for _, text in terms] + [""] * (EMBED_ROWS - len(terms))
+        left = EMBED_ROWS - len(terms)
+        texts = [text for _, text, _ in terms] + [""] * left
         encodings = None if self._texts is None else self._texts.get_many(texts)  # (EMBED_ROWS, text size)
-        embeddings = self._backend.embed(labels, encodings)
+        with adapted(self._backend, [*(adapters for _, _, adapters in terms), *[()] * left]):
+            embeddings = self._backend.embed(labels, encodings)
         return [row.copy() for row in embeddings[: len(terms)]]

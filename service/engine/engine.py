@@ -281,6 +281,7 @@ class Engine:
             request.mix,
             negative_prompt=request.negative_prompt,
             guidance_embedded=request.guidance_embedded,
+            adapters=request.adapters,
         )
 
     def _add_conditionings(self, sample: Sample) -> None:

@@ -15,6 +15,7 @@ from ditserve.model.spec.guidance import guided
 from ditserve.model.spec.mixing import compose_outputs
 from ditserve.model.spec.solvers import learned_log_variance
 from ditserve.service.backends import Backend
+from ditserve.service.backends.adapters import RowUses, adapted
 from ditserve.service.backends.state import StateArray
 from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput
 from ditserve.service.engine.groups import Group
@@ -84,6 +85,7 @@ class ForwardPass:
         self._clock, self._waited = clock, waited
         self._backend, self.conditions, self._scheduler = backend, conditions, scheduler
         self._rows, self._state = rows, self._buffers(rows)
+        self._uses: list[RowUses] = []  # the adapters of each row; the rows beyond have none
         self._channels = backend.manifest.config.in_channels
         # A learned variance is not guided.
         self._guided_channels = backend.manifest.diffusion.guidance_channels or self._channels
@@ -105,12 +107,14 @@ class ForwardPass:
         layout = RowLayout.of(samples)
         latents, own_latents = self._gather(layout, group)
         self._condition(layout, samples)
+        self._uses = layout.adapters() if any(sample.request.adapters for sample in samples) else []
         output, rows = self._denoise(latents.x, layout.rows, group.row_cost)
         return self._guide(layout, latents, own_latents, output), rows
 
     def run_blank(self, x: Floats) -> None:
         """Run the network on latents (B, C, H, W) with any condition state, to time it."""
         self.network_s = self.waited_s = 0.0
+        self._uses = []
         self._network(x, slice(len(x)))
 
     def _buffers(self, rows: int) -> tuple[StateArray, ...]:
@@ -172,7 +176,9 @@ class ForwardPass:
     def _network(self, x: Floats, part: slice) -> Floats:
         """Return the network's output for latents whose condition state is this part of the buffers."""
         began, waited = self._clock(), self._waited()
-        output = self._backend.denoise(x, tuple(tensor[part] for tensor in self._state))
+        uses = self._uses[part]
+        with adapted(self._backend, [*uses, *[()] * (len(x) - len(uses))]):
+            output = self._backend.denoise(x, tuple(tensor[part] for tensor in self._state))
         self.network_s += self._clock() - began
         self.waited_s += self._waited() - waited
         return output

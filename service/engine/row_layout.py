@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ditserve.service.backends.adapters import RowUses
 from ditserve.service.engine.conditions import ConditionerInput
 from ditserve.service.engine.embedding_cache import Condition
 from ditserve.service.engine.samples import Sample
@@ -73,6 +74,14 @@ class RowLayout:
         for rows in self.several:
             inputs += _inputs_of(rows.sample)
         return inputs
+
+    def adapters(self) -> list[RowUses]:
+        """Return the adapters of each row. What guidance subtracts is predicted with them too."""
+        uses = [sample.request.adapters for sample in self.whole]
+        uses += [self.whole[index].request.adapters for index in self.guided]
+        for rows in self.several:
+            uses += [rows.sample.request.adapters] * rows.sample.rows
+        return uses
 
 
 def _inputs_of(sample: Sample) -> list[ConditionerInput]:

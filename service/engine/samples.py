@@ -19,7 +19,7 @@ from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.geometry import Geometry
 from ditserve.service.engine.trajectory import Trajectory
 from ditserve.service.errors import ServiceError
-from ditserve.service.jobs import ConditionTerm
+from ditserve.service.jobs import AdapterUse, ConditionTerm
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import ROOM, Change, PlannedSample
 from ditserve.service.rung import Consent, Rung
@@ -52,6 +52,7 @@ class SampleRequest:
     weight: float = 1.0  # of its caller's share of the machine
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
+    adapters: tuple[AdapterUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,11 +101,11 @@ class Trajectory:
 
 
 def make_trajectory(rung: Rung, scale: float, schedule: Schedule, *, area: float = 1.0) -> Trajectory:
-    """Return the whole trajectory of a sample that starts from noise.
+    """Return the whole trajectory of a sample: from noise or, below full strength, from a picture.
 
     `scale` is its guidance scale, and `area` that of its rows, in rows of the model's own size.
     """
-    levels = noise_levels(rung.grid, rung.steps, schedule.for_area(area))
+    levels = noise_levels(rung.grid, rung.steps, schedule.for_area(area))[-rung.walked :]
     return trajectory_from_levels(rung, scale, schedule, levels, previous=None)
 
 

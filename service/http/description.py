@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.grids import grid_names
 from ditserve.model.spec.manifest import Manifest, RungSpec
 from ditserve.model.spec.solvers import SOLVERS
-from ditserve.service.http.schemas import DefaultsOut, FactorOut, LimitsOut, ModelOut, RungOut, StretchOut
+from ditserve.service.http.schemas import (
+    AdapterOut,
+    DefaultsOut,
+    FactorOut,
+    LimitsOut,
+    ModelOut,
+    RungOut,
+    StretchOut,
+)
 from ditserve.service.http.sizes import size_text
+from ditserve.service.jobs import LoadedAdapter
 from ditserve.service.settings import Settings
+from ditserve.service.wire import fields_of
 
 
 def describe(
@@ -19,6 +30,7 @@ def describe(
     size_step: int | None,
     text_tokens: int | None,
     networks: Sequence[str] = (),
+    adapters: Sequence[LoadedAdapter] | None = None,
 ) -> ModelOut:
     """Return what the model of `manifest` takes within the limits of `settings`.
 
@@ -26,6 +38,7 @@ def describe(
         size_step: the pixels that the sides of other sizes are multiples of; None: there are no others.
         text_tokens: the most tokens of a text; None: they are not counted.
         networks: what the workers run it in.
+        adapters: those that all workers have loaded; None: not all take them.
     """
     return ModelOut(
         name=manifest.name,
@@ -34,9 +47,11 @@ def describe(
         size=size_text(manifest),
         size_step=size_step,
         text=manifest.config.text_size > 0,
+        pictures=encodes_pictures(manifest),
         guidance=manifest.guidance,
         text_tokens=text_tokens,
         networks=sorted(networks),
+        adapters=None if adapters is None else [AdapterOut(**fields_of(adapter)) for adapter in adapters],
         factors=[FactorOut(name=factor.name, classes=list(factor.classes)) for factor in manifest.factors],
         samplers=list(SOLVERS),
         step_counts=sorted(manifest.diffusion.step_counts),

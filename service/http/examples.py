@@ -68,6 +68,7 @@ _MODEL: Final = {
     "size": "64x64",
     "size_step": None,
     "text": False,
+    "pictures": True,
     "guidance": "classifier-free",
     "networks": ["onnx fp32"],
     "factors": [

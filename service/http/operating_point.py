@@ -22,8 +22,6 @@ def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder)
     defaults = manifest.defaults
     solver = _one_of("sampler", request.sampler or defaults.solver, SOLVERS)
     steps = _steps(request, manifest, ladder.schedule)
-    if (request.min_steps or 1) > steps:
-        raise field_error("min_steps", f"It cannot be more than the {steps} steps asked for.")
     low, high = request.guidance_interval or defaults.guidance_interval
     if low > high:
         raise field_error("guidance_interval", "Its low end is above its high end.")
@@ -36,7 +34,11 @@ def requested_rung(request: GenerateRequest, manifest: Manifest, ladder: Ladder)
         raise field_error(field, sentence(error)) from None
     guided = guidance_scale(request, manifest) != 1.0
     decay = request.guidance_decay if guided else 0.0
-    return ladder.requested(solver, steps, grid, (low, high), guided, decay=decay)
+    strength = 1.0 if request.image is None else request.strength
+    rung = ladder.requested(solver, steps, grid, (low, high), guided, decay=decay, strength=strength)
+    if (request.min_steps or 1) > rung.walked:
+        raise field_error("min_steps", f"It cannot be more than the {rung.walked} steps asked for.")
+    return rung
 
 
 def guidance_scale(request: GenerateRequest, manifest: Manifest) -> float:

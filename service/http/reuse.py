@@ -105,12 +105,16 @@ class Reuse:
         return None
 
     def _as_admitted(self, job: Job, result: JobResult) -> bool:
-        """Return whether images were drawn with this bundle, and at the operating point of the digest."""
+        """Return whether images were drawn with this bundle, and at the operating point of the digest.
+
+        One that says it was not degraded was drawn as asked, because it says so whenever it is moved.
+        """
         admitted = job.admitted
         if admitted is None or result.bundle != self._bundle:
             return False
-        same_steps = (result.solver, result.steps_used) == (admitted.solver, admitted.steps)
-        return same_steps and result.degraded == (job.rung is not None)
+        if job.rung is None:
+            return not result.degraded
+        return result.degraded and (result.rung, result.steps_used) == (admitted.name, admitted.steps)
 
 
 def loses_nothing(mine: Job, theirs: Job) -> bool:

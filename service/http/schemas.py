@@ -34,8 +34,12 @@ MAX_SEED = 2**53 - 1
 MAX_TERMS = 8
 MAX_PREVIEWS = 1000
 MAX_LEVELS = 256
+MAX_ADAPTERS = 4
 # The key of a condition that holds a text and is no factor.
 TEXT = "text"
+# One grey pixel, as PNG.
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+DEFAULT_STRENGTH = 0.8
 
 EXAMPLE: dict[str, Any] = {"condition": {"label": "strawberry", "style": "noto"}, "steps": 30, "seed": 7}
 MIX_EXAMPLE: dict[str, Any] = {
@@ -92,6 +96,19 @@ class WeightedTerm(BaseModel):
         return self.__pydantic_extra__
 
 
+class AdapterWish(BaseModel):
+    """A low-rank adapter (LoRA) to draw with, and how strongly it acts."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"name": "pixel-art", "scale": 0.8}]}
+    )
+
+    name: str = Field(max_length=100, description="One of `adapters` in `/models`.")
+    scale: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False), UnsignedZero] = Field(
+        1.0, description="1 is as it was trained, 0 is without it."
+    )
+
+
 def _condition_kind(value: Any) -> str:
     """Return the tag of a condition: a list is a mix."""
     return "as-mix" if isinstance(value, list) else "as-one"
@@ -136,6 +153,11 @@ class DrawingOptions(BaseModel):
             None,
             description="The guidance scale that the network is told, where the model is one that is told.",
         )
+    )
+    adapters: list[AdapterWish] = Field(
+        [],
+        max_length=MAX_ADAPTERS,
+        description="Low-rank adapters of the model to draw with, whose effects add up.",
     )
     truncate_prompt: bool = Field(
         False, description="Cut off what a text has beyond the model's last token, instead of refusing it."
@@ -194,6 +216,24 @@ class GenerateRequest(DrawingOptions):
         | None
     ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
     size: Size | None = Field(None, description="Width x height, where the model has a choice.")
+    image: str | None = Field(
+        None,
+        description="The picture to start from, as a data URL; it is cut and scaled to `size`.",
+        examples=[f"data:image/png;base64,{PICTURE}"],
+    )
+    mask: str | None = Field(
+        None,
+        description="The part of `image` to repaint, as a data URL: what is transparent, or white in a grey "
+        "picture. The rest is kept.",
+        examples=[f"data:image/png;base64,{PICTURE}"],
+    )
+    strength: float = Field(
+        DEFAULT_STRENGTH,
+        gt=0,
+        le=1,
+        description="The share of the steps that are walked from `image`, the last ones. A little changes a "
+        "little; 1 starts from noise.",
+    )
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
     callback_url: str | None = Field(
         None,
@@ -277,7 +317,7 @@ class Problem(BaseModel):
 
 
 class CallbackOut(BaseModel):
-    """How far the sender of a job was called back."""
+    """The state of a job's callback."""
 
     state: Literal["waiting", "pending", "delivered", "given-up"] = Field(
         description="waiting: the job has not ended; pending: being tried, or to be tried again."
@@ -345,6 +385,12 @@ class DefaultsOut(BaseModel):
     guidance_interval: tuple[float, float]
 
 
+class AdapterOut(BaseModel):
+    name: str
+    version: str = Field(description="Equal for equal files.")
+    rank: int
+
+
 class LimitsOut(BaseModel):
     n: int
     steps: int
@@ -363,6 +409,7 @@ class ModelOut(BaseModel):
         description="Other sizes whose sides are multiples of this many pixels can be had; null: none."
     )
     text: bool = Field(description="Whether a condition may hold a `text`.")
+    pictures: bool = Field(description="Whether a request may start from an `image`.")
     guidance: Literal["classifier-free", "embedded", "none"] = Field(
         description="Embedded: the network is told `guidance_embedded`. None: no unconditional prediction "
         "was trained that guidance could subtract."
@@ -372,6 +419,11 @@ class ModelOut(BaseModel):
     )
     networks: list[str] = Field(
         description="The runtimes and number formats that the workers run the model in."
+    )
+    adapters: list[AdapterOut] | None = Field(
+        None,
+        description="The low-rank adapters that a request may name: those that every worker has loaded. "
+        "Null: no worker is there, or one of them runs another backend than torch, which takes none.",
     )
     factors: list[FactorOut]
     samplers: list[str]

@@ -28,9 +28,14 @@ class OutputSize:
 
 def size_text(manifest: Manifest, size: Size | None = None) -> str:
     """Return width x height in pixels of images of a latent size; None is the model's own."""
+    height, width = picture_size(manifest, size)
+    return f"{width}x{height}"
+
+
+def picture_size(manifest: Manifest, size: Size | None = None) -> Size:
+    """Return height and width in pixels of images of a latent size; None is the model's own."""
     height, width = size or manifest.config.image_size
-    factor = manifest.upscale
-    return f"{width * factor}x{height * factor}"
+    return height * manifest.upscale, width * manifest.upscale
 
 
 def size_step(manifest: Manifest, workers: Sequence[WorkerState]) -> int | None:

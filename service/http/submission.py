@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from asyncio import to_thread
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
+from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
+from ditserve.model.spec.windows import Size
 from ditserve.service.callback_url import AllowedCallbacks
 from ditserve.service.errors import (
     IdempotencyMismatch,
@@ -22,6 +25,7 @@ from ditserve.service.errors import (
     QueueUnavailable,
 )
 from ditserve.service.http.abandoned import Abandoned
+from ditserve.service.http.adapters import RETRY_S, requested_adapters
 from ditserve.service.http.callbacks import check_callback
 from ditserve.service.http.conditions import RequestedConditions, requested_conditions
 from ditserve.service.http.load_cache import LoadCache
@@ -32,12 +36,21 @@ from ditserve.service.http.operating_point import (
     guidance_scale,
     requested_rung,
 )
+from ditserve.service.http.pictures import PictureLimits, data_url_bytes, read_mask, read_picture
 from ditserve.service.http.promises import Promises
 from ditserve.service.http.reuse import CacheOutcome, Reuse, Sharing, count_outcome
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
-from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, size_text
+from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, picture_size, size_text
 from ditserve.service.identity import bundle_digest, vocabulary_digest
-from ditserve.service.jobs import TERMINAL_STATES, EqualJobs, ImageFormat, Job, JobResult, JobStatus
+from ditserve.service.jobs import (
+    TERMINAL_STATES,
+    AdapterUse,
+    EqualJobs,
+    ImageFormat,
+    Job,
+    JobResult,
+    JobStatus,
+)
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.delivery import Delivery
@@ -47,13 +60,15 @@ from ditserve.service.queue.broker import Overtaken
 from ditserve.service.queue.queue_client import Queue
 from ditserve.service.rung import Consent, Rung
 from ditserve.service.settings import Settings
+from ditserve.service.source_picture import SourcePicture, encode
 from ditserve.service.telemetry import metrics
 from ditserve.service.vocabulary import Vocabulary
 
 # A client of a full queue is asked to come back once this share of it should have drained …
 _DRAINED_SHARE = 0.1
-# … or after so many seconds where that cannot be predicted.
-_RETRY_S = 5.0
+# … or after `RETRY_S` where that cannot be predicted.
+# The most pixels of a picture that is decoded.
+_MOST_PIXELS = 2**26
 # How often a place among equal jobs is looked at again that another one took meanwhile.
 _OVERTAKEN_TRIES = 3
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
@@ -115,6 +130,8 @@ class _ResolvedRequest:
     conditions: RequestedConditions
     rung: Rung
     output: OutputSize
+    source: SourcePicture | None
+    adapters: tuple[AdapterUse, ...]
 
 
 class Submissions:
@@ -158,13 +175,10 @@ class Submissions:
         conditions = requested_conditions(request, self.manifest, self.vocabulary)
         self._check_length(request, conditions)
         check_callback(request.callback_url, self._callbacks)
-        resolved = _ResolvedRequest(
-            request,
-            image_format,
-            conditions,
-            self._rung(request),
-            await self._size(request),
-        )
+        rung, output = self._rung(request), await self._size(request)
+        source = await self._source(request, output)
+        adapters = requested_adapters(request, (await self.load()).workers if request.adapters else ())
+        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source, adapters)
         if caller.idempotency is not None:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
@@ -181,7 +195,7 @@ class Submissions:
             if isinstance(found, Submission):
                 return found
             place = found
-        sender = caller.name, request.model_dump_json()
+        sender = caller.name, request.model_dump_json(exclude={"image", "mask"})
         admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
         job = self._job(resolved, admission_request, admission, caller, now)
         # Nothing is awaited between admission and this reservation, so concurrent requests see each other.
@@ -272,11 +286,25 @@ class Submissions:
             return OutputSize()
         workers = (await self.load()).workers
         if not workers:
-            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=_RETRY_S)
+            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=RETRY_S)
         try:
             return as_a_whole(request.size, self.manifest, workers, max_area=max_area)
         except ValueError as error:
             raise field_error("size", str(error)) from None
+
+    async def _source(self, request: GenerateRequest, output: OutputSize) -> SourcePicture | None:
+        """Return the picture that the request starts from, if any. Raises `InvalidRequest`."""
+        if request.image is None:
+            for name in ("mask", "strength"):
+                if name in request.model_fields_set and getattr(request, name) is not None:
+                    raise field_error(name, "It needs an image to start from: send one, or leave it out.")
+            return None
+        if not encodes_pictures(self.manifest):
+            raise field_error(
+                "image", "This model has no encoder of pictures: leave image out, or export the model again."
+            )
+        limits = PictureLimits(_MOST_PIXELS)
+        return await to_thread(_source_picture, request, picture_size(self.manifest, output.size), limits)
 
     def _admission_request(
         self, resolved: _ResolvedRequest, answer_by: float | None, now: float
@@ -284,10 +312,11 @@ class Submissions:
         request, conditions = resolved.request, resolved.conditions
         deadline_at = None if answer_by is None else answer_by - self.delivery.room_s(answer_by - now)
         consent = Consent.to(
-            request.min_steps or 1 if request.may_degrade else resolved.rung.steps,
+            request.min_steps or 1 if request.may_degrade else resolved.rung.walked,
             request.min_quality,
             negative_prompt=conditions.negative_prompt,
             mix=conditions.how,
+            adapted=bool(resolved.adapters),
         )
         return AdmissionRequest(
             rung=resolved.rung,
@@ -336,7 +365,7 @@ class Submissions:
             condition=resolved.conditions.terms,
             mix=resolved.conditions.how,
             seeds=tuple(range(seed, seed + request.n)),
-            steps=rung.steps,
+            steps=rung.walked,
             solver=rung.solver,
             grid=rung.grid,
             guidance_scale=admission_request.guidance_scale,
@@ -363,6 +392,8 @@ class Submissions:
             guidance_embedded=guidance_embedded(request, self.manifest),
             min_quality=request.min_quality,
             callback_url=request.callback_url or "",
+            source=resolved.source,
+            adapters=resolved.adapters,
         )
 
     def _job_id(self, caller: str, key: str) -> str:
@@ -387,13 +418,25 @@ class Submissions:
             raise
         except QueueFull as error:
             wait = finite(drain_time(await self.load()) * _DRAINED_SHARE)
-            raise QueueFull(error.detail, retry_after=_RETRY_S if wait is None else max(1.0, wait)) from None
+            raise QueueFull(error.detail, retry_after=RETRY_S if wait is None else max(1.0, wait)) from None
 
     async def _existing(self, job: Job) -> JobStatus:
         status = await self._queue.status(job.id)
         if status is None:
             raise JobLost()
         return status
+
+
+def _source_picture(request: GenerateRequest, size: Size, limits: PictureLimits) -> SourcePicture:
+    """Return the picture of a request, and its mask, made to `size`. Raises `InvalidRequest`."""
+    encoded: dict[str, bytes] = {}
+    for name, url, read in (("image", request.image, read_picture), ("mask", request.mask, read_mask)):
+        if url is not None:
+            try:
+                encoded[name] = encode(read(data_url_bytes(url), size, limits))
+            except ValueError as error:
+                raise field_error(name, str(error)) from None
+    return SourcePicture(encoded["image"], encoded.get("mask"), request.strength)
 
 
 def _replayed(status: JobStatus, idempotency: Idempotency | None) -> Submission:

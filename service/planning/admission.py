@@ -97,8 +97,8 @@ def admit(
     options = (rung, *(ladder.below(rung, request.consent) if request.allow_degraded else ()))
     for option in options:
         rows = request.rows(ladder, option)
-        capacity = Capacity(load, recut=policy.recut, pass_s=limit_s / option.steps, within_s=due - now)
-        shortest_s = capacity.time_in_every_batch(rows=rows, steps=option.steps, samples=request.samples)
+        capacity = Capacity(load, recut=policy.recut, pass_s=limit_s / option.walked, within_s=due - now)
+        shortest_s = capacity.time_in_every_batch(rows=rows, steps=option.walked, samples=request.samples)
         ahead_s = (stretch - 1.0) * capacity.queue_drain_time(due=due)
         predicted_s = max(shortest_s, capacity.queue_drain_time(rows, due=due) + ahead_s + reserved_s)
         if predicted_s <= limit_s and not capacity.breaks_later_deadline(
@@ -107,7 +107,7 @@ def admit(
             degraded = option != rung
             return Admission(True, option, degraded, LOAD if degraded else None, None, predicted_s)
     idle_s = capacity.time_in_every_batch(
-        rows=rows, steps=options[-1].steps, samples=request.samples, idle=True
+        rows=rows, steps=options[-1].walked, samples=request.samples, idle=True
     )
     if idle_s * policy.admission_margin > due - now:
         return Admission(False, rung, False, DEADLINE, None, predicted_s)

@@ -71,8 +71,8 @@ class Gate:
         cut = admission.degraded or not admission.accepted
         below = self._ladder.below(request.rung, request.consent) if cut and request.allow_degraded else ()
         for rung in (request.rung, *below):
-            rows, pass_s = request.rows(self._ladder, rung), limit_s / rung.steps
-            if not cut or idle_time(load, rows, rung.steps, request.samples) <= limit_s:
+            rows, pass_s = request.rows(self._ladder, rung), limit_s / rung.walked
+            if not cut or idle_time(load, rows, rung.walked, request.samples) <= limit_s:
                 break
         return worker_seconds(load, rows, pass_s)
 

@@ -55,7 +55,15 @@ class Ladder:
         return cls(rungs, manifest.diffusion.noise_schedule())
 
     def requested(
-        self, solver: str, steps: int, grid: str, interval: Interval, guided: bool, *, decay: float = 0.0
+        self,
+        solver: str,
+        steps: int,
+        grid: str,
+        interval: Interval,
+        guided: bool,
+        *,
+        decay: float = 0.0,
+        strength: float = 1.0,
     ) -> Rung:
         """Return the rung a request names: one of the ladder, or a new one of interpolated quality.
 
@@ -65,8 +73,10 @@ class Ladder:
         for rung in self._own:
             same = (rung.solver, rung.steps, rung.grid) == (solver, steps, grid)
             if same and (not guided or rung.guidance_interval == interval):
-                return replace(rung, guidance_decay=decay) if decay else rung
-        return Rung(f"{solver}-{steps}", solver, steps, grid, interval, self._quality(solver, steps), decay)
+                own = not decay and strength == 1.0
+                return rung if own else replace(rung, guidance_decay=decay, strength=strength)
+        quality = self._quality(solver, steps)
+        return Rung(f"{solver}-{steps}", solver, steps, grid, interval, quality, decay, strength=strength)
 
     @property
     def descent(self) -> tuple[Rung, ...]:
@@ -106,8 +116,8 @@ class Ladder:
         `rung`: guidance never acts where the request excluded it.
         """
         limit = self._guided_rows(rung)
-        allowed = filter(consent.allows, self.rungs)
-        others = [(self._guided_rows(other), other) for other in map(partial(_narrowed, to=rung), allowed)]
+        allowed = filter(consent.allows, map(partial(_narrowed, to=rung), self.rungs))
+        others = [(self._guided_rows(other), other) for other in allowed]
         below: list[Rung] = []  # cheapest first
         for rows, other in sorted(others, key=lambda pair: (pair[0], pair[1].quality)):
             if rows >= limit:
@@ -149,19 +159,19 @@ def steps_left(remaining: int, current: Rung, target: Rung) -> int:
 
 
 def _narrowed(rung: Rung, *, to: Rung) -> Rung:
-    """Return `rung` with the guidance decay of `to`, and its interval cut to that of `to`.
+    """Return `rung` with the guidance decay and the strength of `to`, and its interval cut to that of `to`.
 
     The interval is replaced where the two do not meet.
     """
     low, high = to.guidance_interval
     start, stop = max(low, rung.guidance_interval[0]), min(high, rung.guidance_interval[1])
     interval = (start, stop) if start <= stop else (low, high)
-    return replace(rung, guidance_interval=interval, guidance_decay=to.guidance_decay)
+    return replace(rung, guidance_interval=interval, guidance_decay=to.guidance_decay, strength=to.strength)
 
 
 @lru_cache(_CACHED)
 def _row_steps(rung: Rung, schedule: Schedule, guidance_scale: float, conditions: int) -> float:
-    levels = noise_levels(rung.grid, rung.steps, schedule)
+    levels = noise_levels(rung.grid, rung.steps, schedule)[-rung.walked :]
     interval, decay, stretches = rung.guidance_interval, rung.guidance_decay, rung.stretches
     return forward_rows(
         levels, schedule, guidance_scale, interval, decay, conditions=conditions, stretches=stretches

@@ -31,10 +31,9 @@ from ditserve.service.jobs import (
     read_report,
 )
 from ditserve.service.limits import Limits
-from ditserve.service.queue.callbacks import CallbackVerbs
 from ditserve.service.queue.connection import RETRY_AFTER_S
 from ditserve.service.queue.keys import Keys
-from ditserve.service.queue.leases import ms, packed
+from ditserve.service.queue.leases import LeaseVerbs, ms, packed
 from ditserve.service.queue.notifications import Subscriber, WorkNotifications
 from ditserve.service.telemetry import metrics
 from ditserve.service.wire import OLDEST, WireError
@@ -53,7 +52,7 @@ class Overtaken(Exception):
     """An equal job was queued since one was looked for: look again."""
 
 
-class Broker(CallbackVerbs):
+class Broker(LeaseVerbs):
     """One process's access to the queue. Open it with `connect`, close it with `aclose`.
 
     Every verb raises `QueueUnavailable` when Redis cannot be used.

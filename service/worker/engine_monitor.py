@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from ditserve.service.jobs import Network, WorkerState
+from ditserve.service.jobs import Job, LoadedAdapter, Network, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.queue.broker import Broker
@@ -20,7 +20,8 @@ class WorkerIdentity:
 
     `name` is unique among all workers, ever: a restarted worker has a new one. `bundle` and `vocabulary` are
     digests of what it serves (`identity`); jobs of another vocabulary are refused. `origin` is that of the
-    checkpoints it writes and goes on from (`handoff.checkpoint_origin`).
+    checkpoints it writes and goes on from (`handoff.checkpoint_origin`). `adapters` are those that it has
+    loaded, None if its backend takes none; jobs drawn with others are refused.
     """
 
     name: str
@@ -29,6 +30,17 @@ class WorkerIdentity:
     vocabulary: str = ""
     origin: str = ""
     network: Network = field(default_factory=Network)
+    adapters: tuple[LoadedAdapter, ...] | None = None
+
+    def replaced(self, job: Job) -> str:
+        """Return a sentence on what the job was made for and this worker no longer has; "" if it has all."""
+        if job.vocabulary not in ("", self.vocabulary):
+            return "The model was replaced by a version with other classes; send the request again."
+        loaded = {(adapter.name, adapter.version) for adapter in self.adapters or ()}
+        for adapter in job.adapters:
+            if (adapter.name, adapter.version) not in loaded:
+                return f"The adapter {adapter.name!r} was replaced or removed; send the request again."
+        return ""
 
 
 class EngineMonitor:
@@ -73,6 +85,7 @@ class EngineMonitor:
             slow=costs.slow,
             network=self._identity.network,
             bundle=self._identity.bundle,
+            adapters=self._identity.adapters,
             given_rows=self._broker.given_rows(self._identity.name),
             last_step_age_s=self.step_age_s(),
             hang_s=self._hang_limit_s(),

@@ -7,13 +7,14 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
 import structlog
 import uvloop
 
+from ditserve.model.spec.adapters import AdapterFile
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.errors import BundleError
 from ditserve.service.backends import (
@@ -63,9 +64,9 @@ def run(settings: Settings) -> int:
             metrics.serve(settings.worker_metrics_port)
         # A setting that does not fit is refused before Redis is asked.
         backend_options(settings, model.bundle.manifest)
-        opener = partial(open_backends, settings, model.bundle)
+        opener = partial(open_backends, settings, model)
         reload = Reload(model, verify=settings.verify)
-        orderly = uvloop.run(serve(settings, model.name, opener, reload))
+        orderly = uvloop.run(serve(settings, model, opener, reload))
     except QueueUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -86,11 +87,18 @@ def only_model(settings: Settings) -> ServedModel:
 
 
 async def open_backend(
-    settings: Settings, bundle: Bundle, report: Report, stop: asyncio.Event, broker: Broker
+    settings: Settings,
+    bundle: Bundle,
+    report: Report,
+    stop: asyncio.Event,
+    broker: Broker,
+    *,
+    adapters: Sequence[AdapterFile] = (),
 ) -> Backend | None:
     """Build the engines that are missing, if the settings say so, and open the backend.
 
-    It computes in the precision on which the workers of the bundle agree.
+    It computes in the precision on which the workers of the bundle agree. `adapters` are loaded where the
+    backend takes them.
 
     Return None if stopped meanwhile.
 
@@ -110,21 +118,30 @@ async def open_backend(
             return None
     report("loading the network")
     backend = with_backend(settings, bundle.manifest).backend
+    if adapters and backend == "torch":
+        options["adapters"] = adapters
+    elif adapters:
+        names = ", ".join(adapter.name for adapter in adapters)
+        log.warning("adapters not loaded: they need --backend torch", backend=backend, adapters=names)
     return await load_agreed(backend, bundle, options, broker, load=load_backend)
 
 
 async def open_backends(
-    settings: Settings, bundle: Bundle, report: Report, stop: asyncio.Event, broker: Broker
+    settings: Settings, model: ServedModel, report: Report, stop: asyncio.Event, broker: Broker
 ) -> dict[str, Backend] | None:
     """Open the networks of a bundle by name: "" is its own, the others are its further backbones.
 
+    Adapters change its own alone.
+
     Return None if stopped meanwhile. Raises as `open_backend`.
     """
+    bundle = model.bundle
     parts = {"": bundle, **{name: bundle.backbone(name) for name in bundle.manifest.backbones}}
     opened: dict[str, Backend] = {}
     with ExitStack() as stack:
         for name, part in parts.items():
-            backend = await open_backend(settings, part, report, stop, broker)
+            adapters = () if name else model.adapters
+            backend = await open_backend(settings, part, report, stop, broker, adapters=adapters)
             if backend is None:
                 return None
             stack.callback(backend.close)
@@ -133,7 +150,7 @@ async def open_backends(
     return opened
 
 
-async def serve(settings: Settings, model: str, opener: Opener, reload: Reload | None = None) -> bool:
+async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: Reload | None = None) -> bool:
     """Work until told to stop, on the backends that `opener` opens. Return False if the engine is broken.
 
     With `reload` the worker also drains once there is a new bundle; whoever tells it to stop then means it.
@@ -158,9 +175,9 @@ async def serve(settings: Settings, model: str, opener: Opener, reload: Reload |
     backends: dict[str, Backend] | None = None
     watching = asyncio.create_task(reload.watch(stop)) if reload is not None else None
     try:
-        if not await unless(stop, _join_queue(broker, settings.namespace, model)):
+        if not await unless(stop, _join_queue(broker, settings.namespace, model.name)):
             return True
-        async with starting(broker, name, model) as report:
+        async with starting(broker, name, model.name) as report:
             backends = await opener(report, stop, broker)
             if backends is None:
                 return True
@@ -169,7 +186,7 @@ async def serve(settings: Settings, model: str, opener: Opener, reload: Reload |
             await asyncio.to_thread(engine.warm_up, WARM_UP_S)
         backend = backends[""]
         parts = worker_parts(backend, engine, broker, embeddings, tracing)
-        identity = worker_identity(name, backends)
+        identity = worker_identity(name, model, backends)
         worker = Worker(parts, identity, worker_policy(settings, engine))
         metrics.NETWORK_INFO.labels(backend.name, backend.precision).set(1)
         log.info(

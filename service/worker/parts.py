@@ -19,7 +19,7 @@ from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.forward import Backbone
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.text_cache import SharedCache, TextCache
-from ditserve.service.identity import bundle_digest, vocabulary_digest
+from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import Network
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.costs import CostModel
@@ -27,6 +27,7 @@ from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import Planner
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.embeddings import Embeddings
+from ditserve.service.served_models import ServedModel
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry.tracing import Tracing
 from ditserve.service.worker.engine_metrics import EngineMetrics
@@ -148,17 +149,18 @@ def worker_parts(
     )
 
 
-def worker_identity(name: str, backends: Mapping[str, Backend]) -> WorkerIdentity:
+def worker_identity(name: str, model: ServedModel, backends: Mapping[str, Backend]) -> WorkerIdentity:
     backend = backends[""]
     manifest = backend.manifest
     networks = "".join(f"{part} {each.name} {each.precision} " for part, each in backends.items())
     return WorkerIdentity(
         name=name,
         model=manifest.name,
-        bundle=bundle_digest(manifest),
+        bundle=model.digest,
         vocabulary=vocabulary_digest(manifest),
         origin=checkpoint_origin(manifest, networks.strip()),
         network=Network(backend.name, backend.precision, backend.size_multiple),
+        adapters=None if backend.adapters is None else backend.adapters.loaded,
     )
 
 

@@ -214,6 +214,7 @@ def describe(
     rung = finished.rung
     # In JSON no character of a user's text disturbs the file.
     subtracted = json.dumps(job.negative_prompt, ensure_ascii=False) if job.negative_prompt else None
+    adapters = [{"name": adapter.name, "scale": adapter.scale} for adapter in job.adapters]
     facts: dict[str, Any] = {
         "model": job.model,
         "condition": json.dumps(terms if len(terms) > 1 else terms[0], ensure_ascii=False),
@@ -229,6 +230,7 @@ def describe(
         **({"negative_prompt": subtracted} if subtracted else {}),
         **({} if job.guidance_embedded is None else {"guidance_embedded": job.guidance_embedded}),
         **({"windows": job.windows} if job.windows else {}),
+        **({"adapters": json.dumps(adapters)} if adapters else {}),
     }
     return {name: str(value) for name, value in facts.items()}
 
@@ -267,6 +269,7 @@ def _requests(job: Job, ladder: Ladder, *, attempt: int) -> tuple[SampleRequest,
             weight=WEIGHTS.get(job.priority, 1.0),
             negative_prompt=job.negative_prompt,
             guidance_embedded=job.guidance_embedded,
+            adapters=job.adapters,
         )
         for k, seed in enumerate(job.seeds)
     )

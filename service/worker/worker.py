@@ -37,7 +37,6 @@ from ditserve.service.worker.progress_events import ProgressEvents
 from ditserve.service.worker.room import Room, claim_room, wanted_rows
 from ditserve.service.worker.running_job import RunningJob, RunningJobs
 
-_REPLACED = "The model was replaced by a version with other classes; send the request again."
 STOP_THREAD_S = 5.0
 
 log = structlog.get_logger()
@@ -169,9 +168,9 @@ class Worker:
         return claim_room(self._jobs, wanted_rows=wanted, free_slots=self._slots - held)
 
     def _start_job(self, claim: Claim) -> None:
-        if claim.job.vocabulary not in ("", self.identity.vocabulary):
-            log.warning("job of another vocabulary", job=claim.job.id)
-            self._publish_error(claim.lease, ModelReplaced(_REPLACED, retry_after=1.0))
+        if replaced := self.identity.replaced(claim.job):
+            log.warning("job of what was replaced", job=claim.job.id, reason=replaced)
+            self._publish_error(claim.lease, ModelReplaced(replaced, retry_after=1.0))
             return
         earlier = self._jobs.get(claim.job.id)
         if earlier is not None:

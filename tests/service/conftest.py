@@ -14,6 +14,7 @@ from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.manifest import Defaults, Factor, Manifest, StateTensor
 from ditserve.service.backends import CONDITIONER_ROWS, OutOfMemory, SentenceEncoder
+from ditserve.service.backends.adapters import BackendAdapters
 from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
@@ -42,6 +43,7 @@ class FakeBackend:
     precision = "fp32"
     text_encoder: SentenceEncoder | None = None
     state_memory: StateMemory = HostMemory()
+    adapters: BackendAdapters | None = None
     conditioner_rows = CONDITIONER_ROWS
 
     def __init__(

@@ -15,6 +15,7 @@ import pytest
 from ditserve.model.spec.stretches import Stretch
 from ditserve.service.jobs import Job, JobResult, WorkerState, read_report
 from ditserve.service.rung import Rung
+from ditserve.service.source_picture import SourcePicture
 from ditserve.service.wire import Message, WireError, build, fields_of, pack, unpack
 from ditserve.service.worker.handoff import read_checkpoint, write_checkpoint
 from tests.service import wire_examples as examples
@@ -28,6 +29,8 @@ MESSAGES: dict[str, Message] = {
     "full job": examples.FULL_JOB,
     "composed job": examples.COMPOSED_JOB,
     "stitched job": examples.STITCHED_JOB,
+    "picture job": examples.PICTURE_JOB,
+    "adapted job": examples.ADAPTED_JOB,
     "result": examples.RESULT,
     "worker state": examples.STATE,
     "starting": examples.STARTING,
@@ -54,6 +57,8 @@ def test_a_job_has_the_oldest_version_that_says_all_of_it() -> None:
         {"requested": replace(examples.FULL, guidance_decay=-1.0)},
         {"admitted": replace(examples.HALF, stretches=(Stretch(0.0, "student"),))},
         {"min_quality": 0.25},
+        {"source": SourcePicture(b"image", None, 1.0)},
+        {"adapters": examples.ADAPTED_JOB.adapters},
     ]
     for change in newer:
         job = replace(plain, **change)
@@ -115,6 +120,8 @@ def test_fields_of_later_releases_have_defaults() -> None:
         {"caller": None},
         {"trace": {"traceparent": 1}},
         {"trace": []},
+        {"source": {"image": "text", "mask": None, "strength": 0.5}},
+        {"source": {"image": b"", "mask": None, "strength": 0.0}},
     ],
 )
 def test_a_field_of_another_form_is_refused(change: dict[str, object]) -> None:

@@ -12,17 +12,20 @@ from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.jobs import (
+    AdapterUse,
     ConditionTerm,
     DemandBucket,
     Image,
     Job,
     JobResult,
+    LoadedAdapter,
     Network,
     SlowSpell,
     Starting,
     WorkerState,
 )
 from ditserve.service.rung import Rung
+from ditserve.service.source_picture import SourcePicture
 
 FULL = Rung("ddim-20", "ddim", 20, "leading", (0.0, 1.0), 0.0)
 HALF = Rung("dpmpp-2m-8", "dpmpp-2m", 8, "uniform-t", (0.25, 0.75), 0.125)
@@ -94,6 +97,15 @@ STITCHED_JOB = replace(
     FULL_JOB,
     admitted=replace(HALF, stretches=(Stretch(0.5, "student", 0.25, guided=False), Stretch(0.25, "light"))),
 )
+PICTURE_JOB = replace(
+    FULL_JOB,
+    requested=replace(FULL, strength=0.25),
+    admitted=replace(HALF, strength=0.25),
+    source=SourcePicture(b"\x89PNG image", b"\x89PNG mask", 0.25),
+)
+ADAPTED_JOB = replace(
+    FULL_JOB, adapters=(AdapterUse("noir", -0.5, "0123456789abcdef"), AdapterUse("pixel-art", 0.8, "feed"))
+)
 RESULT = JobResult(
     images=(Image(b"\x89PNG", 7, "image/png"), Image(b"\x00\xff", 8, "image/png")),
     steps_requested=20,
@@ -127,6 +139,7 @@ STATE = WorkerState(
     slow=(SlowSpell(1.0, 2.5), SlowSpell(4.0, 1.25)),
     hang_s=200.0,
     batch_rows=24,
+    adapters=(LoadedAdapter("noir", "0123456789abcdef", 8), LoadedAdapter("pixel-art", "feed", 4)),
 )
 STARTING = Starting("w2", "emoji", "warming up")
 SNAPSHOT = Snapshot(

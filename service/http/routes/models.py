@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from ditserve.service.http.adapters import common_adapters
 from ditserve.service.http.context import Api
 from ditserve.service.http.description import describe
 from ditserve.service.http.models import Model
@@ -38,6 +39,7 @@ async def _description(model: Model, settings: Settings) -> dict[str, Any]:
         size_step=size_step(model.manifest, workers),
         text_tokens=model.submissions.prompts.tokens,
         networks=sorted(networks),
+        adapters=common_adapters(workers),
     )
     return described.model_dump(mode="json")
 

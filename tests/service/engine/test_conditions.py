@@ -11,6 +11,7 @@ import pytest
 
 from ditserve.model.spec.manifest import StateTensor
 from ditserve.service.backends import CONDITIONER_ROWS as CHUNK
+from ditserve.service.backends.adapters import BackendAdapters
 from ditserve.service.backends.state import HostMemory, StateMemory
 from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput, SlotLru
 from ditserve.service.engine.embedding_cache import Condition
@@ -220,6 +221,7 @@ class Apart:
 
     conditioner_rows = CHUNK
     state_memory: StateMemory = HostMemory()
+    adapters: BackendAdapters | None = None
 
     def __init__(self, whole: Any) -> None:
         parts = (("noise", (), "level"), ("text", (6,), "condition"), ("both", (2,), "both"))

@@ -139,7 +139,7 @@ class StubWorker:
             steps_requested=job.steps,
             steps_used=(job.admitted or job).steps,
             solver=(job.admitted or job).solver,
-            rung=job.rung or "full",
+            rung=job.admitted.name if job.admitted else "full",
             degraded=job.rung is not None,
             reason=job.reason,
             timings_ms={"queue": 1.25, "denoise": 20.0},

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from pydantic_settings import SettingsError
 from standardwebhooks import Webhook
 
 from ditserve.service.callbacks import delivery, post
 from ditserve.service.callbacks.delivery import delay_before
-from ditserve.service.settings import Settings, SettingsError
+from ditserve.service.settings import Settings
 from tests.conftest import wait_until
 from tests.service.callbacks.conftest import HANG, SECRETS, Receiver
 from tests.service.callbacks.conftest import receiver as receiver  # a fixture
@@ -138,7 +139,7 @@ async def test_what_is_under_way_when_a_process_stops_is_told_once(
     stage: Stage, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going, answered = asyncio.Event(), asyncio.Event()
-    sent = delivery.post
+    sent = post.post
 
     async def slow(*args: Any, **options: Any) -> int:
         going.set()

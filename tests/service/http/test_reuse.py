@@ -143,7 +143,8 @@ async def test_a_degraded_picture_answers_only_requests_that_are_degraded_as_far
     patient = await stage.generate(**LEMON, allow_degraded=False)
     assert (patient.headers["x-cache"], patient.headers["x-degraded"]) == ("miss", "false")
     # What was drawn in full answers all, in no time.
-    for body in ({"deadline_ms": 1200}, {"deadline_ms": 1, "allow_degraded": False}, {"min_steps": 20}):
+    bodies: list[dict[str, Any]] = [{"deadline_ms": 1200}, {"deadline_ms": 1, "allow_degraded": False}]
+    for body in [*bodies, {"min_steps": 20}]:
         answer = await stage.generate(**LEMON, **body)
         assert (answer.headers["x-cache"], answer.headers["x-degraded"]) == ("hit", "false"), body
 
@@ -242,7 +243,8 @@ async def test_who_is_due_earlier_is_drawn_alone(stage: Stage) -> None:
     stage.worker.hold = True
     tasks = [asyncio.create_task(stage.generate(**LEMON, deadline_ms=60_000))]
     await drawing(stage)
-    for body in ({"deadline_ms": 30_000}, {}):
+    bodies: list[dict[str, Any]] = [{"deadline_ms": 30_000}, {}]
+    for body in bodies:
         tasks.append(asyncio.create_task(stage.generate(**LEMON, **body)))
         await drawing(stage, len(tasks))
     tasks.append(asyncio.create_task(stage.generate(**LEMON)))
@@ -261,7 +263,7 @@ async def test_the_deadline_of_one_does_not_end_the_other(stage: Stage) -> None:
     assert (await first).status_code == 504
     # Its worker gives the job up, as one does whose deadline has passed.
     claim = stage.worker.claimed[0]
-    fault = {"code": "deadline-exceeded", "detail": "It was late.", "retry_after": None, "extra": {}}
+    fault: dict[str, Any] = {"code": "deadline-exceeded", "detail": "It was late.", "extra": {}}
     assert await stage.broker.fail(claim.lease, fault)
     await drawing(stage, 2)
     late = stage.worker.claimed[1].job

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import shutil
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ditserve.model.spec.bundle import write_manifest
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.queue.broker import Broker
 from tests.service.launch.test_supervisor import Running, gone, service, serving
+from tests.service.tiny_adapters import write_adapter
 from tests.service.tiny_bundle import MANIFEST, write_bundle
 
 pytestmark = pytest.mark.anyio
@@ -75,9 +77,16 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
-    async def draw(self, model: str | None = None, label: str = "a") -> httpx.Response:
+    async def draw(
+        self, model: str | None = None, label: str = "a", adapters: Sequence[dict[str, Any]] = ()
+    ) -> httpx.Response:
         body = {"model": model, "condition": {"label": label}, "steps": 20, "seed": 1}
-        return await self._http.post("/generate", json=body)
+        return await self._http.post("/generate", json={**body, "adapters": list(adapters)})
+
+    async def adapters(self) -> list[tuple[str, str]]:
+        """Return the name and version of the adapters of the first model."""
+        model = (await self._http.get("/models")).json()["models"][0]
+        return [(adapter["name"], adapter["version"]) for adapter in model["adapters"] or ()]
 
     async def versions(self) -> dict[str, str]:
         models = (await self._http.get("/models")).json()["models"]
@@ -158,6 +167,44 @@ async def test_what_cannot_replace_a_bundle_leaves_it_at_work(
 
         await wait_until(swapped, timeout=60, every=0.05)
         assert drawn(await client.draw(label="b")) == old, "the same class, by its new name"
+
+
+async def test_adapters_are_drawn_with_and_replaced_while_it_works(
+    tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    pytest.importorskip("torch", reason="adapters need torch: pip install 'ditserve[torch]'")
+    folder, log = tmp_path / "bundle", tmp_path / "log"
+    folder.mkdir()
+    write_bundle(folder, weights=True)
+    write_adapter(folder, "noir", seed=1)
+    log.touch()
+    flags = (f"--bundle={folder}", "--backend=torch", "--canary-s=0", "--drain-s=5")
+    async with serving(*flags, log=log) as running, Client(running) as client:
+        assert [name for name, _ in await client.adapters()] == ["noir"]
+        plain, noir, none = await asyncio.gather(
+            client.draw(), client.draw(adapters=[{"name": "noir"}]), client.draw(adapters=[])
+        )
+        assert drawn(plain) == drawn(none) != drawn(noir)
+        file = Image.open(io.BytesIO(base64.b64decode(noir.json()["images"][0]["b64"])))
+        assert json.loads(file.info["adapters"]) == [{"name": "noir", "scale": 1.0}]
+        assert (await client.draw(adapters=[{"name": "round"}])).status_code == 422
+
+        broken = write_adapter(folder, "round", rank=600)
+        running.process.send_signal(signal.SIGHUP)
+        await wait_until(lambda: "ended before it was ready" in log.read_text(), timeout=60, every=0.05)
+        assert f"error: {broken}: blocks.0.attn.qkv has rank 600" in log.read_text()
+        assert drawn(await client.draw(adapters=[{"name": "noir"}])) == drawn(noir)
+
+        write_adapter(folder, "round", seed=2)
+        write_adapter(folder, "noir", seed=3)
+        running.process.send_signal(signal.SIGHUP)
+
+        async def swapped() -> bool:
+            return [name for name, _ in await client.adapters()] == ["noir", "round"]
+
+        await wait_until(swapped, timeout=60, every=0.05)
+        assert drawn(await client.draw(adapters=[{"name": "noir"}])) != drawn(noir)
+        assert drawn(await client.draw()) == drawn(plain)
 
 
 async def test_a_worker_is_told_which_of_several_bundles_is_whose(bundle: Callable[..., Path]) -> None:

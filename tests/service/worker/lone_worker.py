@@ -9,11 +9,14 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import Backend
+from ditserve.service.served_models import ServedModel
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import logs
 from ditserve.service.worker import main
@@ -43,4 +46,5 @@ async def opened(*_: object) -> dict[str, Backend]:
 if __name__ == "__main__":
     settings = Settings.load(sys.argv[1:])
     logs.configure(style="json", level="info")
-    sys.exit(0 if asyncio.run(main.serve(settings, "fake", opened)) else 1)
+    model = ServedModel(Path(), Bundle(Path(), MortalBackend().manifest), settings.namespace)
+    sys.exit(0 if asyncio.run(main.serve(settings, model, opened)) else 1)

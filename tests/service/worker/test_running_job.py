@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from ditserve.model.spec.manifest import Factor
 from ditserve.service.engine.samples import Finished
-from ditserve.service.jobs import Claim, ConditionTerm, EventKind, Job, Lease
+from ditserve.service.jobs import AdapterUse, Claim, ConditionTerm, EventKind, Job, Lease
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.rung import Rung
@@ -49,6 +49,13 @@ def test_a_file_names_listed_noise_levels_as_a_request_does(make_job: Callable[.
     metadata = describe(make_job(), finished, 7, FACTORS)
     assert json.loads(metadata["noise_levels"]) == [999, 700, 300]
     assert "grid" not in metadata
+
+
+def test_a_file_names_the_adapters_as_a_request_does(make_job: Callable[..., Job]) -> None:
+    uses = (AdapterUse("noir", -0.5, "11"), AdapterUse("pixel-art", 0.8, "22"))
+    written = [{"name": "noir", "scale": -0.5}, {"name": "pixel-art", "scale": 0.8}]
+    assert json.loads(described(make_job(), adapters=uses)["adapters"]) == written
+    assert "adapters" not in described(make_job())
 
 
 def test_a_mix_is_written_as_it_is_asked_for(make_job: Callable[..., Job]) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from io import BytesIO
 from math import inf
 from typing import Any
@@ -24,7 +25,7 @@ from ditserve.service.errors import (
     QueueUnavailable,
     ServiceError,
 )
-from ditserve.service.jobs import ConditionTerm, Job, JobResult, WorkerState
+from ditserve.service.jobs import AdapterUse, ConditionTerm, Job, JobResult, LoadedAdapter, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
@@ -242,6 +243,22 @@ async def test_a_job_whose_classes_are_numbered_otherwise_is_to_be_sent_again(
         assert caught.value.retry_after
         await broker.submit(untold)
         assert (await wait(untold)).images
+
+
+async def test_a_job_of_an_adapter_that_was_replaced_is_to_be_sent_again(
+    broker: Broker, make_worker: Make, make_fake_job: Make, wait: Make
+) -> None:
+    """It is never drawn with another adapter of the name, nor without one."""
+    worker = make_worker(broker)
+    loaded = (LoadedAdapter("noir", "new"),)
+    for adapters in (loaded, None):
+        worker.identity = replace(worker.identity, adapters=adapters)
+        job = make_fake_job(adapters=(AdapterUse("noir", 0.5, "old"),))
+        await broker.submit(job)
+        async with working(worker):
+            with pytest.raises(ModelReplaced, match="The adapter 'noir' was replaced or removed"):
+                await wait(job)
+        worker = make_worker(broker)
 
 
 async def test_decoding_that_fails_fails_the_job(
