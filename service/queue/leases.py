@@ -1,5 +1,6 @@
-"""The verbs of the owner of a lease: claim jobs, renew, publish progress, and finish, fail or hand back; and of
-whoever calls the senders of ended jobs back.
+"""The verbs of the owner of a lease: claim jobs, renew, publish progress, and finish, fail or hand back.
+
+The callbacks of jobs that have ended are leased as well.
 
 A lease carries a fencing token (owner, attempt): what a worker writes counts only while it holds the job.
 """

@@ -12,8 +12,9 @@ import pytest
 from prometheus_client import REGISTRY
 
 from ditserve.service.http.reuse import BOOKKEEPING, loses_nothing, picture_digest
-from ditserve.service.jobs import ConditionTerm, Job
+from ditserve.service.jobs import AdapterUse, ConditionTerm, Job
 from ditserve.service.rung import Rung
+from ditserve.service.source_picture import SourcePicture
 from tests.conftest import wait_until
 from tests.service.http.conftest import OpenStage, Serve, Stage
 
@@ -57,6 +58,17 @@ async def joined(stage: Stage, count: int, job: int = -1) -> None:
     async def there() -> bool:
         held: Any = await stage.broker._client.scard(holders)
         return bool(held == count)
+
+    await wait_until(there)
+
+
+async def previewed(stage: Stage, job: int, previews: int) -> None:
+    """Wait until so many previews of a job are there, after the events of its begin."""
+    stream = stage.broker.keys.events(stage.worker.claimed[job].job.id)
+
+    async def there() -> bool:
+        length: Any = await stage.broker._client.xlen(stream)
+        return bool(length == 2 + previews)
 
     await wait_until(there)
 
@@ -285,8 +297,9 @@ async def test_a_stream_joins_one_with_as_many_previews(stage: Stage) -> None:
     await joined(stage, 1)
     third = asyncio.create_task(stage.client.post(OPENAI, json={**body, "partial_images": 3}))
     await drawing(stage, 2)
-    await finish(stage, 0)
-    await finish(stage, 1)
+    for number, previews in enumerate((1, 3)):
+        await previewed(stage, number, previews)
+        await finish(stage, number)
     answers = await asyncio.gather(first, second, third)
     assert [answer.headers["x-cache"] for answer in answers] == ["miss", "joined", "miss"]
     assert [answer.text.count("partial_image\n") for answer in answers] == [1, 1, 3]
@@ -339,6 +352,8 @@ CHANGED: dict[str, Any] = {
     "priority": "high",
     "reason": "load",
     "rung": "half",
+    "source": SourcePicture(b"a", None, 0.5),
+    "adapters": (AdapterUse("a", 1.0, "1"),),
 }
 
 
