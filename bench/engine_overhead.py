@@ -36,6 +36,7 @@ from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.images import from_pixels
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.costs import NO_WAITS, CostModel, Waits
 from ditserve.service.planning.ladder import Ladder
@@ -80,6 +81,9 @@ class NoopBackend:
 
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
         return self._output[: len(x)]
+
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        return from_pixels(pixels, self.manifest.config.in_channels)
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         n, _, height, width = latents.shape

@@ -28,6 +28,7 @@ from ditserve.model.spec.bundle import (
     BUNDLE_FILES,
     CALIBRATION,
     DECODER,
+    ENCODER,
     GOLDEN,
     Bundle,
     write_manifest,
@@ -36,8 +37,9 @@ from ditserve.model.spec.command_line import guarded, named_path
 from ditserve.model.spec.manifest import BackboneSpec, Manifest, Name
 from ditserve.model.spec.output_folder import check_apart, revision
 
-# What a further backbone has of a bundle: not what decodes its latents, nor what verified it.
-COPIED = BUNDLE_FILES - {CALIBRATION, GOLDEN, DECODER, f"{DECODER}.data"}
+# What a further backbone has of a bundle: not what decodes and encodes latents, nor what verified it.
+AUTOENCODER = {file for graph in (DECODER, ENCODER) for file in (graph, f"{graph}.data")}
+COPIED = BUNDLE_FILES - {CALIBRATION, GOLDEN} - AUTOENCODER
 # The networks take turns, so that a busy machine slows both alike.
 TURNS, ROWS = 20, 4
 

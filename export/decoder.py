@@ -1,4 +1,4 @@
-"""The decoder of a model on latents: exported from an autoencoder, or copied from another bundle."""
+"""Decoder and encoder of a model on latents: exported from an autoencoder, or copied from another bundle."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import shutil
 from pathlib import Path
 
 from ditserve.export.errors import ExportError
-from ditserve.export.graph import decoder_graph
-from ditserve.export.parity import verify_decoder
+from ditserve.export.graph import decoder_graph, encoder_graph
+from ditserve.export.parity import verify_decoder, verify_encoder
 from ditserve.export.storage import data_file, save_whole
 from ditserve.export.verify import Band
-from ditserve.model.nets.autoencoder import SdVae, open_decoder
-from ditserve.model.spec.bundle import DECODER, GOLDEN
+from ditserve.model.nets.autoencoder import PictureAutoencoder, SdVae, open_decoder
+from ditserve.model.spec.bundle import DECODER, ENCODER, GOLDEN
 from ditserve.model.spec.manifest import Golden, Manifest
 
 
 def write_decoder(
     manifest: Manifest, folder: Path, *, vae: Path | None = None, graph: Path | None = None
 ) -> dict[str, tuple[Band, ...]]:
-    """Write the decoder of a model on latents; return its errors.
+    """Write the decoder and the encoder of a model on latents; return their errors.
 
-    It is that of the autoencoder in `vae`, or a copy of another bundle's `graph`.
-    Nothing is written for a model on pixels. A decoder that is copied from another export is not verified
-    again.
+    They are those of the autoencoder in `vae`, or a copy of another bundle's `graph` of the decoder and of
+    the encoder beside it, if there is one. Nothing is written for a model on pixels. Graphs that are copied
+    from another export are not verified again.
 
     Raises:
-        ExportError: its graph differs from torch.
+        ExportError: a graph differs from torch.
         AutoencoderError: the autoencoder cannot be opened.
     """
     channels = manifest.config.in_channels
@@ -36,13 +36,25 @@ def write_decoder(
         if isinstance(autoencoder, SdVae):
             # Tiling is chosen by the size, and a graph of any size cannot branch on it.
             autoencoder.vae.disable_tiling()
-        save_whole(decoder_graph(autoencoder, channels), folder / DECODER)
-        return {DECODER: verify_decoder(autoencoder, folder / DECODER, channels)}
+        return save_autoencoder(autoencoder, folder, channels)
     assert graph is not None
-    for file in (graph, data_file(graph)):
-        if file.is_file():
-            shutil.copy(file, folder)
+    for file in (graph, graph.with_name(ENCODER)):
+        for part in (file, data_file(file)):
+            if part.is_file():
+                shutil.copy(part, folder)
     return {}
+
+
+def save_autoencoder(
+    autoencoder: PictureAutoencoder, folder: Path, channels: int
+) -> dict[str, tuple[Band, ...]]:
+    """Write the graphs of an autoencoder; return their errors. Raises `ExportError` as `write_decoder`."""
+    save_whole(decoder_graph(autoencoder, channels), folder / DECODER)
+    save_whole(encoder_graph(autoencoder), folder / ENCODER)
+    return {
+        DECODER: verify_decoder(autoencoder, folder / DECODER, channels),
+        ENCODER: verify_encoder(autoencoder, folder / ENCODER),
+    }
 
 
 def check_decoder(manifest: Manifest, *, vae: Path | None = None, graph: Path | None = None) -> None:

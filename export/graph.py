@@ -1,4 +1,4 @@
-"""Graphs from torch to ONNX, opset 20: embedder, conditioner, backbone, and the decoder of a latent model.
+"""Graphs from torch to ONNX, opset 20: embedder, conditioner, backbone, and an autoencoder.
 
 The batch is free. The size of the picture is free too, except with a layout path, which has weights for every
 token of one size. A node is named after its module ("blocks.0.attn.qkv/MatMul"): quantisation chooses its
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ditserve.export.errors import ExportError
 from ditserve.export.storage import put_tensors, share_weights, take_tensors
 from ditserve.export.translations import TRANSLATIONS
-from ditserve.model.nets.autoencoder import PictureDecoder
+from ditserve.model.nets.autoencoder import PictureAutoencoder, PictureDecoder
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network
 from ditserve.model.nets.unet import UNet
@@ -81,6 +81,16 @@ class _Backbone(nn.Module):
         """
         dtype = next(self.network.parameters()).dtype
         return self.network.backbone(x.to(dtype), [tensor.to(dtype) for tensor in state]).float()
+
+
+class _Encoder(nn.Module):
+    def __init__(self, autoencoder: PictureAutoencoder) -> None:
+        super().__init__()
+        self.network = getattr(autoencoder, "network", None)
+        self.autoencoder = autoencoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.autoencoder.encode(image)
 
 
 class _Decoder(nn.Module):
@@ -158,6 +168,15 @@ def decoder_graph(autoencoder: PictureDecoder, channels: int) -> onnx.ModelProto
     # From batch 64 on diffusers changes the memory layout: the numbers are the same, but it would be a branch
     # in the graph.
     return _export(_GraphSpec(_Decoder(autoencoder), inputs, ("image",), sides=1, batch=63, strict=False))
+
+
+def encoder_graph(autoencoder: PictureAutoencoder) -> onnx.ModelProto:
+    """Export the encoder: `image` (B, 3, H, W) → `latent` (B, C, h, w), the mean; any batch and size."""
+    factor = autoencoder.factor
+    inputs = {"image": torch.randn(2, 3, 8 * factor, 8 * factor)}
+    return _export(
+        _GraphSpec(_Encoder(autoencoder), inputs, ("latent",), sides=factor, batch=63, strict=False)
+    )
 
 
 def _export(spec: _GraphSpec, bundle: Path | None = None) -> onnx.ModelProto:

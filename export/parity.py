@@ -16,7 +16,7 @@ from torch import Tensor
 from ditserve.export.calibrate import Backbone, CalibrationRows
 from ditserve.export.graph import TEXT
 from ditserve.export.verify import LIMITS, Band, ParityLimits, check, compare, open_session, run
-from ditserve.model.nets.autoencoder import PictureDecoder
+from ditserve.model.nets.autoencoder import PictureAutoencoder, PictureDecoder
 from ditserve.model.nets.factory import Network
 from ditserve.model.spec.bundle import BACKBONE, CONDITIONER, EMBEDDER
 from ditserve.model.spec.manifest import Manifest
@@ -158,6 +158,25 @@ def verify_decoder(autoencoder: PictureDecoder, path: Path, channels: int) -> tu
             expected = autoencoder.decode(latent).numpy()
         actual = run(session, {"latent": latent.numpy()})["image"]
         bands += compare(expected, actual, np.zeros(len(latent)))
+    check(path.name, bands, DECODER_LIMITS)
+    return tuple(bands)
+
+
+def verify_encoder(autoencoder: PictureAutoencoder, path: Path) -> tuple[Band, ...]:
+    """Return the errors of the encoder's graph on random images of two sizes, one band for each size.
+
+    Raises:
+        ExportError: the graph is beyond the limit.
+    """
+    session, generator = open_session(path), torch.Generator().manual_seed(0)
+    bands: list[Band] = []
+    for height, width in ((8, 8), (4, 12)):
+        sides = height * autoencoder.factor, width * autoencoder.factor
+        image = 2.0 * torch.rand(2, 3, *sides, generator=generator) - 1.0
+        with torch.no_grad():
+            expected = autoencoder.encode(image).numpy()
+        actual = run(session, {"image": image.numpy()})["latent"]
+        bands += compare(expected, actual, np.zeros(len(image)))
     check(path.name, bands, DECODER_LIMITS)
     return tuple(bands)
 

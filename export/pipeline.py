@@ -17,25 +17,23 @@ import torch
 from torch import Tensor
 
 from ditserve.export.calibrate import CalibrationRows, TrajectorySettings
+from ditserve.export.decoder import save_autoencoder
 from ditserve.export.errors import ExportError
-from ditserve.export.graph import decoder_graph
 from ditserve.export.graph_files import export_record, write_graphs
 from ditserve.export.parity import (
     ExpectedOutputs,
     expected_outputs,
     forward,
-    verify_decoder,
     verify_graphs,
 )
 from ditserve.export.source import free_weights
-from ditserve.export.storage import save_whole
 from ditserve.export.verify import PARITY, Band, report, worst
 from ditserve.model.nets.factory import Network
 from ditserve.model.nets.pipelines.decoder import PipelineDecoder
 from ditserve.model.nets.pipelines.network import open_network
 from ditserve.model.nets.pipelines.texts import PipelineTexts
 from ditserve.model.sampling.denoise import initial_noise
-from ditserve.model.spec.bundle import BACKBONE, DECODER, PIPELINE, Bundle, write_manifest
+from ditserve.model.spec.bundle import BACKBONE, PIPELINE, Bundle, write_manifest
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.spec.grids import even_grid, noise_levels
 from ditserve.model.spec.heap import release_memory
@@ -74,12 +72,12 @@ def export_pipeline(
     manifest = Manifest.model_validate({**bundle.manifest.model_dump(), **card, "files": {}})
     take_pipeline(bundle, folder)
     texts = _encoded_prompts(folder / PIPELINE, manifest, settings.samples)
-    decoder = _write_decoder(manifest, folder)
+    autoencoder = _write_autoencoder(manifest, folder)
     release_memory()
     try:
         rows, expected = _write_and_run(manifest, folder, texts, settings)
         release_memory()
-        graphs = verify_graphs(manifest, folder, rows, expected) | decoder
+        graphs = verify_graphs(manifest, folder, rows, expected) | autoencoder
     except ModelError:
         raise
     # The errors of the exporter, of what it calls and of the runtime share no base class.
@@ -160,13 +158,11 @@ def _rows(
     return CalibrationRows(x, timestep, labels.repeat(len(steps), 1), texts.repeat(len(steps), 1))
 
 
-def _write_decoder(manifest: Manifest, folder: Path) -> Bands:
+def _write_autoencoder(manifest: Manifest, folder: Path) -> Bands:
     assert manifest.latents is not None
-    decoder = PipelineDecoder(folder / PIPELINE / "vae", manifest.latents)
-    decoder.tile = NO_TILES
-    channels = manifest.config.in_channels
-    save_whole(decoder_graph(decoder, channels), folder / DECODER)
-    return {DECODER: verify_decoder(decoder, folder / DECODER, channels)}
+    autoencoder = PipelineDecoder(folder / PIPELINE / "vae", manifest.latents)
+    autoencoder.tile = NO_TILES
+    return save_autoencoder(autoencoder, folder, manifest.config.in_channels)
 
 
 def _config(manifest: Manifest) -> PipelineConfig:

@@ -26,13 +26,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ditserve.commands import command_line
+from ditserve.model.data.dataset import Dataset
 from ditserve.model.evaluation.classifier_network import CLASSIFIER, Classifier, open_classifier
 from ditserve.model.evaluation.comparison import EvaluatedModel, comparison_table
 from ditserve.model.evaluation.features import (
@@ -54,7 +55,9 @@ from ditserve.model.evaluation.picture_sets import (
     TRAINING,
     UNSEEN,
     EvaluationPlan,
+    Given,
     PictureSet,
+    Wordings,
     choose_rows,
     collect_sets,
     open_data,
@@ -189,6 +192,8 @@ def make_plan(loaded: LoadedModel, options: argparse.Namespace) -> EvaluationPla
         guidance_scale=defaults.guidance_scale if options.scale is None else options.scale,
         guidance_interval=tuple(options.interval or defaults.guidance_interval),
         seed=options.seed,
+        given=options.given,
+        wordings=options.wordings,
     )
 
 
@@ -230,6 +235,7 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
     plan = make_plan(loaded, options)
     decoder = open_decoder(manifest, options.vae)
     dataset = open_data(loaded, options.data)
+    check_conditions_told(dataset, plan)
     rows = choose_rows(dataset, plan)
     # What cannot be told is said before hours of sampling.
     missing = shortfalls({name: len(index) for name, index in rows.items()}, network.width)
@@ -263,6 +269,18 @@ def _evaluate(model: Path, folder: Path, options: argparse.Namespace) -> Evaluat
     return EvaluatedModel(folder.name, loaded, record)
 
 
+def check_conditions_told(dataset: Dataset, plan: EvaluationPlan) -> None:
+    """Raise EvaluationError if the data does not hold what the model is to be told."""
+    if plan.given == "text" and dataset.texts is None:
+        raise EvaluationError("--given text is for a model trained on captions, and this one was not")
+    if plan.unseen_wordings and (dataset.texts is None or plan.given == "labels"):
+        raise EvaluationError("--wordings unseen is for a model that is told a text")
+    if plan.unseen_wordings and dataset.texts is not None and not any(dataset.texts.unseen):
+        raise EvaluationError(
+            "--wordings unseen: no caption of the data has wordings kept from training, after an empty line"
+        )
+
+
 def report(record: Mapping[str, Any]) -> str:
     """Return the text of evaluation.md."""
     sampling = record["sampling"]
@@ -272,11 +290,17 @@ def report(record: Mapping[str, Any]) -> str:
         f"# {record['model']}",
         f"{sampling['solver']}, {sampling['steps']} steps ({sampling['grid']}), "
         f"guidance {sampling['guidance_scale']:g} in {low:g}–{high:g}, "
-        f"seed {sampling['seed']}; {record['data']}. Pictures: {counts}.",
+        f"seed {sampling['seed']}; {record['data']}{_told(sampling)}. Pictures: {counts}.",
         markdown_table(record["figures"], record["deviations"]),
         *record["notes"],
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _told(sampling: Mapping[str, Any]) -> str:
+    given, wordings = sampling.get("given", "all"), sampling.get("wordings", "first")
+    told = {"all": "", "labels": ", told labels alone", "text": ", told the text alone"}[given]
+    return told + (", in words kept from training" if wordings == "unseen" else "")
 
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
@@ -331,6 +355,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--reference", type=positive, default=10_000, help="training pictures compared with, at most"
+    )
+    parser.add_argument(
+        "--given",
+        choices=get_args(Given),
+        default="all",
+        help="conditions of an example that the model is told",
+    )
+    parser.add_argument(
+        "--wordings",
+        choices=get_args(Wordings),
+        default="first",
+        help="texts: the first of a caption, or one that is kept from training",
     )
     parser.add_argument("--seed", type=count, default=0)
     parser.add_argument("--steps", type=positive)

@@ -157,6 +157,10 @@ class TooManyConnections(ServiceError):
     status, code, title = 503, "too-many-connections", "Too many connections"
 
 
+class TooManyUploads(ServiceError):
+    status, code, title = 503, "too-many-uploads", "Too many pictures at once"
+
+
 class QueueFull(ServiceError):
     status, code, title = 503, "queue-full", "The queue is full"
 

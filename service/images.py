@@ -34,6 +34,17 @@ def to_pixels(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return pixels if pixels.shape[-1] == 3 else np.repeat(pixels, 3, axis=-1)
 
 
+def from_pixels(pixels: npt.NDArray[np.uint8], channels: int = 3) -> npt.NDArray[np.float32]:
+    """Return RGB pixels (B, H, W, 3) as a model makes them, (B, `channels`, H, W) in [-1, 1].
+
+    It is the inverse of `to_pixels`. A model of one channel sees their luma (ITU-R BT.601).
+    """
+    scaled = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+    if channels == 1:
+        scaled = scaled @ np.array([[0.299], [0.587], [0.114]], np.float32)
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
 def encode(pixels: npt.NDArray[np.uint8], format: str, *, metadata: Mapping[str, str]) -> bytes:
     """Return pixels (H, W, 3) as a "png", "webp" or "jpeg" file that carries `metadata`.
 

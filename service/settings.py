@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -224,9 +225,19 @@ class Settings(BaseSettings):
         4.0, ge=1, le=64, description="largest image a request may ask for, in areas of the model's own size"
     )
     max_images: int = Field(16, ge=1, le=256, description="images one request may ask for")
-    max_body_bytes: int = Field(65536, ge=256, le=2**26, description="largest request body, in bytes")
+    max_body_bytes: int = Field(
+        65536, ge=256, le=2**26, description="largest request body, in bytes, besides the pictures in it"
+    )
+    max_picture_bytes: int = Field(
+        2**23,
+        ge=256,
+        le=2**26,
+        description="largest file of a picture to start from, and of its mask, in bytes",
+    )
     body_timeout_s: Seconds = Field(
-        10.0, description="time a client has to send the head of a request, and its body"
+        10.0,
+        description="time a client has to send the head of a request, and its body; "
+        "of a body a second more for every 64 KiB received",
     )
     max_connections: int = Field(
         1000, ge=1, le=100_000, description="connections of clients that one API process keeps"
@@ -369,6 +380,11 @@ class Settings(BaseSettings):
         if self.callback_allow and self.callback_secret is None:
             raise _contradiction("--callback-allow is set and no --callback-secret signs what is sent")
         return self
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """The largest body that holds a picture and its mask, both in base64 beside all the rest."""
+        return self.max_body_bytes + 2 * 4 * ceil(self.max_picture_bytes / 3)
 
     @classmethod
     def load(cls, argv: Sequence[str] = (), *, program: str = command_line("service")) -> Self:

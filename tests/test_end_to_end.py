@@ -243,6 +243,59 @@ def test_a_killed_worker_loses_nothing(service: Service) -> None:
     assert np.abs(pixels(service.client.get(f"{place}/images/0").content) - expected).max() <= 1
 
 
+def data_url(picture: npt.NDArray[Any]) -> str:
+    file = io.BytesIO()
+    Image.fromarray(picture.astype(np.uint8)).save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def test_an_edit_changes_as_much_as_its_strength_says_and_keeps_what_its_mask_keeps(service: Service) -> None:
+    apple = pixels(service.generate(steps=20)["images"][0])
+    # Green, and in another style.
+    body = {
+        "condition": {"label": "green-apple", "style": "twemoji"},
+        "image": data_url(apple),
+        "seed": 3,
+        "steps": 20,
+    }
+    edits = [service.generate(**body, strength=strength) for strength in (0.1, 0.4, 1.0)]
+    assert [edit["steps_used"] for edit in edits] == [2, 8, 20]
+    assert [edit["steps_requested"] for edit in edits] == [2, 8, 20]
+    changes = [float(np.abs(pixels(edit["images"][0]) - apple).mean()) for edit in edits]
+    assert changes == sorted(changes)
+    assert changes[0] < 0.3 * changes[-1]
+    without = {name: value for name, value in body.items() if name != "image"}
+    assert service.generate(**without)["images"][0]["b64"] != edits[-1]["images"][0]["b64"], "its metadata"
+    np.testing.assert_array_equal(
+        pixels(service.generate(**without)["images"][0]), pixels(edits[-1]["images"][0])
+    )
+    mask = np.zeros((64, 64))
+    mask[:, :32] = 255
+    inpainted = pixels(service.generate(**body, mask=data_url(mask), strength=0.9)["images"][0])
+    np.testing.assert_array_equal(inpainted[:, 32:], apple[:, 32:])
+    assert np.abs(inpainted - apple)[:, :32].mean() > 10
+
+
+def test_a_killed_worker_loses_no_edit(service: Service) -> None:
+    apple = pixels(service.generate(steps=10)["images"][0])
+    mask = np.zeros((64, 64))
+    mask[16:48] = 255
+    body = {**APPLE, "image": data_url(apple), "mask": data_url(mask), "strength": 0.8, "steps": 125}
+    expected = pixels(service.generate(**body)["images"][0])
+    accepted = service.client.post("/generate", json=body, headers={"Prefer": "respond-async"})
+    place = accepted.headers["location"]
+    job = wait_until(
+        lambda: (found := service.client.get(place).json())["step"] > 0 and found, "the first step"
+    )
+    assert job["steps"] == 100
+    os.kill(service.worker(), signal.SIGKILL)
+    wait_until(
+        lambda: service.client.get(place).json()["state"] == "done", "the job to be done", timeout_s=90
+    )
+    assert service.client.get(place).json()["attempt"] == 2
+    np.testing.assert_array_equal(pixels(service.client.get(f"{place}/images/0").content), expected)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -2,8 +2,9 @@
 
 The set has six drawings ("styles") of each emoji, all under free licences; names and groups are from
 unicode-emoji-json. It is one .npz file (`x` uint8 (N, H, W, 3) on white, `y` index into `names`, `s` index
-into `styles`, `names`, `groups` per name, `styles`, and `captions` with a wording a line) with a data card
-beside it. Bundles trained on the set take their licence and attribution from the card.
+into `styles`, `names`, `groups` per name, `styles`, and `captions`: a wording a line, and after an empty line
+those kept from training) with a data card beside it. Bundles trained on the set take their licence and
+attribution from the card.
 """
 
 from __future__ import annotations
@@ -112,7 +113,13 @@ def build(target: Path, size: int, tarballs: Path) -> None:
         styles=np.array([icon_set.style for icon_set in ICON_SETS]),
         captions=np.array(
             [
-                "\n".join(wordings(name, ICON_SETS[style].style))
+                "\n".join(
+                    [
+                        *wordings(name, ICON_SETS[style].style),
+                        "",
+                        *wordings.unseen(name, ICON_SETS[style].style),
+                    ]
+                )
                 for name, style in zip(drawn_names, styles, strict=True)
             ]
         ),

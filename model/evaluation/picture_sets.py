@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import ValidationError
 from rich.console import Console
@@ -18,6 +19,8 @@ from ditserve.model.data.dataset import DataConfig, Dataset
 from ditserve.model.data.examples import DataError
 from ditserve.model.evaluation.features import FeatureNetwork, Features
 from ditserve.model.nets.autoencoder import PictureDecoder
+from ditserve.model.nets.conditioner import null_labels
+from ditserve.model.nets.factory import Network
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.grids import noise_levels
@@ -25,6 +28,8 @@ from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.loaded_model import LoadedModel
 
 CHUNK = 32  # pictures generated or read at once
+Given = Literal["all", "labels", "text"]
+Wordings = Literal["first", "unseen"]
 TRAINING, GENERATED = "training", "generated"
 UNSEEN, REAL_UNSEEN = "generated, unseen labels", "real, unseen labels"
 
@@ -60,6 +65,9 @@ class EvaluationPlan:
 
     `limit` pictures are generated for labels of the training set, but no more than `per_pair` of each
     combination of labels, if it is given. At most `reference` real pictures of each kind are compared with.
+
+    The model is told all that the data tells of an example, its labels alone, or its text alone: its first
+    wording, or one that is kept from training.
     """
 
     limit: int
@@ -72,6 +80,13 @@ class EvaluationPlan:
     guidance_scale: float
     guidance_interval: tuple[float, float]
     seed: int
+    given: Given = "all"
+    wordings: Wordings = "first"
+
+    @property
+    def unseen_wordings(self) -> bool:
+        """True if pictures are asked for in words that training never shows."""
+        return self.wordings == "unseen"
 
 
 def open_data(model: LoadedModel, path: Path) -> Dataset:
@@ -106,7 +121,7 @@ def choose_examples(dataset: Dataset, plan: EvaluationPlan) -> tuple[list[int], 
     `per_pair`, each combination is there so many times instead. The second list has, `per_pair` times or
     once, a held-out example of each combination that training never shows.
     """
-    training = [int(k) for k in dataset.training]
+    training = [int(k) for k in dataset.training if _asked_for(dataset, int(k), plan)]
     order: list[int] = np.random.default_rng(plan.seed).permutation(training).tolist()
     combinations = [tuple(row) for row in dataset.labels.tolist()]
     if not dataset.factors:
@@ -118,6 +133,12 @@ def choose_examples(dataset: Dataset, plan: EvaluationPlan) -> tuple[list[int], 
         return [k for k in trained.values() for _ in range(plan.per_pair)][: plan.limit], unseen
     first = list(trained.values())[: plan.limit]
     return first + [order[k % len(order)] for k in range(plan.limit - len(first))], unseen
+
+
+def _asked_for(dataset: Dataset, example: int, plan: EvaluationPlan) -> bool:
+    """Return False for an example that has no wording to ask for it by."""
+    texts = dataset.texts
+    return not plan.unseen_wordings or (texts is not None and bool(texts.unseen[example]))
 
 
 def choose_rows(dataset: Dataset, plan: EvaluationPlan) -> dict[str, list[int]]:
@@ -135,7 +156,8 @@ def choose_rows(dataset: Dataset, plan: EvaluationPlan) -> dict[str, list[int]]:
 
 def held_out_examples(dataset: Dataset, plan: EvaluationPlan) -> list[int]:
     """Return the indices of examples kept from training, at most as many as are compared with."""
-    return [int(k) for k in np.flatnonzero(dataset.held_out)[: plan.reference]]
+    examples = [int(k) for k in np.flatnonzero(dataset.held_out) if _asked_for(dataset, int(k), plan)]
+    return examples[: plan.reference]
 
 
 @torch.no_grad()
@@ -154,12 +176,24 @@ def generate(
     )
     for start in range(0, len(rows), CHUNK):
         index = np.array(rows[start : start + CHUNK])
-        text = None if dataset.texts is None else torch.from_numpy(dataset.texts.draw(index))
-        embedding = network.embed(torch.from_numpy(dataset.labels[index]), text)
+        embedding = network.embed(*told(dataset, index, network, plan))
         denoiser = Denoiser(network, model.schedule, Conditions((embedding,)), guidance)
         seeds = [plan.seed + start + k for k in range(len(index))]
         *_, x0 = denoise(denoiser, table, seeds, clip_x0=manifest.diffusion.clip_x0)
         yield round_to_8_bits(decoder.decode(x0))
+
+
+def told(
+    dataset: Dataset, index: npt.NDArray[np.int64], network: Network, plan: EvaluationPlan
+) -> tuple[Tensor, Tensor | None]:
+    """Return the labels (n, F) and the texts (n, width) that a model is told of examples, as `plan` says."""
+    labels, text = torch.from_numpy(dataset.labels[index]), None
+    if plan.given == "text":
+        labels = null_labels(network.config, len(index))
+    if dataset.texts is not None and plan.given != "labels":
+        rng = np.random.default_rng([plan.seed, *index]) if plan.unseen_wordings else None
+        text = torch.from_numpy(dataset.texts.draw(index, rng, unseen=plan.unseen_wordings))
+    return labels, text
 
 
 def round_to_8_bits(images: Tensor) -> Tensor:

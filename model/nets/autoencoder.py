@@ -35,11 +35,24 @@ class PictureDecoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor: ...
 
 
+class PictureAutoencoder(PictureDecoder, Protocol):
+    """A decoder and its inverse, from images to latents; a latent covers `factor` pixels on a side."""
+
+    factor: int
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
 class Identity:
-    """The decoder of pixel models: what they denoise is the image itself."""
+    """The autoencoder of pixel models: what they denoise is the image itself."""
+
+    factor = 1
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
 
 
 class LatentAutoencoder(ABC):
@@ -187,7 +200,7 @@ def open_autoencoder(
     folder: Path | None = None,
     latents: LatentSpec | None = None,
     device: torch.device | str = "cpu",
-) -> PictureDecoder:
+) -> PictureAutoencoder:
     """Open the autoencoder that a bundle names as its decoder, from `folder` unless it is the identity.
 
     Raises:
@@ -228,7 +241,7 @@ def _check_class(folder: Path) -> None:
 
 def open_decoder(
     manifest: Manifest, folder: Path | None, device: torch.device | str = "cpu"
-) -> PictureDecoder:
+) -> PictureAutoencoder:
     """Open the autoencoder that decodes a model's samples, and check that it is the model's.
 
     Raises:

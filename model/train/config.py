@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -63,6 +63,10 @@ class TrainConfig(RunConfig):
     init: NamedPath | None = None
     """A bundle or a run to start from: weights where they fit, classes by name."""
 
+    optimizer: Literal["muon"] | None = None
+    """"muon": the matrices of the blocks learn by Muon (Jordan et al., 2024), the rest by AdamW.
+
+    It takes more from each picture, and suits batches of 64 and more. None: AdamW alone."""
     stages: tuple[TrainingStage, ...] = ()
     """Picture sizes, small to large; none: the size of the data throughout."""
     accumulate: Count = 1
@@ -78,6 +82,11 @@ class TrainConfig(RunConfig):
     `model.train.dropout`; 0 in a run begun before there was this field."""
     label_std: Positive = 0.02
     """Standard deviation of the initial label tables: 0.02 in the paper; short runs learn faster from 0.3."""
+
+    condition_start: Literal["data"] | None = None
+    """"data": label tables and the text map start from the pictures (`model.train.condition_start`).
+
+    None: from random numbers, or from `init`."""
 
     loss_space: Prediction | None = None
     """The quantity whose squared error is the loss, whatever the network predicts.
@@ -134,6 +143,10 @@ class TrainConfig(RunConfig):
             )
         if self.loss_cap is not None and self.loss_floor > self.loss_cap:
             raise ValueError(f"loss_floor {self.loss_floor:g} is above loss_cap {self.loss_cap:g}: lower it")
+        if self.optimizer == "muon" and (self.parallel.mode != "ddp" or self.parallel.tensor > 1):
+            raise ValueError(
+                "optimizer muon needs whole matrices: take parallel mode ddp and tensor 1, or leave it out"
+            )
         if self.stages and self.distillation:
             raise ValueError("a teacher teaches one picture size: leave out stages, or distillation")
         if isinstance(self.distillation, ProgressiveDistillationConfig):

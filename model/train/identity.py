@@ -21,6 +21,7 @@ CHANGEABLE = frozenset(
     [
         "output",
         "init",
+        "condition_start",
         "steps",
         "lr",
         "min_lr",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditserve.model.nets.autoencoder import PictureDecoder
+from ditserve.model.nets.autoencoder import PictureAutoencoder
 from ditserve.model.spec.bundle import MANIFEST, PIPELINE, Bundle
 from ditserve.model.spec.network_config import negative_mark
 from ditserve.model.spec.pipeline_bundle import cached_bundle
@@ -74,7 +74,7 @@ def open_pipeline(bundle: Bundle, device: str | torch.device = "cpu") -> LoadedM
     return LoadedModel(opened, bundle.manifest)
 
 
-def open_pipeline_decoder(bundle: Bundle, device: str | torch.device = "cpu") -> PictureDecoder:
+def open_pipeline_decoder(bundle: Bundle, device: str | torch.device = "cpu") -> PictureAutoencoder:
     """Open the autoencoder of an imported pipeline.
 
     Raises:
@@ -83,7 +83,7 @@ def open_pipeline_decoder(bundle: Bundle, device: str | torch.device = "cpu") ->
     with _opening(bundle):
         decoder = import_module(f"{PIPELINES}.decoder")
         folder, latents = bundle.path / PIPELINE / VAE, bundle.manifest.latents
-        opened: PictureDecoder = decoder.PipelineDecoder(folder, latents, device=device)
+        opened: PictureAutoencoder = decoder.PipelineDecoder(folder, latents, device=device)
     return opened
 
 

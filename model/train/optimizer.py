@@ -1,4 +1,4 @@
-"""The optimiser of a run: AdamW over a network's parameters, the learning rate, and mixed precision.
+"""The optimiser of a run: AdamW, or Muon beside it, the learning rate, and mixed precision.
 
 Weights, losses and averages are fp32 in every precision.
 """
@@ -6,8 +6,9 @@ Weights, losses and averages are fp32 in every precision.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,21 +21,59 @@ from ditserve.model.train.run_config import Precision, RunConfig
 HALF_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_optimizer(network: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimisers as one, each with parameters of its own; groups and state are shared with them."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def make_optimizer(
+    network: nn.Module, config: RunConfig, *, muon: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """Make fused AdamW (Loshchilov & Hutter, arXiv:1711.05101) with two groups of parameters.
 
     Matrices decay. The rest does not: biases, norms, and embeddings of labels, of positions and of "no text".
+    The matrices `muon` are left to Muon, with the same rate and decay.
     """
+    own = {id(matrix) for matrix in muon}
     matrices = [
         module.weight for module in network.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
     ]
     decaying = {id(matrix) for matrix in matrices}
     rest = [parameter for parameter in network.parameters() if id(parameter) not in decaying]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {
+            "params": [matrix for matrix in matrices if id(matrix) not in own],
+            "weight_decay": config.weight_decay,
+        },
         {"params": rest, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    if not muon:
+        return adamw
+    # An update of a matrix has the size that AdamW's would have, so that one rate suits both.
+    orthogonal = torch.optim.Muon(
+        muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return CombinedOptimizer([orthogonal, adamw])
+
+
+def muon_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """Return the matrices of the linear layers inside blocks, which Muon is meant for."""
+    return [
+        cast(nn.Parameter, module.weight)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("blocks.")
+    ]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -23,6 +23,7 @@ from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.batch import BatchSource, Prefetch, TrainingBatch
 from ditserve.model.train.checkpoint import TrainingState, checkpoints, restore, save, saved_identity
+from ditserve.model.train.condition_start import start_conditions
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
 from ditserve.model.train.distillation.objective import distillation_loss, make_objective
@@ -37,6 +38,7 @@ from ditserve.model.train.optimizer import (
     learning_rate,
     loss_scaler,
     make_optimizer,
+    muon_matrices,
 )
 from ditserve.model.train.warm_start import WarmStart, warm_start
 
@@ -86,12 +88,15 @@ class Trainer:
         self.warm_start: WarmStart | None = None
         if config.start is not None and not checkpoints(self.checkpoints):
             self.warm_start = warm_start(model, self.dataset.factors, config.start)
+        if config.condition_start == "data" and not checkpoints(self.checkpoints):
+            start_conditions(model, self.dataset, std=config.label_std, seed=config.seed)
         self.objective = make_objective(config, self.dataset, model)
         if self.objective is not None:
             self.identity |= self.objective.identity
         self.parallel = ParallelNetwork(model, world, config.parallel, HALF_DTYPES.get(config.precision))
         ema, scaler = Ema(model, config.ema), loss_scaler(config.precision, config.device)
-        self.state = TrainingState(self.parallel, make_optimizer(model, config), ema, scaler)
+        muon = muon_matrices(model) if config.optimizer == "muon" else ()
+        self.state = TrainingState(self.parallel, make_optimizer(model, config, muon=muon), ema, scaler)
 
     def step(self) -> dict[str, float]:
         """Train on one batch: forward, backward, clip, update, average.

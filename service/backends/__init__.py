@@ -45,7 +45,7 @@ class Backend(Protocol):
 
     Every method works row by row: a row's numbers depend on that row alone (up to rounding if the batch size
     differs). Inputs are C-contiguous and not modified; outputs belong to the caller. Any method may raise
-    `OutOfMemory`. `decode` may be called from one thread while another calls the other methods.
+    `OutOfMemory`. `decode` and `encode` may be called from one thread while another calls the other methods.
 
     Args:
         buckets: the batch sizes that `denoise` takes; None for any.
@@ -94,7 +94,18 @@ class Backend(Protocol):
         """Return the pixels (B, H, W, 3) of latents (B, C, H, W)."""
         ...
 
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        """Return the latents (B, C, H, W) of pixels (B, H, W, 3): the mean, not a draw.
+
+        Raises:
+            InvalidRequest: the bundle has no encoder.
+        """
+        ...
+
     def close(self) -> None: ...
+
+
+NO_ENCODER: Final = "This worker has no encoder of pictures: export the model again, with its autoencoder."
 
 
 class OutOfMemory(MemoryError):

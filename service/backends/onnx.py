@@ -17,13 +17,14 @@ import numpy.typing as npt
 import onnxruntime as ort
 import structlog
 
-from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
+from ditserve.model.spec.bundle import DECODER, ENCODER, PIPELINE, WEIGHTS, Bundle
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.service.backends import (
     CONDITIONER_ROWS,
     CONDITIONER_ROWS_GPU,
+    NO_ENCODER,
     BackendUnavailable,
     Floats,
     SentenceEncoder,
@@ -45,7 +46,8 @@ from ditserve.service.backends.sessions import (
     session_options,
 )
 from ditserve.service.backends.state import HostMemory, StateMemory
-from ditserve.service.images import to_pixels
+from ditserve.service.errors import InvalidRequest
+from ditserve.service.images import from_pixels, to_pixels
 
 # The bytes of the stored weights above which one copy of the backbone must do. A DiT-L/2 has 916 MB in half
 # precision, a DiT-B/2 260.
@@ -55,9 +57,9 @@ log = structlog.get_logger()
 
 
 class AuxiliaryGraphs:
-    """Embedder, conditioner and decoder of a bundle, all but its backbone; the other methods of `Backend`.
+    """Embedder, conditioner, decoder and encoder of a bundle; the methods of `Backend` but for `denoise`.
 
-    Conditioner and decoder run on `providers`. The embedder looks up rows of a table, on the CPU.
+    They run on `providers`, but for the embedder, which looks up rows of a table, on the CPU.
     """
 
     def __init__(
@@ -71,9 +73,12 @@ class AuxiliaryGraphs:
         self._conditioner = open_session(
             bundle, "conditioner.onnx", options, provider_entries(bundle, "fp32", providers)
         )
-        self._decoder = None
+        self._channels = manifest.config.in_channels
+        self._decoder = self._encoder = None
         if manifest.decoder != "identity":
-            self._decoder = open_session(bundle, "decoder.onnx", options, providers)
+            self._decoder = open_session(bundle, DECODER, options, providers)
+            if ENCODER in manifest.files:
+                self._encoder = open_session(bundle, ENCODER, options, providers)
         self._state = [tensor.name for tensor in manifest.state]
         # The decoder runs in a thread of its own, and must not use the GPU during a capture.
         self.capture_lock = Lock()
@@ -102,9 +107,17 @@ class AuxiliaryGraphs:
         with self.capture_lock:
             return to_pixels(run_session(self._decoder, ["image"], {"latent": latents})[0])
 
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        if self._decoder is None:
+            return from_pixels(pixels, self._channels)
+        if self._encoder is None:
+            raise InvalidRequest(NO_ENCODER)
+        with self.capture_lock:
+            return run_session(self._encoder, ["latent"], {"image": from_pixels(pixels)})[0]
+
     def close(self) -> None:
         """Free the sessions' memory; the graphs cannot be run afterwards."""
-        del self._embedder, self._conditioner, self._decoder
+        del self._embedder, self._conditioner, self._decoder, self._encoder
 
 
 class OnnxBackend:
@@ -158,6 +171,9 @@ class OnnxBackend:
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         return self._graphs.decode(latents)
+
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        return self._graphs.encode(pixels)
 
     def close(self) -> None:
         """Free the sessions' memory; the backend cannot be used afterwards."""

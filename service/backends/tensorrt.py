@@ -120,6 +120,9 @@ class TensorRtBackend:
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         return self._graphs.decode(latents)
 
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        return self._graphs.encode(pixels)
+
     def denoise(self, x: Floats, state: tuple[Floats, ...]) -> Floats:
         rows = len(x)
         bucket = next((size for size in self.buckets or () if size >= rows), None)

@@ -37,7 +37,7 @@ from ditserve.service.backends import (
 from ditserve.service.backends.adapters import BackendAdapters, RowUses
 from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.state import StateArray, StateMemory
-from ditserve.service.images import to_pixels
+from ditserve.service.images import from_pixels, to_pixels
 from ditserve.service.jobs import LoadedAdapter
 
 # Imported: they load diffusers and transformers.
@@ -158,6 +158,12 @@ class TorchBackend:
             return to_pixels(latents)
         with _computing():
             return to_pixels(_array(self._decoder.decode(torch.from_numpy(latents))))
+
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        if self._decoder is None:
+            return from_pixels(pixels, self.manifest.config.in_channels)
+        with _computing():
+            return _array(self._decoder.encode(torch.from_numpy(from_pixels(pixels))))
 
     def close(self) -> None:
         """Free the weights; the backend cannot be used afterwards."""

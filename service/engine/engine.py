@@ -159,9 +159,12 @@ class Engine:
             request, conditionings, trajectory, geometry=geometry, floor=floor, added_at=self.clock()
         )
         self._add_conditionings(sample)
+        shape = (self.backend.manifest.config.in_channels, *geometry.size)
+        if request.source is not None and request.source.latent.shape != shape:
+            raise ValueError(f"the picture of sample {request.id} is of another size")
+        start = sample.begin(shape, self.schedule)
         if snapshot is None:
-            shape = (self.backend.manifest.config.in_channels, *geometry.size)
-            group = self._groups.admit(sample, sample.generator.standard_normal(shape, np.float32))
+            group = self._groups.admit(sample, start)
         else:
             snapshot.resume(sample)
             group = self._groups.admit(sample, snapshot.latent, snapshot.estimates)
@@ -272,6 +275,10 @@ class Engine:
             sample.follow(change, self._trajectory_on(sample, change.rung))
             self._add_conditionings(sample)
             self._groups.regroup(sample)
+            if sample.source is not None and not sample.taken:
+                # Its first step is at another level now.
+                pool, slot = self._groups.place(sample)
+                pool.put(slot, sample.start(sample.source))
         return tuple(changes)
 
     def _conditioning(self, request: SampleRequest, backbone: str) -> Conditioning:
@@ -322,12 +329,15 @@ class Engine:
                 failed.append(self._fail(sample, error))
                 continue
             sample.advance(began)
+            pool, slot = self._groups.place(sample)
+            if sample.source is not None:
+                pool.put(slot, sample.keep(pool.latent(slot)))
             if not sample.remaining_steps:
-                pool, slot = self._groups.place(sample)
                 finished.append(sample.finished(pool.latent(slot), now))
                 self.cancel(sample.id)
             elif sample.request.previews and sample.taken % sample.request.previews == 0:
-                previews.append(Preview(sample.id, sample.taken, sample.steps, estimate.copy()))
+                latent = sample.keep(estimate.copy(), clean=True)
+                previews.append(Preview(sample.id, sample.taken, sample.steps, latent))
             if sample.remaining_steps:
                 self._groups.regroup(sample)
         return tuple(finished), tuple(failed), tuple(previews)

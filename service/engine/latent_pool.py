@@ -82,6 +82,10 @@ class LatentPool:
         latent: Floats = self._latents[slot]
         return latent.copy()
 
+    def put(self, slot: int, latent: Floats) -> None:
+        """Replace a slot's latent (C, H, W); its history stays."""
+        self._latents[slot] = latent
+
     def history(self, slot: int) -> Floats:
         """Return a copy of a slot's solver history (2, C, H, W): the D of its last step, and the one before.
 

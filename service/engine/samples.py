@@ -12,11 +12,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.windows import Size
 from ditserve.service.engine.conditions import Conditioning
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.geometry import Geometry
+from ditserve.service.engine.sources import NoisySource, SourceLatent
 from ditserve.service.engine.trajectory import Trajectory
 from ditserve.service.errors import ServiceError
 from ditserve.service.jobs import AdapterUse, ConditionTerm
@@ -52,6 +54,7 @@ class SampleRequest:
     weight: float = 1.0  # of its caller's share of the machine
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
+    source: SourceLatent | None = None  # the picture that it starts from; None: it starts from noise
     adapters: tuple[AdapterUse, ...] = ()
 
 
@@ -124,6 +127,7 @@ class Sample:
         "reason",
         "request",
         "rung",
+        "source",
         "started_at",
         "taken",
         "trajectory",
@@ -151,6 +155,7 @@ class Sample:
         self.reason = request.reason
         self.degraded = request.rung != request.requested
         self.generator = np.random.Generator(np.random.Philox(request.seed))
+        self.source: NoisySource | None = None  # drawn by `begin`
         self.added_at = added_at
         self.started_at: float | None = None
 
@@ -246,6 +251,28 @@ class Sample:
             row_cost=self.geometry.cost,
             conditions=self.composed,
         )
+
+    def begin(self, shape: tuple[int, ...], schedule: Schedule) -> Latent:
+        """Draw the noise (C, H, W) of the seed; return the latent before the first step."""
+        noise: Latent = self.generator.standard_normal(shape, np.float32)
+        if self.request.source is None:
+            return noise
+        self.source = NoisySource(self.request.source, noise, schedule)
+        return self.start(self.source)
+
+    def start(self, source: NoisySource) -> Latent:
+        """Return the latent of a sample from a picture before its first step; at full strength, the noise."""
+        return source.noise if self.rung.strength == 1.0 else source.at(self.level)
+
+    def keep(self, latent: Latent, *, clean: bool = False) -> Latent:
+        """Return a latent (C, H, W) with what stays of the picture put back.
+
+        The latent is that after a step, or a clean one.
+        """
+        if self.source is None:
+            return latent
+        clean = clean or not self.remaining_steps
+        return self.source.keep(latent, self.source.schedule.process.clean if clean else self.level)
 
     def advance(self, started_at: float) -> None:
         """Count a step that began at `started_at`."""

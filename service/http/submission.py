@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from asyncio import to_thread
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -15,7 +14,6 @@ from math import inf
 from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
-from ditserve.model.spec.windows import Size
 from ditserve.service.callback_url import AllowedCallbacks
 from ditserve.service.errors import (
     IdempotencyMismatch,
@@ -36,7 +34,7 @@ from ditserve.service.http.operating_point import (
     guidance_scale,
     requested_rung,
 )
-from ditserve.service.http.pictures import PictureLimits, data_url_bytes, read_mask, read_picture
+from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.promises import Promises
 from ditserve.service.http.reuse import CacheOutcome, Reuse, Sharing, count_outcome
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
@@ -60,15 +58,13 @@ from ditserve.service.queue.broker import Overtaken
 from ditserve.service.queue.queue_client import Queue
 from ditserve.service.rung import Consent, Rung
 from ditserve.service.settings import Settings
-from ditserve.service.source_picture import SourcePicture, encode
+from ditserve.service.source_picture import SourcePicture
 from ditserve.service.telemetry import metrics
 from ditserve.service.vocabulary import Vocabulary
 
 # A client of a full queue is asked to come back once this share of it should have drained …
 _DRAINED_SHARE = 0.1
 # … or after `RETRY_S` where that cannot be predicted.
-# The most pixels of a picture that is decoded.
-_MOST_PIXELS = 2**26
 # How often a place among equal jobs is looked at again that another one took meanwhile.
 _OVERTAKEN_TRIES = 3
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
@@ -137,9 +133,18 @@ class _ResolvedRequest:
 class Submissions:
     """Turns requests for one model into jobs in the queue."""
 
-    def __init__(self, manifest: Manifest, settings: Settings, queue: Queue, prompts: PromptLimit) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        settings: Settings,
+        queue: Queue,
+        *,
+        prompts: PromptLimit,
+        pictures: PictureReader,
+    ) -> None:
         self.manifest = manifest
         self.prompts = prompts
+        self.pictures = pictures
         self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue, manifest.name)
@@ -169,22 +174,24 @@ class Submissions:
 
         Raises:
             UnknownCondition, InvalidRequest: the model cannot do what the request asks for.
-            Overloaded, QueueFull, QueueUnavailable: the service cannot take the request now.
+            PayloadTooLarge: its picture is too large a file.
+            Overloaded, QueueFull, QueueUnavailable, TooManyUploads: the service cannot take the request now.
             IdempotencyMismatch: the caller's key was used for another request.
         """
         conditions = requested_conditions(request, self.manifest, self.vocabulary)
         self._check_length(request, conditions)
         check_callback(request.callback_url, self._callbacks)
         rung, output = self._rung(request), await self._size(request)
-        source = await self._source(request, output)
-        adapters = requested_adapters(request, (await self.load()).workers if request.adapters else ())
-        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source, adapters)
+        # What is to be done with a picture takes of the time that the request has.
+        answer_by = self._answer_by(request, self._queue.clock())
         if caller.idempotency is not None:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
                 return _replayed(status, caller.idempotency)
+        source = await self._source(request, output)
+        adapters = requested_adapters(request, (await self.load()).workers if request.adapters else ())
+        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source, adapters)
         now = self._queue.clock()
-        answer_by = self._answer_by(request, now)
         admission_request = self._admission_request(resolved, answer_by, now)
         place: EqualJobs | None = None
         reuses = self._reuse.on and request.seed is not None
@@ -195,7 +202,7 @@ class Submissions:
             if isinstance(found, Submission):
                 return found
             place = found
-        sender = caller.name, request.model_dump_json(exclude={"image", "mask"})
+        sender = caller.name, request.model_dump_json()
         admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
         job = self._job(resolved, admission_request, admission, caller, now)
         # Nothing is awaited between admission and this reservation, so concurrent requests see each other.
@@ -293,7 +300,10 @@ class Submissions:
             raise field_error("size", str(error)) from None
 
     async def _source(self, request: GenerateRequest, output: OutputSize) -> SourcePicture | None:
-        """Return the picture that the request starts from, if any. Raises `InvalidRequest`."""
+        """Return the picture that the request starts from, if any.
+
+        Raises `InvalidRequest`, `PayloadTooLarge`, `TooManyUploads`.
+        """
         if request.image is None:
             for name in ("mask", "strength"):
                 if name in request.model_fields_set and getattr(request, name) is not None:
@@ -303,8 +313,8 @@ class Submissions:
             raise field_error(
                 "image", "This model has no encoder of pictures: leave image out, or export the model again."
             )
-        limits = PictureLimits(_MOST_PIXELS)
-        return await to_thread(_source_picture, request, picture_size(self.manifest, output.size), limits)
+        size = picture_size(self.manifest, output.size)
+        return await self.pictures.read(request.image, request.mask, size=size, strength=request.strength)
 
     def _admission_request(
         self, resolved: _ResolvedRequest, answer_by: float | None, now: float
@@ -425,18 +435,6 @@ class Submissions:
         if status is None:
             raise JobLost()
         return status
-
-
-def _source_picture(request: GenerateRequest, size: Size, limits: PictureLimits) -> SourcePicture:
-    """Return the picture of a request, and its mask, made to `size`. Raises `InvalidRequest`."""
-    encoded: dict[str, bytes] = {}
-    for name, url, read in (("image", request.image, read_picture), ("mask", request.mask, read_mask)):
-        if url is not None:
-            try:
-                encoded[name] = encode(read(data_url_bytes(url), size, limits))
-            except ValueError as error:
-                raise field_error(name, str(error)) from None
-    return SourcePicture(encoded["image"], encoded.get("mask"), request.strength)
 
 
 def _replayed(status: JobStatus, idempotency: Idempotency | None) -> Submission:

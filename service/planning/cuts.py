@@ -76,7 +76,7 @@ class Task:
     def left(self, option: int) -> tuple[int, float]:
         """Return the steps and rows left on an option, from where the sample is now."""
         sample, rung = self.sample, self.options[option]
-        steps = steps_left(sample.remaining_steps, sample.rung, rung)
+        steps = steps_left(sample.remaining_steps, sample.rung, rung) if sample.started else rung.walked
         return steps, sample.rows_left(self.ladder, rung, steps)
 
     def floor(self) -> tuple[int, float]:

@@ -144,6 +144,7 @@ def worker_parts(
         factors=manifest.factors,
         unguided_scale=manifest.diffusion.unguided_scale,
         previews=previews,
+        encoder=backend,
         observe=EngineMetrics(engine, embeddings),
         tracing=tracing,
     )

@@ -1,6 +1,6 @@
-"""From clean latents to image files, in a thread beside the engine's.
+"""From clean latents to image files, and from pictures to latents, in a thread beside the engine's.
 
-Both compute with the interpreter lock released.
+Both threads compute with the interpreter lock released.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.spec.manifest import Factor
+from ditserve.service.backends import NO_ENCODER
 from ditserve.service.engine.samples import Finished, Preview
+from ditserve.service.engine.sources import SourceLatent
+from ditserve.service.errors import InvalidRequest
 from ditserve.service.images import CONTENT_TYPES, encode
 from ditserve.service.jobs import Image
+from ditserve.service.source_picture import REPAINTED, SourcePicture, decode
 from ditserve.service.telemetry import metrics
 from ditserve.service.worker.running_job import EncodedImage, RunningJob, describe
 
@@ -34,12 +38,18 @@ class Decoder(Protocol):
     def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]: ...
 
 
+class PictureEncoder(Protocol):
+    """The part of a backend that makes latents of pictures."""
+
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
+
+
 class Postprocessor:
     """The thread that decodes and encodes, one batch after the other.
 
     `pending` counts the batches and previews that wait or are worked on. `factors` name the classes in the
     metadata of the files, and `unguided_scale` is that of the model's `DiffusionSpec`. `previews` decodes
-    previews; None: `decoder` does.
+    previews; None: `decoder` does. `encoder` makes latents of pictures.
     """
 
     def __init__(
@@ -49,8 +59,10 @@ class Postprocessor:
         *,
         unguided_scale: float = 1.0,
         previews: Decoder | None = None,
+        encoder: PictureEncoder | None = None,
     ) -> None:
         self.pending = 0
+        self._encoder = encoder
         self._decoder, self._factors, self._unguided_scale = decoder, factors, unguided_scale
         self._previews = previews or decoder
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="postprocess")
@@ -62,6 +74,14 @@ class Postprocessor:
     async def preview(self, job: RunningJob, preview: Preview) -> bytes:
         """Return the file of a preview."""
         return await self._in_thread(lambda: self._preview(job, preview))
+
+    async def source(self, picture: SourcePicture) -> SourceLatent:
+        """Return the latent of the picture that a request starts from.
+
+        Raises:
+            InvalidRequest: the bundle has no encoder.
+        """
+        return await self._in_thread(lambda: self._source(picture))
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -92,6 +112,8 @@ class Postprocessor:
         job = running.job
         seed = job.seeds[running.index(finished.id)]
         began = time.perf_counter()
+        if job.source is not None and finished.latent.shape[1:] != pixels.shape[:2]:
+            pixels = _keep_pixels(pixels, job.source)
         metadata = describe(job, finished, seed, self._factors, unguided_scale=self._unguided_scale)
         data = encode(pixels, job.format, metadata=metadata)
         encode_s = time.perf_counter() - began
@@ -105,8 +127,40 @@ class Postprocessor:
         image = Image(data, seed, CONTENT_TYPES[job.format])
         return EncodedImage(finished, image, decode_ms=1e3 * decode_s, encode_ms=1e3 * encode_s)
 
+    def _source(self, picture: SourcePicture) -> SourceLatent:
+        if self._encoder is None:
+            raise InvalidRequest(NO_ENCODER)
+        (latent,) = self._encoder.encode(decode(picture.image)[None])
+        if picture.mask is None:
+            return SourceLatent(latent)
+        return SourceLatent(latent, latent_mask(decode(picture.mask), latent.shape[1]))
+
     def _preview(self, job: RunningJob, preview: Preview) -> bytes:
         return encode(self._previews.decode(preview.latent[None])[0], job.job.format, metadata={})
+
+
+def latent_mask(mask: npt.NDArray[np.uint8], rows: int) -> npt.NDArray[np.float32]:
+    """Return the mask (1, h, w) in 0..1 of a latent of `rows` rows, from that of pixels (H, W) in 0..255.
+
+    A latent is repainted as much as any pixel that it covers.
+    """
+    height, width = mask.shape
+    factor = height // rows
+    covered = mask.reshape(1, rows, factor, width // factor, factor).max(axis=(2, 4))
+    shares: npt.NDArray[np.float32] = covered.astype(np.float32) / np.float32(REPAINTED)
+    return shares
+
+
+def _keep_pixels(pixels: npt.NDArray[np.uint8], source: SourcePicture) -> npt.NDArray[np.uint8]:
+    """Return decoded pixels (H, W, 3) with those of the source put back where its mask keeps them.
+
+    An autoencoder does not give back what was encoded.
+    """
+    if source.mask is None:
+        return pixels
+    mask, kept = decode(source.mask)[..., None].astype(np.uint32), decode(source.image).astype(np.uint32)
+    blended = mask * pixels + (REPAINTED - mask) * kept
+    return ((blended + REPAINTED // 2) // REPAINTED).astype(np.uint8)
 
 
 def _decode_batches(batch: Sequence[FinishedSample]) -> Iterator[Sequence[FinishedSample]]:

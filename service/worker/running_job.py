@@ -17,6 +17,7 @@ from ditserve.model.spec.grids import is_explicit
 from ditserve.model.spec.manifest import Factor
 from ditserve.service.engine.samples import Finished, SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
+from ditserve.service.engine.sources import SourceLatent
 from ditserve.service.jobs import WEIGHTS, Claim, ConditionTerm, Image, Job, JobResult
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
@@ -52,6 +53,8 @@ class RunningJob:
     ) -> None:
         self.job, self.lease, self.run_isolated = claim.job, claim.lease, claim.run_isolated
         self.claimed_at = claimed_at
+        self.joined = False  # its samples are in the engine, or were
+        self._states = states
         self.requests = _requests(self.job, ladder, attempt=claim.lease.attempt)
         pairs = list(zip(self.requests, states, strict=True))
         self.starts = [(request, state) for request, state in pairs if not isinstance(state, Finished)]
@@ -81,6 +84,11 @@ class RunningJob:
         """Return which of the job's images a sample is, from 0."""
         return next(k for k, request in enumerate(self.requests) if request.id == sample_id)
 
+    def join(self, source: SourceLatent | None = None) -> list[tuple[SampleRequest, Snapshot | None]]:
+        """Return the samples that join the engine now; `source` is the picture that they start from."""
+        self.joined = True
+        return [(replace(request, source=source), state) for request, state in self.starts]
+
     def finish(self, finished: Finished, *, at: float) -> None:
         """Note that a sample is denoised since `at`; its image is still to be made."""
         self._finished[finished.id] = finished
@@ -88,6 +96,8 @@ class RunningJob:
 
     def sample_states(self, snapshots: Mapping[str, Snapshot]) -> list[SampleState]:
         """Return the state of each sample, in seed order. `snapshots` are of the samples in the engine."""
+        if not self.joined:
+            return list(self._states)
         return [self._finished.get(request.id) or snapshots.get(request.id) for request in self.requests]
 
     def add(self, image: EncodedImage) -> bool:
@@ -162,10 +172,11 @@ class RunningJobs:
 
     @property
     def samples_in_engine(self) -> int:
-        return len(self._in_engine)
+        """The samples in the engine, without those whose picture is still encoded."""
+        return sum(job.joined for job in self._in_engine.values())
 
     def add(self, job: RunningJob) -> None:
-        """Add a job, whose `starts` are in the engine from now on."""
+        """Add a job, whose `starts` are for the engine from now on."""
         self._jobs[job.id] = job
         self._in_engine.update((request.id, job) for request, _ in job.starts)
 
@@ -220,7 +231,7 @@ def describe(
         "condition": json.dumps(terms if len(terms) > 1 else terms[0], ensure_ascii=False),
         **({"mix": job.mix} if len(terms) > 1 else {}),
         "seed": seed,
-        "steps": finished.steps_used,
+        **_steps(finished, job),
         "sampler": rung.solver,
         **({"noise_levels": f"[{rung.grid}]"} if is_explicit(rung.grid) else {"grid": rung.grid}),
         "guidance_scale": round(job.guidance_scale + (unguided_scale - 1.0), 9),
@@ -233,6 +244,15 @@ def describe(
         **({"adapters": json.dumps(adapters)} if adapters else {}),
     }
     return {name: str(value) for name, value in facts.items()}
+
+
+def _steps(finished: Finished, job: Job) -> dict[str, Any]:
+    """Return the steps of an image as a request says them: of one from a picture, before its strength."""
+    rung = finished.rung
+    if job.source is None:
+        return {"steps": finished.steps_used}
+    steps = rung.steps if finished.steps_used == rung.walked else finished.steps_used
+    return {"steps": steps, "strength": job.source.strength}
 
 
 def _term_fields(term: ConditionTerm, factors: Sequence[Factor]) -> dict[str, Any]:

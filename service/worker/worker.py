@@ -18,6 +18,7 @@ import structlog
 
 from ditserve.model.spec.manifest import Factor
 from ditserve.service.engine.samples import Failed, Preview, StepReport
+from ditserve.service.engine.sources import SourceLatent
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
 from ditserve.service.jobs import Claim, Lease, Renewal
 from ditserve.service.limits import WorkerPolicy
@@ -25,6 +26,7 @@ from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first
+from ditserve.service.source_picture import SourcePicture
 from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.faults import kept_running, surviving
 from ditserve.service.telemetry.tracing import Tracing
@@ -32,7 +34,7 @@ from ditserve.service.worker.engine_monitor import EngineMonitor, WorkerIdentity
 from ditserve.service.worker.engine_thread import EngineReport, EngineThread, Stepper
 from ditserve.service.worker.handoff import Handoff
 from ditserve.service.worker.heartbeat import Leases, Reporting
-from ditserve.service.worker.postprocess import Decoder, FinishedSample, Postprocessor
+from ditserve.service.worker.postprocess import Decoder, FinishedSample, PictureEncoder, Postprocessor
 from ditserve.service.worker.progress_events import ProgressEvents
 from ditserve.service.worker.room import Room, claim_room, wanted_rows
 from ditserve.service.worker.running_job import RunningJob, RunningJobs
@@ -48,7 +50,7 @@ class WorkerParts:
 
     `factors` name the classes in the metadata of image files, which count guidance from `unguided_scale`.
     `observe` is called with the report of every step, in the engine's thread. `previews` decodes previews in
-    place of `decoder`.
+    place of `decoder`. `encoder` makes latents of the pictures that requests start from.
     """
 
     broker: Broker
@@ -58,6 +60,7 @@ class WorkerParts:
     factors: Sequence[Factor] = ()
     unguided_scale: float = 1.0
     previews: Decoder | None = None
+    encoder: PictureEncoder | None = None
     observe: Callable[[StepReport], None] = lambda report: None
     tracing: Tracing = field(default_factory=Tracing)
 
@@ -75,7 +78,11 @@ class Worker:
         self._broker, self._ladder, self._tracing = broker, parts.ladder, parts.tracing
         self._slots = parts.engine.free_samples
         self._postprocessor = Postprocessor(
-            parts.decoder, parts.factors, unguided_scale=parts.unguided_scale, previews=parts.previews
+            parts.decoder,
+            parts.factors,
+            unguided_scale=parts.unguided_scale,
+            previews=parts.previews,
+            encoder=parts.encoder,
         )
         self._events = ProgressEvents(broker, step_event_s=policy.step_event_s)
         self._leases = Leases(broker)
@@ -186,13 +193,33 @@ class Worker:
             log.exception("job refused", job=claim.job.id)
             self._publish_error(claim.lease, error)
             return
-        if not self._jobs.samples_in_engine:
-            self._monitor.became_busy()
         self._jobs.add(job)
-        self._engine.add(job.starts)
+        if job.job.source is None or not job.starts:
+            self._join(job)
+        else:
+            self._start_task(self._encode_source(job, job.job.source), [job])
         if job.done:
             self._on_finished([(job, finished) for finished in job.done], at=job.claimed_at)
         log.debug("claimed", job=job.id, attempt=job.lease.attempt, alone=job.run_isolated)
+
+    async def _encode_source(self, job: RunningJob, picture: SourcePicture) -> None:
+        """Let the samples of a job join once the picture that they start from is encoded."""
+        try:
+            source = await self._postprocessor.source(picture)
+        except Exception as error:
+            if not isinstance(error, ServiceError):
+                log.exception("encoding failed", job=job.id)
+                error = InternalError("The picture to start from could not be encoded.")
+            if job in self._jobs:
+                self._fail(job, error)
+            return
+        if job in self._jobs:
+            self._join(job, source)
+
+    def _join(self, job: RunningJob, source: SourceLatent | None = None) -> None:
+        if not self._jobs.samples_in_engine:
+            self._monitor.became_busy()
+        self._engine.add(job.join(source))
 
     # The engine reports.
 

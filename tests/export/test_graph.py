@@ -24,7 +24,7 @@ from ditserve.export.parity import expected_outputs, verify_graphs
 from ditserve.export.source import parameters
 from ditserve.export.storage import save_weights
 from ditserve.model.nets.factory import NetworkConfig
-from ditserve.model.spec.bundle import DECODER
+from ditserve.model.spec.bundle import DECODER, ENCODER
 from ditserve.model.spec.dit_config import BLOCK_KINDS, DiTConfig
 from ditserve.model.spec.manifest import LatentSpec
 from ditserve.model.spec.unet_config import UNetConfig
@@ -131,22 +131,29 @@ def vae(tmp_path: Path) -> Path:
     return tmp_path / "vae"
 
 
-def test_the_decoder_of_a_model_on_latents_is_a_graph_of_any_size(tmp_path: Path, vae: Path) -> None:
+def test_the_autoencoder_of_a_model_on_latents_is_graphs_of_any_size(tmp_path: Path, vae: Path) -> None:
     manifest = tiny_source(PLAIN).manifest
     spec = LatentSpec(shift=(0.1,) * 4, scale=(2.0,) * 4)
     config = replace(PLAIN, in_channels=4)
     latent = manifest.model_copy(update={"decoder": "sd-vae", "latents": spec, "config": config})
     bands = write_decoder(latent, tmp_path, vae=vae)
-    assert bands[DECODER][0].relative_l2 < 1e-4
-    graph = onnx.load(tmp_path / DECODER).graph
-    shapes = [
-        [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*graph.input, *graph.output)
-    ]
-    assert shapes == [["batch", 4, "rows", "columns"], ["batch", 3, "2*rows", "2*columns"]]
+    latents, pixels = ["batch", 4, "rows", "columns"], ["batch", 3, "2*rows", "2*columns"]
+    for name, expected in ((DECODER, [latents, pixels]), (ENCODER, [pixels, latents])):
+        assert bands[name][0].relative_l2 < 1e-4
+        graph = onnx.load(tmp_path / name).graph
+        shapes = [
+            [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            for value in (*graph.input, *graph.output)
+        ]
+        assert shapes == expected
     (tmp_path / "other").mkdir()
     write_decoder(latent, tmp_path / "other", graph=tmp_path / DECODER)
-    assert (tmp_path / "other" / DECODER).read_bytes() == (tmp_path / DECODER).read_bytes()
+    for name in (DECODER, ENCODER):
+        assert (tmp_path / "other" / name).read_bytes() == (tmp_path / name).read_bytes()
+    (tmp_path / ENCODER).unlink()
+    (tmp_path / "older").mkdir()
+    write_decoder(latent, tmp_path / "older", graph=tmp_path / DECODER)
+    assert [file.name for file in (tmp_path / "older").iterdir()] == [DECODER]
     with pytest.raises(ExportError, match="works on latents: name the folder of its autoencoder with --vae"):
         check_decoder(latent)
 

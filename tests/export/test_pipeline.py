@@ -46,7 +46,8 @@ def test_graphs_agree_with_torch_and_refer_to_the_imported_weights(
     report = exported.export_pipeline(source, tmp_path / "out", {"version": "2"}, FEW)
     bundle = Bundle.open(tmp_path / "out")
     assert bundle.manifest.version == "2"
-    assert set(report["graphs"]) >= {"embedder.onnx", "conditioner.onnx", "backbone.onnx", "decoder.onnx"}
+    names = ("embedder", "conditioner", "backbone", "decoder", "encoder")
+    assert set(report["graphs"]) >= {f"{name}.onnx" for name in names}
     graph = onnx.load(bundle.file(BACKBONE), load_external_data=False).graph
     outside = {
         entry.value
@@ -71,8 +72,12 @@ def test_graphs_agree_with_torch_and_refer_to_the_imported_weights(
         answers.append(backend.denoise(x, backend.modulate(told, embeddings)))
         one_size = backend is onnxed and family == "pixart"
         assert backend.size_multiple == (None if one_size else 1 if family == "sana" else 2)
-    expected, actual = answers
-    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+    sides = [side * bundle.manifest.upscale for side in size]
+    pixels = random.integers(0, 256, (2, *sides, 3), np.uint8)
+    encoded = [backend.encode(pixels) for backend in (torched, onnxed)]
+    assert encoded[0].shape == (2, 4, *size)
+    for expected, actual in (answers, encoded):
+        assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
     pictures = [backend.decode(x).astype(int) for backend in (torched, onnxed)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 

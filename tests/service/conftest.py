@@ -21,6 +21,7 @@ from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.forward import Backbone
 from ditserve.service.engine.samples import SampleRequest
 from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.images import from_pixels
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import Ladder
@@ -118,6 +119,9 @@ class FakeBackend:
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         return np.zeros((len(latents), 4, 6, 3), np.uint8)
+
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        return from_pixels(pixels)
 
     def close(self) -> None:
         pass

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import ExifTags, Image
 
-from ditserve.service.images import CONTENT_TYPES, encode, to_pixels
+from ditserve.service.images import CONTENT_TYPES, encode, from_pixels, to_pixels
 
 METADATA = {"seed": "7", "condition": "Erdbeere 🍓", "sampler": "ddim"}
 
@@ -35,6 +35,17 @@ def test_png_carries_its_parameters_as_text(pixels: npt.NDArray[np.uint8]) -> No
     with Image.open(BytesIO(encode(pixels, "png", metadata=METADATA))) as image:
         image.load()
         assert image.info == METADATA
+
+
+def test_pixels_become_what_a_model_makes_and_back() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    for channels in (3, 1):
+        made = from_pixels(pixels, channels)
+        assert made.shape == (1, channels, 16, 16)
+        assert (made.min(), made.max()) == (-1.0, 1.0)
+        np.testing.assert_array_equal(to_pixels(made), pixels)
+    red = np.full((1, 1, 1, 3), (255, 0, 0), np.uint8)
+    assert to_pixels(from_pixels(red, 1)).ravel().tolist() == [76] * 3
 
 
 @pytest.mark.parametrize("format", ["webp", "jpeg"])

@@ -15,8 +15,9 @@ def test_words_are_cleaned_and_smileys_are_none() -> None:
 
 def test_a_name_is_said_in_many_ways() -> None:
     lines = Wordings(NAMES, KEYWORDS)("sleepy-cat", "noto-v1")
-    assert lines[0] == "sleepy cat"
-    assert {"a sleepy cat", "sleepy cat in noto v1 style", "tired cat", "nap"} & {*lines}
+    # What an evaluation asks for tells all that the labels tell.
+    assert lines[0] == "sleepy cat in noto v1 style"
+    assert {"sleepy cat", "a sleepy cat", "sleepy cat in noto v1 style", "tired cat", "nap"} & {*lines}
     assert not [line for line in lines if "noto v1 a " in line]
 
 
@@ -31,5 +32,5 @@ def test_wordings_kept_from_training_are_in_no_caption() -> None:
     for name in NAMES:
         trained, unseen = {*wordings(name, "noto")}, {*wordings.unseen(name, "noto")}
         assert not trained & unseen
-        assert wordings.names[name] in trained
+        assert {wordings.names[name], f"{wordings.names[name]} in noto style"} <= trained
     assert any(wordings.unseen(name, "noto") for name in NAMES)

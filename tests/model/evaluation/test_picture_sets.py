@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ditserve.model.data.dataset import Dataset
+from ditserve.model.data.dataset import DataConfig, Dataset
 from ditserve.model.data.examples import DataError, Pictures
 from ditserve.model.evaluation.picture_sets import (
     GENERATED,
@@ -21,10 +21,13 @@ from ditserve.model.evaluation.picture_sets import (
     open_data,
     real_pictures,
     round_to_8_bits,
+    told,
 )
 from ditserve.model.nets.autoencoder import Identity
+from ditserve.model.nets.dit import DiT
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.spec.bundle import Bundle, write_manifest
+from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.grids import grid
 from ditserve.model.spec.manifest import Factor
 from ditserve.model.spec.solvers import step_table
@@ -146,3 +149,24 @@ def test_real_pictures_equal_the_data_bit_for_bit(bundle: Path, data: Path) -> N
         drawn = arrays["x"][[4, 2]]
     assert np.array_equal(((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy(), drawn)
     assert list(real_pictures(dataset, Identity(), [])) == []
+
+
+def test_a_model_is_told_what_the_plan_says(tmp_path: Path, data: Path) -> None:
+    with np.load(data) as arrays:
+        captions = np.array([f"picture {k}" + ("\n\nno {k}" if k % 2 else "") for k in range(15)])
+        np.savez(tmp_path / "told.npz", **arrays, captions=captions)
+    fields = {"path": tmp_path / "told.npz", "hold_out": 0, "text": "tests.model.data.test_texts:Lengths"}
+    dataset = DataConfig.model_validate(fields).open()
+    network = DiT(DiTConfig(hidden_size=8, depth=1, num_heads=1, classes=(5, 3), text_size=1))
+    index = np.array([1, 3])
+    labels, text = told(dataset, index, network, PLAN)
+    assert labels.tolist() == [[0, 1], [1, 0]]
+    assert text is not None
+    assert told(dataset, index, network, replace(PLAN, given="labels"))[1] is None
+    labels, text = told(dataset, index, network, replace(PLAN, given="text", wordings="unseen"))
+    assert labels.tolist() == [[5, 3], [5, 3]]
+    assert text is not None
+    assert text.tolist() == [[6.0], [6.0]]
+    # Those without such a wording are not asked for.
+    seen, _ = choose_examples(dataset, replace(PLAN, wordings="unseen"))
+    assert {k % 2 for k in seen} == {1}

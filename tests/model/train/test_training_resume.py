@@ -41,7 +41,12 @@ def interrupted(config: TrainConfig, step: int) -> None:
     trainer.save()
 
 
-@pytest.mark.parametrize("changes", [{}, RICH, {**RICH, "data_prefetch": 2}], ids=["plain", "rich", "ahead"])
+MUON: dict[str, Any] = {"optimizer": "muon", "condition_start": "data", "precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, RICH, {**RICH, "data_prefetch": 2}, MUON], ids=["plain", "rich", "ahead", "muon"]
+)
 @pytest.mark.parametrize("step", [3, 6])  # within a stage, and on the border
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     tmp_path: Path, changes: dict[str, Any], step: int

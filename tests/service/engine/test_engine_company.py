@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ditserve.model.spec.stretches import Stretch
 from ditserve.model.spec.windows import window_count
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest, StepReport
+from ditserve.service.engine.sources import SourceLatent
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.rung import Consent, Rung
@@ -66,6 +67,8 @@ CONDITIONS: list[dict[str, Any]] = [
 ]
 _requests = st.fixed_dictionaries(
     {
+        "picture": st.sampled_from(["none", "none", "whole", "masked"]),
+        "strength": st.sampled_from([0.2, 0.55, 1.0]),
         "conditions": st.sampled_from(CONDITIONS),
         "seed": st.integers(0, 3),
         "rung": _rungs,
@@ -84,10 +87,20 @@ _buckets = st.sampled_from([None, (1, 2, 4, 8), (3, 5), (8,)])
 
 
 def asked(visit: Visit) -> dict[str, Any]:
-    """The fields of a request, those of its shape and its conditions among them."""
+    """The fields of a request, those of its shape, its conditions and its picture among them."""
     fields = dict(visit.request)
     shape, conditions = fields.pop("shape"), fields.pop("conditions")
+    picture, strength = fields.pop("picture"), fields.pop("strength")
+    if picture != "none":
+        fields["rung"] = replace(fields["rung"], strength=strength)
+        fields["source"] = source(shape.get("size", OWN), masked=picture == "masked")
     return {**fields, **shape, **conditions}
+
+
+def source(size: tuple[int, int], *, masked: bool) -> SourceLatent:
+    random = np.random.default_rng(size)
+    mask = random.choice(np.array([0.0, 0.25, 1.0], np.float32), (1, *size))
+    return SourceLatent(random.standard_normal((3, *size), np.float32), mask if masked else None)
 
 
 def others(make_backend: Make, **options: Any) -> dict[str, tuple[Any, float]]:
@@ -168,7 +181,7 @@ def test_a_sample_equals_its_solo_run(
         request: SampleRequest = make_request(f"{k}/0", **asked(visit))
         solo = make_engine(make_backend(size_multiple=2), backbones=others(make_backend, size_multiple=2))
         solo.add(request)
-        alone = [solo.step() for _ in range(request.rung.steps)]
+        alone = [solo.step() for _ in range(request.rung.walked)]
         assert sum(report.rows for report in alone) == planned_rows(request, solo)
         np.testing.assert_array_equal(made[f"{k}/0"], alone[-1].finished[0].latent)
         expected = [preview for report in alone for preview in report.previews]

@@ -69,7 +69,7 @@ async def test_without_keys_it_is_the_same_but_for_them(stage: Stage, document: 
                 del operation["responses"][status]
     # Without keys only event streams are limited.
     limited = [name for name, operation in operations(bare) if operation["responses"].pop("429", None)]
-    assert len(limited) == 2
+    assert len(limited) == 3
     assert bare == document
 
 

@@ -49,7 +49,8 @@ STRETCHES: list[tuple[Stretch, ...]] = [
     (Stretch(0.7, ""), Stretch(0.3, "middle", 0.75), Stretch(0.0, "light", 0.5)),
     (Stretch(0.5, "student", 0.25, guided=False), Stretch(0.2, "light", 0.5)),
 ]
-stitched = st.builds(replace, rungs, stretches=st.sampled_from([(), *STRETCHES]))
+strengths = st.sampled_from([1.0, 1.0, 0.55, 0.3, 1e-9])
+stitched = st.builds(replace, rungs, stretches=st.sampled_from([(), *STRETCHES]), strength=strengths)
 
 
 def test_rungs_are_best_first() -> None:
@@ -110,7 +111,8 @@ def test_below_gets_cheaper_and_worse(ladder_rungs: list[Rung], asked: Rung, flo
     assert rows == sorted(rows, reverse=True)
     assert len(set(rows)) == len(rows)
     assert [rung.quality for rung in chain] == sorted(rung.quality for rung in chain)
-    assert all(rung.steps >= floor for rung in chain)
+    assert all(rung.walked >= floor for rung in chain)
+    assert all(rung.strength == asked.strength for rung in chain)
 
 
 @quick
@@ -169,20 +171,36 @@ def test_rows_left_on_several_backbones_are_about_those_of_the_rest_of_the_grid(
 
 
 @quick
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=6), st.data())
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=6), strengths, st.data())
 def test_steps_in_all_never_fall_below_the_fewest_of_the_rungs(
-    counts: list[int], data: st.DataObject
+    counts: list[int], strength: float, data: st.DataObject
 ) -> None:
     """However often a sample moves, it takes at least as many steps as the lowest rung it was on."""
-    current = rung("ddim", counts[0], 0.0)
-    remaining, taken = current.steps, 0
-    for steps in counts[1:]:
+    current, *targets = [replace(rung("ddim", steps, 0.0), strength=strength) for steps in counts]
+    fewest = min(rung.walked for rung in (current, *targets))
+    remaining, taken = current.walked, 0
+    for target in targets:
         walked = data.draw(st.integers(0, remaining - 1))
         taken, remaining = taken + walked, remaining - walked
-        target = rung("ddim", steps, 0.0)
         remaining, current = steps_left(remaining, current, target), target
         assert remaining >= 1
-    assert taken + remaining >= min(counts)
+    assert taken + remaining >= fewest
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "walked"),
+    [
+        (50, 0.3, 15),
+        (10, 0.55, 6),
+        (20, 1.0, 20),
+        (100, 0.29, 29),
+        (4, 0.01, 1),
+        (1, 1e-300, 1),
+        (10, 0.7, 7),
+    ],
+)
+def test_the_share_that_is_walked_is_rounded_up(steps: int, strength: float, walked: int) -> None:
+    assert replace(rung("ddim", steps, 0.0), strength=strength).walked == walked
 
 
 def test_an_unstarted_sample_walks_the_whole_new_grid() -> None:

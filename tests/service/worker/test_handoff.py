@@ -20,6 +20,7 @@ from ditserve.service.planning.load import hung
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from ditserve.service.rung import Rung
+from ditserve.service.source_picture import SourcePicture, encode
 from ditserve.service.worker.engine_monitor import WorkerIdentity
 from ditserve.service.worker.handoff import write_checkpoint
 from ditserve.service.worker.running_job import RunningJob
@@ -71,7 +72,7 @@ def make_worker(make_engine: Make, turnstile: Turnstile) -> Make:
         engine = make_engine(turnstile, clock=time.monotonic)
         quick = {"max_rows": 8, "report_s": 0.05, "step_event_s": 0.0, "retry_s": 0.01, **policy}
         return Worker(
-            WorkerParts(broker, engine, turnstile, engine.ladder),
+            WorkerParts(broker, engine, turnstile, engine.ladder, encoder=turnstile._backend),
             WorkerIdentity(name, "fake", origin=origin),
             WorkerPolicy(**quick),
         )
@@ -148,6 +149,13 @@ async def leave_after(
 
 
 COMPOSED = (ConditionTerm((0,), 2.0), ConditionTerm((1,), -0.5))
+RANDOM = np.random.default_rng(0)
+PICTURE = SourcePicture(
+    encode(RANDOM.integers(0, 256, (4, 6, 3), np.uint8)),
+    encode(RANDOM.choice(np.array([0, 90, 255], np.uint8), (4, 6))),
+    strength=0.75,
+)
+EDITING = Rung("dpmpp-2m-16", "dpmpp-2m", 16, "trailing", (0.0, 1.0), 0.0, strength=0.75)
 DECAYING = Rung("ddim-12", "ddim", 12, "leading", (0.0, 0.8), 0.0, guidance_decay=0.75)
 
 
@@ -159,6 +167,7 @@ DECAYING = Rung("ddim-12", "ddim", 12, "leading", (0.0, 0.8), 0.0, guidance_deca
         {"solver": "ddpm"},
         {"solver": "ddpm", "size": (4, 12), "windows": 3, "guidance_scale": 1.0},
         {"condition": COMPOSED, "mix": "compose", "requested": DECAYING, "admitted": DECAYING, "seeds": (3,)},
+        {"source": PICTURE, "requested": EDITING, "admitted": EDITING},
     ],
 )
 async def test_the_next_worker_goes_on_to_the_same_image(

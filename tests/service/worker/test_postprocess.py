@@ -14,9 +14,12 @@ from PIL import Image
 from prometheus_client import REGISTRY
 
 from ditserve.service.engine.samples import Finished
+from ditserve.service.errors import InvalidRequest
+from ditserve.service.images import from_pixels
 from ditserve.service.jobs import Claim, Lease
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
+from ditserve.service.source_picture import SourcePicture, encode
 from ditserve.service.worker.postprocess import DECODED_AT_ONCE, Postprocessor
 from ditserve.service.worker.running_job import RunningJob
 
@@ -76,6 +79,53 @@ async def test_images_of_one_size_are_decoded_together_and_the_order_is_kept(mak
     assert [picture.getpixel((0, 0)) for picture in pictures] == [(k, k, k) for k in (*range(many), 100, 101)]
     assert pictures[-1].info["windows"] == "3"
     assert "windows" not in pictures[0].info
+
+
+RANDOM = np.random.default_rng(0)
+IMAGE = RANDOM.integers(0, 256, (4, 6, 3), np.uint8)
+MASK = np.array([[0, 0, 0, 0, 10, 255], [0, 0, 0, 30, 0, 0], [255] * 6, [0] * 6], np.uint8)
+
+
+class Autoencoder(Decoder):
+    """Latents of half the size, decoded to another picture than was encoded."""
+
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        return from_pixels(pixels[:, ::2, ::2])
+
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
+        return super().decode(latents).repeat(2, axis=1).repeat(2, axis=2)
+
+
+async def test_a_latent_is_repainted_as_far_as_any_of_its_pixels() -> None:
+    postprocessor = Postprocessor(Autoencoder(), encoder=Autoencoder())
+    source = await postprocessor.source(SourcePicture(encode(IMAGE), encode(MASK), 0.5))
+    whole = await postprocessor.source(SourcePicture(encode(IMAGE), None, 0.5))
+    postprocessor.close()
+    assert source.mask is not None
+    np.testing.assert_allclose(255 * source.mask, [[[0, 30, 255], [255, 255, 255]]], rtol=1e-6)
+    np.testing.assert_array_equal(source.latent, from_pixels(IMAGE[None, ::2, ::2])[0])
+    assert whole.mask is None
+
+
+async def test_pixels_that_a_mask_keeps_are_those_of_the_picture(make_running: Make) -> None:
+    running = make_running(seeds=(200,), source=SourcePicture(encode(IMAGE), encode(MASK), 0.5))
+    postprocessor = Postprocessor(Autoencoder())
+    (image,) = await postprocessor.images(done(running, (2, 3)))
+    postprocessor.close()
+    with Image.open(BytesIO(image.image.data)) as picture:
+        made = np.asarray(picture)
+        assert picture.info["strength"] == "0.5"
+    np.testing.assert_array_equal(made[MASK == 0], IMAGE[MASK == 0])
+    assert (made[MASK == 255] == 200).all()
+    blended = np.rint((30 * 200.0 + 225.0 * IMAGE[1, 3]) / 255)
+    np.testing.assert_array_equal(made[1, 3], blended)
+
+
+async def test_a_worker_without_an_encoder_says_so() -> None:
+    postprocessor = Postprocessor(Decoder())
+    with pytest.raises(InvalidRequest, match="has no encoder of pictures: export the model again"):
+        await postprocessor.source(SourcePicture(encode(IMAGE), None, 0.5))
+    postprocessor.close()
 
 
 def delivered(kind: str) -> tuple[float, float]:
