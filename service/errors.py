@@ -198,7 +198,7 @@ class JobLost(ServiceError):
 
 
 class ModelReplaced(ServiceError):
-    """The job was made for another version of the model, which numbers its classes differently."""
+    """The job was made for another version of the model, with other classes or other networks."""
 
     status, code, title = 503, "model-replaced", "The model was replaced meanwhile"
 

@@ -110,7 +110,7 @@ class Job(Message):
         combined = self.negative_prompt or self.mix in ("compose", "layers")
         new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
         new = new or self.min_quality is not None or self.source is not None
-        new = new or bool(self.admitted and self.admitted.stretches)
+        new = new or any(rung.stretches for rung in (self.requested, self.admitted) if rung)
         new = new or bool(self.adapters)
         return 2 if new else OLDEST
 

@@ -21,6 +21,7 @@ from ditserve.service.http.reuse import Sharing
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Idempotency, Submission
 from ditserve.service.jobs import ImageFormat, JobResult
+from ditserve.service.rung import Rung
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +39,18 @@ class Intake:
         *,
         body: BaseModel,
         image_format: ImageFormat,
+        rung: Rung | None = None,
         sharing: Sharing = "running",
     ) -> Submission:
-        """Queue `drawing`, which the route made of `body`. Raises as `Submissions.submit` does."""
+        """Queue `drawing`, which the route made of `body`.
+
+        Takes `rung`, and raises, as `Submissions.submit` does.
+        """
         idempotency = None
         if self.key is not None:
             idempotency = Idempotency(self.key, self._fingerprint(body, image_format))
         sender = caller(self.request, idempotency=idempotency)
-        submit = partial(model.submissions.submit, caller=sender, image_format=image_format)
+        submit = partial(model.submissions.submit, caller=sender, image_format=image_format, rung=rung)
         submission = await submit(drawing, sharing=sharing)
         note(self.request, job=submission.job.id)
         if not submission.holder:

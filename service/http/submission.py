@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from ditserve.model.spec.bundle import encodes_pictures
@@ -168,9 +168,13 @@ class Submissions:
         caller: Caller,
         *,
         image_format: ImageFormat = "png",
+        rung: Rung | None = None,
         sharing: Sharing = "none",
     ) -> Submission:
         """Admit a request and queue it, unless the job of an equal one can answer that `sharing` allows.
+
+        `rung` is one of the ladder that has the solver and steps of the request, and may have further
+        backbones, which the request itself cannot name.
 
         Raises:
             UnknownCondition, InvalidRequest: the model cannot do what the request asks for.
@@ -181,7 +185,7 @@ class Submissions:
         conditions = requested_conditions(request, self.manifest, self.vocabulary)
         self._check_length(request, conditions)
         check_callback(request.callback_url, self._callbacks)
-        rung, output = self._rung(request), await self._size(request)
+        asked, output = self._rung(request, rung), await self._size(request)
         # What is to be done with a picture takes of the time that the request has.
         answer_by = self._answer_by(request, self._queue.clock())
         if caller.idempotency is not None:
@@ -190,7 +194,7 @@ class Submissions:
                 return _replayed(status, caller.idempotency)
         source = await self._source(request, output)
         adapters = requested_adapters(request, (await self.load()).workers if request.adapters else ())
-        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source, adapters)
+        resolved = _ResolvedRequest(request, image_format, conditions, asked, output, source, adapters)
         now = self._queue.clock()
         admission_request = self._admission_request(resolved, answer_by, now)
         place: EqualJobs | None = None
@@ -268,13 +272,16 @@ class Submissions:
                     '"truncate_prompt": true to have the end cut off.',
                 )
 
-    def _rung(self, request: GenerateRequest) -> Rung:
-        """Return the operating point that the request asks for. Raises `InvalidRequest`."""
+    def _rung(self, request: GenerateRequest, rung: Rung | None) -> Rung:
+        """Return the operating point that the request asks for, or `rung`. Raises `InvalidRequest`."""
         if request.n > self._settings.max_images:
             raise field_error("n", f"At most {self._settings.max_images} images a request.")
         if (request.seed or 0) + request.n - 1 > MAX_SEED:
             raise field_error("seed", f"The seed of the last image, seed + n - 1, may be at most {MAX_SEED}.")
-        return requested_rung(request, self.manifest, self.ladder)
+        asked = requested_rung(request, self.manifest, self.ladder)
+        if rung is None:
+            return asked
+        return replace(rung, guidance_decay=asked.guidance_decay, strength=asked.strength)
 
     async def _size(self, request: GenerateRequest) -> OutputSize:
         """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
