@@ -106,6 +106,10 @@ class UnknownCondition(InvalidRequest):
         return tuple(self.extra.get("suggestions", ()))
 
 
+class CallbackRefused(InvalidRequest):
+    code, title = "callback-refused", "Not an address that is called back"
+
+
 class ModelNotFound(ServiceError):
     status, code, title = 404, "model-not-found", "Model not found"
 

@@ -63,7 +63,7 @@ async def drawn(body: OpenAIOptions, intake: Intake) -> Response:
         return await _streamed(body, intake)
     model = intake.api.model(body.model)
     submission = await _submitted(body, model, intake)
-    result = await intake.result(model, submission)
+    submission, result = await intake.result(model, submission)
     job = submission.job
     data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
     response = ImagesResponse(created=int(job.created_at), data=data, **_metadata(job, body, model.manifest))
@@ -78,8 +78,9 @@ async def _streamed(body: OpenAIOptions, intake: Intake) -> Response:
     with ExitStack() as closing:
         stream = closing.enter_context(intake.api.open_stream(intake.request, lasting=True))
         submission = await _submitted(body, model, intake)
-        # A new stream tells of its job as that runs; a repeated one is refused unless the first has ended.
-        if not submission.new:
+        # A new stream tells of its job as that runs, and so does one that joined a job; a repeated one is
+        # refused unless the first has ended.
+        if not submission.new and not submission.holder:
             await intake.result(model, submission)
         request_id = intake.request.state.request_id
         response = EventStream(
@@ -217,7 +218,7 @@ async def _stream(
                 data = _image(event.data["image"]) | {"partial_image_index": shown} | partial
                 yield _event(f"{action}.partial_image", data)
                 shown += 1
-        yield _event(f"{action}.completed", _image((await result).images[0].data) | metadata)
+        yield _event(f"{action}.completed", _image((await result)[1].images[0].data) | metadata)
     finally:
         await events.aclose()
         result.cancel()
@@ -231,7 +232,7 @@ async def _stays() -> Message:
 
 
 async def _until_failed(
-    result: asyncio.Task[JobResult], events: AsyncIterator[JobEvent]
+    result: asyncio.Task[tuple[Submission, JobResult]], events: AsyncIterator[JobEvent]
 ) -> AsyncGenerator[JobEvent]:
     """Yield events to their end. Raises the error of `result` as soon as it has one."""
     while True:
