@@ -6,7 +6,7 @@ Guidance: the difference of the conditional and the unconditional output is kept
 second or third step. Features: at every second or third step the middle blocks are computed, and otherwise
 the change that they made is added, extrapolated linearly from the last two (Δ-DiT, arXiv:2406.01125;
 TaylorSeer, arXiv:2503.06923). Both are drawn offline, along the same trajectories and from the same noise as
-the plain solvers. Reuse belongs on the ladder where the ladder's own rule would keep it.
+the plain solvers. StepReuse belongs on the ladder where the ladder's own rule would keep it.
 
 The cost is in rows of the network. A row whose middle is not computed counts by its time here, as a share of
 that of a whole row. That still favours features: a server would run three graphs in place of one, and keep
@@ -63,8 +63,8 @@ COLUMNS = ("", "operating point", "rows", "to its long run", "to real pictures")
 
 
 @dataclass(frozen=True, slots=True)
-class Reuse:
-    """What a trajectory reuses: guidance, or the change of the blocks `middle`, for `every` steps."""
+class StepReuse:
+    """The reuse along a trajectory: of guidance, or of the change of the blocks `middle`, for `every` steps."""
 
     every: int = 1
     middle: tuple[int, int] | None = None
@@ -79,7 +79,7 @@ class Reuse:
 
 
 @dataclass(slots=True)
-class Change:
+class BlockChange:
     """The change that middle blocks made of one branch, and its extrapolation. `step` is the current one."""
 
     before: Tensor | None = None
@@ -127,7 +127,7 @@ class KeptFeatures:
 
     def __init__(self, network: DiT, middle: tuple[int, int]) -> None:
         self.step, self.branch, self.is_due = 0, 0, True
-        self.changes = (Change(), Change())
+        self.changes = (BlockChange(), BlockChange())
         first, end = middle
         blocks = [
             MiddleBlock(block, self, first=k == first, last=k == end - 1) if first <= k < end else block
@@ -141,7 +141,7 @@ class KeptFeatures:
 class ReusingDenoiser(Denoiser):
     """A guided network that reuses guidance or features; `rows` counts what it computed."""
 
-    reuse: Reuse = Reuse()
+    reuse: StepReuse = StepReuse()
     steps: Iterator[int] = field(default_factory=itertools.count)
     difference: list[Tensor] = field(default_factory=list)
     rows: list[float] = field(default_factory=list)
@@ -176,7 +176,7 @@ class ReusingDenoiser(Denoiser):
 
 @torch.no_grad()
 def draw(
-    model: LoadedModel, inputs: LadderInputs, solver: str, steps: int, reuse: Reuse
+    model: LoadedModel, inputs: LadderInputs, solver: str, steps: int, reuse: StepReuse
 ) -> tuple[Tensor, float]:
     """Return the pictures (N, C, H, W) along a trajectory that reuses, and the rows of one."""
     schedule, diffusion = model.schedule, model.manifest.diffusion
@@ -195,12 +195,12 @@ def draw(
     return torch.cat(chunks), rows
 
 
-def reuses(model: LoadedModel) -> tuple[Reuse, ...]:
+def reuses(model: LoadedModel) -> tuple[StepReuse, ...]:
     """Return the kinds of reuse to try. Of seven blocks the middle are all but the last."""
     depth = model.dit.config.depth
     middle = (0, depth - max(1, depth // 6))
     cost = skipped_cost(model, middle)
-    return Reuse(2), Reuse(3), Reuse(2, middle, cost), Reuse(3, middle, cost)
+    return StepReuse(2), StepReuse(3), StepReuse(2, middle, cost), StepReuse(3, middle, cost)
 
 
 @torch.no_grad()
@@ -224,12 +224,12 @@ def skipped_cost(model: LoadedModel, middle: tuple[int, int]) -> float:
 
 
 def measure(
-    model: LoadedModel, inputs: LadderInputs, kinds: Sequence[Reuse], progress: Progress
+    model: LoadedModel, inputs: LadderInputs, kinds: Sequence[StepReuse], progress: Progress
 ) -> list[RungSpec]:
     """Measure all solvers and step counts with each kind of reuse."""
-    target, _ = draw(model, inputs, *LONG_RUN, Reuse())
+    target, _ = draw(model, inputs, *LONG_RUN, StepReuse())
     order: Distance = "own" if inputs.real is None else "real"
-    points = [(solver, steps, Reuse()) for steps in PLAIN_STEPS for solver in SOLVERS]
+    points = [(solver, steps, StepReuse()) for steps in PLAIN_STEPS for solver in SOLVERS]
     points += [(SOLVER, steps, reuse) for steps in STEPS for reuse in kinds]
     measured = []
     for solver, steps, reuse in progress.track(points, description="operating points"):

@@ -17,7 +17,7 @@ from ditserve.model.spec.manifest import Manifest
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How pictures of a bundle are asked for: by its default solver, grid and guidance, of these conditions.
+    """The way pictures of a bundle are asked for: its default solver, grid and guidance, and conditions.
 
     A request of class k has condition k, as `POST /generate` takes it.
     """

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ditserve.bench import report, reuse
-from ditserve.bench.reuse import Change, KeptFeatures, Reuse, draw
+from ditserve.bench.reuse import BlockChange, KeptFeatures, StepReuse, draw
 from ditserve.model.evaluation.front import OperatingPoint
 from ditserve.model.evaluation.ladder import draw_inputs, draw_pictures
 from ditserve.model.spec.grids import even_grid
@@ -24,7 +24,7 @@ def model() -> LoadedModel:
 
 
 def test_a_change_goes_on_along_the_line_through_the_last_two() -> None:
-    change = Change()
+    change = BlockChange()
     change.keep(0, torch.tensor(1.0))
     assert change.at(1) == 1.0
     change.keep(2, torch.tensor(2.0))
@@ -50,10 +50,14 @@ def test_middle_blocks_add_what_they_changed(model: LoadedModel) -> None:
 def test_without_reuse_pictures_are_those_of_the_ladder(model: LoadedModel) -> None:
     inputs = draw_inputs(model, 1, None)
     point = OperatingPoint("dpmpp-2m", 4, even_grid(model.schedule), (0.0, 1.0))
-    plain, rows = draw(model, inputs, "dpmpp-2m", 4, Reuse())
+    plain, rows = draw(model, inputs, "dpmpp-2m", 4, StepReuse())
     assert rows == point.rows(model.manifest) == 8.0
     assert torch.allclose(plain, draw_pictures(model, inputs, point), atol=1e-5)
-    for kind, cost in ((Reuse(2), 6.0), (Reuse(2, (1, 3), 0.5), 6.0), (Reuse(3, (0, 3), 0.25), 5.0)):
+    for kind, cost in (
+        (StepReuse(2), 6.0),
+        (StepReuse(2, (1, 3), 0.5), 6.0),
+        (StepReuse(3, (0, 3), 0.25), 5.0),
+    ):
         pictures, rows = draw(model, inputs, "dpmpp-2m", 4, kind)
         assert rows == cost
         assert not torch.allclose(pictures, plain, atol=1e-5)
