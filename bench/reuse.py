@@ -64,7 +64,7 @@ COLUMNS = ("", "operating point", "rows", "to its long run", "to real pictures")
 
 @dataclass(frozen=True, slots=True)
 class StepReuse:
-    """The reuse along a trajectory: of guidance, or of the change of the blocks `middle`, for `every` steps."""
+    """The reuse along a trajectory: of guidance, or of what the blocks `middle` change, for `every` steps."""
 
     every: int = 1
     middle: tuple[int, int] | None = None
