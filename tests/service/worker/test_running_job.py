@@ -11,8 +11,8 @@ from typing import Any, cast
 import numpy as np
 
 from ditserve.model.spec.manifest import Factor
+from ditserve.model.spec.source import SourceLatent
 from ditserve.service.engine.samples import Finished
-from ditserve.service.engine.sources import SourceLatent
 from ditserve.service.jobs import AdapterUse, Claim, ConditionTerm, EventKind, Job, Lease
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
