@@ -106,6 +106,10 @@ class UnknownCondition(InvalidRequest):
         return tuple(self.extra.get("suggestions", ()))
 
 
+class CallbackRefused(InvalidRequest):
+    code, title = "callback-refused", "Not an address that is called back"
+
+
 class ModelNotFound(ServiceError):
     status, code, title = 404, "model-not-found", "Model not found"
 
@@ -153,6 +157,10 @@ class TooManyConnections(ServiceError):
     status, code, title = 503, "too-many-connections", "Too many connections"
 
 
+class TooManyUploads(ServiceError):
+    status, code, title = 503, "too-many-uploads", "Too many pictures at once"
+
+
 class QueueFull(ServiceError):
     status, code, title = 503, "queue-full", "The queue is full"
 
@@ -190,7 +198,7 @@ class JobLost(ServiceError):
 
 
 class ModelReplaced(ServiceError):
-    """The job was made for another version of the model, which numbers its classes differently."""
+    """The job was made for another version of the model, with other classes or other networks."""
 
     status, code, title = 503, "model-replaced", "The model was replaced meanwhile"
 

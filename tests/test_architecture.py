@@ -55,7 +55,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "queue": {"", "telemetry"},
         "launch": {"", "backends", "queue", "telemetry"},
         "worker": {"", "planning", "backends", "engine", "queue", "launch", "telemetry"},
-        "http": {"", "planning", "queue", "telemetry"},
+        "callbacks": {"", "queue", "telemetry"},
+        "http": {"", "planning", "callbacks", "queue", "telemetry"},
         "client": {""},
     },
 }
@@ -129,7 +130,7 @@ LATE |= {"model.nets.autoencoder", "model.nets.text", "service.backends.other_te
 
 # Readers of the host's clock: for people (when a key or an image was made), to compare it with that of Redis,
 # and where a library gives times of it.
-WALL_CLOCK = {"service.api_keys", "service.http.routes.openai", "service.queue.clock", "service.queue.quota"}
+WALL_CLOCK = {"service.api_keys", "service.http.openai_drawing", "service.queue.clock", "service.queue.quota"}
 
 EXECUTING = {"cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
 HEADLESS = {"By", "How", "Of", "What", "Where", "Whether", "Which", "Who", "Whose", "Whom", "Why"}

@@ -46,8 +46,8 @@ DISTRIBUTIONS = {
     "tensorrt": "tensorrt-cu13",
     "yaml": "pyyaml",
 }
-# Base dependencies that are not imported but used: by redis-py, by uvicorn.
-PLUGINS = {"hiredis", "httptools", "uvloop"}
+# Base dependencies that are not imported but used: by redis-py, by uvicorn, by Starlette for forms.
+PLUGINS = {"hiredis", "httptools", "python-multipart", "uvloop"}
 # Package, or module, → the extras that its imports may come from, besides the base.
 NEEDS = {
     "service": set[str](),

@@ -24,7 +24,7 @@ OPEN = frozenset({"/", "/session", "/docs", "/openapi.json", "/livez", "/readyz"
 # A browser cannot set a header on an event stream or a picture, so there it presents its key in this cookie.
 COOKIE = "dit_key"
 # Paths that need the scope `generate` and count towards a key's rate.
-DRAWING = frozenset({"/generate", "/v1/images/generations"})
+DRAWING = frozenset({"/generate", *(f"/v1/images/{name}" for name in ("generations", "edits", "variations"))})
 # Statuses of requests that do not count.
 _UNCOUNTED = frozenset({QuotaExceeded.status, QueueUnavailable.status})
 GIVE_BACK_S = 0.5

@@ -118,7 +118,7 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """
     limits = ConnectionLimits(
         head_s=settings.body_timeout_s,
-        body_bytes=settings.max_body_bytes,
+        body_bytes=settings.max_upload_bytes,
         connections=settings.max_connections,
     )
     return uvicorn.Config(

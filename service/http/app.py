@@ -5,7 +5,7 @@ It starts with neither torch nor onnxruntime: of a bundle it reads only the mani
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
 from functools import partial
 
 from fastapi import APIRouter, FastAPI, Request
@@ -16,14 +16,16 @@ from starlette.responses import Response
 
 from ditserve.service.addresses import is_loopback
 from ditserve.service.api_keys import open_keyring
+from ditserve.service.callbacks.delivery import CallbackMessage, Deliveries
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.access import Access
 from ditserve.service.http.canary import golden_image, next_tick
 from ditserve.service.http.context import Context
-from ditserve.service.http.middleware import Body, Crashes, Head, RequestContext
+from ditserve.service.http.middleware import Body, BodyLimits, Crashes, Head, RequestContext
 from ditserve.service.http.models import VERSION, Model, reloaded
 from ditserve.service.http.openapi import openapi_document
 from ditserve.service.http.origin import ANY_HOST, Hosts, Origin
+from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.problems import error_response
 from ditserve.service.http.routes import generate, jobs, models, openai, pages, probes
 from ditserve.service.http.routing import methods
@@ -68,15 +70,18 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             by_name = {}
+            pictures = stack.enter_context(closing(PictureReader(settings.max_picture_bytes)))
             for served in served_models:
                 queue_client = await stack.enter_async_context(opener(served.settings(settings)))
-                by_name[served.name] = Model.of(served, settings, queue_client)
+                by_name[served.name] = Model.of(served, settings, queue_client, pictures)
             streams = Streams(limit=settings.max_streams, keyring=keyring, draining=draining)
             context = app.state.context = Context(settings, by_name, draining, streams)
             stack.push_async_callback(context.aclose)
             canaries = [partial(_watch, context, name) for name in by_name] if settings.canary_s else []
             endless = [partial(_reload, context, reload), partial(streams.watch)]
             endless += [partial(_check_eviction, context), *canaries]
+            if settings.callback_allow:
+                endless += [partial(_call_back, context, name) for name in by_name]
             await stack.enter_async_context(_background(*endless))
             yield
         tracing.close()
@@ -118,18 +123,23 @@ def _fastapi(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -
 def _add_layers(app: FastAPI, settings: Settings, tracing: Tracing) -> None:
     """Add the middleware, innermost first."""
     app.add_middleware(Head)
-    app.add_middleware(
-        Body, routes=app.state.routes, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+    cors_origins = settings.cors_origins.split(",") if settings.cors_origins else []
+    limits = BodyLimits(
+        max_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        timeout_s=settings.body_timeout_s,
+        cors_origins=cors_origins,
     )
+    app.add_middleware(Body, routes=app.state.routes, limits=limits)
     app.add_middleware(
         Access, keyring=app.state.keyring, quota=lambda: app.state.context.default.queue_client.quota
     )
     app.add_middleware(Hosts, allowed=_allowed_hosts(settings))
     app.add_middleware(Crashes)
-    if settings.cors_origins:
+    if cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=settings.cors_origins.split(","),
+            allow_origins=cors_origins,
             allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["*"],
@@ -191,6 +201,17 @@ async def _watch(context: Context, name: str) -> None:
         canary = context.models[name].canary
         if canary is not None:
             await canary.watch(tick, every_s)
+
+
+async def _call_back(context: Context, name: str) -> None:
+    """Call the senders of a model's jobs back when these have ended."""
+
+    async def compose(job_id: str) -> CallbackMessage:
+        lookup = await context.job(job_id)
+        return CallbackMessage(lookup.status.job.callback_url, await jobs.described(lookup, context))
+
+    queue = context.models[name].queue_client.queue
+    await Deliveries(queue, compose, context.settings).run()
 
 
 async def _error_response(request: Request, error: Exception) -> Response:

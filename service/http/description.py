@@ -64,6 +64,7 @@ def describe(
             steps=manifest.diffusion.timesteps,
             deadline_ms=round(settings.max_deadline_s * 1000),
             body_bytes=settings.max_body_bytes,
+            picture_bytes=settings.max_picture_bytes,
         ),
         metrics=manifest.metrics,
         licence=manifest.licence,

@@ -35,6 +35,7 @@ _QUEUED: Final = {
     "deadline_at": 1790000008.25,
     "result": None,
     "error": None,
+    "callback": None,
     "links": _LINKS,
 }
 _ENDED: Final = {**_QUEUED, "position": None, "attempt": 1, "eta_s": None}
@@ -82,7 +83,7 @@ _MODEL: Final = {
         {"name": "ddim-50", **_OPERATING_POINT, "rows": 100.0, "quality": 0.096, "own": 0.013, "real": 0.096}
     ],
     "ladder_order": "real",
-    "limits": {"n": 16, "steps": 1000, "deadline_ms": 600000, "body_bytes": 65536},
+    "limits": {"n": 16, "steps": 1000, "deadline_ms": 600000, "body_bytes": 65536, "picture_bytes": 8388608},
     "metrics": {"label_top1": 0.97},
     "licence": "Apache-2.0",
     "attribution": ["Noto Emoji: Google LLC, Apache-2.0, https://github.com/googlefonts/noto-emoji"],
@@ -168,6 +169,11 @@ ANSWERS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "200": {JSON: _OPENAI_IMAGES, "text/event-stream": _OPENAI_EVENTS},
         "default": {JSON: _OPENAI_ERROR},
     },
+    "POST /v1/images/edits": {
+        "200": {JSON: _OPENAI_IMAGES, "text/event-stream": _OPENAI_EVENTS.replace("generation", "edit")},
+        "default": {JSON: _OPENAI_ERROR},
+    },
+    "POST /v1/images/variations": {"200": {JSON: _OPENAI_IMAGES}, "default": {JSON: _OPENAI_ERROR}},
     "GET /v1/models": {
         "200": {
             JSON: {
@@ -214,7 +220,15 @@ _RESULT_HEADERS: Final = {
         "Digest of the body (RFC 9530).",
     ),
 }
+# Only of answers to requests, and only where images are reused.
+_REUSE_HEADER: Final = {
+    "X-Cache": ("miss", "With `--reuse-s`: hit (stored), joined (drawn for an equal request), or miss."),
+}
+_OPENAI_HEADERS: Final = {
+    name: header for name, header in (_RESULT_HEADERS | _REUSE_HEADER).items() if name != "Content-Digest"
+}
 _ACCEPTED_HEADERS: Final = {
+    **_REUSE_HEADER,
     "Location": (f"/jobs/{_JOB}", "The job's address."),
     "Preference-Applied": ("respond-async", "The preference that was honoured (RFC 7240)."),
     "X-Job-ID": (_JOB, "The job."),
@@ -222,9 +236,9 @@ _ACCEPTED_HEADERS: Final = {
 
 # "METHOD /path" → status → header → (value, description).
 HEADERS: Final[Mapping[str, Mapping[str, Mapping[str, tuple[str, str]]]]] = {
-    "POST /generate": {"200": _RESULT_HEADERS, "202": _ACCEPTED_HEADERS},
+    "POST /generate": {"200": _RESULT_HEADERS | _REUSE_HEADER, "202": _ACCEPTED_HEADERS},
     "GET /jobs/{job_id}/images/{k}": {"200": _RESULT_HEADERS},
-    "POST /v1/images/generations": {
-        "200": {name: header for name, header in _RESULT_HEADERS.items() if name != "Content-Digest"}
+    **{
+        f"POST /v1/images/{name}": {"200": _OPENAI_HEADERS} for name in ("generations", "edits", "variations")
     },
 }

@@ -9,7 +9,8 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -24,15 +25,22 @@ from ditserve.service.errors import (
     RequestTimeout,
     ServiceError,
     TooManyConnections,
+    TooManyUploads,
+    UnsupportedMediaType,
 )
-from ditserve.service.http.problems import error_response, require_json
-from ditserve.service.http.routing import UNMATCHED, is_routed, pattern
+from ditserve.service.http.origin import is_foreign
+from ditserve.service.http.problems import error_response, media_type, require_type
+from ditserve.service.http.routing import FORM, UNMATCHED, media_types, pattern
 from ditserve.service.telemetry import metrics
 from ditserve.service.telemetry.tracing import RequestSpan, Tracing
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+# A body gets a second more for so many of its bytes: pictures come from telephones.
+BYTES_PER_S = 64 * 1024
+# The bytes of all bodies that a process holds, from when they come until they are answered; at least of one.
+HELD_BYTES = 128 * 2**20
 _LENGTH = re.compile(r"[0-9]{1,19}")
 # Paths that are asked every few seconds: logged at debug level, and not traced.
 _QUIET = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
@@ -193,81 +201,123 @@ async def _left() -> Message:
     return {"type": "http.disconnect"}
 
 
-class Body:
-    """Reads the whole body before the route runs, within a size and a time, and refuses what is not JSON.
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """The bytes of a body, and of one that may hold pictures; and the time of a body, in seconds.
 
-    Bodies here are small documents, so a bounded buffer is simpler and safer than trusting each reader to
-    count. After the body, `receive` is the server's own: it still reports the disconnect. A request that no
-    route takes is not read: it is refused for that, whatever its body.
+    Pages of the `cors_origins` may send forms.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, routes: Sequence[BaseRoute], max_bytes: int, timeout_s: float
-    ) -> None:
-        self._app, self._routes = app, routes
-        self._max_bytes = max_bytes
-        self._timeout_s = timeout_s
+    max_bytes: int
+    max_upload_bytes: int
+    timeout_s: float
+    cors_origins: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class _Received:
+    """The part of a body that has come, and its bytes, which count until the request is answered."""
+
+    chunks: list[bytes]
+    bytes: int = 0
+
+
+class Body:
+    """Reads the whole body before the route runs, within a size and a time, and refuses other types of it.
+
+    Each body is bounded, and so is the memory of all together: a buffer is simpler and safer than trusting
+    each reader to count. After the body, `receive` is the server's own: it still reports the disconnect. A
+    request that no route takes is not read: it is refused for that, whatever its body.
+
+    A browser asks before it sends JSON to another origin, and sends a form unasked. So the forms of foreign
+    pages are refused.
+    """
+
+    def __init__(self, app: ASGIApp, *, routes: Sequence[BaseRoute], limits: BodyLimits) -> None:
+        self._app, self._routes, self._limits = app, routes, limits
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_body = scope["type"] == "http" and scope["method"] in _METHODS_WITH_BODY
-        if not has_body or not is_routed(self._routes, scope):
+        types = media_types(self._routes, scope) if has_body else ()
+        if not types:
             await self._app(scope, receive, send)
             return
+        received = _Received([])
         try:
-            if scope["app"].state.draining.is_set():
-                raise Draining("This process is shutting down; try again.", retry_after=1)
-            async with asyncio.timeout(self._timeout_s):
-                body = await self._read(Headers(scope=scope), receive)
-            if body:
-                require_json(Headers(scope=scope))
-        except TimeoutError:
-            error = RequestTimeout(f"Send the body within {self._timeout_s:g} s.")
-            await self._refuse(error, scope, receive, send)
+            complete = await self._receive(received, scope, receive, types)
         except ServiceError as error:
             await self._refuse(error, scope, receive, send)
         else:
-            if body is not None:
-                await self._app(scope, _replaying(body, receive), send)
+            if complete:
+                await self._app(scope, _replaying(received.chunks, receive), send)
+        finally:
+            self._held -= received.bytes
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """Return the body, None if the client went away while sending it.
+    async def _receive(
+        self, received: _Received, scope: Scope, receive: Receive, types: Sequence[str]
+    ) -> bool:
+        """Receive a body and look at its type; return False if the client went away while sending it.
 
         Raises:
-            MalformedRequest, PayloadTooLarge: the body is not to be read to its end.
+            ServiceError: the body is not to be read to its end, or of a type that is not taken.
         """
+        if scope["app"].state.draining.is_set():
+            raise Draining("This process is shutting down; try again.", retry_after=1)
+        headers, limits = Headers(scope=scope), self._limits
+        limit = limits.max_upload_bytes if FORM in types else limits.max_bytes
         length = headers.get("content-length", "0")
         if not _LENGTH.fullmatch(length):
             raise MalformedRequest("Content-Length is not a number.")
-        if int(length) > self._max_bytes:
-            raise PayloadTooLarge(f"The body may be {self._max_bytes} bytes, not {int(length)}.")
-        chunks: list[bytes] = []
-        total = 0
+        if int(length) > limit:
+            raise PayloadTooLarge(f"The body may be {limit} bytes, not {int(length)}.")
+        try:
+            async with asyncio.timeout(limits.timeout_s) as timer:
+                complete = await self._read(received, receive, limit, timer)
+        except TimeoutError:
+            raise RequestTimeout(f"Send the body within {limits.timeout_s:g} s.") from None
+        if received.bytes:
+            require_type(headers, types)
+            if media_type(headers) == FORM and is_foreign(scope, limits.cors_origins):
+                raise UnsupportedMediaType("A page of another origin sends application/json.")
+        return complete
+
+    async def _read(self, received: _Received, receive: Receive, limit: int, timer: asyncio.Timeout) -> bool:
+        began = asyncio.get_running_loop().time()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
+                return False
             chunk = message.get("body", b"")
-            total += len(chunk)
-            if total > self._max_bytes:
-                raise PayloadTooLarge(f"The body may be {self._max_bytes} bytes.")
-            chunks.append(chunk)
+            received.bytes += len(chunk)
+            self._held += len(chunk)
+            if received.bytes > limit:
+                raise PayloadTooLarge(f"The body may be {limit} bytes.")
+            if received.bytes > self._limits.max_bytes and self._held > max(HELD_BYTES, limit):
+                raise TooManyUploads("This process holds as many pictures as it may.", retry_after=1)
+            received.chunks.append(chunk)
             if not message.get("more_body", False):
-                return b"".join(chunks)
+                return True
+            timer.reschedule(began + self._limits.timeout_s + received.bytes / BYTES_PER_S)
 
     async def _refuse(self, error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:
         response = error_response(error, scope)
-        if isinstance(error, PayloadTooLarge | RequestTimeout | Draining):
+        if isinstance(error, PayloadTooLarge | RequestTimeout | Draining | TooManyUploads):
             response.headers["connection"] = "close"
         await response(scope, receive, send)
 
 
-def _replaying(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body that was read, and then what the server's own gives."""
-    pending: Iterable[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
+def _replaying(chunks: list[bytes], receive: Receive) -> Receive:
+    """Return a `receive` that gives the body that was read, and then what the server's own gives.
+
+    The body is given away: nothing of it is kept here.
+    """
+    pending = [b"".join(chunks)]
+    chunks.clear()
 
     async def replay() -> Message:
-        for message in pending:
-            return message
+        if pending:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False}
         return await receive()
 
     return replay

@@ -14,6 +14,7 @@ from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.errors import QueueUnavailable
 from ditserve.service.http.canary import Canary
+from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.submission import Submissions
 from ditserve.service.queue.queue_client import QueueClient
 from ditserve.service.served_models import ServedModel
@@ -34,7 +35,9 @@ class Model:
     canary: Canary | None
 
     @classmethod
-    def of(cls, served: ServedModel, settings: Settings, queue_client: QueueClient) -> Model:
+    def of(
+        cls, served: ServedModel, settings: Settings, queue_client: QueueClient, pictures: PictureReader
+    ) -> Model:
         """Build a model of its opened bundle. Raises `BundleError` for a part that cannot be read."""
         bundle, manifest = served.bundle, served.bundle.manifest
         if not manifest.ladder:
@@ -44,7 +47,14 @@ class Model:
                 remedy=f"{command_line('bench.ladder')} {served.folder} --write",
             )
         prompts = PromptLimit(manifest.config, bundle.path / PIPELINE)
-        submissions = Submissions(manifest, settings, queue_client.queue, prompts)
+        submissions = Submissions(
+            manifest,
+            settings,
+            queue_client.queue,
+            prompts=prompts,
+            pictures=pictures,
+            bundle=served.digest,
+        )
         golden = manifest.golden
         canary = Canary(bundle.path, golden, submissions, queue_client.listener) if golden else None
         metrics.BUILD_INFO.labels(VERSION, manifest.name, manifest.version).set(1)
@@ -69,7 +79,8 @@ async def reloaded(models: Mapping[str, Model], settings: Settings) -> dict[str,
             if served.digest == model.served.digest:
                 continue
             await _check_served(served, model.queue_client)
-            current[name] = Model.of(served, settings, model.queue_client)
+            pictures = model.submissions.pictures
+            current[name] = Model.of(served, settings, model.queue_client, pictures)
         except (BundleError, OSError, QueueUnavailable, ValueError) as error:
             _log.error("bundle not reloaded, the old one serves on", model=name, reason=str(error))
         else:

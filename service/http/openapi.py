@@ -1,18 +1,26 @@
 """The OpenAPI document: with an example of every request, response and error."""
 
+import copy
 from collections import defaultdict
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from ditserve.service import errors
 from ditserve.service.http.access import OPEN
+from ditserve.service.http.body_reader import PICTURES
 from ditserve.service.http.examples import ANSWERS, HEADERS, PARAMETERS
+from ditserve.service.http.openai_schemas import EditRequest, VariationRequest
 from ditserve.service.http.problems import MEDIA_TYPE, OPENAI_PREFIX, openai_error, problem
+from ditserve.service.http.routing import FORM
+from ditserve.service.http.schemas import GenerateRequest
 
 Responses = dict[int | str, dict[str, Any]]
 ErrorType = type[errors.ServiceError]
+_REFERENCE = "#/components/schemas/{model}"
 
 # The errors of a body, of a submission, and of a job that ended without images.
 BODY: tuple[ErrorType, ...] = (
@@ -27,6 +35,7 @@ SUBMIT: tuple[ErrorType, ...] = (
     errors.ModelNotFound,
     errors.IdempotencyConflict,
     errors.IdempotencyMismatch,
+    errors.TooManyUploads,
     errors.QueueFull,
     errors.Overloaded,
     errors.QueueUnavailable,
@@ -78,6 +87,10 @@ _EXAMPLES: dict[ErrorType, dict[str, Any]] = {
         "detail": "The images would take about 9.1 s, too long for the deadline now, even in fewer steps.",
         "retry_after": 4.0,
     },
+    errors.TooManyUploads: {
+        "detail": "This process holds as many pictures as it may.",
+        "retry_after": 1.0,
+    },
     errors.QueueFull: {"detail": "The queue holds its limit of 1000 jobs.", "retry_after": 5.0},
     errors.QueueUnavailable: {"detail": "Redis cannot be reached.", "retry_after": 2.0},
     errors.Draining: {"detail": "This process is shutting down; try again.", "retry_after": 1.0},
@@ -89,6 +102,34 @@ _EXAMPLES: dict[ErrorType, dict[str, Any]] = {
     errors.Unauthorized: {"detail": "Send an API key: Authorization: Bearer dit_…"},
     errors.QuotaExceeded: {"detail": "This key may send 60 requests a minute.", "retry_after": 12.0},
 }
+
+
+def request_body(kind: type[BaseModel], *media_types: str) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that reads its body as `kind`, in one of `media_types`."""
+    content = {
+        media_type: {"schema": {"$ref": _REFERENCE.format(model=_schema_name(kind, media_type))}}
+        for media_type in media_types
+    }
+    return {"requestBody": {"content": content, "required": True}}
+
+
+def _schema_name(kind: type[BaseModel], media_type: str) -> str:
+    return f"{kind.__name__}Form" if media_type == FORM else kind.__name__
+
+
+def _body_schemas() -> dict[str, Any]:
+    """Return the schemas of the bodies that routes read themselves; in a form pictures are files."""
+    kinds = (GenerateRequest, EditRequest, VariationRequest)
+    _, described = models_json_schema([(kind, "validation") for kind in kinds], ref_template=_REFERENCE)
+    schemas: dict[str, Any] = described["$defs"]
+    for kind in kinds:
+        form = copy.deepcopy(schemas[kind.__name__])
+        for name in PICTURES & form["properties"].keys():
+            description = form["properties"][name]["description"]
+            form["properties"][name] = {"type": "string", "format": "binary", "description": description}
+        form["title"] = _schema_name(kind, FORM)
+        schemas[form["title"]] = form
+    return schemas
 
 
 def problem_responses(*kinds: ErrorType) -> Responses:
@@ -138,6 +179,7 @@ def openapi_document(app: FastAPI, *, keyed: bool = False, root_path: str = "") 
             routes=app.routes,
             servers=[{"url": root_path}] if root_path else None,
         )
+        document["components"]["schemas"] |= _body_schemas()
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
         if keyed:

@@ -114,6 +114,18 @@ class Hosts:
         return name in self._allowed or any(f"*.{parent}" in self._allowed for parent in _parents(name))
 
 
+def is_foreign(scope: Scope, allowed: Sequence[str]) -> bool:
+    """Return True if a page of another host sends this request, unless its origin is among the `allowed`.
+
+    Browsers name the origin of a page with every POST; other clients name none.
+    """
+    origin = Headers(scope=scope).get("origin")
+    if origin is None or origin in allowed or ANY_HOST in allowed:
+        return False
+    name = _host_name(origin.partition("://")[2])
+    return name is None or name not in map(_host_name, scope["state"]["hosts"])
+
+
 def _host_name(host: str) -> str | None:
     """Return the name in a `Host` header without its port, None if the header is malformed.
 

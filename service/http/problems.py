@@ -12,6 +12,7 @@ from math import ceil
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -27,6 +28,7 @@ from ditserve.service.errors import (
     ServiceError,
     UnsupportedMediaType,
 )
+from ditserve.service.http.routing import JSON
 from ditserve.service.telemetry import metrics
 
 MEDIA_TYPE = "application/problem+json"
@@ -123,6 +125,12 @@ def openai_error(error: ServiceError, request_id: str | None = None) -> dict[str
     return {"error": {**fields, **error.extra, "request_id": request_id}}
 
 
+def invalid_body(error: ValidationError) -> ServiceError:
+    """Return the error of a body whose fields pydantic refused."""
+    errors = error.errors(include_url=False, include_input=False)
+    return _invalid([{**each, "loc": ("body", *each["loc"])} for each in errors])
+
+
 def _invalid(errors: Sequence[Mapping[str, Any]]) -> ServiceError:
     """Return the error of a request that pydantic refused."""
     first = errors[0]
@@ -131,7 +139,7 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> ServiceError:
             f"The body is not valid JSON: {first['ctx']['error']} at position {first['loc'][-1]}."
         )
     if first["loc"] == ("body",) and first["type"] == "missing":
-        return InvalidRequest("A JSON body is required.", extra={"errors": _field_errors(errors)})
+        return InvalidRequest("A body is required.", extra={"errors": _field_errors(errors)})
     if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "model_type"):
         return InvalidRequest("The body must be a JSON object.", extra={"errors": _field_errors(errors)})
     fields = _field_errors(errors)
@@ -159,15 +167,21 @@ def _escaped(part: str) -> str:
     return part.replace("~", "~0").replace("/", "~1")[:100]
 
 
-def require_json(headers: Headers) -> None:
-    """Raise `UnsupportedMediaType` unless the body is declared to be JSON and uncompressed.
+def require_type(headers: Headers, types: Sequence[str]) -> None:
+    """Raise `UnsupportedMediaType` unless the body is declared to be one of `types` and uncompressed.
 
     A charset is not looked at: JSON is always UTF-8.
     """
     if (coding := headers.get("content-encoding", "identity")) != "identity":
         raise UnsupportedMediaType(f"Send the body as it is, not in Content-Encoding {coding[:60]}.")
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+    kind = media_type(headers)
+    if kind not in types:
         raise UnsupportedMediaType(
-            f"Send application/json, not {kind[:60] or 'a body without Content-Type'}."
+            f"Send {' or '.join(types)}, not {kind[:60] or 'a body without Content-Type'}."
         )
+
+
+def media_type(headers: Headers) -> str:
+    """Return the media type of a body; whatever is JSON is application/json."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return JSON if kind.startswith("application/") and kind.endswith("+json") else kind

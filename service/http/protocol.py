@@ -4,7 +4,7 @@
 |---|---|
 | waiting for a request | `head_s`, later uvicorn's keep-alive time; empty lines do not count as a request |
 | the head of a request | `head_s`, and `MAX_HEAD_BYTES` |
-| its body | `head_s` and `BODY_GRACE_S`; `body_bytes`, and a head's for its chunks' sizes and trailers |
+| its body | `head_s`, `BODY_GRACE_S`, a second for each `BYTES_PER_S`; `body_bytes`, and a head's around it |
 | what a client still sends after the last response | ends at `LINGER_S` of silence, or `LONGEST_LINGER_S` |
 | requests sent ahead | `MAX_PIPELINED` |
 | a response that its client does not read | `STALL_S` for every `STALL_BYTES` |
@@ -37,7 +37,7 @@ from ditserve.service.errors import (
     ServiceError,
     TooManyConnections,
 )
-from ditserve.service.http.middleware import outcome
+from ditserve.service.http.middleware import BYTES_PER_S, outcome
 from ditserve.service.http.problems import error_response
 from ditserve.service.http.routing import UNMATCHED
 from ditserve.service.telemetry import metrics
@@ -86,6 +86,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _reading = _Reading.NOTHING
     # Bytes of the head, or of the body, that is being read; and those of the names and values in the head.
     _bytes = _field_bytes = 0
+    # When the body is to be there at the latest, apart from the time that its bytes add; 0: none is awaited.
+    _body_until = 0.0
     # Since when no request has come, in seconds of the event loop's clock.
     waiting_since = 0.0
     # True once the connection is to end: what still comes is thrown away.
@@ -185,6 +187,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is not None:
             self.cycle.transport = cast(asyncio.Transport, _ResponseTransport(self))
         self._reading, self._bytes = _Reading.BODY, 0
+        self._body_until = self.loop.time() + self.limits.head_s + BODY_GRACE_S
         self._expect(self.limits.head_s + BODY_GRACE_S)
         if not self.flow.write_paused:
             self._stop_watching()
@@ -222,7 +225,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # Ends.
 
     def _begin_head(self) -> None:
-        self._reading, self._bytes, self._field_bytes = _Reading.HEAD, 0, 0
+        self._reading, self._bytes, self._field_bytes, self._body_until = _Reading.HEAD, 0, 0, 0.0
         self._expect(self.limits.head_s)
 
     def _expect(self, seconds: float | None) -> None:
@@ -234,6 +237,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _timed_out(self) -> None:
         if self._owes_earlier():
             self._expect(self.limits.head_s)
+        elif (rest := self._body_until + self._bytes / BYTES_PER_S - self.loop.time()) > 0.0:
+            self._expect(rest)
         else:
             self._refuse(RequestTimeout(f"Send a request within {self.limits.head_s:g} s."))
 

@@ -1,4 +1,4 @@
-"""The routing table, asked before a request is routed: its pattern, and the methods of its path."""
+"""The routing table, asked before a request is routed: its pattern, its methods, the bodies it takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 UNMATCHED = "unmatched"
+JSON, FORM = "application/json", "multipart/form-data"
 
 
 def pattern(routes: Sequence[BaseRoute], scope: Scope) -> str:
@@ -15,9 +16,13 @@ def pattern(routes: Sequence[BaseRoute], scope: Scope) -> str:
     return next((getattr(route, "path", UNMATCHED) for route in _of_path(routes, scope)), UNMATCHED)
 
 
-def is_routed(routes: Sequence[BaseRoute], scope: Scope) -> bool:
-    """Return True if a route takes this path and method."""
-    return any(route.matches(scope)[0] is Match.FULL for route in routes)
+def media_types(routes: Sequence[BaseRoute], scope: Scope) -> tuple[str, ...]:
+    """Return the media types of the body that the route of a request takes; empty if no route takes it."""
+    route = next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)
+    if route is None:
+        return ()
+    described = getattr(route, "openapi_extra", None) or {}
+    return tuple(described.get("requestBody", {}).get("content", (JSON,)))
 
 
 def methods(routes: Sequence[BaseRoute], scope: Scope) -> str:

@@ -7,11 +7,24 @@ Rules that depend on the model served (its factors, classes, solvers, sizes) are
 
 import re
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    WithJsonSchema,
+)
 
 from ditserve.model.spec.mixing import Combine
+from ditserve.service.callback_url import MAX_URL
+from ditserve.service.http.pictures import data_url_bytes
 
 Format = Literal["png", "webp", "jpeg"]
 Priority = Literal["low", "normal", "high"]
@@ -71,6 +84,30 @@ def not_zero(weight: float) -> float:
 
 Size = Annotated[
     str, AfterValidator(written_size), WithJsonSchema({"type": "string", "pattern": f"^{SIZE}$"})
+]
+
+
+def _file_bytes(value: object) -> object:
+    return data_url_bytes(value) if isinstance(value, str) else value
+
+
+# The bytes of a file, which JSON holds as a data URL. It is written as a digest, which tells it from others.
+PictureFile = Annotated[
+    bytes,
+    BeforeValidator(_file_bytes),
+    PlainSerializer(lambda data: sha256(data).hexdigest(), return_type=str),
+    WithJsonSchema({"type": "string", "pattern": "^data:[a-z0-9.+/-]{0,60};base64,[A-Za-z0-9+/]+={0,2}$"}),
+]
+
+
+Strength = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="The share of the steps that are walked from `image`, the last ones. A little changes a "
+        "little; 1 starts from noise.",
+    ),
 ]
 
 
@@ -215,25 +252,26 @@ class GenerateRequest(DrawingOptions):
         | None
     ) = Field(None, description="Part of the noise range in which guidance acts, as [low, high].")
     size: Size | None = Field(None, description="Width x height, where the model has a choice.")
-    image: str | None = Field(
+    image: PictureFile | None = Field(
         None,
-        description="The picture to start from, as a data URL; it is cut and scaled to `size`.",
+        description="The picture to start from: PNG, JPEG or WebP, as a data URL. The largest part in its "
+        "middle that has the shape of `size` is used.",
         examples=[f"data:image/png;base64,{PICTURE}"],
     )
-    mask: str | None = Field(
+    mask: PictureFile | None = Field(
         None,
-        description="The part of `image` to repaint, as a data URL: what is transparent, or white in a grey "
-        "picture. The rest is kept.",
+        description="The part of `image` to repaint, as a picture of its shape: what is transparent, or "
+        "without transparency what is white. The rest is kept.",
         examples=[f"data:image/png;base64,{PICTURE}"],
     )
-    strength: float = Field(
-        DEFAULT_STRENGTH,
-        gt=0,
-        le=1,
-        description="The share of the steps that are walked from `image`, the last ones. A little changes a "
-        "little; 1 starts from noise.",
-    )
+    strength: Strength = DEFAULT_STRENGTH
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
+    callback_url: str | None = Field(
+        None,
+        max_length=MAX_URL,
+        description="With `Prefer: respond-async`, where the job's state is sent once it has ended, if the "
+        "service allows that address.",
+    )
     previews: int = Field(
         0,
         ge=0,
@@ -309,6 +347,16 @@ class Problem(BaseModel):
     suggestions: list[str] | None = Field(None, description="The closest names that exist.")
 
 
+class CallbackOut(BaseModel):
+    """The state of a job's callback."""
+
+    state: Literal["waiting", "pending", "delivered", "given-up"] = Field(
+        description="waiting: the job has not ended; pending: being tried, or to be tried again."
+    )
+    attempts: int
+    fault: str | None = Field(description="The fault of the last attempt; null if there was none.")
+
+
 class JobOut(BaseModel):
     """The state of a job."""
 
@@ -326,6 +374,7 @@ class JobOut(BaseModel):
     deadline_at: float | None
     result: JobOutcome | None = None
     error: Problem | None = None
+    callback: CallbackOut | None = Field(None, description="Null unless the request has a `callback_url`.")
     links: Links
 
 
@@ -378,6 +427,7 @@ class LimitsOut(BaseModel):
     steps: int
     deadline_ms: int
     body_bytes: int
+    picture_bytes: int = Field(description="Of a picture to start from, and of its mask.")
 
 
 class ModelOut(BaseModel):

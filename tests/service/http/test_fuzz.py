@@ -40,7 +40,7 @@ from ditserve.service.api_keys import add
 from ditserve.service.errors import ERRORS
 from ditserve.service.http.api import configured
 from ditserve.service.http.app import create_app
-from ditserve.service.http.routes.openai import ImagesRequest
+from ditserve.service.http.openai_schemas import ImagesRequest
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings

@@ -1,20 +1,32 @@
 """The official `openai` client against the service, over a socket."""
 
 import base64
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
+from PIL import Image
 
-from ditserve.service.http.routes.openai import rung_for
+from ditserve.model.spec.stretches import Stretch
+from ditserve.service.http.openai_drawing import rung_for
+from ditserve.service.http.openai_schemas import ImagesRequest
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
-from tests.service.http.conftest import PNG, Serve, Stage
+from ditserve.service.source_picture import decode
+from tests.service.http.conftest import MANIFEST, PNG, OpenStage, Serve, Stage
+from tests.service.http.test_pictures import halves, saved
 
 pytestmark = pytest.mark.anyio
 
+PHOTO = saved(halves(32, 16), "JPEG", quality=95)
+_holed = Image.new("RGBA", (32, 16), "white")
+_holed.paste((0, 0, 0, 0), (0, 0, 16, 16))
+MASK = saved(_holed)
 B64 = base64.b64encode(PNG).decode()
 
 
@@ -52,17 +64,35 @@ async def test_quality_chooses_a_rung(
     assert (job.steps, job.solver) == (steps, solver)
 
 
+def rung_of(quality: Any, ladder: Ladder) -> Rung | None:
+    return rung_for(ImagesRequest.model_validate({"prompt": "lemon", "quality": quality}), ladder)
+
+
 def test_without_a_ladder_every_quality_is_the_default() -> None:
-    assert rung_for("low", Ladder([])) is None
+    assert rung_of("low", Ladder([])) is None
     only = Rung("only", "ddim", 10, "trailing", (0.0, 1.0), 0.0)
-    assert rung_for("low", Ladder([only])) == rung_for("high", Ladder([only])) == only
+    assert rung_of("low", Ladder([only])) == rung_of("high", Ladder([only])) == only
 
 
 def test_low_quality_is_never_a_rung_that_costs_more_than_a_better_one() -> None:
     steps = {100: 0.14, 20: 0.12, 4: 0.13}  # the long run lies farther from real pictures than the others
     ladder = Ladder([Rung(f"ddim-{n}", "ddim", n, "trailing", (0.0, 1.0), q) for n, q in steps.items()])
-    chosen = [rung_for(quality, ladder) for quality in ("high", "low")]
+    chosen = [rung_of(quality, ladder) for quality in ("high", "low")]
     assert [rung and rung.steps for rung in chosen] == [20, 4]
+
+
+async def test_quality_may_be_a_rung_of_another_network_and_min_quality_keeps_it_away(
+    stage: Stage, client: openai.AsyncOpenAI
+) -> None:
+    submissions = stage.app.state.context.default.submissions
+    few = Rung("few", "ddim", 2, "trailing", (0.0, 1.0), 0.6, stretches=(Stretch(0.0, "student", 0.5),))
+    submissions.ladder = Ladder([*submissions.ladder.rungs, few])
+    await client.images.generate(prompt="lemon", quality="low")
+    job = stage.worker.claimed[-1].job
+    assert (job.requested, job.admitted, job.steps, job.cost_rows) == (few, few, 2, 2)
+    await client.images.generate(prompt="lemon", quality="low", extra_body={"min_quality": 0.55})
+    assert stage.worker.claimed[-1].job.rung != "few"
+    assert (stage.worker.claimed[-1].job.requested or few).name == "floor"
 
 
 async def test_partial_images_are_streamed(stage: Stage, client: openai.AsyncOpenAI) -> None:
@@ -148,6 +178,111 @@ async def test_hints_for_openais_monitoring_have_no_effect(stage: Stage, client:
     hints = {"user": "u", "moderation": "low", "extra_body": {"safety_identifier": "hash", "style": None}}
     await client.images.generate(prompt="lemon", **hints)  # type: ignore[call-overload]
     assert stage.worker.claimed[-1].job.condition == (ConditionTerm((3, None)),)
+
+
+class TestEdits:
+    async def test_a_picture_and_its_mask_as_files(self, stage: Stage, client: openai.AsyncOpenAI) -> None:
+        answer = await client.images.edit(
+            image=("photo.jpg", PHOTO),
+            mask=("mask.png", MASK),
+            prompt="a lemon in noto style",
+            n=2,
+            size="16x16",
+            quality="medium",
+            extra_body={"seed": 5, "strength": 0.5, "condition": {}},
+        )
+        assert answer.data is not None
+        assert [image.b64_json for image in answer.data] == [B64, B64]
+        assert answer.usage is not None
+        assert answer.usage.input_tokens_details.image_tokens == 16
+        job = stage.worker.claimed[-1].job
+        assert job.source is not None
+        assert job.source.mask is not None
+        assert decode(job.source.image).shape == (16, 16, 3)
+        assert np.array_equal(decode(job.source.mask)[0], [255] * 8 + [0] * 8)
+        assert (job.condition, job.seeds) == ((ConditionTerm((3, 0)),), (5, 6))
+        assert (job.steps, job.source.strength) == (5, 0.5)
+
+    async def test_a_list_of_one_picture(self, stage: Stage, client: openai.AsyncOpenAI) -> None:
+        await client.images.edit(image=[("a.png", PHOTO)], prompt="lemon", response_format="b64_json")
+        assert stage.worker.claimed[-1].job.source is not None
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.images.edit(image=[("a.png", PHOTO)] * 2, prompt="lemon")
+        assert caught.value.param == "image"
+
+    async def test_partial_images_are_streamed(self, stage: Stage, client: openai.AsyncOpenAI) -> None:
+        stream = await client.images.edit(
+            image=("a.png", PHOTO), prompt="lemon", stream=True, partial_images=2
+        )
+        events = [event async for event in stream]
+        kinds = ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+        assert [event.type for event in events] == kinds
+        assert events[2].usage.output_tokens == 16  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize(
+        ("options", "param"),
+        [
+            ({"image": ("a.gif", b"GIF89a")}, "image"),
+            ({"image": ("a.png", b"")}, "image"),
+            ({"mask": ("a.png", b"?")}, "mask"),
+            ({"mask": ("a.png", PHOTO[:99])}, "mask"),
+            ({"prompt": ""}, "prompt"),
+            ({"n": 11}, "n"),
+            ({"input_fidelity": "high"}, "input_fidelity"),
+            ({"markup": ("a.png", MASK)}, "markup"),
+            ({"background": "transparent"}, "background"),
+            ({"extra_body": {"strength": 0}}, "strength"),
+            ({"extra_body": {"strength": "much"}}, "strength"),
+            ({"extra_body": {"svg": {"model": "x"}}}, "svg[model]"),
+        ],
+    )
+    async def test_what_cannot_be_honoured_is_400_and_named(
+        self, stage: Stage, client: openai.AsyncOpenAI, options: dict[str, Any], param: str
+    ) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.images.edit(**{"image": ("a.png", PHOTO), "prompt": "lemon", **options})
+        assert caught.value.param == param
+        assert not stage.worker.claimed
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")
+class TestVariations:
+    async def test_a_picture_without_a_prompt(self, stage: Stage, client: openai.AsyncOpenAI) -> None:
+        answer = await client.images.create_variation(image=("a.png", PHOTO), n=2, user="u")
+        assert answer.data is not None
+        assert len(answer.data) == 2
+        job = stage.worker.claimed[-1].job
+        assert job.source is not None
+        assert (job.condition, job.guidance_scale) == ((ConditionTerm((None, None)),), 1.0)
+
+    async def test_a_model_that_draws_nothing_without_a_condition_has_none(
+        self, open_stage: OpenStage, serve: Serve, tmp_path: Path
+    ) -> None:
+        manifest = {**MANIFEST, "guidance": "none"}
+        manifest["defaults"] = {**MANIFEST["defaults"], "guidance_scale": 1.0}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        stage = await open_stage(bundle=tmp_path)
+        files, path = {"image": ("a.png", PHOTO)}, "/v1/images/variations"
+        response = await stage.client.post(path, files=files)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "image")
+        assert "/v1/images/edits" in response.json()["error"]["message"]
+        conditioned = {"condition": json.dumps({"label": "lemon"})}
+        assert (await stage.client.post(path, files=files, data=conditioned)).status_code == 200
+
+
+async def test_a_model_without_an_encoder_starts_from_no_picture(
+    open_stage: OpenStage, tmp_path: Path
+) -> None:
+    config = {**MANIFEST["config"], "in_channels": 4}
+    manifest = {**MANIFEST, "config": config, "decoder": "sd-vae"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    stage = await open_stage(bundle=tmp_path)
+    assert (await stage.client.get("/models")).json()["models"][0]["pictures"] is False
+    for path in ("/v1/images/edits", "/v1/images/variations", "/generate"):
+        data = {} if path.endswith("variations") else {"prompt": "lemon"}
+        response = await stage.client.post(path, files={"image": ("a.png", PHOTO)}, data=data)
+        assert response.status_code in (400, 422), path
+        assert "This model has no encoder of pictures" in response.text
 
 
 async def test_models_are_listed(client: openai.AsyncOpenAI) -> None:
