@@ -40,7 +40,7 @@ from ditserve.service.http.promises import Promises
 from ditserve.service.http.reuse import CacheOutcome, Reuse, SharedJob, Sharing
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, picture_size, size_text
-from ditserve.service.identity import bundle_digest, vocabulary_digest
+from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import (
     TERMINAL_STATES,
     AdapterUse,
@@ -129,7 +129,7 @@ class _ResolvedRequest:
 
 
 class Submissions:
-    """Turns requests for one model into jobs in the queue."""
+    """Turns requests for one model into jobs in the queue; `bundle` is the digest that its workers report."""
 
     def __init__(
         self,
@@ -139,6 +139,7 @@ class Submissions:
         *,
         prompts: PromptLimit,
         pictures: PictureReader,
+        bundle: str,
     ) -> None:
         self.manifest = manifest
         self.prompts = prompts
@@ -151,7 +152,7 @@ class Submissions:
         self.delivery = Delivery()
         self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
-        self._reuse = Reuse(queue, bundle_digest(manifest), settings)
+        self._reuse = Reuse(queue, bundle, settings)
         self._callbacks = AllowedCallbacks.parse(settings.callback_allow)
         self._settings = settings
         self._queue = queue
