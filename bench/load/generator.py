@@ -145,4 +145,12 @@ def rung_qualities(manifest: Manifest, ladder: str) -> RungQualities:
     rungs += manifest.ladder
     distance = {rung.name: rung.quality if rung.own is None else rung.own for rung in rungs}
     real = {rung.name: rung.real for rung in rungs if rung.real is not None}
-    return RungQualities(distance, record.get("frechet", {}), real, record.get("grain", {}))
+    figures = [distance, record.get("frechet", {}), real, record.get("grain", {})]
+    # A request for a solver and steps is answered by that name, whatever the default guidance interval is.
+    interval = manifest.defaults.guidance_interval
+    for rung in rungs:
+        if rung.guidance_interval == interval and not rung.stretches:
+            for known in figures:
+                if rung.name in known:
+                    known.setdefault(f"{rung.solver}-{rung.steps}", known[rung.name])
+    return RungQualities(*figures)

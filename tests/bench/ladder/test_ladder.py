@@ -99,7 +99,8 @@ def test_training_pictures_order_the_ladder_and_the_defaults_follow(
     assert manifest.provenance["ladder"]["data"] == "pictures.npz"
     saved = json.loads((bundle.parent / "results" / "ladder-tiny.json").read_text())
     # The other rungs are there to judge the ladder's by.
-    assert {rung.name for rung in manifest.ladder} | {"ddim-20"} == saved["frechet"].keys()
+    assert {rung.name for rung in manifest.ladder} <= saved["frechet"].keys()
+    assert any(name.startswith("ddim-20") for name in saved["frechet"])
     assert set(saved["grain"].values()) == {0.25}
     assert Defaults.model_validate(saved["defaults"]) == manifest.defaults
     assert manifest.defaults.steps in {rung["steps"] for rung in saved["measured"]}
