@@ -31,6 +31,20 @@ def is_loopback(host: str) -> bool:
     return address.is_loopback
 
 
+def is_public(address: str) -> bool:
+    """Return True for the address of a machine that all of the internet can reach.
+
+    Those of this machine, of private networks, of a cloud's metadata (link-local), and the forms of IPv6 that
+    hold an IPv4 address (6to4, Teredo, NAT64) are not: who translates them may lead anywhere.
+    """
+    parsed = parsed_address(address)
+    if parsed is None or not parsed.is_global or parsed.is_multicast or parsed.is_reserved:
+        return False
+    if isinstance(parsed, IPv4Address):
+        return True
+    return not (parsed.is_site_local or parsed.sixtofour or parsed.teredo)
+
+
 def parsed_network(text: str) -> Network:
     """Return the network in "10.0.0.0/8", "10.0.0.1" or "2001:db8::/32". Raise `ValueError` for others.
 

@@ -106,6 +106,10 @@ class UnknownCondition(InvalidRequest):
         return tuple(self.extra.get("suggestions", ()))
 
 
+class CallbackRefused(InvalidRequest):
+    code, title = "callback-refused", "Not an address that is called back"
+
+
 class ModelNotFound(ServiceError):
     status, code, title = 404, "model-not-found", "Model not found"
 
@@ -194,7 +198,7 @@ class JobLost(ServiceError):
 
 
 class ModelReplaced(ServiceError):
-    """The job was made for another version of the model, which numbers its classes differently."""
+    """The job was made for another version of the model, with other classes or other networks."""
 
     status, code, title = 503, "model-replaced", "The model was replaced meanwhile"
 

@@ -21,6 +21,7 @@ Priority = Literal["low", "normal", "high"]
 ImageFormat = Literal["png", "webp", "jpeg"]
 ContentType = Literal["image/png", "image/webp", "image/jpeg"]
 State = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
+CallbackState = Literal["waiting", "pending", "delivered", "given-up"]
 EventKind = Literal["queued", "started", "step", "preview", "degraded", "done", "failed", "cancelled"]
 
 # A worker that reports a longer step, or a larger pass, is not believed.
@@ -97,6 +98,7 @@ class Job(Message):
     min_quality: float | None = None  # the largest distance of a rung that it consents to; None: any
     source: SourcePicture | None = None  # the picture that it starts from; None: it starts from noise
     adapters: tuple[AdapterUse, ...] = ()  # by name
+    callback_url: str = ""  # where its sender is told how it ended; "": nowhere
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -108,7 +110,7 @@ class Job(Message):
         combined = self.negative_prompt or self.mix in ("compose", "layers")
         new = decays or combined or self.solver == "unipc-2" or self.guidance_embedded is not None
         new = new or self.min_quality is not None or self.source is not None
-        new = new or bool(self.admitted and self.admitted.stretches)
+        new = new or any(rung.stretches for rung in (self.requested, self.admitted) if rung)
         new = new or bool(self.adapters)
         return 2 if new else OLDEST
 
@@ -168,6 +170,7 @@ class JobResult(Message):
     worker: str
     backbones: tuple[str, ...] = ()  # the bundle's further ones that took part
     denoised_at: float = 0.0
+    bundle: str = ""  # digest of the manifest it was drawn with; "": the worker does not say
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -211,8 +214,44 @@ class Renewal:
 
 
 @dataclass(frozen=True, slots=True)
+class CallbackStatus:
+    """The state of a job's callback: how many tries there were, and the fault of the last one ("": none)."""
+
+    state: CallbackState
+    attempts: int
+    fault: str
+
+
+@dataclass(frozen=True, slots=True)
+class DueCallback:
+    """A callback that this process is to make: the fencing token is its number among those of the job.
+
+    Its `number` is 0 where the job's record is gone, so that nobody can be called any more.
+    """
+
+    job_id: str
+    number: int
+    ended_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class EqualJobs:
+    """The place of a job among those that make the same pictures, by their `digest`.
+
+    `seen` is the one that was found there, and could not answer; "": none. The place is kept for `keep_s`.
+    """
+
+    digest: str
+    seen: str
+    keep_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class JobStatus:
-    """The state of a job. `position` counts the jobs queued ahead of it and is None unless it is queued."""
+    """The state of a job. `position` counts the jobs queued ahead of it and is None unless it is queued.
+
+    A job that its own request has left, while others wait for its images, is cancelled for all who ask.
+    """
 
     id: str
     state: State
@@ -223,6 +262,7 @@ class JobStatus:
     created_at: float
     error: dict[str, Any] | None
     job: Job
+    callback: CallbackStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)

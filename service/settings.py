@@ -6,6 +6,7 @@ and passed on. Flags win over environment variables, which win over defaults.
     python -m service.settings > docs/configuration.md      writes the reference of all settings
 """
 
+import base64
 import difflib
 import json
 import os
@@ -32,13 +33,12 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from ditserve.commands import command_line
 from ditserve.model.spec.zoo import FLAGSHIP, ROOT
 from ditserve.service.addresses import parsed_network
+from ditserve.service.callback_url import HOST_PATTERN, AllowedCallbacks
 from ditserve.service.exit_statuses import refuse
 from ditserve.service.queue_url import is_readable_url, with_password
 
 _PREFIX = "DIT_"
 
-# The name or address of a host, "*.parent" for all names below one, or "*".
-_HOST_PATTERN = r"(\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -58,6 +58,24 @@ def _networks(text: str) -> str:
         except ValueError as error:
             raise PydanticCustomError("network", "{reason}", {"reason": str(error)}) from None
     return text
+
+
+def _callbacks(text: str) -> str:
+    """Return a list of addresses as it is. Raises a validation error that names the entry that is none."""
+    try:
+        AllowedCallbacks.parse(text)
+    except ValueError as error:
+        raise PydanticCustomError("callbacks", "{reason}", {"reason": str(error)}) from None
+    return text
+
+
+def _is_callback_secret(secret: str) -> bool:
+    """Return whether a text is a secret of the Standard Webhooks scheme."""
+    prefix, _, encoded = secret.partition("_")
+    try:
+        return prefix == "whsec" and 24 <= len(base64.b64decode(encoded, validate=True)) <= 64
+    except ValueError:
+        return False
 
 
 class ClientSettings(BaseSettings):
@@ -187,6 +205,16 @@ class Settings(BaseSettings):
     result_ttl_s: float = Field(
         3600.0, ge=1, le=30 * 86400, description="how long results and events are kept"
     )
+    reuse_s: float = Field(
+        0.0,
+        ge=0,
+        le=30 * 86400,
+        description="how long a request with a seed is answered with the images of an equal one, or waits "
+        "for those being drawn; at most --result-ttl-s, in the memory that results have; 0 draws each",
+    )
+    reuse_across_keys: bool = Field(
+        False, description="answer a request with the images of another caller's equal one, too"
+    )
     drain_s: Seconds = Field(30.0, description="time to finish work after SIGTERM")
 
     default_deadline_s: Seconds | None = Field(
@@ -249,9 +277,26 @@ class Settings(BaseSettings):
     )
     allowed_hosts: str = Field(
         "",
-        pattern=rf"^$|^{_HOST_PATTERN}(,{_HOST_PATTERN})*$",
+        pattern=rf"^$|^{HOST_PATTERN}(,{HOST_PATTERN})*$",
         description="hosts that requests may name besides localhost, such as example.org,*.example.org; "
         "* is any. Unset is none where no key is asked and only this machine can connect, else any",
+    )
+
+    callback_allow: Annotated[str, AfterValidator(_callbacks)] = Field(
+        "",
+        description="the addresses that a request's callback_url may name: hosts by https "
+        "(hooks.example.org, *.example.com, * for any) or URLs that it begins with "
+        "(http://inside.example:8080/dit); empty is none",
+    )
+    callback_networks: Annotated[str, AfterValidator(_networks)] = Field(
+        "",
+        description="networks that callbacks may reach besides the public internet, such as 10.1.0.0/16; "
+        "without it an address that resolves to this machine or a private network is not called",
+    )
+    callback_secret: SecretStr | None = Field(
+        None,
+        description="whsec_ and the base64 of 24 to 64 random bytes, which signs callbacks (Standard "
+        "Webhooks); two with a comma between them both sign, while one replaces the other",
     )
 
     canary_s: float = Field(
@@ -304,6 +349,14 @@ class Settings(BaseSettings):
             )
         return url
 
+    @field_validator("callback_secret")
+    @classmethod
+    def _readable_secrets(cls, secrets: SecretStr | None) -> SecretStr | None:
+        for secret in secrets.get_secret_value().split(",") if secrets else ():
+            if not _is_callback_secret(secret):
+                raise PydanticCustomError("secret", "write whsec_ and then 24 to 64 random bytes in base64")
+        return secrets
+
     @field_validator("precision")
     @classmethod
     def _precision_of_backend(cls, precision: str, info: ValidationInfo) -> str:
@@ -322,6 +375,10 @@ class Settings(BaseSettings):
             raise _contradiction(f"--default-deadline-s {least:g} is above --max-deadline-s {most:g}")
         if self.strict_rows > self.max_rows:
             raise _contradiction(f"--strict-rows {self.strict_rows} is above --max-rows {self.max_rows}")
+        if self.reuse_s > self.result_ttl_s:
+            raise _contradiction(f"--reuse-s {self.reuse_s:g} is above --result-ttl-s {self.result_ttl_s:g}")
+        if self.callback_allow and self.callback_secret is None:
+            raise _contradiction("--callback-allow is set and no --callback-secret signs what is sent")
         return self
 
     @property
@@ -461,6 +518,7 @@ _SECTIONS = {
     "queue_limit": "Queue",
     "default_deadline_s": "Limits of a request, and probes",
     "keys_file": "Access",
+    "callback_allow": "Callbacks",
     "canary_s": "Watching",
 }
 _PREAMBLE = """<!-- Written by `python -m service.settings > docs/configuration.md`. Do not edit. -->

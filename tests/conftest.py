@@ -156,6 +156,8 @@ async def audit(client: Redis, keys: Keys) -> None:
     sizes: Any = await client.hgetall(keys.sizes)
     assert {job_id.decode() for job_id in sizes} == await members(keys.results)
     assert int(totals.get(b"bytes", 0)) == sum(map(int, sizes.values()))
+    waited_for = {job_id for job_id, record in records.items() if record.get(b"callback") == b"pending"}
+    assert await members(keys.callbacks) <= waited_for
     flows: Any = await client.zrange(keys.flows, 0, 0, withscores=True)
     if of_state(b"queued"):
         assert all(score > float(totals.get(b"clock", 0)) for _, score in flows)

@@ -55,7 +55,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "queue": {"", "telemetry"},
         "launch": {"", "backends", "queue", "telemetry"},
         "worker": {"", "planning", "backends", "engine", "queue", "launch", "telemetry"},
-        "http": {"", "planning", "queue", "telemetry"},
+        "callbacks": {"", "queue", "telemetry"},
+        "http": {"", "planning", "callbacks", "queue", "telemetry"},
         "client": {""},
     },
 }

@@ -196,10 +196,14 @@ class SimulatedFleet:
                 self.workers[stepped].finish_step(now)
                 self._idle.add(stepped)
                 self._observe_ends(now)
-            for index in sorted(self._idle, key=lambda worker: len(self.workers[worker].samples)):
+            # With nothing to claim, all others that are idle stay so.
+            woken = self._idle if self.queue or stepped is None else {stepped}
+            for index in sorted(woken, key=lambda worker: (len(self.workers[worker].samples), worker)):
                 worker = self.workers[index]
-                if worker.serving:
+                if self.queue and worker.serving:
                     self._claim(worker, now)
+                if not worker.samples and index != stepped:
+                    continue
                 end = worker.start_step(now, self.queued_rows // len(self.serving), self.random)
                 if end is not None:
                     heapq.heappush(self._step_ends, (end, index))

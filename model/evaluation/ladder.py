@@ -232,31 +232,35 @@ def draw_along(
 
     `stretches` name the further backbones of the model that take part.
     """
-    manifest = model.manifest
-    diffusion = manifest.diffusion
-    guidance = Guidance(
-        manifest.guidance_weight(), interval, diffusion.guidance_channels, norm=diffusion.guidance_norm
-    )
+    manifest, guidance = model.manifest, guidance_of(model.manifest, interval)
     chunks = []
     for index in torch.arange(len(inputs)).split(AT_ONCE):
         others = {
-            part.backbone: _denoiser(
+            part.backbone: denoiser_of(
                 model, model.backbones[part.backbone], inputs, index, guidance if part.guided else Guidance()
             )
             for part in stretches
             if part.backbone
         }
-        own = _denoiser(model, model.network, inputs, index, guidance)
+        own = denoiser_of(model, model.network, inputs, index, guidance)
         denoiser = StitchedDenoiser(
             own.model, own.schedule, own.conditions, own.guidance, tuple(stretches), others
         )
-        *_, x0 = denoise(denoiser, table, index.tolist(), clip_x0=diffusion.clip_x0)
+        *_, x0 = denoise(denoiser, table, index.tolist(), clip_x0=manifest.diffusion.clip_x0)
         chunks.append(x0 if manifest.decoder != "identity" else x0.clamp(-1, 1))
         on_pictures(len(index))
     return torch.cat(chunks)
 
 
-def _denoiser(
+def guidance_of(manifest: Manifest, interval: Interval) -> Guidance:
+    """Return a model's own guidance, acting in `interval`."""
+    diffusion = manifest.diffusion
+    return Guidance(
+        manifest.guidance_weight(), interval, diffusion.guidance_channels, norm=diffusion.guidance_norm
+    )
+
+
+def denoiser_of(
     model: LoadedModel, network: Network, inputs: LadderInputs, index: Tensor, guidance: Guidance
 ) -> Denoiser:
     """Return a network of a model on the conditions at `index` of the inputs."""

@@ -29,7 +29,13 @@ from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.engine.trajectory import Trajectory, make_trajectory, regrid_trajectory
 from ditserve.service.engine.warm_up import warm_up
-from ditserve.service.errors import DeadlineExceeded, InternalError, NumericalError, ServiceError
+from ditserve.service.errors import (
+    DeadlineExceeded,
+    InternalError,
+    ModelReplaced,
+    NumericalError,
+    ServiceError,
+)
 from ditserve.service.jobs import DemandBucket
 from ditserve.service.planning.costs import CostModel, Waits
 from ditserve.service.planning.ladder import Ladder, steps_left
@@ -134,6 +140,7 @@ class Engine:
 
         Raises:
             InvalidRequest: its condition cannot be mixed, or the backend does not run its size.
+            ModelReplaced: a rung names a network that this bundle has not.
             ValueError: its id is running already, there is no free slot, its rung is not one, or its snapshot
                 does not fit.
         """
@@ -141,6 +148,9 @@ class Engine:
             raise ValueError(f"sample {request.id} is running already")
         if not self.free_samples:
             raise ValueError(f"no free slot for sample {request.id}")
+        if unknown := {*request.rung.backbones, *request.requested.backbones} - self._passes.keys():
+            detail = f"The model has no network {min(unknown)} any more; send the request again."
+            raise ModelReplaced(detail, retry_after=1.0)
         multiple = self.backend.size_multiple
         own = self._groups.own.key.size
         geometry = geometry_of(request.size, own=own, windows=request.windows, multiple=multiple)

@@ -15,21 +15,24 @@ class Abandoned:
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
-        self._denials: dict[str, int] = {}
+        self._denials: dict[tuple[str, str], int] = {}  # by job and holder
         self._cancelling: asyncio.Task[None] | None = None
 
-    async def cancel(self, job_id: str) -> None:
-        """Cancel a job. Return once that is done, or after `PATIENCE_S` seconds while it is tried again."""
-        self.add(job_id)
+    async def cancel(self, job_id: str, *, holder: str = "") -> None:
+        """Cancel a job. Return once that is done, or after `PATIENCE_S` seconds while it is tried again.
+
+        With the `holder` under which a request joined the job, that request alone leaves it.
+        """
+        self.add(job_id, holder=holder)
         if self._cancelling is not None:
             await asyncio.wait([self._cancelling], timeout=PATIENCE_S)
 
-    def add(self, job_id: str, *, denials: int = 1) -> None:
+    def add(self, job_id: str, *, holder: str = "", denials: int = 1) -> None:
         """Have a job cancelled.
 
         Redis must say `denials` times, with pauses, that there is nothing to cancel before that is believed.
         """
-        self._denials[job_id] = denials
+        self._denials[job_id, holder] = denials
         if len(self._denials) > KEPT:
             del self._denials[next(iter(self._denials))]
         if self._cancelling is None:
@@ -38,13 +41,13 @@ class Abandoned:
     async def _cancel_all(self) -> None:
         try:
             while self._denials:
-                job_id, denials = next(iter(self._denials.items()))
+                (job_id, holder), denials = next(iter(self._denials.items()))
                 try:
-                    cancelled = await self._queue.cancel(job_id)
+                    cancelled = await self._queue.cancel(job_id, holder=holder)
                 except QueueUnavailable:
                     await asyncio.sleep(PAUSE_S)
                     continue
-                self._denials.pop(job_id, None)
+                self._denials.pop((job_id, holder), None)
                 if not cancelled and denials > 1:
                     asyncio.get_running_loop().call_later(PAUSE_S, self._again, job_id, denials - 1)
         finally:

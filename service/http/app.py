@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from ditserve.service.addresses import is_loopback
 from ditserve.service.api_keys import open_keyring
+from ditserve.service.callbacks.delivery import CallbackMessage, Deliveries
 from ditserve.service.errors import ServiceError
 from ditserve.service.http.access import Access
 from ditserve.service.http.canary import golden_image, next_tick
@@ -79,6 +80,8 @@ def create_app(settings: Settings, *, opener: Opener = open_queue_client) -> Fas
             canaries = [partial(_watch, context, name) for name in by_name] if settings.canary_s else []
             endless = [partial(_reload, context, reload), partial(streams.watch)]
             endless += [partial(_check_eviction, context), *canaries]
+            if settings.callback_allow:
+                endless += [partial(_call_back, context, name) for name in by_name]
             await stack.enter_async_context(_background(*endless))
             yield
         tracing.close()
@@ -198,6 +201,17 @@ async def _watch(context: Context, name: str) -> None:
         canary = context.models[name].canary
         if canary is not None:
             await canary.watch(tick, every_s)
+
+
+async def _call_back(context: Context, name: str) -> None:
+    """Call the senders of a model's jobs back when these have ended."""
+
+    async def compose(job_id: str) -> CallbackMessage:
+        lookup = await context.job(job_id)
+        return CallbackMessage(lookup.status.job.callback_url, await jobs.described(lookup, context))
+
+    queue = context.models[name].queue_client.queue
+    await Deliveries(queue, compose, context.settings).run()
 
 
 async def _error_response(request: Request, error: Exception) -> Response:

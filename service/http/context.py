@@ -15,6 +15,7 @@ from ditserve.service.errors import (
     Cancelled,
     DeadlineExceeded,
     Draining,
+    JobExpired,
     JobLost,
     JobNotFound,
     ModelNotFound,
@@ -30,6 +31,12 @@ from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
+# The ends of a job that say nothing of another request that waits for its images.
+_OF_THE_OTHER = (Cancelled, DeadlineExceeded, JobExpired, JobLost)
+
+
+class Unshared(Exception):
+    """The job that a request had joined ended, and its images are to be drawn for this request alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +111,13 @@ class Context:
         """Wait for the result of a queued job until its answer is due.
 
         If the client goes away first, or Redis for long, the job is cancelled, unless `keep`. A job that
-        misses its deadline is cancelled in any case.
+        misses its deadline is cancelled in any case. One that was joined is left, and runs on for others.
 
-        Raises `Cancelled`, `DeadlineExceeded`, `Draining`, `QueueUnavailable`, or the job's own error.
+        Raises `Cancelled`, `DeadlineExceeded`, `Draining`, `QueueUnavailable`, or the job's own error; where
+        that is not this request's, `Unshared`.
         """
+        if submission.result is not None:
+            return submission.result
         job = submission.job
         result = asyncio.create_task(model.queue_client.listener.wait(job.id, new=submission.new))
         gone = asyncio.create_task(disconnected(receive))
@@ -117,6 +127,8 @@ class Context:
         try:
             await asyncio.wait((result, gone, drained), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if result.done():
+                if submission.holder and isinstance(result.exception(), _OF_THE_OTHER):
+                    raise Unshared() from result.exception()
                 made = result.result()
                 if submission.new:
                     _observe_delivery(model, made)
@@ -134,7 +146,7 @@ class Context:
             drained.cancel()
             await asyncio.wait((result, gone, drained))
             if not ended and not keep:
-                await model.submissions.abandoned.cancel(job.id)
+                await model.submissions.abandoned.cancel(job.id, holder=submission.holder)
 
     async def _drained(self) -> None:
         """Return once this process is to stop and has waited for its requests as long as it may."""

@@ -35,6 +35,7 @@ _QUEUED: Final = {
     "deadline_at": 1790000008.25,
     "result": None,
     "error": None,
+    "callback": None,
     "links": _LINKS,
 }
 _ENDED: Final = {**_QUEUED, "position": None, "attempt": 1, "eta_s": None}
@@ -219,10 +220,15 @@ _RESULT_HEADERS: Final = {
         "Digest of the body (RFC 9530).",
     ),
 }
+# Only of answers to requests, and only where images are reused.
+_REUSE_HEADER: Final = {
+    "X-Cache": ("miss", "With `--reuse-s`: hit (stored), joined (drawn for an equal request), or miss."),
+}
 _OPENAI_HEADERS: Final = {
-    name: header for name, header in _RESULT_HEADERS.items() if name != "Content-Digest"
+    name: header for name, header in (_RESULT_HEADERS | _REUSE_HEADER).items() if name != "Content-Digest"
 }
 _ACCEPTED_HEADERS: Final = {
+    **_REUSE_HEADER,
     "Location": (f"/jobs/{_JOB}", "The job's address."),
     "Preference-Applied": ("respond-async", "The preference that was honoured (RFC 7240)."),
     "X-Job-ID": (_JOB, "The job."),
@@ -230,7 +236,7 @@ _ACCEPTED_HEADERS: Final = {
 
 # "METHOD /path" → status → header → (value, description).
 HEADERS: Final[Mapping[str, Mapping[str, Mapping[str, tuple[str, str]]]]] = {
-    "POST /generate": {"200": _RESULT_HEADERS, "202": _ACCEPTED_HEADERS},
+    "POST /generate": {"200": _RESULT_HEADERS | _REUSE_HEADER, "202": _ACCEPTED_HEADERS},
     "GET /jobs/{job_id}/images/{k}": {"200": _RESULT_HEADERS},
     **{
         f"POST /v1/images/{name}": {"200": _OPENAI_HEADERS} for name in ("generations", "edits", "variations")

@@ -6,19 +6,22 @@ were checked before (`access`); the caller, its unfinished jobs and its Idempote
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
 from pydantic import BaseModel
 from starlette.types import Receive
 
-from ditserve.service.errors import IdempotencyConflict
-from ditserve.service.http.context import Api, Context, caller, note
+from ditserve.service.errors import DeadlineExceeded, IdempotencyConflict
+from ditserve.service.http.context import Api, Context, Unshared, caller, note
 from ditserve.service.http.models import Model
+from ditserve.service.http.reuse import Sharing
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Idempotency, Submission
 from ditserve.service.jobs import ImageFormat, JobResult
+from ditserve.service.rung import Rung
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,35 +33,59 @@ class Intake:
     key: str | None
 
     async def submit(
-        self, model: Model, drawing: GenerateRequest, *, body: BaseModel, image_format: ImageFormat
+        self,
+        model: Model,
+        drawing: GenerateRequest,
+        *,
+        body: BaseModel,
+        image_format: ImageFormat,
+        rung: Rung | None = None,
+        sharing: Sharing = "running",
     ) -> Submission:
-        """Queue `drawing`, which the route made of `body`. Raises as `Submissions.submit` does."""
+        """Queue `drawing`, which the route made of `body`.
+
+        Takes `rung`, and raises, as `Submissions.submit` does.
+        """
         idempotency = None
         if self.key is not None:
             idempotency = Idempotency(self.key, self._fingerprint(body, image_format))
-        submission = await model.submissions.submit(
-            drawing, caller(self.request, idempotency=idempotency), image_format=image_format
-        )
+        sender = caller(self.request, idempotency=idempotency)
+        submit = partial(model.submissions.submit, caller=sender, image_format=image_format, rung=rung)
+        submission = await submit(drawing, sharing=sharing)
         note(self.request, job=submission.job.id)
-        return submission
+        if not submission.holder:
+            return submission
+
+        async def again() -> Submission:
+            alone = await submit(_in_the_time_left(drawing, submission, model))
+            note(self.request, job=alone.job.id)
+            return alone
+
+        return replace(submission, again=again)
 
     async def result(
         self, model: Model, submission: Submission, *, receive: Receive | None = None
-    ) -> JobResult:
-        """Wait for the images. With an Idempotency-Key the job goes on when the client goes away.
+    ) -> tuple[Submission, JobResult]:
+        """Wait for the images, and return the submission that they are of: it may have been made again.
 
-        `receive` tells when that is, in place of the request's own.
+        With an Idempotency-Key the job goes on when the client goes away. `receive` tells when that is, in
+        place of the request's own.
 
         Raises:
             IdempotencyConflict: an earlier request with this key is still running.
             ServiceError: as `Context.result` does.
         """
-        if submission.pending and not submission.new:
+        if submission.pending and not submission.new and not submission.holder:
             raise IdempotencyConflict(
                 "The first request with this Idempotency-Key is still running.", retry_after=1
             )
-        keep = self.key is not None
-        return await self.api.result(model, submission, receive or self.request.receive, keep=keep)
+        keep, receive = self.key is not None, receive or self.request.receive
+        try:
+            return submission, await self.api.result(model, submission, receive, keep=keep)
+        except Unshared:
+            assert submission.again is not None
+            submission = await submission.again()
+        return submission, await self.api.result(model, submission, receive, keep=keep)
 
     def _fingerprint(self, body: BaseModel, image_format: ImageFormat) -> str:
         """Return a digest that is equal for equal requests to the same route.
@@ -70,8 +97,20 @@ class Intake:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
+def _in_the_time_left(drawing: GenerateRequest, submission: Submission, model: Model) -> GenerateRequest:
+    """Return the request with what is left of its deadline. Raises `DeadlineExceeded` where nothing is."""
+    if submission.answer_by is None:
+        return drawing
+    left_ms = int((submission.answer_by - model.queue_client.queue.clock()) * 1000)
+    if left_ms < 1:
+        raise DeadlineExceeded("The images were not ready by the deadline.")
+    return drawing.model_copy(update={"deadline_ms": left_ms})
+
+
 def replay_headers(submission: Submission) -> dict[str, str]:
-    """Return the header that marks the answer to a repeated request."""
+    """Return the headers that tell of an answer that was not drawn for this request alone."""
+    if submission.cache is not None:
+        return {"x-cache": submission.cache}
     return {} if submission.new else {"idempotency-replayed": "true"}
 
 

@@ -37,7 +37,7 @@ from ditserve.service.http.sse import EventStream, encode
 from ditserve.service.http.submission import Submission, Submissions
 from ditserve.service.jobs import Job, JobEvent, JobResult
 from ditserve.service.planning.ladder import Ladder
-from ditserve.service.rung import Rung
+from ditserve.service.rung import Consent, Rung
 
 # The position of each quality in the ladder, from 0 (best) to 1 (cheapest).
 _POSITIONS: dict[str, float] = {
@@ -63,7 +63,7 @@ async def drawn(body: OpenAIOptions, intake: Intake) -> Response:
         return await _streamed(body, intake)
     model = intake.api.model(body.model)
     submission = await _submitted(body, model, intake)
-    result = await intake.result(model, submission)
+    submission, result = await intake.result(model, submission)
     job = submission.job
     data = [ImageData(b64_json=base64.b64encode(image.data).decode()) for image in result.images]
     response = ImagesResponse(created=int(job.created_at), data=data, **_metadata(job, body, model.manifest))
@@ -78,8 +78,9 @@ async def _streamed(body: OpenAIOptions, intake: Intake) -> Response:
     with ExitStack() as closing:
         stream = closing.enter_context(intake.api.open_stream(intake.request, lasting=True))
         submission = await _submitted(body, model, intake)
-        # A new stream tells of its job as that runs; a repeated one is refused unless the first has ended.
-        if not submission.new:
+        # A new stream tells of its job as that runs, and so does one that joined a job; a repeated one is
+        # refused unless the first has ended.
+        if not submission.new and not submission.holder:
             await intake.result(model, submission)
         request_id = intake.request.state.request_id
         response = EventStream(
@@ -96,14 +97,18 @@ async def _streamed(body: OpenAIOptions, intake: Intake) -> Response:
 
 async def _submitted(body: OpenAIOptions, model: Model, intake: Intake) -> Submission:
     return await intake.submit(
-        model, translate(body, model.submissions), body=body, image_format=body.output_format or "png"
+        model,
+        translate(body, model.submissions),
+        body=body,
+        image_format=body.output_format or "png",
+        rung=rung_for(body, model.submissions.ladder),
     )
 
 
 def translate(body: OpenAIOptions, submissions: Submissions) -> GenerateRequest:
     """Return the request of `POST /generate` that asks for the same."""
     manifest = submissions.manifest
-    rung = rung_for(body.quality, submissions.ladder)
+    rung = rung_for(body, submissions.ladder)
     steps = rung.steps if rung else manifest.defaults.steps
     operating_point: dict[str, Any] = {"steps": steps}
     if rung:
@@ -152,13 +157,20 @@ def _start(body: OpenAIOptions, manifest: Manifest) -> dict[str, Any]:
     return {"image": body.image, "strength": body.strength}
 
 
-def rung_for(quality: str | None, ladder: Ladder) -> Rung | None:
-    """Return the rung that a `quality` stands for, None for the model's default.
+def rung_for(body: OpenAIOptions, ladder: Ladder) -> Rung | None:
+    """Return the rung that a request's `quality` stands for, None for the model's default.
 
-    Of 5 rungs "high" is the first, "medium" the third and "low" the last.
+    Of 5 rungs that the request consents to, "high" is the first, "medium" the third and "low" the last.
     """
-    position = _POSITIONS.get(quality or "auto")
-    rungs = ladder.descent
+    position = _POSITIONS.get(body.quality or "auto")
+    consent = Consent.to(
+        body.min_steps or 1,
+        body.min_quality,
+        negative_prompt=body.negative_prompt or "",
+        mix=body.mix,
+        adapted=bool(body.adapters),
+    )
+    rungs = ladder.descent(consent)
     return rungs[round(position * (len(rungs) - 1))] if rungs and position is not None else None
 
 
@@ -206,7 +218,7 @@ async def _stream(
                 data = _image(event.data["image"]) | {"partial_image_index": shown} | partial
                 yield _event(f"{action}.partial_image", data)
                 shown += 1
-        yield _event(f"{action}.completed", _image((await result).images[0].data) | metadata)
+        yield _event(f"{action}.completed", _image((await result)[1].images[0].data) | metadata)
     finally:
         await events.aclose()
         result.cancel()
@@ -220,7 +232,7 @@ async def _stays() -> Message:
 
 
 async def _until_failed(
-    result: asyncio.Task[JobResult], events: AsyncIterator[JobEvent]
+    result: asyncio.Task[tuple[Submission, JobResult]], events: AsyncIterator[JobEvent]
 ) -> AsyncGenerator[JobEvent]:
     """Yield events to their end. Raises the error of `result` as soon as it has one."""
     while True:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ditserve.model.spec.mixing import Combine
+from ditserve.service.callback_url import MAX_URL
 from ditserve.service.http.pictures import data_url_bytes
 
 Format = Literal["png", "webp", "jpeg"]
@@ -265,6 +266,12 @@ class GenerateRequest(DrawingOptions):
     )
     strength: Strength = DEFAULT_STRENGTH
     format: Format | None = Field(None, description="Image file format; null follows `Accept`, else png.")
+    callback_url: str | None = Field(
+        None,
+        max_length=MAX_URL,
+        description="With `Prefer: respond-async`, where the job's state is sent once it has ended, if the "
+        "service allows that address.",
+    )
     previews: int = Field(
         0,
         ge=0,
@@ -340,6 +347,16 @@ class Problem(BaseModel):
     suggestions: list[str] | None = Field(None, description="The closest names that exist.")
 
 
+class CallbackOut(BaseModel):
+    """The state of a job's callback."""
+
+    state: Literal["waiting", "pending", "delivered", "given-up"] = Field(
+        description="waiting: the job has not ended; pending: being tried, or to be tried again."
+    )
+    attempts: int
+    fault: str | None = Field(description="The fault of the last attempt; null if there was none.")
+
+
 class JobOut(BaseModel):
     """The state of a job."""
 
@@ -357,6 +374,7 @@ class JobOut(BaseModel):
     deadline_at: float | None
     result: JobOutcome | None = None
     error: Problem | None = None
+    callback: CallbackOut | None = Field(None, description="Null unless the request has a `callback_url`.")
     links: Links
 
 

@@ -3,14 +3,18 @@
 `POST /generate` and OpenAI's route both submit through here. Knows no HTTP; raises the errors of `errors`.
 """
 
+from __future__ import annotations
+
 import hashlib
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import inf
 
 from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
+from ditserve.service.callback_url import AllowedCallbacks
 from ditserve.service.errors import (
     IdempotencyMismatch,
     JobLost,
@@ -20,6 +24,7 @@ from ditserve.service.errors import (
 )
 from ditserve.service.http.abandoned import Abandoned
 from ditserve.service.http.adapters import RETRY_S, requested_adapters
+from ditserve.service.http.callbacks import check_callback
 from ditserve.service.http.conditions import RequestedConditions, requested_conditions
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
@@ -31,15 +36,25 @@ from ditserve.service.http.operating_point import (
 )
 from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.promises import Promises
+from ditserve.service.http.reuse import CacheOutcome, Reuse, Sharing, count_outcome
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, picture_size, size_text
-from ditserve.service.identity import vocabulary_digest
-from ditserve.service.jobs import TERMINAL_STATES, AdapterUse, ImageFormat, Job, JobStatus
+from ditserve.service.identity import bundle_digest, vocabulary_digest
+from ditserve.service.jobs import (
+    TERMINAL_STATES,
+    AdapterUse,
+    EqualJobs,
+    ImageFormat,
+    Job,
+    JobResult,
+    JobStatus,
+)
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.delivery import Delivery
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import finite
+from ditserve.service.queue.broker import Overtaken
 from ditserve.service.queue.queue_client import Queue
 from ditserve.service.rung import Consent, Rung
 from ditserve.service.settings import Settings
@@ -50,6 +65,8 @@ from ditserve.service.vocabulary import Vocabulary
 # A client of a full queue is asked to come back once this share of it should have drained …
 _DRAINED_SHARE = 0.1
 # … or after `RETRY_S` where that cannot be predicted.
+# How often a place among equal jobs is looked at again that another one took meanwhile.
+_OVERTAKEN_TRIES = 3
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
 # Idempotency-Key.
 _FINGERPRINT = "body"
@@ -84,6 +101,9 @@ class Submission:
     `new` is False when an Idempotency-Key led to a job that was there already; `pending` is True until the
     job has ended; `predicted_s` is the predicted time to its last image, None where nothing can be predicted.
     The answer is due at `answer_by`, later than the job by the room for its delivery.
+
+    While images are reused, `cache` tells how: the job may be an equal one whose `result` is stored, or one
+    that runs and was joined as its `holder`. `again` then has the request drawn by itself.
     """
 
     job: Job
@@ -91,6 +111,10 @@ class Submission:
     pending: bool
     predicted_s: float | None
     answer_by: float | None
+    cache: CacheOutcome | None = None
+    result: JobResult | None = None
+    holder: str = ""
+    again: Callable[[], Awaitable[Submission]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +153,8 @@ class Submissions:
         self.delivery = Delivery()
         self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
+        self._reuse = Reuse(queue, bundle_digest(manifest), settings)
+        self._callbacks = AllowedCallbacks.parse(settings.callback_allow)
         self._settings = settings
         self._queue = queue
 
@@ -137,9 +163,18 @@ class Submissions:
         await self.abandoned.aclose()
 
     async def submit(
-        self, request: GenerateRequest, caller: Caller, *, image_format: ImageFormat = "png"
+        self,
+        request: GenerateRequest,
+        caller: Caller,
+        *,
+        image_format: ImageFormat = "png",
+        rung: Rung | None = None,
+        sharing: Sharing = "none",
     ) -> Submission:
-        """Admit a request and queue it.
+        """Admit a request and queue it, unless the job of an equal one can answer that `sharing` allows.
+
+        `rung` is one of the ladder that has the solver and steps of the request, and may have further
+        backbones, which the request itself cannot name.
 
         Raises:
             UnknownCondition, InvalidRequest: the model cannot do what the request asks for.
@@ -149,7 +184,8 @@ class Submissions:
         """
         conditions = requested_conditions(request, self.manifest, self.vocabulary)
         self._check_length(request, conditions)
-        rung, output = self._rung(request), await self._size(request)
+        check_callback(request.callback_url, self._callbacks)
+        asked, output = self._rung(request, rung), await self._size(request)
         # What is to be done with a picture takes of the time that the request has.
         answer_by = self._answer_by(request, self._queue.clock())
         if caller.idempotency is not None:
@@ -158,20 +194,69 @@ class Submissions:
                 return _replayed(status, caller.idempotency)
         source = await self._source(request, output)
         adapters = requested_adapters(request, (await self.load()).workers if request.adapters else ())
-        resolved = _ResolvedRequest(request, image_format, conditions, rung, output, source, adapters)
+        resolved = _ResolvedRequest(request, image_format, conditions, asked, output, source, adapters)
         now = self._queue.clock()
         admission_request = self._admission_request(resolved, answer_by, now)
+        place: EqualJobs | None = None
+        reuses = self._reuse.on and request.seed is not None
+        if reuses:
+            as_asked = Admission(True, resolved.rung, False, None, None, inf)
+            equal = self._job(resolved, admission_request, as_asked, caller, now)
+            found = await self._find(equal, sharing, answer_by)
+            if isinstance(found, Submission):
+                return found
+            place = found
         sender = caller.name, request.model_dump_json()
         admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
         job = self._job(resolved, admission_request, admission, caller, now)
         # Nothing is awaited between admission and this reservation, so concurrent requests see each other.
         with self.load.reserved(job):
-            new = await self._enqueue(job, caller)
-        if not new:
+            if reuses and admission.degraded:
+                # It is another picture than the one that was asked for.
+                found = await self._find(job, sharing, answer_by)
+                if isinstance(found, Submission):
+                    return found
+                place = found
+            queued = await self._queue_at(place, job, caller, sharing, answer_by)
+        if isinstance(queued, Submission):
+            return queued
+        if not queued:
             return _replayed(await self._existing(job), caller.idempotency)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
-        return Submission(job, True, True, finite(admission.predicted_s), answer_by)
+        cache = count_outcome("miss") if self._reuse.on else None
+        return Submission(job, True, True, finite(admission.predicted_s), answer_by, cache)
+
+    async def _find(self, job: Job, sharing: Sharing, answer_by: float | None) -> Submission | EqualJobs:
+        """Return the submission that an equal job answers, or else this job's place among its equals."""
+        found = await self._reuse.find(job, sharing)
+        if isinstance(found, EqualJobs):
+            return found
+        outcome = count_outcome("joined" if found.result is None else "hit")
+        pending = found.result is None
+        return Submission(found.job, False, pending, None, answer_by, outcome, found.result, found.holder)
+
+    async def _queue_at(
+        self,
+        place: EqualJobs | None,
+        job: Job,
+        caller: Caller,
+        sharing: Sharing,
+        answer_by: float | None,
+    ) -> Submission | bool:
+        """Queue a job at its place among its equals, or return the submission that one of them answers.
+
+        Return False if a job of its id is there. Raises as `_enqueue`.
+        """
+        for _ in range(_OVERTAKEN_TRIES):
+            try:
+                return await self._enqueue(job, caller, place)
+            except Overtaken:
+                found = await self._find(job, sharing, answer_by)
+                if isinstance(found, Submission):
+                    return found
+                place = found
+        return await self._enqueue(job, caller, None)
 
     def _check_length(self, request: GenerateRequest, conditions: RequestedConditions) -> None:
         """Refuse texts of more tokens than the model takes. Raises `InvalidRequest`."""
@@ -187,13 +272,16 @@ class Submissions:
                     '"truncate_prompt": true to have the end cut off.',
                 )
 
-    def _rung(self, request: GenerateRequest) -> Rung:
-        """Return the operating point that the request asks for. Raises `InvalidRequest`."""
+    def _rung(self, request: GenerateRequest, rung: Rung | None) -> Rung:
+        """Return the operating point that the request asks for, or `rung`. Raises `InvalidRequest`."""
         if request.n > self._settings.max_images:
             raise field_error("n", f"At most {self._settings.max_images} images a request.")
         if (request.seed or 0) + request.n - 1 > MAX_SEED:
             raise field_error("seed", f"The seed of the last image, seed + n - 1, may be at most {MAX_SEED}.")
-        return requested_rung(request, self.manifest, self.ladder)
+        asked = requested_rung(request, self.manifest, self.ladder)
+        if rung is None:
+            return asked
+        return replace(rung, guidance_decay=asked.guidance_decay, strength=asked.strength)
 
     async def _size(self, request: GenerateRequest) -> OutputSize:
         """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
@@ -320,6 +408,7 @@ class Submissions:
             negative_prompt=resolved.conditions.negative_prompt,
             guidance_embedded=guidance_embedded(request, self.manifest),
             min_quality=request.min_quality,
+            callback_url=request.callback_url or "",
             source=resolved.source,
             adapters=resolved.adapters,
         )
@@ -332,10 +421,13 @@ class Submissions:
         identity = f"{caller}\0{key}\0{self.manifest.name} {self._digest}"
         return hashlib.blake2s(identity.encode(), digest_size=16).hexdigest()
 
-    async def _enqueue(self, job: Job, caller: Caller) -> bool:
-        """Queue a job; return False if one of its id is there. Raises `QueueFull`, `QueueUnavailable`."""
+    async def _enqueue(self, job: Job, caller: Caller, place: EqualJobs | None) -> bool:
+        """Queue a job; return False if one of its id is there.
+
+        Raises `QueueFull`, `QueueUnavailable`, `Overtaken`.
+        """
         try:
-            return await self._queue.submit(job, at_once=caller.concurrency)
+            return await self._queue.submit(job, at_once=caller.concurrency, equal=place)
         except QueueUnavailable:
             # Redis may have taken the job before its answer was lost, or take it once it runs again.
             if caller.idempotency is None:

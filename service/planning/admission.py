@@ -95,21 +95,30 @@ def admit(
     due = inf if deadline_at is None else deadline_at
     limit_s = (due - now) / margin
     options = (rung, *(ladder.below(rung, request.consent) if request.allow_degraded else ()))
-    for option in options:
-        rows = request.rows(ladder, option)
-        capacity = Capacity(load, recut=policy.recut, pass_s=limit_s / option.walked, within_s=due - now)
+    fleet = Capacity(load, recut=policy.recut, within_s=due - now)
+
+    def outlook(option: Rung) -> tuple[float, bool]:
+        """Return the predicted seconds on a rung, and whether all deadlines hold there."""
+        rows, capacity = request.rows(ladder, option), fleet.in_passes_of(limit_s / option.walked)
         shortest_s = capacity.time_in_every_batch(rows=rows, steps=option.walked, samples=request.samples)
         ahead_s = (stretch - 1.0) * capacity.queue_drain_time(due=due)
         predicted_s = max(shortest_s, capacity.queue_drain_time(rows, due=due) + ahead_s + reserved_s)
-        if predicted_s <= limit_s and not capacity.breaks_later_deadline(
-            rows, due, now=now, margin=margin * stretch
-        ):
-            degraded = option != rung
-            return Admission(True, option, degraded, LOAD if degraded else None, None, predicted_s)
-    idle_s = capacity.time_in_every_batch(
-        rows=rows, steps=options[-1].walked, samples=request.samples, idle=True
-    )
+        broken = capacity.breaks_later_deadline(rows, due, now=now, margin=margin * stretch)
+        return predicted_s, predicted_s <= limit_s and not broken
+
+    lowest = options[-1]
+    lowest_s, _ = outlook(lowest)
+    for option in options:
+        # The others have more rows than the lowest: where that is too late, so is each of as many steps.
+        if lowest_s <= limit_s or option.walked < lowest.walked:
+            predicted_s, holds = outlook(option)
+            if holds:
+                degraded = option != rung
+                return Admission(True, option, degraded, LOAD if degraded else None, None, predicted_s)
+    rows = request.rows(ladder, lowest)
+    capacity = fleet.in_passes_of(limit_s / lowest.walked)
+    idle_s = capacity.time_in_every_batch(rows=rows, steps=lowest.walked, samples=request.samples, idle=True)
     if idle_s * policy.admission_margin > due - now:
-        return Admission(False, rung, False, DEADLINE, None, predicted_s)
-    retry_s = max(1.0, predicted_s - limit_s)
-    return Admission(False, rung, False, LOAD, retry_s, predicted_s, capacity.fleet_time(rows))
+        return Admission(False, rung, False, DEADLINE, None, lowest_s)
+    retry_s = max(1.0, lowest_s - limit_s)
+    return Admission(False, rung, False, LOAD, retry_s, lowest_s, capacity.fleet_time(rows))

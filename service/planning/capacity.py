@@ -6,9 +6,12 @@ whichever is free first. Pure: arithmetic on a load snapshot.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, chain
 from math import ceil, inf
 
 from ditserve.service.jobs import LoadSnapshot, WorkerState
@@ -22,37 +25,45 @@ _ROUNDING = 1e-9  # a batch that fits but for the rounding of floats fits
 
 @dataclass(frozen=True, slots=True)
 class _Speed:
-    """A worker at the batch it will run: its cost model, the rows of that batch, and rows a second."""
+    """A worker at the batch that it runs: the line of its passes, the rows of that batch, rows a second."""
 
-    costs: CostModel
+    fixed_s: float
+    per_row_s: float
     batch: int
     rows_per_s: float
 
+    @classmethod
+    def at(cls, fixed_s: float, per_row_s: float, batch: int) -> _Speed:
+        return cls(fixed_s, per_row_s, batch, batch / (fixed_s + per_row_s * batch))
+
+    def predict(self, rows: int) -> float:
+        """Return the seconds of a pass of `rows` rows."""
+        return self.fixed_s + self.per_row_s * rows
+
+    def within(self, pass_s: float) -> _Speed:
+        """Return it at the largest batch whose passes take up to `pass_s`, and at no larger one than now."""
+        if self.predict(self.batch) <= pass_s:
+            return self
+        batch = int((pass_s - self.fixed_s) / self.per_row_s * (1.0 + _ROUNDING))
+        return _Speed.at(self.fixed_s, self.per_row_s, max(1, batch))
+
 
 @lru_cache(1024)
-def _saturated(fixed_s: float, per_row_s: float, max_rows: int, batch_rows: int) -> _Speed:
+def _speed(fixed_s: float, per_row_s: float, max_rows: int, batch_rows: int) -> _Speed:
     """Return the speed of a worker at the batch that it says it runs, or else at the best by its costs."""
-    costs = CostModel(fixed_s=max(0.0, fixed_s), per_row_s=max(1e-9, per_row_s))
-    batch = batch_rows or costs.saturation_rows(max(1, max_rows))
-    return _Speed(costs, batch, batch / costs.predict(batch))
+    fixed_s, per_row_s = max(0.0, fixed_s), max(1e-9, per_row_s)
+    best = CostModel(fixed_s=fixed_s, per_row_s=per_row_s).saturation_rows
+    return _Speed.at(fixed_s, per_row_s, batch_rows or best(max(1, max_rows)))
 
 
-def _speed_of(worker: WorkerState, pass_s: float = inf, slowness: float = 1.0) -> _Speed:
-    """Return the speed of a worker at its best batch, or at the largest whose passes take up to `pass_s`.
-
-    Its steps take `slowness` times as long as it reports.
-    """
+def _speed_of(worker: WorkerState, slowness: float = 1.0) -> _Speed:
+    """Return the speed of a worker whose steps take `slowness` times as long as it reports."""
     fixed_s, per_row_s = worker.step_fixed_s * slowness, worker.step_per_row_s * slowness
-    best = _saturated(fixed_s, per_row_s, worker.max_rows, worker.batch_rows)
-    if best.costs.predict(best.batch) <= pass_s:
-        return best
-    costs = best.costs
-    batch = max(1, int((pass_s - costs.fixed_s) / costs.per_row_s * (1.0 + _ROUNDING)))
-    return _Speed(costs, batch, batch / costs.predict(batch))
+    return _speed(fixed_s, per_row_s, worker.max_rows, worker.batch_rows)
 
 
-def _stalled_s(worker: WorkerState, speed: _Speed, now: float) -> float:
-    """Return the seconds for which a worker is taken to go on standing still.
+def _stalled_s(speed: _Speed, silent_s: float) -> float:
+    """Return the seconds for which a worker is taken to go on standing still, silent for `silent_s`.
 
     Stalls are heavy-tailed: one lasts, on average, as long again as it has lasted. A worker stalls once its
     step takes longer than predicted, or its report is late.
@@ -61,8 +72,7 @@ def _stalled_s(worker: WorkerState, speed: _Speed, now: float) -> float:
     and says that the last step had ended 0.9 s before. The worker is late by 0.6 + 0.9 - 0.2 - 0.5 = 0.8 s,
     and is taken to go on in 0.8 s.
     """
-    unheard_s = now - worker.updated_at + worker.last_step_age_s
-    return max(0.0, unheard_s - speed.costs.predict(speed.batch) - REPORTED_S)
+    return max(0.0, silent_s - speed.predict(speed.batch) - REPORTED_S)
 
 
 def _slowness(worker: WorkerState, within_s: float) -> float:
@@ -71,36 +81,59 @@ def _slowness(worker: WorkerState, within_s: float) -> float:
     return told[-1] if told else max((spell.factor for spell in worker.slow), default=1.0)
 
 
+class _Backlog:
+    """Rows by deadline, added up."""
+
+    def __init__(self, demand: Iterable[tuple[float, int]]) -> None:
+        ordered = sorted(demand)
+        self.deadlines = [at for at, _ in ordered]
+        self.rows_until = list(accumulate((rows for _, rows in ordered), initial=0))
+
+    def due_by(self, at: float) -> int:
+        """Return the rows that are due at or before a time."""
+        return self.rows_until[bisect_right(self.deadlines, at)]
+
+
 class Capacity:
     """A load snapshot made ready for several questions.
 
-    With `recut` accepted work counts at the lowest rung it consents to, because it may still be cut. Passes
-    take up to `pass_s` seconds: an engine full of work without laxity runs no longer ones, whatever batch is
-    its best. Where it must hold for `within_s` seconds, workers are as slow as they may be over such a time;
-    without it they are as they are now.
-
-    Example: passes take 20 ms and 5 ms a row, and the best batch of 64 rows takes 340 ms: 188 rows a second.
-    50 steps that are due in 4 s leave 80 ms a pass. That is enough for 12 rows, so the worker counts for 150
-    rows a second.
+    With `recut` accepted work counts at the lowest rung it consents to, because it may still be cut. Where it
+    must hold for `within_s` seconds, workers are as slow as they may be over such a time; without it they are
+    as they are now.
     """
 
-    def __init__(
-        self, load: LoadSnapshot, *, recut: bool = False, pass_s: float = inf, within_s: float | None = None
-    ) -> None:
-        self._workers = [
-            (worker, _speed_of(worker, pass_s, 1.0 if within_s is None else _slowness(worker, within_s)))
+    def __init__(self, load: LoadSnapshot, *, recut: bool = False, within_s: float | None = None) -> None:
+        self._workers = load.workers
+        self._speeds = [
+            _speed_of(worker, 1.0 if within_s is None else _slowness(worker, within_s))
             for worker in load.workers
         ]
-        self._stalls = [_stalled_s(worker, speed, load.taken_at) for worker, speed in self._workers]
+        self._silent = [load.taken_at - worker.updated_at + worker.last_step_age_s for worker in load.workers]
+        self._stalls = list(map(_stalled_s, self._speeds, self._silent))
         demands = [demand_of(worker) for worker in load.workers]
-        self._demands: list[list[tuple[float, int]]] = [
-            sorted((bucket.at, bucket.floor_rows if recut else bucket.rows) for bucket in demand)
+        counted = [
+            [(bucket.at, bucket.floor_rows if recut else bucket.rows) for bucket in demand]
             for demand in demands
-        ]  # by worker: (deadline, rows)
-        claimed = sum(bucket.rows for demand in demands for bucket in demand)
-        counted = sum(rows for demand in self._demands for _, rows in demand)
+        ]
+        self._backlogs = list(map(_Backlog, counted))
+        self._whole = _Backlog(chain.from_iterable(counted))
+        claimed, floors = sum(bucket.rows for demand in demands for bucket in demand), self._whole.rows_until
         # The queue has no floors of its own: it is taken to be as willing to be cut as the claimed work.
-        self._queued_rows = load.queued_rows * (counted / claimed if claimed else 1.0)
+        self._queued_rows = load.queued_rows * (floors[-1] / claimed if claimed else 1.0)
+
+    def in_passes_of(self, pass_s: float) -> Capacity:
+        """Return the capacity in passes of up to `pass_s` seconds.
+
+        An engine full of work without laxity runs no longer ones, whatever batch is its best.
+
+        Example: passes take 20 ms and 5 ms a row, and the best batch of 64 rows takes 340 ms: 188 rows a
+        second. 50 steps that are due in 4 s leave 80 ms a pass. That is enough for 12 rows, so the worker
+        counts for 150 rows a second.
+        """
+        capped = copy(self)
+        capped._speeds = [speed.within(pass_s) for speed in self._speeds]
+        capped._stalls = list(map(_stalled_s, capped._speeds, self._silent))
+        return capped
 
     def queue_drain_time(self, extra_rows: int = 0, *, due: float = inf) -> float:
         """Return the seconds until the queue, `extra_rows` behind it, and backlogs due by `due` are done.
@@ -114,7 +147,7 @@ class Capacity:
         """
         waiting = self._queued_rows + extra_rows
         rate, joined_at = 0.0, 0.0  # of the workers that have joined, and when the last of them did
-        for backlog_s, rows_per_s in sorted(self._backlogs(due)):
+        for backlog_s, rows_per_s in sorted(self._times(due)):
             absorbed = rate * (backlog_s - joined_at)
             if rate and absorbed >= waiting:
                 break
@@ -125,12 +158,12 @@ class Capacity:
 
     def drain_time(self, extra_rows: int = 0) -> float:
         """Return the seconds until everything claimed, the queue and `extra_rows` are done."""
-        backlogs = [backlog_s for backlog_s, _ in self._backlogs(inf)]
+        backlogs = [backlog_s for backlog_s, _ in self._times(inf)]
         return max([self.queue_drain_time(extra_rows), *backlogs])
 
     def fleet_time(self, rows: int) -> float:
         """Return the seconds that `rows` take all workers together. There must be one."""
-        return rows / sum(speed.rows_per_s for _, speed in self._workers)
+        return rows / self._rows_per_s
 
     def breaks_later_deadline(self, extra_rows: int, due: float, *, now: float, margin: float) -> bool:
         """Return whether `extra_rows` due at `due` would break a later deadline of claimed work.
@@ -141,12 +174,11 @@ class Capacity:
         more rows due in 5 s would make 110 rows due in the 10 s in which 100 can be done: true. If 120 rows
         were due in 10 s anyway, that deadline could not hold without them either: false.
         """
-        rows_per_s = sum(speed.rows_per_s for _, speed in self._workers)
-        demand = 0
-        for at, rows in sorted(bucket for demands in self._demands for bucket in demands):
-            demand += rows
+        whole, rows_per_s = self._whole, self._rows_per_s
+        for k in range(bisect_right(whole.deadlines, due), len(whole.deadlines)):
+            at, demand = whole.deadlines[k], whole.rows_until[k + 1]
             room = (at - now) / margin * rows_per_s
-            if due < at < inf and demand <= room < demand + extra_rows:
+            if at < inf and demand <= room < demand + extra_rows:
                 return True
         return False
 
@@ -158,17 +190,20 @@ class Capacity:
         """
         rows_a_step = ceil(rows / steps)
         soonest = inf
-        for (worker, speed), stalled_s in zip(self._workers, self._stalls, strict=True):
+        for worker, speed, stalled_s in zip(self._workers, self._speeds, self._stalls, strict=True):
             batch = min(speed.batch, rows_a_step if idle else rows_a_step + worker.running_samples)
-            denoise_s = max(steps * speed.costs.predict(batch), rows / speed.rows_per_s)
+            denoise_s = max(steps * speed.predict(batch), rows / speed.rows_per_s)
             soonest = min(soonest, stalled_s + denoise_s + samples * worker.decode_s)
         return soonest
 
-    def _backlogs(self, due: float) -> Iterator[tuple[float, float]]:
+    @property
+    def _rows_per_s(self) -> float:
+        return sum(speed.rows_per_s for speed in self._speeds)
+
+    def _times(self, due: float) -> Iterator[tuple[float, float]]:
         """Yield for each worker the seconds of its work that is due by `due`, and its rows a second."""
-        for (_, speed), stalled_s, demand in zip(self._workers, self._stalls, self._demands, strict=True):
-            backlog_s = sum(rows for at, rows in demand if at <= due) / speed.rows_per_s
-            yield stalled_s + backlog_s, speed.rows_per_s
+        for speed, stalled_s, backlog in zip(self._speeds, self._stalls, self._backlogs, strict=True):
+            yield stalled_s + backlog.due_by(due) / speed.rows_per_s, speed.rows_per_s
 
 
 def drain_time(load: LoadSnapshot, extra_rows: int = 0) -> float:
@@ -178,12 +213,7 @@ def drain_time(load: LoadSnapshot, extra_rows: int = 0) -> float:
 
 def fleet_rows_per_s(load: LoadSnapshot, pass_s: float = inf) -> float:
     """Return the rows a second of all workers, in passes of up to `pass_s` seconds."""
-    return sum(_speed_of(worker, pass_s).rows_per_s for worker in load.workers)
-
-
-def idle_time(load: LoadSnapshot, rows: int, steps: int, samples: int) -> float:
-    """Return the seconds of `samples` samples of `steps` steps, `rows` rows in all, on idle workers."""
-    return Capacity(load).time_in_every_batch(rows=rows, steps=steps, samples=samples, idle=True)
+    return sum(_speed_of(worker).within(pass_s).rows_per_s for worker in load.workers)
 
 
 def backlog_time(worker: WorkerState) -> float:

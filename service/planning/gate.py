@@ -12,7 +12,7 @@ from math import inf
 
 from ditserve.service.jobs import LoadSnapshot
 from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest, admit
-from ditserve.service.planning.capacity import idle_time
+from ditserve.service.planning.capacity import Capacity
 from ditserve.service.planning.caution import Caution
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import worker_seconds
@@ -70,11 +70,15 @@ class Gate:
         limit_s = (inf if request.deadline_at is None else request.deadline_at - now) / margin
         cut = admission.degraded or not admission.accepted
         below = self._ladder.below(request.rung, request.consent) if cut and request.allow_degraded else ()
+        capacity = Capacity(load)
         for rung in (request.rung, *below):
-            rows, pass_s = request.rows(self._ladder, rung), limit_s / rung.walked
-            if not cut or idle_time(load, rows, rung.walked, request.samples) <= limit_s:
+            rows, steps = request.rows(self._ladder, rung), rung.walked
+            if not cut:
                 break
-        return worker_seconds(load, rows, pass_s)
+            idle_s = capacity.time_in_every_batch(rows=rows, steps=steps, samples=request.samples, idle=True)
+            if idle_s <= limit_s:
+                break
+        return worker_seconds(load, rows, limit_s / rung.walked)
 
     def _learn(self, load: LoadSnapshot, now: float) -> None:
         """Learn how many promises of the whole fleet were kept and broken since the last snapshot."""

@@ -78,11 +78,10 @@ class Ladder:
         quality = self._quality(solver, steps)
         return Rung(f"{solver}-{steps}", solver, steps, grid, interval, quality, decay, strength=strength)
 
-    @property
-    def descent(self) -> tuple[Rung, ...]:
-        """The best rung of the bundle's own backbone, and those below it: each cheaper and worse."""
-        below = (rung for best in self._own[:1] for rung in self.below(best, Consent(own_backbone=True)))
-        return (*self._own[:1], *below)
+    def descent(self, consent: Consent) -> tuple[Rung, ...]:
+        """Return the best rung that `consent` allows, and those below it: each cheaper and worse."""
+        best = list(filter(consent.allows, self.rungs))[:1]
+        return (*best, *(rung for first in best for rung in self.below(first, consent)))
 
     def lowest(self, rung: Rung, consent: Consent) -> Rung:
         """Return the cheapest rung that `rung` can be cut to with this consent, or itself."""

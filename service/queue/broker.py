@@ -23,6 +23,7 @@ from ditserve.service.errors import (
 )
 from ditserve.service.jobs import (
     WEIGHTS,
+    EqualJobs,
     Job,
     LoadSnapshot,
     Starting,
@@ -38,13 +39,17 @@ from ditserve.service.telemetry import metrics
 from ditserve.service.wire import OLDEST, WireError
 
 # The answers of submit.lua, besides 1 (queued) and 0 (known).
-TOO_MANY_JOBS, TOO_MUCH_WORK, TOO_MANY_OF_CALLER = -1, -2, -3
+TOO_MANY_JOBS, TOO_MUCH_WORK, TOO_MANY_OF_CALLER, OVERTAKEN = -1, -2, -3, -4
 
 KEEPS_ALL = "noeviction"  # the `maxmemory-policy` that the service needs
 
 ACCEPTED_KEPT = 16384  # jobs remembered that this process has queued
 
 log = structlog.get_logger()
+
+
+class Overtaken(Exception):
+    """An equal job was queued since one was looked for: look again."""
 
 
 class Broker(LeaseVerbs):
@@ -141,14 +146,16 @@ class Broker(LeaseVerbs):
 
     # The API's verbs.
 
-    async def submit(self, job: Job, *, at_once: int | None = None) -> bool:
+    async def submit(self, job: Job, *, at_once: int | None = None, equal: EqualJobs | None = None) -> bool:
         """Queue a job. Return True if it is new, False if its id is known.
 
         Args:
             at_once: how many unfinished jobs its caller may have; None: any number.
+            equal: where further requests for the same pictures find it; None: nowhere.
 
         Raises:
             QueueFull, QuotaExceeded: the queue, or the caller, has as much as allowed.
+            Overtaken: another job has the place by now.
         """
         verdict = await self._run(
             "submit",
@@ -167,7 +174,11 @@ class Broker(LeaseVerbs):
             job.caller,
             "" if at_once is None else at_once,
             packed({}),
+            *(("", "", 0) if equal is None else (equal.digest, equal.seen, ms(equal.keep_s))),
+            "1" if job.callback_url else "",
         )
+        if verdict == OVERTAKEN:
+            raise Overtaken()
         if verdict == TOO_MANY_OF_CALLER:
             raise QuotaExceeded(
                 f"This key may have {at_once} unfinished jobs at a time.", retry_after=RETRY_AFTER_S
@@ -189,12 +200,20 @@ class Broker(LeaseVerbs):
         """Return whether this process queued the job so recently that its record cannot have expired."""
         return time.monotonic() < self._accepted.get(job_id, 0.0)
 
-    async def cancel(self, job_id: str) -> bool:
+    async def cancel(self, job_id: str, *, holder: str = "") -> bool:
         """End a waiting or running job; its worker drops it at the next step.
 
-        Return False if it had ended or is unknown.
+        While others have joined it, it runs on for them. With the `holder` under which one joined, that one
+        leaves it. Return False if it had ended or is unknown.
         """
-        return bool(await self._run("cancel", job_id, packed(to_wire(Cancelled()))))
+        return bool(await self._run("cancel", job_id, packed(to_wire(Cancelled())), holder))
+
+    async def join(self, job_id: str, holder: str) -> bool:
+        """Wait for an unfinished job's images as well, until `cancel` with this holder.
+
+        Return False if it has ended, was cancelled, or is unknown.
+        """
+        return bool(await self._run("join", job_id, holder))
 
     async def load(self) -> LoadSnapshot:
         """Return the load of the queue and of the workers alive."""

@@ -92,6 +92,14 @@ class Keys:
         return self.prefix + "unfinished"
 
     @property
+    def callbacks(self) -> str:
+        """Sorted set: job that has ended and whose sender is to be called back → when, ms.
+
+        Bounded by the records of such jobs: each is settled before its record expires.
+        """
+        return self.prefix + "callbacks"
+
+    @property
     def permanent(self) -> tuple[str, ...]:
         """Return the keys without a TTL, in the order in which the scripts take them."""
         return (
@@ -107,6 +115,7 @@ class Keys:
             self.workers,
             self.reports,
             self.unfinished,
+            self.callbacks,
         )
 
     def job(self, job_id: str) -> str:
@@ -127,6 +136,14 @@ class Keys:
         TTL; removed when the job ends or its next worker is lost.
         """
         return f"{self.prefix}checkpoint:{job_id}"
+
+    def holders(self, job_id: str) -> str:
+        """Set: the further requests that wait for a job's images. TTL; removed when the job ends."""
+        return f"{self.prefix}holders:{job_id}"
+
+    def equal(self, digest: str) -> str:
+        """String: the job last queued for the pictures of this digest. TTL."""
+        return f"{self.prefix}equal:{digest}"
 
     def claim(self, owner: str) -> str:
         """Hash: the jobs of the owner's last claim, for the case that the answer was lost.

@@ -1,5 +1,7 @@
 """The verbs of the owner of a lease: claim jobs, renew, publish progress, and finish, fail or hand back.
 
+The callbacks of jobs that have ended are leased as well.
+
 A lease carries a fencing token (owner, attempt): what a worker writes counts only while it holds the job.
 """
 
@@ -19,7 +21,16 @@ from ditserve.service.errors import (
     WorkerLost,
     to_wire,
 )
-from ditserve.service.jobs import Claim, EventKind, Job, JobResult, Lease, Renewal
+from ditserve.service.jobs import (
+    CallbackState,
+    Claim,
+    DueCallback,
+    EventKind,
+    Job,
+    JobResult,
+    Lease,
+    Renewal,
+)
 from ditserve.service.limits import Limits
 from ditserve.service.queue.clock import SKEW_S, QueueClock
 from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts, of_another_kind
@@ -168,6 +179,25 @@ class LeaseVerbs(Reads):
             checkpoint, step = b"", 0
         ttl = ms(self.limits.checkpoint_ttl_s)
         return bool(await self._run("hand_back", *_token(lease), packed({}), checkpoint, step, ttl))
+
+    async def due_callbacks(self, most: int, *, lease_s: float) -> list[DueCallback]:
+        """Lease at most so many callbacks that are due, the longest due first.
+
+        A job that ends is due by the script that ends it, so no end is missed. One whose process dies is due
+        again when its lease ends.
+        """
+        due = await self._run("due_callbacks", ms(lease_s), most)
+        return [DueCallback(job_id.decode(), number, ended_at / 1000) for job_id, number, ended_at in due]
+
+    async def settle_callback(
+        self, due: DueCallback, state: CallbackState, *, delay_s: float = 0.0, fault: str = ""
+    ) -> bool:
+        """Note how a leased callback went; a pending one is due again after `delay_s` seconds.
+
+        Return False if the lease was lost.
+        """
+        token = due.job_id, due.number, ms(due.ended_at)
+        return bool(await self._run("settle_callback", *token, state, ms(delay_s), fault))
 
     async def sweep(self) -> int:
         """Take back the jobs whose lease has ended; return how many.

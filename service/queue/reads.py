@@ -27,6 +27,8 @@ from ditserve.service.errors import (
 )
 from ditserve.service.jobs import (
     TERMINAL_STATES,
+    CallbackState,
+    CallbackStatus,
     EventKind,
     Job,
     JobEvent,
@@ -47,12 +49,14 @@ EVENTS_AT_ONCE = 64
 OTHER_RELEASE_S = 5.0  # after which an upgrade may have gone on
 EVENT_KINDS: frozenset[str] = frozenset(get_args(EventKind))
 STATES: frozenset[str] = frozenset(get_args(State))
+CALLBACK_STATES: frozenset[str] = frozenset(get_args(CallbackState))
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 
 _FIELDS = ("wire", "state", "attempt", "step", "steps", "error", "owner")
+_LATER_FIELDS = ("withdrawn", "callback", "called", "callback_fault")
 
 
 class Reads:
@@ -105,11 +109,11 @@ class Reads:
 
         def read(pipeline: Pipeline) -> None:
             pipeline.zrank(self.keys.queue, job_id)
-            pipeline.hmget(self.keys.job(job_id), _FIELDS)
+            pipeline.hmget(self.keys.job(job_id), (*_FIELDS, *_LATER_FIELDS))
 
         position, fields = await self._ask_together(read)
-        values: Sequence[Any] = fields or (None,) * len(_FIELDS)
-        wire, state, attempt, step, steps, error, owner = values
+        values: Sequence[Any] = fields or (None,) * len(_FIELDS + _LATER_FIELDS)
+        wire, state, attempt, step, steps, error, owner, withdrawn, *callback = values
         if None in (wire, state, attempt, step):
             return None
         try:
@@ -121,15 +125,21 @@ class Reads:
             raise _unreadable("job", fault) from fault
         return JobStatus(
             id=job_id,
-            state=cast(State, name),
-            position=position if state == b"queued" else None,
+            state="cancelled" if withdrawn else cast(State, name),
+            position=position if state == b"queued" and not withdrawn else None,
             attempt=numbers[0],
             step=numbers[1],
             steps=numbers[2],
             created_at=job.created_at,
             error=None if error is None else _read_error(error, owner),
             job=job,
+            callback=_read_callback(*callback),
         )
+
+    async def equal_job(self, digest: str) -> str:
+        """Return the job last queued for the pictures of this digest; "" if there is none, or no longer."""
+        job_id = await self._read(lambda: self._client.get(self.keys.equal(digest)))
+        return "" if job_id is None else job_id.decode(errors="replace")
 
     async def result(self, job_id: str) -> JobResult | None:
         """Return the job's result; None if there is none, or no longer. Raise what `status` raises."""
@@ -327,6 +337,14 @@ def _read_outcome(
     if state == b"done":
         return JobExpired(f"The images of job {job_id} are no longer kept.")
     return None
+
+
+def _read_callback(state: bytes | None, called: bytes | None, fault: bytes | None) -> CallbackStatus | None:
+    name = (state or b"").decode(errors="replace")
+    if name not in CALLBACK_STATES:
+        return None
+    attempts = int(called) if called and called.isdigit() else 0
+    return CallbackStatus(cast(CallbackState, name), attempts, (fault or b"").decode(errors="replace"))
 
 
 def _read_error(data: bytes, owner: bytes | None) -> dict[str, Any]:

@@ -73,6 +73,23 @@ CANARY_PSNR = Gauge(
 )
 REFUSED = _at_zero(Counter("dit_refused", "Requests refused, by error code", ["code"]), *ERRORS)
 ADMITTED_DEGRADED = Counter("dit_admitted_degraded", "Jobs admitted on a lower rung than asked for", ["rung"])
+REUSE = _at_zero(
+    Counter(
+        "dit_reuse",
+        "Requests while images are reused: answered with stored ones (hit), with those of a job that ran "
+        "(joined), or drawn (miss)",
+        ["outcome"],
+    ),
+    *("hit", "joined", "miss"),
+)
+CALLBACKS = _at_zero(
+    Counter(
+        "dit_callbacks",
+        "Callbacks of ended jobs: delivered, failed tries that are made again, and given up",
+        ["outcome"],
+    ),
+    *("delivered", "failed", "given-up"),
+)
 OFFERED = Counter(
     "dit_offered_worker_seconds",
     "Work asked for, in seconds of one worker: as asked, whether accepted, degraded or refused",

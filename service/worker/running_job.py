@@ -120,8 +120,8 @@ class RunningJob:
         done = finished + sum(Fraction(*sample) for sample in running)
         return int(steps * done / len(self.requests)), steps
 
-    def result(self, worker: str) -> JobResult:
-        """Return the result: all images in seed order.
+    def result(self, worker: str, *, bundle: str = "") -> JobResult:
+        """Return the result: all images in seed order, drawn by `worker` with a bundle of this digest.
 
         Steps and rung are those of the sample that was degraded most. A time is the longest of any sample,
         except for the time in the queue, which ends with the first step of any.
@@ -148,6 +148,7 @@ class RunningJob:
             worker=worker,
             backbones=least.rung.backbones,
             denoised_at=self._denoised_at,
+            bundle=bundle,
         )
 
 

@@ -292,7 +292,7 @@ class Worker:
         self._events.preview(job, preview, image)
 
     async def _publish_result(self, job: RunningJob) -> None:
-        result = job.result(self.identity.name)
+        result = job.result(self.identity.name, bundle=self.identity.bundle)
         stored = await self._leases.retry_until_published(lambda: self._broker.finish(job.lease, result))
         if job in self._jobs:
             self._drop(job, "done" if stored else "lost")

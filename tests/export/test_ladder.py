@@ -21,6 +21,7 @@ from ditserve.model.spec.bundle import Bundle
 from ditserve.model.train.load import DEFAULTS
 from ditserve.model.train.loaded_model import LoadedModel
 from ditserve.service.planning.ladder import Ladder
+from ditserve.service.rung import Consent
 from tests.export.test_onnx import training_run
 from tests.export.tiny import tiny_source
 
@@ -54,7 +55,7 @@ def test_a_run_is_exported_with_a_ladder_and_the_defaults_that_follow_from_its_p
     assert manifest.ladder_order == "real"
     assert manifest.provenance["ladder"]["data"] == "pictures.npz"
     assert all(rung.own is not None and rung.real == rung.quality for rung in manifest.ladder)
-    assert Ladder.from_manifest(manifest).descent
+    assert Ladder.from_manifest(manifest).descent(Consent())
     defaults = manifest.defaults
     assert defaults.guidance_interval == manifest.ladder[0].guidance_interval
     assert str(tmp_path) not in manifest.model_dump_json()

@@ -56,6 +56,7 @@ def test_a_job_has_the_oldest_version_that_says_all_of_it() -> None:
         {"solver": "unipc-2"},
         {"requested": replace(examples.FULL, guidance_decay=-1.0)},
         {"admitted": replace(examples.HALF, stretches=(Stretch(0.0, "student"),))},
+        {"requested": replace(examples.HALF, stretches=(Stretch(0.0, "student"),))},
         {"min_quality": 0.25},
         {"source": SourcePicture(b"image", None, 1.0)},
         {"adapters": examples.ADAPTED_JOB.adapters},

@@ -91,6 +91,7 @@ COMPOSED_JOB = replace(
     admitted=replace(HALF, guidance_decay=0.75),
     negative_prompt="a blürred picture",
     min_quality=0.5,
+    callback_url="https://hooks.example.org/dit?id=1",
 )
 STITCHED_JOB = replace(
     FULL_JOB,
@@ -118,6 +119,7 @@ RESULT = JobResult(
     worker="w1",
     backbones=("student", "light"),
     denoised_at=1_700_000_002.5,
+    bundle="fedcba9876543210",
 )
 STATE = WorkerState(
     worker="w1",

@@ -11,9 +11,11 @@ from ditserve.service.http.body_reader import body_of
 from ditserve.service.http.context import Context
 from ditserve.service.http.intake import RequestIntake, replay_headers
 from ditserve.service.http.openapi import BODY, ENDED, SUBMIT, problem_responses, request_body
+from ditserve.service.http.operating_point import field_error
+from ditserve.service.http.reuse import Sharing
 from ditserve.service.http.routes.jobs import describe, links
 from ditserve.service.http.routing import FORM, JSON
-from ditserve.service.http.schemas import GenerateRequest, GenerateResponse, JobOut
+from ditserve.service.http.schemas import CallbackOut, GenerateRequest, GenerateResponse, JobOut
 from ditserve.service.http.submission import Submission
 
 router = APIRouter()
@@ -58,10 +60,18 @@ async def generate(
     respond_async = _responds_async(prefer)
     representation = negotiate("application/json" if respond_async else request.headers.get("accept"), body)
     model = intake.api.model(body.model)
-    submission = await intake.submit(model, body, body=body, image_format=representation.format)
+    sharing: Sharing = "done" if respond_async else "running"
+    if body.callback_url is not None:
+        if not respond_async:
+            raise field_error("callback_url", "Only jobs are called back for: send Prefer: respond-async.")
+        # The job of another request has the address of that request.
+        sharing = "none"
+    submission = await intake.submit(
+        model, body, body=body, image_format=representation.format, sharing=sharing
+    )
     if respond_async:
         return await _accepted(submission, intake.api)
-    result = await intake.result(model, submission)
+    submission, result = await intake.result(model, submission)
     response = render(representation, submission.job, result)
     response.headers.update(replay_headers(submission))
     return response
@@ -94,5 +104,6 @@ def _queued(submission: Submission, api: Context) -> JobOut:
         eta_s=submission.predicted_s,
         created_at=job.created_at,
         deadline_at=job.deadline_at,
+        callback=CallbackOut(state="waiting", attempts=0, fault=None) if job.callback_url else None,
         links=links(job, api),
     )

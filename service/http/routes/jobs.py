@@ -1,6 +1,7 @@
 """Jobs over HTTP: their state, their events as they come, their images, and the way to stop them."""
 
 import base64
+import json
 import re
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -20,6 +21,7 @@ from ditserve.service.errors import (
     MalformedRequest,
     QueueUnavailable,
     QuotaExceeded,
+    ServiceError,
     from_wire,
 )
 from ditserve.service.http.answers import FORMATS, image_response, result_headers
@@ -27,9 +29,9 @@ from ditserve.service.http.context import Api, Context, JobLookup, PathJob
 from ditserve.service.http.feeds import END, EncodedEvent, Position
 from ditserve.service.http.openapi import problem_responses
 from ditserve.service.http.problems import problem
-from ditserve.service.http.schemas import JobOut, JobOutcome, Links, Problem
+from ditserve.service.http.schemas import CallbackOut, JobOut, JobOutcome, Links, Problem
 from ditserve.service.http.sse import EventStream, encode
-from ditserve.service.jobs import TERMINAL_STATES, Job, JobEvent, JobResult
+from ditserve.service.jobs import TERMINAL_STATES, CallbackStatus, Job, JobEvent, JobResult
 from ditserve.service.planning.load import eta_s
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -209,8 +211,25 @@ async def describe(lookup: JobLookup, api: Context) -> JobOut:
         deadline_at=job.deadline_at,
         result=outcome,
         error=error,
+        callback=_callback(status.callback),
         links=links(job, api),
     )
+
+
+async def described(lookup: JobLookup, api: Context) -> str:
+    """Return the body that `GET /jobs/{id}` answers with, a problem included. Raises `QueueUnavailable`."""
+    try:
+        return (await describe(lookup, api)).model_dump_json()
+    except QueueUnavailable:
+        raise
+    except ServiceError as error:
+        return json.dumps(problem(error, api.address(f"/jobs/{lookup.status.id}")))
+
+
+def _callback(status: CallbackStatus | None) -> CallbackOut | None:
+    if status is None:
+        return None
+    return CallbackOut(state=status.state, attempts=status.attempts, fault=status.fault or None)
 
 
 def _outcome(result: JobResult) -> JobOutcome:

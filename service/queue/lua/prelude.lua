@@ -8,7 +8,7 @@
 -- evicted it, somebody deleted it) takes its entries in the indexes with it. A count that is no number is 0 until
 -- `reconcile` counts anew. An index of another kind ends a script; repair.lua then removes it.
 local QUEUE, AGES, LEASES, FLOWS, DUES, TOTALS = unpack(KEYS, 1, 6)
-local DEAD, RESULTS, SIZES, WORKERS, REPORTS, UNFINISHED = unpack(KEYS, 7, 12)
+local DEAD, RESULTS, SIZES, WORKERS, REPORTS, UNFINISHED, CALLBACKS = unpack(KEYS, 7, 13)
 local PREFIX, RECORD_TTL, LEASE = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4])
 local EVENTS_KEPT, LOST = ARGV[5], ARGV[6]
 local ARGS = { unpack(ARGV, 7) }
@@ -47,6 +47,7 @@ end
 
 local function job_key(id) return PREFIX .. 'job:' .. id end
 local function checkpoint_key(id) return PREFIX .. 'checkpoint:' .. id end
+local function holders_key(id) return PREFIX .. 'holders:' .. id end
 
 -- Members of DUES sort by flow, and within a flow by when a job is due (ms).
 local function due_key(flow, due) return flow .. '\0' .. string.format('%015.0f', due) end
@@ -62,7 +63,7 @@ end
 -- The fields that submit.lua writes, of every release that may share this queue, and those of later moves.
 local TEXTS = { 'wire', 'nonce', 'state', 'model', 'flow', 'caller', 'deadline' }
 local NUMBERS = { 'samples', 'rows', 'due', 'attempt', 'spent', 'step' }
-local LATER = { 'owner', 'claimed_at', 'suspect', 'returned_at' }
+local LATER = { 'owner', 'claimed_at', 'suspect', 'returned_at', 'withdrawn', 'callback' }
 local FIELDS = {}
 for _, fields in ipairs({ TEXTS, NUMBERS, LATER }) do
   for _, field in ipairs(fields) do FIELDS[#FIELDS + 1] = field end
@@ -155,7 +156,7 @@ end
 
 local function keep_kinds()
   local removed = 0
-  for _, key in ipairs({ QUEUE, AGES, LEASES, FLOWS, DUES, DEAD, RESULTS, WORKERS }) do
+  for _, key in ipairs({ QUEUE, AGES, LEASES, FLOWS, DUES, DEAD, RESULTS, WORKERS, CALLBACKS }) do
     removed = removed + keep_kind(key, 'ZCARD')
   end
   for _, key in ipairs({ TOTALS, SIZES, REPORTS, UNFINISHED }) do removed = removed + keep_kind(key, 'HLEN') end
@@ -267,6 +268,13 @@ local function count_promise(job, state, data)
   add(TOTALS, late and 'broken' or 'kept', 1)
 end
 
+-- Have the sender of a job called back, if its request names an address: from now on its outcome is known.
+local function call_back(job)
+  if not job.callback then return end
+  redis.call('HSET', job_key(job.id), 'callback', 'pending', 'called', 0, 'ended_at', NOW)
+  redis.call('ZADD', CALLBACKS, NOW, job.id)
+end
+
 -- End a job in a terminal state, with its last event.
 local function conclude(job, state, kind, data)
   local key = job_key(job.id)
@@ -276,7 +284,9 @@ local function conclude(job, state, kind, data)
   redis.call('HSET', key, 'state', state)
   if kind ~= 'done' then redis.call('HSET', key, 'error', data) end
   redis.call('PEXPIRE', key, RECORD_TTL)
-  redis.call('DEL', checkpoint_key(job.id))
+  redis.call('DEL', checkpoint_key(job.id), holders_key(job.id))
+  -- The sender of a job that was withdrawn has been told before.
+  if not job.withdrawn then call_back(job) end
   emit(job.id, kind, data)
   redis.call('PUBLISH', PREFIX .. 'ended', job.id)
 end

@@ -6,7 +6,11 @@ if not job or job.state ~= 'dead' then return 0 end
 redis.call('ZREM', DEAD, id)
 redis.call('DEL', PREFIX .. 'events:' .. id)
 redis.call('PERSIST', key)
-redis.call('HDEL', key, 'error')
+redis.call('HDEL', key, 'error', 'withdrawn')
+if job.callback then
+  redis.call('ZREM', CALLBACKS, id)
+  redis.call('HSET', key, 'callback', 'waiting')
+end
 redis.call('HSET', key, 'spent', 0, 'step', 0)
 count_unfinished(job.caller, 1)
 put_back(job)

@@ -1,5 +1,6 @@
 -- Queue a job unless its id is known.
--- Returns 1 queued, 0 known, -1 too many jobs, -2 too much work, -3 too many of this caller.
+-- Returns 1 queued, 0 known, -1 too many jobs, -2 too much work, -3 too many of this caller, -4 an equal job
+-- came in between: one of the same `equal` digest ('' has none) other than `seen`, which was looked at before.
 --
 -- The order is weighted fair queueing, self-clocked (Golestani 1994). A flow is a caller at one priority, and
 -- the priority gives its weight. A job's virtual finish time is where its flow's last job finishes, or the
@@ -24,11 +25,15 @@ local id, wire, nonce, flow, model, deadline = unpack(ARGS, 1, 6)
 local weight, rows, samples = tonumber(ARGS[7]), tonumber(ARGS[8]), ARGS[9]
 local job_limit, row_limit = tonumber(ARGS[10]), tonumber(ARGS[11])
 local patience, caller, caller_limit = tonumber(ARGS[12]), ARGS[13], tonumber(ARGS[14])
+local equal, seen, equal_ttl, callback = unpack(ARGS, 16, 19)
+local equal_key = PREFIX .. 'equal:' .. equal
 local job = job_key(id)
 
 local known = intact(id)
 if known then return known.nonce == nonce and 1 or 0 end
 
+local other = equal ~= '' and redis.pcall('GET', equal_key)
+if type(other) == 'string' and other ~= seen and read_record(other) then return -4 end
 if redis.call('ZCARD', QUEUE) >= job_limit then return -1 end
 if caller_limit and (whole(redis.call('HGET', UNFINISHED, caller)) or 0) >= caller_limit then return -3 end
 local waiting = whole(redis.call('HGET', TOTALS, 'rows')) or 0
@@ -57,6 +62,8 @@ local last = math.max(finite(redis.call('HGET', TOTALS, 'clock')), finite(redis.
 redis.call('HSET', job, 'nonce', nonce, 'wire', wire, 'state', 'queued', 'model', model, 'samples', samples,
   'rows', rows, 'deadline', deadline, 'flow', flow, 'caller', caller, 'due', due, 'attempt', 0, 'spent', 0,
   'step', 0)
+if callback ~= '' then redis.call('HSET', job, 'callback', 'waiting') end
+if equal ~= '' then redis.call('SET', equal_key, id, 'PX', equal_ttl) end
 -- The new job overtakes those: they finish later by its work.
 for _, other in ipairs(others) do redis.call('ZINCRBY', QUEUE, work, other) end
 redis.call('ZADD', FLOWS, last + work, flow)

@@ -7,6 +7,16 @@
 local RECONCILE_EVERY, KEYS_AT_ONCE = 1000, 1000
 local attempts, dead_ttl, dead_kept, fault = tonumber(ARGS[1]), tonumber(ARGS[2]), tonumber(ARGS[3]), ARGS[4]
 
+-- Have a job's sender called back although the index lost it, or a worker of an earlier release ended the job.
+local function find_callback(id)
+  local callback = redis.call('HGET', job_key(id), 'callback')
+  local due = callback == 'pending' and not redis.call('ZSCORE', CALLBACKS, id)
+  if due or callback == 'waiting' then
+    local job = read_record(id)
+    if job then call_back(job) end
+  end
+end
+
 -- Put unfinished jobs that no index holds, among the next keys, into the indexes of their state again. Where this
 -- user may not SCAN, only what some index holds is found.
 local function find_unindexed()
@@ -21,6 +31,8 @@ local function find_unindexed()
       local job = read_record(id)
       local function has(index) return { [id] = redis.call('ZSCORE', index, id) and true or nil } end
       if job then place(job, has(QUEUE), has(AGES), has(LEASES)) else forget(id) end
+    else
+      find_callback(string.sub(key, #job_key('') + 1))
     end
   end
 end

@@ -12,7 +12,7 @@ from ditserve.bench import report
 from ditserve.bench.load.workload import PROCESSES, Arrival, Traffic
 from ditserve.bench.simulate import __main__ as command
 from ditserve.bench.simulate.fleet import SimulatedFleet
-from ditserve.bench.simulate.outcome import simulate
+from ditserve.bench.simulate.outcome import offered_rate, simulate
 from ditserve.bench.simulate.scenario import (
     CLAIM_ORDERS,
     CURVES,
@@ -74,6 +74,17 @@ def test_every_request_ends_one_way(strategy: Strategy, workers: int, ladder: st
             assert sample.consents or sample.taken == sample.requested.steps
         elif not strategy.expire:
             assert sample.rejected
+
+
+def test_sixty_four_workers_at_eight_times_the_load_move_requests_over_all_backbones() -> None:
+    cluster = SimulatedCluster(CURVES["gpu"], LADDERS["backbones"], 64)
+    fleet = SimulatedFleet(BY_NAME["planned every step"], cluster, seed=1)
+    traffic = Traffic()
+    samples = fleet.run(traffic.draw(600, offered_rate(cluster, traffic, 8.0), 1))
+    served = [sample for sample in samples if sample.finished is not None]
+    assert all(sample.in_time for sample in served)
+    assert len(served) + sum(sample.rejected for sample in samples) == len(samples)
+    assert {part.backbone for sample in served for part in sample.rung.stretches} >= {"light", "student"}
 
 
 def test_above_capacity_planning_every_step_beats_planning_at_admission_beats_none() -> None:

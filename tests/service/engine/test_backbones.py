@@ -15,6 +15,7 @@ from ditserve.model.spec.solvers import step_table
 from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import Finished, StepReport
+from ditserve.service.errors import ModelReplaced
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Consent, Rung
 
@@ -115,6 +116,16 @@ def test_a_snapshot_between_two_backbones_is_continued_to_the_same_image(
         np.testing.assert_array_equal(made[request.id].latent, expected[request.id].latent)
 
 
+def test_a_rung_of_a_network_that_the_bundle_has_no_more_is_told_as_a_replaced_model(
+    make_engine: Make, make_backend: Make, make_request: Make, make_rung: Make
+) -> None:
+    engine, few = make_engine(make_backend()), make_rung(steps=2, stretches=(STUDENT,))
+    for rungs in ({"rung": few}, {"rung": make_rung(steps=2), "requested": few}):
+        with pytest.raises(ModelReplaced, match="no network student any more"):
+            engine.add(make_request(**rungs))
+    assert engine.idle
+
+
 def test_a_backbone_without_memory_for_a_row_of_the_own_size_is_told_like_the_own_one(
     make_backend: Make, make_engine: Make, make_request: Make, make_rung: Make
 ) -> None:
@@ -155,4 +166,6 @@ def test_a_request_stays_on_the_own_backbone_where_no_other_can_draw_it(make_run
     assert ladder.below(best, Consent(min_steps=5)) == (less,)
     # A request for its solver and steps names the bundle's own network.
     assert ladder.requested("ddim", 4, "trailing", (0.0, 1.0), guided=True).stretches == ()
-    assert ladder.descent == (best, less)
+    assert ladder.descent(Consent()) == (best, less, few)
+    assert ladder.descent(Consent(own_backbone=True)) == (best, less)
+    assert ladder.descent(Consent(worst=-1.0)) == ()

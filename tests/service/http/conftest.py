@@ -16,9 +16,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from ditserve.model.spec.manifest import Manifest
 from ditserve.service.http import load_cache
 from ditserve.service.http.api import configured
 from ditserve.service.http.app import create_app
+from ditserve.service.identity import bundle_digest
 from ditserve.service.images import CONTENT_TYPES
 from ditserve.service.jobs import Claim, Image, JobResult, WorkerState
 from ditserve.service.queue.broker import Broker
@@ -135,14 +137,15 @@ class StubWorker:
         return JobResult(
             images=tuple(Image(PNG, seed, CONTENT_TYPES[job.format]) for seed in job.seeds),
             steps_requested=job.steps,
-            steps_used=job.steps,
-            solver=job.solver,
-            rung=job.rung or "full",
+            steps_used=(job.admitted or job).steps,
+            solver=(job.admitted or job).solver,
+            rung=job.admitted.name if job.admitted else "full",
             degraded=job.rung is not None,
             reason=job.reason,
             timings_ms={"queue": 1.25, "denoise": 20.0},
             attempt=claim.lease.attempt,
             worker="stub",
+            bundle=bundle_digest(Manifest.model_validate(MANIFEST)),
         )
 
 

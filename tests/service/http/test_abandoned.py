@@ -23,7 +23,7 @@ class FakeQueue:
         self.late = set(late)
         self.cancelled: list[str] = []
 
-    async def cancel(self, job_id: str) -> bool:
+    async def cancel(self, job_id: str, *, holder: str = "") -> bool:
         if self.away:
             raise QueueUnavailable()
         if job_id in self.late:

@@ -11,7 +11,9 @@ import openai
 import pytest
 from PIL import Image
 
+from ditserve.model.spec.stretches import Stretch
 from ditserve.service.http.openai_drawing import rung_for
+from ditserve.service.http.openai_schemas import ImagesRequest
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
@@ -62,17 +64,35 @@ async def test_quality_chooses_a_rung(
     assert (job.steps, job.solver) == (steps, solver)
 
 
+def rung_of(quality: Any, ladder: Ladder) -> Rung | None:
+    return rung_for(ImagesRequest.model_validate({"prompt": "lemon", "quality": quality}), ladder)
+
+
 def test_without_a_ladder_every_quality_is_the_default() -> None:
-    assert rung_for("low", Ladder([])) is None
+    assert rung_of("low", Ladder([])) is None
     only = Rung("only", "ddim", 10, "trailing", (0.0, 1.0), 0.0)
-    assert rung_for("low", Ladder([only])) == rung_for("high", Ladder([only])) == only
+    assert rung_of("low", Ladder([only])) == rung_of("high", Ladder([only])) == only
 
 
 def test_low_quality_is_never_a_rung_that_costs_more_than_a_better_one() -> None:
     steps = {100: 0.14, 20: 0.12, 4: 0.13}  # the long run lies farther from real pictures than the others
     ladder = Ladder([Rung(f"ddim-{n}", "ddim", n, "trailing", (0.0, 1.0), q) for n, q in steps.items()])
-    chosen = [rung_for(quality, ladder) for quality in ("high", "low")]
+    chosen = [rung_of(quality, ladder) for quality in ("high", "low")]
     assert [rung and rung.steps for rung in chosen] == [20, 4]
+
+
+async def test_quality_may_be_a_rung_of_another_network_and_min_quality_keeps_it_away(
+    stage: Stage, client: openai.AsyncOpenAI
+) -> None:
+    submissions = stage.app.state.context.default.submissions
+    few = Rung("few", "ddim", 2, "trailing", (0.0, 1.0), 0.6, stretches=(Stretch(0.0, "student", 0.5),))
+    submissions.ladder = Ladder([*submissions.ladder.rungs, few])
+    await client.images.generate(prompt="lemon", quality="low")
+    job = stage.worker.claimed[-1].job
+    assert (job.requested, job.admitted, job.steps, job.cost_rows) == (few, few, 2, 2)
+    await client.images.generate(prompt="lemon", quality="low", extra_body={"min_quality": 0.55})
+    assert stage.worker.claimed[-1].job.rung != "few"
+    assert (stage.worker.claimed[-1].job.requested or few).name == "floor"
 
 
 async def test_partial_images_are_streamed(stage: Stage, client: openai.AsyncOpenAI) -> None:

@@ -123,7 +123,8 @@ async def test_example_requests_are_accepted(stage: Stage) -> None:
             assert response.status_code == 200, response.text
 
 
-async def test_documented_headers_are_sent(stage: Stage) -> None:
+async def test_documented_headers_are_sent(open_stage: OpenStage) -> None:
+    stage = await open_stage(reuse_s=60)
     document = (await stage.client.get("/openapi.json")).json()
     answers = document["paths"]["/generate"]["post"]["responses"]
     drawn, queued = await stage.generate(), await stage.generate({"prefer": "respond-async"})

@@ -43,7 +43,9 @@ def test_a_worker_counts_for_the_batches_that_it_runs() -> None:
     assert Capacity(load(replace(a, batch_rows=10))).drain_time() == pytest.approx(
         100 / 10 * (1.0 + 10 * 0.1)
     )
-    assert Capacity(load(replace(a, batch_rows=10)), pass_s=1.5).drain_time() == pytest.approx(100 / 5 * 1.5)
+    assert Capacity(load(replace(a, batch_rows=10))).in_passes_of(1.5).drain_time() == pytest.approx(
+        100 / 5 * 1.5
+    )
 
 
 def test_a_worker_is_as_slow_as_it_may_be_over_the_time_that_counts() -> None:
@@ -75,5 +77,5 @@ def test_the_queue_flows_past_a_worker_that_stalls() -> None:
 def test_a_tight_deadline_counts_on_small_batches_as_in_the_worked_example() -> None:
     busy = WorkerState("w", ("m",), 64, 0.02, 0.005, 0.0, 0, 150, 0.0, 0.0)
     assert Capacity(load(busy)).drain_time() == pytest.approx(150 / (64 / 0.34), rel=0.06)
-    assert Capacity(load(busy), pass_s=4.0 / 50).drain_time() == pytest.approx(1.0)
-    assert Capacity(load(busy), pass_s=0.001).drain_time() == pytest.approx(150 * 0.025)
+    assert Capacity(load(busy)).in_passes_of(4.0 / 50).drain_time() == pytest.approx(1.0)
+    assert Capacity(load(busy)).in_passes_of(0.001).drain_time() == pytest.approx(150 * 0.025)

@@ -164,7 +164,7 @@ async def test_a_job_lost_while_it_runs_is_told_to_its_waiter_and_its_worker_at_
     await listener.aclose()
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(13))
 async def test_an_index_that_is_lost_is_made_again(
     index: int, timed: Broker, client: Redis, make_job: MakeJob, make_result: MakeResult, clock: Any
 ) -> None:
@@ -402,7 +402,7 @@ def test_random_histories_with_eviction(
             elif operation == "corrupt":
                 await DAMAGES[sorted(DAMAGES)[pick % len(DAMAGES)]](client, key)
             elif operation == "evict an index":
-                await client.delete(broker.keys.permanent[pick % 12])
+                await client.delete(broker.keys.permanent[pick % 13])
             elif operation == "time":
                 clock.advance(1 + pick % 12)
             elif operation == "requeue":

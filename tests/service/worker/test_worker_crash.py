@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from ditserve.model.spec.stretches import Stretch
 from ditserve.service.errors import InternalError, JobLost, WorkerLost
 from ditserve.service.jobs import ConditionTerm, Job, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
+from ditserve.service.rung import Rung
 from ditserve.service.wire import NEWEST
 
 pytestmark = pytest.mark.anyio
@@ -129,6 +131,39 @@ async def test_a_worker_that_is_told_to_stop_hands_over(
     ] * 3
     for job in jobs:
         await queue.cancel(job.id)
+
+
+async def test_the_next_worker_goes_on_across_backbones_to_the_same_image(
+    queue: Broker, listener: Listener, start: Start, make_job: MakeJob, wait_until: WaitUntil
+) -> None:
+    """The student draws the noisy half: one worker leaves in it, and the other ends on the own network."""
+    rung = Rung(
+        "halves",
+        "dpmpp-2m",
+        400,
+        "leading",
+        (0.0, 1.0),
+        0.0,
+        stretches=(Stretch(0.5, "student", 0.25, False),),
+    )
+    asked = {"solver": rung.solver, "steps": rung.steps, "grid": rung.grid, "requested": rung}
+    fields = {"model": "fake", "seeds": (5,), "admitted": rung, **asked}
+    whole, left, plain = make_job(**fields), make_job(**fields), make_job(**{**fields, "requested": None})
+    leaving = start("--drain-s=0.2")
+    await queue.submit(left)
+    await wait_until(lambda: step_of(queue, left), timeout=30)
+    leaving.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(leaving.wait, 20) == 0
+    assert 0 < await step_of(queue, left) < rung.steps
+    start()
+    for job in (whole, plain):
+        await queue.submit(job)
+    continued, alone, own = await answers(listener, [left, whole, plain])
+    assert isinstance(continued, JobResult)
+    assert isinstance(alone, JobResult)
+    assert isinstance(own, JobResult)
+    assert (continued.attempt, continued.backbones, continued.steps_used) == (2, ("student",), rung.steps)
+    assert continued.images[0].data == alone.images[0].data != own.images[0].data
 
 
 @pytest.mark.parametrize("programs", [("lone_worker", "next_release"), ("next_release", "lone_worker")])

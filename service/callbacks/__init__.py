@@ -1,0 +1,1 @@
+"""Callbacks: how the senders of jobs are told that these have ended."""
