@@ -318,6 +318,10 @@ class TestInChromium:
         assert job.requested.guidance_decay == 0.5
         await page.click("#forget")
         assert await page.is_hidden("#kept")
+        await page.evaluate(DROP, [f"a.{format}", list(data)])
+        await page.get_by_text("The request of this picture is in the form.").wait_for()
+        await page.get_by_role("button", name="edit").click()
+        await page.wait_for_selector("#easel")
 
     @pytest.mark.parametrize(
         ("data", "sentence"),
