@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from ditserve.model.data.sources import read_source
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.zoo import FLAGSHIP
 from tests.test_end_to_end import ROOT, Service
 
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -97,6 +99,25 @@ def test_emoji_folder(tmp_path: Path) -> None:
     assert example("emoji_folder.py", "set.npz", "out", folder=tmp_path) == ["2 pictures are in out"]
     source = read_source(tmp_path / "out")
     assert (source.catalogue.names, len(source.data), source.card.licence) == (("nature",), 2, "MIT")
+
+
+def test_handheld_style(tmp_path: Path) -> None:
+    """Its classes are some of the shipped model, so that an adapter of that can be trained on them."""
+    classes = Bundle.open(FLAGSHIP, verify=False).manifest.factors[0].classes
+    count = len(classes)
+    np.savez(
+        tmp_path / "set.npz",
+        x=np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), np.uint8),
+        y=np.arange(count),
+        s=np.ones(count, int),
+        names=classes,
+        styles=["noto", "fluent-flat"],
+    )
+    assert example("handheld_style.py", "set.npz", "out", folder=tmp_path) == ["20 pictures are in out"]
+    source = read_source(tmp_path / "out")
+    assert (len(source.catalogue.names), len(source.data), source.card.licence) == (20, 20, "MIT")
+    picture = Image.open(next((tmp_path / "out").glob("*/picture.png")))
+    assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) <= 4
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ditserve.model.spec.network_config import BundleConfig
+
 # The adapters of a row by name, with their scales.
 RowAdapters = Sequence[tuple[str, float]]
 Layers = Mapping[str, nn.Linear]
@@ -133,6 +135,25 @@ def _adding(slab: _Slab, use: _Use, name: str) -> Callable[[nn.Module, Any, Tens
         return output.add_(added) if use.places is None else output.index_add_(0, use.places, added)
 
     return add
+
+
+def adaptable_layers(network: Any, config: BundleConfig, rows: int = 3) -> tuple[Layers, Layers]:
+    """Return the linear layers that can be adapted: those of the conditioner, and those of the backbone.
+
+    They are found by a pass of a few rows. A network's own compiled parts run eager in it.
+    """
+    device = next(network.parameters()).device
+    labels = torch.zeros((rows, len(config.classes)), dtype=torch.int64, device=device)
+    text = torch.zeros(rows, config.text_width, device=device) if config.text_width else None
+    x = torch.zeros(rows, config.in_channels, *config.image_size, device=device)
+    state: list[Tensor] = []
+
+    def condition() -> None:
+        state.extend(network.modulate(torch.ones(rows, device=device), network.embed(labels, text)))
+
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        conditioner = row_layers(network, condition, rows)
+        return conditioner, row_layers(network, lambda: network.backbone(x, state), rows)
 
 
 def row_layers(network: nn.Module, run: Callable[[], object], rows: int) -> dict[str, nn.Linear]:

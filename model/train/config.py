@@ -17,6 +17,7 @@ from ditserve.model.spec.diffusion import Prediction
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.network_config import NetworkConfig, network_config
+from ditserve.model.train.base_model import LowRankConfig, base_bundle, fields_of_base, in_classes_of
 from ditserve.model.train.distillation.config import DistillationConfig, ProgressiveDistillationConfig
 from ditserve.model.train.loss import LevelSampling, TrainingNoise, training_noise
 from ditserve.model.train.run_config import (
@@ -62,6 +63,9 @@ class TrainConfig(RunConfig):
     diffusion: DiffusionSpec
     init: NamedPath | None = None
     """A bundle or a run to start from: weights where they fit, classes by name."""
+
+    lora: LowRankConfig | None = None
+    """Train a low-rank adapter of the bundle `init`, whose network, noise and classes the run has."""
 
     optimizer: Literal["muon"] | None = None
     """"muon": the matrices of the blocks learn by Muon (Jordan et al., 2024), the rest by AdamW.
@@ -128,6 +132,12 @@ class TrainConfig(RunConfig):
 
     @model_validator(mode="before")
     @classmethod
+    def _of_base(cls, data: Any) -> Any:
+        """Take the network and the noise of a run with `lora` from the bundle that it adapts."""
+        return fields_of_base(data) if isinstance(data, dict) and data.get("lora") is not None else data
+
+    @model_validator(mode="before")
+    @classmethod
     def _sum_of_stages(cls, data: Any) -> Any:
         """Set `steps` to the sum of the stages' steps if it is left out."""
         if not isinstance(data, dict) or "steps" in data or not isinstance(data.get("stages"), list | tuple):
@@ -143,6 +153,12 @@ class TrainConfig(RunConfig):
             )
         if self.loss_cap is not None and self.loss_floor > self.loss_cap:
             raise ValueError(f"loss_floor {self.loss_floor:g} is above loss_cap {self.loss_cap:g}: lower it")
+        if self.lora:
+            for field in ("stages", "distillation", "compile", "embedding_l2", "condition_start"):
+                if getattr(self, field):
+                    raise ValueError(f"an adapter is trained without {field}: leave out that, or lora")
+            if self.parallel != ParallelSpec():
+                raise ValueError("an adapter is trained in replicas: leave out parallel, or lora")
         if self.optimizer == "muon" and (self.parallel.mode != "ddp" or self.parallel.tensor > 1):
             raise ValueError(
                 "optimizer muon needs whole matrices: take parallel mode ddp and tensor 1, or leave it out"
@@ -194,10 +210,15 @@ class TrainConfig(RunConfig):
     def open_dataset(self, path: Path | None = None) -> Dataset:
         """Open the data, at `path` if it has moved.
 
+        That of a run with `lora` has the classes of its bundle.
+
         Raises:
             DataError: it is not there or cannot be trained on.
         """
-        return self.data.open(path)
+        dataset = self.data.open(path)
+        if self.lora is None:
+            return dataset
+        return in_classes_of(dataset, base_bundle(self.init).manifest.factors, self.data.path)
 
     def stage_sizes(self, dataset: Dataset) -> list[tuple[int, tuple[int, int]]]:
         """Return (first step after the stage, (H, W)) for every stage.
@@ -238,7 +259,10 @@ class TrainConfig(RunConfig):
             if self.model.get("network", "dit") == "dit":
                 fields["base_size"] = sizes[0]
         classes = tuple(len(factor.classes) for factor in dataset.factors)
-        return network_config({**fields, **self.model, "image_size": sizes[-1], "classes": classes})
+        network = network_config({**fields, **self.model, "image_size": sizes[-1], "classes": classes})
+        if self.lora and network != base_bundle(self.init).manifest.config:
+            raise ValueError(f"the pictures do not fit {self.init}, whose network is adapted: see data.size")
+        return network
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:

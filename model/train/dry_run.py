@@ -80,7 +80,9 @@ def estimate_stages(trainer: Trainer, probe: int = 3) -> Iterator[StageCost]:
         if objective is not None:
             passes = objective.teacher_calls * (2 if objective.teacher.guided else 1)
             teacher_macs = passes * cost(objective.teacher.network.config, data.size).macs
-        row_flops = 2 * (macs * (PASSES + config.checkpoint_blocks) + teacher_macs)
+        # No gradient of the weights is taken where they stay as they are.
+        passes = PASSES - (trainer.adapted is not None) + config.checkpoint_blocks
+        row_flops = 2 * (macs * passes + teacher_macs)
         rows = max(1, min(config.batch, int(PROBE_FLOPS[config.device] // row_flops)))
         trainer.source.rows = range(rows)
         state.step = begin
@@ -109,10 +111,11 @@ def estimate_memory(trainer: Trainer) -> MemoryEstimate:
     """Return the memory of the current stage; activations are measured on rows of the first micro-batch."""
     state, config = trainer.state, trainer.config
     weights = byte_count(state.model.parameters())
+    frozen = byte_count(trainer.adapted.base.parameters()) if trainer.adapted else 0
     whole = -(-config.batch // config.accumulate)
     piece = trainer.next_batch()[:whole].to(config.device)
     return MemoryEstimate(
-        weights=weights,
+        weights=weights + frozen,
         teacher=byte_count(trainer.objective.teacher.network.parameters()) if trainer.objective else 0,
         gradients=weights,
         optimizer=byte_count(
@@ -180,6 +183,11 @@ def format_estimate(trainer: Trainer, stages: Iterable[StageCost]) -> Iterator[s
         f"{parameters / 1e6:.2f} M parameters; {config.steps} steps of {config.batch} are {epochs:.1f} "
         f"passes over {pictures} pictures"
     )
+    if (adapted := trainer.adapted) is not None:
+        yield (
+            f"they are an adapter of {adapted.bundle.path}: rank {adapted.spec.rank} beside "
+            f"{len(adapted.layers)} layers, a file of {4 * parameters / 1e6:.2f} MB"
+        )
     yield from (f"{config.data.path}: {line}" for line in trainer.dataset.left_out)
     seconds = 0.0
     for stage in stages:

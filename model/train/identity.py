@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from ditserve.model.data.dataset import Dataset
+from ditserve.model.train.base_model import base_bundle
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.dropout import condition_dropout
+from ditserve.model.weights.lora import adapter_base
 
 LONGEST = 80  # characters of a value in a message
 
@@ -73,6 +75,7 @@ def run_identity(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
             "labels": hashlib.sha256(dataset.labels[dataset.training].tobytes()).hexdigest()[:16],
         },
         "content": dataset.fingerprint(),
+        **({"base": adapter_base(base_bundle(config.init))} if config.lora else {}),
         "stages": [{"size": list(size), "until": end} for end, size in config.stage_sizes(dataset)[:-1]],
     }
 
@@ -83,7 +86,10 @@ def _pictures_per_class(dataset: Dataset) -> dict[str, dict[str, int]]:
         factor.name: {
             name: int(count)
             for name, count in zip(
-                factor.classes, np.bincount(labels[:, k], minlength=len(factor.classes)), strict=True
+                # The last number is that of pictures whose class is not given.
+                factor.classes,
+                np.bincount(labels[:, k], minlength=len(factor.classes) + 1)[:-1],
+                strict=True,
             )
         }
         for k, factor in enumerate(dataset.factors)

@@ -20,10 +20,12 @@ from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.grids import even_grid
 from ditserve.model.spec.manifest import Defaults, LatentSpec, Manifest, Name, StateTensor
 from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.train.base_model import base_bundle
 from ditserve.model.train.checkpoint import checkpoints, step_of
 from ditserve.model.train.config import TrainConfig, first_mistake, load_config
 from ditserve.model.train.dropout import condition_dropout
 from ditserve.model.train.loaded_model import LoadedModel, LoadError, build, load_bundle
+from ditserve.model.train.lora import AdaptedNetwork
 from ditserve.model.train.tensor_shards import read_full
 
 # The submodule of a student that feature matching trains; its bundle is written without it.
@@ -95,7 +97,10 @@ def _load_run(path: Path, data: Path | None) -> LoadedModel:
     config = read_run_config(path / "config.json")
     dataset = _open_dataset(config, data)
     checkpoint, step, weights = _newest_checkpoint(path / "checkpoints")
-    network = build(config.network_config(dataset), weights, checkpoint)
+    if config.lora:
+        network = AdaptedNetwork(base_bundle(config.init), config.lora).merged(weights)
+    else:
+        network = build(config.network_config(dataset), weights, checkpoint)
     return LoadedModel(network, describe_run(model_name(path), config, dataset, network.config, step))
 
 

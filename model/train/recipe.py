@@ -32,6 +32,7 @@ from ditserve.model.nets.factory import make_network
 from ditserve.model.spec.bundle import bundle_name
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig, network_config
+from ditserve.model.train.base_model import fields_of_base
 from ditserve.model.train.config import set_fields
 from ditserve.model.train.run_config import read_fields
 
@@ -84,6 +85,8 @@ def run_fields(
         fields["data"].pop(field, None)
     fields["output"] = f"runs/{bundle_name(data if data.is_dir() else data.with_suffix(''))}"
     set_fields(fields, overrides)
+    if fields.get("lora") is not None:
+        fields = fields_of_base(fields)
     saved = Path(str(fields["output"])) / "config.json"
     if config is None and saved.is_file():
         before = read_fields(saved)

@@ -21,16 +21,22 @@ from ditserve.model.distributed.processes import World
 from ditserve.model.nets.conditioner import embedding_penalty
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.train.base_model import base_bundle
 from ditserve.model.train.batch import BatchSource, Prefetch, TrainingBatch
 from ditserve.model.train.checkpoint import TrainingState, checkpoints, restore, save, saved_identity
 from ditserve.model.train.condition_start import start_conditions
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
-from ditserve.model.train.distillation.objective import distillation_loss, make_objective
+from ditserve.model.train.distillation.objective import (
+    DistillationObjective,
+    distillation_loss,
+    make_objective,
+)
 from ditserve.model.train.ema import Ema
 from ditserve.model.train.identity import run_identity
 from ditserve.model.train.load import describe_run, model_name, open_sheet_decoder
 from ditserve.model.train.loaded_model import LoadedModel, save_model
+from ditserve.model.train.lora import AdaptedNetwork, write_adapter
 from ditserve.model.train.loss import PosteriorTables, squared_error, variational_term
 from ditserve.model.train.optimizer import (
     HALF_DTYPES,
@@ -80,12 +86,24 @@ class Trainer:
         manifest = describe_run(model_name(config.output), config, self.dataset, self.network_config, 0)
         self.decoder = open_sheet_decoder(manifest, config.vae, config.device)
         torch.manual_seed(config.seed)
-        model = make_network(self.network_config)
+        self.warm_start: WarmStart | None = None
+        self.objective: DistillationObjective | None = None
+        self.adapted: AdaptedNetwork | None = None
+        if config.lora is not None:
+            self.adapted = AdaptedNetwork(base_bundle(config.init), config.lora, config.device)
+        model = self.adapted or self._whole_network()
+        if config.checkpoint_blocks:
+            checkpoint_blocks(self.adapted.base if self.adapted else cast(Network, model))
+        self.parallel = ParallelNetwork(model, world, config.parallel, HALF_DTYPES.get(config.precision))
+        ema, scaler = Ema(model, config.ema), loss_scaler(config.precision, config.device)
+        muon = muon_matrices(model) if config.optimizer == "muon" else ()
+        self.state = TrainingState(self.parallel, make_optimizer(model, config, muon=muon), ema, scaler)
+
+    def _whole_network(self) -> Network:
+        """Return the network to train as a whole, and open the teacher that it has."""
+        config, model = self.config, make_network(self.network_config)
         for table in model.y_embedder.tables:
             nn.init.normal_(table.get_parameter("weight"), std=config.label_std)
-        if config.checkpoint_blocks:
-            checkpoint_blocks(model)
-        self.warm_start: WarmStart | None = None
         if config.start is not None and not checkpoints(self.checkpoints):
             self.warm_start = warm_start(model, self.dataset.factors, config.start)
         if config.condition_start == "data" and not checkpoints(self.checkpoints):
@@ -93,10 +111,7 @@ class Trainer:
         self.objective = make_objective(config, self.dataset, model)
         if self.objective is not None:
             self.identity |= self.objective.identity
-        self.parallel = ParallelNetwork(model, world, config.parallel, HALF_DTYPES.get(config.precision))
-        ema, scaler = Ema(model, config.ema), loss_scaler(config.precision, config.device)
-        muon = muon_matrices(model) if config.optimizer == "muon" else ()
-        self.state = TrainingState(self.parallel, make_optimizer(model, config, muon=muon), ema, scaler)
+        return model
 
     def step(self) -> dict[str, float]:
         """Train on one batch: forward, backward, clip, update, average.
@@ -226,12 +241,20 @@ class Trainer:
         return restore(self.checkpoints, self.state, self.identity)
 
     def save(self) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint, and the averaged adapter of a run that trains one.
 
         Raises:
             CheckpointError: it cannot be written.
+            OSError: the adapter cannot be written.
         """
         save(self.checkpoints, self.state, self.identity, keep=self.config.keep)
+        if self.adapted and self.parallel.world.is_first:
+            write_adapter(self.adapter_file, self.adapted, self.state.ema.first)
+
+    @property
+    def adapter_file(self) -> Path:
+        """The file of the adapter, named as the run is."""
+        return self.config.output / f"{model_name(self.config.output)}.safetensors"
 
     def roll_back(self) -> str:
         """Restore the last checkpoint, to go on with other pictures and noise. Return a sentence for the log.
@@ -253,6 +276,8 @@ class Trainer:
 
     def averaged_network(self) -> Network:
         """Return the network with averaged weights, in evaluation mode, at this step's picture size."""
+        if self.adapted:
+            return self.adapted.merged(self.state.ema.first)
         size = self.source.dataset_at(max(0, self.state.step - 1)).size
         model = make_network(replace(self.network_config, image_size=size)).to(self.config.device)
         self.state.ema.copy_to(model, self.parallel.full_tensor)

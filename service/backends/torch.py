@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ditserve.model.nets.factory import Network, make_network
-from ditserve.model.nets.lora import AdapterBank, Layers, row_layers
+from ditserve.model.nets.lora import AdapterBank, Layers, adaptable_layers
 from ditserve.model.nets.pipelines import PRECISIONS
 from ditserve.model.spec.adapters import AdapterFile
 from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
@@ -180,14 +180,15 @@ class TorchAdapters:
     layers that are changed.
     """
 
-    ROWS = 3  # of the pass that tells which layers can be adapted
-
     def __init__(self, network: Any, bundle: Bundle, files: Sequence[AdapterFile]) -> None:
         self._bank, self._conditioner = AdapterBank({}, {}), frozenset[str]()
         self.loaded: tuple[LoadedAdapter, ...] = ()
         if not files:
             return
-        layers = self._layers(network, bundle.manifest)
+        with _computing():
+            conditioner, backbone = adaptable_layers(network, bundle.manifest.config)
+        self._conditioner = frozenset(_inner(conditioner))
+        layers = _inner(conditioner) | _inner(backbone)
         try:
             read = {
                 file.name: read_adapter(
@@ -208,27 +209,6 @@ class TorchAdapters:
         named = [[(use.name, use.scale) for use in uses] for uses in rows]
         with torch.compiler.set_stance("force_eager"), self._bank.applied(named):
             yield
-
-    def _layers(self, network: Any, manifest: Manifest) -> Layers:
-        """Return the layers that can be adapted, those of the conditioner noted."""
-        config = manifest.config
-        labels = torch.zeros((self.ROWS, len(config.classes)), dtype=torch.int64)
-        text = torch.zeros(self.ROWS, config.text_width) if config.text_width else None
-        x = torch.zeros(self.ROWS, config.in_channels, *config.image_size)
-        timesteps = torch.ones(self.ROWS)
-        device = next(network.parameters()).device
-        labels, x, timesteps = (tensor.to(device) for tensor in (labels, x, timesteps))
-        state: list[torch.Tensor] = []
-
-        def condition() -> None:
-            embedding = network.embed(labels, None if text is None else text.to(device))
-            state.extend(network.modulate(timesteps, embedding))
-
-        with _computing(), torch.compiler.set_stance("force_eager"):
-            conditioner = row_layers(network, condition, self.ROWS)
-            backbone = row_layers(network, lambda: network.backbone(x, state), self.ROWS)
-        self._conditioner = frozenset(_inner(conditioner))
-        return _inner(conditioner) | _inner(backbone)
 
 
 def _inner(layers: Layers) -> dict[str, torch.nn.Linear]:

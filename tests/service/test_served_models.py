@@ -88,6 +88,42 @@ def test_another_model_does_not_take_the_place_of_a_served_one(tmp_path: Path) -
         model.reopened(verify=True)
 
 
+def test_adapters_are_part_of_what_is_served(tmp_path: Path) -> None:
+    """Others, or none, are another version, which workers are started anew for."""
+    folder = write(tmp_path / "bundle")
+    (model,) = open_served_models(made(bundle=str(folder)), verify=True)
+    assert (model.adapters, model.digest) == ((), bundle_digest(MANIFEST))
+    own = model.settings(made(bundle=str(folder)))
+    (folder / "adapters").mkdir()
+    (folder / "adapters" / "noir.safetensors").write_bytes(b"one")
+    changed = model.reopened(verify=True)
+    assert [adapter.name for adapter in changed.adapters] == ["noir"]
+    assert changed.digest != model.digest
+    assert own.adapters is None
+    worker = changed.settings(made(bundle=str(folder)))
+    assert open_served_models(worker, verify=True)[0].digest == changed.digest, "as the worker opens it"
+    (folder / "adapters" / "noir.safetensors").write_bytes(b"two")
+    assert changed.reopened(verify=True).digest not in (model.digest, changed.digest)
+
+
+def test_adapters_lie_beside_each_bundle_or_in_a_folder_that_is_named(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", name="one"), write(tmp_path / "two", name="two")
+    for folder in (tmp_path / "shelf", tmp_path / "shelf" / "two", one / "adapters"):
+        folder.mkdir()
+        (folder / f"{folder.name}-look.safetensors").write_bytes(b"any")
+    (tmp_path / "shelf" / "shelf-look.safetensors").rename(tmp_path / "look.safetensors")
+    both = f"{one},{two}"
+    names = [
+        [adapter.name for model in open_served_models(settings, verify=True) for adapter in model.adapters]
+        for settings in (made(bundle=both), made(bundle=both, adapters=tmp_path / "shelf"))
+    ]
+    assert names == [["adapters-look"], ["two-look"]]
+    (alone,) = open_served_models(made(bundle=str(two), adapters=tmp_path / "shelf" / "two"), verify=True)
+    assert [adapter.name for adapter in alone.adapters] == ["two-look"]
+    with pytest.raises(ValueError, match="directory"):
+        made(bundle=str(two), adapters=tmp_path / "nowhere")
+
+
 def test_digests_tell_bundles_and_vocabularies_apart() -> None:
     version = MANIFEST.model_copy(update={"version": "2"})
     assert bundle_digest(version) != bundle_digest(MANIFEST)
