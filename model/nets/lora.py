@@ -140,7 +140,7 @@ def _adding(slab: _Slab, use: _Use, name: str) -> Callable[[nn.Module, Any, Tens
 def adaptable_layers(network: Any, config: BundleConfig, rows: int = 3) -> tuple[Layers, Layers]:
     """Return the linear layers that can be adapted: those of the conditioner, and those of the backbone.
 
-    They are found by a pass of a few rows. A network's own compiled parts run eager in it.
+    They are found by a pass of a few rows.
     """
     device = next(network.parameters()).device
     labels = torch.zeros((rows, len(config.classes)), dtype=torch.int64, device=device)
@@ -151,7 +151,7 @@ def adaptable_layers(network: Any, config: BundleConfig, rows: int = 3) -> tuple
     def condition() -> None:
         state.extend(network.modulate(torch.ones(rows, device=device), network.embed(labels, text)))
 
-    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+    with torch.inference_mode():
         conditioner = row_layers(network, condition, rows)
         return conditioner, row_layers(network, lambda: network.backbone(x, state), rows)
 

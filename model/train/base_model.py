@@ -43,7 +43,9 @@ def base_bundle(init: Any) -> Bundle:
     Raises:
         ValueError: `init` is no bundle of a network of ours.
     """
-    if init is None or not (Path(init) / MANIFEST).is_file():
+    if init is None:
+        raise ValueError("lora needs init, the folder of the bundle to adapt")
+    if not (Path(init) / MANIFEST).is_file():
         raise ValueError(f"lora needs init, the folder of the bundle to adapt, and {init} is none")
     try:
         bundle = Bundle.open(init, verify=False)

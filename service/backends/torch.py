@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -103,13 +103,14 @@ class TorchBackend:
         else:
             self._model = self._own_network(bundle, config)
         self._backbone = self._model.backbone
+        self.adapters: BackendAdapters | None
+        self.adapters = TorchAdapters(self._model, bundle, adapters, compiled=compile)
         if compile and isinstance(config, PipelineConfig):
             self._model.compile_blocks()
         elif compile:
             self._backbone = torch.compile(self._backbone, dynamic=True)
         if self.precision != "fp32":
             refuse_overflow(self)
-        self.adapters: BackendAdapters | None = TorchAdapters(self._model, bundle, adapters)
 
     def _own_network(self, bundle: Bundle, config: NetworkConfig) -> Network:
         if self.precision != "fp32":
@@ -176,28 +177,32 @@ class TorchBackend:
 class TorchAdapters:
     """The low-rank adapters of a network of torch.
 
-    A pass with adapters runs eager where the network is compiled: it would be compiled again for every set of
-    layers that are changed.
+    A pass with adapters runs eager where the network is to be `compiled`: it would be compiled again for
+    every set of layers that are changed.
     """
 
-    def __init__(self, network: Any, bundle: Bundle, files: Sequence[AdapterFile]) -> None:
+    def __init__(
+        self, network: Any, bundle: Bundle, files: Sequence[AdapterFile], *, compiled: bool = False
+    ) -> None:
         self._bank, self._conditioner = AdapterBank({}, {}), frozenset[str]()
+        self._compiled = compiled
         self.loaded: tuple[LoadedAdapter, ...] = ()
         if not files:
             return
-        with _computing():
-            conditioner, backbone = adaptable_layers(network, bundle.manifest.config)
-        self._conditioner = frozenset(_inner(conditioner))
-        layers = _inner(conditioner) | _inner(backbone)
         try:
-            read = {
-                file.name: read_adapter(
-                    file, layers, base=adapter_base(bundle), translate=_translation(bundle.manifest)
-                )
-                for file in files
-            }
+            with _computing():
+                self._load(network, bundle, files)
         except AdapterError as error:
             raise BackendUnavailable(str(error)) from None
+        except OutOfMemory as error:
+            raise BackendUnavailable(f"too little memory for the adapters ({error}): remove some") from None
+
+    def _load(self, network: Any, bundle: Bundle, files: Sequence[AdapterFile]) -> None:
+        conditioner, backbone = adaptable_layers(network, bundle.manifest.config)
+        self._conditioner = frozenset(_inner(conditioner))
+        layers = _inner(conditioner) | _inner(backbone)
+        base, translate = adapter_base(bundle), _translation(bundle.manifest)
+        read = {file.name: read_adapter(file, layers, base=base, translate=translate) for file in files}
         self._bank = AdapterBank(layers, {name: adapter.terms for name, adapter in read.items()})
         self.loaded = tuple(LoadedAdapter(file.name, file.version, read[file.name].rank) for file in files)
 
@@ -207,7 +212,8 @@ class TorchAdapters:
     @contextmanager
     def applied(self, rows: Sequence[RowUses]) -> Iterator[None]:
         named = [[(use.name, use.scale) for use in uses] for uses in rows]
-        with torch.compiler.set_stance("force_eager"), self._bank.applied(named):
+        eager = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        with eager, self._bank.applied(named):
             yield
 
 

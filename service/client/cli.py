@@ -89,6 +89,7 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         "guidance_decay": options.guidance_decay,
         "negative_prompt": options.negative_prompt,
         "truncate_prompt": options.truncate_prompt,
+        "adapters": options.adapter,
         "size": options.size,
         "windows": options.windows,
     }
@@ -109,6 +110,17 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         path.write_bytes(image.data)
         paths.append(path)
     return paths
+
+
+def _adapter(text: str) -> dict[str, Any]:
+    """Return the adapter of a flag, such as "pixel-art=0.8"."""
+    name, equals, scale = text.partition("=")
+    if not equals:
+        return {"name": name}
+    try:
+        return {"name": name, "scale": float(scale)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{scale!r} is no scale: write NAME=0.8") from None
 
 
 def _condition(model: dict[str, Any], prompt: str) -> dict[str, Any]:
@@ -197,6 +209,13 @@ def _parser(url: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--negative-prompt", help="a text that guidance subtracts, where the model reads text"
+    )
+    parser.add_argument(
+        "--adapter",
+        type=_adapter,
+        action="append",
+        metavar="NAME[=SCALE]",
+        help="a low-rank adapter of the model to draw with; may be given several times",
     )
     parser.add_argument(
         "--truncate-prompt",

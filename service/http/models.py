@@ -47,7 +47,14 @@ class Model:
                 remedy=f"{command_line('bench.ladder')} {served.folder} --write",
             )
         prompts = PromptLimit(manifest.config, bundle.path / PIPELINE)
-        submissions = Submissions(manifest, settings, queue_client.queue, prompts=prompts, pictures=pictures)
+        submissions = Submissions(
+            manifest,
+            settings,
+            queue_client.queue,
+            prompts=prompts,
+            pictures=pictures,
+            bundle=served.digest,
+        )
         golden = manifest.golden
         canary = Canary(bundle.path, golden, submissions, queue_client.listener) if golden else None
         metrics.BUILD_INFO.labels(VERSION, manifest.name, manifest.version).set(1)

@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from ditserve.service.errors import ServiceError
 from ditserve.service.jobs import WEIGHTS, EqualJobs, Job, JobResult
+from ditserve.service.queue.broker import Overtaken
 from ditserve.service.queue.queue_client import Queue
 from ditserve.service.settings import Settings
 from ditserve.service.telemetry import metrics
@@ -37,6 +39,8 @@ Sharing = Literal["none", "done", "running"]
 # The way in which a request was answered while reuse is on.
 CacheOutcome = Literal["hit", "joined", "miss"]
 
+# How often a place among equal jobs is looked at again that another job took meanwhile.
+OVERTAKEN_TRIES: Final = 3
 # The fields of a job that its pictures do not depend on. `caller` is one only where callers share.
 BOOKKEEPING: Final = frozenset(
     {
@@ -66,6 +70,10 @@ class SharedJob:
     result: JobResult | None
     holder: str
 
+    @property
+    def outcome(self) -> CacheOutcome:
+        return "joined" if self.result is None else "hit"
+
 
 class Reuse:
     """Looks for jobs equal to those of one version of a model, whose bundle has this digest."""
@@ -77,6 +85,10 @@ class Reuse:
     @property
     def on(self) -> bool:
         return self._keep_s > 0
+
+    def lookup(self, sharing: Sharing, *, seeded: bool) -> Lookup:
+        """Return the lookup of one request, which may or may not have a seed."""
+        return Lookup(self, sharing, seeded=seeded)
 
     async def find(self, job: Job, sharing: Sharing) -> SharedJob | EqualJobs:
         """Return an equal job that can answer, or else the place at which this job is to be found.
@@ -117,6 +129,46 @@ class Reuse:
         return result.degraded and (result.rung, result.steps_used) == (admitted.name, admitted.steps)
 
 
+class Lookup:
+    """Looks for a job that answers one request, or for the place where its own job is found by others."""
+
+    def __init__(self, reuse: Reuse, sharing: Sharing, *, seeded: bool) -> None:
+        self._reuse, self._sharing = reuse, sharing
+        self._seeded = seeded and reuse.on
+        self._place: EqualJobs | None = None
+
+    async def find(self, job: Job) -> SharedJob | None:
+        """Return a job equal to this one that can answer, None if there is none."""
+        if not self._seeded:
+            return None
+        found = await self._reuse.find(job, self._sharing)
+        if isinstance(found, SharedJob):
+            metrics.REUSE.labels(found.outcome).inc()
+            return found
+        self._place = found
+        return None
+
+    async def queue(
+        self, job: Job, enqueue: Callable[[EqualJobs | None], Awaitable[bool]]
+    ) -> SharedJob | bool:
+        """Return what `enqueue` returns for the place found last, or a job that took it meanwhile."""
+        for _ in range(OVERTAKEN_TRIES):
+            try:
+                return await enqueue(self._place)
+            except Overtaken:
+                shared = await self.find(job)
+                if shared is not None:
+                    return shared
+        return await enqueue(None)
+
+    def missed(self) -> CacheOutcome | None:
+        """Count that the request's own job was queued. Return the outcome, None where nothing is reused."""
+        if not self._reuse.on:
+            return None
+        metrics.REUSE.labels("miss").inc()
+        return "miss"
+
+
 def loses_nothing(mine: Job, theirs: Job) -> bool:
     """Return whether a request can wait for the images of an equal job that runs. See the table above."""
     if mine.deadline_at is None or theirs.deadline_at is None:
@@ -137,9 +189,3 @@ def picture_digest(job: Job, bundle: str, *, across: bool) -> str:
     left_out = BOOKKEEPING | {"caller"} if across else BOOKKEEPING
     fields = {name: value for name, value in fields_of(job).items() if name not in left_out}
     return hashlib.blake2b(pack({"bundle": bundle, **fields}), digest_size=16).hexdigest()
-
-
-def count_outcome(outcome: CacheOutcome) -> CacheOutcome:
-    """Count how a request was answered while reuse is on; return it."""
-    metrics.REUSE.labels(outcome).inc()
-    return outcome

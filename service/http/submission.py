@@ -9,6 +9,7 @@ import hashlib
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
 
 from ditserve.model.spec.bundle import encodes_pictures
@@ -36,10 +37,10 @@ from ditserve.service.http.operating_point import (
 )
 from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.promises import Promises
-from ditserve.service.http.reuse import CacheOutcome, Reuse, Sharing, count_outcome
+from ditserve.service.http.reuse import CacheOutcome, Reuse, SharedJob, Sharing
 from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
 from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, picture_size, size_text
-from ditserve.service.identity import bundle_digest, vocabulary_digest
+from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import (
     TERMINAL_STATES,
     AdapterUse,
@@ -54,7 +55,6 @@ from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.delivery import Delivery
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.load import finite
-from ditserve.service.queue.broker import Overtaken
 from ditserve.service.queue.queue_client import Queue
 from ditserve.service.rung import Consent, Rung
 from ditserve.service.settings import Settings
@@ -65,8 +65,6 @@ from ditserve.service.vocabulary import Vocabulary
 # A client of a full queue is asked to come back once this share of it should have drained …
 _DRAINED_SHARE = 0.1
 # … or after `RETRY_S` where that cannot be predicted.
-# How often a place among equal jobs is looked at again that another one took meanwhile.
-_OVERTAKEN_TRIES = 3
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
 # Idempotency-Key.
 _FINGERPRINT = "body"
@@ -131,7 +129,7 @@ class _ResolvedRequest:
 
 
 class Submissions:
-    """Turns requests for one model into jobs in the queue."""
+    """Turns requests for one model into jobs in the queue; `bundle` is the digest that its workers report."""
 
     def __init__(
         self,
@@ -141,6 +139,7 @@ class Submissions:
         *,
         prompts: PromptLimit,
         pictures: PictureReader,
+        bundle: str,
     ) -> None:
         self.manifest = manifest
         self.prompts = prompts
@@ -153,7 +152,7 @@ class Submissions:
         self.delivery = Delivery()
         self._lag = LoopLag()
         self._digest = vocabulary_digest(manifest)
-        self._reuse = Reuse(queue, bundle_digest(manifest), settings)
+        self._reuse = Reuse(queue, bundle, settings)
         self._callbacks = AllowedCallbacks.parse(settings.callback_allow)
         self._settings = settings
         self._queue = queue
@@ -197,66 +196,26 @@ class Submissions:
         resolved = _ResolvedRequest(request, image_format, conditions, asked, output, source, adapters)
         now = self._queue.clock()
         admission_request = self._admission_request(resolved, answer_by, now)
-        place: EqualJobs | None = None
-        reuses = self._reuse.on and request.seed is not None
-        if reuses:
-            as_asked = Admission(True, resolved.rung, False, None, None, inf)
-            equal = self._job(resolved, admission_request, as_asked, caller, now)
-            found = await self._find(equal, sharing, answer_by)
-            if isinstance(found, Submission):
-                return found
-            place = found
+        lookup = self._reuse.lookup(sharing, seeded=request.seed is not None)
+        as_asked = Admission(True, asked, False, None, None, inf)
+        shared = await lookup.find(self._job(resolved, admission_request, as_asked, caller, now))
+        if shared is not None:
+            return _shared(shared, answer_by)
         sender = caller.name, request.model_dump_json()
         admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
         job = self._job(resolved, admission_request, admission, caller, now)
         # Nothing is awaited between admission and this reservation, so concurrent requests see each other.
         with self.load.reserved(job):
-            if reuses and admission.degraded:
-                # It is another picture than the one that was asked for.
-                found = await self._find(job, sharing, answer_by)
-                if isinstance(found, Submission):
-                    return found
-                place = found
-            queued = await self._queue_at(place, job, caller, sharing, answer_by)
-        if isinstance(queued, Submission):
-            return queued
+            # A degraded picture is another than the one that was asked for.
+            shared = await lookup.find(job) if admission.degraded else None
+            queued = shared or await lookup.queue(job, partial(self._enqueue, job, caller))
+        if isinstance(queued, SharedJob):
+            return _shared(queued, answer_by)
         if not queued:
             return _replayed(await self._existing(job), caller.idempotency)
         if admission.degraded:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
-        cache = count_outcome("miss") if self._reuse.on else None
-        return Submission(job, True, True, finite(admission.predicted_s), answer_by, cache)
-
-    async def _find(self, job: Job, sharing: Sharing, answer_by: float | None) -> Submission | EqualJobs:
-        """Return the submission that an equal job answers, or else this job's place among its equals."""
-        found = await self._reuse.find(job, sharing)
-        if isinstance(found, EqualJobs):
-            return found
-        outcome = count_outcome("joined" if found.result is None else "hit")
-        pending = found.result is None
-        return Submission(found.job, False, pending, None, answer_by, outcome, found.result, found.holder)
-
-    async def _queue_at(
-        self,
-        place: EqualJobs | None,
-        job: Job,
-        caller: Caller,
-        sharing: Sharing,
-        answer_by: float | None,
-    ) -> Submission | bool:
-        """Queue a job at its place among its equals, or return the submission that one of them answers.
-
-        Return False if a job of its id is there. Raises as `_enqueue`.
-        """
-        for _ in range(_OVERTAKEN_TRIES):
-            try:
-                return await self._enqueue(job, caller, place)
-            except Overtaken:
-                found = await self._find(job, sharing, answer_by)
-                if isinstance(found, Submission):
-                    return found
-                place = found
-        return await self._enqueue(job, caller, None)
+        return Submission(job, True, True, finite(admission.predicted_s), answer_by, lookup.missed())
 
     def _check_length(self, request: GenerateRequest, conditions: RequestedConditions) -> None:
         """Refuse texts of more tokens than the model takes. Raises `InvalidRequest`."""
@@ -442,6 +401,14 @@ class Submissions:
         if status is None:
             raise JobLost()
         return status
+
+
+def _shared(shared: SharedJob, answer_by: float | None) -> Submission:
+    """Return the submission that another job answers."""
+    result = shared.result
+    return Submission(
+        shared.job, False, result is None, None, answer_by, shared.outcome, result, shared.holder
+    )
 
 
 def _replayed(status: JobStatus, idempotency: Idempotency | None) -> Submission:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.jobs import ConditionTerm, Image, Job, JobResult, WorkerState
+from ditserve.service.jobs import AdapterUse, ConditionTerm, Image, Job, JobResult, WorkerState
 from ditserve.service.rung import Rung
 from ditserve.service.wire import WireError, pack, unpack
 
@@ -95,3 +95,8 @@ def test_no_bytes_do_worse_than_a_wire_error(data: bytes) -> None:
     for kind in (Job, JobResult, WorkerState):
         with pytest.raises(WireError):
             kind.from_bytes(data)
+
+
+def test_a_job_with_adapters_stays_on_the_backbone_that_they_change(make_job: Callable[..., Job]) -> None:
+    assert not make_job().consent.own_backbone
+    assert make_job(adapters=(AdapterUse("noir", 1.0, "11"),)).consent.own_backbone

@@ -235,6 +235,11 @@ class TestCommand:
             (["an apple", "--negative-prompt", "fog"], "takes no text", 1),
             (["an apple", "a lemon", "--weights", "1"], "--weights: give one for each of the 2 prompts", 2),
             (["an apple", "-o", "x.gif"], "x.gif", 2),
+            (
+                ["an apple", "--adapter", "noir=0.5"],
+                "adapters: Adapters need workers of the torch backend",
+                1,
+            ),
             (["a lemn"], "Closest: lemon", 1),
             (["an apple", "-n", "999"], "n: ", 1),
             (["an apple", "-o", "no/such/folder.png"], "no/such/folder.png", 1),

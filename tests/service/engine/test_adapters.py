@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from tests.service.engine.stepping import finished, run
 from tests.service.tiny_adapters import BACKBONE, CONDITIONER, write_adapter
 from tests.service.tiny_bundle import write_bundle
 
-pytest.importorskip("torch", reason="adapters need torch: pip install 'ditserve[torch]'")
-from ditserve.service.backends.torch import TorchBackend
+torch = pytest.importorskip("torch", reason="adapters need torch: pip install 'ditserve[torch]'")
+from ditserve.service.backends.torch import TorchBackend  # noqa: E402
 
 Make = Callable[..., Any]
 NOIR, PIXELS, TONE = (
@@ -139,8 +140,11 @@ def test_an_adapter_that_does_not_fit_is_one_sentence(bundle: Bundle, tmp_path: 
         TorchBackend(bundle, adapters=adapter_files(path.parent))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-def test_a_compiled_backbone_draws_the_same(bundle: Bundle, backend: TorchBackend) -> None:
+def test_a_compiled_backbone_draws_the_same(
+    bundle: Bundle, backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graph is traced and run as it is: code for this processor takes long to make."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compiled = TorchBackend(bundle, adapters=adapter_files(bundle.path / "adapters"), compile=True)
     generator = np.random.default_rng(0)
     x = generator.standard_normal((3, 3, 8, 8), np.float32)

@@ -269,7 +269,9 @@ def test_whatever_openais_route_takes_can_be_translated(text_size: int, fields: 
     body = ImagesRequest(**fields)
     prompts = PromptLimit(manifest.config, Path())
     queue, pictures = cast(Queue, None), cast(PictureReader, None)
-    submissions = Submissions(manifest, Settings.parse(), queue, prompts=prompts, pictures=pictures)
+    submissions = Submissions(
+        manifest, Settings.parse(), queue, prompts=prompts, pictures=pictures, bundle=""
+    )
     drawing = translate(body, submissions)
     for name in DrawingOptions.model_fields:
         assert getattr(drawing, name) == getattr(body, name)

@@ -178,13 +178,15 @@ async def test_adapters_are_drawn_with_and_replaced_while_it_works(
     write_bundle(folder, weights=True)
     write_adapter(folder, "noir", seed=1)
     log.touch()
-    flags = (f"--bundle={folder}", "--backend=torch", "--canary-s=0", "--drain-s=5")
+    flags = (f"--bundle={folder}", "--backend=torch", "--canary-s=0", "--drain-s=5", "--reuse-s=600")
     async with serving(*flags, log=log) as running, Client(running) as client:
         assert [name for name, _ in await client.adapters()] == ["noir"]
         plain, noir, none = await asyncio.gather(
             client.draw(), client.draw(adapters=[{"name": "noir"}]), client.draw(adapters=[])
         )
         assert drawn(plain) == drawn(none) != drawn(noir)
+        again = await client.draw(adapters=[{"name": "noir"}])
+        assert (again.headers["x-cache"], drawn(again)) == ("hit", drawn(noir))
         file = Image.open(io.BytesIO(base64.b64decode(noir.json()["images"][0]["b64"])))
         assert json.loads(file.info["adapters"]) == [{"name": "noir", "scale": 1.0}]
         assert (await client.draw(adapters=[{"name": "round"}])).status_code == 422
