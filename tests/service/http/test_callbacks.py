@@ -12,6 +12,8 @@ from standardwebhooks import Webhook
 
 from ditserve.service.callbacks import delivery, post
 from ditserve.service.callbacks.delivery import delay_before
+from ditserve.service.errors import QueueUnavailable
+from ditserve.service.queue import patience
 from ditserve.service.settings import Settings
 from tests.conftest import wait_until
 from tests.service.callbacks.conftest import HANG, SECRETS, Receiver
@@ -133,6 +135,23 @@ async def test_two_processes_call_once(open_stage: OpenStage, receiver: Receiver
     for job in jobs:
         await settled(stages[0], job)
     assert sorted(got.job["links"]["self"] for got in receiver.posts) == sorted(jobs)
+
+
+async def test_a_redis_that_is_away_after_a_delivery_is_waited_for(
+    stage: Stage, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle, faults = stage.broker.settle_callback, [QueueUnavailable("It is away.")] * 2
+
+    async def settle_later(*args: Any, **options: Any) -> bool:
+        if faults:
+            raise faults.pop()
+        return await settle(*args, **options)
+
+    monkeypatch.setattr(stage.broker, "settle_callback", settle_later)
+    monkeypatch.setattr(patience, "RETRY_S", 0.05)
+    callback = await settled(stage, await stage.queued(callback_url=receiver.url))
+    assert (callback["state"], callback["attempts"], faults) == ("delivered", 1, [])
+    assert len(receiver.posts) == 1
 
 
 async def test_what_is_under_way_when_a_process_stops_is_told_once(
