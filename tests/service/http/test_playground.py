@@ -265,7 +265,9 @@ class TestInChromium:
         await page.click("#unmask")
         await page.click("#go")
         await page.wait_for_selector("#facts:not([hidden])")
-        assert stage.worker.claimed[-1].job.source.mask is None
+        source = stage.worker.claimed[-1].job.source
+        assert source is not None
+        assert source.mask is None
         await page.click("#unstart")
         await page.click("#go")
         await page.wait_for_selector("#facts:not([hidden])")
