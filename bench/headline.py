@@ -1,8 +1,14 @@
 """Compare this service with others on this machine: one model, one traffic, one promised latency.
 
-    python -m bench.peers.model MODEL          once: the model that all serve
-    python -m bench.headline MODEL --peers .peers/bin/python [--minutes 25] [--requests 163] [--seeds 1 2 3]
-        [--loads .7 1.1 1.4 2 .9] [--arms planner EDF …] [--threads 2] [--slo 3] [--name headline] [--fresh]
+    python -m bench.headline BUNDLE --peers .peers/bin/python [--prompts FILE] [--minutes 25] [--requests 163]
+        [--seeds 1 2 3] [--loads .5 .9 1.1 1.4 2 3 5 8] [--arms planner EDF …] [--threads 2] [--slo 3]
+        [--name headline] [--fresh]
+
+Model. Of any bundle of our own networks, peers serve the same network in PyTorch, or around our graphs, with
+the same solver, steps, text encoder and decoder. A model of texts is asked with the prompts of a file, one a
+line. `python -m bench.peers.model FOLDER` makes a model that diffusers can hold, and given FOLDER for BUNDLE
+the peers serve diffusers' own network. Run `python -m bench.ladder BUNDLE --data … --classifier …` first: the
+distances to real pictures that it leaves in bench/results are shown beside every load.
 
 Speed. A shared machine drifts by more than systems differ. So the speed of the machine is taken before and
 after every run, by passes through the model in this process, and all times are given, offered and promised at
@@ -37,7 +43,7 @@ from ditserve.bench.compare import tables
 from ditserve.bench.compare.results_store import Headline, ResultsStore
 from ditserve.bench.compare.runs import CAPACITY, REFERENCE
 from ditserve.bench.compare.session import MAX_LAG_MS, WARM_UP, HeadlineSession
-from ditserve.bench.compare.systems import SYSTEMS
+from ditserve.bench.compare.systems import SYSTEMS, has_diffusers
 from ditserve.bench.plots import draw_panels
 from ditserve.model.spec.bundle import write_atomic
 
@@ -52,19 +58,21 @@ def publish(headline: Headline, name: str, console: Console) -> None:
     headline.write(report.result_path(f"{name}.json"))
     write_atomic(report.result_path(f"{name}.md"), tables.document(made, name).encode())
     figure = report.result_path(f"{name}.png")
-    draw_panels([tables.panels(headline)], figure, size=(13, 4.2), legend_columns=8, dpi=100)
+    panels = tables.panels(headline)
+    draw_panels([panels], figure, size=(4.4 * len(panels), 4.2), legend_columns=8, dpi=100)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser("headline", __doc__)
-    parser.add_argument("model", type=Path, help="folder that bench.peers.model wrote")
+    parser.add_argument("model", type=Path, help="a bundle, or the folder that bench.peers.model wrote")
+    parser.add_argument("--prompts", type=Path, help="for a model of texts: a file with one a line")
     parser.add_argument(
         "--peers", type=Path, default=Path(".peers/bin/python"), help="the peers' interpreter"
     )
     parser.add_argument("--minutes", type=float, default=25.0, help="of this session")
     parser.add_argument("--requests", type=int, default=163, help=f"of a run, {WARM_UP} of them to warm up")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--loads", type=float, nargs="+", default=[0.7, 1.1, 1.4, 2.0, 0.9, 0.5])
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.9, 1.1, 1.4, 2.0, 3.0, 5.0, 8.0])
     parser.add_argument("--arms", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), metavar="ARM")
     parser.add_argument("--threads", type=int, default=2, help="compute threads of every server")
     parser.add_argument(
@@ -80,6 +88,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     settings = {name: getattr(options, name) for name in ("requests", "threads", "slo", "promise_of")}
+    settings["peers_run"] = "diffusers" if has_diffusers(options.model) else "PyTorch"
     # A server that runs is stopped on the way out.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 

@@ -3,6 +3,7 @@
 python -m model.sample model/zoo/emoji -c label=red-apple,style=noto --count 8 -o apples.png
 python -m model.sample runs/emoji -c label=cat -c label=dog --combine layers
 python -m model.sample my-sd3 --prompt "a red bicycle" --steps 8 -o bicycle.png
+python -m model.sample model/zoo/emoji -c label=lemon,style=noto --image strawberry.png --strength 0.6
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ditserve.commands import command_line
-from ditserve.model.nets.autoencoder import PictureDecoder, open_decoder
+from ditserve.model.nets.autoencoder import PictureAutoencoder, open_decoder
 from ditserve.model.sampling.denoise import Conditions, Denoiser, Guidance, denoise
 from ditserve.model.sampling.prompt import (
     PromptTerm,
@@ -42,6 +43,7 @@ from ditserve.model.sampling.sheet import (
     sheet_labels,
     to_pixels,
 )
+from ditserve.model.sampling.source import SourceFiles
 from ditserve.model.sampling.windows import WindowDenoiser
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.command_line import count, finite, guarded, named_path, picture_file, positive, share
@@ -50,6 +52,7 @@ from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.mixing import Combine
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.solvers import SOLVERS, StepTable, step_table
+from ditserve.model.spec.source import walked_steps
 from ditserve.model.spec.windows import windows_over
 from ditserve.model.train.imported_pipeline import (
     autoencoder_folder,
@@ -72,10 +75,15 @@ class _Opened:
     """
 
     loaded: LoadedModel
-    decoder: PictureDecoder
+    decoder: PictureAutoencoder
     terms: Sequence[PromptTerm]
     parts: Sequence[Tensor]
     negative: Tensor | None
+
+    def conditions(self, how: Combine, rows: int) -> Conditions:
+        """Return the terms combined, for `rows` samples."""
+        weights = [term.weight for term in self.terms]
+        return combine_conditions(self.parts, weights, how, rows, negative=self.negative)
 
 
 def sample(options: argparse.Namespace) -> Image.Image:
@@ -84,11 +92,12 @@ def sample(options: argparse.Namespace) -> Image.Image:
     Raises:
         ModelError, ValueError: the model cannot be loaded, or an option is not possible for it.
     """
+    files = SourceFiles(options.image, options.mask, options.strength)
     bundle = imported_pipeline(options.model)
     opened = _open_own(options) if bundle is None else _open_pipeline(bundle, options)
     loaded, terms, negative = opened.loaded, opened.terms, opened.negative
     model = loaded.network
-    table, guidance = _sampling(loaded, options)
+    table, guidance = _sampling(loaded, options, files.share)
     size = tuple(options.size) if options.size else model.config.image_size
     samples, columns = options.count or COUNT, options.columns or 8
     if not terms:
@@ -101,6 +110,7 @@ def sample(options: argparse.Namespace) -> Image.Image:
     if options.windows:
         # A size that no window fits is refused here.
         windows_over((size[0], size[1]), model.config.image_size)
+    source = files.read(opened.decoder, (size[0], size[1]), next(model.parameters()).device)
     kind = WindowDenoiser if options.windows else Denoiser
     pixels = []
     with Progress(disable=not sys.stderr.isatty() and not options.progress) as progress:
@@ -108,16 +118,16 @@ def sample(options: argparse.Namespace) -> Image.Image:
         for start in range(0, samples, CHUNK):
             part = min(CHUNK, samples - start)
             if terms:
-                weights = [term.weight for term in terms]
-                conditions = combine_conditions(
-                    opened.parts, weights, options.combine, part, negative=negative
-                )
+                conditions = opened.conditions(options.combine, part)
             else:
                 subtracted = None if negative is None else negative.expand(part, -1)
                 conditions = Conditions((sheet_embeddings[start : start + part],), negative=subtracted)
             denoiser = kind(model, loaded.schedule, conditions, guidance)
             seeds = [options.seed + start + k for k in range(part)]
-            estimates = denoise(denoiser, table, seeds, size, clip_x0=loaded.manifest.diffusion.clip_x0)
+            clip = loaded.manifest.diffusion.clip_x0
+            estimates = denoise(
+                denoiser, table, seeds, size, clip_x0=clip, source=source, strength=files.share
+            )
             for step, x0 in enumerate(estimates, 1):
                 progress.advance(task, part)
                 if step == len(table):
@@ -219,8 +229,11 @@ def _device(name: str) -> torch.device:
         raise SampleError(f"there is no device {name!r} here: leave --device out to use the CPU") from None
 
 
-def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTable, Guidance]:
-    """Return the steps and the guidance: as the command line says, or else the defaults of the model."""
+def _sampling(loaded: LoadedModel, options: argparse.Namespace, walked: float) -> tuple[StepTable, Guidance]:
+    """Return the steps and the guidance: as the command line says, or else the defaults of the model.
+
+    Of the steps it is the last ones, the share `walked`.
+    """
     own = loaded.network.config.image_size
     # A window has the model's own size, whatever the picture's.
     size = own if options.windows else options.size or own
@@ -233,7 +246,8 @@ def _sampling(loaded: LoadedModel, options: argparse.Namespace) -> tuple[StepTab
         )
     solver, steps = options.solver or defaults.solver, options.steps or defaults.steps
     kind = choose_grid(options.grid, stated=defaults.grid, solver=solver, steps=steps, schedule=schedule)
-    table = step_table(solver, noise_levels(kind, steps, schedule), schedule, eta=options.eta)
+    levels = noise_levels(kind, steps, schedule)[-walked_steps(steps, walked) :]
+    table = step_table(solver, levels, schedule, eta=options.eta)
     guidance = Guidance(
         scale=loaded.manifest.guidance_weight(None if told else options.scale),
         interval=tuple(options.interval or defaults.guidance_interval),
@@ -311,6 +325,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("H", "W"),
         help="in pixels or latent pixels",
     )
+    add("--image", type=named_path, help="picture to start from, cut and scaled to the size")
+    add("--mask", type=named_path, help="what is repainted of it, white in a picture of the same shape")
+    add("--strength", type=share, help="share of the steps that are walked from it, the last ones (0.8)")
     add("--windows", action="store_true", help="draw --size in overlapping windows of the model's own size")
     add("--columns", type=positive, help="pictures side by side")
     add("--encoder", help="of text: a name or module:Class (the one it was trained with)")

@@ -7,6 +7,7 @@ from math import inf
 from typing import Self
 
 from ditserve.model.spec.mixing import Combine
+from ditserve.model.spec.source import walked_steps
 from ditserve.model.spec.stretches import Stretch
 
 Interval = tuple[float, float]
@@ -36,11 +37,8 @@ class Rung:
 
     @property
     def walked(self) -> int:
-        """The steps that are walked: the share `strength` of all, rounded up.
-
-        diffusers' pipelines from picture to picture count in the same way: 10 steps at 0.55 are 6.
-        """
-        return max(1, self.steps - int(self.steps - self.steps * self.strength))
+        """The steps that are walked: the share `strength` of all, rounded up."""
+        return walked_steps(self.steps, self.strength)
 
     @property
     def backbones(self) -> tuple[str, ...]:

@@ -28,7 +28,16 @@ from ditserve.bench.compare.runs import (
     planned_runs,
 )
 from ditserve.bench.compare.speed import SpeedReference
-from ditserve.bench.compare.systems import SYSTEMS, RunningServer, ServerFailed, ServerSetup, running_server
+from ditserve.bench.compare.systems import (
+    SYSTEMS,
+    RunningServer,
+    ServerFailed,
+    ServerSetup,
+    has_diffusers,
+    running_server,
+    served_bundle,
+)
+from ditserve.bench.load.adapters import Drawing
 from ditserve.bench.load.generator import (
     ServerUnreachable,
     connect,
@@ -38,12 +47,16 @@ from ditserve.bench.load.generator import (
     unloaded,
 )
 from ditserve.bench.load.processes import Consumption
+from ditserve.bench.load.prompts import read_prompts
 from ditserve.bench.load.summary import Exchange
 from ditserve.bench.load.workload import Workload
 from ditserve.bench.report import BackgroundLoad
 from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.network_config import own_config
 
 LADDER = "emoji"  # the ladder that `bench.peers.model` gives its bundle
+# A run of offered requests lasts for so many of the longest promises, so that its start says little.
+LEAST_PROMISES = 6
 WARM_UP = 10  # requests of every run that do not count
 SATURATED_REQUESTS, IN_FLIGHT = 48, 8
 # Requests of a run by situation; the others have `--requests`.
@@ -59,10 +72,12 @@ class HeadlineSession:
 
     def __init__(self, options: argparse.Namespace, store: ResultsStore, console: Console) -> None:
         self._options, self._store, self._console = options, store, console
-        self._setup = ServerSetup(options.model.absolute(), options.peers, options.threads)
-        self._bundle = Bundle.open(options.model / "bundle")
-        self._classes = len(self._bundle.manifest.factors[0].classes)
-        self._qualities = rung_qualities(self._bundle.manifest, LADDER)
+        self._bundle = Bundle.open(served_bundle(options.model))
+        manifest, own = self._bundle.manifest, not has_diffusers(options.model)
+        own_config(manifest.name, manifest.config)
+        drawing = Drawing.of(manifest, read_prompts(options.prompts) if options.prompts else ())
+        self._setup = ServerSetup(options.model.absolute(), drawing, options.peers, options.threads)
+        self._qualities = rung_qualities(manifest, manifest.name if own else LADDER)
         self._until = time.monotonic() + 60.0 * options.minutes
 
     async def run(self) -> bool:
@@ -161,8 +176,13 @@ class HeadlineSession:
         return (run.load or 1.0) * (self._store.unit(self._scale(run)) or 1.0)
 
     def _requests(self, run: Run) -> int:
+        """Return how many requests a run has; of a high load as many as come in some promised latencies."""
         asked: int = self._options.requests
-        return REQUESTS.get(run.situation, asked)
+        if run.situation in REQUESTS:
+            return REQUESTS[run.situation]
+        promised = self._store.promise()
+        longest_s = max(map(promised.within, promised.unloaded), default=0.0)
+        return max(asked, math.ceil(LEAST_PROMISES * longest_s * self._rate(run)))
 
     async def _execute(self, run: Run) -> dict[str, Any]:
         """Start a fresh server, measure it in the run's situation, and return the figures."""
@@ -175,7 +195,7 @@ class HeadlineSession:
             system = replace(system, cap=CROWD)
         background, before = BackgroundLoad(), self._slowdown()
         async with running_server(system, self._setup) as server:
-            workload = run.workload(self._classes)
+            workload = run.workload(len(self._setup.drawing.conditions))
             match run.situation:
                 case "alone":
                     figures = await _alone(server, workload)

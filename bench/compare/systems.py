@@ -14,9 +14,9 @@ from pathlib import Path
 
 import httpx
 
-from ditserve.bench.load.adapters import ADAPTERS, Adapter
+from ditserve.bench.load.adapters import ADAPTERS, Adapter, Drawing
 from ditserve.bench.load.processes import free_port, process_tree
-from ditserve.bench.peers.options import PeerOptions
+from ditserve.bench.peers.options import TRANSFORMER, PeerOptions
 from ditserve.model.spec.errors import ModelError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,9 +53,13 @@ class SystemUnderTest:
 
 @dataclass(frozen=True, slots=True)
 class ServerSetup:
-    """The set-up that all systems share: the folder of `bench.peers.model`, peers' interpreter, threads."""
+    """The set-up that all systems share: what they serve, how it is asked for, peers' interpreter, threads.
+
+    `model` is the folder that `bench.peers.model` wrote, or a bundle.
+    """
 
     model: Path
+    drawing: Drawing
     python: Path
     threads: int
 
@@ -116,6 +120,16 @@ SYSTEMS: Mapping[str, SystemUnderTest] = {
 }
 
 
+def served_bundle(model: Path) -> Path:
+    """Return the bundle that is served of a model: itself, or that beside what diffusers saved."""
+    return model / "bundle" if has_diffusers(model) else model
+
+
+def has_diffusers(model: Path) -> bool:
+    """Return whether peers run diffusers' own network; of a bundle they run its network in PyTorch."""
+    return (model / TRANSFORMER).is_dir()
+
+
 @asynccontextmanager
 async def running_server(system: SystemUnderTest, setup: ServerSetup) -> AsyncIterator[RunningServer]:
     """Run a server until it is ready, and stop it with all that it started afterwards.
@@ -124,13 +138,14 @@ async def running_server(system: SystemUnderTest, setup: ServerSetup) -> AsyncIt
         ServerFailed: it ended, or was not ready in time.
     """
     port = free_port()
-    url, adapter = f"http://127.0.0.1:{port}", ADAPTERS[system.adapter]
-    bundle = setup.model / "bundle"
+    url, adapter = f"http://127.0.0.1:{port}", ADAPTERS[system.adapter](setup.drawing)
+    bundle = served_bundle(setup.model)
     with tempfile.TemporaryDirectory(prefix="dit-bench-") as name:
         folder = Path(name)
         PeerOptions(
             model=str(setup.model),
-            bundle=str(bundle) if system.graphs else "",
+            bundle=str(bundle),
+            graphs=system.graphs,
             port=port,
             threads=setup.threads,
             batch=system.batch,

@@ -6,9 +6,11 @@ Every candidate makes the same images (same noise, same labels) as DDIM in 250 s
 rows of one image. Its distance to the long run is the RMS of the differences; with --data, the training
 pictures, its distance to real pictures is their energy score. The candidates that no other beats in cost and
 in both distances are the ladder. It is printed, saved and drawn to bench/results/ladder-<name>.{json,png}
-and, with --write, put into the manifest; the bundle's defaults stay. With --classifier, the rungs also get
-the Fréchet distance of --pictures images to the training pictures. The quick measurement is a part of
-`python -m export.onnx`.
+and, with --write, put into the manifest. Compared with real pictures, so are the sampling defaults: the
+cheapest point that lies as near to them as any, unless the model was distilled to its steps. With
+--classifier, the rungs and a few others also get the Fréchet distance of --pictures images to the training
+pictures, and their grain. The further backbones of a bundle are candidates too, and a table tells what each
+stretch costs and saves. The quick measurement is a part of `python -m export.onnx`.
 
     python -m bench.ladder BUNDLE [--write] [--prompts prompts.txt] [--device cuda]
 
@@ -20,33 +22,35 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from ditserve.bench import report
-from ditserve.bench.ladder.prompts import prompt_inputs, read_prompts
-from ditserve.bench.ladder.training_pictures import TrainingPictures
+from ditserve.bench.ladder.prompts import PROMPTS, prompt_inputs
+from ditserve.bench.ladder.tables import ladder_table, stretch_table
+from ditserve.bench.ladder.training_pictures import PictureFigures, TrainingPictures
+from ditserve.bench.load.prompts import read_prompts
 from ditserve.bench.plots import draw_ladder
 from ditserve.export.calibrate import with_backbone
 from ditserve.export.parity import graph_backbone
 from ditserve.model.evaluation.ladder import LadderMeasurement, MeasuredLadder, draw_inputs
-from ditserve.model.evaluation.ladder_plan import THOROUGH, pipeline_plan
+from ditserve.model.evaluation.ladder_plan import THOROUGH, is_distilled, pipeline_plan
 from ditserve.model.evaluation.picture_sets import open_data
 from ditserve.model.spec.bundle import BACKBONE, Bundle, write_manifest
 from ditserve.model.spec.command_line import named_path, positive, thread_count
 from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.manifest import Manifest, RungSpec
 from ditserve.model.spec.output_folder import BUNDLE, claim
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.train.imported_pipeline import open_pipeline
 from ditserve.model.train.loaded_model import LoadedModel, load_bundle
 
-COLUMNS = ("", "rung", "grid", "rows", "to its long run", "to real pictures", "Fréchet")
+USUAL_STEPS = (50, 20, 8)
 
 Opened = tuple[LoadedModel, LadderMeasurement, TrainingPictures | None]
 
@@ -69,10 +73,12 @@ def open_own(bundle: Bundle, options: argparse.Namespace) -> Opened:
     dataset = None if options.data is None else open_data(model, options.data)
     training = None
     if dataset is not None and options.classifier is not None:
-        training = TrainingPictures(model, dataset, options.classifier, pictures=options.pictures)
+        training = TrainingPictures(bundle, model, dataset, options.classifier, pictures=options.pictures)
     inputs = draw_inputs(model, options.samples or THOROUGH.conditions, dataset)
     data = "" if options.data is None else options.data.name
-    return model, LadderMeasurement(model.manifest, THOROUGH, inputs, settled=True, data=data), training
+    # A distilled model draws in the steps that it was distilled to.
+    settled = is_distilled(model.manifest)
+    return model, LadderMeasurement(model.manifest, THOROUGH, inputs, settled=settled, data=data), training
 
 
 def open_prompted(bundle: Bundle, options: argparse.Namespace) -> Opened:
@@ -80,7 +86,8 @@ def open_prompted(bundle: Bundle, options: argparse.Namespace) -> Opened:
     for name in ("data", "samples"):
         if getattr(options, name) is not None:
             raise ModelError(f"--{name} is not for imported pipelines: name prompts with --prompts")
-    prompts, device = read_prompts(options.prompts), options.device or "cpu"
+    prompts = PROMPTS if options.prompts is None else read_prompts(options.prompts)
+    device = options.device or "cpu"
     if device != "cpu" and not torch.cuda.is_available():
         raise ModelError(f"--device {device} is not there, torch sees no CUDA device: leave it out")
     inputs = prompt_inputs(bundle, prompts, device)
@@ -88,8 +95,8 @@ def open_prompted(bundle: Bundle, options: argparse.Namespace) -> Opened:
     return open_pipeline(bundle, device), measurement, None
 
 
-def measure_ladder(opened: Opened, console: Console) -> tuple[MeasuredLadder, dict[str, float]]:
-    """Measure all candidates, and the Fréchet distances of the ladder, with progress bars that count rows."""
+def measure_ladder(opened: Opened, console: Console) -> tuple[MeasuredLadder, dict[str, PictureFigures]]:
+    """Measure all candidates, and the figures of pictures of the ladder, with progress bars of rows."""
     model, measurement, training = opened
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -97,28 +104,34 @@ def measure_ladder(opened: Opened, console: Console) -> tuple[MeasuredLadder, di
         measured = measurement.run(model.network, lambda rows: progress.advance(first, rows), model.backbones)
         if training is None:
             return measured, {}
-        total = int(sum(rung.rows for rung in measured.ladder)) * len(training.inputs)
+        rungs = rungs_to_compare(measured, model.manifest)
+        total = int(sum(rung.rows for rung in rungs)) * len(training.inputs)
         second = progress.add_task("rows, Fréchet distance", total=total)
-        frechet = training.distances(measured.ladder, lambda rows: progress.advance(second, rows))
-    return measured, frechet
+        return measured, training.figures(rungs, lambda rows: progress.advance(second, rows))
 
 
-def ladder_table(measured: MeasuredLadder, frechet: Mapping[str, float]) -> Table:
-    rows = []
-    for rung in sorted(measured.measured, key=lambda spec: (-spec.rows, spec.quality)):
-        kept = rung in measured.ladder
-        distances = [f"{value:.4f}" if value is not None else "" for value in (rung.own, rung.real)]
-        fidelity = f"{frechet[rung.name]:.3f}" if kept and frechet else ""
-        rows.append(("●" if kept else "", rung.name, rung.grid, f"{rung.rows:g}", *distances, fidelity))
-    return report.table(
-        "rungs, dearest first; the ladder is marked", COLUMNS, rows, text={"", "rung", "grid"}
-    )
+def rungs_to_compare(measured: MeasuredLadder, manifest: Manifest) -> tuple[RungSpec, ...]:
+    """Return the ladder, and what its rungs are judged by: the own network in usual counts of steps."""
+    others = [
+        rung
+        for rung in measured.measured
+        if not rung.stretches
+        and rung.steps in USUAL_STEPS
+        and (rung.solver, rung.grid) in {("ddim", manifest.defaults.grid), _solver_and_grid(manifest)}
+    ]
+    return tuple({rung.name: rung for rung in (*others, *measured.ladder)}.values())
+
+
+def _solver_and_grid(manifest: Manifest) -> tuple[str, str]:
+    return manifest.defaults.solver, manifest.defaults.grid
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser("ladder", __doc__)
     parser.add_argument("bundle", type=named_path)
-    parser.add_argument("--write", action="store_true", help="put the ladder into the bundle's manifest")
+    parser.add_argument(
+        "--write", action="store_true", help="put the ladder and the defaults into the manifest"
+    )
     parser.add_argument(
         "--samples", type=positive, help=f"conditions, each drawn twice ({THOROUGH.conditions})"
     )
@@ -130,7 +143,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="of an imported pipeline: cpu, cuda, cuda:1 (cpu)")
     parser.add_argument("--classifier", type=named_path, help="a classifier of them, for Fréchet distances")
     parser.add_argument(
-        "--pictures", type=positive, default=64, help="images of each rung for Fréchet distances"
+        "--pictures", type=positive, default=64, help="images of each rung for Fréchet distances and grain"
     )
     return parser.parse_args(arguments)
 
@@ -148,8 +161,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
         prompted = isinstance(bundle.manifest.config, PipelineConfig)
         opened = (open_prompted if prompted else open_own)(bundle, options)
-        measured, frechet = measure_ladder(opened, console)
-        console.print(ladder_table(measured, frechet))
+        measured, figures = measure_ladder(opened, console)
+        console.print(ladder_table(measured, figures))
+        if bundle.manifest.backbones:
+            console.print(stretch_table(measured))
+        defaults = measured.defaults
+        console.print(
+            f"defaults that follow: {defaults.solver}, {defaults.steps} steps, {defaults.grid}, "
+            f"guidance in {defaults.guidance_interval}; the bundle has {bundle.manifest.defaults.steps} steps"
+        )
         name = f"ladder-{bundle.manifest.name}"
         draw_ladder(measured.measured, measured.ladder, report.result_path(f"{name}.png"))
         record = {
@@ -157,12 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **measured.record,
             "order": measured.order,
             "ladder": [rung.name for rung in measured.ladder],
-            "frechet": frechet,
+            "defaults": defaults.model_dump(mode="json"),
+            "frechet": {name: seen.frechet for name, seen in figures.items()},
+            "grain": {name: seen.grain for name, seen in figures.items()},
             "measured": [rung.model_dump(mode="json") for rung in measured.measured],
         }
         report.write_json(report.result_path(f"{name}.json"), record)
         if options.write:
-            write_manifest(bundle.path, measured.added_to(bundle.manifest))
+            manifest = measured.added_to(bundle.manifest).model_copy(update={"defaults": defaults})
+            write_manifest(bundle.path, manifest)
 
     return report.run_command("ladder", work)
 

@@ -2,6 +2,7 @@
 
     python -m bench.load http://127.0.0.1:8000 --rate 3 [--requests 480] [--seed 1] [--slo 3] [--pid PID]
         [--process poisson|bursts|flash|at-once] [--bundle model/zoo/emoji]
+        [--prompts FILE]
         [--adapter service|service-undegraded|service-undated|peer|bentoml|ray]
 
 Open loop: every request has its time, drawn before the start, and is sent then, whatever has become of the
@@ -26,10 +27,12 @@ from rich.table import Table
 
 from ditserve.bench import report
 from ditserve.bench.load import generator
-from ditserve.bench.load.adapters import ADAPTERS
+from ditserve.bench.load.adapters import ADAPTERS, Drawing
+from ditserve.bench.load.prompts import read_prompts
 from ditserve.bench.load.summary import LoadSummary, Promise
 from ditserve.bench.load.workload import PROCESSES, STEPS_MIX, Workload
 from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.command_line import named_path
 from ditserve.model.spec.manifest import Manifest
 
 MAX_LAG_MS = 5.0
@@ -37,9 +40,10 @@ MAX_LAG_MS = 5.0
 
 async def measure(options: argparse.Namespace, manifest: Manifest) -> dict[str, Any]:
     """Return the record of one run."""
-    adapter = ADAPTERS[options.adapter]
+    drawing = Drawing.of(manifest, read_prompts(options.prompts) if options.prompts else ())
+    adapter = ADAPTERS[options.adapter](drawing)
     mix = tuple((steps, share) for steps, share in options.steps)
-    workload = Workload(len(manifest.factors[0].classes), options.process, mix, options.guided, options.zipf)
+    workload = Workload(len(drawing.conditions), options.process, mix, options.guided, options.zipf)
     background = report.BackgroundLoad()
     async with generator.connect(options.url) as http:
         unloaded = await generator.unloaded(workload, generator.sender(http, adapter, None))
@@ -90,6 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapter", choices=list(ADAPTERS), default="service")
     parser.add_argument("--slo", type=float, default=3.0, help="promised latency, in unloaded ones")
     parser.add_argument("--bundle", type=Path, default=report.DEFAULT_BUNDLE, help="what is served")
+    parser.add_argument("--prompts", type=named_path, help="for a model of texts: a file with one a line")
     parser.add_argument("--pid", type=int, help="the server's process, to tell its processor time and memory")
     parser.add_argument("--max-lag-ms", type=float, default=MAX_LAG_MS)
     parser.add_argument("--out", type=Path, help="file for the result, as JSON")

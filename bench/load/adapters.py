@@ -5,14 +5,51 @@ Pure: values in, values out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 from ditserve.bench.load.workload import OfferedRequest, RequestKind
+from ditserve.model.spec.errors import ModelError
+from ditserve.model.spec.manifest import Manifest
 
-GUIDANCE = 2.0  # of guided requests
-SOLVER, GRID = "dpmpp-2m", "trailing"
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """The way pictures of a bundle are asked for: its default solver, grid and guidance, and conditions.
+
+    A request of class k has condition k, as `POST /generate` takes it.
+    """
+
+    solver: str
+    grid: str
+    guidance: float
+    conditions: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest, prompts: Sequence[str] = ()) -> Self:
+        """Return it for a bundle: of the prompts if there are any, else of the classes of its first factor.
+
+        Raises:
+            ModelError: prompts for a model that takes no text, or none for one that has no classes.
+        """
+        if prompts and not manifest.config.text_width:
+            raise ModelError(f"{manifest.name} takes no text: leave --prompts out")
+        if not prompts and not manifest.factors:
+            raise ModelError(f"{manifest.name} draws from texts: name prompts, one a line, with --prompts")
+        conditions: list[Mapping[str, Any]] = [{"text": prompt} for prompt in prompts]
+        for factor in () if prompts else manifest.factors[:1]:
+            conditions = [{factor.name: index} for index in range(len(factor.classes))]
+        defaults = manifest.defaults
+        return cls(defaults.solver, defaults.grid, defaults.guidance_scale, tuple(conditions))
+
+    def rung(self, kind: RequestKind) -> str:
+        """Return the name of the operating point that a request asks for."""
+        return f"{self.solver}-{kind.steps}"
+
+    def guidance_of(self, kind: RequestKind) -> float:
+        return self.guidance if kind.guided else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +82,14 @@ class Adapter:
     counters: str | None = None
 
 
-def requested_rung(kind: RequestKind) -> str:
-    """Return the name of the operating point that a request asks for."""
-    return f"{SOLVER}-{kind.steps}"
-
-
-def _service(deadlines: bool, degrade: bool) -> Adapter:
+def _service(drawing: Drawing, *, deadlines: bool, degrade: bool) -> Adapter:
     def body(request: OfferedRequest, within_s: float | None) -> Mapping[str, Any]:
         fields = {
-            "condition": {"label": request.label},
+            "condition": drawing.conditions[request.label],
             "steps": request.kind.steps,
-            "sampler": SOLVER,
-            "grid": GRID,
-            "guidance_scale": GUIDANCE if request.kind.guided else 1.0,
+            "sampler": drawing.solver,
+            "grid": drawing.grid,
+            "guidance_scale": drawing.guidance_of(request.kind),
             "seed": request.seed,
             "allow_degraded": degrade,
         }
@@ -71,29 +103,28 @@ def _service(deadlines: bool, degrade: bool) -> Adapter:
     return Adapter("/generate", body, read, {"accept": "image/png"}, "/readyz", "/metrics")
 
 
-def _peer_body(request: OfferedRequest, within_s: float | None) -> Mapping[str, Any]:
-    return {
-        "label": request.label,
-        "steps": request.kind.steps,
-        "guidance": GUIDANCE if request.kind.guided else 1.0,
-        "seed": request.seed,
-    }
+def _peer(drawing: Drawing, *, ready: str, in_list: bool = False) -> Adapter:
+    def body(request: OfferedRequest, within_s: float | None) -> Mapping[str, Any]:
+        fields = {
+            "condition": drawing.conditions[request.label],
+            "steps": request.kind.steps,
+            "guidance": drawing.guidance_of(request.kind),
+            "seed": request.seed,
+        }
+        return {"wishes": [fields]} if in_list else fields
 
+    def read(request: OfferedRequest, headers: Mapping[str, str]) -> DrawnWith:
+        return DrawnWith(request.kind.steps, drawing.rung(request.kind), False)
 
-def _bentoml_body(request: OfferedRequest, within_s: float | None) -> Mapping[str, Any]:
-    return {"wishes": [_peer_body(request, within_s)]}
-
-
-def _as_requested(request: OfferedRequest, headers: Mapping[str, str]) -> DrawnWith:
-    return DrawnWith(request.kind.steps, requested_rung(request.kind), False)
+    return Adapter("/generate", body, read, {}, ready)
 
 
 # The service is asked with deadlines and consent to be degraded, with deadlines alone, or with neither.
-ADAPTERS: Mapping[str, Adapter] = {
-    "service": _service(deadlines=True, degrade=True),
-    "service-undegraded": _service(deadlines=True, degrade=False),
-    "service-undated": _service(deadlines=False, degrade=False),
-    "peer": Adapter("/generate", _peer_body, _as_requested, {}, "/health"),
-    "bentoml": Adapter("/generate", _bentoml_body, _as_requested, {}, "/readyz"),
-    "ray": Adapter("/generate", _peer_body, _as_requested, {}, "/-/healthz"),
+ADAPTERS: Mapping[str, Callable[[Drawing], Adapter]] = {
+    "service": partial(_service, deadlines=True, degrade=True),
+    "service-undegraded": partial(_service, deadlines=True, degrade=False),
+    "service-undated": partial(_service, deadlines=False, degrade=False),
+    "peer": partial(_peer, ready="/health"),
+    "bentoml": partial(_peer, ready="/readyz", in_list=True),
+    "ray": partial(_peer, ready="/-/healthz"),
 }

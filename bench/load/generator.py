@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import httpx
 
@@ -15,7 +16,7 @@ from ditserve.bench.load.processes import Consumption, batch_counters
 from ditserve.bench.load.summary import Exchange, Promise, RungQualities
 from ditserve.bench.load.workload import OfferedRequest, RequestKind, Workload
 from ditserve.model.spec.errors import ModelError
-from ditserve.model.spec.manifest import Manifest
+from ditserve.model.spec.manifest import Manifest, RungSpec
 
 ANSWER_TIMEOUT_S = 600.0
 LEAD_S = 0.2  # from the call of `offer` to time zero of the schedule
@@ -135,8 +136,13 @@ async def unloaded(workload: Workload, send: Send, probes: int = PROBES) -> dict
 
 
 def rung_qualities(manifest: Manifest, ladder: str) -> RungQualities:
-    """Return the qualities of the bundle's rungs, with Fréchet distances if `bench.ladder` has any."""
+    """Return the qualities of a bundle's rungs, and of all that `bench.ladder` measured as `ladder`."""
     file = report.RESULTS / f"ladder-{ladder}.json"
-    frechet: dict[str, float] = json.loads(file.read_text())["frechet"] if file.is_file() else {}
-    distance = {rung.name: rung.quality if rung.own is None else rung.own for rung in manifest.ladder}
-    return RungQualities(distance, frechet)
+    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    rungs = [RungSpec.model_validate(fields) for fields in record.get("measured", ())]
+    # Where two points have one name, that of the default grid counts, and before it that of the ladder.
+    rungs.sort(key=lambda rung: rung.grid == manifest.defaults.grid)
+    rungs += manifest.ladder
+    distance = {rung.name: rung.quality if rung.own is None else rung.own for rung in rungs}
+    real = {rung.name: rung.real for rung in rungs if rung.real is not None}
+    return RungQualities(distance, record.get("frechet", {}), real, record.get("grain", {}))

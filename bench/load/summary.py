@@ -8,7 +8,7 @@ time is a miss, refusals included.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -61,10 +61,16 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class RungQualities:
-    """The quality of each rung: RMS distance to reference images, Fréchet distance to real pictures."""
+    """The measured quality of rungs, by name.
+
+    `distance`: root mean square to the model's own long run. `real`: energy score against real pictures.
+    `frechet`: Fréchet distance to real pictures. `grain`: that of flat areas, of 255.
+    """
 
     distance: Mapping[str, float]
     frechet: Mapping[str, float]
+    real: Mapping[str, float] = field(default_factory=dict)
+    grain: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +79,8 @@ class LoadSummary:
 
     Rates are per second. Latencies are in seconds from the intended start; a percentile is None where there
     are too few answers. `attainment_low` and `attainment_high` bound a 95 % bootstrap interval. `share_p99`
-    is the 99th percentile of latency divided by promise, over all answers. `distance` and `frechet` are means
-    over the rungs of the images answered in time.
+    is the 99th percentile of latency divided by promise, over all answers. `distance`, `frechet`, `real` and
+    `grain` are means over the rungs of the images answered in time, as far as those were measured.
     """
 
     offered: int
@@ -95,6 +101,8 @@ class LoadSummary:
     distance: float | None
     frechet: float | None
     lag_p99: float
+    real: float | None = None
+    grain: float | None = None
 
     @classmethod
     def of(
@@ -128,8 +136,10 @@ class LoadSummary:
             failed=failed / len(exchanges),
             steps=_mean([image.steps for image in images]) or 0.0,
             degraded=_mean([image.degraded for image in images]) or 0.0,
-            distance=_mean([qualities.distance[i.rung] for i in images if i.rung in qualities.distance]),
-            frechet=_mean([qualities.frechet[i.rung] for i in images if i.rung in qualities.frechet]),
+            distance=_mean_quality(images, qualities.distance),
+            frechet=_mean_quality(images, qualities.frechet),
+            real=_mean_quality(images, qualities.real),
+            grain=_mean_quality(images, qualities.grain),
             lag_p99=float(np.percentile([exchange.lag for exchange in exchanges], 99)),
         )
 
@@ -146,6 +156,10 @@ def _percentile(values: Floats, percent: float, needs: int) -> float | None:
 
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
+
+
+def _mean_quality(images: Sequence[DrawnWith], measured: Mapping[str, float]) -> float | None:
+    return _mean([measured[image.rung] for image in images if image.rung in measured])
 
 
 def _bootstrap_interval(in_time: int, count: int) -> tuple[float, float]:

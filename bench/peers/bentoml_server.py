@@ -10,13 +10,13 @@ after which it gives a request up. A batch size of one turns batching off.
 from __future__ import annotations
 
 import base64
-from pathlib import Path
 from typing import Any
 
 import bentoml
 
+from ditserve.bench.peers.graph import open_pipeline
 from ditserve.bench.peers.options import PeerOptions
-from ditserve.bench.peers.pipeline import PeerRequest, Pipeline
+from ditserve.bench.peers.requests import PeerRequest
 
 options = PeerOptions.read()
 batching = {
@@ -29,7 +29,7 @@ batching = {
 @bentoml.service(workers=1, traffic={"timeout": 600, "max_concurrency": options.cap})
 class BentoMLPeer:
     def __init__(self) -> None:
-        self.pipeline = Pipeline(Path(options.model), threads=options.threads)
+        self.pipeline = open_pipeline(options)
 
     @bentoml.api(**batching if options.batch > 1 else {})
     def generate(self, wishes: list[dict[str, Any]]) -> list[str]:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ditserve.bench.peers.cap import Cap
 from ditserve.bench.peers.graph import open_pipeline
 from ditserve.bench.peers.options import PeerOptions
-from ditserve.bench.peers.pipeline import CONTENT_TYPE, PeerRequest
+from ditserve.bench.peers.requests import CONTENT_TYPE, PeerRequest
 
 
 class LitServePeer(litserve.LitAPI):

@@ -8,7 +8,6 @@ It is Starlette, on which FastAPI is built, without FastAPI's validation.
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -18,11 +17,12 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from ditserve.bench.peers.cap import Cap
+from ditserve.bench.peers.graph import open_pipeline
 from ditserve.bench.peers.options import PeerOptions
-from ditserve.bench.peers.pipeline import CONTENT_TYPE, PeerRequest, Pipeline
+from ditserve.bench.peers.requests import CONTENT_TYPE, PeerRequest
 
 options = PeerOptions.read()
-pipeline = Pipeline(Path(options.model), threads=options.threads)
+pipeline = open_pipeline(options)
 lock = asyncio.Lock()
 
 

@@ -24,7 +24,8 @@ from diffusers import DiTTransformer2DModel
 
 from ditserve.bench import report
 from ditserve.bench.engine_overhead import open_engine
-from ditserve.bench.peers.pipeline import PeerRequest, Pipeline
+from ditserve.bench.peers.pipeline import Pipeline
+from ditserve.bench.peers.requests import PeerRequest
 from ditserve.export import onnx
 from ditserve.model.spec.bundle import Bundle, write_manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
@@ -55,7 +56,11 @@ SCHEDULER = {
     "final_sigmas_type": "zero",
 }
 TOLERANCE = 1e-4  # of images in [-1, 1]
-PROBES = (PeerRequest(0, 20, 2.0, 1), PeerRequest(1, 20, 1.0, 2), PeerRequest(2, 50, 3.0, 3))
+PROBES = (
+    PeerRequest({"label": 0}, 20, 2.0, 1),
+    PeerRequest({"label": 1}, 20, 1.0, 2),
+    PeerRequest({"label": 2}, 50, 3.0, 3),
+)
 
 
 def write_model(folder: Path, like: Manifest) -> float:
@@ -136,7 +141,7 @@ def difference(folder: Path, backend: Backend) -> float:
         engine.add(
             SampleRequest(
                 id=str(k),
-                condition=(ConditionTerm((probe.label,)),),
+                condition=(ConditionTerm((probe.condition["label"],)),),
                 mix="linear",
                 seed=probe.seed,
                 rung=rung,

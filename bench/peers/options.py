@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FILE = "peer.json"
+TRANSFORMER = "transformer"  # folder of a model that diffusers saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +15,9 @@ class PeerOptions:
     """The way a peer is run.
 
     Args:
-        model: folder with `transformer/` as diffusers saved it.
-        bundle: folder with the same weights as ONNX graphs; empty for diffusers' network.
+        model: folder with `transformer/` as diffusers saved it, or a bundle.
+        bundle: folder with the same weights as ONNX graphs; that of the model where it is a bundle.
+        graphs: run those graphs, in place of the network in PyTorch.
         batch: most requests of a batch.
         wait_s: seconds to wait for a full batch.
         cap: most requests inside at once; the rest are refused.
@@ -23,6 +25,7 @@ class PeerOptions:
 
     model: str
     bundle: str
+    graphs: bool
     port: int
     threads: int
     batch: int

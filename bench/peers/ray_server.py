@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from pathlib import Path
 
 import ray
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ditserve.bench.peers.graph import open_pipeline
 from ditserve.bench.peers.options import PeerOptions
-from ditserve.bench.peers.pipeline import CONTENT_TYPE, PeerRequest, Pipeline
+from ditserve.bench.peers.requests import CONTENT_TYPE, PeerRequest
 
 options = PeerOptions.read()
 
@@ -25,7 +25,7 @@ options = PeerOptions.read()
 )
 class RayServePeer:
     def __init__(self, options: PeerOptions) -> None:
-        self.pipeline = Pipeline(Path(options.model), threads=options.threads)
+        self.pipeline = open_pipeline(options)
 
     @serve.batch(max_batch_size=options.batch, batch_wait_timeout_s=options.wait_s)
     async def draw(self, requests: list[PeerRequest]) -> list[bytes]:

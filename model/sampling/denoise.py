@@ -22,6 +22,7 @@ from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.guidance import GuidanceNorm, check_guidance, guidance_weight, guided
 from ditserve.model.spec.mixing import assign_blocks, compose_outputs, normalised_weights, splice_states
 from ditserve.model.spec.solvers import LEARNED, StepTable, learned_log_variance, trajectory, variance_bounds
+from ditserve.model.spec.source import NoisySource, SourceLatent
 from ditserve.model.spec.stretches import Stretch, stretch_at
 
 
@@ -157,11 +158,14 @@ def denoise(
     size: tuple[int, int] | None = None,
     *,
     clip_x0: bool = True,
+    source: SourceLatent[Tensor] | None = None,
+    strength: float = 1.0,
 ) -> Iterator[Tensor]:
     """Denoise one sample per seed along `table`, and yield the x0 estimate (N, C, H, W) of each step.
 
     The last estimate is the sample. `size` (H, W) is the trained one unless given. With a DDPM table, a model
-    of learned variance uses that variance.
+    of learned variance uses that variance. From a `source` the steps of the table are those that are walked
+    at this `strength`.
 
     Raises:
         ValueError: a size the model cannot take, or not one seed for each row of the conditions.
@@ -181,8 +185,12 @@ def denoise(
         network, step_noise = _with_learned_variance(denoiser, table, draw)
     else:
         network, step_noise = _without_variance(denoiser), draw
-    for _, x0 in trajectory(table, draw(), network, noise=step_noise, clip_x0=clip_x0):
-        yield x0
+    x, keep = draw(), None
+    if source is not None:
+        noisy = NoisySource(source, x, denoiser.schedule)
+        x, keep = noisy.start(float(table.level[0]), strength), noisy.keep
+    for _, x0 in trajectory(table, x, network, noise=step_noise, clip_x0=clip_x0, keep=keep):
+        yield x0 if keep is None else keep(x0, None)
 
 
 Output = Callable[[Tensor, float], Tensor]

@@ -250,12 +250,14 @@ def trajectory(
     noise: Callable[[], Array] | None = None,
     clip_x0: bool = False,
     previous: Array | None = None,
+    keep: Callable[[Array, float | None], Array] | None = None,
 ) -> Iterator[tuple[Array, Array]]:
     """Take the steps of a table from `x`, yielding (x', D) after each; the last x' is the image.
 
     `x` has any shape, in numpy or torch. `network(x, level)` returns the (guided) output, shaped as `x`.
     `noise()` draws standard normal z, shaped as `x`, for the steps that need it. `clip_x0` clips D to [-1,
-    1]. `previous` is the D from before the first step.
+    1]. `previous` is the D from before the first step. `keep` puts back what stays of a picture in x' at its
+    noise level, which is None for the last x' (see `NoisySource`).
 
     Raises:
         ValueError: at the first step, if the table needs noise or a previous D that was not given.
@@ -265,7 +267,9 @@ def trajectory(
     if previous is None and table.c[0]:
         raise ValueError("this table continues a trajectory: pass the previous estimate of the image")
     earlier = None
-    for level, x0_x, x0_out, a, b, c, d, s in zip(*map(np.ndarray.tolist, table.columns), strict=True):
+    following = [*table.level.tolist()[1:], None]
+    columns = map(np.ndarray.tolist, table.columns)
+    for level, x0_x, x0_out, a, b, c, d, s, next_level in zip(*columns, following, strict=True):
         denoised = x0_x * x + x0_out * network(x, level)
         if clip_x0:
             denoised = denoised.clip(-1.0, 1.0)
@@ -276,6 +280,8 @@ def trajectory(
             x = x + d * earlier
         if s and noise is not None:
             x = x + s * noise()
+        if keep is not None:
+            x = keep(x, next_level)
         previous, earlier = denoised, previous
         yield x, denoised
 

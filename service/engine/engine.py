@@ -288,7 +288,7 @@ class Engine:
             if sample.source is not None and not sample.taken:
                 # Its first step is at another level now.
                 pool, slot = self._groups.place(sample)
-                pool.put(slot, sample.start(sample.source))
+                pool.put(slot, sample.source.start(sample.level, sample.rung.strength))
         return tuple(changes)
 
     def _conditioning(self, request: SampleRequest, backbone: str) -> Conditioning:

@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from ditserve.model.spec.diffusion import Schedule
 from ditserve.model.spec.mixing import Combine
+from ditserve.model.spec.source import NoisySource, SourceLatent
 from ditserve.model.spec.windows import Size
 from ditserve.service.engine.conditions import Conditioning
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.geometry import Geometry
-from ditserve.service.engine.sources import NoisySource, SourceLatent
 from ditserve.service.engine.trajectory import Trajectory
 from ditserve.service.errors import ServiceError
 from ditserve.service.jobs import AdapterUse, ConditionTerm
@@ -54,7 +54,7 @@ class SampleRequest:
     weight: float = 1.0  # of its caller's share of the machine
     negative_prompt: str = ""  # the text that guidance subtracts; "": none
     guidance_embedded: float | None = None  # the scale that the network is told; None: it is told none
-    source: SourceLatent | None = None  # the picture that it starts from; None: it starts from noise
+    source: SourceLatent[Latent] | None = None  # the picture that it starts from; None: it starts from noise
     adapters: tuple[AdapterUse, ...] = ()
 
 
@@ -155,7 +155,7 @@ class Sample:
         self.reason = request.reason
         self.degraded = request.rung != request.requested
         self.generator = np.random.Generator(np.random.Philox(request.seed))
-        self.source: NoisySource | None = None  # drawn by `begin`
+        self.source: NoisySource[Latent] | None = None  # drawn by `begin`
         self.added_at = added_at
         self.started_at: float | None = None
 
@@ -258,11 +258,7 @@ class Sample:
         if self.request.source is None:
             return noise
         self.source = NoisySource(self.request.source, noise, schedule)
-        return self.start(self.source)
-
-    def start(self, source: NoisySource) -> Latent:
-        """Return the latent of a sample from a picture before its first step; at full strength, the noise."""
-        return source.noise if self.rung.strength == 1.0 else source.at(self.level)
+        return self.source.start(self.level, self.rung.strength)
 
     def keep(self, latent: Latent, *, clean: bool = False) -> Latent:
         """Return a latent (C, H, W) with what stays of the picture put back.
@@ -271,8 +267,7 @@ class Sample:
         """
         if self.source is None:
             return latent
-        clean = clean or not self.remaining_steps
-        return self.source.keep(latent, self.source.schedule.process.clean if clean else self.level)
+        return self.source.keep(latent, None if clean or not self.remaining_steps else self.level)
 
     def advance(self, started_at: float) -> None:
         """Count a step that began at `started_at`."""

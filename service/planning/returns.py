@@ -7,7 +7,7 @@ are arguments.
 
 from __future__ import annotations
 
-from bisect import insort
+import heapq
 from collections.abc import Hashable
 from dataclasses import dataclass
 from math import ceil
@@ -21,13 +21,20 @@ KEPT = 10_000  # requests remembered
 _ROUNDING_S = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Return:
-    """A request that was told to come back at `at`, and will take the whole fleet `service_s` seconds."""
+    """A request that was told to come back at `at`, and will take the whole fleet `service_s` seconds.
+
+    It is `expected` until it came back.
+    """
 
     at: float
     service_s: float
     key: Hashable
+    expected: bool = True
+
+    def __lt__(self, other: _Return) -> bool:
+        return self.at < other.at
 
 
 class Returns:
@@ -40,30 +47,26 @@ class Returns:
 
     def __init__(self) -> None:
         self.share = 0.0  # of those told to come back who do
-        self._due: list[_Return] = []  # the soonest first
+        self._coming: list[_Return] = []  # a heap of those for whom no room is kept yet
+        self._near: list[_Return] = []  # a heap of the others, until they are too late
+        self._by_key: dict[Hashable, list[_Return]] = {}
+        self._near_s = 0.0  # seconds of those who are near and expected
         self._served_at = 0.0  # when all told so far would have been served
 
     def came_back(self, key: Hashable, now: float) -> bool:
         """Return whether the request `key` was told to come back by now. It is then forgotten."""
-        self._forget(now)
-        for index, told in enumerate(self._due):
-            if told.at > now:
-                break
-            if told.key == key:
-                del self._due[index]
-                self.share += LEARN * (1.0 - self.share)
-                return True
-        return False
+        self._move_on(now)
+        due = min(self._by_key.get(key, ()), default=None)
+        if due is None or due.at > now:
+            return False
+        self._remove(due)
+        self.share += LEARN * (1.0 - self.share)
+        return True
 
     def reserved_s(self, now: float) -> float:
         """Return the fleet's seconds that newcomers leave to those who are due to come back."""
-        self._forget(now)
-        seconds = 0.0
-        for told in self._due:
-            if told.at > now + NEAR_S:
-                break
-            seconds += told.service_s
-        return seconds * self.share
+        self._move_on(now)
+        return self._near_s * self.share
 
     def tell(self, key: Hashable, now: float, *, free_s: float, service_s: float) -> int:
         """Return the whole seconds after which a refused request should come back.
@@ -77,14 +80,32 @@ class Returns:
         if told_s > MOST_S:
             return MOST_S
         self._served_at = start + self.share * service_s
-        if len(self._due) < KEPT:
-            insort(self._due, _Return(now + told_s, service_s, key), key=lambda told: told.at)
+        if len(self._coming) + len(self._near) < KEPT:
+            told = _Return(now + told_s, service_s, key)
+            heapq.heappush(self._coming, told)
+            self._by_key.setdefault(key, []).append(told)
         return told_s
 
-    def _forget(self, now: float) -> None:
-        """Drop those who are too late."""
-        late = 0
-        while late < len(self._due) and self._due[late].at + LATE_S < now:
-            self.share -= LEARN * self.share
-            late += 1
-        del self._due[:late]
+    def _move_on(self, now: float) -> None:
+        """Keep room for those who are near by now, and forget those who are too late."""
+        while self._coming and self._coming[0].at <= now + NEAR_S:
+            told = heapq.heappop(self._coming)
+            heapq.heappush(self._near, told)
+            self._near_s += told.service_s
+        while self._near and self._near[0].at + LATE_S < now:
+            told = heapq.heappop(self._near)
+            if told.expected:
+                self._remove(told)
+                self.share -= LEARN * self.share
+        if not self._near:
+            # What adding and subtracting rounds off is not kept.
+            self._near_s = 0.0
+
+    def _remove(self, told: _Return) -> None:
+        """Expect a near request no more."""
+        told.expected = False
+        self._near_s = max(0.0, self._near_s - told.service_s)
+        others = self._by_key[told.key]
+        others.remove(told)
+        if not others:
+            del self._by_key[told.key]

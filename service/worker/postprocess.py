@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ditserve.model.spec.manifest import Factor
+from ditserve.model.spec.source import SourceLatent
 from ditserve.service.backends import NO_ENCODER
 from ditserve.service.engine.samples import Finished, Preview
-from ditserve.service.engine.sources import SourceLatent
 from ditserve.service.errors import InvalidRequest
 from ditserve.service.images import CONTENT_TYPES, encode
 from ditserve.service.jobs import Image
@@ -29,19 +29,20 @@ from ditserve.service.worker.running_job import EncodedImage, RunningJob, descri
 DECODED_AT_ONCE = 8
 
 T = TypeVar("T")
+Floats = npt.NDArray[np.float32]
 FinishedSample = tuple[RunningJob, Finished]
 
 
 class Decoder(Protocol):
     """The part of a backend that is used here."""
 
-    def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]: ...
+    def decode(self, latents: Floats) -> npt.NDArray[np.uint8]: ...
 
 
 class PictureEncoder(Protocol):
     """The part of a backend that makes latents of pictures."""
 
-    def encode(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats: ...
 
 
 class Postprocessor:
@@ -75,7 +76,7 @@ class Postprocessor:
         """Return the file of a preview."""
         return await self._in_thread(lambda: self._preview(job, preview))
 
-    async def source(self, picture: SourcePicture) -> SourceLatent:
+    async def source(self, picture: SourcePicture) -> SourceLatent[Floats]:
         """Return the latent of the picture that a request starts from.
 
         Raises:
@@ -127,7 +128,7 @@ class Postprocessor:
         image = Image(data, seed, CONTENT_TYPES[job.format])
         return EncodedImage(finished, image, decode_ms=1e3 * decode_s, encode_ms=1e3 * encode_s)
 
-    def _source(self, picture: SourcePicture) -> SourceLatent:
+    def _source(self, picture: SourcePicture) -> SourceLatent[Floats]:
         if self._encoder is None:
             raise InvalidRequest(NO_ENCODER)
         (latent,) = self._encoder.encode(decode(picture.image)[None])
@@ -139,7 +140,7 @@ class Postprocessor:
         return encode(self._previews.decode(preview.latent[None])[0], job.job.format, metadata={})
 
 
-def latent_mask(mask: npt.NDArray[np.uint8], rows: int) -> npt.NDArray[np.float32]:
+def latent_mask(mask: npt.NDArray[np.uint8], rows: int) -> Floats:
     """Return the mask (1, h, w) in 0..1 of a latent of `rows` rows, from that of pixels (H, W) in 0..255.
 
     A latent is repainted as much as any pixel that it covers.
@@ -147,7 +148,7 @@ def latent_mask(mask: npt.NDArray[np.uint8], rows: int) -> npt.NDArray[np.float3
     height, width = mask.shape
     factor = height // rows
     covered = mask.reshape(1, rows, factor, width // factor, factor).max(axis=(2, 4))
-    shares: npt.NDArray[np.float32] = covered.astype(np.float32) / np.float32(REPAINTED)
+    shares: Floats = covered.astype(np.float32) / np.float32(REPAINTED)
     return shares
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from ditserve.model.spec.class_names import class_reference
 from ditserve.model.spec.grids import is_explicit
 from ditserve.model.spec.manifest import Factor
-from ditserve.service.engine.samples import Finished, SampleRequest
+from ditserve.model.spec.source import SourceLatent
+from ditserve.service.engine.samples import Finished, Latent, SampleRequest
 from ditserve.service.engine.snapshots import Snapshot
-from ditserve.service.engine.sources import SourceLatent
 from ditserve.service.jobs import WEIGHTS, Claim, ConditionTerm, Image, Job, JobResult
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.rung import Rung
@@ -84,7 +84,7 @@ class RunningJob:
         """Return which of the job's images a sample is, from 0."""
         return next(k for k, request in enumerate(self.requests) if request.id == sample_id)
 
-    def join(self, source: SourceLatent | None = None) -> list[tuple[SampleRequest, Snapshot | None]]:
+    def join(self, source: SourceLatent[Latent] | None = None) -> list[tuple[SampleRequest, Snapshot | None]]:
         """Return the samples that join the engine now; `source` is the picture that they start from."""
         self.joined = True
         return [(replace(request, source=source), state) for request, state in self.starts]

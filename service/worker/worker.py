@@ -17,8 +17,8 @@ from typing import Any
 import structlog
 
 from ditserve.model.spec.manifest import Factor
-from ditserve.service.engine.samples import Failed, Preview, StepReport
-from ditserve.service.engine.sources import SourceLatent
+from ditserve.model.spec.source import SourceLatent
+from ditserve.service.engine.samples import Failed, Latent, Preview, StepReport
 from ditserve.service.errors import InternalError, ModelReplaced, QueueUnavailable, ServiceError, to_wire
 from ditserve.service.jobs import Claim, Lease, Renewal
 from ditserve.service.limits import WorkerPolicy
@@ -216,7 +216,7 @@ class Worker:
         if job in self._jobs:
             self._join(job, source)
 
-    def _join(self, job: RunningJob, source: SourceLatent | None = None) -> None:
+    def _join(self, job: RunningJob, source: SourceLatent[Latent] | None = None) -> None:
         if not self._jobs.samples_in_engine:
             self._monitor.became_busy()
         self._engine.add(job.join(source))

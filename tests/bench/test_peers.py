@@ -8,27 +8,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from ditserve.bench.peers import model
+from ditserve.bench.peers.bundle_pipeline import BundlePipeline
 from ditserve.bench.peers.cap import Cap
 from ditserve.bench.peers.graph import GraphTransformer
 from ditserve.bench.peers.options import PeerOptions
-from ditserve.bench.peers.pipeline import PeerRequest, Pipeline
+from ditserve.bench.peers.pipeline import Pipeline
+from ditserve.bench.peers.requests import PeerRequest
+from ditserve.model.evaluation.front import OperatingPoint
+from ditserve.model.evaluation.ladder import LadderInputs, draw_pictures
 from ditserve.model.spec.bundle import Bundle
-from ditserve.service.backends import Backend, load_backend
+from ditserve.model.train.loaded_model import load_bundle
+from ditserve.service.backends import Backend, load_backend, load_text_encoder
+from tests.bench.prompted_bundle import PROMPTS
 from tests.service.tiny_bundle import MANIFEST
 
 # diffusers' schedulers have NumPy copy tensors, which do not know how
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 REQUESTS = (
-    PeerRequest(0, 20, 2.0, 1),
-    PeerRequest(1, 4, 1.0, 2),
-    PeerRequest(2, 20, 1.0, 3),
-    PeerRequest(2, 4, 3.0, 4),
+    PeerRequest({"label": 0}, 20, 2.0, 1),
+    PeerRequest({"label": 1}, 4, 1.0, 2),
+    PeerRequest({"label": 2}, 20, 1.0, 3),
+    PeerRequest({"label": 2}, 4, 3.0, 4),
 )
 
 
@@ -74,7 +81,7 @@ def test_our_backend_stands_in_for_diffusers_network(folder: Path, backend: Back
 
 
 def test_options_travel_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = PeerOptions("model", "", 8000, 2, 4, 0.05, 8)
+    options = PeerOptions("model", "bundle", False, 8000, 2, 4, 0.05, 8)
     options.write(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert PeerOptions.read() == options
@@ -110,3 +117,22 @@ async def test_beyond_the_cap_a_server_is_full_and_says_so() -> None:
     inside.set()
     assert (await first, await question) == (200, 200)
     assert await ask("POST") == 200  # there is room again
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_bundle_of_texts_and_latents_is_drawn_as_our_sampler_draws_it(
+    prompted_bundle: Path, graphs: bool
+) -> None:
+    bundle = Bundle.open(prompted_bundle)
+    loaded, pipeline = load_bundle(bundle), BundlePipeline(bundle, threads=1, graphs=graphs)
+    requests = [PeerRequest({"text": text}, 4, 2.0, seed) for seed, text in enumerate(PROMPTS)]
+    encoder = load_text_encoder("minilm", 2)
+    texts = torch.from_numpy(np.stack([encoder.encode(text) for text in PROMPTS]))
+    nothing = torch.tensor([bundle.manifest.config.classes] * len(PROMPTS))
+    defaults = loaded.manifest.defaults
+    point = OperatingPoint(defaults.solver, 4, defaults.grid, (0.0, 1.0))
+    expected = draw_pictures(loaded, LadderInputs(nothing, texts), point)
+    assert np.abs(pipeline.draw(requests, 4) - expected.numpy()).max() <= model.TOLERANCE
+    files = pipeline([*requests, PeerRequest({"label": 1}, 2, 1.0, 9)])
+    assert [drawn(file).shape for file in files] == [(16, 16, 3)] * 4
+    assert len(set(files)) == 4

@@ -138,6 +138,27 @@ def test_windows_of_a_flow_walk_the_grid_of_the_models_own_size(bundle: Path, tm
     assert pictures["dynamic", False] != pictures["static", False]
 
 
+def test_a_picture_to_start_from_and_the_part_of_it_that_is_repainted(bundle: Path, tmp_path: Path) -> None:
+    random, out = np.random.default_rng(0), tmp_path / "out.png"
+    pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    command = [str(bundle), "-c", "label=fox", "--count", "1", "--steps", "5", "-o", str(out)]
+
+    def drawn(*more: str) -> npt.NDArray[np.int16]:
+        assert main([*command, *more]) == 0
+        with Image.open(out) as picture:
+            return np.asarray(picture).astype(np.int16)
+
+    edit = ["--image", str(tmp_path / "image.png")]
+    np.testing.assert_array_equal(drawn(*edit, "--strength", "1"), drawn())
+    repainted = drawn(*edit, "--mask", str(tmp_path / "mask.png"), "--strength", "0.5")
+    np.testing.assert_array_equal(repainted[4:], pixels[4:])
+    assert np.abs(repainted - pixels)[:4].max() > 0
+
+
 def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
     assert main([str(finished_run), "-c", "label=owl", "--steps", "2", "-o", str(tmp_path / "out.png")]) == 0
     opened = load_model(finished_run)
@@ -164,6 +185,9 @@ def test_command_line_on_a_run(finished_run: Path, tmp_path: Path) -> None:
         (["BUNDLE", "--windows", "--size", "6", "8"], "has no window"),
         (["RUN", "--data", "absent.npz"], "absent.npz does not exist"),
         (["BROKEN"], "not the configuration of a training run"),
+        (["BUNDLE", "--mask", "RUN"], "--mask needs a picture to start from"),
+        (["BUNDLE", "--image", "RUN", "--strength", "0"], "--strength must be above 0"),
+        (["BUNDLE", "--image", "RUN"], "is no picture that can be read"),
     ],
 )
 def test_errors_are_one_sentence(

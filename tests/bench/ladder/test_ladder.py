@@ -7,14 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ditserve.bench import report
 from ditserve.bench.ladder import __main__ as command
-from ditserve.bench.ladder.training_pictures import TrainingPictures
+from ditserve.bench.ladder.tables import stretch_table
+from ditserve.bench.ladder.training_pictures import GraphDecoder, PictureFigures, TrainingPictures
+from ditserve.model.evaluation.ladder import MeasuredLadder
 from ditserve.model.evaluation.ladder_plan import LadderPlan
+from ditserve.model.evaluation.picture_sets import round_to_8_bits
 from ditserve.model.spec.bundle import Bundle, write_manifest
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
+from ditserve.model.spec.manifest import Defaults, RungSpec, StretchSpec
 from ditserve.model.spec.sigma_grids import SigmaGrid
+from ditserve.service.backends import load_backend
 from ditserve.service.planning.ladder import Ladder
 from tests.service.tiny_bundle import MANIFEST, write_bundle
 
@@ -72,25 +78,31 @@ def test_the_ladder_of_a_flow_is_on_the_grid_of_a_flow(
     assert {rung.grid for rung in ladder.rungs} == {"uniform"}
 
 
-def test_training_pictures_order_the_ladder_and_leave_the_defaults(
+def test_training_pictures_order_the_ladder_and_the_defaults_follow(
     bundle: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
         TrainingPictures, "__init__", lambda self, *args, **options: setattr(self, "inputs", ())
     )
     monkeypatch.setattr(
-        TrainingPictures, "distances", lambda self, ladder, on_rows: {rung.name: 1.5 for rung in ladder}
+        TrainingPictures,
+        "figures",
+        lambda self, rungs, on_rows: {rung.name: PictureFigures(1.5, 0.25) for rung in rungs},
     )
-    before = Bundle.open(bundle).manifest
+    before = Bundle.open(bundle).manifest.defaults
     options = ["--samples", "8", "--data", str(pictures), "--classifier", "any", "--write"]
     assert command.main([str(bundle), *options]) == 0
     manifest = Bundle.open(bundle).manifest
     assert manifest.ladder_order == "real"
     assert all(rung.real == rung.quality for rung in manifest.ladder)
-    assert manifest.defaults == before.defaults
+    assert manifest.defaults != before
     assert manifest.provenance["ladder"]["data"] == "pictures.npz"
     saved = json.loads((bundle.parent / "results" / "ladder-tiny.json").read_text())
-    assert saved["frechet"] == {rung.name: 1.5 for rung in manifest.ladder}
+    # The other rungs are there to judge the ladder's by.
+    assert {rung.name for rung in manifest.ladder} | {"ddim-20"} == saved["frechet"].keys()
+    assert set(saved["grain"].values()) == {0.25}
+    assert Defaults.model_validate(saved["defaults"]) == manifest.defaults
+    assert manifest.defaults.steps in {rung["steps"] for rung in saved["measured"]}
     assert "1.500" in capsys.readouterr().out
 
 
@@ -113,3 +125,46 @@ def test_options_of_pipelines_are_refused_for_other_models(
 ) -> None:
     assert command.main([str(bundle), *option]) == 2
     assert f"{option[0]} is for imported pipelines: leave it out" in capsys.readouterr().err
+
+
+def test_pictures_over_latents_are_compared_as_their_decoder_makes_them(
+    prompted_bundle: Path,
+) -> None:
+    bundle = Bundle.open(prompted_bundle)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    decoded = GraphDecoder(bundle).decode(latents)
+    expected = load_backend("onnx", bundle, threads=1).decode(latents.numpy())
+    assert decoded.shape == (2, 3, 16, 16)
+    levels = (round_to_8_bits(decoded) * 127.5 + 127.5).permute(0, 2, 3, 1).numpy()
+    assert np.abs(levels - expected).max() <= 1
+
+
+def test_every_stretch_is_told_beside_the_own_network_alone() -> None:
+    def rung(steps: int, rows: float, own: float, *stretches: tuple[float, str]) -> RungSpec:
+        parts = tuple(StretchSpec(above=above, backbone=name) for above, name in stretches)
+        return RungSpec(
+            name=f"{steps}",
+            solver="ddim",
+            steps=steps,
+            grid="trailing",
+            rows=rows,
+            quality=own,
+            own=own,
+            stretches=parts,
+        )
+
+    measured = (
+        rung(20, 40, 0.1),
+        rung(10, 20, 0.2),
+        rung(20, 30, 0.12, (0.5, "light")),
+        rung(10, 15, 0.24, (0.5, "light")),
+        rung(10, 10, 0.3, (0.7, ""), (0.0, "light")),
+        rung(4, 2, 0.5, (0.0, "student")),
+    )
+    ladder = MeasuredLadder(measured, measured, "own", MANIFEST.defaults, {})
+    table = stretch_table(ladder)
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("light above 0.5, own", "2", "0.75", "+0.0300", ""),
+        ("own above 0.7, light", "1", "0.50", "+0.1000", ""),
+    ]

@@ -14,7 +14,7 @@ import pytest
 
 from ditserve.bench.load import __main__ as command
 from ditserve.bench.load import generator
-from ditserve.bench.load.adapters import ADAPTERS, DrawnWith
+from ditserve.bench.load.adapters import ADAPTERS, Drawing, DrawnWith
 from ditserve.bench.load.processes import Consumption, batch_counters, free_port, process_tree
 from ditserve.bench.load.summary import P99_NEEDS, Exchange, LoadSummary, Promise, RungQualities
 from ditserve.bench.load.workload import OfferedRequest, RequestKind, Workload
@@ -159,7 +159,8 @@ async def url(answers: dict[str, Any]) -> Any:
 
 
 OURS = {"x-steps-used": "12", "x-rung": "dpmpp-2m-12", "x-degraded": "true"}
-WISH = {"label": 3, "steps": 20, "guidance": 2.0, "seed": 8}
+DRAWING = Drawing("dpmpp-2m", "trailing", 2.0, tuple({"label": k} for k in range(9)))
+WISH = {"condition": {"label": 3}, "steps": 20, "guidance": 2.0, "seed": 8}
 PLAIN = {
     "condition": {"label": 3},
     "steps": 20,
@@ -181,7 +182,7 @@ HEARD: dict[str, dict[str, Any]] = {
 @pytest.mark.anyio
 @pytest.mark.parametrize("name", ADAPTERS)
 async def test_every_server_is_asked_in_its_words(name: str, url: str, answers: dict[str, Any]) -> None:
-    adapter, ours = ADAPTERS[name], name.startswith("service")
+    adapter, ours = ADAPTERS[name](DRAWING), name.startswith("service")
     answers["headers"] = OURS if ours else {}
     request = OfferedRequest(0.0, SHORT, 3, 8)
     async with generator.connect(url) as http:
@@ -196,7 +197,7 @@ async def test_every_server_is_asked_in_its_words(name: str, url: str, answers: 
 @pytest.mark.anyio
 async def test_a_server_that_is_gone_is_an_answer_too(unused: str) -> None:
     async with generator.connect(unused) as http:
-        assert await generator.sender(http, ADAPTERS["peer"], None)(at(0.0)[0]) == (0, None)
+        assert await generator.sender(http, ADAPTERS["peer"](DRAWING), None)(at(0.0)[0]) == (0, None)
 
 
 @pytest.fixture

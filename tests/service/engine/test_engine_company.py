@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ditserve.model.spec.source import SourceLatent
 from ditserve.model.spec.stretches import Stretch
 from ditserve.model.spec.windows import window_count
 from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.samples import SampleRequest, StepReport
-from ditserve.service.engine.sources import SourceLatent
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.rung import Consent, Rung
@@ -97,7 +97,7 @@ def asked(visit: Visit) -> dict[str, Any]:
     return {**fields, **shape, **conditions}
 
 
-def source(size: tuple[int, int], *, masked: bool) -> SourceLatent:
+def source(size: tuple[int, int], *, masked: bool) -> SourceLatent[Any]:
     random = np.random.default_rng(size)
     mask = random.choice(np.array([0.0, 0.25, 1.0], np.float32), (1, *size))
     return SourceLatent(random.standard_normal((3, *size), np.float32), mask if masked else None)

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from ditserve.model.spec.source import SourceLatent
 from ditserve.service.engine.samples import SampleRequest
-from ditserve.service.engine.sources import SourceLatent
 from ditserve.service.planning.planner import LOAD
 from tests.service.engine.stepping import finished, previews, run
 from tests.service.engine.test_snapshots import moved
@@ -74,7 +74,7 @@ def walked_by_diffusers(backend: Any, request: SampleRequest, scheduler: Any, *,
 @pytest.mark.parametrize("source", [WHOLE, MASKED], ids=["whole", "masked"])
 @pytest.mark.parametrize("strength", [0.3, 0.55, 0.8])
 def test_a_diffusion_walks_as_in_diffusers(
-    source: SourceLatent, strength: float, make_engine: Make, make_backend: Make, edit: Make
+    source: SourceLatent[Any], strength: float, make_engine: Make, make_backend: Make, edit: Make
 ) -> None:
     backend = make_backend(schedule="linear", prediction="x0")
     request = edit(grid="leading", strength=strength, source=source)
@@ -90,7 +90,7 @@ def test_a_diffusion_walks_as_in_diffusers(
 @pytest.mark.parametrize("source", [WHOLE, MASKED], ids=["whole", "masked"])
 @pytest.mark.parametrize("strength", [0.3, 0.55, 0.8, 1.0])
 def test_a_flow_walks_as_in_diffusers(
-    source: SourceLatent, strength: float, make_engine: Make, make_backend: Make, edit: Make
+    source: SourceLatent[Any], strength: float, make_engine: Make, make_backend: Make, edit: Make
 ) -> None:
     backend = make_backend(schedule="flow", prediction="flow", noise_scale=1000.0)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.planning.returns import LATE_S, LEAST_S, MOST_S, Returns
+from ditserve.service.planning import returns as returns_module
+from ditserve.service.planning.returns import LATE_S, LEAST_S, MOST_S, Returns, _Return
 from tests.service.planning.machine import quick
 
 
@@ -51,6 +52,35 @@ def test_nothing_is_kept_for_callers_that_were_never_seen_to_come_back() -> None
     for k in range(100):
         assert returns.tell(k, 0.0, free_s=1.0, service_s=0.1) == 1
     assert returns.reserved_s(1.0) == 0.0
+
+
+def test_the_work_of_a_refusal_does_not_grow_with_those_who_wait() -> None:
+    """What is looked at is counted by comparisons of two requests."""
+    compared = 0
+
+    class Counted(_Return):
+        def __lt__(self, other: _Return) -> bool:
+            nonlocal compared
+            compared += 1
+            return super().__lt__(other)
+
+    def work(waiting: int) -> int:
+        nonlocal compared
+        returns = obeyed()
+        for k in range(waiting):
+            returns.tell(k, 0.0, free_s=1.0, service_s=1e-6)
+        returns.reserved_s(1.0)
+        compared = 0
+        for k in range(100):
+            assert not returns.came_back(f"new {k}", 1.0)
+            returns.reserved_s(1.0)
+            returns.tell(f"new {k}", 1.0, free_s=1.0, service_s=1e-6)
+        return compared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(returns_module, "_Return", Counted)
+        few, many = work(50), work(5_000)
+    assert many <= few + 100 * 8
 
 
 @quick

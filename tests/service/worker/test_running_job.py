@@ -8,14 +8,19 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
+
 from ditserve.model.spec.manifest import Factor
+from ditserve.model.spec.source import SourceLatent
 from ditserve.service.engine.samples import Finished
 from ditserve.service.jobs import AdapterUse, Claim, ConditionTerm, EventKind, Job, Lease
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.queue.broker import Broker
 from ditserve.service.rung import Rung
+from ditserve.service.source_picture import SourcePicture
 from ditserve.service.worker.progress_events import ProgressEvents
-from ditserve.service.worker.running_job import RunningJob, describe
+from ditserve.service.worker.running_job import RunningJob, RunningJobs, describe
+from tests.service.wire_examples import SNAPSHOT
 
 FACTORS = (
     Factor(name="label", classes=("lemon", "strawberry")),
@@ -65,6 +70,37 @@ def test_a_mix_is_written_as_it_is_asked_for(make_job: Callable[..., Job]) -> No
     assert first == {"label": "strawberry", "weight": 0.25}
     assert second == {"style": "twemoji", "text": "on a table"}
     assert metadata["mix"] == "spherical"
+
+
+def test_a_picture_is_drawn_again_with_the_steps_and_the_strength_that_were_asked(
+    make_job: Callable[..., Job],
+) -> None:
+    job = make_job(source=SourcePicture(b"", None, 0.4))
+    rung = Rung("ddim-20", "ddim", 20, "trailing", (0.0, 1.0), 0.0, strength=0.4)
+    finished = cast(Finished, SimpleNamespace(steps_used=8, rung=rung))
+    metadata = describe(job, finished, 7, FACTORS)
+    assert (metadata["steps"], metadata["strength"]) == ("20", "0.4")
+    # One that was moved under way took steps of two rungs.
+    moved = cast(Finished, SimpleNamespace(steps_used=10, rung=rung))
+    assert describe(job, moved, 7, FACTORS)["steps"] == "10"
+
+
+def test_a_job_whose_picture_is_encoded_is_where_it_was(make_job: Callable[..., Job]) -> None:
+    """It is not in the engine yet, and handed back it keeps what an earlier worker did of it."""
+    job = make_job(seeds=(1, 2), source=SourcePicture(b"", None, 0.4))
+    claim = Claim(job, Lease(job.id, "w1", 1), run_isolated=False)
+    states = [SNAPSHOT, None]
+    running, jobs = RunningJob(claim, Ladder(()), claimed_at=0.0, states=states), RunningJobs()
+    jobs.add(running)
+    assert jobs.samples_in_engine == 0
+    assert running.sample_states({}) == states
+    source = SourceLatent(np.zeros((3, 4, 6), np.float32))
+    assert [(request.source, state) for request, state in running.join(source)] == [
+        (source, SNAPSHOT),
+        (source, None),
+    ]
+    assert jobs.samples_in_engine == 2
+    assert running.sample_states({}) == [None, None]
 
 
 BETTER, WORSE = (

@@ -20,15 +20,18 @@ from PIL import Image as Picture
 from ditserve.service.errors import (
     Cancelled,
     InternalError,
+    InvalidRequest,
     ModelReplaced,
     NumericalError,
     QueueUnavailable,
     ServiceError,
 )
+from ditserve.service.images import from_pixels
 from ditserve.service.jobs import AdapterUse, ConditionTerm, Job, JobResult, LoadedAdapter, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
+from ditserve.service.source_picture import SourcePicture, encode
 from ditserve.service.worker.engine_monitor import WorkerIdentity
 from ditserve.service.worker.worker import Worker, WorkerParts
 
@@ -189,6 +192,29 @@ async def test_events_tell_steps_previews_and_the_end(
             assert event.data["step"] in (2, 4)
         if event.kind == "step":
             assert 0 < event.data["step"] < event.data["steps"] == 6
+
+
+class Encoder:
+    def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        return from_pixels(pixels)
+
+
+async def test_a_picture_that_cannot_be_encoded_fails_its_job_alone(
+    broker: Broker, make_worker: Make, make_fake_job: Make, wait: Make
+) -> None:
+    picture = SourcePicture(encode(np.zeros((4, 6, 3), np.uint8)), None, 0.5)
+    damaged, other = SourcePicture(b"no PNG", None, 0.5), make_fake_job()
+    worker = make_worker(broker)
+    async with working(worker):
+        await broker.submit(job := make_fake_job(source=picture))
+        with pytest.raises(InvalidRequest, match="no encoder"):
+            await wait(job)
+        worker._postprocessor._encoder = Encoder()
+        await broker.submit(job := make_fake_job(source=damaged))
+        with pytest.raises(InternalError, match="could not be encoded"):
+            await wait(job)
+        await broker.submit(other)
+        await wait(other)
 
 
 async def test_a_broken_sample_fails_its_job_alone(
