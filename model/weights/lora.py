@@ -36,6 +36,7 @@ DIFFUSERS_CONFIG_KEY: Final = "lora_adapter_metadata"
 PREFIXES: Final = ("base_model.model.", "transformer.", "diffusion_model.")
 KOHYA: Final = ("lora_unet_", "lora_transformer_")
 TEXT_ENCODERS: Final = ("text_encoder", "lora_te", "te1", "te2")
+DORA: Final = re.compile(r"dora_scale|lora_magnitude_vector")
 # The end of a key → the part of a term that it is.
 PARTS: Final = {
     **dict.fromkeys((".lora_A.weight", ".lora_A.default.weight"), "down"),
@@ -180,13 +181,18 @@ def _parts(
         raise ValueError(
             f"{others[0]} changes a text encoder, and only the network can be adapted: leave it out"
         )
+    # Diffusers would leave them out without a word.
+    if others := [key for key in sorted(tensors) if DORA.search(key)]:
+        raise ValueError(f"{others[0]} is of DoRA: only plain LoRA is served")
     found, unknown = _sorted_out(tensors, layers)
     if unknown and translate is not None:
         try:
-            translated = translate(dict(tensors))
+            translated, lost = translate(dict(tensors)), _lost(tensors, translate)
         # A conversion raises what its code stumbles over.
         except Exception:
-            translated = {}
+            translated, lost = {}, []
+        if lost:
+            raise ValueError(f"{lost[0]} is no layer of this network by another name")
         if translated:
             found, unknown = _sorted_out(translated, layers)
     if unknown:
@@ -195,6 +201,27 @@ def _parts(
             + (": it is an adapter of another one" if not found else ", or not of one that can be adapted")
         )
     return found
+
+
+def _lost(tensors: Tensors, translate: Callable[[Tensors], Tensors]) -> list[str]:
+    """Return the names of layers that a translation leaves out, as that of diffusers does without a word.
+
+    The tensors of each layer are replaced by its number, and alpha by the rank, so that nothing is scaled:
+    the numbers that come out are those of the layers that are taken over.
+    """
+    ends = {key: next((end for end in PARTS if key.endswith(end)), "") for key in tensors}
+    names = {key: key.removesuffix(end) for key, end in ends.items()}
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names.values()), start=1)}
+    ranks = {names[key]: len(tensors[key]) for key, end in ends.items() if PARTS.get(end) == "down"}
+    marked = {
+        key: torch.full(
+            tensor.shape,
+            float(ranks.get(names[key], 1) if ends[key] == ".alpha" else numbers[names[key]]),
+        )
+        for key, tensor in tensors.items()
+    }
+    taken = {tensor.flatten()[0].item() for tensor in translate(marked).values() if tensor.numel()}
+    return [name for name, number in numbers.items() if number not in taken]
 
 
 def _sorted_out(tensors: Tensors, layers: Layers) -> tuple[dict[str, dict[str, Tensor]], list[str]]:

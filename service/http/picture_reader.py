@@ -12,7 +12,7 @@ from ditserve.service.http.pictures import UnusablePicture, read_mask, read_pict
 from ditserve.service.source_picture import SourcePicture, encode
 
 # Each takes up to a second, and 16 Mpx up to 300 MB while it does.
-MOST_WAITING = 64
+MOST_WAITING = 32
 
 
 class PictureReader:

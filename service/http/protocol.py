@@ -86,6 +86,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _reading = _Reading.NOTHING
     # Bytes of the head, or of the body, that is being read; and those of the names and values in the head.
     _bytes = _field_bytes = 0
+    # Bytes in the chunks of the body, without what is around them.
+    _content = 0
     # When the body is to be there at the latest, apart from the time that its bytes add; 0: none is awaited.
     _body_until = 0.0
     # Since when no request has come, in seconds of the event loop's clock.
@@ -130,8 +132,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parse(data)
         if self._reading is _Reading.HEAD and self._bytes > MAX_HEAD_BYTES:
             self._refuse(_head_too_large())
-        if self._reading is _Reading.BODY and self._bytes > self.limits.body_bytes + MAX_HEAD_BYTES:
+        if self._reading is not _Reading.BODY:
+            return
+        if self._bytes > self.limits.body_bytes + MAX_HEAD_BYTES:
             self._refuse(PayloadTooLarge(f"The body may be {self.limits.body_bytes} bytes."))
+        elif self._bytes - self._content > self._content + MAX_HEAD_BYTES:
+            self._refuse(
+                PayloadTooLarge(f"Around a body may be {MAX_HEAD_BYTES} bytes, or as many as in it.")
+            )
 
     def _parse(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -186,11 +194,15 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not None:
             self.cycle.transport = cast(asyncio.Transport, _ResponseTransport(self))
-        self._reading, self._bytes = _Reading.BODY, 0
+        self._reading, self._bytes, self._content = _Reading.BODY, 0, 0
         self._body_until = self.loop.time() + self.limits.head_s + BODY_GRACE_S
         self._expect(self.limits.head_s + BODY_GRACE_S)
         if not self.flow.write_paused:
             self._stop_watching()
+
+    def on_body(self, body: bytes) -> None:
+        self._content += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._reading = _Reading.NOTHING

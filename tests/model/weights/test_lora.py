@@ -124,6 +124,14 @@ def test_names_of_others_are_translated(tmp_path: Path) -> None:
 
     assert read(saved(tmp_path, tensors), translate=translate).terms.keys() == LAYERS.keys()
 
+    def leave_out(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in translate(given).items() if "mlp" not in key}
+
+    with pytest.raises(
+        AdapterError, match=r"blocks\.1\.mlp\.fc1 is no layer of this network by another name"
+    ):
+        read(tmp_path, translate=leave_out)
+
     def stumble(given: dict[str, Tensor]) -> dict[str, Tensor]:
         raise KeyError("double_blocks")
 
@@ -145,7 +153,9 @@ WRONG: list[tuple[dict[str, Tensor], str]] = [
     ({f"{QKV}_A.weight": torch.full((2, 6), torch.nan)}, "down holds NaN or infinite numbers"),
     ({f"{QKV}_B.weight": torch.full((18, 2), torch.inf)}, "up holds NaN or infinite numbers"),
     ({f"{QKV}_A.weight": torch.ones(2, 6, dtype=torch.int64)}, "down is of torch.int64"),
-    ({f"{QKV}_magnitude_vector": torch.ones(18)}, "is no term of a layer of this network"),
+    ({f"{QKV}_magnitude_vector": torch.ones(18)}, "is of DoRA: only plain LoRA is served"),
+    ({"lora_unet_blocks_0_attn_qkv.dora_scale": torch.ones(18, 1)}, "is of DoRA: only plain LoRA is served"),
+    ({"lora_unet_blocks_0_attn_qkv.hada_w1_a": torch.ones(18, 2)}, "is no term of a layer of this network"),
     ({f"{QKV}_B.bias": torch.ones(18)}, "is no term of a layer of this network"),
     ({"blocks.9.attn.qkv.lora_A.weight": torch.ones(2, 6)}, "or not of one that can be adapted"),
     ({"text_encoder.layers.0.lora_A.weight": torch.ones(2, 6)}, "changes a text encoder"),

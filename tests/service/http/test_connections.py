@@ -61,7 +61,7 @@ async def dial() -> AsyncIterator[Dial]:
 
 @pytest.fixture
 async def port(open_stage: OpenStage, serve: Serve) -> int:
-    return await serve(await open_stage(body_timeout_s=0.2))
+    return await serve(await open_stage(body_timeout_s=0.2, max_picture_bytes=256))
 
 
 @pytest.mark.parametrize("length", [b"Content-Length: 100\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"])
@@ -119,8 +119,10 @@ async def test_a_head_of_120_kilobytes_in_one_write_is_refused(
     ],
     ids=["extension", "extensions", "trailer", "trailers"],
 )
-async def test_what_surrounds_the_chunks_of_a_body_is_counted(port: int, dial: Dial, body: bytes) -> None:
-    connection = await dial(port)
+async def test_what_surrounds_the_chunks_of_a_body_is_counted(
+    stage: Stage, serve: Serve, dial: Dial, body: bytes
+) -> None:
+    connection = await dial(await serve(stage))
     connection.writer.write(CHUNKED + body)
     assert (await connection.until_closed()).startswith(b"HTTP/1.1 413")
 

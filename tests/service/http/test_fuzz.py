@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ from ditserve.service.api_keys import add
 from ditserve.service.errors import ERRORS
 from ditserve.service.http.api import configured
 from ditserve.service.http.app import create_app
-from ditserve.service.http.openai_schemas import ImagesRequest
+from ditserve.service.http.openai_schemas import EditRequest, ImagesRequest
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings
 from tests.conftest import close_books, wait_until
 from tests.service.http.conftest import StubWorker
+from tests.service.http.test_pictures import halves, png_with, saved
 
 CHECKS = [
     status_code_conformance,
@@ -159,12 +160,15 @@ def test_answers_only_what_the_document_says(api: tuple[str, dict[str, str]], fu
     assert httpx.get(f"{url}/docs").status_code == 200
 
 
-GENERATE, OPENAI = "/generate", "/v1/images/generations"
+GENERATE, OPENAI, EDITS = "/generate", "/v1/images/generations", "/v1/images/edits"
 BODIES: dict[str, dict[str, Any]] = {
     GENERATE: {"condition": {"label": "lemon"}},
     OPENAI: {"prompt": "a lemon"},
+    EDITS: {"prompt": "a lemon"},
 }
-MODELS: dict[str, type[BaseModel]] = {GENERATE: GenerateRequest, OPENAI: ImagesRequest}
+MODELS: dict[str, type[BaseModel]] = {GENERATE: GenerateRequest, OPENAI: ImagesRequest, EDITS: EditRequest}
+# What a picture may be: right, damaged, none, and far more pixels than bytes.
+PICTURES = (saved(halves()), saved(halves(), "WEBP")[:-9], b"", b"GIF89a", png_with(2**15, 2**15))
 # Fields of the other door, and OpenAI's parameters that this service has no field for.
 FOREIGN = ("prompt", "sampler", "image", "mask", "input_fidelity", "metadata", "store", "service_tier")
 # Values at which readers of JSON, and of numbers in texts, part ways, by the type of field they fit.
@@ -203,16 +207,33 @@ def values(path: str, name: str) -> st.SearchStrategy[Any]:
     return st.sampled_from(fitting) | st.sampled_from(fitting) | ANYTHING if fitting else ANYTHING
 
 
+FILES: tuple[tuple[str, ...], ...] = (("image",), ("image[]",), ("image", "mask"), ("mask",), ())
+
+
+def as_form(fields: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
+    """Return a form, in which texts have no quotes."""
+    head, parts = b'--b\r\nContent-Disposition: form-data; name="%s"', []
+    for name, value in fields.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts.append(head % name.encode() + b"\r\n\r\n" + text.encode(errors="replace"))
+    parts += [head % name.encode() + b'; filename="a"\r\n\r\n' + data for name, data in files.items()]
+    return b"\r\n".join([*parts, b"--b--\r\n"])
+
+
 @st.composite
 def knocks(draw: st.DrawFn) -> tuple[str, bytes, dict[str, str]]:
     """Draw a door, a body that is right but for a few fields, and headers."""
-    path = draw(st.sampled_from([GENERATE, OPENAI]))
+    path = draw(st.sampled_from([GENERATE, OPENAI, EDITS]))
     names = draw(st.lists(st.sampled_from([*MODELS[path].model_fields, *FOREIGN]), max_size=2))
-    body = json.dumps(BODIES[path] | {name: draw(values(path, name)) for name in names}).encode()
+    fields = BODIES[path] | {name: draw(values(path, name)) for name in names}
+    kind, body = "application/json", json.dumps(fields).encode()
+    if path == EDITS or draw(st.sampled_from([False, False, True])):
+        files = {name: draw(st.sampled_from(PICTURES)) for name in draw(st.sampled_from(FILES))}
+        kind, body = "multipart/form-data; boundary=b", as_form(fields, files)
     if draw(st.sampled_from([False] * 30 + [True])):
         body = body[: draw(st.integers(0, len(body)))]
     chosen = draw(st.lists(st.sampled_from(sorted(HEADERS)), max_size=2, unique=True))
-    return path, body, {"content-type": "application/json"} | {name: draw(HEADERS[name]) for name in chosen}
+    return path, body, {"content-type": kind} | {name: draw(HEADERS[name]) for name in chosen}
 
 
 @pytest.mark.timeout(3600)
@@ -251,3 +272,4 @@ def test_both_doors_answer_only_what_the_document_says(
     assert answered.total() >= fuzz_cases // 4, answered
     assert answered[GENERATE, 200] > 0
     assert answered[OPENAI, 200] > 0
+    assert answered[EDITS, 200] > 0

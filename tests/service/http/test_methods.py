@@ -49,7 +49,7 @@ async def test_head_of_a_running_stream_ends_at_once(stage: Stage, client: httpx
 @pytest.mark.parametrize("body", [b"{", b"", b"x" * 100_000])
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
 async def test_an_unknown_path_is_404_whatever_the_body(stage: Stage, method: str, body: bytes) -> None:
-    response = await stage.client.request(method, "/v1/images/edits", content=body)
+    response = await stage.client.request(method, "/v1/audio/speech", content=body)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "not-found")
 
 

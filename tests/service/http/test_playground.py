@@ -10,11 +10,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ditserve.service.api_keys import add
+from ditserve.service.images import encode
+from ditserve.service.jobs import ConditionTerm
+from ditserve.service.source_picture import decode
 from tests.conftest import wait_until
 from tests.service.http.conftest import MANIFEST, OpenStage, Serve, Stage
+from tests.service.http.test_pictures import halves, saved
 
 pytestmark = pytest.mark.anyio
 
@@ -78,6 +83,20 @@ CONTRAST = """(elements) => elements.filter((e) => e.checkVisibility() && !e.dis
   const [dark, bright] = colours.map(light).sort((a, b) => a - b);
   return (bright + 0.05) / (dark + 0.05);
 })"""
+
+
+# Drops a file of these bytes on the page.
+DROP = """([name, bytes]) => {
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([new Uint8Array(bytes)], name));
+  const how = { dataTransfer, bubbles: true, cancelable: true };
+  const target = document.querySelector("main");
+  for (const kind of ["dragover", "drop"]) target.dispatchEvent(new DragEvent(kind, how));
+}"""
+
+
+def file(name: str, data: bytes) -> dict[str, Any]:
+    return {"name": name, "mimeType": "application/octet-stream", "buffer": data}
 
 
 @pytest.fixture
@@ -217,6 +236,124 @@ class TestInChromium:
                 for shown in ("p", "a", "label", "button", "summary"):
                     contrasts = await page.locator(shown).evaluate_all(CONTRAST)
                     assert min(contrasts, default=21.0) >= 4.5, (path, scheme, shown)
+
+    async def test_starts_from_a_picture_and_repaints_what_is_drawn_on_it(
+        self, stage: Stage, page: Any
+    ) -> None:
+        assert await page.is_hidden("#easel")
+        await page.set_input_files("#file", files=[file("photo.jpg", saved(halves(96, 48), "JPEG"))])
+        await page.wait_for_selector("#easel")
+        assert await page.is_visible("#used")  # the middle half
+        area = await page.locator("#mask").bounding_box()
+        await page.fill("#brush", "160")
+        for down in (0.1, 0.5, 0.9):
+            await page.mouse.move(area["x"] + 0.3 * area["width"], area["y"] + down * area["height"])
+            await page.mouse.down()
+            await page.mouse.move(area["x"] + 0.31 * area["width"], area["y"] + down * area["height"])
+            await page.mouse.up()
+        assert "% of it is repainted" in await page.inner_text("#mask-out")
+        await page.fill("#strength", "0.5")
+        await page.click("#go")
+        await page.wait_for_selector("#facts:not([hidden])")
+        source = stage.worker.claimed[-1].job.source
+        assert source is not None
+        assert source.mask is not None
+        assert source.strength == 0.5
+        levels = decode(source.mask)
+        assert (levels[:, 1] == 255).all()
+        assert (levels[:, 10:] == 0).all()
+        await page.click("#unmask")
+        await page.click("#go")
+        await page.wait_for_selector("#facts:not([hidden])")
+        source = stage.worker.claimed[-1].job.source
+        assert source is not None
+        assert source.mask is None
+        await page.click("#unstart")
+        await page.click("#go")
+        await page.wait_for_selector("#facts:not([hidden])")
+        assert stage.worker.claimed[-1].job.source is None
+
+    async def test_a_mask_is_drawn_by_keyboard_alone(self, stage: Stage, page: Any) -> None:
+        await page.set_input_files("#file", files=[file("a.png", saved(halves(16, 16)))])
+        await page.focus("#mask")
+        assert await page.is_visible("#ring")
+        for key in ("ArrowLeft", "ArrowLeft", "Shift+ArrowUp", "Space"):
+            await page.keyboard.press(key)
+        assert "% of it is repainted" in await page.inner_text("#mask-out")
+        await page.focus("#go")
+        await page.keyboard.press("Enter")
+        await page.wait_for_selector("#facts:not([hidden])")
+        source = stage.worker.claimed[-1].job.source
+        assert source is not None
+        assert source.mask is not None
+        assert 0 < (decode(source.mask) > 127).mean() < 0.2
+
+    async def test_a_result_is_edited_further(self, stage: Stage, page: Any) -> None:
+        await page.click("#go")
+        await page.wait_for_selector("#facts:not([hidden])")
+        await page.get_by_role("button", name="edit").click()
+        await page.wait_for_selector("#easel")
+        await page.click("#go")
+        await page.wait_for_selector("#facts:not([hidden])")
+        assert stage.worker.claimed[-1].job.source is not None
+
+    @pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
+    async def test_one_of_our_pictures_brings_its_request_back(
+        self, stage: Stage, page: Any, format: str
+    ) -> None:
+        condition = {"label": "lemon", "style": "noto"}
+        written = {"model": "fruits", "condition": json.dumps(condition), "seed": "77", "steps": "33"}
+        written |= {"sampler": "ddim", "grid": "linspace", "guidance_scale": "2.25"}
+        written |= {"guidance_interval": "[0.1, 0.9]", "guidance_decay": "0.5"}
+        data = encode(np.asarray(halves(16, 16)), format, metadata=written)
+        # Dropped anywhere on the page, as a person does it.
+        await page.evaluate(DROP, [f"a.{format}", list(data)])
+        await page.get_by_text("The request of this picture is in the form.").wait_for()
+        assert await page.is_hidden("#easel")
+        await page.click("#go")
+        await page.wait_for_selector("#facts:not([hidden])")
+        job = stage.worker.claimed[-1].job
+        assert (job.condition, job.seeds, job.steps) == ((ConditionTerm((3, 0)),), (77,), 33)
+        assert (job.solver, job.grid, job.guidance_scale) == ("ddim", "linspace", 2.25)
+        assert job.guidance_interval == (0.1, 0.9)
+        assert job.requested is not None
+        assert job.requested.guidance_decay == 0.5
+        await page.click("#forget")
+        assert await page.is_hidden("#kept")
+        await page.evaluate(DROP, [f"a.{format}", list(data)])
+        await page.get_by_text("The request of this picture is in the form.").wait_for()
+        await page.get_by_role("button", name="edit").click()
+        await page.wait_for_selector("#easel")
+
+    @pytest.mark.parametrize(
+        ("data", "sentence"),
+        [
+            (b"<svg>", "no picture"),
+            (saved(halves(8, 8))[:40], "no picture"),
+            (bytes(2**23 + 1), "A picture may be 8388608 bytes"),
+            (
+                encode(np.zeros((8, 8, 3), np.uint8), "png", metadata={"model": "x", "condition": "{}"}),
+                "x, wh",
+            ),
+        ],
+    )
+    async def test_another_file_is_told_about(self, page: Any, data: bytes, sentence: str) -> None:
+        await page.set_input_files("#file", files=[file("a.png", data)])
+        await page.get_by_text(sentence).wait_for()
+        assert await page.is_hidden("#easel")
+
+    async def test_a_model_that_starts_from_no_picture_shows_nothing_of_it(
+        self, open_stage: OpenStage, serve: Serve, tmp_path: Path
+    ) -> None:
+        config = {**MANIFEST["config"], "in_channels": 4}
+        manifest = {**MANIFEST, "config": config, "decoder": "sd-vae"}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        async with browsing(home(await serve(await open_stage(bundle=tmp_path)))) as page:
+            await page.wait_for_selector("#go:enabled")
+            assert await page.is_hidden("#starting")
+            await page.click("#go")
+            await page.wait_for_selector("#facts:not([hidden])")
+            assert await page.get_by_role("button", name="edit").count() == 0
 
     async def test_shows_an_error(self, stage: Stage, page: Any) -> None:
         stage.worker.fail_with = {"code": "numerical-error", "detail": "NaN at step 3.", "extra": {}}
