@@ -1,4 +1,4 @@
-"""From a request to a job in the queue: what the model understands, and which deadline can be kept.
+"""From a request to a job in the queue: the rung at which its deadline can be kept, and equal jobs.
 
 `POST /generate` and OpenAI's route both submit through here. Knows no HTTP; raises the errors of `errors`.
 """
@@ -8,42 +8,37 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 
-from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.callback_url import AllowedCallbacks
 from ditserve.service.errors import (
     IdempotencyMismatch,
     JobLost,
-    Overloaded,
     QueueFull,
     QueueUnavailable,
 )
 from ditserve.service.http.abandoned import Abandoned
-from ditserve.service.http.adapters import RETRY_S, requested_adapters
+from ditserve.service.http.adapters import RETRY_S
 from ditserve.service.http.callbacks import check_callback
-from ditserve.service.http.conditions import RequestedConditions, requested_conditions
 from ditserve.service.http.load_cache import LoadCache
 from ditserve.service.http.loop_lag import LoopLag
 from ditserve.service.http.operating_point import (
     field_error,
     guidance_embedded,
     guidance_scale,
-    requested_rung,
 )
 from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.promises import Promises
+from ditserve.service.http.request_reader import RequestReader, ResolvedRequest
 from ditserve.service.http.reuse import CacheOutcome, Reuse, SharedJob, Sharing
-from ditserve.service.http.schemas import MAX_SEED, GenerateRequest
-from ditserve.service.http.sizes import OutputSize, as_a_whole, in_windows, picture_size, size_text
+from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.identity import vocabulary_digest
 from ditserve.service.jobs import (
     TERMINAL_STATES,
-    AdapterUse,
     EqualJobs,
     ImageFormat,
     Job,
@@ -58,13 +53,11 @@ from ditserve.service.planning.load import finite
 from ditserve.service.queue.queue_client import Queue
 from ditserve.service.rung import Consent, Rung
 from ditserve.service.settings import Settings
-from ditserve.service.source_picture import SourcePicture
 from ditserve.service.telemetry import metrics
-from ditserve.service.vocabulary import Vocabulary
 
-# A client of a full queue is asked to come back once this share of it should have drained …
+# A client of a full queue is asked to come back once this share of it should have drained, or after `RETRY_S`
+# where that cannot be predicted.
 _DRAINED_SHARE = 0.1
-# … or after `RETRY_S` where that cannot be predicted.
 # The key in a job's trace of the request's fingerprint. It tells a replay from another request under the same
 # Idempotency-Key.
 _FINGERPRINT = "body"
@@ -115,19 +108,6 @@ class Submission:
     again: Callable[[], Awaitable[Submission]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _ResolvedRequest:
-    """A request as this model understands it, with all defaults filled in."""
-
-    request: GenerateRequest
-    image_format: ImageFormat
-    conditions: RequestedConditions
-    rung: Rung
-    output: OutputSize
-    source: SourcePicture | None
-    adapters: tuple[AdapterUse, ...]
-
-
 class Submissions:
     """Turns requests for one model into jobs in the queue; `bundle` is the digest that its workers report."""
 
@@ -144,9 +124,11 @@ class Submissions:
         self.manifest = manifest
         self.prompts = prompts
         self.pictures = pictures
-        self.vocabulary = Vocabulary(manifest.factors)
         self.ladder = Ladder.from_manifest(manifest)
         self.load = LoadCache(queue, manifest.name)
+        self._reader = RequestReader(
+            manifest, settings, prompts=prompts, pictures=pictures, ladder=self.ladder, load=self.load
+        )
         self.abandoned = Abandoned(queue)
         self.promises = Promises(manifest.name, self.ladder)
         self.delivery = Delivery()
@@ -181,19 +163,18 @@ class Submissions:
             Overloaded, QueueFull, QueueUnavailable, TooManyUploads: the service cannot take the request now.
             IdempotencyMismatch: the caller's key was used for another request.
         """
-        conditions = requested_conditions(request, self.manifest, self.vocabulary)
-        self._check_length(request, conditions)
+        reader = self._reader
+        conditions = reader.conditions(request)
         check_callback(request.callback_url, self._callbacks)
-        asked, output = self._rung(request, rung), await self._size(request)
+        asked, output = reader.rung(request, rung), await reader.size(request)
         # What is to be done with a picture takes of the time that the request has.
         answer_by = self._answer_by(request, self._queue.clock())
         if caller.idempotency is not None:
             status = await self._queue.status(self._job_id(caller.name, caller.idempotency.key))
             if status is not None:
                 return _replayed(status, caller.idempotency)
-        source = await self._source(request, output)
-        adapters = requested_adapters(request, (await self.load()).workers if request.adapters else ())
-        resolved = _ResolvedRequest(request, image_format, conditions, asked, output, source, adapters)
+        source, adapters = await reader.source(request, output), await reader.adapters(request)
+        resolved = ResolvedRequest(request, image_format, conditions, asked, output, source, adapters)
         now = self._queue.clock()
         admission_request = self._admission_request(resolved, answer_by, now)
         lookup = self._reuse.lookup(sharing, seeded=request.seed is not None)
@@ -217,73 +198,8 @@ class Submissions:
             metrics.ADMITTED_DEGRADED.labels(admission.rung.name).inc()
         return Submission(job, True, True, finite(admission.predicted_s), answer_by, lookup.missed())
 
-    def _check_length(self, request: GenerateRequest, conditions: RequestedConditions) -> None:
-        """Refuse texts of more tokens than the model takes. Raises `InvalidRequest`."""
-        if request.truncate_prompt:
-            return
-        own, negative = "condition" if request.prompt is None else "prompt", "negative_prompt"
-        texts = [*((own, term.text) for term in conditions.terms), (negative, conditions.negative_prompt)]
-        for name, text in texts:
-            if excess := self.prompts.excess(text, negative=name == negative):
-                raise field_error(
-                    name,
-                    f"The text has {excess}: shorten it, or say "
-                    '"truncate_prompt": true to have the end cut off.',
-                )
-
-    def _rung(self, request: GenerateRequest, rung: Rung | None) -> Rung:
-        """Return the operating point that the request asks for, or `rung`. Raises `InvalidRequest`."""
-        if request.n > self._settings.max_images:
-            raise field_error("n", f"At most {self._settings.max_images} images a request.")
-        if (request.seed or 0) + request.n - 1 > MAX_SEED:
-            raise field_error("seed", f"The seed of the last image, seed + n - 1, may be at most {MAX_SEED}.")
-        asked = requested_rung(request, self.manifest, self.ladder)
-        if rung is None:
-            return asked
-        return replace(rung, guidance_decay=asked.guidance_decay, strength=asked.strength)
-
-    async def _size(self, request: GenerateRequest) -> OutputSize:
-        """Return the size that the request asks for. Raises `InvalidRequest`, `Overloaded`.
-
-        In windows every size is possible; as a whole the model's own, and those that every worker makes.
-        """
-        own, max_area = size_text(self.manifest), self._settings.max_area
-        if request.windows:
-            if request.size is None:
-                raise field_error("windows", f"Name a size larger than the model's own, {own}.")
-            try:
-                return in_windows(request.size, self.manifest, max_area=max_area)
-            except ValueError as error:
-                raise field_error("size", str(error)) from None
-        if request.size in (None, own):
-            return OutputSize()
-        workers = (await self.load()).workers
-        if not workers:
-            raise Overloaded("No worker is running to say which sizes can be made.", retry_after=RETRY_S)
-        try:
-            return as_a_whole(request.size, self.manifest, workers, max_area=max_area)
-        except ValueError as error:
-            raise field_error("size", str(error)) from None
-
-    async def _source(self, request: GenerateRequest, output: OutputSize) -> SourcePicture | None:
-        """Return the picture that the request starts from, if any.
-
-        Raises `InvalidRequest`, `PayloadTooLarge`, `TooManyUploads`.
-        """
-        if request.image is None:
-            for name in ("mask", "strength"):
-                if name in request.model_fields_set and getattr(request, name) is not None:
-                    raise field_error(name, "It needs an image to start from: send one, or leave it out.")
-            return None
-        if not encodes_pictures(self.manifest):
-            raise field_error(
-                "image", "This model has no encoder of pictures: leave image out, or export the model again."
-            )
-        size = picture_size(self.manifest, output.size)
-        return await self.pictures.read(request.image, request.mask, size=size, strength=request.strength)
-
     def _admission_request(
-        self, resolved: _ResolvedRequest, answer_by: float | None, now: float
+        self, resolved: ResolvedRequest, answer_by: float | None, now: float
     ) -> AdmissionRequest:
         request, conditions = resolved.request, resolved.conditions
         deadline_at = None if answer_by is None else answer_by - self.delivery.room_s(answer_by - now)
@@ -321,7 +237,7 @@ class Submissions:
 
     def _job(
         self,
-        resolved: _ResolvedRequest,
+        resolved: ResolvedRequest,
         admission_request: AdmissionRequest,
         admission: Admission,
         caller: Caller,
