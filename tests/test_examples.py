@@ -80,6 +80,17 @@ def test_async_jobs(service: Service, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["fox.png", "strawberry.png"]
 
 
+def test_edit_picture(service: Service, tmp_path: Path) -> None:
+    example("edit_picture.py", "--url", service.url, "--edits", "cat-face:fox", folder=tmp_path)
+    with Image.open(tmp_path / "edits.png") as sheet:
+        pixels = np.asarray(sheet, np.float64)
+    source, little, half, much, masked = np.split(pixels, 5, axis=1)
+    away = [np.abs(edit - source).mean() for edit in (little, half, much)]
+    assert 0 < away[0] < away[1] < away[2]
+    np.testing.assert_array_equal(masked[32:], source[32:])
+    assert np.abs(masked[:32] - source[:32]).mean() > away[0]
+
+
 def test_bring_your_own_dit(tmp_path: Path) -> None:
     lines = example("bring_your_own_dit.py", "--steps", "10", folder=tmp_path)
     assert lines[-1] == 'wrote shapes: make serve ARGS="--bundle shapes"'

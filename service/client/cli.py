@@ -90,6 +90,9 @@ def draw(client: Client, options: argparse.Namespace) -> list[Path]:
         "negative_prompt": options.negative_prompt,
         "truncate_prompt": options.truncate_prompt,
         "adapters": options.adapter,
+        "image": options.image,
+        "mask": options.mask,
+        "strength": options.strength,
         "size": options.size,
         "windows": options.windows,
     }
@@ -121,6 +124,14 @@ def _adapter(text: str) -> dict[str, Any]:
         return {"name": name, "scale": float(scale)}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{scale!r} is no scale: write NAME=0.8") from None
+
+
+def _picture(path: str) -> bytes:
+    """Return the bytes of a picture's file."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _condition(model: dict[str, Any], prompt: str) -> dict[str, Any]:
@@ -217,6 +228,11 @@ def _parser(url: str) -> argparse.ArgumentParser:
         metavar="NAME[=SCALE]",
         help="a low-rank adapter of the model to draw with; may be given several times",
     )
+    parser.add_argument("--image", type=_picture, metavar="FILE", help="a picture to start from")
+    parser.add_argument(
+        "--mask", type=_picture, metavar="FILE", help="what of it is drawn anew: white, or transparent"
+    )
+    parser.add_argument("--strength", type=finite, help="how far from the picture, above 0 up to 1")
     parser.add_argument(
         "--truncate-prompt",
         action="store_true",

@@ -59,7 +59,10 @@ class Client:
         self._http.close()
 
     def generate(self, /, condition: Condition | None = None, **options: Any) -> Generation:
-        """Draw images and wait; `options` are the fields of POST /generate, such as `prompt`."""
+        """Draw images and wait; `options` are the fields of POST /generate, such as `prompt`.
+
+        A picture to start from (`image`, `mask`) is the bytes of its file.
+        """
         return messages.generation(self._send(self._requests.generate(condition, options)))
 
     def submit(self, /, condition: Condition | None = None, **options: Any) -> str:
@@ -144,7 +147,10 @@ class AsyncClient:
         await self._http.aclose()
 
     async def generate(self, /, condition: Condition | None = None, **options: Any) -> Generation:
-        """Draw images and wait; `options` are the fields of POST /generate, such as `prompt`."""
+        """Draw images and wait; `options` are the fields of POST /generate, such as `prompt`.
+
+        A picture to start from (`image`, `mask`) is the bytes of its file.
+        """
         return messages.generation(await self._send(self._requests.generate(condition, options)))
 
     async def submit(self, /, condition: Condition | None = None, **options: Any) -> str:

@@ -82,7 +82,9 @@ class Requests:
         headers = {**self._headers, "idempotency-key": secrets.token_hex(16)}
         if not wait:
             headers["prefer"] = "respond-async"
-        body = options if condition is None else {"condition": condition, **options}
+        body = {name: _told(value) for name, value in options.items()}
+        if condition is not None:
+            body = {"condition": condition, **body}
         return httpx.Request("POST", f"{self._base}/generate", headers=headers, json=body)
 
     def events(self, job_id: str, last_event_id: str) -> dict[str, Any]:
@@ -90,6 +92,13 @@ class Requests:
         resume = {"last-event-id": last_event_id} if last_event_id else {}
         url = f"{self._base}/jobs/{job_id}/events"
         return {"method": "GET", "url": url, "headers": {**self._headers, **resume}}
+
+
+def _told(value: Any) -> Any:
+    """Return a field's value as JSON tells it: the bytes of a picture as a data URL."""
+    if not isinstance(value, bytes):
+        return value
+    return f"data:application/octet-stream;base64,{base64.b64encode(value).decode()}"
 
 
 def generation(response: httpx.Response) -> Generation:

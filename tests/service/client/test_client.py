@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from ditserve.service.api_keys import add
@@ -25,6 +26,7 @@ from ditserve.service.errors import (
     UnknownCondition,
 )
 from ditserve.service.jobs import ConditionTerm
+from ditserve.service.source_picture import decode, encode
 from tests.conftest import wait_until
 from tests.service.http.conftest import PNG, OpenStage, Serve, Stage
 
@@ -204,6 +206,10 @@ def contents(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
 def exists(path: Path) -> bool:
     return path.exists()
 
@@ -229,9 +235,29 @@ class TestCommand:
         assert job.requested is not None
         assert job.requested.guidance_decay == -0.75
 
+    async def test_starts_from_a_picture(self, stage: Stage, url: str, tmp_path: Path) -> None:
+        pixels = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+        picture = tmp_path / "source.png"
+        write(picture, encode(pixels))
+        line = ["a lemon", "--image", str(picture), "--mask", str(picture), "--strength", "0.4", "--url", url]
+        assert await asyncio.to_thread(generate.run, [*line, "-o", str(tmp_path / "edited.png")]) == 0
+        source = stage.worker.claimed[-1].job.source
+        assert source is not None
+        assert source.mask is not None
+        assert source.strength == 0.4
+        np.testing.assert_array_equal(decode(source.image), pixels)
+
+    async def test_a_picture_that_is_not_there_is_told_before_anything_is_sent(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            generate.run(["a lemon", "--image", "no/such.png", "--url", "http://127.0.0.1:9"])
+        assert "no/such.png cannot be read: No such file or directory" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("line", "words", "status"),
         [
+            (["an apple", "--strength", "0.5"], "strength: It needs an image to start from", 1),
             (["an apple", "--negative-prompt", "fog"], "takes no text", 1),
             (["an apple", "a lemon", "--weights", "1"], "--weights: give one for each of the 2 prompts", 2),
             (["an apple", "-o", "x.gif"], "x.gif", 2),
