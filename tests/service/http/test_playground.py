@@ -159,6 +159,25 @@ class TestInChromium:
             await page.locator("#wall button").first.click()
             assert await page.input_value("#factor-label") == "crane (4)"
 
+    async def test_a_model_that_reads_text_is_asked_in_words(
+        self, open_stage: OpenStage, serve: Serve, many_fruits: Path
+    ) -> None:
+        manifest = json.loads((many_fruits / "manifest.json").read_text())
+        manifest["config"]["text_size"] = 8
+        (many_fruits / "manifest.json").write_text(json.dumps(manifest))
+        stage = await open_stage(bundle=many_fruits)
+        async with browsing(home(await serve(stage))) as page:
+            await page.wait_for_selector("#go:enabled")
+            classes = manifest["factors"][0]["classes"]
+            ideas = await page.locator("#ideas option").evaluate_all("all => all.map((one) => one.value)")
+            assert ideas == [name.replace("-", " ") for name in classes]
+            asked = await page.input_value("#text")
+            assert asked.split(", ")[0] in ideas
+            await page.click("#go")
+            await page.wait_for_selector("#facts:not([hidden])")
+            (term,) = stage.worker.claimed[-1].job.condition
+            assert (term.text, set(term.labels)) == (asked, {None})
+
     async def test_by_keyboard_alone(self, open_stage: OpenStage, serve: Serve, many_fruits: Path) -> None:
         stage = await open_stage(bundle=many_fruits)
         stage.worker.hold = True
