@@ -28,7 +28,13 @@ from tests.tiny_pipelines import save_pipeline
 
 ROOT = Path(__file__).parent.parent
 TRACED = ["strace", "-f", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-s", "200"]
-UNTOLD = "import onnxruntime, signal; print('imported', flush=True); signal.pause()"
+# It sleeps by turns: a signal that came just before one long wait would be handled after it.
+UNTOLD = """
+import onnxruntime, time
+print("imported", flush=True)
+while True:
+    time.sleep(0.1)
+"""
 # Opens all parts of an imported pipeline, in their own code, and draws a row.
 PIPELINE = """
 import sys, numpy as np

@@ -13,6 +13,6 @@ done
 # The default user cannot log in, but may do all: as it the server reads its own append-only file, transactions included.
 cat >"$run/users.acl" <<ACL
 user default off resetpass allkeys allchannels +@all
-user dit on$passwords resetkeys ~{dit}:* ~{dit-*}:* resetchannels &{dit}:* &{dit-*}:* -@all +@connection +@hash +@pubsub +@scripting +@sortedset +@stream +@string +@transaction +del +exists +pexpire +persist +scan +time -@dangerous +info
+user dit on$passwords resetkeys ~{dit}:* ~{dit-*}:* resetchannels &{dit}:* &{dit-*}:* -@all +@connection +@hash +@pubsub +@scripting +@set +@sortedset +@stream +@string +@transaction +del +exists +pexpire +persist +scan +time -@dangerous +info
 ACL
 exec valkey-server "$(dirname "$0")/redis.conf" --dir "${DATA_DIR:-/data}" --aclfile "$run/users.acl" "$@"
