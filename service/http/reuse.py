@@ -126,7 +126,7 @@ class Reuse:
             return False
         if job.rung is None:
             return not result.degraded
-        return result.degraded and (result.rung, result.steps_used) == (admitted.name, admitted.steps)
+        return result.degraded and (result.rung, result.steps_used) == (admitted.name, admitted.walked)
 
 
 class Lookup:

@@ -137,7 +137,7 @@ class StubWorker:
         return JobResult(
             images=tuple(Image(PNG, seed, CONTENT_TYPES[job.format]) for seed in job.seeds),
             steps_requested=job.steps,
-            steps_used=(job.admitted or job).steps,
+            steps_used=job.admitted.walked if job.admitted else job.steps,
             solver=(job.admitted or job).solver,
             rung=job.admitted.name if job.admitted else "full",
             degraded=job.rung is not None,

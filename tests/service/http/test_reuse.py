@@ -17,6 +17,7 @@ from ditserve.service.rung import Rung
 from ditserve.service.source_picture import SourcePicture
 from tests.conftest import wait_until
 from tests.service.http.conftest import OpenStage, Serve, Stage
+from tests.service.http.test_edits import PIXELS, data_url
 
 pytestmark = pytest.mark.anyio
 OPENAI = "/v1/images/generations"
@@ -159,6 +160,18 @@ async def test_a_degraded_picture_answers_only_requests_that_are_degraded_as_far
     for body in [*bodies, {"min_steps": 20}]:
         answer = await stage.generate(**LEMON, **body)
         assert (answer.headers["x-cache"], answer.headers["x-degraded"]) == ("hit", "false"), body
+
+
+async def test_a_degraded_edit_is_reused_by_the_steps_that_it_walked(stage: Stage) -> None:
+    """At strength 0.5 half of the steps are walked: 10 of 20, or 5 of 10."""
+    edit = {**LEMON, "image": data_url(PIXELS), "strength": 0.5, "deadline_ms": 700}
+    answers = []
+    for _ in range(2):
+        given = stage.worker.broker.given_rows("stub")
+        await stage.worker.report(step_per_row_s=0.05, max_rows=1, given_rows=given)
+        answers.append(await stage.generate(**edit))
+    assert [(answer.json()["rung"], answer.json()["steps_used"]) for answer in answers] == [("half", 5)] * 2
+    assert [answer.headers["x-cache"] for answer in answers] == ["miss", "hit"]
 
 
 async def test_a_picture_that_was_moved_down_under_way_is_drawn_again(stage: Stage) -> None:
