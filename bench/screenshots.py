@@ -53,7 +53,9 @@ def take(page: Page, top: str) -> bytes:
         page.fill("#count", str(count))
         page.click("#go")
         page.wait_for_selector("#facts:not([hidden])", timeout=120_000)
-    page.evaluate("() => Promise.all([...document.images].filter(({ src }) => src).map((image) => image.decode()))")
+    page.evaluate(
+        "() => Promise.all([...document.images].filter(({ src }) => src).map((image) => image.decode()))"
+    )
     page.evaluate("() => document.activeElement.blur()")
     page.evaluate("(top) => document.querySelector(top).scrollIntoView()", top)
     shot = Image.open(BytesIO(page.screenshot()))
