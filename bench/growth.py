@@ -37,15 +37,17 @@ from ditserve.bench.simulate.scenario import (
     PLANNED_EVERY_STEP,
     SimulatedCluster,
 )
+from ditserve.service.fleet import (
+    DemandBucket,
+    LoadSnapshot,
+    WorkerState,
+)
 from ditserve.service.jobs import (
     Claim,
     ConditionTerm,
-    DemandBucket,
     Image,
     Job,
     JobResult,
-    LoadSnapshot,
-    WorkerState,
 )
 from ditserve.service.launch.valkey import scratch_folder, start_valkey
 from ditserve.service.planning.admission import AdmissionRequest, admit

@@ -90,6 +90,7 @@ SERVICE_OWNERS = {
 PURE = {
     "service.errors",
     "service.images",
+    "service.fleet",
     "service.jobs",
     "service.queue.keys",
     "service.engine.scheduler",

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 
-from ditserve.service.jobs import LoadSnapshot
+from ditserve.service.fleet import (
+    LoadSnapshot,
+)
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.ladder import Ladder

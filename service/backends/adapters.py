@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-from ditserve.service.jobs import AdapterUse, LoadedAdapter
+from ditserve.service.fleet import (
+    LoadedAdapter,
+)
+from ditserve.service.jobs import (
+    AdapterUse,
+)
 
 # The adapters of one row, by name.
 RowUses = tuple[AdapterUse, ...]

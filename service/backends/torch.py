@@ -37,8 +37,10 @@ from ditserve.service.backends import (
 from ditserve.service.backends.adapters import BackendAdapters, RowUses
 from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.state import StateArray, StateMemory
+from ditserve.service.fleet import (
+    LoadedAdapter,
+)
 from ditserve.service.images import from_pixels, to_pixels
-from ditserve.service.jobs import LoadedAdapter
 
 # Imported: they load diffusers and transformers.
 PIPELINES = "ditserve.model.nets.pipelines"

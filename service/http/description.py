@@ -8,6 +8,9 @@ from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.grids import grid_names
 from ditserve.model.spec.manifest import Manifest, RungSpec
 from ditserve.model.spec.solvers import SOLVERS
+from ditserve.service.fleet import (
+    LoadedAdapter,
+)
 from ditserve.service.http.schemas import (
     AdapterOut,
     DefaultsOut,
@@ -18,7 +21,6 @@ from ditserve.service.http.schemas import (
     StretchOut,
 )
 from ditserve.service.http.sizes import size_text
-from ditserve.service.jobs import LoadedAdapter
 from ditserve.service.settings import Settings
 from ditserve.service.wire import fields_of
 

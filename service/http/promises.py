@@ -6,7 +6,9 @@ Knows no HTTP.
 from collections.abc import Hashable
 
 from ditserve.service.errors import Overloaded
-from ditserve.service.jobs import LoadSnapshot
+from ditserve.service.fleet import (
+    LoadSnapshot,
+)
 from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest
 from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.ladder import Ladder

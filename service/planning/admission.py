@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, inf
 
-from ditserve.service.jobs import LoadSnapshot
+from ditserve.service.fleet import (
+    LoadSnapshot,
+)
 from ditserve.service.planning.capacity import Capacity
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import DEADLINE, LOAD, Policy

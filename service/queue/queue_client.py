@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ditserve.service.errors import QueueUnavailable
+from ditserve.service.fleet import (
+    LoadSnapshot,
+)
 from ditserve.service.jobs import (
     CallbackState,
     DueCallback,
@@ -15,7 +18,6 @@ from ditserve.service.jobs import (
     JobEvent,
     JobResult,
     JobStatus,
-    LoadSnapshot,
 )
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener

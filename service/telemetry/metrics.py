@@ -29,8 +29,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ditserve.service.errors import ERRORS
+from ditserve.service.fleet import (
+    LoadSnapshot,
+)
 from ditserve.service.images import CONTENT_TYPES
-from ditserve.service.jobs import LoadSnapshot
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.load import backlog_workers, networks
 from ditserve.service.telemetry.gpus import gpus

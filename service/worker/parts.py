@@ -19,8 +19,10 @@ from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.forward import Backbone
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.text_cache import SharedCache, TextCache
+from ditserve.service.fleet import (
+    Network,
+)
 from ditserve.service.identity import vocabulary_digest
-from ditserve.service.jobs import Network
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import Ladder

@@ -11,18 +11,20 @@ import numpy as np
 from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
-from ditserve.service.jobs import (
-    AdapterUse,
-    ConditionTerm,
+from ditserve.service.fleet import (
     DemandBucket,
-    Image,
-    Job,
-    JobResult,
     LoadedAdapter,
     Network,
     SlowSpell,
     Starting,
     WorkerState,
+)
+from ditserve.service.jobs import (
+    AdapterUse,
+    ConditionTerm,
+    Image,
+    Job,
+    JobResult,
 )
 from ditserve.service.rung import Rung
 from ditserve.service.source_picture import SourcePicture

@@ -7,13 +7,15 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from ditserve.service.fleet import (
+    WorkerState,
+)
 from ditserve.service.http.adapters import common_adapters
 from ditserve.service.http.context import Api
 from ditserve.service.http.description import describe
 from ditserve.service.http.models import Model
 from ditserve.service.http.schemas import ModelsOut
 from ditserve.service.http.sizes import size_step
-from ditserve.service.jobs import WorkerState
 from ditserve.service.settings import Settings
 
 router = APIRouter()

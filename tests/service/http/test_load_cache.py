@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
+from ditserve.service.fleet import (
+    DemandBucket,
+    LoadSnapshot,
+    WorkerState,
+)
 from ditserve.service.http.load_cache import LoadCache
-from ditserve.service.jobs import DemandBucket, LoadSnapshot, WorkerState
 
 pytestmark = pytest.mark.anyio
 Make = Callable[..., Any]

@@ -9,8 +9,10 @@ import httpx
 import pytest
 
 from ditserve.model.spec.manifest import Manifest
+from ditserve.service.fleet import (
+    Network,
+)
 from ditserve.service.http.sizes import OutputSize, in_windows
-from ditserve.service.jobs import Network
 from tests.service.http.conftest import MANIFEST, Stage
 
 pytestmark = pytest.mark.anyio

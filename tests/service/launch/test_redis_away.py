@@ -11,7 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ditserve.service.jobs import Starting
+from ditserve.service.fleet import (
+    Starting,
+)
 from ditserve.service.queue.broker import Broker
 from tests.conftest import wait_until
 from tests.service.launch.test_supervisor import killed, service
