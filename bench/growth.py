@@ -37,18 +37,8 @@ from ditserve.bench.simulate.scenario import (
     PLANNED_EVERY_STEP,
     SimulatedCluster,
 )
-from ditserve.service.fleet import (
-    DemandBucket,
-    LoadSnapshot,
-    WorkerState,
-)
-from ditserve.service.jobs import (
-    Claim,
-    ConditionTerm,
-    Image,
-    Job,
-    JobResult,
-)
+from ditserve.service.fleet import DemandBucket, LoadSnapshot, WorkerState
+from ditserve.service.jobs import Claim, ConditionTerm, Image, Job, JobResult
 from ditserve.service.launch.valkey import scratch_folder, start_valkey
 from ditserve.service.planning.admission import AdmissionRequest, admit
 from ditserve.service.queue.broker import Broker

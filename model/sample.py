@@ -305,6 +305,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--count", type=positive, help=f"samples of the condition, or of a model without ({COUNT})")
     add("--seed", type=count, default=0, help="of the first sample; the others count up (0)")
+    _add_sampling_flags(parser)
+    add("--columns", type=positive, help="pictures side by side")
+    add("--encoder", help="of text: a name or module:Class (the one it was trained with)")
+    add("--vae", type=named_path, help="diffusers AutoencoderKL folder, for latent models")
+    add("--data", type=named_path, help="the training pictures of a run, if they moved")
+    add("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1 (cpu)")
+    add("--progress", action="store_true", help="show progress also where there is no terminal")
+    return parser
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the way from noise to picture."""
+    add = parser.add_argument
     add("--steps", type=positive, help="steps from noise to picture")
     add("--solver", help=f"what takes the steps: {', '.join(SOLVERS)}")
     add("--grid", help=f"where the steps are: {', '.join(GRIDS)}, or timesteps such as 999,500,100")
@@ -329,13 +342,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--mask", type=named_path, help="what is repainted of it, white in a picture of the same shape")
     add("--strength", type=share, help="share of the steps that are walked from it, the last ones (0.8)")
     add("--windows", action="store_true", help="draw --size in overlapping windows of the model's own size")
-    add("--columns", type=positive, help="pictures side by side")
-    add("--encoder", help="of text: a name or module:Class (the one it was trained with)")
-    add("--vae", type=named_path, help="diffusers AutoencoderKL folder, for latent models")
-    add("--data", type=named_path, help="the training pictures of a run, if they moved")
-    add("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1 (cpu)")
-    add("--progress", action="store_true", help="show progress also where there is no terminal")
-    return parser
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ and passed on. Flags win over environment variables, which win over defaults.
     python -m service.settings > docs/configuration.md      writes the reference of all settings
 """
 
-import base64
-import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -32,50 +30,25 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 
 from ditserve.commands import command_line
 from ditserve.model.spec.zoo import FLAGSHIP, ROOT
-from ditserve.service.addresses import parsed_network
-from ditserve.service.callback_url import HOST_PATTERN, AllowedCallbacks
+from ditserve.service.callback_url import HOST_PATTERN
 from ditserve.service.exit_statuses import refuse
 from ditserve.service.queue_url import is_readable_url, with_password
+from ditserve.service.setting_checks import (
+    checked_callbacks,
+    checked_networks,
+    contradiction,
+    is_callback_secret,
+    refuse_unknown_flags,
+    refuse_unknown_variables,
+    sentence_about,
+)
 
 _PREFIX = "DIT_"
-
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Field(ge=0.01, le=7 * 86400)]
 Bytes = Annotated[int, Field(ge=0, le=2**44)]
-
-
-def _contradiction(sentence: str) -> PydanticCustomError:
-    return PydanticCustomError("contradiction", "{sentence}: change one of them", {"sentence": sentence})
-
-
-def _networks(text: str) -> str:
-    """Return a list of networks as it is. Raises a validation error that names the one that is none."""
-    for network in text.split(",") if text else ():
-        try:
-            parsed_network(network)
-        except ValueError as error:
-            raise PydanticCustomError("network", "{reason}", {"reason": str(error)}) from None
-    return text
-
-
-def _callbacks(text: str) -> str:
-    """Return a list of addresses as it is. Raises a validation error that names the entry that is none."""
-    try:
-        AllowedCallbacks.parse(text)
-    except ValueError as error:
-        raise PydanticCustomError("callbacks", "{reason}", {"reason": str(error)}) from None
-    return text
-
-
-def _is_callback_secret(secret: str) -> bool:
-    """Return whether a text is a secret of the Standard Webhooks scheme."""
-    prefix, _, encoded = secret.partition("_")
-    try:
-        return prefix == "whsec" and 24 <= len(base64.b64decode(encoded, validate=True)) <= 64
-    except ValueError:
-        return False
 
 
 class ClientSettings(BaseSettings):
@@ -270,7 +243,7 @@ class Settings(BaseSettings):
         pattern=r"^(/[A-Za-z0-9._~-]+)*$",
         description="path under which a proxy serves the API, such as /dit",
     )
-    trusted_proxies: Annotated[str, AfterValidator(_networks)] = Field(
+    trusted_proxies: Annotated[str, AfterValidator(checked_networks)] = Field(
         "",
         description="networks of the proxies whose X-Forwarded-For, -Proto, -Host and Forwarded are "
         "believed, such as 10.0.0.0/8,::1/128",
@@ -282,13 +255,13 @@ class Settings(BaseSettings):
         "* is any. Unset is none where no key is asked and only this machine can connect, else any",
     )
 
-    callback_allow: Annotated[str, AfterValidator(_callbacks)] = Field(
+    callback_allow: Annotated[str, AfterValidator(checked_callbacks)] = Field(
         "",
         description="the addresses that a request's callback_url may name: hosts by https "
         "(hooks.example.org, *.example.com, * for any) or URLs that it begins with "
         "(http://inside.example:8080/dit); empty is none",
     )
-    callback_networks: Annotated[str, AfterValidator(_networks)] = Field(
+    callback_networks: Annotated[str, AfterValidator(checked_networks)] = Field(
         "",
         description="networks that callbacks may reach besides the public internet, such as 10.1.0.0/16; "
         "without it an address that resolves to this machine or a private network is not called",
@@ -338,7 +311,7 @@ class Settings(BaseSettings):
         try:
             return {**given, "redis_url": with_password(url, password), "redis_password": None}
         except ValueError:
-            raise _contradiction("REDIS_URL has a password and REDIS_PASSWORD is set") from None
+            raise contradiction("REDIS_URL has a password and REDIS_PASSWORD is set") from None
 
     @field_validator("redis_url")
     @classmethod
@@ -353,7 +326,7 @@ class Settings(BaseSettings):
     @classmethod
     def _readable_secrets(cls, secrets: SecretStr | None) -> SecretStr | None:
         for secret in secrets.get_secret_value().split(",") if secrets else ():
-            if not _is_callback_secret(secret):
+            if not is_callback_secret(secret):
                 raise PydanticCustomError("secret", "write whsec_ and then 24 to 64 random bytes in base64")
         return secrets
 
@@ -372,13 +345,13 @@ class Settings(BaseSettings):
         """Refuse settings that cannot work together, defaults included."""
         least, most = self.default_deadline_s, self.max_deadline_s
         if least is not None and least > most:
-            raise _contradiction(f"--default-deadline-s {least:g} is above --max-deadline-s {most:g}")
+            raise contradiction(f"--default-deadline-s {least:g} is above --max-deadline-s {most:g}")
         if self.strict_rows > self.max_rows:
-            raise _contradiction(f"--strict-rows {self.strict_rows} is above --max-rows {self.max_rows}")
+            raise contradiction(f"--strict-rows {self.strict_rows} is above --max-rows {self.max_rows}")
         if self.reuse_s > self.result_ttl_s:
-            raise _contradiction(f"--reuse-s {self.reuse_s:g} is above --result-ttl-s {self.result_ttl_s:g}")
+            raise contradiction(f"--reuse-s {self.reuse_s:g} is above --result-ttl-s {self.result_ttl_s:g}")
         if self.callback_allow and self.callback_secret is None:
-            raise _contradiction("--callback-allow is set and no --callback-secret signs what is sent")
+            raise contradiction("--callback-allow is set and no --callback-secret signs what is sent")
         return self
 
     @property
@@ -412,13 +385,13 @@ class Settings(BaseSettings):
     @classmethod
     def parse(cls, argv: Sequence[str] = (), *, program: str = command_line("service")) -> Self:
         """Read settings as `load` does. Raises `SettingsError`, with one sentence, for a wrong setting."""
-        _refuse_unknown_flags(argv, cls._flags())
-        _refuse_unknown_variables(os.environ, cls._variables())
+        refuse_unknown_flags(argv, cls._flags())
+        refuse_unknown_variables(os.environ, cls._variables(), prefix=_PREFIX)
         source = cls._source(program)
         try:
             return cls(_cli_settings_source=source(args=list(argv)))  # type: ignore[call-arg]
         except ValidationError as error:
-            raise SettingsError(_sentence(error)) from None
+            raise SettingsError(sentence_about(error)) from None
 
     def render(self) -> str:
         """Return the effective settings as JSON, secrets masked."""
@@ -474,41 +447,6 @@ class Settings(BaseSettings):
 
 def _refuse(sentence: str) -> NoReturn:
     raise SystemExit(refuse(sentence))
-
-
-def _closest(name: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" did you mean {matches[0]}?" if matches else ""
-
-
-def _refuse_unknown_flags(argv: Sequence[str], known: Sequence[str]) -> None:
-    for token in argv:
-        name = token.partition("=")[0]
-        if name.startswith("-") and name not in known and not _is_number(name):
-            raise SettingsError(f"unknown flag {name};{_closest(name, known) or ' --help lists them.'}")
-
-
-def _is_number(token: str) -> bool:
-    try:
-        float(token)
-    except ValueError:
-        return False
-    return True
-
-
-def _refuse_unknown_variables(environment: Mapping[str, str], known: Sequence[str]) -> None:
-    for name in environment:
-        if name.upper().startswith(_PREFIX) and name.upper() not in known:
-            hint = _closest(name.upper(), known) or " --help lists them."
-            raise SettingsError(f"unknown setting {name} in the environment;{hint}")
-
-
-def _sentence(error: ValidationError) -> str:
-    """Return one sentence about the first error, without the value, which may be secret."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    if not first["loc"]:
-        return first["msg"]
-    return f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 # The reference: the field that each of its sections begins with → the title.

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
+from ditserve.service.fleet import LoadSnapshot
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.ladder import Ladder

@@ -29,10 +29,7 @@ from ditserve.bench.simulate.sample import SimulatedSample
 from ditserve.bench.simulate.scenario import SimulatedCluster, Strategy
 from ditserve.model.spec.stretches import OWN, Stretch
 from ditserve.service.engine.scheduler import Candidates, Scheduler
-from ditserve.service.fleet import (
-    LoadSnapshot,
-    WorkerState,
-)
+from ditserve.service.fleet import LoadSnapshot, WorkerState
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.planning.capacity import backlog_time

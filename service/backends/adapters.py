@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-from ditserve.service.fleet import (
-    LoadedAdapter,
-)
-from ditserve.service.jobs import (
-    AdapterUse,
-)
+from ditserve.service.fleet import LoadedAdapter
+from ditserve.service.jobs import AdapterUse
 
 # The adapters of one row, by name.
 RowUses = tuple[AdapterUse, ...]

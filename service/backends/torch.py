@@ -37,9 +37,7 @@ from ditserve.service.backends import (
 from ditserve.service.backends.adapters import BackendAdapters, RowUses
 from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.state import StateArray, StateMemory
-from ditserve.service.fleet import (
-    LoadedAdapter,
-)
+from ditserve.service.fleet import LoadedAdapter
 from ditserve.service.images import from_pixels, to_pixels
 
 # Imported: they load diffusers and transformers.

@@ -195,6 +195,13 @@ def _parser(url: str) -> argparse.ArgumentParser:
         "-o", "--output", type=Path, default=Path("image.png"), help="file to write; several get their seed"
     )
     parser.add_argument("-n", type=int, default=1, help="number of images")
+    _add_drawing_flags(parser)
+    parser.add_argument("--url", default=url, help="address of the service")
+    return parser
+
+
+def _add_drawing_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of how the service draws, each a field of POST /generate."""
     parser.add_argument("--steps", type=int, help="denoising steps; the model's default if not given")
     parser.add_argument("--seed", type=int, help="image k is drawn from seed + k")
     parser.add_argument("--sampler", help="a sampler that GET /models lists")
@@ -243,5 +250,3 @@ def _parser(url: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--windows", action="store_true", default=None, help="denoise a larger --size in overlapping windows"
     )
-    parser.add_argument("--url", default=url, help="address of the service")
-    return parser

@@ -36,9 +36,7 @@ from ditserve.service.errors import (
     NumericalError,
     ServiceError,
 )
-from ditserve.service.fleet import (
-    DemandBucket,
-)
+from ditserve.service.fleet import DemandBucket
 from ditserve.service.planning.costs import CostModel, Waits
 from ditserve.service.planning.ladder import Ladder, steps_left
 from ditserve.service.planning.planner import Change, Planner

@@ -9,15 +9,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from ditserve.service.errors import Overloaded
-from ditserve.service.fleet import (
-    LoadedAdapter,
-    WorkerState,
-)
+from ditserve.service.fleet import LoadedAdapter, WorkerState
 from ditserve.service.http.operating_point import field_error
 from ditserve.service.http.schemas import GenerateRequest
-from ditserve.service.jobs import (
-    AdapterUse,
-)
+from ditserve.service.jobs import AdapterUse
 
 # A client that no worker can serve yet is asked to come back after so many seconds.
 RETRY_S: Final = 5.0

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from starlette.responses import JSONResponse, Response
 
 from ditserve.service.errors import NotAcceptable
+from ditserve.service.http.answer_schemas import GenerateResponse, ImageOut
 from ditserve.service.http.context import server_timing
-from ditserve.service.http.schemas import Format, GenerateRequest, GenerateResponse, ImageOut
+from ditserve.service.http.schemas import Format, GenerateRequest
 from ditserve.service.jobs import Image, ImageFormat, Job, JobResult
 
 JSON, MULTIPART = "application/json", "multipart/mixed"

@@ -8,10 +8,8 @@ from ditserve.model.spec.bundle import encodes_pictures
 from ditserve.model.spec.grids import grid_names
 from ditserve.model.spec.manifest import Manifest, RungSpec
 from ditserve.model.spec.solvers import SOLVERS
-from ditserve.service.fleet import (
-    LoadedAdapter,
-)
-from ditserve.service.http.schemas import (
+from ditserve.service.fleet import LoadedAdapter
+from ditserve.service.http.answer_schemas import (
     AdapterOut,
     DefaultsOut,
     FactorOut,

@@ -8,12 +8,8 @@ from dataclasses import replace
 from math import inf
 
 from ditserve.service.errors import QueueUnavailable
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
-from ditserve.service.jobs import (
-    Job,
-)
+from ditserve.service.fleet import LoadSnapshot
+from ditserve.service.jobs import Job
 from ditserve.service.planning.demand import demand_of
 from ditserve.service.queue.queue_client import Queue
 

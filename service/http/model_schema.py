@@ -17,8 +17,8 @@ from ditserve.model.spec.pipeline_config import INDEX
 from ditserve.model.spec.pipeline_folder import holds_pipeline, read_pipeline, stated_licence
 from ditserve.model.spec.prompt_limit import PromptLimit
 from ditserve.service.exit_statuses import MISCONFIGURED
+from ditserve.service.http.answer_schemas import FactorOut, ModelOut
 from ditserve.service.http.description import describe
-from ditserve.service.http.schemas import FactorOut, ModelOut
 from ditserve.service.settings import Settings
 
 

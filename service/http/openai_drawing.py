@@ -11,13 +11,14 @@ import base64
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import ExitStack
-from math import ceil, prod
+from math import prod
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message
 
 from ditserve.model.spec.manifest import Manifest
+from ditserve.model.spec.source import walked_steps
 from ditserve.service.http.answers import result_headers
 from ditserve.service.http.intake import Intake, replay_headers
 from ditserve.service.http.models import Model
@@ -118,7 +119,7 @@ def translate(body: OpenAIOptions, submissions: Submissions) -> GenerateRequest:
             "guidance_interval": list(rung.guidance_interval),
         }
     start = _start(body, manifest)
-    walked = ceil(steps * start.get("strength", 1.0))
+    walked = walked_steps(steps, start.get("strength", 1.0))
     interval = min(MAX_PREVIEWS, max(1, walked // (body.partial_images + 1))) if body.partial_images else 0
     # Every value was checked as a field of the body, under the bounds that it has here.
     return GenerateRequest(

@@ -6,9 +6,7 @@ Knows no HTTP.
 from collections.abc import Hashable
 
 from ditserve.service.errors import Overloaded
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
+from ditserve.service.fleet import LoadSnapshot
 from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest
 from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.ladder import Ladder

@@ -130,16 +130,19 @@ class Reuse:
 
 
 class Lookup:
-    """Looks for a job that answers one request, or for the place where its own job is found by others."""
+    """Looks for a job that answers one request, or for the place where its own job is found by others.
+
+    It is `active` if reuse is on, and the request has a seed.
+    """
 
     def __init__(self, reuse: Reuse, sharing: Sharing, *, seeded: bool) -> None:
         self._reuse, self._sharing = reuse, sharing
-        self._seeded = seeded and reuse.on
+        self.active = seeded and reuse.on
         self._place: EqualJobs | None = None
 
     async def find(self, job: Job) -> SharedJob | None:
         """Return a job equal to this one that can answer, None if there is none."""
-        if not self._seeded:
+        if not self.active:
             return None
         found = await self._reuse.find(job, self._sharing)
         if isinstance(found, SharedJob):

@@ -9,9 +9,7 @@ from math import lcm, prod
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.pipeline_config import PipelineConfig
 from ditserve.model.spec.windows import Size, window_count
-from ditserve.service.fleet import (
-    WorkerState,
-)
+from ditserve.service.fleet import WorkerState
 
 
 @dataclass(frozen=True, slots=True)

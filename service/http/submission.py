@@ -34,17 +34,10 @@ from ditserve.service.http.operating_point import (
 from ditserve.service.http.picture_reader import PictureReader
 from ditserve.service.http.promises import Promises
 from ditserve.service.http.request_reader import RequestReader, ResolvedRequest
-from ditserve.service.http.reuse import CacheOutcome, Reuse, SharedJob, Sharing
+from ditserve.service.http.reuse import CacheOutcome, Lookup, Reuse, SharedJob, Sharing
 from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.identity import vocabulary_digest
-from ditserve.service.jobs import (
-    TERMINAL_STATES,
-    EqualJobs,
-    ImageFormat,
-    Job,
-    JobResult,
-    JobStatus,
-)
+from ditserve.service.jobs import TERMINAL_STATES, EqualJobs, ImageFormat, Job, JobResult, JobStatus
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.delivery import Delivery
@@ -175,14 +168,21 @@ class Submissions:
                 return _replayed(status, caller.idempotency)
         source, adapters = await reader.source(request, output), await reader.adapters(request)
         resolved = ResolvedRequest(request, image_format, conditions, asked, output, source, adapters)
+        lookup = self._reuse.lookup(sharing, seeded=request.seed is not None)
+        return await self._admitted(resolved, caller, answer_by, lookup)
+
+    async def _admitted(
+        self, resolved: ResolvedRequest, caller: Caller, answer_by: float | None, lookup: Lookup
+    ) -> Submission:
+        """Answer a request by an equal job, or else admit and queue its own. Raises as `submit` does."""
         now = self._queue.clock()
         admission_request = self._admission_request(resolved, answer_by, now)
-        lookup = self._reuse.lookup(sharing, seeded=request.seed is not None)
-        as_asked = Admission(True, asked, False, None, None, inf)
-        shared = await lookup.find(self._job(resolved, admission_request, as_asked, caller, now))
-        if shared is not None:
-            return _shared(shared, answer_by)
-        sender = caller.name, request.model_dump_json()
+        if lookup.active:
+            as_asked = Admission(True, resolved.rung, False, None, None, inf)
+            shared = await lookup.find(self._job(resolved, admission_request, as_asked, caller, now))
+            if shared is not None:
+                return _shared(shared, answer_by)
+        sender = caller.name, resolved.request.model_dump_json()
         admission = self.promises.admit(admission_request, await self.load(), sender=sender, now=now)
         job = self._job(resolved, admission_request, admission, caller, now)
         # Nothing is awaited between admission and this reservation, so concurrent requests see each other.

@@ -7,12 +7,10 @@ still holds. Pure: time and load are arguments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from math import ceil, inf
 
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
+from ditserve.service.fleet import LoadSnapshot
 from ditserve.service.planning.capacity import Capacity
 from ditserve.service.planning.ladder import Ladder
 from ditserve.service.planning.planner import DEADLINE, LOAD, Policy
@@ -93,34 +91,72 @@ def admit(
         reason, retry_s = (None, None) if deadline_at is None else (NO_WORKER, policy.retry_s)
         return Admission(deadline_at is None, rung, False, reason, retry_s, inf)
     margin = policy.admission_margin if margin is None else margin
-    stretch = max(1.0, (queue_margin or margin) / margin)
     due = inf if deadline_at is None else deadline_at
-    limit_s = (due - now) / margin
+    outlook = _Outlook(
+        request,
+        ladder,
+        Capacity(load, recut=policy.recut, within_s=due - now),
+        now=now,
+        due=due,
+        margin=margin,
+        queue_margin=max(margin, queue_margin or margin),
+        reserved_s=reserved_s,
+    )
     options = (rung, *(ladder.below(rung, request.consent) if request.allow_degraded else ()))
-    fleet = Capacity(load, recut=policy.recut, within_s=due - now)
-
-    def outlook(option: Rung) -> tuple[float, bool]:
-        """Return the predicted seconds on a rung, and whether all deadlines hold there."""
-        rows, capacity = request.rows(ladder, option), fleet.in_passes_of(limit_s / option.walked)
-        shortest_s = capacity.time_in_every_batch(rows=rows, steps=option.walked, samples=request.samples)
-        ahead_s = (stretch - 1.0) * capacity.queue_drain_time(due=due)
-        predicted_s = max(shortest_s, capacity.queue_drain_time(rows, due=due) + ahead_s + reserved_s)
-        broken = capacity.breaks_later_deadline(rows, due, now=now, margin=margin * stretch)
-        return predicted_s, predicted_s <= limit_s and not broken
-
     lowest = options[-1]
-    lowest_s, _ = outlook(lowest)
+    lowest_s, _ = outlook.on(lowest)
     for option in options:
         # The others have more rows than the lowest: where that is too late, so is each of as many steps.
-        if lowest_s <= limit_s or option.walked < lowest.walked:
-            predicted_s, holds = outlook(option)
+        if lowest_s <= outlook.limit_s or option.walked < lowest.walked:
+            predicted_s, holds = outlook.on(option)
             if holds:
                 degraded = option != rung
                 return Admission(True, option, degraded, LOAD if degraded else None, None, predicted_s)
-    rows = request.rows(ladder, lowest)
-    capacity = fleet.in_passes_of(limit_s / lowest.walked)
-    idle_s = capacity.time_in_every_batch(rows=rows, steps=lowest.walked, samples=request.samples, idle=True)
+    idle_s, service_s = outlook.alone_on(lowest)
     if idle_s * policy.admission_margin > due - now:
         return Admission(False, rung, False, DEADLINE, None, lowest_s)
-    retry_s = max(1.0, lowest_s - limit_s)
-    return Admission(False, rung, False, LOAD, retry_s, lowest_s, capacity.fleet_time(rows))
+    retry_s = max(1.0, lowest_s - outlook.limit_s)
+    return Admission(False, rung, False, LOAD, retry_s, lowest_s, service_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlook:
+    """The prospects of a request on a fleet, where work may take `margin` times as long as predicted.
+
+    Work that is done before may take `queue_margin` times as long, and `reserved_s` are left to others.
+    """
+
+    request: AdmissionRequest
+    ladder: Ladder
+    fleet: Capacity
+    _: KW_ONLY
+    now: float
+    due: float
+    margin: float
+    queue_margin: float
+    reserved_s: float
+
+    @property
+    def limit_s(self) -> float:
+        """The seconds within which the images must be predicted."""
+        return (self.due - self.now) / self.margin
+
+    def on(self, rung: Rung) -> tuple[float, bool]:
+        """Return the predicted seconds on a rung, and whether all deadlines hold there."""
+        rows, capacity = self._work(rung)
+        shortest_s = capacity.time_in_every_batch(rows=rows, steps=rung.walked, samples=self.request.samples)
+        ahead_s = (self.queue_margin / self.margin - 1.0) * capacity.queue_drain_time(due=self.due)
+        queued_s = capacity.queue_drain_time(rows, due=self.due) + ahead_s + self.reserved_s
+        predicted_s = max(shortest_s, queued_s)
+        broken = capacity.breaks_later_deadline(rows, self.due, now=self.now, margin=self.queue_margin)
+        return predicted_s, predicted_s <= self.limit_s and not broken
+
+    def alone_on(self, rung: Rung) -> tuple[float, float]:
+        """Return the seconds of a rung on idle workers, and those that it takes the whole fleet."""
+        rows, capacity = self._work(rung)
+        samples = self.request.samples
+        idle_s = capacity.time_in_every_batch(rows=rows, steps=rung.walked, samples=samples, idle=True)
+        return idle_s, capacity.fleet_time(rows)
+
+    def _work(self, rung: Rung) -> tuple[int, Capacity]:
+        return self.request.rows(self.ladder, rung), self.fleet.in_passes_of(self.limit_s / rung.walked)

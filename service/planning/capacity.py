@@ -14,10 +14,7 @@ from functools import lru_cache
 from itertools import accumulate, chain
 from math import ceil, inf
 
-from ditserve.service.fleet import (
-    LoadSnapshot,
-    WorkerState,
-)
+from ditserve.service.fleet import LoadSnapshot, WorkerState
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.demand import demand_of
 

@@ -27,9 +27,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
-from ditserve.service.fleet import (
-    SlowSpell,
-)
+from ditserve.service.fleet import SlowSpell
 from ditserve.service.planning.pace import PaceRecord, PaceWindow
 
 SATURATION = 0.95  # share of the best rows per second at which a batch counts as worthwhile

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import floor, inf, log2
 
-from ditserve.service.fleet import (
-    DemandBucket,
-    WorkerState,
-)
+from ditserve.service.fleet import DemandBucket, WorkerState
 
 BUCKETS_PER_OCTAVE = 2  # how finely the published demand tells dates apart
 _NEAREST_S = 0.1  # all dates nearer than this share one bucket

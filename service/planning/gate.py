@@ -10,9 +10,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 from math import inf
 
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
+from ditserve.service.fleet import LoadSnapshot
 from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest, admit
 from ditserve.service.planning.capacity import Capacity
 from ditserve.service.planning.caution import Caution

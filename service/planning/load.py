@@ -7,12 +7,8 @@ still starts, or one too many, changes nothing. Pure: arithmetic over a load sna
 from dataclasses import replace
 from math import inf, isfinite
 
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
-from ditserve.service.jobs import (
-    JobStatus,
-)
+from ditserve.service.fleet import LoadSnapshot
+from ditserve.service.jobs import JobStatus
 from ditserve.service.planning.capacity import drain_time, fleet_rows_per_s
 from ditserve.service.planning.demand import demand_of
 

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from math import ceil, inf
 
 from ditserve.model.spec.stretches import stretch_at
-from ditserve.service.fleet import (
-    DemandBucket,
-)
+from ditserve.service.fleet import DemandBucket
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.cuts import DEADLINE, LOAD, CutSweep, PlannedSample, Task, Timeline
 from ditserve.service.planning.demand import demand_buckets

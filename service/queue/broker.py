@@ -21,17 +21,8 @@ from ditserve.service.errors import (
     QuotaExceeded,
     to_wire,
 )
-from ditserve.service.fleet import (
-    LoadSnapshot,
-    Starting,
-    WorkerState,
-    read_report,
-)
-from ditserve.service.jobs import (
-    WEIGHTS,
-    EqualJobs,
-    Job,
-)
+from ditserve.service.fleet import LoadSnapshot, Starting, WorkerState, read_report
+from ditserve.service.jobs import WEIGHTS, EqualJobs, Job
 from ditserve.service.limits import Limits
 from ditserve.service.queue.connection import RETRY_AFTER_S
 from ditserve.service.queue.keys import Keys

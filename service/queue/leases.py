@@ -21,16 +21,7 @@ from ditserve.service.errors import (
     WorkerLost,
     to_wire,
 )
-from ditserve.service.jobs import (
-    CallbackState,
-    Claim,
-    DueCallback,
-    EventKind,
-    Job,
-    JobResult,
-    Lease,
-    Renewal,
-)
+from ditserve.service.jobs import CallbackState, Claim, DueCallback, EventKind, Job, JobResult, Lease, Renewal
 from ditserve.service.limits import Limits
 from ditserve.service.queue.clock import SKEW_S, QueueClock
 from ditserve.service.queue.connection import RETRY_AFTER_S, Scripts, of_another_kind

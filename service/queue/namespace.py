@@ -5,9 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
+from ditserve.service.fleet import LoadSnapshot
 
 EVERY_S = 1.0  # between two looks whether workers of another model have left
 

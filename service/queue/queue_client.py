@@ -7,18 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ditserve.service.errors import QueueUnavailable
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
-from ditserve.service.jobs import (
-    CallbackState,
-    DueCallback,
-    EqualJobs,
-    Job,
-    JobEvent,
-    JobResult,
-    JobStatus,
-)
+from ditserve.service.fleet import LoadSnapshot
+from ditserve.service.jobs import CallbackState, DueCallback, EqualJobs, Job, JobEvent, JobResult, JobStatus
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from ditserve.service.queue.patience import until_answered

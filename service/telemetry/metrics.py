@@ -29,9 +29,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ditserve.service.errors import ERRORS
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
+from ditserve.service.fleet import LoadSnapshot
 from ditserve.service.images import CONTENT_TYPES
 from ditserve.service.planning.capacity import drain_time
 from ditserve.service.planning.load import backlog_workers, networks

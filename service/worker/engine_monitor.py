@@ -6,14 +6,8 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from ditserve.service.fleet import (
-    LoadedAdapter,
-    Network,
-    WorkerState,
-)
-from ditserve.service.jobs import (
-    Job,
-)
+from ditserve.service.fleet import LoadedAdapter, Network, WorkerState
+from ditserve.service.jobs import Job
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.queue.broker import Broker

@@ -21,10 +21,7 @@ import structlog
 from ditserve.service.engine.samples import Failed, SampleRequest, StepReport
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.errors import InternalError, ServiceError
-from ditserve.service.fleet import (
-    DemandBucket,
-    SlowSpell,
-)
+from ditserve.service.fleet import DemandBucket, SlowSpell
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.queue.clock import QueueClock
 from ditserve.service.telemetry.faults import surviving

@@ -11,14 +11,8 @@ from math import inf
 import structlog
 
 from ditserve.service.errors import QueueUnavailable
-from ditserve.service.fleet import (
-    Starting,
-    WorkerState,
-)
-from ditserve.service.jobs import (
-    Lease,
-    Renewal,
-)
+from ditserve.service.fleet import Starting, WorkerState
+from ditserve.service.jobs import Lease, Renewal
 from ditserve.service.planning.capacity import backlog_time
 from ditserve.service.queue.broker import Broker
 from ditserve.service.signals import first

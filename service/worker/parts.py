@@ -19,9 +19,7 @@ from ditserve.service.engine.engine import Engine
 from ditserve.service.engine.forward import Backbone
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.text_cache import SharedCache, TextCache
-from ditserve.service.fleet import (
-    Network,
-)
+from ditserve.service.fleet import Network
 from ditserve.service.identity import vocabulary_digest
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.planning.costs import CostModel

@@ -10,9 +10,7 @@ import promql_parser
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
 
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
+from ditserve.service.fleet import LoadSnapshot
 from ditserve.service.http.middleware import outcome
 from ditserve.service.http.routes import generate, jobs, models, openai, pages, probes
 from ditserve.service.telemetry import metrics

@@ -16,13 +16,8 @@ from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 from redis.exceptions import ConnectionError as NotConnected
 
-from ditserve.service.fleet import (
-    WorkerState,
-)
-from ditserve.service.jobs import (
-    Job,
-    JobResult,
-)
+from ditserve.service.fleet import WorkerState
+from ditserve.service.jobs import Job, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from tests.deploy.files import (

@@ -8,16 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.fleet import (
-    WorkerState,
-)
-from ditserve.service.jobs import (
-    AdapterUse,
-    ConditionTerm,
-    Image,
-    Job,
-    JobResult,
-)
+from ditserve.service.fleet import WorkerState
+from ditserve.service.jobs import AdapterUse, ConditionTerm, Image, Job, JobResult
 from ditserve.service.rung import Rung
 from ditserve.service.wire import WireError, pack, unpack
 

@@ -13,14 +13,8 @@ import numpy as np
 import pytest
 
 from ditserve.model.spec.stretches import Stretch
-from ditserve.service.fleet import (
-    WorkerState,
-    read_report,
-)
-from ditserve.service.jobs import (
-    Job,
-    JobResult,
-)
+from ditserve.service.fleet import WorkerState, read_report
+from ditserve.service.jobs import Job, JobResult
 from ditserve.service.rung import Rung
 from ditserve.service.source_picture import SourcePicture
 from ditserve.service.wire import Message, WireError, build, fields_of, pack, unpack

@@ -11,21 +11,8 @@ import numpy as np
 from ditserve.model.spec.stretches import Stretch
 from ditserve.service.engine.samples import Finished
 from ditserve.service.engine.snapshots import Snapshot
-from ditserve.service.fleet import (
-    DemandBucket,
-    LoadedAdapter,
-    Network,
-    SlowSpell,
-    Starting,
-    WorkerState,
-)
-from ditserve.service.jobs import (
-    AdapterUse,
-    ConditionTerm,
-    Image,
-    Job,
-    JobResult,
-)
+from ditserve.service.fleet import DemandBucket, LoadedAdapter, Network, SlowSpell, Starting, WorkerState
+from ditserve.service.jobs import AdapterUse, ConditionTerm, Image, Job, JobResult
 from ditserve.service.rung import Rung
 from ditserve.service.source_picture import SourcePicture
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Header, Request
 from starlette.responses import JSONResponse, Response
 
 from ditserve.service.errors import NotAcceptable
+from ditserve.service.http.answer_schemas import CallbackOut, GenerateResponse, JobOut
 from ditserve.service.http.answers import negotiate, render
 from ditserve.service.http.body_reader import body_of
 from ditserve.service.http.context import Context
@@ -15,7 +16,7 @@ from ditserve.service.http.operating_point import field_error
 from ditserve.service.http.reuse import Sharing
 from ditserve.service.http.routes.jobs import describe, links
 from ditserve.service.http.routing import FORM, JSON
-from ditserve.service.http.schemas import CallbackOut, GenerateRequest, GenerateResponse, JobOut
+from ditserve.service.http.schemas import GenerateRequest
 from ditserve.service.http.submission import Submission
 
 router = APIRouter()

@@ -24,12 +24,12 @@ from ditserve.service.errors import (
     ServiceError,
     from_wire,
 )
+from ditserve.service.http.answer_schemas import CallbackOut, JobOut, JobOutcome, Links, Problem
 from ditserve.service.http.answers import FORMATS, image_response, result_headers
 from ditserve.service.http.context import Api, Context, JobLookup, PathJob
 from ditserve.service.http.feeds import END, EncodedEvent, Position
 from ditserve.service.http.openapi import problem_responses
 from ditserve.service.http.problems import problem
-from ditserve.service.http.schemas import CallbackOut, JobOut, JobOutcome, Links, Problem
 from ditserve.service.http.sse import EventStream, encode
 from ditserve.service.jobs import TERMINAL_STATES, CallbackStatus, Job, JobEvent, JobResult
 from ditserve.service.planning.load import eta_s

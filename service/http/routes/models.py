@@ -7,14 +7,12 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from ditserve.service.fleet import (
-    WorkerState,
-)
+from ditserve.service.fleet import WorkerState
 from ditserve.service.http.adapters import common_adapters
+from ditserve.service.http.answer_schemas import ModelsOut
 from ditserve.service.http.context import Api
 from ditserve.service.http.description import describe
 from ditserve.service.http.models import Model
-from ditserve.service.http.schemas import ModelsOut
 from ditserve.service.http.sizes import size_step
 from ditserve.service.settings import Settings
 

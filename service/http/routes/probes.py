@@ -10,12 +10,10 @@ from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
+from ditserve.service.fleet import LoadSnapshot
+from ditserve.service.http.answer_schemas import Health, Startup
 from ditserve.service.http.context import Api, Context
 from ditserve.service.http.openapi import Responses
-from ditserve.service.http.schemas import Health, Startup
 from ditserve.service.planning.load import hung
 from ditserve.service.telemetry import metrics
 

@@ -7,13 +7,9 @@ from typing import Any
 
 import pytest
 
-from ditserve.service.fleet import (
-    LoadedAdapter,
-)
+from ditserve.service.fleet import LoadedAdapter
 from ditserve.service.http.adapters import common_adapters
-from ditserve.service.jobs import (
-    AdapterUse,
-)
+from ditserve.service.jobs import AdapterUse
 from tests.service.http.conftest import Stage
 from tests.service.wire_examples import STATE
 

@@ -9,9 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from ditserve.service.exit_statuses import MISCONFIGURED
-from ditserve.service.fleet import (
-    Starting,
-)
+from ditserve.service.fleet import Starting
 from ditserve.service.http import api
 from ditserve.service.limits import Limits
 from ditserve.service.queue.broker import Broker

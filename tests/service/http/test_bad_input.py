@@ -6,12 +6,8 @@ from typing import Any
 import pytest
 
 from ditserve.service.errors import QueueUnavailable
-from ditserve.service.fleet import (
-    LoadSnapshot,
-)
-from ditserve.service.jobs import (
-    Job,
-)
+from ditserve.service.fleet import LoadSnapshot
+from ditserve.service.jobs import Job
 from tests.service.http.conftest import OpenStage, Stage
 
 pytestmark = pytest.mark.anyio

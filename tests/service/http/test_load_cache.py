@@ -10,11 +10,7 @@ from typing import Any
 
 import pytest
 
-from ditserve.service.fleet import (
-    DemandBucket,
-    LoadSnapshot,
-    WorkerState,
-)
+from ditserve.service.fleet import DemandBucket, LoadSnapshot, WorkerState
 from ditserve.service.http.load_cache import LoadCache
 
 pytestmark = pytest.mark.anyio

@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ditserve.service.fleet import (
-    LoadSnapshot,
-    Starting,
-)
+from ditserve.service.fleet import LoadSnapshot, Starting
 from ditserve.service.http import load_cache
 from tests.service.http.conftest import OpenStage, Stage
 

@@ -7,11 +7,7 @@ import time
 import pytest
 
 from ditserve.service.errors import Overloaded
-from ditserve.service.fleet import (
-    DemandBucket,
-    LoadSnapshot,
-    WorkerState,
-)
+from ditserve.service.fleet import DemandBucket, LoadSnapshot, WorkerState
 from ditserve.service.http.promises import Promises
 from ditserve.service.planning.admission import Admission, AdmissionRequest
 from ditserve.service.rung import Consent

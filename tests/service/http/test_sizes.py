@@ -9,9 +9,7 @@ import httpx
 import pytest
 
 from ditserve.model.spec.manifest import Manifest
-from ditserve.service.fleet import (
-    Network,
-)
+from ditserve.service.fleet import Network
 from ditserve.service.http.sizes import OutputSize, in_windows
 from tests.service.http.conftest import MANIFEST, Stage
 

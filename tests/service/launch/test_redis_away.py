@@ -11,9 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ditserve.service.fleet import (
-    Starting,
-)
+from ditserve.service.fleet import Starting
 from ditserve.service.queue.broker import Broker
 from tests.conftest import wait_until
 from tests.service.launch.test_supervisor import killed, service

@@ -9,11 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.fleet import (
-    DemandBucket,
-    LoadSnapshot,
-    WorkerState,
-)
+from ditserve.service.fleet import DemandBucket, LoadSnapshot, WorkerState
 from ditserve.service.planning import admission
 from ditserve.service.planning.admission import NO_WORKER, Admission, AdmissionRequest
 from ditserve.service.planning.capacity import Capacity, drain_time

@@ -7,12 +7,7 @@ from math import inf
 
 import pytest
 
-from ditserve.service.fleet import (
-    DemandBucket,
-    LoadSnapshot,
-    SlowSpell,
-    WorkerState,
-)
+from ditserve.service.fleet import DemandBucket, LoadSnapshot, SlowSpell, WorkerState
 from ditserve.service.planning.capacity import Capacity
 
 

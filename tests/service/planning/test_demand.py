@@ -8,10 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ditserve.service.fleet import (
-    DemandBucket,
-    WorkerState,
-)
+from ditserve.service.fleet import DemandBucket, WorkerState
 from ditserve.service.planning.demand import StepBucket, demand_buckets, demand_of
 from tests.service.planning.machine import quick
 

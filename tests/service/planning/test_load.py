@@ -7,11 +7,7 @@ from math import inf
 
 import pytest
 
-from ditserve.service.fleet import (
-    DemandBucket,
-    LoadSnapshot,
-    WorkerState,
-)
+from ditserve.service.fleet import DemandBucket, LoadSnapshot, WorkerState
 from ditserve.service.planning.admission import AdmissionRequest
 from ditserve.service.planning.gate import Gate
 from ditserve.service.planning.load import HORIZON_S, UNKNOWN_S, backlog_workers, worker_seconds

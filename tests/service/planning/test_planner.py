@@ -12,9 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditserve.service.fleet import (
-    DemandBucket,
-)
+from ditserve.service.fleet import DemandBucket
 from ditserve.service.planning.costs import CostModel
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import DEADLINE, LOAD, ROOM, Change, PlannedSample, Planner, Policy

@@ -55,7 +55,7 @@ def test_nothing_is_kept_for_callers_that_were_never_seen_to_come_back() -> None
 
 
 def test_the_work_of_a_refusal_does_not_grow_with_those_who_wait() -> None:
-    """What is looked at is counted by comparisons of two requests."""
+    """The measure of work is the number of comparisons of two requests."""
     compared = 0
 
     class Counted(_Return):

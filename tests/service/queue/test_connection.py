@@ -14,13 +14,8 @@ import trustme
 from redis.asyncio import Redis
 
 from ditserve.service.errors import QueueUnavailable
-from ditserve.service.fleet import (
-    WorkerState,
-)
-from ditserve.service.jobs import (
-    Job,
-    JobResult,
-)
+from ditserve.service.fleet import WorkerState
+from ditserve.service.jobs import Job, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener
 from tests.service.queue.servers import Server, free_port, serving

@@ -7,9 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from ditserve.service.fleet import (
-    Starting,
-)
+from ditserve.service.fleet import Starting
 from ditserve.service.queue import namespace
 from ditserve.service.queue.broker import Broker
 

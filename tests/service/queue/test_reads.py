@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 
 from ditserve.service.errors import JobExpired, JobLost
-from ditserve.service.fleet import (
-    WorkerState,
-)
-from ditserve.service.jobs import (
-    Job,
-    JobEvent,
-    JobResult,
-    Lease,
-)
+from ditserve.service.fleet import WorkerState
+from ditserve.service.jobs import Job, JobEvent, JobResult, Lease
 from ditserve.service.queue.broker import Broker
 
 pytestmark = pytest.mark.anyio

@@ -12,15 +12,8 @@ from structlog.testing import capture_logs
 
 from ditserve.service import wire
 from ditserve.service.errors import InternalError, NumericalError, QueueUnavailable, to_wire
-from ditserve.service.fleet import (
-    Starting,
-)
-from ditserve.service.jobs import (
-    Claim,
-    Job,
-    JobEvent,
-    JobResult,
-)
+from ditserve.service.fleet import Starting
+from ditserve.service.jobs import Claim, Job, JobEvent, JobResult
 from ditserve.service.queue.broker import Broker
 from ditserve.service.telemetry import metrics
 from ditserve.service.wire import NEWEST, pack, unpack

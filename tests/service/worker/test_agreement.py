@@ -13,11 +13,7 @@ import yaml
 
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import Backend, BackendUnavailable
-from ditserve.service.fleet import (
-    LoadSnapshot,
-    Network,
-    WorkerState,
-)
+from ditserve.service.fleet import LoadSnapshot, Network, WorkerState
 from ditserve.service.queue.broker import Broker
 from ditserve.service.telemetry import metrics
 from ditserve.service.worker.agreement import load_agreed

@@ -14,9 +14,7 @@ from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.errors import BundleError
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends import BackendUnavailable
-from ditserve.service.fleet import (
-    Starting,
-)
+from ditserve.service.fleet import Starting
 from ditserve.service.launch.engine_build import BuildProgress
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings

@@ -26,17 +26,9 @@ from ditserve.service.errors import (
     QueueUnavailable,
     ServiceError,
 )
-from ditserve.service.fleet import (
-    LoadedAdapter,
-    WorkerState,
-)
+from ditserve.service.fleet import LoadedAdapter, WorkerState
 from ditserve.service.images import from_pixels
-from ditserve.service.jobs import (
-    AdapterUse,
-    ConditionTerm,
-    Job,
-    JobResult,
-)
+from ditserve.service.jobs import AdapterUse, ConditionTerm, Job, JobResult
 from ditserve.service.limits import WorkerPolicy
 from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.listener import Listener

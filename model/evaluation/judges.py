@@ -1,0 +1,75 @@
+"""The networks by which an evaluation judges pictures, and the classes that they know."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ditserve.commands import command_line
+from ditserve.model.evaluation.classifier_network import CLASSIFIER, Classifier, open_classifier
+from ditserve.model.evaluation.features import FeatureNetwork, classifier_features, inception_features
+from ditserve.model.spec.errors import ModelError
+from ditserve.model.train.loaded_model import LoadedModel
+
+
+class EvaluationError(ModelError):
+    """An evaluation that cannot be made; the message is one sentence."""
+
+
+def open_metric_networks(
+    options: argparse.Namespace, loaded: LoadedModel
+) -> tuple[FeatureNetwork, Classifier | None]:
+    """Return the feature network, and the classifier that says what a picture shows.
+
+    Beside Inception there is a classifier only if `--classifier` names one.
+
+    Raises:
+        EvaluationError: a classifier of other classes or another size, or no file for Inception.
+        ClassifierError, FeatureError: one of the two cannot be opened.
+    """
+    classifier = None
+    if options.features == "classifier" or options.classifier:
+        folder = options.classifier or CLASSIFIER
+        classifier = open_classifier(folder)
+        known, wanted = known_classes(classifier, loaded)
+        # The shipped one may know a few of anybody's classes, such as "fox", which judges nothing.
+        if not known or (known < wanted and options.classifier is None):
+            reason = f"knows {known or 'none'} of the model's {wanted} classes"
+            raise EvaluationError(_no_classifier(folder, reason, loaded, options))
+        size = loaded.network.config.image_size
+        if loaded.manifest.decoder == "identity" and classifier.card.image_size != size:
+            reason = f"reads pictures of {_sides(classifier.card.image_size)}, not {_sides(size)}"
+            raise EvaluationError(_no_classifier(folder, reason, loaded, options))
+    if options.features == "inception":
+        if options.weights is None:
+            raise EvaluationError("--features inception needs the network's file: pass it with --weights")
+        return inception_features(options.weights), classifier
+    assert classifier is not None
+    return classifier_features(classifier), classifier
+
+
+def known_classes(classifier: Classifier, loaded: LoadedModel) -> tuple[int, int]:
+    """Return how many of the model's classes the classifier knows, and how many there are."""
+    known, wanted = (
+        {(factor.name, name) for factor in factors for name in factor.classes}
+        for factors in (classifier.card.factors, loaded.manifest.factors)
+    )
+    return len(known & wanted), len(wanted)
+
+
+def _sides(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _no_classifier(folder: Path, reason: str, loaded: LoadedModel, options: argparse.Namespace) -> str:
+    """Return the sentence on a classifier that cannot judge the model; it has the command to train one."""
+    if not loaded.manifest.factors:
+        return "the model has no classes, by which a classifier could judge: use --features inception"
+    config = next(
+        (model / "config.json" for model in options.models if (model / "config.json").is_file()), None
+    )
+    return (
+        f"the classifier in {folder} {reason}: train one by "
+        f"{command_line('model.evaluation.classifier')} --config {config or 'RUN.json'} "
+        f"--data {options.data} --out judge, and pass --classifier judge"
+    )
