@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from ditserve.model.train.loaded_model import LoadedModel
 CHUNK = 32  # rows of one forward pass
 # The most numbers of the attention of one pass over a pipeline's tokens, in one head: 67 MB.
 ATTENTION = 1 << 24
+# Height and width of the latents on which an autoencoder's graphs are compared.
+AUTOENCODER_SIDES = ((8, 8), (4, 12))
 DECODER_LIMITS = ParityLimits(relative_l2=1e-3, cosine=0.999999)
 Array = npt.NDArray[Any]
 
@@ -150,16 +152,11 @@ def verify_decoder(autoencoder: PictureDecoder, path: Path, channels: int) -> tu
     Raises:
         ExportError: the graph is beyond the limit.
     """
-    session, generator = open_session(path), torch.Generator().manual_seed(0)
-    bands: list[Band] = []
-    for height, width in ((8, 8), (4, 12)):
-        latent = torch.randn(2, channels, height, width, generator=generator)
-        with torch.no_grad():
-            expected = autoencoder.decode(latent).numpy()
-        actual = run(session, {"latent": latent.numpy()})["image"]
-        bands += compare(expected, actual, np.zeros(len(latent)))
-    check(path.name, bands, DECODER_LIMITS)
-    return tuple(bands)
+    latents = [
+        torch.randn(2, channels, *sides, generator=torch.Generator().manual_seed(0))
+        for sides in AUTOENCODER_SIDES
+    ]
+    return _verify_autoencoder(path, ("latent", "image"), autoencoder.decode, latents)
 
 
 def verify_encoder(autoencoder: PictureAutoencoder, path: Path) -> tuple[Band, ...]:
@@ -168,15 +165,24 @@ def verify_encoder(autoencoder: PictureAutoencoder, path: Path) -> tuple[Band, .
     Raises:
         ExportError: the graph is beyond the limit.
     """
-    session, generator = open_session(path), torch.Generator().manual_seed(0)
+    factor = autoencoder.factor
+    sides = [(height * factor, width * factor) for height, width in AUTOENCODER_SIDES]
+    images = [
+        2.0 * torch.rand(2, 3, *side, generator=torch.Generator().manual_seed(0)) - 1.0 for side in sides
+    ]
+    return _verify_autoencoder(path, ("image", "latent"), autoencoder.encode, images)
+
+
+def _verify_autoencoder(
+    path: Path, names: tuple[str, str], compute: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]
+) -> tuple[Band, ...]:
+    """Compare a graph with `compute`; `names` are those of its input and of its output."""
+    session, (given, told) = open_session(path), names
     bands: list[Band] = []
-    for height, width in ((8, 8), (4, 12)):
-        sides = height * autoencoder.factor, width * autoencoder.factor
-        image = 2.0 * torch.rand(2, 3, *sides, generator=generator) - 1.0
+    for rows in inputs:
         with torch.no_grad():
-            expected = autoencoder.encode(image).numpy()
-        actual = run(session, {"image": image.numpy()})["latent"]
-        bands += compare(expected, actual, np.zeros(len(image)))
+            expected = compute(rows).numpy()
+        bands += compare(expected, run(session, {given: rows.numpy()})[told], np.zeros(len(rows)))
     check(path.name, bands, DECODER_LIMITS)
     return tuple(bands)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import torch
@@ -14,9 +13,7 @@ from torch import Tensor
 
 from ditserve.model.nets.autoencoder import PictureAutoencoder
 from ditserve.model.sampling.prompt import SampleError
-from ditserve.model.spec.source import SourceLatent
-
-DEFAULT_STRENGTH: Final = 0.8
+from ditserve.model.spec.source import DEFAULT_STRENGTH, SourceLatent
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,12 @@ element by element, so that a sample's numbers do not depend on the samples besi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic
+from typing import Final, Generic
 
 from ditserve.model.spec.diffusion import Array, Schedule, add_noise
+
+# The strength where none is said.
+DEFAULT_STRENGTH: Final = 0.8
 
 
 def walked_steps(steps: int, strength: float) -> int:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from ditserve.model.spec.source import DEFAULT_STRENGTH
 from ditserve.service.http.schemas import (
     COMPOSITION_EXAMPLE,
-    DEFAULT_STRENGTH,
     MAX_TEXT,
     SIZE,
     DrawingOptions,

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ditserve.model.spec.mixing import Combine
+from ditserve.model.spec.source import DEFAULT_STRENGTH
 from ditserve.service.callback_url import MAX_URL
 from ditserve.service.http.pictures import data_url_bytes
 
@@ -51,7 +52,6 @@ MAX_ADAPTERS = 4
 TEXT = "text"
 # One grey pixel, as PNG.
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
-DEFAULT_STRENGTH = 0.8
 
 EXAMPLE: dict[str, Any] = {"condition": {"label": "strawberry", "style": "noto"}, "steps": 30, "seed": 7}
 MIX_EXAMPLE: dict[str, Any] = {

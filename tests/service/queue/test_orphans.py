@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,6 @@ DAMAGES: dict[str, Damage] = {
 }
 STATES = ("queued", "running", "returned", "suspect")
 VERBS = ("claim", "finish", "fail", "retry", "hand_back", "renew", "progress", "cancel", "submit", "sweep")
-
-
-@pytest.fixture
-async def client(redis_url: str) -> AsyncIterator[Redis]:
-    client = Redis.from_url(redis_url)
-    yield client
-    await client.aclose()
 
 
 @pytest.fixture

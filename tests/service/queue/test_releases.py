@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgpack
@@ -45,13 +45,6 @@ REPORTS = {
     "nothing": (b"", False),
     "a number": (msgpack.packb(7), False),
 }
-
-
-@pytest.fixture
-async def client(redis_url: str) -> AsyncIterator[Redis]:
-    client = Redis.from_url(redis_url)
-    yield client
-    await client.aclose()
 
 
 async def claim(broker: Broker, owner: str = "w1", room: int = 100) -> list[Claim]:
