@@ -18,12 +18,16 @@ from ditserve.model.nets.layers import Grid
 
 def squares_apart(h: Tensor, grid: Grid) -> Tensor:
     """Order tokens (N, T, D) by their place in a square of 2×2: the first quarter are the upper left ones."""
-    return h.unflatten(1, (grid[0] // 2, 2, grid[1] // 2, 2)).permute(0, 2, 4, 1, 3, 5).flatten(1, 4)
+    n, _, d = h.shape
+    h = h.reshape(n, grid[0] // 2, 2, grid[1] // 2, 2, d).permute(0, 2, 4, 1, 3, 5)
+    return h.reshape(n, grid[0] * grid[1], d)
 
 
 def squares_together(h: Tensor, grid: Grid) -> Tensor:
     """Order tokens (N, T, D) as they were before `squares_apart`."""
-    return h.unflatten(1, (2, 2, grid[0] // 2, grid[1] // 2)).permute(0, 3, 1, 4, 2, 5).flatten(1, 4)
+    n, _, d = h.shape
+    h = h.reshape(n, 2, 2, grid[0] // 2, grid[1] // 2, d).permute(0, 3, 1, 4, 2, 5)
+    return h.reshape(n, grid[0] * grid[1], d)
 
 
 class TokenMerging:

@@ -48,7 +48,7 @@ def pruned_config(dit: DiT, heads: float, mlp: float, tokens: float = 0.0) -> Di
     if channels != counts["blocks.0.mlp.fc2"]:
         changes["mlp_ratio"] = mlp_ratio(channels, config.hidden_size, swiglu=config.swiglu)
     try:
-        return replace(config, **changes, **({"merge_tokens": tokens} if tokens else {}))
+        return replace(config, **changes, merge_tokens=tokens or config.merge_tokens)
     except ValueError as error:
         raise PruneError(f"--tokens {tokens:g}: {error}") from None
 

@@ -127,6 +127,7 @@ def test_memory_grows_with_the_tokens_alone(word: str) -> None:
 def test_a_convolutional_mlp_is_its_formula() -> None:
     torch.manual_seed(0)
     mlp, h = ConvMlp(16, 24), torch.randn(2, TOKENS, 16)
+    assert mlp.conv.bias is not None
     inner = F.silu(F.linear(h, mlp.fc1.weight, mlp.fc1.bias)).reshape(2, ROWS, COLUMNS, -1)
     padded = F.pad(inner, (0, 0, 1, 1, 1, 1))
     kernel = mlp.conv.weight[:, 0]  # (channels, 3, 3)
