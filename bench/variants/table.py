@@ -122,16 +122,15 @@ def _table(head: str, rows: Sequence[str]) -> str:
 def draw(trained: Sequence[VariantResult], forward: Sequence[ForwardCost], target: Path) -> None:
     """Draw time and memory of a row over its tokens, and the distance over the time of a row."""
     names = list(dict.fromkeys(each.network for each in forward))
-    costs = [
-        Panel(
-            title,
-            {name: [(float(c.tokens), value(c)) for c in forward if c.network == name] for name in names},
-        )
-        for title, value in (
-            ("ms a row, by tokens", lambda c: c.forward_ms),
-            ("MiB a row, by tokens", lambda c: max(c.forward_bytes, MIB) / MIB),
-        )
-    ]
+    milliseconds = {
+        name: [(float(c.tokens), c.forward_ms) for c in forward if c.network == name] for name in names
+    }
+    # What does not grow cannot be drawn on a logarithmic axis.
+    mebibytes = {
+        name: [(float(c.tokens), max(c.forward_bytes, MIB) / MIB) for c in forward if c.network == name]
+        for name in names
+    }
+    costs = [Panel("ms a row, by tokens", milliseconds), Panel("MiB a row, by tokens", mebibytes)]
     draw_panels([costs], target, size=(11, 5), legend_columns=4, dpi=110, x="tokens", log=True)
     if trained:
         points = {each.name: [(each.row_ms, float(np.mean(each.distances)))] for each in trained}
