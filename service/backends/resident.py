@@ -20,24 +20,24 @@ from ditserve.service.backends.state import Floats, StateArray
 
 # The most steps of one turn.
 MOST_STEPS: Final = 8
-# The lines of `Turn.places` before those of the slabs: see there.
+# The lines of `DeviceTurn.places` before those of the slabs: see there.
 SLOT, ROW_OF, SUBTRACTED, NEWEST, NOISE = range(5)
 SLAB: Final = 5
-# The lines of `Turn.numbers`: ten step coefficients, then alpha and sigma of the picture that is kept.
+# The lines of `DeviceTurn.numbers`: ten step coefficients, then alpha and sigma of the picture that stays.
 NUMBERS: Final = 12
 # The batch sizes whose kernels are captured: 1, 2, 3, 4, 6, 8, 12 … 1024.
 GRAPH_SIZES: Final = tuple(sorted({1, *(1 << k for k in range(1, 11)), *(3 << k for k in range(9))}))
 
 
 class Slab(NamedTuple):
-    """One tensor of the condition state for many keys; `line` is its line in `Turn.places`, after `SLAB`."""
+    """One tensor of the condition state for many keys; `SLAB + line` is its line in `DeviceTurn.places`."""
 
     array: StateArray
     line: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Turn:
+class DeviceTurn:
     """The numbers of k steps of one batch, whose R rows are one of the backend's batch sizes.
 
     The first n of the R rows are those of n samples, one each. The rows of guidance follow, then padding. A
@@ -128,7 +128,7 @@ class ResidentRows(Protocol):
         """Make batches of so many rows ready, once. Raises `OutOfMemory` if there is no room for them."""
         ...
 
-    def run(self, turn: Turn) -> Ticket:
+    def run(self, turn: DeviceTurn) -> Ticket:
         """Give the device a turn of an open batch size."""
         ...
 

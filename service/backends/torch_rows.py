@@ -36,9 +36,9 @@ from ditserve.service.backends.resident import (
     SLAB,
     SLOT,
     SUBTRACTED,
+    DeviceTurn,
     Landed,
     Slab,
-    Turn,
 )
 from ditserve.service.backends.state import Floats
 
@@ -275,7 +275,7 @@ class TorchRows:
         array: Floats = staging.noise[:blocks].numpy()
         return array
 
-    def run(self, turn: Turn) -> _TorchTicket:
+    def run(self, turn: DeviceTurn) -> _TorchTicket:
         stream, staging, k, rows = self._stream, self._staging[0], turn.steps, turn.rows
         with computing():
             buffers = self._buffers[rows]

@@ -27,10 +27,10 @@ from ditserve.service.backends.resident import (
     SLAB,
     SLOT,
     SUBTRACTED,
+    DeviceTurn,
     KeepsRows,
     ResidentRows,
     Ticket,
-    Turn,
 )
 from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.latent_pool import Floats
@@ -150,7 +150,7 @@ class ResidentPass:
             sample.advance(began, steps)
         done = [index for index, sample in enumerate(samples) if not sample.remaining_steps]
         shown = [index for index, sample in enumerate(samples) if sample.shows_preview]
-        turn = Turn(
+        turn = DeviceTurn(
             places,
             numbers,
             noise,
@@ -215,7 +215,7 @@ class ResidentPass:
         """Run the network on as many rows as `x` has, which are no sample's, to time it."""
         rows = len(x)
         self._rows.open(rows)
-        turn = Turn(self._blank_places(1, rows).copy(), np.zeros((1, NUMBERS, rows), np.float32), x[:0])
+        turn = DeviceTurn(self._blank_places(1, rows).copy(), np.zeros((1, NUMBERS, rows), np.float32), x[:0])
         self.network_s = self._rows.run(turn).wait().device_s
 
     def _size(self, rows: int) -> int:
