@@ -94,10 +94,7 @@ async def in_time(client: httpx.AsyncClient, deadline_ms: int) -> bool:
     return any(answer.status_code == 200 for answer in answers)
 
 
-@pytest.mark.parametrize(
-    ("api", "worker"),
-    [("+3s", "-3s"), ("-3s", "+3s"), ("+90s", "-90s"), ("-90s", "+90s")],
-)
+@pytest.mark.parametrize(("api", "worker"), [("-3s", "+3s"), ("+90s", "-90s")])
 async def test_deadlines_hold_whatever_the_clocks_of_the_hosts_say(
     hosts: Hosts, wait_until: WaitUntil, api: str, worker: str
 ) -> None:

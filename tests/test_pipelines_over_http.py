@@ -46,7 +46,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     # ChromaTransformer2DModel has it from where it was.
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
-    pytest.mark.timeout(600),
 ]
 
 
