@@ -121,7 +121,7 @@ def serving(root: Path, pipelines: Mapping[str, Any]) -> Iterator[dict[str, Serv
             client.close()
             for process in started:
                 process.kill()
-                process.wait(30)
+                process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ class Recording:
             yield
         finally:
             os.killpg(process.pid, signal.SIGINT)
-            process.wait(60)
+            process.wait()
 
     def run(self, *words: str) -> None:
         with self.log.open("wb") as output:

@@ -243,7 +243,7 @@ async def serve() -> AsyncIterator[Serve]:
 
             async def stop() -> None:
                 server.should_exit = True
-                await asyncio.wait_for(task, 10)
+                await asyncio.wait_for(task, 60)
 
             stack.push_async_callback(stop)
             await wait_until(lambda: server.started)
