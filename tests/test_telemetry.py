@@ -92,7 +92,12 @@ class Recording:
             yield
         finally:
             os.killpg(process.pid, signal.SIGINT)
-            process.wait()
+            try:
+                process.wait(120)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
 
     def run(self, *words: str) -> None:
         with self.log.open("wb") as output:

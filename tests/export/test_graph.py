@@ -39,21 +39,21 @@ UNET = UNetConfig(
     head_size=8, classes=(4, 2), text_size=4,
 )  # fmt: skip
 OPTIONS: dict[str, NetworkConfig] = {
-    "rope, qk-norm, learned sigma, text beside labels, condition tokens in front": replace(
+    "rope, qk-norm, learned sigma, text beside labels, cross-attention, condition tokens in front": replace(
         PLAIN,
         rope=True,
         qk_norm=True,
         learn_sigma=True,
         text_size=5,
         fusion="mlp",
-        blocks=("adaln_zero", "in_context"),
+        blocks=("cross_attention", "in_context"),
     ),
     "no condition, SwiGLU, convolution head, two modulations": replace(
         PLAIN, depth=1, classes=(), swiglu=True, head_channels=6, blocks=("adaln",), base_size=(8, 8)
     ),
     "a plan of all kinds, layout path": replace(PLAIN, depth=4, blocks=BLOCK_KINDS, layout_rank=2),
-    "text tokens alone, qk-norm, cross-attention": replace(
-        PLAIN, depth=1, classes=(), text_size=5, text_tokens=3, qk_norm=True, blocks=("cross_attention",)
+    "text tokens alone, qk-norm": replace(
+        PLAIN, depth=1, classes=(), text_size=5, text_tokens=3, qk_norm=True
     ),
     "U-Net": UNET,
 }

@@ -127,13 +127,12 @@ def test_a_run_in_tensor_parallel_is_the_run_of_one_process(
 
 def test_the_first_process_chooses_the_recipe_of_all(tmp_path: Path) -> None:
     data, output = write_pictures(tmp_path / "set.npz"), tmp_path / "run"
-    few = ("--set", "data.hold_out=0", "--batch", "4")
-    for steps, told in (("2", "the recipe;"), ("3", "goes on with its own recipe")):
-        process = launch_command("--data", str(data), "--output", str(output), *few, "--steps", steps)
-        text, _ = process.communicate()
-        assert process.returncode == 0, text
-        assert text.count(told) == 1
-    assert newest(output).name == "step-0000003"
+    few = ("--set", "data.hold_out=0", "--batch", "4", "--steps", "2")
+    process = launch_command("--data", str(data), "--output", str(output), *few)
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    assert text.count("the recipe;") == 1
+    assert newest(output).name == "step-0000002"
     # A mistake of the first process ends all, in its own sentence.
     process = launch_command("--data", str(tmp_path / "missing"), "--output", str(tmp_path / "other"))
     text, _ = process.communicate()
