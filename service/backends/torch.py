@@ -42,7 +42,7 @@ from ditserve.service.backends import (
 from ditserve.service.backends.adapters import BackendAdapters, RowUses
 from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.state import StateArray, StateMemory
-from ditserve.service.backends.torch_precision import compile_if_faster, own_precision
+from ditserve.service.backends.torch_precision import chosen_kernels, compile_if_faster, own_precision
 from ditserve.service.fleet import LoadedAdapter
 from ditserve.service.images import from_pixels, to_pixels
 
@@ -58,7 +58,7 @@ class TorchBackend:
     Args:
         threads: compute threads on the CPU, 0 for torch's own choice. Applies to the whole process.
         device: of torch, such as "cpu" or "cuda".
-        compile: compile the backbone; the first batch of each size then takes much longer.
+        compile: compile the backbone before the backend is open, on a GPU where that makes it faster.
         precision: fp32, bf16 or fp16; fp8 for a DiT of ours, with the linear layers of its blocks in FP8.
             "auto" is fp32, and for a DiT of ours on a GPU what the bundle's record allows and is measured to
             be the fastest.
@@ -119,13 +119,14 @@ class TorchBackend:
         self.adapters: BackendAdapters | None
         self.adapters = TorchAdapters(self._model, bundle, adapters, compiled=compile)
         if compile and isinstance(self._model, DiT):
-            compile_if_faster(self._model, self._backbone)
+            compile = compile_if_faster(self._model, self._backbone)
         elif compile and isinstance(self._model, UNet):
             self._backbone = torch.compile(self._backbone, dynamic=True)
         elif compile:
             self._model.compile_blocks()
         if self.precision != "fp32" and self.text_encoder is not None:
             refuse_overflow(self)
+        self.kernels = chosen_kernels(self._model, compiled=compile)
         if compile:
             self._compile_now()
 

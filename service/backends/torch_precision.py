@@ -14,7 +14,7 @@ from typing import Final
 
 import structlog
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.layers import Attention, padded_attention
@@ -117,6 +117,13 @@ def compile_if_faster(network: DiT, backbone: Backbone) -> bool:
         network.uncompile_blocks()
     log.info("kernels chosen", compiled=ratio >= FASTER, speedup=round(ratio, 2))
     return ratio >= FASTER
+
+
+def chosen_kernels(network: nn.Module, *, compiled: bool) -> str:
+    """Return what was chosen of the kernels, such as "heads of 80, compiled"."""
+    layers = [module for module in network.modules() if isinstance(module, Attention)]
+    widths = {layer.computed_width for layer in layers if layer.computed_width != layer.head_size}
+    return ", ".join([*(f"heads of {width}" for width in widths), *(["compiled"] if compiled else [])])
 
 
 def _on_cpu(network: DiT) -> bool:

@@ -201,6 +201,7 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
             model=identity.model,
             backend=backend.name,
             precision=backend.precision,
+            kernels=backend.kernels,
             **_gpu_memory(settings),
         )
         return await worker.run(stop, force_stop)

@@ -52,19 +52,21 @@ def _failed(error: Exception) -> dict[str, Any]:
 
 async def _grow(part: Measuring, workers: int) -> None:
     """Raise the rate until too few are in time. What was measured before is not offered again."""
-    rate, name = (TOY_RATE if part.toy else FIRST_RATE), "{} worker(s), {:.0f}/s"
-    rates = [rate * GROWTH**k for k in range(1 if part.toy else HIGHEST)]
-    known = [name.format(workers, rate) for rate in rates if not part.missing(name.format(workers, rate))]
-    if known and (len(known) == len(rates) or part.known(known[-1]).get("in_time", 1.0) < IN_TIME):
+    rates = {
+        f"{workers} worker(s), {rate:.0f}/s": rate
+        for rate in ([TOY_RATE] if part.toy else [FIRST_RATE * GROWTH**k for k in range(HIGHEST)])
+    }
+    left = {name: rate for name, rate in rates.items() if part.missing(name)}
+    if not left or any(part.known(name).get("in_time", 1.0) < IN_TIME for name in rates):
         return
     with TemporaryDirectory(prefix="dit-gpu-") as folder:
         chosen = settings(part, workers)
         async with running_cluster(Path(folder), chosen, workers=workers, durable=False) as cluster:
             with closing(HastyClient(cluster.port, STEPS)) as client:
                 alone_s = await _alone(client)
-                for rate in rates:
+                for name, rate in left.items():
                     figures = await _offered(client, rate, SLO * alone_s, toy=part.toy)
-                    part.point(name.format(workers, rate), partial(dict, figures))
+                    part.point(name, partial(dict, figures))
                     if figures["in_time"] < IN_TIME:
                         return
 

@@ -108,6 +108,9 @@ def test_heads_of_72_are_computed_80_wide_where_that_is_faster(
     torch_precision.widen_heads(network, torch.float32)
     layers = [module for module in network.modules() if isinstance(module, Attention)]
     assert {layer.computed_width for layer in layers} == {computed}
+    assert torch_precision.chosen_kernels(network, compiled=True) == (
+        "heads of 80, compiled" if computed == 80 else "compiled"
+    )
 
 
 def test_blocks_that_do_not_gain_stay_as_they_are_written(
