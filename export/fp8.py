@@ -53,15 +53,17 @@ def record_fp8(path: Path, frechet: FrechetSettings | None = None) -> dict[str, 
         rows = calibration_rows(source, trajectories).with_null(source.dit.config)
         bands = compare_rows(source, rows, backbone)
         check("fp8", bands, LIMITS["fp8"])
+        quality = frechet_report(source, backbone, frechet) if frechet else {}
+        errors = report(bands)
         summary = {
-            "error": report(bands),
+            "error": errors,
             "pictures_psnr_db": round(picture_psnr(source, backbone), 2),
-            "quality": frechet_report(source, backbone, frechet) if frechet else {},
+            "quality": quality,
         }
         metrics = {
-            "fp8_relative_l2": max(band["relative_l2"] for band in summary["error"]),
+            "fp8_relative_l2": max(band["relative_l2"] for band in errors),
             "fp8_pictures_psnr_db": summary["pictures_psnr_db"],
-            **{f"fp8_{key}": value for key, value in summary["quality"].items() if key == "quality_loss"},
+            **{f"fp8_{key}": value for key, value in quality.items() if key == "quality_loss"},
         }
         parity = json.loads((scratch / PARITY).read_text())
         write_atomic(scratch / PARITY, (json.dumps({**parity, "fp8": summary}, indent=1) + "\n").encode())

@@ -165,8 +165,8 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
     head = q.shape[-1]
     if width == head:
         return F.scaled_dot_product_attention(q, k, v)
-    wide = (F.pad(part, (0, width - head)) for part in (q, k, v))
-    return F.scaled_dot_product_attention(*wide, scale=head**-0.5)[..., :head]
+    q, k, v = (F.pad(part, (0, width - head)) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=head**-0.5)[..., :head]
 
 
 class Attention(nn.Module):

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.errors import ModelError, wrong_field
-from ditserve.model.spec.network_kinds import NetworkConfig
+from ditserve.model.spec.network_kinds import NetworkConfig as NetworkConfig
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 from ditserve.model.spec.unet_config import UNetConfig
 

@@ -98,5 +98,5 @@ def _speedup(fp32: ort.InferenceSession, int8: ort.InferenceSession, manifest: M
     shapes: dict[str, tuple[int, ...]] = {"x": (config.in_channels, *config.image_size)}
     shapes |= {tensor.name: tensor.shape for tensor in manifest.state}
     inputs = {name: random.standard_normal((1, *shape), np.float32) for name, shape in shapes.items()}
-    runs = (partial(run_session, session, ["output"], inputs) for session in (fp32, int8))
-    return speedup(*runs, time.process_time)
+    one, other = (partial(run_session, session, ["output"], inputs) for session in (fp32, int8))
+    return speedup(one, other, time.process_time)

@@ -96,9 +96,9 @@ def widen_heads(network: DiT, dtype: torch.dtype) -> None:
     if width == config.head_size:
         return
     shape = (ROWS, config.num_heads, config.tokens, config.head_size)
-    heads = [torch.randn(shape, device=device, dtype=dtype) for _ in range(3)]
-    runs = (_replayed(partial(padded_attention, *heads, each)) for each in (config.head_size, width))
-    ratio = speedup(*runs, time.perf_counter)
+    q, k, v = torch.randn(3, *shape, device=device, dtype=dtype)
+    own, wide = (_replayed(partial(padded_attention, q, k, v, each)) for each in (config.head_size, width))
+    ratio = speedup(own, wide, time.perf_counter)
     chosen = width if ratio >= FASTER else config.head_size
     for module in network.modules():
         if isinstance(module, Attention):
