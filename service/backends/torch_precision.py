@@ -28,9 +28,9 @@ from ditserve.model.nets.low_precision import (
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends import BackendUnavailable
 from ditserve.service.backends.measured_choice import FASTER, FASTER_FP8, quality_objection, speedup
+from ditserve.service.backends.torch_rows import CudaStream, TorchStream, computing
 
 ROWS: Final = 8  # of the timed passes
-WARM_UP: Final = 3
 # Kernels of attention are made for heads whose width is a multiple of it.
 HEAD_MULTIPLE: Final = 16
 
@@ -97,7 +97,8 @@ def widen_heads(network: DiT, dtype: torch.dtype) -> None:
         return
     shape = (ROWS, config.num_heads, config.tokens, config.head_size)
     q, k, v = torch.randn(3, *shape, device=device, dtype=dtype)
-    own, wide = (_replayed(partial(padded_attention, q, k, v, each)) for each in (config.head_size, width))
+    widths = (config.head_size, width)
+    own, wide = (_replayed(partial(padded_attention, q, k, v, each), device) for each in widths)
     ratio = speedup(own, wide, time.perf_counter)
     chosen = width if ratio >= FASTER else config.head_size
     for module in network.modules():
@@ -146,26 +147,22 @@ def _run(network: DiT, backbone: Backbone) -> Run:
         return torch.randn(ROWS, *shape, device=device)
 
     x = normal((config.in_channels, *config.image_size))
-    return _replayed(partial(backbone, x, [normal(shape) for _, shape in config.state()]))
+    return _replayed(partial(backbone, x, [normal(shape) for _, shape in config.state()]), device)
 
 
-def _replayed(run: Run) -> Run:
-    """Return `run` with its kernels captured as one CUDA graph; on another device, `run` itself."""
-    with torch.inference_mode():
-        if not torch.cuda.is_available():
-            return torch.inference_mode()(run)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
+def _replayed(run: Run, device: torch.device) -> Run:
+    """Return `run` as it is computed in service, over when it returns: on CUDA its kernels are captured."""
+    stream = CudaStream(device) if device.type == "cuda" else TorchStream(device)
 
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
+    def work() -> None:
+        run()
 
-    return replay
+    with computing():
+        captured = stream.capture(work)
+
+    def launch() -> None:
+        with computing():
+            stream.launch(captured)
+            stream.wait(stream.mark())
+
+    return launch

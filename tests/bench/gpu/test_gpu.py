@@ -63,7 +63,6 @@ def test_every_part_measures_at_the_size_of_a_toy_and_is_not_run_again(tmp_path:
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.json")} == kept
 
 
-@pytest.mark.timeout(600)
 def test_with_torch_alone_it_measures_what_torch_can_and_names_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(BARE)
