@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.nets.layers import Attention, CrossAttention
-from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.network_kinds import NetworkConfig
 
 # The names of the modules that attend, and the operations of the linear layers in them.
 ATTENTION = frozenset({"attn", "cross", "attention"})

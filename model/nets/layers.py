@@ -168,6 +168,18 @@ class AttentionOptions(TypedDict, total=False):
     kind: AttentionKind
 
 
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
+    """Return the attention of (N, H, T, head) three times, computed with heads `width` wide: (N, H, T, head).
+
+    The further numbers of each head are zeros, which change no product. Some kernels are for some widths.
+    """
+    head = q.shape[-1]
+    if width == head:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (F.pad(part, (0, width - head)) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=head**-0.5)[..., :head]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (N, T, D) → (N, T, D), by torch's scaled_dot_product_attention.
 
@@ -192,7 +204,7 @@ class Attention(nn.Module):
         self.num_heads, self.kind = num_heads, kind
         self.qkv = nn.Linear(hidden_size, 3 * width)
         self.proj = nn.Linear(width, hidden_size)
-        self.head_size = head = width // num_heads
+        self.head_size = self.computed_width = head = width // num_heads
         self.q_norm, self.k_norm = (_head_norm(qk_norm, head) for _ in range(2))
 
     def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None, grid: Grid = (0, 0)) -> Tensor:
@@ -202,7 +214,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Return the mixes of values (N, H, T, W/H)."""
-        return F.scaled_dot_product_attention(q, k, v)
+        return padded_attention(q, k, v, self.computed_width)
 
     def heads(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each (N, H, T, W/H), normalised and rotated as configured."""
