@@ -170,6 +170,8 @@ def test_compiles_without_graph_breaks(tiny: Tiny, network: Make, name: str) -> 
     config = tiny(**VARIANTS[name])
     dit = network(config)
     x, t, labels, text = inputs(config)
+    # More variants than it keeps of one function.
+    torch._dynamo.reset()
     compiled = torch.compile(dit, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.allclose(compiled(x, t, labels, text), dit(x, t, labels, text), atol=1e-6)
