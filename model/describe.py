@@ -66,18 +66,20 @@ def format_table(costs: Mapping[str, Cost]) -> str:
     """Return a table with one line per network."""
     width = max(len("network"), *(len(name) for name in costs))
     head = (
-        f"{'network':{width}}  parameters  tokens  conditioner G  backbone G      GMACs"
+        f"{'network':{width}}  parameters     active  tokens  conditioner G  backbone G      GMACs"
         "   linear G  attention G  convolution G    GFLOPs  inference MiB  training MiB"
     )
     lines = [
-        f"{name:{width}}  {c.parameters / 1e6:8.2f} M  {c.tokens:6}  {c.conditioner_macs / 1e9:13.4f}"
+        f"{name:{width}}  {c.parameters / 1e6:8.2f} M {c.active_parameters / 1e6:8.2f} M"
+        f"  {c.tokens:6}  {c.conditioner_macs / 1e9:13.4f}"
         f"  {c.backbone_macs / 1e9:10.2f}  {c.macs / 1e9:9.2f}  {c.linear_macs / 1e9:9.3f}"
         f"  {c.attention_macs / 1e9:11.3f}  {c.convolution_macs / 1e9:13.4f}  {c.flops / 1e9:8.2f}"
         f"  {c.inference_bytes / 2**20:13.1f}  {c.training_bytes / 2**20:12.1f}"
         for name, c in costs.items()
     ]
     notes = (
-        "per row, fp32; the paper's Gflops are these GMACs, which linear, attention and convolution add up to"
+        "per row, fp32; active: parameters that act on one token; the paper's Gflops are these GMACs, which "
+        "linear, attention and convolution add up to"
     )
     return "\n".join([head, *lines, notes])
 

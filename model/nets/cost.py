@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ditserve.model.nets.experts import ExpertMlp
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.nets.layers import Attention, CrossAttention
 from ditserve.model.spec.network_config import NetworkConfig
@@ -30,10 +31,12 @@ class Cost:
     """The cost of one row of a forward pass; bytes are those of fp32 activations.
 
     `attention_macs` are the products of queries, keys and values, and `convolution_macs` those of
-    convolutions, the patch embedding included. `tokens` is the longest sequence that attends; 0: none does.
+    convolutions, the patch embedding included. `active_parameters` are those that act on one token, of its
+    experts `top_k`. `tokens` is the longest sequence that attends; 0: none does.
     """
 
     parameters: int
+    active_parameters: int
     tokens: int
     conditioner_macs: int
     backbone_macs: int
@@ -102,8 +105,10 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
             network(*inputs)
         training = _saved_bytes(network, inputs, given)
     positions = getattr(network, "pos_embed", torch.empty(0)).numel()
+    parameters = sum(p.numel() for p in network.parameters()) + positions
     return Cost(
-        parameters=sum(p.numel() for p in network.parameters()) + positions,
+        parameters=parameters,
+        active_parameters=parameters - sum(map(_idle_parameters, network.modules())),
         tokens=max((queries for queries, _, _ in sequences), default=0),
         conditioner_macs=conditioner,
         backbone_macs=backbone,
@@ -112,6 +117,14 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
         inference_bytes=live.peak,
         training_bytes=training,
     )
+
+
+def _idle_parameters(module: nn.Module) -> int:
+    """Return the parameters of the experts that a token does not take, at a mean over the tokens."""
+    if not isinstance(module, ExpertMlp):
+        return 0
+    experts = sum(p.numel() for layer in (module.fc1, module.fc2) for p in layer.parameters())
+    return experts * (module.experts - module.top_k) // module.experts
 
 
 def macs(network: Network, inputs: Inputs) -> tuple[int, int]:

@@ -109,7 +109,9 @@ class Block(nn.Module):
             return vectors
         alpha = self.condition_gate(self.norm(h), vectors.pop())  # (N, T, 1)
         # The gates of adaLN-Zero, which follow a shift and a scale, stay as they are.
-        return [vector if k % 3 == 2 and len(vectors) == 6 else alpha * vector for k, vector in enumerate(vectors)]
+        return [
+            vector if k % 3 == 2 and len(vectors) == 6 else alpha * vector for k, vector in enumerate(vectors)
+        ]
 
 
 class FinalLayer(nn.Module):

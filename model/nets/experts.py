@@ -1,15 +1,16 @@
 """A mixture of experts in place of the MLP of a block, and what its router does.
 
-A router gives every token a score z for every expert, (N, T, E). An expert takes at most C tokens of a picture
-and weighs its output for a token by how far the score stands above that of the first token it leaves:
+A router gives every token a score z for every expert, (N, T, E). An expert takes at most C tokens of a
+picture and weighs its output for a token by how far the score stands above that of the first token it leaves:
 
-    expert choice   w = z − (the (C + 1)-th score of the expert)              C = ⌊T·k/E⌋
-    token choice    z' = max(0, z − (the (k + 1)-th score of the token)), and then as above with C a quarter larger
+    expert choice   w = z − (the (C + 1)-th score of the expert), C = ⌊T·k/E⌋
+    token choice    z' = max(0, z − (the (k + 1)-th score of the token)), then so with C a quarter larger
 
 With T = 64 tokens, E = 8 experts and k = 1, an expert takes 8 tokens by its own choice, and up to 10 if the
-tokens choose. Every shape follows from T, so the graph is static, and a picture never depends on others in its
-batch. A weight is 0 where the choice changes, so that a rounding cannot change a picture by a jump. Sources:
-expert choice, Zhou et al., arXiv:2202.09368; weights that fall to 0, as in ReMoE, Wang et al., arXiv:2412.14711.
+tokens choose. Every shape follows from T, so the graph is static, and a picture never depends on others in
+its batch. A weight is 0 where the choice changes, so that a rounding cannot change a picture by a jump.
+Sources: expert choice, Zhou et al., arXiv:2202.09368; weights that fall to 0 as in ReMoE, Wang et al.,
+arXiv:2412.14711.
 """
 
 from __future__ import annotations
@@ -100,10 +101,10 @@ def observed_routers(network: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def balance_loss(scores: Sequence[Tensor], top_k: int) -> Tensor:
-    """Return the mean over the layers of E · Σ_e f_e · P_e, () fp32: 1 if tokens spread evenly, up to E if not.
+    """Return the mean over the layers of E · Σ_e f_e · P_e, () fp32: 1 if tokens spread evenly, at most E.
 
-    f_e is the share of the choices of tokens that fell on expert e, P_e its mean probability. Source: Fedus et
-    al., arXiv:2101.03961, eq. 4.
+    f_e is the share of the choices of tokens that fell on expert e, P_e its mean probability. Source: Fedus
+    et al., arXiv:2101.03961, eq. 4.
     """
     terms = [(preferred(z, top_k) * z.float().softmax(2).mean((0, 1))).sum() * z.shape[2] for z in scores]
     return torch.stack(terms).mean()

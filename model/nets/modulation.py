@@ -13,8 +13,8 @@ class ConditionGate(nn.Module):
     """The gate α = 2·σ(MLP(x, c)) of tokens x (N, T, D) and a condition c, (N, T, 1) in 0…2.
 
     The first layer is linear, so its part that reads c is computed with the modulation, once for all tokens:
-    `of_condition` (N, 1, D). The last layer starts at zero, and with it α at 1: a network without gates can be
-    trained on with them.
+    `of_condition` (N, 1, D). The last layer starts at zero, and with it α at 1: a network without gates goes
+    on with them as it was.
     """
 
     def __init__(self, hidden_size: int) -> None:

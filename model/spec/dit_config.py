@@ -172,11 +172,11 @@ class DiTConfig:
 
     def _check_experts(self) -> None:
         if self.routing not in get_args(Routing):
-            raise ValueError(
-                f"unknown routing {self.routing!r}: choose among {', '.join(get_args(Routing))}"
-            )
+            raise ValueError(f"unknown routing {self.routing!r}: choose among {', '.join(get_args(Routing))}")
         if not isinstance(self.experts, int) or self.experts < 0 or self.experts == 1:
-            raise ValueError(f"experts must be 0 (one MLP for all tokens) or 2 and more, not {self.experts!r}")
+            raise ValueError(
+                f"experts must be 0 (one MLP for all tokens) or 2 and more, not {self.experts!r}"
+            )
         if not self.experts:
             if self.shared_expert:
                 raise ValueError("shared_expert stands beside experts: set experts, or leave it out")

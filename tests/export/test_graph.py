@@ -56,6 +56,15 @@ OPTIONS: dict[str, NetworkConfig] = {
     "a plan of all kinds, layout path": replace(PLAIN, depth=4, blocks=BLOCK_KINDS, layout_rank=2),
     "text alone, cross-attention": replace(PLAIN, classes=(), text_size=5, blocks=("cross_attention",)),
     "text tokens beside labels": replace(PLAIN, text_size=5, text_tokens=3, qk_norm=True),
+    "experts that choose, a gate of the condition": replace(PLAIN, experts=4, condition_gate=True),
+    "tokens that choose, a shared modulation": replace(
+        PLAIN,
+        experts=4,
+        top_k=2,
+        routing="token_choice",
+        shared_expert=True,
+        shared_modulation=True,
+    ),
     "U-Net": UNET,
 }
 

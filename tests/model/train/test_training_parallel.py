@@ -123,6 +123,34 @@ def test_a_run_in_tensor_parallel_is_the_run_of_one_process(tmp_path: Path) -> N
     assert np.abs(theirs.astype(int) - ours).max() <= 2
 
 
+def test_a_pipeline_is_the_run_of_one_process_which_goes_on_with_it(tmp_path: Path) -> None:
+    raw = {**tiny_run(tmp_path), "accumulate": 2, "steps": 4, "sheet_every": 4, "checkpoint_every": 2}
+    raw |= {
+        "diffusion": {"schedule": "cosine", "prediction": "x0", "learn_sigma": True},
+        "embedding_l2": 0.01,
+    }
+    alone = TrainConfig.model_validate({**raw, "output": str(tmp_path / "alone")})
+    process = launch({**raw, "parallel": {"pipeline": 2}}, tmp_path)
+    output_text, _ = process.communicate()
+    assert process.returncode == 0, output_text
+    training.train(alone)
+    output = Path(str(raw["output"]))
+    assert losses(output) == pytest.approx(losses(alone.output), rel=1e-5)
+    index = json.loads((newest(output) / "state.json").read_text())["index"]
+    theirs, ours = (
+        read_full(newest(folder), "ema", which) for folder, which in ((output, index), (alone.output, None))
+    )
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6)
+    # One process resumes what two wrote, and two what one wrote.
+    training.train(TrainConfig.model_validate({**raw, "steps": 6}))
+    resumed = launch({**raw, "steps": 8, "parallel": {"pipeline": 2}}, tmp_path)
+    output_text, _ = resumed.communicate()
+    assert resumed.returncode == 0, output_text
+    training.train(TrainConfig.model_validate({**raw, "steps": 8, "output": str(alone.output)}))
+    assert losses(output) == pytest.approx(losses(alone.output), rel=1e-3)
+
+
 def test_the_first_process_chooses_the_recipe_of_all(tmp_path: Path) -> None:
     data, output = write_pictures(tmp_path / "set.npz"), tmp_path / "run"
     few = ("--set", "data.hold_out=0", "--batch", "4")
