@@ -168,12 +168,18 @@ class ParallelNetwork:
         return self.splits[name].gather(tensor, self.mesh["part"]) if name in self.splits else tensor
 
 
-def _average_in_bf16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _average_in_bf16(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """Average a bucket of gradients over a group, sent in bf16: torch's own hook is for GPUs alone."""
     gradients = bucket.buffer()
     sent = (gradients / group.size()).to(torch.bfloat16)
     work = dist.all_reduce(sent, group=group, async_op=True)
-    return work.get_future().then(lambda done: gradients.copy_(done.value()[0]))
+    future: torch.futures.Future[Tensor] = work.get_future().then(
+        lambda done: gradients.copy_(done.value()[0])
+    )
+    return future
 
 
 def _shard(network: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:

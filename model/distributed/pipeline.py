@@ -92,7 +92,7 @@ class Pipeline:
         assert x is not None
         self._loss, self.range.context = loss, context
         rows = torch.arange(len(x))
-        named = {"x": x, "timestep": timestep, "labels": labels}
+        named: dict[str, Any] = {"x": x, "timestep": timestep, "labels": labels}
         named |= {} if text is None else {"text": text}
         first = (x,) if self.range.is_first else ()
         target = rows if self.range.is_last else None
@@ -181,7 +181,7 @@ def _emptied(block: Block, prefix: str, width: int) -> dict[str, list[int]]:
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             shapes[f"{prefix}{module_name}{'.' if module_name else ''}{leaf}"] = list(parameter.shape)
             module.register_parameter(leaf, nn.Parameter(parameter.new_empty(0)))
-    block.forward = lambda h, *rest: h
+    block.forward = lambda h, *rest: h  # type: ignore[method-assign]
     if hasattr(block, "adaLN_modulation"):
         block.adaLN_modulation.forward = lambda c: c.new_zeros(len(c), width)
     return shapes

@@ -8,6 +8,7 @@ the backward pass. The network runs on torch's meta device, so nothing is comput
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,50 @@ class _LiveBytes(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+@dataclass(frozen=True, slots=True)
+class PartCost:
+    """The cost of a part of a network for one row: its multiply-adds, and the shape of its output, fp32."""
+
+    name: str
+    macs: int
+    shape: tuple[int, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        return 4 * math.prod(self.shape)
+
+
+def part_costs(config: NetworkConfig, size: tuple[int, int] | None = None) -> list[PartCost]:
+    """Return the cost of every block and every other part of the backbone, in the order that they run.
+
+    Raises:
+        ValueError: a size that the network cannot take.
+    """
+    parts: list[PartCost] = []
+    with torch.device("meta"), torch.no_grad():
+        network = make_network(config)
+        x, t, labels, text = _example(config, size or config.image_size)
+        state = network.modulate(t, network.embed(labels, text))
+        counter = FlopCounterMode(display=False)
+
+        def measured(name: str, module: nn.Module) -> None:
+            before = [0]
+            module.register_forward_pre_hook(lambda *_: before.append(counter.get_total_flops()))
+            module.register_forward_hook(
+                lambda module, inputs, out: parts.append(
+                    PartCost(name, (counter.get_total_flops() - before[-1]) // 2, tuple(out.shape[1:]))
+                )
+            )
+
+        for name, module in network.named_children():
+            pieces = module.named_children() if name == "blocks" else [("", module)]
+            for number, piece in pieces:
+                measured(f"{name}.{number}" if number else name, piece)
+        with counter:
+            network.backbone(x, state)
+    return parts
 
 
 def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:

@@ -108,10 +108,9 @@ class Block(nn.Module):
         if self.condition_gate is None:
             return vectors
         alpha = self.condition_gate(self.norm(h), vectors.pop())  # (N, T, 1)
-        # The gates of adaLN-Zero, which follow a shift and a scale, stay as they are.
-        return [
-            vector if k % 3 == 2 and len(vectors) == 6 else alpha * vector for k, vector in enumerate(vectors)
-        ]
+        # The gates of adaLN-Zero, numbers 2 and 5, stay as they are.
+        kept = (2, 5) if len(vectors) == 6 else ()
+        return [vector if k in kept else alpha * vector for k, vector in enumerate(vectors)]
 
 
 class FinalLayer(nn.Module):

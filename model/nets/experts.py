@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class ExpertMlp(nn.Module):
         out = out * weights.transpose(0, 1).reshape(-1, 1).to(out.dtype)
         summed = torch.zeros(n * t, d, dtype=out.dtype, device=h.device)
         summed = summed.index_add(0, rows, out).unflatten(0, (n, t))  # (N, T, D)
-        return summed if self.shared is None else summed + self.shared(h)
+        return summed if self.shared is None else cast(Tensor, summed + self.shared(h))
 
 
 def choose(scores: Tensor, top_k: int, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -116,14 +116,18 @@ def preferred(scores: Tensor, top_k: int) -> Tensor:
     return torch.bincount(chosen, minlength=scores.shape[2]).float() / len(chosen)
 
 
-def router_figures(scores: Sequence[Tensor], top_k: int, routing: Routing) -> dict[str, float]:
+def router_figures(
+    scores: Sequence[Tensor], layers: int, *, top_k: int, routing: Routing
+) -> dict[str, float]:
     """Return how evenly tokens prefer experts, and the share of tokens that no expert takes, by name.
 
-    "router_busiest" is the load of the most preferred expert of any layer over an equal one: 1 to E / k.
+    `scores` are those of some passes through so many layers. "router_busiest" is the load of the most
+    preferred expert of any layer, over all passes, relative to an equal load: 1 to E / k.
     """
     if not scores:
         return {}
-    busiest = max(float(preferred(z, top_k).max()) * z.shape[2] for z in scores)
+    loads = [torch.stack([preferred(z, top_k) for z in scores[layer::layers]]) for layer in range(layers)]
+    busiest = max(float(load.mean(0).max()) * load.shape[1] for load in loads)
     left = [_left_out(z, top_k, routing) for z in scores]
     return {"router_busiest": busiest, "router_left_out": sum(left) / len(left)}
 

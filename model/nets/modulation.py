@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +11,7 @@ class ConditionGate(nn.Module):
     """The gate α = 2·σ(MLP(x, c)) of tokens x (N, T, D) and a condition c, (N, T, 1) in 0…2.
 
     The first layer is linear, so its part that reads c is computed with the modulation, once for all tokens:
-    `of_condition` (N, 1, D). The last layer starts at zero, and with it α at 1: a network without gates goes
-    on with them as it was.
+    `of_condition` (N, 1, D). The last layer starts at zero, and with it α at 1.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -23,7 +20,7 @@ class ConditionGate(nn.Module):
         self.fc2 = nn.Linear(hidden_size, 1)
 
     def forward(self, h: Tensor, of_condition: Tensor) -> Tensor:
-        return cast(Tensor, 2 * torch.sigmoid(self.fc2(F.silu(self.fc1(h) + of_condition))))
+        return 2 * torch.sigmoid(self.fc2(F.silu(self.fc1(h) + of_condition)))
 
 
 class ModulationTable(nn.Module):

@@ -57,5 +57,5 @@ class NetworkSignals:
             figures |= {"activation_rms": largest**0.5, "activation_peak": self._peak}
         config = self.network.config
         if isinstance(config, DiTConfig) and config.experts:
-            figures |= router_figures(self._scores, config.top_k, config.routing)
+            figures |= router_figures(self._scores, config.depth, top_k=config.top_k, routing=config.routing)
         return figures

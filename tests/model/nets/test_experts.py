@@ -82,9 +82,13 @@ def test_experts_that_choose_have_equal_loads_and_a_crowd_of_tokens_is_cut() -> 
     by_experts, by_tokens = (dense(z, routing) > 0 for routing in ROUTINGS)
     assert by_experts.sum(1).tolist() == [[4, 4, 4, 4]] * 2
     assert by_tokens.sum(1).tolist() == [[5, 0, 0, 0]] * 2  # a quarter more than an equal share
-    figures = router_figures([z], 1, "token_choice")
+    figures = router_figures([z], 1, top_k=1, routing="token_choice")
     assert figures == {"router_busiest": pytest.approx(4.0), "router_left_out": pytest.approx(11 / 16)}
-    assert router_figures([], 1, "token_choice") == {}
+    # Over two passes in which tokens prefer different experts the load is even.
+    moved = z.roll(1, dims=2)
+    assert router_figures([z, moved], 1, top_k=1, routing="token_choice")["router_busiest"] == 2.0
+    assert router_figures([z, moved], 2, top_k=1, routing="token_choice")["router_busiest"] == 4.0
+    assert router_figures([], 1, top_k=1, routing="token_choice") == {}
 
 
 def test_the_balance_loss_is_1_for_even_loads_and_more_for_others() -> None:

@@ -31,8 +31,8 @@ def test_the_gate_scales_shift_and_scale_of_every_token(tiny: Tiny, network: Mak
         assert torch.allclose(block(h, state), expected, atol=1e-5)
 
 
-def test_a_network_goes_on_with_gates_as_it_was(tiny: Tiny, network: Make) -> None:
-    """Gates start at 1. The gate's vector of the modulation is new, whatever it is."""
+def test_gates_start_at_1(tiny: Tiny, network: Make) -> None:
+    """With the weights of a network without gates it computes the same, whatever the gate's own vector is."""
     plain, gated = network(tiny()), DiT(tiny(condition_gate=True)).eval()
     weights = dict(plain.state_dict())
     for name, tensor in gated.state_dict().items():

@@ -145,6 +145,7 @@ def test_blocks_are_recomputed_by_themselves_in_deep_networks(
     shape = tiny_config(tmp_path).model
     deep, deeper = (Trainer(tiny_config(tmp_path, model={**shape, "depth": depth})) for depth in (24, 25))
     assert (deep.recomputes, deeper.recomputes) == (False, True)
+    deeper.config.output.mkdir()
     start(deeper)
     assert "25 blocks keep their inputs alone" in capsys.readouterr().out
     assert not Trainer(
@@ -157,14 +158,17 @@ EXPERTS = {"patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "expe
 
 def test_tokens_that_choose_experts_are_spread_over_them(tmp_path: Path) -> None:
     model = {**EXPERTS, "routing": "token_choice"}
+    course = {"lr": 0.03, "steps": 100, "schedule": "constant"}
     plain, balanced = (
-        Trainer(tiny_config(tmp_path, model=model, balance=weight, lr=0.01, checkpoint_blocks=weight == 1))
+        Trainer(tiny_config(tmp_path, model=model, balance=weight, checkpoint_blocks=weight == 1, **course))
         for weight in (0, 1)
     )
-    uneven(plain), uneven(balanced)
+    for trainer in (plain, balanced):
+        uneven(trainer)
     assert "balance" not in plain.step()
     loads = [balanced.step()["balance"] for _ in range(60)]
-    assert loads[0] > 2 > 1.3 > loads[-1] > 0.99
+    assert loads[0] > 1.8
+    assert 0.9 < sum(loads[-10:]) / 10 < 1.2
     default = tiny_config(tmp_path, model=model)
     assert default.balance_weight(plain.network_config) == 0.01
     chosen = Trainer(tiny_config(tmp_path, model=EXPERTS))
@@ -176,7 +180,7 @@ def uneven(trainer: Trainer) -> None:
     for name, parameter in trainer.state.model.named_parameters():
         if name.endswith("router.bias"):
             with torch.no_grad():
-                parameter[0] = 3.0
+                parameter[0] = 2.0
 
 
 def test_auxiliary_losses_are_told_apart_and_kept_out_of_the_loss(tmp_path: Path) -> None:

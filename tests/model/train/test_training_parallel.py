@@ -124,7 +124,14 @@ def test_a_run_in_tensor_parallel_is_the_run_of_one_process(tmp_path: Path) -> N
 
 
 def test_a_pipeline_is_the_run_of_one_process_which_goes_on_with_it(tmp_path: Path) -> None:
-    raw = {**tiny_run(tmp_path), "accumulate": 2, "steps": 4, "sheet_every": 4, "checkpoint_every": 2}
+    raw = {
+        **tiny_run(tmp_path),
+        "accumulate": 2,
+        "schedule": "constant",
+        "steps": 4,
+        "sheet_every": 4,
+        "checkpoint_every": 2,
+    }
     raw |= {
         "diffusion": {"schedule": "cosine", "prediction": "x0", "learn_sigma": True},
         "embedding_l2": 0.01,
