@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ditserve.model.distributed.pipeline import Pipeline, all_reduce_gradients
+from ditserve.model.distributed.pipeline import BlockPipeline, all_reduce_gradients
 from ditserve.model.distributed.processes import ParallelSpec, World
 from ditserve.model.distributed.tensor_parallel import Split, parallelize_blocks
 
@@ -57,7 +57,7 @@ class ParallelNetwork:
         self.network, self.world, self.replicas = network, world, replicas
         self.forward: nn.Module = network
         self.splits: Mapping[str, Split] = {}
-        self.pipeline: Pipeline | None = None
+        self.pipeline: BlockPipeline | None = None
         self.sharded = spec.mode == "fsdp" and replicas > 1
         self.replica, self.part = divmod(world.rank, spec.parts)
         self.tensor_size = spec.tensor
@@ -77,7 +77,7 @@ class ParallelNetwork:
         if spec.pipeline > 1:
             if half is torch.float16:
                 raise ValueError("precision fp16 is not for parallel.pipeline: take bf16")
-            self.pipeline = Pipeline(network, self.mesh.get_group("part"), world.device)
+            self.pipeline = BlockPipeline(network, self.mesh.get_group("part"), world.device)
         if self.sharded:
             _shard(network, self.mesh["replica"], half)
         network.to(world.device)

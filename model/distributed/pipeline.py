@@ -47,7 +47,7 @@ class BlockRange(nn.Module):
             return network.leave(x, h, named, grid).float() if self.is_last else h.float().contiguous()
 
 
-class Pipeline:
+class BlockPipeline:
     """The pipeline of a replica, seen from its process number `stage`.
 
     `shared` are the names of the parameters that all its processes hold, `absent` the full shapes of those

@@ -134,7 +134,8 @@ def test_errors_are_one_sentence(
 def test_the_parts_of_a_network_add_up_to_its_backbone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(tmp_path / "unet.json", {"network": "unet", "base_channels": 16, "multipliers": [1, 2]})
+    unet = {"network": "unet", "base_channels": 16, "multipliers": [1, 2], "attention": [1], "head_size": 16}
+    file = write(tmp_path / "unet.json", unet)
     for name in ("DiT-S/8", file):
         assert main([name, "--json"]) == main([name, "--parts", "--json"]) == 0
         printed = capsys.readouterr().out
