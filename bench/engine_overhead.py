@@ -96,7 +96,15 @@ class NoopBackend:
 class FixedCostModel(CostModel):
     """A cost model that learns nothing from a network that takes no time, so that batches stay at the cap."""
 
-    def observe(self, rows: int, seconds: float, host_s: float = 0.0, *, waits: Waits = NO_WAITS) -> None:
+    def observe(
+        self,
+        rows: int,
+        seconds: float,
+        host_s: float = 0.0,
+        *,
+        waits: Waits = NO_WAITS,
+        device_s: float | None = None,
+    ) -> None:
         super().observe(rows, self.fixed_s + self.per_row_s * rows)
 
 

@@ -83,7 +83,7 @@ OWNERS = {
 ONNX_RUNTIME = {"onnx", "precision", "runners", "sessions", "tensorrt"}
 SERVICE_OWNERS = {
     "onnxruntime": {f"service.backends.{name}" for name in ONNX_RUNTIME},
-    "torch": {"service.backends.torch"},
+    "torch": {"service.backends.torch", "service.backends.torch_rows"},
 }
 
 # Modules of values and arithmetic, besides all whose docstring says "Pure".

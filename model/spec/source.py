@@ -55,6 +55,12 @@ class NoisySource(Generic[Array]):
         kept: Array = (1.0 - mask) * known + mask * latent
         return kept
 
+    def shares(self, level: float | None) -> tuple[float, float]:
+        """Return the shares of the picture and of the noise in what stays at a level, or clean (None)."""
+        if level is None:
+            return 1.0, 0.0
+        return float(self.schedule.alpha(level)), float(self.schedule.sigma(level))
+
     def _at(self, level: float) -> Array:
-        alpha, sigma = float(self.schedule.alpha(level)), float(self.schedule.sigma(level))
+        alpha, sigma = self.shares(level)
         return add_noise(alpha, sigma, self.source.latent, self.noise)

@@ -32,7 +32,8 @@ from ditserve.service.backends import (
 )
 from ditserve.service.backends.adapters import BackendAdapters
 from ditserve.service.backends.precision import open_backbone
-from ditserve.service.backends.runners import GRAPH_SIZES, CudaGraphRunner, DataParallelRunner, RowRunner
+from ditserve.service.backends.resident import GRAPH_SIZES
+from ditserve.service.backends.runners import CudaGraphRunner, DataParallelRunner, RowRunner
 from ditserve.service.backends.sessions import (
     BACKBONES,
     CPU,

@@ -17,8 +17,6 @@ from ditserve.service.backends.sessions import Arrays, run_session, translated_e
 
 # The option of a run that numbers the CUDA graph to capture or replay.
 GRAPH_ID = "gpu_graph_id"
-# 1, 2, 3, 4, 6, 8, 12 … 1024
-GRAPH_SIZES: Final = tuple(sorted({1, *(1 << k for k in range(1, 11)), *(3 << k for k in range(9))}))
 # ONNX Runtime captures once its memory no longer grows, which is after two runs.
 CAPTURE_RUNS: Final = 3
 

@@ -20,8 +20,8 @@ class StateMemory(Protocol):
         """Return a new array (rows, *shape) of zeros. Raises `MemoryError` if there is no room for it."""
         ...
 
-    def write(self, array: StateArray, places: Sequence[int] | slice, values: Floats) -> None:
-        """Set the rows of an array at these places."""
+    def write(self, array: StateArray, places: Sequence[int] | slice, values: StateArray) -> None:
+        """Set the rows of an array at these places. `values` are of the host or of this memory."""
         ...
 
     def take(self, array: StateArray, places: Sequence[int], out: StateArray) -> None:

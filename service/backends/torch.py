@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -34,9 +35,11 @@ from ditserve.service.backends import (
     load_pipeline_texts,
     opening_pipeline,
 )
-from ditserve.service.backends.adapters import BackendAdapters, RowUses
+from ditserve.service.backends.adapters import BackendAdapters, RowUses, adapted
 from ditserve.service.backends.overflow import refuse_overflow
+from ditserve.service.backends.resident import GRAPH_SIZES, Slab
 from ditserve.service.backends.state import StateArray, StateMemory
+from ditserve.service.backends.torch_rows import CudaStream, TorchRows, TorchStream, computing
 from ditserve.service.fleet import LoadedAdapter
 from ditserve.service.images import from_pixels, to_pixels
 
@@ -94,8 +97,13 @@ class TorchBackend:
         self.size_multiple = size_multiple(config)
         self._device = torch.device(device)
         self.state_memory: StateMemory = TorchMemory(self._device)
+        self.stream: TorchStream | None = None
+        self._side: Any = None
         if self._device.type != "cpu":
             self.conditioner_rows = CONDITIONER_ROWS_GPU
+        if self._device.type == "cuda":
+            self.buckets = GRAPH_SIZES
+            self.stream, self._side = CudaStream(self._device), torch.cuda.Stream(self._device)
         self.text_encoder: SentenceEncoder | None = None
         self._decoder = None if decoder == "identity" else self._open_decoder(folder, bundle.manifest)
         if isinstance(config, PipelineConfig):
@@ -140,35 +148,58 @@ class TorchBackend:
             return decoder.PipelineDecoder(folder, manifest.latents, device=self._device)
 
     def embed(self, labels: npt.NDArray[np.int64], text: Floats | None = None) -> Floats:
-        with _computing():
+        with computing():
             sentences = None if text is None else self._tensor(text)
             return _array(self._model.embed(torch.from_numpy(labels).to(self._device), sentences))
 
     def modulate(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
-        with _computing():
-            state = self._model.modulate(self._tensor(timesteps), self._tensor(embeddings))
-            return tuple(_array(tensor) for tensor in state)
+        return tuple(_array(tensor) for tensor in self.modulate_there(timesteps, embeddings))
+
+    def modulate_there(self, timesteps: Floats, embeddings: Floats) -> tuple[StateArray, ...]:
+        with computing():
+            return tuple(self._model.modulate(self._tensor(timesteps), self._tensor(embeddings)))
 
     def denoise(self, x: Floats, state: tuple[StateArray, ...]) -> Floats:
-        with _computing():
+        with computing():
             tensors = [torch.as_tensor(tensor, device=self._device) for tensor in state]
             return _array(self._backbone(self._tensor(x), tensors))
+
+    def keep_rows(self, slabs: Sequence[Slab], *, slots: int, rows: int) -> TorchRows | None:
+        if self.stream is None:
+            return None
+
+        def network(x: torch.Tensor, state: Sequence[torch.Tensor]) -> Any:
+            return self._backbone(x, state)
+
+        return TorchRows(
+            network,
+            self.manifest,
+            slabs,
+            self.stream,
+            slots=slots,
+            rows=rows,
+            adapted=partial(adapted, self),
+        )
 
     def decode(self, latents: Floats) -> npt.NDArray[np.uint8]:
         if self._decoder is None:
             return to_pixels(latents)
-        with _computing():
+        with computing(), self._beside():
             return to_pixels(_array(self._decoder.decode(torch.from_numpy(latents))))
 
     def encode(self, pixels: npt.NDArray[np.uint8]) -> Floats:
         if self._decoder is None:
             return from_pixels(pixels, self.manifest.config.in_channels)
-        with _computing():
+        with computing(), self._beside():
             return _array(self._decoder.encode(torch.from_numpy(from_pixels(pixels))))
 
     def close(self) -> None:
         """Free the weights; the backend cannot be used afterwards."""
         del self._model, self._backbone
+
+    def _beside(self) -> Any:
+        """Return the context of work that another thread does while the network runs: a stream of its own."""
+        return nullcontext() if self._side is None else torch.cuda.stream(self._side)
 
     def _tensor(self, array: Floats) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -190,7 +221,7 @@ class TorchAdapters:
         if not files:
             return
         try:
-            with _computing():
+            with computing():
                 self._load(network, bundle, files)
         except AdapterError as error:
             raise BackendUnavailable(str(error)) from None
@@ -236,34 +267,19 @@ class TorchMemory:
         self._device = device
 
     def zeros(self, rows: int, shape: tuple[int, ...]) -> torch.Tensor:
-        with _computing():
+        with computing():
             # Unlike those of torch, numpy's zeros take no memory of the host before they are written to.
             return torch.from_numpy(np.zeros((rows, *shape), np.float32)).to(self._device)
 
-    def write(self, array: torch.Tensor, places: Sequence[int] | slice, values: Floats) -> None:
-        with _computing():
-            array[places] = torch.from_numpy(values).to(self._device)
+    def write(self, array: torch.Tensor, places: Sequence[int] | slice, values: StateArray) -> None:
+        with computing():
+            array[places] = torch.as_tensor(values, device=self._device)
 
     def take(self, array: torch.Tensor, places: Sequence[int], out: torch.Tensor) -> None:
-        with _computing():
+        with computing():
             rows = torch.tensor(places, device=self._device)
             torch.index_select(array, 0, rows, out=out[: len(places)])
 
 
 def _array(tensor: torch.Tensor) -> Floats:
     return cast(Floats, tensor.cpu().numpy())
-
-
-@contextmanager
-def _computing() -> Iterator[None]:
-    """Compute without gradients, and raise `OutOfMemory` for torch's errors of memory."""
-    try:
-        with torch.inference_mode():
-            yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(str(error)) from error
-    # The CPU allocator has no exception of its own.
-    except RuntimeError as error:
-        if "not enough memory" in str(error) or "can't allocate memory" in str(error):
-            raise OutOfMemory(str(error)) from error
-        raise

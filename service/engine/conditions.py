@@ -9,13 +9,14 @@ are equal to the last bit with the caches on, off, cold or warm.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import prod
 from typing import Generic, TypeVar, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from ditserve.model.spec.manifest import Follows, StateTensor
 from ditserve.model.spec.mixing import (
@@ -26,6 +27,7 @@ from ditserve.model.spec.mixing import (
 )
 from ditserve.service.backends import Backend
 from ditserve.service.backends.adapters import RowUses, adapted
+from ditserve.service.backends.resident import KeepsRows, Slab
 from ditserve.service.backends.state import Floats, StateArray, StateMemory
 from ditserve.service.engine.embedding_cache import Condition, EmbeddingCache
 from ditserve.service.engine.text_cache import TextCache
@@ -153,6 +155,9 @@ class ModulationCache(CacheCounters):
         super().__init__()
         self._backend, self._call_rows = backend, backend.conditioner_rows
         self._memory = backend.state_memory
+        # Where rows live on the device their states are made there as well.
+        there = backend.modulate_there if isinstance(backend, KeepsRows) else backend.modulate
+        self._modulate_there: Callable[[Floats, Floats], tuple[StateArray, ...]] = there
         self._pinned_key = pinned
         self._config = backend.manifest.config
         state = backend.manifest.state
@@ -171,7 +176,7 @@ class ModulationCache(CacheCounters):
         ]
         # A batch and the prefetch of one call must fit beside each other in the evictable slots. Then
         # loading the states of a batch never evicts one that the same batch needs.
-        self._max_batch_states = min(table.lru.evictable for table in self._tables) - self._call_rows
+        self.most_states = min(table.lru.evictable for table in self._tables) - self._call_rows
 
     def gather(
         self,
@@ -187,18 +192,57 @@ class ModulationCache(CacheCounters):
         to spare.
         """
         keys = [(told, condition.key) for told, condition in inputs]
-        if len(set(keys)) > self._max_batch_states:
+        if len(set(keys)) > self.most_states:
             self._bypass(inputs, out)
             return
+        self._load_missing(keys, inputs, upcoming)
+        for table in self._tables:
+            slots = [table.lru.slot(table.key(key)) for key in keys]
+            for position, block in zip(table.positions, table.blocks, strict=True):
+                self._memory.take(block, slots, out[position])
+
+    def places(
+        self, inputs: Sequence[ConditionerInput], upcoming: Iterable[ConditionerInput]
+    ) -> npt.NDArray[np.int64]:
+        """Return where the states of `inputs` lie in the slabs: (tables, inputs), a line a table.
+
+        They are at most `most_states` different ones; see `gather`.
+        """
+        keys = [(told, condition.key) for told, condition in inputs]
+        different = dict(zip(keys, inputs, strict=True))
+        self._load_missing(list(different), list(different.values()), upcoming)
+        lines = []
+        for table in self._tables:
+            slots = {key: table.lru.slot(table.key(key)) for key in different}
+            lines.append([slots[key] for key in keys])
+        return np.array(lines, np.int64).reshape(len(lines), len(keys))
+
+    def slabs(self) -> list[Slab]:
+        """Return the tensors of the condition state, with the line of each in what `places` returns."""
+        slabs = {
+            position: Slab(block, line)
+            for line, table in enumerate(self._tables)
+            for position, block in zip(table.positions, table.blocks, strict=True)
+        }
+        return [slabs[position] for position in sorted(slabs)]
+
+    @property
+    def tables(self) -> int:
+        """The lines of what `places` returns."""
+        return len(self._tables)
+
+    def _load_missing(
+        self,
+        keys: Sequence[StateKey],
+        inputs: Sequence[ConditionerInput],
+        upcoming: Iterable[ConditionerInput],
+    ) -> None:
+        """See that the states of all keys are cached."""
         missing = {key: state for key, state in zip(keys, inputs, strict=True) if not self._touch(key)}
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if missing:
             self._load(missing | self._prefetch(missing, upcoming))
-        for table in self._tables:
-            slots = [table.lru.slot(table.key(key)) for key in keys]
-            for position, block in zip(table.positions, table.blocks, strict=True):
-                self._memory.take(block, slots, out[position])
 
     def _touch(self, key: StateKey) -> bool:
         """Mark the state of a key as used now; return whether all of it is cached."""
@@ -241,7 +285,7 @@ class ModulationCache(CacheCounters):
         self.evictions = sum(table.lru.evictions for table in self._tables)
         self.bytes = sum(len(table.lru) * table.entry_bytes for table in self._tables)
 
-    def _keep(self, table: _Table, keys: Sequence[StateKey], values: tuple[Floats, ...]) -> None:
+    def _keep(self, table: _Table, keys: Sequence[StateKey], values: tuple[StateArray, ...]) -> None:
         """Keep the tensors of a table, from the rows of `values` for `keys`, that it does not hold yet."""
         rows: dict[StateKey, int] = {}
         for row, key in enumerate(keys):
@@ -251,17 +295,18 @@ class ModulationCache(CacheCounters):
         for position, block in zip(table.positions, table.blocks, strict=True):
             self._memory.write(block, slots, values[position][list(rows.values())])
 
-    def _compute(self, inputs: Sequence[ConditionerInput]) -> tuple[Floats, ...]:
+    def _compute(self, inputs: Sequence[ConditionerInput]) -> tuple[StateArray, ...]:
         """Return the states of inputs, as many as one call has rows; a layer of one takes a row as well."""
         flat = [
             (told, embedding, condition.adapters)
             for told, condition in inputs
             for embedding in condition.embeddings
         ]
-        starts = range(0, len(flat), self._call_rows)
-        calls = [self._modulate(flat[start : start + self._call_rows]) for start in starts]
         if len(flat) == len(inputs):
-            return calls[0]
+            return self._modulate(flat, self._modulate_there)
+        starts = range(0, len(flat), self._call_rows)
+        modulate = self._backend.modulate
+        calls = [self._modulate(flat[start : start + self._call_rows], modulate) for start in starts]
         # The row that each tensor of each state is taken from.
         picks: list[list[int]] = []
         first = 0
@@ -284,7 +329,11 @@ class ModulationCache(CacheCounters):
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
 
-    def _modulate(self, inputs: Sequence[tuple[int, Floats, RowUses]]) -> tuple[Floats, ...]:
+    def _modulate(
+        self,
+        inputs: Sequence[tuple[int, Floats, RowUses]],
+        modulate: Callable[[Floats, Floats], tuple[StateArray, ...]],
+    ) -> tuple[StateArray, ...]:
         """Return the states of noise levels, embeddings (E,) and adapters, from one call of the backend.
 
         The rows that are left over repeat the first.
@@ -292,7 +341,7 @@ class ModulationCache(CacheCounters):
         padded = [*inputs, *[inputs[0]] * (self._call_rows - len(inputs))]
         told = np.array([bits for bits, _, _ in padded], np.uint32).view(np.float32)
         with adapted(self._backend, [adapters for _, _, adapters in padded]):
-            return self._backend.modulate(told, np.stack([embedding for _, embedding, _ in padded]))
+            return modulate(told, np.stack([embedding for _, embedding, _ in padded]))
 
 
 class ConditionCaches:

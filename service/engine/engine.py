@@ -10,6 +10,7 @@ samples beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from math import ceil
 from typing import Final
@@ -24,8 +25,17 @@ from ditserve.service.engine.forward import Backbone, ForwardPass, Stepped
 from ditserve.service.engine.geometry import geometry_of
 from ditserve.service.engine.groups import Group, Groups
 from ditserve.service.engine.latent_pool import LatentPool
-from ditserve.service.engine.samples import Failed, Finished, Preview, Sample, SampleRequest, StepReport
-from ditserve.service.engine.scheduler import Scheduler
+from ditserve.service.engine.resident import ResidentPass, open_resident
+from ditserve.service.engine.samples import (
+    Failed,
+    Finished,
+    Preview,
+    Sample,
+    SampleRequest,
+    StepReport,
+    not_finite,
+)
+from ditserve.service.engine.scheduler import Batch, Scheduler
 from ditserve.service.engine.snapshots import Snapshot
 from ditserve.service.engine.trajectory import Trajectory, make_trajectory, regrid_trajectory
 from ditserve.service.engine.warm_up import warm_up
@@ -33,7 +43,6 @@ from ditserve.service.errors import (
     DeadlineExceeded,
     InternalError,
     ModelReplaced,
-    NumericalError,
     ServiceError,
 )
 from ditserve.service.fleet import DemandBucket
@@ -89,7 +98,12 @@ class Engine:
         }
         height, width = backend.manifest.config.image_size
         row_costs = {name: backbone.row_cost for name, backbone in further.items()}
-        self._groups = Groups((height, width), row_costs, scheduler, costs, self._make_pool)
+        # A bundle with further backbones has its rows on the host: a trajectory leads from one to another.
+        self._resident = (
+            None if further else open_resident(backend, conditions, scheduler, slots=slots, clock=clock)
+        )
+        resident = None if self._resident is None else self._resident.pool
+        self._groups = Groups((height, width), row_costs, scheduler, costs, self._make_pool, resident)
 
     def step(self, queued_rows: int = 0) -> StepReport:
         """Take the next step of the most urgent samples.
@@ -108,6 +122,9 @@ class Engine:
         decoded_at = began + self.costs.decode_s  # when the image of a sample that is done now would be there
         if expired := self._expire(decoded_at):
             return StepReport(failed=expired)  # in a report of their own, because what follows may raise
+        # Samples whose rows are on the host do not overlap with a turn on the device.
+        if self._flying and len(self._groups.own.samples) < max(1, len(self._samples)):
+            return self._land()
         changes = self._plan(began, queued_rows)
         if not self._samples:
             return StepReport(changes=changes)
@@ -115,6 +132,8 @@ class Engine:
         # Schedule: the image size and backbone whose turn it is, and their samples that step now.
         group, batch = self._groups.next_batch(decoded_at)
         self.step_s = group.costs.predict(sum(sample.rows for sample in batch.samples))
+        if group.resident is not None:
+            return self._turn(batch, changes, began)
         # Predict: one forward pass over their rows, guided.
         network = self._passes[group.key.backbone]
         try:
@@ -134,6 +153,47 @@ class Engine:
         self._turn_began, self._turn_waited = now, waited
         self._groups.observe(group, rows, seconds, seconds - network.network_s, waits=waits)
         return StepReport(finished, failed, previews, changes, batch.stop_reason, rows, seconds, predicted_s)
+
+    def _turn(self, batch: Batch[Sample], changes: tuple[Change, ...], began: float) -> StepReport:
+        """Give the device the next steps of a batch; report the turn before, which runs until now."""
+        assert self._resident is not None
+        # Nobody waits for samples that step all together.
+        alone = len(batch.samples) == len(self._samples)
+        steps = self._resident.steps_ahead(batch.samples, self.step_s) if alone else 1
+        self.step_s *= steps
+        slots = [self._groups.place(sample).slot for sample in batch.samples]
+        if self._resident.launch(batch, slots, steps=steps, began=began):
+            for sample in self._resident.flights[-1].done:
+                self._drop(sample)
+        if len(self._resident.flights) > 1:
+            return replace(self._land(), changes=changes)
+        self._turn_began, self._turn_waited = self.clock(), self.waited()
+        return StepReport(changes=changes)
+
+    def _land(self) -> StepReport:
+        """Wait for the oldest turn on the device, and report it."""
+        assert self._resident is not None
+        landing = self._resident.land()
+        for failed in landing.failed:
+            self.cancel(failed.id)
+        group, flight, waited = self._groups.own, landing.flight, self.waited()
+        began = landing.at if self._turn_began is None else self._turn_began
+        seconds, predicted_s = (landing.at - began) / flight.steps, group.costs.predict(flight.rows)
+        host_s = max(0.0, seconds - landing.waited_s / flight.steps)
+        waits = Waits(0.0, (waited - self._turn_waited) / flight.steps)
+        self._turn_began, self._turn_waited = landing.at, waited
+        self._groups.observe(group, flight.rows, seconds, host_s, waits=waits, device_s=landing.device_s)
+        return StepReport(
+            landing.finished,
+            landing.failed,
+            landing.previews,
+            (),
+            flight.batch.stop_reason,
+            flight.rows,
+            seconds,
+            predicted_s,
+            flight.steps,
+        )
 
     def add(self, request: SampleRequest, snapshot: Snapshot | None = None) -> None:
         """Let a sample join at the next step, from noise or where another engine of this bundle left it.
@@ -195,25 +255,30 @@ class Engine:
 
     def cancel(self, sample_id: str) -> None:
         """Drop a sample: it takes no further step. An id that is not running is ignored."""
-        sample = self._samples.pop(sample_id, None)
+        if self._resident is not None:
+            self._resident.forget(sample_id)
+        sample = self._samples.get(sample_id)
         if sample is not None:
-            self._groups.remove(sample)
+            self._drop(sample)
 
     def hand_back(self) -> tuple[str, ...]:
         """Drop every sample and return their ids, for another engine to run.
 
         Their seeds give the same images there.
         """
-        ids = tuple(self._samples)
+        leaving = () if self._resident is None else self._resident.leaving()
+        ids = (*self._samples, *leaving)
         for sample_id in ids:
             self.cancel(sample_id)
+        if self._resident is not None:
+            self._resident.flights.clear()
         return ids
 
     def warm_up(self, budget_s: float = 1.0) -> None:
         """Teach the cost models by passes at growing batch sizes, for about `budget_s` seconds a backbone."""
         for group in self._groups.lasting:
             warm_up(
-                self._passes[group.key.backbone],
+                self._pass_of(group),
                 self._groups,
                 group,
                 self.scheduler,
@@ -226,7 +291,7 @@ class Engine:
     def measure_idle(self, idle_s: float) -> None:
         """Look at the pace of a machine that ran nothing for `idle_s` seconds, by a pass of one row."""
         rows = self.scheduler.size(1)
-        own = self._passes[""]
+        own = self._pass_of(self._groups.own)
         own.run_blank(np.zeros((rows, *self._groups.own.pool.shape), np.float32))
         self.costs.observe_idle(rows, own.network_s, idle_s)
 
@@ -237,7 +302,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self._samples
+        return not self._samples and not self._flying
 
     @property
     def running(self) -> int:
@@ -260,6 +325,21 @@ class Engine:
     def progress(self) -> dict[str, tuple[int, int]]:
         """Return by sample the steps taken and all steps."""
         return {sample.id: (sample.taken, sample.steps) for sample in self._samples.values()}
+
+    @property
+    def _flying(self) -> bool:
+        """True while a turn on the device is not reported."""
+        return self._resident is not None and bool(self._resident.flights)
+
+    def _pass_of(self, group: Group) -> ForwardPass | ResidentPass:
+        """Return what runs the rows of a group."""
+        if group.resident is not None and self._resident is not None:
+            return self._resident
+        return self._passes[group.key.backbone]
+
+    def _drop(self, sample: Sample) -> None:
+        del self._samples[sample.id]
+        self._groups.remove(sample)
 
     def _expire(self, now: float) -> tuple[Failed, ...]:
         """Fail the samples whose deadline has passed at `now`."""
@@ -334,9 +414,7 @@ class Engine:
         previews: list[Preview] = []
         for sample, estimate, finite in stepped:
             if not finite:
-                step = f"step {sample.taken + 1} of {sample.steps}"
-                error = NumericalError(f"the model's output at {step} is not finite")
-                failed.append(self._fail(sample, error))
+                failed.append(self._fail(sample, not_finite(sample.taken + 1, sample.steps)))
                 continue
             sample.advance(began)
             pool, slot = self._groups.place(sample)
@@ -345,7 +423,7 @@ class Engine:
             if not sample.remaining_steps:
                 finished.append(sample.finished(pool.latent(slot), now))
                 self.cancel(sample.id)
-            elif sample.request.previews and sample.taken % sample.request.previews == 0:
+            elif sample.shows_preview:
                 latent = sample.keep(estimate.copy(), clean=True)
                 previews.append(Preview(sample.id, sample.taken, sample.steps, latent))
             if sample.remaining_steps:

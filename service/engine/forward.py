@@ -17,10 +17,10 @@ from ditserve.model.spec.solvers import learned_log_variance
 from ditserve.service.backends import Backend
 from ditserve.service.backends.adapters import RowUses, adapted
 from ditserve.service.backends.state import StateArray
-from ditserve.service.engine.conditions import ConditionCaches, ConditionerInput
+from ditserve.service.engine.conditions import ConditionCaches
 from ditserve.service.engine.groups import Group
-from ditserve.service.engine.latent_pool import Floats, Gathered
-from ditserve.service.engine.row_layout import RowLayout, SampleRows
+from ditserve.service.engine.latent_pool import Floats, Gathered, LatentPool
+from ditserve.service.engine.row_layout import RowLayout, SampleRows, upcoming_inputs
 from ditserve.service.engine.samples import Sample
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.engine.trajectory import StepCoefficients
@@ -133,6 +133,7 @@ class ForwardPass:
         own_latents = []
         for rows in layout.several:
             pool, slot = group.places[rows.sample.id]
+            assert isinstance(pool, LatentPool)  # a sample of several rows lives nowhere else
             gathered = pool.gather([slot])
             # All conditions, and what guidance subtracts, see the same windows.
             geometry, start = rows.sample.geometry, rows.conditional.start
@@ -149,7 +150,8 @@ class ForwardPass:
     def _condition(self, layout: RowLayout, samples: Sequence[Sample]) -> None:
         """Fill the condition state of the rows."""
         inputs = layout.conditioner_inputs()
-        self.conditions.modulations.gather(inputs, self._upcoming(samples), self._state)
+        upcoming = upcoming_inputs(samples, self._backend.conditioner_rows)
+        self.conditions.modulations.gather(inputs, upcoming, self._state)
 
     def _denoise(self, x: Floats, wanted: int, row_cost: float) -> tuple[Floats, int]:
         """Return the network's output for the first `wanted` rows of `x`, and how many rows were run for it.
@@ -182,17 +184,6 @@ class ForwardPass:
         self.network_s += self._clock() - began
         self.waited_s += self._waited() - waited
         return output
-
-    def _upcoming(self, samples: Sequence[Sample]) -> Iterator[ConditionerInput]:
-        """Yield what the batch's samples need from the conditioner after this step, soonest first."""
-        for ahead in range(1, self._backend.conditioner_rows + 1):
-            for sample in samples:
-                trajectory, step = sample.trajectory, sample.cursor + ahead
-                if step < len(trajectory) and trajectory.backbones[step] == sample.backbone:
-                    for condition in sample.conditioning.conditions:
-                        yield trajectory.told[step], condition
-                    if trajectory.guided[step]:
-                        yield trajectory.told[step], sample.conditioning.unconditional
 
     def _guide(
         self, layout: RowLayout, latents: Gathered, own_latents: Sequence[Gathered], output: Floats

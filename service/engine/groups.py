@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ditserve.model.spec.windows import Size
 from ditserve.service.engine.latent_pool import Floats, LatentPool
+from ditserve.service.engine.resident_pool import ResidentPool
 from ditserve.service.engine.samples import Sample
 from ditserve.service.engine.scheduler import Batch, Candidates, Scheduler
 from ditserve.service.planning.costs import NO_WAITS, CostModel, Waits
@@ -20,28 +21,39 @@ from ditserve.service.planning.costs import NO_WAITS, CostModel, Waits
 class Place(NamedTuple):
     """The place of a sample's latent: a slot of a pool."""
 
-    pool: LatentPool
+    pool: LatentPool | ResidentPool
     slot: int
 
 
 class GroupKey(NamedTuple):
-    """The height and width of the rows of a group, and the name of their backbone."""
+    """The height and width of a group's rows, the name of their backbone, whether they are on the device."""
 
     size: Size
     backbone: str = ""
+    resident: bool = False
 
 
 class Group:
     """The samples whose rows share a pass, the places of their latents, and the cost of their passes.
 
-    `pool` holds the latents that are denoised as a whole; the groups of one size have the same. `row_cost` is
-    the work of one row, in rows of the bundle's own size on its own backbone.
+    `pool` holds the latents that are denoised as a whole; the groups of one size have the same. `resident`
+    holds them instead, on the device, for the group whose rows live there. `row_cost` is the work of one row,
+    in rows of the bundle's own size on its own backbone.
     """
 
-    __slots__ = ("costs", "key", "places", "pool", "row_cost", "samples")
+    __slots__ = ("costs", "key", "places", "pool", "resident", "row_cost", "samples")
 
-    def __init__(self, key: GroupKey, pool: LatentPool, costs: CostModel, *, row_cost: float) -> None:
+    def __init__(
+        self,
+        key: GroupKey,
+        pool: LatentPool,
+        costs: CostModel,
+        *,
+        row_cost: float,
+        resident: ResidentPool | None = None,
+    ) -> None:
         self.key, self.pool, self.costs, self.row_cost = key, pool, costs, row_cost
+        self.resident = resident
         self.samples: dict[str, Sample] = {}
         self.places: dict[str, Place] = {}
 
@@ -60,6 +72,8 @@ class Groups:
         costs: the cost model of passes at that size on the bundle's own backbone. Another group starts from
             it, scaled by its rows' cost, and learns by itself.
         make_pool: returns a pool for latents of a size. Memory is touched only as slots are used.
+        resident: the pool of latents of the bundle's own size that live on the device, if any do. All of one
+            row a step do then; there are no further backbones.
     """
 
     def __init__(
@@ -69,10 +83,12 @@ class Groups:
         scheduler: Scheduler,
         costs: CostModel,
         make_pool: Callable[[Size], LatentPool],
+        resident: ResidentPool | None = None,
     ) -> None:
         self._scheduler, self._make_pool = scheduler, make_pool
         self._backbones = {"": 1.0, **backbones}
-        self.own = Group(GroupKey(own), make_pool(own), costs, row_cost=1.0)
+        key = GroupKey(own, resident=resident is not None)
+        self.own = Group(key, make_pool(own), costs, row_cost=1.0, resident=resident)
         self._groups = {self.own.key: self.own}
         for name in backbones:
             self._make(GroupKey(own, name), self.own.pool, 1.0)
@@ -92,8 +108,13 @@ class Groups:
         several rows advances by itself, so its latent is in a pool of its own.
         """
         group = self._group_for(sample)
-        pool = group.pool if sample.one_row else group.pool.single(sample.geometry.size)
-        self._join(group, sample, Place(pool, pool.take(latent, history)))
+        if group.resident is not None:
+            place = Place(group.resident, group.resident.take(latent, history))
+            group.resident.keep(place.slot, sample.source)
+        else:
+            pool = group.pool if sample.one_row else group.pool.single(sample.geometry.size)
+            place = Place(pool, pool.take(latent, history))
+        self._join(group, sample, place)
         return group
 
     def remove(self, sample: Sample) -> None:
@@ -119,26 +140,34 @@ class Groups:
         return self._of[batch.samples[0].id], batch
 
     def observe(
-        self, group: Group, rows: int, seconds: float, host_s: float = 0.0, *, waits: Waits = NO_WAITS
+        self,
+        group: Group,
+        rows: int,
+        seconds: float,
+        host_s: float = 0.0,
+        *,
+        waits: Waits = NO_WAITS,
+        device_s: float | None = None,
     ) -> None:
         """Teach the cost model of a group the seconds of a step, as `CostModel.observe` takes them.
 
         The first pass of a size is left out, because it also allocates memory or compiles.
         """
         if (group.key, rows) in self._run_before:
-            group.costs.observe(rows, seconds, host_s, waits=waits)
+            group.costs.observe(rows, seconds, host_s, waits=waits, device_s=device_s)
         self._run_before.add((group.key, rows))
 
     def _group_for(self, sample: Sample) -> Group:
         """Return the group of a sample's next step; make it if there is none."""
-        key = GroupKey(sample.geometry.row_size, sample.backbone)
+        size = sample.geometry.row_size
+        resident = self.own.resident is not None and sample.one_row and size == self.own.key.size
+        key = GroupKey(size, sample.backbone, resident)
         if key in self._groups:
             return self._groups[key]
         # The latents of a size are in one pool, whatever backbone is next.
         pools = (group.pool for group in self._groups.values() if group.key.size == key.size)
         pool = next(pools, None) or self._make_pool(key.size)
-        # Only whole latents have rows of another size, so the cost of the sample is that of one row.
-        return self._make(key, pool, sample.geometry.cost)
+        return self._make(key, pool, sample.geometry.row_area)
 
     def _make(self, key: GroupKey, pool: LatentPool, tokens: float) -> Group:
         """Make a group whose rows have `tokens` times the tokens of the bundle's own size."""

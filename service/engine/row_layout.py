@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ditserve.service.backends.adapters import RowUses
@@ -82,6 +82,18 @@ class RowLayout:
         for rows in self.several:
             uses += [rows.sample.request.adapters] * rows.sample.rows
         return uses
+
+
+def upcoming_inputs(samples: Sequence[Sample], steps: int, *, after: int = 1) -> Iterator[ConditionerInput]:
+    """Yield what samples need from the conditioner in `steps` steps from `after` on, soonest first."""
+    for ahead in range(after, after + steps):
+        for sample in samples:
+            trajectory, step = sample.trajectory, sample.cursor + ahead
+            if step < len(trajectory) and trajectory.backbones[step] == sample.backbone:
+                for condition in sample.conditioning.conditions:
+                    yield trajectory.told[step], condition
+                if trajectory.guided[step]:
+                    yield trajectory.told[step], sample.conditioning.unconditional
 
 
 def _inputs_of(sample: Sample) -> list[ConditionerInput]:

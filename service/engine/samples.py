@@ -20,7 +20,7 @@ from ditserve.service.engine.conditions import Conditioning
 from ditserve.service.engine.fair_shares import Flow
 from ditserve.service.engine.geometry import Geometry
 from ditserve.service.engine.trajectory import Trajectory
-from ditserve.service.errors import ServiceError
+from ditserve.service.errors import NumericalError, ServiceError
 from ditserve.service.jobs import AdapterUse, ConditionTerm
 from ditserve.service.planning.ladder import steps_left
 from ditserve.service.planning.planner import ROOM, Change, PlannedSample
@@ -100,8 +100,14 @@ class StepReport:
     changes: tuple[Change, ...] = ()
     stop_reason: Literal["cap", "idle"] = "idle"  # as in `scheduler.Batch`
     rows: int = 0
-    seconds: float = 0.0  # of the whole turn: since the end of the last step, if it was running
+    seconds: float = 0.0  # of a step of the whole turn: since the end of the last one, if it was running
     predicted_s: float = 0.0  # by the cost model, before the step
+    steps: int = 1  # that each sample took; several where its rows live on a device
+
+
+def not_finite(step: int, steps: int) -> NumericalError:
+    """Return the error of a sample with numbers that are not finite."""
+    return NumericalError(f"the model's output at step {step} of {steps} is not finite")
 
 
 class Sample:
@@ -218,6 +224,12 @@ class Sample:
         return len(self.trajectory) - self.cursor
 
     @property
+    def shows_preview(self) -> bool:
+        """True after a step whose estimate is shown."""
+        every = self.request.previews
+        return bool(every and self.remaining_steps and self.taken % every == 0)
+
+    @property
     def least_steps(self) -> int:
         """The steps left if it moved to its floor now."""
         return min(self.remaining_steps, steps_left(self.remaining_steps, self.rung, self.floor))
@@ -269,12 +281,12 @@ class Sample:
             return latent
         return self.source.keep(latent, None if clean or not self.remaining_steps else self.level)
 
-    def advance(self, started_at: float) -> None:
-        """Count a step that began at `started_at`."""
+    def advance(self, started_at: float, steps: int = 1) -> None:
+        """Count steps, the first of which began at `started_at`."""
         if self.started_at is None:
             self.started_at = started_at
-        self.cursor += 1
-        self.taken += 1
+        self.cursor += steps
+        self.taken += steps
 
     def follow(self, change: Change, trajectory: Trajectory) -> None:
         """Continue on another trajectory.

@@ -62,10 +62,22 @@ class Trajectory:
     true where step i needs an unconditional row as well. `backbones[i]` names the network of step i, whose
     rows cost `row_costs[i]`. `noise[i]` is its level's share of the noise range, and `told[i]` the bits of
     the float32 that the network is told of it. `previous` is the level before the first step, where this
-    trajectory continues another one.
+    trajectory continues another one. `alike[i]` counts the steps from i on that are of one backbone and have
+    the same number of rows.
     """
 
-    __slots__ = ("backbones", "guided", "levels", "noise", "previous", "row_costs", "rows", "scale", "told")
+    __slots__ = (
+        "alike",
+        "backbones",
+        "guided",
+        "levels",
+        "noise",
+        "previous",
+        "row_costs",
+        "rows",
+        "scale",
+        "told",
+    )
 
     def __init__(
         self,
@@ -83,6 +95,7 @@ class Trajectory:
         self.backbones = tuple(stretch.backbone for stretch in stretches)
         self.row_costs = tuple(stretch.row_cost for stretch in stretches)
         self.guided: tuple[bool, ...] = tuple((columns.guidance_weight != 1.0).tolist())
+        self.alike = _alike(list(zip(self.backbones, self.guided, strict=True)))
         self.rows: Floats = np.stack(columns, axis=1)
         self.rows.setflags(write=False)
         self.scale = scale
@@ -98,6 +111,15 @@ class Trajectory:
         """
         steps = zip(self.guided[cursor:], self.row_costs[cursor:], strict=True)
         return sum(row_cost * (conditions + guided) for guided, row_cost in steps)
+
+
+def _alike(kinds: Sequence[tuple[str, bool]]) -> tuple[int, ...]:
+    """Return for each step how many from it on are of its kind: (3, 2, 1, 1) for kinds a, a, a, b."""
+    counts, following = list[int](), None
+    for kind in reversed(kinds):
+        counts.append(counts[-1] + 1 if kind == following else 1)
+        following = kind
+    return tuple(reversed(counts))
 
 
 def make_trajectory(rung: Rung, scale: float, schedule: Schedule, *, area: float = 1.0) -> Trajectory:

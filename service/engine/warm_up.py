@@ -8,12 +8,13 @@ import numpy as np
 
 from ditserve.service.engine.forward import ForwardPass
 from ditserve.service.engine.groups import Group, Groups
+from ditserve.service.engine.resident import ResidentPass
 from ditserve.service.engine.scheduler import Scheduler
 from ditserve.service.planning.costs import FIRST_PASSES, Waits
 
 
 def warm_up(
-    forward: ForwardPass,
+    forward: ForwardPass | ResidentPass,
     groups: Groups,
     group: Group,
     scheduler: Scheduler,
@@ -42,7 +43,9 @@ def warm_up(
         nonlocal network_s, waited_s
         x = np.zeros((rows, *group.pool.shape), np.float32)
         forward.run_blank(x)
-        groups.observe(group, rows, forward.network_s, waits=Waits(forward.waited_s))
+        waits = Waits(forward.waited_s)
+        device_s = None if group.resident is None else forward.network_s
+        groups.observe(group, rows, forward.network_s, waits=waits, device_s=device_s)
         network_s, waited_s = network_s + forward.network_s, waited_s + forward.waited_s
         return forward.network_s
 

@@ -6,7 +6,8 @@ GPU blocks). So each batch size that was run is remembered by itself, and the li
 squares, clamped) serves the sizes never run.
 
 Beside its pass a step takes time of the host (solvers, reports, a contended interpreter), which does not grow
-with the rows. Charged to the pass it would make large batches seem as dear by the row as small ones.
+with the rows. Charged to the pass it would make large batches seem as dear by the row as small ones. Where
+the pass runs on a device that the host does not wait for, a step takes the longer of the two.
 
 Beside neighbours a pass of many rows is always interrupted, one of few rows seldom. So the time in which the
 thread waited for a processor is no part of what a size takes; it slows the pace.
@@ -78,12 +79,13 @@ class CostModel:
         self._passes: dict[int, int] = {}  # by observed size, up to `FIRST_PASSES`
         self._host_s = 0.0  # of a step beside its pass, at speed 1
         self._host_steps = 0  # up to `FIRST_PASSES`
+        self._overlaps = False  # the host works while the device does
         self._decode_s = decode_s
         self._decodes = 0
 
     @property
     def fixed_s(self) -> float:
-        return (self._line[0] + self._host_s) / self._pace
+        return self._whole(self._line[0]) / self._pace
 
     @property
     def per_row_s(self) -> float:
@@ -106,7 +108,7 @@ class CostModel:
 
     def predict(self, rows: int) -> float:
         """Return the seconds of a step of `rows` rows."""
-        return (self._at_speed_one(rows) + self._host_s) / self._pace
+        return self._whole(self._at_speed_one(rows)) / self._pace
 
     @property
     def slowed(self) -> bool:
@@ -126,7 +128,7 @@ class CostModel:
         """
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, not {max_rows}")
-        rates = [rows / (self._at_speed_one(rows) + self._host_s) for rows in range(1, max_rows + 1)]
+        rates = [rows / self._whole(self._at_speed_one(rows)) for rows in range(1, max_rows + 1)]
         enough = SATURATION * max(rates)
         return next(rows for rows, rate in enumerate(rates, start=1) if rate >= enough)
 
@@ -134,8 +136,19 @@ class CostModel:
         """Return a cost model whose first guess is this one, for rows of `factor` times as much work."""
         return CostModel(fixed_s=self.fixed_s, per_row_s=self.per_row_s * factor, decode_s=self.decode_s)
 
-    def observe(self, rows: int, seconds: float, host_s: float = 0.0, *, waits: Waits = NO_WAITS) -> None:
+    def observe(
+        self,
+        rows: int,
+        seconds: float,
+        host_s: float = 0.0,
+        *,
+        waits: Waits = NO_WAITS,
+        device_s: float | None = None,
+    ) -> None:
         """Learn from a step of `rows` rows, of which `host_s` seconds were spent beside its forward pass.
+
+        `device_s` are those of a pass that ran on a device beside the work of the host, as all do from then
+        on: a step takes the longer of the two.
 
         Example: a step of 8 rows takes 30 ms, 8 of them beside its pass. In its pass it waited 16 ms for a
         processor, and 6 beside. A pass of 8 rows takes 6 ms and the host 2 ms; the pace is 8 / 30.
@@ -143,7 +156,10 @@ class CostModel:
         if rows < 1 or seconds <= 0:
             return
         whole_s = max(seconds, host_s + _LEAST_S)
-        pass_s = max(seconds - host_s - waits.pass_s, _LEAST_S)
+        if device_s is not None:
+            self._overlaps = True
+        beside_s = seconds - host_s - waits.pass_s if device_s is None else device_s
+        pass_s = max(beside_s, _LEAST_S)
         host_s = max(host_s - waits.host_s, 0.0)
         passes = self._passes[rows] = min(FIRST_PASSES, self._passes.get(rows, 0)) + 1
         if passes == 1:
@@ -162,7 +178,7 @@ class CostModel:
             self._observe_host(host_s / self._typical)
         self._line = self._fit()
         seconds = min(whole_s, max(_LONGEST_STALL_S, _MAX_SURPRISE * self.predict(rows)))
-        work_s = self._seconds[rows] + self._host_s
+        work_s = self._whole(self._seconds[rows])
         for window in self._windows:
             window.observe(work_s, seconds)
         self._record.observe(work_s, whole_s)
@@ -209,6 +225,10 @@ class CostModel:
             self._host_s = min(self._host_s, host_s)
         else:
             self._host_s += HOST_SMOOTHING * (min(host_s, _MAX_SURPRISE * self._host_s) - self._host_s)
+
+    def _whole(self, pass_s: float) -> float:
+        """Return the seconds of a step at speed 1 whose pass takes `pass_s`."""
+        return max(pass_s, self._host_s) if self._overlaps else pass_s + self._host_s
 
     @property
     def _pace(self) -> float:

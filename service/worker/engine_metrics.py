@@ -46,8 +46,9 @@ class EngineMetrics:
 
     def __call__(self, report: StepReport) -> None:
         if report.rows:
-            self._seconds.observe(report.seconds)
-            metrics.BATCH_ROWS.labels(report.stop_reason).observe(report.rows)
+            for _ in range(report.steps):
+                self._seconds.observe(report.seconds)
+                metrics.BATCH_ROWS.labels(report.stop_reason).observe(report.rows)
             if report.predicted_s > 0:
                 metrics.PREDICTION_RATIO.observe(report.seconds / report.predicted_s)
         for finished in report.finished:

@@ -25,7 +25,6 @@ def test_without_a_gpu_it_says_so(
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(600)
 def test_every_number_of_rows_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if CUDA not in ort.get_available_providers():
         pytest.skip("this ONNX Runtime cannot use a GPU: install onnxruntime-gpu in its place")

@@ -33,7 +33,6 @@ def bundle_of(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
     return Bundle.open(folder / "bundle")
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("family", "size"), [("pixart", (8, 8)), ("flux", (12, 10)), ("auraflow", (12, 10)), ("sana", (5, 7))]
 )

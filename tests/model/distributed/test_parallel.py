@@ -42,8 +42,6 @@ from tests.model.nets.unet_cases import TINY_UNET
 
 Outcome = Callable[[int], Path]
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:

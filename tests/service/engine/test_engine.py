@@ -248,9 +248,9 @@ def test_waits_for_a_processor_are_told_to_the_cost_model(
     observed: list[Any] = []
     learn = engine.costs.observe
 
-    def observe(*step: float, waits: Waits) -> None:
+    def observe(*step: float, waits: Waits, device_s: None) -> None:
         observed.append((*step, waits))
-        learn(*step, waits=waits)
+        learn(*step, waits=waits, device_s=device_s)
 
     engine.costs.observe = observe
     engine.add(make_request("a/0"))

@@ -1,0 +1,162 @@
+"""Measure the host's time of a step whose rows live on a device, on an imitated one that computes nothing.
+
+    python -m bench.device_overhead [BUNDLE] [--rows 16] [--turns 300] [--step-ms 0.25 0.6 2 20]
+
+An engine is stepped with guided and unguided samples of mixed solvers, joining included, as in
+`bench.engine_overhead`. The device takes what it is sent and gives back what it is asked for, and a launch
+does nothing: the time is that of this project's Python, numpy and torch. The driver's part of a launch and of
+a copy, some microseconds each on a GPU, is not in it. `--step-ms` is how long a step is said to take, which
+gives the steps of a turn. Times are processor time of the thread. Writes bench/results/device_overhead.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ditserve.bench import report
+from ditserve.bench.engine_overhead import FixedCostModel, NoopBackend, open_engine, sample_requests
+from ditserve.model.spec.bundle import Bundle
+from ditserve.model.spec.manifest import Manifest
+from ditserve.service.backends.resident import Slab
+from ditserve.service.backends.state import Floats
+from ditserve.service.backends.torch_rows import TorchRows, TorchStream
+
+WARM_UP_TURNS = 50
+BLOCK = 10  # turns timed together
+
+
+class IdleStream(TorchStream):
+    """The stream of a device that does nothing with what it is sent. It counts."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.launches = self.uploads = self.downloads = self.waits = 0
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        memory = super().zeros(shape, dtype)
+        # The flags of steps that nobody computes: all is finite.
+        return memory.logical_not_() if dtype == torch.bool else memory
+
+    def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.uploads += 1
+        super().upload(target, source)
+
+    def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.downloads += 1
+        super().download(target, source)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
+    def launch(self, work: Callable[[], None]) -> None:
+        self.launches += 1
+        work()
+
+    def wait(self, mark: Any) -> None:
+        self.waits += 1
+
+
+class IdleDevice(NoopBackend):
+    """A backend whose rows live on such a device."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest)
+        self.stream = IdleStream()
+
+    def keep_rows(self, slabs: Sequence[Slab], *, slots: int, rows: int) -> TorchRows:
+        tensors = [Slab(torch.from_numpy(slab.array), slab.line) for slab in slabs]
+        return TorchRows(lambda x, _: x, self.manifest, tensors, self.stream, slots=slots, rows=rows)
+
+    def modulate_there(self, timesteps: Floats, embeddings: Floats) -> tuple[Floats, ...]:
+        return self.modulate(timesteps, embeddings)
+
+
+@dataclass(frozen=True, slots=True)
+class HostTime:
+    """The host's microseconds of a step, its steps a turn, and the calls of the device a turn."""
+
+    step_ms: float
+    steps: float
+    p50_us: float
+    p95_us: float
+    uploads: float
+    downloads: float
+    waits: float
+
+
+def host_time(manifest: Manifest, step_ms: float, *, rows: int, turns: int) -> HostTime:
+    """Return the host's time of steps that are said to take `step_ms`, in batches of up to `rows` rows."""
+    backend = IdleDevice(manifest)
+    costs = FixedCostModel(fixed_s=1e-3 * step_ms, per_row_s=1e-9)
+    engine = open_engine(backend, costs, rows=rows)
+    source = sample_requests(len(manifest.factors), time.perf_counter())
+
+    def block(length: int) -> tuple[float, int]:
+        began, steps = time.thread_time(), 0
+        for _ in range(length):
+            # Every other sample is guided: all rows fit into one batch.
+            while 3 * engine.running < 2 * rows:
+                engine.add(next(source))
+            steps += engine.step().steps
+        return 1e6 * (time.thread_time() - began) / steps, steps
+
+    block(WARM_UP_TURNS)
+    stream, blocks = backend.stream, max(1, turns // BLOCK)
+    before = stream.launches, stream.uploads, stream.downloads, stream.waits
+    times = [block(BLOCK)[0] for _ in range(blocks)]
+    after = stream.launches, stream.uploads, stream.downloads, stream.waits
+    calls = [(late - early) / (blocks * BLOCK) for early, late in zip(before, after, strict=True)]
+    p50, p95 = (float(value) for value in np.percentile(times, [50, 95]))
+    return HostTime(step_ms, calls[0], p50, p95, *calls[1:])
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser("device_overhead", __doc__)
+    parser.add_argument("bundle", type=Path, nargs="?", default=report.DEFAULT_BUNDLE)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=300)
+    parser.add_argument("--step-ms", type=float, nargs="+", default=[0.25, 0.6, 2.0, 20.0])
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, background = parse(arguments), report.BackgroundLoad()
+
+    def work() -> None:
+        manifest = Bundle.open(options.bundle).manifest
+        times = [
+            host_time(manifest, step_ms, rows=options.rows, turns=options.turns)
+            for step_ms in options.step_ms
+        ]
+        cells = [
+            (
+                f"{one.step_ms:g}",
+                f"{one.steps:.1f}",
+                f"{one.p50_us:.0f}",
+                f"{one.p95_us:.0f}",
+                f"{one.uploads:.1f}",
+                f"{one.downloads:.1f}",
+                f"{one.waits:.1f}",
+            )
+            for one in times
+        ]
+        columns = ("step, ms", "steps a turn", "p50 µs", "p95 µs", "copies there", "and back", "waits")
+        title = f"the host's time of a step of {options.rows} rows, and its calls a turn"
+        Console(width=110).print(report.table(title, columns, cells))
+        report.save("device_overhead", options, background, {"times": [asdict(one) for one in times]})
+
+    return report.run_command("device_overhead", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
