@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditserve.model.nets.experts import ExpertMlp
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.nets.layers import Attention, CrossAttention
-from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.network_kinds import NetworkConfig
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, text
 

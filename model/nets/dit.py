@@ -332,6 +332,16 @@ class DiT(nn.Module):
         symbolic.symbolic_positions = True
         return symbolic
 
+    def compile_blocks(self, compiler: str = "inductor") -> None:
+        """Compile the blocks, which share their code: one is compiled in a fraction of the time of all."""
+        for block in self.blocks:
+            block.compile(dynamic=True, backend=compiler)
+
+    def uncompile_blocks(self) -> None:
+        """Compute the blocks as they are written, after `compile_blocks`."""
+        for block in self.blocks:
+            block._compiled_call_impl = None
+
     def positions(self, rows: int, columns: int) -> Tensor:
         """Return the position embedding (rows·columns, D): the trained one, or an interpolated one."""
         if self.symbolic_positions:
