@@ -73,6 +73,7 @@ def check_divisible(network: nn.Module, size: int) -> DiT:
     config = network.config
     whole = [f"attention {kind.name}" for kind in config.attention_plan if not kind.heads_are_alike]
     whole += ["conv_mlp"] if config.conv_mlp else []
+    whole += ["experts"] if config.experts else []
     if whole:
         raise ValueError(f"parallel.tensor {size} cannot divide {whole[0]}: leave it at 1")
     for count, what in ((config.num_heads, "num_heads"), (_mlp_channels(network), "the MLP's width")):

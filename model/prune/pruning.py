@@ -34,6 +34,8 @@ def pruned_config(dit: DiT, heads: float, mlp: float, tokens: float = 0.0) -> Di
     whole |= {"conv_mlp"} if mlp and config.conv_mlp else set()
     if whole:
         raise PruneError(f"{whole.pop()} cannot be pruned: its heads or channels are not alike")
+    if config.experts:
+        raise PruneError("pruning removes channels of one MLP for all tokens, and this model has experts")
     counts = group_counts(dit)
     kept_heads = _kept("heads", counts["blocks.0.attn.proj"], heads, 1)
     multiple = SWIGLU_MULTIPLE if config.swiglu else 1

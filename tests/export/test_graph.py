@@ -64,6 +64,16 @@ OPTIONS: dict[str, NetworkConfig] = {
         conv_mlp=True,
     ),
     "merged tokens": replace(PLAIN, image_size=(16, 24), depth=1, merge_tokens=0.5),
+    "experts that choose, a gate of the condition": replace(PLAIN, depth=1, experts=4, condition_gate=True),
+    "tokens that choose, a shared modulation": replace(
+        PLAIN,
+        depth=1,
+        experts=4,
+        top_k=2,
+        routing="token_choice",
+        shared_expert=True,
+        shared_modulation=True,
+    ),
     "U-Net": UNET,
 }
 

@@ -45,6 +45,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "levels": {"levels": (0, 1, 0), "rope": True, "layout_rank": 2},
     "levels of every block": {"levels": 1, "attention": "window:2", "blocks": "cross_attention"},
     "merged tokens": {"merge_tokens": 0.5, "qk_norm": True},
+    "shared modulation": {"shared_modulation": True},
+    "shared modulation of adaln": {"shared_modulation": True, "blocks": "adaln"},
+    "condition gate": {"condition_gate": True},
+    "condition gate of adaln": {"condition_gate": True, "blocks": "adaln", "shared_modulation": True},
+    "experts that choose": {"experts": 4, "rope": True},
+    "tokens that choose": {"experts": 4, "top_k": 2, "routing": "token_choice", "shared_expert": True},
     "all at once": {"qk_norm": True, "rope": True, "swiglu": True, "layout_rank": 2, "head_channels": 6},
 }
 
