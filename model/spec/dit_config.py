@@ -200,8 +200,9 @@ class DiTConfig:
         check_counts(self, "top_k")
         if self.top_k >= self.experts:
             raise ValueError(f"top_k {self.top_k} must be below experts {self.experts}: lower it")
-        if self.swiglu or self.conv_mlp:
-            raise ValueError("experts are MLPs without a gate: leave out swiglu and conv_mlp, or experts")
+        for field in ("swiglu", "conv_mlp"):
+            if getattr(self, field):
+                raise ValueError(f"experts are MLPs without a gate: leave out {field}, or experts")
         tokens = int(self.tokens * (1 - self.merge_tokens)) >> 2 * max(self.level_plan)
         if tokens * self.top_k < self.experts:
             raise ValueError(
