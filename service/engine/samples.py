@@ -188,6 +188,10 @@ class Sample:
         """True if guidance acts on the next step."""
         return self.trajectory.guided[self.cursor]
 
+    def guided_within(self, steps: int) -> bool:
+        """Return whether guidance acts on one of the next so many steps."""
+        return True in self.trajectory.guided[self.cursor : self.cursor + steps]
+
     @property
     def rows(self) -> int:
         """Rows of the next step: one for each window and condition, and one a window where guidance acts."""
