@@ -127,10 +127,11 @@ class Engine:
         if expired := self._expire(decoded_at):
             return StepReport(failed=expired)  # in a report of their own, because what follows may raise
         # Samples whose rows are on the host do not overlap with a turn on the device.
-        if self._flying and len(self._groups.own.samples) < max(1, len(self._samples)):
-            return self._land()
-        if self._held and began < self._held_until:
-            return self._turn(Batch(self._held, "idle"), (), began)
+        if self._resident is not None:
+            if self._resident.flights and len(self._groups.own.samples) < max(1, len(self._samples)):
+                return self._land()
+            if self._held and began < self._held_until:
+                return self._turn(Batch(self._held, "idle"), (), began)
         changes = self._plan(began, queued_rows)
         if not self._samples:
             return StepReport(changes=changes)
@@ -172,6 +173,7 @@ class Engine:
         slots = [self._groups.place(sample).slot for sample in batch.samples]
         if self._resident.launch(batch, slots, steps=steps, began=began):
             for sample in self._resident.flights[-1].done:
+                self.costs.observe_image(sample.all_rows)
                 self._drop(sample)
             self._held = tuple(self._samples.values()) if alone else ()
         if len(self._resident.flights) > 1:
@@ -433,7 +435,8 @@ class Engine:
                 pool.put(slot, sample.keep(pool.latent(slot)))
             if not sample.remaining_steps:
                 finished.append(sample.finished(pool.latent(slot), now))
-                self.cancel(sample.id)
+                self.costs.observe_image(sample.all_rows)
+                self._drop(sample)
             elif sample.shows_preview:
                 latent = sample.keep(estimate.copy(), clean=True)
                 previews.append(Preview(sample.id, sample.taken, sample.steps, latent))

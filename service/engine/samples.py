@@ -247,6 +247,11 @@ class Sample:
         return self.trajectory.rows_from(self.cursor, self.composed)
 
     @property
+    def all_rows(self) -> float:
+        """Rows of an image on this sample's trajectory, in rows of the bundle's own size and backbone."""
+        return self.geometry.cost * self.trajectory.rows_from(0, self.composed)
+
+    @property
     def steps(self) -> int:
         """All steps: those taken and those left."""
         return self.taken + self.remaining_steps
