@@ -8,7 +8,7 @@ other weights:
   1 + scale absorb s: their rows of the adaLN linear.
 - The input of `proj` is a mix of the values V. V's rows of `qkv` absorb s.
 - The input of `fc2` comes from GELU, which is not linear: it cannot be smoothed. Nor can `qkv` and `fc1` of a
-  block without modulation.
+  block without a modulation of its own that acts on all tokens alike.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def int8_linears(dit: DiT) -> dict[str, nn.Linear]:
     """Return the linears that become INT8 by their names, such as "blocks.0.attn.qkv"."""
     modules = dict(dit.named_modules())
     names = [f"blocks.{k}.{layer}" for k in range(dit.config.depth) for layer in LAYERS]
-    return {name: cast(nn.Linear, modules[name]) for name in names if name in modules}
+    # The maps of experts lie side by side in one product, which stays as it is.
+    return {name: module for name in names if isinstance(module := modules.get(name), nn.Linear)}
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def smooth(dit: DiT, peaks: dict[str, Tensor], alpha: float) -> DiT:
         qkv.weight[2 * d :] /= factor[:, None]
         qkv.bias[2 * d :] /= factor
         count = MODULATIONS[block.kind]
-        if not count:
+        if not count or dit.config.shared_modulation or dit.config.condition_gate:
             continue
         _absorb(block, qkv, _factors(peaks[f"blocks.{k}.attn.qkv"], qkv.weight, alpha), 0)
         fc1 = getattr(block.mlp, "fc1", None)
@@ -88,7 +89,7 @@ def _absorb(block: Block, linear: nn.Linear, factor: Tensor, first: int) -> None
 
     Its shift is modulation vector `first`, its scale is `first` + 1.
     """
-    adaln = cast(nn.Linear, block.adaLN_modulation[1])
+    adaln = cast(nn.Linear, cast(nn.Sequential, block.adaLN_modulation)[1])
     d = len(factor)
     shift, scale = slice(first * d, (first + 1) * d), slice((first + 1) * d, (first + 2) * d)
     linear.weight *= factor

@@ -56,6 +56,8 @@ def parallelize_blocks(network: nn.Module, mesh: DeviceMesh) -> Mapping[str, Spl
     size = mesh.size()
     if not isinstance(network, DiT):
         raise ValueError(f"parallel.tensor {size} is for a DiT, not for a U-Net: leave it at 1")
+    if network.config.experts:
+        raise ValueError(f"parallel.tensor {size} does not divide experts: leave it at 1, or experts at 0")
     heads, channels = network.config.num_heads, _mlp_channels(network)
     for count, what in ((heads, "num_heads"), (channels, "the MLP's width")):
         if count % size:

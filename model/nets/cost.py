@@ -8,6 +8,7 @@ the backward pass. The network runs on torch's meta device, so nothing is comput
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ditserve.model.nets.experts import ExpertMlp
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.nets.layers import Attention, CrossAttention
-from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.network_kinds import NetworkConfig
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, timestep, labels, text
 
@@ -30,10 +32,12 @@ class Cost:
     """The cost of one row of a forward pass; bytes are those of fp32 activations.
 
     `attention_macs` are the products of queries, keys and values, and `convolution_macs` those of
-    convolutions, the patch embedding included. `tokens` is the longest sequence that attends; 0: none does.
+    convolutions, the patch embedding included. `active_parameters` are those that act on one token, of its
+    experts `top_k`. `tokens` is the longest sequence that attends; 0: none does.
     """
 
     parameters: int
+    active_parameters: int
     tokens: int
     conditioner_macs: int
     backbone_macs: int
@@ -85,6 +89,50 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+@dataclass(frozen=True, slots=True)
+class PartCost:
+    """The cost of a part of a network for one row: its multiply-adds, and the shape of its output, fp32."""
+
+    name: str
+    macs: int
+    shape: tuple[int, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        return 4 * math.prod(self.shape)
+
+
+def part_costs(config: NetworkConfig, size: tuple[int, int] | None = None) -> list[PartCost]:
+    """Return the cost of every block and every other part of the backbone, in the order that they run.
+
+    Raises:
+        ValueError: a size that the network cannot take.
+    """
+    parts: list[PartCost] = []
+    with torch.device("meta"), torch.no_grad():
+        network = make_network(config)
+        x, t, labels, text = _example(config, size or config.image_size)
+        state = network.modulate(t, network.embed(labels, text))
+        counter = FlopCounterMode(display=False)
+
+        def measured(name: str, module: nn.Module) -> None:
+            before = [0]
+            module.register_forward_pre_hook(lambda *_: before.append(counter.get_total_flops()))
+            module.register_forward_hook(
+                lambda module, inputs, out: parts.append(
+                    PartCost(name, (counter.get_total_flops() - before[-1]) // 2, tuple(out.shape[1:]))
+                )
+            )
+
+        for name, module in network.named_children():
+            pieces = module.named_children() if name == "blocks" else [("", module)]
+            for number, piece in pieces:
+                measured(f"{name}.{number}" if number else name, piece)
+        with counter:
+            network.backbone(x, state)
+    return parts
+
+
 def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
     """Return what a network costs per row at `size` (H, W), which is the trained size unless given.
 
@@ -102,8 +150,10 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
             network(*inputs)
         training = _saved_bytes(network, inputs, given)
     positions = getattr(network, "pos_embed", torch.empty(0)).numel()
+    parameters = sum(p.numel() for p in network.parameters()) + positions
     return Cost(
-        parameters=sum(p.numel() for p in network.parameters()) + positions,
+        parameters=parameters,
+        active_parameters=parameters - sum(map(_idle_parameters, network.modules())),
         tokens=max((queries for queries, _, _ in sequences), default=0),
         conditioner_macs=conditioner,
         backbone_macs=backbone,
@@ -112,6 +162,14 @@ def cost(config: NetworkConfig, size: tuple[int, int] | None = None) -> Cost:
         inference_bytes=live.peak,
         training_bytes=training,
     )
+
+
+def _idle_parameters(module: nn.Module) -> int:
+    """Return the parameters of the experts that a token does not take, at a mean over the tokens."""
+    if not isinstance(module, ExpertMlp):
+        return 0
+    experts = sum(p.numel() for layer in (module.fc1, module.fc2) for p in layer.parameters())
+    return experts * (module.experts - module.top_k) // module.experts
 
 
 def macs(network: Network, inputs: Inputs) -> tuple[int, int]:

@@ -13,7 +13,7 @@ weights. Source: Peebles & Xie, arXiv:2212.09748, §3.2 and Figure 3.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditserve.model.nets.conditioner import ConditionEmbedder, LayoutPath
+from ditserve.model.nets.experts import ExpertMlp
 from ditserve.model.nets.layers import (
     Attention,
     CrossAttention,
@@ -40,11 +41,14 @@ from ditserve.model.nets.layers import (
     sincos_positions,
     unpatchify,
 )
+from ditserve.model.nets.modulation import ConditionGate, ModulationTable
 from ditserve.model.spec.dit_config import MODULATIONS, BlockKind, DiTConfig
 
 Rotary = tuple[Tensor, Tensor] | None
 # Tokens (N, 1 + S, D) and the mask (N, 1, 1, 1 + S) of those that are there.
 Text = tuple[Tensor, Tensor]
+NamedState = Mapping[str, Tensor]
+"""The tensors of a condition state by their names in `config.state()`."""
 
 
 class Block(nn.Module):
@@ -57,12 +61,19 @@ class Block(nn.Module):
         d, width = config.hidden_size, config.heads_width
         qk_norm: QkNorm | None = ("rms" if config.rms_norm else "layer") if config.qk_norm else None
         self.attn = Attention(d, config.num_heads, width=width, qk_norm=qk_norm)
-        self.mlp: nn.Module = (SwiGlu if config.swiglu else Mlp)(d, config.mlp_size)
+        self.mlp: nn.Module = (
+            ExpertMlp(config) if config.experts else (SwiGlu if config.swiglu else Mlp)(d, config.mlp_size)
+        )
         if kind == "cross_attention" or config.text_tokens:
             cross_norm = qk_norm if config.text_tokens else None
             self.cross = CrossAttention(d, config.num_heads, width=width, qk_norm=cross_norm)
-        if MODULATIONS[kind]:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, MODULATIONS[kind] * d))
+        if width := config.modulation_vectors(kind) * d:
+            self.adaLN_modulation: nn.Module = (
+                ModulationTable(width)
+                if config.shared_modulation
+                else nn.Sequential(nn.SiLU(), nn.Linear(d, width))
+            )
+        self.condition_gate = ConditionGate(d) if config.condition_gate else None
 
     def forward(
         self, h: Tensor, state: Tensor | None, rotary: Rotary = None, text: Text | None = None
@@ -71,18 +82,18 @@ class Block(nn.Module):
 
         `state` is the modulation (N, 6, D) of adaLN-Zero or (N, 4, D) of adaLN, or the condition tokens
         (N, 2, D) for cross-attention. An in-context block has None: its condition tokens are part of `h`.
-        A block of adaLN-Zero attends to `text`, if there is one, between its two halves.
+        A block of adaLN-Zero attends to `text`, if there is one, between its two halves. A gate's part of the
+        condition is the last vector of a modulation.
         """
         if self.kind == "adaln_zero":
-            parts = torch.split(cast(Tensor, state), 1, dim=1)
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts  # 6 × (N, 1, D)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(h, state)
             h = h + gate_a * self.attn(shift_and_scale(self.norm(h), shift_a, scale_a), rotary)
             if text is not None:
                 h = h + self.cross(self.norm(h), *text)
             h = h + gate_m * self.mlp(shift_and_scale(self.norm(h, self.mlp_norm_eps), shift_m, scale_m))
             return h
         if self.kind == "adaln":
-            shift_a, scale_a, shift_m, scale_m = torch.split(cast(Tensor, state), 1, dim=1)  # 4 × (N, 1, D)
+            shift_a, scale_a, shift_m, scale_m = self._modulation(h, state)
             h = h + self.attn(shift_and_scale(self.norm(h), shift_a, scale_a), rotary)
             h = h + self.mlp(shift_and_scale(self.norm(h, self.mlp_norm_eps), shift_m, scale_m))
             return h
@@ -90,6 +101,16 @@ class Block(nn.Module):
         if self.kind == "cross_attention":
             h = h + self.cross(self.norm(h), cast(Tensor, state))
         return cast(Tensor, h + self.mlp(self.norm(h, self.mlp_norm_eps)))
+
+    def _modulation(self, h: Tensor, state: Tensor | None) -> list[Tensor]:
+        """Return the vectors of the modulation, each (N, 1, D), or (N, T, D) where a gate acts on tokens."""
+        vectors = list(torch.split(cast(Tensor, state), 1, dim=1))
+        if self.condition_gate is None:
+            return vectors
+        alpha = self.condition_gate(self.norm(h), vectors.pop())  # (N, T, 1)
+        # The gates of adaLN-Zero, numbers 2 and 5, stay as they are.
+        kept = (2, 5) if len(vectors) == 6 else ()
+        return [vector if k in kept else alpha * vector for k, vector in enumerate(vectors)]
 
 
 class FinalLayer(nn.Module):
@@ -157,6 +178,8 @@ class DiT(nn.Module):
         # A token that every text has, so that no text leaves attention something to attend to.
         self.first_token = nn.Parameter(torch.zeros(1, d)) if config.text_tokens else None
         self.layout = LayoutPath(config.tokens, config.layout_rank, d) if config.layout_rank else None
+        vectors = config.modulation_vectors(config.plan[0]) if config.shared_modulation else 0
+        self.shared_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, vectors * d)) if vectors else None
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.plan)
         self.final_layer = FinalLayer(config)
         self.head = ConvHead(config.in_channels, config.head_channels) if config.head_channels else None
@@ -195,9 +218,12 @@ class DiT(nn.Module):
     def _zeroed(self) -> Iterator[nn.Linear | nn.Conv2d]:
         """Yield the layers that start at zero: modulation, output, layout path, convolutional head, text."""
         yield self.final_layer.linear
-        modulated = [block for block in self.blocks if MODULATIONS[cast(Block, block).kind]]
-        for module in (*modulated, *([self.final_layer] if self.config.adaptive_final else [])):
-            yield cast(nn.Linear, cast(nn.Sequential, module.adaLN_modulation)[1])
+        owners = [block for block in self.blocks if MODULATIONS[cast(Block, block).kind]]
+        maps = [self.shared_modulation] if self.shared_modulation else [b.adaLN_modulation for b in owners]
+        maps += [self.final_layer.adaLN_modulation] if self.config.adaptive_final else []
+        yield from (cast(nn.Linear, cast(nn.Sequential, modulation)[1]) for modulation in maps)
+        if self.config.condition_gate:
+            yield from (cast(ConditionGate, block.condition_gate).fc2 for block in self.blocks)
         if self.layout is not None:
             yield self.layout.coefficients
         if self.head is not None:
@@ -232,12 +258,13 @@ class DiT(nn.Module):
         embedding, tokens = embedding[:, :d], embedding[:, d:]
         t = self.t_embedder(timestep)  # (N, D)
         c = t + embedding  # (N, D)
+        source = c if self.shared_modulation is None else self.shared_modulation(c)
         state: list[Tensor] = []
         for block in self.blocks:
-            count = MODULATIONS[cast(Block, block).kind]
+            count = self.config.modulation_vectors(cast(Block, block).kind)
             if count:
-                vectors = cast(nn.Sequential, block.adaLN_modulation)(c)
-                state.append(cast(Tensor, vectors).reshape(c.shape[0], count, -1))  # (N, 6 or 4, D)
+                vectors = cast(nn.Module, block.adaLN_modulation)(source)
+                state.append(cast(Tensor, vectors).reshape(c.shape[0], count, -1))  # (N, vectors, D)
         if any(not MODULATIONS[kind] for kind in self.config.plan):
             state.append(torch.stack([t, embedding], dim=1))  # (N, 2, D)
         if self.config.adaptive_final:
@@ -256,18 +283,30 @@ class DiT(nn.Module):
             ValueError: `x` has other channels, H or W is not a multiple of the patch size, the network has a
                 layout path that was trained for another size, or `state` is another network's.
         """
-        rows, columns = self._token_grid(x)
+        grid = self._token_grid(x)
         check_state(state, self.state_names)
         named = dict(zip(self.state_names, state, strict=True))
-        h = self.x_embedder(x) + self.positions(rows, columns).to(x.dtype)  # (N, T, D)
+        h = self.enter(x, named, grid)
+        return self.leave(x, self.run_blocks(h, named, grid), named, grid)
+
+    def enter(self, x: Tensor, named: NamedState, grid: tuple[int, int]) -> Tensor:
+        """Return the tokens (N, T, D) of `x`, with condition tokens in front of them if blocks have some."""
+        h: Tensor = self.x_embedder(x) + self.positions(*grid).to(x.dtype)  # (N, T, D)
         if self.layout is not None:
             h = h + named["layout"]
-        if "in_context" in self.config.plan:
-            h = torch.cat([named["tokens"], h], dim=1)  # (N, 2 + T, D)
-        rotary = self.rotary(rows, columns, h)
+        return torch.cat([named["tokens"], h], dim=1) if "in_context" in self.config.plan else h
+
+    def run_blocks(self, h: Tensor, named: NamedState, grid: tuple[int, int]) -> Tensor:
+        """Return the tokens after all blocks, (N, T, D) → (N, T, D)."""
+        rotary = self.rotary(*grid, h)
         text = self._text(named["text"]) if self.config.text_tokens else None
         for index, block in enumerate(self.blocks):
             h = block(h, named.get(f"block_{index}", named.get("tokens")), rotary, text)
+        return h
+
+    def leave(self, x: Tensor, h: Tensor, named: NamedState, grid: tuple[int, int]) -> Tensor:
+        """Return the output (N, C_out, H, W) of the tokens after the last block."""
+        rows, columns = grid
         h = h[:, -rows * columns :] if "in_context" in self.config.plan else h  # (N, T, D)
         out = unpatchify(self.final_layer(h, named.get("final")), rows, columns, self.config.patch_size)
         # `out` is (N, C_out, H, W), or (N, head_channels, H, W) before the convolutional head.
@@ -292,6 +331,16 @@ class DiT(nn.Module):
         symbolic = copy.copy(self)
         symbolic.symbolic_positions = True
         return symbolic
+
+    def compile_blocks(self, compiler: str = "inductor") -> None:
+        """Compile the blocks, which share their code: one is compiled in a fraction of the time of all."""
+        for block in self.blocks:
+            block.compile(dynamic=True, backend=compiler)
+
+    def uncompile_blocks(self) -> None:
+        """Compute the blocks as they are written, after `compile_blocks`."""
+        for block in self.blocks:
+            block._compiled_call_impl = None
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Return the position embedding (rows·columns, D): the trained one, or an interpolated one."""

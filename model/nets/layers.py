@@ -157,10 +157,23 @@ def _head_norm(kind: QkNorm | None, head_size: int) -> nn.Module:
     return RmsNorm(head_size) if kind == "rms" else nn.LayerNorm(head_size, eps=1e-6)
 
 
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
+    """Return the attention of (N, H, T, head) three times, computed with heads `width` wide: (N, H, T, head).
+
+    The further numbers of each head are zeros, which change no product. Some kernels are for some widths.
+    """
+    head = q.shape[-1]
+    if width == head:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (F.pad(part, (0, width - head)) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=head**-0.5)[..., :head]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (N, T, D) → (N, T, D), by torch's scaled_dot_product_attention.
 
-    `width` W is the width of all heads together; it is D unless given.
+    `width` W is the width of all heads together; it is D unless given. A head is computed `computed_width`
+    numbers wide, which is its own size unless that is set.
     """
 
     def __init__(
@@ -171,12 +184,12 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * width)
         self.proj = nn.Linear(width, hidden_size)
-        self.head_size = head = width // num_heads
+        self.head_size = self.computed_width = head = width // num_heads
         self.q_norm, self.k_norm = (_head_norm(qk_norm, head) for _ in range(2))
 
     def forward(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         q, k, v = self.heads(h, rotary)
-        out = F.scaled_dot_product_attention(q, k, v)  # (N, H, T, W/H)
+        out = padded_attention(q, k, v, self.computed_width)  # (N, H, T, W/H)
         return cast(Tensor, self.proj(out.transpose(1, 2).flatten(2)))  # (N, T, D)
 
     def heads(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,8 @@ def pruned_config(dit: DiT, heads: float, mlp: float) -> DiTConfig:
         PruneError: a share removes everything, or rounds to nothing though it is not 0.
     """
     config = dit.config
+    if config.experts:
+        raise PruneError("pruning removes channels of one MLP for all tokens, and this model has experts")
     counts = group_counts(dit)
     kept_heads = _kept("heads", counts["blocks.0.attn.proj"], heads, 1)
     multiple = SWIGLU_MULTIPLE if config.swiglu else 1

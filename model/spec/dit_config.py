@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 Fusion = Literal["sum", "mlp"]
 BlockKind = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
+Routing = Literal["expert_choice", "token_choice"]
 
 # Name → (depth, hidden size, heads).
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -50,6 +51,11 @@ class DiTConfig:
         frequency_shift  1 for diffusers' timestep frequencies (k/127), 0 for the published ones (k/128)
         mlp_norm_eps     the epsilon of the norm before the MLP: published 1e-6, in diffusers 1e-5
         base_size        the size whose tokens stand at positions 0, 1, 2 …; None: image_size
+        shared_modulation  one map of the condition for all blocks, with offsets for each (adaLN-single)
+        condition_gate   a gate in each block decides token by token how much the modulation acts
+        experts          the MLPs of a block, of which a token takes `top_k` (about as many where experts
+                         choose); 0: one MLP for all tokens
+        shared_expert    beside them, an MLP for all tokens
 
     A model that is trained at 32×32 and then at 64×64 keeps the base size (32, 32): its larger grid is
     squeezed into the range of the smaller one. diffusers' DiT differs from the published one in just the
@@ -84,6 +90,12 @@ class DiTConfig:
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
     base_size: tuple[int, int] | None = None
+    shared_modulation: bool = False
+    condition_gate: bool = False
+    experts: int = 0
+    top_k: int = 1
+    routing: Routing = "expert_choice"
+    shared_expert: bool = False
 
     def __post_init__(self) -> None:
         blocks: Any = self.blocks
@@ -96,6 +108,7 @@ class DiTConfig:
         self._check_blocks()
         self._check_conditions()
         self._check_options()
+        self._check_experts()
 
     def _check_sizes(self) -> None:
         check_counts(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
@@ -151,6 +164,32 @@ class DiTConfig:
         if self.head_channels and self.learn_sigma:
             raise ValueError(
                 "head_channels refines one prediction: turn learn_sigma off or set head_channels to 0"
+            )
+
+        for field in ("shared_modulation", "condition_gate"):
+            if getattr(self, field) and (len(set(self.plan)) > 1 or not MODULATIONS[self.plan[0]]):
+                raise ValueError(f"{field} needs blocks that are all adaln_zero or all adaln: change blocks")
+
+    def _check_experts(self) -> None:
+        if self.routing not in get_args(Routing):
+            raise ValueError(f"unknown routing {self.routing!r}: choose among {', '.join(get_args(Routing))}")
+        if not isinstance(self.experts, int) or self.experts < 0 or self.experts == 1:
+            raise ValueError(
+                f"experts must be 0 (one MLP for all tokens) or 2 and more, not {self.experts!r}"
+            )
+        if not self.experts:
+            if self.shared_expert:
+                raise ValueError("shared_expert stands beside experts: set experts, or leave it out")
+            return
+        check_counts(self, "top_k")
+        if self.top_k >= self.experts:
+            raise ValueError(f"top_k {self.top_k} must be below experts {self.experts}: lower it")
+        if self.swiglu:
+            raise ValueError("experts are MLPs without a gate: leave out swiglu, or experts")
+        if self.tokens * self.top_k < self.experts:
+            raise ValueError(
+                f"experts {self.experts} are more than the {self.tokens} tokens of a picture can share: "
+                "lower experts or patch_size"
             )
 
     @property
@@ -216,12 +255,16 @@ class DiTConfig:
         """The numbers of a condition embedding: the condition's own, and then those of its text tokens."""
         return self.hidden_size * (1 + self.text_tokens)
 
+    def modulation_vectors(self, kind: BlockKind) -> int:
+        """Return the number of vectors (D,) that modulate a block of this kind, that of its gate included."""
+        return MODULATIONS[kind] and MODULATIONS[kind] + self.condition_gate
+
     def state(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Return the condition state: (name, shape without batch) of every tensor handed to the backbone."""
         tensors: list[tuple[str, tuple[int, ...]]] = []
         for index, kind in enumerate(self.plan):
             if MODULATIONS[kind]:
-                tensors.append((f"block_{index}", (MODULATIONS[kind], self.hidden_size)))
+                tensors.append((f"block_{index}", (self.modulation_vectors(kind), self.hidden_size)))
         if any(not MODULATIONS[kind] for kind in self.plan):
             tensors.append(("tokens", (2, self.hidden_size)))
         if self.adaptive_final:

@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.errors import ModelError, wrong_field
+from ditserve.model.spec.network_kinds import NetworkConfig as NetworkConfig
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 from ditserve.model.spec.unet_config import UNetConfig
 
-NetworkConfig = DiTConfig | UNetConfig  # of the networks that this project builds and trains
 BundleConfig = NetworkConfig | PipelineConfig
 CONFIGS: dict[str, type[DiTConfig] | type[UNetConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
 PIPELINE_KIND = "pipeline"

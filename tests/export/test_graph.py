@@ -55,6 +55,16 @@ OPTIONS: dict[str, NetworkConfig] = {
     "text tokens alone, qk-norm": replace(
         PLAIN, depth=1, classes=(), text_size=5, text_tokens=3, qk_norm=True
     ),
+    "experts that choose, a gate of the condition": replace(PLAIN, depth=1, experts=4, condition_gate=True),
+    "tokens that choose, a shared modulation": replace(
+        PLAIN,
+        depth=1,
+        experts=4,
+        top_k=2,
+        routing="token_choice",
+        shared_expert=True,
+        shared_modulation=True,
+    ),
     "U-Net": UNET,
 }
 

@@ -37,6 +37,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layout": {"layout_rank": 2},
     "layout with tokens": {"layout_rank": 2, "blocks": "cross_attention"},
     "convolutional head": {"head_channels": 6},
+    "shared modulation": {"shared_modulation": True},
+    "shared modulation of adaln": {"shared_modulation": True, "blocks": "adaln"},
+    "condition gate": {"condition_gate": True},
+    "condition gate of adaln": {"condition_gate": True, "blocks": "adaln", "shared_modulation": True},
+    "experts that choose": {"experts": 4, "rope": True},
+    "tokens that choose": {"experts": 4, "top_k": 2, "routing": "token_choice", "shared_expert": True},
     "all at once": {"qk_norm": True, "rope": True, "swiglu": True, "layout_rank": 2, "head_channels": 6},
 }
 

@@ -19,12 +19,15 @@ HALF_WAY = "checkpoints/step-0000002"
 
 
 def runs(folder: Path, fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the fields of each run by its name: sharded, the same resumed half-way, in tensor parallel."""
+    """Return the fields of each run by its name: sharded, in tensor parallel, in a pipeline, or resumed."""
     sharded = {"parallel": {"mode": "fsdp"}, "ema": [0.9, 0.99], "accumulate": 2, "keep": 9}
+    pipeline = {"parallel": {"pipeline": 2}, "accumulate": 2, "schedule": "constant", "embedding_l2": 0.01}
     few = {**fields, "steps": 4, "checkpoint_every": 2}
     made = {
         "straight": {**few, **sharded},
-        "resumed": {**few, **sharded},
+        "straight-resumed": {**few, **sharded},
+        "pipeline": {**few, **pipeline, "sheet_every": 4},
+        "pipeline-resumed": {**few, **pipeline},
         "tensor": {**few, "parallel": {"tensor": 2}, "sheet_every": 4},
     }
     return {name: {**run, "output": str(folder / name)} for name, run in made.items()}
@@ -34,8 +37,9 @@ def main(folder: Path) -> None:
     fields = json.loads((folder / "run.json").read_text())
     with join_processes("cpu") as world:
         for name, run in runs(folder, fields).items():
-            if name == "resumed" and world.is_first:
-                shutil.copytree(folder / "straight" / HALF_WAY, folder / name / HALF_WAY)
+            if name.endswith("-resumed") and world.is_first:
+                began = folder / name.removesuffix("-resumed")
+                shutil.copytree(began / HALF_WAY, folder / name / HALF_WAY)
             # Nobody begins before the copy is there.
             world.all_agree(True)
             train(TrainConfig.model_validate(run), world)

@@ -104,7 +104,7 @@ def test_a_sharded_run_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(
     together: tuple[Path, dict[str, Any], str],
 ) -> None:
     folder, _, text = together
-    outputs = [folder / "straight", folder / "resumed"]
+    outputs = [folder / "straight", folder / "straight-resumed"]
     assert f"resumed from {outputs[1] / HALF_WAY}" in text
     straight, resumed = (newest(output) for output in outputs)
     assert straight.name == resumed.name == "step-0000004"
@@ -123,6 +123,26 @@ def test_a_run_in_tensor_parallel_is_the_run_of_one_process(
     assert losses(output) == pytest.approx(losses(alone.output), rel=1e-5)
     theirs, ours = (np.asarray(Image.open(folder / "sheet-0000004.png")) for folder in (output, alone.output))
     assert np.abs(theirs.astype(int) - ours).max() <= 2
+
+
+def test_a_pipeline_is_the_run_of_one_process_which_goes_on_with_it(
+    together: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    folder, raw, text = together
+    output, resumed, run = folder / "pipeline", folder / "pipeline-resumed", runs(folder, raw)["pipeline"]
+    alone = {**run, "parallel": {}, "output": str(tmp_path / "alone")}
+    training.train(TrainConfig.model_validate(alone))
+    assert losses(output) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    index = json.loads((newest(output) / "state.json").read_text())["index"]
+    theirs = read_full(newest(output), "ema", index)
+    for name, tensor in read_full(newest(tmp_path / "alone"), "ema", None).items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6)
+    assert f"resumed from {resumed / HALF_WAY}" in text
+    assert_same(newest_state(output), newest_state(resumed))
+    for folder_of_run in (output, tmp_path / "alone"):
+        longer = {**run, "parallel": {}, "steps": 6, "output": str(folder_of_run)}
+        training.train(TrainConfig.model_validate(longer))
+    assert losses(output) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
 def test_the_first_process_chooses_the_recipe_of_all(tmp_path: Path) -> None:
