@@ -168,7 +168,11 @@ class Settings(BaseSettings):
     )
     max_rows: int = Field(64, ge=1, le=4096, description="rows a worker may put into one forward pass")
     lookahead_rows: int = Field(
-        64, ge=0, le=4096, description="rows a worker claims beyond those it can run, for the planner to see"
+        64,
+        ge=0,
+        le=4096,
+        description="rows that workers together claim beyond those they can run, for the planner to see, and "
+        "each no fewer than an efficient batch; 0 claims none",
     )
 
     queue_limit: Count = Field(1000, description="jobs that may wait before new ones are refused")
@@ -358,6 +362,17 @@ class Settings(BaseSettings):
             raise contradiction(f"--strict-rows {self.strict_rows} is above --max-rows {self.max_rows}")
         if self.reuse_s > self.result_ttl_s:
             raise contradiction(f"--reuse-s {self.reuse_s:g} is above --result-ttl-s {self.result_ttl_s:g}")
+        given = (self.backend, self.device, *self.providers.split(","))
+        on_gpu = any(name.lower().startswith(("tensorrt", "cuda")) for name in given)
+        if self.workers_per_gpu is not None and not on_gpu:
+            raise contradiction(
+                f"--workers {self.workers} is for workers that compute on a GPU: add --backend tensorrt, "
+                "--backend torch --device cuda, or --providers CUDAExecutionProvider,CPUExecutionProvider"
+            )
+        if self.workers_per_gpu is not None and self.device not in ("cpu", "cuda"):
+            raise contradiction(
+                f"--workers {self.workers} gives each worker a GPU: --device {self.device} must be cuda"
+            )
         if self.callback_allow and self.callback_secret is None:
             raise contradiction("--callback-allow is set and no --callback-secret signs what is sent")
         return self

@@ -29,7 +29,8 @@ COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "host": (
         ("µs a step", "step_us", "{:.0f}"),
-        ("µs beside the network", "host_us", "{:.0f}"),
+        ("of the host's processor", "host_us", "{:.0f}"),
+        ("steps a turn", "steps_a_turn", "{:.1f}"),
     ),
     "service": (
         ("requests/s", "rate", "{:.0f}"),
@@ -45,6 +46,7 @@ COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("ms on the device", "device_ms", "{:.3f}"),
         ("rows/s", "rows_per_s", "{:.0f}"),
         ("of the peak", "share", "{:.1%}"),
+        ("captured = uncaptured", "passed", "{}"),
     ),
 }
 

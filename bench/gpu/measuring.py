@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,6 +73,8 @@ def main(part: str, measure: Callable[[Measuring], None]) -> None:
     for option in ("--out", "--device", "--bundle", "--setting"):
         parser.add_argument(option, required=True)
     parser.add_argument("--toy", action="store_true")
+    # Temporary folders are removed, and servers ended, when the time is over.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     measuring = Measuring(part, parser.parse_args(sys.argv[1:]))
     measure(measuring)
     measuring.finish()

@@ -10,6 +10,8 @@ from statistics import median
 import torch
 
 WARM_UP = 3
+# The seconds to time passes for, and the fewest of them.
+TIMED_S, LEAST = 0.5, 3
 # Launched without waiting, so that the device is the one that is waited for.
 LAUNCHED = 8
 
@@ -29,18 +31,18 @@ def synchronize(device: str) -> None:
 
 
 def timed(run: Callable[[], object], device: str, passes: int) -> PassTime:
-    """Time a pass as medians of `passes`, after a few that do not count.
+    """Time a pass as medians of `passes`, of fewer where they take long, after a few that do not count.
 
     A CPU computes while it is launched, so that its three times are one.
     """
-    for _ in range(WARM_UP):
-        run()
-    synchronize(device)
 
     def whole() -> None:
         run()
         synchronize(device)
 
+    for _ in range(WARM_UP):
+        whole()
+    passes = min(passes, max(LEAST, int(TIMED_S / _seconds(whole))))
     waited = median(_seconds(whole) for _ in range(passes))
     if not device.startswith("cuda"):
         return PassTime(1e3 * waited, 1e3 * waited, 1e6 * waited)

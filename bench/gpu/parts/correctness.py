@@ -81,7 +81,8 @@ def _raise(error: Exception) -> dict[str, Any]:
 
 
 def _checked(check: Callable[[Backend, Rows], float], backend: Backend) -> dict[str, Any]:
-    allowed = ALLOWED.get(backend.precision, ALLOWED["fp16"])[0]
+    of_row, of_picture = ALLOWED.get(backend.precision, ALLOWED["fp16"])
+    allowed = of_picture if check is cache_on_and_off else of_row
     return _judged(check(backend, random_rows(backend)), allowed)
 
 
@@ -149,11 +150,15 @@ def inputs_kept(backend: Backend, rows: Rows) -> float:
     return _none(same and np.array_equal(first, held))
 
 
-def cache_changes_nothing(backend: Backend, rows: Rows) -> float:
-    """Return 0 if pictures are the same to the last bit with the cache of modulations and without."""
+def cache_on_and_off(backend: Backend, rows: Rows) -> float:
+    """Return the error of pictures without a cache of modulations against the same with one.
+
+    Where rows live on the device they do so with the cache alone: this compares captured steps with the
+    host's own.
+    """
     del rows
     cached, plain = (_drawn(backend, TOY_PICTURES, cache) for cache in (1 << 26, 0))
-    return _none(all(np.array_equal(cached[name], plain[name]) for name in cached))
+    return max(relative_error(plain[name], latent) for name, latent in cached.items())
 
 
 CHECKS: dict[str, Callable[[Backend, Rows], float]] = {
@@ -161,7 +166,7 @@ CHECKS: dict[str, Callable[[Backend, Rows], float]] = {
     "row at another place": row_elsewhere,
     "row of no number": row_of_no_number,
     "inputs and outputs kept": inputs_kept,
-    "cache on and off": cache_changes_nothing,
+    "cache on and off": cache_on_and_off,
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ditserve.bench.gpu.measuring import Measuring, main
+from ditserve.bench.gpu.parts.correctness import ALLOWED, relative_error
 from ditserve.bench.gpu.parts.device import peak
 from ditserve.bench.gpu.parts.steps import TimedNetwork, networks
 from ditserve.bench.gpu.timing import timed
@@ -24,9 +25,20 @@ from ditserve.bench.machine.networks import inputs, random_bundle, row_flops
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import CONDITIONER_ROWS_GPU, load_backend
 from ditserve.service.backends.onnx import AuxiliaryGraphs, open_cuda_graph
-from ditserve.service.backends.sessions import CPU, CUDA, require_providers, session_options
+from ditserve.service.backends.runners import CudaGraphRunner
+from ditserve.service.backends.sessions import (
+    BACKBONES,
+    CPU,
+    CUDA,
+    open_session,
+    provider_entries,
+    require_providers,
+    run_session,
+    session_options,
+)
 
 PASSES, TOY_PASSES = 30, 2
+CAPTURED_ROWS = 4
 # Place of the conditioner → its providers; none are those of the backbone.
 PLACES: dict[str, tuple[str, ...]] = {"the CPU": (CPU,), "the device": ()}
 
@@ -92,7 +104,25 @@ def _step_times(
 
     for rows in network.rows:
         part.point(f"{network.name} onnx {precision} {rows}", partial(figures, rows))
+    if graph is not None:
+        name = f"{network.name} onnx {precision} captured"
+        part.point(name, partial(_captured, bundle, precision, providers, graph))
     backend.close()
+
+
+def _captured(
+    bundle: Bundle, precision: str, providers: tuple[str, ...], graph: CudaGraphRunner
+) -> dict[str, Any]:
+    """Return the error of captured kernels against the same graph whose kernels are launched one by one."""
+    entries = provider_entries(bundle, precision, providers)
+    session = open_session(bundle, BACKBONES[precision], session_options(1), entries)
+    x, state = inputs(bundle.manifest, CAPTURED_ROWS)
+    names = [tensor.name for tensor in bundle.manifest.state]
+    arrays = {"x": x, **dict(zip(names, state, strict=True))}
+    (captured,), (plain,) = graph.run(["output"], arrays), run_session(session, ["output"], arrays)
+    error = relative_error(captured, plain)
+    allowed, _ = ALLOWED[precision]
+    return {"error_of": error, "allowed": allowed, "passed": error <= allowed}
 
 
 def _conditioner(bundle: Bundle, part: Measuring, providers: tuple[str, ...]) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""The time of an engine's step beside the network, on a real backend, and the functions that it goes to."""
+"""The host's time of an engine's step: the processor time of its thread, and the functions that it goes to.
+
+Where rows live on the device a turn has several steps, and its thread sleeps while the device computes. With
+ONNX Runtime it may also spin.
+"""
 
 from __future__ import annotations
 
@@ -7,76 +11,82 @@ import pstats
 import time
 from collections.abc import Mapping
 from functools import partial
-from statistics import median
 from typing import Any
 
 import numpy as np
 
+from ditserve.bench.device_overhead import host_time
 from ditserve.bench.engine_overhead import engine_ms, open_engine, sample_requests
 from ditserve.bench.gpu.measuring import Measuring, main
-from ditserve.bench.gpu.parts.correctness import random_rows, runtimes
+from ditserve.bench.gpu.parts.correctness import runtimes
 from ditserve.model.spec.bundle import Bundle
-from ditserve.service.backends import Backend, load_backend
+from ditserve.model.spec.manifest import Manifest
+from ditserve.service.backends import load_backend
 from ditserve.service.planning.costs import CostModel
 
 ROWS, STEPS, TOY_STEPS = 16, 300, 10
 SHOWN = 12  # functions
+# The time that a step is said to take on a device that does nothing.
+DEVICE_STEP_MS = 0.6
 
 
 def measure(part: Measuring) -> None:
     bundle, steps = Bundle.open(part.bundle), TOY_STEPS if part.toy else STEPS
-    part.point("no network", partial(_without_network, bundle, steps))
-    wanted = ("onnx fp16", "torch fp16") if not part.toy else ("torch fp32",)
+    part.point("no network", partial(_without_network, bundle.manifest, steps))
+    part.point("no network, rows on a device", partial(_without_device, bundle.manifest, steps))
+    wanted = ("torch fp32",) if part.toy else ("torch fp16", "onnx fp16")
     for name, backend, options in runtimes(part):
         if name in wanted:
             part.point(f"{name}, {ROWS} rows", partial(_step, bundle, backend, options, steps))
 
 
-def _without_network(bundle: Bundle, steps: int) -> dict[str, Any]:
+def _without_network(manifest: Manifest, steps: int) -> dict[str, Any]:
     """Return the processor time of a step whose network does nothing."""
-    own = 1e3 * float(np.median(engine_ms(bundle.manifest, rows=ROWS, steps=steps)))
+    own = 1e3 * float(np.median(engine_ms(manifest, rows=ROWS, steps=steps)))
     return {"step_us": own, "host_us": own}
 
 
+def _without_device(manifest: Manifest, steps: int) -> dict[str, Any]:
+    """Return the same of rows that live on a device that does nothing."""
+    found = host_time(manifest, DEVICE_STEP_MS, rows=ROWS, turns=steps)
+    return {"step_us": found.p50_us, "host_us": found.p50_us, "steps_a_turn": found.steps}
+
+
 def _step(bundle: Bundle, name: str, options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Return the time of a step, what of it is beside a pass of the network, and a profile."""
+    """Return the time of a step from outside, that of the thread's processor, and a profile."""
     backend = load_backend(name, bundle, **options)
     try:
-        network_s = _pass_s(backend, steps)
         engine = open_engine(backend, CostModel(), rows=ROWS)
         engine.warm_up()
         source = sample_requests(len(backend.manifest.factors), time.perf_counter())
 
-        def run(count: int) -> list[float]:
-            times = []
+        def run(count: int) -> int:
+            """Take so many turns; return the steps that they had."""
+            taken = 0
             for _ in range(count):
                 while engine.running < ROWS:
                     engine.add(next(source))
-                began = time.perf_counter()
-                engine.step()
-                times.append(time.perf_counter() - began)
-            return times
+                taken += engine.step().steps
+            return taken
 
         # The first steps fill the cache of modulations.
         run(steps)
-        step_s = median(run(steps))
+        began, busy = time.perf_counter(), time.thread_time()
+        taken = run(steps)
+        step_us, host_us = (
+            1e6 * (now - then) / taken
+            for now, then in ((time.perf_counter(), began), (time.thread_time(), busy))
+        )
         profile = cProfile.Profile()
-        profile.runcall(run, steps)
+        profiled = profile.runcall(run, steps)
     finally:
         backend.close()
-    figures = {"step_us": 1e6 * step_s, "pass_us": 1e6 * network_s, "host_us": 1e6 * (step_s - network_s)}
-    return {**figures, "profile": _longest(profile, steps)}
-
-
-def _pass_s(backend: Backend, passes: int) -> float:
-    x, state = random_rows(backend)
-    x, state = np.concatenate([x, x]), tuple(np.concatenate([tensor, tensor]) for tensor in state)
-    times = []
-    for _ in range(passes + 3):
-        began = time.perf_counter()
-        backend.denoise(x, state)
-        times.append(time.perf_counter() - began)
-    return median(times[3:])
+    return {
+        "step_us": step_us,
+        "host_us": host_us,
+        "steps_a_turn": taken / steps,
+        "profile": _longest(profile, profiled),
+    }
 
 
 def _longest(profile: cProfile.Profile, steps: int) -> dict[str, float]:

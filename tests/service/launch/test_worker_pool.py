@@ -19,6 +19,8 @@ from tests.service.tiny_bundle import MANIFEST
 
 pytestmark = pytest.mark.anyio
 
+ON_GPU = ("--backend=torch", "--device=cuda")
+
 
 async def test_an_unforeseen_error_is_logged_and_the_worker_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., Awaitable[Any]]
@@ -53,7 +55,7 @@ async def test_the_workers_of_a_gpu_keep_to_it(
     script = f"echo $CUDA_VISIBLE_DEVICES >> {log}; exec sleep 60"
     monkeypatch.setattr(worker_pool, "process_words", lambda *words: ["/bin/sh", "-c", script])
     model = ServedModel(tmp_path, Bundle(tmp_path, MANIFEST), "dit")
-    pool = WorkerPool(model, Settings.parse(["--workers=per-gpu=2"]), metrics_folder=tmp_path)
+    pool = WorkerPool(model, Settings.parse([*ON_GPU, "--workers=per-gpu=2"]), metrics_folder=tmp_path)
     pool.start()
     seen = ["GPU-0", "GPU-0", "GPU-1", "GPU-1"]
     await wait_until(lambda: log.is_file() and len(log.read_text().split()) == 4, timeout=30)
@@ -63,7 +65,12 @@ async def test_the_workers_of_a_gpu_keep_to_it(
 
 def test_gpus_that_are_named_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a")
-    assert worker_pool.worker_gpus(Settings.parse(["--workers=per-gpu=2"])) == ("3", "3", "GPU-a", "GPU-a")
+    assert worker_pool.worker_gpus(Settings.parse([*ON_GPU, "--workers=per-gpu=2"])) == (
+        "3",
+        "3",
+        "GPU-a",
+        "GPU-a",
+    )
     assert worker_pool.worker_gpus(Settings.parse(["--workers=3"])) == (None, None, None)
 
 
@@ -71,4 +78,4 @@ def test_workers_for_each_gpu_need_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(worker_pool, "gpus", lambda: iter(()))
     with pytest.raises(ValueError, match="--workers per-gpu=1 finds no GPU: pip install nvidia-ml-py"):
-        worker_pool.worker_gpus(Settings.parse(["--workers=per-gpu=1"]))
+        worker_pool.worker_gpus(Settings.parse([*ON_GPU, "--workers=per-gpu=1"]))
