@@ -33,7 +33,7 @@ serve: $(SERVING) ## Start the whole service on this machine: http://127.0.0.1:8
 	@exec $(BIN)/python -m service $(ARGS)
 
 test: $(TESTING) ## Run every test; ARGS="tests/model -k solver" runs some, ARGS=--cov tells what they reach.
-	@exec $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@exec $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(TESTING) ## Check format, style and types.
 	@$(BIN)/ruff format --check .

@@ -62,6 +62,7 @@ class NoopBackend:
 
     name = "none"
     precision = "fp32"
+    kernels = ""
     buckets: tuple[int, ...] | None = None
     conditioner_rows = CONDITIONER_ROWS
     size_multiple: int | None = None

@@ -38,6 +38,7 @@ COMMANDS = {
     ),
     "half": Command("export.half", "add a backbone in half precision to a bundle", "export"),
     "int8": Command("export.int8", "add an INT8 backbone to a bundle", "export"),
+    "fp8": Command("export.fp8", "record what FP8 costs a bundle in quality", "export"),
     "trt": Command("export.trt", "build TensorRT engines of a bundle", "gpu"),
     "data": Command("model.data", "make, describe and encode sets of pictures", "train"),
     "train": Command("model.train", "train a network", "train"),

@@ -6,9 +6,10 @@ other weights:
 
 - The input of `qkv` and `fc1` is `LN(h)·(1 + scale) + shift`, without an affine of LN's own. Shift and
   1 + scale absorb s: their rows of the adaLN linear.
-- The input of `proj` is a mix of the values V. V's rows of `qkv` absorb s.
+- The input of `proj` is a mix of the values V over tokens. V's rows of `qkv` absorb s.
 - The input of `fc2` comes from GELU, which is not linear: it cannot be smoothed. Nor can `qkv` and `fc1` of a
-  block without modulation.
+  block without a modulation of its own that acts on all tokens alike, or `proj` where attention mixes
+  channels.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def int8_linears(dit: DiT) -> dict[str, nn.Linear]:
     """Return the linears that become INT8 by their names, such as "blocks.0.attn.qkv"."""
     modules = dict(dit.named_modules())
     names = [f"blocks.{k}.{layer}" for k in range(dit.config.depth) for layer in LAYERS]
-    return {name: cast(nn.Linear, modules[name]) for name in names if name in modules}
+    # The maps of experts lie side by side in one product, which stays as it is.
+    return {name: module for name in names if isinstance(module := modules.get(name), nn.Linear)}
 
 
 @torch.no_grad()
@@ -69,12 +71,13 @@ def smooth(dit: DiT, peaks: dict[str, Tensor], alpha: float) -> DiT:
     for k, module in enumerate(result.blocks):
         block = cast(Block, module)
         qkv, proj = block.attn.qkv, block.attn.proj
-        factor = _factors(peaks[f"blocks.{k}.attn.proj"], proj.weight, alpha)
-        proj.weight *= factor
-        qkv.weight[2 * d :] /= factor[:, None]
-        qkv.bias[2 * d :] /= factor
+        if block.attn.over_tokens:
+            factor = _factors(peaks[f"blocks.{k}.attn.proj"], proj.weight, alpha)
+            proj.weight *= factor
+            qkv.weight[2 * d :] /= factor[:, None]
+            qkv.bias[2 * d :] /= factor
         count = MODULATIONS[block.kind]
-        if not count:
+        if not count or dit.config.shared_modulation or dit.config.condition_gate:
             continue
         _absorb(block, qkv, _factors(peaks[f"blocks.{k}.attn.qkv"], qkv.weight, alpha), 0)
         fc1 = getattr(block.mlp, "fc1", None)
@@ -88,7 +91,7 @@ def _absorb(block: Block, linear: nn.Linear, factor: Tensor, first: int) -> None
 
     Its shift is modulation vector `first`, its scale is `first` + 1.
     """
-    adaln = cast(nn.Linear, block.adaLN_modulation[1])
+    adaln = cast(nn.Linear, cast(nn.Sequential, block.adaLN_modulation)[1])
     d = len(factor)
     shift, scale = slice(first * d, (first + 1) * d), slice((first + 1) * d, (first + 2) * d)
     linear.weight *= factor

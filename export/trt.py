@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,13 +230,19 @@ def _run(options: argparse.Namespace, reporter: ProgressReporter) -> int:
     else:
         # Engines lie in the bundle or in a folder of their own.
         folder, kind = (task.engines, ENGINES) if options.engines else (bundle.path, BUNDLE)
-        with nullcontext() if options.compile_only else claim(folder, kind):
+        # Who waits finds what the other has built.
+        on_wait = partial(_tell_waiting, reporter) if options.wait else None
+        with nullcontext() if options.compile_only else claim(folder, kind, on_wait=on_wait):
             outcomes = _build_and_try(task, origins, options, reporter)
     for outcome in outcomes:
         done = {"state": outcome.state, "seconds": outcome.record.get("seconds")}
         reporter.report({"event": "done", "precision": outcome.origin.precision, **done})
     _print(Console(stderr=True), task, outcomes, options.command)
     return STALE if options.check and any(outcome.state != "fresh" for outcome in outcomes) else 0
+
+
+def _tell_waiting(reporter: ProgressReporter, owner: str) -> None:
+    reporter.report({"event": "waiting", "owner": owner})
 
 
 def _build_and_try(
@@ -319,9 +326,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--check", action="store_true", help="build nothing; 1 if an engine is missing or stale")
     add("--compile-only", action="store_true", help="compile and keep nothing")
     add("--progress", choices=("bars", "json"), default="bars", help="json: an event a line on stdout")
+    add("--wait", action="store_true", help="wait for another process that builds there")
     add("--verbose", action="store_true", help="print TensorRT's log after an error")
     options = parser.parse_args(arguments)
-    once = ("--check", "--force", "--compile-only", "--verbose")
+    once = ("--check", "--force", "--compile-only", "--wait", "--verbose")
     kept = [argument for argument in arguments if argument not in once]
     options.command = f"{command_line('export.trt')} {shlex.join(kept)}"
     return options

@@ -51,6 +51,7 @@ LIMITS: dict[str, ParityLimits] = {
     "fp16": ParityLimits(relative_l2=1e-2, cosine=0.9999),
     "bf16": ParityLimits(relative_l2=4e-2, cosine=0.999),
     "int8": ParityLimits(relative_l2=6e-2, cosine=0.998),
+    "fp8": ParityLimits(relative_l2=6e-2, cosine=0.998),
 }
 
 

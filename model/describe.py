@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ditserve.commands import command_line
-from ditserve.model.nets.cost import Cost, cost
+from ditserve.model.nets.cost import Cost, PartCost, cost, part_costs
 from ditserve.model.spec.bundle import MANIFEST, PIPELINE, Bundle
 from ditserve.model.spec.command_line import guarded, positive
 from ditserve.model.spec.dit_config import BLOCK_KINDS, PATCHES, SIZES, published_config
@@ -66,20 +66,35 @@ def format_table(costs: Mapping[str, Cost]) -> str:
     """Return a table with one line per network."""
     width = max(len("network"), *(len(name) for name in costs))
     head = (
-        f"{'network':{width}}  parameters  tokens  conditioner G  backbone G      GMACs"
+        f"{'network':{width}}  parameters     active  tokens  conditioner G  backbone G      GMACs"
         "   linear G  attention G  convolution G    GFLOPs  inference MiB  training MiB"
     )
     lines = [
-        f"{name:{width}}  {c.parameters / 1e6:8.2f} M  {c.tokens:6}  {c.conditioner_macs / 1e9:13.4f}"
+        f"{name:{width}}  {c.parameters / 1e6:8.2f} M {c.active_parameters / 1e6:8.2f} M"
+        f"  {c.tokens:6}  {c.conditioner_macs / 1e9:13.4f}"
         f"  {c.backbone_macs / 1e9:10.2f}  {c.macs / 1e9:9.2f}  {c.linear_macs / 1e9:9.3f}"
         f"  {c.attention_macs / 1e9:11.3f}  {c.convolution_macs / 1e9:13.4f}  {c.flops / 1e9:8.2f}"
         f"  {c.inference_bytes / 2**20:13.1f}  {c.training_bytes / 2**20:12.1f}"
         for name, c in costs.items()
     ]
     notes = (
-        "per row, fp32; the paper's Gflops are these GMACs, which linear, attention and convolution add up to"
+        "per row, fp32; active: parameters that act on one token; the paper's Gflops are these GMACs, which "
+        "linear, attention and convolution add up to"
     )
     return "\n".join([head, *lines, notes])
+
+
+def format_parts(name: str, parts: Sequence[PartCost]) -> str:
+    """Return a table with one line per part of a network: where its multiply-adds and its memory are."""
+    total = sum(part.macs for part in parts)
+    lines = [f"{name:20}        MACs   share  output         MiB"]
+    for part in parts:
+        shape = "×".join(map(str, part.shape))
+        lines.append(
+            f"{part.name:20}  {part.macs / 1e6:8.1f} M  {part.macs / max(1, total):6.1%}"
+            f"  {shape:12}  {part.output_bytes / 2**20:6.2f}"
+        )
+    return "\n".join(lines)
 
 
 def pipeline_weights(text: str) -> WeightSizes | None:
@@ -121,6 +136,12 @@ def run(options: argparse.Namespace) -> None:
         return
     configs = {text: read_config(text) for text in options.network} or paper()
     size = (options.size[0], options.size[1]) if options.size else None
+    if options.parts:
+        parts = {name: part_costs(config, size) for name, config in configs.items()}
+        listed = {name: [asdict(part) for part in costs] for name, costs in parts.items()}
+        tables = "\n\n".join(format_parts(name, costs) for name, costs in parts.items())
+        print(json.dumps(listed, indent=1) if options.json else tables)
+        return
     costs = {name: cost(config, size) for name, config in configs.items()}
     if options.json:
         derived = ("linear_macs", "macs", "flops")
@@ -157,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("H", "W"),
         help="in latent pixels (the trained one)",
     )
+    parser.add_argument("--parts", action="store_true", help="what each block or level costs, in a row")
     parser.add_argument("--json", action="store_true", help="print JSON, in plain numbers")
     return parser
 

@@ -29,7 +29,7 @@ class DemandBucket:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The runtime of a worker's network: the backend, its numbers, and the sizes it can run.
+    """The runtime of a worker's network: the backend, its numbers and kernels, and the sizes it can run.
 
     It runs every size whose sides are multiples of `size_multiple` latent pixels; None: the model's own size
     only.
@@ -38,6 +38,10 @@ class Network:
     backend: str = ""
     precision: str = ""
     size_multiple: int | None = None
+    kernels: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.backend, self.precision, self.kernels) if part)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,8 @@ from ditserve.service.setting_checks import (
 )
 
 _PREFIX = "DIT_"
+# The sub-folder of --engines for the code that torch compiles.
+COMPILED = "torch-compiled"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -116,10 +118,10 @@ class Settings(BaseSettings):
         description="what runs the network; auto is onnx, and torch for an imported pipeline without graphs",
     )
     threads: int = Field(0, ge=0, le=1024, description="compute threads of a worker; 0 uses every core")
-    precision: Literal["auto", "fp32", "fp16", "bf16", "int8"] = Field(
+    precision: Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"] = Field(
         "auto",
         description="numbers the network computes in; auto is the backend's choice; "
-        "bf16 is for tensorrt and for imported pipelines, and a network of ours has fp32 alone in torch",
+        "bf16 is for tensorrt and torch, fp8 for a DiT of ours in torch, int8 for onnx and tensorrt",
     )
     providers: str = Field(
         "",
@@ -136,7 +138,8 @@ class Settings(BaseSettings):
     )
     engines: Path | None = Field(
         None,
-        description="folder of the tensorrt backend's engines, one sub-folder a model; unset is the bundle",
+        description="folder of the tensorrt backend's engines, one sub-folder a model; unset is the bundle. "
+        "With --compile torch keeps the code that it compiles in it; unset is a temporary folder of the user",
     )
     export_on_start: bool = Field(
         False,
@@ -157,10 +160,19 @@ class Settings(BaseSettings):
     embedding_cache_bytes: Bytes = Field(
         64 * 2**20, description="bytes of a worker, and of Redis, for embeddings of conditions"
     )
-    workers: int = Field(1, ge=1, le=1024, description="worker processes the all-in-one starts")
+    workers: Annotated[str, BeforeValidator(str)] = Field(
+        "1",
+        pattern=r"^(per-gpu=)?([1-9]\d{0,2}|10[01]\d|102[0-4])$",
+        description="worker processes the all-in-one starts for each model, 1 to 1024; per-gpu=N starts N on "
+        "each GPU, to which they keep",
+    )
     max_rows: int = Field(64, ge=1, le=4096, description="rows a worker may put into one forward pass")
     lookahead_rows: int = Field(
-        64, ge=0, le=4096, description="rows a worker claims beyond those it can run, for the planner to see"
+        64,
+        ge=0,
+        le=4096,
+        description="rows that workers together claim beyond those they can run, for the planner to see, and "
+        "each no fewer than an efficient batch; 0 claims none",
     )
 
     queue_limit: Count = Field(1000, description="jobs that may wait before new ones are refused")
@@ -334,7 +346,7 @@ class Settings(BaseSettings):
     @classmethod
     def _precision_of_backend(cls, precision: str, info: ValidationInfo) -> str:
         backend = info.data.get("backend")
-        lacking = {"onnx": ("bf16",), "torch": ("int8",)}.get(str(backend), ())
+        lacking = {"onnx": ("bf16", "fp8"), "torch": ("int8",), "tensorrt": ("fp8",)}.get(str(backend), ())
         if precision in lacking:
             reason = {"reason": f"{precision} is not there with --backend {backend}"}
             raise PydanticCustomError("precision", "{reason}", reason)
@@ -350,9 +362,26 @@ class Settings(BaseSettings):
             raise contradiction(f"--strict-rows {self.strict_rows} is above --max-rows {self.max_rows}")
         if self.reuse_s > self.result_ttl_s:
             raise contradiction(f"--reuse-s {self.reuse_s:g} is above --result-ttl-s {self.result_ttl_s:g}")
+        given = (self.backend, self.device, *self.providers.split(","))
+        on_gpu = any(name.lower().startswith(("tensorrt", "cuda")) for name in given)
+        if self.workers_per_gpu is not None and not on_gpu:
+            raise contradiction(
+                f"--workers {self.workers} is for workers that compute on a GPU: add --backend tensorrt, "
+                "--backend torch --device cuda, or --providers CUDAExecutionProvider,CPUExecutionProvider"
+            )
+        if self.workers_per_gpu is not None and self.device not in ("cpu", "cuda"):
+            raise contradiction(
+                f"--workers {self.workers} gives each worker a GPU: --device {self.device} must be cuda"
+            )
         if self.callback_allow and self.callback_secret is None:
             raise contradiction("--callback-allow is set and no --callback-secret signs what is sent")
         return self
+
+    @property
+    def workers_per_gpu(self) -> int | None:
+        """The workers on each GPU; None where `workers` is their number in all."""
+        kind, _, number = self.workers.rpartition("=")
+        return int(number) if kind else None
 
     @property
     def max_upload_bytes(self) -> int:
@@ -374,9 +403,11 @@ class Settings(BaseSettings):
             settings = cls.parse(rest, program=program)
         except SettingsError as error:
             _refuse(str(error))
+        # Their libraries read the variables alone.
         if settings.prometheus_multiproc_dir is not None:
-            # Its library reads the variable alone.
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(settings.prometheus_multiproc_dir)
+        if settings.compile and settings.engines is not None:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.engines / COMPILED))
         if len(rest) != len(argv):
             print(settings.render())
             raise SystemExit(0)
@@ -396,6 +427,12 @@ class Settings(BaseSettings):
     def render(self) -> str:
         """Return the effective settings as JSON, secrets masked."""
         return json.dumps(self.model_dump(mode="json"), indent=2)
+
+    @staticmethod
+    def visible_gpus() -> tuple[str, ...] | None:
+        """Return the GPUs that CUDA_VISIBLE_DEVICES names; None if it does not restrict them."""
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return None if named is None else tuple(name for name in named.split(",") if name)
 
     def child_environment(self) -> dict[str, str]:
         """Return the environment in which a child process loads exactly these settings.

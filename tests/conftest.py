@@ -7,6 +7,7 @@ runs against that server.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 import uuid
@@ -25,6 +26,11 @@ from ditserve.service.queue.broker import Broker
 from ditserve.service.queue.keys import Keys
 from tests.service.queue.servers import free_port
 
+# Files with a few long tests. The last of them would leave the other processor without work.
+LONG = (
+    *("tests/export/", "tests/bench/", "tests/test_", "tests/model/train/", "tests/model/distributed/"),
+    *("tests/service/backends/", "tests/service/launch/"),
+)
 SERVERS = ["embedded", *(["external"] if os.environ.get("REDIS_URL") else [])]
 
 
@@ -41,8 +47,10 @@ def fuzz_cases(request: pytest.FixtureRequest) -> int:
     return cases
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where no GPU answers."""
+    """Put the files with long tests first, and skip tests marked `gpu` where no GPU answers."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         try:
@@ -50,6 +58,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         except NoGpuError as reason:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=f"{reason}: run it on a machine with one"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports have made out of all later collections: with it, one takes a second.
+
+    Each graph that is traced or opened asks for a collection.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

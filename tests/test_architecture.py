@@ -64,6 +64,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
 COMMANDS = {"service.__main__", "service.dead_letters", "export.trt"}
 # What `service` may import of `model`; the torch backend may import all of it.
 TORCHLESS = "model.spec"
+TORCH_BACKEND = {"service.backends.torch", "service.backends.torch_precision"}
 
 # Library → the modules that may import it.
 EDGE = {"api", "app", "context", "intake", "openapi", "problems"}
@@ -83,7 +84,7 @@ OWNERS = {
 ONNX_RUNTIME = {"onnx", "precision", "runners", "sessions", "tensorrt"}
 SERVICE_OWNERS = {
     "onnxruntime": {f"service.backends.{name}" for name in ONNX_RUNTIME},
-    "torch": {"service.backends.torch", "service.backends.torch_rows"},
+    "torch": TORCH_BACKEND | {"service.backends.torch_rows"},
 }
 
 # Modules of values and arithmetic, besides all whose docstring says "Pure".
@@ -251,7 +252,7 @@ def torchless(tree: Tree) -> Iterator[str]:
     """The service needs no torch: not from its own modules, and not through what it imports of `model`."""
     for module in tree.values():
         held = within(module.name, TORCHLESS) or (
-            module.package == "service" and module.name != "service.backends.torch"
+            module.package == "service" and module.name not in TORCH_BACKEND
         )
         for each in module.imports:
             package = each.target.partition(".")[0]

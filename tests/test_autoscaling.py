@@ -21,8 +21,8 @@ from tests.promql import Scrapes
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).parent.parent
-STEPS, WITHIN_S = 50, 2.0
-SECONDS = 10.0
+CLIENTS, STEPS, WITHIN_S = 8, 50, 2.0
+SECONDS = 6.0
 SCRAPED_EVERY_S = 0.5
 
 # The queries as shipped, but over a shorter time, because the test is shorter.
@@ -87,25 +87,32 @@ async def hasty_clients(service: Watched) -> AsyncIterator[list[HastyClient]]:
 
 async def test_overload_is_seen_by_the_queries_and_so_is_its_end() -> None:
     async with watched() as service, hasty_clients(service) as hasty:
-        can_per_s = await hasty[0].closed_loop(8, SECONDS / 2)
+        can_per_s = await hasty[0].closed_loop(CLIENTS, SECONDS / 2)
         assert can_per_s > 0
+        # On a slow machine no request would be answered in time, however few there are.
+        within_s = max(WITHIN_S, CLIENTS / can_per_s)
         await below(service, lambda: service(OFFERED))
 
         async def offer(times: float) -> list[Any]:
             rate = times * can_per_s / len(hasty)
-            loops = (client.open_loop(rate, SECONDS, WITHIN_S, returning=False) for client in hasty)
+            loops = (client.open_loop(rate, SECONDS, within_s, returning=False) for client in hasty)
             return [outcome for outcomes in await asyncio.gather(*loops) for outcome in outcomes]
 
         calm = await offer(0.2)
         assert sum(outcome.status == 503 for outcome in calm) <= 0.1 * len(calm)
         assert service(OFFERED) < THRESHOLD, "a fifth of what it can do wants no more workers"
         assert not service.saturated()
-        outcomes = await offer(3.0)
+        # The answers to the last requests come when the queries have begun to forget the first.
+        offering, offered, saturated = asyncio.create_task(offer(3.0)), 0.0, False
+        while not offering.done():
+            await asyncio.sleep(SCRAPED_EVERY_S)
+            offered, saturated = max(offered, service(OFFERED)), saturated or service.saturated()
+        outcomes = offering.result()
         refused = sum(outcome.status == 503 for outcome in outcomes) / len(outcomes)
         fewer = sum(outcome.steps is not None and outcome.steps < STEPS for outcome in outcomes)
         assert refused + fewer / len(outcomes) > 0.4, "it was no overload"
-        assert service(OFFERED) > 1.5, "three times as much as one worker can do"
-        assert service.saturated()
+        assert offered > 1.5, "three times as much as one worker can do"
+        assert saturated
         await below(service, lambda: service(OFFERED))
         assert not service.saturated()
 
@@ -120,7 +127,7 @@ async def test_a_backlog_without_deadlines_is_seen_and_so_is_its_end() -> None:
             )
             assert answer.status_code == 202
             jobs.append(answer.headers["location"])
-        await wait_until(lambda: service(BACKLOG) > THRESHOLD, timeout=20, every=0.1)
+        await wait_until(lambda: service(BACKLOG) > THRESHOLD, timeout=120, every=0.1)
         for job in jobs:
             await service.clients[1].delete(job)
         await below(service, lambda: service(BACKLOG))

@@ -56,7 +56,7 @@ def start(tmp_path: Path, redis_url: str, namespace: str, receiver: Receiver) ->
     yield start_
     for process in processes:
         process.kill()
-        process.wait(10)
+        process.wait()
 
 
 async def answers(client: httpx.AsyncClient) -> bool:
@@ -76,7 +76,7 @@ async def test_a_process_that_is_killed_while_it_calls_loses_nothing(
     receiver.answers = [HANG]
     broker = await connect()
     async with httpx.AsyncClient(base_url=start("+2h"), trust_env=False) as first:
-        await wait_until(lambda: answers(first), timeout=60)
+        await wait_until(lambda: answers(first), timeout=120)
         headers = {"prefer": "respond-async"}
         job = (await first.post("/generate", json={"callback_url": receiver.url}, headers=headers)).json()
     assert job["callback"]["state"] == "waiting"
@@ -85,9 +85,9 @@ async def test_a_process_that_is_killed_while_it_calls_loses_nothing(
     await wait_until(lambda: receiver.posts)
     (process,) = start.processes  # type: ignore[attr-defined]
     process.kill()
-    process.wait(10)
+    process.wait()
     async with httpx.AsyncClient(base_url=start("-2h"), trust_env=False) as second:
-        await wait_until(lambda: answers(second), timeout=60)
+        await wait_until(lambda: answers(second), timeout=120)
         # The lease of the dead process ends.
         async with Redis.from_url(redis_url) as client:
             assert await client.zadd(broker.keys.callbacks, {job["id"]: 0}, ch=True, xx=True) == 1

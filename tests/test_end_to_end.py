@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 APPLE = {"condition": {"label": "red-apple", "style": "noto"}, "seed": 7, "steps": 10}
 
 
-def wait_until(condition: Callable[[], Any], what: str, *, timeout_s: float = 30.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, *, timeout_s: float = 120.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):
@@ -64,7 +64,7 @@ class Service:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=120)
         try:
             wait_until(lambda: self.alive() and self.client.get("/readyz").status_code == 200, "/readyz")
         except AssertionError:
@@ -91,7 +91,7 @@ class Service:
     def stop(self) -> int:
         self.client.close()
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(timeout=30)
+        return self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_seed_means_an_image_alone_or_in_a_crowd(service: Service) -> None:
     alone = pixels(service.generate()["images"][0])
 
     async def crowd() -> list[Any]:
-        async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=service.url, timeout=120) as client:
             bodies = [APPLE] + [
                 {
                     "condition": {"label": k * 31},
@@ -310,7 +310,7 @@ def test_a_start_that_cannot_work_is_one_sentence(flags: list[str], words: str) 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
     assert done.returncode != 0
@@ -324,7 +324,7 @@ def test_a_port_in_use_is_one_sentence() -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         command = [sys.executable, "-m", "service", "--port", port]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert port in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -340,7 +340,7 @@ def test_a_corrupt_bundle_is_one_sentence(tmp_path: Path) -> None:
     name = next(iter(manifest["files"]))
     (bundle / name).write_bytes(b"x" * manifest["files"][name]["bytes"])
     command = [sys.executable, "-m", "service", "--bundle", str(bundle), "--port", str(free_port())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert name in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

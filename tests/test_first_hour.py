@@ -37,7 +37,6 @@ def write_pictures(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.timeout(300)
 def test_from_a_folder_of_pictures_to_a_picture_over_http(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

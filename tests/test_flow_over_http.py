@@ -58,7 +58,6 @@ def expected(bundle: Path, levels: tuple[float, ...], *, mix: Combine = "linear"
     return to_pixels(image)[0].astype(np.int16)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("backend", ["onnx", "torch"])
 def test_a_flow_is_served_as_it_is_sampled_offline(backend: str, bundle: Path, tmp_path: Path) -> None:
     service = Service(tmp_path / "log.txt", f"--bundle={bundle}", f"--backend={backend}")

@@ -26,7 +26,6 @@ from tests.model.weights.lightningdit_reference import (
 )
 from tests.service.backends.drawing import drawn
 
-pytestmark = pytest.mark.timeout(900)
 SEED, LABEL = 7, 4
 
 

@@ -295,8 +295,12 @@ def test_testing_installs_everything_and_happens_once(checkout: Checkout) -> Non
     assert [
         "--extra-index-url there --editable .[dev]" in call for call in calls if "pip install" in call
     ] == [True]
-    assert calls[-1] == "-m pytest -n 2 --dist loadfile"
-    assert checkout.make("test", "ARGS=-k x") == (0, [], ["-m pytest -n 2 --dist loadfile -k x"])
+    assert calls[-1] == "-m pytest -n 2 --dist loadfile --no-loadscope-reorder"
+    assert checkout.make("test", "ARGS=-k x") == (
+        0,
+        [],
+        ["-m pytest -n 2 --dist loadfile --no-loadscope-reorder -k x"],
+    )
 
 
 def test_bench_runs_a_module_that_exists(checkout: Checkout) -> None:

@@ -46,7 +46,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     # ChromaTransformer2DModel has it from where it was.
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
-    pytest.mark.timeout(600),
 ]
 
 
@@ -122,7 +121,7 @@ def serving(root: Path, pipelines: Mapping[str, Any]) -> Iterator[dict[str, Serv
             client.close()
             for process in started:
                 process.kill()
-                process.wait(30)
+                process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def url(installed: Installed) -> Iterator[str]:
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: "bundle unchanged" in log.read_text(), "the bundle to be opened anew")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait() == 0, log.read_text()
     finally:
         process.kill()
         process.wait()

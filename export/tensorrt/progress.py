@@ -4,6 +4,7 @@ Both can cancel the build.
 
 The lines are:
 
+    {"event": "waiting", "owner": …}            another process builds there
     {"event": "start", "precision": …, "number": 1, "of": 2}
     {"event": "phase", "precision": …, "phase": …}
     {"event": "step", "precision": …, "done": 3, "total": 13}

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -98,26 +98,44 @@ def made_by_first(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 class ParallelSpec(BaseModel):
-    """The division of a run's work between its processes: replicas, each of `tensor` processes."""
+    """The division of a run's work between its processes: replicas of `tensor` or `pipeline` processes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     mode: Literal["ddp", "fsdp"] = "ddp"
     """Data parallelism: with "ddp" each replica keeps the whole training state, with "fsdp" a shard of it."""
     tensor: Annotated[int, Field(ge=1)] = 1
     """Number of processes that share one replica's attention heads and MLP channels."""
+    pipeline: Annotated[int, Field(ge=1)] = 1
+    """Number of processes that share one replica's blocks; the pieces of `accumulate` flow through them."""
+    compress: Literal["bf16"] | None = None
+    """The format in which replicas average their gradients; None: that of the gradients, fp32."""
+
+    @model_validator(mode="after")
+    def _check_fields_agree(self) -> ParallelSpec:
+        if self.pipeline > 1 and (self.mode != "ddp" or self.tensor > 1):
+            raise ValueError("pipeline is for mode ddp and tensor 1: leave these out, or pipeline")
+        if self.compress and (self.mode != "ddp" or self.pipeline > 1):
+            raise ValueError("compress is for mode ddp and pipeline 1: leave these out, or compress")
+        return self
+
+    @property
+    def parts(self) -> int:
+        """The number of processes that share a replica."""
+        return self.tensor * self.pipeline
 
     def replicas(self, world: World) -> int:
         """Return the number of replicas that share a batch.
 
         Raises:
-            ValueError: the processes do not divide into groups of `tensor`.
+            ValueError: the processes do not divide into groups of `tensor` or `pipeline`.
         """
-        if world.size % self.tensor:
+        if world.size % self.parts:
+            field = "pipeline" if self.pipeline > 1 else "tensor"
             raise ValueError(
-                f"parallel.tensor {self.tensor} does not divide the {world.size} processes of this run: "
-                f"start a multiple of {self.tensor} by torchrun, or lower it"
+                f"parallel.{field} {self.parts} does not divide the {world.size} processes of this run: "
+                f"start a multiple of {self.parts} by torchrun, or lower it"
             )
-        return world.size // self.tensor
+        return world.size // self.parts
 
     def rows(self, world: World, batch: int) -> range:
         """Return the rows of every batch that this process trains on.
@@ -133,5 +151,5 @@ class ParallelSpec(BaseModel):
             raise ValueError(
                 f"batch {batch} is not divisible by {replicas} replicas of the network: make it a multiple"
             )
-        count, replica = batch // replicas, world.rank // self.tensor
+        count, replica = batch // replicas, world.rank // self.parts
         return range(replica * count, (replica + 1) * count)

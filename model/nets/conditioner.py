@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.network_kinds import NetworkConfig
 
 Config = TypeVar("Config", bound=NetworkConfig)
 

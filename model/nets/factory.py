@@ -11,7 +11,7 @@ from torch import Tensor
 from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.unet import UNet
 from ditserve.model.spec.dit_config import DiTConfig
-from ditserve.model.spec.network_config import NetworkConfig
+from ditserve.model.spec.network_kinds import NetworkConfig
 from ditserve.model.spec.unet_config import UNetConfig
 
 __all__ = ["Network", "NetworkConfig", "make_network", "network_of"]

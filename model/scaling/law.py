@@ -72,6 +72,11 @@ class Law:
             loss = loss + term.coefficient * ratio**-term.exponent
         return loss
 
+    def gains(self, point: LossPoint) -> dict[str, float]:
+        """Return by how much the loss falls from `point` where one variable doubles and the others stay."""
+        at = {name: getattr(point, name) for name in self.terms}
+        return {name: float(self.loss(**at) - self.loss(**at | {name: 2 * at[name]})) for name in at}
+
 
 def fit(points: Sequence[LossPoint]) -> Law:
     """Return the law with the least Huber loss of the residuals of log L, from the best of several starts.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ditserve.model.scaling.figure import draw_law
-from ditserve.model.scaling.law import bootstrap, fit
+from ditserve.model.scaling.law import Law, LossPoint, bootstrap, fit
 from ditserve.model.scaling.record import ScalingRecord, write_record
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.train.dry_run import StageCost
@@ -44,7 +44,11 @@ def write_report(record: ScalingRecord, costs: Mapping[str, StageCost], draws: i
             fitted[f"{name}_exponent"] = interval(term.exponent, [drawn.exponent for drawn in terms])
             fitted[f"{name}_coefficient"] = interval(term.plain, [drawn.plain for drawn in terms])
         draw_law(points, law, laws, out / "scaling.png")
-        lines += [_law_table(fitted), "![Loss over parameters, pictures and compute](scaling.png)"]
+        lines += [
+            _law_table(fitted),
+            next_budget(points, law),
+            "![Loss over parameters, pictures and compute](scaling.png)",
+        ]
     write_record(record.model_copy(update={"law": fitted}), out)
     text = "\n\n".join(lines) + "\n"
     write_atomic(out / "scaling.md", text.encode())
@@ -75,6 +79,17 @@ def network_table(record: ScalingRecord, costs: Mapping[str, StageCost]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def next_budget(points: Sequence[LossPoint], law: Law) -> str:
+    """Return a sentence on what the law says to train next: what doubling each variable is worth."""
+    best = min(points, key=lambda point: point.loss)
+    gains = sorted(law.gains(best).items(), key=lambda gain: -gain[1])
+    worth = ", ".join(f"{name} {gain:.4f}" for name, gain in gains)
+    return (
+        f"From the best run ({best.run}, loss {best.loss:.4f}) the law takes off the loss for twice as many: "
+        f"{worth}. The next budget goes to {gains[0][0]} first."
+    )
 
 
 def _law_table(fitted: Mapping[str, tuple[float, float, float]]) -> str:

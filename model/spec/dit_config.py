@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
+from ditserve.model.spec.attention_kinds import AttentionKind, attention_kind, check_kinds, check_levels
+
 Fusion = Literal["sum", "mlp"]
 BlockKind = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
+Routing = Literal["expert_choice", "token_choice"]
 
 # Name → (depth, hidden size, heads).
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -31,6 +34,8 @@ MODULATIONS: dict[BlockKind, int] = {"adaln_zero": 6, "adaln": 4, "cross_attenti
 
 # The width of a SwiGLU is a multiple of it.
 SWIGLU_MULTIPLE = 8
+# The largest share of tokens that can be merged into others: three of four (arXiv:2303.17604, §4).
+MOST_MERGED = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +52,18 @@ class DiTConfig:
         layout_rank      the rank of a bias that the condition gives to every token; 0: none
         rms_norm         norms by the root mean square, without the mean, those of qk_norm too
         head_channels    the channels handed to a small convolution at the end; 0: none
+        attention        one kind of self-attention for all blocks, or one per block (`attention_kinds`)
+        conv_mlp         MLPs with a gate and a depthwise convolution over the grid of tokens
+        levels           the level of every block: at level k, 2^k × 2^k tokens are merged into one
+        merge_tokens     the share of tokens that every block computes together with a like one
         frequency_shift  1 for diffusers' timestep frequencies (k/127), 0 for the published ones (k/128)
         mlp_norm_eps     the epsilon of the norm before the MLP: published 1e-6, in diffusers 1e-5
         base_size        the size whose tokens stand at positions 0, 1, 2 …; None: image_size
+        shared_modulation  one map of the condition for all blocks, with offsets for each (adaLN-single)
+        condition_gate   a gate in each block decides token by token how much the modulation acts
+        experts          the MLPs of a block, of which a token takes `top_k` (about as many where experts
+                         choose); 0: one MLP for all tokens
+        shared_expert    beside them, an MLP for all tokens
 
     A model that is trained at 32×32 and then at 64×64 keeps the base size (32, 32): its larger grid is
     squeezed into the range of the smaller one. diffusers' DiT differs from the published one in just the
@@ -81,21 +95,36 @@ class DiTConfig:
     swiglu: bool = False
     layout_rank: int = 0
     head_channels: int = 0
+    attention: tuple[str, ...] = ("full",)
+    conv_mlp: bool = False
+    levels: tuple[int, ...] = (0,)
+    merge_tokens: float = 0.0
     frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
     base_size: tuple[int, int] | None = None
+    shared_modulation: bool = False
+    condition_gate: bool = False
+    experts: int = 0
+    top_k: int = 1
+    routing: Routing = "expert_choice"
+    shared_expert: bool = False
 
     def __post_init__(self) -> None:
         blocks: Any = self.blocks
         object.__setattr__(self, "blocks", (blocks,) if isinstance(blocks, str) else tuple(blocks))
+        for field, kind in (("attention", str), ("levels", int)):
+            if isinstance(getattr(self, field), kind):
+                object.__setattr__(self, field, (getattr(self, field),))
         # JSON has lists where these fields are tuples.
-        for field in ("image_size", "classes", "base_size"):
+        for field in ("image_size", "classes", "base_size", "attention", "levels"):
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         self._check_sizes()
         self._check_blocks()
         self._check_conditions()
         self._check_options()
+        self._check_tokens()
+        self._check_experts()
 
     def _check_sizes(self) -> None:
         check_counts(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
@@ -152,6 +181,91 @@ class DiTConfig:
             raise ValueError(
                 "head_channels refines one prediction: turn learn_sigma off or set head_channels to 0"
             )
+
+        for field in ("shared_modulation", "condition_gate"):
+            if getattr(self, field) and (len(set(self.plan)) > 1 or not MODULATIONS[self.plan[0]]):
+                raise ValueError(f"{field} needs blocks that are all adaln_zero or all adaln: change blocks")
+
+    def _check_experts(self) -> None:
+        if self.routing not in get_args(Routing):
+            raise ValueError(f"unknown routing {self.routing!r}: choose among {', '.join(get_args(Routing))}")
+        if not isinstance(self.experts, int) or self.experts < 0 or self.experts == 1:
+            raise ValueError(
+                f"experts must be 0 (one MLP for all tokens) or 2 and more, not {self.experts!r}"
+            )
+        if not self.experts:
+            if self.shared_expert:
+                raise ValueError("shared_expert stands beside experts: set experts, or leave it out")
+            return
+        check_counts(self, "top_k")
+        if self.top_k >= self.experts:
+            raise ValueError(f"top_k {self.top_k} must be below experts {self.experts}: lower it")
+        for field in ("swiglu", "conv_mlp"):
+            if getattr(self, field):
+                raise ValueError(f"experts are MLPs without a gate: leave out {field}, or experts")
+        tokens = int(self.tokens * (1 - self.merge_tokens)) >> 2 * max(self.level_plan)
+        if tokens * self.top_k < self.experts:
+            raise ValueError(
+                f"experts {self.experts} are more than the {tokens} tokens of a picture can share: "
+                "lower experts or patch_size"
+            )
+
+    def _check_tokens(self) -> None:
+        for field in ("attention", "levels"):
+            value = getattr(self, field)
+            if not isinstance(value, tuple) or len(value) not in (1, self.depth):
+                raise ValueError(f"{field} must be one value, or one per block for depth {self.depth}")
+        check_kinds(self.attention_plan, self.num_heads, rope=self.rope)
+        check_levels(self.level_plan)
+        if self.conv_mlp and self.swiglu:
+            raise ValueError("conv_mlp has a gate of its own: turn swiglu off, or conv_mlp")
+        if not isinstance(self.merge_tokens, int | float) or not 0 <= self.merge_tokens <= MOST_MERGED:
+            raise ValueError(f"merge_tokens is a share from 0 to {MOST_MERGED}, not {self.merge_tokens!r}")
+        if self.merge_tokens and (self.varies_attention or self.conv_mlp or self.rope or any(self.levels)):
+            raise ValueError(
+                "merge_tokens leaves no grid of tokens: use attention full, and no conv_mlp, levels or rope"
+            )
+        if (
+            self.varies_attention or self.conv_mlp or any(self.levels) or self.merge_tokens
+        ) and "in_context" in self.blocks:
+            raise ValueError(
+                "attention other than full, conv_mlp, levels and merge_tokens need a grid of tokens alone: "
+                "use no block of the kind in_context"
+            )
+        if self.token_multiple > 1:
+            check_size(
+                "image_size", self.image_size, self.size_multiple, "the side of windows and merged tokens,"
+            )
+
+    @property
+    def attention_plan(self) -> tuple[AttentionKind, ...]:
+        """The kind of attention of every block."""
+        kinds = tuple(attention_kind(word) for word in self.attention)
+        return kinds if len(kinds) == self.depth else kinds * self.depth
+
+    @property
+    def varies_attention(self) -> bool:
+        """True if any block has another attention than the full one."""
+        return any(kind.name != "full" for kind in self.attention_plan)
+
+    @property
+    def level_plan(self) -> tuple[int, ...]:
+        """The level of every block."""
+        return self.levels if len(self.levels) == self.depth else self.levels * self.depth
+
+    @property
+    def token_multiple(self) -> int:
+        """The number that must divide the rows and the columns of tokens."""
+        sides = [
+            kind.multiple << level for kind, level in zip(self.attention_plan, self.level_plan, strict=True)
+        ]
+        # Tokens are merged by the 2×2 of a grid.
+        return math.lcm(*sides, 2 if self.merge_tokens else 1)
+
+    @property
+    def size_multiple(self) -> int:
+        """The number of latent pixels that must divide height and width."""
+        return self.patch_size * self.token_multiple
 
     @property
     def heads_width(self) -> int:
@@ -216,12 +330,16 @@ class DiTConfig:
         """The numbers of a condition embedding: the condition's own, and then those of its text tokens."""
         return self.hidden_size * (1 + self.text_tokens)
 
+    def modulation_vectors(self, kind: BlockKind) -> int:
+        """Return the number of vectors (D,) that modulate a block of this kind, that of its gate included."""
+        return MODULATIONS[kind] and MODULATIONS[kind] + self.condition_gate
+
     def state(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Return the condition state: (name, shape without batch) of every tensor handed to the backbone."""
         tensors: list[tuple[str, tuple[int, ...]]] = []
         for index, kind in enumerate(self.plan):
             if MODULATIONS[kind]:
-                tensors.append((f"block_{index}", (MODULATIONS[kind], self.hidden_size)))
+                tensors.append((f"block_{index}", (self.modulation_vectors(kind), self.hidden_size)))
         if any(not MODULATIONS[kind] for kind in self.plan):
             tensors.append(("tokens", (2, self.hidden_size)))
         if self.adaptive_final:

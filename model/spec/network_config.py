@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from ditserve.model.spec.dit_config import DiTConfig, published_config
 from ditserve.model.spec.errors import ModelError, wrong_field
+from ditserve.model.spec.network_kinds import NetworkConfig as NetworkConfig
 from ditserve.model.spec.pipeline_config import FAMILIES, NEGATIVE, PipelineConfig
 from ditserve.model.spec.unet_config import UNetConfig
 
-NetworkConfig = DiTConfig | UNetConfig  # of the networks that this project builds and trains
 BundleConfig = NetworkConfig | PipelineConfig
 CONFIGS: dict[str, type[DiTConfig] | type[UNetConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
 PIPELINE_KIND = "pipeline"
@@ -29,7 +29,7 @@ def size_multiple(config: BundleConfig) -> int | None:
         return config.patch_size
     if isinstance(config, DiTConfig):
         # A layout path has a bias for every token of one size.
-        return None if config.layout_rank else config.patch_size
+        return None if config.layout_rank else config.size_multiple
     return 1 << (len(config.multipliers) - 1)
 
 
@@ -59,8 +59,10 @@ def network_config(given: Mapping[str, Any]) -> NetworkConfig:
         if kind != "dit":
             raise ValueError(f"name is for published sizes of the DiT, not for a {kind}")
         rest = {**asdict(published_config(str(name))), **rest}
-    if isinstance(rest.get("blocks"), str):
-        rest["blocks"] = [rest["blocks"]]
+    # One value stands for all blocks.
+    for field in ("blocks", "attention", "levels"):
+        if kind == "dit" and isinstance(rest.get(field), str | int):
+            rest[field] = [rest[field]]
     return _validated(kind, UNetConfig, rest) if kind == "unet" else _validated(kind, DiTConfig, rest)
 
 

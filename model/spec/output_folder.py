@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ditserve.model.spec.bundle import BUNDLE_FILES, MANIFEST, PARTS, Bundle
 from ditserve.model.spec.errors import ModelError
 
 MARKER = ".ditserve"
+POLL_S = 0.2  # between looks at a folder that another process holds
 BUNDLE, RUN, EVALUATION = "bundle", "training run", "report of an evaluation"
 LATENTS, SCALING, CLASSIFIER = "set of latents", "scaling study", "classifier"
 DIFFUSERS, ENGINES = "diffusers model", "set of engines"
@@ -50,12 +52,19 @@ class OutputError(ModelError):
 
 
 @contextmanager
-def claim(path: Path, *kinds: str, apart: tuple[Path, ...] = (), shared: bool = False) -> Iterator[Path]:
+def claim(
+    path: Path,
+    *kinds: str,
+    apart: tuple[Path, ...] = (),
+    shared: bool = False,
+    on_wait: Callable[[str], None] | None = None,
+) -> Iterator[Path]:
     """Hold the output folder `path`, and yield it without links. It is made if it is missing.
 
     `kinds` are the kinds that it may be of; the first is that of a new folder. The inputs in `apart` must not
-    contain it, nor lie in it. With `shared`, others that ask for it shared may write too. Folders that were
-    made here and are still empty in the end are removed again.
+    contain it, nor lie in it. With `shared`, others that ask for it shared may write too. With `on_wait`,
+    which is called with the name of who holds it, the folder is waited for. Folders that were made here and
+    are still empty in the end are removed again.
 
     Raises:
         OutputError: the folder is foreign, of another kind, held by another process, or overlaps an input.
@@ -69,7 +78,7 @@ def claim(path: Path, *kinds: str, apart: tuple[Path, ...] = (), shared: bool = 
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(folder, kinds[0], shared=shared):
+        with _locked(folder, kinds[0], shared=shared, on_wait=on_wait):
             yield folder
     finally:
         with suppress(OSError):
@@ -190,14 +199,16 @@ def _fields(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _locked(folder: Path, kind: str, *, shared: bool) -> Iterator[None]:
+def _locked(
+    folder: Path, kind: str, *, shared: bool, on_wait: Callable[[str], None] | None
+) -> Iterator[None]:
     """Hold the lock of a folder, and name this process in its marker.
 
     The marker stays in the end only where no other file tells the kind of the folder.
     """
     marker = folder / MARKER
     with ExitStack() as stack:
-        descriptor = _lock(marker, shared=shared)
+        descriptor = _lock(marker, shared=shared, on_wait=on_wait)
         stack.callback(os.close, descriptor)
         owner = {"kind": kind, "pid": os.getpid(), "host": socket.gethostname()}
         _write(descriptor, owner)
@@ -210,12 +221,13 @@ def _locked(folder: Path, kind: str, *, shared: bool) -> Iterator[None]:
                 _write(descriptor, {"kind": kind})
 
 
-def _lock(marker: Path, *, shared: bool) -> int:
-    """Return the descriptor of the locked marker.
+def _lock(marker: Path, *, shared: bool, on_wait: Callable[[str], None] | None = None) -> int:
+    """Return the descriptor of the locked marker, after a wait for it if `on_wait` is given.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process holds it, and it is not waited for.
     """
+    told = ""
     while True:
         descriptor = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
@@ -226,11 +238,17 @@ def _lock(marker: Path, *, shared: bool) -> int:
         except BlockingIOError:
             os.close(descriptor)
             owner = _fields(marker)
-            name = f"process {owner['pid']} on {owner['host']}" if owner.keys() >= {"pid", "host"} else ""
-            raise OutputError(
-                f"{marker.parent} is being written by {name or 'another process'}: "
-                "wait for it, or choose another output"
-            ) from None
+            known = owner.keys() >= {"pid", "host"}
+            name = f"process {owner['pid']} on {owner['host']}" if known else "another process"
+            if on_wait is None:
+                raise OutputError(
+                    f"{marker.parent} is being written by {name}: wait for it, or choose another output"
+                ) from None
+            if name != told:
+                on_wait(name)
+                told = name
+            time.sleep(POLL_S)
+            continue
         os.close(descriptor)
 
 

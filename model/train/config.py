@@ -15,6 +15,7 @@ from ditserve.model.data.dataset import Dataset, NamedPath
 from ditserve.model.distributed.processes import ParallelSpec
 from ditserve.model.spec.diffusion import Prediction
 from ditserve.model.spec.diffusion_spec import DiffusionSpec
+from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import wrong_field
 from ditserve.model.spec.network_config import NetworkConfig, network_config
 from ditserve.model.train.base_model import LowRankConfig, base_bundle, fields_of_base, in_classes_of
@@ -30,6 +31,11 @@ from ditserve.model.train.run_config import (
     Weight,
     read_fields,
 )
+
+# A network of more blocks keeps their inputs alone, as the chapter on DiT has it for depths above 24.
+DEEP = 24
+# The weight of arXiv:2101.03961, §2.2.
+BALANCE = 0.01
 
 
 def _named_network(value: Any) -> Any:
@@ -109,6 +115,8 @@ class TrainConfig(RunConfig):
     """Weight of the bound that trains a learned variance; the default is of arXiv:2102.09672, eq. 16."""
     embedding_l2: Weight = 0.0
     """Weight of the squared condition embedding."""
+    balance: Weight | None = None
+    """Weight of the loss that spreads tokens over experts; None: 0.01 where tokens choose theirs, else 0."""
     timesteps: LevelSampling = "uniform"
     """The law by which the noise levels of a batch are drawn, of a flow too."""
     logit_mean: float = 0.0
@@ -117,8 +125,10 @@ class TrainConfig(RunConfig):
     """Shift s of the drawn levels, u to s · u / (1 + (s − 1) · u): above 1 to the noisy side."""
 
     precision: Precision = "fp32"
-    checkpoint_blocks: bool = False
-    """Compute each block's activations again in the backward pass instead of keeping them."""
+    checkpoint_blocks: bool | None = None
+    """Compute each block's activations again in the backward pass instead of keeping them.
+
+    None: in a network of more than 24 blocks."""
     compile: bool = False
     parallel: ParallelSpec = ParallelSpec()
     """The division of the work if `torchrun` starts several processes."""
@@ -163,6 +173,17 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 "optimizer muon needs whole matrices: take parallel mode ddp and tensor 1, or leave it out"
             )
+        if self.parallel.pipeline > 1:
+            for field in ("distillation", "compile", "optimizer"):
+                if getattr(self, field):
+                    raise ValueError(f"a pipeline trains without {field}: leave out that, or pipeline")
+            if self.accumulate < self.parallel.pipeline:
+                raise ValueError(
+                    f"accumulate {self.accumulate} does not fill a pipeline of {self.parallel.pipeline}: "
+                    f"raise it to {self.parallel.pipeline} or more"
+                )
+        if self.compile and self.model.get("routing") == "token_choice":
+            raise ValueError("compile hides the routers that the balance of experts reads: leave it out")
         if self.stages and self.distillation:
             raise ValueError("a teacher teaches one picture size: leave out stages, or distillation")
         if isinstance(self.distillation, ProgressiveDistillationConfig):
@@ -195,6 +216,17 @@ class TrainConfig(RunConfig):
     def space(self) -> Prediction:
         """The quantity whose squared error is the loss: `loss_space`, or its default."""
         return self.training_noise.space
+
+    def recomputes(self, network: NetworkConfig) -> bool:
+        """Return True if the blocks of a network keep their inputs alone, see `checkpoint_blocks`."""
+        return network.depth > DEEP if self.checkpoint_blocks is None else self.checkpoint_blocks
+
+    def balance_weight(self, network: NetworkConfig) -> float:
+        """Return the weight of the loss that spreads tokens over the experts of a network, see `balance`."""
+        if not isinstance(network, DiTConfig) or not network.experts:
+            return 0.0
+        default = BALANCE if network.routing == "token_choice" else 0.0
+        return default if self.balance is None else self.balance
 
     @property
     def training_noise(self) -> TrainingNoise:

@@ -1,4 +1,4 @@
-"""`python -m model.train.curve RUN`: draw a run's loss, gradient norm and learning rate as RUN/curve.png."""
+"""`python -m model.train.curve RUN`: draw a run's loss, gradient norm, rate and signals as RUN/curve.png."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ PANELS = (
     ("loss", ("loss", "smooth_loss"), "log"),
     ("gradient norm", ("grad_norm",), "log"),
     ("learning rate", ("lr",), "linear"),
+    ("entropy of attention", ("attention_entropy", "attention_entropy_least"), "linear"),
+    ("activations", ("activation_rms", "activation_peak"), "log"),
+    ("load of experts", ("router_busiest", "router_left_out", "balance"), "linear"),
 )
 
 
@@ -31,13 +34,17 @@ def draw_curve(folder: Path) -> Path:
         raise ValueError(
             f"{folder / LOG} has no lines yet: pass the folder of a run that has logged something"
         )
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    for axis, (title, keys, scale) in zip(figure.subplots(len(PANELS), 1, sharex=True), PANELS, strict=True):
-        for key in keys:
+    logged = {key for line in lines for key, value in line.items() if value is not None}
+    panels = [panel for panel in PANELS if logged.intersection(panel[1])]
+    figure = Figure(figsize=(7, 7 * len(panels) / 3), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (title, keys, scale) in zip(axes, panels, strict=True):
+        for key in logged.intersection(keys):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             faint = key == "loss"
             axis.plot(
                 *zip(*points, strict=True),
+                marker="." if len(points) < 50 else None,
                 label=key,
                 linewidth=0.6 if faint else 1.4,
                 alpha=0.5 if faint else 1,
@@ -45,6 +52,8 @@ def draw_curve(folder: Path) -> Path:
         axis.set_yscale(scale)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend(fontsize=7)
     axis.set_xlabel("step")
     target = folder / "curve.png"
     figure.savefig(target, dpi=100)

@@ -21,6 +21,7 @@ from ditserve.model.spec.grids import noise_levels
 from ditserve.model.spec.solvers import step_table
 from ditserve.model.train.batch import TrainingBatch
 from ditserve.model.train.load import SHEET_STEPS, run_defaults
+from ditserve.model.train.recompute import RECOMPUTED
 from ditserve.model.train.trainer import Trainer
 
 # Operations of a step that is timed, at most: of a large batch, some rows are.
@@ -81,7 +82,7 @@ def estimate_stages(trainer: Trainer, probe: int = 3) -> Iterator[StageCost]:
             passes = objective.teacher_calls * (2 if objective.teacher.guided else 1)
             teacher_macs = passes * cost(objective.teacher.network.config, data.size).macs
         # No gradient of the weights is taken where they stay as they are.
-        passes = PASSES - (trainer.adapted is not None) + config.checkpoint_blocks
+        passes = PASSES - (trainer.adapted is not None) + trainer.recomputes
         row_flops = 2 * (macs * passes + teacher_macs)
         rows = max(1, min(config.batch, int(PROBE_FLOPS[config.device] // row_flops)))
         trainer.source.rows = range(rows)
@@ -188,6 +189,8 @@ def format_estimate(trainer: Trainer, stages: Iterable[StageCost]) -> Iterator[s
             f"they are an adapter of {adapted.bundle.path}: rank {adapted.spec.rank} beside "
             f"{len(adapted.layers)} layers, a file of {4 * parameters / 1e6:.2f} MB"
         )
+    if config.checkpoint_blocks is None and trainer.recomputes:
+        yield RECOMPUTED.format(depth=trainer.network_config.depth)
     yield from (f"{config.data.path}: {line}" for line in trainer.dataset.left_out)
     seconds = 0.0
     for stage in stages:

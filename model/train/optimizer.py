@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ditserve.model.nets.experts import ExpertLinear
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.distillation.config import ProgressiveDistillationConfig
 from ditserve.model.train.run_config import Precision, RunConfig
@@ -46,7 +47,9 @@ def make_optimizer(
     """
     own = {id(matrix) for matrix in muon}
     matrices = [
-        module.weight for module in network.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+        module.weight
+        for module in network.modules()
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | ExpertLinear)
     ]
     decaying = {id(matrix) for matrix in matrices}
     rest = [parameter for parameter in network.parameters() if id(parameter) not in decaying]

@@ -56,8 +56,10 @@ def shard_key(name: str, offset: Sequence[int], index: Index | None) -> str:
 
 def full_shape(network: ParallelNetwork, key: str, tensor: Tensor) -> list[int]:
     """Return the shape of the full tensor that `tensor` is this process's part of."""
-    shape = list(tensor.shape)
-    split = network.splits.get(network.parameter_name(key))
+    shape, name = list(tensor.shape), network.parameter_name(key)
+    if name in network.absent and shape:
+        return network.absent[name]
+    split = network.splits.get(name)
     if split is not None and shape:
         shape[split.dim] *= network.tensor_size
     return shape
@@ -74,9 +76,7 @@ def shards_of(network: ParallelNetwork, key: str, tensor: Tensor) -> list[Tensor
     split = network.splits.get(network.parameter_name(key))
     if split is not None and spans:
         size, length = network.tensor_size, tensor.shape[split.dim] // split.parts
-        spans[split.dim] = [
-            ((part * size + network.tensor_rank) * length, length) for part in range(split.parts)
-        ]
+        spans[split.dim] = [((part * size + network.part) * length, length) for part in range(split.parts)]
     if isinstance(tensor, DTensor):
         # FSDP2 deals out rows: equally many to each process, as long as there are some left.
         first = min(-(-tensor.shape[0] // network.replicas) * network.replica, tensor.shape[0])
@@ -215,6 +215,8 @@ def read_shards(
         if list(shape) != full_shape(network, key, like):
             raise ValueError(f"{section} holds {key} of another network")
         tensors[key] = torch.empty_like(like)
+        if network.parameter_name(key) in network.absent:
+            continue
         for shard in shards_of(network, key, like):
             reader.read_into(key, shard.offset, local_tensor(tensors[key])[shard.local])
     return tensors

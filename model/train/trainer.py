@@ -7,19 +7,20 @@ trainer.step()                                      # {"loss": 1.33, "grad_norm"
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ditserve.model.distributed.parallel import ParallelNetwork
 from ditserve.model.distributed.processes import World
 from ditserve.model.nets.conditioner import embedding_penalty
+from ditserve.model.nets.experts import balance_loss, observed_routers
 from ditserve.model.nets.factory import Network, make_network
+from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.errors import ModelError
 from ditserve.model.train.base_model import base_bundle
 from ditserve.model.train.batch import BatchSource, Prefetch, TrainingBatch
@@ -37,7 +38,7 @@ from ditserve.model.train.identity import run_identity
 from ditserve.model.train.load import describe_run, model_name, open_sheet_decoder
 from ditserve.model.train.loaded_model import LoadedModel, save_model
 from ditserve.model.train.lora import AdaptedNetwork, write_adapter
-from ditserve.model.train.loss import PosteriorTables, squared_error, variational_term
+from ditserve.model.train.loss import PosteriorTables, RowNoise, squared_error, variational_term
 from ditserve.model.train.optimizer import (
     HALF_DTYPES,
     autocast,
@@ -46,6 +47,7 @@ from ditserve.model.train.optimizer import (
     make_optimizer,
     muon_matrices,
 )
+from ditserve.model.train.recompute import checkpoint_blocks
 from ditserve.model.train.warm_start import WarmStart, warm_start
 
 
@@ -92,7 +94,8 @@ class Trainer:
         if config.lora is not None:
             self.adapted = AdaptedNetwork(base_bundle(config.init), config.lora, config.device)
         model = self.adapted or self._whole_network()
-        if config.checkpoint_blocks:
+        self.recomputes = config.recomputes(self.network_config)
+        if self.recomputes:
             checkpoint_blocks(self.adapted.base if self.adapted else cast(Network, model))
         self.parallel = ParallelNetwork(model, world, config.parallel, HALF_DTYPES.get(config.precision))
         ema, scaler = Ema(model, config.ema), loss_scaler(config.precision, config.device)
@@ -122,17 +125,10 @@ class Trainer:
         config, state = self.config, self.state
         self.next_round()
         batch = self.next_batch()
-        metrics: dict[str, float] = {}
         state.optimizer.zero_grad(set_to_none=True)
-        pieces = list(batch.split(config.accumulate))
-        for piece in pieces:
-            weight = len(piece) / len(batch)
-            with self.parallel.gradient_sync(last=piece is pieces[-1]):
-                total, losses = self.losses(piece.to(config.device))
-                state.scaler.scale(weight * total).backward()
-            for name, loss in losses.items():
-                metrics[name] = metrics.get(name, 0.0) + weight * loss.item()
-        metrics = self.parallel.all_reduce_mean(metrics)
+        metrics = self.parallel.all_reduce_mean(
+            self._gradients(batch) if self.parallel.pipeline is None else self._pipelined(batch)
+        )
         state.scaler.unscale_(state.optimizer)
         norm = self.parallel.clip_gradients(config.clip)
         rate = learning_rate(config, state.step)
@@ -144,15 +140,70 @@ class Trainer:
         state.step += 1
         return {**metrics, "grad_norm": norm, "lr": rate}
 
+    def _gradients(self, batch: TrainingBatch) -> dict[str, float]:
+        """Add the gradient of a batch, in micro-batches. Return the mean of its losses by name."""
+        metrics: dict[str, float] = {}
+        pieces = list(batch.split(self.config.accumulate))
+        for piece in pieces:
+            weight = len(piece) / len(batch)
+            with self.parallel.gradient_sync(last=piece is pieces[-1]):
+                total, losses = self.losses(piece.to(self.config.device))
+                self.state.scaler.scale(weight * total).backward()
+            add_losses(metrics, losses, weight)
+        return metrics
+
+    def _pipelined(self, batch: TrainingBatch) -> dict[str, float]:
+        """Do the same where the blocks are shared out: micro-batches flow through the processes.
+
+        Raises:
+            ValueError: the rows cannot be cut into equal micro-batches.
+        """
+        config, pipeline = self.config, self.parallel.pipeline
+        assert pipeline is not None
+        if len(batch) % config.accumulate:
+            raise ValueError(
+                f"accumulate {config.accumulate} does not divide the {len(batch)} rows of a pipeline into "
+                "equal pieces: change batch or accumulate"
+            )
+        batch, metrics = batch.to(config.device), dict[str, float]()
+        noise = self.noise.at(batch.t)
+        x_t = noise.noisy(batch.x0, batch.noise)
+
+        def loss(output: Tensor, rows: Tensor) -> Tensor:
+            first, end = int(rows[0]), int(rows[-1]) + 1
+            piece = batch[first:end]
+            total, losses = self.loss_terms(piece, self.noise.at(piece.t), x_t[first:end], output)
+            add_losses(metrics, losses, len(piece) / len(batch))
+            return total * (len(piece) / len(batch))
+
+        pipeline.run(
+            (x_t, noise.told, batch.labels, batch.text),
+            config.accumulate,
+            loss,
+            lambda: autocast(config.precision, config.device),
+        )
+        self.parallel.average_pipelines()
+        return pipeline.of_last(metrics)
+
     def losses(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to descend, () fp32, and its unweighted terms by name ("loss": squared error)."""
         if self.objective is not None:
             batch = self.objective.prepare_batch(batch)
         config, noise = self.config, self.noise.at(batch.t)
         x_t = noise.noisy(batch.x0, batch.noise)
-        with autocast(config.precision, config.device):
+        with observed_routers(self.state.model) as scores, autocast(config.precision, config.device):
             output = self.parallel.forward(x_t, noise.told, batch.labels, batch.text)
-        output = output.float()
+        total, terms = self.loss_terms(batch, noise, x_t, output.float())
+        if weight := config.balance_weight(self.network_config):
+            terms["balance"] = balance_loss(scores, cast(DiTConfig, self.network_config).top_k)
+            total = total + weight * terms["balance"]
+        return total, terms
+
+    def loss_terms(
+        self, batch: TrainingBatch, noise: RowNoise, x_t: Tensor, output: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the same of the output for the noisy pictures `x_t`, without the balance of experts."""
+        config = self.config
         total = loss = squared_error(noise, output, batch.x0, batch.noise).mean()
         terms = {"loss": loss}
         if self.objective is not None:
@@ -284,20 +335,7 @@ class Trainer:
         return model.eval()
 
 
-def checkpoint_blocks(network: Network) -> None:
-    """Make every block keep only its inputs in training, and recompute its activations for the gradient.
-
-    This saves memory and costs one more forward pass (Chen et al., arXiv:1604.06174). Names and results stay
-    the same.
-    """
-    for block in network.blocks:
-        block.forward = _checkpointed(block, block.forward)
-
-
-def _checkpointed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*inputs: Any) -> Any:
-        if block.training and torch.is_grad_enabled():
-            return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return forward(*inputs)
-
-    return run
+def add_losses(metrics: dict[str, float], losses: Mapping[str, Tensor], weight: float) -> None:
+    """Add the losses of a micro-batch, with its weight, to those of the batch."""
+    for name, loss in losses.items():
+        metrics[name] = metrics.get(name, 0.0) + weight * loss.item()

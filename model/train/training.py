@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from ditserve.model.data.sources import NAMED
 from ditserve.model.distributed.processes import World
-from ditserve.model.nets.attention_weights import AttentionEntropy
+from ditserve.model.nets.signals import COLLAPSED, NetworkSignals
 from ditserve.model.sampling.sheet import draw_sheet, sheet_samples
 from ditserve.model.spec.bundle import write_atomic
 from ditserve.model.spec.output_folder import RUN, claim
@@ -23,11 +23,13 @@ from ditserve.model.train.checkpoint import check_room
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.curve import draw_curve
 from ditserve.model.train.load import SHEET_STEPS, run_defaults
+from ditserve.model.train.recompute import RECOMPUTED
 from ditserve.model.train.trainer import Trainer
 from ditserve.model.train.training_log import TrainingLog
 
 # The signals after which a run saves its state and ends.
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+AGAINST_COLLAPSE = "lower lr, or train a network with model.qk_norm=true"
 
 
 def train(config: TrainConfig, world: World | None = None) -> None:
@@ -71,6 +73,8 @@ def start(trainer: Trainer) -> None:
         print(f"{len(skipped)} pictures cannot be read and are left out: {'; '.join(skipped[:NAMED])}")
     for line in trainer.dataset.left_out:
         print(f"{config.data.path}: {line}")
+    if config.checkpoint_blocks is None and trainer.recomputes:
+        print(RECOMPUTED.format(depth=trainer.network_config.depth))
     if trainer.decoder is None:
         print("no sample sheets: vae does not name the folder of the autoencoder that made these latents")
     check_room(config.output, state, keep=config.keep)
@@ -101,7 +105,10 @@ def run_steps(trainer: Trainer) -> None:
             if stopping and not last:
                 raise KeyboardInterrupt
             if last or state.step % config.sheet_every == 0:
-                log.add(state.step, draw_sample_sheet(trainer))
+                signals = draw_sample_sheet(trainer)
+                log.add(state.step, signals)
+                if signals.get("attention_entropy_least", 1.0) < COLLAPSED:
+                    log.print(f"attention of a layer has collapsed at step {state.step}: {AGAINST_COLLAPSE}")
 
 
 class StopSignals:
@@ -142,13 +149,13 @@ class StopSignals:
 def draw_sample_sheet(trainer: Trainer) -> dict[str, float]:
     """Sample from the averaged weights at this step, and write sheet-<step>.png. All processes must call.
 
-    Without a decoder of the latents nothing is written. Return the entropy of attention in these samples.
+    Without a decoder of the latents nothing is written. Return the signals of the network in these samples.
     """
     config, step = trainer.config, trainer.state.step
     network, defaults = trainer.averaged_network(), run_defaults(config, trainer.dataset, step)
-    entropy = AttentionEntropy(network)
+    signals = NetworkSignals(network)
     if trainer.parallel.world.is_first:
-        with entropy.measured():
+        with signals.measured():
             samples = sheet_samples(
                 network,
                 trainer.schedule,
@@ -160,4 +167,4 @@ def draw_sample_sheet(trainer: Trainer) -> dict[str, float]:
         if trainer.decoder is not None:
             sheet = draw_sheet(samples, trainer.decoder, trainer.dataset.factors)
             sheet.save(config.output / f"sheet-{step:07d}.png")
-    return entropy.figures()
+    return signals.figures()

@@ -51,7 +51,8 @@ class Backend(Protocol):
         buckets: the batch sizes that `denoise` takes; None for any.
         conditioner_rows: the rows of every call of `modulate`. With one fixed size, an answer does not depend
             on how many rows are needed.
-        precision: of the backbone: fp32, fp16, bf16 or int8.
+        precision: of the backbone: fp32, fp16, bf16, int8 or fp8.
+        kernels: what was chosen besides, such as "compiled"; empty where nothing was to be chosen.
         size_multiple: H and W may be any multiples of it; None for the manifest's own size only.
         text_encoder: that of an imported pipeline, which is part of its bundle; None for other models.
         state_memory: the memory that `denoise` reads the condition state from.
@@ -63,6 +64,7 @@ class Backend(Protocol):
     buckets: tuple[int, ...] | None
     conditioner_rows: int
     precision: str
+    kernels: str
     size_multiple: int | None
     text_encoder: SentenceEncoder | None
     state_memory: StateMemory

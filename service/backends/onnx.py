@@ -135,6 +135,7 @@ class OnnxBackend:
     """
 
     name = "onnx"
+    kernels = ""
     state_memory: StateMemory = HostMemory()
     adapters: BackendAdapters | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -14,15 +15,9 @@ from ditserve.commands import command_line
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.manifest import Manifest
 from ditserve.service.backends import BackendUnavailable
+from ditserve.service.backends.measured_choice import FASTER, quality_objection, speedup
 from ditserve.service.backends.sessions import BACKBONES, CPU, open_session, provider_entries, run_session
 
-# The relative growth of the Fréchet distance that "auto" accepts of INT8.
-QUALITY_BUDGET = 0.01
-# The most seconds, and the most pairs of steps, for timing two precisions.
-TIMING_S, TIMED = 3.0, 25
-# INT8 is chosen if it is this many times as fast as fp32. Below that noise would decide, and pictures would
-# change from start to start.
-FASTER = 1.05
 OUTDATED: Final = (
     "an older export wrote it; write it again with "
     f"{command_line('export.half')} or {command_line('export.int8')}"
@@ -82,10 +77,7 @@ def _objection_to_int8(bundle: Bundle) -> str | None:
     """Return why the bundle's own record does not allow INT8, or None if it does."""
     if BACKBONES["int8"] not in bundle.manifest.files:
         return "the bundle has none"
-    loss = bundle.manifest.metrics.get("int8_quality_loss")
-    if loss is None:
-        return "its cost in quality is not on record"
-    return None if loss <= QUALITY_BUDGET else f"it costs {loss:.1%} of quality"
+    return quality_objection(bundle.manifest, "int8")
 
 
 def _seven_bit_weights(manifest: Manifest) -> bool:
@@ -98,23 +90,13 @@ def _seven_bit_weights(manifest: Manifest) -> bool:
 
 
 def _speedup(fp32: ort.InferenceSession, int8: ort.InferenceSession, manifest: Manifest) -> float:
-    """Return how many times as fast `int8` takes a step of one row, by the least processor time of several.
+    """Return how many times as fast `int8` takes a step of one row, by processor time.
 
-    Steps of both take turns. What other processes do with the processor is not in the time of this one, and
-    what they do to its caches and clock is least in the least of many. The first pair does not count. If a
-    step takes longer than `TIMING_S`, one more pair is timed.
+    What other processes do with the processor is not in the time of this one.
     """
     config, random = manifest.config, np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"x": (config.in_channels, *config.image_size)}
     shapes |= {tensor.name: tensor.shape for tensor in manifest.state}
     inputs = {name: random.standard_normal((1, *shape), np.float32) for name, shape in shapes.items()}
-
-    def seconds(session: ort.InferenceSession) -> float:
-        before = time.process_time()
-        run_session(session, ["output"], inputs)
-        return time.process_time() - before
-
-    began, pairs = time.perf_counter(), list[tuple[float, float]]()
-    while len(pairs) <= TIMED and (len(pairs) < 2 or time.perf_counter() - began < TIMING_S):
-        pairs.append((seconds(fp32), seconds(int8)))
-    return min(one for one, _ in pairs[1:]) / min(other for _, other in pairs[1:])
+    one, other = (partial(run_session, session, ["output"], inputs) for session in (fp32, int8))
+    return speedup(one, other, time.process_time)

@@ -68,6 +68,7 @@ class TensorRtBackend:
     """
 
     name = "tensorrt"
+    kernels = ""
     text_encoder: SentenceEncoder | None = None
     state_memory: StateMemory = HostMemory()
     adapters: BackendAdapters | None = None

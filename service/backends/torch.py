@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -11,15 +12,19 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ditserve.model.nets.dit import DiT
 from ditserve.model.nets.factory import Network, make_network
 from ditserve.model.nets.lora import AdapterBank, Layers, adaptable_layers
 from ditserve.model.nets.pipelines import PRECISIONS
+from ditserve.model.nets.unet import UNet
 from ditserve.model.spec.adapters import AdapterFile
 from ditserve.model.spec.bundle import PIPELINE, WEIGHTS, Bundle
+from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.manifest import Manifest
 from ditserve.model.spec.network_config import NetworkConfig, size_multiple
 from ditserve.model.spec.pipeline_config import PipelineConfig
@@ -39,12 +44,15 @@ from ditserve.service.backends.adapters import BackendAdapters, RowUses, adapted
 from ditserve.service.backends.overflow import refuse_overflow
 from ditserve.service.backends.resident import GRAPH_SIZES, Slab
 from ditserve.service.backends.state import StateArray, StateMemory
+from ditserve.service.backends.torch_precision import chosen_kernels, compile_if_faster, own_precision
 from ditserve.service.backends.torch_rows import CudaStream, TorchRows, TorchStream, computing
 from ditserve.service.fleet import LoadedAdapter
 from ditserve.service.images import from_pixels, to_pixels
 
 # Imported: they load diffusers and transformers.
 PIPELINES = "ditserve.model.nets.pipelines"
+
+log = structlog.get_logger()
 
 
 class TorchBackend:
@@ -53,9 +61,10 @@ class TorchBackend:
     Args:
         threads: compute threads on the CPU, 0 for torch's own choice. Applies to the whole process.
         device: of torch, such as "cpu" or "cuda".
-        compile: compile the backbone; the first batch of each size then takes much longer.
-        precision: of an imported pipeline's network: fp32, bf16 or fp16; "auto" is fp32. A network of ours
-            runs in fp32.
+        compile: compile the backbone before the backend is open, on a GPU where that makes it faster.
+        precision: fp32, bf16 or fp16; fp8 for a DiT of ours, with the linear layers of its blocks in FP8.
+            "auto" is fp32, and for a DiT of ours on a GPU what the bundle's record allows and is measured to
+            be the fastest.
         adapters: the files of the low-rank adapters that rows may be drawn with.
 
     Raises:
@@ -77,12 +86,12 @@ class TorchBackend:
         precision: str = "auto",
         adapters: Sequence[AdapterFile] = (),
     ) -> None:
-        self.precision = "fp32" if precision == "auto" else precision
-        if self.precision not in PRECISIONS:
-            known = ", ".join(("auto", *PRECISIONS))
+        known = ("auto", *PRECISIONS, "fp8")
+        if precision not in known:
             raise BackendUnavailable(
-                f"precision of the torch backend must be one of {known}, not {precision!r}"
+                f"precision of the torch backend must be one of {', '.join(known)}, not {precision!r}"
             )
+        self.precision = "fp32" if precision == "auto" else precision
         folder, decoder = bundle.path / PIPELINE / VAE, bundle.manifest.decoder
         if decoder != "identity" and not folder.is_dir():
             raise BackendUnavailable(f"the torch backend has no decoder {decoder!r}: choose the onnx backend")
@@ -111,19 +120,37 @@ class TorchBackend:
         else:
             self._model = self._own_network(bundle, config)
         self._backbone = self._model.backbone
+        if isinstance(self._model, DiT):
+            self.precision, self._backbone = own_precision(
+                self._model, bundle.manifest, precision, adapted=bool(adapters)
+            )
         self.adapters: BackendAdapters | None
         self.adapters = TorchAdapters(self._model, bundle, adapters, compiled=compile)
-        if compile and isinstance(config, PipelineConfig):
-            self._model.compile_blocks()
-        elif compile:
+        if compile and isinstance(self._model, DiT):
+            compile = compile_if_faster(self._model, self._backbone)
+        elif compile and isinstance(self._model, UNet):
             self._backbone = torch.compile(self._backbone, dynamic=True)
-        if self.precision != "fp32":
+        elif compile:
+            self._model.compile_blocks()
+        if self.precision != "fp32" and self.text_encoder is not None:
             refuse_overflow(self)
+        self.kernels = chosen_kernels(self._model, compiled=compile)
+        if compile:
+            self._compile_now()
+
+    def _compile_now(self) -> None:
+        """Compile what a pass needs, where nobody waits for it: one row has code of its own."""
+        config, began = self.manifest.config, time.perf_counter()
+        for rows in (1, 2):
+            state = tuple(np.zeros((rows, *entry.shape), np.float32) for entry in self.manifest.state)
+            self.denoise(np.zeros((rows, config.in_channels, *config.image_size), np.float32), state)
+        log.info("network compiled", seconds=round(time.perf_counter() - began, 1))
 
     def _own_network(self, bundle: Bundle, config: NetworkConfig) -> Network:
-        if self.precision != "fp32":
+        lowered = self.precision != "fp32"
+        if lowered and not isinstance(config, DiTConfig):
             raise BackendUnavailable(
-                f"--precision {self.precision} of the torch backend is for imported pipelines: leave it out"
+                f"--precision {self.precision} of the torch backend is not for a U-Net: leave it out"
             )
         network, weights = make_network(config), bundle.file(WEIGHTS)
         try:
@@ -134,6 +161,11 @@ class TorchBackend:
 
     def _open_pipeline(self, bundle: Bundle, config: PipelineConfig) -> Any:
         """Open the transformer and the text encoders of an imported pipeline."""
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise BackendUnavailable(
+                f"--precision {self.precision} is not for imported pipelines: choose among {known}"
+            )
         folder = bundle.path / PIPELINE
         dtype = PRECISIONS[self.precision]
         self.text_encoder = load_pipeline_texts(bundle, self.precision)

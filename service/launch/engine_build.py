@@ -22,14 +22,20 @@ COMMAND = tuple(process_words("ditserve.export.trt"))
 
 @dataclass(frozen=True, slots=True)
 class BuildProgress:
-    """The progress of a build: engine `number` of `of` is being built, of which `share` (0..1) is done."""
+    """The progress of a build: engine `number` of `of` is being built, of which `share` (0..1) is done.
+
+    While `owner` builds in the same folder, this build waits.
+    """
 
     precision: str
     number: int
     of: int
     share: float = 0.0
+    owner: str = ""
 
     def __str__(self) -> str:
+        if self.owner:
+            return f"waiting for the engines that {self.owner} builds"
         return f"building the {self.precision} engine ({self.number} of {self.of}): {self.share:.0%}"
 
 
@@ -44,13 +50,13 @@ async def build_engines(
 ) -> bool:
     """Build the engines that a worker of `precision` needs, unless they are fresh.
 
-    `on_progress` is called at every whole percent. Return False if `stop` was set meanwhile: the builder is
-    then told to stop, and cleans up.
+    Of several workers one builds, and the others wait for it. `on_progress` is called at every whole percent.
+    Return False if `stop` was set meanwhile: the builder is then told to stop, and cleans up.
 
     Raises:
         BackendUnavailable: they cannot be built; the message is the builder's own sentence.
     """
-    arguments = [*command, str(bundle), "--progress", "json"]
+    arguments = [*command, str(bundle), "--progress", "json", "--wait"]
     arguments += [] if precision == "auto" else ["--precision", precision]
     arguments += [] if engines is None else ["--engines", str(engines)]
     reason, progress = "it gave no reason", BuildProgress("", 0, 0)
@@ -88,6 +94,8 @@ def _read_event(line: bytes) -> dict[str, Any]:
 
 
 def _next_progress(progress: BuildProgress, event: dict[str, Any]) -> BuildProgress:
+    if event.get("event") == "waiting":
+        return replace(progress, owner=event["owner"])
     if event.get("event") == "start":
         return BuildProgress(event["precision"], event["number"], event["of"])
     if event.get("event") == "step":

@@ -30,7 +30,7 @@ from ditserve.service.errors import ServiceError
 from ditserve.service.exit_statuses import DONE, FAILED, MISCONFIGURED, refuse
 from ditserve.service.launch.child_process import Child
 from ditserve.service.launch.valkey import ValkeyFailed, scratch_folder, start_valkey
-from ditserve.service.launch.worker_pool import WorkerPool, start_child
+from ditserve.service.launch.worker_pool import WorkerPool, start_child, worker_gpus
 from ditserve.service.listening import listen
 from ditserve.service.queue.broker import Broker
 from ditserve.service.served_models import ServedModel, open_served_models
@@ -210,9 +210,10 @@ class Supervisor:
 
 def _check_ready_workers(settings: Settings) -> None:
     """Raise `ValueError` where the API would wait for ever for workers of other machines."""
-    if settings.redis_url is None and settings.ready_workers > settings.workers:
+    started = len(worker_gpus(settings))
+    if settings.redis_url is None and settings.ready_workers > started:
         raise ValueError(
-            f"--ready-workers {settings.ready_workers} is above --workers {settings.workers}, "
+            f"--ready-workers {settings.ready_workers} is above --workers {started}, "
             "and no other machine reaches the private queue: change one of them, or set REDIS_URL"
         )
 

@@ -96,7 +96,7 @@ class Broker(LeaseVerbs):
         broker = cls.open(url, **options)
         try:
             await broker.start()
-        except QueueUnavailable:
+        except BaseException:
             await broker.aclose()
             raise
         return broker

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
@@ -124,9 +124,7 @@ def open_client(url: str, *, connections: int) -> Redis:
         **({} if url.startswith("unix:") else {"socket_keepalive": True}),
     }
     sentinel = urlsplit(url).scheme.endswith("+sentinel")
-    pool: ConnectionPool = (
-        _sentinel_pool(url, options) if sentinel else BlockingConnectionPool.from_url(url, **options)
-    )
+    pool: ConnectionPool = _sentinel_pool(url, options) if sentinel else _Pool.from_url(url, **options)
     _check(pool)
     return Redis.from_pool(pool)
 
@@ -143,8 +141,27 @@ def _check(pool: ConnectionPool) -> None:
         raise ValueError(f"REDIS_URL has an option that is wrong: {error}") from None
 
 
-class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
-    """Connections to the primary that the Sentinels name; when all are taken, a command waits for one."""
+class _Pool(BlockingConnectionPool):
+    """Connections of which, after `aclose`, none stays open; when all are taken, a command waits for one.
+
+    The command that is under way then loses its connection, and `ask` repeats it over a new one, which
+    redis-py would keep open.
+    """
+
+    _closed = False
+
+    async def release(self, connection: AbstractConnection) -> None:
+        if self._closed:
+            await connection.disconnect(nowait=True)
+        await super().release(connection)
+
+    async def aclose(self) -> None:
+        self._closed = True
+        await super().aclose()
+
+
+class _SentinelPool(SentinelConnectionPool, _Pool):
+    """Connections to the primary that the Sentinels name."""
 
     def __init__(self, primary: str, manager: Sentinel, **options: Any) -> None:
         super().__init__(primary, manager, **options)  # type: ignore[no-untyped-call]

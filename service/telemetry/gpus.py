@@ -17,11 +17,15 @@ PACKAGE = "pynvml"
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU by its number on this host. `used` (by any process) and `total` are bytes of memory."""
+    """A GPU by its number on this host. `used` (by any process) and `total` are bytes of memory.
+
+    `uuid` is the name by which CUDA knows it whatever the order of its own numbers.
+    """
 
     index: int
     used: int
     total: int
+    uuid: str
 
 
 def gpus() -> Iterator[Gpu]:
@@ -31,8 +35,10 @@ def gpus() -> Iterator[Gpu]:
         return
     try:
         for index in range(nvml.nvmlDeviceGetCount()):
-            memory = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index))
-            yield Gpu(index, int(memory.used), int(memory.total))
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            memory, uuid = nvml.nvmlDeviceGetMemoryInfo(handle), nvml.nvmlDeviceGetUUID(handle)
+            name = uuid.decode() if isinstance(uuid, bytes) else str(uuid)
+            yield Gpu(index, int(memory.used), int(memory.total), name)
     except nvml.NVMLError:
         # A GPU that fell off the bus no longer answers.
         return

@@ -48,6 +48,9 @@ def backend_options(settings: Settings, manifest: Manifest) -> dict[str, Any]:
         value = getattr(settings, name)
         if value == Settings.model_fields[name].default:
             continue
+        if name == "engines" and settings.backend == "torch" and settings.compile:
+            # Torch itself keeps what it compiles there: see `Settings.load`.
+            continue
         if name not in OPTIONS[settings.backend]:
             takers = " and ".join(backend for backend, names in OPTIONS.items() if name in names)
             raise BackendUnavailable(

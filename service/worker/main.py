@@ -18,6 +18,7 @@ from ditserve.model.spec.adapters import AdapterFile
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.errors import BundleError
 from ditserve.service.backends import (
+    CONDITIONER_ROWS_GPU,
     Backend,
     BackendUnavailable,
     load_backend,
@@ -33,11 +34,13 @@ from ditserve.service.served_models import ServedModel, open_served_models
 from ditserve.service.settings import Settings
 from ditserve.service.signals import hold_signals, stop_signals, unless
 from ditserve.service.telemetry import logs, metrics
+from ditserve.service.telemetry.gpus import gpus
 from ditserve.service.telemetry.tracing import open_tracing
 from ditserve.service.worker.agreement import load_agreed
 from ditserve.service.worker.backend_choice import backend_options, with_backend
 from ditserve.service.worker.heartbeat import starting
 from ditserve.service.worker.parts import build_engine, worker_identity, worker_parts, worker_policy
+from ditserve.service.worker.postprocess import warm_decoder
 from ditserve.service.worker.reload import Reload, begin_anew
 from ditserve.service.worker.worker import Worker
 
@@ -188,7 +191,10 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
             report("warming up")
             engine = build_engine(backends, settings, embeddings)
             await asyncio.to_thread(engine.warm_up, WARM_UP_S)
-        backend = backends[""]
+            backend = backends[""]
+            if backend.conditioner_rows == CONDITIONER_ROWS_GPU:
+                report("warming up the decoder")
+                await asyncio.to_thread(_warm_decoder, backend)
         parts = worker_parts(backend, engine, broker, embeddings, tracing)
         identity = worker_identity(name, model, backends)
         worker = Worker(parts, identity, worker_policy(settings, engine))
@@ -199,6 +205,8 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
             model=identity.model,
             backend=backend.name,
             precision=backend.precision,
+            kernels=backend.kernels,
+            **_gpu_memory(settings),
         )
         return await worker.run(stop, force_stop)
     finally:
@@ -212,6 +220,32 @@ async def serve(settings: Settings, model: ServedModel, opener: Opener, reload: 
         tracing.close()
         for backend in (backends or {}).values():
             backend.close()
+
+
+def _warm_decoder(backend: Backend) -> None:
+    """Take the memory that decoding needs on a GPU, where nobody waits yet.
+
+    Raises:
+        BackendUnavailable: there is too little of it.
+    """
+    config = backend.manifest.config
+    try:
+        warm_decoder(backend, (config.in_channels, *config.image_size))
+    except MemoryError as error:
+        raise BackendUnavailable(
+            f"too little memory on the GPU to decode ({error}): lower --max-rows, --modulation-cache-bytes, "
+            "or the workers on it"
+        ) from None
+
+
+def _gpu_memory(settings: Settings) -> dict[str, str]:
+    """Return the memory in use of each GPU that this worker sees, by anybody, for the log."""
+    visible = settings.visible_gpus()
+    return {
+        f"gpu_{gpu.index}_memory": f"{gpu.used / 2**30:.1f} of {gpu.total / 2**30:.1f} GiB"
+        for gpu in gpus()
+        if visible is None or gpu.uuid in visible or str(gpu.index) in visible
+    }
 
 
 async def _join_queue(broker: Broker, namespace: str, model: str) -> None:

@@ -160,7 +160,7 @@ def worker_identity(name: str, model: ServedModel, backends: Mapping[str, Backen
         bundle=model.digest,
         vocabulary=vocabulary_digest(manifest),
         origin=checkpoint_origin(manifest, networks.strip()),
-        network=Network(backend.name, backend.precision, backend.size_multiple),
+        network=Network(backend.name, backend.precision, backend.size_multiple, backend.kernels),
         adapters=None if backend.adapters is None else backend.adapters.loaded,
     )
 

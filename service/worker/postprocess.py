@@ -140,6 +140,15 @@ class Postprocessor:
         return encode(self._previews.decode(preview.latent[None])[0], job.job.format, metadata={})
 
 
+def warm_decoder(decoder: Decoder, shape: tuple[int, ...]) -> None:
+    """Decode as many blank latents (C, H, W) at once as in service, so that the memory for it is taken.
+
+    Raises:
+        MemoryError: there is too little.
+    """
+    decoder.decode(np.zeros((DECODED_AT_ONCE, *shape), np.float32))
+
+
 def latent_mask(mask: npt.NDArray[np.uint8], rows: int) -> Floats:
     """Return the mask (1, h, w) in 0..1 of a latent of `rows` rows, from that of pixels (H, W) in 0..255.
 

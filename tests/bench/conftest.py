@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.prompted_bundle import write_prompted_bundle
+from tests.bench.prompted_bundle import cached_prompted_bundle
 
 
 @pytest.fixture(scope="session")
-def prompted_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prompted_bundle(pytestconfig: pytest.Config) -> Path:
     """A bundle that draws from texts, over latents; read only."""
-    return write_prompted_bundle(tmp_path_factory.mktemp("prompted"))
+    assert pytestconfig.cache is not None
+    return cached_prompted_bundle(Path(pytestconfig.cache.mkdir("bundles")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -18,7 +19,7 @@ from ditserve.model.nets.small_autoencoder import (
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.manifest import LatentSpec, StateTensor
 from ditserve.model.train.loaded_model import LoadedModel
-from tests.export.tiny import tiny_network, tiny_source
+from tests.export.tiny import cached, tiny_network, tiny_source
 
 # MiniLM's embeddings have 384 numbers.
 CONFIG = DiTConfig(
@@ -37,12 +38,19 @@ CONFIG = DiTConfig(
 PROMPTS = ("a red fox", "a green apple on a table", "a bicycle")
 
 
-def write_prompted_bundle(folder: Path) -> Path:
-    """Export the bundle below `folder`; return its path."""
+def cached_prompted_bundle(cache: Path) -> Path:
+    """Return the folder of the bundle: exported once per version of the code, and kept in `cache`."""
+
+    def make(folder: Path) -> None:
+        with TemporaryDirectory() as autoencoder:
+            _export(folder, Path(autoencoder))
+
+    return cached(cache, "prompted", make, Path(__file__))
+
+
+def _export(folder: Path, autoencoder: Path) -> None:
     torch.manual_seed(0)
     config = SmallAutoencoderConfig(latent_channels=4, widths=(8,), blocks=(1,))
-    autoencoder = folder / "autoencoder"
-    autoencoder.mkdir()
     save_small_autoencoder(autoencoder, SmallAutoencoder(config), {})
     pixels = tiny_source(replace(CONFIG, in_channels=3)).manifest
     changes = {
@@ -63,5 +71,4 @@ def write_prompted_bundle(folder: Path) -> Path:
         golden=False,
         ladder=LadderOptions("none"),
     )
-    export_bundle(source, folder / "bundle", options)
-    return folder / "bundle"
+    export_bundle(source, folder, options)

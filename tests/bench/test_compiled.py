@@ -16,7 +16,6 @@ from tests.tiny_pipelines import save_pipeline, tokens
 # Compilation imports a module of torch that uses a deprecated one, and this network has complex positions.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
-@pytest.mark.timeout(600)
 def test_texts_of_other_lengths_are_not_compiled_again(tmp_path: Path) -> None:
     """This transformer takes its rows as lists, each of its own length."""
     save_pipeline("z_image", tmp_path / "pipeline")

@@ -10,12 +10,11 @@ from ditserve.bench import promises
 from ditserve.bench.promises import Cell, Outcome
 
 
-@pytest.mark.timeout(150)
 def test_above_capacity_beside_neighbours_promises_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = tmp_path / "promises.md"
-    machine = ["--workers=1", "--neighbours=2", "--loads=3", "--seconds=10"]
+    machine = ["--workers=1", "--neighbours=2", "--loads=3", "--seconds=5", "--deadline-s=2", "--steps=25"]
     assert promises.main([*machine, f"--report={written}"]) == 0
     out, text = capsys.readouterr().out, written.read_text()
     assert out.endswith(text + "\n")

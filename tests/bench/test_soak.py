@@ -13,7 +13,6 @@ from tests.service.tiny_bundle import write_bundle
 MIB = 1 << 20
 
 
-@pytest.mark.timeout(180)
 def test_memory_stays_where_it_is(tmp_path: Path) -> None:
     bundle, out = tmp_path / "bundle", tmp_path / "soak.json"
     bundle.mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -71,30 +71,33 @@ async def test_the_deployed_redis_lets_the_service_work_and_nothing_else(
 ) -> None:
     with started(tmp_path, free_tcp_port) as url:
         await wait_until(lambda: answers(url))
-        broker = await Broker.connect(url, namespace="dit")
-        listener = Listener(broker)
-        done, failed, dropped = make_job(), make_job(), make_job()
-        for job in (done, failed, dropped):
-            assert await broker.submit(job)
-        assert await broker.cancel(dropped.id)
-        leases = {
-            claim.job.id: claim.lease for claim in await broker.claim("w1", models=["emoji"], max_samples=2)
-        }
-        assert set(leases) == {done.id, failed.id}
-        assert not (await broker.renew([*leases.values()])).lost
-        assert await broker.progress(leases[done.id], "step", {"step": 1, "steps": 10})
-        assert await broker.finish(leases[done.id], make_result())
-        assert await broker.hand_back(leases[failed.id])
-        assert await listener.wait(done.id) == make_result()
-        assert [event.kind async for event in broker.events(done.id)][-1] == "done"
-        await broker.report(WorkerState("w1", ("emoji",), 8, 0.001, 0.001, 0.001, 0, 0, 0.0, done.created_at))
-        assert (await broker.load()).queued_jobs == 1
-        assert await broker.agree("emoji", "int8") == "int8"
-        await broker.work.wait(0.01)
-        await broker.sweep()
-        assert await broker.dead() == []
-        await listener.aclose()
-        await broker.aclose()
+        async with (
+            aclosing(await Broker.connect(url, namespace="dit")) as broker,
+            aclosing(Listener(broker)) as listener,
+        ):
+            done, failed, dropped = make_job(), make_job(), make_job()
+            for job in (done, failed, dropped):
+                assert await broker.submit(job)
+            assert await broker.cancel(dropped.id)
+            leases = {
+                claim.job.id: claim.lease
+                for claim in await broker.claim("w1", models=["emoji"], max_samples=2)
+            }
+            assert set(leases) == {done.id, failed.id}
+            assert not (await broker.renew([*leases.values()])).lost
+            assert await broker.progress(leases[done.id], "step", {"step": 1, "steps": 10})
+            assert await broker.finish(leases[done.id], make_result())
+            assert await broker.hand_back(leases[failed.id])
+            assert await listener.wait(done.id) == make_result()
+            assert [event.kind async for event in broker.events(done.id)][-1] == "done"
+            await broker.report(
+                WorkerState("w1", ("emoji",), 8, 0.001, 0.001, 0.001, 0, 0, 0.0, done.created_at)
+            )
+            assert (await broker.load()).queued_jobs == 1
+            assert await broker.agree("emoji", "int8") == "int8"
+            await broker.work.wait(0.01)
+            await broker.sweep()
+            assert await broker.dead() == []
 
         client = Redis.from_url(url)
         for command in (
@@ -136,12 +139,10 @@ async def test_the_deployed_redis_keeps_what_was_accepted_when_it_is_killed(
     job = make_job()
     with started(tmp_path, free_tcp_port) as url:
         await wait_until(lambda: answers(url))
-        broker = await Broker.connect(url, namespace="dit")
-        assert await broker.submit(job)
-        await broker.aclose()
+        async with aclosing(await Broker.connect(url, namespace="dit")) as broker:
+            assert await broker.submit(job)
     with started(tmp_path, free_tcp_port) as url:
         await wait_until(lambda: answers(url))
-        broker = await Broker.connect(url, namespace="dit")
-        (claim,) = await broker.claim("w1", models=["emoji"], max_samples=1)
+        async with aclosing(await Broker.connect(url, namespace="dit")) as broker:
+            (claim,) = await broker.claim("w1", models=["emoji"], max_samples=1)
         assert claim.job == job
-        await broker.aclose()

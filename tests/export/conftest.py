@@ -12,13 +12,6 @@ from ditserve.export.tensorrt.module import TensorRt, load_trt
 from tests.export.tiny import cached_full_bundle, cached_tiny_bundle
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests that need a bundle more time: the first one exports it, slowly on a busy machine."""
-    for item in items:
-        if {"tiny_bundle", "own_bundle", "full_bundle"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.timeout(900))
-
-
 @pytest.fixture(scope="session")
 def tiny_bundle(pytestconfig: pytest.Config) -> Path:
     """A complete bundle with random weights; read only (tests that change it copy it)."""

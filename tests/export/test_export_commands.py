@@ -15,6 +15,7 @@ from ditserve.export.golden import affordable_steps
 from ditserve.model import convert
 from ditserve.model.spec.bundle import Bundle
 from ditserve.model.spec.dit_config import published_config
+from tests.export.tiny import graphs_of
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export.onnx": onnx.main,
@@ -104,8 +105,10 @@ def test_an_export_is_refused_before_anything_is_computed(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.timeout(900)
-def test_a_bundle_exported_in_its_own_place_keeps_what_others_left_there(own_bundle: Path) -> None:
+def test_a_bundle_exported_in_its_own_place_keeps_what_others_left_there(
+    tiny_bundle: Path, own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditserve.export.onnx.write_graphs", graphs_of(tiny_bundle))
     kept = ("notes.txt", "mine.onnx", "mine.onnx.data")
     for name in kept:
         (own_bundle / name).write_text("kept")

@@ -30,8 +30,6 @@ from ditserve.model.spec.manifest import LatentSpec
 from ditserve.model.spec.unet_config import UNetConfig
 from tests.export.tiny import tiny_source
 
-pytestmark = pytest.mark.timeout(900)
-
 PLAIN = DiTConfig(
     image_size=(16, 12), patch_size=4, in_channels=3, hidden_size=32, depth=2, num_heads=2, classes=(4,),
     learn_sigma=False,
@@ -41,21 +39,41 @@ UNET = UNetConfig(
     head_size=8, classes=(4, 2), text_size=4,
 )  # fmt: skip
 OPTIONS: dict[str, NetworkConfig] = {
-    "rope, qk-norm, learned sigma, text beside labels, condition tokens in front": replace(
+    "rope, qk-norm, learned sigma, text beside labels, cross-attention, condition tokens in front": replace(
         PLAIN,
         rope=True,
         qk_norm=True,
         learn_sigma=True,
         text_size=5,
         fusion="mlp",
-        blocks=("adaln_zero", "in_context"),
+        blocks=("cross_attention", "in_context"),
     ),
     "no condition, SwiGLU, convolution head, two modulations": replace(
-        PLAIN, classes=(), swiglu=True, head_channels=6, blocks=("adaln",), base_size=(8, 8)
+        PLAIN, depth=1, classes=(), swiglu=True, head_channels=6, blocks=("adaln",), base_size=(8, 8)
     ),
     "a plan of all kinds, layout path": replace(PLAIN, depth=4, blocks=BLOCK_KINDS, layout_rank=2),
-    "text alone, cross-attention": replace(PLAIN, classes=(), text_size=5, blocks=("cross_attention",)),
-    "text tokens beside labels": replace(PLAIN, text_size=5, text_tokens=3, qk_norm=True),
+    "text tokens alone, qk-norm": replace(
+        PLAIN, depth=1, classes=(), text_size=5, text_tokens=3, qk_norm=True
+    ),
+    "every kind of attention, a convolutional MLP, levels": replace(
+        PLAIN,
+        image_size=(16, 24),
+        depth=6,
+        attention=("window:2+1", "neighbourhood:1", "axial", "low_rank:3", "linear", "channel"),
+        levels=(0, 0, 0, 1, 1, 0),
+        conv_mlp=True,
+    ),
+    "merged tokens": replace(PLAIN, image_size=(16, 24), depth=1, merge_tokens=0.5),
+    "experts that choose, a gate of the condition": replace(PLAIN, depth=1, experts=4, condition_gate=True),
+    "tokens that choose, a shared modulation": replace(
+        PLAIN,
+        depth=1,
+        experts=4,
+        top_k=2,
+        routing="token_choice",
+        shared_expert=True,
+        shared_modulation=True,
+    ),
     "U-Net": UNET,
 }
 
@@ -73,7 +91,7 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
     assert ("embedder.onnx" in bands) is conditional
     assert any(name.startswith("backbone.onnx at ") for name in bands) is free
     backbone = onnx.load(tmp_path / "backbone.onnx", load_external_data=False).graph
-    multiple = 4 if isinstance(config, DiTConfig) else 2
+    multiple = config.size_multiple if isinstance(config, DiTConfig) else 2
     sides = [f"{multiple}*rows", f"{multiple}*columns"] if free else list(config.image_size)
     shape = backbone.input[0].type.tensor_type.shape.dim
     assert [dim.dim_param or dim.dim_value for dim in shape] == ["batch", 3, *sides]
@@ -84,7 +102,7 @@ def test_every_option_exports(config: NetworkConfig, tmp_path: Path) -> None:
 
 def test_a_cpu_gets_few_channels_by_a_transposed_convolution(tmp_path: Path) -> None:
     """The convolution of the patches and a wide one stay as they are."""
-    source = tiny_source(replace(PLAIN, head_channels=6))
+    source = tiny_source(replace(PLAIN, depth=1, head_channels=6))
     for name, expected in (("fp32", ["Conv", "Conv", "ConvTranspose"]), ("fp16", ["Conv"] * 3)):
         network = source.network if name == "fp32" else half_network(source.network, name)
         kinds = [node.op_type for node in backbone_graph(network).graph.node if "Conv" in node.op_type]

@@ -113,7 +113,6 @@ def test_an_unreadable_processor_counts_as_one_without_vnni(tmp_path: Path) -> N
     assert not local_processor(tmp_path / "missing").vnni
 
 
-@pytest.mark.timeout(900)
 def test_a_bundle_is_smoothed_quantised_and_tells_what_it_cost(
     own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from safetensors.torch import save_file
 
 from ditserve.bench.machine.networks import random_network
@@ -22,7 +21,6 @@ from tests.export.tiny import CONFIG, tiny_source
 WIDE = replace(CONFIG, hidden_size=1536, depth=1, num_heads=8, layout_rank=0, head_channels=0, patch_size=8)
 
 
-@pytest.mark.timeout(900)
 def test_an_export_takes_no_more_memory_than_it_says(tmp_path: Path) -> None:
     model = tiny_source(WIDE)
     expected = peak_bytes(model, TrajectorySettings(samples=1, steps=2))
@@ -33,7 +31,6 @@ def test_an_export_takes_no_more_memory_than_it_says(tmp_path: Path) -> None:
     assert LIBRARIES / 2 < peak < expected
 
 
-@pytest.mark.timeout(300)
 def test_an_import_holds_the_weights_once(tmp_path: Path) -> None:
     sizes, peaks = [], []
     # The difference of two leaves out the libraries.

@@ -20,9 +20,7 @@ from ditserve.export.source import open_source, parameters
 from ditserve.export.verify import LIMITS, ParityLimits, open_session, run
 from ditserve.model.nets.conditioner import null_labels
 from ditserve.model.spec.bundle import Bundle
-from tests.export.tiny import CONFIG, tiny_dit, tiny_source
-
-GRAPHS = ("embedder.onnx", "conditioner.onnx", "backbone.onnx")
+from tests.export.tiny import CONFIG, GRAPHS, tiny_dit, tiny_source
 
 
 def through_graphs(
@@ -103,7 +101,6 @@ def test_the_parity_report_covers_every_noise_band(tiny_bundle: Path) -> None:
     assert 0 < max(band["relative_l2"] for band in parity["weights"]["error"]) < 3e-3
 
 
-@pytest.mark.timeout(900)
 def test_a_graph_beyond_its_limit_stops_the_export_and_leaves_the_target(
     own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,7 +108,6 @@ def test_a_weight_that_does_not_fit_is_named(tmp_path: Path) -> None:
         save_weights(tmp_path / "w.safetensors", {"blocks.0.attn": torch.full((2,), 1e6)}, torch.float16)
 
 
-@pytest.mark.timeout(900)
 def test_a_large_graph_keeps_its_tensors_beside_it_all_the_way(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from ditserve.model.train.load import DEFAULTS
 from ditserve.model.train.loaded_model import LoadedModel
 
 ROOT = Path(__file__).resolve().parents[2]
+GRAPHS = ("embedder.onnx", "conditioner.onnx", "backbone.onnx")
 CONFIG = DiTConfig(
     image_size=(16, 16),
     patch_size=4,
@@ -99,7 +100,7 @@ def cached_tiny_bundle(cache: Path) -> Path:
             ExportOptions(half="none", trajectories=TrajectorySettings(samples=2, steps=10)),
         )
 
-    return _cached(cache, "tiny", make)
+    return cached(cache, "tiny", make)
 
 
 def cached_full_bundle(cache: Path) -> Path:
@@ -114,13 +115,24 @@ def cached_full_bundle(cache: Path) -> Path:
         write_half(source, folder, rows, "fp16")
         write_manifest(folder, source.manifest)
 
-    return _cached(cache, "full", make)
+    return cached(cache, "full", make)
 
 
-def _cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+def graphs_of(bundle: Path) -> Callable[[Network, Manifest, Path], None]:
+    """Return a stand-in for `write_graphs`, which takes the graphs of a bundle of the same weights."""
+
+    def copy(network: Network, manifest: Manifest, folder: Path) -> None:
+        for name in GRAPHS:
+            shutil.copy(bundle / name, folder)
+
+    return copy
+
+
+def cached(cache: Path, name: str, make: Callable[[Path], None], *sources: Path) -> Path:
+    """Return the folder of a bundle that is made once per version of the code, and of `sources`."""
     sha = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {ort.__version__}".encode())
     rooms = (ROOT / "model/spec", ROOT / "model/nets", ROOT / "export")
-    for file in sorted([Path(__file__), *(path for room in rooms for path in room.glob("*.py"))]):
+    for file in sorted([Path(__file__), *sources, *(path for room in rooms for path in room.glob("*.py"))]):
         sha.update(file.read_bytes())
     target = cache / f"{name}-{sha.hexdigest()[:16]}"
     if not target.is_dir():

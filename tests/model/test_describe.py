@@ -129,3 +129,22 @@ def test_errors_are_one_sentence(
     captured = capsys.readouterr().err
     assert message in captured
     assert captured.count("\n") == 1
+
+
+def test_the_parts_of_a_network_add_up_to_its_backbone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unet = {"network": "unet", "base_channels": 16, "multipliers": [1, 2], "attention": [1], "head_size": 16}
+    file = write(tmp_path / "unet.json", unet)
+    for name in ("DiT-S/8", file):
+        assert main([name, "--json"]) == main([name, "--parts", "--json"]) == 0
+        printed = capsys.readouterr().out
+        whole, end = json.JSONDecoder().raw_decode(printed)
+        parts = json.loads(printed[end:])[name]
+        assert sum(part["macs"] for part in parts) == whole[name]["backbone_macs"]
+        assert sum(part["name"].startswith("blocks.") for part in parts) >= 8
+    assert parts[0]["shape"] == [16, 32, 32]
+    assert main([file, "--parts", "--size", "16", "16"]) == 0
+    table = capsys.readouterr().out
+    assert "blocks.0" in table
+    assert "16×16×16" in table

@@ -42,6 +42,7 @@ class FakeBackend:
 
     name = "fake"
     precision = "fp32"
+    kernels = ""
     text_encoder: SentenceEncoder | None = None
     state_memory: StateMemory = HostMemory()
     adapters: BackendAdapters | None = None

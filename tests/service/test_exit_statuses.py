@@ -51,7 +51,7 @@ def test_mistakes_and_failures_differ(
     url = "redis://127.0.0.1:1" if words[0] == "dead" else embedded_url
     words = [word.replace("=keys.json", f"={tmp_path}/keys.json") for word in words]
     process = service(*words, REDIS_URL=url, DIT_NAMESPACE="exits")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == status, errors
     assert "Traceback" not in errors
     told = errors.splitlines()[-1]
@@ -64,7 +64,7 @@ def test_mistakes_and_failures_differ(
 def test_a_person_at_a_terminal_is_told_the_mistake_alone() -> None:
     ours, theirs = pty.openpty()
     words = [sys.executable, "-m", "service", "--prot=1"]
-    ended = subprocess.run(words, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, timeout=60)
+    ended = subprocess.run(words, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, timeout=120)
     os.close(theirs)
     told = os.read(ours, 4096).decode()
     os.close(ours)
@@ -83,7 +83,7 @@ async def test_a_service_that_loses_a_part_it_needs_has_failed() -> None:
     async with serving(TINY) as running:
         (valkey,) = (pid for pid, line in running.family.items() if is_server(line))
         os.kill(valkey, signal.SIGKILL)
-        _, errors = running.process.communicate(timeout=40)
+        _, errors = running.process.communicate()
         assert running.process.returncode == exit_statuses.FAILED
         assert "ended unexpectedly" in errors
 
@@ -99,4 +99,4 @@ async def test_a_worker_that_loops_on_its_configuration_says_so(
         (bundle / "backbone.onnx").unlink()
         os.kill(one(running.family, "-m ditserve.service worker"), signal.SIGKILL)
         told = "no start of a worker helps before its configuration is mended"
-        await wait_until(lambda: told in log.read_text(), timeout=60, every=0.1)
+        await wait_until(lambda: told in log.read_text(), timeout=120, every=0.1)

@@ -197,3 +197,40 @@ def test_two_passwords_are_a_contradiction(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("REDIS_PASSWORD", "other")
     with pytest.raises(SettingsError, match="REDIS_URL has a password and REDIS_PASSWORD is set"):
         Settings.parse()
+
+
+@pytest.mark.parametrize(
+    ("given", "per_gpu"), [("3", None), ("1024", None), ("per-gpu=4", 4)], ids=["three", "most", "per-gpu"]
+)
+def test_workers_are_a_number_or_a_number_for_each_gpu(given: str, per_gpu: int | None) -> None:
+    settings = Settings.parse([f"--workers={given}", "--backend=torch", "--device=cuda"])
+    assert (settings.workers, settings.workers_per_gpu) == (given, per_gpu)
+
+
+@pytest.mark.parametrize("given", ["0", "1025", "per-gpu", "per-gpu=0", "gpu=2", "-1", "1.5"])
+def test_other_workers_are_refused(given: str) -> None:
+    with pytest.raises(SettingsError, match="--workers"):
+        Settings.parse([f"--workers={given}"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "is for workers that compute on a GPU: add --backend tensorrt"),
+        (["--backend=torch", "--device=cuda:1"], "gives each worker a GPU: --device cuda:1 must be cuda"),
+    ],
+)
+def test_workers_for_each_gpu_compute_on_it(flags: list[str], words: str) -> None:
+    with pytest.raises(SettingsError, match=f"--workers per-gpu=2 {words}"):
+        Settings.parse(["--workers=per-gpu=2", *flags])
+
+
+def test_code_that_torch_compiles_is_kept_beside_the_engines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    Settings.load([f"--engines={tmp_path}"])
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    Settings.load([f"--engines={tmp_path}", "--compile"])
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torch-compiled")

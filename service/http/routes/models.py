@@ -32,7 +32,7 @@ async def models(api: Api) -> Response:
 
 async def _description(model: Model, settings: Settings) -> dict[str, Any]:
     workers = await _workers(model)
-    networks = {f"{worker.network.backend} {worker.network.precision}".strip() for worker in workers}
+    networks = {str(worker.network) for worker in workers}
     described = describe(
         model.manifest,
         settings,

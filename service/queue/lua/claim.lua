@@ -70,8 +70,16 @@ local function take(job, finish)
   clock, rows_taken = math.max(clock, finish), rows_taken + job.rows
 end
 
+-- Returns true for a job that a full worker passes for its flow alone. Its whole record need not be read: a look
+-- for newcomers passes up to 128 of these.
+local function passed_over(id)
+  local seen = redis.pcall('HMGET', job_key(id), 'flow', 'deadline', 'suspect')
+  return crowded[seen[1]] and (tonumber(seen[2]) or math.huge) >= NOW and not seen[3]
+end
+
 -- Returns 'left' (the job is in the queue no longer), 'stays' (look further) or 'stop' (end the claim).
 local function consider(id, finish)
+  if room <= 0 and passed_over(id) then return 'stays' end
   local job = intact(id)
   if not job then return 'left' end
   local version = version_of(job.wire)

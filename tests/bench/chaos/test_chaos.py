@@ -19,7 +19,6 @@ from ditserve.bench.chaos.log import FAILURES, ChaosLog, failed
 from tests.service.tiny_bundle import write_bundle
 
 
-@pytest.mark.timeout(240)
 def test_faults_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle, out, text = tmp_path / "bundle", tmp_path / "chaos.json", tmp_path / "chaos.md"
     bundle.mkdir()

@@ -166,7 +166,6 @@ def test_int8_compiles_with_every_linear_folded_and_attention_still_fused(
     assert fusion.attention >= 1
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_graph_of_any_size_compiles_for_the_size_that_is_served(
     rtx: TensorRt, tmp_path: Path, precision: str

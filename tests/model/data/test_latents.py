@@ -188,7 +188,6 @@ def test_parts_and_interruptions_change_nothing(
     assert same(out, prepared)
 
 
-@pytest.mark.timeout(600)  # each process imports torch and diffusers
 def test_several_processes_make_the_same_latents(prepared: Path, autoencoder: Path) -> None:
     out = prepared.parent / "by-processes"
     options = ["--autoencoder", str(autoencoder), "--out", str(out), "--shard", "5", "--batch", "3"]

@@ -21,9 +21,9 @@ from ditserve.model.nets.factory import Network, NetworkConfig, make_network
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.train.ema import Ema
 from ditserve.model.train.optimizer import HALF_DTYPES, autocast
+from ditserve.model.train.recompute import checkpoint_blocks
 from ditserve.model.train.run_config import Precision
 from ditserve.model.train.tensor_shards import make_index, read_shards, write_shards
-from ditserve.model.train.trainer import checkpoint_blocks
 from tests.model.nets.unet_cases import TINY_UNET
 
 BATCH, STEPS, CLIP = 4, 3, 0.5
@@ -43,9 +43,12 @@ class Case:
     recompute: bool = False
 
 
-DDP, FSDP, TENSOR = {"mode": "ddp"}, {"mode": "fsdp"}, {"tensor": 2}
+DDP, FSDP, TENSOR, PIPELINE = {"mode": "ddp"}, {"mode": "fsdp"}, {"tensor": 2}, {"pipeline": 2}
 ALL_OPTIONS = replace(TINY, blocks=("adaln", "adaln_zero"), swiglu=True, qk_norm=True, rope=True)
+ALL_CONDITIONS = replace(TINY, shared_modulation=True, condition_gate=True)
+EXPERTS = replace(TINY, experts=2, shared_expert=True, patch_size=2)
 TOKENS = replace(TINY, blocks=("cross_attention", "in_context"))
+ROUTED: dict[str, Any] = {"experts": 4, "top_k": 2, "routing": "token_choice"}
 # Cases of two processes.
 PAIR = {
     "ddp": Case(TOKENS, spec=DDP, pieces=2),
@@ -53,10 +56,21 @@ PAIR = {
     "fsdp in bf16": Case(ALL_OPTIONS, spec=FSDP, precision="bf16"),
     "fsdp of a u-net": Case(TINY_UNET, spec=FSDP),
     "tensor": Case(ALL_OPTIONS, spec=TENSOR, recompute=True),
+    "ddp with gradients in bf16": Case(spec={**DDP, "compress": "bf16"}, pieces=2),
+    "ddp of experts": Case(EXPERTS, spec=DDP),
+    "fsdp of experts and a shared modulation": Case(
+        replace(EXPERTS, **ROUTED, shared_modulation=True, condition_gate=True), spec=FSDP
+    ),
+    "pipeline": Case(ALL_OPTIONS, spec=PIPELINE, pieces=2, recompute=True),
+    "pipeline of three blocks with condition tokens": Case(
+        replace(TINY, depth=3, blocks=("cross_attention", "in_context", "adaln")), spec=PIPELINE, pieces=4
+    ),
+    "pipeline with a shared modulation": Case(ALL_CONDITIONS, spec=PIPELINE, pieces=2),
     "tensor with condition tokens": Case(TOKENS, spec=TENSOR, pieces=2),
 }
 FOUR = {
     "tensor with norms by the mean square": Case(replace(ALL_OPTIONS, rms_norm=True), spec={**DDP, **TENSOR}),
+    "ddp over pipelines": Case(ALL_OPTIONS, spec={**DDP, **PIPELINE}, pieces=2),
     "ddp over tensor": Case(ALL_OPTIONS, spec={**DDP, **TENSOR}),
     "fsdp over tensor": Case(ALL_OPTIONS, spec={**FSDP, **TENSOR}, pieces=2),
 }
@@ -102,29 +116,54 @@ def train(case: Case, parallel: ParallelNetwork) -> dict[str, Tensor]:
     """
     network, optimizer = parallel.network, make_optimizer(parallel)
     ema = Ema(network, (0.9,))
-    rows = ParallelSpec(tensor=parallel.tensor_size).rows(parallel.world, BATCH)
+    rows = ParallelSpec(**case.spec).rows(parallel.world, BATCH) if parallel.world.size > 1 else range(BATCH)
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad(set_to_none=True)
         batch = [part[rows.start : rows.stop] for part in make_batch(case.config, step)]
-        loss = 0.0
-        pieces = list(zip(*(part.tensor_split(case.pieces) for part in batch), strict=True))
-        for index, piece in enumerate(pieces):
-            with parallel.gradient_sync(last=index == len(pieces) - 1):
-                error = squared_error(parallel, case.precision, *piece) / len(pieces)
-                error.backward()
-            loss += error.item()
+        loss = pipelined(case, parallel, batch) if parallel.pipeline else in_pieces(case, parallel, batch)
         norms.append(parallel.clip_gradients(CLIP))
         losses.append(parallel.all_reduce_mean({"loss": loss})["loss"])
         optimizer.step()
         ema.update(network.parameters())
     results = {"losses": torch.tensor(losses), "norms": torch.tensor(norms)}
     for name, parameter in network.named_parameters():
-        assert parameter.grad is not None, name
-        kept = {"weight": parameter.detach(), "gradient": parameter.grad, "average": ema.first[name]}
-        kept |= {"moment": optimizer.state[parameter]["exp_avg"]}
+        # A process of a pipeline holds nothing of the blocks of others.
+        gradient = parameter.grad if parameter.numel() else parameter.detach()
+        assert gradient is not None, name
+        moments = optimizer.state.get(parameter, {"exp_avg": parameter.detach()})
+        kept = {"weight": parameter.detach(), "gradient": gradient, "average": ema.first[name]}
+        kept |= {"moment": moments["exp_avg"]}
         results |= {f"{what} {name}": parallel.full_tensor(name, tensor) for what, tensor in kept.items()}
     return {name: tensor.clone().contiguous() for name, tensor in results.items()}
+
+
+def in_pieces(case: Case, parallel: ParallelNetwork, batch: list[Tensor]) -> float:
+    """Add the gradient of a batch in micro-batches, and return its loss."""
+    loss = 0.0
+    pieces = list(zip(*(part.tensor_split(case.pieces) for part in batch), strict=True))
+    for index, piece in enumerate(pieces):
+        with parallel.gradient_sync(last=index == len(pieces) - 1):
+            error = squared_error(parallel, case.precision, *piece) / len(pieces)
+            error.backward()
+        loss += error.item()
+    return loss
+
+
+def pipelined(case: Case, parallel: ParallelNetwork, batch: list[Tensor]) -> float:
+    """Do the same in a pipeline."""
+    x, t, labels, target = batch
+    losses = []
+
+    def error(output: Tensor, rows: Tensor) -> Tensor:
+        losses.append((output - target[rows]).square().mean() / case.pieces)
+        return losses[-1]
+
+    pipeline = parallel.pipeline
+    assert pipeline is not None
+    pipeline.run((x, t, labels, None), case.pieces, error, lambda: autocast(case.precision, "cpu"))
+    parallel.average_pipelines()
+    return pipeline.of_last({"loss": sum(loss.item() for loss in losses)})["loss"]
 
 
 def squared_error(
@@ -176,7 +215,13 @@ def main(folder: Path) -> None:
 
 
 REWRITTEN = {
-    2: [Case(ALL_OPTIONS, FSDP), Case(ALL_OPTIONS, TENSOR), Case(ALL_OPTIONS, DDP), Case(ALL_OPTIONS, FSDP)],
+    2: [
+        Case(ALL_OPTIONS, FSDP),
+        Case(ALL_OPTIONS, TENSOR),
+        Case(ALL_OPTIONS, DDP),
+        Case(ALL_OPTIONS, PIPELINE),
+        Case(ALL_OPTIONS, FSDP),
+    ],
     4: [Case(ALL_OPTIONS, FSDP), Case(ALL_OPTIONS, {**FSDP, **TENSOR}), Case(ALL_OPTIONS, {**DDP, **TENSOR})],
 }
 

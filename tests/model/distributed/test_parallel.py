@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh
 
 from ditserve.model.distributed.parallel import ParallelNetwork, single_process
+from ditserve.model.distributed.pipeline import check_pipeline
 from ditserve.model.distributed.processes import ParallelSpec, World, join_processes
 from ditserve.model.distributed.tensor_parallel import parallelize_blocks
 from ditserve.model.nets.dit import DiT
+from ditserve.model.nets.factory import make_network
 from ditserve.model.nets.unet import UNet
 from ditserve.model.spec.dit_config import DiTConfig
 from ditserve.model.spec.network_config import NetworkConfig
@@ -27,6 +29,7 @@ from ditserve.model.train.optimizer import HALF_DTYPES
 from ditserve.model.train.tensor_shards import SectionReader, read_full, write_shards
 from tests.model.distributed.parallel_cases import (
     ALL_OPTIONS,
+    EXPERTS,
     FOUR,
     PAIR,
     REWRITTEN,
@@ -38,8 +41,6 @@ from tests.model.distributed.parallel_cases import (
 from tests.model.nets.unet_cases import TINY_UNET
 
 Outcome = Callable[[int], Path]
-
-pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,11 @@ def test_several_processes_train_as_one(name: str, outcome: Outcome) -> None:
         ),
     )
     assert together.keys() == by_one.keys()
-    relative, absolute = (0.1, 5e-3) if case.precision == "bf16" else (1e-5, 1e-6)
+    rounded = case.precision == "bf16" or "compress" in case.spec
+    relative, absolute = (0.1, 5e-3) if rounded else (1e-5, 1e-6)
+    if "compress" in case.spec:
+        # Gradients in bf16 are near, and not the same.
+        assert not torch.allclose(together["norms"], by_one["norms"], rtol=1e-6, atol=0)
     for key, tensor in by_one.items():
         torch.testing.assert_close({key: together[key]}, {key: tensor}, rtol=relative, atol=absolute)
 
@@ -137,11 +142,36 @@ def test_rows_are_shared_out_between_replicas() -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "stages", "complaint"),
+    [
+        (TINY_UNET, 2, r"parallel\.pipeline 2 is for a DiT, not for a U-Net"),
+        (TINY, 3, r"parallel\.pipeline 3 is more than the 2 blocks"),
+        (EXPERTS, 2, r"parallel\.pipeline does not balance experts"),
+    ],
+)
+def test_blocks_that_cannot_be_shared_out_are_refused(
+    config: NetworkConfig, stages: int, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        check_pipeline(make_network(config), stages)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"mode": "fsdp", "pipeline": 2}, {"tensor": 2, "pipeline": 2}, {"mode": "fsdp", "compress": "bf16"}],
+)
+def test_divisions_that_exclude_each_other_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="leave these out"):
+        ParallelSpec(**fields)
+
+
+@pytest.mark.parametrize(
     ("config", "size", "complaint"),
     [
         (TINY, 3, r"parallel\.tensor 3 does not divide num_heads 2"),
         (replace(TINY, num_heads=4, mlp_ratio=0.9), 4, r"does not divide the MLP's width 14"),
         (TINY_UNET, 2, r"parallel\.tensor 2 is for a DiT, not for a U-Net"),
+        (EXPERTS, 2, r"parallel\.tensor 2 does not divide experts"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(config: NetworkConfig, size: int, complaint: str) -> None:

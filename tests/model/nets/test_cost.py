@@ -38,6 +38,20 @@ def test_cost_by_hand() -> None:
     assert actual.parameters == sum(p.numel() for p in DiT(config).parameters()) + tokens * d
 
 
+def test_of_experts_only_those_of_a_token_are_active_and_count() -> None:
+    def expert_cost(**changes: int) -> Cost:
+        shape = {"image_size": (8, 8), "hidden_size": 8, "depth": 2, "num_heads": 2}
+        return cost(DiTConfig(**shape, **changes))  # type: ignore[arg-type]
+
+    dense, sparse = expert_cost(), expert_cost(experts=4, top_k=1)
+    expert = 8 * 32 + 32 + 32 * 8 + 8
+    router = 8 * 4 + 4
+    assert sparse.parameters == dense.parameters + 2 * (3 * expert + router)
+    assert sparse.active_parameters == dense.active_parameters + 2 * router
+    assert dense.active_parameters == dense.parameters
+    assert sparse.macs == dense.macs + 2 * 16 * 8 * 4
+
+
 def test_operations_by_kind() -> None:
     """Cross-attention reads its own keys, condition tokens attend too, and a U-Net is mostly convolutions."""
 

@@ -148,7 +148,6 @@ def command(whole: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.timeout(900)  # as of all tests that export
 def test_a_pruned_bundle_is_exported_and_recovers_from_its_teacher(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

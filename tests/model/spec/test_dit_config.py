@@ -61,6 +61,15 @@ def test_unknown_names_are_refused(name: str) -> None:
         ({"frequency_shift": 2}, "0 .published DiT. or 1 .diffusers."),
         ({"head_channels": 2}, r"at least in_channels \(3\)"),
         ({"head_channels": 6, "learn_sigma": True}, "turn learn_sigma off"),
+        ({"shared_modulation": True, "blocks": "in_context"}, "shared_modulation needs blocks that are all"),
+        ({"condition_gate": True, "blocks": ("adaln", "adaln", "adaln_zero")}, "condition_gate needs blocks"),
+        ({"experts": 1}, "experts must be 0"),
+        ({"experts": 4, "top_k": 4}, "top_k 4 must be below experts 4"),
+        ({"experts": 4, "top_k": 0}, "top_k must be positive"),
+        ({"experts": 4, "swiglu": True}, "leave out swiglu, or experts"),
+        ({"experts": 17}, "experts 17 are more than the 16 tokens"),
+        ({"experts": 4, "routing": "hash"}, "unknown routing 'hash': choose among expert_choice"),
+        ({"shared_expert": True}, "set experts, or leave it out"),
     ],
 )
 def test_configs_that_cannot_work_are_refused_with_the_remedy(

@@ -218,6 +218,28 @@ def test_the_second_of_two_processes_is_refused_and_a_dead_owner_is_succeeded(tm
     assert os.listdir(tmp_path) == ["bundle"]
 
 
+def test_a_folder_that_is_held_can_be_waited_for(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    old_bundle(out)
+    command = [sys.executable, "-c", HOLDER, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "held\n"
+        told: list[str] = []
+
+        def on_wait(name: str) -> None:
+            told.append(name)
+            # The process ends, and with it the wait.
+            assert owner.stdin is not None
+            owner.stdin.close()
+
+        with claim(out, BUNDLE, on_wait=on_wait) as folder:
+            assert owner.wait() == 0
+            assert (folder / "weights.safetensors").read_bytes() == b"half"
+        assert len(told) == 1
+        assert told[0].startswith(f"process {owner.pid} on ")
+
+
 def test_a_death_in_the_middle_of_the_swap_is_mended(tmp_path: Path) -> None:
     out, replaced = tmp_path / "bundle", tmp_path / ".bundle.replaced"
     old_bundle(out)

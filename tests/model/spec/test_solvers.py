@@ -103,7 +103,9 @@ def test_an_oracle_recovers_the_image_for_any_number_of_steps(solver: str, kind:
             noise = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
             return training_target(schedule.prediction, schedule.alpha(t), schedule.sigma(t), x0, noise)
 
-        for steps in (1, 2, 3, 10, 37, 250, 1000):
+        # Many steps take long: of one kind of prediction alone.
+        many = (250, 1000) if schedule.prediction == "epsilon" else ()
+        for steps in (1, 2, 3, 10, 37, *many):
             table = step_table(solver, grid(kind, steps), schedule)
             states = run(table, rng.standard_normal(4), network, noise=lambda: rng.standard_normal(4))
             np.testing.assert_allclose(states[-1], x0, atol=1e-10)

@@ -24,6 +24,15 @@ def test_a_log_is_drawn_whatever_is_missing_in_it(tmp_path: Path, capsys: pytest
         assert picture.size == (700, 700)
 
 
+def test_the_signals_of_a_run_have_panels_of_their_own(tmp_path: Path) -> None:
+    signals = {"attention_entropy": 0.9, "activation_rms": 1.0, "router_busiest": 1.5}
+    line = {"step": 1, "loss": 1.0, "grad_norm": 2.0, "lr": 1e-3}
+    for lines, height in (([line], 700), ([line, {"step": 2, **signals}], 1400)):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+        with Image.open(curve.draw_curve(tmp_path)) as picture:
+            assert picture.size == (700, height)
+
+
 def test_a_folder_without_a_log_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert curve.main([str(tmp_path)]) == 2
     assert f"{tmp_path / 'log.jsonl'} has no lines yet" in capsys.readouterr().err

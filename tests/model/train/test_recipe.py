@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.model.train.training_cases import write_pictures
 
 ROOT = Path(__file__).parents[3]
 ZOO = ROOT / "model" / "zoo"
+PARAMETERS = {"DiT-S": 32.96, "DiT-B": 130.51, "DiT-L": 458.10, "DiT-XL": 675.13}
 RECIPES = sorted((ROOT / "model" / "train" / "recipes").glob("*.json"))
 
 
@@ -160,6 +162,9 @@ def test_shipped_recipes_are_for_latents_of_any_kind(
     # 102.4 million pictures, as in the paper's 400,000 steps of 256.
     assert config.steps * config.batch == 400_000 * 256
     assert config.min_lr < config.lr
+    # The rate of the paper for DiT-XL, and higher ones for fewer parameters.
+    size = PARAMETERS[file.stem] / PARAMETERS["DiT-XL"]
+    assert config.lr * math.sqrt(size) == pytest.approx(1e-4, rel=0.02)
     assert main(["--config", str(file), "--dry-run"]) == 2
     assert "--data" in capsys.readouterr().err
 

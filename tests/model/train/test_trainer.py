@@ -16,6 +16,7 @@ from ditserve.model.spec.diffusion import add_noise, loss_weights, training_targ
 from ditserve.model.train.config import TrainConfig
 from ditserve.model.train.optimizer import learning_rate
 from ditserve.model.train.trainer import Diverged, Trainer
+from ditserve.model.train.training import start
 from tests.model.train.training_cases import tiny_config
 
 UNET = {
@@ -136,6 +137,50 @@ def test_recomputing_blocks_changes_nothing_but_memory(tmp_path: Path, model: di
     ours, theirs = weights(kept), weights(again)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_blocks_are_recomputed_by_themselves_in_deep_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = tiny_config(tmp_path).model
+    deep, deeper = (Trainer(tiny_config(tmp_path, model={**shape, "depth": depth})) for depth in (24, 25))
+    assert (deep.recomputes, deeper.recomputes) == (False, True)
+    deeper.config.output.mkdir()
+    start(deeper)
+    assert "25 blocks keep their inputs alone" in capsys.readouterr().out
+    assert not Trainer(
+        tiny_config(tmp_path, model={**shape, "depth": 25}, checkpoint_blocks=False)
+    ).recomputes
+
+
+EXPERTS = {"patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "experts": 4}
+
+
+def test_tokens_that_choose_experts_are_spread_over_them(tmp_path: Path) -> None:
+    model = {**EXPERTS, "routing": "token_choice"}
+    course = {"lr": 0.03, "steps": 100, "schedule": "constant"}
+    plain, balanced = (
+        Trainer(tiny_config(tmp_path, model=model, balance=weight, checkpoint_blocks=weight == 1, **course))
+        for weight in (0, 1)
+    )
+    for trainer in (plain, balanced):
+        uneven(trainer)
+    assert "balance" not in plain.step()
+    loads = [balanced.step()["balance"] for _ in range(60)]
+    assert loads[0] > 1.8
+    assert 0.9 < sum(loads[-10:]) / 10 < 1.2
+    default = tiny_config(tmp_path, model=model)
+    assert default.balance_weight(plain.network_config) == 0.01
+    chosen = Trainer(tiny_config(tmp_path, model=EXPERTS))
+    assert chosen.step().keys() == {"loss", "grad_norm", "lr"}
+
+
+def uneven(trainer: Trainer) -> None:
+    """Make all tokens prefer the first expert of each block."""
+    for name, parameter in trainer.state.model.named_parameters():
+        if name.endswith("router.bias"):
+            with torch.no_grad():
+                parameter[0] = 2.0
 
 
 def test_auxiliary_losses_are_told_apart_and_kept_out_of_the_loss(tmp_path: Path) -> None:

@@ -62,25 +62,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 
 def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
-    raw = tiny_run(tmp_path) | {"steps": 20, "checkpoint_every": 2}
+    raw = tiny_run(tmp_path) | {"steps": 60, "checkpoint_every": 2}
     straight = TrainConfig.model_validate({**raw, "output": str(tmp_path / "straight")})
     training.train(straight)
     command = [sys.executable, "-m", "model.train", "--config", config_file(raw, tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     checkpoints = Path(raw["output"]) / "checkpoints"
-    deadline = time.monotonic() + 100
-    while not list(checkpoints.glob("step-*[1-9]")) and time.monotonic() < deadline:
+    while not list(checkpoints.glob("step-*[1-9]")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     killed_at = int(sorted(checkpoints.glob("step-*"))[-1].name.removeprefix("step-"))
-    assert 0 < killed_at < 20
+    assert 0 < killed_at < 60
     training.train(TrainConfig.model_validate(raw))
     assert_same(newest_state(straight.output), newest_state(Path(raw["output"])))
     steps = [
         json.loads(line)["step"] for line in (Path(raw["output"]) / "log.jsonl").read_text().splitlines()
     ]
-    assert steps == list(range(1, 21))
+    assert steps == list(range(1, 61))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -90,11 +89,10 @@ def test_a_run_that_is_asked_to_stop_saves_its_state_first(tmp_path: Path, numbe
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
     log = Path(raw["output"]) / "log.jsonl"
-    deadline = time.monotonic() + 100
-    while not (log.is_file() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
+    while not (log.is_file() and log.read_text().count("\n") > 3) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(number)
-    _, error = process.communicate(timeout=100)
+    _, error = process.communicate()
     assert process.returncode == 130
     assert b"stopping after this step" in error
     assert b"model.train: stopped; the same command goes on" in error

@@ -153,25 +153,31 @@ def test_the_interpreter_runs_on_while_it_computes(backend: Backend, rng: np.ran
         count *= 2
         x, state = random_rows(backend, rng, count)
         backend.denoise(x, state)  # the first of a size takes memory
-        start = time.perf_counter()
+        # A busy machine adds to the time that passes, not to that of the processor.
+        start = time.process_time()
         backend.denoise(x, state)
-        seconds = time.perf_counter() - start
-    began, done = threading.Event(), threading.Event()
+        seconds = time.process_time() - start
 
-    def compute() -> None:
-        began.set()
-        backend.denoise(x, state)
-        done.set()
+    def turns() -> int:
+        began, done = threading.Event(), threading.Event()
 
-    worker = threading.Thread(target=compute)
-    worker.start()
-    began.wait()
-    turns = 0
-    while not done.wait(0.001):
-        turns += 1
-    worker.join()
-    # If the backend held the interpreter lock there would be one turn at most.
-    assert turns > 3
+        def compute() -> None:
+            began.set()
+            backend.denoise(x, state)
+            done.set()
+
+        worker = threading.Thread(target=compute)
+        worker.start()
+        began.wait()
+        turns = 0
+        while not done.wait(0.001):
+            turns += 1
+        worker.join()
+        return turns
+
+    # If the backend held the interpreter lock there would be one turn at most. Beside others there may be
+    # none once, and not each time.
+    assert any(turns() > 3 for _ in range(10))
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ditserve.model.nets.dit import DiT
 from ditserve.model.spec.adapters import adapter_files
 from ditserve.model.spec.bundle import Bundle
 from ditserve.service.backends import BackendUnavailable
@@ -144,7 +145,7 @@ def test_a_compiled_backbone_draws_the_same(
     bundle: Bundle, backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its graph is traced and run as it is: code for this processor takes long to make."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(DiT, "compile_blocks", partialmethod(DiT.compile_blocks, "eager"))
     compiled = TorchBackend(bundle, adapters=adapter_files(bundle.path / "adapters"), compile=True)
     generator = np.random.default_rng(0)
     x = generator.standard_normal((3, 3, 8, 8), np.float32)

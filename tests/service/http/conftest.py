@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -242,10 +243,42 @@ async def serve() -> AsyncIterator[Serve]:
 
             async def stop() -> None:
                 server.should_exit = True
-                await asyncio.wait_for(task, 10)
+                await asyncio.wait_for(task, 60)
 
             stack.push_async_callback(stop)
             await wait_until(lambda: server.started)
             return port
 
         yield serve_
+
+
+Browse = Callable[..., AbstractAsyncContextManager[Any]]
+
+
+@pytest.fixture(scope="module")
+async def browse() -> AsyncIterator[Browse]:
+    """Open addresses, each in a window of its own of one Chromium, whose start takes longer than most tests.
+
+    A window shares no storage with another. Its console may show answers of status `refusal`, no other fault.
+    """
+    playwright = pytest.importorskip("playwright.async_api", reason="needs: pip install playwright")
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    async with playwright.async_playwright() as driver:
+        browser = await driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+
+        @asynccontextmanager
+        async def open_window(url: str, *, refusal: str = "422") -> AsyncIterator[Any]:
+            faults: list[str] = []
+            window = await browser.new_context()
+            page = await window.new_page()
+            page.on("pageerror", lambda error: faults.append(str(error)))
+            page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
+            await page.goto(url)
+            yield page
+            await window.close()
+            assert [fault for fault in faults if refusal not in fault] == []
+
+        yield open_window
+        await browser.close()

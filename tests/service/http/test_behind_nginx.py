@@ -14,8 +14,7 @@ import pytest
 
 from ditserve.service.api_keys import add
 from tests.conftest import wait_until
-from tests.service.http.conftest import OpenStage, Serve, Stage
-from tests.service.http.test_playground import browsing
+from tests.service.http.conftest import Browse, OpenStage, Serve, Stage
 from tests.service.queue.servers import free_port
 
 pytestmark = pytest.mark.anyio
@@ -99,9 +98,11 @@ async def test_every_address_leads_back_through_the_proxy(
         assert foreign.status_code == 421
 
 
-async def test_the_playground_draws_behind_the_proxy(open_stage: OpenStage, proxy: Proxy) -> None:
+async def test_the_playground_draws_behind_the_proxy(
+    open_stage: OpenStage, proxy: Proxy, browse: Browse
+) -> None:
     url = await proxy(await open_stage(root_path="/dit", trusted_proxies="127.0.0.1"))
-    async with browsing(f"{url}/") as page:
+    async with browse(f"{url}/") as page:
         await page.click("#go:enabled")
         await page.wait_for_selector("#frames figure:not(.waiting) img")
         await page.click("text=API")

@@ -4,9 +4,7 @@ import asyncio
 import copy
 import json
 import re
-import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from ditserve.service.images import encode
 from ditserve.service.jobs import ConditionTerm
 from ditserve.service.source_picture import decode
 from tests.conftest import wait_until
-from tests.service.http.conftest import MANIFEST, OpenStage, Serve, Stage
+from tests.service.http.conftest import MANIFEST, Browse, OpenStage, Serve, Stage
 from tests.service.http.test_pictures import halves, saved
 
 pytestmark = pytest.mark.anyio
@@ -45,25 +43,6 @@ async def test_every_control_has_a_name(stage: Stage) -> None:
     wrapped = set(re.findall(r'<label class="check"><input type="checkbox" id="([\w-]+)"', page))
     assert controls
     assert set(controls) <= labelled | wrapped
-
-
-@asynccontextmanager
-async def browsing(url: str, *, refusal: str = "422") -> AsyncIterator[Any]:
-    """Open the playground in a browser. Its console may show answers of status `refusal`, no other fault."""
-    playwright = pytest.importorskip("playwright.async_api", reason="needs: pip install playwright")
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser_path is None:
-        pytest.skip("needs a browser: apt-get install chromium")
-    faults: list[str] = []
-    async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = await browser.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
-        await page.goto(url)
-        yield page
-        await browser.close()
-    assert [fault for fault in faults if refusal not in fault] == []
 
 
 def home(port: int) -> str:
@@ -113,8 +92,8 @@ class TestInChromium:
     """Needs `pip install playwright` and a Chromium on the PATH (`apt-get install chromium`)."""
 
     @pytest.fixture
-    async def page(self, stage: Stage, serve: Serve) -> AsyncIterator[Any]:
-        async with browsing(home(await serve(stage))) as page:
+    async def page(self, stage: Stage, serve: Serve, browse: Browse) -> AsyncIterator[Any]:
+        async with browse(home(await serve(stage))) as page:
             await page.wait_for_selector("#go:enabled")
             yield page
 
@@ -142,13 +121,13 @@ class TestInChromium:
         assert await page.is_enabled("#go")
 
     async def test_classes_of_one_name_are_told_apart_by_number(
-        self, open_stage: OpenStage, serve: Serve, many_fruits: Path
+        self, open_stage: OpenStage, serve: Serve, many_fruits: Path, browse: Browse
     ) -> None:
         manifest = json.loads((many_fruits / "manifest.json").read_text())
         manifest["factors"][0]["classes"][2:5] = ["crane", "lemon", "crane"]
         (many_fruits / "manifest.json").write_text(json.dumps(manifest))
         stage = await open_stage(bundle=many_fruits)
-        async with browsing(home(await serve(stage))) as page:
+        async with browse(home(await serve(stage))) as page:
             await page.wait_for_selector("#go:enabled")
             await page.fill("#factor-label", "crane")
             assert await page.locator("#factor-label-list li").all_inner_texts() == ["crane (2)", "crane (4)"]
@@ -160,13 +139,13 @@ class TestInChromium:
             assert await page.input_value("#factor-label") == "crane (4)"
 
     async def test_a_model_that_reads_text_is_asked_in_words(
-        self, open_stage: OpenStage, serve: Serve, many_fruits: Path
+        self, open_stage: OpenStage, serve: Serve, many_fruits: Path, browse: Browse
     ) -> None:
         manifest = json.loads((many_fruits / "manifest.json").read_text())
         manifest["config"]["text_size"] = 8
         (many_fruits / "manifest.json").write_text(json.dumps(manifest))
         stage = await open_stage(bundle=many_fruits)
-        async with browsing(home(await serve(stage))) as page:
+        async with browse(home(await serve(stage))) as page:
             await page.wait_for_selector("#go:enabled")
             classes = manifest["factors"][0]["classes"]
             ideas = await page.locator("#ideas option").evaluate_all("all => all.map((one) => one.value)")
@@ -178,10 +157,12 @@ class TestInChromium:
             (term,) = stage.worker.claimed[-1].job.condition
             assert (term.text, set(term.labels)) == (asked, {None})
 
-    async def test_by_keyboard_alone(self, open_stage: OpenStage, serve: Serve, many_fruits: Path) -> None:
+    async def test_by_keyboard_alone(
+        self, open_stage: OpenStage, serve: Serve, many_fruits: Path, browse: Browse
+    ) -> None:
         stage = await open_stage(bundle=many_fruits)
         stage.worker.hold = True
-        async with browsing(home(await serve(stage))) as page:
+        async with browse(home(await serve(stage))) as page:
             await page.wait_for_selector("#go:enabled")
             await page.focus("#factor-label")
             await page.keyboard.type("lem")
@@ -344,30 +325,26 @@ class TestInChromium:
         await page.get_by_role("button", name="edit").click()
         await page.wait_for_selector("#easel")
 
-    @pytest.mark.parametrize(
-        ("data", "sentence"),
-        [
+    async def test_another_file_is_told_about(self, page: Any) -> None:
+        elsewhere = encode(np.zeros((8, 8, 3), np.uint8), "png", metadata={"model": "x", "condition": "{}"})
+        # In an order in which a sentence is not the one before.
+        for data, sentence in [
             (b"<svg>", "no picture"),
-            (saved(halves(8, 8))[:40], "no picture"),
             (bytes(2**23 + 1), "A picture may be 8388608 bytes"),
-            (
-                encode(np.zeros((8, 8, 3), np.uint8), "png", metadata={"model": "x", "condition": "{}"}),
-                "x, wh",
-            ),
-        ],
-    )
-    async def test_another_file_is_told_about(self, page: Any, data: bytes, sentence: str) -> None:
-        await page.set_input_files("#file", files=[file("a.png", data)])
-        await page.get_by_text(sentence).wait_for()
-        assert await page.is_hidden("#easel")
+            (saved(halves(8, 8))[:40], "no picture"),
+            (elsewhere, "x, wh"),
+        ]:
+            await page.set_input_files("#file", files=[file("a.png", data)])
+            await page.get_by_text(sentence).wait_for()
+            assert await page.is_hidden("#easel")
 
     async def test_a_model_that_starts_from_no_picture_shows_nothing_of_it(
-        self, open_stage: OpenStage, serve: Serve, tmp_path: Path
+        self, open_stage: OpenStage, serve: Serve, tmp_path: Path, browse: Browse
     ) -> None:
         config = {**MANIFEST["config"], "in_channels": 4}
         manifest = {**MANIFEST, "config": config, "decoder": "sd-vae"}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        async with browsing(home(await serve(await open_stage(bundle=tmp_path)))) as page:
+        async with browse(home(await serve(await open_stage(bundle=tmp_path)))) as page:
             await page.wait_for_selector("#go:enabled")
             assert await page.is_hidden("#starting")
             await page.click("#go")
@@ -385,11 +362,13 @@ class TestInChromium:
         await page.wait_for_selector("h2")
         assert "/generate" in await page.locator("summary code").all_inner_texts()
 
-    async def test_asks_for_a_key_once(self, open_stage: OpenStage, serve: Serve, tmp_path: Path) -> None:
+    async def test_asks_for_a_key_once(
+        self, open_stage: OpenStage, serve: Serve, tmp_path: Path, browse: Browse
+    ) -> None:
         keys = tmp_path / "keys.json"
         _, text = add(keys, "visitor")
         url = home(await serve(await open_stage(keys_file=keys)))
-        async with browsing(url, refusal="401") as page:
+        async with browse(url, refusal="401") as page:
             await page.fill("#key", "dit_guess")
             await page.press("#key", "Enter")
             await page.get_by_text("unknown or was revoked").wait_for()

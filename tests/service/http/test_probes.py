@@ -161,7 +161,7 @@ def test_what_cannot_work_is_one_sentence(bundle_path: Path, flags: list[str], s
     code += "from ditserve.service.settings import Settings; "
     code += "sys.exit(run(Settings.load(sys.argv[1:])))"
     argv = [sys.executable, "-c", code, "--bundle", str(bundle_path), *flags]
-    ended = subprocess.run(argv, capture_output=True, text=True, env={}, timeout=60)
+    ended = subprocess.run(argv, capture_output=True, text=True, env={}, timeout=120)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")
     assert sentence in ended.stderr

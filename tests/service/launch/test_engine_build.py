@@ -52,6 +52,18 @@ async def test_progress_is_reported_as_it_changes(tmp_path: Path) -> None:
     assert str(reports[1]) == "building the fp16 engine (1 of 1): 25%"
 
 
+async def test_a_wait_for_another_builder_is_told(tmp_path: Path) -> None:
+    first = '{"event": "start",'
+    told = '{"event": "waiting", "owner": "process 7 on host"},'
+    waiting = BUILDING.replace(first, f"{told}\n    {first}", 1)
+    reports: list[BuildProgress] = []
+    assert await build_engines(
+        tmp_path, on_progress=reports.append, stop=asyncio.Event(), command=builder(waiting)
+    )
+    assert str(reports[0]) == "waiting for the engines that process 7 on host builds"
+    assert str(reports[1]) == "building the fp16 engine (1 of 1): 0%"
+
+
 async def test_a_refusal_is_the_builders_sentence(tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match="cannot be built: no NVIDIA GPU answers nvidia-smi"):
         await build_engines(tmp_path, on_progress=print, stop=asyncio.Event(), command=builder(REFUSING))
@@ -68,7 +80,9 @@ async def test_what_is_asked_for_is_passed_on() -> None:
             stop=asyncio.Event(),
             command=builder(echo),
         )
-    assert "['b', '--progress', 'json', '--precision', 'int8', '--engines', 'e']" in str(refused.value)
+    assert "['b', '--progress', 'json', '--wait', '--precision', 'int8', '--engines', 'e']" in str(
+        refused.value
+    )
 
 
 async def test_the_builder_is_told_to_stop(tmp_path: Path) -> None:

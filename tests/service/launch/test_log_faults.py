@@ -64,15 +64,15 @@ async def logging_to(
     process = start(port, redirection, stderr, environment)
     with killed(process):
         async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False
+            base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False
         ) as http:
             client = Client(process, http)
-            await wait_until(client.ready, timeout=40, every=0.1)
+            await wait_until(client.ready, timeout=120, every=0.1)
             assert await client.draws()
             yield client
             assert await client.draws()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=40) == 0
+        assert process.wait() == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")

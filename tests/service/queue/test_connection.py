@@ -17,6 +17,7 @@ from ditserve.service.errors import QueueUnavailable
 from ditserve.service.fleet import WorkerState
 from ditserve.service.jobs import Job, JobResult
 from ditserve.service.queue.broker import Broker
+from ditserve.service.queue.connection import ask, open_client
 from ditserve.service.queue.listener import Listener
 from tests.service.queue.servers import Server, free_port, serving
 
@@ -59,6 +60,27 @@ async def opened(url: str, **options: Any) -> AsyncIterator[Broker]:
         yield broker
     finally:
         await broker.aclose()
+
+
+async def test_what_is_under_way_when_a_client_is_closed_leaves_no_connection_open(
+    redis_url: str, namespace: str, wait_until: WaitUntil
+) -> None:
+    """It loses its connection and is repeated, over a new one that nobody would close any more."""
+    client = open_client(redis_url, connections=2)
+    tries = 0
+
+    async def waiting() -> Any:
+        nonlocal tries
+        tries += 1
+        return await client.blpop([namespace], timeout=0.2 if tries > 1 else 60)
+
+    asking = asyncio.create_task(ask(client, waiting, timeout_s=30))
+    pool = client.connection_pool
+    await wait_until(lambda: any(connection.is_connected for connection in pool._in_use_connections))
+    await client.aclose()
+    assert await asking is None
+    assert tries == 2
+    assert not any(connection.is_connected for connection in pool._available_connections)
 
 
 @pytest.fixture

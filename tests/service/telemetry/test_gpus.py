@@ -36,6 +36,9 @@ class Nvml:
             raise self.NVMLError("GPU is lost")
         return SimpleNamespace(used=handle * 1000 + 7, total=80_000)
 
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{handle}"
+
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
@@ -46,7 +49,7 @@ def _asked_anew() -> Iterator[None]:
 
 def test_every_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, gpus.PACKAGE, Nvml())
-    assert list(gpus.gpus()) == [gpus.Gpu(0, 7, 80_000), gpus.Gpu(1, 1007, 80_000)]
+    assert list(gpus.gpus()) == [gpus.Gpu(0, 7, 80_000, "GPU-0"), gpus.Gpu(1, 1007, 80_000, "GPU-1")]
 
 
 def test_one_that_is_lost_does_not_hide_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

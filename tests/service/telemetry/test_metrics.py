@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ditserve.model.spec.bundle import Bundle
@@ -53,7 +52,6 @@ def counters() -> set[str]:
     }
 
 
-@pytest.mark.timeout(300)
 def test_a_service_that_has_done_nothing_shows_all_counters(tmp_path: Path) -> None:
     service = Service(tmp_path / "log.txt", "--bundle", str(TINY), "--canary-s=0")
     try:

@@ -19,6 +19,7 @@ from ditserve.service.fleet import Starting
 from ditserve.service.launch.engine_build import BuildProgress
 from ditserve.service.queue.broker import Broker
 from ditserve.service.settings import Settings
+from ditserve.service.telemetry.gpus import Gpu
 from ditserve.service.worker import main
 from ditserve.service.worker.backend_choice import backend_options
 from ditserve.service.worker.heartbeat import starting
@@ -205,3 +206,30 @@ async def test_what_a_worker_to_come_is_doing_is_known(broker: Broker) -> None:
 
 async def starting_is(broker: Broker, expected: tuple[Starting, ...]) -> bool:
     return (await broker.load()).starting == expected
+
+
+def test_decoding_takes_its_memory_before_anybody_waits(make_backend: Make) -> None:
+    backend = make_backend()
+    decoded: list[tuple[int, ...]] = []
+
+    def decode(latents: np.ndarray) -> None:
+        decoded.append(latents.shape)
+        if len(decoded) > 1:
+            raise MemoryError("out of memory: 8 GiB")
+
+    backend.decode = decode
+    main._warm_decoder(backend)
+    assert decoded == [(8, 3, 4, 6)]
+    with pytest.raises(BackendUnavailable, match=r"to decode \(out of memory: 8 GiB\): lower --max-rows"):
+        main._warm_decoder(backend)
+
+
+def test_the_memory_of_the_gpus_of_a_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Gpu(number, (3 + number) << 29, 80 << 30, f"GPU-{number}") for number in range(2)]
+    monkeypatch.setattr(main, "gpus", lambda: iter(found))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    told = {"gpu_0_memory": "1.5 of 80.0 GiB", "gpu_1_memory": "2.0 of 80.0 GiB"}
+    assert main._gpu_memory(settings()) == told
+    for visible in ("GPU-1", "1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert main._gpu_memory(settings()) == {"gpu_1_memory": "2.0 of 80.0 GiB"}
