@@ -101,7 +101,7 @@ class HostTime:
     waits: float
 
 
-def host_time(manifest: Manifest, step_ms: float, *, rows: int, turns: int, joins: bool) -> HostTime:
+def host_time(manifest: Manifest, step_ms: float, *, rows: int, turns: int, joins: bool = True) -> HostTime:
     """Return the host's time of steps that are said to take `step_ms`, in batches of up to `rows` rows.
 
     Without `joins` all samples are so long that none joins or ends meanwhile.
