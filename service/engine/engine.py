@@ -171,6 +171,7 @@ class Engine:
         steps = self._resident.steps_ahead(batch.samples, step_s) if alone else 1
         self.step_s = steps * step_s
         slots = [self._groups.place(sample).slot for sample in batch.samples]
+        self._held = ()
         if self._resident.launch(batch, slots, steps=steps, began=began):
             for sample in self._resident.flights[-1].done:
                 self.costs.observe_image(sample.all_rows)

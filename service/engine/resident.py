@@ -269,6 +269,8 @@ class ResidentPass:
             inputs = _inputs(samples, guided, counts)
             self._modulations.load(inputs, upcoming_inputs(samples, self._conditioner_rows, after=steps))
             states = self._states(samples, guided, counts)
+        else:
+            self._modulations.hits += steps * used
         places[:, SLAB:, :used] = states.swapaxes(0, 1)
         return places
 

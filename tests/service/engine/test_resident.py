@@ -266,6 +266,7 @@ def test_without_memory_for_a_batch_the_cap_falls_and_no_number_is_lost(
     engine = make_engine(backend)
     assert_same(finished(run(engine, mixed)), finished(run(make_engine(), mixed)))
     assert engine.scheduler.max_rows == 4
+    assert max(backend.batches) <= 4
     # A device without room for a guided sample keeps none.
     backend = DeviceBackend(buckets=(1, 2, 4, 8), memory_rows=1)
     assert_same(finished(run(make_engine(backend), mixed)), finished(run(make_engine(), mixed)))
@@ -346,3 +347,20 @@ def test_samples_that_step_together_are_not_planned_again_until_something_change
     now[0] += engine_module.HELD_S
     engine.step()
     assert len(planner.seen) == 4
+
+
+def test_a_batch_that_is_held_together_is_planned_anew_where_memory_runs_out(
+    make_engine: Make, make_request: Make, make_rung: Make
+) -> None:
+    backend = DeviceBackend(buckets=(1, 2, 4, 8))
+    engine = make_engine(backend, clock=lambda: 0.0)
+    rung = make_rung("ddim", 12, "uniform-t", (0.0, 0.5))
+    requests = [make_request(f"{k}/0", seed=k, rung=rung) for k in range(4)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    # From half of the way on they are guided: eight rows, for which there is no room any more.
+    backend.memory_rows = 4
+    made = finished(run(engine))
+    assert_same(made, finished(run(make_engine(), requests)))
+    assert engine.condition_caches[0].modulations.hits > 0
